@@ -1,0 +1,141 @@
+"""A training step of jaxlm beside the same step of torch + transformers, on this machine, in one run.
+
+    python benchmarks/train_step.py [gpt] [bert] [char]        needs the [parity] extra
+
+Both sides train the same architecture on the same shapes with AdamW in float32, without dropout, and take turns in
+short rounds, so that whatever else the machine does falls on both.  Printed are the tokens per second of each side's
+median round and their ratio: above 1, jaxlm is faster.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+CASES = {
+    # name: (rows, length, steps in a round, model fields)
+    "gpt": (16, 256, 2, {"vocabulary": 8192, "max_length": 256, "width": 384, "layers": 6, "heads": 6}),
+    "bert": (8, 128, 2, {"structure": "encoder", "heads_on_top": ("masked_lm",), "vocabulary": 30522,
+                         "max_length": 512, "types": 2, "norm_place": "post", "embedding_norm": True,
+                         "activation": "gelu", "norm_epsilon": 1e-12}),
+    "char": (12, 64, 100, {"vocabulary": 65, "max_length": 64, "width": 128, "layers": 4, "heads": 4}),
+}  # fmt: skip
+ROUNDS = 7
+
+
+def jaxlm_side(name: str) -> Callable[[], float]:
+    """A function that runs one round and returns its seconds."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from jaxlm import CausalLM, MaskedLM, MeshConfig, ModelConfig, OptimizerConfig, sharding
+    from jaxlm.nn.transformer import Transformer, init
+    from jaxlm.optimizer import make_optimizer, make_schedule
+    from jaxlm.step import TrainState, make_train_step
+    from jaxlm.tasks.pretraining import CausalLMTask, MaskedLMTask
+
+    rows, length, steps, fields = CASES[name]
+    model = ModelConfig(**fields)
+    special = type("Special", (), {"cls": 1, "sep": 2, "mask": 3})
+    if model.structure == "encoder":
+        task = MaskedLMTask(MaskedLM(), length, 0, special)
+    else:
+        task = CausalLMTask(CausalLM(), length, 0, special)
+    mesh = sharding.make_mesh(MeshConfig())
+    module = Transformer(model, sharding.constrainer(mesh), unroll=model.layers)
+    settings = OptimizerConfig(schedule="constant")
+    params = init(module, jax.random.key(0))
+    optimizer = make_optimizer(settings, 1000, 1, params)
+    state = TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key_data(jax.random.key(0)))
+    layout = sharding.batch_sharding(mesh)
+    whole = sharding.replicated(mesh)
+    step = jax.jit(
+        make_train_step(task, module, optimizer, make_schedule(settings, 1000)),
+        donate_argnums=0, in_shardings=(whole, layout), out_shardings=(whole, whole),
+    )  # fmt: skip
+    state = jax.device_put(state, whole)
+    random = np.random.default_rng(0)
+    tokens = random.integers(0, model.vocabulary, (1, rows, length), dtype=np.int32)
+    predicted = np.ones(tokens.shape) if model.structure == "decoder" else random.random(tokens.shape) < 0.15
+    batch = {
+        "tokens_BT": tokens,
+        "labels_BT": tokens,
+        "weights_BT": predicted.astype(np.float32),
+        "segments_BT": np.ones_like(tokens),
+        "positions_BT": np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape),
+    }
+    batch = {key: jax.device_put(value, layout) for key, value in batch.items()}
+
+    def round_() -> float:
+        nonlocal state
+        start = time.perf_counter()
+        for _ in range(steps):
+            state, metrics = step(state, batch)
+            jax.block_until_ready(metrics)  # as fit does on CPU
+        return time.perf_counter() - start
+
+    return round_
+
+
+def torch_side(name: str) -> Callable[[], float]:
+    """The same with torch and transformers."""
+    import torch
+    import transformers
+
+    rows, length, steps, fields = CASES[name]
+    if fields.get("structure") == "encoder":
+        config = transformers.BertConfig(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        model = transformers.BertForMaskedLM(config)
+    else:
+        model = transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(
+                vocab_size=fields["vocabulary"], n_positions=fields["max_length"], n_embd=fields["width"],
+                n_layer=fields["layers"], n_head=fields["heads"], resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+            )
+        )  # fmt: skip
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+    tokens = torch.randint(0, config.vocab_size if "structure" in fields else fields["vocabulary"], (rows, length))
+    labels = tokens.clone()
+    if "structure" in fields:
+        labels[torch.rand(labels.shape) >= 0.15] = -100
+
+    def round_() -> float:
+        start = time.perf_counter()
+        for _ in range(steps):
+            loss = model(tokens, labels=labels).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        loss.item()
+        return time.perf_counter() - start
+
+    return round_
+
+
+def main() -> None:
+    # One XLA device for each core, as train.py does.
+    os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count={os.cpu_count()}")
+    for name in sys.argv[1:] or CASES:
+        rows, length, steps, _ = CASES[name]
+        sides = {"jaxlm": jaxlm_side(name), "torch": torch_side(name)}
+        seconds: dict[str, list[float]] = {side: [] for side in sides}
+        for side in sides.values():
+            side()  # compile, warm up
+        for _ in range(ROUNDS):
+            for side, round_ in sides.items():
+                seconds[side].append(round_())
+        speed = {side: rows * length * steps / statistics.median(taken) for side, taken in seconds.items()}
+        print(
+            f"{name:5} {rows} x {length}: jaxlm {speed['jaxlm']:,.0f} tokens/s, torch + transformers "
+            f"{speed['torch']:,.0f} tokens/s, ratio {speed['jaxlm'] / speed['torch']:.2f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""`jaxlm VERB ...`: the library at the command line.
+
+Only this file sets process-wide things: XLA flags, the compilation cache, signal handlers, exit codes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import runpy
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from jaxlm.config import RunConfig
+from jaxlm.errors import RunError, Stopped, UserError, perhaps
+
+
+def train(argv: list[str]) -> int:
+    """Train what a config file says: jaxlm train configs/NAME.py [--field value ...]."""
+    if not argv or argv[0].startswith("-"):
+        raise UserError("train takes a config file first: train.py configs/NAME.py [--field value ...]")
+    default = _config(Path(argv[0]))
+    run = tyro.cli(
+        RunConfig,
+        default=default,
+        args=argv[1:],
+        prog=f"train.py {argv[0]}",
+        description=f"Overrides for {argv[0]}; the defaults shown are what it says.",
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    run.check()
+    _one_device_per_core(run)
+    _process()
+    stopping: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # A second signal of the kind does what it always does.
+        signal.signal(number, lambda n, _: (stopping.append(n), signal.signal(n, signal.SIG_DFL)))
+    from jaxlm.fit import fit
+
+    fit(run, stop=lambda: bool(stopping))
+    return 0
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Continue prompts with a model."""
+
+    model: Annotated[str, tyro.conf.Positional]  # a run folder, or a folder in Hugging Face's format
+    prompt: tuple[str, ...] = ("",)  # one or more texts to continue
+    max_new_tokens: int = 128  # length of each continuation
+    temperature: float = 1.0  # divides the logits; 0: always the likeliest token
+    top_k: int | None = None  # sample among the k likeliest tokens
+    top_p: float | None = None  # sample among the fewest tokens whose probabilities reach p
+    seed: int = 0  # of the sampling
+
+
+def generate(argv: list[str]) -> int:
+    """Continue prompts: jaxlm generate RUN_OR_FOLDER --prompt TEXT [TEXT ...]."""
+    asked = tyro.cli(Generate, args=argv, prog="jaxlm generate")
+    _process()
+    import jaxlm
+
+    lm = jaxlm.load(asked.model)
+    choices = {f.name: getattr(asked, f.name) for f in dataclasses.fields(asked) if f.name not in ("model", "prompt")}
+    for prompt, text in zip(asked.prompt, jaxlm.generate(lm, list(asked.prompt), **choices), strict=True):
+        print(prompt + text)
+    return 0
+
+
+VERBS: dict[str, Callable[[list[str]], int]] = {"train": train, "generate": generate}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a verb and returns the exit code: 0, 2 for a mistake in what was given, 1 for a fault of the run, 143 for
+    a run that was stopped and has saved."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: jaxlm VERB ...\n")
+        for name, verb in VERBS.items():
+            print(f"  {name:10} {(verb.__doc__ or '').splitlines()[0]}")
+        return 0 if argv else 2
+    try:
+        if argv[0] not in VERBS:
+            raise UserError(f"{argv[0]!r} is not a verb of jaxlm{perhaps(argv[0], VERBS)}")
+        return VERBS[argv[0]](argv[1:])
+    except (UserError, RunError, Stopped) as end:
+        print(f"{'' if isinstance(end, Stopped) else 'error: '}{end}", file=sys.stderr)
+        return end.exit_code
+    except OSError as error:
+        print(f"error: {error.strerror}: {error.filename}; make room or free it, then try again", file=sys.stderr)
+        return RunError.exit_code
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(
+            f"error: out of memory: {str(error).splitlines()[0][:300]}; give a smaller --batch or --data.length, "
+            f"more --accumulate, or --remat full",
+            file=sys.stderr,
+        )
+        return RunError.exit_code
+
+
+def _config(file: Path) -> RunConfig:
+    """What the `config()` of a file returns, with a run folder named after the file."""
+    if not file.is_file():
+        known = [path.name for path in file.parent.glob("*.py")] if file.parent.is_dir() else []
+        raise UserError(f"there is no config file {file}" + (perhaps(file.name, known) if known else ""))
+    config = runpy.run_path(str(file)).get("config")
+    if not callable(config):
+        raise UserError(f"{file} has no function config(); define one that returns a RunConfig")
+    run = config()
+    return run if run.workdir else dataclasses.replace(run, workdir=f"runs/{file.stem}")
+
+
+def _one_device_per_core(run: RunConfig) -> None:
+    """On CPU gives XLA one device for each core, as many as divide the rows, since its own threads use a small model's
+    cores badly.  Without effect on other platforms.  Must come before JAX looks for devices."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "host_platform_device_count" in flags:
+        return
+    sizes = (run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if -1 not in sizes:
+        devices = sizes[0] * sizes[1] * sizes[2]
+    else:
+        fixed = -sizes[0] * sizes[1] * sizes[2]
+        rows = run.batch // run.accumulate
+        fits = [n for n in range(1, cores + 1) if n % max(1, fixed) == 0 and rows % n == 0]
+        devices = max(fits, default=1)
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}".strip()
+
+
+def _process() -> None:
+    """What every verb that computes wants of the process."""
+    import jax
+
+    for name in ("absl", "orbax", "jax"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        folder = Path(os.environ.get("JAXLM_CACHE") or Path.home() / ".cache" / "jaxlm")
+        settings: dict[str, Any] = {
+            "jax_compilation_cache_dir": str(folder / "xla"),
+            "jax_persistent_cache_min_compile_time_secs": 0.5,
+        }
+        for name, value in settings.items():
+            jax.config.update(name, value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,304 @@
+"""A run is data: frozen dataclasses, checked before anything is compiled.
+
+`RunConfig` is all that `fit` needs to know.  Its parts say what the model is (`ModelConfig`), what it learns
+(`CausalLM`, `MaskedLM`), from what (`DataConfig`, `TokenizerConfig`), how (`OptimizerConfig`) and on which devices
+(`MeshConfig`).  The comment behind a field is its `--help`.  Nothing here imports JAX, so that a command line can be
+refused within a second.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from jaxlm.errors import UserError, perhaps
+
+Head = Literal["lm", "masked_lm", "next_sentence", "pooled"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture, through a few closed choices; presets of known models stand in `jaxlm.families`."""
+
+    structure: Literal["encoder", "decoder", "encoder_decoder"] = "decoder"  # which stacks there are
+    heads_on_top: tuple[Head, ...] = ("lm",)  # what is read off the last hidden states
+    vocabulary: int = 50257  # rows of the embedding; at least the size of the tokenizer
+    max_length: int = 1024  # longest sequence that has positions
+    types: int = 0  # token types (BERT: 2), 0 for none
+    width: int = 768  # model width D
+    layers: int = 12  # layers of the stack (of each stack, in an encoder-decoder)
+    heads: int = 12  # attention heads H
+    kv_heads: int | None = None  # key-value heads K of grouped queries; None: as many as heads
+    head_width: int | None = None  # head width C; None: width / heads
+    mlp_width: int | None = None  # MLP width F; None: 4 x width
+    gated: bool = False  # multiply the MLP's activation by a second projection (GLU, Shazeer 2020)
+    activation: Literal["gelu", "gelu_tanh", "relu", "silu"] = "gelu_tanh"  # gelu is the exact one, by erf
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # over the model width
+    norm_place: Literal["pre", "post"] = "pre"  # before each sub-layer, or after its residual sum
+    norm_epsilon: float = 1e-5  # added to the variance
+    embedding_norm: bool = False  # normalise the sum of the embeddings (BERT)
+    positions: Literal["learned", "sinusoidal", "rotary"] = "learned"  # how order enters
+    rotary_base: float = 10000.0  # wavelength base of rotary and sinusoidal positions
+    biases: bool = True  # biases in attention and MLP projections
+    scale_embeddings: bool = False  # multiply token embeddings by sqrt(width) (Vaswani et al. 2017)
+    tied_embeddings: bool = True  # the output projection is the token embedding
+    dropout: float = 0.0  # on embeddings and on the output of each sub-layer, while training
+    attention_dropout: float = 0.0  # on attention weights, while training
+    initial_std: float = 0.02  # standard deviation of initial weights
+    scale_residual_init: bool = True  # divide it by sqrt(2 x layers) where a sub-layer writes to the residual (GPT-2)
+
+    @property
+    def K(self) -> int:
+        """Key-value heads."""
+        return self.kv_heads or self.heads
+
+    @property
+    def C(self) -> int:
+        """Head width."""
+        return self.head_width or self.width // self.heads
+
+    @property
+    def F(self) -> int:
+        """MLP width."""
+        return self.mlp_width or 4 * self.width
+
+    def check(self) -> None:
+        """Raises UserError where the sizes contradict each other."""
+        for name in ("vocabulary", "max_length", "width", "layers", "heads"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.head_width is None and self.width % self.heads:
+            raise UserError(
+                f"model.heads is {self.heads}, which does not divide model.width {self.width}; "
+                f"choose heads from {_divisors(self.width)} or set model.head_width"
+            )
+        if self.heads % self.K:
+            raise UserError(
+                f"model.kv_heads is {self.K}, which does not divide model.heads {self.heads}; "
+                f"choose kv_heads from {_divisors(self.heads)}"
+            )
+        if self.positions == "rotary" and self.C % 2:
+            raise UserError(f"the head width is {self.C}, odd; rotary positions turn pairs: make it even")
+        if self.positions == "sinusoidal" and self.width % 2:
+            raise UserError(f"model.width is {self.width}, odd; sinusoidal positions come in pairs: make it even")
+        for name in ("dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"model.{name} is {getattr(self, name)}; it must be in [0, 1)")
+
+
+def _divisors(n: int) -> str:
+    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+
+
+@dataclass(frozen=True)
+class CausalLM:
+    """Predict each token from those before it."""
+
+    label_smoothing: float = 0.0  # share of the target spread evenly over the vocabulary
+    stream: bool = True  # rows are cut from the documents laid end to end (GPT-2); else documents are packed whole
+    stride: int = 0  # evaluation windows advance by this many tokens, each counted once; 0: by the whole length
+
+
+@dataclass(frozen=True)
+class MaskedLM:
+    """Predict tokens that were masked (Devlin et al. 2019), anew in every epoch."""
+
+    label_smoothing: float = 0.0  # share of the target spread evenly over the vocabulary
+    mask_rate: float = 0.15  # share of the tokens that are predicted: 80% masked, 10% random, 10% kept
+    whole_words: bool = False  # choose whole words, not single tokens
+    next_sentence: bool = False  # pair each text with its continuation or, half of the time, another; tell which
+    sentences: Literal["line", "punctuation"] = "line"  # what a sentence is, for pairs
+    short_rate: float = 0.1  # share of the pairs aimed at a random shorter length
+
+
+@dataclass(frozen=True)
+class CleaningConfig:
+    """What is done to each row before it is used; the run says how many rows each choice changed or dropped."""
+
+    unicode: Literal["none", "NFC", "NFKC"] = "none"  # Unicode normal form
+    encoding: Literal["refuse", "drop", "replace"] = "refuse"  # rows that are not UTF-8
+    control: bool = False  # remove control characters other than tab and line ends
+    whitespace: bool = False  # runs of white space become one space, ends are stripped
+    min_characters: int = 0  # shorter rows are dropped
+    max_characters: int = 0  # longer rows are dropped; 0: no limit
+    duplicates: bool = False  # rows seen before are dropped
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from, and the shape that it is packed to."""
+
+    path: str = ""  # file, folder, glob, or tfds:NAME; txt, csv, tsv, jsonl, parquet, each also as .gz
+    eval_path: str = ""  # held-out data; empty: the last eval_fraction of the documents
+    eval_fraction: float = 0.1  # share of the documents held out when there is no eval_path
+    text: str = "text"  # the column that holds the text
+    split: str = "train"  # of a tfds data set
+    eval_split: str = ""  # of the same tfds data set, held out
+    documents: Literal["line", "blank_line", "file", "boundary"] = "line"  # what a document is, in plain text
+    boundary: str = ""  # regular expression of the line that begins a document, for documents=boundary
+    length: int = 512  # tokens in a row T
+    cleaning: CleaningConfig = field(default_factory=CleaningConfig)
+    cache: str = ""  # folder of tokenized data; empty: $JAXLM_CACHE or ~/.cache/jaxlm
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """A tokenizer to load, or the kind to train on the training part; its size is the model's vocabulary."""
+
+    path: str = ""  # tokenizer.json, vocab.txt, vocab.json (merges.txt beside it), a .model, or a folder with one
+    train: Literal["unigram", "bpe", "byte_bpe", "wordpiece", "characters"] = "unigram"  # when there is no path
+    lowercase: bool = False  # fold case (wordpiece only: the others are lossless)
+    max_training_characters: int = 50_000_000  # the trainer sees documents in order up to this much text
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The optax chain: clip, precondition, decay, layer-wise rates, schedule."""
+
+    name: Literal["adamw", "adafactor", "lion", "muon"] = "adamw"  # how a gradient becomes a direction
+    rate: float = 1e-3  # peak learning rate
+    schedule: Literal["linear", "cosine", "inverse_sqrt", "constant", "warmup_stable_decay"] = "cosine"  # after warm-up
+    warmup: float = 0.05  # steps of linear warm-up; below 1: share of all steps
+    final: float = 0.1  # the last learning rate, as a share of the peak
+    decay_share: float = 0.2  # share of the steps in which warmup_stable_decay falls
+    weight_decay: float = 0.1  # decoupled; biases and norms are left out
+    clip: float = 1.0  # global norm to which gradients are clipped; 0: never
+    beta1: float = 0.9  # of adamw, lion and muon's momentum
+    beta2: float = 0.95  # of adamw and lion
+    epsilon: float = 1e-8  # of adamw
+    layer_decay: float = 1.0  # each layer's rate is this times that of the layer above (ELECTRA's recipe)
+    freeze: Literal["none", "embeddings", "all_but_heads"] = "none"  # what is not trained
+    freeze_layers: int = 0  # the first n layers (and the embeddings) are not trained
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How many devices each axis of the mesh has; at most one may be -1: all that are left."""
+
+    data: int = -1  # copies of the model, each with its rows of the batch
+    fsdp: int = 1  # rows of the batch and the parameters' model width, split
+    tensor: int = 1  # heads, MLP width and vocabulary, split
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run, from data to exported model."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    task: CausalLM | MaskedLM = field(default_factory=CausalLM)
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    batch: int = 32  # rows in one update, over all devices and micro-batches
+    accumulate: int = 1  # micro-batches that an update is computed in, to save memory
+    steps: int = 1000  # optimizer updates
+    seed: int = 0  # of parameters, data order, masking and dropout
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products; the rest stays float32
+    remat: Literal["none", "dots", "full"] = "none"  # recompute in the backward pass: nothing, all but products, all
+    unroll: int = 1  # layers that one turn of the layer loop holds; more is faster and compiles longer
+    log_every: int = 10  # steps between lines of metrics.jsonl
+    eval_every: int = 0  # steps between evaluations; 0: only at the end
+    checkpoint_every: int = 0  # steps between checkpoints; 0: a tenth of the run
+    keep: int = 2  # last checkpoints kept, beside the best
+    init: str = ""  # folder of a run or of an exported model to start the weights from
+    workdir: str = ""  # run folder; empty: runs/CONFIG_NAME
+    sample_prompt: str = ""  # what the sample at the end of a decoder's run goes on from
+    sample_tokens: int = 120  # its length; 0: no sample
+
+    def check(self) -> None:
+        """Raises UserError for what can be known to fail before data or devices are looked at."""
+        self.model.check()
+        if not self.data.path:
+            raise UserError("data.path is empty; give a file, a folder, a glob or tfds:NAME with --data.path")
+        if self.data.length > self.model.max_length and self.model.positions == "learned":
+            raise UserError(
+                f"data.length is {self.data.length}, longer than the {self.model.max_length} positions of the model; "
+                f"lower --data.length or raise --model.max-length"
+            )
+        for name in ("batch", "accumulate", "steps", "log_every", "keep", "unroll"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.data.length < 2:
+            raise UserError(f"data.length is {self.data.length}; a row needs at least 2 tokens")
+        if self.batch % self.accumulate:
+            raise UserError(
+                f"accumulate is {self.accumulate}, which does not divide batch {self.batch}; "
+                f"choose accumulate from {_divisors(self.batch)}"
+            )
+        if not self.data.eval_path and not self.data.eval_split and not 0 < self.data.eval_fraction < 1:
+            raise UserError(
+                f"data.eval_fraction is {self.data.eval_fraction}; it must lie between 0 and 1, "
+                f"or give held-out data with --data.eval-path"
+            )
+        if self.data.documents == "boundary" and not self.data.boundary:
+            raise UserError("data.documents is 'boundary' but data.boundary is empty; give the regular expression")
+        if isinstance(self.task, CausalLM):
+            if self.model.structure != "decoder" or "lm" not in self.model.heads_on_top:
+                raise UserError(
+                    f"CausalLM needs a decoder with the 'lm' head, not a(n) {self.model.structure} with "
+                    f"{self.model.heads_on_top}; change model.structure and model.heads_on_top"
+                )
+            if not 0 <= self.task.stride <= self.data.length:
+                raise UserError(f"task.stride is {self.task.stride}; it must lie between 0 and {self.data.length}")
+        else:
+            needed = ("masked_lm", "next_sentence") if self.task.next_sentence else ("masked_lm",)
+            if self.model.structure != "encoder" or not set(needed) <= set(self.model.heads_on_top):
+                raise UserError(
+                    f"MaskedLM needs an encoder with the heads {needed}, not a(n) {self.model.structure} with "
+                    f"{self.model.heads_on_top}; change model.structure and model.heads_on_top"
+                )
+            if not 0 < self.task.mask_rate < 1:
+                raise UserError(f"task.mask_rate is {self.task.mask_rate}; it must lie between 0 and 1")
+            if self.task.next_sentence and self.model.types < 2:
+                raise UserError(f"model.types is {self.model.types}; next_sentence tells a pair apart by 2 types")
+        if not 0 <= self.task.label_smoothing < 1:
+            raise UserError(f"task.label_smoothing is {self.task.label_smoothing}; it must lie in [0, 1)")
+        if self.optimizer.rate < 0:
+            raise UserError(f"optimizer.rate is {self.optimizer.rate}; a learning rate is not negative")
+        if not 0 < self.optimizer.layer_decay <= 1:
+            raise UserError(f"optimizer.layer_decay is {self.optimizer.layer_decay}; it must lie in (0, 1]")
+        if not 0 <= self.optimizer.freeze_layers <= self.model.layers:
+            raise UserError(
+                f"optimizer.freeze_layers is {self.optimizer.freeze_layers}; the model has {self.model.layers} layers"
+            )
+
+
+_TASKS = {kind.__name__: kind for kind in (CausalLM, MaskedLM)}
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A config as plain JSON values; the task keeps its kind under `kind`.  `from_json` is the inverse."""
+    values = dataclasses.asdict(config)
+    if isinstance(config, RunConfig):
+        values["task"] = {"kind": type(config.task).__name__, **values["task"]}
+    return json.loads(json.dumps(values))
+
+
+def from_json(kind: type, values: dict[str, Any]) -> Any:
+    """The dataclass `kind` from `to_json`'s values.  Raises UserError for a field that `kind` does not have."""
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    parts = {"model": ModelConfig, "data": DataConfig, "tokenizer": TokenizerConfig, "optimizer": OptimizerConfig}
+    parts |= {"mesh": MeshConfig, "cleaning": CleaningConfig}
+    made = {}
+    for name, value in values.items():
+        if name not in fields:
+            raise UserError(f"{kind.__name__} has no field {name!r}{perhaps(name, fields)}")
+        if name == "task":
+            value = from_json(_TASKS[value["kind"]], {k: v for k, v in value.items() if k != "kind"})
+        elif name in parts:
+            value = from_json(parts[name], value)
+        elif isinstance(value, list):
+            value = tuple(value)
+        made[name] = value
+    return kind(**made)
+
+
+def difference(ours: Any, theirs: Any, prefix: str = "") -> list[str]:
+    """Dotted fields in which two `to_json` values differ, as lines `field: ours | theirs`."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        names = sorted(ours.keys() | theirs.keys())
+        return [line for n in names for line in difference(ours.get(n), theirs.get(n), f"{prefix}.{n}".lstrip("."))]
+    return [] if ours == theirs else [f"{prefix}: {ours!r} | {theirs!r}"]

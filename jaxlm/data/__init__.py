@@ -1,0 +1,1 @@
+"""From text to batches: rows of text -> documents -> tokens on disk -> examples -> packed rows -> `batch_at(step)`."""

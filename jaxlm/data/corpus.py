@@ -1,0 +1,209 @@
+"""Text once tokenized lies on disk, memory-mapped; it is made once for each (data, tokenizer) and found again."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxlm.config import DataConfig, MaskedLM, RunConfig
+from jaxlm.data import source
+from jaxlm.data import tokenizer as tokenizers
+from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.errors import UserError
+
+_FORMAT = 1  # of the files below; a new number makes everything anew
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+
+
+class Corpus(NamedTuple):
+    """Tokens of documents, each made of sentences.  Sentence s is `tokens[sentences[s]:sentences[s + 1]]`, and
+    document d has the sentences `documents[d]` to `documents[d + 1]`."""
+
+    tokens: np.ndarray  # [N] unsigned
+    sentences: np.ndarray  # [number of sentences + 1] int64
+    documents: np.ndarray  # [number of documents + 1] int64
+    bytes: int  # of the text, UTF-8
+
+    @property
+    def bounds(self) -> np.ndarray:
+        """Offsets of the documents in `tokens` [number of documents + 1]."""
+        return self.sentences[self.documents]
+
+
+class Prepared(NamedTuple):
+    """What a run reads, and what is known of it."""
+
+    tokenizer: Tokenizer
+    train: Corpus
+    held_out: Corpus
+    rows: dict[str, int]  # how many rows were read, and what cleaning did to them
+    fingerprint: str  # of the content of the data, wherever it lies
+
+
+def prepare(run: RunConfig, say: Callable[[str], None] = print) -> Prepared:
+    """Reads, cleans and tokenizes the data of a run, or finds it in the cache.  Raises UserError for bad data."""
+    data, sentences = run.data, run.task.sentences if isinstance(run.task, MaskedLM) else None
+    fingerprint = source.fingerprint(data.path) + (source.fingerprint(data.eval_path) if data.eval_path else "")
+    told = dataclasses.replace(data, path="", eval_path="", length=0, cache="")
+    made_of = {
+        "format": _FORMAT,
+        "data": [fingerprint, dataclasses.asdict(told), sentences],
+        "tokenizer": dataclasses.asdict(run.tokenizer),
+        "vocabulary": run.model.vocabulary,
+    }
+    if run.tokenizer.path:
+        made_of["tokenizer"] |= {"path": source.fingerprint(run.tokenizer.path)}
+    key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
+    folder = cache_folder(data) / key
+    if not folder.exists():
+        _build(run, sentences, folder, say)
+    rows = json.loads((folder / "rows.json").read_text())
+    tokenizer = tokenizers.load(str(folder / "tokenizer"))
+    return Prepared(tokenizer, _open(folder / "train"), _open(folder / "held_out"), rows, fingerprint)
+
+
+def cache_folder(data: DataConfig) -> Path:
+    """Where tokenized data is kept: `data.cache`, else $JAXLM_CACHE, else ~/.cache/jaxlm."""
+    return Path(data.cache or os.environ.get("JAXLM_CACHE") or Path.home() / ".cache" / "jaxlm")
+
+
+def _build(run: RunConfig, sentences: str | None, folder: Path, say: Callable[[str], None]) -> None:
+    """Makes the cache entry `folder` beside its name and moves it there whole, so that half of one is never read."""
+    data, rows = run.data, Counter[str]()
+    read = lambda path, split, count: source.documents(path, data, split, count)
+    if data.eval_path or data.eval_split:
+        train = lambda count=Counter(): read(data.path, data.split, count)
+        held_out = lambda: read(data.eval_path or data.path, data.eval_split or data.split, Counter())
+    else:
+        sizes = [len(text.encode()) for text in read(data.path, data.split, Counter())]
+        cut = round(sum(sizes) * (1 - data.eval_fraction))
+        train = lambda count=Counter(): _before(read(data.path, data.split, count), cut, data.documents == "file")
+        held_out = lambda: _after(read(data.path, data.split, Counter()), cut, data.documents == "file")
+    if run.tokenizer.path:
+        tokenizer = tokenizers.load(run.tokenizer.path)
+    else:
+        say(f"training a {run.tokenizer.train} tokenizer of {run.model.vocabulary:,} tokens")
+        texts = _limited(train(), run.tokenizer.max_training_characters)
+        tokenizer = tokenizers.train(texts, run.tokenizer, run.model.vocabulary)
+    if tokenizer.size > run.model.vocabulary:
+        raise UserError(
+            f"the tokenizer has ids up to {tokenizer.size - 1}, the model's vocabulary is {run.model.vocabulary}; "
+            f"raise it with --model.vocabulary {tokenizer.size}"
+        )
+    split = {None: None, "line": str.splitlines, "punctuation": _SENTENCE_END.split}[sentences]
+    made = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    shutil.rmtree(made, ignore_errors=True)
+    for name, texts in {"train": train(rows), "held_out": held_out()}.items():
+        say(f"tokenizing the {name.replace('_', '-')} text")
+        corpus = _write(texts, tokenizer, split, made / name)
+        if not len(corpus.tokens):
+            raise UserError(
+                f"no {name.replace('_', '-')} text is left of {data.eval_path or data.path}; "
+                f"give more text, --data.eval-path, or another --data.eval-fraction than {data.eval_fraction}"
+            )
+    tokenizer.save(str(made / "tokenizer"))
+    (made / "rows.json").write_text(json.dumps(rows))
+    try:
+        made.rename(folder)
+    except OSError:  # another process was faster; its result is the same
+        if not folder.exists():
+            raise
+        shutil.rmtree(made)
+
+
+def _write(
+    texts: Iterable[str], tokenizer: Tokenizer, split: Callable[[str], list[str]] | None, folder: Path
+) -> Corpus:
+    """Tokenizes documents, some thousand at a time, into the files of a corpus.
+
+    Undivided documents are wrapped in the tokenizer's BOS and EOS, so that a model learns where text begins and ends;
+    sentences are kept bare, for the task to wrap.
+    """
+    folder.mkdir(parents=True)
+    dtype = np.uint16 if tokenizer.size <= 1 << 16 else np.uint32
+    sentence_sizes, document_sizes, size = [], [], 0
+    before = [] if tokenizer.bos is None else [tokenizer.bos]
+    after = [] if tokenizer.eos in (None, tokenizer.bos) else [tokenizer.eos]
+    with open(folder / "tokens.bin", "wb") as file:
+        for some in _batches(texts, characters=1 << 20):
+            divided = [[text] if split is None else [s for s in split(text) if s.strip()] for text in some]
+            encoded = tokenizer.encode_batch([sentence for document in divided for sentence in document])
+            if split is None:
+                encoded = [before + ids + after for ids in encoded]
+            sentence_sizes += map(len, encoded)
+            document_sizes += [len(document) for document in divided if document]
+            size += sum(len(text.encode()) for text in some)
+            file.write(np.array([i for ids in encoded for i in ids], dtype).tobytes())
+    np.save(folder / "sentences.npy", np.cumsum([0, *sentence_sizes]))
+    np.save(folder / "documents.npy", np.cumsum([0, *document_sizes]))
+    (folder / "facts.json").write_text(json.dumps({"bytes": size, "dtype": np.dtype(dtype).name}))
+    return _open(folder)
+
+
+def _open(folder: Path) -> Corpus:
+    facts = json.loads((folder / "facts.json").read_text())
+    file = folder / "tokens.bin"
+    # An empty file cannot be mapped.
+    tokens = np.memmap(file, facts["dtype"], "r") if file.stat().st_size else np.zeros(0, facts["dtype"])
+    return Corpus(tokens, np.load(folder / "sentences.npy"), np.load(folder / "documents.npy"), facts["bytes"])
+
+
+def _before(texts: Iterable[str], cut: int, divide: bool) -> Iterator[str]:
+    """The documents of the first `cut` bytes.  One that crosses the cut stays whole unless it may be divided."""
+    for text, start, end in _spans(texts):
+        if end <= cut or (start < cut and not divide):
+            yield text
+        elif start < cut:
+            yield _divide(text, cut - start)[0]
+
+
+def _after(texts: Iterable[str], cut: int, divide: bool) -> Iterator[str]:
+    """What `_before` leaves."""
+    for text, start, end in _spans(texts):
+        if start >= cut:
+            yield text
+        elif end > cut and divide:
+            yield _divide(text, cut - start)[1]
+
+
+def _spans(texts: Iterable[str]) -> Iterator[tuple[str, int, int]]:
+    end = 0
+    for text in texts:
+        start, end = end, end + len(text.encode())
+        yield text, start, end
+
+
+def _divide(text: str, cut: int) -> tuple[str, str]:
+    """Two parts of a text, divided at byte `cut` or, inside a character, before that character."""
+    head = text.encode()[:cut].decode(errors="ignore")
+    return head, text[len(head) :]
+
+
+def _limited(texts: Iterable[str], characters: int) -> Iterator[str]:
+    for text in texts:
+        yield text[:characters]
+        characters -= len(text)
+        if characters <= 0:
+            return
+
+
+def _batches(texts: Iterable[str], characters: int) -> Iterator[list[str]]:
+    some, held = [], 0
+    for text in texts:
+        some.append(text)
+        held += len(text)
+        if held >= characters:
+            yield some
+            some, held = [], 0
+    if some:
+        yield some

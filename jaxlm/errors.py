@@ -1,0 +1,34 @@
+"""How a run ends before its end, and the exit code of each way.
+
+Every message names the value, the limit and the remedy, in that order.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave (config, data, folder): found before any compile, exit code 2."""
+
+    exit_code = 2
+
+
+class RunError(RuntimeError):
+    """A fault of the run itself (full disk, non-finite loss, out of memory): exit code 1."""
+
+    exit_code = 1
+
+
+class Stopped(Exception):  # noqa: N818 - not an error: the run was asked to leave, and saved
+    """The run was asked to stop and has saved its state: exit code 143, as after SIGTERM."""
+
+    exit_code = 143
+
+
+def perhaps(name: str, known: Iterable[str]) -> str:
+    """`"; perhaps you meant 'x'"` for the known name nearest to `name`, else the sorted list of known names."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; perhaps you meant {near[0]!r}" if near else f"; known: {', '.join(known)}"

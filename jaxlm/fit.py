@@ -1,0 +1,271 @@
+"""The whole story of a run, read downward."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm import report, sharding
+from jaxlm.checkpoint import Checkpoints
+from jaxlm.config import RunConfig, to_json
+from jaxlm.data.batches import Batch, Batches, prefetch
+from jaxlm.data.corpus import Prepared, prepare
+from jaxlm.errors import RunError, Stopped, UserError
+from jaxlm.evaluate import evaluate
+from jaxlm.folder import RunLog, claim, claim_data, duration
+from jaxlm.generate import generate
+from jaxlm.lm import LM, load, save
+from jaxlm.nn import parameters
+from jaxlm.nn.transformer import Transformer, init
+from jaxlm.optimizer import make_optimizer, make_schedule
+from jaxlm.step import TrainState, make_eval_step, make_train_step
+from jaxlm.tasks import make_task
+
+
+def say(message: str) -> None:
+    """One line for the person who watches the run."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def fit(
+    run: RunConfig,
+    *,
+    model: LM | None = None,
+    data: Prepared | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> LM:
+    """Trains, evaluates, exports and reports `run`, or goes on where its folder says that it was left.
+
+    model: weights to start from, instead of `run.init`.  data: what to read, instead of `run.data`.
+    stop: asked after each step; True saves the state and raises Stopped.
+
+    Returns the model with the best held-out loss.  Raises UserError for a mistake in the config or the data, before
+    anything is compiled, and RunError for a fault of the run: a loss that is not finite, a disk that is full.
+    """
+    begun_at = time.monotonic()
+    run.check()
+    folder = Path(run.workdir or "runs/unnamed")
+    mesh = sharding.make_mesh(run.mesh)
+    micro_rows = run.batch // run.accumulate
+    if micro_rows % sharding.row_ways(mesh):
+        ways = sharding.row_ways(mesh)
+        raise UserError(
+            f"a micro-batch has {micro_rows} rows (batch {run.batch} / accumulate {run.accumulate}), which the mesh "
+            f"{dict(mesh.shape)} does not divide; the nearest batch sizes that it does: "
+            f"{run.batch - run.batch % (ways * run.accumulate)}, "
+            f"{run.batch - run.batch % (ways * run.accumulate) + ways * run.accumulate}"
+        )
+    claim(run, folder)
+
+    # Data: tokenized once, then batch_at(step) is all there is.
+    data = data or prepare(run, say)
+    claim_data(folder, data.fingerprint)
+    task = make_task(run, data.tokenizer)
+    batches = Batches(task.examples(data.train, True), run.batch, run.data.length, task.most, run.seed)
+    held_out = Batches(task.examples(data.held_out, False), micro_rows, run.data.length, task.most, None)
+    put = partial(_put, sharding.batch_sharding(mesh))
+
+    # Model, optimizer, state: shapes first, so that everything is made where it will lie.
+    dtype = jnp.dtype(run.compute_dtype)
+    module = Transformer(run.model, sharding.constrainer(mesh), dtype, run.remat, run.unroll)
+    shapes = jax.eval_shape(partial(init, module), jax.random.key(0))
+    schedule = make_schedule(run.optimizer, run.steps)
+    optimizer = make_optimizer(run.optimizer, run.steps, run.accumulate, shapes)
+
+    def first_state(key: jax.Array) -> TrainState:
+        params = init(module, jax.random.wrap_key_data(key))
+        return TrainState(jnp.int32(0), params, optimizer.init(params), key)
+
+    key = jax.random.key_data(jax.random.key(run.seed))
+    like = _laid_out(jax.eval_shape(first_state, key), mesh)
+    layout = jax.tree.map(lambda leaf: leaf.sharding, like)
+    checkpoints = Checkpoints(folder / "checkpoints", run.keep, say)
+    state = checkpoints.restore(like)
+    if state is None:
+        state = jax.jit(first_state, out_shardings=layout)(key)
+        if model is not None or run.init:
+            state = state._replace(params=_start_from(model or load(run.init), state.params))
+    started = int(state.step)
+    if started == run.steps and (folder / "report.html").exists():
+        say(f"the run in {folder} is finished, at step {started:,}; nothing is left to do")
+        checkpoints.close()
+        return load(folder, compute_dtype=run.compute_dtype)
+    _say_start(run, folder, data, _size(shapes), mesh, started)
+
+    train_step = jax.jit(
+        make_train_step(task, module, optimizer, schedule),
+        donate_argnums=0,
+        in_shardings=(layout, sharding.batch_sharding(mesh)),
+        out_shardings=(layout, sharding.replicated(mesh)),
+    )
+    eval_step = jax.jit(make_eval_step(task, module))
+    score = lambda params: evaluate(task, eval_step, params, held_out, data.held_out, put)
+
+    log = RunLog(folder, started, run.steps)
+    checkpoint_every = run.checkpoint_every or max(1, run.steps // 10)
+    unlogged: list[Any] = []  # metrics of the steps since the last line of the log, still on the device
+    clock, best_scores, scores = time.monotonic(), None, None
+    try:
+        for step, batch in enumerate(prefetch(batches.batch_at, started, run.steps), start=started + 1):
+            state, metrics = train_step(state, put(batch, run.accumulate))
+            unlogged.append(metrics)
+            if mesh.devices.flat[0].platform == "cpu":
+                # Steps that queue up on several CPU devices wait for each other's threads for ever.
+                jax.block_until_ready(metrics)
+            last, stopping = step == run.steps, stop()
+            logging = last or step % run.log_every == 0
+            evaluating = last or bool(run.eval_every and step % run.eval_every == 0)
+            saving = evaluating or stopping or step % checkpoint_every == 0
+
+            # Once in a while the device is waited for, and what it counted is looked at.
+            if logging or saving:
+                unlogged = _finite(jax.device_get(unlogged), step, checkpoints)
+            if logging:
+                values = _averaged(unlogged, time.monotonic() - clock)
+                log.write(step, values)
+                log.progress(step, values)
+                unlogged, clock = [], time.monotonic()
+            # Once in a while: the held-out text, and a checkpoint.
+            if evaluating:
+                begun, scores = time.monotonic(), score(state.params)
+                log.write(step, {f"eval/{name}": value for name, value in scores.items()})
+                clock += time.monotonic() - begun
+            if saving:
+                checkpoints.save(state, scores if evaluating else None)
+            if stopping and not last:
+                break
+        checkpoints.wait()
+
+        # The end, or where the run was asked to stop: the best weights are exported.
+        best = checkpoints.best()
+        if best != int(state.step):
+            state, scores = checkpoints.restore(like, best), None
+        lm = LM(run.model, Transformer(run.model, dtype=dtype), state.params, data.tokenizer)
+        export = _export(lm, folder / "export")
+        if checkpoints.last() != run.steps:
+            raise Stopped(f"stopped at step {step:,} of {run.steps:,} and saved; the same command goes on from here")
+        scores = scores or score(state.params)
+    finally:
+        log.close()
+        checkpoints.close()
+
+    facts = {f"held-out {name.replace('_', ' ')}": f"{value:.4f}" for name, value in scores.items()}
+    facts |= {
+        "of step": f"{int(state.step):,}, the best of the run" if run.eval_every else f"{int(state.step):,}",
+        "parameters": f"{_size(shapes):,}",
+        "time": duration(time.monotonic() - begun_at) + (f" since step {started:,}" if started else ""),
+        "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
+    }
+    sample = _sample(lm, run)
+    page = report.write(folder, to_json(run), facts, sample)
+    for name, value in facts.items():
+        say(f"{name:>24}  {value}")
+    if sample is not None:
+        say(f"\n{'a sample':-^60}\n{sample}\n{'':-^60}")
+    say(f"\nmodel ({export} format)  {folder / 'export'}\nreport  {page}")
+    return lm
+
+
+def _put(layout: jax.sharding.NamedSharding, batch: Batch, k: int) -> Batch:
+    """Lays a batch [B, ...] on the mesh as k micro-batches [k, B / k, ...]."""
+    return {name: jax.device_put(x.reshape(k, -1, *x.shape[1:]), layout) for name, x in batch.items()}
+
+
+def _laid_out(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
+    """Shapes of a state, each with its sharding: that of the parameter that a leaf is, or belongs to."""
+
+    def lay(key_path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        path = parameters.path_of(key_path)
+        row = parameters.find(path)
+        # An optimizer may keep something smaller than the parameter, such as factored moments.
+        whole = row is None or len(row.axes) != len(leaf.shape)
+        layout = sharding.replicated(mesh) if whole else sharding.sharding(mesh, row.axes, leaf.shape, path)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout)
+
+    return jax.tree_util.tree_map_with_path(lay, state)
+
+
+def _start_from(model: LM, fresh: Any) -> Any:
+    """The model's parameters, laid out like the fresh ones; heads that it lacks stay fresh, and are said."""
+    given = {parameters.path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model.params)}
+    wanted = {parameters.path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(fresh)}
+    differ = [f"  - {p} {given[p].shape}" for p in given if p not in wanted and "_head/" not in p]
+    for path, leaf in wanted.items():
+        shape = given[path].shape if path in given else None
+        if shape != leaf.shape and not (shape is None and "_head/" in path):
+            differ += [f"  - {path} {shape}"] * (shape is not None) + [f"  + {path} {leaf.shape}"]
+    if differ:
+        lines = "\n".join(sorted(differ, key=lambda line: line[4:]))
+        raise UserError(
+            f"the weights given by --init (-) do not fit the model of the run (+):\n{lines}\nchange --model"
+        )
+    new = sorted({path.split("/")[0] for path in wanted if path not in given})
+    if new:
+        say(f"made new, since the given weights have none: {', '.join(new)}")
+
+    def chosen(key_path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        return jax.device_put(given.get(parameters.path_of(key_path), leaf), leaf.sharding)
+
+    return jax.tree_util.tree_map_with_path(chosen, fresh)
+
+
+def _finite(metrics: list[dict[str, Any]], step: int, checkpoints: Checkpoints) -> list[dict[str, float]]:
+    """The metrics of the last steps, up to `step`, as numbers.  Raises RunError where a loss is not finite."""
+    for n, values in enumerate(metrics, start=step - len(metrics) + 1):
+        if not (np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])):
+            checkpoints.wait()
+            good = checkpoints.last()
+            raise RunError(
+                f"the loss is {values['loss']:.4g} at step {n:,}, not finite; learning rate "
+                f"{values['learning_rate']:.3g}, gradient norm {values['grad_norm']:.4g}; "
+                + ("no checkpoint was saved yet" if good is None else f"the last good checkpoint is step {good:,}")
+                + "; lower --optimizer.rate, raise --optimizer.warmup or lower --optimizer.clip, in a new --workdir"
+            )
+    return [{name: float(value) for name, value in values.items()} for values in metrics]
+
+
+def _averaged(metrics: list[dict[str, float]], seconds: float) -> dict[str, float]:
+    """A line of the log: the means over its steps, and tokens and examples a second, padding not counted."""
+    means = {name: sum(values[name] for values in metrics) / len(metrics) for name in metrics[0]}
+    speed = {f"{name}_per_second": means.pop(name) * len(metrics) / seconds for name in ("tokens", "examples")}
+    return means | {"learning_rate": metrics[-1]["learning_rate"]} | speed
+
+
+def _export(lm: LM, folder: Path) -> str:
+    shutil.rmtree(folder, ignore_errors=True)
+    return save(lm, folder)
+
+
+def _sample(lm: LM, run: RunConfig) -> str | None:
+    """What a decoder goes on to say after the run's prompt, prompt included."""
+    if run.model.structure != "decoder" or not run.sample_tokens:
+        return None
+    room = run.model.max_length - len(lm.tokenizer.encode(run.sample_prompt)) - 1
+    new = min(run.sample_tokens, room) if run.model.positions == "learned" else run.sample_tokens
+    if new < 1 or (lm.tokenizer.bos is None and not run.sample_prompt):
+        return None
+    choice = {"temperature": 0.7, "top_p": 0.95, "stop_tokens": (), "seed": run.seed}
+    return run.sample_prompt + generate(lm, [run.sample_prompt], max_new_tokens=new, **choice)[0]
+
+
+def _size(shapes: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
+def _say_start(run: RunConfig, folder: Path, data: Prepared, size: int, mesh: Any, started: int) -> None:
+    rows = ", ".join(f"{count:,} {name}" for name, count in data.rows.items())
+    say(f"data      {rows}; {len(data.train.tokens):,} tokens to train on, {len(data.held_out.tokens):,} held out")
+    say(f"model     {size:,} parameters on {mesh.size} {mesh.devices.flat[0].platform} device(s) {dict(mesh.shape)}")
+    say(f"run       {run.steps:,} steps of {run.batch} x {run.data.length} tokens, in {folder}")
+    if started:
+        say(f"resuming  at step {started:,}")

@@ -1,0 +1,106 @@
+"""Projections, norms, the MLP, dropout: what blocks are made of.
+
+Parameters are float32; products run in the compute dtype `dtype`; norms run in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxlm.config import ModelConfig
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+
+
+class Linear(nn.Module):
+    """`x[..., I...] @ kernel[I..., O...] + bias[O...]`, where I are the last `contract` axes of x and O is `features`."""
+
+    features: tuple[int, ...]
+    std: float
+    bias: bool = True
+    contract: int = 1
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (*x.shape[x.ndim - self.contract :], *self.features)
+        kernel = self.param("kernel", nn.initializers.normal(self.std), shape, jnp.float32)
+        x = jnp.tensordot(x.astype(self.dtype), kernel.astype(self.dtype), axes=self.contract)
+        if self.bias:
+            x += self.param("bias", nn.initializers.zeros, self.features, jnp.float32).astype(self.dtype)
+        return x
+
+
+class Norm(nn.Module):
+    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019) over the last axis, in float32."""
+
+    config: ModelConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        D, centred = x_BTD.shape[-1], self.config.norm == "layernorm"
+        x = x_BTD.astype(jnp.float32)
+        if centred:
+            x -= x.mean(-1, keepdims=True)
+        x *= jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.config.norm_epsilon)
+        x *= self.param("scale", nn.initializers.ones, (D,), jnp.float32)
+        if centred:
+            x += self.param("bias", nn.initializers.zeros, (D,), jnp.float32)
+        return x.astype(self.dtype)
+
+
+class Dropout(nn.Module):
+    """Zeroes a share `rate` of the entries, where the caller gives a `dropout` key; scales up the others.
+
+    One random byte decides an entry, a quarter of the random bits that `jax.random.bernoulli` draws: on CPU and TPU
+    these are a visible part of a small model's step.  The rate is thereby rounded to 1/256, the scale follows it.
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dropped = round(self.rate * 256)
+        if not dropped or not self.has_rng("dropout"):
+            return x
+        words = jax.random.bits(self.make_rng("dropout"), (*x.shape[:-1], -(-x.shape[-1] // 4)), jnp.uint32)
+        bytes_ = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
+        return jnp.where(bytes_ >= dropped, x * (256 / (256 - dropped)), 0).astype(x.dtype)
+
+
+class MLP(nn.Module):
+    """Position-wise feed-forward layer, with a gate where the model has one (Shazeer 2020)."""
+
+    config: ModelConfig
+    constrain: Callable
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        config = self.config
+        activation = ACTIVATIONS[config.activation]
+        linear = lambda name, features, std: Linear((features,), std, config.biases, dtype=self.dtype, name=name)
+        x_BTF = linear("up", config.F, config.initial_std)(x_BTD)
+        if config.gated:
+            x_BTF *= activation(linear("gate", config.F, config.initial_std)(x_BTD))
+        else:
+            x_BTF = activation(x_BTF)
+        x_BTF = self.constrain(x_BTF, ("batch", "length", "mlp"))
+        return linear("down", config.width, residual_std(config))(x_BTF)
+
+
+def residual_std(config: ModelConfig) -> float:
+    """Initial deviation of projections that write to the residual stream (Radford et al. 2019, section 2.3)."""
+    return config.initial_std / math.sqrt(2 * config.layers) if config.scale_residual_init else config.initial_std

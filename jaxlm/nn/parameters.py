@@ -1,0 +1,87 @@
+"""The one table that knows the parameters: logical axes, whether weight decay applies, and depth.
+
+Sharding, weight decay, layer-wise rates, freezing and Muon's matrices read this table.  Every leaf of a parameter tree
+matches exactly one row; a leaf without a row is an error that names it.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
+
+import jax
+
+
+class Parameter(NamedTuple):
+    """One row: which leaves, and what is known of them.
+
+    axes: the logical axis of each dimension; None is never split.
+    decays: whether weight decay applies (biases and norms: no).
+    depth: "embeddings" lie below the first layer, "layers" are stacked along the first axis, "head" lies above.
+    inputs: how many of the axes after "layers" a projection contracts; 0 for what is not a projection.
+    """
+
+    path: str
+    axes: tuple[str | None, ...]
+    decays: bool
+    depth: Literal["embeddings", "layers", "head"]
+    inputs: int = 0
+
+
+_LAYER = r"(encoder|decoder)/layers"
+_ATTENTION = _LAYER + r"/(cross_)?attention"
+TABLE = (
+    Parameter(r"embeddings/tokens", ("vocabulary", "width"), True, "embeddings"),
+    Parameter(r"embeddings/(positions|types)", (None, "width"), True, "embeddings"),
+    Parameter(r"embeddings/norm/(scale|bias)", (None,), False, "embeddings"),
+    Parameter(_ATTENTION + r"/query/kernel", ("layers", "width", "heads", "head_width"), True, "layers", 1),
+    Parameter(_ATTENTION + r"/query/bias", ("layers", "heads", "head_width"), False, "layers"),
+    Parameter(_ATTENTION + r"/(key|value)/kernel", ("layers", "width", "kv_heads", "head_width"), True, "layers", 1),
+    Parameter(_ATTENTION + r"/(key|value)/bias", ("layers", "kv_heads", "head_width"), False, "layers"),
+    Parameter(_ATTENTION + r"/out/kernel", ("layers", "heads", "head_width", "width"), True, "layers", 2),
+    Parameter(_ATTENTION + r"/out/bias", ("layers", None), False, "layers"),
+    Parameter(_LAYER + r"/mlp/(up|gate)/kernel", ("layers", "width", "mlp"), True, "layers", 1),
+    Parameter(_LAYER + r"/mlp/(up|gate)/bias", ("layers", "mlp"), False, "layers"),
+    Parameter(_LAYER + r"/mlp/down/kernel", ("layers", "mlp", "width"), True, "layers", 1),
+    Parameter(_LAYER + r"/mlp/down/bias", ("layers", None), False, "layers"),
+    Parameter(_LAYER + r"/\w+_norm/(scale|bias)", ("layers", None), False, "layers"),
+    Parameter(r"(encoder|decoder)/norm/(scale|bias)", (None,), False, "head"),
+    Parameter(r"lm_head/kernel", ("vocabulary", "width"), True, "head"),
+    Parameter(r"masked_lm_head/transform/kernel", ("width", None), True, "head"),
+    Parameter(r"masked_lm_head/(transform|norm)/(bias|scale)", (None,), False, "head"),
+    Parameter(r"masked_lm_head/vocabulary/kernel", ("vocabulary", "width"), True, "head"),
+    Parameter(r"masked_lm_head/vocabulary/bias", ("vocabulary",), False, "head"),
+    Parameter(r"pooled_head/dense/kernel", ("width", None), True, "head"),
+    Parameter(r"next_sentence_head/kernel", ("width", None), True, "head"),
+    Parameter(r"(pooled_head/dense|next_sentence_head)/bias", (None,), False, "head"),
+)
+
+
+@lru_cache(maxsize=None)
+def find(path: str) -> Parameter | None:
+    """The row of a path such as `decoder/layers/mlp/up/kernel`, or None."""
+    rows = [row for row in TABLE if re.fullmatch(row.path, path)]
+    if len(rows) > 1:
+        raise ValueError(f"{path} matches {len(rows)} rows of the parameter table: {[row.path for row in rows]}")
+    return rows[0] if rows else None
+
+
+def path_of(key_path: tuple[Any, ...]) -> str:
+    """`a/b/c` from the dictionary keys of a JAX key path, other keys left out (optimizer states wrap parameters)."""
+    return "/".join(key.key for key in key_path if isinstance(key, jax.tree_util.DictKey))
+
+
+def rows(params: Any) -> Any:
+    """The tree of rows of a parameter tree.  Raises ValueError for a leaf that no row, or more than one, describes."""
+
+    def row(key_path: tuple[Any, ...], leaf: Any) -> Parameter:
+        found = find(path_of(key_path))
+        if found is None or len(found.axes) != leaf.ndim:
+            raise ValueError(
+                f"parameter {path_of(key_path)} {leaf.shape} has no row in jaxlm.nn.parameters.TABLE; "
+                f"add one that says its axes, decay and depth"
+            )
+        return found
+
+    return jax.tree_util.tree_map_with_path(row, params)

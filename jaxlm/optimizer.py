@@ -1,0 +1,145 @@
+"""The optax chain of a run: clip, precondition, decay, layer-wise rates, schedule, accumulation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from jaxlm.config import OptimizerConfig
+from jaxlm.nn import parameters
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Learning rate as a function of the step: linear warm-up, then what `config.schedule` says, to `config.final`."""
+    warmup = round(config.warmup * steps) if config.warmup < 1 else round(config.warmup)
+    rest, last = max(1, steps - warmup), config.rate * config.final
+    decay = max(1, round(config.decay_share * steps))
+    after = {
+        "constant": lambda: optax.constant_schedule(config.rate),
+        "linear": lambda: optax.linear_schedule(config.rate, last, rest),
+        "cosine": lambda: optax.cosine_decay_schedule(config.rate, rest, config.final),
+        # Vaswani et al. 2017, section 5.3, scaled so that its peak is the rate.
+        "inverse_sqrt": lambda: lambda step: config.rate * (max(1, warmup) / (step + max(1, warmup))) ** 0.5,
+        "warmup_stable_decay": lambda: optax.join_schedules(
+            [optax.constant_schedule(config.rate), optax.linear_schedule(config.rate, last, decay)],
+            [max(0, rest - decay)],
+        ),
+    }[config.schedule]()
+    # The first step already moves: warm-up rises from rate / (warmup + 1), not from 0.
+    rise = optax.linear_schedule(config.rate / (warmup + 1), config.rate, warmup)
+    return optax.join_schedules([rise, after], [warmup]) if warmup else after
+
+
+def rates(config: OptimizerConfig, params: Any) -> Any:
+    """For each leaf the factor of its learning rate: a float, or one for each layer of a stacked leaf [L, 1, ...].
+
+    With layer decay d and L layers the head has 1, layer l of 1..L has d^(L + 1 - l), the embeddings d^(L + 1).
+    What is frozen has 0.
+    """
+
+    def rate(row: parameters.Parameter, leaf: Any) -> np.ndarray:
+        if row.depth == "head":
+            return np.ones((), np.float32)
+        frozen_below = config.freeze == "all_but_heads"
+        if row.depth == "embeddings":
+            frozen = frozen_below or config.freeze == "embeddings" or config.freeze_layers > 0
+            return np.float32(0 if frozen else config.layer_decay ** (layers + 1))
+        L = leaf.shape[0]
+        factor_L = config.layer_decay ** np.arange(L, 0, -1, dtype=np.float32)
+        factor_L[: L if frozen_below else config.freeze_layers] = 0
+        return factor_L.reshape(L, *[1] * (leaf.ndim - 1))
+
+    rows = parameters.rows(params)
+    layers = max(
+        (leaf.shape[0] for row, leaf in zip(_leaves(rows), jax.tree.leaves(params)) if row.depth == "layers"),
+        default=0,
+    )
+    return jax.tree.map(rate, rows, params, is_leaf=_is_row)
+
+
+def make_optimizer(config: OptimizerConfig, steps: int, accumulate: int, params: Any) -> optax.GradientTransformation:
+    """The chain for a parameter tree (arrays or shapes).
+
+    Wholly frozen leaves take no part: they keep no state and do not count in the gradient's norm.  That norm, before
+    clipping, is found in the state under `grad_norm`.  With `accumulate` > 1 every accumulate-th update is the real
+    one (`optax.MultiSteps`), made of the mean of the gradients given.
+    """
+    factor = rates(config, params)
+    frozen = jax.tree.map(lambda f: not np.any(f), factor)
+    decays = jax.tree.map(lambda row: row.decays, parameters.rows(params), is_leaf=_is_row)
+    partly_frozen = any(np.any(f == 0) and np.any(f) for f in jax.tree.leaves(factor))
+    parts = [
+        # Rows of a stacked leaf that are frozen neither move nor count in the norm.
+        _scale(jax.tree.map(np.sign, factor)) if partly_frozen else optax.identity(),
+        optax.snapshot("grad_norm", optax.tree.norm),
+        optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
+        _direction(config, params),
+        optax.add_decayed_weights(config.weight_decay, decays) if config.weight_decay else optax.identity(),
+        _scale(factor) if any(np.any(f != 1) for f in jax.tree.leaves(factor)) else optax.identity(),
+        optax.scale_by_learning_rate(make_schedule(config, steps)),
+    ]
+    optimizer = optax.chain(*parts)
+    if any(jax.tree.leaves(frozen)):
+        labels = jax.tree.map(lambda f: "frozen" if f else "trained", frozen)
+        optimizer = optax.partition({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)
+    if accumulate > 1:
+        optimizer = optax.MultiSteps(optimizer, accumulate).gradient_transformation()
+    return optimizer
+
+
+def _direction(config: OptimizerConfig, params: Any) -> optax.GradientTransformation:
+    """How a gradient becomes a direction of about unit size in each entry."""
+    adam = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
+    if config.name == "adamw":
+        return adam
+    if config.name == "lion":
+        return optax.scale_by_lion(config.beta1, config.beta2)
+    if config.name == "adafactor":
+        return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+
+    # Muon orthogonalises the matrices of the layers, each layer on its own; Adam has the rest (Jordan et al. 2024).
+    # Scaled by 0.2 sqrt(max(inputs, outputs)), so that its updates are as large as Adam's (Liu et al. 2025).
+    def dimensions(row: parameters.Parameter) -> optax.contrib.MuonDimensionNumbers | None:
+        if not row.inputs:
+            return None
+        axes = range(1, len(row.axes))
+        return optax.contrib.MuonDimensionNumbers(tuple(axes[: row.inputs]), tuple(axes[row.inputs :]))
+
+    rows = parameters.rows(params)
+    muon = optax.chain(
+        optax.contrib.scale_by_muon(
+            beta=config.beta1,
+            weight_dimension_numbers=lambda tree: jax.tree.map(dimensions, parameters.rows(tree), is_leaf=_is_row),
+        ),
+        _scale(jax.tree.map(lambda row, leaf: 0.2 * max(_matrix(row, leaf)) ** 0.5, rows, params, is_leaf=_is_row)),
+    )
+    labels = jax.tree.map(lambda row: "muon" if row.inputs else "adam", rows, is_leaf=_is_row)
+    return optax.partition({"muon": muon, "adam": adam}, labels)
+
+
+def _matrix(row: parameters.Parameter, leaf: Any) -> tuple[int, int]:
+    """Numbers of inputs and outputs of a layer's projection."""
+    shape = leaf.shape[1:]
+    return int(np.prod(shape[: row.inputs])), int(np.prod(shape[row.inputs :]))
+
+
+def _scale(factors: Any) -> optax.GradientTransformation:
+    """Multiplies each leaf by its factor, which broadcasts; leaves that a partition masks stay masked."""
+
+    def update(updates: Any, params: Any) -> Any:
+        del params
+        masked = lambda leaf: isinstance(leaf, optax.MaskedNode)
+        return jax.tree.map(lambda u, f: u if masked(u) else u * f, updates, factors, is_leaf=masked)
+
+    return optax.stateless(update)
+
+
+def _is_row(value: Any) -> bool:
+    return isinstance(value, parameters.Parameter)
+
+
+def _leaves(rows: Any) -> list[parameters.Parameter]:
+    return jax.tree.leaves(rows, is_leaf=_is_row)

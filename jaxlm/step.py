@@ -1,0 +1,83 @@
+"""One update: a pure function (TrainState, Batch) -> (TrainState, metrics)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxlm.data.batches import Batch
+from jaxlm.losses import Sum
+from jaxlm.nn.transformer import Transformer
+from jaxlm.tasks import Task
+
+Metrics = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """All that changes from step to step; arrays only."""
+
+    step: jax.Array  # int32, updates made
+    params: Any
+    opt_state: Any
+    key: jax.Array  # uint32 [2], of dropout; never advanced: step n uses fold_in(key, n)
+
+
+def make_train_step(
+    task: Task, module: Transformer, optimizer: optax.GradientTransformation, schedule: optax.Schedule
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The update of `optimizer` by a batch whose fields are [k, B / k, ...]: k micro-batches, as it was made for.
+
+    What is minimised is, for each loss, its sum over all k micro-batches divided by its weight in all of them, so that
+    k micro-batches give the update of one batch k times as large, however ragged the padding.
+    """
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        k = batch["tokens_BT"].shape[0]
+        totals = task.weights(batch)
+        step_key = jax.random.fold_in(state.key, state.step)
+
+        def objective(params: Any, micro: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, Sum]]:
+            losses = task.losses(module, params, micro, key)
+            return sum(losses[name][0] / jnp.maximum(total, 1) for name, total in totals.items()), losses
+
+        def micro_step(carry: tuple[Any, Any], inputs: tuple[Batch, jax.Array]) -> tuple[tuple[Any, Any], Any]:
+            params, opt_state = carry
+            micro, i = inputs
+            gradient = jax.value_and_grad(objective, has_aux=True)
+            (loss, losses), grads = gradient(params, micro, jax.random.fold_in(step_key, i))
+            # MultiSteps takes the mean of the k gradients; each is a share of one sum, so it is given k times.
+            grads = jax.tree.map(lambda g: g * k, grads) if k > 1 else grads
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            return (optax.apply_updates(params, updates), opt_state), (loss, losses)
+
+        carry = (state.params, state.opt_state)
+        if k == 1:
+            carry, sums = micro_step(carry, (jax.tree.map(lambda x: x[0], batch), jnp.int32(0)))
+        else:
+            carry, sums = jax.lax.scan(micro_step, carry, (batch, jnp.arange(k)))
+            sums = jax.tree.map(lambda x: x.sum(0), sums)
+        loss, losses = sums
+        metrics = {
+            "loss": loss,
+            **({name: s / jnp.maximum(w, 1) for name, (s, w) in losses.items()} if len(losses) > 1 else {}),
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "grad_norm": optax.tree.get(carry[1], "grad_norm"),
+            "tokens": (batch["segments_BT"] > 0).sum(),
+            "examples": batch["segments_BT"].max(-1).sum(),
+        }
+        return TrainState(state.step + 1, *carry, state.key), metrics
+
+    return train_step
+
+
+def make_eval_step(task: Task, module: Transformer) -> Callable[[Any, Batch], dict[str, Sum]]:
+    """Sums and weights of a batch [1, B, ...], to be added over batches."""
+
+    def eval_step(params: Any, batch: Batch) -> dict[str, Sum]:
+        return task.losses(module, params, jax.tree.map(lambda x: x[0], batch), None)
+
+    return eval_step

@@ -1,0 +1,269 @@
+"""Pre-training: causal language modelling, masked language modelling, next-sentence prediction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm import config
+from jaxlm.data.batches import Batch, Epoch, Features
+from jaxlm.data.corpus import Corpus
+from jaxlm.data.corrupt import mask_tokens, words
+from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.errors import UserError
+from jaxlm.losses import Sum, accuracy, cross_entropy
+from jaxlm.nn.transformer import Transformer
+
+TRAINING, EVALUATION = 0, 1  # first word of the seeds below, so that no evaluation repeats a training draw
+
+
+def hidden(module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
+    """Hidden states [B, T, D] of a packed batch; `key` is for dropout."""
+    return module.apply(
+        {"params": params},
+        batch["tokens_BT"],
+        batch["segments_BT"],
+        batch["positions_BT"],
+        batch.get("types_BT"),
+        rngs=None if key is None else {"dropout": key},
+    )
+
+
+class CausalLMTask:
+    """Each token is predicted from those before it."""
+
+    def __init__(self, task: config.CausalLM, length: int, seed: int, tokenizer: Tokenizer):
+        self.task, self.length, self.seed = task, length, seed
+        self.most = 2 if task.stream else max(2, length // 8)
+
+    def examples(self, corpus: Corpus, training: bool) -> CausalExamples:
+        return CausalExamples(self, corpus, training)
+
+    def weights(self, batch: Batch) -> dict[str, jax.Array]:
+        return {"loss": batch["weights_BT"].sum()}
+
+    def losses(self, module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> dict[str, Sum]:
+        x_BTD = hidden(module, params, batch, key)
+        logits_BTV = module.apply({"params": params}, x_BTD, method="lm")
+        labels = batch["labels_BT"], batch["weights_BT"]
+        if key is not None:
+            return {"loss": cross_entropy(logits_BTV, *labels, self.task.label_smoothing)}
+        return {"loss": cross_entropy(logits_BTV, *labels), "accuracy": accuracy(logits_BTV, *labels)}
+
+    def score(self, means: Mapping[str, float], totals: Mapping[str, float], corpus: Corpus) -> dict[str, float]:
+        return {
+            "loss": means["loss"],
+            "perplexity": math.exp(min(means["loss"], 700)),
+            # Every byte of the text is covered by exactly one token, so this compares across tokenizers.
+            "bits_per_byte": totals["loss"] / math.log(2) / corpus.bytes,
+            "accuracy": means["accuracy"],
+        }
+
+
+class CausalExamples:
+    """Spans of text, and for each position the token that comes next.
+
+    A text of n tokens has n - 1 predictions.  In a stream all documents are one text.  Training cuts each text into
+    spans of the row length, from a place that differs in each epoch.  Evaluation moves windows of the row length by
+    `stride` and counts in each the predictions that no window before it had.
+    """
+
+    fields = {"labels_BT": np.int32, "weights_BT": np.float32}
+
+    def __init__(self, task: CausalLMTask, corpus: Corpus, training: bool):
+        self.task, self.corpus, self.training = task, corpus, training
+        self.texts = np.array([0, len(corpus.tokens)]) if task.task.stream else corpus.bounds
+
+    def epoch(self, n: int | None) -> Epoch:
+        T = self.task.length
+        stride = T if self.training else self.task.task.stride or T
+        offset = 0
+        if self.training and self.task.task.stream:
+            offset = int(np.random.default_rng((self.task.seed, TRAINING, n or 0)).integers(T))
+        spans = [_spans(a, b - 1, T, stride, offset) for a, b in zip(self.texts, self.texts[1:]) if b - a > 1]
+        starts, counted, ends = np.concatenate(spans or [np.zeros((0, 3), np.int64)]).T
+        return Epoch(ends - starts, partial(self._features, starts, counted, ends))
+
+    def _features(self, starts: np.ndarray, counted: np.ndarray, ends: np.ndarray, i: int) -> Features:
+        tokens = self.corpus.tokens[starts[i] : ends[i] + 1].astype(np.int32)
+        weights = np.arange(starts[i], ends[i]) >= counted[i]
+        return {"tokens_BT": tokens[:-1], "labels_BT": tokens[1:], "weights_BT": weights.astype(np.float32)}
+
+
+def _spans(start: int, end: int, length: int, stride: int, offset: int) -> np.ndarray:
+    """Windows over the predictions [start, end), as rows (start, first one counted, end) [n, 3].
+
+    >>> _spans(0, 7, length=4, stride=2, offset=0).tolist()
+    [[0, 0, 4], [2, 4, 6], [3, 6, 7]]
+    """
+    first = min(start + (offset or length), end)
+    ends = np.concatenate([[first], np.minimum(np.arange(first + stride, end + stride, stride), end)])
+    counted = np.concatenate([[start], ends[:-1]])
+    # A window is as long as the row allows, but in training, where stride is the length, has nothing counted before.
+    starts = counted if stride == length else np.maximum(start, ends - length)
+    return np.stack([starts, counted, ends], 1)
+
+
+class MaskedLMTask:
+    """Masked tokens are predicted from all others; with `next_sentence`, also whether two texts belong together."""
+
+    def __init__(self, task: config.MaskedLM, length: int, seed: int, tokenizer: Tokenizer):
+        missing = [name for name in ("cls", "sep", "mask") if getattr(tokenizer, name) is None]
+        if missing:
+            raise UserError(
+                f"the tokenizer has no {', '.join(missing)} token, which masked language modelling needs; "
+                f"train one with --tokenizer.train wordpiece or load a BERT vocabulary"
+            )
+        self.task, self.length, self.seed, self.tokenizer = task, length, seed, tokenizer
+        self.most = max(4, length // 16)
+        # A bound on the predictions in a row: each example has its share rounded, or at least one.
+        self.predictions = min(length, math.ceil(task.mask_rate * length) + self.most)
+
+    def examples(self, corpus: Corpus, training: bool) -> MaskedExamples:
+        return MaskedExamples(self, corpus, training)
+
+    def weights(self, batch: Batch) -> dict[str, jax.Array]:
+        totals = {"masked_lm_loss": batch["weights_BT"].sum()}
+        return totals | ({"next_sentence_loss": batch["weights_BE"].sum()} if self.task.next_sentence else {})
+
+    def losses(self, module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> dict[str, Sum]:
+        x_BTD = hidden(module, params, batch, key)
+        # Only the masked positions, a sixth of all, go through the vocabulary.
+        chosen_BP = jnp.argsort(batch["weights_BT"] == 0, axis=1, stable=True)[:, : self.predictions]
+        take = lambda field_BT: jnp.take_along_axis(field_BT, chosen_BP, axis=1)
+        x_BPD = jnp.take_along_axis(x_BTD, chosen_BP[..., None], axis=1)
+        logits_BPV = module.apply({"params": params}, x_BPD, method="masked_lm")
+        labels = take(batch["labels_BT"]), take(batch["weights_BT"])
+        smoothing = self.task.label_smoothing if key is not None else 0.0
+        found = {
+            "masked_lm_loss": cross_entropy(logits_BPV, *labels, smoothing),
+            "masked_lm_accuracy": accuracy(logits_BPV, *labels),
+        }
+        if self.task.next_sentence:
+            x_BED = jnp.take_along_axis(x_BTD, batch["starts_BE"][..., None], axis=1)
+            logits_BE2 = module.apply({"params": params}, x_BED, method="next_sentence")
+            labels = batch["labels_BE"], batch["weights_BE"]
+            found["next_sentence_loss"] = cross_entropy(logits_BE2, *labels)
+            found["next_sentence_accuracy"] = accuracy(logits_BE2, *labels)
+        return found
+
+    def score(self, means: Mapping[str, float], totals: Mapping[str, float], corpus: Corpus) -> dict[str, float]:
+        return {
+            "loss": means["masked_lm_loss"] + means.get("next_sentence_loss", 0.0),
+            "perplexity": math.exp(min(means["masked_lm_loss"], 700)),
+            "accuracy": means["masked_lm_accuracy"],
+            **means,
+        }
+
+
+class MaskedExamples:
+    """`[CLS] a [SEP]`, or pairs `[CLS] a [SEP] b [SEP]`, masked anew in each epoch."""
+
+    def __init__(self, task: MaskedLMTask, corpus: Corpus, training: bool):
+        self.task, self.corpus, self.training = task, corpus, training
+        self.fields = {"labels_BT": np.int32, "weights_BT": np.float32, "types_BT": np.int32}
+        if task.task.next_sentence:
+            self.fields["labels_BE"] = np.int32
+
+    def epoch(self, n: int | None) -> Epoch:
+        seed = (self.task.seed, TRAINING, n) if self.training else (self.task.seed, EVALUATION)
+        if self.task.task.next_sentence:
+            random = np.random.default_rng(seed)
+            spans = _pairs(self.corpus, self.task.length - 3, self.task.task.short_rate, random)
+            lengths = spans[:, 1] - spans[:, 0] + spans[:, 3] - spans[:, 2] + 3
+        else:
+            texts = zip(self.corpus.bounds, self.corpus.bounds[1:])
+            pieces = [_pieces(a, b, self.task.length - 2) for a, b in texts if b > a]
+            spans = np.concatenate(pieces or [np.zeros((0, 2), np.int64)])
+            lengths = spans[:, 1] - spans[:, 0] + 2
+        return Epoch(lengths, partial(self._features, seed, spans))
+
+    def _features(self, seed: tuple[int, ...], spans: np.ndarray, i: int) -> Features:
+        tokenizer, corpus = self.task.tokenizer, self.corpus.tokens
+        a = corpus[spans[i, 0] : spans[i, 1]].astype(np.int32)
+        tokens = np.concatenate([[tokenizer.cls], a, [tokenizer.sep]])
+        types = np.zeros(len(tokens), np.int32)
+        features: Features = {}
+        if self.task.task.next_sentence:
+            b = corpus[spans[i, 2] : spans[i, 3]].astype(np.int32)
+            tokens = np.concatenate([tokens, b, [tokenizer.sep]])
+            types = np.repeat([0, 1], [len(a) + 2, len(b) + 1]).astype(np.int32)
+            features["labels_BE"] = spans[i, 4]
+        choosable = np.ones(len(tokens), bool)
+        choosable[[0, len(a) + 1, -1]] = False
+        continues = tokenizer.continues[tokens] if self.task.task.whole_words else np.zeros(len(tokens), bool)
+        corrupted, predicted = mask_tokens(
+            tokens,
+            words(continues, choosable),
+            np.random.default_rng((*seed, i)),
+            rate=self.task.task.mask_rate,
+            mask=tokenizer.mask,
+            vocabulary=tokenizer.size,
+        )
+        return features | {
+            "tokens_BT": corrupted,
+            "types_BT": types,
+            "labels_BT": tokens,
+            "weights_BT": predicted.astype(np.float32),
+        }
+
+
+def _pieces(start: int, end: int, length: int) -> np.ndarray:
+    """[start, end) in pieces of at most `length` [n, 2]."""
+    starts = np.arange(start, end, length)
+    return np.stack([starts, np.minimum(starts + length, end)], 1)
+
+
+def _pairs(corpus: Corpus, length: int, short_rate: float, random: np.random.Generator) -> np.ndarray:
+    """Pairs of texts for next-sentence prediction, as token spans (a start, a end, b start, b end, label) [n, 5].
+
+    As BERT's own data were made: sentences of a document are gathered up to a target length and divided at random;
+    half of the time (label 1) the second part is replaced by sentences of another document, and those that it would
+    have had are used for the next pair.  Together a pair has at most `length` tokens.
+    """
+    bounds, documents = corpus.sentences.tolist(), corpus.documents.tolist()
+    count = len(documents) - 1
+    pairs: list[tuple[int, int, int, int, int]] = []
+    for d in range(count):
+        s, last = documents[d], documents[d + 1]
+        while s < last:
+            target = length if random.random() >= short_rate else int(random.integers(2, length + 1))
+            end = s + 1
+            while end < last and bounds[end] - bounds[s] < target:
+                end += 1
+            if end == last and end - s == 1 and (s > documents[d] or count == 1):
+                break  # a single sentence is left, and it was already the end of a pair's text
+            divide = s + 1 if end - s == 1 else s + int(random.integers(1, end - s))
+            a = [bounds[s], bounds[divide]]
+            other = count > 1 and (end - s == 1 or random.random() < 0.5)
+            if other:
+                e = int(random.integers(count - 1))
+                e += e >= d
+                t = int(random.integers(documents[e], documents[e + 1]))
+                stop = t + 1
+                while stop < documents[e + 1] and bounds[stop] - bounds[t] < target - (a[1] - a[0]):
+                    stop += 1
+                b, s = [bounds[t], bounds[stop]], divide
+            else:
+                b, s = [bounds[divide], bounds[end]], end
+            _trim(a, b, length, random)
+            if a[1] > a[0] and b[1] > b[0]:
+                pairs.append((*a, *b, int(other)))
+    return np.array(pairs, np.int64).reshape(-1, 5)
+
+
+def _trim(a: list[int], b: list[int], length: int, random: np.random.Generator) -> None:
+    """Shortens the longer of two spans, at either end, until both together have at most `length` tokens."""
+    while (excess := a[1] - a[0] + b[1] - b[0] - length) > 0:
+        longer, shorter = (a, b) if a[1] - a[0] > b[1] - b[0] else (b, a)
+        # Cut to the other's length first, then one token of each in turn: as cutting one by one, in fewer rounds.
+        cut = max(1, min(excess, (longer[1] - longer[0]) - (shorter[1] - shorter[0])))
+        front = int(random.binomial(cut, 0.5))
+        longer[0] += front
+        longer[1] -= cut - front

@@ -1,0 +1,407 @@
+"""Families: published sizes, exact round trips through their file formats, and what is refused, with what words."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jaxlm.config import ModelConfig
+from jaxlm.errors import UserError
+from jaxlm.families import FAMILIES, OWN, PRESETS, load, save
+from jaxlm.hub import convert, safetensors
+from jaxlm.nn import transformer
+
+PUBLISHED = {
+    ("gpt2", ("lm",)): 124_439_808,
+    ("gpt2-medium", ("lm",)): 354_823_168,
+    ("gpt2-large", ("lm",)): 774_030_080,
+    ("gpt2-xl", ("lm",)): 1_557_611_200,
+    ("bert-base", ("pooled",)): 109_482_240,
+    ("bert-large", ("pooled",)): 335_141_888,
+}
+ROUNDED = {"gpt3-175b": (175e9, 0.01), "transformer-base": (65e6, 0.04), "transformer-big": (213e6, 0.04)}
+
+ODD = {"vocabulary": 17, "max_length": 9, "width": 12, "layers": 2, "heads": 3}
+SHAPES = {
+    "odd": ODD,
+    "one layer": ODD | {"layers": 1, "heads": 1},
+    "eleven layers": ODD | {"layers": 11, "width": 6},  # layer 10 sorts before layer 2
+    "wide": ODD | {"mlp_width": 7, "activation": "relu"},
+    "untied": ODD | {"tied_embeddings": False},
+}
+MEMBERS = [
+    pytest.param(name, heads, shape, id=f"{name}-{'+'.join(heads) or 'body'}-{label.replace(' ', '_')}")
+    for name, family in FAMILIES.items()
+    for heads in family.heads
+    for label, shape in SHAPES.items()
+]
+
+
+def member(name: str, heads: tuple, shape: dict) -> ModelConfig:
+    """A small model of the family, from its first preset."""
+    return dataclasses.replace(next(iter(FAMILIES[name].presets.values())), heads_on_top=heads, **shape)
+
+
+def random_params(config: ModelConfig, dtype: type = np.float32) -> dict:
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: transformer.init(transformer.Transformer(config), jax.random.key(0)))
+    return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(dtype), shapes)
+
+
+def same_tree(a: dict, b: dict) -> bool:
+    equal = jax.tree.map(lambda x, y: x.dtype == y.dtype and np.array_equal(x, y), a, b)
+    return all(jax.tree.leaves(equal))
+
+
+def file_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def edit(folder: Path, change) -> None:
+    """Rewrites the tensors of a folder after `change(tensors)`."""
+    tensors = {name: np.asarray(tensor) for name, tensor in safetensors.read(folder).items()}
+    change(tensors)
+    safetensors.write(tensors, folder / safetensors.WEIGHTS)
+
+
+@pytest.fixture
+def gpt2_folder(tmp_path: Path) -> Path:
+    config = member("gpt2", ("lm",), ODD)
+    assert save(config, random_params(config), tmp_path) == "gpt2"
+    return tmp_path
+
+
+@pytest.fixture
+def bert_folder(tmp_path: Path) -> Path:
+    config = member("bert", ("masked_lm", "next_sentence"), ODD)
+    assert save(config, random_params(config), tmp_path) == "bert"
+    return tmp_path
+
+
+@pytest.mark.parametrize(("name", "heads"), PUBLISHED)
+def test_published_parameter_counts(name, heads):
+    config = dataclasses.replace(PRESETS[name], heads_on_top=heads)
+    assert transformer.count_parameters(config) == PUBLISHED[name, heads]
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_rounded_parameter_counts(name):
+    count, tolerance = ROUNDED[name]
+    assert transformer.count_parameters(PRESETS[name]) == pytest.approx(count, rel=tolerance)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_sound(name):
+    PRESETS[name].check()
+
+
+@pytest.mark.parametrize(("name", "heads", "shape"), MEMBERS)
+def test_round_trip_is_exact(tmp_path, name, heads, shape):
+    """Ours -> file -> ours gives every parameter, file -> ours -> file every byte."""
+    config = member(name, heads, shape)
+    params = random_params(config)
+    extra = {"pad_token_id": 3}
+    assert save(config, params, tmp_path / "first", extra=extra) == name
+    loaded, leaves = load(tmp_path / "first")
+    assert convert.resolved(loaded) == convert.resolved(config)
+    assert same_tree(leaves, params)
+    save(loaded, leaves, tmp_path / "second", extra=extra)
+    assert file_bytes(tmp_path / "second") == file_bytes(tmp_path / "first")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_random_file_comes_back_exactly(name):
+    """HF -> ours -> HF for tensors that never were ours, in every dtype that a file may have."""
+    config = member(name, next(iter(FAMILIES[name].heads)), ODD)
+    rules, rng = FAMILIES[name].rules, np.random.default_rng(0)
+    for dtype in (np.float32, np.float16, ml_dtypes.bfloat16):
+        file = {n: rng.normal(size=shape).astype(dtype) for n, shape in convert.hf_shapes(rules, config).items()}
+        back = convert.to_hf(rules, config, convert.to_ours(rules, config, file))
+        assert back.keys() == file.keys()
+        assert all(back[n].dtype == dtype and back[n].tobytes() == file[n].tobytes() for n in file)
+
+
+def test_layouts_mean_what_the_file_means():
+    """By integers: head h of query reads the h-th block of outputs; Conv1D is [in, out], Linear [out, in]."""
+    config = ModelConfig(width=4, heads=2)
+    x_4_12 = np.arange(48).reshape(4, 12)
+    query, key, value = convert.conv_query_key_value.to_ours(config, x_4_12)
+    assert query.shape == key.shape == value.shape == (4, 2, 2)
+    assert (query[1].tolist(), value[0].tolist()) == ([[12, 13], [14, 15]], [[8, 9], [10, 11]])
+    w_44 = np.arange(16).reshape(4, 4)
+    assert convert.linear_heads_out.to_ours(config, w_44)[:, 1, 0].tolist() == w_44[2].tolist()
+    assert convert.linear_heads_in.to_ours(config, w_44)[1, 0].tolist() == w_44[:, 2].tolist()
+    assert convert.conv_heads_in.to_ours(config, w_44)[1, 0].tolist() == w_44[2].tolist()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(dataclasses.replace(PRESETS["gpt3-xl"], vocabulary=17, max_length=4, layers=1), id="head_width"),
+        pytest.param(dataclasses.replace(PRESETS["transformer-base"], **ODD), id="encoder_decoder"),
+        pytest.param(ModelConfig(**ODD, gated=True), id="gated"),
+        pytest.param(ModelConfig(**ODD, biases=False), id="without biases"),
+        pytest.param(ModelConfig(**(ODD | {"heads": 4}), kv_heads=2), id="grouped"),
+        pytest.param(dataclasses.replace(PRESETS["bert-tiny"], **ODD, types=0), id="without types"),
+        pytest.param(dataclasses.replace(PRESETS["bert-tiny"], **ODD, heads_on_top=("lm",)), id="heads"),
+    ],
+)
+def test_what_no_family_says_is_saved_in_our_own_format(tmp_path, config):
+    if config.head_width:
+        config = dataclasses.replace(config, width=12, heads=3, head_width=5)
+    params = random_params(config)
+    assert save(config, params, tmp_path) == OWN
+    loaded, leaves = load(tmp_path)
+    assert loaded == config
+    assert same_tree(leaves, params)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_family_of_each_preset(name):
+    """By what it computes, not by its name: gpt3-small is a gpt2, gpt3-xl (wider heads) is not."""
+    said = [kind for kind, family in FAMILIES.items() if convert.says(family, PRESETS[name])]
+    own = name in ("gpt3-xl", "gpt3-13b", "transformer-base", "transformer-big")
+    assert said == ([] if own else [name.split("-")[0].replace("gpt3", "gpt2")])
+
+
+def test_training_fields_do_not_decide_the_format(tmp_path):
+    config = dataclasses.replace(member("gpt2", ("lm",), ODD), scale_residual_init=False, dropout=0.3, initial_std=0.5)
+    assert save(config, random_params(config), tmp_path) == "gpt2"
+    loaded = load(tmp_path)[0]
+    assert (loaded.dropout, loaded.initial_std, loaded.scale_residual_init) == (0.3, 0.5, True)  # no place for the last
+
+
+def test_config_says_what_transformers_needs(gpt2_folder):
+    values = json.loads((gpt2_folder / "config.json").read_text())
+    assert (values["architectures"], values["model_type"]) == (["GPT2LMHeadModel"], "gpt2")
+    assert (values["torch_dtype"], values["bos_token_id"]) == ("float32", None)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_dtype_of_the_file_is_kept(tmp_path, dtype):
+    config = member("bert", ("pooled",), ODD)
+    params = random_params(config, dtype)
+    save(config, params, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == np.dtype(dtype).name
+    assert same_tree(load(tmp_path)[1], params)
+
+
+def test_jax_arrays_are_saved(tmp_path):
+    config = member("gpt2", ("lm",), ODD)
+    params = random_params(config)
+    save(config, jax.tree.map(jax.numpy.asarray, params), tmp_path)
+    assert same_tree(load(tmp_path)[1], params)
+
+
+def test_names_without_prefix_and_buffers_are_read(gpt2_folder):
+    """The published gpt2 file has no prefix and holds the causal mask."""
+    params = load(gpt2_folder)[1]
+
+    def strip(tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+        tensors["h.0.attn.bias"] = np.ones((1, 1, 9, 9), np.float32)
+        tensors["h.1.attn.masked_bias"] = np.float32(-1e4).reshape(())
+        tensors["lm_head.weight"] = tensors["wte.weight"]
+
+    edit(gpt2_folder, strip)
+    assert same_tree(load(gpt2_folder)[1], params)
+
+
+def test_old_names_and_understated_heads_are_read(bert_folder):
+    """bert-base-uncased: gamma and beta, and more heads in the file than its `architectures` says."""
+    config, params = load(bert_folder)
+
+    def age(tensors):
+        for name in list(tensors):
+            old = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+            tensors[old] = tensors.pop(name)
+        tensors["bert.embeddings.position_ids"] = np.arange(9)[None]
+        tensors["cls.predictions.decoder.weight"] = tensors["bert.embeddings.word_embeddings.weight"]
+        tensors["cls.predictions.decoder.bias"] = tensors["cls.predictions.bias"]
+
+    edit(bert_folder, age)
+    values = json.loads((bert_folder / "config.json").read_text())
+    for architectures in (["BertForMaskedLM"], None):
+        (bert_folder / "config.json").write_text(json.dumps(values | {"architectures": architectures}))
+        loaded, leaves = load(bert_folder)
+        assert loaded == config
+        assert same_tree(leaves, params)
+
+
+@pytest.mark.parametrize("architectures", [["GPT2Model"], ["GPT2ForTokenClassification"], []])
+def test_tensors_tell_an_untied_head(tmp_path, architectures):
+    config = member("gpt2", ("lm",), SHAPES["untied"])
+    params = random_params(config)
+    save(config, params, tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | {"architectures": architectures}))
+    loaded, leaves = load(tmp_path)
+    assert loaded.heads_on_top == ("lm",)
+    assert same_tree(leaves, params)
+
+
+def test_a_copy_may_stand_for_its_original(gpt2_folder):
+    params = load(gpt2_folder)[1]
+    edit(gpt2_folder, lambda tensors: tensors.update({"lm_head.weight": tensors.pop("transformer.wte.weight")}))
+    assert same_tree(load(gpt2_folder)[1], params)
+
+
+def test_a_copy_that_differs_is_refused(gpt2_folder):
+    edit(gpt2_folder, lambda tensors: tensors.update({"lm_head.weight": tensors["transformer.wte.weight"] + 1}))
+    with pytest.raises(UserError, match=r"lm_head.weight differs from transformer.wte.weight.*tie_word_embeddings"):
+        load(gpt2_folder)
+
+
+def test_the_two_biases_of_an_untied_bert_must_agree(tmp_path):
+    config = member("bert", ("masked_lm",), SHAPES["untied"])
+    save(config, random_params(config), tmp_path)
+    edit(tmp_path, lambda tensors: tensors.update({"cls.predictions.bias": np.ones(17, np.float32)}))
+    with pytest.raises(UserError, match="cls.predictions.decoder.bias differs from the other tensor"):
+        load(tmp_path)
+
+
+def test_two_names_of_one_tensor_are_refused(bert_folder):
+    weight = "bert.pooler.dense.weight"
+    edit(bert_folder, lambda tensors: tensors.update({"pooler.dense.weight": tensors[weight]}))
+    with pytest.raises(UserError, match=f"two tensors stand for {weight}"):
+        load(bert_folder)
+
+
+def test_what_does_not_fit_is_listed_on_both_sides_sorted(gpt2_folder):
+    def spoil(tensors):
+        del tensors["transformer.h.1.ln_1.bias"]
+        tensors["transformer.h.0.mlp.c_fc.weight"] = tensors["transformer.h.0.mlp.c_fc.weight"].T
+        tensors["score.weight"] = np.zeros((2, 12), np.float32)
+
+    edit(gpt2_folder, spoil)
+    with pytest.raises(UserError) as error:
+        load(gpt2_folder)
+    assert [line.strip() for line in str(error.value).splitlines()[1:-1]] == [
+        "+ score.weight [2, 12]",
+        "- transformer.h.0.mlp.c_fc.weight [12, 48]",
+        "+ transformer.h.0.mlp.c_fc.weight [48, 12]",
+        "- transformer.h.1.ln_1.bias [12]",
+    ]
+
+
+def test_parameters_of_another_config_are_refused(tmp_path):
+    config = member("gpt2", ("lm",), ODD)
+    padded = dataclasses.replace(config, vocabulary=24)
+    with pytest.raises(UserError, match=r"- embeddings/tokens \[17, 12\]\n.*\+ embeddings/tokens \[24, 12\]"):
+        save(config, random_params(padded), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_leaf_without_rule_is_named():
+    config = member("gpt2", ("lm",), ODD)
+    rules = tuple(rule for rule in FAMILIES["gpt2"].rules if rule.ours != "embeddings/positions")
+    with pytest.raises(ValueError, match="embeddings/positions"):
+        convert.hf_shapes(rules, config)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt3"}, "model_type 'gpt3', unknown; perhaps you meant 'gpt2'"),
+        ({"model_type": None}, "unknown; known: bert, gpt2, jaxlm"),
+        ({"model_type": "jaxlm"}, "has no 'model'"),
+        ({"n_head": 5}, "model.heads is 5"),
+        ({"activation_function": "mish"}, "activation_function 'mish'"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True; only False is known"),
+    ],
+)
+def test_config_that_cannot_be_read(gpt2_folder, change, message):
+    values = json.loads((gpt2_folder / "config.json").read_text())
+    (gpt2_folder / "config.json").write_text(json.dumps(values | change))
+    with pytest.raises(UserError, match=message):
+        load(gpt2_folder)
+
+
+def test_config_file_that_cannot_be_read(gpt2_folder):
+    path = gpt2_folder / "config.json"
+    path.write_text(json.dumps({"model_type": "gpt2"}))
+    with pytest.raises(UserError, match="no 'vocab_size'"):
+        load(gpt2_folder)
+    for text, message in (("[]", "holds a list"), ("{", "is not JSON")):
+        path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            load(gpt2_folder)
+    path.unlink()
+    with pytest.raises(UserError, match="cannot be read"):
+        load(gpt2_folder)
+
+
+def test_corrupt_files_are_refused(gpt2_folder):
+    path = gpt2_folder / safetensors.WEIGHTS
+    whole = path.read_bytes()
+    for content in (b"", whole[:5], whole[:-1], b"\xff" * 100, b"\x80\x02}q\x00."):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="truncated or corrupt.*fetch"):
+            safetensors.read(gpt2_folder)
+
+
+def test_folders_without_safetensors_are_refused(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        safetensors.read(tmp_path / "absent")
+    with pytest.raises(UserError, match="no weights.*it is empty"):
+        safetensors.read(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02}q\x00.")
+    with pytest.raises(UserError, match=r"pickled weights \(pytorch_model.bin\).*save_pretrained"):
+        safetensors.read(tmp_path)
+
+
+def test_shards_are_read_and_the_index_must_be_true(gpt2_folder):
+    params = load(gpt2_folder)[1]
+    tensors = {name: np.asarray(tensor) for name, tensor in safetensors.read(gpt2_folder).items()}
+    (gpt2_folder / safetensors.WEIGHTS).unlink()
+    files = {name: f"model-0000{i % 2 + 1}-of-00002.safetensors" for i, name in enumerate(tensors)}
+    for file in set(files.values()):
+        safetensors.write({name: x for name, x in tensors.items() if files[name] == file}, gpt2_folder / file)
+
+    def index(weight_map):
+        (gpt2_folder / safetensors.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+
+    index(files)
+    assert same_tree(load(gpt2_folder)[1], params)
+    name = "transformer.wte.weight"
+    for file in ("../model.safetensors", "/etc/passwd", "..", "model.bin", 3):
+        index(files | {name: file})
+        with pytest.raises(UserError, match="is not an index|a shard is a .safetensors file of the same folder"):
+            load(gpt2_folder)
+    index(files | {name: "model-00003-of-00002.safetensors"})
+    with pytest.raises(UserError, match="which is not in the folder"):
+        load(gpt2_folder)
+    index(files | {"ghost": files[name]})
+    with pytest.raises(UserError, match="disagree on where ghost is"):
+        load(gpt2_folder)
+    index({n: file for n, file in files.items() if n != name})
+    with pytest.raises(UserError, match=f"disagree on where {name} is"):
+        load(gpt2_folder)
+    index([])
+    with pytest.raises(UserError, match="is not an index"):
+        load(gpt2_folder)
+
+
+def test_write_keeps_views_as_they_are_seen_and_leaves_no_other_file(tmp_path):
+    x = np.arange(6, dtype=np.float32).reshape(2, 3)
+    safetensors.write({"x": x.T, "scalar": np.float32(2).reshape(())}, tmp_path / safetensors.WEIGHTS)
+    read = safetensors.read(tmp_path)
+    assert np.array_equal(read["x"], x.T)
+    assert np.array_equal(read["x"][1:], x.T[1:])
+    assert read["scalar"].shape == ()
+    assert [path.name for path in tmp_path.iterdir()] == [safetensors.WEIGHTS]
+
+
+def test_a_model_that_diverged_can_be_read(tmp_path):
+    """Weights that are not numbers are the run's affair, not the format's."""
+    config = member("gpt2", ("lm",), ODD)
+    params = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), random_params(config))
+    save(config, params, tmp_path)
+    assert all(np.isnan(leaf).all() for leaf in jax.tree.leaves(load(tmp_path)[1]))
