@@ -11,7 +11,8 @@ import os
 import runpy
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,13 +39,10 @@ def train(argv: list[str]) -> int:
     run.check()
     _one_device_per_core(run)
     _process()
-    stopping: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        # A second signal of the kind does what it always does.
-        signal.signal(number, lambda n, _: (stopping.append(n), signal.signal(n, signal.SIG_DFL)))
-    from jaxlm.fit import fit
+    with _stopping() as stop:
+        from jaxlm.fit import fit
 
-    fit(run, stop=lambda: bool(stopping))
+        fit(run, stop=stop)
     return 0
 
 
@@ -93,8 +91,15 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, RunError, Stopped) as end:
         print(f"{'' if isinstance(end, Stopped) else 'error: '}{end}", file=sys.stderr)
         return end.exit_code
+    except KeyboardInterrupt:
+        return 130  # as shells have it
     except OSError as error:
-        print(f"error: {error.strerror}: {error.filename}; make room or free it, then try again", file=sys.stderr)
+        what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error
+        print(
+            f"error: {what}; make room or free it, or choose another --workdir or --data.cache, then give the command "
+            f"again",
+            file=sys.stderr,
+        )
         return RunError.exit_code
     except Exception as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
@@ -105,6 +110,34 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return RunError.exit_code
+
+
+@contextmanager
+def _stopping() -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM or SIGINT has come.  Until that is asked, which is after the first step, there is nothing to save
+    and a signal ends the process at once, as does a second one at any time."""
+    came, asked = [], []
+
+    def stop() -> bool:
+        asked.append(True)
+        return bool(came)
+
+    def handle(number: int, _: Any) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        if not asked:
+            raise KeyboardInterrupt
+        came.append(number)
+        # print() must not be called where it may have been interrupted.
+        os.write(2, b"\nsaving after this step; a second signal leaves at once, without saving\n")
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    except KeyboardInterrupt:
+        raise Stopped("stopped before there was anything new to save; the same command starts again") from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _config(file: Path) -> RunConfig:
@@ -141,8 +174,10 @@ def _process() -> None:
     """What every verb that computes wants of the process."""
     import jax
 
-    for name in ("absl", "orbax", "jax"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    for name in ("absl", "orbax", "jax", "asyncio"):
+        # Errors too: each is raised as well, and told in one message.
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.unraisablehook = _tell_unraisable
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         folder = Path(os.environ.get("JAXLM_CACHE") or Path.home() / ".cache" / "jaxlm")
         settings: dict[str, Any] = {
@@ -151,6 +186,12 @@ def _process() -> None:
         }
         for name, value in settings.items():
             jax.config.update(name, value)
+
+
+def _tell_unraisable(what: Any, before: Callable[[Any], Any] = sys.unraisablehook) -> None:
+    """When one array of a checkpoint fails, TensorStore has nobody left to tell of the others, and prints that."""
+    if str(what.exc_value) != "Event loop is closed":
+        before(what)
 
 
 if __name__ == "__main__":

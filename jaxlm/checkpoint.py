@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,12 @@ def checksums(tree: Any) -> jax.Array:
     return jnp.stack([checksum(leaf) for leaf in jax.tree.leaves(tree)])
 
 
+@jax.jit
+def finite(tree: Any) -> jax.Array:
+    """Whether no entry of any leaf is infinite or not a number."""
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
+
+
 class Checkpoints:
     """The checkpoints of a run: the last `keep`, and the one with the lowest held-out loss."""
 
@@ -51,16 +60,31 @@ class Checkpoints:
                 cleanup_tmp_directories=True,
             ),
         )
-        self._manager = self._open()
+        # The manager reads all scores when it is made, and fails where one cannot be read.
+        with self._faults():
+            for file in self.folder.glob("[0-9]*/metrics/metrics"):
+                step = file.parent.parent.name
+                try:
+                    _loss(json.loads(file.read_text()))
+                except (ValueError, KeyError, TypeError) as error:
+                    if step.isdigit():  # others are half written; the manager clears them away
+                        self._move_away(int(step), error)
+            self._manager = self._open()
 
-    def save(self, state: TrainState, metrics: dict[str, float] | None) -> None:
-        """Starts to write a state; `metrics["loss"]` decides which is the best.  Raises RunError on a full disk."""
+    def save(self, state: TrainState, metrics: dict[str, float] | None, notes: Any = None) -> None:
+        """Starts to write a state; `metrics["loss"]` decides which is the best.  Raises RunError on a full disk.
+
+        notes: JSON values that come back with the state.
+        """
         args = self._ocp.args
-        whole = [int(x) for x in np.asarray(checksums(state))]
+        notes = json.loads(json.dumps(notes))  # a copy: they are written while the caller goes on
+        whole = _all_checksums(state, notes)
         with self._faults():
             self._manager.save(
                 int(state.step),
-                args=args.Composite(state=args.StandardSave(state), checksums=args.JsonSave(whole)),
+                args=args.Composite(
+                    state=args.StandardSave(state), notes=args.JsonSave({"checksums": whole, "notes": notes})
+                ),
                 metrics=metrics,
             )
 
@@ -78,63 +102,77 @@ class Checkpoints:
         steps = self._manager.best_step()
         return self.last() if steps is None else steps
 
-    def restore(self, like: Any, step: int | None = None) -> Any | None:
-        """The state of `step`, or of the newest whole checkpoint; None where there is none.
+    def restore(self, like: Any, step: int | None = None) -> tuple[Any, Any] | None:
+        """The state of `step`, or of the newest whole checkpoint, and its notes; None where there is none.
 
         `like`: a tree of `jax.ShapeDtypeStruct` with the shardings wanted here, whatever they were when it was saved.
-        A corrupt checkpoint is set aside under `corrupt/`, said, and the one before it is taken.
+        A corrupt checkpoint is set aside under `corrupt/`, said, and the one before it is taken.  Raises RunError where
+        a checkpoint may well be whole but cannot be read here.
         """
         while (found := self.last() if step is None else step) is not None:
             try:
                 args = self._ocp.args
                 restored = self._manager.restore(
-                    found, args=args.Composite(state=args.StandardRestore(like), checksums=args.JsonRestore())
+                    found, args=args.Composite(state=args.StandardRestore(like), notes=args.JsonRestore())
                 )
-                if [int(x) for x in np.asarray(checksums(restored["state"]))] != restored["checksums"]:
+                state, notes = restored["state"], restored["notes"]["notes"]
+                if _all_checksums(state, notes) != restored["notes"]["checksums"]:
                     raise ValueError("its content does not match its checksums")
-                return restored["state"]
+                return state, notes
             except Exception as error:
-                # Whatever a damaged file makes the reader raise, the run goes on from the checkpoint before it.
+                if "RESOURCE_EXHAUSTED" in str(error):
+                    raise
+                if any(sign in str(error) for sign in ("PERMISSION_DENIED", "Permission denied", "Input/output error")):
+                    place = self.folder / str(found)
+                    raise RunError(f"{place} cannot be read: {_first_line(error)}; free it, then try again") from error
+                # Whatever else a damaged file makes the reader raise, the run goes on from the checkpoint before it.
                 self._set_aside(found, error)
                 step = None
         return None
 
     def close(self) -> None:
+        """Waits for what is being written, as `wait` does, and ends the threads behind it."""
         with self._faults():
             self._manager.close()
 
     def _set_aside(self, step: int, error: Exception) -> None:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        with self._faults():
+            self._manager.close()
+            self._move_away(step, error)
+            self._manager = self._open()
+        before = self.last()
+        self._say("no whole checkpoint is left" if before is None else f"trying checkpoint {before}, the one before it")
+
+    def _move_away(self, step: int, error: Exception) -> None:
         place = self.folder.parent / "corrupt" / str(step)
-        self._say(f"checkpoint {step} is corrupt ({reason}); moved to {place}, going on from the one before")
-        self._manager.close()
+        self._say(f"checkpoint {step} is corrupt ({_first_line(error)}); it is moved to {place}")
         shutil.rmtree(place, ignore_errors=True)
         place.parent.mkdir(exist_ok=True)
         (self.folder / str(step)).rename(place)
-        self._manager = self._open()
 
-    def _faults(self) -> Any:
-        return _Faults(self.folder)
-
-
-class _Faults:
-    """Turns what fails while writing into one message."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (OSError, ValueError, RuntimeError)) and not isinstance(error, RunError):
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            if "No space left" in str(error):
-                reason = "the disk is full"
+    @contextmanager
+    def _faults(self) -> Iterator[None]:
+        """Turns what fails while writing into one message."""
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = "the disk is full" if _is_full(error) else _first_line(error)
             raise RunError(
-                f"the checkpoint in {self.folder} could not be written: {reason[:300]}; earlier checkpoints are kept; "
+                f"the checkpoint in {self.folder} could not be written: {reason}; earlier checkpoints are kept; "
                 f"make room or free the folder, then give the same command again"
             ) from error
+
+
+def _all_checksums(state: Any, notes: Any) -> list[int]:
+    return [*(int(x) for x in np.asarray(checksums(state))), zlib.crc32(json.dumps(notes, sort_keys=True).encode())]
+
+
+def _is_full(error: Exception) -> bool:
+    return any(sign in str(error) for sign in ("No space left", "File too large", "Disk quota exceeded"))
+
+
+def _first_line(error: Exception) -> str:
+    return next((line[:200] for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _loss(metrics: dict[str, float]) -> float:

@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import report, sharding
-from jaxlm.checkpoint import Checkpoints
+from jaxlm.checkpoint import Checkpoints, finite
 from jaxlm.config import RunConfig, to_json
 from jaxlm.data.batches import Batch, Batches, prefetch
 from jaxlm.data.corpus import Prepared, prepare
 from jaxlm.errors import RunError, Stopped, UserError
 from jaxlm.evaluate import evaluate
-from jaxlm.folder import RunLog, claim, claim_data, duration
+from jaxlm.folder import RunLog, begin, claim, duration
 from jaxlm.generate import generate
 from jaxlm.lm import LM, load, save
 from jaxlm.nn import parameters
@@ -65,11 +65,10 @@ def fit(
             f"{run.batch - run.batch % (ways * run.accumulate)}, "
             f"{run.batch - run.batch % (ways * run.accumulate) + ways * run.accumulate}"
         )
-    claim(run, folder)
+    resuming = claim(run, folder)
 
     # Data: tokenized once, then batch_at(step) is all there is.
     data = data or prepare(run, say)
-    claim_data(folder, data.fingerprint)
     task = make_task(run, data.tokenizer)
     batches = Batches(task.examples(data.train, True), run.batch, run.data.length, task.most, run.seed)
     held_out = Batches(task.examples(data.held_out, False), micro_rows, run.data.length, task.most, None)
@@ -89,17 +88,25 @@ def fit(
     key = jax.random.key_data(jax.random.key(run.seed))
     like = _laid_out(jax.eval_shape(first_state, key), mesh)
     layout = jax.tree.map(lambda leaf: leaf.sharding, like)
+    if run.init and model is None and not resuming:
+        model = load(run.init)
+    if model is not None:
+        _check_fits(model, shapes)
+
+    # All that the user could have got wrong is looked at; the folder is this run's from here on.
+    begin(run, folder, data.fingerprint)
     checkpoints = Checkpoints(folder / "checkpoints", run.keep, say)
-    state = checkpoints.restore(like)
+    state, notes = checkpoints.restore(like) or (None, {})
     if state is None:
         state = jax.jit(first_state, out_shardings=layout)(key)
-        if model is not None or run.init:
-            state = state._replace(params=_start_from(model or load(run.init), state.params))
+        model = model or (load(run.init) if run.init else None)
+        state = state if model is None else state._replace(params=_start_from(model, state.params))
     started = int(state.step)
     if started == run.steps and (folder / "report.html").exists():
         say(f"the run in {folder} is finished, at step {started:,}; nothing is left to do")
         checkpoints.close()
         return load(folder, compute_dtype=run.compute_dtype)
+    (folder / "report.html").unlink(missing_ok=True)  # its presence says that the run is finished
     _say_start(run, folder, data, _size(shapes), mesh, started)
 
     train_step = jax.jit(
@@ -113,8 +120,10 @@ def fit(
 
     log = RunLog(folder, started, run.steps)
     checkpoint_every = run.checkpoint_every or max(1, run.steps // 10)
-    unlogged: list[Any] = []  # metrics of the steps since the last line of the log, still on the device
-    clock, best_scores, scores = time.monotonic(), None, None
+    # Metrics of the steps since the last line of the log, still on the device, and the time they took: a checkpoint
+    # between two lines carries them along, so that the next line is the same after it.
+    unlogged: list[Any] = notes.get("unlogged", [])
+    clock, scores = time.monotonic() - notes.get("seconds", 0.0), None
     try:
         for step, batch in enumerate(prefetch(batches.batch_at, started, run.steps), start=started + 1):
             state, metrics = train_step(state, put(batch, run.accumulate))
@@ -130,6 +139,8 @@ def fit(
             # Once in a while the device is waited for, and what it counted is looked at.
             if logging or saving:
                 unlogged = _finite(jax.device_get(unlogged), step, checkpoints)
+                if saving and not finite(state):
+                    raise _diverged("a weight is not finite", step, unlogged[-1], checkpoints)
             if logging:
                 values = _averaged(unlogged, time.monotonic() - clock)
                 log.write(step, values)
@@ -140,8 +151,11 @@ def fit(
                 begun, scores = time.monotonic(), score(state.params)
                 log.write(step, {f"eval/{name}": value for name, value in scores.items()})
                 clock += time.monotonic() - begun
+                if not np.isfinite(scores["loss"]):
+                    raise _diverged(f"the held-out loss is {scores['loss']:.4g}", step, metrics, checkpoints)
             if saving:
-                checkpoints.save(state, scores if evaluating else None)
+                notes = {"unlogged": unlogged, "seconds": time.monotonic() - clock}
+                checkpoints.save(state, scores if evaluating else None, notes)
             if stopping and not last:
                 break
         checkpoints.wait()
@@ -149,7 +163,8 @@ def fit(
         # The end, or where the run was asked to stop: the best weights are exported.
         best = checkpoints.best()
         if best != int(state.step):
-            state, scores = checkpoints.restore(like, best), None
+            restored, scores = checkpoints.restore(like, best), None
+            state = restored[0] if restored else state
         lm = LM(run.model, Transformer(run.model, dtype=dtype), state.params, data.tokenizer)
         export = _export(lm, folder / "export")
         if checkpoints.last() != run.steps:
@@ -195,50 +210,63 @@ def _laid_out(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
     return jax.tree_util.tree_map_with_path(lay, state)
 
 
-def _start_from(model: LM, fresh: Any) -> Any:
-    """The model's parameters, laid out like the fresh ones; heads that it lacks stay fresh, and are said."""
-    given = {parameters.path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model.params)}
-    wanted = {parameters.path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(fresh)}
+def _check_fits(model: LM, shapes: Any) -> None:
+    """Raises UserError where the weights to start from have other shapes than the run's, or lack some but for heads."""
+    given, wanted = _by_path(model.params), _by_path(shapes)
     differ = [f"  - {p} {given[p].shape}" for p in given if p not in wanted and "_head/" not in p]
     for path, leaf in wanted.items():
         shape = given[path].shape if path in given else None
         if shape != leaf.shape and not (shape is None and "_head/" in path):
             differ += [f"  - {path} {shape}"] * (shape is not None) + [f"  + {path} {leaf.shape}"]
     if differ:
-        lines = "\n".join(sorted(differ, key=lambda line: line[4:]))
+        lines = "\n".join(sorted(differ, key=lambda line: (line.split()[1], line.split()[0] == "+")))
         raise UserError(
             f"the weights given by --init (-) do not fit the model of the run (+):\n{lines}\nchange --model"
         )
-    new = sorted({path.split("/")[0] for path in wanted if path not in given})
+
+
+def _start_from(model: LM, fresh: Any) -> Any:
+    """The model's parameters, laid out like the fresh ones; heads that it lacks stay fresh, and are said."""
+    given = _by_path(model.params)
+    new = sorted({path.split("/")[0] for path in _by_path(fresh) if path not in given})
     if new:
         say(f"made new, since the given weights have none: {', '.join(new)}")
 
     def chosen(key_path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        return jax.device_put(given.get(parameters.path_of(key_path), leaf), leaf.sharding)
+        # A copy: training donates its buffers, and the model given is the caller's.
+        return jax.device_put(given.get(parameters.path_of(key_path), leaf), leaf.sharding, may_alias=False)
 
     return jax.tree_util.tree_map_with_path(chosen, fresh)
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    return {parameters.path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _finite(metrics: list[dict[str, Any]], step: int, checkpoints: Checkpoints) -> list[dict[str, float]]:
     """The metrics of the last steps, up to `step`, as numbers.  Raises RunError where a loss is not finite."""
     for n, values in enumerate(metrics, start=step - len(metrics) + 1):
         if not (np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])):
-            checkpoints.wait()
-            good = checkpoints.last()
-            raise RunError(
-                f"the loss is {values['loss']:.4g} at step {n:,}, not finite; learning rate "
-                f"{values['learning_rate']:.3g}, gradient norm {values['grad_norm']:.4g}; "
-                + ("no checkpoint was saved yet" if good is None else f"the last good checkpoint is step {good:,}")
-                + "; lower --optimizer.rate, raise --optimizer.warmup or lower --optimizer.clip, in a new --workdir"
-            )
+            raise _diverged(f"the loss is {values['loss']:.4g}", n, values, checkpoints)
     return [{name: float(value) for name, value in values.items()} for values in metrics]
+
+
+def _diverged(what: str, step: int, values: dict[str, Any], checkpoints: Checkpoints) -> RunError:
+    checkpoints.wait()
+    good = checkpoints.last()
+    return RunError(
+        f"{what} at step {step:,}; learning rate {values['learning_rate']:.3g}, "
+        f"gradient norm {values['grad_norm']:.4g}; all must be finite; "
+        + ("no checkpoint was saved yet" if good is None else f"the last good checkpoint is step {good:,}")
+        + "; lower --optimizer.rate, raise --optimizer.warmup or lower --optimizer.clip, in a new --workdir"
+    )
 
 
 def _averaged(metrics: list[dict[str, float]], seconds: float) -> dict[str, float]:
     """A line of the log: the means over its steps, and tokens and examples a second, padding not counted."""
     means = {name: sum(values[name] for values in metrics) / len(metrics) for name in metrics[0]}
     speed = {f"{name}_per_second": means.pop(name) * len(metrics) / seconds for name in ("tokens", "examples")}
-    return means | {"learning_rate": metrics[-1]["learning_rate"]} | speed
+    return {"loss": means["loss"]} | means | {"learning_rate": metrics[-1]["learning_rate"]} | speed
 
 
 def _export(lm: LM, folder: Path) -> str:

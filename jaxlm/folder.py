@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import jaxlm
@@ -17,45 +21,60 @@ from jaxlm.errors import RunError, UserError
 # What may change between two starts of the same run.
 FREE = ("mesh", "remat", "unroll", "log_every", "eval_every", "checkpoint_every", "keep", "workdir")
 FREE += ("sample_prompt", "sample_tokens")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # how a disk, a quota or a limit says that no more fits
 FREE_DATA = ("path", "eval_path", "cache")  # the content is compared, not the place
 
 
-def claim(run: RunConfig, folder: Path) -> None:
-    """Makes `folder` this run's, or finds that it is.
+def claim(run: RunConfig, folder: Path) -> bool:
+    """Makes the folder, and finds whether this run has begun in it: whether there is a log or a checkpoint.
 
-    Raises UserError for a folder that holds another run (model, task, data, tokenizer, optimizer, batch, seed or steps
-    differ; both sides shown), or files that no run made.
+    Raises UserError for a folder that cannot be written, or that holds another run (model, task, data, tokenizer,
+    optimizer, batch, seed or steps differ; both sides shown), or files that no run made.  A run that never took a step
+    is in nobody's way.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise UserError(f"the run folder {folder} cannot be made: {error.strerror}; choose another --workdir") from None
-    file = folder / "config.json"
-    ours = to_json(run)
-    if file.exists():
-        theirs = json.loads(file.read_text())["run"]
-        differ = difference(_identity(ours), _identity(theirs))
-        if differ:
-            lines = "\n".join(f"  {line}" for line in differ)
-            raise UserError(
-                f"{folder} holds another run; they differ in (this run | the run there):\n{lines}\n"
-                f"choose another --workdir, or give the fields that it was started with"
-            )
-    elif any(folder.iterdir()):
+        raise _cannot_be_written(folder, error) from None
+    theirs = _read(folder)
+    if theirs is None and any(path.name != "config.part" for path in folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no run; choose another --workdir")
-    write_json(file, {"run": ours, "jaxlm": jaxlm.__version__})
-
-
-def claim_data(folder: Path, fingerprint: str) -> None:
-    """Notes the fingerprint of the run's data, or raises UserError where the run was begun on other data."""
-    file = folder / "config.json"
-    known = json.loads(file.read_text())
-    if known.setdefault("data", fingerprint) != fingerprint:
+    if theirs is None or not _has_begun(folder):
+        return False
+    differ = difference(_identity(to_json(run)), _identity(theirs["run"]))
+    if differ:
+        lines = "\n".join(f"  {line}" for line in differ)
         raise UserError(
-            f"{folder} holds a run on other data: {known['data']} there, {fingerprint} now; "
-            f"give the data it was started with, or another --workdir"
+            f"{folder} holds another run; they differ in (this run | the run there):\n{lines}\n"
+            f"choose another --workdir, or give the fields that it was started with"
         )
-    write_json(file, known)
+    return True
+
+
+def begin(run: RunConfig, folder: Path, fingerprint: str) -> None:
+    """Writes config.json.  Raises UserError where the run in a claimed folder has begun on data of other content."""
+    theirs = _read(folder) if _has_begun(folder) else None
+    if theirs is not None and theirs["data"] != fingerprint:
+        raise UserError(
+            f"{folder} holds a run on data of other content: its fingerprint is {theirs['data']} there, {fingerprint} "
+            f"now; give the data it was started with, or another --workdir"
+        )
+    write_json(folder / "config.json", {"run": to_json(run), "data": fingerprint, "jaxlm": jaxlm.__version__})
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    """What `begin` wrote, or None."""
+    try:
+        values = json.loads((folder / "config.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return values if isinstance(values, dict) and {"run", "data"} <= values.keys() else None
+
+
+def _has_begun(folder: Path) -> bool:
+    log = folder / "metrics.jsonl"
+    return any((folder / "checkpoints").glob("[0-9]*")) or (log.exists() and log.stat().st_size > 0)
 
 
 def write_json(file: Path, values: Any) -> None:
@@ -65,7 +84,13 @@ def write_json(file: Path, values: Any) -> None:
         part.write_text(json.dumps(values, indent=2) + "\n")
         os.replace(part, file)
     except OSError as error:
-        raise UserError(f"{file} cannot be written: {error.strerror}; choose another --workdir") from None
+        raise _cannot_be_written(file, error) from None
+
+
+def _cannot_be_written(path: Path, error: OSError) -> UserError | RunError:
+    if error.errno in FULL:
+        return RunError(f"{path} cannot be written: {error.strerror}; make room, then give the same command again")
+    return UserError(f"{path} cannot be written: {error.strerror}; choose another --workdir, or free this one")
 
 
 def _identity(run: dict[str, Any]) -> dict[str, Any]:
@@ -75,34 +100,57 @@ def _identity(run: dict[str, Any]) -> dict[str, Any]:
 
 
 class RunLog:
-    """Writes metrics.jsonl, TensorBoard events and the progress line.  Resuming cuts what came after `step`."""
+    """Writes metrics.jsonl, TensorBoard events and the progress line.  Resuming cuts what came after `step`.
+
+    Raises RunError where the disk is full.
+    """
 
     def __init__(self, folder: Path, step: int, steps: int):
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import SessionLog
 
-        self._file, self._steps = folder / "metrics.jsonl", steps
+        self._file, self._steps, self._rewriting = folder / "metrics.jsonl", steps, False
+        self._started, self._first = time.monotonic(), step
         kept = []
         if self._file.exists():
-            for line in self._file.read_text().splitlines(keepends=True):
-                # A line that a kill left torn is after every checkpoint.
+            for line in self._file.read_text(errors="replace").splitlines(keepends=True):
+                # A line that a kill or a full disk left torn is after every checkpoint.
                 if line.endswith("}\n") and json.loads(line)["step"] <= step:
                     kept.append(line)
         part = self._file.with_suffix(".part")
-        part.write_text("".join(kept))
-        os.replace(part, self._file)
-        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1, write_to_disk=True)
-        self._started, self._first = time.monotonic(), step
+        with self._faults():
+            part.write_text("".join(kept))
+            os.replace(part, self._file)
+            (folder / "tensorboard").mkdir(exist_ok=True)
+            # SummaryWriter would write from a thread, where a full disk ends nothing but the thread.
+            self._events = EventsWriter(str(folder / "tensorboard" / "events"))
+            # Tells TensorBoard to forget what an earlier start wrote of the steps that come again.
+            self._event(step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line of metrics.jsonl and one point of each TensorBoard curve."""
-        try:
+        from tensorboardX.summary import scalar
+
+        with self._faults():
             with open(self._file, "a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
             for name, value in values.items():
-                self._events.add_scalar(name, value, step)
+                self._event(step, summary=scalar(name, value))
+            self._events.flush()
+
+    def _event(self, step: int, **content: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._events.write_event(Event(wall_time=time.time(), step=step, **content))
+
+    @contextmanager
+    def _faults(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise RunError(
-                f"{self._file} cannot be written: {error.strerror}; make room, then give the same command again"
+                f"the log in {self._file.parent} cannot be written: {error.strerror}; make room, then give the same "
+                f"command again"
             ) from error
 
     def progress(self, step: int, values: dict[str, float]) -> None:
@@ -112,12 +160,15 @@ class RunLog:
             f"step {step:,}/{self._steps:,}  loss {values['loss']:.4f}  rate {values['learning_rate']:.2e}  "
             f"{values['tokens_per_second']:,.0f} tokens/s  {duration(seconds)} left"
         )
-        print(f"\r\x1b[K{line}" if sys.stderr.isatty() else line, end="", file=sys.stderr, flush=True)
-        if not sys.stderr.isatty() or step == self._steps:
-            print(file=sys.stderr, flush=True)
+        self._rewriting = sys.stderr.isatty()
+        print(f"\r\x1b[K{line}" if self._rewriting else line + "\n", end="", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        self._events.close()
+        """Ends the progress line and the files."""
+        if self._rewriting:
+            print(file=sys.stderr, flush=True)
+        with self._faults():
+            self._events.close()
 
 
 def duration(seconds: float) -> str:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.errors import UserError
-from jaxlm.nn.transformer import Transformer, empty_caches
+from jaxlm.nn.transformer import Transformer, apply, empty_caches
 
 if TYPE_CHECKING:
     from jaxlm.lm import LM
@@ -121,7 +121,7 @@ def _decode(module: Transformer, new: int, top_k: int, use_top_p: bool) -> Any:
         pick = partial(_pick, top_k=top_k, top_p=top_p if use_top_p else None, temperature=temperature)
 
         def next_tokens(x_BD: jax.Array, n: jax.Array) -> jax.Array:
-            logits_BV = module.apply({"params": params}, x_BD, method="lm")
+            logits_BV = apply(module, params, x_BD, method="lm")
             logits_BV = jnp.where(jnp.arange(config.vocabulary) < vocabulary, logits_BV, -jnp.inf)
             return pick(logits_BV, keys_B=jax.vmap(jax.random.fold_in, (0, None))(keys_B, n))
 
@@ -130,7 +130,7 @@ def _decode(module: Transformer, new: int, top_k: int, use_top_p: bool) -> Any:
         caches = empty_caches(config, B, length, module.dtype)
         positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
         positions_BT = jnp.minimum(positions_BT, length - 1)
-        x_BTD, caches = module.apply({"params": params}, tokens_BT, positions_BT, caches, method="decode_cached")
+        x_BTD, caches = apply(module, params, tokens_BT, positions_BT, caches, method="decode_cached")
         first_B = next_tokens(jnp.take_along_axis(x_BTD, lengths_B[:, None, None] - 1, 1)[:, 0], jnp.int32(0))
         new_BN = jnp.zeros((B, new), jnp.int32).at[:, 0].set(first_B)
         is_stop = lambda tokens_B: (tokens_B[:, None] == stops).any(-1)
@@ -142,8 +142,7 @@ def _decode(module: Transformer, new: int, top_k: int, use_top_p: bool) -> Any:
         def step(carry: Any) -> Any:
             n, new_BN, caches, done_B = carry
             tokens_B1 = jax.lax.dynamic_slice_in_dim(new_BN, n - 1, 1, 1)
-            x_B1D, caches = module.apply(
-                {"params": params}, tokens_B1, (lengths_B + n - 1)[:, None], caches, method="decode_cached"
+            x_B1D, caches = apply(module, params, tokens_B1, (lengths_B + n - 1)[:, None], caches, method="decode_cached"
             )
             tokens_B = next_tokens(x_B1D[:, 0], n)
             new_BN = jax.lax.dynamic_update_slice_in_dim(new_BN, tokens_B[:, None], n, 1)

@@ -18,7 +18,7 @@ from jaxlm.config import ModelConfig
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
-from jaxlm.nn.transformer import Transformer
+from jaxlm.nn.transformer import Transformer, apply
 
 
 class Output(NamedTuple):
@@ -28,7 +28,7 @@ class Output(NamedTuple):
     hidden_BTD: jax.Array
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LM:
     """A model as data: `lm(tokens_BT)` applies `lm.module` to `lm.params`, jitted."""
 
@@ -42,20 +42,30 @@ class LM:
         """Number of tokens that there are: the tokenizer's, where the stored vocabulary is padded beyond it."""
         return self.config.vocabulary if self.tokenizer is None else min(self.tokenizer.size, self.config.vocabulary)
 
-    def apply(self, params: Any, tokens_BT: jax.Array, **inputs: jax.Array) -> Output:
-        """The pure function behind a call: inputs are those of `Transformer.__call__`, packed or not."""
-        x_BTD = self.module.apply({"params": params}, tokens_BT, **inputs)
+    def apply(
+        self,
+        params: Any,
+        tokens_BT: jax.Array,
+        segments_BT: jax.Array | None = None,
+        positions_BT: jax.Array | None = None,
+        types_BT: jax.Array | None = None,
+        target_tokens_BT: jax.Array | None = None,
+    ) -> Output:
+        """The pure function behind a call; inputs default as in `Transformer`."""
+        inputs = tokens_BT, segments_BT, positions_BT, types_BT, target_tokens_BT
+        x_BTD = apply(self.module, params, *inputs)
         head = next(iter(self.config.heads_on_top), None)
         if head is None:
             return Output(None, x_BTD)
         read = x_BTD if head in ("lm", "masked_lm") else x_BTD[:, :1]
-        return Output(self.module.apply({"params": params}, read, method=head), x_BTD)
+        return Output(apply(self.module, params, read, method=head), x_BTD)
 
     @cached_property
     def _jitted(self) -> Any:
         return jax.jit(self.apply)
 
     def __call__(self, tokens_BT: jax.Array, **inputs: jax.Array) -> Output:
+        """`apply` with the model's own parameters, compiled."""
         return self._jitted(self.params, tokens_BT, **inputs)
 
 

@@ -263,7 +263,7 @@ def test_the_two_biases_of_an_untied_bert_must_agree(tmp_path):
     config = member("bert", ("masked_lm",), SHAPES["untied"])
     save(config, random_params(config), tmp_path)
     edit(tmp_path, lambda tensors: tensors.update({"cls.predictions.bias": np.ones(17, np.float32)}))
-    with pytest.raises(UserError, match="cls.predictions.decoder.bias differs from the other tensor"):
+    with pytest.raises(UserError, match=r"cls.predictions.decoder.bias differs from the other tensor"):
         load(tmp_path)
 
 
@@ -343,14 +343,14 @@ def test_corrupt_files_are_refused(gpt2_folder):
     whole = path.read_bytes()
     for content in (b"", whole[:5], whole[:-1], b"\xff" * 100, b"\x80\x02}q\x00."):
         path.write_bytes(content)
-        with pytest.raises(UserError, match="truncated or corrupt.*fetch"):
+        with pytest.raises(UserError, match=r"truncated or corrupt.*fetch"):
             safetensors.read(gpt2_folder)
 
 
 def test_folders_without_safetensors_are_refused(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         safetensors.read(tmp_path / "absent")
-    with pytest.raises(UserError, match="no weights.*it is empty"):
+    with pytest.raises(UserError, match=r"no weights.*it is empty"):
         safetensors.read(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02}q\x00.")
     with pytest.raises(UserError, match=r"pickled weights \(pytorch_model.bin\).*save_pretrained"):
@@ -373,7 +373,7 @@ def test_shards_are_read_and_the_index_must_be_true(gpt2_folder):
     name = "transformer.wte.weight"
     for file in ("../model.safetensors", "/etc/passwd", "..", "model.bin", 3):
         index(files | {name: file})
-        with pytest.raises(UserError, match="is not an index|a shard is a .safetensors file of the same folder"):
+        with pytest.raises(UserError, match=r"is not an index|a shard is a .safetensors file of the same folder"):
             load(gpt2_folder)
     index(files | {name: "model-00003-of-00002.safetensors"})
     with pytest.raises(UserError, match="which is not in the folder"):

@@ -41,7 +41,7 @@ def load(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
     family = FAMILIES[kind]
     config = family.config_from_hf(hf)
     config.check()
-    config, tensors = _with_heads(family, config, hf.get("architectures") or (), tensors)
+    config, tensors = _with_heads(family, config, hf.get("architectures") or [], tensors)
     return config, convert.to_ours(family.rules, config, tensors)
 
 
@@ -57,7 +57,7 @@ def save(config: ModelConfig, params: Mapping[str, Any], folder: Path, *, extra:
     kind = next((kind for kind, family in FAMILIES.items() if convert.says(family, config)), OWN)
     if kind == OWN:
         tensors = convert.to_hf(_own_rules(config), config, params)
-        values = {"model": to_json(config)}
+        values: dict[str, Any] = {"model": to_json(config)}
     else:
         family = FAMILIES[kind]
         tensors = _named_for_file(family, config, convert.to_hf(family.rules, config, params))

@@ -17,7 +17,7 @@ from jaxlm.hub.convert import (
     linear_heads_out,
 )
 
-_FIXED = {
+_FIXED: dict[str, Any] = {
     "structure": "encoder",
     "gated": False,
     "norm": "layernorm",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from jaxlm.config import ModelConfig
 from jaxlm.hub.convert import ACTIVATIONS, Family, Key, Rule, conv_heads_in, conv_query_key_value, keyed
 
-_FIXED = {
+_FIXED: dict[str, Any] = {
     "structure": "decoder",
     "types": 0,
     "gated": False,
@@ -20,14 +22,14 @@ _FIXED = {
 
 
 def _gpt2(layers: int, width: int, heads: int) -> ModelConfig:
-    sizes = {"layers": layers, "width": width, "heads": heads, "vocabulary": 50257, "max_length": 1024}
-    return ModelConfig(**_FIXED, **sizes, activation="gelu_tanh", dropout=0.1, attention_dropout=0.1)
+    published = _FIXED | {"vocabulary": 50257, "max_length": 1024, "dropout": 0.1, "attention_dropout": 0.1}
+    return ModelConfig(**published, layers=layers, width=width, heads=heads, activation="gelu_tanh")
 
 
 def _gpt3(layers: int, width: int, heads: int, head_width: int) -> ModelConfig:
     """A row of table 2.1.  Attention is dense: the paper's alternating sparse pattern changes no parameter."""
-    sizes = {"layers": layers, "width": width, "heads": heads, "head_width": head_width}
-    return ModelConfig(**_FIXED, **sizes, vocabulary=50257, max_length=2048, activation="gelu_tanh")
+    published = _FIXED | {"vocabulary": 50257, "max_length": 2048, "activation": "gelu_tanh"}
+    return ModelConfig(**published, layers=layers, width=width, heads=heads, head_width=head_width)
 
 
 PRESETS = {

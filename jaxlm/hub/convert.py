@@ -68,6 +68,7 @@ class Rule(NamedTuple):
 
     @property
     def leaves(self) -> tuple[str, ...]:
+        """The leaves that it holds."""
         return (self.ours,) if isinstance(self.ours, str) else self.ours
 
     def names(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
@@ -94,7 +95,7 @@ def to_ours(rules: tuple[Rule, ...], config: ModelConfig, tensors: Mapping[str, 
     of `config`: missing, unexpected, or of another shape."""
     shapes = tree_shapes(config)
     refuse(hf_shapes(rules, config), {name: tuple(x.shape) for name, x in tensors.items()}, "tensors of the file")
-    leaves = {}
+    leaves: dict[str, np.ndarray] = {}
     for rule in _applying(rules, shapes):
         layers = [rule.layout.to_ours(config, np.asarray(tensors[name])) for name in rule.names(shapes)]
         layers = layers if isinstance(rule.ours, tuple) else [(layer,) for layer in layers]
@@ -185,7 +186,8 @@ def tree_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def hf_shapes(rules: tuple[Rule, ...], config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of each tensor of the file.  Raises ValueError for a leaf that no rule holds."""
-    shapes, held, expected = tree_shapes(config), set(), {}
+    shapes, held = tree_shapes(config), set[str]()
+    expected: dict[str, tuple[int, ...]] = {}
     for rule in _applying(rules, shapes):
         held.update(rule.leaves)
         # One False, seen as the whole leaf (of one layer): the layout itself tells the shape, without its memory.
@@ -201,7 +203,7 @@ def _applying(rules: tuple[Rule, ...], shapes: Mapping[str, Any]) -> Iterator[Ru
 
 
 def _flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    leaves = {}
+    leaves: dict[str, Any] = {}
     for key, value in tree.items():
         leaves |= _flat(value, f"{above}{key}/") if isinstance(value, Mapping) else {above + key: value}
     return leaves
@@ -250,9 +252,9 @@ def keyed(
     """
 
     def from_hf(hf: dict[str, Any]) -> ModelConfig:
-        for key, value in only.items():
-            if hf.get(key, value) != value:
-                raise UserError(f"config.json has {key} {hf[key]!r}; only {value!r} is known: choose another model")
+        for name, value in only.items():
+            if hf.get(name, value) != value:
+                raise UserError(f"config.json has {name} {hf[name]!r}; only {value!r} is known: choose another model")
         fields: dict[str, Any] = {}
         for key in keys:
             value = hf.get(key.hf, key.default)
@@ -267,7 +269,7 @@ def keyed(
         hf, config = dict(only), resolved(config)
         for key in keys:
             value = getattr(config, key.ours)
-            hf[key.hf] = value if key.values is None else {v: k for k, v in reversed(key.values.items())}[value]
+            hf[key.hf] = value if key.values is None else {v: k for k, v in reversed(tuple(key.values.items()))}[value]
         return hf
 
     return from_hf, to_hf
@@ -295,6 +297,11 @@ def heads(family: Family, config: ModelConfig) -> str | None:
 
 
 def _seen(config: ModelConfig) -> ModelConfig:
-    unseen = {"dropout": 0.0, "attention_dropout": 0.0, "initial_std": 0.0, "scale_residual_init": False}
+    unseen: dict[str, Any] = {
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+        "initial_std": 0.0,
+        "scale_residual_init": False,
+    }
     unseen |= {"heads_on_top": ()} | ({"rotary_base": 0.0} if config.positions == "learned" else {})
     return dataclasses.replace(resolved(config), **unseen)

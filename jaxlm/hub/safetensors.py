@@ -47,7 +47,7 @@ def read(folder: Path) -> Mapping[str, LazyArray]:
     files = _index(folder)
     shards = {file: _open(folder / file) for file in sorted(set(files.values()))}
     tensors = {name: array for shard in shards.values() for name, array in shard.items()}
-    wrong = sorted(name for name in files.keys() | tensors.keys() if name not in shards.get(files.get(name), ()))
+    wrong = sorted(name for name in files.keys() | tensors.keys() if name not in shards.get(files.get(name, ""), {}))
     if wrong:
         raise UserError(f"{folder / INDEX} and its shards disagree on where {', '.join(wrong)} is; fetch both again")
     return MappingProxyType(tensors)

@@ -69,6 +69,7 @@ class Block(nn.Module):
     config: ModelConfig
     constrain: Callable
     dtype: Any = jnp.float32
+    causal: bool = False
 
     @nn.compact
     def __call__(
@@ -93,7 +94,9 @@ class Block(nn.Module):
 
         def attend(x: jax.Array) -> jax.Array:
             nonlocal cache
-            x, cache = Attention(**parts, name="attention")(x, mask_BTT, positions_BT, cache=cache)
+            x, cache = Attention(**parts, name="attention")(
+                x, mask_BTT, positions_BT, cache=cache, causal=self.causal and cache is None
+            )
             return x
 
         def cross(x: jax.Array) -> jax.Array:
@@ -111,6 +114,7 @@ class Stack(nn.Module):
     config: ModelConfig
     constrain: Callable
     dtype: Any = jnp.float32
+    causal: bool = False
     remat: str = "none"
     unroll: int = 1
 
@@ -121,7 +125,7 @@ class Stack(nn.Module):
         """`inputs` are those of `Block` after x.  Without caches the layers are scanned; with them they are unrolled,
         so that each layer updates its own cache in place."""
         config = self.config
-        parts = {"config": config, "constrain": self.constrain, "dtype": self.dtype}
+        parts = {"config": config, "constrain": self.constrain, "dtype": self.dtype, "causal": self.causal}
         if caches is None:
             block = Block
             if self.remat != "none":
@@ -168,7 +172,7 @@ class Transformer(nn.Module):
         if config.structure != "decoder":
             self.encoder = Stack(**parts, remat=self.remat, unroll=self.unroll)
         if config.structure != "encoder":
-            self.decoder = Stack(**parts, remat=self.remat, unroll=self.unroll)
+            self.decoder = Stack(**parts, causal=True, remat=self.remat, unroll=self.unroll)
         if "lm" in config.heads_on_top:
             self.lm_head = Vocabulary(**parts, bias=False)
         if "masked_lm" in config.heads_on_top:
@@ -288,6 +292,11 @@ def init(module: Transformer, key: jax.Array) -> dict[str, Any]:
     """Initial parameters, float32.  Under `jax.eval_shape` it gives their shapes for free."""
     module = module.clone(constrain=_identity)  # the one row of zeros divides no mesh
     return module.init(key, jnp.zeros((1, 2), jnp.int32), method="initialise")["params"]
+
+
+def apply(module: Transformer, params: Any, *inputs: Any, method: str = "__call__", key: jax.Array | None = None) -> Any:
+    """`module.method(*inputs)` with these parameters; `key` turns dropout on."""
+    return module.apply({"params": params}, *inputs, method=method, rngs=None if key is None else {"dropout": key})
 
 
 def empty_caches(config: ModelConfig, rows: int, length: int, dtype: Any) -> tuple[Cache, ...]:

@@ -18,21 +18,15 @@ from jaxlm.data.corrupt import mask_tokens, words
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.losses import Sum, accuracy, cross_entropy
-from jaxlm.nn.transformer import Transformer
+from jaxlm.nn.transformer import Transformer, apply
 
 TRAINING, EVALUATION = 0, 1  # first word of the seeds below, so that no evaluation repeats a training draw
 
 
 def hidden(module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
     """Hidden states [B, T, D] of a packed batch; `key` is for dropout."""
-    return module.apply(
-        {"params": params},
-        batch["tokens_BT"],
-        batch["segments_BT"],
-        batch["positions_BT"],
-        batch.get("types_BT"),
-        rngs=None if key is None else {"dropout": key},
-    )
+    inputs = batch["tokens_BT"], batch["segments_BT"], batch["positions_BT"], batch.get("types_BT")
+    return apply(module, params, *inputs, key=key)
 
 
 class CausalLMTask:
@@ -50,7 +44,7 @@ class CausalLMTask:
 
     def losses(self, module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> dict[str, Sum]:
         x_BTD = hidden(module, params, batch, key)
-        logits_BTV = module.apply({"params": params}, x_BTD, method="lm")
+        logits_BTV = apply(module, params, x_BTD, method="lm")
         labels = batch["labels_BT"], batch["weights_BT"]
         if key is not None:
             return {"loss": cross_entropy(logits_BTV, *labels, self.task.label_smoothing)}
@@ -138,7 +132,7 @@ class MaskedLMTask:
         chosen_BP = jnp.argsort(batch["weights_BT"] == 0, axis=1, stable=True)[:, : self.predictions]
         take = lambda field_BT: jnp.take_along_axis(field_BT, chosen_BP, axis=1)
         x_BPD = jnp.take_along_axis(x_BTD, chosen_BP[..., None], axis=1)
-        logits_BPV = module.apply({"params": params}, x_BPD, method="masked_lm")
+        logits_BPV = apply(module, params, x_BPD, method="masked_lm")
         labels = take(batch["labels_BT"]), take(batch["weights_BT"])
         smoothing = self.task.label_smoothing if key is not None else 0.0
         found = {
@@ -147,7 +141,7 @@ class MaskedLMTask:
         }
         if self.task.next_sentence:
             x_BED = jnp.take_along_axis(x_BTD, batch["starts_BE"][..., None], axis=1)
-            logits_BE2 = module.apply({"params": params}, x_BED, method="next_sentence")
+            logits_BE2 = apply(module, params, x_BED, method="next_sentence")
             labels = batch["labels_BE"], batch["weights_BE"]
             found["next_sentence_loss"] = cross_entropy(logits_BE2, *labels)
             found["next_sentence_accuracy"] = accuracy(logits_BE2, *labels)

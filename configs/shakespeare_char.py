@@ -1,0 +1,27 @@
+"""A character-level GPT on Shakespeare: nanoGPT's recipe for a CPU (4 layers, width 128, 2,000 iterations of 12 x 64).
+
+    python train.py configs/shakespeare_char.py --data.path input.txt
+
+The input is any text file; the last tenth is held out.  Tiny Shakespeare is karpathy/char-rnn's data/tinyshakespeare.
+"""
+
+from jaxlm import CausalLM, DataConfig, ModelConfig, OptimizerConfig, RunConfig, TokenizerConfig
+
+
+def config() -> RunConfig:
+    return RunConfig(
+        model=ModelConfig(vocabulary=96, max_length=64, width=128, layers=4, heads=4),
+        task=CausalLM(),
+        data=DataConfig(documents="file", eval_fraction=0.1, length=64),
+        tokenizer=TokenizerConfig(train="characters"),
+        optimizer=OptimizerConfig(
+            rate=1e-3, schedule="cosine", warmup=100, final=0.1, beta2=0.99, weight_decay=0.1, clip=1.0
+        ),
+        batch=12,
+        steps=2000,
+        unroll=4,
+        eval_every=500,
+        log_every=50,
+        sample_prompt="\n",
+        sample_tokens=60,
+    )

@@ -1,0 +1,28 @@
+"""Eight virtual devices for every test, and one compile cache for all test runs, so that the second is fast."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Both are read when JAX starts, and by the subprocesses that tests start.
+if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "jaxlm" / "tests"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+
+@pytest.fixture
+def devices(monkeypatch):
+    """`devices(n)`: runs that begin from now on see n devices; 1 until it is called."""
+    import jax
+
+    from jaxlm import sharding
+
+    made = sharding.make_mesh
+    some = lambda n: monkeypatch.setattr(sharding, "make_mesh", lambda config: made(config, jax.devices()[:n]))
+    some(1)
+    return some

@@ -1,0 +1,345 @@
+"""Properties of the Transformer and of a training step, for a tiny member of every family of presets."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from compiled import jit, random_params
+
+from jaxlm import sharding
+from jaxlm.config import CausalLM, MaskedLM, MeshConfig, ModelConfig, OptimizerConfig
+from jaxlm.families import PRESETS
+from jaxlm.fit import _laid_out
+from jaxlm.losses import cross_entropy
+from jaxlm.nn import parameters
+from jaxlm.nn.layers import Dropout
+from jaxlm.nn.transformer import Transformer, apply, empty_caches, init
+from jaxlm.optimizer import make_optimizer, make_schedule
+from jaxlm.step import TrainState, make_train_step
+from jaxlm.tasks.pretraining import CausalLMTask, MaskedLMTask
+
+SMALL = {"vocabulary": 96, "max_length": 32, "width": 24, "layers": 2, "heads": 3, "head_width": None}
+SMALL |= {"dropout": 0.0, "attention_dropout": 0.0}
+MODELS = {
+    "gpt2": replace(PRESETS["gpt2"], **SMALL),
+    "gpt3": replace(PRESETS["gpt3-xl"], **SMALL | {"head_width": 16}),
+    "bert": replace(PRESETS["bert-base"], **SMALL),
+    "transformer": replace(PRESETS["transformer-base"], **SMALL),
+    # No preset yet, but choices that a config may make.
+    "rotary": ModelConfig(
+        **SMALL | {"heads": 6},
+        kv_heads=3,
+        positions="rotary",
+        norm="rmsnorm",
+        gated=True,
+        activation="silu",
+        biases=False,
+        tied_embeddings=False,
+    ),
+}
+CAUSAL = [name for name, model in MODELS.items() if model.structure != "encoder"]
+B, T = 4, 16
+SHORT = 7  # length of the sequences that stand alone, two of them in a row
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def name(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(name) -> ModelConfig:
+    return MODELS[name]
+
+
+@lru_cache
+def params_of(name: str):
+    return random_params(MODELS[name])
+
+
+@pytest.fixture(scope="module")
+def params(name):
+    return params_of(name)
+
+
+def packed_batch(model: ModelConfig) -> dict[str, np.ndarray]:
+    """Rows of two or three examples and ragged padding."""
+    random = np.random.default_rng(0)
+    batch = {field: np.zeros((B, T), np.int32) for field in ("tokens_BT", "segments_BT", "positions_BT", "types_BT")}
+    batch["labels_BT"] = random.integers(0, model.vocabulary, (B, T), dtype=np.int32)
+    batch["weights_BT"] = np.zeros((B, T), np.float32)
+    batch |= {field: np.zeros((B, 4), np.int32) for field in ("starts_BE", "labels_BE")}
+    batch["weights_BE"] = np.zeros((B, 4), np.float32)
+    for b in range(B):
+        start = 0
+        for e, length in enumerate(random.integers(2, 6, random.integers(1, 4))):
+            at = np.s_[b, start : start + length]
+            batch["tokens_BT"][at] = random.integers(0, model.vocabulary, length)
+            batch["segments_BT"][at] = e + 1
+            batch["positions_BT"][at] = np.arange(length)
+            batch["types_BT"][at] = random.integers(0, 2, length) if model.types else 0
+            predicted = random.random(length) < (1.0 if model.structure != "encoder" else 0.3)
+            batch["weights_BT"][at] = predicted
+            batch["starts_BE"][b, e], batch["weights_BE"][b, e] = start, 1
+            batch["labels_BE"][b, e] = random.integers(2)
+            start += length
+    return batch
+
+
+class Seq2Seq:
+    """The least task of an encoder-decoder: the target's labels, with the source as its own target."""
+
+    def losses(self, module, params, batch, key):
+        source = batch["tokens_BT"], batch["segments_BT"], batch["positions_BT"], None
+        x = apply(module, params, *source, *source[:3], key=key)
+        logits = apply(module, params, x, method="lm")
+        return {"loss": cross_entropy(logits, batch["labels_BT"], batch["weights_BT"])}
+
+    def weights(self, batch):
+        return {"loss": batch["weights_BT"].sum()}
+
+
+def task_of(model: ModelConfig):
+    special = type("Special", (), {"cls": 1, "sep": 2, "mask": 3})
+    if model.structure == "encoder_decoder":
+        return Seq2Seq()
+    if model.structure == "encoder":
+        task = MaskedLMTask(MaskedLM(next_sentence=True), T, 0, special)
+        task.predictions = T
+        return task
+    return CausalLMTask(CausalLM(), T, 0, special)
+
+
+@lru_cache
+def hidden(name: str):
+    """Compiled: hidden states of (params, tokens, segments, positions, types); an encoder-decoder's source is also
+    its target."""
+    module = Transformer(MODELS[name])
+
+    def states(params, tokens, segments=None, positions=None, types=None):
+        target = (tokens, segments, positions) if module.config.structure == "encoder_decoder" else ()
+        return apply(module, params, tokens, segments, positions, types, *target)
+
+    return jit(states)
+
+
+@lru_cache
+def gradient(name: str, dtype=jnp.float32, **choices):
+    """Compiled: the losses (sum, weight) of (params, batch), and the gradient of what is minimised."""
+    task, module = task_of(MODELS[name]), Transformer(MODELS[name], dtype=dtype, **choices)
+
+    def objective(params, batch):
+        losses = task.losses(module, params, batch, None)
+        return sum(losses[n][0] / total for n, total in task.weights(batch).items()), losses
+
+    def both(params, batch):
+        (_, losses), grads = jax.value_and_grad(objective, has_aux=True)(params, batch)
+        return losses, grads
+
+    return jit(both)
+
+
+@lru_cache
+def plain(name: str):
+    """Losses and gradient of the family's batch, without any choice."""
+    return jax.device_get(gradient(name)(params_of(name), packed_batch(MODELS[name])))
+
+
+def test_no_position_sees_a_later_one_and_an_encoder_sees_all(model, params):
+    """By derivatives: how each position's state changes with each token's embedding."""
+    tokens = np.arange(10, 10 + SHORT)[None]
+    directions = np.zeros((SHORT, model.vocabulary, model.width), np.float32)
+    directions[np.arange(SHORT), tokens[0]] = np.random.default_rng(0).standard_normal((SHORT, model.width))
+
+    def derivatives(params, directions):
+        def states(table):
+            changed = params | {"embeddings": params["embeddings"] | {"tokens": table}}
+            if model.structure == "encoder_decoder":
+                return apply(Transformer(model), changed, tokens * 0 + 3, None, None, None, tokens)[0]
+            return apply(Transformer(model), changed, tokens)[0]
+
+        along = lambda direction: jax.jvp(states, (params["embeddings"]["tokens"],), (direction,))[1]
+        return jax.vmap(along)(directions)
+
+    derivative_STD = jit(derivatives)(params, directions)
+    sees_TS = (np.asarray(derivative_STD) != 0).any(-1).T
+    expected = np.ones((SHORT, SHORT), bool)
+    np.testing.assert_array_equal(sees_TS, expected if model.structure == "encoder" else np.tril(expected))
+
+
+def test_packed_equals_padded(name, model, params):
+    batch = packed_batch(model)
+    inputs = [batch[f] for f in ("tokens_BT", "segments_BT", "positions_BT", "types_BT")]
+    packed = np.asarray(hidden(name)(params, *inputs))
+    examples = [(b, e) for b in range(B) for e in range(1, batch["segments_BT"][b].max() + 1)]
+    assert len(examples) > B
+    for some in (examples[i : i + B] for i in range(0, len(examples), B)):  # each example in a row of its own
+        alone = [np.zeros_like(x) for x in inputs]
+        for row, (b, e) in enumerate(some):
+            here = batch["segments_BT"][b] == e
+            for field, x in zip(alone, inputs):
+                field[row, : here.sum()] = x[b, here]
+            alone[1][row, : here.sum()] = 1
+        states = np.asarray(hidden(name)(params, *alone))
+        for row, (b, e) in enumerate(some):
+            here = batch["segments_BT"][b] == e
+            np.testing.assert_allclose(packed[b, here], states[row, : here.sum()], atol=2e-5, rtol=1e-4)
+
+
+def test_packed_equals_unpadded(name, model, params):
+    tokens = np.random.default_rng(0).integers(0, model.vocabulary, (2, SHORT), dtype=np.int32)
+    alone = hidden(name)(params, tokens)
+    fields = np.zeros((4, B, T), np.int32)
+    fields[0, 0, : 2 * SHORT] = tokens.ravel()
+    fields[1, 0, : 2 * SHORT] = np.repeat([1, 2], SHORT)
+    fields[2, 0, : 2 * SHORT] = np.tile(np.arange(SHORT), 2)
+    packed = np.asarray(hidden(name)(params, *fields))[0, : 2 * SHORT].reshape(alone.shape)
+    np.testing.assert_allclose(packed, alone, atol=2e-5, rtol=1e-4)
+
+
+def test_padding_changes_nothing_and_gets_no_gradient(name, model, params):
+    batch = packed_batch(model)
+    batch["tokens_BT"] = np.where(batch["segments_BT"] > 0, batch["tokens_BT"], 5)
+    losses, grads = jax.device_get(gradient(name)(params, batch))
+    jax.tree.map(np.testing.assert_array_equal, (losses, grads), plain(name))
+
+
+@pytest.mark.parametrize("choices", [{"remat": "full"}, {"remat": "dots", "unroll": 2}], ids=str)
+def test_remat_and_unrolling_change_no_gradient(name, model, params, choices):
+    chosen = gradient(name, **choices)(params, packed_batch(model))
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-3), plain(name), chosen)
+
+
+# A large epsilon makes Adam's update smooth in the gradient, so that rounding is not blown up to whole steps.
+SETTINGS = OptimizerConfig(rate=0.01, schedule="constant", warmup=0, epsilon=1.0)
+
+
+def one_step(name: str, accumulate: int, mesh: jax.sharding.Mesh):
+    model, params = MODELS[name], params_of(name)
+    module = Transformer(model, sharding.constrainer(mesh))
+    optimizer = make_optimizer(SETTINGS, 10, accumulate, params)
+    key = jax.random.key_data(jax.random.key(0))
+
+    def first_state(params):
+        return TrainState(jnp.int32(0), params, optimizer.init(params), key)
+
+    like = _laid_out(jax.eval_shape(first_state, params), mesh)
+    state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)._replace(params=params, key=key)
+    state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, like))
+    micro = {f: x.reshape(accumulate, -1, *x.shape[1:]) for f, x in packed_batch(model).items()}
+    step = jit(make_train_step(task_of(model), module, optimizer, make_schedule(SETTINGS, 10)))
+    return step(state, jax.device_put(micro, sharding.batch_sharding(mesh)))
+
+
+def assert_is_the_plain_step(name: str, step) -> None:
+    """AdamW's first update in closed form, from the gradient of the whole batch on one device."""
+    losses, grads = plain(name)
+    params, decays = params_of(name), parameters.rows(params_of(name))
+    norm = np.sqrt(sum(np.square(g, dtype=np.float64).sum() for g in jax.tree.leaves(grads)))
+
+    def updated(p, g, row):
+        g = g * min(1, SETTINGS.clip / norm)
+        direction = g / (np.abs(g) + SETTINGS.epsilon) + SETTINGS.weight_decay * row.decays * p
+        return p - SETTINGS.rate * direction
+
+    state, metrics = jax.device_get(step)
+    is_row = lambda x: isinstance(x, parameters.Parameter)
+    expected = jax.tree.map(updated, params, grads, decays, is_leaf=is_row)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=2e-6, rtol=1e-4), state.params, expected)
+    means = {n: s / w for n, (s, w) in losses.items()}
+    names = task_of(MODELS[name]).weights(packed_batch(MODELS[name]))
+    found = {"loss": sum(means[n] for n in names), "grad_norm": norm} | (means if len(means) > 1 else {})
+    for n, value in found.items():
+        if n in metrics:
+            np.testing.assert_allclose(metrics[n], value, rtol=1e-4, err_msg=n)
+    segments = packed_batch(MODELS[name])["segments_BT"]
+    assert metrics["tokens"] == (segments > 0).sum()
+    assert metrics["examples"] == segments.max(1).sum()
+    assert state.step == 1
+
+
+ONE = partial(sharding.make_mesh, MeshConfig(1))
+
+
+@pytest.mark.parametrize("accumulate", [4, pytest.param(2, marks=pytest.mark.long)])
+def test_micro_batches_equal_the_large_batch(name, accumulate):
+    assert_is_the_plain_step(name, one_step(name, accumulate, ONE(jax.devices()[:1])))
+
+
+MESHES = [(1, 2, 3), *(pytest.param(m, marks=pytest.mark.long) for m in [(4, 1, 1), (2, 2, 1), (1, 4, 1), (2, 1, 3)])]
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_sharded_equals_unsharded(name, sizes):
+    count = int(np.prod(sizes))
+    if len(jax.devices()) < count:
+        pytest.skip(f"needs {count} devices")
+    mesh = sharding.make_mesh(MeshConfig(*sizes), jax.devices()[:count])
+    assert_is_the_plain_step(name, one_step(name, 1, mesh))
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_cached_decoding_equals_uncached(name):
+    model, params = MODELS[name], params_of(name)
+    module = Transformer(model)
+    tokens = np.random.default_rng(0).integers(0, model.vocabulary, (2, SHORT), dtype=np.int32)
+    context = ()
+    if model.structure == "encoder_decoder":
+        context = (jit(partial(apply, module, method="encode"))(params, tokens),)
+    whole = np.asarray(hidden(name)(params, tokens))
+    decode = jit(partial(apply, module, method="decode_cached"))
+    caches = jit(lambda: empty_caches(model, 2, 10, jnp.float32))()
+    # A prompt of 3 padded on the right, then one token at a time over what the padding left in the cache.
+    prompt = np.pad(tokens[:, :3], ((0, 0), (0, 3)))
+    positions = np.broadcast_to(np.arange(6), (2, 6))
+    first, caches = decode(params, prompt, positions, caches, *context)
+    np.testing.assert_allclose(np.asarray(first)[:, :3], whole[:, :3], atol=2e-5, rtol=1e-4)
+    for t in range(3, SHORT):
+        one, caches = decode(params, tokens[:, t : t + 1], np.full((2, 1), t), caches, *context)
+        np.testing.assert_allclose(np.asarray(one)[:, 0], whole[:, t], atol=2e-5, rtol=1e-4)
+
+
+def test_bfloat16_compute_keeps_float32_parameters_and_loss(name, model, params):
+    losses, grads = gradient(name, dtype=jnp.bfloat16)(params, packed_batch(model))
+    for n, (value, _) in losses.items():
+        if n.endswith("loss"):
+            assert value.dtype == jnp.float32
+            np.testing.assert_allclose(plain(name)[0][n][0], value, rtol=0.05)
+    assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
+
+
+def test_dropout_is_off_without_a_key_and_unbiased_with_one():
+    x = np.ones((64, 250), np.float32)
+    layer = Dropout(0.25)
+    np.testing.assert_array_equal(layer.apply({}, x), x)
+    dropped = np.asarray(jit(lambda key: layer.apply({}, x, rngs={"dropout": key}))(jax.random.key(0)))
+    assert abs((dropped == 0).mean() - 0.25) < 0.02
+    np.testing.assert_allclose(dropped.mean(), 1, atol=0.02)
+    assert np.unique(dropped).size == 2
+
+
+def test_initial_weights_have_their_deviation():
+    model = MODELS["gpt2"]
+    params = jit(partial(init, Transformer(model)))(jax.random.key(1))
+    layers = params["decoder"]["layers"]
+    residual = {"attention/out": layers["attention"]["out"], "mlp/down": layers["mlp"]["down"]}
+    for where, leaf in residual.items():
+        np.testing.assert_allclose(np.std(leaf["kernel"]), 0.02 / np.sqrt(2 * model.layers), rtol=0.1, err_msg=where)
+    for leaf in (layers["attention"]["query"]["kernel"], layers["mlp"]["up"]["kernel"], params["embeddings"]["tokens"]):
+        np.testing.assert_allclose(np.std(leaf), 0.02, rtol=0.1)
+    kernel = np.asarray(layers["mlp"]["up"]["kernel"])
+    assert np.abs(kernel[0] - kernel[1]).min() > 0  # layers differ
+    assert not np.any(layers["mlp"]["up"]["bias"])
+    assert np.all(np.asarray(layers["mlp_norm"]["scale"]) == 1)
+
+
+def test_every_preset_has_a_row_for_each_parameter():
+    for model in {replace(preset, **SMALL) for preset in PRESETS.values()}:
+        parameters.rows(jax.eval_shape(partial(init, Transformer(model)), jax.random.key(0)))
+    with pytest.raises(ValueError, match=r"decoder/layers/novel .* has no row"):
+        parameters.rows({"decoder": {"layers": {"novel": np.ones((2, 3))}}})

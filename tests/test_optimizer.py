@@ -1,0 +1,289 @@
+"""What moves, by how much, and when: decay, clipping, layer-wise rates, freezing, schedules, four optimizers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import lru_cache
+
+import jax
+import numpy as np
+import optax
+import pytest
+from compiled import jit, random_params
+
+from jaxlm.config import ModelConfig, OptimizerConfig
+from jaxlm.nn import parameters
+from jaxlm.nn.transformer import Transformer, apply
+from jaxlm.optimizer import make_optimizer, make_schedule
+
+LAYERS = 3
+TINY = {"vocabulary": 16, "max_length": 8, "width": 8, "layers": LAYERS, "heads": 2}
+MODELS = {
+    "decoder": ModelConfig(**TINY),
+    "encoder": ModelConfig(
+        **TINY, structure="encoder", heads_on_top=("masked_lm", "next_sentence"), types=2, embedding_norm=True
+    ),
+    "encoder_decoder": ModelConfig(**TINY, structure="encoder_decoder", tied_embeddings=False, gated=True),
+}
+NAMES = ("adamw", "adafactor", "lion", "muon")
+
+# Adam with a huge epsilon is gradient descent: g / (|g| + epsilon) = g / epsilon to 1e-6 of it.
+SGD = OptimizerConfig(rate=1e6, epsilon=1e6, schedule="constant", warmup=0, weight_decay=0, clip=0)
+
+
+@lru_cache
+def params_of(structure: str):
+    return random_params(MODELS[structure])
+
+
+def gradients_of(structure: str, seed: int = 0):
+    random = np.random.default_rng(seed)
+    return jax.tree.map(lambda p: random.standard_normal(p.shape, np.float32), params_of(structure))
+
+
+def by_path(tree) -> dict[str, np.ndarray]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {parameters.path_of(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def updates(config: OptimizerConfig, structure: str, *gradients, steps: int = 10):
+    """The updates that the gradients give one after the other, by path, and the last state.  Parameters stay."""
+    params = params_of(structure)
+    optimizer = make_optimizer(config, steps, 1, params)
+
+    def run(params, *gradients):
+        state, made = optimizer.init(params), []
+        for g in gradients:
+            update, state = optimizer.update(g, state, params)
+            made.append(update)
+        return made, state
+
+    made, state = jit(run)(params, *gradients)
+    return [by_path(u) for u in made], state
+
+
+def depth_of(path: str) -> str:
+    """Said anew here, not read from the table that is tested."""
+    if path.startswith("embeddings/"):
+        return "embeddings"
+    return "layers" if "/layers/" in path else "head"
+
+
+def test_gradient_descent_is_what_the_tests_below_take_it_for():
+    g = gradients_of("decoder")
+    ((found,), _) = updates(SGD, "decoder", g)
+    for path, leaf in by_path(g).items():
+        np.testing.assert_allclose(found[path], -leaf, rtol=1e-5, err_msg=path)
+
+
+@pytest.mark.parametrize("structure", MODELS)
+@pytest.mark.parametrize("name", NAMES)
+def test_decay_shrinks_weights_and_leaves_out_biases_and_norms(structure, name):
+    config = OptimizerConfig(name=name, rate=0.1, weight_decay=0.5, schedule="constant", warmup=0)
+    zero = jax.tree.map(np.zeros_like, params_of(structure))
+    ((found,), _) = updates(config, structure, zero)
+    for path, p in by_path(params_of(structure)).items():
+        weight = path.split("/")[-1] in ("kernel", "tokens", "positions", "types")
+        np.testing.assert_allclose(found[path], -0.1 * 0.5 * p * weight, rtol=1e-5, atol=1e-8, err_msg=path)
+
+
+def test_gradients_are_clipped_to_their_global_norm():
+    g = gradients_of("decoder")
+    norm = math.sqrt(sum(np.square(x, dtype=np.float64).sum() for x in jax.tree.leaves(g)))
+    for clip in (1.0, 2 * norm):
+        ((found,), state) = updates(replace(SGD, clip=clip), "decoder", g)
+        np.testing.assert_allclose(optax.tree.get(state, "grad_norm"), norm, rtol=1e-5)  # before clipping
+        for path, leaf in by_path(g).items():
+            np.testing.assert_allclose(found[path], -leaf * min(1, clip / norm), rtol=1e-4, atol=1e-9, err_msg=path)
+
+
+@pytest.mark.parametrize("structure", MODELS)
+def test_each_layer_has_its_rate(structure):
+    """Head 1, layer l of 1..L d^(L + 1 - l), embeddings d^(L + 1): in gradient and in weight decay."""
+    d, g = 0.7, gradients_of(structure)
+    ((plain,), _) = updates(replace(SGD, weight_decay=1e-6), structure, g)
+    ((decayed,), _) = updates(replace(SGD, weight_decay=1e-6, layer_decay=d), structure, g)
+    stacks = set()
+    for path, leaf in plain.items():
+        ratio = decayed[path] / leaf
+        if depth_of(path) == "layers":
+            stacks.add(path.split("/")[0])
+            assert leaf.shape[0] == LAYERS
+            for layer in range(LAYERS):
+                np.testing.assert_allclose(ratio[layer], d ** (LAYERS - layer), rtol=1e-5, err_msg=f"{path} {layer}")
+        else:
+            expected = d ** (LAYERS + 1) if depth_of(path) == "embeddings" else 1
+            np.testing.assert_allclose(ratio, expected, rtol=1e-5, err_msg=path)
+    assert stacks == {"encoder", "decoder"} & set(params_of(structure))
+
+
+FROZEN = {  # settings -> how many of the layers, and whether the embeddings, stand still
+    "embeddings": ({"freeze": "embeddings"}, 0),
+    "two layers": ({"freeze_layers": 2}, 2),
+    "all layers": ({"freeze_layers": LAYERS}, LAYERS),
+    "all but heads": ({"freeze": "all_but_heads"}, LAYERS),
+    "a layer, with layer-wise rates": ({"freeze_layers": 1, "layer_decay": 0.5}, 1),
+}
+
+
+def assert_frozen(config: OptimizerConfig, structure: str, still: int) -> None:
+    gradients = [gradients_of(structure, seed) for seed in range(2)]
+    made, state = updates(config, structure, *gradients)
+    trained = []
+    for path, g in by_path(gradients[1]).items():
+        parts = {"embeddings": np.s_[:0], "layers": np.s_[still:], "head": np.s_[:]}
+        moving = np.zeros(g.shape, bool)
+        moving[parts[depth_of(path)]] = True
+        p = by_path(params_of(structure))[path]
+        for update in made:
+            np.testing.assert_array_equal((p + update[path])[~moving], p[~moving], err_msg=path)  # to the last bit
+            assert np.all(np.isfinite(update[path]))
+            assert np.any(update[path]) == moving.any(), path
+            if depth_of(path) == "layers" and moving.any():
+                moved = np.abs(update[path]).reshape(LAYERS, -1).max(1) > 0
+                np.testing.assert_array_equal(moved, np.arange(LAYERS) >= still, err_msg=path)
+        trained.append(g[moving])
+    norm = math.sqrt(sum(np.square(g, dtype=np.float64).sum() for g in trained))
+    np.testing.assert_allclose(optax.tree.get(state, "grad_norm"), norm, rtol=1e-5)
+
+    # A moment for each trained leaf and none for a frozen one.
+    kept = [parameters.path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+    for path, g in by_path(gradients[0]).items():
+        moves = depth_of(path) == "head" or (depth_of(path) == "layers" and still < LAYERS)
+        assert (path in kept) == moves, path
+        if config.name == "adamw":
+            assert kept.count(path) == 2 * moves, path
+
+
+@pytest.mark.parametrize("structure", MODELS)
+@pytest.mark.parametrize("case", FROZEN)
+def test_what_is_frozen_neither_moves_nor_counts_nor_has_state(structure, case):
+    settings, still = FROZEN[case]
+    assert_frozen(OptimizerConfig(schedule="constant", warmup=0, **settings), structure, still)
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_every_optimizer_freezes(name):
+    assert_frozen(OptimizerConfig(name=name, schedule="constant", warmup=0, freeze_layers=1), "encoder", 1)
+
+
+def test_frozen_gradients_do_not_weigh_in_clipping():
+    g = gradients_of("decoder")
+    loud = g | {"embeddings": jax.tree.map(lambda x: x * 1e6, g["embeddings"])}
+    loud = jax.tree_util.tree_map_with_path(
+        lambda path, x: x * 1e6 ** (np.arange(LAYERS) < 1).reshape(-1, *[1] * (x.ndim - 1))
+        if depth_of(parameters.path_of(path)) == "layers"
+        else x,
+        loud,
+    )
+    config = replace(SGD, clip=1.0, freeze_layers=1)
+    ((quiet,), _), ((found,), _) = updates(config, "decoder", g), updates(config, "decoder", loud)
+    for path in quiet:
+        np.testing.assert_array_equal(found[path], quiet[path], err_msg=path)
+
+
+# 100 steps, 10 of warm-up, peak 2, last 0.5 = a quarter.
+SCHEDULES = {
+    "constant": lambda step: 2.0,
+    "linear": lambda step: 2.0 + (0.5 - 2.0) * (step - 10) / 90,
+    "cosine": lambda step: 0.5 + 1.5 * 0.5 * (1 + math.cos(math.pi * (step - 10) / 90)),
+    "inverse_sqrt": lambda step: 2.0 * math.sqrt(10 / step),
+    "warmup_stable_decay": lambda step: 2.0 if step <= 80 else 2.0 - 1.5 * (step - 80) / 20,
+}
+
+
+@pytest.mark.parametrize("warmup", [0.1, 10])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_follow_their_formulas(name, warmup):
+    schedule = make_schedule(OptimizerConfig(rate=2.0, schedule=name, warmup=warmup, final=0.25), 100)
+    values = np.asarray(jit(jax.vmap(schedule))(np.arange(101)))
+    rise = 2.0 * (1 + 10 * np.arange(10) / 10) / 11  # the first step is not lost
+    np.testing.assert_allclose(values[:10], rise, rtol=1e-6)
+    assert values[0] == pytest.approx(2 / 11)
+    np.testing.assert_allclose(values[10:], [SCHEDULES[name](step) for step in range(10, 101)], rtol=1e-6)
+    assert values[10] == pytest.approx(2.0)
+    if name in ("linear", "cosine", "warmup_stable_decay"):
+        assert values[100] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_without_warmup_begin_at_the_peak_and_short_runs_are_finite(name):
+    for steps in (1, 2, 3, 50):
+        for warmup in (0.0, 0.5):
+            config = OptimizerConfig(rate=2.0, schedule=name, warmup=warmup, final=0.0, decay_share=1.0)
+            values = np.array([float(make_schedule(config, steps)(step)) for step in range(steps)])
+            assert np.all(np.isfinite(values))
+            assert np.all((values > 0) & (values <= 2.0)), (steps, warmup, values)
+            assert warmup > 0 or values[0] == 2.0
+
+
+def test_a_decay_longer_than_what_warmup_leaves_still_ends_at_the_last_rate():
+    config = OptimizerConfig(rate=2.0, schedule="warmup_stable_decay", warmup=0.1, decay_share=1.0, final=0.25)
+    assert float(make_schedule(config, 100)(100)) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_optimizer_learns_and_keeps_dtypes(name):
+    model = replace(MODELS["decoder"], layers=2)
+    config = OptimizerConfig(name=name, rate=0.01, schedule="constant", warmup=0)
+    params, module = random_params(model, std=0.05), Transformer(model)
+    optimizer = make_optimizer(config, 30, 1, params)
+    tokens = np.random.default_rng(0).integers(0, 16, (4, 8))
+
+    def loss(params):
+        logits = apply(module, params, apply(module, params, tokens[:, :-1]), method="lm")
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+    def step(carry, _):
+        params, state = carry
+        value, gradient = jax.value_and_grad(loss)(params)
+        update, state = optimizer.update(gradient, state, params)
+        return (optax.apply_updates(params, update), state), value
+
+    train = jit(lambda params: jax.lax.scan(step, (params, optimizer.init(params)), None, 30))
+    (trained, _), losses = train(params)
+    assert losses[-1] < 0.7 * losses[0], losses
+    same = lambda a, b: a.dtype == b.dtype and a.shape == b.shape
+    assert jax.tree.all(jax.tree.map(same, trained, params))
+
+
+def newton_schulz(g: np.ndarray) -> np.ndarray:
+    """Five steps of the quintic iteration on one matrix (Jordan et al. 2024), in float64."""
+    x = g.astype(np.float64) / np.linalg.norm(g)
+    transposed = x.shape[0] > x.shape[1]
+    x = x.T if transposed else x
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x.T if transposed else x
+
+
+@pytest.mark.parametrize("structure", MODELS)
+def test_muon_orthogonalises_each_layers_matrix_on_its_own(structure):
+    g = gradients_of(structure)
+    # Layers as different as can be: one that dwarfed the others would show if they shared a norm.
+    g = jax.tree_util.tree_map_with_path(
+        lambda path, x: x * 10.0 ** np.arange(LAYERS).reshape(-1, *[1] * (x.ndim - 1)).astype(np.float32)
+        if depth_of(parameters.path_of(path)) == "layers"
+        else x,
+        g,
+    )
+    config = replace(SGD, name="muon", rate=1.0, epsilon=1e-8)
+    ((found,), _) = updates(config, structure, g)
+    inputs = {"query": 1, "key": 1, "value": 1, "out": 2, "up": 1, "gate": 1, "down": 1}
+    matrices = 0
+    for path, leaf in by_path(g).items():
+        parts = path.split("/")
+        if depth_of(path) == "layers" and parts[-1] == "kernel":
+            for layer in range(LAYERS):
+                n = inputs[parts[-2]]
+                matrix = leaf[layer].reshape(math.prod(leaf.shape[1 : 1 + n]), -1)
+                expected = -0.2 * math.sqrt(max(matrix.shape)) * newton_schulz(matrix)
+                np.testing.assert_allclose(found[path][layer].reshape(matrix.shape), expected, atol=2e-3, err_msg=path)
+                singular = np.linalg.svd(newton_schulz(matrix), compute_uv=False)
+                assert singular.max() < 1.3
+                matrices += 1
+        else:  # Adam's first step: the sign
+            np.testing.assert_allclose(found[path], -np.sign(leaf), rtol=1e-4, atol=1e-4, err_msg=path)
+    assert matrices >= 6 * LAYERS

@@ -1,0 +1,652 @@
+"""Runs that are killed, moved to other devices, damaged or starved end as if nothing had happened, or say what did.
+
+Every run here is tiny.  "The same" means byte for byte: weights, optimizer state, export, and the losses of the log.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm import CausalLM, DataConfig, ModelConfig, OptimizerConfig, RunConfig, TokenizerConfig, sharding
+from jaxlm.__main__ import main
+from jaxlm.checkpoint import Checkpoints
+from jaxlm.config import MeshConfig
+from jaxlm.errors import RunError, Stopped, UserError
+from jaxlm.fit import fit
+from jaxlm.folder import begin, claim
+from jaxlm.nn.transformer import Transformer, init
+from jaxlm.optimizer import make_optimizer
+from jaxlm.step import TrainState
+
+# TensorStore's words when one array of a checkpoint fails; `jaxlm.__main__` keeps them from the terminal.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+TRAIN = Path(__file__).parent.parent / "train.py"
+MODEL = ModelConfig(vocabulary=64, max_length=32, width=32, layers=2, heads=2, dropout=0.1)
+
+
+def write_text(folder: Path, seed: int = 0) -> Path:
+    draw = random.Random(seed)
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "sleeps"]
+    text = "".join(" ".join(draw.choices(words, k=12)) + "\n" for _ in range(120))
+    (folder / "text.txt").write_text(text)
+    return folder / "text.txt"
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory) -> Path:
+    """A folder with text.txt and the cache of all runs here."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_text(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def private_cache(place, monkeypatch):
+    monkeypatch.setenv("JAXLM_CACHE", str(place / "cache"))
+
+
+def a_run(place: Path, workdir: Path, **more: Any) -> RunConfig:
+    """12 steps; lines of the log, evaluations and checkpoints at steps that are out of step with each other."""
+    values = {
+        "model": MODEL,
+        "task": CausalLM(),
+        "data": DataConfig(path=str(place / "text.txt"), length=32),
+        "tokenizer": TokenizerConfig(train="characters"),
+        "optimizer": OptimizerConfig(rate=1e-2, beta2=0.99),
+        "mesh": MeshConfig(),
+        "batch": 8,
+        "steps": 12,
+        "log_every": 4,
+        "checkpoint_every": 3,
+        "eval_every": 6,
+        "sample_tokens": 0,
+        "workdir": str(workdir),
+    }
+    return RunConfig(**values | more)
+
+
+def stop_after(steps: int):
+    """A `stop` that asks to leave after so many steps."""
+    left = iter(range(steps - 1))
+    return lambda: next(left, None) is None
+
+
+def losses(folder: Path) -> list[dict[str, float]]:
+    """The log without what depends on the clock."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: x for name, x in row.items() if not name.endswith("per_second")} for row in rows]
+
+
+def tensors(folder: Path) -> dict[str, bytes]:
+    """All of the last checkpoint, and the export, as bytes."""
+    import orbax.checkpoint as ocp
+
+    manager = ocp.CheckpointManager((folder / "checkpoints").absolute())
+    state = manager.restore(manager.latest_step(), args=ocp.args.Composite(state=ocp.args.StandardRestore()))["state"]
+    manager.close()
+    found = {jax.tree_util.keystr(p): np.asarray(x).tobytes() for p, x in jax.tree_util.tree_leaves_with_path(state)}
+    return found | {f.name: f.read_bytes() for f in (folder / "export").iterdir()}
+
+
+def assert_same(ours: Path, theirs: Path) -> None:
+    assert losses(ours) == losses(theirs)
+    a, b = tensors(ours), tensors(theirs)
+    assert a.keys() == b.keys()
+    assert [name for name in a if a[name] != b[name]] == []
+
+
+@pytest.fixture(scope="module")
+def alone(place, tmp_path_factory) -> Path:
+    """A run on one device that nobody disturbed."""
+    with pytest.MonkeyPatch.context() as patch:
+        made = sharding.make_mesh
+        patch.setattr(sharding, "make_mesh", lambda c: made(c, jax.devices()[:1]))
+        patch.setenv("JAXLM_CACHE", str(place / "cache"))
+        folder = tmp_path_factory.mktemp("alone") / "run"
+        fit(a_run(place, folder))
+    return folder
+
+
+# Stopped and resumed
+
+
+@pytest.mark.parametrize("after", [pytest.param((1,), marks=pytest.mark.long), (5, 2, 3)], ids=str)
+def test_a_run_that_is_stopped_goes_on_to_the_same_end(place, alone, tmp_path, devices, after):
+    run = a_run(place, tmp_path / "run")
+    for steps in after:
+        with pytest.raises(Stopped, match=f"stopped at step .* of {run.steps}"):
+            fit(run, stop=stop_after(steps))
+    fit(run)
+    assert_same(tmp_path / "run", alone)
+
+
+def test_what_a_run_leaves(alone):
+    rows = losses(alone)
+    assert [row["step"] for row in rows] == [4, 6, 8, 12, 12]
+    speed = {"tokens_per_second", "examples_per_second"}
+    for line in (alone / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if "loss" in row:
+            assert row.keys() >= {"step", "loss", "learning_rate", "grad_norm"} | speed
+            assert list(row)[:2] == ["step", "loss"]
+        else:
+            assert row.keys() == {"step", "eval/loss", "eval/perplexity", "eval/bits_per_byte", "eval/accuracy"}
+    assert (alone / "report.html").stat().st_size > 1000
+    assert {"config.json", "model.safetensors"} <= {f.name for f in (alone / "export").iterdir()}
+    kept = {path.name for path in (alone / "checkpoints").iterdir()}
+    assert {"9", "12"} <= kept <= {"6", "9", "12"}
+    assert sorted(path.name for path in alone.iterdir()) == [
+        "checkpoints", "config.json", "export", "metrics.jsonl", "report", "report.html", "tensorboard",
+    ]  # fmt: skip
+
+
+def read_events(folder: Path) -> list[Any]:
+    """The events of all files of a folder; a record is length, its checksum, data, its checksum (TFRecord)."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    events = []
+    for file in sorted(folder.iterdir()):
+        data = file.read_bytes()
+        while data:
+            size = int.from_bytes(data[:8], "little")
+            events.append(Event.FromString(data[12 : 12 + size]))
+            data = data[16 + size :]
+    return events
+
+
+def test_tensorboard_shows_what_the_log_says(alone):
+    points = {}
+    for event in read_events(alone / "tensorboard"):
+        for value in event.summary.value:
+            points[event.step, value.tag] = value.simple_value
+    rows = [json.loads(line) for line in (alone / "metrics.jsonl").read_text().splitlines()]
+    logged = {(row["step"], name): x for row in rows for name, x in row.items() if name != "step"}
+    assert points == pytest.approx(logged, rel=1e-6)
+
+
+def test_a_finished_run_says_so(place, alone, devices, capsys):
+    before = {f: f.stat().st_mtime_ns for f in alone.rglob("*") if f.is_file() and f.name != "config.json"}
+    lm = fit(a_run(place, alone))
+    assert "is finished, at step 12; nothing is left to do" in capsys.readouterr().err
+    assert before == {f: f.stat().st_mtime_ns for f in alone.rglob("*") if f.is_file() and f.name != "config.json"}
+    assert lm.config.width == MODEL.width
+
+
+def test_the_log_is_cut_to_the_restored_step(place, alone, tmp_path, devices):
+    run = a_run(place, tmp_path / "run")
+    with pytest.raises(Stopped):
+        fit(run, stop=stop_after(5))
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 8, "loss": 1.0}\n{"step": 12, "lo')
+    fit(run)
+    assert losses(tmp_path / "run") == losses(alone)
+
+
+def test_weights_that_are_given_stay_the_callers(place, alone, tmp_path, devices):
+    import jaxlm
+
+    lm = jaxlm.load(alone)
+    before = jax.tree.map(np.array, lm.params)
+    fit(a_run(place, tmp_path / "run", steps=2), model=lm)
+    jax.tree.map(np.testing.assert_array_equal, lm.params, before)
+
+
+# Other devices
+
+
+MESHES = {
+    "8 data": (8, MeshConfig()),
+    "8 fsdp": (8, MeshConfig(data=1, fsdp=8)),
+    "4 data": (4, MeshConfig()),
+    "4 mixed": (4, MeshConfig(data=2, fsdp=2)),
+    "2 fsdp": (2, MeshConfig(data=1, fsdp=-1)),
+    "2 data": (2, MeshConfig()),
+    "1": (1, MeshConfig()),
+}
+FAST = [("8 data", "1")]
+SLOW = [(a, b) for a in MESHES for b in MESHES if "8" in a + b and a != b and (a, b) not in FAST]
+
+
+@pytest.mark.parametrize(("before", "after"), [*FAST, *(pytest.param(*pair, marks=pytest.mark.long) for pair in SLOW)])
+def test_a_run_goes_on_on_other_devices(place, alone, tmp_path, devices, before, after):
+    for name, stop in ((before, stop_after(6)), (after, lambda: False)):
+        n, mesh = MESHES[name]
+        devices(n)
+        run = a_run(place, tmp_path / "run", mesh=mesh)
+        if name == before:
+            with pytest.raises(Stopped):
+                fit(run, stop=stop)
+        else:
+            fit(run)
+    ours, theirs = losses(tmp_path / "run"), losses(alone)
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+
+
+# Damage
+
+
+def stopped_copy(place: Path, folder: Path, steps: int = 7) -> RunConfig:
+    """A run with the checkpoints 6 (the best) and 7 and, but for those that were let go, 3."""
+    run = a_run(place, folder)
+    with pytest.raises(Stopped):
+        fit(run, stop=stop_after(steps))
+    return run
+
+
+@pytest.fixture(scope="module")
+def stopped(place, tmp_path_factory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        made = sharding.make_mesh
+        patch.setattr(sharding, "make_mesh", lambda c: made(c, jax.devices()[:1]))
+        patch.setenv("JAXLM_CACHE", str(place / "cache"))
+        folder = tmp_path_factory.mktemp("stopped") / "run"
+        stopped_copy(place, folder)
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["6", "7"]
+    return folder
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    file.write_bytes(data)
+
+
+DAMAGE = {
+    "flipped": flip,
+    "truncated": lambda file: os.truncate(file, file.stat().st_size // 2),
+    "emptied": lambda file: os.truncate(file, 0),
+    "deleted": Path.unlink,
+}
+
+
+def restored(folder: Path, say=print) -> tuple[int, Any] | None:
+    """The newest whole checkpoint of a run folder: its step, and its leaves as bytes."""
+    checkpoints = Checkpoints(folder / "checkpoints", 2, say)
+    found = checkpoints.restore(shapes_of_a_run())
+    checkpoints.close()
+    if found is None:
+        return None
+    return int(found[0].step), (found[1], [np.asarray(x).tobytes() for x in jax.tree.leaves(found[0])])
+
+
+def shapes_of_a_run() -> TrainState:
+    """Shapes of the state of `a_run`, on one device."""
+    run = a_run(Path(), Path())
+    shapes = jax.eval_shape(partial(init, Transformer(run.model)), jax.random.key(0))
+    opt_state = jax.eval_shape(make_optimizer(run.optimizer, run.steps, run.accumulate, shapes).init, shapes)
+    state = TrainState(jax.ShapeDtypeStruct((), "int32"), shapes, opt_state, jax.ShapeDtypeStruct((2,), "uint32"))
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one), state)
+
+
+@pytest.mark.parametrize("damage", ["flipped", *(pytest.param(d, marks=pytest.mark.long) for d in list(DAMAGE)[1:])])
+def test_a_damaged_checkpoint_is_never_taken_for_a_whole_one(stopped, tmp_path, damage):
+    """Each file in turn: the run goes on from the very same state or, and says so, from the checkpoint before."""
+    whole = restored(stopped)
+    shutil.copytree(stopped, tmp_path / "whole")
+    shutil.rmtree(tmp_path / "whole" / "checkpoints" / "7")
+    before = restored(tmp_path / "whole")
+    assert whole[0] == 7 and before[0] == 6
+    top = stopped / "checkpoints" / "7"
+    files = [f.relative_to(top) for f in sorted(top.rglob("*")) if f.is_file() and f.stat().st_size]
+    fallen = []
+    for n, file in enumerate(files):
+        folder = tmp_path / str(n)
+        shutil.copytree(stopped, folder)
+        DAMAGE[damage](folder / "checkpoints" / "7" / file)
+        said = []
+        found = restored(folder, said.append)
+        assert found in (whole, before), file
+        assert bool(said) == (found == before), (file, said)
+        if said:
+            fallen.append(file.parts[:2])
+            assert "checkpoint 7 is corrupt" in said[0] and "checkpoint 6" in said[1]
+            assert (folder / "corrupt" / "7").is_dir()
+    assert ("state", "d") in fallen  # where the tensors are
+
+
+def test_a_best_checkpoint_whose_score_is_damaged(stopped, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(stopped, folder)
+    for file in (folder / "checkpoints" / "6" / "metrics").iterdir():
+        file.write_text("{")
+    said = []
+    assert restored(folder, said.append)[0] == 7
+    assert "checkpoint 6 is corrupt" in said[0]
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_corrupt_one(place, alone, stopped, tmp_path, devices, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(stopped, folder)
+    for file in (folder / "checkpoints" / "7" / "state" / "d").iterdir():
+        flip(file)
+    fit(a_run(place, folder))
+    said = capsys.readouterr().err
+    assert "checkpoint 7 is corrupt" in said and "resuming  at step 6" in said
+    assert_same(folder, alone)
+
+
+def test_a_run_whose_checkpoints_are_all_corrupt_starts_anew(place, alone, stopped, tmp_path, devices, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(stopped, folder)
+    for step in ("6", "7"):
+        for file in (folder / "checkpoints" / step / "state" / "d").iterdir():
+            flip(file)
+    fit(a_run(place, folder))
+    said = capsys.readouterr().err
+    assert "checkpoint 7 is corrupt" in said and "checkpoint 6 is corrupt" in said
+    assert "no whole checkpoint is left" in said and "resuming" not in said
+    assert_same(folder, alone)
+
+
+@pytest.mark.parametrize("n", [1, 8])
+def test_a_checkpoint_holds_the_state_as_it_was_although_its_buffers_are_donated(tmp_path, n):
+    """Checkpoints are written while the next steps overwrite the state in place; all of them come back whole."""
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:n])
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    layout = TrainState(sharding.replicated(mesh), {"a": rows, "b": sharding.replicated(mesh)}, (), None)
+
+    def update(state: TrainState) -> TrainState:
+        return state._replace(step=state.step + 1, params=jax.tree.map(lambda x: x * 1.5 + 1, state.params))
+
+    first = TrainState(jnp.int32(0), {"a": jnp.ones((1024, 256)), "b": jnp.ones(3)}, (), None)
+    state = jax.device_put(first, layout)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    step = jax.jit(update, donate_argnums=0, out_shardings=layout)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 100)
+    expected = {}
+    for i in range(1, 13):
+        state = step(state)
+        expected[i] = float(state.params["b"][0])
+        checkpoints.save(state, None, {"step": i})
+        for _ in range(3):
+            state = step(state)
+        state = state._replace(step=jax.device_put(jnp.int32(i), sharding.replicated(mesh)))
+    checkpoints.wait()
+    for i, value in expected.items():
+        found, notes = checkpoints.restore(like, i)
+        assert notes == {"step": i}
+        np.testing.assert_array_equal(found.params["a"], np.float32(value))
+    checkpoints.close()
+    assert not (tmp_path / "corrupt").exists()
+
+
+def test_a_checkpoint_that_may_not_be_read_is_no_corrupt_one(stopped, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(stopped, folder)
+    checkpoints = Checkpoints(folder / "checkpoints", 2)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ValueError("PERMISSION_DENIED: Error opening file")
+
+    monkeypatch.setattr(checkpoints._manager, "restore", refuse)
+    with pytest.raises(RunError, match=r"7 cannot be read: PERMISSION_DENIED"):
+        checkpoints.restore(shapes_of_a_run())
+    assert not (folder / "corrupt").exists()
+
+
+# Divergence
+
+
+@pytest.mark.parametrize("rate", [1e30, pytest.param(1e38, marks=pytest.mark.long)])
+def test_a_loss_that_is_not_finite_ends_the_run(place, tmp_path, devices, rate):
+    optimizer = OptimizerConfig(rate=rate, warmup=0)
+    run = a_run(place, tmp_path / "run", checkpoint_every=1, optimizer=optimizer, log_every=100)
+    with pytest.raises(RunError, match=r"at step \d+; learning rate \S+e\+\d+, gradient norm .*finite") as raised:
+        fit(run)
+    message = str(raised.value)
+    assert "--optimizer.rate" in message and "--workdir" in message
+    found = restored(tmp_path / "run")
+    if found is None:
+        assert "no checkpoint was saved yet" in message
+    else:
+        assert f"the last good checkpoint is step {found[0]}" in message
+        floats = [np.frombuffer(data, np.float32) for data in found[1][1][1:-1]]  # between step and key
+        assert all(np.isfinite(x).all() for x in floats)
+
+
+# Whose folder it is
+
+OTHERS = {
+    "model": {"model": dataclasses.replace(MODEL, width=16)},
+    "task": {"task": CausalLM(stream=False)},
+    "data": {"data": {"length": 16}},
+    "data.text": {"data": {"text": "words"}},
+    "tokenizer": {"tokenizer": TokenizerConfig(train="byte_bpe")},
+    "optimizer": {"optimizer": OptimizerConfig(name="lion")},
+    "schedule": {"optimizer": OptimizerConfig(rate=1e-2, beta2=0.99, schedule="linear")},
+    "batch": {"batch": 16},
+    "steps": {"steps": 24},
+    "seed": {"seed": 1},
+    "compute_dtype": {"compute_dtype": "bfloat16"},
+}
+SAME = {
+    "mesh": {"mesh": MeshConfig(data=1, fsdp=-1)},
+    "remat": {"remat": "full"},
+    "unroll": {"unroll": 2},
+    "intervals": {"log_every": 5, "eval_every": 1, "checkpoint_every": 2, "keep": 5},
+    "sample": {"sample_prompt": "the", "sample_tokens": 3},
+}
+
+
+def changed(run: RunConfig, change: dict[str, Any]) -> RunConfig:
+    parts = {n: dataclasses.replace(getattr(run, n), **v) if isinstance(v, dict) else v for n, v in change.items()}
+    return dataclasses.replace(run, **parts)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_folder_of_another_run_is_refused(place, stopped, name):
+    run = changed(a_run(place, stopped), OTHERS[name])
+    before = (stopped / "config.json").read_bytes()
+    with pytest.raises(UserError, match=rf"holds another run(.|\n)*{name.split('.')[0]}.* \| ") as raised:
+        claim(run, stopped)
+    assert "--workdir" in str(raised.value)
+    assert (stopped / "config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_what_may_differ(place, stopped, name):
+    assert claim(changed(a_run(place, stopped), SAME[name]), stopped)
+
+
+def test_data_may_move_but_not_change(place, alone, stopped, tmp_path, devices):
+    folder = tmp_path / "run"
+    shutil.copytree(stopped, folder)
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    write_text(moved, seed=1)
+    run = a_run(place, folder, data=DataConfig(path=str(moved / "text.txt"), length=32))
+    with pytest.raises(UserError, match=r"data of other content.*[0-9a-f]{16} there, [0-9a-f]{16} now"):
+        fit(run)
+    write_text(moved)
+    fit(run)
+    assert_same(folder, alone)
+
+
+def test_a_run_that_took_no_step_is_in_nobodys_way(place, tmp_path):
+    run = a_run(place, tmp_path / "run")
+    assert not claim(run, tmp_path / "run")
+    begin(run, tmp_path / "run", "0" * 16)
+    (tmp_path / "run" / "checkpoints").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    other = changed(run, OTHERS["model"])
+    assert not claim(other, tmp_path / "run")
+    begin(other, tmp_path / "run", "1" * 16)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["run"]["model"]["width"] == 16
+
+
+# From the command line
+
+CONFIG = """
+from pathlib import Path
+from jaxlm import CausalLM, DataConfig, ModelConfig, OptimizerConfig, RunConfig, TokenizerConfig
+
+def config():
+    return RunConfig(
+        model=ModelConfig(vocabulary=64, max_length=32, width=32, layers=2, heads=2, dropout=0.1),
+        task=CausalLM(),
+        data=DataConfig(path=str(Path(__file__).parent / "text.txt"), length=32),
+        tokenizer=TokenizerConfig(train="characters"),
+        optimizer=OptimizerConfig(rate=1e-2, beta2=0.99),
+        batch=8, steps=12, log_every=4, checkpoint_every=3, eval_every=6, sample_tokens=0,
+    )
+"""
+
+
+@pytest.fixture(scope="session")
+def config(place) -> Path:
+    (place / "tiny.py").write_text(CONFIG)
+    return place / "tiny.py"
+
+
+def start(config: Path, workdir: Path, *arguments: str, **options: Any) -> subprocess.Popen:
+    """train.py on one device, with its output as text."""
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "JAXLM_CACHE": str(config.parent / "cache"),
+    }
+    command = [sys.executable, str(TRAIN), str(config), "--workdir", str(workdir), *arguments]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, **options)
+
+
+def wait_for(process: subprocess.Popen, sign: str) -> str:
+    """What the process says up to and with the line that holds `sign`."""
+    said = ""
+    for line in process.stderr:
+        said += line
+        if sign in line:
+            return said
+    raise AssertionError(f"ended with {process.wait()} before it said {sign!r}:\n{said}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
+def test_a_signal_saves_and_the_same_command_goes_on(config, place, tmp_path, number):
+    steps = ("--steps", "400", "--checkpoint-every", "1000")
+    process = start(config, tmp_path / "run", *steps)
+    wait_for(process, "step 8/")
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 143, said
+    assert "saving after this step" in said and "of 400 and saved; the same command goes on from here" in said
+    assert "Traceback" not in said
+    (step,) = (int(path.name) for path in (tmp_path / "run" / "checkpoints").glob("[0-9]*") if int(path.name) % 6)
+    process = start(config, tmp_path / "run", *steps)
+    assert f"resuming  at step {step}\n" in wait_for(process, "resuming")
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.long
+def test_a_signal_before_the_first_step_leaves_at_once(config, tmp_path):
+    for sign in ("data  ", "run  "):
+        process = start(config, tmp_path / "run")
+        wait_for(process, sign)
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=60)[1]
+        assert process.returncode == 143 and "Traceback" not in said, said
+
+
+@pytest.mark.long
+def test_killed_at_twenty_moments(config, place, tmp_path):
+    """SIGKILL while it compiles, trains, writes checkpoints, evaluates, exports: the end is the same."""
+    steps = ("--steps", "120", "--checkpoint-every", "5", "--eval-every", "12", "--log-every", "7")
+    process = start(config, tmp_path / "alone", *steps)
+    begun = time.monotonic()
+    said = process.communicate(timeout=300)[1]
+    whole = time.monotonic() - begun
+    assert process.returncode == 0, said
+    draw, kills, reached = random.Random(1), 0, []
+    # From its start by the clock, from when it trains, and from the last step, where it exports.
+    moments = [("", whole), ("run  ", whole / 4), ("run  ", 2.0), ("step 120/", 2.0)]
+    while kills < 20:
+        process = start(config, tmp_path / "run", *steps)
+        sign, most = moments[kills % len(moments)]
+        for line in process.stderr if sign else []:
+            assert "corrupt" not in line and "Traceback" not in line, line
+            if sign in line:
+                break
+        time.sleep(draw.uniform(0, most))
+        process.kill()
+        said = process.communicate()[1]
+        assert "corrupt" not in said and "Traceback" not in said, said
+        if process.returncode != -signal.SIGKILL:  # it was at its end: again from the beginning
+            assert process.returncode == 0
+            assert_same(tmp_path / "run", tmp_path / "alone")
+            shutil.rmtree(tmp_path / "run")
+            continue
+        kills += 1
+        names = [path.name for path in (tmp_path / "run" / "checkpoints").glob("*")]
+        reached.append((max((int(name) for name in names if name.isdigit()), default=0), len(names)))
+    process = start(config, tmp_path / "run", *steps)
+    said = process.communicate(timeout=300)[1]
+    assert process.returncode == 0 and "corrupt" not in said, said
+    print("newest checkpoint, and number of them with half ones, after each kill:", reached)
+    assert_same(tmp_path / "run", tmp_path / "alone")
+
+
+# Nowhere to write
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a disk of its own of 4 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True)
+    if made.returncode:
+        pytest.skip("only root may mount a small disk")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.parametrize(
+    "left", [pytest.param(0, marks=pytest.mark.long), 1 << 16, pytest.param(1 << 18, marks=pytest.mark.long)]
+)
+def test_a_full_disk_ends_the_run_and_the_checkpoint_before_stays(
+    config, place, alone, stopped, small_disk, tmp_path, devices, left
+):
+    folder, ballast = small_disk / "run", small_disk / "ballast"
+    shutil.copytree(stopped, folder)
+    ballast.write_bytes(b"\0" * (shutil.disk_usage(small_disk).free - left))
+    process = start(config, folder)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 1, said
+    assert "Traceback" not in said and said.count("error: ") == 1, said
+    assert ("the disk is full" in said or "No space left" in said) and "make room" in said
+    assert {path.name for path in (folder / "checkpoints").iterdir()} >= {"6", "7"}
+    ballast.unlink()
+    fit(a_run(place, folder))
+    assert_same(folder, alone)
+
+
+def test_a_folder_that_cannot_be_written(config, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["train", str(config), "--workdir", str(tmp_path / "file" / "run")]) == 2
+    said = capsys.readouterr().err
+    assert "cannot be written: Not a directory; choose another --workdir" in said and said.count("\n") == 1
+
+
+def test_a_disk_that_cannot_be_written(config, small_disk, capsys):
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    assert main(["train", str(config), "--workdir", str(small_disk / "run")]) == 2
+    said = capsys.readouterr().err
+    assert "Read-only file system; choose another --workdir" in said and said.count("\n") == 1
