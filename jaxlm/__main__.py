@@ -116,7 +116,8 @@ def main(argv: list[str] | None = None) -> int:
 def _stopping() -> Iterator[Callable[[], bool]]:
     """Whether SIGTERM or SIGINT has come.  Until that is asked, which is after the first step, there is nothing to save
     and a signal ends the process at once, as does a second one at any time."""
-    came, asked = [], []
+    came: list[int] = []
+    asked: list[bool] = []
 
     def stop() -> bool:
         asked.append(True)

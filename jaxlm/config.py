@@ -267,6 +267,14 @@ class RunConfig:
 
 
 _TASKS = {kind.__name__: kind for kind in (CausalLM, MaskedLM)}
+_PARTS: dict[tuple[type, str], type] = {
+    (RunConfig, "model"): ModelConfig,
+    (RunConfig, "data"): DataConfig,
+    (RunConfig, "tokenizer"): TokenizerConfig,
+    (RunConfig, "optimizer"): OptimizerConfig,
+    (RunConfig, "mesh"): MeshConfig,
+    (DataConfig, "cleaning"): CleaningConfig,
+}
 
 
 def to_json(config: Any) -> dict[str, Any]:
@@ -280,16 +288,14 @@ def to_json(config: Any) -> dict[str, Any]:
 def from_json(kind: type, values: dict[str, Any]) -> Any:
     """The dataclass `kind` from `to_json`'s values.  Raises UserError for a field that `kind` does not have."""
     fields = {f.name: f for f in dataclasses.fields(kind)}
-    parts = {"model": ModelConfig, "data": DataConfig, "tokenizer": TokenizerConfig, "optimizer": OptimizerConfig}
-    parts |= {"mesh": MeshConfig, "cleaning": CleaningConfig}
     made = {}
     for name, value in values.items():
         if name not in fields:
             raise UserError(f"{kind.__name__} has no field {name!r}{perhaps(name, fields)}")
-        if name == "task":
+        if (kind, name) in _PARTS:
+            value = from_json(_PARTS[kind, name], value)
+        elif kind is RunConfig and name == "task":
             value = from_json(_TASKS[value["kind"]], {k: v for k, v in value.items() if k != "kind"})
-        elif name in parts:
-            value = from_json(parts[name], value)
         elif isinstance(value, list):
             value = tuple(value)
         made[name] = value

@@ -199,12 +199,13 @@ def _put(layout: jax.sharding.NamedSharding, batch: Batch, k: int) -> Batch:
 def _laid_out(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
     """Shapes of a state, each with its sharding: that of the parameter that a leaf is, or belongs to."""
 
+    shapes = {path: leaf.shape for path, leaf in _by_path(state.params).items()}
+
     def lay(key_path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         path = parameters.path_of(key_path)
-        row = parameters.find(path)
         # An optimizer may keep something smaller than the parameter, such as factored moments.
-        whole = row is None or len(row.axes) != len(leaf.shape)
-        layout = sharding.replicated(mesh) if whole else sharding.sharding(mesh, row.axes, leaf.shape, path)
+        row = parameters.find(path) if leaf.shape == shapes.get(path) else None
+        layout = sharding.sharding(mesh, row.axes, leaf.shape, path) if row else sharding.replicated(mesh)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout)
 
     return jax.tree_util.tree_map_with_path(lay, state)
@@ -276,13 +277,13 @@ def _export(lm: LM, folder: Path) -> str:
 
 def _sample(lm: LM, run: RunConfig) -> str | None:
     """What a decoder goes on to say after the run's prompt, prompt included."""
-    if run.model.structure != "decoder" or not run.sample_tokens:
+    if run.model.structure != "decoder" or not run.sample_tokens or lm.tokenizer is None:
         return None
     room = run.model.max_length - len(lm.tokenizer.encode(run.sample_prompt)) - 1
     new = min(run.sample_tokens, room) if run.model.positions == "learned" else run.sample_tokens
     if new < 1 or (lm.tokenizer.bos is None and not run.sample_prompt):
         return None
-    choice = {"temperature": 0.7, "top_p": 0.95, "stop_tokens": (), "seed": run.seed}
+    choice: dict[str, Any] = {"temperature": 0.7, "top_p": 0.95, "stop_tokens": (), "seed": run.seed}
     return run.sample_prompt + generate(lm, [run.sample_prompt], max_new_tokens=new, **choice)[0]
 
 

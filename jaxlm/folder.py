@@ -19,10 +19,10 @@ from jaxlm.config import RunConfig, difference, to_json
 from jaxlm.errors import RunError, UserError
 
 # What may change between two starts of the same run.
-FREE = ("mesh", "remat", "unroll", "log_every", "eval_every", "checkpoint_every", "keep", "workdir")
-FREE += ("sample_prompt", "sample_tokens")
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # how a disk, a quota or a limit says that no more fits
+FREE = {"mesh", "remat", "unroll", "log_every", "eval_every", "checkpoint_every", "keep", "workdir"}
+FREE |= {"sample_prompt", "sample_tokens"}
 FREE_DATA = ("path", "eval_path", "cache")  # the content is compared, not the place
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # how a disk, a quota or a limit says that no more fits
 
 
 def claim(run: RunConfig, folder: Path) -> bool:

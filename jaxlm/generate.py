@@ -30,14 +30,14 @@ def generate(
     stop_tokens: Sequence[int] | None = None,
     seed: int = 0,
     return_tokens: bool = False,
-) -> list[str] | list[list[int]]:
+) -> list[Any]:
     """Continues each prompt; returns the continuations without the prompts.
 
     prompts: strings (the tokenizer's BOS is put before them) or lists of token ids (used as given).
     temperature: divides the logits; 0 is greedy.  top_k: sample among the k likeliest.  top_p: among the fewest tokens
     whose probabilities reach p (Holtzman et al. 2020).  seed: prompt i draws from a key of (seed, i).
     stop_tokens: a continuation ends before the first of these; None: the model's end token, (): none.
-    return_tokens: lists of ids instead of strings.
+    return_tokens: lists of ids instead of strings: list[list[int]] instead of list[str].
 
     Raises UserError where a prompt is empty, has ids outside the vocabulary, or leaves too few positions.
     """
@@ -46,17 +46,20 @@ def generate(
         raise UserError(f"a(n) {config.structure} with heads {config.heads_on_top} cannot generate; it takes a decoder")
     if isinstance(prompts, str):
         raise UserError("prompts is one string; give a list of prompts")
-    for name, value, good in (
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 0),
-        ("temperature", temperature, temperature >= 0),
-        ("top_k", top_k, top_k is None or top_k >= 1),
-        ("top_p", top_p, top_p is None or 0 < top_p <= 1),
-    ):
+    limits = (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 0, "at least 0"),
+        ("temperature", temperature, temperature >= 0, "at least 0"),
+        ("top_k", top_k, top_k is None or top_k >= 1, "at least 1, or None"),
+        ("top_p", top_p, top_p is None or 0 < top_p <= 1, "above 0 and at most 1, or None"),
+    )
+    for name, value, good, limit in limits:
         if not good:
-            raise UserError(f"{name} is {value}; it takes at least {1 if name == 'top_k' else 0}, top_p at most 1")
+            raise UserError(f"{name} is {value}; it must be {limit}")
+    if lm.tokenizer is None and not return_tokens:
+        raise UserError("the model has no tokenizer; give prompts as lists of token ids, with return_tokens=True")
     ids = [_prompt(lm, prompt) for prompt in prompts]
     if not ids or not max_new_tokens:
-        return [[] if return_tokens else "" for _ in ids]
+        return [[] for _ in ids] if return_tokens else ["" for _ in ids]
     longest = max(map(len, ids))
     if config.positions == "learned" and longest + max_new_tokens > config.max_length:
         raise UserError(
@@ -90,7 +93,7 @@ def generate(
     for row in np.asarray(new_BN)[:, :max_new_tokens].tolist():
         stop = next((n for n, token in enumerate(row) if token in stop_tokens), len(row))
         rows.append(row[:stop])
-    return rows if return_tokens else [lm.tokenizer.decode(row) for row in rows]
+    return rows if return_tokens or lm.tokenizer is None else [lm.tokenizer.decode(row) for row in rows]
 
 
 def _prompt(lm: LM, prompt: str | Sequence[int]) -> list[int]:
@@ -101,8 +104,9 @@ def _prompt(lm: LM, prompt: str | Sequence[int]) -> list[int]:
         prompt = bos + lm.tokenizer.encode(prompt)
     if not len(prompt):
         raise UserError("a prompt is empty and the tokenizer has no BOS; give at least one token")
-    if not 0 <= min(prompt) <= max(prompt) < lm.config.vocabulary:
-        raise UserError(f"a prompt has token {max(prompt)}; ids go from 0 to {lm.config.vocabulary - 1}")
+    strange = [token for token in prompt if not 0 <= token < lm.config.vocabulary]
+    if strange:
+        raise UserError(f"a prompt has token {strange[0]}; ids go from 0 to {lm.config.vocabulary - 1}")
     return list(map(int, prompt))
 
 
@@ -111,7 +115,7 @@ def _decode(module: Transformer, new: int, top_k: int, use_top_p: bool) -> Any:
     """The compiled program: prompts [B, T] and their lengths to new tokens [B, new]."""
 
     @jax.jit
-    def decode(params, tokens_BT, lengths_B, limit, temperature, top_p, stops, key, vocabulary):  # noqa: ANN001, ANN202
+    def decode(params, tokens_BT, lengths_B, limit, temperature, top_p, stops, key, vocabulary):
         B, T = tokens_BT.shape
         config = module.config
         length = T + new
@@ -142,8 +146,8 @@ def _decode(module: Transformer, new: int, top_k: int, use_top_p: bool) -> Any:
         def step(carry: Any) -> Any:
             n, new_BN, caches, done_B = carry
             tokens_B1 = jax.lax.dynamic_slice_in_dim(new_BN, n - 1, 1, 1)
-            x_B1D, caches = apply(module, params, tokens_B1, (lengths_B + n - 1)[:, None], caches, method="decode_cached"
-            )
+            positions_B1 = (lengths_B + n - 1)[:, None]
+            x_B1D, caches = apply(module, params, tokens_B1, positions_B1, caches, method="decode_cached")
             tokens_B = next_tokens(x_B1D[:, 0], n)
             new_BN = jax.lax.dynamic_update_slice_in_dim(new_BN, tokens_B[:, None], n, 1)
             return n + 1, new_BN, caches, done_B | is_stop(tokens_B)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -81,8 +80,7 @@ def load(folder: str | os.PathLike[str], *, compute_dtype: str = "float32") -> L
         folder = folder / "export"
     if not (folder / "config.json").exists():
         raise UserError(f"{folder} has no config.json; give an exported model or a run folder")
-    values = json.loads((folder / "config.json").read_text())
-    if "run" in values:
+    if "run" in families.read_config(folder / "config.json"):
         raise UserError(
             f"the run in {folder} has no export yet; let it end (give its command again), or stop it with SIGTERM, "
             f"which exports what there is"

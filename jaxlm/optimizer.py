@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -16,16 +17,17 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Learning rate as a function of the step: linear warm-up, then what `config.schedule` says, to `config.final`."""
     warmup = round(config.warmup * steps) if config.warmup < 1 else round(config.warmup)
     rest, last = max(1, steps - warmup), config.rate * config.final
-    decay = max(1, round(config.decay_share * steps))
+    peak = max(1, warmup)
+    decay = min(rest, max(1, round(config.decay_share * steps)))
     after = {
         "constant": lambda: optax.constant_schedule(config.rate),
         "linear": lambda: optax.linear_schedule(config.rate, last, rest),
         "cosine": lambda: optax.cosine_decay_schedule(config.rate, rest, config.final),
         # Vaswani et al. 2017, section 5.3, scaled so that its peak is the rate.
-        "inverse_sqrt": lambda: lambda step: config.rate * (max(1, warmup) / (step + max(1, warmup))) ** 0.5,
+        "inverse_sqrt": lambda: lambda step: config.rate * (peak / (jnp.maximum(step, 0) + peak)) ** 0.5,
         "warmup_stable_decay": lambda: optax.join_schedules(
             [optax.constant_schedule(config.rate), optax.linear_schedule(config.rate, last, decay)],
-            [max(0, rest - decay)],
+            [rest - decay],
         ),
     }[config.schedule]()
     # The first step already moves: warm-up rises from rate / (warmup + 1), not from 0.
@@ -46,7 +48,7 @@ def rates(config: OptimizerConfig, params: Any) -> Any:
         frozen_below = config.freeze == "all_but_heads"
         if row.depth == "embeddings":
             frozen = frozen_below or config.freeze == "embeddings" or config.freeze_layers > 0
-            return np.float32(0 if frozen else config.layer_decay ** (layers + 1))
+            return np.array(0 if frozen else config.layer_decay ** (layers + 1), np.float32)
         L = leaf.shape[0]
         factor_L = config.layer_decay ** np.arange(L, 0, -1, dtype=np.float32)
         factor_L[: L if frozen_below else config.freeze_layers] = 0

@@ -109,10 +109,10 @@ def _charts(rows: list[dict[str, Any]]) -> list[Chart]:
                 color = _COLORS[i % len(_COLORS)][held_out]
                 series.append(Series(label, *_points(rows, "eval/" * held_out + name), held_out, color))
         title = {"loss": "Loss", "part_loss": "Parts of the loss"}.get(family, _title(family))
-        unit = {"loss": "loss (nats)", "part_loss": "loss (nats)", "accuracy": "correct predictions (%)"}
-        unit |= {"bits_per_byte": "bits per byte of text", "perplexity": "perplexity (log scale)"}
+        units = {"loss": "loss (nats)", "part_loss": "loss (nats)", "accuracy": "correct predictions (%)"}
+        units |= {"bits_per_byte": "bits per byte of text", "perplexity": "perplexity (log scale)"}
         scale, log = 100.0 if family == "accuracy" else 1.0, family == "perplexity"
-        charts.append(Chart(family, title, unit.get(family, _words(family)), tuple(series), scale=scale, log=log))
+        charts.append(Chart(family, title, units.get(family, _words(family)), tuple(series), scale=scale, log=log))
 
     def one(key: str) -> tuple[Series]:
         return (Series("training", *_points(rows, key), False, _COLORS[0][0]),)
@@ -193,7 +193,13 @@ def _draw(chart: Chart, folder: Path) -> Path:
     for series in chart.series:
         few = "o" if len(series.values) < 40 else ""
         if series.held_out:
-            style = {"marker": few, "markersize": 4, "markeredgecolor": "white", "markeredgewidth": 0.6, "zorder": 3}
+            style: dict[str, Any] = {
+                "marker": few,
+                "markersize": 4,
+                "markeredgecolor": "white",
+                "markeredgewidth": 0.6,
+                "zorder": 3,
+            }
             axes.plot(series.steps, series.values, color=series.color, linewidth=1.5, label=series.label, **style)
         elif chart.smooth and len(series.values) >= 40:
             smooth = np.exp(_smooth(np.log(series.values))) if chart.log else _smooth(series.values)
@@ -222,7 +228,7 @@ def _draw(chart: Chart, folder: Path) -> Path:
 
         axis.set_major_formatter(FuncFormatter(tick))
 
-    text = {"family": _FONT, "color": _INK}
+    text: dict[str, Any] = {"family": _FONT, "color": _INK}
     figure.suptitle(chart.title, x=0.008, ha="left", fontsize=14, fontweight="bold", **text)
     axes.set_xlabel("step (optimizer updates)", fontsize=11, **text)
     axes.set_ylabel(chart.unit, fontsize=11, math_fontfamily="stix", **text)
@@ -233,7 +239,13 @@ def _draw(chart: Chart, folder: Path) -> Path:
     axes.tick_params(length=0, labelsize=11, labelcolor=_INK, labelfontfamily=_FONT)
     axes.tick_params(axis="x", length=3, color=_INK)
     if len(chart.series) > 1 or chart.series[0].held_out:
-        above = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2, "ncols": 2, "frameon": False}
+        above: dict[str, Any] = {
+            "loc": "lower left",
+            "bbox_to_anchor": (0, 1),
+            "borderaxespad": 0.2,
+            "ncols": 2,
+            "frameon": False,
+        }
         axes.legend(**above, prop={"family": _FONT, "size": 11}, labelcolor=_INK, handlelength=1.2, borderpad=0)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / (re.sub(r"[^\w-]+", "_", chart.name) + ".png")

@@ -57,11 +57,12 @@ def sharding(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...], n
     """Where an array of `shape` lies.  Raises UserError where a mesh axis does not divide it or leaves it whole."""
     split = 1
     for axis, size in zip(axes, shape, strict=True):
-        ways = math.prod(mesh.shape[m] for m in RULES[axis]) if axis else 1
+        over = RULES[axis] if axis else ()
+        ways = math.prod(mesh.shape[m] for m in over)
         split *= ways
         if size % ways:
             raise UserError(
-                f"{name} has {axis} {size}, which the mesh splits {ways} ways over {RULES[axis]}; "
+                f"{name} has {axis} {size}, which the mesh splits {ways} ways over {over}; "
                 f"the nearest sizes that do divide: {size - size % ways}, {size - size % ways + ways}"
             )
     if split == 1 and math.prod(shape) > LARGE and mesh.shape["fsdp"] * mesh.shape["tensor"] > 1:

@@ -42,7 +42,8 @@ def make_train_step(
 
         def objective(params: Any, micro: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, Sum]]:
             losses = task.losses(module, params, micro, key)
-            return sum(losses[name][0] / jnp.maximum(total, 1) for name, total in totals.items()), losses
+            means = (losses[name][0] / jnp.maximum(total, 1) for name, total in totals.items())
+            return sum(means, jnp.float32(0)), losses
 
         def micro_step(carry: tuple[Any, Any], inputs: tuple[Batch, jax.Array]) -> tuple[tuple[Any, Any], Any]:
             params, opt_state = carry

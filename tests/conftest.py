@@ -26,3 +26,15 @@ def devices(monkeypatch):
     some = lambda n: monkeypatch.setattr(sharding, "make_mesh", lambda config: made(config, jax.devices()[:n]))
     some(1)
     return some
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """The reports of runs in this process are empty pages: drawing takes longer than the runs."""
+    from jaxlm import report
+
+    def write(folder, *_):
+        (folder / "report.html").touch()
+        return folder / "report.html"
+
+    monkeypatch.setattr(report, "write", write)

@@ -141,7 +141,7 @@ def test_a_mistake_in_a_verb(here, capsys, name):
     assert said.count("error: ") == 1 and all(word in said for word in words), said
 
 
-def test_init_that_does_not_fit_and_a_corrected_command(here, capsys, devices):
+def test_init_that_does_not_fit_and_a_corrected_command(here, capsys, devices, no_pictures):
     """Both sides are shown; a folder that a refused command named is free for the corrected one."""
     assert main(["train", "tiny.py"]) == 0
     capsys.readouterr()

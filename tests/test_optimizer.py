@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import jax
 import numpy as np
@@ -12,10 +12,13 @@ import optax
 import pytest
 from compiled import jit, random_params
 
-from jaxlm.config import ModelConfig, OptimizerConfig
+from jaxlm import sharding
+from jaxlm.config import MeshConfig, ModelConfig, OptimizerConfig
+from jaxlm.fit import _by_path, _laid_out
 from jaxlm.nn import parameters
-from jaxlm.nn.transformer import Transformer, apply
+from jaxlm.nn.transformer import Transformer, apply, init
 from jaxlm.optimizer import make_optimizer, make_schedule
+from jaxlm.step import TrainState
 
 LAYERS = 3
 TINY = {"vocabulary": 16, "max_length": 8, "width": 8, "layers": LAYERS, "heads": 2}
@@ -149,7 +152,7 @@ def assert_frozen(config: OptimizerConfig, structure: str, still: int) -> None:
 
     # A moment for each trained leaf and none for a frozen one.
     kept = [parameters.path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
-    for path, g in by_path(gradients[0]).items():
+    for path in by_path(gradients[0]):
         moves = depth_of(path) == "head" or (depth_of(path) == "layers" and still < LAYERS)
         assert (path in kept) == moves, path
         if config.name == "adamw":
@@ -168,13 +171,38 @@ def test_every_optimizer_freezes(name):
     assert_frozen(OptimizerConfig(name=name, schedule="constant", warmup=0, freeze_layers=1), "encoder", 1)
 
 
+@pytest.mark.parametrize("freeze_layers", [0, 1])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("structure", MODELS)
+def test_moments_lie_where_their_parameters_lie(structure, name, freeze_layers):
+    model = replace(MODELS[structure], width=128, mlp_width=128, vocabulary=128)  # large enough for factored moments
+    mesh = sharding.make_mesh(MeshConfig(1, 2, 2), jax.devices()[:4])
+    params = jax.eval_shape(partial(init, Transformer(model)), jax.random.key(0))
+    optimizer = make_optimizer(OptimizerConfig(name=name, freeze_layers=freeze_layers), 10, 2, params)
+    state = jax.eval_shape(lambda params: TrainState(0, params, optimizer.init(params), 0), params)
+    laid = _laid_out(state, mesh)
+    split = {path: leaf.sharding.spec for path, leaf in _by_path(laid.params).items()}
+    assert split["embeddings/tokens"] == jax.sharding.PartitionSpec("tensor", "fsdp")
+    moments = 0
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(laid.opt_state):
+        path = parameters.path_of(key_path)
+        if path in split and leaf.shape == _by_path(params)[path].shape:
+            assert leaf.sharding.spec == split[path], (path, key_path)
+            moments += 1
+        elif math.prod(leaf.shape) > 128 * LAYERS * 2:
+            raise AssertionError(f"{key_path} {leaf.shape} lies whole on every device")
+    assert moments > len(split)  # those of the optimizer, and what MultiSteps gathers
+
+
 def test_frozen_gradients_do_not_weigh_in_clipping():
     g = gradients_of("decoder")
     loud = g | {"embeddings": jax.tree.map(lambda x: x * 1e6, g["embeddings"])}
     loud = jax.tree_util.tree_map_with_path(
-        lambda path, x: x * 1e6 ** (np.arange(LAYERS) < 1).reshape(-1, *[1] * (x.ndim - 1))
-        if depth_of(parameters.path_of(path)) == "layers"
-        else x,
+        lambda path, x: (
+            x * 1e6 ** (np.arange(LAYERS) < 1).reshape(-1, *[1] * (x.ndim - 1))
+            if depth_of(parameters.path_of(path)) == "layers"
+            else x
+        ),
         loud,
     )
     config = replace(SGD, clip=1.0, freeze_layers=1)
@@ -264,9 +292,11 @@ def test_muon_orthogonalises_each_layers_matrix_on_its_own(structure):
     g = gradients_of(structure)
     # Layers as different as can be: one that dwarfed the others would show if they shared a norm.
     g = jax.tree_util.tree_map_with_path(
-        lambda path, x: x * 10.0 ** np.arange(LAYERS).reshape(-1, *[1] * (x.ndim - 1)).astype(np.float32)
-        if depth_of(parameters.path_of(path)) == "layers"
-        else x,
+        lambda path, x: (
+            x * 10.0 ** np.arange(LAYERS).reshape(-1, *[1] * (x.ndim - 1)).astype(np.float32)
+            if depth_of(parameters.path_of(path)) == "layers"
+            else x
+        ),
         g,
     )
     config = replace(SGD, name="muon", rate=1.0, epsilon=1e-8)

@@ -101,7 +101,7 @@ def test_a_torn_last_line_is_ignored_and_any_other_refused(tmp_path):
     rows = [training(1), training(2)]
     assert report.read_metrics(write_metrics(tmp_path, rows)) == rows
     assert report.read_metrics(write_metrics(tmp_path, rows, '{"step": 3, "lo')) == rows
-    with pytest.raises(RunError, match="line 3 .*remove that line"):
+    with pytest.raises(RunError, match=r"line 3 .*remove that line"):
         report.read_metrics(write_metrics(tmp_path, rows, '{"step": 3, "lo\n{"step": 4}\n'))
 
 

@@ -58,7 +58,7 @@ def place(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def private_cache(place, monkeypatch):
+def private_cache(place, monkeypatch, no_pictures):
     monkeypatch.setenv("JAXLM_CACHE", str(place / "cache"))
 
 
@@ -204,7 +204,8 @@ def test_weights_that_are_given_stay_the_callers(place, alone, tmp_path, devices
 
     lm = jaxlm.load(alone)
     before = jax.tree.map(np.array, lm.params)
-    fit(a_run(place, tmp_path / "run", steps=2), model=lm)
+    with pytest.raises(Stopped):
+        fit(a_run(place, tmp_path / "run"), model=lm, stop=stop_after(1))
     jax.tree.map(np.testing.assert_array_equal, lm.params, before)
 
 
@@ -575,15 +576,17 @@ def test_killed_at_twenty_moments(config, place, tmp_path):
     whole = time.monotonic() - begun
     assert process.returncode == 0, said
     draw, kills, reached = random.Random(1), 0, []
-    # From its start by the clock, from when it trains, and from the last step, where it exports.
-    moments = [("", whole), ("run  ", whole / 4), ("run  ", 2.0), ("step 120/", 2.0)]
+    # So long after so many lines that hold this: by the clock, before the first step, among steps and checkpoints
+    # (mostly), and after the last step, where it exports.
+    train = lambda: ("step ", draw.randint(1, 5), 0.4)
+    moments = [lambda: ("", 0, whole), train, train, train, lambda: ("run  ", 1, 2.0)]
+    moments += [train, train, train, lambda: ("step 120/", 1, 2.0), train]
     while kills < 20:
         process = start(config, tmp_path / "run", *steps)
-        sign, most = moments[kills % len(moments)]
-        for line in process.stderr if sign else []:
+        sign, lines, most = moments[kills % len(moments)]()
+        while lines and (line := process.stderr.readline()):
             assert "corrupt" not in line and "Traceback" not in line, line
-            if sign in line:
-                break
+            lines -= sign in line
         time.sleep(draw.uniform(0, most))
         process.kill()
         said = process.communicate()[1]

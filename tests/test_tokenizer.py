@@ -1,4 +1,4 @@
-"""Lossless round trips, deterministic training, files that other libraries read alike, and a message for each mistake."""
+"""Lossless round trips, deterministic training, files that others read alike, and a message for each mistake."""
 
 from __future__ import annotations
 

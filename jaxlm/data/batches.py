@@ -62,7 +62,7 @@ class Batches:
         if any(name.endswith("_BE") for name in fields):
             fields |= {"starts_BE": np.int32, "weights_BE": np.float32}
         widths = {"T": self.length, "E": self.most}
-        batch = {name: np.zeros((self.rows, widths[name[-1]]), dtype) for name, dtype in fields.items()}
+        batch: Features = {name: np.zeros((self.rows, widths[name[-1]]), dtype) for name, dtype in fields.items()}
         for b in range(self.rows):
             found = self._row(step * self.rows + b)
             if found is not None:
@@ -79,8 +79,8 @@ class Batches:
                 break
             if self.seed is None:
                 return None
-            n = max(n + 1, np.searchsorted(self._epoch_starts, index, side="right") - 1)
-        epoch, rows = self._epoch(int(n))
+            n = max(n + 1, int(np.searchsorted(self._epoch_starts, index, side="right")) - 1)
+        epoch, rows = self._epoch(n)
         r = index - self._epoch_starts[n]
         return [epoch.features(int(i)) for i in rows.examples[rows.starts[r] : rows.starts[r + 1]]]
 

@@ -27,8 +27,9 @@ def clean(text: str, cleaning: CleaningConfig, seen: set[bytes], report: Counter
         report[f"changed: {choice}"] += changed != text
         return changed
 
-    def drop(choice: str) -> None:
+    def drop(choice: str) -> str | None:
         report[f"dropped: {choice}"] += 1
+        return None
 
     if cleaning.unicode != "none":
         text = change("unicode", unicodedata.normalize(cleaning.unicode, text))

@@ -7,11 +7,11 @@ import hashlib
 import json
 import os
 import re
-import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -55,7 +55,7 @@ def prepare(run: RunConfig, say: Callable[[str], None] = print) -> Prepared:
     data, sentences = run.data, run.task.sentences if isinstance(run.task, MaskedLM) else None
     fingerprint = source.fingerprint(data.path) + (source.fingerprint(data.eval_path) if data.eval_path else "")
     told = dataclasses.replace(data, path="", eval_path="", length=0, cache="")
-    made_of = {
+    made_of: dict[str, Any] = {
         "format": _FORMAT,
         "data": [fingerprint, dataclasses.asdict(told), sentences],
         "tokenizer": dataclasses.asdict(run.tokenizer),
@@ -78,7 +78,19 @@ def cache_folder(data: DataConfig) -> Path:
 
 
 def _build(run: RunConfig, sentences: str | None, folder: Path, say: Callable[[str], None]) -> None:
-    """Makes the cache entry `folder` beside its name and moves it there whole, so that half of one is never read."""
+    """Makes the cache entry `folder` elsewhere and moves it there whole, so that half of one is never read."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as made:
+        _build_in(run, sentences, Path(made), say)
+        try:
+            Path(made).rename(folder)
+        except OSError:  # another process was faster; its result is the same
+            if not folder.exists():
+                raise
+
+
+def _build_in(run: RunConfig, sentences: str | None, folder: Path, say: Callable[[str], None]) -> None:
+    """Writes tokenizer/, train/, held_out/ and rows.json."""
     data, rows = run.data, Counter[str]()
     read = lambda path, split, count: source.documents(path, data, split, count)
     if data.eval_path or data.eval_split:
@@ -101,24 +113,16 @@ def _build(run: RunConfig, sentences: str | None, folder: Path, say: Callable[[s
             f"raise it with --model.vocabulary {tokenizer.size}"
         )
     split = {None: None, "line": str.splitlines, "punctuation": _SENTENCE_END.split}[sentences]
-    made = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-    shutil.rmtree(made, ignore_errors=True)
     for name, texts in {"train": train(rows), "held_out": held_out()}.items():
         say(f"tokenizing the {name.replace('_', '-')} text")
-        corpus = _write(texts, tokenizer, split, made / name)
+        corpus = _write(texts, tokenizer, split, folder / name)
         if not len(corpus.tokens):
             raise UserError(
                 f"no {name.replace('_', '-')} text is left of {data.eval_path or data.path}; "
                 f"give more text, --data.eval-path, or another --data.eval-fraction than {data.eval_fraction}"
             )
-    tokenizer.save(str(made / "tokenizer"))
-    (made / "rows.json").write_text(json.dumps(rows))
-    try:
-        made.rename(folder)
-    except OSError:  # another process was faster; its result is the same
-        if not folder.exists():
-            raise
-        shutil.rmtree(made)
+    tokenizer.save(str(folder / "tokenizer"))
+    (folder / "rows.json").write_text(json.dumps(rows))
 
 
 def _write(
@@ -131,7 +135,9 @@ def _write(
     """
     folder.mkdir(parents=True)
     dtype = np.uint16 if tokenizer.size <= 1 << 16 else np.uint32
-    sentence_sizes, document_sizes, size = [], [], 0
+    sentence_sizes: list[int] = []
+    document_sizes: list[int] = []
+    size = 0
     before = [] if tokenizer.bos is None else [tokenizer.bos]
     after = [] if tokenizer.eos in (None, tokenizer.bos) else [tokenizer.eos]
     with open(folder / "tokens.bin", "wb") as file:

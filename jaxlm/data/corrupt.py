@@ -25,7 +25,7 @@ def mask_tokens(
     sizes = np.bincount(groups_T[groups_T >= 0])
     order = random.permutation(len(sizes))
     if sizes.max(initial=0) <= 1:
-        chosen = order[:budget]
+        chosen = order[:budget].tolist()
     else:
         chosen, left = [], budget
         for group in order.tolist():

@@ -27,7 +27,7 @@ def pack(lengths: np.ndarray, length: int, most: int, window: int = 1 << 16) -> 
 
     Raises ValueError for an example that is empty or longer than a row.
     """
-    if len(lengths) and not (0 < lengths.min() and lengths.max() <= length):
+    if len(lengths) and not (lengths.min() > 0 and lengths.max() <= length):
         raise ValueError(f"example lengths from {lengths.min()} to {lengths.max()} do not fit rows of {length}")
     order, starts = [], [0]
     for first in range(0, len(lengths), window):

@@ -27,7 +27,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 from jaxlm.config import CleaningConfig, DataConfig
 from jaxlm.data.clean import clean
@@ -65,8 +65,8 @@ def documents(path: str, data: DataConfig, split: str, report: Counter) -> Itera
                     the first are a document too; blank lines are dropped
         file        the whole file, unchanged
 
-    `split` is of a tfds data set.  `report` counts "rows", "documents" and what each cleaning choice changed or dropped.
-    Raises UserError for what cannot be read, for a missing column, and at the end when there was no document at all.
+    `split` is of a tfds data set.  `report` counts "rows", "documents" and what each cleaning choice changed or
+    dropped.  Raises UserError for what cannot be read, for a missing column, and at the end when there was no document at all.
     """
     seen: set[bytes] = set()
     for place, row in rows(path, data, split, report):
@@ -104,9 +104,9 @@ def rows(path: str, data: DataConfig, split: str, report: Counter | None = None)
     for source in sources:
         for place, row in source:
             report["rows"] += 1
-            row = _utf8(place, row, data.cleaning, report)
-            if row is not None:
-                yield place, row
+            valid = _utf8(place, row, data.cleaning, report)
+            if valid is not None:
+                yield place, valid
 
 
 def files(path: str) -> list[Path]:
@@ -192,7 +192,7 @@ def _suffix(file: Path) -> str:
 def _opened(file: Path) -> Iterator[IO[bytes]]:
     """The bytes of a file, unpacked; a file that cannot be read is a UserError."""
     try:
-        with gzip.open(file) if file.suffix == ".gz" else open(file, "rb") as stream:
+        with cast("IO[bytes]", gzip.open(file)) if file.suffix == ".gz" else open(file, "rb") as stream:
             yield stream
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise UserError(f"{file} is not a whole gzip file ({error}); unpack or copy it again") from None
@@ -224,7 +224,7 @@ def _blocks(stream: IO[bytes], data: DataConfig) -> Iterator[tuple[int, bytes]]:
         elif data.documents == "blank_line":
             ends = blank
         else:
-            ends = not blank and begins.match(line.decode(errors="replace").rstrip("\r\n")) is not None
+            ends = bool(not blank and begins and begins.match(line.decode(errors="replace").rstrip("\r\n")))
         if data.documents == "line":
             if ends:
                 yield number, _without_end(line)
@@ -263,7 +263,7 @@ def _csv_rows(file: Path, stream: IO[bytes]) -> Iterator[tuple[Place, Row]]:
     # at the end of the file, and documents are longer.
     csv.field_size_limit(_MIB << 10)
     text = (line.decode(errors="surrogateescape") for line in _lines(stream))
-    tabs = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    tabs: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     reader = csv.reader(text, strict=True, **(tabs if _suffix(file) == ".tsv" else {}))
     header, line = None, 1
     try:

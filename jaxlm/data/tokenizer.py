@@ -35,14 +35,15 @@ _KNOWN = {
 _BERT = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 _SPECIAL = ["<pad>", "<unk>", "<s>", "</s>"]
 _BESIDE = ("tokenizer_config.json", "special_tokens_map.json")
-_CARRIED = ("tokenizer.json", *_BESIDE, "added_tokens.json", "chat_template.jinja", "vocab.txt", "vocab.json")
+_CARRIED: tuple[str, ...] = ("tokenizer.json", *_BESIDE, "added_tokens.json", "chat_template.jinja")
+_CARRIED += ("vocab.txt", "vocab.json")
 _CARRIED += ("merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
 # Lossless: no normalization, no added or removed space, bytes for what is rare.  Passages keep their line ends, so that
 # "\n\n" and ".\n" become pieces, as does a run of spaces.  A piece begins at most one word: pieces of several words
 # would save up to 3% (unigram) or 7% (bpe) of the tokens, but train 16 or 5 times slower and need several times the
 # memory.
-_SENTENCEPIECE = {
+_SENTENCEPIECE: dict[str, Any] = {
     "normalization_rule_name": "identity",
     "remove_extra_whitespaces": False,
     "add_dummy_prefix": False,
@@ -56,7 +57,10 @@ _SENTENCEPIECE = {
     **{f"{name}_piece": piece for name, piece in zip(("pad", "unk", "bos", "eos"), _SPECIAL, strict=True)},
 }
 # Letters beside signs and digits in one piece save bpe up to 4% of its tokens, and cost unigram 1% (measured).
-_OF_KIND = {"unigram": {}, "bpe": {"split_by_unicode_script": False, "split_by_number": False}}
+_OF_KIND: dict[str, dict[str, Any]] = {
+    "unigram": {},
+    "bpe": {"split_by_unicode_script": False, "split_by_number": False},
+}
 _PASSAGE = 4096  # characters that sentencepiece sees at once
 # sentencepiece would take U+2581 for a space and skip a passage with U+2585 or U+0000; to leave them out of training
 # loses nothing, since they are spelled in bytes.
@@ -69,8 +73,8 @@ class Tokenizer:
     size: the largest id + 1.
     bos, eos, pad, unk, cls, sep, mask: ids of the special tokens, None where there is none.
 
-    Text never becomes a special token: "</s>" or "[MASK]" in a document is spelled like other text.  The kinds "unigram",
-    "bpe" and "byte_bpe" that `train` makes are lossless: decode(encode(text)) == text for all Unicode, U+2581 included.
+    Text never becomes a special token: "</s>" or "[MASK]" in a document is spelled like other text.  The kinds
+    "unigram", "bpe" and "byte_bpe" that `train` makes are lossless: decode(encode(text)) == text for all Unicode, U+2581 included.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, special: dict[str, str | None], files: dict[str, bytes]):
@@ -185,7 +189,7 @@ def load(path: str | Path) -> Tokenizer:
             files = {"tokenizer.json": file.read_bytes()} | {f.name: f.read_bytes() for f in kept if f.is_file()}
     except UserError:
         raise
-    except Exception as error:  # noqa: BLE001  (both libraries raise bare exceptions for what they cannot parse)
+    except Exception as error:  # (both libraries raise bare exceptions for what they cannot parse)
         raise UserError(f"{file} is no readable tokenizer ({str(error).strip()[:200]}); copy it again") from None
     return Tokenizer(backend, _special(backend, beside), files)
 
@@ -315,7 +319,8 @@ def _train_wordpiece(texts: Iterable[str], config: TokenizerConfig, vocabulary: 
         backend = _bert(models.WordPiece(unk_token="[UNK]"), config.lowercase)
         trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=first, show_progress=False)
         backend.train_from_iterator(texts, trainer)
-        return sorted(backend.get_vocab(), key=backend.token_to_id)
+        ids = backend.get_vocab()
+        return sorted(ids, key=lambda piece: ids[piece])
 
     # The trainer numbers "##a", "##b" ... in the order of a hash table that is new in each process, and breaks ties
     # between merges by these numbers.  So a first round finds the letters and a second is given them in order.
@@ -382,7 +387,8 @@ def _from_merges(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
     from tokenizers import models
 
     lines = merges.read_text(encoding="utf-8").split("\n")
-    pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    halves = (line.partition(" ") for line in lines if line and not line.startswith("#version"))
+    pairs = [(left, right) for left, _, right in halves]
     return _byte_level(models.BPE(json.loads(vocab.read_text(encoding="utf-8")), pairs))
 
 

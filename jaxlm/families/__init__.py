@@ -28,7 +28,7 @@ def load(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
     Raises UserError for an unknown `model_type` and for tensors that are not exactly those of the model.
     """
     folder = Path(folder)
-    hf = _read_config(folder / "config.json")
+    hf = read_config(folder / "config.json")
     kind, tensors = hf.get("model_type"), safetensors.read(folder)
     if kind == OWN:
         if not isinstance(hf.get("model"), dict):
@@ -99,7 +99,8 @@ def _own_rules(config: ModelConfig) -> tuple[Rule, ...]:
     return tuple(Rule(path, path) for path in convert.tree_shapes(config))
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """The values of a `config.json`.  Raises UserError where it is no JSON object."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

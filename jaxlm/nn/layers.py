@@ -24,7 +24,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class Linear(nn.Module):
-    """`x[..., I...] @ kernel[I..., O...] + bias[O...]`, where I are the last `contract` axes of x and O is `features`."""
+    """`x[..., I...] @ kernel[I..., O...] + bias[O...]`, where I are x's last `contract` axes, O is `features`."""
 
     features: tuple[int, ...]
     std: float

@@ -7,7 +7,7 @@ matches exactly one row; a leaf without a row is an error that names it.
 from __future__ import annotations
 
 import re
-from functools import lru_cache
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -57,8 +57,10 @@ TABLE = (
     Parameter(r"(pooled_head/dense|next_sentence_head)/bias", (None,), False, "head"),
 )
 
+PARTS = ("trained", "frozen", "muon", "adam")  # labels of `optax.partition`, keys in the states of its parts
 
-@lru_cache(maxsize=None)
+
+@cache
 def find(path: str) -> Parameter | None:
     """The row of a path such as `decoder/layers/mlp/up/kernel`, or None."""
     rows = [row for row in TABLE if re.fullmatch(row.path, path)]
@@ -68,8 +70,9 @@ def find(path: str) -> Parameter | None:
 
 
 def path_of(key_path: tuple[Any, ...]) -> str:
-    """`a/b/c` from the dictionary keys of a JAX key path, other keys left out (optimizer states wrap parameters)."""
-    return "/".join(key.key for key in key_path if isinstance(key, jax.tree_util.DictKey))
+    """`a/b/c` from the dictionary keys of a JAX key path, less what an optimizer's state puts before a parameter's."""
+    keys = [key.key for key in key_path if isinstance(key, jax.tree_util.DictKey)]
+    return "/".join(key for key in keys if key not in PARTS)
 
 
 def rows(params: Any) -> Any:

@@ -100,6 +100,7 @@ class Block(nn.Module):
             return x
 
         def cross(x: jax.Array) -> jax.Array:
+            assert context_mask_BTS is not None
             return Attention(**parts, name="cross_attention")(x, context_mask_BTS, positions_BT, context_BSD)[0]
 
         x_BTD = residual(x_BTD, "attention", attend)
@@ -120,8 +121,8 @@ class Stack(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, *inputs: jax.Array | None, caches: tuple[Cache, ...] | None = None
-    ) -> tuple[jax.Array, tuple[Cache, ...] | None]:
+        self, x_BTD: jax.Array, *inputs: Any, caches: tuple[Cache, ...] | None = None
+    ) -> tuple[jax.Array, Any]:
         """`inputs` are those of `Block` after x.  Without caches the layers are scanned; with them they are unrolled,
         so that each layer updates its own cache in place."""
         config = self.config
@@ -144,7 +145,8 @@ class Stack(nn.Module):
             updated = []
             for layer, cache in enumerate(caches):
                 params = jax.tree.map(lambda leaf, layer=layer: leaf[layer], stacked)
-                x_BTD, cache = Block(**parts, parent=None).apply({"params": params}, x_BTD, *inputs, cache=cache)
+                done: Any = Block(**parts, parent=None).apply({"params": params}, x_BTD, *inputs, cache=cache)
+                x_BTD, cache = done
                 updated.append(cache)
             caches = tuple(updated)
         if config.norm_place == "pre":
@@ -246,6 +248,8 @@ class Transformer(nn.Module):
             return self.encode(tokens_BT, segments_BT, positions_BT, types_BT)
         if self.config.structure == "decoder":
             return self.decode(tokens_BT, segments_BT, positions_BT, types_BT)
+        if target_tokens_BT is None:
+            raise ValueError("an encoder-decoder needs target_tokens_BT, the tokens that its decoder reads")
         context_BSD = self.encode(tokens_BT, segments_BT, positions_BT, types_BT)
         return self.decode(
             target_tokens_BT,
@@ -294,7 +298,9 @@ def init(module: Transformer, key: jax.Array) -> dict[str, Any]:
     return module.init(key, jnp.zeros((1, 2), jnp.int32), method="initialise")["params"]
 
 
-def apply(module: Transformer, params: Any, *inputs: Any, method: str = "__call__", key: jax.Array | None = None) -> Any:
+def apply(
+    module: Transformer, params: Any, *inputs: Any, method: str = "__call__", key: jax.Array | None = None
+) -> Any:
     """`module.method(*inputs)` with these parameters; `key` turns dropout on."""
     return module.apply({"params": params}, *inputs, method=method, rngs=None if key is None else {"dropout": key})
 

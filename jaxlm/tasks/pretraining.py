@@ -68,7 +68,7 @@ class CausalExamples:
     `stride` and counts in each the predictions that no window before it had.
     """
 
-    fields = {"labels_BT": np.int32, "weights_BT": np.float32}
+    fields: Mapping[str, type] = {"labels_BT": np.int32, "weights_BT": np.float32}
 
     def __init__(self, task: CausalLMTask, corpus: Corpus, training: bool):
         self.task, self.corpus, self.training = task, corpus, training
@@ -108,13 +108,15 @@ class MaskedLMTask:
     """Masked tokens are predicted from all others; with `next_sentence`, also whether two texts belong together."""
 
     def __init__(self, task: config.MaskedLM, length: int, seed: int, tokenizer: Tokenizer):
-        missing = [name for name in ("cls", "sep", "mask") if getattr(tokenizer, name) is None]
+        special = {name: getattr(tokenizer, name) for name in ("cls", "sep", "mask")}
+        missing = [name for name, token in special.items() if token is None]
         if missing:
             raise UserError(
                 f"the tokenizer has no {', '.join(missing)} token, which masked language modelling needs; "
                 f"train one with --tokenizer.train wordpiece or load a BERT vocabulary"
             )
         self.task, self.length, self.seed, self.tokenizer = task, length, seed, tokenizer
+        self.mask: int = special["mask"]
         self.most = max(4, length // 16)
         # A bound on the predictions in a row: each example has its share rounded, or at least one.
         self.predictions = min(length, math.ceil(task.mask_rate * length) + self.most)
@@ -166,7 +168,7 @@ class MaskedExamples:
             self.fields["labels_BE"] = np.int32
 
     def epoch(self, n: int | None) -> Epoch:
-        seed = (self.task.seed, TRAINING, n) if self.training else (self.task.seed, EVALUATION)
+        seed: tuple[int, ...] = (self.task.seed, TRAINING, n or 0) if self.training else (self.task.seed, EVALUATION)
         if self.task.task.next_sentence:
             random = np.random.default_rng(seed)
             spans = _pairs(self.corpus, self.task.length - 3, self.task.task.short_rate, random)
@@ -197,7 +199,7 @@ class MaskedExamples:
             words(continues, choosable),
             np.random.default_rng((*seed, i)),
             rate=self.task.task.mask_rate,
-            mask=tokenizer.mask,
+            mask=self.task.mask,
             vocabulary=tokenizer.size,
         )
         return features | {

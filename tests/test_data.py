@@ -1,0 +1,362 @@
+"""Rows hold every example once, batches are a function of the step, and tokenized text is made once."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxlm.config import CleaningConfig, DataConfig, MaskedLM, ModelConfig, RunConfig, TokenizerConfig
+from jaxlm.data.batches import Batches, Epoch, prefetch
+from jaxlm.data.corpus import Corpus, prepare
+from jaxlm.data.pack import pack
+from jaxlm.errors import UserError
+
+# Packing.
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(1, 20), max_size=200),
+    st.integers(20, 40),
+    st.integers(1, 6),
+    st.sampled_from([1, 7, 64, 1 << 16]),
+)
+def test_each_example_is_in_one_row_that_it_fits(lengths, length, most, window):
+    rows = pack(np.array(lengths, np.int64), length, most, window)
+    assert sorted(rows.examples.tolist()) == list(range(len(lengths)))
+    assert rows.starts[0] == 0
+    assert rows.starts[-1] == len(lengths)
+    for a, b in zip(rows.starts, rows.starts[1:]):
+        inside = rows.examples[a:b]
+        assert 1 <= len(inside) <= most
+        assert sum(lengths[i] for i in inside) <= length
+        assert len(set(inside // window)) == 1
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_little_of_a_row_is_padding(seed):
+    random = np.random.default_rng(seed)
+    for lengths in (random.integers(1, 129, 5000), 1 + random.geometric(1 / 14, 5000).clip(max=127)):
+        rows = len(pack(lengths, 128, 128).starts) - 1
+        assert lengths.sum() / (rows * 128) > 0.97
+        # Best fit decreasing needs at most 11/9 of the fewest possible rows, and some (Johnson 1973).
+        assert rows <= 11 / 9 * -(-lengths.sum() // 128) + 4
+
+
+def test_many_examples_are_packed_fast():
+    lengths = np.random.default_rng(0).integers(1, 60, 100_000)
+    begun = time.process_time()
+    pack(lengths, 512, 64)
+    assert time.process_time() - begun < 5
+
+
+@pytest.mark.parametrize("lengths", [[3, 0], [9], [-1]], ids=str)
+def test_examples_that_fit_no_row_are_refused(lengths):
+    with pytest.raises(ValueError, match="do not fit rows of 8"):
+        pack(np.array(lengths), 8, 4)
+
+
+def test_no_examples_are_no_rows():
+    assert pack(np.zeros(0, np.int64), 8, 4).starts.tolist() == [0]
+
+
+# Batches.
+
+
+class Numbered:
+    """Examples of random lengths whose tokens tell epoch and number: 1000 x epoch + number."""
+
+    fields = {"labels_BE": np.int32}
+
+    def __init__(self, count: int = 37):
+        self.lengths = np.random.default_rng(count).integers(1, 9, count)
+
+    def epoch(self, n: int | None) -> Epoch:
+        lengths = self.lengths if n is None else np.roll(self.lengths, n)  # as some tasks draw other lengths
+        return Epoch(lengths, lambda i: {"tokens_BT": np.full(lengths[i], 1000 * (n or 0) + i), "labels_BE": i})
+
+
+def training(seed: int = 3) -> Batches:
+    return Batches(Numbered(), rows=4, length=16, most=5, seed=seed)
+
+
+def same(a, b) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def test_a_batch_is_a_function_of_the_step():
+    batches = training()
+    forward = [batches.batch_at(step) for step in range(40)]
+    for step in np.random.default_rng(0).permutation(40):
+        same(batches.batch_at(int(step)), forward[step])
+    same(training().batch_at(39), forward[39])  # without the 39 before it
+    same(training().batch_at(17), forward[17])
+    assert any(np.any(forward[0][f] != training(seed=4).batch_at(0)[f]) for f in forward[0])
+
+
+def test_in_training_each_epoch_has_every_example_once_and_follows_the_last():
+    batches = training()
+    rows = [len(batches._make_epoch(n)[1].starts) - 1 for n in range(5)]
+    assert sum(rows[:3]) % 4  # the batches do not divide the epochs
+    seen = []
+    for step in range(sum(rows) // 4):
+        batch = batches.batch_at(step)
+        for b in range(4):
+            filled = batch["segments_BT"][b] > 0
+            assert filled.any()  # no row is padding
+            seen.append(set(batch["tokens_BT"][b][filled].tolist()))
+    orders = []
+    for n, start in enumerate(np.cumsum([0, *rows[:-1]])):
+        found = [token for row in seen[start : start + rows[n]] for token in row]
+        if len(seen) >= start + rows[n]:
+            assert sorted(found) == [1000 * n + i for i in range(37)]
+            orders.append([token - 1000 * n for token in found])
+    assert len(orders) >= 4
+    assert orders[0] != orders[1] != orders[2]
+
+
+def test_evaluation_has_every_example_once_and_padding_at_the_end():
+    batches = Batches(Numbered(), rows=4, length=16, most=5, seed=None)
+    seen, padding = [], []
+    for step in range(len(batches)):
+        batch = batches.batch_at(step)
+        seen += batch["labels_BE"][batch["weights_BE"] > 0].tolist()
+        padding += (~(batch["segments_BT"] > 0).any(1)).tolist()
+    assert sorted(seen) == list(range(37))
+    assert padding == sorted(padding)
+    assert sum(padding) < 4
+    for value in batches.batch_at(len(batches)).values():
+        assert not value.any()
+
+
+def test_a_row_says_where_its_examples_stand():
+    batch = training().batch_at(2)
+    assert {n: x.dtype for n, x in batch.items()} == {
+        **dict.fromkeys(("tokens_BT", "segments_BT", "positions_BT", "labels_BE", "starts_BE"), np.dtype("int32")),
+        "weights_BE": np.dtype("float32"),
+    }
+    for b in range(4):
+        for e in range(int(batch["weights_BE"][b].sum())):
+            here = np.flatnonzero(batch["segments_BT"][b] == e + 1)
+            assert here[0] == batch["starts_BE"][b, e]
+            assert here.tolist() == list(range(here[0], here[0] + len(here)))
+            assert batch["positions_BT"][b, here].tolist() == list(range(len(here)))
+            assert set(batch["tokens_BT"][b, here] % 1000) == {batch["labels_BE"][b, e]}
+
+
+def test_prefetch_gives_the_same_in_order_and_leaves_no_thread():
+    batches = training()
+    for step, batch in enumerate(prefetch(batches.batch_at, 5, 12), start=5):
+        same(batch, training().batch_at(step))
+    assert step == 11
+    before = threading.active_count()
+    calls: list[int] = []
+
+    def slow(step: int):
+        calls.append(step)
+        time.sleep(0.01)
+        return {}
+
+    abandoned = prefetch(slow, 0, 10_000)
+    next(abandoned)
+    assert threading.active_count() == before + 1
+    begun = time.monotonic()
+    abandoned.close()
+    assert time.monotonic() - begun < 2
+    assert threading.active_count() == before
+    assert len(calls) < 10
+
+
+def test_an_error_of_the_data_reaches_the_caller():
+    def broken(step: int):
+        if step == 2:
+            raise UserError("row 2 is bad")
+        return {}
+
+    got = []
+    with pytest.raises(UserError, match="row 2 is bad"):
+        got.extend(prefetch(broken, 0, 10))
+    assert threading.active_count() < 20
+
+
+# Corpora.
+
+TEXT = "".join(f"line {i} of a text, naïve or 😀\n" for i in range(200))
+QUIET = lambda message: None
+
+
+def a_run(folder: Path, text: str | None = TEXT, **data) -> RunConfig:
+    if text is not None:
+        (folder / "text.txt").write_bytes(text.encode())
+    return RunConfig(
+        model=ModelConfig(vocabulary=80),
+        data=DataConfig(path=str(folder / "text.txt"), cache=str(folder / "cache"), **data),
+        tokenizer=TokenizerConfig(train="characters"),
+    )
+
+
+def text_of(prepared, corpus: Corpus) -> str:
+    return prepared.tokenizer.decode(np.asarray(corpus.tokens))
+
+
+def documents_of(prepared, corpus: Corpus) -> list[str]:
+    bounds = corpus.bounds
+    return [prepared.tokenizer.decode(corpus.tokens[a:b]) for a, b in zip(bounds, bounds[1:])]
+
+
+def equal(a: Corpus, b: Corpus) -> None:
+    for x, y in zip(a, b):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_tokenized_text_is_found_again(tmp_path):
+    run, said = a_run(tmp_path), []
+    first = prepare(run, said.append)
+    assert said == [
+        "training a characters tokenizer of 80 tokens",
+        "tokenizing the train text",
+        "tokenizing the held-out text",
+    ]
+    again = prepare(run, said.append)
+    assert len(said) == 3
+    equal(first.train, again.train)
+    equal(first.held_out, again.held_out)
+    assert again.rows == first.rows == {"rows": 200, "documents": 200}
+    assert again.fingerprint == first.fingerprint
+    assert again.tokenizer.size == first.tokenizer.size
+    # Neither the place of the data nor the length of a row is part of it.
+    (tmp_path / "elsewhere").mkdir()
+    moved = a_run(tmp_path / "elsewhere", length=7)
+    moved = dataclasses.replace(moved, data=dataclasses.replace(moved.data, cache=run.data.cache))
+    prepare(moved, said.append)
+    assert len(said) == 3
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+CHANGES = {
+    "data": lambda run: Path(run.data.path).write_text(TEXT + "more\n") and run,
+    "documents": lambda run: dataclasses.replace(run, data=dataclasses.replace(run.data, documents="file")),
+    "cleaning": lambda run: dataclasses.replace(
+        run, data=dataclasses.replace(run.data, cleaning=CleaningConfig(whitespace=True))
+    ),
+    "tokenizer": lambda run: dataclasses.replace(run, tokenizer=TokenizerConfig(train="wordpiece")),
+    "vocabulary": lambda run: dataclasses.replace(run, model=ModelConfig(vocabulary=81)),
+    "held out": lambda run: dataclasses.replace(run, data=dataclasses.replace(run.data, eval_fraction=0.2)),
+    "sentences": lambda run: dataclasses.replace(run, task=MaskedLM(next_sentence=True)),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_tokenized_text_is_made_anew_when_what_it_is_made_of_changes(tmp_path, name):
+    run, said = a_run(tmp_path), []
+    prepare(run, QUIET)
+    prepare(CHANGES[name](run), said.append)
+    assert said
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.text(st.sampled_from("ab \n\u00e9\u20ac\U0001f600"), min_size=30, max_size=60),
+    st.floats(0.1, 0.9),
+)
+def test_a_file_is_cut_at_the_byte_and_no_byte_is_lost(tmp_path_factory, text, fraction):
+    folder = tmp_path_factory.mktemp("cut")
+    run = a_run(folder, text, documents="file", eval_fraction=fraction)
+    size = len(text.encode())
+    prepared = prepare(run, QUIET)
+    assert prepared.train.bytes + prepared.held_out.bytes == size
+    cut = round(size * (1 - fraction))
+    assert cut - 3 <= prepared.train.bytes <= cut  # a character of up to four bytes is not divided
+    learnt = set(text.encode()[:cut].decode(errors="ignore"))
+    shown = "".join(c if c in learnt else "" for c in text)  # the tokenizer has seen the training part alone
+    assert text_of(prepared, prepared.train) + text_of(prepared, prepared.held_out) == shown
+
+
+def test_documents_stay_whole_at_the_cut(tmp_path):
+    lines = [f"{'x' * (i % 7)} line {i}" for i in range(50)]
+    for fraction in (0.1, 0.33, 0.5):
+        run = a_run(tmp_path, "\n".join(lines) + "\n", eval_fraction=fraction)
+        prepared = prepare(run, QUIET)
+        train, held_out = (documents_of(prepared, c) for c in (prepared.train, prepared.held_out))
+        assert train + held_out == lines
+        total = sum(map(len, lines))
+        assert prepared.train.bytes + prepared.held_out.bytes == total
+        assert prepared.held_out.bytes <= fraction * total < prepared.held_out.bytes + 20
+
+
+def test_documents_are_wrapped_and_sentences_are_bare(tmp_path):
+    prepared = prepare(a_run(tmp_path), QUIET)
+    tokenizer = prepared.tokenizer
+    first = prepared.train.tokens[slice(*prepared.train.bounds[:2])]
+    assert first[0] == tokenizer.bos
+    assert first[-1] == tokenizer.eos
+    text = "One here. Two there! Three?\nOne more. And on.\n" * 20
+    run = dataclasses.replace(a_run(tmp_path, text), task=MaskedLM(next_sentence=True, sentences="punctuation"))
+    prepared = prepare(run, QUIET)
+    corpus = prepared.train
+    sentences = [prepared.tokenizer.decode(corpus.tokens[a:b]) for a, b in zip(corpus.sentences, corpus.sentences[1:])]
+    assert sentences[:5] == ["One here.", "Two there!", "Three?", "One more.", "And on."]
+    assert corpus.documents[:3].tolist() == [0, 3, 5]
+
+
+def test_held_out_data_of_its_own(tmp_path):
+    (tmp_path / "other.txt").write_text("a line of text\n")
+    prepared = prepare(a_run(tmp_path, eval_path=str(tmp_path / "other.txt")), QUIET)
+    assert documents_of(prepared, prepared.held_out) == ["a line of text"]
+    assert text_of(prepared, prepared.train) == TEXT.replace("\n", "")
+
+
+def test_too_little_text_and_too_small_a_vocabulary_are_said(tmp_path):
+    with pytest.raises(UserError, match=r"no held-out text is left of .*give more text"):
+        prepare(a_run(tmp_path, "one line only\n"), QUIET)
+    small = dataclasses.replace(a_run(tmp_path), model=ModelConfig(vocabulary=8))
+    with pytest.raises(UserError, match=r"vocabulary is 8; .* --model.vocabulary \d+"):
+        prepare(small, QUIET)
+    assert not [f for f in (tmp_path / "cache").glob("*") if not f.name.endswith(".part")]
+
+
+def _prepare_in_process(run: RunConfig, start, results) -> None:
+    start.wait()
+    prepared = prepare(run, QUIET)
+    results.put((np.asarray(prepared.train.tokens).tolist(), prepared.rows))
+
+
+def test_two_processes_may_build_at_once(tmp_path):
+    run = a_run(tmp_path)
+    spawn = multiprocessing.get_context("spawn")
+    start, results = spawn.Barrier(2), spawn.Queue()
+    processes = [spawn.Process(target=_prepare_in_process, args=(run, start, results)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    a, b = (results.get(timeout=120) for _ in processes)
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert a == b
+    assert len(list((tmp_path / "cache").iterdir())) == 1  # no half of one is left over
+
+
+def test_a_slower_process_takes_what_the_faster_one_made(tmp_path, monkeypatch):
+    """The same race, decided: another process finishes between this one's last file and its rename."""
+    run, rename = a_run(tmp_path), Path.rename
+
+    def overtaken(path: Path, target: Path):
+        monkeypatch.setattr(Path, "rename", rename)
+        aside = rename(path, path.with_suffix(".aside"))
+        prepare(run, QUIET)
+        return rename(rename(aside, path), target)
+
+    monkeypatch.setattr(Path, "rename", overtaken)
+    prepared = prepare(run, QUIET)
+    assert text_of(prepared, prepared.train)
+    assert len(list((tmp_path / "cache").iterdir())) == 1

@@ -1,0 +1,137 @@
+"""The house keeps its order: who imports whom, what `import jaxlm` costs, where things have their one home."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+import runpy
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import jaxlm
+from jaxlm.config import from_json, to_json
+
+ROOT = Path(__file__).parent.parent
+FILES = {f: f.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for f in (ROOT / "jaxlm").rglob("*.py")}
+MODULES = {name.removesuffix(".__init__"): file for file, name in FILES.items()}
+
+ORDER = (  # each may import those before it and beside it
+    ("errors", "config", "losses", "sharding"),
+    ("nn",),
+    ("hub",),
+    ("families",),
+    ("data",),
+    ("lm",),
+    ("generate",),
+    ("tasks",),
+    ("optimizer", "step", "checkpoint"),
+    ("evaluate", "folder", "report"),
+    ("fit",),
+    ("__main__",),
+)
+PLACE = {part: place for place, parts in enumerate(ORDER) for part in parts}
+
+
+def imported(file: Path) -> set[str]:
+    """Modules of jaxlm that a file imports when it runs, inside functions too, but for annotations alone."""
+    tree = ast.parse(file.read_text())
+    skipped = {
+        node
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for part in block.body
+        for node in ast.walk(part)
+    }
+    found = set()
+    for node in ast.walk(tree):
+        if node in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file} imports by a relative name"
+            whole = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else node.module for name in whole}
+    return {name for name in found if name.split(".")[0] == "jaxlm"}
+
+
+def test_imports_go_in_one_direction():
+    for module, file in MODULES.items():
+        if module == "jaxlm":
+            continue
+        own = module.split(".")[1]
+        for other in imported(file) - {"jaxlm"}:
+            part = other.split(".")[1]
+            assert PLACE[part] <= PLACE[own], f"{module} imports {other}, which stands to its right"
+
+
+def test_parts_import_each_other_without_a_circle():
+    waiting = {module: imported(file) - {"jaxlm", module} for module, file in MODULES.items()}
+    while waiting:
+        free = [module for module, needs in waiting.items() if not needs & waiting.keys()]
+        assert free, f"these import each other in a circle: {sorted(waiting)}"
+        for module in free:
+            del waiting[module]
+
+
+def test_every_part_has_its_place():
+    assert {module.split(".")[1] for module in MODULES if module != "jaxlm"} == set(PLACE)
+
+
+FORBIDDEN = ["torch", "tensorflow", "transformers", "tensorflow_datasets", "grain", "matplotlib", "sklearn"]
+FORBIDDEN += ["sentencepiece", "tyro", "orbax", "tensorboardX", "pyarrow"]
+PLAIN = "import jax, flax.linen, optax"
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_is_light():
+    code = f"import sys, jaxlm; print([name for name in {FORBIDDEN} if name in sys.modules])"
+    assert python(code).strip() == "[]"
+
+
+@pytest.mark.long
+def test_import_costs_little_beyond_jax():
+    def seconds(code: str) -> float:
+        begun = time.perf_counter()
+        python(code)
+        return time.perf_counter() - begun
+
+    seconds(f"{PLAIN}, jaxlm")  # writes the .pyc files
+    pairs = [(seconds(PLAIN), seconds(f"{PLAIN}, jaxlm")) for _ in range(5)]
+    plain, ours = (statistics.median(times) for times in zip(*pairs))
+    print(f"import jaxlm: {ours:.2f} s, of which jax, flax and optax {plain:.2f} s")
+    assert ours - plain <= 0.5
+
+
+def test_no_module_is_named_for_nothing():
+    nothing = re.compile(r"(^|[._])(utils?|helpers?|common|misc|tools?|base)$")
+    assert not [module for module in MODULES if nothing.search(module)]
+
+
+def test_the_version_has_one_home():
+    version = re.escape(jaxlm.__version__)
+    homes = [f for f in [*FILES, ROOT / "pyproject.toml"] if re.search(rf"""["']{version}["']""", f.read_text())]
+    assert homes == [ROOT / "jaxlm" / "__init__.py"]
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.py")), ids=lambda f: f.stem)
+def test_every_config_is_sound(file, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXLM_CACHE", str(tmp_path))
+    run = runpy.run_path(str(file))["config"]()
+    assert isinstance(run, jaxlm.RunConfig)
+    if not run.data.path:
+        run = dataclasses.replace(run, data=dataclasses.replace(run.data, path="text.txt"))
+    run.check()
+    assert from_json(jaxlm.RunConfig, to_json(run)) == run
+    assert f"python train.py configs/{file.name}" in ast.get_docstring(ast.parse(file.read_text()))

@@ -1,0 +1,467 @@
+"""What is predicted, how often, from what; and the losses, against their definitions."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache, partial
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import optax
+import pytest
+from compiled import jit, random_params
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxlm.config import CausalLM, MaskedLM, ModelConfig
+from jaxlm.data.batches import Batches
+from jaxlm.data.corpus import Corpus
+from jaxlm.data.corrupt import mask_tokens, words
+from jaxlm.errors import UserError
+from jaxlm.evaluate import evaluate
+from jaxlm.losses import accuracy, cross_entropy
+from jaxlm.nn.transformer import Transformer, apply
+from jaxlm.step import make_eval_step
+from jaxlm.tasks.pretraining import CausalLMTask, MaskedLMTask, _pairs, _spans
+
+V = 40
+CONTINUES = np.arange(V) % 3 == 0  # which tokens continue a word
+TOKENIZER = SimpleNamespace(cls=1, sep=2, mask=3, size=V, continues=CONTINUES & (np.arange(V) > 4))
+
+
+def corpus_of(documents: list[list[int]]) -> Corpus:
+    """A corpus of documents given as their sentences' lengths; token i is 5 + i mod (V - 5)."""
+    sizes = [n for document in documents for n in document]
+    total = sum(sizes)
+    return Corpus(
+        (5 + np.arange(total) % (V - 5)).astype(np.uint16),
+        np.cumsum([0, *sizes]),
+        np.cumsum([0, *(len(d) for d in documents)]),
+        bytes=3 * total,
+    )
+
+
+# Causal language modelling.
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_every_prediction_is_counted_once(data):
+    T = data.draw(st.integers(1, 12))
+    stride = data.draw(st.integers(1, T))
+    start = data.draw(st.integers(0, 30))
+    end = start + data.draw(st.integers(1, 60))
+    offset = data.draw(st.integers(0, T - 1)) if stride == T else 0
+    counted = []
+    for a, first, b in _spans(start, end, T, stride, offset):
+        assert start <= a <= first < b <= end
+        assert b - a <= T
+        if stride < T:  # each prediction but the first few sees at least T - stride tokens
+            assert a == start or first - a >= T - stride or b == end
+        counted += range(first, b)
+    assert counted == list(range(start, end))
+
+
+def causal(length: int = 8, **settings) -> CausalLMTask:
+    return CausalLMTask(CausalLM(**settings), length, 5, TOKENIZER)
+
+
+def predictions(examples, n: int | None) -> list[tuple[int, int]]:
+    """(token, label) of every counted prediction of an epoch."""
+    epoch = examples.epoch(n)
+    found = []
+    for i, length in enumerate(epoch.lengths):
+        features = epoch.features(i)
+        assert {len(features[f]) for f in ("tokens_BT", "labels_BT", "weights_BT")} == {length}
+        kept = features["weights_BT"] > 0
+        found += zip(features["tokens_BT"][kept].tolist(), features["labels_BT"][kept].tolist())
+    return found
+
+
+def test_a_stream_predicts_each_next_token_once_an_epoch_and_is_cut_elsewhere_in_each():
+    corpus = corpus_of([[7], [30], [1], [19]])
+    pairs = list(zip(corpus.tokens.tolist(), corpus.tokens[1:].tolist()))
+    examples = causal().examples(corpus, training=True)
+    for n in range(4):
+        assert predictions(examples, n) == pairs
+    assert len({tuple(examples.epoch(n).lengths.tolist()) for n in range(12)}) > 2
+    np.testing.assert_array_equal(examples.epoch(2).lengths, causal().examples(corpus, True).epoch(2).lengths)
+    for stride in (0, 1, 3, 8):
+        assert predictions(causal(stride=stride).examples(corpus, training=False), None) == pairs
+
+
+def test_whole_documents_are_not_predicted_across():
+    corpus = corpus_of([[7], [30], [1], [19]])  # of the document of one token there is nothing to predict
+    bounds = corpus.bounds
+    inside = [list(corpus.tokens[a:b].tolist()) for a, b in zip(bounds, bounds[1:])]
+    pairs = [pair for document in inside for pair in zip(document, document[1:])]
+    for task, n in ((causal(stream=False), 0), (causal(stream=False), 3), (causal(stream=False, stride=3), None)):
+        assert predictions(task.examples(corpus, n is not None), n) == pairs
+    task = causal(16, stream=False)
+    batches = Batches(task.examples(corpus, True), 4, 16, task.most, seed=0)
+    assert sum(int(batches.batch_at(s)["weights_BT"].sum()) for s in range(len(batches))) >= len(pairs)
+
+
+@pytest.mark.parametrize("tokens", [[], [[1]]], ids=["none", "one"])
+def test_a_corpus_without_predictions_has_no_examples(tokens):
+    for stream in (True, False):
+        task = causal(stream=stream)
+        assert len(task.examples(corpus_of(tokens), False).epoch(None).lengths) == 0
+
+
+TINY = {"vocabulary": V, "max_length": 32, "width": 16, "layers": 2, "heads": 2, "norm_place": "pre"}
+DECODER = ModelConfig(**TINY)
+ENCODER = ModelConfig(**TINY, structure="encoder", heads_on_top=("masked_lm", "next_sentence"), types=2)
+
+
+@lru_cache
+def compiled_eval_step(length: int, stride: int, stream: bool):
+    task = causal(length, stride=stride, stream=stream)
+    return task, jit(make_eval_step(task, Transformer(DECODER)))
+
+
+def scores(task, eval_step, params, corpus, length: int, rows: int = 3):
+    batches = Batches(task.examples(corpus, False), rows, length, task.most, None)
+    put = lambda batch, k: {name: x[None] for name, x in batch.items()}
+    return evaluate(task, eval_step, params, batches, corpus, put)
+
+
+def test_evaluation_equals_a_forward_pass_over_the_whole_text():
+    params, module = random_params(DECODER), Transformer(DECODER)
+    corpus = corpus_of([[26]])
+    tokens = corpus.tokens.astype(np.int32)
+    hidden = lambda params, x: apply(module, params, apply(module, params, x), method="lm")
+    forward = jit(hidden)
+    log_p = np.asarray(jax.device_get(forward(params, tokens[None, :-1])), np.float64)[0]
+    log_p -= np.log(np.exp(log_p).sum(-1, keepdims=True))
+    nats = -log_p[np.arange(25), tokens[1:]]
+
+    task, step = compiled_eval_step(32, 4, True)
+    found = scores(task, step, params, corpus, 32)
+    assert found["loss"] == pytest.approx(nats.mean(), rel=1e-5)
+    assert found["perplexity"] == pytest.approx(math.exp(nats.mean()), rel=1e-5)
+    assert found["bits_per_byte"] == pytest.approx(nats.sum() / math.log(2) / corpus.bytes, rel=1e-5)
+    assert found["accuracy"] == pytest.approx((log_p.argmax(-1) == tokens[1:]).mean())
+    # In windows of 8 that move by 4, a prediction sees the 4 to 8 tokens before it, and it alone is counted.
+    windows = [(0, 0, 8), *((e - 8, e - 4, e) for e in range(12, 25, 4)), (17, 24, 25)]
+    total = 0.0
+    for a, first, b in windows:
+        padded = np.zeros((1, 25), np.int32)
+        padded[0, : b - a] = tokens[a:b]
+        logits = np.asarray(jax.device_get(forward(params, padded)), np.float64)[0]
+        logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
+        total -= sum(logits[t - a, tokens[t + 1]] for t in range(first, b))
+    task, step = compiled_eval_step(8, 4, True)
+    assert scores(task, step, params, corpus, 8)["loss"] == pytest.approx(total / 25, rel=1e-5)
+
+
+def test_evaluation_does_not_depend_on_the_number_of_rows():
+    params = random_params(DECODER)
+    corpus = corpus_of([[9], [26], [14], [3]])
+    task, step = compiled_eval_step(16, 0, False)
+    few, many = (scores(task, step, params, corpus, 16, rows) for rows in (2, 5))
+    assert few == pytest.approx(many, rel=1e-5)
+
+
+# Masked language modelling.
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.data())
+def test_masking_keeps_its_bound_and_leaves_out_what_it_must(data):
+    n = data.draw(st.integers(1, 60))
+    choosable = np.array(data.draw(st.lists(st.booleans(), min_size=n, max_size=n)))
+    continues = np.array(data.draw(st.lists(st.booleans(), min_size=n, max_size=n)))
+    rate = data.draw(st.floats(0.01, 0.99))
+    groups = words(continues, choosable)
+    assert ((groups >= 0) == choosable).all()
+    tokens = np.arange(100, 100 + n)
+    random = np.random.default_rng(data.draw(st.integers(0, 1 << 30)))
+    corrupted, predicted = mask_tokens(tokens, groups, random, rate=rate, mask=3, vocabulary=V)
+    assert predicted.sum() <= max(1, round(rate * choosable.sum()))
+    if not continues.any():
+        assert predicted.sum() == min(choosable.sum(), max(1, round(rate * choosable.sum())))
+    assert not predicted[~choosable].any()
+    assert (corrupted[~predicted] == tokens[~predicted]).all()
+    for group in range(groups.max(initial=-1) + 1):
+        assert len(set(predicted[groups == group].tolist())) == 1  # a word is chosen as a whole
+
+
+def test_of_the_chosen_80_percent_are_masked_10_random_and_10_kept():
+    random, n = np.random.default_rng(0), 200_000
+    tokens = np.full(n, 1000)
+    corrupted, predicted = mask_tokens(tokens, np.arange(n), random, rate=0.15, mask=3, vocabulary=500)
+    chosen = corrupted[predicted]
+    assert len(chosen) == 30_000
+    for share, count in ((0.8, (chosen == 3).sum()), (0.1, (chosen == 1000).sum())):
+        assert abs(count - share * len(chosen)) < 5 * math.sqrt(share * (1 - share) * len(chosen)) + len(chosen) / 5000
+    noise = chosen[(chosen != 3) & (chosen != 1000)]
+    counts = np.bincount(noise, minlength=500)
+    assert counts[3] == 0  # by the filter above
+    assert counts[[i for i in range(500) if i != 3]].min() >= 0
+    expected = len(noise) / 499
+    chi_square = ((np.delete(counts, 3) - expected) ** 2 / expected).sum()
+    assert abs(chi_square - 498) < 6 * math.sqrt(2 * 498)
+    # Positions are chosen evenly too.
+    assert abs(np.flatnonzero(predicted).mean() / n - 0.5) < 0.01
+
+
+def masked(length: int = 32, seed: int = 5, **settings) -> MaskedLMTask:
+    return MaskedLMTask(MaskedLM(**settings), length, seed, TOKENIZER)
+
+
+DOCUMENTS = [[5, 9, 3], [40], [12, 12], [1], [7, 3, 8, 20], [2, 2, 2]]
+
+
+def all_features(examples, n: int | None):
+    epoch = examples.epoch(n)
+    return [epoch.features(i) for i in range(len(epoch.lengths))]
+
+
+@pytest.mark.parametrize("choices", [{}, {"whole_words": True}, {"next_sentence": True, "short_rate": 0.5}], ids=str)
+def test_masked_examples_are_a_function_of_seed_epoch_and_number(choices):
+    corpus = corpus_of(DOCUMENTS)
+    make = lambda seed=5, training=True: masked(seed=seed, **choices).examples(corpus, training)
+    first = all_features(make(), 2)
+    epoch = make().epoch(2)
+    for i in np.random.default_rng(0).permutation(len(first)):  # in any order, from a fresh object
+        found = epoch.features(int(i))
+        assert found.keys() == first[i].keys()
+        assert all(np.array_equal(found[f], first[i][f]) for f in found)
+    weights = lambda features: np.concatenate([f["weights_BT"] for f in features])
+    for other in (all_features(make(), 3), all_features(make(seed=6), 2), all_features(make(training=False), None)):
+        a, b = weights(first), weights(other)
+        assert a.shape != b.shape or (a != b).any()
+    a, b = (all_features(make(training=False), None) for _ in range(2))
+    assert all(np.array_equal(x[f], y[f]) for x, y in zip(a, b) for f in x)
+
+
+@pytest.mark.parametrize("choices", [{}, {"whole_words": True}, {"next_sentence": True}], ids=str)
+def test_masked_examples_keep_specials_labels_and_types(choices):
+    corpus = corpus_of(DOCUMENTS)
+    examples = masked(**choices).examples(corpus, training=True)
+    for n in range(5):
+        epoch = examples.epoch(n)
+        for i, length in enumerate(epoch.lengths):
+            features = epoch.features(i)
+            labels, predicted = features["labels_BT"], features["weights_BT"] > 0
+            assert len(labels) == len(features["tokens_BT"]) == length <= 32
+            special = np.isin(labels, [1, 2])
+            assert labels[0] == 1
+            assert special.sum() == 2 + bool(choices.get("next_sentence"))
+            assert not predicted[special].any()
+            assert (features["tokens_BT"][~predicted] == labels[~predicted]).all()
+            assert 1 <= predicted.sum() <= max(1, round(0.15 * (~special).sum())) or choices.get("whole_words")
+            assert predicted.sum() <= max(1, round(0.15 * (~special).sum()))
+            ends = np.flatnonzero(labels == 2)
+            if choices.get("next_sentence"):
+                np.testing.assert_array_equal(features["types_BT"], np.arange(length) > ends[0])
+            else:
+                assert not features["types_BT"].any()
+            if choices.get("whole_words"):
+                for t in range(2, length):
+                    if TOKENIZER.continues[labels[t]] and not special[t - 1]:
+                        assert predicted[t] == predicted[t - 1]
+
+
+def test_about_the_mask_rate_is_predicted_and_all_text_is_seen():
+    corpus = corpus_of([[int(n)] for n in np.random.default_rng(0).integers(20, 90, 100)])
+    for whole_words in (False, True):
+        examples = masked(whole_words=whole_words).examples(corpus, training=True)
+        found = all_features(examples, 0)
+        chosen = sum(f["weights_BT"].sum() for f in found)
+        text = sum((f["labels_BT"] > 2).sum() for f in found)
+        assert text == len(corpus.tokens)
+        assert chosen / text == pytest.approx(0.15, abs=0.02)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=4), min_size=1, max_size=30),
+    st.floats(0.01, 0.9),
+    st.booleans(),
+    st.booleans(),
+    st.integers(8, 40),
+)
+def test_no_row_has_more_predictions_than_the_gather_takes(documents, rate, whole_words, next_sentence, length):
+    task = masked(length, mask_rate=rate, whole_words=whole_words, next_sentence=next_sentence)
+    batches = Batches(task.examples(corpus_of(documents), False), 2, length, task.most, None)
+    for step in range(len(batches)):
+        batch = batches.batch_at(step)
+        assert (batch["weights_BT"] > 0).sum(1).max() <= task.predictions <= length
+
+
+def test_gathered_predictions_give_the_loss_of_all_positions():
+    task = masked(next_sentence=True)
+    params, module = random_params(ENCODER), Transformer(ENCODER)
+    batch = Batches(task.examples(corpus_of(DOCUMENTS), True), 3, 32, task.most, 0).batch_at(1)
+    assert task.predictions < 32
+
+    def dense(params, batch):
+        x = apply(module, params, *(batch[f] for f in ("tokens_BT", "segments_BT", "positions_BT", "types_BT")))
+        logits = apply(module, params, x, method="masked_lm")
+        starts = x[np.arange(3)[:, None], batch["starts_BE"]]
+        pair_logits = apply(module, params, starts, method="next_sentence")
+        return logits, pair_logits
+
+    logits, pair_logits = jax.device_get(jit(dense)(params, batch))
+    found = jax.device_get(jit(lambda p, b: task.losses(module, p, b, None))(params, batch))
+    losses = optax.softmax_cross_entropy_with_integer_labels
+    cross = lambda logits, labels, weights: float((jit(losses)(logits, labels) * weights).sum())
+    expected = {
+        "masked_lm_loss": cross(logits, batch["labels_BT"], batch["weights_BT"]),
+        "masked_lm_accuracy": ((logits.argmax(-1) == batch["labels_BT"]) * batch["weights_BT"]).sum(),
+        "next_sentence_loss": cross(pair_logits, batch["labels_BE"], batch["weights_BE"]),
+        "next_sentence_accuracy": ((pair_logits.argmax(-1) == batch["labels_BE"]) * batch["weights_BE"]).sum(),
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name][0], value, rtol=1e-5, err_msg=name)
+        weights = batch["weights_BT" if name.startswith("masked") else "weights_BE"]
+        assert found[name][1] == weights.sum() > 0
+    assert task.weights(batch)["masked_lm_loss"] == batch["weights_BT"].sum()
+
+
+def test_a_tokenizer_without_mask_is_refused():
+    without = SimpleNamespace(cls=None, sep=2, mask=None)
+    with pytest.raises(UserError, match=r"no cls, mask token.*wordpiece"):
+        MaskedLMTask(MaskedLM(), 32, 0, without)
+
+
+# Next-sentence pairs.
+
+
+def document_at(corpus: Corpus, position: int) -> int:
+    return int(np.searchsorted(corpus.bounds, position, side="right")) - 1
+
+
+def drawn_pairs(documents, length: int = 24, short_rate: float = 0.1, epochs: int = 40) -> tuple[Corpus, np.ndarray]:
+    corpus = corpus_of(documents)
+    return corpus, np.concatenate(
+        [_pairs(corpus, length, short_rate, np.random.default_rng((0, n))) for n in range(epochs)]
+    )
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=6), min_size=1, max_size=12),
+    st.integers(2, 40),
+    st.floats(0, 1),
+)
+def test_pairs_are_what_their_label_says(documents, length, short_rate):
+    corpus, pairs = drawn_pairs(documents, length, short_rate, epochs=3)
+    for a, a_end, b, b_end, label in pairs.tolist():
+        assert a < a_end
+        assert b < b_end
+        assert a_end - a + b_end - b <= length
+        first, second = document_at(corpus, a), document_at(corpus, b)
+        assert first == document_at(corpus, a_end - 1)
+        assert second == document_at(corpus, b_end - 1)
+        assert (first != second) == label
+        if label == 0:  # consecutive, but for what was trimmed at either end
+            assert a_end <= b
+            if b > a_end:
+                assert a_end - a + b_end - b == length  # only what had to be trimmed is missing between them
+    if len(documents) == 1:
+        assert not pairs[:, 4].any()
+
+
+def test_pairs_that_need_no_trimming_follow_each_other_without_a_gap():
+    _, pairs = drawn_pairs([[3, 4, 2, 5, 3, 3, 4], [4] * 9, [2] * 12], length=100)
+    true = pairs[pairs[:, 4] == 0]
+    assert len(true) > 20
+    np.testing.assert_array_equal(true[:, 1], true[:, 2])
+
+
+def test_about_half_of_the_pairs_belong_together():
+    random = np.random.default_rng(0)
+    _, pairs = drawn_pairs([random.integers(2, 9, 40).tolist() for _ in range(20)])
+    assert len(pairs) > 2000
+    assert pairs[:, 4].mean() == pytest.approx(0.5, abs=0.05)
+
+
+def test_all_text_of_a_corpus_takes_part():
+    corpus, pairs = drawn_pairs([[5, 9, 3], [20], [12, 12], [7, 3, 8, 20]], length=60, epochs=60)
+    seen = np.zeros(len(corpus.tokens), bool)
+    for a, a_end, b, b_end, _ in pairs:
+        seen[a:a_end] = seen[b:b_end] = True
+    assert seen.all()
+
+
+def test_documents_of_one_sentence():
+    """Among them there is nothing but pairs of strangers; among others both kinds occur."""
+    _, pairs = drawn_pairs([[5], [6], [7]])
+    assert len(pairs) >= 3
+    assert pairs[:, 4].all()
+    _, pairs = drawn_pairs([[5], [6], [7], [4, 4, 4, 4, 4, 4]])
+    assert set(pairs[:, 4].tolist()) == {0, 1}
+
+
+@pytest.mark.parametrize("document", [[9], [5, 5], [5, 6, 7, 8, 9, 10]], ids=str)
+def test_a_single_document_ends(document):
+    _, pairs = drawn_pairs([document])
+    assert not pairs[:, 4].any()
+    assert (len(pairs) > 0) == (len(document) > 1)
+    task = masked(next_sentence=True)
+    Batches(task.examples(corpus_of([document]), False), 2, 32, task.most, None).batch_at(0)
+
+
+# Losses.
+
+
+def drawn(seed: int = 0):
+    random = np.random.default_rng(seed)
+    logits = (5 * random.standard_normal((3, 7, V))).astype(np.float32)
+    return logits, random.integers(0, V, (3, 7)), random.random((3, 7)).astype(np.float32)
+
+
+def test_cross_entropy_is_what_optax_and_its_definition_say():
+    logits, labels, weights = drawn()
+    loss, weight = jit(cross_entropy)(logits, labels, weights)
+    log_p = logits.astype(np.float64) - np.log(np.exp(logits.astype(np.float64)).sum(-1, keepdims=True))
+    by_hand = -np.take_along_axis(log_p, labels[..., None], -1)[..., 0]
+    np.testing.assert_allclose(loss, (by_hand * weights).sum(), rtol=1e-5)
+    by_optax = jit(optax.softmax_cross_entropy_with_integer_labels)(logits, labels)
+    np.testing.assert_allclose(loss, (np.asarray(by_optax) * weights).sum(), rtol=1e-5)
+    np.testing.assert_allclose(weight, weights.sum(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 0.5, 0.9])
+def test_label_smoothing_is_what_torch_defines(smoothing):
+    """torch.nn.CrossEntropyLoss: (1 - e) on the label, e / V on every class, the label included."""
+    logits, labels, weights = drawn()
+    log_p = logits.astype(np.float64) - np.log(np.exp(logits.astype(np.float64)).sum(-1, keepdims=True))
+    target = np.full(log_p.shape, smoothing / V)
+    np.put_along_axis(target, labels[..., None], 1 - smoothing + smoothing / V, -1)
+    expected = (-(target * log_p).sum(-1) * weights).sum()
+    loss, _ = jit(partial(cross_entropy, label_smoothing=smoothing))(logits, labels, weights)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+def test_without_weight_there_is_no_loss_and_no_nan():
+    logits, labels, weights = drawn()
+    both = jit(jax.value_and_grad(lambda x: cross_entropy(x, labels, weights * 0, 0.1)[0]))
+    loss, gradient = both(logits)
+    assert loss == 0
+    assert not np.any(gradient)
+    value, weight = jit(accuracy)(logits, labels, weights * 0)
+    assert (value, weight) == (0, 0)
+    huge, _ = jit(cross_entropy)(logits * 1e4, labels, weights)
+    assert np.isfinite(huge)
+
+
+def test_bfloat16_logits_are_summed_in_float32():
+    logits, labels, weights = drawn()
+    rounded = logits.astype(jax.numpy.bfloat16)
+    loss, _ = jit(cross_entropy)(rounded, labels, weights)
+    exact, _ = jit(cross_entropy)(rounded.astype(np.float32), labels, weights)
+    assert loss.dtype == np.float32
+    np.testing.assert_allclose(loss, exact, rtol=1e-6)
+
+
+def test_accuracy_counts_the_likeliest():
+    logits, labels, weights = drawn()
+    value, weight = jit(accuracy)(logits, labels, weights)
+    np.testing.assert_allclose(value, ((logits.argmax(-1) == labels) * weights).sum(), rtol=1e-6)
+    np.testing.assert_allclose(weight, weights.sum(), rtol=1e-6)
+    assert jit(accuracy)(logits, logits.argmax(-1), np.ones_like(weights))[0] == weights.size
