@@ -161,7 +161,7 @@ class OptimizerConfig:
     rate: float = 1e-3  # peak learning rate
     schedule: Literal["linear", "cosine", "inverse_sqrt", "constant", "warmup_stable_decay"] = "cosine"  # after warm-up
     warmup: float = 0.05  # steps of linear warm-up; below 1: share of all steps
-    final: float = 0.1  # the last learning rate, as a share of the peak
+    final: float = 0.1  # share of the peak that the learning rate has fallen to when the run ends
     decay_share: float = 0.2  # share of the steps in which warmup_stable_decay falls
     weight_decay: float = 0.1  # decoupled; biases and norms are left out
     clip: float = 1.0  # global norm to which gradients are clipped; 0: never

@@ -52,26 +52,20 @@ def fit(
     Returns the model with the best held-out loss.  Raises UserError for a mistake in the config or the data, before
     anything is compiled, and RunError for a fault of the run: a loss that is not finite, a disk that is full.
     """
-    begun_at = time.monotonic()
+    begun = time.monotonic()
     run.check()
     folder = Path(run.workdir or "runs/unnamed")
     mesh = sharding.make_mesh(run.mesh)
-    micro_rows = run.batch // run.accumulate
-    if micro_rows % sharding.row_ways(mesh):
-        ways = sharding.row_ways(mesh)
-        raise UserError(
-            f"a micro-batch has {micro_rows} rows (batch {run.batch} / accumulate {run.accumulate}), which the mesh "
-            f"{dict(mesh.shape)} does not divide; the nearest batch sizes that it does: "
-            f"{run.batch - run.batch % (ways * run.accumulate)}, "
-            f"{run.batch - run.batch % (ways * run.accumulate) + ways * run.accumulate}"
-        )
+    _check_rows(run, mesh)
     resuming = claim(run, folder)
 
     # Data: tokenized once, then batch_at(step) is all there is.
     data = data or prepare(run, say)
     task = make_task(run, data.tokenizer)
     batches = Batches(task.examples(data.train, True), run.batch, run.data.length, task.most, run.seed)
-    held_out = Batches(task.examples(data.held_out, False), micro_rows, run.data.length, task.most, None)
+    held_out = Batches(
+        task.examples(data.held_out, False), run.batch // run.accumulate, run.data.length, task.most, None
+    )
     put = partial(_put, sharding.batch_sharding(mesh))
 
     # Model, optimizer, state: shapes first, so that everything is made where it will lie.
@@ -148,9 +142,9 @@ def fit(
                 unlogged, clock = [], time.monotonic()
             # Once in a while: the held-out text, and a checkpoint.
             if evaluating:
-                begun, scores = time.monotonic(), score(state.params)
+                paused, scores = time.monotonic(), score(state.params)
                 log.write(step, {f"eval/{name}": value for name, value in scores.items()})
-                clock += time.monotonic() - begun
+                clock += time.monotonic() - paused
                 if not np.isfinite(scores["loss"]):
                     raise _diverged(f"the held-out loss is {scores['loss']:.4g}", step, metrics, checkpoints)
             if saving:
@@ -174,11 +168,31 @@ def fit(
         log.close()
         checkpoints.close()
 
+    _tell(run, folder, lm, scores, export, int(state.step), duration(time.monotonic() - begun), mesh)
+    return lm
+
+
+def _check_rows(run: RunConfig, mesh: jax.sharding.Mesh) -> None:
+    """Raises UserError where the mesh does not divide the rows of a micro-batch."""
+    ways = sharding.row_ways(mesh) * run.accumulate
+    if run.batch % ways:
+        below = run.batch - run.batch % ways
+        near = f"{below} or {below + ways}" if below else f"{ways}"
+        raise UserError(
+            f"batch {run.batch} in {run.accumulate} micro-batch(es) is not divided by the mesh {dict(mesh.shape)}; "
+            f"the nearest that is: --batch {near}"
+        )
+
+
+def _tell(
+    run: RunConfig, folder: Path, lm: LM, scores: dict[str, float], export: str, step: int, time: str, mesh: Any
+) -> None:
+    """The figures, a sample and where the files are: to the terminal and to the report."""
     facts = {f"held-out {name.replace('_', ' ')}": f"{value:.4f}" for name, value in scores.items()}
     facts |= {
-        "of step": f"{int(state.step):,}, the best of the run" if run.eval_every else f"{int(state.step):,}",
-        "parameters": f"{_size(shapes):,}",
-        "time": duration(time.monotonic() - begun_at) + (f" since step {started:,}" if started else ""),
+        "of step": f"{step:,}, the best of the run" if run.eval_every else f"{step:,}",
+        "parameters": f"{_size(lm.params):,}",
+        "time": time,
         "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
     }
     sample = _sample(lm, run)
@@ -188,7 +202,6 @@ def fit(
     if sample is not None:
         say(f"\n{'a sample':-^60}\n{sample}\n{'':-^60}")
     say(f"\nmodel ({export} format)  {folder / 'export'}\nreport  {page}")
-    return lm
 
 
 def _put(layout: jax.sharding.NamedSharding, batch: Batch, k: int) -> Batch:

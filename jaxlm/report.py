@@ -1,7 +1,7 @@
 """Curves and tables of a run, as PNG and as one HTML page.
 
-`write` is the whole of it: `metrics.jsonl` -> `curves` (PNGs in RUN/report/) -> RUN/report.html, which holds its pictures
-inside, asks nothing of the network and runs no script, so that it can be mailed as it is.
+`write` is the whole of it: `metrics.jsonl` -> `curves` (PNGs in RUN/report/) -> RUN/report.html, which holds its
+pictures inside, asks nothing of the network and runs no script, so that it can be mailed as it is.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def curves(rows: list[dict[str, Any]], folder: Path) -> list[Path]:
 
 
 def write(folder: Path, config: dict[str, Any], facts: dict[str, str], sample: str | None) -> Path:
-    """Writes `folder/report.html` and the PNGs in `folder/report/` from `folder/metrics.jsonl`; returns the page's path.
+    """Writes `folder/report.html` and the PNGs in `folder/report/` from `folder/metrics.jsonl`; returns the page.
 
     config: the resolved config, as `config.to_json` gives it.  facts: what a reader wants first, in order, such as
     `{"held-out bits per byte": "1.62"}`.  sample: generated text, or None.

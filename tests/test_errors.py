@@ -72,7 +72,7 @@ MISTAKES = {
     "accumulate": (["tiny.py", "--accumulate", "3"], ["accumulate is 3", "batch 8", "choose accumulate from 1, 2, 4"]),
     "dropout": (["tiny.py", "--model.dropout", "1"], ["dropout is 1.0", "[0, 1)"]),
     "steps": (["tiny.py", "--steps", "0"], ["steps is 0", "at least 1"]),
-    "mesh and batch": (["tiny.py", "--batch", "12", "--mesh.data", "8"], ["12 rows", "'data': 8", "8, 16"]),
+    "mesh and batch": (["tiny.py", "--batch", "12", "--mesh.data", "8"], ["batch 12", "'data': 8", "--batch 8 or 16"]),
     "mesh and devices": (["tiny.py", "--mesh.data", "3"], ["'data': 3", "8 devices"]),
     "mesh sizes": (["tiny.py", "--mesh.fsdp", "-1"], ["'data': -1, 'fsdp': -1", "at most one"]),
     "mesh and width": (

@@ -80,10 +80,12 @@ def cache_folder(data: DataConfig) -> Path:
 def _build(run: RunConfig, sentences: str | None, folder: Path, say: Callable[[str], None]) -> None:
     """Makes the cache entry `folder` elsewhere and moves it there whole, so that half of one is never read."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as made:
-        _build_in(run, sentences, Path(made), say)
+    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as place:
+        made = Path(place) / "entry"
+        made.mkdir()
+        _build_in(run, sentences, made, say)
         try:
-            Path(made).rename(folder)
+            made.rename(folder)
         except OSError:  # another process was faster; its result is the same
             if not folder.exists():
                 raise

@@ -66,7 +66,7 @@ def documents(path: str, data: DataConfig, split: str, report: Counter) -> Itera
         file        the whole file, unchanged
 
     `split` is of a tfds data set.  `report` counts "rows", "documents" and what each cleaning choice changed or
-    dropped.  Raises UserError for what cannot be read, for a missing column, and at the end when there was no document at all.
+    dropped.  Raises UserError for what cannot be read, for a missing column, and at the end when there was no document.
     """
     seen: set[bytes] = set()
     for place, row in rows(path, data, split, report):

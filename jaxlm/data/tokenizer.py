@@ -74,7 +74,8 @@ class Tokenizer:
     bos, eos, pad, unk, cls, sep, mask: ids of the special tokens, None where there is none.
 
     Text never becomes a special token: "</s>" or "[MASK]" in a document is spelled like other text.  The kinds
-    "unigram", "bpe" and "byte_bpe" that `train` makes are lossless: decode(encode(text)) == text for all Unicode, U+2581 included.
+    "unigram", "bpe" and "byte_bpe" that `train` makes are lossless: decode(encode(text)) == text for all Unicode,
+    U+2581 included.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, special: dict[str, str | None], files: dict[str, bytes]):
