@@ -2,15 +2,15 @@
 
     python benchmarks/train_step.py [gpt] [bert] [char]        needs the [parity] extra
 
-Both sides train the same architecture on the same shapes with AdamW in float32, without dropout, and take turns in
-short rounds, so that whatever else the machine does falls on both.  Printed are the tokens per second of each side's
-median round and their ratio: above 1, jaxlm is faster.
+Both sides train the same architecture on the same shapes with AdamW in float32, without dropout, each in a process of
+its own, and take turns in short rounds, so that whatever else the machine does falls on both.  Printed are the tokens
+per second of each side's median round and their ratio: above 1, jaxlm is faster.
 """
 
 from __future__ import annotations
 
-import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -27,7 +27,7 @@ ROUNDS = 7
 
 
 def jaxlm_side(name: str) -> Callable[[], float]:
-    """A function that runs one round and returns its seconds."""
+    """A function that runs one round of `CASES[name]` and returns its seconds."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -117,18 +117,61 @@ def torch_side(name: str) -> Callable[[], float]:
     return round_
 
 
+SIDES = {"jaxlm": jaxlm_side, "torch": torch_side}
+
+
+def work(side: str, name: str) -> None:
+    """The other end of `Worker`: one round for each line that comes."""
+    if side == "jaxlm":
+        from jaxlm import DataConfig, ModelConfig, RunConfig
+        from jaxlm.__main__ import keep_memory, one_device_per_core
+
+        # What train.py does.
+        rows, length, _, fields = CASES[name]
+        model = ModelConfig(**fields)
+        one_device_per_core(RunConfig(model, batch=rows, data=DataConfig(length=length)))
+        keep_memory()
+    round_ = SIDES[side](name)
+    for _ in sys.stdin:
+        print(f"seconds {round_()}", flush=True)
+
+
+class Worker:
+    """A side in a process of its own, so that the threads of one do not stand in the way of the other."""
+
+    def __init__(self, side: str, name: str):
+        command = [sys.executable, __file__, "--work", side, name]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+
+    def round(self) -> float:
+        """Seconds of one round."""
+        assert self.process.stdin and self.process.stdout
+        print(file=self.process.stdin, flush=True)
+        line = self.process.stdout.readline()
+        while line and not line.startswith("seconds "):
+            line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.process.args} ended; run it by hand to see why")
+        return float(line.split()[1])
+
+
 def main() -> None:
-    # One XLA device for each core, as train.py does.
-    os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count={os.cpu_count()}")
+    if sys.argv[1:2] == ["--work"]:
+        return work(*sys.argv[2:])
     for name in sys.argv[1:] or CASES:
         rows, length, steps, _ = CASES[name]
-        sides = {"jaxlm": jaxlm_side(name), "torch": torch_side(name)}
-        seconds: dict[str, list[float]] = {side: [] for side in sides}
-        for side in sides.values():
-            side()  # compile, warm up
+        workers = {side: Worker(side, name) for side in SIDES}
+        seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+        for worker in workers.values():
+            worker.round()  # compile, warm up
         for _ in range(ROUNDS):
-            for side, round_ in sides.items():
-                seconds[side].append(round_())
+            for side, worker in workers.items():
+                seconds[side].append(worker.round())
+        for worker in workers.values():
+            worker.process.kill()
+            worker.process.wait()
         speed = {side: rows * length * steps / statistics.median(taken) for side, taken in seconds.items()}
         print(
             f"{name:5} {rows} x {length}: jaxlm {speed['jaxlm']:,.0f} tokens/s, torch + transformers "

@@ -7,7 +7,7 @@ with a heading instead, say so, as for WikiText:
 
     --data.documents boundary --data.boundary '^ = [^=]+ = $'
 
-The model is BERT-mini; --model.layers, --model.width and --model.heads make it any other.
+HEADER
 """
 
 from dataclasses import replace
@@ -18,13 +18,15 @@ from jaxlm.families import PRESETS
 
 def config() -> RunConfig:
     return RunConfig(
-        model=replace(PRESETS["bert-mini"], vocabulary=4096, max_length=128),
+        model=replace(PRESETS["bert-tiny"], vocabulary=4096, max_length=128, layers=4, heads=4),
         task=MaskedLM(next_sentence=True, sentences="punctuation"),
         data=DataConfig(documents="blank_line", length=128),
         tokenizer=TokenizerConfig(train="wordpiece", lowercase=True),
-        optimizer=OptimizerConfig(rate=1e-3, schedule="linear", warmup=0.1, final=0.0, weight_decay=0.01, beta2=0.999),
+        optimizer=OptimizerConfig(
+            name="muon", rate=5e-3, beta1=0.95, schedule="linear", warmup=0.1, final=0.0, weight_decay=0.1
+        ),
         batch=32,
-        steps=3000,
+        steps=1500,
         unroll=4,
-        eval_every=500,
+        eval_every=250,
     )

@@ -5,6 +5,7 @@ Only this file sets process-wide things: XLA flags, the compilation cache, signa
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import logging
 import os
@@ -37,7 +38,7 @@ def train(argv: list[str]) -> int:
         config=(tyro.conf.AvoidSubcommands,),
     )
     run.check()
-    _one_device_per_core(run)
+    one_device_per_core(run)
     _process()
     with _stopping() as stop:
         from jaxlm.fit import fit
@@ -70,6 +71,9 @@ def generate(argv: list[str]) -> int:
     for prompt, text in zip(asked.prompt, jaxlm.generate(lm, list(asked.prompt), **choices), strict=True):
         print(prompt + text)
     return 0
+
+
+LARGE_ON_CPU = 50_000_000  # parameters
 
 
 VERBS: dict[str, Callable[[list[str]], int]] = {"train": train, "generate": generate}
@@ -153,10 +157,14 @@ def _config(file: Path) -> RunConfig:
     return run if run.workdir else dataclasses.replace(run, workdir=f"runs/{file.stem}")
 
 
-def _one_device_per_core(run: RunConfig) -> None:
+def one_device_per_core(run: RunConfig) -> None:
     """On CPU gives XLA one device for each core, as many as divide the rows, since its own threads use a small model's
-    cores badly.  Without effect on other platforms.  Must come before JAX looks for devices."""
-    flags = os.environ.get("XLA_FLAGS", "")
+    cores badly.  Without effect on other platforms.  Must come before JAX looks for devices.
+
+    A large model has one device for all cores: each further one would hold and update all parameters once more.
+    """
+    flags, model = os.environ.get("XLA_FLAGS", ""), run.model
+    parameters = model.vocabulary * model.width + 12 * model.layers * model.width**2
     if "host_platform_device_count" in flags:
         return
     sizes = (run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
@@ -166,13 +174,15 @@ def _one_device_per_core(run: RunConfig) -> None:
     else:
         fixed = -sizes[0] * sizes[1] * sizes[2]
         rows = run.batch // run.accumulate
-        fits = [n for n in range(1, cores + 1) if n % max(1, fixed) == 0 and rows % n == 0]
+        most = cores if parameters < LARGE_ON_CPU else max(1, fixed)
+        fits = [n for n in range(1, most + 1) if n % max(1, fixed) == 0 and rows % n == 0]
         devices = max(fits, default=1)
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}".strip()
 
 
 def _process() -> None:
     """What every verb that computes wants of the process."""
+    keep_memory()
     import jax
 
     for name in ("absl", "orbax", "jax", "asyncio"):
@@ -187,6 +197,23 @@ def _process() -> None:
         }
         for name, value in settings.items():
             jax.config.update(name, value)
+
+
+def keep_memory() -> None:
+    """Lets the C library keep the memory that it has, on machines without an accelerator.
+
+    XLA takes the buffers of each step anew.  By default glibc hands the large ones back to the kernel, which clears
+    every page of them again in the next step: a fifth of a small model's time on two cores.  Must come before JAX
+    starts its threads, which otherwise have heaps of their own already.
+    """
+    accelerators = ("nvidia[0-9]*", "accel[0-9]*", "vfio/[0-9]*", "kfd")
+    if os.environ.get("JAX_PLATFORMS") != "cpu" and any(True for d in accelerators for _ in Path("/dev").glob(d)):
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        arena_max, mmap_max, trim_threshold, top_pad = -8, -4, -1, -2  # of <malloc.h>
+        for option, value in ((arena_max, 1), (mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 1 << 26)):
+            libc.mallopt(option, value)
 
 
 def _tell_unraisable(what: Any, before: Callable[[Any], Any] = sys.unraisablehook) -> None:
