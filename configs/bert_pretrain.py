@@ -18,7 +18,7 @@ from jaxlm.families import PRESETS
 
 def config() -> RunConfig:
     return RunConfig(
-        model=replace(PRESETS["bert-tiny"], vocabulary=4096, max_length=128, layers=4, heads=4),
+        model=replace(PRESETS["bert-tiny"], vocabulary=4096, max_length=128, layers=4, heads=4, initial_std=0.05),
         task=MaskedLM(next_sentence=True, sentences="punctuation"),
         data=DataConfig(documents="blank_line", length=128),
         tokenizer=TokenizerConfig(train="wordpiece", lowercase=True),
@@ -26,7 +26,7 @@ def config() -> RunConfig:
             name="muon", rate=5e-3, beta1=0.95, schedule="linear", warmup=0.1, final=0.0, weight_decay=0.1
         ),
         batch=32,
-        steps=1500,
+        steps=1200,
         unroll=4,
-        eval_every=250,
+        eval_every=200,
     )

@@ -10,7 +10,7 @@ from jaxlm import CausalLM, DataConfig, ModelConfig, OptimizerConfig, RunConfig,
 
 def config() -> RunConfig:
     return RunConfig(
-        model=ModelConfig(vocabulary=96, max_length=64, width=128, layers=4, heads=4),
+        model=ModelConfig(vocabulary=96, max_length=64, width=128, layers=4, heads=4, initial_std=0.05),
         task=CausalLM(),
         data=DataConfig(documents="file", eval_fraction=0.1, length=64),
         tokenizer=TokenizerConfig(train="characters"),
