@@ -7,9 +7,9 @@ with a heading instead, say so, as for WikiText:
 
     --data.documents boundary --data.boundary '^ = [^=]+ = $'
 
-A small corpus wants rotary positions: learned ones leave masked LM near the unigram entropy for thousands of steps, since
-a masked token knows nothing of its neighbours until attention has learned where they are.  (The export is then in
-jaxlm's own format, since Hugging Face's BERT has no rotary positions.)
+A small corpus wants rotary positions: learned ones leave masked LM near the unigram entropy for thousands of steps,
+since a masked token knows nothing of its neighbours until attention has learned where they are.  (The export is then
+in jaxlm's own format, since Hugging Face's BERT has no rotary positions.)
 
     --model.positions rotary --model.dropout 0 --model.attention-dropout 0
 
