@@ -23,6 +23,8 @@ import tyro
 from jaxlm.config import RunConfig
 from jaxlm.errors import RunError, Stopped, UserError, perhaps
 
+LARGE_ON_CPU = 50_000_000  # parameters; from here on one CPU device serves all cores
+
 
 def train(argv: list[str]) -> int:
     """Train what a config file says: jaxlm train configs/NAME.py [--field value ...]."""
@@ -71,9 +73,6 @@ def generate(argv: list[str]) -> int:
     for prompt, text in zip(asked.prompt, jaxlm.generate(lm, list(asked.prompt), **choices), strict=True):
         print(prompt + text)
     return 0
-
-
-LARGE_ON_CPU = 50_000_000  # parameters
 
 
 VERBS: dict[str, Callable[[list[str]], int]] = {"train": train, "generate": generate}
