@@ -128,6 +128,8 @@ def _charts(rows: list[dict[str, Any]]) -> list[Chart]:
     ]
     charts = [c._replace(series=tuple(map(_above_zero, c.series))) if c.log else c for c in charts]
     charts = [c._replace(series=tuple(series for series in c.series if len(series.values))) for c in charts]
+    # One evaluation makes no curve: the table has it.
+    charts = [c for c in charts if c.name == "loss" or any(len(series.values) > 1 for series in c.series)]
     last = max((series.steps[-1] for chart in charts for series in chart.series), default=1.0)
     return [chart._replace(last=max(last, 1.0)) for chart in charts if chart.series]
 
@@ -212,8 +214,10 @@ def _draw(chart: Chart, folder: Path) -> Path:
     if chart.log:
         values = np.concatenate([series.values for series in chart.series])
         axes.set_yscale("log")
-        narrow = values.max() / values.min() < 1e3
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,), numticks=8))
+        spread = values.max() / values.min()
+        logarithmic = LogLocator(subs=(1, 2, 5) if spread < 1e3 else (1,), numticks=8)
+        # Within a decade the round numbers of a log axis may be one or none.
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5) if spread < 10 else logarithmic)
         axes.yaxis.set_minor_locator(NullLocator())
     else:
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))

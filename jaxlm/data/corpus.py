@@ -47,7 +47,7 @@ class Prepared(NamedTuple):
     train: Corpus
     held_out: Corpus
     rows: dict[str, int]  # how many rows were read, and what cleaning did to them
-    fingerprint: str  # of the content of the data, wherever it lies
+    fingerprint: str  # of the content of data and tokenizer, wherever they lie
 
 
 def prepare(run: RunConfig, say: Callable[[str], None] = print) -> Prepared:
@@ -69,7 +69,7 @@ def prepare(run: RunConfig, say: Callable[[str], None] = print) -> Prepared:
         _build(run, sentences, folder, say)
     rows = json.loads((folder / "rows.json").read_text())
     tokenizer = tokenizers.load(str(folder / "tokenizer"))
-    return Prepared(tokenizer, _open(folder / "train"), _open(folder / "held_out"), rows, fingerprint)
+    return Prepared(tokenizer, _open(folder / "train"), _open(folder / "held_out"), rows, key)
 
 
 def cache_folder(data: DataConfig) -> Path:
