@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -75,7 +75,68 @@ def generate(argv: list[str]) -> int:
     return 0
 
 
-VERBS: dict[str, Callable[[list[str]], int]] = {"train": train, "generate": generate}
+@dataclass(frozen=True)
+class Convert:
+    """Write a model anew: in another dtype, with another head, in shards."""
+
+    source: Annotated[str, tyro.conf.Positional]  # a run, a folder in Hugging Face's format, or a hub name
+    destination: Annotated[str, tyro.conf.Positional]  # folder to write; must not exist, or be empty
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of the tensors; unsaid: each as it was stored
+    head: str | None = None  # lm, masked_lm, classes, tokens, span, pooled, none, encoder ...; unsaid: as it is
+    revision: str | None = None  # branch, tag or commit of a hub name
+    shard_gb: float = 5.0  # files are at most this large, in 1e9 bytes
+    overwrite: bool = False  # replace a destination that is not empty
+
+
+def convert(argv: list[str]) -> int:
+    """Write a model anew: jaxlm convert SOURCE DESTINATION [--dtype bfloat16]."""
+    asked = tyro.cli(Convert, args=argv, prog="jaxlm convert")
+    if asked.shard_gb <= 0:
+        raise UserError(f"--shard-gb is {asked.shard_gb}; it must be above 0")
+    _process()
+    import jaxlm
+
+    jaxlm.lm.check_free(Path(asked.destination), asked.overwrite)
+    lm = jaxlm.load(asked.source, head=asked.head, dtype=None, compute_dtype="float32", revision=asked.revision)
+    most = int(asked.shard_gb * 1e9)
+    kind = jaxlm.save(lm, asked.destination, dtype=asked.dtype, overwrite=asked.overwrite, max_shard_bytes=most)
+    print(f"{asked.destination}: {kind} format")
+    return 0
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Show what a model is made of."""
+
+    target: Annotated[str, tyro.conf.Positional]  # a run, a model's folder, a hub name, a preset, or configs/NAME.py
+    head: str | None = None  # as if it were loaded with this head
+    revision: str | None = None  # branch, tag or commit of a hub name
+
+
+def inspect(argv: list[str]) -> int:
+    """Show a model's parameters and the file's tensors: jaxlm inspect RUN_OR_FOLDER_OR_HUB_NAME_OR_CONFIG."""
+    asked = tyro.cli(Inspect, args=argv, prog="jaxlm inspect")
+    _process()
+    from jaxlm import inspect
+    from jaxlm.families import PRESETS
+
+    path = Path(asked.target)
+    if path.suffix == ".py" or (asked.target in PRESETS and not path.exists()):
+        model = _config(path).model if path.suffix == ".py" else PRESETS[asked.target]
+        model.check()
+        kind, rows = inspect.of_config(model)
+        print(f"{inspect.summary(model, kind)}\n\n{inspect.table(rows)}")
+    else:
+        print(inspect.target(asked.target, asked.head, asked.revision))
+    return 0
+
+
+VERBS: dict[str, Callable[[list[str]], int]] = {
+    "train": train,
+    "generate": generate,
+    "convert": convert,
+    "inspect": inspect,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

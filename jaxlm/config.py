@@ -10,12 +10,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import cache
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from jaxlm.errors import UserError, perhaps
 
-Head = Literal["lm", "masked_lm", "next_sentence", "pooled"]
+Head = Literal["lm", "masked_lm", "next_sentence", "replaced", "pooled", "classes", "tokens", "span"]
+Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "tanh"]  # gelu is the exact one, by erf
+Bias = Literal["query_key_value", "out", "mlp", "norm", "transform", "classes", "lm"]
+ENCODER_BIASES: tuple[Bias, ...] = ("query_key_value", "out", "mlp", "norm", "transform", "classes")
+MOST_LAYERS = 10_000  # of a model that a foreign config.json may ask for
+MOST = 2**31 - 1  # of any other size
 
 
 @dataclass(frozen=True)
@@ -24,26 +31,64 @@ class ModelConfig:
 
     structure: Literal["encoder", "decoder", "encoder_decoder"] = "decoder"  # which stacks there are
     heads_on_top: tuple[Head, ...] = ("lm",)  # what is read off the last hidden states
+    labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")  # names of the outputs of the heads classes and tokens
+
     vocabulary: int = 50257  # rows of the embedding; at least the size of the tokenizer
     max_length: int = 1024  # longest sequence that has positions
     types: int = 0  # token types (BERT: 2), 0 for none
     width: int = 768  # model width D
-    layers: int = 12  # layers of the stack (of each stack, in an encoder-decoder)
+    layers: int = 12  # layers of the stack; of the encoder, where there are two
+    decoder_layers: int | None = None  # layers of an encoder-decoder's decoder; None: as many as the encoder's
+    distinct_layers: int | None = None  # layers with parameters of their own, each repeated (ALBERT: 1); None: all
+
     heads: int = 12  # attention heads H
     kv_heads: int | None = None  # key-value heads K of grouped queries; None: as many as heads
     head_width: int | None = None  # head width C; None: width / heads
+    query_key_norm: bool = False  # normalise each head's queries and keys (Qwen3, Gemma 3)
+    attention_scale: float | None = None  # factor of the scores; None: 1 / sqrt(head width)
+    attention_cap: float = 0.0  # scores are squashed to within this by tanh (Gemma 2); 0: not
+    layer_kinds: tuple[Literal["global", "local"], ...] = ("global",)  # of each layer in turn, over and over
+    window: int = 0  # a local layer sees tokens that are less than this many places away
+
     mlp_width: int | None = None  # MLP width F; None: 4 x width
     gated: bool = False  # multiply the MLP's activation by a second projection (GLU, Shazeer 2020)
-    activation: Literal["gelu", "gelu_tanh", "relu", "silu"] = "gelu_tanh"  # gelu is the exact one, by erf
-    norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # over the model width
-    norm_place: Literal["pre", "post"] = "pre"  # before each sub-layer, or after its residual sum
+    activation: Activation = "gelu_tanh"  # of the MLP
+    biases: tuple[Bias, ...] = ENCODER_BIASES  # which projections and norms have biases
+    norm: Literal["layernorm", "rmsnorm", "rmsnorm_plus_one"] = "layernorm"  # over the width; the last scales by 1 + s
+    norm_place: Literal["pre", "post", "sandwich"] = "pre"  # before each sub-layer, after its residual sum, around it
     norm_epsilon: float = 1e-5  # added to the variance
+    first_norm: bool = True  # whether the first layer has a norm before its attention (ModernBERT: no)
+
+    embedding_width: int | None = None  # width of the embeddings, projected to the model's (ALBERT); None: as width
     embedding_norm: bool = False  # normalise the sum of the embeddings (BERT)
-    positions: Literal["learned", "sinusoidal", "rotary"] = "learned"  # how order enters
-    rotary_base: float = 10000.0  # wavelength base of rotary and sinusoidal positions
-    biases: bool = True  # biases in attention and MLP projections
     scale_embeddings: bool = False  # multiply token embeddings by sqrt(width) (Vaswani et al. 2017)
     tied_embeddings: bool = True  # the output projection is the token embedding
+    positions: Literal["learned", "sinusoidal", "rotary", "none"] = "learned"  # how absolute order enters
+    position_offset: int = 0  # rows of learned positions before that of the first token (RoBERTa, BART: 2)
+    padding_token: int | None = None  # a token that unsaid positions do not count (RoBERTa); None: all count
+    rotary_base: float = 10000.0  # wavelength base of rotary and sinusoidal positions
+    local_rotary_base: float | None = None  # of local layers, never scaled; None: as in global ones
+    rotary_scaling: Literal["none", "linear", "llama3", "yarn"] = "none"  # how trained wavelengths are stretched
+    rotary_factor: float = 1.0  # by how much, for each scaling
+    rotary_length: int = 8192  # longest sequence before the stretching (llama3, yarn)
+    rotary_low: float = 1.0  # turns over rotary_length up to which wavelengths are stretched wholly (llama3, yarn)
+    rotary_high: float = 4.0  # turns from which they are not stretched at all; between the two, in part
+    rotary_attention: float = 1.0  # factor of rotated queries and keys (yarn)
+    relative: Literal["none", "buckets", "disentangled"] = "none"  # relative order: T5's bias, DeBERTa's attention
+    relative_buckets: int = 32  # distances that are told apart; 0: all (disentangled only)
+    relative_distance: int = 128  # from here on, all distances are one
+    relative_terms: tuple[Literal["c2p", "p2c"], ...] = ("c2p", "p2c")  # content to position, position to content
+    relative_shared: bool = True  # relative embeddings go through the projections of queries and keys
+    relative_norm: bool = True  # relative embeddings are normalised
+
+    scale_logits: bool = False  # divide hidden states by sqrt(width) before the vocabulary (T5)
+    logit_cap: float = 0.0  # logits of lm are squashed to within this by tanh (Gemma 2); 0: not
+    transform_activation: Activation | None = None  # of masked_lm's transform; None: as activation
+    shared_transform: bool = False  # one transform before masked_lm, classes and tokens (ModernBERT)
+    classes_from: Literal["first", "last", "mean"] = "first"  # the state that stands for an example
+    classes_activation: Activation | None = "tanh"  # of the projection before the classes; None: no projection
+    start_token: int | None = None  # what a decoder reads first, for an encoder-decoder (generation, classes)
+
     dropout: float = 0.0  # on embeddings and on the output of each sub-layer, while training
     attention_dropout: float = 0.0  # on attention weights, while training
     initial_std: float = 0.02  # standard deviation of initial weights
@@ -64,11 +109,21 @@ class ModelConfig:
         """MLP width."""
         return self.mlp_width or 4 * self.width
 
+    @property
+    def W(self) -> int:
+        """Width of the embeddings."""
+        return self.embedding_width or self.width
+
     def check(self) -> None:
-        """Raises UserError where the sizes contradict each other."""
-        for name in ("vocabulary", "max_length", "width", "layers", "heads"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        """Raises UserError where a value is of the wrong kind, or sizes contradict each other."""
+        for name, hint in _hints(ModelConfig).items():
+            if not _is(getattr(self, name), hint):
+                shown = str(hint).replace("typing.", "")
+                raise UserError(f"model.{name} is {getattr(self, name)!r}; it must be {shown}")
+        for name in ("vocabulary", "max_length", "width", "layers", "heads", "head_width", "mlp_width", *_OPTIONAL):
+            size, most = getattr(self, name), MOST_LAYERS if "layers" in name else MOST
+            if size is not None and not 1 <= size <= most:
+                raise UserError(f"model.{name} is {size}; it must be at least 1 and at most {most:,}")
         if self.head_width is None and self.width % self.heads:
             raise UserError(
                 f"model.heads is {self.heads}, which does not divide model.width {self.width}; "
@@ -83,9 +138,44 @@ class ModelConfig:
             raise UserError(f"the head width is {self.C}, odd; rotary positions turn pairs: make it even")
         if self.positions == "sinusoidal" and self.width % 2:
             raise UserError(f"model.width is {self.width}, odd; sinusoidal positions come in pairs: make it even")
+        if "local" in self.layer_kinds and self.window < 1:
+            raise UserError(f"model.window is {self.window}; local layers need at least 1")
+        if not self.layer_kinds or not self.labels:
+            raise UserError("model.layer_kinds or model.labels is empty; give at least one kind, and one label")
+        if (self.distinct_layers or 1) > self.layers:
+            raise UserError(f"model.distinct_layers is {self.distinct_layers}; there are {self.layers} layers")
+        if self.relative == "buckets" and not 4 <= self.relative_buckets < 2 * self.relative_distance:
+            raise UserError(
+                f"model.relative_buckets is {self.relative_buckets}; it must be at least 4 and less than twice "
+                f"model.relative_distance {self.relative_distance}"
+            )
         for name in ("dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must be in [0, 1)")
+        for name in ("types", "position_offset", "window", "relative_buckets", "attention_cap", "logit_cap"):
+            if not 0 <= getattr(self, name) <= MOST:
+                raise UserError(f"model.{name} is {getattr(self, name)}; it must not be negative")
+
+
+_OPTIONAL = ("kv_heads", "decoder_layers", "distinct_layers", "embedding_width")
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _is(value: Any, hint: Any) -> bool:
+    """Whether a value is of a field's type; an int is a float too, a bool is no int."""
+    if get_origin(hint) is Literal:
+        return any(value is choice or (value == choice and isinstance(value, str)) for choice in get_args(hint))
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_is(entry, get_args(hint)[0]) for entry in value)
+    if get_args(hint):  # a union
+        return any(_is(value, choice) for choice in get_args(hint))
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return type(value) is hint
 
 
 def _divisors(n: int) -> str:

@@ -46,7 +46,8 @@ def fit(
 ) -> LM:
     """Trains, evaluates, exports and reports `run`, or goes on where its folder says that it was left.
 
-    model: weights to start from, instead of `run.init`.  data: what to read, instead of `run.data`.
+    model: weights to start from, instead of `run.init`, and the class of the module, which may be your own.
+    data: what to read, instead of `run.data`.
     stop: asked after each step; True saves the state and raises Stopped.
 
     Returns the model with the best held-out loss.  Raises UserError for a mistake in the config or the data, before
@@ -70,7 +71,8 @@ def fit(
 
     # Model, optimizer, state: shapes first, so that everything is made where it will lie.
     dtype = jnp.dtype(run.compute_dtype)
-    module = Transformer(run.model, sharding.constrainer(mesh), dtype, run.remat, run.unroll)
+    kind = Transformer if model is None else type(model.module)
+    module = kind(run.model, sharding.constrainer(mesh), dtype, run.remat, run.unroll)
     shapes = jax.eval_shape(partial(init, module), jax.random.key(0))
     schedule = make_schedule(run.optimizer, run.steps)
     optimizer = make_optimizer(run.optimizer, run.steps, run.accumulate, shapes)
@@ -99,7 +101,7 @@ def fit(
     if started == run.steps and (folder / "report.html").exists():
         say(f"the run in {folder} is finished, at step {started:,}; nothing is left to do")
         checkpoints.close()
-        return load(folder, compute_dtype=run.compute_dtype)
+        return load(folder, compute_dtype=run.compute_dtype, module=None if kind is Transformer else kind)
     (folder / "report.html").unlink(missing_ok=True)  # its presence says that the run is finished
     _say_start(run, folder, data, _size(shapes), mesh, started)
 
@@ -159,7 +161,7 @@ def fit(
         if best != int(state.step):
             restored, scores = checkpoints.restore(like, best), None
             state = restored[0] if restored else state
-        lm = LM(run.model, Transformer(run.model, dtype=dtype), state.params, data.tokenizer)
+        lm = LM(run.model, kind(run.model, dtype=dtype), state.params, data.tokenizer)
         export = _export(lm, folder / "export")
         if checkpoints.last() != run.steps:
             raise Stopped(f"stopped at step {step:,} of {run.steps:,} and saved; the same command goes on from here")
@@ -227,16 +229,20 @@ def _laid_out(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
 def _check_fits(model: LM, shapes: Any) -> None:
     """Raises UserError where the weights to start from have other shapes than the run's, or lack some but for heads."""
     given, wanted = _by_path(model.params), _by_path(shapes)
-    differ = [f"  - {p} {given[p].shape}" for p in given if p not in wanted and "_head/" not in p]
+    differ = [f"  - {p} {given[p].shape}" for p in given if p not in wanted and not _on_top(p)]
     for path, leaf in wanted.items():
         shape = given[path].shape if path in given else None
-        if shape != leaf.shape and not (shape is None and "_head/" in path):
+        if shape != leaf.shape and not (shape is None and _on_top(path)):
             differ += [f"  - {path} {shape}"] * (shape is not None) + [f"  + {path} {leaf.shape}"]
     if differ:
         lines = "\n".join(sorted(differ, key=lambda line: (line.split()[1], line.split()[0] == "+")))
         raise UserError(
             f"the weights given by --init (-) do not fit the model of the run (+):\n{lines}\nchange --model"
         )
+
+
+def _on_top(path: str) -> bool:
+    return "_head/" in path or path.startswith("own")
 
 
 def _start_from(model: LM, fresh: Any) -> Any:

@@ -5,26 +5,62 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from dataclasses import dataclass
-from functools import cached_property
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from jaxlm import families
+from jaxlm import families, sharding
 from jaxlm.config import ModelConfig
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.tokenizer import Tokenizer
-from jaxlm.errors import UserError
-from jaxlm.nn.transformer import Transformer, apply
+from jaxlm.errors import UserError, perhaps
+from jaxlm.hub.download import fetch
+from jaxlm.nn.transformer import Transformer, apply, no_constraint
+
+
+class Pooling(NamedTuple):
+    pass
+
+
+def carried(folder: Path) -> dict[str, bytes]:
+    return {}
+
+
+def read_pooling(folder: Path) -> Pooling | None:
+    return None
+
+
+class Inside(NamedTuple):
+    """What went on in a stack, where it was asked for.
+
+    states_LBTD: hidden states of the embeddings and of each layer, L + 1 in all, the last after the last norm.
+    attention_LBHTS, cross_attention_LBHTS: attention weights of each layer, over itself and over the encoder.
+    """
+
+    states_LBTD: jax.Array | None = None
+    attention_LBHTS: jax.Array | None = None
+    cross_attention_LBHTS: jax.Array | None = None
 
 
 class Output(NamedTuple):
-    """What a model says of a batch: logits of its first head, and the last hidden states."""
+    """What a model says of a batch.
+
+    logits: of its first head: [B, T, V] (lm, masked_lm), [B, N] (classes), [B, T, N] (tokens), [B, T, 2] (span: start
+    and end), [B, 2] (next_sentence), [B, T] (replaced), [B, D] (pooled: a vector, no logits); None without a head.
+    hidden_BTD: the last hidden states; of an encoder-decoder, those of the decoder.
+    encoder, decoder: what went on inside, of the stacks that there are.
+    """
 
     logits: jax.Array | None
     hidden_BTD: jax.Array
+    encoder: Inside | None = None
+    decoder: Inside | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +71,9 @@ class LM:
     module: Transformer
     params: Any
     tokenizer: Tokenizer | None = None
+    origin: families.Origin | None = None  # how its folder said it
+    files: dict[str, bytes] = field(default_factory=dict)  # that go along when it is saved
+    pooling: Pooling | None = None  # how texts become vectors, where the folder declares it
 
     @property
     def vocabulary(self) -> int:
@@ -45,39 +84,101 @@ class LM:
         self,
         params: Any,
         tokens_BT: jax.Array,
-        segments_BT: jax.Array | None = None,
-        positions_BT: jax.Array | None = None,
+        mask_BT: jax.Array | None = None,
         types_BT: jax.Array | None = None,
         target_tokens_BT: jax.Array | None = None,
+        target_mask_BT: jax.Array | None = None,
+        segments_BT: jax.Array | None = None,
+        positions_BT: jax.Array | None = None,
+        *,
+        states: bool = False,
+        attentions: bool = False,
     ) -> Output:
-        """The pure function behind a call; inputs default as in `Transformer`."""
-        inputs = tokens_BT, segments_BT, positions_BT, types_BT, target_tokens_BT
-        x_BTD = apply(self.module, params, *inputs)
+        """The pure function behind a call: `params -> Output`, under any transformation of JAX.
+
+        mask_BT: 1 for tokens, 0 for padding; the same as segments of 1 and 0.  segments_BT: which example of the row a
+        token belongs to, where rows are packed; then heads that speak of a whole example speak of the row's first (or
+        last, by `config.classes_from`).  positions_BT: as transformers counts them, where unsaid.
+        target_tokens_BT: what an encoder-decoder's decoder reads; unsaid, the tokens behind its start token.
+        states, attentions: return every layer's hidden states, and attention weights.
+        """
+        if mask_BT is not None and segments_BT is not None:
+            raise UserError("mask_BT and segments_BT are both given; give segments of 0 and 1 for a mask")
+        segments_BT = mask_BT if segments_BT is None else segments_BT
+        inputs: list[Any] = [tokens_BT, segments_BT, positions_BT, types_BT]
+        if self.config.structure == "encoder_decoder":
+            if target_tokens_BT is None:
+                target_tokens_BT, target_mask_BT = self._moved_right(tokens_BT), segments_BT
+            inputs += [target_tokens_BT, target_mask_BT]
+            segments_BT = target_mask_BT
+        elif target_tokens_BT is not None:
+            raise UserError(f"target_tokens_BT is given, but the model is a(n) {self.config.structure}; leave it out")
+        wanted = ["states"] * states + ["weights"] * attentions
+        x_BTD = apply(self.module, params, *inputs, mutable=wanted or False)
+        inside: dict[str, Inside | None] = {"encoder": None, "decoder": None}
+        if wanted:
+            x_BTD, seen = x_BTD
+            inside = {stack: _inside(seen, stack) for stack in inside if stack in seen[wanted[0]]}
+        return Output(self._logits(params, x_BTD, segments_BT), x_BTD, **inside)
+
+    def _logits(self, params: Any, x_BTD: jax.Array, segments_BT: jax.Array | None) -> jax.Array | None:
         head = next(iter(self.config.heads_on_top), None)
         if head is None:
-            return Output(None, x_BTD)
-        read = x_BTD if head in ("lm", "masked_lm") else x_BTD[:, :1]
-        return Output(apply(self.module, params, read, method=head), x_BTD)
+            return None
+        read = x_BTD
+        if head in ("classes", "pooled", "next_sentence"):
+            where = self.config.classes_from if head == "classes" else "first"
+            read = _example(x_BTD, segments_BT, where)
+        return apply(self.module, params, read, method=head)
+
+    def _moved_right(self, tokens_BT: jax.Array) -> jax.Array:
+        start = self.config.start_token
+        if start is None:
+            raise UserError("an encoder-decoder needs target_tokens_BT, the tokens that its decoder reads")
+        return jnp.concatenate([jnp.full_like(tokens_BT[:, :1], start), tokens_BT[:, :-1]], 1)
 
     @cached_property
     def _jitted(self) -> Any:
-        return jax.jit(self.apply)
+        return jax.jit(self.apply, static_argnames=("states", "attentions"))
 
-    def __call__(self, tokens_BT: jax.Array, **inputs: jax.Array) -> Output:
+    def __call__(self, tokens_BT: jax.Array, *inputs: jax.Array | None, **named: Any) -> Output:
         """`apply` with the model's own parameters, compiled."""
-        return self._jitted(self.params, tokens_BT, **inputs)
+        tokens_BT = jnp.asarray(tokens_BT, jnp.int32)
+        length = tokens_BT.shape[-1]
+        if tokens_BT.ndim != 2 or not length:
+            raise UserError(f"tokens_BT has shape {tokens_BT.shape}; give [rows, positions], at least one of each")
+        if self.config.positions == "learned" and length > self.config.max_length and named.get("positions_BT") is None:
+            raise UserError(
+                f"a row has {length} tokens, more than the {self.config.max_length} positions of the model; cut it"
+            )
+        return self._jitted(self.params, tokens_BT, *inputs, **named)
 
 
-def load(folder: str | os.PathLike[str], *, compute_dtype: str = "float32") -> LM:
-    """The model in a folder: an exported model (Hugging Face's format), or a run (its export, else its checkpoint).
+def _inside(seen: Any, stack: str) -> Inside:
+    states = seen["states"][stack]["states"][0] if "states" in seen else None
+    weights = seen["weights"][stack]["weights"][0] if "weights" in seen else (None, None)
+    return Inside(states, *weights)
 
-    Raises UserError where the folder is missing, is no model, or its files contradict each other.
+
+def _example(x_BTD: jax.Array, segments_BT: jax.Array | None, where: str) -> jax.Array:
+    """The state [B, D] that stands for the row's example: its first token's, its last one's, or their mean."""
+    if where == "first":
+        return x_BTD[:, 0]
+    real_BT = jnp.ones(x_BTD.shape[:2], bool) if segments_BT is None else segments_BT > 0
+    if where == "mean":
+        return (x_BTD * real_BT[..., None]).sum(1) / jnp.maximum(real_BT.sum(1, keepdims=True), 1)
+    last_B = x_BTD.shape[1] - 1 - jnp.argmax(real_BT[:, ::-1], 1)
+    return jnp.take_along_axis(x_BTD, last_B[:, None, None], 1)[:, 0]
+
+
+def find(name: str | os.PathLike[str], *, revision: str | None = None, offline: bool = False) -> Path:
+    """The folder of a model: of a run, its export; of a hub name, its snapshot in the cache.
+
+    Raises UserError where there is none, or where it holds no model yet.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder; give an exported model or a run folder")
+    folder = fetch(os.fspath(name), revision=revision, offline=offline)
     if (folder / "export" / "config.json").exists():
-        folder = folder / "export"
+        return folder / "export"
     if not (folder / "config.json").exists():
         raise UserError(f"{folder} has no config.json; give an exported model or a run folder")
     if "run" in families.read_config(folder / "config.json"):
@@ -85,38 +186,132 @@ def load(folder: str | os.PathLike[str], *, compute_dtype: str = "float32") -> L
             f"the run in {folder} has no export yet; let it end (give its command again), or stop it with SIGTERM, "
             f"which exports what there is"
         )
-    config, params = families.load(folder)
-    module = Transformer(config, dtype=jax.numpy.dtype(compute_dtype))
+    return folder
+
+
+def load(
+    name: str | os.PathLike[str],
+    *,
+    head: str | None = None,
+    labels: Sequence[str] | int | None = None,
+    dtype: str | None = "float32",
+    compute_dtype: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    module: type[Transformer] | None = None,
+    revision: str | None = None,
+    offline: bool = False,
+    say: Callable[[str], None] | None = None,
+) -> LM:
+    """The model in a folder, or of a hub name: Hugging Face's format, or a run (its export).
+
+    head: lm, masked_lm, next_sentence, replaced, classes, tokens, span, pooled, none, or encoder (of an
+    encoder-decoder); None: what the checkpoint has.  One that it does not have is made new, and is said.
+    labels: names, or the number, of what the heads classes and tokens tell apart; None: what the checkpoint says.
+    dtype: of the parameters in memory, None as they are stored; compute_dtype: of the arithmetic, None as `dtype`.
+    mesh: where the parameters go, each device reading its slices; None: the first device.
+    module: a class of your own, derived from Transformer, whose parameters the folder holds.
+    revision: branch, tag or commit on the hub; offline: look only in the hub's cache.  say: takes what is said, in
+    place of standard error.
+
+    Raises UserError where there is no such folder or hub name, where it holds no model, or where its files contradict
+    each other.
+    """
+    folder = find(name, revision=revision, offline=offline)
+    kinds = [None if kind is None else _dtype(kind) for kind in (dtype, compute_dtype)]
+    if isinstance(labels, int):
+        labels = tuple(f"LABEL_{i}" for i in range(labels))
+    found = families.load(
+        folder,
+        head=head,
+        labels=None if labels is None else tuple(labels),
+        dtype=kinds[0],
+        mesh=mesh,
+        module=module,
+    )
+    if found.fresh:
+        tell = say or partial(print, file=sys.stderr)
+        tell(f"made new, since {folder} has none: {', '.join(found.fresh)}")
+    compute = kinds[1] or kinds[0] or jnp.result_type(*jax.tree.leaves(found.params))
+    constrain = sharding.constrainer(mesh) if mesh else no_constraint
+    made = (module or Transformer)(found.config, constrain, jnp.dtype(compute))
     tokenizer = tokenizers.load(str(folder)) if _has_tokenizer(folder) else None
-    return LM(config, module, jax.tree.map(jax.numpy.asarray, params), tokenizer)
+    files = {name: (folder / name).read_bytes() for name in _CARRIED if (folder / name).is_file()}
+    return LM(found.config, made, found.params, tokenizer, found.origin, files | carried(folder), read_pooling(folder))
+
+
+def _dtype(name: Any) -> Any:
+    known = ("float32", "bfloat16", "float16")
+    given = getattr(name, "__name__", str(name))
+    if given not in known:
+        raise UserError(f"dtype is {given!r}{perhaps(given, known)}")
+    return jnp.dtype(given)
+
+
+_CARRIED = ("generation_config.json",)
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "*.spm", "*.model")
 
 
 def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json"))
+    return any(True for pattern in _VOCABULARIES for _ in folder.glob(pattern))
 
 
-def save(lm: LM, folder: str | os.PathLike[str]) -> str:
+def check_free(folder: Path, overwrite: bool) -> None:
+    """Raises UserError where a model cannot be written to `folder` without losing something."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; choose another folder")
+    if folder.exists() and any(folder.iterdir()) and not overwrite:
+        raise UserError(f"{folder} exists and is not empty; choose another folder, or say that it may be overwritten")
+
+
+def save(
+    lm: LM,
+    folder: str | os.PathLike[str],
+    *,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    max_shard_bytes: int = 5_000_000_000,
+) -> str:
     """Writes the model where transformers can load it; returns the name of the format.
 
-    The folder appears whole or not at all.  An architecture that Hugging Face has no format for is written in jaxlm's
-    own.  Raises UserError where the folder exists and is not empty.
+    The folder appears whole or not at all.  dtype: of all tensors; None: each as it was stored where it came from.
+    What was read and has not changed is written byte for byte, under the names that it had.  An architecture that
+    Hugging Face has no format for is written in jaxlm's own.  Raises UserError where the folder exists and is not
+    empty, unless `overwrite` says to replace it.
     """
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} exists and is not empty; choose another folder")
-    part = folder.with_name(folder.name + ".part")
+    check_free(folder, overwrite)
+    part, old = (folder.with_name(f"{folder.name}.{suffix}") for suffix in ("part", "old"))
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    extra = {}
-    if lm.tokenizer is not None:
-        lm.tokenizer.save(str(part))
-        ids = {"bos": lm.tokenizer.bos, "eos": lm.tokenizer.eos, "pad": lm.tokenizer.pad}
-        extra = {f"{name}_token_id": i for name, i in ids.items()}
-    name = families.save(lm.config, jax.device_get(lm.params), part, extra=extra)
-    if folder.exists():
-        folder.rmdir()
-    part.rename(folder)
-    return name
+    try:
+        extra = {}
+        if lm.tokenizer is not None:
+            lm.tokenizer.save(str(part))
+            ids = {"bos": lm.tokenizer.bos, "eos": lm.tokenizer.eos, "pad": lm.tokenizer.pad}
+            extra = {f"{name}_token_id": i for name, i in ids.items()}
+        for name, content in lm.files.items():
+            (part / name).parent.mkdir(parents=True, exist_ok=True)
+            (part / name).write_bytes(content)
+        kind = families.save(
+            lm.config,
+            lm.params,
+            part,
+            origin=lm.origin,
+            dtype=None if dtype is None else _dtype(dtype),
+            extra=extra,
+            max_shard_bytes=max_shard_bytes,
+            module=None if type(lm.module) is Transformer else type(lm.module),
+        )
+        if folder.exists() and any(folder.iterdir()):
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        elif folder.exists():
+            folder.rmdir()
+        part.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return kind
 
 
 def with_params(lm: LM, params: Any) -> LM:

@@ -18,6 +18,7 @@ from jaxlm.data import tokenizer as tokenizers
 from jaxlm.errors import UserError
 from jaxlm.families import PRESETS
 from jaxlm.generate import _pick, generate
+from jaxlm.hub import convert
 from jaxlm.lm import LM, load, save
 from jaxlm.nn.transformer import Transformer, apply
 
@@ -25,7 +26,7 @@ TINY = {"vocabulary": 48, "width": 16, "layers": 2, "heads": 2, "max_length": 32
 MODELS = {
     "gpt2": ModelConfig(**TINY),  # fewer positions than the rounded lengths of prompt and cache
     "rotary": ModelConfig(
-        **TINY, positions="rotary", kv_heads=1, norm="rmsnorm", gated=True, biases=False, tied_embeddings=False
+        **TINY, positions="rotary", kv_heads=1, norm="rmsnorm", gated=True, biases=(), tied_embeddings=False
     ),
 }
 TEXT = "the quick brown fox jumps over a lazy dog\n"
@@ -242,7 +243,8 @@ def test_without_a_tokenizer_ids_give_ids():
 
 SAVED = {
     "gpt2": replace(MODELS["gpt2"], mlp_width=64),
-    "jaxlm": MODELS["rotary"],
+    "llama": replace(MODELS["rotary"], mlp_width=32, head_width=8, activation="silu"),
+    "jaxlm": replace(MODELS["rotary"], norm="layernorm"),
     "bert": replace(PRESETS["bert-tiny"], vocabulary=48, max_length=32, width=16, heads=2, mlp_width=64),
 }
 
@@ -253,7 +255,7 @@ def test_a_saved_model_is_loaded_as_it_was(tmp_path, kind):
     lm = LM(model, Transformer(model), random_params(model), tokenizer())
     assert save(lm, tmp_path / "model") == kind
     again = load(tmp_path / "model")
-    assert again.config == model
+    assert convert.seen(again.config) == convert.seen(model)
     jax.tree.map(np.testing.assert_array_equal, again.params, lm.params)
     tokens = np.array(prompts()[1])[None] % 48
     a, b = lm(tokens), again(tokens)
@@ -292,8 +294,8 @@ def test_bfloat16_is_a_choice_when_loading(tmp_path):
 
 
 ODD = {
-    "missing": (lambda folder: folder / "nowhere", "is not a folder; give an exported model or a run folder"),
-    "a file": (lambda folder: folder / "file", "is not a folder"),
+    "missing": (lambda folder: folder / "nowhere", "is no folder, and cannot be the name of a model of the hub"),
+    "a file": (lambda folder: folder / "file", "is a file; give the folder that holds it"),
     "empty": (lambda folder: folder / "empty", "has no config.json"),
     "no JSON": (lambda folder: folder / "no_json", "config.json is not JSON"),
     "a list": (lambda folder: folder / "list", "config.json holds a list, not an object"),

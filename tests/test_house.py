@@ -28,7 +28,7 @@ ORDER = (  # each may import those before it and beside it
     ("families",),
     ("data",),
     ("lm",),
-    ("generate",),
+    ("generate", "inspect"),
     ("tasks",),
     ("optimizer", "step", "checkpoint"),
     ("evaluate", "folder", "report"),

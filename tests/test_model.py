@@ -38,7 +38,7 @@ MODELS = {
         norm="rmsnorm",
         gated=True,
         activation="silu",
-        biases=False,
+        biases=(),
         tied_embeddings=False,
     ),
 }
@@ -339,7 +339,7 @@ def test_initial_weights_have_their_deviation():
 
 
 def test_every_preset_has_a_row_for_each_parameter():
-    for model in {replace(preset, **SMALL) for preset in PRESETS.values()}:
+    for model in {replace(preset, **SMALL, kv_heads=None) for preset in PRESETS.values()}:
         parameters.rows(jax.eval_shape(partial(init, Transformer(model)), jax.random.key(0)))
     with pytest.raises(ValueError, match=r"decoder/layers/novel .* has no row"):
         parameters.rows({"decoder": {"layers": {"novel": np.ones((2, 3))}}})

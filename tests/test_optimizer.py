@@ -68,7 +68,7 @@ def updates(config: OptimizerConfig, structure: str, *gradients, steps: int = 10
 
 def depth_of(path: str) -> str:
     """Said anew here, not read from the table that is tested."""
-    if path.startswith("embeddings/"):
+    if path.split("/")[0] in ("embeddings", "decoder_embeddings"):
         return "embeddings"
     return "layers" if "/layers/" in path else "head"
 

@@ -5,98 +5,366 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
-from jaxlm.config import ModelConfig, from_json, to_json
+from jaxlm.config import Head, ModelConfig, from_json, to_json
 from jaxlm.errors import UserError, perhaps
-from jaxlm.families import bert, gpt2, transformer
+from jaxlm.families import (
+    albert,
+    bart,
+    bert,
+    deberta,
+    distilbert,
+    electra,
+    gemma,
+    gpt2,
+    llama,
+    marian,
+    modernbert,
+    roberta,
+    t5,
+    transformer,
+)
 from jaxlm.hub import convert, safetensors
 from jaxlm.hub.convert import Family, Rule
+from jaxlm.hub.place import place
 
-FAMILIES: dict[str, Family] = {"gpt2": gpt2.FAMILY, "bert": bert.FAMILY}  # by `model_type` of config.json
-PRESETS: dict[str, ModelConfig] = gpt2.PRESETS | bert.PRESETS | transformer.PRESETS
+FAMILIES: dict[str, Family] = {  # by `model_type` of config.json
+    "bert": bert.FAMILY,
+    "roberta": roberta.FAMILY,
+    "xlm-roberta": roberta.XLM_ROBERTA,
+    "distilbert": distilbert.FAMILY,
+    "electra": electra.FAMILY,
+    "albert": albert.FAMILY,
+    "deberta-v2": deberta.FAMILY,
+    "modernbert": modernbert.FAMILY,
+    "gpt2": gpt2.FAMILY,
+    "llama": llama.FAMILY,
+    "mistral": llama.MISTRAL,
+    "qwen2": llama.QWEN_2,
+    "qwen3": llama.QWEN_3,
+    "gemma": gemma.FAMILY,
+    "gemma2": gemma.GEMMA_2,
+    "gemma3_text": gemma.GEMMA_3,
+    "t5": t5.FAMILY,
+    "mt5": t5.MT5,
+    "bart": bart.FAMILY,
+    "mbart": bart.MBART,
+    "marian": marian.FAMILY,
+}
+PRESETS: dict[str, ModelConfig] = transformer.PRESETS | {
+    name: preset for family in FAMILIES.values() for name, preset in family.presets.items()
+}
 OWN = "jaxlm"  # the `model_type` of our own format, for models that no family can say
 
 
-def load(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """Config and parameters (numpy, in the file's dtype) of a folder with `config.json` and safetensors.
+class Origin(NamedTuple):
+    """How a model lay in the folder that it came from, so that saving it writes what was read."""
+
+    config: dict[str, Any]  # config.json
+    heads: tuple[Head, ...] = ()  # those that the names below are of
+    names: Mapping[str, str] = {}  # tensor of the file -> its name in the family's rules
+    dtypes: Mapping[str, np.dtype] = {}  # of each tensor of the file
+    buffers: Mapping[str, np.ndarray] = {}  # tensors that the model does not need
+
+
+class Opened(NamedTuple):
+    """A folder that was looked at, and found to hold what its config.json says."""
+
+    kind: str  # model_type
+    family: Family
+    config: ModelConfig
+    tensors: dict[str, Any]  # under the names of the family's rules; read when they are asked for
+    origin: Origin
+    fresh: tuple[str, ...]  # leaves of a new head, which it does not hold
+
+
+class Loaded(NamedTuple):
+    """What a folder holds; `fresh` are the leaves of a new head, which it does not hold."""
+
+    config: ModelConfig
+    params: dict[str, Any]
+    origin: Origin
+    fresh: tuple[str, ...]
+
+
+def load(folder: Path, *, dtype: Any = None, mesh: Any = None, **how: Any) -> Loaded:
+    """The model in a folder, its parameters as JAX arrays.  `how` and errors are those of `look`.
+
+    dtype: of the parameters; None: each as it is stored.  mesh: where they go, read in slices; None: the first device.
+    """
+    found = look(folder, **how)
+    params = place(found.family, found.config, found.tensors, dtype, mesh, found.fresh)
+    return Loaded(found.config, params, found.origin, found.fresh)
+
+
+def look(folder: Path, *, head: str | None = None, labels: tuple[str, ...] | None = None, module: Any = None) -> Opened:
+    """What a folder with `config.json` and safetensors holds, without reading its tensors.
+
+    head: what to read off the hidden states, "none", or "encoder" for an encoder-decoder's encoder; None: what the
+    tensors and `architectures` say.  A head that the folder does not have is made new.  labels: names of its outputs.
+    module: a user's own class of module, of which the folder was saved.
 
     Raises UserError for an unknown `model_type` and for tensors that are not exactly those of the model.
     """
     folder = Path(folder)
     hf = read_config(folder / "config.json")
-    kind, tensors = hf.get("model_type"), safetensors.read(folder)
+    kind = str(hf.get("model_type"))
+    if kind not in FAMILIES and kind != OWN:
+        raise UserError(f"config.json has model_type {kind!r}, unknown{perhaps(kind, [*FAMILIES, OWN])}")
+    stored = safetensors.read(folder)
     if kind == OWN:
-        if not isinstance(hf.get("model"), dict):
-            raise UserError(f"{folder / 'config.json'} of model_type {OWN!r} has no 'model'; save the model again")
-        config = from_json(ModelConfig, hf["model"])
-        config.check()
-        return config, convert.to_ours(_own_rules(config), config, tensors)
-    if kind not in FAMILIES:
-        raise UserError(f"config.json has model_type {kind!r}, unknown{perhaps(str(kind), [*FAMILIES, OWN])}")
-    family = FAMILIES[kind]
-    config = family.config_from_hf(hf)
+        family, config = _own(hf, folder, module)
+    else:
+        family = FAMILIES[kind]
+        config = _config(family, hf)
+    if labels is not None:
+        config = dataclasses.replace(config, labels=labels)
     config.check()
-    config, tensors = _with_heads(family, config, hf.get("architectures") or [], tensors)
-    return config, convert.to_ours(family.rules, config, tensors)
+    config, found = _with_heads(family, config, hf, stored, head)
+    fresh = _check(family, config, found.tensors, head)
+    idle = convert.idle(family, config)
+    aside = found.buffers | {name: stored[name] for name, ours in found.names.items() if ours in idle}
+    origin = Origin(
+        hf,
+        config.heads_on_top,
+        found.names,
+        {name: np.dtype(stored[name].dtype) for name in stored},
+        {name: np.array(tensor) for name, tensor in aside.items()},
+    )
+    return Opened(kind, family, config, found.tensors, origin, fresh)
 
 
-def save(config: ModelConfig, params: Mapping[str, Any], folder: Path, *, extra: dict[str, Any] | None = None) -> str:
-    """Writes `config.json` and `model.safetensors` in the first format that can say what the model computes, for
-    transformers' `AutoModel` to load as it is; else in our own.  Returns the format's `model_type`.
+def save(
+    config: ModelConfig,
+    params: Mapping[str, Any],
+    folder: Path,
+    *,
+    origin: Origin | None = None,
+    dtype: Any = None,
+    extra: dict[str, Any] | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    module: Any = None,
+) -> str:
+    """Writes `config.json` and safetensors in the first format that can say what the model computes, for transformers'
+    `AutoModel` to load as it is; else in our own.  Returns the format's `model_type`.
 
-    `extra` are further keys of `config.json`, such as bos_token_id.  Fields that matter in training alone (dropout,
-    initial weights) are written where the format has a place for them.
+    origin: where the model came from: its format, names, dtypes and further keys of config.json are kept.  dtype: of
+    all tensors; None: as they were stored, or are.  module: a user's own class of module.  extra: further keys of
+    config.json, such as bos_token_id.  Fields that matter in training alone (dropout, initial weights) are written
+    where the format has a place for them.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    kind = next((kind for kind, family in FAMILIES.items() if convert.says(family, config)), OWN)
-    if kind == OWN:
-        tensors = convert.to_hf(_own_rules(config), config, params)
-        values: dict[str, Any] = {"model": to_json(config)}
-    else:
-        family = FAMILIES[kind]
-        tensors = _named_for_file(family, config, convert.to_hf(family.rules, config, params))
-        values = {"architectures": [convert.heads(family, config)], **family.config_to_hf(config)}
-    # Unsaid, these two would take the family's ids in transformers, which need not be in this vocabulary.
-    values = {"bos_token_id": None, "eos_token_id": None} | (extra or {}) | {"model_type": kind} | values
-    values["torch_dtype"] = str(next(iter(tensors.values())).dtype)  # every version of transformers reads this name
-    safetensors.write(tensors, folder / safetensors.WEIGHTS)
+    before = origin.config.get("model_type") if origin else None
+    kinds = [] if module else [*([before] if before in FAMILIES else []), *FAMILIES]
+    kind = next((kind for kind in kinds if convert.says(FAMILIES[kind], config)), OWN)
+    family = _own_family(config, module) if kind == OWN else FAMILIES[kind]
+    kept = origin if kind == before else None
+    named = _named_for_file(family, config, convert.to_hf(family, config, params), kept, dtype)
+    values = _config_values(kind, family, config, kept)
+    if kept is None:
+        # Unsaid, these would take the family's ids in transformers, which need not be in this vocabulary.
+        values = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")) | (extra or {}) | values
+    # Every version of transformers reads the second name; newer ones write the first.
+    name = "dtype" if kept and "dtype" in kept.config else "torch_dtype"
+    values[name] = str(max((tensor.dtype for tensor in named.values()), key=lambda dtype: dtype.itemsize))
+    safetensors.write_sharded(named, folder, max_shard_bytes=max_shard_bytes)
     _write_config(values, folder / "config.json")
     return kind
 
 
-def _with_heads(
-    family: Family, config: ModelConfig, architectures: list[str], tensors: Mapping[str, Any]
-) -> tuple[ModelConfig, dict[str, Any]]:
-    """The config with the heads whose tensors the file holds; `architectures` decides where tensors do not tell.
+def _config_values(kind: str, family: Family, config: ModelConfig, origin: Origin | None) -> dict[str, Any]:
+    """The keys of config.json: as they were, where they say what the model still is."""
+    before = origin.config if origin else {}
+    if kind == OWN:
+        of_own: dict[str, Any] = {"model": to_json(config), "module": family.module and family.module.__name__}
+        return {**before, "model_type": kind, **of_own}
+    same_heads = origin is not None and origin.heads == config.heads_on_top
+    values: dict[str, Any] = {} if _same(family, before, config) else family.config_to_hf(config)
+    if not same_heads or "architectures" not in before:
+        values["architectures"] = [convert.heads(family, config)]
+    if origin is None or not origin.names or not same_heads:
+        values |= family.naming
+    return {**before, "model_type": kind, **values, **_labels(config)}
 
-    Published files are not always those of the class that they name: bert-base-uncased says BertForMaskedLM and holds
-    the next-sentence head too.
+
+def _same(family: Family, hf: dict[str, Any], config: ModelConfig) -> bool:
+    """Whether a config.json says what the model computes."""
+    alike = {name: getattr(config, name) for name in ("heads_on_top", "structure", "tied_embeddings")}
+    try:
+        return convert.seen(dataclasses.replace(_config(family, hf), **alike)) == convert.seen(config)
+    except UserError:
+        return False
+
+
+def known(head: str, config: ModelConfig, family: Family) -> tuple[Head, ...]:
+    """The heads on top that `head` asks for.  Raises UserError where the family has none such."""
+    if head in ("none", "encoder"):
+        if head == "encoder" and config.structure != "encoder_decoder":
+            raise UserError(
+                f"head is 'encoder', but the model is a(n) {config.structure}; give 'none' for hidden states"
+            )
+        return ()
+    asked: Any = (head,)
+    if asked not in family.heads:
+        names = {one for heads in family.heads for one in heads} | {"none"}
+        raise UserError(f"head is {head!r}, which this model cannot have{perhaps(head, names)}")
+    return asked
+
+
+def _config(family: Family, hf: dict[str, Any]) -> ModelConfig:
+    """The config with its labels, but without heads."""
+    try:
+        config = family.config_from_hf(hf)
+        labels = hf.get("id2label") or range(hf.get("num_labels", hf.get("_num_labels")) or 0)
+        if isinstance(labels, dict):
+            labels = [labels[number] for number in sorted(labels, key=int)]
+        else:
+            labels = [f"LABEL_{i}" for i in labels]
+        return dataclasses.replace(config, labels=tuple(map(str, labels))) if labels else config
+    except UserError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
+        raise UserError(
+            f"config.json holds a value that its family cannot have: {type(error).__name__}: {error}; "
+            f"mend it, or fetch the file again"
+        ) from error
+
+
+def _labels(config: ModelConfig) -> dict[str, Any]:
+    if not {"classes", "tokens"} & set(config.heads_on_top):
+        return {}
+    return {
+        "id2label": {str(i): label for i, label in enumerate(config.labels)},
+        "label2id": {label: i for i, label in enumerate(config.labels)},
+    }
+
+
+def _with_heads(
+    family: Family, config: ModelConfig, hf: dict[str, Any], stored: Mapping[str, Any], head: str | None
+) -> tuple[ModelConfig, convert.Canonical]:
+    """The config with its heads, and the file's tensors under the names of the rules.
+
+    Where none is asked for, the heads are those whose tensors the file holds; `architectures` decides where tensors do
+    not tell.  Published files are not always those of the class that they name: bert-base-uncased says BertForMaskedLM
+    and holds the next-sentence head too.
     """
+    named = hf.get("architectures") or []
+    named = named if isinstance(named, list) else [named]
+    if head == "encoder" or (family.encoder and family.encoder in named):
+        config = dataclasses.replace(config, structure="encoder")
+    if not family.ties:
+        lm_head, original = "lm_head.weight", family.copies["lm_head.weight"]
+        tied = lm_head not in stored or (original in stored and convert.equal(stored[lm_head], stored[original]))
+        config = dataclasses.replace(config, tied_embeddings=tied)
+    if "id2label" not in hf and config.labels == ModelConfig().labels:
+        config = _labelled(family, config, stored)
+    if head is not None:
+        config = dataclasses.replace(config, heads_on_top=known(head, config, family))
+        return config, convert.canonical(family, config, stored)
 
     def misfit(config: ModelConfig) -> int:
-        found = {name: tuple(x.shape) for name, x in convert.canonical(family, config, tensors).items()}
-        return len(convert.difference(convert.hf_shapes(family.rules, config), found))
+        found = {name: tuple(x.shape) for name, x in convert.canonical(family, config, stored).tensors.items()}
+        return len(convert.difference(convert.hf_shapes(family, config), found))
 
-    named_first = sorted(family.heads, key=lambda heads: family.heads[heads] not in architectures)
+    named_first = sorted(family.heads, key=lambda heads: family.heads[heads] not in named)
+    if config.structure == "encoder" and family.encoder:
+        named_first = [()]
     configs = [dataclasses.replace(config, heads_on_top=heads) for heads in named_first]
     config = next((config for config in configs if not misfit(config)), None) or min(configs, key=misfit)
-    return config, convert.canonical(family, config, tensors)
+    return config, convert.canonical(family, config, stored)
 
 
-def _named_for_file(family: Family, config: ModelConfig, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The names as transformers writes them: those of a bare body without prefix."""
-    bare = convert.heads(family, config) == family.heads[()]
-    return {name.removeprefix(family.prefix if bare else ""): tensor for name, tensor in tensors.items()}
+def _labelled(family: Family, config: ModelConfig, stored: Mapping[str, Any]) -> ModelConfig:
+    """As many labels as the tensors have outputs, where config.json does not name them."""
+    for rule in family.rules:
+        if rule.ours in ("classes_head/out/kernel", "tokens_head/out/kernel") and rule.hf in stored:
+            shape = stored[rule.hf].shape
+            return dataclasses.replace(config, labels=tuple(f"LABEL_{i}" for i in range(shape[0] if shape else 0)))
+    return config
 
 
-def _own_rules(config: ModelConfig) -> tuple[Rule, ...]:
-    return tuple(Rule(path, path) for path in convert.tree_shapes(config))
+def _check(family: Family, config: ModelConfig, tensors: dict[str, Any], head: str | None) -> tuple[str, ...]:
+    """Raises UserError where the tensors do not fit.  Where a head was asked for, those of other heads are left out of
+    `tensors`, and what it lacks is returned: the paths of leaves to be made new."""
+    expected = convert.hf_shapes(family, config)
+    fresh: set[str] = set()
+    if head is not None:
+        other = re.compile("|".join(re.escape(rule.hf).replace(r"\{i\}", r"\d+") for rule in family.rules))
+        for name in [name for name in tensors if name not in expected and other.fullmatch(name)]:
+            del tensors[name]
+        own = re.compile(rf"({head}|transform|{'pooled' if head == 'next_sentence' else head})_head/.*")
+        for path, read in convert.readers(family, config).items():
+            names = read.names.values()
+            if own.fullmatch(path) and any(n not in tensors or tensors[n].shape != expected[n] for n in names):
+                fresh.add(path)
+                for name in names:
+                    expected.pop(name, None)
+                    tensors.pop(name, None)
+    convert.refuse(expected, {name: tuple(x.shape) for name, x in tensors.items()}, "tensors of the file")
+    wrong = sorted(f"{name} {x.dtype}" for name, x in tensors.items() if np.dtype(x.dtype).name not in _FLOATS)
+    if wrong:
+        raise UserError(
+            f"these tensors are not of {', '.join(_FLOATS)}: {', '.join(wrong[:5])}; quantised models are not known: "
+            f"get the one that was not quantised"
+        )
+    return tuple(sorted(fresh))
+
+
+_FLOATS = ("float32", "bfloat16", "float16", "float64")
+
+
+def _named_for_file(
+    family: Family, config: ModelConfig, tensors: dict[str, np.ndarray], origin: Origin | None, dtype: Any
+) -> dict[str, safetensors.Pending]:
+    """The tensors under the names and in the dtypes that they had, else as transformers writes them: those of a bare
+    body without prefix."""
+    bare = convert.heads(family, config) == family.heads.get(())
+    names = {name.removeprefix(family.prefix if bare else ""): name for name in tensors}
+    dtypes: Mapping[str, np.dtype] = {}
+    buffers: Mapping[str, np.ndarray] = {}
+    if origin is not None:
+        of = {name: written for written, name in origin.names.items()}
+        if origin.heads == config.heads_on_top:
+            kept = {written: name for written, name in origin.names.items() if name in tensors}
+            names = kept | {written: name for written, name in names.items() if name not in of}
+            buffers = origin.buffers
+        dtypes = {written: origin.dtypes[of[name]] for written, name in names.items() if name in of}
+
+    def pending(tensor: np.ndarray, kind: Any) -> safetensors.Pending:
+        return safetensors.Pending(tensor.shape, np.dtype(kind), lambda: tensor.astype(kind, copy=False))
+
+    written = {w: pending(tensors[name], dtype or dtypes.get(w, tensors[name].dtype)) for w, name in names.items()}
+    return written | {name: pending(buffer, buffer.dtype) for name, buffer in buffers.items()}
+
+
+def _own(hf: dict[str, Any], folder: Path, module: Any) -> tuple[Family, ModelConfig]:
+    path, name = folder / "config.json", module and module.__name__
+    if not isinstance(hf.get("model"), dict):
+        raise UserError(f"{path} of model_type {OWN!r} has no 'model'; save the model again")
+    if hf.get("module") != name:
+        raise UserError(f"{path} is of the module {hf.get('module')}, not {name}; give that class to load as `module`")
+    config = from_json(ModelConfig, hf["model"])
+    config.check()
+    return _own_family(config, module), config
+
+
+def _own_family(config: ModelConfig, module: Any = None) -> Family:
+    """Our own format: leaves under their paths."""
+    every: tuple[Head, ...] = get_args(Head)
+    paths = set(convert.tree_shapes(config, module))
+    for head in () if module else every:
+        if config.structure == "encoder" or head in ("lm", "classes"):
+            paths |= set(convert.tree_shapes(dataclasses.replace(config, heads_on_top=(head,))))
+    heads = {(head,): OWN for head in every} | {(): OWN, config.heads_on_top: OWN}
+    rules = tuple(Rule(path, path) for path in sorted(paths))
+    return Family({}, rules, heads, "", lambda hf: config, lambda config: {}, module=module)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -105,7 +373,7 @@ def read_config(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); give a folder with config.json") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}); fetch the file again") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} holds a {type(values).__name__}, not an object; fetch the file again")

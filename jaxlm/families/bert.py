@@ -4,35 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxlm.config import ModelConfig
-from jaxlm.hub.convert import (
-    ACTIVATIONS,
-    Family,
-    Key,
-    Rule,
-    bias_heads_out,
-    keyed,
-    linear,
-    linear_heads_in,
-    linear_heads_out,
-)
+from jaxlm.config import ENCODER_BIASES, ModelConfig
+from jaxlm.hub.convert import ACTIVATIONS, Family, Key, Rule, attention, keyed, norm, projection
 
-_FIXED: dict[str, Any] = {
+FIXED: dict[str, Any] = {
     "structure": "encoder",
-    "gated": False,
     "norm": "layernorm",
     "norm_place": "post",
     "embedding_norm": True,
     "positions": "learned",
-    "biases": True,
-    "scale_embeddings": False,
+    "biases": ENCODER_BIASES,
     "scale_residual_init": False,
 }
 
 
 def _bert(layers: int, width: int) -> ModelConfig:
     return ModelConfig(
-        **_FIXED,
+        **FIXED,
         heads_on_top=("masked_lm", "next_sentence"),
         vocabulary=30522,
         max_length=512,
@@ -56,88 +44,108 @@ PRESETS = {
     "bert-large": _bert(24, 1024),
 }
 
-_FROM_HF, _TO_HF = keyed(
-    keys=(
-        Key("vocab_size", "vocabulary"),
-        Key("max_position_embeddings", "max_length"),
-        Key("type_vocab_size", "types", 2),
-        Key("hidden_size", "width"),
-        Key("num_hidden_layers", "layers"),
-        Key("num_attention_heads", "heads"),
-        Key("intermediate_size", "mlp_width"),
-        Key("hidden_act", "activation", "gelu", ACTIVATIONS),
-        Key("layer_norm_eps", "norm_epsilon", 1e-12),
-        Key("tie_word_embeddings", "tied_embeddings", True),
-        Key("hidden_dropout_prob", "dropout", 0.1),
-        Key("attention_probs_dropout_prob", "attention_dropout", 0.1),
-        Key("initializer_range", "initial_std", 0.02),
-    ),
-    fixed=_FIXED,
-    only={"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"},
+KEYS = (
+    Key("vocab_size", "vocabulary"),
+    Key("max_position_embeddings", "max_length"),
+    Key("type_vocab_size", "types", 2),
+    Key("hidden_size", "width"),
+    Key("num_hidden_layers", "layers"),
+    Key("num_attention_heads", "heads"),
+    Key("intermediate_size", "mlp_width"),
+    Key("hidden_act", "activation", "gelu", ACTIVATIONS),
+    Key("layer_norm_eps", "norm_epsilon", 1e-12),
+    Key("tie_word_embeddings", "tied_embeddings", True),
+    Key("hidden_dropout_prob", "dropout", 0.1),
+    Key("attention_probs_dropout_prob", "attention_dropout", 0.1),
+    Key("initializer_range", "initial_std", 0.02),
 )
+ONLY = {"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"}
+_FROM_HF, _TO_HF = keyed(KEYS, FIXED, ONLY)
 
 
-def _to_hf(config: ModelConfig) -> dict[str, Any]:
-    return _TO_HF(config) | {"type_vocab_size": max(1, config.types)}  # never 0, so that a model without is not said
+def with_types(hf: dict[str, Any]) -> dict[str, Any]:
+    """The keys, but never 0 types, which the format cannot say."""
+    return hf | {"type_vocab_size": max(1, hf["type_vocab_size"])}
 
 
-def _linear(hf: str, ours: str) -> tuple[Rule, Rule]:
-    return Rule(f"{hf}.weight", f"{ours}/kernel", linear), Rule(f"{hf}.bias", f"{ours}/bias")
+def embeddings(hf: str) -> tuple[Rule, ...]:
+    """The embeddings, named `hf` in the file."""
+    return (
+        Rule(f"{hf}.word_embeddings.weight", "embeddings/tokens"),
+        Rule(f"{hf}.position_embeddings.weight", "embeddings/positions"),
+        Rule(f"{hf}.token_type_embeddings.weight", "embeddings/types"),
+        *norm(f"{hf}.LayerNorm", "embeddings/norm"),
+    )
 
 
-def _norm(hf: str, ours: str) -> tuple[Rule, Rule]:
-    return Rule(f"{hf}.LayerNorm.weight", f"{ours}/scale"), Rule(f"{hf}.LayerNorm.bias", f"{ours}/bias")
+def layers(hf: str, projections: tuple[str, str, str] = ("query", "key", "value")) -> tuple[Rule, ...]:
+    """The encoder's layers, named `hf` in the file."""
+    query, key, value = (f"self.{name}" for name in projections)
+    return (
+        *attention(f"{hf}.attention.", "encoder/layers/attention", query, key, value, "output.dense"),
+        *norm(f"{hf}.attention.output.LayerNorm", "encoder/layers/attention_norm"),
+        *projection(f"{hf}.intermediate.dense", "encoder/layers/mlp/up"),
+        *projection(f"{hf}.output.dense", "encoder/layers/mlp/down"),
+        *norm(f"{hf}.output.LayerNorm", "encoder/layers/mlp_norm"),
+    )
 
 
-_LAYER, _OURS = "bert.encoder.layer.{i}.", "encoder/layers/"
-_ATTENTION = _OURS + "attention/"
-_VOCABULARY = "masked_lm_head/vocabulary/"
+def vocabulary(transform: str, transform_norm: str, decoder: str, bias: str) -> tuple[Rule, ...]:
+    """The masked LM head, by its names in the file."""
+    kernel, ours = "masked_lm_head/vocabulary/kernel", "masked_lm_head/vocabulary/bias"
+    rules = (
+        *projection(transform, "masked_lm_head/transform"),
+        *norm(transform_norm, "masked_lm_head/norm"),
+        Rule(f"{decoder}.weight", kernel),
+    )
+    if bias == f"{decoder}.bias":
+        return (*rules, Rule(bias, ours))
+    # Of an untied model transformers computes with the decoder's bias, and keeps the other beside it.
+    untied = (Rule(f"{decoder}.bias", ours, where=kernel), Rule(bias, ours, where=kernel, idle=True))
+    return (*rules, Rule(bias, ours, unless=kernel), *untied)
+
+
+# The heads of one linear layer have the same names in all families of this kind.
+TOKENS = projection("classifier", "tokens_head/out")
+SPAN = projection("qa_outputs", "span_head/out")
+RENAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 FAMILY = Family(
     presets=PRESETS,
     rules=(
-        Rule("bert.embeddings.word_embeddings.weight", "embeddings/tokens"),
-        Rule("bert.embeddings.position_embeddings.weight", "embeddings/positions"),
-        Rule("bert.embeddings.token_type_embeddings.weight", "embeddings/types"),
-        *_norm("bert.embeddings", "embeddings/norm"),
-        *(
-            rule
-            for part in ("query", "key", "value")
-            for rule in (
-                Rule(_LAYER + f"attention.self.{part}.weight", _ATTENTION + f"{part}/kernel", linear_heads_out),
-                Rule(_LAYER + f"attention.self.{part}.bias", _ATTENTION + f"{part}/bias", bias_heads_out),
-            )
+        *embeddings("bert.embeddings"),
+        *layers("bert.encoder.layer.{i}"),
+        *projection("bert.pooler.dense", "pooled_head/dense"),
+        *vocabulary(
+            "cls.predictions.transform.dense",
+            "cls.predictions.transform.LayerNorm",
+            "cls.predictions.decoder",
+            "cls.predictions.bias",
         ),
-        Rule(_LAYER + "attention.output.dense.weight", _ATTENTION + "out/kernel", linear_heads_in),
-        Rule(_LAYER + "attention.output.dense.bias", _ATTENTION + "out/bias"),
-        *_norm(_LAYER + "attention.output", _OURS + "attention_norm"),
-        *_linear(_LAYER + "intermediate.dense", _OURS + "mlp/up"),
-        *_linear(_LAYER + "output.dense", _OURS + "mlp/down"),
-        *_norm(_LAYER + "output", _OURS + "mlp_norm"),
-        *_linear("bert.pooler.dense", "pooled_head/dense"),
-        *_linear("cls.predictions.transform.dense", "masked_lm_head/transform"),
-        *_norm("cls.predictions.transform", "masked_lm_head/norm"),
-        Rule("cls.predictions.decoder.weight", _VOCABULARY + "kernel"),
-        Rule("cls.predictions.bias", _VOCABULARY + "bias"),
-        # transformers computes with this one, and keeps it apart from the other where the kernel is not tied.
-        Rule("cls.predictions.decoder.bias", _VOCABULARY + "bias", where=_VOCABULARY + "kernel"),
-        *_linear("cls.seq_relationship", "next_sentence_head"),
+        *projection("cls.seq_relationship", "next_sentence_head"),
+        *projection("bert.pooler.dense", "classes_head/dense"),
+        *projection("classifier", "classes_head/out"),
+        *TOKENS,
+        *SPAN,
     ),
     heads={
         ("masked_lm", "next_sentence"): "BertForPreTraining",
         ("masked_lm",): "BertForMaskedLM",
         ("masked_lm", "pooled"): "BertForMaskedLM",  # has no pooler of its own, leaves one in the file alone
         ("next_sentence",): "BertForNextSentencePrediction",
+        ("classes",): "BertForSequenceClassification",
+        ("tokens",): "BertForTokenClassification",
+        ("span",): "BertForQuestionAnswering",
         ("pooled",): "BertModel",
         (): "BertModel",
     },
     prefix="bert.",
     config_from_hf=_FROM_HF,
-    config_to_hf=_to_hf,
+    config_to_hf=lambda config: with_types(_TO_HF(config)),
     buffers=("bert.embeddings.position_ids",),
     copies={
         "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
         "cls.predictions.decoder.bias": "cls.predictions.bias",
     },
-    renames={"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"},
+    renames=RENAMES,
 )

@@ -5,18 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from jaxlm.config import ModelConfig
-from jaxlm.hub.convert import ACTIVATIONS, Family, Key, Rule, conv_heads_in, conv_query_key_value, keyed
+from jaxlm.hub.convert import ACTIVATIONS, Family, Key, Rule, conv_heads_in, conv_query_key_value, keyed, linear
 
 _FIXED: dict[str, Any] = {
     "structure": "decoder",
     "types": 0,
-    "gated": False,
     "norm": "layernorm",
     "norm_place": "pre",
-    "embedding_norm": False,
     "positions": "learned",
-    "biases": True,
-    "scale_embeddings": False,
+    "biases": ("query_key_value", "out", "mlp", "norm"),
+    "classes_from": "last",
+    "classes_activation": None,
     "scale_residual_init": True,
 }
 
@@ -96,8 +95,9 @@ FAMILY = Family(
         Rule("transformer.ln_f.weight", "decoder/norm/scale"),
         Rule("transformer.ln_f.bias", "decoder/norm/bias"),
         Rule("lm_head.weight", "lm_head/kernel"),
+        Rule("score.weight", "classes_head/out/kernel", linear),
     ),
-    heads={("lm",): "GPT2LMHeadModel", (): "GPT2Model"},
+    heads={("lm",): "GPT2LMHeadModel", ("classes",): "GPT2ForSequenceClassification", (): "GPT2Model"},
     prefix="transformer.",
     config_from_hf=_FROM_HF,
     config_to_hf=_TO_HF,

@@ -54,26 +54,73 @@ conv_query_key_value = Layout(  # three of [.., H, C] <-> [.., 3HC], kernel or b
 )
 
 
+linear_query_key_value = Layout(  # three of [D, H, C] <-> [3HC, D]
+    lambda config, x: tuple(part.T.reshape(config.width, -1, config.C) for part in np.split(x, 3)),
+    lambda config, *parts: np.concatenate([part.reshape(config.width, -1).T for part in parts]),
+)
+bias_query_key_value = Layout(  # three of [H, C] <-> [3HC]
+    lambda config, x: tuple(part.reshape(-1, config.C) for part in np.split(x, 3)),
+    lambda config, *parts: np.concatenate([part.reshape(-1) for part in parts]),
+)
+linear_gate_up = Layout(  # two of [D, F] <-> [2F, D]
+    lambda config, x: tuple(part.T for part in np.split(x, 2)),
+    lambda config, *parts: np.concatenate([part.T for part in parts]),
+)
+halves = Layout(  # two of [F] <-> [2F]
+    lambda config, x: tuple(np.split(x, 2)),
+    lambda config, *parts: np.concatenate(parts),
+)
+one_row = Layout(lambda config, x: x[0], lambda config, x: x[None])  # [V] <-> [1, V]
+
+
 class Rule(NamedTuple):
     """A tensor of the file and the leaves that it holds, `{i}` in `hf` being the stacked layer axis of ours.
 
-    It applies where all of `ours`, and the leaf `where` if named, exist in the parameter tree, so that one table serves
-    every choice of heads.  Two rules may hold the same leaf: a file then holds it twice, equal.
+    It applies where all of `ours`, and the leaf `where` if named, exist in the parameter tree, and the leaf `unless`
+    does not, so that one table serves every choice.
     """
 
     hf: str
     ours: str | tuple[str, ...]
     layout: Layout = same
     where: str | None = None
+    unless: str | None = None
+    first: int = 0  # the first layer that has it; a leaf's rows before are of no effect, and 1
+    idle: bool = False  # transformers keeps the tensor and computes with another of the same leaf: written, not read
 
     @property
     def leaves(self) -> tuple[str, ...]:
         """The leaves that it holds."""
         return (self.ours,) if isinstance(self.ours, str) else self.ours
 
-    def names(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-        """Its tensors in the file, one a layer where there is `{i}`."""
-        return [self.hf.format(i=i) for i in range(shapes[self.leaves[0]][0])] if "{i}" in self.hf else [self.hf]
+    def names(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[int, str]:
+        """Its tensors in the file, by layer where there is `{i}`, else one under 0."""
+        if "{i}" not in self.hf:
+            return {0: self.hf}
+        return {i: self.hf.format(i=i) for i in range(self.first, shapes[self.leaves[0]][0])}
+
+
+def projection(hf: str, ours: str, kernel: Layout = linear, bias: Layout = same) -> tuple[Rule, Rule]:
+    """A Linear of torch."""
+    return Rule(f"{hf}.weight", f"{ours}/kernel", kernel), Rule(f"{hf}.bias", f"{ours}/bias", bias)
+
+
+def norm(hf: str, ours: str) -> tuple[Rule, Rule]:
+    """A norm, with the bias if it has one."""
+    return Rule(f"{hf}.weight", f"{ours}/scale"), Rule(f"{hf}.bias", f"{ours}/bias")
+
+
+def attention(hf: str, ours: str, query: str, key: str, value: str, out: str) -> tuple[Rule, ...]:
+    """The projections of an attention, by their names after `hf`."""
+    inputs = ((query, "query"), (key, "key"), (value, "value"))
+    return (
+        *(
+            rule
+            for theirs, name in inputs
+            for rule in projection(f"{hf}{theirs}", f"{ours}/{name}", linear_heads_out, bias_heads_out)
+        ),
+        *projection(f"{hf}{out}", f"{ours}/out", linear_heads_in),
+    )
 
 
 class Family(NamedTuple):
@@ -83,74 +130,140 @@ class Family(NamedTuple):
     rules: tuple[Rule, ...]
     heads: dict[tuple[Head, ...], str]  # head sets that the format has -> its class in transformers; (): the body
     prefix: str  # of the body's tensors; files may leave it out, and do where there is only a body
-    config_from_hf: Callable[[dict[str, Any]], ModelConfig]  # all but the heads, which `architectures` and tensors tell
+    config_from_hf: Callable[[dict[str, Any]], ModelConfig]  # all but heads and labels, which are read alike for all
     config_to_hf: Callable[[ModelConfig], dict[str, Any]]
-    buffers: tuple[str, ...] = ()  # tensors that a file may hold and a model does not need
+    buffers: tuple[str, ...] = ()  # tensors that a file may hold and a model does not need; * is anything
     copies: Mapping[str, str] = {}  # tensors that repeat another where the model ties them -> that other
     renames: Mapping[str, str] = {}  # endings of names in old files -> those of today
+    encoder: str | None = None  # class in transformers of the encoder alone
+    ties: bool = True  # whether config.json tells if embeddings are tied; else the tensors do
+    naming: Mapping[str, Any] = {}  # keys of config.json that say that tensors are named as in the rules
+    module: Any = None  # the class of Linen module that computes it; None: Transformer
 
 
-def to_ours(rules: tuple[Rule, ...], config: ModelConfig, tensors: Mapping[str, Any]) -> dict[str, Any]:
+def to_ours(family: Family, config: ModelConfig, tensors: Mapping[str, Any]) -> dict[str, Any]:
     """The parameter tree, numpy arrays in the file's dtype.  Raises UserError where the tensors are not exactly those
     of `config`: missing, unexpected, or of another shape."""
-    shapes = tree_shapes(config)
-    refuse(hf_shapes(rules, config), {name: tuple(x.shape) for name, x in tensors.items()}, "tensors of the file")
-    leaves: dict[str, np.ndarray] = {}
-    for rule in _applying(rules, shapes):
-        layers = [rule.layout.to_ours(config, np.asarray(tensors[name])) for name in rule.names(shapes)]
-        layers = layers if isinstance(rule.ours, tuple) else [(layer,) for layer in layers]
-        for path, leaf in zip(rule.leaves, map(np.stack, zip(*layers)) if "{i}" in rule.hf else layers[0]):
-            if path in leaves and not np.array_equal(leaves[path], leaf):
-                raise UserError(
-                    f"{rule.hf} differs from the other tensor that holds {path}; make them equal in the file"
-                )
-            leaves[path] = leaf
-    return _nested(leaves)
+    refuse(hf_shapes(family, config), {name: tuple(x.shape) for name, x in tensors.items()}, "tensors of the file")
+    return nested({path: reader.read(config, tensors) for path, reader in readers(family, config).items()})
 
 
-def to_hf(rules: tuple[Rule, ...], config: ModelConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+class Reader(NamedTuple):
+    """Reads one leaf, or a part of it, from the tensors of a file."""
+
+    rule: Rule
+    which: int  # of the rule's leaves
+    names: dict[int, str]
+    shape: tuple[int, ...]
+
+    def read(self, config: ModelConfig, tensors: Mapping[str, Any], index: Any = (), dtype: Any = None) -> np.ndarray:
+        """The leaf at `index` (slices), in `dtype`, or the file's.  No more than one tensor is read at a time."""
+        index = (*index, *[slice(None)] * (len(self.shape) - len(index)))
+        kept = dtype or next((tensors[name].dtype for name in self.names.values()), np.dtype(np.float32))
+        if "{i}" not in self.rule.hf:
+            return np.array(self._layer(config, tensors[self.names[0]])[index], kept)
+        layers = range(self.shape[0])[index[0]]
+        size = tuple(len(range(n)[part]) for n, part in zip(self.shape[1:], index[1:], strict=True))
+        leaf = np.empty((len(layers), *size), kept)
+        for row, i in enumerate(layers):
+            if i not in self.names:
+                leaf[row] = 1
+                continue
+            tensor = tensors[self.names[i]]
+            leaf[row] = self._layer(config, tensor)[index[1:]]
+            if hasattr(tensor, "release"):
+                tensor.release()
+        return leaf
+
+    def _layer(self, config: ModelConfig, tensor: Any) -> np.ndarray:
+        found = self.rule.layout.to_ours(config, tensor.view() if hasattr(tensor, "release") else np.asarray(tensor))
+        return found[self.which] if isinstance(self.rule.ours, tuple) else found
+
+
+def readers(family: Family, config: ModelConfig) -> dict[str, Reader]:
+    """Path of each leaf of the parameter tree -> what reads it."""
+    shapes = tree_shapes(config, family.module)
+    found: dict[str, Reader] = {}
+    for rule in _applying(family.rules, shapes):
+        if not rule.idle:
+            found |= {p: Reader(rule, which, rule.names(shapes), shapes[p]) for which, p in enumerate(rule.leaves)}
+    return found
+
+
+def sources(family: Family, config: ModelConfig) -> dict[str, str]:
+    """Path of each leaf -> the tensor that it is read from, `{i}` being the layer."""
+    return {path: reader.rule.hf for path, reader in readers(family, config).items()}
+
+
+def idle(family: Family, config: ModelConfig) -> set[str]:
+    """The file's tensors that are written and not read."""
+    shapes = tree_shapes(config, family.module)
+    return {name for rule in _applying(family.rules, shapes) if rule.idle for name in rule.names(shapes).values()}
+
+
+def to_hf(family: Family, config: ModelConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The file's tensors, some of them views of `params`.  Raises UserError where `params` is not of `config`."""
-    shapes, leaves = tree_shapes(config), _flat(params)
+    shapes, leaves = tree_shapes(config, family.module), flat(params)
     refuse(shapes, {path: tuple(leaf.shape) for path, leaf in leaves.items()}, "parameters")
     tensors = {}
-    for rule in _applying(rules, shapes):
+    for rule in _applying(family.rules, shapes):
         parts = [np.asarray(leaves[path]) for path in rule.leaves]
-        for i, name in enumerate(rule.names(shapes)):
+        for i, name in rule.names(shapes).items():
             tensors[name] = rule.layout.to_hf(config, *([x[i] for x in parts] if "{i}" in rule.hf else parts))
     return tensors
 
 
-def canonical(family: Family, config: ModelConfig, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors under the names that `family.rules` use, without what the family declares as buffer or copy.
+class Canonical(NamedTuple):
+    """A file's tensors under the names of its family's rules."""
+
+    tensors: dict[str, Any]
+    names: dict[str, str]  # name in the file -> the rules' name; of a copy, that of its original
+    buffers: dict[str, Any]  # what the family declares as such, by its name in the file
+
+
+def canonical(family: Family, config: ModelConfig, tensors: Mapping[str, Any]) -> Canonical:
+    """Renames the tensors, and sets aside what the family declares as buffer or copy.
 
     Raises UserError for two tensors of one name, and for a copy that differs from its original.
     """
-    expected = hf_shapes(family.rules, config)
-    known = expected.keys() | family.copies.keys()
-    buffers = re.compile("|".join(re.escape(name).replace(r"\{i\}", r"\d+") for name in family.buffers) or "(?!)")
-    found: dict[str, Any] = {}
+    shapes = tree_shapes(config, family.module)
+    rules = _applying(family.rules, shapes)
+    expected = {name for rule in rules for name in rule.names(shapes).values()}
+    known = expected | family.copies.keys()
+    pattern = "|".join(re.escape(name).replace(r"\{i\}", r"\d+").replace(r"\*", ".*") for name in family.buffers)
+    buffer = re.compile(pattern or "(?!)")
+    found = Canonical({}, {}, {})
     for written, tensor in tensors.items():
         name = written
         for old, new in family.renames.items():
             name = name.removesuffix(old) + new if name.endswith(old) else name
         full = family.prefix + name
-        name = full if full in known or buffers.fullmatch(full) else name
-        if buffers.fullmatch(name):
+        name = full if full in known or buffer.fullmatch(full) else name
+        if buffer.fullmatch(name) and name not in expected:
+            found.buffers[written] = tensor
             continue
-        if name in found:
+        if name in found.tensors:
             raise UserError(f"two tensors stand for {name}, one of them {written}; remove one from the file")
-        found[name] = tensor
+        found.tensors[name], found.names[written] = tensor, name
     own = set() if config.tied_embeddings else {rule.hf for rule in family.rules}  # not copies, if perhaps unexpected
     for copy, original in family.copies.items():
-        if copy in found and copy not in expected and copy not in own:
-            tensor = found.pop(copy)
+        if copy in found.tensors and copy not in expected and copy not in own:
+            tensor = found.tensors.pop(copy)
             # A writer that drops shared memory may have kept either name.
-            if not np.array_equal(tensor, found.setdefault(original, tensor)):
+            if not equal(tensor, found.tensors.setdefault(original, tensor)):
                 raise UserError(
                     f"{copy} differs from {original}, of which it is a copy in this model; remove one from the file, "
                     f"or set tie_word_embeddings to false in config.json if the model keeps both"
                 )
+            found.names.update({written: original for written, name in found.names.items() if name == copy})
     return found
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Whether two tensors hold the same bytes, read a part at a time."""
+    if a is b or tuple(a.shape) != tuple(b.shape) or not a.shape:
+        return a is b or (tuple(a.shape) == tuple(b.shape) and np.asarray(a).tobytes() == np.asarray(b).tobytes())
+    return all(a[i : i + 1024].tobytes() == b[i : i + 1024].tobytes() for i in range(0, a.shape[0], 1024))
 
 
 def refuse(expected: Mapping[str, tuple], found: Mapping[str, tuple], what: str) -> None:
@@ -174,42 +287,49 @@ def difference(expected: Mapping[str, tuple], found: Mapping[str, tuple]) -> lis
 
 
 @lru_cache
-def tree_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Path -> shape of each leaf of the parameter tree."""
+def tree_shapes(config: ModelConfig, module: Any = None) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of each leaf of the parameter tree of `module(config)`, by default a Transformer's."""
     import jax  # here, so that presets can be listed without it
 
     from jaxlm.nn import transformer
 
-    tree = jax.eval_shape(lambda: transformer.init(transformer.Transformer(config), jax.random.key(0)))
-    return {path: leaf.shape for path, leaf in _flat(tree).items()}
+    made = (module or transformer.Transformer)(config)
+    tree = jax.eval_shape(lambda: transformer.init(made, jax.random.key(0)))
+    return {path: leaf.shape for path, leaf in flat(tree).items()}
 
 
-def hf_shapes(rules: tuple[Rule, ...], config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def hf_shapes(family: Family, config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of each tensor of the file.  Raises ValueError for a leaf that no rule holds."""
-    shapes, held = tree_shapes(config), set[str]()
+    shapes, held = tree_shapes(config, family.module), set[str]()
     expected: dict[str, tuple[int, ...]] = {}
-    for rule in _applying(rules, shapes):
+    for rule in _applying(family.rules, shapes):
         held.update(rule.leaves)
         # One False, seen as the whole leaf (of one layer): the layout itself tells the shape, without its memory.
         layer = [np.broadcast_to(np.False_, shapes[path][1 if "{i}" in rule.hf else 0 :]) for path in rule.leaves]
-        expected |= dict.fromkeys(rule.names(shapes), rule.layout.to_hf(config, *layer).shape)
+        expected |= dict.fromkeys(rule.names(shapes).values(), rule.layout.to_hf(config, *layer).shape)
     if missing := shapes.keys() - held:
         raise ValueError(f"no rule holds {sorted(missing)}; add one to the family's table")
     return expected
 
 
 def _applying(rules: tuple[Rule, ...], shapes: Mapping[str, Any]) -> Iterator[Rule]:
-    return (rule for rule in rules if shapes.keys() >= {*rule.leaves, rule.where or rule.leaves[0]})
+    return (
+        rule
+        for rule in rules
+        if shapes.keys() >= {*rule.leaves, rule.where or rule.leaves[0]} and rule.unless not in shapes
+    )
 
 
-def _flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+def flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Path -> leaf of a tree of dictionaries."""
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
-        leaves |= _flat(value, f"{above}{key}/") if isinstance(value, Mapping) else {above + key: value}
+        leaves |= flat(value, f"{above}{key}/") if isinstance(value, Mapping) else {above + key: value}
     return leaves
 
 
-def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flat`."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
         *above, last = path.split("/")
@@ -229,7 +349,11 @@ ACTIVATIONS = {
     "relu": "relu",
     "silu": "silu",
     "swish": "silu",
+    "tanh": "tanh",
 }
+
+
+_ONE_OF = ("dropout", "attention_dropout")  # fields of which a format may have several kinds
 
 
 class Key(NamedTuple):
@@ -248,28 +372,43 @@ def keyed(
     """`config_from_hf` and `config_to_hf` of a format that says a config key by key.
 
     fixed: the fields of ModelConfig that the format cannot say.  only: the keys of which we know one value.
-    Where two keys say one field, the first is read and both are written.
+    Where two keys say one field, they must agree, but for dropout and the like: there the first one counts.
     """
 
     def from_hf(hf: dict[str, Any]) -> ModelConfig:
         for name, value in only.items():
-            if hf.get(name, value) != value:
+            if hf.get(name) not in (None, value):
                 raise UserError(f"config.json has {name} {hf[name]!r}; only {value!r} is known: choose another model")
         fields: dict[str, Any] = {}
         for key in keys:
             value = hf.get(key.hf, key.default)
             if value is REQUIRED:
                 raise UserError(f"config.json has no {key.hf!r}; add it, or fetch the file again")
-            if key.values is not None and value not in key.values:
-                raise UserError(f"config.json has {key.hf} {value!r}{perhaps(str(value), key.values)}")
-            fields.setdefault(key.ours, value if key.values is None else key.values[value])
-        return ModelConfig(**fixed, **fields)
+            if key.values is not None:
+                known = [ours for theirs, ours in key.values.items() if theirs == value]
+                if not known:
+                    raise UserError(f"config.json has {key.hf} {value!r}{perhaps(str(value), map(str, key.values))}")
+                value = known[0]
+            if key.hf in hf and fields.setdefault(key.ours, value) != value and key.ours not in _ONE_OF:
+                raise UserError(
+                    f"config.json has {key.hf} {value!r}, where another key for the same says {fields[key.ours]!r}; "
+                    f"only equal ones are known: choose another model"
+                )
+            fields.setdefault(key.ours, value)
+        return ModelConfig(**{**fixed, **fields})
 
     def to_hf(config: ModelConfig) -> dict[str, Any]:
         hf, config = dict(only), resolved(config)
         for key in keys:
             value = getattr(config, key.ours)
-            hf[key.hf] = value if key.values is None else {v: k for k, v in reversed(tuple(key.values.items()))}[value]
+            if key.values is not None:
+                names = [theirs for theirs, ours in key.values.items() if ours == value]
+                if not names:
+                    raise UserError(
+                        f"the format cannot say {key.ours} {value!r}{perhaps(str(value), key.values.values())}"
+                    )
+                value = names[0]
+            hf[key.hf] = value
         return hf
 
     return from_hf, to_hf
@@ -277,31 +416,80 @@ def keyed(
 
 def resolved(config: ModelConfig) -> ModelConfig:
     """The config with the sizes that it leaves to others spelled out."""
-    return dataclasses.replace(config, kv_heads=config.K, head_width=config.C, mlp_width=config.F)
+    kinds = config.layer_kinds
+    sizes: dict[str, Any] = {
+        "kv_heads": config.K,
+        "head_width": config.C,
+        "mlp_width": config.F,
+        "attention_scale": config.C**-0.5 if config.attention_scale is None else config.attention_scale,
+        "distinct_layers": config.distinct_layers or config.layers,
+        "decoder_layers": config.decoder_layers or config.layers,
+        "layer_kinds": tuple(kinds[i % len(kinds)] for i in range(config.layers)),
+        "transform_activation": config.transform_activation or config.activation,
+    }
+    return dataclasses.replace(config, **sizes)
+
+
+def shortest(kinds: list[Any]) -> tuple[Any, ...]:
+    """The shortest beginning of `kinds` that gives them all when it is repeated."""
+    return next(
+        tuple(kinds[:n]) for n in range(1, len(kinds) + 1) if all(k == kinds[i % n] for i, k in enumerate(kinds))
+    )
 
 
 def says(family: Family, config: ModelConfig) -> bool:
     """Whether the format can say what the model computes: `config` comes back from it, but for what inference does not
     see.  Dropout and initial weights are written where the format has a place for them, and may be lost."""
-    said = family.config_from_hf(family.config_to_hf(config))
+    if heads(family, config) is None:
+        return False
     try:
+        said = family.config_from_hf(family.config_to_hf(config) | {"architectures": [heads(family, config)]})
         said.check()
     except UserError:  # such as heads that do not divide the width, in a format that cannot say a head width
         return False
-    return _seen(said) == _seen(config) and heads(family, config) is not None
+    said = dataclasses.replace(said, heads_on_top=config.heads_on_top)
+    return seen(said if family.ties else dataclasses.replace(said, tied_embeddings=config.tied_embeddings)) == seen(
+        config
+    )
 
 
 def heads(family: Family, config: ModelConfig) -> str | None:
     """The class in transformers with the config's heads, or None."""
+    if family.encoder and config.structure == "encoder":
+        return None if config.heads_on_top else family.encoder
     return next((name for had, name in family.heads.items() if set(had) == set(config.heads_on_top)), None)
 
 
-def _seen(config: ModelConfig) -> ModelConfig:
-    unseen: dict[str, Any] = {
-        "dropout": 0.0,
-        "attention_dropout": 0.0,
-        "initial_std": 0.0,
-        "scale_residual_init": False,
+def seen(config: ModelConfig) -> ModelConfig:
+    """The config with nothing but what inference computes by, so that equal ones compute alike."""
+    config, on_top = resolved(config), set(config.heads_on_top)
+    rotary, scaling = config.positions == "rotary", config.rotary_scaling
+    unseen = {  # fields -> whether they are of no effect
+        ("dropout", "attention_dropout", "initial_std", "scale_residual_init", "labels", "start_token"): True,
+        ("max_length",): config.positions != "learned",
+        ("position_offset", "padding_token"): config.positions != "learned",
+        ("rotary_base",): not rotary and config.positions != "sinusoidal",
+        ("rotary_scaling", "rotary_attention"): not rotary,
+        ("rotary_factor",): not rotary or scaling == "none",
+        ("rotary_length", "rotary_low", "rotary_high"): not rotary or scaling not in ("llama3", "yarn"),
+        ("local_rotary_base",): not rotary or "local" not in config.layer_kinds,
+        ("window",): "local" not in config.layer_kinds,
+        ("relative_buckets", "relative_distance"): config.relative == "none",
+        ("relative_terms", "relative_shared", "relative_norm"): config.relative != "disentangled",
+        ("attention_scale",): config.relative == "disentangled",
+        ("decoder_layers",): config.structure != "encoder_decoder",
+        ("scale_logits", "logit_cap"): "lm" not in on_top,
+        ("tied_embeddings",): not on_top & {"lm", "masked_lm"},
+        ("transform_activation",): "masked_lm" not in on_top and not config.shared_transform,
+        ("classes_from", "classes_activation"): "classes" not in on_top,
     }
-    unseen |= {"heads_on_top": ()} | ({"rotary_base": 0.0} if config.positions == "learned" else {})
-    return dataclasses.replace(resolved(config), **unseen)
+    no_bias = {
+        "norm": config.norm != "layernorm",
+        "transform": "masked_lm" not in on_top and not config.shared_transform,
+        "classes": "classes" not in on_top,
+        "lm": "lm" not in on_top,
+    }
+    biases = tuple(sorted(bias for bias in config.biases if not no_bias.get(bias)))
+    plain = dataclasses.asdict(ModelConfig())
+    fields = {name: plain[name] for names, without in unseen.items() if without for name in names}
+    return dataclasses.replace(config, biases=biases, **fields)

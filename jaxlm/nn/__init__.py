@@ -6,5 +6,6 @@ In tensor code a name carries its shape, in these letters:
     T  positions (queries)      H  attention heads         L  layers
     S  positions (keys)         K  key-value heads         P  positions that have an embedding
     E  examples in a row        G  heads per key-value head
-    F  MLP width                C  head width
+    F  MLP width                C  head width              R  relative distances
+    W  embedding width          c  pairs in a head         N  labels
 """

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention (Vaswani et al. 2017): self and cross, grouped queries, cached."""
+"""Scaled dot-product attention (Vaswani et al. 2017): self and cross, grouped queries, local, relative, cached."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import ModelConfig
-from jaxlm.nn.layers import Dropout, Linear, residual_std
-from jaxlm.nn.positions import rotary
+from jaxlm.nn.layers import Dropout, Linear, Norm, residual_std
+from jaxlm.nn.positions import Distances, Turns, rotate
 
 BLOCK = 64  # queries, at the least, in a block of causal attention
 MASKED = -1e30  # finite, so that a padding row with nothing to attend to gives numbers, not NaN
@@ -25,18 +25,47 @@ class Cache(NamedTuple):
     v_BSKC: jax.Array
 
 
-def self_mask(segments_BT: jax.Array, causal: bool) -> jax.Array:
-    """[B, T, T], True where query t may see key s: the same example of the row and, if causal, not later."""
+class Sight(NamedTuple):
+    """What a layer's queries may see, and how far away it is: the same for all layers of a kind.
+
+    mask_BTS: True where query t may see key s.  causal: the mask hides later positions of the row.
+    turns, bias_BHTS, distances: rotary, T5's and DeBERTa's positions, where the model has them; B may be 1.
+    """
+
+    mask_BTS: jax.Array
+    causal: bool = False
+    turns: Turns | None = None
+    bias_BHTS: jax.Array | None = None
+    distances: Distances | None = None
+
+
+def self_mask(segments_BT: jax.Array, causal: bool, window: int | None = None) -> jax.Array:
+    """[B, T, T], True where query t may see key s: the same example of the row, if causal not later, and less than
+    `window` places away."""
     mask_BTS = cross_mask(segments_BT, segments_BT)
+    T = jnp.arange(segments_BT.shape[1])
     if causal:
-        T = segments_BT.shape[1]
-        mask_BTS &= jnp.tril(jnp.ones((T, T), bool))
+        mask_BTS &= T[:, None] >= T
+    if window is not None:
+        mask_BTS &= jnp.abs(T[:, None] - T) < window
     return mask_BTS
 
 
 def cross_mask(segments_BT: jax.Array, segments_BS: jax.Array) -> jax.Array:
-    """[B, T, S], True where query t and key s belong to the same example; padding (segment 0) sees nothing."""
-    return (segments_BT[:, :, None] == segments_BS[:, None, :]) & (segments_BT[:, :, None] > 0)
+    """[B, T, S], True where query t and key s belong to the same example.
+
+    Padding (segment 0) is seen by nobody.  What it sees itself is read nowhere; as in transformers, it sees all others.
+    """
+    q_BT1, k_B1S = segments_BT[:, :, None], segments_BS[:, None, :]
+    return ((q_BT1 == k_B1S) | (q_BT1 == 0)) & (k_B1S > 0)
+
+
+class Scores(NamedTuple):
+    """What is done to the products of queries and keys before the softmax."""
+
+    scale: float
+    cap: float = 0.0
+    bias_BHTS: jax.Array | None = None
 
 
 def dot_product_attention(
@@ -44,39 +73,50 @@ def dot_product_attention(
     k_BSKC: jax.Array,
     v_BSKC: jax.Array,
     mask_BTS: jax.Array,
+    scores: Scores | None = None,
     dropout: Callable[[jax.Array], jax.Array] = lambda weights: weights,
     *,
     causal: bool = False,
 ) -> jax.Array:
-    """`softmax(q k / sqrt(C)) v` [B, T, H, C]: each of the K key-value heads serves H / K query heads.
+    """`softmax(q k scale) v` [B, T, H, C]: each of the K key-value heads serves H / K query heads.
 
     Scores and softmax are float32, whatever the dtype of the products.  `causal` promises that key s is masked from
     query t < s; blocks of queries then read only the keys up to their end, which saves up to half of the work.
     """
+    scores = scores or Scores(1 / math.sqrt(q_BTHC.shape[-1]))
     T, block = q_BTHC.shape[1], max(BLOCK, -(-q_BTHC.shape[1] // 8))
-    starts = range(0, T, block) if causal else [0]
+    if not causal or block >= T:
+        return _attend(q_BTHC, k_BSKC, v_BSKC, mask_BTS, scores, dropout)[0]
     out = []
-    for start in starts:
-        q, s = slice(start, min(start + block, T)) if causal else slice(None), slice(start + block if causal else None)
-        out.append(_attend(q_BTHC[:, q], k_BSKC[:, s], v_BSKC[:, s], mask_BTS[:, q, s], dropout))
+    for start in range(0, T, block):
+        q, s = slice(start, min(start + block, T)), slice(start + block)
+        bias = None if scores.bias_BHTS is None else scores.bias_BHTS[:, :, q, s]
+        these = scores._replace(bias_BHTS=bias)
+        out.append(_attend(q_BTHC[:, q], k_BSKC[:, s], v_BSKC[:, s], mask_BTS[:, q, s], these, dropout)[0])
     return jnp.concatenate(out, axis=1)
 
 
 def _attend(
-    q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, mask_BTS: jax.Array, dropout: Callable
-) -> jax.Array:
+    q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, mask_BTS: jax.Array, how: Scores, dropout: Callable
+) -> tuple[jax.Array, jax.Array]:
+    """The attended values [B, T, H, C], and the weights [B, H, T, S]."""
     B, T, H, C = q_BTHC.shape
-    K = k_BSKC.shape[2]
-    q_BKGTC = (q_BTHC / math.sqrt(C)).reshape(B, T, K, H // K, C).transpose(0, 2, 3, 1, 4)
+    K, S = k_BSKC.shape[2], k_BSKC.shape[1]
+    q_BKGTC = (q_BTHC * how.scale).reshape(B, T, K, H // K, C).transpose(0, 2, 3, 1, 4)
     k_BKSC, v_BKSC = k_BSKC.transpose(0, 2, 1, 3), v_BSKC.transpose(0, 2, 1, 3)
     scores_BKGTS = jnp.einsum("BKGTC,BKSC->BKGTS", q_BKGTC, k_BKSC, preferred_element_type=jnp.float32)
+    if how.bias_BHTS is not None:
+        scores_BKGTS += how.bias_BHTS.reshape(-1, K, H // K, T, S)
+    if how.cap:
+        scores_BKGTS = how.cap * jnp.tanh(scores_BKGTS / how.cap)
     scores_BKGTS += jnp.where(mask_BTS, 0.0, MASKED)[:, None, None]
     # The softmax's division comes last, on [T, C] instead of [T, S].
     exps_BKGTS = jnp.exp(scores_BKGTS - jax.lax.stop_gradient(scores_BKGTS.max(-1, keepdims=True)))
     sums_BKGT1 = exps_BKGTS.sum(-1, keepdims=True)
     weights_BKGTS = dropout(exps_BKGTS).astype(v_BSKC.dtype)
     out_BKGTC = jnp.einsum("BKGTS,BKSC->BKGTC", weights_BKGTS, v_BKSC, preferred_element_type=jnp.float32) / sums_BKGT1
-    return out_BKGTC.transpose(0, 3, 1, 2, 4).reshape(B, T, H, C).astype(v_BSKC.dtype)
+    out_BTHC = out_BKGTC.transpose(0, 3, 1, 2, 4).reshape(B, T, H, C).astype(v_BSKC.dtype)
+    return out_BTHC, (exps_BKGTS / sums_BKGT1).reshape(B, H, T, S)
 
 
 class Attention(nn.Module):
@@ -90,25 +130,25 @@ class Attention(nn.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        mask_BTS: jax.Array,
+        sight: Sight,
         positions_BT: jax.Array,
         context_BSD: jax.Array | None = None,
         cache: Cache | None = None,
-        causal: bool = False,
-    ) -> tuple[jax.Array, Cache | None]:
-        """The attended values [B, T, D] and, where a cache was given, the cache with this call's keys and values.
-
-        `causal` says that the mask hides later positions of the row; it adds nothing to the mask.
-        """
+        weights: bool = False,
+    ) -> tuple[jax.Array, Cache | None, jax.Array | None]:
+        """The attended values [B, T, D]; where a cache was given, the cache with this call's keys and values; where
+        asked for, the attention weights [B, H, T, S]."""
         config = self.config
-        heads = lambda name, n: Linear((n, config.C), config.initial_std, config.biases, dtype=self.dtype, name=name)
+        biased = "query_key_value" in config.biases
+        heads = lambda name, n: Linear((n, config.C), config.initial_std, biased, dtype=self.dtype, name=name)
+        query, key, value = heads("query", config.heads), heads("key", config.K), heads("value", config.K)
         source = x_BTD if context_BSD is None else context_BSD
-        q_BTHC = heads("query", config.heads)(x_BTD)
-        k_BSKC = heads("key", config.K)(source)
-        v_BSKC = heads("value", config.K)(source)
-        if config.positions == "rotary" and context_BSD is None:
-            q_BTHC = rotary(q_BTHC, positions_BT, config.rotary_base)
-            k_BSKC = rotary(k_BSKC, positions_BT, config.rotary_base)
+        q_BTHC, k_BSKC, v_BSKC = query(x_BTD), key(source), value(source)
+        if config.query_key_norm:
+            q_BTHC = Norm(config, self.dtype, name="query_norm")(q_BTHC)
+            k_BSKC = Norm(config, self.dtype, name="key_norm")(k_BSKC)
+        if sight.turns is not None:
+            q_BTHC, k_BSKC = rotate(q_BTHC, sight.turns), rotate(k_BSKC, sight.turns)
         if cache is not None:
             rows_B1 = jnp.arange(x_BTD.shape[0])[:, None]
             cache = Cache(
@@ -119,7 +159,37 @@ class Attention(nn.Module):
         q_BTHC = self.constrain(q_BTHC, ("batch", "length", "heads", "head_width"))
         k_BSKC = self.constrain(k_BSKC, ("batch", "length", "kv_heads", "head_width"))
         v_BSKC = self.constrain(v_BSKC, ("batch", "length", "kv_heads", "head_width"))
+        scale = 1 / math.sqrt(config.C) if config.attention_scale is None else config.attention_scale
+        bias_BHTS = sight.bias_BHTS
+        if sight.distances is not None:
+            scale = 1 / math.sqrt(config.C * (1 + len(config.relative_terms)))
+            if not config.relative_shared:
+                query = heads("relative_query", config.heads) if "p2c" in config.relative_terms else query
+                key = heads("relative_key", config.K) if "c2p" in config.relative_terms else key
+            bias_BHTS = scale * self._disentangled(q_BTHC, k_BSKC, sight.distances, query, key)
+        scores = Scores(scale, config.attention_cap, bias_BHTS)
         dropout = Dropout(config.attention_dropout, name="dropout")
-        out_BTHC = dot_product_attention(q_BTHC, k_BSKC, v_BSKC, mask_BTS, dropout, causal=causal)
-        out = Linear((config.width,), residual_std(config), config.biases, contract=2, dtype=self.dtype, name="out")
-        return out(out_BTHC), cache
+        weights_BHTS = None
+        if weights:
+            out_BTHC, weights_BHTS = _attend(q_BTHC, k_BSKC, v_BSKC, sight.mask_BTS, scores, dropout)
+        else:
+            out_BTHC = dot_product_attention(
+                q_BTHC, k_BSKC, v_BSKC, sight.mask_BTS, scores, dropout, causal=sight.causal
+            )
+        biased = "out" in config.biases
+        out = Linear((config.width,), residual_std(config), biased, contract=2, dtype=self.dtype, name="out")
+        return out(out_BTHC), cache, weights_BHTS
+
+    def _disentangled(
+        self, q_BTHC: jax.Array, k_BSHC: jax.Array, distances: Distances, query: Callable, key: Callable
+    ) -> jax.Array:
+        """DeBERTa's terms of content and relative position [B, H, T, S], unscaled (He et al. 2021, equation 4)."""
+        embeddings_RD = Dropout(self.config.dropout, name="relative_dropout")(distances.embeddings_RD)
+        terms: Any = 0.0
+        if "c2p" in self.config.relative_terms:
+            scores_BHTR = jnp.einsum("BTHC,RHC->BHTR", q_BTHC, key(embeddings_RD), preferred_element_type=jnp.float32)
+            terms += jnp.take_along_axis(scores_BHTR, distances.rows_TS[None, None], -1)
+        if "p2c" in self.config.relative_terms:
+            scores_BHSR = jnp.einsum("BSHC,RHC->BHSR", k_BSHC, query(embeddings_RD), preferred_element_type=jnp.float32)
+            terms += jnp.take_along_axis(scores_BHSR, distances.rows_TS.T[None, None], -1).swapaxes(-1, -2)
+        return terms

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import ModelConfig
-from jaxlm.nn.layers import ACTIVATIONS, Linear, Norm
+from jaxlm.nn.layers import ACTIVATIONS, Dropout, Linear, Norm
 
 
 class Vocabulary(nn.Module):
@@ -28,7 +28,7 @@ class Vocabulary(nn.Module):
             kernel_VD = embedding_VD
         else:
             init = nn.initializers.normal(config.initial_std)
-            kernel_VD = self.param("kernel", init, (config.vocabulary, config.width), jnp.float32)
+            kernel_VD = self.param("kernel", init, (config.vocabulary, x_BTD.shape[-1]), jnp.float32)
         logits_BTV = jnp.einsum(
             "...D,VD->...V",
             x_BTD.astype(self.dtype),
@@ -40,20 +40,37 @@ class Vocabulary(nn.Module):
         return self.constrain(logits_BTV, ("batch", "length", "vocabulary"))
 
 
+def _transform(config: ModelConfig, x_BTD: jax.Array, width: int, dtype: Any) -> jax.Array:
+    """A projection to `width`, activation and norm (Devlin et al. 2019): parts of the module that calls."""
+    bias = "transform" in config.biases
+    x_BTD = Linear((width,), config.initial_std, bias, dtype=dtype, name="transform")(x_BTD)
+    return Norm(config, dtype, name="norm")(ACTIVATIONS[config.transform_activation or config.activation](x_BTD))
+
+
+class Transform(nn.Module):
+    """The transform of a model that has one before several heads (ModernBERT)."""
+
+    config: ModelConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        return _transform(self.config, x_BTD, self.config.width, self.dtype)
+
+
 class MaskedLM(nn.Module):
-    """BERT's masked language model head: a transform before the vocabulary (Devlin et al. 2019)."""
+    """BERT's masked language model head: a transform, unless the model shares one, then the vocabulary."""
 
     config: ModelConfig
     constrain: Callable
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, embedding_VD: jax.Array) -> jax.Array:
-        config = self.config
-        x_BTD = Linear((config.width,), config.initial_std, dtype=self.dtype, name="transform")(x_BTD)
-        x_BTD = Norm(config, self.dtype, name="norm")(ACTIVATIONS[config.activation](x_BTD))
-        vocabulary = Vocabulary(config, self.constrain, bias=True, dtype=self.dtype, name="vocabulary")
-        return vocabulary(x_BTD, embedding_VD)
+    def __call__(self, x_BTD: jax.Array, embedding_VW: jax.Array) -> jax.Array:
+        if not self.config.shared_transform:
+            x_BTD = _transform(self.config, x_BTD, self.config.W, self.dtype)
+        vocabulary = Vocabulary(self.config, self.constrain, bias=True, dtype=self.dtype, name="vocabulary")
+        return vocabulary(x_BTD, embedding_VW)
 
 
 class Pooled(nn.Module):
@@ -65,3 +82,49 @@ class Pooled(nn.Module):
     @nn.compact
     def __call__(self, x_BED: jax.Array) -> jax.Array:
         return jnp.tanh(Linear((self.config.width,), self.config.initial_std, dtype=self.dtype, name="dense")(x_BED))
+
+
+class Classes(nn.Module):
+    """Logits [..., N], float32, of an example from the state that stands for it: after a projection and activation
+    where the model has them."""
+
+    config: ModelConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BED: jax.Array) -> jax.Array:
+        config = self.config
+        dropout = Dropout(config.dropout, name="dropout")
+        if config.classes_activation is not None:
+            dense = Linear((config.width,), config.initial_std, dtype=self.dtype, name="dense")
+            x_BED = ACTIVATIONS[config.classes_activation](dense(x_BED))
+        bias = "classes" in config.biases
+        out = Linear((len(config.labels),), config.initial_std, bias, dtype=self.dtype, name="out")
+        return out(dropout(x_BED)).astype(jnp.float32)
+
+
+class PerToken(nn.Module):
+    """Logits [..., n], float32, of each token."""
+
+    config: ModelConfig
+    outputs: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        x_BTD = Dropout(self.config.dropout, name="dropout")(x_BTD)
+        return Linear((self.outputs,), self.config.initial_std, dtype=self.dtype, name="out")(x_BTD).astype(jnp.float32)
+
+
+class Replaced(nn.Module):
+    """Logits [...], float32, that a token was replaced: ELECTRA's discriminator (Clark et al. 2020)."""
+
+    config: ModelConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        config = self.config
+        x_BTD = Linear((config.width,), config.initial_std, dtype=self.dtype, name="dense")(x_BTD)
+        out = Linear((1,), config.initial_std, dtype=self.dtype, name="out")
+        return out(ACTIVATIONS[config.activation](x_BTD))[..., 0].astype(jnp.float32)

@@ -20,6 +20,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
+    "tanh": jnp.tanh,
 }
 
 
@@ -50,13 +51,15 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        D, centred = x_BTD.shape[-1], self.config.norm == "layernorm"
+        config, D = self.config, x_BTD.shape[-1]
+        centred, plus_one = config.norm == "layernorm", config.norm == "rmsnorm_plus_one"
         x = x_BTD.astype(jnp.float32)
         if centred:
             x -= x.mean(-1, keepdims=True)
-        x *= jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.config.norm_epsilon)
-        x *= self.param("scale", nn.initializers.ones, (D,), jnp.float32)
-        if centred:
+        x *= jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + config.norm_epsilon)
+        init = nn.initializers.zeros if plus_one else nn.initializers.ones
+        x *= plus_one + self.param("scale", init, (D,), jnp.float32)
+        if centred and "norm" in config.biases:
             x += self.param("bias", nn.initializers.zeros, (D,), jnp.float32)
         return x.astype(self.dtype)
 
@@ -91,7 +94,8 @@ class MLP(nn.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         config = self.config
         activation = ACTIVATIONS[config.activation]
-        linear = lambda name, features, std: Linear((features,), std, config.biases, dtype=self.dtype, name=name)
+        bias = "mlp" in config.biases
+        linear = lambda name, features, std: Linear((features,), std, bias, dtype=self.dtype, name=name)
         x_BTF = linear("up", config.F, config.initial_std)(x_BTD)
         if config.gated:
             x_BTF *= activation(linear("gate", config.F, config.initial_std)(x_BTD))

@@ -29,16 +29,32 @@ class Parameter(NamedTuple):
     inputs: int = 0
 
 
-_LAYER = r"(encoder|decoder)/layers"
+_STACK = r"(encoder|decoder)"
+_LAYER = _STACK + r"/layers"
 _ATTENTION = _LAYER + r"/(cross_)?attention"
+_EMBEDDINGS = r"(decoder_)?embeddings"
+_DENSE = r"(pooled_head|classes_head|replaced_head)/dense"
+_OUT = r"(next_sentence_head|(classes_head|tokens_head|span_head|replaced_head)/out)"
 TABLE = (
     Parameter(r"embeddings/tokens", ("vocabulary", "width"), True, "embeddings"),
-    Parameter(r"embeddings/(positions|types)", (None, "width"), True, "embeddings"),
-    Parameter(r"embeddings/norm/(scale|bias)", (None,), False, "embeddings"),
-    Parameter(_ATTENTION + r"/query/kernel", ("layers", "width", "heads", "head_width"), True, "layers", 1),
-    Parameter(_ATTENTION + r"/query/bias", ("layers", "heads", "head_width"), False, "layers"),
-    Parameter(_ATTENTION + r"/(key|value)/kernel", ("layers", "width", "kv_heads", "head_width"), True, "layers", 1),
-    Parameter(_ATTENTION + r"/(key|value)/bias", ("layers", "kv_heads", "head_width"), False, "layers"),
+    Parameter(_EMBEDDINGS + r"/(positions|types)", (None, "width"), True, "embeddings"),
+    Parameter(_EMBEDDINGS + r"/norm/(scale|bias)", (None,), False, "embeddings"),
+    Parameter(_EMBEDDINGS + r"/project/kernel", (None, "width"), True, "embeddings"),
+    Parameter(_EMBEDDINGS + r"/project/bias", (None,), False, "embeddings"),
+    Parameter(_STACK + r"/relative/buckets", (None, None), True, "embeddings"),
+    Parameter(_STACK + r"/relative/distances", (None, "width"), True, "embeddings"),
+    Parameter(_STACK + r"/relative/norm/(scale|bias)", (None,), False, "embeddings"),
+    Parameter(_ATTENTION + r"/(relative_)?query/kernel", ("layers", "width", "heads", "head_width"), True, "layers", 1),
+    Parameter(_ATTENTION + r"/(relative_)?query/bias", ("layers", "heads", "head_width"), False, "layers"),
+    Parameter(
+        _ATTENTION + r"/(key|value|relative_key)/kernel",
+        ("layers", "width", "kv_heads", "head_width"),
+        True,
+        "layers",
+        1,
+    ),
+    Parameter(_ATTENTION + r"/(key|value|relative_key)/bias", ("layers", "kv_heads", "head_width"), False, "layers"),
+    Parameter(_ATTENTION + r"/(query|key)_norm/(scale|bias)", ("layers", None), False, "layers"),
     Parameter(_ATTENTION + r"/out/kernel", ("layers", "heads", "head_width", "width"), True, "layers", 2),
     Parameter(_ATTENTION + r"/out/bias", ("layers", None), False, "layers"),
     Parameter(_LAYER + r"/mlp/(up|gate)/kernel", ("layers", "width", "mlp"), True, "layers", 1),
@@ -46,15 +62,16 @@ TABLE = (
     Parameter(_LAYER + r"/mlp/down/kernel", ("layers", "mlp", "width"), True, "layers", 1),
     Parameter(_LAYER + r"/mlp/down/bias", ("layers", None), False, "layers"),
     Parameter(_LAYER + r"/\w+_norm/(scale|bias)", ("layers", None), False, "layers"),
-    Parameter(r"(encoder|decoder)/norm/(scale|bias)", (None,), False, "head"),
+    Parameter(_STACK + r"/norm/(scale|bias)", (None,), False, "head"),
     Parameter(r"lm_head/kernel", ("vocabulary", "width"), True, "head"),
-    Parameter(r"masked_lm_head/transform/kernel", ("width", None), True, "head"),
-    Parameter(r"masked_lm_head/(transform|norm)/(bias|scale)", (None,), False, "head"),
+    Parameter(r"lm_head/bias", ("vocabulary",), False, "head"),
+    Parameter(r"(masked_lm|transform)_head/transform/kernel", ("width", None), True, "head"),
+    Parameter(r"(masked_lm|transform)_head/(transform|norm)/(bias|scale)", (None,), False, "head"),
     Parameter(r"masked_lm_head/vocabulary/kernel", ("vocabulary", "width"), True, "head"),
     Parameter(r"masked_lm_head/vocabulary/bias", ("vocabulary",), False, "head"),
-    Parameter(r"pooled_head/dense/kernel", ("width", None), True, "head"),
-    Parameter(r"next_sentence_head/kernel", ("width", None), True, "head"),
-    Parameter(r"(pooled_head/dense|next_sentence_head)/bias", (None,), False, "head"),
+    Parameter(_DENSE + r"/kernel", ("width", None), True, "head"),
+    Parameter(_OUT + r"/kernel", ("width", None), True, "head"),
+    Parameter(rf"({_DENSE}|{_OUT})/bias", (None,), False, "head"),
 )
 
 PARTS = ("trained", "frozen", "muon", "adam")  # labels of `optax.partition`, keys in the states of its parts
@@ -75,11 +92,18 @@ def path_of(key_path: tuple[Any, ...]) -> str:
     return "/".join(key for key in keys if key not in PARTS)
 
 
+def _own(path: str, dimensions: int) -> Parameter | None:
+    """The row of a module that a user has put on top, and called `own` or `own_...`: not split, decays as usual."""
+    if path.split("/")[0].split("_")[0] != "own":
+        return None
+    return Parameter(path, (None,) * dimensions, dimensions > 1, "head")
+
+
 def rows(params: Any) -> Any:
     """The tree of rows of a parameter tree.  Raises ValueError for a leaf that no row, or more than one, describes."""
 
     def row(key_path: tuple[Any, ...], leaf: Any) -> Parameter:
-        found = find(path_of(key_path))
+        found = find(path_of(key_path)) or _own(path_of(key_path), leaf.ndim)
         if found is None or len(found.axes) != leaf.ndim:
             raise ValueError(
                 f"parameter {path_of(key_path)} {leaf.shape} has no row in jaxlm.nn.parameters.TABLE; "

@@ -1,6 +1,7 @@
 """The stacked Transformer: encoder, decoder, or both, from the closed choices of `ModelConfig`.
 
-Layers of a stack live in one leaf with a leading layer axis (`nn.scan`), so that compile time does not grow with depth.
+Layers of a stack live in one leaf with a leading layer axis and are scanned, so that compile time does not grow with
+depth.
 `constrain(x, logical_axes)` pins an activation to the mesh; the identity where there is none.
 """
 
@@ -8,17 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jaxlm.config import ModelConfig
-from jaxlm.nn.attention import Attention, Cache, cross_mask, self_mask
-from jaxlm.nn.heads import MaskedLM, Pooled, Vocabulary
+from jaxlm.nn.attention import Attention, Cache, Sight, cross_mask, self_mask
+from jaxlm.nn.heads import Classes, MaskedLM, PerToken, Pooled, Replaced, Transform, Vocabulary
 from jaxlm.nn.layers import MLP, Dropout, Linear, Norm
-from jaxlm.nn.positions import sinusoidal
+from jaxlm.nn.positions import Buckets, Disentangled, sinusoidal, turns
 
 REMAT = {
     "full": None,  # keep nothing but the layer's input
@@ -26,41 +27,64 @@ REMAT = {
 }
 
 
-def _identity(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+def no_constraint(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """Leaves an activation where it is."""
     return x
 
 
 class Embeddings(nn.Module):
-    """Token, position and type embeddings, summed: [B, T, D]."""
+    """Token, position and type embeddings, summed: [B, T, D].
+
+    A decoder beside an encoder has no tokens of its own (`shared`): it is handed the encoder's.
+    """
 
     config: ModelConfig
     dtype: Any = jnp.float32
+    shared: bool = False
 
     def setup(self) -> None:
         config, init = self.config, nn.initializers.normal(self.config.initial_std)
-        self.tokens = self.param("tokens", init, (config.vocabulary, config.width), jnp.float32)
+        if not self.shared:
+            self.tokens = self.param("tokens", init, (config.vocabulary, config.W), jnp.float32)
         if config.positions == "learned":
-            self.positions = self.param("positions", init, (config.max_length, config.width), jnp.float32)
+            rows = config.position_offset + config.max_length
+            self.positions = self.param("positions", init, (rows, config.W), jnp.float32)
         if config.types:
-            self.types = self.param("types", init, (config.types, config.width), jnp.float32)
+            self.types = self.param("types", init, (config.types, config.W), jnp.float32)
         if config.embedding_norm:
             self.norm = Norm(config)
+        if config.embedding_width is not None:
+            self.project = Linear((config.width,), config.initial_std)
         self.dropout = Dropout(config.dropout)
 
-    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, types_BT: jax.Array | None) -> jax.Array:
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        types_BT: jax.Array | None = None,
+        tokens_VW: jax.Array | None = None,
+    ) -> jax.Array:
         config = self.config
-        x_BTD = self.tokens[tokens_BT]
+        x_BTW = (self.tokens if tokens_VW is None else tokens_VW)[tokens_BT]
         if config.scale_embeddings:
-            x_BTD *= math.sqrt(config.width)
+            x_BTW *= math.sqrt(config.width)
         if config.positions == "learned":
-            x_BTD += self.positions[positions_BT]
+            x_BTW += self.positions[config.position_offset + positions_BT]
         elif config.positions == "sinusoidal":
-            x_BTD += sinusoidal(positions_BT, config.width, config.rotary_base)
+            x_BTW += sinusoidal(positions_BT, config.W, config.rotary_base)
         if config.types:
-            x_BTD += self.types[jnp.zeros_like(tokens_BT) if types_BT is None else types_BT]
+            x_BTW += self.types[jnp.zeros_like(tokens_BT) if types_BT is None else types_BT]
         if config.embedding_norm:
-            x_BTD = self.norm(x_BTD)
-        return self.dropout(x_BTD).astype(self.dtype)
+            x_BTW = self.norm(x_BTW)
+        x_BTW = self.dropout(x_BTW)
+        return (x_BTW if config.embedding_width is None else self.project(x_BTW)).astype(self.dtype)
+
+
+class Inside(NamedTuple):
+    """What a layer did, where it is asked for: its attention weights [B, H, T, S], over itself and over the context."""
+
+    attention_BHTS: jax.Array | None
+    cross_attention_BHTS: jax.Array | None
 
 
 class Block(nn.Module):
@@ -69,51 +93,68 @@ class Block(nn.Module):
     config: ModelConfig
     constrain: Callable
     dtype: Any = jnp.float32
-    causal: bool = False
+    inside: bool = False  # whether attention weights are returned
 
     @nn.compact
     def __call__(
         self,
         x_BTD: jax.Array,
-        mask_BTT: jax.Array,
+        layer: jax.Array | int,
+        sight: Sight,
         positions_BT: jax.Array,
         context_BSD: jax.Array | None = None,
-        context_mask_BTS: jax.Array | None = None,
+        context_sight: Sight | None = None,
         cache: Cache | None = None,
-    ) -> tuple[jax.Array, Cache | None]:
+    ) -> tuple[jax.Array, Cache | None, Inside]:
+        """`layer` is the layer's number, from 0."""
         config = self.config
         parts = {"config": config, "constrain": self.constrain, "dtype": self.dtype}
+        seen: dict[str, jax.Array | None] = {"attention": None, "cross_attention": None}
 
-        def residual(x: jax.Array, name: str, layer: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        def residual(x: jax.Array, name: str, sublayer: Callable[[jax.Array], jax.Array]) -> jax.Array:
             norm, dropout = Norm(config, self.dtype, name=f"{name}_norm"), Dropout(config.dropout)
-            if config.norm_place == "pre":
-                x = x + dropout(layer(norm(x)))
+            if config.norm_place == "post":
+                x = norm(x + dropout(sublayer(x)))
             else:
-                x = norm(x + dropout(layer(x)))
+                normed = norm(x)
+                if name == "attention" and not config.first_norm:
+                    normed = jnp.where(jnp.equal(layer, 0), x, normed)
+                y = dropout(sublayer(normed))
+                if config.norm_place == "sandwich":
+                    y = Norm(config, self.dtype, name=f"{name}_out_norm")(y)
+                x = x + y
             return self.constrain(x, ("batch", "length", None))
 
         def attend(x: jax.Array) -> jax.Array:
             nonlocal cache
-            x, cache = Attention(**parts, name="attention")(
-                x, mask_BTT, positions_BT, cache=cache, causal=self.causal and cache is None
-            )
+            attention = Attention(**parts, name="attention")
+            x, cache, seen["attention"] = attention(x, sight, positions_BT, cache=cache, weights=self.inside)
             return x
 
         def cross(x: jax.Array) -> jax.Array:
-            assert context_mask_BTS is not None
-            return Attention(**parts, name="cross_attention")(x, context_mask_BTS, positions_BT, context_BSD)[0]
+            assert context_sight is not None
+            attention = Attention(**parts, name="cross_attention")
+            x, _, seen["cross_attention"] = attention(x, context_sight, positions_BT, context_BSD, weights=self.inside)
+            return x
 
         x_BTD = residual(x_BTD, "attention", attend)
         if context_BSD is not None:
             x_BTD = residual(x_BTD, "cross_attention", cross)
-        return residual(x_BTD, "mlp", MLP(**parts, name="mlp")), cache
+        x_BTD = residual(x_BTD, "mlp", MLP(**parts, name="mlp"))
+        return x_BTD, cache, Inside(seen["attention"], seen["cross_attention"])
 
 
 class Stack(nn.Module):
-    """`config.layers` blocks, and the last norm where the norms come first."""
+    """The blocks of an encoder or a decoder, and the last norm where the norms come first.
+
+    Without caches the layers are scanned, a round of `layer_kinds` in each turn; with them they are unrolled, so that
+    each layer updates its own cache in place.  Where the collections `states` or `weights` may be written, they get
+    the hidden states of the embeddings and of every layer [L + 1, B, T, D], and all layers' `Inside`.
+    """
 
     config: ModelConfig
     constrain: Callable
+    layers: int
     dtype: Any = jnp.float32
     causal: bool = False
     remat: str = "none"
@@ -121,37 +162,113 @@ class Stack(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, *inputs: Any, caches: tuple[Cache, ...] | None = None
-    ) -> tuple[jax.Array, Any]:
-        """`inputs` are those of `Block` after x.  Without caches the layers are scanned; with them they are unrolled,
-        so that each layer updates its own cache in place."""
-        config = self.config
-        parts = {"config": config, "constrain": self.constrain, "dtype": self.dtype, "causal": self.causal}
-        if caches is None:
-            block = Block
-            if self.remat != "none":
-                block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False)
-            layers = nn.scan(
-                block,
-                variable_axes={"params": 0},
-                split_rngs={"params": True, "dropout": True},
-                in_axes=nn.broadcast,
-                length=config.layers,
-                unroll=self.unroll,
-            )
-            x_BTD, _ = layers(**parts, name="layers")(x_BTD, *inputs)
-        else:
-            stacked = self.variables["params"]["layers"]
+        self,
+        x_BTD: jax.Array,
+        segments_BT: jax.Array | None,
+        positions_BT: jax.Array,
+        context_BSD: jax.Array | None = None,
+        context_sight: Sight | None = None,
+        caches: tuple[Cache, ...] | None = None,
+    ) -> tuple[jax.Array, tuple[Cache, ...] | None]:
+        config, kinds = self.config, self.config.layer_kinds
+        sights = self._sights(segments_BT, positions_BT, caches)
+        # (Shapes and the layers' names are those of a module; what follows is a plain function of its parameters.)
+        block = Block(config, self.constrain, self.dtype, inside=self.is_mutable_collection("weights"), parent=None)
+        inputs = (positions_BT, context_BSD, context_sight)
+        stacked = self._parameters(block, x_BTD, sights[kinds[0]], *inputs)
+        at = lambda tree, i: jax.tree.map(lambda leaf: leaf[i], tree)
+        shared = (config.distinct_layers or self.layers) < self.layers
+        parameters_of = lambda n: at(stacked, n * config.distinct_layers // self.layers if shared else n)
+
+        if caches is not None:
             updated = []
-            for layer, cache in enumerate(caches):
-                params = jax.tree.map(lambda leaf, layer=layer: leaf[layer], stacked)
-                done: Any = Block(**parts, parent=None).apply({"params": params}, x_BTD, *inputs, cache=cache)
-                x_BTD, cache = done
+            for n, cache in enumerate(caches):
+                done: Any = block.apply(
+                    {"params": parameters_of(n)}, x_BTD, n, sights[kinds[n % len(kinds)]], *inputs, cache
+                )
+                x_BTD, cache, _ = done
                 updated.append(cache)
-            caches = tuple(updated)
-        if config.norm_place == "pre":
-            x_BTD = Norm(config, self.dtype, name="norm")(x_BTD)
-        return x_BTD, caches
+            x_BTD = self._last_norm(x_BTD)
+            return x_BTD, tuple(updated)
+
+        def run(kind: str, x: jax.Array, n: Any, params: Any, key: Any) -> tuple[jax.Array, Any]:
+            rngs = None if key is None else {"dropout": key}
+            done: Any = block.apply({"params": params}, x, n, sights[kind], *inputs, rngs=rngs)
+            return done[0], (done[0] if self.is_mutable_collection("states") else None, done[2])
+
+        if self.remat != "none":
+            run = jax.checkpoint(run, policy=REMAT[self.remat], prevent_cse=False, static_argnums=0)  # type: ignore
+
+        def turn(x: jax.Array, of: Any) -> tuple[jax.Array, Any]:
+            numbers, params, keys = of
+            found = []
+            for j, kind in enumerate(kinds[: len(numbers)]):
+                key = None if keys is None else keys[j]
+                x, out = run(kind, x, numbers[j], parameters_of(numbers[j]) if shared else at(params, j), key)
+                found.append(out)
+            return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
+
+        keys = jax.random.split(self.make_rng("dropout"), self.layers) if self.has_rng("dropout") else None
+        each = (jnp.arange(self.layers), None if shared else stacked, keys)
+        turns, rest = divmod(self.layers, len(kinds))
+        whole = turns * len(kinds)
+        first_BTD, found = x_BTD, []
+        if turns:
+            rounds = jax.tree.map(lambda leaf: leaf[:whole].reshape(turns, len(kinds), *leaf.shape[1:]), each)
+            x_BTD, out = jax.lax.scan(turn, x_BTD, rounds, unroll=min(self.unroll, turns))
+            found.append(jax.tree.map(lambda leaf: leaf.reshape(whole, *leaf.shape[2:]), out))
+        if rest:
+            x_BTD, out = turn(x_BTD, jax.tree.map(lambda leaf: leaf[whole:], each))
+            found.append(out)
+        x_BTD = self._last_norm(x_BTD)
+        states, inside = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *found)
+        if states is not None:
+            # The last are those after the last norm, as in transformers.
+            self.sow("states", "states", jnp.concatenate([first_BTD[None], states[:-1], x_BTD[None]]))
+        self.sow("weights", "weights", inside)
+        return x_BTD, None
+
+    def _parameters(self, block: Block, *inputs: Any) -> Any:
+        """The layers' parameters, stacked along the first axis of each leaf."""
+        if not self.is_initializing():
+            return self.variables["params"]["layers"]
+
+        def make(key: jax.Array) -> Any:
+            x, sight, *rest = inputs
+            one = lambda key: block.init(key, x, 0, sight, *rest)["params"]
+            return jax.vmap(one)(jax.random.split(key, self.config.distinct_layers or self.layers))
+
+        return self.param("layers", make)
+
+    def _sights(
+        self, segments_BT: jax.Array | None, positions_BT: jax.Array, caches: tuple[Cache, ...] | None
+    ) -> dict[str, Sight]:
+        """What the layers of each kind see: of the row, or of the caches, whose slots are positions."""
+        config = self.config
+        here_BT = positions_S = jnp.arange(positions_BT.shape[1])[None]
+        if caches is not None:
+            here_BT, positions_S = positions_BT, jnp.arange(caches[0].k_BSKC.shape[1])[None]
+        bias_BHTS = distances = None
+        if config.relative == "buckets":
+            bias_BHTS = Buckets(config, self.causal, name="relative")(here_BT, positions_S)
+        elif config.relative == "disentangled":
+            distances = Disentangled(config, name="relative")(positions_BT.shape[1])
+        sights: dict[str, Sight] = {}
+        for kind in sorted(set(config.layer_kinds)):
+            window = config.window if kind == "local" else None
+            if caches is None:
+                assert segments_BT is not None
+                mask_BTS = self_mask(segments_BT, self.causal, window)
+            else:
+                mask_BTS = positions_S[:, None] <= here_BT[:, :, None]
+                if window is not None:
+                    mask_BTS &= positions_S[:, None] > here_BT[:, :, None] - window
+            angles = turns(positions_BT, config, kind) if config.positions == "rotary" else None
+            sights[kind] = Sight(mask_BTS, self.causal and caches is None, angles, bias_BHTS, distances)
+        return sights
+
+    def _last_norm(self, x_BTD: jax.Array) -> jax.Array:
+        return x_BTD if self.config.norm_place == "post" else Norm(self.config, self.dtype, name="norm")(x_BTD)
 
 
 class Transformer(nn.Module):
@@ -162,27 +279,42 @@ class Transformer(nn.Module):
     """
 
     config: ModelConfig
-    constrain: Callable = _identity
+    constrain: Callable = no_constraint
     dtype: Any = jnp.float32
     remat: str = "none"
     unroll: int = 1
 
     def setup(self) -> None:
-        config = self.config
+        config, on_top = self.config, set(self.config.heads_on_top)
         parts = {"config": config, "constrain": self.constrain, "dtype": self.dtype}
+        how = parts | {"remat": self.remat, "unroll": self.unroll}
         self.embeddings = Embeddings(config, self.dtype)
         if config.structure != "decoder":
-            self.encoder = Stack(**parts, remat=self.remat, unroll=self.unroll)
+            self.encoder = Stack(**how, layers=config.layers)
         if config.structure != "encoder":
-            self.decoder = Stack(**parts, causal=True, remat=self.remat, unroll=self.unroll)
-        if "lm" in config.heads_on_top:
-            self.lm_head = Vocabulary(**parts, bias=False)
-        if "masked_lm" in config.heads_on_top:
+            second = config.structure == "encoder_decoder"
+            layers = (second and config.decoder_layers) or config.layers
+            self.decoder = Stack(**how, layers=layers, causal=True)
+            if second:
+                self.decoder_embeddings = Embeddings(config, self.dtype, shared=True)
+        if "lm" in on_top:
+            self.lm_head = Vocabulary(**parts, bias="lm" in config.biases)
+        if "masked_lm" in on_top:
             self.masked_lm_head = MaskedLM(**parts)
-        if {"pooled", "next_sentence"} & set(config.heads_on_top):
+        if {"pooled", "next_sentence"} & on_top:
             self.pooled_head = Pooled(config, self.dtype)
-        if "next_sentence" in config.heads_on_top:
+        if "next_sentence" in on_top:
             self.next_sentence_head = Linear((2,), config.initial_std, dtype=self.dtype)
+        if "classes" in on_top:
+            self.classes_head = Classes(config, self.dtype)
+        if "tokens" in on_top:
+            self.tokens_head = PerToken(config, len(config.labels), self.dtype)
+        if "span" in on_top:
+            self.span_head = PerToken(config, 2, self.dtype)
+        if "replaced" in on_top:
+            self.replaced_head = Replaced(config, self.dtype)
+        if config.shared_transform and {"masked_lm", "classes", "tokens"} & on_top:
+            self.transform_head = Transform(config, self.dtype)
 
     def encode(
         self,
@@ -192,9 +324,8 @@ class Transformer(nn.Module):
         types_BT: jax.Array | None = None,
     ) -> jax.Array:
         """Hidden states of the encoder."""
-        segments_BT, positions_BT = _defaults(tokens_BT, segments_BT, positions_BT)
-        x_BTD = self.embeddings(tokens_BT, positions_BT, types_BT)
-        return self.encoder(x_BTD, self_mask(segments_BT, causal=False), positions_BT)[0]
+        segments_BT, positions_BT = self._defaults(tokens_BT, segments_BT, positions_BT)
+        return self.encoder(self.embeddings(tokens_BT, positions_BT, types_BT), segments_BT, positions_BT)[0]
 
     def decode(
         self,
@@ -206,14 +337,14 @@ class Transformer(nn.Module):
         context_segments_BS: jax.Array | None = None,
     ) -> jax.Array:
         """Hidden states of the decoder; `context_BSD` is what the encoder gave."""
-        segments_BT, positions_BT = _defaults(tokens_BT, segments_BT, positions_BT)
-        x_BTD = self.embeddings(tokens_BT, positions_BT, types_BT)
-        mask_BTS = None
+        segments_BT, positions_BT = self._defaults(tokens_BT, segments_BT, positions_BT)
+        x_BTD = self._decoder_embeddings(tokens_BT, positions_BT, types_BT)
+        context_sight = None
         if context_BSD is not None:
-            context_segments_BS, _ = _defaults(context_BSD[..., 0], context_segments_BS, None)
-            mask_BTS = cross_mask(segments_BT, context_segments_BS)
-        mask_BTT = self_mask(segments_BT, causal=True)
-        return self.decoder(x_BTD, mask_BTT, positions_BT, context_BSD, mask_BTS)[0]
+            if context_segments_BS is None:
+                context_segments_BS = jnp.ones(context_BSD.shape[:2], jnp.int32)
+            context_sight = Sight(cross_mask(segments_BT, context_segments_BS))
+        return self.decoder(x_BTD, segments_BT, positions_BT, context_BSD, context_sight)[0]
 
     def decode_cached(
         self,
@@ -224,14 +355,21 @@ class Transformer(nn.Module):
         context_segments_BS: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[Cache, ...]]:
         """Like `decode`, for tokens at `positions_BT` of sequences whose earlier tokens are in the caches."""
-        x_BTD = self.embeddings(tokens_BT, positions_BT, None)
-        slots_S = jnp.arange(caches[0].k_BSKC.shape[1])
-        mask_BTS = slots_S <= positions_BT[:, :, None]
-        context_mask_BTS = None
+        x_BTD = self._decoder_embeddings(tokens_BT, positions_BT, None)
+        context_sight = None
         if context_BSD is not None:
-            context_segments_BS, _ = _defaults(context_BSD[..., 0], context_segments_BS, None)
-            context_mask_BTS = cross_mask(jnp.ones_like(tokens_BT), context_segments_BS)
-        return self.decoder(x_BTD, mask_BTS, positions_BT, context_BSD, context_mask_BTS, caches=caches)
+            if context_segments_BS is None:
+                context_segments_BS = jnp.ones(context_BSD.shape[:2], jnp.int32)
+            context_sight = Sight(cross_mask(jnp.ones_like(tokens_BT), context_segments_BS))
+        x_BTD, updated = self.decoder(x_BTD, None, positions_BT, context_BSD, context_sight, caches)
+        return x_BTD, updated  # type: ignore[return-value]  # given caches, it returns caches
+
+    def _decoder_embeddings(
+        self, tokens_BT: jax.Array, positions_BT: jax.Array, types_BT: jax.Array | None
+    ) -> jax.Array:
+        if self.config.structure == "decoder":
+            return self.embeddings(tokens_BT, positions_BT, types_BT)
+        return self.decoder_embeddings(tokens_BT, positions_BT, types_BT, self.embeddings.tokens)
 
     def __call__(
         self,
@@ -261,11 +399,15 @@ class Transformer(nn.Module):
 
     def lm(self, x_BTD: jax.Array) -> jax.Array:
         """Logits [B, T, V] of the next token."""
-        return self.lm_head(x_BTD, self.embeddings.tokens)
+        config = self.config
+        if config.scale_logits:
+            x_BTD = x_BTD * config.width**-0.5
+        logits_BTV = self.lm_head(x_BTD, self.embeddings.tokens)
+        return config.logit_cap * jnp.tanh(logits_BTV / config.logit_cap) if config.logit_cap else logits_BTV
 
     def masked_lm(self, x_BTD: jax.Array) -> jax.Array:
         """Logits [B, T, V] of the token that stood at each position."""
-        return self.masked_lm_head(x_BTD, self.embeddings.tokens)
+        return self.masked_lm_head(self._transformed(x_BTD), self.embeddings.tokens)
 
     def pooled(self, x_BED: jax.Array) -> jax.Array:
         """Vectors [B, E, D] of examples, from the hidden states of their first tokens."""
@@ -275,6 +417,37 @@ class Transformer(nn.Module):
         """Logits [B, E, 2]: 0 the second text follows the first, 1 it does not; from the first tokens' states."""
         return self.next_sentence_head(self.pooled(x_BED)).astype(jnp.float32)
 
+    def classes(self, x_BED: jax.Array) -> jax.Array:
+        """Logits [B, E, N] of the labels, from the states that stand for the examples (`config.classes_from`)."""
+        return self.classes_head(self._transformed(x_BED))
+
+    def tokens(self, x_BTD: jax.Array) -> jax.Array:
+        """Logits [B, T, N] of each token's label."""
+        return self.tokens_head(self._transformed(x_BTD))
+
+    def span(self, x_BTD: jax.Array) -> jax.Array:
+        """Logits [B, T, 2] that the answer starts, and that it ends, at each token."""
+        return self.span_head(x_BTD)
+
+    def replaced(self, x_BTD: jax.Array) -> jax.Array:
+        """Logits [B, T] that each token is not the one that stood there."""
+        return self.replaced_head(x_BTD)
+
+    def _transformed(self, x: jax.Array) -> jax.Array:
+        return self.transform_head(x) if self.config.shared_transform else x
+
+    def _defaults(
+        self, tokens_BT: jax.Array, segments_BT: jax.Array | None, positions_BT: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        if segments_BT is None:
+            segments_BT = jnp.ones(tokens_BT.shape, jnp.int32)
+        if positions_BT is None and self.config.padding_token is not None:
+            counted_BT = tokens_BT != self.config.padding_token
+            positions_BT = jnp.cumsum(counted_BT, 1) * counted_BT - 1
+        elif positions_BT is None:
+            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+        return segments_BT, positions_BT
+
     def initialise(self, tokens_BT: jax.Array) -> None:
         """Touches every parameter once; for `init`."""
         x_BTD = self(tokens_BT, target_tokens_BT=tokens_BT)
@@ -282,33 +455,25 @@ class Transformer(nn.Module):
             getattr(self, head)(x_BTD)
 
 
-def _defaults(
-    tokens_BT: jax.Array, segments_BT: jax.Array | None, positions_BT: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-    if segments_BT is None:
-        segments_BT = jnp.ones(tokens_BT.shape, jnp.int32)
-    if positions_BT is None:
-        positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    return segments_BT, positions_BT
-
-
 def init(module: Transformer, key: jax.Array) -> dict[str, Any]:
     """Initial parameters, float32.  Under `jax.eval_shape` it gives their shapes for free."""
-    module = module.clone(constrain=_identity)  # the one row of zeros divides no mesh
+    module = module.clone(constrain=no_constraint)  # the one row of zeros divides no mesh
     return module.init(key, jnp.zeros((1, 2), jnp.int32), method="initialise")["params"]
 
 
 def apply(
-    module: Transformer, params: Any, *inputs: Any, method: str = "__call__", key: jax.Array | None = None
+    module: Transformer, params: Any, *inputs: Any, method: str = "__call__", key: jax.Array | None = None, **named: Any
 ) -> Any:
-    """`module.method(*inputs)` with these parameters; `key` turns dropout on."""
-    return module.apply({"params": params}, *inputs, method=method, rngs=None if key is None else {"dropout": key})
+    """`module.method(*inputs, **named)` with these parameters; `key` turns dropout on."""
+    rngs = None if key is None else {"dropout": key}
+    return module.apply({"params": params}, *inputs, method=method, rngs=rngs, **named)
 
 
 def empty_caches(config: ModelConfig, rows: int, length: int, dtype: Any) -> tuple[Cache, ...]:
     """A cache of `length` positions for each decoder layer."""
     zeros = jnp.zeros((rows, length, config.K, config.C), dtype)
-    return tuple(Cache(zeros, zeros) for _ in range(config.layers))
+    layers = (config.structure == "encoder_decoder" and config.decoder_layers) or config.layers
+    return tuple(Cache(zeros, zeros) for _ in range(layers))
 
 
 def count_parameters(config: ModelConfig) -> int:

@@ -1,0 +1,294 @@
+"""Llama 1 to 3 (Touvron et al. 2023) and its likes: Mistral (a window), Qwen2 (biases of queries, keys and values),
+Qwen3 (normalised queries and keys), SmolLM (a Llama)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from jaxlm.config import ModelConfig
+from jaxlm.errors import UserError, perhaps
+from jaxlm.hub.convert import (
+    ACTIVATIONS,
+    Family,
+    Key,
+    Rule,
+    attention,
+    keyed,
+    linear,
+    norm,
+    projection,
+    resolved,
+    shortest,
+)
+
+FIXED: dict[str, Any] = {
+    "structure": "decoder",
+    "types": 0,
+    "gated": True,
+    "norm": "rmsnorm",
+    "norm_place": "pre",
+    "positions": "rotary",
+    "biases": (),
+    "classes_from": "last",
+    "classes_activation": None,
+}
+KEYS = (
+    Key("vocab_size", "vocabulary"),
+    Key("max_position_embeddings", "max_length", 2048),
+    Key("hidden_size", "width"),
+    Key("num_hidden_layers", "layers"),
+    Key("num_attention_heads", "heads"),
+    Key("num_key_value_heads", "kv_heads", None),
+    Key("head_dim", "head_width", None),
+    Key("intermediate_size", "mlp_width"),
+    Key("rms_norm_eps", "norm_epsilon", 1e-6),
+    Key("attention_dropout", "attention_dropout", 0.0),
+    Key("initializer_range", "initial_std", 0.02),
+)
+_ACTIVATION = Key("hidden_act", "activation", "silu", ACTIVATIONS)
+_TIED = Key("tie_word_embeddings", "tied_embeddings", False)
+_FROM_HF, _TO_HF = keyed((*KEYS, _ACTIVATION, _TIED), FIXED, {})
+
+_SCALED = {"linear": (), "llama3": ("low_freq_factor", "high_freq_factor"), "yarn": ("beta_slow", "beta_fast")}
+
+
+def rotary_from_hf(scaling: dict[str, Any] | None) -> dict[str, Any]:
+    """Fields from what `rope_scaling` or `rope_parameters` says."""
+    said = scaling or {}
+    kind = said.get("rope_type", said.get("type", "default"))
+    if kind == "default":
+        return {}
+    if kind not in _SCALED:
+        raise UserError(f"config.json has the rotary scaling {kind!r}{perhaps(str(kind), ['default', *_SCALED])}")
+    fields: dict[str, Any] = {"rotary_scaling": kind, "rotary_factor": said["factor"]}
+    if kind == "linear":
+        return fields
+    low, high = _SCALED[kind]
+    fields["rotary_length"] = said["original_max_position_embeddings"]
+    fields["rotary_low"], fields["rotary_high"] = said.get(low) or 1.0, said.get(high) or 32.0
+    if kind == "yarn":
+        if said.get("mscale") or not said.get("truncate", True):
+            raise UserError("config.json has a yarn scaling with mscale or without truncation; neither is known")
+        attention = said.get("attention_factor")
+        fields["rotary_attention"] = attention or 1.0 + 0.1 * math.log(max(1.0, said["factor"]))
+    return fields
+
+
+def rotary_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The inverse of `rotary_from_hf`."""
+    if config.rotary_scaling == "none":
+        return {"rope_type": "default"}
+    said: dict[str, Any] = {"rope_type": config.rotary_scaling, "factor": config.rotary_factor}
+    if config.rotary_scaling != "linear":
+        said |= dict(zip(_SCALED[config.rotary_scaling], (config.rotary_low, config.rotary_high)))
+        said["original_max_position_embeddings"] = config.rotary_length
+    return said | ({"attention_factor": config.rotary_attention} if config.rotary_scaling == "yarn" else {})
+
+
+def one_rotary_from_hf(hf: dict[str, Any], base: float = 10000.0) -> dict[str, Any]:
+    """Fields from `rope_parameters`, or from `rope_theta` and `rope_scaling` in older files."""
+    said = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if said.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise UserError("config.json has a partial_rotary_factor; only 1.0 is known: choose another model")
+    return {"rotary_base": said.get("rope_theta", hf.get("rope_theta", base)), **rotary_from_hf(said)}
+
+
+def one_rotary_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The inverse of `one_rotary_from_hf`, in both ways of saying it."""
+    said = rotary_to_hf(config)
+    scaling = None if said == {"rope_type": "default"} else said
+    return {
+        "rope_theta": config.rotary_base,
+        "rope_scaling": scaling,
+        "rope_parameters": said | {"rope_theta": config.rotary_base},
+    }
+
+
+def two_rotaries_from_hf(
+    hf: dict[str, Any], of_global: tuple[str, float], of_local: tuple[str, float]
+) -> dict[str, Any]:
+    """Fields of models whose local layers turn otherwise: from `rope_parameters`, or older keys and their defaults."""
+    said = hf.get("rope_parameters") or {}
+    whole, local = said.get("full_attention") or {}, said.get("sliding_attention") or {}
+    if local.get("rope_type", "default") != "default":
+        raise UserError(f"config.json scales the rotary positions of local layers, by {local}; only global ones can be")
+    return {
+        "rotary_base": whole.get("rope_theta", hf.get(*of_global)),
+        "local_rotary_base": local.get("rope_theta", hf.get(*of_local)),
+        **rotary_from_hf(whole if "rope_type" in whole else hf.get("rope_scaling")),
+    }
+
+
+def two_rotaries_to_hf(config: ModelConfig, of_global: str, of_local: str) -> dict[str, Any]:
+    """The inverse of `two_rotaries_from_hf`, in both ways of saying it."""
+    local = config.rotary_base if config.local_rotary_base is None else config.local_rotary_base
+    said = rotary_to_hf(config)
+    return {
+        of_global: config.rotary_base,
+        of_local: local,
+        "rope_scaling": None if said == {"rope_type": "default"} else said,
+        "rope_parameters": {
+            "full_attention": said | {"rope_theta": config.rotary_base},
+            "sliding_attention": {"rope_type": "default", "rope_theta": local},
+        },
+    }
+
+
+_KINDS = {"full_attention": "global", "sliding_attention": "local"}
+
+
+def kinds_from_hf(hf: dict[str, Any], default: list[str]) -> dict[str, Any]:
+    """`layer_kinds` from `layer_types`, or from what older files mean."""
+    kinds = hf.get("layer_types")
+    if kinds is None:
+        return {"layer_kinds": shortest(default) if default else ()}
+    if not isinstance(kinds, list) or not set(kinds) <= _KINDS.keys() or len(kinds) != len(default):
+        raise UserError(f"config.json has layer_types {kinds}; known are {len(default)} of {list(_KINDS)}")
+    return {"layer_kinds": shortest([_KINDS[kind] for kind in kinds])}
+
+
+def kinds_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The inverse of `kinds_from_hf`."""
+    named = {ours: theirs for theirs, ours in _KINDS.items()}
+    return {"layer_types": [named[kind] for kind in resolved(config).layer_kinds]}
+
+
+def attention_biases(hf: dict[str, Any]) -> dict[str, Any]:
+    """`biases` from `attention_bias`."""
+    return {"biases": ("query_key_value", "out") if hf.get("attention_bias") else ()}
+
+
+def _llama_from_hf(hf: dict[str, Any]) -> ModelConfig:
+    config = dataclasses.replace(_FROM_HF(hf), **one_rotary_from_hf(hf))
+    biases = attention_biases(hf)["biases"] + (("mlp",) if hf.get("mlp_bias") else ())
+    return dataclasses.replace(config, biases=biases)
+
+
+def _llama_to_hf(config: ModelConfig) -> dict[str, Any]:
+    said = {"attention_bias": "out" in config.biases, "mlp_bias": "mlp" in config.biases}
+    return _TO_HF(config) | one_rotary_to_hf(config) | said
+
+
+def _mistral_from_hf(hf: dict[str, Any]) -> ModelConfig:
+    window = hf.get("sliding_window", 4096)
+    local: dict[str, Any] = {"layer_kinds": ("local",), "window": window} if window is not None else {}
+    return dataclasses.replace(_FROM_HF(hf), **one_rotary_from_hf(hf), **local)
+
+
+def _mistral_to_hf(config: ModelConfig) -> dict[str, Any]:
+    window = config.window if set(config.layer_kinds) == {"local"} else None
+    return _TO_HF(config) | one_rotary_to_hf(config) | {"sliding_window": window}
+
+
+def _qwen_from_hf(hf: dict[str, Any]) -> ModelConfig:
+    config = _FROM_HF(hf)
+    window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window", False) else None
+    first = hf.get("max_window_layers", 28)
+    default = ["global" if window is None or i < first else "local" for i in range(config.layers)]
+    kinds = kinds_from_hf(hf, default) | {"window": window or 0}
+    return dataclasses.replace(config, **one_rotary_from_hf(hf), **kinds)
+
+
+def _qwen_to_hf(config: ModelConfig) -> dict[str, Any]:
+    local = "local" in config.layer_kinds
+    kinds = kinds_to_hf(config)
+    said = {"use_sliding_window": local, "sliding_window": config.window if local else None}
+    said["max_window_layers"] = [*kinds["layer_types"], "sliding_attention"].index("sliding_attention")
+    return _TO_HF(config) | one_rotary_to_hf(config) | kinds | said
+
+
+def _qwen2_from_hf(hf: dict[str, Any]) -> ModelConfig:
+    return dataclasses.replace(_qwen_from_hf(hf), biases=("query_key_value",))
+
+
+def _qwen3_from_hf(hf: dict[str, Any]) -> ModelConfig:
+    return dataclasses.replace(_qwen_from_hf({"head_dim": 128} | hf), query_key_norm=True, **attention_biases(hf))
+
+
+def _qwen3_to_hf(config: ModelConfig) -> dict[str, Any]:
+    return _qwen_to_hf(config) | {"attention_bias": "out" in config.biases}
+
+
+def _llama(
+    layers: int, width: int, mlp_width: int, heads: int, kv_heads: int | None = None, **fields: Any
+) -> ModelConfig:
+    sizes: dict[str, Any] = {"layers": layers, "width": width, "mlp_width": mlp_width, "heads": heads}
+    published = {"vocabulary": 32000, "max_length": 4096, "activation": "silu", "tied_embeddings": False}
+    return ModelConfig(**FIXED | published | {"norm_epsilon": 1e-5} | sizes | {"kv_heads": kv_heads} | fields)
+
+
+_LLAMA_3: dict[str, Any] = {"vocabulary": 128256, "rotary_base": 500000.0, "max_length": 131072}
+_LLAMA_3 |= {"rotary_scaling": "llama3", "rotary_factor": 8.0, "rotary_length": 8192}
+_SMOL: dict[str, Any] = {"vocabulary": 49152, "max_length": 2048, "tied_embeddings": True}
+_QWEN_2: dict[str, Any] = {"vocabulary": 151936, "max_length": 32768, "rotary_base": 1e6, "norm_epsilon": 1e-6}
+_QWEN_3 = _QWEN_2 | {"query_key_norm": True, "head_width": 128, "max_length": 40960}
+_QWEN_2 |= {"biases": ("query_key_value",)}
+
+_LAYER, _OURS = "model.layers.{i}.", "decoder/layers/"
+BODY = (
+    Rule("model.embed_tokens.weight", "embeddings/tokens"),
+    *norm(_LAYER + "input_layernorm", _OURS + "attention_norm"),
+    *attention(_LAYER + "self_attn.", _OURS + "attention", "q_proj", "k_proj", "v_proj", "o_proj"),
+    *norm(_LAYER + "self_attn.q_norm", _OURS + "attention/query_norm"),
+    *norm(_LAYER + "self_attn.k_norm", _OURS + "attention/key_norm"),
+    *projection(_LAYER + "mlp.gate_proj", _OURS + "mlp/gate"),
+    *projection(_LAYER + "mlp.up_proj", _OURS + "mlp/up"),
+    *projection(_LAYER + "mlp.down_proj", _OURS + "mlp/down"),
+    *norm("model.norm", "decoder/norm"),
+    Rule("lm_head.weight", "lm_head/kernel"),
+    Rule("score.weight", "classes_head/out/kernel", linear),
+)
+
+FAMILY = Family(
+    presets={
+        "llama-7b": _llama(32, 4096, 11008, 32, max_length=2048, norm_epsilon=1e-6),
+        "llama-2-7b": _llama(32, 4096, 11008, 32),
+        "llama-2-70b": _llama(80, 8192, 28672, 64, 8),
+        "llama-3.1-8b": _llama(32, 4096, 14336, 32, 8, **_LLAMA_3),
+        "llama-3.1-70b": _llama(80, 8192, 28672, 64, 8, **_LLAMA_3),
+        "llama-3.1-405b": _llama(126, 16384, 53248, 128, 8, **_LLAMA_3),
+        "llama-3.2-1b": _llama(16, 2048, 8192, 32, 8, **_LLAMA_3 | {"rotary_factor": 32.0, "tied_embeddings": True}),
+        "smollm-135m": _llama(30, 576, 1536, 9, 3, **_SMOL),
+        "smollm-360m": _llama(32, 960, 2560, 15, 5, **_SMOL),
+    },
+    rules=(*BODY, *norm(_LAYER + "post_attention_layernorm", _OURS + "mlp_norm")),
+    heads={("lm",): "LlamaForCausalLM", ("classes",): "LlamaForSequenceClassification", (): "LlamaModel"},
+    prefix="model.",
+    config_from_hf=_llama_from_hf,
+    config_to_hf=_llama_to_hf,
+    buffers=("model.layers.{i}.self_attn.rotary_emb.inv_freq",),
+    copies={"lm_head.weight": "model.embed_tokens.weight"},
+)
+
+
+def _like(name: str, presets: dict[str, ModelConfig], from_hf: Any, to_hf: Any) -> Family:
+    heads = {head: f"{name}{class_.removeprefix('Llama')}" for head, class_ in FAMILY.heads.items()}
+    return FAMILY._replace(presets=presets, heads=heads, config_from_hf=from_hf, config_to_hf=to_hf)
+
+
+MISTRAL = _like(
+    "Mistral",
+    {"mistral-7b": _llama(32, 4096, 14336, 32, 8, layer_kinds=("local",), window=4096, max_length=32768)},
+    _mistral_from_hf,
+    _mistral_to_hf,
+)
+QWEN_2 = _like(
+    "Qwen2",
+    {
+        "qwen2.5-0.5b": _llama(24, 896, 4864, 14, 2, **_QWEN_2 | {"tied_embeddings": True}),
+        "qwen2.5-7b": _llama(28, 3584, 18944, 28, 4, **_QWEN_2 | {"vocabulary": 152064}),
+    },
+    _qwen2_from_hf,
+    _qwen_to_hf,
+)
+QWEN_3 = _like(
+    "Qwen3",
+    {
+        "qwen3-0.6b": _llama(28, 1024, 3072, 16, 8, **_QWEN_3 | {"tied_embeddings": True}),
+        "qwen3-8b": _llama(36, 4096, 12288, 32, 8, **_QWEN_3),
+    },
+    _qwen3_from_hf,
+    _qwen3_to_hf,
+)

@@ -1,0 +1,87 @@
+"""RoBERTa (Liu et al. 2019) and XLM-RoBERTa (Conneau et al. 2020): BERT with positions that pass over padding, and a
+classifier with a projection of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from jaxlm.config import ModelConfig
+from jaxlm.families import bert
+from jaxlm.hub.convert import Family, keyed, projection
+
+_FIXED = bert.FIXED | {"transform_activation": "gelu"}
+_FROM_HF, _TO_HF = keyed(bert.KEYS, _FIXED, bert.ONLY)
+
+
+def _config_from_hf(hf: dict[str, Any]) -> ModelConfig:
+    # Tokens are at 1 + padding_token and up, padding itself is at padding_token.
+    config, padding = _FROM_HF(hf), hf.get("pad_token_id", 1)
+    return dataclasses.replace(
+        config, padding_token=padding, position_offset=padding + 1, max_length=config.max_length - padding - 1
+    )
+
+
+def _config_to_hf(config: ModelConfig) -> dict[str, Any]:
+    said = bert.with_types(_TO_HF(config))
+    return said | {
+        "max_position_embeddings": config.max_length + config.position_offset,
+        "pad_token_id": max(0, config.position_offset - 1),
+    }
+
+
+def _roberta(layers: int, width: int, vocabulary: int = 50265) -> ModelConfig:
+    return ModelConfig(
+        **_FIXED,
+        heads_on_top=("masked_lm",),
+        vocabulary=vocabulary,
+        max_length=512,
+        types=1,
+        width=width,
+        layers=layers,
+        heads=width // 64,
+        activation="gelu",
+        norm_epsilon=1e-5,
+        position_offset=2,
+        padding_token=1,
+        dropout=0.1,
+        attention_dropout=0.1,
+    )
+
+
+FAMILY = Family(
+    presets={"roberta-base": _roberta(12, 768), "roberta-large": _roberta(24, 1024)},
+    rules=(
+        *bert.embeddings("roberta.embeddings"),
+        *bert.layers("roberta.encoder.layer.{i}"),
+        *projection("roberta.pooler.dense", "pooled_head/dense"),
+        *bert.vocabulary("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder", "lm_head.bias"),
+        *projection("classifier.dense", "classes_head/dense"),
+        *projection("classifier.out_proj", "classes_head/out"),
+        *bert.TOKENS,
+        *bert.SPAN,
+    ),
+    heads={
+        ("masked_lm",): "RobertaForMaskedLM",
+        ("masked_lm", "pooled"): "RobertaForMaskedLM",
+        ("classes",): "RobertaForSequenceClassification",
+        ("tokens",): "RobertaForTokenClassification",
+        ("span",): "RobertaForQuestionAnswering",
+        ("pooled",): "RobertaModel",
+        (): "RobertaModel",
+    },
+    prefix="roberta.",
+    config_from_hf=_config_from_hf,
+    config_to_hf=_config_to_hf,
+    buffers=("roberta.embeddings.position_ids",),
+    copies={
+        "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
+        "lm_head.decoder.bias": "lm_head.bias",
+    },
+    renames=bert.RENAMES,
+)
+
+XLM_ROBERTA = FAMILY._replace(
+    presets={"xlm-roberta-base": _roberta(12, 768, 250002), "xlm-roberta-large": _roberta(24, 1024, 250002)},
+    heads={heads: f"XLM{name}" for heads, name in FAMILY.heads.items()},
+)

@@ -1,0 +1,100 @@
+"""Tensors of files straight into the shards that need them, a part at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from jaxlm import sharding
+from jaxlm.config import ModelConfig
+from jaxlm.hub.convert import Family, flat, nested, readers, tree_shapes
+from jaxlm.nn import parameters
+from jaxlm.nn.transformer import Transformer, init
+
+CHUNK = 1 << 26  # bytes of a shard that are read before they go to its device
+
+
+def place(
+    family: Family,
+    config: ModelConfig,
+    tensors: Mapping[str, Any],
+    dtype: Any = None,
+    mesh: jax.sharding.Mesh | None = None,
+    fresh: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """The parameter tree as JAX arrays, each shard read from the slices of the file's tensors that it consists of.
+
+    dtype: of the parameters; None: as stored.  mesh: where they go, by the table of parameters; None: the first device.
+    fresh: paths of leaves that are drawn anew.  Beyond the shards themselves the host holds one tensor, or `CHUNK`.
+    """
+    leaves: dict[str, Any] = {}
+    layouts = {path: _layout(path, shape, mesh) for path, shape in tree_shapes(config, family.module).items()}
+    for path, read in readers(family, config).items():
+        if path not in fresh:
+            kind = np.dtype(dtype or next((tensors[name].dtype for name in read.names.values()), np.float32))
+            part = partial(read.read, config, tensors, dtype=kind)
+            leaves[path] = _array(part, read.shape, kind, layouts[path])
+    if fresh:
+        leaves |= _drawn(family, config, {path: layouts[path] for path in fresh}, dtype)
+    return nested(leaves)
+
+
+def _layout(path: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh | None) -> jax.sharding.Sharding:
+    row = parameters.find(path)
+    if mesh is None or row is None:
+        return SingleDeviceSharding(jax.devices()[0]) if mesh is None else sharding.replicated(mesh)
+    return sharding.sharding(mesh, row.axes, shape, path)
+
+
+def _array(
+    read: Callable[..., np.ndarray], shape: tuple[int, ...], dtype: np.dtype, layout: jax.sharding.Sharding
+) -> jax.Array:
+    parts: dict[Any, list[jax.Device]] = {}
+    for device, index in layout.addressable_devices_indices_map(shape).items():
+        spans = tuple(slice(*part.indices(n)) for part, n in zip(index or (), shape))
+        parts.setdefault(tuple((span.start, span.stop) for span in spans), []).append(device)
+    arrays = []
+    for bounds, devices in parts.items():
+        arrays += [_shard(read, bounds, dtype, device) for device in devices]
+    return jax.make_array_from_single_device_arrays(shape, layout, arrays)
+
+
+def _shard(
+    read: Callable[..., np.ndarray], bounds: tuple[tuple[int, int], ...], dtype: np.dtype, device: jax.Device
+) -> jax.Array:
+    """A shard on its device, read by rows of its first axis."""
+    spans = tuple(slice(*bound) for bound in bounds)
+    size = [stop - start for start, stop in bounds]
+    row = math.prod(size[1:]) * dtype.itemsize
+    if not size or size[0] * row <= CHUNK:
+        return jax.device_put(read(index=spans), device)
+    rows = max(1, CHUNK // row)
+    with jax.default_device(device):
+        shard = jax.numpy.zeros(size, dtype)
+    for start in range(0, size[0], rows):
+        stop = min(start + rows, size[0])
+        part = read(index=(slice(spans[0].start + start, spans[0].start + stop), *spans[1:]))
+        shard = _put(shard, jax.device_put(part, device), start)
+        shard.block_until_ready()  # so that parts do not wait in line, each with its memory
+    return shard
+
+
+@partial(jax.jit, donate_argnums=0)
+def _put(shard: jax.Array, part: jax.Array, start: int) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(shard, part, start, 0)
+
+
+def _drawn(
+    family: Family, config: ModelConfig, layouts: dict[str, jax.sharding.Sharding], dtype: Any
+) -> dict[str, jax.Array]:
+    def draw(key: jax.Array) -> dict[str, jax.Array]:
+        drawn = flat(init((family.module or Transformer)(config), key))
+        return {path: drawn[path].astype(dtype or drawn[path].dtype) for path in layouts}
+
+    return jax.jit(draw, out_shardings=layouts)(jax.random.key(0))

@@ -1,0 +1,113 @@
+"""What a model is made of: its parameters as a table, and the tensors of the file that they are read from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxlm import families
+from jaxlm.config import ModelConfig
+from jaxlm.families import FAMILIES, OWN, Opened
+from jaxlm.hub import convert
+from jaxlm.nn import parameters
+
+
+class Row(NamedTuple):
+    """A parameter: its place in the tree, what it is, and where in the file it lies."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    axes: tuple[str | None, ...]
+    tensor: str
+
+    @property
+    def size(self) -> int:
+        """Number of entries."""
+        return math.prod(self.shape)
+
+
+def of_folder(found: Opened) -> list[Row]:
+    """The parameters of a folder, in the dtypes in which they are stored."""
+    readers = convert.readers(found.family, found.config)
+    prefix = found.family.prefix
+    bare = not any(name.startswith(prefix) for name in found.origin.names)
+    rows = []
+    for path, reader in readers.items():
+        stored = {np.dtype(found.tensors[name].dtype).name for name in reader.names.values() if name in found.tensors}
+        tensor = "(made new)" if path in found.fresh else reader.rule.hf.removeprefix(prefix if bare else "")
+        rows.append(_row(path, reader.shape, " ".join(sorted(stored)) or "float32", tensor))
+    return rows
+
+
+def of_config(config: ModelConfig) -> tuple[str, list[Row]]:
+    """The parameters that a config makes, and the format in which they would be saved."""
+    kind = next((kind for kind, family in FAMILIES.items() if convert.says(family, config)), OWN)
+    sources = {} if kind == OWN else convert.sources(FAMILIES[kind], config)
+    shapes = convert.tree_shapes(config)
+    return kind, [_row(path, shape, "float32", sources.get(path, path)) for path, shape in shapes.items()]
+
+
+def _row(path: str, shape: tuple[int, ...], dtype: str, tensor: str) -> Row:
+    row = parameters.find(path)
+    return Row(path, shape, dtype, row.axes if row else (None,) * len(shape), tensor)
+
+
+def table(rows: Iterable[Row]) -> str:
+    """Columns: path, shape, dtype, logical axes, entries, tensor of the file; then the sums."""
+    rows = list(rows)
+    lines = [("parameter", "shape", "dtype", "axes", "entries", "tensor of the file")]
+    for row in rows:
+        axes = ", ".join(axis or "-" for axis in row.axes)
+        lines.append((row.path, " x ".join(map(str, row.shape)), row.dtype, axes, f"{row.size:,}", row.tensor))
+    widths = [max(len(line[column]) for line in lines) for column in range(5)]
+    text = []
+    for line in lines:
+        cells = [
+            cell.rjust(width) if i == 4 else cell.ljust(width) for i, (cell, width) in enumerate(zip(line, widths))
+        ]
+        text.append("  ".join([*cells, line[5]]).rstrip())
+    return "\n".join(text + ["", *_sums(rows)])
+
+
+def _sums(rows: list[Row]) -> list[str]:
+    sums: dict[str, int] = {}
+    for row in rows:
+        found = parameters.find(row.path)
+        depth = found.depth if found else "head"
+        sums[depth] = sums.get(depth, 0) + row.size
+    total = sum(sums.values())
+    bytes_ = sum(row.size * _bytes(row.dtype) for row in rows)
+    parts = ", ".join(f"{depth} {size:,}" for depth, size in sums.items())
+    return [f"{total:,} parameters ({parts}), {bytes_ / 1e6:,.1f} MB as stored, {4 * total / 1e6:,.1f} MB in float32"]
+
+
+def _bytes(dtypes: str) -> int:
+    """Of an entry, in the widest of a leaf's dtypes."""
+    import ml_dtypes  # noqa: F401  numpy learns bfloat16 by this import
+
+    return max(np.dtype(dtype).itemsize for dtype in dtypes.split())
+
+
+def summary(config: ModelConfig, kind: str) -> str:
+    """One line: the format, the stacks and their sizes, and the heads."""
+    family = FAMILIES.get(kind)
+    name = (family and convert.heads(family, config)) or "no class of transformers"
+    return (
+        f"{kind} ({name}): {config.structure}, {config.layers} layers of width {config.width}, {config.heads} heads of "
+        f"{config.C}, {config.K} key-value heads, MLP {config.F}, vocabulary {config.vocabulary:,}, "
+        f"heads on top: {', '.join(config.heads_on_top) or 'none'}"
+    )
+
+
+def target(name: str, head: str | None = None, revision: str | None = None) -> str:
+    """What `jaxlm inspect` says of a folder, a run or a hub name.  Raises UserError as `jaxlm.load` does."""
+    from jaxlm.lm import find
+
+    found = families.look(find(name, revision=revision), head=head)
+    aside = sorted(found.origin.buffers)
+    more = [f"not needed by the model, kept for saving: {', '.join(aside)}"] if aside else []
+    return "\n".join([summary(found.config, found.kind), "", table(of_folder(found)), *more])
