@@ -30,17 +30,15 @@ MODELS = {
     "gpt3": replace(PRESETS["gpt3-xl"], **SMALL | {"head_width": 16}),
     "bert": replace(PRESETS["bert-base"], **SMALL),
     "transformer": replace(PRESETS["transformer-base"], **SMALL),
-    # No preset yet, but choices that a config may make.
-    "rotary": ModelConfig(
-        **SMALL | {"heads": 6},
-        kv_heads=3,
-        positions="rotary",
-        norm="rmsnorm",
-        gated=True,
-        activation="silu",
-        biases=(),
-        tied_embeddings=False,
-    ),
+    "qwen3": replace(PRESETS["qwen3-8b"], **SMALL | {"heads": 6, "head_width": 4}, kv_heads=3, mlp_width=24),
+    "mistral": replace(PRESETS["mistral-7b"], **SMALL, kv_heads=None, mlp_width=24, window=3),
+    "gemma2": replace(PRESETS["gemma-2-2b"], **SMALL, kv_heads=3, mlp_width=24, window=3),
+    "t5": replace(PRESETS["t5-small"], **SMALL | {"head_width": 4}, mlp_width=24, relative_buckets=8),
+    "bart": replace(PRESETS["bart-base"], **SMALL),
+    # One whole round of kinds, and a rest.
+    "modernbert": replace(PRESETS["modernbert-base"], **SMALL | {"layers": 4}, mlp_width=24, window=3),
+    "albert": replace(PRESETS["albert-base"], **SMALL | {"layers": 4}, mlp_width=24, distinct_layers=2),
+    "deberta": replace(PRESETS["deberta-v3-base"], **SMALL, relative_buckets=4, relative_distance=8),
 }
 CAUSAL = [name for name, model in MODELS.items() if model.structure != "encoder"]
 B, T = 4, 16
@@ -109,7 +107,8 @@ def task_of(model: ModelConfig):
     if model.structure == "encoder_decoder":
         return Seq2Seq()
     if model.structure == "encoder":
-        task = MaskedLMTask(MaskedLM(next_sentence=True), T, 0, special)
+        pairs = "next_sentence" in model.heads_on_top
+        task = MaskedLMTask(MaskedLM(next_sentence=pairs), T, 0, special)
         task.predictions = T
         return task
     return CausalLMTask(CausalLM(), T, 0, special)
@@ -153,8 +152,8 @@ def plain(name: str):
 def test_no_position_sees_a_later_one_and_an_encoder_sees_all(model, params):
     """By derivatives: how each position's state changes with each token's embedding."""
     tokens = np.arange(10, 10 + SHORT)[None]
-    directions = np.zeros((SHORT, model.vocabulary, model.width), np.float32)
-    directions[np.arange(SHORT), tokens[0]] = np.random.default_rng(0).standard_normal((SHORT, model.width))
+    directions = np.zeros((SHORT, model.vocabulary, model.W), np.float32)
+    directions[np.arange(SHORT), tokens[0]] = np.random.default_rng(0).standard_normal((SHORT, model.W))
 
     def derivatives(params, directions):
         def states(table):
@@ -169,6 +168,8 @@ def test_no_position_sees_a_later_one_and_an_encoder_sees_all(model, params):
     derivative_STD = jit(derivatives)(params, directions)
     sees_TS = (np.asarray(derivative_STD) != 0).any(-1).T
     expected = np.ones((SHORT, SHORT), bool)
+    if model.layer_kinds == ("local",):  # as far as one layer sees, in each layer anew
+        expected = np.tri(SHORT, k=0) > np.tri(SHORT, k=-1 - model.layers * (model.window - 1))
     np.testing.assert_array_equal(sees_TS, expected if model.structure == "encoder" else np.tril(expected))
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import pydoc
+import unicodedata
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+import sentencepiece
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxlm.config import TokenizerConfig
@@ -145,8 +149,6 @@ def test_saved_is_loaded_with_the_same_ids(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
 def test_ids_are_those_of_sentencepiece(kind):
-    import sentencepiece
-
     theirs = sentencepiece.SentencePieceProcessor(model_proto=trained(kind).files["tokenizer.model"])
     ids, expected = trained(kind).encode(TEXT), theirs.encode(TEXT)
     if kind == "bpe":
@@ -160,8 +162,6 @@ def test_ids_are_those_of_sentencepiece(kind):
 
 @pytest.mark.parametrize("name", ["test_model", "test_ja_model"])
 def test_foreign_sentencepiece_models(name, tmp_path):
-    import sentencepiece
-
     file = shared(f"tok_sentencepiece/{name}.model", tmp_path / "x.model")
     text = gzip.decompress((SHARED / "tok_sentencepiece/botchan.txt.gz").read_bytes()).decode()[:50_000]
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(file))
@@ -211,7 +211,7 @@ def test_special_tokens_named_beside(tmp_path):
 
 def test_files_that_cannot_be_read(tmp_path):
     fails("there is no tokenizer file or folder", load, tmp_path / "nothing")
-    fails("holds no tokenizer.json, .model, vocab.txt or vocab.json", load, tmp_path)
+    fails("holds no tokenizer.json, .model, .spm, vocab.txt or vocab.json", load, tmp_path)
     for name, content in {"tokenizer.json": "{", "x.model": "junk", "vocab.txt": "no unknown"}.items():
         (tmp_path / name).write_text(content)
         fails("has no line [UNK]" if name == "vocab.txt" else "is no readable tokenizer", load, tmp_path / name)
@@ -252,3 +252,463 @@ def test_transformers_loads_what_was_saved(kind, tmp_path):
         assert theirs.encode("a") == (
             tokenizer.encode("a") if tokenizer.cls is None else [2, *tokenizer.encode("a"), 3]
         )
+
+
+# What the released checkpoints of a family hold, made small: the class, the file, how sentencepiece is trained, what is
+# added to a piece's id, what stands around a text and a pair, and the ids of bos, eos, pad, unk, cls, sep, mask.
+class Family(NamedTuple):
+    cls: str
+    file: str
+    options: dict
+    moved: int
+    single: str
+    pair: str
+    special: list[int | None]
+
+
+_UNK0 = dict(vocab_size=500)
+_IDENTITY = dict(
+    normalization_rule_name="identity", remove_extra_whitespaces=False, byte_fallback=True, model_type="bpe",
+    split_digits=True, allow_whitespace_only_pieces=True, vocab_size=700,
+)  # fmt: skip
+_DOUBLED, _TYPED = ("<s> A </s>", "<s> A </s> </s> B </s>"), ("[CLS] A [SEP]", "[CLS] A [SEP] B:1 [SEP]:1")
+FAMILIES = {
+    "xlm-roberta": Family(
+        "XLMRobertaTokenizer", "sentencepiece.bpe.model", _UNK0, 1, *_DOUBLED, [0, 2, 1, 3, 0, 2, 501]
+    ),
+    "mbart": Family(
+        "MBartTokenizer", "sentencepiece.bpe.model", _UNK0, 1, "A </s> en_XX", "A B </s> en_XX",
+        [0, 2, 1, 3, 0, 2, 526],
+    ),
+    "mbart50": Family(
+        "MBart50Tokenizer", "sentencepiece.bpe.model", _UNK0, 1, "en_XX A </s>", "en_XX A B </s>",
+        [None, 2, 1, 3, 0, 2, 553],
+    ),
+    "camembert": Family(
+        "CamembertTokenizer", "sentencepiece.bpe.model", _UNK0, 4, *_DOUBLED, [5, 6, 1, 3, 5, 6, 504]
+    ),
+    "t5": Family(
+        "T5Tokenizer", "spiece.model", dict(pad_id=0, eos_id=1, unk_id=2, bos_id=-1, vocab_size=500), 0,
+        "A </s>", "A </s> B </s>", [None, 1, 0, 2, None, None, None],
+    ),
+    "albert": Family(
+        "AlbertTokenizer", "spiece.model",
+        dict(pad_id=0, unk_id=1, bos_id=-1, eos_id=-1, control_symbols=["[CLS]", "[SEP]", "[MASK]"], vocab_size=500),
+        0, *_TYPED, [2, 3, 0, 1, 2, 3, 4],
+    ),
+    "deberta-v2": Family(
+        "DebertaV2Tokenizer", "spm.model",
+        dict(pad_id=0, bos_id=1, eos_id=2, unk_id=3, pad_piece="[PAD]", bos_piece="[CLS]", eos_piece="[SEP]",
+             unk_piece="[UNK]", byte_fallback=True, vocab_size=700),
+        0, *_TYPED, [1, 2, 0, 3, 1, 2, 700],
+    ),
+    "llama": Family(
+        "LlamaTokenizer", "tokenizer.model", _IDENTITY, 0, "<s> A", "<s> A <s>:1 B:1",
+        [1, 2, None, 0, None, None, None],
+    ),
+    "gemma": Family(
+        "GemmaTokenizer", "tokenizer.model",
+        _IDENTITY | dict(
+            add_dummy_prefix=False, pad_id=0, eos_id=1, bos_id=2, unk_id=3, bos_piece="<bos>", eos_piece="<eos>",
+            user_defined_symbols=["<mask>", "<table>", "\n\n", "\n\n\n"],
+        ),
+        0, "<bos> A", "<bos> A <bos>:1 B:1", [2, 1, 0, 3, None, None, 4],
+    ),
+}  # fmt: skip
+LINES = TEXT.splitlines()[:300]
+TRICKY = [
+    *("", " ", "  two  spaces ", "ＦＵＬＬ ﬁ 9, 10 1,000\n\nx\ty", "a\u2581b 猫猫 x", "naïve Größe", "``quoted''"),
+    *("</s><s> <mask> [CLS] [SEP]<pad>", "<0x41> <extra_id_0> <extra_id_99>en_XX", "x\n\n\ny <table> z"),
+]
+
+
+@cache
+def pieces_of(family: str) -> bytes:
+    """A sentencepiece model as the family's are trained, but for its size."""
+    model = io.BytesIO()
+    options = dict(model_type="unigram", minloglevel=3, num_threads=2) | FAMILIES[family].options
+    text = [line for line in TEXT.splitlines() if "<" not in line]  # as T5's pieces have no "<"
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(text), model_writer=model, **options)
+    return model.getvalue()
+
+
+def checkpoint(family: str, folder: Path, **config) -> Path:
+    """A folder with the files that a checkpoint of the family has."""
+    folder.mkdir(exist_ok=True)
+    (folder / FAMILIES[family].file).write_bytes(pieces_of(family))
+    config = {"tokenizer_class": FAMILIES[family].cls} | config
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def special_ids(tokenizer: Tokenizer) -> list[int | None]:
+    return [getattr(tokenizer, role) for role in ("bos", "eos", "pad", "unk", "cls", "sep", "mask")]
+
+
+def framed(tokenizer: Tokenizer, template: str, **texts: str) -> tuple[list[int], list[int]]:
+    """(ids, types) of a template such as "[CLS] A [SEP] B:1 [SEP]:1"."""
+    ids, types = [], []
+    for part in template.split():
+        token, _, kind = part.partition(":")
+        inside = tokenizer.encode(texts[token]) if token in texts else [tokenizer.backend.token_to_id(token)]
+        ids += inside
+        types += [int(kind or 0)] * len(inside)
+    return ids, types
+
+
+def same(a: Tokenizer, b: Tokenizer, texts=TRICKY) -> None:
+    """Both encode, frame and decode alike, on both sides."""
+    assert (a.size, special_ids(a)) == (b.size, special_ids(b))
+    for x, y in ((a, b), (a.target, b.target)):
+        assert x.encode_batch(texts) == y.encode_batch(texts)
+        assert x.frame(texts) == y.frame(texts) and x.frame(texts, texts) == y.frame(texts, texts)
+        assert list(map(x.decode, x.encode_batch(texts))) == list(map(y.decode, y.encode_batch(texts)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_divide_texts_as_sentencepiece_does(family, tmp_path):
+    tokenizer = load(checkpoint(family, tmp_path))
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=pieces_of(family))
+    for text in LINES + TRICKY:
+        given = text
+        if family == "albert":  # what ALBERT does before
+            given = unicodedata.normalize("NFKD", text.replace("``", '"').replace("''", '"'))
+            given = "".join(c for c in given if not unicodedata.combining(c)).lower()
+        ids = [tokenizer.unk if i == theirs.unk_id() else i + FAMILIES[family].moved for i in theirs.encode(given)]
+        if family == "gemma" and "<mask>" in text:  # no text becomes a special token
+            assert tokenizer.mask not in tokenizer.encode(text)
+            continue
+        assert tokenizer.encode(text) == ids, text
+        if tokenizer.unk not in ids:
+            assert tokenizer.decode(ids) == theirs.decode(theirs.encode(given))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_frame_texts(family, tmp_path):
+    tokenizer, row = load(checkpoint(family, tmp_path)), FAMILIES[family]
+    assert special_ids(tokenizer) == row.special
+    a, b = "import the module", "of this"
+    assert tokenizer.frame([a, ""]) == [framed(tokenizer, row.single, A=text) for text in (a, "")]
+    assert tokenizer.frame([a], [b]) == [framed(tokenizer, row.pair, A=a, B=b)]
+    assert tokenizer.decode(tokenizer.frame([a])[0][0]) == a
+    assert not set(tokenizer.encode(" ".join(tokenizer.special.values()))) & set(special_ids(tokenizer)) - {
+        tokenizer.unk
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_come_back_from_a_folder(family, tmp_path):
+    original = checkpoint(family, tmp_path / "a", model_max_length=99)
+    (original / "chat_template.jinja").write_text("{{ messages }}")
+    tokenizer = load(original)
+    tokenizer.save(tmp_path / "b")
+    same(load(tmp_path / "b"), tokenizer)
+    for file in original.iterdir():
+        assert (tmp_path / "b" / file.name).read_bytes() == file.read_bytes()
+    # without a word about the class beside the vocabulary, as in older repositories
+    (original / "tokenizer_config.json").write_text("{}")
+    (original / "config.json").write_text(json.dumps({"model_type": family}))
+    same(load(original), tokenizer)
+    load(original).save(tmp_path / "c")
+    same(load(tmp_path / "c"), tokenizer)
+    (original / "tokenizer_config.json").unlink()
+    load(original).save(tmp_path / "d")
+    same(load(tmp_path / "d"), tokenizer)
+
+
+def byte_pairs(folder: Path, *tokens: str, **config) -> Path:
+    """vocab.json and merges.txt, the tokens first, as GPT-2's and RoBERTa's checkpoints have them."""
+    folder.mkdir(exist_ok=True)
+    described = json.loads(trained("byte_bpe").backend.to_str())["model"]
+    pieces = [piece for piece in described["vocab"] if piece not in ("<pad>", "<unk>", "<s>", "</s>")]
+    (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate([*tokens, *pieces])}))
+    merges = "\n".join(" ".join(merge) for merge in described["merges"])
+    (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+ROBERTA = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+
+
+@pytest.mark.parametrize("name", ["RobertaTokenizer", "RobertaTokenizerFast", "BartTokenizer", ""])
+def test_byte_pairs_of_roberta_and_bart(name, tmp_path):
+    tokenizer = load(byte_pairs(tmp_path, *ROBERTA, **({"tokenizer_class": name} if name else {})))
+    assert special_ids(tokenizer) == [0, 2, 1, 3, 0, 2, 4]
+    assert tokenizer.frame(["a"], ["b"]) == [framed(tokenizer, "<s> A </s> </s> B </s>", A="a", B="b")]
+    assert tokenizer.encode("the module") == [i + 1 for i in trained("byte_bpe").encode("the module")]
+    spaced = load(byte_pairs(tmp_path, *ROBERTA, tokenizer_class="RobertaTokenizer", add_prefix_space=True))
+    assert spaced.encode("the module") == tokenizer.encode(" the module")
+    spaced.save(tmp_path / "saved")
+    same(load(tmp_path / "saved"), spaced)
+
+
+def test_byte_pairs_of_gpt2_and_qwen(tmp_path):
+    gpt2 = load(byte_pairs(tmp_path, "<|endoftext|>", tokenizer_class="GPT2Tokenizer"))
+    assert special_ids(gpt2) == [0, 0, None, 0, None, None, None]
+    assert gpt2.frame(["a"], ["b"]) == [framed(gpt2, "A B:1", A="a", B="b")]
+    opt = load(byte_pairs(tmp_path, "<|endoftext|>", tokenizer_class="GPT2Tokenizer", add_bos_token=True))
+    assert opt.frame(["a"]) == [framed(opt, "<|endoftext|> A", A="a")]
+    added = {"598": {"content": "<|im_start|>", "special": True}, "597": {"content": "<think>", "special": False}}
+    config = {"tokenizer_class": "Qwen2Tokenizer", "bos_token": None, "added_tokens_decoder": added}
+    qwen = load(byte_pairs(tmp_path, "<|endoftext|>", additional_special_tokens=["<|im_start|>", "<|x|>"], **config))
+    assert special_ids(qwen) == [None, 0, 0, 0, None, None, None]
+    assert (qwen.size, qwen.encode("<think>"), qwen.decode([598, 597, 599])) == (600, [597], "<think>")
+    assert qwen.encode("e\u0301") == qwen.encode("é") and qwen.encode("12") == qwen.encode("1") + qwen.encode("2")
+    assert not {598, 599} & set(qwen.encode("<|im_start|><|x|>"))
+    qwen.save(tmp_path / "saved")
+    same(load(tmp_path / "saved"), qwen)
+    (tmp_path / "added_tokens.json").write_text('{"<|im_start|>": 7}')
+    fails("belong to different tokenizers", load, tmp_path)
+
+
+def test_word_pieces_by_their_settings(tmp_path):
+    (tmp_path / "vocab.txt").write_text(
+        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "Größe", "große", "中文"])
+    )
+    a, b = "Größe", "中文"
+    for config, ids in (
+        ({"tokenizer_class": "ElectraTokenizer"}, ([6], [1, 1])),
+        ({"do_lower_case": True, "strip_accents": False}, ([1], [1, 1])),
+        ({"do_lower_case": False, "tokenize_chinese_chars": False}, ([5], [7])),
+    ):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        tokenizer = load(tmp_path)
+        assert (tokenizer.encode(a), tokenizer.encode(b)) == ids
+        assert tokenizer.frame([a], [b]) == [framed(tokenizer, "[CLS] A [SEP] B:1 [SEP]:1", A=a, B=b)]
+        assert special_ids(tokenizer) == [None, None, 0, 1, 2, 3, 4]
+        tokenizer.save(tmp_path / "saved")
+        same(load(tmp_path / "saved"), tokenizer, [a, b])
+
+
+@cache
+def marian_sides() -> tuple[bytes, bytes]:
+    sides = []
+    for text in (TEXT, TEXT.upper() + "Größe" * 9):
+        model = io.BytesIO()
+        lines = [line for line in text.splitlines() if "<" not in line]
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=model, vocab_size=300, minloglevel=3, num_threads=2
+        )
+        sides.append(model.getvalue())
+    return sides[0], sides[1]
+
+
+def marian(folder: Path, **config) -> Path:
+    """source.spm, target.spm and a vocab.json that numbers pieces of both, some of them not."""
+    folder.mkdir(exist_ok=True)
+    pieces: dict[str, int] = {"</s>": 0, "<unk>": 1, ">>fra<<": 2}
+    for side, content in zip(("source", "target"), marian_sides()):
+        (folder / f"{side}.spm").write_bytes(content)
+        processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+        for piece in map(processor.id_to_piece, range(3, 300)):
+            if piece != "\u2581import":
+                pieces.setdefault(piece, len(pieces))
+    pieces["<pad>"] = len(pieces)
+    (folder / "vocab.json").write_text(json.dumps(pieces))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "MarianTokenizer"} | config))
+    return folder
+
+
+def test_marian_numbers_the_pieces_of_both_sides(tmp_path):
+    tokenizer = load(marian(tmp_path))
+    ids = json.loads((tmp_path / "vocab.json").read_text())
+    assert tokenizer.size == len(ids)
+    assert special_ids(tokenizer) == [None, 0, len(ids) - 1, 1, None, None, None]
+    for side, content in zip((tokenizer, tokenizer.target), marian_sides()):
+        theirs = sentencepiece.SentencePieceProcessor(model_proto=content)
+        for text in [*LINES, "import THE module", "", "</s><pad>", "Größe Привет Q"]:
+            pieces = theirs.encode(text, out_type=str)
+            expected = [ids.get(piece, 1) for piece in pieces]
+            assert side.encode(text) == expected
+            assert side.frame([text]) == [([*expected, 0], [0] * (len(expected) + 1))]
+            if 1 not in expected:
+                assert tokenizer.decode(expected) == side.decode(expected) == theirs.decode(pieces)
+    assert 1 in tokenizer.encode("import") and max(tokenizer.encode("import")) < tokenizer.size
+    assert tokenizer.encode(">>fra<< the") == [2, *tokenizer.encode("the")]
+    tokenizer.save(tmp_path / "saved")
+    same(load(tmp_path / "saved"), tokenizer)
+    assert {file.name for file in (tmp_path / "saved").iterdir()} == {
+        *("source.spm", "target.spm", "vocab.json", "tokenizer_config.json", "special_tokens_map.json")
+    }
+
+
+def test_marian_with_a_vocabulary_for_each_side(tmp_path):
+    marian(tmp_path, separate_vocabs=True)
+    fails("there is no", load, tmp_path)
+    ids = json.loads((tmp_path / "vocab.json").read_text())
+    order = ["</s>", "<unk>", "<pad>", *sorted(ids.keys() - {"</s>", "<unk>", "<pad>"})]
+    (tmp_path / "target_vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(order)}))
+    tokenizer = load(tmp_path)
+    assert tokenizer.target.pieces(tokenizer.target.encode("THE")) == [" THE"]
+    assert (tokenizer.pad, tokenizer.target.pad) == (ids["<pad>"], 2)
+    assert tokenizer.target.decode(tokenizer.target.encode("THE MODULE")) == "THE MODULE"
+
+
+@pytest.mark.parametrize("family", ["mbart", "mbart50"])
+def test_languages_stand_around_source_and_target(family, tmp_path):
+    tokenizer = load(checkpoint(family, tmp_path, src_lang="de_DE", tgt_lang="ro_RO"))
+    template = FAMILIES[family].single
+    assert tokenizer.frame(["a"]) == [framed(tokenizer, template.replace("en_XX", "de_DE"), A="a")]
+    assert tokenizer.target.frame(["a"]) == [framed(tokenizer, template.replace("en_XX", "ro_RO"), A="a")]
+    assert tokenizer.target.target is tokenizer.target and tokenizer.target.backend is tokenizer.backend
+    fails("no language 'xx_XX'", load, checkpoint(family, tmp_path, tgt_lang="xx_XX"))
+
+
+@pytest.mark.parametrize(("kind", "prefix"), [("unigram", True), ("unigram", False), ("bpe", False)])
+def test_symbols_of_the_user_are_taken_whole(kind, prefix, tmp_path):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT.splitlines()), model_writer=model, vocab_size=400, minloglevel=3, model_type=kind,
+        user_defined_symbols=["(", ")", "<table>", "9"], add_dummy_prefix=prefix,
+        remove_extra_whitespaces=prefix, character_coverage=1.0,
+    )  # fmt: skip
+    (tmp_path / "spiece.model").write_bytes(model.getvalue())
+    theirs, tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()), load(tmp_path)
+    for text in ["f(x) = (1999)", "a<table>b", "((9))", *LINES]:
+        assert tokenizer.encode(text) == theirs.encode(text), text
+
+
+def test_a_text_that_spells_a_special_token_is_text():
+    """Also where the model has the token among its pieces and no piece for its letters."""
+    from tokenizers import AddedToken, models
+    from tokenizers import Tokenizer as Backend
+
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), ("<0x41>", 0.0), *((letter, -2.0) for letter in "ab/s0x41 ")]
+    backend = Backend(models.Unigram(pieces, unk_id=0))
+    backend.add_special_tokens([AddedToken("</s>")])
+    tokenizer = Tokenizer(backend, {"eos": "</s>", "unk": "<unk>"}, {})
+    assert tokenizer.eos == 1
+    assert tokenizer.pieces(tokenizer.encode("a</s>b")) == ["a", "<unk>", "/", "s", "<unk>", "b"]
+    assert tokenizer.pieces(tokenizer.encode("<0x41>")) == ["<unk>", "0", "x", "4", "1", "<unk>"]
+    without = train(["hello world, it is a small world\n" * 9], TokenizerConfig(train="unigram"), 278)
+    for text in HARD:
+        assert without.decode(without.encode(text)) == text
+        assert not {0, 1, 2, 3} & set(without.encode(text))
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
+@given(
+    texts=st.lists(st.tuples(st.text("ab ", max_size=30), st.text("ab ", max_size=30)), max_size=4),
+    length=st.integers(4, 40),
+)
+@settings(max_examples=100, deadline=None)
+def test_long_pairs_are_cut_as_tokenizers_cuts_them(kind, texts, length):
+    tokenizer = trained(kind)
+    theirs = type(tokenizer.backend).from_str(tokenizer.backend.to_str())
+    theirs.encode_special_tokens = True
+    theirs.enable_truncation(length)
+    firsts, seconds = [a for a, _ in texts], [b for _, b in texts]
+    rows = [(row.ids, row.type_ids) for row in theirs.encode_batch(texts)]
+    assert tokenizer.frame(firsts, seconds, max_length=length) == rows
+    rows = [(row.ids, row.type_ids) for row in theirs.encode_batch(firsts)]
+    assert tokenizer.frame(firsts, max_length=length) == rows
+    assert tokenizer.backend.truncation is None
+
+
+def test_frames_that_cannot_be():
+    bert = trained("wordpiece")
+    assert [len(ids) for ids, _ in bert.frame(["the module"], max_length=3)] == [3]
+    fails("max_length is 2; with special tokens a text has at least 3 tokens", bert.frame, ["the"], None, 2)
+    fails("max_length is 3; with special tokens a text has at least 4 tokens", bert.frame, ["the"], ["a"], 3)
+    fails("there are 1 texts and 2 pairs", bert.frame, ["the"], ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("said", "model", "frame"),
+    [
+        ({"tokenizer_class": "LlamaTokenizerFast"}, {}, "<s> A"),
+        ({"tokenizer_class": "LlamaTokenizer", "add_eos_token": True}, {}, "<s> A </s>"),
+        ({"tokenizer_class": "LlamaTokenizer", "add_bos_token": False}, {}, "A"),
+        ({"tokenizer_class": "Unheard", "add_bos_token": True}, {}, "<s> A"),
+        ({"tokenizer_class": "Unheard"}, {"model_type": "mistral"}, "A"),
+        ({"tokenizer_class": None}, {"model_type": "mistral"}, "<s> A"),
+        ({}, {"tokenizer_class": "LlamaTokenizer"}, "<s> A"),
+        ({}, {}, "A"),
+    ],
+)
+def test_what_a_tokenizer_json_leaves_unsaid(said, model, frame, tmp_path):
+    trained("bpe").save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    tokenizer = load(tmp_path)
+    assert tokenizer.frame(["the"]) == [framed(tokenizer, frame, A="the")]
+    assert special_ids(tokenizer) == [2, 3, 0, 1, None, None, None]
+
+
+def test_tokens_named_beside_are_added(tmp_path):
+    trained("bpe").save(tmp_path)
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]", "extra_special_tokens": {"i": "<i>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load(tmp_path)
+    assert (tokenizer.pad, tokenizer.backend.token_to_id("<i>"), tokenizer.size) == (600, 601, 602)
+    assert tokenizer.decode([600, 601]) == ""
+
+
+def test_damaged_partners(tmp_path):
+    marian(tmp_path)
+    for name, content, message in (
+        ("vocab.json", "{}", "has no pieces"),
+        ("vocab.json", '{"</s>": 0, "<unk>": 1, "<pad>": 1}', "two pieces of one id"),
+        ("vocab.json", '{"</s>": 0, "<unk>": 1, "<pad>": 900000000}', "ids up to 900000000"),
+        ("vocab.json", '{"</s>": 0, "<unk>": "1"}', "'<unk>': '1'"),
+        ("vocab.json", '{"a": 0}', "has no </s>, <pad>, <unk>"),
+        ("vocab.json", "[]", "is not a JSON object"),
+        ("source.spm", "", "has 0 pieces and none for the unknown"),
+        ("tokenizer_config.json", '{"eos_token": {}}', "is no readable tokenizer"),
+        ("tokenizer_config.json", '"x"', "is not a JSON object"),
+        ("tokenizer_config.json", "[" * 100_000, "is not a JSON object"),
+    ):
+        before = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_text(content)
+        fails(message, load, tmp_path)
+        (tmp_path / name).write_bytes(before)
+    for name in ("source.spm", "vocab.json", "target.spm"):
+        before = (tmp_path / name).read_bytes()
+        (tmp_path / name).unlink()
+        fails(f"there is no {tmp_path / name}", load, tmp_path)
+        (tmp_path / name).write_bytes(before)
+    fails(
+        "that of a XLMRobertaTokenizer with",
+        load,
+        checkpoint("t5", tmp_path / "a", tokenizer_class="XLMRobertaTokenizer"),
+    )
+
+
+def damaged(content: bytes, where: list[float], what: list[bytes]) -> bytes:
+    for place, new in zip(where, what):
+        at = int(place * len(content))
+        content = content[:at] + new + content[at + len(new) :]
+    return content
+
+
+places = st.lists(st.floats(0, 0.999), min_size=1, max_size=3)
+bits = st.lists(st.binary(max_size=6) | st.sampled_from([b'"', b"0", b"999999999", b"]", b"null", b"-1"]), min_size=3)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "vocab.json", *FAMILIES, "marian"])
+@given(where=places, what=bits, data=st.data())
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_damaged_files_load_or_are_refused(kind, where, what, data, tmp_path):
+    if kind in KINDS:
+        trained(kind).save(tmp_path)
+    elif kind == "vocab.json":
+        byte_pairs(tmp_path, "<|endoftext|>", tokenizer_class="GPT2Tokenizer")
+    else:
+        marian(tmp_path) if kind == "marian" else checkpoint(kind, tmp_path)
+    names = sorted(
+        f.name for f in tmp_path.iterdir() if f.name not in ("tokenizer_config.json", "special_tokens_map.json")
+    )
+    file = tmp_path / data.draw(st.sampled_from(names))
+    file.write_bytes(damaged(file.read_bytes(), where, what))
+    try:
+        tokenizer = load(tmp_path)
+    except UserError as error:
+        assert str(tmp_path) in str(error) or "sentencepiece model" in str(error) or "the vocabulary has" in str(error)
+        return
+    for text in [*HARD, *TRICKY]:
+        try:
+            assert all(0 <= i < tokenizer.size for i in tokenizer.encode(text))
+            tokenizer.decode(tokenizer.frame([text], [text], max_length=20)[0][0])
+        except UserError as error:
+            assert "cannot encode" in str(error)

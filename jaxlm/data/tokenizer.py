@@ -2,42 +2,31 @@
 
 One implementation encodes: the `tokenizers` library, whose tokenizer.json is the file that goes out with a model.  So a
 run, its export and whoever loads the export agree on every id by construction.  `sentencepiece` trains "unigram" and
-"bpe", and its .model files are translated when they are read; the file itself is kept beside.
+"bpe".  What other files hold is translated when it is read (`vocabularies`); the files themselves are kept beside.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jaxlm.config import TokenizerConfig
+from jaxlm.data import vocabularies
 from jaxlm.errors import UserError
 
 if TYPE_CHECKING:
     import tokenizers
 
-# What a special token is called where no file beside the vocabulary says so, the likeliest name first.
-_KNOWN = {
-    "bos": ("<s>", "<bos>", "<|endoftext|>"),
-    "eos": ("</s>", "<eos>", "<|endoftext|>"),
-    "pad": ("<pad>", "[PAD]"),
-    "unk": ("<unk>", "[UNK]"),
-    "cls": ("[CLS]",),
-    "sep": ("[SEP]",),
-    "mask": ("[MASK]", "<mask>"),
-}
 _BERT = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 _SPECIAL = ["<pad>", "<unk>", "<s>", "</s>"]
-_BESIDE = ("tokenizer_config.json", "special_tokens_map.json")
-_CARRIED: tuple[str, ...] = ("tokenizer.json", *_BESIDE, "added_tokens.json", "chat_template.jinja")
-_CARRIED += ("vocab.txt", "vocab.json")
-_CARRIED += ("merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
 # Lossless: no normalization, no added or removed space, bytes for what is rare.  Passages keep their line ends, so that
 # "\n\n" and ".\n" become pieces, as does a run of spaces.  A piece begins at most one word: pieces of several words
@@ -72,38 +61,97 @@ class Tokenizer:
 
     size: the largest id + 1.
     bos, eos, pad, unk, cls, sep, mask: ids of the special tokens, None where there is none.
+    target: what encodes the target text of a translation: itself but for models that have another tokenizer (Marian)
+    or another frame (mBART) for it.
 
     Text never becomes a special token: "</s>" or "[MASK]" in a document is spelled like other text.  The kinds
     "unigram", "bpe" and "byte_bpe" that `train` makes are lossless: decode(encode(text)) == text for all Unicode,
     U+2581 included.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, special: dict[str, str | None], files: dict[str, bytes]):
-        """`special`: "bos" ... "mask" -> its token; `files`: name -> content, written by `save` unchanged."""
-        from tokenizers import AddedToken
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        special: Mapping[str, str | None],
+        files: dict[str, bytes],
+        config: Mapping[str, Any] = MappingProxyType({}),
+        divide: tokenizers.Tokenizer | None = None,
+    ):
+        """`special`: "bos" ... "mask" -> its token; `files`: name -> content, written by `save` unchanged.
+
+        `config`, `divide`: as in `vocabularies.Read`.  Raises UserError for ids too far apart to be a vocabulary's.
+        """
+        from tokenizers import AddedToken, models
 
         names = {role: token for role, token in special.items() if token and backend.token_to_id(token) is not None}
         backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in names.values()])
-        backend.no_truncation()
-        backend.no_padding()
-        backend.encode_special_tokens = True  # not kept in tokenizer.json
-        self.backend, self.special, self.files = backend, names, files
-        self.size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
-        ids: dict[str, int | None] = {r: backend.token_to_id(names[r]) if r in names else None for r in _KNOWN}
+        spell = lambda made: vocabularies.spelled(made) if isinstance(made.model, models.Unigram) else made
+        backend = spell(backend)
+        self._divide = backend if divide is None else spell(divide)
+        for made in (backend, self._divide):
+            made.no_truncation()
+            made.no_padding()
+            made.encode_special_tokens = True  # not kept in tokenizer.json
+        self.backend, self.special, self.files, self.config = backend, names, files, config
+        self._ids = None if divide is None else backend.get_vocab()
+        self.size: int = vocabularies.size_of(backend.get_vocab(with_added_tokens=True))
+        self._frames = _frames(backend.post_processor)
+        self.target = self
+        ids = {role: backend.token_to_id(names[role]) if role in names else None for role in vocabularies.ROLES}
         self.bos, self.eos, self.pad, self.unk = ids["bos"], ids["eos"], ids["pad"], ids["unk"]
         self.cls, self.sep, self.mask = ids["cls"], ids["sep"], ids["mask"]
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text, without special tokens around it."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        return self._numbers(self._divide.encode(text, add_special_tokens=False))
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """`encode` of each text, on all cores."""
-        return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        divide = self._divide  # (the fast way leaves the pieces empty)
+        batch = divide.encode_batch_fast if self._ids is None else divide.encode_batch
+        return [self._numbers(divided) for divided in batch(texts, add_special_tokens=False)]
+
+    def _numbers(self, divided: tokenizers.Encoding) -> list[int]:
+        ids, unk = self._ids, self.unk
+        return divided.ids if ids is None or unk is None else [ids.get(piece, unk) for piece in divided.tokens]
+
+    def frame(
+        self, texts: list[str], pairs: list[str] | None = None, max_length: int | None = None
+    ) -> list[tuple[list[int], list[int]]]:
+        """(ids, token types) of each text, or text and pair, with the special tokens that the model expects.
+
+        max_length: tokens to keep, special ones included; of a text and its pair, the longer loses its end first.
+        BERT: `[CLS] text [SEP] pair [SEP]` with types 0 0 0 1 1; T5: `text </s>`; GPT-2: `text`.
+
+        Raises UserError where `max_length` has no room for text, or texts and pairs are not as many.
+        """
+        frame = self._frames[pairs is not None]
+        around = sum(i >= 0 for i, _ in frame)
+        room = None if max_length is None else max_length - around
+        if room is not None and room < 1:
+            raise UserError(
+                f"max_length is {max_length}; with special tokens a text has at least {around + 1} tokens; "
+                f"set it to that or more"
+            )
+        if pairs is not None and len(pairs) != len(texts):
+            raise UserError(f"there are {len(texts)} texts and {len(pairs)} pairs; give a pair for each text")
+        seconds = [[]] * len(texts) if pairs is None else self.encode_batch(pairs)
+        rows = []
+        for parts in zip(self.encode_batch(texts), seconds):
+            if room is not None:
+                parts = _cut(*parts, room)
+            ids: list[int] = []
+            types: list[int] = []
+            for i, kind in frame:
+                part = [i] if i >= 0 else parts[-1 - i]
+                ids += part
+                types += [kind] * len(part)
+            rows.append((ids, types))
+        return rows
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of the ids; special tokens, and ids past the vocabulary, are skipped."""
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
+        return self.backend.decode([int(i) for i in ids if i < self.size], skip_special_tokens=True)
 
     def pieces(self, ids: Sequence[int] | np.ndarray) -> list[str]:
         """Each id as the vocabulary spells it; "" for an id that the vocabulary does not have."""
@@ -134,7 +182,7 @@ class Tokenizer:
         Path(folder).mkdir(parents=True, exist_ok=True)
         tokens = {f"{role}_token": token for role, token in self.special.items()}
         described = json.loads(self.backend.to_str())
-        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **tokens}
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **tokens, **self.config}
         if described["model"]["type"] == "WordPiece":
             normalizer = described["normalizer"]
             config["tokenizer_class"] = "BertTokenizerFast"
@@ -144,12 +192,39 @@ class Tokenizer:
         config["clean_up_tokenization_spaces"] = False
         config["model_max_length"] = max_length or int(1e30)  # 1e30: transformers' own "not known"
         made = {
-            "tokenizer.json": self.backend.to_str(pretty=True).encode(),
             "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False).encode(),
             "special_tokens_map.json": json.dumps(tokens, indent=2, ensure_ascii=False).encode(),
         }
+        if not self.config:
+            made["tokenizer.json"] = self.backend.to_str(pretty=True).encode()
         for name, content in (made | self.files).items():
             (Path(folder) / name).write_bytes(content)
+
+
+def _frames(processor: tokenizers.processors.PostProcessor | None) -> tuple[list[tuple[int, int]], ...]:
+    """What stands around a text, and around a pair: (id, token type), the texts as the ids -1 and -2."""
+    from tokenizers import Tokenizer, models
+
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    if processor is not None:
+        words.post_processor = processor
+    rows = (words.encode("a"), words.encode("a", "b"))
+    return tuple(
+        [(i if text is None else -1 - text, kind) for i, text, kind in zip(row.ids, row.sequence_ids, row.type_ids)]
+        for row in rows
+    )
+
+
+def _cut(first: list[int], second: list[int], room: int) -> tuple[list[int], list[int]]:
+    """Both within `room` tokens, the longer cut to the other's length before both are, as `tokenizers` does."""
+    if len(first) + len(second) <= room:
+        return first, second
+    short = min(len(first), len(second))
+    long = max(short, room - short)
+    if short + long > room:
+        short, long = room // 2, room - room // 2
+    a, b = (long, short) if len(first) > len(second) else (short, long)
+    return first[:a], second[:b]
 
 
 def _spell(piece: str) -> str:
@@ -164,72 +239,25 @@ def _spell_bytes(piece: str) -> str:
 
 
 def load(path: str | Path) -> Tokenizer:
-    """The tokenizer of a file (tokenizer.json, vocab.txt, vocab.json with merges.txt beside it, .model) or a folder.
+    """The tokenizer of a folder, or of one file and those that belong to it.
 
-    Special tokens are those that tokenizer_config.json or special_tokens_map.json beside it name, else well-known ones
-    of the vocabulary.  Raises UserError for a missing or broken file.
+    Of a folder: tokenizer.json, else the vocabulary files of any family that `vocabularies` knows.  Special tokens and
+    frame are those that the files name, else those of the tokenizer_class or model_type that they name, else usual
+    ones.  Raises UserError for a missing, broken or unfitting file.
     """
-    file = _find(Path(path))
-    beside = _beside(file)
-    try:
-        if file.suffix == ".model":
-            backend, files = _from_sentencepiece(file.read_bytes()), {"tokenizer.model": file.read_bytes()}
-        elif file.suffix == ".txt":
-            backend, files = _from_vocab_txt(file, beside.get("do_lower_case")), {"vocab.txt": file.read_bytes()}
-        elif file.name.endswith("vocab.json"):
-            merges = file.with_name(file.name.replace("vocab.json", "merges.txt"))
-            if not merges.is_file():
-                raise UserError(f"{file} needs its merges, and there is no {merges}; put merges.txt beside it")
-            backend = _from_merges(file, merges)
-            files = {"vocab.json": file.read_bytes(), "merges.txt": merges.read_bytes()}
-        else:
-            from tokenizers import Tokenizer as Backend
-
-            backend = Backend.from_str(file.read_text(encoding="utf-8"))
-            kept = (file.with_name(name) for name in _CARRIED[1:])
-            files = {"tokenizer.json": file.read_bytes()} | {f.name: f.read_bytes() for f in kept if f.is_file()}
-    except UserError:
-        raise
-    except Exception as error:  # (both libraries raise bare exceptions for what they cannot parse)
-        raise UserError(f"{file} is no readable tokenizer ({str(error).strip()[:200]}); copy it again") from None
-    return Tokenizer(backend, _special(backend, beside), files)
-
-
-def _find(path: Path) -> Path:
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise UserError(f"there is no tokenizer file or folder {str(path)!r}; set --tokenizer.path")
-    for pattern in ("tokenizer.json", "tokenizer.model", "*.model", "vocab.txt", "vocab.json"):
-        found = sorted(path.glob(pattern))
-        if found:
-            return found[0]
-    raise UserError(
-        f"the folder {path} holds no tokenizer.json, .model, vocab.txt or vocab.json; "
-        f"set --tokenizer.path to a folder or file with a tokenizer"
-    )
-
-
-def _beside(file: Path) -> dict[str, Any]:
-    """What the files of transformers beside a vocabulary say; the first of them wins."""
-    said: dict[str, Any] = {}
-    for name in reversed(_BESIDE):
-        other = file.with_name(name)
-        if other.is_file():
-            try:
-                said |= json.loads(other.read_text(encoding="utf-8"))
-            except (ValueError, TypeError) as error:
-                raise UserError(f"{other} is not a JSON object ({error}); correct or remove it") from None
-    return said
-
-
-def _special(backend: tokenizers.Tokenizer, beside: dict[str, Any]) -> dict[str, str | None]:
-    special = {}
-    for role, names in _KNOWN.items():
-        known = next((name for name in names if backend.token_to_id(name) is not None), None)
-        token = beside.get(f"{role}_token", known)
-        special[role] = token["content"] if isinstance(token, dict) else token
-    return special
+    file = vocabularies.find(Path(path))
+    with vocabularies.readable(file):
+        read = vocabularies.read(file)
+        make = lambda side: Tokenizer(side.backend, read.special, read.files, read.config, side.divide)
+        tokenizer = make(read)
+        if isinstance(read.target, vocabularies.Read):
+            tokenizer.target = make(read.target)
+        elif read.target is not None:
+            tokenizer.target = copy.copy(tokenizer)
+            tokenizer.target.target, tokenizer.target._frames = tokenizer.target, _frames(read.target)
+        for side in (tokenizer, tokenizer.target):  # what parses may still fail at work
+            side.decode(side.frame([f"Aa 1\t\u20ac\U0001f600{chr(0x10FFFD)}"])[0][0])
+    return tokenizer
 
 
 def train(texts: Iterable[str], config: TokenizerConfig, vocabulary: int) -> Tokenizer:
@@ -250,16 +278,16 @@ def train(texts: Iterable[str], config: TokenizerConfig, vocabulary: int) -> Tok
     texts = (text for part in ((first,), texts) for text in part)
     if kind in _OF_KIND:
         model = _train_sentencepiece(texts, kind, vocabulary)
-        return Tokenizer(*_with_known(_from_sentencepiece(model)), files={"tokenizer.model": model})
+        return Tokenizer(*_with_special(vocabularies.from_sentencepiece(model)), files={"tokenizer.model": model})
     make = {"byte_bpe": _train_byte_bpe, "wordpiece": _train_wordpiece, "characters": _train_characters}[kind]
-    tokenizer = Tokenizer(*_with_known(make(texts, config, vocabulary)), files={})
+    tokenizer = Tokenizer(*_with_special(make(texts, config, vocabulary)), files={})
     if tokenizer.size > vocabulary or (tokenizer.size < vocabulary and kind != "characters"):
         raise _wrong_size(kind, vocabulary, tokenizer.size)
     return tokenizer
 
 
-def _with_known(backend: tokenizers.Tokenizer) -> tuple[tokenizers.Tokenizer, dict[str, str | None]]:
-    return backend, _special(backend, {})
+def _with_special(backend: tokenizers.Tokenizer) -> tuple[tokenizers.Tokenizer, dict[str, str | None]]:
+    return backend, vocabularies.special(backend)
 
 
 def _wrong_size(kind: str, vocabulary: int, works: int) -> UserError:
@@ -302,7 +330,7 @@ def _passages(texts: Iterable[str]) -> Iterator[str]:
 def _train_byte_bpe(texts: Iterable[str], config: TokenizerConfig, vocabulary: int) -> tokenizers.Tokenizer:
     from tokenizers import models, pre_tokenizers, trainers
 
-    backend = _byte_level(models.BPE())
+    backend = vocabularies.byte_level(models.BPE())
     letters = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary, special_tokens=_SPECIAL, initial_alphabet=letters, show_progress=False
@@ -317,7 +345,7 @@ def _train_wordpiece(texts: Iterable[str], config: TokenizerConfig, vocabulary: 
     texts = list(texts)
 
     def learn(size: int, first: list[str]) -> list[str]:
-        backend = _bert(models.WordPiece(unk_token="[UNK]"), config.lowercase)
+        backend = vocabularies.wordpiece(models.WordPiece(unk_token="[UNK]"), config.lowercase)
         trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=first, show_progress=False)
         backend.train_from_iterator(texts, trainer)
         ids = backend.get_vocab()
@@ -327,7 +355,11 @@ def _train_wordpiece(texts: Iterable[str], config: TokenizerConfig, vocabulary: 
     # between merges by these numbers.  So a first round finds the letters and a second is given them in order.
     letters = sorted(set(learn(0, _BERT)) - set(_BERT))
     ids = {piece: i for i, piece in enumerate(learn(vocabulary, _BERT + letters))}
-    return _enclosed(_bert(models.WordPiece(ids, unk_token="[UNK]"), config.lowercase))
+    backend = vocabularies.wordpiece(models.WordPiece(ids, unk_token="[UNK]"), config.lowercase)
+    bert = vocabularies.KINDS["bert"]
+    if bert.frame and (around := vocabularies.processor(backend, bert.frame, bert.special)):
+        backend.post_processor = around
+    return backend
 
 
 def _train_characters(texts: Iterable[str], config: TokenizerConfig, vocabulary: int) -> tokenizers.Tokenizer:
@@ -340,114 +372,4 @@ def _train_characters(texts: Iterable[str], config: TokenizerConfig, vocabulary:
     backend = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     backend.decoder = decoders.Fuse()
-    return backend
-
-
-def _byte_level(model: tokenizers.models.Model) -> tokenizers.Tokenizer:
-    from tokenizers import Tokenizer, decoders, pre_tokenizers
-
-    backend = Tokenizer(model)
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return backend
-
-
-def _bert(model: tokenizers.models.Model, lowercase: bool) -> tokenizers.Tokenizer:
-    from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
-
-    backend = Tokenizer(model)
-    backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    backend.decoder = decoders.WordPiece()
-    return backend
-
-
-def _enclosed(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """With [CLS] and [SEP] around texts, for those who encode with special tokens; `Tokenizer` does not."""
-    from tokenizers import processors
-
-    cls, sep = backend.token_to_id("[CLS]"), backend.token_to_id("[SEP]")
-    if cls is not None and sep is not None:
-        backend.post_processor = processors.BertProcessing(("[SEP]", sep), ("[CLS]", cls))
-    return backend
-
-
-def _from_vocab_txt(file: Path, lowercase: bool | None) -> tokenizers.Tokenizer:
-    from tokenizers import models
-
-    pieces = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    if "[UNK]" not in pieces:
-        raise UserError(f"{file} has no line [UNK]; a WordPiece vocabulary holds one piece a line, [UNK] among them")
-    if lowercase is None:
-        lowercase = not any(p != p.lower() for p in pieces if not (p.startswith("[") and p.endswith("]")))
-    ids = {piece: i for i, piece in enumerate(pieces)}
-    return _enclosed(_bert(models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100), lowercase))
-
-
-def _from_merges(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
-    from tokenizers import models
-
-    lines = merges.read_text(encoding="utf-8").split("\n")
-    halves = (line.partition(" ") for line in lines if line and not line.startswith("#version"))
-    pairs = [(left, right) for left, _, right in halves]
-    return _byte_level(models.BPE(json.loads(vocab.read_text(encoding="utf-8")), pairs))
-
-
-def _from_sentencepiece(model: bytes) -> tokenizers.Tokenizer:
-    """The same tokenizer as a sentencepiece ModelProto, with the same ids.
-
-    sentencepiece writes a space as U+2581 and so cannot tell the two apart.  Here the pieces hold the space itself: a
-    U+2581 in the text is an unknown character, spelled in bytes (models that lose something anyway, as by a space in
-    front or a normal form, keep sentencepiece's way).  The one other difference: of several unigram segmentations with
-    the same score, such as runs of spaces, sentencepiece's float32 sums may choose another than the float64 sums here.
-    """
-    from sentencepiece import sentencepiece_model_pb2
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
-
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
-    rule, kinds = proto.normalizer_spec, sentencepiece_model_pb2.ModelProto.SentencePiece
-    pieces = [(piece.piece.replace("\u2581", " "), piece.score, piece.type) for piece in proto.pieces]
-    unk = [i for i, (_, _, kind) in enumerate(pieces) if kind == kinds.UNKNOWN]
-    byte_fallback = any(kind == kinds.BYTE for _, _, kind in pieces)
-    algorithm = proto.trainer_spec.model_type
-    if algorithm not in (1, 2) or not unk or proto.trainer_spec.treat_whitespace_as_suffix:
-        raise UserError("this sentencepiece model is neither unigram nor bpe with a prefix for words; train another")
-
-    if algorithm == 1:
-        # Control and byte pieces must not be read in a text that spells "<s>": no path through them ever wins.
-        scores = [(p, score if kind in (kinds.NORMAL, kinds.USER_DEFINED) else -1e4) for p, score, kind in pieces]
-        backend = Tokenizer(models.Unigram(scores, unk_id=unk[0], byte_fallback=byte_fallback))
-    else:
-        ids = {piece: i for i, (piece, _, _) in enumerate(pieces)}
-        # sentencepiece joins whatever makes the best-scored piece: each way to divide a piece in two is a merge.
-        merges = [
-            (-score, piece[:i], piece[i:])
-            for piece, score, kind in pieces
-            if kind == kinds.NORMAL
-            for i in range(1, len(piece))
-            if piece[:i] in ids and piece[i:] in ids
-        ]
-        merges.sort(key=lambda merge: (merge[0], ids[merge[1]], ids[merge[2]]))
-        pairs = [(left, right) for _, left, right in merges]
-        backend = Tokenizer(
-            models.BPE(ids, pairs, unk_token=pieces[unk[0]][0], fuse_unk=True, byte_fallback=byte_fallback)
-        )
-
-    steps: list[Any] = []
-    if rule.precompiled_charsmap:
-        steps.append(normalizers.Precompiled(rule.precompiled_charsmap))
-    if not byte_fallback or rule.add_dummy_prefix or rule.remove_extra_whitespaces:
-        steps.append(normalizers.Replace("\u2581", " "))
-    if rule.remove_extra_whitespaces:
-        steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
-    if rule.add_dummy_prefix:
-        steps.append(normalizers.Prepend(" "))
-    if steps:
-        backend.normalizer = normalizers.Sequence(steps)
-    decode = [decoders.ByteFallback(), decoders.Fuse()]
-    backend.decoder = decoders.Sequence(decode + [decoders.Strip(" ", 1, 0)] * rule.add_dummy_prefix)
-    added = [AddedToken(p, normalized=False) for p, _, kind in pieces if kind == kinds.USER_DEFINED]
-    control = [AddedToken(p, normalized=False) for p, _, kind in pieces if kind in (kinds.UNKNOWN, kinds.CONTROL)]
-    backend.add_tokens(added)
-    backend.add_special_tokens(control)
     return backend
