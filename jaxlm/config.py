@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -23,6 +22,8 @@ Bias = Literal["query_key_value", "out", "mlp", "norm", "transform", "classes", 
 ENCODER_BIASES: tuple[Bias, ...] = ("query_key_value", "out", "mlp", "norm", "transform", "classes")
 MOST_LAYERS = 10_000  # of a model that a foreign config.json may ask for
 MOST = 2**31 - 1  # of any other size
+_FARTHEST = 1_000_000  # relative distance that has a row in a table
+_LARGE = 1e15  # no sensible number is as large; NaN and infinity are not smaller
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,11 @@ class ModelConfig:
             raise UserError(f"the head width is {self.C}, odd; rotary positions turn pairs: make it even")
         if self.positions == "sinusoidal" and self.width % 2:
             raise UserError(f"model.width is {self.width}, odd; sinusoidal positions come in pairs: make it even")
+        if "lm" in self.heads_on_top and self.W != self.width and self.tied_embeddings:
+            raise UserError(
+                f"model.embedding_width is {self.W}, but the head lm reads a width of {self.width} by the embeddings; "
+                f"leave it out, or set model.tied_embeddings to false"
+            )
         if "local" in self.layer_kinds and self.window < 1:
             raise UserError(f"model.window is {self.window}; local layers need at least 1")
         if not self.layer_kinds or not self.labels:
@@ -152,9 +158,15 @@ class ModelConfig:
         for name in ("dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must be in [0, 1)")
-        for name in ("types", "position_offset", "window", "relative_buckets", "attention_cap", "logit_cap"):
+        for name in ("types", "position_offset", "window", "norm_epsilon", "attention_cap", "logit_cap"):
             if not 0 <= getattr(self, name) <= MOST:
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must not be negative")
+        for name in ("rotary_base", "rotary_factor", "rotary_length"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"model.{name} is {getattr(self, name)}; it must be above 0")
+        for name in ("relative_buckets", "relative_distance"):
+            if not 0 <= getattr(self, name) <= _FARTHEST:
+                raise UserError(f"model.{name} is {getattr(self, name)}; it must lie in 0 to {_FARTHEST:,}")
 
 
 _OPTIONAL = ("kv_heads", "decoder_layers", "distinct_layers", "embedding_width")
@@ -174,12 +186,12 @@ def _is(value: Any, hint: Any) -> bool:
     if get_args(hint):  # a union
         return any(_is(value, choice) for choice in get_args(hint))
     if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _LARGE
     return type(value) is hint
 
 
 def _divisors(n: int) -> str:
-    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+    return ", ".join(str(d) for d in range(1, min(n, 100_000) + 1) if n % d == 0)
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def table(rows: Iterable[Row]) -> str:
             cell.rjust(width) if i == 4 else cell.ljust(width) for i, (cell, width) in enumerate(zip(line, widths))
         ]
         text.append("  ".join([*cells, line[5]]).rstrip())
-    return "\n".join(text + ["", *_sums(rows)])
+    return "\n".join([*text, "", *_sums(rows)])
 
 
 def _sums(rows: list[Row]) -> list[str]:

@@ -51,6 +51,9 @@ def here(tmp_path, monkeypatch) -> Path:
     (tmp_path / "foreign" / "thesis.tex").touch()
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "pickled").mkdir()
+    (tmp_path / "pickled" / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"\x80\x02}q\x00.")
     (tmp_path / "unfinished").mkdir()
     (tmp_path / "unfinished" / "config.json").write_text('{"run": {}, "data": ""}')
     return tmp_path
@@ -130,6 +133,14 @@ VERBS = {
     "no folder": (["generate", "gone"], ["gone is no folder"]),
     "no model": (["generate", "foreign"], ["foreign", "config.json"]),
     "no export": (["generate", "unfinished"], ["unfinished", "no export yet"]),
+    "nothing to inspect": (["inspect", "gone"], ["gone is no folder"]),
+    "no model to inspect": (["inspect", "foreign"], ["foreign", "config.json"]),
+    "inspect a config": (["inspect", "tony.py"], ["no config file tony.py", "'tiny.py'"]),
+    "convert nothing": (["convert", "gone", "new"], ["gone is no folder"]),
+    "convert onto files": (["convert", "model", "foreign"], ["foreign exists and is not empty", "overwritten"]),
+    "shards of nothing": (["convert", "model", "new", "--shard-gb", "0"], ["--shard-gb is 0.0", "above 0"]),
+    "no weights": (["convert", "model", "new"], ["model has no weights", "model.safetensors"]),
+    "pickled weights": (["inspect", "pickled"], ["only pickled weights (pytorch_model.bin)", "save_pretrained"]),
 }
 
 

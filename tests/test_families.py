@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import pytest
 
 from jaxlm.config import ModelConfig
 from jaxlm.errors import UserError
-from jaxlm.families import FAMILIES, OWN, PRESETS, Origin, load, save
+from jaxlm.families import FAMILIES, OWN, PRESETS, Origin, load, look, save
 from jaxlm.hub import convert, safetensors
 from jaxlm.nn import transformer
 
@@ -141,7 +143,7 @@ def test_random_file_comes_back_exactly(name):
         file = {n: rng.normal(size=shape).astype(dtype) for n, shape in convert.hf_shapes(family, config).items()}
         back = convert.to_hf(family, config, convert.to_ours(family, config, file))
         assert back.keys() == file.keys()
-        assert all(back[n].dtype == dtype and back[n].tobytes() == file[n].tobytes() for n in file)
+        assert all(back[n].dtype == dtype and back[n].make().tobytes() == file[n].tobytes() for n in file)
 
 
 def test_layouts_mean_what_the_file_means():
@@ -427,3 +429,27 @@ def test_a_model_that_diverged_can_be_read(tmp_path):
     params = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), random_params(config))
     save(config, params, tmp_path)
     assert all(np.isnan(leaf).all() for leaf in jax.tree.leaves(load(tmp_path)[1]))
+
+
+SOME = ("bert", "t5", "gemma2")
+
+
+@pytest.mark.parametrize("name", [n if n in SOME else pytest.param(n, marks=pytest.mark.long) for n in FAMILIES])
+def test_any_config_is_read_or_refused(tmp_path, name):
+    """Every key of every family's config.json, with values that it should not have: an error with words, no other."""
+    config = member(name, next(iter(FAMILIES[name].heads)), ODD)
+    save(config, random_params(config), tmp_path, origin=Origin({"model_type": name}))
+    path = tmp_path / "config.json"
+    good = json.loads(path.read_text())
+    odd = (None, True, 0, -1, 3, 10**9, 10**30, 1e400, "x", [1], {"factor": 2})
+    keys = [*good, "rope_scaling", "rope_parameters", "layer_types", "id2label", "num_labels", "architectures"]
+    for key, value in itertools.product(dict.fromkeys(keys), odd):
+        path.write_text(json.dumps(good | {key: value}))
+        try:
+            look(tmp_path)
+        except UserError as error:
+            assert str(error)
+    for key in good:
+        path.write_text(json.dumps({k: v for k, v in good.items() if k != key}))
+        with contextlib.suppress(UserError):
+            look(tmp_path)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxlm.config import TokenizerConfig
-from jaxlm.data import vocabularies
+from jaxlm.data import pieces, vocabularies
 from jaxlm.errors import UserError
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class Tokenizer:
 
         names = {role: token for role, token in special.items() if token and backend.token_to_id(token) is not None}
         backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in names.values()])
-        spell = lambda made: vocabularies.spelled(made) if isinstance(made.model, models.Unigram) else made
+        spell = lambda made: pieces.spelled(made) if isinstance(made.model, models.Unigram) else made
         backend = spell(backend)
         self._divide = backend if divide is None else spell(divide)
         for made in (backend, self._divide):
@@ -183,8 +183,8 @@ class Tokenizer:
         tokens = {f"{role}_token": token for role, token in self.special.items()}
         described = json.loads(self.backend.to_str())
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **tokens, **self.config}
-        if described["model"]["type"] == "WordPiece":
-            normalizer = described["normalizer"]
+        normalizer = described["normalizer"] or {}
+        if described["model"]["type"] == "WordPiece" and normalizer.get("type") == "BertNormalizer":
             config["tokenizer_class"] = "BertTokenizerFast"
             config["do_lower_case"] = normalizer["lowercase"]
             config["strip_accents"] = normalizer["strip_accents"]
@@ -278,7 +278,9 @@ def train(texts: Iterable[str], config: TokenizerConfig, vocabulary: int) -> Tok
     texts = (text for part in ((first,), texts) for text in part)
     if kind in _OF_KIND:
         model = _train_sentencepiece(texts, kind, vocabulary)
-        return Tokenizer(*_with_special(vocabularies.from_sentencepiece(model)), files={"tokenizer.model": model})
+        proto = pieces.parsed(model)
+        backend = pieces.translated(proto, pieces.pieces_of(proto), lossless=True)
+        return Tokenizer(*_with_special(backend), files={"tokenizer.model": model})
     make = {"byte_bpe": _train_byte_bpe, "wordpiece": _train_wordpiece, "characters": _train_characters}[kind]
     tokenizer = Tokenizer(*_with_special(make(texts, config, vocabulary)), files={})
     if tokenizer.size > vocabulary or (tokenizer.size < vocabulary and kind != "characters"):

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
-from jaxlm.config import Head, ModelConfig, from_json, to_json
+from jaxlm.config import MOST_LAYERS, Head, ModelConfig, from_json, to_json
 from jaxlm.errors import UserError, perhaps
 from jaxlm.families import (
     albert,
@@ -33,6 +35,7 @@ from jaxlm.families import (
 from jaxlm.hub import convert, safetensors
 from jaxlm.hub.convert import Family, Rule
 from jaxlm.hub.place import place
+from jaxlm.hub.safetensors import Pending
 
 FAMILIES: dict[str, Family] = {  # by `model_type` of config.json
     "bert": bert.FAMILY,
@@ -67,7 +70,7 @@ class Origin(NamedTuple):
     """How a model lay in the folder that it came from, so that saving it writes what was read."""
 
     config: dict[str, Any]  # config.json
-    heads: tuple[Head, ...] = ()  # those that the names below are of
+    heads: tuple[Head, ...] | None = ()  # those that the folder is of; None: others than were asked for
     names: Mapping[str, str] = {}  # tensor of the file -> its name in the family's rules
     dtypes: Mapping[str, np.dtype] = {}  # of each tensor of the file
     buffers: Mapping[str, np.ndarray] = {}  # tensors that the model does not need
@@ -122,17 +125,19 @@ def look(folder: Path, *, head: str | None = None, labels: tuple[str, ...] | Non
         family, config = _own(hf, folder, module)
     else:
         family = FAMILIES[kind]
-        config = _config(family, hf)
+        config = dataclasses.replace(_config(family, hf), heads_on_top=())
     if labels is not None:
         config = dataclasses.replace(config, labels=labels)
     config.check()
+    _check_size(config, stored)
     config, found = _with_heads(family, config, hf, stored, head)
     fresh = _check(family, config, found.tensors, head)
     idle = convert.idle(family, config)
     aside = found.buffers | {name: stored[name] for name, ours in found.names.items() if ours in idle}
+    as_it_was = head is None or convert.heads(family, config) in (hf.get("architectures") or [])
     origin = Origin(
         hf,
-        config.heads_on_top,
+        config.heads_on_top if as_it_was else None,
         found.names,
         {name: np.dtype(stored[name].dtype) for name in stored},
         {name: np.array(tensor) for name, tensor in aside.items()},
@@ -220,6 +225,9 @@ def known(head: str, config: ModelConfig, family: Family) -> tuple[Head, ...]:
 
 def _config(family: Family, hf: dict[str, Any]) -> ModelConfig:
     """The config with its labels, but without heads."""
+    for key, value in hf.items():  # before anything is made for each layer or label
+        if ("layer" in key or "label" in key) and isinstance(value, int) and value > MOST_LAYERS:
+            raise UserError(f"config.json has {key} {value}; at most {MOST_LAYERS:,} are known: fetch the file again")
     try:
         config = family.config_from_hf(hf)
         labels = hf.get("id2label") or range(hf.get("num_labels", hf.get("_num_labels")) or 0)
@@ -257,6 +265,7 @@ def _with_heads(
     """
     named = hf.get("architectures") or []
     named = named if isinstance(named, list) else [named]
+    on_top = None if head is None else known(head, config, family)
     if head == "encoder" or (family.encoder and family.encoder in named):
         config = dataclasses.replace(config, structure="encoder")
     if not family.ties:
@@ -265,8 +274,8 @@ def _with_heads(
         config = dataclasses.replace(config, tied_embeddings=tied)
     if "id2label" not in hf and config.labels == ModelConfig().labels:
         config = _labelled(family, config, stored)
-    if head is not None:
-        config = dataclasses.replace(config, heads_on_top=known(head, config, family))
+    if on_top is not None:
+        config = dataclasses.replace(config, heads_on_top=on_top)
         return config, convert.canonical(family, config, stored)
 
     def misfit(config: ModelConfig) -> int:
@@ -288,6 +297,20 @@ def _labelled(family: Family, config: ModelConfig, stored: Mapping[str, Any]) ->
             shape = stored[rule.hf].shape
             return dataclasses.replace(config, labels=tuple(f"LABEL_{i}" for i in range(shape[0] if shape else 0)))
     return config
+
+
+def _check_size(config: ModelConfig, stored: Mapping[str, Any]) -> None:
+    """Raises UserError where config.json speaks of another size of model altogether, before shapes are made of it."""
+    there = sum(math.prod(tensor.shape) for tensor in stored.values())
+    said = max(config.vocabulary, config.width, config.F, config.heads * config.C, config.W) * config.width
+    if said <= 16 * there + 10_000_000:
+        body = dataclasses.replace(config, heads_on_top=())
+        said = sum(math.prod(shape) for shape in convert.tree_shapes(body).values())
+    if said > 16 * there + 10_000_000:
+        raise UserError(
+            f"config.json describes {said:,} parameters or more, the file holds {there:,}; "
+            f"give the weights that belong to it"
+        )
 
 
 def _check(family: Family, config: ModelConfig, tensors: dict[str, Any], head: str | None) -> tuple[str, ...]:
@@ -321,8 +344,8 @@ _FLOATS = ("float32", "bfloat16", "float16", "float64")
 
 
 def _named_for_file(
-    family: Family, config: ModelConfig, tensors: dict[str, np.ndarray], origin: Origin | None, dtype: Any
-) -> dict[str, safetensors.Pending]:
+    family: Family, config: ModelConfig, tensors: dict[str, Pending], origin: Origin | None, dtype: Any
+) -> dict[str, Pending]:
     """The tensors under the names and in the dtypes that they had, else as transformers writes them: those of a bare
     body without prefix."""
     bare = convert.heads(family, config) == family.heads.get(())
@@ -337,11 +360,11 @@ def _named_for_file(
             buffers = origin.buffers
         dtypes = {written: origin.dtypes[of[name]] for written, name in names.items() if name in of}
 
-    def pending(tensor: np.ndarray, kind: Any) -> safetensors.Pending:
-        return safetensors.Pending(tensor.shape, np.dtype(kind), lambda: tensor.astype(kind, copy=False))
+    def in_dtype(tensor: Pending, kind: Any) -> Pending:
+        return Pending(tensor.shape, np.dtype(kind), lambda: tensor.make().astype(kind, copy=False))
 
-    written = {w: pending(tensors[name], dtype or dtypes.get(w, tensors[name].dtype)) for w, name in names.items()}
-    return written | {name: pending(buffer, buffer.dtype) for name, buffer in buffers.items()}
+    written = {w: in_dtype(tensors[name], dtype or dtypes.get(w, tensors[name].dtype)) for w, name in names.items()}
+    return written | {name: Pending(x.shape, x.dtype, partial(np.asarray, x)) for name, x in buffers.items()}
 
 
 def _own(hf: dict[str, Any], folder: Path, module: Any) -> tuple[Family, ModelConfig]:
@@ -358,9 +381,11 @@ def _own(hf: dict[str, Any], folder: Path, module: Any) -> tuple[Family, ModelCo
 def _own_family(config: ModelConfig, module: Any = None) -> Family:
     """Our own format: leaves under their paths."""
     every: tuple[Head, ...] = get_args(Head)
+    if config.structure != "encoder":
+        every = ("lm", "classes")
     paths = set(convert.tree_shapes(config, module))
     for head in () if module else every:
-        if config.structure == "encoder" or head in ("lm", "classes"):
+        if head != "lm" or config.W == config.width:
             paths |= set(convert.tree_shapes(dataclasses.replace(config, heads_on_top=(head,))))
     heads = {(head,): OWN for head in every} | {(): OWN, config.heads_on_top: OWN}
     rules = tuple(Rule(path, path) for path in sorted(paths))

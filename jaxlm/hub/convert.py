@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxlm.config import Head, ModelConfig
 from jaxlm.errors import UserError, perhaps
+from jaxlm.hub.safetensors import Pending
 
 
 class Layout(NamedTuple):
@@ -160,24 +161,24 @@ class Reader(NamedTuple):
         """The leaf at `index` (slices), in `dtype`, or the file's.  No more than one tensor is read at a time."""
         index = (*index, *[slice(None)] * (len(self.shape) - len(index)))
         kept = dtype or next((tensors[name].dtype for name in self.names.values()), np.dtype(np.float32))
+        leaf = np.empty([len(range(n)[part]) for n, part in zip(self.shape, index, strict=True)], kept)
         if "{i}" not in self.rule.hf:
-            return np.array(self._layer(config, tensors[self.names[0]])[index], kept)
-        layers = range(self.shape[0])[index[0]]
-        size = tuple(len(range(n)[part]) for n, part in zip(self.shape[1:], index[1:], strict=True))
-        leaf = np.empty((len(layers), *size), kept)
-        for row, i in enumerate(layers):
-            if i not in self.names:
+            self._fill(leaf, config, tensors[self.names[0]], index)
+            return leaf
+        for row, i in enumerate(range(self.shape[0])[index[0]]):
+            if i in self.names:
+                self._fill(leaf[row, ...], config, tensors[self.names[i]], index[1:])
+            else:
                 leaf[row] = 1
-                continue
-            tensor = tensors[self.names[i]]
-            leaf[row] = self._layer(config, tensor)[index[1:]]
-            if hasattr(tensor, "release"):
-                tensor.release()
         return leaf
 
-    def _layer(self, config: ModelConfig, tensor: Any) -> np.ndarray:
-        found = self.rule.layout.to_ours(config, tensor.view() if hasattr(tensor, "release") else np.asarray(tensor))
-        return found[self.which] if isinstance(self.rule.ours, tuple) else found
+    def _fill(self, part: np.ndarray, config: ModelConfig, tensor: Any, index: tuple[slice, ...]) -> None:
+        """Copies from a tensor, which is read no further than it is indexed."""
+        mapped = hasattr(tensor, "release")
+        found = self.rule.layout.to_ours(config, tensor.view() if mapped else np.asarray(tensor))
+        part[...] = (found[self.which] if isinstance(self.rule.ours, tuple) else found)[index]
+        if mapped:
+            tensor.release()
 
 
 def readers(family: Family, config: ModelConfig) -> dict[str, Reader]:
@@ -201,16 +202,21 @@ def idle(family: Family, config: ModelConfig) -> set[str]:
     return {name for rule in _applying(family.rules, shapes) if rule.idle for name in rule.names(shapes).values()}
 
 
-def to_hf(family: Family, config: ModelConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The file's tensors, some of them views of `params`.  Raises UserError where `params` is not of `config`."""
+def to_hf(family: Family, config: ModelConfig, params: Mapping[str, Any]) -> dict[str, Pending]:
+    """The file's tensors, each made when it is written.  Raises UserError where `params` is not of `config`."""
     shapes, leaves = tree_shapes(config, family.module), flat(params)
     refuse(shapes, {path: tuple(leaf.shape) for path, leaf in leaves.items()}, "parameters")
-    tensors = {}
+    expected, tensors = hf_shapes(family, config), dict[str, Pending]()
     for rule in _applying(family.rules, shapes):
-        parts = [np.asarray(leaves[path]) for path in rule.leaves]
+        parts = [leaves[path] for path in rule.leaves]
         for i, name in rule.names(shapes).items():
-            tensors[name] = rule.layout.to_hf(config, *([x[i] for x in parts] if "{i}" in rule.hf else parts))
+            make = partial(_joined, rule, config, parts, i)
+            tensors[name] = Pending(expected[name], np.dtype(parts[0].dtype), make)
     return tensors
+
+
+def _joined(rule: Rule, config: ModelConfig, leaves: list[Any], layer: int) -> np.ndarray:
+    return rule.layout.to_hf(config, *(np.asarray(leaf[layer] if "{i}" in rule.hf else leaf) for leaf in leaves))
 
 
 class Canonical(NamedTuple):
@@ -444,10 +450,10 @@ def says(family: Family, config: ModelConfig) -> bool:
         return False
     try:
         said = family.config_from_hf(family.config_to_hf(config) | {"architectures": [heads(family, config)]})
+        said = dataclasses.replace(said, heads_on_top=config.heads_on_top)
         said.check()
     except UserError:  # such as heads that do not divide the width, in a format that cannot say a head width
         return False
-    said = dataclasses.replace(said, heads_on_top=config.heads_on_top)
     return seen(said if family.ties else dataclasses.replace(said, tied_embeddings=config.tied_embeddings)) == seen(
         config
     )

@@ -17,7 +17,7 @@ from jaxlm.hub.convert import Family, flat, nested, readers, tree_shapes
 from jaxlm.nn import parameters
 from jaxlm.nn.transformer import Transformer, init
 
-CHUNK = 1 << 26  # bytes of a shard that are read before they go to its device
+CHUNK = 1 << 25  # bytes of a shard that are read before they go to its device
 
 
 def place(

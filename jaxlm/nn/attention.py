@@ -161,7 +161,7 @@ class Attention(nn.Module):
         v_BSKC = self.constrain(v_BSKC, ("batch", "length", "kv_heads", "head_width"))
         scale = 1 / math.sqrt(config.C) if config.attention_scale is None else config.attention_scale
         bias_BHTS = sight.bias_BHTS
-        if sight.distances is not None:
+        if sight.distances is not None and config.relative_terms:
             scale = 1 / math.sqrt(config.C * (1 + len(config.relative_terms)))
             if not config.relative_shared:
                 query = heads("relative_query", config.heads) if "p2c" in config.relative_terms else query

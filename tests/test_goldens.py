@@ -1,0 +1,89 @@
+"""What transformers computes with tiny models of every family and head, without transformers: see goldens/."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from compiled import jit
+
+import jaxlm
+from jaxlm.hub import safetensors
+
+GOLDENS = Path(__file__).parent / "goldens" / "families.npz"
+T = 9
+
+
+def drawn(name: str, shape: list[int]) -> np.ndarray:
+    """A tensor made of its name: the same on every machine."""
+    random = np.random.RandomState(zlib.crc32(name.encode()))
+    return (0.3 * random.standard_normal(shape)).astype(np.float32)
+
+
+def write(folder: Path, config: dict[str, Any], tensors: dict[str, list[int]]) -> None:
+    """A folder in Hugging Face's format."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    safetensors.write({name: drawn(name, shape) for name, shape in tensors.items()}, folder / safetensors.WEIGHTS)
+
+
+def inputs(config: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Two rows, the second padded; for an encoder-decoder also what its decoder reads."""
+    random = np.random.RandomState(0)
+    mask = (np.arange(T) < np.array([[T], [5]])).astype(np.int64)
+    padding, end = config.get("pad_token_id") or 0, config.get("eos_token_id")
+    tokens = random.randint(6, config["vocab_size"], (2, T))
+    if config.get("is_encoder_decoder"):
+        tokens[[0, 1], [T - 1, 4]] = end
+    given = {"tokens_BT": np.where(mask, tokens, padding), "mask_BT": mask}
+    classes = "ForSequenceClassification" in config["architectures"][0]
+    if config.get("is_encoder_decoder") and not classes and "Encoder" not in config["architectures"][0]:
+        given["target_tokens_BT"] = random.randint(6, config["vocab_size"], (2, 7))
+    return given
+
+
+@cache
+def goldens() -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    with np.load(GOLDENS) as arrays:
+        return json.loads(arrays["models"].tobytes()), {name: arrays[name] for name in arrays.files if "/" in name}
+
+
+@pytest.fixture(autouse=True)
+def fast_compiles(monkeypatch):
+    monkeypatch.setattr(jax, "jit", jit)
+
+
+@pytest.mark.parametrize("name", goldens()[0] if GOLDENS.exists() else [])
+def test_as_transformers(tmp_path, name):
+    models, arrays = goldens()
+    write(tmp_path / "model", **models[name])
+    lm = jaxlm.load(tmp_path / "model")
+    given = inputs(models[name]["config"])
+    if lm.config.structure != "encoder_decoder":
+        given.pop("target_tokens_BT", None)
+    out = lm(**given)
+    real = given["mask_BT"] > 0
+    found = {"last_hidden_state": out.hidden_BTD, "logits": out.logits, "prediction_logits": out.logits}
+    if lm.config.heads_on_top == ("span",):
+        found |= {"start_logits": out.logits[..., 0], "end_logits": out.logits[..., 1]}
+    compared = 0
+    for output, array in found.items():
+        expected = arrays.get(f"{name}/{output}")
+        if expected is None:
+            continue
+        array, rows = np.asarray(array), real if expected.shape[:2] == real.shape else np.s_[:]
+        np.testing.assert_allclose(array[rows], expected[rows], atol=1e-4, rtol=1e-4, err_msg=output)
+        compared += 1
+    assert compared
+
+
+def test_every_family_has_one():
+    from jaxlm.families import FAMILIES
+
+    assert {model["config"]["model_type"] for model in goldens()[0].values()} == set(FAMILIES)
