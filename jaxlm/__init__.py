@@ -3,6 +3,7 @@
 lm = jaxlm.fit(run)                                   # train what a RunConfig says
 lm = jaxlm.load("runs/quickstart")                    # a run, or a model in Hugging Face's format
 jaxlm.generate(lm, ["The"], max_new_tokens=20)        # continuations of prompts
+jaxlm.encode(lm, ["a text", "another"])               # embeddings, pooled as the checkpoint declares
 jaxlm.save(lm, "folder")                              # for transformers to load
 """
 
@@ -19,6 +20,7 @@ from jaxlm.config import (
     RunConfig,
     TokenizerConfig,
 )
+from jaxlm.encode import Pooling, encode
 from jaxlm.errors import RunError, Stopped, UserError
 from jaxlm.fit import fit
 from jaxlm.generate import generate
@@ -33,11 +35,13 @@ __all__ = [
     "MeshConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "Pooling",
     "RunConfig",
     "RunError",
     "Stopped",
     "TokenizerConfig",
     "UserError",
+    "encode",
     "fit",
     "generate",
     "load",

@@ -139,7 +139,7 @@ class ModelConfig:
             raise UserError(f"the head width is {self.C}, odd; rotary positions turn pairs: make it even")
         if self.positions == "sinusoidal" and self.width % 2:
             raise UserError(f"model.width is {self.width}, odd; sinusoidal positions come in pairs: make it even")
-        if "lm" in self.heads_on_top and self.W != self.width and self.tied_embeddings:
+        if "lm" in self.heads_on_top and self.width != self.W and self.tied_embeddings:
             raise UserError(
                 f"model.embedding_width is {self.W}, but the head lm reads a width of {self.width} by the embeddings; "
                 f"leave it out, or set model.tied_embeddings to false"

@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import report, sharding
+from jaxlm import families, report, sharding
 from jaxlm.checkpoint import Checkpoints, finite
 from jaxlm.config import RunConfig, to_json
 from jaxlm.data.batches import Batch, Batches, prefetch
@@ -24,7 +25,7 @@ from jaxlm.errors import RunError, Stopped, UserError
 from jaxlm.evaluate import evaluate
 from jaxlm.folder import RunLog, begin, claim, duration
 from jaxlm.generate import generate
-from jaxlm.lm import LM, load, save
+from jaxlm.lm import LM, find, load, save
 from jaxlm.nn import parameters
 from jaxlm.nn.transformer import Transformer, init
 from jaxlm.optimizer import make_optimizer, make_schedule
@@ -161,7 +162,7 @@ def fit(
         if best != int(state.step):
             restored, scores = checkpoints.restore(like, best), None
             state = restored[0] if restored else state
-        lm = LM(run.model, kind(run.model, dtype=dtype), state.params, data.tokenizer)
+        lm = LM(run.model, kind(run.model, dtype=dtype), state.params, data.tokenizer, _origin(run, model))
         export = _export(lm, folder / "export")
         if checkpoints.last() != run.steps:
             raise Stopped(f"stopped at step {step:,} of {run.steps:,} and saved; the same command goes on from here")
@@ -239,6 +240,17 @@ def _check_fits(model: LM, shapes: Any) -> None:
         raise UserError(
             f"the weights given by --init (-) do not fit the model of the run (+):\n{lines}\nchange --model"
         )
+
+
+def _origin(run: RunConfig, model: LM | None) -> families.Origin | None:
+    """The format of the weights that the run began from: an equal model of another family is not theirs."""
+    said: dict[str, Any] = {}
+    if model is not None:
+        said = model.origin.config if model.origin else {}
+    elif run.init:
+        with suppress(UserError):  # a run that goes on does without the folder
+            said = families.read_config(find(run.init) / "config.json")
+    return families.Origin({"model_type": said["model_type"]}, heads=None) if "model_type" in said else None
 
 
 def _on_top(path: str) -> bool:

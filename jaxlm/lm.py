@@ -19,21 +19,10 @@ from jaxlm import families, sharding
 from jaxlm.config import ModelConfig
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.encode import Pooling, carried, read_pooling
 from jaxlm.errors import UserError, perhaps
 from jaxlm.hub.download import fetch
 from jaxlm.nn.transformer import Transformer, apply, no_constraint
-
-
-class Pooling(NamedTuple):
-    pass
-
-
-def carried(folder: Path) -> dict[str, bytes]:
-    return {}
-
-
-def read_pooling(folder: Path) -> Pooling | None:
-    return None
 
 
 class Inside(NamedTuple):

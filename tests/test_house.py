@@ -27,6 +27,7 @@ ORDER = (  # each may import those before it and beside it
     ("hub",),
     ("families",),
     ("data",),
+    ("encode",),
     ("lm",),
     ("generate", "inspect"),
     ("tasks",),

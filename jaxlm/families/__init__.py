@@ -173,7 +173,7 @@ def save(
     kept = origin if kind == before else None
     named = _named_for_file(family, config, convert.to_hf(family, config, params), kept, dtype)
     values = _config_values(kind, family, config, kept)
-    if kept is None:
+    if kept is None or not kept.names:
         # Unsaid, these would take the family's ids in transformers, which need not be in this vocabulary.
         values = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")) | (extra or {}) | values
     # Every version of transformers reads the second name; newer ones write the first.
@@ -263,6 +263,8 @@ def _with_heads(
     not tell.  Published files are not always those of the class that they name: bert-base-uncased says BertForMaskedLM
     and holds the next-sentence head too.
     """
+    if head is None and hf["model_type"] == OWN:  # our own format names them
+        return config, convert.canonical(family, config, stored)
     named = hf.get("architectures") or []
     named = named if isinstance(named, list) else [named]
     on_top = None if head is None else known(head, config, family)
@@ -385,7 +387,7 @@ def _own_family(config: ModelConfig, module: Any = None) -> Family:
         every = ("lm", "classes")
     paths = set(convert.tree_shapes(config, module))
     for head in () if module else every:
-        if head != "lm" or config.W == config.width:
+        if head != "lm" or config.width == config.W:
             paths |= set(convert.tree_shapes(dataclasses.replace(config, heads_on_top=(head,))))
     heads = {(head,): OWN for head in every} | {(): OWN, config.heads_on_top: OWN}
     rules = tuple(Rule(path, path) for path in sorted(paths))

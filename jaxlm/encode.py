@@ -1,0 +1,390 @@
+"""Embeddings of texts: packed into rows, run through the stack and pooled in one jit, as the checkpoint declares.
+
+A checkpoint declares it in sentence-transformers' files (Reimers and Gurevych 2019): `modules.json`,
+`1_Pooling/config.json`, `sentence_bert_config.json`, `config_sentence_transformers.json`.  Here they are read, and what
+they say is computed as there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Iterable, Iterator, Sized
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxlm.data.pack import pack
+from jaxlm.errors import UserError, perhaps
+from jaxlm.hub import safetensors
+from jaxlm.nn.layers import ACTIVATIONS
+from jaxlm.nn.transformer import Transformer, apply
+from jaxlm.sharding import RULES, row_ways
+
+if TYPE_CHECKING:
+    from jaxlm.lm import LM
+
+MODES = {  # -> the key of older files, in the order in which these join several
+    "cls": "pooling_mode_cls_token",
+    "max": "pooling_mode_max_tokens",
+    "mean": "pooling_mode_mean_tokens",
+    "mean_sqrt_len_tokens": "pooling_mode_mean_sqrt_len_tokens",
+    "weightedmean": "pooling_mode_weightedmean_tokens",
+    "lasttoken": "pooling_mode_lasttoken",
+}
+_ORDER = ("Transformer", "Pooling", "Dense", "Normalize")
+_DENSE_ACTIVATIONS = {"Identity": None, "Tanh": "tanh", "ReLU": "relu", "SiLU": "silu", "GELU": "gelu"}
+_FILES = ("modules.json", "config_sentence_transformers.json", "sentence_*_config.json")
+
+SHORTEST = 64  # tokens in the shortest rows; in shorter ones attention would save little, and more places stay empty
+IN_ROW = 64  # texts in a row, at the most
+WINDOW = 1 << 13  # texts that are tokenized and packed together
+AHEAD = 2  # batches that may wait for the device, so that it never waits for the host
+
+
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """A projection of the pooled vector, `activation(x @ kernel_DO + bias_O)`."""
+
+    kernel_DO: np.ndarray
+    bias_O: np.ndarray | None = None
+    activation: str | None = "tanh"  # a key of `jaxlm.nn.layers.ACTIVATIONS`; None: no activation
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """How the hidden states of a text become its embedding.
+
+    cls, lasttoken: the state of the first or last token, special ones included; mean, max: over all tokens;
+    mean_sqrt_len_tokens: the sum over the square root of their number; weightedmean: token n, from 1, weighs n
+    (Muennighoff 2022).
+    """
+
+    modes: tuple[str, ...] = ("mean",)  # keys of MODES; the vectors of several are joined
+    dense: tuple[Dense, ...] = ()  # projections, one after the other
+    normalize: bool = False  # divide by the Euclidean norm
+    truncate: int | None = None  # dimensions that are kept, at last; None: all
+    max_length: int | None = None  # tokens of a text that are read, special ones included; None: the model's
+    lowercase: bool = False  # lower-case texts before they are tokenized
+    prompt: str = ""  # put in front of each text
+
+
+def read_pooling(folder: str | Path) -> Pooling | None:
+    """What the sentence-transformers files of a model's folder declare; None where there is no `modules.json`.
+
+    Raises UserError for broken files, and for what is not Transformer, Pooling, Dense and Normalize in this order.
+    """
+    folder = Path(folder)
+    try:
+        modules = _modules(folder)
+        return _pooling(folder, modules) if modules else None
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"the sentence-transformers files of {folder} hold what they should not ({error!r}); fetch them again"
+        ) from None
+
+
+def carried(folder: str | Path) -> dict[str, bytes]:
+    """The sentence-transformers files of a model's folder, path in it -> content, to be saved beside a model again."""
+    folder = Path(folder)
+    places = {path for _, path in _modules(folder)}
+    found = {file for name in _FILES if places for file in folder.glob(name)}
+    found |= {f for place in places - {folder} for kind in ("json", "safetensors") for f in place.glob(f"*.{kind}")}
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in sorted(found)}
+
+
+def _modules(folder: Path) -> list[tuple[str, Path]]:
+    """Kind and folder of each module, without Dropout; none where there is no `modules.json`."""
+    file = folder / "modules.json"
+    listed = _json(file) if file.is_file() else []
+    modules = []
+    for module in listed if isinstance(listed, list) else [None]:
+        if not isinstance(module, dict) or not all(isinstance(module.get(key), str) for key in ("path", "type")):
+            raise UserError(f"{file} is not a list of modules with path and type; fetch it again")
+        package, kind = module["type"].split(".")[0], module["type"].split(".")[-1]
+        if package != "sentence_transformers" or kind not in (*_ORDER, "Dropout"):
+            raise _not_ours(folder, module["type"])
+        path = Path(module["path"])
+        if path.is_absolute() or ".." in path.parts:
+            raise UserError(f"{file} has the path {module['path']!r}, which leads out of its folder; fetch it again")
+        if kind != "Dropout":
+            modules.append((kind, folder / path))
+    return modules
+
+
+def _not_ours(folder: Path, what: str) -> UserError:
+    return UserError(
+        f"{folder / 'modules.json'} asks for {what}; jaxlm computes {', '.join(_ORDER)}, in this order; "
+        f"use another checkpoint, or remove the file to load the model without it"
+    )
+
+
+def _json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{file} cannot be read ({error}); fetch it again") from None
+
+
+def _pooling(folder: Path, modules: list[tuple[str, Path]]) -> Pooling:
+    optional = lambda name: next((_json(file) for file in sorted(folder.glob(name))), {})
+    overall, transformer, tokenizer = map(optional, (*_FILES[1:], "tokenizer_config.json"))
+    kinds = [kind for kind, _ in modules]
+    if kinds[:2] != ["Transformer", "Pooling"] or kinds != sorted(kinds, key=_ORDER.index) or "Pooling" in kinds[2:]:
+        raise _not_ours(folder, ", ".join(kinds))
+    if modules[0][1] != folder:
+        raise UserError(
+            f"{folder / 'modules.json'} has its Transformer in {modules[0][1].name}; move what is in there to {folder}, "
+            f'and make the path ""'
+        )
+    if transformer.get("transformer_task", "feature-extraction") != "feature-extraction":
+        raise _not_ours(folder, f"a Transformer for {transformer['transformer_task']}")
+    file = modules[1][1] / "config.json"
+    how, name, prompts = _json(file), overall.get("default_prompt_name"), overall.get("prompts") or {}
+    if name is not None and name not in prompts:
+        raise UserError(f"{folder / _FILES[1]} has default_prompt_name {name!r}{perhaps(str(name), prompts)}")
+    prompt = prompts[name] if name is not None else ""
+    if prompt and not how.get("include_prompt", True):
+        raise _not_ours(folder, "a default prompt that is not pooled")
+    modes = how.get("pooling_mode") or [mode for mode, key in MODES.items() if how.get(key)] or ["mean"]
+    modes = (modes,) if isinstance(modes, str) else tuple(modes)
+    for mode in modes:
+        if mode not in MODES:
+            raise UserError(f"{file} has the pooling mode {mode!r}{perhaps(str(mode), MODES)}")
+    # Newer files leave the limit to the tokenizer, which writes 1e30 for none.
+    length = int(transformer.get("max_seq_length") or tokenizer.get("model_max_length") or 1e30)
+    return Pooling(
+        modes,
+        dense=tuple(_dense(folder, path) for kind, path in modules if kind == "Dense"),
+        normalize="Normalize" in kinds,
+        truncate=overall.get("truncate_dim"),
+        max_length=length if length < 1e9 else None,
+        lowercase=bool(transformer.get("do_lower_case")),
+        prompt=prompt,
+    )
+
+
+def _dense(folder: Path, path: Path) -> Dense:
+    config, tensors = _json(path / "config.json"), safetensors.read(path)
+    activation = config.get("activation_function", "torch.nn.modules.activation.Tanh").split(".")
+    between = {config.get(f"module_{end}_name") or "sentence_embedding" for end in ("input", "output")}
+    if activation[0] != "torch" or activation[-1] not in _DENSE_ACTIVATIONS:
+        raise _not_ours(folder, f"a Dense with {'.'.join(activation)}")
+    if config.get("use_residual") or between != {"sentence_embedding"}:
+        raise _not_ours(folder, "a Dense with a residual or between other values than sentence embeddings")
+    kernel_DO = np.asarray(tensors["linear.weight"]).astype(np.float32).T
+    bias_O = np.asarray(tensors["linear.bias"]).astype(np.float32) if "linear.bias" in tensors else None
+    return Dense(kernel_DO, bias_O, _DENSE_ACTIVATIONS[activation[-1]])
+
+
+def encode(
+    lm: LM, texts: Iterable[str], *, batch_tokens: int | None = None, normalize: bool | None = None
+) -> np.ndarray:
+    """Embeddings [N, D] of N texts, float32, in the order of the texts.
+
+    They are pooled as the checkpoint declares; an encoder that declares nothing gives the mean over a text's tokens,
+    special ones included, not normalised, as sentence-transformers does.  Of an encoder-decoder the encoder is read.
+    A text longer than the declared limit, else the model's, loses its end; one without any token gives zeros.
+
+    texts: any iterable, read as a stream.  batch_tokens: places computed at once, at the least one row; None: 1,024 on
+    CPU, where they stay in its caches, else 16,384.  normalize: divide by the Euclidean norm; None: as declared.
+    Neither the batches nor the other texts change an embedding by more than rounding.
+
+    Raises UserError for texts that are no strings, a model without tokenizer, and a decoder that declares no pooling.
+    """
+    if batch_tokens is None:
+        batch_tokens = 1 << 10 if jax.default_backend() == "cpu" else 1 << 14
+    if batch_tokens < 1:
+        raise UserError(f"batch_tokens is {batch_tokens}; it must be at least 1")
+    pooling = _declared(lm)
+    embed = _embed(lm.module, pooling, normalize)
+    waiting: deque[tuple[np.ndarray, Batch, jax.Array]] = deque()
+
+    def finish() -> None:
+        of_window_ND, batch, embeddings_BED = waiting.popleft()
+        of_window_ND[batch.texts] = np.asarray(embeddings_BED)[batch.rows, batch.slots]
+
+    done = [np.zeros((0, _width(lm, pooling)), np.float32)]
+    for window in _windows(texts):
+        done.append(np.zeros((len(window), done[0].shape[1]), np.float32))
+        for batch in _batches(lm, pooling, window, batch_tokens):
+            waiting.append((done[-1], batch, embed(lm.params, *batch.inputs)))
+            if len(waiting) > AHEAD:
+                finish()
+    while waiting:
+        finish()
+    return np.concatenate(done)
+
+
+def _declared(lm: LM) -> Pooling:
+    if lm.tokenizer is None:
+        raise UserError("the model has no tokenizer; load it from a folder with one, or give it one, to encode texts")
+    if lm.pooling is not None:
+        return lm.pooling
+    if lm.config.structure == "decoder":
+        raise UserError(
+            "a decoder that declares no pooling has no embeddings of its own; declare one: "
+            'dataclasses.replace(lm, pooling=jaxlm.Pooling(("lasttoken",)))'
+        )
+    return Pooling()
+
+
+def _width(lm: LM, pooling: Pooling) -> int:
+    width = pooling.dense[-1].kernel_DO.shape[1] if pooling.dense else lm.config.width * len(pooling.modes)
+    return min(width, pooling.truncate or width)
+
+
+def _windows(texts: Iterable[str]) -> Iterator[list[str]]:
+    if isinstance(texts, str) or not isinstance(texts, Iterable):
+        raise UserError(f"texts is one {type(texts).__name__}; give a list of strings")
+
+    def checked() -> Iterator[str]:
+        for i, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise UserError(f"text {i} is a {type(text).__name__}, {str(text)[:40]!r}; give strings")
+            yield text
+
+    # What is in memory is checked whole, before anything is compiled.
+    stream = iter(list(checked()) if isinstance(texts, Sized) else checked())
+    while window := list(islice(stream, WINDOW)):
+        yield window
+
+
+class Batch(NamedTuple):
+    """Rows of texts, and where text `texts[n]` of the window is: in row `rows[n]`, segment `slots[n] + 1`."""
+
+    texts: np.ndarray
+    rows: np.ndarray
+    slots: np.ndarray
+    inputs: tuple[Any, ...]  # tokens, segments, positions, types [B, T] int32
+
+
+def _batches(lm: LM, pooling: Pooling, window: list[str], batch_tokens: int) -> Iterator[Batch]:
+    """The window's texts in rows of few lengths, so that few programs are compiled: powers of two, from SHORTEST.
+
+    Rows of T hold a text longer than T / 2, and shorter ones where it leaves room.
+    """
+    from tokenizers.normalizers import Lowercase
+
+    assert lm.tokenizer is not None
+    lower = Lowercase().normalize_str if pooling.lowercase else str
+    framed = lm.tokenizer.frame([lower(pooling.prompt + text) for text in window], max_length=_limit(lm, pooling))
+    lengths = np.array([len(ids) for ids, _ in framed])
+    leaf = jax.tree.leaves(lm.params)[0]
+    mesh = leaf.sharding.mesh if isinstance(getattr(leaf, "sharding", None), NamedSharding) else None
+    ways = 1 if mesh is None else row_ways(mesh)
+
+    left = np.flatnonzero(lengths)
+    while len(left):
+        T = max(SHORTEST, 1 << int(lengths[left].max() - 1).bit_length())
+        packed = pack(lengths[left], T, _most(T))
+        examples, sizes = left[packed.examples], np.diff(packed.starts)
+        here = (np.maximum.reduceat(lengths[examples], packed.starts[:-1]) > T // 2) | (T == SHORTEST)
+        left = np.setdiff1d(left, examples[np.repeat(here, sizes)])
+        examples, sizes = examples[np.repeat(here, sizes)], sizes[here]
+        ends = np.cumsum(sizes)
+        B = max(1, batch_tokens // T)
+        for first in range(0, len(sizes), B):
+            some = sizes[first : first + B]
+            rows = min(B, 1 << (len(some) - 1).bit_length())
+            rows = -(-rows // ways) * ways
+            batch = _lay_out(framed, examples[ends[first] - some[0] : ends[first + len(some) - 1]], some, rows, T)
+            if mesh is not None:
+                rows_split = NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+                batch = batch._replace(inputs=jax.device_put(batch.inputs, rows_split))
+            yield batch
+
+
+def _most(T: int) -> int:
+    """Texts in a row of T tokens, at the most; a word of one piece with [CLS] and [SEP] has three."""
+    return min(T // 3, IN_ROW)
+
+
+def _limit(lm: LM, pooling: Pooling) -> int:
+    positions = lm.config.max_length
+    if pooling.max_length is None:
+        return positions
+    return min(pooling.max_length, positions) if lm.config.positions == "learned" else pooling.max_length
+
+
+def _lay_out(framed: list[Any], texts: np.ndarray, sizes: np.ndarray, rows: int, T: int) -> Batch:
+    """`texts`, `sizes[b]` of them in row b, one after the other, in rows of T; rows past the last are padding."""
+    lengths = np.array([len(framed[i][0]) for i in texts])
+    row, slot = _counted(sizes)
+    before = np.cumsum(lengths) - lengths
+    start = row * T + before - before[np.cumsum(sizes) - sizes][row]
+    text, position = _counted(lengths)
+    where = start[text] + position
+    columns = [np.concatenate([framed[i][kind] for i in texts]) for kind in (0, 1)]
+    inputs = np.zeros((4, rows * T), np.int32)
+    inputs[:, where] = columns[0], slot[text] + 1, position, columns[1]
+    return Batch(texts, row, slot, tuple(inputs.reshape(4, rows, T)))
+
+
+def _counted(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[2, 1] -> [0, 0, 1], [0, 1, 0]: of each member of groups of these sizes its group, and its place in the group."""
+    group = np.repeat(np.arange(len(sizes)), sizes)
+    return group, np.arange(len(group)) - (np.cumsum(sizes) - sizes)[group]
+
+
+@lru_cache(maxsize=32)
+def _embed(module: Transformer, pooling: Pooling, normalize: bool | None) -> Any:
+    """The compiled program: rows [B, T] to the embeddings [B, E, D] of the texts in them."""
+    method = "encode" if module.config.structure == "encoder_decoder" else "__call__"
+
+    @jax.jit
+    def embed(params, tokens_BT, segments_BT, positions_BT, types_BT):
+        x_BTD = apply(module, params, tokens_BT, segments_BT, positions_BT, types_BT, method=method)
+        x_BTD = x_BTD.astype(jnp.float32)
+        E = _most(tokens_BT.shape[1])
+        joined = [_pool(mode, x_BTD, segments_BT, positions_BT, E) for mode in pooling.modes]
+        x_BED = jnp.concatenate(joined, -1)
+        for dense in pooling.dense:
+            x_BED = jnp.dot(x_BED, dense.kernel_DO, precision="highest")
+            if dense.bias_O is not None:
+                x_BED += dense.bias_O
+            if dense.activation is not None:
+                x_BED = ACTIVATIONS[dense.activation](x_BED)
+        if pooling.normalize if normalize is None else normalize:
+            x_BED = _unit(x_BED)
+        if pooling.truncate:
+            x_BED = x_BED[..., : pooling.truncate]
+            if normalize:
+                x_BED = _unit(x_BED)
+        return x_BED
+
+    return embed
+
+
+def _pool(mode: str, x_BTD: jax.Array, segments_BT: jax.Array, positions_BT: jax.Array, E: int) -> jax.Array:
+    """One vector [B, E, D] for each text: but for the maximum, a weighted sum of its tokens' states."""
+    B, T, D = x_BTD.shape
+    if mode == "max":
+        segment_BT = jnp.arange(B)[:, None] * (E + 1) + segments_BT
+        max_SD = jax.ops.segment_max(x_BTD.reshape(-1, D), segment_BT.reshape(-1), B * (E + 1))
+        return max_SD.reshape(B, E + 1, D)[:, 1:]
+    here_BET = segments_BT[:, None] == jnp.arange(1, E + 1)[:, None]
+    n_BE1 = jnp.maximum(here_BET.sum(-1, keepdims=True), 1)
+    place_B1T = positions_BT[:, None] + 1
+    weights = {
+        "cls": lambda: place_B1T == 1,
+        "lasttoken": lambda: place_B1T == n_BE1,
+        "mean": lambda: 1 / n_BE1,
+        "mean_sqrt_len_tokens": lambda: jax.lax.rsqrt(n_BE1.astype(jnp.float32)),
+        "weightedmean": lambda: place_B1T / (n_BE1 * (n_BE1 + 1) / 2),
+    }
+    weights_BET = here_BET * weights[mode]().astype(jnp.float32)
+    return jnp.einsum("BET,BTD->BED", weights_BET, x_BTD, precision="highest")
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
