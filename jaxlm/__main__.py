@@ -157,6 +157,9 @@ def main(argv: list[str] | None = None) -> int:
         return end.exit_code
     except KeyboardInterrupt:
         return 130  # as shells have it
+    except BrokenPipeError:  # whoever read the output, such as head, has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - or the interpreter would try to flush the pipe
+        return 141  # as shells have it
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error
         print(

@@ -82,6 +82,9 @@ class ModelConfig:
     relative_shared: bool = True  # relative embeddings go through the projections of queries and keys
     relative_norm: bool = True  # relative embeddings are normalised
 
+    conv_width: int = 0  # tokens that a convolution beside the first layer sees (DeBERTa v2), odd; 0: there is none
+    conv_activation: Activation = "gelu"  # of the convolution
+
     scale_logits: bool = False  # divide hidden states by sqrt(width) before the vocabulary (T5)
     logit_cap: float = 0.0  # logits of lm are squashed to within this by tanh (Gemma 2); 0: not
     transform_activation: Activation | None = None  # of masked_lm's transform; None: as activation
@@ -144,6 +147,10 @@ class ModelConfig:
                 f"model.embedding_width is {self.W}, but the head lm reads a width of {self.width} by the embeddings; "
                 f"leave it out, or set model.tied_embeddings to false"
             )
+        if self.conv_width and (self.conv_width % 2 == 0 or self.structure != "encoder" or len(self.layer_kinds) > 1):
+            raise UserError(
+                f"model.conv_width is {self.conv_width}; it must be odd, and goes with an encoder of one kind of layer"
+            )
         if "local" in self.layer_kinds and self.window < 1:
             raise UserError(f"model.window is {self.window}; local layers need at least 1")
         if not self.layer_kinds or not self.labels:
@@ -164,7 +171,7 @@ class ModelConfig:
         for name in ("rotary_base", "rotary_factor", "rotary_length"):
             if getattr(self, name) <= 0:
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("relative_buckets", "relative_distance"):
+        for name in ("relative_buckets", "relative_distance", "conv_width"):
             if not 0 <= getattr(self, name) <= _FARTHEST:
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must lie in 0 to {_FARTHEST:,}")
 

@@ -69,6 +69,12 @@ class LM:
         """Number of tokens that there are: the tokenizer's, where the stored vocabulary is padded beyond it."""
         return self.config.vocabulary if self.tokenizer is None else min(self.tokenizer.size, self.config.vocabulary)
 
+    @property
+    def padding(self) -> int | None:
+        """The token of padding, where config.json or the tokenizer names it."""
+        said = self.origin.config.get("pad_token_id") if self.origin else None
+        return said if isinstance(said, int) or self.tokenizer is None else self.tokenizer.pad
+
     def apply(
         self,
         params: Any,
@@ -97,9 +103,10 @@ class LM:
         inputs: list[Any] = [tokens_BT, segments_BT, positions_BT, types_BT]
         if self.config.structure == "encoder_decoder":
             if target_tokens_BT is None:
-                target_tokens_BT, target_mask_BT = self._moved_right(tokens_BT), segments_BT
-            inputs += [target_tokens_BT, target_mask_BT]
-            segments_BT = target_mask_BT
+                inputs += [self._moved_right(tokens_BT), segments_BT]
+            else:
+                inputs += [target_tokens_BT, target_mask_BT]
+                tokens_BT, segments_BT = target_tokens_BT, target_mask_BT
         elif target_tokens_BT is not None:
             raise UserError(f"target_tokens_BT is given, but the model is a(n) {self.config.structure}; leave it out")
         wanted = ["states"] * states + ["weights"] * attentions
@@ -108,6 +115,8 @@ class LM:
         if wanted:
             x_BTD, seen = x_BTD
             inside = {stack: _inside(seen, stack) for stack in inside if stack in seen[wanted[0]]}
+        if segments_BT is None and self.config.classes_from == "last" and self.padding is not None:
+            segments_BT = tokens_BT != self.padding  # as transformers finds the last token of an example
         return Output(self._logits(params, x_BTD, segments_BT), x_BTD, **inside)
 
     def _logits(self, params: Any, x_BTD: jax.Array, segments_BT: jax.Array | None) -> jax.Array | None:

@@ -38,7 +38,7 @@ MODELS = {
     # One whole round of kinds, and a rest.
     "modernbert": replace(PRESETS["modernbert-base"], **SMALL | {"layers": 4}, mlp_width=24, window=3),
     "albert": replace(PRESETS["albert-base"], **SMALL | {"layers": 4}, mlp_width=24, distinct_layers=2),
-    "deberta": replace(PRESETS["deberta-v3-base"], **SMALL, relative_buckets=4, relative_distance=8),
+    "deberta": replace(PRESETS["deberta-v3-base"], **SMALL, relative_buckets=4, relative_distance=8, conv_width=3),
 }
 CAUSAL = [name for name, model in MODELS.items() if model.structure != "encoder"]
 B, T = 4, 16

@@ -73,6 +73,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, ...], dict[str, dict[str, A
         | {
             "other half": V3 | {"pos_att_type": ["p2c"], "pooler_hidden_act": "tanh"},
             "new head": V3 | {"legacy": False},
+            "conv": V3 | {"conv_kernel_size": 3, "conv_act": "gelu"},
         },
     ),
     "ModernBert": (
@@ -252,6 +253,11 @@ def test_both_ways(tmp_path, family, head, shape):
     # DeBERTa alone gives padding nothing to see, and by `left` padding is the first token.
     for left in (False, True)[: 1 if (family, head) == ("DebertaV2", "ForSequenceClassification") else 2]:
         assert_same(model, lm, head, left)
+    if head == "ForSequenceClassification":  # without a mask, as a user may call it
+        ids = batch(model.config, left=False)["input_ids"]
+        with torch.no_grad():
+            theirs = model(torch.tensor(ids)).logits
+        np.testing.assert_allclose(lm(ids).logits, theirs, atol=1e-4, rtol=1e-4)
     jaxlm.save(lm, tmp_path / "ours")
     assert tensors(tmp_path / "ours") == tensors(tmp_path / "theirs")
     kept, said = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("theirs", "ours"))

@@ -321,7 +321,7 @@ def _check(family: Family, config: ModelConfig, tensors: dict[str, Any], head: s
     expected = convert.hf_shapes(family, config)
     fresh: set[str] = set()
     if head is not None:
-        other = re.compile("|".join(re.escape(rule.hf).replace(r"\{i\}", r"\d+") for rule in family.rules))
+        other = convert.any_of(rule.hf for rule in family.rules)
         for name in [name for name in tensors if name not in expected and other.fullmatch(name)]:
             del tensors[name]
         own = re.compile(rf"({head}|transform|{'pooled' if head == 'next_sentence' else head})_head/.*")

@@ -8,11 +8,29 @@ from typing import Any
 from jaxlm.config import ModelConfig
 from jaxlm.errors import UserError, perhaps
 from jaxlm.families import bert
-from jaxlm.hub.convert import ACTIVATIONS, Family, Rule, bias_heads_out, keyed, linear_heads_out, norm, projection
+from jaxlm.hub.convert import (
+    ACTIVATIONS,
+    Family,
+    Key,
+    Rule,
+    bias_heads_out,
+    conv_width_last,
+    keyed,
+    linear_heads_out,
+    norm,
+    projection,
+)
 
 _FIXED = bert.FIXED | {"classes_activation": "gelu"}
-_KEYS = tuple(key._replace(default=0 if key.hf == "type_vocab_size" else key.default) for key in bert.KEYS)
-_FROM_HF, _TO_HF = keyed(_KEYS, _FIXED, {"conv_kernel_size": 0})
+_FROM_HF, _TO_HF = keyed(
+    keys=(
+        *(key._replace(default=0 if key.hf == "type_vocab_size" else key.default) for key in bert.KEYS),
+        Key("conv_kernel_size", "conv_width", 0),
+        Key("conv_act", "conv_activation", "tanh", ACTIVATIONS),
+    ),
+    fixed=_FIXED,
+    only={"conv_groups": 1},
+)
 
 
 def _config_from_hf(hf: dict[str, Any]) -> ModelConfig:
@@ -82,6 +100,8 @@ _LAYER, _OURS = "deberta.encoder.layer.{i}", "encoder/layers/attention"
 
 FAMILY = Family(
     presets={
+        "deberta-v2-xlarge": dataclasses.replace(_deberta(24, 1536, 24), conv_width=3),
+        "deberta-v2-xxlarge": dataclasses.replace(_deberta(48, 1536, 24), conv_width=3),
         "deberta-v3-xsmall": _deberta(12, 384, 6),
         "deberta-v3-small": _deberta(6, 768, 12),
         "deberta-v3-base": _deberta(12, 768, 12),
@@ -91,6 +111,8 @@ FAMILY = Family(
         *bert.embeddings("deberta.embeddings"),
         Rule("deberta.encoder.rel_embeddings.weight", "encoder/relative/distances"),
         *norm("deberta.encoder.LayerNorm", "encoder/relative/norm"),
+        *projection("deberta.encoder.conv.conv", "encoder/conv", conv_width_last),
+        *norm("deberta.encoder.conv.LayerNorm", "encoder/conv/norm"),
         *bert.layers(_LAYER, ("query_proj", "key_proj", "value_proj")),
         *projection(
             _LAYER + ".attention.self.pos_query_proj", _OURS + "/relative_query", linear_heads_out, bias_heads_out

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -70,6 +70,10 @@ linear_gate_up = Layout(  # two of [D, F] <-> [2F, D]
 halves = Layout(  # two of [F] <-> [2F]
     lambda config, x: tuple(np.split(x, 2)),
     lambda config, *parts: np.concatenate(parts),
+)
+conv_width_last = Layout(  # [n, I, O] <-> [O, I, n]
+    lambda config, x: x.transpose(2, 1, 0),
+    lambda config, x: x.transpose(2, 1, 0),
 )
 one_row = Layout(lambda config, x: x[0], lambda config, x: x[None])  # [V] <-> [1, V]
 
@@ -235,16 +239,15 @@ def canonical(family: Family, config: ModelConfig, tensors: Mapping[str, Any]) -
     shapes = tree_shapes(config, family.module)
     rules = _applying(family.rules, shapes)
     expected = {name for rule in rules for name in rule.names(shapes).values()}
-    known = expected | family.copies.keys()
-    pattern = "|".join(re.escape(name).replace(r"\{i\}", r"\d+").replace(r"\*", ".*") for name in family.buffers)
-    buffer = re.compile(pattern or "(?!)")
+    buffer = any_of(family.buffers)
+    known = any_of([*(rule.hf for rule in family.rules), *family.copies])
     found = Canonical({}, {}, {})
     for written, tensor in tensors.items():
         name = written
         for old, new in family.renames.items():
             name = name.removesuffix(old) + new if name.endswith(old) else name
         full = family.prefix + name
-        name = full if full in known or buffer.fullmatch(full) else name
+        name = full if known.fullmatch(full) or buffer.fullmatch(full) else name
         if buffer.fullmatch(name) and name not in expected:
             found.buffers[written] = tensor
             continue
@@ -263,6 +266,12 @@ def canonical(family: Family, config: ModelConfig, tensors: Mapping[str, Any]) -
                 )
             found.names.update({written: original for written, name in found.names.items() if name == copy})
     return found
+
+
+def any_of(names: Iterable[str]) -> re.Pattern[str]:
+    """Matches each of the names, `{i}` being any number and `*` anything."""
+    parts = (re.escape(name).replace(r"\{i\}", r"\d+").replace(r"\*", ".*") for name in names)
+    return re.compile("|".join(parts) or "(?!)")
 
 
 def equal(a: Any, b: Any) -> bool:
@@ -483,6 +492,7 @@ def seen(config: ModelConfig) -> ModelConfig:
         ("relative_buckets", "relative_distance"): config.relative == "none",
         ("relative_terms", "relative_shared", "relative_norm"): config.relative != "disentangled",
         ("attention_scale",): config.relative == "disentangled",
+        ("conv_activation",): not config.conv_width,
         ("decoder_layers",): config.structure != "encoder_decoder",
         ("scale_logits", "logit_cap"): "lm" not in on_top,
         ("tied_embeddings",): not on_top & {"lm", "masked_lm"},

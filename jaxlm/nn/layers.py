@@ -105,6 +105,28 @@ class MLP(nn.Module):
         return linear("down", config.width, residual_std(config))(x_BTF)
 
 
+class Convolution(nn.Module):
+    """A convolution over the neighbours of each token in its example, added to `y` and normalised (DeBERTa v2)."""
+
+    config: ModelConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, y_BTD: jax.Array, segments_BT: jax.Array) -> jax.Array:
+        config, (_, T, D) = self.config, x_BTD.shape
+        size, reach = config.conv_width, config.conv_width // 2
+        kernel = self.param("kernel", nn.initializers.normal(config.initial_std), (size, D, D), jnp.float32)
+        bias_D = self.param("bias", nn.initializers.zeros, (D,), jnp.float32)
+        around = lambda x: jnp.pad(x, [(0, 0), (reach, reach)] + [(0, 0)] * (x.ndim - 2))
+        x, segments = around(x_BTD.astype(self.dtype)), around(segments_BT)
+        out_BTD = jnp.broadcast_to(bias_D.astype(self.dtype), x_BTD.shape)
+        for n in range(size):
+            same_BT = (segments[:, n : n + T] == segments_BT) & (segments_BT > 0)
+            out_BTD += jnp.where(same_BT[..., None], x[:, n : n + T], 0) @ kernel[n].astype(self.dtype)
+        out_BTD = ACTIVATIONS[config.conv_activation](Dropout(config.dropout, name="dropout")(out_BTD))
+        return Norm(config, self.dtype, name="norm")(y_BTD + out_BTD)
+
+
 def residual_std(config: ModelConfig) -> float:
     """Initial deviation of projections that write to the residual stream (Radford et al. 2019, section 2.3)."""
     return config.initial_std / math.sqrt(2 * config.layers) if config.scale_residual_init else config.initial_std

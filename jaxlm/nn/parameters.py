@@ -41,6 +41,8 @@ TABLE = (
     Parameter(_EMBEDDINGS + r"/norm/(scale|bias)", (None,), False, "embeddings"),
     Parameter(_EMBEDDINGS + r"/project/kernel", (None, "width"), True, "embeddings"),
     Parameter(_EMBEDDINGS + r"/project/bias", (None,), False, "embeddings"),
+    Parameter(r"encoder/conv/kernel", (None, "width", None), True, "embeddings"),
+    Parameter(r"encoder/conv/(bias|norm/(scale|bias))", (None,), False, "embeddings"),
     Parameter(_STACK + r"/relative/buckets", (None, None), True, "embeddings"),
     Parameter(_STACK + r"/relative/distances", (None, "width"), True, "embeddings"),
     Parameter(_STACK + r"/relative/norm/(scale|bias)", (None,), False, "embeddings"),

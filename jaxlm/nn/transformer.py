@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxlm.config import ModelConfig
 from jaxlm.nn.attention import Attention, Cache, Sight, cross_mask, self_mask
 from jaxlm.nn.heads import Classes, MaskedLM, PerToken, Pooled, Replaced, Transform, Vocabulary
-from jaxlm.nn.layers import MLP, Dropout, Linear, Norm
+from jaxlm.nn.layers import MLP, Convolution, Dropout, Linear, Norm
 from jaxlm.nn.positions import Buckets, Disentangled, sinusoidal, turns
 
 REMAT = {
@@ -210,9 +210,15 @@ class Stack(nn.Module):
 
         keys = jax.random.split(self.make_rng("dropout"), self.layers) if self.has_rng("dropout") else None
         each = (jnp.arange(self.layers), None if shared else stacked, keys)
-        turns, rest = divmod(self.layers, len(kinds))
-        whole = turns * len(kinds)
         first_BTD, found = x_BTD, []
+        if config.conv_width:
+            # The first layer, and beside it the convolution, before the others.
+            x_BTD, out = turn(x_BTD, jax.tree.map(lambda leaf: leaf[:1], each))
+            x_BTD = Convolution(config, self.dtype, name="conv")(first_BTD, x_BTD, segments_BT)
+            found.append((None if out[0] is None else x_BTD[None], out[1]))
+            each = jax.tree.map(lambda leaf: leaf[1:], each)
+        turns, rest = divmod(len(each[0]), len(kinds))
+        whole = turns * len(kinds)
         if turns:
             rounds = jax.tree.map(lambda leaf: leaf[:whole].reshape(turns, len(kinds), *leaf.shape[1:]), each)
             x_BTD, out = jax.lax.scan(turn, x_BTD, rounds, unroll=min(self.unroll, turns))
