@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlm.config import ModelConfig
 from jaxlm.nn.attention import Attention, Cache, Sight, cross_mask, self_mask
@@ -170,53 +171,55 @@ class Stack(nn.Module):
         context_sight: Sight | None = None,
         caches: tuple[Cache, ...] | None = None,
     ) -> tuple[jax.Array, tuple[Cache, ...] | None]:
-        config, kinds = self.config, self.config.layer_kinds
+        kinds = self.config.layer_kinds
         sights = self._sights(segments_BT, positions_BT, caches)
-        # (Shapes and the layers' names are those of a module; what follows is a plain function of its parameters.)
-        block = Block(config, self.constrain, self.dtype, inside=self.is_mutable_collection("weights"), parent=None)
+        # A module of its own, so that a layer is a plain function of its parameters.
+        block = Block(self.config, self.constrain, self.dtype, self.is_mutable_collection("weights"), parent=None)
         inputs = (positions_BT, context_BSD, context_sight)
         stacked = self._parameters(block, x_BTD, sights[kinds[0]], *inputs)
-        at = lambda tree, i: jax.tree.map(lambda leaf: leaf[i], tree)
-        shared = (config.distinct_layers or self.layers) < self.layers
-        parameters_of = lambda n: at(stacked, n * config.distinct_layers // self.layers if shared else n)
 
-        if caches is not None:
-            updated = []
-            for n, cache in enumerate(caches):
-                done: Any = block.apply(
-                    {"params": parameters_of(n)}, x_BTD, n, sights[kinds[n % len(kinds)]], *inputs, cache
-                )
-                x_BTD, cache, _ = done
-                updated.append(cache)
-            x_BTD = self._last_norm(x_BTD)
-            return x_BTD, tuple(updated)
-
-        def run(kind: str, x: jax.Array, n: Any, params: Any, key: Any) -> tuple[jax.Array, Any]:
+        def run(
+            kind: str, x: jax.Array, n: Any, params: Any, key: jax.Array | None = None, cache: Cache | None = None
+        ) -> tuple[jax.Array, Cache | None, Inside]:
+            """Layer number n, which is of this kind."""
             rngs = None if key is None else {"dropout": key}
-            done: Any = block.apply({"params": params}, x, n, sights[kind], *inputs, rngs=rngs)
-            return done[0], (done[0] if self.is_mutable_collection("states") else None, done[2])
+            done: Any = block.apply({"params": params}, x, n, sights[kind], *inputs, cache, rngs=rngs)
+            return done
 
+        if caches is None:
+            return self._scan(run, stacked, x_BTD, segments_BT), None
+        updated: list[Any] = []
+        for n, cache in enumerate(caches):
+            x_BTD, filled, _ = run(kinds[n % len(kinds)], x_BTD, n, self._of_layer(stacked, n), cache=cache)
+            updated.append(filled)
+        return self._last_norm(x_BTD), tuple(updated)
+
+    def _scan(self, run: Callable, stacked: Any, x_BTD: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
+        config, kinds = self.config, self.config.layer_kinds
         if self.remat != "none":
             run = jax.checkpoint(run, policy=REMAT[self.remat], prevent_cse=False, static_argnums=0)  # type: ignore
+        with_states = self.is_mutable_collection("states")
+        keys = jax.random.split(self.make_rng("dropout"), self.layers) if self.has_rng("dropout") else None
+        # Parameters that layers share are looked up by the layer's number, those of its own are scanned over.
+        each = (jnp.arange(self.layers), None if self._shares else stacked, keys)
+        some = lambda tree, part: jax.tree.map(lambda leaf: leaf[part], tree)
 
-        def turn(x: jax.Array, of: Any) -> tuple[jax.Array, Any]:
-            numbers, params, keys = of
+        def turn(x: jax.Array, layers: Any) -> tuple[jax.Array, Any]:
+            """A round of kinds, or the first of them."""
             found = []
-            for j, kind in enumerate(kinds[: len(numbers)]):
-                key = None if keys is None else keys[j]
-                x, out = run(kind, x, numbers[j], parameters_of(numbers[j]) if shared else at(params, j), key)
-                found.append(out)
+            for j, kind in enumerate(kinds[: len(layers[0])]):
+                n, params, key = some(layers, j)
+                x, _, inside = run(kind, x, n, self._of_layer(stacked, n) if self._shares else params, key)
+                found.append((x if with_states else None, inside))
             return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
 
-        keys = jax.random.split(self.make_rng("dropout"), self.layers) if self.has_rng("dropout") else None
-        each = (jnp.arange(self.layers), None if shared else stacked, keys)
         first_BTD, found = x_BTD, []
-        if config.conv_width:
+        if config.conv_width and segments_BT is not None:
             # The first layer, and beside it the convolution, before the others.
-            x_BTD, out = turn(x_BTD, jax.tree.map(lambda leaf: leaf[:1], each))
+            x_BTD, (_, inside) = turn(x_BTD, some(each, np.s_[:1]))
             x_BTD = Convolution(config, self.dtype, name="conv")(first_BTD, x_BTD, segments_BT)
-            found.append((None if out[0] is None else x_BTD[None], out[1]))
-            each = jax.tree.map(lambda leaf: leaf[1:], each)
+            found.append((x_BTD[None] if with_states else None, inside))
+            each = some(each, np.s_[1:])
         turns, rest = divmod(len(each[0]), len(kinds))
         whole = turns * len(kinds)
         if turns:
@@ -224,15 +227,24 @@ class Stack(nn.Module):
             x_BTD, out = jax.lax.scan(turn, x_BTD, rounds, unroll=min(self.unroll, turns))
             found.append(jax.tree.map(lambda leaf: leaf.reshape(whole, *leaf.shape[2:]), out))
         if rest:
-            x_BTD, out = turn(x_BTD, jax.tree.map(lambda leaf: leaf[whole:], each))
+            x_BTD, out = turn(x_BTD, some(each, np.s_[whole:]))
             found.append(out)
         x_BTD = self._last_norm(x_BTD)
         states, inside = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *found)
-        if states is not None:
+        if with_states:
             # The last are those after the last norm, as in transformers.
             self.sow("states", "states", jnp.concatenate([first_BTD[None], states[:-1], x_BTD[None]]))
         self.sow("weights", "weights", inside)
-        return x_BTD, None
+        return x_BTD
+
+    @property
+    def _shares(self) -> bool:
+        return (self.config.distinct_layers or self.layers) < self.layers
+
+    def _of_layer(self, stacked: Any, n: Any) -> Any:
+        """The parameters of layer n, its own or those that it shares with its neighbours."""
+        row = n * self.config.distinct_layers // self.layers if self._shares else n
+        return jax.tree.map(lambda leaf: leaf[row], stacked)
 
     def _parameters(self, block: Block, *inputs: Any) -> Any:
         """The layers' parameters, stacked along the first axis of each leaf."""
