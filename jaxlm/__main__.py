@@ -122,10 +122,7 @@ def inspect(argv: list[str]) -> int:
 
     path = Path(asked.target)
     if path.suffix == ".py" or (asked.target in PRESETS and not path.exists()):
-        model = _config(path).model if path.suffix == ".py" else PRESETS[asked.target]
-        model.check()
-        kind, rows = inspect.of_config(model)
-        print(f"{inspect.summary(model, kind)}\n\n{inspect.table(rows)}")
+        print(inspect.of_model(_config(path).model if path.suffix == ".py" else PRESETS[asked.target]))
     else:
         print(inspect.target(asked.target, asked.head, asked.revision))
     return 0

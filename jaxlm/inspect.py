@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from jaxlm import families
-from jaxlm.config import ModelConfig
+from jaxlm.config import ModelConfig, RunConfig, from_json
 from jaxlm.families import FAMILIES, OWN, Opened
 from jaxlm.hub import convert
 from jaxlm.nn import parameters
@@ -49,6 +50,13 @@ def of_config(config: ModelConfig) -> tuple[str, list[Row]]:
     sources = {} if kind == OWN else convert.sources(FAMILIES[kind], config)
     shapes = convert.tree_shapes(config)
     return kind, [_row(path, shape, "float32", sources.get(path, path)) for path, shape in shapes.items()]
+
+
+def of_model(config: ModelConfig) -> str:
+    """What `jaxlm inspect` says of a config."""
+    config.check()
+    kind, rows = of_config(config)
+    return f"{summary(config, kind)}\n\n{table(rows)}"
 
 
 def _row(path: str, shape: tuple[int, ...], dtype: str, tensor: str) -> Row:
@@ -107,6 +115,9 @@ def target(name: str, head: str | None = None, revision: str | None = None) -> s
     """What `jaxlm inspect` says of a folder, a run or a hub name.  Raises UserError as `jaxlm.load` does."""
     from jaxlm.lm import find
 
+    run = Path(name) / "config.json"
+    if run.is_file() and "run" in (said := families.read_config(run)) and not (run.parent / "export").exists():
+        return of_model(from_json(RunConfig, said["run"]).model)  # nothing is exported yet
     found = families.look(find(name, revision=revision), head=head)
     aside = sorted(found.origin.buffers)
     more = [f"not needed by the model, kept for saving: {', '.join(aside)}"] if aside else []
