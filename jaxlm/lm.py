@@ -103,7 +103,7 @@ class LM:
         inputs: list[Any] = [tokens_BT, segments_BT, positions_BT, types_BT]
         if self.config.structure == "encoder_decoder":
             if target_tokens_BT is None:
-                inputs += [self._moved_right(tokens_BT), segments_BT]
+                inputs += [self._moved_right(tokens_BT), None]  # the decoder sees padding, as in transformers
             else:
                 inputs += [target_tokens_BT, target_mask_BT]
                 tokens_BT, segments_BT = target_tokens_BT, target_mask_BT

@@ -192,8 +192,6 @@ def assert_same(model: Any, lm: jaxlm.LM, head: str, left: bool) -> None:
         inputs["decoder_input_ids"] = random.integers(6, VOCABULARY, (3, 9))
         inputs["decoder_attention_mask"] = target_real.astype(np.int64)
         named |= {"target_tokens_BT": inputs["decoder_input_ids"], "target_mask_BT": inputs["decoder_attention_mask"]}
-    elif head == "ForSequenceClassification" and model.config.is_encoder_decoder:
-        inputs["decoder_attention_mask"] = inputs["attention_mask"]
     with torch.no_grad():
         theirs = model(
             **{name: torch.tensor(np.ascontiguousarray(x)) for name, x in inputs.items()},

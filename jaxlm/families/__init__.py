@@ -167,8 +167,11 @@ def save(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     before = origin.config.get("model_type") if origin else None
-    kinds = [] if module else [*([before] if before in FAMILIES else []), *FAMILIES]
-    kind = next((kind for kind in kinds if convert.says(FAMILIES[kind], config)), OWN)
+    if not module and origin and before in FAMILIES and _same(FAMILIES[before], origin.config, config):
+        kind = before
+    else:
+        kinds = [] if module else [*([before] if before in FAMILIES else []), *FAMILIES]
+        kind = next((kind for kind in kinds if convert.says(FAMILIES[kind], config)), OWN)
     family = _own_family(config, module) if kind == OWN else FAMILIES[kind]
     kept = origin if kind == before else None
     named = _named_for_file(family, config, convert.to_hf(family, config, params), kept, dtype)
@@ -202,6 +205,8 @@ def _config_values(kind: str, family: Family, config: ModelConfig, origin: Origi
 def _same(family: Family, hf: dict[str, Any], config: ModelConfig) -> bool:
     """Whether a config.json says what the model computes."""
     alike = {name: getattr(config, name) for name in ("heads_on_top", "structure", "tied_embeddings")}
+    if convert.heads(family, config) is None:
+        return False
     try:
         return convert.seen(dataclasses.replace(_config(family, hf), **alike)) == convert.seen(config)
     except UserError:
@@ -246,11 +251,14 @@ def _config(family: Family, hf: dict[str, Any]) -> ModelConfig:
 
 
 def _labels(config: ModelConfig) -> dict[str, Any]:
-    if not {"classes", "tokens"} & set(config.heads_on_top):
+    labels = config.labels
+    if "span" in config.heads_on_top and len(labels) != 2:  # transformers counts start and end by them
+        labels = ModelConfig().labels
+    elif not {"classes", "tokens"} & set(config.heads_on_top):
         return {}
     return {
-        "id2label": {str(i): label for i, label in enumerate(config.labels)},
-        "label2id": {label: i for i, label in enumerate(config.labels)},
+        "id2label": {str(i): label for i, label in enumerate(labels)},
+        "label2id": {label: i for i, label in enumerate(labels)},
     }
 
 

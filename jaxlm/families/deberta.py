@@ -139,7 +139,8 @@ FAMILY = Family(
     prefix="deberta.",
     config_from_hf=_config_from_hf,
     config_to_hf=_config_to_hf,
-    buffers=("deberta.embeddings.position_ids", "mask_predictions.*"),
+    # The second is of no effect where attention is not relative.
+    buffers=("deberta.embeddings.position_ids", "deberta.encoder.LayerNorm.*", "mask_predictions.*"),
     copies={
         "cls.predictions.decoder.weight": "deberta.embeddings.word_embeddings.weight",
         "cls.predictions.decoder.bias": "cls.predictions.bias",

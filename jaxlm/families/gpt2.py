@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from jaxlm.config import ModelConfig
@@ -63,8 +64,18 @@ _FROM_HF, _TO_HF = keyed(
         Key("initializer_range", "initial_std", 0.02),
     ),
     fixed=_FIXED,
-    only={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
+    only={"scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
 )
+
+
+def _config_from_hf(hf: dict[str, Any]) -> ModelConfig:
+    scaled = hf.get("scale_attn_weights", True)
+    return dataclasses.replace(_FROM_HF(hf), attention_scale=None if scaled else 1.0)
+
+
+def _config_to_hf(config: ModelConfig) -> dict[str, Any]:
+    return _TO_HF(config) | {"scale_attn_weights": config.attention_scale != 1.0}
+
 
 _LAYER, _OURS = "transformer.h.{i}.", "decoder/layers/"
 _ATTENTION = _OURS + "attention/"
@@ -99,8 +110,8 @@ FAMILY = Family(
     ),
     heads={("lm",): "GPT2LMHeadModel", ("classes",): "GPT2ForSequenceClassification", (): "GPT2Model"},
     prefix="transformer.",
-    config_from_hf=_FROM_HF,
-    config_to_hf=_TO_HF,
+    config_from_hf=_config_from_hf,
+    config_to_hf=_config_to_hf,
     buffers=(_LAYER + "attn.bias", _LAYER + "attn.masked_bias"),  # the causal mask
     copies={"lm_head.weight": "transformer.wte.weight"},
 )
