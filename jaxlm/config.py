@@ -64,6 +64,7 @@ class ModelConfig:
     embedding_norm: bool = False  # normalise the sum of the embeddings (BERT)
     scale_embeddings: bool = False  # multiply token embeddings by sqrt(width) (Vaswani et al. 2017)
     tied_embeddings: bool = True  # the output projection is the token embedding
+    decoder_tokens: bool = False  # an encoder-decoder's decoder has token embeddings of its own
     positions: Literal["learned", "sinusoidal", "rotary", "none"] = "learned"  # how absolute order enters
     position_offset: int = 0  # rows of learned positions before that of the first token (RoBERTa, BART: 2)
     padding_token: int | None = None  # a token that unsaid positions do not count (RoBERTa); None: all count

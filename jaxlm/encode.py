@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -136,14 +137,14 @@ def _json(file: Path) -> Any:
 
 
 def _pooling(folder: Path, modules: list[tuple[str, Path]]) -> Pooling:
-    optional = lambda name: next((_json(file) for file in sorted(folder.glob(name))), {})
+    optional: Callable[[str], Any] = lambda name: next((_json(file) for file in sorted(folder.glob(name))), {})
     overall, transformer, tokenizer = map(optional, (*_FILES[1:], "tokenizer_config.json"))
     kinds = [kind for kind, _ in modules]
     if kinds[:2] != ["Transformer", "Pooling"] or kinds != sorted(kinds, key=_ORDER.index) or "Pooling" in kinds[2:]:
         raise _not_ours(folder, ", ".join(kinds))
     if modules[0][1] != folder:
         raise UserError(
-            f"{folder / 'modules.json'} has its Transformer in {modules[0][1].name}; move what is in there to {folder}, "
+            f"{folder / 'modules.json'} has its Transformer in {modules[0][1].name}; move what is in there to {folder} "
             f'and make the path ""'
         )
     if transformer.get("transformer_task", "feature-extraction") != "feature-extraction":
@@ -207,21 +208,22 @@ def encode(
         raise UserError(f"batch_tokens is {batch_tokens}; it must be at least 1")
     pooling = _declared(lm)
     embed = _embed(lm.module, pooling, normalize)
-    waiting: deque[tuple[np.ndarray, Batch, jax.Array]] = deque()
 
-    def finish() -> None:
-        of_window_ND, batch, embeddings_BED = waiting.popleft()
-        of_window_ND[batch.texts] = np.asarray(embeddings_BED)[batch.rows, batch.slots]
+    def compute(batch: Batch, of_window_ND: np.ndarray) -> None:
+        of_window_ND[batch.texts] = np.asarray(embed(lm.params, *batch.inputs))[batch.rows, batch.slots]
 
     done = [np.zeros((0, _width(lm, pooling)), np.float32)]
-    for window in _windows(texts):
-        done.append(np.zeros((len(window), done[0].shape[1]), np.float32))
-        for batch in _batches(lm, pooling, window, batch_tokens):
-            waiting.append((done[-1], batch, embed(lm.params, *batch.inputs)))
-            if len(waiting) > AHEAD:
-                finish()
-    while waiting:
-        finish()
+    waiting: deque[Future[None]] = deque()
+    # On CPU a second batch fills the pauses of the first; elsewhere the device never waits for the host.
+    with ThreadPoolExecutor(AHEAD) as pool:
+        for window in _windows(texts):
+            done.append(np.zeros((len(window), done[0].shape[1]), np.float32))
+            for batch in _batches(lm, pooling, window, batch_tokens):
+                waiting.append(pool.submit(compute, batch, done[-1]))
+                if len(waiting) > 2 * AHEAD:
+                    waiting.popleft().result()
+        while waiting:
+            waiting.popleft().result()
     return np.concatenate(done)
 
 
@@ -367,7 +369,7 @@ def _embed(module: Transformer, pooling: Pooling, normalize: bool | None) -> Any
 
 def _pool(mode: str, x_BTD: jax.Array, segments_BT: jax.Array, positions_BT: jax.Array, E: int) -> jax.Array:
     """One vector [B, E, D] for each text: but for the maximum, a weighted sum of its tokens' states."""
-    B, T, D = x_BTD.shape
+    B, _, D = x_BTD.shape
     if mode == "max":
         segment_BT = jnp.arange(B)[:, None] * (E + 1) + segments_BT
         max_SD = jax.ops.segment_max(x_BTD.reshape(-1, D), segment_BT.reshape(-1), B * (E + 1))

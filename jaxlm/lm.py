@@ -69,11 +69,10 @@ class LM:
         """Number of tokens that there are: the tokenizer's, where the stored vocabulary is padded beyond it."""
         return self.config.vocabulary if self.tokenizer is None else min(self.tokenizer.size, self.config.vocabulary)
 
-    @property
-    def padding(self) -> int | None:
-        """The token of padding, where config.json or the tokenizer names it."""
-        said = self.origin.config.get("pad_token_id") if self.origin else None
-        return said if isinstance(said, int) or self.tokenizer is None else self.tokenizer.pad
+    def _token(self, role: str) -> int | None:
+        """The token of a role, such as pad or eos, where config.json or the tokenizer names it."""
+        said = self.origin.config.get(f"{role}_token_id") if self.origin else None
+        return said if isinstance(said, int) or self.tokenizer is None else getattr(self.tokenizer, role)
 
     def apply(
         self,
@@ -115,8 +114,12 @@ class LM:
         if wanted:
             x_BTD, seen = x_BTD
             inside = {stack: _inside(seen, stack) for stack in inside if stack in seen[wanted[0]]}
-        if segments_BT is None and self.config.classes_from == "last" and self.padding is not None:
-            segments_BT = tokens_BT != self.padding  # as transformers finds the last token of an example
+        if self.config.classes_from == "last":  # which transformers finds by its token
+            end, padding = self._token("eos"), self._token("pad")
+            if self.config.structure == "encoder_decoder" and end is not None:
+                segments_BT = jnp.equal(tokens_BT, end)
+            elif segments_BT is None and padding is not None:
+                segments_BT = jnp.not_equal(tokens_BT, padding)
         return Output(self._logits(params, x_BTD, segments_BT), x_BTD, **inside)
 
     def _logits(self, params: Any, x_BTD: jax.Array, segments_BT: jax.Array | None) -> jax.Array | None:
@@ -130,10 +133,15 @@ class LM:
         return apply(self.module, params, read, method=head)
 
     def _moved_right(self, tokens_BT: jax.Array) -> jax.Array:
-        start = self.config.start_token
-        if start is None:
+        start, padding = self.config.start_token, self._token("pad")
+        if start is not None:
+            first_B1 = jnp.full_like(tokens_BT[:, :1], start)
+        elif padding is not None:  # mBART begins with what the text ends with, its language
+            last_B1 = (tokens_BT != padding).sum(1, keepdims=True) - 1
+            first_B1 = jnp.take_along_axis(tokens_BT, last_B1, 1)
+        else:
             raise UserError("an encoder-decoder needs target_tokens_BT, the tokens that its decoder reads")
-        return jnp.concatenate([jnp.full_like(tokens_BT[:, :1], start), tokens_BT[:, :-1]], 1)
+        return jnp.concatenate([first_B1, tokens_BT[:, :-1]], 1)
 
     @cached_property
     def _jitted(self) -> Any:

@@ -26,6 +26,7 @@ SEQ2SEQ: dict[str, Any] = {"vocab_size": VOCABULARY, "d_model": 24, "max_positio
 SEQ2SEQ |= {"encoder_layers": 2, "decoder_layers": 3, "encoder_attention_heads": 3, "decoder_attention_heads": 3}
 SEQ2SEQ |= {"encoder_ffn_dim": 20, "decoder_ffn_dim": 20, "eos_token_id": 2, "pad_token_id": 1}
 SEQ2SEQ |= {"decoder_start_token_id": 2, "num_labels": 3}
+SEPARATE = {"separate": {"tie_word_embeddings": False}}
 T5 = {"vocab_size": VOCABULARY, "d_model": 24, "d_kv": 5, "num_heads": 3, "d_ff": 20, "num_layers": 2}
 T5 |= {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 10}
 BERT_LIKE = {"": {}, "one": {"num_hidden_layers": 1, "num_attention_heads": 1}, "relu": {"hidden_act": "relu"}}
@@ -133,13 +134,13 @@ FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, ...], dict[str, dict[str, A
     "Bart": (
         SEQ2SEQ,
         ("ForConditionalGeneration", "ForSequenceClassification", "Model"),
-        {"": {}, "scaled": {"scale_embedding": True, "activation_function": "relu"}},
+        {"": {}, "scaled": {"scale_embedding": True, "activation_function": "relu"}} | SEPARATE,
     ),
-    "MBart": (SEQ2SEQ, ("ForConditionalGeneration", "ForSequenceClassification", "Model"), {"": {}}),
+    "MBart": (SEQ2SEQ, ("ForConditionalGeneration", "ForSequenceClassification", "Model"), {"": {}} | SEPARATE),
     "Marian": (
         SEQ2SEQ,
         ("MTModel", "Model"),
-        {"": {}, "swish": {"activation_function": "swish", "scale_embedding": True}},
+        {"": {}, "swish": {"activation_function": "swish", "scale_embedding": True}} | SEPARATE,
     ),
 }
 MEMBERS = [

@@ -181,7 +181,9 @@ def save(
         values = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")) | (extra or {}) | values
     # Every version of transformers reads the second name; newer ones write the first.
     name = "dtype" if kept and "dtype" in kept.config else "torch_dtype"
-    values[name] = str(max((tensor.dtype for tensor in named.values()), key=lambda dtype: dtype.itemsize))
+    if kept is None or name not in kept.config or any(kept.dtypes.get(n) != x.dtype for n, x in named.items()):
+        floats = [tensor.dtype for tensor in named.values() if tensor.dtype.name in _FLOATS]  # others are buffers
+        values[name] = str(max(floats, key=lambda dtype: dtype.itemsize))
     safetensors.write_sharded(named, folder, max_shard_bytes=max_shard_bytes)
     _write_config(values, folder / "config.json")
     return kind
@@ -204,7 +206,7 @@ def _config_values(kind: str, family: Family, config: ModelConfig, origin: Origi
 
 def _same(family: Family, hf: dict[str, Any], config: ModelConfig) -> bool:
     """Whether a config.json says what the model computes."""
-    alike = {name: getattr(config, name) for name in ("heads_on_top", "structure", "tied_embeddings")}
+    alike = {name: getattr(config, name) for name in ("heads_on_top", "structure", "tied_embeddings", "decoder_tokens")}
     if convert.heads(family, config) is None:
         return False
     try:
@@ -221,6 +223,8 @@ def known(head: str, config: ModelConfig, family: Family) -> tuple[Head, ...]:
                 f"head is 'encoder', but the model is a(n) {config.structure}; give 'none' for hidden states"
             )
         return ()
+    if family.encoder and config.structure == "encoder":
+        raise UserError(f"head is {head!r}, but the model is an encoder alone; give 'none' for hidden states")
     asked: Any = (head,)
     if asked not in family.heads:
         names = {one for heads in family.heads for one in heads} | {"none"}
@@ -275,6 +279,8 @@ def _with_heads(
         return config, convert.canonical(family, config, stored)
     named = hf.get("architectures") or []
     named = named if isinstance(named, list) else [named]
+    if family.encoder and not named and not any(name.startswith("decoder.") for name in stored):
+        config = dataclasses.replace(config, structure="encoder")
     on_top = None if head is None else known(head, config, family)
     if head == "encoder" or (family.encoder and family.encoder in named):
         config = dataclasses.replace(config, structure="encoder")
@@ -282,6 +288,7 @@ def _with_heads(
         lm_head, original = "lm_head.weight", family.copies["lm_head.weight"]
         tied = lm_head not in stored or (original in stored and convert.equal(stored[lm_head], stored[original]))
         config = dataclasses.replace(config, tied_embeddings=tied)
+    config = _with_decoder_tokens(family, config, stored)
     if "id2label" not in hf and config.labels == ModelConfig().labels:
         config = _labelled(family, config, stored)
     if on_top is not None:
@@ -298,6 +305,15 @@ def _with_heads(
     configs = [dataclasses.replace(config, heads_on_top=heads) for heads in named_first]
     config = next((config for config in configs if not misfit(config)), None) or min(configs, key=misfit)
     return config, convert.canonical(family, config, stored)
+
+
+def _with_decoder_tokens(family: Family, config: ModelConfig, stored: Mapping[str, Any]) -> ModelConfig:
+    """Whether an untied encoder-decoder has two tables of tokens, which its tensors tell."""
+    pair = (convert.DECODER_TOKENS, family.copies.get(convert.DECODER_TOKENS, ""))
+    names = [name if name in stored else name.removeprefix(family.prefix) for name in pair]
+    if config.tied_embeddings or not all(name in stored for name in names):
+        return config
+    return dataclasses.replace(config, decoder_tokens=not convert.equal(*(stored[name] for name in names)))
 
 
 def _labelled(family: Family, config: ModelConfig, stored: Mapping[str, Any]) -> ModelConfig:

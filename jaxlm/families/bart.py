@@ -40,8 +40,18 @@ KEYS = (
 ONLY = {"is_encoder_decoder": True}
 _START = Key("decoder_start_token_id", "start_token", 2)
 _FROM_HF, _TO_HF = keyed((*KEYS, _START), FIXED, ONLY)
-_MBART_START = Key("decoder_start_token_id", "start_token", None)  # the language
-_MBART_FROM_HF, _MBART_TO_HF = keyed((*KEYS, _MBART_START), FIXED | {"norm_place": "pre"}, ONLY)
+# A decoder of mBART begins with the language, which is no fixed token.
+_MBART_FROM_HF, _MBART_TO_HF = keyed(KEYS, FIXED | {"norm_place": "pre"}, ONLY)
+
+
+_OWN = "decoder_embeddings/tokens"
+# An untied model has three tables of tokens, of which it reads two.
+TOKENS = (
+    Rule("model.shared.weight", "embeddings/tokens", unless=_OWN),
+    Rule("model.shared.weight", "embeddings/tokens", where=_OWN, idle=True),
+    Rule("model.encoder.embed_tokens.weight", "embeddings/tokens", where=_OWN),
+    Rule("model.decoder.embed_tokens.weight", _OWN),
+)
 
 
 def _stack(name: str, embeddings: str) -> tuple[Rule, ...]:
@@ -69,7 +79,7 @@ def _bart(layers: int, width: int, heads: int, **fields: Any) -> ModelConfig:
 FAMILY = Family(
     presets={"bart-base": _bart(6, 768, 12), "bart-large": _bart(12, 1024, 16)},
     rules=(
-        Rule("model.shared.weight", "embeddings/tokens"),
+        *TOKENS,
         *_stack("encoder", "embeddings"),
         *_stack("decoder", "decoder_embeddings"),
         Rule("lm_head.weight", "lm_head/kernel"),

@@ -22,9 +22,10 @@ from jaxlm.hub.convert import (
 )
 
 _FIXED = bert.FIXED | {"classes_activation": "gelu"}
+_DEFAULTS = {"type_vocab_size": 0, "layer_norm_eps": 1e-7}  # where they are others than BERT's
 _FROM_HF, _TO_HF = keyed(
     keys=(
-        *(key._replace(default=0 if key.hf == "type_vocab_size" else key.default) for key in bert.KEYS),
+        *(key._replace(default=_DEFAULTS.get(key.hf, key.default)) for key in bert.KEYS),
         Key("conv_kernel_size", "conv_width", 0),
         Key("conv_act", "conv_activation", "tanh", ACTIVATIONS),
     ),
@@ -61,6 +62,11 @@ def _config_from_hf(hf: dict[str, Any]) -> ModelConfig:
     return dataclasses.replace(config, **fields)
 
 
+def _idle_terms(config: ModelConfig) -> int:
+    """How many terms the scale of the scores counts, where there are none."""
+    return 0 if config.attention_scale is None else round(config.attention_scale**-2 / config.C) - 1
+
+
 def _config_to_hf(config: ModelConfig) -> dict[str, Any]:
     relative = config.relative == "disentangled"
     activations = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
@@ -69,7 +75,7 @@ def _config_to_hf(config: ModelConfig) -> dict[str, Any]:
         "relative_attention": relative,
         "position_buckets": config.relative_buckets if relative else -1,
         "max_relative_positions": config.relative_distance if relative else -1,
-        "pos_att_type": list(config.relative_terms) if relative else [],
+        "pos_att_type": list(config.relative_terms) if relative else ["c2p", "p2c"][: _idle_terms(config)],
         "share_att_key": relative and config.relative_shared,
         "norm_rel_ebd": "layer_norm" if relative and config.relative_norm else "none",
         "pooler_hidden_act": activations.get(config.classes_activation or "gelu", "gelu"),

@@ -32,7 +32,7 @@ def _gemma_to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def _next_from_hf(hf: dict[str, Any], kinds: list[str], cap: float | None, logit_cap: float | None) -> ModelConfig:
-    hf = {"head_dim": 256} | hf
+    hf = {"head_dim": 256, "num_key_value_heads": 4} | hf
     return dataclasses.replace(
         _NEXT_FROM_HF(hf),
         attention_scale=hf.get("query_pre_attn_scalar", 256) ** -0.5,

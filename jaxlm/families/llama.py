@@ -69,7 +69,7 @@ def rotary_from_hf(scaling: dict[str, Any] | None) -> dict[str, Any]:
     fields["rotary_length"] = said["original_max_position_embeddings"]
     fields["rotary_low"], fields["rotary_high"] = said.get(low) or 1.0, said.get(high) or 32.0
     if kind == "yarn":
-        if said.get("mscale") or not said.get("truncate", True):
+        if (said.get("mscale") and said.get("mscale_all_dim")) or not said.get("truncate", True):
             raise UserError("config.json has a yarn scaling with mscale or without truncation; neither is known")
         attention = said.get("attention_factor")
         fields["rotary_attention"] = attention or 1.0 + 0.1 * math.log(max(1.0, said["factor"]))
@@ -88,9 +88,14 @@ def rotary_to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def one_rotary_from_hf(hf: dict[str, Any], base: float = 10000.0) -> dict[str, Any]:
-    """Fields from `rope_parameters`, or from `rope_theta` and `rope_scaling` in older files."""
-    said = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    if said.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)) != 1.0:
+    """Fields from `rope_parameters`, or from `rope_theta` and `rope_scaling` in older files, which win over them."""
+    said = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    if said.get("rope_type", said.get("type")) in ("llama3", "yarn"):
+        longest, trained = hf.get("max_position_embeddings", 2048), "original_max_position_embeddings"
+        said = said | {trained: hf.get(trained, said.get(trained)) or longest}
+        if said.get("factor") is None:
+            said["factor"] = longest / said[trained]
+    if said.get("partial_rotary_factor", hf.get("partial_rotary_factor")) not in (None, 1.0):
         raise UserError("config.json has a partial_rotary_factor; only 1.0 is known: choose another model")
     return {"rotary_base": said.get("rope_theta", hf.get("rope_theta", base)), **rotary_from_hf(said)}
 
@@ -172,6 +177,7 @@ def _llama_to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def _mistral_from_hf(hf: dict[str, Any]) -> ModelConfig:
+    hf = {"num_key_value_heads": 8} | hf
     window = hf.get("sliding_window", 4096)
     local: dict[str, Any] = {"layer_kinds": ("local",), "window": window} if window is not None else {}
     return dataclasses.replace(_FROM_HF(hf), **one_rotary_from_hf(hf), **local)

@@ -254,7 +254,8 @@ def canonical(family: Family, config: ModelConfig, tensors: Mapping[str, Any]) -
         if name in found.tensors:
             raise UserError(f"two tensors stand for {name}, one of them {written}; remove one from the file")
         found.tensors[name], found.names[written] = tensor, name
-    own = set() if config.tied_embeddings else {rule.hf for rule in family.rules}  # not copies, if perhaps unexpected
+    vocabulary = ("lm_head/kernel", "masked_lm_head/vocabulary/kernel")  # of an untied model no copies
+    own = set() if config.tied_embeddings else {rule.hf for rule in family.rules if rule.ours in vocabulary}
     for copy, original in family.copies.items():
         if copy in found.tensors and copy not in expected and copy not in own:
             tensor = found.tensors.pop(copy)
@@ -452,6 +453,11 @@ def shortest(kinds: list[Any]) -> tuple[Any, ...]:
     )
 
 
+DECODER_TOKENS = (
+    "model.decoder.embed_tokens.weight"  # by which an encoder-decoder's file tells its own from shared ones
+)
+
+
 def says(family: Family, config: ModelConfig) -> bool:
     """Whether the format can say what the model computes: `config` comes back from it, but for what inference does not
     see.  Dropout and initial weights are written where the format has a place for them, and may be lost."""
@@ -460,6 +466,8 @@ def says(family: Family, config: ModelConfig) -> bool:
     try:
         said = family.config_from_hf(family.config_to_hf(config) | {"architectures": [heads(family, config)]})
         said = dataclasses.replace(said, heads_on_top=config.heads_on_top)
+        if DECODER_TOKENS in family.copies and not config.tied_embeddings:  # tensors tell
+            said = dataclasses.replace(said, decoder_tokens=config.decoder_tokens)
         said.check()
     except UserError:  # such as heads that do not divide the width, in a format that cannot say a head width
         return False
@@ -493,7 +501,7 @@ def seen(config: ModelConfig) -> ModelConfig:
         ("relative_terms", "relative_shared", "relative_norm"): config.relative != "disentangled",
         ("attention_scale",): config.relative == "disentangled",
         ("conv_activation",): not config.conv_width,
-        ("decoder_layers",): config.structure != "encoder_decoder",
+        ("decoder_layers", "decoder_tokens"): config.structure != "encoder_decoder",
         ("scale_logits", "logit_cap"): "lm" not in on_top,
         ("tied_embeddings",): not on_top & {"lm", "masked_lm"},
         ("transform_activation",): "masked_lm" not in on_top and not config.shared_transform,

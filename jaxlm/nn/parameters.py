@@ -36,7 +36,7 @@ _EMBEDDINGS = r"(decoder_)?embeddings"
 _DENSE = r"(pooled_head|classes_head|replaced_head)/dense"
 _OUT = r"(next_sentence_head|(classes_head|tokens_head|span_head|replaced_head)/out)"
 TABLE = (
-    Parameter(r"embeddings/tokens", ("vocabulary", "width"), True, "embeddings"),
+    Parameter(_EMBEDDINGS + r"/tokens", ("vocabulary", "width"), True, "embeddings"),
     Parameter(_EMBEDDINGS + r"/(positions|types)", (None, "width"), True, "embeddings"),
     Parameter(_EMBEDDINGS + r"/norm/(scale|bias)", (None,), False, "embeddings"),
     Parameter(_EMBEDDINGS + r"/project/kernel", (None, "width"), True, "embeddings"),

@@ -36,7 +36,7 @@ def no_constraint(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
 class Embeddings(nn.Module):
     """Token, position and type embeddings, summed: [B, T, D].
 
-    A decoder beside an encoder has no tokens of its own (`shared`): it is handed the encoder's.
+    A decoder beside an encoder may have no tokens of its own (`shared`): it is handed the encoder's.
     """
 
     config: ModelConfig
@@ -243,7 +243,12 @@ class Stack(nn.Module):
 
     def _of_layer(self, stacked: Any, n: Any) -> Any:
         """The parameters of layer n, its own or those that it shares with its neighbours."""
-        row = n * self.config.distinct_layers // self.layers if self._shares else n
+        row = n
+        if self._shares:
+            share = self.layers / (
+                self.config.distinct_layers or self.layers
+            )  # as transformers rounds where it is no whole number
+            row = jnp.asarray([int(i / share) for i in range(self.layers)])[n]
         return jax.tree.map(lambda leaf: leaf[row], stacked)
 
     def _parameters(self, block: Block, *inputs: Any) -> Any:
@@ -314,7 +319,7 @@ class Transformer(nn.Module):
             layers = (second and config.decoder_layers) or config.layers
             self.decoder = Stack(**how, layers=layers, causal=True)
             if second:
-                self.decoder_embeddings = Embeddings(config, self.dtype, shared=True)
+                self.decoder_embeddings = Embeddings(config, self.dtype, shared=not config.decoder_tokens)
         if "lm" in on_top:
             self.lm_head = Vocabulary(**parts, bias="lm" in config.biases)
         if "masked_lm" in on_top:
@@ -387,7 +392,8 @@ class Transformer(nn.Module):
     ) -> jax.Array:
         if self.config.structure == "decoder":
             return self.embeddings(tokens_BT, positions_BT, types_BT)
-        return self.decoder_embeddings(tokens_BT, positions_BT, types_BT, self.embeddings.tokens)
+        shared_VW = None if self.config.decoder_tokens else self.embeddings.tokens
+        return self.decoder_embeddings(tokens_BT, positions_BT, types_BT, shared_VW)
 
     def __call__(
         self,

