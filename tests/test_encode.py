@@ -18,13 +18,13 @@ from jaxlm.config import MeshConfig, ModelConfig, TokenizerConfig
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.encode import MODES, Dense, Pooling, carried, encode, read_pooling
 from jaxlm.hub import safetensors
-from jaxlm.lm import LM
+from jaxlm.lm import LM, load
 from jaxlm.nn.transformer import Transformer, apply
 
+ENCODE = importlib.import_module("jaxlm.encode")  # (`jaxlm.encode` is the function)
 STSB = Path(__file__).parents[2] / "shared" / "data" / "stsb" / "sts-test.csv.gz"
 SENTENCE = "the cat sat on a mat while some dog ran far away over hills and through rivers of cold blue water"
 WORDS = SENTENCE.split()
-ELSEWHERE = {"path": "0_T", "type": "sentence_transformers.models.Transformer"}
 TINY = {"width": 16, "layers": 2, "heads": 2, "initial_std": 0.2}
 ENCODER = TINY | {"structure": "encoder", "heads_on_top": (), "types": 2, "norm_place": "post"}
 CAUSAL = TINY | {"structure": "decoder", "positions": "rotary"}
@@ -36,18 +36,19 @@ def texts_of(n: int, most: int = 60) -> list[str]:
     return [" ".join(random.choice(WORDS, size)) for size in random.integers(1, most, n)]
 
 
-TEXTS = ["", *texts_of(40), " ".join(WORDS * 20)]
+TEXTS = ["", *texts_of(40), " ".join([SENTENCE] * 20)]
 
 
 @pytest.fixture(autouse=True)
-def fast_compiles(monkeypatch):
-    monkeypatch.setattr(jax, "jit", jit)
-    importlib.import_module("jaxlm.encode")._embed.cache_clear()
+def fast_compiles(monkeypatch, request):
+    ENCODE._embed.cache_clear()
+    if "minilm" not in request.fixturenames:
+        monkeypatch.setattr(jax, "jit", jit)
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return tokenizers.train([" ".join(WORDS)] * 4, TokenizerConfig(train="wordpiece"), vocabulary=90)
+    return tokenizers.train([SENTENCE] * 4, TokenizerConfig(train="wordpiece"), vocabulary=90)
 
 
 def make(tokenizer, fields=ENCODER, pooling=None, max_length=128) -> LM:
@@ -101,8 +102,17 @@ def test_neither_batches_nor_order_change_an_embedding(tokenizer, batch_tokens):
 def test_windows_of_a_stream(tokenizer, monkeypatch):
     lm = make(tokenizer)
     whole = encode(lm, TEXTS)
-    monkeypatch.setattr(importlib.import_module("jaxlm.encode"), "WINDOW", 7)
+    monkeypatch.setattr(ENCODE, "WINDOW", 7)
     close(encode(lm, iter(TEXTS)), whole)
+
+
+def test_rows_are_full_and_of_few_shapes(tokenizer):
+    batches = list(ENCODE._batches(make(tokenizer), Pooling(), texts_of(2000), 1024))
+    tokens = sum(int((batch.inputs[1] > 0).sum()) for batch in batches)
+    shapes = [batch.inputs[0].shape for batch in batches]
+    assert sorted(np.concatenate([batch.texts for batch in batches])) == list(range(2000))
+    assert tokens > 0.95 * sum(B * T for B, T in shapes)
+    assert {T for _, T in shapes} <= {64, 128} and max(B * T for B, T in shapes) == 1024 and len(set(shapes)) <= 4
 
 
 def test_rows_over_a_mesh(tokenizer):
@@ -146,8 +156,7 @@ def test_case_and_prompt(tokenizer):
 
 def test_nothing_in_nothing_out(tokenizer):
     assert encode(make(tokenizer), []).shape == (0, 16)
-    causal = dataclasses.replace(make(tokenizer, CAUSAL, Pooling(("lasttoken",))))
-    unframed = tokenizers.train([" ".join(WORDS)] * 4, TokenizerConfig(train="characters"), vocabulary=30)
+    unframed = tokenizers.train([SENTENCE] * 4, TokenizerConfig(train="characters"), vocabulary=30)
     causal = make(unframed, CAUSAL, Pooling(("lasttoken",)))
     assert not encode(causal, ["", ""]).any() and encode(causal, ["", "cat"])[1].any()
 
@@ -208,11 +217,7 @@ OLD = dict.fromkeys(MODES.values(), False)
         ({"modules.json": modules("Transformer", "Pooling", "Normalize")}, Pooling(normalize=True)),
         ({"modules.json": modules("Transformer", "Pooling", "Dropout")}, Pooling()),
         (
-            {
-                "modules.json": modules(
-                    "transformer.Transformer", "pooling.Pooling", package="sentence_transformers.base"
-                )
-            }
+            {"modules.json": modules("transformer.Transformer", "pooling.Pooling", package="sentence_transformers.x")}
             | {"1_Pooling/config.json": {"pooling_mode": "cls"}},
             Pooling(("cls",)),
         ),
@@ -247,7 +252,7 @@ def test_files_say_how_to_pool(tmp_path, files, declared):
         ({"modules.json": modules("Transformer", "Pooling", package="own_code")}, "own_code.Transformer"),
         ({"modules.json": modules("Transformer")}, "asks for Transformer"),
         ({"modules.json": modules("Transformer", "Pooling", "Normalize", "Dense")}, "in this order"),
-        ({"modules.json": [ELSEWHERE, *modules("Transformer", "Pooling")[1:]]}, "move what is in there"),
+        ({"modules.json": [m | {"path": m["path"] or "0_T"} for m in SIMPLE["modules.json"]]}, "move what is in there"),
         ({"sentence_bert_config.json": {"transformer_task": "fill-mask"}}, "fill-mask"),
         ({"sentence_bert_config.json": {"max_seq_length": "long"}}, "hold what they should not"),
         ({"1_Pooling/config.json": []}, "hold what they should not"),
@@ -325,3 +330,27 @@ def pairs():
         pytest.skip(f"needs {STSB}")
     with gzip.open(STSB, "rt", encoding="utf-8") as lines:
         return [line.rstrip("\n").split("\t") for line in lines]
+
+
+def test_stsb_test(minilm, pairs):
+    """What sentence-transformers gives for this checkpoint, too."""
+    stats = pytest.importorskip("scipy.stats")
+    lm = load(minilm)
+    first, second = (encode(lm, [pair[column] for pair in pairs]) for column in (5, 6))
+    score = stats.spearmanr((first * second).sum(1), [float(pair[4]) for pair in pairs]).statistic
+    assert score == pytest.approx(0.8203, abs=5e-4)
+
+
+@pytest.mark.parity
+def test_same_as_transformers(minilm):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    texts = ["", *texts_of(60), " ".join([SENTENCE] * 20)]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
+    model = transformers.AutoModel.from_pretrained(minilm).eval()
+    batch = tokenizer(texts, truncation=True, max_length=256, padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        states = model(**batch).last_hidden_state
+    mask = batch["attention_mask"][..., None].float()
+    mean = (states * mask).sum(1) / mask.sum(1)
+    close(encode(load(minilm), texts), torch.nn.functional.normalize(mean, dim=1).numpy())
