@@ -211,9 +211,7 @@ def encode(
     if batch_tokens < 1:
         raise UserError(f"batch_tokens is {batch_tokens}; it must be at least 1")
     pooling = _declared(lm)
-    embed = _embed(lm.module, pooling, normalize)
-
-    params = _params(lm)
+    embed, params = _embed(lm.module, pooling, normalize), _params(lm)
 
     def compute(batch: Batch, of_window_ND: np.ndarray) -> None:
         of_window_ND[batch.texts] = np.asarray(embed(params, *batch.inputs))[batch.rows, batch.slots]
