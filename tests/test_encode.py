@@ -18,7 +18,7 @@ from jaxlm.config import MeshConfig, ModelConfig, TokenizerConfig
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.encode import MODES, Dense, Pooling, carried, encode, read_pooling
 from jaxlm.hub import safetensors
-from jaxlm.lm import LM, load
+from jaxlm.lm import LM, load, save
 from jaxlm.nn.transformer import Transformer, apply
 
 ENCODE = importlib.import_module("jaxlm.encode")  # (`jaxlm.encode` is the function)
@@ -354,3 +354,34 @@ def test_same_as_transformers(minilm):
     mask = batch["attention_mask"][..., None].float()
     mean = (states * mask).sum(1) / mask.sum(1)
     close(encode(load(minilm), texts), torch.nn.functional.normalize(mean, dim=1).numpy())
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore")  # of what sentence-transformers has renamed
+@pytest.mark.parametrize(
+    "modes, dense, normalize, max_length",
+    [
+        ("mean", None, True, 256),
+        (("cls", "max", "mean"), ("Tanh", 20), True, 32),
+        ("weightedmean", ("GELU", 9), False, 50),
+    ],
+)
+def test_same_as_sentence_transformers_both_ways(minilm, tmp_path, modes, dense, normalize, max_length):
+    theirs = pytest.importorskip("sentence_transformers")
+    models = pytest.importorskip("sentence_transformers.models")
+    from torch import nn
+
+    parts = [models.Transformer(str(minilm), max_seq_length=max_length), models.Pooling(384, modes)]
+    if dense:
+        width = parts[1].pooling_output_dimension
+        parts.append(models.Dense(width, dense[1], activation_function=getattr(nn, dense[0])()))
+    if normalize:
+        parts.append(models.Normalize())
+    made = theirs.SentenceTransformer(modules=parts, device="cpu")
+    made.save(str(tmp_path / "theirs"))
+    expected = made.encode(TEXTS, show_progress_bar=False)
+    lm = load(tmp_path / "theirs")
+    close(encode(lm, TEXTS), expected)
+    save(lm, tmp_path / "ours")
+    again = theirs.SentenceTransformer(str(tmp_path / "ours"), device="cpu")
+    np.testing.assert_array_equal(again.encode(TEXTS, show_progress_bar=False), expected)
