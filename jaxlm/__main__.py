@@ -277,8 +277,8 @@ def keep_memory() -> None:
 
 
 def _tell_unraisable(what: Any, before: Callable[[Any], Any] = sys.unraisablehook) -> None:
-    """When one array of a checkpoint fails, TensorStore has nobody left to tell of the others, and prints that."""
-    if str(what.exc_value) != "Event loop is closed":
+    """When one array of a checkpoint fails, Orbax has nobody left to tell of the others, and prints that."""
+    if not str(what.exc_value).startswith(("Event loop is closed", "Encountered error while reading array index")):
         before(what)
 
 

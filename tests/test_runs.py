@@ -6,6 +6,7 @@ Every run here is tiny.  "The same" means byte for byte: weights, optimizer stat
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import random
@@ -36,6 +37,14 @@ from jaxlm.step import TrainState
 
 # TensorStore's words when one array of a checkpoint fails; `jaxlm.__main__` keeps them from the terminal.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def swept_up():
+    """No later file hears of them either."""
+    yield
+    gc.collect()
+
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 MODEL = ModelConfig(vocabulary=64, max_length=32, width=32, layers=2, heads=2, dropout=0.1)

@@ -73,7 +73,8 @@ def _shard(
     size = [stop - start for start, stop in bounds]
     row = math.prod(size[1:]) * dtype.itemsize
     if not size or size[0] * row <= CHUNK:
-        return jax.device_put(read(index=spans), device)
+        # Waited for, as below: parts that wait in line would each hold their memory.
+        return jax.device_put(read(index=spans), device).block_until_ready()
     rows = max(1, CHUNK // row)
     with jax.default_device(device):
         shard = jax.numpy.zeros(size, dtype)
@@ -81,7 +82,7 @@ def _shard(
         stop = min(start + rows, size[0])
         part = read(index=(slice(spans[0].start + start, spans[0].start + stop), *spans[1:]))
         shard = _put(shard, jax.device_put(part, device), start)
-        shard.block_until_ready()  # so that parts do not wait in line, each with its memory
+        shard.block_until_ready()
     return shard
 
 
