@@ -20,6 +20,7 @@ Head = Literal["lm", "masked_lm", "next_sentence", "replaced", "pooled", "classe
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "tanh"]  # gelu is the exact one, by erf
 Bias = Literal["query_key_value", "out", "mlp", "norm", "transform", "classes", "lm"]
 ENCODER_BIASES: tuple[Bias, ...] = ("query_key_value", "out", "mlp", "norm", "transform", "classes")
+Format = Literal["suffix", "text", "csv", "tsv", "jsonl", "parquet", "conll", "squad"]
 MOST_LAYERS = 10_000  # of a model that a foreign config.json may ask for
 MOST = 2**31 - 1  # of any other size
 _FARTHEST = 1_000_000  # relative distance that has a row in a table
@@ -241,9 +242,13 @@ class DataConfig:
     """Where text comes from, and the shape that it is packed to."""
 
     path: str = ""  # file, folder, glob, or tfds:NAME; txt, csv, tsv, jsonl, parquet, each also as .gz
-    eval_path: str = ""  # held-out data; empty: the last eval_fraction of the documents
-    eval_fraction: float = 0.1  # share of the documents held out when there is no eval_path
-    text: str = "text"  # the column that holds the text
+    eval_path: str = ""  # held-out data; empty: eval_fraction of the documents (the last) or examples (any)
+    eval_fraction: float = 0.1  # share of the documents or examples held out when there is no eval_path
+    format: Format = "suffix"  # of the files; suffix: what the end of a file's name says
+    columns: tuple[str, ...] = ()  # names of the columns of csv and tsv files without a header; others are dropped
+    pattern: str = ""  # of plain text, a regular expression whose named groups are the columns of a line
+    charset: str = "utf-8"  # of text files
+    text: str = "text"  # the column that holds the text that a language model learns from
     split: str = "train"  # of a tfds data set
     eval_split: str = ""  # of the same tfds data set, held out
     documents: Literal["line", "blank_line", "file", "boundary"] = "line"  # what a document is, in plain text
