@@ -4,6 +4,7 @@ lm = jaxlm.fit(run)                                   # train what a RunConfig s
 lm = jaxlm.load("runs/quickstart")                    # a run, or a model in Hugging Face's format
 jaxlm.generate(lm, ["The"], max_new_tokens=20)        # continuations of prompts
 jaxlm.encode(lm, ["a text", "another"])               # embeddings, pooled as the checkpoint declares
+jaxlm.predict(lm, ["a text", "another"])              # what a fine-tuned model tells of them, with its confidence
 jaxlm.save(lm, "folder")                              # for transformers to load
 """
 
@@ -11,17 +12,23 @@ __version__ = "0.1.0"
 
 from jaxlm.config import (
     CausalLM,
+    Classification,
     CleaningConfig,
     DataConfig,
     MaskedLM,
     MeshConfig,
     ModelConfig,
+    MultipleChoice,
     OptimizerConfig,
+    QuestionAnswering,
     RunConfig,
+    Similarity,
+    Tagging,
     TokenizerConfig,
 )
 from jaxlm.encode import Pooling, encode
 from jaxlm.errors import RunError, Stopped, UserError
+from jaxlm.evaluate import evaluate, predict
 from jaxlm.fit import fit
 from jaxlm.generate import generate
 from jaxlm.lm import LM, load, save
@@ -29,21 +36,28 @@ from jaxlm.lm import LM, load, save
 __all__ = [
     "LM",
     "CausalLM",
+    "Classification",
     "CleaningConfig",
     "DataConfig",
     "MaskedLM",
     "MeshConfig",
     "ModelConfig",
+    "MultipleChoice",
     "OptimizerConfig",
     "Pooling",
+    "QuestionAnswering",
     "RunConfig",
     "RunError",
+    "Similarity",
     "Stopped",
+    "Tagging",
     "TokenizerConfig",
     "UserError",
     "encode",
+    "evaluate",
     "fit",
     "generate",
     "load",
+    "predict",
     "save",
 ]

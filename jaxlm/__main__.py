@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import inspect
 import logging
 import os
 import runpy
@@ -15,12 +16,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from jaxlm.config import RunConfig
+from jaxlm.config import DataConfig, RunConfig
 from jaxlm.errors import RunError, Stopped, UserError, perhaps
 
 LARGE_ON_CPU = 50_000_000  # parameters; from here on one CPU device serves all cores
@@ -28,17 +30,8 @@ LARGE_ON_CPU = 50_000_000  # parameters; from here on one CPU device serves all 
 
 def train(argv: list[str]) -> int:
     """Train what a config file says: jaxlm train configs/NAME.py [--field value ...]."""
-    if not argv or argv[0].startswith("-"):
-        raise UserError("train takes a config file first: train.py configs/NAME.py [--field value ...]")
-    default = _config(Path(argv[0]))
-    run = tyro.cli(
-        RunConfig,
-        default=default,
-        args=argv[1:],
-        prog=f"train.py {argv[0]}",
-        description=f"Overrides for {argv[0]}; the defaults shown are what it says.",
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    file, words, flags = _words(argv)
+    run = _overridden(_config(file, words), flags, f"train.py {' '.join([str(file), *words])}")
     run.check()
     one_device_per_core(run)
     _process()
@@ -73,6 +66,69 @@ def generate(argv: list[str]) -> int:
     for prompt, text in zip(asked.prompt, jaxlm.generate(lm, list(asked.prompt), **choices), strict=True):
         print(prompt + text)
     return 0
+
+
+@dataclass(frozen=True)
+class OnFile:
+    """A model on the rows of a file; the fields of the task and of the data are those that it was trained with."""
+
+    model: Annotated[str, tyro.conf.Positional]  # a run, a folder in Hugging Face's format, or a hub name
+    file: Annotated[str, tyro.conf.Positional]  # file, folder, glob or tfds:NAME
+    output: str = ""  # of predict, a .csv or .jsonl file to write; empty: csv to the standard output
+    config: str = ""  # the config file of a run with a task of your own
+    length: int = 0  # tokens in a row, and the most that an example has; 0: as in training, else 512
+    batch: int = 0  # rows in a batch; 0: what suits the machine
+    task: Any = None  # what is told
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)  # how the file is read
+
+
+def predict(argv: list[str]) -> int:
+    """Tell what the rows of a file are: jaxlm predict RUN_OR_FOLDER FILE [--output OUT.csv]."""
+    asked, lm = _on_file(argv, "predict")
+    from jaxlm.data import source
+    from jaxlm.evaluate import predicted
+    from jaxlm.folder import RowWriter
+
+    rows = source.rows(asked.file, asked.data, asked.data.split)
+    with RowWriter(asked.output) as writer:
+        for row, prediction in predicted(lm, rows, asked.task, asked.length or None, asked.batch or None):
+            writer.write(row, prediction)
+    return 0
+
+
+def evaluate(argv: list[str]) -> int:
+    """Score a model on the rows of a file: jaxlm evaluate RUN_OR_FOLDER FILE."""
+    asked, lm = _on_file(argv, "evaluate")
+    import jaxlm
+    from jaxlm.data import source
+
+    rows = source.rows(asked.file, asked.data, asked.data.split)
+    scores = jaxlm.evaluate(lm, rows, asked.task, asked.length or None, asked.batch or None)
+    for name, value in scores.items():
+        print(f"{name.replace('_', ' '):>20}  {value:{'.4f' if isinstance(value, float) else ','}}")
+    return 0
+
+
+def _on_file(argv: list[str], verb: str) -> tuple[OnFile, Any]:
+    """What was asked, with the task and the data's shape of the model's own run as the defaults; and the model."""
+    if len(argv) < 2 or argv[0].startswith("-"):
+        tyro.cli(OnFile, args=argv, prog=f"jaxlm {verb}")
+    _process()
+    import jaxlm
+    from jaxlm.evaluate import task_of
+    from jaxlm.folder import run_of
+
+    given = argv[argv.index("--config") + 1] if "--config" in argv[:-1] else ""
+    run = _config(Path(given)) if given else run_of(argv[0])
+    lm = jaxlm.load(argv[0])
+    default = OnFile(argv[0], argv[1], task=run.task if run else task_of(lm))
+    if run is not None:
+        # A file of another kind is read as its name says.
+        alike = Path(argv[1]).suffixes[-1:] == Path(run.data.path).suffixes[-1:]
+        other: dict[str, Any] = {} if alike else {"format": "suffix", "columns": (), "pattern": "", "charset": "utf-8"}
+        data = dataclasses.replace(run.data, path="", eval_path="", **other)
+        default = dataclasses.replace(default, data=data, length=run.data.length)
+    return _overridden(default, argv[:2] + argv[2:], f"jaxlm {verb}"), lm
 
 
 @dataclass(frozen=True)
@@ -113,26 +169,31 @@ class Inspect:
     revision: str | None = None  # branch, tag or commit of a hub name
 
 
-def inspect(argv: list[str]) -> int:
+def inspect_(argv: list[str]) -> int:
     """Show a model's parameters and the file's tensors: jaxlm inspect RUN_OR_FOLDER_OR_HUB_NAME_OR_CONFIG."""
     asked = tyro.cli(Inspect, args=argv, prog="jaxlm inspect")
     _process()
-    from jaxlm import inspect
+    from jaxlm import inspect as inspection
     from jaxlm.families import PRESETS
 
     path = Path(asked.target)
-    if path.suffix == ".py" or (asked.target in PRESETS and not path.exists()):
-        print(inspect.of_model(_config(path).model if path.suffix == ".py" else PRESETS[asked.target]))
+    preset = _config(path).model if path.suffix == ".py" else None if path.exists() else PRESETS.get(asked.target)
+    if preset is not None:
+        print(inspection.of_model(preset))
+    elif path.suffix == ".py":
+        raise UserError(f"{path} starts from the model that --init names; inspect that model")
     else:
-        print(inspect.target(asked.target, asked.head, asked.revision))
+        print(inspection.target(asked.target, asked.head, asked.revision))
     return 0
 
 
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
+    "predict": predict,
+    "evaluate": evaluate,
     "generate": generate,
     "convert": convert,
-    "inspect": inspect,
+    "inspect": inspect_,
 }
 
 
@@ -205,16 +266,49 @@ def _stopping() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def _config(file: Path) -> RunConfig:
-    """What the `config()` of a file returns, with a run folder named after the file."""
+def _words(argv: list[str]) -> tuple[Path, list[str], list[str]]:
+    """A config file, what `config` takes, and the flags behind them."""
+    if not argv or argv[0].startswith("-"):
+        raise UserError("train takes a config file first: train.py configs/NAME.py [--field value ...]")
+    words = list(takewhile(lambda word: not word.startswith("-"), argv[1:]))
+    return Path(argv[0]), words, argv[1 + len(words) :]
+
+
+def _overridden(default: Any, flags: list[str], prog: str) -> Any:
+    """`default`, a RunConfig or OnFile, with the fields that the flags give."""
+    # The flags are the fields of the task, and of the model, that the config names: not those of all that there are.
+    hints = type(default).__annotations__
+    before = dict(hints)
+    hints |= {name: type(getattr(default, name)) for name in hints if hints[name] in ("Any", "ModelConfig | None")}
+    try:
+        return tyro.cli(
+            type(default),
+            default=default,
+            args=flags,
+            prog=prog,
+            description="Overrides of the config; the defaults shown are what it says.",
+            config=(tyro.conf.AvoidSubcommands,),
+        )
+    finally:
+        hints |= before
+
+
+def _config(file: Path, words: list[str] | None = None) -> RunConfig:
+    """What the `config(*words)` of a file returns, with a run folder named after the file and the words."""
     if not file.is_file():
         known = [path.name for path in file.parent.glob("*.py")] if file.parent.is_dir() else []
         raise UserError(f"there is no config file {file}" + (perhaps(file.name, known) if known else ""))
+    words = words or []
     config = runpy.run_path(str(file)).get("config")
     if not callable(config):
         raise UserError(f"{file} has no function config(); define one that returns a RunConfig")
-    run = config()
-    return run if run.workdir else dataclasses.replace(run, workdir=f"runs/{file.stem}")
+    try:
+        inspect.signature(config).bind(*words)
+    except TypeError:
+        takes = str(inspect.signature(config))
+        raise UserError(f"{file} has config{takes}, which does not take {words}; give what it takes") from None
+    run = config(*words)
+    return run if run.workdir else dataclasses.replace(run, workdir="runs/" + "-".join([file.stem, *words]))
 
 
 def one_device_per_core(run: RunConfig) -> None:
@@ -224,7 +318,10 @@ def one_device_per_core(run: RunConfig) -> None:
     A large model has one device for all cores: each further one would hold and update all parameters once more.
     """
     flags, model = os.environ.get("XLA_FLAGS", ""), run.model
-    parameters = model.vocabulary * model.width + 12 * model.layers * model.width**2
+    if model is not None:
+        parameters = model.vocabulary * model.width + 12 * model.layers * model.width**2
+    else:  # four bytes each, in most files; a hub name is not fetched for this
+        parameters = sum(file.stat().st_size for file in Path(run.init).rglob("*.safetensors")) // 4
     if "host_platform_device_count" in flags:
         return
     sizes = (run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
@@ -233,7 +330,7 @@ def one_device_per_core(run: RunConfig) -> None:
         devices = sizes[0] * sizes[1] * sizes[2]
     else:
         fixed = -sizes[0] * sizes[1] * sizes[2]
-        rows = run.batch // run.accumulate
+        rows = 0 if run.examples else run.batch // run.accumulate  # rows that are yet to be chosen suit the devices
         most = cores if parameters < LARGE_ON_CPU else max(1, fixed)
         fits = [n for n in range(1, most + 1) if n % max(1, fixed) == 0 and rows % n == 0]
         devices = max(fits, default=1)

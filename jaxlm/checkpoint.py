@@ -43,20 +43,20 @@ def finite(tree: Any) -> jax.Array:
 
 
 class Checkpoints:
-    """The checkpoints of a run: the last `keep`, and the one with the lowest held-out loss."""
+    """The checkpoints of a run: the last `keep`, and the one with the best held-out score."""
 
     def __init__(self, folder: Path, keep: int, say: Callable[[str], None] = print):
         import orbax.checkpoint as ocp
         from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
         self._ocp, self._say, self.folder = ocp, say, folder.absolute()
-        best = BestN(get_metric_fn=_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
+        best = BestN(get_metric_fn=_worth, reverse=False, n=1, keep_checkpoints_without_metrics=False)
         self._open = lambda: ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=AnyPreservationPolicy([LatestN(keep), best]),
-                best_fn=_loss,
-                best_mode="min",
+                best_fn=_worth,
+                best_mode="max",
                 cleanup_tmp_directories=True,
             ),
         )
@@ -65,14 +65,14 @@ class Checkpoints:
             for file in self.folder.glob("[0-9]*/metrics/metrics"):
                 step = file.parent.parent.name
                 try:
-                    _loss(json.loads(file.read_text()))
+                    _worth(json.loads(file.read_text()))
                 except (ValueError, KeyError, TypeError) as error:
                     if step.isdigit():  # others are half written; the manager clears them away
                         self._move_away(int(step), error)
             self._manager = self._open()
 
     def save(self, state: TrainState, metrics: dict[str, float] | None, notes: Any = None) -> None:
-        """Starts to write a state; `metrics["loss"]` decides which is the best.  Raises RunError on a full disk.
+        """Starts to write a state; the highest `metrics["best"]` is the best.  Raises RunError on a full disk.
 
         notes: JSON values that come back with the state.
         """
@@ -98,7 +98,7 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def best(self) -> int | None:
-        """The step of the checkpoint with the lowest held-out loss; the newest where none was evaluated."""
+        """The step of the checkpoint with the best held-out score; the newest where none was evaluated."""
         steps = self._manager.best_step()
         return self.last() if steps is None else steps
 
@@ -175,5 +175,5 @@ def _first_line(error: Exception) -> str:
     return next((line[:200] for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _loss(metrics: dict[str, float]) -> float:
-    return metrics["loss"]
+def _worth(metrics: dict[str, float]) -> float:
+    return metrics["best"]

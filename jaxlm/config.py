@@ -1,9 +1,9 @@
 """A run is data: frozen dataclasses, checked before anything is compiled.
 
-`RunConfig` is all that `fit` needs to know.  Its parts say what the model is (`ModelConfig`), what it learns
-(`CausalLM`, `MaskedLM`), from what (`DataConfig`, `TokenizerConfig`), how (`OptimizerConfig`) and on which devices
-(`MeshConfig`).  The comment behind a field is its `--help`.  Nothing here imports JAX, so that a command line can be
-refused within a second.
+`RunConfig` is all that `fit` needs to know.  Its parts say what the model is (`ModelConfig`), what it learns (a task:
+`CausalLM`, `MaskedLM`, `Classification` ...), from what (`DataConfig`, `TokenizerConfig`), how (`OptimizerConfig`) and
+on which devices (`MeshConfig`).  The comment behind a field is its `--help`.  Nothing here imports JAX, so that a
+command line can be refused within a second.
 """
 
 from __future__ import annotations
@@ -225,6 +225,62 @@ class MaskedLM:
 
 
 @dataclass(frozen=True)
+class Classification:
+    """Tell what a text, or a pair of texts, is: one class, any number of them, or a number."""
+
+    target: Literal["class", "classes", "number"] = "class"  # one of several, any of several, or a regression
+    text: tuple[str, ...] = ("text",)  # column of the text, or the two columns of a pair
+    label: str = "label"  # column of what is to be told; several classes stand in a list, or divided by separator
+    separator: str = ","  # between several classes in a column of text
+    names: tuple[str, ...] = ()  # of the classes, in the order of the outputs; empty: those found in the training part
+    most_classes: int = 1000  # more are taken for a column of numbers or texts, and refused
+    class_weights: Literal["none", "balanced"] = "none"  # balanced: a rare class weighs as much as a frequent one
+    label_smoothing: float = 0.0  # share of the target spread evenly over the classes
+
+
+@dataclass(frozen=True)
+class Tagging:
+    """Tell what each word is a part of, such as a name (Tjong Kim Sang & De Meulder 2003)."""
+
+    tokens: str = "tokens"  # column of the words, a list
+    tags: str = "tags"  # column of their tags, a list
+    scheme: Literal["IOB1", "IOB2", "IOBES"] = "IOB2"  # how tags mark where a span begins and ends
+
+
+@dataclass(frozen=True)
+class QuestionAnswering:
+    """Find the answer to a question in a text, or that there is none (Rajpurkar et al. 2016, 2018)."""
+
+    stride: int = 128  # tokens that two windows over a long text have in common
+    most_question: int = 64  # tokens of a question that are kept
+    longest_answer: int = 30  # tokens of an answer that is given
+    unanswerable: bool = True  # whether a question may have no answer (SQuAD 2.0)
+    wrong_offsets: Literal["refuse", "drop"] = "refuse"  # questions whose answer does not stand where they say
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """Vectors of texts that lie as near as the texts are alike (Reimers & Gurevych 2019)."""
+
+    objective: Literal["cosine", "contrastive"] = "cosine"  # match scores of pairs, or tell a pair from other texts
+    text: tuple[str, str] = ("text_a", "text_b")  # columns of a pair
+    label: str = "label"  # column of its score, for objective=cosine
+    lowest: float = 0.0  # score that means a cosine of 0
+    highest: float = 1.0  # score that means a cosine of 1
+    temperature: float = 0.05  # divides the cosines, for objective=contrastive
+
+
+@dataclass(frozen=True)
+class MultipleChoice:
+    """Choose the answer to a question among several (Zellers et al. 2018)."""
+
+    question: str = "question"  # column of the question
+    options: tuple[str, ...] = ("options",)  # columns of the options, or one with a list of them
+    label: str = "label"  # column of the right one: its number, counted from `first`, its letter A, B ..., or its text
+    first: int = 0  # number of the first option
+
+
+@dataclass(frozen=True)
 class CleaningConfig:
     """What is done to each row before it is used; the run says how many rows each choice changed or dropped."""
 
@@ -301,41 +357,42 @@ class MeshConfig:
 class RunConfig:
     """One run, from data to exported model."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
-    task: CausalLM | MaskedLM = field(default_factory=CausalLM)
+    model: ModelConfig | None = field(default_factory=ModelConfig)  # None: that of `init`
+    task: Any = field(default_factory=CausalLM)  # what is learned
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     batch: int = 32  # rows in one update, over all devices and micro-batches
     accumulate: int = 1  # micro-batches that an update is computed in, to save memory
+    examples: int = 0  # mean number of examples in one update; above 0 it decides over batch
     steps: int = 1000  # optimizer updates
+    epochs: float = 0.0  # passes over the training part; above 0 they decide over steps
     seed: int = 0  # of parameters, data order, masking and dropout
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products; the rest stays float32
     remat: Literal["none", "dots", "full"] = "none"  # recompute in the backward pass: nothing, all but products, all
     unroll: int = 1  # layers that one turn of the layer loop holds; more is faster and compiles longer
     log_every: int = 10  # steps between lines of metrics.jsonl
-    eval_every: int = 0  # steps between evaluations; 0: only at the end
+    eval_every: int = 0  # steps between evaluations; 0: after each epoch, where there are epochs, and at the end
+    patience: int = 0  # evaluations without a better score after which the run ends; 0: it goes on
     checkpoint_every: int = 0  # steps between checkpoints; 0: a tenth of the run
     keep: int = 2  # last checkpoints kept, beside the best
-    init: str = ""  # folder of a run or of an exported model to start the weights from
+    dropout: float | None = None  # of a model that comes from `init`; None: as it says
+    init: str = ""  # run, folder in Hugging Face's format, or hub name to start the weights from
     workdir: str = ""  # run folder; empty: runs/CONFIG_NAME
     sample_prompt: str = ""  # what the sample at the end of a decoder's run goes on from
     sample_tokens: int = 120  # its length; 0: no sample
 
     def check(self) -> None:
         """Raises UserError for what can be known to fail before data or devices are looked at."""
-        self.model.check()
         if not self.data.path:
             raise UserError("data.path is empty; give a file, a folder, a glob or tfds:NAME with --data.path")
-        if self.data.length > self.model.max_length and self.model.positions == "learned":
-            raise UserError(
-                f"data.length is {self.data.length}, longer than the {self.model.max_length} positions of the model; "
-                f"lower --data.length or raise --model.max-length"
-            )
         for name in ("batch", "accumulate", "steps", "log_every", "keep", "unroll"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("examples", "epochs", "patience"):
+            if not 0 <= getattr(self, name) < _LARGE:
+                raise UserError(f"{name} is {getattr(self, name)}; it must not be negative")
         if self.data.length < 2:
             raise UserError(f"data.length is {self.data.length}; a row needs at least 2 tokens")
         if self.batch % self.accumulate:
@@ -350,38 +407,78 @@ class RunConfig:
             )
         if self.data.documents == "boundary" and not self.data.boundary:
             raise UserError("data.documents is 'boundary' but data.boundary is empty; give the regular expression")
-        if isinstance(self.task, CausalLM):
-            if self.model.structure != "decoder" or "lm" not in self.model.heads_on_top:
-                raise UserError(
-                    f"CausalLM needs a decoder with the 'lm' head, not a(n) {self.model.structure} with "
-                    f"{self.model.heads_on_top}; change model.structure and model.heads_on_top"
-                )
-            if not 0 <= self.task.stride <= self.data.length:
-                raise UserError(f"task.stride is {self.task.stride}; it must lie between 0 and {self.data.length}")
-        else:
-            needed = ("masked_lm", "next_sentence") if self.task.next_sentence else ("masked_lm",)
-            if self.model.structure != "encoder" or not set(needed) <= set(self.model.heads_on_top):
-                raise UserError(
-                    f"MaskedLM needs an encoder with the heads {needed}, not a(n) {self.model.structure} with "
-                    f"{self.model.heads_on_top}; change model.structure and model.heads_on_top"
-                )
-            if not 0 < self.task.mask_rate < 1:
-                raise UserError(f"task.mask_rate is {self.task.mask_rate}; it must lie between 0 and 1")
-            if self.task.next_sentence and self.model.types < 2:
-                raise UserError(f"model.types is {self.model.types}; next_sentence tells a pair apart by 2 types")
-        if not 0 <= self.task.label_smoothing < 1:
-            raise UserError(f"task.label_smoothing is {self.task.label_smoothing}; it must lie in [0, 1)")
+        _check_task(self.task)
+        if self.model is None and not self.init:
+            raise UserError("there is no model; give the weights to start from with --init FOLDER_OR_HUB_NAME")
+        if self.model is not None:
+            self._check_model(self.model)
         if self.optimizer.rate < 0:
             raise UserError(f"optimizer.rate is {self.optimizer.rate}; a learning rate is not negative")
         if not 0 < self.optimizer.layer_decay <= 1:
             raise UserError(f"optimizer.layer_decay is {self.optimizer.layer_decay}; it must lie in (0, 1]")
-        if not 0 <= self.optimizer.freeze_layers <= self.model.layers:
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise UserError(f"dropout is {self.dropout}; it must lie in [0, 1)")
+
+    def _check_model(self, model: ModelConfig) -> None:
+        model.check()
+        if self.data.length > model.max_length and model.positions == "learned":
             raise UserError(
-                f"optimizer.freeze_layers is {self.optimizer.freeze_layers}; the model has {self.model.layers} layers"
+                f"data.length is {self.data.length}, longer than the {model.max_length} positions of the model; "
+                f"lower --data.length or raise --model.max-length"
+            )
+        if isinstance(self.task, CausalLM):
+            if model.structure != "decoder" or "lm" not in model.heads_on_top:
+                raise UserError(
+                    f"CausalLM needs a decoder with the 'lm' head, not a(n) {model.structure} with "
+                    f"{model.heads_on_top}; change model.structure and model.heads_on_top"
+                )
+            if not 0 <= self.task.stride <= self.data.length:
+                raise UserError(f"task.stride is {self.task.stride}; it must lie between 0 and {self.data.length}")
+        elif isinstance(self.task, MaskedLM):
+            needed = ("masked_lm", "next_sentence") if self.task.next_sentence else ("masked_lm",)
+            if model.structure != "encoder" or not set(needed) <= set(model.heads_on_top):
+                raise UserError(
+                    f"MaskedLM needs an encoder with the heads {needed}, not a(n) {model.structure} with "
+                    f"{model.heads_on_top}; change model.structure and model.heads_on_top"
+                )
+            if self.task.next_sentence and model.types < 2:
+                raise UserError(f"model.types is {model.types}; next_sentence tells a pair apart by 2 types")
+        elif model.structure == "encoder_decoder":
+            raise UserError(
+                f"{type(self.task).__name__} reads the states of an encoder or a decoder; the model is an "
+                f"encoder-decoder: start from another"
+            )
+        if not 0 <= self.optimizer.freeze_layers <= model.layers:
+            raise UserError(
+                f"optimizer.freeze_layers is {self.optimizer.freeze_layers}; the model has {model.layers} layers"
             )
 
 
-_TASKS = {kind.__name__: kind for kind in (CausalLM, MaskedLM)}
+def _check_task(task: Any) -> None:
+    """Raises UserError where a field of a task is out of its range."""
+    for name, (low, high) in _RANGES.items():
+        if hasattr(task, name) and not low <= getattr(task, name) < high:
+            raise UserError(f"task.{name} is {getattr(task, name)}; it must lie in [{low}, {high})")
+    if isinstance(task, MaskedLM) and not task.mask_rate:
+        raise UserError("task.mask_rate is 0; it must lie between 0 and 1")
+    if isinstance(task, Classification) and len(task.text) not in (1, 2):
+        raise UserError(f"task.text names {len(task.text)} columns; give one, or the two of a pair")
+    if isinstance(task, Similarity) and not task.lowest < task.highest:
+        raise UserError(f"task.lowest is {task.lowest}, task.highest {task.highest}; the second must be larger")
+
+
+_RANGES = {
+    "label_smoothing": (0, 1),
+    "mask_rate": (0, 1),
+    "short_rate": (0, 1.001),
+    "temperature": (1e-6, _LARGE),
+    "stride": (0, MOST),
+    "most_question": (1, MOST),
+    "longest_answer": (1, MOST),
+    "most_classes": (2, MOST),
+}
+_DECLARED = (CausalLM, MaskedLM, Classification, Tagging, QuestionAnswering, Similarity, MultipleChoice)
+TASKS: dict[str, type] = {kind.__name__: kind for kind in _DECLARED}  # name in config.json -> its dataclass
 _PARTS: dict[tuple[type, str], type] = {
     (RunConfig, "model"): ModelConfig,
     (RunConfig, "data"): DataConfig,
@@ -407,10 +504,15 @@ def from_json(kind: type, values: dict[str, Any]) -> Any:
     for name, value in values.items():
         if name not in fields:
             raise UserError(f"{kind.__name__} has no field {name!r}{perhaps(name, fields)}")
-        if (kind, name) in _PARTS:
+        if (kind, name) in _PARTS and value is not None:
             value = from_json(_PARTS[kind, name], value)
         elif kind is RunConfig and name == "task":
-            value = from_json(_TASKS[value["kind"]], {k: v for k, v in value.items() if k != "kind"})
+            own = {k: v for k, v in value.items() if k != "kind"}
+            if value["kind"] not in TASKS:
+                raise UserError(
+                    f"the task is {value['kind']}, which is not one of jaxlm's; give its config by --config"
+                )
+            value = from_json(TASKS[value["kind"]], own)
         elif isinstance(value, list):
             value = tuple(value)
         made[name] = value

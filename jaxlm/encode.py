@@ -211,7 +211,7 @@ def encode(
     if batch_tokens < 1:
         raise UserError(f"batch_tokens is {batch_tokens}; it must be at least 1")
     pooling = _declared(lm)
-    embed, params = _embed(lm.module, pooling, normalize), _params(lm)
+    embed, params = _embed(lm.module, pooling, normalize), params_of(lm)
 
     def compute(batch: Batch, of_window_ND: np.ndarray) -> None:
         of_window_ND[batch.texts] = np.asarray(embed(params, *batch.inputs))[batch.rows, batch.slots]
@@ -248,17 +248,17 @@ def _declared(lm: LM) -> Pooling:
 _APART: WeakKeyDictionary[LM, Any] = WeakKeyDictionary()
 
 
-def _params(lm: LM) -> Any:
+def params_of(lm: LM) -> Any:
     """The model's parameters, on CPU with the layers apart, unless they are too large to be in memory twice."""
     small = sum(leaf.nbytes for leaf in jax.tree.leaves(lm.params)) <= TWICE
-    if jax.default_backend() != "cpu" or _mesh(lm) is not None or not small:
+    if jax.default_backend() != "cpu" or mesh_of(lm) is not None or not small:
         return lm.params
     if lm not in _APART:
         _APART[lm] = jax.jit(layers_apart)(lm.params)
     return _APART[lm]
 
 
-def _mesh(lm: LM) -> Mesh | None:
+def mesh_of(lm: LM) -> Mesh | None:
     """The mesh that the parameters lie on."""
     leaf = jax.tree.leaves(lm.params)[0]
     return leaf.sharding.mesh if isinstance(getattr(leaf, "sharding", None), NamedSharding) else None
@@ -305,7 +305,7 @@ def _batches(lm: LM, pooling: Pooling, window: list[str], batch_tokens: int) -> 
     lower = Lowercase().normalize_str if pooling.lowercase else str
     framed = lm.tokenizer.frame([lower(pooling.prompt + text) for text in window], max_length=_limit(lm, pooling))
     lengths = np.array([len(ids) for ids, _ in framed])
-    mesh = _mesh(lm)
+    mesh = mesh_of(lm)
     ways = 1 if mesh is None else row_ways(mesh)
 
     left = np.flatnonzero(lengths)
@@ -371,7 +371,7 @@ def _embed(module: Transformer, pooling: Pooling, normalize: bool | None) -> Any
         x_BTD = apply(module, params, tokens_BT, segments_BT, positions_BT, types_BT, method=method)
         x_BTD = x_BTD.astype(jnp.float32)
         E = _most(tokens_BT.shape[1])
-        joined = [_pool(mode, x_BTD, segments_BT, positions_BT, E) for mode in pooling.modes]
+        joined = [pool(mode, x_BTD, segments_BT, positions_BT, E) for mode in pooling.modes]
         x_BED = jnp.concatenate(joined, -1)
         for dense in pooling.dense:
             x_BED = jnp.dot(x_BED, dense.kernel_DO, precision="highest")
@@ -390,7 +390,7 @@ def _embed(module: Transformer, pooling: Pooling, normalize: bool | None) -> Any
     return embed
 
 
-def _pool(mode: str, x_BTD: jax.Array, segments_BT: jax.Array, positions_BT: jax.Array, E: int) -> jax.Array:
+def pool(mode: str, x_BTD: jax.Array, segments_BT: jax.Array, positions_BT: jax.Array, E: int) -> jax.Array:
     """One vector [B, E, D] for each text: but for the maximum, a weighted sum of its tokens' states."""
     if mode == "max":
         B, _, D = x_BTD.shape

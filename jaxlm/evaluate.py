@@ -1,29 +1,235 @@
-"""Evaluation: every example of a corpus exactly once."""
+"""Evaluation and prediction: every example of the data exactly once, in the order of the data."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
+from itertools import islice
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
-from jaxlm.data.batches import Batches, prefetch
-from jaxlm.data.corpus import Corpus
-from jaxlm.tasks import Task
+from jaxlm import config, sharding
+from jaxlm.data.batches import Batches, Features, prefetch
+from jaxlm.data.source import Place, Row
+from jaxlm.encode import Pooling, mesh_of, params_of
+from jaxlm.errors import UserError
+from jaxlm.lm import LM
+from jaxlm.nn.transformer import Transformer
+from jaxlm.step import make_eval_step
+from jaxlm.tasks import TASKS, Task
+from jaxlm.tasks.records import Outputs, Record, Records, RecordTask
+
+WINDOW = 4096  # records that are predicted at once
+TOKENS = 4096  # places in a batch
+Step = Callable[[Any, Any], Any]  # what `make_eval_step` makes, jitted
+
+
+class Seen(NamedTuple):
+    """What an evaluation saw: sums and weights over all batches, and the outputs of each unit's examples."""
+
+    losses: dict[str, tuple[float, float]]
+    outputs: list[list[dict[str, np.ndarray]]]
+
+    @property
+    def means(self) -> dict[str, float]:
+        """Sums by weights; 0 where there was nothing to weigh."""
+        return {name: total / weight if weight else 0.0 for name, (total, weight) in self.losses.items()}
+
+
+def see(eval_step: Step, params: Any, batches: Batches, put: Callable) -> Seen:
+    """Runs over all batches.  `put` lays a batch on the mesh.
+
+    Sums and weights are added over batches in float64 and divided once, so that the size of a batch does not show.
+    Outputs come back in the order of the units, however they were packed.
+    """
+    totals: dict[str, tuple[float, float]] = {}
+    outputs: dict[int, list[dict[str, np.ndarray]]] = {}
+    for step, batch in enumerate(prefetch(batches.batch_at, 0, len(batches))):
+        losses, arrays = jax.device_get(eval_step(params, put(batch, 1)))
+        for name, (value, weight) in losses.items():
+            total = totals.get(name, (0.0, 0.0))
+            totals[name] = total[0] + float(value), total[1] + float(weight)
+        if arrays:
+            outputs |= _apart(arrays, batch, batches.units_at(step))
+    return Seen(totals, [outputs[i] for i in sorted(outputs)])
+
+
+def _apart(
+    arrays: dict[str, np.ndarray], batch: Features, units: list[list[tuple[int, int]]]
+) -> dict[int, list[dict[str, np.ndarray]]]:
+    """The outputs of a batch, [B, E, ...] and [B, T, ...], for each unit and each example in it."""
+    found: dict[int, list[dict[str, np.ndarray]]] = {}
+    for b, row in enumerate(units):
+        bounds = np.searchsorted(_closed(batch["segments_BT"][b]), np.arange(1, sum(n for _, n in row) + 2))
+        e = 0
+        for unit, count in row:
+            found[unit] = [
+                {
+                    name: array[b, bounds[e + k] : bounds[e + k + 1]]
+                    if name.rpartition("_")[2][1] == "T"
+                    else array[b, e + k]
+                    for name, array in arrays.items()
+                }
+                for k in range(count)
+            ]
+            e += count
+    return found
+
+
+def _closed(segments_T: np.ndarray) -> np.ndarray:
+    """Segments in ascending order, with the padding at the end counted as one more."""
+    return np.where(segments_T == 0, segments_T.max(initial=0) + 1, segments_T)
+
+
+def predictions(task: RecordTask, records: Sequence[Record], batches: Batches, seen: Seen) -> list[dict[str, Any]]:
+    """The prediction for each record, in order."""
+    examples = batches.examples
+    found: list[Outputs] = [[] for _ in records]
+    for unit, outputs in enumerate(seen.outputs):
+        kept = examples.of(unit, examples.kept)  # type: ignore[attr-defined]  # batches of records
+        found[examples.record_of[unit]].append([a | b for a, b in zip(outputs, kept)])  # type: ignore[attr-defined]
+    return [task.predict(record, outputs) for record, outputs in zip(records, found)]
+
+
+def measure(
+    task: Task, eval_step: Step, params: Any, batches: Batches, part: Any, put: Callable
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """The task's scores over all batches of a part of the data and, of a task over records, its predictions."""
+    seen = see(eval_step, params, batches, put)
+    if not isinstance(task, RecordTask):
+        totals = {name: total for name, (total, _) in seen.losses.items()}
+        return task.score(seen.means, totals, part), []
+    found = predictions(task, part.records, batches, seen)
+    return {"loss": seen.means["loss"], **task.score(part.records, found)}, found
+
+
+# A model on new data
+
+
+def predict(
+    lm: LM, examples: Iterable[Any], *, task: Any = None, length: int | None = None, batch: int | None = None
+) -> list[Row]:
+    """The prediction for each example, in order: a dict with `prediction` and, but for numbers, `confidence`.
+
+    examples: texts; for pairs, tuples of two; for tagging, texts or lists of words; or dicts with the columns that the
+    task names.  task: such as `Classification()`; None: what the model's head is for.  length: tokens in a row, and
+    the most that an example has; None: 512, or as many as the model has positions.  batch: rows in a batch.
+
+    Raises UserError for a model without a head for it, and for an example that is not what the task reads.
+    """
+    task = task or task_of(lm)
+    rows = ((Place("example", n), _row(task, example)) for n, example in enumerate(examples, start=1))
+    return [prediction for _, prediction in predicted(lm, rows, task, length, batch)]
+
+
+def predicted(
+    lm: LM, rows: Iterable[tuple[Place, Row]], task: Any, length: int | None = None, batch: int | None = None
+) -> Iterator[tuple[Row, Row]]:
+    """Each row with its prediction, in order, as a stream: no more than WINDOW rows are in memory."""
+    made = _made(lm, task, length)
+    rows = iter(rows)
+    while some := list(islice(rows, WINDOW)):
+        records = [_record(made, row, place) for place, row in some]
+        for (_, row), prediction in zip(some, _seen(lm, made, records, batch)[0]):
+            yield row, {name: value for name, value in prediction.items() if not name.startswith("_")}
 
 
 def evaluate(
-    task: Task, eval_step: Callable[[Any, Any], Any], params: Any, batches: Batches, corpus: Corpus, put: Callable
+    lm: LM, rows: Iterable[tuple[Place, Row]], task: Any = None, length: int | None = None, batch: int | None = None
 ) -> dict[str, float]:
-    """The task's scores over all batches.  `put` lays a batch on the mesh.
+    """The task's scores, and its loss, over rows that have labels.  Raises UserError for a row without, or of a label
+    that the model does not know."""
+    made = _made(lm, task or task_of(lm), length)
+    part = Records([], [])
+    for place, row in rows:
+        record = _record(made, row, place)
+        made.labelled(made.task, row, record, place)
+        part.records.append(record)
+        part.places.append(place)
+    made.check_labels(part)
+    found, means = _seen(lm, made, part.records, batch)
+    return {"examples": len(part.records), **means, **made.score(part.records, found)}
 
-    Sums and weights are added over batches in float64 and divided once, so that the size of a batch does not show.
-    """
-    totals: dict[str, list[float]] = {}
-    for batch in prefetch(batches.batch_at, 0, len(batches)):
-        for name, (value, weight) in jax.device_get(eval_step(params, put(batch, 1))).items():
-            total = totals.setdefault(name, [0.0, 0.0])
-            total[0] += float(value)
-            total[1] += float(weight)
-    means = {name: value / max(weight, 1.0) for name, (value, weight) in totals.items()}
-    return task.score(means, {name: value for name, (value, _) in totals.items()}, corpus)
+
+def _seen(lm: LM, task: RecordTask, records: list[Record], rows: int | None) -> tuple[list[Row], dict[str, float]]:
+    mesh = mesh_of(lm)
+    ways = 1 if mesh is None else sharding.row_ways(mesh)
+    rows = rows or -(-max(1, TOKENS // task.length) // ways) * ways
+    batches = Batches(task.examples(Records(records, []), False), rows, task.length, task.most, None)
+    layout = None if mesh is None else sharding.batch_sharding(mesh)
+    put = lambda batch, k: {n: jax.device_put(x.reshape(k, -1, *x.shape[1:]), layout) for n, x in batch.items()}
+    step = _eval_step(lm.module, type(task), task.task, task.length, task.labels, task.pooling.modes)  # type: ignore[arg-type]
+    seen = see(step, params_of(lm), batches, put)
+    return predictions(task, records, batches, seen), seen.means
+
+
+@lru_cache(maxsize=32)
+def _eval_step(
+    module: Transformer, kind: Any, task: Any, length: int, labels: tuple[str, ...], modes: tuple[Any, ...]
+) -> Step:
+    """Compiled once for a model and a task; what a task computes does not depend on its tokenizer."""
+    made = kind(task, length, 0, None, labels)
+    made.pooling = Pooling(modes)
+    return jax.jit(make_eval_step(made, module))
+
+
+def _made(lm: LM, task: Any, length: int | None) -> RecordTask:
+    kind = TASKS.get(type(task))
+    if kind is None or not issubclass(kind, RecordTask):
+        raise UserError(f"{type(task).__name__} makes no predictions of examples; give a task such as Classification()")
+    if lm.tokenizer is None:
+        raise UserError("the model has no tokenizer; load it from a folder with one, or give it one")
+    if kind.head is not None and kind.head not in lm.config.heads_on_top:
+        raise UserError(
+            f"{type(task).__name__} reads the head {kind.head!r}, the model has {lm.config.heads_on_top}; fine-tune it"
+        )
+    positions = lm.config.max_length if lm.config.positions == "learned" else 512
+    if length is not None and lm.config.positions == "learned" and length > positions:
+        raise UserError(f"length is {length}, longer than the {positions} positions of the model; lower it")
+    made = kind(task, length or min(512, positions), 0, lm.tokenizer, lm.config.labels if kind.head else ())
+    if lm.pooling is not None:
+        made.pooling = lm.pooling
+    return made
+
+
+def task_of(lm: LM) -> Any:
+    """What a model's head is for, as its config.json says."""
+    heads, said = lm.config.heads_on_top, lm.origin.config if lm.origin else {}
+    if "classes" in heads:
+        target = {"multi_label_classification": "classes", "regression": "number"}.get(said.get("problem_type") or "")
+        number = target is None and len(lm.config.labels) == 1
+        return config.Classification(target="number" if number else target or "class")  # type: ignore[arg-type]
+    if "tokens" in heads:
+        return config.Tagging()
+    if "span" in heads:
+        return config.QuestionAnswering()
+    if lm.pooling is not None:
+        return config.Similarity()
+    raise UserError(f"the model has {heads or 'no head'}, none that tells something of an example; fine-tune it first")
+
+
+def _row(task: Any, example: Any) -> Row:
+    """An example as a row with the columns that the task reads."""
+    if isinstance(example, dict):
+        return example
+    if isinstance(task, config.Tagging):
+        return {task.tokens: example}
+    columns = getattr(task, "text", None)
+    columns = (columns,) if isinstance(columns, str) else columns or ("question", "context")
+    values = (example,) if isinstance(example, str) else tuple(example)
+    if isinstance(task, config.Classification) and len(values) != len(columns) and task.text == ("text",):
+        raise UserError(
+            f"an example has {len(values)} texts; name two columns, Classification(text=('a', 'b')), for pairs"
+        )
+    if len(values) != len(columns):
+        raise UserError(f"an example has {len(values)} texts, the task reads {', '.join(columns)}; give as many")
+    return dict(zip(columns, values))
+
+
+def _record(task: RecordTask, row: Row, place: Place) -> Record:
+    record = task.read(task.task, row, place)
+    if record is None:
+        raise UserError(f"{place}: the row is one that the task leaves out; mend it")
+    return record

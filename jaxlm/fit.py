@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,19 +19,20 @@ import numpy as np
 
 from jaxlm import families, report, sharding
 from jaxlm.checkpoint import Checkpoints, finite
-from jaxlm.config import RunConfig, to_json
+from jaxlm.config import ModelConfig, RunConfig, to_json
 from jaxlm.data.batches import Batch, Batches, prefetch
-from jaxlm.data.corpus import Prepared, prepare
+from jaxlm.data.corpus import Prepared
 from jaxlm.errors import RunError, Stopped, UserError
-from jaxlm.evaluate import evaluate
-from jaxlm.folder import RunLog, begin, claim, duration
+from jaxlm.evaluate import measure
+from jaxlm.folder import RunLog, begin, claim, duration, write_json
 from jaxlm.generate import generate
-from jaxlm.lm import LM, find, load, save
+from jaxlm.lm import LM, find, has_tokenizer, load, save
 from jaxlm.nn import parameters
 from jaxlm.nn.transformer import Transformer, init
 from jaxlm.optimizer import make_optimizer, make_schedule
 from jaxlm.step import TrainState, make_eval_step, make_train_step
-from jaxlm.tasks import make_task
+from jaxlm.tasks import make_task, prepare
+from jaxlm.tasks.records import RecordTask
 
 
 def say(message: str) -> None:
@@ -58,13 +60,17 @@ def fit(
     run.check()
     folder = Path(run.workdir or "runs/unnamed")
     mesh = sharding.make_mesh(run.mesh)
-    _check_rows(run, mesh)
-    resuming = claim(run, folder)
+    resuming, as_given = claim(run, folder), run
 
     # Data: tokenized once, then batch_at(step) is all there is.
-    data = data or prepare(run, say)
-    task = make_task(run, data.tokenizer)
-    batches = Batches(task.examples(data.train, True), run.batch, run.data.length, task.most, run.seed)
+    run = _with_tokenizer(run, model)
+    data = data or prepare(run, model.tokenizer if model else None, say)
+    task = make_task(run, data.tokenizer, data.labels)
+    config, model = _starting(run, model, task, resuming)
+    examples = task.examples(data.train, True)
+    run = _sized(run, config, Batches(examples, 1, run.data.length, task.most, run.seed), mesh)
+    _check_rows(run, mesh)
+    batches = Batches(examples, run.batch, run.data.length, task.most, run.seed)
     held_out = Batches(
         task.examples(data.held_out, False), run.batch // run.accumulate, run.data.length, task.most, None
     )
@@ -73,7 +79,7 @@ def fit(
     # Model, optimizer, state: shapes first, so that everything is made where it will lie.
     dtype = jnp.dtype(run.compute_dtype)
     kind = Transformer if model is None else type(model.module)
-    module = kind(run.model, sharding.constrainer(mesh), dtype, run.remat, run.unroll)
+    module = kind(config, sharding.constrainer(mesh), dtype, run.remat, run.unroll)
     shapes = jax.eval_shape(partial(init, module), jax.random.key(0))
     schedule = make_schedule(run.optimizer, run.steps)
     optimizer = make_optimizer(run.optimizer, run.steps, run.accumulate, shapes)
@@ -85,13 +91,11 @@ def fit(
     key = jax.random.key_data(jax.random.key(run.seed))
     like = _laid_out(jax.eval_shape(first_state, key), mesh)
     layout = jax.tree.map(lambda leaf: leaf.sharding, like)
-    if run.init and model is None and not resuming:
-        model = load(run.init)
     if model is not None:
         _check_fits(model, shapes)
 
     # All that the user could have got wrong is looked at; the folder is this run's from here on.
-    begin(run, folder, data.fingerprint)
+    begin(as_given, folder, data.fingerprint)
     checkpoints = Checkpoints(folder / "checkpoints", run.keep, say)
     state, notes = checkpoints.restore(like) or (None, {})
     if state is None:
@@ -99,12 +103,14 @@ def fit(
         model = model or (load(run.init) if run.init else None)
         state = state if model is None else state._replace(params=_start_from(model, state.params))
     started = int(state.step)
-    if started == run.steps and (folder / "report.html").exists():
+    if started and (folder / "report.html").exists():
         say(f"the run in {folder} is finished, at step {started:,}; nothing is left to do")
         checkpoints.close()
         return load(folder, compute_dtype=run.compute_dtype, module=None if kind is Transformer else kind)
     (folder / "report.html").unlink(missing_ok=True)  # its presence says that the run is finished
-    _say_start(run, folder, data, _size(shapes), mesh, started)
+    _say_start(run, folder, data, batches, _size(shapes), mesh, started)
+    if isinstance(task, RecordTask) and (balance := task.balance(data.train)):
+        say(f"labels    {balance}")
 
     train_step = jax.jit(
         make_train_step(task, module, optimizer, schedule),
@@ -113,24 +119,31 @@ def fit(
         out_shardings=(layout, sharding.replicated(mesh)),
     )
     eval_step = jax.jit(make_eval_step(task, module))
-    score = lambda params: evaluate(task, eval_step, params, held_out, data.held_out, put)
+    score = lambda params: measure(task, eval_step, params, held_out, data.held_out, put)
+    worth = lambda scores: -scores["loss"] if task.best == "loss" else scores[task.best]
 
     log = RunLog(folder, started, run.steps)
     checkpoint_every = run.checkpoint_every or max(1, run.steps // 10)
     # Metrics of the steps since the last line of the log, still on the device, and the time they took: a checkpoint
     # between two lines carries them along, so that the next line is the same after it.
     unlogged: list[Any] = notes.get("unlogged", [])
-    clock, scores = time.monotonic() - notes.get("seconds", 0.0), None
+    clock = time.monotonic() - notes.get("seconds", 0.0)
+    scores: dict[str, float] = {}
+    found: list[Any] = []
+    history: list[float] = notes.get("history", [])  # what each evaluation was worth
+    ending = started == run.steps or _stale(history, run.patience)
     try:
-        for step, batch in enumerate(prefetch(batches.batch_at, started, run.steps), start=started + 1):
+        for step, batch in enumerate(
+            prefetch(batches.batch_at, started, started if ending else run.steps), started + 1
+        ):
             state, metrics = train_step(state, put(batch, run.accumulate))
             unlogged.append(metrics)
             if mesh.devices.flat[0].platform == "cpu":
                 # Steps that queue up on several CPU devices wait for each other's threads for ever.
                 jax.block_until_ready(metrics)
-            last, stopping = step == run.steps, stop()
-            logging = last or step % run.log_every == 0
-            evaluating = last or bool(run.eval_every and step % run.eval_every == 0)
+            ending, stopping = step == run.steps, stop()
+            logging = ending or step % run.log_every == 0
+            evaluating = ending or bool(run.eval_every and step % run.eval_every == 0)
             saving = evaluating or stopping or step % checkpoint_every == 0
 
             # Once in a while the device is waited for, and what it counted is looked at.
@@ -143,36 +156,101 @@ def fit(
                 log.write(step, values)
                 log.progress(step, values)
                 unlogged, clock = [], time.monotonic()
-            # Once in a while: the held-out text, and a checkpoint.
+            # Once in a while: the held-out data, and a checkpoint.
             if evaluating:
-                paused, scores = time.monotonic(), score(state.params)
+                paused, (scores, found) = time.monotonic(), score(state.params)
                 log.write(step, {f"eval/{name}": value for name, value in scores.items()})
                 clock += time.monotonic() - paused
                 if not np.isfinite(scores["loss"]):
                     raise _diverged(f"the held-out loss is {scores['loss']:.4g}", step, metrics, checkpoints)
+                history = [*history, worth(scores)]
+                if _stale(history, run.patience) and not ending:
+                    say(f"no better {task.best} in {run.patience} evaluations: the run ends at step {step:,}")
+                    ending = True
             if saving:
-                notes = {"unlogged": unlogged, "seconds": time.monotonic() - clock}
-                checkpoints.save(state, scores if evaluating else None, notes)
-            if stopping and not last:
+                notes = {"unlogged": unlogged, "seconds": time.monotonic() - clock, "history": history}
+                checkpoints.save(state, scores | {"best": history[-1]} if evaluating else None, notes)
+            if stopping or ending:
                 break
         checkpoints.wait()
 
         # The end, or where the run was asked to stop: the best weights are exported.
         best = checkpoints.best()
         if best != int(state.step):
-            restored, scores = checkpoints.restore(like, best), None
+            restored, scores = checkpoints.restore(like, best), {}
             state = restored[0] if restored else state
-        lm = LM(run.model, kind(run.model, dtype=dtype), state.params, data.tokenizer, _origin(run, model))
+        files: dict[str, Any] = {"files": model.files, "pooling": model.pooling} if model else {}
+        lm = LM(config, kind(config, dtype=dtype), state.params, data.tokenizer, _origin(run, model, task), **files)
         export = _export(lm, folder / "export")
-        if checkpoints.last() != run.steps:
+        if not ending:
             raise Stopped(f"stopped at step {step:,} of {run.steps:,} and saved; the same command goes on from here")
-        scores = scores or score(state.params)
+        if not scores:
+            scores, found = score(state.params)
     finally:
         log.close()
         checkpoints.close()
 
-    _tell(run, folder, lm, scores, export, int(state.step), duration(time.monotonic() - begun), mesh)
+    write_json(folder / "scores.json", {"step": int(state.step), **scores})
+    sections = _sections(task, data, batches, found)
+    _tell(run, folder, lm, scores, export, int(state.step), duration(time.monotonic() - begun), mesh, sections)
     return lm
+
+
+def _with_tokenizer(run: RunConfig, model: LM | None) -> RunConfig:
+    """The run with the tokenizer of the weights that it starts from, where it names none."""
+    if model is not None or not run.init or run.tokenizer.path:
+        return run
+    folder = find(run.init)
+    path = str(folder) if has_tokenizer(folder) else ""
+    if not path and run.model is None:
+        raise UserError(f"{folder} holds no tokenizer; give one with --tokenizer.path")
+    return replace(run, tokenizer=replace(run.tokenizer, path=path))
+
+
+def _starting(run: RunConfig, model: LM | None, task: Any, resuming: bool) -> tuple[ModelConfig, LM | None]:
+    """The model's config, and the weights to start from, where there are any."""
+    labels: dict[str, Any] = {"labels": task.labels} if isinstance(task, RecordTask) and task.labels else {}
+    if model is None and run.init and run.model is None:
+        model = load(run.init, head=task.head or "none", **labels, say=say)
+    elif model is None and run.init and not resuming:
+        model = load(run.init)
+    config = run.model or (model.config if model else None)
+    assert config is not None  # as `RunConfig.check` has it
+    if isinstance(task, RecordTask):
+        heads: Any = (task.head,) if task.head else ()
+        config = replace(config, heads_on_top=heads, **labels)
+    if run.dropout is not None and run.model is None:
+        config = replace(config, dropout=run.dropout, attention_dropout=run.dropout)
+    if model is not None and model.pooling and isinstance(task, RecordTask):
+        task.pooling = model.pooling
+    return config, model
+
+
+def _sized(run: RunConfig, config: ModelConfig, once: Batches, mesh: jax.sharding.Mesh) -> RunConfig:
+    """The run with its model, its rows in a batch and its steps as numbers, as the length of the data decides them."""
+    if run.examples:
+        per_row, ways = len(once.lengths) / once.rows_in_epoch, sharding.row_ways(mesh) * run.accumulate
+        run = replace(run, batch=max(1, round(run.examples / per_row / ways)) * ways)
+    if run.epochs:
+        epoch = once.rows_in_epoch / run.batch
+        every = run.eval_every or math.ceil(epoch)
+        run = replace(run, steps=max(1, math.ceil(run.epochs * epoch)), eval_every=every)
+    run = replace(run, model=config)
+    run.check()
+    return run
+
+
+def _stale(history: list[float], patience: int) -> bool:
+    """Whether the last `patience` evaluations were no better than one before them."""
+    return bool(patience) and len(history) > patience and max(history[-patience:]) <= max(history[:-patience])
+
+
+def _sections(task: Any, data: Prepared, batches: Batches, found: Any) -> list[report.Section]:
+    """What the report shows of a task over records."""
+    if not isinstance(task, RecordTask):
+        return []
+    lengths = report.Histogram("Tokens of an example", batches.lengths, "tokens", float(batches.length))
+    return [*task.sections(data.held_out.records, found), lengths]
 
 
 def _check_rows(run: RunConfig, mesh: jax.sharding.Mesh) -> None:
@@ -188,7 +266,15 @@ def _check_rows(run: RunConfig, mesh: jax.sharding.Mesh) -> None:
 
 
 def _tell(
-    run: RunConfig, folder: Path, lm: LM, scores: dict[str, float], export: str, step: int, time: str, mesh: Any
+    run: RunConfig,
+    folder: Path,
+    lm: LM,
+    scores: dict[str, float],
+    export: str,
+    step: int,
+    time: str,
+    mesh: Any,
+    sections: list[report.Section],
 ) -> None:
     """The figures, a sample and where the files are: to the terminal and to the report."""
     facts = {f"held-out {name.replace('_', ' ')}": f"{value:.4f}" for name, value in scores.items()}
@@ -199,7 +285,7 @@ def _tell(
         "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
     }
     sample = _sample(lm, run)
-    page = report.write(folder, to_json(run), facts, sample)
+    page = report.write(folder, to_json(run), facts, sample, sections)
     for name, value in facts.items():
         say(f"{name:>24}  {value}")
     if sample is not None:
@@ -242,15 +328,16 @@ def _check_fits(model: LM, shapes: Any) -> None:
         )
 
 
-def _origin(run: RunConfig, model: LM | None) -> families.Origin | None:
+def _origin(run: RunConfig, model: LM | None, task: Any) -> families.Origin | None:
     """The format of the weights that the run began from: an equal model of another family is not theirs."""
+    further = task.config_keys if isinstance(task, RecordTask) else {}
     said: dict[str, Any] = {}
     if model is not None:
         said = model.origin.config if model.origin else {}
     elif run.init:
         with suppress(UserError):  # a run that goes on does without the folder
             said = families.read_config(find(run.init) / "config.json")
-    return families.Origin({"model_type": said["model_type"]}, heads=None) if "model_type" in said else None
+    return families.Origin({"model_type": said["model_type"], **further}, None) if "model_type" in said else None
 
 
 def _on_top(path: str) -> bool:
@@ -308,10 +395,12 @@ def _export(lm: LM, folder: Path) -> str:
 
 def _sample(lm: LM, run: RunConfig) -> str | None:
     """What a decoder goes on to say after the run's prompt, prompt included."""
-    if run.model.structure != "decoder" or not run.sample_tokens or lm.tokenizer is None:
+    if lm.config.heads_on_top != ("lm",) or lm.config.structure != "decoder" or not run.sample_tokens:
         return None
-    room = run.model.max_length - len(lm.tokenizer.encode(run.sample_prompt)) - 1
-    new = min(run.sample_tokens, room) if run.model.positions == "learned" else run.sample_tokens
+    if lm.tokenizer is None:
+        return None
+    room = lm.config.max_length - len(lm.tokenizer.encode(run.sample_prompt)) - 1
+    new = min(run.sample_tokens, room) if lm.config.positions == "learned" else run.sample_tokens
     if new < 1 or (lm.tokenizer.bos is None and not run.sample_prompt):
         return None
     choice: dict[str, Any] = {"temperature": 0.7, "top_p": 0.95, "stop_tokens": (), "seed": run.seed}
@@ -322,10 +411,16 @@ def _size(shapes: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 
-def _say_start(run: RunConfig, folder: Path, data: Prepared, size: int, mesh: Any, started: int) -> None:
+def _say_start(
+    run: RunConfig, folder: Path, data: Prepared, batches: Batches, size: int, mesh: Any, started: int
+) -> None:
     rows = ", ".join(f"{count:,} {name}" for name, count in data.rows.items())
-    say(f"data      {rows}; {len(data.train.tokens):,} tokens to train on, {len(data.held_out.tokens):,} held out")
+    say(f"data      {rows}; {data.train.said} to train on, {data.held_out.said} held out")
     say(f"model     {size:,} parameters on {mesh.size} {mesh.devices.flat[0].platform} device(s) {dict(mesh.shape)}")
     say(f"run       {run.steps:,} steps of {run.batch} x {run.data.length} tokens, in {folder}")
+    if run.examples or run.epochs:
+        units, filled = len(batches.lengths), batches.lengths.sum() / (batches.rows_in_epoch * run.data.length)
+        mean = units / batches.rows_in_epoch * run.batch
+        say(f"packing   {mean:.1f} examples in an update; {filled:.0%} of the places in a row hold tokens")
     if started:
         say(f"resuming  at step {started:,}")

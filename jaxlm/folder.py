@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import json
 import math
@@ -15,7 +16,7 @@ from tempfile import TemporaryFile
 from typing import Any
 
 import jaxlm
-from jaxlm.config import RunConfig, difference, to_json
+from jaxlm.config import RunConfig, difference, from_json, to_json
 from jaxlm.errors import RunError, UserError
 
 # What may change between two starts of the same run.
@@ -70,6 +71,12 @@ def _read(folder: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, ValueError):
         return None
     return values if isinstance(values, dict) and {"run", "data"} <= values.keys() else None
+
+
+def run_of(folder: str | Path) -> RunConfig | None:
+    """The config of the run in a folder, as it was given; None where there is no run."""
+    values = _read(Path(folder))
+    return None if values is None else from_json(RunConfig, values["run"])
 
 
 def _has_begun(folder: Path) -> bool:
@@ -176,3 +183,62 @@ def duration(seconds: float) -> str:
     minutes, seconds = divmod(math.ceil(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class RowWriter:
+    """Writes rows with what was told of them to a csv or jsonl file, which appears when it is whole; or to the standard
+    output, as csv.
+
+    Raises UserError for a file of another kind, and for a row with other columns than the first in a csv file.
+    """
+
+    def __init__(self, file: str):
+        self._path = Path(file) if file else None
+        if file and self._path and self._path.suffix not in (".csv", ".jsonl"):
+            raise UserError(f"output is {file!r}; it must end in .csv or .jsonl")
+        self._columns: list[str] | None = None
+
+    def __enter__(self) -> RowWriter:
+        try:
+            self._part = self._path and self._path.with_name(self._path.name + ".part")
+            self._file = open(self._part, "w", newline="") if self._part else sys.stdout
+        except OSError as error:
+            raise UserError(f"{self._path} cannot be written: {error.strerror}; choose another --output") from None
+        self._csv = csv.writer(self._file, lineterminator="\n")
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if self._path and self._part:
+            self._file.close()
+            if kind is None:
+                os.replace(self._part, self._path)
+            else:
+                self._part.unlink()
+
+    def write(self, row: dict[str, Any], told: dict[str, Any]) -> None:
+        """One row; a column of the file that has the name of one that is told keeps it."""
+        free = {name if name not in row else f"{name}_told": value for name, value in told.items()}
+        whole = {**row, **free}
+        if self._path and self._path.suffix == ".jsonl":
+            self._file.write(json.dumps(whole, ensure_ascii=False, default=_plain) + "\n")
+            return
+        if self._columns is None:
+            self._columns = list(whole)
+            self._csv.writerow(self._columns)
+        if list(whole) != self._columns:
+            raise UserError(
+                f"a row has the columns {', '.join(whole)}, the first one {', '.join(self._columns)}; in csv all have "
+                f"the same: give --output FILE.jsonl"
+            )
+        self._csv.writerow([_cell(value) for value in whole.values()])
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, (list, tuple, dict)) or hasattr(value, "tolist"):
+        return json.dumps(value, ensure_ascii=False, default=_plain)
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no form for: arrays and numbers of NumPy, and the rest as text."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)

@@ -240,7 +240,7 @@ def load(
     compute = kinds[1] or kinds[0] or jnp.result_type(*jax.tree.leaves(found.params))
     constrain = sharding.constrainer(mesh) if mesh else no_constraint
     made = (module or Transformer)(found.config, constrain, jnp.dtype(compute))
-    tokenizer = tokenizers.load(str(folder)) if _has_tokenizer(folder) else None
+    tokenizer = tokenizers.load(str(folder)) if has_tokenizer(folder) else None
     files = {name: (folder / name).read_bytes() for name in _CARRIED if (folder / name).is_file()}
     return LM(found.config, made, found.params, tokenizer, found.origin, files | carried(folder), read_pooling(folder))
 
@@ -257,7 +257,8 @@ _CARRIED = ("generation_config.json",)
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "*.spm", "*.model")
 
 
-def _has_tokenizer(folder: Path) -> bool:
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds files of a tokenizer."""
     return any(True for pattern in _VOCABULARIES for _ in folder.glob(pattern))
 
 

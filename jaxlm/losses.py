@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 Sum = tuple[jax.Array, jax.Array]  # a sum over examples or tokens, and the weight to divide it by
+Losses = tuple[dict[str, Sum], dict[str, jax.Array]]  # of a batch; and what is kept of its examples, in evaluation
 
 
 def cross_entropy(
@@ -34,3 +35,15 @@ def accuracy(logits_BTV: jax.Array, labels_BT: jax.Array, weights_BT: jax.Array)
     is_label_BTV = labels_BT[..., None] == jnp.arange(logits_BTV.shape[-1])
     label_logit_BT = jnp.where(is_label_BTV, logits_BTV, 0).sum(-1)
     return ((label_logit_BT >= logits_BTV.max(-1)) * weights_BT).sum(), weights_BT.sum()
+
+
+def binary_cross_entropy(logits_BEN: jax.Array, labels_BEN: jax.Array, weights_BE: jax.Array) -> Sum:
+    """Negative log-likelihood in nats of N independent yes-or-no labels (0 or 1), their mean for each example."""
+    logits_BEN = logits_BEN.astype(jnp.float32)
+    loss_BEN = jax.nn.softplus(logits_BEN) - labels_BEN * logits_BEN
+    return (loss_BEN.mean(-1) * weights_BE).sum(), weights_BE.sum()
+
+
+def squared_error(values_BE: jax.Array, labels_BE: jax.Array, weights_BE: jax.Array) -> Sum:
+    """Square of the difference, summed with weights, and the sum of the weights."""
+    return ((values_BE.astype(jnp.float32) - labels_BE) ** 2 * weights_BE).sum(), weights_BE.sum()

@@ -1,4 +1,4 @@
-"""Curves and tables of a run, as PNG and as one HTML page.
+"""The page of a run: its curves, its evaluations and whatever else a task has to show.
 
 `write` is the whole of it: `metrics.jsonl` -> `curves` (PNGs in RUN/report/) -> RUN/report.html, which holds its
 pictures inside, asks nothing of the network and runs no script, so that it can be mailed as it is.
@@ -11,43 +11,84 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
+from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from jaxlm.errors import RunError
-
-# The pictures are drawn once, on white.  The page multiplies them onto light paper and inverts them onto dark.
-_INK, _RULE = "#2b2b2b", "#d9d9d9"
-_COLORS = (("#33658a", "#c1502e"), ("#4f7a5b", "#b8860b"), ("#6b7a8f", "#8e4a7c"))  # (training, held-out) of a metric
-_FONT = "STIXGeneral"  # comes with matplotlib: the same picture on every machine
+from jaxlm.pictures import COLORS, Bars, Chart, Heatmap, Histogram, Series, best, draw
 
 
-class Series(NamedTuple):
-    """One metric over the steps: `steps` ascending, `values` finite."""
+class Table(NamedTuple):
+    """Rows of plain text, such as the most confident mistakes; long texts wrap."""
 
-    label: str
-    steps: np.ndarray
-    values: np.ndarray
-    held_out: bool
-    color: str
-
-
-class Chart(NamedTuple):
-    """What one picture shows."""
-
-    name: str  # of the PNG
     title: str
-    unit: str  # label of the vertical axis
-    series: tuple[Series, ...]
-    last: float = 1.0  # step at which the horizontal axis ends, the same in all pictures of a run
-    scale: float = 1.0  # ticks and captions show the value times this
+    head: tuple[str, ...]
+    rows: list[list[str]]
+    note: str  # what the rows are, in words
+
+
+Section = Heatmap | Bars | Histogram | Table
+
+
+class Kind(NamedTuple):
+    """A kind of metric, as the last word of a metric's name tells it: `f1` of `ner/macro_f1`."""
+
+    family: str  # the metrics of one picture
+    words: str
+
+
+class Family(NamedTuple):
+    """What a picture of metrics needs to know."""
+
+    title: str  # empty: the words of its metrics
+    unit: str
+    better: Literal["high", "low"] | None
+    percent: bool = False  # a share, told in %
     log: bool = False
-    smooth: bool = True  # whether training is noisy enough to need a smoothed line
-    zero: bool = False  # whether the axis begins at zero
+
+
+KINDS = {
+    "loss": Kind("loss", "loss"),
+    "perplexity": Kind("perplexity", "perplexity"),
+    "bits_per_byte": Kind("bits_per_byte", "bits per byte"),
+    "accuracy": Kind("accuracy", "accuracy"),
+    "f1": Kind("f1", "F1"),
+    "precision": Kind("f1", "precision"),
+    "recall": Kind("f1", "recall"),
+    "exact": Kind("f1", "exact match"),
+    "recall@": Kind("recall@", "recall@"),
+    "mrr": Kind("mrr", "mean reciprocal rank"),
+    "matthews": Kind("correlation", "Matthews"),
+    "pearson": Kind("correlation", "Pearson"),
+    "spearman": Kind("correlation", "Spearman"),
+    "mse": Kind("mse", "mean squared error"),
+}
+FAMILIES = {
+    "loss": Family("Loss", "loss (nats)", "low"),
+    "part_loss": Family("Parts of the loss", "loss (nats)", "low"),
+    "perplexity": Family("Perplexity", "perplexity (log scale)", "low", log=True),
+    "bits_per_byte": Family("Bits per byte", "bits per byte of text", "low"),
+    "accuracy": Family("Accuracy", "correct predictions (%)", "high", percent=True),
+    "f1": Family("", "score (%)", "high", percent=True),
+    "recall@": Family("Recall among the first k", "found among the first k (%)", "high", percent=True),
+    "mrr": Family("Mean reciprocal rank", "mean reciprocal rank (0 to 1)", "high"),
+    "correlation": Family("Correlation", "correlation (−1 to 1)", "high"),
+    "mse": Family("Mean squared error", "mean squared error (label units²)", "low"),
+}
+
+
+class Metric(NamedTuple):
+    """The parts of a metric's name: `ner/macro_f1` is of the task `ner`, qualified as `macro` and of kind `f1`."""
+
+    task: str
+    qualifier: str
+    words: str  # of its kind; of an unknown metric, all of its name
+    family: str
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -69,20 +110,29 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 def curves(rows: list[dict[str, Any]], folder: Path) -> list[Path]:
     """Draws one PNG into `folder` for each thing that was measured; a picture without a finite value is left out."""
-    return [_draw(chart, Path(folder)) for chart in _charts(rows)]
+    charts = _charts(rows)
+    paths = _paths(charts, Path(folder))
+    for chart, path in zip(charts, paths):
+        draw(chart, path)
+    return paths
 
 
-def write(folder: Path, config: dict[str, Any], facts: dict[str, str], sample: str | None) -> Path:
+def write(
+    folder: Path, config: dict[str, Any], facts: dict[str, str], sample: str | None, sections: Sequence[Section] = ()
+) -> Path:
     """Writes `folder/report.html` and the PNGs in `folder/report/` from `folder/metrics.jsonl`; returns the page.
 
     config: the resolved config, as `config.to_json` gives it.  facts: what a reader wants first, in order, such as
-    `{"held-out bits per byte": "1.62"}`.  sample: generated text, or None.
+    `{"held-out bits per byte": "1.62"}`.  sample: generated text, or None.  sections: what a task has to show, in
+    order, such as its confusion matrix.
     """
     folder = Path(folder)
     rows = read_metrics(folder)
     charts = _charts(rows)
-    pictures = [_figure(chart, _draw(chart, folder / "report")) for chart in charts]
-    page = _page(folder.resolve().name, facts, pictures, _evaluations(rows), sample, config)
+    drawn = [*charts, *(section for section in sections if not isinstance(section, Table))]
+    figures = [_figure(picture, path) for picture, path in zip(drawn, _paths(drawn, folder / "report"))]
+    details = _details(sections, iter(figures[len(charts) :]))
+    page = _page(folder.resolve().name, facts, figures[: len(charts)], _evaluations(rows), details, sample, config)
     path, unfinished = folder / "report.html", folder / "report.html.tmp"
     unfinished.write_bytes(page.encode(errors="replace"))  # a byte-level model may generate half a character
     os.replace(unfinished, path)
@@ -97,25 +147,14 @@ def _charts(rows: list[dict[str, Any]]) -> list[Chart]:
     families: dict[str, list[str]] = {"loss": ["loss"]}
     for key in _held_out_keys(rows):
         name = key.removeprefix("eval/")
-        members = families.setdefault(_family(name), [])
+        members = families.setdefault(_metric(name).family, [])
         members.extend([name] if name not in members else [])
     charts = []
     for family, names in families.items():
-        series = []
-        for i, name in enumerate(names):
-            which = "" if len(names) == 1 else f"{_words(name).removesuffix(' accuracy').removesuffix(' loss')}, "
-            for held_out in (False, True):
-                label = which + ("held-out" if held_out else "training")
-                color = _COLORS[i % len(_COLORS)][held_out]
-                series.append(Series(label, *_points(rows, "eval/" * held_out + name), held_out, color))
-        title = {"loss": "Loss", "part_loss": "Parts of the loss"}.get(family, _title(family))
-        units = {"loss": "loss (nats)", "part_loss": "loss (nats)", "accuracy": "correct predictions (%)"}
-        units |= {"bits_per_byte": "bits per byte of text", "perplexity": "perplexity (log scale)"}
-        scale, log = 100.0 if family == "accuracy" else 1.0, family == "perplexity"
-        charts.append(Chart(family, title, units.get(family, _words(family)), tuple(series), scale=scale, log=log))
+        charts += _results(rows, family, names)
 
     def one(key: str) -> tuple[Series]:
-        return (Series("training", *_points(rows, key), False, _COLORS[0][0]),)
+        return (Series("training", *_points(rows, key), False, COLORS[0][0]),)
 
     rate = one("learning_rate")
     peak = rate[0].values.max(initial=0.0)
@@ -132,6 +171,34 @@ def _charts(rows: list[dict[str, Any]]) -> list[Chart]:
     charts = [c for c in charts if c.name == "loss" or any(len(series.values) > 1 for series in c.series)]
     last = max((series.steps[-1] for chart in charts for series in chart.series), default=1.0)
     return [chart._replace(last=max(last, 1.0)) for chart in charts if chart.series]
+
+
+def _results(rows: list[dict[str, Any]], family: str, names: list[str]) -> list[Chart]:
+    """The curves of a family's metrics, in training and held out: one picture, or more where colours do not suffice."""
+    metrics = [_metric(name) for name in names]
+    tasks, words = (list(dict.fromkeys(parts)) for parts in zip(*((metric.task, metric.words) for metric in metrics)))
+    said = FAMILIES.get(family) or Family("", _plain(family), None)
+    title = _title(said.title or ", ".join(words)) + (f" ({_plain(tasks[0])})" if tasks[0] and len(tasks) == 1 else "")
+    look: dict[str, Any] = {"percent": said.percent, "better": said.better, "log": said.log}
+    trained = any(name in row for row in rows for name in names)
+    count = math.ceil(len(names) / len(COLORS))
+    most = math.ceil(len(names) / count)
+    charts = []
+    for number in range(count):
+        series = []
+        these = slice(number * most, (number + 1) * most)
+        for metric, name, colors in zip(metrics[these], names[these], COLORS):
+            parts = [metric.task] * (len(tasks) > 1) + [metric.qualifier]
+            parts += [metric.words] * (len(words) > 1 or not any(parts))
+            which = [_plain(" ".join(filter(None, parts)))] if len(names) > 1 else []
+            for held_out, color in enumerate(colors):
+                when = ["held-out" if held_out else "training"] if trained or not which else []
+                points = _points(rows, "eval/" * held_out + name)
+                series.append(Series(", ".join(which + when), *points, bool(held_out), color))
+        part = f" ({number + 1} of {count})" if count > 1 else ""
+        unit = said.unit + (", held-out" if len(names) > 1 and not trained else "")
+        charts.append(Chart(family + f"_{number + 1}" * (count > 1), title + part, unit, tuple(series), **look))
+    return charts
 
 
 def _above_zero(series: Series) -> Series:
@@ -153,111 +220,47 @@ def _points(rows: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarra
     return np.array(steps, float), np.array([points[step] for step in steps], float)
 
 
-def _family(name: str) -> str:
-    """The picture that a metric belongs to: all accuracies share one, and all parts of the loss."""
-    return "accuracy" if name.endswith("accuracy") else "part_loss" if name.endswith("_loss") else name
+def _metric(name: str) -> Metric:
+    """The parts of a metric's name without `eval/`: `ner/macro_f1`, `masked_lm_loss`, `recall@5`."""
+    task, _, last = name.rpartition("/")
+    stem, at, _ = last.partition("@")
+    qualifier, _, word = ("", "", stem) if stem in KINDS else stem.rpartition("_")
+    kind = KINDS.get(word + at) or KINDS.get(word)
+    if kind is None:
+        return Metric("", "", name, name)
+    words = kind.words.removesuffix("@") + last[len(stem) :]
+    return Metric(task, qualifier, words, "part_loss" if kind.family == "loss" and name != "loss" else kind.family)
 
 
 def _words(name: str) -> str:
-    return name.replace("_", " ").replace("masked lm", "masked LM")
+    metric = _metric(name)
+    return _plain(" ".join(filter(None, (metric.task, metric.qualifier, metric.words))))
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", " ").replace("/", " ").replace("masked lm", "masked LM")
 
 
 def _title(name: str) -> str:
-    return _words(name)[:1].upper() + _words(name)[1:]
+    return _plain(name)[:1].upper() + _plain(name)[1:]
 
 
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """Moving mean over a twentieth of the curve, narrower at both ends.
-
-    It is centred, so that it does not lag as a decaying mean does, but for the end, where what lies ahead is not there.
-    """
-    i = np.arange(len(values))
-    before = np.minimum(len(values) // 40, i)
-    after = np.minimum(before, i[::-1])
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    return (sums[i + after + 1] - sums[i - before]) / (before + after + 1)
-
-
-def _readable(values: Sequence[float]) -> list[str]:
-    """The ticks of an axis in one unit and with the same decimals: `0 0.5 1.0`, `5,000 10,000`, `1.25 M 1.50 M`."""
-    unit, sign = (1e6, " M") if max(map(abs, values)) >= 1e6 else (1, "")
-    decimals = max(len(f"{value / unit:.9f}".rstrip("0").partition(".")[2]) for value in values)
-    return [f"{value / unit:,.{decimals}f}{sign}" if value else "0" for value in values]
-
-
-def _draw(chart: Chart, folder: Path) -> Path:
-    """One picture, through matplotlib's objects: pyplot would keep global state and choose a backend."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
-
-    figure = Figure(figsize=(4.6, 3.1), dpi=240, facecolor="white", layout="constrained")  # 2 pixels per CSS pixel
-    axes = figure.add_subplot(facecolor="none")
-    for series in chart.series:
-        few = "o" if len(series.values) < 40 else ""
-        if series.held_out:
-            style: dict[str, Any] = {
-                "marker": few,
-                "markersize": 4,
-                "markeredgecolor": "white",
-                "markeredgewidth": 0.6,
-                "zorder": 3,
-            }
-            axes.plot(series.steps, series.values, color=series.color, linewidth=1.5, label=series.label, **style)
-        elif chart.smooth and len(series.values) >= 40:
-            smooth = np.exp(_smooth(np.log(series.values))) if chart.log else _smooth(series.values)
-            axes.plot(series.steps, series.values, color=series.color, linewidth=0.6, alpha=0.35)
-            axes.plot(series.steps, smooth, color=series.color, linewidth=1.5, label=series.label)
-        else:
-            marker = "o" if len(series.values) == 1 else ""
-            axes.plot(series.steps, series.values, color=series.color, linewidth=1.5, marker=marker, label=series.label)
-
-    if chart.log:
-        values = np.concatenate([series.values for series in chart.series])
-        axes.set_yscale("log")
-        spread = values.max() / values.min()
-        logarithmic = LogLocator(subs=(1, 2, 5) if spread < 1e3 else (1,), numticks=8)
-        # Within a decade the round numbers of a log axis may be one or none.
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=5) if spread < 10 else logarithmic)
-        axes.yaxis.set_minor_locator(NullLocator())
-    else:
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
-        axes.set_ylim(bottom=0 if chart.zero else None)
-    axes.set_xlim(0, 1.02 * chart.last)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10], integer=True))
-    for axis, scale in ((axes.xaxis, 1.0), (axes.yaxis, chart.scale)):
-
-        def tick(value: float, _: int, axis=axis, scale=scale) -> str:
-            beside = [] if axis is axes.yaxis and chart.log else axis.get_majorticklocs()
-            return _readable([value * scale, *(other * scale for other in beside)])[0]
-
-        axis.set_major_formatter(FuncFormatter(tick))
-
-    text: dict[str, Any] = {"family": _FONT, "color": _INK}
-    figure.suptitle(chart.title, x=0.008, ha="left", fontsize=14, fontweight="bold", **text)
-    axes.set_xlabel("step (optimizer updates)", fontsize=11, **text)
-    axes.set_ylabel(chart.unit, fontsize=11, math_fontfamily="stix", **text)
-    axes.grid(axis="y", color=_RULE, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(_INK)
-    axes.tick_params(length=0, labelsize=11, labelcolor=_INK, labelfontfamily=_FONT)
-    axes.tick_params(axis="x", length=3, color=_INK)
-    if len(chart.series) > 1 or chart.series[0].held_out:
-        above: dict[str, Any] = {
-            "loc": "lower left",
-            "bbox_to_anchor": (0, 1),
-            "borderaxespad": 0.2,
-            "ncols": 2,
-            "frameon": False,
-        }
-        axes.legend(**above, prop={"family": _FONT, "size": 11}, labelcolor=_INK, handlelength=1.2, borderpad=0)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / (re.sub(r"[^\w-]+", "_", chart.name) + ".png")
-    figure.savefig(path, format="png")
-    return path
+def _paths(pictures: Sequence[Chart | Heatmap | Bars | Histogram], folder: Path) -> list[Path]:
+    """A PNG in `folder` for each picture, also where the file system does not tell `F1` from `f1`."""
+    paths: list[Path] = []
+    for picture in pictures:
+        name = picture.name if isinstance(picture, Chart) else picture.title
+        stem = re.sub(r"[^\w-]+", "_", name.lower()).strip("_")[:60] or "picture"
+        times = 1
+        while (path := folder / (f"{stem}_{times}.png" if times > 1 else f"{stem}.png")) in paths:
+            times += 1
+        paths.append(path)
+    return paths
 
 
 # How the page is set
+
+_NUMBER = re.compile(r"[-−+]?\d[\d,.]*( ?%)?|–")
 
 
 def _text(value: Any) -> str:
@@ -269,53 +272,31 @@ def _number(name: str, value: Any) -> str:
     """A cell of the table of evaluations."""
     if not isinstance(value, int | float) or not math.isfinite(value):
         return "–" if value is None else str(value)
-    if name.endswith("accuracy"):
+    family = FAMILIES.get(_metric(name).family)
+    if family and family.percent:
         return f"{100 * value:.2f} %"
-    if name == "perplexity":
+    if family and family.log:
         return f"{value:,.2f}"
     if isinstance(value, int) or abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.3f}" if abs(value) >= 0.01 or value == 0 else f"{value:.2e}"
 
 
-def _figure(chart: Chart, png: Path) -> str:
-    """The picture inside the page, with its last and best values in words."""
-    data = base64.b64encode(png.read_bytes()).decode()
-    alt = f"{chart.title} by step, up to step {chart.last:,.0f}"
+def _figure(picture: Chart | Heatmap | Bars | Histogram, path: Path) -> str:
+    """Draws the picture at `path` and sets it inside the page, with its caption."""
+    caption = draw(picture, path)
+    if caption is None:
+        return f'<p class="note">{_text(picture.title)}: nothing to show.</p>'
+    png = path.read_bytes()
+    width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))  # where every PNG has them
+    alt = f"{picture.title} by step, up to step {picture.last:,.0f}" if isinstance(picture, Chart) else picture.title
+    data = base64.b64encode(png).decode()
+    # The names of many classes would be too small on a phone: there the picture keeps its width and scrolls.
+    many = ' class="many" tabindex="0"' if isinstance(picture, Heatmap) and len(picture.names) > 12 else ""
     return (
-        f'<figure><img src="data:image/png;base64,{data}" width="1104" height="744" alt="{_text(alt)}">\n'
-        f"<figcaption>{_text(_caption(chart))}</figcaption></figure>"
+        f'<figure{many}><img src="data:image/png;base64,{data}" width="{width}" height="{height}" alt="{_text(alt)}">\n'
+        f"<figcaption>{_text(caption)}</figcaption></figure>"
     )
-
-
-def _caption(chart: Chart) -> str:
-    def number(value: float) -> str:
-        return f"{100 * value:.1f} %" if chart.name == "accuracy" else _readable([float(f"{value:.4g}")])[0]
-
-    first = chart.series[0].values
-    if chart.name == "learning_rate":
-        return f"peak {first.max():.3g}, last {first[-1]:.3g}".replace("e-0", "e-")
-    if chart.name in ("tokens_per_second", "grad_norm"):
-        return f"median {number(np.median(first))}"
-    said = []
-    for series in chart.series:
-        if not series.held_out:
-            if len(chart.series) <= 2:  # more would be a paragraph
-                said.append(f"{series.label} {number(_smooth(series.values)[-1])}")
-            continue
-        text = f"{series.label} {number(series.values[-1])}"
-        if (best := _best(chart.name, series.values)) is not None and len(series.values) > 1:
-            at = series.steps[series.values == best][0]
-            text += ", its best" if best == series.values[-1] else f" (best {number(best)} at step {at:,.0f})"
-        said.append(text)
-    return "; ".join(said)
-
-
-def _best(family: str, values: np.ndarray) -> float | None:
-    """The best value, of the metrics that are known to be better low or high."""
-    if family in ("loss", "part_loss", "perplexity", "bits_per_byte"):
-        return values.min()
-    return values.max() if family == "accuracy" else None
 
 
 def _table(head: Sequence[str], rows: list[list[str]]) -> str:
@@ -330,31 +311,98 @@ def _evaluations(rows: list[dict[str, Any]]) -> str:
     names = [key.removeprefix("eval/") for key in _held_out_keys(rows)]
     by_step = {row["step"]: row for row in rows if any(key.startswith("eval/") for key in row)}
     columns = {name: _points(list(by_step.values()), f"eval/{name}")[1] for name in names}
-    best = {name: _best(_family(name), values) for name, values in columns.items() if len(values) > 1}
+    families = {name: FAMILIES.get(_metric(name).family) for name in names}
+    top = {
+        name: best(family.better, values)
+        for name, values in columns.items()
+        if (family := families[name]) and len(values) > 1
+    }
 
     def cell(name: str, value: Any) -> str:
         number = _text(_number(name, value))
-        return f"<strong>{number}</strong>" if value is not None and best.get(name) == value else number
+        return f"<strong>{number}</strong>" if value is not None and top.get(name) == value else number
 
     body = [[f"{step:,}"] + [cell(n, by_step[step].get(f"eval/{n}")) for n in names] for step in sorted(by_step)]
     return _table(["step", *map(_words, names)], body) if body else ""
 
 
+def _details(sections: Sequence[Section], figures: Iterator[str]) -> str:
+    """Tables, and the figures of all other sections: those between two tables share a grid."""
+    blocks = []
+    for of_tables, group in groupby(sections, lambda section: isinstance(section, Table)):
+        if of_tables:
+            blocks += [_texts(table) for table in group if isinstance(table, Table)]
+        else:
+            blocks.append(_grid([next(figures) for _ in group]))
+    return "\n".join(blocks)
+
+
+def _grid(figures: list[str]) -> str:
+    return f'<div class="grid">\n{chr(10).join(figures)}\n</div>'
+
+
+def _texts(table: Table) -> str:
+    """A table of plain text.  Its columns are as wide as their texts are long, within limits, and never leave the page.
+
+    Raises ValueError where a row has not one cell for each column.
+    """
+    wrong = next((row for row in table.rows if len(row) != len(table.head)), None)
+    if wrong is not None:
+        raise ValueError(
+            f"a row of {table.title!r} has {len(wrong)} cells; give {len(table.head)}, one for each column"
+        )
+    title = f"<h3>{_text(table.title)}</h3>\n" + (f'<p class="note">{_text(table.note)}</p>\n' if table.note else "")
+    if not table.rows:
+        return f"{title}<p>None.</p>"
+    columns = list(zip(*table.rows))
+    # In characters, of which the page has about 120 and the space between two columns takes 4.  Short columns keep
+    # their width, long ones share what is left.
+    longest = [max(map(len, column)) for column in columns]
+    wanted = [max(12, len(name) + 4, min(100, most + 4)) for name, most in zip(table.head, longest)]
+    wide = sum(width for width in wanted if width > 20)
+    room = max(120 - sum(wanted) + wide, 40)
+    widths = [width * min(1.0, room / wide) if width > 20 else width for width in wanted]
+    kinds = [' class="number"' if all(map(_NUMBER.fullmatch, column)) else "" for column in columns]
+    top = "".join(f'<th scope="col"{kind}>{_text(name)}</th>' for name, kind in zip(table.head, kinds))
+    lines = []
+    for row in table.rows:
+        # On a narrow page each cell has a line of its own, and `data-name` heads it.
+        cells = (
+            f'<td data-name="{_text(name)}" dir="auto"{kind}>{_text(cell)}</td>'
+            for name, kind, cell in zip(table.head, kinds, row)
+        )
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    cols = "".join(f'<col style="width: {100 * width / sum(widths):.1f}%">' for width in widths)
+    body = "\n".join(lines)
+    return (
+        f'{title}<table class="texts" style="width: {sum(widths):.0f}ch"><colgroup>{cols}</colgroup>'
+        f"<thead><tr>{top}</tr></thead><tbody>\n{body}\n</tbody></table>"
+    )
+
+
 def _page(
-    name: str, facts: dict[str, str], pictures: list[str], table: str, sample: str | None, config: dict[str, Any]
+    name: str,
+    facts: dict[str, str],
+    figures: list[str],
+    table: str,
+    details: str,
+    sample: str | None,
+    config: dict[str, Any],
 ) -> str:
     sections = []
     if facts:
         summary = _table((), [[_text(key), _text(value)] for key, value in facts.items()])
         sections.append(f'<section class="facts" aria-label="Key facts">{summary}</section>')
-    shown = "\n".join(pictures) or "<p>Nothing has been measured yet.</p>"
-    sections.append(f'<section><h2>Curves</h2>\n<div class="grid">\n{shown}\n</div></section>')
+    shown = _grid(figures) if figures else "<p>Nothing has been measured yet.</p>"
+    sections.append(f"<section><h2>Curves</h2>\n{shown}</section>")
     if table:
         region = (
             'class="scroll" role="region" aria-label="Evaluations by step" tabindex="0"'  # the keyboard can scroll it
         )
         note = '<p class="note">The best of each column is bold.</p>' if "<strong>" in table else ""
         sections.append(f"<section><h2>Held-out evaluations</h2>\n{note}\n<div {region}>{table}</div></section>")
+    if details:
+        sections.append(f"<section><h2>Details</h2>\n{details}</section>")
     if sample:
         text = f'<pre class="sample" dir="auto">\n{_text(sample)}</pre>'  # HTML drops the first newline of a pre
         sections.append(f"<section><h2>Sample</h2>\n{text}</section>")
@@ -394,6 +442,7 @@ header { border-bottom: 2px solid var(--ink); padding-bottom: .75rem; }
 .kicker { margin: 0; color: var(--soft); font-variant: all-small-caps; letter-spacing: .08em; font-size: 1.1rem; }
 h1 { margin: 0; font-size: clamp(1.6rem, 5vw, 2.4rem); line-height: 1.15; overflow-wrap: anywhere; }
 h2 { margin: 3rem 0 .75rem; font-size: 1.3rem; }
+h3 { margin: 2.25rem 0 .75rem; font-size: 1.1rem; overflow-wrap: anywhere; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums lining-nums; }
 th, td { padding: .3rem 0 .3rem 1.75rem; border-bottom: 1px solid var(--rule); text-align: right; white-space: nowrap; }
 th:first-child { padding-left: 0; }
@@ -409,9 +458,19 @@ tbody th { font-weight: normal; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); gap: 2rem 2.5rem; }
 figure { margin: 0; min-width: 0; }
 img { display: block; width: 100%; height: auto; mix-blend-mode: multiply; }
-figcaption { margin-top: .35rem; padding-left: .1rem; color: var(--soft); font-size: .95rem; font-style: italic; }
+figcaption {
+  margin-top: .35rem; padding-left: .1rem; color: var(--soft); font-size: .95rem; font-style: italic;
+  overflow-wrap: anywhere;
+}
+.grid .note { margin: 0; }
+.texts { table-layout: fixed; max-width: 100%; }
+.texts th, .texts td { white-space: normal; overflow-wrap: anywhere; vertical-align: baseline; text-align: start; }
+.texts .number { text-align: right; white-space: nowrap; }
+.texts td:first-child { padding-left: 0; }
 .scroll { max-height: 32rem; overflow: auto; }
-.scroll:focus-visible, summary:focus-visible { outline: 2px solid var(--accent); outline-offset: 3px; }
+.scroll:focus-visible, .many:focus-visible, summary:focus-visible {
+  outline: 2px solid var(--accent); outline-offset: 3px;
+}
 .scroll thead th { position: sticky; top: 0; background: var(--paper); }
 pre {
   margin: 0; padding: 1rem 1.25rem; background: var(--wash); border-left: 3px solid var(--rule);
@@ -425,7 +484,19 @@ summary { cursor: pointer; color: var(--accent); margin-bottom: .75rem; }
   .facts { columns: 1; }
   th, td { padding-left: 1.1rem; }
   .grid { gap: 1.75rem; }
+  .many { overflow-x: auto; }
+  .many img { width: 34rem; max-width: none; }
+  .texts, .texts tbody, .texts tr, .texts td { display: block; width: auto !important; }
+  .texts thead { display: none; }
+  .texts tr { padding: .6rem 0; border-bottom: 1px solid var(--rule); }
+  .texts td, .texts .number { padding: 0; border: 0; text-align: start; white-space: normal; }
+  .texts td::before { content: attr(data-name); display: block; color: var(--soft); font-style: italic; }
 }
 @media (prefers-color-scheme: dark) { img { filter: invert(1) hue-rotate(180deg); mix-blend-mode: screen; } }
-@media print { .scroll { max-height: none; } figure, tr { break-inside: avoid; } }
+@media print { .grid .note { margin: 0; }
+.texts { table-layout: fixed; max-width: 100%; }
+.texts th, .texts td { white-space: normal; overflow-wrap: anywhere; vertical-align: baseline; text-align: start; }
+.texts .number { text-align: right; white-space: nowrap; }
+.texts td:first-child { padding-left: 0; }
+.scroll { max-height: none; } figure, tr { break-inside: avoid; } }
 """

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxlm.data.batches import Batch
-from jaxlm.losses import Sum
+from jaxlm.losses import Losses, Sum
 from jaxlm.nn.transformer import Transformer
 from jaxlm.tasks import Task
 
@@ -41,7 +41,7 @@ def make_train_step(
         step_key = jax.random.fold_in(state.key, state.step)
 
         def objective(params: Any, micro: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, Sum]]:
-            losses = task.losses(module, params, micro, key)
+            losses, _ = task.losses(module, params, micro, key)
             means = (losses[name][0] / jnp.maximum(total, 1) for name, total in totals.items())
             return sum(means, jnp.float32(0)), losses
 
@@ -75,10 +75,10 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(task: Task, module: Transformer) -> Callable[[Any, Batch], dict[str, Sum]]:
-    """Sums and weights of a batch [1, B, ...], to be added over batches."""
+def make_eval_step(task: Task, module: Transformer) -> Callable[[Any, Batch], Losses]:
+    """Of a batch [1, B, ...] sums and weights, to be added over batches, and what the task keeps of its examples."""
 
-    def eval_step(params: Any, batch: Batch) -> dict[str, Sum]:
+    def eval_step(params: Any, batch: Batch) -> Losses:
         return task.losses(module, params, jax.tree.map(lambda x: x[0], batch), None)
 
     return eval_step

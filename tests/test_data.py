@@ -75,13 +75,14 @@ class Numbered:
     """Examples of random lengths whose tokens tell epoch and number: 1000 x epoch + number."""
 
     fields = {"labels_BE": np.int32}
+    labels = 0
 
     def __init__(self, count: int = 37):
         self.lengths = np.random.default_rng(count).integers(1, 9, count)
 
     def epoch(self, n: int | None) -> Epoch:
         lengths = self.lengths if n is None else np.roll(self.lengths, n)  # as some tasks draw other lengths
-        return Epoch(lengths, lambda i: {"tokens_BT": np.full(lengths[i], 1000 * (n or 0) + i), "labels_BE": i})
+        return Epoch(lengths, lambda i: [{"tokens_BT": np.full(lengths[i], 1000 * (n or 0) + i), "labels_BE": i}])
 
 
 def training(seed: int = 3) -> Batches:

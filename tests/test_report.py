@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxlm import report
+from jaxlm import pictures, report
 from jaxlm.errors import RunError
+from jaxlm.report import Bars, Heatmap, Histogram, Table
 
 PNG = b"\x89PNG\r\n\x1a\n"
 ALWAYS = {"loss", "learning_rate", "grad_norm", "tokens_per_second"}
@@ -41,7 +42,7 @@ class Outline(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "img"):
+        if tag not in ("meta", "img", "col"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -61,6 +62,10 @@ class Outline(HTMLParser):
             {"part_loss", "accuracy"},
         ),
         ({"eval/something/new": 7}, {"something_new"}),
+        ({"eval/ner/f1": 0.5, "eval/ner/precision": 0.4, "eval/pos/accuracy": 0.9}, {"f1", "accuracy"}),
+        ({"eval/pearson": 0.5, "eval/spearman": 0.4, "eval/mse": 2.0, "eval/matthews": -0.1}, {"correlation", "mse"}),
+        ({f"eval/task{i}/accuracy": i / 9 for i in range(9)}, {"accuracy_1", "accuracy_2", "accuracy_3"}),
+        ({"eval/recall@1": 0.1, "eval/recall@5": 0.3, "eval/mrr": 0.2}, {"recall", "mrr"}),
     ],
 )
 def test_every_metric_has_its_picture(tmp_path, evaluation, more):
@@ -139,8 +144,8 @@ def test_what_is_not_finite_is_skipped(tmp_path):
 
 def test_smoothing_keeps_a_constant_and_does_not_lag():
     line = np.arange(400.0)
-    np.testing.assert_allclose(report._smooth(np.full(400, 2.5)), 2.5)
-    np.testing.assert_allclose(report._smooth(line)[:390], line[:390])
+    np.testing.assert_allclose(pictures.smooth(np.full(400, 2.5)), 2.5)
+    np.testing.assert_allclose(pictures.smooth(line)[:390], line[:390])
 
 
 @pytest.mark.parametrize(
@@ -153,7 +158,7 @@ def test_smoothing_keeps_a_constant_and_does_not_lag():
     ],
 )
 def test_ticks_are_readable(values, said):
-    assert report._readable(values) == said
+    assert pictures.readable(values) == said
 
 
 def test_matplotlib_is_imported_only_to_draw_and_pyplot_never(tmp_path):
@@ -161,6 +166,173 @@ def test_matplotlib_is_imported_only_to_draw_and_pyplot_never(tmp_path):
 import sys, pathlib, jaxlm.report
 assert "matplotlib" not in sys.modules
 jaxlm.report.curves([{"step": 1, "loss": 2.0}], pathlib.Path(sys.argv[1]))
+jaxlm.report.write(pathlib.Path(sys.argv[1]), {}, {}, None, [jaxlm.report.Bars("F1", ("a",), (1.0,), "F1")])
 assert "matplotlib" in sys.modules and "matplotlib.pyplot" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=Path(__file__).parents[1], check=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "metric", "cell"),
+    [
+        ("accuracy", ("", "", "accuracy", "accuracy"), "50.00 %"),
+        ("masked_lm_accuracy", ("", "masked_lm", "accuracy", "accuracy"), "50.00 %"),
+        ("ner/f1", ("ner", "", "F1", "f1"), "50.00 %"),
+        ("my/ner/macro_f1", ("my/ner", "macro", "F1", "f1"), "50.00 %"),
+        ("exact", ("", "", "exact match", "f1"), "50.00 %"),
+        ("recall", ("", "", "recall", "f1"), "50.00 %"),
+        ("recall@10", ("", "", "recall@10", "recall@"), "50.00 %"),
+        ("mrr@10", ("", "", "mean reciprocal rank@10", "mrr"), "0.500"),
+        ("loss", ("", "", "loss", "loss"), "0.500"),
+        ("ner/loss", ("ner", "", "loss", "part_loss"), "0.500"),
+        ("bits_per_byte", ("", "", "bits per byte", "bits_per_byte"), "0.500"),
+        ("cola/matthews", ("cola", "", "Matthews", "correlation"), "0.500"),
+        ("nobody/knows_this", ("", "", "nobody/knows_this", "nobody/knows_this"), "0.500"),
+    ],
+)
+def test_a_name_tells_what_a_metric_is(name, metric, cell):
+    assert report._metric(name) == metric and report._number(name, 0.5) == cell
+
+
+def test_every_kind_of_metric_has_its_family():
+    assert {kind.family for kind in report.KINDS.values()} | {"part_loss"} == set(report.FAMILIES)
+
+
+def test_labels_of_curves_leave_out_what_the_title_says():
+    def said(*names: str) -> tuple[str, list[str]]:
+        rows = [{"step": step, **{f"eval/{name}": 0.5 for name in names}} for step in (1, 2)]
+        chart = report._charts(rows)[0]
+        return chart.title, [series.label for series in chart.series]
+
+    assert said("f1") == ("F1", ["held-out"])
+    assert said("ner/f1") == ("F1 (ner)", ["held-out"])
+    assert said("ner/f1", "pos/f1") == ("F1", ["ner", "pos"])
+    assert said("ner/f1", "ner/recall") == ("F1, recall (ner)", ["F1", "recall"])
+    assert said("ner/macro_f1", "squad/exact") == ("F1, exact match", ["ner macro F1", "squad exact match"])
+    assert said("accuracy", "next_sentence_accuracy") == ("Accuracy", ["accuracy", "next sentence"])
+
+
+def test_the_best_error_is_the_lowest(tmp_path):
+    rows = [{"step": step, "eval/mse": value, "eval/pearson": value} for step, value in ((1, 0.25), (2, 0.75))]
+    page = report.write(write_metrics(tmp_path, rows), {}, {}, None).read_text()
+    assert page.count("<strong>") == 2
+    assert "<td><strong>0.250</strong></td><td>0.250</td>" in page
+    assert "held-out 0.75 (best 0.25 at step 1)" in page and "held-out 0.75, its best" in page
+
+
+# Sections
+
+STRANGE = ("体育", "شعر", "a" * 90 + "1" + "z" * 30, "a" * 90 + "2" + "z" * 30, "$5 or $10", "", "line\nbreak")
+
+
+def confusion(n: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(1, 9, (n, n)) + np.diag(np.full(n, 50))
+
+
+@pytest.mark.parametrize(
+    ("picture", "said"),
+    [
+        (Heatmap("One", np.array([[7]]), ("only",)), ["100.0 % of 7 are right", "blue is right"]),
+        (
+            Heatmap("Two", np.array([[8, 2], [1, 9]]), ("no", "yes")),
+            ["85.0 % of 20", "no taken for yes, 2 of 10 (20.0 %)"],
+        ),
+        (Heatmap("Unseen", np.array([[3, 0], [0, 0]]), ("a", "b")), ["100.0 % of 3"]),
+        (Heatmap("Large", 10**7 * confusion(12), tuple("abcdefghijkl")), ["are right"]),
+        (Heatmap("Many", confusion(150), tuple(f"class {i}" for i in range(150))), ["130 others merged"]),
+        (Heatmap("Strange", confusion(7), STRANGE), ["#0: \u2068体育\u2069; #1: ", "#2: aaa", "#5: an empty name"]),
+        (Bars("F1", ("PER", "LOC"), (91.25, 88.0), "F1 (%)"), ["PER 91.2; LOC 88.0."]),
+        (Bars("F1", tuple("abcd"), (1, 2, math.nan, 6), "n"), ["Mean 3; highest 6 (d), lowest 1 (a). –: no value."]),
+        (Bars("Signs", STRANGE, (-0.5, 0.5, 0, 1, 2, 3, 4), "score"), ["lowest -0.500 (\u2068体育\u2069)", "#3: aaa"]),
+        (Bars("Zeros", ("a",), (0.0,), "score"), ["a 0."]),
+        (Bars("Many", tuple(map(str, range(99))), tuple(map(float, range(99))), "n"), ["first 30 of 99"]),
+        (Histogram("Some", np.array([1, 2, 3, 9]), "tokens", 3), ["4 in all: median 2.5", "limit of 3: 1 (25 %)."]),
+        (Histogram("All", np.arange(500), "tokens", 499.0), ["limit of 499: none."]),
+        (Histogram("Far", np.array([1, 2, 3]), "tokens", 512.0), ["none. The limit lies outside"]),
+        (Histogram("Equal", np.full(5, 0.25), "score", None), ["5 in all: median 0.250"]),
+        (Histogram("One", np.array([7]), "tokens", 7), ["none."]),
+        (Histogram("Zeros", np.zeros(3), "tokens", None), ["largest 0."]),
+        (Histogram("Tail", np.r_[np.arange(1, 400), 10**6], "tokens", 64), ["The 1 above 495 are not drawn"]),
+        (Histogram("Holes", np.array([1.5, math.nan, math.inf, 2.5]), "score", None), ["2 in all"]),
+    ],
+    ids=lambda value: value.title if hasattr(value, "title") else "",
+)
+def test_a_picture_and_its_caption(tmp_path, picture, said):
+    caption = pictures.draw(picture, tmp_path / "x.png")
+    assert all(words in caption for words in said), caption
+    png = (tmp_path / "x.png").read_bytes()
+    assert png.startswith(PNG) and int.from_bytes(png[16:20], "big") == 1104  # 4.6 inches, as wide as the curves
+
+
+@pytest.mark.parametrize(
+    "picture",
+    [
+        Heatmap("Nothing", np.zeros((0, 0), int), ()),
+        Heatmap("Nothing", np.zeros((2, 2), int), ("a", "b")),
+        Bars("Nothing", (), (), "%"),
+        Bars("Nothing", ("a",), (math.nan,), "%"),
+        Histogram("Nothing", np.zeros(0), "tokens", 128),
+        Histogram("Nothing", np.array([math.nan]), "tokens", None),
+    ],
+)
+def test_nothing_to_draw_is_said(tmp_path, picture):
+    assert pictures.draw(picture, tmp_path / "x.png") is None and not list(tmp_path.iterdir())
+    page = report.write(tmp_path, {}, {}, None, [picture]).read_text()
+    assert "Nothing: nothing to show." in page and not Outline(page).all("img")
+
+
+def test_merging_keeps_every_example_and_the_large_classes():
+    counts = np.diag([5, 0, 9, 1, 7]) + 1
+    merged = pictures._merged(counts, np.array([0, 2, 4]))
+    assert merged.sum() == counts.sum() and merged.tolist() == [[6, 1, 1, 2], [1, 10, 1, 2], [1, 1, 8, 2], [2, 2, 2, 5]]
+
+
+def test_a_row_and_its_largest_share_have_the_strongest_colour():
+    shades = pictures._shades(np.array([[0.9, 0.1], [0.0, 1.0]]), merged=False)
+    assert shades.min() >= 0 and shades[1, 0].tolist() == [1, 1, 1]
+    assert shades.sum(-1).argmin(1).tolist() == [0, 1]
+    assert shades[0, 0, 2] > shades[0, 0, 0] and shades[0, 1, 0] > shades[0, 1, 2]  # blue right, rust wrong
+
+
+def test_the_limit_divides_no_bar():
+    for low, high, limit in ((0, 384, 384), (0, 1000, 128), (17, 90, 55), (3, 3, 3)):
+        edges = pictures._edges(low, high, limit + 0.5)
+        assert limit + 0.5 in edges and edges[0] <= low - 0.5 and edges[-1] >= high + 0.5 and len(edges) <= 43
+
+
+def test_sections_come_in_order_after_the_curves(tmp_path):
+    note = "what the rows are"
+    sections = [
+        Heatmap("Confusion", confusion(3), ("a", "b", "c")),
+        Bars("Loss", ("x",), (1.0,), "n"),  # its file must not be that of the curve
+        Table("Mistakes", ("text", "true", "confidence"), [["<b>شعر</b> & co", "a\nb", "99.1 %"]], note),
+        Histogram("Lengths", np.arange(9), "tokens", 8),
+        Table("No mistakes", ("text", "true"), [], ""),
+    ]
+    rows = [training(step) for step in range(1, 5)]
+    page = report.write(write_metrics(tmp_path, rows), {}, {}, "a sample", sections).read_text()
+    outline = Outline(page)
+    alts = [image["alt"] for image in outline.all("img")]
+    assert [alt.split(" by step")[0] for alt in alts][-3:] == ["Confusion", "Loss", "Lengths"] and len(alts) == 7
+    assert len(list((tmp_path / "report").glob("*.png"))) == 7
+    marks = [">Curves<", ">Details<", 'alt="Confusion"', 'alt="Loss"', ">Mistakes<", 'alt="Lengths"', ">No mistakes<"]
+    places = [page.index(mark) for mark in [*marks, ">Sample<"]]
+    assert places == sorted(places)
+    assert "&lt;b&gt;شعر&lt;/b&gt; &amp; co" in page and "<b>" not in page and note in page and "<p>None.</p>" in page
+    cells = outline.all("td")
+    assert [cell["data-name"] for cell in cells] == ["text", "true", "confidence"]
+    assert all(cell["dir"] == "auto" for cell in cells) and cells[2]["class"] == "number"
+    assert not outline.all("script") and "http" not in page
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        (Heatmap("M", np.ones((2, 3)), ("a", "b")), r"counts \[2, 3\] of 2 names; give \[2, 2\]"),
+        (Bars("M", ("a", "b"), (1.0,), "n"), "1 values of 2 names; give one for each"),
+        (Table("M", ("a", "b"), [["1"]], ""), "has 1 cells; give 2"),
+    ],
+)
+def test_sections_that_do_not_add_up_are_refused(tmp_path, section, message):
+    with pytest.raises(ValueError, match=message):
+        report.write(tmp_path, {}, {}, None, [section])

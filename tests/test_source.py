@@ -20,6 +20,7 @@ from jaxlm.data.clean import clean
 from jaxlm.data.source import documents, fingerprint, rows
 from jaxlm.errors import UserError
 
+SHARED = Path(__file__).parents[2] / "shared" / "data"
 TEXTS = ["a plain row", 'two\nlines, one "quoted"', "  spaces  ", "naïve 😀", "'; tab\there", "l" * 200_000]
 
 
@@ -184,6 +185,222 @@ def test_broken_tables(tmp_path):
     assert "data.boundary '(' is no regular expression" in refused(
         tmp_path / "x.txt", documents="boundary", boundary="("
     )
+
+
+STSB = ("genre", "file", "year", "id", "score", "sentence1", "sentence2")
+TREC = r"(?P<label>\w+):(?P<fine>\S+) (?P<text>.*)"
+QUESTION = {"id": "q", "question": "Who?", "answers": [{"text": "Al", "answer_start": 0}]}
+
+
+def squad(*questions, **paragraph) -> bytes:
+    paragraphs = [{"context": "Al was here", "qas": list(questions), **paragraph}]
+    return json.dumps({"version": "2", "data": [{"title": "T", "paragraphs": paragraphs}]}).encode()
+
+
+def asked(**members) -> dict:
+    """The row of QUESTION."""
+    texts = {"id": "q", "title": "T", "context": "Al was here", "question": "Who?"}
+    return {**texts, "answers": {"text": ["Al"], "answer_start": [0]}, "is_impossible": False, **members}
+
+
+def tagged(tokens: str, tags: str) -> dict:
+    return {"tokens": tokens.split(), "tags": tags.split()}
+
+
+def table(path: Path | str, **choices) -> list:
+    """(line, row) of every row."""
+    data = DataConfig(cleaning=CleaningConfig(**choices.pop("cleaning", {})), **choices)
+    return [(place.line, row) for place, row in rows(str(path), data, data.split)]
+
+
+def packed(content: list) -> bytes:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    sink = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist(content), sink)
+    return sink.getvalue()
+
+
+NESTED = {"tokens": ["a", "ü"], "tags": [0, 1], "answers": {"text": ["ü"], "answer_start": [0]}, "none": None}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "choices", "expected"),
+    [
+        # A format holds for every file of the path, whatever its name.
+        ("x.data", b"text\na\n", {"format": "csv"}, [(2, {"text": "a"})]),
+        ("x.csv", b'text\n"a\n', {"format": "tsv"}, [(2, {"text": '"a'})]),
+        ("x.gz", gzip.compress(b'{"text": "a"}'), {"format": "jsonl"}, [(1, {"text": "a"})]),
+        ("x.csv", b"a,b\n", {"format": "text"}, [(1, {"text": "a,b"})]),
+        ("x", lambda: packed([NESTED]), {"format": "parquet"}, [(1, NESTED)]),
+        # conll
+        ("x.conll", b"a\tO\nb c\tB-x\n\t\n\n d\tO ", {}, [
+            (1, {"tokens": ["a", "b c"], "tags": ["O", "B-x"]}), (5, {"tokens": ["d"], "tags": ["O"]}),
+        ]),
+        ("x.bio", b"\xef\xbb\xbfa  N O\r\nb\xc2\xa0\tN\tB\r\n\r\n", {}, [
+            (1, {"tokens": ["a", "b\xa0"], "tags": ["O", "B"]}),
+        ]),
+        ("x.iob", b"-DOCSTART- -X- O\n\na N O\n\n-DOCSTART- -X- O\n\nb N B\n-DOCSTART- -X- O\nc N O\n", {}, [
+            (3, tagged("a", "O")), (7, tagged("b", "B")), (9, tagged("c", "O")),
+        ]),
+        ("x.txt", b"a\nb\n\nc\n", {"format": "conll"}, [(1, {"tokens": ["a", "b"]}), (4, {"tokens": ["c"]})]),
+        ("x.conll", b"\n \n", {}, []),
+        # squad
+        ("x.json", squad(QUESTION), {"format": "squad"}, [(1, asked())]),
+        ("x.json", b"\xef\xbb\xbf" + squad(QUESTION, {**QUESTION, "id": 7, "is_impossible": True, "answers": []}),
+            {"format": "squad"},
+            [(1, asked()), (2, asked(id="7", is_impossible=True, answers={"text": [], "answer_start": []}))]),
+        ("x.json", b'{"data": [{"paragraphs": [{"context": "c", "qas": [{"question": "Who?"}]}]}]}',
+            {"format": "squad"},
+            [(1, {"id": "1", "title": "", "context": "c", "question": "Who?", "is_impossible": False})]),
+        ("x.jsonl", squad(), {"format": "jsonl"}, [(1, json.loads(squad()))]),  # who says so gets it as it stands
+        # columns
+        ("x.csv", b'a,"b\nc",d\n\n1,2,3,4\n', {"columns": ("x", "y")}, [
+            (1, {"x": "a", "y": "b\nc"}), (4, {"x": "1", "y": "2"}),
+        ]),
+        ("x.tsv", b'"a\tb\n', {"columns": ("x", "y")}, [(1, {"x": '"a', "y": "b"})]),
+        # pattern
+        ("x.txt", b"A:b  c d\r\n\nB:x \n", {"pattern": TREC}, [
+            (1, {"label": "A", "fine": "b", "text": " c d"}), (3, {"label": "B", "fine": "x", "text": ""}),
+        ]),
+        ("x.txt", b"a\n", {"pattern": r"(?P<text>\w)(?P<label>\d)?"}, [(1, {"text": "a", "label": None})]),
+        # charset
+        ("x.txt", "ü\nö".encode("cp1252"), {"charset": "cp1252"}, [(1, {"text": "ü"}), (2, {"text": "ö"})]),
+        ("x.txt", "ü\nö".encode("cp1252"), {"charset": "cp1252", "documents": "file"}, [(1, {"text": "ü\nö"})]),
+        ("x.csv", "ü\nö".encode("latin-1"), {"charset": "latin-1"}, [(2, {"ü": "ö"})]),
+        # The last byte of this character is a backslash.
+        ("x.jsonl", '{"a": "表"}'.encode("shift_jis"), {"charset": "shift_jis"}, [(1, {"a": "表"})]),
+        ("x.conll", "ü O".encode("latin-1"), {"charset": "latin-1"}, [(1, tagged("ü", "O"))]),
+        ("x.json", squad(QUESTION), {"charset": "ascii", "format": "squad"}, [(1, asked())]),
+        ("x.txt", b"\xef\xbb\xbfa", {"charset": "utf_8_sig"}, [(1, {"text": "a"})]),
+        # Strings that are not Unicode, in lists and objects too.
+        ("x.jsonl", json.dumps(NESTED).encode(), {}, [(1, NESTED)]),
+        ("x.jsonl", b'{"a": [["\xff"], {"b\xff": "\\ud800"}]}', {"cleaning": {"encoding": "replace"}},
+            [(1, {"a": [["\ufffd"], {"b\ufffd": "\ufffd"}]})]),
+        ("x.conll", b"a O\n\n\xff O\n\nb O", {"cleaning": {"encoding": "drop"}}, [
+            (1, tagged("a", "O")), (5, tagged("b", "O")),
+        ]),
+        ("x.parquet", lambda: packed([{"a": [b"\xc3\xbc", b"\xff"]}]), {"cleaning": {"encoding": "replace"}},
+            [(1, {"a": ["ü", "\ufffd"]})]),
+    ],
+)  # fmt: skip
+def test_rows_of_every_shape(tmp_path, name, content, choices, expected):
+    (tmp_path / name).write_bytes(content() if callable(content) else content)
+    assert table(tmp_path / name, **choices) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "choices", "message"),
+    [
+        # A file that ends in the middle of a row.
+        ("x.csv", b'a,b\n1,2\n3,"four\nfive', {}, "x.csv:3: unexpected end of data; correct the quotes of this row"),
+        ("x.csv", b"a,b\n1,2\n3", {}, "x.csv:3: the row has 1 fields, the header 2 (a, b); correct the row"),
+        ("x.tsv", b"1\t2\n3", {"columns": ("a", "b")}, "x.tsv:2: the row has 1 fields, data.columns 2 (a, b)"),
+        ("x.jsonl", b'{"a": 1}\n{"a": "tw', {}, "x.jsonl:2: not a JSON object (Unterminated string"),
+        ("x.jsonl", b'{"a": 1}\n{"a": 2', {}, "x.jsonl:2: not a JSON object (Expecting ',' delimiter, column 8)"),
+        # conll
+        ("x.conll", b"a O\nb\n", {}, "x.conll:2: the line 'b' has 1 columns, line 1 2; correct it: a token, its tag"),
+        ("x.conll", b"\na O\n\nb c O", {}, "x.conll:4: the line 'b c O' has 3 columns, line 2 2"),
+        ("x.conll", b"a\tO\n\tO", {}, "x.conll:2: the token of the line '\\tO' is empty"),
+        ("x.conll", b"a\tO\nb\t", {}, "x.conll:2: the tag of the line 'b\\t' is empty"),
+        ("x.conll", b"a O\n\nb O\n\xff O", {}, "x.conll:3: column 'tokens' is not UTF-8"),
+        # squad
+        ("x.json", squad(QUESTION), {}, "x.json:1: not a row but a whole file of questions; set --data.format squad"),
+        ("x.json", json.dumps(json.loads(squad(QUESTION)), indent=1).encode(), {}, "set --data.format squad"),
+        ("x.jsonl", squad(QUESTION)[:150], {"format": "jsonl"}, "set --data.format squad"),
+        ("x", squad(QUESTION)[:-30], {"format": "squad"}, "x:1: the JSON breaks at column"),
+        ("x", b'{"data":\n [', {"format": "squad"}, "x:2: the JSON breaks at column 3, character 11 of 11 (Expect"),
+        ("x", b"[]", {"format": "squad"}, "x: the file is a list, not an object; correct it: data[].paragraphs[]."),
+        ("x", b"{}", {"format": "squad"}, "x: the file has no 'data'"),
+        ("x", b'{"data": [3]}', {"format": "squad"}, "x: data[0] is a whole number, not an object"),
+        ("x", squad(QUESTION, {}), {"format": "squad"}, "x: data[0].paragraphs[0].qas[1] has no 'question'"),
+        ("x", squad(context=None), {"format": "squad"}, "'context' of data[0].paragraphs[0] is null, not a string"),
+        ("x", squad({"question": "?", "answers": [{"text": "a", "answer_start": True}]}), {"format": "squad"},
+            "'answer_start' of data[0].paragraphs[0].qas[0].answers[0] is true or false, not a whole number"),
+        # pattern
+        ("x.txt", b"A:b c\n\n? d", {"pattern": TREC}, "x.txt:3: the line '? d' does not match data.pattern '(?P<l"),
+        ("x.txt", b"a", {"pattern": "("}, "data.pattern '(' is no regular expression: missing )"),
+        ("x.txt", b"a", {"pattern": "(.)"}, "data.pattern '(.)' has no named group"),
+        ("x.txt", b"a", {"pattern": TREC, "documents": "file"}, "data.pattern is of lines, data.documents is 'file'"),
+        # charset
+        ("x.txt", b"a", {"charset": "klingon"}, "data.charset 'klingon' is no character set"),
+        ("x.txt", b"a", {"charset": "hex"}, "data.charset 'hex' is no character set"),
+        ("x.txt", b"a", {"charset": "a\0"}, "data.charset 'a\\x00' is no character set"),
+        ("x.txt", b"a", {"charset": "utf-16"}, "data.charset 'utf-16' writes a line feed as ff fe 0a 00, and files"),
+        ("x.csv", b"a\nb\n\x81", {"charset": "cp1252"}, "x.csv:3: byte 81 is not cp1252 (character maps to"),
+        ("x.txt", b"a\n\xff", {"charset": "ascii", "documents": "file"}, "x.txt:2: byte ff is not ascii"),
+        ("x.txt", b"a\n\xff", {"pattern": "(?P<text>.)"}, "x.txt:2: column 'text' is not UTF-8; convert the data"),
+        ("x.jsonl", b'{"a": "\\n", "b": [{"c": "\\n\\ud800"}]}', {}, "x.jsonl:1: column 'b' is not UTF-8"),
+    ],
+)  # fmt: skip
+def test_what_no_reader_takes(tmp_path, name, content, choices, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as error:
+        table(tmp_path / name, **choices)
+    assert message in str(error.value)
+
+
+def test_rows_are_a_stream(tmp_path):
+    for name, content in {
+        "x.conll": b"a O\n\nb\n",
+        "x.csv": b'a,b\n1,2\n"',
+        "x.jsonl": b'{"a": 1}\n{',
+        "x.txt": b"a\n\xff",
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        found = rows(str(tmp_path / name), DataConfig(), "train")
+        next(found)  # comes before the broken row is looked at
+        with pytest.raises(UserError):
+            next(found)
+
+
+def test_a_format_holds_for_the_whole_path(tmp_path):
+    (tmp_path / "a.part").write_text("a O\n")
+    (tmp_path / "b.part.gz").write_bytes(gzip.compress(b"b O\n"))
+    both = [(1, tagged("a", "O")), (1, tagged("b", "O"))]
+    assert table(tmp_path, format="conll") == both
+    assert table(f"{tmp_path}/*.part*", format="conll") == both
+
+
+@given(st.lists(st.lists(st.tuples(*[st.text("aü-\xa0\u3000\x85#", min_size=1)] * 2), min_size=1)))
+def test_conll_round_trip(tmp_path_factory, texts):
+    file = tmp_path_factory.mktemp("data") / "x.conll"
+    file.write_text("\n".join("".join(f"{token}\t{tag}\n" for token, tag in text) for text in texts), newline="\n")
+    found = [list(zip(row["tokens"], row["tags"], strict=True)) for _, row in table(file)]
+    assert found == texts
+
+
+@pytest.mark.parametrize(
+    ("name", "choices", "count", "line", "first"),
+    [
+        ("trec/TREC.train.gz", {"pattern": TREC, "charset": "iso-8859-1"}, 5452, 66, {"label": "LOC", "fine": "city"}),
+        ("trec/TREC.test", {"pattern": TREC, "charset": "iso-8859-1"}, 500, 1, {"label": "NUM", "fine": "dist"}),
+        ("wnut17/wnut17train.conll.gz", {}, 3394, 29, {}),
+        ("wnut17/emerging.dev.conll", {}, 1009, 1, {}),
+        ("wnut17/emerging.test.annotated", {"format": "conll"}, 1287, 1, {}),
+        ("squad2_cs224n/dev-v2.0.json.gz", {"format": "squad"}, 6078, 1, {"title": "Normans", "is_impossible": False}),
+        ("squad2_cs224n/test-v2.0.json.gz", {"format": "squad"}, 5915, 1, {}),
+        ("xquad/xquad.en.json.gz", {"format": "squad"}, 1190, 1, {"title": "Super_Bowl_50"}),
+        ("xquad/xquad.zh.json.gz", {"format": "squad"}, 1190, 1, {}),
+        ("stsb/sts-train.csv.gz", {"format": "tsv", "columns": STSB}, 5749, 1, {"id": "0001", "score": "5.000"}),
+        ("stsb/sts-dev.csv.gz", {"format": "tsv", "columns": STSB}, 1500, 1, {}),
+        ("stsb/sts-test.csv.gz", {"format": "tsv", "columns": STSB}, 1379, 1, {}),
+        ("sst2_glue/dev.tsv.gz", {}, 6735, 2, {}),
+        ("sentiment_labelled_sentences/imdb_labelled.txt", {"pattern": r"(?P<text>.*)\t(?P<label>[01])"}, 1000, 1, {}),
+        ("scitldr_a/dev.jsonl.gz", {}, 619, 1, {}),
+    ],
+)  # fmt: skip
+def test_data_sets_as_they_are_given_out(name, choices, count, line, first):
+    if not (SHARED / name).exists():
+        pytest.skip(f"shared data {name} is not here")
+    found = table(SHARED / name, **choices)
+    assert len(found) == count
+    row = dict(found)[line]
+    assert {column: row[column] for column in first} == first
+    for _, row in found:
+        assert len(row.get("tokens", [])) == len(row.get("tags", []))
+        answers = row.get("answers", {"text": [], "answer_start": []})
+        for text, start in zip(answers["text"], answers["answer_start"], strict=True):
+            assert row["context"].startswith(text, start)
 
 
 @pytest.mark.filterwarnings("ignore")  # tfds and what it imports warn of themselves

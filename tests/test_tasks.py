@@ -19,7 +19,7 @@ from jaxlm.data.batches import Batches
 from jaxlm.data.corpus import Corpus
 from jaxlm.data.corrupt import mask_tokens, words
 from jaxlm.errors import UserError
-from jaxlm.evaluate import evaluate
+from jaxlm.evaluate import measure
 from jaxlm.losses import accuracy, cross_entropy
 from jaxlm.nn.transformer import Transformer, apply
 from jaxlm.step import make_eval_step
@@ -72,7 +72,7 @@ def predictions(examples, n: int | None) -> list[tuple[int, int]]:
     epoch = examples.epoch(n)
     found = []
     for i, length in enumerate(epoch.lengths):
-        features = epoch.features(i)
+        [features] = epoch.features(i)
         assert {len(features[f]) for f in ("tokens_BT", "labels_BT", "weights_BT")} == {length}
         kept = features["weights_BT"] > 0
         found += zip(features["tokens_BT"][kept].tolist(), features["labels_BT"][kept].tolist())
@@ -124,7 +124,7 @@ def compiled_eval_step(length: int, stride: int, stream: bool):
 def scores(task, eval_step, params, corpus, length: int, rows: int = 3):
     batches = Batches(task.examples(corpus, False), rows, length, task.most, None)
     put = lambda batch, k: {name: x[None] for name, x in batch.items()}
-    return evaluate(task, eval_step, params, batches, corpus, put)
+    return measure(task, eval_step, params, batches, corpus, put)[0]
 
 
 def test_evaluation_equals_a_forward_pass_over_the_whole_text():
@@ -216,7 +216,7 @@ DOCUMENTS = [[5, 9, 3], [40], [12, 12], [1], [7, 3, 8, 20], [2, 2, 2]]
 
 def all_features(examples, n: int | None):
     epoch = examples.epoch(n)
-    return [epoch.features(i) for i in range(len(epoch.lengths))]
+    return [epoch.features(i)[0] for i in range(len(epoch.lengths))]
 
 
 @pytest.mark.parametrize("choices", [{}, {"whole_words": True}, {"next_sentence": True, "short_rate": 0.5}], ids=str)
@@ -226,7 +226,7 @@ def test_masked_examples_are_a_function_of_seed_epoch_and_number(choices):
     first = all_features(make(), 2)
     epoch = make().epoch(2)
     for i in np.random.default_rng(0).permutation(len(first)):  # in any order, from a fresh object
-        found = epoch.features(int(i))
+        [found] = epoch.features(int(i))
         assert found.keys() == first[i].keys()
         assert all(np.array_equal(found[f], first[i][f]) for f in found)
     weights = lambda features: np.concatenate([f["weights_BT"] for f in features])
@@ -244,7 +244,7 @@ def test_masked_examples_keep_specials_labels_and_types(choices):
     for n in range(5):
         epoch = examples.epoch(n)
         for i, length in enumerate(epoch.lengths):
-            features = epoch.features(i)
+            [features] = epoch.features(i)
             labels, predicted = features["labels_BT"], features["weights_BT"] > 0
             assert len(labels) == len(features["tokens_BT"]) == length <= 32
             special = np.isin(labels, [1, 2])
@@ -306,7 +306,7 @@ def test_gathered_predictions_give_the_loss_of_all_positions():
         return logits, pair_logits
 
     logits, pair_logits = jax.device_get(jit(dense)(params, batch))
-    found = jax.device_get(jit(lambda p, b: task.losses(module, p, b, None))(params, batch))
+    found = jax.device_get(jit(lambda p, b: task.losses(module, p, b, None)[0])(params, batch))
     losses = optax.softmax_cross_entropy_with_integer_labels
     cross = lambda logits, labels, weights: float((jit(losses)(logits, labels) * weights).sum())
     expected = {

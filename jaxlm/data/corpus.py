@@ -35,6 +35,11 @@ class Corpus(NamedTuple):
     bytes: int  # of the text, UTF-8
 
     @property
+    def said(self) -> str:
+        """How much there is."""
+        return f"{len(self.tokens):,} tokens"
+
+    @property
     def bounds(self) -> np.ndarray:
         """Offsets of the documents in `tokens` [number of documents + 1]."""
         return self.sentences[self.documents]
@@ -44,15 +49,17 @@ class Prepared(NamedTuple):
     """What a run reads, and what is known of it."""
 
     tokenizer: Tokenizer
-    train: Corpus
-    held_out: Corpus
+    train: Any  # a Corpus, or the Records of a task over records
+    held_out: Any
     rows: dict[str, int]  # how many rows were read, and what cleaning did to them
     fingerprint: str  # of the content of data and tokenizer, wherever they lie
+    labels: tuple[str, ...] = ()  # names of the outputs of the head that the task reads
 
 
 def prepare(run: RunConfig, say: Callable[[str], None] = print) -> Prepared:
     """Reads, cleans and tokenizes the data of a run, or finds it in the cache.  Raises UserError for bad data."""
     data, sentences = run.data, run.task.sentences if isinstance(run.task, MaskedLM) else None
+    assert run.model is not None
     fingerprint = source.fingerprint(data.path) + (source.fingerprint(data.eval_path) if data.eval_path else "")
     told = dataclasses.replace(data, path="", eval_path="", length=0, cache="")
     made_of: dict[str, Any] = {
@@ -93,6 +100,7 @@ def _build(run: RunConfig, sentences: str | None, folder: Path, say: Callable[[s
 
 def _build_in(run: RunConfig, sentences: str | None, folder: Path, say: Callable[[str], None]) -> None:
     """Writes tokenizer/, train/, held_out/ and rows.json."""
+    assert run.model is not None
     data, rows = run.data, Counter[str]()
     read = lambda path, split, count: source.documents(path, data, split, count)
     if data.eval_path or data.eval_split:

@@ -15,8 +15,10 @@ class Rows(NamedTuple):
     starts: np.ndarray  # [number of rows + 1] int64
 
 
-def pack(lengths: np.ndarray, length: int, most: int, window: int = 1 << 16) -> Rows:
+def pack(lengths: np.ndarray, length: int, most: int, counts: np.ndarray | None = None, window: int = 1 << 16) -> Rows:
     """Puts examples of `lengths` into rows of `length` tokens and at most `most` examples.
+
+    counts: for how many examples each one counts, where it is a unit of several; None: for one.
 
     Best-fit decreasing (Johnson 1973) inside windows of consecutive examples, so that memory stays bounded and
     examples far apart in the shuffled order are not brought together.  Each example is in exactly one row.
@@ -25,20 +27,26 @@ def pack(lengths: np.ndarray, length: int, most: int, window: int = 1 << 16) -> 
     >>> [rows.examples[a:b].tolist() for a, b in zip(rows.starts, rows.starts[1:])]
     [[0, 1], [2, 3]]
 
-    Raises ValueError for an example that is empty or longer than a row.
+    Raises ValueError for an example that is empty or longer than a row, and for a unit of too many examples.
     """
+    counts = np.ones(len(lengths), np.int64) if counts is None else counts
     if len(lengths) and not (lengths.min() > 0 and lengths.max() <= length):
         raise ValueError(f"example lengths from {lengths.min()} to {lengths.max()} do not fit rows of {length}")
+    if len(counts) and counts.max() > most:
+        raise ValueError(f"a unit has {counts.max()} examples, a row at most {most}")
     order, starts = [], [0]
     for first in range(0, len(lengths), window):
-        for row in _pack_window(lengths[first : first + window], length, most):
+        some = slice(first, first + window)
+        for row in _pack_window(lengths[some], counts[some], length, most):
             order += [first + i for i in row]
             starts.append(len(order))
     return Rows(np.array(order, np.int64), np.array(starts, np.int64))
 
 
-def _pack_window(lengths: np.ndarray, length: int, most: int) -> list[list[int]]:
+def _pack_window(lengths: np.ndarray, counts: np.ndarray, length: int, most: int) -> list[list[int]]:
     rows: list[list[int]] = []
+    held: list[int] = []  # examples in each row
+    largest = int(counts.max(initial=1))  # a row without room for so many more is closed
     spaces = [0] * (length + 1)  # how many open rows have each space left
     with_space: list[list[int]] = [[] for _ in range(length + 1)]
     open_spaces: list[int] = []  # sorted, the spaces that some open row has
@@ -47,6 +55,7 @@ def _pack_window(lengths: np.ndarray, length: int, most: int) -> list[list[int]]
         at = bisect_right(open_spaces, size - 1)
         if at == len(open_spaces):
             rows.append([i])
+            held.append(0)
             row, space = len(rows) - 1, length - size
         else:
             space = open_spaces[at]
@@ -56,7 +65,8 @@ def _pack_window(lengths: np.ndarray, length: int, most: int) -> list[list[int]]
                 del open_spaces[at]
             rows[row].append(i)
             space -= size
-        if space and len(rows[row]) < most:
+        held[row] += int(counts[i])
+        if space and held[row] + largest <= most:
             with_space[space].append(row)
             spaces[space] += 1
             if spaces[space] == 1:

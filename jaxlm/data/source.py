@@ -1,20 +1,24 @@
 """Rows of text from anywhere, as a stream: files, folders, globs and tfds data sets.
 
 `rows` yields every column of every row together with the place it stands at; `documents` yields the cleaned text that a
-language model learns from.  The format of a file follows from its suffix, each also with `.gz` behind it:
+language model learns from.  The format of a file is `data.format`, or follows from its suffix, each also with `.gz`
+behind it:
 
-    .csv          comma-separated, quoted as in RFC 4180, with a header
-    .tsv          tab-separated with a header; quotes mean nothing, as in GLUE's files
-    .jsonl .json  one JSON object on each line
-    .parquet      read in batches
-    .txt, other   plain text, divided by `data.documents`
+    csv      .csv               comma-separated, quoted as in RFC 4180, with a header or the names `data.columns`
+    tsv      .tsv               tab-separated, else the same; quotes mean nothing, as in GLUE's files
+    jsonl    .jsonl .json       one JSON object on each line
+    parquet  .parquet           read in batches
+    conll    .conll .iob .bio   a token and its tag on each line, blank lines between texts: columns tokens and tags
+    squad    (data.format)      JSON of SQuAD 1.1 and 2.0, a row for each question; the file is read whole
+    text     .txt, other        plain text, divided by `data.documents`; `data.pattern` divides a line into columns
 
-Bytes that are not UTF-8 travel as lone surrogates (PEP 383) until `rows` sees the whole row: so every format has one
-rule for them, `cleaning.encoding`.
+Text files are in `data.charset`.  Bytes that are not UTF-8 where they should be travel as lone surrogates (PEP 383)
+until `rows` sees the whole row: so every format has one rule for them, `cleaning.encoding`.
 """
 
 from __future__ import annotations
 
+import codecs
 import glob
 import gzip
 import hashlib
@@ -24,12 +28,12 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
-from jaxlm.config import CleaningConfig, DataConfig
+from jaxlm.config import DataConfig
 from jaxlm.data.clean import clean
 from jaxlm.errors import RunError, UserError, perhaps
 
@@ -38,6 +42,19 @@ Row = dict[str, Any]
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _BOM = b"\xef\xbb\xbf"
 _MIB = 1 << 20
+_BLANKS = " \t\r\n\v\f"  # a space outside ASCII is text: it may be all of a token
+_SQUAD = re.compile(r'"data"\s*:\s*\[\s*\{.*?"paragraphs"\s*:\s*\[', re.DOTALL)
+_SQUAD_HEAD = 4096  # characters in which `_SQUAD` looks for how such a file begins
+_SQUAD_SHAPE = "correct it: data[].paragraphs[].{context, qas[].{id, question, answers[].{text, answer_start}}}"
+_JSON_NAMES = {
+    dict: "an object",
+    list: "a list",
+    str: "a string",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
 _PREPARE = (
     "prepare it on a machine with TensorFlow, tfds.builder(NAME, file_format='array_record').download_and_prepare(), "
     "copy the folder that holds its dataset_info.json, and give that folder as --data.path"
@@ -45,7 +62,7 @@ _PREPARE = (
 
 
 class Place(NamedTuple):
-    """Where a row stands: `line` counts from 1, in lines of a text file and in rows of a table without lines."""
+    """Where a row begins: `line` counts from 1, in lines of a text file and in rows of parquet, SQuAD and tfds."""
 
     file: str
     line: int
@@ -91,7 +108,18 @@ def documents(path: str, data: DataConfig, split: str, report: Counter) -> Itera
 
 
 def rows(path: str, data: DataConfig, split: str, report: Counter | None = None) -> Iterator[tuple[Place, Row]]:
-    """Every row with its place: all columns of a table; of plain text one column, named `data.text`.
+    """Every row with its place, one at a time.
+
+    Its columns are, by format:
+
+        csv, tsv        those of the header; or those of `data.columns`, then the first line is a row too and fields
+                        beyond the names are dropped
+        jsonl, parquet  those of the row; lists and objects stay what they are
+        conll           tokens and tags (the first and the last column), lists of str of one length; of files with one
+                        column tokens alone; `-DOCSTART-` lines are skipped
+        squad           id, title, context, question, answers {"text": [str], "answer_start": [characters]} and
+                        is_impossible; no answers where the file has none
+        text            `data.text`; or the named groups of `data.pattern`
 
     bytes are decoded as UTF-8.  `report` counts "rows" and what `cleaning.encoding` changed or dropped.
     Raises UserError for a missing path, a broken file, and a row that is not UTF-8 when cleaning.encoding is "refuse".
@@ -104,7 +132,7 @@ def rows(path: str, data: DataConfig, split: str, report: Counter | None = None)
     for source in sources:
         for place, row in source:
             report["rows"] += 1
-            valid = _utf8(place, row, data.cleaning, report)
+            valid = _utf8(place, row, data, report)
             if valid is not None:
                 yield place, valid
 
@@ -112,7 +140,8 @@ def rows(path: str, data: DataConfig, split: str, report: Counter | None = None)
 def files(path: str) -> list[Path]:
     """The files that `path` (file, folder or glob) stands for, sorted.
 
-    Of a folder: those below it with a suffix of the table above, or all when none has one; hidden ones never.
+    Of a folder: those below it with a suffix of the table above, or all when none has one; hidden ones never.  This is
+    so whatever `data.format` is: of a folder with other files beside the data, give a glob.
     Raises UserError when there is none.
     """
     if os.path.isfile(path):
@@ -122,7 +151,7 @@ def files(path: str) -> list[Path]:
         found = [f for f in found if not any(part.startswith(".") for part in f.relative_to(path).parts)]
         if not found:
             raise UserError(f"the folder {path} holds no files; give one with txt, csv, tsv, jsonl or parquet files")
-        return [f for f in found if _suffix(f) in {".txt", *_READERS}] or found
+        return [f for f in found if _suffix(f) in _SUFFIXES] or found
     found = sorted(Path(f) for f in glob.glob(path, recursive=True) if os.path.isfile(f))
     if not found:
         raise UserError(f"there is no file, folder or glob {path!r}{_near(Path(path))}; set --data.path")
@@ -159,29 +188,52 @@ def _near(path: Path) -> str:
     return hint if "perhaps" in hint or len(names) <= 10 else ""  # a long list of other names helps nobody
 
 
-def _utf8(place: Place, row: Row, cleaning: CleaningConfig, report: Counter) -> Row | None:
+def _utf8(place: Place, row: Row, data: DataConfig, report: Counter) -> Row | None:
     """The row with its strings in valid Unicode, or None where cleaning.encoding drops it."""
     for name, value in row.items():
-        if isinstance(value, bytes):
-            row[name] = value = value.decode(errors="surrogateescape")
-        if not isinstance(value, str):
+        broken: list[str] = []
+        row[name] = _unicode(value, broken)
+        if not broken:
             continue
+        if data.cleaning.encoding == "drop":
+            report["dropped: encoding"] += 1
+            return None
+        if data.cleaning.encoding == "refuse":
+            if os.path.isfile(place.file) and _format(Path(place.file), data) == "text":  # its own line ends count on
+                before = _SURROGATES.split(broken[0], maxsplit=1)[0]
+                place = Place(place.file, place.line + before.count("\n"))
+            raise UserError(
+                f"{place}: column {name!r} is not UTF-8; convert the data, name its encoding with --data.charset, "
+                f"or set --data.cleaning.encoding to 'replace' or 'drop'"
+            )
+        report["changed: encoding"] += 1
+    return row
+
+
+def _unicode(value: Any, broken: list[str]) -> Any:
+    """The value with bytes decoded and with U+FFFD for each surrogate in its strings, also those in lists and dicts.
+
+    Strings that had surrogates are added to `broken`, as they were.
+    """
+    if isinstance(value, bytes):
+        value = value.decode(errors="surrogateescape")
+    if isinstance(value, str):
         try:
             value.encode()
-        except UnicodeEncodeError as error:
-            if cleaning.encoding == "drop":
-                report["dropped: encoding"] += 1
-                return None
-            if cleaning.encoding == "refuse":
-                if _suffix(Path(place.file)) not in _READERS:  # plain text: the row's own line ends count on
-                    place = Place(place.file, place.line + value.count("\n", 0, error.start))
-                raise UserError(
-                    f"{place}: column {name!r} is not UTF-8; convert the data, or set --data.cleaning.encoding "
-                    f"to 'replace' or 'drop'"
-                ) from None
-            row[name] = _SURROGATES.sub("\ufffd", value)
-            report["changed: encoding"] += 1
-    return row
+        except UnicodeEncodeError:
+            broken.append(value)
+            value = _SURROGATES.sub("\ufffd", value)
+    elif isinstance(value, list):
+        value = [_unicode(item, broken) for item in value]
+    elif isinstance(value, dict):
+        value = {_unicode(key, broken): _unicode(item, broken) for key, item in value.items()}
+    elif isinstance(value, tuple):  # an entry of a parquet map
+        value = tuple(_unicode(item, broken) for item in value)
+    return value
+
+
+def _format(file: Path, data: DataConfig) -> str:
+    return _SUFFIXES.get(_suffix(file), "text") if data.format == "suffix" else data.format
 
 
 def _suffix(file: Path) -> str:
@@ -202,36 +254,115 @@ def _opened(file: Path) -> Iterator[IO[bytes]]:
 
 def _file_rows(file: Path, data: DataConfig) -> Iterator[tuple[Place, Row]]:
     with _opened(file) as stream:
-        reader = _READERS.get(_suffix(file))
-        if reader:
-            yield from reader(file, stream)
-        else:
-            for line, block in _blocks(stream, data):
-                yield Place(str(file), line), {data.text: block.decode(errors="surrogateescape")}
+        yield from _READERS[_format(file, data)](file, stream, data)
 
 
-def _blocks(stream: IO[bytes], data: DataConfig) -> Iterator[tuple[int, bytes]]:
-    """(first line, bytes) of each document of a plain text file."""
+def _charset(name: str) -> str:
+    """The codec of text files, "utf-8" under all its names."""
+    try:
+        line_feed = "\n".encode(name)
+        codec = codecs.lookup(name).name
+    except (LookupError, ValueError):
+        raise UserError(
+            f"data.charset {name!r} is no character set that Python has a codec for; "
+            f"set --data.charset to one, such as utf-8, iso-8859-1 or cp1252"
+        ) from None
+    if codec in ("utf-8", "utf-8-sig"):  # a byte-order mark is no part of the text under either name
+        return "utf-8"
+    if line_feed != b"\n":
+        raise UserError(
+            f"data.charset {name!r} writes a line feed as {line_feed.hex(' ')}, and files are divided at byte 0a; "
+            f"convert the data to UTF-8, and leave --data.charset out"
+        )
+    return codec
+
+
+def _decoded(text: bytes, charset: str, file: Path, line: int) -> str:
+    """Text that begins at a line of a file.  UTF-8 never fails: `_utf8` finds the surrogates."""
+    if charset == "utf-8":
+        return text.decode(errors="surrogateescape")
+    try:
+        return text.decode(charset)
+    except UnicodeDecodeError as error:
+        place = Place(str(file), line + text.count(b"\n", 0, error.start))
+        raise UserError(
+            f"{place}: byte {text[error.start]:02x} is not {charset} ({error.reason}); "
+            f"correct the data, or set --data.charset to its encoding"
+        ) from None
+
+
+def _lines(file: Path, stream: IO[bytes], data: DataConfig) -> Iterator[str]:
+    """Lines with their ends (line feeds alone divide), without a byte-order mark."""
+    charset = _charset(data.charset)
+    for number, line in enumerate(stream, start=1):
+        if number == 1 and charset == "utf-8":
+            line = line.removeprefix(_BOM)
+        yield _decoded(line, charset, file, number)
+
+
+def _without_end(line: str) -> str:
+    return line.removesuffix("\n").removesuffix("\r")
+
+
+def _shown(line: str) -> str:
+    return repr(line if len(line) <= 80 else line[:77] + "...")
+
+
+def _text_rows(file: Path, stream: IO[bytes], data: DataConfig) -> Iterator[tuple[Place, Row]]:
+    if data.pattern and data.documents != "line":
+        raise UserError(
+            f"data.pattern is of lines, data.documents is {data.documents!r}; leave one of the two out, "
+            f"--data.pattern or --data.documents"
+        )
+    columns = _regex(data.pattern, "pattern")
+    if data.pattern and not columns.groupindex:
+        raise UserError(
+            f"data.pattern {data.pattern!r} has no named group, and those are the columns; "
+            f"set --data.pattern to one with groups such as (?P<{data.text}>.*)"
+        )
+    for number, block in _blocks(file, stream, data):
+        place = Place(str(file), number)
+        if not data.pattern:
+            yield place, {data.text: block}
+            continue
+        found = columns.fullmatch(block)
+        if not found:
+            raise UserError(
+                f"{place}: the line {_shown(block)} does not match data.pattern {data.pattern!r}; "
+                f"correct the line or --data.pattern"
+            )
+        yield place, found.groupdict()
+
+
+def _regex(pattern: str, option: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"data.{option} {pattern!r} is no regular expression: {error}; set --data.{option}") from None
+
+
+def _blocks(file: Path, stream: IO[bytes], data: DataConfig) -> Iterator[tuple[int, str]]:
+    """(first line, text) of each document of a plain text file."""
     if data.documents == "file":
-        yield 1, stream.read()
+        yield 1, _decoded(stream.read(), _charset(data.charset), file, 1)
         return
-    begins = _boundary(data.boundary) if data.documents == "boundary" else None
-    first, block = 1, b""
-    for number, line in enumerate(_lines(stream), start=1):
-        blank = not line.strip()
+    begins = _regex(data.boundary, "boundary") if data.documents == "boundary" else None
+    first, block = 1, ""
+    for number, line in enumerate(_lines(file, stream, data), start=1):
+        blank = not line.strip(_BLANKS)
         if data.documents == "line":
             ends = not blank
         elif data.documents == "blank_line":
             ends = blank
         else:
-            ends = bool(not blank and begins and begins.match(line.decode(errors="replace").rstrip("\r\n")))
+            ends = bool(not blank and begins and begins.match(line.rstrip("\r\n")))
         if data.documents == "line":
             if ends:
                 yield number, _without_end(line)
             continue
         if ends and block:
             yield first, _without_end(block)
-            block = b""
+            block = ""
         if not blank:
             first = first if block else number
             block += line
@@ -239,67 +370,150 @@ def _blocks(stream: IO[bytes], data: DataConfig) -> Iterator[tuple[int, bytes]]:
         yield first, _without_end(block)
 
 
-def _boundary(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise UserError(f"data.boundary {pattern!r} is no regular expression: {error}; set --data.boundary") from None
-
-
-def _lines(stream: IO[bytes]) -> Iterator[bytes]:
-    """Lines with their ends (line feeds alone divide), without a byte-order mark."""
-    for number, line in enumerate(stream):
-        yield line if number else line.removeprefix(_BOM)
-
-
-def _without_end(line: bytes) -> bytes:
-    return line.removesuffix(b"\n").removesuffix(b"\r")
-
-
-def _csv_rows(file: Path, stream: IO[bytes]) -> Iterator[tuple[Place, Row]]:
+def _csv_rows(file: Path, stream: IO[bytes], data: DataConfig) -> Iterator[tuple[Place, Row]]:
     import csv
 
     # The module's limit of 128 KiB for a field is its only guard against a quote that never closes; `strict` finds that
     # at the end of the file, and documents are longer.
     csv.field_size_limit(_MIB << 10)
-    text = (line.decode(errors="surrogateescape") for line in _lines(stream))
     tabs: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-    reader = csv.reader(text, strict=True, **(tabs if _suffix(file) == ".tsv" else {}))
-    header, line = None, 1
+    reader = csv.reader(_lines(file, stream, data), strict=True, **(tabs if _format(file, data) == "tsv" else {}))
+    names: Sequence[str] = data.columns
+    line = 1
     try:
         for fields in reader:
             place, line = Place(str(file), line), reader.line_num + 1
-            if header is None:
-                header = fields
+            if not names:
+                names = fields
             elif fields:  # a blank line has none
-                if len(fields) != len(header):
+                if len(fields) < len(names) or (len(fields) > len(names) and not data.columns):
                     raise UserError(
-                        f"{place}: the row has {len(fields)} fields, the header {len(header)} "
-                        f"({', '.join(header)}); correct the row, quote what holds a separator"
+                        f"{place}: the row has {len(fields)} fields, "
+                        f"{'data.columns' if data.columns else 'the header'} {len(names)} ({', '.join(names)}); "
+                        f"correct the row, quote what holds a separator, or set --data.format or --data.columns"
                     )
-                yield place, dict(zip(header, fields, strict=True))
+                yield place, dict(zip(names, fields, strict=False))
     except csv.Error as error:
-        raise UserError(f"{Place(str(file), line)}: {error}; correct the quotes of this row") from None
+        place = Place(str(file), line)
+        raise UserError(f"{place}: {error}; correct the quotes of this row, or set --data.format") from None
 
 
-def _json_rows(file: Path, stream: IO[bytes]) -> Iterator[tuple[Place, Row]]:
-    for number, line in enumerate(_lines(stream), start=1):
-        if not line.strip():
+def _json_rows(file: Path, stream: IO[bytes], data: DataConfig) -> Iterator[tuple[Place, Row]]:
+    first = True
+    for number, line in enumerate(_lines(file, stream, data), start=1):
+        if not line.strip(_BLANKS):
             continue
-        place = Place(str(file), number)
+        place, row = Place(str(file), number), None
         try:
-            row = json.loads(line.decode(errors="surrogateescape"))
+            row = json.loads(line)
+            reason = f"a {type(row).__name__}"
         except json.JSONDecodeError as error:
             reason = f"{error.msg}, column {error.colno}"
+        if first and (data.format == "suffix" or not isinstance(row, dict)):
+            head = line[:_SQUAD_HEAD]
+            if row is None:  # the object may go on in the next lines
+                head += stream.read(_SQUAD_HEAD).decode(errors="replace")
+            if _SQUAD.search(head):
+                raise UserError(f"{place}: not a row but a whole file of questions; set --data.format squad")
+        if not isinstance(row, dict):
+            raise UserError(f"{place}: not a JSON object ({reason}); each line must hold one, as `jq -c` writes them")
+        first = False
+        yield place, row
+
+
+def _conll_rows(file: Path, stream: IO[bytes], data: DataConfig) -> Iterator[tuple[Place, Row]]:
+    begin = columns = 0  # number of the first line with columns, and how many it has
+    block: list[list[str]] = []
+
+    def row() -> Row:
+        texts = {"tokens": [fields[0] for fields in block]}
+        return texts | {"tags": [fields[-1] for fields in block]} if columns > 1 else texts
+
+    number = 0
+    for number, line in enumerate(_lines(file, stream, data), start=1):
+        if not line.strip(_BLANKS) or line.startswith("-DOCSTART-"):
+            if block:
+                yield Place(str(file), number - len(block)), row()
+            block = []
+            continue
+        place = Place(str(file), number)
+        if "\t" in line:
+            fields = [field.strip(_BLANKS) for field in line.split("\t")]
         else:
-            if isinstance(row, dict):
-                yield place, row
-                continue
-            reason = f"a {type(row).__name__}"
-        raise UserError(f"{place}: not a JSON object ({reason}); each line must hold one, as `jq -c` writes them")
+            fields = re.split(" +", line.strip(_BLANKS))
+        if not columns:
+            begin, columns = number, len(fields)
+        if len(fields) != columns:
+            raise UserError(
+                f"{place}: the line {_shown(_without_end(line))} has {len(fields)} columns, line {begin} {columns}; "
+                f"correct it: a token, its tag last, tabs or spaces between, and blank lines between texts"
+            )
+        if not fields[0] or not fields[-1]:
+            raise UserError(
+                f"{place}: the {'tag' if fields[0] else 'token'} of the line {_shown(_without_end(line))} is empty; "
+                f"give both, divided by a tab or spaces"
+            )
+        block.append(fields)
+    if block:
+        yield Place(str(file), number + 1 - len(block)), row()
 
 
-def _parquet_rows(file: Path, stream: IO[bytes]) -> Iterator[tuple[Place, Row]]:
+def _squad_rows(file: Path, stream: IO[bytes], data: DataConfig) -> Iterator[tuple[Place, Row]]:
+    # One JSON value cannot be read in parts with the standard library; the largest SQuAD file has 42 MB.
+    text = _decoded(stream.read(), _charset(data.charset), file, 1).removeprefix("\ufeff")
+    try:
+        whole = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{Place(str(file), error.lineno)}: the JSON breaks at column {error.colno}, character {error.pos:,} of "
+            f"{len(text):,} ({error.msg}); copy the file again, whole, or set --data.format to what it is"
+        ) from None
+    number = 0
+    for articles, article in _members(file, "the file", whole, "data"):
+        title = _member(file, articles, article, "title", str, "")
+        for paragraphs, paragraph in _members(file, articles, article, "paragraphs"):
+            context = _member(file, paragraphs, paragraph, "context", str)
+            for path, question in _members(file, paragraphs, paragraph, "qas"):
+                number += 1
+                asked = _member(file, path, question, "question", str)
+                name = question.get("id")  # a number in some files
+                row = {
+                    "id": str(number if name is None else name),
+                    "title": title,
+                    "context": context,
+                    "question": asked,
+                }
+                if "answers" in question:
+                    answers = list(_members(file, path, question, "answers"))
+                    row["answers"] = {
+                        "text": [_member(file, *answer, "text", str) for answer in answers],
+                        "answer_start": [_member(file, *answer, "answer_start", int) for answer in answers],
+                    }
+                row["is_impossible"] = _member(file, path, question, "is_impossible", bool, False)
+                yield Place(str(file), number), row
+
+
+def _member(file: Path, path: str, value: Any, name: str, kind: type, default: Any = None) -> Any:
+    """The member `name` of the JSON object `value`, which stands at `path` of a SQuAD file."""
+    if not isinstance(value, dict):
+        raise UserError(f"{file}: {path} is {_JSON_NAMES[type(value)]}, not an object; {_SQUAD_SHAPE}")
+    if name not in value:
+        if default is None:
+            raise UserError(f"{file}: {path} has no {name!r}; {_SQUAD_SHAPE}")
+        return default
+    found = type(value[name])
+    if found is not kind:  # and not isinstance: true is no number
+        raise UserError(f"{file}: {name!r} of {path} is {_JSON_NAMES[found]}, not {_JSON_NAMES[kind]}; {_SQUAD_SHAPE}")
+    return value[name]
+
+
+def _members(file: Path, path: str, value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """(path, item) of each item of the list `name`."""
+    for i, item in enumerate(_member(file, path, value, name, list)):
+        yield f"{name}[{i}]" if path == "the file" else f"{path}.{name}[{i}]", item
+
+
+def _parquet_rows(file: Path, stream: IO[bytes], data: DataConfig) -> Iterator[tuple[Place, Row]]:
     import pyarrow
     import pyarrow.parquet
 
@@ -314,7 +528,26 @@ def _parquet_rows(file: Path, stream: IO[bytes]) -> Iterator[tuple[Place, Row]]:
         raise UserError(f"{file} is no readable parquet file ({error}); write it again") from None
 
 
-_READERS = {".csv": _csv_rows, ".tsv": _csv_rows, ".json": _json_rows, ".jsonl": _json_rows, ".parquet": _parquet_rows}
+_READERS = {
+    "text": _text_rows,
+    "csv": _csv_rows,
+    "tsv": _csv_rows,
+    "jsonl": _json_rows,
+    "parquet": _parquet_rows,
+    "conll": _conll_rows,
+    "squad": _squad_rows,
+}
+_SUFFIXES = {
+    ".txt": "text",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".json": "jsonl",
+    ".jsonl": "jsonl",
+    ".parquet": "parquet",
+    ".conll": "conll",
+    ".iob": "conll",
+    ".bio": "conll",
+}
 
 
 def _is_tfds_folder(path: str) -> bool:

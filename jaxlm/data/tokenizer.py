@@ -115,6 +115,37 @@ class Tokenizer:
         ids, unk = self._ids, self.unk
         return divided.ids if ids is None or unk is None else [ids.get(piece, unk) for piece in divided.tokens]
 
+    def encode_offsets(self, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """`encode` of each text, and the characters [start, end) of the text that each token stands for."""
+        batch = self._divide.encode_batch(texts, add_special_tokens=False)
+        return [(self._numbers(divided), divided.offsets) for divided in batch]
+
+    def room(self, length: int, pair: bool) -> int:
+        """Tokens of a text, or of a text and its pair together, that `length` has place for beside the special ones.
+
+        Raises UserError where that is none.
+        """
+        around = sum(i >= 0 for i, _ in self._frames[pair])
+        if length <= around:
+            raise UserError(
+                f"max_length is {length}; with special tokens a text has at least {around + 1} tokens; "
+                f"set it to that or more"
+            )
+        return length - around
+
+    def wrap(self, *parts: list[int]) -> tuple[list[int], list[int], list[int]]:
+        """The ids of one or two texts with the special tokens around them, token types, and where each text begins."""
+        ids: list[int] = []
+        types: list[int] = []
+        starts = [0] * len(parts)
+        for i, kind in self._frames[len(parts) == 2]:
+            if i < 0:
+                starts[-1 - i] = len(ids)
+            part = [i] if i >= 0 else parts[-1 - i]
+            ids += part
+            types += [kind] * len(part)
+        return ids, types, starts
+
     def frame(
         self, texts: list[str], pairs: list[str] | None = None, max_length: int | None = None
     ) -> list[tuple[list[int], list[int]]]:
@@ -125,29 +156,13 @@ class Tokenizer:
 
         Raises UserError where `max_length` has no room for text, or texts and pairs are not as many.
         """
-        frame = self._frames[pairs is not None]
-        around = sum(i >= 0 for i, _ in frame)
-        room = None if max_length is None else max_length - around
-        if room is not None and room < 1:
-            raise UserError(
-                f"max_length is {max_length}; with special tokens a text has at least {around + 1} tokens; "
-                f"set it to that or more"
-            )
-        if pairs is not None and len(pairs) != len(texts):
+        room = None if max_length is None else self.room(max_length, pairs is not None)
+        if pairs is None:
+            return [self.wrap(ids if room is None else ids[:room])[:2] for ids in self.encode_batch(texts)]
+        if len(pairs) != len(texts):
             raise UserError(f"there are {len(texts)} texts and {len(pairs)} pairs; give a pair for each text")
-        seconds = [[]] * len(texts) if pairs is None else self.encode_batch(pairs)
-        rows = []
-        for parts in zip(self.encode_batch(texts), seconds):
-            if room is not None:
-                parts = _cut(*parts, room)
-            ids: list[int] = []
-            types: list[int] = []
-            for i, kind in frame:
-                part = [i] if i >= 0 else parts[-1 - i]
-                ids += part
-                types += [kind] * len(part)
-            rows.append((ids, types))
-        return rows
+        both = zip(self.encode_batch(texts), self.encode_batch(pairs))
+        return [self.wrap(*(parts if room is None else _cut(*parts, room)))[:2] for parts in both]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of the ids; special tokens, and ids past the vocabulary, are skipped."""

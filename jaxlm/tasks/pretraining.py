@@ -17,22 +17,21 @@ from jaxlm.data.corpus import Corpus
 from jaxlm.data.corrupt import mask_tokens, words
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
-from jaxlm.losses import Sum, accuracy, cross_entropy
+from jaxlm.losses import Losses, accuracy, cross_entropy
 from jaxlm.nn.transformer import Transformer, apply
+from jaxlm.tasks.states import hidden
 
 TRAINING, EVALUATION = 0, 1  # first word of the seeds below, so that no evaluation repeats a training draw
-
-
-def hidden(module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
-    """Hidden states [B, T, D] of a packed batch; `key` is for dropout."""
-    inputs = batch["tokens_BT"], batch["segments_BT"], batch["positions_BT"], batch.get("types_BT")
-    return apply(module, params, *inputs, key=key)
 
 
 class CausalLMTask:
     """Each token is predicted from those before it."""
 
-    def __init__(self, task: config.CausalLM, length: int, seed: int, tokenizer: Tokenizer):
+    head, best = "lm", "loss"
+
+    def __init__(
+        self, task: config.CausalLM, length: int, seed: int, tokenizer: Tokenizer, labels: tuple[str, ...] = ()
+    ):
         self.task, self.length, self.seed = task, length, seed
         self.most = 2 if task.stream else max(2, length // 8)
 
@@ -42,13 +41,13 @@ class CausalLMTask:
     def weights(self, batch: Batch) -> dict[str, jax.Array]:
         return {"loss": batch["weights_BT"].sum()}
 
-    def losses(self, module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> dict[str, Sum]:
+    def losses(self, module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> Losses:
         x_BTD = hidden(module, params, batch, key)
         logits_BTV = apply(module, params, x_BTD, method="lm")
         labels = batch["labels_BT"], batch["weights_BT"]
         if key is not None:
-            return {"loss": cross_entropy(logits_BTV, *labels, self.task.label_smoothing)}
-        return {"loss": cross_entropy(logits_BTV, *labels), "accuracy": accuracy(logits_BTV, *labels)}
+            return {"loss": cross_entropy(logits_BTV, *labels, self.task.label_smoothing)}, {}
+        return {"loss": cross_entropy(logits_BTV, *labels), "accuracy": accuracy(logits_BTV, *labels)}, {}
 
     def score(self, means: Mapping[str, float], totals: Mapping[str, float], corpus: Corpus) -> dict[str, float]:
         return {
@@ -69,6 +68,7 @@ class CausalExamples:
     """
 
     fields: Mapping[str, type] = {"labels_BT": np.int32, "weights_BT": np.float32}
+    labels = 0
 
     def __init__(self, task: CausalLMTask, corpus: Corpus, training: bool):
         self.task, self.corpus, self.training = task, corpus, training
@@ -84,10 +84,10 @@ class CausalExamples:
         starts, counted, ends = np.concatenate(spans or [np.zeros((0, 3), np.int64)]).T
         return Epoch(ends - starts, partial(self._features, starts, counted, ends))
 
-    def _features(self, starts: np.ndarray, counted: np.ndarray, ends: np.ndarray, i: int) -> Features:
+    def _features(self, starts: np.ndarray, counted: np.ndarray, ends: np.ndarray, i: int) -> list[Features]:
         tokens = self.corpus.tokens[starts[i] : ends[i] + 1].astype(np.int32)
         weights = np.arange(starts[i], ends[i]) >= counted[i]
-        return {"tokens_BT": tokens[:-1], "labels_BT": tokens[1:], "weights_BT": weights.astype(np.float32)}
+        return [{"tokens_BT": tokens[:-1], "labels_BT": tokens[1:], "weights_BT": weights.astype(np.float32)}]
 
 
 def _spans(start: int, end: int, length: int, stride: int, offset: int) -> np.ndarray:
@@ -107,7 +107,11 @@ def _spans(start: int, end: int, length: int, stride: int, offset: int) -> np.nd
 class MaskedLMTask:
     """Masked tokens are predicted from all others; with `next_sentence`, also whether two texts belong together."""
 
-    def __init__(self, task: config.MaskedLM, length: int, seed: int, tokenizer: Tokenizer):
+    head, best = "masked_lm", "loss"
+
+    def __init__(
+        self, task: config.MaskedLM, length: int, seed: int, tokenizer: Tokenizer, labels: tuple[str, ...] = ()
+    ):
         special = {name: getattr(tokenizer, name) for name in ("cls", "sep", "mask")}
         missing = [name for name, token in special.items() if token is None]
         if missing:
@@ -128,7 +132,7 @@ class MaskedLMTask:
         totals = {"masked_lm_loss": batch["weights_BT"].sum()}
         return totals | ({"next_sentence_loss": batch["weights_BE"].sum()} if self.task.next_sentence else {})
 
-    def losses(self, module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> dict[str, Sum]:
+    def losses(self, module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> Losses:
         x_BTD = hidden(module, params, batch, key)
         # Only the masked positions, a sixth of all, go through the vocabulary.
         chosen_BP = jnp.argsort(batch["weights_BT"] == 0, axis=1, stable=True)[:, : self.predictions]
@@ -147,7 +151,7 @@ class MaskedLMTask:
             labels = batch["labels_BE"], batch["weights_BE"]
             found["next_sentence_loss"] = cross_entropy(logits_BE2, *labels)
             found["next_sentence_accuracy"] = accuracy(logits_BE2, *labels)
-        return found
+        return found, {}
 
     def score(self, means: Mapping[str, float], totals: Mapping[str, float], corpus: Corpus) -> dict[str, float]:
         return {
@@ -163,7 +167,7 @@ class MaskedExamples:
 
     def __init__(self, task: MaskedLMTask, corpus: Corpus, training: bool):
         self.task, self.corpus, self.training = task, corpus, training
-        self.fields = {"labels_BT": np.int32, "weights_BT": np.float32, "types_BT": np.int32}
+        self.labels, self.fields = 0, {"labels_BT": np.int32, "weights_BT": np.float32, "types_BT": np.int32}
         if task.task.next_sentence:
             self.fields["labels_BE"] = np.int32
 
@@ -180,7 +184,7 @@ class MaskedExamples:
             lengths = spans[:, 1] - spans[:, 0] + 2
         return Epoch(lengths, partial(self._features, seed, spans))
 
-    def _features(self, seed: tuple[int, ...], spans: np.ndarray, i: int) -> Features:
+    def _features(self, seed: tuple[int, ...], spans: np.ndarray, i: int) -> list[Features]:
         tokenizer, corpus = self.task.tokenizer, self.corpus.tokens
         a = corpus[spans[i, 0] : spans[i, 1]].astype(np.int32)
         tokens = np.concatenate([[tokenizer.cls], a, [tokenizer.sep]])
@@ -202,12 +206,13 @@ class MaskedExamples:
             mask=self.task.mask,
             vocabulary=tokenizer.size,
         )
-        return features | {
+        features |= {
             "tokens_BT": corrupted,
             "types_BT": types,
             "labels_BT": tokens,
             "weights_BT": predicted.astype(np.float32),
         }
+        return [features]
 
 
 def _pieces(start: int, end: int, length: int) -> np.ndarray:

@@ -1,0 +1,219 @@
+"""What a text, or a pair of texts, is: one class, any number of classes, or a number."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxlm import config, metrics
+from jaxlm.data.batches import Batch, Features
+from jaxlm.data.source import Place, Row
+from jaxlm.errors import UserError
+from jaxlm.losses import Sum, binary_cross_entropy, cross_entropy, squared_error
+from jaxlm.nn.transformer import Transformer, apply
+from jaxlm.report import Heatmap, Section, Table
+from jaxlm.tasks.records import Outputs, Record, Records, RecordTask, framed, text_of
+from jaxlm.tasks.states import hidden, of_examples
+
+_FIELDS: dict[str, dict[str, Any]] = {
+    "class": {"labels_BE": np.int32},
+    "classes": {"labels_BEN": np.float32},
+    "number": {"labels_BE": np.float32},
+}
+_BEST = {"class": "accuracy", "classes": "micro_f1", "number": "spearman"}
+_PROBLEM = {  # as transformers calls them
+    "class": "single_label_classification",
+    "classes": "multi_label_classification",
+    "number": "regression",
+}
+_MISTAKES = 20  # rows of the report's table
+
+
+class ClassificationTask(RecordTask):
+    """`config.Classification`, by the head "classes" over the state that stands for each example."""
+
+    head = "classes"
+    task: config.Classification
+
+    def __init__(self, *parts: Any):
+        super().__init__(*parts)
+        self.fields: Mapping[str, Any] = _FIELDS[self.task.target]
+        self.best = _BEST[self.task.target]  # type: ignore[misc]
+        self.config_keys = {"problem_type": _PROBLEM[self.task.target]}
+        self._index = {name: i for i, name in enumerate(self.labels)}
+        self._weights = np.ones(len(self.labels), np.float32)
+
+    @classmethod
+    def read(cls, task: config.Classification, row: Row, place: Place) -> Record:
+        record: Record = {"texts": tuple(text_of(row, name, place) for name in task.text)}
+        value = row.get(task.label)
+        if value is None or value == "":
+            return record
+        if task.target == "number":
+            return record | {"label": _number(value, place, task.label)}
+        if task.target == "classes":
+            parts = value if isinstance(value, (list, tuple)) else str(value).split(task.separator)
+            return record | {"label": tuple(dict.fromkeys(_class(v, place, task.label) for v in parts if v != ""))}
+        return record | {"label": _class(value, place, task.label), "is_number": not isinstance(value, str)}
+
+    @classmethod
+    def names(cls, task: config.Classification, part: Records) -> tuple[str, ...]:
+        if task.target == "number":
+            return ("score",)
+        counts = Counter(label for record in part.records for label in cls.labels_of(record))
+        if len({record.get("is_number") for record in part.records}) > 1:
+            kinds = {record["is_number"]: place for record, place in zip(part.records, part.places)}
+            raise UserError(
+                f"column {task.label!r} holds numbers ({kinds[True]}) and text ({kinds[False]}); make them of one kind"
+            )
+        numeric = _is_numeric(counts)
+        if len(counts) > task.most_classes or (numeric and any(not float(label).is_integer() for label in counts)):
+            raise UserError(
+                f"column {task.label!r} has {len(counts):,} different values in {len(part.records):,} rows, such as "
+                f"{', '.join(map(repr, list(counts)[:3]))}; if they are numbers to be told, set --task.target number; "
+                f"if they are classes indeed, raise --task.most-classes {task.most_classes}"
+            )
+        if task.names:
+            unknown = [label for label in counts if label not in task.names]
+            if unknown:
+                raise UserError(f"the label {unknown[0]!r} is not among --task.names {', '.join(task.names)}; add it")
+            return task.names
+        if task.target == "class" and len(counts) < 2:
+            raise UserError(
+                f"column {task.label!r} holds one label alone, {next(iter(counts))!r}; there is nothing to tell apart"
+            )
+        return tuple(sorted(counts, key=(lambda name: (float(name), name)) if numeric else str))
+
+    @classmethod
+    def labels_of(cls, record: Record) -> Iterable[str]:
+        label = record.get("label")
+        return label if isinstance(label, tuple) else [label] if isinstance(label, str) else []
+
+    @classmethod
+    def texts(cls, record: Record) -> Iterable[str]:
+        return record["texts"]
+
+    @classmethod
+    def stratum(cls, task: config.Classification, record: Record) -> Hashable:
+        return record["label"] if task.target == "class" else None
+
+    def balance(self, part: Records) -> str:
+        if self.task.target == "number":
+            values = [record["label"] for record in part.records]
+            return f"scores from {min(values):g} to {max(values):g}, mean {np.mean(values):.3g}"
+        counts = Counter(label for record in part.records for label in self.labels_of(record))
+        shares = [f"{name} {counts[name]:,} ({counts[name] / len(part.records):.1%})" for name in self.labels[:12]]
+        return ", ".join(shares) + (f" and {len(self.labels) - 12} more" if len(self.labels) > 12 else "")
+
+    def examples(self, part: Records, training: bool) -> Any:
+        if training and self.task.class_weights == "balanced" and self.task.target == "class":
+            counts = np.bincount([self._index[record["label"]] for record in part.records], minlength=len(self.labels))
+            self._weights = (len(part.records) / (len(self.labels) * np.maximum(counts, 1))).astype(np.float32)
+        return super().examples(part, training)
+
+    def features(self, records: Sequence[Record], training: bool) -> Iterator[list[list[Features]]]:
+        texts, pairs = ([record["texts"][side] for record in records] for side in (0, -1))
+        made = framed(self.tokenizer, texts, pairs if len(self.task.text) == 2 else None, self.length)
+        for record, (ids, types) in zip(records, made):
+            yield [[{"tokens_BT": ids, "types_BT": types} | self._target(record.get("label"), training)]]
+
+    def _target(self, label: Any, training: bool) -> Features:
+        if self.task.target == "number":
+            return {"labels_BE": np.float32(label or 0)}
+        if self.task.target == "classes":
+            return {"labels_BEN": np.isin(self.labels, label or ()).astype(np.float32)}
+        index = 0 if label is None else self._index[label]
+        weight = self._weights[index] if training else np.float32(1)
+        return {"labels_BE": np.int32(index), "weights_BE": weight}
+
+    def logits(self, module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
+        x_BED = of_examples(hidden(module, params, batch, key), batch, module.config.classes_from)
+        return apply(module, params, x_BED, method="classes", key=key)
+
+    def loss(self, logits: jax.Array, batch: Batch, training: bool) -> Sum:
+        if self.task.target == "number":
+            return squared_error(logits[..., 0], batch["labels_BE"], batch["weights_BE"])
+        if self.task.target == "classes":
+            return binary_cross_entropy(logits, batch["labels_BEN"], batch["weights_BE"])
+        smoothing = self.task.label_smoothing if training else 0.0
+        return cross_entropy(logits, batch["labels_BE"], batch["weights_BE"], smoothing)
+
+    def outputs(self, logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+        return {"logits_BEN": logits}
+
+    def predict(self, record: Record, outputs: Outputs) -> Row:
+        logits_N = outputs[0][0]["logits_BEN"].astype(np.float64)
+        if self.task.target == "number":
+            return {"prediction": float(logits_N[0])}
+        if self.task.target == "classes":
+            p_N = 1 / (1 + np.exp(-np.clip(logits_N, -500, 500)))
+            chosen = [name for name, p in zip(self.labels, p_N) if p > 0.5]
+            return {"prediction": chosen, "confidence": float(np.maximum(p_N, 1 - p_N).min())}
+        p_N = np.exp(logits_N - logits_N.max())
+        best = int(p_N.argmax())
+        return {"prediction": self.labels[best], "confidence": float(p_N[best] / p_N.sum())}
+
+    def score(self, records: Sequence[Record], predictions: Sequence[Row]) -> dict[str, float]:
+        labels = [record["label"] for record in records]
+        found = [prediction["prediction"] for prediction in predictions]
+        if self.task.target == "number":
+            return metrics.number(labels, found)
+        if self.task.target == "classes":
+            many = lambda rows: np.array([np.isin(self.labels, row) for row in rows], int)
+            return metrics.several(many(labels), many(found))
+        index = lambda rows: [self._index[row] for row in rows]
+        return metrics.classes(index(labels), index(found), self.labels)
+
+    def sections(self, records: Sequence[Record], predictions: Sequence[Row]) -> list[Section]:
+        if self.task.target != "class":
+            return []
+        wrong = [(r, p) for r, p in zip(records, predictions) if r["label"] != p["prediction"]]
+        wrong.sort(key=lambda pair: -pair[1]["confidence"])
+        rows = [
+            [" | ".join(record["texts"]), record["label"], prediction["prediction"], f"{prediction['confidence']:.1%}"]
+            for record, prediction in wrong[:_MISTAKES]
+        ]
+        labels = [self._index[record["label"]] for record in records]
+        found = [self._index[prediction["prediction"]] for prediction in predictions]
+        counts = metrics.confusion(labels, found, len(self.labels))
+        return [
+            Heatmap("Confusion matrix", counts, self.labels),
+            Table(
+                "The most confident mistakes",
+                ("text", "true", "predicted", "confidence"),
+                rows,
+                f"{len(wrong):,} of {len(records):,} held-out examples are told wrong.",
+            ),
+        ]
+
+
+def _class(value: Any, place: Place, column: str) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if isinstance(value, (str, int, float)) and value == value:
+        return str(value).strip()
+    raise UserError(f"{place}: column {column!r} holds {type(value).__name__} {value!r}, which is no label; mend it")
+
+
+def _number(value: Any, place: Place, column: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise UserError(f"{place}: column {column!r} holds {value!r}, which is no number; mend it") from None
+    if not math.isfinite(number):
+        raise UserError(f"{place}: column {column!r} holds {value!r}; a score must be finite: mend it")
+    return number
+
+
+def _is_numeric(labels: Iterable[str]) -> bool:
+    try:
+        return all(math.isfinite(float(label)) for label in labels)
+    except ValueError:
+        return False

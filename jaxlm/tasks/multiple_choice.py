@@ -1,0 +1,132 @@
+"""Which of several options answers a question."""
+
+from __future__ import annotations
+
+import string
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm import config
+from jaxlm.data.batches import Batch, Features
+from jaxlm.data.source import Place, Row
+from jaxlm.errors import UserError
+from jaxlm.losses import Sum
+from jaxlm.nn.transformer import Transformer, apply
+from jaxlm.report import Section, Table
+from jaxlm.tasks.records import Outputs, Record, Records, RecordTask, column, framed, text_of
+from jaxlm.tasks.states import hidden, of_examples
+
+_MISTAKES = 20  # rows of the report's table
+
+
+class MultipleChoiceTask(RecordTask):
+    """`config.MultipleChoice`, by the head "classes" with one output: the score of an option.
+
+    A unit is a question's options, each an example `question, option` of its own; the softmax is over the unit.
+    """
+
+    head = "classes"
+    fields: Mapping[str, Any] = {"labels_BE": np.float32, "groups_BE": np.int32}
+    task: config.MultipleChoice
+
+    @classmethod
+    def read(cls, task: config.MultipleChoice, row: Row, place: Place) -> Record:
+        if len(task.options) == 1:
+            options = column(row, task.options[0], place, "--task.options")
+            if not isinstance(options, (list, tuple)) or not all(isinstance(option, str) for option in options):
+                raise UserError(f"{place}: column {task.options[0]!r} holds {options!r:.60}, not a list of texts")
+        else:
+            options = [text_of(row, name, place, "--task.options") for name in task.options]
+        if len(options) < 2:
+            raise UserError(f"{place}: there are {len(options)} options; a choice needs at least 2")
+        record: Record = {"question": text_of(row, task.question, place, "--task.question"), "options": list(options)}
+        value = row.get(task.label)
+        return record if value is None or value == "" else record | {"label": _number(value, options, task, place)}
+
+    @classmethod
+    def names(cls, task: config.MultipleChoice, part: Records) -> tuple[str, ...]:
+        return ("score",)
+
+    @classmethod
+    def texts(cls, record: Record) -> Iterable[str]:
+        return [record["question"], *record["options"]]
+
+    def balance(self, part: Records) -> str:
+        counts = Counter(record["label"] for record in part.records)
+        return ", ".join(f"option {n + 1} right {counts[n]:,} times" for n in sorted(counts))
+
+    def features(self, records: Sequence[Record], training: bool) -> Iterator[list[list[Features]]]:
+        for record in records:
+            n = len(record["options"])
+            if n > self.most:
+                raise UserError(
+                    f"a question has {n} options, a row of data.length {self.length} takes {self.most}; raise it"
+                )
+            made = framed(self.tokenizer, [record["question"]] * n, record["options"], self.length // n)
+            yield [
+                [
+                    {"tokens_BT": ids, "types_BT": types, "labels_BE": np.float32(record.get("label") == i)}
+                    for i, (ids, types) in enumerate(made)
+                ]
+            ]
+
+    def weights(self, batch: Batch) -> dict[str, jax.Array]:
+        return {"loss": batch["labels_BE"].sum()}
+
+    def logits(self, module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
+        x_BED = of_examples(hidden(module, params, batch, key), batch, module.config.classes_from)
+        return apply(module, params, x_BED, method="classes", key=key)[..., 0]
+
+    def loss(self, logits: jax.Array, batch: Batch, training: bool) -> Sum:
+        groups_BE, labels_BE = batch["groups_BE"], batch["labels_BE"]
+        same_BEE = groups_BE[:, :, None] == groups_BE[:, None, :]
+        normaliser_BE = jax.nn.logsumexp(jnp.where(same_BEE, logits[:, None, :], -1e30), axis=-1)
+        return ((normaliser_BE - logits) * labels_BE).sum(), labels_BE.sum()
+
+    def outputs(self, logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+        return {"logits_BE": logits}
+
+    def predict(self, record: Record, outputs: Outputs) -> Row:
+        logits_O = np.array([float(found["logits_BE"]) for found in outputs[0]])
+        p_O = np.exp(logits_O - logits_O.max())
+        best = int(p_O.argmax())
+        said = {"prediction": self.task.first + best, "option": record["options"][best]}
+        return said | {"confidence": float(p_O[best] / p_O.sum()), "_index": best}
+
+    def score(self, records: Sequence[Record], predictions: Sequence[Row]) -> dict[str, float]:
+        right = [record["label"] == prediction["_index"] for record, prediction in zip(records, predictions)]
+        return {"accuracy": float(np.mean(right)) if right else 0.0}
+
+    def sections(self, records: Sequence[Record], predictions: Sequence[Row]) -> list[Section]:
+        wrong = [(r, p) for r, p in zip(records, predictions) if r["label"] != p["_index"]]
+        wrong.sort(key=lambda pair: -pair[1]["confidence"])
+        rows = [
+            [r["question"], r["options"][r["label"]], p["option"], f"{p['confidence']:.1%}"]
+            for r, p in wrong[:_MISTAKES]
+        ]
+        note = f"{len(wrong):,} of {len(records):,} held-out questions are answered wrong."
+        return [Table("The most confident mistakes", ("question", "true", "predicted", "confidence"), rows, note)]
+
+
+def _number(value: Any, options: Sequence[str], task: config.MultipleChoice, place: Place) -> int:
+    """Which option a label means, counted from 0."""
+    if isinstance(value, str) and value in options:
+        return list(options).index(value)
+    if isinstance(value, str) and len(value) == 1 and value.isalpha():
+        number = string.ascii_uppercase.find(value.upper())
+    else:
+        try:
+            number = int(value) - task.first
+        except (TypeError, ValueError):
+            number = -1
+    if not 0 <= number < len(options):
+        raise UserError(
+            f"{place}: column {task.label!r} holds {value!r}, which is none of {len(options)} options: a number from "
+            f"{task.first}, a letter from A, or the text of one"
+        )
+    return number

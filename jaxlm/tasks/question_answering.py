@@ -1,0 +1,202 @@
+"""Where in a text the answer to a question stands, or that it has none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm import config, metrics
+from jaxlm.config import ModelConfig
+from jaxlm.data.batches import Batch, Features
+from jaxlm.data.source import Place, Row
+from jaxlm.errors import UserError
+from jaxlm.losses import Sum
+from jaxlm.report import Section, Table
+from jaxlm.tasks.records import Outputs, Record, Records, RecordTask, column, text_of
+
+_BEST = 20  # starts and ends of a window that are combined
+_MISTAKES = 20  # rows of the report's table
+
+
+class QuestionAnsweringTask(RecordTask):
+    """`config.QuestionAnswering`, by the head "span".
+
+    A text too long for a row is read through several windows that overlap; each is an example `question, window`.  A
+    window without the answer has it at its first token, which stands for "no answer" (Devlin et al. 2019, section 4.3).
+    """
+
+    head = "span"
+    best = "f1"
+    fields: Mapping[str, Any] = {
+        "labels_BEN": np.int32
+    }  # the answer's first and last token, counted from the example's first
+    kept = ("offsets_BT",)  # characters [start, end) of the text; -1 for the question and special tokens
+    task: config.QuestionAnswering
+
+    def __init__(self, *parts: Any):
+        super().__init__(*parts)
+        self.most = max(2, self.length // 16)
+
+    @classmethod
+    def read(cls, task: config.QuestionAnswering, row: Row, place: Place) -> Record | None:
+        record: Record = {name: text_of(row, name, place, "--data.format squad") for name in ("context", "question")}
+        record["title"] = row.get("title") or ""
+        given = row.get("answers")
+        if given is None:
+            return record
+        if not isinstance(given, dict) or not {"text", "answer_start"} <= given.keys():
+            raise UserError(f"{place}: 'answers' is {given!r:.60}; it must hold 'text' and 'answer_start', two lists")
+        answers = list(zip(map(str, given["text"]), map(int, given["answer_start"])))
+        for text, start in answers:
+            found = record["context"][start : start + len(text)] if start >= 0 else ""
+            if found != text:
+                if task.wrong_offsets == "drop":
+                    return None
+                raise UserError(
+                    f"{place}: the answer {text!r} does not stand at {start} of its text, where there is {found!r}; "
+                    f"mend it, or leave such questions out with --task.wrong-offsets drop"
+                )
+        if not answers and not task.unanswerable:
+            raise UserError(f"{place}: the question has no answer; allow that with --task.unanswerable")
+        return record | {"label": [] if row.get("is_impossible") else answers}
+
+    @classmethod
+    def labelled(cls, task: config.QuestionAnswering, row: Row, record: Record, place: Place) -> None:
+        if "label" not in record:
+            column(row, "answers", place, "--data.format squad")
+            raise UserError(f"{place}: the question has no answers; give them, or an empty list where there is none")
+
+    @classmethod
+    def names(cls, task: config.QuestionAnswering, part: Records) -> tuple[str, ...]:
+        return ModelConfig().labels  # as transformers names them
+
+    @classmethod
+    def texts(cls, record: Record) -> Iterable[str]:
+        return [record["question"], record["context"]]
+
+    @classmethod
+    def group(cls, task: config.QuestionAnswering, record: Record) -> str:
+        return record["title"]
+
+    def balance(self, part: Records) -> str:
+        answered = sum(bool(record["label"]) for record in part.records)
+        return f"{answered:,} questions with an answer, {len(part.records) - answered:,} without"
+
+    def features(self, records: Sequence[Record], training: bool) -> Iterator[list[list[Features]]]:
+        room, most = self.tokenizer.room(self.length, pair=True), self.task.most_question
+        questions = self.tokenizer.encode_batch([record["question"] for record in records])
+        contexts = self.tokenizer.encode_offsets([record["context"] for record in records])
+        for record, question, (context, offsets) in zip(records, questions, contexts):
+            question = question[:most]
+            width = room - len(question)
+            if width <= self.task.stride:
+                raise UserError(
+                    f"data.length {self.length} leaves {width} tokens of text beside a question of {len(question)}, "
+                    f"and windows have task.stride {self.task.stride} in common; raise the first or lower the last"
+                )
+            spans = np.array(offsets, np.int32).reshape(-1, 2)
+            units = []
+            for start in range(0, max(1, len(context) - self.task.stride), width - self.task.stride):
+                tokens, types, [_, at] = self.tokenizer.wrap(question, context[start : start + width])
+                window = spans[start : start + width]
+                offsets_T2 = np.full((len(tokens), 2), -1, np.int32)
+                offsets_T2[at : at + len(window)] = window
+                answers = record.get("label")
+                units.append(
+                    [
+                        {
+                            "tokens_BT": np.array(tokens, np.int32),
+                            "types_BT": np.array(types, np.int32),
+                            "labels_BEN": _tokens_of(answers[0], window, at) if answers else np.zeros(2, np.int32),
+                            "offsets_BT": offsets_T2,
+                        }
+                    ]
+                )
+            yield units
+
+    def loss(self, logits: jax.Array, batch: Batch, training: bool) -> Sum:
+        """Cross-entropy of the start and of the end over the example's own tokens, their mean."""
+        own_BET = batch["segments_BT"][:, None] == jnp.arange(1, batch["weights_BE"].shape[1] + 1)[:, None]
+        where_BEN = batch["starts_BE"][..., None] + batch["labels_BEN"]
+        losses = []
+        for n in range(2):
+            logits_B1T = logits[:, None, :, n].astype(jnp.float32)
+            normaliser_BE = jax.nn.logsumexp(jnp.where(own_BET, logits_B1T, -1e30), axis=-1)
+            is_label_BET = jnp.arange(logits.shape[1]) == where_BEN[..., n, None]
+            losses.append(normaliser_BE - jnp.where(is_label_BET, logits_B1T, 0).sum(-1))
+        # Examples that are not there have no tokens to normalise over.
+        loss_BE = jnp.where(batch["weights_BE"] > 0, (losses[0] + losses[1]) / 2, 0)
+        return (loss_BE * batch["weights_BE"]).sum(), batch["weights_BE"].sum()
+
+    def outputs(self, logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+        return {"start_BT": logits[..., 0], "end_BT": logits[..., 1]}
+
+    def predict(self, record: Record, outputs: Outputs) -> Row:
+        """The best span of all windows, or "" where the question may be, and seems, unanswerable.
+
+        The score of no answer is the least, over the windows, that the first token is both start and end.
+        """
+        silent = min(float(found["start_BT"][0] + found["end_BT"][0]) for [found] in outputs)
+        spans = sorted((span for [found] in outputs for span in self._spans(found)), reverse=True)[:_BEST]
+        scores = np.array([score for score, _, _ in spans] + [silent] * self.task.unanswerable)
+        if not spans:
+            return {"prediction": "", "confidence": 1.0, "_answer": "", "_margin": -np.inf}
+        score, start, end = spans[0]
+        answer = record["context"][start:end]
+        p = np.exp(scores - scores.max())
+        answering = score > silent or not self.task.unanswerable
+        confidence = p[0 if answering else -1] / p.sum()
+        said = {"prediction": answer if answering else "", "confidence": float(confidence)}
+        return said | {"_answer": answer, "_margin": score - silent}
+
+    def _spans(self, found: dict[str, np.ndarray]) -> Iterator[tuple[float, int, int]]:
+        """(score, first character, last character + 1) of the likeliest spans of a window."""
+        start_T, end_T, offsets_T2 = found["start_BT"], found["end_BT"], found["offsets_BT"]
+        ends = np.argsort(-end_T, kind="stable")[:_BEST]
+        for s in np.argsort(-start_T, kind="stable")[:_BEST]:
+            for e in ends:
+                if s <= e < s + self.task.longest_answer and offsets_T2[s, 0] >= 0 and offsets_T2[e, 0] >= 0:
+                    yield float(start_T[s] + end_T[e]), int(offsets_T2[s, 0]), int(offsets_T2[e, 1])
+
+    def score(self, records: Sequence[Record], predictions: Sequence[Row]) -> dict[str, float]:
+        """Exact match and F1 as SQuAD's own script has them; `best_f1` is by the threshold that suits these questions
+        best, which that script reports too."""
+        answers = [[text for text, _ in record["label"]] for record in records]
+        scores = metrics.squad(answers, [prediction["prediction"] for prediction in predictions])
+        if "no_answer_exact" in scores:
+            # To say anything at all of a question without an answer is wrong, be it an article alone.
+            one = lambda texts, said: metrics.exact_f1(texts, said)[1] if texts else float(not said)
+            answered = [one(texts, prediction["_answer"]) for texts, prediction in zip(answers, predictions)]
+            silent = [float(not texts) for texts in answers]
+            margins = [prediction["_margin"] for prediction in predictions]
+            scores["best_f1"] = metrics.best_threshold(margins, answered, silent)[1]
+        return scores
+
+    def sections(self, records: Sequence[Record], predictions: Sequence[Row]) -> list[Section]:
+        wrong = []
+        for record, prediction in zip(records, predictions):
+            texts = [text for text, _ in record["label"]]
+            if not metrics.exact_f1(texts, prediction["prediction"])[1]:
+                wrong.append((record, texts, prediction))
+        wrong.sort(key=lambda found: -found[2]["confidence"])
+        said = lambda text: text or "(no answer)"
+        rows = [
+            [r["question"], said(" / ".join(texts)), said(p["prediction"]), f"{p['confidence']:.1%}"]
+            for r, texts, p in wrong[:_MISTAKES]
+        ]
+        note = f"{len(wrong):,} of {len(records):,} held-out questions have an answer without a word in common."
+        return [Table("The most confident mistakes", ("question", "true", "predicted", "confidence"), rows, note)]
+
+
+def _tokens_of(answer: tuple[str, int], window: np.ndarray, at: int) -> np.ndarray:
+    """First and last token of the answer, counted from the example's first; 0, 0 where it is not wholly inside."""
+    text, start = answer
+    end = start + len(text)
+    inside = np.flatnonzero((window[:, 0] < end) & (window[:, 1] > start))
+    if not len(inside) or window[inside[0], 0] > start or window[inside[-1], 1] < end:
+        return np.zeros(2, np.int32)
+    return np.array([at + inside[0], at + inside[-1]], np.int32)

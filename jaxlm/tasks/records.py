@@ -1,0 +1,338 @@
+"""Tasks over records: rows of a table, each with a text and what is to be told of it.
+
+A task says what differs from one to the next, each in a method of a few lines:
+
+    read       a row of a file as a record, or an error that says what is wrong with it
+    names      what the outputs of the head mean, found in the training records
+    features   a record as packed examples: tokens, and labels under names that say their axes
+    head       which head of the model gives the logits
+    loss       the sum over a batch, and its weight
+    outputs    what is kept of each example or token of a batch
+    predict    a record's outputs as its prediction
+    score      predictions against records: the scores of the field
+
+Packing, epochs, accumulation, sharding, resuming, evaluation in input order and files are not its business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from itertools import chain
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxlm.config import RunConfig
+from jaxlm.data import source
+from jaxlm.data import tokenizer as tokenizers
+from jaxlm.data.batches import Batch, Epoch, Features
+from jaxlm.data.corpus import Prepared
+from jaxlm.data.source import Place, Row
+from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.encode import Pooling
+from jaxlm.errors import UserError, perhaps
+from jaxlm.losses import Losses, Sum
+from jaxlm.nn.transformer import Transformer, apply
+from jaxlm.tasks.states import hidden
+
+Record = dict[str, Any]  # what a task's `read` made of a row
+Outputs = list[list[dict[str, np.ndarray]]]  # of one record: of each unit, of each example in it
+WINDOW = 1024  # records that are tokenized at once
+
+
+class Records(NamedTuple):
+    """The records of one part of the data, and where each stands."""
+
+    records: list[Record]
+    places: list[Place]
+
+    @property
+    def said(self) -> str:
+        """How much there is."""
+        return f"{len(self.records):,} examples"
+
+
+class RecordTask:
+    """Base of the tasks over records; the module's text says what is to be given."""
+
+    head: ClassVar[str | None]
+    best: ClassVar[str] = "accuracy"  # the score, better when higher, that the best checkpoint has most of
+    fields: Mapping[str, type] = {}  # of features, beside tokens_BT and types_BT
+    kept: tuple[str, ...] = ()  # further features, per token, that `predict` wants back
+    config_keys: Mapping[str, Any] = {}  # what the exported config.json says of the task
+    pooling = Pooling()  # of a task that reads vectors
+
+    def __init__(self, task: Any, length: int, seed: int, tokenizer: Tokenizer, labels: tuple[str, ...] = ()):
+        self.task, self.length, self.seed, self.tokenizer, self.labels = task, length, seed, tokenizer, labels
+        self.most = max(2, length // 4)  # examples in a row E
+
+    @classmethod
+    def read(cls, task: Any, row: Row, place: Place) -> Record | None:
+        """The record of a row, without its label where the row has none; None: it is dropped.
+
+        Raises UserError for a column that is not there, or a value that is not what it should be.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def labelled(cls, task: Any, row: Row, record: Record, place: Place) -> None:
+        """Raises UserError where a record has no label to learn from, or to be scored by."""
+        if record.get("label") is None:
+            column(row, task.label, place, "--task.label")
+            raise UserError(f"{place}: the row has no label in column {task.label!r}; give one, or leave the row out")
+
+    @classmethod
+    def labels_of(cls, record: Record) -> Iterable[str]:
+        """Those of a record that must be among the `names`."""
+        return ()
+
+    @classmethod
+    def texts(cls, record: Record) -> Iterable[str]:
+        """What a tokenizer is trained on."""
+        return [value for value in record.values() if isinstance(value, str)]
+
+    @classmethod
+    def names(cls, task: Any, part: Records) -> tuple[str, ...]:
+        """Names of the outputs of the head, in order, from the training part; () where they have none."""
+        return ()
+
+    @classmethod
+    def stratum(cls, task: Any, record: Record) -> Hashable:
+        """Records of one stratum are divided alike when a validation part is split off."""
+        return None
+
+    @classmethod
+    def group(cls, task: Any, record: Record) -> Hashable:
+        """Records of one group go to one side, unless this is None."""
+        return None
+
+    def features(self, records: Sequence[Record], training: bool) -> Iterator[list[list[Features]]]:
+        """For each record its units, for each unit its examples.  A record without a label gives none."""
+        raise NotImplementedError
+
+    def logits(self, module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
+        """What the head says of each token."""
+        assert self.head is not None
+        return apply(module, params, hidden(module, params, batch, key), method=self.head, key=key)
+
+    def loss(self, logits: jax.Array, batch: Batch, training: bool) -> Sum:
+        raise NotImplementedError
+
+    def outputs(self, logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+        """Arrays [B, E, ...] or [B, T, ...], under names that say so."""
+        raise NotImplementedError
+
+    def predict(self, record: Record, outputs: Outputs) -> Row:
+        """Columns of a prediction; those that begin with an underscore are for `score` alone."""
+        raise NotImplementedError
+
+    def score(self, records: Sequence[Record], predictions: Sequence[Row]) -> dict[str, float]:
+        raise NotImplementedError
+
+    def sections(self, records: Sequence[Record], predictions: Sequence[Row]) -> list[Any]:
+        """Pictures and tables of the report."""
+        return []
+
+    def balance(self, part: Records) -> str | None:
+        """What the labels of the training part are, in a line."""
+        return None
+
+    def check_labels(self, part: Records) -> None:
+        """Raises UserError for a label that the model does not know."""
+        check_labels(type(self), part, self.labels)
+
+    # The rest is the same for all: the face of a task that a run sees.
+
+    def examples(self, part: Records, training: bool) -> RecordExamples:
+        return RecordExamples(self, part.records, training)
+
+    def weights(self, batch: Batch) -> dict[str, jax.Array]:
+        return {"loss": batch["weights_BT" if "weights_BT" in batch else "weights_BE"].sum()}
+
+    def losses(self, module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> Losses:
+        """The loss, and in evaluation (`key` is None) the outputs."""
+        logits = self.logits(module, params, batch, key)
+        return {"loss": self.loss(logits, batch, key is not None)}, self.outputs(logits, batch) if key is None else {}
+
+
+class RecordExamples:
+    """The units of some records, made once and kept in flat arrays: the same in every epoch."""
+
+    def __init__(self, task: RecordTask, records: Sequence[Record], training: bool):
+        self.fields: Mapping[str, type] = {"types_BT": np.int32, **task.fields}
+        self.labels, self.kept = len(task.labels), task.kept
+        columns: dict[str, list[Any]] = {"tokens_BT": []}
+        record_of, counts = [], []
+        windows = (records[first : first + WINDOW] for first in range(0, len(records), WINDOW))
+        made = chain.from_iterable(task.features(some, training) for some in windows)
+        for n, units in enumerate(made):
+            for unit in units:
+                record_of.append(n)
+                counts.append(len(unit))
+                for features in unit:
+                    for name, value in features.items():
+                        columns.setdefault(name, []).append(value)
+        self.record_of, self.counts = np.array(record_of, np.int64), np.array(counts, np.int64)
+        ends = np.cumsum([len(tokens) for tokens in columns["tokens_BT"]], dtype=np.int64)
+        self._tokens = np.concatenate([[0], ends])  # of each example, and of each unit the examples:
+        self._examples = np.concatenate([[0], np.cumsum(self.counts)])
+        self._columns = {name: _flat(name, column) for name, column in columns.items()}
+
+    def epoch(self, n: int | None) -> Epoch:
+        return Epoch(np.diff(self._tokens[self._examples]), self._features, self.counts)
+
+    def of(self, i: int, names: Iterable[str]) -> list[Features]:
+        """Some features of each example of unit i."""
+        return [
+            {
+                name: self._columns[name][self._tokens[e] : self._tokens[e + 1]]
+                if name.endswith("_BT")
+                else self._columns[name][e]
+                for name in names
+            }
+            for e in range(self._examples[i], self._examples[i + 1])
+        ]
+
+    def _features(self, i: int) -> list[Features]:
+        return self.of(i, [name for name in self._columns if name not in self.kept])
+
+
+def _flat(name: str, column: list[Any]) -> np.ndarray:
+    """One array of what many examples have, laid end to end where it is per token."""
+    if not name.endswith("_BT"):
+        return np.array(column)
+    if column and isinstance(column[0], np.ndarray):
+        return np.concatenate(column)
+    size = sum(map(len, column))
+    return np.fromiter(chain.from_iterable(column), np.float32 if name.startswith("weights") else np.int32, size)
+
+
+# Reading, splitting, naming: from files to what a run trains on
+
+
+def prepare(
+    run: RunConfig, kind: type[RecordTask], tokenizer: Tokenizer | None, say: Callable[[str], None]
+) -> Prepared:
+    """Reads the records of a run, splits off a validation part where none is given, and finds the labels.
+
+    Raises UserError for bad data, with file and line.
+    """
+    data, counts = run.data, Counter[str]()
+    read = lambda path, split: load(kind, run, path, split, counts)
+    train = read(data.path, data.split)
+    if data.eval_path or data.eval_split:
+        held_out = read(data.eval_path or data.path, data.eval_split or data.split)
+    else:
+        train, held_out = split(kind, run.task, train, data.eval_fraction, run.seed)
+    for part, name in ((train, "training"), (held_out, "held-out")):
+        if not part.records:
+            raise UserError(f"no {name} example is left of {data.path}; give more, or another --data.eval-fraction")
+    names = kind.names(run.task, train)
+    check_labels(kind, held_out, names)
+    fingerprint = hashlib.sha256()
+    for path in (data.path, data.eval_path):
+        fingerprint.update(source.fingerprint(path).encode() if path else b"")
+    told = asdict(replace(data, path="", eval_path="", cache=""))
+    fingerprint.update(json.dumps([told, run.seed], sort_keys=True).encode())
+    if tokenizer is None:
+        tokenizer = tokenizers.load(run.tokenizer.path) if run.tokenizer.path else _trained(run, kind, train, say)
+    return Prepared(tokenizer, train, held_out, dict(counts), fingerprint.hexdigest()[:16], names)
+
+
+def load(kind: type[RecordTask], run: RunConfig, path: str, split: str, counts: Counter) -> Records:
+    """All records of a path, each with its label."""
+    part = Records([], [])
+    for place, row in source.rows(path, run.data, split, counts):
+        record = kind.read(run.task, row, place)
+        if record is None:
+            counts["dropped"] += 1
+            continue
+        kind.labelled(run.task, row, record, place)
+        part.records.append(record)
+        part.places.append(place)
+    return part
+
+
+def split(kind: type[RecordTask], task: Any, part: Records, share: float, seed: int) -> tuple[Records, Records]:
+    """Training and validation parts: `share` of each stratum, or of the groups, chosen at random, in their order."""
+    random = np.random.default_rng((seed, 1))
+    chosen = np.zeros(len(part.records), bool)
+    groups = [kind.group(task, record) for record in part.records]
+    if len(set(groups)) > 1:
+        names = sorted(set(groups), key=str)
+        count = min(max(1, round(share * len(names))), len(names) - 1)
+        held = {names[i] for i in random.permutation(len(names))[:count]}
+        chosen[:] = [group in held for group in groups]
+    else:
+        strata: dict[Hashable, list[int]] = {}
+        for i, record in enumerate(part.records):
+            strata.setdefault(kind.stratum(task, record), []).append(i)
+        for _, members in sorted(strata.items(), key=lambda item: str(item[0])):
+            # The rounding is by lot, so that rare classes together have their share; one of each stays to be learned.
+            count = min(int(share * len(members) + random.random()), len(members) - 1)
+            chosen[random.permutation(members)[:count]] = True
+        if not chosen.any() and len(chosen) > 1:
+            chosen[random.integers(len(chosen))] = True
+    sides = []
+    for side in (~chosen, chosen):
+        index = np.flatnonzero(side)
+        sides.append(Records([part.records[i] for i in index], [part.places[i] for i in index]))
+    return sides[0], sides[1]
+
+
+def check_labels(kind: type[RecordTask], part: Records, names: tuple[str, ...]) -> None:
+    """Raises UserError for a label that is not among the names."""
+    for record, place in zip(part.records, part.places):
+        for label in kind.labels_of(record):
+            if label not in names:
+                raise UserError(
+                    f"{place}: the label {label!r} does not occur in the training part{perhaps(label, names)}; "
+                    f"mend it, or name all labels with --task.names"
+                )
+
+
+def _trained(run: RunConfig, kind: type[RecordTask], part: Records, say: Callable[[str], None]) -> Tokenizer:
+    assert run.model is not None
+    say(f"training a {run.tokenizer.train} tokenizer of {run.model.vocabulary:,} tokens")
+    return tokenizers.train(chain.from_iterable(map(kind.texts, part.records)), run.tokenizer, run.model.vocabulary)
+
+
+# Columns of rows
+
+
+def column(row: Row, name: str, place: Place, option: str) -> Any:
+    """The value of a column.  Raises UserError, with those that there are, where it is not there."""
+    if name not in row:
+        raise UserError(
+            f"{place}: there is no column {name!r}; the columns are {', '.join(map(repr, row))}; choose with {option}"
+        )
+    return row[name]
+
+
+def text_of(row: Row, name: str, place: Place, option: str = "--task.text") -> str:
+    """The text in a column; "" for none."""
+    value = column(row, name, place, option)
+    if value is not None and not isinstance(value, str):
+        raise UserError(
+            f"{place}: column {name!r} holds {type(value).__name__} {value!r}, not text; choose with {option}"
+        )
+    return value or ""
+
+
+def framed(
+    tokenizer: Tokenizer, texts: list[str], pairs: list[str] | None, length: int
+) -> Iterator[tuple[list[int], list[int]]]:
+    """`Tokenizer.frame`, with a token in place of nothing: a row has no place for a text without any."""
+    for ids, types in tokenizer.frame(texts, pairs, length):
+        yield (ids, types) if ids else ([stand_in(tokenizer)], [0])
+
+
+def stand_in(tokenizer: Tokenizer) -> int:
+    """The token of a text without tokens."""
+    roles = (tokenizer.eos, tokenizer.pad, tokenizer.unk, tokenizer.bos)
+    return next((token for token in roles if token is not None), 0)

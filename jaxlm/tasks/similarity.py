@@ -1,0 +1,109 @@
+"""Vectors of texts that lie as near as the texts are alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm import config, metrics
+from jaxlm.data.batches import Batch, Features
+from jaxlm.data.source import Place, Row
+from jaxlm.errors import UserError
+from jaxlm.losses import Sum, squared_error
+from jaxlm.nn.transformer import Transformer
+from jaxlm.tasks.records import Outputs, Record, RecordTask, framed, text_of
+from jaxlm.tasks.states import hidden, of_examples
+
+
+class SimilarityTask(RecordTask):
+    """`config.Similarity`.  A unit is the two texts of a pair, which do not see each other; the first is labelled.
+
+    cosine: the squared difference of the pair's cosine and its score (Reimers & Gurevych 2019).
+    contrastive: cross-entropy of the text that belongs to the first, among the second texts of all pairs of the batch,
+    over all devices (van den Oord et al. 2018).  Micro-batches do not see each other.
+    """
+
+    head = None
+    task: config.Similarity
+
+    def __init__(self, *parts: Any):
+        super().__init__(*parts)
+        self.cosine = self.task.objective == "cosine"
+        self.best = "spearman" if self.cosine else "mrr"  # type: ignore[misc]
+        self.fields: Mapping[str, Any] = {"labels_BE": np.float32}
+
+    @classmethod
+    def read(cls, task: config.Similarity, row: Row, place: Place) -> Record:
+        record: Record = {"texts": tuple(text_of(row, name, place) for name in task.text)}
+        value = row.get(task.label)
+        if task.objective == "contrastive":
+            return record | {"label": 1.0}
+        if value is None or value == "":
+            return record
+        try:
+            label = float(value)
+        except (TypeError, ValueError):
+            raise UserError(f"{place}: column {task.label!r} holds {value!r}, which is no number; mend it") from None
+        if not math.isfinite(label) or not task.lowest <= label <= task.highest:
+            raise UserError(
+                f"{place}: column {task.label!r} holds {value!r}; a score must lie in {task.lowest:g} to "
+                f"{task.highest:g}: set --task.lowest and --task.highest"
+            )
+        return record | {"label": (label - task.lowest) / (task.highest - task.lowest)}
+
+    @classmethod
+    def texts(cls, record: Record) -> Iterable[str]:
+        return record["texts"]
+
+    def features(self, records: Sequence[Record], training: bool) -> Iterator[list[list[Features]]]:
+        texts = [text for record in records for text in record["texts"]]
+        made = framed(self.tokenizer, texts, None, self.length // 2)
+        for record in records:
+            pair = []
+            for first in (True, False):
+                ids, types = next(made)
+                label = np.float32(record.get("label", 0) if first else 0)
+                pair.append({"tokens_BT": ids, "types_BT": types, "labels_BE": label, "weights_BE": np.float32(first)})
+            yield [pair]
+
+    def logits(self, module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
+        """Vectors [B, E, D] of Euclidean length 1."""
+        x_BTD = hidden(module, params, batch, key)
+        parts = [of_examples(x_BTD, batch, mode) for mode in self.pooling.modes]
+        v_BED = jnp.concatenate(parts, -1).astype(jnp.float32)
+        return v_BED * jax.lax.rsqrt(jnp.maximum((v_BED**2).sum(-1, keepdims=True), 1e-24))
+
+    def loss(self, logits: jax.Array, batch: Batch, training: bool) -> Sum:
+        second_BED = jnp.roll(logits, -1, axis=1)  # the pair's other text
+        if self.cosine:
+            return squared_error((logits * second_BED).sum(-1), batch["labels_BE"], batch["weights_BE"])
+        D = logits.shape[-1]
+        weights_P = batch["weights_BE"].reshape(-1)
+        cosines_PQ = jnp.einsum("PD,QD->PQ", logits.reshape(-1, D), second_BED.reshape(-1, D), precision="highest")
+        scores_PQ = jnp.where(weights_P > 0, cosines_PQ / self.task.temperature, -1e30)
+        loss_P = jax.nn.logsumexp(scores_PQ, axis=-1) - jnp.diagonal(scores_PQ)
+        return jnp.where(weights_P > 0, loss_P, 0).sum(), weights_P.sum()
+
+    def outputs(self, logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+        return {"vector_BED": logits}
+
+    def predict(self, record: Record, outputs: Outputs) -> Row:
+        a_D, b_D = (found["vector_BED"] for found in outputs[0])
+        return {"prediction": float(a_D @ b_D), "_vectors": (a_D, b_D)}
+
+    def score(self, records: Sequence[Record], predictions: Sequence[Row]) -> dict[str, float]:
+        if self.cosine:
+            return metrics.number([r["label"] for r in records], [p["prediction"] for p in predictions])
+        queries_ND, texts_ND = (np.array([p["_vectors"][side] for p in predictions]) for side in (0, 1))
+        # A text that occurs in several pairs is one text, and right for each of them.
+        _, kept, of_N = np.unique([r["texts"][1] for r in records], return_index=True, return_inverse=True)
+        ranks = [
+            metrics.ranks(queries_ND[some : some + 1024] @ texts_ND[kept].T, of_N[some : some + 1024])
+            for some in range(0, len(of_N), 1024)
+        ]
+        return metrics.retrieval(np.concatenate(ranks))

@@ -1,0 +1,26 @@
+"""What tasks read of a packed batch: hidden states of its tokens, and the state that stands for each example."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from jaxlm.data.batches import Batch
+from jaxlm.encode import pool
+from jaxlm.nn.transformer import Transformer, apply
+
+_MODES = {"first": "cls", "last": "lasttoken", "mean": "mean"}  # of `ModelConfig.classes_from`, as pooling names them
+
+
+def hidden(module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
+    """Hidden states [B, T, D] of a packed batch; `key` is for dropout."""
+    inputs = batch["tokens_BT"], batch["segments_BT"], batch["positions_BT"], batch.get("types_BT")
+    return apply(module, params, *inputs, key=key)
+
+
+def of_examples(x_BTD: jax.Array, batch: Batch, where: str) -> jax.Array:
+    """The state [B, E, D] of each example's first token, or its last, or their mean; zeros where there is none."""
+    E = batch["weights_BE"].shape[1]
+    mode = _MODES.get(where, where)
+    return pool(mode, x_BTD, batch["segments_BT"], batch["positions_BT"], E).astype(x_BTD.dtype)

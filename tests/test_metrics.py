@@ -1,0 +1,638 @@
+"""Scores against scikit-learn, scipy and seqeval; against definitions computed in another way where these have none."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import unicodedata
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import scipy.stats
+import seqeval.metrics
+import sklearn.metrics
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from seqeval.metrics.sequence_labeling import get_entities
+
+from jaxlm import metrics
+from jaxlm.errors import UserError
+
+
+def close(scores: dict[str, float], expected: dict[str, float]) -> None:
+    assert scores.keys() == expected.keys()
+    assert scores == pytest.approx(expected, rel=1e-12, abs=1e-12)
+    plain(scores)
+
+
+def plain(scores: dict[str, float]) -> None:
+    assert all(type(value) is float and math.isfinite(value) for value in scores.values())
+    json.dumps(scores, allow_nan=False)
+
+
+def quiet(reference: Callable, *arguments, **more):
+    """What a library says, without what it says beside."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return reference(*arguments, **more)
+
+
+# Classes.
+
+
+@st.composite
+def two_columns(draw, values):
+    n = draw(st.integers(1, 30))
+    return [draw(st.lists(values, min_size=n, max_size=n)) for _ in range(2)]
+
+
+@settings(deadline=None)
+@given(st.data(), st.integers(1, 5))
+def test_classes_are_scored_as_sklearn_does(data, count):
+    labels, predictions = data.draw(two_columns(st.integers(0, count - 1)))
+    expected = {
+        "accuracy": sklearn.metrics.accuracy_score(labels, predictions),
+        "macro_f1": sklearn.metrics.f1_score(labels, predictions, average="macro", zero_division=0.0),
+        "matthews": quiet(sklearn.metrics.matthews_corrcoef, labels, predictions),
+    }
+    if count == 2:
+        expected["f1"] = sklearn.metrics.f1_score(labels, predictions, zero_division=0.0)
+    close(metrics.classes(labels, predictions, [str(c) for c in range(count)]), expected)
+    table = metrics.confusion(labels, predictions, count)
+    assert (table == quiet(sklearn.metrics.confusion_matrix, labels, predictions, labels=range(count))).all()
+    assert table.dtype == np.int64
+
+
+def test_classes_in_figures():
+    scores = metrics.classes([0, 0, 1, 1, 1], [0, 1, 1, 1, 0], ["no", "yes"])
+    close(scores, {"accuracy": 0.6, "f1": 2 / 3, "macro_f1": (1 / 2 + 2 / 3) / 2, "matthews": 1 / 6})
+    assert metrics.confusion([0, 0, 1, 1, 1], [0, 1, 1, 1, 0], 2).tolist() == [[1, 1], [1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("labels", "predictions", "accuracy", "f1", "macro_f1"),
+    [
+        ([], [], 0, 0, 0),
+        ([0], [0], 1, 0, 1),
+        ([1], [1], 1, 1, 1),
+        ([0], [1], 0, 0, 0),
+        ([0, 0, 0], [0, 0, 0], 1, 0, 1),  # no positive class
+        ([0, 1], [1, 1], 0.5, 2 / 3, 1 / 3),  # a constant prediction
+        ([0, 1], [0, 0], 0.5, 0, 1 / 3),
+    ],
+)
+def test_what_is_undefined_is_zero(labels, predictions, accuracy, f1, macro_f1):
+    expected = {"accuracy": accuracy, "f1": f1, "macro_f1": macro_f1, "matthews": 0.0}
+    close(metrics.classes(labels, predictions, ["a", "b"]), expected)
+
+
+def test_macro_f1_is_over_classes_that_occur():
+    assert metrics.classes([0, 1], [0, 1], list("abcde"))["macro_f1"] == 1.0
+    assert metrics.classes([0, 1], [0, 4], list("abcde"))["macro_f1"] == pytest.approx(1 / 3)
+
+
+def test_as_many_classes_as_examples():
+    close(metrics.classes(range(99), range(99), [""] * 99), {"accuracy": 1, "macro_f1": 1, "matthews": 1})
+
+
+def test_confusion_of_nothing_and_of_missing_classes():
+    assert metrics.confusion([], [], 3).tolist() == [[0] * 3] * 3
+    assert metrics.confusion([2], [0], 3).tolist() == [[0, 0, 0], [0, 0, 0], [1, 0, 0]]
+
+
+@settings(deadline=None)
+@given(st.data(), st.integers(1, 12), st.integers(1, 5))
+def test_several_classes_are_scored_as_sklearn_does(data, n, count):
+    cells = st.lists(st.lists(st.integers(0, 1), min_size=count, max_size=count), min_size=n, max_size=n)
+    labels, predictions = np.array(data.draw(cells)), np.array(data.draw(cells))
+    # A second column without any 1 makes of one column several for sklearn; it adds a class of F1 0.
+    wide = [np.pad(x, ((0, 0), (0, int(count == 1)))) for x in (labels, predictions)]
+    expected = {
+        "accuracy": np.mean([(a == b).all() for a, b in zip(labels, predictions)]),
+        "micro_f1": sklearn.metrics.f1_score(*wide, average="micro", zero_division=0.0),
+        "macro_f1": sklearn.metrics.f1_score(*wide, average="macro", zero_division=0.0) * (1 + (count == 1)),
+    }
+    close(metrics.several(labels, predictions), expected)
+    close(metrics.several(labels.astype(bool), predictions.astype(np.float32)), expected)
+
+
+def test_several_classes_of_nothing_and_without_any():
+    nothing = {"accuracy": 0.0, "micro_f1": 0.0, "macro_f1": 0.0}
+    close(metrics.several([], []), nothing)
+    close(metrics.several(np.zeros((0, 3)), []), nothing)
+    close(metrics.several([[0, 0]], [[0, 0]]), {**nothing, "accuracy": 1.0})
+    close(metrics.several([[1, 0]], [[1, 0]]), {"accuracy": 1.0, "micro_f1": 1.0, "macro_f1": 0.5})
+
+
+# Numbers.
+
+FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
+
+
+@settings(deadline=None, max_examples=300)
+@given(two_columns(st.floats(-100, 100, width=16) | st.integers(0, 3)))
+def test_numbers_are_scored_as_scipy_does(columns):
+    labels, predictions = columns
+    pearson = quiet(lambda: scipy.stats.pearsonr(*columns).statistic) if len(labels) > 1 else math.nan
+    spearman = quiet(lambda: scipy.stats.spearmanr(*columns).statistic) if len(labels) > 1 else math.nan
+    expected = {
+        "pearson": 0.0 if math.isnan(pearson) else pearson,
+        "spearman": 0.0 if math.isnan(spearman) else spearman,
+        "mse": sklearn.metrics.mean_squared_error(labels, predictions),
+    }
+    scores = metrics.number(labels, predictions)
+    assert scores == pytest.approx(expected, abs=1e-9)
+    plain(scores)
+
+
+@settings(deadline=None, max_examples=300)
+@given(two_columns(FLOATS | st.sampled_from([0.0, -0.0, 1.0, 1.0000001, 1e-45, -3.4e38])))
+def test_no_number_of_float32_gives_a_warning_or_nan(columns):
+    scores = metrics.number(np.array(columns[0], np.float32), columns[1])
+    plain(scores)
+    assert -1 <= scores["pearson"] <= 1 and -1 <= scores["spearman"] <= 1 and scores["mse"] >= 0
+
+
+@pytest.mark.parametrize(
+    ("labels", "predictions", "mse"),
+    [
+        ([], [], 0),
+        ([2], [1], 1),
+        ([1, 2, 3], [2, 2, 2], 2 / 3),  # a constant prediction
+        ([2, 2, 2], [1, 2, 3], 2 / 3),
+        ([0.1] * 10, [0.1] * 10, 0),  # whose mean is not exactly 0.1
+        ([1, 2], [1e15, 1e15], (1e15 - 1.5) ** 2 + 0.25),
+    ],
+)
+def test_no_correlation_with_a_constant(labels, predictions, mse):
+    close(metrics.number(labels, predictions), {"pearson": 0.0, "spearman": 0.0, "mse": mse})
+
+
+def test_numbers_that_differ_by_rounding_alone_are_constant():
+    assert metrics.number([1, 2, 3], [1, 1 + 2**-52, 1])["pearson"] == 0.0
+
+
+def test_a_monotone_map_keeps_ranks():
+    scores = metrics.number([1, 2, 3, 4], [1, 10, 100, 1000])
+    assert scores["spearman"] == pytest.approx(1.0) and scores["pearson"] < 0.9
+
+
+# Entities.
+
+LETTERS = {"IOB1": "BI", "IOB2": "BI", "IOBES": "BIES"}
+TYPES = ("PER", "LOC", "B-I", "_", "-")
+
+
+@st.composite
+def tagged(draw, scheme):
+    """Two taggings of the same tokens, in any order of tags that the scheme has."""
+    tags = ["O", *(f"{letter}-{kind}" for letter in LETTERS[scheme] for kind in TYPES)]
+    lengths = draw(st.lists(st.integers(0, 8), min_size=1, max_size=5))
+    some = st.sampled_from(tags[: draw(st.integers(1, len(tags)))])
+    return [[draw(st.lists(some, min_size=n, max_size=n)) for n in lengths] for _ in range(2)]
+
+
+def seqeval_scores(tags, predictions):
+    score = {name: getattr(seqeval.metrics, f"{name}_score") for name in ("f1", "precision", "recall")}
+    scores = {name: quiet(f, tags, predictions, zero_division=0) for name, f in score.items()}
+    scores["accuracy"] = seqeval.metrics.accuracy_score(tags, predictions) if any(map(len, tags)) else 0.0
+    report = quiet(seqeval.metrics.classification_report, tags, predictions, output_dict=True, zero_division=0)
+    of_type = {"precision": "precision", "recall": "recall", "f1-score": "f1", "support": "support"}
+    by_type = {
+        kind: {of_type[name]: value for name, value in values.items()}
+        for kind, values in report.items()
+        if not kind.endswith(" avg")
+    }
+    return scores, by_type
+
+
+def like_seqeval(tags, predictions, scheme):
+    scores, by_type = metrics.spans(tags, predictions, scheme)
+    expected, expected_by_type = seqeval_scores(tags, predictions)
+    close(scores, expected)
+    assert list(by_type) == sorted(expected_by_type)
+    for kind, values in by_type.items():
+        assert values == pytest.approx(expected_by_type[kind], abs=1e-12)
+    json.dumps(by_type, allow_nan=False)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.data(), st.sampled_from(sorted(LETTERS)))
+def test_entities_are_scored_as_seqeval_does(data, scheme):
+    like_seqeval(*data.draw(tagged(scheme)), scheme)
+
+
+@pytest.mark.parametrize("scheme", sorted(LETTERS))
+def test_thousands_of_random_sentences(scheme):
+    rng = np.random.default_rng(len(scheme))
+    tags = np.array(["O", *(f"{letter}-{kind}" for letter in LETTERS[scheme] for kind in ("X", "Y"))])
+    for _ in range(20):
+        lengths = rng.integers(0, 9, 150)
+        true = [rng.choice(tags, n).tolist() for n in lengths]
+        found = [[t if rng.random() < 0.7 else str(rng.choice(tags)) for t in sentence] for sentence in true]
+        like_seqeval(true, found, scheme)
+        for sentence in true:
+            assert get_entities(metrics.iob2(sentence, scheme)) == get_entities(sentence)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.data(), st.sampled_from(sorted(LETTERS)))
+def test_iob2_keeps_the_entities(data, scheme):
+    tags, predictions = data.draw(tagged(scheme))
+    converted = [[metrics.iob2(sentence, scheme) for sentence in side] for side in (tags, predictions)]
+    for sentence, new in zip(tags, converted[0]):
+        assert get_entities(new) == get_entities(sentence)
+        assert metrics.repaired(new) == 0 and metrics.iob2(new, "IOB2") == new
+        changed = sum(a[0] in "IE" and b[0] == "B" for a, b in zip(sentence, new))
+        assert metrics.repaired(sentence) == changed
+        begun = {first for _, first, _ in get_entities(sentence)}
+        assert begun == {place for place, tag in enumerate(new) if tag[0] == "B"}
+    scores, by_type = metrics.spans(tags, predictions, scheme)
+    new_scores, new_by_type = metrics.spans(*converted, "IOB2")
+    assert by_type == new_by_type
+    assert {**scores, "accuracy": 0} == {**new_scores, "accuracy": 0}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "tags", "new", "repaired"),
+    [
+        ("IOB1", "I-A I-A B-A I-B O I-B", "B-A I-A B-A B-B O B-B", 3),
+        ("IOB2", "O I-A I-A B-A I-B", "O B-A I-A B-A B-B", 2),
+        ("IOBES", "S-A B-A E-A B-B I-B E-B O", "B-A B-A I-A B-B I-B I-B O", 0),
+        ("IOBES", "E-A E-A I-A S-A I-A B-A E-B", "B-A B-A B-A B-A B-A B-A B-B", 5),
+        ("IOB2", "", "", 0),
+    ],
+)
+def test_iob2_in_tags(scheme, tags, new, repaired):
+    assert metrics.iob2(tags.split(), scheme) == new.split()
+    assert metrics.repaired(tags.split()) == repaired
+
+
+def test_entities_in_figures():
+    tags = [["B-PER", "I-PER", "O", "B-LOC"], ["O"], []]
+    predictions = [["B-PER", "I-PER", "O", "B-PER"], ["I-LOC"], []]
+    scores, by_type = metrics.spans(tags, predictions, "IOB2")
+    close(scores, {"f1": 2 / 5, "precision": 1 / 3, "recall": 1 / 2, "accuracy": 3 / 5})
+    assert by_type == {
+        "LOC": {"f1": 0.0, "precision": 0.0, "recall": 0.0, "support": 1},
+        "PER": {"f1": pytest.approx(2 / 3), "precision": 0.5, "recall": 1.0, "support": 1},
+    }
+
+
+def test_an_entity_ends_with_its_sentence():
+    scores, by_type = metrics.spans([["B-X"], ["I-X"]], [["B-X"], ["I-X"]], "IOB2")
+    assert by_type["X"]["support"] == 2 and scores["f1"] == 1.0
+
+
+@pytest.mark.parametrize("tags", [[], [[]], [["O", "O"]]])
+def test_no_entities(tags):
+    scores, by_type = metrics.spans(tags, tags, "IOB2")
+    close(scores, {"f1": 0.0, "precision": 0.0, "recall": 0.0, "accuracy": float(tags == [["O", "O"]])})
+    assert by_type == {}
+
+
+def test_sentences_may_be_tuples_and_arrays():
+    tags = [("B-X", "O"), np.array(["I-X", "B-X"])]
+    assert metrics.spans(tags, tags, "IOB1")[1]["X"]["support"] == 3
+
+
+@pytest.mark.parametrize("tag", ["PER", "B", "I-", "-PER", "X-PER", "BPER", "o", "O-PER", "", "L-PER", "b-PER"])
+@pytest.mark.parametrize("scheme", sorted(LETTERS))
+def test_other_tags_are_refused(tag, scheme):
+    expected = rf"the tag '{tag}' is not one of {scheme}, which are O, B-TYPE, .*; correct it, or name the scheme"
+    with pytest.raises(UserError, match=expected):
+        metrics.iob2(["O", tag], scheme)
+    with pytest.raises(UserError, match=expected):
+        metrics.spans([["O", tag]], [["O", "O"]], scheme)
+    with pytest.raises(UserError, match=expected):
+        metrics.spans([["O", "O"]], [["O", tag]], scheme)
+    with pytest.raises(UserError, match=f"the tag '{tag}'"):
+        metrics.repaired([tag])
+
+
+def test_tags_of_another_scheme_are_refused():
+    with pytest.raises(UserError, match=r"the tag 'E-X' is not one of IOB2, which are O, B-TYPE, I-TYPE; .*IOBES"):
+        metrics.iob2(["B-X", "E-X"], "IOB2")
+    with pytest.raises(UserError, match=r"no scheme of tags 'IOB'; perhaps you meant"):
+        metrics.iob2(["O"], "IOB")
+    with pytest.raises(UserError, match="the tag 3 is not one of IOB2"):
+        metrics.iob2([3], "IOB2")
+
+
+def test_sentences_of_other_lengths_are_refused():
+    with pytest.raises(UserError, match=r"1 sentences with tags, 2 with predictions; give as many"):
+        metrics.spans([["O"]], [["O"], ["O"]], "IOB2")
+    with pytest.raises(UserError, match=r"sentence 1 has 1 tags, 2 predictions; give one"):
+        metrics.spans([[], ["O"]], [[], ["O", "O"]], "IOB2")
+
+
+# Answers.
+
+
+def words(text: str) -> list[str]:
+    """SQuAD's words of an answer: by characters, no regular expression."""
+    kept = [c for c in text.lower() if not (c.isascii() and unicodedata.category(c)[0] in "PS")]
+    found, run = [], ""
+    for c in [*kept, " "]:
+        if c.isalnum():  # of what \w matches only the underscore is missing, which is punctuation
+            run += c
+        else:
+            found.append(" " if run in ("a", "an", "the") else run)
+            found.append(c)
+            run = ""
+    return "".join(found).split()
+
+
+def f1_of(gold: list[str], said: list[str]) -> float:
+    if not gold or not said:
+        return float(gold == said)
+    left, shared = list(gold), 0
+    for word in said:
+        if word in left:
+            left.remove(word)
+            shared += 1
+    if not shared:
+        return 0.0
+    precision, recall = shared / len(said), shared / len(gold)
+    return 2 * precision * recall / (precision + recall)
+
+
+def squad_reference(answers: list[str], prediction: str) -> tuple[float, float]:
+    gold = [words(answer) for answer in answers]
+    gold = [answer for answer in gold if answer] or [[]]
+    said = words(prediction)
+    return max(float(answer == said) for answer in gold), max(f1_of(answer, said) for answer in gold)
+
+
+PIECES = [
+    "a",
+    "An",
+    "THE",
+    "the",
+    "cat",
+    "Cat",
+    "cats",
+    "3.5",
+    "'s",
+    "-",
+    "_",
+    "!?",
+    "…",
+    "«",
+    "—",
+    "É",
+    "e\u0301",
+    "İ",
+]
+PIECES += [
+    "\u00a0",
+    "\u200b",
+    "\u2028",
+    "\t",
+    " ",
+    " ",
+    " ",
+    "ß",
+    "猫",
+    "the猫",
+    "२",
+    "²",
+    "a\u0301",
+    "$",
+    "`",
+    "＄",
+    "\x1c",
+]
+TEXTS = st.lists(st.sampled_from(PIECES), max_size=6).map("".join) | st.text(max_size=12)
+
+
+@settings(deadline=None, max_examples=1000)
+@given(TEXTS)
+def test_texts_are_normalised_as_squad_does(text):
+    assert metrics.normalised(text) == " ".join(words(text))
+
+
+@settings(deadline=None, max_examples=500)
+@given(st.lists(st.tuples(st.lists(TEXTS, max_size=3), TEXTS), max_size=6))
+def test_answers_are_scored_as_squad_does(questions):
+    answers, predictions = [a for a, _ in questions], [p for _, p in questions]
+    each = [squad_reference(*question) for question in questions]
+    np.testing.assert_allclose([metrics.exact_f1(*question) for question in questions], each, rtol=1e-12)
+    expected = {"exact": 0.0, "f1": 0.0}
+    if each:
+        expected = dict(zip(("exact", "f1"), np.mean(each, 0)))
+    having = [scores for scores, a in zip(each, answers) if a]
+    silent = [scores for scores, a in zip(each, answers) if not a]
+    if having and silent:
+        expected["has_answer_exact"], expected["has_answer_f1"] = np.mean(having, 0)
+        expected["no_answer_exact"], no_answer_f1 = np.mean(silent, 0)
+        assert expected["no_answer_exact"] == no_answer_f1
+    close(metrics.squad(answers, predictions), expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The  Cat's\tA-Team.", "cats ateam"),  # punctuation goes before articles
+        ("a-n", ""),
+        ("a.", ""),
+        ("theatre an", "theatre"),
+        ("the the a", ""),
+        ("?!", ""),
+        ("“a”", "“ ”"),  # these are not ASCII: they stay, and bound a word
+        ("l'été à Nîmes", "lété à nîmes"),
+        ("x\u00a0y\u3000z", "x y z"),
+        ("A_N", ""),
+        ("", ""),
+    ],
+)
+def test_normalised(text, expected):
+    assert metrics.normalised(text) == expected == " ".join(words(text))
+
+
+@pytest.mark.parametrize(
+    ("answers", "prediction", "exact", "f1"),
+    [
+        (["the cat"], "Cat.", 1, 1),
+        (["cat cat dog"], "cat cat cat", 0, 2 / 3),  # a word counts as often as both have it
+        (["cat dog"], "dog cat", 0, 1),
+        (["cat", "cat dog mouse"], "dog mouse", 0, 0.8),
+        (["cat"], "", 0, 0),
+        ([], "", 1, 1),
+        ([], "cat", 0, 0),
+        ([], "the", 1, 1),
+        (["the"], "", 1, 1),  # no true answer is left
+        (["the", "cat"], "", 0, 0),  # "the" is ignored
+        (["the", "cat"], "a", 0, 0),
+        (["!", "a"], "cat", 0, 0),
+    ],
+)
+def test_exact_and_f1(answers, prediction, exact, f1):
+    assert metrics.exact_f1(answers, prediction) == pytest.approx((exact, f1))
+    assert squad_reference(answers, prediction) == pytest.approx((exact, f1))
+
+
+def test_squad_in_figures():
+    scores = metrics.squad([["cat"], ["cat dog"], []], ["cat", "dog", "mouse"])
+    parts = {"has_answer_exact": 1 / 2, "has_answer_f1": 5 / 6, "no_answer_exact": 0.0}
+    close(scores, {"exact": 1 / 3, "f1": 5 / 9, **parts})
+    close(metrics.squad([[]], [""]), {"exact": 1.0, "f1": 1.0})
+    close(metrics.squad([["the"], []], ["", ""]), {"exact": 1.0, "f1": 1.0, **dict.fromkeys(parts, 1.0)})
+    close(metrics.squad([], []), {"exact": 0.0, "f1": 0.0})
+
+
+def test_answers_of_other_shapes_are_refused():
+    with pytest.raises(UserError, match=r"2 questions, 1 predictions; give one for each"):
+        metrics.squad([["a"], []], ["a"])
+    with pytest.raises(UserError, match=r"the answers 'cat' are one string; give a list"):
+        metrics.squad(["cat"], ["cat"])
+
+
+# The threshold.
+
+FRACTIONS = st.sampled_from([0.0, 0.25, 0.5, 1.0])
+
+
+@settings(deadline=None, max_examples=500)
+@given(st.lists(st.tuples(st.integers(-3, 3) | FLOATS, FRACTIONS, st.sampled_from([0.0, 1.0])), min_size=1))
+def test_no_threshold_is_better(questions):
+    margins, answered, silent = (np.array(column) for column in zip(*questions))
+
+    def mean(threshold: float) -> float:
+        return float(np.where(margins >= threshold, answered, silent).mean())
+
+    threshold, best = metrics.best_threshold(margins, answered, silent)
+    plain({"threshold": threshold, "best": best})
+    assert best == mean(threshold) == max(map(mean, [*margins, math.inf]))  # every way to part them
+    larger = margins[margins > threshold]
+    assert all(mean(margin) < best for margin in larger)  # of the best it answers least
+    assert threshold in margins or ((margins < threshold).all() and mean(math.inf) == best)
+
+
+def test_the_threshold_is_that_of_the_official_sweep():
+    """Without equal margins: the definition of SQuAD 2.0's sweep, question by question."""
+    rng = np.random.default_rng(0)
+    for n in (1, 2, 50):
+        margins = rng.normal(size=n)
+        has = rng.random(n) < 0.5
+        answered, silent = np.where(has, rng.integers(0, 5, n) / 4, 0.0), np.where(has, 0.0, 1.0)
+        now = best = silent.sum()
+        threshold = None
+        for i in sorted(range(n), key=lambda i: -margins[i]):
+            now += answered[i] if has[i] else -1
+            if now > best:
+                best, threshold = now, margins[i]
+        found = metrics.best_threshold(margins, answered, silent)
+        assert found[1] == pytest.approx(best / n)
+        assert found[0] == (margins.max() + 1 if threshold is None else threshold)
+
+
+def test_thresholds_in_figures():
+    assert metrics.best_threshold([3, 2, 1], [1, 0, 1], [0, 1, 0]) == (3.0, pytest.approx(2 / 3))
+    assert metrics.best_threshold([3, 2, 1], [1, 1, 1], [0, 0, 0]) == (1.0, 1.0)
+    assert metrics.best_threshold([3, 2, 1], [0, 0, 0], [1, 1, 1]) == (4.0, 1.0)
+    assert metrics.best_threshold([1e30], [0], [1]) == (np.nextafter(1e30, np.inf), 1.0)
+    assert metrics.best_threshold([1, 1], [1, 0], [0, 1]) == (2.0, 0.5)  # nothing parts them
+    assert metrics.best_threshold([], [], []) == (0.0, 0.0)
+
+
+# Retrieval.
+
+
+@settings(deadline=None)
+@given(st.data(), st.integers(1, 8), st.integers(1, 12))
+def test_ranks_are_those_of_scipy(data, n, m):
+    row = st.lists(st.integers(0, 4), min_size=m, max_size=m)
+    similarities = np.array(data.draw(st.lists(row, min_size=n, max_size=n)), np.float32) / 4
+    right = data.draw(st.lists(st.integers(0, m - 1), min_size=n, max_size=n))
+    found = metrics.ranks(similarities, right)
+    worst = scipy.stats.rankdata(-similarities, method="max", axis=1)
+    assert found.tolist() == worst[np.arange(n), right].tolist() and found.dtype == np.int64
+    cut = n // 2  # some queries at a time
+    parts = [metrics.ranks(similarities[:cut], right[:cut]), metrics.ranks(similarities[cut:], right[cut:])]
+    assert np.concatenate(parts).tolist() == found.tolist()
+    expected = {f"recall@{k}": np.mean([r <= k for r in found.tolist()]) for k in (1, 5, 10)}
+    close(metrics.retrieval(found), {"mrr": np.mean([1 / r for r in found.tolist()]), **expected})
+
+
+def test_the_mean_reciprocal_rank_is_that_of_sklearn():
+    rng = np.random.default_rng(0)
+    similarities, right = rng.normal(size=(40, 15)), rng.integers(0, 15, 40)
+    mrr = sklearn.metrics.label_ranking_average_precision_score(np.eye(15, dtype=int)[right], similarities)
+    scores = metrics.retrieval(metrics.ranks(similarities, right))
+    assert scores["mrr"] == pytest.approx(mrr)
+    for k in (1, 5, 10):
+        top = sklearn.metrics.top_k_accuracy_score(right, similarities, k=k, labels=range(15))
+        assert scores[f"recall@{k}"] == pytest.approx(top)
+
+
+def test_a_model_of_constants_finds_nothing():
+    assert metrics.ranks(np.ones((3, 7)), [0, 3, 6]).tolist() == [7, 7, 7]
+    assert metrics.ranks([[0.0, -0.0, -math.inf]], [2]).tolist() == [3]
+
+
+def test_ranks_in_figures():
+    assert metrics.ranks([[0.9, 0.5, 0.5], [0.1, 0.2, 0.3]], [1, 2]).tolist() == [3, 1]
+    close(metrics.retrieval([1, 2, 6, 20]), {"mrr": 103 / 240, "recall@1": 0.25, "recall@5": 0.5, "recall@10": 0.75})
+
+
+def test_nothing_to_retrieve():
+    assert metrics.ranks([], []).tolist() == metrics.ranks(np.zeros((0, 4)), []).tolist() == []
+    close(metrics.retrieval([]), {"mrr": 0.0, "recall@1": 0.0, "recall@5": 0.0, "recall@10": 0.0})
+
+
+# What no score can be computed from.
+
+NAN = [0.0, math.nan, math.inf, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [
+        (lambda: metrics.number([1, 2, 3, 4], NAN), r"2 of 4 predictions are no finite numbers.*earlier checkpoint"),
+        (lambda: metrics.number(NAN, [1, 2, 3, 4]), r"2 of 4 labels are no finite numbers.*correct or remove"),
+        (lambda: metrics.number([1.0], [1e39]), r"1 of 1 predictions are no finite numbers"),
+        (lambda: metrics.classes([0, 0, 1, 1], NAN, ["a", "b"]), r"2 of 4 predictions are no finite numbers"),
+        (lambda: metrics.several([[1, 0]], [[math.nan, 0]]), r"1 of 2 predictions are no finite numbers"),
+        (lambda: metrics.best_threshold(NAN, NAN, NAN), r"2 of 4 margins are no finite numbers"),
+        (lambda: metrics.ranks([[math.nan, 1.0]], [0]), r"1 of 2 similarities are no numbers.*earlier checkpoint"),
+        (lambda: metrics.classes(["a"], [0], ["a", "b"]), r"labels hold what is no number .*correct them"),
+        (lambda: metrics.number([[1], [1, 2]], [0, 1]), r"labels hold what is no number"),
+        (lambda: metrics.classes([0], [2], ["a", "b"]), r"predictions hold 2; classes are whole numbers from 0 to 1"),
+        (lambda: metrics.classes([-1], [0], ["a", "b"]), r"labels hold -1; classes are whole numbers"),
+        (lambda: metrics.confusion([0.5], [0], 2), r"labels hold 0.5; classes are whole numbers from 0 to 1; correct"),
+        (lambda: metrics.several([[1, 0]], [[0.3, 0]]), r"predictions hold 0.3; .*compare with a threshold"),
+        (lambda: metrics.several([[2]], [[1]]), r"labels hold 2"),
+        (lambda: metrics.classes([0], [0, 1], ["a", "b"]), r"labels have the shape \(1,\), predictions \(2,\)"),
+        (lambda: metrics.number([0], []), r"labels have the shape \(1,\), predictions \(0,\)"),
+        (lambda: metrics.number([[0]], [[0]]), r"labels have the shape \(1, 1\).*give one label and one"),
+        (lambda: metrics.several([[1, 0]], [[1]]), r"shape \(1, 2\), predictions \(1, 1\)"),
+        (lambda: metrics.several([1, 0], [1, 0]), r"need the same one, \[examples, classes\]"),
+        (lambda: metrics.best_threshold([1], [1, 1], [1]), r"margins have the shape \(1,\), scores \(2,\) and \(1,\)"),
+        (lambda: metrics.ranks([[1, 2]], [2]), r"a right document is in column 2 of 2; count them from 0"),
+        (lambda: metrics.ranks([[1, 2]], [-1]), r"column -1 of 2"),
+        (lambda: metrics.ranks([[1, 2]], [0, 1]), r"shape \(1, 2\), columns of the right documents \(2,\)"),
+        (lambda: metrics.retrieval([1, 0]), r"there is a rank 0; the best rank is 1"),
+    ],
+)
+def test_what_no_score_can_be_computed_from_is_refused(score, message):
+    with pytest.raises(UserError, match=message):
+        score()
+
+
+def test_libraries_of_scores_are_imported_only_to_score():
+    code = "import sys, jaxlm.metrics; assert not {'sklearn', 'scipy.stats', 'seqeval'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "score",
+    ["classes([0, 1], [0, 0], 'ab')", "spans([['O']], [['B-X']], 'IOB2')", "number([1, 2], [2, 1])"],
+)
+def test_the_libraries_themselves_warn_of_nothing(score):
+    code = f"import jaxlm.metrics; jaxlm.metrics.{score}"
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
