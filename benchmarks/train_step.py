@@ -129,7 +129,7 @@ def work(side: str, name: str) -> None:
         # What train.py does.
         rows, length, _, fields = CASES[name]
         model = ModelConfig(**fields)
-        one_device_per_core(RunConfig(model, batch=rows, data=DataConfig(length=length)))
+        one_device_per_core([RunConfig(model, batch=rows, data=DataConfig(length=length))])
         keep_memory()
     round_ = SIDES[side](name)
     for _ in sys.stdin:

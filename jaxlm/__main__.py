@@ -9,6 +9,7 @@ import ctypes
 import dataclasses
 import inspect
 import logging
+import math
 import os
 import runpy
 import signal
@@ -24,22 +25,43 @@ import tyro
 
 from jaxlm.config import DataConfig, RunConfig
 from jaxlm.errors import RunError, Stopped, UserError, perhaps
+from jaxlm.sweep import combinations, sweep
 
 LARGE_ON_CPU = 50_000_000  # parameters; from here on one CPU device serves all cores
 
 
 def train(argv: list[str]) -> int:
-    """Train what a config file says: jaxlm train configs/NAME.py [--field value ...]."""
+    """Train what a config file says: jaxlm train configs/NAME.py [--field value ...] [--sweep FIELD=A,B ...]."""
     file, words, flags = _words(argv)
-    run = _overridden(_config(file, words), flags, f"train.py {' '.join([str(file), *words])}")
-    run.check()
-    one_device_per_core(run)
+    flags, asked = _swept(flags)
+    read = lambda more: _overridden(_config(file, words), flags + more, f"train.py {' '.join([str(file), *words])}")
+    trials = combinations(asked)
+    runs = [read([f"--{name}={value}" for name, value in fields.items()]) for fields in trials]
+    for run in runs:
+        run.check()
+    one_device_per_core(runs)
     _process()
     with _stopping() as stop:
         from jaxlm.fit import fit
+        from jaxlm.tasks import best_of
 
-        fit(run, stop=stop)
+        if not asked:
+            fit(runs[0], stop=stop)
+            return 0
+        trial = lambda n, folder: fit(dataclasses.replace(runs[n], workdir=str(folder)), stop=stop)
+        print("\n" + sweep(trials, Path(read([]).workdir), trial, best_of(runs[0])))
     return 0
+
+
+def _swept(flags: list[str]) -> tuple[list[str], list[str]]:
+    """The flags, and the words behind --sweep."""
+    if "--sweep" not in flags:
+        return flags, []
+    at = flags.index("--sweep")
+    words = list(takewhile(lambda word: not word.startswith("-"), flags[at + 1 :]))
+    if not words:
+        raise UserError("--sweep has no fields; give FIELD=VALUE,VALUE such as optimizer.rate=2e-5,5e-5 seed=0,1,2")
+    return flags[:at] + flags[at + 1 + len(words) :], words
 
 
 @dataclass(frozen=True)
@@ -311,30 +333,30 @@ def _config(file: Path, words: list[str] | None = None) -> RunConfig:
     return run if run.workdir else dataclasses.replace(run, workdir="runs/" + "-".join([file.stem, *words]))
 
 
-def one_device_per_core(run: RunConfig) -> None:
-    """On CPU gives XLA one device for each core, as many as divide the rows, since its own threads use a small model's
-    cores badly.  Without effect on other platforms.  Must come before JAX looks for devices.
+def one_device_per_core(runs: list[RunConfig]) -> None:
+    """On CPU gives XLA one device for each core, as many as divide the rows of all runs, since its own threads use a
+    small model's cores badly.  Without effect on other platforms.  Must come before JAX looks for devices."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "host_platform_device_count" not in flags:
+        devices = math.gcd(*map(_devices, runs))
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}".strip()
 
-    A large model has one device for all cores: each further one would hold and update all parameters once more.
-    """
-    flags, model = os.environ.get("XLA_FLAGS", ""), run.model
-    if model is not None:
-        parameters = model.vocabulary * model.width + 12 * model.layers * model.width**2
+
+def _devices(run: RunConfig) -> int:
+    """A large model has one device for all cores: each further one would hold and update all parameters once more."""
+    if run.model is not None:
+        parameters = run.model.vocabulary * run.model.width + 12 * run.model.layers * run.model.width**2
     else:  # four bytes each, in most files; a hub name is not fetched for this
-        parameters = sum(file.stat().st_size for file in Path(run.init).rglob("*.safetensors")) // 4
-    if "host_platform_device_count" in flags:
-        return
+        parameters = sum(file.stat().st_size for file in Path(run.init).glob("**/*.safetensors")) // 4
     sizes = (run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if -1 not in sizes:
-        devices = sizes[0] * sizes[1] * sizes[2]
-    else:
-        fixed = -sizes[0] * sizes[1] * sizes[2]
-        rows = 0 if run.examples else run.batch // run.accumulate  # rows that are yet to be chosen suit the devices
-        most = cores if parameters < LARGE_ON_CPU else max(1, fixed)
-        fits = [n for n in range(1, most + 1) if n % max(1, fixed) == 0 and rows % n == 0]
-        devices = max(fits, default=1)
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}".strip()
+        return sizes[0] * sizes[1] * sizes[2]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    fixed = -sizes[0] * sizes[1] * sizes[2]
+    rows = 0 if run.examples else run.batch // run.accumulate  # rows that are yet to be chosen suit the devices
+    most = cores if parameters < LARGE_ON_CPU else max(1, fixed)
+    fits = [n for n in range(1, most + 1) if n % max(1, fixed) == 0 and rows % n == 0]
+    return max(fits, default=1)
 
 
 def _process() -> None:

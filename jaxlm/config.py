@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -281,6 +282,22 @@ class MultipleChoice:
 
 
 @dataclass(frozen=True)
+class Part:
+    """One of several tasks, with data of its own."""
+
+    task: Any  # Classification, Tagging, QuestionAnswering, Similarity or MultipleChoice
+    data: DataConfig  # its length is that of the run
+    weight: float = 0.0  # its share of the rows is this by the sum of all; 0 for all: by how many rows each has
+
+
+@dataclass(frozen=True)
+class Several:
+    """Several tasks at once, on one body with a head for each (Liu et al. 2019)."""
+
+    parts: dict[str, Part]  # by name, which scores and exports bear
+
+
+@dataclass(frozen=True)
 class CleaningConfig:
     """What is done to each row before it is used; the run says how many rows each choice changed or dropped."""
 
@@ -374,6 +391,7 @@ class RunConfig:
     unroll: int = 1  # layers that one turn of the layer loop holds; more is faster and compiles longer
     log_every: int = 10  # steps between lines of metrics.jsonl
     eval_every: int = 0  # steps between evaluations; 0: after each epoch, where there are epochs, and at the end
+    best: str = ""  # the score that the best checkpoint has most of; empty: the task's own
     patience: int = 0  # evaluations without a better score after which the run ends; 0: it goes on
     checkpoint_every: int = 0  # steps between checkpoints; 0: a tenth of the run
     keep: int = 2  # last checkpoints kept, beside the best
@@ -385,7 +403,7 @@ class RunConfig:
 
     def check(self) -> None:
         """Raises UserError for what can be known to fail before data or devices are looked at."""
-        if not self.data.path:
+        if not self.data.path and not isinstance(self.task, Several):
             raise UserError("data.path is empty; give a file, a folder, a glob or tfds:NAME with --data.path")
         for name in ("batch", "accumulate", "steps", "log_every", "keep", "unroll"):
             if getattr(self, name) < 1:
@@ -456,6 +474,11 @@ class RunConfig:
 
 def _check_task(task: Any) -> None:
     """Raises UserError where a field of a task is out of its range."""
+    if isinstance(task, Several):
+        for name, part in task.parts.items():
+            _check_part(name, part)
+        if not task.parts or len({part.weight > 0 for part in task.parts.values()}) > 1:
+            raise UserError("task.parts is empty, or some parts have a weight and some none; give all one, or none")
     for name, (low, high) in _RANGES.items():
         if hasattr(task, name) and not low <= getattr(task, name) < high:
             raise UserError(f"task.{name} is {getattr(task, name)}; it must lie in [{low}, {high})")
@@ -465,6 +488,19 @@ def _check_task(task: Any) -> None:
         raise UserError(f"task.text names {len(task.text)} columns; give one, or the two of a pair")
     if isinstance(task, Similarity) and not task.lowest < task.highest:
         raise UserError(f"task.lowest is {task.lowest}, task.highest {task.highest}; the second must be larger")
+
+
+def _check_part(name: str, part: Part) -> None:
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or isinstance(part.task, (CausalLM, MaskedLM, Several)):
+        raise UserError(
+            f"task.parts has {name!r}, a {type(part.task).__name__}; a name is of small letters, and a part is a task "
+            f"over records such as Classification"
+        )
+    if not part.data.path:
+        raise UserError(f"the data.path of the part {name!r} is empty; give a file, a folder, a glob or tfds:NAME")
+    if not 0 <= part.weight < _LARGE:
+        raise UserError(f"the weight of the part {name!r} is {part.weight}; it must not be negative")
+    _check_task(part.task)
 
 
 _RANGES = {
@@ -477,7 +513,7 @@ _RANGES = {
     "longest_answer": (1, MOST),
     "most_classes": (2, MOST),
 }
-_DECLARED = (CausalLM, MaskedLM, Classification, Tagging, QuestionAnswering, Similarity, MultipleChoice)
+_DECLARED = (CausalLM, MaskedLM, Classification, Tagging, QuestionAnswering, Similarity, MultipleChoice, Several)
 TASKS: dict[str, type] = {kind.__name__: kind for kind in _DECLARED}  # name in config.json -> its dataclass
 _PARTS: dict[tuple[type, str], type] = {
     (RunConfig, "model"): ModelConfig,
@@ -486,6 +522,7 @@ _PARTS: dict[tuple[type, str], type] = {
     (RunConfig, "optimizer"): OptimizerConfig,
     (RunConfig, "mesh"): MeshConfig,
     (DataConfig, "cleaning"): CleaningConfig,
+    (Part, "data"): DataConfig,
 }
 
 
@@ -493,8 +530,15 @@ def to_json(config: Any) -> dict[str, Any]:
     """A config as plain JSON values; the task keeps its kind under `kind`.  `from_json` is the inverse."""
     values = dataclasses.asdict(config)
     if isinstance(config, RunConfig):
-        values["task"] = {"kind": type(config.task).__name__, **values["task"]}
+        values["task"] = _of_kind(config.task)
     return json.loads(json.dumps(values))
+
+
+def _of_kind(task: Any) -> dict[str, Any]:
+    values = {"kind": type(task).__name__, **dataclasses.asdict(task)}
+    for name, part in task.parts.items() if isinstance(task, Several) else ():
+        values["parts"][name]["task"] = _of_kind(part.task)
+    return values
 
 
 def from_json(kind: type, values: dict[str, Any]) -> Any:

@@ -20,6 +20,7 @@ from jaxlm.nn.transformer import Transformer
 from jaxlm.step import make_eval_step
 from jaxlm.tasks import TASKS, Task
 from jaxlm.tasks.records import Outputs, Record, Records, RecordTask
+from jaxlm.tasks.several import SeveralTask
 
 WINDOW = 4096  # records that are predicted at once
 TOKENS = 4096  # places in a batch
@@ -38,7 +39,7 @@ class Seen(NamedTuple):
         return {name: total / weight if weight else 0.0 for name, (total, weight) in self.losses.items()}
 
 
-def see(eval_step: Step, params: Any, batches: Batches, put: Callable) -> Seen:
+def see(eval_step: Step, params: Any, batches: Any, put: Callable) -> Seen:
     """Runs over all batches.  `put` lays a batch on the mesh.
 
     Sums and weights are added over batches in float64 and divided once, so that the size of a batch does not show.
@@ -83,26 +84,48 @@ def _closed(segments_T: np.ndarray) -> np.ndarray:
     return np.where(segments_T == 0, segments_T.max(initial=0) + 1, segments_T)
 
 
-def predictions(task: RecordTask, records: Sequence[Record], batches: Batches, seen: Seen) -> list[dict[str, Any]]:
+def predictions(task: RecordTask, records: Sequence[Record], batches: Any, seen: Seen) -> list[dict[str, Any]]:
     """The prediction for each record, in order."""
     examples = batches.examples
     found: list[Outputs] = [[] for _ in records]
     for unit, outputs in enumerate(seen.outputs):
-        kept = examples.of(unit, examples.kept)  # type: ignore[attr-defined]  # batches of records
-        found[examples.record_of[unit]].append([a | b for a, b in zip(outputs, kept)])  # type: ignore[attr-defined]
+        kept = examples.of(unit, examples.kept)
+        found[examples.record_of[unit]].append([a | b for a, b in zip(outputs, kept)])
     return [task.predict(record, outputs) for record, outputs in zip(records, found)]
 
 
 def measure(
-    task: Task, eval_step: Step, params: Any, batches: Batches, part: Any, put: Callable
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    task: Task, eval_step: Step, params: Any, batches: Any, part: Any, put: Callable
+) -> tuple[dict[str, float], Any]:
     """The task's scores over all batches of a part of the data and, of a task over records, its predictions."""
+    if isinstance(task, SeveralTask):
+        return _measure_parts(task, eval_step, params, batches, part, put)
     seen = see(eval_step, params, batches, put)
     if not isinstance(task, RecordTask):
         totals = {name: total for name, (total, _) in seen.losses.items()}
         return task.score(seen.means, totals, part), []
     found = predictions(task, part.records, batches, seen)
     return {"loss": seen.means["loss"], **task.score(part.records, found)}, found
+
+
+def _measure_parts(
+    task: SeveralTask, eval_step: Step, params: Any, batches: Any, parts: Any, put: Callable
+) -> tuple[dict[str, float], dict[str, list[Row]]]:
+    """Each part's own scores and predictions, by the one compiled step."""
+    scores, found = {}, {}
+    for name, part in task.parts.items():
+        seen = see(eval_step, params, batches[name], put)
+        own = [
+            [
+                {f.removeprefix(f"{name}."): x for f, x in example.items() if f.startswith(f"{name}.")}
+                for example in unit
+            ]
+            for unit in seen.outputs
+        ]
+        records = parts[name].records
+        found[name] = predictions(part, records, batches[name], Seen(seen.losses, own))
+        scores[name] = {"loss": seen.means[f"{name}/loss"], **part.score(records, found[name])}
+    return task.score(scores), found
 
 
 # A model on new data

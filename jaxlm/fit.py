@@ -20,9 +20,9 @@ import numpy as np
 from jaxlm import families, report, sharding
 from jaxlm.checkpoint import Checkpoints, finite
 from jaxlm.config import ModelConfig, RunConfig, to_json
-from jaxlm.data.batches import Batch, Batches, prefetch
+from jaxlm.data.batches import Batch, prefetch
 from jaxlm.data.corpus import Prepared
-from jaxlm.errors import RunError, Stopped, UserError
+from jaxlm.errors import RunError, Stopped, UserError, perhaps
 from jaxlm.evaluate import measure
 from jaxlm.folder import RunLog, begin, claim, duration, write_json
 from jaxlm.generate import generate
@@ -31,8 +31,9 @@ from jaxlm.nn import parameters
 from jaxlm.nn.transformer import Transformer, init
 from jaxlm.optimizer import make_optimizer, make_schedule
 from jaxlm.step import TrainState, make_eval_step, make_train_step
-from jaxlm.tasks import make_task, prepare
+from jaxlm.tasks import make_batches, make_task, prepare
 from jaxlm.tasks.records import RecordTask
+from jaxlm.tasks.several import SeveralTask
 
 
 def say(message: str) -> None:
@@ -66,19 +67,21 @@ def fit(
     run = _with_tokenizer(run, model)
     data = data or prepare(run, model.tokenizer if model else None, say)
     task = make_task(run, data.tokenizer, data.labels)
+    if run.best and run.best not in (*task.scores, "loss"):
+        raise UserError(f"best is {run.best!r}{perhaps(run.best, [*task.scores, 'loss'])}")
     config, model = _starting(run, model, task, resuming)
-    examples = task.examples(data.train, True)
-    run = _sized(run, config, Batches(examples, 1, run.data.length, task.most, run.seed), mesh)
+    batches = make_batches(task, data.train, run.batch, run.data.length, run.seed)
+    run = _sized(run, config, batches, mesh)
     _check_rows(run, mesh)
-    batches = Batches(examples, run.batch, run.data.length, task.most, run.seed)
-    held_out = Batches(
-        task.examples(data.held_out, False), run.batch // run.accumulate, run.data.length, task.most, None
-    )
+    batches.rows = run.batch
+    held_out = make_batches(task, data.held_out, run.batch // run.accumulate, run.data.length, None)
     put = partial(_put, sharding.batch_sharding(mesh))
 
     # Model, optimizer, state: shapes first, so that everything is made where it will lie.
     dtype = jnp.dtype(run.compute_dtype)
     kind = Transformer if model is None else type(model.module)
+    if isinstance(task, SeveralTask):
+        kind = task.module()
     module = kind(config, sharding.constrainer(mesh), dtype, run.remat, run.unroll)
     shapes = jax.eval_shape(partial(init, module), jax.random.key(0))
     schedule = make_schedule(run.optimizer, run.steps)
@@ -106,10 +109,12 @@ def fit(
     if started and (folder / "report.html").exists():
         say(f"the run in {folder} is finished, at step {started:,}; nothing is left to do")
         checkpoints.close()
+        if isinstance(task, SeveralTask):
+            return load(folder / "export" / next(iter(task.parts)), compute_dtype=run.compute_dtype)
         return load(folder, compute_dtype=run.compute_dtype, module=None if kind is Transformer else kind)
     (folder / "report.html").unlink(missing_ok=True)  # its presence says that the run is finished
     _say_start(run, folder, data, batches, _size(shapes), mesh, started)
-    if isinstance(task, RecordTask) and (balance := task.balance(data.train)):
+    if isinstance(task, (RecordTask, SeveralTask)) and (balance := task.balance(data.train)):
         say(f"labels    {balance}")
 
     train_step = jax.jit(
@@ -120,7 +125,8 @@ def fit(
     )
     eval_step = jax.jit(make_eval_step(task, module))
     score = lambda params: measure(task, eval_step, params, held_out, data.held_out, put)
-    worth = lambda scores: -scores["loss"] if task.best == "loss" else scores[task.best]
+    best = run.best or task.best
+    worth = lambda scores: -scores["loss"] if best == "loss" else scores[best]
 
     log = RunLog(folder, started, run.steps)
     checkpoint_every = run.checkpoint_every or max(1, run.steps // 10)
@@ -129,7 +135,7 @@ def fit(
     unlogged: list[Any] = notes.get("unlogged", [])
     clock = time.monotonic() - notes.get("seconds", 0.0)
     scores: dict[str, float] = {}
-    found: list[Any] = []
+    found: Any = []
     history: list[float] = notes.get("history", [])  # what each evaluation was worth
     ending = started == run.steps or _stale(history, run.patience)
     try:
@@ -165,7 +171,7 @@ def fit(
                     raise _diverged(f"the held-out loss is {scores['loss']:.4g}", step, metrics, checkpoints)
                 history = [*history, worth(scores)]
                 if _stale(history, run.patience) and not ending:
-                    say(f"no better {task.best} in {run.patience} evaluations: the run ends at step {step:,}")
+                    say(f"no better {best} in {run.patience} evaluations: the run ends at step {step:,}")
                     ending = True
             if saving:
                 notes = {"unlogged": unlogged, "seconds": time.monotonic() - clock, "history": history}
@@ -175,13 +181,13 @@ def fit(
         checkpoints.wait()
 
         # The end, or where the run was asked to stop: the best weights are exported.
-        best = checkpoints.best()
-        if best != int(state.step):
-            restored, scores = checkpoints.restore(like, best), {}
+        best_step = checkpoints.best()
+        if best_step != int(state.step):
+            restored, scores = checkpoints.restore(like, best_step), {}
             state = restored[0] if restored else state
         files: dict[str, Any] = {"files": model.files, "pooling": model.pooling} if model else {}
         lm = LM(config, kind(config, dtype=dtype), state.params, data.tokenizer, _origin(run, model, task), **files)
-        export = _export(lm, folder / "export")
+        export, lm = _export(lm, task, folder / "export")
         if not ending:
             raise Stopped(f"stopped at step {step:,} of {run.steps:,} and saved; the same command goes on from here")
         if not scores:
@@ -216,17 +222,22 @@ def _starting(run: RunConfig, model: LM | None, task: Any, resuming: bool) -> tu
         model = load(run.init)
     config = run.model or (model.config if model else None)
     assert config is not None  # as `RunConfig.check` has it
+    if isinstance(task, SeveralTask):
+        if config.shared_transform:
+            raise UserError("the model has one transform before its heads, which several tasks cannot share yet")
+        config = replace(config, heads_on_top=())
     if isinstance(task, RecordTask):
         heads: Any = (task.head,) if task.head else ()
         config = replace(config, heads_on_top=heads, **labels)
     if run.dropout is not None and run.model is None:
         config = replace(config, dropout=run.dropout, attention_dropout=run.dropout)
-    if model is not None and model.pooling and isinstance(task, RecordTask):
-        task.pooling = model.pooling
+    if model is not None and model.pooling:
+        for one in task.parts.values() if isinstance(task, SeveralTask) else [task]:
+            one.pooling = model.pooling
     return config, model
 
 
-def _sized(run: RunConfig, config: ModelConfig, once: Batches, mesh: jax.sharding.Mesh) -> RunConfig:
+def _sized(run: RunConfig, config: ModelConfig, once: Any, mesh: jax.sharding.Mesh) -> RunConfig:
     """The run with its model, its rows in a batch and its steps as numbers, as the length of the data decides them."""
     if run.examples:
         per_row, ways = len(once.lengths) / once.rows_in_epoch, sharding.row_ways(mesh) * run.accumulate
@@ -245,11 +256,13 @@ def _stale(history: list[float], patience: int) -> bool:
     return bool(patience) and len(history) > patience and max(history[-patience:]) <= max(history[:-patience])
 
 
-def _sections(task: Any, data: Prepared, batches: Batches, found: Any) -> list[report.Section]:
+def _sections(task: Any, data: Prepared, batches: Any, found: Any) -> list[report.Section]:
     """What the report shows of a task over records."""
-    if not isinstance(task, RecordTask):
+    if not isinstance(task, (RecordTask, SeveralTask)):
         return []
     lengths = report.Histogram("Tokens of an example", batches.lengths, "tokens", float(batches.length))
+    if isinstance(task, SeveralTask):
+        return [*task.sections(data.held_out, found), lengths]
     return [*task.sections(data.held_out.records, found), lengths]
 
 
@@ -286,8 +299,9 @@ def _tell(
     }
     sample = _sample(lm, run)
     page = report.write(folder, to_json(run), facts, sample, sections)
+    width = max(24, *map(len, facts))
     for name, value in facts.items():
-        say(f"{name:>24}  {value}")
+        say(f"{name:>{width}}  {value}")
     if sample is not None:
         say(f"\n{'a sample':-^60}\n{sample}\n{'':-^60}")
     say(f"\nmodel ({export} format)  {folder / 'export'}\nreport  {page}")
@@ -330,7 +344,7 @@ def _check_fits(model: LM, shapes: Any) -> None:
 
 def _origin(run: RunConfig, model: LM | None, task: Any) -> families.Origin | None:
     """The format of the weights that the run began from: an equal model of another family is not theirs."""
-    further = task.config_keys if isinstance(task, RecordTask) else {}
+    further = getattr(task, "config_keys", {})
     said: dict[str, Any] = {}
     if model is not None:
         said = model.origin.config if model.origin else {}
@@ -388,9 +402,19 @@ def _averaged(metrics: list[dict[str, float]], seconds: float) -> dict[str, floa
     return {"loss": means["loss"]} | means | {"learning_rate": metrics[-1]["learning_rate"]} | speed
 
 
-def _export(lm: LM, folder: Path) -> str:
+def _export(lm: LM, task: Any, folder: Path) -> tuple[str, LM]:
+    """Writes the model; of several tasks, one model for each, and returns the first."""
     shutil.rmtree(folder, ignore_errors=True)
-    return save(lm, folder)
+    if not isinstance(task, SeveralTask):
+        return save(lm, folder), lm
+    of_parts = []
+    for name, part in task.parts.items():
+        config, params = task.part_of(lm.config, lm.params, name)
+        origin = lm.origin and lm.origin._replace(config={**lm.origin.config, **part.config_keys})
+        module = Transformer(config, dtype=lm.module.dtype)
+        of_parts.append(replace(lm, config=config, params=params, module=module, origin=origin))
+        kind = save(of_parts[-1], folder / name)
+    return kind, of_parts[0]
 
 
 def _sample(lm: LM, run: RunConfig) -> str | None:
@@ -411,9 +435,7 @@ def _size(shapes: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 
-def _say_start(
-    run: RunConfig, folder: Path, data: Prepared, batches: Batches, size: int, mesh: Any, started: int
-) -> None:
+def _say_start(run: RunConfig, folder: Path, data: Prepared, batches: Any, size: int, mesh: Any, started: int) -> None:
     rows = ", ".join(f"{count:,} {name}" for name, count in data.rows.items())
     say(f"data      {rows}; {data.train.said} to train on, {data.held_out.said} held out")
     say(f"model     {size:,} parameters on {mesh.size} {mesh.devices.flat[0].platform} device(s) {dict(mesh.shape)}")

@@ -33,7 +33,8 @@ ORDER = (  # each may import those before it and beside it
     ("generate", "inspect"),
     ("tasks",),
     ("optimizer", "step", "checkpoint"),
-    ("evaluate", "folder"),
+    ("folder",),
+    ("evaluate", "sweep"),
     ("fit",),
     ("__main__",),
 )

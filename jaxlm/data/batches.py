@@ -73,18 +73,22 @@ class Batches:
 
     def batch_at(self, step: int) -> Features:
         """The fields of batch `step`: [B, T] for tokens, [B, E] for examples; `segments_BT` 0 is padding."""
-        fields = {"tokens_BT": np.int32, "segments_BT": np.int32, "positions_BT": np.int32, **self.examples.fields}
-        if any("_BE" in name for name in fields):
-            fields |= {"starts_BE": np.int32, "weights_BE": np.float32}
-        sizes = {"B": self.rows, "T": self.length, "E": self.most, "N": self.examples.labels}
-        shape = lambda name: tuple(sizes[axis] for axis in name.rpartition("_")[2])
-        batch: Features = {name: np.zeros(shape(name), dtype) for name, dtype in fields.items()}
+        batch = self.nothing()
         for b in range(self.rows):
             found = self._row(step * self.rows + b)
             if found is not None:
                 epoch, units = found
                 _fill(batch, b, [epoch.features(i) for i in units])
         return batch
+
+    def nothing(self) -> Features:
+        """A batch of padding."""
+        fields = {"tokens_BT": np.int32, "segments_BT": np.int32, "positions_BT": np.int32, **self.examples.fields}
+        if any("_BE" in name for name in fields):
+            fields |= {"starts_BE": np.int32, "weights_BE": np.float32}
+        sizes = {"B": self.rows, "T": self.length, "E": self.most, "N": self.examples.labels}
+        shape = lambda name: tuple(sizes[axis] for axis in name.rpartition("_")[2])
+        return {name: np.zeros(shape(name), dtype) for name, dtype in fields.items()}
 
     def units_at(self, step: int) -> list[list[tuple[int, int]]]:
         """For each row of an evaluation's batch the units in it, and how many examples each has."""
@@ -113,12 +117,12 @@ class Batches:
         """The units of epoch n and their rows: units are shuffled, packed, and the rows shuffled."""
         if self.seed is None:
             epoch = self.examples.epoch(None)
-            return epoch, pack(epoch.lengths, self.length, self.most, epoch.counts)
+            return epoch, pack(epoch.lengths, self.length, self.most, counts=epoch.counts)
         epoch = self.examples.epoch(n)
         random = np.random.default_rng((self.seed, n, 0))
         order = random.permutation(len(epoch.lengths))
         counts = None if epoch.counts is None else epoch.counts[order]
-        packed = pack(epoch.lengths[order], self.length, self.most, counts)
+        packed = pack(epoch.lengths[order], self.length, self.most, counts=counts)
         shuffled = random.permutation(len(packed.starts) - 1)
         sizes = np.diff(packed.starts)[shuffled]
         starts = np.concatenate([[0], np.cumsum(sizes)])

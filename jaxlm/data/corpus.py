@@ -53,7 +53,7 @@ class Prepared(NamedTuple):
     held_out: Any
     rows: dict[str, int]  # how many rows were read, and what cleaning did to them
     fingerprint: str  # of the content of data and tokenizer, wherever they lie
-    labels: tuple[str, ...] = ()  # names of the outputs of the head that the task reads
+    labels: Any = ()  # names of the outputs of the head that the task reads; of several tasks, by their names
 
 
 def prepare(run: RunConfig, say: Callable[[str], None] = print) -> Prepared:
@@ -103,7 +103,7 @@ def _build_in(run: RunConfig, sentences: str | None, folder: Path, say: Callable
     assert run.model is not None
     data, rows = run.data, Counter[str]()
     read = lambda path, split, count: source.documents(path, data, split, count)
-    if data.eval_path or data.eval_split:
+    if data.eval_path or (data.eval_split and source.is_tfds(data.path)):
         train = lambda count=Counter(): read(data.path, data.split, count)
         held_out = lambda: read(data.eval_path or data.path, data.eval_split or data.split, Counter())
     else:

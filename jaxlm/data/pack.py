@@ -15,7 +15,7 @@ class Rows(NamedTuple):
     starts: np.ndarray  # [number of rows + 1] int64
 
 
-def pack(lengths: np.ndarray, length: int, most: int, counts: np.ndarray | None = None, window: int = 1 << 16) -> Rows:
+def pack(lengths: np.ndarray, length: int, most: int, window: int = 1 << 16, counts: np.ndarray | None = None) -> Rows:
     """Puts examples of `lengths` into rows of `length` tokens and at most `most` examples.
 
     counts: for how many examples each one counts, where it is a unit of several; None: for one.

@@ -125,7 +125,7 @@ def rows(path: str, data: DataConfig, split: str, report: Counter | None = None)
     Raises UserError for a missing path, a broken file, and a row that is not UTF-8 when cleaning.encoding is "refuse".
     """
     report = Counter() if report is None else report
-    if path.startswith("tfds:") or _is_tfds_folder(path):
+    if is_tfds(path):
         sources = iter([_tfds_rows(path, split)])
     else:
         sources = (_file_rows(file, data) for file in files(path))
@@ -550,8 +550,11 @@ _SUFFIXES = {
 }
 
 
-def _is_tfds_folder(path: str) -> bool:
-    return all(os.path.isfile(os.path.join(path, name)) for name in ("dataset_info.json", "features.json"))
+def is_tfds(path: str) -> bool:
+    """Whether a path is a tfds data set: a name, or the folder of a prepared one, which has splits."""
+    return path.startswith("tfds:") or all(
+        os.path.isfile(os.path.join(path, name)) for name in ("dataset_info.json", "features.json")
+    )
 
 
 @contextmanager

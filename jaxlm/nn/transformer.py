@@ -490,7 +490,7 @@ def init(module: Transformer, key: jax.Array) -> dict[str, Any]:
 
 
 def apply(
-    module: Transformer, params: Any, *inputs: Any, method: str = "__call__", key: jax.Array | None = None, **named: Any
+    module: Transformer, params: Any, *inputs: Any, method: Any = "__call__", key: jax.Array | None = None, **named: Any
 ) -> Any:
     """`module.method(*inputs, **named)` with these parameters; `key` turns dropout on."""
     rngs = None if key is None else {"dropout": key}

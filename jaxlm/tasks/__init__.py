@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 import jax
@@ -10,17 +11,18 @@ import jax
 from jaxlm import config
 from jaxlm.config import RunConfig
 from jaxlm.data import corpus
-from jaxlm.data.batches import Batch, Examples
+from jaxlm.data.batches import Batch, Batches, Examples
 from jaxlm.data.corpus import Prepared
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.losses import Losses
 from jaxlm.nn.transformer import Transformer
-from jaxlm.tasks import records
+from jaxlm.tasks import records, several
 from jaxlm.tasks.classification import ClassificationTask
 from jaxlm.tasks.multiple_choice import MultipleChoiceTask
 from jaxlm.tasks.pretraining import CausalLMTask, MaskedLMTask
 from jaxlm.tasks.question_answering import QuestionAnsweringTask
 from jaxlm.tasks.records import RecordTask
+from jaxlm.tasks.several import SeveralTask
 from jaxlm.tasks.similarity import SimilarityTask
 from jaxlm.tasks.tagging import TaggingTask
 
@@ -30,6 +32,7 @@ class Task(Protocol):
 
     head: Any  # of the model, that it reads; None: hidden states
     best: Any  # the score by which the best checkpoint is chosen: higher is better, but for "loss"
+    scores: Any  # those that it may be chosen by
     most: int  # examples in a row E
 
     def examples(self, part: Any, training: bool) -> Examples:
@@ -54,6 +57,7 @@ TASKS: dict[type, Any] = {
     config.QuestionAnswering: QuestionAnsweringTask,
     config.Similarity: SimilarityTask,
     config.MultipleChoice: MultipleChoiceTask,
+    config.Several: SeveralTask,
 }
 
 
@@ -66,11 +70,32 @@ def register(kind: type, task: type[RecordTask]) -> None:
 def prepare(run: RunConfig, tokenizer: Tokenizer | None, say: Callable[[str], None]) -> Prepared:
     """What a run reads.  `tokenizer`: in place of the run's.  Raises UserError for bad data."""
     kind = TASKS[type(run.task)]
+    if kind is SeveralTask:
+        return several.prepare(run, TASKS, tokenizer, say)
     if issubclass(kind, RecordTask):
         return records.prepare(run, kind, tokenizer, say)
     return corpus.prepare(run, say)
 
 
-def make_task(run: RunConfig, tokenizer: Tokenizer, labels: tuple[str, ...] = ()) -> Any:
-    """The task of a run.  Raises UserError where the tokenizer lacks a token that the task needs."""
-    return TASKS[type(run.task)](run.task, run.data.length, run.seed, tokenizer, labels)
+def best_of(run: RunConfig) -> str:
+    """The score by which the run's best checkpoint is chosen."""
+    best = TASKS[type(run.task)].best
+    return run.best or (best if isinstance(best, str) else make_task(run, None).best)
+
+
+def make_task(run: RunConfig, tokenizer: Tokenizer | None, labels: Any = ()) -> Any:
+    """The task of a run.  labels: names of the outputs of its head; of several tasks, those of each.
+
+    Raises UserError where the tokenizer lacks a token that the task needs.
+    """
+    if isinstance(run.task, config.Several):
+        make = lambda name, part: make_task(replace(run, task=part.task), tokenizer, labels.get(name, ()))
+        return SeveralTask(run.task, {name: make(name, part) for name, part in run.task.parts.items()})
+    return TASKS[type(run.task)](run.task, run.data.length, run.seed, tokenizer, tuple(labels))
+
+
+def make_batches(task: Any, part: Any, rows: int, length: int, seed: int | None) -> Any:
+    """Batches of a part of the data: for training; or, where there is no seed, for evaluation."""
+    if isinstance(task, SeveralTask):
+        return task.held_out(part, rows, length) if seed is None else task.batches(part, rows, length, seed)
+    return Batches(task.examples(part, seed is not None), rows, length, task.most, seed)

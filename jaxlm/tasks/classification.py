@@ -15,17 +15,21 @@ from jaxlm.data.batches import Batch, Features
 from jaxlm.data.source import Place, Row
 from jaxlm.errors import UserError
 from jaxlm.losses import Sum, binary_cross_entropy, cross_entropy, squared_error
-from jaxlm.nn.transformer import Transformer, apply
+from jaxlm.nn.transformer import Transformer
 from jaxlm.report import Heatmap, Section, Table
 from jaxlm.tasks.records import Outputs, Record, Records, RecordTask, framed, text_of
-from jaxlm.tasks.states import hidden, of_examples
+from jaxlm.tasks.states import of_examples
 
 _FIELDS: dict[str, dict[str, Any]] = {
     "class": {"labels_BE": np.int32},
     "classes": {"labels_BEN": np.float32},
     "number": {"labels_BE": np.float32},
 }
-_BEST = {"class": "accuracy", "classes": "micro_f1", "number": "spearman"}
+_SCORES = {
+    "class": ("accuracy", "f1", "macro_f1", "matthews"),
+    "classes": ("micro_f1", "macro_f1", "accuracy"),
+    "number": ("spearman", "pearson"),
+}
 _PROBLEM = {  # as transformers calls them
     "class": "single_label_classification",
     "classes": "multi_label_classification",
@@ -43,7 +47,7 @@ class ClassificationTask(RecordTask):
     def __init__(self, *parts: Any):
         super().__init__(*parts)
         self.fields: Mapping[str, Any] = _FIELDS[self.task.target]
-        self.best = _BEST[self.task.target]  # type: ignore[misc]
+        self.scores = _SCORES[self.task.target]
         self.config_keys = {"problem_type": _PROBLEM[self.task.target]}
         self._index = {name: i for i, name in enumerate(self.labels)}
         self._weights = np.ones(len(self.labels), np.float32)
@@ -131,9 +135,11 @@ class ClassificationTask(RecordTask):
         weight = self._weights[index] if training else np.float32(1)
         return {"labels_BE": np.int32(index), "weights_BE": weight}
 
-    def logits(self, module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
-        x_BED = of_examples(hidden(module, params, batch, key), batch, module.config.classes_from)
-        return apply(module, params, x_BED, method="classes", key=key)
+    def logits(
+        self, module: Transformer, params: Any, x_BTD: jax.Array, batch: Batch, key: jax.Array | None
+    ) -> jax.Array:
+        x_BED = of_examples(x_BTD, batch, module.config.classes_from)
+        return self.read_off(module, params, x_BED, key)
 
     def loss(self, logits: jax.Array, batch: Batch, training: bool) -> Sum:
         if self.task.target == "number":

@@ -16,10 +16,10 @@ from jaxlm.data.batches import Batch, Features
 from jaxlm.data.source import Place, Row
 from jaxlm.errors import UserError
 from jaxlm.losses import Sum
-from jaxlm.nn.transformer import Transformer, apply
+from jaxlm.nn.transformer import Transformer
 from jaxlm.report import Section, Table
 from jaxlm.tasks.records import Outputs, Record, Records, RecordTask, column, framed, text_of
-from jaxlm.tasks.states import hidden, of_examples
+from jaxlm.tasks.states import of_examples
 
 _MISTAKES = 20  # rows of the report's table
 
@@ -78,9 +78,11 @@ class MultipleChoiceTask(RecordTask):
     def weights(self, batch: Batch) -> dict[str, jax.Array]:
         return {"loss": batch["labels_BE"].sum()}
 
-    def logits(self, module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
-        x_BED = of_examples(hidden(module, params, batch, key), batch, module.config.classes_from)
-        return apply(module, params, x_BED, method="classes", key=key)[..., 0]
+    def logits(
+        self, module: Transformer, params: Any, x_BTD: jax.Array, batch: Batch, key: jax.Array | None
+    ) -> jax.Array:
+        x_BED = of_examples(x_BTD, batch, module.config.classes_from)
+        return self.read_off(module, params, x_BED, key)[..., 0]
 
     def loss(self, logits: jax.Array, batch: Batch, training: bool) -> Sum:
         groups_BE, labels_BE = batch["groups_BE"], batch["labels_BE"]

@@ -27,7 +27,7 @@ TRAINING, EVALUATION = 0, 1  # first word of the seeds below, so that no evaluat
 class CausalLMTask:
     """Each token is predicted from those before it."""
 
-    head, best = "lm", "loss"
+    head, best, scores = "lm", "loss", ("loss", "accuracy")
 
     def __init__(
         self, task: config.CausalLM, length: int, seed: int, tokenizer: Tokenizer, labels: tuple[str, ...] = ()
@@ -107,7 +107,7 @@ def _spans(start: int, end: int, length: int, stride: int, offset: int) -> np.nd
 class MaskedLMTask:
     """Masked tokens are predicted from all others; with `next_sentence`, also whether two texts belong together."""
 
-    head, best = "masked_lm", "loss"
+    head, best, scores = "masked_lm", "loss", ("loss", "accuracy")
 
     def __init__(
         self, task: config.MaskedLM, length: int, seed: int, tokenizer: Tokenizer, labels: tuple[str, ...] = ()

@@ -30,7 +30,7 @@ class QuestionAnsweringTask(RecordTask):
     """
 
     head = "span"
-    best = "f1"
+    scores = ("f1", "exact")
     fields: Mapping[str, Any] = {
         "labels_BEN": np.int32
     }  # the answer's first and last token, counted from the example's first

@@ -61,11 +61,12 @@ class RecordTask:
     """Base of the tasks over records; the module's text says what is to be given."""
 
     head: ClassVar[str | None]
-    best: ClassVar[str] = "accuracy"  # the score, better when higher, that the best checkpoint has most of
+    scores: tuple[str, ...] = ("accuracy",)  # higher is better; by the first the best checkpoint is chosen
     fields: Mapping[str, type] = {}  # of features, beside tokens_BT and types_BT
     kept: tuple[str, ...] = ()  # further features, per token, that `predict` wants back
     config_keys: Mapping[str, Any] = {}  # what the exported config.json says of the task
     pooling = Pooling()  # of a task that reads vectors
+    method: Any = None  # of the module, that applies the head; None: the one that is called like it
 
     def __init__(self, task: Any, length: int, seed: int, tokenizer: Tokenizer, labels: tuple[str, ...] = ()):
         self.task, self.length, self.seed, self.tokenizer, self.labels = task, length, seed, tokenizer, labels
@@ -115,10 +116,15 @@ class RecordTask:
         """For each record its units, for each unit its examples.  A record without a label gives none."""
         raise NotImplementedError
 
-    def logits(self, module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
+    def logits(
+        self, module: Transformer, params: Any, x_BTD: jax.Array, batch: Batch, key: jax.Array | None
+    ) -> jax.Array:
         """What the head says of each token."""
-        assert self.head is not None
-        return apply(module, params, hidden(module, params, batch, key), method=self.head, key=key)
+        return self.read_off(module, params, x_BTD, key)
+
+    def read_off(self, module: Transformer, params: Any, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        """The head on some hidden states."""
+        return apply(module, params, x, method=self.method or self.head, key=key)
 
     def loss(self, logits: jax.Array, batch: Batch, training: bool) -> Sum:
         raise NotImplementedError
@@ -146,6 +152,11 @@ class RecordTask:
         """Raises UserError for a label that the model does not know."""
         check_labels(type(self), part, self.labels)
 
+    @property
+    def best(self) -> str:
+        """The score by which the best checkpoint is chosen."""
+        return self.scores[0]
+
     # The rest is the same for all: the face of a task that a run sees.
 
     def examples(self, part: Records, training: bool) -> RecordExamples:
@@ -156,7 +167,13 @@ class RecordTask:
 
     def losses(self, module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> Losses:
         """The loss, and in evaluation (`key` is None) the outputs."""
-        logits = self.logits(module, params, batch, key)
+        return self.losses_of(module, params, hidden(module, params, batch, key), batch, key)
+
+    def losses_of(
+        self, module: Transformer, params: Any, x_BTD: jax.Array, batch: Batch, key: jax.Array | None
+    ) -> Losses:
+        """`losses`, from the hidden states of the batch."""
+        logits = self.logits(module, params, x_BTD, batch, key)
         return {"loss": self.loss(logits, batch, key is not None)}, self.outputs(logits, batch) if key is None else {}
 
 
@@ -225,7 +242,7 @@ def prepare(
     data, counts = run.data, Counter[str]()
     read = lambda path, split: load(kind, run, path, split, counts)
     train = read(data.path, data.split)
-    if data.eval_path or data.eval_split:
+    if data.eval_path or (data.eval_split and source.is_tfds(data.path)):
         held_out = read(data.eval_path or data.path, data.eval_split or data.split)
     else:
         train, held_out = split(kind, run.task, train, data.eval_fraction, run.seed)

@@ -17,7 +17,7 @@ from jaxlm.errors import UserError
 from jaxlm.losses import Sum, squared_error
 from jaxlm.nn.transformer import Transformer
 from jaxlm.tasks.records import Outputs, Record, RecordTask, framed, text_of
-from jaxlm.tasks.states import hidden, of_examples
+from jaxlm.tasks.states import of_examples
 
 
 class SimilarityTask(RecordTask):
@@ -34,7 +34,7 @@ class SimilarityTask(RecordTask):
     def __init__(self, *parts: Any):
         super().__init__(*parts)
         self.cosine = self.task.objective == "cosine"
-        self.best = "spearman" if self.cosine else "mrr"  # type: ignore[misc]
+        self.scores = ("spearman", "pearson") if self.cosine else ("mrr", "recall@1", "recall@5", "recall@10")
         self.fields: Mapping[str, Any] = {"labels_BE": np.float32}
 
     @classmethod
@@ -71,9 +71,10 @@ class SimilarityTask(RecordTask):
                 pair.append({"tokens_BT": ids, "types_BT": types, "labels_BE": label, "weights_BE": np.float32(first)})
             yield [pair]
 
-    def logits(self, module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
+    def logits(
+        self, module: Transformer, params: Any, x_BTD: jax.Array, batch: Batch, key: jax.Array | None
+    ) -> jax.Array:
         """Vectors [B, E, D] of Euclidean length 1."""
-        x_BTD = hidden(module, params, batch, key)
         parts = [of_examples(x_BTD, batch, mode) for mode in self.pooling.modes]
         v_BED = jnp.concatenate(parts, -1).astype(jnp.float32)
         return v_BED * jax.lax.rsqrt(jnp.maximum((v_BED**2).sum(-1, keepdims=True), 1e-24))

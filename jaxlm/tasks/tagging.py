@@ -28,7 +28,7 @@ class TaggingTask(RecordTask):
     """
 
     head = "tokens"
-    best = "f1"
+    scores = ("f1", "precision", "recall", "accuracy")
     fields: Mapping[str, Any] = {"labels_BT": np.int32, "weights_BT": np.float32}
     kept = ("words_BT",)  # number of the word that a token is the first of, else -1
     task: config.Tagging

@@ -1,0 +1,20 @@
+"""SQuAD: where in a text the answer to a question stands (Rajpurkar et al. 2016, 2018).
+
+    python train.py configs/squad.py --init MODEL --data.path train-v2.0.json --data.eval-path dev-v2.0.json
+
+MODEL is a folder or a hub name.  For SQuAD 1.1, whose questions all have an answer, add --task.no-unanswerable.
+"""
+
+from jaxlm import DataConfig, OptimizerConfig, QuestionAnswering, RunConfig
+
+
+def config() -> RunConfig:
+    return RunConfig(
+        model=None,
+        task=QuestionAnswering(),
+        data=DataConfig(format="squad", length=384),
+        optimizer=OptimizerConfig(rate=1e-4, schedule="linear", warmup=0.1, final=0.0, weight_decay=0.01, beta2=0.999),
+        examples=16,
+        epochs=2,
+        log_every=50,
+    )

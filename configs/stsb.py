@@ -1,0 +1,24 @@
+"""STS benchmark: how alike two sentences are, from 0 to 5 (Cer et al. 2017), told by the cosine of their vectors.
+
+    python train.py configs/stsb.py --init MODEL --data.path sts-train.csv --data.eval-path sts-dev.csv
+
+MODEL is a folder or a hub name.  The files are the original ones, divided by tabs, without a header.
+"""
+
+from jaxlm import DataConfig, OptimizerConfig, RunConfig, Similarity
+
+
+def config() -> RunConfig:
+    return RunConfig(
+        model=None,
+        task=Similarity(text=("sentence1", "sentence2"), label="score", highest=5.0),
+        data=DataConfig(
+            format="tsv",
+            columns=("genre", "file", "year", "id", "score", "sentence1", "sentence2"),
+            length=256,
+        ),
+        optimizer=OptimizerConfig(rate=2e-5, schedule="linear", warmup=0.1, final=0.0, weight_decay=0.01, beta2=0.999),
+        examples=16,
+        epochs=4,
+        log_every=50,
+    )

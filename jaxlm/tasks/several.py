@@ -1,0 +1,231 @@
+"""Several tasks on one body, a head for each; a row of a batch holds examples of one of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxlm import config
+from jaxlm.config import ModelConfig, RunConfig
+from jaxlm.data.batches import Batch, Batches, Features
+from jaxlm.data.corpus import Prepared
+from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.errors import UserError
+from jaxlm.losses import Losses
+from jaxlm.nn.heads import Classes, PerToken
+from jaxlm.nn.transformer import Transformer
+from jaxlm.report import Section
+from jaxlm.tasks.records import RecordTask
+from jaxlm.tasks.records import prepare as prepare_records
+from jaxlm.tasks.states import hidden
+
+SHARED = ("tokens_BT", "segments_BT", "positions_BT", "types_BT")  # fields that are not of one task
+_PERIOD = 1000  # rows after which the order of the tasks repeats
+
+
+class Parts(dict[str, Any]):
+    """Something of each part, by its name: records, batches."""
+
+    @property
+    def said(self) -> str:
+        """How much there is."""
+        return " + ".join(f"{name} {part.said}" for name, part in self.items())
+
+
+class SeveralTask:
+    """`config.Several`: the sum of the parts' losses, each divided by its own weight."""
+
+    head, best = None, "mean"
+    config_keys: Mapping[str, Any] = {}
+
+    def __init__(self, task: config.Several, parts: dict[str, RecordTask]):
+        self.task, self.parts = task, parts
+        for name, part in parts.items():
+            if part.head is not None:
+                part.method = lambda module, x, name=name: getattr(module, f"own_{name}")(x)
+        self.most = max(part.most for part in parts.values())
+        own = (f"{name}/{score}" for name, part in parts.items() for score in part.scores)
+        self.scores = ("mean", *own)  # mean: of the score that each part ranks by
+
+    def module(self) -> type[Transformer]:
+        """The class of the model: a Transformer with a head `own_NAME` for each part."""
+        heads = {name: (part.head, part.labels) for name, part in self.parts.items() if part.head is not None}
+
+        class WithHeads(Transformer):
+            def setup(self) -> None:
+                super().setup()
+                for name, (head, labels) in heads.items():
+                    setattr(self, f"own_{name}", _head(replace(self.config, labels=labels), head, self.dtype))
+
+            def initialise(self, tokens_BT: jax.Array) -> None:
+                x_BTD = self(tokens_BT)
+                for name in heads:
+                    getattr(self, f"own_{name}")(x_BTD)
+
+        return WithHeads
+
+    def part_of(self, model: ModelConfig, params: Any, name: str) -> tuple[ModelConfig, Any]:
+        """The config and the parameters of the body with the head of one part, as that task alone has them."""
+        part = self.parts[name]
+        body = {key: value for key, value in params.items() if not key.startswith("own_")}
+        if part.head is None:
+            return model, body
+        on_top: Any = (part.head,)
+        alone = replace(model, heads_on_top=on_top, labels=part.labels)
+        return alone, body | {f"{part.head}_head": params[f"own_{name}"]}
+
+    def batches(self, data: Parts, rows: int, length: int, seed: int) -> Mixed:
+        """Training batches, mixed by the parts' weights."""
+        apart = {
+            name: Batches(part.examples(data[name], True), 1, length, part.most, seed)
+            for name, part in self.parts.items()
+        }
+        return Mixed(apart, {name: self.task.parts[name].weight for name in apart}, rows, seed)
+
+    def held_out(self, data: Parts, rows: int, length: int) -> Parts:
+        """Of each part the batches that evaluate it, with the fields that training batches have."""
+        apart = {
+            name: Batches(part.examples(data[name], False), rows, length, part.most, None)
+            for name, part in self.parts.items()
+        }
+        return Parts({name: Evaluated(apart, name) for name in apart})
+
+    def losses(self, module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> Losses:
+        x_BTD = hidden(module, params, batch, key)
+        losses: dict[str, Any] = {}
+        outputs: dict[str, jax.Array] = {}
+        for name, part in self.parts.items():
+            found, kept = part.losses_of(module, params, x_BTD, _view(batch, name), key)
+            losses[f"{name}/loss"] = found["loss"]
+            outputs |= {f"{name}.{field}": array for field, array in kept.items()}
+        return losses, outputs
+
+    def weights(self, batch: Batch) -> dict[str, jax.Array]:
+        return {f"{name}/loss": part.weights(_view(batch, name))["loss"] for name, part in self.parts.items()}
+
+    def score(self, of_parts: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+        """All scores from those of each part; `mean` is of the score that each part ranks by."""
+        found = {f"{name}/{score}": value for name, scores in of_parts.items() for score, value in scores.items()}
+        mean = float(np.mean([scores[self.parts[name].best] for name, scores in of_parts.items()]))
+        return {"loss": sum(scores["loss"] for scores in of_parts.values()), "mean": mean, **found}
+
+    def balance(self, data: Parts) -> str:
+        lines = ((name, part.balance(data[name])) for name, part in self.parts.items())
+        return "; ".join(f"{name}: {line}" for name, line in lines if line)
+
+    def sections(self, data: Parts, predictions: Mapping[str, Any]) -> list[Section]:
+        return [
+            section._replace(title=f"{name}: {section.title}")
+            for name, part in self.parts.items()
+            for section in part.sections(data[name].records, predictions[name])
+        ]
+
+
+class Mixed:
+    """Training batches whose rows are of several tasks: row by row another, in the order of a shuffled pattern in which
+    each has its share.  The fields of a task bear its name, as in `ner.labels_BT`; in the rows of others they are 0."""
+
+    def __init__(self, parts: dict[str, Batches], weights: dict[str, float], rows: int, seed: int):
+        self.parts, self.rows = parts, rows
+        self.length = next(iter(parts.values())).length
+        shares = np.array([weights[name] or part.rows_in_epoch for name, part in parts.items()], float)
+        counts = np.maximum(1, np.floor(_PERIOD * shares / shares.sum())).astype(int)
+        self._pattern = np.random.default_rng((seed, 2)).permutation(np.repeat(np.arange(len(parts)), counts))
+        chosen = self._pattern[:, None] == np.arange(len(parts))
+        self._before = np.cumsum(chosen, axis=0) - chosen  # rows of each part before a place of the pattern
+        self._counts = counts
+
+    @property
+    def rows_in_epoch(self) -> int:
+        """Rows that the parts together have."""
+        return sum(part.rows_in_epoch for part in self.parts.values())
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each unit of all parts."""
+        return np.concatenate([part.lengths for part in self.parts.values()])
+
+    def batch_at(self, step: int) -> Features:
+        """The fields of batch `step`, as `Batches.batch_at` has them."""
+        batch = _empty(self.parts, self.rows)
+        names = list(self.parts)
+        for b in range(self.rows):
+            turn, place = divmod(step * self.rows + b, len(self._pattern))
+            k = self._pattern[place]
+            row = self.parts[names[k]].batch_at(int(turn * self._counts[k] + self._before[place, k]))
+            for field, value in row.items():
+                batch[field if field in SHARED else f"{names[k]}.{field}"][b] = value[0]
+        return batch
+
+
+class Evaluated:
+    """The evaluation batches of one part, with the fields of all."""
+
+    def __init__(self, parts: dict[str, Batches], name: str):
+        self._parts, self._name = parts, name
+        self.part = parts[name]
+
+    def __len__(self) -> int:
+        return len(self.part)
+
+    def batch_at(self, step: int) -> Features:
+        """The fields of batch `step`."""
+        found = self.part.batch_at(step)
+        named = {field if field in SHARED else f"{self._name}.{field}": value for field, value in found.items()}
+        return _empty(self._parts, self.part.rows) | named
+
+    def units_at(self, step: int) -> list[list[tuple[int, int]]]:
+        """As `Batches.units_at`."""
+        return self.part.units_at(step)
+
+    @property
+    def examples(self) -> Any:
+        """The part's."""
+        return self.part.examples
+
+
+def _empty(parts: dict[str, Batches], rows: int) -> Features:
+    """A batch of nothing, with the fields of all parts."""
+    batch: Features = {}
+    for name, part in parts.items():
+        for field, value in part.nothing().items():
+            batch[field if field in SHARED else f"{name}.{field}"] = np.zeros((rows, *value.shape[1:]), value.dtype)
+    return batch
+
+
+def _view(batch: Batch, name: str) -> Batch:
+    """The fields of one part, under the names that it knows."""
+    own = {field.removeprefix(f"{name}."): x for field, x in batch.items() if field.startswith(f"{name}.")}
+    return {field: batch[field] for field in SHARED if field in batch} | own
+
+
+def _head(model: ModelConfig, head: str, dtype: Any) -> Any:
+    if head == "classes":
+        return Classes(model, dtype)
+    return PerToken(model, 2 if head == "span" else len(model.labels), dtype)
+
+
+def prepare(
+    run: RunConfig, kinds: Mapping[type, Any], tokenizer: Tokenizer | None, say: Callable[[str], None]
+) -> Prepared:
+    """The data of all parts.  Raises UserError for bad data, with the part's name."""
+    if tokenizer is None and not run.tokenizer.path:
+        raise UserError("several tasks share a tokenizer; give one with --tokenizer.path, or weights with --init")
+    found: dict[str, Prepared] = {}
+    for name, part in run.task.parts.items():
+        alone = replace(run, task=part.task, data=replace(part.data, length=run.data.length))
+        try:
+            found[name] = prepare_records(alone, kinds[type(part.task)], tokenizer, say)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+        tokenizer = found[name].tokenizer
+    assert tokenizer is not None
+    take = lambda side: Parts({name: getattr(part, side) for name, part in found.items()})
+    rows = {f"{name} {what}": count for name, part in found.items() for what, count in part.rows.items()}
+    digest = hashlib.sha256("".join(part.fingerprint for part in found.values()).encode()).hexdigest()[:16]
+    return Prepared(tokenizer, take("train"), take("held_out"), rows, digest, take("labels"))
