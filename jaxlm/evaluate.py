@@ -140,8 +140,11 @@ def predict(
     task names.  task: such as `Classification()`; None: what the model's head is for.  length: tokens in a row, and
     the most that an example has; None: 512, or as many as the model has positions.  batch: rows in a batch.
 
-    Raises UserError for a model without a head for it, and for an example that is not what the task reads.
+    Labels among the columns are not read.  Raises UserError for a model without a head for it, and for an example that
+    is not what the task reads.
     """
+    if isinstance(examples, (str, dict)):
+        raise UserError(f"examples is one {type(examples).__name__}, {examples!r:.60}; give a list of examples")
     task = task or task_of(lm)
     rows = ((Place("example", n), _row(task, example)) for n, example in enumerate(examples, start=1))
     return [prediction for _, prediction in predicted(lm, rows, task, length, batch)]
@@ -154,32 +157,50 @@ def predicted(
     made = _made(lm, task, length)
     rows = iter(rows)
     while some := list(islice(rows, WINDOW)):
-        records = [_record(made, row, place) for place, row in some]
+        records = [_unlabelled(made, row, place) for place, row in some]
         for (_, row), prediction in zip(some, _seen(lm, made, records, batch)[0]):
             yield row, {name: value for name, value in prediction.items() if not name.startswith("_")}
 
 
 def evaluate(
-    lm: LM, rows: Iterable[tuple[Place, Row]], task: Any = None, length: int | None = None, batch: int | None = None
+    lm: LM,
+    rows: Iterable[tuple[Place, Row] | Row],
+    task: Any = None,
+    length: int | None = None,
+    batch: int | None = None,
 ) -> dict[str, float]:
-    """The task's scores, and its loss, over rows that have labels.  Raises UserError for a row without, or of a label
-    that the model does not know."""
+    """The task's scores, and its loss, over rows that have labels; the rest is as in `predict`.
+
+    rows: dicts with the columns that the task names, each alone or behind its place, as `source.rows` gives them.
+    `examples` counts them, and `dropped` those beside them that the task leaves out.
+
+    Raises UserError where there are none, for a row without a label, and for a label that the model does not know.
+    """
     made = _made(lm, task or task_of(lm), length)
-    part = Records([], [])
-    for place, row in rows:
-        record = _record(made, row, place)
+    part, dropped = Records([], []), 0
+    for n, given in enumerate(rows, start=1):
+        place, row = (Place("example", n), given) if isinstance(given, dict) else given
+        record = made.read(made.task, row, place)
+        if record is None:
+            dropped += 1
+            continue
         made.labelled(made.task, row, record, place)
         part.records.append(record)
         part.places.append(place)
+    if not part.records:
+        raise UserError(f"there is no row to score, with {dropped} dropped; give at least one")
     made.check_labels(part)
     found, means = _seen(lm, made, part.records, batch)
-    return {"examples": len(part.records), **means, **made.score(part.records, found)}
+    counts = {"examples": len(part.records)} | ({"dropped": dropped} if dropped else {})
+    return {**counts, **means, **made.score(part.records, found)}
 
 
 def _seen(lm: LM, task: RecordTask, records: list[Record], rows: int | None) -> tuple[list[Row], dict[str, float]]:
+    if rows is not None and rows < 1:
+        raise UserError(f"batch is {rows}; it must be at least 1")
     mesh = mesh_of(lm)
     ways = 1 if mesh is None else sharding.row_ways(mesh)
-    rows = rows or -(-max(1, TOKENS // task.length) // ways) * ways
+    rows = -(-(rows or max(1, TOKENS // task.length)) // ways) * ways  # the size of a batch does not show
     batches = Batches(task.examples(Records(records, []), False), rows, task.length, task.most, None)
     layout = None if mesh is None else sharding.batch_sharding(mesh)
     put = lambda batch, k: {n: jax.device_put(x.reshape(k, -1, *x.shape[1:]), layout) for n, x in batch.items()}
@@ -206,8 +227,17 @@ def _made(lm: LM, task: Any, length: int | None) -> RecordTask:
         raise UserError("the model has no tokenizer; load it from a folder with one, or give it one")
     if kind.head is not None and kind.head not in lm.config.heads_on_top:
         raise UserError(
-            f"{type(task).__name__} reads the head {kind.head!r}, the model has {lm.config.heads_on_top}; fine-tune it"
+            f"{type(task).__name__} reads the head {kind.head!r}, the model has {', '.join(lm.config.heads_on_top) or 'none'}; "
+            f"fine-tune it"
         )
+    target = "number" if isinstance(task, config.MultipleChoice) else getattr(task, "target", "classes")
+    if kind.head == "classes" and target != "classes" and (target == "number") != (len(lm.config.labels) == 1):
+        raise UserError(
+            f"{type(task).__name__} tells a {target}, the model has the outputs {', '.join(lm.config.labels)}; "
+            f"give the task that it was trained for"
+        )
+    if length is not None and length < 2:
+        raise UserError(f"length is {length}; a row needs at least 2 tokens")
     positions = lm.config.max_length if lm.config.positions == "learned" else 512
     if length is not None and lm.config.positions == "learned" and length > positions:
         raise UserError(f"length is {length}, longer than the {positions} positions of the model; lower it")
@@ -241,7 +271,11 @@ def _row(task: Any, example: Any) -> Row:
         return {task.tokens: example}
     columns = getattr(task, "text", None)
     columns = (columns,) if isinstance(columns, str) else columns or ("question", "context")
-    values = (example,) if isinstance(example, str) else tuple(example)
+    values = (example,) if isinstance(example, str) else example
+    if not isinstance(values, (tuple, list)):
+        raise UserError(
+            f"an example is {example!r:.60}; give a text, a tuple of texts, or a dict with the task's columns"
+        )
     if isinstance(task, config.Classification) and len(values) != len(columns) and task.text == ("text",):
         raise UserError(
             f"an example has {len(values)} texts; name two columns, Classification(text=('a', 'b')), for pairs"
@@ -251,8 +285,10 @@ def _row(task: Any, example: Any) -> Row:
     return dict(zip(columns, values))
 
 
-def _record(task: RecordTask, row: Row, place: Place) -> Record:
-    record = task.read(task.task, row, place)
+def _unlabelled(task: RecordTask, row: Row, place: Place) -> Record:
+    """The record of a row, read without its label: a prediction is not held up by one that is new, or a -1."""
+    label = getattr(task.task, "label", getattr(task.task, "tags", "answers"))
+    record = task.read(task.task, {name: value for name, value in row.items() if name != label}, place)
     if record is None:
         raise UserError(f"{place}: the row is one that the task leaves out; mend it")
     return record

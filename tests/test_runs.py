@@ -162,7 +162,7 @@ def test_what_a_run_leaves(alone):
     kept = {path.name for path in (alone / "checkpoints").iterdir()}
     assert {"9", "12"} <= kept <= {"6", "9", "12"}
     assert sorted(path.name for path in alone.iterdir()) == [
-        "checkpoints", "config.json", "export", "metrics.jsonl", "report", "report.html", "tensorboard",
+        "checkpoints", "config.json", "export", "metrics.jsonl", "report", "report.html", "scores.json", "tensorboard",
     ]  # fmt: skip
 
 

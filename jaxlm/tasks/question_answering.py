@@ -20,6 +20,7 @@ from jaxlm.tasks.records import Outputs, Record, Records, RecordTask, column, te
 
 _BEST = 20  # starts and ends of a window that are combined
 _MISTAKES = 20  # rows of the report's table
+_NEVER = float(np.finfo(np.float32).min)  # margin of a text without any span: below every threshold
 
 
 class QuestionAnsweringTask(RecordTask):
@@ -99,19 +100,21 @@ class QuestionAnsweringTask(RecordTask):
                     f"and windows have task.stride {self.task.stride} in common; raise the first or lower the last"
                 )
             spans = np.array(offsets, np.int32).reshape(-1, 2)
+            answers = record.get("label")
+            answer = _tokens_of(*answers[0], spans) if answers else None
             units = []
             for start in range(0, max(1, len(context) - self.task.stride), width - self.task.stride):
                 tokens, types, [_, at] = self.tokenizer.wrap(question, context[start : start + width])
                 window = spans[start : start + width]
                 offsets_T2 = np.full((len(tokens), 2), -1, np.int32)
                 offsets_T2[at : at + len(window)] = window
-                answers = record.get("label")
+                inside = answer is not None and start <= answer[0] and answer[1] < start + width
                 units.append(
                     [
                         {
                             "tokens_BT": np.array(tokens, np.int32),
                             "types_BT": np.array(types, np.int32),
-                            "labels_BEN": _tokens_of(answers[0], window, at) if answers else np.zeros(2, np.int32),
+                            "labels_BEN": answer + np.int32(at - start) if inside else np.zeros(2, np.int32),
                             "offsets_BT": offsets_T2,
                         }
                     ]
@@ -141,10 +144,10 @@ class QuestionAnsweringTask(RecordTask):
         The score of no answer is the least, over the windows, that the first token is both start and end.
         """
         silent = min(float(found["start_BT"][0] + found["end_BT"][0]) for [found] in outputs)
-        spans = sorted((span for [found] in outputs for span in self._spans(found)), reverse=True)[:_BEST]
+        spans = sorted((span for [found] in outputs for span in self._spans(found)), key=lambda span: -span[0])[:_BEST]
         scores = np.array([score for score, _, _ in spans] + [silent] * self.task.unanswerable)
         if not spans:
-            return {"prediction": "", "confidence": 1.0, "_answer": "", "_margin": -np.inf}
+            return {"prediction": "", "confidence": 1.0, "_answer": "", "_margin": _NEVER}
         score, start, end = spans[0]
         answer = record["context"][start:end]
         p = np.exp(scores - scores.max())
@@ -192,11 +195,10 @@ class QuestionAnsweringTask(RecordTask):
         return [Table("The most confident mistakes", ("question", "true", "predicted", "confidence"), rows, note)]
 
 
-def _tokens_of(answer: tuple[str, int], window: np.ndarray, at: int) -> np.ndarray:
-    """First and last token of the answer, counted from the example's first; 0, 0 where it is not wholly inside."""
-    text, start = answer
-    end = start + len(text)
-    inside = np.flatnonzero((window[:, 0] < end) & (window[:, 1] > start))
-    if not len(inside) or window[inside[0], 0] > start or window[inside[-1], 1] < end:
-        return np.zeros(2, np.int32)
-    return np.array([at + inside[0], at + inside[-1]], np.int32)
+def _tokens_of(text: str, start: int, spans: np.ndarray) -> np.ndarray | None:
+    """First and last token of an answer, of a text's tokens with these characters; None where none is of it.
+
+    The first and last character need no token: answers of SQuAD may begin or end with a space.
+    """
+    of_answer = np.flatnonzero((spans[:, 0] < start + len(text)) & (spans[:, 1] > start))
+    return of_answer[[0, -1]].astype(np.int32) if len(of_answer) else None
