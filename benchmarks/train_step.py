@@ -140,7 +140,7 @@ class Worker:
     """A side in a process of its own, so that the threads of one do not stand in the way of the other."""
 
     def __init__(self, side: str, name: str):
-        command = [sys.executable, __file__, "--work", side, name]
+        command = [sys.executable, sys.argv[0], "--work", side, name]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )

@@ -20,5 +20,6 @@ def config() -> RunConfig:
         optimizer=OptimizerConfig(rate=2e-5, schedule="linear", warmup=0.1, final=0.0, weight_decay=0.01, beta2=0.999),
         examples=16,
         epochs=4,
+        unroll=6,
         log_every=50,
     )

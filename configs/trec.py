@@ -22,5 +22,6 @@ def config() -> RunConfig:
         optimizer=OptimizerConfig(rate=1e-4, schedule="linear", warmup=0.1, final=0.0, weight_decay=0.01, beta2=0.999),
         examples=32,
         epochs=6,
+        unroll=6,
         log_every=50,
     )

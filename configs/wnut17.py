@@ -17,5 +17,6 @@ def config() -> RunConfig:
         optimizer=OptimizerConfig(rate=1e-4, schedule="linear", warmup=0.1, final=0.0, weight_decay=0.01, beta2=0.999),
         examples=16,
         epochs=5,
+        unroll=6,
         log_every=50,
     )

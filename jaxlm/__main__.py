@@ -27,7 +27,10 @@ from jaxlm.config import DataConfig, RunConfig
 from jaxlm.errors import RunError, Stopped, UserError, perhaps
 from jaxlm.sweep import combinations, sweep
 
-LARGE_ON_CPU = 50_000_000  # parameters; from here on one CPU device serves all cores
+LARGE_ON_CPU = 50_000_000  # parameters; from here on one CPU device serves all cores,
+LARGE_BY_TOKEN = (
+    5_000  # as from here on, by the tokens of an update: 2.3 against 1.5 steps a second for MiniLM on SST-2
+)
 
 
 def train(argv: list[str]) -> int:
@@ -343,7 +346,11 @@ def one_device_per_core(runs: list[RunConfig]) -> None:
 
 
 def _devices(run: RunConfig) -> int:
-    """A large model has one device for all cores: each further one would hold and update all parameters once more."""
+    """How many devices suit a run on CPU.
+
+    A large model has one for all cores, as has one that is large by the tokens of an update: each further device would
+    hold and update all parameters once more.
+    """
     if run.model is not None:
         parameters = run.model.vocabulary * run.model.width + 12 * run.model.layers * run.model.width**2
     else:  # four bytes each, in most files; a hub name is not fetched for this
@@ -354,7 +361,8 @@ def _devices(run: RunConfig) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     fixed = -sizes[0] * sizes[1] * sizes[2]
     rows = 0 if run.examples else run.batch // run.accumulate  # rows that are yet to be chosen suit the devices
-    most = cores if parameters < LARGE_ON_CPU else max(1, fixed)
+    tokens = (run.examples or run.batch) * run.data.length
+    most = cores if parameters < min(LARGE_ON_CPU, LARGE_BY_TOKEN * tokens) else max(1, fixed)
     fits = [n for n in range(1, most + 1) if n % max(1, fixed) == 0 and rows % n == 0]
     return max(fits, default=1)
 

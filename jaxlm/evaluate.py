@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,25 +18,13 @@ from jaxlm.errors import UserError
 from jaxlm.lm import LM
 from jaxlm.nn.transformer import Transformer
 from jaxlm.step import make_eval_step
-from jaxlm.tasks import TASKS, Task
-from jaxlm.tasks.records import Outputs, Record, Records, RecordTask
-from jaxlm.tasks.several import SeveralTask
+from jaxlm.tasks import TASKS
+from jaxlm.tasks.records import Record, Records, RecordTask
+from jaxlm.tasks.task import Seen
 
 WINDOW = 4096  # records that are predicted at once
 TOKENS = 4096  # places in a batch
 Step = Callable[[Any, Any], Any]  # what `make_eval_step` makes, jitted
-
-
-class Seen(NamedTuple):
-    """What an evaluation saw: sums and weights over all batches, and the outputs of each unit's examples."""
-
-    losses: dict[str, tuple[float, float]]
-    outputs: list[list[dict[str, np.ndarray]]]
-
-    @property
-    def means(self) -> dict[str, float]:
-        """Sums by weights; 0 where there was nothing to weigh."""
-        return {name: total / weight if weight else 0.0 for name, (total, weight) in self.losses.items()}
 
 
 def see(eval_step: Step, params: Any, batches: Any, put: Callable) -> Seen:
@@ -82,50 +70,6 @@ def _apart(
 def _closed(segments_T: np.ndarray) -> np.ndarray:
     """Segments in ascending order, with the padding at the end counted as one more."""
     return np.where(segments_T == 0, segments_T.max(initial=0) + 1, segments_T)
-
-
-def predictions(task: RecordTask, records: Sequence[Record], batches: Any, seen: Seen) -> list[dict[str, Any]]:
-    """The prediction for each record, in order."""
-    examples = batches.examples
-    found: list[Outputs] = [[] for _ in records]
-    for unit, outputs in enumerate(seen.outputs):
-        kept = examples.of(unit, examples.kept)
-        found[examples.record_of[unit]].append([a | b for a, b in zip(outputs, kept)])
-    return [task.predict(record, outputs) for record, outputs in zip(records, found)]
-
-
-def measure(
-    task: Task, eval_step: Step, params: Any, batches: Any, part: Any, put: Callable
-) -> tuple[dict[str, float], Any]:
-    """The task's scores over all batches of a part of the data and, of a task over records, its predictions."""
-    if isinstance(task, SeveralTask):
-        return _measure_parts(task, eval_step, params, batches, part, put)
-    seen = see(eval_step, params, batches, put)
-    if not isinstance(task, RecordTask):
-        totals = {name: total for name, (total, _) in seen.losses.items()}
-        return task.score(seen.means, totals, part), []
-    found = predictions(task, part.records, batches, seen)
-    return {"loss": seen.means["loss"], **task.score(part.records, found)}, found
-
-
-def _measure_parts(
-    task: SeveralTask, eval_step: Step, params: Any, batches: Any, parts: Any, put: Callable
-) -> tuple[dict[str, float], dict[str, list[Row]]]:
-    """Each part's own scores and predictions, by the one compiled step."""
-    scores, found = {}, {}
-    for name, part in task.parts.items():
-        seen = see(eval_step, params, batches[name], put)
-        own = [
-            [
-                {f.removeprefix(f"{name}."): x for f, x in example.items() if f.startswith(f"{name}.")}
-                for example in unit
-            ]
-            for unit in seen.outputs
-        ]
-        records = parts[name].records
-        found[name] = predictions(part, records, batches[name], Seen(seen.losses, own))
-        scores[name] = {"loss": seen.means[f"{name}/loss"], **part.score(records, found[name])}
-    return task.score(scores), found
 
 
 # A model on new data
@@ -188,7 +132,7 @@ def evaluate(
         part.records.append(record)
         part.places.append(place)
     if not part.records:
-        raise UserError(f"there is no row to score, with {dropped} dropped; give at least one")
+        raise UserError(f"there is no row to score{f', {dropped:,} are dropped' if dropped else ''}; give at least one")
     made.check_labels(part)
     found, means = _seen(lm, made, part.records, batch)
     counts = {"examples": len(part.records)} | ({"dropped": dropped} if dropped else {})
@@ -206,7 +150,7 @@ def _seen(lm: LM, task: RecordTask, records: list[Record], rows: int | None) -> 
     put = lambda batch, k: {n: jax.device_put(x.reshape(k, -1, *x.shape[1:]), layout) for n, x in batch.items()}
     step = _eval_step(lm.module, type(task), task.task, task.length, task.labels, task.pooling.modes)  # type: ignore[arg-type]
     seen = see(step, params_of(lm), batches, put)
-    return predictions(task, records, batches, seen), seen.means
+    return task.predictions(records, batches, seen.outputs), seen.means
 
 
 @lru_cache(maxsize=32)
@@ -226,15 +170,13 @@ def _made(lm: LM, task: Any, length: int | None) -> RecordTask:
     if lm.tokenizer is None:
         raise UserError("the model has no tokenizer; load it from a folder with one, or give it one")
     if kind.head is not None and kind.head not in lm.config.heads_on_top:
-        raise UserError(
-            f"{type(task).__name__} reads the head {kind.head!r}, the model has {', '.join(lm.config.heads_on_top) or 'none'}; "
-            f"fine-tune it"
-        )
+        heads = ", ".join(lm.config.heads_on_top) or "none"
+        raise UserError(f"{type(task).__name__} reads the head {kind.head}, the model has {heads}; fine-tune it")
     target = "number" if isinstance(task, config.MultipleChoice) else getattr(task, "target", "classes")
     if kind.head == "classes" and target != "classes" and (target == "number") != (len(lm.config.labels) == 1):
         raise UserError(
-            f"{type(task).__name__} tells a {target}, the model has the outputs {', '.join(lm.config.labels)}; "
-            f"give the task that it was trained for"
+            f"{type(task).__name__} reads {'one output' if target == 'number' else 'several outputs'}, the model has "
+            f"{', '.join(lm.config.labels)}; give the task that it was trained for"
         )
     if length is not None and length < 2:
         raise UserError(f"length is {length}; a row needs at least 2 tokens")
@@ -250,6 +192,8 @@ def _made(lm: LM, task: Any, length: int | None) -> RecordTask:
 def task_of(lm: LM) -> Any:
     """What a model's head is for, as its config.json says."""
     heads, said = lm.config.heads_on_top, lm.origin.config if lm.origin else {}
+    if any(str(name).endswith("ForMultipleChoice") for name in said.get("architectures") or ()):
+        return config.MultipleChoice()
     if "classes" in heads:
         target = {"multi_label_classification": "classes", "regression": "number"}.get(said.get("problem_type") or "")
         number = target is None and len(lm.config.labels) == 1
@@ -260,7 +204,10 @@ def task_of(lm: LM) -> Any:
         return config.QuestionAnswering()
     if lm.pooling is not None:
         return config.Similarity()
-    raise UserError(f"the model has {heads or 'no head'}, none that tells something of an example; fine-tune it first")
+    raise UserError(
+        f"the model has the heads: {', '.join(heads) or 'none'}; classes, tokens or span would tell something of an "
+        f"example: fine-tune it first"
+    )
 
 
 def _row(task: Any, example: Any) -> Row:
@@ -288,7 +235,8 @@ def _row(task: Any, example: Any) -> Row:
 def _unlabelled(task: RecordTask, row: Row, place: Place) -> Record:
     """The record of a row, read without its label: a prediction is not held up by one that is new, or a -1."""
     label = getattr(task.task, "label", getattr(task.task, "tags", "answers"))
-    record = task.read(task.task, {name: value for name, value in row.items() if name != label}, place)
+    without = {label: None} if label in row and label not in getattr(task.task, "text", ()) else {}
+    record = task.read(task.task, row | without, place)
     if record is None:
         raise UserError(f"{place}: the row is one that the task leaves out; mend it")
     return record

@@ -6,7 +6,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -23,7 +23,7 @@ from jaxlm.config import ModelConfig, RunConfig, to_json
 from jaxlm.data.batches import Batch, prefetch
 from jaxlm.data.corpus import Prepared
 from jaxlm.errors import RunError, Stopped, UserError, perhaps
-from jaxlm.evaluate import measure
+from jaxlm.evaluate import see
 from jaxlm.folder import RunLog, begin, claim, duration, write_json
 from jaxlm.generate import generate
 from jaxlm.lm import LM, find, has_tokenizer, load, save
@@ -31,9 +31,8 @@ from jaxlm.nn import parameters
 from jaxlm.nn.transformer import Transformer, init
 from jaxlm.optimizer import make_optimizer, make_schedule
 from jaxlm.step import TrainState, make_eval_step, make_train_step
-from jaxlm.tasks import make_batches, make_task, prepare
-from jaxlm.tasks.records import RecordTask
-from jaxlm.tasks.several import SeveralTask
+from jaxlm.tasks import make_task, prepare
+from jaxlm.tasks.task import Task
 
 
 def say(message: str) -> None:
@@ -69,19 +68,17 @@ def fit(
     task = make_task(run, data.tokenizer, data.labels)
     if run.best and run.best not in (*task.scores, "loss"):
         raise UserError(f"best is {run.best!r}{perhaps(run.best, [*task.scores, 'loss'])}")
-    config, model = _starting(run, model, task, resuming)
-    batches = make_batches(task, data.train, run.batch, run.data.length, run.seed)
+    config, model = _starting(run, model, task, data.labels if task.head else (), resuming)
+    batches = task.batches(data.train, run.batch, run.data.length, run.seed)
     run = _sized(run, config, batches, mesh)
     _check_rows(run, mesh)
     batches.rows = run.batch
-    held_out = make_batches(task, data.held_out, run.batch // run.accumulate, run.data.length, None)
+    held_out = task.batches(data.held_out, run.batch // run.accumulate, run.data.length, None)
     put = partial(_put, sharding.batch_sharding(mesh))
 
     # Model, optimizer, state: shapes first, so that everything is made where it will lie.
     dtype = jnp.dtype(run.compute_dtype)
-    kind = Transformer if model is None else type(model.module)
-    if isinstance(task, SeveralTask):
-        kind = task.module()
+    kind = task.module(Transformer if model is None else type(model.module))
     module = kind(config, sharding.constrainer(mesh), dtype, run.remat, run.unroll)
     shapes = jax.eval_shape(partial(init, module), jax.random.key(0))
     schedule = make_schedule(run.optimizer, run.steps)
@@ -109,12 +106,12 @@ def fit(
     if started and (folder / "report.html").exists():
         say(f"the run in {folder} is finished, at step {started:,}; nothing is left to do")
         checkpoints.close()
-        if isinstance(task, SeveralTask):
-            return load(folder / "export" / next(iter(task.parts)), compute_dtype=run.compute_dtype)
+        if not (folder / "export" / "config.json").exists():  # of several tasks; this is what was returned before
+            return load(min((folder / "export").iterdir()), compute_dtype=run.compute_dtype)
         return load(folder, compute_dtype=run.compute_dtype, module=None if kind is Transformer else kind)
     (folder / "report.html").unlink(missing_ok=True)  # its presence says that the run is finished
     _say_start(run, folder, data, batches, _size(shapes), mesh, started)
-    if isinstance(task, (RecordTask, SeveralTask)) and (balance := task.balance(data.train)):
+    if balance := task.balance(data.train):
         say(f"labels    {balance}")
 
     train_step = jax.jit(
@@ -124,7 +121,7 @@ def fit(
         out_shardings=(layout, sharding.replicated(mesh)),
     )
     eval_step = jax.jit(make_eval_step(task, module))
-    score = lambda params: measure(task, eval_step, params, held_out, data.held_out, put)
+    score = lambda params: task.measure(lambda batches: see(eval_step, params, batches, put), held_out, data.held_out)
     best = run.best or task.best
     worth = lambda scores: -scores["loss"] if best == "loss" else scores[best]
 
@@ -135,7 +132,7 @@ def fit(
     unlogged: list[Any] = notes.get("unlogged", [])
     clock = time.monotonic() - notes.get("seconds", 0.0)
     scores: dict[str, float] = {}
-    found: Any = []
+    found: Any = None
     history: list[float] = notes.get("history", [])  # what each evaluation was worth
     ending = started == run.steps or _stale(history, run.patience)
     try:
@@ -186,7 +183,7 @@ def fit(
             restored, scores = checkpoints.restore(like, best_step), {}
             state = restored[0] if restored else state
         files: dict[str, Any] = {"files": model.files, "pooling": model.pooling} if model else {}
-        lm = LM(config, kind(config, dtype=dtype), state.params, data.tokenizer, _origin(run, model, task), **files)
+        lm = LM(config, kind(config, dtype=dtype), state.params, data.tokenizer, _origin(run, model), **files)
         export, lm = _export(lm, task, folder / "export")
         if not ending:
             raise Stopped(f"stopped at step {step:,} of {run.steps:,} and saved; the same command goes on from here")
@@ -213,27 +210,21 @@ def _with_tokenizer(run: RunConfig, model: LM | None) -> RunConfig:
     return replace(run, tokenizer=replace(run.tokenizer, path=path))
 
 
-def _starting(run: RunConfig, model: LM | None, task: Any, resuming: bool) -> tuple[ModelConfig, LM | None]:
+def _starting(
+    run: RunConfig, model: LM | None, task: Task, labels: Any, resuming: bool
+) -> tuple[ModelConfig, LM | None]:
     """The model's config, and the weights to start from, where there are any."""
-    labels: dict[str, Any] = {"labels": task.labels} if isinstance(task, RecordTask) and task.labels else {}
     if model is None and run.init and run.model is None:
-        model = load(run.init, head=task.head or "none", **labels, say=say)
+        model = load(run.init, head=task.head or "none", labels=labels or None, say=say)
     elif model is None and run.init and not resuming:
         model = load(run.init)
     config = run.model or (model.config if model else None)
     assert config is not None  # as `RunConfig.check` has it
-    if isinstance(task, SeveralTask):
-        if config.shared_transform:
-            raise UserError("the model has one transform before its heads, which several tasks cannot share yet")
-        config = replace(config, heads_on_top=())
-    if isinstance(task, RecordTask):
-        heads: Any = (task.head,) if task.head else ()
-        config = replace(config, heads_on_top=heads, **labels)
+    config = task.configured(config)
     if run.dropout is not None and run.model is None:
         config = replace(config, dropout=run.dropout, attention_dropout=run.dropout)
     if model is not None and model.pooling:
-        for one in task.parts.values() if isinstance(task, SeveralTask) else [task]:
-            one.pooling = model.pooling
+        task.pooling = model.pooling
     return config, model
 
 
@@ -256,14 +247,12 @@ def _stale(history: list[float], patience: int) -> bool:
     return bool(patience) and len(history) > patience and max(history[-patience:]) <= max(history[:-patience])
 
 
-def _sections(task: Any, data: Prepared, batches: Any, found: Any) -> list[report.Section]:
-    """What the report shows of a task over records."""
-    if not isinstance(task, (RecordTask, SeveralTask)):
+def _sections(task: Task, data: Prepared, batches: Any, found: Any) -> list[report.Section]:
+    """What the report shows beside curves."""
+    if found is None:
         return []
     lengths = report.Histogram("Tokens of an example", batches.lengths, "tokens", float(batches.length))
-    if isinstance(task, SeveralTask):
-        return [*task.sections(data.held_out, found), lengths]
-    return [*task.sections(data.held_out.records, found), lengths]
+    return [*task.sections(data.held_out, found), lengths]
 
 
 def _check_rows(run: RunConfig, mesh: jax.sharding.Mesh) -> None:
@@ -342,16 +331,15 @@ def _check_fits(model: LM, shapes: Any) -> None:
         )
 
 
-def _origin(run: RunConfig, model: LM | None, task: Any) -> families.Origin | None:
+def _origin(run: RunConfig, model: LM | None) -> families.Origin | None:
     """The format of the weights that the run began from: an equal model of another family is not theirs."""
-    further = getattr(task, "config_keys", {})
     said: dict[str, Any] = {}
     if model is not None:
         said = model.origin.config if model.origin else {}
     elif run.init:
         with suppress(UserError):  # a run that goes on does without the folder
             said = families.read_config(find(run.init) / "config.json")
-    return families.Origin({"model_type": said["model_type"], **further}, None) if "model_type" in said else None
+    return families.Origin({"model_type": said["model_type"]}, heads=None) if "model_type" in said else None
 
 
 def _on_top(path: str) -> bool:
@@ -402,19 +390,27 @@ def _averaged(metrics: list[dict[str, float]], seconds: float) -> dict[str, floa
     return {"loss": means["loss"]} | means | {"learning_rate": metrics[-1]["learning_rate"]} | speed
 
 
-def _export(lm: LM, task: Any, folder: Path) -> tuple[str, LM]:
-    """Writes the model; of several tasks, one model for each, and returns the first."""
+def _export(lm: LM, task: Task, folder: Path) -> tuple[str, LM]:
+    """Writes the model, for several tasks one for each, and returns the name of the format and the first of them."""
     shutil.rmtree(folder, ignore_errors=True)
-    if not isinstance(task, SeveralTask):
-        return save(lm, folder), lm
-    of_parts = []
-    for name, part in task.parts.items():
-        config, params = task.part_of(lm.config, lm.params, name)
-        origin = lm.origin and lm.origin._replace(config={**lm.origin.config, **part.config_keys})
-        module = Transformer(config, dtype=lm.module.dtype)
-        of_parts.append(replace(lm, config=config, params=params, module=module, origin=origin))
-        kind = save(of_parts[-1], folder / name)
-    return kind, of_parts[0]
+    exported = task.exports(lm)
+    for name, (one, alone) in exported.items():
+        alone = replace(alone, origin=alone.origin and _with_keys(alone.origin, one.config_keys))
+        kind = save(alone, folder / name)
+        _name_class(folder / name, one)
+    return kind, next(iter(exported.values()))[1]
+
+
+def _with_keys(origin: families.Origin, keys: Mapping[str, Any]) -> families.Origin:
+    return origin._replace(config={**origin.config, **keys})
+
+
+def _name_class(folder: Path, task: Task) -> None:
+    """Names the class of transformers that does the task, where another has the same tensors."""
+    if task.exported_as:
+        values = families.read_config(folder / "config.json")
+        named = [task.exported_as.get(name, name) for name in values.get("architectures", [])]
+        write_json(folder / "config.json", values | {"architectures": named})
 
 
 def _sample(lm: LM, run: RunConfig) -> str | None:

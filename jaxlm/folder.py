@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -189,54 +189,91 @@ class RowWriter:
     """Writes rows with what was told of them to a csv or jsonl file, which appears when it is whole; or to the standard
     output, as csv.
 
-    Raises UserError for a file of another kind, and for a row with other columns than the first in a csv file.
+    Raises UserError for a file of another kind, or one that exists; for a row with other columns than the first in a
+    csv file; and at the end where there was no row.
     """
 
     def __init__(self, file: str):
         self._path = Path(file) if file else None
-        if file and self._path and self._path.suffix not in (".csv", ".jsonl"):
+        if self._path and self._path.suffix not in (".csv", ".jsonl"):
             raise UserError(f"output is {file!r}; it must end in .csv or .jsonl")
-        self._columns: list[str] | None = None
+        if self._path and self._path.exists():  # it may be what is read
+            raise UserError(f"output is {file!r}, which exists; move it away, or choose another --output")
+        self._columns: list[str] = []
+        self._count = 0
 
     def __enter__(self) -> RowWriter:
         try:
             self._part = self._path and self._path.with_name(self._path.name + ".part")
-            self._file = open(self._part, "w", newline="") if self._part else sys.stdout
+            self._file = open(self._part, "w", newline="", encoding="utf-8") if self._part else sys.stdout
         except OSError as error:
-            raise UserError(f"{self._path} cannot be written: {error.strerror}; choose another --output") from None
+            raise self._refused(error) from None
         self._csv = csv.writer(self._file, lineterminator="\n")
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        if self._path and self._part:
-            self._file.close()
-            if kind is None:
+        try:
+            # Here, not when the interpreter ends: whoever reads the standard output may have gone.
+            self._file.flush()
+            if kind is None and not self._count:
+                raise UserError("there is no row to tell something of; give at least one")
+            if self._path and self._part and kind is None:
+                self._file.close()
                 os.replace(self._part, self._path)
-            else:
-                self._part.unlink()
+        except OSError as error:
+            if self._path is None:
+                raise
+            if kind is None:
+                raise self._refused(error) from None
+        finally:
+            if self._part:
+                with suppress(OSError):
+                    self._file.close()
+                self._part.unlink(missing_ok=True)
 
     def write(self, row: dict[str, Any], told: dict[str, Any]) -> None:
         """One row; a column of the file that has the name of one that is told keeps it."""
-        free = {name if name not in row else f"{name}_told": value for name, value in told.items()}
-        whole = {**row, **free}
+        self._count += 1
+        whole = dict(row)
+        for name, value in told.items():
+            while name in whole:
+                name += "_told"
+            whole[name] = value
+        try:
+            self._write(whole, len(row))
+        except OSError as error:
+            if self._path is None:
+                raise
+            raise self._refused(error) from None
+
+    def _write(self, whole: dict[str, Any], given: int) -> None:
+        """A row, of which the first columns were given and the others told."""
         if self._path and self._path.suffix == ".jsonl":
             self._file.write(json.dumps(whole, ensure_ascii=False, default=_plain) + "\n")
             return
-        if self._columns is None:
+        if self._count == 1:
             self._columns = list(whole)
             self._csv.writerow(self._columns)
-        if list(whole) != self._columns:
+        if whole.keys() != set(self._columns):
             raise UserError(
-                f"a row has the columns {', '.join(whole)}, the first one {', '.join(self._columns)}; in csv all have "
-                f"the same: give --output FILE.jsonl"
+                f"row {self._count:,} has the columns {', '.join(whole)}, the first one {', '.join(self._columns)}; "
+                f"in csv all have the same: give --output FILE.jsonl"
             )
-        self._csv.writerow([_cell(value) for value in whole.values()])
+        cells = {
+            name: f"{value:.6g}" if n >= given and isinstance(value, float) else _cell(value)
+            for n, (name, value) in enumerate(whole.items())
+        }
+        self._csv.writerow([cells[name] for name in self._columns])
+
+    def _refused(self, error: OSError) -> UserError | RunError:
+        kind, remedy = (RunError, "make room, or ") if error.errno in FULL else (UserError, "")
+        return kind(f"{self._path} cannot be written: {error.strerror}; {remedy}choose another --output")
 
 
 def _cell(value: Any) -> Any:
     if isinstance(value, (list, tuple, dict)) or hasattr(value, "tolist"):
         return json.dumps(value, ensure_ascii=False, default=_plain)
-    return f"{value:.6g}" if isinstance(value, float) else value
+    return value
 
 
 def _plain(value: Any) -> Any:

@@ -12,7 +12,7 @@ import optax
 from jaxlm.data.batches import Batch
 from jaxlm.losses import Losses, Sum
 from jaxlm.nn.transformer import Transformer
-from jaxlm.tasks import Task
+from jaxlm.tasks.task import Task
 
 Metrics = dict[str, jax.Array]
 

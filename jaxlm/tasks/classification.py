@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import jax
@@ -36,6 +37,7 @@ _PROBLEM = {  # as transformers calls them
     "number": "regression",
 }
 _MISTAKES = 20  # rows of the report's table
+_LARGEST = 1e15  # of a score, as of the numbers of a config: its square is a float32
 
 
 class ClassificationTask(RecordTask):
@@ -47,7 +49,8 @@ class ClassificationTask(RecordTask):
     def __init__(self, *parts: Any):
         super().__init__(*parts)
         self.fields: Mapping[str, Any] = _FIELDS[self.task.target]
-        self.scores = _SCORES[self.task.target]
+        # Of two classes alone there is an F1.
+        self.scores = tuple(name for name in _SCORES[self.task.target] if name != "f1" or len(self.labels) == 2)
         self.config_keys = {"problem_type": _PROBLEM[self.task.target]}
         self._index = {name: i for i, name in enumerate(self.labels)}
         self._weights = np.ones(len(self.labels), np.float32)
@@ -56,42 +59,74 @@ class ClassificationTask(RecordTask):
     def read(cls, task: config.Classification, row: Row, place: Place) -> Record:
         record: Record = {"texts": tuple(text_of(row, name, place) for name in task.text)}
         value = row.get(task.label)
-        if value is None or value == "":
+        value = value.item() if isinstance(value, np.generic) else value
+        if value is None or (isinstance(value, str) and not value.strip()):
             return record
         if task.target == "number":
             return record | {"label": _number(value, place, task.label)}
-        if task.target == "classes":
-            parts = value if isinstance(value, (list, tuple)) else str(value).split(task.separator)
-            return record | {"label": tuple(dict.fromkeys(_class(v, place, task.label) for v in parts if v != ""))}
-        return record | {"label": _class(value, place, task.label), "is_number": not isinstance(value, str)}
+        if task.target == "class":
+            return record | {"label": _class(value, place, task.label), "kind": _kind(value)}
+        parts = value.split(task.separator) if isinstance(value, str) else value
+        parts = parts if isinstance(parts, (list, tuple, np.ndarray)) else [parts]
+        found = (_class(part, place, task.label) for part in parts)
+        return record | {"label": tuple(dict.fromkeys(label for label in found if label))}
+
+    @classmethod
+    def labelled(cls, task: config.Classification, row: Row, record: Record, place: Place) -> None:
+        if "label" not in record and task.target == "classes" and task.label in row:
+            raise UserError(
+                f"{place}: the row has no label in column {task.label!r}; give one, or, where none applies, an empty "
+                f"list or the separator {task.separator!r} alone"
+            )
+        super().labelled(task, row, record, place)
 
     @classmethod
     def names(cls, task: config.Classification, part: Records) -> tuple[str, ...]:
         if task.target == "number":
             return ("score",)
-        counts = Counter(label for record in part.records for label in cls.labels_of(record))
-        if len({record.get("is_number") for record in part.records}) > 1:
-            kinds = {record["is_number"]: place for record, place in zip(part.records, part.places)}
-            raise UserError(
-                f"column {task.label!r} holds numbers ({kinds[True]}) and text ({kinds[False]}); make them of one kind"
-            )
-        numeric = _is_numeric(counts)
-        if len(counts) > task.most_classes or (numeric and any(not float(label).is_integer() for label in counts)):
-            raise UserError(
-                f"column {task.label!r} has {len(counts):,} different values in {len(part.records):,} rows, such as "
-                f"{', '.join(map(repr, list(counts)[:3]))}; if they are numbers to be told, set --task.target number; "
-                f"if they are classes indeed, raise --task.most-classes {task.most_classes}"
-            )
+        kinds: dict[str, Place] = {}
+        where: dict[str, Place] = {}  # the first row with each label
+        for record, place in zip(part.records, part.places):
+            kinds.setdefault(record.get("kind", ""), place)
+            for label in cls.labels_of(record):
+                where.setdefault(label, place)
+        if len(kinds) > 1:
+            found = " and ".join(f"{kind} ({place})" for kind, place in kinds.items())
+            raise UserError(f"column {task.label!r} holds {found}; make all of one kind")
         if task.names:
-            unknown = [label for label in counts if label not in task.names]
-            if unknown:
-                raise UserError(f"the label {unknown[0]!r} is not among --task.names {', '.join(task.names)}; add it")
+            if len(set(task.names)) < len(task.names):
+                raise UserError(f"--task.names has a name twice: {', '.join(task.names)}; give each once")
+            for label, place in where.items():
+                if label not in task.names:
+                    raise UserError(
+                        f"{place}: the label {label!r} is not among --task.names {', '.join(task.names)}; "
+                        f"mend it, or add it to them"
+                    )
             return task.names
-        if task.target == "class" and len(counts) < 2:
+        if len(where) < (2 if task.target == "class" else 1):
+            alone = f"one label alone, {next(iter(where))!r}" if where else "no label"
             raise UserError(
-                f"column {task.label!r} holds one label alone, {next(iter(counts))!r}; there is nothing to tell apart"
+                f"column {task.label!r} holds {alone} in {len(part.records):,} rows; there is nothing to tell apart: "
+                f"give rows with others, or choose the column with --task.label"
             )
-        return tuple(sorted(counts, key=(lambda name: (float(name), name)) if numeric else str))
+        such = f"{len(where):,} different values in {len(part.records):,} rows, such as {_shown(where)}"
+        if len(where) > task.most_classes:
+            raise UserError(
+                f"column {task.label!r} has {such}, and task.most_classes is {task.most_classes:,}; if they are "
+                f"numbers to be told, set --task.target number; if they are classes indeed, raise --task.most-classes"
+            )
+        numeric = all(map(_is_numeric, where))
+        for label, place in where.items():
+            if numeric and not math.isfinite(float(label)):
+                raise UserError(
+                    f"{place}: column {task.label!r} holds {label!r} among numbers; mend it, or leave the row out"
+                )
+        if numeric and any(not float(label).is_integer() for label in where):
+            raise UserError(
+                f"column {task.label!r} has {such}, not all whole numbers; if they are numbers to be told, set "
+                f"--task.target number; if they are classes indeed, name them all with --task.names"
+            )
+        return tuple(sorted(where, key=(lambda name: (float(name), name)) if numeric else str))
 
     @classmethod
     def labels_of(cls, record: Record) -> Iterable[str]:
@@ -175,7 +210,8 @@ class ClassificationTask(RecordTask):
         index = lambda rows: [self._index[row] for row in rows]
         return metrics.classes(index(labels), index(found), self.labels)
 
-    def sections(self, records: Sequence[Record], predictions: Sequence[Row]) -> list[Section]:
+    def sections(self, part: Records, predictions: Sequence[Row]) -> list[Section]:
+        records = part.records
         if self.task.target != "class":
             return []
         wrong = [(r, p) for r, p in zip(records, predictions) if r["label"] != p["prediction"]]
@@ -199,27 +235,45 @@ class ClassificationTask(RecordTask):
 
 
 def _class(value: Any, place: Place, column: str) -> str:
+    value = value.item() if isinstance(value, np.generic) else value
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
-    if isinstance(value, (str, int, float)) and value == value:
+    if isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value)):
         return str(value).strip()
-    raise UserError(f"{place}: column {column!r} holds {type(value).__name__} {value!r}, which is no label; mend it")
+    raise UserError(
+        f"{place}: column {column!r} holds {type(value).__name__} {value!r:.60}, which is no label; mend it, or choose "
+        f"the column with --task.label"
+    )
+
+
+def _kind(label: Any) -> str:
+    return "text" if isinstance(label, str) else "true or false" if isinstance(label, bool) else "numbers"
 
 
 def _number(value: Any, place: Place, column: str) -> float:
     try:
         number = float(value)
-    except (TypeError, ValueError):
-        raise UserError(f"{place}: column {column!r} holds {value!r}, which is no number; mend it") from None
-    if not math.isfinite(number):
-        raise UserError(f"{place}: column {column!r} holds {value!r}; a score must be finite: mend it")
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(
+            f"{place}: column {column!r} holds {value!r:.60}, which is no number; mend it, or choose the column with "
+            f"--task.label"
+        ) from None
+    if not abs(number) <= _LARGEST:
+        raise UserError(
+            f"{place}: column {column!r} holds {value!r}; a score must be finite and at most {_LARGEST:.0e}: mend it"
+        )
     return number
 
 
-def _is_numeric(labels: Iterable[str]) -> bool:
+def _shown(labels: Iterable[str]) -> str:
+    return ", ".join(f"{label!r:.60}" for label in islice(labels, 3))
+
+
+def _is_numeric(label: str) -> bool:
     try:
-        return all(math.isfinite(float(label)) for label in labels)
+        float(label)
     except ValueError:
         return False
+    return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import string
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import jax
@@ -32,6 +33,9 @@ class MultipleChoiceTask(RecordTask):
 
     head = "classes"
     fields: Mapping[str, Any] = {"labels_BE": np.float32, "groups_BE": np.int32}
+    exported_as: Mapping[str, str] = {
+        f"{family}ForSequenceClassification": f"{family}ForMultipleChoice" for family in ("Bert", "Albert", "DebertaV2")
+    }
     task: config.MultipleChoice
 
     @classmethod
@@ -39,11 +43,13 @@ class MultipleChoiceTask(RecordTask):
         if len(task.options) == 1:
             options = column(row, task.options[0], place, "--task.options")
             if not isinstance(options, (list, tuple)) or not all(isinstance(option, str) for option in options):
-                raise UserError(f"{place}: column {task.options[0]!r} holds {options!r:.60}, not a list of texts")
+                raise UserError(
+                    f"{place}: column {task.options[0]!r} holds {options!r:.60}, not a list of texts; mend it"
+                )
         else:
             options = [text_of(row, name, place, "--task.options") for name in task.options]
         if len(options) < 2:
-            raise UserError(f"{place}: there are {len(options)} options; a choice needs at least 2")
+            raise UserError(f"{place}: there are {len(options)} options; a choice needs at least 2: mend it")
         record: Record = {"question": text_of(row, task.question, place, "--task.question"), "options": list(options)}
         value = row.get(task.label)
         return record if value is None or value == "" else record | {"label": _number(value, options, task, place)}
@@ -65,7 +71,8 @@ class MultipleChoiceTask(RecordTask):
             n = len(record["options"])
             if n > self.most:
                 raise UserError(
-                    f"a question has {n} options, a row of data.length {self.length} takes {self.most}; raise it"
+                    f"a question has {n} options, a row of data.length {self.length} takes {self.most}; "
+                    f"raise the length"
                 )
             made = framed(self.tokenizer, [record["question"]] * n, record["options"], self.length // n)
             yield [
@@ -104,7 +111,8 @@ class MultipleChoiceTask(RecordTask):
         right = [record["label"] == prediction["_index"] for record, prediction in zip(records, predictions)]
         return {"accuracy": float(np.mean(right)) if right else 0.0}
 
-    def sections(self, records: Sequence[Record], predictions: Sequence[Row]) -> list[Section]:
+    def sections(self, part: Records, predictions: Sequence[Row]) -> list[Section]:
+        records = part.records
         wrong = [(r, p) for r, p in zip(records, predictions) if r["label"] != p["_index"]]
         wrong.sort(key=lambda pair: -pair[1]["confidence"])
         rows = [
@@ -117,18 +125,23 @@ class MultipleChoiceTask(RecordTask):
 
 def _number(value: Any, options: Sequence[str], task: config.MultipleChoice, place: Place) -> int:
     """Which option a label means, counted from 0."""
-    if isinstance(value, str) and value in options:
-        return list(options).index(value)
+    number: float = -1
     if isinstance(value, str) and len(value) == 1 and value.isalpha():
         number = string.ascii_uppercase.find(value.upper())
-    else:
-        try:
-            number = int(value) - task.first
-        except (TypeError, ValueError):
-            number = -1
-    if not 0 <= number < len(options):
+    elif not isinstance(value, bool):
+        with suppress(TypeError, ValueError, OverflowError):
+            number = float(value) - task.first
+    found = {int(number)} if number in range(len(options)) else set()
+    if isinstance(value, str) and value in options:
+        found.add(list(options).index(value))
+    if len(found) > 1:
         raise UserError(
-            f"{place}: column {task.label!r} holds {value!r}, which is none of {len(options)} options: a number from "
-            f"{task.first}, a letter from A, or the text of one"
+            f"{place}: column {task.label!r} holds {value!r}, which is the text of one option and the number or letter "
+            f"of another; write the labels as {'numbers' if value.isalpha() else 'letters'}"
         )
-    return number
+    if not found:
+        raise UserError(
+            f"{place}: column {task.label!r} holds {value!r:.60}, which is none of {len(options)} options: give a "
+            f"number from {task.first}, a letter from A, or the text of one"
+        )
+    return found.pop()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import config
-from jaxlm.data.batches import Batch, Epoch, Features
+from jaxlm.data.batches import Batch, Batches, Epoch, Features
 from jaxlm.data.corpus import Corpus
 from jaxlm.data.corrupt import mask_tokens, words
 from jaxlm.data.tokenizer import Tokenizer
@@ -20,14 +20,15 @@ from jaxlm.errors import UserError
 from jaxlm.losses import Losses, accuracy, cross_entropy
 from jaxlm.nn.transformer import Transformer, apply
 from jaxlm.tasks.states import hidden
+from jaxlm.tasks.task import Seen, Task
 
 TRAINING, EVALUATION = 0, 1  # first word of the seeds below, so that no evaluation repeats a training draw
 
 
-class CausalLMTask:
+class CausalLMTask(Task):
     """Each token is predicted from those before it."""
 
-    head, best, scores = "lm", "loss", ("loss", "accuracy")
+    head, scores = "lm", ("loss", "accuracy")
 
     def __init__(
         self, task: config.CausalLM, length: int, seed: int, tokenizer: Tokenizer, labels: tuple[str, ...] = ()
@@ -49,14 +50,16 @@ class CausalLMTask:
             return {"loss": cross_entropy(logits_BTV, *labels, self.task.label_smoothing)}, {}
         return {"loss": cross_entropy(logits_BTV, *labels), "accuracy": accuracy(logits_BTV, *labels)}, {}
 
-    def score(self, means: Mapping[str, float], totals: Mapping[str, float], corpus: Corpus) -> dict[str, float]:
+    def measure(self, see: Callable[[Any], Seen], batches: Batches, part: Corpus) -> tuple[dict[str, float], Any]:
+        seen = see(batches)
+        means = seen.means
         return {
             "loss": means["loss"],
             "perplexity": math.exp(min(means["loss"], 700)),
             # Every byte of the text is covered by exactly one token, so this compares across tokenizers.
-            "bits_per_byte": totals["loss"] / math.log(2) / corpus.bytes,
+            "bits_per_byte": seen.losses["loss"][0] / math.log(2) / part.bytes,
             "accuracy": means["accuracy"],
-        }
+        }, None
 
 
 class CausalExamples:
@@ -104,10 +107,10 @@ def _spans(start: int, end: int, length: int, stride: int, offset: int) -> np.nd
     return np.stack([starts, counted, ends], 1)
 
 
-class MaskedLMTask:
+class MaskedLMTask(Task):
     """Masked tokens are predicted from all others; with `next_sentence`, also whether two texts belong together."""
 
-    head, best, scores = "masked_lm", "loss", ("loss", "accuracy")
+    head, scores = "masked_lm", ("loss", "accuracy")
 
     def __init__(
         self, task: config.MaskedLM, length: int, seed: int, tokenizer: Tokenizer, labels: tuple[str, ...] = ()
@@ -153,23 +156,26 @@ class MaskedLMTask:
             found["next_sentence_accuracy"] = accuracy(logits_BE2, *labels)
         return found, {}
 
-    def score(self, means: Mapping[str, float], totals: Mapping[str, float], corpus: Corpus) -> dict[str, float]:
+    def measure(self, see: Callable[[Any], Seen], batches: Batches, part: Corpus) -> tuple[dict[str, float], Any]:
+        means = see(batches).means
         return {
             "loss": means["masked_lm_loss"] + means.get("next_sentence_loss", 0.0),
             "perplexity": math.exp(min(means["masked_lm_loss"], 700)),
             "accuracy": means["masked_lm_accuracy"],
             **means,
-        }
+        }, None
 
 
 class MaskedExamples:
     """`[CLS] a [SEP]`, or pairs `[CLS] a [SEP] b [SEP]`, masked anew in each epoch."""
 
+    fields: Mapping[str, type]
+    labels = 0
+
     def __init__(self, task: MaskedLMTask, corpus: Corpus, training: bool):
         self.task, self.corpus, self.training = task, corpus, training
-        self.labels, self.fields = 0, {"labels_BT": np.int32, "weights_BT": np.float32, "types_BT": np.int32}
-        if task.task.next_sentence:
-            self.fields["labels_BE"] = np.int32
+        fields: dict[str, type] = {"labels_BT": np.int32, "weights_BT": np.float32, "types_BT": np.int32}
+        self.fields = fields | ({"labels_BE": np.int32} if task.task.next_sentence else {})
 
     def epoch(self, n: int | None) -> Epoch:
         seed: tuple[int, ...] = (self.task.seed, TRAINING, n or 0) if self.training else (self.task.seed, EVALUATION)

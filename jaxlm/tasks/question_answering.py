@@ -16,7 +16,7 @@ from jaxlm.data.source import Place, Row
 from jaxlm.errors import UserError
 from jaxlm.losses import Sum
 from jaxlm.report import Section, Table
-from jaxlm.tasks.records import Outputs, Record, Records, RecordTask, column, text_of
+from jaxlm.tasks.records import Outputs, Record, Records, RecordTask, stand_in, text_of
 
 _BEST = 20  # starts and ends of a window that are combined
 _MISTAKES = 20  # rows of the report's table
@@ -49,27 +49,29 @@ class QuestionAnsweringTask(RecordTask):
         given = row.get("answers")
         if given is None:
             return record
-        if not isinstance(given, dict) or not {"text", "answer_start"} <= given.keys():
-            raise UserError(f"{place}: 'answers' is {given!r:.60}; it must hold 'text' and 'answer_start', two lists")
-        answers = list(zip(map(str, given["text"]), map(int, given["answer_start"])))
+        answers = [] if row.get("is_impossible") else _answers(given, place)
         for text, start in answers:
             found = record["context"][start : start + len(text)] if start >= 0 else ""
-            if found != text:
+            if found != text or not text.strip():
                 if task.wrong_offsets == "drop":
                     return None
+                stands = f"does not stand at {start} of its text, where there is {found!r}"
+                stands = stands if text.strip() else "is empty"
                 raise UserError(
-                    f"{place}: the answer {text!r} does not stand at {start} of its text, where there is {found!r}; "
-                    f"mend it, or leave such questions out with --task.wrong-offsets drop"
+                    f"{place}: the answer {text!r} {stands}; mend it, or leave such questions out with "
+                    f"--task.wrong-offsets drop"
                 )
         if not answers and not task.unanswerable:
             raise UserError(f"{place}: the question has no answer; allow that with --task.unanswerable")
-        return record | {"label": [] if row.get("is_impossible") else answers}
+        return record | {"label": answers}
 
     @classmethod
     def labelled(cls, task: config.QuestionAnswering, row: Row, record: Record, place: Place) -> None:
         if "label" not in record:
-            column(row, "answers", place, "--data.format squad")
-            raise UserError(f"{place}: the question has no answers; give them, or an empty list where there is none")
+            raise UserError(
+                f"{place}: the question has no 'answers', the row holds {', '.join(map(repr, row))}; give them, with "
+                f"empty lists where there is no answer"
+            )
 
     @classmethod
     def names(cls, task: config.QuestionAnswering, part: Records) -> tuple[str, ...]:
@@ -96,8 +98,9 @@ class QuestionAnsweringTask(RecordTask):
             width = room - len(question)
             if width <= self.task.stride:
                 raise UserError(
-                    f"data.length {self.length} leaves {width} tokens of text beside a question of {len(question)}, "
-                    f"and windows have task.stride {self.task.stride} in common; raise the first or lower the last"
+                    f"data.length {self.length} leaves {max(0, width)} tokens of text beside a question of "
+                    f"{len(question)}, and windows have task.stride {self.task.stride} in common; raise the length, or "
+                    f"lower task.stride or task.most_question"
                 )
             spans = np.array(offsets, np.int32).reshape(-1, 2)
             answers = record.get("label")
@@ -105,6 +108,8 @@ class QuestionAnsweringTask(RecordTask):
             units = []
             for start in range(0, max(1, len(context) - self.task.stride), width - self.task.stride):
                 tokens, types, [_, at] = self.tokenizer.wrap(question, context[start : start + width])
+                if not tokens:
+                    tokens, types = [stand_in(self.tokenizer)], [0]
                 window = spans[start : start + width]
                 offsets_T2 = np.full((len(tokens), 2), -1, np.int32)
                 offsets_T2[at : at + len(window)] = window
@@ -179,7 +184,8 @@ class QuestionAnsweringTask(RecordTask):
             scores["best_f1"] = metrics.best_threshold(margins, answered, silent)[1]
         return scores
 
-    def sections(self, records: Sequence[Record], predictions: Sequence[Row]) -> list[Section]:
+    def sections(self, part: Records, predictions: Sequence[Row]) -> list[Section]:
+        records = part.records
         wrong = []
         for record, prediction in zip(records, predictions):
             texts = [text for text, _ in record["label"]]
@@ -193,6 +199,23 @@ class QuestionAnsweringTask(RecordTask):
         ]
         note = f"{len(wrong):,} of {len(records):,} held-out questions have an answer without a word in common."
         return [Table("The most confident mistakes", ("question", "true", "predicted", "confidence"), rows, note)]
+
+
+def _answers(given: Any, place: Place) -> list[tuple[str, int]]:
+    """(text, first character) of each answer of a row."""
+    texts, starts = (given.get(name) if isinstance(given, dict) else None for name in ("text", "answer_start"))
+    texts, starts = (x.tolist() if isinstance(x, np.ndarray) else x for x in (texts, starts))
+    if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
+        raise UserError(
+            f"{place}: 'answers' is {given!r:.60}; it must hold 'text' and 'answer_start', two lists of one length"
+        )
+    for text, start in zip(texts, starts):
+        if not isinstance(text, str) or type(start) is not int:
+            raise UserError(
+                f"{place}: an answer is {text!r:.60} at {start!r:.60}; give its text, and its first character as a "
+                f"whole number"
+            )
+    return list(zip(texts, starts))
 
 
 def _tokens_of(text: str, start: int, spans: np.ndarray) -> np.ndarray | None:

@@ -22,23 +22,23 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import chain
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxlm.config import RunConfig
+from jaxlm.config import ModelConfig, RunConfig
 from jaxlm.data import source
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.batches import Batch, Epoch, Features
 from jaxlm.data.corpus import Prepared
 from jaxlm.data.source import Place, Row
 from jaxlm.data.tokenizer import Tokenizer
-from jaxlm.encode import Pooling
 from jaxlm.errors import UserError, perhaps
 from jaxlm.losses import Losses, Sum
 from jaxlm.nn.transformer import Transformer, apply
 from jaxlm.tasks.states import hidden
+from jaxlm.tasks.task import Seen, Task
 
 Record = dict[str, Any]  # what a task's `read` made of a row
 Outputs = list[list[dict[str, np.ndarray]]]  # of one record: of each unit, of each example in it
@@ -57,15 +57,12 @@ class Records(NamedTuple):
         return f"{len(self.records):,} examples"
 
 
-class RecordTask:
+class RecordTask(Task):
     """Base of the tasks over records; the module's text says what is to be given."""
 
-    head: ClassVar[str | None]
-    scores: tuple[str, ...] = ("accuracy",)  # higher is better; by the first the best checkpoint is chosen
+    scores: tuple[str, ...] = ("accuracy",)
     fields: Mapping[str, type] = {}  # of features, beside tokens_BT and types_BT
     kept: tuple[str, ...] = ()  # further features, per token, that `predict` wants back
-    config_keys: Mapping[str, Any] = {}  # what the exported config.json says of the task
-    pooling = Pooling()  # of a task that reads vectors
     method: Any = None  # of the module, that applies the head; None: the one that is called like it
 
     def __init__(self, task: Any, length: int, seed: int, tokenizer: Tokenizer, labels: tuple[str, ...] = ()):
@@ -140,24 +137,15 @@ class RecordTask:
     def score(self, records: Sequence[Record], predictions: Sequence[Row]) -> dict[str, float]:
         raise NotImplementedError
 
-    def sections(self, records: Sequence[Record], predictions: Sequence[Row]) -> list[Any]:
-        """Pictures and tables of the report."""
-        return []
-
-    def balance(self, part: Records) -> str | None:
-        """What the labels of the training part are, in a line."""
-        return None
-
     def check_labels(self, part: Records) -> None:
         """Raises UserError for a label that the model does not know."""
         check_labels(type(self), part, self.labels)
 
-    @property
-    def best(self) -> str:
-        """The score by which the best checkpoint is chosen."""
-        return self.scores[0]
-
     # The rest is the same for all: the face of a task that a run sees.
+
+    def configured(self, model: ModelConfig) -> ModelConfig:
+        on_top = (self.head,) if self.head else ()
+        return replace(model, heads_on_top=on_top, labels=self.labels or model.labels)
 
     def examples(self, part: Records, training: bool) -> RecordExamples:
         return RecordExamples(self, part.records, training)
@@ -175,6 +163,20 @@ class RecordTask:
         """`losses`, from the hidden states of the batch."""
         logits = self.logits(module, params, x_BTD, batch, key)
         return {"loss": self.loss(logits, batch, key is not None)}, self.outputs(logits, batch) if key is None else {}
+
+    def predictions(self, records: Sequence[Record], batches: Any, outputs: Sequence[Any]) -> list[Row]:
+        """The prediction for each record, in order, from the outputs of each unit."""
+        examples = batches.examples
+        found: list[Outputs] = [[] for _ in records]
+        for unit, of_unit in enumerate(outputs):
+            kept = examples.of(unit, examples.kept)
+            found[examples.record_of[unit]].append([a | b for a, b in zip(of_unit, kept)])
+        return [self.predict(record, outputs) for record, outputs in zip(records, found)]
+
+    def measure(self, see: Callable[[Any], Seen], batches: Any, part: Records) -> tuple[dict[str, float], list[Row]]:
+        seen = see(batches)
+        found = self.predictions(part.records, batches, seen.outputs)
+        return {"loss": seen.means["loss"], **self.score(part.records, found)}, found
 
 
 class RecordExamples:

@@ -15,14 +15,16 @@ from jaxlm.config import ModelConfig, RunConfig
 from jaxlm.data.batches import Batch, Batches, Features
 from jaxlm.data.corpus import Prepared
 from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.encode import Pooling
 from jaxlm.errors import UserError
+from jaxlm.lm import LM
 from jaxlm.losses import Losses
 from jaxlm.nn.heads import Classes, PerToken
 from jaxlm.nn.transformer import Transformer
 from jaxlm.report import Section
-from jaxlm.tasks.records import RecordTask
 from jaxlm.tasks.records import prepare as prepare_records
 from jaxlm.tasks.states import hidden
+from jaxlm.tasks.task import Seen, Task
 
 SHARED = ("tokens_BT", "segments_BT", "positions_BT", "types_BT")  # fields that are not of one task
 _PERIOD = 1000  # rows after which the order of the tasks repeats
@@ -37,14 +39,11 @@ class Parts(dict[str, Any]):
         return " + ".join(f"{name} {part.said}" for name, part in self.items())
 
 
-class SeveralTask:
+class SeveralTask(Task):
     """`config.Several`: the sum of the parts' losses, each divided by its own weight."""
 
-    head, best = None, "mean"
-    config_keys: Mapping[str, Any] = {}
-
-    def __init__(self, task: config.Several, parts: dict[str, RecordTask]):
-        self.task, self.parts = task, parts
+    def __init__(self, task: config.Several, parts: Mapping[str, Any]):
+        self.task, self.parts = task, dict(parts)
         for name, part in parts.items():
             if part.head is not None:
                 part.method = lambda module, x, name=name: getattr(module, f"own_{name}")(x)
@@ -52,11 +51,26 @@ class SeveralTask:
         own = (f"{name}/{score}" for name, part in parts.items() for score in part.scores)
         self.scores = ("mean", *own)  # mean: of the score that each part ranks by
 
-    def module(self) -> type[Transformer]:
-        """The class of the model: a Transformer with a head `own_NAME` for each part."""
+    @property  # type: ignore[override]
+    def pooling(self) -> Pooling:
+        """That of the parts which read vectors."""
+        return next(iter(self.parts.values())).pooling
+
+    @pooling.setter
+    def pooling(self, pooling: Pooling) -> None:
+        for part in self.parts.values():
+            part.pooling = pooling
+
+    def configured(self, model: ModelConfig) -> ModelConfig:
+        if model.shared_transform:
+            raise UserError("the model has one transform before its heads, which several tasks cannot share yet")
+        return replace(model, heads_on_top=())
+
+    def module(self, kind: type[Transformer]) -> type[Transformer]:
+        """A class with a head `own_NAME` for each part."""
         heads = {name: (part.head, part.labels) for name, part in self.parts.items() if part.head is not None}
 
-        class WithHeads(Transformer):
+        class WithHeads(kind):  # type: ignore[misc, valid-type]
             def setup(self) -> None:
                 super().setup()
                 for name, (head, labels) in heads.items():
@@ -69,31 +83,25 @@ class SeveralTask:
 
         return WithHeads
 
-    def part_of(self, model: ModelConfig, params: Any, name: str) -> tuple[ModelConfig, Any]:
-        """The config and the parameters of the body with the head of one part, as that task alone has them."""
-        part = self.parts[name]
-        body = {key: value for key, value in params.items() if not key.startswith("own_")}
-        if part.head is None:
-            return model, body
-        on_top: Any = (part.head,)
-        alone = replace(model, heads_on_top=on_top, labels=part.labels)
-        return alone, body | {f"{part.head}_head": params[f"own_{name}"]}
+    def exports(self, lm: LM) -> dict[str, tuple[Task, LM]]:
+        """For each part the body with its head, as that task alone has them."""
+        body = {key: value for key, value in lm.params.items() if not key.startswith("own_")}
+        found: dict[str, tuple[Task, LM]] = {}
+        for name, part in self.parts.items():
+            alone = part.configured(lm.config)
+            params = body if part.head is None else body | {f"{part.head}_head": lm.params[f"own_{name}"]}
+            module = Transformer(alone, dtype=lm.module.dtype)
+            found[name] = part, replace(lm, config=alone, params=params, module=module)
+        return found
 
-    def batches(self, data: Parts, rows: int, length: int, seed: int) -> Mixed:
-        """Training batches, mixed by the parts' weights."""
-        apart = {
-            name: Batches(part.examples(data[name], True), 1, length, part.most, seed)
-            for name, part in self.parts.items()
-        }
+    def batches(self, part: Parts, rows: int, length: int, seed: int | None) -> Any:
+        """Training batches, mixed by the parts' weights; or, of each part, the batches that evaluate it, with the
+        fields that training batches have."""
+        each = 1 if seed is not None else rows
+        apart = {name: one.batches(part[name], each, length, seed) for name, one in self.parts.items()}
+        if seed is None:
+            return Parts({name: Evaluated(apart, name) for name in apart})
         return Mixed(apart, {name: self.task.parts[name].weight for name in apart}, rows, seed)
-
-    def held_out(self, data: Parts, rows: int, length: int) -> Parts:
-        """Of each part the batches that evaluate it, with the fields that training batches have."""
-        apart = {
-            name: Batches(part.examples(data[name], False), rows, length, part.most, None)
-            for name, part in self.parts.items()
-        }
-        return Parts({name: Evaluated(apart, name) for name in apart})
 
     def losses(self, module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> Losses:
         x_BTD = hidden(module, params, batch, key)
@@ -108,21 +116,27 @@ class SeveralTask:
     def weights(self, batch: Batch) -> dict[str, jax.Array]:
         return {f"{name}/loss": part.weights(_view(batch, name))["loss"] for name, part in self.parts.items()}
 
-    def score(self, of_parts: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-        """All scores from those of each part; `mean` is of the score that each part ranks by."""
-        found = {f"{name}/{score}": value for name, scores in of_parts.items() for score, value in scores.items()}
-        mean = float(np.mean([scores[self.parts[name].best] for name, scores in of_parts.items()]))
-        return {"loss": sum(scores["loss"] for scores in of_parts.values()), "mean": mean, **found}
+    def measure(self, see: Callable[[Any], Seen], batches: Parts, part: Parts) -> tuple[dict[str, float], Any]:
+        """All scores of each part; `mean` is of the score that each part ranks by."""
+        scores: dict[str, float] = {}
+        found, loss, ranked = {}, 0.0, []
+        for name, one in self.parts.items():
+            alone = lambda batches, name=name: _seen_of(see(batches), name)
+            own, found[name] = one.measure(alone, batches[name], part[name])
+            scores |= {f"{name}/{score}": value for score, value in own.items()}
+            loss += own["loss"]
+            ranked.append(own[one.best])
+        return {"loss": loss, "mean": float(np.mean(ranked)), **scores}, found
 
-    def balance(self, data: Parts) -> str:
-        lines = ((name, part.balance(data[name])) for name, part in self.parts.items())
+    def balance(self, part: Parts) -> str:
+        lines = ((name, one.balance(part[name])) for name, one in self.parts.items())
         return "; ".join(f"{name}: {line}" for name, line in lines if line)
 
-    def sections(self, data: Parts, predictions: Mapping[str, Any]) -> list[Section]:
+    def sections(self, part: Parts, predictions: Mapping[str, Any]) -> list[Section]:
         return [
             section._replace(title=f"{name}: {section.title}")
-            for name, part in self.parts.items()
-            for section in part.sections(data[name].records, predictions[name])
+            for name, one in self.parts.items()
+            for section in one.sections(part[name], predictions[name])
         ]
 
 
@@ -196,6 +210,13 @@ def _empty(parts: dict[str, Batches], rows: int) -> Features:
         for field, value in part.nothing().items():
             batch[field if field in SHARED else f"{name}.{field}"] = np.zeros((rows, *value.shape[1:]), value.dtype)
     return batch
+
+
+def _seen_of(seen: Seen, name: str) -> Seen:
+    """What one part's task would have seen alone."""
+    own = lambda example: {f.removeprefix(f"{name}."): x for f, x in example.items() if f.startswith(f"{name}.")}
+    outputs = [[own(example) for example in unit] for unit in seen.outputs]
+    return Seen({"loss": seen.losses[f"{name}/loss"]}, outputs)
 
 
 def _view(batch: Batch, name: str) -> Batch:

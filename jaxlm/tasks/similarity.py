@@ -100,6 +100,8 @@ class SimilarityTask(RecordTask):
     def score(self, records: Sequence[Record], predictions: Sequence[Row]) -> dict[str, float]:
         if self.cosine:
             return metrics.number([r["label"] for r in records], [p["prediction"] for p in predictions])
+        if not records:
+            return metrics.retrieval([])
         queries_ND, texts_ND = (np.array([p["_vectors"][side] for p in predictions]) for side in (0, 1))
         # A text that occurs in several pairs is one text, and right for each of them.
         _, kept, of_N = np.unique([r["texts"][1] for r in records], return_index=True, return_inverse=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxlm.data.batches import Batch
 from jaxlm.encode import pool
@@ -23,4 +24,7 @@ def of_examples(x_BTD: jax.Array, batch: Batch, where: str) -> jax.Array:
     """The state [B, E, D] of each example's first token, or its last, or their mean; zeros where there is none."""
     E = batch["weights_BE"].shape[1]
     mode = _MODES.get(where, where)
-    return pool(mode, x_BTD, batch["segments_BT"], batch["positions_BT"], E).astype(x_BTD.dtype)
+    x_BED = pool(mode, x_BTD, batch["segments_BT"], batch["positions_BT"], E).astype(x_BTD.dtype)
+    # The maximum over no tokens is -inf.
+    there_BE = jnp.arange(E) < batch["segments_BT"].max(-1, keepdims=True)
+    return jnp.where(there_BE[..., None], x_BED, 0)

