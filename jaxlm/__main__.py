@@ -144,7 +144,8 @@ def _on_file(argv: list[str], verb: str) -> tuple[OnFile, Any]:
     from jaxlm.folder import run_of
 
     given = argv[argv.index("--config") + 1] if "--config" in argv[:-1] else ""
-    run = _config(Path(given)) if given else run_of(argv[0])
+    config = _config(Path(given)) if given else None  # whose task is known from here on
+    run = run_of(argv[0]) or config
     lm = jaxlm.load(argv[0])
     default = OnFile(argv[0], argv[1], task=run.task if run else task_of(lm))
     if run is not None:

@@ -550,7 +550,9 @@ def from_json(kind: type, values: dict[str, Any]) -> Any:
             raise UserError(f"{kind.__name__} has no field {name!r}{perhaps(name, fields)}")
         if (kind, name) in _PARTS and value is not None:
             value = from_json(_PARTS[kind, name], value)
-        elif kind is RunConfig and name == "task":
+        elif kind is Several:
+            value = {part: from_json(Part, fields) for part, fields in value.items()}
+        elif kind in (RunConfig, Part) and name == "task":
             own = {k: v for k, v in value.items() if k != "kind"}
             if value["kind"] not in TASKS:
                 raise UserError(

@@ -934,7 +934,7 @@ def toy_choice(random):
 
 TOYS = {
     "class": Toy(Classification(), toy_class, 0.9, 0.6, steps=60),
-    "classes": Toy(Classification(target="classes"), toy_classes, 0.9, 0.7),
+    "classes": Toy(Classification(target="classes"), toy_classes, 0.9, 0.7, steps=100),
     "number": Toy(Classification(target="number"), toy_number, 0.7, 0.3, steps=60),
     "pair": Toy(Classification(text=("a", "b")), toy_pair, 0.9, 0.6, steps=60),
     "tagging": Toy(Tagging(), toy_tags, 0.9, 0.1),
@@ -993,11 +993,17 @@ def toys(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=TRAINED)
-def trained(request, quick, toys, tmp_path_factory) -> tuple[str, RunConfig]:
-    run = toy_run(request.param, toys, tmp_path_factory.mktemp("trained") / request.param)
-    fit(run)
-    return request.param, run
+@pytest.fixture(scope="module")
+def trained(quick, toys, tmp_path_factory) -> Callable[[str], RunConfig]:
+    """The finished run of a toy."""
+
+    @lru_cache
+    def finished(name: str) -> RunConfig:
+        run = toy_run(name, toys, tmp_path_factory.mktemp("trained") / name)
+        fit(run)
+        return run
+
+    return finished
 
 
 def read_json(file: Path) -> Any:
@@ -1018,12 +1024,13 @@ def score_of(name: str, rows: list[dict[str, Any]], told: list[Any]) -> dict[str
         return metrics.squad([row["answers"]["text"] for row in rows], told)
     if name in ("number", "cosine"):
         return metrics.number([row["label"] for row in rows], told)
-    same = lambda a, b: set(a) == set(b) if name == "classes" else a == b
+    same = lambda a, b: set(a) == set(b) if name == "classes" else str(a) == str(b)
     return {"accuracy": np.mean([same(row.get("label"), x) for row, x in zip(rows, told)])}
 
 
-def test_a_toy_is_learned_and_its_export_tells_the_same(trained):
-    name, run = trained
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_toy_is_learned_and_its_export_tells_the_same(trained, name):
+    run = trained(name)
     toy, folder = TOYS[name], Path(run.workdir)
     scores = read_json(folder / "scores.json")
     task = TASKS[type(run.task)](run.task, 32, 0, tokenizer("wordpiece"), ("a", "b"))
@@ -1054,8 +1061,9 @@ def test_a_toy_is_learned_and_its_export_tells_the_same(trained):
         np.testing.assert_allclose([row["prediction"] for row in told], (a * b).sum(-1), atol=1e-4)
 
 
-def test_predict_and_evaluate_at_the_command_line(trained, tmp_path, capsys, monkeypatch):
-    _, run = trained
+@pytest.mark.parametrize("name", TRAINED)
+def test_predict_and_evaluate_at_the_command_line(trained, name, tmp_path, capsys, monkeypatch):
+    run = trained(name)
     monkeypatch.setattr("jaxlm.__main__._process", lambda: None)
     assert main(["evaluate", run.workdir, run.data.eval_path, "--batch", str(run.batch // run.accumulate)]) == 0
     said = {" ".join(line.split()[:-1]): line.split()[-1] for line in capsys.readouterr().out.splitlines()}
@@ -1071,13 +1079,16 @@ def test_predict_and_evaluate_at_the_command_line(trained, tmp_path, capsys, mon
     ]
 
 
-def test_labels_are_no_matter_to_a_prediction(trained):
-    name, run = trained
+@pytest.mark.parametrize("name", TRAINED)
+def test_labels_are_no_matter_to_a_prediction(trained, name):
+    run = trained(name)
     lm = jaxlm.load(run.workdir)
     rows = [row for _, row in source.rows(run.data.eval_path, run.data, "")][:3]
     unknown = [row | {"label": "unknown", "tags": "unknown", "answers": "unknown"} for row in rows]
     told = jaxlm.predict(lm, unknown, task=run.task, length=32)
     assert told == jaxlm.predict(lm, rows, task=run.task, length=32)
+    if name in ("class", "classes", "number", "tagging"):  # which the export tells by itself
+        assert jaxlm.predict(lm, rows, length=32) == told
     if name == "class":
         with pytest.raises(UserError, match=r"example:2: the label 'unknown'.*--task.names"):
             jaxlm.evaluate(lm, [rows[0], unknown[1]], run.task)
@@ -1092,11 +1103,10 @@ def test_labels_are_no_matter_to_a_prediction(trained):
         assert [row["prediction"] for row in jaxlm.predict(lm, rows, task=task)] == ["London", ""]
 
 
-def test_a_run_that_is_stopped_ends_like_one_that_is_not(quick, toys, tmp_path):
+def test_a_run_that_is_stopped_ends_like_one_that_is_not(trained, toys, tmp_path):
     """With the best checkpoint, the early end, and the scores of the report."""
-    undisturbed, run = toy_run("class", toys, tmp_path / "a"), toy_run("class", toys, tmp_path / "b")
-    fit(undisturbed)
-    for steps in (13, 17):
+    undisturbed, run = trained("class"), toy_run("class", toys, tmp_path / "run")
+    for steps in (13, 4):
         left = iter(range(steps - 1))
         with pytest.raises(Stopped):
             fit(run, stop=lambda left=left: next(left, None) is None)
@@ -1104,4 +1114,125 @@ def test_a_run_that_is_stopped_ends_like_one_that_is_not(quick, toys, tmp_path):
     assert log_of(run)[-1]["step"] < run.steps  # patience had an end
     assert log_of(run) == log_of(undisturbed)
     for file in ("scores.json", "export/config.json", "export/model.safetensors", "export/tokenizer.json"):
-        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+        assert (Path(run.workdir) / file).read_bytes() == (Path(undisturbed.workdir) / file).read_bytes(), file
+
+
+# The same as transformers
+
+
+CLASSES = {"problem_type": "single_label_classification", "num_labels": 3}
+THEIRS = {  # the class that does what a case does, and what its config says of it
+    "class": ("ForSequenceClassification", CLASSES),
+    "classes": ("ForSequenceClassification", CLASSES | {"problem_type": "multi_label_classification"}),
+    "number": ("ForSequenceClassification", {"problem_type": "regression", "num_labels": 1}),
+    "pair": ("ForSequenceClassification", CLASSES),
+    "tagging": ("ForTokenClassification", {"num_labels": 3}),
+    "questions": ("ForQuestionAnswering", {}),
+    "choice": ("ForMultipleChoice", {}),
+}
+
+
+def their_inputs(examples: list[Any]) -> Any:
+    """Examples one below the other, padded to the longest."""
+    import torch
+
+    longest = max(len(example["tokens_BT"]) for example in examples)
+    rows = np.zeros((3, len(examples), longest), np.int64)
+    for n, example in enumerate(examples):
+        size = len(example["tokens_BT"])
+        rows[:, n, :size] = example["tokens_BT"], np.ones(size), example["types_BT"]
+    return dict(zip(("input_ids", "attention_mask", "token_type_ids"), torch.tensor(rows)))
+
+
+def their_loss(model: Any, case: str, examples: list[Any]) -> float:
+    """Of one unit; the sum over its words, where they have labels."""
+    import torch
+
+    [first, *_] = examples
+    inputs = their_inputs(examples)
+    if case == "choice":
+        right = int(np.argmax([example["labels_BE"] for example in examples]))
+        return float(model(**{name: x[None] for name, x in inputs.items()}, labels=torch.tensor([right])).loss)
+    if case == "tagging":
+        weights = first["weights_BT"] > 0
+        if not weights.any():
+            return 0.0
+        labels = torch.tensor(np.where(weights, first["labels_BT"], -100)[None].astype(np.int64))
+        return float(model(**inputs, labels=labels).loss) * weights.sum()
+    if case == "questions":
+        start, end = (torch.tensor([int(place)]) for place in first["labels_BEN"])
+        return float(model(**inputs, start_positions=start, end_positions=end).loss)
+    labels = torch.tensor(first.get("labels_BE", first.get("labels_BEN")))[None]
+    labels = labels.long() if case in ("class", "pair") else labels
+    return float(model(**inputs, labels=labels).loss)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("case", THEIRS)
+def test_losses_are_those_of_transformers(case, tmp_path):
+    torch, transformers = (pytest.importorskip(name) for name in ("torch", "transformers"))
+    head, said = THEIRS[case]
+    sizes = {"vocab_size": V, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3}
+    sizes |= {"intermediate_size": 20, "max_position_embeddings": 32}
+    torch.manual_seed(0)
+    model = getattr(transformers, f"Bert{head}")(transformers.BertConfig(**sizes, **said)).eval()
+    for parameter in model.parameters():
+        parameter.data = torch.randn_like(parameter) * 0.3
+    model.save_pretrained(tmp_path)
+    lm = jaxlm.load(tmp_path, head=task_of(case).head)
+    task, records = task_of(case), drawn(case, LENGTHS)
+    batches = batches_of(task, records)
+    found = see(jit(make_eval_step(task, lm.module)), lm.params, batches, put)
+    with torch.no_grad():
+        expected = sum(their_loss(model, case, unit) for units in task.features(records, False) for unit in units)
+    assert found.losses["loss"][0] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", ["class", "classes", "number", "tagging", "questions", "choice"])
+def test_an_export_does_the_same_in_transformers(trained, name):
+    torch, transformers = (pytest.importorskip(package) for package in ("torch", "transformers"))
+    run = trained(name)
+    export, head = Path(run.workdir) / "export", THEIRS[name][0]
+    model, report = getattr(transformers, f"AutoModel{head}").from_pretrained(export, output_loading_info=True)
+    assert not any(report.values()), report
+    lm, read = jaxlm.load(run.workdir), transformers.AutoTokenizer.from_pretrained(export)
+    if name in ("class", "classes", "tagging"):
+        assert tuple(model.config.id2label[i] for i in range(len(lm.config.labels))) == lm.config.labels
+    if name in ("class", "classes", "number"):
+        assert model.config.problem_type == THEIRS[name][1]["problem_type"]
+    rows = [row for _, row in source.rows(run.data.eval_path, run.data, "")][:10]
+    for row, told in zip(rows, jaxlm.predict(lm, rows, task=run.task, length=32), strict=True):
+        n = len(row["options"]) if name == "choice" else 1
+        texts = {"questions": ("question", "context"), "choice": ("question", "options")}.get(name, ("text",))
+        given = [row["tokens"]] if name == "tagging" else [row[key] for key in texts]
+        given = [[given[0]] * n, given[1]] if name == "choice" else given
+        long = {"truncation": True, "max_length": 32 // n}
+        long = {"tagging": {"is_split_into_words": True}, "questions": {}}.get(name, long)
+        inputs = read(*given, return_tensors="pt", padding=True, **long)
+        if len(inputs["input_ids"][0]) > 32 // n:  # we read it in pieces
+            continue
+        inputs = {key: x[None] for key, x in inputs.items()} if name == "choice" else inputs
+        with torch.no_grad():
+            out = model.eval()(**inputs)
+        if name == "questions":
+            start, end, place = out.start_logits[0], out.end_logits[0], inputs.sequence_ids(0)
+            spans = [(float(start[0] + end[0]), [])]
+            for a in (t for t, side in enumerate(place) if side == 1):
+                for b in range(a, min(a + run.task.longest_answer, len(place) - 1)):
+                    spans.append((float(start[a] + end[b]), inputs["input_ids"][0, a : b + 1]))
+            assert read.decode(max(spans, key=lambda span: span[0])[1]) == told["prediction"].lower()
+            continue
+        logits = out.logits[0].numpy()
+        if name == "number":
+            assert told["prediction"] == pytest.approx(float(logits[0]), abs=1e-4)
+        elif name == "classes":
+            assert told["prediction"] == [model.config.id2label[i] for i in np.flatnonzero(logits > 0)]
+        elif name == "tagging":
+            words = inputs.word_ids(0)
+            firsts = [words.index(n) for n in range(len(row["tokens"])) if n in words]
+            assert told["prediction"] == [model.config.id2label[int(logits[t].argmax())] for t in firsts]
+        else:
+            p = np.exp(log_p(logits))
+            best = told["prediction"] if name == "choice" else lm.config.labels.index(told["prediction"])
+            assert (best, told["confidence"]) == (int(p.argmax()), pytest.approx(p.max(), abs=1e-4))

@@ -210,12 +210,12 @@ def _answers(given: Any, place: Place) -> list[tuple[str, int]]:
             f"{place}: 'answers' is {given!r:.60}; it must hold 'text' and 'answer_start', two lists of one length"
         )
     for text, start in zip(texts, starts):
-        if not isinstance(text, str) or type(start) is not int:
+        if not isinstance(text, str) or not isinstance(start, (int, np.integer)) or isinstance(start, bool):
             raise UserError(
                 f"{place}: an answer is {text!r:.60} at {start!r:.60}; give its text, and its first character as a "
                 f"whole number"
             )
-    return list(zip(texts, starts))
+    return list(zip(texts, map(int, starts)))
 
 
 def _tokens_of(text: str, start: int, spans: np.ndarray) -> np.ndarray | None:

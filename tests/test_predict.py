@@ -1,0 +1,871 @@
+"""Fine-tuning, prediction and evaluation at the command line: bad input of every kind ends with one message (value,
+limit, remedy) and exit code 2, and loses nothing; odd input that means something is told what it is."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from compiled import random_params
+
+import jaxlm
+from jaxlm import (
+    CausalLM,
+    Classification,
+    DataConfig,
+    ModelConfig,
+    MultipleChoice,
+    QuestionAnswering,
+    RunConfig,
+    Similarity,
+    Tagging,
+    TokenizerConfig,
+    UserError,
+    folder,
+)
+from jaxlm.__main__ import main
+from jaxlm.data import tokenizer as tokenizers
+from jaxlm.lm import LM
+from jaxlm.nn.transformer import Transformer
+from jaxlm.tasks import make_task, prepare
+
+ROOT = Path(__file__).parent.parent
+TEXT = "the good bad film plot actor scene great awful boring fine story music was is very quite never always rather"
+MODEL = ModelConfig(
+    structure="encoder", heads_on_top=(), vocabulary=90, max_length=64, width=32, layers=2, heads=2, types=2
+)
+LENGTH = 32
+
+CONFIG = """
+from pathlib import Path
+import jaxlm
+from jaxlm import DataConfig, ModelConfig, RunConfig, TokenizerConfig
+
+HERE = Path(__file__).parent
+
+def config(kind="Classification"):
+    return RunConfig(
+        model=ModelConfig(structure="encoder", vocabulary=90, max_length=64, width=32, layers=2, heads=2, types=2),
+        task=getattr(jaxlm, kind)(),
+        data=DataConfig(path=str(HERE / "good.csv"), length=32, cache=str(HERE / "cache")),
+        tokenizer=TokenizerConfig(train="wordpiece"),
+        batch=8, steps=2, workdir=str(HERE / "run"),
+    )
+"""
+
+
+def lines(*rows: Any) -> str:
+    """Rows as json lines."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def table(labels: list[Any]) -> str:
+    """A csv file with these labels."""
+    return "text,label\n" + "".join(f"{TEXT},{label}\n" for label in labels)
+
+
+def conll(*sentences: list[tuple[str, str]]) -> str:
+    return "".join("".join(f"{word}\t{tag}\n" for word, tag in sentence) + "\n" for sentence in sentences)
+
+
+def squad(*questions: dict[str, Any], context: str = TEXT) -> str:
+    article = {"paragraphs": [{"context": context, "qas": questions}]}
+    return json.dumps({"data": [{"title": title, **article} for title in "abc"]})
+
+
+def question(text: str, start: Any, asked: str = "what is good", **more: Any) -> dict[str, Any]:
+    return {"id": "1", "question": asked, "answers": [{"text": text, "answer_start": start}], **more}
+
+
+LABELS = ["pos", "neg"] * 10
+ROWS = [{"text": TEXT, "label": label} for label in LABELS]
+PLAIN = [(word, "O") for word in TEXT.split()]
+NAMED = [("the", "B-PER"), ("film", "I-PER"), *PLAIN]
+CHOICE = {"question": TEXT, "options": ["good", "bad"], "label": 1}
+PAIR = {"text_a": TEXT, "text_b": "the film", "label": 0.5}
+GOOD = {"text": ["film"], "answer_start": [13]}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """A folder with a config and good data, that is worked in."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.py").write_text(CONFIG)
+    (tmp_path / "good.csv").write_text(table(LABELS))
+    return tmp_path
+
+
+# What a run is trained on: the task, the file and what it holds, further flags; and what the message must say.
+DATA: dict[str, tuple[str, str, str, list[str], list[str]]] = {
+    "empty file": ("Classification", "x.csv", "", [], ["x.csv", "no training example", "give more"]),
+    "only a header": ("Classification", "x.csv", "text,label\n", [], ["x.csv", "no training example"]),
+    "one row": ("Classification", "x.csv", table(["pos"]), [], ["x.csv", "no held-out example"]),
+    "a file that ends mid-row": (
+        *("Classification", "x.csv", table(LABELS) + '"the good fi', []),
+        ["x.csv:22", "unexpected end", "correct the quotes"],
+    ),
+    "a file that ends mid-object": (
+        *("Classification", "x.jsonl", lines(*ROWS) + '{"text": "the g', []),
+        ["x.jsonl:21", "not a JSON object", "column 10"],
+    ),
+    "no column of text": (
+        *("Classification", "x.csv", table(LABELS).replace("text", "words"), []),
+        ["x.csv:2", "'text'", "'words', 'label'", "--task.text"],
+    ),
+    "no column of labels": (
+        *("Classification", "x.csv", table(LABELS), ["--task.label", "lable"]),
+        ["x.csv:2", "'lable'", "'text', 'label'", "--task.label"],
+    ),
+    "text that is a number": (
+        *("Classification", "x.jsonl", lines(*ROWS, {"text": 5, "label": "pos"}), []),
+        ["x.jsonl:21", "int 5", "--task.text"],
+    ),
+    "an empty cell": ("Classification", "x.csv", table([*LABELS, ""]), [], ["x.csv:22", "no label", "leave the row"]),
+    "a blank cell": ("Classification", "x.csv", table([*LABELS, "  "]), [], ["x.csv:22", "no label", "leave the row"]),
+    "null": ("Classification", "x.jsonl", lines(*ROWS, ROWS[0] | {"label": None}), [], ["x.jsonl:21", "no label"]),
+    "a missing key": (
+        *("Classification", "x.jsonl", lines(*ROWS, {"text": TEXT}), []),
+        ["x.jsonl:21", "no column 'label'", "'text'", "--task.label"],
+    ),
+    "numbers and text": (
+        *("Classification", "x.jsonl", lines(*[{"text": TEXT, "label": x} for x in [1, "a"] * 5]), []),
+        ["'label'", "numbers (x.jsonl:", "text (x.jsonl:", "one kind"],
+    ),
+    "numbers and truth": (
+        *("Classification", "x.jsonl", lines(*[{"text": TEXT, "label": x} for x in [1, True] * 5]), []),
+        ["numbers (x.jsonl:", "true or false (x.jsonl:", "one kind"],
+    ),
+    "NaN in json": (
+        *("Classification", "x.jsonl", lines(*ROWS, ROWS[0] | {"label": float("nan")}), []),
+        ["x.jsonl:21", "float nan", "mend it"],
+    ),
+    "infinity in json": (
+        *("Classification", "x.jsonl", lines(*ROWS, ROWS[0] | {"label": float("inf")}), []),
+        ["x.jsonl:21", "float inf", "mend it"],
+    ),
+    "nan among numbers": (
+        *("Classification", "x.csv", table([1, 2, "nan"] * 6), []),
+        ["x.csv:", "'nan' among numbers", "mend it"],
+    ),
+    "a list as a class": (
+        *("Classification", "x.jsonl", lines(*ROWS, ROWS[0] | {"label": ["pos"]}), []),
+        ["x.jsonl:21", "list ['pos']", "no label", "--task.label"],
+    ),
+    "an object as classes": (
+        *("Classification", "x.jsonl", lines(*ROWS, ROWS[0] | {"label": {"a": 1}}), ["--task.target", "classes"]),
+        ["x.jsonl:21", "dict {'a': 1}", "no label"],
+    ),
+    "fractions as classes": (
+        *("Classification", "x.csv", table([0.5, 1.5, 2.0] * 6), []),
+        ["3 different values", "not all whole numbers", "--task.target number", "--task.names"],
+    ),
+    "too many classes": (
+        *("Classification", "x.csv", table(list(range(10_000))), []),
+        ["9,999 different values", "'0'", "most_classes is 1,000", "--task.target number", "--task.most-classes"],
+    ),
+    "one class": (
+        *("Classification", "x.csv", table(["pos"] * 20), []),
+        ["'label'", "one label alone, 'pos'", "nothing to tell apart"],
+    ),
+    "no class in any row": (
+        *("Classification", "x.jsonl", lines(*[{"text": TEXT, "label": []}] * 20), ["--task.target", "classes"]),
+        ["'label'", "no label in 18 rows"],
+    ),
+    "no classes in a cell": (
+        *("Classification", "x.csv", table([*LABELS, ""]), ["--task.target", "classes"]),
+        ["x.csv:22", "no label", "an empty list or the separator ','"],
+    ),
+    "a name that is not there": (
+        *("Classification", "x.csv", table(LABELS), ["--task.names", "pos", "other"]),
+        ["x.csv:", "'neg'", "--task.names pos, other", "add it"],
+    ),
+    "a name twice": (
+        *("Classification", "x.csv", table(LABELS), ["--task.names", "pos", "neg", "pos"]),
+        ["a name twice", "pos, neg, pos"],
+    ),
+    "a word as a number": (
+        *("Classification", "x.csv", table([1, 2, 3, "great"]), ["--task.target", "number"]),
+        ["x.csv:5", "'great'", "no number", "--task.label"],
+    ),
+    "nan as a number": (
+        *("Classification", "x.csv", table([1, 2, "nan", 3]), ["--task.target", "number"]),
+        ["x.csv:4", "'nan'", "finite"],
+    ),
+    "a number beyond float32": (
+        *("Classification", "x.csv", table([1, 2, "1e300", 3]), ["--task.target", "number"]),
+        ["x.csv:4", "'1e300'", "at most 1e+15"],
+    ),
+    "rows longer than the model": (
+        *("Classification", "x.csv", table(LABELS), ["--data.length", "65"]),
+        ["data.length is 65", "64 positions", "lower --data.length"],
+    ),
+    "three texts": (
+        *("Classification", "x.csv", table(LABELS), ["--task.text", "a", "b", "c"]),
+        ["names 3 columns", "the two of a pair"],
+    ),
+    "columns missing in conll": (
+        *("Tagging", "x.conll", conll(*[NAMED] * 4) + "the\tB-PER\ngood\n\n", []),
+        ["x.conll:94", "'good' has 1 columns, line 1 2", "a token, its tag last"],
+    ),
+    "no tags in conll": ("Tagging", "x.conll", "the\nfilm\n\n", [], ["x.conll:1", "no column 'tags'", "'tokens'"]),
+    "a tag without a scheme": (
+        *("Tagging", "x.conll", conll(*[NAMED] * 4, [("the", "PERSON")]), []),
+        ["x.conll:93", "'PERSON' is not one of IOB2", "B-TYPE", "name the scheme"],
+    ),
+    "a tag of another scheme": (
+        *("Tagging", "x.conll", conll(*[NAMED] * 4, [("the", "S-PER")]), []),
+        ["x.conll:93", "'S-PER' is not one of IOB2", "IOBES"],
+    ),
+    "tags that are numbers": (
+        *("Tagging", "x.jsonl", lines(*[{"tokens": ["the"], "tags": [0]}] * 4), []),
+        ["x.jsonl:1", "'tags' holds [0]", "not a list of texts", "--task.tags"],
+    ),
+    "more tokens than tags": (
+        *("Tagging", "x.jsonl", lines({"tokens": ["the", "film"], "tags": ["O"]}), []),
+        ["x.jsonl:1", "2 tokens and 1 tags", "a tag for each"],
+    ),
+    "nothing but O": ("Tagging", "x.conll", conll(*[PLAIN] * 4), [], ["'tags'", "no tag but O", "nothing to learn"]),
+    "an answer elsewhere": (
+        *("QuestionAnswering", "x.json", squad(question("film", 13), question("film", 14)), ["--data.format", "squad"]),
+        ["x.json:2", "'film' does not stand at 14", "'ilm '", "--task.wrong-offsets drop"],
+    ),
+    "an answer before the text": (
+        *("QuestionAnswering", "x.json", squad(question("film", -3)), ["--data.format", "squad"]),
+        ["x.json:1", "'film' does not stand at -3"],
+    ),
+    "an empty answer": (
+        *("QuestionAnswering", "x.json", squad(question("", 13)), ["--data.format", "squad"]),
+        ["x.json:1", "is empty", "mend it"],
+    ),
+    "no answer though there must be": (
+        "QuestionAnswering",
+        "x.json",
+        squad(question("film", 13), question("film", 13, is_impossible=True)),
+        ["--data.format", "squad", "--task.no-unanswerable"],
+        ["x.json:2", "no answer", "--task.unanswerable"],
+    ),
+    "no answers": (
+        *("QuestionAnswering", "x.jsonl", lines({"question": "a", "context": "b"}), []),
+        ["x.jsonl:1", "no 'answers'", "'question', 'context'", "empty lists"],
+    ),
+    "answers of another form": (
+        *("QuestionAnswering", "x.jsonl", lines({"question": "a", "context": "b", "answers": ["b"]}), []),
+        ["x.jsonl:1", "['b']", "'text' and 'answer_start'", "two lists"],
+    ),
+    "answers that are no lists": (
+        "QuestionAnswering",
+        "x.jsonl",
+        lines({"question": "a", "context": TEXT, "answers": {"text": "film", "answer_start": 13}}),
+        [],
+        ["x.jsonl:1", "'text': 'film'", "two lists"],
+    ),
+    "more answers than places": (
+        "QuestionAnswering",
+        "x.jsonl",
+        lines({"question": "a", "context": TEXT, "answers": {"text": ["film", "plot"], "answer_start": [13]}}),
+        [],
+        ["x.jsonl:1", "two lists of one length"],
+    ),
+    "a place that is a word": (
+        "QuestionAnswering",
+        "x.jsonl",
+        lines({"question": "a", "context": TEXT, "answers": {"text": ["film"], "answer_start": ["x"]}}),
+        [],
+        ["x.jsonl:1", "'film' at 'x'", "whole number"],
+    ),
+    "squad that is not said": (
+        *("QuestionAnswering", "x.json", squad(question("film", 13)), []),
+        ["x.json:1", "--data.format squad"],
+    ),
+    "a question as long as the row": (
+        "QuestionAnswering",
+        "x.json",
+        squad(question("film", 13, asked=TEXT)),
+        ["--data.format", "squad", "--data.length", "16", "--task.stride", "4"],
+        ["data.length 16 leaves 0 tokens", "task.stride 4", "task.most_question"],
+    ),
+    "a stride as long as the row": (
+        "QuestionAnswering",
+        "x.json",
+        squad(question("film", 13)),
+        ["--data.format", "squad", "--task.stride", "40"],
+        ["data.length 32 leaves", "task.stride 40", "lower task.stride"],
+    ),
+    "an option that is not there": (
+        *("MultipleChoice", "x.jsonl", lines(*[CHOICE] * 6, CHOICE | {"label": 2}), []),
+        ["x.jsonl:7", "holds 2", "2 options", "a number from 0, a letter from A"],
+    ),
+    "half an option": (
+        *("MultipleChoice", "x.jsonl", lines(*[CHOICE] * 6, CHOICE | {"label": 1.5}), []),
+        ["x.jsonl:7", "holds 1.5", "2 options"],
+    ),
+    "a label that means two options": (
+        *("MultipleChoice", "x.jsonl", lines(CHOICE | {"options": ["1", "2"], "label": "1"}), []),
+        ["x.jsonl:1", "'1'", "the text of one option and the number or letter of another", "as letters"],
+    ),
+    "one option": (
+        *("MultipleChoice", "x.jsonl", lines(CHOICE | {"options": ["good"]}), []),
+        ["x.jsonl:1", "1 options", "at least 2"],
+    ),
+    "options that are text": (
+        *("MultipleChoice", "x.jsonl", lines(CHOICE | {"options": "good"}), []),
+        ["x.jsonl:1", "'good'", "not a list of texts"],
+    ),
+    "more options than fit": (
+        *("MultipleChoice", "x.jsonl", lines(*[CHOICE | {"options": list("abcdefghij")}] * 6), []),
+        ["10 options", "data.length 32 takes 8", "raise the length"],
+    ),
+    "a score outside": (
+        *("Similarity", "x.jsonl", lines(*[PAIR] * 6, PAIR | {"label": 4.2}), []),
+        ["x.jsonl:7", "4.2", "0 to 1", "--task.highest"],
+    ),
+    "a score that is NaN": (
+        *("Similarity", "x.jsonl", lines(*[PAIR] * 6, PAIR | {"label": float("nan")}), []),
+        ["x.jsonl:7", "nan", "0 to 1"],
+    ),
+    "bounds the wrong way": (
+        *("Similarity", "x.jsonl", lines(*[PAIR] * 6), ["--task.lowest", "5"]),
+        ["task.lowest is 5.0, task.highest 1.0", "must be larger"],
+    ),
+}
+
+
+def only_error(said: str) -> str:
+    """The one message there is."""
+    assert len(re.findall(r"^error: ", said, re.MULTILINE)) == 1 and "Traceback" not in said, said
+    return said[said.index("error: ") :]
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_bad_data_to_train_on(here, capsys, monkeypatch, name):
+    kind, file, content, flags, words = DATA[name]
+    import jax
+
+    monkeypatch.setattr(jax, "jit", lambda *_, **__: pytest.fail("something is compiled"))
+    (here / file).write_text(content)
+    assert main(["train", "tiny.py", kind, "--data.path", file, *flags]) == 2
+    message = only_error(capsys.readouterr().err)
+    assert all(word in message for word in words), message
+    assert not (here / "run" / "config.json").exists() and (here / file).read_text() == content
+
+
+HELD_OUT = {
+    "a class": ("Classification", "csv", table(LABELS), table(["pos", "other"]), ["e.csv:3", "'other'", "neg, pos"]),
+    "one of several classes": (
+        *("Classification", "jsonl", lines(*[{"text": TEXT, "label": ["a", "b"]}] * 8)),
+        *(lines({"text": TEXT, "label": ["a", "z"]}), ["e.jsonl:1", "'z'", "a, b"]),
+    ),
+    "a type of span": (
+        *("Tagging", "conll", conll(*[NAMED] * 4), conll([("the", "B-LOC")])),
+        ["e.conll:1", "'B-LOC'", "B-PER, I-PER, O"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HELD_OUT)
+def test_a_label_in_the_held_out_part_alone(here, capsys, name):
+    kind, suffix, train, held_out, words = HELD_OUT[name]
+    (here / f"x.{suffix}").write_text(train)
+    (here / f"e.{suffix}").write_text(held_out)
+    flags = ["--task.target", "classes"] if suffix == "jsonl" else []
+    paths = ["--data.path", f"x.{suffix}", "--data.eval-path", f"e.{suffix}"]
+    assert main(["train", "tiny.py", kind, *paths, *flags]) == 2
+    message = only_error(capsys.readouterr().err)
+    assert all(word in message for word in words), message
+
+
+# Odd data that means something: what is found, and what is said of it.
+ODD: dict[str, tuple[Any, str, str, dict[str, Any], tuple[str, ...] | None, str]] = {
+    "numbers in order": (
+        *(Classification(), "x.csv", table([10, 2, 0, 1] * 5), {}),
+        *(("0", "1", "2", "10"), ", 10 4 ("),
+    ),
+    "whole numbers as floats": (
+        *(Classification(), "x.jsonl", lines(*[{"text": TEXT, "label": x} for x in [0.0, 1.0] * 5]), {}),
+        *(("0", "1"), "0 4"),
+    ),
+    "truth": (
+        *(Classification(), "x.jsonl", lines(*[{"text": TEXT, "label": x} for x in [True, False] * 5]), {}),
+        *(("false", "true"), "true 4"),
+    ),
+    "names of any letters": (
+        *(Classification(), "x.jsonl", lines(*[{"text": TEXT, "label": x} for x in ["a, b", "é|ü", "中文"] * 4]), {}),
+        *(("a, b", "é|ü", "中文"), "中文 4"),
+    ),
+    "names in an order": (
+        *(Classification(names=("pos", "neg", "other")), "x.csv", table(LABELS), {}),
+        *(("pos", "neg", "other"), "other 0 (0.0%)"),
+    ),
+    "fractions that are named": (
+        *(Classification(names=("0.5", "1.5")), "x.csv", table([0.5, 1.5] * 8), {}),
+        *(("0.5", "1.5"), "0.5 7"),
+    ),
+    "several classes in a cell": (
+        *(Classification(target="classes"), "x.csv", table(['" b , a"', "a", '","', '"a,,a"'] * 4), {}),
+        *(("a", "b"), "a "),
+    ),
+    "several classes of numbers": (
+        *(Classification(target="classes"), "x.jsonl", lines(*[{"text": TEXT, "label": x} for x in [3, 3.0, [3, 4]]])),
+        *({"eval_fraction": 0.3}, ("3", "4"), "3 2"),
+    ),
+    "I- after O": (
+        *(Tagging(), "x.conll", conll(*[[*PLAIN, ("the", "I-PER"), ("film", "I-LOC")]] * 5), {}),
+        *(("O", "B-LOC", "I-LOC", "B-PER", "I-PER"), "8 I- tags that follow no tag of their type are read as B-"),
+    ),
+    "I- after O in IOB1": (
+        *(Tagging(scheme="IOB1"), "x.conll", conll(*[[*PLAIN, ("the", "I-PER")]] * 5), {}),
+        *(("O", "B-PER", "I-PER"), "PER 4"),
+    ),
+    "answers left out": (
+        *(QuestionAnswering(wrong_offsets="drop"), "x.json", squad(question("film", 13), question("film", 14))),
+        *({"format": "squad"}, None, "2 questions with an answer, 0 without"),
+    ),
+    "plausible answers are none": (
+        *(QuestionAnswering(), "x.json", squad(question("film", 13, is_impossible=True), question("film", 13))),
+        *({"format": "squad"}, None, "2 questions with an answer, 2 without"),
+    ),
+    "options by number, letter and text": (
+        MultipleChoice(first=1),
+        "x.jsonl",
+        lines(*[CHOICE | {"label": label} for label in (2, "2", 2.0, "B", "b", "bad")]),
+        {"eval_fraction": 0.2},
+        ("score",),
+        "option 2 right ",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_data_that_means_something(here, name):
+    task, file, content, fields, labels, words = ODD[name]
+    (here / file).write_text(content)
+    data = DataConfig(path=file, **{"length": LENGTH, "cache": str(here / "cache"), **fields})
+    run = RunConfig(MODEL, task, data, TokenizerConfig(train="characters"))
+    found = prepare(run, None, lambda _: None)
+    assert labels is None or found.labels == labels
+    said = make_task(run, found.tokenizer, found.labels).balance(found.train)
+    assert words in said and said.count("I- tags") == words.count("I- tags"), said
+    if name == "answers left out":
+        assert found.rows["rows"] == 6 and found.rows["dropped"] == 3
+
+
+# A model to start from
+
+
+def tokenizer() -> Any:
+    return tokenizers.train([TEXT, "a b c d"], TokenizerConfig(train="wordpiece"), MODEL.vocabulary)
+
+
+def model(**fields: Any) -> LM:
+    config = ModelConfig(**{**vars(MODEL), **fields})
+    return LM(config, Transformer(config), random_params(config), tokenizer())
+
+
+KINDS: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {  # task, model, data of a run
+    "class": (Classification(), {"heads_on_top": ("classes",), "labels": ("neg", "pos")}, {"path": "x.csv"}),
+    "classes": (Classification(target="classes"), {"heads_on_top": ("classes",), "labels": ("a", "b")}, {}),
+    "number": (Classification(target="number"), {"heads_on_top": ("classes",), "labels": ("score",)}, {}),
+    "tags": (Tagging(), {"heads_on_top": ("tokens",), "labels": ("O", "B-PER", "I-PER")}, {"path": "x.conll"}),
+    "answers": (QuestionAnswering(stride=4), {"heads_on_top": ("span",)}, {"path": "x.json", "format": "squad"}),
+    "choices": (MultipleChoice(), {"heads_on_top": ("classes",), "labels": ("score",)}, {"path": "x.jsonl"}),
+    "pairs": (Similarity(), {}, {"path": "x.jsonl"}),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """Folders of finished runs, of one each kind, and folders that are none."""
+    top = tmp_path_factory.mktemp("runs")
+    for name, (task, fields, data) in KINDS.items():
+        (top / name).mkdir()
+        run = RunConfig(MODEL, task, DataConfig(length=LENGTH, **data), workdir=str(top / name))
+        folder.begin(run, top / name, "")
+        jaxlm.save(model(**fields), top / name / "export")
+    (top / "unfinished").mkdir()
+    folder.begin(run, top / "unfinished", "")
+    (top / "empty").mkdir()
+    for name, structure in (("masked_lm", "encoder"), ("lm", "decoder"), ("lm", "encoder_decoder")):
+        jaxlm.save(model(structure=structure, heads_on_top=(name,)), top / structure)
+    jaxlm.save(model(heads_on_top=("classes",)), top / "mute")
+    for file in (top / "mute").glob("*token*"):
+        file.unlink()
+    return top
+
+
+STARTS = {
+    "nothing there": ("gone", ["gone is no folder"]),
+    "an empty folder": ("{runs}/empty", ["empty has no config.json"]),
+    "an unfinished run": ("{runs}/unfinished", ["unfinished", "no export yet"]),
+    "no tokenizer": ("{runs}/mute", ["mute holds no tokenizer", "--tokenizer.path"]),
+    "an encoder-decoder": ("{runs}/encoder_decoder", ["encoder-decoder", "start from another"]),
+}
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_bad_weights_to_start_from(here, runs, capsys, name):
+    init, words = STARTS[name]
+    (here / "start.py").write_text(re.sub(r"model=.*,\n", "model=None,\n", CONFIG).replace('train="wordpiece"', ""))
+    assert main(["train", "start.py", "--init", init.format(runs=runs)]) == 2
+    message = only_error(capsys.readouterr().err)
+    assert all(word in message for word in words), message
+
+
+# What is given on the command line, files there are, and what the message must say.
+VERBS: dict[str, tuple[list[str], dict[str, str | bytes], list[str]]] = {
+    "predict nothing there": (["predict", "gone", "x.csv"], {}, ["gone is no folder"]),
+    "predict an empty folder": (["predict", "{runs}/empty", "x.csv"], {}, ["empty has no config.json"]),
+    "predict an unfinished run": (["predict", "{runs}/unfinished", "x.csv"], {}, ["no export yet"]),
+    "predict no tokenizer": (["predict", "{runs}/mute", "x.csv"], {"x.csv": "text\na\n"}, ["no tokenizer"]),
+    "predict no head": (["predict", "{runs}/encoder", "x.csv"], {}, ["masked_lm", "fine-tune it"]),
+    "predict a language model": (["predict", "{runs}/decoder", "x.csv"], {}, ["heads: lm", "fine-tune it"]),
+    "predict no file": (["predict", "{runs}/class", "god.csv"], {}, ["'god.csv'", "perhaps you meant 'good.csv'"]),
+    "predict an empty file": (["predict", "{runs}/class", "x.csv"], {"x.csv": ""}, ["no row", "at least one"]),
+    "predict a header": (["predict", "{runs}/class", "x.csv"], {"x.csv": "text,label\n"}, ["no row"]),
+    "predict no row to a file": (
+        ["predict", "{runs}/class", "x.csv", "--output", "o.csv"],
+        {"x.csv": "text,label\n"},
+        ["no row"],
+    ),
+    "predict other columns": (
+        ["predict", "{runs}/class", "x.csv"],
+        {"x.csv": "words,label\na,b\n"},
+        ["x.csv:2", "no column 'text'", "'words', 'label'", "--task.text"],
+    ),
+    "predict text as tokens": (
+        ["predict", "{runs}/tags", "x.txt"],
+        {"x.txt": "the film\n"},
+        ["x.txt:1", "'tokens'", "'text'", "--task.tokens"],
+    ),
+    "predict not UTF-8": (
+        ["predict", "{runs}/class", "x.csv"],
+        {"x.csv": b"text\nna\xefve\n"},
+        ["x.csv:2", "not UTF-8", "--data.charset"],
+    ),
+    "predict a broken row": (
+        ["predict", "{runs}/class", "x.csv", "--output", "o.csv"],
+        {"x.csv": "text\n" + "the film\n" * 5000 + '"a,b\n'},
+        ["x.csv:5002", "unexpected end"],
+    ),
+    "output of another kind": (
+        ["predict", "{runs}/class", "good.csv", "--output", "o.txt"],
+        {},
+        ["'o.txt'", ".csv or .jsonl"],
+    ),
+    "output nowhere": (
+        ["predict", "{runs}/class", "good.csv", "--output", "gone/o.csv"],
+        {},
+        ["gone/o.csv cannot be written", "No such file", "--output"],
+    ),
+    "output onto a file": (
+        ["predict", "{runs}/class", "good.csv", "--output", "x.csv"],
+        {"x.csv": "precious\n"},
+        ["'x.csv', which exists", "choose another --output"],
+    ),
+    "output onto its own input": (
+        ["predict", "{runs}/class", "good.csv", "--output", "good.csv"],
+        {},
+        ["'good.csv', which exists"],
+    ),
+    "rows with other columns in csv": (
+        ["predict", "{runs}/class", "x.jsonl", "--output", "o.csv"],
+        {"x.jsonl": lines({"text": "a"}, {"text": "b", "id": 1})},
+        ["row 2", "text, id", "--output FILE.jsonl"],
+    ),
+    "longer than the model": (
+        ["predict", "{runs}/class", "good.csv", "--length", "65"],
+        {},
+        ["length is 65", "64 positions", "lower it"],
+    ),
+    "no length": (["predict", "{runs}/class", "good.csv", "--length", "-1"], {}, ["length is -1", "at least 2"]),
+    "no batch": (["predict", "{runs}/class", "good.csv", "--batch", "-1"], {}, ["batch is -1", "at least 1"]),
+    "classes as a number": (
+        ["predict", "{runs}/class", "good.csv", "--task.target", "number"],
+        {},
+        ["one output", "neg, pos", "trained for"],
+    ),
+    "a number as a class": (
+        ["predict", "{runs}/number", "good.csv", "--task.target", "class"],
+        {},
+        ["several outputs", "score", "trained for"],
+    ),
+    "a question as long as the row": (
+        ["predict", "{runs}/answers", "x.csv"],
+        {"x.csv": f"question,context\n{TEXT} {TEXT},{TEXT}\n"},
+        ["leaves 0 tokens", "task.stride 4", "task.most_question"],
+    ),
+    "evaluate an empty file": (["evaluate", "{runs}/class", "x.csv"], {"x.csv": ""}, ["no row", "at least one"]),
+    "evaluate without labels": (
+        ["evaluate", "{runs}/class", "x.csv"],
+        {"x.csv": "text\nthe film\n"},
+        ["x.csv:2", "no column 'label'", "'text'", "--task.label"],
+    ),
+    "evaluate an empty label": (
+        ["evaluate", "{runs}/class", "x.csv"],
+        {"x.csv": table(["pos", ""])},
+        ["x.csv:3", "no label"],
+    ),
+    "evaluate a new label": (
+        ["evaluate", "{runs}/class", "x.csv"],
+        {"x.csv": table(["pos", "pso"])},
+        ["x.csv:3", "'pso'", "perhaps you meant 'pos'"],
+    ),
+    "evaluate a new label of several": (
+        ["evaluate", "{runs}/classes", "x.csv"],
+        {"x.csv": table(["a", '"a,z"'])},
+        ["x.csv:3", "'z'", "a, b"],
+    ),
+    "evaluate a new tag": (
+        ["evaluate", "{runs}/tags", "x.conll"],
+        {"x.conll": conll([("the", "B-LOC")])},
+        ["x.conll:1", "'B-LOC'", "B-PER, I-PER, O"],
+    ),
+    "evaluate a wrong answer": (
+        ["evaluate", "{runs}/answers", "x.json"],
+        {"x.json": squad(question("film", 14))},
+        ["x.json:1", "does not stand at 14", "--task.wrong-offsets drop"],
+    ),
+    "evaluate when all is dropped": (
+        ["evaluate", "{runs}/answers", "x.json", "--task.wrong-offsets", "drop"],
+        {"x.json": squad(question("film", 14))},
+        ["no row to score", "3 are dropped"],
+    ),
+    "evaluate a wrong option": (
+        ["evaluate", "{runs}/choices", "x.jsonl"],
+        {"x.jsonl": lines(CHOICE | {"label": 2})},
+        ["x.jsonl:1", "holds 2", "2 options"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_a_mistake_in_predict_or_evaluate(here, runs, capsys, name):
+    arguments, given, words = VERBS[name]
+    for file, content in given.items():
+        (here / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    before = {path: path.read_bytes() for path in here.iterdir()}
+    assert main([word.format(runs=runs) for word in arguments]) == 2
+    message = only_error(capsys.readouterr().err)
+    assert all(word in message for word in words), message
+    assert {path: path.read_bytes() for path in here.iterdir()} == before  # nothing lost, nothing left behind
+
+
+# What is told, of files that are odd but whole: the run, the file, what it holds, and a row of what comes out.
+TOLD: dict[str, tuple[str, str, str, list[dict[str, Any]]]] = {
+    "no label": ("class", "x.csv", "text\nthe film\n", [{"text": "the film", "prediction": str}]),
+    "a label that is new": ("class", "x.csv", table(["other", ""]), [{"label": "other"}, {"label": ""}]),
+    "a label of another form": ("class", "x.jsonl", lines({"text": "a", "label": [1]}), [{"label": "[1]"}]),
+    "no text": ("class", "x.csv", 'text,id\n,1\n"  ",2\n\u200b,3\n', [{"id": "1"}, {"id": "2"}, {"id": "3"}]),
+    "a text beyond the row": ("class", "x.csv", f"text\n{' '.join([TEXT] * 99)}\n", [{"prediction": str}]),
+    "quotes, commas and line ends": (
+        *("class", "x.csv", 'text,n\n"a ""b"", c\nd",1\n'),
+        [{"text": 'a "b", c\nd', "n": "1"}],
+    ),
+    "columns that are told": (
+        *("class", "x.csv", "text,prediction,prediction_told\nthe film,a,b\n"),
+        [{"prediction": "a", "prediction_told": "b", "prediction_told_told": str, "confidence": str}],
+    ),
+    "columns in another order": (
+        *("class", "x.jsonl", lines({"text": "a", "id": 1}, {"id": 2, "text": "b"})),
+        [{"text": "a", "id": "1"}, {"text": "b", "id": "2"}],
+    ),
+    "numbers are not rounded": (
+        *("class", "x.jsonl", lines({"text": "a", "price": 1234567.891, "id": 2**60 + 1})),
+        [{"price": "1234567.891", "id": str(2**60 + 1)}],
+    ),
+    "several classes": ("classes", "x.csv", "text\nthe film\n", [{"prediction": str}]),
+    "a number": ("number", "x.csv", "text\nthe film\n", [{"prediction": str}]),
+    "words without tags": (
+        *("tags", "x.conll", "the\nfilm\n\n\u200b\n\n"),
+        [{"tokens": '["the", "film"]', "prediction": str}, {"confidence": "1"}],
+    ),
+    "no words": ("tags", "x.jsonl", lines({"tokens": []}, {"tokens": ["a"]}), [{"prediction": "[]"}, {}]),
+    "questions of a table": (
+        *("answers", "x.csv", "question,context,id\nwhat,the film,1\n,the film,2\nwhat,,3\n"),
+        [{"id": "1"}, {"id": "2"}, {"id": "3", "prediction": ""}],
+    ),
+    "answers that do not stand there": (
+        *("answers", "x.json", squad(question("film", 14))),
+        [{"title": "a"}, {"title": "b"}, {"title": "c"}],
+    ),
+    "options without a label": (
+        *("choices", "x.jsonl", lines({k: v for k, v in CHOICE.items() if k != "label"})),
+        [{"prediction": str, "option": str}],
+    ),
+    "a label that is no option": ("choices", "x.jsonl", lines(CHOICE | {"label": -1}), [{"label": "-1"}]),
+    "a score outside": ("pairs", "x.jsonl", lines(PAIR | {"label": 7}), [{"label": "7"}]),
+}
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_what_is_told(here, runs, capsys, name):
+    """To the standard output and to both kinds of file, each with what was given."""
+    run, file, content, rows = TOLD[name]
+    (here / file).write_text(content)
+    command = ["predict", str(runs / run), file]
+    assert main(command) == main([*command, "--output", "o.csv"]) == main([*command, "--output", "o.jsonl"]) == 0
+    said = capsys.readouterr()
+    assert said.err == "" and said.out == (here / "o.csv").read_text()
+    with open(here / "o.csv", newline="") as stream:
+        found = list(csv.DictReader(stream))
+    assert len(found) == len(rows)
+    for row, expected in zip(found, rows):
+        for column, value in expected.items():
+            assert row[column] if value is str else row[column] == value
+    whole = [json.loads(line) for line in (here / "o.jsonl").read_text().splitlines()]
+    assert [list(row) for row in whole] == [list(whole[0])] * len(whole) or "order" in name
+    for row, same in zip(whole, found):
+        assert set(row) == set(same)
+        if isinstance(row.get("confidence"), float):
+            assert float(same["confidence"]) == pytest.approx(row["confidence"], rel=1e-5)
+
+
+def test_json_lines_may_differ_in_their_columns(here, runs):
+    (here / "x.jsonl").write_text(lines({"text": "a"}, {"text": "b", "prediction": None, "more": [{"é": 1}]}))
+    assert main(["predict", str(runs / "class"), "x.jsonl", "--output", "o.jsonl"]) == 0
+    first, second = map(json.loads, (here / "o.jsonl").read_text().splitlines())
+    assert list(first) == ["text", "prediction", "confidence"]
+    assert list(second) == ["text", "prediction", "more", "prediction_told", "confidence"]
+    assert second["more"] == [{"é": 1}] and "é" in (here / "o.jsonl").read_text()
+
+
+def test_parquet_keeps_its_values(here, runs):
+    """Lists, bytes, dates and large numbers come out as they are."""
+    import datetime
+
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = {
+        "text": [b"the film", b"na\xc3\xafve"],
+        "vector": [[1.5, 2.25], [4.123456789]],
+        "day": [datetime.datetime(2020, 1, 2)] * 2,
+        "number": [2**60 + 1, None],
+        "price": [1234567.891, 0.1],
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), here / "x.parquet")
+    assert main(["predict", str(runs / "class"), "x.parquet", "--output", "o.csv"]) == 0
+    with open(here / "o.csv", newline="") as stream:
+        first, second = csv.DictReader(stream)
+    assert first["vector"] == "[1.5, 2.25]" and first["number"] == str(2**60 + 1) and second["number"] == ""
+    assert second["text"] == "naïve" and first["price"] == "1234567.891" and first["day"] == "2020-01-02 00:00:00"
+
+    words = {"tokens": [["the", "film"], ["a"]], "tags": [["B-PER", "O"], ["O"]]}
+    pyarrow.parquet.write_table(pyarrow.table(words), here / "y.parquet")
+    assert main(["evaluate", str(runs / "tags"), "y.parquet"]) == 0
+
+
+def test_evaluation_counts_what_it_drops(here, runs, capsys):
+    """And gives the same figures in Python, from rows with or without their places."""
+    content = squad(question("film", 13), question("film", 14))
+    (here / "x.json").write_text(content)
+    assert main(["evaluate", str(runs / "answers"), "x.json", "--task.wrong-offsets", "drop"]) == 0
+    said = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    said = {name.strip(): float(value) for name, value in said.items()}
+    assert said["examples"] == 3 and said["dropped"] == 3
+
+    lm = jaxlm.load(runs / "answers")
+    rows = [{"question": "what is good", "context": TEXT, "answers": GOOD}] * 3
+    scores = jaxlm.evaluate(lm, rows, QuestionAnswering(stride=4), length=LENGTH)
+    assert "dropped" not in scores and scores["loss"] == pytest.approx(said["loss"], abs=1e-4)
+
+
+EXAMPLES: dict[str, tuple[str, Any, dict[str, Any], list[str]]] = {
+    "one text": ("class", "a text", {}, ["one str", "'a text'", "a list"]),
+    "one row": ("class", {"text": "a"}, {}, ["one dict", "a list"]),
+    "a number": ("class", [5], {}, ["5", "a text, a tuple of texts, or a dict"]),
+    "nothing": ("class", ["a", None], {}, ["None"]),
+    "a pair": ("class", [("a", "b")], {}, ["2 texts", "Classification(text=('a', 'b'))"]),
+    "half a pair": ("pairs", ["a"], {"task": Similarity()}, ["1 texts", "text_a, text_b"]),
+    "a question alone": ("answers", ["a"], {"task": QuestionAnswering(stride=4)}, ["1 texts", "question, context"]),
+    "another column": ("class", ["a", {"words": "b"}], {}, ["example:2", "'text'", "'words'"]),
+    "a task of another head": ("class", ["a"], {"task": Tagging()}, ["reads the head tokens", "has classes"]),
+    "a task without predictions": ("class", ["a"], {"task": CausalLM()}, ["CausalLM makes no predictions"]),
+    "options with many outputs": ("class", [CHOICE], {"task": MultipleChoice()}, ["one output", "neg, pos"]),
+    "too long": ("class", ["a"], {"length": 65}, ["65", "64 positions"]),
+    "no rows in a batch": ("class", ["a"], {"batch": 0}, ["batch is 0", "at least 1"]),
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_mistake_in_an_example(runs, name):
+    run, examples, choices, words = EXAMPLES[name]
+    with pytest.raises(UserError) as raised:
+        jaxlm.predict(jaxlm.load(runs / run), examples, **choices)
+    assert all(word in str(raised.value) for word in words), raised.value
+
+
+def test_examples_may_be_given_in_many_ways(runs):
+    lm = jaxlm.load(runs / "class")
+    assert jaxlm.predict(lm, []) == []
+    ways = [["the film", ""], iter(["the film", ""]), [{"text": "the film", "label": "new"}, {"text": None}]]
+    first, *others = [jaxlm.predict(lm, way, length=LENGTH) for way in ways]
+    assert first == others[0] == others[1] and first[0]["prediction"] in ("neg", "pos")
+    pair = jaxlm.predict(lm, [("the", "film")], task=Classification(text=("a", "b")), length=LENGTH)
+    assert pair == jaxlm.predict(lm, [{"a": "the", "b": "film"}], task=Classification(text=("a", "b")), length=LENGTH)
+    tags = jaxlm.load(runs / "tags")
+    same = jaxlm.predict(tags, ["the film", ["the", "film"], {"tokens": np.array(["the", "film"])}], length=LENGTH)
+    assert same[0] == same[1] == same[2] and len(same[0]["prediction"]) == 2
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_size_of_a_batch_does_not_show(here, runs, capsys, rows):
+    (here / "x.csv").write_text(table(LABELS))
+    command = ["predict", str(runs / "class"), "x.csv"]
+    assert main(command) == main([*command, "--batch", str(rows)]) == 0
+    found = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    first, second = found[: len(LABELS)], found[len(LABELS) + 1 :]
+    assert [row["prediction"] for row in first] == [row["prediction"] for row in second]
+    for one, other in zip(first, second):
+        assert float(one["confidence"]) == pytest.approx(float(other["confidence"]), abs=1e-5)
+
+
+def predict_elsewhere(run: Path, file: Path, *more: str, after: str = "") -> list[str]:
+    command = "import sys; from jaxlm.__main__ import main; code = main(sys.argv[1:])"
+    return [sys.executable, "-c", f"{command}{after}; sys.exit(code)", "predict", str(run), str(file), *more]
+
+
+def test_whoever_reads_may_stop(here, runs):
+    """`jaxlm predict ... | head -1` ends as other commands do, and says nothing."""
+    (here / "x.csv").write_text("text\n" + "the film\n" * 20_000)
+    run = partial(subprocess.Popen, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with run(predict_elsewhere(runs / "class", here / "x.csv")) as process:
+        assert process.stdout and process.stderr
+        assert process.stdout.readline() == "text,prediction,confidence\n"
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait() == 141
+
+
+def test_a_full_disk_leaves_nothing_behind(here, runs):
+    """RLIMIT_FSIZE stands for the disk."""
+    (here / "x.csv").write_text("text\n" + "the film\n" * 2_000)
+    command = predict_elsewhere(runs / "class", here / "x.csv", "--output", "o.csv")
+    command[2] = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); {command[2]}"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_ENABLE_COMPILATION_CACHE": "0"}
+    done = subprocess.run(command, cwd=here, capture_output=True, text=True, env=env)
+    assert done.returncode == 1, done.stderr
+    assert "o.csv cannot be written: File too large; make room" in only_error(done.stderr)
+    assert not list(here.glob("o.csv*"))
+
+
+@pytest.mark.long
+def test_rows_are_predicted_as_a_stream(here, runs):
+    """Three times the rows take no more memory."""
+    peaks = []
+    for count in (20_000, 60_000):
+        file = here / f"{count}.csv"
+        file.write_text("text\n" + f"{TEXT}\n" * count)
+        after = "; import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        command = predict_elsewhere(runs / "class", file, "--output", str(file.with_suffix(".jsonl")), after=after)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout) / 1024)
+        assert len(file.with_suffix(".jsonl").read_text().splitlines()) == count
+    assert peaks[1] < peaks[0] + 20, peaks  # MiB

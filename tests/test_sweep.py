@@ -1,0 +1,233 @@
+"""Sweeps, several tasks on one body, and a task of one's own: what is built on fine-tuning."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import jaxlm
+from jaxlm import (
+    Classification,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    Tagging,
+    TokenizerConfig,
+    UserError,
+)
+from jaxlm.__main__ import main
+from jaxlm.config import Part, Several, from_json, to_json
+from jaxlm.data import source
+from jaxlm.nn.transformer import init
+from jaxlm.sweep import Trial, combinations, table
+from jaxlm.tasks import make_task, prepare
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+MODEL = ModelConfig(
+    structure="encoder", heads_on_top=(), vocabulary=47, max_length=32, width=16, layers=2, heads=2, types=2,
+    norm_place="post", embedding_norm=True, initial_std=0.1,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A table of texts, one of tagged words, a tokenizer's text, and a config over the table."""
+    folder = tmp_path_factory.mktemp("tables")
+    random = np.random.default_rng(0)
+    words = ["good", "bad", "film", "plot", "rome", "oslo", "in", "a"]
+    texts = [" ".join(random.choice(words, random.integers(2, 7))) for _ in range(60)]
+    rows = [{"text": t, "label": "yes" if "good" in t else "no", "stars": 5 if "good" in t else 1} for t in texts]
+    (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tags = {"rome": "B-place", "oslo": "B-place"}
+    lines = ["".join(f"{w} {tags.get(w, 'O')}\n" for w in text.split()) for text in texts]
+    (folder / "names.conll").write_text("\n".join(lines))
+    jaxlm.data.tokenizer.train(texts, TokenizerConfig(train="wordpiece"), 47).save(folder / "tokenizer")
+    (folder / "tiny.py").write_text(
+        f"from jaxlm import *\nfrom dataclasses import replace\n"
+        f"def config():\n    return RunConfig(model={MODEL!r}, task=Classification(), examples=8, epochs=1,\n"
+        f"        data=DataConfig(path={str(folder / 'texts.jsonl')!r}, length=32), log_every=2,\n"
+        f"        tokenizer=TokenizerConfig(path={str(folder / 'tokenizer')!r}), workdir={str(folder / 'run')!r})\n"
+    )
+    return folder
+
+
+def test_combinations():
+    assert combinations([]) == [{}]
+    assert combinations(["a.b=1,2", "seed=0,1"]) == [
+        {"a.b": "1", "seed": "0"}, {"a.b": "1", "seed": "1"}, {"a.b": "2", "seed": "0"}, {"a.b": "2", "seed": "1"},
+    ]  # fmt: skip
+
+
+def test_the_table_has_means_and_deviations_over_seeds_best_first():
+    trials = [
+        Trial({"rate": "1", "seed": "0"}, "", {"step": 5, "loss": 1.0, "accuracy": 0.5}),
+        Trial({"rate": "1", "seed": "1"}, "", {"step": 5, "loss": 2.0, "accuracy": 0.7}),
+        Trial({"rate": "2", "seed": "0"}, "", {"step": 5, "loss": 3.0, "accuracy": 0.9}),
+        Trial({"rate": "2", "seed": "1"}, "", {}, "the loss is nan"),
+    ]
+    assert table(trials, "accuracy").splitlines() == [
+        "| fields | runs | accuracy | loss |",
+        "| --- | --- | --- | --- |",
+        "| rate=2 | 2, 1 failed | 0.9000 | 3.0000 |",
+        "| rate=1 | 2 | 0.6000 ± 0.1414 | 1.5000 ± 0.7071 |",
+    ]
+    assert table(trials, "loss").splitlines()[2].startswith("| rate=1 ")
+
+
+def test_a_sweep_ends_in_one_table_and_goes_on_where_it_was_left(folder, capsys):
+    command = ["train", str(folder / "tiny.py"), "--sweep", "optimizer.rate=1e-3,1e30", "seed=0,1"]
+    assert main(command) == 0
+    said = capsys.readouterr()
+    lines = (folder / "run" / "sweep.md").read_text().splitlines()
+    assert len(lines) == 4 and "optimizer.rate=1e-3 | 2 |" in lines[2] and "2 failed" in lines[3]
+    assert lines[2] in said.out
+    assert "the loss is" in said.out or "not finite" in said.out
+    kept = sorted(path.name for path in (folder / "run").iterdir() if path.is_dir())
+    assert len(kept) == 4 and "optimizer.rate=1e-3 seed=0" in kept
+    assert main(["train", str(folder / "tiny.py"), "--sweep", "optimizer.rate=1e-3", "seed=0,1"]) == 0
+    assert capsys.readouterr().err.count("nothing is left to do") == 2
+
+
+MISTAKES = {
+    "no fields": ([], "--sweep has no fields"),
+    "no value": (["seed"], "--sweep has 'seed'; give FIELD=VALUE,VALUE"),
+    "an empty value": (["seed=0,,1"], "give FIELD=VALUE,VALUE"),
+    "twice": (["seed=0", "seed=1"], "names 'seed' twice"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_in_a_sweep(folder, name, capsys):
+    words, message = MISTAKES[name]
+    assert main(["train", str(folder / "tiny.py"), "--sweep", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def two_tasks(folder: Path, **weights: float) -> RunConfig:
+    parts = {
+        "mood": Part(Classification(), DataConfig(path=str(folder / "texts.jsonl")), weights.get("mood", 0.0)),
+        "names": Part(Tagging(), DataConfig(path=str(folder / "names.conll")), weights.get("names", 0.0)),
+    }
+    return RunConfig(
+        model=MODEL, task=Several(parts), data=DataConfig(length=32), batch=8, steps=60, log_every=20,
+        tokenizer=TokenizerConfig(path=str(folder / "tokenizer")), optimizer=OptimizerConfig(rate=1e-2),
+    )  # fmt: skip
+
+
+def made(run: RunConfig):
+    prepared = prepare(run, None, lambda _: None)
+    task = make_task(run, prepared.tokenizer, prepared.labels)
+    return task, prepared, task.batches(prepared.train, run.batch, run.data.length, run.seed)
+
+
+def test_rows_are_mixed_by_weight_and_are_a_function_of_the_step(folder):
+    run = two_tasks(folder, mood=3.0, names=1.0)
+    task, prepared, batches = made(run)
+    mood = sum((batches.batch_at(n)["mood.weights_BE"].sum(1) > 0).sum() for n in range(100))
+    assert mood == pytest.approx(600, abs=15)
+    again = made(run)[2]
+    for step in (37, 3, 250):
+        for name, value in again.batch_at(step).items():
+            np.testing.assert_array_equal(value, batches.batch_at(step)[name])
+    # Each task's rows are those that it has alone, in their order.
+    alone = task.parts["mood"].batches(prepared.train["mood"], 1, run.data.length, run.seed)
+    rows = [row for n in range(10) for row in zip(*[batches.batch_at(n)[f] for f in ("tokens_BT", "mood.weights_BE")])]
+    of_mood = [tokens for tokens, weights in rows if weights.any()]
+    for n, tokens in enumerate(of_mood):
+        np.testing.assert_array_equal(tokens, alone.batch_at(n)["tokens_BT"][0])
+
+
+def test_each_head_learns_from_its_own_examples_alone(folder):
+    run = two_tasks(folder)
+    task, _, batches = made(run)
+    module = task.module(jaxlm.nn.transformer.Transformer)(task.configured(MODEL))
+    params = init(module, jax.random.key(0))
+    batch = {name: np.asarray(value) for name, value in batches.batch_at(0).items()}
+    assert batch["mood.weights_BE"].any() and batch["names.weights_BT"].any()
+    loss = lambda params, name: task.losses(module, params, batch, None)[0][f"{name}/loss"][0]
+    for name, other in (("mood", "names"), ("names", "mood")):
+        grads = jax.jit(jax.grad(loss), static_argnums=1)(params, name)
+        size = lambda head, grads=grads: sum(float(abs(leaf).sum()) for leaf in jax.tree.leaves(grads[head]))
+        assert size(f"own_{name}") > 0
+        assert size(f"own_{other}") == 0
+
+
+def test_several_tasks_train_export_and_predict(folder, tmp_path):
+    run = replace(two_tasks(folder), workdir=str(tmp_path / "run"))
+    assert from_json(RunConfig, to_json(run)) == run
+    lm = jaxlm.fit(run)
+    assert lm.config.heads_on_top == ("classes",)
+    scores = json.loads((tmp_path / "run" / "scores.json").read_text())
+    assert {"mean", "loss", "mood/accuracy", "names/f1", "names/accuracy"} <= scores.keys()
+    assert scores["mood/accuracy"] > 0.6
+    mood, names = (jaxlm.load(tmp_path / "run" / "export" / name) for name in ("mood", "names"))
+    assert (mood.config.labels, names.config.labels) == (("no", "yes"), ("O", "B-place", "I-place"))
+    assert names.origin.config["architectures"] == ["BertForTokenClassification"]
+    rows = list(source.rows(str(folder / "texts.jsonl"), DataConfig(), ""))
+    assert jaxlm.evaluate(mood, rows, Classification())["accuracy"] > 0.6
+    assert len(jaxlm.predict(names, ["good film in rome"])[0]["prediction"]) == 4
+    jaxlm.fit(run)  # finished
+
+
+WRONG = {
+    "a name": (lambda parts: {"Mood!": parts["mood"]}, "a name is of small letters"),
+    "a language model": (lambda parts: {"a": Part(jaxlm.CausalLM(), DataConfig(path="x"))}, "a part is a task over"),
+    "no path": (lambda parts: {"a": Part(Tagging(), DataConfig())}, "data.path of the part 'a' is empty"),
+    "some weights": (lambda parts: parts | {"a": replace(parts["mood"], weight=2.0)}, "give all one, or none"),
+    "a column": (
+        lambda parts: parts | {"mood": replace(parts["mood"], task=Classification(text=("spam",)))},
+        r"mood: .*texts.jsonl:1: there is no column 'spam'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_mistakes_in_several_tasks(folder, tmp_path, name):
+    change, message = WRONG[name]
+    run = replace(two_tasks(folder), workdir=str(tmp_path / "run"))
+    with pytest.raises(UserError, match=message):
+        jaxlm.fit(replace(run, task=Several(change(run.task.parts))))
+
+
+def test_a_task_of_ones_own_is_one_file_and_one_config(folder, tmp_path, monkeypatch, capsys):
+    """The README's example, word for word; its config with a tiny model in place of the weights to start from."""
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    [task] = [block for block in blocks if "class StarsTask" in block]
+    [config] = [block for block in blocks if "task=Stars()" in block]
+    (tmp_path / "stars.py").write_text(task)
+    config = config.replace("model=None", f"model={MODEL!r}").replace(
+        "from jaxlm import", "from jaxlm import ModelConfig,"
+    )
+    (tmp_path / "config.py").write_text(config)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    train = [
+        "train",
+        "config.py",
+        "--data.path",
+        str(folder / "texts.jsonl"),
+        "--workdir",
+        "run",
+        "--data.length",
+        "32",
+    ]
+    train += ["--tokenizer.path", str(folder / "tokenizer"), "--optimizer.rate", "1e-2", "--epochs", "20"]
+    assert main(train) == 0
+    assert json.loads(Path("run/scores.json").read_text())["accuracy"] > 0.5
+    capsys.readouterr()
+    predict = ["predict", "run", str(folder / "texts.jsonl"), "--output", "told.jsonl"]
+    assert main([*predict, "--config", "config.py"]) == 0
+    told = [json.loads(line) for line in Path("told.jsonl").read_text().splitlines()]
+    assert len(told) == 60 and {row["prediction"] for row in told} <= {1, 2, 3, 4, 5}
+    jaxlm.config.TASKS.pop("Stars")
+    assert main(predict) == 2
+    assert "the task is Stars, which is not one of jaxlm's; give its config by --config" in capsys.readouterr().err
+    sys.modules.pop("stars")
