@@ -6,7 +6,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -26,6 +26,7 @@ from jaxlm.errors import RunError, Stopped, UserError, perhaps
 from jaxlm.evaluate import see
 from jaxlm.folder import RunLog, begin, claim, duration, write_json
 from jaxlm.generate import generate
+from jaxlm.hub.convert import nested
 from jaxlm.lm import LM, find, has_tokenizer, load, save
 from jaxlm.nn import parameters
 from jaxlm.nn.transformer import Transformer, init
@@ -195,7 +196,8 @@ def fit(
 
     write_json(folder / "scores.json", {"step": int(state.step), **scores})
     sections = _sections(task, data, batches, found)
-    _tell(run, folder, lm, scores, export, int(state.step), duration(time.monotonic() - begun), mesh, sections)
+    facts = {"time": duration(time.monotonic() - begun), **_packing(run, batches)}
+    _tell(run, folder, lm, scores, export, int(state.step), facts, mesh, sections)
     return lm
 
 
@@ -215,7 +217,8 @@ def _starting(
 ) -> tuple[ModelConfig, LM | None]:
     """The model's config, and the weights to start from, where there are any."""
     if model is None and run.init and run.model is None:
-        model = load(run.init, head=task.head or "none", labels=labels or None, say=say)
+        model = load(run.init, head=task.head or "none", labels=labels or None, say=lambda _: None)
+        model = replace(model, params=_without(model.params, model.fresh))  # drawn below, by the run's seed
     elif model is None and run.init and not resuming:
         model = load(run.init)
     config = run.model or (model.config if model else None)
@@ -274,7 +277,7 @@ def _tell(
     scores: dict[str, float],
     export: str,
     step: int,
-    time: str,
+    further: dict[str, str],
     mesh: Any,
     sections: list[report.Section],
 ) -> None:
@@ -283,8 +286,8 @@ def _tell(
     facts |= {
         "of step": f"{step:,}, the best of the run" if run.eval_every else f"{step:,}",
         "parameters": f"{_size(lm.params):,}",
-        "time": time,
         "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
+        **further,
     }
     sample = _sample(lm, run)
     page = report.write(folder, to_json(run), facts, sample, sections)
@@ -294,6 +297,18 @@ def _tell(
     if sample is not None:
         say(f"\n{'a sample':-^60}\n{sample}\n{'':-^60}")
     say(f"\nmodel ({export} format)  {folder / 'export'}\nreport  {page}")
+
+
+def _packing(run: RunConfig, batches: Any) -> dict[str, str]:
+    """How full the rows are, of a run over examples."""
+    if not run.examples and not run.epochs:
+        return {}
+    units, rows = len(batches.lengths), batches.rows_in_epoch
+    filled = batches.lengths.sum() / (rows * run.data.length)
+    said = {"packing": f"{units / rows * run.batch:.1f} examples in an update; {filled:.0%} of the places hold tokens"}
+    if full := int((batches.lengths >= run.data.length).sum()):
+        said["length"] = f"{full:,} of {units:,} examples fill a row of {run.data.length}; what is longer is cut"
+    return said
 
 
 def _put(layout: jax.sharding.NamedSharding, batch: Batch, k: int) -> Batch:
@@ -358,6 +373,10 @@ def _start_from(model: LM, fresh: Any) -> Any:
         return jax.device_put(given.get(parameters.path_of(key_path), leaf), leaf.sharding, may_alias=False)
 
     return jax.tree_util.tree_map_with_path(chosen, fresh)
+
+
+def _without(params: Any, paths: Sequence[str]) -> Any:
+    return nested({path: leaf for path, leaf in _by_path(params).items() if path not in paths})
 
 
 def _by_path(tree: Any) -> dict[str, Any]:
@@ -436,9 +455,7 @@ def _say_start(run: RunConfig, folder: Path, data: Prepared, batches: Any, size:
     say(f"data      {rows}; {data.train.said} to train on, {data.held_out.said} held out")
     say(f"model     {size:,} parameters on {mesh.size} {mesh.devices.flat[0].platform} device(s) {dict(mesh.shape)}")
     say(f"run       {run.steps:,} steps of {run.batch} x {run.data.length} tokens, in {folder}")
-    if run.examples or run.epochs:
-        units, filled = len(batches.lengths), batches.lengths.sum() / (batches.rows_in_epoch * run.data.length)
-        mean = units / batches.rows_in_epoch * run.batch
-        say(f"packing   {mean:.1f} examples in an update; {filled:.0%} of the places in a row hold tokens")
+    for name, value in _packing(run, batches).items():
+        say(f"{name:9} {value}")
     if started:
         say(f"resuming  at step {started:,}")

@@ -63,6 +63,7 @@ class LM:
     origin: families.Origin | None = None  # how its folder said it
     files: dict[str, bytes] = field(default_factory=dict)  # that go along when it is saved
     pooling: Pooling | None = None  # how texts become vectors, where the folder declares it
+    fresh: tuple[str, ...] = ()  # paths of parameters that were drawn anew, since the folder has none
 
     @property
     def vocabulary(self) -> int:
@@ -242,7 +243,8 @@ def load(
     made = (module or Transformer)(found.config, constrain, jnp.dtype(compute))
     tokenizer = tokenizers.load(str(folder)) if has_tokenizer(folder) else None
     files = {name: (folder / name).read_bytes() for name in _CARRIED if (folder / name).is_file()}
-    return LM(found.config, made, found.params, tokenizer, found.origin, files | carried(folder), read_pooling(folder))
+    known: dict[str, Any] = {"files": files | carried(folder), "pooling": read_pooling(folder), "fresh": found.fresh}
+    return LM(found.config, made, found.params, tokenizer, found.origin, **known)
 
 
 def _dtype(name: Any) -> Any:

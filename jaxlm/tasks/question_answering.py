@@ -104,7 +104,7 @@ class QuestionAnsweringTask(RecordTask):
                 )
             spans = np.array(offsets, np.int32).reshape(-1, 2)
             answers = record.get("label")
-            answer = _tokens_of(*answers[0], spans) if answers else None
+            answer = _tokens_of(answers[0], spans) if answers else None
             units = []
             for start in range(0, max(1, len(context) - self.task.stride), width - self.task.stride):
                 tokens, types, [_, at] = self.tokenizer.wrap(question, context[start : start + width])
@@ -113,13 +113,15 @@ class QuestionAnsweringTask(RecordTask):
                 window = spans[start : start + width]
                 offsets_T2 = np.full((len(tokens), 2), -1, np.int32)
                 offsets_T2[at : at + len(window)] = window
-                inside = answer is not None and start <= answer[0] and answer[1] < start + width
+                labels = np.zeros(2, np.int32)
+                if answer is not None and start <= answer[0] and answer[1] < start + width:
+                    labels = answer + np.int32(at - start)
                 units.append(
                     [
                         {
                             "tokens_BT": np.array(tokens, np.int32),
                             "types_BT": np.array(types, np.int32),
-                            "labels_BEN": answer + np.int32(at - start) if inside else np.zeros(2, np.int32),
+                            "labels_BEN": labels,
                             "offsets_BT": offsets_T2,
                         }
                     ]
@@ -218,10 +220,11 @@ def _answers(given: Any, place: Place) -> list[tuple[str, int]]:
     return list(zip(texts, map(int, starts)))
 
 
-def _tokens_of(text: str, start: int, spans: np.ndarray) -> np.ndarray | None:
+def _tokens_of(answer: tuple[str, int], spans: np.ndarray) -> np.ndarray | None:
     """First and last token of an answer, of a text's tokens with these characters; None where none is of it.
 
     The first and last character need no token: answers of SQuAD may begin or end with a space.
     """
+    text, start = answer
     of_answer = np.flatnonzero((spans[:, 0] < start + len(text)) & (spans[:, 1] > start))
     return of_answer[[0, -1]].astype(np.int32) if len(of_answer) else None
