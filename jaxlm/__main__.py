@@ -136,10 +136,12 @@ def evaluate(argv: list[str]) -> int:
 
 def _on_file(argv: list[str], verb: str) -> tuple[OnFile, Any]:
     """What was asked, with the task and the data's shape of the model's own run as the defaults; and the model."""
-    if len(argv) < 2 or argv[0].startswith("-"):
-        tyro.cli(OnFile, args=argv, prog=f"jaxlm {verb}")
+    if any(word.startswith("-") for word in (*argv, "-", "-")[:2]):
+        tyro.cli(OnFile, args=argv, prog=f"jaxlm {verb}")  # --help, or what is missing
+        raise UserError(f"{verb} takes a model and a file first: jaxlm {verb} RUN_OR_FOLDER FILE [--field value ...]")
     _process()
     import jaxlm
+    from jaxlm.data import source
     from jaxlm.evaluate import task_of
     from jaxlm.folder import run_of
 
@@ -149,12 +151,16 @@ def _on_file(argv: list[str], verb: str) -> tuple[OnFile, Any]:
     lm = jaxlm.load(argv[0])
     default = OnFile(argv[0], argv[1], task=run.task if run else task_of(lm))
     if run is not None:
-        # A file of another kind is read as its name says.
-        alike = Path(argv[1]).suffixes[-1:] == Path(run.data.path).suffixes[-1:]
-        other: dict[str, Any] = {} if alike else {"format": "suffix", "columns": (), "pattern": "", "charset": "utf-8"}
-        data = dataclasses.replace(run.data, path="", eval_path="", **other)
+        data = dataclasses.replace(source.alike(argv[1], run.data), path="", eval_path="")
         default = dataclasses.replace(default, data=data, length=run.data.length)
-    return _overridden(default, argv[:2] + argv[2:], f"jaxlm {verb}"), lm
+    asked = _overridden(default, argv, f"jaxlm {verb}")
+    if asked.data.path or asked.data.eval_path:
+        raise UserError(
+            f"--data.path and --data.eval-path are of training; give the file behind the model, {verb} RUN FILE"
+        )
+    if asked.data.length != default.data.length:
+        raise UserError(f"--data.length {asked.data.length} is of training; give --length {asked.data.length}")
+    return asked, lm
 
 
 @dataclass(frozen=True)

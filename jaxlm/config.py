@@ -317,6 +317,7 @@ class DataConfig:
     path: str = ""  # file, folder, glob, or tfds:NAME; txt, csv, tsv, jsonl, parquet, each also as .gz
     eval_path: str = ""  # held-out data; empty: eval_fraction of the documents (the last) or examples (any)
     eval_fraction: float = 0.1  # share of the documents or examples held out when there is no eval_path
+    eval_seed: int = 0  # of the choice of the examples held out; the run's own seed does not change it
     format: Format = "suffix"  # of the files; suffix: what the end of a file's name says
     columns: tuple[str, ...] = ()  # names of the columns of csv and tsv files without a header; others are dropped
     pattern: str = ""  # of plain text, a regular expression whose named groups are the columns of a line
@@ -442,7 +443,7 @@ class RunConfig:
         if self.data.length > model.max_length and model.positions == "learned":
             raise UserError(
                 f"data.length is {self.data.length}, longer than the {model.max_length} positions of the model; "
-                f"lower --data.length or raise --model.max-length"
+                f"lower --data.length, or take a model with more positions (--model.max-length)"
             )
         if isinstance(self.task, CausalLM):
             if model.structure != "decoder" or "lm" not in model.heads_on_top:

@@ -202,7 +202,7 @@ def task_of(lm: LM) -> Any:
         return config.Tagging()
     if "span" in heads:
         return config.QuestionAnswering()
-    if lm.pooling is not None:
+    if lm.pooling is not None or (not heads and lm.config.structure == "encoder"):
         return config.Similarity()
     raise UserError(
         f"the model has the heads: {', '.join(heads) or 'none'}; classes, tokens or span would tell something of an "

@@ -196,7 +196,9 @@ def fit(
 
     write_json(folder / "scores.json", {"step": int(state.step), **scores})
     sections = _sections(task, data, batches, found)
-    facts = {"time": duration(time.monotonic() - begun), **_packing(run, batches)}
+    facts = {"time": duration(time.monotonic() - begun), "data": f"{data.train.said}; {data.held_out.said} held out"}
+    facts |= {"started from": run.init} if run.init else {}
+    facts |= _packing(run, batches)
     _tell(run, folder, lm, scores, export, int(state.step), facts, mesh, sections)
     return lm
 
@@ -282,7 +284,7 @@ def _tell(
     sections: list[report.Section],
 ) -> None:
     """The figures, a sample and where the files are: to the terminal and to the report."""
-    facts = {f"held-out {name.replace('_', ' ')}": f"{value:.4f}" for name, value in scores.items()}
+    facts = {f"held-out {report.words(name)}": report.fact(name, value) for name, value in scores.items()}
     facts |= {
         "of step": f"{step:,}, the best of the run" if run.eval_every else f"{step:,}",
         "parameters": f"{_size(lm.params):,}",
@@ -346,7 +348,7 @@ def _check_fits(model: LM, shapes: Any) -> None:
         )
 
 
-def _origin(run: RunConfig, model: LM | None) -> families.Origin | None:
+def _origin(run: RunConfig, model: LM | None) -> families.Origin:
     """The format of the weights that the run began from: an equal model of another family is not theirs."""
     said: dict[str, Any] = {}
     if model is not None:
@@ -354,7 +356,7 @@ def _origin(run: RunConfig, model: LM | None) -> families.Origin | None:
     elif run.init:
         with suppress(UserError):  # a run that goes on does without the folder
             said = families.read_config(find(run.init) / "config.json")
-    return families.Origin({"model_type": said["model_type"]}, heads=None) if "model_type" in said else None
+    return families.Origin({name: said[name] for name in ("model_type",) if name in said}, heads=None)
 
 
 def _on_top(path: str) -> bool:
@@ -414,7 +416,8 @@ def _export(lm: LM, task: Task, folder: Path) -> tuple[str, LM]:
     shutil.rmtree(folder, ignore_errors=True)
     exported = task.exports(lm)
     for name, (one, alone) in exported.items():
-        alone = replace(alone, origin=alone.origin and _with_keys(alone.origin, one.config_keys))
+        assert alone.origin is not None  # as `_origin` has it
+        alone = replace(alone, origin=_with_keys(alone.origin, one.config_keys))
         kind = save(alone, folder / name)
         _name_class(folder / name, one)
     return kind, next(iter(exported.values()))[1]

@@ -293,11 +293,13 @@ def save(
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
-        extra = {}
+        extra: dict[str, Any] = {}
         if lm.tokenizer is not None:
             lm.tokenizer.save(str(part))
             ids = {"bos": lm.tokenizer.bos, "eos": lm.tokenizer.eos, "pad": lm.tokenizer.pad}
             extra = {f"{name}_token_id": i for name, i in ids.items()}
+        if lm.origin is not None and "model_type" not in lm.origin.config:  # of no format yet, but what a task says
+            extra |= lm.origin.config
         for name, content in lm.files.items():
             (part / name).parent.mkdir(parents=True, exist_ok=True)
             (part / name).write_bytes(content)

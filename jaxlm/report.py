@@ -232,7 +232,8 @@ def _metric(name: str) -> Metric:
     return Metric(task, qualifier, words, "part_loss" if kind.family == "loss" and name != "loss" else kind.family)
 
 
-def _words(name: str) -> str:
+def words(name: str) -> str:
+    """A metric in words: `names/macro_f1` is `names macro F1`."""
     metric = _metric(name)
     return _plain(" ".join(filter(None, (metric.task, metric.qualifier, metric.words))))
 
@@ -268,7 +269,7 @@ def _text(value: Any) -> str:
     return escape(re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", str(value).replace("\r\n", "\n")))
 
 
-def _number(name: str, value: Any) -> str:
+def number(name: str, value: Any) -> str:
     """A cell of the table of evaluations."""
     if not isinstance(value, int | float) or not math.isfinite(value):
         return "–" if value is None else str(value)
@@ -319,11 +320,17 @@ def _evaluations(rows: list[dict[str, Any]]) -> str:
     }
 
     def cell(name: str, value: Any) -> str:
-        number = _text(_number(name, value))
-        return f"<strong>{number}</strong>" if value is not None and top.get(name) == value else number
+        shown = _text(number(name, value))
+        return f"<strong>{shown}</strong>" if value is not None and top.get(name) == value else shown
 
     body = [[f"{step:,}"] + [cell(n, by_step[step].get(f"eval/{n}")) for n in names] for step in sorted(by_step)]
-    return _table(["step", *map(_words, names)], body) if body else ""
+    return _table(["step", *map(words, names)], body) if body else ""
+
+
+def fact(name: str, value: float) -> str:
+    """A metric to four digits: shares as percentages."""
+    text = number(name, value)
+    return text if "%" in text else f"{value:.4f}"
 
 
 def _details(sections: Sequence[Section], figures: Iterator[str]) -> str:
@@ -456,6 +463,7 @@ tbody th { font-weight: normal; }
 .facts td { padding-left: 1.5rem; overflow-wrap: anywhere; }
 .note { margin: -.5rem 0 .75rem; color: var(--soft); font-style: italic; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); gap: 2rem 2.5rem; }
+table + .grid { margin-top: 2.25rem; }
 figure { margin: 0; min-width: 0; }
 img { display: block; width: 100%; height: auto; mix-blend-mode: multiply; }
 figcaption {

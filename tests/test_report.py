@@ -191,7 +191,7 @@ assert "matplotlib" in sys.modules and "matplotlib.pyplot" not in sys.modules
     ],
 )
 def test_a_name_tells_what_a_metric_is(name, metric, cell):
-    assert report._metric(name) == metric and report._number(name, 0.5) == cell
+    assert report._metric(name) == metric and report.number(name, 0.5) == cell
 
 
 def test_every_kind_of_metric_has_its_family():

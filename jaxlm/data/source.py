@@ -30,6 +30,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
@@ -154,8 +155,16 @@ def files(path: str) -> list[Path]:
         return [f for f in found if _suffix(f) in _SUFFIXES] or found
     found = sorted(Path(f) for f in glob.glob(path, recursive=True) if os.path.isfile(f))
     if not found:
-        raise UserError(f"there is no file, folder or glob {path!r}{_near(Path(path))}; set --data.path")
+        raise UserError(f"there is no file, folder or glob {path!r}{_near(Path(path))}; give one that there is")
     return found
+
+
+def alike(path: str, data: DataConfig) -> DataConfig:
+    """How `path` is read, where `data` is of another path: in the same way, unless its suffix says another format."""
+    file, known = Path(path), Path(data.path)
+    if _SUFFIXES.get(_suffix(file)) in (None, _format(known, data)) or _suffix(file) == _suffix(known):
+        return data
+    return replace(data, format="suffix", columns=(), pattern="", charset="utf-8")
 
 
 def fingerprint(path: str) -> str:
@@ -385,6 +394,9 @@ def _csv_rows(file: Path, stream: IO[bytes], data: DataConfig) -> Iterator[tuple
             place, line = Place(str(file), line), reader.line_num + 1
             if not names:
                 names = fields
+                twice = [name for name in names if name and names.count(name) > 1]
+                if twice:
+                    raise UserError(f"{place}: the header has the column {twice[0]!r} twice; rename one of them")
             elif fields:  # a blank line has none
                 if len(fields) < len(names) or (len(fields) > len(names) and not data.columns):
                     raise UserError(

@@ -64,7 +64,7 @@ class MultipleChoiceTask(RecordTask):
 
     def balance(self, part: Records) -> str:
         counts = Counter(record["label"] for record in part.records)
-        return ", ".join(f"option {n + 1} right {counts[n]:,} times" for n in sorted(counts))
+        return ", ".join(f"option {self.task.first + n} right {counts[n]:,} times" for n in sorted(counts))
 
     def features(self, records: Sequence[Record], training: bool) -> Iterator[list[list[Features]]]:
         for record in records:

@@ -243,21 +243,24 @@ def prepare(
     """
     data, counts = run.data, Counter[str]()
     read = lambda path, split: load(kind, run, path, split, counts)
-    train = read(data.path, data.split)
+    train = whole = read(data.path, data.split)
     if data.eval_path or (data.eval_split and source.is_tfds(data.path)):
         held_out = read(data.eval_path or data.path, data.eval_split or data.split)
     else:
-        train, held_out = split(kind, run.task, train, data.eval_fraction, run.seed)
-    for part, name in ((train, "training"), (held_out, "held-out")):
+        train, held_out = split(kind, run.task, train, data.eval_fraction, data.eval_seed)
+    for part, name, path in ((train, "training", data.path), (held_out, "held-out", data.eval_path or data.path)):
         if not part.records:
-            raise UserError(f"no {name} example is left of {data.path}; give more, or another --data.eval-fraction")
-    names = kind.names(run.task, train)
-    check_labels(kind, held_out, names)
+            found = ", ".join(f"{count:,} {what}" for what, count in counts.items()) or "0 rows"
+            raise UserError(f"no {name} example is left of {path} ({found}); give more, or set --data.eval-path")
+    # A part that is split off by lot may have the only rows with a label.
+    names = kind.names(run.task, whole)
+    other = "name all labels with --task.names" if hasattr(run.task, "names") else "give training rows with it"
+    check_labels(kind, held_out, names, f"mend it, or {other}")
     fingerprint = hashlib.sha256()
     for path in (data.path, data.eval_path):
         fingerprint.update(source.fingerprint(path).encode() if path else b"")
     told = asdict(replace(data, path="", eval_path="", cache=""))
-    fingerprint.update(json.dumps([told, run.seed], sort_keys=True).encode())
+    fingerprint.update(json.dumps(told, sort_keys=True).encode())
     if tokenizer is None:
         tokenizer = tokenizers.load(run.tokenizer.path) if run.tokenizer.path else _trained(run, kind, train, say)
     return Prepared(tokenizer, train, held_out, dict(counts), fingerprint.hexdigest()[:16], names)
@@ -304,14 +307,15 @@ def split(kind: type[RecordTask], task: Any, part: Records, share: float, seed: 
     return sides[0], sides[1]
 
 
-def check_labels(kind: type[RecordTask], part: Records, names: tuple[str, ...]) -> None:
+def check_labels(
+    kind: type[RecordTask], part: Records, names: tuple[str, ...], remedy: str = "mend it, or leave the row out"
+) -> None:
     """Raises UserError for a label that is not among the names."""
     for record, place in zip(part.records, part.places):
         for label in kind.labels_of(record):
             if label not in names:
                 raise UserError(
-                    f"{place}: the label {label!r} does not occur in the training part{perhaps(label, names)}; "
-                    f"mend it, or name all labels with --task.names"
+                    f"{place}: the label {label!r} does not occur in the training part{perhaps(label, names)}; {remedy}"
                 )
 
 
