@@ -19,7 +19,8 @@ from jaxlm.lm import LM
 from jaxlm.nn.transformer import Transformer
 from jaxlm.step import make_eval_step
 from jaxlm.tasks import TASKS
-from jaxlm.tasks.records import Record, Records, RecordTask
+from jaxlm.tasks.reading import Record, Records
+from jaxlm.tasks.records import RecordTask
 from jaxlm.tasks.task import Seen
 
 WINDOW = 4096  # records that are predicted at once

@@ -47,7 +47,8 @@ from jaxlm.fit import fit
 from jaxlm.nn.transformer import Transformer
 from jaxlm.step import make_eval_step
 from jaxlm.tasks import TASKS
-from jaxlm.tasks.records import Records, RecordTask
+from jaxlm.tasks.reading import Records
+from jaxlm.tasks.records import RecordTask
 from jaxlm.tasks.task import Seen
 
 T, ROWS, V = 24, 4, 320

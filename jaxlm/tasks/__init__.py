@@ -11,7 +11,7 @@ from jaxlm.config import RunConfig
 from jaxlm.data import corpus
 from jaxlm.data.corpus import Prepared
 from jaxlm.data.tokenizer import Tokenizer
-from jaxlm.tasks import records, several
+from jaxlm.tasks import reading, several
 from jaxlm.tasks.classification import ClassificationTask
 from jaxlm.tasks.multiple_choice import MultipleChoiceTask
 from jaxlm.tasks.pretraining import CausalLMTask, MaskedLMTask
@@ -46,7 +46,7 @@ def prepare(run: RunConfig, tokenizer: Tokenizer | None, say: Callable[[str], No
     if kind is SeveralTask:
         return several.prepare(run, TASKS, tokenizer, say)
     if issubclass(kind, RecordTask):
-        return records.prepare(run, kind, tokenizer, say)
+        return reading.prepare(run, kind, tokenizer, say)
     return corpus.prepare(run, say)
 
 

@@ -18,7 +18,8 @@ from jaxlm.errors import UserError
 from jaxlm.losses import Sum, binary_cross_entropy, cross_entropy, squared_error
 from jaxlm.nn.transformer import Transformer
 from jaxlm.report import Heatmap, Section, Table
-from jaxlm.tasks.records import Outputs, Record, Records, RecordTask, framed, text_of
+from jaxlm.tasks.reading import Record, Records, text_of
+from jaxlm.tasks.records import Outputs, RecordTask, framed
 from jaxlm.tasks.states import of_examples
 
 _FIELDS: dict[str, dict[str, Any]] = {

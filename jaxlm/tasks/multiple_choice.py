@@ -19,7 +19,8 @@ from jaxlm.errors import UserError
 from jaxlm.losses import Sum
 from jaxlm.nn.transformer import Transformer
 from jaxlm.report import Section, Table
-from jaxlm.tasks.records import Outputs, Record, Records, RecordTask, column, framed, text_of
+from jaxlm.tasks.reading import Record, Records, column, text_of
+from jaxlm.tasks.records import Outputs, RecordTask, framed
 from jaxlm.tasks.states import of_examples
 
 _MISTAKES = 20  # rows of the report's table

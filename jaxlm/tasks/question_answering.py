@@ -16,7 +16,8 @@ from jaxlm.data.source import Place, Row
 from jaxlm.errors import UserError
 from jaxlm.losses import Sum
 from jaxlm.report import Section, Table
-from jaxlm.tasks.records import Outputs, Record, Records, RecordTask, stand_in, text_of
+from jaxlm.tasks.reading import Record, Records, text_of
+from jaxlm.tasks.records import Outputs, RecordTask, stand_in
 
 _BEST = 20  # starts and ends of a window that are combined
 _MISTAKES = 20  # rows of the report's table

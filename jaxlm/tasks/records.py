@@ -16,45 +16,27 @@ Packing, epochs, accumulation, sharding, resuming, evaluation in input order and
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
-from jaxlm.config import ModelConfig, RunConfig
-from jaxlm.data import source
-from jaxlm.data import tokenizer as tokenizers
+from jaxlm.config import ModelConfig
 from jaxlm.data.batches import Batch, Epoch, Features
-from jaxlm.data.corpus import Prepared
 from jaxlm.data.source import Place, Row
 from jaxlm.data.tokenizer import Tokenizer
-from jaxlm.errors import UserError, perhaps
+from jaxlm.errors import UserError
 from jaxlm.losses import Losses, Sum
 from jaxlm.nn.transformer import Transformer, apply
+from jaxlm.tasks.reading import Record, Records, check_labels, column
 from jaxlm.tasks.states import hidden
 from jaxlm.tasks.task import Seen, Task
 
-Record = dict[str, Any]  # what a task's `read` made of a row
 Outputs = list[list[dict[str, np.ndarray]]]  # of one record: of each unit, of each example in it
 WINDOW = 1024  # records that are tokenized at once
-
-
-class Records(NamedTuple):
-    """The records of one part of the data, and where each stands."""
-
-    records: list[Record]
-    places: list[Place]
-
-    @property
-    def said(self) -> str:
-        """How much there is."""
-        return f"{len(self.records):,} examples"
 
 
 class RecordTask(Task):
@@ -229,122 +211,6 @@ def _flat(name: str, column: list[Any]) -> np.ndarray:
         return np.concatenate(column)
     size = sum(map(len, column))
     return np.fromiter(chain.from_iterable(column), np.float32 if name.startswith("weights") else np.int32, size)
-
-
-# Reading, splitting, naming: from files to what a run trains on
-
-
-def prepare(
-    run: RunConfig, kind: type[RecordTask], tokenizer: Tokenizer | None, say: Callable[[str], None]
-) -> Prepared:
-    """Reads the records of a run, splits off a validation part where none is given, and finds the labels.
-
-    Raises UserError for bad data, with file and line.
-    """
-    data, counts = run.data, Counter[str]()
-    read = lambda path, split: load(kind, run, path, split, counts)
-    train = whole = read(data.path, data.split)
-    if data.eval_path or (data.eval_split and source.is_tfds(data.path)):
-        held_out = read(data.eval_path or data.path, data.eval_split or data.split)
-    else:
-        train, held_out = split(kind, run.task, train, data.eval_fraction, data.eval_seed)
-    for part, name, path in ((train, "training", data.path), (held_out, "held-out", data.eval_path or data.path)):
-        if not part.records:
-            found = ", ".join(f"{count:,} {what}" for what, count in counts.items()) or "0 rows"
-            raise UserError(f"no {name} example is left of {path} ({found}); give more, or set --data.eval-path")
-    # A part that is split off by lot may have the only rows with a label.
-    names = kind.names(run.task, whole)
-    other = "name all labels with --task.names" if hasattr(run.task, "names") else "give training rows with it"
-    check_labels(kind, held_out, names, f"mend it, or {other}")
-    fingerprint = hashlib.sha256()
-    for path in (data.path, data.eval_path):
-        fingerprint.update(source.fingerprint(path).encode() if path else b"")
-    told = asdict(replace(data, path="", eval_path="", cache=""))
-    fingerprint.update(json.dumps(told, sort_keys=True).encode())
-    if tokenizer is None:
-        tokenizer = tokenizers.load(run.tokenizer.path) if run.tokenizer.path else _trained(run, kind, train, say)
-    return Prepared(tokenizer, train, held_out, dict(counts), fingerprint.hexdigest()[:16], names)
-
-
-def load(kind: type[RecordTask], run: RunConfig, path: str, split: str, counts: Counter) -> Records:
-    """All records of a path, each with its label."""
-    part = Records([], [])
-    for place, row in source.rows(path, run.data, split, counts):
-        record = kind.read(run.task, row, place)
-        if record is None:
-            counts["dropped"] += 1
-            continue
-        kind.labelled(run.task, row, record, place)
-        part.records.append(record)
-        part.places.append(place)
-    return part
-
-
-def split(kind: type[RecordTask], task: Any, part: Records, share: float, seed: int) -> tuple[Records, Records]:
-    """Training and validation parts: `share` of each stratum, or of the groups, chosen at random, in their order."""
-    random = np.random.default_rng((seed, 1))
-    chosen = np.zeros(len(part.records), bool)
-    groups = [kind.group(task, record) for record in part.records]
-    if len(set(groups)) > 1:
-        names = sorted(set(groups), key=str)
-        count = min(max(1, round(share * len(names))), len(names) - 1)
-        held = {names[i] for i in random.permutation(len(names))[:count]}
-        chosen[:] = [group in held for group in groups]
-    else:
-        strata: dict[Hashable, list[int]] = {}
-        for i, record in enumerate(part.records):
-            strata.setdefault(kind.stratum(task, record), []).append(i)
-        for _, members in sorted(strata.items(), key=lambda item: str(item[0])):
-            # The rounding is by lot, so that rare classes together have their share; one of each stays to be learned.
-            count = min(int(share * len(members) + random.random()), len(members) - 1)
-            chosen[random.permutation(members)[:count]] = True
-        if not chosen.any() and len(chosen) > 1:
-            chosen[random.integers(len(chosen))] = True
-    sides = []
-    for side in (~chosen, chosen):
-        index = np.flatnonzero(side)
-        sides.append(Records([part.records[i] for i in index], [part.places[i] for i in index]))
-    return sides[0], sides[1]
-
-
-def check_labels(
-    kind: type[RecordTask], part: Records, names: tuple[str, ...], remedy: str = "mend it, or leave the row out"
-) -> None:
-    """Raises UserError for a label that is not among the names."""
-    for record, place in zip(part.records, part.places):
-        for label in kind.labels_of(record):
-            if label not in names:
-                raise UserError(
-                    f"{place}: the label {label!r} does not occur in the training part{perhaps(label, names)}; {remedy}"
-                )
-
-
-def _trained(run: RunConfig, kind: type[RecordTask], part: Records, say: Callable[[str], None]) -> Tokenizer:
-    assert run.model is not None
-    say(f"training a {run.tokenizer.train} tokenizer of {run.model.vocabulary:,} tokens")
-    return tokenizers.train(chain.from_iterable(map(kind.texts, part.records)), run.tokenizer, run.model.vocabulary)
-
-
-# Columns of rows
-
-
-def column(row: Row, name: str, place: Place, option: str) -> Any:
-    """The value of a column.  Raises UserError, with those that there are, where it is not there."""
-    if name not in row:
-        raise UserError(
-            f"{place}: there is no column {name!r}; the columns are {', '.join(map(repr, row))}; choose with {option}"
-        )
-    return row[name]
-
-
-def text_of(row: Row, name: str, place: Place, option: str = "--task.text") -> str:
-    """The text in a column; "" for none."""
-    value = column(row, name, place, option)
-    if value is not None and not isinstance(value, str):
-        raise UserError(
-            f"{place}: column {name!r} holds {type(value).__name__} {value!r}, not text; choose with {option}"
-        )
-    return value or ""
 
 
 def framed(

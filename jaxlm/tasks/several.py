@@ -22,7 +22,7 @@ from jaxlm.losses import Losses
 from jaxlm.nn.heads import Classes, PerToken
 from jaxlm.nn.transformer import Transformer
 from jaxlm.report import Section
-from jaxlm.tasks.records import prepare as prepare_records
+from jaxlm.tasks.reading import prepare as prepare_records
 from jaxlm.tasks.states import hidden
 from jaxlm.tasks.task import Seen, Task
 

@@ -16,7 +16,8 @@ from jaxlm.data.source import Place, Row
 from jaxlm.errors import UserError
 from jaxlm.losses import Sum, squared_error
 from jaxlm.nn.transformer import Transformer
-from jaxlm.tasks.records import Outputs, Record, RecordTask, framed, text_of
+from jaxlm.tasks.reading import Record, text_of
+from jaxlm.tasks.records import Outputs, RecordTask, framed
 from jaxlm.tasks.states import of_examples
 
 

@@ -16,7 +16,8 @@ from jaxlm.data.source import Place, Row
 from jaxlm.errors import UserError
 from jaxlm.losses import Sum, cross_entropy
 from jaxlm.report import Bars, Section, Table
-from jaxlm.tasks.records import Outputs, Record, Records, RecordTask, column, stand_in
+from jaxlm.tasks.reading import Record, Records, column
+from jaxlm.tasks.records import Outputs, RecordTask, stand_in
 
 _MISTAKES = 20  # rows of the report's table
 
