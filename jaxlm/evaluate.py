@@ -202,7 +202,7 @@ def task_of(lm: LM) -> Any:
     if "tokens" in heads:
         return config.Tagging()
     if "span" in heads:
-        return config.QuestionAnswering()
+        return config.QuestionAnswering(stride=min(128, lm.config.max_length // 4))
     if lm.pooling is not None or (not heads and lm.config.structure == "encoder"):
         return config.Similarity()
     raise UserError(

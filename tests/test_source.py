@@ -11,11 +11,13 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxlm.config import CleaningConfig, DataConfig
+from jaxlm.data import source
 from jaxlm.data.clean import clean
 from jaxlm.data.source import documents, fingerprint, rows
 from jaxlm.errors import UserError
@@ -446,3 +448,12 @@ def test_heavy_libraries_are_imported_where_used():
         [sys.executable, "-c", code], check=False, cwd=Path(__file__).parents[1], capture_output=True, text=True
     )
     assert done.stdout.strip() == "set()", done.stdout + done.stderr
+
+
+def test_arrays_of_tfds_become_plain_values():
+    row = {
+        "tokens": np.array([b"a", b"\xc3\xa9"], object),
+        "label": np.int64(3),
+        "nested": {"starts": np.array([4, 5])},
+    }
+    assert source._unicode(row, []) == {"tokens": ["a", "\u00e9"], "label": 3, "nested": {"starts": [4, 5]}}

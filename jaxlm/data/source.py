@@ -34,6 +34,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
+import numpy as np
+
 from jaxlm.config import DataConfig
 from jaxlm.data.clean import clean
 from jaxlm.errors import RunError, UserError, perhaps
@@ -224,6 +226,8 @@ def _unicode(value: Any, broken: list[str]) -> Any:
 
     Strings that had surrogates are added to `broken`, as they were.
     """
+    if isinstance(value, (np.generic, np.ndarray)):  # of tfds
+        value = value.tolist()
     if isinstance(value, bytes):
         value = value.decode(errors="surrogateescape")
     if isinstance(value, str):
