@@ -1,0 +1,33 @@
+"""Three tasks on one body, a head for each: feelings of phrases, kinds of questions, names in messages.
+
+    python train.py configs/several.py SST2.tsv TREC.train WNUT.conll --init MODEL
+
+MODEL is a folder or a hub name; the words before it are the files, as `sst2.py`, `trec.py` and `wnut17.py` take them.
+A tenth of each is held out.  Each batch has rows of all three, as many as their sizes say; `Part(..., weight=)` says
+otherwise.  `export/` has a folder for each task.
+"""
+
+from jaxlm import Classification, DataConfig, OptimizerConfig, Part, RunConfig, Several, Tagging
+
+
+def config(sst2: str = "train.tsv", trec: str = "TREC.train", wnut: str = "wnut17train.conll") -> RunConfig:
+    questions = DataConfig(
+        path=trec, format="text", pattern=r"(?P<label>[A-Z]+):(?P<fine>\S+) (?P<text>.*)", charset="iso-8859-1"
+    )
+    return RunConfig(
+        model=None,
+        task=Several(
+            {
+                "feeling": Part(Classification(text=("sentence",)), DataConfig(path=sst2, format="tsv")),
+                "question": Part(Classification(), questions),
+                "names": Part(Tagging(), DataConfig(path=wnut, format="conll")),
+            }
+        ),
+        data=DataConfig(length=128),
+        optimizer=OptimizerConfig(rate=1e-4, schedule="linear", warmup=0.1, final=0.0, weight_decay=0.01, beta2=0.999),
+        examples=48,
+        epochs=3,
+        unroll=6,
+        log_every=50,
+        workdir="runs/several",
+    )
