@@ -368,7 +368,8 @@ def _devices(run: RunConfig) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     fixed = -sizes[0] * sizes[1] * sizes[2]
     rows = 0 if run.examples else run.batch // run.accumulate  # rows that are yet to be chosen suit the devices
-    tokens = (run.examples or run.batch) * run.data.length
+    # Of so many examples it is only known that they are packed: they are taken to be short.
+    tokens = run.examples * min(64, run.data.length) or run.batch * run.data.length
     most = cores if parameters < min(LARGE_ON_CPU, LARGE_BY_TOKEN * tokens) else max(1, fixed)
     fits = [n for n in range(1, most + 1) if n % max(1, fixed) == 0 and rows % n == 0]
     return max(fits, default=1)
