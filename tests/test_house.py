@@ -88,7 +88,7 @@ def test_every_part_has_its_place():
 
 
 FORBIDDEN = ["torch", "tensorflow", "transformers", "tensorflow_datasets", "grain", "matplotlib", "sklearn"]
-FORBIDDEN += ["sentencepiece", "tyro", "orbax", "tensorboardX", "pyarrow"]
+FORBIDDEN += ["sentencepiece", "tyro", "orbax", "tensorboardX", "pyarrow", "seqeval"]
 PLAIN = "import jax, flax.linen, optax"
 
 
