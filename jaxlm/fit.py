@@ -54,8 +54,9 @@ def fit(
     data: what to read, instead of `run.data`.
     stop: asked after each step; True saves the state and raises Stopped.
 
-    Returns the model with the best held-out score; of several tasks, that of the first.  Raises UserError for a mistake in the config or the data, before
-    anything is compiled, and RunError for a fault of the run: a loss that is not finite, a disk that is full.
+    Returns the model with the best held-out score; of several tasks, that of the first.  Raises UserError for a mistake
+    in the config or the data, before anything is compiled, and RunError for a fault of the run: a loss that is not
+    finite, a disk that is full.
     """
     begun = time.monotonic()
     run.check()
