@@ -96,7 +96,7 @@ class Seq2Seq:
         source = batch["tokens_BT"], batch["segments_BT"], batch["positions_BT"], None
         x = apply(module, params, *source, *source[:3], key=key)
         logits = apply(module, params, x, method="lm")
-        return {"loss": cross_entropy(logits, batch["labels_BT"], batch["weights_BT"])}
+        return {"loss": cross_entropy(logits, batch["labels_BT"], batch["weights_BT"])}, {}
 
     def weights(self, batch):
         return {"loss": batch["weights_BT"].sum()}
@@ -133,7 +133,7 @@ def gradient(name: str, dtype=jnp.float32, **choices):
     task, module = task_of(MODELS[name]), Transformer(MODELS[name], dtype=dtype, **choices)
 
     def objective(params, batch):
-        losses = task.losses(module, params, batch, None)
+        losses, _ = task.losses(module, params, batch, None)
         return sum(losses[n][0] / total for n, total in task.weights(batch).items()), losses
 
     def both(params, batch):
