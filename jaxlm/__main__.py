@@ -282,9 +282,9 @@ def _stopping() -> Iterator[Callable[[], bool]]:
 
     def handle(number: int, _: Any) -> None:
         signal.signal(number, signal.SIG_DFL)
+        came.append(number)  # first: where a callback of JAX swallows the exception, the first step is the end
         if not asked:
             raise KeyboardInterrupt
-        came.append(number)
         # print() must not be called where it may have been interrupted.
         os.write(2, b"\nsaving after this step; a second signal leaves at once, without saving\n")
 
@@ -413,7 +413,8 @@ def keep_memory() -> None:
 
 def _tell_unraisable(what: Any, before: Callable[[Any], Any] = sys.unraisablehook) -> None:
     """When one array of a checkpoint fails, Orbax has nobody left to tell of the others, and prints that."""
-    if not str(what.exc_value).startswith(("Event loop is closed", "Encountered error while reading array index")):
+    known = str(what.exc_value).startswith(("Event loop is closed", "Encountered error while reading array index"))
+    if not known and not isinstance(what.exc_value, KeyboardInterrupt):  # which `_stopping` knows of
         before(what)
 
 
