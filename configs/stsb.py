@@ -3,6 +3,9 @@
     python train.py configs/stsb.py --init MODEL --data.path sts-train.csv --data.eval-path sts-dev.csv
 
 MODEL is a folder or a hub name.  The files are the original ones, divided by tabs, without a header.
+
+Measured so with MiniLM-L6 on 2 CPU cores (November 2026, seed 0), chosen on sts-dev (Spearman 0.8958 after the first of
+four epochs): Spearman 0.8541 on sts-test, which the weights that it starts from have at 0.8203; 7 min 15 s.
 """
 
 from jaxlm import DataConfig, OptimizerConfig, RunConfig, Similarity
