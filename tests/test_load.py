@@ -289,10 +289,7 @@ def test_memory_above_the_shards(tmp_path, devices, dtype):
         [sys.executable, "-c", MEASURE, str(tmp_path)],
         cwd=ROOT,
         env={"PATH": "/usr/bin", "JAX_PLATFORMS": "cpu", "HOME": str(tmp_path)}
-        | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-        # The C library hands back what is freed, so that the peak is what is held at once; else it keeps up to 300 MB
-        # of holes for later, more or less of them by chance.
-        | {"MALLOC_MMAP_THRESHOLD_": str(1 << 17)},
+        | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
         capture_output=True,
         text=True,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -45,6 +46,13 @@ def place(
     return nested(leaves)
 
 
+def _give_back() -> None:
+    """Hands the kernel what the C library keeps of freed parts: by default up to 300 MB of holes between the shards."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):  # glibc
+        libc.malloc_trim(0)
+
+
 def _layout(path: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh | None) -> jax.sharding.Sharding:
     row = parameters.find(path)
     if mesh is None or row is None:
@@ -61,7 +69,9 @@ def _array(
         parts.setdefault(tuple((span.start, span.stop) for span in spans), []).append(device)
     arrays = []
     for bounds, devices in parts.items():
-        arrays += [_shard(read, bounds, dtype, device) for device in devices]
+        for device in devices:
+            arrays.append(_shard(read, bounds, dtype, device))
+            _give_back()
     return jax.make_array_from_single_device_arrays(shape, layout, arrays)
 
 
