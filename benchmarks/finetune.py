@@ -15,14 +15,13 @@ import argparse
 import dataclasses
 import importlib.util
 import os
-import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from train_step import Worker
+from train_step import in_turns
 
 STEPS, ROUNDS = 10, 12
 
@@ -95,17 +94,8 @@ def main() -> None:
     model = str(Path(package.origin or "").parent / "model")
     train = str(chosen.data / "sst2_glue" / "train.tsv.gz")
     examples = {"jaxlm": mean_of_update(model, train), "torch": 32.0}
-    workers = {side: Worker(side, f"{model}|{train}") for side in SIDES}
-    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
-    for worker in workers.values():
-        worker.round()  # compile, warm up
-    for _ in range(ROUNDS):
-        for side, worker in workers.items():
-            seconds[side].append(worker.round())
-    for worker in workers.values():
-        worker.process.kill()
-        worker.process.wait()
-    speed = {side: STEPS * examples[side] / statistics.median(taken) for side, taken in seconds.items()}
+    seconds = in_turns(SIDES, f"{model}|{train}", ROUNDS)
+    speed = {side: STEPS * examples[side] / seconds[side] for side in SIDES}
     print(
         f"jaxlm {speed['jaxlm']:.1f} examples/s ({examples['jaxlm']:.1f} in an update), torch + transformers "
         f"{speed['torch']:.1f} examples/s (32), ratio {speed['jaxlm'] / speed['torch']:.2f}"

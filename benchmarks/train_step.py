@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 CASES = {
     # name: (rows, length, steps in a round, model fields)
@@ -157,22 +157,28 @@ class Worker:
         return float(line.split()[1])
 
 
+def in_turns(sides: Iterable[str], name: str, rounds: int) -> dict[str, float]:
+    """Seconds of each side's median round; the sides take turns, after a round each to compile and warm up."""
+    workers = {side: Worker(side, name) for side in sides}
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    for worker in workers.values():
+        worker.round()
+    for _ in range(rounds):
+        for side, worker in workers.items():
+            seconds[side].append(worker.round())
+    for worker in workers.values():
+        worker.process.kill()
+        worker.process.wait()
+    return {side: statistics.median(taken) for side, taken in seconds.items()}
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--work"]:
         return work(*sys.argv[2:])
     for name in sys.argv[1:] or CASES:
         rows, length, steps, _ = CASES[name]
-        workers = {side: Worker(side, name) for side in SIDES}
-        seconds: dict[str, list[float]] = {side: [] for side in SIDES}
-        for worker in workers.values():
-            worker.round()  # compile, warm up
-        for _ in range(ROUNDS):
-            for side, worker in workers.items():
-                seconds[side].append(worker.round())
-        for worker in workers.values():
-            worker.process.kill()
-            worker.process.wait()
-        speed = {side: rows * length * steps / statistics.median(taken) for side, taken in seconds.items()}
+        seconds = in_turns(SIDES, name, ROUNDS)
+        speed = {side: rows * length * steps / seconds[side] for side in SIDES}
         print(
             f"{name:5} {rows} x {length}: jaxlm {speed['jaxlm']:,.0f} tokens/s, torch + transformers "
             f"{speed['torch']:,.0f} tokens/s, ratio {speed['jaxlm'] / speed['torch']:.2f}",

@@ -437,6 +437,8 @@ class RunConfig:
             raise UserError(f"optimizer.layer_decay is {self.optimizer.layer_decay}; it must lie in (0, 1]")
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise UserError(f"dropout is {self.dropout}; it must lie in [0, 1)")
+        if self.dropout is not None and self.model is not None:
+            raise UserError(f"dropout is {self.dropout}, but the config names the model; set --model.dropout instead")
 
     def _check_model(self, model: ModelConfig) -> None:
         model.check()

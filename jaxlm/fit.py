@@ -6,8 +6,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,18 +18,18 @@ import numpy as np
 
 from jaxlm import families, report, sharding
 from jaxlm.checkpoint import Checkpoints, finite
-from jaxlm.config import ModelConfig, RunConfig, to_json
+from jaxlm.config import RunConfig, to_json
 from jaxlm.data.batches import Batch, prefetch
 from jaxlm.data.corpus import Prepared
 from jaxlm.errors import RunError, Stopped, UserError, perhaps
 from jaxlm.evaluate import see
 from jaxlm.folder import RunLog, begin, claim, duration, write_json
 from jaxlm.generate import generate
-from jaxlm.hub.convert import nested
-from jaxlm.lm import LM, find, has_tokenizer, load, save
+from jaxlm.lm import LM, load, save
 from jaxlm.nn import parameters
 from jaxlm.nn.transformer import Transformer, init
 from jaxlm.optimizer import make_optimizer, make_schedule
+from jaxlm.start import by_path, check_fits, origin, sized, start_from, starting, with_dropout, with_tokenizer
 from jaxlm.step import TrainState, make_eval_step, make_train_step
 from jaxlm.tasks import make_task, prepare
 from jaxlm.tasks.task import Task
@@ -59,20 +58,22 @@ def fit(
     finite, a disk that is full.
     """
     begun = time.monotonic()
+    if model is not None and run.model is None:
+        run = replace(run, model=with_dropout(model.config, run.dropout), dropout=None)
     run.check()
     folder = Path(run.workdir or "runs/unnamed")
     mesh = sharding.make_mesh(run.mesh)
     resuming, as_given = claim(run, folder), run
 
     # Data: tokenized once, then batch_at(step) is all there is.
-    run = _with_tokenizer(run, model)
-    data = data or prepare(run, model.tokenizer if model else None, say)
+    run = with_tokenizer(run, model)
+    data = data or prepare(run, model.tokenizer if model and not run.tokenizer.path else None, say)
     task = make_task(run, data.tokenizer, data.labels)
     if run.best and run.best not in (*task.scores, "loss"):
         raise UserError(f"best is {run.best!r}{perhaps(run.best, [*task.scores, 'loss'])}")
-    config, model = _starting(run, model, task, data.labels if task.head else (), resuming)
+    config, model = starting(run, model, task, data.labels if task.head else (), resuming)
     batches = task.batches(data.train, run.batch, run.data.length, run.seed)
-    run = _sized(run, config, batches, mesh)
+    run = sized(run, config, batches, mesh)
     _check_rows(run, mesh)
     batches.rows = run.batch
     held_out = task.batches(data.held_out, run.batch // run.accumulate, run.data.length, None)
@@ -94,7 +95,7 @@ def fit(
     like = _laid_out(jax.eval_shape(first_state, key), mesh)
     layout = jax.tree.map(lambda leaf: leaf.sharding, like)
     if model is not None:
-        _check_fits(model, shapes)
+        check_fits(model, shapes)
 
     # All that the user could have got wrong is looked at; the folder is this run's from here on.
     begin(as_given, folder, data.fingerprint)
@@ -103,14 +104,13 @@ def fit(
     if state is None:
         state = jax.jit(first_state, out_shardings=layout)(key)
         model = model or (load(run.init) if run.init else None)
-        state = state if model is None else state._replace(params=_start_from(model, state.params))
+        state = state if model is None else state._replace(params=start_from(model, state.params, say))
     started = int(state.step)
     if started and (folder / "report.html").exists():
         say(f"the run in {folder} is finished, at step {started:,}; nothing is left to do")
         checkpoints.close()
-        if not (folder / "export" / "config.json").exists():  # of several tasks; this is what was returned before
-            return load(min((folder / "export").iterdir()), compute_dtype=run.compute_dtype)
-        return load(folder, compute_dtype=run.compute_dtype, module=None if kind is Transformer else kind)
+        own = None if kind is Transformer or task.folders != ("",) else kind
+        return load(folder / "export" / task.folders[0], compute_dtype=run.compute_dtype, module=own)
     (folder / "report.html").unlink(missing_ok=True)  # its presence says that the run is finished
     _say_start(run, folder, data, batches, _size(shapes), mesh, started)
     if balance := task.balance(data.train):
@@ -185,7 +185,7 @@ def fit(
             restored, scores = checkpoints.restore(like, best_step), {}
             state = restored[0] if restored else state
         files: dict[str, Any] = {"files": model.files, "pooling": model.pooling} if model else {}
-        lm = LM(config, kind(config, dtype=dtype), state.params, data.tokenizer, _origin(run, model), **files)
+        lm = LM(config, kind(config, dtype=dtype), state.params, data.tokenizer, origin(run, model), **files)
         export, lm = _export(lm, task, folder / "export")
         if not ending:
             raise Stopped(f"stopped at step {step:,} of {run.steps:,} and saved; the same command goes on from here")
@@ -197,55 +197,14 @@ def fit(
 
     write_json(folder / "scores.json", {"step": int(state.step), **scores})
     sections = _sections(task, data, batches, found)
-    facts = {"time": duration(time.monotonic() - begun), "data": f"{data.train.said}; {data.held_out.said} held out"}
+    facts = {
+        "time": duration(time.monotonic() - begun),
+        "data": f"{data.train.said} to train on; {data.held_out.said} held out",
+    }
     facts |= {"started from": run.init} if run.init else {}
     facts |= _packing(run, batches)
     _tell(run, folder, lm, scores, export, int(state.step), facts, mesh, sections)
     return lm
-
-
-def _with_tokenizer(run: RunConfig, model: LM | None) -> RunConfig:
-    """The run with the tokenizer of the weights that it starts from, where it names none."""
-    if model is not None or not run.init or run.tokenizer.path:
-        return run
-    folder = find(run.init)
-    path = str(folder) if has_tokenizer(folder) else ""
-    if not path and run.model is None:
-        raise UserError(f"{folder} holds no tokenizer; give one with --tokenizer.path")
-    return replace(run, tokenizer=replace(run.tokenizer, path=path))
-
-
-def _starting(
-    run: RunConfig, model: LM | None, task: Task, labels: Any, resuming: bool
-) -> tuple[ModelConfig, LM | None]:
-    """The model's config, and the weights to start from, where there are any."""
-    if model is None and run.init and run.model is None:
-        model = load(run.init, head=task.head or "none", labels=labels or None, say=lambda _: None)
-        model = replace(model, params=_without(model.params, model.fresh))  # drawn below, by the run's seed
-    elif model is None and run.init and not resuming:
-        model = load(run.init)
-    config = run.model or (model.config if model else None)
-    assert config is not None  # as `RunConfig.check` has it
-    config = task.configured(config)
-    if run.dropout is not None and run.model is None:
-        config = replace(config, dropout=run.dropout, attention_dropout=run.dropout)
-    if model is not None and model.pooling:
-        task.pooling = model.pooling
-    return config, model
-
-
-def _sized(run: RunConfig, config: ModelConfig, once: Any, mesh: jax.sharding.Mesh) -> RunConfig:
-    """The run with its model, its rows in a batch and its steps as numbers, as the length of the data decides them."""
-    if run.examples:
-        per_row, ways = len(once.lengths) / once.rows_in_epoch, sharding.row_ways(mesh) * run.accumulate
-        run = replace(run, batch=max(1, round(run.examples / per_row / ways)) * ways)
-    if run.epochs:
-        epoch = once.rows_in_epoch / run.batch
-        every = run.eval_every or math.ceil(epoch)
-        run = replace(run, steps=max(1, math.ceil(run.epochs * epoch)), eval_every=every)
-    run = replace(run, model=config)
-    run.check()
-    return run
 
 
 def _stale(history: list[float], patience: int) -> bool:
@@ -322,7 +281,7 @@ def _put(layout: jax.sharding.NamedSharding, batch: Batch, k: int) -> Batch:
 def _laid_out(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
     """Shapes of a state, each with its sharding: that of the parameter that a leaf is, or belongs to."""
 
-    shapes = {path: leaf.shape for path, leaf in _by_path(state.params).items()}
+    shapes = {path: leaf.shape for path, leaf in by_path(state.params).items()}
 
     def lay(key_path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         path = parameters.path_of(key_path)
@@ -332,58 +291,6 @@ def _laid_out(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout)
 
     return jax.tree_util.tree_map_with_path(lay, state)
-
-
-def _check_fits(model: LM, shapes: Any) -> None:
-    """Raises UserError where the weights to start from have other shapes than the run's, or lack some but for heads."""
-    given, wanted = _by_path(model.params), _by_path(shapes)
-    differ = [f"  - {p} {given[p].shape}" for p in given if p not in wanted and not _on_top(p)]
-    for path, leaf in wanted.items():
-        shape = given[path].shape if path in given else None
-        if shape != leaf.shape and not (shape is None and _on_top(path)):
-            differ += [f"  - {path} {shape}"] * (shape is not None) + [f"  + {path} {leaf.shape}"]
-    if differ:
-        lines = "\n".join(sorted(differ, key=lambda line: (line.split()[1], line.split()[0] == "+")))
-        raise UserError(
-            f"the weights given by --init (-) do not fit the model of the run (+):\n{lines}\nchange --model"
-        )
-
-
-def _origin(run: RunConfig, model: LM | None) -> families.Origin:
-    """The format of the weights that the run began from: an equal model of another family is not theirs."""
-    said: dict[str, Any] = {}
-    if model is not None:
-        said = model.origin.config if model.origin else {}
-    elif run.init:
-        with suppress(UserError):  # a run that goes on does without the folder
-            said = families.read_config(find(run.init) / "config.json")
-    return families.Origin({name: said[name] for name in ("model_type",) if name in said}, heads=None)
-
-
-def _on_top(path: str) -> bool:
-    return "_head/" in path or path.startswith("own")
-
-
-def _start_from(model: LM, fresh: Any) -> Any:
-    """The model's parameters, laid out like the fresh ones; heads that it lacks stay fresh, and are said."""
-    given = _by_path(model.params)
-    new = sorted({path.split("/")[0] for path in _by_path(fresh) if path not in given})
-    if new:
-        say(f"made new, since the given weights have none: {', '.join(new)}")
-
-    def chosen(key_path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        # A copy: training donates its buffers, and the model given is the caller's.
-        return jax.device_put(given.get(parameters.path_of(key_path), leaf), leaf.sharding, may_alias=False)
-
-    return jax.tree_util.tree_map_with_path(chosen, fresh)
-
-
-def _without(params: Any, paths: Sequence[str]) -> Any:
-    return nested({path: leaf for path, leaf in _by_path(params).items() if path not in paths})
-
-
-def _by_path(tree: Any) -> dict[str, Any]:
-    return {parameters.path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _finite(metrics: list[dict[str, Any]], step: int, checkpoints: Checkpoints) -> list[dict[str, float]]:
@@ -417,7 +324,7 @@ def _export(lm: LM, task: Task, folder: Path) -> tuple[str, LM]:
     shutil.rmtree(folder, ignore_errors=True)
     exported = task.exports(lm)
     for name, (one, alone) in exported.items():
-        assert alone.origin is not None  # as `_origin` has it
+        assert alone.origin is not None  # as `origin` has it
         alone = replace(alone, origin=_with_keys(alone.origin, one.config_keys))
         kind = save(alone, folder / name)
         _name_class(folder / name, one)

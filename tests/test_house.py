@@ -34,7 +34,7 @@ ORDER = (  # each may import those before it and beside it
     ("tasks",),
     ("optimizer", "step", "checkpoint"),
     ("folder",),
-    ("evaluate", "sweep"),
+    ("evaluate", "start", "sweep"),
     ("fit",),
     ("__main__",),
 )

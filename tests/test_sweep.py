@@ -112,9 +112,9 @@ def test_mistakes_in_a_sweep(folder, name, capsys):
 
 
 def two_tasks(folder: Path, **weights: float) -> RunConfig:
-    parts = {
-        "mood": Part(Classification(), DataConfig(path=str(folder / "texts.jsonl")), weights.get("mood", 0.0)),
+    parts = {  # the first of them is not the first by name
         "names": Part(Tagging(), DataConfig(path=str(folder / "names.conll")), weights.get("names", 0.0)),
+        "mood": Part(Classification(), DataConfig(path=str(folder / "texts.jsonl")), weights.get("mood", 0.0)),
     }
     return RunConfig(
         model=MODEL, task=Several(parts), data=DataConfig(length=32), batch=8, steps=60, log_every=20,
@@ -164,7 +164,7 @@ def test_several_tasks_train_export_and_predict(folder, tmp_path):
     run = replace(two_tasks(folder), workdir=str(tmp_path / "run"))
     assert from_json(RunConfig, to_json(run)) == run
     lm = jaxlm.fit(run)
-    assert lm.config.heads_on_top == ("classes",)
+    assert lm.config.heads_on_top == ("tokens",)
     scores = json.loads((tmp_path / "run" / "scores.json").read_text())
     assert {"mean", "loss", "mood/accuracy", "names/f1", "names/accuracy"} <= scores.keys()
     assert scores["mood/accuracy"] > 0.6
@@ -174,7 +174,7 @@ def test_several_tasks_train_export_and_predict(folder, tmp_path):
     rows = list(source.rows(str(folder / "texts.jsonl"), DataConfig(), ""))
     assert jaxlm.evaluate(mood, rows, Classification())["accuracy"] > 0.6
     assert len(jaxlm.predict(names, ["good film in rome"])[0]["prediction"]) == 4
-    jaxlm.fit(run)  # finished
+    assert jaxlm.fit(run).config.labels == lm.config.labels  # finished: the first part's again, not the first by name
 
 
 WRONG = {
@@ -231,3 +231,19 @@ def test_a_task_of_ones_own_is_one_file_and_one_config(folder, tmp_path, monkeyp
     assert main(predict) == 2
     assert "the task is Stars, which is not one of jaxlm's; give its config by --config" in capsys.readouterr().err
     sys.modules.pop("stars")
+
+
+def test_a_model_given_needs_no_config_of_its_own(folder, tmp_path):
+    """`fit(run, model=lm)` in a notebook: head and labels are those of the task, dropout that of the run."""
+    params = init(jaxlm.nn.transformer.Transformer(MODEL), jax.random.key(0))
+    tokenizer = jaxlm.data.tokenizer.load(folder / "tokenizer")
+    lm = jaxlm.LM(MODEL, jaxlm.nn.transformer.Transformer(MODEL), params, tokenizer)
+    run = RunConfig(
+        model=None, task=Classification(), data=DataConfig(path=str(folder / "texts.jsonl"), length=32), batch=8,
+        steps=2, dropout=0.25, workdir=str(tmp_path / "run"),
+    )  # fmt: skip
+    tuned = jaxlm.fit(run, model=lm)
+    assert (tuned.config.heads_on_top, tuned.config.labels) == (("classes",), ("no", "yes"))
+    assert (tuned.config.dropout, tuned.config.attention_dropout) == (0.25, 0.25)
+    with pytest.raises(UserError, match=r"the config names the model; set --model\.dropout instead"):
+        replace(run, model=MODEL).check()

@@ -17,9 +17,9 @@ from jaxlm.data.source import Place, Row
 from jaxlm.errors import UserError
 from jaxlm.losses import Sum, binary_cross_entropy, cross_entropy, squared_error
 from jaxlm.nn.transformer import Transformer
-from jaxlm.report import Heatmap, Section, Table
+from jaxlm.report import Heatmap, Section
 from jaxlm.tasks.reading import Record, Records, text_of
-from jaxlm.tasks.records import Outputs, RecordTask, framed
+from jaxlm.tasks.records import Outputs, RecordTask, framed, mistakes
 from jaxlm.tasks.states import of_examples
 
 _FIELDS: dict[str, dict[str, Any]] = {
@@ -37,7 +37,6 @@ _PROBLEM = {  # as transformers calls them
     "classes": "multi_label_classification",
     "number": "regression",
 }
-_MISTAKES = 20  # rows of the report's table
 _LARGEST = 1e15  # of a score, as of the numbers of a config: its square is a float32
 
 
@@ -215,23 +214,17 @@ class ClassificationTask(RecordTask):
         records = part.records
         if self.task.target != "class":
             return []
-        wrong = [(r, p) for r, p in zip(records, predictions) if r["label"] != p["prediction"]]
-        wrong.sort(key=lambda pair: -pair[1]["confidence"])
-        rows = [
-            [" | ".join(record["texts"]), record["label"], prediction["prediction"], f"{prediction['confidence']:.1%}"]
-            for record, prediction in wrong[:_MISTAKES]
+        wrong = [
+            (p["confidence"], [" | ".join(r["texts"]), r["label"], p["prediction"]])
+            for r, p in zip(records, predictions)
+            if r["label"] != p["prediction"]
         ]
         labels = [self._index[record["label"]] for record in records]
         found = [self._index[prediction["prediction"]] for prediction in predictions]
         counts = metrics.confusion(labels, found, len(self.labels))
         return [
             Heatmap("Confusion matrix", counts, self.labels),
-            Table(
-                "The most confident mistakes",
-                ("text", "true", "predicted", "confidence"),
-                rows,
-                f"{len(wrong):,} of {len(records):,} held-out examples are told wrong.",
-            ),
+            mistakes(("text", "true", "predicted"), wrong, len(records), "held-out examples are told wrong"),
         ]
 
 

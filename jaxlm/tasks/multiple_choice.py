@@ -18,12 +18,10 @@ from jaxlm.data.source import Place, Row
 from jaxlm.errors import UserError
 from jaxlm.losses import Sum
 from jaxlm.nn.transformer import Transformer
-from jaxlm.report import Section, Table
+from jaxlm.report import Section
 from jaxlm.tasks.reading import Record, Records, column, text_of
-from jaxlm.tasks.records import Outputs, RecordTask, framed
+from jaxlm.tasks.records import Outputs, RecordTask, framed, mistakes
 from jaxlm.tasks.states import of_examples
-
-_MISTAKES = 20  # rows of the report's table
 
 
 class MultipleChoiceTask(RecordTask):
@@ -113,15 +111,13 @@ class MultipleChoiceTask(RecordTask):
         return {"accuracy": float(np.mean(right)) if right else 0.0}
 
     def sections(self, part: Records, predictions: Sequence[Row]) -> list[Section]:
-        records = part.records
-        wrong = [(r, p) for r, p in zip(records, predictions) if r["label"] != p["_index"]]
-        wrong.sort(key=lambda pair: -pair[1]["confidence"])
-        rows = [
-            [r["question"], r["options"][r["label"]], p["option"], f"{p['confidence']:.1%}"]
-            for r, p in wrong[:_MISTAKES]
+        wrong = [
+            (p["confidence"], [r["question"], r["options"][r["label"]], p["option"]])
+            for r, p in zip(part.records, predictions)
+            if r["label"] != p["_index"]
         ]
-        note = f"{len(wrong):,} of {len(records):,} held-out questions are answered wrong."
-        return [Table("The most confident mistakes", ("question", "true", "predicted", "confidence"), rows, note)]
+        what = "held-out questions are answered wrong"
+        return [mistakes(("question", "true", "predicted"), wrong, len(part.records), what)]
 
 
 def _number(value: Any, options: Sequence[str], task: config.MultipleChoice, place: Place) -> int:

@@ -15,12 +15,11 @@ from jaxlm.data.batches import Batch, Features
 from jaxlm.data.source import Place, Row
 from jaxlm.errors import UserError
 from jaxlm.losses import Sum
-from jaxlm.report import Section, Table
+from jaxlm.report import Section
 from jaxlm.tasks.reading import Record, Records, text_of
-from jaxlm.tasks.records import Outputs, RecordTask, stand_in
+from jaxlm.tasks.records import Outputs, RecordTask, mistakes, stand_in
 
 _BEST = 20  # starts and ends of a window that are combined
-_MISTAKES = 20  # rows of the report's table
 _NEVER = float(np.finfo(np.float32).min)  # margin of a text without any span: below every threshold
 
 
@@ -188,20 +187,14 @@ class QuestionAnsweringTask(RecordTask):
         return scores
 
     def sections(self, part: Records, predictions: Sequence[Row]) -> list[Section]:
-        records = part.records
-        wrong = []
-        for record, prediction in zip(records, predictions):
-            texts = [text for text, _ in record["label"]]
-            if not metrics.exact_f1(texts, prediction["prediction"])[1]:
-                wrong.append((record, texts, prediction))
-        wrong.sort(key=lambda found: -found[2]["confidence"])
         said = lambda text: text or "(no answer)"
-        rows = [
-            [r["question"], said(" / ".join(texts)), said(p["prediction"]), f"{p['confidence']:.1%}"]
-            for r, texts, p in wrong[:_MISTAKES]
-        ]
-        note = f"{len(wrong):,} of {len(records):,} held-out questions have an answer without a word in common."
-        return [Table("The most confident mistakes", ("question", "true", "predicted", "confidence"), rows, note)]
+        wrong = []
+        for record, told in zip(part.records, predictions):
+            texts, answer = [text for text, _ in record["label"]], told["prediction"]
+            if not metrics.exact_f1(texts, answer)[1]:
+                wrong.append((told["confidence"], [record["question"], said(" / ".join(texts)), said(answer)]))
+        what = "held-out questions have an answer without a word in common"
+        return [mistakes(("question", "true", "predicted"), wrong, len(part.records), what)]
 
 
 def _answers(given: Any, place: Place) -> list[tuple[str, int]]:

@@ -16,6 +16,7 @@ Packing, epochs, accumulation, sharding, resuming, evaluation in input order and
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -31,12 +32,15 @@ from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.losses import Losses, Sum
 from jaxlm.nn.transformer import Transformer, apply
+from jaxlm.report import Table
 from jaxlm.tasks.reading import Record, Records, check_labels, column
 from jaxlm.tasks.states import hidden
 from jaxlm.tasks.task import Seen, Task
 
 Outputs = list[list[dict[str, np.ndarray]]]  # of one record: of each unit, of each example in it
 WINDOW = 1024  # records that are tokenized at once
+MISTAKES = 20  # rows of the report's table of them
+LONGEST = 600  # characters in a cell of it
 
 
 class RecordTask(Task):
@@ -52,12 +56,12 @@ class RecordTask(Task):
         self.most = max(2, length // 4)  # examples in a row E
 
     @classmethod
+    @abstractmethod
     def read(cls, task: Any, row: Row, place: Place) -> Record | None:
         """The record of a row, without its label where the row has none; None: it is dropped.
 
         Raises UserError for a column that is not there, or a value that is not what it should be.
         """
-        raise NotImplementedError
 
     @classmethod
     def labelled(cls, task: Any, row: Row, record: Record, place: Place) -> None:
@@ -91,9 +95,9 @@ class RecordTask(Task):
         """Records of one group go to one side, unless this is None."""
         return None
 
+    @abstractmethod
     def features(self, records: Sequence[Record], training: bool) -> Iterator[list[list[Features]]]:
         """For each record its units, for each unit its examples.  A record without a label gives none."""
-        raise NotImplementedError
 
     def logits(
         self, module: Transformer, params: Any, x_BTD: jax.Array, batch: Batch, key: jax.Array | None
@@ -105,19 +109,21 @@ class RecordTask(Task):
         """The head on some hidden states."""
         return apply(module, params, x, method=self.method or self.head, key=key)
 
+    @abstractmethod
     def loss(self, logits: jax.Array, batch: Batch, training: bool) -> Sum:
-        raise NotImplementedError
+        """Its sum over a batch, and the weight to divide it by."""
 
+    @abstractmethod
     def outputs(self, logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
         """Arrays [B, E, ...] or [B, T, ...], under names that say so."""
-        raise NotImplementedError
 
+    @abstractmethod
     def predict(self, record: Record, outputs: Outputs) -> Row:
         """Columns of a prediction; those that begin with an underscore are for `score` alone."""
-        raise NotImplementedError
 
+    @abstractmethod
     def score(self, records: Sequence[Record], predictions: Sequence[Row]) -> dict[str, float]:
-        raise NotImplementedError
+        """The scores of the field, each a number."""
 
     def check_labels(self, part: Records) -> None:
         """Raises UserError for a label that the model does not know."""
@@ -159,6 +165,15 @@ class RecordTask(Task):
         seen = see(batches)
         found = self.predictions(part.records, batches, seen.outputs)
         return {"loss": seen.means["loss"], **self.score(part.records, found)}, found
+
+
+def mistakes(head: tuple[str, ...], wrong: list[tuple[float, list[str]]], count: int, what: str) -> Table:
+    """The report's table of the most confident of the (confidence, cells) that are wrong among `count`."""
+    ordered = sorted(wrong, key=lambda row: -row[0])[:MISTAKES]
+    cut = lambda text: text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
+    rows = [[*map(cut, cells), f"{confidence:.1%}"] for confidence, cells in ordered]
+    note = f"{len(wrong):,} of {count:,} {what}."
+    return Table("The most confident mistakes", (*head, "confidence"), rows, note)
 
 
 class RecordExamples:

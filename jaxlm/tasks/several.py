@@ -83,6 +83,10 @@ class SeveralTask(Task):
 
         return WithHeads
 
+    @property
+    def folders(self) -> tuple[str, ...]:
+        return tuple(self.parts)
+
     def exports(self, lm: LM) -> dict[str, tuple[Task, LM]]:
         """For each part the body with its head, as that task alone has them."""
         body = {key: value for key, value in lm.params.items() if not key.startswith("own_")}
@@ -94,11 +98,17 @@ class SeveralTask(Task):
             found[name] = part, replace(lm, config=alone, params=params, module=module)
         return found
 
+    def examples(self, part: Parts, training: bool) -> Any:
+        return Parts({name: one.examples(part[name], training) for name, one in self.parts.items()})
+
     def batches(self, part: Parts, rows: int, length: int, seed: int | None) -> Any:
         """Training batches, mixed by the parts' weights; or, of each part, the batches that evaluate it, with the
         fields that training batches have."""
         each = 1 if seed is not None else rows
-        apart = {name: one.batches(part[name], each, length, seed) for name, one in self.parts.items()}
+        apart = {
+            name: Batches(examples, each, length, self.parts[name].most, seed)
+            for name, examples in self.examples(part, seed is not None).items()
+        }
         if seed is None:
             return Parts({name: Evaluated(apart, name) for name in apart})
         return Mixed(apart, {name: self.task.parts[name].weight for name in apart}, rows, seed)

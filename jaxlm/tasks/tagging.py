@@ -17,9 +17,7 @@ from jaxlm.errors import UserError
 from jaxlm.losses import Sum, cross_entropy
 from jaxlm.report import Bars, Section, Table
 from jaxlm.tasks.reading import Record, Records, column
-from jaxlm.tasks.records import Outputs, RecordTask, stand_in
-
-_MISTAKES = 20  # rows of the report's table
+from jaxlm.tasks.records import Outputs, RecordTask, mistakes, stand_in
 
 
 class TaggingTask(RecordTask):
@@ -143,20 +141,15 @@ class TaggingTask(RecordTask):
             ]
             for name in names
         ]
-        wrong = [(r, p) for r, p in zip(records, predictions) if r["label"] != p["prediction"]]
-        wrong.sort(key=lambda pair: -pair[1]["confidence"])
-        shown = [
-            [_marked(r["tokens"], r["label"]), _marked(r["tokens"], p["prediction"])] for r, p in wrong[:_MISTAKES]
+        wrong = [
+            (p["confidence"], [_marked(r["tokens"], r["label"]), _marked(r["tokens"], p["prediction"])])
+            for r, p in zip(records, predictions)
+            if r["label"] != p["prediction"]
         ]
         return [
             Bars("F1 by type", tuple(names), tuple(100 * by_type[name]["f1"] for name in names), "F1 (%)"),
             Table("Scores by type", ("type", "precision", "recall", "F1", "spans"), rows, ""),
-            Table(
-                "The most confident mistakes",
-                ("true", "predicted"),
-                shown,
-                f"{len(wrong):,} of {len(records):,} held-out sentences have a word told wrong.",
-            ),
+            mistakes(("true", "predicted"), wrong, len(records), "held-out sentences have a word told wrong"),
         ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ class Seen(NamedTuple):
         return {name: total / weight if weight else 0.0 for name, (total, weight) in self.losses.items()}
 
 
-class Task:
+class Task(ABC):
     """From a part of the data to batches, losses and scores."""
 
     head: Any = None  # of the model, that it reads; None: hidden states
@@ -44,31 +45,31 @@ class Task:
         """The score by which the best checkpoint is chosen."""
         return self.scores[0]
 
+    @abstractmethod
     def examples(self, part: Any, training: bool) -> Examples:
         """The examples of a part of the data."""
-        raise NotImplementedError
 
     def batches(self, part: Any, rows: int, length: int, seed: int | None) -> Any:
         """Batches of a part of the data: for training; or, where there is no seed, for evaluation."""
         return Batches(self.examples(part, seed is not None), rows, length, self.most, seed)
 
+    @abstractmethod
     def losses(self, module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> Losses:
         """Sums and weights over one micro-batch [B, ...]; and, in evaluation, what is kept of its examples.
 
         key: for dropout; None in evaluation.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def weights(self, batch: Batch) -> dict[str, jax.Array]:
         """Those of the `losses` that are minimised, and what each is divided by: its weight in all micro-batches."""
-        raise NotImplementedError
 
+    @abstractmethod
     def measure(self, see: Callable[[Any], Seen], batches: Any, part: Any) -> tuple[dict[str, float], Any]:
         """The scores of a part of the data, and the predictions that they are of, where there are some.
 
         see: runs over all batches.
         """
-        raise NotImplementedError
 
     def configured(self, model: ModelConfig) -> ModelConfig:
         """The model with the head that the task reads."""
@@ -77,6 +78,11 @@ class Task:
     def module(self, kind: type[Transformer]) -> type[Transformer]:
         """The class of the model."""
         return kind
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """The folders below `export/` that `exports` fills, the first being that of the model that a run returns."""
+        return ("",)
 
     def exports(self, lm: LM) -> dict[str, tuple[Task, LM]]:
         """What is exported, by the folder below `export/`, and the task that it is for."""
