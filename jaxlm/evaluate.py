@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxlm import config, sharding
 from jaxlm.data.batches import Batches, Features, prefetch
-from jaxlm.data.source import Place, Row
+from jaxlm.data.formats import Place, Row
 from jaxlm.encode import Pooling, mesh_of, params_of
 from jaxlm.errors import UserError
 from jaxlm.lm import LM

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxlm.config import DataConfig, MaskedLM, RunConfig
-from jaxlm.data import source
+from jaxlm.data import source, tfds
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
@@ -103,7 +103,7 @@ def _build_in(run: RunConfig, sentences: str | None, folder: Path, say: Callable
     assert run.model is not None
     data, rows = run.data, Counter[str]()
     read = lambda path, split, count: source.documents(path, data, split, count)
-    if data.eval_path or (data.eval_split and source.is_tfds(data.path)):
+    if data.eval_path or (data.eval_split and tfds.is_tfds(data.path)):
         train = lambda count=Counter(): read(data.path, data.split, count)
         held_out = lambda: read(data.eval_path or data.path, data.eval_split or data.split, Counter())
     else:

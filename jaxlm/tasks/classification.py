@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxlm import config, metrics
 from jaxlm.data.batches import Batch, Features
-from jaxlm.data.source import Place, Row
+from jaxlm.data.formats import Place, Row
 from jaxlm.errors import UserError
 from jaxlm.losses import Sum, binary_cross_entropy, cross_entropy, squared_error
 from jaxlm.nn.transformer import Transformer

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from jaxlm.config import RunConfig
-from jaxlm.data import source
+from jaxlm.data import source, tfds
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.corpus import Prepared
-from jaxlm.data.source import Place, Row
+from jaxlm.data.formats import Place, Row
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError, perhaps
 
@@ -48,7 +48,7 @@ def prepare(
     data, counts = run.data, Counter[str]()
     read = lambda path, split: load(kind, run, path, split, counts)
     train = whole = read(data.path, data.split)
-    if data.eval_path or (data.eval_split and source.is_tfds(data.path)):
+    if data.eval_path or (data.eval_split and tfds.is_tfds(data.path)):
         held_out = read(data.eval_path or data.path, data.eval_split or data.split)
     else:
         train, held_out = split(kind, run.task, train, data.eval_fraction, data.eval_seed)

@@ -27,7 +27,7 @@ import numpy as np
 
 from jaxlm.config import ModelConfig
 from jaxlm.data.batches import Batch, Epoch, Features
-from jaxlm.data.source import Place, Row
+from jaxlm.data.formats import Place, Row
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.losses import Losses, Sum
