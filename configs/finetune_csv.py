@@ -3,8 +3,8 @@
     python train.py configs/finetune_csv.py --init MODEL --data.path FILE --task.text COLUMN --task.label COLUMN
 
 MODEL is a folder or a hub name.  Two columns after --task.text are a pair.  The labels are found in the file; a tenth
-of each class is held out, unless --data.eval-path gives other data.  --task.target number makes it a regression,
---task.target classes allows several labels at once.
+of each class is held out, unless --data.eval-path gives other data.  --task.problem regression makes it a regression,
+--task.problem multi_label allows several labels at once.
 """
 
 from jaxlm import Classification, DataConfig, OptimizerConfig, RunConfig

@@ -51,7 +51,7 @@ def config(task: str = "rte", source: str = "tsv") -> RunConfig:
     return RunConfig(
         model=None,
         task=Classification(
-            target="number" if task == "stsb" else "class",
+            problem="regression" if task == "stsb" else "single_label",
             text=glue.text if tsv else glue.tfds,
             label=glue.label if tsv else "label",
         ),

@@ -229,7 +229,7 @@ class MaskedLM:
 class Classification:
     """Tell what a text, or a pair of texts, is: one class, any number of them, or a number."""
 
-    target: Literal["class", "classes", "number"] = "class"  # one of several, any of several, or a regression
+    problem: Literal["single_label", "multi_label", "regression"] = "single_label"  # one class, any of them, a number
     text: tuple[str, ...] = ("text",)  # column of the text, or the two columns of a pair
     label: str = "label"  # column of what is to be told; several classes stand in a list, or divided by separator
     separator: str = ","  # between several classes in a column of text
@@ -291,7 +291,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Several:
+class MultiTask:
     """Several tasks at once, on one body with a head for each (Liu et al. 2019)."""
 
     parts: dict[str, Part]  # by name, which scores and exports bear
@@ -404,7 +404,7 @@ class RunConfig:
 
     def check(self) -> None:
         """Raises UserError for what can be known to fail before data or devices are looked at."""
-        if not self.data.path and not isinstance(self.task, Several):
+        if not self.data.path and not isinstance(self.task, MultiTask):
             raise UserError("data.path is empty; give a file, a folder, a glob or tfds:NAME with --data.path")
         for name in ("batch", "accumulate", "steps", "log_every", "keep", "unroll"):
             if getattr(self, name) < 1:
@@ -477,7 +477,7 @@ class RunConfig:
 
 def _check_task(task: Any) -> None:
     """Raises UserError where a field of a task is out of its range."""
-    if isinstance(task, Several):
+    if isinstance(task, MultiTask):
         for name, part in task.parts.items():
             _check_part(name, part)
         if not task.parts or len({part.weight > 0 for part in task.parts.values()}) > 1:
@@ -494,7 +494,7 @@ def _check_task(task: Any) -> None:
 
 
 def _check_part(name: str, part: Part) -> None:
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or isinstance(part.task, (CausalLM, MaskedLM, Several)):
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or isinstance(part.task, (CausalLM, MaskedLM, MultiTask)):
         raise UserError(
             f"task.parts has {name!r}, a {type(part.task).__name__}; a name is of small letters, and a part is a task "
             f"over records such as Classification"
@@ -516,7 +516,7 @@ _RANGES = {
     "longest_answer": (1, MOST),
     "most_classes": (2, MOST),
 }
-_DECLARED = (CausalLM, MaskedLM, Classification, Tagging, QuestionAnswering, Similarity, MultipleChoice, Several)
+_DECLARED = (CausalLM, MaskedLM, Classification, Tagging, QuestionAnswering, Similarity, MultipleChoice, MultiTask)
 TASKS: dict[str, type] = {kind.__name__: kind for kind in _DECLARED}  # name in config.json -> its dataclass
 _PARTS: dict[tuple[type, str], type] = {
     (RunConfig, "model"): ModelConfig,
@@ -539,7 +539,7 @@ def to_json(config: Any) -> dict[str, Any]:
 
 def _of_kind(task: Any) -> dict[str, Any]:
     values = {"kind": type(task).__name__, **dataclasses.asdict(task)}
-    for name, part in task.parts.items() if isinstance(task, Several) else ():
+    for name, part in task.parts.items() if isinstance(task, MultiTask) else ():
         values["parts"][name]["task"] = _of_kind(part.task)
     return values
 
@@ -553,7 +553,7 @@ def from_json(kind: type, values: dict[str, Any]) -> Any:
             raise UserError(f"{kind.__name__} has no field {name!r}{perhaps(name, fields)}")
         if (kind, name) in _PARTS and value is not None:
             value = from_json(_PARTS[kind, name], value)
-        elif kind is Several:
+        elif kind is MultiTask:
             value = {part: from_json(Part, fields) for part, fields in value.items()}
         elif kind in (RunConfig, Part) and name == "task":
             own = {k: v for k, v in value.items() if k != "kind"}

@@ -173,10 +173,11 @@ def _made(lm: LM, task: Any, length: int | None) -> RecordTask:
     if kind.head is not None and kind.head not in lm.config.heads_on_top:
         heads = ", ".join(lm.config.heads_on_top) or "none"
         raise UserError(f"{type(task).__name__} reads the head {kind.head}, the model has {heads}; fine-tune it")
-    target = "number" if isinstance(task, config.MultipleChoice) else getattr(task, "target", "classes")
-    if kind.head == "classes" and target != "classes" and (target == "number") != (len(lm.config.labels) == 1):
+    problem = "regression" if isinstance(task, config.MultipleChoice) else getattr(task, "problem", "multi_label")
+    one = problem == "regression"  # a task of one output; of several labels there may be any number
+    if kind.head == "classes" and problem != "multi_label" and one != (len(lm.config.labels) == 1):
         raise UserError(
-            f"{type(task).__name__} reads {'one output' if target == 'number' else 'several outputs'}, the model has "
+            f"{type(task).__name__} reads {'one output' if one else 'several outputs'}, the model has "
             f"{', '.join(lm.config.labels)}; give the task that it was trained for"
         )
     if length is not None and length < 2:
@@ -196,9 +197,10 @@ def task_of(lm: LM) -> Any:
     if any(str(name).endswith("ForMultipleChoice") for name in said.get("architectures") or ()):
         return config.MultipleChoice()
     if "classes" in heads:
-        target = {"multi_label_classification": "classes", "regression": "number"}.get(said.get("problem_type") or "")
-        number = target is None and len(lm.config.labels) == 1
-        return config.Classification(target="number" if number else target or "class")  # type: ignore[arg-type]
+        usual = "regression" if len(lm.config.labels) == 1 else "single_label"
+        said_so = str(said.get("problem_type")).removesuffix("_classification")
+        problem: Any = said_so if said_so in ("multi_label", "regression") else usual
+        return config.Classification(problem=problem)
     if "tokens" in heads:
         return config.Tagging()
     if "span" in heads:

@@ -115,8 +115,8 @@ def choice_row(random: np.random.Generator, n: int) -> dict[str, Any]:
 QUESTIONS = {"stride": 4, "most_question": 4}
 CASES = {
     "class": Case(Classification(), class_row, 3),
-    "classes": Case(Classification(target="classes"), classes_row, 3),
-    "number": Case(Classification(target="number"), number_row, 1),
+    "classes": Case(Classification(problem="multi_label"), classes_row, 3),
+    "number": Case(Classification(problem="regression"), number_row, 1),
     "pair": Case(Classification(text=("a", "b")), pair_row, 3),
     "tagging": Case(Tagging(), tagging_row, 3),
     "answers": Case(QuestionAnswering(unanswerable=False, **QUESTIONS), partial(question_row, answered=1), 2),
@@ -860,10 +860,15 @@ def test_ties_go_to_the_first():
 
 def test_labels_that_are_nothing_to_learn_from():
     kind, place = TASKS[Classification], Place("rows", 1)
-    many = Classification(target="classes")
+    many = Classification(problem="multi_label")
     assert kind.read(many, {"text": "a", "label": "x, ,y"}, place)["label"] == ("x", "y")
     assert kind.read(many, {"text": "a", "label": ","}, place)["label"] == ()
-    for task, missing in ((many, None), (many, ""), (Classification(), " "), (Classification(target="number"), "")):
+    for task, missing in (
+        (many, None),
+        (many, ""),
+        (Classification(), " "),
+        (Classification(problem="regression"), ""),
+    ):
         assert "label" not in kind.read(task, {"text": "a", "label": missing}, place)
     for task, rows in ((many, [{"text": "a", "label": []}]), (Classification(), [{"text": "a", "label": "x"}] * 2)):
         part = Records([kind.read(task, row, place) for row in rows], [place] * len(rows))
@@ -949,8 +954,8 @@ def toy_choice(random):
 
 TOYS = {
     "class": Toy(Classification(), toy_class, 0.9, 0.6, steps=60),
-    "classes": Toy(Classification(target="classes"), toy_classes, 0.9, 0.8, steps=60),
-    "number": Toy(Classification(target="number"), toy_number, 0.7, 0.3, steps=60),
+    "classes": Toy(Classification(problem="multi_label"), toy_classes, 0.9, 0.8, steps=60),
+    "number": Toy(Classification(problem="regression"), toy_number, 0.7, 0.3, steps=60),
     "pair": Toy(Classification(text=("a", "b")), toy_pair, 0.9, 0.6, steps=60),
     "tagging": Toy(Tagging(), toy_tags, 0.9, 0.1),
     "questions": Toy(QuestionAnswering(stride=6, most_question=4), toy_question, 0.9, 0.6),

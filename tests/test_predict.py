@@ -175,27 +175,27 @@ DATA: dict[str, tuple[str, str, str, list[str], list[str]]] = {
         ["x.jsonl:21", "list ['pos']", "no label", "--task.label"],
     ),
     "an object as classes": (
-        *("Classification", "x.jsonl", lines(*ROWS, ROWS[0] | {"label": {"a": 1}}), ["--task.target", "classes"]),
+        *("Classification", "x.jsonl", lines(*ROWS, ROWS[0] | {"label": {"a": 1}}), ["--task.problem", "multi_label"]),
         ["x.jsonl:21", "dict {'a': 1}", "no label"],
     ),
     "fractions as classes": (
         *("Classification", "x.csv", table([0.5, 1.5, 2.0] * 6), []),
-        ["3 different values", "not all whole numbers", "--task.target number", "--task.names"],
+        ["3 different values", "not all whole numbers", "--task.problem regression", "--task.names"],
     ),
     "too many classes": (
         *("Classification", "x.csv", table(list(range(10_000))), []),
-        ["different values in", "'0'", "most_classes is 1,000", "--task.target number", "--task.most-classes"],
+        ["different values in", "'0'", "most_classes is 1,000", "--task.problem regression", "--task.most-classes"],
     ),
     "one class": (
         *("Classification", "x.csv", table(["pos"] * 20), []),
         ["'label'", "one label alone, 'pos'", "nothing to tell apart"],
     ),
     "no class in any row": (
-        *("Classification", "x.jsonl", lines(*[{"text": TEXT, "label": []}] * 20), ["--task.target", "classes"]),
+        *("Classification", "x.jsonl", lines(*[{"text": TEXT, "label": []}] * 20), ["--task.problem", "multi_label"]),
         ["'label'", "no label in"],
     ),
     "no classes in a cell": (
-        *("Classification", "x.csv", table([*LABELS, ""]), ["--task.target", "classes"]),
+        *("Classification", "x.csv", table([*LABELS, ""]), ["--task.problem", "multi_label"]),
         ["x.csv:22", "no label", "an empty list or the separator ','"],
     ),
     "a name that is not there": (
@@ -207,15 +207,15 @@ DATA: dict[str, tuple[str, str, str, list[str], list[str]]] = {
         ["a name twice", "pos, neg, pos"],
     ),
     "a word as a number": (
-        *("Classification", "x.csv", table([1, 2, 3, "great"]), ["--task.target", "number"]),
+        *("Classification", "x.csv", table([1, 2, 3, "great"]), ["--task.problem", "regression"]),
         ["x.csv:5", "'great'", "no number", "--task.label"],
     ),
     "nan as a number": (
-        *("Classification", "x.csv", table([1, 2, "nan", 3]), ["--task.target", "number"]),
+        *("Classification", "x.csv", table([1, 2, "nan", 3]), ["--task.problem", "regression"]),
         ["x.csv:4", "'nan'", "finite"],
     ),
     "a number beyond float32": (
-        *("Classification", "x.csv", table([1, 2, "1e300", 3]), ["--task.target", "number"]),
+        *("Classification", "x.csv", table([1, 2, "1e300", 3]), ["--task.problem", "regression"]),
         ["x.csv:4", "'1e300'", "at most 1e+15"],
     ),
     "rows longer than the model": (
@@ -397,7 +397,7 @@ def test_a_label_in_the_held_out_part_alone(here, capsys, name):
     kind, suffix, train, held_out, words = HELD_OUT[name]
     (here / f"x.{suffix}").write_text(train)
     (here / f"e.{suffix}").write_text(held_out)
-    flags = ["--task.target", "classes"] if suffix == "jsonl" else []
+    flags = ["--task.problem", "multi_label"] if suffix == "jsonl" else []
     paths = ["--data.path", f"x.{suffix}", "--data.eval-path", f"e.{suffix}"]
     assert main(["train", "tiny.py", kind, *paths, *flags]) == 2
     message = only_error(capsys.readouterr().err)
@@ -431,11 +431,15 @@ ODD: dict[str, tuple[Any, str, str, dict[str, Any], tuple[str, ...] | None, str]
         *(("0.5", "1.5"), "0.5 7"),
     ),
     "several classes in a cell": (
-        *(Classification(target="classes"), "x.csv", table(['" b , a"', "a", '","', '"a,,a"'] * 4), {}),
+        *(Classification(problem="multi_label"), "x.csv", table(['" b , a"', "a", '","', '"a,,a"'] * 4), {}),
         *(("a", "b"), "a "),
     ),
     "several classes of numbers": (
-        *(Classification(target="classes"), "x.jsonl", lines(*[{"text": TEXT, "label": x} for x in [3, 3.0, [3, 4]]])),
+        *(
+            Classification(problem="multi_label"),
+            "x.jsonl",
+            lines(*[{"text": TEXT, "label": x} for x in [3, 3.0, [3, 4]]]),
+        ),
         *({"eval_fraction": 0.3}, ("3", "4"), "3 2"),
     ),
     "a type of span in one sentence": (
@@ -497,8 +501,8 @@ def model(**fields: Any) -> LM:
 
 KINDS: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {  # task, model, data of a run
     "class": (Classification(), {"heads_on_top": ("classes",), "labels": ("neg", "pos")}, {"path": "x.csv"}),
-    "classes": (Classification(target="classes"), {"heads_on_top": ("classes",), "labels": ("a", "b")}, {}),
-    "number": (Classification(target="number"), {"heads_on_top": ("classes",), "labels": ("score",)}, {}),
+    "classes": (Classification(problem="multi_label"), {"heads_on_top": ("classes",), "labels": ("a", "b")}, {}),
+    "number": (Classification(problem="regression"), {"heads_on_top": ("classes",), "labels": ("score",)}, {}),
     "tags": (Tagging(), {"heads_on_top": ("tokens",), "labels": ("O", "B-PER", "I-PER")}, {"path": "x.conll"}),
     "answers": (QuestionAnswering(stride=4), {"heads_on_top": ("span",)}, {"path": "x.json", "format": "squad"}),
     "choices": (MultipleChoice(), {"heads_on_top": ("classes",), "labels": ("score",)}, {"path": "x.jsonl"}),
@@ -633,12 +637,12 @@ VERBS: dict[str, tuple[list[str], dict[str, str | bytes], list[str]]] = {
     "no length": (["predict", "{runs}/class", "good.csv", "--length", "-1"], {}, ["length is -1", "at least 2"]),
     "no batch": (["predict", "{runs}/class", "good.csv", "--batch", "-1"], {}, ["batch is -1", "at least 1"]),
     "classes as a number": (
-        ["predict", "{runs}/class", "good.csv", "--task.target", "number"],
+        ["predict", "{runs}/class", "good.csv", "--task.problem", "regression"],
         {},
         ["one output", "neg, pos", "trained for"],
     ),
     "a number as a class": (
-        ["predict", "{runs}/number", "good.csv", "--task.target", "class"],
+        ["predict", "{runs}/number", "good.csv", "--task.problem", "single_label"],
         {},
         ["several outputs", "score", "trained for"],
     ),
@@ -825,7 +829,7 @@ def test_a_model_of_no_format_yet_keeps_what_its_task_is(tmp_path):
     lm = model(heads_on_top=("classes",), labels=("a", "b"))
     said = families.Origin({"problem_type": "multi_label_classification"}, heads=None)
     jaxlm.save(dataclasses.replace(lm, origin=said), tmp_path / "export")
-    assert task_of(jaxlm.load(tmp_path / "export")) == Classification(target="classes")
+    assert task_of(jaxlm.load(tmp_path / "export")) == Classification(problem="multi_label")
 
 
 def test_evaluation_counts_what_it_drops(here, runs, capsys):

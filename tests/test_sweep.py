@@ -24,7 +24,7 @@ from jaxlm import (
     UserError,
 )
 from jaxlm.__main__ import main
-from jaxlm.config import Part, Several, from_json, to_json
+from jaxlm.config import MultiTask, Part, from_json, to_json
 from jaxlm.data import source
 from jaxlm.nn.transformer import init
 from jaxlm.sweep import Trial, combinations, table
@@ -117,7 +117,7 @@ def two_tasks(folder: Path, **weights: float) -> RunConfig:
         "mood": Part(Classification(), DataConfig(path=str(folder / "texts.jsonl")), weights.get("mood", 0.0)),
     }
     return RunConfig(
-        model=MODEL, task=Several(parts), data=DataConfig(length=32), batch=8, steps=60, log_every=20,
+        model=MODEL, task=MultiTask(parts), data=DataConfig(length=32), batch=8, steps=60, log_every=20,
         tokenizer=TokenizerConfig(path=str(folder / "tokenizer")), optimizer=OptimizerConfig(rate=1e-2),
     )  # fmt: skip
 
@@ -194,7 +194,7 @@ def test_mistakes_in_several_tasks(folder, tmp_path, name):
     change, message = WRONG[name]
     run = replace(two_tasks(folder), workdir=str(tmp_path / "run"))
     with pytest.raises(UserError, match=message):
-        jaxlm.fit(replace(run, task=Several(change(run.task.parts))))
+        jaxlm.fit(replace(run, task=MultiTask(change(run.task.parts))))
 
 
 def test_a_task_of_ones_own_is_one_file_and_one_config(folder, tmp_path, monkeypatch, capsys):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from jaxlm.errors import UserError
 
@@ -144,3 +147,40 @@ def spelled(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
         before, cut = backend.pre_tokenizer, pre_tokenizers.Split(Regex("|".join(cuts)), "merged_with_previous")
         backend.pre_tokenizer = pre_tokenizers.Sequence([before, cut]) if before else cut
     return backend
+
+
+def check_normalizer(backend: tokenizers.Tokenizer) -> None:
+    """Raises ValueError for a normalizer at which `tokenizers` would fail with some text, not now."""
+    if backend.normalizer is not None:
+        said = backend.normalizer.__getstate__().decode()
+        for charsmap in re.findall(r'"precompiled_charsmap":"([^"]*)"', said):
+            if not _leads_inside(base64.b64decode(charsmap)):
+                raise ValueError("its table of normal forms, precompiled_charsmap, leads past its end")
+
+
+def _leads_inside(charsmap: bytes) -> bool:
+    """Whether no text is led past the end of a table of normal forms.
+
+    The table is a trie over UTF-8, as a double array (Aoe 1989) in the units of darts-clone, and the texts that its
+    leaves point into; sentencepiece's normalizer.cc reads it so.
+    """
+    size = int.from_bytes(charsmap[:4], "little")
+    units = np.frombuffer(charsmap[4 : 4 + size // 4 * 4], "<u4").astype(np.int64)
+    texts = np.frombuffer(charsmap[4 + size :] + b"\0", np.uint8)  # a text may be empty, at the end
+    below = lambda places: places ^ ((units[places] >> 10) << ((units[places] & 0x200) >> 6))
+    inside = lambda bases: bases.size == 0 or (bases | 255).max() < len(units)  # every letter is looked up there
+    letters, seen = np.arange(1, 256), np.zeros(len(units), bool)
+    if not len(units) or 4 + size > len(charsmap):
+        return False
+    bases = below(np.zeros(1, np.int64))
+    while bases.size and inside(bases):
+        seen[bases] = True
+        children = bases[:, None] ^ letters
+        places = children[(units[children] & 0x800000FF) == letters]
+        bases = below(places)
+        if inside(bases):
+            starts = units[bases[(units[places] & 0x100) > 0]] & 0x7FFFFFFF
+            if starts.size and (starts.max() >= len(texts) or ((texts[starts] & 0xC0) == 0x80).any()):
+                return False
+            bases = np.unique(bases[~seen[bases]])
+    return bases.size == 0

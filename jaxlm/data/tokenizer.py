@@ -87,6 +87,7 @@ class Tokenizer:
         backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in names.values()])
         spell = lambda made: pieces.spelled(made) if isinstance(made.model, models.Unigram) else made
         backend = spell(backend)
+        pieces.check_normalizer(backend)
         self._divide = backend if divide is None else spell(divide)
         for made in (backend, self._divide):
             made.no_truncation()

@@ -11,13 +11,13 @@ from jaxlm.config import RunConfig
 from jaxlm.data import corpus
 from jaxlm.data.corpus import Prepared
 from jaxlm.data.tokenizer import Tokenizer
-from jaxlm.tasks import reading, several
+from jaxlm.tasks import multi_task, reading
 from jaxlm.tasks.classification import ClassificationTask
+from jaxlm.tasks.multi_task import TaskMixture
 from jaxlm.tasks.multiple_choice import MultipleChoiceTask
 from jaxlm.tasks.pretraining import CausalLMTask, MaskedLMTask
 from jaxlm.tasks.question_answering import QuestionAnsweringTask
 from jaxlm.tasks.records import RecordTask
-from jaxlm.tasks.several import SeveralTask
 from jaxlm.tasks.similarity import SimilarityTask
 from jaxlm.tasks.tagging import TaggingTask
 from jaxlm.tasks.task import Task
@@ -30,7 +30,7 @@ TASKS: dict[type, Any] = {
     config.QuestionAnswering: QuestionAnsweringTask,
     config.Similarity: SimilarityTask,
     config.MultipleChoice: MultipleChoiceTask,
-    config.Several: SeveralTask,
+    config.MultiTask: TaskMixture,
 }
 
 
@@ -43,8 +43,8 @@ def register(kind: type, task: type[RecordTask]) -> None:
 def prepare(run: RunConfig, tokenizer: Tokenizer | None, say: Callable[[str], None]) -> Prepared:
     """What a run reads.  `tokenizer`: in place of the run's.  Raises UserError for bad data."""
     kind = TASKS[type(run.task)]
-    if kind is SeveralTask:
-        return several.prepare(run, TASKS, tokenizer, say)
+    if kind is TaskMixture:
+        return multi_task.prepare(run, TASKS, tokenizer, say)
     if issubclass(kind, RecordTask):
         return reading.prepare(run, kind, tokenizer, say)
     return corpus.prepare(run, say)
@@ -53,7 +53,7 @@ def prepare(run: RunConfig, tokenizer: Tokenizer | None, say: Callable[[str], No
 def best_of(run: RunConfig) -> str:
     """The score by which the run's best checkpoint is chosen."""
     kind = TASKS[type(run.task)]
-    return run.best or (make_task(run, None).best if issubclass(kind, (RecordTask, SeveralTask)) else kind.scores[0])
+    return run.best or (make_task(run, None).best if issubclass(kind, (RecordTask, TaskMixture)) else kind.scores[0])
 
 
 def make_task(run: RunConfig, tokenizer: Tokenizer | None, labels: Any = ()) -> Task:
@@ -61,7 +61,7 @@ def make_task(run: RunConfig, tokenizer: Tokenizer | None, labels: Any = ()) -> 
 
     Raises UserError where the tokenizer lacks a token that the task needs.
     """
-    if isinstance(run.task, config.Several):
+    if isinstance(run.task, config.MultiTask):
         make = lambda name, part: make_task(replace(run, task=part.task), tokenizer, labels.get(name, ()))
-        return SeveralTask(run.task, {name: make(name, part) for name, part in run.task.parts.items()})
+        return TaskMixture(run.task, {name: make(name, part) for name, part in run.task.parts.items()})
     return TASKS[type(run.task)](run.task, run.data.length, run.seed, tokenizer, tuple(labels))

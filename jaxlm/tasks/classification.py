@@ -23,19 +23,14 @@ from jaxlm.tasks.records import Outputs, RecordTask, framed, mistakes
 from jaxlm.tasks.states import of_examples
 
 _FIELDS: dict[str, dict[str, Any]] = {
-    "class": {"labels_BE": np.int32},
-    "classes": {"labels_BEN": np.float32},
-    "number": {"labels_BE": np.float32},
+    "single_label": {"labels_BE": np.int32},
+    "multi_label": {"labels_BEN": np.float32},
+    "regression": {"labels_BE": np.float32},
 }
 _SCORES = {
-    "class": ("accuracy", "f1", "macro_f1", "matthews"),
-    "classes": ("micro_f1", "macro_f1", "accuracy"),
-    "number": ("spearman", "pearson"),
-}
-_PROBLEM = {  # as transformers calls them
-    "class": "single_label_classification",
-    "classes": "multi_label_classification",
-    "number": "regression",
+    "single_label": ("accuracy", "f1", "macro_f1", "matthews"),
+    "multi_label": ("micro_f1", "macro_f1", "accuracy"),
+    "regression": ("spearman", "pearson"),
 }
 _LARGEST = 1e15  # of a score, as of the numbers of a config: its square is a float32
 
@@ -48,10 +43,11 @@ class ClassificationTask(RecordTask):
 
     def __init__(self, *parts: Any):
         super().__init__(*parts)
-        self.fields: Mapping[str, Any] = _FIELDS[self.task.target]
+        self.fields: Mapping[str, Any] = _FIELDS[self.task.problem]
         # Of two classes alone there is an F1.
-        self.scores = tuple(name for name in _SCORES[self.task.target] if name != "f1" or len(self.labels) == 2)
-        self.config_keys = {"problem_type": _PROBLEM[self.task.target]}
+        self.scores = tuple(name for name in _SCORES[self.task.problem] if name != "f1" or len(self.labels) == 2)
+        problem = self.task.problem
+        self.config_keys = {"problem_type": problem + ("" if problem == "regression" else "_classification")}
         self._index = {name: i for i, name in enumerate(self.labels)}
         self._weights = np.ones(len(self.labels), np.float32)
 
@@ -62,9 +58,9 @@ class ClassificationTask(RecordTask):
         value = value.item() if isinstance(value, np.generic) else value
         if value is None or (isinstance(value, str) and not value.strip()):
             return record
-        if task.target == "number":
+        if task.problem == "regression":
             return record | {"label": _number(value, place, task.label)}
-        if task.target == "class":
+        if task.problem == "single_label":
             return record | {"label": _class(value, place, task.label), "kind": _kind(value)}
         parts = value.split(task.separator) if isinstance(value, str) else value
         parts = parts if isinstance(parts, (list, tuple, np.ndarray)) else [parts]
@@ -73,7 +69,7 @@ class ClassificationTask(RecordTask):
 
     @classmethod
     def labelled(cls, task: config.Classification, row: Row, record: Record, place: Place) -> None:
-        if "label" not in record and task.target == "classes" and task.label in row:
+        if "label" not in record and task.problem == "multi_label" and task.label in row:
             raise UserError(
                 f"{place}: the row has no label in column {task.label!r}; give one, or, where none applies, an empty "
                 f"list or the separator {task.separator!r} alone"
@@ -82,7 +78,7 @@ class ClassificationTask(RecordTask):
 
     @classmethod
     def names(cls, task: config.Classification, part: Records) -> tuple[str, ...]:
-        if task.target == "number":
+        if task.problem == "regression":
             return ("score",)
         kinds: dict[str, Place] = {}
         where: dict[str, Place] = {}  # the first row with each label
@@ -103,7 +99,7 @@ class ClassificationTask(RecordTask):
                         f"mend it, or add it to them"
                     )
             return task.names
-        if len(where) < (2 if task.target == "class" else 1):
+        if len(where) < (2 if task.problem == "single_label" else 1):
             alone = f"one label alone, {next(iter(where))!r}" if where else "no label"
             raise UserError(
                 f"column {task.label!r} holds {alone} in {len(part.records):,} rows; there is nothing to tell apart: "
@@ -113,7 +109,8 @@ class ClassificationTask(RecordTask):
         if len(where) > task.most_classes:
             raise UserError(
                 f"column {task.label!r} has {such}, and task.most_classes is {task.most_classes:,}; if they are "
-                f"numbers to be told, set --task.target number; if they are classes indeed, raise --task.most-classes"
+                f"numbers to be told, set --task.problem regression; if they are classes indeed, raise "
+                f"--task.most-classes"
             )
         numeric = all(map(_is_numeric, where))
         for label, place in where.items():
@@ -124,7 +121,7 @@ class ClassificationTask(RecordTask):
         if numeric and any(not float(label).is_integer() for label in where):
             raise UserError(
                 f"column {task.label!r} has {such}, not all whole numbers; if they are numbers to be told, set "
-                f"--task.target number; if they are classes indeed, name them all with --task.names"
+                f"--task.problem regression; if they are classes indeed, name them all with --task.names"
             )
         return tuple(sorted(where, key=(lambda name: (float(name), name)) if numeric else str))
 
@@ -139,10 +136,10 @@ class ClassificationTask(RecordTask):
 
     @classmethod
     def stratum(cls, task: config.Classification, record: Record) -> Hashable:
-        return record["label"] if task.target == "class" else None
+        return record["label"] if task.problem == "single_label" else None
 
     def balance(self, part: Records) -> str:
-        if self.task.target == "number":
+        if self.task.problem == "regression":
             values = [record["label"] for record in part.records]
             return f"scores from {min(values):g} to {max(values):g}, mean {np.mean(values):.3g}"
         counts = Counter(label for record in part.records for label in self.labels_of(record))
@@ -150,7 +147,7 @@ class ClassificationTask(RecordTask):
         return ", ".join(shares) + (f" and {len(self.labels) - 12} more" if len(self.labels) > 12 else "")
 
     def examples(self, part: Records, training: bool) -> Any:
-        if training and self.task.class_weights == "balanced" and self.task.target == "class":
+        if training and self.task.class_weights == "balanced" and self.task.problem == "single_label":
             counts = np.bincount([self._index[record["label"]] for record in part.records], minlength=len(self.labels))
             self._weights = (len(part.records) / (len(self.labels) * np.maximum(counts, 1))).astype(np.float32)
         return super().examples(part, training)
@@ -162,9 +159,9 @@ class ClassificationTask(RecordTask):
             yield [[{"tokens_BT": ids, "types_BT": types} | self._target(record.get("label"), training)]]
 
     def _target(self, label: Any, training: bool) -> Features:
-        if self.task.target == "number":
+        if self.task.problem == "regression":
             return {"labels_BE": np.float32(label or 0)}
-        if self.task.target == "classes":
+        if self.task.problem == "multi_label":
             return {"labels_BEN": np.isin(self.labels, label or ()).astype(np.float32)}
         index = 0 if label is None else self._index[label]
         weight = self._weights[index] if training else np.float32(1)
@@ -177,9 +174,9 @@ class ClassificationTask(RecordTask):
         return self.read_off(module, params, x_BED, key)
 
     def loss(self, logits: jax.Array, batch: Batch, training: bool) -> Sum:
-        if self.task.target == "number":
+        if self.task.problem == "regression":
             return squared_error(logits[..., 0], batch["labels_BE"], batch["weights_BE"])
-        if self.task.target == "classes":
+        if self.task.problem == "multi_label":
             return binary_cross_entropy(logits, batch["labels_BEN"], batch["weights_BE"])
         smoothing = self.task.label_smoothing if training else 0.0
         return cross_entropy(logits, batch["labels_BE"], batch["weights_BE"], smoothing)
@@ -189,9 +186,9 @@ class ClassificationTask(RecordTask):
 
     def predict(self, record: Record, outputs: Outputs) -> Row:
         logits_N = outputs[0][0]["logits_BEN"].astype(np.float64)
-        if self.task.target == "number":
+        if self.task.problem == "regression":
             return {"prediction": float(logits_N[0])}
-        if self.task.target == "classes":
+        if self.task.problem == "multi_label":
             p_N = 1 / (1 + np.exp(-np.clip(logits_N, -500, 500)))
             chosen = [name for name, p in zip(self.labels, p_N) if p > 0.5]
             return {"prediction": chosen, "confidence": float(np.maximum(p_N, 1 - p_N).min())}
@@ -202,9 +199,9 @@ class ClassificationTask(RecordTask):
     def score(self, records: Sequence[Record], predictions: Sequence[Row]) -> dict[str, float]:
         labels = [record["label"] for record in records]
         found = [prediction["prediction"] for prediction in predictions]
-        if self.task.target == "number":
+        if self.task.problem == "regression":
             return metrics.number(labels, found)
-        if self.task.target == "classes":
+        if self.task.problem == "multi_label":
             many = lambda rows: np.array([np.isin(self.labels, row) for row in rows], int)
             return metrics.several(many(labels), many(found))
         index = lambda rows: [self._index[row] for row in rows]
@@ -212,7 +209,7 @@ class ClassificationTask(RecordTask):
 
     def sections(self, part: Records, predictions: Sequence[Row]) -> list[Section]:
         records = part.records
-        if self.task.target != "class":
+        if self.task.problem != "single_label":
             return []
         wrong = [
             (p["confidence"], [" | ".join(r["texts"]), r["label"], p["prediction"]])

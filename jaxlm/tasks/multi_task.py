@@ -39,10 +39,10 @@ class Parts(dict[str, Any]):
         return " + ".join(f"{name} {part.said}" for name, part in self.items())
 
 
-class SeveralTask(Task):
-    """`config.Several`: the sum of the parts' losses, each divided by its own weight."""
+class TaskMixture(Task):
+    """`config.MultiTask`: the sum of the parts' losses, each divided by its own weight."""
 
-    def __init__(self, task: config.Several, parts: Mapping[str, Any]):
+    def __init__(self, task: config.MultiTask, parts: Mapping[str, Any]):
         self.task, self.parts = task, dict(parts)
         for name, part in parts.items():
             if part.head is not None:

@@ -1,13 +1,13 @@
 """Three tasks on one body, a head for each: feelings of phrases, kinds of questions, names in messages.
 
-    python train.py configs/several.py SST2.tsv TREC.train WNUT.conll --init MODEL
+    python train.py configs/multi_task.py SST2.tsv TREC.train WNUT.conll --init MODEL
 
 MODEL is a folder or a hub name; the words before it are the files, as `sst2.py`, `trec.py` and `wnut17.py` take them.
 A tenth of each is held out.  Each batch has rows of all three, as many as their sizes say; `Part(..., weight=)` says
 otherwise.  `export/` has a folder for each task.
 """
 
-from jaxlm import Classification, DataConfig, OptimizerConfig, Part, RunConfig, Several, Tagging
+from jaxlm import Classification, DataConfig, MultiTask, OptimizerConfig, Part, RunConfig, Tagging
 
 
 def config(sst2: str = "train.tsv", trec: str = "TREC.train", wnut: str = "wnut17train.conll") -> RunConfig:
@@ -16,7 +16,7 @@ def config(sst2: str = "train.tsv", trec: str = "TREC.train", wnut: str = "wnut1
     )
     return RunConfig(
         model=None,
-        task=Several(
+        task=MultiTask(
             {
                 "feeling": Part(Classification(text=("sentence",)), DataConfig(path=sst2, format="tsv")),
                 "question": Part(Classification(), questions),
@@ -29,5 +29,5 @@ def config(sst2: str = "train.tsv", trec: str = "TREC.train", wnut: str = "wnut1
         epochs=3,
         unroll=6,
         log_every=50,
-        workdir="runs/several",
+        workdir="runs/multi_task",
     )
