@@ -205,6 +205,26 @@ def _divisors(n: int) -> str:
 
 
 @dataclass(frozen=True)
+class Decoding:
+    """How texts are generated, token by token: by sampling, greedily (temperature 0), or by beam search."""
+
+    max_new_tokens: int = 128  # most tokens of a text
+    min_new_tokens: int = 0  # tokens before which no stop token comes
+    temperature: float = 1.0  # divides the logits; 0: always the likeliest token
+    top_k: int = 0  # sample among the k likeliest tokens; 0: among all
+    top_p: float = 1.0  # sample among the fewest tokens whose probabilities reach p (Holtzman et al. 2020)
+    min_p: float = 0.0  # sample among tokens at least p times as likely as the likeliest (Nguyen et al. 2024)
+    repetition_penalty: float = 1.0  # makes tokens that were there before less likely (Keskar et al. 2019); 1: not
+    beams: int = 1  # hypotheses that a beam search keeps; 1: no beam search
+    length_penalty: float = 1.0  # a hypothesis is worth its log-probability divided by its length to this power
+    n_best: int = 1  # texts of each prompt; of a beam search the best hypotheses, else draws
+    stop: tuple[str, ...] = ()  # texts before which a generated text ends
+    forbidden: tuple[str, ...] = ()  # words or texts that are never generated
+    too_long: Literal["refuse", "truncate"] = "refuse"  # a prompt that leaves too few positions; or its beginning goes
+    seed: int = 0  # of the sampling; prompt i draws from a key of (seed, i)
+
+
+@dataclass(frozen=True)
 class CausalLM:
     """Predict each token from those before it."""
 
