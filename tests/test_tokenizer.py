@@ -714,6 +714,30 @@ def test_damaged_files_load_or_are_refused(kind, where, what, data, tmp_path):
         tokenizer.decode(tokenizer.frame([text], [text], max_length=20)[0][0])
 
 
+def test_a_damaged_table_of_normal_forms_is_refused(tmp_path):
+    """Not one that would fail at some later text."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    checkpoint("xlm-roberta", tmp_path)
+    file = tmp_path / "sentencepiece.bpe.model"
+    proto = sentencepiece_model_pb2.ModelProto.FromString(file.read_bytes())
+    table = proto.normalizer_spec.precompiled_charsmap
+    random, refused = np.random.default_rng(0), 0
+    for _ in range(60):
+        place = 4 + int(random.integers(len(table) - 8))
+        proto.normalizer_spec.precompiled_charsmap = damaged(table, [place / len(table)], [random.bytes(4)])
+        file.write_bytes(proto.SerializeToString())
+        try:
+            tokenizer = load(tmp_path)
+        except UserError as error:
+            assert str(tmp_path) in str(error)
+            refused += 1
+            continue
+        for first in range(0, 0x3000, 0x400):  # every letter of the scripts that the table knows best
+            tokenizer.encode("".join(map(chr, range(first, first + 0x400))))
+    assert refused
+
+
 @pytest.mark.parametrize("prefix", ["x", "##", "\u0000"])
 def test_merges_without_the_prefix_of_their_model(prefix, tmp_path):
     """`tokenizers` ends the process for some of them."""
