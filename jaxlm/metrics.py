@@ -1,6 +1,7 @@
-"""Scores of understanding tasks, over scikit-learn, scipy and seqeval, which are imported where they are needed.
+"""Scores, over scikit-learn, scipy, seqeval, sacrebleu and rouge-score, which are imported where they are needed.
 
-Every score is a fraction and a plain float.  One that is undefined (no examples, no positive class, a correlation with
+Every score is a fraction and a plain float, but for BLEU and chrF: the field gives them from 0 to 100, and so do the
+functions here, to be compared with papers.  One that is undefined (no examples, no positive class, a correlation with
 a constant) is 0.0, never NaN.  Values that no score can be computed from raise UserError.
 """
 
@@ -10,6 +11,8 @@ import re
 import string
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -331,6 +334,121 @@ def best_threshold(margins_N: ArrayLike, f1_answered_N: ArrayLike, f1_silent_N: 
     else:
         threshold = sorted_N[best]
     return float(threshold), float(np.where(margins_N >= threshold, answered_N, silent_N).mean())
+
+
+# Generated texts.
+
+
+def translation(
+    references: Sequence[str | Sequence[str]], texts: Sequence[str], tokenize: str = "13a"
+) -> dict[str, float]:
+    """Corpus BLEU (Papineni et al. 2002) and chrF (Popović 2015) of N texts, from 0 to 100, as sacreBLEU has them.
+
+    references: for each text the right one, or a list of right ones; texts may have different numbers of them.
+    tokenize: how BLEU finds words, one of sacreBLEU's (Post 2018): "13a" as WMT does; "zh"; "intl"; "char"; "none";
+    "ja-mecab" and "ko-mecab", which need packages of their own.  chrF reads characters and needs no words.
+
+    `translation_signatures` says how they are computed, as a paper has to.  No text: 0.0.
+
+    Raises UserError for lengths that differ, a text without references, and words that cannot be found so.
+    """
+    columns = _columns(references, texts)
+    if not columns:
+        return {"bleu": 0.0, "chrf": 0.0}
+    # One way of summing gives 100.00000000000004 for texts that are right.
+    return {n: min(float(m.corpus_score(texts, columns).score), 100.0) for n, m in _sacrebleu(tokenize).items()}
+
+
+def translation_signatures(references: Sequence[str | Sequence[str]], tokenize: str = "13a") -> dict[str, str]:
+    """sacreBLEU's signature of each score of `translation`, to stand beside it.
+
+    >>> translation_signatures(["The cat."])["chrf"]  # doctest: +ELLIPSIS
+    'nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no|version:...'
+
+    Raises UserError as `translation` does.
+    """
+    texts = [""] * len(references)
+    columns = _columns(references, texts)
+    if not columns:
+        raise UserError("there are no references, and their number is part of a signature; give those of the texts")
+    said = {}
+    for name, metric in _sacrebleu(tokenize).items():
+        metric.corpus_score(texts, columns)  # which counts the references
+        said[name] = str(metric.get_signature())
+    return said
+
+
+WORDS = ("13a", "intl", "zh", "char", "none", "ja-mecab", "ko-mecab")  # sacreBLEU's ways to find them
+
+
+def _sacrebleu(tokenize: str) -> dict[str, Any]:
+    from sacrebleu.metrics import BLEU, CHRF
+
+    if tokenize not in WORDS:
+        raise UserError(f"there is no way {tokenize!r} to find words{perhaps(tokenize, WORDS)}")
+    try:
+        return {"bleu": BLEU(tokenize=tokenize), "chrf": CHRF()}
+    except RuntimeError as error:
+        raise UserError(f"{tokenize!r} cannot find words: {' '.join(str(error).split())}") from None
+
+
+def summaries(references: Sequence[str | Sequence[str]], texts: Sequence[str]) -> dict[str, float]:
+    """ROUGE (Lin 2004) of N texts, as rouge-score has it: the mean over texts of F1, the best over their references.
+
+    rouge1, rouge2: of words and of pairs of words; rougeL: of the longest common subsequence; rougeLsum: of those of
+    sentences, which stand on lines (without lines it is rougeL).  Words are stemmed (Porter 1980), as papers do.
+
+    references: for each text the right one, or a list of right ones.  No text: 0.0.
+
+    Raises UserError for lengths that differ, a text without references, and references without any word that ROUGE
+    knows: it reads the letters a to z and digits alone.
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+
+    kinds = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
+    each = _references(references, texts)
+    if not each:
+        return dict.fromkeys(kinds, 0.0)
+    everything = "".join(text for right in each for text in right)
+    if everything.strip() and not re.search("[a-zA-Z0-9]", everything):
+        raise UserError(
+            f"the references have no letter from a to z and no digit ({everything.strip()[:40]!r} ...), and ROUGE "
+            f"knows no others; score them by the chrF of `translation`"
+        )
+    scorer = RougeScorer(kinds, use_stemmer=True)
+    found = [scorer.score_multi(right, text) for right, text in zip(each, texts)]
+    return {kind: float(np.mean([scores[kind].fmeasure for scores in found])) for kind in kinds}
+
+
+def answers(references: Sequence[str | Sequence[str]], texts: Sequence[str]) -> dict[str, float]:
+    """Mean exact match and F1 of words of N short texts that answer, by `exact_f1`.
+
+    references: for each text the right one, or a list of right ones.
+
+    Raises UserError for lengths that differ, and for a text without references.
+    """
+    return squad(_references(references, texts), texts)
+
+
+def _references(references: Sequence[str | Sequence[str]], texts: Sequence[str]) -> list[list[str]]:
+    """The references of each text as a list, at least one."""
+    if isinstance(references, str) or isinstance(texts, str):
+        raise UserError("references or texts are one string; give a list of strings")
+    if len(references) != len(texts):
+        raise UserError(f"there are references of {len(references)} texts, and {len(texts)} texts; give as many")
+    each = [[right] if isinstance(right, str) else list(right) for right in references]
+    for place, (right, text) in enumerate(zip(each, texts)):
+        if not right:
+            raise UserError(f"text {place} has no reference; give at least one, or leave the text out")
+        for what in (text, *right):
+            if not isinstance(what, str):
+                raise UserError(f"text {place} or its reference is {what!r:.40}; give strings")
+    return each
+
+
+def _columns(references: Sequence[str | Sequence[str]], texts: Sequence[str]) -> list[list[str | None]]:
+    """The first reference of each text, the second of each ...; None where a text has fewer."""
+    return [list(column) for column in zip_longest(*_references(references, texts))]
 
 
 # Retrieval.

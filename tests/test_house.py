@@ -88,7 +88,17 @@ def test_every_part_has_its_place():
 
 
 FORBIDDEN = ["torch", "tensorflow", "transformers", "tensorflow_datasets", "grain", "matplotlib", "sklearn"]
-FORBIDDEN += ["sentencepiece", "tyro", "orbax", "tensorboardX", "pyarrow", "seqeval"]
+FORBIDDEN += [
+    "sentencepiece",
+    "tyro",
+    "orbax",
+    "tensorboardX",
+    "pyarrow",
+    "seqeval",
+    "sacrebleu",
+    "rouge_score",
+    "jinja2",
+]
 PLAIN = "import jax, flax.linen, optax"
 
 

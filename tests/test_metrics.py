@@ -1,4 +1,5 @@
-"""Scores against scikit-learn, scipy and seqeval; against definitions computed in another way where these have none."""
+"""Scores against scikit-learn, scipy, seqeval, sacrebleu and rouge-score; against definitions computed in another way
+where these have none."""
 
 from __future__ import annotations
 
@@ -12,11 +13,13 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import sacrebleu
 import scipy.stats
 import seqeval.metrics
 import sklearn.metrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
 from seqeval.metrics.sequence_labeling import get_entities
 
 from jaxlm import metrics
@@ -540,6 +543,135 @@ def test_thresholds_in_figures():
     assert metrics.best_threshold([], [], []) == (0.0, 0.0)
 
 
+# Generated texts.
+
+WORDS = ["the", "a", "cat", "cats", "sat", "sitting", "on", "mats", ".", ",", "Mat", "é", "猫", "\n"]
+LINES = st.lists(st.sampled_from(WORDS), max_size=9).map(" ".join)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.lists(LINES, min_size=2, max_size=2), LINES), min_size=1, max_size=6))
+def test_texts_are_scored_as_sacrebleu_and_rouge_score_do(examples):
+    references, texts = [list(r) for r, _ in examples], [t for _, t in examples]
+    streams = [list(column) for column in zip(*references)]
+    bleu, chrf = sacrebleu.corpus_bleu(texts, streams), sacrebleu.corpus_chrf(texts, streams)
+    close(metrics.translation(references, texts), {"bleu": min(bleu.score, 100.0), "chrf": chrf.score})
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL", "rougeLsum"], use_stemmer=True)
+    each = [
+        [{k: s.fmeasure for k, s in scorer.score(right, text).items()} for right in some]
+        for some, text in zip(references, texts)
+    ]
+    expected = {k: float(np.mean([max(s[k] for s in scores) for scores in each])) for k in scorer.rouge_types}
+    if any(c.isascii() and c.isalnum() for right in streams for text in right for c in text):
+        close(metrics.summaries(references, texts), expected)
+
+
+def test_one_reference_of_each_text_needs_no_list():
+    references, texts = ["the cat sat on a mat", "hello there"], ["a cat sat on the mat", "hello world"]
+    for score in (metrics.translation, metrics.summaries, metrics.answers):
+        close(score(references, texts), score([[right] for right in references], texts))
+    assert metrics.translation_signatures(references) == metrics.translation_signatures([[r] for r in references])
+
+
+def test_texts_may_have_other_numbers_of_references():
+    references, texts = [["x y z w", "the cat sat on the mat"], ["hello there world"]], ["the cat sat on the mat", "hi"]
+    streams = [["x y z w", "hello there world"], ["the cat sat on the mat", None]]
+    expected = {
+        "bleu": sacrebleu.corpus_bleu(texts, streams).score,
+        "chrf": sacrebleu.corpus_chrf(texts, streams).score,
+    }
+    close(metrics.translation(references, texts), expected)
+    assert metrics.summaries(references, texts)["rouge1"] == 0.5
+    close(metrics.answers(references, texts), {"exact": 0.5, "f1": 0.5})
+
+
+def test_translation_in_figures():
+    """By the definitions: "a b c d e" against "a b c d f" has 4/5, 3/4, 2/3 and 1/2 of its n-grams right."""
+    scores = metrics.translation(["a b c d f"], ["a b c d e"])
+    assert scores["bleu"] == pytest.approx(100 * (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25)
+    rates = [4 / 5, 3 / 4, 2 / 3, 1 / 2, 0]  # of the characters abcde, without spaces; as many in either
+    assert scores["chrf"] == pytest.approx(100 * np.mean(rates))
+    short = metrics.translation(["a b c d e f g h"], ["a b c d"])["bleu"]
+    assert short == pytest.approx(100 * math.exp(1 - 8 / 4))  # all right, but brief
+
+
+def test_summaries_in_figures():
+    scores = metrics.summaries(["the cats sat quietly"], ["a cat sat quietly there"])
+    close(scores, {"rouge1": 2 * 3 / 9, "rouge2": 2 * 2 / 7, "rougeL": 2 * 3 / 9, "rougeLsum": 2 * 3 / 9})
+    turned = metrics.summaries(["one two three\nfour five six"], ["four five six\none two three"])
+    assert turned["rougeL"] == 0.5 and turned["rougeLsum"] == 1.0  # sentences in another order
+
+
+def test_answers_in_figures():
+    references = [["the cat"], ["cat dog mouse", "a mouse"], ["five"]]
+    close(metrics.answers(references, ["Cat.", "mouse dog", ""]), {"exact": 1 / 3, "f1": (1 + 4 / 5 + 0) / 3})
+
+
+@pytest.mark.parametrize("text", ["the quick brown fox jumps", "word"])
+def test_the_right_text_is_perfect_and_another_scores_nothing(text):
+    assert metrics.translation([text], [text])["chrf"] == 100.0
+    if " " in text:
+        assert metrics.translation([text], [text])["bleu"] == 100.0
+        assert metrics.translation([text] * 3, [text] * 3) == {"bleu": 100.0, "chrf": 100.0}
+    assert metrics.summaries([text], [text])["rougeLsum"] == 1.0
+    for other in ("zzz zz", "", " \n"):
+        assert metrics.translation([text], [other]) == {"bleu": 0.0, "chrf": 0.0}
+        assert set(metrics.summaries([text], [other]).values()) == {0.0}
+        assert set(metrics.answers([text], [other]).values()) == {0.0}
+    assert metrics.translation([""], [text]) == {"bleu": 0.0, "chrf": 0.0}
+
+
+def test_no_texts():
+    close(metrics.translation([], []), {"bleu": 0.0, "chrf": 0.0})
+    close(metrics.summaries([], []), dict.fromkeys(("rouge1", "rouge2", "rougeL", "rougeLsum"), 0.0))
+    close(metrics.answers([], []), {"exact": 0.0, "f1": 0.0})
+    close(metrics.translation([""], [""]), {"bleu": 0.0, "chrf": 0.0})
+    assert metrics.summaries([""], [""])["rouge1"] == 0.0
+
+
+def test_chinese_has_words_of_its_own():
+    references, texts = ["猫坐在垫子上。"], ["猫坐在垫子里。"]
+    assert metrics.translation(references, texts, tokenize="zh")["bleu"] == pytest.approx(
+        sacrebleu.corpus_bleu(texts, [references], tokenize="zh").score
+    )
+    assert metrics.translation_signatures(references, "zh")["bleu"].startswith("nrefs:1|case:mixed|eff:no|tok:zh|")
+
+
+def test_signatures():
+    version = f"version:{sacrebleu.__version__}"
+    assert metrics.translation_signatures(["a", ["b", "c"]]) == {
+        "bleu": f"nrefs:var|case:mixed|eff:no|tok:13a|smooth:exp|{version}",
+        "chrf": f"nrefs:var|case:mixed|eff:yes|nc:6|nw:0|space:no|{version}",
+    }
+    assert metrics.translation_signatures([["b", "c"]])["bleu"].startswith("nrefs:2|")
+
+
+@pytest.mark.parametrize("score", [metrics.translation, metrics.summaries, metrics.answers])
+@pytest.mark.parametrize(
+    ("references", "texts", "message"),
+    [
+        (["a", "b"], ["a"], "references of 2 texts, and 1 texts; give as many"),
+        (["a", []], ["a", "b"], "text 1 has no reference; give at least one"),
+        ("ab", ["a", "b"], "one string; give a list"),
+        (["a", "b"], "ab", "one string; give a list"),
+        (["a"], [None], "text 0 or its reference is None; give strings"),
+        ([["a", 3]], ["a"], "text 0 or its reference is 3; give strings"),
+    ],
+)
+def test_texts_that_do_not_fit_their_references_are_refused(score, references, texts, message):
+    with pytest.raises(UserError, match=message):
+        score(references, texts)
+
+
+def test_what_generated_texts_cannot_be_scored_by_is_refused():
+    with pytest.raises(UserError, match="no way '13b' to find words; perhaps you meant '13a'"):
+        metrics.translation(["a"], ["a"], tokenize="13b")
+    with pytest.raises(UserError, match=r"no letter from a to z and no digit \('猫坐在.*chrF"):
+        metrics.summaries(["猫坐在", "猫"], ["猫", "cat"])
+    with pytest.raises(UserError, match="no references"):
+        metrics.translation_signatures([])
+
+
 # Retrieval.
 
 
@@ -625,13 +757,20 @@ def test_what_no_score_can_be_computed_from_is_refused(score, message):
 
 
 def test_libraries_of_scores_are_imported_only_to_score():
-    code = "import sys, jaxlm.metrics; assert not {'sklearn', 'scipy.stats', 'seqeval'} & sys.modules.keys()"
+    libraries = {"sklearn", "scipy.stats", "seqeval", "sacrebleu", "rouge_score"}
+    code = f"import sys, jaxlm.metrics; assert not {libraries} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize(
     "score",
-    ["classes([0, 1], [0, 0], 'ab')", "spans([['O']], [['B-X']], 'IOB2')", "number([1, 2], [2, 1])"],
+    [
+        "classes([0, 1], [0, 0], 'ab')",
+        "spans([['O']], [['B-X']], 'IOB2')",
+        "number([1, 2], [2, 1])",
+        "translation(['a'], ['b'])",
+        "summaries(['a'], ['b'])",
+    ],
 )
 def test_the_libraries_themselves_warn_of_nothing(score):
     code = f"import jaxlm.metrics; jaxlm.metrics.{score}"
