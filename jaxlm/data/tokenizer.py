@@ -214,6 +214,7 @@ class Tokenizer:
         if not self.config:
             made["tokenizer.json"] = self.backend.to_str(pretty=True).encode()
         for name, content in (made | self.files).items():
+            (Path(folder) / name).parent.mkdir(exist_ok=True)
             (Path(folder) / name).write_bytes(content)
 
 

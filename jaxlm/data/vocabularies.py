@@ -205,6 +205,8 @@ def read(file: Path) -> Read:
     found = reader(file, said, next((KINDS[_key(name)] for name in names if _key(name) in KINDS), None))
 
     kept = _contents(file, _FILES if whole else _BESIDE)
+    for template in sorted(file.with_name("additional_chat_templates").glob("*.jinja")):
+        kept[f"additional_chat_templates/{template.name}"] = template.read_bytes()
     unnamed = found.config and _key(said.get("tokenizer_class")) not in KINDS
     if unnamed and "tokenizer_config.json" in kept and found.kind is not _likely(file, found.backend.get_vocab()):
         # config.json alone said the class, and it stays with the model.
