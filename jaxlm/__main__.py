@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from jaxlm.config import DataConfig, RunConfig
+from jaxlm.config import DataConfig, Decoding, RunConfig
 from jaxlm.errors import RunError, Stopped, UserError, perhaps
 from jaxlm.sweep import combinations, sweep
 
@@ -68,26 +68,22 @@ def _swept(flags: list[str]) -> tuple[list[str], list[str]]:
 
 @dataclass(frozen=True)
 class Generate:
-    """Continue prompts with a model."""
+    """Continue prompts with a model, or answer them with an encoder-decoder."""
 
-    model: Annotated[str, tyro.conf.Positional]  # a run folder, or a folder in Hugging Face's format
+    model: Annotated[str, tyro.conf.Positional]  # a run, a folder in Hugging Face's format, or a hub name
     prompt: tuple[str, ...] = ("",)  # one or more texts to continue
-    max_new_tokens: int = 128  # length of each continuation
-    temperature: float = 1.0  # divides the logits; 0: always the likeliest token
-    top_k: int | None = None  # sample among the k likeliest tokens
-    top_p: float | None = None  # sample among the fewest tokens whose probabilities reach p
-    seed: int = 0  # of the sampling
+    decoding: tyro.conf.OmitArgPrefixes[Decoding] = dataclasses.field(default_factory=Decoding)  # how
 
 
 def generate(argv: list[str]) -> int:
     """Continue prompts: jaxlm generate RUN_OR_FOLDER --prompt TEXT [TEXT ...]."""
     asked = tyro.cli(Generate, args=argv, prog="jaxlm generate")
+    asked.decoding.check()
     _process()
     import jaxlm
 
     lm = jaxlm.load(asked.model)
-    choices = {f.name: getattr(asked, f.name) for f in dataclasses.fields(asked) if f.name not in ("model", "prompt")}
-    for prompt, text in zip(asked.prompt, jaxlm.generate(lm, list(asked.prompt), **choices), strict=True):
+    for prompt, text in zip(asked.prompt, jaxlm.generate(lm, list(asked.prompt), asked.decoding), strict=True):
         print(prompt + text)
     return 0
 

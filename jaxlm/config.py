@@ -221,7 +221,45 @@ class Decoding:
     stop: tuple[str, ...] = ()  # texts before which a generated text ends
     forbidden: tuple[str, ...] = ()  # words or texts that are never generated
     too_long: Literal["refuse", "truncate"] = "refuse"  # a prompt that leaves too few positions; or its beginning goes
-    seed: int = 0  # of the sampling; prompt i draws from a key of (seed, i)
+    seed: int = 0  # of the sampling; text n of prompt i draws from a key of (seed, i, n)
+
+    def check(self) -> None:
+        """Raises UserError where a choice is of the wrong kind or out of its range, or two contradict each other."""
+        for name, hint in _hints(Decoding).items():
+            if not _is(getattr(self, name), hint):
+                shown = str(hint).replace("typing.", "").removeprefix("<class '").removesuffix("'>")
+                raise UserError(f"{name} is {getattr(self, name)!r}; it must be {shown}")
+        limits = (
+            ("max_new_tokens", 0 <= self.max_new_tokens <= MOST, "at least 0"),
+            ("min_new_tokens", 0 <= self.min_new_tokens <= self.max_new_tokens, "from 0 to max_new_tokens"),
+            ("temperature", self.temperature >= 0, "at least 0"),
+            ("top_k", 0 <= self.top_k <= MOST, "at least 1, or 0 for all"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", 0 <= self.min_p < 1, "at least 0 and below 1"),
+            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+            ("beams", 1 <= self.beams <= MOST, "at least 1"),
+            ("n_best", self.n_best >= 1, "at least 1"),
+            ("seed", 0 <= self.seed < 2**32, "at least 0 and below 2**32"),
+        )
+        for name, good, limit in limits:
+            if not good:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be {limit}")
+        if "" in (*self.stop, *self.forbidden):
+            raise UserError("stop or forbidden has an empty text; leave it out")
+        if self.beams > 1:
+            drawn = ("temperature", "top_k", "top_p", "min_p")
+            plain = Decoding(temperature=0.0)
+            for name in drawn:
+                # A temperature of 1, which is the default, is no wish.
+                if getattr(self, name) not in (getattr(plain, name), *((1.0,) * (name == "temperature"))):
+                    raise UserError(
+                        f"{name} is {getattr(self, name)}, but a beam search draws nothing; leave it out, or set "
+                        f"beams to 1"
+                    )
+            if self.n_best > self.beams:
+                raise UserError(f"n_best is {self.n_best}, of {self.beams} beams; ask for more beams, or fewer texts")
+        elif self.n_best > 1 and self.temperature == 0:
+            raise UserError(f"n_best is {self.n_best}, but greedy texts are all the same; give a temperature, or beams")
 
 
 @dataclass(frozen=True)

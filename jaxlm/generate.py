@@ -1,107 +1,173 @@
-"""Generation over a KV cache: one compiled program, no Python per token."""
+"""Generation: prompts in, texts out.  What is compiled stands in `decode`; here is what surrounds it.
+
+Prompts, sources and caches have lengths of few sizes, so that few programs are compiled.  A long list of prompts is
+decoded continuously: where a text has ended, the next prompt takes its row.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any
+import dataclasses
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.errors import UserError
-from jaxlm.nn.transformer import Transformer, apply, empty_caches
+from jaxlm.config import Decoding
+from jaxlm.decode import NOTHING, Prompts, Rules, programs
+from jaxlm.encode import params_of
+from jaxlm.errors import UserError, perhaps
 
 if TYPE_CHECKING:
     from jaxlm.lm import LM
 
-BUCKET = 64  # prompt and cache lengths are rounded up to multiples of this, so that few programs are compiled
+SHORTEST = 32  # lengths are rounded up to this or a power of two
+ROWS = 32  # texts that are decoded at once
+LOOK = 16  # tokens after which rows are looked at, where some may end before others
+
+
+class Generation(NamedTuple):
+    """A text that was generated, without its prompt.
+
+    text: None without a tokenizer.  tokens: without the stop token.  log_probs: of each token under the model, before
+    temperature and the like.  score: of a beam search what it ranked by, else the log-probability of the text with its
+    end.
+    """
+
+    text: str | None
+    tokens: list[int]
+    log_probs: list[float]
+    score: float
+
+
+class Request(NamedTuple):
+    """A text to be generated: the number of its prompt, its own among those of the prompt, what the decoder reads
+    first, and what the encoder reads, where there is one."""
+
+    number: int
+    draw: int
+    tokens: list[int]
+    source: list[int] | None
+
+
+class Row(NamedTuple):
+    """A text as it was decoded, stop token included where it came."""
+
+    tokens: list[int]
+    log_probs: list[float]
 
 
 def generate(
     lm: LM,
     prompts: Sequence[str] | Sequence[Sequence[int]],
+    decoding: Decoding | None = None,
     *,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    stop_tokens: Sequence[int] | None = None,
-    seed: int = 0,
+    stop_tokens: Iterable[int] | None = None,
     return_tokens: bool = False,
+    details: bool = False,
+    **choices: Any,
 ) -> list[Any]:
-    """Continues each prompt; returns the continuations without the prompts.
+    """Continues each prompt, or of an encoder-decoder, writes its answer to each; returns the texts without prompts.
 
-    prompts: strings (the tokenizer's BOS is put before them) or lists of token ids (used as given).
-    temperature: divides the logits; 0 is greedy.  top_k: sample among the k likeliest.  top_p: among the fewest tokens
-    whose probabilities reach p (Holtzman et al. 2020).  seed: prompt i draws from a key of (seed, i).
-    stop_tokens: a continuation ends before the first of these; None: the model's end token, (): none.
-    return_tokens: lists of ids instead of strings: list[list[int]] instead of list[str].
+    prompts: strings, framed as the model expects, or lists of token ids, used as given.
+    decoding: how; choices: fields of it by name, such as `temperature=0.7`.
+    stop_tokens: a text ends before the first of these; None: those that the model names, (): none.
+    return_tokens: lists of ids instead of strings.  details: a `Generation` for each text.
+    Where n_best is above 1, each prompt has a list of as many texts.
 
-    Raises UserError where a prompt is empty, has ids outside the vocabulary, or leaves too few positions.
+    Raises UserError where a choice is out of its range, where a prompt is empty, has ids outside the vocabulary or
+    leaves too few positions, or where the model cannot generate.
     """
-    config = lm.config
-    if config.structure != "decoder" or "lm" not in config.heads_on_top:
-        raise UserError(f"a(n) {config.structure} with heads {config.heads_on_top} cannot generate; it takes a decoder")
     if isinstance(prompts, str):
         raise UserError("prompts is one string; give a list of prompts")
-    limits = (
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 0, "at least 0"),
-        ("temperature", temperature, temperature >= 0, "at least 0"),
-        ("top_k", top_k, top_k is None or top_k >= 1, "at least 1, or None"),
-        ("top_p", top_p, top_p is None or 0 < top_p <= 1, "above 0 and at most 1, or None"),
-    )
-    for name, value, good, limit in limits:
-        if not good:
-            raise UserError(f"{name} is {value}; it must be {limit}")
-    if lm.tokenizer is None and not return_tokens:
+    decoding = chosen(decoding, choices)
+    check(lm, decoding)
+    if lm.tokenizer is None and not (return_tokens or details):
         raise UserError("the model has no tokenizer; give prompts as lists of token ids, with return_tokens=True")
-    ids = [_prompt(lm, prompt) for prompt in prompts]
-    if not ids or not max_new_tokens:
-        return [[] for _ in ids] if return_tokens else ["" for _ in ids]
-    longest = max(map(len, ids))
-    if config.positions == "learned" and longest + max_new_tokens > config.max_length:
+    stops = stops_of(lm) if stop_tokens is None else sorted(set(map(int, stop_tokens)))
+    wanted = requests(lm, prompts, decoding)
+    found: dict[tuple[int, int], Generation] = {}
+    for request, row in decoded(lm, wanted, decoding, stops, scored=details):
+        found[request.number, request.draw] = _told(lm, row, decoding, stops)
+    texts = [[found[n, draw] for draw in range(decoding.n_best)] for n in range(len(prompts))]
+    plain = lambda told: told if details else told.tokens if return_tokens else told.text
+    shown = [[plain(told) for told in several] for several in texts]
+    return shown if decoding.n_best > 1 else [one for (one,) in shown]
+
+
+def chosen(decoding: Decoding | None, choices: dict[str, Any]) -> Decoding:
+    """The decoding with these fields.  Raises UserError for a name that it does not have."""
+    fields = [field.name for field in dataclasses.fields(Decoding)]
+    for name in choices:
+        if name not in fields:
+            raise UserError(f"{name!r} is no choice of generate{perhaps(name, fields)}")
+    lists = {name: tuple(value) for name, value in choices.items() if isinstance(value, list)}
+    return dataclasses.replace(decoding or Decoding(), **choices | lists)
+
+
+def check(lm: LM, decoding: Decoding) -> None:
+    """Raises UserError where the model cannot generate, or not so."""
+    config = lm.config
+    if config.structure == "encoder" or "lm" not in config.heads_on_top:
         raise UserError(
-            f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's {config.max_length} "
-            f"positions; shorten the prompt or ask for at most {max(0, config.max_length - longest)}"
+            f"a(n) {config.structure} with heads {config.heads_on_top} cannot generate; it takes a decoder or an "
+            f"encoder-decoder with the head 'lm'"
         )
-    if stop_tokens is None:
-        end = None if lm.tokenizer is None else lm.tokenizer.eos
-        stop_tokens = () if end is None else (end,)
-    T = -(-longest // BUCKET) * BUCKET
-    tokens_BT = np.zeros((len(ids), T), np.int32)
-    for b, prompt in enumerate(ids):
-        tokens_BT[b, : len(prompt)] = prompt
-    new_BN = _decode(
-        lm.module,
-        -(-max_new_tokens // BUCKET) * BUCKET,
-        min(top_k or 0, config.vocabulary),
-        top_p is not None,
-    )(
-        lm.params,
-        tokens_BT,
-        np.array([len(prompt) for prompt in ids], np.int32),
-        np.int32(max_new_tokens),
-        np.float32(temperature),
-        np.float32(1.0 if top_p is None else top_p),
-        np.array(sorted(stop_tokens), np.int32),
-        jax.random.key(seed),
-        np.int32(lm.vocabulary),
-    )
-    rows = []
-    for row in np.asarray(new_BN)[:, :max_new_tokens].tolist():
-        stop = next((n for n, token in enumerate(row) if token in stop_tokens), len(row))
-        rows.append(row[:stop])
-    return rows if return_tokens or lm.tokenizer is None else [lm.tokenizer.decode(row) for row in rows]
+    decoding.check()
+    if decoding.beams > lm.vocabulary:
+        raise UserError(
+            f"beams is {decoding.beams}, more than the {lm.vocabulary} tokens of the vocabulary; take fewer"
+        )
+    if (decoding.stop or decoding.forbidden) and lm.tokenizer is None:
+        raise UserError(
+            "the model has no tokenizer, which stop and forbidden are read by; give stop_tokens, or neither"
+        )
 
 
-def _prompt(lm: LM, prompt: str | Sequence[int]) -> list[int]:
+def requests(lm: LM, prompts: Sequence[Any], decoding: Decoding) -> list[Request]:
+    """What is to be generated, with each prompt as ids, within the positions that there are."""
+    config, both = lm.config, lm.config.structure == "encoder_decoder"
+    new = decoding.max_new_tokens
+    room = config.max_length if config.positions == "learned" else None
+    if room is not None and (new >= room):
+        raise UserError(f"max_new_tokens is {new}; the model has {room} positions: ask for at most {room - 1}")
+    if room is not None and not both:
+        room -= new
+    ids = [_prompt(lm, prompt, both) for prompt in prompts]
+    longest = max(map(len, ids), default=0)
+    if room is not None and longest > room:
+        if decoding.too_long == "refuse":
+            raise UserError(
+                f"a prompt of {longest} tokens exceeds the model's {room} positions; shorten it, or set too_long to "
+                f"'truncate'"
+                if both
+                else f"a prompt of {longest} tokens and {new} new ones exceed the model's {config.max_length} "
+                f"positions; shorten the prompt, ask for at most {max(0, config.max_length - longest)}, or set "
+                f"too_long to 'truncate'"
+            )
+        count = sum(len(prompt) > room for prompt in ids)
+        print(f"{count} of {len(ids)} prompts, of up to {longest} tokens, are cut to {room}", file=sys.stderr)
+        # Of a source the end of its text goes, as in training; of what is to be continued, the beginning.
+        cut = (lambda p: p[: room - 1] + p[-1:]) if both else (lambda p: p[-room:])
+        ids = [cut(prompt) if len(prompt) > room else prompt for prompt in ids]
+    draws = range(decoding.n_best if decoding.beams == 1 else 1)
+    if not both:
+        return [Request(n, draw, prompt, None) for n, prompt in enumerate(ids) for draw in draws]
+    start = [_start(lm)]
+    return [Request(n, draw, start, source) for n, source in enumerate(ids) for draw in draws]
+
+
+def _prompt(lm: LM, prompt: str | Sequence[int], framed: bool) -> list[int]:
     if isinstance(prompt, str):
         if lm.tokenizer is None:
             raise UserError("the model has no tokenizer; give prompts as lists of token ids")
-        bos = [] if lm.tokenizer.bos is None else [lm.tokenizer.bos]
-        prompt = bos + lm.tokenizer.encode(prompt)
+        if framed:
+            prompt = lm.tokenizer.frame([prompt])[0][0]
+        else:
+            bos = [] if lm.tokenizer.bos is None else [lm.tokenizer.bos]
+            prompt = bos + lm.tokenizer.encode(prompt)
     if not len(prompt):
         raise UserError("a prompt is empty and the tokenizer has no BOS; give at least one token")
     strange = [token for token in prompt if not 0 <= token < lm.config.vocabulary]
@@ -110,65 +176,167 @@ def _prompt(lm: LM, prompt: str | Sequence[int]) -> list[int]:
     return list(map(int, prompt))
 
 
-@lru_cache(maxsize=32)
-def _decode(module: Transformer, new: int, top_k: int, use_top_p: bool) -> Any:
-    """The compiled program: prompts [B, T] and their lengths to new tokens [B, new]."""
-
-    @jax.jit
-    def decode(params, tokens_BT, lengths_B, limit, temperature, top_p, stops, key, vocabulary):
-        B, T = tokens_BT.shape
-        config = module.config
-        length = T + new
-        if config.positions == "learned":
-            length = min(length, config.max_length)
-        keys_B = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(B))
-        pick = partial(_pick, top_k=top_k, top_p=top_p if use_top_p else None, temperature=temperature)
-
-        def next_tokens(x_BD: jax.Array, n: jax.Array) -> jax.Array:
-            logits_BV = apply(module, params, x_BD, method="lm")
-            logits_BV = jnp.where(jnp.arange(config.vocabulary) < vocabulary, logits_BV, -jnp.inf)
-            return pick(logits_BV, keys_B=jax.vmap(jax.random.fold_in, (0, None))(keys_B, n))
-
-        # Prompts are padded on the right.  What padding writes to the cache lies at later positions than any query
-        # that could see it, until the position's own token overwrites it.
-        caches = empty_caches(config, B, length, module.dtype)
-        positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
-        positions_BT = jnp.minimum(positions_BT, length - 1)
-        x_BTD, caches = apply(module, params, tokens_BT, positions_BT, caches, method="decode_cached")
-        first_B = next_tokens(jnp.take_along_axis(x_BTD, lengths_B[:, None, None] - 1, 1)[:, 0], jnp.int32(0))
-        new_BN = jnp.zeros((B, new), jnp.int32).at[:, 0].set(first_B)
-        is_stop = lambda tokens_B: (tokens_B[:, None] == stops).any(-1)
-
-        def running(carry: Any) -> jax.Array:
-            n, _, _, done_B = carry
-            return (n < limit) & ~done_B.all()
-
-        def step(carry: Any) -> Any:
-            n, new_BN, caches, done_B = carry
-            tokens_B1 = jax.lax.dynamic_slice_in_dim(new_BN, n - 1, 1, 1)
-            positions_B1 = (lengths_B + n - 1)[:, None]
-            x_B1D, caches = apply(module, params, tokens_B1, positions_B1, caches, method="decode_cached")
-            tokens_B = next_tokens(x_B1D[:, 0], n)
-            new_BN = jax.lax.dynamic_update_slice_in_dim(new_BN, tokens_B[:, None], n, 1)
-            return n + 1, new_BN, caches, done_B | is_stop(tokens_B)
-
-        return jax.lax.while_loop(running, step, (jnp.int32(1), new_BN, caches, is_stop(first_B)))[1]
-
-    return decode
+def _said(lm: LM) -> dict[str, Any]:
+    """What the model's files say of generation."""
+    said = dict(lm.origin.config) if lm.origin else {}
+    try:
+        own = json.loads(lm.files.get("generation_config.json", b"{}"))
+    except ValueError:
+        raise UserError("generation_config.json is not JSON; mend or remove it") from None
+    return said | {name: value for name, value in own.items() if value is not None}
 
 
-def _pick(
-    logits_BV: jax.Array, *, keys_B: jax.Array, temperature: jax.Array, top_k: int, top_p: jax.Array | None
-) -> jax.Array:
-    """The next token of each row: the likeliest at temperature 0, else a draw."""
-    greedy_B = logits_BV.argmax(-1)
-    logits_BV = logits_BV / jnp.maximum(temperature, 1e-6)
-    if top_k:
-        logits_BV = jnp.where(logits_BV < jax.lax.top_k(logits_BV, top_k)[0][:, -1:], -jnp.inf, logits_BV)
-    if top_p is not None:
-        sorted_BV = jnp.sort(logits_BV, descending=True)
-        before_BV = jnp.cumsum(jax.nn.softmax(sorted_BV), -1) - jax.nn.softmax(sorted_BV)
-        kept_BV = jnp.where(before_BV < top_p, sorted_BV, jnp.inf)
-        logits_BV = jnp.where(logits_BV < kept_BV.min(-1, keepdims=True), -jnp.inf, logits_BV)
-    drawn_B = jax.vmap(jax.random.categorical)(keys_B, logits_BV)
-    return jnp.where(temperature > 0, drawn_B, greedy_B).astype(jnp.int32)
+def _token(lm: LM, name: str) -> int | None:
+    token = _said(lm).get(name)
+    return token if isinstance(token, int) and 0 <= token < lm.config.vocabulary else None
+
+
+def _start(lm: LM) -> int:
+    """What the decoder of an encoder-decoder reads first."""
+    for token in (_token(lm, "decoder_start_token_id"), lm.config.start_token):
+        if token is not None:
+            return token
+    if lm.tokenizer is not None:  # mBART begins with what the text ends with, its language
+        frame = lm.tokenizer.target.wrap([])[0]
+        if frame:
+            return frame[-1]
+    token = _token(lm, "bos_token_id")
+    if token is None:
+        raise UserError("the model does not say what its decoder reads first; set config.start_token")
+    return token
+
+
+def stops_of(lm: LM) -> list[int]:
+    """The tokens that end a text, by the model's files, else by its tokenizer."""
+    said = _said(lm).get("eos_token_id")
+    if said is None:
+        said = None if lm.tokenizer is None else lm.tokenizer.eos
+    return sorted({said} if isinstance(said, int) else set(said or ()))
+
+
+def rules_of(lm: LM, decoding: Decoding, stops: Sequence[int]) -> Rules:
+    """What the compiled programs take of the choices."""
+    said = _said(lm)
+    filled = list(stops) + [NOTHING] * (_bucket(len(stops), 1) - len(stops))
+    filtered = bool(decoding.top_k) or decoding.top_p < 1 or decoding.min_p > 0
+    sampled = decoding.temperature > 0 and decoding.beams == 1
+    some = lambda value, there: value if there else None
+    forbidden = [tuple(bad) for bad in said.get("bad_words_ids") or () if [*bad] not in [[stop] for stop in stops]]
+    forbidden += [(token,) for token in said.get("suppress_tokens") or ()]
+    for text in decoding.forbidden:
+        forbidden += {tuple(lm.tokenizer.target.encode(spelled)) for spelled in (text, f" {text}")}  # type: ignore
+    first, last = _token(lm, "forced_bos_token_id"), _token(lm, "forced_eos_token_id")
+    return Rules(
+        vocabulary=np.int32(lm.vocabulary),
+        stops_N=np.array(filled, np.int32),
+        temperature=some(np.float32(decoding.temperature), sampled),
+        top_k=some(np.int32(decoding.top_k or lm.config.vocabulary), sampled and filtered),
+        top_p=some(np.float32(decoding.top_p), sampled and filtered),
+        min_p=some(np.float32(decoding.min_p), sampled and filtered),
+        penalty=some(np.float32(decoding.repetition_penalty), decoding.repetition_penalty != 1),
+        forbidden_NF=_sequences(sorted(set(forbidden))) if forbidden else None,
+        min_new=some(np.int32(decoding.min_new_tokens), decoding.min_new_tokens and len(stops)),
+        first=None if first is None else np.int32(first),
+        last=None if last is None else np.int32(last),
+    )
+
+
+def _sequences(forbidden: Sequence[tuple[int, ...]]) -> np.ndarray:
+    width = _bucket(max(map(len, forbidden)), 1)
+    rows = [(-1,) * (width - len(tokens)) + tokens for tokens in forbidden if tokens]
+    return np.array(rows + rows[:1] * (_bucket(len(rows), 1) - len(rows)), np.int32)
+
+
+def decoded(
+    lm: LM, wanted: Sequence[Request], decoding: Decoding, stops: Sequence[int], *, scored: bool = False
+) -> Iterator[tuple[Request, Row]]:
+    """The texts, each as it ends."""
+    if not decoding.max_new_tokens or not wanted:
+        yield from ((request, Row([], [])) for request in wanted)
+        return
+    run, params, rules = programs(lm.module), params_of(lm), rules_of(lm, decoding, stops)
+    length = room(lm, wanted, decoding)
+    B = min(len(wanted), ROWS)
+    # Looked at only where there is something to see before all have ended.
+    n = LOOK if len(wanted) > B or decoding.stop else decoding.max_new_tokens
+    waiting = list(wanted[::-1])
+    rows: list[Request | None] = [None] * B
+    state: Any = None
+    while waiting or any(rows):
+        free = [b for b, request in enumerate(rows) if request is None][: len(waiting)]
+        if free:
+            taken = [waiting.pop() for _ in free]
+            for b, taker in zip(free, taken):
+                rows[b] = taker
+            made = run.prefill(params, prompts_of(lm, taken, wanted, decoding), length=length, scored=scored)
+            if state is None:
+                state = made
+            else:
+                where = np.array(free + [B] * (len(made.lengths_B) - len(free)), np.int32)
+                state = run.place(state, where, made)
+        state = run.advance(params, state, rules, np.int32(n))
+        done_B, lengths_B, tokens_BT = map(np.array, (state.done_B, state.lengths_B, state.tokens_BT))
+        for b, request in [(b, request) for b, request in enumerate(rows) if request is not None]:
+            new = np.s_[b, len(request.tokens) : lengths_B[b]]
+            tokens = tokens_BT[new].tolist()
+            if decoding.stop and not done_B[b] and _cut(lm, tokens, decoding.stop) is not None:
+                done_B[b] = True
+                state = state._replace(done_B=jnp.array(done_B))
+            if done_B[b]:
+                rows[b] = None
+                yield request, Row(tokens, np.asarray(state.log_probs_BT)[new].tolist() if scored else [])
+
+
+def room(lm: LM, wanted: Sequence[Request], decoding: Decoding) -> int:
+    """Slots of the caches for the longest of these texts."""
+    length = _bucket(max(len(request.tokens) for request in wanted) + decoding.max_new_tokens)
+    return min(length, lm.config.max_length) if lm.config.positions == "learned" else length
+
+
+def prompts_of(lm: LM, some: Sequence[Request], wanted: Sequence[Request], decoding: Decoding) -> Prompts:
+    """Arrays of some requests, a power of two of them unless they are all or fill the rows; the rest are of no text."""
+    B = len(some) if len(some) in (len(wanted), ROWS) else _bucket(len(some), 1)
+    T = min(_bucket(max(len(request.tokens) for request in some)), room(lm, wanted, decoding))
+    tokens_BT, lengths_B, limits_B = np.zeros((B, T), np.int32), np.ones(B, np.int32), np.ones(B, np.int32)
+    numbers_B2 = np.zeros((B, 2), np.int32)
+    for b, request in enumerate(some):
+        tokens_BT[b, : len(request.tokens)] = request.tokens
+        lengths_B[b] = len(request.tokens)
+        limits_B[b] = len(request.tokens) + decoding.max_new_tokens
+        numbers_B2[b] = request.number, request.draw
+    source: tuple[np.ndarray, ...] = ()
+    if some[0].source is not None:
+        S = _bucket(max(len(request.source or ()) for request in wanted))
+        if lm.config.positions == "learned":
+            S = min(S, lm.config.max_length)
+        source = np.zeros((B, S), np.int32), np.zeros((B, S), np.int32)
+        for b, request in enumerate(some):
+            ids = request.source or ()
+            source[0][b, : len(ids)], source[1][b, : len(ids)] = ids, 1
+    return Prompts(tokens_BT, lengths_B, limits_B, np.uint32(decoding.seed), numbers_B2, *source)  # type: ignore
+
+
+def _bucket(n: int, least: int = SHORTEST) -> int:
+    return max(least, 1 << (n - 1).bit_length() if n else 0)
+
+
+def _cut(lm: LM, tokens: list[int], stops: Sequence[str]) -> int | None:
+    """Where the first of these texts begins in that of the tokens."""
+    text = lm.tokenizer.target.decode(tokens)  # type: ignore[union-attr]  # checked
+    return min((at for at in map(text.find, stops) if at >= 0), default=None)
+
+
+def _told(lm: LM, row: Row, decoding: Decoding, stops: Sequence[int]) -> Generation:
+    """The text of a row, up to its end."""
+    size = next((n for n, token in enumerate(row.tokens) if token in stops), len(row.tokens))
+    tokens, score = row.tokens[:size], sum(row.log_probs)
+    text = None
+    if lm.tokenizer is not None:
+        decode = lm.tokenizer.target.decode
+        text = decode(tokens)
+        cut = _cut(lm, tokens, decoding.stop)
+        if cut is not None:
+            text = text[:cut]
+            while tokens and len(decode(tokens)) > cut:  # those that lie wholly before it
+                tokens = tokens[:-1]
+    return Generation(text, tokens, row.log_probs[: len(tokens)], score)

@@ -15,9 +15,10 @@ from compiled import jit, random_params
 import jaxlm
 from jaxlm.config import ModelConfig, TokenizerConfig
 from jaxlm.data import tokenizer as tokenizers
+from jaxlm.decode import Rules, choose, draw
 from jaxlm.errors import UserError
 from jaxlm.families import PRESETS
-from jaxlm.generate import _pick, generate
+from jaxlm.generate import generate
 from jaxlm.hub import convert
 from jaxlm.lm import LM, load, save
 from jaxlm.nn.transformer import Transformer, apply
@@ -122,13 +123,17 @@ PICKS = {  # choices -> the probabilities that they leave
     "hot": ({"temperature": 2.0}, np.sqrt([0.4, 0.25, 0.15, 0.1, 0.06, 0.04])),
     "cold": ({"temperature": 0.5}, np.square([0.4, 0.25, 0.15, 0.1, 0.06, 0.04])),
     "top 3": ({"top_k": 3}, [0.4, 0.25, 0.15, 0, 0, 0]),
-    "top 6 is all": ({"top_k": 6}, [0.4, 0.25, 0.15, 0.1, 0.06, 0.04]),
+    "top 9 is all": ({"top_k": 9}, [0.4, 0.25, 0.15, 0.1, 0.06, 0.04]),
     "0.7 needs three": ({"top_p": 0.7}, [0.4, 0.25, 0.15, 0, 0, 0]),
     "0.64 needs two": ({"top_p": 0.64}, [0.4, 0.25, 0, 0, 0, 0]),
     "all but rounding": ({"top_p": 1.0}, [0.4, 0.25, 0.15, 0.1, 0.06, 0.04]),
+    "a fifth of the likeliest": ({"min_p": 0.2}, [0.4, 0.25, 0.15, 0.1, 0, 0]),
+    "no filter": ({"top_k": None, "top_p": None, "min_p": None}, [0.4, 0.25, 0.15, 0.1, 0.06, 0.04]),
     # Of the two likeliest (8/13, 5/13) the first reaches 0.6.
     "both": ({"top_k": 2, "top_p": 0.6}, [1, 0, 0, 0, 0, 0]),
     # Squared and normalised the first two have 0.6 and 0.23: 0.7 needs both.
+    # The two that top-p leaves have 0.4 and 0.25: both are at least half as likely as the first.
+    "all three": ({"top_k": 4, "top_p": 0.7, "min_p": 0.5}, [0.4, 0.25, 0, 0, 0, 0]),
     "cold and 0.7": ({"temperature": 0.5, "top_p": 0.7}, [0.16, 0.0625, 0, 0, 0, 0]),
 }
 
@@ -136,13 +141,13 @@ PICKS = {  # choices -> the probabilities that they leave
 @pytest.mark.parametrize("name", PICKS)
 def test_draws_follow_the_probabilities(name):
     choices, left = PICKS[name]
-    choices = {"temperature": 1.0, "top_k": 0, "top_p": None} | choices
+    rules = Rules(6, np.array([], np.int32), **{"temperature": 1.0, "top_k": 6, "top_p": 1.0, "min_p": 0.0} | choices)
     order = np.array([3, 0, 5, 1, 4, 2])  # the likeliest is not the first
     n = 20_000
 
     def draw(key):
         logits_BV = jax.numpy.broadcast_to(jax.numpy.asarray(LOGITS[order], np.float32), (n, 6))
-        return _pick(logits_BV, keys_B=jax.random.split(key, n), **choices)
+        return choose(logits_BV, jax.random.uniform(key, n), rules)
 
     counts = np.bincount(np.asarray(jit(draw)(jax.random.key(0))), minlength=6)
     expected = n * (np.array(left) / np.sum(left))[order]
@@ -152,11 +157,18 @@ def test_draws_follow_the_probabilities(name):
     assert chi_square < kept.sum() + 5 * np.sqrt(2 * kept.sum())
 
 
-def test_temperature_0_takes_the_likeliest_of_each_row():
-    logits = np.random.default_rng(0).standard_normal((5, 9)).astype(np.float32)
-    keys = jax.random.split(jax.random.key(0), 5)
-    greedy = jit(partial(_pick, top_k=0, top_p=None, temperature=0.0))(logits, keys_B=keys)
-    np.testing.assert_array_equal(greedy, logits.argmax(-1))
+def test_draws_from_a_large_vocabulary_follow_the_probabilities():
+    """Also from several blocks of tokens, some of which have no weight."""
+    random = np.random.default_rng(0)
+    p = random.exponential(size=1000) * (np.arange(1000) % 384 < 200)
+    n = 200_000
+    one = jit(lambda u: jax.vmap(lambda u: draw(jax.numpy.asarray(p, np.float32)[None], u[None])[0])(u))
+    counts = np.bincount(np.asarray(one(random.random(n, np.float32))), minlength=1000)
+    expected = n * p / p.sum()
+    assert not counts[p == 0].any()
+    chi_square = ((counts - expected)[p > 0] ** 2 / expected[p > 0]).sum()
+    free = (p > 0).sum() - 1
+    assert abs(chi_square - free) < 5 * np.sqrt(2 * free)
 
 
 def test_a_continuation_ends_before_the_first_stop_token():
@@ -199,14 +211,36 @@ MISTAKES = {
         lambda lm: generate(lm, ["the"], max_new_tokens=1, temperature=-0.5),
         "temperature is -0.5; it must be at least 0",
     ),
-    "top_k": (lambda lm: generate(lm, ["the"], max_new_tokens=1, top_k=0), "top_k is 0; it must be at least 1"),
+    "top_k": (
+        lambda lm: generate(lm, ["the"], max_new_tokens=1, top_k=-1),
+        "top_k is -1; it must be at least 1, or 0 for all",
+    ),
     "top_p": (lambda lm: generate(lm, ["the"], max_new_tokens=1, top_p=0.0), "top_p is 0.0; it must be above 0"),
     "top_p above": (lambda lm: generate(lm, ["the"], max_new_tokens=1, top_p=1.5), "top_p is 1.5; it .* at most 1"),
     "positions": (
         lambda lm: generate(lm, [[1] * 21], max_new_tokens=12),
-        "prompt of 21 tokens and 12 new ones exceed the model's 32 positions; .* at most 11",
+        "prompt of 21 tokens and 12 new ones exceed the model's 32 positions; .* at most 11, or .* 'truncate'",
     ),
     "too long": (lambda lm: generate(lm, [[1] * 40], max_new_tokens=1), "exceed .* at most 0"),
+    "no room": (lambda lm: generate(lm, [[1]], max_new_tokens=32), "max_new_tokens is 32; .* at most 31"),
+    "unknown": (lambda lm: generate(lm, [[1]], max_tokens=3), "'max_tokens' is no choice .* 'max_new_tokens'"),
+    "kind": (lambda lm: generate(lm, [[1]], top_k="5"), "top_k is '5'; it must be int"),
+    "min_p": (lambda lm: generate(lm, [[1]], min_p=1.0), "min_p is 1.0; it must be at least 0 and below 1"),
+    "least": (lambda lm: generate(lm, [[1]], min_new_tokens=9, max_new_tokens=8), "min_new_tokens is 9; .* from 0"),
+    "beams": (lambda lm: generate(lm, [[1]], beams=33), "beams is 33, more than the 32 tokens"),
+    "no beams": (lambda lm: generate(lm, [[1]], beams=0), "beams is 0; it must be at least 1"),
+    "beams that draw": (lambda lm: generate(lm, [[1]], beams=2, top_p=0.5), "top_p is 0.5, but a beam search draws"),
+    "n_best of beams": (lambda lm: generate(lm, [[1]], beams=2, n_best=3), "n_best is 3, of 2 beams"),
+    "n_best of one": (lambda lm: generate(lm, [[1]], temperature=0.0, n_best=3), "n_best is 3, but greedy texts"),
+    "empty stop": (lambda lm: generate(lm, [[1]], stop=("",)), "stop or forbidden has an empty text"),
+    "no head": (
+        lambda lm: generate(replace(lm, config=replace(lm.config, heads_on_top=())), [[1]]),
+        "cannot generate; it takes .* the head 'lm'",
+    ),
+    "stop without a tokenizer": (
+        lambda lm: generate(replace(lm, tokenizer=None), [[1]], stop=("a",), return_tokens=True),
+        "no tokenizer, which stop and forbidden are read by; give stop_tokens",
+    ),
     "large id": (lambda lm: generate(lm, [[1, 48]], max_new_tokens=1), "a prompt has token 48; ids go from 0 to 47"),
     "negative id": (lambda lm: generate(lm, [[5, -2]], max_new_tokens=1), "a prompt has token -2; ids go from 0"),
     "empty": (lambda lm: generate(lm, [[1], []], max_new_tokens=1), "a prompt is empty"),
@@ -220,7 +254,7 @@ MISTAKES = {
     ),
     "encoder": (
         lambda lm: generate(replace(lm, config=PRESETS["bert-tiny"]), ["the"], max_new_tokens=1),
-        "encoder with heads .* cannot generate; it takes a decoder",
+        "encoder with heads .* cannot generate; it takes a decoder or an encoder-decoder",
     ),
 }
 

@@ -18,7 +18,7 @@ from jaxlm.fit import _laid_out
 from jaxlm.losses import cross_entropy
 from jaxlm.nn import parameters
 from jaxlm.nn.layers import Dropout
-from jaxlm.nn.transformer import Transformer, apply, empty_caches, init
+from jaxlm.nn.transformer import Keep, Transformer, apply, init
 from jaxlm.optimizer import make_optimizer, make_schedule
 from jaxlm.step import TrainState, make_train_step
 from jaxlm.tasks.pretraining import CausalLMTask, MaskedLMTask
@@ -294,15 +294,40 @@ def test_cached_decoding_equals_uncached(name):
         context = (jit(partial(apply, module, method="encode"))(params, tokens),)
     whole = np.asarray(hidden(name)(params, tokens))
     decode = jit(partial(apply, module, method="decode_cached"))
-    caches = jit(lambda: empty_caches(model, 2, 10, jnp.float32))()
-    # A prompt of 3 padded on the right, then one token at a time over what the padding left in the cache.
-    prompt = np.pad(tokens[:, :3], ((0, 0), (0, 3)))
-    positions = np.broadcast_to(np.arange(6), (2, 6))
-    first, caches = decode(params, prompt, positions, caches, *context)
-    np.testing.assert_allclose(np.asarray(first)[:, :3], whole[:, :3], atol=2e-5, rtol=1e-4)
-    for t in range(3, SHORT):
-        one, caches = decode(params, tokens[:, t : t + 1], np.full((2, 1), t), caches, *context)
-        np.testing.assert_allclose(np.asarray(one)[:, 0], whole[:, t], atol=2e-5, rtol=1e-4)
+    # A prompt of 3 and one of 2, padded on the right, then one token at a time.
+    lengths = np.array([3, 2])
+    prompts = np.where(np.arange(6) < lengths[:, None], np.pad(tokens, ((0, 0), (0, 3)))[:, :6], 1)
+    fill = jit(lambda *inputs: apply(module, *inputs[:2], Keep(inputs[2], 10), *inputs[3:], method="prefill"))
+    first, caches = fill(params, prompts, lengths, *context)
+    slots = [cache.k_BKSC.shape[2] for cache in caches.own]
+    kinds = [model.layer_kinds[n % len(model.layer_kinds)] for n in range(len(slots))]
+    assert slots == [model.window if kind == "local" else 10 for kind in kinds]
+    for row, length in enumerate(lengths):
+        np.testing.assert_allclose(np.asarray(first)[row, :length], whole[row, :length], atol=2e-5, rtol=1e-4)
+    for n in range(SHORT - 3):
+        at = lengths + n
+        one, caches = decode(params, tokens[[0, 1], at][:, None], at[:, None], caches)
+        np.testing.assert_allclose(np.asarray(one)[:, 0], whole[[0, 1], at], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mistral", "t5"])
+def test_several_tokens_at_once_equal_one_at_a_time(name):
+    """As a draft's tokens are checked; some of them are then replaced."""
+    model, params = MODELS[name], params_of(name)
+    module = Transformer(model)
+    tokens = np.random.default_rng(0).integers(0, model.vocabulary, (2, SHORT), dtype=np.int32)
+    context = ()
+    if model.structure == "encoder_decoder":
+        context = (jit(partial(apply, module, method="encode"))(params, tokens),)
+    whole = np.asarray(hidden(name)(params, tokens))
+    decode = jit(partial(apply, module, method="decode_cached"))
+    fill = jit(lambda *inputs: apply(module, *inputs[:2], Keep(inputs[2], 10, 3), *inputs[3:], method="prefill"))
+    _, caches = fill(params, tokens[:, :2], np.array([2, 2]), *context)
+    at = lambda n: np.broadcast_to(np.arange(n, n + 3), (2, 3))
+    _, caches = decode(params, tokens[:, 2:5] + np.array([0, 1, 1]), at(2), caches)  # of these, two were wrong
+    for n in (3, 4):
+        some, caches = decode(params, tokens[:, n : n + 3], at(n), caches)
+        np.testing.assert_allclose(np.asarray(some), whole[:, n : n + 3], atol=2e-5, rtol=1e-4)
 
 
 def test_bfloat16_compute_keeps_float32_parameters_and_loss(name, model, params):

@@ -19,10 +19,14 @@ MASKED = -1e30  # finite, so that a padding row with nothing to attend to gives 
 
 
 class Cache(NamedTuple):
-    """Keys and values of one layer.  Slot s holds position s of its row, so slots need no labels."""
+    """Keys and values of one layer's earlier tokens, or of its context.
 
-    k_BSKC: jax.Array
-    v_BSKC: jax.Array
+    Of S slots, s holds the latest position p with p mod S = s, so that slots need no labels: a cache as long as the
+    text holds all of it, a shorter one its end, as far back as a local layer sees.
+    """
+
+    k_BKSC: jax.Array
+    v_BKSC: jax.Array
 
 
 class Sight(NamedTuple):
@@ -30,6 +34,7 @@ class Sight(NamedTuple):
 
     mask_BTS: True where query t may see key s.  causal: the mask hides later positions of the row.
     turns, bias_BHTS, distances: rotary, T5's and DeBERTa's positions, where the model has them; B may be 1.
+    kept_BS: of keys that are to be cached, the position for each slot; B may be 1.
     """
 
     mask_BTS: jax.Array
@@ -37,6 +42,15 @@ class Sight(NamedTuple):
     turns: Turns | None = None
     bias_BHTS: jax.Array | None = None
     distances: Distances | None = None
+    kept_BS: jax.Array | None = None
+
+
+def held(positions_BT: jax.Array, S: int) -> jax.Array:
+    """[B, T, S], the position that each slot of a cache holds for a query at `positions_BT`; below 0: none yet.
+
+    With 4 slots, and the token at position 5 just written: 4, 5, 2, 3.
+    """
+    return positions_BT[..., None] - (positions_BT[..., None] - jnp.arange(S)) % S
 
 
 def self_mask(segments_BT: jax.Array, causal: bool, window: int | None = None) -> jax.Array:
@@ -86,24 +100,28 @@ def dot_product_attention(
     scores = scores or Scores(1 / math.sqrt(q_BTHC.shape[-1]))
     T, block = q_BTHC.shape[1], max(BLOCK, -(-q_BTHC.shape[1] // 8))
     if not causal or block >= T:
-        return _attend(q_BTHC, k_BSKC, v_BSKC, mask_BTS, scores, dropout)[0]
+        return _attend(q_BTHC, *_heads_first(k_BSKC, v_BSKC), mask_BTS, scores, dropout)[0]
     out = []
     for start in range(0, T, block):
         q, s = slice(start, min(start + block, T)), slice(start + block)
         bias = None if scores.bias_BHTS is None else scores.bias_BHTS[:, :, q, s]
         these = scores._replace(bias_BHTS=bias)
-        out.append(_attend(q_BTHC[:, q], k_BSKC[:, s], v_BSKC[:, s], mask_BTS[:, q, s], these, dropout)[0])
+        seen = _heads_first(k_BSKC[:, s], v_BSKC[:, s])
+        out.append(_attend(q_BTHC[:, q], *seen, mask_BTS[:, q, s], these, dropout)[0])
     return jnp.concatenate(out, axis=1)
 
 
+def _heads_first(k_BSKC: jax.Array, v_BSKC: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return k_BSKC.transpose(0, 2, 1, 3), v_BSKC.transpose(0, 2, 1, 3)
+
+
 def _attend(
-    q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, mask_BTS: jax.Array, how: Scores, dropout: Callable
+    q_BTHC: jax.Array, k_BKSC: jax.Array, v_BKSC: jax.Array, mask_BTS: jax.Array, how: Scores, dropout: Callable
 ) -> tuple[jax.Array, jax.Array]:
     """The attended values [B, T, H, C], and the weights [B, H, T, S]."""
     B, T, H, C = q_BTHC.shape
-    K, S = k_BSKC.shape[2], k_BSKC.shape[1]
+    K, S = k_BKSC.shape[1], k_BKSC.shape[2]
     q_BKGTC = (q_BTHC * how.scale).reshape(B, T, K, H // K, C).transpose(0, 2, 3, 1, 4)
-    k_BKSC, v_BKSC = k_BSKC.transpose(0, 2, 1, 3), v_BSKC.transpose(0, 2, 1, 3)
     scores_BKGTS = jnp.einsum("BKGTC,BKSC->BKGTS", q_BKGTC, k_BKSC, preferred_element_type=jnp.float32)
     if how.bias_BHTS is not None:
         scores_BKGTS += how.bias_BHTS.reshape(-1, K, H // K, T, S)
@@ -113,10 +131,19 @@ def _attend(
     # The softmax's division comes last, on [T, C] instead of [T, S].
     exps_BKGTS = jnp.exp(scores_BKGTS - jax.lax.stop_gradient(scores_BKGTS.max(-1, keepdims=True)))
     sums_BKGT1 = exps_BKGTS.sum(-1, keepdims=True)
-    weights_BKGTS = dropout(exps_BKGTS).astype(v_BSKC.dtype)
+    weights_BKGTS = dropout(exps_BKGTS).astype(v_BKSC.dtype)
     out_BKGTC = jnp.einsum("BKGTS,BKSC->BKGTC", weights_BKGTS, v_BKSC, preferred_element_type=jnp.float32) / sums_BKGT1
-    out_BTHC = out_BKGTC.transpose(0, 3, 1, 2, 4).reshape(B, T, H, C).astype(v_BSKC.dtype)
+    out_BTHC = out_BKGTC.transpose(0, 3, 1, 2, 4).reshape(B, T, H, C).astype(v_BKSC.dtype)
     return out_BTHC, (exps_BKGTS / sums_BKGT1).reshape(B, H, T, S)
+
+
+def _written(cache: Cache, k_BTKC: jax.Array, v_BTKC: jax.Array, positions_BT: jax.Array) -> Cache:
+    """The cache with the keys and values of the tokens at these positions."""
+    rows_B1, slots_BT = jnp.arange(len(positions_BT))[:, None], positions_BT % cache.k_BKSC.shape[2]
+    return Cache(
+        cache.k_BKSC.at[rows_B1, :, slots_BT].set(k_BTKC),
+        cache.v_BKSC.at[rows_B1, :, slots_BT].set(v_BTKC),
+    )
 
 
 class Attention(nn.Module):
@@ -132,33 +159,39 @@ class Attention(nn.Module):
         x_BTD: jax.Array,
         sight: Sight,
         positions_BT: jax.Array,
-        context_BSD: jax.Array | None = None,
+        context: jax.Array | Cache | None = None,
         cache: Cache | None = None,
         weights: bool = False,
     ) -> tuple[jax.Array, Cache | None, jax.Array | None]:
-        """The attended values [B, T, D]; where a cache was given, the cache with this call's keys and values; where
-        asked for, the attention weights [B, H, T, S]."""
+        """The attended values [B, T, D]; the cache, where one was given or is kept; where asked for, the attention
+        weights [B, H, T, S].
+
+        context: what cross-attention reads [B, S, D], or the keys and values that were kept of it.
+        cache: of the earlier tokens; this call's are added before it is read.
+        """
         config = self.config
         biased = "query_key_value" in config.biases
         heads = lambda name, n: Linear((n, config.C), config.initial_std, biased, dtype=self.dtype, name=name)
         query, key, value = heads("query", config.heads), heads("key", config.K), heads("value", config.K)
-        source = x_BTD if context_BSD is None else context_BSD
-        q_BTHC, k_BSKC, v_BSKC = query(x_BTD), key(source), value(source)
+        q_BTHC = query(x_BTD)
         if config.query_key_norm:
             q_BTHC = Norm(config, self.dtype, name="query_norm")(q_BTHC)
-            k_BSKC = Norm(config, self.dtype, name="key_norm")(k_BSKC)
         if sight.turns is not None:
-            q_BTHC, k_BSKC = rotate(q_BTHC, sight.turns), rotate(k_BSKC, sight.turns)
-        if cache is not None:
-            rows_B1 = jnp.arange(x_BTD.shape[0])[:, None]
-            cache = Cache(
-                cache.k_BSKC.at[rows_B1, positions_BT].set(k_BSKC),
-                cache.v_BSKC.at[rows_B1, positions_BT].set(v_BSKC),
-            )
-            k_BSKC, v_BSKC = cache
+            q_BTHC = rotate(q_BTHC, sight.turns)
         q_BTHC = self.constrain(q_BTHC, ("batch", "length", "heads", "head_width"))
-        k_BSKC = self.constrain(k_BSKC, ("batch", "length", "kv_heads", "head_width"))
-        v_BSKC = self.constrain(v_BSKC, ("batch", "length", "kv_heads", "head_width"))
+        if isinstance(context, Cache):
+            cache = context
+        else:
+            source = x_BTD if context is None else context
+            k_BSKC, v_BSKC = key(source), value(source)
+            if config.query_key_norm:
+                k_BSKC = Norm(config, self.dtype, name="key_norm")(k_BSKC)
+            if sight.turns is not None:
+                k_BSKC = rotate(k_BSKC, sight.turns)
+            k_BSKC = self.constrain(k_BSKC, ("batch", "length", "kv_heads", "head_width"))
+            v_BSKC = self.constrain(v_BSKC, ("batch", "length", "kv_heads", "head_width"))
+            if cache is not None:
+                cache = _written(cache, k_BSKC, v_BSKC, positions_BT)
         scale = 1 / math.sqrt(config.C) if config.attention_scale is None else config.attention_scale
         bias_BHTS = sight.bias_BHTS
         if sight.distances is not None and config.relative_terms:
@@ -170,15 +203,20 @@ class Attention(nn.Module):
         scores = Scores(scale, config.attention_cap, bias_BHTS)
         dropout = Dropout(config.attention_dropout, name="dropout")
         weights_BHTS = None
-        if weights:
-            out_BTHC, weights_BHTS = _attend(q_BTHC, k_BSKC, v_BSKC, sight.mask_BTS, scores, dropout)
+        if cache is not None:
+            out_BTHC, weights_BHTS = _attend(q_BTHC, *cache, sight.mask_BTS, scores, dropout)
+        elif weights:
+            out_BTHC, weights_BHTS = _attend(q_BTHC, *_heads_first(k_BSKC, v_BSKC), sight.mask_BTS, scores, dropout)
         else:
             out_BTHC = dot_product_attention(
                 q_BTHC, k_BSKC, v_BSKC, sight.mask_BTS, scores, dropout, causal=sight.causal
             )
+        if sight.kept_BS is not None:
+            kept = lambda x_BSKC: jnp.take_along_axis(x_BSKC, sight.kept_BS[..., None, None], 1)
+            cache = Cache(*_heads_first(kept(k_BSKC), kept(v_BSKC)))
         biased = "out" in config.biases
         out = Linear((config.width,), residual_std(config), biased, contract=2, dtype=self.dtype, name="out")
-        return out(out_BTHC), cache, weights_BHTS
+        return out(out_BTHC), cache, weights_BHTS if weights else None
 
     def _disentangled(
         self, q_BTHC: jax.Array, k_BSHC: jax.Array, distances: Distances, query: Callable, key: Callable

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.config import ModelConfig
-from jaxlm.nn.attention import Attention, Cache, Sight, cross_mask, self_mask
+from jaxlm.nn.attention import Attention, Cache, Sight, cross_mask, held, self_mask
 from jaxlm.nn.heads import Classes, MaskedLM, PerToken, Pooled, Replaced, Transform, Vocabulary
 from jaxlm.nn.layers import MLP, Convolution, Dropout, Linear, Norm
 from jaxlm.nn.positions import Buckets, Disentangled, sinusoidal, turns
@@ -81,6 +81,29 @@ class Embeddings(nn.Module):
         return (x_BTW if config.embedding_width is None else self.project(x_BTW)).astype(self.dtype)
 
 
+class Caches(NamedTuple):
+    """What a decoder keeps of earlier tokens, and of its context.
+
+    own, cross: of each layer.  context_segments_BS: 0 for padding of the context.
+    """
+
+    own: tuple[Cache, ...]
+    cross: tuple[Cache, ...] | None = None
+    context_segments_BS: jax.Array | None = None
+
+
+class Keep(NamedTuple):
+    """What is to be cached of a call over whole prompts.
+
+    lengths_B: tokens of each prompt, the rest of its row being padding.  length: slots of a cache.
+    ahead: most tokens that later calls decode at once; the cache of a local layer has slots for its window and those.
+    """
+
+    lengths_B: jax.Array
+    length: int
+    ahead: int = 1
+
+
 class Inside(NamedTuple):
     """What a layer did, where it is asked for: its attention weights [B, H, T, S], over itself and over the context."""
 
@@ -103,14 +126,15 @@ class Block(nn.Module):
         layer: jax.Array | int,
         sight: Sight,
         positions_BT: jax.Array,
-        context_BSD: jax.Array | None = None,
+        context: jax.Array | Cache | None = None,
         context_sight: Sight | None = None,
         cache: Cache | None = None,
-    ) -> tuple[jax.Array, Cache | None, Inside]:
-        """`layer` is the layer's number, from 0."""
+    ) -> tuple[jax.Array, tuple[Cache | None, Cache | None], Inside]:
+        """`layer` is the layer's number, from 0.  Returned are also its caches, of itself and of the context."""
         config = self.config
         parts = {"config": config, "constrain": self.constrain, "dtype": self.dtype}
         seen: dict[str, jax.Array | None] = {"attention": None, "cross_attention": None}
+        kept: dict[str, Cache | None] = {"attention": None, "cross_attention": None}
 
         def residual(x: jax.Array, name: str, sublayer: Callable[[jax.Array], jax.Array]) -> jax.Array:
             norm, dropout = Norm(config, self.dtype, name=f"{name}_norm"), Dropout(config.dropout)
@@ -126,31 +150,28 @@ class Block(nn.Module):
                 x = x + y
             return self.constrain(x, ("batch", "length", None))
 
-        def attend(x: jax.Array) -> jax.Array:
-            nonlocal cache
-            attention = Attention(**parts, name="attention")
-            x, cache, seen["attention"] = attention(x, sight, positions_BT, cache=cache, weights=self.inside)
-            return x
+        def attend(name: str, sight: Sight, context: Any, cache: Cache | None) -> Callable[[jax.Array], jax.Array]:
+            def sublayer(x: jax.Array) -> jax.Array:
+                attention = Attention(**parts, name=name)
+                x, kept[name], seen[name] = attention(x, sight, positions_BT, context, cache, self.inside)
+                return x
 
-        def cross(x: jax.Array) -> jax.Array:
+            return sublayer
+
+        x_BTD = residual(x_BTD, "attention", attend("attention", sight, None, cache))
+        if context is not None:
             assert context_sight is not None
-            attention = Attention(**parts, name="cross_attention")
-            x, _, seen["cross_attention"] = attention(x, context_sight, positions_BT, context_BSD, weights=self.inside)
-            return x
-
-        x_BTD = residual(x_BTD, "attention", attend)
-        if context_BSD is not None:
-            x_BTD = residual(x_BTD, "cross_attention", cross)
+            x_BTD = residual(x_BTD, "cross_attention", attend("cross_attention", context_sight, context, None))
         x_BTD = residual(x_BTD, "mlp", MLP(**parts, name="mlp"))
-        return x_BTD, cache, Inside(seen["attention"], seen["cross_attention"])
+        return x_BTD, (kept["attention"], kept["cross_attention"]), Inside(*seen.values())
 
 
 class Stack(nn.Module):
     """The blocks of an encoder or a decoder, and the last norm where the norms come first.
 
-    Without caches the layers are scanned, a round of `layer_kinds` in each turn; with them they are unrolled, so that
-    each layer updates its own cache in place.  Where the collections `states` or `weights` may be written, they get
-    the hidden states of the embeddings and of every layer [L + 1, B, T, D], and all layers' `Inside`.
+    Without caches the layers are scanned, a round of `layer_kinds` in each turn; with them, or to keep them, they are
+    unrolled, so that each layer updates its own cache in place.  Where the collections `states` or `weights` may be
+    written, they get the hidden states of the embeddings and of every layer [L + 1, B, T, D], and all layers' `Inside`.
     """
 
     config: ModelConfig
@@ -169,30 +190,41 @@ class Stack(nn.Module):
         positions_BT: jax.Array,
         context_BSD: jax.Array | None = None,
         context_sight: Sight | None = None,
-        caches: tuple[Cache, ...] | None = None,
-    ) -> tuple[jax.Array, tuple[Cache, ...] | None]:
+        caches: Caches | None = None,
+        keep: Keep | None = None,
+    ) -> tuple[jax.Array, Caches | None]:
         kinds = self.config.layer_kinds
-        sights = self._sights(segments_BT, positions_BT, caches)
+        sights = self._sights(segments_BT, positions_BT, caches, keep)
         # A module of its own, so that a layer is a plain function of its parameters.
         block = Block(self.config, self.constrain, self.dtype, self.is_mutable_collection("weights"), parent=None)
-        inputs = (positions_BT, context_BSD, context_sight)
-        stacked = self._parameters(block, x_BTD, sights[kinds[0]], *inputs)
+        stacked = self._parameters(block, x_BTD, sights[kinds[0]], positions_BT, context_BSD, context_sight)
 
         def run(
-            kind: str, x: jax.Array, n: Any, params: Any, key: jax.Array | None = None, cache: Cache | None = None
-        ) -> tuple[jax.Array, Cache | None, Inside]:
+            kind: str,
+            x: jax.Array,
+            n: Any,
+            params: Any,
+            key: jax.Array | None = None,
+            context: jax.Array | Cache | None = context_BSD,
+            cache: Cache | None = None,
+        ) -> tuple[jax.Array, tuple[Cache | None, Cache | None], Inside]:
             """Layer number n, which is of this kind."""
             rngs = None if key is None else {"dropout": key}
-            done: Any = block.apply({"params": params}, x, n, sights[kind], *inputs, cache, rngs=rngs)
+            inputs = (x, n, sights[kind], positions_BT, context, context_sight, cache)
+            done: Any = block.apply({"params": params}, *inputs, rngs=rngs)
             return done
 
-        if caches is None:
+        if caches is None and keep is None:
             return self._scan(run, stacked, x_BTD, segments_BT), None
         updated: list[Any] = []
-        for n, cache in enumerate(caches):
-            x_BTD, filled, _ = run(kinds[n % len(kinds)], x_BTD, n, self._of_layer(stacked, n), cache=cache)
+        for n in range(self.layers):
+            own = None if caches is None else caches.own[n]
+            context = context_BSD if caches is None or caches.cross is None else caches.cross[n]
+            params = self._of_layer(stacked, n)
+            x_BTD, filled, _ = run(kinds[n % len(kinds)], x_BTD, n, params, context=context, cache=own)
             updated.append(filled)
-        return self._last_norm(x_BTD), tuple(updated)
+        owns, crosses = zip(*updated)
+        return self._last_norm(x_BTD), Caches(owns, crosses if crosses[0] is not None else None)
 
     def _scan(self, run: Callable, stacked: Any, x_BTD: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
         config, kinds = self.config, self.config.layer_kinds
@@ -268,30 +300,38 @@ class Stack(nn.Module):
         return self.param("layers", make)
 
     def _sights(
-        self, segments_BT: jax.Array | None, positions_BT: jax.Array, caches: tuple[Cache, ...] | None
+        self, segments_BT: jax.Array | None, positions_BT: jax.Array, caches: Caches | None, keep: Keep | None
     ) -> dict[str, Sight]:
-        """What the layers of each kind see: of the row, or of the caches, whose slots are positions."""
+        """What the layers of each kind see, of the row or of the caches; and what they keep."""
         config = self.config
-        here_BT = positions_S = jnp.arange(positions_BT.shape[1])[None]
-        if caches is not None:
-            here_BT, positions_S = positions_BT, jnp.arange(caches[0].k_BSKC.shape[1])[None]
         bias_BHTS = distances = None
         if config.relative == "buckets":
+            here_BT = positions_S = jnp.arange(positions_BT.shape[1])[None]
+            if caches is not None:
+                here_BT, positions_S = positions_BT, jnp.arange(caches.own[0].k_BKSC.shape[2])[None]
             bias_BHTS = Buckets(config, self.causal, name="relative")(here_BT, positions_S)
         elif config.relative == "disentangled":
             distances = Disentangled(config, name="relative")(positions_BT.shape[1])
         sights: dict[str, Sight] = {}
         for kind in sorted(set(config.layer_kinds)):
             window = config.window if kind == "local" else None
-            if caches is None:
+            kept_BS = None
+            if caches is not None:
+                first = config.layer_kinds.index(kind)
+                slots_BTS = held(positions_BT, caches.own[min(first, self.layers - 1)].k_BKSC.shape[2])
+                mask_BTS = slots_BTS >= 0
+                if window is not None:
+                    mask_BTS &= slots_BTS > positions_BT[:, :, None] - window
+            else:
                 assert segments_BT is not None
                 mask_BTS = self_mask(segments_BT, self.causal, window)
-            else:
-                mask_BTS = positions_S[:, None] <= here_BT[:, :, None]
-                if window is not None:
-                    mask_BTS &= positions_S[:, None] > here_BT[:, :, None] - window
+            if keep is not None:
+                # Distances of relative positions are those of slots, so that these keep all.
+                short = window is not None and config.relative == "none"
+                slots = min(keep.length, window + keep.ahead - 1) if short and window else keep.length
+                kept_BS = jnp.maximum(held(keep.lengths_B[:, None] - 1, slots)[:, 0], 0)
             angles = turns(positions_BT, config, kind) if config.positions == "rotary" else None
-            sights[kind] = Sight(mask_BTS, self.causal and caches is None, angles, bias_BHTS, distances)
+            sights[kind] = Sight(mask_BTS, self.causal and caches is None, angles, bias_BHTS, distances, kept_BS)
         return sights
 
     def _last_norm(self, x_BTD: jax.Array) -> jax.Array:
@@ -373,23 +413,36 @@ class Transformer(nn.Module):
             context_sight = Sight(cross_mask(segments_BT, context_segments_BS))
         return self.decoder(x_BTD, segments_BT, positions_BT, context_BSD, context_sight)[0]
 
-    def decode_cached(
+    def prefill(
         self,
         tokens_BT: jax.Array,
-        positions_BT: jax.Array,
-        caches: tuple[Cache, ...],
+        keep: Keep,
         context_BSD: jax.Array | None = None,
         context_segments_BS: jax.Array | None = None,
-    ) -> tuple[jax.Array, tuple[Cache, ...]]:
-        """Like `decode`, for tokens at `positions_BT` of sequences whose earlier tokens are in the caches."""
+    ) -> tuple[jax.Array, Caches]:
+        """Like `decode`, for prompts padded on the right, with the caches that `decode_cached` goes on from."""
+        positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+        segments_BT = jnp.ones_like(tokens_BT)  # a prompt sees none of the padding behind it
         x_BTD = self._decoder_embeddings(tokens_BT, positions_BT, None)
         context_sight = None
         if context_BSD is not None:
             if context_segments_BS is None:
                 context_segments_BS = jnp.ones(context_BSD.shape[:2], jnp.int32)
-            context_sight = Sight(cross_mask(jnp.ones_like(tokens_BT), context_segments_BS))
-        x_BTD, updated = self.decoder(x_BTD, None, positions_BT, context_BSD, context_sight, caches)
-        return x_BTD, updated  # type: ignore[return-value]  # given caches, it returns caches
+            every_1S = jnp.arange(context_BSD.shape[1])[None]
+            context_sight = Sight(cross_mask(segments_BT, context_segments_BS), kept_BS=every_1S)
+        x_BTD, caches = self.decoder(x_BTD, segments_BT, positions_BT, context_BSD, context_sight, keep=keep)
+        assert caches is not None
+        return x_BTD, caches._replace(context_segments_BS=context_segments_BS)
+
+    def decode_cached(self, tokens_BT: jax.Array, positions_BT: jax.Array, caches: Caches) -> tuple[jax.Array, Caches]:
+        """Like `decode`, for tokens at `positions_BT` of sequences whose earlier tokens are in the caches."""
+        x_BTD = self._decoder_embeddings(tokens_BT, positions_BT, None)
+        context_sight = None
+        if caches.context_segments_BS is not None:
+            context_sight = Sight(cross_mask(jnp.ones_like(tokens_BT), caches.context_segments_BS))
+        x_BTD, updated = self.decoder(x_BTD, None, positions_BT, None, context_sight, caches)
+        assert updated is not None
+        return x_BTD, caches._replace(own=updated.own)
 
     def _decoder_embeddings(
         self, tokens_BT: jax.Array, positions_BT: jax.Array, types_BT: jax.Array | None
@@ -508,13 +561,6 @@ def layers_apart(params: Any) -> Any:
     cut = lambda stacked: tuple(layer(stacked, n) for n in range(len(jax.tree.leaves(stacked)[0])))
     stacks = {name: part | {"layers": cut(part["layers"])} for name, part in params.items() if "layers" in part}
     return params | stacks
-
-
-def empty_caches(config: ModelConfig, rows: int, length: int, dtype: Any) -> tuple[Cache, ...]:
-    """A cache of `length` positions for each decoder layer."""
-    zeros = jnp.zeros((rows, length, config.K, config.C), dtype)
-    layers = (config.structure == "encoder_decoder" and config.decoder_layers) or config.layers
-    return tuple(Cache(zeros, zeros) for _ in range(layers))
 
 
 def count_parameters(config: ModelConfig) -> int:

@@ -1,0 +1,265 @@
+"""The compiled part of generation: prompts into caches, then token after token in one loop on the device.
+
+A `State` holds rows of texts half made, each at a length of its own.  `prefill` makes one of prompts, `advance` adds
+up to n tokens to every row that has not ended, `place` puts rows of one state where others have ended.  What a row
+draws depends on its own tokens and its own key, not on what stands beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.nn.transformer import Caches, Keep, Transformer, apply
+
+Array = Any  # of JAX, or where it comes from outside, of NumPy
+LANES = 128  # tokens of a block, when one is drawn
+NOTHING = 2**31 - 1  # no token
+
+
+class Rules(NamedTuple):
+    """What the next token is chosen by, besides the model.  A field that is None is no part of the compiled program.
+
+    vocabulary: tokens that there are.  temperature: None is greedy.  top_k, top_p, min_p: all or none.
+    penalty: of repetition.  forbidden_NF: sequences, filled up with -1 on the left.
+    stops_N: what ends a text, filled up with NOTHING; they do not come before min_new tokens.
+    first, last: tokens that stand at the beginning and at the end of the longest text, -1 for none.
+    """
+
+    vocabulary: Array
+    stops_N: Array
+    temperature: Array | None = None
+    top_k: Array | None = None
+    top_p: Array | None = None
+    min_p: Array | None = None
+    penalty: Array | None = None
+    forbidden_NF: Array | None = None
+    min_new: Array | None = None
+    first: Array | None = None
+    last: Array | None = None
+
+
+class Prompts(NamedTuple):
+    """What a state is made of.
+
+    tokens_BT, lengths_B: what the decoder reads, padded on the right.  limits_B: lengths at which texts end.
+    seed, numbers_B2: a row's key is made of the seed, the number of its prompt, and that of its text for the prompt.
+    source_BS, source_segments_BS: what the encoder reads, where there is one.
+    """
+
+    tokens_BT: Array
+    lengths_B: Array
+    limits_B: Array
+    seed: Array
+    numbers_B2: Array
+    source_BS: Array | None = None
+    source_segments_BS: Array | None = None
+
+
+class State(NamedTuple):
+    """Rows of texts half made.  The last token of a row is yet to be read by the model.
+
+    tokens_BT, log_probs_BT: of each position; log-probabilities, where they are wanted, are the model's own.
+    begun_B: lengths of the prompts.  lengths_B: of what there is.  limits_B: at which texts end.
+    """
+
+    tokens_BT: jax.Array
+    log_probs_BT: jax.Array | None
+    begun_B: jax.Array
+    lengths_B: jax.Array
+    limits_B: jax.Array
+    done_B: jax.Array
+    keys_B2: jax.Array
+    caches: Caches
+
+
+class Programs(NamedTuple):
+    """Compiled once for each combination of shapes, and for what `Rules` and `Prompts` leave out.
+
+    prefill(params, prompts, length=, scored=, ahead=) -> State, with room for texts of `length` tokens.
+    advance(params, state, rules, n) -> State.  place(state, rows_R, other) -> State; a row past the end is left out.
+    """
+
+    prefill: Any
+    advance: Any
+    place: Any
+
+
+@lru_cache(maxsize=32)
+def programs(module: Transformer) -> Programs:
+    """The programs of a model."""
+    return Programs(
+        jax.jit(partial(_prefill, module), static_argnames=("length", "scored", "ahead")),
+        jax.jit(partial(_advance, module), donate_argnums=1),
+        jax.jit(_place, donate_argnums=0),
+    )
+
+
+def _prefill(
+    module: Transformer, params: Any, prompts: Prompts, *, length: int, scored: bool = False, ahead: int = 1
+) -> State:
+    encoded: tuple[Any, ...] = ()
+    if prompts.source_BS is not None:
+        source = prompts.source_BS, prompts.source_segments_BS
+        encoded = apply(module, params, *source, method="encode"), source[1]
+    keep = Keep(prompts.lengths_B, length, ahead)
+    _, caches = apply(module, params, prompts.tokens_BT, keep, *encoded, method="prefill")
+    key = jax.random.key(prompts.seed)
+    key_of = lambda numbers: jax.random.key_data(jax.random.fold_in(jax.random.fold_in(key, numbers[0]), numbers[1]))
+    tokens_BT = jnp.pad(prompts.tokens_BT, [(0, 0), (0, length - prompts.tokens_BT.shape[1])])
+    log_probs_BT = jnp.zeros(tokens_BT.shape, jnp.float32) if scored else None
+    done_B = prompts.lengths_B >= prompts.limits_B
+    lengths = prompts.lengths_B, prompts.lengths_B, prompts.limits_B
+    return State(tokens_BT, log_probs_BT, *lengths, done_B, jax.vmap(key_of)(prompts.numbers_B2), caches)
+
+
+def _place(state: State, rows_R: jax.Array, other: State) -> State:
+    return jax.tree.map(lambda ours, theirs: ours.at[rows_R].set(theirs, mode="drop"), state, other)
+
+
+def _advance(module: Transformer, params: Any, state: State, rules: Rules, n: jax.Array) -> State:
+    def running(carry: tuple[jax.Array, State]) -> jax.Array:
+        i, state = carry
+        return (i < n) & ~state.done_B.all()
+
+    def step(carry: tuple[jax.Array, State]) -> tuple[jax.Array, State]:
+        i, state = carry
+        logits_BV, caches = next_logits(module, params, state, rules)
+        allowed_BV = restrict(logits_BV, state.tokens_BT, state, rules)
+        tokens_B = choose(allowed_BV, uniform(state.keys_B2, state.lengths_B - state.begun_B), rules)
+        return i + 1, write(state._replace(caches=caches), tokens_B, logits_BV, rules)
+
+    return jax.lax.while_loop(running, step, (jnp.int32(0), state))[1]
+
+
+def next_logits(module: Transformer, params: Any, state: State, rules: Rules) -> tuple[jax.Array, Caches]:
+    """The model's logits [B, V] of each row's next token, and the caches with its last one."""
+    last_B = state.lengths_B - 1
+    tokens_B1 = jnp.take_along_axis(state.tokens_BT, last_B[:, None], 1)
+    x_B1D, caches = apply(module, params, tokens_B1, last_B[:, None], state.caches, method="decode_cached")
+    return known(apply(module, params, x_B1D[:, 0], method="lm"), rules), caches
+
+
+def known(logits_BV: jax.Array, rules: Rules) -> jax.Array:
+    """The logits without those of tokens that the tokenizer does not have."""
+    return jnp.where(jnp.arange(logits_BV.shape[-1]) < rules.vocabulary, logits_BV, -jnp.inf)
+
+
+def write(state: State, tokens_B: jax.Array, logits_BV: jax.Array, rules: Rules) -> State:
+    """The state with a token more in each row that has not ended."""
+    B, T = state.tokens_BT.shape
+    rows_B, at_B = jnp.arange(B), jnp.where(state.done_B, T, state.lengths_B)  # past the end: not written
+    log_probs_BT = state.log_probs_BT
+    if log_probs_BT is not None:
+        log_probs_BT = log_probs_BT.at[rows_B, at_B].set(log_prob(logits_BV, tokens_B), mode="drop")
+    lengths_B = state.lengths_B + ~state.done_B
+    ended_B = (tokens_B[:, None] == rules.stops_N).any(-1) | (lengths_B >= state.limits_B)
+    return state._replace(
+        tokens_BT=state.tokens_BT.at[rows_B, at_B].set(tokens_B, mode="drop"),
+        log_probs_BT=log_probs_BT,
+        lengths_B=lengths_B,
+        done_B=state.done_B | ended_B,
+    )
+
+
+def log_prob(logits_BV: jax.Array, tokens_B: jax.Array) -> jax.Array:
+    """The log-probability [B] of a token of each row."""
+    chosen_B = jnp.take_along_axis(logits_BV, tokens_B[:, None], 1)[:, 0]
+    return chosen_B - jax.nn.logsumexp(logits_BV, -1)
+
+
+def restrict(logits_BV: jax.Array, tokens_BT: jax.Array, state: State, rules: Rules) -> jax.Array:
+    """Logits after what the rules say of single tokens, given the row so far; -inf for one that must not come.
+
+    state: for `begun_B`, `lengths_B`, `limits_B`; the tokens may be others, of a beam or a draft.
+    """
+    V = logits_BV.shape[-1]
+    rows_B1, new_B = jnp.arange(len(logits_BV))[:, None], state.lengths_B - state.begun_B
+    if rules.penalty is not None:
+        there_BT = jnp.arange(tokens_BT.shape[1]) < state.lengths_B[:, None]
+        seen_BV = jnp.zeros(logits_BV.shape, bool).at[rows_B1, tokens_BT].max(there_BT)
+        changed_BV = jnp.where(logits_BV < 0, logits_BV * rules.penalty, logits_BV / rules.penalty)
+        logits_BV = jnp.where(seen_BV, changed_BV, logits_BV)
+    if rules.forbidden_NF is not None:
+        F = rules.forbidden_NF.shape[1]
+        at_BF = state.lengths_B[:, None] - (F - 1) + jnp.arange(F - 1)
+        before_BF = jnp.where(at_BF < 0, -2, jnp.take_along_axis(tokens_BT, jnp.maximum(at_BF, 0), 1))
+        begun_NF = rules.forbidden_NF[:, :-1]
+        match_BN = ((before_BF[:, None] == begun_NF) | (begun_NF == -1)).all(-1)
+        hit_BV = jnp.zeros(logits_BV.shape, bool).at[rows_B1, rules.forbidden_NF[:, -1]].max(match_BN)
+        logits_BV = jnp.where(hit_BV, -jnp.inf, logits_BV)
+    if rules.min_new is not None:
+        stop_V = jnp.zeros(V, bool).at[rules.stops_N].set(True, mode="drop")
+        logits_BV = jnp.where(stop_V & (new_B < rules.min_new)[:, None], -jnp.inf, logits_BV)
+    for token, now_B in ((rules.first, new_B == 0), (rules.last, state.lengths_B == state.limits_B - 1)):
+        if token is not None:
+            only_BV = jnp.where(jnp.arange(V) == token, 0.0, -jnp.inf)
+            logits_BV = jnp.where(((token >= 0) & now_B)[:, None], only_BV, logits_BV)
+    return logits_BV
+
+
+def uniform(keys_B2: jax.Array, n_B: jax.Array) -> jax.Array:
+    """A number [B] in [0, 1) of each key and count."""
+    one = lambda key, n: jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(key), n))
+    return jax.vmap(one)(keys_B2, n_B)
+
+
+def choose(logits_BV: jax.Array, uniform_B: jax.Array, rules: Rules) -> jax.Array:
+    """The next token of each row: the likeliest, or a draw."""
+    if rules.temperature is None:
+        return logits_BV.argmax(-1).astype(jnp.int32)
+    return draw(weights(logits_BV, rules), uniform_B)
+
+
+def weights(logits_BV: jax.Array, rules: Rules) -> jax.Array:
+    """Probabilities [B, V], up to a factor, of the tokens that are left by temperature, then top-k, top-p and min-p."""
+    if rules.temperature is None:
+        return jax.nn.one_hot(logits_BV.argmax(-1), logits_BV.shape[-1])
+    scaled_BV = logits_BV / rules.temperature
+    p_BV = jnp.exp(scaled_BV - scaled_BV.max(-1, keepdims=True))  # the likeliest has 1
+    if rules.top_k is None or rules.top_p is None or rules.min_p is None:
+        return p_BV
+    k, p, least = rules.top_k, rules.top_p, rules.min_p
+    p_BV = jnp.where(p_BV >= _least(p_BV, lambda kept_BV: kept_BV.sum(-1) >= k), p_BV, 0)
+    enough_B = p * p_BV.sum(-1)
+    p_BV = jnp.where(p_BV >= _least(p_BV, lambda kept_BV: (p_BV * kept_BV).sum(-1) >= enough_B), p_BV, 0)
+    return jnp.where(p_BV >= least, p_BV, 0)
+
+
+def _least(p_BV: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """The largest value [B, 1] such that the entries from it on are enough; found by halving, which is faster than
+    sorting: the bits of floats that are not negative are ordered as they are."""
+
+    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low_B, high_B = bounds
+        middle_B = low_B + (high_B - low_B) // 2
+        good_B = enough(p_BV >= as_float(middle_B)[:, None])
+        return jnp.where(good_B, middle_B, low_B), jnp.where(good_B, high_B, middle_B)
+
+    as_float = partial(jax.lax.bitcast_convert_type, new_dtype=jnp.float32)
+    low_B = jnp.zeros(len(p_BV), jnp.int32)
+    high_B = jnp.full(len(p_BV), 0x3F800001, jnp.int32)  # above 1
+    return as_float(jax.lax.fori_loop(0, 31, halve, (low_B, high_B))[0])[:, None]
+
+
+def draw(weights_BV: jax.Array, uniform_B: jax.Array) -> jax.Array:
+    """A token of each row, in proportion to the weights: where their running sum passes that share of the whole.
+
+    First the block of `LANES` tokens, then the token in it, so that no running sum is taken over the vocabulary.
+    """
+    B, V = weights_BV.shape
+    blocks_BNI = jnp.pad(weights_BV, [(0, 0), (0, -V % LANES)]).reshape(B, -1, LANES)
+    upto_BN = jnp.cumsum(blocks_BNI.sum(-1), -1)
+    goal_B = uniform_B * upto_BN[:, -1]
+    block_B = jnp.minimum((upto_BN <= goal_B[:, None]).sum(-1), upto_BN.shape[1] - 1)
+    inside_BI = jnp.take_along_axis(blocks_BNI, block_B[:, None, None], 1)[:, 0]
+    before_B = jnp.where(block_B > 0, jnp.take_along_axis(upto_BN, jnp.maximum(block_B - 1, 0)[:, None], 1)[:, 0], 0)
+    place_B = ((before_B[:, None] + jnp.cumsum(inside_BI, -1)) <= goal_B[:, None]).sum(-1)
+    tokens_B = jnp.minimum(block_B * LANES + place_B, V - 1)
+    # By rounding the sums may meet the goal where nothing is left.
+    there_B = jnp.take_along_axis(weights_BV, tokens_B[:, None], 1)[:, 0] > 0
+    return jnp.where(there_B, tokens_B, weights_BV.argmax(-1)).astype(jnp.int32)
