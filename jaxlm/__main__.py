@@ -13,6 +13,7 @@ import os
 import runpy
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from jaxlm.config import DataConfig, Decoding, RunConfig
+from jaxlm.config import CausalLM, DataConfig, Decoding, RunConfig
 from jaxlm.errors import RunError, Stopped, UserError, perhaps
 from jaxlm.sweep import combinations, sweep
 
@@ -117,13 +118,18 @@ def predict(argv: list[str]) -> int:
 
 
 def evaluate(argv: list[str]) -> int:
-    """Score a model on the rows of a file: jaxlm evaluate RUN_OR_FOLDER FILE."""
+    """Score a model on the rows of a file, or a language model on its texts: jaxlm evaluate RUN_OR_FOLDER FILE."""
     asked, lm = _on_file(argv, "evaluate")
     import jaxlm
     from jaxlm.data import source
+    from jaxlm.likelihood import perplexity
 
-    rows = source.rows(asked.file, asked.data, asked.data.split)
-    scores = jaxlm.evaluate(lm, rows, asked.task, asked.length or None, asked.batch or None)
+    if isinstance(asked.task, CausalLM):
+        texts = source.documents(asked.file, asked.data, asked.data.split, Counter())
+        scores = perplexity(lm, texts, length=asked.length or None, stride=asked.task.stride or None)
+    else:
+        rows = source.rows(asked.file, asked.data, asked.data.split)
+        scores = jaxlm.evaluate(lm, rows, asked.task, asked.length or None, asked.batch or None)
     for name, value in scores.items():
         # Fractions, a name and a number on each line: scripts read this.
         print(f"{name.replace('_', ' '):>20}  {value:{'.4f' if isinstance(value, float) else ','}}")
@@ -145,7 +151,8 @@ def _on_file(argv: list[str], verb: str) -> tuple[OnFile, Any]:
     config = _config(Path(given)) if given else None  # whose task is known from here on
     run = run_of(argv[0]) or config
     lm = jaxlm.load(argv[0])
-    default = OnFile(argv[0], argv[1], task=run.task if run else task_of(lm))
+    predicts_tokens = verb == "evaluate" and lm.config.structure == "decoder" and "lm" in lm.config.heads_on_top
+    default = OnFile(argv[0], argv[1], task=run.task if run else CausalLM() if predicts_tokens else task_of(lm))
     if run is not None:
         data = dataclasses.replace(source.alike(argv[1], run.data), path="", eval_path="")
         default = dataclasses.replace(default, data=data, length=run.data.length)
