@@ -81,7 +81,10 @@ class Harness(LM):
         return [(one.log_probability, one.is_greedy) for one in found]
 
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-        """Log-probability in nats of each text, by the harness' windows."""
+        """Log-probability in nats of each text behind BOS, else EOS, by the harness' windows.
+
+        Its own models also predict a BOS behind the BOS where transformers' tokenizer writes one, as Llama's does.
+        """
         tokenizer = self.lm.tokenizer
         assert tokenizer is not None
         if self.lm.config.structure == "encoder_decoder":
