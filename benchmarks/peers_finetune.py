@@ -393,7 +393,9 @@ def classification_side(folder: str | Path, train: str | Path, steps: int = 10, 
     Texts are tokenized ahead; choosing, padding and training on a batch are timed.
     """
     pairs = read_sst2(train)
-    model, tokenizer = load("AutoModelForSequenceClassification", folder, seed, num_labels=2)
+    # Without dropout, as configs/sst2.py has it.
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model, tokenizer = load("AutoModelForSequenceClassification", folder, seed, num_labels=2, **still)
     made = tokenizer([sentence for sentence, _ in pairs], truncation=True, max_length=CLASSIFICATION["length"])
     rows = [{key: made[key][n] for key in INPUTS} | {"labels": label} for n, (_, label) in enumerate(pairs)]
     epochs = 1000  # more than a benchmark lasts

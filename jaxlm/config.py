@@ -13,7 +13,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from jaxlm.errors import UserError, perhaps
 
@@ -21,7 +21,7 @@ Head = Literal["lm", "masked_lm", "next_sentence", "replaced", "pooled", "classe
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "tanh"]  # gelu is the exact one, by erf
 Bias = Literal["query_key_value", "out", "mlp", "norm", "transform", "classes", "lm"]
 ENCODER_BIASES: tuple[Bias, ...] = ("query_key_value", "out", "mlp", "norm", "transform", "classes")
-Format = Literal["suffix", "text", "csv", "tsv", "jsonl", "parquet", "conll", "squad"]
+Format = Literal["suffix", "text", "csv", "tsv", "quoted_tsv", "jsonl", "parquet", "conll", "squad"]
 MOST_LAYERS = 10_000  # of a model that a foreign config.json may ask for
 MOST = 2**31 - 1  # of any other size
 _FARTHEST = 1_000_000  # relative distance that has a row in a table
@@ -284,6 +284,29 @@ class MaskedLM:
 
 
 @dataclass(frozen=True)
+class SpanCorruption:
+    """Write what was taken out of a text, span by span, as T5 was pre-trained (Raffel et al. 2020, section 3.1.4).
+
+    `data.length` is of the source; a row of targets is as long as such a source needs.
+    """
+
+    rate: float = 0.15  # share of the tokens that is taken out
+    span: float = 3.0  # mean length of what is taken out at a place
+    sentences: ClassVar[str] = "whole"  # a document is not divided
+
+
+@dataclass(frozen=True)
+class Infilling:
+    """Restore a text from one with gaps, and with its sentences in another order, as BART was pre-trained (Lewis et al.
+    2020, section 2.2)."""
+
+    rate: float = 0.3  # share of the tokens that is taken out
+    span: float = 3.0  # mean of the gaps' lengths, Poisson's; a gap of any length, also of none, is one mask token
+    sentences: Literal["line", "punctuation"] = "punctuation"  # what a sentence is
+    permute: bool = True  # shuffle the sentences
+
+
+@dataclass(frozen=True)
 class Classification:
     """Tell what a text, or a pair of texts, is: one class, any number of them, or a number."""
 
@@ -340,6 +363,25 @@ class MultipleChoice:
 
 
 @dataclass(frozen=True)
+class Seq2Seq:
+    """Write a text for a text (Sutskever et al. 2014): a translation, a summary, an answer.
+
+    An encoder-decoder reads the source in its encoder.  A decoder reads it first and learns what comes after it alone.
+    """
+
+    source: str = "source"  # column of the text that is read
+    target: str = "target"  # column of the text, or a list of texts as good as each other, that is to be written
+    prefix: str = ""  # put before each source, such as "translate English to German: "
+    suffix: str = ""  # put after each source, such as " TL;DR:"
+    source_length: int = 0  # tokens of the sources in a row of an encoder-decoder; 0: as many as data.length
+    scored_as: Literal["translation", "summary", "answer"] = "translation"  # BLEU and chrF, ROUGE, or exact match
+    empty: Literal["refuse", "drop"] = "refuse"  # rows with an empty source or target
+    label_smoothing: float = 0.0  # share of the target spread evenly over the vocabulary
+    generated: int = 0  # held-out texts that are generated for scores, the first of them; 0: all
+    decoding: Decoding = field(default_factory=lambda: Decoding(temperature=0.0))  # how texts are generated
+
+
+@dataclass(frozen=True)
 class Part:
     """One of several tasks, with data of its own."""
 
@@ -377,10 +419,12 @@ class DataConfig:
     eval_fraction: float = 0.1  # share of the documents or examples held out when there is no eval_path
     eval_seed: int = 0  # of the choice of the examples held out; the run's own seed does not change it
     format: Format = "suffix"  # of the files; suffix: what the end of a file's name says
+    target_path: str = ""  # plain text whose line n goes with line n of `path`: a translation; its column is "target"
+    eval_target_path: str = ""  # the same beside eval_path
     columns: tuple[str, ...] = ()  # names of the columns of csv and tsv files without a header; others are dropped
     pattern: str = ""  # of plain text, a regular expression whose named groups are the columns of a line
     charset: str = "utf-8"  # of text files
-    text: str = "text"  # the column that holds the text that a language model learns from
+    text: str = "text"  # the column that holds the text that a language model learns from, or a line of plain text
     split: str = "train"  # of a tfds data set
     eval_split: str = ""  # of the same tfds data set, held out
     documents: Literal["line", "blank_line", "file", "boundary"] = "line"  # what a document is, in plain text
@@ -397,6 +441,7 @@ class TokenizerConfig:
     path: str = ""  # tokenizer.json, vocab.txt, vocab.json (merges.txt beside it), a .model, or a folder with one
     train: Literal["unigram", "bpe", "byte_bpe", "wordpiece", "characters"] = "unigram"  # when there is no path
     lowercase: bool = False  # fold case (wordpiece only: the others are lossless)
+    sentinels: int = 0  # of the vocabulary, tokens <extra_id_0> ... that mark gaps: SpanCorruption needs them
     max_training_characters: int = 50_000_000  # the trainer sees documents in order up to this much text
 
 
@@ -522,7 +567,13 @@ class RunConfig:
                 )
             if self.task.next_sentence and model.types < 2:
                 raise UserError(f"model.types is {model.types}; next_sentence tells a pair apart by 2 types")
-        elif model.structure == "encoder_decoder":
+        elif isinstance(self.task, (SpanCorruption, Infilling)):
+            if model.structure != "encoder_decoder" or model.heads_on_top != ("lm",) or model.start_token is None:
+                raise UserError(
+                    f"{type(self.task).__name__} needs an encoder-decoder with the head lm and a start token, not a(n) "
+                    f"{model.structure} with {model.heads_on_top} and start_token {model.start_token}"
+                )
+        elif model.structure == "encoder_decoder" and not isinstance(self.task, Seq2Seq):
             raise UserError(
                 f"{type(self.task).__name__} reads the states of an encoder or a decoder; the model is an "
                 f"encoder-decoder: start from another"
@@ -552,7 +603,7 @@ def _check_task(task: Any) -> None:
 
 
 def _check_part(name: str, part: Part) -> None:
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or isinstance(part.task, (CausalLM, MaskedLM, MultiTask)):
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or isinstance(part.task, (CausalLM, MaskedLM, Seq2Seq, MultiTask)):
         raise UserError(
             f"task.parts has {name!r}, a {type(part.task).__name__}; a name is of small letters, and a part is a task "
             f"over records such as Classification"
@@ -573,8 +624,24 @@ _RANGES = {
     "most_question": (1, MOST),
     "longest_answer": (1, MOST),
     "most_classes": (2, MOST),
+    "rate": (1e-6, 1),
+    "span": (1, MOST),
+    "source_length": (0, MOST),
+    "generated": (0, MOST),
 }
-_DECLARED = (CausalLM, MaskedLM, Classification, Tagging, QuestionAnswering, Similarity, MultipleChoice, MultiTask)
+_DECLARED = (
+    CausalLM,
+    MaskedLM,
+    SpanCorruption,
+    Infilling,
+    Classification,
+    Tagging,
+    QuestionAnswering,
+    Similarity,
+    MultipleChoice,
+    Seq2Seq,
+    MultiTask,
+)
 TASKS: dict[str, type] = {kind.__name__: kind for kind in _DECLARED}  # name in config.json -> its dataclass
 _PARTS: dict[tuple[type, str], type] = {
     (RunConfig, "model"): ModelConfig,
@@ -584,6 +651,7 @@ _PARTS: dict[tuple[type, str], type] = {
     (RunConfig, "mesh"): MeshConfig,
     (DataConfig, "cleaning"): CleaningConfig,
     (Part, "data"): DataConfig,
+    (Seq2Seq, "decoding"): Decoding,
 }
 
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxlm import config, sharding
-from jaxlm.data.batches import Batches, Features, prefetch
+from jaxlm.data.batches import Features, prefetch
 from jaxlm.data.formats import Place, Row
 from jaxlm.encode import Pooling, mesh_of, params_of
 from jaxlm.errors import UserError
@@ -146,12 +146,11 @@ def _seen(lm: LM, task: RecordTask, records: list[Record], rows: int | None) -> 
     mesh = mesh_of(lm)
     ways = 1 if mesh is None else sharding.row_ways(mesh)
     rows = -(-(rows or max(1, TOKENS // task.length)) // ways) * ways  # the size of a batch does not show
-    batches = Batches(task.examples(Records(records, []), False), rows, task.length, task.most, None)
+    batches = task.batches(Records(records, []), rows, task.length, None)
     layout = None if mesh is None else sharding.batch_sharding(mesh)
     put = lambda batch, k: {n: jax.device_put(x.reshape(k, -1, *x.shape[1:]), layout) for n, x in batch.items()}
     step = _eval_step(lm.module, type(task), task.task, task.length, task.labels, task.pooling.modes)  # type: ignore[arg-type]
-    seen = see(step, params_of(lm), batches, put)
-    return task.predictions(records, batches, seen.outputs), seen.means
+    return task.tell(lm, lambda batches: see(step, params_of(lm), batches, put), batches, records)
 
 
 @lru_cache(maxsize=32)
@@ -188,6 +187,7 @@ def _made(lm: LM, task: Any, length: int | None) -> RecordTask:
     made = kind(task, length or min(512, positions), 0, lm.tokenizer, lm.config.labels if kind.head else ())
     if lm.pooling is not None:
         made.pooling = lm.pooling
+    made.configured(lm.config)
     return made
 
 

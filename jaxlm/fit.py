@@ -25,7 +25,7 @@ from jaxlm.errors import RunError, Stopped, UserError, perhaps
 from jaxlm.evaluate import see
 from jaxlm.folder import RunLog, begin, claim, duration, write_json
 from jaxlm.generate import generate
-from jaxlm.lm import LM, load, save
+from jaxlm.lm import LM, load, save, with_params
 from jaxlm.nn import parameters
 from jaxlm.nn.transformer import Transformer, init
 from jaxlm.optimizer import make_optimizer, make_schedule
@@ -123,7 +123,13 @@ def fit(
         out_shardings=(layout, sharding.replicated(mesh)),
     )
     eval_step = jax.jit(make_eval_step(task, module))
-    score = lambda params: task.measure(lambda batches: see(eval_step, params, batches, put), held_out, data.held_out)
+    files: dict[str, Any] = {"files": model.files, "pooling": model.pooling} if model else {}
+    made = LM(config, kind(config, dtype=dtype), None, data.tokenizer, origin(run, model), **files)
+
+    def score(params: Any) -> tuple[dict[str, float], Any]:
+        run_over = lambda batches: see(eval_step, params, batches, put)
+        return task.measure(with_params(made, params), run_over, held_out, data.held_out)
+
     best = run.best or task.best
     worth = lambda scores: -scores["loss"] if best == "loss" else scores[best]
 
@@ -184,9 +190,7 @@ def fit(
         if best_step != int(state.step):
             restored, scores = checkpoints.restore(like, best_step), {}
             state = restored[0] if restored else state
-        files: dict[str, Any] = {"files": model.files, "pooling": model.pooling} if model else {}
-        lm = LM(config, kind(config, dtype=dtype), state.params, data.tokenizer, origin(run, model), **files)
-        export, lm = _export(lm, task, folder / "export")
+        export, lm = _export(with_params(made, state.params), task, folder / "export")
         if not ending:
             raise Stopped(f"stopped at step {step:,} of {run.steps:,} and saved; the same command goes on from here")
         if not scores:

@@ -67,7 +67,7 @@ def make_train_step(
             **({name: s / jnp.maximum(w, 1) for name, (s, w) in losses.items()} if len(losses) > 1 else {}),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "grad_norm": optax.tree.get(carry[1], "grad_norm"),
-            "tokens": (batch["segments_BT"] > 0).sum(),
+            "tokens": sum((batch[name] > 0).sum() for name in ("segments_BT", "source_segments_BS") if name in batch),
             "examples": batch["segments_BT"].max(-1).sum(),
         }
         return TrainState(state.step + 1, *carry, state.key), metrics

@@ -124,7 +124,7 @@ def compiled_eval_step(length: int, stride: int, stream: bool):
 def scores(task, eval_step, params, corpus, length: int, rows: int = 3):
     batches = Batches(task.examples(corpus, False), rows, length, task.most, None)
     put = lambda batch, k: {name: x[None] for name, x in batch.items()}
-    return task.measure(lambda batches: see(eval_step, params, batches, put), batches, corpus)[0]
+    return task.measure(None, lambda batches: see(eval_step, params, batches, put), batches, corpus)[0]
 
 
 def test_evaluation_equals_a_forward_pass_over_the_whole_text():

@@ -27,12 +27,14 @@ class Epoch(NamedTuple):
     do not see each other.  `features(i)` are the features of each example of unit i.
 
     A feature's name ends in the axes that it has in a batch.  `labels_BT` of an example of n tokens is an array [n];
-    `labels_BE` is one value for the whole example, `labels_BEN` an array [N].
+    `labels_BE` is one value for the whole example, `labels_BEN` an array [N].  Of an encoder-decoder, what ends in T is
+    of the decoder, and `source_tokens_BS` are the tokens that the encoder reads.
     """
 
     lengths: np.ndarray  # [number of units], tokens
     features: Callable[[int], list[Features]]
     counts: np.ndarray | None = None  # [number of units], examples in each; None: one
+    source_lengths: np.ndarray | None = None  # [number of units], tokens of the sources, where there are some
 
 
 class Examples(Protocol):
@@ -51,9 +53,19 @@ class Batches:
     An epoch's rows follow those of the one before it, so that no row is dropped where a batch does not divide an epoch.
     """
 
-    def __init__(self, examples: Examples, rows: int, length: int, most: int, seed: int | None):
-        """`most`: examples in a row E.  `seed`: of the shuffling; None: evaluation, each unit once."""
+    def __init__(
+        self,
+        examples: Examples,
+        rows: int,
+        length: int,
+        most: int,
+        seed: int | None,
+        source_length: int | None = None,
+    ):
+        """`most`: examples in a row E.  `seed`: of the shuffling; None: evaluation, each unit once.  `source_length`:
+        tokens of sources in a row, where there are some."""
         self.examples, self.rows, self.length, self.most, self.seed = examples, rows, length, most, seed
+        self.source_length = source_length
         self._epoch_starts = [0]  # index of each epoch's first row, as far as it is known
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
 
@@ -83,10 +95,13 @@ class Batches:
 
     def nothing(self) -> Features:
         """A batch of padding."""
-        fields = {"tokens_BT": np.int32, "segments_BT": np.int32, "positions_BT": np.int32, **self.examples.fields}
+        sides = ("{}_BT", "source_{}_BS") if self.source_length is not None else ("{}_BT",)
+        names = (side.format(name) for side in sides for name in ("tokens", "segments", "positions"))
+        fields = {**dict.fromkeys(names, np.int32), **self.examples.fields}
         if any("_BE" in name for name in fields):
             fields |= {"starts_BE": np.int32, "weights_BE": np.float32}
         sizes = {"B": self.rows, "T": self.length, "E": self.most, "N": self.examples.labels}
+        sizes["S"] = self.source_length or 0
         shape = lambda name: tuple(sizes[axis] for axis in name.rpartition("_")[2])
         return {name: np.zeros(shape(name), dtype) for name, dtype in fields.items()}
 
@@ -117,12 +132,11 @@ class Batches:
         """The units of epoch n and their rows: units are shuffled, packed, and the rows shuffled."""
         if self.seed is None:
             epoch = self.examples.epoch(None)
-            return epoch, pack(epoch.lengths, self.length, self.most, counts=epoch.counts)
+            return epoch, self._packed(epoch, np.arange(len(epoch.lengths)))
         epoch = self.examples.epoch(n)
         random = np.random.default_rng((self.seed, n, 0))
         order = random.permutation(len(epoch.lengths))
-        counts = None if epoch.counts is None else epoch.counts[order]
-        packed = pack(epoch.lengths[order], self.length, self.most, counts=counts)
+        packed = self._packed(epoch, order)
         shuffled = random.permutation(len(packed.starts) - 1)
         sizes = np.diff(packed.starts)[shuffled]
         starts = np.concatenate([[0], np.cumsum(sizes)])
@@ -130,25 +144,36 @@ class Batches:
         index = np.repeat(packed.starts[:-1][shuffled] - starts[:-1], sizes) + np.arange(starts[-1])
         return epoch, Rows(order[packed.examples[index]], starts)
 
+    def _packed(self, epoch: Epoch, order: np.ndarray) -> Rows:
+        """Rows of the units in this order, which they are numbered by."""
+        counts = None if epoch.counts is None else epoch.counts[order]
+        beside = None
+        if self.source_length is not None:
+            assert epoch.source_lengths is not None
+            beside = epoch.source_lengths[order], self.source_length
+        return pack(epoch.lengths[order], self.length, self.most, counts=counts, beside=beside)
+
 
 def _fill(batch: Features, b: int, units: list[list[Features]]) -> None:
     """Writes the examples of row b one after the other."""
-    start, e = 0, 0
+    start, source_start, e = 0, 0, 0
     for group, examples in enumerate(units, start=1):
         for features in examples:
             end = start + len(features["tokens_BT"])
-            batch["segments_BT"][b, start:end] = e + 1
-            batch["positions_BT"][b, start:end] = np.arange(end - start)
+            source_end = source_start + len(features.get("source_tokens_BS", ()))
+            places = {"T": np.s_[b, start:end], "S": np.s_[b, source_start:source_end]}
+            batch["segments_BT"][places["T"]] = e + 1
+            batch["positions_BT"][places["T"]] = np.arange(end - start)
+            if "source_tokens_BS" in batch:
+                batch["source_segments_BS"][places["S"]] = e + 1
+                batch["source_positions_BS"][places["S"]] = np.arange(source_end - source_start)
             if "starts_BE" in batch:
                 batch["starts_BE"][b, e], batch["weights_BE"][b, e] = start, 1
             if "groups_BE" in batch:
                 batch["groups_BE"][b, e] = group
             for name, value in features.items():
-                if name.endswith("_BT"):
-                    batch[name][b, start:end] = value
-                else:
-                    batch[name][b, e] = value
-            start, e = end, e + 1
+                batch[name][places.get(name.rpartition("_")[2][1], (b, e))] = value
+            start, source_start, e = end, source_end, e + 1
 
 
 def prefetch(batch_at: Callable[[int], Features], start: int, stop: int, ahead: int = 4) -> Iterator[Features]:

@@ -15,14 +15,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxlm.config import DataConfig, MaskedLM, RunConfig
+from jaxlm.config import DataConfig, RunConfig
 from jaxlm.data import source, tfds
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 
 _FORMAT = 1  # of the files below; a new number makes everything anew
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+# How a document is divided into sentences; together they are the document, white space included.
+_SENTENCES: dict[str, Callable[[str], list[str]]] = {
+    "line": lambda text: text.splitlines(keepends=True),
+    "punctuation": re.compile(r"(?<=[.!?])(?=\s)").split,
+    "whole": lambda text: [text],
+}
 
 
 class Corpus(NamedTuple):
@@ -58,7 +63,7 @@ class Prepared(NamedTuple):
 
 def prepare(run: RunConfig, say: Callable[[str], None] = print) -> Prepared:
     """Reads, cleans and tokenizes the data of a run, or finds it in the cache.  Raises UserError for bad data."""
-    data, sentences = run.data, run.task.sentences if isinstance(run.task, MaskedLM) else None
+    data, sentences = run.data, getattr(run.task, "sentences", None)
     assert run.model is not None
     fingerprint = source.fingerprint(data.path) + (source.fingerprint(data.eval_path) if data.eval_path else "")
     told = dataclasses.replace(data, path="", eval_path="", length=0, cache="")
@@ -67,6 +72,7 @@ def prepare(run: RunConfig, say: Callable[[str], None] = print) -> Prepared:
         "data": [fingerprint, dataclasses.asdict(told), sentences],
         "tokenizer": dataclasses.asdict(run.tokenizer),
         "vocabulary": run.model.vocabulary,
+        "two": run.model.structure == "encoder_decoder",
     }
     if run.tokenizer.path:
         made_of["tokenizer"] |= {"path": source.fingerprint(run.tokenizer.path)}
@@ -116,13 +122,14 @@ def _build_in(run: RunConfig, sentences: str | None, folder: Path, say: Callable
     else:
         say(f"training a {run.tokenizer.train} tokenizer of {run.model.vocabulary:,} tokens")
         texts = _limited(train(), run.tokenizer.max_training_characters)
-        tokenizer = tokenizers.train(texts, run.tokenizer, run.model.vocabulary)
+        ended = run.model.structure == "encoder_decoder"
+        tokenizer = tokenizers.train(texts, run.tokenizer, run.model.vocabulary, ended=ended)
     if tokenizer.size > run.model.vocabulary:
         raise UserError(
             f"the tokenizer has ids up to {tokenizer.size - 1}, the model's vocabulary is {run.model.vocabulary}; "
             f"raise it with --model.vocabulary {tokenizer.size}"
         )
-    split = {None: None, "line": str.splitlines, "punctuation": _SENTENCE_END.split}[sentences]
+    split = None if sentences is None else _SENTENCES[sentences]
     for name, texts in {"train": train(rows), "held_out": held_out()}.items():
         say(f"tokenizing the {name.replace('_', '-')} text")
         corpus = _write(texts, tokenizer, split, folder / name)

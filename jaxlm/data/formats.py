@@ -2,6 +2,7 @@
 
     csv      .csv               comma-separated, quoted as in RFC 4180, with a header or the names `data.columns`
     tsv      .tsv               tab-separated, else the same; quotes mean nothing, as in GLUE's files
+    quoted_tsv  (data.format)   tab-separated, quoted like csv
     jsonl    .jsonl .json       one JSON object on each line
     parquet  .parquet           read in batches
     conll    .conll .iob .bio   a token and its tag on each line, blank lines between texts: columns tokens and tags
@@ -83,6 +84,13 @@ def file_rows(file: Path, data: DataConfig) -> Iterator[tuple[Place, Row]]:
     """Every row of a file with its place, its strings not yet checked to be Unicode."""
     with _opened(file) as stream:
         yield from READERS[format_of(file, data)](file, stream, data)
+
+
+def text_lines(file: Path, data: DataConfig) -> Iterator[tuple[Place, str]]:
+    """Every line of a plain text file with its place, blank ones too, without its end."""
+    with _opened(file) as stream:
+        for number, line in enumerate(_lines(file, stream, data), start=1):
+            yield Place(str(file), number), _without_end(line)
 
 
 def _charset(name: str) -> str:
@@ -204,8 +212,10 @@ def _csv_rows(file: Path, stream: IO[bytes], data: DataConfig) -> Iterator[tuple
     # The module's limit of 128 KiB for a field is its only guard against a quote that never closes; `strict` finds that
     # at the end of the file, and documents are longer.
     csv.field_size_limit(_MIB << 10)
-    tabs: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-    reader = csv.reader(_lines(file, stream, data), strict=True, **(tabs if format_of(file, data) == "tsv" else {}))
+    kind = format_of(file, data)
+    marks: dict[str, Any] = {} if kind == "csv" else {"delimiter": "\t"}
+    marks |= {"quoting": csv.QUOTE_NONE} if kind == "tsv" else {}
+    reader = csv.reader(_lines(file, stream, data), strict=True, **marks)
     names: Sequence[str] = data.columns
     line = 1
     try:
@@ -363,6 +373,7 @@ READERS = {
     "text": _text_rows,
     "csv": _csv_rows,
     "tsv": _csv_rows,
+    "quoted_tsv": _csv_rows,
     "jsonl": _json_rows,
     "parquet": _parquet_rows,
     "conll": _conll_rows,

@@ -21,7 +21,7 @@ import numpy as np
 from jaxlm.config import DataConfig
 from jaxlm.data import tfds
 from jaxlm.data.clean import clean
-from jaxlm.data.formats import SUFFIXES, Place, Row, file_rows, format_of, suffix_of
+from jaxlm.data.formats import SUFFIXES, Place, Row, file_rows, format_of, suffix_of, text_lines
 from jaxlm.errors import UserError, perhaps
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
@@ -92,6 +92,47 @@ def rows(path: str, data: DataConfig, split: str, report: Counter | None = None)
             valid = _utf8(place, row, data, report)
             if valid is not None:
                 yield place, valid
+
+
+def aligned(
+    path: str, target_path: str, data: DataConfig, report: Counter | None = None
+) -> Iterator[tuple[Place, Row]]:
+    """Line n of one text beside line n of another, as rows {data.text: line, "target": line}; of folders and globs,
+    file by file.  Pairs of blank lines are left out.
+
+    Raises UserError where one has more lines: how many each has, and the line from which they look shifted.
+    """
+    report = Counter() if report is None else report
+    pairs = files(path), files(target_path)
+    if len(pairs[0]) != len(pairs[1]):
+        raise UserError(
+            f"{path} stands for {len(pairs[0])} files, {target_path} for {len(pairs[1])}; give a target for each"
+        )
+    for file, target in zip(*pairs):
+        lines, targets = list(text_lines(file, data)), list(text_lines(target, data))
+        if len(lines) != len(targets):
+            n = _parting([len(line) for _, line in lines], [len(line) for _, line in targets])
+            shown = [repr(some[n][1][:60]) if n < len(some) else "nothing" for some in (lines, targets)]
+            raise UserError(
+                f"{file} has {len(lines):,} lines, {target} has {len(targets):,}; they look shifted from line {n + 1}: "
+                f"{shown[0]} beside {shown[1]}; align the files"
+            )
+        for (place, line), (_, beside) in zip(lines, targets):
+            report["rows"] += 1
+            row = _utf8(place, {data.text: line, "target": beside}, data, report)
+            if row is not None and (line.strip() or beside.strip()):
+                yield place, row
+
+
+def _parting(sizes: list[int], others: list[int]) -> int:
+    """The line from which two texts of unequal length go together best if those of the longer one are moved up: up to
+    it lengths resemble each other as they stand, from it on by the difference in number further."""
+    if len(sizes) > len(others):
+        sizes, others = others, sizes
+    a, b, by = np.log1p(sizes), np.log1p(others), len(others) - len(sizes)
+    before = np.concatenate([[0], np.cumsum(np.abs(a - b[: len(a)]))])
+    after = np.concatenate([np.cumsum(np.abs(a - b[by:])[::-1])[::-1], [0]])
+    return int((before + after).argmin())
 
 
 def files(path: str) -> list[Path]:

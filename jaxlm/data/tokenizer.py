@@ -277,8 +277,10 @@ def load(path: str | Path) -> Tokenizer:
     return tokenizer
 
 
-def train(texts: Iterable[str], config: TokenizerConfig, vocabulary: int) -> Tokenizer:
+def train(texts: Iterable[str], config: TokenizerConfig, vocabulary: int, *, ended: bool = False) -> Tokenizer:
     """A tokenizer of `vocabulary` ids, learnt from texts; the same texts in the same order give the same one.
+
+    ended: `</s>` stands after each text that is framed, as an encoder-decoder reads and writes it.
 
     `config.train` is the kind.  "unigram" (Kudo 2018) and "bpe" (Sennrich et al. 2016) over characters, rare ones in
     bytes; "byte_bpe" over bytes, as in GPT-2; "wordpiece" as in BERT, not lossless; "characters", one id for each seen.
@@ -287,7 +289,10 @@ def train(texts: Iterable[str], config: TokenizerConfig, vocabulary: int) -> Tok
     Raises UserError, with the nearest size that works, when `vocabulary` is too small or more than the text gives
     ("characters" takes as many ids as it needs).
     """
-    kind = config.train
+    kind, sentinels = config.train, [f"<extra_id_{i}>" for i in range(config.sentinels)]
+    if not 0 <= config.sentinels < vocabulary:
+        raise UserError(f"tokenizer.sentinels is {config.sentinels}; it must lie in 0 to {vocabulary - 1}")
+    vocabulary -= len(sentinels)
     texts = iter(texts)
     first = next((text for text in texts if text.strip()), None)
     if first is None:
@@ -297,16 +302,23 @@ def train(texts: Iterable[str], config: TokenizerConfig, vocabulary: int) -> Tok
         model = _train_sentencepiece(texts, kind, vocabulary)
         proto = pieces.parsed(model)
         backend = pieces.translated(proto, pieces.pieces_of(proto), lossless=True)
-        return Tokenizer(*_with_special(backend), files={"tokenizer.model": model})
+        return Tokenizer(*_with_special(backend, ended, sentinels), files={"tokenizer.model": model})
     make = {"byte_bpe": _train_byte_bpe, "wordpiece": _train_wordpiece, "characters": _train_characters}[kind]
-    tokenizer = Tokenizer(*_with_special(make(texts, config, vocabulary)), files={})
+    tokenizer = Tokenizer(*_with_special(make(texts, config, vocabulary), ended, sentinels), files={})
+    vocabulary += len(sentinels)
     if tokenizer.size > vocabulary or (tokenizer.size < vocabulary and kind != "characters"):
         raise _wrong_size(kind, vocabulary, tokenizer.size)
     return tokenizer
 
 
-def _with_special(backend: tokenizers.Tokenizer) -> tuple[tokenizers.Tokenizer, dict[str, str | None]]:
-    return backend, vocabularies.special(backend)
+def _with_special(
+    backend: tokenizers.Tokenizer, ended: bool, sentinels: list[str]
+) -> tuple[tokenizers.Tokenizer, dict[str, str | None]]:
+    backend.add_special_tokens(sentinels)  # with the next ids
+    special = vocabularies.special(backend)
+    if ended and (around := vocabularies.processor(backend, ("$A eos", "$A eos $B:1 eos:1"), special)):
+        backend.post_processor = around
+    return backend, special
 
 
 def _wrong_size(kind: str, vocabulary: int, works: int) -> UserError:

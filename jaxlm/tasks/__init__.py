@@ -13,11 +13,13 @@ from jaxlm.data.corpus import Prepared
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.tasks import multi_task, reading
 from jaxlm.tasks.classification import ClassificationTask
+from jaxlm.tasks.denoising import InfillingTask, SpanCorruptionTask
 from jaxlm.tasks.multi_task import TaskMixture
 from jaxlm.tasks.multiple_choice import MultipleChoiceTask
 from jaxlm.tasks.pretraining import CausalLMTask, MaskedLMTask
 from jaxlm.tasks.question_answering import QuestionAnsweringTask
 from jaxlm.tasks.records import RecordTask
+from jaxlm.tasks.seq2seq import Seq2SeqTask
 from jaxlm.tasks.similarity import SimilarityTask
 from jaxlm.tasks.tagging import TaggingTask
 from jaxlm.tasks.task import Task
@@ -25,11 +27,14 @@ from jaxlm.tasks.task import Task
 TASKS: dict[type, Any] = {
     config.CausalLM: CausalLMTask,
     config.MaskedLM: MaskedLMTask,
+    config.SpanCorruption: SpanCorruptionTask,
+    config.Infilling: InfillingTask,
     config.Classification: ClassificationTask,
     config.Tagging: TaggingTask,
     config.QuestionAnswering: QuestionAnsweringTask,
     config.Similarity: SimilarityTask,
     config.MultipleChoice: MultipleChoiceTask,
+    config.Seq2Seq: Seq2SeqTask,
     config.MultiTask: TaskMixture,
 }
 

@@ -126,13 +126,13 @@ class TaskMixture(Task):
     def weights(self, batch: Batch) -> dict[str, jax.Array]:
         return {f"{name}/loss": part.weights(_view(batch, name))["loss"] for name, part in self.parts.items()}
 
-    def measure(self, see: Callable[[Any], Seen], batches: Parts, part: Parts) -> tuple[dict[str, float], Any]:
+    def measure(self, lm: LM, see: Callable[[Any], Seen], batches: Parts, part: Parts) -> tuple[dict[str, float], Any]:
         """All scores of each part; `mean` is of the score that each part ranks by."""
         scores: dict[str, float] = {}
         found, loss, ranked = {}, 0.0, []
         for name, one in self.parts.items():
             alone = lambda batches, name=name: _seen_of(see(batches), name)
-            own, found[name] = one.measure(alone, batches[name], part[name])
+            own, found[name] = one.measure(lm, alone, batches[name], part[name])
             scores |= {f"{name}/{score}": value for score, value in own.items()}
             loss += own["loss"]
             ranked.append(own[one.best])

@@ -17,6 +17,7 @@ from jaxlm.data.corpus import Corpus
 from jaxlm.data.corrupt import mask_tokens, words
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
+from jaxlm.lm import LM
 from jaxlm.losses import Losses, accuracy, cross_entropy
 from jaxlm.nn.transformer import Transformer, apply
 from jaxlm.tasks.states import hidden
@@ -50,7 +51,9 @@ class CausalLMTask(Task):
             return {"loss": cross_entropy(logits_BTV, *labels, self.task.label_smoothing)}, {}
         return {"loss": cross_entropy(logits_BTV, *labels), "accuracy": accuracy(logits_BTV, *labels)}, {}
 
-    def measure(self, see: Callable[[Any], Seen], batches: Batches, part: Corpus) -> tuple[dict[str, float], Any]:
+    def measure(
+        self, lm: LM, see: Callable[[Any], Seen], batches: Batches, part: Corpus
+    ) -> tuple[dict[str, float], Any]:
         seen = see(batches)
         means = seen.means
         return {
@@ -156,7 +159,9 @@ class MaskedLMTask(Task):
             found["next_sentence_accuracy"] = accuracy(logits_BE2, *labels)
         return found, {}
 
-    def measure(self, see: Callable[[Any], Seen], batches: Batches, part: Corpus) -> tuple[dict[str, float], Any]:
+    def measure(
+        self, lm: LM, see: Callable[[Any], Seen], batches: Batches, part: Corpus
+    ) -> tuple[dict[str, float], Any]:
         means = see(batches).means
         return {
             "loss": means["masked_lm_loss"] + means.get("next_sentence_loss", 0.0),

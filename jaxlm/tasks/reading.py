@@ -46,10 +46,10 @@ def prepare(
     Raises UserError for bad data, with file and line.
     """
     data, counts = run.data, Counter[str]()
-    read = lambda path, split: load(kind, run, path, split, counts)
-    train = whole = read(data.path, data.split)
+    read = lambda path, target, split: load(kind, run, path, target, split, counts)
+    train = whole = read(data.path, data.target_path, data.split)
     if data.eval_path or (data.eval_split and tfds.is_tfds(data.path)):
-        held_out = read(data.eval_path or data.path, data.eval_split or data.split)
+        held_out = read(data.eval_path or data.path, data.eval_target_path, data.eval_split or data.split)
     else:
         train, held_out = split(kind, run.task, train, data.eval_fraction, data.eval_seed)
     for part, name, path in ((train, "training", data.path), (held_out, "held-out", data.eval_path or data.path)):
@@ -61,19 +61,20 @@ def prepare(
     other = "name all labels with --task.names" if hasattr(run.task, "names") else "give training rows with it"
     check_labels(kind, held_out, names, f"mend it, or {other}")
     fingerprint = hashlib.sha256()
-    for path in (data.path, data.eval_path):
+    for path in (data.path, data.target_path, data.eval_path, data.eval_target_path):
         fingerprint.update(source.fingerprint(path).encode() if path else b"")
-    told = asdict(replace(data, path="", eval_path="", cache=""))
+    told = asdict(replace(data, path="", target_path="", eval_path="", eval_target_path="", cache=""))
     fingerprint.update(json.dumps(told, sort_keys=True).encode())
     if tokenizer is None:
         tokenizer = tokenizers.load(run.tokenizer.path) if run.tokenizer.path else _trained(run, kind, train, say)
     return Prepared(tokenizer, train, held_out, dict(counts), fingerprint.hexdigest()[:16], names)
 
 
-def load(kind: type[RecordTask], run: RunConfig, path: str, split: str, counts: Counter) -> Records:
+def load(kind: type[RecordTask], run: RunConfig, path: str, target_path: str, split: str, counts: Counter) -> Records:
     """All records of a path, each with its label."""
     part = Records([], [])
-    for place, row in source.rows(path, run.data, split, counts):
+    aligned = source.aligned(path, target_path, run.data, counts) if target_path else None
+    for place, row in aligned or source.rows(path, run.data, split, counts):
         record = kind.read(run.task, row, place)
         if record is None:
             counts["dropped"] += 1
@@ -126,7 +127,8 @@ def check_labels(
 def _trained(run: RunConfig, kind: type[RecordTask], part: Records, say: Callable[[str], None]) -> Tokenizer:
     assert run.model is not None
     say(f"training a {run.tokenizer.train} tokenizer of {run.model.vocabulary:,} tokens")
-    return tokenizers.train(chain.from_iterable(map(kind.texts, part.records)), run.tokenizer, run.model.vocabulary)
+    texts, ended = chain.from_iterable(map(kind.texts, part.records)), run.model.structure == "encoder_decoder"
+    return tokenizers.train(texts, run.tokenizer, run.model.vocabulary, ended=ended)
 
 
 # Columns of rows

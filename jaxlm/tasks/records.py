@@ -30,6 +30,7 @@ from jaxlm.data.batches import Batch, Epoch, Features
 from jaxlm.data.formats import Place, Row
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
+from jaxlm.lm import LM
 from jaxlm.losses import Losses, Sum
 from jaxlm.nn.transformer import Transformer, apply
 from jaxlm.report import Table
@@ -161,10 +162,18 @@ class RecordTask(Task):
             found[examples.record_of[unit]].append([a | b for a, b in zip(of_unit, kept)])
         return [self.predict(record, outputs) for record, outputs in zip(records, found)]
 
-    def measure(self, see: Callable[[Any], Seen], batches: Any, part: Records) -> tuple[dict[str, float], list[Row]]:
+    def tell(
+        self, lm: LM, see: Callable[[Any], Seen], batches: Any, records: Sequence[Record]
+    ) -> tuple[list[Row], dict[str, float]]:
+        """The prediction for each record, in order, and the means of what `losses` sums."""
         seen = see(batches)
-        found = self.predictions(part.records, batches, seen.outputs)
-        return {"loss": seen.means["loss"], **self.score(part.records, found)}, found
+        return self.predictions(records, batches, seen.outputs), seen.means
+
+    def measure(
+        self, lm: LM, see: Callable[[Any], Seen], batches: Any, part: Records
+    ) -> tuple[dict[str, float], list[Row]]:
+        found, means = self.tell(lm, see, batches, part.records)
+        return {"loss": means["loss"], **self.score(part.records, found)}, found
 
 
 def mistakes(head: tuple[str, ...], wrong: list[tuple[float, list[str]]], count: int, what: str) -> Table:
@@ -194,25 +203,25 @@ class RecordExamples:
                     for name, value in features.items():
                         columns.setdefault(name, []).append(value)
         self.record_of, self.counts = np.array(record_of, np.int64), np.array(counts, np.int64)
-        ends = np.cumsum([len(tokens) for tokens in columns["tokens_BT"]], dtype=np.int64)
-        self._tokens = np.concatenate([[0], ends])  # of each example, and of each unit the examples:
+        ends = lambda name: np.cumsum([0, *map(len, columns.get(name, ()))], dtype=np.int64)
+        # Where each example's tokens begin, on both sides; and of each unit its examples.
+        self._starts = {"T": ends("tokens_BT"), "S": ends("source_tokens_BS")}
         self._examples = np.concatenate([[0], np.cumsum(self.counts)])
         self._columns = {name: _flat(name, column) for name, column in columns.items()}
 
     def epoch(self, n: int | None) -> Epoch:
-        return Epoch(np.diff(self._tokens[self._examples]), self._features, self.counts)
+        lengths = lambda side: np.diff(self._starts[side][self._examples])
+        sources = lengths("S") if "source_tokens_BS" in self._columns else None
+        return Epoch(lengths("T"), self._features, self.counts, sources)
 
     def of(self, i: int, names: Iterable[str]) -> list[Features]:
         """Some features of each example of unit i."""
-        return [
-            {
-                name: self._columns[name][self._tokens[e] : self._tokens[e + 1]]
-                if name.endswith("_BT")
-                else self._columns[name][e]
-                for name in names
-            }
-            for e in range(self._examples[i], self._examples[i + 1])
-        ]
+
+        def one(name: str, e: int) -> Any:
+            starts = self._starts.get(name.rpartition("_")[2][1])
+            return self._columns[name][e if starts is None else slice(starts[e], starts[e + 1])]
+
+        return [{name: one(name, e) for name in names} for e in range(self._examples[i], self._examples[i + 1])]
 
     def _features(self, i: int) -> list[Features]:
         return self.of(i, [name for name in self._columns if name not in self.kept])
@@ -220,7 +229,7 @@ class RecordExamples:
 
 def _flat(name: str, column: list[Any]) -> np.ndarray:
     """One array of what many examples have, laid end to end where it is per token."""
-    if not name.endswith("_BT"):
+    if not name.endswith(("_BT", "_BS")):
         return np.array(column)
     if column and isinstance(column[0], np.ndarray):
         return np.concatenate(column)

@@ -15,9 +15,12 @@ _MODES = {"first": "cls", "last": "lasttoken", "mean": "mean"}  # of `ModelConfi
 
 
 def hidden(module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
-    """Hidden states [B, T, D] of a packed batch; `key` is for dropout."""
-    inputs = batch["tokens_BT"], batch["segments_BT"], batch["positions_BT"], batch.get("types_BT")
-    return apply(module, params, *inputs, key=key)
+    """Hidden states [B, T, D] of a packed batch, of an encoder-decoder the decoder's; `key` is for dropout."""
+    inputs = batch["tokens_BT"], batch["segments_BT"], batch["positions_BT"]
+    if "source_tokens_BS" in batch:
+        source = batch["source_tokens_BS"], batch["source_segments_BS"], batch["source_positions_BS"]
+        return apply(module, params, *source, None, *inputs, key=key)
+    return apply(module, params, *inputs, batch.get("types_BT"), key=key)
 
 
 def of_examples(x_BTD: jax.Array, batch: Batch, where: str) -> jax.Array:

@@ -36,6 +36,7 @@ class Task(ABC):
     head: Any = None  # of the model, that it reads; None: hidden states
     scores: tuple[str, ...] = ("loss",)  # by the first the best checkpoint is chosen; higher is better, but for "loss"
     most: int  # examples in a row E
+    source_length: int | None = None  # tokens of the sources in a row S; None: there are no sources
     config_keys: Mapping[str, Any] = {}  # what the exported config.json says of the task
     exported_as: Mapping[str, str] = {}  # class of transformers -> one for the same tensors that does this task
     pooling = Pooling()  # of vectors, where the task reads them
@@ -51,7 +52,7 @@ class Task(ABC):
 
     def batches(self, part: Any, rows: int, length: int, seed: int | None) -> Any:
         """Batches of a part of the data: for training; or, where there is no seed, for evaluation."""
-        return Batches(self.examples(part, seed is not None), rows, length, self.most, seed)
+        return Batches(self.examples(part, seed is not None), rows, length, self.most, seed, self.source_length)
 
     @abstractmethod
     def losses(self, module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> Losses:
@@ -65,14 +66,14 @@ class Task(ABC):
         """Those of the `losses` that are minimised, and what each is divided by: its weight in all micro-batches."""
 
     @abstractmethod
-    def measure(self, see: Callable[[Any], Seen], batches: Any, part: Any) -> tuple[dict[str, float], Any]:
+    def measure(self, lm: LM, see: Callable[[Any], Seen], batches: Any, part: Any) -> tuple[dict[str, float], Any]:
         """The scores of a part of the data, and the predictions that they are of, where there are some.
 
-        see: runs over all batches.
+        lm: the model that is measured.  see: runs it over all batches.
         """
 
     def configured(self, model: ModelConfig) -> ModelConfig:
-        """The model with the head that the task reads."""
+        """The model with the head that the task reads.  A task may note what its features depend on."""
         return model
 
     def module(self, kind: type[Transformer]) -> type[Transformer]:

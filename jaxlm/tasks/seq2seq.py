@@ -1,0 +1,217 @@
+"""A text for a text: translations, summaries, answers.  An encoder-decoder reads the source in its encoder; a decoder
+reads it before the target, and what it reads is not learned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxlm import config, metrics
+from jaxlm.config import ModelConfig
+from jaxlm.data.batches import Batch, Features
+from jaxlm.data.formats import Place, Row
+from jaxlm.errors import UserError
+from jaxlm.generate import generate
+from jaxlm.lm import LM
+from jaxlm.losses import Losses, accuracy, cross_entropy
+from jaxlm.nn.transformer import Transformer
+from jaxlm.report import Section, Table
+from jaxlm.tasks.denoising import ending
+from jaxlm.tasks.reading import Record, Records, column
+from jaxlm.tasks.records import LONGEST, RecordTask, stand_in
+from jaxlm.tasks.task import Seen
+
+_SCORE: dict[str, tuple[tuple[str, ...], Callable[..., dict[str, float]]]] = {
+    "translation": (("bleu", "chrf"), metrics.translation),
+    "summary": (("rouge1", "rouge2", "rougeL", "rougeLsum"), metrics.summaries),
+    "answer": (("exact", "f1"), metrics.answers),
+}
+_SHOWN = 20  # texts in the report
+
+
+class GenerationTask(RecordTask):
+    """Base of the tasks whose prediction is a text: what is learned of it, and how it is generated and scored.
+
+    A task below it says what a record reads (`prompts`) and what is to be written after it (`answers`), as token ids.
+    """
+
+    head = "lm"
+    fields: Mapping[str, type] = {"labels_BT": np.int32, "weights_BT": np.float32}
+    decoding: config.Decoding
+    scored: int = 0  # held-out records that are generated for scores; 0: all
+    start: int | None = None  # what an encoder-decoder's decoder reads first; None: what its target ends with (mBART)
+
+    def configured(self, model: ModelConfig) -> ModelConfig:
+        if model.structure == "encoder":
+            raise UserError("the model is an encoder, which writes no text; start from a decoder or an encoder-decoder")
+        two = model.structure == "encoder_decoder"
+        self.start = model.start_token
+        self.source_length = (getattr(self.task, "source_length", 0) or self.length) if two else None
+        return super().configured(model)
+
+    @property
+    def end(self) -> int:
+        """The token after a text."""
+        return ending(self.tokenizer)
+
+    def prompts(self, records: Sequence[Record]) -> list[list[int]]:
+        """The tokens that are read for each record."""
+        raise NotImplementedError
+
+    def answers(self, records: Sequence[Record]) -> list[list[int]]:
+        """The tokens that are to be written for each record, the end included; the end alone where it has no label."""
+        raise NotImplementedError
+
+    def features(self, records: Sequence[Record], training: bool) -> Iterator[list[list[Features]]]:
+        make = self._one_stack if self.source_length is None else self._two_stacks
+        for prompt, answer in zip(self.prompts(records), self.answers(records)):
+            yield [[make(prompt, answer)]]
+
+    def _two_stacks(self, source: list[int], target: list[int]) -> Features:
+        """The source for the encoder; for the decoder the target, moved right behind the start token."""
+        target = target[: self.length]
+        first = target[-1] if self.start is None else self.start
+        return {
+            "source_tokens_BS": np.array(source[: self.source_length], np.int32),
+            "tokens_BT": np.array([first, *target[:-1]], np.int32),
+            "labels_BT": np.array(target, np.int32),
+            "weights_BT": np.ones(len(target), np.float32),
+        }
+
+    def _one_stack(self, prompt: list[int], answer: list[int]) -> Features:
+        """The prompt and the answer in one text, of which the answer is learned; the prompt loses its beginning where
+        both are too long together."""
+        answer = answer[: self.length]
+        prompt = prompt[-(self.length + 1 - len(answer)) :]
+        tokens = np.array([*prompt, *answer], np.int32)
+        learned = np.arange(1, len(tokens)) >= len(prompt)
+        return {"tokens_BT": tokens[:-1], "labels_BT": tokens[1:], "weights_BT": learned.astype(np.float32)}
+
+    def loss(self, logits: jax.Array, batch: Batch, training: bool) -> Any:
+        smoothing = self.task.label_smoothing if training else 0.0
+        return cross_entropy(logits, batch["labels_BT"], batch["weights_BT"], smoothing)
+
+    def losses_of(
+        self, module: Transformer, params: Any, x_BTD: jax.Array, batch: Batch, key: jax.Array | None
+    ) -> Losses:
+        logits = self.logits(module, params, x_BTD, batch, key)
+        found = {"loss": self.loss(logits, batch, key is not None)}
+        if key is None:
+            found["accuracy"] = accuracy(logits, batch["labels_BT"], batch["weights_BT"])
+        return found, {}
+
+    def outputs(self, logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+        return {}
+
+    def predict(self, record: Record, outputs: Any) -> Row:
+        return {"prediction": outputs}
+
+    def written(self, lm: LM, records: Sequence[Record]) -> list[Row]:
+        """The text that the model writes for each record."""
+        prompts = self.prompts(records)
+        if self.source_length is not None:
+            prompts = [prompt[: self.source_length] for prompt in prompts]
+        decoding = replace(self.decoding, n_best=1, too_long="truncate")
+        found = generate(lm, prompts, decoding, stop_tokens=(self.end,), return_tokens=True)
+        return [self.predict(record, self.tokenizer.target.decode(ids)) for record, ids in zip(records, found)]
+
+    def tell(
+        self, lm: LM, see: Callable[[Any], Seen], batches: Any, records: Sequence[Record]
+    ) -> tuple[list[Row], dict[str, float]]:
+        labelled = all("label" in record for record in records)
+        return self.written(lm, records), self._means(see(batches)) if labelled else {}
+
+    def measure(
+        self, lm: LM, see: Callable[[Any], Seen], batches: Any, part: Records
+    ) -> tuple[dict[str, float], list[Row]]:
+        some = part.records[: self.scored or None]
+        found = self.written(lm, some)
+        return {**self._means(see(batches)), **self.score(some, found)}, found
+
+    @staticmethod
+    def _means(seen: Seen) -> dict[str, float]:
+        means = seen.means
+        return {"loss": means["loss"], "perplexity": math.exp(min(means["loss"], 700)), "accuracy": means["accuracy"]}
+
+
+class Seq2SeqTask(GenerationTask):
+    """`config.Seq2Seq`, by the head "lm"."""
+
+    task: config.Seq2Seq
+
+    def __init__(self, *parts: Any):
+        super().__init__(*parts)
+        self.scores = _SCORE[self.task.scored_as][0]
+        self.decoding, self.scored = self.task.decoding, self.task.generated
+
+    @classmethod
+    def read(cls, task: config.Seq2Seq, row: Row, place: Place) -> Record | None:
+        record: Record = {"source": _text(column(row, task.source, place, "--task.source"), place, task.source)}
+        value = row.get(task.target)
+        if value is not None:
+            several = value if isinstance(value, (list, tuple, np.ndarray)) else [value]
+            record["label"] = tuple(_text(text, place, task.target) for text in several)
+        sides = {task.source: (record["source"],), task.target: record.get("label", ("-",))}
+        for name, texts in sides.items():
+            if not any(text.strip() for text in texts):
+                if task.empty == "drop":
+                    return None
+                raise UserError(f"{place}: column {name!r} is empty; mend the row, or set --task.empty drop")
+        return record
+
+    @classmethod
+    def labelled(cls, task: config.Seq2Seq, row: Row, record: Record, place: Place) -> None:
+        if "label" not in record:
+            column(row, task.target, place, "--task.target")
+            raise UserError(f"{place}: the row has no text in column {task.target!r}; give one, or leave the row out")
+
+    @classmethod
+    def texts(cls, record: Record) -> Iterable[str]:
+        return [record["source"], *record["label"]]
+
+    def prompts(self, records: Sequence[Record]) -> list[list[int]]:
+        texts = [self.task.prefix + record["source"] + self.task.suffix for record in records]
+        if self.source_length is None:
+            start = [] if self.tokenizer.bos is None else [self.tokenizer.bos]
+            return [start + ids or [stand_in(self.tokenizer)] for ids in self.tokenizer.encode_batch(texts)]
+        # The end of a source is kept where it is cut: a model has never read one without.
+        framed = self.tokenizer.frame(texts, max_length=self.source_length)
+        return [ids or [stand_in(self.tokenizer)] for ids, _ in framed]
+
+    def answers(self, records: Sequence[Record]) -> list[list[int]]:
+        texts = [record["label"][0] if record.get("label") else "" for record in records]
+        if self.source_length is None:
+            return [[*ids[: self.length - 1], self.end] for ids in self.tokenizer.target.encode_batch(texts)]
+        framed = self.tokenizer.target.frame(texts, max_length=self.length)
+        return [ids or [self.end] for ids, _ in framed]
+
+    def score(self, records: Sequence[Record], predictions: Sequence[Row]) -> dict[str, float]:
+        texts = [prediction["prediction"] for prediction in predictions]
+        return _SCORE[self.task.scored_as][1]([record["label"] for record in records], texts)
+
+    def sections(self, part: Records, predictions: Sequence[Row]) -> list[Section]:
+        cut = lambda text: text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
+        rows = [
+            [cut(record["source"]), cut(" | ".join(record["label"])), cut(prediction["prediction"])]
+            for record, prediction in islice(zip(part.records, predictions), _SHOWN)
+        ]
+        note = "The first of the held-out part."
+        if self.task.scored_as == "translation" and predictions:
+            said = metrics.translation_signatures([r["label"] for r, _ in zip(part.records, predictions)])
+            note += f" BLEU: {said['bleu']}; chrF: {said['chrf']}."
+        return [Table("Generated texts", ("source", "reference", "generated"), rows, note)]
+
+
+def _text(value: Any, place: Place, name: str) -> str:
+    """The text in a cell; of a list of sentences, these joined."""
+    if isinstance(value, (list, tuple, np.ndarray)) and all(isinstance(part, str) for part in value):
+        return " ".join(value)
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"{place}: column {name!r} holds {type(value).__name__} {value!r:.60}, not text")
+    return value or ""

@@ -1,0 +1,146 @@
+"""Span corruption and infilling: what is taken out can be put back; lengths are known before; runs end to end."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import jaxlm
+from jaxlm import DataConfig, Infilling, RunConfig, SpanCorruption, TokenizerConfig, UserError
+from jaxlm.data.corrupt import corrupt_spans, corrupted_lengths, infill
+from jaxlm.families import PRESETS
+from jaxlm.tasks import make_task, prepare
+
+MASK, END = -5, -1000
+SENTINELS = -1 - np.arange(200)
+
+
+@settings(deadline=None)
+@given(st.integers(2, 400), st.floats(0.01, 0.95), st.floats(1, 12), st.integers(0, 2**32 - 1))
+def test_what_is_taken_out_can_be_put_back(n, rate, span, seed):
+    tokens = 1000 + np.arange(n)
+    random = np.random.default_rng(seed)
+    source, target = corrupt_spans(tokens, random, rate=rate, span=span, sentinels=SENTINELS, end=END)
+    assert (len(source), len(target)) == corrupted_lengths(n, rate, span)
+    assert source[-1] == target[-1] == END
+    taken: dict[int, list[int]] = {}
+    for token in target[:-1].tolist():
+        if token < 0:
+            taken[token] = spans = []
+        else:
+            spans.append(token)
+    restored = [t for token in source[:-1].tolist() for t in (taken[token] if token < 0 else [token])]
+    assert restored == tokens.tolist()
+    assert list(taken) == SENTINELS[: len(taken)].tolist() and all(taken.values())
+
+
+@settings(deadline=None)
+@given(st.integers(1, 400), st.floats(0.01, 0.9), st.floats(1, 12), st.integers(0, 2**32 - 1))
+def test_infilling_takes_its_share_and_makes_nothing_longer(n, rate, span, seed):
+    tokens = 1000 + np.arange(n)
+    source = infill(tokens, np.random.default_rng(seed), rate=rate, span=span, mask=MASK)
+    kept = source[source != MASK]
+    assert len(source) <= n
+    assert len(kept) == n - round(rate * n) and (np.diff(kept) > 0).all()
+
+
+def test_shares_are_those_of_the_papers():
+    """T5: 15% in spans of 3; 568 tokens become 512 and 114.  BART: 30%, gaps of 3 on average."""
+    assert corrupted_lengths(568, 0.15, 3.0) == (512, 114)
+    random = np.random.default_rng(0)
+    gaps = [(infill(np.arange(1000), random, rate=0.3, span=3.0, mask=MASK) == MASK).sum() for _ in range(50)]
+    assert 90 < np.mean(gaps) < 110
+
+
+TEXT = [f"Line {n} is here. It speaks of {n * n} things! Does it? Yes, the {n % 7} of them." for n in range(300)]
+SMALL = {"max_length": 64, "width": 16, "layers": 1, "decoder_layers": 1, "heads": 2, "head_width": None}
+T5 = replace(PRESETS["t5-small"], **SMALL, vocabulary=320, mlp_width=32, dropout=0.0)
+BART = replace(PRESETS["bart-base"], **SMALL, vocabulary=300, mlp_width=32, dropout=0.0)
+RUNS = {
+    "t5": (T5, SpanCorruption(), TokenizerConfig(train="bpe", sentinels=20)),
+    "bart": (BART, Infilling(), TokenizerConfig(train="bpe", sentinels=1)),
+}
+
+
+def run_of(name: str, folder, **fields) -> RunConfig:
+    model, task, tokenizer = RUNS[name]
+    (folder / "text.txt").write_text("\n".join(TEXT))
+    data = DataConfig(path=str(folder / "text.txt"), length=40, cache=str(folder / "cache"))
+    kept = {
+        "model": model,
+        "task": task,
+        "data": data,
+        "tokenizer": tokenizer,
+        "batch": 8,
+        "steps": 4,
+    }
+    return RunConfig(**kept | {"workdir": str(folder / "run")} | fields)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_batches_hold_sources_and_targets_of_one_text(name, tmp_path):
+    run = run_of(name, tmp_path)
+    data = prepare(run, None, lambda _: None)
+    task = make_task(run, data.tokenizer)
+    task.configured(run.model)
+    batches = task.batches(data.train, 4, run.data.length, 0)
+    first, again, later = batches.batch_at(0), batches.batch_at(0), batches.batch_at(len(batches) + 1)
+    assert all((first[field] == again[field]).all() for field in first)
+    assert first["source_tokens_BS"].shape == (4, 40)
+    assert (first["source_segments_BS"].max(1) == first["segments_BT"].max(1)).all()
+    assert not (first["source_tokens_BS"] == later["source_tokens_BS"]).all()
+    for b in range(4):
+        for e in range(1, first["segments_BT"][b].max() + 1):
+            source = first["source_tokens_BS"][b][first["source_segments_BS"][b] == e]
+            target = first["labels_BT"][b][first["segments_BT"][b] == e]
+            text = data.tokenizer.decode(target) if name == "bart" else _restored(source, target, data.tokenizer)
+            assert any(text in line for line in TEXT), text
+    seen = sum(int(batches.batch_at(n)["segments_BT"].max(1).sum()) for n in range(len(batches)))
+    assert seen >= len(task.examples(data.train, True).spans)
+
+
+def _restored(source, target, tokenizer) -> str:
+    from jaxlm.tasks.denoising import sentinels
+
+    marks, taken = set(sentinels(tokenizer).tolist()), {}
+    for token in target.tolist()[:-1]:
+        if token in marks:
+            taken[token] = spans = []
+        else:
+            spans.append(token)
+    return tokenizer.decode([t for token in source.tolist()[:-1] for t in taken.get(token, [token])])
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_learns_and_exports(name, tmp_path):
+    lm = jaxlm.fit(run_of(name, tmp_path))
+    scores = json.loads((tmp_path / "run" / "scores.json").read_text())
+    assert np.isfinite(scores["loss"]) and 0 <= scores["accuracy"] <= 1
+    again = jaxlm.load(tmp_path / "run")
+    assert again.config.start_token == lm.config.start_token
+    assert again.tokenizer.frame(["Line 1"]) == lm.tokenizer.frame(["Line 1"])
+    assert again.tokenizer.frame(["Line 1"])[0][0][-1] == lm.tokenizer.eos
+    assert (tmp_path / "run" / "export" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("t5", {"tokenizer": TokenizerConfig(train="bpe")}, "0 sentinels <extra_id_0> ..., and a text of 44 tokens"),
+        ("bart", {"tokenizer": TokenizerConfig(train="bpe")}, "no token for a gap, <mask> or <extra_id_0>"),
+        ("t5", {"model": PRESETS["gpt2"]}, "SpanCorruption needs an encoder-decoder"),
+        ("bart", {"model": PRESETS["mbart-large"]}, "start_token None"),
+        ("t5", {"task": SpanCorruption(rate=0.0)}, "task.rate is 0.0"),
+        ("bart", {"task": Infilling(span=0.5)}, "task.span is 0.5"),
+        ("t5", {"tokenizer": TokenizerConfig(sentinels=400)}, "tokenizer.sentinels is 400"),
+    ],
+)
+def test_bad_input(name, fields, message, tmp_path):
+    with pytest.raises(UserError) as error:
+        jaxlm.fit(run_of(name, tmp_path, **fields))
+    assert message in str(error.value)

@@ -1,0 +1,226 @@
+"""Texts for texts: what holds of every architecture that writes, then files, scores and bad input."""
+
+from __future__ import annotations
+
+import gzip
+from dataclasses import replace
+from functools import lru_cache, partial
+
+import jax
+import numpy as np
+import pytest
+from compiled import jit, random_params
+
+from jaxlm import DataConfig, Seq2Seq, TokenizerConfig, UserError
+from jaxlm.data import source
+from jaxlm.data import tokenizer as tokenizers
+from jaxlm.data.formats import Place
+from jaxlm.evaluate import see
+from jaxlm.families import PRESETS
+from jaxlm.nn.transformer import Transformer
+from jaxlm.step import make_eval_step
+from jaxlm.tasks.reading import Records
+from jaxlm.tasks.seq2seq import Seq2SeqTask
+
+T, S, ROWS, V = 20, 28, 3, 300
+WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "sleeps", "London", "Anna")
+SMALL = {"vocabulary": V, "max_length": 64, "width": 16, "layers": 2, "heads": 2, "head_width": None, "mlp_width": 32}
+SMALL |= {"dropout": 0.0, "attention_dropout": 0.0, "heads_on_top": ("lm",)}
+MODELS = {
+    "t5": replace(PRESETS["t5-small"], **SMALL, decoder_layers=3, start_token=0),
+    "bart": replace(PRESETS["bart-base"], **SMALL, decoder_layers=1, start_token=3),
+    "mbart": replace(PRESETS["mbart-large"], **SMALL, decoder_layers=2),
+    "marian": replace(PRESETS["opus-mt"], **SMALL, decoder_layers=2, start_token=0),
+    "gpt2": replace(PRESETS["gpt2"], **SMALL),
+    "llama": replace(PRESETS["llama-7b"], **SMALL, kv_heads=1),
+}
+TWO = [name for name, model in MODELS.items() if model.structure == "encoder_decoder"]
+close = partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-4)
+
+
+@lru_cache
+def tokenizer(ended: bool):
+    random = np.random.default_rng(0)
+    texts = [" ".join(random.choice(WORDS, 12)) for _ in range(40)]
+    return tokenizers.train(texts, TokenizerConfig(train="bpe"), V, ended=ended)
+
+
+def task_of(model: str, length: int = T, **fields) -> Seq2SeqTask:
+    task = Seq2SeqTask(Seq2Seq(source_length=S, **fields), length, 0, tokenizer(model in TWO), ())
+    task.configured(MODELS[model])
+    return task
+
+
+def records(lengths, seed: int = 0):
+    random = np.random.default_rng(seed)
+    text = lambda n: " ".join(random.choice(WORDS, n))
+    rows = [{"source": text(n), "target": text(m)} for n, m in lengths]
+    return [Seq2SeqTask.read(Seq2Seq(), row, Place("rows", n)) for n, row in enumerate(rows, start=1)]
+
+
+LENGTHS = ((5, 1), (1, 6), (9, 3), (2, 2), (4, 4), (7, 5), (1, 1), (3, 2))
+
+
+@lru_cache
+def compiled(model: str):
+    config, task = MODELS[model], task_of(model)
+    module, params = Transformer(config), random_params(config)
+
+    def loss(params, batch):
+        return task.losses(module, params, batch, None)[0]["loss"]
+
+    return task, params, jit(make_eval_step(task, module)), jit(jax.value_and_grad(loss, has_aux=True))
+
+
+def batches_of(task, some):
+    return task.batches(Records(some, []), ROWS, task.length, None)
+
+
+def put(batch, k):
+    return {name: x.reshape(k, -1, *x.shape[1:]) for name, x in batch.items()}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_packed_equals_alone(model):
+    task, params, step, _ = compiled(model)
+    some = records(LENGTHS)
+    batches = batches_of(task, some)
+    assert batches.rows_in_epoch < len(some)  # some do share rows
+    together = see(step, params, batches, put).losses
+    alone = [see(step, params, batches_of(task, [record]), put).losses for record in some]
+    for name, total in together.items():
+        close(total, np.sum([one[name] for one in alone], 0))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_no_example_sees_another(model):
+    """By the gradient of one example's loss by the embedding of each token, sources included, all of them different."""
+    task, params, _, gradient = compiled(model)
+    batch = dict(batches_of(task, records(LENGTHS)).batch_at(0))
+    batch["tokens_BT"] = np.arange(ROWS * T, dtype=np.int32).reshape(ROWS, T)
+    sides = {"tokens_BT": "segments_BT"}
+    if model in TWO:
+        batch["source_tokens_BS"] = ROWS * T + np.arange(ROWS * S, dtype=np.int32).reshape(ROWS, S)
+        sides["source_tokens_BS"] = "source_segments_BS"
+    for b in range(ROWS):
+        for e in range(1, int(batch["segments_BT"][b].max()) + 1):
+            own = {side: (np.arange(ROWS) == b)[:, None] & (batch[of] == e) for side, of in sides.items()}
+            alone = batch | {"weights_BT": batch["weights_BT"] * own["tokens_BT"].astype(np.float32)}
+            grads = gradient(params, alone)[1]["embeddings"]["tokens"]
+            # Tied embeddings are read by the head too, for every token of the vocabulary alike.
+            untied = np.asarray(grads if not MODELS[model].tied_embeddings else grads - head_part(model, params, alone))
+            for side in sides:
+                by_token = untied[batch[side]]
+                assert np.abs(by_token[~own[side]]).max(initial=0) < 1e-6
+                assert np.abs(by_token[own[side]]).max() > 1e-6
+
+
+def head_part(model: str, params, batch):
+    """The gradient by the embeddings where the head reads them."""
+    task = task_of(model)
+    module = Transformer(MODELS[model])
+
+    def loss(embeddings_VD):
+        x_BTD = jax.lax.stop_gradient(states(module, params, batch))
+        there = params | {"embeddings": params["embeddings"] | {"tokens": embeddings_VD}}
+        return task.losses_of(module, there, x_BTD, batch, None)[0]["loss"][0]
+
+    return jax.grad(loss)(params["embeddings"]["tokens"])
+
+
+def states(module, params, batch):
+    from jaxlm.tasks.states import hidden
+
+    return hidden(module, params, batch, None)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_decoder_learns_the_target_alone(model):
+    """Each target token, the end included, is counted once; what a decoder reads before it is not."""
+    task = task_of(model)
+    some = records(LENGTHS)
+    batch = batches_of(task, some).batch_at(0)
+    answers = task.answers(some)
+    assert all(answer[-1] == task.end for answer in answers)
+    assert batch["weights_BT"].sum() <= sum(map(len, answers))
+    for b in range(ROWS):
+        for e in range(1, int(batch["segments_BT"][b].max()) + 1):
+            learned = (batch["segments_BT"][b] == e) & (batch["weights_BT"][b] > 0)
+            assert batch["labels_BT"][b][learned].tolist() in answers
+    if model in TWO:
+        firsts = batch["tokens_BT"][(batch["positions_BT"] == 0) & (batch["segments_BT"] > 0)]
+        assert set(firsts.tolist()) == {task.end if task.start is None else task.start}
+
+
+@pytest.mark.parametrize("model", ["gpt2", "llama"])
+def test_prompt_tokens_get_no_gradient_of_their_own(model):
+    """The loss does not change with the labels at the places of the prompt."""
+    task, params, step, _ = compiled(model)
+    batch = batches_of(task, records(LENGTHS)).batch_at(0)
+    other = batch | {"labels_BT": np.where(batch["weights_BT"] > 0, batch["labels_BT"], 7)}
+    losses = [step(params, put(b, 1))[0]["loss"] for b in (batch, other)]
+    assert np.asarray(losses[0]).tolist() == np.asarray(losses[1]).tolist()
+
+
+def test_long_texts_are_cut_and_keep_their_end():
+    long = records([(60, 60)])
+    for model in ("t5", "gpt2"):
+        task = task_of(model, label_smoothing=0.1)
+        [[[made]]] = task.features(long, True)
+        assert len(made["tokens_BT"]) == T == len(made["labels_BT"])
+        if model == "t5":
+            assert len(made["source_tokens_BS"]) == S and made["source_tokens_BS"][-1] == task.end
+        assert made["labels_BT"][-1] == task.end
+
+
+def write(folder, name, lines):
+    data = "".join(f"{line}\n" for line in lines)
+    (folder / name).write_bytes(gzip.compress(data.encode()) if name.endswith(".gz") else data.encode())
+    return str(folder / name)
+
+
+def test_aligned_files(tmp_path):
+    a = write(tmp_path, "a.en.gz", ["one", "", "three words here", "four"])
+    b = write(tmp_path, "a.de", ["eins", "", "drei Wörter hier", "vier"])
+    data = DataConfig(path=a, text="source", target_path=b)
+    rows = list(source.aligned(a, b, data))
+    assert [row for _, row in rows] == [
+        {"source": "one", "target": "eins"},
+        {"source": "three words here", "target": "drei Wörter hier"},
+        {"source": "four", "target": "vier"},
+    ]
+    assert [place.line for place, _ in rows] == [1, 3, 4]
+
+
+def test_files_of_different_lengths_say_where_they_part(tmp_path):
+    random = np.random.default_rng(0)
+    sizes = random.integers(1, 60, 40)
+    a = write(tmp_path, "a", ["x" * n for n in sizes])
+    b = write(tmp_path, "b", ["y" * n for i, n in enumerate(sizes) if i != 17])
+    for one, other in ((a, b), (b, a)):
+        with pytest.raises(UserError) as error:
+            list(source.aligned(one, other, DataConfig(path=one, text="source")))
+        assert all(part in str(error.value) for part in ("has 40", "has 39", "from line 18"))
+
+
+@pytest.mark.parametrize(
+    ("row", "fields", "message"),
+    [
+        ({"source": "a", "target": " "}, {}, "rows:1: column 'target' is empty"),
+        ({"source": "", "target": "b"}, {}, "--task.empty drop"),
+        ({"src": "a", "target": "b"}, {}, "there is no column 'source'; the columns are 'src', 'target'"),
+        ({"source": 5, "target": "b"}, {}, "holds int 5, not text"),
+        ({"source": "a", "target": ["b", 3]}, {}, "holds int 3, not text"),
+    ],
+)
+def test_bad_rows(row, fields, message):
+    with pytest.raises(UserError) as error:
+        Seq2SeqTask.read(Seq2Seq(**fields), row, Place("rows", 1))
+    assert message in str(error.value)
+    if "empty" in message:
+        assert Seq2SeqTask.read(Seq2Seq(empty="drop"), row, Place("rows", 1)) is None
+
+
+def test_sentences_and_several_targets():
+    record = Seq2SeqTask.read(Seq2Seq(), {"source": ["One.", "Two."], "target": ["a", "b"]}, Place("rows", 1))
+    assert record == {"source": "One. Two.", "label": ("a", "b")}
