@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 from jaxlm.config import (
     CausalLM,
+    Chat,
     Classification,
     CleaningConfig,
     DataConfig,
@@ -42,6 +43,7 @@ from jaxlm.lm import LM, load, save
 __all__ = [
     "LM",
     "CausalLM",
+    "Chat",
     "Classification",
     "CleaningConfig",
     "DataConfig",

@@ -128,7 +128,7 @@ def evaluate(argv: list[str]) -> int:
         texts = source.documents(asked.file, asked.data, asked.data.split, Counter())
         scores = perplexity(lm, texts, length=asked.length or None, stride=asked.task.stride or None)
     else:
-        rows = source.rows(asked.file, asked.data, asked.data.split)
+        rows = source.rows(asked.file, asked.data, asked.data.split, target_path=asked.data.target_path)
         scores = jaxlm.evaluate(lm, rows, asked.task, asked.length or None, asked.batch or None)
     for name, value in scores.items():
         # Fractions, a name and a number on each line: scripts read this.
@@ -154,10 +154,11 @@ def _on_file(argv: list[str], verb: str) -> tuple[OnFile, Any]:
     predicts_tokens = verb == "evaluate" and lm.config.structure == "decoder" and "lm" in lm.config.heads_on_top
     default = OnFile(argv[0], argv[1], task=run.task if run else CausalLM() if predicts_tokens else task_of(lm))
     if run is not None:
-        data = dataclasses.replace(source.alike(argv[1], run.data), path="", eval_path="")
+        none: dict[str, Any] = dict.fromkeys(("path", "target_path", "eval_path", "eval_target_path"), "")
+        data = dataclasses.replace(source.alike(argv[1], run.data), **none)
         default = dataclasses.replace(default, data=data, length=run.data.length)
     asked = _overridden(default, argv, f"jaxlm {verb}")
-    if asked.data.path or asked.data.eval_path:
+    if asked.data.path or asked.data.eval_path or asked.data.eval_target_path:
         raise UserError(
             f"--data.path and --data.eval-path are of training; give the file behind the model, {verb} RUN FILE"
         )

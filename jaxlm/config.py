@@ -382,6 +382,23 @@ class Seq2Seq:
 
 
 @dataclass(frozen=True)
+class Chat:
+    """Answer in a conversation: what the assistant says is learned, and nothing else (instruction tuning; Ouyang et al.
+    2022, section 3.5)."""
+
+    messages: str = "messages"  # column of the messages, a list of {"role": "user", "content": "..."}
+    question: str = ""  # in place of messages, the column of what the user says
+    answer: str = ""  # and that of what the assistant answers
+    system: str = ""  # said before each conversation
+    template: str = ""  # Jinja source of the chat template; empty: the tokenizer's own
+    last_alone: bool = False  # of several answers only the last one is learned
+    compared: str = ""  # regular expression of the part of an answer that scores compare; empty: the whole
+    label_smoothing: float = 0.0  # share of the target spread evenly over the vocabulary
+    generated: int = 100  # held-out answers that are generated for scores, the first of them; 0: all
+    decoding: Decoding = field(default_factory=lambda: Decoding(temperature=0.0))  # how answers are generated
+
+
+@dataclass(frozen=True)
 class Part:
     """One of several tasks, with data of its own."""
 
@@ -602,8 +619,11 @@ def _check_task(task: Any) -> None:
         raise UserError(f"task.lowest is {task.lowest}, task.highest {task.highest}; the second must be larger")
 
 
+_NO_PARTS = (CausalLM, MaskedLM, SpanCorruption, Infilling, Seq2Seq, Chat, MultiTask)
+
+
 def _check_part(name: str, part: Part) -> None:
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or isinstance(part.task, (CausalLM, MaskedLM, Seq2Seq, MultiTask)):
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or isinstance(part.task, _NO_PARTS):
         raise UserError(
             f"task.parts has {name!r}, a {type(part.task).__name__}; a name is of small letters, and a part is a task "
             f"over records such as Classification"
@@ -640,6 +660,7 @@ _DECLARED = (
     Similarity,
     MultipleChoice,
     Seq2Seq,
+    Chat,
     MultiTask,
 )
 TASKS: dict[str, type] = {kind.__name__: kind for kind in _DECLARED}  # name in config.json -> its dataclass
@@ -652,6 +673,7 @@ _PARTS: dict[tuple[type, str], type] = {
     (DataConfig, "cleaning"): CleaningConfig,
     (Part, "data"): DataConfig,
     (Seq2Seq, "decoding"): Decoding,
+    (Chat, "decoding"): Decoding,
 }
 
 

@@ -205,6 +205,8 @@ def task_of(lm: LM) -> Any:
         return config.Tagging()
     if "span" in heads:
         return config.QuestionAnswering(stride=min(128, lm.config.max_length // 4))
+    if "lm" in heads and lm.config.structure == "encoder_decoder":
+        return config.Seq2Seq()
     if lm.pooling is not None or (not heads and lm.config.structure == "encoder"):
         return config.Similarity()
     raise UserError(
@@ -219,7 +221,7 @@ def _row(task: Any, example: Any) -> Row:
         return example
     if isinstance(task, config.Tagging):
         return {task.tokens: example}
-    columns = getattr(task, "text", None)
+    columns = getattr(task, "text", getattr(task, "source", None))
     columns = (columns,) if isinstance(columns, str) else columns or ("question", "context")
     values = (example,) if isinstance(example, str) else example
     if not isinstance(values, (tuple, list)):
@@ -237,7 +239,9 @@ def _row(task: Any, example: Any) -> Row:
 
 def _unlabelled(task: RecordTask, row: Row, place: Place) -> Record:
     """The record of a row, read without its label: a prediction is not held up by one that is new, or a -1."""
-    label = getattr(task.task, "label", getattr(task.task, "tags", "answers"))
+    label = next(
+        (getattr(task.task, name) for name in ("label", "tags", "target") if hasattr(task.task, name)), "answers"
+    )
     without = {label: None} if label in row and label not in getattr(task.task, "text", ()) else {}
     record = task.read(task.task, row | without, place)
     if record is None:

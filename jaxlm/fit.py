@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxlm import families, report, sharding
 from jaxlm.checkpoint import Checkpoints, finite
-from jaxlm.config import RunConfig, to_json
+from jaxlm.config import CausalLM, RunConfig, to_json
 from jaxlm.data.batches import Batch, prefetch
 from jaxlm.data.corpus import Prepared
 from jaxlm.errors import RunError, Stopped, UserError, perhaps
@@ -349,7 +349,7 @@ def _name_class(folder: Path, task: Task) -> None:
 
 def _sample(lm: LM, run: RunConfig) -> str | None:
     """What a decoder goes on to say after the run's prompt, prompt included."""
-    if lm.config.heads_on_top != ("lm",) or lm.config.structure != "decoder" or not run.sample_tokens:
+    if not isinstance(run.task, CausalLM) or not run.sample_tokens:
         return None
     if lm.tokenizer is None:
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 from dataclasses import replace
 from functools import lru_cache, partial
 
@@ -11,14 +12,15 @@ import numpy as np
 import pytest
 from compiled import jit, random_params
 
-from jaxlm import DataConfig, Seq2Seq, TokenizerConfig, UserError
-from jaxlm.data import source
+from jaxlm import Chat, DataConfig, Decoding, Seq2Seq, TokenizerConfig, UserError
+from jaxlm.data import chat, source
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.formats import Place
 from jaxlm.evaluate import see
 from jaxlm.families import PRESETS
 from jaxlm.nn.transformer import Transformer
 from jaxlm.step import make_eval_step
+from jaxlm.tasks.chat import ChatTask
 from jaxlm.tasks.reading import Records
 from jaxlm.tasks.seq2seq import Seq2SeqTask
 
@@ -183,7 +185,7 @@ def test_aligned_files(tmp_path):
     a = write(tmp_path, "a.en.gz", ["one", "", "three words here", "four"])
     b = write(tmp_path, "a.de", ["eins", "", "drei Wörter hier", "vier"])
     data = DataConfig(path=a, text="source", target_path=b)
-    rows = list(source.aligned(a, b, data))
+    rows = list(source.rows(a, data, "", target_path=b))
     assert [row for _, row in rows] == [
         {"source": "one", "target": "eins"},
         {"source": "three words here", "target": "drei Wörter hier"},
@@ -199,7 +201,7 @@ def test_files_of_different_lengths_say_where_they_part(tmp_path):
     b = write(tmp_path, "b", ["y" * n for i, n in enumerate(sizes) if i != 17])
     for one, other in ((a, b), (b, a)):
         with pytest.raises(UserError) as error:
-            list(source.aligned(one, other, DataConfig(path=one, text="source")))
+            list(source.rows(one, DataConfig(text="source"), "", target_path=other))
         assert all(part in str(error.value) for part in ("has 40", "has 39", "from line 18"))
 
 
@@ -224,3 +226,106 @@ def test_bad_rows(row, fields, message):
 def test_sentences_and_several_targets():
     record = Seq2SeqTask.read(Seq2Seq(), {"source": ["One.", "Two."], "target": ["a", "b"]}, Place("rows", 1))
     assert record == {"source": "One. Two.", "label": ("a", "b")}
+
+
+# Conversations
+
+CHATML = (
+    "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+TALKS = [
+    {"messages": [{"role": "user", "content": "the fox"}, {"role": "assistant", "content": "a dog"}]},
+    {
+        "messages": [
+            {"role": "system", "content": "quick"},
+            {"role": "user", "content": "over"},
+            {"role": "assistant", "content": "lazy</s>dog"},
+            {"role": "user", "content": "and"},
+            {"role": "assistant", "content": "Anna sleeps"},
+        ]
+    },
+]
+
+
+def chat_of(length: int = 80, **fields) -> ChatTask:
+    task = ChatTask(Chat(template=CHATML, **fields), length, 0, tokenizer(False), ())
+    task.configured(MODELS["llama"])
+    return task
+
+
+def test_what_the_assistant_says_is_learned_alone():
+    task = chat_of()
+    read = [ChatTask.read(Chat(), row, Place("rows", n)) for n, row in enumerate(TALKS)]
+    words = task.tokenizer
+    for record, said in zip(read, (["a dog"], ["lazy</s>dog", "Anna sleeps"])):
+        [[[made]]] = list(task.features([record], True))
+        learned = made["labels_BT"][made["weights_BT"] > 0].tolist()
+        assert words.decode(learned) == "".join(said)
+        assert learned.count(words.eos) == len(said) and learned[-1] == words.eos
+    [[[last]]] = list(chat_of(last_alone=True).features(read[1:], True))
+    assert words.decode(last["labels_BT"][last["weights_BT"] > 0]) == "Anna sleeps"
+    [[[cut]]] = list(chat_of(8).features(read[1:], True))
+    assert len(cut["tokens_BT"]) == 8 and cut["labels_BT"][-1] == words.encode("\n")[-1]
+
+
+def test_a_prompt_ends_where_the_answer_begins():
+    task = chat_of()
+    read = [ChatTask.read(Chat(), row, Place("rows", n)) for n, row in enumerate(TALKS)]
+    for record, prompt in zip(read, task.prompts(read)):
+        [[[made]]] = list(task.features([record], True))
+        whole = [made["tokens_BT"][0], *made["labels_BT"]]
+        assert whole[: len(prompt)] == prompt
+        assert task.tokenizer.decode(whole[len(prompt) :]).startswith(record["label"])
+    assert task.stops == (task.tokenizer.eos,)
+    asked = ChatTask.read(Chat(), {"messages": TALKS[0]["messages"][:1]}, Place("rows", 1))
+    assert "label" not in asked and task.prompts([asked]) == task.prompts(read[:1])
+
+
+def test_questions_and_answers_are_conversations():
+    task = Chat(question="q", answer="a", system="quick", compared=r"#### (\S+)")
+    record = ChatTask.read(task, {"q": "the", "a": "so #### 12"}, Place("rows", 1))
+    assert [message["role"] for message in record["messages"]] == ["system", "user", "assistant"]
+    made = ChatTask(task, 40, 0, tokenizer(False), ())
+    assert made.score([record] * 2, [{"prediction": "#### 3 or #### 12"}, {"prediction": "12"}])["exact"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": "hello"}, "column 'messages' holds 'hello', not a list of"),
+        ({"messages": []}, "--task.question and --task.answer"),
+        ({"talk": []}, "there is no column 'messages'; the columns are 'talk'"),
+        ({"messages": [{"content": "x"}]}, "not a list of"),
+    ],
+)
+def test_what_is_no_conversation(row, message):
+    with pytest.raises(UserError) as error:
+        ChatTask.read(Chat(), row, Place("rows", 1))
+    assert message in str(error.value)
+
+
+def test_a_chat_run_answers_and_exports_its_template(tmp_path):
+    import jaxlm
+    from jaxlm import OptimizerConfig, RunConfig
+
+    lines = [json.dumps({"q": f"the {word}", "a": word}) for word in WORDS[:4]] * 50
+    (tmp_path / "talk.jsonl").write_text("\n".join(lines))
+    tokenizer(False).save(tmp_path / "words")
+    run = RunConfig(
+        model=replace(MODELS["llama"], width=32, initial_std=0.1),
+        task=Chat(question="q", answer="a", template=CHATML, decoding=Decoding(temperature=0.0, max_new_tokens=8)),
+        data=DataConfig(path=str(tmp_path / "talk.jsonl"), length=64),
+        tokenizer=TokenizerConfig(path=str(tmp_path / "words")),
+        optimizer=OptimizerConfig(rate=1e-2, weight_decay=0.0),
+        batch=8,
+        epochs=5,
+        workdir=str(tmp_path / "run"),
+    )
+    jaxlm.fit(run)
+    scores = json.loads((tmp_path / "run" / "scores.json").read_text())
+    assert scores["exact"] > 0.9
+    lm = jaxlm.load(tmp_path / "run")
+    assert chat.render(lm.tokenizer, [{"role": "user", "content": "x"}]) == "<s>user\nx</s>\n"
+    [told] = jaxlm.predict(lm, [{"q": "the fox"}], task=run.task)
+    assert told["prediction"] == "fox"

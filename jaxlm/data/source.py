@@ -64,8 +64,10 @@ def documents(path: str, data: DataConfig, split: str, report: Counter) -> Itera
         raise UserError(f"{path} holds no document ({counts}); give data with text, or drop less with --data.cleaning")
 
 
-def rows(path: str, data: DataConfig, split: str, report: Counter | None = None) -> Iterator[tuple[Place, Row]]:
-    """Every row with its place, one at a time.
+def rows(
+    path: str, data: DataConfig, split: str, report: Counter | None = None, target_path: str = ""
+) -> Iterator[tuple[Place, Row]]:
+    """Every row with its place, one at a time; of plain text with a `target_path`, as `aligned` gives them.
 
     Its columns are, by format:
 
@@ -82,6 +84,9 @@ def rows(path: str, data: DataConfig, split: str, report: Counter | None = None)
     Raises UserError for a missing path, a broken file, and a row that is not UTF-8 when cleaning.encoding is "refuse".
     """
     report = Counter() if report is None else report
+    if target_path:
+        yield from aligned(path, target_path, data, report)
+        return
     if tfds.is_tfds(path):
         sources = iter([tfds.rows(path, split)])
     else:
@@ -94,15 +99,12 @@ def rows(path: str, data: DataConfig, split: str, report: Counter | None = None)
                 yield place, valid
 
 
-def aligned(
-    path: str, target_path: str, data: DataConfig, report: Counter | None = None
-) -> Iterator[tuple[Place, Row]]:
+def aligned(path: str, target_path: str, data: DataConfig, report: Counter) -> Iterator[tuple[Place, Row]]:
     """Line n of one text beside line n of another, as rows {data.text: line, "target": line}; of folders and globs,
     file by file.  Pairs of blank lines are left out.
 
     Raises UserError where one has more lines: how many each has, and the line from which they look shifted.
     """
-    report = Counter() if report is None else report
     pairs = files(path), files(target_path)
     if len(pairs[0]) != len(pairs[1]):
         raise UserError(

@@ -12,6 +12,7 @@ from jaxlm.data import corpus
 from jaxlm.data.corpus import Prepared
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.tasks import multi_task, reading
+from jaxlm.tasks.chat import ChatTask
 from jaxlm.tasks.classification import ClassificationTask
 from jaxlm.tasks.denoising import InfillingTask, SpanCorruptionTask
 from jaxlm.tasks.multi_task import TaskMixture
@@ -35,6 +36,7 @@ TASKS: dict[type, Any] = {
     config.Similarity: SimilarityTask,
     config.MultipleChoice: MultipleChoiceTask,
     config.Seq2Seq: Seq2SeqTask,
+    config.Chat: ChatTask,
     config.MultiTask: TaskMixture,
 }
 

@@ -73,8 +73,7 @@ def prepare(
 def load(kind: type[RecordTask], run: RunConfig, path: str, target_path: str, split: str, counts: Counter) -> Records:
     """All records of a path, each with its label."""
     part = Records([], [])
-    aligned = source.aligned(path, target_path, run.data, counts) if target_path else None
-    for place, row in aligned or source.rows(path, run.data, split, counts):
+    for place, row in source.rows(path, run.data, split, counts, target_path):
         record = kind.read(run.task, row, place)
         if record is None:
             counts["dropped"] += 1

@@ -3,29 +3,20 @@ reads it before the target, and what it reads is not learned."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxlm import config, metrics
-from jaxlm.config import ModelConfig
-from jaxlm.data.batches import Batch, Features
+from jaxlm.data.batches import Features
 from jaxlm.data.formats import Place, Row
 from jaxlm.errors import UserError
-from jaxlm.generate import generate
-from jaxlm.lm import LM
-from jaxlm.losses import Losses, accuracy, cross_entropy
-from jaxlm.nn.transformer import Transformer
 from jaxlm.report import Section, Table
-from jaxlm.tasks.denoising import ending
+from jaxlm.tasks.generation import GenerationTask
 from jaxlm.tasks.reading import Record, Records, column
-from jaxlm.tasks.records import LONGEST, RecordTask, stand_in
-from jaxlm.tasks.task import Seen
+from jaxlm.tasks.records import LONGEST, stand_in
 
 _SCORE: dict[str, tuple[tuple[str, ...], Callable[..., dict[str, float]]]] = {
     "translation": (("bleu", "chrf"), metrics.translation),
@@ -33,111 +24,6 @@ _SCORE: dict[str, tuple[tuple[str, ...], Callable[..., dict[str, float]]]] = {
     "answer": (("exact", "f1"), metrics.answers),
 }
 _SHOWN = 20  # texts in the report
-
-
-class GenerationTask(RecordTask):
-    """Base of the tasks whose prediction is a text: what is learned of it, and how it is generated and scored.
-
-    A task below it says what a record reads (`prompts`) and what is to be written after it (`answers`), as token ids.
-    """
-
-    head = "lm"
-    fields: Mapping[str, type] = {"labels_BT": np.int32, "weights_BT": np.float32}
-    decoding: config.Decoding
-    scored: int = 0  # held-out records that are generated for scores; 0: all
-    start: int | None = None  # what an encoder-decoder's decoder reads first; None: what its target ends with (mBART)
-
-    def configured(self, model: ModelConfig) -> ModelConfig:
-        if model.structure == "encoder":
-            raise UserError("the model is an encoder, which writes no text; start from a decoder or an encoder-decoder")
-        two = model.structure == "encoder_decoder"
-        self.start = model.start_token
-        self.source_length = (getattr(self.task, "source_length", 0) or self.length) if two else None
-        return super().configured(model)
-
-    @property
-    def end(self) -> int:
-        """The token after a text."""
-        return ending(self.tokenizer)
-
-    def prompts(self, records: Sequence[Record]) -> list[list[int]]:
-        """The tokens that are read for each record."""
-        raise NotImplementedError
-
-    def answers(self, records: Sequence[Record]) -> list[list[int]]:
-        """The tokens that are to be written for each record, the end included; the end alone where it has no label."""
-        raise NotImplementedError
-
-    def features(self, records: Sequence[Record], training: bool) -> Iterator[list[list[Features]]]:
-        make = self._one_stack if self.source_length is None else self._two_stacks
-        for prompt, answer in zip(self.prompts(records), self.answers(records)):
-            yield [[make(prompt, answer)]]
-
-    def _two_stacks(self, source: list[int], target: list[int]) -> Features:
-        """The source for the encoder; for the decoder the target, moved right behind the start token."""
-        target = target[: self.length]
-        first = target[-1] if self.start is None else self.start
-        return {
-            "source_tokens_BS": np.array(source[: self.source_length], np.int32),
-            "tokens_BT": np.array([first, *target[:-1]], np.int32),
-            "labels_BT": np.array(target, np.int32),
-            "weights_BT": np.ones(len(target), np.float32),
-        }
-
-    def _one_stack(self, prompt: list[int], answer: list[int]) -> Features:
-        """The prompt and the answer in one text, of which the answer is learned; the prompt loses its beginning where
-        both are too long together."""
-        answer = answer[: self.length]
-        prompt = prompt[-(self.length + 1 - len(answer)) :]
-        tokens = np.array([*prompt, *answer], np.int32)
-        learned = np.arange(1, len(tokens)) >= len(prompt)
-        return {"tokens_BT": tokens[:-1], "labels_BT": tokens[1:], "weights_BT": learned.astype(np.float32)}
-
-    def loss(self, logits: jax.Array, batch: Batch, training: bool) -> Any:
-        smoothing = self.task.label_smoothing if training else 0.0
-        return cross_entropy(logits, batch["labels_BT"], batch["weights_BT"], smoothing)
-
-    def losses_of(
-        self, module: Transformer, params: Any, x_BTD: jax.Array, batch: Batch, key: jax.Array | None
-    ) -> Losses:
-        logits = self.logits(module, params, x_BTD, batch, key)
-        found = {"loss": self.loss(logits, batch, key is not None)}
-        if key is None:
-            found["accuracy"] = accuracy(logits, batch["labels_BT"], batch["weights_BT"])
-        return found, {}
-
-    def outputs(self, logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
-        return {}
-
-    def predict(self, record: Record, outputs: Any) -> Row:
-        return {"prediction": outputs}
-
-    def written(self, lm: LM, records: Sequence[Record]) -> list[Row]:
-        """The text that the model writes for each record."""
-        prompts = self.prompts(records)
-        if self.source_length is not None:
-            prompts = [prompt[: self.source_length] for prompt in prompts]
-        decoding = replace(self.decoding, n_best=1, too_long="truncate")
-        found = generate(lm, prompts, decoding, stop_tokens=(self.end,), return_tokens=True)
-        return [self.predict(record, self.tokenizer.target.decode(ids)) for record, ids in zip(records, found)]
-
-    def tell(
-        self, lm: LM, see: Callable[[Any], Seen], batches: Any, records: Sequence[Record]
-    ) -> tuple[list[Row], dict[str, float]]:
-        labelled = all("label" in record for record in records)
-        return self.written(lm, records), self._means(see(batches)) if labelled else {}
-
-    def measure(
-        self, lm: LM, see: Callable[[Any], Seen], batches: Any, part: Records
-    ) -> tuple[dict[str, float], list[Row]]:
-        some = part.records[: self.scored or None]
-        found = self.written(lm, some)
-        return {**self._means(see(batches)), **self.score(some, found)}, found
-
-    @staticmethod
-    def _means(seen: Seen) -> dict[str, float]:
-        means = seen.means
-        return {"loss": means["loss"], "perplexity": math.exp(min(means["loss"], 700)), "accuracy": means["accuracy"]}
 
 
 class Seq2SeqTask(GenerationTask):
@@ -190,6 +76,31 @@ class Seq2SeqTask(GenerationTask):
             return [[*ids[: self.length - 1], self.end] for ids in self.tokenizer.target.encode_batch(texts)]
         framed = self.tokenizer.target.frame(texts, max_length=self.length)
         return [ids or [self.end] for ids, _ in framed]
+
+    def features(self, records: Sequence[Record], training: bool) -> Iterator[list[list[Features]]]:
+        make = self._one_stack if self.source_length is None else self._two_stacks
+        for prompt, answer in zip(self.prompts(records), self.answers(records)):
+            yield [[make(prompt, answer)]]
+
+    def _two_stacks(self, source: list[int], target: list[int]) -> Features:
+        """The source for the encoder; for the decoder the target, moved right behind the start token."""
+        target = target[: self.length]
+        first = target[-1] if self.start is None else self.start
+        return {
+            "source_tokens_BS": np.array(source[: self.source_length], np.int32),
+            "tokens_BT": np.array([first, *target[:-1]], np.int32),
+            "labels_BT": np.array(target, np.int32),
+            "weights_BT": np.ones(len(target), np.float32),
+        }
+
+    def _one_stack(self, prompt: list[int], answer: list[int]) -> Features:
+        """The prompt and the answer in one text, of which the answer is learned; the prompt loses its beginning where
+        both are too long together."""
+        answer = answer[: self.length]
+        prompt = prompt[-(self.length + 1 - len(answer)) :]
+        tokens = np.array([*prompt, *answer], np.int32)
+        learned = np.arange(1, len(tokens)) >= len(prompt)
+        return {"tokens_BT": tokens[:-1], "labels_BT": tokens[1:], "weights_BT": learned.astype(np.float32)}
 
     def score(self, records: Sequence[Record], predictions: Sequence[Row]) -> dict[str, float]:
         texts = [prediction["prediction"] for prediction in predictions]

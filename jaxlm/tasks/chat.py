@@ -1,0 +1,139 @@
+"""Conversations: what the assistant says is learned, in the words of the tokenizer's chat template."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from jaxlm import config, metrics
+from jaxlm.config import ModelConfig
+from jaxlm.data import chat
+from jaxlm.data.batches import Features
+from jaxlm.data.formats import Place, Row
+from jaxlm.errors import UserError
+from jaxlm.lm import LM
+from jaxlm.report import Section, Table
+from jaxlm.tasks.generation import GenerationTask
+from jaxlm.tasks.reading import Record, Records, column, text_of
+from jaxlm.tasks.records import LONGEST
+from jaxlm.tasks.task import Task
+
+
+class ChatTask(GenerationTask):
+    """`config.Chat`, by a decoder."""
+
+    scores = ("exact", "f1")
+    task: config.Chat
+
+    def __init__(self, *parts: Any):
+        super().__init__(*parts)
+        self.decoding, self.scored = self.task.decoding, self.task.generated
+        self._template = self.task.template or None
+
+    def configured(self, model: ModelConfig) -> ModelConfig:
+        if model.structure != "decoder":
+            raise UserError(
+                f"Chat needs a decoder, the model is a(n) {model.structure}: start from another, or take Seq2Seq"
+            )
+        return super().configured(model)
+
+    @classmethod
+    def read(cls, task: config.Chat, row: Row, place: Place) -> Record:
+        if task.question:
+            messages = [{"role": "user", "content": text_of(row, task.question, place, "--task.question")}]
+            if row.get(task.answer) is not None:
+                messages.append({"role": "assistant", "content": text_of(row, task.answer, place, "--task.answer")})
+        else:
+            messages = _messages(column(row, task.messages, place, "--task.messages"), place, task.messages)
+        if task.system:
+            messages = [{"role": "system", "content": task.system}, *messages]
+        record: Record = {"messages": messages}
+        if messages[-1]["role"] == "assistant":
+            record["label"] = str(messages[-1].get("content") or "")
+        return record
+
+    @classmethod
+    def labelled(cls, task: config.Chat, row: Row, record: Record, place: Place) -> None:
+        if "label" not in record:
+            what = f"column {task.answer!r} is empty" if task.question else "the last message is not the assistant's"
+            raise UserError(f"{place}: {what}; give an answer to learn, or leave the row out")
+
+    @classmethod
+    def texts(cls, record: Record) -> Iterable[str]:
+        return [message["content"] for message in record["messages"] if isinstance(message.get("content"), str)]
+
+    @cached_property
+    def stops(self) -> tuple[int, ...]:
+        """The tokens that end an answer: the template's own, and the tokenizer's end of a text."""
+        talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        ids, said = chat.encode(self.tokenizer, talk, template=self._template)
+        last = [token for token, by_assistant in zip(ids, said) if by_assistant][-1:]
+        special = {i for i, token in self.tokenizer.backend.get_added_tokens_decoder().items() if token.special}
+        ends = {token for token in last if token in special}
+        return tuple(sorted(ends | ({self.tokenizer.eos} if self.tokenizer.eos is not None else set())))
+
+    def prompts(self, records: Sequence[Record]) -> list[list[int]]:
+        before = lambda record: record["messages"][:-1] if "label" in record else record["messages"]
+        return [chat.prompt(self.tokenizer, before(record), template=self._template) for record in records]
+
+    def features(self, records: Sequence[Record], training: bool) -> Iterator[list[list[Features]]]:
+        """The end of each conversation, as much as a row holds."""
+        how: dict[str, Any] = {"template": self._template, "only_last": self.task.last_alone}
+        for record in records:
+            ids, said = chat.encode(self.tokenizer, record["messages"], **how)
+            tokens, learned = (np.array(part[-self.length - 1 :]) for part in (ids, said))
+            yield [
+                [
+                    {
+                        "tokens_BT": tokens[:-1].astype(np.int32),
+                        "labels_BT": tokens[1:].astype(np.int32),
+                        "weights_BT": learned[1:].astype(np.float32),
+                    }
+                ]
+            ]
+
+    def score(self, records: Sequence[Record], predictions: Sequence[Row]) -> dict[str, float]:
+        told = [prediction["prediction"] for prediction in predictions]
+        return metrics.answers([self._part(record["label"]) for record in records], [self._part(text) for text in told])
+
+    def _part(self, answer: str) -> str:
+        """What is compared of an answer: the last match of the pattern, or of its group."""
+        if not self.task.compared:
+            return answer
+        found = re.findall(self.task.compared, answer)
+        last = found[-1] if found else ""
+        return last if isinstance(last, str) else last[0]
+
+    def exports(self, lm: LM) -> dict[str, tuple[Task, LM]]:
+        """With the template by which it learned to talk."""
+        if self._template and lm.tokenizer is not None:
+            tokenizer = copy.copy(lm.tokenizer)
+            tokenizer.files = {**tokenizer.files, "chat_template.jinja": self._template.encode()}
+            lm = replace(lm, tokenizer=tokenizer)
+        return {"": (self, lm)}
+
+    def sections(self, part: Records, predictions: Sequence[Row]) -> list[Section]:
+        cut = lambda text: text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
+        asked = lambda record: str(record["messages"][-2].get("content")) if len(record["messages"]) > 1 else ""
+        rows = [
+            [cut(asked(record)), cut(record["label"]), cut(prediction["prediction"])]
+            for record, prediction in zip(part.records[:20], predictions)
+        ]
+        return [Table("Answers", ("asked", "right", "generated"), rows, "The first of the held-out part.")]
+
+
+def _messages(value: Any, place: Place, name: str) -> list[dict[str, Any]]:
+    value = value.tolist() if isinstance(value, np.ndarray) else value
+    good = isinstance(value, (list, tuple)) and len(value) > 0
+    if not good or not all(isinstance(one, dict) and isinstance(one.get("role"), str) for one in value):
+        raise UserError(
+            f'{place}: column {name!r} holds {value!r:.60}, not a list of {{"role": ..., "content": ...}}; mend it, or '
+            f"choose with --task.messages, or --task.question and --task.answer"
+        )
+    return list(value)

@@ -1,0 +1,104 @@
+"""What tasks whose prediction is a text have in common: what is learned of it, how it is written."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxlm import config
+from jaxlm.config import ModelConfig
+from jaxlm.data.batches import Batch
+from jaxlm.data.formats import Row
+from jaxlm.errors import UserError
+from jaxlm.generate import generate
+from jaxlm.lm import LM
+from jaxlm.losses import Losses, Sum, accuracy, cross_entropy
+from jaxlm.nn.transformer import Transformer
+from jaxlm.tasks.denoising import ending
+from jaxlm.tasks.reading import Record, Records
+from jaxlm.tasks.records import RecordTask
+from jaxlm.tasks.task import Seen
+
+
+class GenerationTask(RecordTask):
+    """Base of the tasks whose prediction is a text, written by the head "lm" after the `prompts` of the task."""
+
+    head = "lm"
+    fields: Mapping[str, type] = {"labels_BT": np.int32, "weights_BT": np.float32}
+    decoding: config.Decoding
+    scored: int = 0  # held-out records that are generated for scores; 0: all
+    start: int | None = None  # what an encoder-decoder's decoder reads first; None: what its target ends with (mBART)
+
+    def configured(self, model: ModelConfig) -> ModelConfig:
+        if model.structure == "encoder":
+            raise UserError("the model is an encoder, which writes no text; start from a decoder or an encoder-decoder")
+        two = model.structure == "encoder_decoder"
+        self.start = model.start_token
+        self.source_length = (getattr(self.task, "source_length", 0) or self.length) if two else None
+        return super().configured(model)
+
+    @property
+    def end(self) -> int:
+        """The token after a text."""
+        return ending(self.tokenizer)
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """Tokens that end what is generated."""
+        return (self.end,)
+
+    @abstractmethod
+    def prompts(self, records: Sequence[Record]) -> list[list[int]]:
+        """The tokens that are read for each record."""
+
+    def loss(self, logits: jax.Array, batch: Batch, training: bool) -> Sum:
+        smoothing = self.task.label_smoothing if training else 0.0
+        return cross_entropy(logits, batch["labels_BT"], batch["weights_BT"], smoothing)
+
+    def losses_of(
+        self, module: Transformer, params: Any, x_BTD: jax.Array, batch: Batch, key: jax.Array | None
+    ) -> Losses:
+        logits = self.logits(module, params, x_BTD, batch, key)
+        found = {"loss": self.loss(logits, batch, key is not None)}
+        if key is None:
+            found["accuracy"] = accuracy(logits, batch["labels_BT"], batch["weights_BT"])
+        return found, {}
+
+    def outputs(self, logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+        return {}
+
+    def predict(self, record: Record, outputs: Any) -> Row:
+        return {"prediction": outputs}
+
+    def written(self, lm: LM, records: Sequence[Record]) -> list[Row]:
+        """The text that the model writes for each record."""
+        prompts = self.prompts(records)
+        if self.source_length is not None:
+            prompts = [prompt[: self.source_length] for prompt in prompts]
+        decoding = replace(self.decoding, n_best=1, too_long="truncate")
+        found = generate(lm, prompts, decoding, stop_tokens=self.stops, return_tokens=True)
+        return [self.predict(record, self.tokenizer.target.decode(ids)) for record, ids in zip(records, found)]
+
+    def tell(
+        self, lm: LM, see: Callable[[Any], Seen], batches: Any, records: Sequence[Record]
+    ) -> tuple[list[Row], dict[str, float]]:
+        labelled = all("label" in record for record in records)
+        return self.written(lm, records), self._means(see(batches)) if labelled else {}
+
+    def measure(
+        self, lm: LM, see: Callable[[Any], Seen], batches: Any, part: Records
+    ) -> tuple[dict[str, float], list[Row]]:
+        some = part.records[: self.scored or None]
+        found = self.written(lm, some)
+        return {**self._means(see(batches)), **self.score(some, found)}, found
+
+    @staticmethod
+    def _means(seen: Seen) -> dict[str, float]:
+        means = seen.means
+        return {"loss": means["loss"], "perplexity": math.exp(min(means["loss"], 700)), "accuracy": means["accuracy"]}
