@@ -8,29 +8,15 @@ Line n of one file goes with line n of the other; gz as it is.  Sizes are those 
 misconceived reasons": 4 + 4 layers of width 128; one vocabulary for both languages.
 """
 
-from jaxlm import DataConfig, Decoding, ModelConfig, OptimizerConfig, RunConfig, Seq2Seq, TokenizerConfig
+from dataclasses import replace
+
+from jaxlm import DataConfig, Decoding, OptimizerConfig, RunConfig, Seq2Seq, TokenizerConfig
+from jaxlm.families import PRESETS
 
 
 def config() -> RunConfig:
     return RunConfig(
-        model=ModelConfig(
-            structure="encoder_decoder",
-            vocabulary=6000,
-            max_length=256,
-            width=128,
-            layers=4,
-            heads=4,
-            mlp_width=256,
-            activation="relu",
-            norm_place="post",
-            positions="sinusoidal",
-            scale_embeddings=True,
-            start_token=0,  # <pad>, as Marian's models have it
-            biases=("query_key_value", "out", "mlp", "norm", "lm"),
-            dropout=0.1,
-            initial_std=0.08,  # about 1 / sqrt(width)
-            scale_residual_init=False,
-        ),
+        model=replace(PRESETS["transformer-tiny"], vocabulary=6000, dropout=0.1),
         task=Seq2Seq(
             label_smoothing=0.1,
             generated=200,
@@ -38,7 +24,7 @@ def config() -> RunConfig:
         ),
         data=DataConfig(text="source", length=256),
         tokenizer=TokenizerConfig(train="bpe"),
-        optimizer=OptimizerConfig(rate=4e-3, schedule="inverse_sqrt", warmup=500, weight_decay=0.0, beta2=0.98),
+        optimizer=OptimizerConfig(rate=4e-3, schedule="cosine", warmup=0.1, final=0.01, weight_decay=0.0, beta2=0.98),
         batch=16,
         epochs=25,
         log_every=50,

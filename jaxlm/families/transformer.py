@@ -1,26 +1,37 @@
-"""The encoder-decoder of Vaswani et al. (2017), table 3.  No other format has it: it is saved in jaxlm's own."""
+"""The encoder-decoder of Vaswani et al. (2017), table 3, and a tiny one of the same kind.
+
+No other format has the first two: they are saved in jaxlm's own.  The tiny one begins its targets with a token and has
+a bias of the logits, as Marian's models do, and is saved as one of them.
+"""
 
 from __future__ import annotations
 
-from jaxlm.config import ModelConfig
+from typing import Any
+
+from jaxlm.config import ENCODER_BIASES, ModelConfig
 
 
-def _transformer(width: int, heads: int, dropout: float) -> ModelConfig:
-    return ModelConfig(
-        structure="encoder_decoder",
-        heads_on_top=("lm",),
-        vocabulary=37000,  # of English-German
-        width=width,
-        layers=6,
-        heads=heads,
-        activation="relu",
-        norm_place="post",
-        positions="sinusoidal",
-        scale_embeddings=True,
-        dropout=dropout,
-        initial_std=width**-0.5,  # so that scaled embeddings have unit variance
-        scale_residual_init=False,
-    )
+def _transformer(width: int, heads: int, dropout: float, **fields: Any) -> ModelConfig:
+    shared: dict[str, Any] = {
+        "structure": "encoder_decoder",
+        "heads_on_top": ("lm",),
+        "vocabulary": 37000,  # of English-German
+        "layers": 6,
+        "activation": "relu",
+        "norm_place": "post",
+        "positions": "sinusoidal",
+        "scale_embeddings": True,
+        "initial_std": width**-0.5,  # so that scaled embeddings have unit variance
+        "scale_residual_init": False,
+    }
+    return ModelConfig(**shared | {"width": width, "heads": heads, "dropout": dropout} | fields)
 
 
-PRESETS = {"transformer-base": _transformer(512, 8, 0.1), "transformer-big": _transformer(1024, 16, 0.3)}
+PRESETS = {
+    "transformer-base": _transformer(512, 8, 0.1),
+    "transformer-big": _transformer(1024, 16, 0.3),
+    # Of Wu et al. (2021), "Good for misconceived reasons", for Multi30k.
+    "transformer-tiny": _transformer(
+        128, 4, 0.3, layers=4, mlp_width=256, vocabulary=10000, start_token=0, biases=(*ENCODER_BIASES, "lm")
+    ),
+}
