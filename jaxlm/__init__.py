@@ -37,7 +37,7 @@ from jaxlm.encode import Pooling, encode
 from jaxlm.errors import RunError, Stopped, UserError
 from jaxlm.evaluate import evaluate, predict
 from jaxlm.fit import fit
-from jaxlm.generate import generate
+from jaxlm.generate import generate, stream
 from jaxlm.lm import LM, load, save
 
 __all__ = [
@@ -74,4 +74,5 @@ __all__ = [
     "load",
     "predict",
     "save",
+    "stream",
 ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import json
 import logging
 import math
 import os
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -72,21 +73,70 @@ class Generate:
     """Continue prompts with a model, or answer them with an encoder-decoder."""
 
     model: Annotated[str, tyro.conf.Positional]  # a run, a folder in Hugging Face's format, or a hub name
-    prompt: tuple[str, ...] = ("",)  # one or more texts to continue
+    prompt: tuple[str, ...] = ()  # one or more texts to continue; none: the beginning of a text
+    file: str = ""  # a text file with a prompt in each line, in place of --prompt
+    output: str = ""  # of --file, a .jsonl file to write or to go on with; empty: to the standard output
+    draft: str = ""  # a smaller model with the same tokenizer, which makes it faster
     decoding: tyro.conf.OmitArgPrefixes[Decoding] = dataclasses.field(default_factory=Decoding)  # how
 
 
 def generate(argv: list[str]) -> int:
-    """Continue prompts: jaxlm generate RUN_OR_FOLDER --prompt TEXT [TEXT ...]."""
+    """Continue prompts: jaxlm generate RUN_OR_FOLDER --prompt TEXT [TEXT ...] | --file PROMPTS [--output OUT.jsonl]."""
     asked = tyro.cli(Generate, args=argv, prog="jaxlm generate")
     asked.decoding.check()
-    _process()
+    if (asked.file and asked.prompt) or (asked.output and not asked.file):
+        raise UserError("--file stands in place of --prompt, and --output goes with --file; leave one out")
+    if asked.file:
+        return _of_file(asked)
+    lm, draft = _models(asked)
     import jaxlm
 
-    lm = jaxlm.load(asked.model)
-    for prompt, text in zip(asked.prompt, jaxlm.generate(lm, list(asked.prompt), asked.decoding), strict=True):
-        print(prompt + text)
+    prompts, continues = list(asked.prompt) or [""], lm.config.structure == "decoder"
+    if len(prompts) == 1 and asked.decoding.n_best == 1 and sys.stdout.isatty():
+        pieces = jaxlm.stream(lm, prompts[0], asked.decoding, draft=draft)
+        for piece in chain(prompts * continues, pieces, ["\n"]):
+            print(piece, end="", flush=True)
+        return 0
+    for prompt, found in zip(prompts, jaxlm.generate(lm, prompts, asked.decoding, draft=draft), strict=True):
+        for text in found if asked.decoding.n_best > 1 else [found]:
+            print(prompt * continues + text)
     return 0
+
+
+def _of_file(asked: Generate) -> int:
+    """The texts of a file of prompts, one JSON object in a line, as many as are not in the output yet."""
+    from jaxlm import prompts as files
+
+    prompts = files.read(asked.file)
+    made_with = files.choices_of(asked.model, asked.decoding, asked.draft)
+    output = files.Output(asked.output, prompts, made_with) if asked.output else None
+    done = output.done if output else 0
+    if done:
+        print(f"{asked.output} has {done:,} of {len(prompts):,} rows already", file=sys.stderr)
+    if done < len(prompts):
+        lm, draft = _models(asked)
+        for row in files.texts(lm, prompts, asked.decoding, draft, done):
+            if output:
+                output.write(row)
+            else:
+                print(json.dumps(row, ensure_ascii=False), flush=True)
+    if output:
+        output.close()
+    return 0
+
+
+def _models(asked: Generate) -> tuple[Any, Any]:
+    """The model and its draft, where there is one."""
+    _process()
+    import jaxlm
+    from jaxlm.generate import check
+
+    lm = jaxlm.load(asked.model)
+    draft = jaxlm.load(asked.draft) if asked.draft else None
+    check(lm, asked.decoding, draft)
+    if lm.tokenizer is None:
+        raise UserError(f"{asked.model} has no tokenizer, which texts need; put its files beside the model's")
+    return lm, draft
 
 
 @dataclass(frozen=True)

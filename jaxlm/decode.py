@@ -93,15 +93,16 @@ class Programs(NamedTuple):
 def programs(module: Transformer) -> Programs:
     """The programs of a model."""
     return Programs(
-        jax.jit(partial(_prefill, module), static_argnames=("length", "scored", "ahead")),
+        jax.jit(partial(prefill, module), static_argnames=("length", "scored", "ahead")),
         jax.jit(partial(_advance, module), donate_argnums=1),
-        jax.jit(_place, donate_argnums=0),
+        jax.jit(place, donate_argnums=0),
     )
 
 
-def _prefill(
+def prefill(
     module: Transformer, params: Any, prompts: Prompts, *, length: int, scored: bool = False, ahead: int = 1
 ) -> State:
+    """The state of prompts, with room for `length` tokens, of which later calls read up to `ahead` at once."""
     encoded: tuple[Any, ...] = ()
     if prompts.source_BS is not None:
         source = prompts.source_BS, prompts.source_segments_BS
@@ -117,7 +118,8 @@ def _prefill(
     return State(tokens_BT, log_probs_BT, *lengths, done_B, jax.vmap(key_of)(prompts.numbers_B2), caches)
 
 
-def _place(state: State, rows_R: jax.Array, other: State) -> State:
+def place(state: State, rows_R: jax.Array, other: State) -> State:
+    """The state with rows of another one; a row past the end is left out."""
     return jax.tree.map(lambda ours, theirs: ours.at[rows_R].set(theirs, mode="drop"), state, other)
 
 
@@ -149,15 +151,18 @@ def known(logits_BV: jax.Array, rules: Rules) -> jax.Array:
     return jnp.where(jnp.arange(logits_BV.shape[-1]) < rules.vocabulary, logits_BV, -jnp.inf)
 
 
-def write(state: State, tokens_B: jax.Array, logits_BV: jax.Array, rules: Rules) -> State:
-    """The state with a token more in each row that has not ended."""
+def write(
+    state: State, tokens_B: jax.Array, logits_BV: jax.Array, rules: Rules, wanted_B: jax.Array | None = None
+) -> State:
+    """The state with a token more in each row that has not ended, of those where it is wanted."""
     B, T = state.tokens_BT.shape
-    rows_B, at_B = jnp.arange(B), jnp.where(state.done_B, T, state.lengths_B)  # past the end: not written
+    grows_B = ~state.done_B if wanted_B is None else ~state.done_B & wanted_B
+    rows_B, at_B = jnp.arange(B), jnp.where(grows_B, state.lengths_B, T)  # past the end: not written
     log_probs_BT = state.log_probs_BT
     if log_probs_BT is not None:
         log_probs_BT = log_probs_BT.at[rows_B, at_B].set(log_prob(logits_BV, tokens_B), mode="drop")
-    lengths_B = state.lengths_B + ~state.done_B
-    ended_B = (tokens_B[:, None] == rules.stops_N).any(-1) | (lengths_B >= state.limits_B)
+    lengths_B = state.lengths_B + grows_B
+    ended_B = grows_B & (tokens_B[:, None] == rules.stops_N).any(-1) | (lengths_B >= state.limits_B)
     return state._replace(
         tokens_BT=state.tokens_BT.at[rows_B, at_B].set(tokens_B, mode="drop"),
         log_probs_BT=log_probs_BT,
@@ -202,9 +207,10 @@ def restrict(logits_BV: jax.Array, tokens_BT: jax.Array, state: State, rules: Ru
     return logits_BV
 
 
-def uniform(keys_B2: jax.Array, n_B: jax.Array) -> jax.Array:
-    """A number [B] in [0, 1) of each key and count."""
-    one = lambda key, n: jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(key), n))
+def uniform(keys_B2: jax.Array, n_B: jax.Array, use: int = 0) -> jax.Array:
+    """A number [B] in [0, 1) of each key and count, for a use."""
+    fold = lambda key, n: jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(key), n), use)
+    one = lambda key, n: jax.random.uniform(fold(key, n))
     return jax.vmap(one)(keys_B2, n_B)
 
 

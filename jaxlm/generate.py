@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.beam import search_of
 from jaxlm.config import Decoding
 from jaxlm.decode import NOTHING, Prompts, Rules, programs
 from jaxlm.encode import params_of
 from jaxlm.errors import UserError, perhaps
+from jaxlm.speculative import DRAFTED, speculative
 
 if TYPE_CHECKING:
     from jaxlm.lm import LM
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 SHORTEST = 32  # lengths are rounded up to this or a power of two
 ROWS = 32  # texts that are decoded at once
 LOOK = 16  # tokens after which rows are looked at, where some may end before others
+PIECE = 4  # tokens of a piece of a stream
 
 
 class Generation(NamedTuple):
@@ -55,8 +58,11 @@ class Request(NamedTuple):
 class Row(NamedTuple):
     """A text as it was decoded, stop token included where it came."""
 
+    request: Request
     tokens: list[int]
     log_probs: list[float]
+    score: float
+    ended: bool = True
 
 
 def generate(
@@ -67,6 +73,7 @@ def generate(
     stop_tokens: Iterable[int] | None = None,
     return_tokens: bool = False,
     details: bool = False,
+    draft: LM | None = None,
     **choices: Any,
 ) -> list[Any]:
     """Continues each prompt, or of an encoder-decoder, writes its answer to each; returns the texts without prompts.
@@ -75,6 +82,7 @@ def generate(
     decoding: how; choices: fields of it by name, such as `temperature=0.7`.
     stop_tokens: a text ends before the first of these; None: those that the model names, (): none.
     return_tokens: lists of ids instead of strings.  details: a `Generation` for each text.
+    draft: a smaller model with the same tokens, which makes it faster and changes nothing else; not for beams.
     Where n_best is above 1, each prompt has a list of as many texts.
 
     Raises UserError where a choice is out of its range, where a prompt is empty, has ids outside the vocabulary or
@@ -83,18 +91,66 @@ def generate(
     if isinstance(prompts, str):
         raise UserError("prompts is one string; give a list of prompts")
     decoding = chosen(decoding, choices)
-    check(lm, decoding)
+    check(lm, decoding, draft)
     if lm.tokenizer is None and not (return_tokens or details):
         raise UserError("the model has no tokenizer; give prompts as lists of token ids, with return_tokens=True")
-    stops = stops_of(lm) if stop_tokens is None else sorted(set(map(int, stop_tokens)))
-    wanted = requests(lm, prompts, decoding)
-    found: dict[tuple[int, int], Generation] = {}
-    for request, row in decoded(lm, wanted, decoding, stops, scored=details):
-        found[request.number, request.draw] = _told(lm, row, decoding, stops)
-    texts = [[found[n, draw] for draw in range(decoding.n_best)] for n in range(len(prompts))]
     plain = lambda told: told if details else told.tokens if return_tokens else told.text
+    texts = in_order(lm, prompts, decoding, stop_tokens=stop_tokens, scored=details, draft=draft)
     shown = [[plain(told) for told in several] for several in texts]
     return shown if decoding.n_best > 1 else [one for (one,) in shown]
+
+
+def in_order(
+    lm: LM,
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    decoding: Decoding,
+    *,
+    stop_tokens: Iterable[int] | None = None,
+    scored: bool = False,
+    draft: LM | None = None,
+    done: int = 0,
+) -> Iterator[list[Generation]]:
+    """The n_best texts of each prompt but the first `done`, in their order, as soon as they are known."""
+    stops = stops_of(lm) if stop_tokens is None else sorted(set(map(int, stop_tokens)))
+    wanted = [request for request in requests(lm, prompts, decoding) if request.number >= done]
+    found: dict[tuple[int, int], Generation] = {}
+    for row in rows_of(lm, wanted, decoding, stops, scored=scored, draft=draft):
+        found[row.request.number, row.request.draw] = _told(lm, row, decoding, stops)
+        while all((done, draw) in found for draw in range(decoding.n_best)):
+            yield [found.pop((done, draw)) for draw in range(decoding.n_best)]
+            done += 1
+
+
+def stream(
+    lm: LM,
+    prompt: str | Sequence[int],
+    decoding: Decoding | None = None,
+    *,
+    stop_tokens: Iterable[int] | None = None,
+    draft: LM | None = None,
+    **choices: Any,
+) -> Iterator[str]:
+    """The text that `generate` would give for the prompt, in pieces, as they come.
+
+    A piece ends with a whole character, and has nothing of what may yet turn out to be a stop.
+    """
+    decoding = chosen(decoding, choices)
+    check(lm, decoding, draft)
+    if lm.tokenizer is None:
+        raise UserError("the model has no tokenizer, and a stream is of text; use generate with return_tokens=True")
+    if decoding.n_best > 1:
+        raise UserError(f"n_best is {decoding.n_best}, but a stream is of one text; use generate, or set it to 1")
+    stops = stops_of(lm) if stop_tokens is None else sorted(set(map(int, stop_tokens)))
+    shown = 0
+    for row in rows_of(lm, requests(lm, [prompt], decoding), decoding, stops, draft=draft, look=PIECE):
+        text = _told(lm, row, decoding, stops).text or ""
+        if not row.ended:
+            text = text.rstrip("\ufffd")
+            begun = [n for stop in decoding.stop for n in range(1, len(stop)) if text.endswith(stop[:n])]
+            text = text[: len(text) - max(begun, default=0)]
+        if len(text) > shown:
+            yield text[shown:]
+            shown = len(text)
 
 
 def chosen(decoding: Decoding | None, choices: dict[str, Any]) -> Decoding:
@@ -107,7 +163,7 @@ def chosen(decoding: Decoding | None, choices: dict[str, Any]) -> Decoding:
     return dataclasses.replace(decoding or Decoding(), **choices | lists)
 
 
-def check(lm: LM, decoding: Decoding) -> None:
+def check(lm: LM, decoding: Decoding, draft: LM | None = None) -> None:
     """Raises UserError where the model cannot generate, or not so."""
     config = lm.config
     if config.structure == "encoder" or "lm" not in config.heads_on_top:
@@ -120,6 +176,18 @@ def check(lm: LM, decoding: Decoding) -> None:
         raise UserError(
             f"beams is {decoding.beams}, more than the {lm.vocabulary} tokens of the vocabulary; take fewer"
         )
+    if draft is not None:
+        if draft.config.structure != config.structure or "lm" not in draft.config.heads_on_top:
+            raise UserError(
+                f"the draft is a(n) {draft.config.structure} with heads {draft.config.heads_on_top}; it must be a(n) "
+                f"{config.structure} with the head 'lm', as the model"
+            )
+        if (draft.config.vocabulary, draft.vocabulary) != (config.vocabulary, lm.vocabulary):
+            raise UserError(
+                f"the draft has {draft.vocabulary} tokens, the model {lm.vocabulary}; both must have the same tokenizer"
+            )
+        if decoding.beams > 1:
+            raise UserError(f"beams is {decoding.beams}, but a draft is for sampling and greedy texts; leave one out")
     if (decoding.stop or decoding.forbidden) and lm.tokenizer is None:
         raise UserError(
             "the model has no tokenizer, which stop and forbidden are read by; give stop_tokens, or neither"
@@ -247,18 +315,66 @@ def _sequences(forbidden: Sequence[tuple[int, ...]]) -> np.ndarray:
     return np.array(rows + rows[:1] * (_bucket(len(rows), 1) - len(rows)), np.int32)
 
 
-def decoded(
-    lm: LM, wanted: Sequence[Request], decoding: Decoding, stops: Sequence[int], *, scored: bool = False
-) -> Iterator[tuple[Request, Row]]:
-    """The texts, each as it ends."""
-    if not decoding.max_new_tokens or not wanted:
-        yield from ((request, Row([], [])) for request in wanted)
+def rows_of(
+    lm: LM,
+    wanted: Sequence[Request],
+    decoding: Decoding,
+    stops: Sequence[int],
+    *,
+    scored: bool = False,
+    draft: LM | None = None,
+    look: int = 0,
+) -> Iterator[Row]:
+    """The texts, each as it ends; where they are looked at after so many tokens, also before."""
+    if not wanted:
         return
+    if not decoding.max_new_tokens:
+        draws = range(decoding.n_best if decoding.beams > 1 else 1)
+        yield from (Row(request._replace(draw=request.draw + n), [], [], 0.0) for request in wanted for n in draws)
+    elif decoding.beams > 1:
+        yield from _searched(lm, wanted, decoding, stops)
+    else:
+        yield from _drawn(lm, wanted, decoding, stops, scored, draft, look)
+
+
+def _searched(lm: LM, wanted: Sequence[Request], decoding: Decoding, stops: Sequence[int]) -> Iterator[Row]:
+    """By beam search, in batches of prompts of about the same length."""
+    run, search, params, rules = programs(lm.module), search_of(lm.module), params_of(lm), rules_of(lm, decoding, stops)
+    M, B = decoding.beams, max(1, ROWS // decoding.beams)
+    # Each beam has as many followers that end as there are stop tokens.
+    candidates = min(max(2, 1 + len(stops)) * M, M * lm.config.vocabulary)
+    ordered = sorted(wanted, key=lambda request: len(request.source or request.tokens))
+    for i in range(0, len(ordered), B):
+        some = ordered[i : i + B]
+        state = run.prefill(params, prompts_of(lm, some, some, decoding), length=room(lm, some, decoding))
+        penalty = np.float32(decoding.length_penalty)
+        found = search(params, state, rules, penalty, beams=M, candidates=candidates)
+        tokens_BMT, log_probs_BMT, lengths_BM, scores_BM = map(np.asarray, found)
+        for b, request in enumerate(some):
+            for m in range(decoding.n_best):
+                new = np.s_[b, m, len(request.tokens) : lengths_BM[b, m]]
+                row = tokens_BMT[new].tolist(), log_probs_BMT[new].tolist()
+                yield Row(request._replace(draw=m), *row, float(scores_BM[b, m]))
+
+
+def _drawn(
+    lm: LM,
+    wanted: Sequence[Request],
+    decoding: Decoding,
+    stops: Sequence[int],
+    scored: bool,
+    draft: LM | None,
+    look: int,
+) -> Iterator[Row]:
+    """Greedily or by sampling, continuously."""
     run, params, rules = programs(lm.module), params_of(lm), rules_of(lm, decoding, stops)
     length = room(lm, wanted, decoding)
+    if draft is not None:
+        run, params = speculative(lm.module, draft.module), (params, params_of(draft))
+        length = _bucket(max(len(request.tokens) for request in wanted) + decoding.max_new_tokens + DRAFTED)
     B = min(len(wanted), ROWS)
     # Looked at only where there is something to see before all have ended.
-    n = LOOK if len(wanted) > B or decoding.stop else decoding.max_new_tokens
+    n = look or (LOOK if len(wanted) > B or decoding.stop else decoding.max_new_tokens)
     waiting = list(wanted[::-1])
     rows: list[Request | None] = [None] * B
     state: Any = None
@@ -279,12 +395,13 @@ def decoded(
         for b, request in [(b, request) for b, request in enumerate(rows) if request is not None]:
             new = np.s_[b, len(request.tokens) : lengths_B[b]]
             tokens = tokens_BT[new].tolist()
-            if decoding.stop and not done_B[b] and _cut(lm, tokens, decoding.stop) is not None:
+            if decoding.stop and not done_B[b] and _cut(text_of(lm, request, tokens), decoding.stop) is not None:
                 done_B[b] = True
                 state = state._replace(done_B=jnp.array(done_B))
-            if done_B[b]:
-                rows[b] = None
-                yield request, Row(tokens, np.asarray(state.log_probs_BT)[new].tolist() if scored else [])
+            rows[b] = None if done_B[b] else request
+            if done_B[b] or look:
+                log_probs = np.asarray(state.log_probs_BT)[new].tolist() if scored else []
+                yield Row(request, tokens, log_probs, sum(log_probs), bool(done_B[b]))
 
 
 def room(lm: LM, wanted: Sequence[Request], decoding: Decoding) -> int:
@@ -320,23 +437,30 @@ def _bucket(n: int, least: int = SHORTEST) -> int:
     return max(least, 1 << (n - 1).bit_length() if n else 0)
 
 
-def _cut(lm: LM, tokens: list[int], stops: Sequence[str]) -> int | None:
-    """Where the first of these texts begins in that of the tokens."""
-    text = lm.tokenizer.target.decode(tokens)  # type: ignore[union-attr]  # checked
+def text_of(lm: LM, request: Request, tokens: list[int]) -> str:
+    """The text of new tokens, with the space that some tokenizers have only where something stands before it."""
+    decode = lm.tokenizer.target.decode  # type: ignore[union-attr]  # checked
+    if request.source is None:
+        before, whole = decode(request.tokens), decode(request.tokens + tokens)
+        if whole.startswith(before):
+            return whole[len(before) :]
+    return decode(tokens)
+
+
+def _cut(text: str, stops: Sequence[str]) -> int | None:
+    """Where the first of these texts begins in it."""
     return min((at for at in map(text.find, stops) if at >= 0), default=None)
 
 
 def _told(lm: LM, row: Row, decoding: Decoding, stops: Sequence[int]) -> Generation:
     """The text of a row, up to its end."""
     size = next((n for n, token in enumerate(row.tokens) if token in stops), len(row.tokens))
-    tokens, score = row.tokens[:size], sum(row.log_probs)
-    text = None
+    tokens, text = row.tokens[:size], None
     if lm.tokenizer is not None:
-        decode = lm.tokenizer.target.decode
-        text = decode(tokens)
-        cut = _cut(lm, tokens, decoding.stop)
+        text = text_of(lm, row.request, tokens)
+        cut = _cut(text, decoding.stop)
         if cut is not None:
             text = text[:cut]
-            while tokens and len(decode(tokens)) > cut:  # those that lie wholly before it
+            while tokens and len(text_of(lm, row.request, tokens)) > cut:  # those that lie wholly before it
                 tokens = tokens[:-1]
-    return Generation(text, tokens, row.log_probs[: len(tokens)], score)
+    return Generation(text, tokens, row.log_probs[: len(tokens)], row.score)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from dataclasses import replace
 from functools import lru_cache, partial
 
@@ -13,6 +14,7 @@ import pytest
 from compiled import jit, random_params
 
 import jaxlm
+from jaxlm.__main__ import main
 from jaxlm.config import ModelConfig, TokenizerConfig
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.decode import Rules, choose, draw
@@ -23,6 +25,7 @@ from jaxlm.hub import convert
 from jaxlm.lm import LM, load, save
 from jaxlm.nn.transformer import Transformer, apply
 
+generation = sys.modules["jaxlm.generate"]  # jaxlm.generate is the function
 TINY = {"vocabulary": 48, "width": 16, "layers": 2, "heads": 2, "max_length": 32}
 MODELS = {
     "gpt2": ModelConfig(**TINY),  # fewer positions than the rounded lengths of prompt and cache
@@ -52,6 +55,10 @@ def lm_of(name: str) -> LM:
 def prompts() -> list[list[int]]:
     random = np.random.default_rng(0)
     return [random.integers(0, tokenizer().size, n).tolist() for n in (3, 9, 32 - NEW)]
+
+
+def before(row: list[int], stops) -> list[int]:
+    return row[: next((n for n, token in enumerate(row) if token in stops), NEW)]
 
 
 @lru_cache
@@ -173,7 +180,6 @@ def test_draws_from_a_large_vocabulary_follow_the_probabilities():
 
 def test_a_continuation_ends_before_the_first_stop_token():
     expected = uncached_greedy("gpt2")
-    before = lambda row, stops: row[: next((n for n, token in enumerate(row) if token in stops), NEW)]
     late = next(token for token in expected[1] if token != expected[1][0])
     for stops in ([late], [late, expected[0][0]], {expected[2][-1]}):
         found = continued("gpt2", prompts(), temperature=0, stop_tokens=stops)
@@ -202,6 +208,275 @@ def test_strings_begin_with_bos_and_ids_are_used_as_given():
     assert generate(lm, [], **choices) == []
     assert generate(lm, ["the"], max_new_tokens=0) == [""]
     assert generate(lm, ["the"], max_new_tokens=0, return_tokens=True) == [[]]
+
+
+def test_prompts_of_any_length_share_few_programs(monkeypatch):
+    """A new program is compiled only where a length passes a power of two."""
+    lm = LM(model := replace(MODELS["rotary"], max_length=1024, layers=1), Transformer(model), random_params(model))
+    run = generation.programs(lm.module)
+    greedy = partial(generate, lm, max_new_tokens=12, temperature=0, return_tokens=True)
+    for n in (1, 2, 20, 33, 40, 52, 100, 116, 120, 200, 244, 300, 500):
+        assert len(greedy([[5] * n])[0]) == 12
+    assert run.advance._cache_size() == 5  # caches of 32, 64, 128, 256, 512 slots
+    assert run.prefill._cache_size() <= 9
+    for temperature, top_p in ((1.0, 1.0), (0.5, 1.0), (0.7, 0.9), (0.8, 0.5)):
+        generate(lm, [[5]], max_new_tokens=12, temperature=temperature, top_p=top_p, return_tokens=True)
+    assert run.advance._cache_size() == 7  # one for sampling, one for sampling from some tokens
+
+
+def test_many_prompts_are_decoded_continuously(monkeypatch):
+    """Where a text ends, the next prompt takes its row; texts come in the order of their prompts."""
+    monkeypatch.setattr(generation, "ROWS", 3)
+    monkeypatch.setattr(generation, "LOOK", 2)
+    lm, end = lm_of("rotary"), uncached_greedy("rotary")[0][3]
+    expected = [before(row, [end]) for row in uncached_greedy("rotary")]
+    assert len({len(row) for row in expected}) > 1
+    found = continued("rotary", prompts() * 5, temperature=0, stop_tokens=[end])
+    assert found == expected * 5
+    many = [*prompts(), *prompts()]
+    draws = continued("rotary", many, seed=3, stop_tokens=[end])
+    monkeypatch.setattr(generation, "ROWS", 8)
+    assert continued("rotary", many, seed=3, stop_tokens=[end]) == draws
+    monkeypatch.setattr(generation, "ROWS", 2)
+    texts = continued("rotary", prompts(), seed=3, stop_tokens=[end], n_best=3)
+    assert [len({tuple(row) for row in several}) for several in texts] == [3, 3, 3]
+    assert [several[0] for several in texts] == draws[:3]
+    assert lm.vocabulary > max(max(row, default=0) for several in texts for row in several)
+
+
+def test_a_text_ends_before_a_stop_text():
+    lm, choices = lm_of("gpt2"), {"max_new_tokens": NEW, "temperature": 0, "stop_tokens": ()}
+    whole = generate(lm, prompts(), **choices)
+    stop = whole[1][4:6]
+    cut = lambda text: text[: text.index(stop)] if stop in text else text
+    assert generate(lm, prompts(), stop=(stop,), **choices) == [cut(text) for text in whole]
+    assert generate(lm, prompts(), stop=["never", stop], **choices) == [cut(text) for text in whole]
+    assert generate(lm, prompts(), stop=("no such text",), **choices) == whole
+    told = generate(lm, prompts(), stop=(stop,), details=True, **choices)
+    for one, text in zip(told, whole):
+        assert one.text == cut(text) == tokenizer().decode(one.tokens)
+        assert len(one.log_probs) == len(one.tokens)
+
+
+def test_forbidden_texts_are_never_generated():
+    lm, choices = lm_of("gpt2"), {"max_new_tokens": NEW, "temperature": 0}
+    whole = generate(lm, prompts(), **choices)
+    letter, pair = whole[0][2], whole[0][2:4]
+    assert pair in whole[0] and len(pair) == 2
+    for forbidden in ((letter,), (pair,), (pair, "th", whole[1][0])):
+        found = generate(lm, prompts(), forbidden=forbidden, **choices)
+        assert found != whole
+        assert not any(text in one for text in forbidden for one in found)
+    before_it = generate(lm, prompts(), forbidden=(pair,), **choices)[0]
+    assert before_it[:3] == whole[0][:3]  # the first of two letters alone is not forbidden
+
+
+def test_no_stop_token_comes_before_the_least_length():
+    expected = uncached_greedy("gpt2")
+    stops = [expected[0][0]]
+    assert continued("gpt2", prompts(), temperature=0, stop_tokens=stops)[0] == []
+    found = continued("gpt2", prompts(), temperature=0, stop_tokens=stops, min_new_tokens=5)
+    assert all(len(row) >= 5 and stops[0] not in row for row in found)
+
+
+def test_repetition_is_made_less_likely():
+    """As by Keskar et al. 2019: logits above 0 are divided, those below are multiplied."""
+    lm = lm_of("gpt2")
+    rows = [list(prompt) for prompt in prompts()]
+    for _ in range(NEW):
+        for row in rows:
+            logits = np.array(lm(np.array([row])).logits)[0, -1, : tokenizer().size]
+            there = np.array(sorted(set(row)))
+            logits[there] = np.where(logits[there] < 0, logits[there] * 1.5, logits[there] / 1.5)
+            row.append(int(logits.argmax()))
+    expected = [row[-NEW:] for row in rows]
+    assert expected != uncached_greedy("gpt2")
+    assert continued("gpt2", prompts(), temperature=0, repetition_penalty=1.5) == expected
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_details_are_the_models_own_log_probabilities(beams):
+    lm = lm_of("gpt2")
+    choices = {"temperature": 2.0, "top_k": 5} if beams == 1 else {"beams": 3, "n_best": 2}
+    told = continued("gpt2", prompts(), details=True, **choices)
+    for prompt, several in zip(prompts(), told if beams > 1 else [[one] for one in told]):
+        for one in several:
+            logits = np.asarray(lm(np.array([prompt + one.tokens])).logits)[0, len(prompt) - 1 : -1, : lm.vocabulary]
+            own = np.asarray(jax.nn.log_softmax(logits))[np.arange(NEW), one.tokens]
+            np.testing.assert_allclose(one.log_probs, own, atol=2e-5)
+            np.testing.assert_allclose(one.score, sum(own) / (1 if beams == 1 else NEW), atol=1e-5)
+            assert one.text == tokenizer().decode(one.tokens)
+    if beams > 1:
+        assert all(first.score >= second.score for first, second in told)
+
+
+def test_beams_find_what_all_texts_hold():
+    """As many beams as there are beginnings is a search of everything."""
+    lm = small(0)
+    all_texts = probabilities(lm, [1, 3], 3, lambda p: p)
+    best = sorted(all_texts, key=lambda text: -all_texts[text])[:4]
+    rows = generate(lm, [[1, 3]], max_new_tokens=3, beams=5, n_best=4, return_tokens=True, stop_tokens=())
+    told = generate(lm, [[1, 3]], max_new_tokens=3, beams=5, length_penalty=0.0, details=True, stop_tokens=())
+    assert rows[0][:1] == [list(best[0])] or all_texts[tuple(rows[0][0])] > 0.9 * all_texts[best[0]]
+    np.testing.assert_allclose(np.exp(told[0].score), all_texts[tuple(told[0].tokens)], rtol=1e-4)
+
+
+def test_a_stream_is_the_text_in_pieces():
+    lm, choices = lm_of("gpt2"), {"max_new_tokens": NEW, "temperature": 0, "stop_tokens": ()}
+    (whole,) = generate(lm, ["the"], **choices)
+    pieces = list(jaxlm.stream(lm, "the", **choices))
+    assert len(pieces) == NEW / generation.PIECE and "".join(pieces) == whole
+    stop = whole[5:8]
+    (cut,) = generate(lm, ["the"], stop=(stop,), **choices)
+    assert len(cut) < len(whole)
+    assert "".join(jaxlm.stream(lm, "the", stop=(stop,), **choices)) == cut
+    with pytest.raises(UserError, match="n_best is 2, but a stream is of one text"):
+        next(jaxlm.stream(lm, "the", n_best=2))
+    (found,) = generate(lm, ["the"], beams=3, max_new_tokens=5)
+    assert list(jaxlm.stream(lm, "the", beams=3, max_new_tokens=5)) == [found]
+
+
+def test_a_prompt_that_is_too_long_loses_its_beginning(capsys):
+    long = [1, 2, 3, *prompts()[2]]
+    found = continued("gpt2", [long, prompts()[0]], temperature=0, too_long="truncate")
+    assert found == [uncached_greedy("gpt2")[n] for n in (2, 0)]
+    assert "1 of 2 prompts, of up to 23 tokens, are cut to 20" in capsys.readouterr().err
+
+
+# Encoder-decoders.
+
+BOTH = {"vocabulary": 32, "width": 16, "layers": 2, "heads": 2, "start_token": 1, "mlp_width": 32}
+SEQ2SEQ = {
+    "t5": replace(PRESETS["t5-small"], **BOTH, head_width=8, relative_buckets=8, relative_distance=12),
+    "bart": replace(PRESETS["bart-base"], **BOTH, max_length=40, tied_embeddings=False),
+}
+
+
+@pytest.mark.parametrize("name", SEQ2SEQ)
+@pytest.mark.parametrize("drafted", [False, True], ids=["plain", "drafted"])
+def test_an_encoder_decoder_answers_as_without_a_cache(name, drafted):
+    model = SEQ2SEQ[name]
+    std = {"t5": 0.5, "bart": 0.1}[name]  # at which texts differ
+    lm = LM(model, Transformer(model), random_params(model, std))
+    expected = []
+    for source in prompts():
+        row = [1]
+        for _ in range(NEW):
+            padded = np.array([row + [0] * (NEW - len(row))])
+            logits = lm(np.array([source + [0] * (20 - len(source))]), (np.arange(20) < len(source))[None] * 1,
+                        target_tokens_BT=padded).logits  # fmt: skip
+            row.append(int(np.asarray(logits)[0, len(row) - 1].argmax()))
+        expected.append(row[1:])
+    assert len({tuple(row) for row in expected}) > 1
+    choices = {"max_new_tokens": NEW, "temperature": 0, "return_tokens": True, "stop_tokens": ()}
+    draft = LM(model, lm.module, random_params(model, 0.9 * std)) if drafted else None
+    assert generate(lm, prompts(), draft=draft, **choices) == expected
+    assert generate(lm, prompts()[:1], draft=draft, **choices) == expected[:1]
+    if not drafted:
+        assert generate(lm, prompts() * 20, **choices) == expected * 20
+        assert generate(lm, prompts(), beams=1, **choices) == expected
+
+
+def test_sources_are_framed_and_answers_are_of_the_target():
+    model = SEQ2SEQ["t5"]
+    lm = LM(model, Transformer(model), random_params(model, std=0.5), tokenizer())
+    framed = tokenizer().frame(["the fox"])[0][0]
+    choices = {"max_new_tokens": NEW, "temperature": 0}
+    (text,) = generate(lm, ["the fox"], **choices)
+    (tokens,) = generate(lm, [framed], return_tokens=True, **choices)
+    assert text == tokenizer().decode(tokens)
+    assert generate(lm, ["the fox"], beams=2, n_best=2, **choices)[0] != [text]
+
+
+# Exactness in distribution, by a model of so few tokens that all texts can be counted.
+
+SMALL = {"vocabulary": 5, "width": 8, "layers": 1, "heads": 2, "max_length": 16}
+
+
+@lru_cache
+def small(seed: int, **fields) -> LM:
+    model = ModelConfig(**SMALL | fields)
+    params = jax.tree.map(lambda leaf: leaf * (1 + seed), random_params(model, std=0.5))
+    return LM(model, Transformer(model), params)
+
+
+def probabilities(lm: LM, prompt: list[int], new: int, left) -> dict[tuple[int, ...], float]:
+    """Of every text of so many tokens, where `left` is what the choices leave of the probabilities of one token."""
+    texts = {(): 1.0}
+    for _ in range(new):
+        rows = np.array([[*prompt, *text] for text in texts], np.int32)
+        p = np.float64(jax.nn.softmax(np.asarray(lm(rows).logits)[:, -1].astype(np.float64)))
+        texts = {
+            (*text, token): before * share
+            for (text, before), row in zip(texts.items(), p)
+            for token, share in enumerate(left(row / row.sum()))
+            if share > 0
+        }
+    return texts
+
+
+def top_2(p):
+    kept = np.where(p >= np.sort(p)[-2], p, 0)
+    return kept / kept.sum()
+
+
+def nucleus(p):
+    order = np.argsort(-p)
+    needed = int((np.cumsum(p[order]) < 0.8).sum()) + 1
+    kept = np.where(np.isin(np.arange(len(p)), order[:needed]), p, 0)
+    return kept / kept.sum()
+
+
+def warm(p):
+    return p**0.5 / (p**0.5).sum()
+
+
+def often(p):
+    kept = np.where(p >= 0.5 * p.max(), p, 0)
+    return kept / kept.sum()
+
+
+DISTRIBUTIONS = {
+    "plain": ({}, lambda p: p),
+    "top_k": ({"top_k": 2}, top_2),
+    "top_p": ({"top_p": 0.8}, nucleus),
+    "min_p": ({"min_p": 0.5}, often),
+    "temperature": ({"temperature": 2.0}, warm),
+    "temperature and top_k": ({"temperature": 2.0, "top_k": 2}, lambda p: top_2(warm(p))),
+}
+
+
+@pytest.mark.parametrize("drafted", [False, True], ids=["plain", "drafted"])
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_texts_have_their_exact_probabilities(monkeypatch, name, drafted):
+    monkeypatch.setattr(generation, "ROWS", 1000)
+    choices, left = DISTRIBUTIONS[name]
+    lm, draft = small(0), small(1) if drafted else None
+    expected = probabilities(lm, [1, 3], 3, left)
+    assert abs(sum(expected.values()) - 1) < 1e-5
+    n = 4000
+    one = partial(generate, lm, [[1, 3]], max_new_tokens=3, n_best=n, return_tokens=True, draft=draft)
+    (rows,) = one(**choices)
+    counts: dict = {}
+    for row in rows:
+        counts[tuple(row)] = counts.get(tuple(row), 0) + 1
+    assert counts.keys() <= expected.keys()
+    chi_square = sum((counts.get(text, 0) - n * p) ** 2 / (n * p) for text, p in expected.items() if n * p >= 1)
+    free = sum(n * p >= 1 for p in expected.values()) - 1
+    assert chi_square < free + 5 * np.sqrt(2 * free) + 1
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_draft_changes_no_greedy_text(name):
+    lm = lm_of(name)
+    other = LM(MODELS["gpt2"], Transformer(MODELS["gpt2"]), random_params(MODELS["gpt2"], std=0.4), tokenizer())
+    for draft in (lm, other):  # always right, and mostly wrong
+        assert continued(name, prompts(), temperature=0, draft=draft) == uncached_greedy(name)
+        assert continued(name, prompts(), temperature=0, max_new_tokens=1, draft=draft) == [
+            row[:1] for row in uncached_greedy(name)
+        ]
+    many = continued(name, prompts() * 14, temperature=0, draft=other)
+    assert many == uncached_greedy(name) * 14
 
 
 MISTAKES = {
@@ -271,6 +546,110 @@ def test_without_a_tokenizer_ids_give_ids():
         replace(lm_of("gpt2"), tokenizer=None), prompts(), max_new_tokens=NEW, temperature=0, return_tokens=True
     )
     assert [len(row) for row in found] == [NEW] * 3
+
+
+# The verb.
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(lm_of("gpt2"), "model")
+    (tmp_path / "prompts.txt").write_text("".join(f"the {word}\n" for word in TEXT.split()))
+    return tmp_path
+
+
+VERB = ["--max-new-tokens", "6", "--top-k", "4"]
+
+
+def test_the_verb_continues_prompts(folder, capsys):
+    choices = {"max_new_tokens": 6, "top_k": 4}
+    assert main(["generate", "model", "--prompt", "the", "quick", *VERB]) == 0
+    texts = generate(lm_of("gpt2"), ["the", "quick"], **choices)
+    assert capsys.readouterr().out == f"the{texts[0]}\nquick{texts[1]}\n"
+    assert main(["generate", "model", "--prompt", "the", "--n-best", "2", *VERB]) == 0
+    ((a, b),) = generate(lm_of("gpt2"), ["the"], n_best=2, **choices)
+    assert capsys.readouterr().out == f"the{a}\nthe{b}\n"
+    assert main(["generate", "model", *VERB]) == 0
+    assert capsys.readouterr().out == generate(lm_of("gpt2"), [""], **choices)[0] + "\n"
+    assert main(["generate", "model", "--draft", "model", "--prompt", "the", *VERB[:2], "--temperature", "0"]) == 0
+    assert (
+        capsys.readouterr().out == "the" + generate(lm_of("gpt2"), ["the"], max_new_tokens=6, temperature=0)[0] + "\n"
+    )
+
+
+def test_a_terminal_sees_the_text_as_it_comes(folder, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert main(["generate", "model", "--prompt", "the", *VERB]) == 0
+    (text,) = generate(lm_of("gpt2"), ["the"], max_new_tokens=6, top_k=4)
+    assert capsys.readouterr().out == f"the{text}\n"
+
+
+def test_a_file_of_prompts_is_gone_on_with(folder, capsys, monkeypatch):
+    monkeypatch.setattr(generation, "ROWS", 2)
+    asked = ["generate", "model", "--file", "prompts.txt", *VERB]
+    assert main([*asked, "--output", "out.jsonl"]) == 0
+    rows = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+    given = (folder / "prompts.txt").read_text().splitlines()
+    assert [row["prompt"] for row in rows] == given
+    assert [row["text"] for row in rows] == generate(lm_of("gpt2"), given, max_new_tokens=6, top_k=4)
+    whole = (folder / "out.jsonl").read_bytes()
+    assert main(asked) == 0
+    assert capsys.readouterr().out.encode() == whole
+
+    # Stopped while the fourth row was written.
+    lines = whole.splitlines(keepends=True)
+    (folder / "out.jsonl").write_bytes(b"".join(lines[:3]) + lines[3][:5])
+    assert main([*asked, "--output", "out.jsonl"]) == 0
+    assert (folder / "out.jsonl").read_bytes() == whole
+    assert "out.jsonl has 3 of 9 rows already" in capsys.readouterr().err
+    monkeypatch.setattr(jaxlm, "load", lambda *_: pytest.fail("there is nothing to do"))
+    assert main([*asked, "--output", "out.jsonl"]) == 0
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+
+    def refused(arguments, *words):
+        capsys.readouterr()
+        assert main(arguments) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and all(word in said for word in words), said
+        assert (folder / "out.jsonl").read_bytes() == whole
+
+    refused(
+        [*asked, "--output", "out.jsonl", "--seed", "5"], "made otherwise", "seed: 5 | 0", "choose another --output"
+    )
+    (folder / "prompts.txt").write_text("\n".join(["of another", *given[1:]]))
+    refused([*asked, "--output", "out.jsonl"], "out.jsonl:1", "'the the'", "'of another'", "choose another --output")
+    (folder / "prompts.txt").write_text("\n".join(given[:2]))
+    refused([*asked, "--output", "out.jsonl"], "out.jsonl:3", "has none there")
+    (folder / "out.jsonl.choices.json").unlink()
+    refused([*asked, "--output", "out.jsonl"], "'out.jsonl', which exists and was not made by generate")
+
+
+VERB_MISTAKES = {
+    "temperature": (["--temperature", "-1"], "temperature is -1.0; it must be at least 0"),
+    "both": (["--prompt", "a", "--file", "prompts.txt"], "--file stands in place of --prompt"),
+    "no file": (["--file", "gone.txt"], "gone.txt cannot be read: No such file"),
+    "empty": (["--file", "empty.txt"], "empty.txt is empty"),
+    "not UTF-8": (["--file", "latin.txt"], "latin.txt is not UTF-8 (byte 2)"),
+    "suffix": (["--file", "prompts.txt", "--output", "out.csv"], "output is 'out.csv'; it must end in .jsonl"),
+    "output alone": (["--output", "out.jsonl"], "--output goes with --file"),
+    "length": (["--max-new-tokens", "40"], "max_new_tokens is 40; the model has 32 positions: ask for at most 31"),
+    "long": (["--prompt", "a" * 30, "--max-new-tokens", "6"], "a prompt of 31 tokens and 6 new ones exceed"),
+    "beams": (["--beams", "99"], "beams is 99, more than the 32 tokens"),
+    "draft": (["--draft", "gone"], "gone is no folder"),
+}
+
+
+@pytest.mark.parametrize("name", VERB_MISTAKES)
+def test_the_verb_says_what_is_wrong(folder, capsys, name):
+    (folder / "empty.txt").touch()
+    (folder / "latin.txt").write_bytes(b"na\xefve\n")
+    arguments, message = VERB_MISTAKES[name]
+    assert main(["generate", "model", *arguments]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and "Traceback" not in said.err
+    assert message in said.err[said.err.index("error: ") :]
 
 
 # LM: from a folder, to a folder.

@@ -30,7 +30,7 @@ ORDER = (  # each may import those before it and beside it
     ("data",),
     ("encode",),
     ("lm",),
-    ("decode", "generate", "inspect", "likelihood", "lm_eval"),
+    ("decode", "beam", "speculative", "generate", "prompts", "inspect", "likelihood", "lm_eval"),
     ("tasks",),
     ("optimizer", "step", "checkpoint"),
     ("folder",),
