@@ -51,6 +51,7 @@ class ModelConfig:
     attention_scale: float | None = None  # factor of the scores; None: 1 / sqrt(head width)
     attention_cap: float = 0.0  # scores are squashed to within this by tanh (Gemma 2); 0: not
     layer_kinds: tuple[Literal["global", "local"], ...] = ("global",)  # of each layer in turn, over and over
+    prefix_lm: bool = False  # tokens of a decoder's prompt see all of it, also what comes later (Raffel et al. 2020)
     window: int = 0  # a local layer sees tokens that are less than this many places away
 
     mlp_width: int | None = None  # MLP width F; None: 4 x width
@@ -67,6 +68,7 @@ class ModelConfig:
     scale_embeddings: bool = False  # multiply token embeddings by sqrt(width) (Vaswani et al. 2017)
     tied_embeddings: bool = True  # the output projection is the token embedding
     decoder_tokens: bool = False  # an encoder-decoder's decoder has token embeddings of its own
+    decoder_vocabulary: int | None = None  # rows of these, where targets have another vocabulary; None: as vocabulary
     positions: Literal["learned", "sinusoidal", "rotary", "none"] = "learned"  # how absolute order enters
     position_offset: int = 0  # rows of learned positions before that of the first token (RoBERTa, BART: 2)
     padding_token: int | None = None  # a token that unsaid positions do not count (RoBERTa); None: all count
@@ -117,6 +119,11 @@ class ModelConfig:
         return self.mlp_width or 4 * self.width
 
     @property
+    def V(self) -> int:
+        """Tokens that the head lm tells apart."""
+        return self.decoder_vocabulary or self.vocabulary
+
+    @property
     def W(self) -> int:
         """Width of the embeddings."""
         return self.embedding_width or self.width
@@ -154,6 +161,13 @@ class ModelConfig:
             raise UserError(
                 f"model.conv_width is {self.conv_width}; it must be odd, and goes with an encoder of one kind of layer"
             )
+        if self.decoder_vocabulary and not (self.structure == "encoder_decoder" and self.decoder_tokens):
+            raise UserError(
+                f"model.decoder_vocabulary is {self.decoder_vocabulary}; it goes with an encoder-decoder whose decoder "
+                f"has tokens of its own: set --model.decoder-tokens"
+            )
+        if self.prefix_lm and self.structure != "decoder":
+            raise UserError(f"model.prefix_lm is set, and the model is a(n) {self.structure}; it is for decoders alone")
         if "local" in self.layer_kinds and self.window < 1:
             raise UserError(f"model.window is {self.window}; local layers need at least 1")
         if not self.layer_kinds or not self.labels:
@@ -179,7 +193,7 @@ class ModelConfig:
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must lie in 0 to {_FARTHEST:,}")
 
 
-_OPTIONAL = ("kv_heads", "decoder_layers", "distinct_layers", "embedding_width")
+_OPTIONAL = ("kv_heads", "decoder_layers", "distinct_layers", "embedding_width", "decoder_vocabulary")
 
 
 @cache
@@ -458,6 +472,7 @@ class TokenizerConfig:
     path: str = ""  # tokenizer.json, vocab.txt, vocab.json (merges.txt beside it), a .model, or a folder with one
     train: Literal["unigram", "bpe", "byte_bpe", "wordpiece", "characters"] = "unigram"  # when there is no path
     lowercase: bool = False  # fold case (wordpiece only: the others are lossless)
+    separate: bool = False  # one of the sources, another of the targets (Seq2Seq), saved in a folder `target` below it
     sentinels: int = 0  # of the vocabulary, tokens <extra_id_0> ... that mark gaps: SpanCorruption needs them
     max_training_characters: int = 50_000_000  # the trainer sees documents in order up to this much text
 

@@ -67,8 +67,8 @@ class LM:
 
     @property
     def vocabulary(self) -> int:
-        """Number of tokens that there are: the tokenizer's, where the stored vocabulary is padded beyond it."""
-        return self.config.vocabulary if self.tokenizer is None else min(self.tokenizer.size, self.config.vocabulary)
+        """Number of tokens that can be written: the tokenizer's, where the stored vocabulary is padded beyond it."""
+        return self.config.V if self.tokenizer is None else min(self.tokenizer.target.size, self.config.V)
 
     def _token(self, role: str) -> int | None:
         """The token of a role, such as pad or eos, where config.json or the tokenizer names it."""

@@ -15,10 +15,13 @@ from compiled import jit, random_params
 from jaxlm import Chat, DataConfig, Decoding, Seq2Seq, TokenizerConfig, UserError
 from jaxlm.data import chat, source
 from jaxlm.data import tokenizer as tokenizers
+from jaxlm.data.batches import Batches, Epoch
 from jaxlm.data.formats import Place
 from jaxlm.evaluate import see
 from jaxlm.families import PRESETS
-from jaxlm.nn.transformer import Transformer
+from jaxlm.generate import generate
+from jaxlm.lm import LM
+from jaxlm.nn.transformer import Transformer, apply
 from jaxlm.step import make_eval_step
 from jaxlm.tasks.chat import ChatTask
 from jaxlm.tasks.reading import Records
@@ -35,6 +38,8 @@ MODELS = {
     "marian": replace(PRESETS["opus-mt"], **SMALL, decoder_layers=2, start_token=0),
     "gpt2": replace(PRESETS["gpt2"], **SMALL),
     "llama": replace(PRESETS["llama-7b"], **SMALL, kv_heads=1),
+    "prefix": replace(PRESETS["gpt2"], **SMALL, prefix_lm=True),
+    "separate": replace(PRESETS["t5-small"], **SMALL, start_token=0, decoder_tokens=True, decoder_vocabulary=V - 10),
 }
 TWO = [name for name, model in MODELS.items() if model.structure == "encoder_decoder"]
 close = partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-4)
@@ -47,8 +52,21 @@ def tokenizer(ended: bool):
     return tokenizers.train(texts, TokenizerConfig(train="bpe"), V, ended=ended)
 
 
+@lru_cache
+def apart():
+    """A tokenizer of sources, with another of targets."""
+    random = np.random.default_rng(0)
+    text = [" ".join(random.choice(WORDS, 12)) for _ in range(40)]
+    how = TokenizerConfig(train="bpe", separate=True)
+    return tokenizers.train_both(text, [line.upper() for line in text], how, (V, V - 10))
+
+
+def tokenizer_of(model: str):
+    return apart() if model == "separate" else tokenizer(model in TWO)
+
+
 def task_of(model: str, length: int = T, **fields) -> Seq2SeqTask:
-    task = Seq2SeqTask(Seq2Seq(source_length=S, **fields), length, 0, tokenizer(model in TWO), ())
+    task = Seq2SeqTask(Seq2Seq(source_length=S, **fields), length, 0, tokenizer_of(model), ())
     task.configured(MODELS[model])
     return task
 
@@ -108,26 +126,29 @@ def test_no_example_sees_another(model):
         for e in range(1, int(batch["segments_BT"][b].max()) + 1):
             own = {side: (np.arange(ROWS) == b)[:, None] & (batch[of] == e) for side, of in sides.items()}
             alone = batch | {"weights_BT": batch["weights_BT"] * own["tokens_BT"].astype(np.float32)}
-            grads = gradient(params, alone)[1]["embeddings"]["tokens"]
-            # Tied embeddings are read by the head too, for every token of the vocabulary alike.
-            untied = np.asarray(grads if not MODELS[model].tied_embeddings else grads - head_part(model, params, alone))
+            grads = gradient(params, alone)[1]
             for side in sides:
-                by_token = untied[batch[side]]
+                apart = side == "tokens_BT" and MODELS[model].decoder_tokens
+                table = "decoder_embeddings" if apart else "embeddings"
+                by_VD = grads[table]["tokens"]
+                if MODELS[model].tied_embeddings and apart == MODELS[model].decoder_tokens:
+                    by_VD = by_VD - head_part(model, params, alone, table)  # which reads every token alike
+                by_token = np.asarray(by_VD)[batch[side]]
                 assert np.abs(by_token[~own[side]]).max(initial=0) < 1e-6
                 assert np.abs(by_token[own[side]]).max() > 1e-6
 
 
-def head_part(model: str, params, batch):
+def head_part(model: str, params, batch, table: str):
     """The gradient by the embeddings where the head reads them."""
     task = task_of(model)
     module = Transformer(MODELS[model])
 
     def loss(embeddings_VD):
         x_BTD = jax.lax.stop_gradient(states(module, params, batch))
-        there = params | {"embeddings": params["embeddings"] | {"tokens": embeddings_VD}}
+        there = params | {table: params[table] | {"tokens": embeddings_VD}}
         return task.losses_of(module, there, x_BTD, batch, None)[0]["loss"][0]
 
-    return jax.grad(loss)(params["embeddings"]["tokens"])
+    return jax.grad(loss)(params[table]["tokens"])
 
 
 def states(module, params, batch):
@@ -154,7 +175,7 @@ def test_a_decoder_learns_the_target_alone(model):
         assert set(firsts.tolist()) == {task.end if task.start is None else task.start}
 
 
-@pytest.mark.parametrize("model", ["gpt2", "llama"])
+@pytest.mark.parametrize("model", ["gpt2", "llama", "prefix"])
 def test_prompt_tokens_get_no_gradient_of_their_own(model):
     """The loss does not change with the labels at the places of the prompt."""
     task, params, step, _ = compiled(model)
@@ -162,6 +183,63 @@ def test_prompt_tokens_get_no_gradient_of_their_own(model):
     other = batch | {"labels_BT": np.where(batch["weights_BT"] > 0, batch["labels_BT"], 7)}
     losses = [step(params, put(b, 1))[0]["loss"] for b in (batch, other)]
     assert np.asarray(losses[0]).tolist() == np.asarray(losses[1]).tolist()
+
+
+def test_a_prefix_sees_all_of_itself_and_nothing_of_what_follows():
+    task, params, _, _ = compiled("prefix")
+    module = Transformer(MODELS["prefix"])
+    batch = dict(batches_of(task, records([(6, 1)])).batch_at(0))
+    batch["tokens_BT"] = np.arange(ROWS * T, dtype=np.int32).reshape(ROWS, T)
+    prompt = int(batch["prefix_BT"][0].sum())
+    assert 6 <= prompt < T and (np.diff(batch["prefix_BT"][0]) <= 0).all()
+
+    def state(embeddings_VD, t):
+        there = params | {"embeddings": params["embeddings"] | {"tokens": embeddings_VD}}
+        return states(module, there, batch)[0, t].sum()
+
+    by_token = lambda t: np.abs(jax.grad(state)(params["embeddings"]["tokens"], t))[batch["tokens_BT"][0]].max(-1)
+    first, later = by_token(0), by_token(prompt)
+    assert first[:prompt].min() > 1e-6 and first[prompt:].max() == 0
+    assert later[: prompt + 1].min() > 1e-6 and later[prompt + 1 :].max(initial=0) == 0
+
+
+@pytest.mark.parametrize("model", ["prefix", "separate", "marian"])
+def test_what_is_written_is_what_the_packed_batch_would_say(model):
+    """Greedily generated texts, as targets, are the likeliest tokens of every place of a packed batch."""
+    config, task, params = MODELS[model], task_of(model, 64), compiled(model)[1]
+    lm = LM(config, Transformer(config), params, task.tokenizer)
+    prompts = task.prompts(records(LENGTHS))
+    decoding = Decoding(temperature=0.0, max_new_tokens=7)
+    found = generate(lm, prompts, decoding, stop_tokens=(), return_tokens=True)
+    make = task._one_stack if task.source_length is None else task._two_stacks
+    made = [make(prompt, ids) for prompt, ids in zip(prompts, found)]
+
+    class Made:
+        fields, labels = task.fields, 0
+
+        def epoch(self, n):
+            lengths = lambda name: np.array([len(one[name]) for one in made])
+            sources = None if task.source_length is None else lengths("source_tokens_BS")
+            return Epoch(lengths("tokens_BT"), lambda i: [made[i]], None, sources)
+
+    batches = Batches(Made(), ROWS, 64, task.most, None, task.source_length)
+    assert batches.rows_in_epoch < len(made)
+    for step in range(len(batches)):
+        batch = batches.batch_at(step)
+        logits_BTV = apply(lm.module, params, states(lm.module, params, batch), method="lm")
+        limit_V = np.where(np.arange(config.V) < lm.vocabulary, 0.0, -np.inf)
+        learned = batch["weights_BT"] > 0
+        assert learned.any()
+        assert (np.asarray(logits_BTV + limit_V).argmax(-1) == batch["labels_BT"])[learned].all()
+
+
+def test_separate_vocabularies_come_back(tmp_path):
+    tokenizer = apart()
+    assert (tokenizer.size, tokenizer.target.size) == (V, V - 10)
+    tokenizer.save(tmp_path)
+    again = tokenizers.load(tmp_path)
+    assert again.frame(["the dog"]) == tokenizer.frame(["the dog"])
+    assert again.target.frame(["THE DOG"]) == tokenizer.target.frame(["THE DOG"]) != tokenizer.frame(["THE DOG"])
 
 
 def test_long_texts_are_cut_and_keep_their_end():

@@ -50,6 +50,7 @@ _OF_KIND: dict[str, dict[str, Any]] = {
     "unigram": {},
     "bpe": {"split_by_unicode_script": False, "split_by_number": False},
 }
+TARGET = "target"  # folder below a tokenizer with the one of target texts, where it is another
 _PASSAGE = 4096  # characters that sentencepiece sees at once
 # sentencepiece would take U+2581 for a space and skip a passage with U+2585 or U+0000; to leave them out of training
 # loses nothing, since they are spelled in bytes.
@@ -95,6 +96,7 @@ class Tokenizer:
             made.encode_special_tokens = True  # not kept in tokenizer.json
         self.backend, self.special, self.files, self.config = backend, names, files, config
         self._ids = None if divide is None else backend.get_vocab()
+        self.apart = False  # whether `target` is another tokenizer, with files of its own
         self.size: int = vocabularies.size_of(backend.get_vocab(with_added_tokens=True))
         self._frames = _frames(backend.post_processor)
         self.target = self
@@ -216,6 +218,8 @@ class Tokenizer:
         for name, content in (made | self.files).items():
             (Path(folder) / name).parent.mkdir(exist_ok=True)
             (Path(folder) / name).write_bytes(content)
+        if self.apart:
+            self.target.save(Path(folder) / TARGET, max_length)
 
 
 def _frames(processor: tokenizers.processors.PostProcessor | None) -> tuple[list[tuple[int, int]], ...]:
@@ -272,6 +276,8 @@ def load(path: str | Path) -> Tokenizer:
         elif read.target is not None:
             tokenizer.target = copy.copy(tokenizer)
             tokenizer.target.target, tokenizer.target._frames = tokenizer.target, _frames(read.target)
+        if file.parent.joinpath(TARGET).is_dir():
+            tokenizer.target, tokenizer.apart = load(file.parent / TARGET), True
         for side in (tokenizer, tokenizer.target):  # what parses may still fail at work
             side.decode(side.frame([f"Aa 1\t\u20ac\U0001f600{chr(0x10FFFD)}"])[0][0])
     return tokenizer
@@ -308,6 +314,17 @@ def train(texts: Iterable[str], config: TokenizerConfig, vocabulary: int, *, end
     vocabulary += len(sentinels)
     if tokenizer.size > vocabulary or (tokenizer.size < vocabulary and kind != "characters"):
         raise _wrong_size(kind, vocabulary, tokenizer.size)
+    return tokenizer
+
+
+def train_both(
+    sources: Iterable[str], targets: Iterable[str], config: TokenizerConfig, sizes: tuple[int, int]
+) -> Tokenizer:
+    """A tokenizer of sources with one of targets as its `target`, of as many ids as `sizes` says."""
+    tokenizer, target = (
+        train(texts, config, size, ended=True) for texts, size in zip((sources, targets), sizes, strict=True)
+    )
+    tokenizer.target, tokenizer.apart = target, True
     return tokenizer
 
 

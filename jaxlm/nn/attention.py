@@ -53,13 +53,16 @@ def held(positions_BT: jax.Array, S: int) -> jax.Array:
     return positions_BT[..., None] - (positions_BT[..., None] - jnp.arange(S)) % S
 
 
-def self_mask(segments_BT: jax.Array, causal: bool, window: int | None = None) -> jax.Array:
-    """[B, T, T], True where query t may see key s: the same example of the row, if causal not later, and less than
-    `window` places away."""
+def self_mask(
+    segments_BT: jax.Array, causal: bool, window: int | None = None, prefix_BT: jax.Array | None = None
+) -> jax.Array:
+    """[B, T, T], True where query t may see key s: the same example of the row, if causal not later unless key s is of
+    the prefix, and less than `window` places away."""
     mask_BTS = cross_mask(segments_BT, segments_BT)
     T = jnp.arange(segments_BT.shape[1])
     if causal:
-        mask_BTS &= T[:, None] >= T
+        seen_BTS = (T[:, None] >= T)[None]
+        mask_BTS &= seen_BTS if prefix_BT is None else seen_BTS | (prefix_BT[:, None] > 0)
     if window is not None:
         mask_BTS &= jnp.abs(T[:, None] - T) < window
     return mask_BTS

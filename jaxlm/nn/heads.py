@@ -23,12 +23,12 @@ class Vocabulary(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, embedding_VD: jax.Array) -> jax.Array:
-        config = self.config
+        config, V = self.config, len(embedding_VD)
         if config.tied_embeddings:
             kernel_VD = embedding_VD
         else:
             init = nn.initializers.normal(config.initial_std)
-            kernel_VD = self.param("kernel", init, (config.vocabulary, x_BTD.shape[-1]), jnp.float32)
+            kernel_VD = self.param("kernel", init, (V, x_BTD.shape[-1]), jnp.float32)
         logits_BTV = jnp.einsum(
             "...D,VD->...V",
             x_BTD.astype(self.dtype),
@@ -36,7 +36,7 @@ class Vocabulary(nn.Module):
             preferred_element_type=jnp.float32,
         )
         if self.bias:
-            logits_BTV += self.param("bias", nn.initializers.zeros, (config.vocabulary,), jnp.float32)
+            logits_BTV += self.param("bias", nn.initializers.zeros, (V,), jnp.float32)
         return self.constrain(logits_BTV, ("batch", "length", "vocabulary"))
 
 

@@ -42,11 +42,12 @@ class Embeddings(nn.Module):
     config: ModelConfig
     dtype: Any = jnp.float32
     shared: bool = False
+    rows: int | None = None  # of the table of tokens; None: the vocabulary
 
     def setup(self) -> None:
         config, init = self.config, nn.initializers.normal(self.config.initial_std)
         if not self.shared:
-            self.tokens = self.param("tokens", init, (config.vocabulary, config.W), jnp.float32)
+            self.tokens = self.param("tokens", init, (self.rows or config.vocabulary, config.W), jnp.float32)
         if config.positions == "learned":
             rows = config.position_offset + config.max_length
             self.positions = self.param("positions", init, (rows, config.W), jnp.float32)
@@ -192,9 +193,10 @@ class Stack(nn.Module):
         context_sight: Sight | None = None,
         caches: Caches | None = None,
         keep: Keep | None = None,
+        prefix_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, Caches | None]:
         kinds = self.config.layer_kinds
-        sights = self._sights(segments_BT, positions_BT, caches, keep)
+        sights = self._sights(segments_BT, positions_BT, caches, keep, prefix_BT)
         # A module of its own, so that a layer is a plain function of its parameters.
         block = Block(self.config, self.constrain, self.dtype, self.is_mutable_collection("weights"), parent=None)
         stacked = self._parameters(block, x_BTD, sights[kinds[0]], positions_BT, context_BSD, context_sight)
@@ -300,7 +302,12 @@ class Stack(nn.Module):
         return self.param("layers", make)
 
     def _sights(
-        self, segments_BT: jax.Array | None, positions_BT: jax.Array, caches: Caches | None, keep: Keep | None
+        self,
+        segments_BT: jax.Array | None,
+        positions_BT: jax.Array,
+        caches: Caches | None,
+        keep: Keep | None,
+        prefix_BT: jax.Array | None,
     ) -> dict[str, Sight]:
         """What the layers of each kind see, of the row or of the caches; and what they keep."""
         config = self.config
@@ -324,14 +331,15 @@ class Stack(nn.Module):
                     mask_BTS &= slots_BTS > positions_BT[:, :, None] - window
             else:
                 assert segments_BT is not None
-                mask_BTS = self_mask(segments_BT, self.causal, window)
+                mask_BTS = self_mask(segments_BT, self.causal, window, prefix_BT)
             if keep is not None:
                 # Distances of relative positions are those of slots, so that these keep all.
                 short = window is not None and config.relative == "none"
                 slots = min(keep.length, window + keep.ahead - 1) if short and window else keep.length
                 kept_BS = jnp.maximum(held(keep.lengths_B[:, None] - 1, slots)[:, 0], 0)
             angles = turns(positions_BT, config, kind) if config.positions == "rotary" else None
-            sights[kind] = Sight(mask_BTS, self.causal and caches is None, angles, bias_BHTS, distances, kept_BS)
+            causal = self.causal and caches is None and prefix_BT is None
+            sights[kind] = Sight(mask_BTS, causal, angles, bias_BHTS, distances, kept_BS)
         return sights
 
     def _last_norm(self, x_BTD: jax.Array) -> jax.Array:
@@ -363,7 +371,8 @@ class Transformer(nn.Module):
             layers = (second and config.decoder_layers) or config.layers
             self.decoder = Stack(**how, layers=layers, causal=True)
             if second:
-                self.decoder_embeddings = Embeddings(config, self.dtype, shared=not config.decoder_tokens)
+                own = config.decoder_vocabulary
+                self.decoder_embeddings = Embeddings(config, self.dtype, shared=not config.decoder_tokens, rows=own)
         if "lm" in on_top:
             self.lm_head = Vocabulary(**parts, bias="lm" in config.biases)
         if "masked_lm" in on_top:
@@ -402,8 +411,10 @@ class Transformer(nn.Module):
         types_BT: jax.Array | None = None,
         context_BSD: jax.Array | None = None,
         context_segments_BS: jax.Array | None = None,
+        prefix_BT: jax.Array | None = None,
     ) -> jax.Array:
-        """Hidden states of the decoder; `context_BSD` is what the encoder gave."""
+        """Hidden states of the decoder; `context_BSD` is what the encoder gave, `prefix_BT` is 1 for tokens that all of
+        their example see (`config.prefix_lm`)."""
         segments_BT, positions_BT = self._defaults(tokens_BT, segments_BT, positions_BT)
         x_BTD = self._decoder_embeddings(tokens_BT, positions_BT, types_BT)
         context_sight = None
@@ -411,7 +422,7 @@ class Transformer(nn.Module):
             if context_segments_BS is None:
                 context_segments_BS = jnp.ones(context_BSD.shape[:2], jnp.int32)
             context_sight = Sight(cross_mask(segments_BT, context_segments_BS))
-        return self.decoder(x_BTD, segments_BT, positions_BT, context_BSD, context_sight)[0]
+        return self.decoder(x_BTD, segments_BT, positions_BT, context_BSD, context_sight, prefix_BT=prefix_BT)[0]
 
     def prefill(
         self,
@@ -430,7 +441,10 @@ class Transformer(nn.Module):
                 context_segments_BS = jnp.ones(context_BSD.shape[:2], jnp.int32)
             every_1S = jnp.arange(context_BSD.shape[1])[None]
             context_sight = Sight(cross_mask(segments_BT, context_segments_BS), kept_BS=every_1S)
-        x_BTD, caches = self.decoder(x_BTD, segments_BT, positions_BT, context_BSD, context_sight, keep=keep)
+        prefix_BT = positions_BT < keep.lengths_B[:, None] if self.config.prefix_lm else None
+        x_BTD, caches = self.decoder(
+            x_BTD, segments_BT, positions_BT, context_BSD, context_sight, keep=keep, prefix_BT=prefix_BT
+        )
         assert caches is not None
         return x_BTD, caches._replace(context_segments_BS=context_segments_BS)
 
@@ -461,12 +475,13 @@ class Transformer(nn.Module):
         target_tokens_BT: jax.Array | None = None,
         target_segments_BT: jax.Array | None = None,
         target_positions_BT: jax.Array | None = None,
+        prefix_BT: jax.Array | None = None,
     ) -> jax.Array:
         """Hidden states [B, T, D] of the last stack; an encoder-decoder reads `target_tokens_BT` in its decoder."""
         if self.config.structure == "encoder":
             return self.encode(tokens_BT, segments_BT, positions_BT, types_BT)
         if self.config.structure == "decoder":
-            return self.decode(tokens_BT, segments_BT, positions_BT, types_BT)
+            return self.decode(tokens_BT, segments_BT, positions_BT, types_BT, prefix_BT=prefix_BT)
         if target_tokens_BT is None:
             raise ValueError("an encoder-decoder needs target_tokens_BT, the tokens that its decoder reads")
         context_BSD = self.encode(tokens_BT, segments_BT, positions_BT, types_BT)
@@ -483,7 +498,8 @@ class Transformer(nn.Module):
         config = self.config
         if config.scale_logits:
             x_BTD = x_BTD * config.width**-0.5
-        logits_BTV = self.lm_head(x_BTD, self.embeddings.tokens)
+        read = self.decoder_embeddings if config.decoder_tokens else self.embeddings
+        logits_BTV = self.lm_head(x_BTD, read.tokens)
         return config.logit_cap * jnp.tanh(logits_BTV / config.logit_cap) if config.logit_cap else logits_BTV
 
     def masked_lm(self, x_BTD: jax.Array) -> jax.Array:

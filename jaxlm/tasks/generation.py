@@ -40,13 +40,15 @@ class GenerationTask(RecordTask):
             raise UserError("the model is an encoder, which writes no text; start from a decoder or an encoder-decoder")
         two = model.structure == "encoder_decoder"
         self.start = model.start_token
+        if model.prefix_lm:
+            self.fields = {**self.fields, "prefix_BT": np.int32}
         self.source_length = (getattr(self.task, "source_length", 0) or self.length) if two else None
         return super().configured(model)
 
     @property
     def end(self) -> int:
         """The token after a text."""
-        return ending(self.tokenizer)
+        return ending(self.tokenizer.target)
 
     @property
     def stops(self) -> tuple[int, ...]:

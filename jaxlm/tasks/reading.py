@@ -126,8 +126,16 @@ def check_labels(
 def _trained(run: RunConfig, kind: type[RecordTask], part: Records, say: Callable[[str], None]) -> Tokenizer:
     assert run.model is not None
     say(f"training a {run.tokenizer.train} tokenizer of {run.model.vocabulary:,} tokens")
-    texts, ended = chain.from_iterable(map(kind.texts, part.records)), run.model.structure == "encoder_decoder"
-    return tokenizers.train(texts, run.tokenizer, run.model.vocabulary, ended=ended)
+    texts, targets = (chain.from_iterable(map(some, part.records)) for some in (kind.texts, kind.target_texts))
+    if run.tokenizer.separate:
+        if run.model.structure != "encoder_decoder" or not run.model.decoder_tokens:
+            raise UserError(
+                "tokenizer.separate is set, but the model has one table of tokens; set --model.decoder-tokens of an "
+                "encoder-decoder"
+            )
+        return tokenizers.train_both(texts, targets, run.tokenizer, (run.model.vocabulary, run.model.V))
+    ended = run.model.structure == "encoder_decoder"
+    return tokenizers.train(chain(texts, targets), run.tokenizer, run.model.vocabulary, ended=ended)
 
 
 # Columns of rows

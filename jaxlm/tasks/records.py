@@ -82,6 +82,11 @@ class RecordTask(Task):
         return [value for value in record.values() if isinstance(value, str)]
 
     @classmethod
+    def target_texts(cls, record: Record) -> Iterable[str]:
+        """What a tokenizer is trained on besides, or another one: the texts that are to be written."""
+        return ()
+
+    @classmethod
     def names(cls, task: Any, part: Records) -> tuple[str, ...]:
         """Names of the outputs of the head, in order, from the training part; () where they have none."""
         return ()

@@ -59,7 +59,11 @@ class Seq2SeqTask(GenerationTask):
 
     @classmethod
     def texts(cls, record: Record) -> Iterable[str]:
-        return [record["source"], *record["label"]]
+        return [record["source"]]
+
+    @classmethod
+    def target_texts(cls, record: Record) -> Iterable[str]:
+        return record["label"]
 
     def prompts(self, records: Sequence[Record]) -> list[list[int]]:
         texts = [self.task.prefix + record["source"] + self.task.suffix for record in records]
@@ -100,7 +104,10 @@ class Seq2SeqTask(GenerationTask):
         prompt = prompt[-(self.length + 1 - len(answer)) :]
         tokens = np.array([*prompt, *answer], np.int32)
         learned = np.arange(1, len(tokens)) >= len(prompt)
-        return {"tokens_BT": tokens[:-1], "labels_BT": tokens[1:], "weights_BT": learned.astype(np.float32)}
+        made = {"tokens_BT": tokens[:-1], "labels_BT": tokens[1:], "weights_BT": learned.astype(np.float32)}
+        if "prefix_BT" in self.fields:
+            made["prefix_BT"] = (np.arange(len(tokens) - 1) < len(prompt)).astype(np.int32)
+        return made
 
     def score(self, records: Sequence[Record], predictions: Sequence[Row]) -> dict[str, float]:
         texts = [prediction["prediction"] for prediction in predictions]

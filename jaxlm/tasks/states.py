@@ -20,7 +20,7 @@ def hidden(module: Transformer, params: Any, batch: Batch, key: jax.Array | None
     if "source_tokens_BS" in batch:
         source = batch["source_tokens_BS"], batch["source_segments_BS"], batch["source_positions_BS"]
         return apply(module, params, *source, None, *inputs, key=key)
-    return apply(module, params, *inputs, batch.get("types_BT"), key=key)
+    return apply(module, params, *inputs, batch.get("types_BT"), prefix_BT=batch.get("prefix_BT"), key=key)
 
 
 def of_examples(x_BTD: jax.Array, batch: Batch, where: str) -> jax.Array:
