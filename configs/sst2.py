@@ -3,6 +3,11 @@
     python train.py configs/sst2.py --init MODEL --data.path train.tsv --data.eval-path dev.tsv
 
 MODEL is a folder or a hub name.  The files are GLUE's: a header, then sentence and label divided by a tab.
+
+Measured so with MiniLM-L6 on 2 CPU cores (November 2026): 60,614 phrases of GLUE's training part, one epoch, then the
+872 sentences of GLUE's dev part: accuracy 0.9025, 0.8979, 0.8945 with the seeds 0, 1, 2, mean 0.8983, deviation 0.0040.
+On 6,735 phrases held out of the training part 0.9443, 0.9428, 0.9440; by these the recipe was chosen.  An epoch takes
+8 to 9 minutes where nothing else runs.
 """
 
 from jaxlm import Classification, DataConfig, OptimizerConfig, RunConfig

@@ -16,16 +16,16 @@ from jaxlm.families import PRESETS
 
 def config() -> RunConfig:
     return RunConfig(
-        model=replace(PRESETS["transformer-tiny"], vocabulary=6000, dropout=0.1),
+        model=replace(PRESETS["transformer-tiny"], vocabulary=4000, dropout=0.1),
         task=Seq2Seq(
             label_smoothing=0.1,
             generated=200,
             decoding=Decoding(max_new_tokens=60, temperature=0.0, beams=5),
         ),
-        data=DataConfig(text="source", length=256),
+        data=DataConfig(text="source", length=64),
         tokenizer=TokenizerConfig(train="bpe"),
         optimizer=OptimizerConfig(rate=4e-3, schedule="cosine", warmup=0.1, final=0.01, weight_decay=0.0, beta2=0.98),
-        batch=16,
-        epochs=25,
+        batch=64,
+        epochs=12,
         log_every=50,
     )

