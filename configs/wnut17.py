@@ -6,7 +6,8 @@ MODEL is a folder or a hub name.  The files are CoNLL's: a word and its tag on a
 Other such files of IOB2 tags do as well.
 
 Measured so with MiniLM-L6 on 2 CPU cores (November 2026, seed 0): span F1 44.02 on emerging.test, by the best of five
-epochs on emerging.dev (F1 58.70); transformers by the same recipe, after the last epoch: 43.96.  12 min beside other work.
+epochs on emerging.dev (F1 58.70); transformers by the same recipe, after the last epoch: 43.96.  It took 12 minutes
+beside other work.
 """
 
 from jaxlm import DataConfig, OptimizerConfig, RunConfig, Tagging
