@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxlm.nn.attention import Cache
 from jaxlm.nn.transformer import Caches, Keep, Transformer, apply
 
 Array = Any  # of JAX, or where it comes from outside, of NumPy
@@ -82,11 +83,13 @@ class Programs(NamedTuple):
 
     prefill(params, prompts, length=, scored=, ahead=) -> State, with room for texts of `length` tokens.
     advance(params, state, rules, n) -> State.  place(state, rows_R, other) -> State; a row past the end is left out.
+    grow(state, length=) -> State, with more room.
     """
 
     prefill: Any
     advance: Any
     place: Any
+    grow: Any = None
 
 
 @lru_cache(maxsize=32)
@@ -96,6 +99,7 @@ def programs(module: Transformer) -> Programs:
         jax.jit(partial(prefill, module), static_argnames=("length", "scored", "ahead")),
         jax.jit(partial(_advance, module), donate_argnums=1),
         jax.jit(place, donate_argnums=0),
+        jax.jit(partial(grow, module), static_argnames="length"),
     )
 
 
@@ -121,6 +125,21 @@ def prefill(
 def place(state: State, rows_R: jax.Array, other: State) -> State:
     """The state with rows of another one; a row past the end is left out."""
     return jax.tree.map(lambda ours, theirs: ours.at[rows_R].set(theirs, mode="drop"), state, other)
+
+
+def grow(module: Transformer, state: State, *, length: int) -> State:
+    """The state with room for texts of `length` tokens: a short cache is read faster, so that it is long only once the
+    text is.  What has been cut to a window already stays as it is."""
+    config, now = module.config, state.tokens_BT.shape[1]
+    more = lambda x, axis, to: jnp.pad(x, [(0, to - now if n == axis else 0) for n in range(x.ndim)])
+    own = []
+    for n, cache in enumerate(state.caches.own):
+        local = config.layer_kinds[n % len(config.layer_kinds)] == "local" and config.relative == "none"
+        slots = min(length, config.window) if local else length
+        own.append(Cache(*(more(x, 2, slots) for x in cache)) if cache.k_BKSC.shape[2] == now < slots else cache)
+    log_probs_BT = None if state.log_probs_BT is None else more(state.log_probs_BT, 1, length)
+    caches = state.caches._replace(own=tuple(own))
+    return state._replace(tokens_BT=more(state.tokens_BT, 1, length), log_probs_BT=log_probs_BT, caches=caches)
 
 
 def _advance(module: Transformer, params: Any, state: State, rules: Rules, n: jax.Array) -> State:
@@ -217,14 +236,21 @@ def uniform(keys_B2: jax.Array, n_B: jax.Array, use: int = 0) -> jax.Array:
 def choose(logits_BV: jax.Array, uniform_B: jax.Array, rules: Rules) -> jax.Array:
     """The next token of each row: the likeliest, or a draw."""
     if rules.temperature is None:
-        return logits_BV.argmax(-1).astype(jnp.int32)
+        return likeliest(logits_BV)
     return draw(weights(logits_BV, rules), uniform_B)
+
+
+def likeliest(logits_BV: jax.Array) -> jax.Array:
+    """The first of the largest logits of each row, as by argmax, in half of its time on CPU."""
+    V = logits_BV.shape[-1]
+    places_BV = jnp.where(logits_BV >= logits_BV.max(-1, keepdims=True), jnp.arange(V, dtype=jnp.int32), V - 1)
+    return places_BV.min(-1)
 
 
 def weights(logits_BV: jax.Array, rules: Rules) -> jax.Array:
     """Probabilities [B, V], up to a factor, of the tokens that are left by temperature, then top-k, top-p and min-p."""
     if rules.temperature is None:
-        return jax.nn.one_hot(logits_BV.argmax(-1), logits_BV.shape[-1])
+        return jax.nn.one_hot(likeliest(logits_BV), logits_BV.shape[-1])
     scaled_BV = logits_BV / rules.temperature
     p_BV = jnp.exp(scaled_BV - scaled_BV.max(-1, keepdims=True))  # the likeliest has 1
     if rules.top_k is None or rules.top_p is None or rules.min_p is None:

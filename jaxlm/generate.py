@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from jaxlm.lm import LM
 
 SHORTEST = 32  # lengths are rounded up to this or a power of two
+ROOM = 64  # tokens that there is room for at first, if prompts are shorter; doubled whenever it is used up
 ROWS = 32  # texts that are decoded at once
 LOOK = 16  # tokens after which rows are looked at, where some may end before others
 PIECE = 4  # tokens of a piece of a stream
@@ -368,29 +369,39 @@ def _drawn(
 ) -> Iterator[Row]:
     """Greedily or by sampling, continuously."""
     run, params, rules = programs(lm.module), params_of(lm), rules_of(lm, decoding, stops)
-    length = room(lm, wanted, decoding)
+    length, most = 0, room(lm, wanted, decoding)
     if draft is not None:
         run, params = speculative(lm.module, draft.module), (params, params_of(draft))
-        length = _bucket(max(len(request.tokens) for request in wanted) + decoding.max_new_tokens + DRAFTED)
+        length = most = _bucket(max(len(request.tokens) for request in wanted) + decoding.max_new_tokens + DRAFTED)
     B = min(len(wanted), ROWS)
     # Looked at only where there is something to see before all have ended.
     n = look or (LOOK if len(wanted) > B or decoding.stop else decoding.max_new_tokens)
     waiting = list(wanted[::-1])
     rows: list[Request | None] = [None] * B
     state: Any = None
+    lengths_B = np.zeros(B, int)
     while waiting or any(rows):
         free = [b for b, request in enumerate(rows) if request is None][: len(waiting)]
         if free:
             taken = [waiting.pop() for _ in free]
             for b, taker in zip(free, taken):
                 rows[b] = taker
+                lengths_B[b] = len(taker.tokens)
+            needed = min(most, _bucket(max(len(taker.tokens) for taker in taken) + 1, ROOM))
+            if state is not None and needed > length:
+                state = run.grow(state, length=needed)
+            length = max(length, needed)
             made = run.prefill(params, prompts_of(lm, taken, wanted, decoding), length=length, scored=scored)
             if state is None:
                 state = made
             else:
                 where = np.array(free + [B] * (len(made.lengths_B) - len(free)), np.int32)
                 state = run.place(state, where, made)
-        state = run.advance(params, state, rules, np.int32(n))
+        left = length - int(max(lengths_B[b] for b, request in enumerate(rows) if request))
+        if not left:
+            longer = min(2 * length, most)
+            state, left, length = run.grow(state, length=longer), longer - length, longer
+        state = run.advance(params, state, rules, np.int32(min(n, left) if draft is None else n))
         done_B, lengths_B, tokens_BT = map(np.array, (state.done_B, state.lengths_B, state.tokens_BT))
         for b, request in [(b, request) for b, request in enumerate(rows) if request is not None]:
             new = np.s_[b, len(request.tokens) : lengths_B[b]]
@@ -406,7 +417,7 @@ def _drawn(
 
 def room(lm: LM, wanted: Sequence[Request], decoding: Decoding) -> int:
     """Slots of the caches for the longest of these texts."""
-    length = _bucket(max(len(request.tokens) for request in wanted) + decoding.max_new_tokens)
+    length = _bucket(max(len(request.tokens) for request in wanted) + decoding.max_new_tokens, ROOM)
     return min(length, lm.config.max_length) if lm.config.positions == "learned" else length
 
 

@@ -1,0 +1,128 @@
+"""Greedy generation by jaxlm beside transformers' own, on this machine, in one run; and beside the memory's speed.
+
+    python benchmarks/generate.py [8] [1]        rows; needs the [parity] extra
+
+Both sides continue the same random prompts with a GPT of the same shape and random weights in float32, each in a
+process of its own, and take turns.  Printed are the new tokens per second of each side's median round and their ratio:
+above 1, jaxlm is faster.  Every step must read all weights and the keys and values of the tokens so far; `bound` is the
+time that takes at the rate at which this machine copies memory (both reads and writes counted), and how often it goes
+into a step of jaxlm's.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from train_step import in_turns
+
+MODEL = {"vocabulary": 8192, "max_length": 1024, "width": 384, "layers": 6, "heads": 6}
+PROMPT, NEW = 16, 128
+ROUNDS = 7
+
+
+def prompts(rows: int) -> list[list[int]]:
+    import numpy as np
+
+    return np.random.default_rng(0).integers(0, MODEL["vocabulary"], (rows, PROMPT)).tolist()
+
+
+def jaxlm_side(rows: int) -> Callable[[], float]:
+    """A function that continues so many prompts and returns its seconds."""
+    import jax
+
+    import jaxlm
+    from jaxlm.__main__ import keep_memory
+    from jaxlm.nn.transformer import Transformer, init
+
+    keep_memory()  # as the verb does
+    module = Transformer(jaxlm.ModelConfig(**MODEL))
+    lm = jaxlm.LM(module.config, module, init(module, jax.random.key(0)))
+    given = prompts(rows)
+
+    def round_() -> float:
+        start = time.perf_counter()
+        found = jaxlm.generate(lm, given, max_new_tokens=NEW, temperature=0.0, return_tokens=True)
+        assert [len(row) for row in found] == [NEW] * rows
+        return time.perf_counter() - start
+
+    return round_
+
+
+def torch_side(rows: int) -> Callable[[], float]:
+    """The same with torch and transformers."""
+    import torch
+    import transformers
+
+    config = transformers.GPT2Config(
+        vocab_size=MODEL["vocabulary"], n_positions=MODEL["max_length"], n_embd=MODEL["width"],
+        n_layer=MODEL["layers"], n_head=MODEL["heads"], bos_token_id=None, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.GPT2LMHeadModel(config).eval()
+    given = torch.tensor(prompts(rows))
+    mask = torch.ones_like(given)
+
+    def round_() -> float:
+        start = time.perf_counter()
+        with torch.no_grad():
+            found = model.generate(given, attention_mask=mask, max_new_tokens=NEW, do_sample=False)
+        assert found.shape == (rows, PROMPT + NEW)
+        return time.perf_counter() - start
+
+    return round_
+
+
+def copy_side(rows: int) -> Callable[[], float]:
+    """Moves what all steps of a generation must read: the copies' own reads and writes together are as many bytes."""
+    import numpy as np
+
+    half = step_bytes(rows) // 4  # what each of two threads reads, and writes
+    pairs = [(np.ones(half, np.uint8), np.ones(half, np.uint8)) for _ in range(2)]
+    pool = ThreadPoolExecutor(2)
+
+    def round_() -> float:
+        start = time.perf_counter()
+        for _ in range(NEW):
+            list(pool.map(lambda pair: np.copyto(*pair), pairs))
+        return time.perf_counter() - start
+
+    return round_
+
+
+def step_bytes(rows: int) -> int:
+    """Bytes that a step must read, on average over a generation: weights but for the tables of embeddings, of which
+    the one of tokens is read as the head; keys and values."""
+    D, L, V = MODEL["width"], MODEL["layers"], MODEL["vocabulary"]
+    weights = 12 * L * D * D + V * D
+    return 4 * (weights + rows * (PROMPT + NEW // 2) * 2 * L * D)
+
+
+SIDES = {"jaxlm": jaxlm_side, "torch": torch_side, "copy": copy_side}
+
+
+def work(side: str, rows: str) -> None:
+    """The other end of `train_step.Worker`: one round for each line that comes."""
+    round_ = SIDES[side](int(rows))
+    for _ in sys.stdin:
+        print(f"seconds {round_()}", flush=True)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--work"]:
+        return work(*sys.argv[2:])
+    for name in sys.argv[1:] or ("8", "1"):
+        rows, seconds = int(name), in_turns(SIDES, name, ROUNDS)
+        speed = {side: rows * NEW / seconds[side] for side in SIDES}
+        step, bound = (1000 * seconds[side] / NEW for side in ("jaxlm", "copy"))
+        print(
+            f"{name} x {NEW}: jaxlm {speed['jaxlm']:,.0f} tokens/s, transformers {speed['torch']:,.0f} tokens/s, ratio "
+            f"{speed['jaxlm'] / speed['torch']:.2f}; a step takes {step:.2f} ms, bound {bound:.2f} ms "
+            f"({step_bytes(rows) / 1e6:.0f} MB), {step / bound:.2f} times that",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
