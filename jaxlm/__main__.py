@@ -172,14 +172,17 @@ def evaluate(argv: list[str]) -> int:
     asked, lm = _on_file(argv, "evaluate")
     import jaxlm
     from jaxlm.data import source
+    from jaxlm.evaluate import beside
     from jaxlm.likelihood import perplexity
 
     if isinstance(asked.task, CausalLM):
         texts = source.documents(asked.file, asked.data, asked.data.split, Counter())
         scores = perplexity(lm, texts, length=asked.length or None, stride=asked.task.stride or None)
     else:
-        rows = source.rows(asked.file, asked.data, asked.data.split, target_path=asked.data.target_path)
+        rows = list(source.rows(asked.file, asked.data, asked.data.split, target_path=asked.data.target_path))
         scores = jaxlm.evaluate(lm, rows, asked.task, asked.length or None, asked.batch or None)
+        for line in beside(rows, asked.task):
+            print(line, file=sys.stderr)
     for name, value in scores.items():
         # Fractions, a name and a number on each line: scripts read this.
         print(f"{name.replace('_', ' '):>20}  {value:{'.4f' if isinstance(value, float) else ','}}")

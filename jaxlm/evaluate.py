@@ -140,6 +140,13 @@ def evaluate(
     return {**counts, **means, **made.score(part.records, found)}
 
 
+def beside(rows: Iterable[tuple[Place, Row]], task: Any) -> list[str]:
+    """Lines that belong beside the scores of `evaluate`, such as sacreBLEU's signature."""
+    kind = TASKS[type(task)]
+    records = (kind.read(task, row, place) for place, row in rows)
+    return kind.beside(task, [record for record in records if record is not None])
+
+
 def _seen(lm: LM, task: RecordTask, records: list[Record], rows: int | None) -> tuple[list[Row], dict[str, float]]:
     if rows is not None and rows < 1:
         raise UserError(f"batch is {rows}; it must be at least 1")

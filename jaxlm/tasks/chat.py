@@ -18,10 +18,9 @@ from jaxlm.data.batches import Features
 from jaxlm.data.formats import Place, Row
 from jaxlm.errors import UserError
 from jaxlm.lm import LM
-from jaxlm.report import Section, Table
-from jaxlm.tasks.generation import GenerationTask
+from jaxlm.report import Section
+from jaxlm.tasks.generation import GenerationTask, shown
 from jaxlm.tasks.reading import Record, Records, column, text_of
-from jaxlm.tasks.records import LONGEST
 from jaxlm.tasks.task import Task
 
 
@@ -119,13 +118,9 @@ class ChatTask(GenerationTask):
         return {"": (self, lm)}
 
     def sections(self, part: Records, predictions: Sequence[Row]) -> list[Section]:
-        cut = lambda text: text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
         asked = lambda record: str(record["messages"][-2].get("content")) if len(record["messages"]) > 1 else ""
-        rows = [
-            [cut(asked(record)), cut(record["label"]), cut(prediction["prediction"])]
-            for record, prediction in zip(part.records[:20], predictions)
-        ]
-        return [Table("Answers", ("asked", "right", "generated"), rows, "The first of the held-out part.")]
+        rows = ([asked(r), r["label"], told["prediction"]] for r, told in zip(part.records, predictions))
+        return [shown("Answers", ("asked", "right", "generated"), rows, "The first of the held-out part.")]
 
 
 def _messages(value: Any, place: Place, name: str) -> list[dict[str, Any]]:

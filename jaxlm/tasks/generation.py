@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import jax
@@ -20,10 +21,13 @@ from jaxlm.generate import generate
 from jaxlm.lm import LM
 from jaxlm.losses import Losses, Sum, accuracy, cross_entropy
 from jaxlm.nn.transformer import Transformer
+from jaxlm.report import Table
 from jaxlm.tasks.denoising import ending
 from jaxlm.tasks.reading import Record, Records
-from jaxlm.tasks.records import RecordTask
+from jaxlm.tasks.records import LONGEST, RecordTask
 from jaxlm.tasks.task import Seen
+
+SHOWN = 20  # texts in the report
 
 
 class GenerationTask(RecordTask):
@@ -110,3 +114,9 @@ class GenerationTask(RecordTask):
     def _means(seen: Seen) -> dict[str, float]:
         means = seen.means
         return {"loss": means["loss"], "perplexity": math.exp(min(means["loss"], 700)), "accuracy": means["accuracy"]}
+
+
+def shown(title: str, head: tuple[str, ...], rows: Iterable[Sequence[str]], note: str) -> Table:
+    """The report's table of the first texts, each cut where it is long."""
+    cut = lambda text: text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
+    return Table(title, head, [[*map(cut, row)] for row in islice(rows, SHOWN)], note)

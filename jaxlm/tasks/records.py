@@ -131,6 +131,11 @@ class RecordTask(Task):
     def score(self, records: Sequence[Record], predictions: Sequence[Row]) -> dict[str, float]:
         """The scores of the field, each a number."""
 
+    @classmethod
+    def beside(cls, task: Any, records: Sequence[Record]) -> list[str]:
+        """Lines that belong beside the scores of these records, such as how a library says that it computes them."""
+        return []
+
     def check_labels(self, part: Records) -> None:
         """Raises UserError for a label that the model does not know."""
         check_labels(type(self), part, self.labels)

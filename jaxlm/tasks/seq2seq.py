@@ -4,7 +4,6 @@ reads it before the target, and what it reads is not learned."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -13,17 +12,16 @@ from jaxlm import config, metrics
 from jaxlm.data.batches import Features
 from jaxlm.data.formats import Place, Row
 from jaxlm.errors import UserError
-from jaxlm.report import Section, Table
-from jaxlm.tasks.generation import GenerationTask
+from jaxlm.report import Section
+from jaxlm.tasks.generation import GenerationTask, shown
 from jaxlm.tasks.reading import Record, Records, column
-from jaxlm.tasks.records import LONGEST, stand_in
+from jaxlm.tasks.records import stand_in
 
 _SCORE: dict[str, tuple[tuple[str, ...], Callable[..., dict[str, float]]]] = {
     "translation": (("bleu", "chrf"), metrics.translation),
     "summary": (("rouge1", "rouge2", "rougeL", "rougeLsum"), metrics.summaries),
     "answer": (("exact", "f1"), metrics.answers),
 }
-_SHOWN = 20  # texts in the report
 
 
 class Seq2SeqTask(GenerationTask):
@@ -113,17 +111,19 @@ class Seq2SeqTask(GenerationTask):
         texts = [prediction["prediction"] for prediction in predictions]
         return _SCORE[self.task.scored_as][1]([record["label"] for record in records], texts)
 
+    @classmethod
+    def beside(cls, task: config.Seq2Seq, records: Sequence[Record]) -> list[str]:
+        """sacreBLEU's signatures of a translation's scores."""
+        if task.scored_as != "translation" or not records:
+            return []
+        said = metrics.translation_signatures([record["label"] for record in records])
+        return [f"{name}: {signature}" for name, signature in said.items()]
+
     def sections(self, part: Records, predictions: Sequence[Row]) -> list[Section]:
-        cut = lambda text: text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
-        rows = [
-            [cut(record["source"]), cut(" | ".join(record["label"])), cut(prediction["prediction"])]
-            for record, prediction in islice(zip(part.records, predictions), _SHOWN)
-        ]
-        note = "The first of the held-out part."
-        if self.task.scored_as == "translation" and predictions:
-            said = metrics.translation_signatures([r["label"] for r, _ in zip(part.records, predictions)])
-            note += f" BLEU: {said['bleu']}; chrF: {said['chrf']}."
-        return [Table("Generated texts", ("source", "reference", "generated"), rows, note)]
+        both = list(zip(part.records, predictions))
+        rows = ([record["source"], " | ".join(record["label"]), told["prediction"]] for record, told in both)
+        note = "; ".join(["The first of the held-out part", *self.beside(self.task, [record for record, _ in both])])
+        return [shown("Generated texts", ("source", "reference", "generated"), rows, f"{note}.")]
 
 
 def _text(value: Any, place: Place, name: str) -> str:
