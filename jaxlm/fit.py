@@ -73,11 +73,11 @@ def fit(
         raise UserError(f"best is {run.best!r}{perhaps(run.best, [*task.scores, 'loss'])}")
     config, model = starting(run, model, task, data.labels if task.head else (), resuming)
     batches = task.batches(data.train, run.batch, run.data.length, run.seed)
-    run = sized(run, config, batches, mesh)
+    run = sized(run, config, batches)
     _check_rows(run, mesh)
     batches.rows = run.batch
     held_out = task.batches(data.held_out, run.batch // run.accumulate, run.data.length, None)
-    put = partial(_put, sharding.batch_sharding(mesh))
+    put = partial(_put, sharding.batch_sharding(mesh), sharding.row_ways(mesh))
 
     # Model, optimizer, state: shapes first, so that everything is made where it will lie.
     dtype = jnp.dtype(run.compute_dtype)
@@ -227,7 +227,7 @@ def _sections(task: Task, data: Prepared, batches: Any, found: Any) -> list[repo
 def _check_rows(run: RunConfig, mesh: jax.sharding.Mesh) -> None:
     """Raises UserError where the mesh does not divide the rows of a micro-batch."""
     ways = sharding.row_ways(mesh) * run.accumulate
-    if run.batch % ways:
+    if run.batch % ways and not run.examples:  # rows that the run has chosen itself are filled up
         below = run.batch - run.batch % ways
         near = f"{below} or {below + ways}" if below else f"{ways}"
         raise UserError(
@@ -277,9 +277,11 @@ def _packing(run: RunConfig, batches: Any) -> dict[str, str]:
     return said
 
 
-def _put(layout: jax.sharding.NamedSharding, batch: Batch, k: int) -> Batch:
+def _put(layout: jax.sharding.NamedSharding, ways: int, batch: Batch, k: int) -> Batch:
     """Lays a batch [B, ...] on the mesh as k micro-batches [k, B / k, ...]."""
-    return {name: jax.device_put(x.reshape(k, -1, *x.shape[1:]), layout) for name, x in batch.items()}
+    more = -len(batch["tokens_BT"]) % (k * ways)  # rows of padding, where the mesh does not divide those that there are
+    whole = lambda x: np.concatenate([x, np.zeros((more, *x.shape[1:]), x.dtype)]) if more else x
+    return {name: jax.device_put(whole(x).reshape(k, -1, *x.shape[1:]), layout) for name, x in batch.items()}
 
 
 def _laid_out(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from jaxlm import families, sharding
+from jaxlm import families
 from jaxlm.config import ModelConfig, RunConfig
 from jaxlm.errors import UserError
 from jaxlm.hub.convert import nested
@@ -52,11 +52,12 @@ def with_dropout(config: ModelConfig, rate: float | None) -> ModelConfig:
     return config if rate is None else replace(config, dropout=rate, attention_dropout=rate)
 
 
-def sized(run: RunConfig, config: ModelConfig, once: Any, mesh: jax.sharding.Mesh) -> RunConfig:
+def sized(run: RunConfig, config: ModelConfig, once: Any) -> RunConfig:
     """The run with its model, its rows in a batch and its steps as numbers, as the length of the data decides them."""
     if run.examples:
-        per_row, ways = len(once.lengths) / once.rows_in_epoch, sharding.row_ways(mesh) * run.accumulate
-        run = replace(run, batch=max(1, round(run.examples / per_row / ways)) * ways)
+        # The same on any mesh: a row more or less would be another run.
+        per_row = len(once.lengths) / once.rows_in_epoch
+        run = replace(run, batch=max(1, round(run.examples / per_row / run.accumulate)) * run.accumulate)
     if run.epochs:
         epoch = once.rows_in_epoch / run.batch
         every = run.eval_every or math.ceil(epoch)

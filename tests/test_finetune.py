@@ -43,7 +43,7 @@ from jaxlm.data.batches import Batches
 from jaxlm.data.formats import Place
 from jaxlm.evaluate import see
 from jaxlm.families import PRESETS
-from jaxlm.fit import fit
+from jaxlm.fit import _put, fit
 from jaxlm.nn.transformer import Transformer
 from jaxlm.step import make_eval_step
 from jaxlm.tasks import TASKS
@@ -305,6 +305,16 @@ def test_sums_over_micro_batches_are_those_of_the_large_batch(case):
     added = jax.tree.map(lambda *leaves: sum(leaves), *parts)
     close(added[0], (total, weight), rtol=1e-4)
     jax.tree.map(partial(close, rtol=1e-3, atol=2e-5), added[1], whole)
+
+
+def test_rows_that_no_mesh_divides_are_filled_up():
+    """3 rows on 8 devices: the losses and the outputs are those of one device."""
+    task, _, params, step = compiled("class", "bert")
+    batches = batches_of(task, drawn("class", LENGTHS), rows=3)
+    mesh = sharding.make_mesh(MeshConfig())
+    on_mesh = partial(_put, sharding.batch_sharding(mesh), sharding.row_ways(mesh))
+    assert on_mesh(batches.batch_at(0), 1)["tokens_BT"].shape == (1, 8, T)
+    jax.tree.map(close, tuple(see(step, params, batches, on_mesh)), tuple(see(step, params, batches, put)))
 
 
 def echo(_: Any, batch: dict[str, np.ndarray]) -> Any:
