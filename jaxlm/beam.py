@@ -56,7 +56,7 @@ def _search(
     module: Transformer, params: Any, state: State, rules: Rules, penalty: jax.Array, *, beams: int, candidates: int
 ) -> Found:
     B, T = state.tokens_BT.shape
-    M, V = beams, module.config.vocabulary
+    M, V = beams, module.config.V
     several = lambda x: jnp.repeat(x, M, 0)
     flat = lambda x: x.reshape(B * M, *x.shape[2:])
     limits = jax.tree.map(several, state._replace(caches=state.caches._replace(own=(), cross=None)))

@@ -257,7 +257,7 @@ def _said(lm: LM) -> dict[str, Any]:
 
 def _token(lm: LM, name: str) -> int | None:
     token = _said(lm).get(name)
-    return token if isinstance(token, int) and 0 <= token < lm.config.vocabulary else None
+    return token if isinstance(token, int) and 0 <= token < lm.config.V else None
 
 
 def _start(lm: LM) -> int:
@@ -299,7 +299,7 @@ def rules_of(lm: LM, decoding: Decoding, stops: Sequence[int]) -> Rules:
         vocabulary=np.int32(lm.vocabulary),
         stops_N=np.array(filled, np.int32),
         temperature=some(np.float32(decoding.temperature), sampled),
-        top_k=some(np.int32(decoding.top_k or lm.config.vocabulary), sampled and filtered),
+        top_k=some(np.int32(decoding.top_k or lm.config.V), sampled and filtered),
         top_p=some(np.float32(decoding.top_p), sampled and filtered),
         min_p=some(np.float32(decoding.min_p), sampled and filtered),
         penalty=some(np.float32(decoding.repetition_penalty), decoding.repetition_penalty != 1),
@@ -343,7 +343,7 @@ def _searched(lm: LM, wanted: Sequence[Request], decoding: Decoding, stops: Sequ
     run, search, params, rules = programs(lm.module), search_of(lm.module), params_of(lm), rules_of(lm, decoding, stops)
     M, B = decoding.beams, max(1, ROWS // decoding.beams)
     # Each beam has as many followers that end as there are stop tokens.
-    candidates = min(max(2, 1 + len(stops)) * M, M * lm.config.vocabulary)
+    candidates = min(max(2, 1 + len(stops)) * M, M * lm.config.V)
     ordered = sorted(wanted, key=lambda request: len(request.source or request.tokens))
     for i in range(0, len(ordered), B):
         some = ordered[i : i + B]
