@@ -67,6 +67,12 @@ KINDS = {
     "pearson": Kind("correlation", "Pearson"),
     "spearman": Kind("correlation", "Spearman"),
     "mse": Kind("mse", "mean squared error"),
+    "bleu": Kind("translation", "BLEU"),
+    "chrf": Kind("translation", "chrF"),
+    "rouge1": Kind("rouge", "ROUGE-1"),
+    "rouge2": Kind("rouge", "ROUGE-2"),
+    "rougeL": Kind("rouge", "ROUGE-L"),
+    "rougeLsum": Kind("rouge", "ROUGE-Lsum"),
 }
 FAMILIES = {
     "loss": Family("Loss", "loss (nats)", "low"),
@@ -79,6 +85,8 @@ FAMILIES = {
     "mrr": Family("Mean reciprocal rank", "mean reciprocal rank (0 to 1)", "high"),
     "correlation": Family("Correlation", "correlation (−1 to 1)", "high"),
     "mse": Family("Mean squared error", "mean squared error (label units²)", "low"),
+    "translation": Family("", "score (0 to 100)", "high"),
+    "rouge": Family("ROUGE", "F1 of words (%)", "high", percent=True),
 }
 
 
