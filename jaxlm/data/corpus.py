@@ -21,7 +21,7 @@ from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 
-_FORMAT = 1  # of the files below; a new number makes everything anew
+_FORMAT = 2  # of the files below; a new number makes everything anew
 # How a document is divided into sentences; together they are the document, white space included.
 _SENTENCES: dict[str, Callable[[str], list[str]]] = {
     "line": lambda text: text.splitlines(keepends=True),
