@@ -41,6 +41,9 @@ class QuestionAnsweringTask(RecordTask):
     def __init__(self, *parts: Any):
         super().__init__(*parts)
         self.most = max(2, self.length // 16)
+        if self.task.unanswerable:
+            # By F1 alone a model that answers nothing yet may be the best of a run.
+            self.scores = ("best_f1", "f1", "exact")
 
     @classmethod
     def read(cls, task: config.QuestionAnswering, row: Row, place: Place) -> Record | None:
@@ -177,7 +180,7 @@ class QuestionAnsweringTask(RecordTask):
         best, which that script reports too."""
         answers = [[text for text, _ in record["label"]] for record in records]
         scores = metrics.squad(answers, [prediction["prediction"] for prediction in predictions])
-        if "no_answer_exact" in scores:
+        if self.task.unanswerable or "no_answer_exact" in scores:
             # To say anything at all of a question without an answer is wrong, be it an article alone.
             one = lambda texts, said: metrics.exact_f1(texts, said)[1] if texts else float(not said)
             answered = [one(texts, prediction["_answer"]) for texts, prediction in zip(answers, predictions)]
