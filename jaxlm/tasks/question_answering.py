@@ -31,7 +31,7 @@ class QuestionAnsweringTask(RecordTask):
     """
 
     head = "span"
-    scores = ("f1", "exact")
+    scores: tuple[str, ...] = ("f1", "exact")
     fields: Mapping[str, Any] = {
         "labels_BEN": np.int32
     }  # the answer's first and last token, counted from the example's first
