@@ -66,7 +66,8 @@ def tokenizer_of(model: str):
 
 
 def task_of(model: str, length: int = T, **fields) -> Seq2SeqTask:
-    task = Seq2SeqTask(Seq2Seq(source_length=S, **fields), length, 0, tokenizer_of(model), ())
+    decoding = Decoding(temperature=0.0, max_new_tokens=7)
+    task = Seq2SeqTask(Seq2Seq(source_length=S, decoding=decoding, **fields), length, 0, tokenizer_of(model), ())
     task.configured(MODELS[model])
     return task
 
@@ -240,6 +241,12 @@ def test_separate_vocabularies_come_back(tmp_path):
     again = tokenizers.load(tmp_path)
     assert again.frame(["the dog"]) == tokenizer.frame(["the dog"])
     assert again.target.frame(["THE DOG"]) == tokenizer.target.frame(["THE DOG"]) != tokenizer.frame(["THE DOG"])
+
+
+def test_texts_longer_than_the_positions_are_refused_before_the_run():
+    task = Seq2SeqTask(Seq2Seq(), T, 0, tokenizer(False), ())
+    with pytest.raises(UserError, match="max_new_tokens is 128, and the model has 64 positions; lower it to 63"):
+        task.configured(MODELS["gpt2"])
 
 
 def test_long_texts_are_cut_and_keep_their_end():
