@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -14,6 +15,17 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "jaxlm" / "tests"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no name of a folder that is missing is looked for on the hub
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs_are_forgotten():
+    """Each kernel of a compiled program takes three of the 65,530 mappings that Linux lets a process have, and XLA
+    crashes when they are used up; so no module of tests leaves its programs behind."""
+    yield
+    import jax
+
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture

@@ -176,14 +176,27 @@ def test_a_decoder_learns_the_target_alone(model):
         assert set(firsts.tolist()) == {task.end if task.start is None else task.start}
 
 
+def learned_from(task, model: str, batch):
+    """[B, T], whether the loss has a gradient by the hidden state that the head reads at each place."""
+    module, params = Transformer(MODELS[model]), compiled(model)[1]
+
+    def loss(x_BTD):
+        return task.losses_of(module, params, x_BTD, batch, jax.random.key(0))[0]["loss"][0]
+
+    return np.abs(jax.grad(loss)(states(module, params, batch))).max(-1) > 0
+
+
 @pytest.mark.parametrize("model", ["gpt2", "llama", "prefix"])
-def test_prompt_tokens_get_no_gradient_of_their_own(model):
-    """The loss does not change with the labels at the places of the prompt."""
-    task, params, step, _ = compiled(model)
-    batch = batches_of(task, records(LENGTHS)).batch_at(0)
-    other = batch | {"labels_BT": np.where(batch["weights_BT"] > 0, batch["labels_BT"], 7)}
-    losses = [step(params, put(b, 1))[0]["loss"] for b in (batch, other)]
-    assert np.asarray(losses[0]).tolist() == np.asarray(losses[1]).tolist()
+def test_a_prompt_gets_no_gradient(model):
+    task = task_of(model, label_smoothing=0.1)
+    some = records(LENGTHS)
+    batch = batches_of(task, some).batch_at(0)
+    learned_BT = learned_from(task, model, batch)
+    assert (learned_BT == (batch["weights_BT"] > 0)).all()
+    answers = task.answers(some)
+    for b in range(ROWS):
+        for e in range(1, int(batch["segments_BT"][b].max()) + 1):
+            assert batch["labels_BT"][b][learned_BT[b] & (batch["segments_BT"][b] == e)].tolist() in answers
 
 
 def test_a_prefix_sees_all_of_itself_and_nothing_of_what_follows():
@@ -352,6 +365,20 @@ def test_what_the_assistant_says_is_learned_alone():
     assert words.decode(last["labels_BT"][last["weights_BT"] > 0]) == "Anna sleeps"
     [[[cut]]] = list(chat_of(8).features(read[1:], True))
     assert len(cut["tokens_BT"]) == 8 and cut["labels_BT"][-1] == words.encode("\n")[-1]
+
+
+@pytest.mark.parametrize("last_alone", [False, True])
+def test_no_word_but_the_assistants_gets_a_gradient(last_alone):
+    task = chat_of(last_alone=last_alone)
+    read = [ChatTask.read(Chat(), row, Place("rows", n)) for n, row in enumerate(TALKS)]
+    batch = task.batches(Records(read, []), len(read), task.length, None).batch_at(0)
+    learned_BT = learned_from(task, "llama", batch)
+    assert (learned_BT == (batch["weights_BT"] > 0)).all()
+    said = {"a dog", "Anna sleeps"} if last_alone else {"a dog", "lazy</s>dogAnna sleeps"}
+    in_talk = lambda n: learned_BT & (batch["segments_BT"] == n)
+    talks = range(1, batch["segments_BT"].max() + 1)
+    learned = [labels_T[of_T].tolist() for n in talks for labels_T, of_T in zip(batch["labels_BT"], in_talk(n))]
+    assert {task.tokenizer.decode(ids) for ids in learned} == said
 
 
 def test_a_prompt_ends_where_the_answer_begins():
