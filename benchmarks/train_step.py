@@ -46,16 +46,15 @@ def jaxlm_side(name: str) -> Callable[[], float]:
     else:
         task = CausalLMTask(CausalLM(), length, 0, special)
     mesh = sharding.make_mesh(MeshConfig())
-    module = Transformer(model, sharding.constrainer(mesh), unroll=model.layers)
+    module = Transformer(model, sharding.Placement(mesh), unroll=model.layers)
     settings = OptimizerConfig(schedule="constant")
     params = init(module, jax.random.key(0))
     optimizer = make_optimizer(settings, 1000, 1, params)
     state = TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key_data(jax.random.key(0)))
-    layout = sharding.batch_sharding(mesh)
     whole = sharding.replicated(mesh)
     step = jax.jit(
         make_train_step(task, module, optimizer, make_schedule(settings, 1000)),
-        donate_argnums=0, in_shardings=(whole, layout), out_shardings=(whole, whole),
+        donate_argnums=0, in_shardings=(whole, None), out_shardings=(whole, whole),
     )  # fmt: skip
     state = jax.device_put(state, whole)
     random = np.random.default_rng(0)
@@ -68,7 +67,7 @@ def jaxlm_side(name: str) -> Callable[[], float]:
         "segments_BT": np.ones_like(tokens),
         "positions_BT": np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape),
     }
-    batch = {key: jax.device_put(value, layout) for key, value in batch.items()}
+    batch = {key: jax.device_put(value, sharding.batch_sharding(mesh, key)) for key, value in batch.items()}
 
     def round_() -> float:
         nonlocal state

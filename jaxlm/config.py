@@ -503,7 +503,8 @@ class MeshConfig:
 
     data: int = -1  # copies of the model, each with its rows of the batch
     fsdp: int = 1  # rows of the batch and the parameters' model width, split
-    tensor: int = 1  # heads, MLP width and vocabulary, split
+    tensor: int = 1  # heads, MLP width and vocabulary, split; between layers the length of rows
+    context: int = 1  # the length of rows, split; every query still sees all keys
 
 
 @dataclass(frozen=True)
@@ -523,7 +524,10 @@ class RunConfig:
     epochs: float = 0.0  # passes over the training part; above 0 they decide over steps
     seed: int = 0  # of parameters, data order, masking and dropout
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products; the rest stays float32
-    remat: Literal["none", "dots", "full"] = "none"  # recompute in the backward pass: nothing, all but products, all
+    # What the backward pass computes anew: nothing; all but products with weights; all, from the input of each layer,
+    # which stays on the device (full) or waits in the host's memory (offload).
+    remat: Literal["none", "dots", "full", "offload"] = "none"
+    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"  # kernel; auto: splash on TPU, cudnn on GPU, or XLA
     unroll: int = 1  # layers that one turn of the layer loop holds; more is faster and compiles longer
     log_every: int = 10  # steps between lines of metrics.jsonl
     eval_every: int = 0  # steps between evaluations; 0: after each epoch, where there are epochs, and at the end

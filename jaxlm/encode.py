@@ -22,14 +22,14 @@ from weakref import WeakKeyDictionary
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from jaxlm.data.pack import pack
 from jaxlm.errors import UserError, perhaps
 from jaxlm.hub import safetensors
 from jaxlm.nn.layers import ACTIVATIONS
 from jaxlm.nn.transformer import Transformer, apply, layers_apart
-from jaxlm.sharding import RULES, row_ways
+from jaxlm.sharding import spec, ways
 
 if TYPE_CHECKING:
     from jaxlm.lm import LM
@@ -306,7 +306,7 @@ def _batches(lm: LM, pooling: Pooling, window: list[str], batch_tokens: int) -> 
     framed = lm.tokenizer.frame([lower(pooling.prompt + text) for text in window], max_length=_limit(lm, pooling))
     lengths = np.array([len(ids) for ids, _ in framed])
     mesh = mesh_of(lm)
-    ways = 1 if mesh is None else row_ways(mesh)
+    parts = 1 if mesh is None else ways(mesh, "batch")
 
     left = np.flatnonzero(lengths)
     while len(left):
@@ -321,10 +321,10 @@ def _batches(lm: LM, pooling: Pooling, window: list[str], batch_tokens: int) -> 
         for first in range(0, len(sizes), B):
             some = sizes[first : first + B]
             rows = min(B, 1 << (len(some) - 1).bit_length())
-            rows = -(-rows // ways) * ways
+            rows = -(-rows // parts) * parts
             batch = _lay_out(framed, examples[ends[first] - some[0] : ends[first + len(some) - 1]], some, rows, T)
             if mesh is not None:
-                rows_split = NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+                rows_split = NamedSharding(mesh, spec(("batch",)))
                 batch = batch._replace(inputs=jax.device_put(batch.inputs, rows_split))
             yield batch
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from typing import Any
 
@@ -11,6 +11,8 @@ import jax
 import numpy as np
 
 from jaxlm import config, sharding
+from jaxlm.assembly import lay
+from jaxlm.config import MeshConfig
 from jaxlm.data.batches import Features, prefetch
 from jaxlm.data.formats import Place, Row
 from jaxlm.encode import Pooling, mesh_of, params_of
@@ -151,11 +153,10 @@ def _seen(lm: LM, task: RecordTask, records: list[Record], rows: int | None) -> 
     if rows is not None and rows < 1:
         raise UserError(f"batch is {rows}; it must be at least 1")
     mesh = mesh_of(lm)
-    ways = 1 if mesh is None else sharding.row_ways(mesh)
+    ways = 1 if mesh is None else sharding.ways(mesh, "batch")
     rows = -(-(rows or max(1, TOKENS // task.length)) // ways) * ways  # the size of a batch does not show
     batches = task.batches(Records(records, []), rows, task.length, None)
-    layout = None if mesh is None else sharding.batch_sharding(mesh)
-    put = lambda batch, k: {n: jax.device_put(x.reshape(k, -1, *x.shape[1:]), layout) for n, x in batch.items()}
+    put = partial(lay, mesh or sharding.make_mesh(MeshConfig(1), jax.devices()[:1]))
     step = _eval_step(lm.module, type(task), task.task, task.length, task.labels, task.pooling.modes)  # type: ignore[arg-type]
     return task.tell(lm, lambda batches: see(step, params_of(lm), batches, put), batches, records)
 

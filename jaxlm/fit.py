@@ -13,24 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import families, report, sharding
+from jaxlm.assembly import assemble, lay
 from jaxlm.checkpoint import Checkpoints, finite
 from jaxlm.config import CausalLM, RunConfig, to_json
-from jaxlm.data.batches import Batch, prefetch
+from jaxlm.data.batches import prefetch
 from jaxlm.data.corpus import Prepared
 from jaxlm.errors import RunError, Stopped, UserError, perhaps
 from jaxlm.evaluate import see
 from jaxlm.folder import RunLog, begin, claim, duration, write_json
 from jaxlm.generate import generate
 from jaxlm.lm import LM, load, save, with_params
-from jaxlm.nn import parameters
-from jaxlm.nn.transformer import Transformer, init
-from jaxlm.optimizer import make_optimizer, make_schedule
-from jaxlm.start import by_path, check_fits, origin, sized, start_from, starting, with_dropout, with_tokenizer
-from jaxlm.step import TrainState, make_eval_step, make_train_step
+from jaxlm.nn.transformer import Transformer
+from jaxlm.start import check_fits, origin, sized, start_from, starting, with_dropout, with_tokenizer
+from jaxlm.step import make_eval_step
 from jaxlm.tasks import make_task, prepare
 from jaxlm.tasks.task import Task
 
@@ -74,26 +72,14 @@ def fit(
     config, model = starting(run, model, task, data.labels if task.head else (), resuming)
     batches = task.batches(data.train, run.batch, run.data.length, run.seed)
     run = sized(run, config, batches)
-    _check_rows(run, mesh)
     batches.rows = run.batch
     held_out = task.batches(data.held_out, run.batch // run.accumulate, run.data.length, None)
-    put = partial(_put, sharding.batch_sharding(mesh), sharding.row_ways(mesh))
+    put = partial(lay, mesh)
 
     # Model, optimizer, state: shapes first, so that everything is made where it will lie.
-    dtype = jnp.dtype(run.compute_dtype)
     kind = task.module(Transformer if model is None else type(model.module))
-    module = kind(config, sharding.constrainer(mesh), dtype, run.remat, run.unroll)
-    shapes = jax.eval_shape(partial(init, module), jax.random.key(0))
-    schedule = make_schedule(run.optimizer, run.steps)
-    optimizer = make_optimizer(run.optimizer, run.steps, run.accumulate, shapes)
-
-    def first_state(key: jax.Array) -> TrainState:
-        params = init(module, jax.random.wrap_key_data(key))
-        return TrainState(jnp.int32(0), params, optimizer.init(params), key)
-
-    key = jax.random.key_data(jax.random.key(run.seed))
-    like = _laid_out(jax.eval_shape(first_state, key), mesh)
-    layout = jax.tree.map(lambda leaf: leaf.sharding, like)
+    module, like, first_state, train_step = assemble(run, task, config, mesh, kind)
+    shapes = like.params
     if model is not None:
         check_fits(model, shapes)
 
@@ -102,7 +88,7 @@ def fit(
     checkpoints = Checkpoints(folder / "checkpoints", run.keep, say)
     state, notes = checkpoints.restore(like) or (None, {})
     if state is None:
-        state = jax.jit(first_state, out_shardings=layout)(key)
+        state = first_state(jax.random.key_data(jax.random.key(run.seed)))
         model = model or (load(run.init) if run.init else None)
         state = state if model is None else state._replace(params=start_from(model, state.params, say))
     started = int(state.step)
@@ -116,15 +102,9 @@ def fit(
     if balance := task.balance(data.train):
         say(f"labels    {balance}")
 
-    train_step = jax.jit(
-        make_train_step(task, module, optimizer, schedule),
-        donate_argnums=0,
-        in_shardings=(layout, sharding.batch_sharding(mesh)),
-        out_shardings=(layout, sharding.replicated(mesh)),
-    )
     eval_step = jax.jit(make_eval_step(task, module))
     files: dict[str, Any] = {"files": model.files, "pooling": model.pooling} if model else {}
-    made = LM(config, kind(config, dtype=dtype), None, data.tokenizer, origin(run, model), **files)
+    made = LM(config, kind(config, dtype=module.dtype), None, data.tokenizer, origin(run, model), **files)
 
     def score(params: Any) -> tuple[dict[str, float], Any]:
         run_over = lambda batches: see(eval_step, params, batches, put)
@@ -224,18 +204,6 @@ def _sections(task: Task, data: Prepared, batches: Any, found: Any) -> list[repo
     return [*task.sections(data.held_out, found), lengths]
 
 
-def _check_rows(run: RunConfig, mesh: jax.sharding.Mesh) -> None:
-    """Raises UserError where the mesh does not divide the rows of a micro-batch."""
-    ways = sharding.row_ways(mesh) * run.accumulate
-    if run.batch % ways and not run.examples:  # rows that the run has chosen itself are filled up
-        below = run.batch - run.batch % ways
-        near = f"{below} or {below + ways}" if below else f"{ways}"
-        raise UserError(
-            f"batch {run.batch} in {run.accumulate} micro-batch(es) is not divided by the mesh {dict(mesh.shape)}; "
-            f"the nearest that is: --batch {near}"
-        )
-
-
 def _tell(
     run: RunConfig,
     folder: Path,
@@ -275,28 +243,6 @@ def _packing(run: RunConfig, batches: Any) -> dict[str, str]:
     if full := int((batches.lengths >= run.data.length).sum()):
         said["length"] = f"{full:,} of {units:,} examples fill a row of {run.data.length}; what is longer is cut"
     return said
-
-
-def _put(layout: jax.sharding.NamedSharding, ways: int, batch: Batch, k: int) -> Batch:
-    """Lays a batch [B, ...] on the mesh as k micro-batches [k, B / k, ...]."""
-    more = -len(batch["tokens_BT"]) % (k * ways)  # rows of padding, where the mesh does not divide those that there are
-    whole = lambda x: np.concatenate([x, np.zeros((more, *x.shape[1:]), x.dtype)]) if more else x
-    return {name: jax.device_put(whole(x).reshape(k, -1, *x.shape[1:]), layout) for name, x in batch.items()}
-
-
-def _laid_out(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
-    """Shapes of a state, each with its sharding: that of the parameter that a leaf is, or belongs to."""
-
-    shapes = {path: leaf.shape for path, leaf in by_path(state.params).items()}
-
-    def lay(key_path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        path = parameters.path_of(key_path)
-        # An optimizer may keep something smaller than the parameter, such as factored moments.
-        row = parameters.find(path) if leaf.shape == shapes.get(path) else None
-        layout = sharding.sharding(mesh, row.axes, leaf.shape, path) if row else sharding.replicated(mesh)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout)
-
-    return jax.tree_util.tree_map_with_path(lay, state)
 
 
 def _finite(metrics: list[dict[str, Any]], step: int, checkpoints: Checkpoints) -> list[dict[str, float]]:

@@ -20,7 +20,7 @@ from jaxlm.config import RunConfig, difference, from_json, to_json
 from jaxlm.errors import RunError, UserError
 
 # What may change between two starts of the same run.
-FREE = {"mesh", "remat", "unroll", "log_every", "eval_every", "checkpoint_every", "keep", "workdir"}
+FREE = {"mesh", "remat", "attention", "unroll", "log_every", "eval_every", "checkpoint_every", "keep", "workdir"}
 FREE |= {"sample_prompt", "sample_tokens"}
 FREE_DATA = ("path", "eval_path", "cache")  # the content is compared, not the place
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # how a disk, a quota or a limit says that no more fits

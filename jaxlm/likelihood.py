@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from jaxlm.data.pack import pack
 from jaxlm.encode import SHORTEST, mesh_of, params_of
 from jaxlm.errors import UserError
 from jaxlm.nn.transformer import Transformer, apply
-from jaxlm.sharding import RULES, row_ways
+from jaxlm.sharding import spec, ways
 
 if TYPE_CHECKING:
     from jaxlm.lm import LM
@@ -231,7 +231,7 @@ def _scored(lm: LM, examples: Iterable[_Example], batch_tokens: int | None) -> I
     if batch_tokens < 1:
         raise UserError(f"batch_tokens is {batch_tokens}; it must be at least 1")
     program, params, mesh = _program(lm.module), params_of(lm), mesh_of(lm)
-    ways = 1 if mesh is None else row_ways(mesh)
+    parts = 1 if mesh is None else ways(mesh, "batch")
     stream = iter(examples)
     while window := list(islice(stream, WINDOW)):
         found: dict[int, Likelihood] = {}
@@ -239,10 +239,10 @@ def _scored(lm: LM, examples: Iterable[_Example], batch_tokens: int | None) -> I
             most = max(1, batch_tokens // max(T, S))
             for first in range(0, len(rows), most):
                 some = rows[first : first + most]
-                count = -(-min(most, 1 << (len(some) - 1).bit_length()) // ways) * ways
+                count = -(-min(most, 1 << (len(some) - 1).bit_length()) // parts) * parts
                 inputs = _laid_out(window, some, count, T, S)
                 if mesh is not None:
-                    inputs = jax.device_put(inputs, NamedSharding(mesh, PartitionSpec(RULES["batch"])))
+                    inputs = jax.device_put(inputs, NamedSharding(mesh, spec(("batch",))))
                 log_BT, likeliest_BT = map(np.asarray, program(params, *inputs))
                 for b, row in enumerate(some):
                     end = 0

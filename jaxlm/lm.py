@@ -22,7 +22,7 @@ from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.encode import Pooling, carried, read_pooling
 from jaxlm.errors import UserError, perhaps
 from jaxlm.hub.download import fetch
-from jaxlm.nn.transformer import Transformer, apply, no_constraint
+from jaxlm.nn.transformer import Transformer, apply
 
 
 class Inside(NamedTuple):
@@ -239,8 +239,7 @@ def load(
         tell = say or partial(print, file=sys.stderr)
         tell(f"made new, since {folder} has none: {', '.join(found.fresh)}")
     compute = kinds[1] or kinds[0] or jnp.result_type(*jax.tree.leaves(found.params))
-    constrain = sharding.constrainer(mesh) if mesh else no_constraint
-    made = (module or Transformer)(found.config, constrain, jnp.dtype(compute))
+    made = (module or Transformer)(found.config, sharding.Placement(mesh), jnp.dtype(compute))
     tokenizer = tokenizers.load(str(folder)) if has_tokenizer(folder) else None
     files = {name: (folder / name).read_bytes() for name in _CARRIED if (folder / name).is_file()}
     known: dict[str, Any] = {"files": files | carried(folder), "pooling": read_pooling(folder), "fresh": found.fresh}

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -35,6 +39,71 @@ def accuracy(logits_BTV: jax.Array, labels_BT: jax.Array, weights_BT: jax.Array)
     is_label_BTV = labels_BT[..., None] == jnp.arange(logits_BTV.shape[-1])
     label_logit_BT = jnp.where(is_label_BTV, logits_BTV, 0).sum(-1)
     return ((label_logit_BT >= logits_BTV.max(-1)) * weights_BT).sum(), weights_BT.sum()
+
+
+def in_parts(
+    logits_of: Callable[[Any, jax.Array], jax.Array],
+    params: Any,
+    x_BTD: jax.Array,
+    labels_BT: jax.Array,
+    weights_BT: jax.Array,
+    label_smoothing: float = 0.0,
+    parts: int = 1,
+) -> tuple[Sum, Sum]:
+    """`cross_entropy` and `accuracy` of the logits `logits_of(params, x_BTD)`, which are never in memory as a whole.
+
+    They are computed in so many parts of T, one after the other, and where there is a gradient, that of each part
+    right behind its loss: the backward pass finds it made, and computes no logits anew.
+
+    logits_of: a function that closes over no arrays.  params: all that it reads.
+    """
+    B, T, _ = x_BTD.shape
+    size = -(-T // parts)
+    # Part i has every parts-th position, so that where the length is split over devices each has some of every part.
+    filled = lambda x_BT: jnp.pad(x_BT, [(0, 0), (0, size * parts - T)] + [(0, 0)] * (x_BT.ndim - 2))
+    apart = lambda x_BT: jnp.moveaxis(filled(x_BT).reshape(B, size, parts, *x_BT.shape[2:]), 2, 0)
+    total, hits = _summed(logits_of, label_smoothing, params, *map(apart, (x_BTD, labels_BT, weights_BT)))
+    weight = weights_BT.sum()
+    return (total, weight), (jax.lax.stop_gradient(hits), weight)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _summed(logits_of: Any, smoothing: float, params: Any, x: Any, labels: Any, weights: Any) -> Any:
+    """The sums over all parts [parts, B, T, ...] of the loss and of the hits."""
+
+    def part(sums: Any, inputs: Any) -> Any:
+        loss, hits = _of_part(logits_of, smoothing, params, *inputs)
+        return (sums[0] + loss, sums[1] + hits), None
+
+    return jax.lax.scan(part, (jnp.float32(0), jnp.float32(0)), (x, labels, weights))[0]
+
+
+def _of_part(logits_of: Any, smoothing: float, params: Any, x_BTD: Any, labels_BT: Any, weights_BT: Any) -> Any:
+    logits_BTV = logits_of(params, x_BTD)
+    loss = cross_entropy(logits_BTV, labels_BT, weights_BT, smoothing)[0]
+    return loss, jax.lax.stop_gradient(accuracy(logits_BTV, labels_BT, weights_BT)[0])
+
+
+def _summed_forward(logits_of: Any, smoothing: float, params: Any, x: Any, labels: Any, weights: Any) -> Any:
+    def part(carry: Any, inputs: Any) -> Any:
+        x_BTD, *rest = inputs
+        loss_of = lambda params, x_BTD: _of_part(logits_of, smoothing, params, x_BTD, *rest)
+        loss, pull, hits = jax.vjp(loss_of, params, x_BTD, has_aux=True)
+        by_params, by_x_BTD = pull(jnp.float32(1))
+        total, all_hits, sums = carry
+        return (total + loss, all_hits + hits, jax.tree.map(jnp.add, sums, by_params)), by_x_BTD
+
+    first = jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
+    (total, hits, by_params), by_x = jax.lax.scan(part, first, (x, labels, weights))
+    return (total, hits), (by_params, by_x)
+
+
+def _summed_backward(logits_of: Any, smoothing: float, kept: Any, given: Any) -> Any:
+    by_params, by_x = jax.tree.map(lambda g: (g * given[0]).astype(g.dtype), kept)
+    return by_params, by_x, None, None
+
+
+_summed.defvjp(_summed_forward, _summed_backward)
 
 
 def binary_cross_entropy(logits_BEN: jax.Array, labels_BEN: jax.Array, weights_BE: jax.Array) -> Sum:

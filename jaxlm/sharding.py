@@ -5,8 +5,10 @@ Knows no model: it is handed logical axes and says where they lie.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -16,36 +18,71 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxlm.config import MeshConfig
 from jaxlm.errors import UserError
 
+# Neighbours on the last axis are neighbours on the chips' network: what is split there is exchanged most often.
+# `expert` and `stage` are reserved, for mixtures of experts and pipelines.
+AXES = ("data", "fsdp", "context", "tensor")
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
+    "length": ("context",),
+    "between": ("context", "tensor"),  # length of the residual stream: norms and residuals are split over both
+    "keys": (),  # length of keys and values, which every query may want
     "width": ("fsdp",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
+    "head_width": (),
     "mlp": ("tensor",),
     "vocabulary": ("tensor",),
     "layers": (),
-    "length": (),
-    "head_width": (),
 }
+LETTERS = {"B": "batch", "T": "length", "S": "length"}  # axes of a batch's fields, by the letters of their names
 LARGE = 1 << 20  # entries; a parameter above this must not lie whole on every device of a mesh that could split it
 
 
-def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
-    """The mesh over all devices.  Raises UserError where the sizes do not multiply to their number."""
-    devices = jax.devices() if devices is None else devices
-    sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh over all devices, the axis -1 being what is left.
+
+    Of several slices (TPU pods, each with a network of its own), the first axis above 1, of `data` and `fsdp`, goes
+    over the slices.  Raises UserError where the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = axis_sizes(config, len(devices))
+    shape = tuple(sizes.values())
+    if devices[0].platform != "tpu":
+        return Mesh(np.array(devices).reshape(shape), AXES)
+    from jax.experimental import mesh_utils
+
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), AXES)
+    over = next((name for name in RULES["batch"] if sizes[name] > 1), "data")
+    if sizes[over] % slices:
+        raise UserError(
+            f"mesh axis {over} {sizes[over]} is not divided by the {slices} slices, between which it must go; "
+            f"set --mesh.{over} to a multiple of {slices}"
+        )
+    between = tuple(slices if name == over else 1 for name in AXES)
+    within = tuple(size // ways for size, ways in zip(shape, between))
+    return Mesh(
+        mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True),
+        AXES,
+    )
+
+
+def axis_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
+    """The size of each mesh axis.  Raises UserError where they do not multiply to the number of devices."""
+    given = dataclasses.asdict(config)
+    sizes = {name: given[name] for name in AXES}
     free = [name for name, size in sizes.items() if size == -1]
     known = math.prod(size for size in sizes.values() if size != -1)
     if len(free) > 1:
-        raise UserError(f"mesh sizes {sizes} leave {len(free)} axes to infer; at most one may be -1")
-    if known < 1 or len(devices) % known or (not free and known != len(devices)):
+        raise UserError(f"mesh sizes {given} leave {len(free)} axes to infer; at most one may be -1")
+    if known < 1 or devices % known or (not free and known != devices):
+        divisors = [n for n in range(1, devices + 1) if devices % n == 0]
         raise UserError(
-            f"mesh sizes {sizes} do not multiply to the {len(devices)} devices found; "
-            f"let one of them be -1 or choose divisors of {len(devices)}"
+            f"mesh sizes {given} do not multiply to the {devices} devices found; "
+            f"let one of them be -1, or choose them of the divisors {divisors} of {devices}"
         )
-    if free:
-        sizes[free[0]] = len(devices) // known
-    return Mesh(np.array(devices).reshape(tuple(sizes.values())), tuple(sizes))
+    return sizes | ({free[0]: devices // known} if free else {})
 
 
 def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
@@ -53,29 +90,40 @@ def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
     return PartitionSpec(*[(RULES[axis] or None) if axis else None for axis in axes])
 
 
-def sharding(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...], name: str) -> NamedSharding:
-    """Where an array of `shape` lies.  Raises UserError where a mesh axis does not divide it or leaves it whole."""
+def check(sizes: Mapping[str, int], axes: tuple[str | None, ...], shape: tuple[int, ...], name: str) -> None:
+    """Raises UserError where a mesh of these sizes does not divide a parameter, or leaves a large one whole."""
     split = 1
     for axis, size in zip(axes, shape, strict=True):
         over = RULES[axis] if axis else ()
-        ways = math.prod(mesh.shape[m] for m in over)
+        ways = math.prod(sizes[m] for m in over)
         split *= ways
         if size % ways:
+            below = size - size % ways
+            near = f"{below}, {below + ways}" if below else f"{ways}"
             raise UserError(
                 f"{name} has {axis} {size}, which the mesh splits {ways} ways over {over}; "
-                f"the nearest sizes that do divide: {size - size % ways}, {size - size % ways + ways}"
+                f"the nearest sizes that do divide: {near}"
             )
-    if split == 1 and math.prod(shape) > LARGE and mesh.shape["fsdp"] * mesh.shape["tensor"] > 1:
+    if split == 1 and math.prod(shape) > LARGE and sizes["fsdp"] * sizes["tensor"] > 1:
+        largest = max((size, n) for n, size in enumerate(shape) if axes[n] != "layers")[1]
         raise UserError(
-            f"{name} {shape} would lie whole on each of {mesh.size} devices; give one of its axes {axes} "
-            f"a mesh axis in jaxlm.sharding.RULES"
+            f"{name} {shape} would lie whole on each of {math.prod(sizes.values())} devices; give one of its axes "
+            f"{axes} a mesh axis in jaxlm.sharding.RULES, or in its row of jaxlm.nn.parameters.TABLE the logical axis "
+            f"'width' (fsdp) to axis {largest}, its largest"
         )
+
+
+def sharding(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...], name: str) -> NamedSharding:
+    """Where a parameter lies.  Raises UserError as `check` does."""
+    check(mesh.shape, axes, shape, name)
     return NamedSharding(mesh, spec(axes))
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of a batch's arrays [k, B / k, ...]: rows are split, micro-batches are not."""
-    return NamedSharding(mesh, PartitionSpec(None, RULES["batch"]))
+def batch_sharding(mesh: Mesh, field: str) -> NamedSharding:
+    """Of a batch's field [k, B / k, ...], which its name says the axes of: rows and length are split, micro-batches
+    are not."""
+    letters = field.rpartition("_")[2]
+    return NamedSharding(mesh, PartitionSpec(None, *spec(tuple(LETTERS.get(letter) for letter in letters))))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -83,13 +131,31 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def row_ways(mesh: Mesh) -> int:
-    """Number of parts that the rows of a micro-batch are split into."""
-    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
+def ways(mesh: Mesh, axis: str) -> int:
+    """Number of parts that a logical axis is split into."""
+    return math.prod(mesh.shape[over] for over in RULES[axis])
 
 
-def constrainer(mesh: Mesh) -> Callable[[jax.Array, tuple[str | None, ...]], jax.Array]:
-    """The function that pins an activation to the mesh; models are handed it."""
-    if mesh.size == 1:
-        return lambda x, axes: x
-    return lambda x, axes: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes)))
+@dataclass(frozen=True)
+class Placement:
+    """Pins activations to a mesh; models are handed it.  Without a mesh it leaves them where they are."""
+
+    mesh: Mesh | None = None
+
+    def __call__(self, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+        """`x`, whose dimensions are these logical axes, as the table says."""
+        if self.mesh is None or self.mesh.size == 1:
+            return x
+        axes = tuple(self._fitting(axis, size) for axis, size in zip(axes, x.shape, strict=True))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec(axes)))
+
+    def _fitting(self, axis: str | None, size: int) -> str | None:
+        """The axis, or for a length that it does not divide, such as that of one token, what divides it."""
+        wider = {"between": "length", "length": None}
+        while axis in wider and size % self.ways(axis):
+            axis = wider[axis]
+        return axis
+
+    def ways(self, axis: str) -> int:
+        """Number of parts that a logical axis is split into."""
+        return 1 if self.mesh is None else ways(self.mesh, axis)

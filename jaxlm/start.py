@@ -69,7 +69,7 @@ def sized(run: RunConfig, config: ModelConfig, once: Any) -> RunConfig:
 
 def check_fits(model: LM, shapes: Any) -> None:
     """Raises UserError where the weights to start from have other shapes than the run's, or lack some but for heads."""
-    given, wanted = by_path(model.params), by_path(shapes)
+    given, wanted = parameters.by_path(model.params), parameters.by_path(shapes)
     differ = [f"  - {p} {given[p].shape}" for p in given if p not in wanted and not _on_top(p)]
     for path, leaf in wanted.items():
         shape = given[path].shape if path in given else None
@@ -99,8 +99,8 @@ def _on_top(path: str) -> bool:
 
 def start_from(model: LM, fresh: Any, say: Callable[[str], None]) -> Any:
     """The model's parameters, laid out like the fresh ones; heads that it lacks stay fresh, and are said."""
-    given = by_path(model.params)
-    new = sorted({path.split("/")[0] for path in by_path(fresh) if path not in given})
+    given = parameters.by_path(model.params)
+    new = sorted({path.split("/")[0] for path in parameters.by_path(fresh) if path not in given})
     if new:
         say(f"made new, since the given weights have none: {', '.join(new)}")
 
@@ -112,9 +112,4 @@ def start_from(model: LM, fresh: Any, say: Callable[[str], None]) -> Any:
 
 
 def _without(params: Any, paths: Sequence[str]) -> Any:
-    return nested({path: leaf for path, leaf in by_path(params).items() if path not in paths})
-
-
-def by_path(tree: Any) -> dict[str, Any]:
-    """The leaves of a parameter tree by their paths, such as `embeddings/tokens`."""
-    return {parameters.path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return nested({path: leaf for path, leaf in parameters.by_path(params).items() if path not in paths})

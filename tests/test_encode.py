@@ -119,7 +119,7 @@ def test_rows_over_a_mesh(tokenizer):
     lm = make(tokenizer)
     mesh = sharding.make_mesh(MeshConfig())
     spread = jax.device_put(lm.params, sharding.replicated(mesh))
-    module = lm.module.clone(constrain=sharding.constrainer(mesh))
+    module = lm.module.clone(constrain=sharding.Placement(mesh))
     close(encode(dataclasses.replace(lm, params=spread, module=module), TEXTS), encode(lm, TEXTS))
 
 

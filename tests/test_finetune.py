@@ -36,6 +36,7 @@ from jaxlm import (
     sharding,
 )
 from jaxlm.__main__ import main
+from jaxlm.assembly import lay
 from jaxlm.config import MeshConfig
 from jaxlm.data import source
 from jaxlm.data import tokenizer as tokenizers
@@ -43,7 +44,7 @@ from jaxlm.data.batches import Batches
 from jaxlm.data.formats import Place
 from jaxlm.evaluate import see
 from jaxlm.families import PRESETS
-from jaxlm.fit import _put, fit
+from jaxlm.fit import fit
 from jaxlm.nn.transformer import Transformer
 from jaxlm.step import make_eval_step
 from jaxlm.tasks import TASKS
@@ -312,7 +313,7 @@ def test_rows_that_no_mesh_divides_are_filled_up():
     task, _, params, step = compiled("class", "bert")
     batches = batches_of(task, drawn("class", LENGTHS), rows=3)
     mesh = sharding.make_mesh(MeshConfig())
-    on_mesh = partial(_put, sharding.batch_sharding(mesh), sharding.row_ways(mesh))
+    on_mesh = partial(lay, mesh)
     assert on_mesh(batches.batch_at(0), 1)["tokens_BT"].shape == (1, 8, T)
     jax.tree.map(close, tuple(see(step, params, batches, on_mesh)), tuple(see(step, params, batches, put)))
 
@@ -368,8 +369,8 @@ def test_rows_are_learned_from_in_every_epoch(case, model):
 def on_devices(case: str, n: int, batch: dict[str, np.ndarray], gradients: bool) -> Any:
     task, module, params, _ = compiled(case, "bert")
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=n // 2) if n > 1 else MeshConfig(1), jax.devices()[:n])
-    module = Transformer(module.config, sharding.constrainer(mesh))
-    laid = jax.device_put(put(batch, 1), sharding.batch_sharding(mesh))
+    module = Transformer(module.config, sharding.Placement(mesh))
+    laid = lay(mesh, batch, 1)
     params = jax.device_put(params, sharding.replicated(mesh))
 
     def loss(params, batch):

@@ -22,7 +22,7 @@ FILES = {f: f.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for
 MODULES = {name.removesuffix(".__init__"): file for file, name in FILES.items()}
 
 ORDER = (  # each may import those before it and beside it
-    ("errors", "config", "losses", "metrics", "sharding"),
+    ("errors", "config", "losses", "metrics", "sharding", "chips", "flops", "hlo"),
     ("pictures", "report"),
     ("nn",),
     ("hub",),
@@ -32,7 +32,7 @@ ORDER = (  # each may import those before it and beside it
     ("lm",),
     ("decode", "beam", "speculative", "generate", "prompts", "inspect", "likelihood", "lm_eval"),
     ("tasks",),
-    ("optimizer", "step", "checkpoint"),
+    ("optimizer", "step", "checkpoint", "assembly"),
     ("folder",),
     ("evaluate", "start", "sweep"),
     ("fit",),

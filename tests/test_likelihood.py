@@ -137,7 +137,7 @@ def test_a_mesh_changes_nothing(devices):
     from jaxlm import sharding
 
     params = jax.device_put(lm.params, sharding.replicated(mesh))
-    split = LM(lm.config, Transformer(lm.config, sharding.constrainer(mesh)), params, lm.tokenizer)
+    split = LM(lm.config, Transformer(lm.config, sharding.Placement(mesh)), params, lm.tokenizer)
     same(log_likelihoods(split, pairs()), log_likelihoods(lm, pairs()))
 
 

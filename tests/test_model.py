@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache, partial
+from itertools import product
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,9 @@ import pytest
 from compiled import jit, random_params
 
 from jaxlm import sharding
+from jaxlm.assembly import laid_out, lay
 from jaxlm.config import CausalLM, MaskedLM, MeshConfig, ModelConfig, OptimizerConfig
 from jaxlm.families import PRESETS
-from jaxlm.fit import _laid_out
 from jaxlm.losses import cross_entropy
 from jaxlm.nn import parameters
 from jaxlm.nn.layers import Dropout
@@ -65,8 +66,8 @@ def params(name):
     return params_of(name)
 
 
-def packed_batch(model: ModelConfig) -> dict[str, np.ndarray]:
-    """Rows of two or three examples and ragged padding."""
+def packed_batch(model: ModelConfig, B: int = B) -> dict[str, np.ndarray]:
+    """B rows of two or three examples and ragged padding."""
     random = np.random.default_rng(0)
     batch = {field: np.zeros((B, T), np.int32) for field in ("tokens_BT", "segments_BT", "positions_BT", "types_BT")}
     batch["labels_BT"] = random.integers(0, model.vocabulary, (B, T), dtype=np.int32)
@@ -210,7 +211,7 @@ def test_padding_changes_nothing_and_gets_no_gradient(name, model, params):
     jax.tree.map(np.testing.assert_array_equal, (losses, grads), plain(name))
 
 
-@pytest.mark.parametrize("choices", [{"remat": "full"}, {"remat": "dots", "unroll": 2}], ids=str)
+@pytest.mark.parametrize("choices", [{"remat": "full"}, {"remat": "dots", "unroll": 2}, {"remat": "offload"}], ids=str)
 def test_remat_and_unrolling_change_no_gradient(name, model, params, choices):
     chosen = gradient(name, **choices)(params, packed_batch(model))
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-3), plain(name), chosen)
@@ -220,21 +221,19 @@ def test_remat_and_unrolling_change_no_gradient(name, model, params, choices):
 SETTINGS = OptimizerConfig(rate=0.01, schedule="constant", warmup=0, epsilon=1.0)
 
 
-def one_step(name: str, accumulate: int, mesh: jax.sharding.Mesh):
-    model, params = MODELS[name], params_of(name)
-    module = Transformer(model, sharding.constrainer(mesh))
+def one_step(model: ModelConfig, params, batch, accumulate: int, mesh: jax.sharding.Mesh):
+    module = Transformer(model, sharding.Placement(mesh))
     optimizer = make_optimizer(SETTINGS, 10, accumulate, params)
     key = jax.random.key_data(jax.random.key(0))
 
     def first_state(params):
         return TrainState(jnp.int32(0), params, optimizer.init(params), key)
 
-    like = _laid_out(jax.eval_shape(first_state, params), mesh)
+    like = laid_out(jax.eval_shape(first_state, params), mesh)
     state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)._replace(params=params, key=key)
     state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, like))
-    micro = {f: x.reshape(accumulate, -1, *x.shape[1:]) for f, x in packed_batch(model).items()}
     step = jit(make_train_step(task_of(model), module, optimizer, make_schedule(SETTINGS, 10)))
-    return step(state, jax.device_put(micro, sharding.batch_sharding(mesh)))
+    return step(state, lay(mesh, batch, accumulate))
 
 
 def assert_is_the_plain_step(name: str, step) -> None:
@@ -269,7 +268,9 @@ ONE = partial(sharding.make_mesh, MeshConfig(1))
 
 @pytest.mark.parametrize("accumulate", [4, pytest.param(2, marks=pytest.mark.long)])
 def test_micro_batches_equal_the_large_batch(name, accumulate):
-    assert_is_the_plain_step(name, one_step(name, accumulate, ONE(jax.devices()[:1])))
+    model = MODELS[name]
+    step = one_step(model, params_of(name), packed_batch(model), accumulate, ONE(jax.devices()[:1]))
+    assert_is_the_plain_step(name, step)
 
 
 MESHES = [(1, 2, 3), *(pytest.param(m, marks=pytest.mark.long) for m in [(4, 1, 1), (2, 2, 1), (1, 4, 1), (2, 1, 3)])]
@@ -281,7 +282,34 @@ def test_sharded_equals_unsharded(name, sizes):
     if len(jax.devices()) < count:
         pytest.skip(f"needs {count} devices")
     mesh = sharding.make_mesh(MeshConfig(*sizes), jax.devices()[:count])
-    assert_is_the_plain_step(name, one_step(name, 1, mesh))
+    assert_is_the_plain_step(name, one_step(MODELS[name], params_of(name), packed_batch(MODELS[name]), 1, mesh))
+
+
+WIDE = {"width": 32, "heads": 8, "kv_heads": None, "head_width": None, "mlp_width": 32}
+EIGHT = {name: replace(MODELS[name], **WIDE) for name in ("bert", "qwen3", "mistral", "t5", "bart", "deberta")}
+POWERS = [tuple(1 << n for n in powers) for powers in product(range(4), repeat=4) if sum(powers) == 3]
+SOME = {"bert": [(1, 2, 2, 2)], "qwen3": [(2, 1, 2, 2)], "t5": [(1, 2, 1, 4)]}
+SHAPES = [
+    pytest.param(name, sizes, marks=() if sizes in SOME.get(name, ()) else pytest.mark.long)
+    for name in EIGHT
+    for sizes in POWERS
+    if name in SOME or sizes[3] == 2  # the rest of the families where all axes meet
+]
+
+
+@lru_cache
+def alone(name: str):
+    model = EIGHT[name]
+    return jax.device_get(one_step(model, random_params(model), packed_batch(model, 8), 1, ONE(jax.devices()[:1])))
+
+
+@pytest.mark.parametrize(("name", "sizes"), SHAPES, ids=str)
+def test_every_mesh_makes_the_step_of_one_device(name, sizes):
+    """Over data x fsdp x tensor x context."""
+    model = EIGHT[name]
+    mesh = sharding.make_mesh(MeshConfig(*sizes), jax.devices()[:8])
+    step = jax.device_get(one_step(model, random_params(model), packed_batch(model, 8), 1, mesh))
+    jax.tree.map(partial(np.testing.assert_allclose, atol=2e-6, rtol=1e-4), alone(name), step)
 
 
 @pytest.mark.parametrize("name", CAUSAL)

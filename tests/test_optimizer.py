@@ -12,9 +12,9 @@ import optax
 import pytest
 from compiled import jit, random_params
 
-from jaxlm import sharding, start
+from jaxlm import sharding
+from jaxlm.assembly import laid_out
 from jaxlm.config import MeshConfig, ModelConfig, OptimizerConfig
-from jaxlm.fit import _laid_out
 from jaxlm.nn import parameters
 from jaxlm.nn.transformer import Transformer, apply, init
 from jaxlm.optimizer import make_optimizer, make_schedule
@@ -182,13 +182,13 @@ def test_moments_lie_where_their_parameters_lie(structure, name, freeze_layers):
     params = jax.eval_shape(partial(init, Transformer(model)), jax.random.key(0))
     optimizer = make_optimizer(OptimizerConfig(name=name, freeze_layers=freeze_layers), 10, 2, params)
     state = jax.eval_shape(lambda params: TrainState(0, params, optimizer.init(params), 0), params)
-    laid = _laid_out(state, mesh)
-    split = {path: leaf.sharding.spec for path, leaf in start.by_path(laid.params).items()}
+    laid = laid_out(state, mesh)
+    split = {path: leaf.sharding.spec for path, leaf in parameters.by_path(laid.params).items()}
     assert split["embeddings/tokens"] == jax.sharding.PartitionSpec("tensor", "fsdp")
     moments = 0
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(laid.opt_state):
         path = parameters.path_of(key_path)
-        if path in split and leaf.shape == start.by_path(params)[path].shape:
+        if path in split and leaf.shape == parameters.by_path(params)[path].shape:
             assert leaf.sharding.spec == split[path], (path, key_path)
             moments += 1
         elif math.prod(leaf.shape) > 128 * LAYERS * 2:

@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import ModelConfig
+from jaxlm.nn.kernels import chip_of, choose, fused
 from jaxlm.nn.layers import Dropout, Linear, Norm, residual_std
 from jaxlm.nn.positions import Distances, Turns, rotate
+from jaxlm.sharding import Placement
 
 BLOCK = 64  # queries, at the least, in a block of causal attention
 MASKED = -1e30  # finite, so that a padding row with nothing to attend to gives numbers, not NaN
@@ -33,12 +35,15 @@ class Sight(NamedTuple):
     """What a layer's queries may see, and how far away it is: the same for all layers of a kind.
 
     mask_BTS: True where query t may see key s.  causal: the mask hides later positions of the row.
+    segments: of queries and keys, where these, `causal` and `window` say all that the mask says.
     turns, bias_BHTS, distances: rotary, T5's and DeBERTa's positions, where the model has them; B may be 1.
     kept_BS: of keys that are to be cached, the position for each slot; B may be 1.
     """
 
     mask_BTS: jax.Array
     causal: bool = False
+    segments: tuple[jax.Array, jax.Array] | None = None
+    window: int | None = None
     turns: Turns | None = None
     bias_BHTS: jax.Array | None = None
     distances: Distances | None = None
@@ -153,8 +158,9 @@ class Attention(nn.Module):
     """Multi-head attention of `x` over itself, or over `context` in cross-attention."""
 
     config: ModelConfig
-    constrain: Callable
+    constrain: Placement
     dtype: Any = jnp.float32
+    kernel: str = "auto"  # or xla, splash, cudnn: see `kernels`
 
     @nn.compact
     def __call__(
@@ -191,8 +197,8 @@ class Attention(nn.Module):
                 k_BSKC = Norm(config, self.dtype, name="key_norm")(k_BSKC)
             if sight.turns is not None:
                 k_BSKC = rotate(k_BSKC, sight.turns)
-            k_BSKC = self.constrain(k_BSKC, ("batch", "length", "kv_heads", "head_width"))
-            v_BSKC = self.constrain(v_BSKC, ("batch", "length", "kv_heads", "head_width"))
+            k_BSKC = self.constrain(k_BSKC, ("batch", "keys", "kv_heads", "head_width"))
+            v_BSKC = self.constrain(v_BSKC, ("batch", "keys", "kv_heads", "head_width"))
             if cache is not None:
                 cache = _written(cache, k_BSKC, v_BSKC, positions_BT)
         scale = 1 / math.sqrt(config.C) if config.attention_scale is None else config.attention_scale
@@ -211,15 +217,31 @@ class Attention(nn.Module):
         elif weights:
             out_BTHC, weights_BHTS = _attend(q_BTHC, *_heads_first(k_BSKC, v_BSKC), sight.mask_BTS, scores, dropout)
         else:
-            out_BTHC = dot_product_attention(
-                q_BTHC, k_BSKC, v_BSKC, sight.mask_BTS, scores, dropout, causal=sight.causal
-            )
+            out_BTHC = self._whole(q_BTHC, k_BSKC, v_BSKC, sight, scores, dropout)
         if sight.kept_BS is not None:
             kept = lambda x_BSKC: jnp.take_along_axis(x_BSKC, sight.kept_BS[..., None, None], 1)
             cache = Cache(*_heads_first(kept(k_BSKC), kept(v_BSKC)))
         biased = "out" in config.biases
         out = Linear((config.width,), residual_std(config), biased, contract=2, dtype=self.dtype, name="out")
         return out(out_BTHC), cache, weights_BHTS if weights else None
+
+    def _whole(
+        self, q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, sight: Sight, scores: Scores, dropout: Dropout
+    ) -> jax.Array:
+        """The attended values of whole rows, by the fastest kernel that can."""
+        mesh = self.constrain.mesh
+        asked = {"cap": scores.cap, "bias": scores.bias_BHTS is not None, "prefix": sight.segments is None}
+        dropped = dropout.bytes and self.has_rng("dropout")
+        kernel = choose(chip_of(mesh), mesh, q_BTHC, k_BSKC, wanted=self.kernel, dropout=bool(dropped), **asked)
+        if kernel == "xla":
+            # Blocks of a length that is split would lie on some of the devices alone.
+            blocks = sight.causal and self.constrain.ways("length") == 1
+            return dot_product_attention(q_BTHC, k_BSKC, v_BSKC, sight.mask_BTS, scores, dropout, causal=blocks)
+        assert sight.segments is not None
+        inputs = q_BTHC, k_BSKC, v_BSKC, *sight.segments
+        return fused(
+            kernel, mesh, *inputs, causal=sight.causal, window=sight.window, scale=scores.scale, cap=scores.cap
+        )
 
     def _disentangled(
         self, q_BTHC: jax.Array, k_BSHC: jax.Array, distances: Distances, query: Callable, key: Callable

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -11,13 +10,14 @@ import jax.numpy as jnp
 
 from jaxlm.config import ModelConfig
 from jaxlm.nn.layers import ACTIVATIONS, Dropout, Linear, Norm
+from jaxlm.sharding import Placement
 
 
 class Vocabulary(nn.Module):
     """Logits over the vocabulary, float32: by the token embedding where it is tied, else by a kernel of its own."""
 
     config: ModelConfig
-    constrain: Callable
+    constrain: Placement
     bias: bool
     dtype: Any = jnp.float32
 
@@ -62,7 +62,7 @@ class MaskedLM(nn.Module):
     """BERT's masked language model head: a transform, unless the model shares one, then the vocabulary."""
 
     config: ModelConfig
-    constrain: Callable
+    constrain: Placement
     dtype: Any = jnp.float32
 
     @nn.compact

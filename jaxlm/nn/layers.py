@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import ModelConfig
+from jaxlm.sharding import Placement
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: x * (0.5 + 0.5 * jax.lax.erf(x * math.sqrt(0.5))),  # on CPU erf takes half the time of erfc
@@ -73,9 +74,14 @@ class Dropout(nn.Module):
 
     rate: float
 
+    @property
+    def bytes(self) -> int:
+        """Of 256, those that drop an entry."""
+        return round(self.rate * 256)
+
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        dropped = round(self.rate * 256)
+        dropped = self.bytes
         if not dropped or not self.has_rng("dropout"):
             return x
         words = jax.random.bits(self.make_rng("dropout"), (*x.shape[:-1], -(-x.shape[-1] // 4)), jnp.uint32)
@@ -87,7 +93,7 @@ class MLP(nn.Module):
     """Position-wise feed-forward layer, with a gate where the model has one (Shazeer 2020)."""
 
     config: ModelConfig
-    constrain: Callable
+    constrain: Placement
     dtype: Any = jnp.float32
 
     @nn.compact

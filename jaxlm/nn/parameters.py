@@ -94,6 +94,11 @@ def path_of(key_path: tuple[Any, ...]) -> str:
     return "/".join(key for key in keys if key not in PARTS)
 
 
+def by_path(tree: Any) -> dict[str, Any]:
+    """The leaves of a parameter tree by their paths, such as `embeddings/tokens`."""
+    return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
 def _own(path: str, dimensions: int) -> Parameter | None:
     """The row of a module that a user has put on top, and called `own` or `own_...`: not split, decays as usual."""
     if path.split("/")[0].split("_")[0] != "own":

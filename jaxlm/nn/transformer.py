@@ -2,7 +2,7 @@
 
 Layers of a stack live in one leaf with a leading layer axis and are scanned, so that compile time does not grow with
 depth.
-`constrain(x, logical_axes)` pins an activation to the mesh; the identity where there is none.
+`constrain(x, logical_axes)` pins an activation to the mesh; without one it does nothing.
 """
 
 from __future__ import annotations
@@ -15,22 +15,29 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.config import ModelConfig
 from jaxlm.nn.attention import Attention, Cache, Sight, cross_mask, held, self_mask
 from jaxlm.nn.heads import Classes, MaskedLM, PerToken, Pooled, Replaced, Transform, Vocabulary
+from jaxlm.nn.kernels import RESIDUALS
 from jaxlm.nn.layers import MLP, Convolution, Dropout, Linear, Norm
 from jaxlm.nn.positions import Buckets, Disentangled, sinusoidal, turns
+from jaxlm.sharding import Placement
 
 REMAT = {
     "full": None,  # keep nothing but the layer's input
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep products with weights
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(  # that input goes to the host's memory
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["layer"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+    "dots": jax.checkpoint_policies.save_from_both_policies(  # keep products with weights, and what a kernel attended
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(RESIDUALS),
+    ),
 }
-
-
-def no_constraint(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    """Leaves an activation where it is."""
-    return x
 
 
 class Embeddings(nn.Module):
@@ -116,9 +123,10 @@ class Block(nn.Module):
     """One layer: attention, cross-attention where there is a context, and the MLP, each with its residual."""
 
     config: ModelConfig
-    constrain: Callable
+    constrain: Placement
     dtype: Any = jnp.float32
     inside: bool = False  # whether attention weights are returned
+    kernel: str = "auto"  # of attention
 
     @nn.compact
     def __call__(
@@ -149,11 +157,11 @@ class Block(nn.Module):
                 if config.norm_place == "sandwich":
                     y = Norm(config, self.dtype, name=f"{name}_out_norm")(y)
                 x = x + y
-            return self.constrain(x, ("batch", "length", None))
+            return self.constrain(x, ("batch", "between", None))
 
         def attend(name: str, sight: Sight, context: Any, cache: Cache | None) -> Callable[[jax.Array], jax.Array]:
             def sublayer(x: jax.Array) -> jax.Array:
-                attention = Attention(**parts, name=name)
+                attention = Attention(**parts, kernel=self.kernel, name=name)
                 x, kept[name], seen[name] = attention(x, sight, positions_BT, context, cache, self.inside)
                 return x
 
@@ -176,12 +184,13 @@ class Stack(nn.Module):
     """
 
     config: ModelConfig
-    constrain: Callable
+    constrain: Placement
     layers: int
     dtype: Any = jnp.float32
     causal: bool = False
     remat: str = "none"
     unroll: int = 1
+    kernel: str = "auto"
 
     @nn.compact
     def __call__(
@@ -198,7 +207,8 @@ class Stack(nn.Module):
         kinds = self.config.layer_kinds
         sights = self._sights(segments_BT, positions_BT, caches, keep, prefix_BT)
         # A module of its own, so that a layer is a plain function of its parameters.
-        block = Block(self.config, self.constrain, self.dtype, self.is_mutable_collection("weights"), parent=None)
+        inside = self.is_mutable_collection("weights")
+        block = Block(self.config, self.constrain, self.dtype, inside, self.kernel, parent=None)
         stacked = self._parameters(block, x_BTD, sights[kinds[0]], positions_BT, context_BSD, context_sight)
 
         def run(
@@ -212,6 +222,7 @@ class Stack(nn.Module):
         ) -> tuple[jax.Array, tuple[Cache | None, Cache | None], Inside]:
             """Layer number n, which is of this kind."""
             rngs = None if key is None else {"dropout": key}
+            x = checkpoint_name(x, "layer")
             inputs = (x, n, sights[kind], positions_BT, context, context_sight, cache)
             done: Any = block.apply({"params": params}, *inputs, rngs=rngs)
             return done
@@ -322,7 +333,7 @@ class Stack(nn.Module):
         sights: dict[str, Sight] = {}
         for kind in sorted(set(config.layer_kinds)):
             window = config.window if kind == "local" else None
-            kept_BS = None
+            kept_BS = segments = None
             if caches is not None:
                 first = config.layer_kinds.index(kind)
                 slots_BTS = held(positions_BT, caches.own[min(first, self.layers - 1)].k_BKSC.shape[2])
@@ -332,6 +343,7 @@ class Stack(nn.Module):
             else:
                 assert segments_BT is not None
                 mask_BTS = self_mask(segments_BT, self.causal, window, prefix_BT)
+                segments = None if prefix_BT is not None else (segments_BT, segments_BT)
             if keep is not None:
                 # Distances of relative positions are those of slots, so that these keep all.
                 short = window is not None and config.relative == "none"
@@ -339,7 +351,7 @@ class Stack(nn.Module):
                 kept_BS = jnp.maximum(held(keep.lengths_B[:, None] - 1, slots)[:, 0], 0)
             angles = turns(positions_BT, config, kind) if config.positions == "rotary" else None
             causal = self.causal and caches is None and prefix_BT is None
-            sights[kind] = Sight(mask_BTS, causal, angles, bias_BHTS, distances, kept_BS)
+            sights[kind] = Sight(mask_BTS, causal, segments, window, angles, bias_BHTS, distances, kept_BS)
         return sights
 
     def _last_norm(self, x_BTD: jax.Array) -> jax.Array:
@@ -354,15 +366,16 @@ class Transformer(nn.Module):
     """
 
     config: ModelConfig
-    constrain: Callable = no_constraint
+    constrain: Placement = Placement()
     dtype: Any = jnp.float32
     remat: str = "none"
     unroll: int = 1
+    kernel: str = "auto"
 
     def setup(self) -> None:
         config, on_top = self.config, set(self.config.heads_on_top)
         parts = {"config": config, "constrain": self.constrain, "dtype": self.dtype}
-        how = parts | {"remat": self.remat, "unroll": self.unroll}
+        how = parts | {"remat": self.remat, "unroll": self.unroll, "kernel": self.kernel}
         self.embeddings = Embeddings(config, self.dtype)
         if config.structure != "decoder":
             self.encoder = Stack(**how, layers=config.layers)
@@ -421,7 +434,8 @@ class Transformer(nn.Module):
         if context_BSD is not None:
             if context_segments_BS is None:
                 context_segments_BS = jnp.ones(context_BSD.shape[:2], jnp.int32)
-            context_sight = Sight(cross_mask(segments_BT, context_segments_BS))
+            segments = segments_BT, context_segments_BS
+            context_sight = Sight(cross_mask(*segments), segments=segments)
         return self.decoder(x_BTD, segments_BT, positions_BT, context_BSD, context_sight, prefix_BT=prefix_BT)[0]
 
     def prefill(
@@ -440,7 +454,8 @@ class Transformer(nn.Module):
             if context_segments_BS is None:
                 context_segments_BS = jnp.ones(context_BSD.shape[:2], jnp.int32)
             every_1S = jnp.arange(context_BSD.shape[1])[None]
-            context_sight = Sight(cross_mask(segments_BT, context_segments_BS), kept_BS=every_1S)
+            segments = segments_BT, context_segments_BS
+            context_sight = Sight(cross_mask(*segments), segments=segments, kept_BS=every_1S)
         prefix_BT = positions_BT < keep.lengths_B[:, None] if self.config.prefix_lm else None
         x_BTD, caches = self.decoder(
             x_BTD, segments_BT, positions_BT, context_BSD, context_sight, keep=keep, prefix_BT=prefix_BT
@@ -554,7 +569,7 @@ class Transformer(nn.Module):
 
 def init(module: Transformer, key: jax.Array) -> dict[str, Any]:
     """Initial parameters, float32.  Under `jax.eval_shape` it gives their shapes for free."""
-    module = module.clone(constrain=no_constraint)  # the one row of zeros divides no mesh
+    module = module.clone(constrain=Placement(), kernel="xla")  # the one row of zeros divides no mesh
     return module.init(key, jnp.zeros((1, 2), jnp.int32), method="initialise")["params"]
 
 

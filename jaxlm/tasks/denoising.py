@@ -19,10 +19,10 @@ from jaxlm.data.corrupt import corrupt_spans, corrupted_lengths, infill
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.lm import LM
-from jaxlm.losses import Losses, accuracy, cross_entropy
-from jaxlm.nn.transformer import Transformer, apply
+from jaxlm.losses import Losses
+from jaxlm.nn.transformer import Transformer
 from jaxlm.tasks.pretraining import EVALUATION, TRAINING
-from jaxlm.tasks.states import hidden
+from jaxlm.tasks.states import hidden, word_losses
 from jaxlm.tasks.task import Seen, Task
 
 
@@ -67,10 +67,9 @@ class DenoisingTask(Task):
         return {"loss": batch["weights_BT"].sum()}
 
     def losses(self, module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> Losses:
-        logits_BTV = apply(module, params, hidden(module, params, batch, key), method="lm")
-        labels = batch["labels_BT"], batch["weights_BT"]
-        found = {"loss": cross_entropy(logits_BTV, *labels)}
-        return found | ({"accuracy": accuracy(logits_BTV, *labels)} if key is None else {}), {}
+        x_BTD = hidden(module, params, batch, key)
+        found = word_losses(module, params, x_BTD, batch["labels_BT"], batch["weights_BT"])
+        return found if key is None else {"loss": found["loss"]}, {}
 
     def measure(
         self, lm: LM, see: Callable[[Any], Seen], batches: Batches, part: Corpus

@@ -19,12 +19,13 @@ from jaxlm.data.formats import Row
 from jaxlm.errors import UserError
 from jaxlm.generate import generate
 from jaxlm.lm import LM
-from jaxlm.losses import Losses, Sum, accuracy, cross_entropy
+from jaxlm.losses import Losses
 from jaxlm.nn.transformer import Transformer
 from jaxlm.report import Table
 from jaxlm.tasks.denoising import ending
 from jaxlm.tasks.reading import Record, Records
 from jaxlm.tasks.records import LONGEST, RecordTask
+from jaxlm.tasks.states import word_losses
 from jaxlm.tasks.task import Seen
 
 SHOWN = 20  # texts in the report
@@ -69,21 +70,12 @@ class GenerationTask(RecordTask):
     def prompts(self, records: Sequence[Record]) -> list[list[int]]:
         """The tokens that are read for each record."""
 
-    def loss(self, logits: jax.Array, batch: Batch, training: bool) -> Sum:
-        smoothing = self.task.label_smoothing if training else 0.0
-        return cross_entropy(logits, batch["labels_BT"], batch["weights_BT"], smoothing)
-
     def losses_of(
         self, module: Transformer, params: Any, x_BTD: jax.Array, batch: Batch, key: jax.Array | None
     ) -> Losses:
-        logits = self.logits(module, params, x_BTD, batch, key)
-        found = {"loss": self.loss(logits, batch, key is not None)}
-        if key is None:
-            found["accuracy"] = accuracy(logits, batch["labels_BT"], batch["weights_BT"])
-        return found, {}
-
-    def outputs(self, logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
-        return {}
+        smoothing = 0.0 if key is None else self.task.label_smoothing
+        found = word_losses(module, params, x_BTD, batch["labels_BT"], batch["weights_BT"], smoothing)
+        return found if key is None else {"loss": found["loss"]}, {}
 
     def predict(self, record: Record, outputs: Any) -> Row:
         return {"prediction": outputs}

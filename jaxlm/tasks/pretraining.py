@@ -20,7 +20,7 @@ from jaxlm.errors import UserError
 from jaxlm.lm import LM
 from jaxlm.losses import Losses, accuracy, cross_entropy
 from jaxlm.nn.transformer import Transformer, apply
-from jaxlm.tasks.states import hidden
+from jaxlm.tasks.states import hidden, word_losses
 from jaxlm.tasks.task import Seen, Task
 
 TRAINING, EVALUATION = 0, 1  # first word of the seeds below, so that no evaluation repeats a training draw
@@ -45,11 +45,9 @@ class CausalLMTask(Task):
 
     def losses(self, module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> Losses:
         x_BTD = hidden(module, params, batch, key)
-        logits_BTV = apply(module, params, x_BTD, method="lm")
-        labels = batch["labels_BT"], batch["weights_BT"]
-        if key is not None:
-            return {"loss": cross_entropy(logits_BTV, *labels, self.task.label_smoothing)}, {}
-        return {"loss": cross_entropy(logits_BTV, *labels), "accuracy": accuracy(logits_BTV, *labels)}, {}
+        smoothing = 0.0 if key is None else self.task.label_smoothing
+        found = word_losses(module, params, x_BTD, batch["labels_BT"], batch["weights_BT"], smoothing)
+        return found if key is None else {"loss": found["loss"]}, {}
 
     def measure(
         self, lm: LM, see: Callable[[Any], Seen], batches: Batches, part: Corpus
@@ -144,13 +142,10 @@ class MaskedLMTask(Task):
         chosen_BP = jnp.argsort(batch["weights_BT"] == 0, axis=1, stable=True)[:, : self.predictions]
         take = lambda field_BT: jnp.take_along_axis(field_BT, chosen_BP, axis=1)
         x_BPD = jnp.take_along_axis(x_BTD, chosen_BP[..., None], axis=1)
-        logits_BPV = apply(module, params, x_BPD, method="masked_lm")
         labels = take(batch["labels_BT"]), take(batch["weights_BT"])
         smoothing = self.task.label_smoothing if key is not None else 0.0
-        found = {
-            "masked_lm_loss": cross_entropy(logits_BPV, *labels, smoothing),
-            "masked_lm_accuracy": accuracy(logits_BPV, *labels),
-        }
+        said = word_losses(module, params, x_BPD, *labels, smoothing, "masked_lm")
+        found = {f"masked_lm_{name}": value for name, value in said.items()}
         if self.task.next_sentence:
             x_BED = jnp.take_along_axis(x_BTD, batch["starts_BE"][..., None], axis=1)
             logits_BE2 = apply(module, params, x_BED, method="next_sentence")

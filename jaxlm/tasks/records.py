@@ -115,13 +115,13 @@ class RecordTask(Task):
         """The head on some hidden states."""
         return apply(module, params, x, method=self.method or self.head, key=key)
 
-    @abstractmethod
     def loss(self, logits: jax.Array, batch: Batch, training: bool) -> Sum:
         """Its sum over a batch, and the weight to divide it by."""
+        raise NotImplementedError(f"{type(self).__name__} has `losses_of` of its own")
 
-    @abstractmethod
     def outputs(self, logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
         """Arrays [B, E, ...] or [B, T, ...], under names that say so."""
+        raise NotImplementedError(f"{type(self).__name__} has `losses_of` of its own")
 
     @abstractmethod
     def predict(self, record: Record, outputs: Outputs) -> Row:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,8 +10,10 @@ import jax.numpy as jnp
 
 from jaxlm.data.batches import Batch
 from jaxlm.encode import pool
+from jaxlm.losses import Sum, accuracy, cross_entropy, in_parts
 from jaxlm.nn.transformer import Transformer, apply
 
+MOST_LOGITS = 1 << 26  # on each device at once; more are computed in parts, one after the other
 _MODES = {"first": "cls", "last": "lasttoken", "mean": "mean"}  # of `ModelConfig.classes_from`, as pooling names them
 
 
@@ -21,6 +24,30 @@ def hidden(module: Transformer, params: Any, batch: Batch, key: jax.Array | None
         source = batch["source_tokens_BS"], batch["source_segments_BS"], batch["source_positions_BS"]
         return apply(module, params, *source, None, *inputs, key=key)
     return apply(module, params, *inputs, batch.get("types_BT"), prefix_BT=batch.get("prefix_BT"), key=key)
+
+
+def word_losses(
+    module: Transformer,
+    params: Any,
+    x_BTD: jax.Array,
+    labels_BT: jax.Array,
+    weights_BT: jax.Array,
+    label_smoothing: float = 0.0,
+    method: str = "lm",
+) -> dict[str, Sum]:
+    """Loss and accuracy of the words that a head over the vocabulary, a method of the module, says at each place."""
+    V, ways = module.config.vocabulary, module.constrain.ways
+    B, T, _ = x_BTD.shape
+    entries = B * T * V // (ways("batch") * ways("length") * ways("vocabulary"))
+    parts = min(T, -(-entries // MOST_LOGITS))
+    if parts == 1:
+        logits_BTV = apply(module, params, x_BTD, method=method)
+        found = cross_entropy(logits_BTV, labels_BT, weights_BT, label_smoothing)
+        return {"loss": found, "accuracy": accuracy(logits_BTV, labels_BT, weights_BT)}
+    heads = {name: part for name, part in params.items() if name not in ("encoder", "decoder")}
+    logits_of = partial(apply, module, method=method)
+    loss, hits = in_parts(logits_of, heads, x_BTD, labels_BT, weights_BT, label_smoothing, parts)
+    return {"loss": loss, "accuracy": hits}
 
 
 def of_examples(x_BTD: jax.Array, batch: Batch, where: str) -> jax.Array:

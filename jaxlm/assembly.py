@@ -1,0 +1,114 @@
+"""What a run compiles: the model, its state and its step, laid out on a mesh.
+
+`fit` runs it; `plan` compiles the same for chips that are not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxlm import sharding
+from jaxlm.config import ModelConfig, RunConfig
+from jaxlm.data.batches import Batch
+from jaxlm.errors import UserError
+from jaxlm.nn import parameters
+from jaxlm.nn.transformer import Transformer, init
+from jaxlm.optimizer import make_optimizer, make_schedule
+from jaxlm.step import TrainState, make_train_step
+from jaxlm.tasks.task import Task
+
+
+class Assembly(NamedTuple):
+    """The parts of a run on a mesh, before anything is compiled or allocated.
+
+    like: the state's shapes, each with its sharding.  first_state(key) -> TrainState, laid out so.
+    train_step(state, batch) -> (state, metrics); the state given is used up.
+    """
+
+    module: Transformer
+    like: TrainState
+    first_state: Callable[[jax.Array], TrainState]
+    train_step: Any
+
+
+def assemble(
+    run: RunConfig, task: Task, config: ModelConfig, mesh: Mesh, kind: type[Transformer] = Transformer
+) -> Assembly:
+    """The parts of a run whose model is of this config and class.  Raises UserError where the mesh does not fit it."""
+    check_rows(run, mesh)
+    dtype = jnp.dtype(run.compute_dtype)
+    module = kind(config, sharding.Placement(mesh), dtype, run.remat, run.unroll, run.attention)
+    shapes = jax.eval_shape(partial(init, module), jax.random.key(0))
+    schedule = make_schedule(run.optimizer, run.steps)
+    optimizer = make_optimizer(run.optimizer, run.steps, run.accumulate, shapes)
+
+    def first_state(key: jax.Array) -> TrainState:
+        params = init(module, jax.random.wrap_key_data(key))
+        return TrainState(jnp.int32(0), params, optimizer.init(params), key)
+
+    like = laid_out(jax.eval_shape(first_state, jax.random.key_data(jax.random.key(0))), mesh)
+    layout = jax.tree.map(lambda leaf: leaf.sharding, like)
+    train_step = jax.jit(
+        make_train_step(task, module, optimizer, schedule),
+        donate_argnums=0,
+        in_shardings=(layout, None),  # the batch lies as `lay` laid it
+        out_shardings=(layout, sharding.replicated(mesh)),
+    )
+    return Assembly(module, like, jax.jit(first_state, out_shardings=layout), train_step)
+
+
+def check_rows(run: RunConfig, mesh: Mesh) -> None:
+    """Raises UserError where the mesh does not divide the rows of a micro-batch, or their length."""
+    ways = sharding.ways(mesh, "batch") * run.accumulate
+    if run.batch % ways and not run.examples:  # rows that the run has chosen itself are filled up
+        raise UserError(
+            f"batch {run.batch} in {run.accumulate} micro-batch(es) is not divided by the mesh {dict(mesh.shape)}; "
+            f"the nearest that is: --batch {_nearest(run.batch, ways)}"
+        )
+    for name, length in (
+        ("data.length", run.data.length),
+        ("task.source_length", getattr(run.task, "source_length", 0)),
+    ):
+        if length % (ways := sharding.ways(mesh, "length")):
+            raise UserError(
+                f"{name} {length} is not divided by the mesh axis context {ways}; "
+                f"the nearest that is: --{name.replace('_', '-')} {_nearest(length, ways)}"
+            )
+
+
+def _nearest(size: int, ways: int) -> str:
+    below = size - size % ways
+    return f"{below} or {below + ways}" if below else f"{ways}"
+
+
+def lay(mesh: Mesh, batch: Batch, k: int) -> Batch:
+    """A batch [B, ...] on the mesh, as k micro-batches [k, B / k, ...]; where the mesh does not divide the rows that
+    there are, with rows of padding."""
+    more = -len(batch["tokens_BT"]) % (k * sharding.ways(mesh, "batch"))
+    whole = lambda x: np.concatenate([x, np.zeros((more, *x.shape[1:]), x.dtype)]) if more else x
+    return {
+        name: jax.device_put(whole(x).reshape(k, -1, *x.shape[1:]), sharding.batch_sharding(mesh, name))
+        for name, x in batch.items()
+    }
+
+
+def laid_out(state: TrainState, mesh: Mesh) -> TrainState:
+    """Shapes of a state, each with its sharding: that of the parameter that a leaf is, or belongs to."""
+    shapes = {path: leaf.shape for path, leaf in parameters.by_path(state.params).items()}
+
+    def place(key_path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        path = parameters.path_of(key_path)
+        # An optimizer may keep something smaller than the parameter, such as factored moments.
+        row = parameters.find(path) if leaf.shape == shapes.get(path) else None
+        axes = row.axes if row else (None,) * leaf.ndim
+        layout = sharding.sharding(mesh, axes, leaf.shape, path or "the optimizer's state")
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout)
+
+    return jax.tree_util.tree_map_with_path(place, state)

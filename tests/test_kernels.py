@@ -1,0 +1,320 @@
+"""Fused attention equals XLA's: splash in Pallas' interpreter, on one device and on meshes, and compiled for a TPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from compiled import jit
+from jax.sharding import Mesh
+
+from jaxlm.nn import kernels
+from jaxlm.nn.attention import Scores, cross_mask, dot_product_attention, self_mask
+from jaxlm.nn.kernels import Chip, chip_of, choose, fused, why_not
+
+B, T, C = 2, 256, 64
+# What each example's tokens are of a row: three examples and padding; one that fills its row.
+LENGTHS = ((100, 90, 40), (T,))
+MESHES = {
+    "data2_tensor2": {"data": 2, "fsdp": 1, "tensor": 2},
+    "fsdp2_tensor2_context2": {"fsdp": 2, "tensor": 2, "context": 2},
+    "context2": {"data": 1, "context": 2},
+}
+TPU, H100, T4 = Chip("tpu", 5.0), Chip("cuda", 9.0), Chip("cuda", 7.5)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _blocks_are_small():
+    """So that even short rows have several: some hidden, some in part, some seen whole."""
+    before, kernels.BLOCKS = kernels.BLOCKS, (128,)
+    yield
+    kernels.BLOCKS = before
+    kernels._plan.cache_clear()
+
+
+def segments(lengths=LENGTHS, T: int = T) -> jax.Array:
+    rows = [np.repeat(np.arange(1, len(row) + 1), row) for row in lengths]
+    return jnp.asarray(np.stack([np.pad(row, (0, T - len(row))) for row in rows]), jnp.int32)
+
+
+def drawn(*shapes: tuple[int, ...], dtype=jnp.float32) -> list[jax.Array]:
+    random = np.random.default_rng(0)
+    return [jnp.asarray(random.standard_normal(shape), dtype) for shape in shapes]
+
+
+def read(attend, segments_BT, g_BTHC):
+    """The outputs that are read, those of padding being none, and the gradients by queries, keys and values."""
+
+    def loss(q_BTHC, k_BSKC, v_BSKC):
+        out_BTHC = attend(q_BTHC, k_BSKC, v_BSKC)
+        seen_BTHC = jnp.where((segments_BT > 0)[..., None, None], out_BTHC.astype(jnp.float32), 0)
+        return (seen_BTHC * g_BTHC).sum(), (out_BTHC, seen_BTHC)
+
+    def both(*qkv):
+        (_, (out_BTHC, seen_BTHC)), grads = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(*qkv)
+        return out_BTHC, seen_BTHC, grads
+
+    return jit(both)
+
+
+def xla(q, k, v, *, segments_BT, causal, window, scale, cap):
+    mask_BTS = self_mask(segments_BT, causal, window)
+    return dot_product_attention(q, k, v, mask_BTS, Scores(scale, cap), causal=causal)
+
+
+def assert_same(ours, theirs, tolerance: float):
+    for leaf in jax.tree.leaves(ours):
+        assert np.isfinite(np.asarray(leaf, np.float32)).all()
+    for one, other in zip(jax.tree.leaves(ours[1:]), jax.tree.leaves(theirs[1:])):
+        one, other = np.asarray(one, np.float32), np.asarray(other, np.float32)
+        np.testing.assert_allclose(one, other, atol=tolerance * max(np.abs(other).max(), 1), rtol=0)
+
+
+def check(causal, window, H, K, cap, dtype="float32", C=C, mesh=None, T=T, lengths=LENGTHS, scale=0.2):
+    qkv = drawn((B, T, H, C), (B, T, K, C), (B, T, K, C), dtype=dtype)
+    (g_BTHC,) = drawn((B, T, H, C))
+    segments_BT = segments(lengths, T)
+    how = {"causal": causal, "window": window, "scale": scale, "cap": cap}
+    assert why_not("splash", TPU, mesh, *qkv[:2], cap=cap) is None
+    splash = lambda q, k, v: fused("splash", mesh, q, k, v, segments_BT, segments_BT, **how, interpret=True)
+    ours = read(splash, segments_BT, g_BTHC)(*qkv)
+    assert ours[0].dtype == dtype
+    theirs = read(partial(xla, segments_BT=segments_BT, **how), segments_BT, g_BTHC)(*qkv)
+    assert_same(ours, theirs, 1e-5 if dtype == "float32" else 2e-2)
+
+
+QUICK = [
+    # causal, window, H, K, cap, dtype
+    (True, None, 2, 1, 0.0, "float32"),
+    (False, 70, 2, 2, 5.0, "float32"),
+    (True, 30, 4, 1, 0.0, "bfloat16"),
+]
+
+
+@pytest.mark.parametrize("causal, window, H, K, cap, dtype", QUICK)
+def test_splash_is_xla(causal, window, H, K, cap, dtype):
+    check(causal, window, H, K, cap, dtype)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("cap", [0.0, 5.0])
+@pytest.mark.parametrize("H, K", [(2, 2), (2, 1), (4, 1)])
+@pytest.mark.parametrize("window", [None, 30])
+@pytest.mark.parametrize("causal", [True, False])
+def test_splash_is_xla_everywhere(causal, window, H, K, cap, dtype):
+    check(causal, window, H, K, cap, dtype)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("window", [1, 128, 200, T, T + 1])
+@pytest.mark.parametrize("causal", [True, False])
+def test_windows_of_any_width(causal, window):
+    check(causal, window, 2, 2, 0.0)
+
+
+@pytest.mark.parametrize("C", [20, pytest.param(128, marks=pytest.mark.long)])
+def test_heads_of_any_width(C):
+    check(True, None, 2, 2, 0.0, C=C)
+
+
+def test_rows_of_any_length():
+    check(True, None, 2, 2, 0.0, T=200, lengths=((90, 60), (200,)))
+
+
+def test_cross_attention():
+    """Targets see the sources of their own example; neither are as many as fill blocks."""
+    T, S = 130, 200
+    q_BTHC, k_BSKC, v_BSKC, g_BTHC = drawn((B, T, 2, C), (B, S, 1, C), (B, S, 1, C), (B, T, 2, C))
+    segments_BT, segments_BS = segments(((50, 60), (130,)), T), segments(((120, 80), (90,)), S)
+    splash = partial(fused, "splash", None, causal=False, scale=0.2, interpret=True)
+    ours = read(lambda q, k, v: splash(q, k, v, segments_BT, segments_BS), segments_BT, g_BTHC)
+    mask_BTS = cross_mask(segments_BT, segments_BS)
+    theirs = read(lambda q, k, v: dot_product_attention(q, k, v, mask_BTS, Scores(0.2)), segments_BT, g_BTHC)
+    assert_same(ours(q_BTHC, k_BSKC, v_BSKC), theirs(q_BTHC, k_BSKC, v_BSKC), 1e-5)
+
+
+def mesh_of(name: str) -> Mesh:
+    sizes = MESHES[name]
+    devices = jax.devices()[: int(np.prod(list(sizes.values())))]
+    return Mesh(np.array(devices).reshape(*sizes.values()), tuple(sizes))
+
+
+LONG_MESHES = [(name, causal, window) for name in MESHES for causal in (True, False) for window in (None, 30)]
+
+
+@pytest.mark.parametrize(
+    "name, causal, window",
+    [
+        ("data2_tensor2", True, 30),
+        ("fsdp2_tensor2_context2", True, None),
+        ("fsdp2_tensor2_context2", False, None),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in LONG_MESHES),
+    ],
+)
+def test_a_mesh_changes_nothing(name, causal, window):
+    check(causal, window, 4, 2, 5.0, mesh=mesh_of(name))
+
+
+def test_long_rows_are_planned_once_and_small():
+    shape = (8192, 8192, 32, True, 1024, 0.0, 1, False)
+    jax.jit(lambda: len(jax.tree.leaves(kernels._plan(*shape)))).trace()
+    plan = kernels._plan(*shape)
+    leaves = jax.tree.leaves(plan)
+    assert plan is kernels._plan(*shape)
+    assert all(isinstance(leaf, np.ndarray) for leaf in leaves), "a trace owns it"
+    assert sum(leaf.nbytes for leaf in leaves) < 1 << 20
+
+
+@pytest.mark.parametrize("mesh", [None, "fsdp2_tensor2_context2"])
+@pytest.mark.parametrize("causal, window", [(True, None), (False, None), (True, 30), (False, 30)])
+def test_cudnn_gets_the_right_masks(causal, window, mesh, monkeypatch):
+    """What cuDNN is asked for, computed by XLA."""
+    theirs = partial(jax.nn.dot_product_attention, implementation="xla")
+    asked = lambda *qkv, implementation, **how: theirs(*qkv, **how)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", asked)
+    T, how = 61, {"causal": causal, "window": window, "scale": 0.2}
+    q_BTHC, k_BSKC, v_BSKC, g_BTHC = drawn((B, T, 4, 8), (B, T, 2, 8), (B, T, 2, 8), (B, T, 4, 8))
+    segments_BT = segments(((30, 20), (T,)), T)
+    mesh = mesh and mesh_of(mesh)
+    cudnn = lambda q, k, v: fused("cudnn", mesh, q, k, v, segments_BT, segments_BT, **how)
+    ours = read(cudnn, segments_BT, g_BTHC)(q_BTHC, k_BSKC, v_BSKC)
+    theirs = read(partial(xla, segments_BT=segments_BT, **how, cap=0.0), segments_BT, g_BTHC)
+    assert_same(ours, theirs(q_BTHC, k_BSKC, v_BSKC), 1e-5)
+
+
+@pytest.mark.parametrize("mesh", [None, "data2_tensor2", "fsdp2_tensor2_context2"])
+def test_cudnn_lowers_for_a_gpu(mesh, monkeypatch):
+    """Not compiled or run: that takes a GPU."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91200)
+    like = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    q, k, segments_BT = like(B, 64, 4, 64), like(B, 64, 2, 64), jax.ShapeDtypeStruct((B, 64), jnp.int32)
+    mesh = mesh and mesh_of(mesh)
+    assert why_not("cudnn", H100, mesh, q, k) is None
+
+    def loss(q, k, v, segments_BT):
+        out_BTHC = fused("cudnn", mesh, q, k, v, segments_BT, segments_BT, causal=True, window=30, scale=0.2)
+        return out_BTHC.astype(jnp.float32).sum()
+
+    traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, k, k, segments_BT)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "__cudnn$fmhaScaleBias" in text and "__cudnn$fmhaScaleBiasSoftmaxBackward" in text.replace("Dropout", "")
+
+
+COMPILES = """
+    import jax, jax.numpy as jnp, numpy as np
+    from jax.experimental import topologies
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+    from jaxlm.nn.kernels import RESIDUALS, Chip, chip_of, choose, fused
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+    keep = jax.checkpoint_policies.save_only_these_names(RESIDUALS)
+
+    def kernels(sizes, dtype, C, policy, **how) -> int:
+        mesh = Mesh(np.array(devices).reshape(*sizes.values()), tuple(sizes))
+        like = lambda dtype, spec, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+        q, k = (like(dtype, P("fsdp", None, "tensor"), 4, 1024, heads, C) for heads in (4, 2))
+        assert chip_of(mesh) == Chip("tpu", 5.0)
+        assert choose(chip_of(mesh), mesh, q, k, cap=50.0) == "splash"
+
+        def loss(q, k, v, segments):
+            attend = lambda *qkv: jnp.tanh(fused("splash", mesh, *qkv, segments, segments, scale=0.1, cap=50.0, **how))
+            layer = lambda q, _: (jax.checkpoint(attend, policy=policy)(q, k, v), None)
+            return jax.lax.scan(layer, q, None, length=2)[0].astype(jnp.float32).sum()
+
+        compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, k, like(jnp.int32, P("fsdp"), 4, 1024)).compile()
+        return compiled.as_text().count('custom_call_target="tpu_custom_call"')
+
+    tensor, context = {"data": 2, "fsdp": 1, "tensor": 2}, {"fsdp": 2, "tensor": 1, "context": 2}
+    # Forward, and dq and dkv backward; recomputed without a policy that keeps what the gradient needs.
+    assert kernels(tensor, jnp.bfloat16, 64, keep, causal=True, window=300) == 3
+    assert kernels(tensor, jnp.float32, 80, None, causal=False) == 4
+    assert kernels(context, jnp.bfloat16, 128, keep, causal=True) == 3
+    assert kernels(context, jnp.float32, 20, None, causal=False, window=300) == 4
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu, the TPU's compiler, is not installed")
+def test_splash_compiles_for_a_tpu():
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "XLA_FLAGS": ""}
+    command = [sys.executable, "-c", textwrap.dedent(COMPILES)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+def like(H: int = 4, K: int = 2, C: int = 64, T: int = 256, dtype=jnp.bfloat16, B: int = B) -> tuple:
+    return jax.ShapeDtypeStruct((B, T, H, C), dtype), jax.ShapeDtypeStruct((B, T, K, C), dtype)
+
+
+@pytest.mark.parametrize(
+    "kernel, chip, sizes, asked, said",
+    [
+        ("splash", TPU, {}, {}, None),
+        ("splash", TPU, {"dtype": jnp.float32, "C": 20, "T": 200}, {"cap": 50.0}, None),
+        ("cudnn", H100, {"C": 256, "T": 61}, {}, None),
+        ("splash", Chip("cpu"), {}, {}, "this runs on cpu"),
+        ("splash", H100, {}, {}, "it is for tpu"),
+        ("splash", TPU, {"T": 64}, {}, "fewer than 128 positions"),
+        ("splash", TPU, {"dtype": jnp.float16}, {}, "float16"),
+        ("splash", Chip("tpu", 3.0), {}, {}, "before v4"),
+        ("splash", TPU, {}, {"bias": True}, "bias by relative position"),
+        ("splash", TPU, {}, {"dropout": True}, "model.attention_dropout"),
+        ("cudnn", H100, {}, {"prefix": True}, "prefix"),
+        ("cudnn", H100, {}, {"weights": True}, "weights are asked for"),
+        ("cudnn", H100, {}, {"cap": 50.0}, "model.attention_cap is 50.0"),
+        ("cudnn", H100, {"dtype": jnp.float32}, {}, "compute_dtype bfloat16"),
+        ("cudnn", H100, {"C": 20}, {}, "multiple of 8"),
+        ("cudnn", Chip("cuda", 8.0), {"C": 256}, {}, "at most 128"),
+        ("cudnn", T4, {"dtype": jnp.float16}, {}, "this is 7.5"),
+    ],
+)
+def test_why_not(kernel, chip, sizes, asked, said):
+    reason = why_not(kernel, chip, None, *like(**sizes), **asked)
+    assert reason is None if said is None else said in reason
+
+
+@pytest.mark.parametrize("sizes, said", [({"B": 3}, "multiple of 2"), ({"K": 1}, "1 key-value heads"), ({}, None)])
+def test_why_not_on_a_mesh(sizes, said):
+    reason = why_not("splash", TPU, mesh_of("data2_tensor2"), *like(**sizes))
+    assert reason is None if said is None else said in reason
+
+
+def test_choosing(capsys):
+    kernels._say.cache_clear()
+    assert choose(TPU, None, *like()) == "splash"
+    assert choose(H100, None, *like()) == "cudnn"
+    assert choose(Chip("cpu"), None, *like()) == choose(Chip("rocm"), None, *like()) == "xla"
+    assert choose(TPU, None, *like(), wanted="xla") == choose(TPU, None, *like(T=64)) == "xla"
+    assert capsys.readouterr().err == ""
+    for _ in range(2):
+        assert choose(H100, None, *like(dtype=jnp.float32)) == "xla"
+    assert choose(TPU, None, *like(), bias=True) == "xla"
+    first, second = capsys.readouterr().err.splitlines()
+    assert "not the kernel cudnn: it computes in 16 bits" in first and "not the kernel splash: a bias" in second
+
+
+@pytest.mark.parametrize(
+    "device, chip",
+    [
+        ({"platform": "tpu", "device_kind": "TPU v5 lite"}, Chip("tpu", 5.0)),
+        ({"platform": "tpu", "device_kind": "TPU7x"}, Chip("tpu", 7.0)),
+        ({"platform": "gpu", "device_kind": "NVIDIA H100 80GB HBM3", "compute_capability": "9.0"}, H100),
+        ({"platform": "gpu", "device_kind": "AMD Instinct MI300X", "compute_capability": "gfx942"}, Chip("rocm")),
+    ],
+)
+def test_chips(device, chip):
+    assert chip_of(SimpleNamespace(devices=np.array([SimpleNamespace(**device)]))) == chip
+    assert chip_of(None) == chip_of(mesh_of("context2")) == Chip("cpu")

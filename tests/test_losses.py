@@ -1,0 +1,85 @@
+"""Losses over a vocabulary whose logits are never in memory as a whole."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from compiled import jit
+
+from jaxlm import sharding
+from jaxlm.config import MeshConfig
+from jaxlm.losses import accuracy, cross_entropy, in_parts
+
+B, T, D, V = 4, 12, 8, 48
+close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+
+
+def inputs():
+    random = np.random.default_rng(0)
+    params = {"kernel_DV": random.standard_normal((D, V), np.float32), "bias_V": random.standard_normal(V, np.float32)}
+    x_BTD = random.standard_normal((B, T, D), np.float32)
+    return params, x_BTD, random.integers(0, V, (B, T)), (random.random((B, T)) < 0.7).astype(np.float32)
+
+
+def logits_of(params, x_BTD):
+    return x_BTD @ params["kernel_DV"] + params["bias_V"]
+
+
+def whole(params, x_BTD, labels_BT, weights_BT, smoothing):
+    logits_BTV = logits_of(params, x_BTD)
+    return cross_entropy(logits_BTV, labels_BT, weights_BT, smoothing), accuracy(logits_BTV, labels_BT, weights_BT)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("parts", [1, 3, 5, 12])  # 5 does not divide the length
+def test_parts_are_the_whole(parts, smoothing):
+    params, *given = inputs()
+    found = in_parts(logits_of, params, *given, smoothing, parts)
+    jax.tree.map(close, found, whole(params, *given, smoothing))
+
+    def mean(of, params, x_BTD):
+        (loss, weight), _ = of(params, x_BTD, *given[1:])
+        return 3 * loss / weight  # what comes in from above is no 1
+
+    gradients = jit(
+        jax.grad(partial(mean, partial(in_parts, logits_of, label_smoothing=smoothing, parts=parts)), (0, 1))
+    )
+    expected = jax.grad(partial(mean, partial(whole, smoothing=smoothing)), (0, 1))(params, given[0])
+    jax.tree.map(close, gradients(params, given[0]), expected)
+
+
+def largest(jaxpr) -> int:
+    """Entries of the largest array that a program makes, loops and calls included."""
+    sizes = [v.aval.size for eqn in jaxpr.eqns for v in eqn.outvars if hasattr(v.aval, "size")]
+    inner = [largest(sub) for eqn in jaxpr.eqns for sub in jax.extend.core.jaxprs_in_params(eqn.params)]
+    return max(sizes + inner, default=0)
+
+
+def test_no_array_has_the_logits_of_all_places():
+    params, *given = inputs()
+    loss = lambda params, x: in_parts(logits_of, params, x, *given[1:], 0.1, 4)[0][0]
+    made = largest(jax.make_jaxpr(jax.value_and_grad(loss, (0, 1)))(params, given[0]).jaxpr)
+    assert made == max(B * T // 4 * V, D * V, B * T * D)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2, 1), (1, 2, 1, 4), (2, 1, 2, 2)], ids=str)
+def test_parts_on_a_mesh(sizes):
+    """Rows, length and vocabulary split, in as many parts as each device's places divide into."""
+    mesh = sharding.make_mesh(MeshConfig(*sizes), jax.devices()[:8])
+    constrain = sharding.Placement(mesh)
+
+    def placed(params, x_BTD):
+        return constrain(logits_of(params, x_BTD), ("batch", "length", "vocabulary"))
+
+    params, *given = inputs()
+    names = ("x_BTD", "labels_BT", "weights_BT")
+    laid = [jax.device_put(x[None], sharding.batch_sharding(mesh, name))[0] for name, x in zip(names, given)]
+    loss = lambda of, params, x, *rest: of(params, x, *rest)[0][0]
+    split = jit(jax.value_and_grad(partial(loss, partial(in_parts, placed, parts=3)), (0, 1)))
+    expected = jax.value_and_grad(partial(loss, partial(whole, smoothing=0.0)), (0, 1))(params, *given)
+    jax.tree.map(close, split(jax.tree.map(jnp.asarray, params), *laid), expected)
