@@ -25,7 +25,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from jaxlm.config import CausalLM, DataConfig, Decoding, RunConfig
+from jaxlm.config import CausalLM, DataConfig, Decoding, MeshConfig, RunConfig
 from jaxlm.errors import RunError, Stopped, UserError, perhaps
 from jaxlm.sweep import combinations, sweep
 
@@ -256,6 +256,8 @@ class Inspect:
     target: Annotated[str, tyro.conf.Positional]  # a run, a model's folder, a hub name, a preset, or configs/NAME.py
     head: str | None = None  # as if it were loaded with this head
     revision: str | None = None  # branch, tag or commit of a hub name
+    # On which mesh each parameter's place is shown.
+    mesh: MeshConfig = dataclasses.field(default_factory=lambda: MeshConfig(data=1))
 
 
 def inspect(argv: list[str]) -> int:
@@ -263,17 +265,52 @@ def inspect(argv: list[str]) -> int:
     asked = tyro.cli(Inspect, args=argv, prog="jaxlm inspect")
     _process()
     from jaxlm import inspect as inspection
+    from jaxlm import sharding
     from jaxlm.families import PRESETS
 
+    devices = math.prod(dataclasses.astuple(asked.mesh))
+    mesh = sharding.axis_sizes(asked.mesh, abs(devices)) if devices != 1 else None
     path = Path(asked.target)
     preset = _config(path).model if path.suffix == ".py" else None if path.exists() else PRESETS.get(asked.target)
     if preset is not None:
-        print(inspection.of_model(preset))
+        print(inspection.of_model(preset, mesh))
     elif path.suffix == ".py":
         raise UserError(f"{path} starts from the model that --init names; inspect that model")
     else:
-        print(inspection.target(asked.target, asked.head, asked.revision))
+        print(inspection.target(asked.target, asked.head, asked.revision, mesh))
     return 0
+
+
+def plan(argv: list[str]) -> int:
+    """Say what a run needs on chips that are not here: jaxlm plan configs/NAME.py --topology v5e:4x4 [--fit]."""
+    from jaxlm import chips
+
+    file, words, flags = _words(argv, "plan")
+    asked, flags = (
+        {name: name in flags for name in ("--fit", "--json")},
+        [f for f in flags if f not in ("--fit", "--json")],
+    )
+    topology = ""
+    if "--topology" in flags:
+        at = flags.index("--topology")
+        topology, flags = (flags[at + 1] if at + 1 < len(flags) else ""), flags[:at] + flags[at + 2 :]
+        chips.parse(topology)
+    run = _overridden(_config(file, words), flags, f"jaxlm plan {' '.join([str(file), *words])}")
+    _process()
+    import jax
+
+    from jaxlm import plan as planning
+
+    for name, value in (chips.SETTINGS if topology else {}).items():
+        jax.config.update(name, value)
+    tell = lambda line: print(line, file=sys.stderr, flush=True)
+    if asked["--fit"]:
+        plans = planning.fitting(run, topology, str(file), tell)
+        made = plans[0] if plans else planning.plan(dataclasses.replace(run, remat="full"), topology, str(file))
+    else:
+        made = planning.plan(run, topology, str(file))
+    print(json.dumps(planning.as_json(made)) if asked["--json"] else planning.told(made))
+    return 0 if made.fits else 1
 
 
 VERBS: dict[str, Callable[[list[str]], int]] = {
@@ -283,6 +320,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "generate": generate,
     "convert": convert,
     "inspect": inspect,
+    "plan": plan,
 }
 
 
@@ -355,10 +393,11 @@ def _stopping() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def _words(argv: list[str]) -> tuple[Path, list[str], list[str]]:
+def _words(argv: list[str], verb: str = "train") -> tuple[Path, list[str], list[str]]:
     """A config file, what `config` takes, and the flags behind them."""
     if not argv or argv[0].startswith("-"):
-        raise UserError("train takes a config file first: train.py configs/NAME.py [--field value ...]")
+        said = "train.py" if verb == "train" else f"jaxlm {verb}"
+        raise UserError(f"{verb} takes a config file first: {said} configs/NAME.py [--field value ...]")
     words = list(takewhile(lambda word: not word.startswith("-"), argv[1:]))
     return Path(argv[0]), words, argv[1 + len(words) :]
 
@@ -419,11 +458,11 @@ def _devices(run: RunConfig) -> int:
         parameters = run.model.vocabulary * run.model.width + 12 * run.model.layers * run.model.width**2
     else:  # four bytes each, in most files; a hub name is not fetched for this
         parameters = sum(file.stat().st_size for file in Path(run.init).glob("**/*.safetensors")) // 4
-    sizes = (run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
+    sizes = dataclasses.astuple(run.mesh)
     if -1 not in sizes:
-        return sizes[0] * sizes[1] * sizes[2]
+        return math.prod(sizes)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    fixed = -sizes[0] * sizes[1] * sizes[2]
+    fixed = -math.prod(sizes)
     rows = 0 if run.examples else run.batch // run.accumulate  # rows that are yet to be chosen suit the devices
     # Of so many examples it is only known that they are packed: they are taken to be short.
     tokens = run.examples * min(64, run.data.length) or run.batch * run.data.length

@@ -492,6 +492,9 @@ class OptimizerConfig:
     beta1: float = 0.9  # of adamw, lion and muon's momentum
     beta2: float = 0.95  # of adamw and lion
     epsilon: float = 1e-8  # of adamw
+    momentum_dtype: Literal["float32", "bfloat16"] = (
+        "float32"  # of the first moment; changes of the second are too fine
+    )
     layer_decay: float = 1.0  # each layer's rate is this times that of the layer above (ELECTRA's recipe)
     freeze: Literal["none", "embeddings", "all_but_heads"] = "none"  # what is not trained
     freeze_layers: int = 0  # the first n layers (and the embeddings) are not trained
@@ -524,9 +527,8 @@ class RunConfig:
     epochs: float = 0.0  # passes over the training part; above 0 they decide over steps
     seed: int = 0  # of parameters, data order, masking and dropout
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products; the rest stays float32
-    # What the backward pass computes anew: nothing; all but products with weights; all, from the input of each layer,
-    # which stays on the device (full) or waits in the host's memory (offload).
-    remat: Literal["none", "dots", "full", "offload"] = "none"
+    # Offload is full, with the inputs of the layers, from which all is recomputed, in the memory of the host.
+    remat: Literal["none", "dots", "full", "offload"] = "none"  # backward recomputes nothing, all but products, all
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"  # kernel; auto: splash on TPU, cudnn on GPU, or XLA
     unroll: int = 1  # layers that one turn of the layer loop holds; more is faster and compiles longer
     log_every: int = 10  # steps between lines of metrics.jsonl
@@ -572,6 +574,8 @@ class RunConfig:
             self._check_model(self.model)
         if self.optimizer.rate < 0:
             raise UserError(f"optimizer.rate is {self.optimizer.rate}; a learning rate is not negative")
+        if self.optimizer.name == "adafactor" and self.optimizer.momentum_dtype != "float32":
+            raise UserError("adafactor has no first moment; leave out --optimizer.momentum-dtype")
         if not 0 < self.optimizer.layer_decay <= 1:
             raise UserError(f"optimizer.layer_decay is {self.optimizer.layer_decay}; it must lie in (0, 1]")
         if self.dropout is not None and not 0 <= self.dropout < 1:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from jaxlm import families
+from jaxlm import families, sharding
 from jaxlm.config import ModelConfig, RunConfig, from_json
 from jaxlm.families import FAMILIES, OWN, Opened
 from jaxlm.hub import convert
@@ -52,11 +52,11 @@ def of_config(config: ModelConfig) -> tuple[str, list[Row]]:
     return kind, [_row(path, shape, "float32", sources.get(path, path)) for path, shape in shapes.items()]
 
 
-def of_model(config: ModelConfig) -> str:
-    """What `jaxlm inspect` says of a config."""
+def of_model(config: ModelConfig, mesh: Mapping[str, int] | None = None) -> str:
+    """What `jaxlm inspect` says of a config, and where a mesh of these sizes would put it."""
     config.check()
     kind, rows = of_config(config)
-    return f"{summary(config, kind)}\n\n{table(rows)}"
+    return f"{summary(config, kind)}\n\n{table(rows, mesh)}"
 
 
 def _row(path: str, shape: tuple[int, ...], dtype: str, tensor: str) -> Row:
@@ -64,21 +64,47 @@ def _row(path: str, shape: tuple[int, ...], dtype: str, tensor: str) -> Row:
     return Row(path, shape, dtype, row.axes if row else (None,) * len(shape), tensor)
 
 
-def table(rows: Iterable[Row]) -> str:
-    """Columns: path, shape, dtype, logical axes, entries, tensor of the file; then the sums."""
+def table(rows: Iterable[Row], mesh: Mapping[str, int] | None = None) -> str:
+    """Columns: path, shape, dtype, logical axes, entries, tensor of the file; then the sums.
+
+    mesh: sizes of its axes; beside the logical axes then stand those of the mesh, and the bytes on each device.  Raises
+    UserError where such a mesh does not divide a parameter, or leaves a large one whole.
+    """
     rows = list(rows)
-    lines = [("parameter", "shape", "dtype", "axes", "entries", "tensor of the file")]
+    head = ["parameter", "shape", "dtype", "axes", "entries", "tensor of the file"]
+    lines = [head[:4] + ["mesh", "bytes on each"] * bool(mesh) + head[4:]]
     for row in rows:
         axes = ", ".join(axis or "-" for axis in row.axes)
-        lines.append((row.path, " x ".join(map(str, row.shape)), row.dtype, axes, f"{row.size:,}", row.tensor))
-    widths = [max(len(line[column]) for line in lines) for column in range(5)]
+        placed = []
+        if mesh:
+            sharding.check(mesh, row.axes, row.shape, row.path)
+            over = ("+".join(part if isinstance(part, tuple) else (part or "-",)) for part in sharding.spec(row.axes))
+            placed = [", ".join(over), f"{row.size * _bytes(row.dtype) // _ways(row, mesh):,}"]
+        shape = " x ".join(map(str, row.shape))
+        lines.append([row.path, shape, row.dtype, axes, *placed, f"{row.size:,}", row.tensor])
+    numbers = {lines[0].index(name) for name in ("entries", "bytes on each") if name in lines[0]}
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head) - 1 + 2 * bool(mesh))]
     text = []
     for line in lines:
         cells = [
-            cell.rjust(width) if i == 4 else cell.ljust(width) for i, (cell, width) in enumerate(zip(line, widths))
+            cell.rjust(width) if i in numbers else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths))
         ]
-        text.append("  ".join([*cells, line[5]]).rstrip())
-    return "\n".join([*text, "", *_sums(rows)])
+        text.append("  ".join([*cells, line[-1]]).rstrip())
+    return "\n".join([*text, "", *_sums(rows), *_on_each(rows, mesh)])
+
+
+def _ways(row: Row, mesh: Mapping[str, int]) -> int:
+    """Parts that the mesh splits a parameter into."""
+    return math.prod(mesh[over] for axis in row.axes if axis for over in sharding.RULES[axis])
+
+
+def _on_each(rows: list[Row], mesh: Mapping[str, int] | None) -> list[str]:
+    if not mesh:
+        return []
+    each = sum(row.size * _bytes(row.dtype) // _ways(row, mesh) for row in rows)
+    said = ", ".join(f"{name} {size}" for name, size in mesh.items() if size > 1)
+    return [f"on each of {math.prod(mesh.values()):,} devices ({said}): {each / 1e6:,.1f} MB as stored"]
 
 
 def _sums(rows: list[Row]) -> list[str]:
@@ -111,14 +137,16 @@ def summary(config: ModelConfig, kind: str) -> str:
     )
 
 
-def target(name: str, head: str | None = None, revision: str | None = None) -> str:
+def target(
+    name: str, head: str | None = None, revision: str | None = None, mesh: Mapping[str, int] | None = None
+) -> str:
     """What `jaxlm inspect` says of a folder, a run or a hub name.  Raises UserError as `jaxlm.load` does."""
     from jaxlm.lm import find
 
     run = Path(name) / "config.json"
     if run.is_file() and "run" in (said := families.read_config(run)) and not (run.parent / "export").exists():
-        return of_model(from_json(RunConfig, said["run"]).model)  # nothing is exported yet
+        return of_model(from_json(RunConfig, said["run"]).model, mesh)  # nothing is exported yet
     found = families.look(find(name, revision=revision), head=head)
     aside = sorted(found.origin.buffers)
     more = [f"not needed by the model, kept for saving: {', '.join(aside)}"] if aside else []
-    return "\n".join([summary(found.config, found.kind), "", table(of_folder(found)), *more])
+    return "\n".join([summary(found.config, found.kind), "", table(of_folder(found), mesh), *more])

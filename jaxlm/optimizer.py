@@ -94,11 +94,12 @@ def make_optimizer(config: OptimizerConfig, steps: int, accumulate: int, params:
 
 def _direction(config: OptimizerConfig, params: Any) -> optax.GradientTransformation:
     """How a gradient becomes a direction of about unit size in each entry."""
-    adam = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
+    kind = None if config.momentum_dtype == "float32" else jnp.bfloat16
+    adam = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon, mu_dtype=kind)
     if config.name == "adamw":
         return adam
     if config.name == "lion":
-        return optax.scale_by_lion(config.beta1, config.beta2)
+        return optax.scale_by_lion(config.beta1, config.beta2, mu_dtype=kind)
     if config.name == "adafactor":
         return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
 
@@ -114,6 +115,7 @@ def _direction(config: OptimizerConfig, params: Any) -> optax.GradientTransforma
     muon = optax.chain(
         optax.contrib.scale_by_muon(
             beta=config.beta1,
+            mu_dtype=kind,
             weight_dimension_numbers=lambda tree: jax.tree.map(dimensions, parameters.rows(tree), is_leaf=_is_row),
         ),
         _scale(jax.tree.map(lambda row, leaf: 0.2 * max(_matrix(row, leaf)) ** 0.5, rows, params, is_leaf=_is_row)),

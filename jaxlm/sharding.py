@@ -35,7 +35,9 @@ RULES: dict[str, tuple[str, ...]] = {
     "layers": (),
 }
 LETTERS = {"B": "batch", "T": "length", "S": "length"}  # axes of a batch's fields, by the letters of their names
-LARGE = 1 << 20  # entries; a parameter above this must not lie whole on every device of a mesh that could split it
+LARGE = (
+    1 << 20
+)  # entries, of one layer; a parameter above this must not lie whole on every device of a mesh that could split it
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -104,7 +106,8 @@ def check(sizes: Mapping[str, int], axes: tuple[str | None, ...], shape: tuple[i
                 f"{name} has {axis} {size}, which the mesh splits {ways} ways over {over}; "
                 f"the nearest sizes that do divide: {near}"
             )
-    if split == 1 and math.prod(shape) > LARGE and sizes["fsdp"] * sizes["tensor"] > 1:
+    of_layer = math.prod(size for axis, size in zip(axes, shape) if axis != "layers")
+    if split == 1 and of_layer > LARGE and sizes["fsdp"] * sizes["tensor"] > 1:
         largest = max((size, n) for n, size in enumerate(shape) if axes[n] != "layers")[1]
         raise UserError(
             f"{name} {shape} would lie whole on each of {math.prod(sizes.values())} devices; give one of its axes "

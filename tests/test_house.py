@@ -22,9 +22,10 @@ FILES = {f: f.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for
 MODULES = {name.removesuffix(".__init__"): file for file, name in FILES.items()}
 
 ORDER = (  # each may import those before it and beside it
-    ("errors", "config", "losses", "metrics", "sharding", "chips", "flops", "hlo"),
+    ("errors", "config", "losses", "metrics", "sharding", "chips", "hlo"),
     ("pictures", "report"),
     ("nn",),
+    ("flops",),
     ("hub",),
     ("families",),
     ("data",),
@@ -35,7 +36,7 @@ ORDER = (  # each may import those before it and beside it
     ("optimizer", "step", "checkpoint", "assembly"),
     ("folder",),
     ("evaluate", "start", "sweep"),
-    ("fit",),
+    ("fit", "plan"),
     ("__main__",),
 )
 PLACE = {part: place for place, parts in enumerate(ORDER) for part in parts}

@@ -40,6 +40,8 @@ def word_losses(
     B, T, _ = x_BTD.shape
     entries = B * T * V // (ways("batch") * ways("length") * ways("vocabulary"))
     parts = min(T, -(-entries // MOST_LOGITS))
+    # Rather some more parts than padding.
+    parts = next((n for n in range(parts, 2 * parts) if T % (n * ways("length")) == 0), parts)
     if parts == 1:
         logits_BTV = apply(module, params, x_BTD, method=method)
         found = cross_entropy(logits_BTV, labels_BT, weights_BT, label_smoothing)

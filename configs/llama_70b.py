@@ -1,0 +1,27 @@
+"""Llama 3.1 70B at a context of 8,192.
+
+    python train.py configs/llama_70b.py --data.path 'corpus/*.txt.gz' --tokenizer.path MODEL
+
+MODEL is a folder or hub name; `--init MODEL` starts from its weights.  `jaxlm plan configs/llama_70b.py --topology
+v5p:8x8x4` says what it needs on each chip (benchmarks/PLANS.md).  Not trained here.
+"""
+
+from dataclasses import replace
+
+from jaxlm import CausalLM, DataConfig, MeshConfig, OptimizerConfig, RunConfig, TokenizerConfig
+from jaxlm.families import PRESETS
+
+
+def config() -> RunConfig:
+    return RunConfig(
+        model=replace(PRESETS["llama-3.1-70b"], max_length=8192),
+        task=CausalLM(),
+        data=DataConfig(length=8192),
+        tokenizer=TokenizerConfig(path="meta-llama/Llama-3.1-70B"),
+        optimizer=OptimizerConfig(rate=1.5e-4, warmup=2000, weight_decay=0.1, beta2=0.95),
+        mesh=MeshConfig(data=1, fsdp=-1, tensor=4),
+        batch=256,
+        steps=100_000,
+        compute_dtype="bfloat16",
+        remat="full",
+    )

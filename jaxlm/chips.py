@@ -1,0 +1,301 @@
+"""What the chips can do, each constant with its source; and the topologies of TPUs that need not be there.
+
+All constants are of one JAX device.  That is a whole chip on v4 and v5p (two cores work as one, "megacore"), v5e and
+v6e, half a chip on TPU7x (each of its two dies is a device), and one GPU.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+from jaxlm.errors import RunError, UserError, perhaps
+
+
+class Constant(NamedTuple):
+    """A value, its unit, and where it is written."""
+
+    value: float
+    unit: str
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.value:,.4g} {self.unit} ({self.source})"
+
+
+class Chip(NamedTuple):
+    """What one JAX device of a kind can do.
+
+    kinds: what `device.device_kind` says.  flops: products in bfloat16, dense.  hbm: memory; usable: what the compiler
+    lets a program have of it, where that is known.  link: of ICI one link's share of the device, one way; of NVLink all
+    of a GPU's, one way.  dimensions: of the torus of links; 0 where a switch connects all devices.
+    """
+
+    name: str
+    kinds: tuple[str, ...]
+    flops: Constant
+    hbm: Constant
+    usable: Constant | None
+    bandwidth: Constant
+    link: Constant
+    dimensions: int
+    devices_per_chip: int = 1
+    pod: int = 0  # most chips of a TPU that are connected by ICI
+    libtpu: str = ""  # what libtpu calls it in the name of a topology
+    options: tuple[tuple[str, str], ...] = ()  # of libtpu, without which a device would not be what it is in JAX
+
+    @property
+    def constants(self) -> dict[str, Constant]:
+        """Every constant by what it is, for a plan to print."""
+        named = {
+            "bfloat16 products": self.flops,
+            "memory": self.hbm,
+            "memory that a program may use": self.usable,
+            "memory bandwidth": self.bandwidth,
+            "link, one way": self.link,
+        }
+        return {name: constant for name, constant in named.items() if constant is not None}
+
+
+_BOOK = "How to Scale Your Model, chapter 2, TPU Specs"  # Austin et al. 2025, jax-ml.github.io/scaling-book
+_COMPILER = "libtpu 0.0.52, where it refuses a program that is too large"
+
+
+def _flops(tera: float, source: str) -> Constant:
+    return Constant(tera * 1e12, "FLOP/s", source)
+
+
+def _hbm(gib: float, source: str) -> Constant:
+    return Constant(gib * 2**30, "bytes", source)
+
+
+def _rate(giga: float, source: str) -> Constant:
+    return Constant(giga * 1e9, "bytes/s", source)
+
+
+def _docs(page: str) -> str:
+    return f"Google Cloud TPU documentation, page {page}"
+
+
+def _sheet(name: str) -> str:
+    return f"NVIDIA {name} datasheet"
+
+
+_HALF = f"{_docs('TPU7x (Ironwood)')}, half of the chip"
+CHIPS = (
+    Chip(
+        name="v4",
+        kinds=("TPU v4",),
+        flops=_flops(275, _docs("TPU v4")),
+        hbm=_hbm(32, _docs("TPU v4")),
+        usable=_hbm(30.75, _COMPILER),
+        bandwidth=_rate(1200, _docs("TPU v4")),
+        link=_rate(45, _BOOK),
+        dimensions=3,
+        pod=4096,
+        libtpu="v4",
+        options=(("chip_config_name", "megacore"),),  # by default libtpu gives two devices a chip
+    ),
+    Chip(
+        name="v5e",
+        kinds=("TPU v5 lite", "TPU v5e"),
+        flops=_flops(197, _docs("TPU v5e")),
+        hbm=_hbm(16, _docs("TPU v5e")),
+        usable=_hbm(15.75, _COMPILER),
+        bandwidth=_rate(819, _docs("TPU v5e")),
+        link=_rate(45, _BOOK),
+        dimensions=2,
+        pod=256,
+        libtpu="v5e",
+    ),
+    Chip(
+        name="v5p",
+        kinds=("TPU v5", "TPU v5p"),
+        flops=_flops(459, _docs("TPU v5p")),
+        hbm=_hbm(95, _docs("TPU v5p")),
+        usable=_hbm(95.73, _COMPILER),
+        bandwidth=_rate(2765, _docs("TPU v5p")),
+        link=_rate(90, _BOOK),
+        dimensions=3,
+        pod=8960,
+        libtpu="v5p",
+    ),
+    Chip(
+        name="v6e",
+        kinds=("TPU v6 lite", "TPU v6e"),
+        flops=_flops(918, _docs("TPU v6e")),
+        hbm=_hbm(32, _docs("TPU v6e")),
+        usable=_hbm(31.24, _COMPILER),
+        bandwidth=_rate(1638, _docs("TPU v6e")),
+        link=_rate(90, _BOOK),
+        dimensions=2,
+        pod=256,
+        libtpu="v6e",
+    ),
+    Chip(
+        name="7x",
+        kinds=("TPU7x",),
+        flops=_flops(2307 / 2, _HALF),
+        hbm=_hbm(192 / 2, _HALF),
+        usable=_hbm(94.74, _COMPILER),
+        bandwidth=_rate(7380 / 2, _HALF),
+        link=_rate(1200 / 12 / 2, f"{_HALF}: 1,200 GB/s over 6 links and both ways"),
+        dimensions=3,
+        devices_per_chip=2,
+        pod=9216,
+        libtpu="tpu7x",
+    ),
+    Chip(
+        name="A100-40",
+        kinds=("NVIDIA A100-SXM4-40GB",),
+        flops=_flops(312, _sheet("A100")),
+        hbm=_hbm(40, _sheet("A100")),
+        usable=None,
+        bandwidth=_rate(1555, _sheet("A100")),
+        link=_rate(600 / 2, f"{_sheet('A100')}: 600 GB/s both ways"),
+        dimensions=0,
+    ),
+    Chip(
+        name="A100-80",
+        kinds=("NVIDIA A100-SXM4-80GB",),
+        flops=_flops(312, _sheet("A100")),
+        hbm=_hbm(80, _sheet("A100")),
+        usable=None,
+        bandwidth=_rate(2039, _sheet("A100")),
+        link=_rate(600 / 2, f"{_sheet('A100')}: 600 GB/s both ways"),
+        dimensions=0,
+    ),
+    Chip(
+        name="H100",
+        kinds=("NVIDIA H100 80GB HBM3",),
+        flops=_flops(989, f"{_sheet('H100')}, SXM, half of the figure with sparsity"),
+        hbm=_hbm(80, _sheet("H100")),
+        usable=None,
+        bandwidth=_rate(3350, _sheet("H100")),
+        link=_rate(900 / 2, f"{_sheet('H100')}: 900 GB/s both ways"),
+        dimensions=0,
+    ),
+    Chip(
+        name="H200",
+        kinds=("NVIDIA H200",),
+        flops=_flops(989, f"{_sheet('H200')}, SXM, half of the figure with sparsity"),
+        hbm=_hbm(141, _sheet("H200")),
+        usable=None,
+        bandwidth=_rate(4800, _sheet("H200")),
+        link=_rate(900 / 2, f"{_sheet('H200')}: 900 GB/s both ways"),
+        dimensions=0,
+    ),
+    Chip(
+        name="B200",
+        kinds=("NVIDIA B200",),
+        flops=_flops(2250, f"{_sheet('DGX B200')}, an eighth, half of the figure with sparsity"),
+        hbm=_hbm(180, f"{_sheet('DGX B200')}, an eighth"),
+        usable=None,
+        bandwidth=_rate(8000, f"{_sheet('DGX B200')}, an eighth"),
+        link=_rate(1800 / 2, f"{_sheet('DGX B200')}: 1,800 GB/s both ways"),
+        dimensions=0,
+    ),
+)
+TPUS = {chip.name: chip for chip in CHIPS if chip.libtpu}
+_OTHER_NAMES = {"tpu7x": "7x", "v7x": "7x", "v5litepod": "v5e"}
+
+# What can be rented, and single chips.  libtpu takes other shapes too, and divides by zero on some.
+_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_SMALL = ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4")  # of three dimensions, below a cube of 4x4x4
+
+
+def find(kind: str) -> Chip | None:
+    """The chip whose `device.device_kind` this is; None for those that are not in the table (CPUs, other GPUs)."""
+    return next((chip for chip in CHIPS if kind in chip.kinds), None)
+
+
+def known() -> list[str]:
+    """What topologies there are, a line for each kind of TPU."""
+    lines = []
+    for chip in TPUS.values():
+        cubes = f"or multiples of 4 in all three, at most {chip.pod:,} chips, such as 4x4x8"
+        shapes = " ".join(_FLAT) if chip.dimensions == 2 else f"{' '.join(_SMALL)} {cubes}"
+        lines.append(f"{chip.name}: {shapes}")
+    return lines
+
+
+def parse(name: str) -> tuple[Chip, tuple[int, ...]]:
+    """The chip and the shape, in chips, of a topology such as `v5e:4x4`.  Raises UserError where there is none."""
+    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name.strip().lower())
+    every = "\n  ".join(known())
+    if not found:
+        raise UserError(f"the topology {name!r} is not of the form CHIP:SHAPE, such as v5e:4x4; there are:\n  {every}")
+    chip = TPUS.get(_OTHER_NAMES.get(found[1], found[1]))
+    if chip is None:
+        raise UserError(f"the topology {name!r} is of an unknown chip{perhaps(found[1], TPUS)}; there are:\n  {every}")
+    shape = tuple(int(size) for size in found[2].split("x"))
+    small = _FLAT if chip.dimensions == 2 else _SMALL
+    turned = {tuple(sorted(int(size) for size in s.split("x"))) for s in small}
+    cubes = chip.dimensions == len(shape) == 3 and all(size and size % 4 == 0 for size in shape)
+    if len(shape) != chip.dimensions or not (tuple(sorted(shape)) in turned or cubes) or math.prod(shape) > chip.pod:
+        own = next(line for line in known() if line.startswith(f"{chip.name}:"))
+        raise UserError(f"the topology {name!r} has a shape that there is not; there are {own}")
+    return chip, shape
+
+
+def rings(chip: Chip, shape: tuple[int, ...]) -> tuple[bool, ...]:
+    """Whether the links of each dimension close to a ring, in which a collective may send both ways (source: as TPU
+    Networking in chapter 2 of How to Scale Your Model): of 16 chips on v5e and v6e, of whole cubes on the others."""
+    if chip.dimensions == 2:
+        return tuple(size == 16 for size in shape)
+    return (all(size % 4 == 0 for size in shape),) * len(shape)
+
+
+# What a program that plans for a TPU sets, before JAX looks for devices.  Without the first, it would look for a TPU
+# here; without the second it warns that it cannot read, without a TPU, what an earlier plan left in the cache.
+SETTINGS: dict[str, Any] = {"jax_platforms": "cpu", "jax_enable_compilation_cache": False}
+_LOADING = {  # read when libtpu is loaded
+    "TPU_SKIP_MDS_QUERY": "1",  # ask no server of Google Cloud what machine this is
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # of a machine; any will do, and without it and the next libtpu complains
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no lock: other processes of this machine may plan, or train, at the same time
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+}
+
+
+@contextmanager
+def _loading() -> Iterator[None]:
+    """Sets what libtpu reads when it is loaded, unless the user has, and leaves the environment as it was."""
+    added = {name: value for name, value in _LOADING.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
+def topology(name: str) -> list[Any]:
+    """The devices of a TPU topology such as `v5e:4x4`, for the TPU's compiler; no TPU is needed, nor looked for.
+
+    In libtpu's order: host by host, each a square of 2 x 2 chips; on TPU7x the two devices of a chip are neighbours.
+    Raises UserError for an unknown topology, and where libtpu is not installed.
+    """
+    chip, shape = parse(name)
+    if not os.environ.get("TPU_LIBRARY_PATH") and find_spec("libtpu") is None:
+        raise UserError(
+            f"the topology {name!r} needs the TPU's compiler, and libtpu is not installed; "
+            f"install it with pip install 'jaxlm[plan]' (Linux only)"
+        )
+    from jax.errors import JaxRuntimeError
+    from jax.experimental import topologies
+
+    said = f"{chip.libtpu}:{'x'.join(map(str, shape))}"
+    try:
+        with _loading():
+            found = topologies.get_topology_desc(platform="tpu", topology_name=said, **dict(chip.options)).devices
+    except JaxRuntimeError as error:
+        raise RunError(f"libtpu does not give the topology {said}: {error}") from error
+    assert len(found) == math.prod(shape) * chip.devices_per_chip, f"{said} has {len(found)} devices"
+    return list(found)
