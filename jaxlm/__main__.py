@@ -25,6 +25,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from jaxlm import hosts
 from jaxlm.config import CausalLM, DataConfig, Decoding, MeshConfig, RunConfig
 from jaxlm.errors import RunError, Stopped, UserError, perhaps
 from jaxlm.sweep import combinations, sweep
@@ -43,8 +44,10 @@ def train(argv: list[str]) -> int:
     runs = [read([f"--{name}={value}" for name, value in fields.items()]) for fields in trials]
     for run in runs:
         run.check()
-    one_device_per_core(runs)
+    where = hosts.place(os.environ)
+    one_device_per_core(runs, where.processes if where and where.processes else 1)
     _process()
+    hosts.join(where)
     with _stopping() as stop:
         from jaxlm.fit import fit
         from jaxlm.tasks import best_of
@@ -336,12 +339,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if argv[0] not in VERBS:
             raise UserError(f"{argv[0]!r} is not a verb of jaxlm{perhaps(argv[0], VERBS)}")
-        return VERBS[argv[0]](argv[1:])
+        return hosts.leave(VERBS[argv[0]](argv[1:]))
     except (UserError, RunError, Stopped) as end:
         print(f"{'' if isinstance(end, Stopped) else 'error: '}{end}", file=sys.stderr)
-        return end.exit_code
+        return hosts.leave(end.exit_code, end)
     except KeyboardInterrupt:
-        return 130  # as shells have it
+        return hosts.leave(130)  # as shells have it
     except BrokenPipeError:  # whoever read the output, such as head, has seen enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - or the interpreter would try to flush the pipe
         return 141  # as shells have it
@@ -352,16 +355,17 @@ def main(argv: list[str] | None = None) -> int:
             f"again",
             file=sys.stderr,
         )
-        return RunError.exit_code
+        return hosts.leave(RunError.exit_code, error)
     except Exception as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
+            hosts.leave_by(error)
             raise
         print(
             f"error: out of memory: {str(error).splitlines()[0][:300]}; give a smaller --batch or --data.length, "
             f"more --accumulate, or --remat full",
             file=sys.stderr,
         )
-        return RunError.exit_code
+        return hosts.leave(RunError.exit_code, error)
 
 
 @contextmanager
@@ -439,12 +443,12 @@ def _config(file: Path, words: list[str] | None = None) -> RunConfig:
     return run if run.workdir else dataclasses.replace(run, workdir="runs/" + "-".join([file.stem, *words]))
 
 
-def one_device_per_core(runs: list[RunConfig]) -> None:
+def one_device_per_core(runs: list[RunConfig], processes: int = 1) -> None:
     """On CPU gives XLA one device for each core, as many as divide the rows of all runs, since its own threads use a
     small model's cores badly.  Without effect on other platforms.  Must come before JAX looks for devices."""
     flags = os.environ.get("XLA_FLAGS", "")
     if "host_platform_device_count" not in flags:
-        devices = math.gcd(*map(_devices, runs))
+        devices = max(1, math.gcd(*map(_devices, runs)) // processes)
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}".strip()
 
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxlm import sharding
+from jaxlm import flops, hosts, sharding
 from jaxlm.config import ModelConfig, RunConfig
 from jaxlm.data.batches import Batch
 from jaxlm.errors import UserError
@@ -64,6 +64,22 @@ def assemble(
     return Assembly(module, like, jax.jit(first_state, out_shardings=layout), train_step)
 
 
+def closed_flops(task: Task, config: ModelConfig, rows: int, fields: Mapping[str, Any], *, blocks: bool = False) -> int:
+    """Model FLOPs of a training step over so many rows by `flops.closed`, all parameters trained.
+
+    fields: of a batch, by name; only their last axes are looked at.  blocks: as `flops.closed` has it.
+    """
+    length = fields["tokens_BT"].shape[-1]
+    source = fields["source_tokens_BS"].shape[-1] if "source_tokens_BS" in fields else None
+    E = fields["starts_BE"].shape[-1] if "starts_BE" in fields else 0
+    # How many positions of a row pass each head.
+    each = {"masked_lm": getattr(task, "predictions", length), "next_sentence": E, "pooled": E, "classes": E}
+    # What a head is made of another, such as the next sentence's of the pooled vector, is counted with it.
+    below = {"pooled"} if "next_sentence" in config.heads_on_top else set()
+    heads: dict[str, int] = {head: each.get(head, length) for head in config.heads_on_top if head not in below}
+    return flops.closed(config, rows, length, source, heads=heads, blocks=blocks).step
+
+
 def check_rows(run: RunConfig, mesh: Mesh) -> None:
     """Raises UserError where the mesh does not divide the rows of a micro-batch, or their length."""
     ways = sharding.ways(mesh, "batch") * run.accumulate
@@ -90,13 +106,22 @@ def _nearest(size: int, ways: int) -> str:
 
 def lay(mesh: Mesh, batch: Batch, k: int) -> Batch:
     """A batch [B, ...] on the mesh, as k micro-batches [k, B / k, ...]; where the mesh does not divide the rows that
-    there are, with rows of padding."""
+    there are, with rows of padding.  Of many hosts each lays the rows that `rows_here` names."""
     more = -len(batch["tokens_BT"]) % (k * sharding.ways(mesh, "batch"))
     whole = lambda x: np.concatenate([x, np.zeros((more, *x.shape[1:]), x.dtype)]) if more else x
     return {
-        name: jax.device_put(whole(x).reshape(k, -1, *x.shape[1:]), sharding.batch_sharding(mesh, name))
+        name: hosts.spread(whole(x).reshape(k, -1, *x.shape[1:]), sharding.batch_sharding(mesh, name))
         for name, x in batch.items()
     }
+
+
+def rows_here(mesh: Mesh, rows: int, k: int) -> list[int]:
+    """Which rows of a batch of so many lie on this host's devices, once `lay` has laid them."""
+    micro = -(-rows // (k * sharding.ways(mesh, "batch"))) * sharding.ways(mesh, "batch")
+    index_kB = np.arange(k * micro).reshape(k, micro)
+    places = sharding.batch_sharding(mesh, "B").addressable_devices_indices_map((k, micro))
+    here = np.unique([index_kB[index] for index in places.values() if index is not None])
+    return [int(row) for row in here if row < rows]
 
 
 def laid_out(state: TrainState, mesh: Mesh) -> TrainState:

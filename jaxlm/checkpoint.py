@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm import hosts
 from jaxlm.errors import RunError
 from jaxlm.step import TrainState
 
@@ -62,14 +64,18 @@ class Checkpoints:
         )
         # The manager reads all scores when it is made, and fails where one cannot be read.
         with self._faults():
-            for file in self.folder.glob("[0-9]*/metrics/metrics"):
-                step = file.parent.parent.name
-                try:
-                    _worth(json.loads(file.read_text()))
-                except (ValueError, KeyError, TypeError) as error:
-                    if step.isdigit():  # others are half written; the manager clears them away
-                        self._move_away(int(step), error)
+            hosts.first(self._clear)
             self._manager = self._open()
+
+    def _clear(self) -> None:
+        """Moves checkpoints away whose score cannot be read."""
+        for file in self.folder.glob("[0-9]*/metrics/metrics"):
+            step = file.parent.parent.name
+            try:
+                _worth(json.loads(file.read_text()))
+            except (ValueError, KeyError, TypeError) as error:
+                if step.isdigit():  # others are half written; the manager clears them away
+                    self._move_away(int(step), error)
 
     def save(self, state: TrainState, metrics: dict[str, float] | None, notes: Any = None) -> None:
         """Starts to write a state; the highest `metrics["best"]` is the best.  Raises RunError on a full disk.
@@ -116,39 +122,57 @@ class Checkpoints:
                     found, args=args.Composite(state=args.StandardRestore(like), notes=args.JsonRestore())
                 )
                 state, notes = restored["state"], restored["notes"]["notes"]
-                if _all_checksums(state, notes) != restored["notes"]["checksums"]:
-                    raise ValueError("its content does not match its checksums")
-                return state, notes
+                if _all_checksums(state, notes) == restored["notes"]["checksums"]:
+                    return state, notes
+                fault: Exception = ValueError("its content does not match its checksums")
             except Exception as error:
                 if "RESOURCE_EXHAUSTED" in str(error):
                     raise
                 if any(sign in str(error) for sign in ("PERMISSION_DENIED", "Permission denied", "Input/output error")):
                     place = self.folder / str(found)
                     raise RunError(f"{place} cannot be read: {_first_line(error)}; free it, then try again") from error
-                # Whatever else a damaged file makes the reader raise, the run goes on from the checkpoint before it.
-                self._set_aside(found, error)
-                step = None
+                if hosts.is_loss(error):
+                    raise
+                if jax.process_count() > 1:  # the others may have read their parts, and wait for this host
+                    with suppress(OSError):  # or it is moved already
+                        self._move_away(found, error)
+                    raise RunError(
+                        f"checkpoint {found} is corrupt ({_first_line(error)}); it is moved to {self._corrupt(found)}; "
+                        f"give the same command again, which goes on from the one before it"
+                    ) from error
+                fault = error
+            # Whatever a damaged file makes the reader raise, the run goes on from the checkpoint before it.
+            self._set_aside(found, fault)
+            step = None
         return None
 
     def close(self) -> None:
         """Waits for what is being written, as `wait` does, and ends the threads behind it."""
+        if hosts.is_loss(sys.exception()):
+            return  # what is being written needs all hosts
         with self._faults():
             self._manager.close()
 
     def _set_aside(self, step: int, error: Exception) -> None:
         with self._faults():
             self._manager.close()
-            self._move_away(step, error)
+            hosts.first(lambda: self._move_away(step, error))
             self._manager = self._open()
         before = self.last()
         self._say("no whole checkpoint is left" if before is None else f"trying checkpoint {before}, the one before it")
 
     def _move_away(self, step: int, error: Exception) -> None:
-        place = self.folder.parent / "corrupt" / str(step)
+        place = self._corrupt(step)
         self._say(f"checkpoint {step} is corrupt ({_first_line(error)}); it is moved to {place}")
-        shutil.rmtree(place, ignore_errors=True)
         place.parent.mkdir(exist_ok=True)
-        (self.folder / str(step)).rename(place)
+        part = place.with_name(f"{step}.{jax.process_index()}")
+        (self.folder / str(step)).rename(part)  # of several hosts one does, and clears the place
+        shutil.rmtree(place, ignore_errors=True)
+        part.rename(place)
+
+    def _corrupt(self, step: int) -> Path:
+        """Where a corrupt checkpoint is moved to."""
+        return self.folder.parent / "corrupt" / str(step)
 
     @contextmanager
     def _faults(self) -> Iterator[None]:
@@ -156,6 +180,8 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:
+            if hosts.is_loss(error):
+                raise
             reason = "the disk is full" if _is_full(error) else _first_line(error)
             raise RunError(
                 f"the checkpoint in {self.folder} could not be written: {reason}; earlier checkpoints are kept; "

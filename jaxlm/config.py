@@ -492,9 +492,7 @@ class OptimizerConfig:
     beta1: float = 0.9  # of adamw, lion and muon's momentum
     beta2: float = 0.95  # of adamw and lion
     epsilon: float = 1e-8  # of adamw
-    momentum_dtype: Literal["float32", "bfloat16"] = (
-        "float32"  # of the first moment; changes of the second are too fine
-    )
+    momentum_dtype: Literal["float32", "bfloat16"] = "float32"  # of the first moment; the second's changes are too fine
     layer_decay: float = 1.0  # each layer's rate is this times that of the layer above (ELECTRA's recipe)
     freeze: Literal["none", "embeddings", "all_but_heads"] = "none"  # what is not trained
     freeze_layers: int = 0  # the first n layers (and the embeddings) are not trained
@@ -542,6 +540,7 @@ class RunConfig:
     workdir: str = ""  # run folder; empty: runs/CONFIG_NAME
     sample_prompt: str = ""  # what the sample at the end of a decoder's run goes on from
     sample_tokens: int = 120  # its length; 0: no sample
+    profile: int = 0  # steps, after the first few, whose trace is written to WORKDIR/profile for TensorBoard; 0: none
 
     def check(self) -> None:
         """Raises UserError for what can be known to fail before data or devices are looked at."""
@@ -550,7 +549,7 @@ class RunConfig:
         for name in ("batch", "accumulate", "steps", "log_every", "keep", "unroll"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("examples", "epochs", "patience"):
+        for name in ("examples", "epochs", "patience", "profile"):
             if not 0 <= getattr(self, name) < _LARGE:
                 raise UserError(f"{name} is {getattr(self, name)}; it must not be negative")
         if self.data.length < 2:

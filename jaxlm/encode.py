@@ -324,7 +324,7 @@ def _batches(lm: LM, pooling: Pooling, window: list[str], batch_tokens: int) -> 
             rows = -(-rows // parts) * parts
             batch = _lay_out(framed, examples[ends[first] - some[0] : ends[first + len(some) - 1]], some, rows, T)
             if mesh is not None:
-                rows_split = NamedSharding(mesh, spec(("batch",)))
+                rows_split = NamedSharding(mesh, spec(("batch",), mesh.axis_names))
                 batch = batch._replace(inputs=jax.device_put(batch.inputs, rows_split))
             yield batch
 

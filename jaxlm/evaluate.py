@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm import config, sharding
+from jaxlm import config, hosts, sharding
 from jaxlm.assembly import lay
 from jaxlm.config import MeshConfig
-from jaxlm.data.batches import Features, prefetch
+from jaxlm.data.batches import prefetch
 from jaxlm.data.formats import Place, Row
 from jaxlm.encode import Pooling, mesh_of, params_of
 from jaxlm.errors import UserError
@@ -30,31 +30,33 @@ TOKENS = 4096  # places in a batch
 Step = Callable[[Any, Any], Any]  # what `make_eval_step` makes, jitted
 
 
-def see(eval_step: Step, params: Any, batches: Any, put: Callable) -> Seen:
-    """Runs over all batches.  `put` lays a batch on the mesh.
+def see(eval_step: Step, params: Any, batches: Any, put: Callable, rows: list[int] | None = None) -> Seen:
+    """Runs over all batches.  `put` lays a batch on the mesh.  `rows`: those of a batch that this host makes.
 
     Sums and weights are added over batches in float64 and divided once, so that the size of a batch does not show.
     Outputs come back in the order of the units, however they were packed.
     """
     totals: dict[str, tuple[float, float]] = {}
     outputs: dict[int, list[dict[str, np.ndarray]]] = {}
-    for step, batch in enumerate(prefetch(batches.batch_at, 0, len(batches))):
-        losses, arrays = jax.device_get(eval_step(params, put(batch, 1)))
+    for step, batch in enumerate(prefetch(partial(batches.batch_at, rows=rows), 0, len(batches))):
+        laid = put(batch, 1)
+        losses, arrays = jax.device_get(hosts.whole(eval_step(params, laid)))
         for name, (value, weight) in losses.items():
             total = totals.get(name, (0.0, 0.0))
             totals[name] = total[0] + float(value), total[1] + float(weight)
         if arrays:
-            outputs |= _apart(arrays, batch, batches.units_at(step))
+            segments_BT = batch["segments_BT"] if rows is None else jax.device_get(hosts.whole(laid["segments_BT"]))[0]
+            outputs |= _apart(arrays, segments_BT, batches.units_at(step))
     return Seen(totals, [outputs[i] for i in sorted(outputs)])
 
 
 def _apart(
-    arrays: dict[str, np.ndarray], batch: Features, units: list[list[tuple[int, int]]]
+    arrays: dict[str, np.ndarray], segments_BT: np.ndarray, units: list[list[tuple[int, int]]]
 ) -> dict[int, list[dict[str, np.ndarray]]]:
     """The outputs of a batch, [B, E, ...] and [B, T, ...], for each unit and each example in it."""
     found: dict[int, list[dict[str, np.ndarray]]] = {}
     for b, row in enumerate(units):
-        bounds = np.searchsorted(_closed(batch["segments_BT"][b]), np.arange(1, sum(n for _, n in row) + 2))
+        bounds = np.searchsorted(_closed(segments_BT[b]), np.arange(1, sum(n for _, n in row) + 2))
         e = 0
         for unit, count in row:
             found[unit] = [
@@ -156,7 +158,7 @@ def _seen(lm: LM, task: RecordTask, records: list[Record], rows: int | None) -> 
     ways = 1 if mesh is None else sharding.ways(mesh, "batch")
     rows = -(-(rows or max(1, TOKENS // task.length)) // ways) * ways  # the size of a batch does not show
     batches = task.batches(Records(records, []), rows, task.length, None)
-    put = partial(lay, mesh or sharding.make_mesh(MeshConfig(1), jax.devices()[:1]))
+    put = partial(lay, mesh or sharding.make_mesh(MeshConfig(1), jax.local_devices()[:1]))
     step = _eval_step(lm.module, type(task), task.task, task.length, task.labels, task.pooling.modes)  # type: ignore[arg-type]
     return task.tell(lm, lambda batches: see(step, params_of(lm), batches, put), batches, records)
 

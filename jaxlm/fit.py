@@ -15,17 +15,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm import families, report, sharding
-from jaxlm.assembly import assemble, lay
+from jaxlm import families, hosts, report, sharding
+from jaxlm.assembly import assemble, closed_flops, lay, rows_here
 from jaxlm.checkpoint import Checkpoints, finite
-from jaxlm.config import CausalLM, RunConfig, to_json
+from jaxlm.config import CausalLM, ModelConfig, RunConfig, to_json
 from jaxlm.data.batches import prefetch
 from jaxlm.data.corpus import Prepared
 from jaxlm.errors import RunError, Stopped, UserError, perhaps
 from jaxlm.evaluate import see
-from jaxlm.folder import RunLog, begin, claim, duration, write_json
+from jaxlm.folder import NoLog, RunLog, begin, claim, duration, write_json
 from jaxlm.generate import generate
 from jaxlm.lm import LM, load, save, with_params
+from jaxlm.measure import Meter, Trace
 from jaxlm.nn.transformer import Transformer
 from jaxlm.start import check_fits, origin, sized, start_from, starting, with_dropout, with_tokenizer
 from jaxlm.step import make_eval_step
@@ -34,10 +35,12 @@ from jaxlm.tasks.task import Task
 
 
 def say(message: str) -> None:
-    """One line for the person who watches the run."""
-    print(message, file=sys.stderr, flush=True)
+    """One line for the person who watches the run, from its first host."""
+    if hosts.is_first():
+        print(message, file=sys.stderr, flush=True)
 
 
+@hosts.watched
 def fit(
     run: RunConfig,
     *,
@@ -49,23 +52,25 @@ def fit(
 
     model: weights to start from, instead of `run.init`, and the class of the module, which may be your own.
     data: what to read, instead of `run.data`.
-    stop: asked after each step; True saves the state and raises Stopped.
+    stop: asked after each step; True, on any host, saves the state and raises Stopped on all.
 
     Returns the model with the best held-out score; of several tasks, that of the first.  Raises UserError for a mistake
     in the config or the data, before anything is compiled, and RunError for a fault of the run: a loss that is not
-    finite, a disk that is full.
+    finite, a disk that is full, a host that is gone.  Of many hosts each calls this with the same arguments.
     """
     begun = time.monotonic()
     if model is not None and run.model is None:
         run = replace(run, model=with_dropout(model.config, run.dropout), dropout=None)
     run.check()
+    hosts.agree(run)
     folder = Path(run.workdir or "runs/unnamed")
     mesh = sharding.make_mesh(run.mesh)
-    resuming, as_given = claim(run, folder), run
+    resuming, as_given = hosts.first(lambda: claim(run, folder)), run
 
     # Data: tokenized once, then batch_at(step) is all there is.
     run = with_tokenizer(run, model)
-    data = data or prepare(run, model.tokenizer if model and not run.tokenizer.path else None, say)
+    own_tokenizer = model.tokenizer if model and not run.tokenizer.path else None
+    data = data or hosts.after_first(lambda: prepare(run, own_tokenizer, say))
     task = make_task(run, data.tokenizer, data.labels)
     if run.best and run.best not in (*task.scores, "loss"):
         raise UserError(f"best is {run.best!r}{perhaps(run.best, [*task.scores, 'loss'])}")
@@ -75,6 +80,8 @@ def fit(
     batches.rows = run.batch
     held_out = task.batches(data.held_out, run.batch // run.accumulate, run.data.length, None)
     put = partial(lay, mesh)
+    batch_at = partial(batches.batch_at, rows=rows_here(mesh, run.batch, run.accumulate))
+    held_out_rows = rows_here(mesh, run.batch // run.accumulate, 1)
 
     # Model, optimizer, state: shapes first, so that everything is made where it will lie.
     kind = task.module(Transformer if model is None else type(model.module))
@@ -84,7 +91,7 @@ def fit(
         check_fits(model, shapes)
 
     # All that the user could have got wrong is looked at; the folder is this run's from here on.
-    begin(as_given, folder, data.fingerprint)
+    hosts.first(lambda: begin(as_given, folder, data.fingerprint))
     checkpoints = Checkpoints(folder / "checkpoints", run.keep, say)
     state, notes = checkpoints.restore(like) or (None, {})
     if state is None:
@@ -92,12 +99,12 @@ def fit(
         model = model or (load(run.init) if run.init else None)
         state = state if model is None else state._replace(params=start_from(model, state.params, say))
     started = int(state.step)
-    if started and (folder / "report.html").exists():
+    if hosts.first(lambda: bool(started) and (folder / "report.html").exists()):
         say(f"the run in {folder} is finished, at step {started:,}; nothing is left to do")
         checkpoints.close()
         own = None if kind is Transformer or task.folders != ("",) else kind
         return load(folder / "export" / task.folders[0], compute_dtype=run.compute_dtype, module=own)
-    (folder / "report.html").unlink(missing_ok=True)  # its presence says that the run is finished
+    hosts.first(lambda: (folder / "report.html").unlink(missing_ok=True))  # its presence says: finished
     _say_start(run, folder, data, batches, _size(shapes), mesh, started)
     if balance := task.balance(data.train):
         say(f"labels    {balance}")
@@ -107,31 +114,37 @@ def fit(
     made = LM(config, kind(config, dtype=module.dtype), None, data.tokenizer, origin(run, model), **files)
 
     def score(params: Any) -> tuple[dict[str, float], Any]:
-        run_over = lambda batches: see(eval_step, params, batches, put)
+        run_over = lambda batches: see(eval_step, params, batches, put, held_out_rows)
         return task.measure(with_params(made, params), run_over, held_out, data.held_out)
 
     best = run.best or task.best
     worth = lambda scores: -scores["loss"] if best == "loss" else scores[best]
 
-    log = RunLog(folder, started, run.steps)
+    log = RunLog(folder, started, run.steps) if hosts.is_first() else NoLog()
+    stop = hosts.agreed(stop)
     checkpoint_every = run.checkpoint_every or max(1, run.steps // 10)
-    # Metrics of the steps since the last line of the log, still on the device, and the time they took: a checkpoint
-    # between two lines carries them along, so that the next line is the same after it.
+    # Metrics of the steps since the last line of the log, still on the device, and what they cost: a checkpoint between
+    # two lines carries both along, so that the next line is the same after it.
     unlogged: list[Any] = notes.get("unlogged", [])
-    clock = time.monotonic() - notes.get("seconds", 0.0)
+    meter = Meter(mesh, _flops(run, task, config, batches), notes)
+    trace = Trace(folder / "profile", run.profile, started, run.steps)
     scores: dict[str, float] = {}
     found: Any = None
     history: list[float] = notes.get("history", [])  # what each evaluation was worth
     ending = started == run.steps or _stale(history, run.patience)
     try:
         for step, batch in enumerate(
-            prefetch(batches.batch_at, started, started if ending else run.steps), started + 1
+            meter.fed(prefetch(batch_at, started, started if ending else run.steps)), started + 1
         ):
-            state, metrics = train_step(state, put(batch, run.accumulate))
+            trace.before(step, state.step)
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                state, metrics = train_step(state, put(batch, run.accumulate))
+            meter.stepped(metrics["loss"])
             unlogged.append(metrics)
             if mesh.devices.flat[0].platform == "cpu":
                 # Steps that queue up on several CPU devices wait for each other's threads for ever.
                 jax.block_until_ready(metrics)
+            trace.after(step, metrics)
             ending, stopping = step == run.steps, stop()
             logging = ending or step % run.log_every == 0
             evaluating = ending or bool(run.eval_every and step % run.eval_every == 0)
@@ -143,15 +156,15 @@ def fit(
                 if saving and not finite(state):
                     raise _diverged("a weight is not finite", step, unlogged[-1], checkpoints)
             if logging:
-                values = _averaged(unlogged, time.monotonic() - clock)
+                values = _averaged(unlogged, meter.seconds) | meter.line(len(unlogged))
                 log.write(step, values)
                 log.progress(step, values)
-                unlogged, clock = [], time.monotonic()
+                unlogged = []
             # Once in a while: the held-out data, and a checkpoint.
             if evaluating:
                 paused, (scores, found) = time.monotonic(), score(state.params)
                 log.write(step, {f"eval/{name}": value for name, value in scores.items()})
-                clock += time.monotonic() - paused
+                meter.paused(time.monotonic() - paused)
                 if not np.isfinite(scores["loss"]):
                     raise _diverged(f"the held-out loss is {scores['loss']:.4g}", step, metrics, checkpoints)
                 history = [*history, worth(scores)]
@@ -159,7 +172,7 @@ def fit(
                     say(f"no better {best} in {run.patience} evaluations: the run ends at step {step:,}")
                     ending = True
             if saving:
-                notes = {"unlogged": unlogged, "seconds": time.monotonic() - clock, "history": history}
+                notes = {"unlogged": unlogged, "history": history, **meter.carried()}
                 checkpoints.save(state, scores | {"best": history[-1]} if evaluating else None, notes)
             if stopping or ending:
                 break
@@ -170,16 +183,19 @@ def fit(
         if best_step != int(state.step):
             restored, scores = checkpoints.restore(like, best_step), {}
             state = restored[0] if restored else state
-        export, lm = _export(with_params(made, state.params), task, folder / "export")
+        export, lm = _export(with_params(made, hosts.whole(state.params)), task, folder / "export")
         if not ending:
             raise Stopped(f"stopped at step {step:,} of {run.steps:,} and saved; the same command goes on from here")
         if not scores:
             scores, found = score(state.params)
     finally:
+        meter.close()
+        trace.close()
         log.close()
         checkpoints.close()
 
-    write_json(folder / "scores.json", {"step": int(state.step), **scores})
+    written = {"step": int(state.step), **scores}
+    hosts.first(lambda: write_json(folder / "scores.json", written))
     sections = _sections(task, data, batches, found)
     facts = {
         "time": duration(time.monotonic() - begun),
@@ -187,7 +203,7 @@ def fit(
     }
     facts |= {"started from": run.init} if run.init else {}
     facts |= _packing(run, batches)
-    _tell(run, folder, lm, scores, export, int(state.step), facts, mesh, sections)
+    hosts.first(lambda: _tell(run, folder, lm, scores, export, int(state.step), facts, mesh, sections))
     return lm
 
 
@@ -264,6 +280,15 @@ def _diverged(what: str, step: int, values: dict[str, Any], checkpoints: Checkpo
     )
 
 
+def _flops(run: RunConfig, task: Task, config: ModelConfig, batches: Any) -> int:
+    """Model FLOPs of a step, where its share of the chips' peak can be told: their peak is that of products in
+    bfloat16, and the formula has all parameters trained."""
+    frozen = run.optimizer.freeze != "none" or run.optimizer.freeze_layers
+    if run.compute_dtype != "bfloat16" or frozen:
+        return 0
+    return closed_flops(task, config, run.batch, batches.nothing())
+
+
 def _averaged(metrics: list[dict[str, float]], seconds: float) -> dict[str, float]:
     """A line of the log: the means over its steps, and tokens and examples a second, padding not counted."""
     means = {name: sum(values[name] for values in metrics) / len(metrics) for name in metrics[0]}
@@ -273,14 +298,18 @@ def _averaged(metrics: list[dict[str, float]], seconds: float) -> dict[str, floa
 
 def _export(lm: LM, task: Task, folder: Path) -> tuple[str, LM]:
     """Writes the model, for several tasks one for each, and returns the name of the format and the first of them."""
-    shutil.rmtree(folder, ignore_errors=True)
     exported = task.exports(lm)
-    for name, (one, alone) in exported.items():
-        assert alone.origin is not None  # as `origin` has it
-        alone = replace(alone, origin=_with_keys(alone.origin, one.config_keys))
-        kind = save(alone, folder / name)
-        _name_class(folder / name, one)
-    return kind, next(iter(exported.values()))[1]
+
+    def write() -> str:
+        shutil.rmtree(folder, ignore_errors=True)
+        for name, (one, alone) in exported.items():
+            assert alone.origin is not None  # as `origin` has it
+            alone = replace(alone, origin=_with_keys(alone.origin, one.config_keys))
+            kind = save(alone, folder / name)
+            _name_class(folder / name, one)
+        return kind
+
+    return hosts.first(write), next(iter(exported.values()))[1]
 
 
 def _with_keys(origin: families.Origin, keys: Mapping[str, Any]) -> families.Origin:
@@ -302,7 +331,7 @@ def _sample(lm: LM, run: RunConfig) -> str | None:
     if lm.tokenizer is None:
         return None
     room = lm.config.max_length - len(lm.tokenizer.encode(run.sample_prompt)) - 1
-    new = min(run.sample_tokens, room) if lm.config.positions == "learned" else run.sample_tokens
+    new = min(run.sample_tokens, room) if lm.config.positions in ("learned", "rotary") else run.sample_tokens
     if new < 1 or (lm.tokenizer.bos is None and not run.sample_prompt):
         return None
     choice: dict[str, Any] = {"temperature": 0.7, "top_p": 0.95, "stop_tokens": (), "seed": run.seed}

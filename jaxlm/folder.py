@@ -21,7 +21,7 @@ from jaxlm.errors import RunError, UserError
 
 # What may change between two starts of the same run.
 FREE = {"mesh", "remat", "attention", "unroll", "log_every", "eval_every", "checkpoint_every", "keep", "workdir"}
-FREE |= {"sample_prompt", "sample_tokens"}
+FREE |= {"sample_prompt", "sample_tokens", "profile"}
 FREE_DATA = ("path", "eval_path", "cache")  # the content is compared, not the place
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # how a disk, a quota or a limit says that no more fits
 
@@ -165,7 +165,8 @@ class RunLog:
         seconds = (time.monotonic() - self._started) / max(1, step - self._first) * (self._steps - step)
         line = (
             f"step {step:,}/{self._steps:,}  loss {values['loss']:.4f}  rate {values['learning_rate']:.2e}  "
-            f"{values['tokens_per_second']:,.0f} tokens/s  {duration(seconds)} left"
+            f"{values['tokens_per_second']:,.0f} tokens/s  "
+            f"{'{:.1%} MFU  '.format(values['mfu']) if 'mfu' in values else ''}{duration(seconds)} left"
         )
         self._rewriting = sys.stderr.isatty()
         print(f"\r\x1b[K{line}" if self._rewriting else line + "\n", end="", file=sys.stderr, flush=True)
@@ -176,6 +177,18 @@ class RunLog:
             print(file=sys.stderr, flush=True)
         with self._faults():
             self._events.close()
+
+
+class NoLog:
+    """The log of the hosts beside the first: none."""
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Nothing."""
+
+    progress = write
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 def duration(seconds: float) -> str:

@@ -199,7 +199,8 @@ def requests(lm: LM, prompts: Sequence[Any], decoding: Decoding) -> list[Request
     """What is to be generated, with each prompt as ids, within the positions that there are."""
     config, both = lm.config, lm.config.structure == "encoder_decoder"
     new = decoding.max_new_tokens
-    room = config.max_length if config.positions == "learned" else None
+    # Rotary positions go on for ever, but what a model was trained on does not.
+    room = config.max_length if config.positions in ("learned", "rotary") else None
     if room is not None and (new >= room):
         raise UserError(f"max_new_tokens is {new}; the model has {room} positions: ask for at most {room - 1}")
     if room is not None and not both:
@@ -208,13 +209,12 @@ def requests(lm: LM, prompts: Sequence[Any], decoding: Decoding) -> list[Request
     longest = max(map(len, ids), default=0)
     if room is not None and longest > room:
         if decoding.too_long == "refuse":
+            fewer = config.max_length - longest
+            less = f", ask for at most {fewer}" if fewer > 0 and not both else ""
+            what = "exceeds" if both else f"and {new} new ones exceed"
             raise UserError(
-                f"a prompt of {longest} tokens exceeds the model's {room} positions; shorten it, or set too_long to "
-                f"'truncate'"
-                if both
-                else f"a prompt of {longest} tokens and {new} new ones exceed the model's {config.max_length} "
-                f"positions; shorten the prompt, ask for at most {max(0, config.max_length - longest)}, or set "
-                f"too_long to 'truncate'"
+                f"a prompt of {longest} tokens {what} the model's {config.max_length} positions; shorten it to "
+                f"{room}{less}, or set too_long to 'truncate'"
             )
         count = sum(len(prompt) > room for prompt in ids)
         print(f"{count} of {len(ids)} prompts, of up to {longest} tokens, are cut to {room}", file=sys.stderr)

@@ -242,7 +242,7 @@ def _scored(lm: LM, examples: Iterable[_Example], batch_tokens: int | None) -> I
                 count = -(-min(most, 1 << (len(some) - 1).bit_length()) // parts) * parts
                 inputs = _laid_out(window, some, count, T, S)
                 if mesh is not None:
-                    inputs = jax.device_put(inputs, NamedSharding(mesh, spec(("batch",))))
+                    inputs = jax.device_put(inputs, NamedSharding(mesh, spec(("batch",), mesh.axis_names)))
                 log_BT, likeliest_BT = map(np.asarray, program(params, *inputs))
                 for b, row in enumerate(some):
                     end = 0

@@ -185,8 +185,12 @@ def _chart_caption(chart: Chart) -> str:
     first = chart.series[0].values
     if chart.name == "learning_rate":
         return f"peak {first.max():.3g}, last {first[-1]:.3g}".replace("e-0", "e-")
-    if chart.name in ("tokens_per_second", "grad_norm"):
+    if chart.name in ("tokens_per_second", "grad_norm", "mfu", "data_share"):
         return f"median {number(np.median(first))}"
+    if chart.name == "step_ms":
+        return f"median {number(np.median(first))} ms"
+    if chart.name.endswith("memory_bytes"):
+        return f"{chart.scale * first.max():.3g} GB"
     said = []
     for series in chart.series:
         if not series.held_out:

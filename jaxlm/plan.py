@@ -18,12 +18,14 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.extend import core
 
 from jaxlm import chips, flops, hlo, sharding
-from jaxlm.assembly import assemble
+from jaxlm.assembly import assemble, closed_flops
 from jaxlm.chips import Chip
 from jaxlm.config import CausalLM, MaskedLM, ModelConfig, MultiTask, RunConfig
 from jaxlm.data.corpus import Corpus
+from jaxlm.errors import UserError
 from jaxlm.families import PRESETS, look
 from jaxlm.lm import find
 from jaxlm.nn.transformer import Transformer
@@ -110,12 +112,12 @@ def plan(run: RunConfig, topology: str = "", name: str = "") -> Plan:
     unknown topology; a program that is too large comes back as a plan that does not fit.
     """
     devices = chips.topology(topology) if topology else jax.devices()
-    run, config = _alone(run)
-    task, config = _task(run, config)
+    run, config = alone(run)
+    task, config = task_of(run, config)
     mesh = sharding.make_mesh(run.mesh, devices)
     kind = task.module(Transformer)
     made = assemble(run, task, config, mesh, kind)
-    batch = _batch(run, task, mesh)
+    batch = batch_of(run, task, mesh)
     chip = chips.find(devices[0].device_kind)
     limit = _limit(devices[0], chip)
     known: dict[str, Any] = {
@@ -144,6 +146,7 @@ def plan(run: RunConfig, topology: str = "", name: str = "") -> Plan:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         refused, largest = _refusal(str(error))
+        largest = largest or _largest(traced.jaxpr)
         return Plan(**known, refused=refused, largest=largest, compile_seconds=time.monotonic() - begun)
     known["compile_seconds"] = time.monotonic() - begun
     memory = compiled.memory_analysis()
@@ -211,10 +214,15 @@ class StandIn:
         return length - 3 if pair else length - 2
 
 
-def _alone(run: RunConfig) -> tuple[RunConfig, ModelConfig]:
+def alone(run: RunConfig) -> tuple[RunConfig, ModelConfig]:
     """The run as its config alone says it, and its model."""
     config = run.model
     if config is None:
+        if not run.init:
+            raise UserError(
+                "the config starts from the weights that --init names; give a model, or a preset, such as "
+                "--init bert-base"
+            )
         said = PRESETS.get(run.init) or look(find(run.init)).config
         config = with_dropout(said, run.dropout)
     data = replace(run.data, path=run.data.path or "not read")
@@ -223,7 +231,8 @@ def _alone(run: RunConfig) -> tuple[RunConfig, ModelConfig]:
     return run, config
 
 
-def _task(run: RunConfig, config: ModelConfig) -> tuple[Task, ModelConfig]:
+def task_of(run: RunConfig, config: ModelConfig) -> tuple[Task, ModelConfig]:
+    """The run's task without its tokenizer, and the model that it makes of the config."""
     tokenizer: Any = StandIn(config.vocabulary)
     if isinstance(run.task, MultiTask):
         task = make_task(run, tokenizer, dict.fromkeys(run.task.parts, ("0", "1")))
@@ -236,7 +245,7 @@ def _has_labels(run: RunConfig) -> bool:
     return not isinstance(run.task, (CausalLM, MaskedLM)) and not getattr(run.task, "scored_as", "")
 
 
-def _batch(run: RunConfig, task: Task, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def batch_of(run: RunConfig, task: Task, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of a batch, as `assembly.lay` lays it."""
     batches = task.batches(_nothing(task), run.batch, run.data.length, run.seed)
     k = run.accumulate
@@ -267,21 +276,8 @@ def _model_flops(
     """Of the step that recomputes nothing, with attention by XLA: counted, by the formula; and by PaLM's convention."""
     plainly = assemble(replace(run, remat="none", attention="xla"), task, config, mesh, kind)
     counted = flops.count(plainly.train_step.trace(plainly.like, batch).jaxpr)
-    rows, length = run.batch, batch["tokens_BT"].shape[-1]
-    source = batch["source_tokens_BS"].shape[-1] if "source_tokens_BS" in batch else None
-    heads = _heads(task, config, batch)
-    formula = lambda blocks: flops.closed(config, rows, length, source, heads=heads, blocks=blocks).step
+    formula = lambda blocks: closed_flops(task, config, run.batch, batch, blocks=blocks)
     return counted, formula(sharding.ways(mesh, "length") == 1), formula(False)
-
-
-def _heads(task: Task, config: ModelConfig, batch: dict[str, Any]) -> dict[str, int]:
-    """How many positions of a row pass each head of the model."""
-    T = batch["tokens_BT"].shape[-1]
-    E = batch["starts_BE"].shape[-1] if "starts_BE" in batch else 0
-    each = {"masked_lm": getattr(task, "predictions", T), "next_sentence": E, "pooled": E, "classes": E}
-    # What a head is made of another, such as the next sentence's of the pooled vector, is counted with it.
-    below = {"pooled"} if "next_sentence" in config.heads_on_top else set()
-    return {head: each.get(head, T) for head in config.heads_on_top if head not in below}
 
 
 def _bytes(tree: Any) -> int:
@@ -312,13 +308,37 @@ def _rate(one: hlo.Collective, mesh: jax.sharding.Mesh, chip: Chip, shape: tuple
 def _refusal(message: str) -> tuple[str, tuple[str, ...]]:
     """What the compiler says of a program that is too large, and the largest that it would have held."""
     said = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", message)
-    refused = f"it needs {said[1]} of {said[2]}" if said else message.splitlines()[0][:200]
+    early = re.search(r"HLO temporaries \(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", message)
+    if said:
+        refused = f"it needs {said[1]} of {said[2]}"
+    elif early:
+        refused = f"it needs {early[1]} for temporaries alone, of {early[2]}"
+    else:
+        refused = message.splitlines()[0][:200]
     largest = []
     for block in re.findall(r"Size: ([\d.]+\w)\n(.*?)(?=\n\s*={5,}|\Z)", message, re.S)[:3]:
         name = re.search(r'op_name="([^"]*)"', block[1])
         shape = re.search(r"Shape: (\S+?)\{", block[1])
         largest.append(f"{block[0]} {shape[1] if shape else ''} {hlo.purpose(name[1]) if name else ''}".strip())
     return refused, tuple(largest)
+
+
+def _largest(jaxpr: Any, n: int = 3) -> tuple[str, ...]:
+    """The largest arrays of a step, those that a loop hands on to the backward pass included; over all devices."""
+    found: dict[str, int] = {}
+
+    def look_into(jaxpr: Any) -> None:
+        for equation in jaxpr.eqns:
+            what = hlo.purpose(f"{equation.source_info.name_stack}/{equation.primitive.name}")
+            for value in equation.outvars:
+                if hasattr(value.aval, "shape"):
+                    size = math.prod(value.aval.shape) * value.aval.dtype.itemsize
+                    found[f"{_gib(size).strip()} over all devices, {value.aval.str_short()} {what}"] = size
+            for inner in core.jaxprs_in_params(equation.params):
+                look_into(inner)
+
+    look_into(jaxpr.jaxpr)
+    return tuple(sorted(found, key=lambda line: -found[line])[:n])
 
 
 # ---- searching
@@ -377,15 +397,15 @@ def told(plan: Plan) -> str:
             f"  in all           {_gib(plan.used_bytes)}{_of_limit(plan)}",
         ]
     lines += [""] + [f"to change: {line}" for line in remedies(plan)] if not plan.fits else []
-    same = (
-        "as" if plan.counted_flops == plan.formula_flops else f"{plan.counted_flops / plan.formula_flops:.4f} of what"
-    )
+    ratio = plan.counted_flops / plan.formula_flops
+    same = "as the closed formula says" if ratio == 1 else f"{ratio:.4f} of what the closed formula says"
+    more = "" if ratio == 1 else ": pooling, and some optimizers, have products of their own"
     lines += [
         "",
         "matrix products of a step, all devices",
         f"  {plan.flops / 1e12:,.4g} TFLOP done, {plan.model_flops / 1e12:,.4g} of the model (nothing recomputed, all "
         "queries on all keys)",
-        f"  counted {plan.counted_flops:,} without recomputing, {same} the closed formula says",
+        f"  counted {plan.counted_flops:,} without recomputing, {same}{more}",
     ]
     if plan.collectives:
         lines += ["", "collectives of a step, each device sends"]

@@ -161,8 +161,11 @@ def _charts(rows: list[dict[str, Any]]) -> list[Chart]:
     for family, names in families.items():
         charts += _results(rows, family, names)
 
-    def one(key: str) -> tuple[Series]:
-        return (Series("training", *_points(rows, key), False, COLORS[0][0]),)
+    def one(key: str, label: str = "training", color: int = 0) -> tuple[Series]:
+        return (Series(label, *_points(rows, key), False, COLORS[color][0]),)
+
+    times = (("step_ms_p50", "median"), ("step_ms_p90", "90 % are faster"), ("step_ms_p99", "99 % are faster"))
+    took = [one(key, label, n)[0] for n, (key, label) in enumerate(times)]
 
     rate = one("learning_rate")
     peak = rate[0].values.max(initial=0.0)
@@ -172,6 +175,16 @@ def _charts(rows: list[dict[str, Any]]) -> list[Chart]:
         Chart("learning_rate", "Learning rate", unit, rate, scale=10.0**-power, smooth=False, zero=True),
         Chart("grad_norm", "Gradient norm", "global norm (log scale)", one("grad_norm"), log=True),
         Chart("tokens_per_second", "Throughput", "tokens per second", one("tokens_per_second"), zero=True),
+        Chart("mfu", "Model FLOPs utilisation", "share of the chips' peak (%)", one("mfu"), percent=True, zero=True),
+        Chart("step_ms", "Time of a step", "milliseconds", tuple(took), smooth=False, zero=True),
+        Chart("data_share", "Waiting for data", "share of the time (%)", one("data_share"), percent=True, zero=True),
+        *(
+            Chart(key, title, "most held since the start (GB)", one(key), scale=1e-9, smooth=False, zero=True)
+            for key, title in (
+                ("memory_bytes", "Memory of a device"),
+                ("process_memory_bytes", "Memory of the process, on its host"),
+            )
+        ),
     ]
     charts = [c._replace(series=tuple(map(_above_zero, c.series))) if c.log else c for c in charts]
     charts = [c._replace(series=tuple(series for series in c.series if len(series.values))) for c in charts]

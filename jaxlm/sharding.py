@@ -87,9 +87,10 @@ def axis_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
     return sizes | ({free[0]: devices // known} if free else {})
 
 
-def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
-    """The mesh axes of each logical axis; None is not split."""
-    return PartitionSpec(*[(RULES[axis] or None) if axis else None for axis in axes])
+def spec(axes: tuple[str | None, ...], names: Sequence[str] = AXES) -> PartitionSpec:
+    """The mesh axes of each logical axis, as far as a mesh with axes of these names has them; None is not split."""
+    over = lambda axis: tuple(name for name in RULES[axis] if name in names)
+    return PartitionSpec(*[(over(axis) or None) if axis else None for axis in axes])
 
 
 def check(sizes: Mapping[str, int], axes: tuple[str | None, ...], shape: tuple[int, ...], name: str) -> None:
@@ -97,7 +98,7 @@ def check(sizes: Mapping[str, int], axes: tuple[str | None, ...], shape: tuple[i
     split = 1
     for axis, size in zip(axes, shape, strict=True):
         over = RULES[axis] if axis else ()
-        ways = math.prod(sizes[m] for m in over)
+        ways = math.prod(sizes.get(m, 1) for m in over)
         split *= ways
         if size % ways:
             below = size - size % ways
@@ -107,7 +108,7 @@ def check(sizes: Mapping[str, int], axes: tuple[str | None, ...], shape: tuple[i
                 f"the nearest sizes that do divide: {near}"
             )
     of_layer = math.prod(size for axis, size in zip(axes, shape) if axis != "layers")
-    if split == 1 and of_layer > LARGE and sizes["fsdp"] * sizes["tensor"] > 1:
+    if split == 1 and of_layer > LARGE and sizes.get("fsdp", 1) * sizes.get("tensor", 1) > 1:
         largest = max((size, n) for n, size in enumerate(shape) if axes[n] != "layers")[1]
         raise UserError(
             f"{name} {shape} would lie whole on each of {math.prod(sizes.values())} devices; give one of its axes "
@@ -119,14 +120,15 @@ def check(sizes: Mapping[str, int], axes: tuple[str | None, ...], shape: tuple[i
 def sharding(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...], name: str) -> NamedSharding:
     """Where a parameter lies.  Raises UserError as `check` does."""
     check(mesh.shape, axes, shape, name)
-    return NamedSharding(mesh, spec(axes))
+    return NamedSharding(mesh, spec(axes, mesh.axis_names))
 
 
 def batch_sharding(mesh: Mesh, field: str) -> NamedSharding:
     """Of a batch's field [k, B / k, ...], which its name says the axes of: rows and length are split, micro-batches
     are not."""
     letters = field.rpartition("_")[2]
-    return NamedSharding(mesh, PartitionSpec(None, *spec(tuple(LETTERS.get(letter) for letter in letters))))
+    axes = tuple(LETTERS.get(letter) for letter in letters)
+    return NamedSharding(mesh, PartitionSpec(None, *spec(axes, mesh.axis_names)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -136,7 +138,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def ways(mesh: Mesh, axis: str) -> int:
     """Number of parts that a logical axis is split into."""
-    return math.prod(mesh.shape[over] for over in RULES[axis])
+    return math.prod(mesh.shape.get(over, 1) for over in RULES[axis])
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ class Placement:
         if self.mesh is None or self.mesh.size == 1:
             return x
         axes = tuple(self._fitting(axis, size) for axis, size in zip(axes, x.shape, strict=True))
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec(axes)))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec(axes, self.mesh.axis_names)))
 
     def _fitting(self, axis: str | None, size: int) -> str | None:
         """The axis, or for a length that it does not divide, such as that of one token, what divides it."""

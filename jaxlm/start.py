@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from jaxlm import families
+from jaxlm import families, hosts
 from jaxlm.config import ModelConfig, RunConfig
 from jaxlm.errors import UserError
 from jaxlm.hub.convert import nested
@@ -106,7 +106,7 @@ def start_from(model: LM, fresh: Any, say: Callable[[str], None]) -> Any:
 
     def chosen(key_path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         # A copy: training donates its buffers, and the model given is the caller's.
-        return jax.device_put(given.get(parameters.path_of(key_path), leaf), leaf.sharding, may_alias=False)
+        return hosts.spread(given.get(parameters.path_of(key_path), leaf), leaf.sharding, may_alias=False)
 
     return jax.tree_util.tree_map_with_path(chosen, fresh)
 

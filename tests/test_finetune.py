@@ -45,6 +45,7 @@ from jaxlm.data.formats import Place
 from jaxlm.evaluate import see
 from jaxlm.families import PRESETS
 from jaxlm.fit import fit
+from jaxlm.measure import MEASURED
 from jaxlm.nn.transformer import Transformer
 from jaxlm.step import make_eval_step
 from jaxlm.tasks import TASKS
@@ -1043,9 +1044,9 @@ def read_json(file: Path) -> Any:
 
 
 def log_of(run: RunConfig) -> list[dict[str, float]]:
-    """The log without what depends on the clock."""
+    """The log without what depends on the clock and the machine."""
     rows = [json.loads(line) for line in (Path(run.workdir) / "metrics.jsonl").read_text().splitlines()]
-    return [{name: x for name, x in row.items() if not name.endswith("per_second")} for row in rows]
+    return [{name: x for name, x in row.items() if name not in MEASURED} for row in rows]
 
 
 def score_of(name: str, rows: list[dict[str, Any]], told: list[Any]) -> dict[str, float]:

@@ -228,7 +228,9 @@ def test_prompts_of_any_length_share_few_programs(monkeypatch):
 
 
 def test_room_grows_with_the_text(monkeypatch):
-    lm = replace(lm_of("rotary"), config=(model := replace(MODELS["rotary"], **LOCAL)), module=Transformer(model))
+    lm = replace(
+        lm_of("rotary"), config=(model := replace(MODELS["rotary"], **LOCAL, max_length=64)), module=Transformer(model)
+    )
     expected = continued("rotary", prompts(), temperature=0, max_new_tokens=44, lm=lm)
     monkeypatch.setattr(generation, "ROOM", 32)
     for rows in (1, 2, 8):
@@ -518,9 +520,9 @@ MISTAKES = {
     "top_p above": (lambda lm: generate(lm, ["the"], max_new_tokens=1, top_p=1.5), "top_p is 1.5; it .* at most 1"),
     "positions": (
         lambda lm: generate(lm, [[1] * 21], max_new_tokens=12),
-        "prompt of 21 tokens and 12 new ones exceed the model's 32 positions; .* at most 11, or .* 'truncate'",
+        "prompt of 21 tokens and 12 new ones exceed the model's 32 positions; .* to 20, ask for at most 11, or .*'trun",
     ),
-    "too long": (lambda lm: generate(lm, [[1] * 40], max_new_tokens=1), "exceed .* at most 0"),
+    "too long": (lambda lm: generate(lm, [[1] * 40], max_new_tokens=1), "exceed .* shorten it to 31, or"),
     "no room": (lambda lm: generate(lm, [[1]], max_new_tokens=32), "max_new_tokens is 32; .* at most 31"),
     "unknown": (lambda lm: generate(lm, [[1]], max_tokens=3), "'max_tokens' is no choice .* 'max_new_tokens'"),
     "kind": (lambda lm: generate(lm, [[1]], top_k="5"), "top_k is '5'; it must be int"),

@@ -22,7 +22,7 @@ FILES = {f: f.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for
 MODULES = {name.removesuffix(".__init__"): file for file, name in FILES.items()}
 
 ORDER = (  # each may import those before it and beside it
-    ("errors", "config", "losses", "metrics", "sharding", "chips", "hlo"),
+    ("errors", "config", "hosts", "losses", "metrics", "sharding", "chips", "hlo"),
     ("pictures", "report"),
     ("nn",),
     ("flops",),
@@ -33,7 +33,7 @@ ORDER = (  # each may import those before it and beside it
     ("lm",),
     ("decode", "beam", "speculative", "generate", "prompts", "inspect", "likelihood", "lm_eval"),
     ("tasks",),
-    ("optimizer", "step", "checkpoint", "assembly"),
+    ("optimizer", "step", "checkpoint", "assembly", "measure"),
     ("folder",),
     ("evaluate", "start", "sweep"),
     ("fit", "plan"),

@@ -76,6 +76,18 @@ def test_every_metric_has_its_picture(tmp_path, evaluation, more):
     assert all(path.read_bytes().startswith(PNG) for path in paths)
 
 
+def test_what_a_run_cost_has_its_pictures(tmp_path):
+    times = {"step_ms_p50": 10.0, "step_ms_p90": 11.0, "step_ms_p99": 20.0}
+    cost = {**times, "mfu": 0.4, "data_share": 0.01, "memory_bytes": 6 * 10**10}
+    rows = [training(step, **cost) for step in range(1, 61)]
+    paths = report.curves(rows, tmp_path)
+    assert {path.stem for path in paths} == ALWAYS | {"mfu", "step_ms", "data_share", "memory_bytes"}
+    page = report.write(write_metrics(tmp_path, rows), {}, {}, None).read_text()
+    assert "median 40.0 %" in page and "median 10 ms" in page and "60 GB" in page
+    rows = [training(step, process_memory_bytes=step) for step in (1, 2)]
+    assert {path.stem for path in report.curves(rows, tmp_path)} == ALWAYS | {"process_memory_bytes"}
+
+
 def test_the_page_is_whole(tmp_path):
     rows = [training(step) for step in range(1, 50)]
     rows += [{"step": step, "eval/loss": 4 - step / 50, "eval/accuracy": step / 100} for step in (20, 40)]

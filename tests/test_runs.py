@@ -31,6 +31,7 @@ from jaxlm.config import MeshConfig
 from jaxlm.errors import RunError, Stopped, UserError
 from jaxlm.fit import fit
 from jaxlm.folder import begin, claim
+from jaxlm.measure import MEASURED
 from jaxlm.nn.transformer import Transformer, init
 from jaxlm.optimizer import make_optimizer
 from jaxlm.step import TrainState
@@ -98,9 +99,9 @@ def stop_after(steps: int):
 
 
 def losses(folder: Path) -> list[dict[str, float]]:
-    """The log without what depends on the clock."""
+    """The log without what depends on the clock and the machine."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: x for name, x in row.items() if not name.endswith("per_second")} for row in rows]
+    return [{name: x for name, x in row.items() if name not in MEASURED} for row in rows]
 
 
 def tensors(folder: Path) -> dict[str, bytes]:
@@ -455,6 +456,7 @@ SAME = {
     "unroll": {"unroll": 2},
     "intervals": {"log_every": 5, "eval_every": 1, "checkpoint_every": 2, "keep": 5},
     "sample": {"sample_prompt": "the", "sample_tokens": 3},
+    "profile": {"profile": 5},
 }
 
 

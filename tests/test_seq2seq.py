@@ -347,7 +347,8 @@ TALKS = [
 
 
 def chat_of(length: int = 80, **fields) -> ChatTask:
-    task = ChatTask(Chat(template=CHATML, **fields), length, 0, tokenizer(False), ())
+    fields |= {"template": CHATML, "decoding": Decoding(max_new_tokens=32)}
+    task = ChatTask(Chat(**fields), length, 0, tokenizer(False), ())
     task.configured(MODELS["llama"])
     return task
 

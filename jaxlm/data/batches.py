@@ -7,7 +7,7 @@ what a step sees.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
@@ -83,10 +83,13 @@ class Batches:
         """Tokens of each unit of the first epoch."""
         return self._epoch(0)[0].lengths
 
-    def batch_at(self, step: int) -> Features:
-        """The fields of batch `step`: [B, T] for tokens, [B, E] for examples; `segments_BT` 0 is padding."""
+    def batch_at(self, step: int, rows: Iterable[int] | None = None) -> Features:
+        """The fields of batch `step`: [B, T] for tokens, [B, E] for examples; `segments_BT` 0 is padding.
+
+        rows: those that are made, the others being left as padding; None: all.
+        """
         batch = self.nothing()
-        for b in range(self.rows):
+        for b in range(self.rows) if rows is None else rows:
             found = self._row(step * self.rows + b)
             if found is not None:
                 epoch, units = found

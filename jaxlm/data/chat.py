@@ -191,7 +191,8 @@ def _source(tokenizer: Tokenizer, asked: str | None, tools: bool) -> str:
         name = "tool_use" if tools and "tool_use" in known else "default"
         if name not in known:
             remedy = f"name one of: {', '.join(sorted(known))}" if known else "add chat_template.jinja beside its files"
-            raise UserError(f"the tokenizer has no {'default ' if known else ''}chat template; {remedy}, by template=")
+            which = "default chat" if known else "chat"
+            raise UserError(f"the tokenizer has no {which} template; {remedy}, by template= (--task.template)")
         source = known[name]
     else:
         source = known.get(asked, asked)

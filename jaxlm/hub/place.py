@@ -56,7 +56,7 @@ def _give_back() -> None:
 def _layout(path: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh | None) -> jax.sharding.Sharding:
     row = parameters.find(path)
     if mesh is None or row is None:
-        return SingleDeviceSharding(jax.devices()[0]) if mesh is None else sharding.replicated(mesh)
+        return SingleDeviceSharding(jax.local_devices()[0]) if mesh is None else sharding.replicated(mesh)
     return sharding.sharding(mesh, row.axes, shape, path)
 
 

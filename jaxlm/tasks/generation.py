@@ -44,7 +44,7 @@ class GenerationTask(RecordTask):
         if model.structure == "encoder":
             raise UserError("the model is an encoder, which writes no text; start from a decoder or an encoder-decoder")
         new = self.decoding.max_new_tokens
-        if model.positions == "learned" and new >= model.max_length:
+        if model.positions in ("learned", "rotary") and new >= model.max_length:
             raise UserError(
                 f"task.decoding.max_new_tokens is {new}, and the model has {model.max_length} positions; lower it to "
                 f"{model.max_length - 1} or less"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -158,7 +158,7 @@ class Mixed:
         self.parts, self.rows = parts, rows
         self.length = next(iter(parts.values())).length
         shares = np.array([weights[name] or part.rows_in_epoch for name, part in parts.items()], float)
-        counts = np.maximum(1, np.floor(_PERIOD * shares / shares.sum())).astype(int)
+        counts = np.maximum(1, np.floor(_PERIOD * shares / max(1, shares.sum()))).astype(int)
         self._pattern = np.random.default_rng((seed, 2)).permutation(np.repeat(np.arange(len(parts)), counts))
         chosen = self._pattern[:, None] == np.arange(len(parts))
         self._before = np.cumsum(chosen, axis=0) - chosen  # rows of each part before a place of the pattern
@@ -174,11 +174,15 @@ class Mixed:
         """Tokens of each unit of all parts."""
         return np.concatenate([part.lengths for part in self.parts.values()])
 
-    def batch_at(self, step: int) -> Features:
+    def nothing(self) -> Features:
+        """A batch of padding."""
+        return _empty(self.parts, self.rows)
+
+    def batch_at(self, step: int, rows: Iterable[int] | None = None) -> Features:
         """The fields of batch `step`, as `Batches.batch_at` has them."""
         batch = _empty(self.parts, self.rows)
         names = list(self.parts)
-        for b in range(self.rows):
+        for b in range(self.rows) if rows is None else rows:
             turn, place = divmod(step * self.rows + b, len(self._pattern))
             k = self._pattern[place]
             row = self.parts[names[k]].batch_at(int(turn * self._counts[k] + self._before[place, k]))
@@ -197,9 +201,9 @@ class Evaluated:
     def __len__(self) -> int:
         return len(self.part)
 
-    def batch_at(self, step: int) -> Features:
+    def batch_at(self, step: int, rows: Iterable[int] | None = None) -> Features:
         """The fields of batch `step`."""
-        found = self.part.batch_at(step)
+        found = self.part.batch_at(step, rows)
         named = {field if field in SHARED else f"{self._name}.{field}": value for field, value in found.items()}
         return _empty(self._parts, self.part.rows) | named
 

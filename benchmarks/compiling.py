@@ -1,0 +1,58 @@
+"""How long the training step takes to compile: by depth, and from the cache.
+
+    python benchmarks/compiling.py
+
+A GPT of width 256, 8 x 128 tokens, of 12 and of 96 layers, each in a process of its own: traced and compiled, and once
+more in a new process from the persistent compilation cache.  Layers are scanned, so that depth should not show.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+
+DEPTHS = (12, 96)
+
+
+def work(layers: int, cache: str) -> None:
+    """Prints the seconds of one compilation, tracing included."""
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    from jaxlm import CausalLM, DataConfig, ModelConfig, RunConfig, plan, sharding
+    from jaxlm.assembly import assemble
+
+    model = ModelConfig(vocabulary=8192, max_length=128, width=256, layers=layers, heads=4)
+    run = RunConfig(model=model, task=CausalLM(), data=DataConfig(path="-", length=128), batch=8)
+    task, config = plan.task_of(run, model)
+    mesh = sharding.make_mesh(run.mesh)
+    made = assemble(run, task, config, mesh)
+    batch = plan.batch_of(run, task, mesh)
+    begun = time.perf_counter()
+    made.train_step.trace(made.like, batch).lower().compile()
+    print(time.perf_counter() - begun)
+
+
+def seconds(layers: int, cache: str) -> float:
+    done = subprocess.run([sys.executable, __file__, "--work", str(layers), cache], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return float(done.stdout.split()[-1])
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--work"]:
+        return work(int(sys.argv[2]), sys.argv[3])
+    first = {}
+    for layers in DEPTHS:
+        with tempfile.TemporaryDirectory() as cache:
+            first[layers], again = (seconds(layers, cache) for _ in range(2))
+        faster = first[layers] / again
+        print(f"{layers} layers: {first[layers]:.2f} s, from the cache {again:.2f} s, {faster:.1f} times faster")
+    print(f"{DEPTHS[1]} layers take {first[DEPTHS[1]] / first[DEPTHS[0]]:.2f} times as long as {DEPTHS[0]}")
+
+
+if __name__ == "__main__":
+    main()

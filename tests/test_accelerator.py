@@ -1,0 +1,160 @@
+"""The benchmark of accelerators runs from end to end, within its time, on what an image with jax and torch has."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILE = ROOT / "benchmarks" / "accelerator.py"
+# What such an image need not have; those of the second line come with transformers.
+MISSING = ["tensorflow_datasets", "array_record", "grain", "tyro", "sentencepiece", "pyarrow", "seqeval", "sacrebleu"]
+MISSING += ["rouge_score", "sklearn", "matplotlib", "tensorboardX", "jinja2"]
+WITH_TRANSFORMERS = ["tokenizers", "safetensors", "huggingface_hub", "torch", "transformers"]
+# Python runs a file of this name at its start, in the processes of the benchmark too.
+WITHOUT = """
+import sys
+from importlib.machinery import PathFinder
+
+class Without:
+    find_distributions = PathFinder.find_distributions
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        return None if name.partition(".")[0] in {missing} else PathFinder.find_spec(name, path, target)
+
+sys.meta_path[:] = [Without if finder is PathFinder else finder for finder in sys.meta_path]
+"""
+
+
+@pytest.fixture
+def without(tmp_path):
+    """`without(names)`: an environment in which these packages are not there."""
+
+    def made(names: list[str]) -> dict[str, str]:
+        (tmp_path / "sitecustomize.py").write_text(WITHOUT.format(missing=set(names)))
+        return os.environ | {"PYTHONPATH": str(tmp_path), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> Any:
+    spec = importlib.util.spec_from_file_location("accelerator", FILE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(environment: dict[str, str], *arguments: str, seconds: float = 60) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(FILE), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds, cwd="/")
+
+
+def test_the_library_trains_and_generates_with_jax_flax_and_optax_alone(without):
+    names = [
+        "assembly",
+        "tasks",
+        "tasks.pretraining",
+        "generate",
+        "families",
+        "flops",
+        "chips",
+        "measure",
+        "fit",
+        "plan",
+    ]
+    code = "import jaxlm; " + "; ".join(f"import jaxlm.{name}" for name in names)
+    environment = without(MISSING + WITH_TRANSFORMERS)
+    environment["PYTHONPATH"] += os.pathsep + str(ROOT)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    done = subprocess.run([sys.executable, "-c", "import tyro"], env=environment, capture_output=True, text=True)
+    assert "No module named 'tyro'" in done.stderr  # the absence is real
+
+
+@pytest.mark.long
+@pytest.mark.parity
+def test_all_of_it_made_small(without, tmp_path):
+    out = tmp_path / "out.json"
+    done = run(without(MISSING), "--tiny", "--out", str(out), "--minutes", "20", seconds=1300)
+    assert not done.returncode, done.stderr
+    results = json.loads(out.read_text())
+    assert not results["ended"], done.stdout
+    for name in ("gpt2", "bert", "llama"):
+        found = results["summary"][name]
+        assert found["ratio"] == found["jaxlm"]["tokens_per_second"] / found["torch"]["tokens_per_second"]
+        assert found["jaxlm"]["parameters"] == found["torch"]["parameters"]
+        # Of random tokens and weights it is the logarithm of the vocabulary; then the one batch is learned by heart.
+        assert all(2 < found[side]["loss"] < math.log(256) + 0.2 for side in ("jaxlm", "torch"))
+        assert len(results["parts"][name]) == 2 and {"jaxlm", "torch"} <= found.keys()
+    assert [one["prompts"] for one in results["summary"]["decode"]] == [1, 16]
+    assert all(one["times_bound"] > 0 for one in results["summary"]["decode"])
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert len(rows) == 2 + 6 + 2 + 2
+    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {10, 6}
+
+
+def test_what_has_no_time_is_cut_off_and_said(without, tmp_path):
+    out = tmp_path / "out.json"
+    done = run(without(MISSING), "--tiny", "--only", "gpt2", "--out", str(out), "--minutes", "0.02")
+    assert done.returncode == 1  # nothing was found
+    ended = json.loads(out.read_text())["ended"]
+    assert ended["gpt2"].startswith("cut off after")
+    assert f"gpt2: {ended['gpt2']}" in done.stdout.splitlines()[-4:]
+
+
+def test_a_machine_without_an_accelerator_is_told(without):
+    done = run(without([*MISSING, "torch"]), "--only", "gpt2")
+    assert done.returncode == 2 and "there is no accelerator here; --tiny" in done.stderr
+
+
+def test_an_unknown_part_is_refused(without):
+    done = run(without(MISSING), "--only", "gpt3")
+    assert done.returncode == 2 and "give some of gpt2,bert,llama,decode" in done.stderr
+
+
+def test_what_is_made_of_the_findings(benchmark):
+    ours = [
+        {"batch": 8, "length": 4, "remat": "none", "attention": "auto", "unroll": 1, **more}
+        for more in (
+            {"tokens_per_second": 50.0, "flops_per_token": 6.0},
+            {"tokens_per_second": 80.0, "flops_per_token": 6.0, "step_ms_p50": 1.0, "step_ms_p99": 2.0},
+            {"refused": "out of memory"},
+        )
+    ]
+    results = {
+        "date": "today",
+        "versions": {"jax": "0.11"},
+        "driver": "570",
+        "ended": {"llama": "cut off after 9 s"},
+        "parts": {
+            "device": [
+                {"kind": "a chip", "platform": "gpu", "peak_flops": 1200.0, "peak_bandwidth": 400.0},
+                {"products": 600.0, "size": 1},
+                {"products": 960.0, "size": 2},
+                {"copies": 200.0, "size": 3},
+            ],
+            "gpt2": ours,
+            "gpt2 torch": [{"batch": 4, "length": 4, "attention": "sdpa", "tokens_per_second": 64.0}],
+            "decode": [{"prompts": 1, "tokens_per_second": 1.0, "step_seconds": 1.0, "step_bytes": 50.0}],
+        },
+    }
+    found = benchmark.summed_up(results)
+    assert found["gpt2"]["ratio"] == 1.25
+    assert found["gpt2"]["jaxlm"]["mfu"] == 0.4 and found["gpt2"]["jaxlm"]["of_products"] == 0.5
+    assert found["gpt2"]["torch"]["mfu"] == 0.32
+    assert found["decode"][0]["bound_seconds"] == 0.25 and found["decode"][0]["times_bound"] == 4
+    text = benchmark.page(results)
+    assert "| gpt2 | jaxlm | 8 x 4, remat none, attention auto, unroll 1 | 80 | 1.0 to 2.0 ms | 40.0% | 50.0% |" in text
+    assert "one a chip, driver 570; jax 0.11" in text and "80% of the known peak" in text
+    assert text.endswith("llama: cut off after 9 s")

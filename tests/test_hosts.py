@@ -1,0 +1,407 @@
+"""Runs of several processes are those of one: the same losses, the same export; and they end together, with a word.
+
+Every run here is tiny, its hosts are processes of this machine that talk by gloo.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlm import CausalLM, UserError, hosts, sharding
+from jaxlm.assembly import lay, rows_here
+from jaxlm.config import MeshConfig
+from jaxlm.data.batches import Batches
+from jaxlm.data.corpus import Corpus
+from jaxlm.measure import MEASURED
+from jaxlm.tasks.pretraining import CausalLMTask
+
+TRAIN = Path(__file__).parent.parent / "train.py"
+CONFIG = """
+from pathlib import Path
+from jaxlm import CausalLM, Classification, DataConfig, ModelConfig, OptimizerConfig, RunConfig, TokenizerConfig
+
+def config(task="causal"):
+    structure = "decoder" if task == "causal" else "encoder"
+    return RunConfig(
+        model=ModelConfig(vocabulary=64, max_length=32, width=32, layers=2, heads=2, dropout=0.1, structure=structure),
+        task=CausalLM() if task == "causal" else Classification(),
+        data=DataConfig(path=str(Path(__file__).parent / f"{task}.{'txt' if task == 'causal' else 'csv'}"), length=32),
+        tokenizer=TokenizerConfig(train="characters"),
+        optimizer=OptimizerConfig(rate=1e-2, beta2=0.99),
+        batch=8, steps=12, log_every=4, checkpoint_every=3, eval_every=6, sample_tokens=0,
+    )
+"""
+GONE_WITHIN = 120  # seconds in which the others hear that a host is lost
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory) -> Path:
+    """A folder with a config, its data, and the cache of all runs here."""
+    folder = tmp_path_factory.mktemp("hosts")
+    draw = random.Random(0)
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "sleeps"]
+    lines = [" ".join(draw.choices(words, k=12)) for _ in range(120)]
+    (folder / "causal.txt").write_text("".join(f"{line}\n" for line in lines))
+    rows = [f"{line[: draw.randint(5, 28)]},{'ab'[line < 'm']}\n" for line in lines]
+    (folder / "classes.csv").write_text("text,label\n" + "".join(rows))
+    (folder / "tiny.py").write_text(CONFIG)
+    return folder
+
+
+class Host:
+    """A process of train.py; what it says is in a file."""
+
+    def __init__(self, place: Path, arguments: tuple[Any, ...], environment: dict[str, str], file: Path, devices: int):
+        self.file = file
+        settings = {
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "JAX_PLATFORMS": "cpu",
+            "JAXLM_CACHE": str(place / "cache"),
+        }
+        command = [sys.executable, str(TRAIN), str(place / "tiny.py"), *map(str, arguments)]
+        with open(file, "w") as said:
+            self.process = subprocess.Popen(
+                command, env=os.environ | settings | environment, stdout=subprocess.DEVNULL, stderr=said
+            )
+
+    def said(self) -> str:
+        return self.file.read_text()
+
+    def wait_for(self, sign: str, seconds: float = 120) -> None:
+        end = time.monotonic() + seconds
+        while sign not in self.said():
+            code = self.process.poll()
+            assert code is None and time.monotonic() < end, f"{code} before it said {sign!r}:\n{self.said()}"
+            time.sleep(0.01)
+
+    def wait(self, code: int, seconds: float = 240) -> str:
+        """What it said until it ended, with this exit code."""
+        found = self.process.wait(seconds)
+        said = self.said()
+        assert found == code, f"ended with {found}:\n{said}"
+        assert "Traceback" not in said, said
+        return said
+
+
+@pytest.fixture
+def start(place, tmp_path):
+    """`start(n, *arguments)`: n hosts of a run, as `Host`s, which do not outlive the test."""
+    begun: list[Host] = []
+
+    def start(
+        count: int, *arguments: Any, devices: int = 1, own: dict[int, tuple[str, ...]] | None = None
+    ) -> list[Host]:
+        address, some = f"localhost:{free_port()}", []
+        for n in range(count):
+            told = {"JAXLM_COORDINATOR": address, "JAXLM_PROCESSES": str(count), "JAXLM_PROCESS": str(n)}
+            file = tmp_path / f"said-{len(begun)}.txt"
+            some.append(Host(place, (*arguments, *(own or {}).get(n, ())), told, file, devices))
+            begun.append(some[-1])
+        return some
+
+    yield start
+    for host in begun:
+        host.process.kill()
+        host.process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        return one.getsockname()[1]
+
+
+def losses(folder: Path) -> list[dict[str, float]]:
+    """The log without what depends on the clock and the machine."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: x for name, x in row.items() if name not in MEASURED} for row in rows]
+
+
+def tensors(folder: Path) -> dict[str, np.ndarray]:
+    from safetensors.numpy import load_file
+
+    return load_file(folder / "export" / "model.safetensors")
+
+
+def assert_alike(ours: Path, theirs: Path, rel: float) -> None:
+    a, b = losses(ours), losses(theirs)
+    assert [row["step"] for row in a] == [row["step"] for row in b]
+    for one, other in zip(a, b, strict=True):
+        assert one == pytest.approx(other, rel=rel)
+    scores = [json.loads((folder / "scores.json").read_text()) for folder in (ours, theirs)]
+    assert scores[0] == pytest.approx(scores[1], rel=rel)
+
+
+# Where a process stands
+
+
+ADDRESS = {"JAXLM_COORDINATOR": "10.0.0.1:1234", "JAXLM_PROCESSES": "4", "JAXLM_PROCESS": "3"}
+SRUN = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_STEP_NODELIST": "n[1-8]", "SLURM_PROCID": "5"}
+PLACES = {
+    "alone": ({}, None),
+    "given": (ADDRESS, hosts.Place("10.0.0.1:1234", 4, 3)),
+    "given one": ({"JAXLM_PROCESSES": "1"}, None),
+    "srun": (SRUN, hosts.Place(None, 8)),
+    "srun of one task": (SRUN | {"SLURM_STEP_NUM_TASKS": "1"}, None),
+    "sbatch without srun": ({name: SRUN[name] for name in SRUN if "STEP" not in name}, None),
+    "srun kept alone": (SRUN | {"JAXLM_PROCESSES": "1"}, None),
+    "given in srun": (SRUN | ADDRESS, hosts.Place("10.0.0.1:1234", 4, 3)),
+    "mpirun": ({"OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:1", "OMPI_COMM_WORLD_SIZE": "2"}, hosts.Place(None, 2)),
+    "mpirun of one": ({"OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:1", "OMPI_COMM_WORLD_SIZE": "1"}, None),
+    "TPU pod": ({"TPU_WORKER_HOSTNAMES": "t0,t1"}, hosts.Place()),
+    "TPU slices": ({"TPU_WORKER_HOSTNAMES": "t0", "MEGASCALE_NUM_SLICES": "2"}, hosts.Place()),
+    "TPU host": ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+    "TPU pod on CPU": ({"TPU_WORKER_HOSTNAMES": "t0,t1", "JAX_PLATFORMS": "cpu"}, None),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_where_a_process_stands(name):
+    environment, place = PLACES[name]
+    assert hosts.place(environment) == place
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"JAXLM_PROCESS": ""}, "JAXLM_COORDINATOR, JAXLM_PROCESSES is set, JAXLM_PROCESS is not; give all three"),
+        ({"JAXLM_PROCESS": "4"}, "JAXLM_PROCESS is '4' of JAXLM_PROCESSES '4'; give numbers"),
+        ({"JAXLM_PROCESSES": "two"}, "JAXLM_PROCESSES 'two'"),
+        ({"JAXLM_COORDINATOR": "10.0.0.1"}, "JAXLM_COORDINATOR is '10.0.0.1'; give HOST:PORT"),
+    ],
+)
+def test_a_place_that_cannot_be(change, message):
+    with pytest.raises(UserError, match=message):
+        hosts.place(ADDRESS | change)
+
+
+# One host is the case of one
+
+
+def test_one_host_waits_for_nobody():
+    assert hosts.is_first() and hosts.told({"a": 1}) == [{"a": 1}]
+    marker = object()
+    assert hosts.first(lambda: marker) is marker and hosts.after_first(lambda: marker) is marker
+    stop = lambda: False
+    assert hosts.agreed(stop) is stop
+    tree = {"a": jax.numpy.ones(3)}
+    assert hosts.whole(tree)["a"] is tree["a"]
+    assert hosts.leave(2) == 2
+    assert not hosts.is_loss(RuntimeError("Connection closed by peer"))
+
+
+@pytest.mark.parametrize(("rows", "k", "n"), [(8, 1, 4), (8, 2, 2), (6, 1, 4), (7, 2, 8)])
+def test_rows_of_all_devices_are_all_rows(rows, k, n):
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:n])
+    assert rows_here(mesh, rows, k) == list(range(rows))
+
+
+def test_rows_of_some_devices_are_those_that_lay_puts_there(monkeypatch):
+    """As on a host with the devices 2 and 3 of 4: what `lay` takes of a batch with those rows alone is the same."""
+    rows, k = 14, 2
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=1), jax.devices()[:4])
+    batch = {"tokens_BT": np.arange(1, rows * 8 + 1, dtype=np.int32).reshape(rows, 8)}
+    there = set(mesh.devices.flat[2:])
+    layout = sharding.batch_sharding(mesh, "B")
+    places = {d: i for d, i in layout.devices_indices_map((k, 8)).items() if d in there}
+    monkeypatch.setattr(type(layout), "addressable_devices_indices_map", lambda *_: places)
+    here = rows_here(mesh, rows, k)
+    monkeypatch.undo()
+    assert here == [4, 5, 6, 7, 12, 13]  # of the micro-batches 0 to 7 and 8 to 15, the last two being padding
+    part = {"tokens_BT": np.zeros_like(batch["tokens_BT"])}
+    part["tokens_BT"][here] = batch["tokens_BT"][here]
+    laid = [lay(mesh, some, k)["tokens_BT"].addressable_shards for some in (part, batch)]
+    for ours, theirs in zip(*laid, strict=True):
+        assert ours.device == theirs.device
+        if ours.device in there:
+            np.testing.assert_array_equal(ours.data, theirs.data)
+
+
+def test_some_rows_of_a_batch_are_those_of_the_whole():
+    corpus = Corpus(np.arange(500, dtype=np.uint16), np.array([0, 200, 500]), np.array([0, 1, 2]), 500)
+    task = CausalLMTask(CausalLM(), 16, 0, None, ())
+    batches = Batches(task.examples(corpus, True), 6, 16, task.most, 0)
+    for step in (0, 3, 40):
+        whole, some = batches.batch_at(step), batches.batch_at(step, [1, 4])
+        for name, value in whole.items():
+            np.testing.assert_array_equal(some[name][[1, 4]], value[[1, 4]])
+            assert not some[name][[0, 2, 3, 5]].any()
+
+
+# Many train as one
+
+TASKS = {"causal": (), "classes": ("classes",)}
+
+
+@pytest.mark.parametrize(
+    ("task", "mesh"),
+    [
+        ("causal", ()),
+        pytest.param("causal", ("--mesh.data", "1", "--mesh.fsdp", "2"), marks=pytest.mark.long),
+        pytest.param("causal", ("--mesh.data", "1", "--mesh.tensor", "2"), marks=pytest.mark.long),
+        pytest.param("classes", (), marks=pytest.mark.long),
+        pytest.param("classes", ("--mesh.data", "1", "--mesh.fsdp", "2"), marks=pytest.mark.long),
+    ],
+    ids=lambda x: " ".join(x) or "data" if isinstance(x, tuple) else x,
+)
+def test_two_processes_train_as_one(start, tmp_path, task, mesh):
+    arguments = (*TASKS[task], *mesh)
+    (one,) = start(1, *arguments, "--workdir", tmp_path / "one", devices=2)
+    one.wait(0)
+    first, second = start(2, *arguments, "--workdir", tmp_path / "two")
+    assert "on 2 cpu device(s)" in first.wait(0)
+    assert second.wait(0) == ""
+    assert_alike(tmp_path / "two", tmp_path / "one", rel=1e-6)
+    ours, theirs = tensors(tmp_path / "two"), tensors(tmp_path / "one")
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-6, atol=1e-6, err_msg=name)
+    names = lambda folder: sorted(path.relative_to(folder).parts[:2] for path in folder.rglob("*") if path.is_file())
+    without = lambda folder: [parts for parts in names(folder) if parts[0] not in ("checkpoints", "tensorboard")]
+    assert without(tmp_path / "two") == without(tmp_path / "one")
+    assert len(list((tmp_path / "two" / "tensorboard").iterdir())) == 1  # of the first host alone
+
+
+@pytest.mark.long
+def test_two_processes_start_from_weights_and_know_when_they_are_done(start, tmp_path):
+    (one,) = start(1, "--workdir", tmp_path / "weights")
+    one.wait(0)
+    begun = ("--init", tmp_path / "weights" / "export")
+    (one,) = start(1, *begun, "--workdir", tmp_path / "one", devices=2)
+    one.wait(0)
+    for said in ("held-out loss", "is finished, at step 12; nothing is left to do"):
+        first, second = start(2, *begun, "--workdir", tmp_path / "two")
+        assert said in first.wait(0)
+        second.wait(0)
+    assert_alike(tmp_path / "two", tmp_path / "one", rel=1e-6)
+
+
+@pytest.mark.long
+def test_a_corrupt_checkpoint_ends_both_and_the_one_before_it_is_next(start, tmp_path):
+    more = ("--workdir", tmp_path / "run", "--mesh.data", "1", "--mesh.fsdp", "2")
+    for host in start(2, *more):
+        host.wait(0)
+    (tmp_path / "run" / "report.html").unlink()
+    top = tmp_path / "run" / "checkpoints" / "12" / "state"
+    for file in [*top.glob("d/*"), *top.glob("ocdbt.process_*/d/*")]:
+        os.truncate(file, 20)
+    both = start(2, *more)
+    assert [host.process.wait(120) for host in both] == [1, 1]
+    assert any("error: checkpoint 12 is corrupt" in host.said() for host in both)
+    assert (tmp_path / "run" / "corrupt" / "12").is_dir()
+    first, second = start(2, *more)
+    assert "resuming  at step 9\n" in first.wait(0)
+    second.wait(0)
+
+
+# They end together
+
+STEPS = ("--steps", "150", "--checkpoint-every", "10", "--eval-every", "50", "--log-every", "5")
+
+
+@pytest.mark.long
+def test_a_signal_to_one_stops_all_at_the_same_step(start, tmp_path):
+    more = ("--workdir", tmp_path / "run", "--steps", "2000", "--checkpoint-every", "1000", "--eval-every", "0")
+    first, second = start(2, *more)
+    first.wait_for("step 8/")
+    second.process.send_signal(signal.SIGTERM)
+    said = [first.wait(143), second.wait(143)]
+    assert "saving after this step" in said[1] and "saving after" not in said[0]
+    stopped = {line for part in said for line in part.splitlines() if line.startswith("stopped at step")}
+    (line,) = stopped
+    (step,) = (path.name for path in (tmp_path / "run" / "checkpoints").glob("[0-9]*"))
+    assert line.startswith(f"stopped at step {int(step):,} of 2,000 and saved")
+    first, second = start(2, *more)
+    first.wait_for(f"resuming  at step {int(step):,}\n")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_that_is_killed_ends_the_other_and_any_number_goes_on(start, tmp_path, victim):
+    (one,) = start(1, *STEPS, "--workdir", tmp_path / "alone", devices=2)
+    one.wait(0)
+    both = start(2, *STEPS, "--workdir", tmp_path / "run")
+    both[0].wait_for("step 65/")
+    both[victim].process.send_signal(signal.SIGKILL)
+    begun = time.monotonic()
+    said = both[1 - victim].wait(1, GONE_WITHIN)
+    print(f"host {1 - victim} ended {time.monotonic() - begun:.1f} s after host {victim} was killed")
+    assert f"error: host {victim} of 2 was lost" in said and "the same command" in said
+    reached = max(int(path.name) for path in (tmp_path / "run" / "checkpoints").glob("[0-9]*") if path.name.isdigit())
+    assert 50 <= reached < 150
+    for count in (1, 2, 4):
+        folder = tmp_path / f"again-{count}"
+        shutil.copytree(tmp_path / "run", folder)
+        again = start(count, *STEPS, "--workdir", folder)
+        said = again[0].wait(0, 400)
+        assert f"resuming  at step {reached}\n" in said and "corrupt" not in said
+        for other in again[1:]:
+            other.wait(0)
+        assert_alike(folder, tmp_path / "alone", rel=1e-4)
+
+
+@pytest.mark.long
+def test_the_hosts_that_are_left_say_which_one_was_lost(start, tmp_path):
+    three = start(3, *STEPS, "--workdir", tmp_path / "run", "--batch", "9")
+    three[0].wait_for("step 20/")
+    three[1].process.send_signal(signal.SIGKILL)
+    for host in (three[0], three[2]):
+        assert "error: host 1 of 3 was lost" in host.wait(1, GONE_WITHIN)
+
+
+# They do not begin
+
+
+def test_hosts_that_disagree_do_not_begin(start, tmp_path):
+    both = start(2, "--workdir", tmp_path / "run", own={1: ("--optimizer.rate", "2e-2", "--seed", "1")})
+    for host in both:
+        said = host.wait(2)
+        assert "hosts 0 and 1 of 2 do not have the same run; they differ in (host 0 | host 1):\n" in said
+        assert "  run.optimizer.rate: 0.01 | 0.02\n" in said and "  run.seed: 0 | 1\n" in said
+        assert "give all hosts the same command" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_coordinator_that_cannot_be_reached(start, place, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXLM_TIMEOUT", "3")
+    address = f"localhost:{free_port()}"
+    told = {"JAXLM_COORDINATOR": address, "JAXLM_PROCESSES": "2", "JAXLM_PROCESS": "1"}
+    begun = time.monotonic()
+    second = Host(place, ("--workdir", tmp_path / "run"), told, tmp_path / "second.txt", 1)
+    said = second.wait(2, 60)
+    assert time.monotonic() - begun < 40
+    assert f"error: host 1 of 2 found no coordinator at {address} in 3 s; start host 0 there, mend JAXLM_COORD" in said
+    assert "JAXLM_TIMEOUT" in said and said.count("\n") == 1
+
+
+def test_a_host_that_does_not_come(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXLM_TIMEOUT", "3")
+    address = f"localhost:{free_port()}"
+    told = {"JAXLM_COORDINATOR": address, "JAXLM_PROCESSES": "2", "JAXLM_PROCESS": "0"}
+    said = Host(place, ("--workdir", tmp_path / "run"), told, tmp_path / "first.txt", 1).wait(2, 60)
+    assert f"error: host 0 of 2 waited 3 s at {address}, and not all hosts came; start all" in said
+
+
+def test_a_coordinator_whose_port_is_taken(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXLM_TIMEOUT", "3")
+    with socket.socket(socket.AF_INET6) as taken:
+        taken.bind(("::", 0))
+        taken.listen()
+        address = f"localhost:{taken.getsockname()[1]}"
+        told = {"JAXLM_COORDINATOR": address, "JAXLM_PROCESSES": "2", "JAXLM_PROCESS": "0"}
+        said = Host(place, ("--workdir", tmp_path / "run"), told, tmp_path / "first.txt", 1).wait(2, 60)
+    assert f"error: host 0 cannot be the coordinator at {address}: Address already in use; give JAXLM_COORD" in said

@@ -1,0 +1,244 @@
+"""What a run says of its own cost: each number is there, is what it says, and changes nothing that is learned."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlm import CausalLM, DataConfig, ModelConfig, OptimizerConfig, RunConfig, TokenizerConfig, chips, flops, measure
+from jaxlm.errors import Stopped, UserError
+from jaxlm.fit import fit
+from jaxlm.measure import MEASURED, Meter, Trace
+from jaxlm.sharding import make_mesh
+
+fit_module = sys.modules["jaxlm.fit"]  # `jaxlm.fit` is the function
+MODEL = ModelConfig(vocabulary=64, max_length=32, width=32, layers=2, heads=2)
+PEAK = 1e12
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch, devices, no_pictures, tmp_path):
+    monkeypatch.setenv("JAXLM_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def known(monkeypatch):
+    """The devices are chips whose peak is `PEAK`."""
+    chip = chips.CHIPS[0]._replace(flops=chips.Constant(PEAK, "FLOP/s", "this test"))
+    monkeypatch.setattr(chips, "find", lambda kind: chip)
+
+
+def a_run(folder: Path, **more: Any) -> RunConfig:
+    text = folder / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 120)
+    values = {
+        "model": MODEL,
+        "task": CausalLM(),
+        "data": DataConfig(path=str(text), length=32),
+        "tokenizer": TokenizerConfig(train="characters"),
+        "batch": 8,
+        "steps": 8,
+        "log_every": 4,
+        "sample_tokens": 0,
+        "compute_dtype": "bfloat16",
+        "workdir": str(folder / "run"),
+    }
+    return RunConfig(**values | more)
+
+
+def lines(run: RunConfig) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (Path(run.workdir) / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "loss" in row]
+
+
+def test_each_line_says_what_its_steps_cost(tmp_path):
+    run = a_run(tmp_path)
+    begun = time.monotonic()
+    fit(run)
+    took = 1000 * (time.monotonic() - begun)
+    for row in lines(run):
+        assert set(MEASURED) - row.keys() == {"mfu", "memory_bytes"}  # nobody knows the peak of a CPU, nor its memory
+        assert 0 < row["step_ms_p50"] <= row["step_ms_p90"] <= row["step_ms_p99"] < took
+        assert 0 <= row["data_share"] <= 1
+        assert 1 << 26 < row["process_memory_bytes"] < 1 << 40
+        assert row["examples_per_second"] > 0
+
+
+def test_the_utilisation_is_model_flops_over_time_and_peak(tmp_path, known):
+    run = a_run(tmp_path)
+    fit(run)
+    D, L, V, T, rows = 32, 2, 64, 32, 8
+    weights = L * 12 * D * D + D * V  # of a layer: 4 D x D around attention, 2 D x 4 D in the MLP
+    step = rows * T * (6 * weights + 12 * L * D * T)  # Chowdhery et al. 2022, appendix B
+    assert step == flops.closed(MODEL, rows, T).step
+    for row in lines(run):
+        # A step's rows are full but where the text ends, so tokens tell the time.
+        per_second = row["mfu"] * PEAK / step * rows * T
+        assert per_second == pytest.approx(row["tokens_per_second"], rel=0.3)
+
+
+@pytest.mark.parametrize(
+    "more", [{"compute_dtype": "float32"}, {"optimizer": OptimizerConfig(freeze="embeddings")}], ids=str
+)
+def test_no_utilisation_where_the_peak_or_the_formula_is_another(tmp_path, known, more):
+    run = a_run(tmp_path, steps=4, **more)
+    fit(run)
+    assert all("mfu" not in row for row in lines(run))
+
+
+def test_a_line_goes_on_where_a_checkpoint_cut_it(tmp_path, monkeypatch):
+    run = a_run(tmp_path, steps=8, log_every=8)
+    left = iter(range(3))
+    with pytest.raises(Stopped):
+        fit(run, stop=lambda: next(left, None) is None)
+    carried = []
+    monkeypatch.setattr(fit_module, "Meter", lambda *given: carried.append(given[2]) or Meter(*given))
+    fit(run)
+    (notes,) = carried
+    assert len(notes["took"]) == 3 and notes["seconds"] > sum(notes["took"]) > 0  # of four steps, the first compiled
+    (row,) = lines(run)
+    assert row["tokens_per_second"] < 8 * 8 * 32 / notes["seconds"]  # the time before counts too
+
+
+def test_a_line_counts_what_was_carried():
+    meter = Meter(make_mesh(RunConfig().mesh), 0, {"seconds": 1000.0, "lost": 250.0, "took": [0.5] * 9})
+    line = meter.line(9)
+    meter.close()
+    assert line["step_ms_p50"] == 500 and line["data_share"] == pytest.approx(0.25, rel=1e-2)
+
+
+def step_of(meter: Meter, made: Any) -> None:
+    next(meter.fed(iter([0])))
+    meter.stepped(made)
+
+
+class Later:
+    """A result that is there when it is told."""
+
+    def __init__(self):
+        self.there = threading.Event()
+
+    def block_until_ready(self):
+        assert self.there.wait(10)
+        return self
+
+
+def test_the_loop_never_waits_and_data_cost_what_the_device_waited(monkeypatch):
+    """By a clock of its own: steps take 2 s; their batches take 1 s, then 5."""
+    now = [0.0]
+    monkeypatch.setattr(measure, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    meter = Meter(make_mesh(RunConfig().mesh))
+    took = meter._took
+
+    def batch(seconds: float):
+        now[0] += seconds
+        yield 0
+
+    def done(result: Later, at: float) -> None:
+        now[0] = at
+        before = meter._unseen
+        result.there.set()
+        while meter._unseen == before:
+            time.sleep(0.001)
+
+    results = [Later() for _ in range(4)]
+    next(meter.fed(batch(1)))  # 0 to 1: the device has nothing to do
+    meter.stepped(results[0])
+    next(meter.fed(batch(1)))  # 1 to 2: the device is busy until 3
+    meter.stepped(results[1])
+    assert meter._unseen == 2  # handed over, neither is done
+    done(results[0], 3)
+    done(results[1], 5)
+    now[0] = 4
+    next(meter.fed(batch(5)))  # 4 to 9: the device was busy until 5
+    meter.stepped(results[2])
+    done(results[2], 11)
+    assert took == [2, 6]  # of the first, which compiles, nothing is said
+    line = meter.line(3)
+    assert line["step_ms_p50"] == 4000 and line["data_share"] == pytest.approx((1 + 4) / 11)
+    now[0] = 21
+    meter.paused(10)  # an evaluation
+    next(meter.fed(batch(1)))
+    meter.stepped(results[3])
+    done(results[3], 24)
+    assert meter.carried() == {"seconds": 3, "lost": 1, "took": [3]}
+    meter.close()
+
+
+def test_a_step_that_fails_ends_no_thread():
+    class Failing:
+        def block_until_ready(self):
+            raise RuntimeError("out of memory")
+
+    meter = Meter(make_mesh(RunConfig().mesh))
+    step_of(meter, Failing())
+    step_of(meter, jax.numpy.ones(3))
+    assert len(meter.carried()["took"]) == 1
+    meter.close()
+
+
+def test_memory_is_that_of_the_fullest_device_where_it_is_known():
+    device = lambda **stats: SimpleNamespace(memory_stats=lambda: stats)
+    assert measure.memory([device(peak_bytes_in_use=3), device(peak_bytes_in_use=5), device()]) == {"memory_bytes": 5}
+    assert measure.memory([SimpleNamespace(memory_stats=lambda: None)]).keys() == {"process_memory_bytes"}
+
+
+def test_percentiles():
+    assert measure.percentiles(np.arange(101) / 1000) == {"step_ms_p50": 50, "step_ms_p90": 90, "step_ms_p99": 99}
+    assert measure.percentiles([]) == {}
+
+
+def test_a_trace_for_tensorboard(tmp_path):
+    run = a_run(tmp_path, profile=2)
+    fit(run)
+    (trace,) = (tmp_path / "run" / "profile").rglob("*.xplane.pb")
+    data = trace.read_bytes()
+    assert b"train" in data and b"step_num" in data
+
+
+@pytest.mark.parametrize(
+    ("count", "started", "steps", "traced"),
+    [
+        (2, 0, 9, [4, 5]),
+        (2, 5, 12, [9, 10]),
+        (3, 0, 4, [2, 3, 4]),
+        (9, 0, 2, [1, 2]),
+        (0, 0, 9, []),
+        (2, 9, 9, []),
+    ],
+)
+def test_which_steps_are_traced(monkeypatch, tmp_path, count, started, steps, traced):
+    on: list[bool] = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: on.append(True))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: on.pop())
+    trace, seen = Trace(tmp_path, count, started, steps), []
+    for step in range(started + 1, steps + 1):
+        trace.before(step, ())
+        seen += [step] * len(on)
+        trace.after(step, ())
+    assert seen == traced and not on
+
+
+def test_a_trace_is_written_where_the_run_ends_early(monkeypatch, tmp_path):
+    ended = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: None)
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: ended.append(True))
+    trace = Trace(tmp_path, 5, 0, 100)
+    trace.before(4, ())
+    trace.close()
+    trace.close()
+    assert ended == [True]
+
+
+def test_a_negative_profile_is_refused(tmp_path):
+    with pytest.raises(UserError, match="profile is -1; it must not be negative"):
+        a_run(tmp_path, profile=-1).check()
