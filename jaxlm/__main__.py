@@ -25,7 +25,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from jaxlm import hosts
+from jaxlm import buckets, hosts
 from jaxlm.config import CausalLM, DataConfig, Decoding, MeshConfig, RunConfig
 from jaxlm.errors import RunError, Stopped, UserError, perhaps
 from jaxlm.sweep import combinations, sweep
@@ -55,6 +55,8 @@ def train(argv: list[str]) -> int:
         if not asked:
             fit(runs[0], stop=stop)
             return 0
+        if buckets.is_address(read([]).workdir):
+            raise UserError(f"workdir is {read([]).workdir}; the runs of a sweep need a folder of this machine")
         trial = lambda n, folder: fit(dataclasses.replace(runs[n], workdir=str(folder)), stop=stop)
         print("\n" + sweep(trials, Path(read([]).workdir), trial, best_of(runs[0])))
     return 0
@@ -361,8 +363,8 @@ def main(argv: list[str] | None = None) -> int:
             hosts.leave_by(error)
             raise
         print(
-            f"error: out of memory: {str(error).splitlines()[0][:300]}; give a smaller --batch or --data.length, "
-            f"more --accumulate, or --remat full",
+            f"error: out of memory: {str(error).splitlines()[0][:300]}; give --remat full, more --accumulate, or a smaller "
+            f"--batch or --data.length; jaxlm plan CONFIG says what takes it",
             file=sys.stderr,
         )
         return hosts.leave(RunError.exit_code, error)

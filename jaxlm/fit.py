@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm import families, hosts, report, sharding
+from jaxlm import buckets, families, hosts, report, sharding
 from jaxlm.assembly import assemble, closed_flops, lay, rows_here
 from jaxlm.checkpoint import Checkpoints, finite
 from jaxlm.config import CausalLM, ModelConfig, RunConfig, to_json
@@ -63,7 +63,11 @@ def fit(
         run = replace(run, model=with_dropout(model.config, run.dropout), dropout=None)
     run.check()
     hosts.agree(run)
-    folder = Path(run.workdir or "runs/unnamed")
+    place = buckets.RunFolder(run.workdir or "runs/unnamed")
+    if place.address and jax.process_count() > 1:
+        raise UserError(f"workdir is {place.address}; many hosts need a folder that all of them see: mount the bucket")
+    place.bring()
+    folder = place.folder
     mesh = sharding.make_mesh(run.mesh)
     resuming, as_given = hosts.first(lambda: claim(run, folder)), run
 
@@ -174,6 +178,7 @@ def fit(
             if saving:
                 notes = {"unlogged": unlogged, "history": history, **meter.carried()}
                 checkpoints.save(state, scores | {"best": history[-1]} if evaluating else None, notes)
+                place.send()  # of what is whole by now
             if stopping or ending:
                 break
         checkpoints.wait()
@@ -193,6 +198,7 @@ def fit(
         trace.close()
         log.close()
         checkpoints.close()
+        place.send()
 
     written = {"step": int(state.step), **scores}
     hosts.first(lambda: write_json(folder / "scores.json", written))
@@ -204,6 +210,7 @@ def fit(
     facts |= {"started from": run.init} if run.init else {}
     facts |= _packing(run, batches)
     hosts.first(lambda: _tell(run, folder, lm, scores, export, int(state.step), facts, mesh, sections))
+    place.send()
     return lm
 
 

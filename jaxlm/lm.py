@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlm import families, sharding
+from jaxlm import buckets, families, sharding
 from jaxlm.config import ModelConfig
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.tokenizer import Tokenizer
@@ -183,7 +183,10 @@ def find(name: str | os.PathLike[str], *, revision: str | None = None, offline: 
 
     Raises UserError where there is none, or where it holds no model yet.
     """
-    folder = fetch(os.fspath(name), revision=revision, offline=offline)
+    address = os.fspath(name)
+    folder = (
+        buckets.model(address) if buckets.is_address(address) else fetch(address, revision=revision, offline=offline)
+    )
     if (folder / "export" / "config.json").exists():
         return folder / "export"
     if not (folder / "config.json").exists():

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxlm import buckets
 from jaxlm.config import DataConfig
 from jaxlm.data import tfds
 from jaxlm.data.clean import clean
@@ -144,6 +145,7 @@ def files(path: str) -> list[Path]:
     so whatever `data.format` is: of a folder with other files beside the data, give a glob.
     Raises UserError when there is none.
     """
+    path = buckets.brought(path)
     if os.path.isfile(path):
         return [Path(path)]
     if os.path.isdir(path):
@@ -176,6 +178,7 @@ def fingerprint(path: str) -> str:
         digest.update(tfds.opened(path).info.full_name.encode())
         return digest.hexdigest()[:16]
     found = files(path)
+    path = buckets.brought(path)
     top = path if os.path.isdir(path) else os.path.commonpath([f.parent for f in found])
     for file in found:
         size = file.stat().st_size

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxlm import buckets
 from jaxlm.config import TokenizerConfig
 from jaxlm.data import pieces, vocabularies
 from jaxlm.errors import UserError
@@ -266,7 +267,7 @@ def load(path: str | Path) -> Tokenizer:
     frame are those that the files name, else those of the tokenizer_class or model_type that they name, else usual
     ones.  Raises UserError for a missing, broken or unfitting file.
     """
-    file = vocabularies.find(Path(path))
+    file = vocabularies.find(Path(buckets.brought(str(path))))
     with vocabularies.readable(file):
         read = vocabularies.read(file)
         make = lambda side: Tokenizer(side.backend, read.special, read.files, read.config, side.divide)
