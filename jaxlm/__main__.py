@@ -363,8 +363,8 @@ def main(argv: list[str] | None = None) -> int:
             hosts.leave_by(error)
             raise
         print(
-            f"error: out of memory: {str(error).splitlines()[0][:300]}; give --remat full, more --accumulate, or a smaller "
-            f"--batch or --data.length; jaxlm plan CONFIG says what takes it",
+            f"error: out of memory: {str(error).splitlines()[0][:300]}; give --remat full, more --accumulate, or a "
+            f"smaller --batch or --data.length; jaxlm plan CONFIG says what takes it",
             file=sys.stderr,
         )
         return hosts.leave(RunError.exit_code, error)
