@@ -108,11 +108,13 @@ def lay(mesh: Mesh, batch: Batch, k: int) -> Batch:
     """A batch [B, ...] on the mesh, as k micro-batches [k, B / k, ...]; where the mesh does not divide the rows that
     there are, with rows of padding.  Of many hosts each lays the rows that `rows_here` names."""
     more = -len(batch["tokens_BT"]) % (k * sharding.ways(mesh, "batch"))
-    whole = lambda x: np.concatenate([x, np.zeros((more, *x.shape[1:]), x.dtype)]) if more else x
-    return {
-        name: hosts.spread(whole(x).reshape(k, -1, *x.shape[1:]), sharding.batch_sharding(mesh, name))
-        for name, x in batch.items()
-    }
+
+    def laid(name: str, x: np.ndarray) -> jax.Array:
+        whole = np.concatenate([x, np.zeros((more, *x.shape[1:]), x.dtype)]) if more else x
+        micro = whole.reshape(k, -1, *x.shape[1:])
+        return hosts.spread(micro, sharding.batch_sharding(mesh, name, micro.shape))
+
+    return {name: laid(name, x) for name, x in batch.items()}
 
 
 def rows_here(mesh: Mesh, rows: int, k: int) -> list[int]:

@@ -248,13 +248,12 @@ def _has_labels(run: RunConfig) -> bool:
 def batch_of(run: RunConfig, task: Task, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of a batch, as `assembly.lay` lays it."""
     batches = task.batches(_nothing(task), run.batch, run.data.length, run.seed)
-    k = run.accumulate
-    return {
-        name: jax.ShapeDtypeStruct(
-            (k, len(x) // k, *x.shape[1:]), x.dtype, sharding=sharding.batch_sharding(mesh, name)
-        )
-        for name, x in batches.nothing().items()
-    }
+
+    def laid(name: str, x: np.ndarray) -> jax.ShapeDtypeStruct:
+        shape = (run.accumulate, len(x) // run.accumulate, *x.shape[1:])
+        return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding.batch_sharding(mesh, name, shape))
+
+    return {name: laid(name, x) for name, x in batches.nothing().items()}
 
 
 def _nothing(task: Task) -> Any:

@@ -123,12 +123,15 @@ def sharding(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...], n
     return NamedSharding(mesh, spec(axes, mesh.axis_names))
 
 
-def batch_sharding(mesh: Mesh, field: str) -> NamedSharding:
+def batch_sharding(mesh: Mesh, field: str, shape: tuple[int, ...] | None = None) -> NamedSharding:
     """Of a batch's field [k, B / k, ...], which its name says the axes of: rows and length are split, micro-batches
-    are not."""
+    are not; nor is, where the shape is given, a length that the mesh does not divide."""
     letters = field.rpartition("_")[2]
-    axes = tuple(LETTERS.get(letter) for letter in letters)
-    return NamedSharding(mesh, PartitionSpec(None, *spec(axes, mesh.axis_names)))
+    axes = [LETTERS.get(letter) for letter in letters]
+    for place, size in enumerate(() if shape is None else shape[1:]):
+        if axes[place] == "length" and size % ways(mesh, "length"):
+            axes[place] = None
+    return NamedSharding(mesh, PartitionSpec(None, *spec(tuple(axes), mesh.axis_names)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

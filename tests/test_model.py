@@ -397,3 +397,12 @@ def test_every_preset_has_a_row_for_each_parameter():
         parameters.rows(jax.eval_shape(partial(init, Transformer(model)), jax.random.key(0)))
     with pytest.raises(ValueError, match=r"decoder/layers/novel .* has no row"):
         parameters.rows({"decoder": {"layers": {"novel": np.ones((2, 3))}}})
+
+
+def test_a_length_that_the_mesh_does_not_divide_is_left_whole():
+    """Such as that of the targets of corrupted texts, which nobody chooses."""
+    mesh = sharding.make_mesh(MeshConfig(1, 1, 2, 4), jax.devices()[:8])
+    of = lambda field, *shape: tuple(sharding.batch_sharding(mesh, field, shape).spec)
+    assert of("tokens_BT", 1, 4, 57) == (None, ("data", "fsdp"), None)
+    assert of("tokens_BT", 1, 4, 56) == (None, ("data", "fsdp"), ("context",))
+    assert of("labels_BEN", 1, 4, 8, 8) == (None, ("data", "fsdp"), None, None)
