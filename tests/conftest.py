@@ -36,7 +36,9 @@ def devices(monkeypatch):
     from jaxlm import sharding
 
     made = sharding.make_mesh
-    some = lambda n: monkeypatch.setattr(sharding, "make_mesh", lambda config: made(config, jax.devices()[:n]))
+    some = lambda n: monkeypatch.setattr(
+        sharding, "make_mesh", lambda config, given=None: made(config, given or jax.devices()[:n])
+    )
     some(1)
     return some
 
