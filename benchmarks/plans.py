@@ -18,7 +18,7 @@ from jaxlm.plan import GIB
 PLANS = {
     # name: (config, topology, further flags)
     "GPT-3 175B": ("gpt3_175b", "v5p:8x8x8", ""),
-    "GPT-3 175B, the least slice": ("gpt3_175b", "v5p:4x4x4", "--batch 32 --mesh.tensor 4"),
+    "GPT-3 175B, the least slice": ("gpt3_175b", "v5p:2x4x4", "--batch 8 --mesh.tensor 4"),
     "Llama 3.1 70B": ("llama_70b", "v5p:8x8x4", ""),
     "Llama 3.1 70B on v6e": ("llama_70b", "v6e:16x16", ""),
     "Llama 3.1 8B, context 8,192": ("llama_8b", "v6e:4x4", ""),
