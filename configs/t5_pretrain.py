@@ -4,6 +4,10 @@ parameters and its tokenizer, from a text of your own.
     python train.py configs/t5_pretrain.py --data.path corpus.txt.gz --workdir runs/my-t5
 
 A line is a document; --data.documents blank_line reads paragraphs.  `--model.width` and its neighbours make it larger.
+
+Measured on 2 CPU cores beside other work (November 2026, seed 0) on 1.26 MB of WikiText-2 (test.txt to train on,
+valid.txt held out) with --steps 150, in 6 min 18 s: held-out loss 4.75 nats a token of the targets, accuracy 0.22, and
+still falling; the whole run was not measured.
 """
 
 from dataclasses import replace
