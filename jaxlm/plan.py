@@ -119,7 +119,6 @@ def plan(run: RunConfig, topology: str = "", name: str = "") -> Plan:
     made = assemble(run, task, config, mesh, kind)
     batch = batch_of(run, task, mesh)
     chip = chips.find(devices[0].device_kind)
-    limit = _limit(devices[0], chip)
     known: dict[str, Any] = {
         "config": name,
         "topology": topology or f"{len(devices)} x {devices[0].device_kind}",
@@ -132,7 +131,7 @@ def plan(run: RunConfig, topology: str = "", name: str = "") -> Plan:
         "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(made.like.params)),
         "parameter_bytes": _bytes(made.like.params),
         "optimizer_bytes": _bytes(made.like.opt_state),
-        "limit_bytes": limit,
+        "limit_bytes": int((chip.usable or chip.hbm).value) if chip else 0,
         "constants": {what: str(constant) for what, constant in (chip.constants if chip else {}).items()},
     }
     counted, formula, model_flops = _model_flops(run, task, config, mesh, kind, batch)
@@ -282,12 +281,6 @@ def _model_flops(
 def _bytes(tree: Any) -> int:
     """Of one device."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def _limit(device: Any, chip: Chip | None) -> int:
-    if chip is not None:
-        return int((chip.usable or chip.hbm).value)
-    return 0
 
 
 def _rate(one: hlo.Collective, mesh: jax.sharding.Mesh, chip: Chip, shape: tuple[int, ...]) -> float:

@@ -35,9 +35,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "layers": (),
 }
 LETTERS = {"B": "batch", "T": "length", "S": "length"}  # axes of a batch's fields, by the letters of their names
-LARGE = (
-    1 << 20
-)  # entries, of one layer; a parameter above this must not lie whole on every device of a mesh that could split it
+# Entries of one layer; a parameter above this must not lie whole on every device of a mesh that could split it.
+LARGE = 1 << 20
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:

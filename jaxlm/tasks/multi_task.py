@@ -158,7 +158,7 @@ class Mixed:
         self.parts, self.rows = parts, rows
         self.length = next(iter(parts.values())).length
         shares = np.array([weights[name] or part.rows_in_epoch for name, part in parts.items()], float)
-        counts = np.maximum(1, np.floor(_PERIOD * shares / max(1, shares.sum()))).astype(int)
+        counts = np.maximum(1, np.floor(_PERIOD * shares / (shares.sum() or 1))).astype(int)
         self._pattern = np.random.default_rng((seed, 2)).permutation(np.repeat(np.arange(len(parts)), counts))
         chosen = self._pattern[:, None] == np.arange(len(parts))
         self._before = np.cumsum(chosen, axis=0) - chosen  # rows of each part before a place of the pattern
