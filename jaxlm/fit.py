@@ -352,7 +352,9 @@ def _size(shapes: Any) -> int:
 def _say_start(run: RunConfig, folder: Path, data: Prepared, batches: Any, size: int, mesh: Any, started: int) -> None:
     rows = ", ".join(f"{count:,} {name}" for name, count in data.rows.items())
     say(f"data      {rows}; {data.train.said} to train on, {data.held_out.said} held out")
-    say(f"model     {size:,} parameters on {mesh.size} {mesh.devices.flat[0].platform} device(s) {dict(mesh.shape)}")
+    split = ", ".join(f"{name} {ways}" for name, ways in mesh.shape.items() if ways > 1)
+    on = f"{mesh.size} {mesh.devices.flat[0].platform} device(s)" + (f", mesh: {split}" if split else "")
+    say(f"model     {size:,} parameters on {on}")
     say(f"run       {run.steps:,} steps of {run.batch} x {run.data.length} tokens, in {folder}")
     for name, value in _packing(run, batches).items():
         say(f"{name:9} {value}")

@@ -176,7 +176,7 @@ def _charts(rows: list[dict[str, Any]]) -> list[Chart]:
         Chart("grad_norm", "Gradient norm", "global norm (log scale)", one("grad_norm"), log=True),
         Chart("tokens_per_second", "Throughput", "tokens per second", one("tokens_per_second"), zero=True),
         Chart("mfu", "Model FLOPs utilisation", "share of the chips' peak (%)", one("mfu"), percent=True, zero=True),
-        Chart("step_ms", "Time of a step", "milliseconds", tuple(took), smooth=False, zero=True),
+        Chart("step_ms", "Time of a step", "milliseconds (log scale)", tuple(took), smooth=False, log=True),
         Chart("data_share", "Waiting for data", "share of the time (%)", one("data_share"), percent=True, zero=True),
         *(
             Chart(key, title, "most held since the start (GB)", one(key), scale=1e-9, smooth=False, zero=True)
