@@ -291,10 +291,8 @@ def plan(argv: list[str]) -> int:
     from jaxlm import chips
 
     file, words, flags = _words(argv, "plan")
-    asked, flags = (
-        {name: name in flags for name in ("--fit", "--json")},
-        [f for f in flags if f not in ("--fit", "--json")],
-    )
+    fits, as_json = "--fit" in flags, "--json" in flags
+    flags = [flag for flag in flags if flag not in ("--fit", "--json")]
     topology = ""
     if "--topology" in flags:
         at = flags.index("--topology")
@@ -309,12 +307,12 @@ def plan(argv: list[str]) -> int:
     for name, value in (chips.SETTINGS if topology else {}).items():
         jax.config.update(name, value)
     tell = lambda line: print(line, file=sys.stderr, flush=True)
-    if asked["--fit"]:
+    if fits:
         plans = planning.fitting(run, topology, str(file), tell)
         made = plans[0] if plans else planning.plan(dataclasses.replace(run, remat="full"), topology, str(file))
     else:
         made = planning.plan(run, topology, str(file))
-    print(json.dumps(planning.as_json(made)) if asked["--json"] else planning.told(made))
+    print(json.dumps(planning.as_json(made)) if as_json else planning.told(made))
     return 0 if made.fits else 1
 
 

@@ -96,7 +96,7 @@ def table(rows: Iterable[Row], mesh: Mapping[str, int] | None = None) -> str:
 
 def _ways(row: Row, mesh: Mapping[str, int]) -> int:
     """Parts that the mesh splits a parameter into."""
-    return math.prod(mesh[over] for axis in row.axes if axis for over in sharding.RULES[axis])
+    return math.prod(sharding.ways_of(mesh, axis) for axis in row.axes)
 
 
 def _on_each(rows: list[Row], mesh: Mapping[str, int] | None) -> list[str]:

@@ -96,14 +96,15 @@ def check(sizes: Mapping[str, int], axes: tuple[str | None, ...], shape: tuple[i
     """Raises UserError where a mesh of these sizes does not divide a parameter, or leaves a large one whole."""
     split = 1
     for axis, size in zip(axes, shape, strict=True):
-        over = RULES[axis] if axis else ()
-        ways = math.prod(sizes.get(m, 1) for m in over)
+        if axis is None:
+            continue
+        ways = ways_of(sizes, axis)
         split *= ways
         if size % ways:
             below = size - size % ways
             near = f"{below}, {below + ways}" if below else f"{ways}"
             raise UserError(
-                f"{name} has {axis} {size}, which the mesh splits {ways} ways over {over}; "
+                f"{name} has {axis} {size}, which the mesh splits {ways} ways over {RULES[axis]}; "
                 f"the nearest sizes that do divide: {near}"
             )
     of_layer = math.prod(size for axis, size in zip(axes, shape) if axis != "layers")
@@ -140,7 +141,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def ways(mesh: Mesh, axis: str) -> int:
     """Number of parts that a logical axis is split into."""
-    return math.prod(mesh.shape.get(over, 1) for over in RULES[axis])
+    return ways_of(mesh.shape, axis)
+
+
+def ways_of(sizes: Mapping[str, int], axis: str | None) -> int:
+    """The same, by the sizes of a mesh's axes; None is not split."""
+    return math.prod(sizes.get(over, 1) for over in RULES[axis]) if axis else 1
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from jaxlm.losses import Sum, binary_cross_entropy, cross_entropy, squared_error
 from jaxlm.nn.transformer import Transformer
 from jaxlm.report import Heatmap, Section
 from jaxlm.tasks.reading import Record, Records, text_of
-from jaxlm.tasks.records import Outputs, RecordTask, framed, mistakes
+from jaxlm.tasks.records import HeadTask, Outputs, framed, mistakes
 from jaxlm.tasks.states import of_examples
 
 _FIELDS: dict[str, dict[str, Any]] = {
@@ -35,7 +35,7 @@ _SCORES = {
 _LARGEST = 1e15  # of a score, as of the numbers of a config: its square is a float32
 
 
-class ClassificationTask(RecordTask):
+class ClassificationTask(HeadTask):
     """`config.Classification`, by the head "classes" over the state that stands for each example."""
 
     head = "classes"

@@ -20,11 +20,11 @@ from jaxlm.losses import Sum
 from jaxlm.nn.transformer import Transformer
 from jaxlm.report import Section
 from jaxlm.tasks.reading import Record, Records, column, text_of
-from jaxlm.tasks.records import Outputs, RecordTask, framed, mistakes
+from jaxlm.tasks.records import HeadTask, Outputs, framed, mistakes
 from jaxlm.tasks.states import of_examples
 
 
-class MultipleChoiceTask(RecordTask):
+class MultipleChoiceTask(HeadTask):
     """`config.MultipleChoice`, by the head "classes" with one output: the score of an option.
 
     A unit is a question's options, each an example `question, option` of its own; the softmax is over the unit.

@@ -17,13 +17,13 @@ from jaxlm.errors import UserError
 from jaxlm.losses import Sum
 from jaxlm.report import Section
 from jaxlm.tasks.reading import Record, Records, text_of
-from jaxlm.tasks.records import Outputs, RecordTask, mistakes, stand_in
+from jaxlm.tasks.records import HeadTask, Outputs, mistakes, stand_in
 
 _BEST = 20  # starts and ends of a window that are combined
 _NEVER = float(np.finfo(np.float32).min)  # margin of a text without any span: below every threshold
 
 
-class QuestionAnsweringTask(RecordTask):
+class QuestionAnsweringTask(HeadTask):
     """`config.QuestionAnswering`, by the head "span".
 
     A text too long for a row is read through several windows that overlap; each is an example `question, window`.  A

@@ -5,9 +5,10 @@ A task says what differs from one to the next, each in a method of a few lines:
     read       a row of a file as a record, or an error that says what is wrong with it
     names      what the outputs of the head mean, found in the training records
     features   a record as packed examples: tokens, and labels under names that say their axes
-    head       which head of the model gives the logits
-    loss       the sum over a batch, and its weight
-    outputs    what is kept of each example or token of a batch
+    losses_of  sums over a batch, and what is kept of its examples; of a `HeadTask`, which reads the logits of one head:
+                   head     which head of the model gives them
+                   loss     the sum over a batch, and its weight
+                   outputs  what is kept of each example or token of a batch
     predict    a record's outputs as its prediction
     score      predictions against records: the scores of the field
 
@@ -50,7 +51,6 @@ class RecordTask(Task):
     scores: tuple[str, ...] = ("accuracy",)
     fields: Mapping[str, type] = {}  # of features, beside tokens_BT and types_BT
     kept: tuple[str, ...] = ()  # further features, per token, that `predict` wants back
-    method: Any = None  # of the module, that applies the head; None: the one that is called like it
 
     def __init__(self, task: Any, length: int, seed: int, tokenizer: Tokenizer, labels: tuple[str, ...] = ()):
         self.task, self.length, self.seed, self.tokenizer, self.labels = task, length, seed, tokenizer, labels
@@ -105,24 +105,6 @@ class RecordTask(Task):
     def features(self, records: Sequence[Record], training: bool) -> Iterator[list[list[Features]]]:
         """For each record its units, for each unit its examples.  A record without a label gives none."""
 
-    def logits(
-        self, module: Transformer, params: Any, x_BTD: jax.Array, batch: Batch, key: jax.Array | None
-    ) -> jax.Array:
-        """What the head says of each token."""
-        return self.read_off(module, params, x_BTD, key)
-
-    def read_off(self, module: Transformer, params: Any, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        """The head on some hidden states."""
-        return apply(module, params, x, method=self.method or self.head, key=key)
-
-    def loss(self, logits: jax.Array, batch: Batch, training: bool) -> Sum:
-        """Its sum over a batch, and the weight to divide it by."""
-        raise NotImplementedError(f"{type(self).__name__} has `losses_of` of its own")
-
-    def outputs(self, logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
-        """Arrays [B, E, ...] or [B, T, ...], under names that say so."""
-        raise NotImplementedError(f"{type(self).__name__} has `losses_of` of its own")
-
     @abstractmethod
     def predict(self, record: Record, outputs: Outputs) -> Row:
         """Columns of a prediction; those that begin with an underscore are for `score` alone."""
@@ -156,12 +138,11 @@ class RecordTask(Task):
         """The loss, and in evaluation (`key` is None) the outputs."""
         return self.losses_of(module, params, hidden(module, params, batch, key), batch, key)
 
+    @abstractmethod
     def losses_of(
         self, module: Transformer, params: Any, x_BTD: jax.Array, batch: Batch, key: jax.Array | None
     ) -> Losses:
         """`losses`, from the hidden states of the batch."""
-        logits = self.logits(module, params, x_BTD, batch, key)
-        return {"loss": self.loss(logits, batch, key is not None)}, self.outputs(logits, batch) if key is None else {}
 
     def predictions(self, records: Sequence[Record], batches: Any, outputs: Sequence[Any]) -> list[Row]:
         """The prediction for each record, in order, from the outputs of each unit."""
@@ -184,6 +165,37 @@ class RecordTask(Task):
     ) -> tuple[dict[str, float], list[Row]]:
         found, means = self.tell(lm, see, batches, part.records)
         return {"loss": means["loss"], **self.score(part.records, found)}, found
+
+
+class HeadTask(RecordTask):
+    """Base of the tasks whose predictions are read off the logits of one head."""
+
+    method: Any = None  # of the module, that applies the head; None: the one that is called like it
+
+    def logits(
+        self, module: Transformer, params: Any, x_BTD: jax.Array, batch: Batch, key: jax.Array | None
+    ) -> jax.Array:
+        """What the head says of each token."""
+        return self.read_off(module, params, x_BTD, key)
+
+    def read_off(self, module: Transformer, params: Any, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        """The head on some hidden states."""
+        return apply(module, params, x, method=self.method or self.head, key=key)
+
+    @abstractmethod
+    def loss(self, logits: jax.Array, batch: Batch, training: bool) -> Sum:
+        """Its sum over a batch, and the weight to divide it by."""
+
+    @abstractmethod
+    def outputs(self, logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+        """Arrays [B, E, ...] or [B, T, ...], under names that say so."""
+
+    def losses_of(
+        self, module: Transformer, params: Any, x_BTD: jax.Array, batch: Batch, key: jax.Array | None
+    ) -> Losses:
+        """`losses`, from the hidden states of the batch."""
+        logits = self.logits(module, params, x_BTD, batch, key)
+        return {"loss": self.loss(logits, batch, key is not None)}, self.outputs(logits, batch) if key is None else {}
 
 
 def mistakes(head: tuple[str, ...], wrong: list[tuple[float, list[str]]], count: int, what: str) -> Table:

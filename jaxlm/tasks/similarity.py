@@ -17,11 +17,11 @@ from jaxlm.errors import UserError
 from jaxlm.losses import Sum, squared_error
 from jaxlm.nn.transformer import Transformer
 from jaxlm.tasks.reading import Record, text_of
-from jaxlm.tasks.records import Outputs, RecordTask, framed
+from jaxlm.tasks.records import HeadTask, Outputs, framed
 from jaxlm.tasks.states import of_examples
 
 
-class SimilarityTask(RecordTask):
+class SimilarityTask(HeadTask):
     """`config.Similarity`.  A unit is the two texts of a pair, which do not see each other; the first is labelled.
 
     cosine: the squared difference of the pair's cosine and its score (Reimers & Gurevych 2019).

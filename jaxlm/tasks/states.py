@@ -39,7 +39,7 @@ def word_losses(
     V, ways = module.config.vocabulary, module.constrain.ways
     B, T, _ = x_BTD.shape
     entries = B * T * V // (ways("batch") * ways("length") * ways("vocabulary"))
-    parts = min(T, -(-entries // MOST_LOGITS))
+    parts = min(T, max(1, -(-entries // MOST_LOGITS)))
     # Rather some more parts than padding.
     parts = next((n for n in range(parts, 2 * parts) if T % (n * ways("length")) == 0), parts)
     if parts == 1:

@@ -17,10 +17,10 @@ from jaxlm.errors import UserError
 from jaxlm.losses import Sum, cross_entropy
 from jaxlm.report import Bars, Section, Table
 from jaxlm.tasks.reading import Record, Records, column
-from jaxlm.tasks.records import Outputs, RecordTask, mistakes, stand_in
+from jaxlm.tasks.records import HeadTask, Outputs, mistakes, stand_in
 
 
-class TaggingTask(RecordTask):
+class TaggingTask(HeadTask):
     """`config.Tagging`, by the head "tokens": the first token of each word is labelled with the word's tag.
 
     Tags are learned, and predicted, as IOB2.  A sentence longer than a row is cut between words into several examples.
