@@ -26,7 +26,7 @@ PLANS = {
     "GPT-2 124M": ("gpt2_124m", "v5e:2x2", "--remat none --batch 64"),
     "BERT-large": ("bert_large", "v5e:2x2", "--remat dots --batch 112"),
     "T5 v1.1 XXL": ("t5_xxl", "v5p:4x4x4", ""),
-    "BERT-base, fine-tuned (Colab)": ("finetune_csv", "v5e:1x1", f"{COLAB} --remat full --batch 2048"),
+    "BERT-base, fine-tuned (Colab)": ("finetune_csv", "v5e:1x1", f"{COLAB} --remat full --batch 2560"),
     "the same, nothing recomputed": ("finetune_csv", "v5e:1x1", f"{COLAB} --remat none --batch 128"),
 }  # fmt: skip
 HEAD = (
