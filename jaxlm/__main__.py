@@ -30,13 +30,15 @@ from jaxlm.config import CausalLM, DataConfig, Decoding, MeshConfig, RunConfig
 from jaxlm.errors import RunError, Stopped, UserError, perhaps
 from jaxlm.sweep import combinations, sweep
 
+ROOT = Path(__file__).parent
+CONFIGS = ROOT / "configs" if (ROOT / "configs").is_dir() else ROOT.parent / "configs"  # of a wheel; of the repository
 LARGE_ON_CPU = 50_000_000  # parameters; from here on one CPU device serves all cores,
 # As from here on, by the tokens of an update: MiniLM on SST-2 takes 206 ms an update instead of 325.
 LARGE_BY_TOKEN = 5_000
 
 
 def train(argv: list[str]) -> int:
-    """Train what a config file says: jaxlm train configs/NAME.py [--field value ...] [--sweep FIELD=A,B ...]."""
+    """Train what a config says: jaxlm train CONFIG [--field value ...] [--sweep FIELD=A,B ...]."""
     file, words, flags = _words(argv)
     flags, asked = _swept(flags)
     read = lambda more: _overridden(_config(file, words), flags + more, f"train.py {' '.join([str(file), *words])}")
@@ -287,7 +289,7 @@ def inspect(argv: list[str]) -> int:
 
 
 def plan(argv: list[str]) -> int:
-    """Say what a run needs on chips that are not here: jaxlm plan configs/NAME.py --topology v5e:4x4 [--fit]."""
+    """Say what a run needs on chips that are not here: jaxlm plan CONFIG --topology v5e:4x4 [--fit]."""
     from jaxlm import chips
 
     file, words, flags = _words(argv, "plan")
@@ -400,8 +402,10 @@ def _stopping() -> Iterator[Callable[[], bool]]:
 def _words(argv: list[str], verb: str = "train") -> tuple[Path, list[str], list[str]]:
     """A config file, what `config` takes, and the flags behind them."""
     if not argv or argv[0].startswith("-"):
-        said = "train.py" if verb == "train" else f"jaxlm {verb}"
-        raise UserError(f"{verb} takes a config file first: {said} configs/NAME.py [--field value ...]")
+        own = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.py")))
+        raise UserError(
+            f"{verb} takes a config first: jaxlm {verb} CONFIG [--field value ...]; that is a file, or one of {own}"
+        )
     words = list(takewhile(lambda word: not word.startswith("-"), argv[1:]))
     return Path(argv[0]), words, argv[1 + len(words) :]
 
@@ -426,10 +430,17 @@ def _overridden(default: Any, flags: list[str], prog: str) -> Any:
 
 
 def _config(file: Path, words: list[str] | None = None) -> RunConfig:
-    """What the `config(*words)` of a file returns, with a run folder named after the file and the words."""
+    """What the `config(*words)` of a file returns, with a run folder named after the file and the words.
+
+    `quickstart`, where there is no such file, is the one of jaxlm's own configs.
+    """
+    own = CONFIGS / f"{file}.py"
+    if not file.is_file() and own.parent == CONFIGS and own.is_file():
+        file = own
     if not file.is_file():
-        known = [path.name for path in file.parent.glob("*.py")] if file.parent.is_dir() else []
-        raise UserError(f"there is no config file {file}" + (perhaps(file.name, known) if known else ""))
+        files = file.parent.glob("*.py") if file.suffix == ".py" else CONFIGS.glob("*.py")
+        known = [path.name if file.suffix == ".py" else path.stem for path in files]
+        raise UserError(f"there is no config {file}" + (perhaps(file.name, known) if known else ""))
     words = words or []
     config = runpy.run_path(str(file)).get("config")
     if not callable(config):

@@ -62,7 +62,9 @@ def here(tmp_path, monkeypatch) -> Path:
 # What is given, and what the message must say: the value, the limit, the remedy.
 MISTAKES = {
     "no config given": ([], ["config file", "train.py configs/NAME.py"]),
-    "missing config": (["tony.py"], ["no config file tony.py", "perhaps you meant 'tiny.py'"]),
+    "missing config": (["tony.py"], ["no config tony.py", "perhaps you meant 'tiny.py'"]),
+    "missing name": (["quikstart"], ["no config quikstart", "perhaps you meant 'quickstart'"]),
+    "nothing": ([], ["train takes a config first", "shakespeare_char"]),
     "config without config()": (["no_config.py"], ["no_config.py", "config()", "RunConfig"]),
     "missing data": (["tiny.py", "--data.path", "test.txt"], ["'test.txt'", "perhaps you meant 'text.txt'"]),
     "no data": (["tiny.py", "--data.path", ""], ["data.path is empty", "--data.path"]),
@@ -135,7 +137,7 @@ VERBS = {
     "no export": (["generate", "unfinished"], ["unfinished", "no export yet"]),
     "nothing to inspect": (["inspect", "gone"], ["gone is no folder"]),
     "no model to inspect": (["inspect", "foreign"], ["foreign", "config.json"]),
-    "inspect a config": (["inspect", "tony.py"], ["no config file tony.py", "'tiny.py'"]),
+    "inspect a config": (["inspect", "tony.py"], ["no config tony.py", "'tiny.py'"]),
     "convert nothing": (["convert", "gone", "new"], ["gone is no folder"]),
     "convert onto files": (["convert", "model", "foreign"], ["foreign exists and is not empty", "overwritten"]),
     "shards of nothing": (["convert", "model", "new", "--shard-gb", "0"], ["--shard-gb is 0.0", "above 0"]),

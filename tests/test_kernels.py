@@ -193,6 +193,28 @@ def test_cudnn_gets_the_right_masks(causal, window, mesh, monkeypatch):
     assert_same(ours, theirs(q_BTHC, k_BSKC, v_BSKC), 1e-5)
 
 
+@pytest.mark.parametrize("H, K, C", [(2, 2, 64), (4, 2, 128), (4, 1, 256), (2, 2, 40)])
+@pytest.mark.parametrize("T, lengths", [(T, LENGTHS), (61, ((30, 20), (61,)))])
+@pytest.mark.parametrize("causal, window", [(True, None), (False, None), (True, 30), (False, 30)])
+def test_cudnn_is_xla_on_a_gpu(causal, window, T, lengths, H, K, C):
+    """Beside XLA's attention in float32.  Needs a GPU: JAX_PLATFORMS=cuda pytest tests/test_kernels.py -k on_a_gpu."""
+    if jax.default_backend() != "gpu":
+        pytest.skip("there is no GPU here")
+    chip, how = chip_of(None), {"causal": causal, "window": window, "scale": 0.2}
+    qkv = drawn((B, T, H, C), (B, T, K, C), (B, T, K, C), dtype=jnp.bfloat16)
+    (g_BTHC,) = drawn((B, T, H, C))
+    segments_BT = segments(lengths, T)
+    if reason := why_not("cudnn", chip, None, *qkv[:2]):
+        assert C > 128, reason
+        pytest.skip(reason)
+    ours = read(lambda q, k, v: fused("cudnn", None, q, k, v, segments_BT, segments_BT, **how), segments_BT, g_BTHC)
+    theirs = read(partial(xla, segments_BT=segments_BT, **how, cap=0.0), segments_BT, g_BTHC)
+    with jax.default_matmul_precision("highest"):
+        expected = theirs(*(x.astype(jnp.float32) for x in qkv))
+    assert "fmha" in ours.lower(*qkv).compile().as_text()
+    assert_same(ours(*qkv), expected, 2e-2)
+
+
 @pytest.mark.parametrize("mesh", [None, "data2_tensor2", "fsdp2_tensor2_context2"])
 def test_cudnn_lowers_for_a_gpu(mesh, monkeypatch):
     """Not compiled or run: that takes a GPU."""

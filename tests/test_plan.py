@@ -185,7 +185,7 @@ def test_the_verb_says_what_does_not_fit():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ((), "plan takes a config file first: jaxlm plan configs/NAME.py"),
+        ((), "plan takes a config first: jaxlm plan CONFIG"),
         (("configs/quickstart.py", "--topology", "v5x:2x2"), "unknown chip"),
         (("configs/quickstart.py", "--topology", "v5e:3x3"), "a shape that there is not; there are v5e: 1x1 2x2"),
         (("configs/quickstart.py", "--topology"), "not of the form CHIP:SHAPE"),
