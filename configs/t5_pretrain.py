@@ -5,9 +5,10 @@ parameters and its tokenizer, from a text of your own.
 
 A line is a document; --data.documents blank_line reads paragraphs.  `--model.width` and its neighbours make it larger.
 
-Measured on 2 CPU cores beside other work (November 2026, seed 0) on 1.26 MB of WikiText-2 (test.txt to train on,
-valid.txt held out) with --steps 150, in 6 min 18 s: held-out loss 4.75 nats a token of the targets, accuracy 0.22, and
-still falling; the whole run was not measured.
+Measured so on one H100 (November 2026, seed 0) on WikiText-2's test part and the abstracts of SciTLDR's training part,
+3.4 MB together, with WikiText-2's validation part held out: 2,000 steps in 59 s beside other runs, held-out loss 4.20
+nats a token of the targets, accuracy 0.313.  Muon at 1e-2 comes to 4.15 and 0.313; Adafactor, which T5 was trained by,
+at 5e-3 with an inverse square root to 4.75 and 0.216: it wants more steps.  On 2 CPU cores a step takes 2.5 s.
 """
 
 from dataclasses import replace
@@ -32,7 +33,7 @@ def config() -> RunConfig:
         task=SpanCorruption(),
         data=DataConfig(length=256),
         tokenizer=TokenizerConfig(sentinels=100),
-        optimizer=OptimizerConfig(name="adafactor", rate=5e-3, schedule="inverse_sqrt", warmup=0.1, weight_decay=0.0),
+        optimizer=OptimizerConfig(rate=2e-3, schedule="linear", warmup=0.1, final=0.0, weight_decay=0.0),
         batch=16,
         steps=2000,
         log_every=50,

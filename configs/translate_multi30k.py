@@ -9,7 +9,10 @@ misconceived reasons": 4 + 4 layers of width 128; one vocabulary for both langua
 
 Measured so on 2 CPU cores (November 2026, seed 0): sacreBLEU 30.26, chrF 54.19 on test_2016_flickr (beams 5,
 nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0), after 12 epochs in 40 min 49 s beside other work, which had
-half of the machine.  On the validation part the score still rose; a longer run was not measured.
+half of the machine.  On the validation part the score still rose.
+
+With more time, --epochs 50 --model.dropout 0.2 --model.vocabulary 8000, measured on one H100 (November 2026, seed 0):
+sacreBLEU 37.27, chrF 62.77 on test_2016_flickr, in 2 min 47 s beside other runs on the same GPU.
 """
 
 from dataclasses import replace

@@ -92,22 +92,29 @@ def _pack_two_sides(sizes: np.ndarray, counts: np.ndarray, length: np.ndarray, m
     """As `_pack_window`, for examples of `sizes` [n, 2] in rows of `length` [2]: largest first by their larger share of
     a row, each into the open row that has the least space left by the share of both sides together."""
     rows: list[list[int]] = []
-    spaces = np.zeros((0, 2), np.int64)  # of the open rows
-    held = np.zeros(0, np.int64)  # examples in them
-    index = np.zeros(0, np.int64)  # of them in `rows`
-    least, largest = sizes.min(0, initial=1 << 30), int(counts.max(initial=1))
+    held: list[int] = []  # examples in each row
+    largest, least = int(counts.max(initial=1)), sizes.min(0, initial=1 << 30).tolist()
+    # The first `n` of these are the open rows: the space left on each side, its share of a row, and which row it is.
+    left, right = np.zeros(len(sizes), np.int64), np.zeros(len(sizes), np.int64)
+    shares, index, n = np.zeros(len(sizes)), np.zeros(len(sizes), np.int64), 0
     for i in np.argsort(-(sizes / length).max(1), kind="stable").tolist():
-        fits = np.flatnonzero((spaces >= sizes[i]).all(1))
+        one, other = sizes[i].tolist()
+        fits = np.flatnonzero((left[:n] >= one) & (right[:n] >= other))
         if len(fits):
-            at = fits[(spaces[fits] / length).sum(1).argmin()]
+            at = int(fits[shares[fits].argmin()])
         else:
+            at, n = n, n + 1
+            left[at], right[at], index[at] = *length, len(rows)
             rows.append([])
-            at = len(spaces)
-            spaces, held = np.concatenate([spaces, length[None]]), np.append(held, 0)
-            index = np.append(index, len(rows) - 1)
-        rows[index[at]].append(i)
-        spaces[at] -= sizes[i]
-        held[at] += counts[i]
-        if (spaces[at] < least).any() or held[at] + largest > most:
-            spaces, held, index = np.delete(spaces, at, 0), np.delete(held, at), np.delete(index, at)
+            held.append(0)
+        row = index[at]
+        rows[row].append(i)
+        held[row] += int(counts[i])
+        left[at] -= one
+        right[at] -= other
+        shares[at] = left[at] / length[0] + right[at] / length[1]
+        if left[at] < least[0] or right[at] < least[1] or held[row] + largest > most:
+            n -= 1  # the row is closed, and the last of the open ones takes its place
+            for of_open in (left, right, shares, index):
+                of_open[at] = of_open[n]
     return rows
