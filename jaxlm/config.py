@@ -383,7 +383,7 @@ class Seq2Seq:
     An encoder-decoder reads the source in its encoder.  A decoder reads it first and learns what comes after it alone.
     """
 
-    source: str = "source"  # column of the text that is read
+    source: str = "source"  # column of the text that is read, or an entry of one, such as "translation.en"
     target: str = "target"  # column of the text, or a list of texts as good as each other, that is to be written
     prefix: str = ""  # put before each source, such as "translate English to German: "
     suffix: str = ""  # put after each source, such as " TL;DR:"

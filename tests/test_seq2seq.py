@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 from dataclasses import replace
 from functools import lru_cache, partial
 
@@ -324,6 +325,51 @@ def test_bad_rows(row, fields, message):
 def test_sentences_and_several_targets():
     record = Seq2SeqTask.read(Seq2Seq(), {"source": ["One.", "Two."], "target": ["a", "b"]}, Place("rows", 1))
     assert record == {"source": "One. Two.", "label": ("a", "b")}
+
+
+NESTED = {"id": 1, "translation": {"en": "a fox", "de": "ein Fuchs"}}
+
+
+def test_entries_of_a_column():
+    """As the translations of the hub's data sets are."""
+    fields = {"source": "translation.en", "target": "translation.de"}
+    record = Seq2SeqTask.read(Seq2Seq(**fields), NESTED, Place("rows", 1))
+    assert record == {"source": "a fox", "label": ("ein Fuchs",)}
+    assert Seq2SeqTask.read(Seq2Seq(source="translation.en", target="x"), NESTED, Place("rows", 1)) == {
+        "source": "a fox"
+    }
+    with pytest.raises(UserError, match="no column 'translation.fr'.* are 'id', 'translation.en', 'translation.de'"):
+        Seq2SeqTask.read(Seq2Seq(source="translation.fr"), NESTED, Place("rows", 1))
+
+
+@pytest.mark.filterwarnings("ignore")  # tfds and what it imports warn of themselves
+@pytest.mark.parametrize("nested", [False, True])
+def test_translations_of_tfds(nested, tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    pair = tfds.features.Translation(("en", "yo"))
+    rows = [{"en": "good morning", "yo": "ẹ káàárọ̀"}, {"en": "thank you", "yo": "ẹ ṣé"}]
+
+    class TinyPairs(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = tfds.features.FeaturesDict({"translation": pair}) if nested else pair
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            yield from enumerate({"translation": row} if nested else row for row in rows)
+
+    builder = TinyPairs(data_dir=tmp_path, file_format="array_record")
+    builder.download_and_prepare()
+    before = "translation." if nested else ""
+    task = Seq2Seq(source=f"{before}en", target=f"{before}yo")
+    found = source.rows(str(builder.data_path), DataConfig(text=task.source), "train")
+    records = [Seq2SeqTask.read(task, row, place) for place, row in found]
+    assert sorted(record["label"][0] for record in records) == sorted(row["yo"] for row in rows)
+    assert "tensorflow" not in sys.modules
 
 
 # Conversations

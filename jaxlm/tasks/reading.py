@@ -142,12 +142,21 @@ def _trained(run: RunConfig, kind: type[RecordTask], part: Records, say: Callabl
 
 
 def column(row: Row, name: str, place: Place, option: str) -> Any:
-    """The value of a column.  Raises UserError, with those that there are, where it is not there."""
-    if name not in row:
-        raise UserError(
-            f"{place}: there is no column {name!r}; the columns are {', '.join(map(repr, row))}; choose with {option}"
-        )
-    return row[name]
+    """The value that `cell` finds.  Raises UserError, with the columns that there are, where there is none."""
+    value = cell(row, name)
+    if value is None and name not in row:
+        entries = [
+            [f"{key}.{entry}" for entry in held] if isinstance(held, dict) else [key] for key, held in row.items()
+        ]
+        known = ", ".join(map(repr, chain.from_iterable(entries)))
+        raise UserError(f"{place}: there is no column {name!r}; the columns are {known}; choose with {option}")
+    return value
+
+
+def cell(row: Row, name: str) -> Any:
+    """The value of a column; of a column that holds several under names, `translation.de`; None where there is none."""
+    column, _, entry = name.partition(".")
+    return cell(row[column], entry) if name not in row and isinstance(row.get(column), dict) else row.get(name)
 
 
 def text_of(row: Row, name: str, place: Place, option: str = "--task.text") -> str:

@@ -14,7 +14,7 @@ from jaxlm.data.formats import Place, Row
 from jaxlm.errors import UserError
 from jaxlm.report import Section
 from jaxlm.tasks.generation import GenerationTask, shown
-from jaxlm.tasks.reading import Record, Records, column
+from jaxlm.tasks.reading import Record, Records, cell, column
 from jaxlm.tasks.records import stand_in
 
 _SCORE: dict[str, tuple[tuple[str, ...], Callable[..., dict[str, float]]]] = {
@@ -37,7 +37,7 @@ class Seq2SeqTask(GenerationTask):
     @classmethod
     def read(cls, task: config.Seq2Seq, row: Row, place: Place) -> Record | None:
         record: Record = {"source": _text(column(row, task.source, place, "--task.source"), place, task.source)}
-        value = row.get(task.target)
+        value = cell(row, task.target)
         if value is not None:
             several = value if isinstance(value, (list, tuple, np.ndarray)) else [value]
             record["label"] = tuple(_text(text, place, task.target) for text in several)
