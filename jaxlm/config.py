@@ -101,7 +101,13 @@ class ModelConfig:
     dropout: float = 0.0  # on embeddings and on the output of each sub-layer, while training
     attention_dropout: float = 0.0  # on attention weights, while training
     initial_std: float = 0.02  # standard deviation of initial weights
+    initial_by_inputs: bool = False  # of embeddings alone: a matrix has 1 / sqrt(inputs) in place of it (T5)
     scale_residual_init: bool = True  # divide it by sqrt(2 x layers) where a sub-layer writes to the residual (GPT-2)
+
+    @property
+    def matrix_std(self) -> float | None:
+        """Standard deviation of initial matrices; None: of each 1 / sqrt(inputs)."""
+        return None if self.initial_by_inputs else self.initial_std
 
     @property
     def K(self) -> int:

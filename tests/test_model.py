@@ -392,6 +392,22 @@ def test_initial_weights_have_their_deviation():
     assert np.all(np.asarray(layers["mlp_norm"]["scale"]) == 1)
 
 
+def test_weights_of_t5_are_drawn_by_their_inputs():
+    """So that states and scores begin with unit variance; with small weights scores are equal, and nothing is learned
+    from the source for a long time."""
+    small = {"vocabulary": 300, "width": 48, "layers": 3, "heads": 4, "head_width": 16, "mlp_width": 96}
+    model = replace(PRESETS["t5-v1.1-small"], decoder_layers=2, **small)
+    params = jit(partial(init, Transformer(model)))(jax.random.key(0))
+    layer = params["decoder"]["layers"]
+    inputs = {"query": 48 * 16, "key": 48, "value": 48, "out": 4 * 16}
+    for name, of_each in inputs.items():
+        for kind in ("attention", "cross_attention"):
+            np.testing.assert_allclose(np.std(layer[kind][name]["kernel"]), of_each**-0.5, rtol=0.1, err_msg=name)
+    np.testing.assert_allclose(np.std(layer["mlp"]["down"]["kernel"]), 96**-0.5, rtol=0.1)
+    np.testing.assert_allclose(np.std(params["lm_head"]["kernel"]), 48**-0.5, rtol=0.1)
+    np.testing.assert_allclose(np.std(params["embeddings"]["tokens"]), 1.0, rtol=0.1)
+
+
 def test_every_preset_has_a_row_for_each_parameter():
     for model in {replace(preset, **SMALL, kv_heads=None) for preset in PRESETS.values()}:
         parameters.rows(jax.eval_shape(partial(init, Transformer(model)), jax.random.key(0)))

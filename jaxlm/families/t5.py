@@ -18,6 +18,8 @@ _FIXED: dict[str, Any] = {
     "relative": "buckets",
     "attention_scale": 1.0,
     "biases": (),
+    "initial_std": 1.0,
+    "initial_by_inputs": True,
 }
 
 _FROM_HF, _TO_HF = keyed(

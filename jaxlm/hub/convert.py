@@ -488,7 +488,8 @@ def seen(config: ModelConfig) -> ModelConfig:
     config, on_top = resolved(config), set(config.heads_on_top)
     rotary, scaling = config.positions == "rotary", config.rotary_scaling
     unseen = {  # fields -> whether they are of no effect
-        ("dropout", "attention_dropout", "initial_std", "scale_residual_init", "labels", "start_token"): True,
+        ("dropout", "attention_dropout", "labels", "start_token"): True,
+        ("initial_std", "initial_by_inputs", "scale_residual_init"): True,
         ("max_length",): config.positions != "learned",
         ("position_offset", "padding_token"): config.positions != "learned",
         ("rotary_base",): not rotary and config.positions != "sinusoidal",

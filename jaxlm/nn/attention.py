@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxlm.config import ModelConfig
 from jaxlm.nn.kernels import chip_of, choose, fused
-from jaxlm.nn.layers import Dropout, Linear, Norm, residual_std
+from jaxlm.nn.layers import Dropout, Linear, Norm, query_std, residual_std
 from jaxlm.nn.positions import Distances, Turns, rotate
 from jaxlm.sharding import Placement
 
@@ -180,8 +181,10 @@ class Attention(nn.Module):
         """
         config = self.config
         biased = "query_key_value" in config.biases
-        heads = lambda name, n: Linear((n, config.C), config.initial_std, biased, dtype=self.dtype, name=name)
-        query, key, value = heads("query", config.heads), heads("key", config.K), heads("value", config.K)
+        into = lambda name, n, std: Linear((n, config.C), std, biased, dtype=self.dtype, name=name)
+        heads = partial(into, std=config.matrix_std)
+        query = into("query", config.heads, query_std(config))
+        key, value = heads("key", config.K), heads("value", config.K)
         q_BTHC = query(x_BTD)
         if config.query_key_norm:
             q_BTHC = Norm(config, self.dtype, name="query_norm")(q_BTHC)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import ModelConfig
-from jaxlm.nn.layers import ACTIVATIONS, Dropout, Linear, Norm
+from jaxlm.nn.layers import ACTIVATIONS, Dropout, Linear, Norm, initial
 from jaxlm.sharding import Placement
 
 
@@ -27,8 +27,7 @@ class Vocabulary(nn.Module):
         if config.tied_embeddings:
             kernel_VD = embedding_VD
         else:
-            init = nn.initializers.normal(config.initial_std)
-            kernel_VD = self.param("kernel", init, (V, x_BTD.shape[-1]), jnp.float32)
+            kernel_VD = self.param("kernel", initial(config, x_BTD.shape[-1]), (V, x_BTD.shape[-1]), jnp.float32)
         logits_BTV = jnp.einsum(
             "...D,VD->...V",
             x_BTD.astype(self.dtype),
@@ -43,7 +42,7 @@ class Vocabulary(nn.Module):
 def _transform(config: ModelConfig, x_BTD: jax.Array, width: int, dtype: Any) -> jax.Array:
     """A projection to `width`, activation and norm (Devlin et al. 2019): parts of the module that calls."""
     bias = "transform" in config.biases
-    x_BTD = Linear((width,), config.initial_std, bias, dtype=dtype, name="transform")(x_BTD)
+    x_BTD = Linear((width,), config.matrix_std, bias, dtype=dtype, name="transform")(x_BTD)
     return Norm(config, dtype, name="norm")(ACTIVATIONS[config.transform_activation or config.activation](x_BTD))
 
 
@@ -81,7 +80,7 @@ class Pooled(nn.Module):
 
     @nn.compact
     def __call__(self, x_BED: jax.Array) -> jax.Array:
-        return jnp.tanh(Linear((self.config.width,), self.config.initial_std, dtype=self.dtype, name="dense")(x_BED))
+        return jnp.tanh(Linear((self.config.width,), self.config.matrix_std, dtype=self.dtype, name="dense")(x_BED))
 
 
 class Classes(nn.Module):
@@ -96,10 +95,10 @@ class Classes(nn.Module):
         config = self.config
         dropout = Dropout(config.dropout, name="dropout")
         if config.classes_activation is not None:
-            dense = Linear((config.width,), config.initial_std, dtype=self.dtype, name="dense")
+            dense = Linear((config.width,), config.matrix_std, dtype=self.dtype, name="dense")
             x_BED = ACTIVATIONS[config.classes_activation](dense(x_BED))
         bias = "classes" in config.biases
-        out = Linear((len(config.labels),), config.initial_std, bias, dtype=self.dtype, name="out")
+        out = Linear((len(config.labels),), config.matrix_std, bias, dtype=self.dtype, name="out")
         return out(dropout(x_BED)).astype(jnp.float32)
 
 
@@ -113,7 +112,7 @@ class PerToken(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         x_BTD = Dropout(self.config.dropout, name="dropout")(x_BTD)
-        return Linear((self.outputs,), self.config.initial_std, dtype=self.dtype, name="out")(x_BTD).astype(jnp.float32)
+        return Linear((self.outputs,), self.config.matrix_std, dtype=self.dtype, name="out")(x_BTD).astype(jnp.float32)
 
 
 class Replaced(nn.Module):
@@ -125,6 +124,6 @@ class Replaced(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         config = self.config
-        x_BTD = Linear((config.width,), config.initial_std, dtype=self.dtype, name="dense")(x_BTD)
-        out = Linear((1,), config.initial_std, dtype=self.dtype, name="out")
+        x_BTD = Linear((config.width,), config.matrix_std, dtype=self.dtype, name="dense")(x_BTD)
+        out = Linear((1,), config.matrix_std, dtype=self.dtype, name="out")
         return out(ACTIVATIONS[config.activation](x_BTD))[..., 0].astype(jnp.float32)

@@ -26,18 +26,22 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class Linear(nn.Module):
-    """`x[..., I...] @ kernel[I..., O...] + bias[O...]`, where I are x's last `contract` axes, O is `features`."""
+    """`x[..., I...] @ kernel[I..., O...] + bias[O...]`, where I are x's last `contract` axes, O is `features`.
+
+    std: of the initial kernel; None: 1 / sqrt(inputs).
+    """
 
     features: tuple[int, ...]
-    std: float
+    std: float | None
     bias: bool = True
     contract: int = 1
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        shape = (*x.shape[x.ndim - self.contract :], *self.features)
-        kernel = self.param("kernel", nn.initializers.normal(self.std), shape, jnp.float32)
+        inputs = x.shape[x.ndim - self.contract :]
+        init = nn.initializers.normal(1 / math.sqrt(math.prod(inputs)) if self.std is None else self.std)
+        kernel = self.param("kernel", init, (*inputs, *self.features), jnp.float32)
         x = jnp.tensordot(x.astype(self.dtype), kernel.astype(self.dtype), axes=self.contract)
         if self.bias:
             x += self.param("bias", nn.initializers.zeros, self.features, jnp.float32).astype(self.dtype)
@@ -102,9 +106,9 @@ class MLP(nn.Module):
         activation = ACTIVATIONS[config.activation]
         bias = "mlp" in config.biases
         linear = lambda name, features, std: Linear((features,), std, bias, dtype=self.dtype, name=name)
-        x_BTF = linear("up", config.F, config.initial_std)(x_BTD)
+        x_BTF = linear("up", config.F, config.matrix_std)(x_BTD)
         if config.gated:
-            x_BTF *= activation(linear("gate", config.F, config.initial_std)(x_BTD))
+            x_BTF *= activation(linear("gate", config.F, config.matrix_std)(x_BTD))
         else:
             x_BTF = activation(x_BTF)
         x_BTF = self.constrain(x_BTF, ("batch", "length", "mlp"))
@@ -121,7 +125,7 @@ class Convolution(nn.Module):
     def __call__(self, x_BTD: jax.Array, y_BTD: jax.Array, segments_BT: jax.Array) -> jax.Array:
         config, (_, T, D) = self.config, x_BTD.shape
         size, reach = config.conv_width, config.conv_width // 2
-        kernel = self.param("kernel", nn.initializers.normal(config.initial_std), (size, D, D), jnp.float32)
+        kernel = self.param("kernel", initial(config, size * D), (size, D, D), jnp.float32)
         bias_D = self.param("bias", nn.initializers.zeros, (D,), jnp.float32)
         around = lambda x: jnp.pad(x, [(0, 0), (reach, reach)] + [(0, 0)] * (x.ndim - 2))
         x, segments = around(x_BTD.astype(self.dtype)), around(segments_BT)
@@ -133,6 +137,21 @@ class Convolution(nn.Module):
         return Norm(config, self.dtype, name="norm")(y_BTD + out_BTD)
 
 
-def residual_std(config: ModelConfig) -> float:
+def initial(config: ModelConfig, inputs: int) -> nn.initializers.Initializer:
+    """The initial distribution of a matrix, or a table, whose outputs sum over so many inputs."""
+    return nn.initializers.normal(1 / math.sqrt(inputs) if config.matrix_std is None else config.matrix_std)
+
+
+def query_std(config: ModelConfig) -> float | None:
+    """Initial deviation of projections to queries, by which scores have unit variance at first also where nothing
+    divides them by sqrt(head width) (Raffel et al. 2020)."""
+    if config.matrix_std is not None or config.attention_scale is None:
+        return config.matrix_std
+    return 1 / (config.attention_scale * math.sqrt(config.width * config.C))
+
+
+def residual_std(config: ModelConfig) -> float | None:
     """Initial deviation of projections that write to the residual stream (Radford et al. 2019, section 2.3)."""
-    return config.initial_std / math.sqrt(2 * config.layers) if config.scale_residual_init else config.initial_std
+    if config.matrix_std is None or not config.scale_residual_init:
+        return config.matrix_std
+    return config.matrix_std / math.sqrt(2 * config.layers)

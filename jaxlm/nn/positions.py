@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.config import ModelConfig
-from jaxlm.nn.layers import Norm
+from jaxlm.nn.layers import Norm, initial
 
 
 class Turns(NamedTuple):
@@ -102,8 +102,8 @@ class Buckets(nn.Module):
     def __call__(self, positions_BT: jax.Array, positions_BS: jax.Array) -> jax.Array:
         """What is added to the scores [B, H, T, S]."""
         config = self.config
-        init = nn.initializers.normal(config.initial_std)
-        table_RH = self.param("buckets", init, (config.relative_buckets, config.heads), jnp.float32)
+        shape = (config.relative_buckets, config.heads)
+        table_RH = self.param("buckets", initial(config, config.width), shape, jnp.float32)
         distances_BTS = positions_BS[:, None, :] - positions_BT[:, :, None]
         far = config.relative_distance
         # By a table of NumPy's, since a logarithm at the edge of a bucket must round alike on every backend.

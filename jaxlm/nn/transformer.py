@@ -63,7 +63,7 @@ class Embeddings(nn.Module):
         if config.embedding_norm:
             self.norm = Norm(config)
         if config.embedding_width is not None:
-            self.project = Linear((config.width,), config.initial_std)
+            self.project = Linear((config.width,), config.matrix_std)
         self.dropout = Dropout(config.dropout)
 
     def __call__(
@@ -393,7 +393,7 @@ class Transformer(nn.Module):
         if {"pooled", "next_sentence"} & on_top:
             self.pooled_head = Pooled(config, self.dtype)
         if "next_sentence" in on_top:
-            self.next_sentence_head = Linear((2,), config.initial_std, dtype=self.dtype)
+            self.next_sentence_head = Linear((2,), config.matrix_std, dtype=self.dtype)
         if "classes" in on_top:
             self.classes_head = Classes(config, self.dtype)
         if "tokens" in on_top:
