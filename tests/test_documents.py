@@ -1,0 +1,281 @@
+"""Every shell and Python block of README.md and of docs/ does what it says.
+
+A page is read from top to bottom, and its blocks run in that order in one folder, as a reader would give them: there
+lie the files that the blocks name, a cache of the hub with tiny models under the names of the real ones, and nothing
+else.  A block runs word for word, but for what stands in three tables here: flags behind a command that make a run
+small (SMALLER), commands that run elsewhere, with the reason (ELSEWHERE), and commands that take minutes (LONG).  What
+is in no table and is no command that this file knows is an error, so that nothing is left out in silence.
+
+Where a block of `text` follows a shell block, it is what the command says: all of it, in this order, `...` standing for
+anything.  One that begins with `error:` is of a command that fails.  A Python block that begins with `# NAME.py` is a
+file of that name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from compiled import jit, random_params
+
+import jaxlm
+from jaxlm import LM, ModelConfig, TokenizerConfig, sharding
+from jaxlm.__main__ import main
+from jaxlm.config import MeshConfig
+from jaxlm.data import tokenizer as tokenizers
+from jaxlm.families import PRESETS
+from jaxlm.nn.transformer import Transformer
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+TINY = "--model.width 16 --model.layers 1 --model.heads 2"
+SHORT = "--epochs 0 --steps 2 --log-every 1"
+SMALLER = {  # config -> flags that are put behind a command that trains it; a later flag counts
+    "quickstart": f"{SHORT} {TINY} --model.vocabulary 300 --data.length 32 --task.stride 0 --sample-tokens 4 "
+    "--tokenizer.train characters",
+    "shakespeare_char": f"{SHORT} {TINY} --sample-tokens 4 --eval-every 0",
+    "bert_pretrain": f"{SHORT} {TINY} --model.vocabulary 100 --data.length 32 --eval-every 0",
+    "finetune_csv": SHORT,
+    "translate_multi30k": f"{SHORT} {TINY} --model.vocabulary 340 --task.generated 2 --task.decoding.max-new-tokens 4",
+    # Eight devices are here, the command is for sixteen.
+    "llama_8b": f"{SHORT} --mesh.fsdp 4 --batch 4 --data.length 32 --model.width 16 --model.layers 1 --model.heads 2 "
+    "--model.kv-heads 2 --model.head-width 8 --model.mlp-width 16 --model.vocabulary 408 --sample-tokens 0",
+    "gpt2_124m": f"{SHORT} {TINY} --batch 2 --data.length 32 --model.vocabulary 408 --task.stride 0 --sample-tokens 0",
+    "trec": SHORT,
+}
+ELSEWHERE = {  # what a command matches -> why it does not run here
+    r"^python3 -m venv|pip install": "installs; .ci/run does it, word for word",
+    r"^\S*python -m pytest": "these tests",
+    r"^python -m jaxlm\.lm_eval": "needs the extra [eval] and downloads; tests/test_lm_eval.py has it",
+}
+MODEL = {"generate": "decoder", "evaluate": "decoder"}  # verb or config -> what MODEL stands for there; else an encoder
+LONG = r"^jaxlm plan|JAXLM_COORDINATOR"  # commands that take minutes, or processes of their own
+
+
+class Block(NamedTuple):
+    """A block of a page: the line it begins at, its language, its text, and what the page says that it prints."""
+
+    line: int
+    language: str
+    text: str
+    printed: str = ""
+
+
+def text_of(page: Path) -> str:
+    """A page, with what it includes."""
+
+    def included(found: re.Match[str]) -> str:
+        text = (page.parent / found[1]).read_text()
+        options = dict(re.findall(r'^:([\w-]+): "(.*)"$', found[2], re.MULTILINE))
+        text = text[text.index(options["start-after"]) + len(options["start-after"]) :] if "start-after" in options else text
+        return text[: text.index(options["end-before"])] if "end-before" in options else text
+
+    return re.sub(r"^```\{include\} (\S+)\n((?::.*\n)*)```$", included, page.read_text(), flags=re.MULTILINE)
+
+
+def blocks_of(page: Path) -> list[Block]:
+    """The fenced blocks of a page.  Fails for one whose language is none of those that are known."""
+    found: list[Block] = []
+    fence = re.compile(r"^```(\S*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    text = text_of(page)
+    end = 0
+    for match in fence.finditer(text):
+        line, language = text.count("\n", 0, match.start()) + 1, match[1]
+        assert language in ("bash", "python", "text", "") or language.startswith("{"), (
+            f"{page.name}:{line}: {language!r} is no language that the tests run; say bash, python or text"
+        )
+        if language == "text" and found and found[-1].language == "bash" and not text[end : match.start()].strip():
+            found[-1] = found[-1]._replace(printed=match[2])
+        else:
+            found.append(Block(line, language, match[2]))
+        end = match.end()
+    return found
+
+
+def commands_of(block: str) -> list[list[str]]:
+    """The words of each command of a shell block."""
+    found: list[list[str]] = []
+    for line in block.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        while words:
+            end = words.index("&&") if "&&" in words else len(words)
+            found.append(words[:end])
+            words = words[end + 1 :]
+    return found
+
+
+# What the blocks name
+
+
+WORDS = re.findall("[a-z]{2,}", (ROOT / "README.md").read_text().lower())[:300] + ["good", "bad"] * 20
+CHAT = (
+    "{% for message in messages %}<s>{{ message.role }}: {{ message.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+MODELS = {  # folder or hub name -> preset, tokenizer
+    "encoder": ("bert-base", "wordpiece"),
+    "decoder": ("gpt2", "byte_bpe"),
+    "SOURCE": ("bert-base", "wordpiece"),
+    "bert-base-uncased": ("bert-base", "wordpiece"),
+    "org/name": ("bert-base", "wordpiece"),
+    "org/name-instruct": ("llama-3.2-1b", "byte_bpe"),
+    "meta-llama/Llama-3.1-8B": ("llama-3.2-1b", "byte_bpe"),
+    "gpt2": ("gpt2", "byte_bpe"),
+}
+
+
+def lines(count: int, seed: int) -> list[str]:
+    random = np.random.default_rng(seed)
+    return [" ".join(random.choice(WORDS, random.integers(4, 9))) for _ in range(count)]
+
+
+def write_files(folder: Path) -> None:
+    """The data that the blocks name."""
+    write = lambda name, some: (folder / name).write_text("".join(f"{line}\n" for line in some))
+    rows = [(text, 5 if "good" in text else 1 if "bad" in text else 3) for text in lines(80, 0)]
+    for name in ("reviews.csv", "test.csv"):
+        write(name, ["review,stars", *(f"{text},{stars}" for text, stars in rows)])
+    write("new.csv", ["review", *lines(4, 1)])
+    for part, seed in (("train", 2), ("val", 3), ("test", 4), ("new", 5)):
+        write(f"{part}.en", lines(60 if part == "train" else 8, seed))
+        write(f"{part}.de", [line.upper() for line in lines(60 if part == "train" else 8, seed)])
+    kinds = ["NUM:dist How far", "HUM:ind Who", "LOC:city Where"]
+    write("TREC.train", [f"{kinds[n % 3]} is {line} ?" for n, line in enumerate(lines(60, 6))])
+    for name in ("input.txt", "text.txt", "texts.txt", "corpus.txt"):
+        write(name, [f"{a}. {b}." if n % 7 else "" for n, (a, b) in enumerate(zip(lines(200, 7), lines(200, 8)))])
+    write("prompts.txt", ["the film", "a story", "never again"])
+    (folder / "corpus").mkdir()
+    for name in ("corpus.txt.gz", "corpus/a.txt.gz", "corpus/b.txt.gz"):
+        with gzip.open(folder / name, "wt") as file:
+            file.write((folder / "corpus.txt").read_text())
+
+
+def write_models(folder: Path, hub: Path) -> None:
+    """Tiny models with the names of real ones: those of the hub in its cache, as its library lays them out."""
+    made = {}
+    for name, (preset, kind) in MODELS.items():
+        if (preset, kind) not in made:
+            tokenizer = tokenizers.train(lines(300, 9), TokenizerConfig(train=kind), 400 if "byte" in kind else 200)
+            small = {"vocabulary": tokenizer.size, "width": 16, "layers": 2, "heads": 2, "mlp_width": 24}
+            config = dataclasses.replace(PRESETS[preset], max_length=256, **small)
+            config = dataclasses.replace(config, kv_heads=1, head_width=8) if "llama" in preset else config
+            made[preset, kind] = LM(config, Transformer(config), random_params(config), tokenizer)
+        target = folder / name
+        if "-" in name or "/" in name or name == "gpt2":
+            cached = hub / f"models--{name.replace('/', '--')}"
+            target = cached / "snapshots" / ("0" * 40)
+            (cached / "refs").mkdir(parents=True)
+            (cached / "refs" / "main").write_text("0" * 40)
+        jaxlm.save(made[preset, kind], target)
+        if "instruct" in name:
+            (target / "chat_template.jinja").write_text(CHAT)
+
+
+@pytest.fixture(scope="module")
+def things(tmp_path_factory) -> Path:
+    """A folder with all that the blocks name, which each page gets a copy of."""
+    folder = tmp_path_factory.mktemp("documents")
+    write_models(folder / "here", folder / "hub")
+    write_files(folder / "here")
+    shutil.copytree(ROOT / "configs", folder / "here" / "configs", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "train.py", folder / "here")
+    return folder
+
+
+class Reader:
+    """Gives the blocks of a page, one after the other, in a folder."""
+
+    def __init__(self, page: Path, cache: Path):
+        self.page, self.cache = page, cache
+        tokens = np.array([[5, 6, 7, 8], [9, 10, 11, 12]])
+        # What a Python block may take as given.
+        self.names: dict[str, Any] = {"__name__": "__main__", "tokens_BT": tokens, "mask_BT": np.ones_like(tokens)}
+        self.names["mesh"] = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
+
+    def read(self, block: Block, capsys: pytest.CaptureFixture[str], devices: Any) -> None:
+        where = f"{self.page.name}:{block.line}"
+        name = re.match(r"# ([\w/]+\.py)\n", block.text)
+        if block.language == "python" and name:
+            Path(name[1]).parent.mkdir(exist_ok=True)
+            Path(name[1]).write_text(block.text)
+        elif block.language == "python":
+            exec(compile("\n" * block.line + block.text, where, "exec"), self.names)
+        elif block.language == "bash":
+            said = "".join(self.give(command, capsys, devices, where, block.printed) for command in commands_of(block.text))
+            told = " ".join(said.split())
+            at = 0
+            for part in block.printed.split("..."):
+                part = " ".join(part.split())
+                assert part in told[at:], f"{where} does not say {part!r} but:\n{said}"
+                at = told.index(part, at) + len(part)
+
+    def give(
+        self, words: list[str], capsys: pytest.CaptureFixture[str], devices: Any, where: str, printed: str
+    ) -> str:
+        """Runs a command, and returns what it says."""
+        line = " ".join(words)
+        if any(re.search(pattern, line) for pattern in (*ELSEWHERE, LONG)):
+            return ""
+        program = re.match(r"(?:\.venv/bin/)?(?:python (train\.py|-m jaxlm)|(jaxlm))(?= )", line)
+        assert program, f"{where}: nobody has told the tests how to run {line!r}"
+        arguments = words[(1 if program[2] else 2 if program[1] == "train.py" else 3) :]
+        if program[1] == "train.py":
+            arguments = ["train", *arguments]
+        if arguments[0] == "train":
+            arguments += SMALLER.get(Path(arguments[1]).stem, "").split()
+            devices(8 if "--mesh.fsdp" in arguments else 1)
+        stands_for = MODEL.get(arguments[0]) or MODEL.get(Path(arguments[1]).stem, "encoder")
+        arguments = [stands_for if word == "MODEL" else word for word in arguments]
+        try:
+            code = main(arguments)
+        except SystemExit as end:  # --help
+            code = end.code
+        said = "".join(capsys.readouterr())
+        assert (code in (1, 2)) if printed.startswith("error:") else code == 0, f"{where}: {line} ends with {code}:\n{said}"
+        return said
+
+
+@pytest.fixture
+def reader(request, things, tmp_path, monkeypatch, no_pictures) -> Iterator[Reader]:
+    from huggingface_hub import constants
+
+    shutil.copytree(things / "here", tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.syspath_prepend(tmp_path / "here")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(things / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("JAXLM_CACHE", str(things / "cache"))
+    monkeypatch.setattr(jax, "jit", jit)
+    modules, tasks = set(sys.modules), dict(jaxlm.config.TASKS)
+    yield Reader(request.param, things / "cache")
+    for name in set(sys.modules) - modules:
+        if name in {path.stem for path in Path.cwd().glob("*.py")}:
+            sys.modules.pop(name)
+    jaxlm.config.TASKS.clear()
+    jaxlm.config.TASKS.update(tasks)
+
+
+@pytest.mark.parametrize("reader", PAGES, ids=lambda page: page.name, indirect=True)
+def test_the_blocks_of_a_page_do_what_it_says(reader, capsys, devices):
+    for block in blocks_of(reader.page):
+        with capsys.disabled():
+            import time
+            t=time.time()
+        reader.read(block, capsys, devices)
+        with capsys.disabled():
+            print(block.line, block.language, round(time.time()-t,1))
