@@ -21,7 +21,7 @@ html_copy_source = False
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "from_code"]
 exclude_patterns = ["_build", "**.ipynb_checkpoints"]
-suppress_warnings = ["toctree.empty_glob"]  # a checkout may have no notebooks
+suppress_warnings = ["toc.empty_glob"]  # a checkout may have no notebooks
 
 # Pages are Markdown; notebooks are shown as they were run.
 myst_enable_extensions = ["colon_fence", "deflist"]
