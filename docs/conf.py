@@ -20,8 +20,7 @@ html_show_sourcelink = False
 html_copy_source = False
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "from_code"]
-exclude_patterns = ["_build", "**.ipynb_checkpoints"]
-suppress_warnings = ["toc.empty_glob"]  # a checkout may have no notebooks
+exclude_patterns = ["_build", "jupyter_execute", "**.ipynb_checkpoints"]
 
 # Pages are Markdown; notebooks are shown as they were run.
 myst_enable_extensions = ["colon_fence", "deflist"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import io
+import json
 import re
 import shutil
 import textwrap
@@ -160,18 +161,37 @@ class Presets(SphinxDirective):
 
 
 def notebooks(app: Sphinx) -> None:
-    """Copies the notebooks, outputs included, to where Sphinx reads."""
+    """Copies the notebooks, outputs included, to where Sphinx reads.  Their links to pages stay links, those to other
+    files of the checkout become plain words."""
     there = Path(app.srcdir) / "notebooks"
     shutil.rmtree(there, ignore_errors=True)
     for file in sorted((ROOT / "notebooks").glob("*.ipynb")):
         there.mkdir(exist_ok=True)
-        shutil.copy(file, there)
+        text = file.read_text().replace("](../docs/", "](../")
+        outside = re.compile(r"(?<!!)\[([^]]+)\]\((?!https?:|#|\.\./[a-z_/]+\.md)[^)]*\)")
+        made = json.loads(text)
+        for cell in made["cells"]:
+            if cell["cell_type"] == "markdown":
+                cell["source"] = outside.sub(r"\1", "".join(cell["source"]))
+        (there / file.name).write_text(json.dumps(made))
+
+
+def listed(app: Sphinx, page: str, source: list[str]) -> None:
+    """The page of notebooks lists those that there are, the ones that it names first."""
+    if page == "notebooks":
+        found = [f"notebooks/{file.stem}" for file in sorted(Path(app.srcdir, "notebooks").glob("*.ipynb"))]
+        lines = source[0].splitlines()
+        named = [line for line in lines if line.startswith("notebooks/")]
+        at = lines.index(named[0])
+        some = [name for name in named if name in found] + [name for name in found if name not in named]
+        source[0] = "\n".join(lines[:at] + some + lines[at + len(named) :])
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Called by Sphinx."""
     app.add_directive("presets", Presets)
     app.connect("builder-inited", notebooks)
+    app.connect("source-read", listed)
     app.connect("autodoc-process-docstring", document)
     app.connect("autodoc-process-signature", signature)
     app.connect("autodoc-skip-member", skip)

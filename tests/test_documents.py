@@ -46,8 +46,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TINY = "--model.width 16 --model.layers 1 --model.heads 2"
 SHORT = "--epochs 0 --steps 2 --log-every 1"
 SMALLER = {  # config -> flags that are put behind a command that trains it; a later flag counts
-    "quickstart": f"{SHORT} {TINY} --model.vocabulary 300 --data.length 32 --task.stride 0 --sample-tokens 4 "
-    "--tokenizer.train characters",
+    "quickstart": f"{SHORT} {TINY} --model.vocabulary 360 --data.length 64 --task.stride 0 --sample-tokens 4",
     "shakespeare_char": f"{SHORT} {TINY} --sample-tokens 4 --eval-every 0",
     "bert_pretrain": f"{SHORT} {TINY} --model.vocabulary 100 --data.length 32 --eval-every 0",
     "finetune_csv": SHORT,
@@ -57,14 +56,20 @@ SMALLER = {  # config -> flags that are put behind a command that trains it; a l
     "--model.kv-heads 2 --model.head-width 8 --model.mlp-width 16 --model.vocabulary 408 --sample-tokens 0",
     "gpt2_124m": f"{SHORT} {TINY} --batch 2 --data.length 32 --model.vocabulary 408 --task.stride 0 --sample-tokens 0",
     "trec": SHORT,
+    "stars": SHORT,
+    # Files that the pages have the reader write.
+    "mine": f"{SHORT} {TINY} --model.vocabulary 408 --data.length 32 --sample-tokens 0",
+    "small_bert": f"{SHORT} {TINY} --model.vocabulary 200 --data.length 32",
 }
 ELSEWHERE = {  # what a command matches -> why it does not run here
     r"^python3 -m venv|pip install": "installs; .ci/run does it, word for word",
+    r"^source ": "the tests run in an environment that is active",
+    r"^srun ": "Slurm is not here; tests/test_hosts.py has what it sets",
     r"^\S*python -m pytest": "these tests",
     r"^python -m jaxlm\.lm_eval": "needs the extra [eval] and downloads; tests/test_lm_eval.py has it",
 }
 MODEL = {"generate": "decoder", "evaluate": "decoder"}  # verb or config -> what MODEL stands for there; else an encoder
-LONG = r"^jaxlm plan|JAXLM_COORDINATOR"  # commands that take minutes, or processes of their own
+LONG = r"^jaxlm plan|JAXLM_PROCESS=|--sweep"  # commands that take minutes, or processes of their own
 
 
 class Block(NamedTuple):
@@ -158,6 +163,10 @@ def write_files(folder: Path) -> None:
     write("TREC.train", [f"{kinds[n % 3]} is {line} ?" for n, line in enumerate(lines(60, 6))])
     for name in ("input.txt", "text.txt", "texts.txt", "corpus.txt"):
         write(name, [f"{a}. {b}." if n % 7 else "" for n, (a, b) in enumerate(zip(lines(200, 7), lines(200, 8)))])
+    write("articles.jsonl", [json.dumps({"body": text}) for text in lines(100, 10)])
+    (folder / "latin.txt").write_bytes("un café\n".encode("iso-8859-1"))
+    (folder / "falcon").mkdir()
+    (folder / "falcon" / "config.json").write_text('{"model_type": "falcon"}')
     write("prompts.txt", ["the film", "a story", "never again"])
     (folder / "corpus").mkdir()
     for name in ("corpus.txt.gz", "corpus/a.txt.gz", "corpus/b.txt.gz"):
@@ -231,6 +240,9 @@ class Reader:
         line = " ".join(words)
         if any(re.search(pattern, line) for pattern in (*ELSEWHERE, LONG)):
             return ""
+        if words[:2] == ["python", "-c"]:  # sees the devices that there are, not those of the tests
+            alone = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+            return subprocess.run([sys.executable, *words[1:]], env=alone, capture_output=True, text=True).stdout
         program = re.match(r"(?:\.venv/bin/)?(?:python (train\.py|-m jaxlm)|(jaxlm))(?= )", line)
         assert program, f"{where}: nobody has told the tests how to run {line!r}"
         arguments = words[(1 if program[2] else 2 if program[1] == "train.py" else 3) :]
