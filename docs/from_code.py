@@ -60,7 +60,9 @@ def written(kind: type) -> list[Field]:
         made = re.fullmatch(r"(?:dataclasses\.)?field\(default_factory=(?:lambda: )?(.*)\)", default)
         if made:
             default = made[1] if made[1].endswith(")") else f"{made[1]}()"
-        kinds = re.sub(r"^Annotated\[(.*), tyro\..*\]$|^tyro\.conf\.\w+\[(.*)\]$", r"\1\2", ast.unparse(node.annotation))
+        kinds = re.sub(
+            r"^Annotated\[(.*), tyro\..*\]$|^tyro\.conf\.\w+\[(.*)\]$", r"\1\2", ast.unparse(node.annotation)
+        )
         found.append((ast.unparse(node.target), kinds, default, meaning))
     return found
 
@@ -72,8 +74,11 @@ def plain(text: str) -> str:
 
 
 def document(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
-    """Docstrings as Sphinx reads them: they are prose, in which `name: meaning` of an argument becomes an entry, what is
-    indented stays as it is, and a class lists its fields."""
+    """Docstrings as Sphinx reads them.
+
+    They are prose: `name: meaning` of an argument becomes an entry, what is indented stays as it is, and a class lists
+    its fields.
+    """
     known = arguments(thing) if what in ("function", "method", "class") else []
     made: list[str] = []
     for paragraph in "\n".join(lines).split("\n\n"):
@@ -143,7 +148,13 @@ class Presets(SphinxDirective):
         for name, model in PRESETS.items():
             both = model.structure == "encoder_decoder"
             layers = f"{model.layers} + {model.decoder_layers or model.layers}" if both else f"{model.layers}"
-            sizes = (layers, f"{model.width:,}", f"{model.heads}", f"{model.vocabulary:,}", f"{count_parameters(model):,}")
+            sizes = (
+                layers,
+                f"{model.width:,}",
+                f"{model.heads}",
+                f"{model.vocabulary:,}",
+                f"{count_parameters(model):,}",
+            )
             rows.append((name, model.structure.replace("_", "-"), *sizes))
         table = nodes.table()
         group = nodes.tgroup(cols=len(rows[0]))

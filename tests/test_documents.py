@@ -33,7 +33,7 @@ import pytest
 from compiled import jit, random_params
 
 import jaxlm
-from jaxlm import LM, ModelConfig, TokenizerConfig, sharding
+from jaxlm import LM, TokenizerConfig, sharding
 from jaxlm.__main__ import main
 from jaxlm.config import MeshConfig
 from jaxlm.data import tokenizer as tokenizers
@@ -44,51 +44,55 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 TINY = "--model.width 16 --model.layers 1 --model.heads 2"
-SHORT = "--epochs 0 --steps 2 --log-every 1"
-SMALLER = {  # config -> flags that are put behind a command that trains it; a later flag counts
-    "quickstart": f"{SHORT} {TINY} --model.vocabulary 360 --data.length 64 --task.stride 0 --sample-tokens 4",
-    "shakespeare_char": f"{SHORT} {TINY} --sample-tokens 4 --eval-every 0",
-    "bert_pretrain": f"{SHORT} {TINY} --model.vocabulary 100 --data.length 32 --eval-every 0",
-    "finetune_csv": SHORT,
-    "translate_multi30k": f"{SHORT} {TINY} --model.vocabulary 340 --task.generated 2 --task.decoding.max-new-tokens 4",
-    # Eight devices are here, the command is for sixteen.
-    "llama_8b": f"{SHORT} --mesh.fsdp 4 --batch 4 --data.length 32 --model.width 16 --model.layers 1 --model.heads 2 "
-    "--model.kv-heads 2 --model.head-width 8 --model.mlp-width 16 --model.vocabulary 408 --sample-tokens 0",
-    "gpt2_124m": f"{SHORT} {TINY} --batch 2 --data.length 32 --model.vocabulary 408 --task.stride 0 --sample-tokens 0",
-    "trec": SHORT,
-    "stars": SHORT,
-    # Files that the pages have the reader write.
-    "mine": f"{SHORT} {TINY} --model.vocabulary 408 --data.length 32 --sample-tokens 0",
-    "small_bert": f"{SHORT} {TINY} --model.vocabulary 200 --data.length 32",
+SMALLER = {  # what a command that trains or plans matches -> flags that are put behind it; of equal ones the last counts
+    "train.py": "--epochs 0 --steps 2 --log-every 1 --sample-tokens 4",
+    "quickstart|shakespeare|bert_pretrain|translate|gpt2_124m|mine|small_bert": TINY,
+    "quickstart": "--model.vocabulary 360 --data.length 64 --batch 32 --task.stride 0",
+    "bert_pretrain|small_bert": "--model.vocabulary 100 --data.length 32",
+    "translate": "--model.vocabulary 340 --task.generated 2 --task.decoding.max-new-tokens 4 --task.decoding.beams 2",
+    "llama|gpt2_124m|mine": "--batch 8 --data.length 32 --model.vocabulary 408",
+    "llama": f"{TINY} --model.kv-heads 2 --model.head-width 8 --model.mlp-width 16",
+    "fsdp 8 --mesh.tensor 2": "--mesh.fsdp 4",  # eight devices are here
+    "gpt2_124m": "--task.stride 0",
+    "plan configs/gpt3": "--model.layers 2",
 }
-ELSEWHERE = {  # what a command matches -> why it does not run here
+ELSEWHERE = {  # what a command, or a Python block, matches -> why it does not run here
     r"^python3 -m venv|pip install": "installs; .ci/run does it, word for word",
     r"^source ": "the tests run in an environment that is active",
     r"^srun ": "Slurm is not here; tests/test_hosts.py has what it sets",
     r"^\S*python -m pytest": "these tests",
+    r"class WithOwnHead": "tests/test_load.py runs this block, and looks at what comes out",
     r"^python -m jaxlm\.lm_eval": "needs the extra [eval] and downloads; tests/test_lm_eval.py has it",
 }
 MODEL = {"generate": "decoder", "evaluate": "decoder"}  # verb or config -> what MODEL stands for there; else an encoder
+FAILED = (
+    "error:",
+    "Unrecognized options",
+)  # how a text begins of what a command says that fails, the last one of its block
 LONG = r"^jaxlm plan|JAXLM_PROCESS=|--sweep"  # commands that take minutes, or processes of their own
 
 
 class Block(NamedTuple):
-    """A block of a page: the line it begins at, its language, its text, and what the page says that it prints."""
+    """A block of a page."""
 
-    line: int
+    line: int  # where it begins
     language: str
     text: str
-    printed: str = ""
+    included: bool = False  # whether it stands on another page, and runs there
+    printed: str = ""  # what the page says that it prints
+
+
+INCLUDED = "<!-- included -->"
 
 
 def text_of(page: Path) -> str:
-    """A page, with what it includes."""
+    """A page, with what it includes between two marks."""
 
     def included(found: re.Match[str]) -> str:
         text = (page.parent / found[1]).read_text()
         options = dict(re.findall(r'^:([\w-]+): "(.*)"$', found[2], re.MULTILINE))
-        text = text[text.index(options["start-after"]) + len(options["start-after"]) :] if "start-after" in options else text
-        return text[: text.index(options["end-before"])] if "end-before" in options else text
+        after, before = options["start-after"], options["end-before"]
+        return f"{INCLUDED}{text[text.index(after) + len(after) : text.index(before)]}{INCLUDED}"
 
     return re.sub(r"^```\{include\} (\S+)\n((?::.*\n)*)```$", included, page.read_text(), flags=re.MULTILINE)
 
@@ -107,7 +111,7 @@ def blocks_of(page: Path) -> list[Block]:
         if language == "text" and found and found[-1].language == "bash" and not text[end : match.start()].strip():
             found[-1] = found[-1]._replace(printed=match[2])
         else:
-            found.append(Block(line, language, match[2]))
+            found.append(Block(line, language, match[2], text.count(INCLUDED, 0, match.start()) % 2 == 1))
         end = match.end()
     return found
 
@@ -209,61 +213,78 @@ def things(tmp_path_factory) -> Path:
 class Reader:
     """Gives the blocks of a page, one after the other, in a folder."""
 
-    def __init__(self, page: Path, cache: Path):
-        self.page, self.cache = page, cache
+    def __init__(self, page: Path, capsys: pytest.CaptureFixture[str], devices: Any):
+        self.page, self.capsys, self.devices = page, capsys, devices
         tokens = np.array([[5, 6, 7, 8], [9, 10, 11, 12]])
         # What a Python block may take as given.
         self.names: dict[str, Any] = {"__name__": "__main__", "tokens_BT": tokens, "mask_BT": np.ones_like(tokens)}
         self.names["mesh"] = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
 
-    def read(self, block: Block, capsys: pytest.CaptureFixture[str], devices: Any) -> None:
+    def read(self, block: Block) -> None:
         where = f"{self.page.name}:{block.line}"
         name = re.match(r"# ([\w/]+\.py)\n", block.text)
         if block.language == "python" and name:
             Path(name[1]).parent.mkdir(exist_ok=True)
             Path(name[1]).write_text(block.text)
-        elif block.language == "python":
+        elif block.language == "python" and not block.included and not elsewhere(block.text):
             exec(compile("\n" * block.line + block.text, where, "exec"), self.names)
-        elif block.language == "bash":
-            said = "".join(self.give(command, capsys, devices, where, block.printed) for command in commands_of(block.text))
-            told = " ".join(said.split())
-            at = 0
+        elif block.language == "bash" and not block.included:
+            *before, last = commands_of(block.text)
+            said = "".join(self.give(command, where) for command in before)
+            said += self.give(last, where, fails=block.printed.startswith(FAILED))
+            told, at = " ".join(said.split()), 0
             for part in block.printed.split("..."):
                 part = " ".join(part.split())
                 assert part in told[at:], f"{where} does not say {part!r} but:\n{said}"
                 at = told.index(part, at) + len(part)
 
-    def give(
-        self, words: list[str], capsys: pytest.CaptureFixture[str], devices: Any, where: str, printed: str
-    ) -> str:
-        """Runs a command, and returns what it says."""
+    def give(self, words: list[str], where: str, fails: bool = False) -> str:
+        """Runs a command, unless it runs elsewhere, and returns what it says."""
         line = " ".join(words)
-        if any(re.search(pattern, line) for pattern in (*ELSEWHERE, LONG)):
+        if elsewhere(line) or re.search(LONG, line):
             return ""
         if words[:2] == ["python", "-c"]:  # sees the devices that there are, not those of the tests
             alone = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
             return subprocess.run([sys.executable, *words[1:]], env=alone, capture_output=True, text=True).stdout
-        program = re.match(r"(?:\.venv/bin/)?(?:python (train\.py|-m jaxlm)|(jaxlm))(?= )", line)
-        assert program, f"{where}: nobody has told the tests how to run {line!r}"
-        arguments = words[(1 if program[2] else 2 if program[1] == "train.py" else 3) :]
-        if program[1] == "train.py":
-            arguments = ["train", *arguments]
-        if arguments[0] == "train":
-            arguments += SMALLER.get(Path(arguments[1]).stem, "").split()
-            devices(8 if "--mesh.fsdp" in arguments else 1)
-        stands_for = MODEL.get(arguments[0]) or MODEL.get(Path(arguments[1]).stem, "encoder")
-        arguments = [stands_for if word == "MODEL" else word for word in arguments]
-        try:
-            code = main(arguments)
-        except SystemExit as end:  # --help
-            code = end.code
-        said = "".join(capsys.readouterr())
-        assert (code in (1, 2)) if printed.startswith("error:") else code == 0, f"{where}: {line} ends with {code}:\n{said}"
+        environment, arguments = understood(words, where)
+        self.devices(8 if "--mesh.fsdp" in arguments else 1)
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            try:
+                code = main(arguments)
+            except SystemExit as end:  # --help
+                code = end.code
+        said = "".join(self.capsys.readouterr())
+        assert code in ((1, 2) if fails else (0,)), f"{where}: {line} ends with {code}:\n{said}"
         return said
 
 
+def elsewhere(text: str) -> bool:
+    return any(re.search(some, text, re.MULTILINE) for some in ELSEWHERE)
+
+
+def understood(words: list[str], where: str) -> tuple[dict[str, str], list[str]]:
+    """What a command sets in the environment, and the arguments of `jaxlm` that it stands for, small ones."""
+    line = " ".join(words)
+    environment = {}
+    while "=" in words[0]:
+        name, _, environment[name] = words[0].partition("=")
+        words = words[1:]
+    for program in (["python", "train.py"], [".venv/bin/python", "train.py"], ["python", "-m", "jaxlm"], ["jaxlm"]):
+        if words[: len(program)] == program:
+            arguments = ["train"] * ("train.py" in program) + words[len(program) :]
+            break
+    else:
+        raise AssertionError(f"{where}: nobody has told the tests how to run {line!r}")
+    if arguments[0] in ("train", "plan"):
+        arguments += [flag for some, flags in SMALLER.items() if re.search(some, line) for flag in flags.split()]
+    model = MODEL.get(arguments[0], "encoder")
+    return environment, [model if word == "MODEL" else word for word in arguments]
+
+
 @pytest.fixture
-def reader(request, things, tmp_path, monkeypatch, no_pictures) -> Iterator[Reader]:
+def reader(request, things, tmp_path, monkeypatch, no_pictures, capsys, devices) -> Iterator[Reader]:
     from huggingface_hub import constants
 
     shutil.copytree(things / "here", tmp_path / "here")
@@ -271,23 +292,64 @@ def reader(request, things, tmp_path, monkeypatch, no_pictures) -> Iterator[Read
     monkeypatch.syspath_prepend(tmp_path / "here")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(things / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("JAXLM_CACHE", str(things / "cache"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(things / "hub"))
+    monkeypatch.setenv("JAXLM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(jax, "jit", jit)
-    modules, tasks = set(sys.modules), dict(jaxlm.config.TASKS)
-    yield Reader(request.param, things / "cache")
-    for name in set(sys.modules) - modules:
-        if name in {path.stem for path in Path.cwd().glob("*.py")}:
-            sys.modules.pop(name)
+    tasks = dict(jaxlm.config.TASKS)
+    yield Reader(request.param, capsys, devices)
+    for name in {path.stem for path in Path.cwd().glob("*.py")}:
+        sys.modules.pop(name, None)
     jaxlm.config.TASKS.clear()
     jaxlm.config.TASKS.update(tasks)
 
 
 @pytest.mark.parametrize("reader", PAGES, ids=lambda page: page.name, indirect=True)
-def test_the_blocks_of_a_page_do_what_it_says(reader, capsys, devices):
+def test_the_blocks_of_a_page_do_what_it_says(reader):
     for block in blocks_of(reader.page):
-        with capsys.disabled():
-            import time
-            t=time.time()
-        reader.read(block, capsys, devices)
-        with capsys.disabled():
-            print(block.line, block.language, round(time.time()-t,1))
+        reader.read(block)
+
+
+def long_ones() -> list[Any]:
+    """The commands that take minutes, with the pages that they are on."""
+    found = [
+        (page, block, command)
+        for page in PAGES
+        for block in blocks_of(page)
+        if block.language == "bash"
+        for command in commands_of(block.text)
+    ]
+    return [
+        pytest.param(page, command, id=f"{page.name}:{block.line}")
+        for page, block, command in found
+        if re.search(LONG, " ".join(command)) and not block.included
+    ]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("reader", "command"), long_ones(), indirect=["reader"])
+def test_what_takes_minutes(reader, command):
+    environment, arguments = understood(command, reader.page.name)
+    if arguments[0] == "plan":
+        pytest.importorskip("libtpu")
+    count = int(environment.get("JAXLM_PROCESSES", 1))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        place = f"localhost:{free.getsockname()[1]}"
+    settings = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1", "PYTHONPATH": str(ROOT)}
+    begun = []
+    for n in range(count):
+        told = {"JAXLM_COORDINATOR": place, "JAXLM_PROCESS": f"{n}", "JAXLM_PROCESSES": f"{count}"} if count > 1 else {}
+        command = [sys.executable, "-m", "jaxlm", *arguments]
+        begun.append(subprocess.Popen(command, env=settings | told, stderr=subprocess.PIPE, text=True))
+    for process in begun:
+        said = process.communicate(timeout=600)[1]
+        assert process.returncode == 0, said
+
+
+def test_what_is_no_command_that_is_known_is_an_error(tmp_path):
+    for words in (["curl", "https://example.org"], ["python", "other.py"], ["jaxlmx"]):
+        with pytest.raises(AssertionError, match="nobody has told the tests how to run"):
+            understood(words, "here")
+    (tmp_path / "page.md").write_text("```console\n$ jaxlm\n```\n")
+    with pytest.raises(AssertionError, match="'console' is no language that the tests run"):
+        blocks_of(tmp_path / "page.md")
