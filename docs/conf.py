@@ -29,6 +29,7 @@ nb_execution_mode = "off"
 
 # The reference is what the docstrings say: `name` is code, types stand as they are written.
 default_role = "code"
+highlight_language = "none"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
@@ -38,4 +39,3 @@ python_maximum_signature_line_length = 72
 python_use_unqualified_type_names = True
 python_display_short_literal_types = True
 toc_object_entries = False
-add_module_names = False

@@ -84,8 +84,8 @@ def document(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines:
     for paragraph in "\n".join(lines).split("\n\n"):
         if paragraph.startswith("    ") and made:  # a table
             made += ["::", "", *paragraph.split("\n"), ""]
-        elif paragraph.startswith("- "):
-            made += [*plain(paragraph).split("\n"), ""]
+        elif paragraph.startswith(("- ", ">>> ")):  # a list, an example
+            made += [*(plain(paragraph) if paragraph.startswith("-") else paragraph).split("\n"), ""]
         else:
             made += [*entries(" ".join(paragraph.split("\n")), known), ""]
     lines[:] = made
@@ -132,8 +132,9 @@ def signature(
 
 
 def skip(app: Sphinx, what: str, name: str, thing: Any, skipped: bool, options: Any) -> bool | None:
-    """Leaves out the entries of a tuple, which stand among the fields."""
-    return True if (getattr(thing, "__doc__", None) or "").startswith("Alias for field number") else None
+    """Leaves out the entries of a tuple and the defaults that are classes: both stand among the fields."""
+    entry = (getattr(thing, "__doc__", None) or "").startswith("Alias for field number")
+    return True if entry or (what == "class" and isinstance(thing, type)) else None
 
 
 class Presets(SphinxDirective):

@@ -44,7 +44,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 TINY = "--model.width 16 --model.layers 1 --model.heads 2"
-SMALLER = {  # what a command that trains or plans matches -> flags that are put behind it; of equal ones the last counts
+SMALLER = {  # what a command matches -> flags that are put behind it; of two for the same field the last counts
     "train.py": "--epochs 0 --steps 2 --log-every 1 --sample-tokens 4",
     "quickstart|shakespeare|bert_pretrain|translate|gpt2_124m|mine|small_bert": TINY,
     "quickstart": "--model.vocabulary 360 --data.length 64 --batch 32 --task.stride 0",
@@ -57,18 +57,16 @@ SMALLER = {  # what a command that trains or plans matches -> flags that are put
     "plan configs/gpt3": "--model.layers 2",
 }
 ELSEWHERE = {  # what a command, or a Python block, matches -> why it does not run here
-    r"^python3 -m venv|pip install": "installs; .ci/run does it, word for word",
+    r"^python3 -m venv|pip install": "installs; .ci/run does",
     r"^source ": "the tests run in an environment that is active",
     r"^srun ": "Slurm is not here; tests/test_hosts.py has what it sets",
     r"^\S*python -m pytest": "these tests",
+    r"^python -m sphinx": "half a minute; .ci/run does",
     r"class WithOwnHead": "tests/test_load.py runs this block, and looks at what comes out",
     r"^python -m jaxlm\.lm_eval": "needs the extra [eval] and downloads; tests/test_lm_eval.py has it",
 }
 MODEL = {"generate": "decoder", "evaluate": "decoder"}  # verb or config -> what MODEL stands for there; else an encoder
-FAILED = (
-    "error:",
-    "Unrecognized options",
-)  # how a text begins of what a command says that fails, the last one of its block
+FAILED = ("error:", "Unrecognized options")  # how the text behind a block begins whose last command fails
 LONG = r"^jaxlm plan|JAXLM_PROCESS=|--sweep"  # commands that take minutes, or processes of their own
 
 
@@ -344,6 +342,30 @@ def test_what_takes_minutes(reader, command):
     for process in begun:
         said = process.communicate(timeout=600)[1]
         assert process.returncode == 0, said
+
+
+LINKED = [*PAGES, *sorted((ROOT / "docs" / "reference").glob("*.md")), ROOT / "CONTRIBUTING.md"]
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page):
+    prose = re.sub(r"^```.*?^```$|`[^`\n]*`", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if not re.match(r"https?://|mailto:", link):
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            assert target.exists(), f"{page.name} links to {link}, which is not there"
+            assert not anchor or anchor in anchors(target), (
+                f"{page.name} links to {link}; {target.name} has no such heading"
+            )
+
+
+def anchors(page: Path) -> set[str]:
+    """Those of the headings of a page, as GitHub and MyST make them."""
+    titles = re.findall(
+        r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL), re.M
+    )
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def test_what_is_no_command_that_is_known_is_an_error(tmp_path):
