@@ -61,6 +61,7 @@ ELSEWHERE = {  # what a command, or a Python block, matches -> why it does not r
     r"^source ": "the tests run in an environment that is active",
     r"^srun ": "Slurm is not here; tests/test_hosts.py has what it sets",
     r"^\S*python -m pytest": "these tests",
+    r"^jaxlm plan .* --fit": "compiles a program for each batch, which takes long; tests/test_plan.py has the search",
     r"^python -m sphinx": "half a minute; .ci/run does",
     r"class WithOwnHead": "tests/test_load.py runs this block, and looks at what comes out",
     r"^python -m jaxlm\.lm_eval": "needs the extra [eval] and downloads; tests/test_lm_eval.py has it",
@@ -308,19 +309,14 @@ def test_the_blocks_of_a_page_do_what_it_says(reader):
 
 
 def long_ones() -> list[Any]:
-    """The commands that take minutes, with the pages that they are on."""
-    found = [
-        (page, block, command)
-        for page in PAGES
-        for block in blocks_of(page)
-        if block.language == "bash"
-        for command in commands_of(block.text)
-    ]
-    return [
-        pytest.param(page, command, id=f"{page.name}:{block.line}")
-        for page, block, command in found
-        if re.search(LONG, " ".join(command)) and not block.included
-    ]
+    """The commands that take minutes, each once, with a page that it is on."""
+    found = {}
+    for page in PAGES:
+        for block in blocks_of(page):
+            for command in commands_of(block.text) if block.language == "bash" else ():
+                if re.search(LONG, " ".join(command)) and not elsewhere(" ".join(command)):
+                    found.setdefault(" ".join(command), pytest.param(page, command, id=f"{page.name}:{block.line}"))
+    return list(found.values())
 
 
 @pytest.mark.long
@@ -339,9 +335,13 @@ def test_what_takes_minutes(reader, command):
         told = {"JAXLM_COORDINATOR": place, "JAXLM_PROCESS": f"{n}", "JAXLM_PROCESSES": f"{count}"} if count > 1 else {}
         command = [sys.executable, "-m", "jaxlm", *arguments]
         begun.append(subprocess.Popen(command, env=settings | told, stderr=subprocess.PIPE, text=True))
-    for process in begun:
-        said = process.communicate(timeout=600)[1]
-        assert process.returncode == 0, said
+    try:
+        for process in begun:
+            said = process.communicate(timeout=600)[1]
+            assert process.returncode == 0, said
+    finally:
+        for process in begun:
+            process.kill()
 
 
 LINKED = [*PAGES, *sorted((ROOT / "docs" / "reference").glob("*.md")), ROOT / "CONTRIBUTING.md"]
