@@ -157,7 +157,7 @@ class Presets(SphinxDirective):
                 f"{count_parameters(model):,}",
             )
             rows.append((name, model.structure.replace("_", "-"), *sizes))
-        table = nodes.table()
+        table = nodes.table(classes=["presets"])
         group = nodes.tgroup(cols=len(rows[0]))
         group += [nodes.colspec(colwidth=1) for _ in rows[0]]
         head, body = nodes.thead(), nodes.tbody()
