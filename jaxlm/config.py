@@ -475,7 +475,7 @@ class DataConfig:
 class TokenizerConfig:
     """A tokenizer to load, or the kind to train on the training part; its size is the model's vocabulary."""
 
-    path: str = ""  # tokenizer.json, vocab.txt, vocab.json (merges.txt beside it), a .model, or a folder with one
+    path: str = ""  # folder, hub name, tokenizer.json, vocab.txt, .model, or vocab.json with merges.txt beside it
     train: Literal["unigram", "bpe", "byte_bpe", "wordpiece", "characters"] = "unigram"  # when there is no path
     lowercase: bool = False  # fold case (wordpiece only: the others are lossless)
     separate: bool = False  # one of the sources, another of the targets (Seq2Seq), saved in a folder `target` below it

@@ -284,10 +284,13 @@ def save(
 ) -> str:
     """Writes the model where transformers can load it; returns the name of the format.
 
-    The folder appears whole or not at all.  dtype: of all tensors; None: each as it was stored where it came from.
-    What was read and has not changed is written byte for byte, under the names that it had.  An architecture that
-    Hugging Face has no format for is written in jaxlm's own.  Raises UserError where the folder exists and is not
-    empty, unless `overwrite` says to replace it.
+    The folder appears whole or not at all.  What was read and has not changed is written byte for byte, under the names
+    that it had.  An architecture that Hugging Face has no format for is written in jaxlm's own.
+
+    dtype: of all tensors; None: each as it was stored where it came from.  overwrite: replace a folder that is not
+    empty.  max_shard_bytes: files are at most this large.
+
+    Raises UserError where the folder exists and is not empty, unless `overwrite` says to replace it.
     """
     folder = Path(folder)
     check_free(folder, overwrite)

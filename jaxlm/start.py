@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,13 +16,16 @@ from jaxlm import families, hosts
 from jaxlm.config import ModelConfig, RunConfig
 from jaxlm.errors import UserError
 from jaxlm.hub.convert import nested
+from jaxlm.hub.download import fetch_tokenizer
 from jaxlm.lm import LM, find, has_tokenizer, load
 from jaxlm.nn import parameters
 from jaxlm.tasks.task import Task
 
 
 def with_tokenizer(run: RunConfig, model: LM | None) -> RunConfig:
-    """The run with the tokenizer of the weights that it starts from, where it names none."""
+    """The run with the tokenizer of the weights that it starts from, where it names none; of a hub name, its folder."""
+    if _of_hub(run.tokenizer.path):
+        return replace(run, tokenizer=replace(run.tokenizer, path=str(fetch_tokenizer(run.tokenizer.path))))
     if model is not None or not run.init or run.tokenizer.path:
         return run
     folder = find(run.init)
@@ -28,6 +33,12 @@ def with_tokenizer(run: RunConfig, model: LM | None) -> RunConfig:
     if not path and run.model is None:
         raise UserError(f"{folder} holds no tokenizer; give one with --tokenizer.path")
     return replace(run, tokenizer=replace(run.tokenizer, path=path))
+
+
+def _of_hub(path: str) -> bool:
+    """Whether a path is none, and may be a name of the hub: no address, no end of a file's name."""
+    name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path)
+    return bool(name) and not Path(path).exists() and Path(path).suffix not in (".json", ".txt", ".model", ".spm")
 
 
 def starting(

@@ -11,7 +11,8 @@ from jaxlm.errors import UserError
 from jaxlm.hub import safetensors
 
 # `*` matches slashes too.  Folders whose names begin with a digit are the modules of a sentence-transformers model.
-_WANTED = ["*.json", "*.txt", "*.model", "*.spm", "*.jinja", safetensors.WEIGHTS, "*/" + safetensors.WEIGHTS]
+_SMALL = ["*.json", "*.txt", "*.model", "*.spm", "*.jinja"]
+_WANTED = [*_SMALL, safetensors.WEIGHTS, "*/" + safetensors.WEIGHTS]
 _UNWANTED = "[!0-9]*/*"
 
 
@@ -43,6 +44,11 @@ def fetch(
     if not offline and (error := _pickled(str(name), commit)):
         raise error
     return folder
+
+
+def fetch_tokenizer(name: str) -> Path:
+    """The folder of a tokenizer of the hub, as in `fetch`, without the weights beside it."""
+    return _snapshot(name, None, None, False, _SMALL)
 
 
 def _snapshot(name: str, revision: str | None, cache_dir: str | Path | None, offline: bool, files: list[str]) -> Path:
