@@ -363,7 +363,7 @@ def main(argv: list[str] | None = None) -> int:
             hosts.leave_by(error)
             raise
         print(
-            f"error: out of memory: {str(error).splitlines()[0][:300]}; give --remat full, more --accumulate, or a "
+            f"error: out of memory: {str(error).splitlines()[0][:300].rstrip('.')}; give --remat full, more --accumulate, or a "
             f"smaller --batch or --data.length; jaxlm plan CONFIG says what takes it",
             file=sys.stderr,
         )
