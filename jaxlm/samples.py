@@ -6,6 +6,7 @@
     articles("articles.txt")      wikitext("articles.txt")     running text; headings begin the documents
     documentation("python.txt")                                running text, which every Python carries
     topics("topics")                                           train and test .csv about the things of `articles`
+    divided("reviews.csv")                                     a part to train on and one to test
     bert("bert", texts)           a hub name                   a model in Hugging Face's format
 
 What is made here comes from small grammars, the same for the same seed, and is easy beside real text: it shows how
@@ -60,7 +61,7 @@ _UNDERSTATED = (
 )
 
 
-def reviews(path: Place, rows: int = 1000, seed: int = 0) -> Path:
+def reviews(path: Place, count: int = 1000, seed: int = 0) -> Path:
     """Writes a csv file of made-up film reviews with the columns `text` and `label`, positive or negative.
 
     Most are plain.  A sixth weighs good against bad, a twentieth is ironic or understated, and three in a hundred bear
@@ -68,7 +69,7 @@ def reviews(path: Place, rows: int = 1000, seed: int = 0) -> Path:
     """
     draw = random.Random(seed)
     made = []
-    for _ in range(rows):
+    for _ in range(count):
         label = draw.choice(("negative", "positive"))
         text = _review(draw, label)
         wrong = draw.random() < 0.03
@@ -345,6 +346,30 @@ def documentation(path: Place) -> Path:
     return _written(path, "".join(pages[name] for name in sorted(pages)))
 
 
+def divided(path: Place, share: float = 0.1, seed: int = 0) -> tuple[Path, Path]:
+    """Writes the rows of a csv file, in another order, to NAME.train.csv and, of each class alike, NAME.test.csv.
+
+    share: of the rows that go to the test.  The classes are those of the last column.
+    """
+    path = Path(path)
+    with open(path, newline="", encoding="utf-8") as file:
+        head, *rows = csv.reader(file)
+    random.Random(seed).shuffle(rows)
+    rows.sort(key=lambda row: row[-1])  # every n-th row goes to the test: of each class alike
+    step = round(1 / share)
+    parts = {"train": [row for n, row in enumerate(rows) if n % step], "test": rows[::step]}
+    for part in parts.values():
+        random.Random(seed).shuffle(part)
+    train, test = (_table(path.with_suffix(f".{name}.csv"), head, part) for name, part in parts.items())
+    return train, test
+
+
+def rows(path: Place) -> list[dict[str, str]]:
+    """The rows of a csv file, by column."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 # Models
 
 
@@ -392,12 +417,12 @@ def fetched(repository: str, name: str) -> Path:
         ) from error
 
 
-def imdb(path: Place, rows: int = 5000, seed: int = 0) -> Path:
+def imdb(path: Place, count: int = 5000, seed: int = 0) -> Path:
     """Writes so many of the 25,000 training reviews of IMDB (Maas et al. 2011) as `reviews` writes its own."""
     import pyarrow.parquet as parquet
 
     found = parquet.read_table(fetched("stanfordnlp/imdb", "plain_text/train-00000-of-00001.parquet")).to_pylist()
-    some = random.Random(seed).sample(found, rows)
+    some = random.Random(seed).sample(found, count)
     names = ("negative", "positive")
     return _table(path, ("text", "label"), ((r["text"].replace("<br />", " "), names[r["label"]]) for r in some))
 

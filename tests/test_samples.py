@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 
 import pytest
@@ -10,11 +9,6 @@ import pytest
 import jaxlm
 from jaxlm import samples
 from jaxlm.errors import UserError
-
-
-def table(path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_the_same_seed_gives_the_same_files(tmp_path):
@@ -26,7 +20,7 @@ def test_the_same_seed_gives_the_same_files(tmp_path):
 
 
 def test_reviews_have_both_classes_and_cannot_all_be_told(tmp_path):
-    rows = table(samples.reviews(tmp_path / "reviews.csv", rows=1000))
+    rows = samples.rows(samples.reviews(tmp_path / "reviews.csv", count=1000))
     assert len(rows) == 1000 and {row["label"] for row in rows} == {"negative", "positive"}
     assert abs(sum(row["label"] == "positive" for row in rows) - 500) < 60
     odd = [row for row in rows if row["text"].endswith("One of the best of the year.") and row["label"] == "negative"]
@@ -83,7 +77,7 @@ def test_german_is_declined(noun, case, adjective, expected):
 def test_topics_are_tested_on_what_was_not_trained(tmp_path):
     text = samples.articles(tmp_path / "articles.txt", documents=300).read_text()
     folder = samples.topics(tmp_path)
-    parts = [table(folder / f"{name}.csv") for name in ("train", "test")]
+    parts = [samples.rows(folder / f"{name}.csv") for name in ("train", "test")]
     assert [len(rows) for rows in parts] == [144, 96]
     named = [{word for row in rows for word in row["text"].strip(".").split()} for rows in parts]
     things = {thing for kind in samples._THINGS.values() for thing in kind}
@@ -97,7 +91,7 @@ def test_documentation_is_that_of_python(tmp_path):
 
 
 def test_a_bert_loads_here_and_is_left_alone(tmp_path):
-    texts = [row["text"] for row in table(samples.reviews(tmp_path / "reviews.csv"))]
+    texts = [row["text"] for row in samples.rows(samples.reviews(tmp_path / "reviews.csv"))]
     folder = samples.bert(tmp_path / "bert", texts, vocabulary=200, layers=1, width=64, heads=1)
     before = (folder / "model.safetensors").read_bytes()
     assert samples.bert(folder, [], seed=1) == folder and (folder / "model.safetensors").read_bytes() == before
@@ -110,3 +104,11 @@ def test_without_a_network_it_is_said_what_to_do(monkeypatch, tmp_path):
     for fetch in (samples.imdb, samples.multi30k, samples.wikitext):
         with pytest.raises(UserError, match=r"mend the network.*file of your own.*JAXLM_TINY=1"):
             fetch(tmp_path / "data")
+
+
+def test_a_table_is_divided_by_class(tmp_path):
+    path = samples.reviews(tmp_path / "reviews.csv", count=200)
+    train, test = (samples.rows(part) for part in samples.divided(path, share=0.25))
+    assert sorted(map(str, train + test)) == sorted(map(str, samples.rows(path)))
+    count = lambda rows: sum(row["label"] == "positive" for row in rows)
+    assert len(test) == 50 and abs(count(test) - count(train) / 3) <= 1
