@@ -62,6 +62,9 @@ class Chart(NamedTuple):
     def _repr_mimebundle_(self, **_: Any) -> Bundle:
         return shown(self)
 
+    def _repr_pretty_(self, printer: Any, _: bool) -> None:
+        printer.text(self.title)
+
 
 class Heatmap(NamedTuple):
     """A confusion matrix.  Above 20 classes those with the most examples are drawn and the rest is merged."""
@@ -72,6 +75,9 @@ class Heatmap(NamedTuple):
 
     def _repr_mimebundle_(self, **_: Any) -> Bundle:
         return shown(self)
+
+    def _repr_pretty_(self, printer: Any, _: bool) -> None:
+        printer.text(self.title)
 
 
 class Bars(NamedTuple):
@@ -85,6 +91,9 @@ class Bars(NamedTuple):
     def _repr_mimebundle_(self, **_: Any) -> Bundle:
         return shown(self)
 
+    def _repr_pretty_(self, printer: Any, _: bool) -> None:
+        printer.text(self.title)
+
 
 class Histogram(NamedTuple):
     """How often each value occurs, such as tokens per example; `limit` draws a line, such as the length of a row."""
@@ -97,6 +106,9 @@ class Histogram(NamedTuple):
     def _repr_mimebundle_(self, **_: Any) -> Bundle:
         return shown(self)
 
+    def _repr_pretty_(self, printer: Any, _: bool) -> None:
+        printer.text(self.title)
+
 
 class Attention(NamedTuple):
     """How much each token that is written looks at each that is read."""
@@ -108,6 +120,9 @@ class Attention(NamedTuple):
 
     def _repr_mimebundle_(self, **_: Any) -> Bundle:
         return shown(self)
+
+    def _repr_pretty_(self, printer: Any, _: bool) -> None:
+        printer.text(self.title)
 
 
 class Devices(NamedTuple):
@@ -123,6 +138,9 @@ class Devices(NamedTuple):
 
     def _repr_mimebundle_(self, **_: Any) -> Bundle:
         return shown(self)
+
+    def _repr_pretty_(self, printer: Any, _: bool) -> None:
+        printer.text(self.title)
 
 
 Picture = Chart | Heatmap | Bars | Histogram | Attention | Devices
@@ -141,13 +159,12 @@ def draw(picture: Picture, path: Path) -> str | None:
 
 
 def shown(picture: Picture) -> Bundle:
-    """The picture for a notebook, with its caption below it; what it says in words where no picture can be shown."""
+    """The picture for a notebook, with its caption below it; {} where there is nothing to show."""
     png, caption = _png(picture, captioned=True)
     if caption is None:
-        return {"text/plain": f"{picture.title}: nothing to show."}, {}
-    said = f"{picture.title}: {caption}"
+        return {}, {}
     width = int.from_bytes(png[16:20], "big") // 2
-    return {"image/png": png, "text/plain": said}, {"image/png": {"width": width, "alt": said}}
+    return {"image/png": png}, {"image/png": {"width": width, "alt": f"{picture.title}: {caption}"}}
 
 
 def _png(picture: Picture, captioned: bool) -> tuple[bytes, str | None]:

@@ -65,10 +65,12 @@ class Table(NamedTuple):
     note: str  # what the rows are, in words
 
     def _repr_mimebundle_(self, **_: Any) -> Bundle:
+        return {"text/html": _alone(_texts(self))}, {}
+
+    def _repr_pretty_(self, printer: Any, _: bool) -> None:
         widths = [max(map(len, column)) for column in zip(self.head, *self.rows)]
         lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in (self.head, *self.rows))
-        plain = "\n".join([self.title, self.note, *(line.rstrip() for line in lines)])
-        return {"text/html": _alone(_texts(self)), "text/plain": plain}, {}
+        printer.text("\n".join(line.rstrip() for line in (self.title, *lines, self.note)))
 
 
 class Masked(NamedTuple):
@@ -87,8 +89,11 @@ class Masked(NamedTuple):
         return [which(old, new) if p else "" for old, new, p in zip(self.before, self.after, self.predicted)]
 
     def _repr_mimebundle_(self, **_: Any) -> Bundle:
+        return {"text/html": _alone(_coloured(self))}, {}
+
+    def _repr_pretty_(self, printer: Any, _: bool) -> None:
         told = (f"{new} ({old}, {fate})" if fate else new for old, new, fate in zip(*self[1:3], self.fates))
-        return {"text/html": _alone(_coloured(self)), "text/plain": f"{self.title}\n{' '.join(told)}"}, {}
+        printer.text(f"{self.title}: {' '.join(told)}")
 
 
 Section = Heatmap | Bars | Histogram | Table

@@ -373,7 +373,7 @@ def rows(path: Place) -> list[dict[str, str]]:
 # Models
 
 
-def bert(folder: Place, texts: Iterable[str], vocabulary: int = 400, seed: int = 0, **sizes: Any) -> Path:
+def bert(folder: Place, texts: Iterable[str], vocabulary: int = 300, seed: int = 0, **sizes: Any) -> Path:
     """Writes a small BERT with random weights, and a WordPiece tokenizer trained on the texts, for transformers too.
 
     sizes: fields of `ModelConfig` in place of 2 layers of width 128.  A folder that holds a model already is left as it
