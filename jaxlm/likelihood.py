@@ -79,8 +79,8 @@ def log_likelihoods(
 def fill(lm: LM, text: str, *, blank: str = "[MASK]", most: int = 5) -> list[list[tuple[str, float]]]:
     """The likeliest tokens for each blank in a text, each with its probability, the likeliest first.
 
-    Of the model's first head, masked_lm.  Each blank is asked for alone, the others staying blank.  Raises UserError for
-    a model without that head or a mask token, and for a text without a blank or longer than the model's positions.
+    Of the model's first head, masked_lm.  Each blank is asked for alone, the others staying blank.  Raises UserError
+    for a model without that head or a mask token, and for a text without a blank or longer than its positions.
     """
     if lm.config.heads_on_top[:1] != ("masked_lm",) or _tokenizer(lm).mask is None:
         raise UserError(f"blanks are filled by the head masked_lm, the model has {', '.join(lm.config.heads_on_top)}")
@@ -92,7 +92,9 @@ def fill(lm: LM, text: str, *, blank: str = "[MASK]", most: int = 5) -> list[lis
         ids += [_tokenizer(lm).mask] * bool(n) + part
     tokens = _tokenizer(lm).wrap(ids)[0]
     places = [place for place, token in enumerate(tokens) if token == _tokenizer(lm).mask]
-    logits_TV = np.asarray(lm(np.array([tokens], np.int32)).logits[0], np.float64)[:, : lm.vocabulary]
+    logits_BTV = lm(jnp.array([tokens], jnp.int32)).logits
+    assert logits_BTV is not None  # the head is there
+    logits_TV = np.asarray(logits_BTV[0], np.float64)[:, : lm.vocabulary]
     found = []
     for logits_V in logits_TV[places]:
         p_V = np.exp(logits_V - logits_V.max())

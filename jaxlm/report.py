@@ -383,7 +383,7 @@ def hardware() -> str:
     devices = jax.devices()
     if devices[0].platform == "cpu":
         return (
-            "JAX found no accelerator: everything runs on the CPU, slowly. "
+            "JAX found no accelerator: everything runs on the CPU, slowly.\n"
             "In Colab, Runtime > Change runtime type offers a TPU or a GPU."
         )
     return f"JAX runs on {len(devices)} x {devices[0].device_kind}."
@@ -888,7 +888,7 @@ summary { cursor: pointer; color: var(--accent); margin-bottom: .75rem; }
 """
 _STYLE_ALONE = """
 .jaxlm { --rule: rgba(128, 128, 128, .4); max-width: 60rem; font-family: Georgia, "Times New Roman", serif; }
-.jaxlm h3 { margin: .25rem 0; font-size: 1.1rem; }
+.jaxlm h3 { margin: .25rem 0; font-size: 1.1rem; font-weight: bold; }
 .jaxlm .note { margin: 0 0 .5rem; opacity: .75; font-style: italic; }
 .jaxlm table.texts { table-layout: fixed; max-width: 100%; margin: 0; border-collapse: collapse; font-size: .95rem; }
 .jaxlm .texts th, .jaxlm .texts td {
