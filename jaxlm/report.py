@@ -325,11 +325,9 @@ def attention(lm: Any, source: str, target: str, layer: int = -1, head: int | No
     weights_HTS = weights_LHTS[layer]
     weights_TS = weights_HTS.mean(0) if head is None else weights_HTS[head]
     which = f"layer {layer % len(weights_LHTS)}, " + ("mean of the heads" if head is None else f"head {head}")
-    spelled = [
-        tuple(piece.replace("\u2581", "_") for piece in side)
-        for side in (lm.tokenizer.target.pieces(written), lm.tokenizer.pieces(read))
-    ]
-    return Attention(f"Cross-attention ({which})", weights_TS, spelled[0], spelled[1])
+    spell = lambda words, ids: tuple(piece.replace("\u2581", "_").replace(" ", "_") for piece in words.pieces(ids))
+    sides = spell(lm.tokenizer.target, written), spell(lm.tokenizer, read)
+    return Attention(f"Cross-attention ({which})", weights_TS, *sides)
 
 
 def mesh(
