@@ -565,7 +565,7 @@ def _devices(figure: Any, picture: Devices) -> str | None:
     parts = list(dict.fromkeys((cut[0].start, cut[1].start) for cut in picture.held))
     ends = {(cut[0].start, cut[1].start): (cut[0].stop, cut[1].stop) for cut in picture.held}
     shades = dict(zip(parts, _of_parts(len(parts))))
-    spoken = count <= 16 and across <= 4  # whether there is room for words in a device
+    spoken = count <= 16 and across <= 8  # whether there is room for words in a device
     high = 0.5 if spoken else min(0.3, 4.0 / down)
     figure.set_size_inches(_WIDTH, high * down + 2.6)
     top, bottom = figure.subplots(2, 1, height_ratios=(high * down, 1.15))
@@ -574,8 +574,10 @@ def _devices(figure: Any, picture: Devices) -> str | None:
         color = shades[cut[0].start, cut[1].start]
         top.add_patch(Rectangle((x, y), 1, 1, facecolor=color, edgecolor="white", linewidth=2 if spoken else 0.5))
         if spoken:
-            words = f"device {n}\nrows {rows.start}–{rows.stop - 1}"
-            centred: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 9.5, "linespacing": 1.15}
+            narrow = across > 4
+            words = f"device {n}\nrows{chr(10) if narrow else ' '}{rows.start}–{rows.stop - 1}"
+            size = 8.5 if narrow else 9.5
+            centred: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": size, "linespacing": 1.1}
             top.text(x + 0.5, y + 0.5, words, **centred, **_text())
     top.set_xlim(0, across)
     top.set_ylim(down, 0)

@@ -472,14 +472,16 @@ def pictured(said: Mapping[str, Any]) -> list[Bars | Table]:
         "tokens in a step": f"{said['tokens']:,}",
         "recomputed in the backward pass": said["remat"],
     }
-    facts |= {"does not fit": said["refused"]} if said["refused"] else {"fits": "yes" if said["fits"] else "no"}
+    of = f" of {limit / GIB:,.1f} GiB: " + ("fits" if said["fits"] else "does not fit") if limit else ""
+    facts["memory of each device"] = (
+        f"does not fit: {said['refused']}" if said["refused"] else f"{used / GIB:,.2f} GiB{of}"
+    )
     found: list[Bars | Table] = []
     if not said["refused"]:
         parts = {"parameters": said["parameter_bytes"], "optimizer": said["optimizer_bytes"]}
-        parts |= {"temporaries": said["temporary_bytes"], "in all": used}
-        parts |= {"there is": limit} if limit else {}
-        values = tuple(size / GIB for size in parts.values())
-        found.append(Bars("Memory of each device", tuple(parts), values, "GiB"))
+        parts["temporaries"] = said["temporary_bytes"]
+        unit, size = ("GiB", GIB) if used >= GIB else ("MiB", 2**20)
+        found.append(Bars("Memory of each device", tuple(parts), tuple(one / size for one in parts.values()), unit))
     if line := said["roofline"]:
         seconds = {"matrix products": line["compute"], "memory": line["memory"], "network": line["network"]}
         times = tuple(1000 * one for one in seconds.values())

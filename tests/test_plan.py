@@ -79,7 +79,7 @@ def test_memory_is_that_of_the_shards(mesh, parts):
     facts, memory, *_ = plan.pictured(said)
     assert dict(facts.rows)["parameters"] == f"{made.parameters:,}"
     parts = dict(zip(memory.names, memory.values))
-    assert parts["parameters"] * plan.GIB == made.parameter_bytes and memory.unit == "GiB"
+    assert parts["parameters"] * 2**20 == made.parameter_bytes and memory.unit == "MiB"
     page = plan.told(made)
     assert "no rates are known of cpu" in page and f"{made.parameters:,} parameters" in page
 
