@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import sys
 import zlib
@@ -85,7 +86,7 @@ class Checkpoints:
         args = self._ocp.args
         notes = json.loads(json.dumps(notes))  # a copy: they are written while the caller goes on
         whole = _all_checksums(state, notes)
-        with self._faults():
+        with self._faults(), _unwarned():
             self._manager.save(
                 int(state.step),
                 args=args.Composite(
@@ -187,6 +188,17 @@ class Checkpoints:
                 f"the checkpoint in {self.folder} could not be written: {reason}; earlier checkpoints are kept; "
                 f"make room or free the folder, then give the same command again"
             ) from error
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """Without Orbax's warning that a checkpoint has no score: it is only evaluated once in a while."""
+    keep, logger = lambda record: "tracked_metric" not in record.getMessage(), logging.getLogger("absl")
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
 
 
 def _all_checksums(state: Any, notes: Any) -> list[int]:

@@ -9,22 +9,33 @@ import difflib
 from collections.abc import Iterable
 
 
-class UserError(ValueError):
+class _Told:
+    """What says all in its message: a notebook shows that alone, as the command line does, and not where it arose."""
+
+    def _render_traceback_(self) -> list[str]:  # IPython asks for it
+        return [f"{type(self).__name__}: {self}"]
+
+
+class UserError(_Told, ValueError):
     """A mistake in what the user gave (config, data, folder): found before any compile, exit code 2."""
 
     exit_code = 2
 
 
-class RunError(RuntimeError):
+class RunError(_Told, RuntimeError):
     """A fault of the run itself (full disk, non-finite loss, out of memory): exit code 1."""
 
     exit_code = 1
 
 
-class Stopped(Exception):  # noqa: N818 - not an error: the run was asked to leave, and saved
+class Stopped(_Told, Exception):  # noqa: N818 - not an error: the run was asked to leave, and saved
     """The run was asked to stop and has saved its state: exit code 143, as after SIGTERM."""
 
     exit_code = 143
+
+
+class Interrupted(_Told, KeyboardInterrupt):
+    """The same, by an interrupt from the keyboard: a script that does not expect it ends, as after any other."""
 
 
 def perhaps(name: str, known: Iterable[str]) -> str:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import os
 import shutil
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -21,7 +25,7 @@ from jaxlm.checkpoint import Checkpoints, finite
 from jaxlm.config import CausalLM, ModelConfig, RunConfig, to_json
 from jaxlm.data.batches import prefetch
 from jaxlm.data.corpus import Prepared
-from jaxlm.errors import RunError, Stopped, UserError, perhaps
+from jaxlm.errors import Interrupted, RunError, Stopped, UserError, perhaps
 from jaxlm.evaluate import see
 from jaxlm.folder import NoLog, RunLog, begin, claim, duration, write_json
 from jaxlm.generate import generate
@@ -40,7 +44,49 @@ def say(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
+def _interruptible(body: Callable[..., LM]) -> Callable[..., LM]:
+    """`fit`, ended by an interrupt (Ctrl-C, the stop button of a notebook) as by `stop`: after a whole step, and saved.
+
+    An exception in the middle of a step would leave half of one.  Until the first step is done there is nothing to
+    save, and an interrupt is what it always is; as is a second one.  Where the program has its own way with SIGINT, as
+    `jaxlm train` has, and in other threads than the main one, which do not hear of it, nothing changes.
+    """
+
+    @functools.wraps(body)
+    def run(*args: Any, stop: Callable[[], bool] = lambda: False, **named: Any) -> LM:
+        before = signal.getsignal(signal.SIGINT)
+        ours = before is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+        came: list[int] = []
+
+        def handle(number: int, _: Any) -> None:
+            signal.signal(number, before)
+            came.append(number)
+            # print() must not be called where it may have been interrupted.
+            os.write(2, b"\nsaving after this step; a second interrupt does not wait for it\n")
+
+        def asked() -> bool:
+            if ours and not came and signal.getsignal(signal.SIGINT) is before:
+                signal.signal(signal.SIGINT, handle)
+            return bool(came) or stop()
+
+        try:
+            lm = body(*args, stop=asked, **named)
+        except Stopped as end:
+            if came:
+                raise Interrupted(end) from None
+            raise
+        finally:
+            if ours:
+                signal.signal(signal.SIGINT, before)
+        if came:
+            raise Interrupted("the run ended before it heard of the interrupt; the same call gives its model")
+        return lm
+
+    return run
+
+
 @hosts.watched
+@_interruptible
 def fit(
     run: RunConfig,
     *,
@@ -52,7 +98,8 @@ def fit(
 
     model: weights to start from, instead of `run.init`, and the class of the module, which may be your own.
     data: what to read, instead of `run.data`.
-    stop: asked after each step; True, on any host, saves the state and raises Stopped on all.
+    stop: asked after each step; True, on any host, saves the state and raises Stopped on all.  So does an interrupt
+    from the keyboard, which raises Interrupted, a KeyboardInterrupt.
 
     Returns the model with the best held-out score; of several tasks, that of the first.  Raises UserError for a mistake
     in the config or the data, before anything is compiled, and RunError for a fault of the run: a loss that is not

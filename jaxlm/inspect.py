@@ -14,6 +14,7 @@ from jaxlm.config import ModelConfig, RunConfig, from_json
 from jaxlm.families import FAMILIES, OWN, Opened
 from jaxlm.hub import convert
 from jaxlm.nn import parameters
+from jaxlm.report import Table
 
 
 class Row(NamedTuple):
@@ -59,6 +60,28 @@ def of_model(config: ModelConfig, mesh: Mapping[str, int] | None = None) -> str:
     return f"{summary(config, kind)}\n\n{table(rows, mesh)}"
 
 
+def placed(config: ModelConfig, mesh: Mapping[str, int]) -> Table:
+    """Where a mesh of these sizes puts the parameters of a config, as a table for a report or a notebook.
+
+    Raises UserError where such a mesh does not divide a parameter, or leaves a large one whole.
+    """
+    config.check()
+    rows = of_config(config)[1]
+    lines = []
+    for row in rows:
+        sharding.check(mesh, row.axes, row.shape, row.path)
+        shape = " x ".join(f"{size:,}" for size in row.shape)
+        lines.append([row.path, shape, _over(row), f"{row.size * _bytes(row.dtype) // _ways(row, mesh):,}"])
+    head = ("parameter", "shape", "axes of the mesh", "bytes on each device")
+    return Table("Where the parameters lie", head, lines, "; ".join([*_sums(rows), *_on_each(rows, mesh)]) + ".")
+
+
+def _over(row: Row) -> str:
+    """The axes of the mesh that each axis of a parameter is split over."""
+    over = ("+".join(part if isinstance(part, tuple) else (part or "-",)) for part in sharding.spec(row.axes))
+    return ", ".join(over)
+
+
 def _row(path: str, shape: tuple[int, ...], dtype: str, tensor: str) -> Row:
     row = parameters.find(path)
     return Row(path, shape, dtype, row.axes if row else (None,) * len(shape), tensor)
@@ -75,13 +98,12 @@ def table(rows: Iterable[Row], mesh: Mapping[str, int] | None = None) -> str:
     lines = [head[:4] + ["mesh", "bytes on each"] * bool(mesh) + head[4:]]
     for row in rows:
         axes = ", ".join(axis or "-" for axis in row.axes)
-        placed = []
+        where = []
         if mesh:
             sharding.check(mesh, row.axes, row.shape, row.path)
-            over = ("+".join(part if isinstance(part, tuple) else (part or "-",)) for part in sharding.spec(row.axes))
-            placed = [", ".join(over), f"{row.size * _bytes(row.dtype) // _ways(row, mesh):,}"]
+            where = [_over(row), f"{row.size * _bytes(row.dtype) // _ways(row, mesh):,}"]
         shape = " x ".join(map(str, row.shape))
-        lines.append([row.path, shape, row.dtype, axes, *placed, f"{row.size:,}", row.tensor])
+        lines.append([row.path, shape, row.dtype, axes, *where, f"{row.size:,}", row.tensor])
     numbers = {lines[0].index(name) for name in ("entries", "bytes on each") if name in lines[0]}
     widths = [max(len(line[column]) for line in lines) for column in range(len(head) - 1 + 2 * bool(mesh))]
     text = []

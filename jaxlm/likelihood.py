@@ -1,4 +1,5 @@
-"""How likely a model finds texts: log-probabilities of continuations, and the perplexity of whole texts."""
+"""How likely a model finds texts: log-probabilities of continuations, the perplexity of whole texts, and what a masked
+language model puts in blanks."""
 
 from __future__ import annotations
 
@@ -73,6 +74,33 @@ def log_likelihoods(
     limit = _limit(lm, length)
     examples = (_pair(lm, n, pair, limit, too_long) for n, pair in enumerate(pairs))
     return list(_scored(lm, examples, batch_tokens))
+
+
+def fill(lm: LM, text: str, *, blank: str = "[MASK]", most: int = 5) -> list[list[tuple[str, float]]]:
+    """The likeliest tokens for each blank in a text, each with its probability, the likeliest first.
+
+    Of the model's first head, masked_lm.  Each blank is asked for alone, the others staying blank.  Raises UserError
+    for a model without that head or a mask token, and for a text without a blank or longer than its positions.
+    """
+    if lm.config.heads_on_top[:1] != ("masked_lm",) or _tokenizer(lm).mask is None:
+        raise UserError(f"blanks are filled by the head masked_lm, the model has {', '.join(lm.config.heads_on_top)}")
+    parts = text.split(blank)
+    if len(parts) == 1:
+        raise UserError(f"the text {text!r:.40} has no {blank}; put one where a word is wanted")
+    ids: list[int] = []
+    for n, part in enumerate(_tokenizer(lm).encode_batch(parts)):
+        ids += [_tokenizer(lm).mask] * bool(n) + part
+    tokens = _tokenizer(lm).wrap(ids)[0]
+    places = [place for place, token in enumerate(tokens) if token == _tokenizer(lm).mask]
+    logits_BTV = lm(jnp.array([tokens], jnp.int32)).logits
+    assert logits_BTV is not None  # the head is there
+    logits_TV = np.asarray(logits_BTV[0], np.float64)[:, : lm.vocabulary]
+    found = []
+    for logits_V in logits_TV[places]:
+        p_V = np.exp(logits_V - logits_V.max())
+        best = np.argsort(-p_V, kind="stable")[:most]
+        found.append([(_tokenizer(lm).pieces([i])[0], float(p_V[i] / p_V.sum())) for i in best])
+    return found
 
 
 def perplexity(

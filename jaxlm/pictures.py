@@ -1,14 +1,18 @@
-"""What a report draws: curves, confusion matrices, bars and histograms, each as one PNG with a caption in words.
+"""What a report draws: curves, confusion matrices, bars, histograms, attention and meshes, each as one PNG with a
+caption in words.
 
 All have one width, one font and few colours, and are drawn once, on white.  The page multiplies them onto light paper
-and inverts them onto dark.  They go through matplotlib's objects: pyplot would keep global state and choose a backend.
+and inverts them onto dark.  A notebook shows one that ends a cell, with its caption inside.  They go through
+matplotlib's objects: pyplot would keep global state and choose a backend.
 """
 
 from __future__ import annotations
 
 import functools
+import io
 import math
 import textwrap
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +27,11 @@ _BLUE, _RUST = COLORS[0]
 _FONT = "STIXGeneral"  # comes with matplotlib: the same picture on every machine
 _WIDTH = 4.6  # inches
 _MOST_CLASSES, _MOST_BARS = 20, 30
+_DPI = 240  # 2 pixels per CSS pixel
+_drawing = threading.Lock()  # a live picture is drawn beside the run, whose report may be drawn at the same time
+
+
+Bundle = tuple[dict[str, Any], dict[str, Any]]  # what a notebook asks of an object: data and metadata by MIME type
 
 
 class Series(NamedTuple):
@@ -50,6 +59,12 @@ class Chart(NamedTuple):
     smooth: bool = True  # whether training is noisy enough to need a smoothed line
     zero: bool = False  # whether the axis begins at zero
 
+    def _repr_mimebundle_(self, **_: Any) -> Bundle:
+        return shown(self)
+
+    def _repr_pretty_(self, printer: Any, _: bool) -> None:
+        printer.text(self.title)
+
 
 class Heatmap(NamedTuple):
     """A confusion matrix.  Above 20 classes those with the most examples are drawn and the rest is merged."""
@@ -57,6 +72,12 @@ class Heatmap(NamedTuple):
     title: str
     counts: np.ndarray  # [n, n], row: true class, column: predicted class
     names: tuple[str, ...]
+
+    def _repr_mimebundle_(self, **_: Any) -> Bundle:
+        return shown(self)
+
+    def _repr_pretty_(self, printer: Any, _: bool) -> None:
+        printer.text(self.title)
 
 
 class Bars(NamedTuple):
@@ -67,6 +88,12 @@ class Bars(NamedTuple):
     values: tuple[float, ...]
     unit: str
 
+    def _repr_mimebundle_(self, **_: Any) -> Bundle:
+        return shown(self)
+
+    def _repr_pretty_(self, printer: Any, _: bool) -> None:
+        printer.text(self.title)
+
 
 class Histogram(NamedTuple):
     """How often each value occurs, such as tokens per example; `limit` draws a line, such as the length of a row."""
@@ -76,31 +103,101 @@ class Histogram(NamedTuple):
     unit: str
     limit: float | None
 
+    def _repr_mimebundle_(self, **_: Any) -> Bundle:
+        return shown(self)
 
-def draw(picture: Chart | Heatmap | Bars | Histogram, path: Path) -> str | None:
+    def _repr_pretty_(self, printer: Any, _: bool) -> None:
+        printer.text(self.title)
+
+
+class Attention(NamedTuple):
+    """How much each token that is written looks at each that is read."""
+
+    title: str
+    weights_TS: np.ndarray  # rows sum to 1
+    written: tuple[str, ...]  # T pieces
+    read: tuple[str, ...]  # S pieces
+
+    def _repr_mimebundle_(self, **_: Any) -> Bundle:
+        return shown(self)
+
+    def _repr_pretty_(self, printer: Any, _: bool) -> None:
+        printer.text(self.title)
+
+
+class Devices(NamedTuple):
+    """The devices of a mesh, what part of a weight each holds, and which rows of a batch."""
+
+    title: str
+    grid: tuple[int, int]  # devices down and across
+    sides: tuple[str, str]  # what differs down and across, in words
+    held: tuple[tuple[slice, slice], ...]  # of the weight, by each device
+    shape: tuple[int, int]  # of the weight
+    axes: tuple[str, str]  # of the weight, in words
+    rows: tuple[slice, ...]  # of the batch, by each device
+
+    def _repr_mimebundle_(self, **_: Any) -> Bundle:
+        return shown(self)
+
+    def _repr_pretty_(self, printer: Any, _: bool) -> None:
+        printer.text(self.title)
+
+
+Picture = Chart | Heatmap | Bars | Histogram | Attention | Devices
+
+
+def draw(picture: Picture, path: Path) -> str | None:
     """Draws `picture` as a PNG at `path`; returns its caption, or None and no file where there is nothing to draw.
 
     Raises ValueError where the names and the numbers of a picture are not equally many.
     """
+    png, caption = _png(picture, captioned=False)
+    if caption is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png)
+    return caption
+
+
+def shown(picture: Picture) -> Bundle:
+    """The picture for a notebook, with its caption below it; {} where there is nothing to show."""
+    png, caption = _png(picture, captioned=True)
+    if caption is None:
+        return {}, {}
+    width = int.from_bytes(png[16:20], "big") // 2
+    return {"image/png": png}, {"image/png": {"width": width, "alt": f"{picture.title}: {caption}"}}
+
+
+def _png(picture: Picture, captioned: bool) -> tuple[bytes, str | None]:
+    """The picture and its caption, which stands in it too where `captioned`; None where there is nothing to draw."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(_WIDTH, 3.1), dpi=240, facecolor="white", layout="constrained")  # 2 pixels per CSS pixel
     # `Any`: each function takes the kind that stands beside it.
     kinds: dict[type, Callable[[Any, Any], str | None]] = {
         Chart: _chart,
         Heatmap: _heatmap,
         Bars: _bars,
         Histogram: _histogram,
+        Attention: _attention,
+        Devices: _devices,
     }
-    caption = kinds[type(picture)](figure, picture)
-    if caption is not None:
+    with _drawing:
+        figure = Figure(figsize=(_WIDTH, 3.1), dpi=_DPI, facecolor="white", layout="constrained")
+        caption = kinds[type(picture)](figure, picture)
+        if caption is None:
+            return b"", None
         # Bold letters are wide: more than these would leave the picture.
         lines = textwrap.wrap(_drawable(picture.title), 52, max_lines=3, placeholder=" …")
         bold: dict[str, Any] = {"fontsize": 14, "fontweight": "bold", "parse_math": False}
         figure.suptitle("\n".join(lines), x=0.008, ha="left", **_text(), **bold)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="png")
-    return caption
+        if captioned:
+            below = textwrap.wrap(_drawable(caption), 82)
+            width, height = figure.get_size_inches()
+            figure.set_size_inches(width, height + 0.1 + 0.16 * len(below))
+            plain: dict[str, Any] = {"fontsize": 10, "family": _FONT, "color": "#5c5c5c", "parse_math": False}
+            figure.supxlabel("\n".join(below), x=0.008, ha="left", **plain)
+        file = io.BytesIO()
+        figure.savefig(file, format="png")
+    return file.getvalue(), caption
 
 
 # Curves
@@ -414,6 +511,104 @@ def _edges(low: float, high: float, line: float | None) -> np.ndarray:
     if line is not None:
         begin = line - math.ceil((line - begin) / width) * width
     return np.arange(begin, math.floor(high) + width + 0.5, width)
+
+
+# Attention
+
+
+def _attention(figure: Any, picture: Attention) -> str | None:
+    weights_TS = np.asarray(picture.weights_TS, float)
+    sizes = (len(picture.written), len(picture.read))
+    if weights_TS.shape != sizes:
+        raise ValueError(f"{picture.title!r} has weights {list(weights_TS.shape)} of {sizes} tokens; give as many")
+    if not weights_TS.size:
+        return None
+    size = 11 if max(sizes) <= 14 else 9 if max(sizes) <= 26 else 7
+    written, read = ([_drawable(_cut(name, 16)) or "?" for name in names] for names in (picture.written, picture.read))
+    beside, above = _inches(written, size), _inches(read, size)
+    cell = min((_WIDTH - beside - 0.5) / sizes[1], 0.36)
+    figure.set_size_inches(_WIDTH, cell * sizes[0] + above + 0.95)
+    axes = figure.add_subplot(facecolor="none")
+    axes.imshow(_tint(np.clip(weights_TS, 0, 1)), aspect="auto", interpolation="nearest")
+    axes.set_xticks(np.arange(sizes[1] + 1) - 0.5, minor=True)
+    axes.set_yticks(np.arange(sizes[0] + 1) - 0.5, minor=True)
+    _frame(axes, "tokens that are read", "tokens that are written")
+    axes.set_xticks(range(sizes[1]), read, parse_math=False, rotation=90)
+    axes.set_yticks(range(sizes[0]), written, parse_math=False)
+    axes.grid(which="minor", color=_RULE, linewidth=0.5)
+    axes.spines["bottom"].set_visible(False)
+    axes.tick_params(which="both", length=0)
+    axes.tick_params(labelsize=size, pad=2)
+    t, s = np.unravel_index(weights_TS.argmax(), sizes)
+    return (
+        "Each row sums to 100 %; white is 0 %, the darkest blue 100 %. "
+        f"The strongest: {_aside(picture.written[t])} looks at {_aside(picture.read[s])}, {weights_TS[t, s]:.0%}."
+    )
+
+
+def _tint(depth: np.ndarray) -> np.ndarray:
+    """Depths from 0 to 1 [...] as colours [..., 3] from white to blue."""
+    from matplotlib.colors import to_rgb
+
+    return 1 + depth[..., None] * (np.array(to_rgb(_BLUE)) * 0.8 - 1)
+
+
+# A mesh
+
+
+def _devices(figure: Any, picture: Devices) -> str | None:
+    from matplotlib.patches import Rectangle
+
+    (down, across), count = picture.grid, len(picture.held)
+    if down * across != count or len(picture.rows) != count:
+        raise ValueError(f"{picture.title!r} has a grid {picture.grid} and {count} devices; give as many")
+    parts = list(dict.fromkeys((cut[0].start, cut[1].start) for cut in picture.held))
+    ends = {(cut[0].start, cut[1].start): (cut[0].stop, cut[1].stop) for cut in picture.held}
+    shades = dict(zip(parts, _of_parts(len(parts))))
+    spoken = count <= 16 and across <= 8  # whether there is room for words in a device
+    high = 0.5 if spoken else min(0.3, 4.0 / down)
+    figure.set_size_inches(_WIDTH, high * down + 2.6)
+    top, bottom = figure.subplots(2, 1, height_ratios=(high * down, 1.15))
+    for n, (cut, rows) in enumerate(zip(picture.held, picture.rows)):
+        y, x = divmod(n, across)
+        color = shades[cut[0].start, cut[1].start]
+        top.add_patch(Rectangle((x, y), 1, 1, facecolor=color, edgecolor="white", linewidth=2 if spoken else 0.5))
+        if spoken:
+            narrow = across > 4
+            words = f"device {n}\nrows{chr(10) if narrow else ' '}{rows.start}–{rows.stop - 1}"
+            size = 8.5 if narrow else 9.5
+            centred: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": size, "linespacing": 1.1}
+            top.text(x + 0.5, y + 0.5, words, **centred, **_text())
+    top.set_xlim(0, across)
+    top.set_ylim(down, 0)
+    height, width = picture.shape
+    for start in parts:
+        stop = ends[start]
+        box = Rectangle((start[1], start[0]), stop[1] - start[1], stop[0] - start[0], facecolor=shades[start])
+        box.set(edgecolor="white", linewidth=2 if len(parts) <= 16 else 0.5)
+        bottom.add_patch(box)
+    bottom.set_xlim(0, width)
+    bottom.set_ylim(height, 0)
+    of_weight = [f"{name} {size:,}" for name, size in zip(picture.axes, picture.shape)]
+    for axes, (down_side, across_side) in zip((top, bottom), (picture.sides, of_weight)):
+        _frame(axes, across_side, down_side)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.spines["bottom"].set_visible(False)
+    on = count // len(parts)
+    each = f"{on} devices hold" if on > 1 else "one device holds"
+    what = f"each of its {len(parts)} parts" if len(parts) > 1 else "all of it"
+    return f"Above the devices, below the weight, in the colours of those that hold its parts: {each} {what}."
+
+
+def _of_parts(count: int) -> list[Any]:
+    """Light colours that ink is legible on, one for each part: hues of the palette, then shades of them."""
+    from matplotlib.colors import to_rgb
+
+    hues = [np.array(to_rgb(color)) for pair in COLORS for color in pair]
+    rounds = math.ceil(count / len(hues))
+    depth = lambda n: 0.45 - 0.3 * (n // len(hues)) / max(rounds, 1)
+    return [tuple(1 + depth(n) * (hues[n % len(hues)] - 1)) for n in range(count)]
 
 
 # What they share

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,6 +29,7 @@ from jaxlm.errors import UserError
 from jaxlm.families import PRESETS, look
 from jaxlm.lm import find
 from jaxlm.nn.transformer import Transformer
+from jaxlm.report import Bars, Table
 from jaxlm.start import with_dropout
 from jaxlm.tasks import make_task
 from jaxlm.tasks.multi_task import Parts
@@ -458,6 +459,39 @@ def as_json(plan: Plan) -> dict[str, Any]:
         line = plan.roofline
         said["roofline"] = line._asdict() | {"overlapped": of(line.overlapped), "apart": of(line.apart)}
     return said
+
+
+def pictured(said: Mapping[str, Any]) -> list[Bars | Table]:
+    """What `as_json` says of a plan, for a report or a notebook: its sizes, its memory, and the time of a step."""
+    mesh = " x ".join(f"{name} {size}" for name, size in said["mesh"].items() if size > 1) or "one device"
+    limit, used = said["limit_bytes"], said["used_bytes"]
+    facts = {
+        "parameters": f"{said['parameters']:,}",
+        "devices": f"{said['devices']:,} x {said['kind']}",
+        "mesh": mesh,
+        "tokens in a step": f"{said['tokens']:,}",
+        "recomputed in the backward pass": said["remat"],
+    }
+    of = f" of {limit / GIB:,.1f} GiB: " + ("fits" if said["fits"] else "does not fit") if limit else ""
+    facts["memory of each device"] = (
+        f"does not fit: {said['refused']}" if said["refused"] else f"{used / GIB:,.2f} GiB{of}"
+    )
+    found: list[Bars | Table] = []
+    if not said["refused"]:
+        parts = {"parameters": said["parameter_bytes"], "optimizer": said["optimizer_bytes"]}
+        parts["temporaries"] = said["temporary_bytes"]
+        unit, size = ("GiB", GIB) if used >= GIB else ("MiB", 2**20)
+        found.append(Bars("Memory of each device", tuple(parts), tuple(one / size for one in parts.values()), unit))
+    if line := said["roofline"]:
+        seconds = {"matrix products": line["compute"], "memory": line["memory"], "network": line["network"]}
+        times = tuple(1000 * one for one in seconds.values())
+        found.append(Bars("A step needs of each, at the least", tuple(seconds), times, "milliseconds"))
+        for when, name in (("overlapped", "if all overlap"), ("apart", "if nothing does")):
+            one = line[when]
+            speed = f"{1000 * one['seconds']:,.1f} ms a step, {one['mfu']:.0%} of the chips' peak"
+            facts[name] = f"{speed}, {said['tokens'] / one['seconds']:,.0f} tokens a second"
+    title = f"Plan of {said['config']} on {said['topology']}"
+    return [Table(title, ("what", "how much"), [[name, str(value)] for name, value in facts.items()], ""), *found]
 
 
 def _of_limit(plan: Plan) -> str:

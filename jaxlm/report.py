@@ -2,16 +2,32 @@
 
 `write` is the whole of it: `metrics.jsonl` -> `curves` (PNGs in RUN/report/) -> RUN/report.html, which holds its
 pictures inside, asks nothing of the network and runs no script, so that it can be mailed as it is.
+
+Single pictures are for notebooks, which show one that ends a cell, and for scripts, which `save` it:
+
+    with live("runs/mine"): jaxlm.fit(run)                 the loss while it falls
+    curve("runs/mine"), compared({"a": "runs/a", ...})     curves of one run, or of several in one picture
+    confusion(labels, told), told_wrong(texts, ...)        what `jaxlm.predict` told, against the labels
+    masked(tokenizer, before, after, predicted)            what masking makes of a text, in colour
+    attention(lm, source, target)                          where a translation looks in its source
+    mesh(sizes)                                            the devices of a mesh, and what each holds
 """
 
 from __future__ import annotations
 
 import base64
+import contextvars
+import io
 import json
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from html import escape
 from itertools import groupby
 from pathlib import Path
@@ -19,8 +35,25 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from jaxlm.errors import RunError
-from jaxlm.pictures import COLORS, Bars, Chart, Heatmap, Histogram, Series, best, draw
+from jaxlm import sharding
+from jaxlm.errors import RunError, UserError, perhaps
+from jaxlm.pictures import (
+    COLORS,
+    Attention,
+    Bars,
+    Bundle,
+    Chart,
+    Devices,
+    Heatmap,
+    Histogram,
+    Picture,
+    Series,
+    best,
+    draw,
+    shown,
+)
+
+MISTAKES, LONGEST = 20, 600  # most rows of mistakes that are shown, most characters of a cell
 
 
 class Table(NamedTuple):
@@ -30,6 +63,37 @@ class Table(NamedTuple):
     head: tuple[str, ...]
     rows: list[list[str]]
     note: str  # what the rows are, in words
+
+    def _repr_mimebundle_(self, **_: Any) -> Bundle:
+        return {"text/html": _alone(_texts(self))}, {}
+
+    def _repr_pretty_(self, printer: Any, _: bool) -> None:
+        widths = [max(map(len, column)) for column in zip(self.head, *self.rows)]
+        lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in (self.head, *self.rows))
+        printer.text("\n".join(line.rstrip() for line in (self.title, *lines, self.note)))
+
+
+class Masked(NamedTuple):
+    """A text before and after masking, piece by piece, and which pieces are to be predicted."""
+
+    title: str
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+    predicted: tuple[bool, ...]
+    mask: str  # the piece that masks
+
+    @property
+    def fates(self) -> list[str]:
+        """What became of each piece: masked, random, kept, or nothing, of those that are not predicted."""
+        which = lambda old, new: "masked" if new == self.mask else "kept" if new == old else "random"
+        return [which(old, new) if p else "" for old, new, p in zip(self.before, self.after, self.predicted)]
+
+    def _repr_mimebundle_(self, **_: Any) -> Bundle:
+        return {"text/html": _alone(_coloured(self))}, {}
+
+    def _repr_pretty_(self, printer: Any, _: bool) -> None:
+        told = (f"{new} ({old}, {fate})" if fate else new for old, new, fate in zip(*self[1:3], self.fates))
+        printer.text(f"{self.title}: {' '.join(told)}")
 
 
 Section = Heatmap | Bars | Histogram | Table
@@ -145,6 +209,257 @@ def write(
     unfinished.write_bytes(page.encode(errors="replace"))  # a byte-level model may generate half a character
     os.replace(unfinished, path)
     return path
+
+
+# Single pictures, for notebooks and scripts
+
+
+def save(picture: Picture | Table | Masked, path: Path | str) -> Path:
+    """Writes a picture as a .png, a table or masked text as an .html page; raises UserError for another suffix."""
+    path, of_words = Path(path), isinstance(picture, (Table, Masked))
+    suffix = ".html" if of_words else ".png"
+    if path.suffix != suffix:
+        raise UserError(f"{path} would hold a {type(picture).__name__.lower()}; give a name that ends in {suffix}")
+    if isinstance(picture, (Table, Masked)):
+        page = _html(picture.title, picture._repr_mimebundle_()[0]["text/html"])
+        path.write_text(page, encoding="utf-8", errors="replace")
+    else:
+        png = shown(picture)[0].get("image/png")
+        if png is None:
+            raise UserError(f"{picture.title!r} has nothing to show; no picture is written to {path}")
+        path.write_bytes(png)
+    return path
+
+
+def curve(folder: Path | str, name: str = "loss") -> Chart:
+    """A picture of the report of the run in `folder`, such as `loss`, `accuracy` or `learning_rate`.
+
+    Raises UserError where the run has no such picture, with those that it has.
+    """
+    charts = {chart.name: chart for chart in _charts(read_metrics(Path(folder)))}
+    if name not in charts:
+        what = perhaps(name, charts) if charts else "; nothing is measured there yet"
+        raise UserError(f"the run in {folder} has no picture {name!r}{what}")
+    return charts[name]
+
+
+def compared(runs: Mapping[str, Path | str], name: str = "loss") -> Chart:
+    """One metric of several runs in one picture.  runs: label -> folder, at most 8.
+
+    name: as in `metrics.jsonl`: `loss` in training, `eval/loss` or `eval/accuracy` held out.  Raises UserError where a
+    run has not measured it.
+    """
+    colors = [color for pair in COLORS for color in pair]
+    if not 0 < len(runs) <= len(colors):
+        raise UserError(f"{len(runs)} runs cannot be compared in one picture; give 1 to {len(colors)}")
+    held_out, series = name.startswith("eval/"), []
+    for (label, folder), color in zip(runs.items(), colors):
+        rows = read_metrics(Path(folder))
+        points = _points(rows, name)
+        if not len(points[0]):
+            known = {key for row in rows for key in row} - {"step"}
+            raise UserError(f"the run in {folder} has no metric {name!r}{perhaps(name, known)}")
+        series.append(Series(label, *points, held_out, color))
+    metric = _metric(name.removeprefix("eval/"))
+    said = FAMILIES.get(metric.family) or Family("", _plain(metric.words), None)
+    title = f"{_title(words(name.removeprefix('eval/')))}, {'held-out' if held_out else 'training'}"
+    last = max(float(one.steps[-1]) for one in series)
+    look: dict[str, Any] = {"percent": said.percent, "better": said.better, "log": said.log}
+    return Chart("compared", title, said.unit or title, tuple(series), last=max(last, 1.0), **look)
+
+
+def confusion(labels: Sequence[str], told: Sequence[Mapping[str, Any]]) -> Heatmap:
+    """The confusion matrix of what `jaxlm.predict` told of examples, against their labels."""
+    found = [str(row["prediction"]) for row in told]
+    names = tuple(sorted({*labels, *found}))
+    counts = np.zeros((len(names), len(names)), int)
+    for (label, prediction), count in Counter(zip(labels, found, strict=True)).items():
+        counts[names.index(label), names.index(prediction)] = count
+    return Heatmap("Confusion matrix", counts, names)
+
+
+def told_wrong(texts: Sequence[str], labels: Sequence[str], told: Sequence[Mapping[str, Any]], most: int = 10) -> Table:
+    """The most confident mistakes in what `jaxlm.predict` told of texts, against their labels."""
+    rows = zip(texts, labels, told, strict=True)
+    wrong = [
+        (row["confidence"], [text, label, row["prediction"]]) for text, label, row in rows if label != row["prediction"]
+    ]
+    return mistakes(("text", "true", "predicted"), wrong, len(texts), "examples are told wrong", most)
+
+
+def mistakes(
+    head: tuple[str, ...], wrong: list[tuple[float, list[str]]], count: int, what: str, most: int = MISTAKES
+) -> Table:
+    """The table of the most confident of the (confidence, cells) that are wrong among `count`."""
+    ordered = sorted(wrong, key=lambda row: -row[0])[:most]
+    cut = lambda text: text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
+    rows = [[*map(cut, cells), f"{confidence:.1%}"] for confidence, cells in ordered]
+    return Table("The most confident mistakes", (*head, "confidence"), rows, f"{len(wrong):,} of {count:,} {what}.")
+
+
+def masked(
+    tokenizer: Any, before_T: Sequence[int], after_T: Sequence[int], predicted_T: Sequence[bool], title: str = "Masking"
+) -> Masked:
+    """What masking made of a text, in colour: token ids before and after, and which of them are to be predicted."""
+    before, after = (tuple(tokenizer.pieces(ids)) for ids in (before_T, after_T))
+    return Masked(title, before, after, tuple(map(bool, predicted_T)), tokenizer.pieces([tokenizer.mask])[0])
+
+
+def attention(lm: Any, source: str, target: str, layer: int = -1, head: int | None = None) -> Attention:
+    """Where an encoder-decoder looks in `source` while it writes `target`: its cross-attention.
+
+    layer: of the decoder, counted from 0, or from the last by -1.  head: one of its heads; None: their mean.  Raises
+    UserError for another kind of model, and for a layer or a head that it does not have.
+    """
+    if lm.config.structure != "encoder_decoder" or lm.config.start_token is None or lm.tokenizer is None:
+        raise UserError(
+            f"cross-attention is of an encoder-decoder with a tokenizer and a start token; the model is a(n) "
+            f"{lm.config.structure} with {'a' if lm.tokenizer else 'no'} tokenizer: take another"
+        )
+    ((read, _),), ((written, _),) = lm.tokenizer.frame([source]), lm.tokenizer.target.frame([target])
+    out = lm([read], target_tokens_BT=np.array([[lm.config.start_token, *written[:-1]]], np.int32), attentions=True)
+    weights_LHTS = np.asarray(out.decoder.cross_attention_LBHTS[:, 0], np.float32)
+    for name, asked, size in (("layer", layer, weights_LHTS.shape[0]), ("head", head or 0, weights_LHTS.shape[1])):
+        if not -size <= asked < size:
+            raise UserError(f"{name} is {asked}; the decoder has {size}, counted from 0")
+    weights_HTS = weights_LHTS[layer]
+    weights_TS = weights_HTS.mean(0) if head is None else weights_HTS[head]
+    which = f"layer {layer % len(weights_LHTS)}, " + ("mean of the heads" if head is None else f"head {head}")
+    spell = lambda words, ids: tuple(piece.replace("\u2581", "_").replace(" ", "_") for piece in words.pieces(ids))
+    sides = spell(lm.tokenizer.target, written), spell(lm.tokenizer, read)
+    return Attention(f"Cross-attention ({which})", weights_TS, *sides)
+
+
+def mesh(
+    sizes: Mapping[str, int],
+    *,
+    axes: tuple[str, str] = ("width", "mlp"),
+    shape: tuple[int, int] = (512, 2048),
+    rows: int = 32,
+) -> Devices:
+    """The devices of a mesh, which part of a weight each holds, and which rows of a batch.
+
+    sizes: of the mesh's axes (`jaxlm.sharding.AXES`); 1 where unsaid.  axes, shape: of the weight, the logical axes by
+    which `jaxlm.sharding.RULES` places it; of each layer's MLP, where unsaid.  Raises UserError where the mesh does not
+    divide the weight or the rows.
+    """
+    sizes = {name: sizes.get(name, 1) for name in sharding.AXES}
+    sharding.check(sizes, axes, shape, "the weight")
+    sharding.check(sizes, ("batch",), (rows,), "the batch")
+    held, of_batch = [], []
+    for place in np.ndindex(*sizes.values()):
+        at = dict(zip(sizes, place))
+        held.append(tuple(_part(at, sizes, axis, size) for axis, size in zip(axes, shape)))
+        of_batch.append(_part(at, sizes, "batch", rows))
+    split = [name for name, size in sizes.items() if size > 1] or ["data"]
+    across = sizes[split[-1]]  # the last of the axes changes fastest
+    down = " × ".join(f"{name} {sizes[name]}" for name in split[:-1])
+    what = ", ".join(f"{name} {sizes[name]}" for name in split)
+    return Devices(
+        f"A mesh of {math.prod(sizes.values()):,} devices: {what}",
+        (math.prod(sizes.values()) // across, across),
+        (down, f"{split[-1]} {across}"),
+        tuple(held),  # type: ignore[arg-type]
+        shape,
+        axes,
+        tuple(of_batch),
+    )
+
+
+def _part(at: Mapping[str, int], sizes: Mapping[str, int], axis: str, size: int) -> slice:
+    """Of a dimension with this logical axis, what the device at these places of the mesh holds."""
+    index, ways = 0, 1
+    for name in sharding.RULES[axis]:
+        index, ways = index * sizes[name] + at[name], ways * sizes[name]
+    return slice(index * size // ways, (index + 1) * size // ways)
+
+
+def hardware() -> str:
+    """What JAX computes on here, in words; where there is no accelerator, that it will be slow."""
+    import jax
+
+    devices = jax.devices()
+    if devices[0].platform == "cpu":
+        return (
+            "JAX found no accelerator: everything runs on the CPU, slowly.\n"
+            "In Colab, Runtime > Change runtime type offers a TPU or a GPU."
+        )
+    return f"JAX runs on {len(devices)} x {devices[0].device_kind}."
+
+
+@contextmanager
+def live(folder: Path | str, name: str = "loss") -> Iterator[None]:
+    """While the block trains the run in `folder`, a notebook shows this curve of it, redrawn in place, and below it
+    what the run says.  In a script, whose run speaks for itself, nothing is done.
+
+        with live("runs/mine"):
+            lm = jaxlm.fit(run)
+
+    It reads what the run logs, so it also shows what was there before a run goes on.  The last picture stays, also
+    where the block ends by an error, which is passed on.
+    """
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if not hasattr(shell, "kernel"):
+        yield
+        return
+    watched = _Watched(Path(folder), name)
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(watched.pause):
+            watched.redraw()
+
+    # A notebook knows by its context which cell an output belongs to.
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(watch,), daemon=True)
+    try:
+        with redirect_stderr(watched.said):
+            thread.start()
+            yield
+    finally:
+        over.set()
+        thread.join()
+        watched.redraw()
+
+
+class _Watched:
+    """The two outputs of `live`: the curve, and what the run said."""
+
+    def __init__(self, folder: Path, name: str):
+        from IPython.display import display
+
+        self.folder, self.name, self.said = folder, name, _Screen()
+        self.pause = 1.0  # seconds until it is looked at again
+        self._seen = self._told = ""
+        waiting = {"text/plain": "The picture comes with the first line of the log."}
+        self._picture = display(waiting, raw=True, display_id=True)
+        self._text = display({"text/plain": ""}, raw=True, display_id=True)
+
+    def redraw(self) -> None:
+        """Shows what has changed since the last time."""
+        begun = time.monotonic()
+        if (text := self.said.text()) != self._told:
+            self._told = text
+            self._text.update({"text/plain": text}, raw=True)
+        log = self.folder / "metrics.jsonl"
+        now = str(log.stat().st_size) if log.exists() else ""
+        if now != self._seen:
+            charts = {chart.name: chart for chart in _charts(read_metrics(self.folder))}
+            if self.name in charts:
+                self._seen = now
+                self._picture.update(charts[self.name])
+        self.pause = max(1.0, 10 * (time.monotonic() - begun))  # at most a tenth of the time is spent on looks
+
+
+class _Screen(io.StringIO):
+    """What a terminal would show of what is written to it, of lines that are rewritten in place the last."""
+
+    def isatty(self) -> bool:
+        return True
+
+    def text(self) -> str:
+        """The lines, as they stand."""
+        lines = (line.rpartition("\r\x1b[K")[2] for line in self.getvalue().split("\n"))
+        return "\n".join(lines).strip("\n")
 
 
 # What is drawn
@@ -408,6 +723,46 @@ def _texts(table: Table) -> str:
     )
 
 
+def _coloured(text: Masked) -> str:
+    """The pieces in a line that wraps, each changed one with what it was above it; the legend says how many of each."""
+    meanings = {"masked": "masked", "random": "replaced at random", "kept": "kept, and predicted all the same"}
+    counts = Counter(text.fates)
+    legend = " ".join(
+        f'<span class="chip {fate}">{meaning}: {counts[fate]}</span>' for fate, meaning in meanings.items()
+    )
+    chips = []
+    for old, new, fate in zip(text.before, text.after, text.fates):
+        above = f"<rt>{_text(old)}</rt>" if fate in ("masked", "random") else ""
+        inside = f"<ruby>{_text(new)}{above}</ruby>" if above else _text(new)
+        chips.append(f'<span class="chip {fate}">{inside}</span>' if fate else f"<span>{inside}</span>")
+    return (
+        f'<h3>{_text(text.title)}</h3>\n<p class="note">{sum(text.predicted)} of {len(text.before)} tokens are to be '
+        f"predicted; above those that were changed stands what they were.</p>\n<p>{legend}</p>\n"
+        f'<p class="pieces" dir="auto">{" ".join(chips)}</p>'
+    )
+
+
+def _alone(inner: str) -> str:
+    """A part of the page as an output of a notebook, whose paper and ink it takes, light or dark."""
+    return f'<div class="jaxlm"><style>{_STYLE_ALONE}</style>\n{inner}\n</div>'
+
+
+def _html(title: str, body: str) -> str:
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{_text(title)}</title>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+
 def _page(
     name: str,
     facts: dict[str, str],
@@ -528,4 +883,30 @@ summary { cursor: pointer; color: var(--accent); margin-bottom: .75rem; }
 .texts .number { text-align: right; white-space: nowrap; }
 .texts td:first-child { padding-left: 0; }
 .scroll { max-height: none; } figure, tr { break-inside: avoid; } }
+"""
+_STYLE_ALONE = """
+.jaxlm { --rule: rgba(128, 128, 128, .4); max-width: 60rem; font-family: Georgia, "Times New Roman", serif; }
+.jaxlm h3 { margin: .25rem 0; font-size: 1.1rem; font-weight: bold; }
+.jaxlm .note { margin: 0 0 .5rem; opacity: .75; font-style: italic; }
+.jaxlm table.texts { table-layout: fixed; max-width: 100%; margin: 0; border-collapse: collapse; font-size: .95rem; }
+.jaxlm .texts th, .jaxlm .texts td {
+  padding: .3rem 0 .3rem 1.25rem; border-bottom: 1px solid var(--rule); white-space: normal; overflow-wrap: anywhere;
+  vertical-align: baseline; text-align: start; max-width: none;
+}
+.jaxlm .texts th { font-weight: normal; font-style: italic; opacity: .75; }
+.jaxlm .texts th:first-child, .jaxlm .texts td:first-child { padding-left: 0; }
+.jaxlm .texts .number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+.jaxlm .pieces { line-height: 2.6; overflow-wrap: anywhere; margin: .5rem 0; }
+.jaxlm .chip { padding: .1em .3em; border-radius: .25em; white-space: nowrap; }
+.jaxlm .chip rt { font-size: .7em; font-style: italic; }
+.jaxlm .masked { background: rgba(64, 132, 184, .28); box-shadow: inset 0 -2px #4084b8; }
+.jaxlm .random { background: rgba(212, 100, 64, .28); box-shadow: inset 0 -2px #d46440; }
+.jaxlm .kept { background: rgba(96, 152, 112, .28); box-shadow: inset 0 -2px #609870; }
+@media (max-width: 40rem) {
+  .jaxlm .texts, .jaxlm .texts tbody, .jaxlm .texts tr, .jaxlm .texts td { display: block; width: auto !important; }
+  .jaxlm .texts thead, .jaxlm .texts colgroup { display: none; }
+  .jaxlm .texts tr { padding: .5rem 0; border-bottom: 1px solid var(--rule); }
+  .jaxlm .texts td, .jaxlm .texts .number { padding: 0; border: 0; text-align: start; white-space: normal; }
+  .jaxlm .texts td::before { content: attr(data-name) " "; opacity: .75; font-style: italic; }
+}
 """

@@ -36,7 +36,7 @@ ORDER = (  # each may import those before it and beside it
     ("optimizer", "step", "checkpoint", "assembly", "measure"),
     ("folder",),
     ("evaluate", "start", "sweep"),
-    ("fit", "plan"),
+    ("fit", "plan", "samples"),
     ("__main__",),
 )
 PLACE = {part: place for place, parts in enumerate(ORDER) for part in parts}

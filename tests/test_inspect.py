@@ -70,3 +70,12 @@ def test_convert_changes_dtype_head_and_shards(folder, tmp_path, capsys):
     assert main(["convert", str(folder), str(new), "--head", "none", "--overwrite"]) == 0
     assert json.loads((new / "config.json").read_text())["architectures"] == ["DistilBertModel"]
     assert "embeddings.word_embeddings.weight" in safetensors.read(new)
+
+
+def test_the_places_of_parameters_are_a_table_too():
+    mesh = {"data": 1, "fsdp": 4, "context": 1, "tensor": 2}
+    table = inspect.placed(MODEL, mesh)
+    rows = {row[0]: row[1:] for row in table.rows}
+    assert rows["encoder/layers/attention/query/kernel"] == ["2 x 16 x 2 x 8", "-, fsdp, tensor, -", "256"]
+    whole = inspect.of_model(MODEL, mesh)
+    assert all(" ".join(row[-1:]) in whole for row in table.rows) and "on each of 8 devices" in table.note

@@ -16,7 +16,7 @@ from jaxlm import likelihood
 from jaxlm.config import CausalLM, ModelConfig, TokenizerConfig
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.errors import UserError
-from jaxlm.likelihood import _windows, log_likelihoods, perplexity
+from jaxlm.likelihood import _windows, fill, log_likelihoods, perplexity
 from jaxlm.lm import LM
 from jaxlm.nn.transformer import Transformer, apply
 
@@ -368,3 +368,30 @@ def test_likelihoods_are_those_of_transformers(family, tmp_path):
         total = log[torch.arange(len(continuation)), torch.tensor(continuation)].sum().item()
         assert found.log_probability == pytest.approx(total, rel=1e-4, abs=1e-4)
         assert found.is_greedy == (log.argmax(-1).tolist() == continuation)
+
+
+@lru_cache
+def masked() -> LM:
+    words = tokenizers.train([TEXT * 9], TokenizerConfig(train="wordpiece"), 56)
+    config = ModelConfig(**TINY | {"vocabulary": 64}, structure="encoder", heads_on_top=("masked_lm",), types=2)
+    return LM(config, Transformer(config), random_params(config), words)
+
+
+def test_blanks_are_filled_by_the_likeliest_tokens():
+    lm = masked()
+    found = fill(lm, "the [MASK] fox jumps over a [MASK]", most=3)
+    ids = [lm.tokenizer.encode(part) for part in ("the", "fox jumps over a")]
+    tokens = [lm.tokenizer.cls, *ids[0], lm.tokenizer.mask, *ids[1], lm.tokenizer.mask, lm.tokenizer.sep]
+    p_TV = np.asarray(jax.nn.softmax(lm(np.array([tokens])).logits[0, :, : lm.vocabulary]))
+    for blank, place in zip(found, (len(ids[0]) + 1, len(tokens) - 2), strict=True):
+        best = np.argsort(-p_TV[place])[:3]
+        assert [piece for piece, _ in blank] == lm.tokenizer.pieces(best)
+        np.testing.assert_allclose([p for _, p in blank], p_TV[place][best], rtol=1e-4)
+
+
+def test_a_text_without_a_blank_and_a_model_without_a_mask_are_refused():
+    with pytest.raises(UserError, match=r"has no \[MASK\]; put one where a word is wanted"):
+        fill(masked(), "the fox")
+    lm = replace(masked(), config=replace(masked().config, heads_on_top=("classes",)))
+    with pytest.raises(UserError, match="filled by the head masked_lm, the model has classes"):
+        fill(lm, "the [MASK]")

@@ -75,7 +75,11 @@ def test_memory_is_that_of_the_shards(mesh, parts):
     assert made.temporary_bytes > 0 and made.hbm_bytes > state
     assert made.collectives and made.purposes
     assert made.counted_flops == made.formula_flops == made.flops
-    json.dumps(plan.as_json(made))
+    said = json.loads(json.dumps(plan.as_json(made)))
+    facts, memory, *_ = plan.pictured(said)
+    assert dict(facts.rows)["parameters"] == f"{made.parameters:,}"
+    parts = dict(zip(memory.names, memory.values))
+    assert parts["parameters"] * 2**20 == made.parameter_bytes and memory.unit == "MiB"
     page = plan.told(made)
     assert "no rates are known of cpu" in page and f"{made.parameters:,} parameters" in page
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jaxlm import pictures, report
-from jaxlm.errors import RunError
+from jaxlm.errors import RunError, UserError
 from jaxlm.report import Bars, Heatmap, Histogram, Table
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -348,3 +348,165 @@ def test_sections_come_in_order_after_the_curves(tmp_path):
 def test_sections_that_do_not_add_up_are_refused(tmp_path, section, message):
     with pytest.raises(ValueError, match=message):
         report.write(tmp_path, {}, {}, None, [section])
+
+
+# Single pictures, for notebooks and scripts
+
+
+def written(folder: Path, steps: int, **more: float) -> Path:
+    folder.mkdir()
+    return write_metrics(
+        folder, [training(step, **more) for step in range(1, steps + 1)] + [{"step": steps, "eval/f1": 0.5}]
+    )
+
+
+def test_a_curve_and_a_comparison(tmp_path):
+    runs = {name: written(tmp_path / name, steps) for name, steps in (("one", 50), ("two", 20))}
+    assert report.curve(runs["one"]).title == "Loss"
+    both = report.compared(runs, "loss")
+    assert [series.label for series in both.series] == ["one", "two"] and both.last == 50
+    assert both.title == "Loss, training" and len({series.color for series in both.series}) == 2
+    held_out = report.compared(runs, "eval/f1")
+    assert held_out.title == "F1, held-out" and held_out.percent and all(series.held_out for series in held_out.series)
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda folder: report.curve(folder, "los"), "no picture 'los'; perhaps you meant 'loss'"),
+        (lambda folder: report.curve(folder / "none"), "no picture 'loss'; nothing is measured there yet"),
+        (lambda folder: report.compared({"a": folder}, "eval/f2"), "no metric 'eval/f2'; perhaps you meant 'eval/f1'"),
+        (lambda folder: report.compared({}), "0 runs cannot be compared in one picture; give 1 to 8"),
+        (lambda folder: report.save(Table("T", ("a",), [["b"]], ""), folder / "t.png"), "ends in .html"),
+        (lambda folder: report.save(Histogram("H", np.zeros(0), "u", None), folder / "h.png"), "nothing to show"),
+        (lambda folder: report.mesh({"tensor": 3}), "mlp 2048, which the mesh splits 3 ways"),
+    ],
+)
+def test_what_cannot_be_shown_is_said(tmp_path, ask, message):
+    with pytest.raises(UserError, match=message):
+        ask(written(tmp_path / "run", 5))
+
+
+def test_pictures_show_themselves_in_a_notebook(tmp_path):
+    said = {"prediction": "yes", "confidence": 0.9}, {"prediction": "no", "confidence": 0.6}
+    matrix = report.confusion(["yes", "yes"], said)
+    assert matrix.names == ("no", "yes") and matrix.counts.tolist() == [[0, 0], [1, 1]]
+    data, look = matrix._repr_mimebundle_()
+    assert data["image/png"].startswith(PNG) and look["image/png"]["alt"].startswith("Confusion matrix: 50.0 % of 2")
+    assert report.save(matrix, tmp_path / "matrix.png").read_bytes().startswith(PNG)
+    table = report.told_wrong(["a <b>", "c"], ["yes", "yes"], said)
+    assert table.rows == [["c", "yes", "no", "60.0%"]]
+    html = table._repr_mimebundle_()[0]["text/html"]
+    assert Outline(html).all("table") and report.save(table, tmp_path / "t.html").read_text().count(html) == 1
+
+
+def test_masked_tokens_have_their_fates():
+    class Words:
+        mask = 4
+
+        def pieces(self, ids):
+            return [("[CLS]", "the", "fox", "<den>", "[MASK]")[i] for i in ids]
+
+    told = report.masked(Words(), [0, 1, 2, 3], [0, 1, 4, 1], [False, True, True, True])
+    assert told.fates == ["", "kept", "masked", "random"]
+    page = Outline(html := told._repr_mimebundle_()[0]["text/html"])
+    assert [tag["class"] for tag in page.all("span") if "class" in tag][-3:] == [
+        "chip kept",
+        "chip masked",
+        "chip random",
+    ]
+    assert "<rt>&lt;den&gt;</rt>" in html and "<rt>the</rt>" not in html
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 8}, {"data": 4, "context": 2}], ids=str
+)
+def test_a_mesh_shows_what_its_devices_hold(sizes):
+    import jax
+
+    from jaxlm import sharding
+    from jaxlm.config import MeshConfig
+
+    shape, rows = (32, 64), 16
+    shown = report.mesh(sizes, shape=shape, rows=rows)
+    mesh = sharding.make_mesh(MeshConfig(**{"data": 1, **sizes}))
+    places = {device.id: n for n, device in enumerate(mesh.devices.flat)}
+    full = lambda cut, size: slice(*cut.indices(size)[:2])
+    for axes, of, held in (
+        (("width", "mlp"), shape, shown.held),
+        (("batch",), (rows,), [(cut,) for cut in shown.rows]),
+    ):
+        truth = jax.sharding.NamedSharding(mesh, sharding.spec(axes)).devices_indices_map(of)
+        for device, cuts in truth.items():
+            assert tuple(full(cut, size) for cut, size in zip(cuts, of)) == held[places[device.id]]
+    assert shown.grid[0] * shown.grid[1] == 8 and shown._repr_mimebundle_()[0]["image/png"].startswith(PNG)
+
+
+def test_attention_is_drawn_and_must_fit():
+    weights = np.full((2, 3), 1 / 3)
+    picture = report.Attention("Cross-attention", weights, ("Ein", "Hund"), ("a", "dog", "."))
+    assert "Ein looks at a, 33%" in picture._repr_mimebundle_()[1]["image/png"]["alt"]
+    with pytest.raises(ValueError, match="weights"):
+        picture._replace(read=("a",))._repr_mimebundle_()
+
+
+def test_cross_attention_is_that_of_a_translation(tmp_path):
+    import jax
+
+    from jaxlm.config import ModelConfig, TokenizerConfig
+    from jaxlm.data import tokenizer
+    from jaxlm.lm import LM
+    from jaxlm.nn.transformer import Transformer, init
+
+    words = tokenizer.train(["a dog and a cat"] * 9, TokenizerConfig(train="characters"), 40, ended=True)
+    sizes = {"vocabulary": 40, "width": 16, "layers": 2, "heads": 2, "max_length": 32}
+    config = ModelConfig(**sizes, structure="encoder_decoder", start_token=0)
+    module = Transformer(config)
+    lm = LM(config, module, init(module, jax.random.key(0)), words)
+    picture = report.attention(lm, "a dog", "a cat", layer=0)
+    assert picture.read == ("a", "_", "d", "o", "g", "</s>") and picture.written[-1] == "</s>"
+    heads = [report.attention(lm, "a dog", "a cat", layer=-2, head=n).weights_TS for n in (0, 1)]
+    np.testing.assert_allclose(picture.weights_TS, np.mean(heads, 0), rtol=1e-5)
+    np.testing.assert_allclose(picture.weights_TS.sum(1), 1, rtol=1e-5)
+    with pytest.raises(UserError, match="layer is 2; the decoder has 2"):
+        report.attention(lm, "a dog", "a cat", layer=2)
+    with pytest.raises(UserError, match="is of an encoder-decoder"):
+        report.attention(LM(ModelConfig(**sizes), module, None, words), "a", "b")
+
+
+def test_a_script_is_left_alone_by_a_live_picture(tmp_path, capsys):
+    with report.live(tmp_path):
+        print("said", file=sys.stderr)
+    assert capsys.readouterr().err == "said\n"
+
+
+def test_a_live_picture_keeps_the_last_state_also_after_an_error(tmp_path, monkeypatch):
+    seen = []
+
+    class Handle:
+        def __init__(self, first):
+            self.n = len(seen)
+            seen.append(first)
+
+        def update(self, new, raw=False):
+            seen[self.n] = new
+
+    display = lambda first, raw, display_id: Handle(first)
+    shell = type("Shell", (), {"kernel": True})()
+    fake = {"IPython": {"get_ipython": lambda: shell}, "IPython.display": {"display": display}}
+    for name, content in fake.items():
+        module = type(sys)(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    with pytest.raises(RunError, match="gone"), report.live(tmp_path / "run"):
+        print("data  a few rows", file=sys.stderr)
+        for step in (1, 2):
+            print(f"\r\x1b[Kstep {step}", end="", file=sys.stderr)
+        written(tmp_path / "run", 7)
+        raise RunError("gone")
+    chart, text = seen
+    assert chart.title == "Loss" and chart.last == 7 and text == {"text/plain": "data  a few rows\nstep 2"}
+
+
+def test_hardware_is_said():
+    assert "no accelerator" in report.hardware() and "slowly" in report.hardware()

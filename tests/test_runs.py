@@ -147,6 +147,32 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_end(place, alone, tmp_path, d
     assert_same(tmp_path / "run", alone)
 
 
+def test_an_interrupt_waits_for_the_step_and_the_same_call_goes_on(place, alone, tmp_path, devices):
+    run, steps = a_run(place, tmp_path / "run"), iter(range(4))
+
+    def stop() -> bool:
+        if next(steps, None) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return False
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt, match="stopped at step 5 of 12 and saved"):
+        fit(run, stop=stop)
+    assert signal.getsignal(signal.SIGINT) is before
+    fit(run)
+    assert_same(tmp_path / "run", alone)
+
+
+def test_a_program_with_its_own_way_with_interrupts_keeps_it(place, tmp_path, monkeypatch, devices):
+    heard = []
+    before = signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
+    try:
+        fit(a_run(place, tmp_path / "run", steps=2), stop=lambda: signal.raise_signal(signal.SIGINT))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert heard == [signal.SIGINT] * 2
+
+
 def test_what_a_run_leaves(alone):
     rows = losses(alone)
     assert [row["step"] for row in rows] == [4, 6, 8, 12, 12]

@@ -17,9 +17,9 @@ from jaxlm.data.formats import Place, Row
 from jaxlm.errors import UserError
 from jaxlm.losses import Sum, binary_cross_entropy, cross_entropy, squared_error
 from jaxlm.nn.transformer import Transformer
-from jaxlm.report import Heatmap, Section
+from jaxlm.report import Heatmap, Section, mistakes
 from jaxlm.tasks.reading import Record, Records, text_of
-from jaxlm.tasks.records import HeadTask, Outputs, framed, mistakes
+from jaxlm.tasks.records import HeadTask, Outputs, framed
 from jaxlm.tasks.states import of_examples
 
 _FIELDS: dict[str, dict[str, Any]] = {

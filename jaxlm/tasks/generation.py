@@ -21,10 +21,10 @@ from jaxlm.generate import generate
 from jaxlm.lm import LM
 from jaxlm.losses import Losses
 from jaxlm.nn.transformer import Transformer
-from jaxlm.report import Table
+from jaxlm.report import LONGEST, Table
 from jaxlm.tasks.denoising import ending
 from jaxlm.tasks.reading import Record, Records
-from jaxlm.tasks.records import LONGEST, RecordTask
+from jaxlm.tasks.records import RecordTask
 from jaxlm.tasks.states import word_losses
 from jaxlm.tasks.task import Seen
 

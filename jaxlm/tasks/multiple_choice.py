@@ -18,9 +18,9 @@ from jaxlm.data.formats import Place, Row
 from jaxlm.errors import UserError
 from jaxlm.losses import Sum
 from jaxlm.nn.transformer import Transformer
-from jaxlm.report import Section
+from jaxlm.report import Section, mistakes
 from jaxlm.tasks.reading import Record, Records, column, text_of
-from jaxlm.tasks.records import HeadTask, Outputs, framed, mistakes
+from jaxlm.tasks.records import HeadTask, Outputs, framed
 from jaxlm.tasks.states import of_examples
 
 

@@ -15,9 +15,9 @@ from jaxlm.data.batches import Batch, Features
 from jaxlm.data.formats import Place, Row
 from jaxlm.errors import UserError
 from jaxlm.losses import Sum
-from jaxlm.report import Section
+from jaxlm.report import Section, mistakes
 from jaxlm.tasks.reading import Record, Records, text_of
-from jaxlm.tasks.records import HeadTask, Outputs, mistakes, stand_in
+from jaxlm.tasks.records import HeadTask, Outputs, stand_in
 
 _BEST = 20  # starts and ends of a window that are combined
 _NEVER = float(np.finfo(np.float32).min)  # margin of a text without any span: below every threshold

@@ -34,15 +34,12 @@ from jaxlm.errors import UserError
 from jaxlm.lm import LM
 from jaxlm.losses import Losses, Sum
 from jaxlm.nn.transformer import Transformer, apply
-from jaxlm.report import Table
 from jaxlm.tasks.reading import Record, Records, check_labels, column
 from jaxlm.tasks.states import hidden
 from jaxlm.tasks.task import Seen, Task
 
 Outputs = list[list[dict[str, np.ndarray]]]  # of one record: of each unit, of each example in it
 WINDOW = 1024  # records that are tokenized at once
-MISTAKES = 20  # rows of the report's table of them
-LONGEST = 600  # characters in a cell of it
 
 
 class RecordTask(Task):
@@ -196,15 +193,6 @@ class HeadTask(RecordTask):
         """`losses`, from the hidden states of the batch."""
         logits = self.logits(module, params, x_BTD, batch, key)
         return {"loss": self.loss(logits, batch, key is not None)}, self.outputs(logits, batch) if key is None else {}
-
-
-def mistakes(head: tuple[str, ...], wrong: list[tuple[float, list[str]]], count: int, what: str) -> Table:
-    """The report's table of the most confident of the (confidence, cells) that are wrong among `count`."""
-    ordered = sorted(wrong, key=lambda row: -row[0])[:MISTAKES]
-    cut = lambda text: text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
-    rows = [[*map(cut, cells), f"{confidence:.1%}"] for confidence, cells in ordered]
-    note = f"{len(wrong):,} of {count:,} {what}."
-    return Table("The most confident mistakes", (*head, "confidence"), rows, note)
 
 
 class RecordExamples:

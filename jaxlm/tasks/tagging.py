@@ -15,9 +15,9 @@ from jaxlm.data.batches import Batch, Features
 from jaxlm.data.formats import Place, Row
 from jaxlm.errors import UserError
 from jaxlm.losses import Sum, cross_entropy
-from jaxlm.report import Bars, Section, Table
+from jaxlm.report import Bars, Section, Table, mistakes
 from jaxlm.tasks.reading import Record, Records, column
-from jaxlm.tasks.records import HeadTask, Outputs, mistakes, stand_in
+from jaxlm.tasks.records import HeadTask, Outputs, stand_in
 
 
 class TaggingTask(HeadTask):

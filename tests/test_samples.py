@@ -1,0 +1,114 @@
+"""Sample data: the same for the same seed, in the files that the tasks read, and as easy or hard as they say."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import jaxlm
+from jaxlm import samples
+from jaxlm.errors import UserError
+
+
+def test_the_same_seed_gives_the_same_files(tmp_path):
+    for make in (samples.reviews, samples.articles):
+        one, two, other = (make(tmp_path / f"{make.__name__}{n}", seed=n // 2).read_bytes() for n in range(3))
+        assert one == two != other
+    files = [sorted(samples.captions(tmp_path / name).iterdir()) for name in "ab"]
+    assert [file.read_bytes() for file in files[0]] == [file.read_bytes() for file in files[1]]
+
+
+def test_reviews_have_both_classes_and_cannot_all_be_told(tmp_path):
+    rows = samples.rows(samples.reviews(tmp_path / "reviews.csv", count=1000))
+    assert len(rows) == 1000 and {row["label"] for row in rows} == {"negative", "positive"}
+    assert abs(sum(row["label"] == "positive" for row in rows) - 500) < 60
+    odd = [row for row in rows if row["text"].endswith("One of the best of the year.") and row["label"] == "negative"]
+    assert odd  # bears the wrong label
+
+
+GERMAN = {"A young woman has bought a red ball.": "Eine junge Frau hat einen roten Ball gekauft."}
+
+
+def test_captions_are_parallel_right_and_apart(tmp_path):
+    folder = samples.captions(tmp_path, train=4000, held_out=50)
+    parts = {
+        name: [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("train", "val", "test")
+    }
+    assert [len(rows) for rows in parts.values()] == [4000, 50, 50]
+    told = {row["en"]: row["de"] for rows in parts.values() for row in rows}
+    assert len(told) == 4100
+    for english, german in told.items():
+        assert english.endswith(".") and german.endswith(".") and german[0].isupper() and "  " not in german
+        assert ("has " in english) == (" hat " in german)  # second, also where the place comes first
+        if english.startswith(("In ", "On ", "At ")):
+            place = german.split(" ein")[0].split()  # place and verb come before whoever it is
+            assert place[-1] in {*samples._DOES.values(), *samples._IS.values(), "hat"}
+
+
+def test_more_captions_than_there_are_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        samples, "_caption", lambda draw: draw.choice([("A dog.", "Ein Hund."), ("A cat.", "Eine Katze.")])
+    )
+    with pytest.raises(UserError, match="1 and twice 1 captions are more than there are; ask for fewer"):
+        samples.captions(tmp_path, train=1, held_out=1)
+
+
+@pytest.mark.parametrize(
+    ("noun", "case", "adjective", "expected"),
+    [
+        (samples._WHO[0], 0, {"old": "alt"}, ("an old man", "ein alter Mann")),
+        (samples._WHO[1], 0, {"tired": "müde"}, ("a tired woman", "eine müde Frau")),
+        (samples._WHO[2], 0, {"small": "klein"}, ("a small child", "ein kleines Kind")),
+        (samples._WHAT[0], 2, {"red": "rot"}, ("a red ball", "einen roten Ball")),
+        (samples._WHAT[1], 2, {"new": "neu"}, ("a new book", "ein neues Buch")),
+        (samples._WHAT[2], 2, {"blue": "blau"}, ("a blue bag", "eine blaue Tasche")),
+    ],
+)
+def test_german_is_declined(noun, case, adjective, expected):
+    class Always:
+        random = staticmethod(lambda: 0.0)
+        choice = staticmethod(lambda some: some[0])
+
+    assert samples._phrase(Always, noun, adjective, case) == expected
+
+
+def test_topics_are_tested_on_what_was_not_trained(tmp_path):
+    text = samples.articles(tmp_path / "articles.txt", documents=300).read_text()
+    folder = samples.topics(tmp_path)
+    parts = [samples.rows(folder / f"{name}.csv") for name in ("train", "test")]
+    assert [len(rows) for rows in parts] == [144, 96]
+    named = [{word for row in rows for word in row["text"].strip(".").split()} for rows in parts]
+    things = {thing for kind in samples._THINGS.values() for thing in kind}
+    assert len(things) == 40 and not (named[0] & named[1] & things) and things <= named[0] | named[1]
+    assert all(f"the {thing}" in text.lower() for thing in things)  # the articles have them all
+
+
+def test_documentation_is_that_of_python(tmp_path):
+    text = samples.documentation(tmp_path / "python.txt").read_text()
+    assert len(text) > 400_000 and "comprehension" in text
+
+
+def test_a_bert_loads_here_and_is_left_alone(tmp_path):
+    texts = [row["text"] for row in samples.rows(samples.reviews(tmp_path / "reviews.csv"))]
+    folder = samples.bert(tmp_path / "bert", texts, vocabulary=200, layers=1, width=64, heads=1)
+    before = (folder / "model.safetensors").read_bytes()
+    assert samples.bert(folder, [], seed=1) == folder and (folder / "model.safetensors").read_bytes() == before
+    lm = jaxlm.load(folder)
+    assert lm.tokenizer.size == 200 and lm.config.width == 64 and lm.config.heads_on_top == ("masked_lm",)
+
+
+def test_without_a_network_it_is_said_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    for fetch in (samples.imdb, samples.multi30k, samples.wikitext):
+        with pytest.raises(UserError, match=r"mend the network.*file of your own.*JAXLM_TINY=1"):
+            fetch(tmp_path / "data")
+
+
+def test_a_table_is_divided_by_class(tmp_path):
+    path = samples.reviews(tmp_path / "reviews.csv", count=200)
+    train, test = (samples.rows(part) for part in samples.divided(path, share=0.25))
+    assert sorted(map(str, train + test)) == sorted(map(str, samples.rows(path)))
+    count = lambda rows: sum(row["label"] == "positive" for row in rows)
+    assert len(test) == 50 and abs(count(test) - count(train) / 3) <= 1
