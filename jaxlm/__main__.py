@@ -362,9 +362,10 @@ def main(argv: list[str] | None = None) -> int:
         if "RESOURCE_EXHAUSTED" not in str(error):
             hosts.leave_by(error)
             raise
+        said = str(error).splitlines()[0][:300].rstrip(".")
         print(
-            f"error: out of memory: {str(error).splitlines()[0][:300].rstrip('.')}; give --remat full, more --accumulate, or a "
-            f"smaller --batch or --data.length; jaxlm plan CONFIG says what takes it",
+            f"error: out of memory: {said}; give --remat full, more --accumulate, or a smaller --batch or --data.length; "
+            f"jaxlm plan CONFIG says what takes it",
             file=sys.stderr,
         )
         return hosts.leave(RunError.exit_code, error)
