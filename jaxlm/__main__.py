@@ -364,8 +364,8 @@ def main(argv: list[str] | None = None) -> int:
             raise
         said = str(error).splitlines()[0][:300].rstrip(".")
         print(
-            f"error: out of memory: {said}; give --remat full, more --accumulate, or a smaller --batch or --data.length; "
-            f"jaxlm plan CONFIG says what takes it",
+            f"error: out of memory: {said}; give --remat full, more --accumulate, or a smaller --batch or "
+            f"--data.length; jaxlm plan CONFIG says what takes it",
             file=sys.stderr,
         )
         return hosts.leave(RunError.exit_code, error)
