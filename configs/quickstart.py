@@ -7,23 +7,16 @@ told.  xz -9e, with the training part before it, needs 1.41: it copies what the 
 Every choice was made on the last tenth of the training part.
 """
 
-import os
 from dataclasses import replace
-from pydoc_data.topics import topics
 
-from jaxlm import CausalLM, DataConfig, ModelConfig, OptimizerConfig, RunConfig, TokenizerConfig
+from jaxlm import CausalLM, DataConfig, ModelConfig, OptimizerConfig, RunConfig, TokenizerConfig, samples
 from jaxlm.data.corpus import cache_folder
 
 
 def config() -> RunConfig:
     # The text is one document; the cut at nine tenths of its bytes is made there, so the tokenizer sees training alone.
     data = DataConfig(documents="file", eval_fraction=0.1, length=256)
-    text = "".join(topics[name] for name in sorted(topics)).encode()
-    file = cache_folder(data) / "quickstart.txt"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(f".{os.getpid()}")
-    part.write_bytes(text)
-    os.replace(part, file)
+    file = samples.documentation(cache_folder(data) / "quickstart.txt")
     return RunConfig(
         model=ModelConfig(vocabulary=2048, max_length=256, width=128, layers=4, heads=4, dropout=0.2),
         task=CausalLM(stride=128),

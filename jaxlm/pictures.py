@@ -34,6 +34,14 @@ _drawing = threading.Lock()  # a live picture is drawn beside the run, whose rep
 Bundle = tuple[dict[str, Any], dict[str, Any]]  # what a notebook asks of an object: data and metadata by MIME type
 
 
+def _in_notebooks(picture: Any) -> Any:
+    """A kind of picture that a notebook shows, and of which plain text has the title."""
+    # A NamedTuple takes no base class that would have them.
+    picture._repr_mimebundle_ = lambda self, **_: shown(self)
+    picture._repr_pretty_ = lambda self, printer, _: printer.text(self.title)
+    return picture
+
+
 class Series(NamedTuple):
     """One metric over the steps: `steps` ascending, `values` finite."""
 
@@ -44,6 +52,7 @@ class Series(NamedTuple):
     color: str
 
 
+@_in_notebooks
 class Chart(NamedTuple):
     """Curves of one picture."""
 
@@ -59,13 +68,8 @@ class Chart(NamedTuple):
     smooth: bool = True  # whether training is noisy enough to need a smoothed line
     zero: bool = False  # whether the axis begins at zero
 
-    def _repr_mimebundle_(self, **_: Any) -> Bundle:
-        return shown(self)
 
-    def _repr_pretty_(self, printer: Any, _: bool) -> None:
-        printer.text(self.title)
-
-
+@_in_notebooks
 class Heatmap(NamedTuple):
     """A confusion matrix.  Above 20 classes those with the most examples are drawn and the rest is merged."""
 
@@ -73,13 +77,8 @@ class Heatmap(NamedTuple):
     counts: np.ndarray  # [n, n], row: true class, column: predicted class
     names: tuple[str, ...]
 
-    def _repr_mimebundle_(self, **_: Any) -> Bundle:
-        return shown(self)
 
-    def _repr_pretty_(self, printer: Any, _: bool) -> None:
-        printer.text(self.title)
-
-
+@_in_notebooks
 class Bars(NamedTuple):
     """Horizontal bars, such as F1 by type.  Values are in `unit`; an axis in `%` reaches to 100.  NaN: no value."""
 
@@ -88,13 +87,8 @@ class Bars(NamedTuple):
     values: tuple[float, ...]
     unit: str
 
-    def _repr_mimebundle_(self, **_: Any) -> Bundle:
-        return shown(self)
 
-    def _repr_pretty_(self, printer: Any, _: bool) -> None:
-        printer.text(self.title)
-
-
+@_in_notebooks
 class Histogram(NamedTuple):
     """How often each value occurs, such as tokens per example; `limit` draws a line, such as the length of a row."""
 
@@ -103,13 +97,8 @@ class Histogram(NamedTuple):
     unit: str
     limit: float | None
 
-    def _repr_mimebundle_(self, **_: Any) -> Bundle:
-        return shown(self)
 
-    def _repr_pretty_(self, printer: Any, _: bool) -> None:
-        printer.text(self.title)
-
-
+@_in_notebooks
 class Attention(NamedTuple):
     """How much each token that is written looks at each that is read."""
 
@@ -118,13 +107,8 @@ class Attention(NamedTuple):
     written: tuple[str, ...]  # T pieces
     read: tuple[str, ...]  # S pieces
 
-    def _repr_mimebundle_(self, **_: Any) -> Bundle:
-        return shown(self)
 
-    def _repr_pretty_(self, printer: Any, _: bool) -> None:
-        printer.text(self.title)
-
-
+@_in_notebooks
 class Devices(NamedTuple):
     """The devices of a mesh, what part of a weight each holds, and which rows of a batch."""
 
@@ -135,12 +119,6 @@ class Devices(NamedTuple):
     shape: tuple[int, int]  # of the weight
     axes: tuple[str, str]  # of the weight, in words
     rows: tuple[slice, ...]  # of the batch, by each device
-
-    def _repr_mimebundle_(self, **_: Any) -> Bundle:
-        return shown(self)
-
-    def _repr_pretty_(self, printer: Any, _: bool) -> None:
-        printer.text(self.title)
 
 
 Picture = Chart | Heatmap | Bars | Histogram | Attention | Devices

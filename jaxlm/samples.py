@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -453,7 +454,10 @@ def _table(path: Place, head: Sequence[str], rows: Iterable[Sequence[str]]) -> P
 
 
 def _written(path: Place, text: str) -> Path:
+    """Whole or not at all: another process may write it at the same time."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(text.encode())
+    part = path.with_name(f"{path.name}.{os.getpid()}")
+    part.write_bytes(text.encode())
+    os.replace(part, path)
     return path
