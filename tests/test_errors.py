@@ -61,10 +61,9 @@ def here(tmp_path, monkeypatch) -> Path:
 
 # What is given, and what the message must say: the value, the limit, the remedy.
 MISTAKES = {
-    "no config given": ([], ["config file", "train.py configs/NAME.py"]),
     "missing config": (["tony.py"], ["no config tony.py", "perhaps you meant 'tiny.py'"]),
     "missing name": (["quikstart"], ["no config quikstart", "perhaps you meant 'quickstart'"]),
-    "nothing": ([], ["train takes a config first", "shakespeare_char"]),
+    "no config given": ([], ["train takes a config first", "shakespeare_char"]),
     "config without config()": (["no_config.py"], ["no_config.py", "config()", "RunConfig"]),
     "missing data": (["tiny.py", "--data.path", "test.txt"], ["'test.txt'", "perhaps you meant 'text.txt'"]),
     "no data": (["tiny.py", "--data.path", ""], ["data.path is empty", "--data.path"]),
