@@ -5,6 +5,9 @@
 
 MODEL is a folder or a hub name.  Csv, tsv, json lines, parquet or tfds; a tenth is held out unless --data.eval-path
 gives other data.  --task.scored-as translation or summary scores by BLEU or ROUGE in place of exact match.
+
+Not measured from a real T5, which could not be downloaded where this was written.  From the T5 of 8 million parameters
+that `t5_pretrain.py` makes of 3.4 MB it learns nothing: the kinds of TREC's questions as words, 0.200 exact.
 """
 
 from jaxlm import DataConfig, Decoding, OptimizerConfig, RunConfig, Seq2Seq

@@ -5,6 +5,8 @@
 
 MODEL is a folder or a hub name, such as facebook/bart-base.  The files are those of SciTLDR-A: the sentences of each
 abstract, and one or several summaries, of which the best counts.
+
+Not measured: no pre-trained encoder-decoder could be downloaded where this was written.
 """
 
 from jaxlm import DataConfig, Decoding, OptimizerConfig, RunConfig, Seq2Seq
