@@ -41,7 +41,7 @@ def train(argv: list[str]) -> int:
     """Train what a config says: jaxlm train CONFIG [--field value ...] [--sweep FIELD=A,B ...]."""
     file, words, flags = _words(argv)
     flags, asked = _swept(flags)
-    read = lambda more: _overridden(_config(file, words), flags + more, f"train.py {' '.join([str(file), *words])}")
+    read = lambda more: _overridden(_config(file, words), flags + more, f"jaxlm train {' '.join([str(file), *words])}")
     trials = combinations(asked)
     runs = [read([f"--{name}={value}" for name, value in fields.items()]) for fields in trials]
     for run in runs:

@@ -747,7 +747,8 @@ def _alone(inner: str) -> str:
     return f'<div class="jaxlm"><style>{_STYLE_ALONE}</style>\n{inner}\n</div>'
 
 
-def _html(title: str, body: str) -> str:
+def _html(title: str, body: str, style: str = "") -> str:
+    """A whole page."""
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -755,6 +756,7 @@ def _html(title: str, body: str) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>{_text(title)}</title>
+<style>{style}</style>
 </head>
 <body>
 {body}
@@ -791,24 +793,9 @@ def _page(
         sections.append(f"<section><h2>Sample</h2>\n{text}</section>")
     values = _text(json.dumps(config, indent=2, ensure_ascii=False, default=str))
     sections.append(f"<details><summary>Resolved config</summary>\n<pre>\n{values}</pre></details>")
-    body = "\n".join(sections)
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{_text(name)} – jaxlm run</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-<header><p class="kicker">jaxlm run</p><h1>{_text(name)}</h1></header>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
+    header = f'<header><p class="kicker">jaxlm run</p><h1>{_text(name)}</h1></header>'
+    main = "\n".join(["<main>", *sections, "</main>"])
+    return _html(f"{name} – jaxlm run", f"{header}\n{main}", _STYLE)
 
 
 _STYLE = """

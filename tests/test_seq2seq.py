@@ -336,6 +336,9 @@ def test_entries_of_a_column():
     both = {"source": "a fox", "label": ("ein Fuchs",)}
     assert read(source="translation.en", target="translation.de") == both
     assert read(source="translation.en", target="translation.yo") == {"source": "a fox"}
+    empty = {"translation": {"en": None}}  # is there, and has no text
+    with pytest.raises(UserError, match=r"column 'translation.en' is empty"):
+        Seq2SeqTask.read(Seq2Seq(source="translation.en"), empty, Place("rows", 1))
     with pytest.raises(UserError, match=r"no column 'translation.fr'.* are 'id', 'translation.en', 'translation.de'"):
         read(source="translation.fr")
 

@@ -143,20 +143,26 @@ def _trained(run: RunConfig, kind: type[RecordTask], part: Records, say: Callabl
 
 def column(row: Row, name: str, place: Place, option: str) -> Any:
     """The value that `cell` finds.  Raises UserError, with the columns that there are, where there is none."""
-    value = cell(row, name)
-    if value is None and name not in row:
-        entries = [
-            [f"{key}.{entry}" for entry in held] if isinstance(held, dict) else [key] for key, held in row.items()
-        ]
-        known = ", ".join(map(repr, chain.from_iterable(entries)))
-        raise UserError(f"{place}: there is no column {name!r}; the columns are {known}; choose with {option}")
-    return value
+    known = row if name in row else entries(row)
+    if name not in known:
+        raise UserError(
+            f"{place}: there is no column {name!r}; the columns are {', '.join(map(repr, known))}; choose with {option}"
+        )
+    return known[name]
 
 
 def cell(row: Row, name: str) -> Any:
-    """The value of a column; of a column that holds several under names, `translation.de`; None where there is none."""
-    column, _, entry = name.partition(".")
-    return cell(row[column], entry) if name not in row and isinstance(row.get(column), dict) else row.get(name)
+    """The value of a column, or of an entry of one, such as `translation.de`; None where there is none."""
+    return row[name] if name in row else entries(row).get(name)
+
+
+def entries(row: Row) -> Row:
+    """The row with a column `translation.de` for each entry of a column that holds several under names."""
+    held: Row = {}
+    for name, value in row.items():
+        inner = entries(value) if isinstance(value, dict) else None
+        held |= {name: value} if inner is None else {f"{name}.{key}": one for key, one in inner.items()}
+    return held
 
 
 def text_of(row: Row, name: str, place: Place, option: str = "--task.text") -> str:
