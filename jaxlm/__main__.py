@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import re
 import runpy
 import signal
 import sys
@@ -459,9 +460,14 @@ def one_device_per_core(runs: list[RunConfig], processes: int = 1) -> None:
     """On CPU gives XLA one device for each core, as many as divide the rows of all runs, since its own threads use a
     small model's cores badly.  Without effect on other platforms.  Must come before JAX looks for devices."""
     flags = os.environ.get("XLA_FLAGS", "")
-    if "host_platform_device_count" not in flags:
-        devices = max(1, math.gcd(*map(_devices, runs)) // processes)
+    given = re.search(r"host_platform_device_count=(\d+)", flags)
+    devices = int(given[1]) if given else max(1, math.gcd(*map(_devices, runs)) // processes)
+    if not given:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}".strip()
+    if any(sum(size != 1 for size in dataclasses.astuple(run.mesh)) > 1 for run in runs):
+        # Of two independent collectives, over two axes, one device may begin the first and another the second; with
+        # one thread a device they wait for each other for ever.  XLA takes the number of its threads from NPROC.
+        os.environ.setdefault("NPROC", str(2 * devices))
 
 
 def _devices(run: RunConfig) -> int:

@@ -11,6 +11,8 @@ import pytest
 # Both are read when JAX starts, and by the subprocesses that tests start.
 if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+# Two threads a device: with one, collectives over two axes can wait for each other until XLA aborts.
+os.environ.setdefault("NPROC", "16")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "jaxlm" / "tests"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no name of a folder that is missing is looked for on the hub

@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 
 from jaxlm import CausalLM, DataConfig, ModelConfig, OptimizerConfig, RunConfig, TokenizerConfig, sharding
-from jaxlm.__main__ import main
+from jaxlm.__main__ import main, one_device_per_core
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import MeshConfig
 from jaxlm.errors import RunError, Stopped, UserError
@@ -690,3 +690,21 @@ def test_a_disk_that_cannot_be_written(config, small_disk, capsys):
     assert main(["train", str(config), "--workdir", str(small_disk / "run")]) == 2
     said = capsys.readouterr().err
     assert "Read-only file system; choose another --workdir" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "mesh", "threads"),
+    [
+        ("", MeshConfig(8), None),
+        ("", MeshConfig(2, 4), "16"),
+        ("--xla_force_host_platform_device_count=4", MeshConfig(-1, 2), "8"),
+    ],
+)
+def test_a_mesh_of_several_axes_has_two_threads_a_device(monkeypatch, flags, mesh, threads):
+    """On CPU; with one, collectives over two axes can wait for each other for ever."""
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    monkeypatch.setenv("NPROC", "")  # so that it is put back
+    monkeypatch.delenv("NPROC")
+    one_device_per_core([RunConfig(MODEL, batch=8, mesh=mesh)])
+    assert os.environ.get("NPROC") == threads
+    assert os.environ["XLA_FLAGS"] == (flags or "--xla_force_host_platform_device_count=8")
