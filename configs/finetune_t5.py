@@ -24,7 +24,9 @@ def config() -> RunConfig:
         ),
         data=DataConfig(length=128),
         # Raffel et al. fine-tune at a constant 1e-3 with Adafactor.
-        optimizer=OptimizerConfig(name="adafactor", rate=1e-3, schedule="constant", warmup=0.05, weight_decay=0.0),
+        optimizer=OptimizerConfig(
+            name="adafactor", rate=1e-3, relative=True, schedule="constant", warmup=0.05, weight_decay=0.0
+        ),
         examples=32,
         epochs=3,
         log_every=20,

@@ -35,7 +35,7 @@ def config() -> RunConfig:
         task=SpanCorruption(),
         data=DataConfig(length=256),
         tokenizer=TokenizerConfig(sentinels=100),
-        optimizer=OptimizerConfig(rate=2e-3, schedule="linear", warmup=0.1, final=0.0, weight_decay=0.0),
+        optimizer=OptimizerConfig(rate=2e-2, relative=True, schedule="linear", warmup=0.1, final=0.0, weight_decay=0.0),
         batch=16,
         steps=2000,
         log_every=50,

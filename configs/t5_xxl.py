@@ -19,7 +19,7 @@ def config() -> RunConfig:
         data=DataConfig(length=512),
         tokenizer=TokenizerConfig(path="google/t5-v1_1-xxl"),
         optimizer=OptimizerConfig(
-            name="adafactor", rate=1e-2, schedule="inverse_sqrt", warmup=10_000, weight_decay=0.0
+            name="adafactor", rate=1e-2, relative=True, schedule="inverse_sqrt", warmup=10_000, weight_decay=0.0
         ),
         mesh=MeshConfig(data=1, fsdp=-1, tensor=4),
         batch=2048,

@@ -489,6 +489,7 @@ class OptimizerConfig:
 
     name: Literal["adamw", "adafactor", "lion", "muon"] = "adamw"  # how a gradient becomes a direction
     rate: float = 1e-3  # peak learning rate
+    relative: bool = False  # an update is in proportion to the size of its tensor, as Adafactor's authors have it
     schedule: Literal["linear", "cosine", "inverse_sqrt", "constant", "warmup_stable_decay"] = "cosine"  # after warm-up
     warmup: float = 0.05  # steps of linear warm-up; below 1: share of all steps
     final: float = 0.1  # share of the peak that the learning rate has fallen to when the run ends

@@ -79,6 +79,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, accumulate: int, params:
         optax.snapshot("grad_norm", optax.tree.norm),
         optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
         _direction(config, params),
+        _in_proportion(params) if config.relative else optax.identity(),
         optax.add_decayed_weights(config.weight_decay, decays) if config.weight_decay else optax.identity(),
         _scale(factor) if any(np.any(f != 1) for f in jax.tree.leaves(factor)) else optax.identity(),
         optax.scale_by_learning_rate(make_schedule(config, steps)),
@@ -122,6 +123,23 @@ def _direction(config: OptimizerConfig, params: Any) -> optax.GradientTransforma
     )
     labels = jax.tree.map(lambda row: "muon" if row.inputs else "adam", rows, is_leaf=_is_row)
     return optax.partition({"muon": muon, "adam": adam}, labels)
+
+
+def _in_proportion(params: Any) -> optax.GradientTransformation:
+    """Multiplies each tensor's direction by the root mean square of its entries, 1e-3 at the least (Shazeer and Stern
+    2018, algorithm 4); of stacked layers each by its own."""
+    rows = parameters.rows(params)
+
+    def update(updates: Any, params: Any) -> Any:
+        def scaled(row: parameters.Parameter, u: Any, p: Any) -> Any:
+            if isinstance(u, optax.MaskedNode):
+                return u
+            axes = tuple(range(row.depth == "layers", p.ndim))
+            return u * jnp.maximum(jnp.sqrt(jnp.square(p).mean(axes, keepdims=True)), 1e-3)
+
+        return jax.tree.map(scaled, rows, updates, params, is_leaf=_is_row)
+
+    return optax.stateless(update)
 
 
 def _matrix(row: parameters.Parameter, leaf: Any) -> tuple[int, int]:

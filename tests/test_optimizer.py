@@ -123,12 +123,27 @@ def test_each_layer_has_its_rate(structure):
     assert stacks == {"encoder", "decoder"} & set(params_of(structure))
 
 
+@pytest.mark.parametrize("structure", MODELS)
+def test_relative_updates_are_in_proportion_to_their_tensor(structure):
+    """Times its root mean square, at least 1e-3; of stacked layers each by its own.  Weight decay stays as it is."""
+    g = gradients_of(structure)
+    ((plain,), _) = updates(replace(SGD, weight_decay=1e-6), structure, g)
+    ((found,), _) = updates(replace(SGD, weight_decay=1e-6, relative=True), structure, g)
+    ((decay,), _) = updates(replace(SGD, weight_decay=1e-6), structure, jax.tree.map(np.zeros_like, g))
+    for path, p in by_path(params_of(structure)).items():
+        axes = tuple(range(depth_of(path) == "layers", p.ndim))
+        size = np.maximum(1e-3, np.sqrt(np.square(p, dtype=np.float64).mean(axes, keepdims=True)))
+        expected = (plain[path] - decay[path]) * size + decay[path]
+        np.testing.assert_allclose(found[path], expected, rtol=1e-4, atol=1e-7, err_msg=path)
+
+
 FROZEN = {  # settings -> how many of the layers, and whether the embeddings, stand still
     "embeddings": ({"freeze": "embeddings"}, 0),
     "two layers": ({"freeze_layers": 2}, 2),
     "all layers": ({"freeze_layers": LAYERS}, LAYERS),
     "all but heads": ({"freeze": "all_but_heads"}, LAYERS),
     "a layer, with layer-wise rates": ({"freeze_layers": 1, "layer_decay": 0.5}, 1),
+    "a layer, in proportion": ({"freeze_layers": 1, "relative": True}, 1),
 }
 
 
