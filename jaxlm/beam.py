@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlm.decode import Rules, State, compiled, known, restrict
+from jaxlm.decode import Rules, State, known, restrict
 from jaxlm.nn.transformer import Transformer, apply
 
 NEVER = -1e9  # the score of what is not there
@@ -49,7 +49,7 @@ def search_of(module: Transformer) -> Any:
 
     state: of B prompts, whose texts all have the same limit.  candidates: looked at in each step, for each prompt.
     """
-    return compiled(partial(_search, module), static_argnames=("beams", "candidates"))
+    return jax.jit(partial(_search, module), static_argnames=("beams", "candidates"))
 
 
 def _search(

@@ -92,22 +92,12 @@ class Programs(NamedTuple):
     grow: Any = None
 
 
-def compiled(loop: Callable, **options: Any) -> Any:
-    """`loop`, one that makes token after token, jitted.
-
-    On CPU its instructions come in the order that keeps memory small: a step is a chain of small products, which XLA's
-    other order, made for many threads, slows down by a seventh.
-    """
-    in_order = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
-    return jax.jit(loop, compiler_options=in_order if jax.default_backend() == "cpu" else None, **options)
-
-
 @lru_cache(maxsize=32)
 def programs(module: Transformer) -> Programs:
     """The programs of a model."""
     return Programs(
         jax.jit(partial(prefill, module), static_argnames=("length", "scored", "ahead")),
-        compiled(partial(_advance, module), donate_argnums=1),
+        jax.jit(partial(_advance, module), donate_argnums=1),
         jax.jit(place, donate_argnums=0),
         jax.jit(partial(grow, module), static_argnames="length"),
     )

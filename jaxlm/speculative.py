@@ -16,7 +16,6 @@ from jaxlm.decode import (
     Prompts,
     Rules,
     State,
-    compiled,
     draw,
     known,
     place,
@@ -38,7 +37,7 @@ def speculative(module: Transformer, draft: Transformer) -> Programs:
     `advance` counts rounds, each of 1 to `DRAFTED` + 1 tokens."""
     return Programs(
         jax.jit(partial(_prefill, module, draft), static_argnames=("length", "scored")),
-        compiled(partial(_advance, module, draft), donate_argnums=1),
+        jax.jit(partial(_advance, module, draft), donate_argnums=1),
         jax.jit(place, donate_argnums=0),
     )
 
