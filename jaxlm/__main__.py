@@ -458,7 +458,8 @@ def _config(file: Path, words: list[str] | None = None) -> RunConfig:
 
 def one_device_per_core(runs: list[RunConfig], processes: int = 1) -> None:
     """On CPU gives XLA one device for each core, as many as divide the rows of all runs, since its own threads use a
-    small model's cores badly.  Without effect on other platforms.  Must come before JAX looks for devices."""
+    small model's cores badly, and threads as a mesh needs them.  Without effect on other platforms.  Must come before
+    JAX looks for devices."""
     flags = os.environ.get("XLA_FLAGS", "")
     given = re.search(r"host_platform_device_count=(\d+)", flags)
     devices = int(given[1]) if given else max(1, math.gcd(*map(_devices, runs)) // processes)
@@ -467,7 +468,12 @@ def one_device_per_core(runs: list[RunConfig], processes: int = 1) -> None:
     if any(sum(size != 1 for size in dataclasses.astuple(run.mesh)) > 1 for run in runs):
         # Of two independent collectives, over two axes, one device may begin the first and another the second; with
         # one thread a device they wait for each other for ever.  XLA takes the number of its threads from NPROC.
-        os.environ.setdefault("NPROC", str(2 * devices))
+        os.environ.setdefault("NPROC", str(max(_cores(), 2 * devices)))
+
+
+def _cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _devices(run: RunConfig) -> int:
@@ -483,12 +489,11 @@ def _devices(run: RunConfig) -> int:
     sizes = dataclasses.astuple(run.mesh)
     if -1 not in sizes:
         return math.prod(sizes)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     fixed = -math.prod(sizes)
     rows = 0 if run.examples else run.batch // run.accumulate  # rows that are yet to be chosen suit the devices
     # Of so many examples it is only known that they are packed: they are taken to be short.
     tokens = run.examples * min(64, run.data.length) or run.batch * run.data.length
-    most = cores if parameters < min(LARGE_ON_CPU, LARGE_BY_TOKEN * tokens) else max(1, fixed)
+    most = _cores() if parameters < min(LARGE_ON_CPU, LARGE_BY_TOKEN * tokens) else max(1, fixed)
     fits = [n for n in range(1, most + 1) if n % max(1, fixed) == 0 and rows % n == 0]
     return max(fits, default=1)
 

@@ -251,7 +251,7 @@ def fit(
     hosts.first(lambda: write_json(folder / "scores.json", written))
     sections = _sections(task, data, batches, found)
     facts = {
-        "time": duration(time.monotonic() - begun),
+        "time": duration(time.monotonic() - begun) + (f" since step {started:,}" if started else ""),
         "data": f"{data.train.said} to train on; {data.held_out.said} held out",
     }
     facts |= {"started from": run.init} if run.init else {}

@@ -693,15 +693,17 @@ def test_a_disk_that_cannot_be_written(config, small_disk, capsys):
 
 
 @pytest.mark.parametrize(
-    ("flags", "mesh", "threads"),
+    ("flags", "mesh", "cores", "threads"),
     [
-        ("", MeshConfig(8), None),
-        ("", MeshConfig(2, 4), "16"),
-        ("--xla_force_host_platform_device_count=4", MeshConfig(-1, 2), "8"),
+        ("", MeshConfig(8), 2, None),
+        ("", MeshConfig(2, 4), 2, "16"),
+        ("", MeshConfig(2, 4), 64, "64"),
+        ("--xla_force_host_platform_device_count=4", MeshConfig(-1, 2), 2, "8"),
     ],
 )
-def test_a_mesh_of_several_axes_has_two_threads_a_device(monkeypatch, flags, mesh, threads):
-    """On CPU; with one, collectives over two axes can wait for each other for ever."""
+def test_a_mesh_of_several_axes_has_two_threads_a_device(monkeypatch, flags, mesh, cores, threads):
+    """With one, collectives over two axes can wait for each other for ever; and never fewer than there are cores."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
     monkeypatch.setenv("XLA_FLAGS", flags)
     monkeypatch.setenv("NPROC", "")  # so that it is put back
     monkeypatch.delenv("NPROC")
