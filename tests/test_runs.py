@@ -379,6 +379,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_corrupt_one(place, alone, st
     fit(a_run(place, folder))
     said = capsys.readouterr().err
     assert "checkpoint 7 is corrupt" in said and "resuming  at step 6" in said
+    assert " since step 6\n" in said  # the time of the report
     assert_same(folder, alone)
 
 
