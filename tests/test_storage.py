@@ -1,0 +1,196 @@
+"""Names from outside stay in their folder; files and folders appear whole; one process at a time holds a lock."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from jaxlm import UserError, storage
+
+REFUSED = {
+    "parent": ("../x", "holds '..'"),
+    "parent below": ("a/../../x", "holds '..'"),
+    "only parent": ("..", "holds '..'"),
+    "backslashes": ("..\\x", "holds '..'"),
+    "absolute": ("/etc/x", "absolute"),
+    "network share": ("\\\\host\\x", "absolute"),
+    "drive": ("C:\\x", "absolute"),
+    "drive with a slash": ("c:/x", "absolute"),
+    "drive alone": ("C:", "absolute"),
+    "zero byte": ("a\0b", "zero byte"),
+    "overlong": ("a/" + "x" * 256, "more than 255 bytes"),
+    "overlong in bytes": ("é" * 128, "more than 255 bytes"),
+    "empty": ("", "names no file"),
+    "the folder": ("./", "names no file"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_names_that_leave_their_folder_are_refused(tmp_path, name):
+    given, message = REFUSED[name]
+    with pytest.raises(UserError, match=message):
+        storage.inside(tmp_path, given)
+
+
+@pytest.mark.parametrize("name", ["x", "a/b.txt", ".hidden", "a..b", "...", "a:b", "é" * 127, "a b/c#?.txt"])
+def test_other_names_are_below_the_folder(tmp_path, name):
+    assert storage.inside(tmp_path, name) == tmp_path / name
+    assert storage.inside(tmp_path / "new", name) == tmp_path / "new" / name
+
+
+def test_links_may_not_lead_out(tmp_path):
+    folder, other = tmp_path / "folder", tmp_path / "other"
+    for place in (folder, other):
+        place.mkdir()
+        (place / "x").write_text(place.name)
+    for name, target in {"out": other, "up": "..", "in": "x", "loop": "loop"}.items():
+        (folder / name).symlink_to(target)
+    assert storage.inside(folder, "in") == folder / "in"
+    for name in ("out", "out/x", "up", "up/other/x"):
+        with pytest.raises(UserError, match="is a link to"):
+            storage.inside(folder, name)
+    assert storage.inside(folder, "out/x", also=(other,)).read_text() == "other"
+    (tmp_path / "link").symlink_to(folder)
+    assert storage.inside(tmp_path / "link", "x").read_text() == "folder"
+
+
+def test_a_file_appears_whole_and_leaves_others_alone(tmp_path):
+    theirs = [
+        tmp_path / name for name in ("x.csv.part", "x.part", "x.csv.tmp", "x.csv.old", f"x.csv.{os.getpid()}.tmp")
+    ]
+    for file in theirs:
+        file.write_text("mine")
+    path = tmp_path / "x.csv"
+    with storage.atomic_file(path) as temporary:
+        temporary.write_text("new")
+        assert not path.exists() and storage.is_temporary(temporary.name)
+    with pytest.raises(KeyError), storage.atomic_file(path) as temporary:
+        temporary.write_text("half")
+        raise KeyError
+    assert path.read_text() == "new" and {file.read_text() for file in theirs} == {"mine"}
+    assert set(tmp_path.iterdir()) == {path, *theirs}
+    assert not any(storage.is_temporary(file.name) for file in [path, *theirs])
+
+
+def test_a_file_that_appears_meanwhile_is_kept_and_nothing_is_lost(tmp_path):
+    path = tmp_path / "x.csv"
+    with pytest.raises(UserError, match="written by someone else") as told, storage.atomic_file(path, False) as file:
+        file.write_text("ours")
+        path.write_text("theirs")
+    assert path.read_text() == "theirs" and Path(str(told.value).rpartition(" ")[2]).read_text() == "ours"
+
+
+def test_a_folder_appears_whole_and_leaves_others_alone(tmp_path):
+    folder = tmp_path / "model"
+    for name in ("model.part", "model.old", "model.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text("mine")
+    for overwrite in (False, True):
+        with storage.atomic_folder(folder, overwrite) as temporary:
+            (temporary / f"new-{overwrite}").write_text("")
+    assert [file.name for file in folder.iterdir()] == ["new-True"]
+    with pytest.raises(UserError, match="exists and is not empty"), storage.atomic_folder(folder):
+        pass
+    with pytest.raises(KeyError), storage.atomic_folder(folder, True) as temporary:
+        raise KeyError
+    assert [file.name for file in folder.iterdir()] == ["new-True"]
+    assert sorted(file.name for file in tmp_path.rglob("*") if file.name == "mine") == ["mine"] * 3
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from jaxlm import storage
+with storage.lock(Path(sys.argv[1]), "x", "y"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_lock_names_its_holder_and_ends_with_it(tmp_path):
+    file = tmp_path / storage.LOCK
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(file)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        pattern = (
+            rf"runs/x is held by process {holder.pid} on host \S+ since 2\d+-\d+-\d+ [\d:]+ UTC; wait .* or choose"
+        )
+        with pytest.raises(UserError, match=pattern), storage.lock(file, "runs/x", "choose another"):
+            pass
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert file.exists()
+    with storage.lock(file, "runs/x", "choose another"):
+        assert json.loads(file.read_text())["process"] == os.getpid()
+        with pytest.raises(UserError, match=f"process {os.getpid()} "), storage.lock(file, "runs/x", "choose another"):
+            pass
+    assert not file.exists()
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_holder_on_another_machine_is_known_by_its_signs_of_life(tmp_path, monkeypatch, alive):
+    """As on a file system whose locks end at the machine."""
+    monkeypatch.setattr(storage, "SILENCE", 1.0)
+    monkeypatch.setattr(storage, "BEAT", 0.1)
+    file = tmp_path / storage.LOCK
+    file.write_text(json.dumps({"process": 7, "host": "far", "since": "2026-01-01 00:00:00 UTC", "machine": "another"}))
+    ended = threading.Event()
+
+    def touch() -> None:
+        while not ended.wait(0.1):
+            os.utime(file, ns=(time.time_ns(), time.time_ns()))
+
+    thread = threading.Thread(target=touch)
+    if alive:
+        thread.start()
+    try:
+        if alive:
+            with (
+                pytest.raises(UserError, match="held by process 7 on host far since 2026"),
+                storage.lock(file, "x", "y"),
+            ):
+                pass
+        else:
+            with storage.lock(file, "x", "y"):
+                assert json.loads(file.read_text())["process"] == os.getpid()
+    finally:
+        ended.set()
+        if alive:
+            thread.join()
+
+
+def test_a_file_that_is_no_lock_is_left_alone(tmp_path):
+    file = tmp_path / storage.LOCK
+    file.write_text("mine")
+    with pytest.raises(UserError, match="is not a lock file"), storage.lock(file, "x", "y"):
+        pass
+    assert file.read_text() == "mine"
+
+
+def test_a_hash_sees_every_byte(tmp_path):
+    file, size = tmp_path / "x", 3 * storage._PART + 5
+    content = bytearray(size)
+    seen = set()
+    for place in (None, 0, storage._PART - 1, storage._PART, size // 2, size - 1):
+        if place is not None:
+            content[place] ^= 1
+        file.write_bytes(content)
+        os.utime(file, ns=(0, 0))
+        seen.add(storage.content_hash(file))
+    assert len(seen) == 6
+    file.write_bytes(content + b"\0")
+    assert storage.content_hash(file) not in seen
+    (tmp_path / "y").write_bytes(b"")
+    assert len(storage.content_hash(tmp_path / "y")) == 64
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="not a regular file"):
+        storage.content_hash(tmp_path / "pipe")
