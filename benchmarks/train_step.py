@@ -49,7 +49,7 @@ def jaxlm_side(name: str) -> Callable[[], float]:
     module = Transformer(model, sharding.Placement(mesh), unroll=model.layers)
     settings = OptimizerConfig(schedule="constant")
     params = init(module, jax.random.key(0))
-    optimizer = make_optimizer(settings, 1000, 1, params)
+    optimizer = make_optimizer(settings, 1000, params)
     state = TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key_data(jax.random.key(0)))
     whole = sharding.replicated(mesh)
     step = jax.jit(

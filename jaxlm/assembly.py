@@ -47,7 +47,7 @@ def assemble(
     module = kind(config, sharding.Placement(mesh), dtype, run.remat, run.unroll, run.attention)
     shapes = jax.eval_shape(partial(init, module), jax.random.key(0))
     schedule = make_schedule(run.optimizer, run.steps)
-    optimizer = make_optimizer(run.optimizer, run.steps, run.accumulate, shapes)
+    optimizer = make_optimizer(run.optimizer, run.steps, shapes)
 
     def first_state(key: jax.Array) -> TrainState:
         params = init(module, jax.random.wrap_key_data(key))

@@ -1,8 +1,9 @@
-"""The optax chain of a run: clip, precondition, decay, layer-wise rates, schedule, accumulation."""
+"""The optax chain of a run: clip, precondition, decay, layer-wise rates, schedule."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,8 @@ import optax
 
 from jaxlm.config import OptimizerConfig
 from jaxlm.nn import parameters
+
+_SMALLEST_FACTORED = 128  # Adafactor keeps whole second moments of matrices with a smaller side, as optax does
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -62,12 +65,11 @@ def rates(config: OptimizerConfig, params: Any) -> Any:
     return jax.tree.map(rate, rows, params, is_leaf=_is_row)
 
 
-def make_optimizer(config: OptimizerConfig, steps: int, accumulate: int, params: Any) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, steps: int, params: Any) -> optax.GradientTransformation:
     """The chain for a parameter tree (arrays or shapes).
 
     Wholly frozen leaves take no part: they keep no state and do not count in the gradient's norm.  That norm, before
-    clipping, is found in the state under `grad_norm`.  With `accumulate` > 1 every accumulate-th update is the real
-    one (`optax.MultiSteps`), made of the mean of the gradients given.
+    clipping, is found in the state under `grad_norm`.
     """
     factor = rates(config, params)
     frozen = jax.tree.map(lambda f: not np.any(f), factor)
@@ -88,8 +90,6 @@ def make_optimizer(config: OptimizerConfig, steps: int, accumulate: int, params:
     if any(jax.tree.leaves(frozen)):
         labels = jax.tree.map(lambda f: "frozen" if f else "trained", frozen)
         optimizer = optax.partition({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)
-    if accumulate > 1:
-        optimizer = optax.MultiSteps(optimizer, accumulate).gradient_transformation()
     return optimizer
 
 
@@ -102,7 +102,7 @@ def _direction(config: OptimizerConfig, params: Any) -> optax.GradientTransforma
     if config.name == "lion":
         return optax.scale_by_lion(config.beta1, config.beta2, mu_dtype=kind)
     if config.name == "adafactor":
-        return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+        return _adafactor(params)
 
     # Muon orthogonalises the matrices of the layers, each layer on its own; Adam has the rest (Jordan et al. 2024).
     # Scaled by 0.2 sqrt(max(inputs, outputs)), so that its updates are as large as Adam's (Liu et al. 2025).
@@ -123,6 +123,59 @@ def _direction(config: OptimizerConfig, params: Any) -> optax.GradientTransforma
     )
     labels = jax.tree.map(lambda row: "muon" if row.inputs else "adam", rows, is_leaf=_is_row)
     return optax.partition({"muon": muon, "adam": adam}, labels)
+
+
+class _LayerStates(NamedTuple):
+    """Optimizer states of single parameters.
+
+    leaves: the parameter tree with a state in place of each leaf; that of a stacked leaf has a leading axis L.
+    """
+
+    leaves: Any
+
+
+def _adafactor(params: Any) -> optax.GradientTransformation:
+    """Returns Adafactor's direction, which treats each layer of a stacked leaf as a parameter of its own.
+
+    A projection is factored as the matrix from its inputs to its outputs: [D, H, C] as [D, H C].  The root mean square
+    of an update is clipped to 1 over one layer of one parameter (Shazeer and Stern 2018, algorithm 4).
+    """
+    rows = parameters.rows(params)
+    structure = jax.tree.structure(rows, is_leaf=_is_row)
+
+    def matrix_view(row: parameters.Parameter, leaf: Any) -> tuple[tuple[int, ...], optax.GradientTransformation]:
+        """Returns the shape in which the moments of one layer are kept, and the transformation."""
+        shape = leaf.shape[row.depth == "layers" :]
+        matrix = _matrix(row, leaf) if row.inputs else shape
+        factored = len(matrix) > 1 and sorted(matrix)[-2] >= _SMALLEST_FACTORED
+        # Moments that are not factored keep the axes of the parameter, and so its sharding.
+        direction = optax.scale_by_factored_rms(factored, min_dim_size_to_factor=_SMALLEST_FACTORED)
+        return matrix if factored else shape, optax.chain(direction, optax.clip_by_block_rms(1.0))
+
+    def per_layer(method: str, row: parameters.Parameter, *arguments: Any) -> Any:
+        """Applies `init` or `update` to one leaf; the first and last arguments are arrays of the parameter's shape."""
+        shape, transformation = matrix_view(row, arguments[-1])
+        stacked = row.depth == "layers"
+        viewed = lambda x: x.reshape(*x.shape[:stacked], *shape) if isinstance(x, jax.Array) else x
+        apply: Callable[..., Any] = getattr(transformation, method)
+        return (jax.vmap(apply) if stacked else apply)(*map(viewed, arguments))
+
+    def init(params: Any) -> _LayerStates:
+        leaf_state = lambda row, p: p if isinstance(p, optax.MaskedNode) else per_layer("init", row, p)
+        return _LayerStates(jax.tree.map(leaf_state, rows, params, is_leaf=_is_row))
+
+    def update(updates: Any, state: _LayerStates, params: Any) -> tuple[Any, _LayerStates]:
+        directions, states = [], []
+        trees = (structure.flatten_up_to(tree) for tree in (updates, state.leaves, params))
+        for row, u, leaf_state, p in zip(_leaves(rows), *trees, strict=True):
+            if not isinstance(u, optax.MaskedNode):
+                direction, leaf_state = per_layer("update", row, u, leaf_state, p)
+                u = direction.reshape(p.shape)
+            directions.append(u)
+            states.append(leaf_state)
+        return structure.unflatten(directions), _LayerStates(structure.unflatten(states))
+
+    return optax.GradientTransformation(init, update)
 
 
 def _in_proportion(params: Any) -> optax.GradientTransformation:

@@ -29,7 +29,7 @@ class TrainState(NamedTuple):
 def make_train_step(
     task: Task, module: Transformer, optimizer: optax.GradientTransformation, schedule: optax.Schedule
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The update of `optimizer` by a batch whose fields are [k, B / k, ...]: k micro-batches, as it was made for.
+    """Returns one update of `optimizer` by a batch whose fields are [k, B / k, ...]: k micro-batches.
 
     What is minimised is, for each loss, its sum over all k micro-batches divided by its weight in all of them, so that
     k micro-batches give the update of one batch k times as large, however ragged the padding.
@@ -45,32 +45,30 @@ def make_train_step(
             means = (losses[name][0] / jnp.maximum(total, 1) for name, total in totals.items())
             return sum(means, jnp.float32(0)), losses
 
-        def micro_step(carry: tuple[Any, Any], inputs: tuple[Batch, jax.Array]) -> tuple[tuple[Any, Any], Any]:
-            params, opt_state = carry
-            micro, i = inputs
-            gradient = jax.value_and_grad(objective, has_aux=True)
-            (loss, losses), grads = gradient(params, micro, jax.random.fold_in(step_key, i))
-            # MultiSteps takes the mean of the k gradients; each is a share of one sum, so it is given k times.
-            grads = jax.tree.map(lambda g: g * k, grads) if k > 1 else grads
-            updates, opt_state = optimizer.update(grads, opt_state, params)
-            return (optax.apply_updates(params, updates), opt_state), (loss, losses)
+        def share(micro: Batch, i: jax.Array) -> Any:
+            """Returns what a micro-batch adds to the losses of the batch, and to their gradient."""
+            key = jax.random.fold_in(step_key, i)
+            return jax.value_and_grad(objective, has_aux=True)(state.params, micro, key)
 
-        carry = (state.params, state.opt_state)
+        first = jax.tree.map(lambda x: x[0], batch), jnp.int32(0)
         if k == 1:
-            carry, sums = micro_step(carry, (jax.tree.map(lambda x: x[0], batch), jnp.int32(0)))
+            sums = share(*first)
         else:
-            carry, sums = jax.lax.scan(micro_step, carry, (batch, jnp.arange(k)))
-            sums = jax.tree.map(lambda x: x.sum(0), sums)
-        loss, losses = sums
+            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(share, *first))
+            add = lambda sums, inputs: (jax.tree.map(jnp.add, sums, share(*inputs)), None)
+            sums, _ = jax.lax.scan(add, zeros, (batch, jnp.arange(k)))
+        (loss, losses), grads = sums
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
         metrics = {
             "loss": loss,
             **({name: s / jnp.maximum(w, 1) for name, (s, w) in losses.items()} if len(losses) > 1 else {}),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-            "grad_norm": optax.tree.get(carry[1], "grad_norm"),
+            "grad_norm": optax.tree.get(opt_state, "grad_norm"),
             "tokens": sum((batch[name] > 0).sum() for name in ("segments_BT", "source_segments_BS") if name in batch),
             "examples": batch["segments_BT"].max(-1).sum(),
         }
-        return TrainState(state.step + 1, *carry, state.key), metrics
+        return TrainState(state.step + 1, params, opt_state, state.key), metrics
 
     return train_step
 

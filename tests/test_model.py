@@ -223,7 +223,7 @@ SETTINGS = OptimizerConfig(rate=0.01, schedule="constant", warmup=0, epsilon=1.0
 
 def one_step(model: ModelConfig, params, batch, accumulate: int, mesh: jax.sharding.Mesh):
     module = Transformer(model, sharding.Placement(mesh))
-    optimizer = make_optimizer(SETTINGS, 10, accumulate, params)
+    optimizer = make_optimizer(SETTINGS, 10, params)
     key = jax.random.key_data(jax.random.key(0))
 
     def first_state(params):

@@ -17,7 +17,7 @@ from jaxlm.assembly import laid_out
 from jaxlm.config import MeshConfig, ModelConfig, OptimizerConfig
 from jaxlm.nn import parameters
 from jaxlm.nn.transformer import Transformer, apply, init
-from jaxlm.optimizer import make_optimizer, make_schedule
+from jaxlm.optimizer import make_optimizer, make_schedule, rates
 from jaxlm.step import TrainState
 
 LAYERS = 3
@@ -53,7 +53,7 @@ def by_path(tree) -> dict[str, np.ndarray]:
 def updates(config: OptimizerConfig, structure: str, *gradients, steps: int = 10):
     """The updates that the gradients give one after the other, by path, and the last state.  Parameters stay."""
     params = params_of(structure)
-    optimizer = make_optimizer(config, steps, 1, params)
+    optimizer = make_optimizer(config, steps, params)
 
     def run(params, *gradients):
         state, made = optimizer.init(params), []
@@ -195,7 +195,8 @@ def test_moments_lie_where_their_parameters_lie(structure, name, freeze_layers):
     model = replace(MODELS[structure], width=128, mlp_width=128, vocabulary=128)  # large enough for factored moments
     mesh = sharding.make_mesh(MeshConfig(1, 2, 2), jax.devices()[:4])
     params = jax.eval_shape(partial(init, Transformer(model)), jax.random.key(0))
-    optimizer = make_optimizer(OptimizerConfig(name=name, freeze_layers=freeze_layers), 10, 2, params)
+    config = OptimizerConfig(name=name, freeze_layers=freeze_layers)
+    optimizer = make_optimizer(config, 10, params)
     state = jax.eval_shape(lambda params: TrainState(0, params, optimizer.init(params), 0), params)
     laid = laid_out(state, mesh)
     split = {path: leaf.sharding.spec for path, leaf in parameters.by_path(laid.params).items()}
@@ -208,7 +209,9 @@ def test_moments_lie_where_their_parameters_lie(structure, name, freeze_layers):
             moments += 1
         elif math.prod(leaf.shape) > 128 * LAYERS * 2:
             raise AssertionError(f"{key_path} {leaf.shape} lies whole on every device")
-    assert moments > len(split)  # those of the optimizer, and what MultiSteps gathers
+    if name != "adafactor":  # which keeps factors of them
+        trained = sum(bool(np.any(factor)) for factor in jax.tree.leaves(rates(config, params)))
+        assert moments >= trained
 
 
 def test_frozen_gradients_do_not_weigh_in_clipping():
@@ -273,7 +276,7 @@ def test_every_optimizer_learns_and_keeps_dtypes(name):
     model = replace(MODELS["decoder"], layers=2)
     config = OptimizerConfig(name=name, rate=0.01, schedule="constant", warmup=0)
     params, module = random_params(model, std=0.05), Transformer(model)
-    optimizer = make_optimizer(config, 30, 1, params)
+    optimizer = make_optimizer(config, 30, params)
     tokens = np.random.default_rng(0).integers(0, 16, (4, 8))
 
     def loss(params):
@@ -334,3 +337,49 @@ def test_muon_orthogonalises_each_layers_matrix_on_its_own(structure):
         else:  # Adam's first step: the sign
             np.testing.assert_allclose(found[path], -np.sign(leaf), rtol=1e-4, atol=1e-4, err_msg=path)
     assert matrices >= 6 * LAYERS
+
+
+ADAFACTOR = OptimizerConfig(name="adafactor", rate=1.0, schedule="constant", warmup=0, weight_decay=0, clip=0)
+PROJECTIONS = {  # inputs and outputs of kernels, written out here and not read from the table that is tested
+    **dict.fromkeys(("query", "key", "value"), lambda shape: (shape[0], math.prod(shape[1:]))),
+    "out": lambda shape: (math.prod(shape[:-1]), shape[-1]),
+}
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_adafactor_treats_each_layer_as_optax_treats_its_matrix(relative):
+    """One layer's spike leaves the others alone, and the heads of a kernel are factored as one axis."""
+    model = replace(MODELS["decoder"], width=128, heads=4, mlp_width=160, vocabulary=136)
+    params = random_params(model)
+    random = np.random.default_rng(0)
+    draw = lambda p: random.standard_normal(p.shape, np.float32) * np.exp(random.standard_normal(p.shape, np.float32))
+    gradients = [jax.tree.map(draw, params) for _ in range(3)]
+    spiked = gradients[1]["decoder"]["layers"]["attention"]["query"]["kernel"]
+    spiked[1, 3] *= 1e4
+    optimizer = make_optimizer(replace(ADAFACTOR, relative=relative), 10, params)
+    reference = optax.adafactor(1.0, multiply_by_parameter_scale=relative)
+
+    def run(optimizer, params, gradients):
+        state, made = optimizer.init(params), []
+        for g in gradients:
+            update, state = optimizer.update(g, state, params)
+            made.append(update)
+        return made, state
+
+    def single(tree) -> dict[str, np.ndarray]:
+        """Each layer of each leaf alone, projections as matrices."""
+        found = {}
+        for path, leaf in by_path(tree).items():
+            layers = enumerate(leaf) if depth_of(path) == "layers" else [("", leaf)]
+            view = PROJECTIONS.get(path.split("/")[-2]) if path.endswith("kernel") else None
+            found |= {f"{path} {n}": x.reshape(view(x.shape)) if view else x for n, x in layers}
+        return found
+
+    made, state = jit(partial(run, optimizer))(params, gradients)
+    expected, _ = jit(partial(run, reference))(single(params), [single(g) for g in gradients])
+    for update, other in zip(made, expected, strict=True):
+        for name, value in single(update).items():
+            np.testing.assert_allclose(value, other[name], rtol=2e-4, atol=1e-7, err_msg=name)
+    kernels = [leaf.size for path, leaf in by_path(params).items() if path.endswith("kernel")]
+    kept = sum(leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(state) if "kernel" in str(path))
+    assert kept < 0.05 * sum(kernels)  # rows and columns, not entries

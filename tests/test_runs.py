@@ -329,7 +329,7 @@ def shapes_of_a_run() -> TrainState:
     """Shapes of the state of `a_run`, on one device."""
     run = a_run(Path(), Path())
     shapes = jax.eval_shape(partial(init, Transformer(run.model)), jax.random.key(0))
-    opt_state = jax.eval_shape(make_optimizer(run.optimizer, run.steps, run.accumulate, shapes).init, shapes)
+    opt_state = jax.eval_shape(make_optimizer(run.optimizer, run.steps, shapes).init, shapes)
     state = TrainState(jax.ShapeDtypeStruct((), "int32"), shapes, opt_state, jax.ShapeDtypeStruct((2,), "uint32"))
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one), state)
