@@ -141,7 +141,7 @@ def _adafactor(params: Any) -> optax.GradientTransformation:
     of an update is clipped to 1 over one layer of one parameter (Shazeer and Stern 2018, algorithm 4).
     """
     rows = parameters.rows(params)
-    structure = jax.tree.structure(rows, is_leaf=_is_row)
+    structure: Any = jax.tree.structure(rows, is_leaf=_is_row)
 
     def matrix_view(row: parameters.Parameter, leaf: Any) -> tuple[tuple[int, ...], optax.GradientTransformation]:
         """Returns the shape in which the moments of one layer are kept, and the transformation."""
