@@ -7,7 +7,6 @@ they say is computed as there.
 
 from __future__ import annotations
 
-import json
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sized
@@ -26,7 +25,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxlm.data.pack import pack
 from jaxlm.errors import UserError, perhaps
-from jaxlm.hub import safetensors
+from jaxlm.hub import model_files, safetensors
+from jaxlm.hub.model_files import JsonObject
 from jaxlm.nn.layers import ACTIVATIONS
 from jaxlm.nn.transformer import Transformer, apply, layers_apart
 from jaxlm.sharding import spec, ways
@@ -86,30 +86,25 @@ def read_pooling(folder: str | Path) -> Pooling | None:
     Raises UserError for broken files, and for what is not Transformer, Pooling, Dense and Normalize in this order.
     """
     folder = Path(folder)
-    try:
-        modules = _modules(folder)
-        return _pooling(folder, modules) if modules else None
-    except UserError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"the sentence-transformers files of {folder} hold what they should not ({error!r}); fetch them again"
-        ) from None
+    modules = _modules(folder)
+    return _pooling(folder, modules) if modules else None
 
 
 def carried(folder: str | Path) -> dict[str, bytes]:
     """The sentence-transformers files of a model's folder, path in it -> content, to be saved beside a model again."""
     folder = Path(folder)
     places = {path for _, path in _modules(folder)}
-    found = {file for name in _FILES if places for file in folder.glob(name)}
-    found |= {f for place in places - {folder} for kind in ("json", "safetensors") for f in place.glob(f"*.{kind}")}
-    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in sorted(found)}
+    found = set(model_files.locate_all(folder, *_FILES)) if places else set[Path]()
+    for place in places - {folder}:
+        found |= set(model_files.locate_all(place, "*.json", "*.safetensors"))
+    limit = 1 << 40  # weights of a Dense are among them
+    return {f.relative_to(folder).as_posix(): model_files.read_bytes(f, limit=limit) for f in sorted(found)}
 
 
 def _modules(folder: Path) -> list[tuple[str, Path]]:
     """Kind and folder of each module, without Dropout; none where there is no `modules.json`."""
-    file = folder / "modules.json"
-    listed = _json(file) if file.is_file() else []
+    file = model_files.locate(folder, "modules.json")
+    listed = [] if file is None else model_files.read_json(file)
     modules = []
     for module in listed if isinstance(listed, list) else [None]:
         if not isinstance(module, dict) or not all(isinstance(module.get(key), str) for key in ("path", "type")):
@@ -120,6 +115,7 @@ def _modules(folder: Path) -> list[tuple[str, Path]]:
         path = Path(module["path"])
         if path.is_absolute() or ".." in path.parts:
             raise UserError(f"{file} has the path {module['path']!r}, which leads out of its folder; fetch it again")
+        model_files.check_inside(folder / path, folder)
         if kind != "Dropout":
             modules.append((kind, folder / path))
     return modules
@@ -127,22 +123,27 @@ def _modules(folder: Path) -> list[tuple[str, Path]]:
 
 def _not_ours(folder: Path, what: str) -> UserError:
     return UserError(
-        f"{folder / 'modules.json'} asks for {what}; jaxlm computes {', '.join(_ORDER)}, in this order; "
+        f"{folder / 'modules.json'} asks for {what:.200}; jaxlm computes {', '.join(_ORDER)}, in this order; "
         f"use another checkpoint, or remove the file to load the model without it"
     )
 
 
-def _json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{file} cannot be read ({error}); fetch it again") from None
+def _object(folder: Path, *patterns: str) -> JsonObject:
+    """The object in the first file of a folder that matches; an empty one where there is none."""
+    found = model_files.locate_all(folder, *patterns)
+    return JsonObject.read(found[0]) if found else JsonObject({}, str(folder / patterns[0]))
+
+
+def _module_object(path: Path) -> JsonObject:
+    """The object in a module's `config.json`, which must be there."""
+    file = model_files.locate(path, "config.json")
+    if file is None:
+        raise UserError(f"{path / 'config.json'} is missing, and modules.json names its folder; fetch it again")
+    return JsonObject.read(file)
 
 
 def _pooling(folder: Path, modules: list[tuple[str, Path]]) -> Pooling:
-    names = (*_FILES[1:], "tokenizer_config.json")
-    found: list[dict[str, Any]] = [next(map(_json, sorted(folder.glob(name))), {}) for name in names]
-    overall, transformer, tokenizer = found
+    overall, transformer, tokenizer = (_object(folder, name) for name in (*_FILES[1:], "tokenizer_config.json"))
     kinds = [kind for kind, _ in modules]
     if kinds[:2] != ["Transformer", "Pooling"] or kinds != sorted(kinds, key=_ORDER.index) or "Pooling" in kinds[2:]:
         raise _not_ours(folder, ", ".join(kinds))
@@ -151,41 +152,54 @@ def _pooling(folder: Path, modules: list[tuple[str, Path]]) -> Pooling:
             f"{folder / 'modules.json'} has its Transformer in {modules[0][1].name}; move what is in there up to "
             f'{folder}, and make the path ""'
         )
-    if transformer.get("transformer_task", "feature-extraction") != "feature-extraction":
-        raise _not_ours(folder, f"a Transformer for {transformer['transformer_task']}")
-    file = modules[1][1] / "config.json"
-    how, name, prompts = _json(file), overall.get("default_prompt_name"), overall.get("prompts") or {}
+    task = transformer.text("transformer_task", "feature-extraction")
+    if task != "feature-extraction":
+        raise _not_ours(folder, f"a Transformer for {task}")
+    how, prompts, name = (
+        _module_object(modules[1][1]),
+        overall.object("prompts"),
+        overall.text("default_prompt_name", None),
+    )
     if name is not None and name not in prompts:
-        raise UserError(f"{folder / _FILES[1]} has default_prompt_name {name!r}{perhaps(str(name), prompts)}")
-    prompt = prompts[name] if name is not None else ""
-    if prompt and not how.get("include_prompt", True):
+        raise UserError(f"{overall.source} has default_prompt_name {name!r}{perhaps(name, prompts.values)}")
+    prompt = prompts.text(name, "") if name is not None else ""
+    if prompt and not how.boolean("include_prompt", True):
         raise _not_ours(folder, "a default prompt that is not pooled")
-    modes = how.get("pooling_mode") or [mode for mode, key in MODES.items() if how.get(key)] or ["mean"]
-    modes = (modes,) if isinstance(modes, str) else tuple(modes)
+    flags = tuple(mode for mode, key in MODES.items() if how.boolean(key, False))
+    modes = how.texts("pooling_mode") or flags or ("mean",)
     for mode in modes:
         if mode not in MODES:
-            raise UserError(f"{file} has the pooling mode {mode!r}{perhaps(str(mode), MODES)}")
+            raise UserError(f"{how.source} has the pooling mode {mode!r:.200}{perhaps(mode, MODES)}")
     # Newer files leave the limit to the tokenizer, which writes 1e30 for none.
-    length = int(transformer.get("max_seq_length") or tokenizer.get("model_max_length") or 1e30)
+    longest = tokenizer.number("model_max_length", 1e30, 1, 1e40)
+    if "max_seq_length" in transformer:
+        longest = transformer.number("max_seq_length", 1e30, 1)
     return Pooling(
         modes,
         dense=tuple(_dense(folder, path) for kind, path in modules if kind == "Dense"),
         normalize="Normalize" in kinds,
-        truncate=overall.get("truncate_dim"),
-        max_length=length if length < 1e9 else None,
-        lowercase=bool(transformer.get("do_lower_case")),
+        truncate=overall.integer("truncate_dim", None, 1),
+        max_length=int(longest) if longest < 1e9 else None,
+        lowercase=transformer.boolean("do_lower_case", False),
         prompt=prompt,
     )
 
 
 def _dense(folder: Path, path: Path) -> Dense:
-    config, tensors = _json(path / "config.json"), safetensors.read(path)
-    activation = config.get("activation_function", "torch.nn.modules.activation.Tanh").split(".")
-    between = {config.get(f"module_{end}_name") or "sentence_embedding" for end in ("input", "output")}
+    config, tensors = _module_object(path), safetensors.read(path)
+    activation = config.text("activation_function", "torch.nn.modules.activation.Tanh").split(".")
+    between = {config.text(f"module_{end}_name", "") or "sentence_embedding" for end in ("input", "output")}
     if activation[0] != "torch" or activation[-1] not in _DENSE_ACTIVATIONS:
         raise _not_ours(folder, f"a Dense with {'.'.join(activation)}")
-    if config.get("use_residual") or between != {"sentence_embedding"}:
+    if config.boolean("use_residual", False) or between != {"sentence_embedding"}:
         raise _not_ours(folder, "a Dense with a residual or between other values than sentence embeddings")
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    kernel = shapes.get("linear.weight", ())
+    if len(kernel) != 2 or shapes.get("linear.bias", kernel[:1]) != kernel[:1]:
+        raise UserError(
+            f"{path} holds {shapes}; it must hold a matrix linear.weight and a vector linear.bias of as many rows; "
+            f"fetch it again"
+        )
     kernel_DO = np.asarray(tensors["linear.weight"]).astype(np.float32).T
     bias_O = np.asarray(tensors["linear.bias"]).astype(np.float32) if "linear.bias" in tensors else None
     return Dense(kernel_DO, bias_O, _DENSE_ACTIVATIONS[activation[-1]])

@@ -21,6 +21,7 @@ from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.encode import Pooling, carried, read_pooling
 from jaxlm.errors import UserError, perhaps
+from jaxlm.hub import model_files
 from jaxlm.hub.download import fetch
 from jaxlm.nn.transformer import Transformer, apply
 
@@ -244,7 +245,8 @@ def load(
     compute = kinds[1] or kinds[0] or jnp.result_type(*jax.tree.leaves(found.params))
     made = (module or Transformer)(found.config, sharding.Placement(mesh), jnp.dtype(compute))
     tokenizer = tokenizers.load(str(folder)) if has_tokenizer(folder) else None
-    files = {name: (folder / name).read_bytes() for name in _CARRIED if (folder / name).is_file()}
+    kept = {name: model_files.locate(folder, name) for name in _CARRIED}
+    files = {name: model_files.read_bytes(file) for name, file in kept.items() if file is not None}
     known: dict[str, Any] = {"files": files | carried(folder), "pooling": read_pooling(folder), "fresh": found.fresh}
     return LM(found.config, made, found.params, tokenizer, found.origin, **known)
 

@@ -244,7 +244,7 @@ def test_files_say_how_to_pool(tmp_path, files, declared):
 @pytest.mark.parametrize(
     "files, said",
     [
-        ({"modules.json": "["}, "cannot be read"),
+        ({"modules.json": "["}, "is not JSON"),
         ({"modules.json": {}}, "not a list of modules"),
         ({"modules.json": [{"path": ""}]}, "not a list of modules"),
         ({"modules.json": [{"path": "../x", "type": "sentence_transformers.models.Pooling"}]}, "leads out"),
@@ -254,8 +254,8 @@ def test_files_say_how_to_pool(tmp_path, files, declared):
         ({"modules.json": modules("Transformer", "Pooling", "Normalize", "Dense")}, "in this order"),
         ({"modules.json": [m | {"path": m["path"] or "0_T"} for m in SIMPLE["modules.json"]]}, "move what is in there"),
         ({"sentence_bert_config.json": {"transformer_task": "fill-mask"}}, "fill-mask"),
-        ({"sentence_bert_config.json": {"max_seq_length": "long"}}, "hold what they should not"),
-        ({"1_Pooling/config.json": []}, "hold what they should not"),
+        ({"sentence_bert_config.json": {"max_seq_length": "long"}}, "max_seq_length is 'long'; it must be a number"),
+        ({"1_Pooling/config.json": []}, "holds a list, not an object"),
         ({"1_Pooling/config.json": {"pooling_mode": "meen"}}, "perhaps you meant 'mean'"),
         ({"config_sentence_transformers.json": {"default_prompt_name": "query"}}, "default_prompt_name 'query'"),
         ({"config_sentence_transformers.json": {"prompts": {"q": "q: "}, "default_prompt_name": "q"}}

@@ -219,7 +219,7 @@ def test_files_that_cannot_be_read(tmp_path):
         (tmp_path / name).write_text(content)
         fails("has no line [UNK]" if name == "vocab.txt" else "is no readable tokenizer", load, tmp_path / name)
     (tmp_path / "tokenizer_config.json").write_text("[")
-    fails("tokenizer_config.json is not a JSON object", load, tmp_path / "vocab.txt")
+    fails("tokenizer_config.json is not JSON", load, tmp_path / "vocab.txt")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -656,11 +656,11 @@ def test_damaged_partners(tmp_path):
         ("vocab.json", '{"</s>": 0, "<unk>": 1, "<pad>": 900000000}', "ids up to 900000000"),
         ("vocab.json", '{"</s>": 0, "<unk>": "1"}', "'<unk>': '1'"),
         ("vocab.json", '{"a": 0}', "has no </s>, <pad>, <unk>"),
-        ("vocab.json", "[]", "is not a JSON object"),
+        ("vocab.json", "[]", "holds a list, not an object"),
         ("source.spm", "", "has 0 pieces and none for the unknown"),
         ("tokenizer_config.json", '{"eos_token": {}}', "is no readable tokenizer"),
-        ("tokenizer_config.json", '"x"', "is not a JSON object"),
-        ("tokenizer_config.json", "[" * 100_000, "is not a JSON object"),
+        ("tokenizer_config.json", '"x"', "holds a str, not an object"),
+        ("tokenizer_config.json", "[" * 100_000, "is nested deeper than"),
     ):
         before = (tmp_path / name).read_bytes()
         (tmp_path / name).write_text(content)

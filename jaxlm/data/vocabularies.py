@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxlm.data.pieces import CONTROL, UNKNOWN, Piece, parsed, pieces_of, translated
 from jaxlm.errors import UserError
+from jaxlm.hub import model_files
 
 if TYPE_CHECKING:
     import tokenizers
@@ -205,8 +206,8 @@ def read(file: Path) -> Read:
     found = reader(file, said, next((KINDS[_key(name)] for name in names if _key(name) in KINDS), None))
 
     kept = _contents(file, _FILES if whole else _BESIDE)
-    for template in sorted(file.with_name("additional_chat_templates").glob("*.jinja")):
-        kept[f"additional_chat_templates/{template.name}"] = template.read_bytes()
+    for template in model_files.locate_all(file.parent, "additional_chat_templates/*.jinja"):
+        kept[f"additional_chat_templates/{template.name}"] = model_files.read_bytes(template)
     unnamed = found.config and _key(said.get("tokenizer_class")) not in KINDS
     if unnamed and "tokenizer_config.json" in kept and found.kind is not _likely(file, found.backend.get_vocab()):
         # config.json alone said the class, and it stays with the model.
@@ -245,15 +246,8 @@ def _likely(file: Path, pieces: Container[str]) -> Kind | None:
 
 def _object(file: Path) -> dict[str, Any]:
     """The JSON object in a file; empty where there is no file."""
-    if not file.is_file():
-        return {}
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError(f"it is a {type(found).__name__}")
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not a JSON object ({error}); correct or remove it") from None
-    return found
+    found = model_files.locate(file.parent, file.name)
+    return {} if found is None else model_files.read_object(found)
 
 
 def _ids(file: Path) -> dict[str, int]:
@@ -279,7 +273,8 @@ def size_of(ids: Mapping[str, int]) -> int:
 
 def _contents(file: Path, names: Iterable[str]) -> dict[str, bytes]:
     """What is in those of these files that lie beside a file."""
-    return {name: file.with_name(name).read_bytes() for name in names if file.with_name(name).is_file()}
+    found = {name: model_files.locate(file.parent, name) for name in names}
+    return {name: model_files.read_bytes(path) for name, path in found.items() if path is not None}
 
 
 def _partner(file: Path, name: str) -> Path:

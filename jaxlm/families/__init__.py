@@ -32,7 +32,7 @@ from jaxlm.families import (
     t5,
     transformer,
 )
-from jaxlm.hub import convert, safetensors
+from jaxlm.hub import convert, model_files, safetensors
 from jaxlm.hub.convert import Family, Rule
 from jaxlm.hub.place import place
 from jaxlm.hub.safetensors import Pending
@@ -419,16 +419,11 @@ def _own_family(config: ModelConfig, module: Any = None) -> Family:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The values of a `config.json`.  Raises UserError where it is no JSON object."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); give a folder with config.json") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({error}); fetch the file again") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds a {type(values).__name__}, not an object; fetch the file again")
-    return values
+    """Returns the values of a `config.json`.  Raises UserError where it is no JSON object in a regular file of its
+    folder."""
+    if model_files.locate(path.parent, path.name) is None:
+        raise UserError(f"{path} cannot be read (No such file or directory); give a folder with config.json")
+    return model_files.read_object(path)
 
 
 def _write_config(values: dict[str, Any], path: Path) -> None:

@@ -1,1 +1,1 @@
-"""Checkpoints from outside: the safetensors file format, and the two-way tables that rename and lay out its tensors."""
+"""Checkpoints from outside: files of a model folder, safetensors, and the two-way tables that convert its tensors."""

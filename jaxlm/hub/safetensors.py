@@ -13,7 +13,6 @@ import mmap
 import os
 import re
 import reprlib
-import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +23,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxlm.errors import UserError
+from jaxlm.hub.model_files import check_inside, opened
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -137,7 +137,8 @@ def read(folder: Path) -> Mapping[str, Stored]:
 def index(folder: Path) -> dict[str, str]:
     """Tensor name -> file name, from the index of a folder.  Raises UserError where it is none or leads elsewhere."""
     path = Path(folder) / INDEX
-    with _reading(path) as file:
+    with opened(path) as file:
+        check_inside(path, path.parent)
         try:
             files = _json(file.read(_JSON_LIMIT)).get("weight_map")
             if not files or not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
@@ -221,7 +222,8 @@ def _no_weights(folder: Path) -> UserError:
 
 def _open(path: Path) -> dict[str, Stored]:
     """The tensors of a file, in its order, once all that its header says is known to be true."""
-    with _reading(path) as file:
+    with opened(path) as file:
+        check_inside(path, path.parent)
         size = os.fstat(file.fileno()).st_size
         try:
             places = _places(path, file, size)
@@ -305,19 +307,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"{_SHORT.repr(key)} stands there twice")
         values[key] = value
     return values
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[BinaryIO]:
-    """The file, open.  Raises UserError where it is no regular file, and for what the system refuses in the block."""
-    try:
-        # To open a pipe without this would wait for someone to write into it.
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise UserError(f"{path} is not a regular file; put the file itself there")
-            yield file
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); mend that, or fetch the file again") from error
 
 
 @contextmanager

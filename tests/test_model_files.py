@@ -1,0 +1,254 @@
+"""Small files of model folders, which come from outside: each is used, or refused with a sentence."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxlm.encode import carried, read_pooling
+from jaxlm.errors import UserError
+from jaxlm.families import read_config
+from jaxlm.hub import model_files
+from jaxlm.hub.model_files import JsonObject
+
+
+def deep(levels: int, inner: str = "1") -> str:
+    return "[" * levels + inner + "]" * levels
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b'{"a": ' + b"9" * 5000 + b"}", "thousands of digits"),
+        (f'{{"a": {deep(3000)}}}'.encode(), "nested deeper than 64"),
+        (f'{{"a": {deep(100)}}}'.encode(), "nested deeper than 64"),
+        (("{" + '"a":{' * 3000 + "}" * 3001).encode(), "nested deeper than 64"),
+        (b'{"a": "\xff"}', "not UTF-8 .*at byte 7"),
+        ('{"a": 1}'.encode("utf-16"), "not UTF-8"),
+        (b'{"a": "\\ud83d"}', "half of a surrogate pair"),
+        (b'{"\\udE00": 1}', "half of a surrogate pair"),
+        (b"", "is not JSON"),
+        (b"{'a': 1}", "is not JSON"),
+        (b"[1]", "holds a list, not an object"),
+        (b"null", "holds a NoneType, not an object"),
+    ],
+)
+def test_content_that_is_no_json_object_is_refused(content, message):
+    with pytest.raises(UserError, match=f"^config.json .*{message}.*; "):
+        model_files.parse_object(content, "config.json")
+
+
+@pytest.mark.parametrize("content", [b'{"a": "\\ud83d\\ude00"}', b'\xef\xbb\xbf{"a": 1}', b'{"a": NaN, "b": 1e999}'])
+def test_content_that_is_a_json_object_is_read(content):
+    assert "a" in model_files.parse_object(content, "config.json")
+
+
+def test_a_file_that_is_not_regular_is_refused_at_once(tmp_path):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("folder", "pipe"):
+        with pytest.raises(UserError, match="is not a regular file"):
+            model_files.locate(tmp_path, name)
+    with pytest.raises(UserError, match="is not a regular file"):
+        model_files.read_bytes(tmp_path / "pipe")
+    (tmp_path / "large").write_bytes(b"x" * 11)
+    with pytest.raises(UserError, match="11 bytes; a file of this kind has at most 10"):
+        model_files.read_bytes(tmp_path / "large", limit=10)
+
+
+@pytest.mark.parametrize("name", ["loop", "../secret", "/etc/hostname", "gone"])
+def test_a_name_that_cannot_be_or_leads_outside_is_refused(tmp_path, name):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (tmp_path / "secret").write_text("s")
+    (folder / "loop").symlink_to("loop")
+    (folder / "gone").symlink_to("nothing")
+    with pytest.raises(UserError, match=r"cannot be read|leads outside"):
+        model_files.locate(folder, name)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a/" * 3000, "nul\0", "absent"])
+def test_a_name_that_no_file_can_have_is_absent(tmp_path, name):
+    assert model_files.locate(tmp_path, name) is None
+
+
+def test_links_may_lead_within_the_folder_and_from_a_snapshot_to_its_blobs(tmp_path):
+    repository = tmp_path / "models--a--b"
+    snapshot = repository / "snapshots" / "0123"
+    (snapshot / "1_Pooling").mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    (repository / "blobs" / "cafe").write_text("{}")
+    (snapshot / "config.json").symlink_to("../../blobs/cafe")
+    (snapshot / "1_Pooling" / "config.json").symlink_to("../../../blobs/cafe")
+    (snapshot / "same.json").symlink_to("config.json")
+    (snapshot / "secret.json").symlink_to("../../../secret")
+    (tmp_path / "secret").write_text("{}")
+    for name in ("config.json", "1_Pooling/config.json", "same.json"):
+        assert model_files.locate(snapshot, name) == snapshot / name
+    assert model_files.locate(snapshot / "1_Pooling", "config.json")
+    with pytest.raises(UserError, match="leads outside"):
+        model_files.locate(snapshot, "secret.json")
+    (tmp_path / "linked").symlink_to(snapshot)  # the user's own link to the folder
+    assert model_files.locate(tmp_path / "linked", "config.json")
+
+
+def test_values_are_taken_by_type_and_range():
+    values = {"n": 3, "x": 0.5, "yes": True, "s": "a", "null": None, "list": ["a", "b"], "ids": [1, 2], "o": {"k": 1}}
+    found = JsonObject(values, "config.json")
+    assert (found.integer("n", None), found.number("n", None), found.number("x", None)) == (3, 3.0, 0.5)
+    assert found.boolean("yes", None) is True and found.text("s", None, known=("a", "b")) == "a"
+    assert found.integer("null", 7) == found.integer("absent", 7) == 7
+    assert found.texts("list") == ("a", "b") and found.texts("s") == ("a",) and found.texts("null") == ()
+    assert found.integers("ids") == (1, 2) and found.integers("n") == (3,)
+    assert found.object("o").integer("k", 0) == 1 and found.object("null").values == {}
+    assert "n" in found and "null" not in found and "absent" not in found
+    huge = JsonObject({"a": 10**400, "b": float("nan"), "c": float("inf"), "d": "x" * 10**6, "e": True}, "config.json")
+    for take, key in [
+        *((huge.integer, key) for key in "abcde"),
+        *((huge.number, key) for key in "abcde"),
+        *((huge.object, key) for key in "abcde"),
+        *((huge.objects, key) for key in "abcde"),
+        *((huge.boolean, key) for key in "abcd"),
+        *((huge.text, key) for key in "abce"),
+        *((huge.texts, key) for key in "abce"),
+        *((huge.integers, key) for key in "bcde"),
+    ]:
+        with pytest.raises(UserError, match=rf"^config.json: {key} is .*; it must be ") as caught:
+            take(key, *([None] if take not in (huge.object, huge.objects, huge.texts, huge.integers) else []))
+        assert len(str(caught.value)) < 400
+    with pytest.raises(UserError, match="n is 3; it must be an integer from 4 to 5"):
+        found.integer("n", None, 4, 5)
+    with pytest.raises(UserError, match="s is 'a'; known: b, c"):
+        found.text("s", None, known=("b", "c"))
+
+
+SENTENCE: dict[str, object] = {
+    "modules.json": [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+        {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"},
+    ],
+    "config_sentence_transformers.json": {"prompts": {"q": "q: "}, "default_prompt_name": "q", "truncate_dim": 3},
+    "sentence_bert_config.json": {"max_seq_length": 128, "do_lower_case": False},
+    "tokenizer_config.json": {"model_max_length": 512},
+    "1_Pooling/config.json": {
+        "word_embedding_dimension": 8,
+        "pooling_mode_cls_token": False,
+        "pooling_mode_mean_tokens": True,
+        "include_prompt": True,
+    },
+    "2_Dense/config.json": {
+        "in_features": 8,
+        "out_features": 4,
+        "bias": True,
+        "activation_function": "torch.nn.modules.activation.Tanh",
+        "use_residual": False,
+    },
+}
+HOSTILE = [None, True, -1, 0, 10**400, float("nan"), float("inf"), 1e300, "", "x" * 5000, "../x", "/etc", "\0", [], {}]
+HOSTILE += [[1], ["x"], [None], {"a": 1}, [[[]]], "-1", 0.5, 2**63]
+
+
+def places(value: object, above: tuple = ()) -> list[tuple]:
+    """Paths to every value inside of a JSON value, itself among them."""
+    found = [above]
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        found += places(inner, (*above, key))
+    return found
+
+
+def replaced(value: object, path: tuple, new: object) -> object:
+    if not path:
+        return new
+    copy = dict(value) if isinstance(value, dict) else list(value)  # type: ignore[call-overload]
+    copy[path[0]] = replaced(copy[path[0]], path[1:], new)
+    return copy
+
+
+def write(folder: Path, files: dict[str, object]) -> Path:
+    for name, value in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps(value))
+    return folder
+
+
+def test_no_value_of_sentence_transformers_files_ends_in_a_traceback(tmp_path):
+    import numpy as np
+
+    from jaxlm.hub import safetensors
+
+    write(tmp_path, SENTENCE)
+    safetensors.write({"linear.weight": np.ones((4, 8), np.float32)}, tmp_path / "2_Dense" / "model.safetensors")
+    assert read_pooling(tmp_path).prompt == "q: " and len(carried(tmp_path)) == 6
+    for name, whole in SENTENCE.items():
+        for path in places(whole):
+            for value in HOSTILE:
+                (tmp_path / name).write_text(json.dumps(replaced(whole, path, value)))
+                for read in (read_pooling, carried) if name == "modules.json" else (read_pooling,):
+                    try:
+                        read(tmp_path)
+                    except UserError as error:
+                        assert len(str(error)) < 6000
+        (tmp_path / name).write_text(json.dumps(whole))
+
+
+def test_links_that_lead_outside_are_not_followed_into_exports(tmp_path):
+    (tmp_path / "outside").mkdir()
+    write(tmp_path / "outside", {"config.json": {"secret": 1}, "secret.json": {"secret": 1}})
+    for name in (
+        "1_Pooling",
+        "1_Pooling/config.json",
+        "1_Pooling/secret.json",
+        "sentence_xlnet_config.json",
+        "modules.json",
+    ):
+        folder = tmp_path / name.replace("/", "-")
+        write(folder, {n: v for n, v in SENTENCE.items() if not n.startswith(("2_Dense", "sentence_bert"))})
+        write(folder, {"modules.json": SENTENCE["modules.json"][:2]})  # type: ignore[index]
+        assert carried(folder)
+        if (folder / name).is_dir():
+            (folder / name / "config.json").unlink()
+            (folder / name).rmdir()
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(tmp_path / "outside" / ("secret.json" if "." in name else ""))
+        with pytest.raises(UserError, match="leads outside"):
+            carried(folder)
+
+
+def test_a_config_of_a_model_must_be_a_regular_file_of_its_folder(tmp_path):
+    (tmp_path / "model").mkdir()
+    path = tmp_path / "model" / "config.json"
+    with pytest.raises(UserError, match=r"give a folder with config\.json"):
+        read_config(path)
+    os.mkfifo(path)
+    with pytest.raises(UserError, match="not a regular file"):
+        read_config(path)
+    path.unlink()
+    (tmp_path / "other.json").write_text("{}")
+    path.symlink_to("../other.json")
+    with pytest.raises(UserError, match="leads outside"):
+        read_config(path)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.text(max_size=4) | st.integers(-(2**70), 2**70) | st.integers(-1, 9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_random_values_of_sentence_transformers_files_do_not_end_in_a_traceback(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("model")
+    name = data.draw(st.sampled_from(sorted(SENTENCE)))
+    path = data.draw(st.sampled_from(places(SENTENCE[name])))
+    write(folder, SENTENCE | {name: replaced(SENTENCE[name], path, data.draw(JSON))})
+    with contextlib.suppress(UserError):
+        read_pooling(folder)
