@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from inspect import signature
 from itertools import chain, takewhile
 from pathlib import Path
@@ -26,9 +27,10 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from jaxlm import buckets, hosts
+from jaxlm import buckets, hosts, ranges
 from jaxlm.config import CausalLM, DataConfig, Decoding, MeshConfig, RunConfig
 from jaxlm.errors import RunError, Stopped, UserError, perhaps
+from jaxlm.ranges import Config
 from jaxlm.sweep import combinations, sweep
 
 ROOT = Path(__file__).parent
@@ -418,6 +420,7 @@ def _overridden(default: Any, flags: list[str], prog: str) -> Any:
     hints = type(default).__annotations__
     before = dict(hints)
     hints |= {name: type(getattr(default, name)) for name in hints if hints[name] in ("Any", "ModelConfig | None")}
+    _show_ranges()
     try:
         return tyro.cli(
             type(default),
@@ -429,6 +432,16 @@ def _overridden(default: Any, flags: list[str], prog: str) -> Any:
         )
     finally:
         hints |= before
+
+
+@cache
+def _show_ranges() -> None:
+    """Adds the range of each field to what `--help` shows of it."""
+    for kind in Config.__subclasses__():
+        for name, hint in ranges.hints(kind).items():
+            words = ranges.limits(hint)
+            if words:
+                kind.__annotations__[name] = Annotated[hint, tyro.conf.arg(metavar=words)]
 
 
 def _config(file: Path, words: list[str] | None = None) -> RunConfig:

@@ -12,95 +12,122 @@ import dataclasses
 import json
 import re
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal
 
 from jaxlm.errors import UserError, perhaps
+from jaxlm.ranges import (
+    MOST,
+    AboveZero,
+    Config,
+    Count,
+    Name,
+    NotEmpty,
+    NotNegative,
+    Number,
+    Pattern,
+    Positive,
+    Range,
+    Seed,
+    Share,
+    ShareBelowOne,
+    check_fields,
+    shown,
+)
 
 Head = Literal["lm", "masked_lm", "next_sentence", "replaced", "pooled", "classes", "tokens", "span"]
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "tanh"]  # gelu is the exact one, by erf
 Bias = Literal["query_key_value", "out", "mlp", "norm", "transform", "classes", "lm"]
 ENCODER_BIASES: tuple[Bias, ...] = ("query_key_value", "out", "mlp", "norm", "transform", "classes")
 Format = Literal["suffix", "text", "csv", "tsv", "quoted_tsv", "jsonl", "parquet", "conll", "squad"]
+MOST_TEXTS = 1000  # texts of one prompt, and beams
 MOST_LAYERS = 10_000  # of a model that a foreign config.json may ask for
-MOST = 2**31 - 1  # of any other size
 _FARTHEST = 1_000_000  # relative distance that has a row in a table
-_LARGE = 1e15  # no sensible number is as large; NaN and infinity are not smaller
+Layers = Annotated[int, Range(1, MOST_LAYERS)]
+Distance = Annotated[int, Range(0, _FARTHEST)]
+Texts = Annotated[int, Range(1, MOST_TEXTS)]
+TopK = Annotated[int, Range(1, MOST, special=(0, "all"))]
+Integer = Annotated[int, Range(-MOST, MOST)]
+Characters = Annotated[int, Range(1, 10**15)]
+AtLeastOne = Annotated[float, Range(1, MOST)]
+OpenShare = Annotated[float, Range(1e-6, 1, below=True)]
+ShareAboveZero = Annotated[float, Range(0, 1, above=True)]
+Names = Annotated[tuple[Name, ...], NotEmpty()]
+AxisSize = Annotated[int, Range(1, 1_000_000, special=(-1, "all that are left"))]
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Config):
     """The architecture, through a few closed choices; presets of known models stand in `jaxlm.families`."""
 
     structure: Literal["encoder", "decoder", "encoder_decoder"] = "decoder"  # which stacks there are
     heads_on_top: tuple[Head, ...] = ("lm",)  # what is read off the last hidden states
     labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")  # names of the outputs of the heads classes and tokens
 
-    vocabulary: int = 50257  # rows of the embedding; at least the size of the tokenizer
-    max_length: int = 1024  # longest sequence that has positions
-    types: int = 0  # token types (BERT: 2), 0 for none
-    width: int = 768  # model width D
-    layers: int = 12  # layers of the stack; of the encoder, where there are two
-    decoder_layers: int | None = None  # layers of an encoder-decoder's decoder; None: as many as the encoder's
-    distinct_layers: int | None = None  # layers with parameters of their own, each repeated (ALBERT: 1); None: all
+    vocabulary: Positive = 50257  # rows of the embedding; at least the size of the tokenizer
+    max_length: Positive = 1024  # longest sequence that has positions
+    types: Count = 0  # token types (BERT: 2), 0 for none
+    width: Positive = 768  # model width D
+    layers: Layers = 12  # layers of the stack; of the encoder, where there are two
+    decoder_layers: Layers | None = None  # layers of an encoder-decoder's decoder; None: as many as the encoder's
+    distinct_layers: Layers | None = None  # layers with parameters of their own, each repeated (ALBERT: 1); None: all
 
-    heads: int = 12  # attention heads H
-    kv_heads: int | None = None  # key-value heads K of grouped queries; None: as many as heads
-    head_width: int | None = None  # head width C; None: width / heads
+    heads: Positive = 12  # attention heads H
+    kv_heads: Positive | None = None  # key-value heads K of grouped queries; None: as many as heads
+    head_width: Positive | None = None  # head width C; None: width / heads
     query_key_norm: bool = False  # normalise each head's queries and keys (Qwen3, Gemma 3)
-    attention_scale: float | None = None  # factor of the scores; None: 1 / sqrt(head width)
-    attention_cap: float = 0.0  # scores are squashed to within this by tanh (Gemma 2); 0: not
+    attention_scale: Number | None = None  # factor of the scores; None: 1 / sqrt(head width)
+    attention_cap: NotNegative = 0.0  # scores are squashed to within this by tanh (Gemma 2); 0: not
     layer_kinds: tuple[Literal["global", "local"], ...] = ("global",)  # of each layer in turn, over and over
     prefix_lm: bool = False  # tokens of a decoder's prompt see all of it, also what comes later (Raffel et al. 2020)
-    window: int = 0  # a local layer sees tokens that are less than this many places away
+    window: Count = 0  # a local layer sees tokens that are less than this many places away
 
-    mlp_width: int | None = None  # MLP width F; None: 4 x width
+    mlp_width: Positive | None = None  # MLP width F; None: 4 x width
     gated: bool = False  # multiply the MLP's activation by a second projection (GLU, Shazeer 2020)
     activation: Activation = "gelu_tanh"  # of the MLP
     biases: tuple[Bias, ...] = ENCODER_BIASES  # which projections and norms have biases
     norm: Literal["layernorm", "rmsnorm", "rmsnorm_plus_one"] = "layernorm"  # over the width; the last scales by 1 + s
     norm_place: Literal["pre", "post", "sandwich"] = "pre"  # before each sub-layer, after its residual sum, around it
-    norm_epsilon: float = 1e-5  # added to the variance
+    norm_epsilon: NotNegative = 1e-5  # added to the variance
     first_norm: bool = True  # whether the first layer has a norm before its attention (ModernBERT: no)
 
-    embedding_width: int | None = None  # width of the embeddings, projected to the model's (ALBERT); None: as width
+    embedding_width: Positive | None = None  # width of the embeddings, then projected (ALBERT); None: as width
     embedding_norm: bool = False  # normalise the sum of the embeddings (BERT)
     scale_embeddings: bool = False  # multiply token embeddings by sqrt(width) (Vaswani et al. 2017)
     tied_embeddings: bool = True  # the output projection is the token embedding
     decoder_tokens: bool = False  # an encoder-decoder's decoder has token embeddings of its own
-    decoder_vocabulary: int | None = None  # rows of these, where targets have another vocabulary; None: as vocabulary
+    decoder_vocabulary: Positive | None = None  # rows of these, for another vocabulary; None: as vocabulary
     positions: Literal["learned", "sinusoidal", "rotary", "none"] = "learned"  # how absolute order enters
-    position_offset: int = 0  # rows of learned positions before that of the first token (RoBERTa, BART: 2)
-    padding_token: int | None = None  # a token that unsaid positions do not count (RoBERTa); None: all count
-    rotary_base: float = 10000.0  # wavelength base of rotary and sinusoidal positions
-    local_rotary_base: float | None = None  # of local layers, never scaled; None: as in global ones
+    position_offset: Count = 0  # rows of learned positions before that of the first token (RoBERTa, BART: 2)
+    padding_token: Count | None = None  # a token that unsaid positions do not count (RoBERTa); None: all count
+    rotary_base: AboveZero = 10000.0  # wavelength base of rotary and sinusoidal positions
+    local_rotary_base: AboveZero | None = None  # of local layers, never scaled; None: as in global ones
     rotary_scaling: Literal["none", "linear", "llama3", "yarn"] = "none"  # how trained wavelengths are stretched
-    rotary_factor: float = 1.0  # by how much, for each scaling
-    rotary_length: int = 8192  # longest sequence before the stretching (llama3, yarn)
-    rotary_low: float = 1.0  # turns over rotary_length up to which wavelengths are stretched wholly (llama3, yarn)
-    rotary_high: float = 4.0  # turns from which they are not stretched at all; between the two, in part
-    rotary_attention: float = 1.0  # factor of rotated queries and keys (yarn)
+    rotary_factor: AboveZero = 1.0  # by how much, for each scaling
+    rotary_length: Positive = 8192  # longest sequence before the stretching (llama3, yarn)
+    rotary_low: Number = 1.0  # turns over rotary_length up to which wavelengths are stretched wholly (llama3, yarn)
+    rotary_high: Number = 4.0  # turns from which they are not stretched at all; between the two, in part
+    rotary_attention: Number = 1.0  # factor of rotated queries and keys (yarn)
     relative: Literal["none", "buckets", "disentangled"] = "none"  # relative order: T5's bias, DeBERTa's attention
-    relative_buckets: int = 32  # distances that are told apart; 0: all (disentangled only)
-    relative_distance: int = 128  # from here on, all distances are one
+    relative_buckets: Distance = 32  # distances that are told apart; 0: all (disentangled only)
+    relative_distance: Distance = 128  # from here on, all distances are one
     relative_terms: tuple[Literal["c2p", "p2c"], ...] = ("c2p", "p2c")  # content to position, position to content
     relative_shared: bool = True  # relative embeddings go through the projections of queries and keys
     relative_norm: bool = True  # relative embeddings are normalised
 
-    conv_width: int = 0  # tokens that a convolution beside the first layer sees (DeBERTa v2), odd; 0: there is none
+    conv_width: Distance = 0  # tokens that a convolution beside the first layer sees (DeBERTa v2), odd; 0: none
     conv_activation: Activation = "gelu"  # of the convolution
 
     scale_logits: bool = False  # divide hidden states by sqrt(width) before the vocabulary (T5)
-    logit_cap: float = 0.0  # logits of lm are squashed to within this by tanh (Gemma 2); 0: not
+    logit_cap: NotNegative = 0.0  # logits of lm are squashed to within this by tanh (Gemma 2); 0: not
     transform_activation: Activation | None = None  # of masked_lm's transform; None: as activation
     shared_transform: bool = False  # one transform before masked_lm, classes and tokens (ModernBERT)
     classes_from: Literal["first", "last", "mean"] = "first"  # the state that stands for an example
     classes_activation: Activation | None = "tanh"  # of the projection before the classes; None: no projection
-    start_token: int | None = None  # what a decoder reads first, for an encoder-decoder (generation, classes)
+    start_token: Count | None = None  # what a decoder reads first, for an encoder-decoder (generation, classes)
 
-    dropout: float = 0.0  # on embeddings and on the output of each sub-layer, while training
-    attention_dropout: float = 0.0  # on attention weights, while training
-    initial_std: float = 0.02  # standard deviation of initial weights
+    dropout: ShareBelowOne = 0.0  # on embeddings and on the output of each sub-layer, while training
+    attention_dropout: ShareBelowOne = 0.0  # on attention weights, while training
+    initial_std: NotNegative = 0.02  # standard deviation of initial weights
     initial_by_inputs: bool = False  # of embeddings alone: a matrix has 1 / sqrt(inputs) in place of it (T5)
     scale_residual_init: bool = True  # divide it by sqrt(2 x layers) where a sub-layer writes to the residual (GPT-2)
 
@@ -136,14 +163,7 @@ class ModelConfig:
 
     def check(self) -> None:
         """Raises UserError where a value is of the wrong kind, or sizes contradict each other."""
-        for name, hint in _hints(ModelConfig).items():
-            if not _is(getattr(self, name), hint):
-                shown = str(hint).replace("typing.", "")
-                raise UserError(f"model.{name} is {getattr(self, name)!r}; it must be {shown}")
-        for name in ("vocabulary", "max_length", "width", "layers", "heads", "head_width", "mlp_width", *_OPTIONAL):
-            size, most = getattr(self, name), MOST_LAYERS if "layers" in name else MOST
-            if size is not None and not 1 <= size <= most:
-                raise UserError(f"model.{name} is {size}; it must be at least 1 and at most {most:,}")
+        check_fields(self, "model.")
         if self.head_width is None and self.width % self.heads:
             raise UserError(
                 f"model.heads is {self.heads}, which does not divide model.width {self.width}; "
@@ -185,39 +205,6 @@ class ModelConfig:
                 f"model.relative_buckets is {self.relative_buckets}; it must be at least 4 and less than twice "
                 f"model.relative_distance {self.relative_distance}"
             )
-        for name in ("dropout", "attention_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"model.{name} is {getattr(self, name)}; it must be in [0, 1)")
-        for name in ("types", "position_offset", "window", "norm_epsilon", "attention_cap", "logit_cap"):
-            if not 0 <= getattr(self, name) <= MOST:
-                raise UserError(f"model.{name} is {getattr(self, name)}; it must not be negative")
-        for name in ("rotary_base", "rotary_factor", "rotary_length"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"model.{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("relative_buckets", "relative_distance", "conv_width"):
-            if not 0 <= getattr(self, name) <= _FARTHEST:
-                raise UserError(f"model.{name} is {getattr(self, name)}; it must lie in 0 to {_FARTHEST:,}")
-
-
-_OPTIONAL = ("kv_heads", "decoder_layers", "distinct_layers", "embedding_width", "decoder_vocabulary")
-
-
-@cache
-def _hints(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
-
-
-def _is(value: Any, hint: Any) -> bool:
-    """Whether a value is of a field's type; an int is a float too, a bool is no int."""
-    if get_origin(hint) is Literal:
-        return any(value is choice or (value == choice and isinstance(value, str)) for choice in get_args(hint))
-    if get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(_is(entry, get_args(hint)[0]) for entry in value)
-    if get_args(hint):  # a union
-        return any(_is(value, choice) for choice in get_args(hint))
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _LARGE
-    return type(value) is hint
 
 
 def _divisors(n: int) -> str:
@@ -225,47 +212,36 @@ def _divisors(n: int) -> str:
 
 
 @dataclass(frozen=True)
-class Decoding:
+class Decoding(Config):
     """How texts are generated, token by token: by sampling, greedily (temperature 0), or by beam search."""
 
-    max_new_tokens: int = 128  # most tokens of a text
-    min_new_tokens: int = 0  # tokens before which no stop token comes
-    temperature: float = 1.0  # divides the logits; 0: always the likeliest token
-    top_k: int = 0  # sample among the k likeliest tokens; 0: among all
-    top_p: float = 1.0  # sample among the fewest tokens whose probabilities reach p (Holtzman et al. 2020)
-    min_p: float = 0.0  # sample among tokens at least p times as likely as the likeliest (Nguyen et al. 2024)
-    repetition_penalty: float = 1.0  # makes tokens that were there before less likely (Keskar et al. 2019); 1: not
-    beams: int = 1  # hypotheses that a beam search keeps; 1: no beam search
-    length_penalty: float = 1.0  # a hypothesis is worth its log-probability divided by its length to this power
-    n_best: int = 1  # texts of each prompt; of a beam search the best hypotheses, else draws
-    stop: tuple[str, ...] = ()  # texts before which a generated text ends
-    forbidden: tuple[str, ...] = ()  # words or texts that are never generated
+    max_new_tokens: Count = 128  # most tokens of a text
+    min_new_tokens: Count = 0  # tokens before which no stop token comes
+    temperature: NotNegative = 1.0  # divides the logits; 0: always the likeliest token
+    top_k: TopK = 0  # sample among the k likeliest tokens; 0: among all
+    top_p: ShareAboveZero = 1.0  # sample among the fewest tokens whose probabilities reach p (Holtzman et al. 2020)
+    min_p: ShareBelowOne = 0.0  # sample among tokens at least p times as likely as the likeliest (Nguyen et al. 2024)
+    repetition_penalty: AboveZero = 1.0  # makes tokens that were there before less likely (Keskar et al. 2019); 1: not
+    beams: Texts = 1  # hypotheses that a beam search keeps; 1: no beam search
+    length_penalty: Number = 1.0  # a hypothesis is worth its log-probability divided by its length to this power
+    n_best: Texts = 1  # texts of each prompt; of a beam search the best hypotheses, else draws
+    stop: tuple[Name, ...] = ()  # texts before which a generated text ends
+    forbidden: tuple[Name, ...] = ()  # words or texts that are never generated
     too_long: Literal["refuse", "truncate"] = "refuse"  # a prompt that leaves too few positions; or its beginning goes
-    seed: int = 0  # of the sampling; text n of prompt i draws from a key of (seed, i, n)
+    seed: Seed = 0  # of the sampling; text n of prompt i draws from a key of (seed, i, n)
 
-    def check(self) -> None:
-        """Raises UserError where a choice is of the wrong kind or out of its range, or two contradict each other."""
-        for name, hint in _hints(Decoding).items():
-            if not _is(getattr(self, name), hint):
-                shown = str(hint).replace("typing.", "").removeprefix("<class '").removesuffix("'>")
-                raise UserError(f"{name} is {getattr(self, name)!r}; it must be {shown}")
-        limits = (
-            ("max_new_tokens", 0 <= self.max_new_tokens <= MOST, "at least 0"),
-            ("min_new_tokens", 0 <= self.min_new_tokens <= self.max_new_tokens, "from 0 to max_new_tokens"),
-            ("temperature", self.temperature >= 0, "at least 0"),
-            ("top_k", 0 <= self.top_k <= MOST, "at least 1, or 0 for all"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min_p", 0 <= self.min_p < 1, "at least 0 and below 1"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
-            ("beams", 1 <= self.beams <= MOST, "at least 1"),
-            ("n_best", self.n_best >= 1, "at least 1"),
-            ("seed", 0 <= self.seed < 2**32, "at least 0 and below 2**32"),
-        )
-        for name, good, limit in limits:
-            if not good:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be {limit}")
-        if "" in (*self.stop, *self.forbidden):
-            raise UserError("stop or forbidden has an empty text; leave it out")
+    def check(self, prefix: str = "") -> None:
+        """Raises UserError where a choice is of the wrong kind or out of its range, or two contradict each other.
+
+        Args:
+          prefix: what stands before the names of the fields in a message.
+        """
+        check_fields(self, prefix)
+        if self.min_new_tokens > self.max_new_tokens:
+            raise UserError(
+                f"{prefix}min_new_tokens is {self.min_new_tokens}; it must be from 0 to max_new_tokens, "
+                f"{self.max_new_tokens}"
+            )
         if self.beams > 1:
             drawn = ("temperature", "top_k", "top_p", "min_p")
             plain = Decoding(temperature=0.0)
@@ -283,126 +259,126 @@ class Decoding:
 
 
 @dataclass(frozen=True)
-class CausalLM:
+class CausalLM(Config):
     """Predict each token from those before it."""
 
-    label_smoothing: float = 0.0  # share of the target spread evenly over the vocabulary
+    label_smoothing: ShareBelowOne = 0.0  # share of the target spread evenly over the vocabulary
     stream: bool = True  # rows are cut from the documents laid end to end (GPT-2); else documents are packed whole
-    stride: int = 0  # evaluation windows advance by this many tokens, each counted once; 0: by the whole length
+    stride: Count = 0  # evaluation windows advance by this many tokens, each counted once; 0: by the whole length
 
 
 @dataclass(frozen=True)
-class MaskedLM:
+class MaskedLM(Config):
     """Predict tokens that were masked (Devlin et al. 2019), anew in every epoch."""
 
-    label_smoothing: float = 0.0  # share of the target spread evenly over the vocabulary
-    mask_rate: float = 0.15  # share of the tokens that are predicted: 80% masked, 10% random, 10% kept
+    label_smoothing: ShareBelowOne = 0.0  # share of the target spread evenly over the vocabulary
+    mask_rate: OpenShare = 0.15  # share of the tokens that are predicted: 80% masked, 10% random, 10% kept
     whole_words: bool = False  # choose whole words, not single tokens
     next_sentence: bool = False  # pair each text with its continuation or, half of the time, another; tell which
     sentences: Literal["line", "punctuation"] = "line"  # what a sentence is, for pairs
-    short_rate: float = 0.1  # share of the pairs aimed at a random shorter length
+    short_rate: Share = 0.1  # share of the pairs aimed at a random shorter length
 
 
 @dataclass(frozen=True)
-class SpanCorruption:
+class SpanCorruption(Config):
     """Write what was taken out of a text, span by span, as T5 was pre-trained (Raffel et al. 2020, section 3.1.4).
 
     `data.length` is of the source; a row of targets is as long as such a source needs.
     """
 
-    rate: float = 0.15  # share of the tokens that is taken out
-    span: float = 3.0  # mean length of what is taken out at a place
+    rate: OpenShare = 0.15  # share of the tokens that is taken out
+    span: AtLeastOne = 3.0  # mean length of what is taken out at a place
     sentences: ClassVar[str] = "whole"  # a document is not divided
 
 
 @dataclass(frozen=True)
-class Infilling:
+class Infilling(Config):
     """Restore a text from one with gaps, and with its sentences in another order, as BART was pre-trained (Lewis et al.
     2020, section 2.2)."""
 
-    rate: float = 0.3  # share of the tokens that is taken out
-    span: float = 3.0  # mean of the gaps' lengths, Poisson's; a gap of any length, also of none, is one mask token
+    rate: OpenShare = 0.3  # share of the tokens that is taken out
+    span: AtLeastOne = 3.0  # mean of the gaps' lengths, Poisson's; a gap of any length, also of none, is one mask token
     sentences: Literal["line", "punctuation"] = "punctuation"  # what a sentence is
     permute: bool = True  # shuffle the sentences
 
 
 @dataclass(frozen=True)
-class Classification:
+class Classification(Config):
     """Tell what a text, or a pair of texts, is: one class, any number of them, or a number."""
 
     problem: Literal["single_label", "multi_label", "regression"] = "single_label"  # one class, any of them, a number
-    text: tuple[str, ...] = ("text",)  # column of the text, or the two columns of a pair
-    label: str = "label"  # column of what is to be told; several classes stand in a list, or divided by separator
-    separator: str = ","  # between several classes in a column of text
-    names: tuple[str, ...] = ()  # of the classes, in the order of the outputs; empty: those found in the training part
-    most_classes: int = 1000  # more are taken for a column of numbers or texts, and refused
+    text: Names = ("text",)  # column of the text, or the two columns of a pair
+    label: Name = "label"  # column of what is to be told; several classes stand in a list, or divided by separator
+    separator: Name = ","  # between several classes in a column of text
+    names: tuple[Name, ...] = ()  # of the classes, in the order of the outputs; empty: those found in the training part
+    most_classes: Annotated[int, Range(2, MOST)] = 1000  # more are taken for a column of numbers or texts, and refused
     class_weights: Literal["none", "balanced"] = "none"  # balanced: a rare class weighs as much as a frequent one
-    label_smoothing: float = 0.0  # share of the target spread evenly over the classes
+    label_smoothing: ShareBelowOne = 0.0  # share of the target spread evenly over the classes
 
 
 @dataclass(frozen=True)
-class Tagging:
+class Tagging(Config):
     """Tell what each word is a part of, such as a name (Tjong Kim Sang & De Meulder 2003)."""
 
-    tokens: str = "tokens"  # column of the words, a list
-    tags: str = "tags"  # column of their tags, a list
+    tokens: Name = "tokens"  # column of the words, a list
+    tags: Name = "tags"  # column of their tags, a list
     scheme: Literal["IOB1", "IOB2", "IOBES"] = "IOB2"  # how tags mark where a span begins and ends
 
 
 @dataclass(frozen=True)
-class QuestionAnswering:
+class QuestionAnswering(Config):
     """Find the answer to a question in a text, or that there is none (Rajpurkar et al. 2016, 2018)."""
 
-    stride: int = 128  # tokens that two windows over a long text have in common
-    most_question: int = 64  # tokens of a question that are kept
-    longest_answer: int = 30  # tokens of an answer that is given
+    stride: Count = 128  # tokens that two windows over a long text have in common
+    most_question: Positive = 64  # tokens of a question that are kept
+    longest_answer: Positive = 30  # tokens of an answer that is given
     unanswerable: bool = True  # whether a question may have no answer (SQuAD 2.0)
     wrong_offsets: Literal["refuse", "drop"] = "refuse"  # questions whose answer does not stand where they say
 
 
 @dataclass(frozen=True)
-class Similarity:
+class Similarity(Config):
     """Vectors of texts that lie as near as the texts are alike (Reimers & Gurevych 2019)."""
 
     objective: Literal["cosine", "contrastive"] = "cosine"  # match scores of pairs, or tell a pair from other texts
-    text: tuple[str, str] = ("text_a", "text_b")  # columns of a pair
-    label: str = "label"  # column of its score, for objective=cosine
-    lowest: float = 0.0  # score that means a cosine of 0
-    highest: float = 1.0  # score that means a cosine of 1
-    temperature: float = 0.05  # divides the cosines, for objective=contrastive
+    text: tuple[Name, Name] = ("text_a", "text_b")  # columns of a pair
+    label: Name = "label"  # column of its score, for objective=cosine
+    lowest: Number = 0.0  # score that means a cosine of 0
+    highest: Number = 1.0  # score that means a cosine of 1
+    temperature: Annotated[float, Range(1e-6, MOST)] = 0.05  # divides the cosines, for objective=contrastive
 
 
 @dataclass(frozen=True)
-class MultipleChoice:
+class MultipleChoice(Config):
     """Choose the answer to a question among several (Zellers et al. 2018)."""
 
-    question: str = "question"  # column of the question
-    options: tuple[str, ...] = ("options",)  # columns of the options, or one with a list of them
-    label: str = "label"  # column of the right one: its number, counted from `first`, its letter A, B ..., or its text
-    first: int = 0  # number of the first option
+    question: Name = "question"  # column of the question
+    options: Names = ("options",)  # columns of the options, or one with a list of them
+    label: Name = "label"  # column of the right one: its number, counted from `first`, its letter A, B ..., or its text
+    first: Integer = 0  # number of the first option
 
 
 @dataclass(frozen=True)
-class Seq2Seq:
+class Seq2Seq(Config):
     """Write a text for a text (Sutskever et al. 2014): a translation, a summary, an answer.
 
     An encoder-decoder reads the source in its encoder.  A decoder reads it first and learns what comes after it alone.
     """
 
-    source: str = "source"  # column of the text that is read, or an entry of one, such as "translation.en"
-    target: str = "target"  # column of the text, or a list of texts as good as each other, that is to be written
+    source: Name = "source"  # column of the text that is read, or an entry of one, such as "translation.en"
+    target: Name = "target"  # column of the text, or a list of texts as good as each other, that is to be written
     prefix: str = ""  # put before each source, such as "translate English to German: "
     suffix: str = ""  # put after each source, such as " TL;DR:"
-    source_length: int = 0  # tokens of the sources in a row of an encoder-decoder; 0: as many as data.length
+    source_length: Count = 0  # tokens of the sources in a row of an encoder-decoder; 0: as many as data.length
     scored_as: Literal["translation", "summary", "answer"] = "translation"  # BLEU and chrF, ROUGE, or exact match
     empty: Literal["refuse", "drop"] = "refuse"  # rows with an empty source or target
-    label_smoothing: float = 0.0  # share of the target spread evenly over the vocabulary
-    generated: int = 0  # held-out texts that are generated for scores, the first of them; 0: all
+    label_smoothing: ShareBelowOne = 0.0  # share of the target spread evenly over the vocabulary
+    generated: Count = 0  # held-out texts that are generated for scores, the first of them; 0: all
     decoding: Decoding = field(default_factory=lambda: Decoding(temperature=0.0))  # how texts are generated
 
 
 @dataclass(frozen=True)
-class Chat:
+class Chat(Config):
     """Answer in a conversation: what the assistant says is learned, and nothing else (instruction tuning; Ouyang et al.
     2022, section 3.5)."""
 
@@ -412,111 +388,111 @@ class Chat:
     system: str = ""  # said before each conversation
     template: str = ""  # Jinja source of the chat template; empty: the tokenizer's own
     last_alone: bool = False  # of several answers only the last one is learned
-    compared: str = ""  # regular expression of the part of an answer that scores compare; empty: the whole
-    label_smoothing: float = 0.0  # share of the target spread evenly over the vocabulary
-    generated: int = 100  # held-out answers that are generated for scores, the first of them; 0: all
+    compared: Pattern = ""  # regular expression of the part of an answer that scores compare; empty: the whole
+    label_smoothing: ShareBelowOne = 0.0  # share of the target spread evenly over the vocabulary
+    generated: Count = 100  # held-out answers that are generated for scores, the first of them; 0: all
     decoding: Decoding = field(default_factory=lambda: Decoding(temperature=0.0))  # how answers are generated
 
 
 @dataclass(frozen=True)
-class Part:
+class Part(Config):
     """One of several tasks, with data of its own."""
 
     task: Any  # Classification, Tagging, QuestionAnswering, Similarity or MultipleChoice
     data: DataConfig  # its length is that of the run
-    weight: float = 0.0  # its share of the rows is this by the sum of all; 0 for all: by how many rows each has
+    weight: NotNegative = 0.0  # its share of the rows is this by the sum of all; 0 for all: by how many rows each has
 
 
 @dataclass(frozen=True)
-class MultiTask:
+class MultiTask(Config):
     """Several tasks at once, on one body with a head for each (Liu et al. 2019)."""
 
     parts: dict[str, Part]  # by name, which scores and exports bear
 
 
 @dataclass(frozen=True)
-class CleaningConfig:
+class CleaningConfig(Config):
     """What is done to each row before it is used; the run says how many rows each choice changed or dropped."""
 
     unicode: Literal["none", "NFC", "NFKC"] = "none"  # Unicode normal form
     encoding: Literal["refuse", "drop", "replace"] = "refuse"  # rows that are not UTF-8
     control: bool = False  # remove control characters other than tab and line ends
     whitespace: bool = False  # runs of white space become one space, ends are stripped
-    min_characters: int = 0  # shorter rows are dropped
-    max_characters: int = 0  # longer rows are dropped; 0: no limit
+    min_characters: Count = 0  # shorter rows are dropped
+    max_characters: Count = 0  # longer rows are dropped; 0: no limit
     duplicates: bool = False  # rows seen before are dropped
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Config):
     """Where text comes from, and the shape that it is packed to."""
 
     path: str = ""  # file, folder, glob, or tfds:NAME; txt, csv, tsv, jsonl, parquet, each also as .gz
     eval_path: str = ""  # held-out data; empty: eval_fraction of the documents (the last) or examples (any)
-    eval_fraction: float = 0.1  # share of the documents or examples held out when there is no eval_path
-    eval_seed: int = 0  # of the choice of the examples held out; the run's own seed does not change it
+    eval_fraction: Share = 0.1  # share of the documents or examples held out when there is no eval_path
+    eval_seed: Seed = 0  # of the choice of the examples held out; the run's own seed does not change it
     format: Format = "suffix"  # of the files; suffix: what the end of a file's name says
     target_path: str = ""  # plain text whose line n goes with line n of `path`: a translation; its column is "target"
     eval_target_path: str = ""  # the same beside eval_path
     columns: tuple[str, ...] = ()  # names of the columns of csv and tsv files without a header; others are dropped
-    pattern: str = ""  # of plain text, a regular expression whose named groups are the columns of a line
-    charset: str = "utf-8"  # of text files
-    text: str = "text"  # the column that holds the text that a language model learns from, or a line of plain text
+    pattern: Pattern = ""  # of plain text, a regular expression whose named groups are the columns of a line
+    charset: Name = "utf-8"  # of text files
+    text: Name = "text"  # the column that holds the text that a language model learns from, or a line of plain text
     split: str = "train"  # of a tfds data set
     eval_split: str = ""  # of the same tfds data set, held out
     documents: Literal["line", "blank_line", "file", "boundary"] = "line"  # what a document is, in plain text
-    boundary: str = ""  # regular expression of the line that begins a document, for documents=boundary
-    length: int = 512  # tokens in a row T
+    boundary: Pattern = ""  # regular expression of the line that begins a document, for documents=boundary
+    length: Annotated[int, Range(2, MOST)] = 512  # tokens in a row T
     cleaning: CleaningConfig = field(default_factory=CleaningConfig)
     cache: str = ""  # folder of tokenized data; empty: $JAXLM_CACHE or ~/.cache/jaxlm
 
 
 @dataclass(frozen=True)
-class TokenizerConfig:
+class TokenizerConfig(Config):
     """A tokenizer to load, or the kind to train on the training part; its size is the model's vocabulary."""
 
     path: str = ""  # folder, hub name, tokenizer.json, vocab.txt, .model, or vocab.json with merges.txt beside it
     train: Literal["unigram", "bpe", "byte_bpe", "wordpiece", "characters"] = "unigram"  # when there is no path
     lowercase: bool = False  # fold case (wordpiece only: the others are lossless)
     separate: bool = False  # one of the sources, another of the targets (Seq2Seq), saved in a folder `target` below it
-    sentinels: int = 0  # of the vocabulary, tokens <extra_id_0> ... that mark gaps: SpanCorruption needs them
-    max_training_characters: int = 50_000_000  # the trainer sees documents in order up to this much text
+    sentinels: Count = 0  # of the vocabulary, tokens <extra_id_0> ... that mark gaps: SpanCorruption needs them
+    max_training_characters: Characters = 50_000_000  # the trainer sees documents in order up to this much text
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Config):
     """The optax chain: clip, precondition, decay, layer-wise rates, schedule."""
 
     name: Literal["adamw", "adafactor", "lion", "muon"] = "adamw"  # how a gradient becomes a direction
-    rate: float = 1e-3  # peak learning rate
+    rate: NotNegative = 1e-3  # peak learning rate
     relative: bool = False  # an update is in proportion to the size of its tensor, as Adafactor's authors have it
     schedule: Literal["linear", "cosine", "inverse_sqrt", "constant", "warmup_stable_decay"] = "cosine"  # after warm-up
-    warmup: float = 0.05  # steps of linear warm-up; below 1: share of all steps
-    final: float = 0.1  # share of the peak that the learning rate has fallen to when the run ends
-    decay_share: float = 0.2  # share of the steps in which warmup_stable_decay falls
-    weight_decay: float = 0.1  # decoupled; biases and norms are left out
-    clip: float = 1.0  # global norm to which gradients are clipped; 0: never
-    beta1: float = 0.9  # of adamw, lion and muon's momentum
-    beta2: float = 0.95  # of adamw and lion
-    epsilon: float = 1e-8  # of adamw
+    warmup: NotNegative = 0.05  # steps of linear warm-up; below 1: share of all steps
+    final: Share = 0.1  # share of the peak that the learning rate has fallen to when the run ends
+    decay_share: Share = 0.2  # share of the steps in which warmup_stable_decay falls
+    weight_decay: NotNegative = 0.1  # decoupled; biases and norms are left out
+    clip: NotNegative = 1.0  # global norm to which gradients are clipped; 0: never
+    beta1: ShareBelowOne = 0.9  # of adamw, lion and muon's momentum
+    beta2: ShareBelowOne = 0.95  # of adamw and lion
+    epsilon: ShareAboveZero = 1e-8  # of adamw
     momentum_dtype: Literal["float32", "bfloat16"] = "float32"  # of the first moment; the second's changes are too fine
-    layer_decay: float = 1.0  # each layer's rate is this times that of the layer above (ELECTRA's recipe)
+    layer_decay: ShareAboveZero = 1.0  # each layer's rate is this times that of the layer above (ELECTRA's recipe)
     freeze: Literal["none", "embeddings", "all_but_heads"] = "none"  # what is not trained
-    freeze_layers: int = 0  # the first n layers (and the embeddings) are not trained
+    freeze_layers: Count = 0  # the first n layers (and the embeddings) are not trained
 
 
 @dataclass(frozen=True)
-class MeshConfig:
+class MeshConfig(Config):
     """How many devices each axis of the mesh has; at most one may be -1: all that are left."""
 
-    data: int = -1  # copies of the model, each with its rows of the batch
-    fsdp: int = 1  # rows of the batch and the parameters' model width, split
-    tensor: int = 1  # heads, MLP width and vocabulary, split; between layers the length of rows
-    context: int = 1  # the length of rows, split; every query still sees all keys
+    data: AxisSize = -1  # copies of the model, each with its rows of the batch
+    fsdp: AxisSize = 1  # rows of the batch and the parameters' model width, split
+    tensor: AxisSize = 1  # heads, MLP width and vocabulary, split; between layers the length of rows
+    context: AxisSize = 1  # the length of rows, split; every query still sees all keys
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Config):
     """One run, from data to exported model."""
 
     model: ModelConfig | None = field(default_factory=ModelConfig)  # None: that of `init`
@@ -525,42 +501,36 @@ class RunConfig:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    batch: int = 32  # rows in one update, over all devices and micro-batches
-    accumulate: int = 1  # micro-batches that an update is computed in, to save memory
-    examples: int = 0  # mean number of examples in one update; above 0 it decides over batch
-    steps: int = 1000  # optimizer updates
-    epochs: float = 0.0  # passes over the training part; above 0 they decide over steps
-    seed: int = 0  # of parameters, data order, masking and dropout
+    batch: Positive = 32  # rows in one update, over all devices and micro-batches
+    accumulate: Positive = 1  # micro-batches that an update is computed in, to save memory
+    examples: Count = 0  # mean number of examples in one update; above 0 it decides over batch
+    steps: Positive = 1000  # optimizer updates
+    epochs: Annotated[float, Range(0, 1_000_000)] = 0.0  # passes over the training part; above 0 they decide over steps
+    seed: Seed = 0  # of parameters, data order, masking and dropout
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products; the rest stays float32
     # Offload is full, with the inputs of the layers, from which all is recomputed, in the memory of the host.
     remat: Literal["none", "dots", "full", "offload"] = "none"  # backward recomputes nothing, all but products, all
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"  # kernel; auto: splash on TPU, cudnn on GPU, or XLA
-    unroll: int = 1  # layers that one turn of the layer loop holds; more is faster and compiles longer
-    log_every: int = 10  # steps between lines of metrics.jsonl
-    eval_every: int = 0  # steps between evaluations; 0: after each epoch, where there are epochs, and at the end
+    unroll: Layers = 1  # layers that one turn of the layer loop holds; more is faster and compiles longer
+    log_every: Positive = 10  # steps between lines of metrics.jsonl
+    eval_every: Count = 0  # steps between evaluations; 0: after each epoch, where there are epochs, and at the end
     best: str = ""  # the score that the best checkpoint has most of; empty: the task's own
-    patience: int = 0  # evaluations without a better score after which the run ends; 0: it goes on
-    checkpoint_every: int = 0  # steps between checkpoints; 0: a tenth of the run
-    keep: int = 2  # last checkpoints kept, beside the best
-    dropout: float | None = None  # of a model that comes from `init`; None: as it says
+    patience: Count = 0  # evaluations without a better score after which the run ends; 0: it goes on
+    checkpoint_every: Count = 0  # steps between checkpoints; 0: a tenth of the run
+    keep: Positive = 2  # last checkpoints kept, beside the best
+    dropout: ShareBelowOne | None = None  # of a model that comes from `init`; None: as it says
     init: str = ""  # run, folder in Hugging Face's format, or hub name to start the weights from
     workdir: str = ""  # run folder; empty: runs/CONFIG_NAME
     sample_prompt: str = ""  # what the sample at the end of a decoder's run goes on from
-    sample_tokens: int = 120  # its length; 0: no sample
-    profile: int = 0  # steps, after the first few, whose trace is written to WORKDIR/profile for TensorBoard; 0: none
+    sample_tokens: Count = 120  # its length; 0: no sample
+    profile: Count = 0  # steps, after the first few, whose trace is written to WORKDIR/profile for TensorBoard; 0: none
 
     def check(self) -> None:
         """Raises UserError for what can be known to fail before data or devices are looked at."""
+        check_fields(self)
+        check_task(self.task)
         if not self.data.path and not isinstance(self.task, MultiTask):
             raise UserError("data.path is empty; give a file, a folder, a glob or tfds:NAME with --data.path")
-        for name in ("batch", "accumulate", "steps", "log_every", "keep", "unroll"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("examples", "epochs", "patience", "profile"):
-            if not 0 <= getattr(self, name) < _LARGE:
-                raise UserError(f"{name} is {getattr(self, name)}; it must not be negative")
-        if self.data.length < 2:
-            raise UserError(f"data.length is {self.data.length}; a row needs at least 2 tokens")
         if self.batch % self.accumulate:
             raise UserError(
                 f"accumulate is {self.accumulate}, which does not divide batch {self.batch}; "
@@ -573,19 +543,12 @@ class RunConfig:
             )
         if self.data.documents == "boundary" and not self.data.boundary:
             raise UserError("data.documents is 'boundary' but data.boundary is empty; give the regular expression")
-        _check_task(self.task)
         if self.model is None and not self.init:
             raise UserError("there is no model; give the weights to start from with --init FOLDER_OR_HUB_NAME")
         if self.model is not None:
             self._check_model(self.model)
-        if self.optimizer.rate < 0:
-            raise UserError(f"optimizer.rate is {self.optimizer.rate}; a learning rate is not negative")
         if self.optimizer.name == "adafactor" and self.optimizer.momentum_dtype != "float32":
             raise UserError("adafactor has no first moment; leave out --optimizer.momentum-dtype")
-        if not 0 < self.optimizer.layer_decay <= 1:
-            raise UserError(f"optimizer.layer_decay is {self.optimizer.layer_decay}; it must lie in (0, 1]")
-        if self.dropout is not None and not 0 <= self.dropout < 1:
-            raise UserError(f"dropout is {self.dropout}; it must lie in [0, 1)")
         if self.dropout is not None and self.model is not None:
             raise UserError(f"dropout is {self.dropout}, but the config names the model; set --model.dropout instead")
 
@@ -630,20 +593,27 @@ class RunConfig:
             )
 
 
-def _check_task(task: Any) -> None:
-    """Raises UserError where a field of a task is out of its range."""
+def _check_kind(task: Any) -> None:
+    """Raises UserError where a task is not the config of one."""
+    if not dataclasses.is_dataclass(task) or isinstance(task, type):
+        known = ", ".join(TASKS)
+        raise UserError(
+            f"task is {shown(task)}; it must be the config of a task, such as CausalLM(): {known}, or your own"
+        )
+
+
+def check_task(task: Any) -> None:
+    """Raises UserError where a task is no task's config, or its fields are out of range or contradict each other."""
+    _check_kind(task)
+    if isinstance(task, Config):  # the class of a user's own task may be any dataclass
+        check_fields(task, "task.")
     if isinstance(task, MultiTask):
         for name, part in task.parts.items():
             _check_part(name, part)
         if not task.parts or len({part.weight > 0 for part in task.parts.values()}) > 1:
             raise UserError("task.parts is empty, or some parts have a weight and some none; give all one, or none")
-    for name, (low, high) in _RANGES.items():
-        if hasattr(task, name) and not low <= getattr(task, name) < high:
-            raise UserError(f"task.{name} is {getattr(task, name)}; it must lie in [{low}, {high})")
     if isinstance(task, (Seq2Seq, Chat)):
-        task.decoding.check()
-    if isinstance(task, MaskedLM) and not task.mask_rate:
-        raise UserError("task.mask_rate is 0; it must lie between 0 and 1")
+        task.decoding.check("task.decoding.")
     if isinstance(task, Classification) and len(task.text) not in (1, 2):
         raise UserError(f"task.text names {len(task.text)} columns; give one, or the two of a pair")
     if isinstance(task, Similarity) and not task.lowest < task.highest:
@@ -661,25 +631,9 @@ def _check_part(name: str, part: Part) -> None:
         )
     if not part.data.path:
         raise UserError(f"the data.path of the part {name!r} is empty; give a file, a folder, a glob or tfds:NAME")
-    if not 0 <= part.weight < _LARGE:
-        raise UserError(f"the weight of the part {name!r} is {part.weight}; it must not be negative")
-    _check_task(part.task)
+    check_task(part.task)
 
 
-_RANGES = {
-    "label_smoothing": (0, 1),
-    "mask_rate": (0, 1),
-    "short_rate": (0, 1.001),
-    "temperature": (1e-6, _LARGE),
-    "stride": (0, MOST),
-    "most_question": (1, MOST),
-    "longest_answer": (1, MOST),
-    "most_classes": (2, MOST),
-    "rate": (1e-6, 1),
-    "span": (1, MOST),
-    "source_length": (0, MOST),
-    "generated": (0, MOST),
-}
 _DECLARED = (
     CausalLM,
     MaskedLM,

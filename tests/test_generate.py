@@ -525,7 +525,7 @@ MISTAKES = {
     "too long": (lambda lm: generate(lm, [[1] * 40], max_new_tokens=1), "exceed .* shorten it to 31, or"),
     "no room": (lambda lm: generate(lm, [[1]], max_new_tokens=32), "max_new_tokens is 32; .* at most 31"),
     "unknown": (lambda lm: generate(lm, [[1]], max_tokens=3), "'max_tokens' is no choice .* 'max_new_tokens'"),
-    "kind": (lambda lm: generate(lm, [[1]], top_k="5"), "top_k is '5'; it must be int"),
+    "kind": (lambda lm: generate(lm, [[1]], top_k="5"), "top_k is '5'; it must be a whole number"),
     "min_p": (lambda lm: generate(lm, [[1]], min_p=1.0), "min_p is 1.0; it must be at least 0 and below 1"),
     "least": (lambda lm: generate(lm, [[1]], min_new_tokens=9, max_new_tokens=8), "min_new_tokens is 9; .* from 0"),
     "beams": (lambda lm: generate(lm, [[1]], beams=33), "beams is 33, more than the 32 tokens"),
@@ -533,7 +533,7 @@ MISTAKES = {
     "beams that draw": (lambda lm: generate(lm, [[1]], beams=2, top_p=0.5), "top_p is 0.5, but a beam search draws"),
     "n_best of beams": (lambda lm: generate(lm, [[1]], beams=2, n_best=3), "n_best is 3, of 2 beams"),
     "n_best of one": (lambda lm: generate(lm, [[1]], temperature=0.0, n_best=3), "n_best is 3, but greedy texts"),
-    "empty stop": (lambda lm: generate(lm, [[1]], stop=("",)), "stop or forbidden has an empty text"),
+    "empty stop": (lambda lm: generate(lm, [[1]], stop=("",)), "stop is "),
     "no head": (
         lambda lm: generate(replace(lm, config=replace(lm.config, heads_on_top=())), [[1]]),
         "cannot generate; it takes .* the head 'lm'",

@@ -22,7 +22,7 @@ FILES = {f: f.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for
 MODULES = {name.removesuffix(".__init__"): file for file, name in FILES.items()}
 
 ORDER = (  # each may import those before it and beside it
-    ("errors", "config"),
+    ("errors", "ranges", "config"),
     ("storage",),
     ("buckets", "hosts", "losses", "metrics", "sharding", "chips", "hlo"),
     ("pictures", "report"),

@@ -240,5 +240,5 @@ def test_a_trace_is_written_where_the_run_ends_early(monkeypatch, tmp_path):
 
 
 def test_a_negative_profile_is_refused(tmp_path):
-    with pytest.raises(UserError, match="profile is -1; it must not be negative"):
+    with pytest.raises(UserError, match="profile is -1; it must be at least 0"):
         a_run(tmp_path, profile=-1).check()
