@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import csv
-import errno
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import Any, TextIO
 
 import jaxlm
+from jaxlm import storage
 from jaxlm.config import RunConfig, difference, from_json, to_json
 from jaxlm.errors import RunError, UserError
 
@@ -23,7 +22,6 @@ from jaxlm.errors import RunError, UserError
 FREE = {"mesh", "remat", "attention", "unroll", "log_every", "eval_every", "checkpoint_every", "keep", "workdir"}
 FREE |= {"sample_prompt", "sample_tokens", "profile"}
 FREE_DATA = ("path", "eval_path", "cache")  # the content is compared, not the place
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # how a disk, a quota or a limit says that no more fits
 
 
 def claim(run: RunConfig, folder: Path) -> bool:
@@ -39,7 +37,8 @@ def claim(run: RunConfig, folder: Path) -> bool:
     except OSError as error:
         raise _cannot_be_written(folder, error) from None
     theirs = _read(folder)
-    if theirs is None and any(path.name != "config.part" for path in folder.iterdir()):
+    ours = lambda name: name == storage.LOCK or storage.is_temporary(name)
+    if theirs is None and not all(ours(path.name) for path in folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no run; choose another --workdir")
     if theirs is None or not _has_begun(folder):
         return False
@@ -86,16 +85,15 @@ def _has_begun(folder: Path) -> bool:
 
 def write_json(file: Path, values: Any) -> None:
     """Writes a JSON file whole or not at all."""
-    part = file.with_suffix(".part")
     try:
-        part.write_text(json.dumps(values, indent=2) + "\n")
-        os.replace(part, file)
+        with storage.atomic_file(file) as temporary:
+            temporary.write_text(json.dumps(values, indent=2) + "\n")
     except OSError as error:
         raise _cannot_be_written(file, error) from None
 
 
 def _cannot_be_written(path: Path, error: OSError) -> UserError | RunError:
-    if error.errno in FULL:
+    if error.errno in storage.FULL:
         return RunError(f"{path} cannot be written: {error.strerror}; make room, then give the same command again")
     return UserError(f"{path} cannot be written: {error.strerror}; choose another --workdir, or free this one")
 
@@ -124,10 +122,9 @@ class RunLog:
                 # A line that a kill or a full disk left torn is after every checkpoint.
                 if line.endswith("}\n") and json.loads(line)["step"] <= step:
                     kept.append(line)
-        part = self._file.with_suffix(".part")
         with self._faults():
-            part.write_text("".join(kept))
-            os.replace(part, self._file)
+            with storage.atomic_file(self._file) as temporary:
+                temporary.write_text("".join(kept))
             (folder / "tensorboard").mkdir(exist_ok=True)
             # SummaryWriter would write from a thread, where a full disk ends nothing but the thread.
             self._events = EventsWriter(str(folder / "tensorboard" / "events"))
@@ -210,39 +207,50 @@ class RowWriter:
         self._path = Path(file) if file else None
         if self._path and self._path.suffix not in (".csv", ".jsonl"):
             raise UserError(f"output is {file!r}; it must end in .csv or .jsonl")
-        if self._path and self._path.exists():  # it may be what is read
-            raise UserError(f"output is {file!r}, which exists; move it away, or choose another --output")
+        self._check_new()
         self._columns: list[str] = []
         self._count = 0
 
+    def _check_new(self) -> None:
+        if self._path and self._path.exists():  # it may be what is read
+            raise UserError(f"output is '{self._path}', which exists; move it away, or choose another --output")
+
     def __enter__(self) -> RowWriter:
-        try:
-            self._part = self._path and self._path.with_name(self._path.name + ".part")
-            self._file = open(self._part, "w", newline="", encoding="utf-8") if self._part else sys.stdout
-        except OSError as error:
-            raise self._refused(error) from None
+        self._file: TextIO = sys.stdout
+        self._open = ExitStack()
+        if self._path:
+            with ExitStack() as opened, self._faults():
+                lock = storage.lock_beside(self._path)
+                opened.enter_context(storage.lock(lock, str(self._path), "choose another --output"))
+                self._check_new()  # once more: the process that held the lock may have written it
+                temporary = opened.enter_context(storage.atomic_file(self._path, overwrite=False))
+                self._file = opened.enter_context(open(temporary, "w", newline="", encoding="utf-8"))
+                self._open = opened.pop_all()
         self._csv = csv.writer(self._file, lineterminator="\n")
         return self
 
-    def __exit__(self, kind: Any, *_: Any) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if self._path is None:
+            self._file.flush()  # here, not when the interpreter ends: the reader may have gone
+        empty = UserError("there is no row to tell something of; give at least one")
+        failure = empty if error is None and not self._count else error
         try:
-            # Here, not when the interpreter ends: whoever reads the standard output may have gone.
-            self._file.flush()
-            if kind is None and not self._count:
-                raise UserError("there is no row to tell something of; give at least one")
-            if self._path and self._part and kind is None:
-                self._file.close()
-                os.replace(self._part, self._path)
+            with self._faults():
+                self._open.__exit__(type(failure) if failure else None, failure, trace)
+        except (UserError, RunError):
+            if failure is None:  # otherwise the first failure is the one to report
+                raise
+        if failure is empty:
+            raise empty
+
+    @contextmanager
+    def _faults(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             if self._path is None:
                 raise
-            if kind is None:
-                raise self._refused(error) from None
-        finally:
-            if self._part:
-                with suppress(OSError):
-                    self._file.close()
-                self._part.unlink(missing_ok=True)
+            raise storage.cannot_be_written(self._path, error, "--output") from None
 
     def write(self, row: dict[str, Any], told: dict[str, Any]) -> None:
         """One row; a column of the file that has the name of one that is told keeps it."""
@@ -252,12 +260,8 @@ class RowWriter:
             while name in whole:
                 name += "_told"
             whole[name] = value
-        try:
+        with self._faults():
             self._write(whole, len(row))
-        except OSError as error:
-            if self._path is None:
-                raise
-            raise self._refused(error) from None
 
     def _write(self, whole: dict[str, Any], given: int) -> None:
         """A row, of which the first columns were given and the others told."""
@@ -277,10 +281,6 @@ class RowWriter:
             for n, (name, value) in enumerate(whole.items())
         }
         self._csv.writerow([cells[name] for name in self._columns])
-
-    def _refused(self, error: OSError) -> UserError | RunError:
-        kind, remedy = (RunError, "make room, or ") if error.errno in FULL else (UserError, "")
-        return kind(f"{self._path} cannot be written: {error.strerror}; {remedy}choose another --output")
 
 
 def _cell(value: Any) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlm import buckets, families, sharding
+from jaxlm import buckets, families, sharding, storage
 from jaxlm.config import ModelConfig
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.tokenizer import Tokenizer
@@ -270,10 +269,18 @@ def has_tokenizer(folder: Path) -> bool:
 
 def check_free(folder: Path, overwrite: bool) -> None:
     """Raises UserError where a model cannot be written to `folder` without losing something."""
+    folder = Path(os.path.realpath(folder))
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; choose another folder")
+    above = next(parent for parent in folder.parents if parent.exists())
+    if not above.is_dir():
+        raise UserError(f"{folder} cannot be made: {above} is a file; choose another folder")
+    if Path.cwd().is_relative_to(folder):
+        raise UserError(f"{folder} is the present folder, or above it; choose a folder below it")
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise UserError(f"{folder} exists and is not empty; choose another folder, or say that it may be overwritten")
+    if (folder / "metrics.jsonl").exists() or (folder / "checkpoints").exists():
+        raise UserError(f"{folder} holds a run, which would be lost; choose another folder")
 
 
 def save(
@@ -292,14 +299,14 @@ def save(
     dtype: of all tensors; None: each as it was stored where it came from.  overwrite: replace a folder that is not
     empty.  max_shard_bytes: files are at most this large.
 
-    Raises UserError where the folder exists and is not empty, unless `overwrite` says to replace it.
+    Raises UserError where the folder exists and is not empty, unless `overwrite` says to replace it; where it holds a
+    run; and where another process writes there.
     """
     folder = Path(folder)
     check_free(folder, overwrite)
-    part, old = (folder.with_name(f"{folder.name}.{suffix}") for suffix in ("part", "old"))
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
+    lock = storage.lock_beside(folder)
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with storage.lock(lock, str(folder), "choose another folder"), storage.atomic_folder(folder, overwrite) as part:
         extra: dict[str, Any] = {}
         if lm.tokenizer is not None:
             lm.tokenizer.save(str(part))
@@ -320,15 +327,6 @@ def save(
             max_shard_bytes=max_shard_bytes,
             module=None if type(lm.module) is Transformer else type(lm.module),
         )
-        if folder.exists() and any(folder.iterdir()):
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-        elif folder.exists():
-            folder.rmdir()
-        part.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return kind
 
 

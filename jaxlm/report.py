@@ -20,7 +20,6 @@ import contextvars
 import io
 import json
 import math
-import os
 import re
 import sys
 import threading
@@ -35,7 +34,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from jaxlm import sharding
+from jaxlm import sharding, storage
 from jaxlm.errors import RunError, UserError, perhaps
 from jaxlm.pictures import (
     COLORS,
@@ -205,9 +204,9 @@ def write(
     figures = [_figure(picture, path) for picture, path in zip(drawn, _paths(drawn, folder / "report"))]
     details = _details(sections, iter(figures[len(charts) :]))
     page = _page(folder.resolve().name, facts, figures[: len(charts)], _evaluations(rows), details, sample, config)
-    path, unfinished = folder / "report.html", folder / "report.html.tmp"
-    unfinished.write_bytes(page.encode(errors="replace"))  # a byte-level model may generate half a character
-    os.replace(unfinished, path)
+    path = folder / "report.html"
+    with storage.atomic_file(path) as temporary:
+        temporary.write_bytes(page.encode(errors="replace"))  # a byte-level model may generate half a character
     return path
 
 

@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxlm import storage
 from jaxlm.errors import UserError
 
 Place = str | Path
@@ -457,7 +457,6 @@ def _written(path: Place, text: str) -> Path:
     """Whole or not at all: another process may write it at the same time."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}")
-    part.write_bytes(text.encode())
-    os.replace(part, path)
+    with storage.atomic_file(path) as temporary:
+        temporary.write_bytes(text.encode())
     return path

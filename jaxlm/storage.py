@@ -32,13 +32,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from jaxlm.errors import UserError
+from jaxlm.errors import RunError, UserError
 
 try:
     import fcntl
 except ImportError:  # Windows: signs of life alone tell whether a lock is held
     fcntl = None  # type: ignore[assignment]
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # how a disk, a quota or a limit says that no more fits
 LOCK = ".jaxlm-lock"  # the lock file of a folder, in it; the end of the name of other lock files
 BEAT = 5.0  # seconds between two signs of life of the holder of a lock
 SILENCE = 30.0  # seconds without a sign of life after which a holder on another machine counts as dead
@@ -95,9 +96,27 @@ def inside(folder: str | os.PathLike[str], name: str, also: tuple[Path, ...] = (
 # Writing
 
 
+def cannot_be_written(path: str | os.PathLike[str], error: OSError, choice: str) -> UserError | RunError:
+    """Returns the error of the library for an error of the file system in writing `path`: RunError for a full disk.
+
+    Args:
+        path: what was to be written.
+        error: the error of the file system.
+        choice: what the user may choose in its place, such as "--output".
+    """
+    kind, room = (RunError, "make room, or ") if error.errno in FULL else (UserError, "")
+    return kind(f"{path} cannot be written: {error.strerror}; {room}choose another {choice}")
+
+
 def is_temporary(name: str) -> bool:
     """Returns whether a file or folder has a name that `atomic_file` or `atomic_folder` chose."""
     return bool(_TEMPORARY.fullmatch(name))
+
+
+def flush(file: Path) -> None:
+    """Waits until the content of a file is on the disk."""
+    with open(file, "rb+") as stream:
+        os.fsync(stream.fileno())
 
 
 @contextmanager
@@ -117,7 +136,7 @@ def atomic_file(path: str | os.PathLike[str], overwrite: bool = True) -> Iterato
     temporary = _temporary(path)
     try:
         yield temporary
-        _flush(temporary)
+        flush(temporary)
         if overwrite:
             os.replace(temporary, path)
         elif not _rename_new(temporary, path):
@@ -160,12 +179,6 @@ def atomic_folder(folder: str | os.PathLike[str], overwrite: bool = False) -> It
 def _temporary(path: Path) -> Path:
     stem = os.fsdecode(os.fsencode(path.name)[:100])
     return path.with_name(f".{stem}.{secrets.token_hex(8)}.tmp")
-
-
-def _flush(file: Path) -> None:
-    """Waits until the content of a file is on the disk."""
-    with open(file, "rb+") as stream:
-        os.fsync(stream.fileno())
 
 
 def _rename_new(source: Path, path: Path) -> bool:

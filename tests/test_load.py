@@ -16,7 +16,7 @@ import pytest
 from compiled import jit, random_params
 
 import jaxlm
-from jaxlm import LM, UserError, families, sharding
+from jaxlm import LM, UserError, families, sharding, storage
 from jaxlm.config import MeshConfig, ModelConfig, TokenizerConfig
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.families import PRESETS
@@ -207,6 +207,41 @@ def test_a_destination_is_kept_unless_told_otherwise(bert, tmp_path):
     assert not (tmp_path / "full" / "thesis.txt").exists() and jaxlm.load(tmp_path / "full").config == lm.config
     with pytest.raises(UserError, match="is a file"):
         jaxlm.save(lm, bert / "config.json")
+    with pytest.raises(UserError, match=r"cannot be made: .*config.json is a file"):
+        jaxlm.save(lm, bert / "config.json" / "new")
+
+
+def test_only_what_a_save_made_is_removed(bert, tmp_path):
+    """Names that other programs, and earlier versions, use for unfinished and for old folders."""
+    lm = jaxlm.load(bert)
+    theirs = [tmp_path / name for name in ("model.old", "model.part", "model.tmp")]
+    for place in theirs:
+        place.mkdir()
+        (place / "thesis.txt").write_text("x")
+    for _ in range(2):
+        jaxlm.save(lm, tmp_path / "model", overwrite=True)
+    assert all((place / "thesis.txt").exists() for place in theirs)
+    assert set(tmp_path.iterdir()) == {bert, tmp_path / "model", *theirs}
+
+
+def test_a_run_and_the_present_folder_are_not_overwritten(bert, tmp_path, monkeypatch):
+    lm = jaxlm.load(bert)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match="holds a run, which would be lost"):
+        jaxlm.save(lm, tmp_path / "run", overwrite=True)
+    (tmp_path / "here" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "below")
+    for name in (".", "..", tmp_path / "here"):
+        with pytest.raises(UserError, match="is the present folder, or above it"):
+            jaxlm.save(lm, name, overwrite=True)
+
+
+def test_one_process_at_a_time_writes_a_model(bert, tmp_path):
+    lm = jaxlm.load(bert)
+    with storage.lock(storage.lock_beside(tmp_path / "model"), "x", "y"), pytest.raises(UserError, match="is held by"):
+        jaxlm.save(lm, tmp_path / "model")
+    jaxlm.save(lm, tmp_path / "model")
+    assert set(tmp_path.iterdir()) == {bert, tmp_path / "model"}
 
 
 def test_a_write_that_is_cut_off_leaves_no_half_model(bert, tmp_path, monkeypatch):

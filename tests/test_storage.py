@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from jaxlm import UserError, storage
+from jaxlm.folder import RowWriter
 
 REFUSED = {
     "parent": ("../x", "holds '..'"),
@@ -194,3 +195,23 @@ def test_a_hash_sees_every_byte(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(OSError, match="not a regular file"):
         storage.content_hash(tmp_path / "pipe")
+
+
+def test_predictions_leave_other_files_alone(tmp_path):
+    theirs = [tmp_path / name for name in ("o.csv.part", "o.part", "o.csv.tmp")]
+    for file in theirs:
+        file.write_text("mine")
+    with RowWriter(str(tmp_path / "o.csv")) as writer:
+        writer.write({"text": "a"}, {"prediction": "b"})
+        with pytest.raises(UserError, match=rf"o.csv is held by process {os.getpid()} .* choose another --output"):
+            RowWriter(str(tmp_path / "o.csv")).__enter__()
+    assert (tmp_path / "o.csv").read_text() == "text,prediction\na,b\n"
+    assert set(tmp_path.iterdir()) == {tmp_path / "o.csv", *theirs}
+    with pytest.raises(KeyError), RowWriter(str(tmp_path / "p.csv")) as writer:
+        writer.write({"text": "a"}, {"prediction": "b"})
+        raise KeyError
+    with pytest.raises(UserError, match="written by someone else"), RowWriter(str(tmp_path / "q.csv")) as writer:
+        writer.write({"text": "a"}, {"prediction": "b"})
+        (tmp_path / "q.csv").write_text("theirs")
+    assert (tmp_path / "q.csv").read_text() == "theirs" and not (tmp_path / "p.csv").exists()
+    assert {file.read_text() for file in theirs} == {"mine"}

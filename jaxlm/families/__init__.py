@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
+from jaxlm import storage
 from jaxlm.config import MOST_LAYERS, Head, ModelConfig, from_json, to_json
 from jaxlm.errors import UserError, perhaps
 from jaxlm.families import (
@@ -427,6 +427,5 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _write_config(values: dict[str, Any], path: Path) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with storage.atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -13,8 +13,8 @@ import mmap
 import os
 import re
 import reprlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple
@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from jaxlm import storage
 from jaxlm.errors import UserError
 from jaxlm.hub.model_files import check_inside, opened
 
@@ -172,7 +173,7 @@ def write(tensors: Mapping[str, np.ndarray | Pending], path: Path, metadata: Map
 
     Raises UserError for a dtype that the format does not know, and OSError as it comes, from a full disk perhaps.
     """
-    with _appearing([path]) as (temporary,):
+    with storage.atomic_file(path) as temporary:
         _save({name: _pending(name, tensor) for name, tensor in tensors.items()}, temporary, metadata)
 
 
@@ -190,7 +191,8 @@ def write_sharded(
     one = len(shards) == 1
     names = [WEIGHTS] if one else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     paths = [folder / name for name in names] + ([] if one else [folder / INDEX])
-    with _appearing(paths) as temporaries:
+    with ExitStack() as stack:
+        temporaries = [stack.enter_context(storage.atomic_file(path)) for path in reversed(paths)][::-1]
         for shard, temporary in zip(shards, temporaries):
             _save(shard, temporary)
         if not one:
@@ -198,8 +200,10 @@ def write_sharded(
                 "metadata": {"total_size": sum(tensor.size for tensor in pending.values())},
                 "weight_map": {name: file for file, shard in zip(names, shards) for name in shard},
             }
-            with _writing(temporaries[-1]) as file:
+            with open(temporaries[-1], "wb") as file:
                 file.write((json.dumps(values, indent=2, sort_keys=True) + "\n").encode())
+            for temporary in temporaries:
+                storage.flush(temporary)  # from here on the folder changes
             (folder / INDEX).unlink(missing_ok=True)  # first: no index may join shards of two models
     for path in folder.iterdir():
         if path not in paths and (path.name in (WEIGHTS, INDEX) or _SHARD.fullmatch(path.name)):
@@ -309,28 +313,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-@contextmanager
-def _writing(path: Path) -> Iterator[BinaryIO]:
-    """The file, open; on the disk when the block ends."""
-    with open(path, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-
-
-@contextmanager
-def _appearing(paths: Sequence[Path]) -> Iterator[list[Path]]:
-    """Temporary names beside `paths`, which they take, in turn, if the block ends well, and else are gone."""
-    temporaries = [path.with_name(f"{path.name}.{os.getpid()}.tmp") for path in paths]
-    try:
-        yield temporaries
-        for temporary, path in zip(temporaries, paths):
-            os.replace(temporary, path)
-    finally:
-        for temporary in temporaries:
-            temporary.unlink(missing_ok=True)
-
-
 def _pending(name: str, tensor: np.ndarray | Pending) -> Pending:
     pending = tensor if isinstance(tensor, Pending) else Pending(tensor.shape, tensor.dtype, lambda: tensor)
     pending = pending._replace(dtype=np.dtype(pending.dtype))
@@ -365,7 +347,7 @@ def _save(tensors: Mapping[str, Pending], path: Path, metadata: Mapping[str, str
         header[name] = {"dtype": code, "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with _writing(path) as file:
+    with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             file.write(_bytes(_made(name, tensors[name])))  # no name for it here: it goes before the next is made
