@@ -322,7 +322,9 @@ class Tagging(Config):
 
     tokens: Name = "tokens"  # column of the words, a list
     tags: Name = "tags"  # column of their tags, a list
-    scheme: Literal["IOB1", "IOB2", "IOBES"] = "IOB2"  # how tags mark where a span begins and ends
+    # How tags mark spans; auto: as the tags show; IO: by the type alone; none: each tag is a class of its own.
+    scheme: Literal["auto", "IOB1", "IOB2", "IOBES", "BILOU", "IO", "none"] = "auto"
+    names: tuple[Name, ...] = ()  # of the tags, in the order of the outputs; for tags that are numbers, from 0
 
 
 @dataclass(frozen=True)
@@ -520,6 +522,7 @@ class RunConfig(Config):
     keep: Positive = 2  # last checkpoints kept, beside the best
     dropout: ShareBelowOne | None = None  # of a model that comes from `init`; None: as it says
     init: str = ""  # run, folder in Hugging Face's format, or hub name to start the weights from
+    new_head: bool = False  # draw the outputs of the task's head anew, where the weights of init have such a head
     workdir: str = ""  # run folder; empty: runs/CONFIG_NAME
     sample_prompt: str = ""  # what the sample at the end of a decoder's run goes on from
     sample_tokens: Count = 120  # its length; 0: no sample
@@ -549,6 +552,10 @@ class RunConfig(Config):
             self._check_model(self.model)
         if self.optimizer.name == "adafactor" and self.optimizer.momentum_dtype != "float32":
             raise UserError("adafactor has no first moment; leave out --optimizer.momentum-dtype")
+        if self.new_head and isinstance(self.task, _NO_PARTS):
+            raise UserError(
+                f"new_head is set, and {type(self.task).__name__} has no head of labels to draw anew; leave it out"
+            )
         if self.dropout is not None and self.model is not None:
             raise UserError(f"dropout is {self.dropout}, but the config names the model; set --model.dropout instead")
 

@@ -138,7 +138,7 @@ def evaluate(
         part.places.append(place)
     if not part.records:
         raise UserError(f"there is no row to score{f', {dropped:,} are dropped' if dropped else ''}; give at least one")
-    made.check_labels(part)
+    [part] = type(made).fitted(made.task, [part], made.labels)
     found, means = _seen(lm, made, part.records, batch)
     counts = {"examples": len(part.records)} | ({"dropped": dropped} if dropped else {})
     return {**counts, **means, **made.score(part.records, found)}

@@ -27,14 +27,14 @@ from jaxlm.data.batches import prefetch
 from jaxlm.data.corpus import Prepared
 from jaxlm.errors import Interrupted, RunError, Stopped, UserError, perhaps
 from jaxlm.evaluate import see
-from jaxlm.folder import NoLog, RunLog, begin, claim, duration, write_json
+from jaxlm.folder import NoLog, RunLog, begin, claim, duration, labels_of, write_json
 from jaxlm.generate import generate
 from jaxlm.lm import LM, load, save, with_params
 from jaxlm.measure import Meter, Trace
 from jaxlm.nn.transformer import Transformer
-from jaxlm.start import check_fits, origin, sized, start_from, starting, with_dropout, with_tokenizer
+from jaxlm.start import check_fits, known_labels, origin, sized, start_from, starting, with_dropout, with_tokenizer
 from jaxlm.step import make_eval_step
-from jaxlm.tasks import make_task, prepare
+from jaxlm.tasks import TASKS, make_task, prepare, with_labels
 from jaxlm.tasks.task import Task
 
 
@@ -121,7 +121,11 @@ def fit(
     # Data: tokenized once, then batch_at(step) is all there is.
     run = with_tokenizer(run, model)
     own_tokenizer = model.tokenizer if model and not run.tokenizer.path else None
-    data = data or hosts.after_first(lambda: prepare(run, own_tokenizer, say))
+    known = labels_of(folder) if resuming else known_labels(run, model, TASKS[type(run.task)])
+    if data is None:
+        data = hosts.after_first(lambda: prepare(run, own_tokenizer, say, known))
+    else:
+        data = with_labels(run, data, known, say)
     task = make_task(run, data.tokenizer, data.labels)
     if run.best and run.best not in (*task.scores, "loss"):
         raise UserError(f"best is {run.best!r}{perhaps(run.best, [*task.scores, 'loss'])}")
@@ -142,7 +146,7 @@ def fit(
         check_fits(model, shapes)
 
     # All that the user could have got wrong is looked at; the folder is this run's from here on.
-    hosts.first(lambda: begin(as_given, folder, data.fingerprint))
+    hosts.first(lambda: begin(as_given, folder, data.fingerprint, data.labels))
     checkpoints = Checkpoints(folder / "checkpoints", run.keep, say)
     state, notes = checkpoints.restore(like) or (None, {})
     if state is None:

@@ -52,15 +52,20 @@ def claim(run: RunConfig, folder: Path) -> bool:
     return True
 
 
-def begin(run: RunConfig, folder: Path, fingerprint: str) -> None:
-    """Writes config.json.  Raises UserError where the run in a claimed folder has begun on data of other content."""
+def begin(run: RunConfig, folder: Path, fingerprint: str, labels: Any = ()) -> None:
+    """Writes config.json.
+
+    labels: names of the outputs of the head.  Raises UserError where the run in a claimed folder has begun on data of
+    other content.
+    """
     theirs = _read(folder) if _has_begun(folder) else None
     if theirs is not None and theirs["data"] != fingerprint:
         raise UserError(
             f"{folder} holds a run on data of other content: its fingerprint is {theirs['data']} there, {fingerprint} "
             f"now; give the data it was started with, or another --workdir"
         )
-    write_json(folder / "config.json", {"run": to_json(run), "data": fingerprint, "jaxlm": jaxlm.__version__})
+    known = {"data": fingerprint, "labels": labels, "jaxlm": jaxlm.__version__}
+    write_json(folder / "config.json", {"run": to_json(run), **known})
 
 
 def _read(folder: Path) -> dict[str, Any] | None:
@@ -76,6 +81,13 @@ def run_of(folder: str | Path) -> RunConfig | None:
     """The config of the run in a folder, as it was given; None where there is no run."""
     values = _read(Path(folder))
     return None if values is None else from_json(RunConfig, values["run"])
+
+
+def labels_of(folder: Path) -> tuple[str, ...] | None:
+    """Returns the names of the outputs of the head of the run in a folder; None where they are not known."""
+    labels = (_read(folder) or {}).get("labels")
+    names = isinstance(labels, list) and all(isinstance(name, str) for name in labels)
+    return tuple(labels) if labels and names else None
 
 
 def _has_begun(folder: Path) -> bool:

@@ -206,7 +206,7 @@ def iob2(tags: Sequence[str], scheme: str) -> list[str]:
     """
     _check(set(tags), scheme)
     return [
-        tag if tag == "O" else f"{'B' if _begins(before, tag) else 'I'}-{tag[2:]}"
+        tag if tag == "O" else f"{'B' if begins(before, tag) else 'I'}-{tag[2:]}"
         for before, tag in zip(["O", *tags], tags)
     ]
 
@@ -217,11 +217,11 @@ def repaired(tags: Sequence[str]) -> int:
     In IOB2 an I- after O or another type; in IOBES also an E- there, and both after E- and S-.  (IOB1 writes so.)
     """
     _check(set(tags), "IOBES")  # its tags are those of all schemes
-    return sum(tag[0] in "IE" and _begins(before, tag) for before, tag in zip(["O", *tags], tags))
+    return sum(tag[0] in "IE" and begins(before, tag) for before, tag in zip(["O", *tags], tags))
 
 
-def _begins(before: str, tag: str) -> bool:
-    """Whether a tag other than O begins an entity, by the tag before it (conlleval.pl)."""
+def begins(before: str, tag: str) -> bool:
+    """Returns whether a tag other than O begins an entity, by the tag before it (conlleval.pl)."""
     return tag[0] in "BS" or before[0] in "OES" or before[2:] != tag[2:]
 
 

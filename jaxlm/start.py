@@ -19,6 +19,7 @@ from jaxlm.hub.convert import nested
 from jaxlm.hub.download import fetch_tokenizer
 from jaxlm.lm import LM, find, has_tokenizer, load
 from jaxlm.nn import parameters
+from jaxlm.tasks.labels import unnamed
 from jaxlm.tasks.task import Task
 
 
@@ -41,6 +42,26 @@ def _of_hub(path: str) -> bool:
     return bool(name) and not Path(path).exists() and Path(path).suffix not in (".json", ".txt", ".model", ".spm")
 
 
+def known_labels(run: RunConfig, model: LM | None, task: type[Task]) -> tuple[str, ...] | None:
+    """Returns the names of the outputs of the head that a run starts from, in order; None where the head is new.
+
+    Raises UserError as `lm.load` does.
+    """
+    head = task.head
+    if head not in ("classes", "tokens") or run.new_head:
+        return None
+    if model is not None:
+        # Of a new head the names are a choice too, where someone has named them.
+        drawn = any(path.startswith(f"{head}_head/out/") for path in model.fresh)
+        there = head in model.config.heads_on_top and not (drawn and unnamed(model.config.labels))
+        return model.config.labels if there else None
+    if not run.init:
+        return None
+    found = families.look(find(run.init), head=head if run.model is None else None)
+    there = head in found.config.heads_on_top and f"{head}_head/out/kernel" not in found.fresh
+    return found.config.labels if there else None
+
+
 def starting(
     run: RunConfig, model: LM | None, task: Task, labels: Any, resuming: bool
 ) -> tuple[ModelConfig, LM | None]:
@@ -50,6 +71,9 @@ def starting(
         model = replace(model, params=_without(model.params, model.fresh))  # drawn below, by the run's seed
     elif model is None and run.init and not resuming:
         model = load(run.init)
+    if model is not None and run.new_head:
+        out = [path for path in parameters.by_path(model.params) if path.startswith(f"{task.head}_head/out/")]
+        model = replace(model, params=_without(model.params, out))
     config = run.model or (with_dropout(model.config, run.dropout) if model else None)
     assert config is not None  # as `RunConfig.check` has it
     config = task.configured(config)

@@ -233,15 +233,19 @@ DATA: dict[str, tuple[str, str, str, list[str], list[str]]] = {
     "no tags in conll": ("Tagging", "x.conll", "the\nfilm\n\n", [], ["x.conll:1", "no column 'tags'", "'tokens'"]),
     "a tag without a scheme": (
         *("Tagging", "x.conll", conll(*[NAMED] * 4, [("the", "PERSON")]), []),
-        ["x.conll:93", "'PERSON' is not one of IOB2", "B-TYPE", "name the scheme"],
+        ["x.conll:93", "'PERSON' has no mark", "'B-PER'", "--task.scheme"],
     ),
     "a tag of another scheme": (
-        *("Tagging", "x.conll", conll(*[NAMED] * 4, [("the", "S-PER")]), []),
-        ["x.conll:93", "'S-PER' is not one of IOB2", "IOBES"],
+        *("Tagging", "x.conll", conll(*[NAMED] * 4, [("the", "S-PER")]), ["--task.scheme", "IOB2"]),
+        ["x.conll:93", "'S-PER' is not one of IOB2", "--task.scheme"],
     ),
     "tags that are numbers": (
         *("Tagging", "x.jsonl", lines(*[{"tokens": ["the"], "tags": [0]}] * 4), []),
-        ["x.jsonl:1", "'tags' holds [0]", "not a list of texts", "--task.tags"],
+        ["'tags' holds numbers, 0", "--task.names O B-PER I-PER"],
+    ),
+    "tags that are no tags": (
+        *("Tagging", "x.jsonl", lines(*[{"tokens": ["the"], "tags": [0.5]}] * 4), []),
+        ["x.jsonl:1", "'tags' holds [0.5]", "not a list of texts", "--task.tags"],
     ),
     "more tokens than tags": (
         *("Tagging", "x.jsonl", lines({"tokens": ["the", "film"], "tags": ["O"]}), []),
@@ -386,7 +390,7 @@ HELD_OUT = {
     ),
     "a type of span": (
         *("Tagging", "conll", conll(*[NAMED] * 4), conll([("the", "B-LOC")])),
-        ["e.conll:1", "'B-LOC'", "B-PER, I-PER, O", "training rows"],
+        ["e.conll:1", "'B-LOC'", "B-PER, I-PER, O", "--task.names"],
     ),
     "no row": ("Classification", "csv", table(LABELS), "text,label\n", ["no held-out example", "e.csv (20 rows)"]),
 }

@@ -11,7 +11,7 @@ from jaxlm.config import RunConfig
 from jaxlm.data import corpus
 from jaxlm.data.corpus import Prepared
 from jaxlm.data.tokenizer import Tokenizer
-from jaxlm.tasks import multi_task, reading
+from jaxlm.tasks import labels, multi_task, reading
 from jaxlm.tasks.chat import ChatTask
 from jaxlm.tasks.classification import ClassificationTask
 from jaxlm.tasks.denoising import InfillingTask, SpanCorruptionTask
@@ -47,14 +47,37 @@ def register(kind: type, task: type[RecordTask]) -> None:
     config.TASKS[kind.__name__] = kind
 
 
-def prepare(run: RunConfig, tokenizer: Tokenizer | None, say: Callable[[str], None]) -> Prepared:
-    """What a run reads.  `tokenizer`: in place of the run's.  Raises UserError for bad data."""
+def prepare(
+    run: RunConfig,
+    tokenizer: Tokenizer | None,
+    say: Callable[[str], None],
+    known: tuple[str, ...] | None = None,
+) -> Prepared:
+    """Returns what a run reads.
+
+    Args:
+      tokenizer: in place of the run's.
+      say: takes lines for the person who watches the run.
+      known: names of the outputs of the head that the run starts from; None: the head is new, and the data has them.
+
+    Raises:
+      UserError: for bad data, and for labels that the head does not have.
+    """
     kind = TASKS[type(run.task)]
     if kind is TaskMixture:
         return multi_task.prepare(run, TASKS, tokenizer, say)
     if issubclass(kind, RecordTask):
-        return reading.prepare(run, kind, tokenizer, say)
+        return reading.prepare(run, kind, tokenizer, say, known)
     return corpus.prepare(run, say)
+
+
+def with_labels(run: RunConfig, data: Prepared, known: tuple[str, ...] | None, say: Callable[[str], None]) -> Prepared:
+    """Returns data that was prepared without a head with its labels as the head that the run starts from names them."""
+    kind = TASKS[type(run.task)]
+    if known is None or not issubclass(kind, RecordTask):
+        return data
+    names, train, held_out = labels.agreed(kind, run.task, data.train, data.train, data.held_out, known, say)
+    return data._replace(train=train, held_out=held_out, labels=names)
 
 
 def best_of(run: RunConfig) -> str:
@@ -63,12 +86,12 @@ def best_of(run: RunConfig) -> str:
     return run.best or (make_task(run, None).best if issubclass(kind, (RecordTask, TaskMixture)) else kind.scores[0])
 
 
-def make_task(run: RunConfig, tokenizer: Tokenizer | None, labels: Any = ()) -> Task:
-    """The task of a run.  labels: names of the outputs of its head; of several tasks, those of each.
+def make_task(run: RunConfig, tokenizer: Tokenizer | None, outputs: Any = ()) -> Task:
+    """Returns the task of a run.  outputs: names of those of its head; of several tasks, of each task's head.
 
     Raises UserError where the tokenizer lacks a token that the task needs.
     """
     if isinstance(run.task, config.MultiTask):
-        make = lambda name, part: make_task(replace(run, task=part.task), tokenizer, labels.get(name, ()))
+        make = lambda name, part: make_task(replace(run, task=part.task), tokenizer, outputs.get(name, ()))
         return TaskMixture(run.task, {name: make(name, part) for name, part in run.task.parts.items()})
-    return TASKS[type(run.task)](run.task, run.data.length, run.seed, tokenizer, tuple(labels))
+    return TASKS[type(run.task)](run.task, run.data.length, run.seed, tokenizer, tuple(outputs))

@@ -18,6 +18,7 @@ from jaxlm.errors import UserError
 from jaxlm.losses import Sum, binary_cross_entropy, cross_entropy, squared_error
 from jaxlm.nn.transformer import Transformer
 from jaxlm.report import Heatmap, Section, mistakes
+from jaxlm.tasks import labels
 from jaxlm.tasks.reading import Record, Records, text_of
 from jaxlm.tasks.records import HeadTask, Outputs, framed
 from jaxlm.tasks.states import of_examples
@@ -92,7 +93,7 @@ class ClassificationTask(HeadTask):
         if task.names:
             if len(set(task.names)) < len(task.names):
                 raise UserError(f"--task.names has a name twice: {', '.join(task.names)}; give each once")
-            for label, place in where.items():
+            for label, place in where.items() if labels.matched(where, task.names) is None else ():
                 if label not in task.names:
                     raise UserError(
                         f"{place}: the label {label!r} is not among --task.names {', '.join(task.names)}; "
@@ -124,6 +125,29 @@ class ClassificationTask(HeadTask):
                 f"--task.problem regression; if they are classes indeed, name them all with --task.names"
             )
         return tuple(sorted(where, key=(lambda name: (float(name), name)) if numeric else str))
+
+    @classmethod
+    def fitted(
+        cls,
+        task: config.Classification,
+        parts: Sequence[Records],
+        names: tuple[str, ...],
+        remedy: str = "mend it, or leave the row out",
+    ) -> list[Records]:
+        found = (label for part in parts for record in part.records for label in cls.labels_of(record))
+        name_of = labels.matched(found, names)
+        if name_of is None:
+            return super().fitted(task, parts, names, remedy)
+        if all(label == name for label, name in name_of.items()):
+            return list(parts)
+
+        def renamed(record: Record) -> Record:
+            label = record.get("label")
+            if isinstance(label, tuple):
+                return record | {"label": tuple(name_of[one] for one in label)}
+            return record | {"label": name_of[label]} if isinstance(label, str) else record
+
+        return [part._replace(records=[renamed(record) for record in part.records]) for part in parts]
 
     @classmethod
     def labels_of(cls, record: Record) -> Iterable[str]:
@@ -197,15 +221,15 @@ class ClassificationTask(HeadTask):
         return {"prediction": self.labels[best], "confidence": float(p_N[best] / p_N.sum())}
 
     def score(self, records: Sequence[Record], predictions: Sequence[Row]) -> dict[str, float]:
-        labels = [record["label"] for record in records]
+        true = [record["label"] for record in records]
         found = [prediction["prediction"] for prediction in predictions]
         if self.task.problem == "regression":
-            return metrics.number(labels, found)
+            return metrics.number(true, found)
         if self.task.problem == "multi_label":
             many = lambda rows: np.array([np.isin(self.labels, row) for row in rows], int)
-            return metrics.several(many(labels), many(found))
+            return metrics.several(many(true), many(found))
         index = lambda rows: [self._index[row] for row in rows]
-        return metrics.classes(index(labels), index(found), self.labels)
+        return metrics.classes(index(true), index(found), self.labels)
 
     def sections(self, part: Records, predictions: Sequence[Row]) -> list[Section]:
         records = part.records
@@ -216,9 +240,9 @@ class ClassificationTask(HeadTask):
             for r, p in zip(records, predictions)
             if r["label"] != p["prediction"]
         ]
-        labels = [self._index[record["label"]] for record in records]
+        true = [self._index[record["label"]] for record in records]
         found = [self._index[prediction["prediction"]] for prediction in predictions]
-        counts = metrics.confusion(labels, found, len(self.labels))
+        counts = metrics.confusion(true, found, len(self.labels))
         return [
             Heatmap("Confusion matrix", counts, self.labels),
             mistakes(("text", "true", "predicted"), wrong, len(records), "held-out examples are told wrong"),

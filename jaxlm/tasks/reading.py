@@ -19,6 +19,7 @@ from jaxlm.data.corpus import Prepared
 from jaxlm.data.formats import Place, Row
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError, perhaps
+from jaxlm.tasks import labels
 
 if TYPE_CHECKING:
     from jaxlm.tasks.records import RecordTask
@@ -39,9 +40,15 @@ class Records(NamedTuple):
 
 
 def prepare(
-    run: RunConfig, kind: type[RecordTask], tokenizer: Tokenizer | None, say: Callable[[str], None]
+    run: RunConfig,
+    kind: type[RecordTask],
+    tokenizer: Tokenizer | None,
+    say: Callable[[str], None],
+    known: tuple[str, ...] | None = None,
 ) -> Prepared:
     """Reads the records of a run, splits off a validation part where none is given, and finds the labels.
+
+    known: names of the outputs of the head that the run starts from, where it has one.
 
     Raises UserError for bad data, with file and line.
     """
@@ -57,9 +64,7 @@ def prepare(
             found = ", ".join(f"{count:,} {what}" for what, count in counts.items()) or "0 rows"
             raise UserError(f"no {name} example is left of {path} ({found}); give more, or set --data.eval-path")
     # A part that is split off by lot may have the only rows with a label.
-    names = kind.names(run.task, whole)
-    other = "name all labels with --task.names" if hasattr(run.task, "names") else "give training rows with it"
-    check_labels(kind, held_out, names, f"mend it, or {other}")
+    names, train, held_out = labels.agreed(kind, run.task, whole, train, held_out, known, say)
     fingerprint = hashlib.sha256()
     for path in (data.path, data.target_path, data.eval_path, data.eval_target_path):
         fingerprint.update(source.fingerprint(path).encode() if path else b"")

@@ -115,9 +115,21 @@ class RecordTask(Task):
         """Lines that belong beside the scores of these records, such as how a library says that it computes them."""
         return []
 
-    def check_labels(self, part: Records) -> None:
-        """Raises UserError for a label that the model does not know."""
-        check_labels(type(self), part, self.labels)
+    @classmethod
+    def fitted(
+        cls,
+        task: Any,
+        parts: Sequence[Records],
+        names: tuple[str, ...],
+        remedy: str = "mend it, or leave the row out",
+    ) -> list[Records]:
+        """Returns the parts with the labels of their records as the outputs of the head are named.
+
+        Raises UserError, with the remedy, for a label that is the name of no output.
+        """
+        for part in parts:
+            check_labels(cls, part, names, remedy)
+        return list(parts)
 
     # The rest is the same for all: the face of a task that a run sees.
 

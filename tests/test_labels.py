@@ -1,0 +1,307 @@
+"""Which output of a head each label means: fine-tuning goes on from the head of the weights, in its order."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from compiled import jit, random_params
+
+import jaxlm
+from jaxlm import (
+    Classification,
+    DataConfig,
+    ModelConfig,
+    MultipleChoice,
+    OptimizerConfig,
+    RunConfig,
+    Tagging,
+    TokenizerConfig,
+    UserError,
+)
+from jaxlm.data import tokenizer as tokenizers
+from jaxlm.data.formats import Place
+from jaxlm.fit import fit
+from jaxlm.lm import LM
+from jaxlm.nn.transformer import Transformer
+from jaxlm.tasks import TASKS, labels
+from jaxlm.tasks import tags as schemes
+from jaxlm.tasks.reading import Records
+
+WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "sleeps")
+NLI = ("entailment", "neutral", "contradiction")
+
+
+# Which name a label means
+
+
+@pytest.mark.parametrize(
+    ("found", "names", "expected"),
+    [
+        (["b", "a"], "a b c", "b a"),  # names as they are, some of them
+        (["Entailment", "NEUTRAL "], " ".join(NLI), "entailment neutral"),
+        (["not entailment", "Not-Neutral"], "not_entailment not_neutral", "not_entailment not_neutral"),
+        (["0", "2"], " ".join(NLI), "entailment contradiction"),
+        (["LABEL_1", "label_0"], " ".join(NLI), "neutral entailment"),
+        (["1", "0"], "LABEL_0 LABEL_1", "LABEL_1 LABEL_0"),
+        (["false", "true"], "LABEL_0 LABEL_1", "LABEL_0 LABEL_1"),
+        (["1", "5"], "1 2 3 4 5", "1 5"),  # the names are numbers: these are names
+        (["0", "1"], "1 2 3", None),
+        (["1", "2"], "1_star 2_stars 3_stars", None),  # the second is not 1
+        (["0", "3"], " ".join(NLI), None),
+        (["neg", "pos"], "LABEL_0 LABEL_1", None),
+        (["0", "00"], " ".join(NLI), None),
+        (["A", "a"], "a b", None),
+        (["a"], "A a", "a"),
+        (["x"], "X x_", "X"),
+        (["x-"], "X x_", "x_"),
+        (["true"], " ".join(NLI), None),
+        (["entailment", "1"], " ".join(NLI), None),
+        (["9" * 5000], " ".join(NLI), None),
+    ],
+)
+def test_labels_mean_outputs(found, names, expected):
+    name_of = labels.matched(found, names.split())
+    assert name_of == (None if expected is None else dict(zip(found, expected.split())))
+
+
+# Tags of any scheme
+
+SENTENCE = "B-PER I-PER O B-LOC B-LOC"
+SPANS = [("PER", 0, 1), ("LOC", 3, 3), ("LOC", 4, 4)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "tags"),
+    [
+        ("spans", SENTENCE),
+        ("spans", "I-PER I-PER O I-LOC B-LOC"),  # IOB1
+        ("spans", "B-PER E-PER O S-LOC S-LOC"),  # IOBES
+        ("spans", "B-PER L-PER O U-LOC U-LOC"),  # BILOU
+        ("spans", "B-PER E-PER O W-LOC W-LOC"),  # BMEWO
+        ("spans", "B_PER I_PER O B_LOC B_LOC"),
+        ("spans", "b-PER i-PER O b-LOC b-LOC"),
+    ],
+)
+def test_schemes_mark_the_same_spans(kind, tags):
+    assert schemes.kind_of(tags.split()) == kind
+    found = schemes.spans(schemes.iob2(tags.split(), kind))
+    assert [tuple(span) for span in found] == SPANS
+
+
+@pytest.mark.parametrize(
+    ("kind", "tags", "spans"),
+    [
+        ("untyped", "B I O B B", [("", 0, 1), ("", 3, 3), ("", 4, 4)]),
+        ("untyped", "I I O B S", [("", 0, 1), ("", 3, 3), ("", 4, 4)]),
+        ("untyped", "B L O U U", [("", 0, 1), ("", 3, 3), ("", 4, 4)]),
+        ("inside", "PER PER O LOC LOC", [("PER", 0, 1), ("LOC", 3, 4)]),
+        ("classes", "DET NOUN VERB", None),
+        ("classes", "M S W", None),
+        ("mixed", "O B-PER LOC", None),
+    ],
+)
+def test_kinds_of_tags(kind, tags, spans):
+    tags = tags.split()
+    assert schemes.kind_of(tags) == kind
+    if spans is not None:
+        assert [tuple(span) for span in schemes.spans(schemes.iob2(tags, kind))] == spans
+
+
+HEADS = {
+    "IOB2": ("O", "B-PER", "I-PER", "B-LOC", "I-LOC"),
+    "IO": ("O", "LOC", "PER"),
+    "inside marks": ("O", "I-LOC", "I-PER"),
+    "IOBES": ("S-PER", "B-PER", "I-PER", "E-PER", "O", "S-LOC", "B-LOC", "I-LOC", "E-LOC"),
+    "BILOU": ("U-PER", "B-PER", "I-PER", "L-PER", "O", "U-LOC", "B-LOC", "I-LOC", "L-LOC"),
+    "more": ("[CLS]", "O", "B-PER", "I-PER", "B-LOC", "I-LOC", "X"),
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("data", ["B-PER I-PER O B-LOC O", "B-PER E-PER O S-LOC O", "B-per L-per O U-loc O"])
+def test_tags_of_the_data_become_those_of_the_head(head, data):
+    names = HEADS[head]
+    record = TASKS[Tagging].read(Tagging(), {"tokens": list("abcde"), "tags": data.split()}, Place("rows", 1))
+    part = Records([record], [Place("rows", 1)])
+    [fitted] = TASKS[Tagging].fitted(Tagging(), [part], names)
+    tags = fitted.records[0]["label"]
+    assert set(tags) <= set(names)
+    kind = schemes.kind_of_head(names)
+    assert [tuple(s) for s in schemes.spans(schemes.iob2(tags, kind))] == [("PER", 0, 1), ("LOC", 3, 3)]
+    [again] = TASKS[Tagging].fitted(Tagging(), [fitted], names)
+    assert again.records[0]["label"] == tags
+    if head == "BILOU":
+        assert tags == ["B-PER", "L-PER", "O", "U-LOC", "O"]
+
+
+def tagged(*sentences: str, **fields: Any) -> tuple[Tagging, Records]:
+    task = Tagging(**fields)
+    rows = [{"tokens": sentence.split(), "tags": sentence.split()} for sentence in sentences]
+    rows = [row | {"tags": [int(tag) if tag.isdigit() else tag for tag in row["tags"]]} for row in rows]
+    places = [Place("rows", n) for n in range(len(rows))]
+    return task, Records([TASKS[Tagging].read(task, row, place) for row, place in zip(rows, places)], places)
+
+
+@pytest.mark.parametrize(
+    ("sentence", "fields", "names", "scores"),
+    [
+        ("B I O", {}, "O B I", "f1"),
+        ("PER O", {}, "O PER", "f1"),
+        ("B-A L-A U-B O", {}, "O B-A I-A B-B I-B", "f1"),
+        ("DET NOUN", {}, "DET NOUN", "accuracy"),
+        ("N O V", {"scheme": "none"}, "N O V", "accuracy"),
+        ("N V", {"scheme": "IO"}, "O N V", "f1"),
+        ("0 1 2", {"names": ("O", "B-X", "I-X")}, "O B-X I-X", "f1"),
+        ("0 1", {"names": ("NOUN", "VERB")}, "NOUN VERB", "accuracy"),
+    ],
+)
+def test_outputs_for_tags_of_any_kind(sentence, fields, names, scores):
+    task, part = tagged(sentence, **fields)
+    kind = TASKS[Tagging]
+    found, train, _ = labels.agreed(kind, task, part, part, Records([], []), None)
+    assert found == tuple(names.split())
+    made = kind(task, 16, 0, None, found)
+    assert made.scores[0] == scores
+    right = [{"prediction": record["label"]} for record in train.records]
+    assert made.score(train.records, right)[scores] == 1.0
+    made.balance(train), made.sections(train, [row | {"confidence": 1.0} for row in right])
+
+
+def test_numbers_without_names_are_refused():
+    task, part = tagged("0 1 2")
+    with pytest.raises(UserError, match=r"'tags' holds numbers, 0, 1, 2 .*--task.names"):
+        TASKS[Tagging].names(task, part)
+
+
+# Training goes on from the head
+
+ENCODER = ModelConfig(
+    structure="encoder", heads_on_top=(), vocabulary=80, max_length=32, width=16, layers=1, heads=2, types=2
+)
+
+
+def text(random: np.random.Generator) -> str:
+    return " ".join(random.choice(WORDS, 6))
+
+
+def class_row(random: np.random.Generator, names: Any = NLI) -> dict[str, Any]:
+    return {"text": text(random), "label": names[random.integers(len(names))]}
+
+
+def tags_row(random: np.random.Generator, names: Any) -> dict[str, Any]:
+    return {"tokens": text(random).split(), "tags": [names[i] for i in random.integers(len(names), size=6)]}
+
+
+def several_row(random: np.random.Generator) -> dict[str, Any]:
+    return {"text": text(random), "label": [name for name in ("a", "b", "c") if random.random() < 0.5]}
+
+
+def choice_row(random: np.random.Generator) -> dict[str, Any]:
+    return {"question": text(random), "options": [text(random), text(random)], "label": int(random.integers(2))}
+
+
+ORDER = ("O", "I-PER", "B-PER", "I-LOC", "B-LOC")
+CASES: dict[str, tuple[Any, str, tuple[str, ...], Any]] = {  # the task, its head, the names of the head, a row
+    "classes in another order": (Classification(), "classes", NLI, class_row),
+    "tags in another order": (Tagging(), "tokens", ORDER, lambda random: tags_row(random, sorted(ORDER))),
+    "numbers": (Classification(), "classes", ("LABEL_0", "LABEL_1", "LABEL_2"), lambda r: class_row(r, (2, 0, 1))),
+    "other letters": (Classification(), "classes", NLI, lambda r: class_row(r, [name.title() for name in NLI])),
+    "several": (Classification(problem="multi_label"), "classes", ("c", "a", "b"), several_row),
+    "fewer": (Classification(), "classes", NLI, lambda random: class_row(random, NLI[1:])),
+    "a scheme of the head's": (
+        *(Tagging(), "tokens", ("O", "U-A", "B-A", "L-A", "I-A")),
+        lambda random: tags_row(random, ("O", "B-A", "I-A")),
+    ),
+    "choices": (MultipleChoice(), "classes", ("LABEL_0",), choice_row),
+}
+FAST = ("classes in another order", "tags in another order")
+
+
+@pytest.fixture
+def start(tmp_path):
+    """A function that saves a model with a head, and makes a run that goes on from it."""
+    tokenizer = tokenizers.train(WORDS, TokenizerConfig(train="wordpiece"), ENCODER.vocabulary)
+
+    def made(task: Any, head: str, names: tuple[str, ...], row: Any, **fields: Any) -> tuple[RunConfig, list[Any]]:
+        config = replace(ENCODER, heads_on_top=(head,), labels=names)
+        jaxlm.save(LM(config, Transformer(config), random_params(config), tokenizer), tmp_path / "model")
+        random = np.random.default_rng(0)
+        rows = [row(random) for _ in range(40)]
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        data = DataConfig(path=str(tmp_path / "rows.jsonl"), length=32, cache=str(tmp_path / "cache"))
+        optimizer = OptimizerConfig(rate=1e-12, weight_decay=0.0)
+        run = RunConfig(None, task, data, optimizer=optimizer, batch=4, steps=1, init=str(tmp_path / "model"))
+        return replace(run, workdir=str(tmp_path / "run"), **fields), rows
+
+    return made
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Programs that compile fast, and no pictures."""
+    import jax
+
+    from jaxlm import report, sharding
+
+    mesh = sharding.make_mesh
+    monkeypatch.setattr(sharding, "make_mesh", lambda config, some=None: mesh(config, some or jax.devices()[:1]))
+    monkeypatch.setattr(report, "write", lambda folder, *_: (folder / "report.html").touch())
+    monkeypatch.setattr(jax, "jit", jit)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in FAST else pytest.mark.long) for name in CASES])
+def test_predictions_survive_a_step_that_changes_nothing(name, start, quick):
+    task, _, names, _ = CASES[name]
+    run, rows = start(*CASES[name])
+    before = jaxlm.predict(jaxlm.load(run.init), rows, task=task, length=32)
+    lm = fit(run)
+    assert lm.config.labels == names
+    for model in (lm, jaxlm.load(run.workdir)):
+        after = jaxlm.predict(model, rows, task=task, length=32)
+        assert [row["prediction"] for row in after] == [row["prediction"] for row in before]
+    assert len({str(row["prediction"]) for row in before}) > 1  # or nothing would have been shown
+    scores = jaxlm.evaluate(lm, rows, task, length=32)
+    assert scores["examples"] == len(rows)
+
+
+@pytest.mark.parametrize(
+    ("names", "row", "words"),
+    [
+        (("a", "b", "c"), class_row, ["3 outputs, a, b, c", "contradiction, entailment, neutral", "--new-head"]),
+        (("a", "b"), class_row, ["2 outputs, a, b", "needs 3"]),
+        (("LABEL_0", "LABEL_1", "LABEL_2"), class_row, ["in the order of the outputs", "--task.names"]),
+    ],
+)
+def test_other_labels_are_refused_with_both_sets(start, names, row, words):
+    run, _ = start(Classification(), "classes", names, row)
+    with pytest.raises(UserError) as error:
+        fit(run)
+    assert all(word in str(error.value) for word in words), error.value
+    assert not (Path(run.workdir) / "config.json").exists()
+
+
+def test_a_new_head_is_drawn_where_it_is_asked_for(start, quick):
+    run, _ = start(Classification(), "classes", ("a", "b", "c"), class_row, new_head=True)
+    lm = fit(run)
+    assert lm.config.labels == ("contradiction", "entailment", "neutral")
+    old = jaxlm.load(run.init).params["classes_head"]
+    same = {name: np.allclose(old[name]["kernel"], lm.params["classes_head"][name]["kernel"]) for name in old}
+    assert same == {"dense": True, "out": False}
+
+
+def test_names_that_are_given_name_the_outputs_of_a_head_without_names(start):
+    run, _ = start(Classification(names=NLI), "classes", ("LABEL_0", "LABEL_1", "LABEL_2"), class_row)
+    from jaxlm.start import known_labels
+    from jaxlm.tasks import prepare
+
+    known = known_labels(run, None, TASKS[Classification])
+    assert known == ("LABEL_0", "LABEL_1", "LABEL_2")
+    tokenizer = jaxlm.load(run.init).tokenizer
+    assert prepare(run, tokenizer, lambda _: None, known).labels == NLI
+    other = replace(run, task=Classification(names=NLI[::-1]))
+    assert prepare(other, tokenizer, lambda _: None, NLI).labels == NLI
