@@ -36,6 +36,7 @@ from jaxlm.ranges import (
 
 Head = Literal["lm", "masked_lm", "next_sentence", "replaced", "pooled", "classes", "tokens", "span"]
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "tanh"]  # gelu is the exact one, by erf
+TagScheme = Literal["auto", "IOB1", "IOB2", "IOBES", "BILOU", "IO", "none"]
 Bias = Literal["query_key_value", "out", "mlp", "norm", "transform", "classes", "lm"]
 ENCODER_BIASES: tuple[Bias, ...] = ("query_key_value", "out", "mlp", "norm", "transform", "classes")
 Format = Literal["suffix", "text", "csv", "tsv", "quoted_tsv", "jsonl", "parquet", "conll", "squad"]
@@ -322,8 +323,7 @@ class Tagging(Config):
 
     tokens: Name = "tokens"  # column of the words, a list
     tags: Name = "tags"  # column of their tags, a list
-    # How tags mark spans; auto: as the tags show; IO: by the type alone; none: each tag is a class of its own.
-    scheme: Literal["auto", "IOB1", "IOB2", "IOBES", "BILOU", "IO", "none"] = "auto"
+    scheme: TagScheme = "auto"  # how tags mark spans; auto: as they show; IO: by the type alone; none: tags are classes
     names: tuple[Name, ...] = ()  # of the tags, in the order of the outputs; for tags that are numbers, from 0
 
 
