@@ -27,7 +27,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from jaxlm import buckets, hosts, ranges
+from jaxlm import buckets, hosts, ranges, storage
 from jaxlm.config import CausalLM, DataConfig, Decoding, MeshConfig, RunConfig
 from jaxlm.errors import RunError, Stopped, UserError, perhaps
 from jaxlm.ranges import Config
@@ -521,7 +521,7 @@ def _process() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = _tell_unraisable
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        folder = Path(os.environ.get("JAXLM_CACHE") or Path.home() / ".cache" / "jaxlm")
+        folder = storage.cache_folder()
         settings: dict[str, Any] = {
             "jax_compilation_cache_dir": str(folder / "xla"),
             "jax_persistent_cache_min_compile_time_secs": 0.5,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -19,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm import buckets, families, hosts, report, sharding
+from jaxlm import buckets, families, hosts, report, sharding, storage
 from jaxlm.assembly import assemble, closed_flops, lay, rows_here
 from jaxlm.checkpoint import Checkpoints, finite
 from jaxlm.config import CausalLM, ModelConfig, RunConfig, to_json
@@ -110,10 +109,19 @@ def fit(
         run = replace(run, model=with_dropout(model.config, run.dropout), dropout=None)
     run.check()
     hosts.agree(run)
-    place = buckets.RunFolder(run.workdir or "runs/unnamed")
-    if place.address and jax.process_count() > 1:
-        raise UserError(f"workdir is {place.address}; many hosts need a folder that all of them see: mount the bucket")
-    place.bring()
+    with buckets.RunFolder(run.workdir or "runs/unnamed").opened() as place:
+        return _fit_in(place, run, model, data, stop, begun)
+
+
+def _fit_in(
+    place: buckets.RunFolder,
+    run: RunConfig,
+    model: LM | None,
+    data: Prepared | None,
+    stop: Callable[[], bool],
+    begun: float,
+) -> LM:
+    """Does what `fit` says in a folder that this run holds.  begun: when, by the monotonic clock."""
     folder = place.folder
     mesh = sharding.make_mesh(run.mesh)
     resuming, as_given = hosts.first(lambda: claim(run, folder)), run
@@ -359,12 +367,12 @@ def _export(lm: LM, task: Task, folder: Path) -> tuple[str, LM]:
     exported = task.exports(lm)
 
     def write() -> str:
-        shutil.rmtree(folder, ignore_errors=True)
-        for name, (one, alone) in exported.items():
-            assert alone.origin is not None  # as `origin` has it
-            alone = replace(alone, origin=_with_keys(alone.origin, one.config_keys))
-            kind = save(alone, folder / name)
-            _name_class(folder / name, one)
+        with storage.atomic_folder(folder, overwrite=True) as new:
+            for name, (one, alone) in exported.items():
+                assert alone.origin is not None  # as `origin` has it
+                alone = replace(alone, origin=_with_keys(alone.origin, one.config_keys))
+                kind = save(alone, new / name)
+                _name_class(new / name, one)
         return kind
 
     return hosts.first(write), next(iter(exported.values()))[1]

@@ -18,8 +18,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -256,6 +256,14 @@ def after_first(make: Callable[[], Value]) -> Value:
     made: list[Value] = []
     first(lambda: made.append(make()))
     return made[0] if made else make()
+
+
+@contextmanager
+def first_holds(hold: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """Holds what host 0 holds while the block runs on all hosts, which wait for it.  Its errors are those of all."""
+    with ExitStack() as stack:
+        first(lambda: stack.enter_context(hold()))
+        yield
 
 
 def agree(run: RunConfig) -> None:

@@ -25,7 +25,7 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -202,6 +202,9 @@ def _replace_folder(new: Path, folder: Path) -> None:
     except OSError:
         os.rename(old, folder)
         raise
+    for place, *_ in os.walk(old):  # a folder without permissions cannot be emptied
+        with suppress(OSError):
+            os.chmod(place, 0o700)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -254,21 +257,16 @@ def _acquired(file: Path, what: str, remedy: str) -> int:
         taken = False
         try:
             ours, certain = _flock(descriptor)
-            owner = _owner(descriptor, file)
+            owner = owner_in(os.pread(descriptor, 4096, 0), file)
             # The machine's own lock is free: a holder of this machine is dead.
-            dead = certain and owner.get("machine") == _machine()
-            if ours and owner and not dead and _shows_life(file, what, owner):
-                ours = False
-            if not ours:
-                raise UserError(
-                    f"{what} is held by process {owner.get('process', '?')} on host {owner.get('host', '?')} since "
-                    f"{owner.get('since', '?')}; wait until it ends, or {remedy}"
-                )
+            dead = certain and owner.get("machine") == machine()
+            if not ours or (owner and not dead and shows_life(lambda: _touched(file), what, owner)):
+                raise held(what, owner, remedy)
             with suppress(FileNotFoundError):  # or the holder ended and removed the file: try again
                 taken = os.path.samestat(os.stat(file), os.fstat(descriptor))
             if taken:
                 os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, json.dumps(_facts()).encode(), 0)
+                os.pwrite(descriptor, json.dumps(facts()).encode(), 0)
                 return descriptor
         finally:
             if not taken:
@@ -286,43 +284,58 @@ def _flock(descriptor: int) -> tuple[bool, bool]:
     return True, True
 
 
-def _facts() -> dict[str, Any]:
+def facts() -> dict[str, Any]:
+    """Returns what a lock says of its holder, this process."""
     since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-    return {"process": os.getpid(), "host": socket.gethostname(), "since": since, "machine": _machine()}
+    return {"process": os.getpid(), "host": socket.gethostname(), "since": since, "machine": machine()}
 
 
 @lru_cache
-def _machine() -> str:
+def machine() -> str:
     """Returns what tells this machine, since its start, from others."""
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return socket.gethostname()
 
 
-def _owner(descriptor: int, file: Path) -> dict[str, Any]:
-    """Returns what a lock file says of its holder; nothing where it is new."""
-    content = os.pread(descriptor, 4096, 0)
+def owner_in(content: bytes, file: str | os.PathLike[str]) -> dict[str, Any]:
+    """Returns the facts in the content of a lock file; nothing where it is new.
+
+    Raises:
+        UserError: where it is another kind of file.
+    """
     if not content:
         return {}
     with suppress(ValueError, RecursionError):
-        facts = json.loads(content)
-        if isinstance(facts, dict) and _facts().keys() <= facts.keys():
-            return facts
+        found = json.loads(content)
+        if isinstance(found, dict) and facts().keys() <= found.keys():
+            return found
     raise UserError(f"{file} is not a lock file that jaxlm wrote; move it away")
 
 
-def _shows_life(file: Path, what: str, owner: dict[str, Any]) -> bool:
-    """Returns whether the holder of a lock on another machine touches the file within `SILENCE` seconds."""
+def held(what: str, owner: dict[str, Any], remedy: str) -> UserError:
+    """Returns the error of a lock that another process holds."""
+    process, host, since = (owner.get(name, "?") for name in ("process", "host", "since"))
+    return UserError(
+        f"{what} is held by process {process} on host {host} since {since}; wait until it ends, or {remedy}"
+    )
+
+
+def shows_life(state: Callable[[], Any], what: str, owner: dict[str, Any]) -> bool:
+    """Returns whether the holder of a lock on another machine changes its `state` within `SILENCE` seconds.
+
+    A state of None means that the lock is gone.
+    """
     print(
         f"{what} was last held by process {owner['process']} on host {owner['host']}; waiting up to {SILENCE:.0f} s "
         f"for a sign of life",
         file=sys.stderr,
         flush=True,
     )
-    end, before = time.monotonic() + SILENCE, _touched(file)
+    end, before = time.monotonic() + SILENCE, state()
     while time.monotonic() < end:
         time.sleep(min(1.0, BEAT / 5))
-        if (now := _touched(file)) is None:
+        if (now := state()) is None:
             return False
         if now != before:
             return True

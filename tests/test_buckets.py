@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import tarfile
+import zipfile
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +16,7 @@ import fsspec
 import pytest
 
 import jaxlm
-from jaxlm import CausalLM, DataConfig, ModelConfig, RunConfig, TokenizerConfig, UserError, buckets
+from jaxlm import CausalLM, DataConfig, ModelConfig, RunConfig, TokenizerConfig, UserError, buckets, storage
 from jaxlm.data import source
 from jaxlm.errors import RunError
 
@@ -123,3 +128,200 @@ def test_a_refusal_is_said(monkeypatch, memory):
     monkeypatch.setattr(type(memory), "exists", refuse)
     with pytest.raises(RunError, match=r"memory://b/run cannot be used: anonymous caller .*; look at"):
         buckets.RunFolder("memory://b/run").bring()
+
+
+# Names from outside
+
+ESCAPES = ["../x.txt", "a/../../x.txt", "/x.txt", "..\\x.txt", "C:\\x.txt", f"{'y' * 300}.txt"]
+
+
+def packed(file: Path, entries: dict[str, bytes]) -> str:
+    """Writes an archive, and returns how its address begins."""
+    if file.suffix == ".zip":
+        with zipfile.ZipFile(file, "w") as archive:
+            for name, content in entries.items():
+                archive.writestr(name, content)
+        return "zip"
+    with tarfile.open(file, "w") as archive:
+        for name, content in entries.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return "tar"
+
+
+@pytest.mark.parametrize("suffix", [".zip", ".tar"])
+@pytest.mark.parametrize("name", ESCAPES, ids=lambda name: name[:12])
+def test_an_archive_writes_nothing_outside_of_its_copy(tmp_path, suffix, name):
+    file = tmp_path / f"data{suffix}"
+    kind = packed(file, {"fine.txt": b"fine\n", name: b"evil\n"})
+    for path in ("", "*", "*.txt", "**"):
+        before = {path for path in tmp_path.rglob("*") if path.is_file()}
+        try:
+            found = source.files(f"{kind}://{path}::{file}")
+        except (UserError, RunError) as error:
+            assert "\n" not in str(error)
+        else:  # a glob that does not match the entry
+            assert [file.read_text() for file in found] == ["fine\n"]
+        made = {path for path in tmp_path.rglob("*") if path.is_file()} - before
+        copies = tmp_path / "cache" / "buckets"
+        assert all((path.is_relative_to(copies) and path.parent != copies) or path.suffix == ".json" for path in made)
+        assert not any(path.read_bytes() == b"evil\n" for path in made)
+    with pytest.raises(UserError, match="a name must be of a file in"):
+        jaxlm.load(f"{kind}://::{file}")
+
+
+LINKS = {
+    "symbolic, absolute": (tarfile.SYMTYPE, "/etc/hostname", "outside of the archive"),
+    "symbolic, above": (tarfile.SYMTYPE, "../../secret", "outside of the archive"),
+    "hard, above": (tarfile.LNKTYPE, "../secret", "outside of the archive"),
+    "to itself": (tarfile.SYMTYPE, "link.txt", "leads back to itself"),
+    "to nothing": (tarfile.SYMTYPE, "gone.txt", "link to nothing"),
+    "to a folder": (tarfile.SYMTYPE, "deep", "a folder, not a file"),
+    "pipe": (tarfile.FIFOTYPE, "", "device or pipe"),
+    "device": (tarfile.CHRTYPE, "", "device or pipe"),
+    "inside": (tarfile.SYMTYPE, "deep/a.txt", ""),
+    "inside, hard": (tarfile.LNKTYPE, "deep/a.txt", ""),
+}
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_links_in_archives_stay_in_them(tmp_path, name):
+    kind, target, message = LINKS[name]
+    (tmp_path / "secret").write_text("secret")
+    with tarfile.open(tmp_path / "data.tar", "w") as archive:
+        folder = tarfile.TarInfo("deep")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+        file = tarfile.TarInfo("deep/a.txt")
+        file.size = 2
+        archive.addfile(file, io.BytesIO(b"a\n"))
+        link = tarfile.TarInfo("link.txt")
+        link.type, link.linkname = kind, target
+        archive.addfile(link)
+    if message:
+        with pytest.raises(UserError, match=message):
+            source.files(f"tar://::{tmp_path}/data.tar")
+    else:
+        found = source.files(f"tar://::{tmp_path}/data.tar")
+        assert [(file.name, file.read_text()) for file in found] == [("a.txt", "a\n"), ("link.txt", "a\n")]
+
+
+@pytest.mark.parametrize(("target", "message"), [("../../secret", "outside of the archive"), ("a.txt", "")])
+def test_links_in_zips_stay_in_them(tmp_path, target, message):
+    with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
+        archive.writestr("a.txt", "a\n")
+        link = zipfile.ZipInfo("link.txt")
+        link.external_attr = 0o120777 << 16
+        archive.writestr(link, target)
+    address = f"zip://::{tmp_path}/data.zip"
+    if message:
+        with pytest.raises(UserError, match=message):
+            source.files(address)
+    else:
+        assert [file.read_text() for file in source.files(address)] == ["a\n", "a\n"]
+
+
+@pytest.mark.parametrize("entries", [["a", "a/b.txt"], ["a.txt", "./a.txt"], ["b/a.txt", "b//a.txt"]])
+def test_names_that_exclude_each_other_are_refused(tmp_path, entries):
+    with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
+        for name in entries:
+            archive.writestr(name, "x")
+    with pytest.raises(UserError, match="leave one of them out"):
+        source.files(f"zip://::{tmp_path}/data.zip")
+
+
+def test_globs_keep_folders_apart(tmp_path):
+    kind = packed(tmp_path / "data.zip", {"de/a.txt": b"de\n", "en/a.txt": b"en\n", "en/b.csv": b"text\n"})
+    found = source.files(f"{kind}://*/*.txt::{tmp_path}/data.zip")
+    assert [file.read_text() for file in found] == ["de\n", "en\n"]
+
+
+def test_a_changed_archive_is_read_again(tmp_path):
+    """Another content of the same size and with the same time, under the same name."""
+    file = tmp_path / "data.tar"
+    for content in (b"one\n", b"two\n"):
+        packed(file, {"a.txt": content})
+        os.utime(file, ns=(0, 0))
+        buckets.brought.cache_clear()
+        assert [file.read_bytes() for file in source.files(f"tar://a.txt::{file}")] == [content]
+
+
+@pytest.mark.parametrize("damage", [b"", b"three", b"tw"])
+def test_a_damaged_copy_is_brought_again(memory, damage):
+    memory.pipe("/data/a.txt", b"one\n")
+    memory.pipe("/data/b.txt", b"two\n")
+    for _ in range(2):
+        files = source.files("memory://data")
+        assert [file.read_bytes() for file in files] == [b"one\n", b"two\n"]
+        files[1].write_bytes(damage)
+        buckets.brought.cache_clear()
+
+
+# What lies at the address of a run
+
+
+def test_what_a_user_puts_beside_a_run_stays(memory, tmp_path):
+    """Before, while and after the run works; also in the folders of the run, and as a change of what was brought."""
+    memory.pipe("/b/run/notes.md", b"before")
+    memory.pipe("/b/run/old.json", b"of the run")
+    place = buckets.RunFolder("memory://b/run")
+    with place.opened():
+        (place.folder / "old.json").unlink()
+        (place.folder / "checkpoints" / "3").mkdir(parents=True)
+        (place.folder / "checkpoints" / "3" / "state").write_text("3")
+        place.send()
+        memory.pipe("/b/run/notes.md", b"changed meanwhile")
+        memory.pipe("/b/run/checkpoints/3/why.txt", b"a note")
+        memory.pipe("/b/run/more/plot.png", b"a picture")
+        (place.folder / "checkpoints" / "3" / "state").unlink()
+        (place.folder / "checkpoints" / "6").mkdir()
+        (place.folder / "checkpoints" / "6" / "state").write_text("6")
+        place.send()
+    kept = {name: memory.cat(f"/b/run/{name}") for name in ("notes.md", "checkpoints/3/why.txt", "more/plot.png")}
+    assert kept == {
+        "notes.md": b"changed meanwhile",
+        "checkpoints/3/why.txt": b"a note",
+        "more/plot.png": b"a picture",
+    }
+    names = {name.removeprefix("/b/run/") for name in memory.find("/b/run")}
+    assert names == kept.keys() | {"checkpoints/6/state"}
+
+
+def test_only_what_is_new_is_sent_and_brought(memory, monkeypatch):
+    memory.pipe("/b/run/a.txt", b"a")
+    moved = []
+    for name in ("get_file", "put_file"):
+        real = getattr(type(memory), name)
+        monkeypatch.setattr(
+            type(memory), name, lambda self, a, b, real=real, **k: moved.append(Path(b).name) or real(self, a, b, **k)
+        )
+    place = buckets.RunFolder("memory://b/run")
+    with place.opened():
+        (place.folder / "new.txt").write_text("new")
+        place.send()
+        place.send()
+    assert moved[1:] == ["new.txt"]
+    with place.opened():
+        place.send()
+    assert len(moved) == 2
+
+
+def test_a_run_at_an_address_is_held(memory, monkeypatch):
+    monkeypatch.setattr(storage, "SILENCE", 0.5)
+    monkeypatch.setattr(storage, "BEAT", 0.05)
+    with buckets.RunFolder("memory://b/run").opened():
+        assert json.loads(memory.cat("/b/run/.jaxlm-lock"))["process"] == os.getpid()
+        with pytest.raises(UserError, match=f"memory://b/run is held by process {os.getpid()} on host"):
+            buckets.RunFolder("memory://b/run").opened().__enter__()
+        monkeypatch.setenv("JAXLM_CACHE", "elsewhere")  # as on another machine
+        with monkeypatch.context() as patch:
+            patch.setattr(storage, "machine", lambda: "another")
+            patch.setattr(storage, "lock", lambda *_: nullcontext())
+            with pytest.raises(UserError, match=f"memory://b/run is held by process {os.getpid()} on host"):
+                buckets.RunFolder("memory://b/run").opened().__enter__()
+    assert not memory.exists("/b/run/.jaxlm-lock")
+    dead = storage.facts() | {"machine": "another", "process": 7}
+    memory.pipe("/b/run/.jaxlm-lock", json.dumps(dead).encode())
+    with buckets.RunFolder("memory://b/run").opened():
+        assert json.loads(memory.cat("/b/run/.jaxlm-lock"))["process"] == os.getpid()

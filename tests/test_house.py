@@ -24,7 +24,7 @@ MODULES = {name.removesuffix(".__init__"): file for file, name in FILES.items()}
 ORDER = (  # each may import those before it and beside it
     ("errors", "ranges", "config"),
     ("storage",),
-    ("buckets", "hosts", "losses", "metrics", "sharding", "chips", "hlo"),
+    ("archives", "buckets", "hosts", "losses", "metrics", "sharding", "chips", "hlo"),
     ("pictures", "report"),
     ("nn",),
     ("flops",),

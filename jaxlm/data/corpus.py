@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -15,13 +14,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxlm import storage
 from jaxlm.config import DataConfig, RunConfig
 from jaxlm.data import source, tfds
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 
-_FORMAT = 2  # of the files below; a new number makes everything anew
+_CHECKSUMS = "checksums.json"  # of every other file of an entry: size and hash
+_FORMAT = 3  # of the files below; a new number makes everything anew
 # How a document is divided into sentences; together they are the document, white space included.
 _SENTENCES: dict[str, Callable[[str], list[str]]] = {
     "line": lambda text: text.splitlines(keepends=True),
@@ -74,12 +75,16 @@ def prepare(run: RunConfig, say: Callable[[str], None] = print) -> Prepared:
         "vocabulary": run.model.vocabulary,
         "two": run.model.structure == "encoder_decoder",
     }
-    if run.tokenizer.path:
-        made_of["tokenizer"] |= {"path": source.fingerprint(run.tokenizer.path)}
+    given = tokenizers.load(run.tokenizer.path) if run.tokenizer.path else None
+    if given is not None:
+        made_of["tokenizer"] |= {"path": tokenizers.fingerprint(given)}
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_folder(data) / key
-    if not folder.exists():
-        _build(run, sentences, folder, say)
+    damage = _damage(folder)
+    if damage and os.path.lexists(folder):
+        say(f"the cached tokens in {folder} are damaged ({damage}); they are made again")
+    if damage:
+        _build(run, given, sentences, folder, say)
     rows = json.loads((folder / "rows.json").read_text())
     tokenizer = tokenizers.load(str(folder / "tokenizer"))
     return Prepared(tokenizer, _open(folder / "train"), _open(folder / "held_out"), rows, key)
@@ -87,24 +92,48 @@ def prepare(run: RunConfig, say: Callable[[str], None] = print) -> Prepared:
 
 def cache_folder(data: DataConfig) -> Path:
     """Where tokenized data is kept: `data.cache`, else $JAXLM_CACHE, else ~/.cache/jaxlm."""
-    return Path(data.cache or os.environ.get("JAXLM_CACHE") or Path.home() / ".cache" / "jaxlm")
+    return Path(data.cache) if data.cache else storage.cache_folder()
 
 
-def _build(run: RunConfig, sentences: str | None, folder: Path, say: Callable[[str], None]) -> None:
-    """Makes the cache entry `folder` elsewhere and moves it there whole, so that half of one is never read."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as place:
-        made = Path(place) / "entry"
-        made.mkdir()
-        _build_in(run, sentences, made, say)
-        try:
-            made.rename(folder)
-        except OSError:  # another process was faster; its result is the same
-            if not folder.exists():
-                raise
+def _build(
+    run: RunConfig, given: Tokenizer | None, sentences: str | None, folder: Path, say: Callable[[str], None]
+) -> None:
+    """Makes the cache entry `folder`, in place of a damaged one; half of an entry is never read."""
+    if os.path.lexists(folder) and not folder.is_dir():
+        folder.unlink()
+    # Another process may make the same entry at the same time: either serves.
+    with storage.atomic_folder(folder, overwrite=True) as made:
+        _build_in(run, given, sentences, made, say)
+        whole = {file.relative_to(made).as_posix(): _checksum(file) for file in _files(made)}
+        (made / _CHECKSUMS).write_text(json.dumps(whole))
 
 
-def _build_in(run: RunConfig, sentences: str | None, folder: Path, say: Callable[[str], None]) -> None:
+def _damage(folder: Path) -> str:
+    """Returns what is wrong with a cache entry: which file is not what was written; "" where nothing is."""
+    try:
+        whole = json.loads((folder / _CHECKSUMS).read_text())
+        there = {file.relative_to(folder).as_posix(): file for file in _files(folder)} if whole else {}
+        if not isinstance(whole, dict) or not whole:
+            return f"{_CHECKSUMS} lists no files"
+        if other := sorted(whole.keys() ^ there.keys()):
+            return f"{other[0]} is {'missing' if other[0] in whole else 'not one of its files'}"
+        return next((f"{name} has changed" for name, file in there.items() if _checksum(file) != whole[name]), "")
+    except (OSError, ValueError, RecursionError) as error:
+        return getattr(error, "strerror", None) or f"{_CHECKSUMS} cannot be read"
+
+
+def _files(folder: Path) -> list[Path]:
+    """Returns all that an entry holds but its checksums and folders: a link or a pipe has no checksum."""
+    return [file for file in sorted(folder.rglob("*")) if file.name != _CHECKSUMS and not file.is_dir()]
+
+
+def _checksum(file: Path) -> list[int | str]:
+    return [file.stat().st_size, storage.content_hash(file)]
+
+
+def _build_in(
+    run: RunConfig, given: Tokenizer | None, sentences: str | None, folder: Path, say: Callable[[str], None]
+) -> None:
     """Writes tokenizer/, train/, held_out/ and rows.json."""
     assert run.model is not None
     data, rows = run.data, Counter[str]()
@@ -117,8 +146,8 @@ def _build_in(run: RunConfig, sentences: str | None, folder: Path, say: Callable
         cut = round(sum(sizes) * (1 - data.eval_fraction))
         train = lambda count=Counter(): _before(read(data.path, data.split, count), cut, data.documents == "file")
         held_out = lambda: _after(read(data.path, data.split, Counter()), cut, data.documents == "file")
-    if run.tokenizer.path:
-        tokenizer = tokenizers.load(run.tokenizer.path)
+    if given is not None:
+        tokenizer = given
     else:
         say(f"training a {run.tokenizer.train} tokenizer of {run.model.vocabulary:,} tokens")
         texts = _limited(train(), run.tokenizer.max_training_characters)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm import buckets
+from jaxlm import buckets, storage
 from jaxlm.config import DataConfig
 from jaxlm.data import tfds
 from jaxlm.data.clean import clean
@@ -26,7 +26,6 @@ from jaxlm.data.formats import SUFFIXES, Place, Row, file_rows, format_of, suffi
 from jaxlm.errors import UserError, perhaps
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
-_MIB = 1 << 20
 
 
 def documents(path: str, data: DataConfig, split: str, report: Counter) -> Iterator[str]:
@@ -171,7 +170,7 @@ def alike(path: str, data: DataConfig) -> DataConfig:
 def fingerprint(path: str) -> str:
     """16 hexadecimal digits that change with the data and not with where it lies.
 
-    Of files: relative names, sizes, and the first and last MiB of each.  Of tfds:NAME: its full name, with version.
+    Of files: relative names and every byte of each.  Of tfds:NAME: its full name, with version.
     """
     digest = hashlib.sha256()
     if path.startswith("tfds:"):
@@ -181,12 +180,11 @@ def fingerprint(path: str) -> str:
     path = buckets.brought(path)
     top = path if os.path.isdir(path) else os.path.commonpath([f.parent for f in found])
     for file in found:
-        size = file.stat().st_size
-        digest.update(f"{os.path.relpath(file, top)}\0{size}\0".encode(errors="surrogateescape"))
-        with open(file, "rb") as stream:
-            digest.update(hashlib.sha256(stream.read(_MIB)).digest())
-            stream.seek(max(0, size - _MIB))
-            digest.update(hashlib.sha256(stream.read(_MIB)).digest())
+        name = f"{os.path.relpath(file, top)}\0".encode(errors="surrogateescape")
+        try:
+            digest.update(name + storage.content_hash(file).encode())
+        except OSError as error:
+            raise UserError(f"{file} cannot be read: {error.strerror}; give a file that can") from None
     return digest.hexdigest()[:16]
 
 

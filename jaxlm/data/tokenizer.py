@@ -8,6 +8,7 @@ run, its export and whoever loads the export agree on every id by construction. 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -221,6 +222,17 @@ class Tokenizer:
             (Path(folder) / name).write_bytes(content)
         if self.apart:
             self.target.save(Path(folder) / TARGET, max_length)
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """Returns 16 hexadecimal digits that change with what a tokenizer does or says of itself."""
+    digest = hashlib.sha256()
+    for side in (tokenizer, tokenizer.target) if tokenizer.apart else (tokenizer,):
+        described = json.dumps([side.special, side.config], sort_keys=True, default=str)
+        files = (part for name in sorted(side.files) for part in (name.encode(), side.files[name]))
+        for part in (described.encode(), side.backend.to_str().encode(), *files):
+            digest.update(hashlib.sha256(part).digest())
+    return digest.hexdigest()[:16]
 
 
 def _frames(processor: tokenizers.processors.PostProcessor | None) -> tuple[list[tuple[int, int]], ...]:

@@ -70,8 +70,12 @@ def prepare(
         fingerprint.update(source.fingerprint(path).encode() if path else b"")
     told = asdict(replace(data, path="", target_path="", eval_path="", eval_target_path="", cache=""))
     fingerprint.update(json.dumps(told, sort_keys=True).encode())
+    if tokenizer is None and run.tokenizer.path:
+        tokenizer = tokenizers.load(run.tokenizer.path)
     if tokenizer is None:
-        tokenizer = tokenizers.load(run.tokenizer.path) if run.tokenizer.path else _trained(run, kind, train, say)
+        tokenizer = _trained(run, kind, train, say)  # which follows from the data and the config
+    else:
+        fingerprint.update(tokenizers.fingerprint(tokenizer).encode())
     return Prepared(tokenizer, train, held_out, dict(counts), fingerprint.hexdigest()[:16], names)
 
 
