@@ -28,8 +28,20 @@ from jaxlm.errors import RunError, UserError
 
 _PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "az": "adlfs", "abfs": "adlfs", "hf": "huggingface_hub"}
 # What changes, in the words of some storage or other, when a file does.
-_VERSIONS = ("mtime", "updated", "created", "last_modified", "LastModified", "etag", "ETag", "generation", "VersionId")
-_VERSIONS = (*_VERSIONS, "CRC", "chksum", "checksum", "crc32c", "md5Hash", "blob_id", "oid")
+_TIMES = ("mtime", "updated", "created", "last_modified", "LastModified")
+_VERSIONS = (
+    *_TIMES,
+    "etag",
+    "ETag",
+    "generation",
+    "VersionId",
+    "CRC",
+    "chksum",
+    "checksum",
+    "crc32c",
+    "md5Hash",
+    "oid",
+)
 
 
 def is_address(path: str | os.PathLike[str]) -> bool:
