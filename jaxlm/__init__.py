@@ -39,6 +39,7 @@ from jaxlm.evaluate import evaluate, predict
 from jaxlm.fit import fit
 from jaxlm.generate import generate, stream
 from jaxlm.lm import LM, load, save
+from jaxlm.vocabulary import resize
 
 __all__ = [
     "LM",
@@ -73,6 +74,7 @@ __all__ = [
     "generate",
     "load",
     "predict",
+    "resize",
     "save",
     "stream",
 ]

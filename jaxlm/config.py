@@ -458,6 +458,7 @@ class TokenizerConfig(Config):
     lowercase: bool = False  # fold case (wordpiece only: the others are lossless)
     separate: bool = False  # one of the sources, another of the targets (Seq2Seq), saved in a folder `target` below it
     sentinels: Count = 0  # of the vocabulary, tokens <extra_id_0> ... that mark gaps: SpanCorruption needs them
+    split_special_tokens: bool | None = None  # spell [SEP] in a text like other text; None: in pre-training alone
     max_training_characters: Characters = 50_000_000  # the trainer sees documents in order up to this much text
 
 

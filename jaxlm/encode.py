@@ -24,6 +24,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxlm.data.pack import pack
+from jaxlm.data.tokenizer import check_text
 from jaxlm.errors import UserError, perhaps
 from jaxlm.hub import model_files, safetensors
 from jaxlm.hub.model_files import JsonObject
@@ -316,6 +317,9 @@ def _batches(lm: LM, pooling: Pooling, window: list[str], batch_tokens: int) -> 
     from tokenizers.normalizers import Lowercase
 
     assert lm.tokenizer is not None
+    if pooling.lowercase:
+        for text in window:
+            check_text(text)
     lower = Lowercase().normalize_str if pooling.lowercase else str
     framed = lm.tokenizer.frame([lower(pooling.prompt + text) for text in window], max_length=_limit(lm, pooling))
     lengths = np.array([len(ids) for ids, _ in framed])

@@ -224,19 +224,17 @@ def requests(lm: LM, prompts: Sequence[Any], decoding: Decoding) -> list[Request
     draws = range(decoding.n_best if decoding.beams == 1 else 1)
     if not both:
         return [Request(n, draw, prompt, None) for n, prompt in enumerate(ids) for draw in draws]
-    start = [_start(lm)]
+    start = [start_of(lm)]
     return [Request(n, draw, start, source) for n, source in enumerate(ids) for draw in draws]
 
 
-def _prompt(lm: LM, prompt: str | Sequence[int], framed: bool) -> list[int]:
+def _prompt(lm: LM, prompt: str | Sequence[int], both: bool) -> list[int]:
     if isinstance(prompt, str):
         if lm.tokenizer is None:
             raise UserError("the model has no tokenizer; give prompts as lists of token ids")
-        if framed:
-            prompt = lm.tokenizer.frame([prompt])[0][0]
-        else:
-            bos = [] if lm.tokenizer.bos is None else [lm.tokenizer.bos]
-            prompt = bos + lm.tokenizer.encode(prompt)
+        prompt = lm.tokenizer.frame([prompt])[0][0]
+        if not (prompt or both or lm.tokenizer.bos is None):
+            prompt = [lm.tokenizer.bos]  # a decoder has to read something
     if not len(prompt):
         raise UserError("a prompt is empty and the tokenizer has no BOS; give at least one token")
     strange = [token for token in prompt if not 0 <= token < lm.config.vocabulary]
@@ -260,18 +258,18 @@ def _token(lm: LM, name: str) -> int | None:
     return token if isinstance(token, int) and 0 <= token < lm.config.V else None
 
 
-def _start(lm: LM) -> int:
+def start_of(lm: LM) -> int:
     """What the decoder of an encoder-decoder reads first."""
     for token in (_token(lm, "decoder_start_token_id"), lm.config.start_token):
         if token is not None:
             return token
     if lm.tokenizer is not None:  # mBART begins with what the text ends with, its language
-        frame = lm.tokenizer.target.wrap([])[0]
-        if frame:
-            return frame[-1]
+        suffix = lm.tokenizer.target.suffix
+        if suffix:
+            return suffix[-1]
     token = _token(lm, "bos_token_id")
     if token is None:
-        raise UserError("the model does not say what its decoder reads first; set config.start_token")
+        raise UserError("the model names no token that its decoder starts with; set config.start_token")
     return token
 
 

@@ -16,8 +16,10 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jaxlm.data.pack import pack
+from jaxlm.data.tokenizer import check_text
 from jaxlm.encode import SHORTEST, mesh_of, params_of
 from jaxlm.errors import UserError
+from jaxlm.generate import start_of
 from jaxlm.nn.transformer import Transformer, apply
 from jaxlm.sharding import spec, ways
 
@@ -59,10 +61,12 @@ def log_likelihoods(
 ) -> list[Likelihood]:
     """How likely each continuation is behind its context, in order.
 
-    pairs: (context, continuation), each a text or token ids that are used as given.  Texts of a decoder begin with the
-    tokenizer's BOS where it has one.  They are tokenized joined, and spaces at the end of the context count for the
-    continuation, as it would have been written (and as lm-evaluation-harness has it).  An encoder-decoder reads the
-    context in its encoder, framed as always, and the continuation in its decoder, without an end token.
+    pairs: (context, continuation), each a text or token ids that are used as given.  A decoder's context begins with
+    what the tokenizer's own frame puts before a text, such as BOS; an empty one is BOS, since something has to be read.
+    They are tokenized joined, and spaces at the end of the context count for the continuation, as it would have been
+    written (and as lm-evaluation-harness has it).  An encoder-decoder reads the
+    context in its encoder, framed as always, and the continuation in its decoder, behind its start token and what the
+    frame puts before a text (the language of mBART-50), without an end token.
 
     length: tokens of a row; None: the model's positions.  too_long: what happens to a pair that is longer: it is an
     error, or the context loses its beginning.  batch_tokens: places in a batch; None: what suits the machine.  How
@@ -84,14 +88,14 @@ def fill(lm: LM, text: str, *, blank: str = "[MASK]", most: int = 5) -> list[lis
     """
     if lm.config.heads_on_top[:1] != ("masked_lm",) or _tokenizer(lm).mask is None:
         raise UserError(f"blanks are filled by the head masked_lm, the model has {', '.join(lm.config.heads_on_top)}")
-    parts = text.split(blank)
-    if len(parts) == 1:
-        raise UserError(f"the text {text!r:.40} has no {blank}; put one where a word is wanted")
-    ids: list[int] = []
-    for n, part in enumerate(_tokenizer(lm).encode_batch(parts)):
-        ids += [_tokenizer(lm).mask] * bool(n) + part
-    tokens = _tokenizer(lm).wrap(ids)[0]
+    check_text(text)
+    # The tokenizer finds its own mask token, so that the token's flags hold: RoBERTa's takes the space before it.
+    (tokens, _), *_ = _tokenizer(lm).frame(
+        [text.replace(blank, _tokenizer(lm).special["mask"])], split_special_tokens=False
+    )
     places = [place for place, token in enumerate(tokens) if token == _tokenizer(lm).mask]
+    if not places:
+        raise UserError(f"the text {text!r:.40} has no {blank}; put one where a word is wanted")
     logits_BTV = lm(jnp.array([tokens], jnp.int32)).logits
     assert logits_BTV is not None  # the head is there
     logits_TV = np.asarray(logits_BTV[0], np.float64)[:, : lm.vocabulary]
@@ -116,7 +120,8 @@ def perplexity(
     perplexity: e to the loss; loss: nats per token; bits_per_byte: the same per byte of UTF-8, so that models with
     other tokenizers compare; tokens: that were predicted; bytes: of the texts.
 
-    Every text begins with BOS where the tokenizer has one, else its first token is not predicted.  A text longer than
+    Every text begins with what the tokenizer's own frame puts before it, such as BOS.  Where that is nothing (GPT-2),
+    the first token of a text is read and not predicted, as in transformers' loss.  A text longer than
     a row is read in windows of `length` that move by `stride`, each token counted in the first window that has it.
     length: None: the model's positions, 2048 at the most.  stride: None: `length`, so that windows do not overlap; a
     smaller one gives tokens more of a context, and takes longer.
@@ -137,9 +142,10 @@ def perplexity(
             for n, text in some:
                 if not isinstance(text, str) or not text:
                     raise UserError(f"text {n} is {text!r:.40}; give strings that are not empty")
+                check_text(text)
                 size += len(text.encode())
             for ids in _tokenizer(lm).encode_batch([text for _, text in some]):
-                tokens = np.array(_begun(lm, ids), np.int32)
+                tokens = np.array(_tokenizer(lm).begun(ids), np.int32)
                 for start, counted, end in _windows(len(tokens) - 1, limit, stride or limit):
                     yield _Example(tokens[start:end], tokens[start + 1 : end + 1], end - counted)
 
@@ -195,11 +201,6 @@ def _tokenizer(lm: LM) -> Any:
     return lm.tokenizer
 
 
-def _begun(lm: LM, ids: list[int]) -> list[int]:
-    bos = _tokenizer(lm).bos
-    return ids if bos is None else [bos, *ids]
-
-
 def _pair(lm: LM, n: int, pair: tuple[Text, Text], limit: int, too_long: str) -> _Example:
     """The example of pair n."""
     try:
@@ -208,6 +209,9 @@ def _pair(lm: LM, n: int, pair: tuple[Text, Text], limit: int, too_long: str) ->
         raise UserError(f"pair {n} is {pair!r:.60}; give (context, continuation)") from None
     split = lm.config.structure == "encoder_decoder"
     before, after = _split_ids(lm, context, continuation) if split else _joined_ids(lm, context, continuation)
+    begin = [start_of(lm)] if split else []  # what the decoder reads before the continuation
+    if split and isinstance(continuation, str):
+        begin += _tokenizer(lm).target.prefix
     if not len(after):
         raise UserError(f"pair {n}: the continuation {continuation!r:.40} has no token; give at least one")
     if not len(before):
@@ -217,13 +221,14 @@ def _pair(lm: LM, n: int, pair: tuple[Text, Text], limit: int, too_long: str) ->
     if len(strange):
         raise UserError(f"pair {n} has token {strange[0]}; ids go from 0 to {lm.config.vocabulary - 1}")
     room = limit if split else limit + 1 - len(after)
-    needs = max(len(before), len(after)) if split else len(ids) - 1
+    needs = max(len(before), len(begin) + len(after) - 1) if split else len(ids) - 1
     if needs > limit and (too_long == "refuse" or len(after) > limit):
         remedy = "shorten it" if len(after) > limit else "shorten it, or give too_long='truncate'"
         raise UserError(f"pair {n} takes {needs} tokens of a row, more than {limit}; {remedy}")
     before_S, after_T = np.array(before[-room:], np.int32), np.array(after, np.int32)
     if split:
-        return _Example(np.concatenate([[lm.config.start_token], after_T[:-1]]), after_T, len(after), before_S)
+        read_T = np.array([*begin, *after_T], np.int32)
+        return _Example(read_T[:-1], read_T[1:], len(after), before_S)
     ids = np.concatenate([before_S, after_T])
     return _Example(ids[:-1], ids[1:], len(after))
 
@@ -231,19 +236,17 @@ def _pair(lm: LM, n: int, pair: tuple[Text, Text], limit: int, too_long: str) ->
 def _joined_ids(lm: LM, context: Text, continuation: Text) -> tuple[Sequence[int], Sequence[int]]:
     """Ids of a context and of what follows it, in one row."""
     if not (isinstance(context, str) and isinstance(continuation, str)):
-        whole = [_begun(lm, _tokenizer(lm).encode(context)) if isinstance(context, str) else context]
+        whole = [_tokenizer(lm).begun(_tokenizer(lm).encode(context)) if isinstance(context, str) else context]
         whole += [_tokenizer(lm).encode(continuation) if isinstance(continuation, str) else continuation]
         return whole[0], whole[1]
     cut = len(context.rstrip())
     before = _tokenizer(lm).encode(context[:cut])
     whole_ids = _tokenizer(lm).encode(context + continuation)
-    return _begun(lm, before), whole_ids[len(before) :]
+    return _tokenizer(lm).begun(before), whole_ids[len(before) :]
 
 
 def _split_ids(lm: LM, context: Text, continuation: Text) -> tuple[Sequence[int], Sequence[int]]:
     """Ids of what the encoder reads, and of what the decoder is to write."""
-    if lm.config.start_token is None:
-        raise UserError("the model names no token that its decoder starts with; a likelihood takes one")
     before = _tokenizer(lm).frame([context])[0][0] if isinstance(context, str) else context
     after = _tokenizer(lm).target.encode(continuation) if isinstance(continuation, str) else continuation
     return before, after

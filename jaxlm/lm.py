@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlm import buckets, families, sharding, storage
 from jaxlm.config import ModelConfig
@@ -65,10 +66,32 @@ class LM:
     pooling: Pooling | None = None  # how texts become vectors, where the folder declares it
     fresh: tuple[str, ...] = ()  # paths of parameters that were drawn anew, since the folder has none
 
+    def __post_init__(self) -> None:
+        if self.tokenizer is not None:  # refuses tokens that this model has no row for
+            object.__setattr__(self, "tokenizer", self.tokenizer.for_model(self.config.vocabulary, self.config.V))
+
     @property
     def vocabulary(self) -> int:
         """Number of tokens that can be written: the tokenizer's, where the stored vocabulary is padded beyond it."""
         return self.config.V if self.tokenizer is None else min(self.tokenizer.target.size, self.config.V)
+
+    def tokens(self, text: str, pair: str | None = None) -> np.ndarray:
+        """Returns what the model reads of a text: its ids, [1, T] int32, with the special tokens around them.
+
+        `tokenizer.encode(text)` gives the ids of the text alone, `tokens` also [CLS] and [SEP], BOS or EOS, as the
+        tokenizer of transformers does when it is called.
+
+        Args:
+            text: the text.
+            pair: a second text, for a model that reads two.
+
+        Raises:
+            UserError: for a model without a tokenizer, and for an id that the model has no row for.
+        """
+        if self.tokenizer is None:
+            raise UserError("the model has no tokenizer; load it from a folder with one, or give token ids")
+        ((ids, _),) = self.tokenizer.frame([text], None if pair is None else [pair])
+        return np.array([ids], np.int32)
 
     def _token(self, role: str) -> int | None:
         """The token of a role, such as pad or eos, where config.json or the tokenizer names it."""
@@ -150,6 +173,10 @@ class LM:
 
     def __call__(self, tokens_BT: jax.Array, *inputs: jax.Array | None, **named: Any) -> Output:
         """`apply` with the model's own parameters, compiled."""
+        check_ids("tokens_BT", tokens_BT, self.config.vocabulary)
+        target_BT = inputs[2] if len(inputs) > 2 else named.get("target_tokens_BT")
+        if target_BT is not None:
+            check_ids("target_tokens_BT", target_BT, self.config.V)
         tokens_BT = jnp.asarray(tokens_BT, jnp.int32)
         length = tokens_BT.shape[-1]
         if tokens_BT.ndim != 2 or not length:
@@ -159,6 +186,26 @@ class LM:
                 f"a row has {length} tokens, more than the {self.config.max_length} positions of the model; cut it"
             )
         return self._jitted(self.params, tokens_BT, *inputs, **named)
+
+
+def check_ids(name: str, ids: Any, rows: int) -> None:
+    """Raises UserError for ids that are no integers, and for one that the model has no row for.
+
+    Arrays on an accelerator, and those of a traced function, are not looked at: it would have to be waited for.
+    """
+    if isinstance(ids, jax.core.Tracer):
+        return
+    if isinstance(ids, jax.Array) and (jax.default_backend() != "cpu" or not ids.is_fully_addressable):
+        return
+    ids = np.asarray(ids)
+    if ids.size and not np.issubdtype(ids.dtype, np.integer):
+        raise UserError(f"{name} has the dtype {ids.dtype}; give token ids, which are integers")
+    if ids.size and (ids.min() < 0 or ids.max() >= rows):
+        strange = int(ids.min() if ids.min() < 0 else ids.max())
+        raise UserError(
+            f"{name} has the id {strange}, but the model has {rows} rows for tokens, so ids go from 0 to {rows - 1}; "
+            f"correct the ids, or give the model more rows with jaxlm.resize(lm, size)"
+        )
 
 
 def _inside(seen: Any, stack: str) -> Inside:
@@ -210,6 +257,7 @@ def load(
     module: type[Transformer] | None = None,
     revision: str | None = None,
     offline: bool = False,
+    split_special_tokens: bool | None = None,
     say: Callable[[str], None] | None = None,
 ) -> LM:
     """The model in a folder, or of a hub name: Hugging Face's format, or a run (its export).
@@ -220,6 +268,9 @@ def load(
     dtype: of the parameters in memory, None as they are stored; compute_dtype: of the arithmetic, None as `dtype`.
     mesh: where the parameters go, each device reading its slices; None: the first device.
     module: a class of your own, derived from Transformer, whose parameters the folder holds.
+    split_special_tokens: whether special tokens written in texts, such as "[SEP]", are spelled like other text (True,
+    for texts that users of a service send) or read as these tokens (False); None: as the tokenizer's files say, else
+    False.
     revision: branch, tag or commit on the hub; offline: look only in the hub's cache.  say: takes what is said, in
     place of standard error.
 
@@ -243,7 +294,7 @@ def load(
         tell(f"made new, since {folder} has none: {', '.join(found.fresh)}")
     compute = kinds[1] or kinds[0] or jnp.result_type(*jax.tree.leaves(found.params))
     made = (module or Transformer)(found.config, sharding.Placement(mesh), jnp.dtype(compute))
-    tokenizer = tokenizers.load(str(folder)) if has_tokenizer(folder) else None
+    tokenizer = tokenizers.load(str(folder), split_special_tokens) if has_tokenizer(folder) else None
     kept = {name: model_files.locate(folder, name) for name in _CARRIED}
     files = {name: model_files.read_bytes(file) for name, file in kept.items() if file is not None}
     known: dict[str, Any] = {"files": files | carried(folder), "pooling": read_pooling(folder), "fresh": found.fresh}

@@ -8,7 +8,6 @@ In Python: `lm_eval.simple_evaluate(model=jaxlm.lm_eval.Harness("FOLDER"), tasks
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import json
@@ -41,9 +40,9 @@ class Harness(LM):
     """What the harness asks of a model, by `log_likelihoods` and `generate`.
 
     path: a run, a folder in Hugging Face's format, or a hub name.  add_bos_token: whether texts begin with the
-    tokenizer's BOS where it has one, as all of jaxlm has it; the harness' own models leave it out where transformers'
-    tokenizer does, GPT-2's for one.  max_length: tokens of a row; None: the model's positions.  batch_tokens: places
-    in a batch; the harness' batch_size, max_batch_size and device say nothing here.
+    tokenizer's BOS; None: as the tokenizer's own frame has it, as with the harness' own models.  max_length: tokens of
+    a row; None: the model's positions.  batch_tokens: places in a batch; the harness' batch_size, max_batch_size and
+    device say nothing here.
 
     Longer contexts lose their beginning, as with the harness' own models.
     """
@@ -52,7 +51,7 @@ class Harness(LM):
         self,
         path: str | models.LM,
         dtype: str = "float32",
-        add_bos_token: bool = True,
+        add_bos_token: bool | None = None,
         max_length: int | None = None,
         max_gen_toks: int = 256,
         batch_tokens: int | None = None,
@@ -66,10 +65,8 @@ class Harness(LM):
             raise UserError("the model has no tokenizer; load it from a folder with one")
         first = loaded.tokenizer.eos if loaded.tokenizer.bos is None else loaded.tokenizer.bos
         self.begin = [] if first is None else [first]  # what an empty context is
-        if not add_bos_token:
-            bare = copy.copy(loaded.tokenizer)
-            bare.bos = None
-            loaded = dataclasses.replace(loaded, tokenizer=bare)
+        if add_bos_token is not None:
+            loaded = dataclasses.replace(loaded, tokenizer=loaded.tokenizer.framed_with(bos=add_bos_token))
         self.lm, self.max_gen_toks = loaded, max_gen_toks
         self.rows: dict[str, Any] = {"length": max_length, "batch_tokens": batch_tokens}
         self.chats: dict[str, list[int]] = {}  # text of a chat -> its ids, which the text does not tell

@@ -333,7 +333,7 @@ def test_a_message_without_special_tokens_is_encoded_as_text_is(tokenizer):
     assert ids == tokenizer.encode(TALK[0]["content"])
     text = "see </s> and <|im_end|>!"
     ids, _ = chat.encode(tokenizer, [{"role": "user", "content": text}], template="{{ messages[0].content }}")
-    assert ids == tokenizer.encode(text)
+    assert ids == tokenizer.encode(text, split_special_tokens=True)
 
 
 # What is refused.

@@ -310,6 +310,18 @@ def test_documents_are_wrapped_and_sentences_are_bare(tmp_path):
     assert corpus.documents[:3].tolist() == [0, 3, 5]
 
 
+@pytest.mark.parametrize("split", [None, True, False])
+def test_special_tokens_in_documents_are_text_unless_they_are_asked_for(tmp_path, split):
+    run = a_run(tmp_path, "a line with </s> in it\n" * 90)
+    tokenizer = dataclasses.replace(run.tokenizer, split_special_tokens=split)
+    run = dataclasses.replace(run, tokenizer=tokenizer)
+    prepared = prepare(run, QUIET)
+    tokens, bounds = prepared.train.tokens, prepared.train.bounds
+    inside = np.setdiff1d(np.flatnonzero(tokens == prepared.tokenizer.eos), bounds[1:] - 1)
+    assert bool(len(inside)) == (split is False)
+    assert prepared.tokenizer.split_special_tokens == bool(split)  # for prompts and tables
+
+
 def test_held_out_data_of_its_own(tmp_path):
     (tmp_path / "other.txt").write_text("a line of text\n")
     prepared = prepare(a_run(tmp_path, eval_path=str(tmp_path / "other.txt")), QUIET)

@@ -47,7 +47,7 @@ def fast_compiles(monkeypatch):
 
 @lru_cache
 def tokenizer():
-    return tokenizers.train([TEXT], TokenizerConfig(train="characters"), 48)
+    return tokenizers.train([TEXT], TokenizerConfig(train="characters"), 48, begun=True)
 
 
 @lru_cache

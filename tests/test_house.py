@@ -33,7 +33,7 @@ ORDER = (  # each may import those before it and beside it
     ("data",),
     ("encode",),
     ("lm",),
-    ("decode", "beam", "speculative", "generate", "prompts", "inspect", "likelihood", "lm_eval"),
+    ("decode", "beam", "speculative", "generate", "prompts", "inspect", "likelihood", "lm_eval", "vocabulary"),
     ("tasks",),
     ("optimizer", "step", "checkpoint", "assembly", "measure"),
     ("folder",),

@@ -39,7 +39,7 @@ def fast_compiles(monkeypatch):
 
 @lru_cache
 def tokenizer():
-    return tokenizers.train([TEXT], TokenizerConfig(train="characters"), 48)
+    return tokenizers.train([TEXT], TokenizerConfig(train="characters"), 48, begun=True)
 
 
 @lru_cache
@@ -154,7 +154,7 @@ def test_texts_begin_with_bos_and_are_tokenized_joined():
 
 
 def test_joined_tokens_are_those_of_the_whole_text():
-    bpe = tokenizers.train([TEXT * 9], TokenizerConfig(train="byte_bpe"), 290)
+    bpe = tokenizers.train([TEXT * 9], TokenizerConfig(train="byte_bpe"), 290, begun=True)
     config = replace(MODELS["gpt2"], vocabulary=290)
     lm = LM(config, Transformer(config), random_params(config), bpe)
     before, whole = bpe.encode("the qui"), bpe.encode("the quick brown")

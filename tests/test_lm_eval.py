@@ -73,7 +73,7 @@ def fast_compiles(monkeypatch):
 
 @lru_cache
 def lm() -> LM:
-    tokenizer = tokenizers.train([TEXT], TokenizerConfig(train="characters"), 48)
+    tokenizer = tokenizers.train([TEXT], TokenizerConfig(train="characters"), 48, begun=True)
     return LM(CONFIG, Transformer(CONFIG), random_params(CONFIG, std=0.3), tokenizer)
 
 

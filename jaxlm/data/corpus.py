@@ -22,7 +22,7 @@ from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 
 _CHECKSUMS = "checksums.json"  # of every other file of an entry: size and hash
-_FORMAT = 3  # of the files below; a new number makes everything anew
+_FORMAT = 4  # of the files below; a new number makes everything anew
 # How a document is divided into sentences; together they are the document, white space included.
 _SENTENCES: dict[str, Callable[[str], list[str]]] = {
     "line": lambda text: text.splitlines(keepends=True),
@@ -73,9 +73,10 @@ def prepare(run: RunConfig, say: Callable[[str], None] = print) -> Prepared:
         "data": [fingerprint, dataclasses.asdict(told), sentences],
         "tokenizer": dataclasses.asdict(run.tokenizer),
         "vocabulary": run.model.vocabulary,
-        "two": run.model.structure == "encoder_decoder",
+        "structure": run.model.structure,  # what stands around a text of a tokenizer that is trained
     }
-    given = tokenizers.load(run.tokenizer.path) if run.tokenizer.path else None
+    how = run.tokenizer
+    given = tokenizers.load(how.path, how.split_special_tokens) if how.path else None
     if given is not None:
         made_of["tokenizer"] |= {"path": tokenizers.fingerprint(given)}
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
@@ -151,8 +152,13 @@ def _build_in(
     else:
         say(f"training a {run.tokenizer.train} tokenizer of {run.model.vocabulary:,} tokens")
         texts = _limited(train(), run.tokenizer.max_training_characters)
-        ended = run.model.structure == "encoder_decoder"
-        tokenizer = tokenizers.train(texts, run.tokenizer, run.model.vocabulary, ended=ended)
+        tokenizer = tokenizers.train(
+            texts,
+            run.tokenizer,
+            run.model.vocabulary,
+            begun=run.model.structure == "decoder",
+            ended=run.model.structure == "encoder_decoder",
+        )
     if tokenizer.size > run.model.vocabulary:
         raise UserError(
             f"the tokenizer has ids up to {tokenizer.size - 1}, the model's vocabulary is {run.model.vocabulary}; "
@@ -161,7 +167,7 @@ def _build_in(
     split = None if sentences is None else _SENTENCES[sentences]
     for name, texts in {"train": train(rows), "held_out": held_out()}.items():
         say(f"tokenizing the {name.replace('_', '-')} text")
-        corpus = _write(texts, tokenizer, split, folder / name)
+        corpus = _write(texts, tokenizer, split, folder / name, run.tokenizer.split_special_tokens is not False)
         if not len(corpus.tokens):
             raise UserError(
                 f"no {name.replace('_', '-')} text is left of {data.eval_path or data.path}; "
@@ -172,7 +178,11 @@ def _build_in(
 
 
 def _write(
-    texts: Iterable[str], tokenizer: Tokenizer, split: Callable[[str], list[str]] | None, folder: Path
+    texts: Iterable[str],
+    tokenizer: Tokenizer,
+    split: Callable[[str], list[str]] | None,
+    folder: Path,
+    split_special_tokens: bool,
 ) -> Corpus:
     """Tokenizes documents, some thousand at a time, into the files of a corpus.
 
@@ -189,7 +199,8 @@ def _write(
     with open(folder / "tokens.bin", "wb") as file:
         for some in _batches(texts, characters=1 << 20):
             divided = [[text] if split is None else [s for s in split(text) if s.strip()] for text in some]
-            encoded = tokenizer.encode_batch([sentence for document in divided for sentence in document])
+            sentences = [sentence for document in divided for sentence in document]
+            encoded = tokenizer.encode_batch(sentences, split_special_tokens)
             if split is None:
                 encoded = [before + ids + after for ids in encoded]
             sentence_sizes += map(len, encoded)

@@ -52,7 +52,8 @@ def translated(
 ) -> tokenizers.Tokenizer:
     """A tokenizer with these pieces, each with its place as id, that divides a text as the sentencepiece model does.
 
-    `settings`: of the classes of transformers, do_lower_case, keep_accents and add_prefix_space (False: none).
+    `settings`: of the classes of transformers, do_lower_case, keep_accents, add_prefix_space (False: none) and legacy
+    (False: that space is where the text begins, and not behind each special token).
 
     sentencepiece writes a space as U+2581 and so cannot tell the two apart.  Here the pieces hold the space itself;
     with `lossless` a U+2581 in the text is an unknown character, spelled in bytes, unless the model loses something
@@ -60,7 +61,7 @@ def translated(
     same score, such as runs of spaces, sentencepiece's float32 sums may choose another than the float64 sums here; and
     what follows a symbol of the user's in a bpe model gets a space in front where the text does.
     """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     rule = proto.normalizer_spec
     unk = next(i for i, piece in enumerate(pieces) if piece.type == UNKNOWN)
@@ -106,7 +107,9 @@ def translated(
         steps.append(normalizers.Replace("\u2581", " "))
     if rule.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
-    if prefix:
+    if prefix and settings.get("legacy") is False:  # Llama's class has the space where the text begins, and there alone
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(" ", "first", split=False)
+    elif prefix:
         steps.append(normalizers.Prepend(" "))
     if steps:
         backend.normalizer = normalizers.Sequence(steps)

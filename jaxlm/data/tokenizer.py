@@ -52,6 +52,8 @@ _OF_KIND: dict[str, dict[str, Any]] = {
     "unigram": {},
     "bpe": {"split_by_unicode_script": False, "split_by_number": False},
 }
+_CLEANED = [(f" {sign}", sign) for sign in (*".?!,", "n't", "'m", "'s", "'ve", "'re")]
+_CLEANED.insert(4, (" ' ", "'"))
 TARGET = "target"  # folder below a tokenizer with the one of target texts, where it is another
 _PASSAGE = 4096  # characters that sentencepiece sees at once
 # sentencepiece would take U+2581 for a space and skip a passage with U+2585 or U+0000; to leave them out of training
@@ -66,10 +68,13 @@ class Tokenizer:
     bos, eos, pad, unk, cls, sep, mask: ids of the special tokens, None where there is none.
     target: what encodes the target text of a translation: itself but for models that have another tokenizer (Marian)
     or another frame (mBART) for it.
+    split_special_tokens: whether a special token that is written in a text, such as "[SEP]", is spelled like other text
+    (True) or is that token (False, the default of transformers).  Each method that encodes takes it as an argument too.
+    rows: number of rows in the token table of the model that reads the ids, where it is smaller than `size`; then an
+    id beyond it raises UserError.
 
-    Text never becomes a special token: "</s>" or "[MASK]" in a document is spelled like other text.  The kinds
-    "unigram", "bpe" and "byte_bpe" that `train` makes are lossless: decode(encode(text)) == text for all Unicode,
-    U+2581 included.
+    With split_special_tokens=True the kinds "unigram", "bpe" and "byte_bpe" that `train` makes are lossless:
+    decode(encode(text)) == text for all Unicode, U+2581 included.
     """
 
     def __init__(
@@ -79,15 +84,22 @@ class Tokenizer:
         files: dict[str, bytes],
         config: Mapping[str, Any] = MappingProxyType({}),
         divide: tokenizers.Tokenizer | None = None,
+        split_special_tokens: bool = False,
+        clean_up: bool = False,
     ):
         """`special`: "bos" ... "mask" -> its token; `files`: name -> content, written by `save` unchanged.
 
-        `config`, `divide`: as in `vocabularies.Read`.  Raises UserError for ids too far apart to be a vocabulary's.
+        `config`, `divide`, `clean_up`: as in `vocabularies.Read`.
+
+        Raises UserError for ids too far apart to be a vocabulary's.
         """
         from tokenizers import AddedToken, models
 
         names = {role: token for role, token in special.items() if token and backend.token_to_id(token) is not None}
-        backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in names.values()])
+        # To add a token again would replace its flags, such as that RoBERTa's <mask> takes the space before it.
+        there = {token.content for token in backend.get_added_tokens_decoder().values()}
+        new = [token for token in names.values() if token not in there]
+        backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in new])
         spell = lambda made: pieces.spelled(made) if isinstance(made.model, models.Unigram) else made
         backend = spell(backend)
         pieces.check_normalizer(backend)
@@ -95,7 +107,8 @@ class Tokenizer:
         for made in (backend, self._divide):
             made.no_truncation()
             made.no_padding()
-            made.encode_special_tokens = True  # not kept in tokenizer.json
+        self.split_special_tokens, self._clean_up = split_special_tokens, clean_up
+        self.rows: int | None = None
         self.backend, self.special, self.files, self.config = backend, names, files, config
         self._ids = None if divide is None else backend.get_vocab()
         self.apart = False  # whether `target` is another tokenizer, with files of its own
@@ -106,24 +119,110 @@ class Tokenizer:
         self.bos, self.eos, self.pad, self.unk = ids["bos"], ids["eos"], ids["pad"], ids["unk"]
         self.cls, self.sep, self.mask = ids["cls"], ids["sep"], ids["mask"]
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of the text, without special tokens around it."""
-        return self._numbers(self._divide.encode(text, add_special_tokens=False))
+    def encode(self, text: str, split_special_tokens: bool | None = None) -> list[int]:
+        """Returns the ids of the text, without the special tokens around it: see `frame` for these.
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """`encode` of each text, on all cores."""
-        divide = self._divide  # (the fast way leaves the pieces empty)
-        batch = divide.encode_batch_fast if self._ids is None else divide.encode_batch
-        return [self._numbers(divided) for divided in batch(texts, add_special_tokens=False)]
+        Args:
+            text: the text.
+            split_special_tokens: as the attribute of this name; None: its value.
+
+        Raises:
+            UserError: for a text with half a surrogate pair, and for an id that the model has no row for.
+        """
+        return self.encode_batch([text], split_special_tokens)[0]
+
+    def encode_batch(self, texts: Sequence[str], split_special_tokens: bool | None = None) -> list[list[int]]:
+        """Returns `encode` of each text, on all cores."""
+        return [self._numbers(divided) for divided in self._divided(texts, split_special_tokens, self._ids is not None)]
+
+    def encode_offsets(
+        self, texts: Sequence[str], split_special_tokens: bool | None = None
+    ) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """Returns `encode` of each text, and the characters [start, end) of the text that each token stands for."""
+        divided = self._divided(texts, split_special_tokens, True)
+        return [(self._numbers(one), one.offsets) for one in divided]
+
+    def _divided(self, texts: Sequence[str], split: bool | None, whole: bool) -> list[tokenizers.Encoding]:
+        """The encodings of texts; without `whole` they have ids alone, which is faster."""
+        split = self.split_special_tokens if split is None else split
+        backend = self._splitting if split else self._divide
+        batch = backend.encode_batch if whole else backend.encode_batch_fast
+        texts = list(texts)
+        try:
+            return batch(texts, add_special_tokens=False)
+        except (UnicodeEncodeError, TypeError):
+            for text in texts:
+                check_text(text)
+            raise
+
+    @cached_property
+    def _splitting(self) -> tokenizers.Tokenizer:
+        """The tokenizer that spells special tokens: an object of its own, since threads may share the other."""
+        from tokenizers import Tokenizer
+
+        backend = Tokenizer.from_str(self._divide.to_str())
+        backend.encode_special_tokens = True  # not kept in tokenizer.json
+        return backend
 
     def _numbers(self, divided: tokenizers.Encoding) -> list[int]:
         ids, unk = self._ids, self.unk
-        return divided.ids if ids is None or unk is None else [ids.get(piece, unk) for piece in divided.tokens]
+        found = divided.ids if ids is None or unk is None else [ids.get(piece, unk) for piece in divided.tokens]
+        return found if self.rows is None else self.checked(found)
 
-    def encode_offsets(self, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        """`encode` of each text, and the characters [start, end) of the text that each token stands for."""
-        batch = self._divide.encode_batch(texts, add_special_tokens=False)
-        return [(self._numbers(divided), divided.offsets) for divided in batch]
+    def checked(self, ids: list[int]) -> list[int]:
+        """Returns the ids.  Raises UserError for one that the model has no row for."""
+        if self.rows is not None and ids and (last := max(ids)) >= self.rows:
+            raise UserError(
+                f"the text has the token {self.pieces([last])[0]!r} with the id {last}, but the model has {self.rows} "
+                f"rows for tokens and its tokenizer {self.size} tokens; give the model a row for each with "
+                f"jaxlm.resize(lm), or use the tokenizer that it was trained with"
+            )
+        return ids
+
+    def for_model(self, rows: int, target_rows: int) -> Tokenizer:
+        """Returns the tokenizer for a model with these numbers of rows for source and target tokens.
+
+        It refuses ids that the model has no row for.
+        """
+        limit = lambda side, count: count if side.size > count else None
+        if (self.rows, self.target.rows) == (limit(self, rows), limit(self.target, target_rows)):
+            return self
+        fitted = copy.copy(self)
+        fitted.rows = limit(self, rows)
+        if self.target is self:
+            fitted.target = fitted
+        else:
+            fitted.target = copy.copy(self.target)
+            fitted.target.rows = limit(self.target, target_rows)
+            fitted.target.target = fitted.target if self.apart or self.target.target is self.target else fitted
+        return fitted
+
+    def framed_with(self, bos: bool) -> Tokenizer:
+        """Returns the tokenizer with, or without, BOS before each text and pair, whatever its own frame says."""
+        if self.bos is None or (self.prefix == [self.bos]) == bos:
+            return self
+        framed = copy.copy(self)
+        begin = [(self.bos, 0)]
+        framed._frames = tuple(begin + frame if bos else frame[1:] for frame in self._frames)
+        framed.target = framed if self.target is self else self.target
+        return framed
+
+    @property
+    def prefix(self) -> list[int]:
+        """The ids that the frame puts before a text: [BOS], [CLS] or none."""
+        ids = [i for i, _ in self._frames[0]]
+        return ids[: ids.index(-1)]
+
+    @property
+    def suffix(self) -> list[int]:
+        """The ids that the frame puts after a text: [EOS], [SEP], [EOS, language] or none."""
+        ids = [i for i, _ in self._frames[0]]
+        return ids[ids.index(-1) + 1 :]
+
+    def begun(self, ids: list[int]) -> list[int]:
+        """Returns the ids of a text behind the frame's prefix; BOS where that is none, since a model has to read."""
+        whole = self.prefix + ids
+        return whole or ([] if self.bos is None else [self.bos])
 
     def room(self, length: int, pair: bool) -> int:
         """Tokens of a text, or of a text and its pair together, that `length` has place for beside the special ones.
@@ -152,26 +251,36 @@ class Tokenizer:
         return ids, types, starts
 
     def frame(
-        self, texts: list[str], pairs: list[str] | None = None, max_length: int | None = None
+        self,
+        texts: list[str],
+        pairs: list[str] | None = None,
+        max_length: int | None = None,
+        split_special_tokens: bool | None = None,
     ) -> list[tuple[list[int], list[int]]]:
         """(ids, token types) of each text, or text and pair, with the special tokens that the model expects.
 
         max_length: tokens to keep, special ones included; of a text and its pair, the longer loses its end first.
+        split_special_tokens: as in `encode`.
         BERT: `[CLS] text [SEP] pair [SEP]` with types 0 0 0 1 1; T5: `text </s>`; GPT-2: `text`.
 
         Raises UserError where `max_length` has no room for text, or texts and pairs are not as many.
         """
         room = None if max_length is None else self.room(max_length, pairs is not None)
         if pairs is None:
-            return [self.wrap(ids if room is None else ids[:room])[:2] for ids in self.encode_batch(texts)]
+            encoded = self.encode_batch(texts, split_special_tokens)
+            return [self.wrap(ids if room is None else ids[:room])[:2] for ids in encoded]
         if len(pairs) != len(texts):
             raise UserError(f"there are {len(texts)} texts and {len(pairs)} pairs; give a pair for each text")
-        both = zip(self.encode_batch(texts), self.encode_batch(pairs))
+        both = zip(self.encode_batch(texts, split_special_tokens), self.encode_batch(pairs, split_special_tokens))
         return [self.wrap(*(parts if room is None else _cut(*parts, room)))[:2] for parts in both]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of the ids; special tokens, and ids past the vocabulary, are skipped."""
-        return self.backend.decode([int(i) for i in ids if i < self.size], skip_special_tokens=True)
+        text = self.backend.decode([int(i) for i in ids if i < self.size], skip_special_tokens=True)
+        if self._clean_up:  # `clean_up_tokenization` of transformers
+            for spaced, joined in _CLEANED:
+                text = text.replace(spaced, joined)
+        return text
 
     def pieces(self, ids: Sequence[int] | np.ndarray) -> list[str]:
         """Each id as the vocabulary spells it; "" for an id that the vocabulary does not have."""
@@ -217,7 +326,12 @@ class Tokenizer:
         }
         if not self.config:
             made["tokenizer.json"] = self.backend.to_str(pretty=True).encode()
-        for name, content in (made | self.files).items():
+        files = made | self.files
+        kept = json.loads(files["tokenizer_config.json"])
+        if bool(kept.get("split_special_tokens")) != self.split_special_tokens:
+            kept["split_special_tokens"] = self.split_special_tokens
+            files["tokenizer_config.json"] = json.dumps(kept, indent=2, ensure_ascii=False).encode()
+        for name, content in files.items():
             (Path(folder) / name).parent.mkdir(exist_ok=True)
             (Path(folder) / name).write_bytes(content)
         if self.apart:
@@ -228,11 +342,25 @@ def fingerprint(tokenizer: Tokenizer) -> str:
     """Returns 16 hexadecimal digits that change with what a tokenizer does or says of itself."""
     digest = hashlib.sha256()
     for side in (tokenizer, tokenizer.target) if tokenizer.apart else (tokenizer,):
-        described = json.dumps([side.special, side.config], sort_keys=True, default=str)
+        described = json.dumps([side.special, side.config, side.split_special_tokens], sort_keys=True, default=str)
         files = (part for name in sorted(side.files) for part in (name.encode(), side.files[name]))
         for part in (described.encode(), side.backend.to_str().encode(), *files):
             digest.update(hashlib.sha256(part).digest())
     return digest.hexdigest()[:16]
+
+
+def check_text(text: Any) -> None:
+    """Raises UserError for what is no text, or has half a surrogate pair, which no encoding of Unicode can hold."""
+    if not isinstance(text, str):
+        raise UserError(f"a text is a {type(text).__name__}, {text!r:.60}; give strings")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"the text {text[max(0, error.start - 20) : error.start + 20]!r} has half a surrogate pair, "
+            f"{text[error.start]!r}, at character {error.start}; give well-formed Unicode: "
+            f"text.encode('utf-8', 'replace').decode() replaces it"
+        ) from None
 
 
 def _frames(processor: tokenizers.processors.PostProcessor | None) -> tuple[list[tuple[int, int]], ...]:
@@ -272,8 +400,11 @@ def _spell_bytes(piece: str) -> str:
     return decoders.ByteLevel().decode([piece])
 
 
-def load(path: str | Path) -> Tokenizer:
+def load(path: str | Path, split_special_tokens: bool | None = None) -> Tokenizer:
     """The tokenizer of a folder, or of one file and those that belong to it.
+
+    split_special_tokens: whether special tokens that are written in a text are spelled like other text; None: as
+    `tokenizer_config.json` says, else no.
 
     Of a folder: tokenizer.json, else the vocabulary files of any family that `vocabularies` knows.  Special tokens and
     frame are those that the files name, else those of the tokenizer_class or model_type that they name, else usual
@@ -282,7 +413,10 @@ def load(path: str | Path) -> Tokenizer:
     file = vocabularies.find(Path(buckets.brought(str(path))))
     with vocabularies.readable(file):
         read = vocabularies.read(file)
-        make = lambda side: Tokenizer(side.backend, read.special, read.files, read.config, side.divide)
+        split = read.split_special_tokens if split_special_tokens is None else split_special_tokens
+        make = lambda side: Tokenizer(
+            side.backend, read.special, read.files, read.config, side.divide, split, read.clean_up
+        )
         tokenizer = make(read)
         if isinstance(read.target, vocabularies.Read):
             tokenizer.target = make(read.target)
@@ -290,15 +424,18 @@ def load(path: str | Path) -> Tokenizer:
             tokenizer.target = copy.copy(tokenizer)
             tokenizer.target.target, tokenizer.target._frames = tokenizer.target, _frames(read.target)
         if file.parent.joinpath(TARGET).is_dir():
-            tokenizer.target, tokenizer.apart = load(file.parent / TARGET), True
+            tokenizer.target, tokenizer.apart = load(file.parent / TARGET, split), True
         for side in (tokenizer, tokenizer.target):  # what parses may still fail at work
             side.decode(side.frame([f"Aa 1\t\u20ac\U0001f600{chr(0x10FFFD)}"])[0][0])
     return tokenizer
 
 
-def train(texts: Iterable[str], config: TokenizerConfig, vocabulary: int, *, ended: bool = False) -> Tokenizer:
+def train(
+    texts: Iterable[str], config: TokenizerConfig, vocabulary: int, *, begun: bool = False, ended: bool = False
+) -> Tokenizer:
     """A tokenizer of `vocabulary` ids, learnt from texts; the same texts in the same order give the same one.
 
+    begun: `<s>` stands before each text that is framed, as a decoder reads it.
     ended: `</s>` stands after each text that is framed, as an encoder-decoder reads and writes it.
 
     `config.train` is the kind.  "unigram" (Kudo 2018) and "bpe" (Sennrich et al. 2016) over characters, rare ones in
@@ -308,6 +445,7 @@ def train(texts: Iterable[str], config: TokenizerConfig, vocabulary: int, *, end
     Raises UserError, with the nearest size that works, when `vocabulary` is too small or more than the text gives
     ("characters" takes as many ids as it needs).
     """
+    split = bool(config.split_special_tokens)
     kind, sentinels = config.train, [f"<extra_id_{i}>" for i in range(config.sentinels)]
     if not 0 <= config.sentinels < vocabulary:
         raise UserError(f"tokenizer.sentinels is {config.sentinels}; it must lie in 0 to {vocabulary - 1}")
@@ -321,9 +459,11 @@ def train(texts: Iterable[str], config: TokenizerConfig, vocabulary: int, *, end
         model = _train_sentencepiece(texts, kind, vocabulary)
         proto = pieces.parsed(model)
         backend = pieces.translated(proto, pieces.pieces_of(proto), lossless=True)
-        return Tokenizer(*_with_special(backend, ended, sentinels), files={"tokenizer.model": model})
+        parts = _with_special(backend, begun, ended, sentinels)
+        return Tokenizer(*parts, files={"tokenizer.model": model}, split_special_tokens=split)
     make = {"byte_bpe": _train_byte_bpe, "wordpiece": _train_wordpiece, "characters": _train_characters}[kind]
-    tokenizer = Tokenizer(*_with_special(make(texts, config, vocabulary), ended, sentinels), files={})
+    parts = _with_special(make(texts, config, vocabulary), begun, ended, sentinels)
+    tokenizer = Tokenizer(*parts, files={}, split_special_tokens=split)
     vocabulary += len(sentinels)
     if tokenizer.size > vocabulary or (tokenizer.size < vocabulary and kind != "characters"):
         raise _wrong_size(kind, vocabulary, tokenizer.size)
@@ -342,11 +482,12 @@ def train_both(
 
 
 def _with_special(
-    backend: tokenizers.Tokenizer, ended: bool, sentinels: list[str]
+    backend: tokenizers.Tokenizer, begun: bool, ended: bool, sentinels: list[str]
 ) -> tuple[tokenizers.Tokenizer, dict[str, str | None]]:
     backend.add_special_tokens(sentinels)  # with the next ids
     special = vocabularies.special(backend)
-    if ended and (around := vocabularies.processor(backend, ("$A eos", "$A eos $B:1 eos:1"), special)):
+    frame = vocabularies.frame_of(begun and special["bos"] is not None, ended and special["eos"] is not None)
+    if (begun or ended) and (around := vocabularies.processor(backend, frame, special)):
         backend.post_processor = around
     return backend, special
 

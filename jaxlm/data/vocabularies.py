@@ -32,6 +32,19 @@ _FILES = tuple(dict.fromkeys(("tokenizer.json", *_BESIDE, *_SENTENCEPIECE, *_MAR
 _FIRST = ("tokenizer.json", "*.spm", *_SENTENCEPIECE, "*.model", "vocab.txt", "vocab.json")
 
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # as transformers numbers those that it adds
+# The types of what these files may say.
+_BOOL, _TEXT, _TOKEN = ((bool,), "true or false"), ((str,), "a text"), ((str, dict), "a token")
+_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    **dict.fromkeys(("do_lower_case", "strip_accents", "tokenize_chinese_chars", "keep_accents"), _BOOL),
+    **dict.fromkeys(("add_bos_token", "add_eos_token", "add_prefix_space", "split_special_tokens", "legacy"), _BOOL),
+    **dict.fromkeys(("clean_up_tokenization_spaces", "separate_vocabs", "split_by_punct"), _BOOL),
+    **dict.fromkeys(("tokenizer_class", "src_lang", "tgt_lang"), _TEXT),
+    "extra_ids": ((int,), "a whole number"),
+    "model_max_length": ((int, float), "a number"),
+    "added_tokens_decoder": ((dict,), "an object"),
+    **dict.fromkeys([f"{role}_token" for role in ROLES], _TOKEN),
+    **dict.fromkeys(("additional_special_tokens", "extra_special_tokens"), ((list, dict), "a list of tokens")),
+}
 # What a special token is called where neither a file nor a class says so, the likeliest name first.
 _USUAL = {
     "bos": ("<s>", "<bos>", "<|endoftext|>"),
@@ -57,6 +70,7 @@ class Kind(NamedTuple):
     skip: int = 0
     tail: tuple[str, ...] = ()
     words: str = ""  # of byte pairs: the expression that finds words, if it is not GPT-2's
+    mask_strips: bool = False  # whether the mask token takes the space before it where no file says its flags
 
 
 _BERT = {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask": "[MASK]"}
@@ -67,6 +81,9 @@ _END = "<|endoftext|>"
 _TYPED = ("cls $A sep", "cls $A sep $B:1 sep:1")
 _DOUBLED = ("cls $A sep", "cls $A sep sep $B sep")
 _FLAGS = {"add_bos_token": False, "add_eos_token": False}
+_LLAMA = {"bos": "<s>", "eos": "</s>", "unk": "<unk>"}
+_LLAMA_SETTINGS = {**_FLAGS, "add_bos_token": True, "add_prefix_space": True, "legacy": False}
+_CLASSLESS = ("mistral", "mixtral")  # types of models for which transformers reads the files whatever class they name
 _LANGUAGES = {"src_lang": "en_XX", "tgt_lang": None}
 _FAIRSEQ = ("<s>", "<pad>", "</s>", "<unk>")
 _MBART = (
@@ -97,14 +114,16 @@ KINDS: dict[str, Kind] = {
     "camembert": Kind(
         "CamembertTokenizer", _ROBERTA, _DOUBLED,
         head=("<s>NOTUSED", "<pad>", "</s>NOTUSED", "<unk>", "<unk>NOTUSED"), skip=1, tail=("<mask>",),
+        mask_strips=True,
     ),
     "mbart": Kind(
         "MBartTokenizer", _ROBERTA, ("$A eos lang", "$A $B eos lang"), _LANGUAGES,
-        head=_FAIRSEQ, skip=3, tail=(*_MBART, "<mask>"),
+        head=_FAIRSEQ, skip=3, tail=(*_MBART, "<mask>"), mask_strips=True,
     ),
     "mbart50": Kind(
         "MBart50Tokenizer", {role: token for role, token in _ROBERTA.items() if role != "bos"},
         ("lang $A eos", "lang $A $B eos"), _LANGUAGES, head=_FAIRSEQ, skip=3, tail=(*_MBART, *_MBART50, "<mask>"),
+        mask_strips=True,
     ),
     "albert": Kind(
         "AlbertTokenizer", _BERT | {"bos": "[CLS]", "eos": "[SEP]", "unk": "<unk>", "pad": "<pad>"}, _TYPED,
@@ -117,12 +136,9 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(("t5", "mt5", "umt5"), Kind("T5Tokenizer", _T5, ("$A eos", "$A eos $B eos"), {"extra_ids": 100})),
     "marian": Kind("MarianTokenizer", _T5, ("$A eos", "$A $B eos"), {"separate_vocabs": False}),
     **dict.fromkeys(
-        ("llama", "mistral", "mixtral"),
-        Kind(
-            "LlamaTokenizer", {"bos": "<s>", "eos": "</s>", "unk": "<unk>"}, None,
-            {**_FLAGS, "add_bos_token": True, "add_prefix_space": True},
-        ),
+        ("mistral", "mixtral"), Kind("LlamaTokenizer", _LLAMA, None, _LLAMA_SETTINGS | {"legacy": True})
     ),
+    "llama": Kind("LlamaTokenizer", _LLAMA, None, _LLAMA_SETTINGS),
     **dict.fromkeys(
         ("gemma", "gemma2", "gemma3", "gemma3text"),
         Kind("GemmaTokenizer", _GEMMA, None, {**_FLAGS, "add_bos_token": True}),
@@ -158,6 +174,8 @@ class Read(NamedTuple):
     # What a tokenizer_config.json says with which transformers needs no tokenizer.json; empty: it needs one.
     config: Mapping[str, Any] = MappingProxyType({})
     divide: tokenizers.Tokenizer | None = None  # makes the pieces whose ids `backend` knows; None: `backend` does both
+    split_special_tokens: bool = False  # whether special tokens that are written in a text are spelled
+    clean_up: bool = False  # whether decoding takes the space before punctuation away
     # What encodes target texts, where that is not what encodes sources: another tokenizer (Marian), another frame
     # (mBART).
     target: Read | tokenizers.processors.PostProcessor | None = None
@@ -196,16 +214,15 @@ def read(file: Path) -> Read:
     """The tokenizer of a file and of those beside it.  Raises UserError, or what a library raises: see `readable`."""
     said: dict[str, Any] = {}
     for name in reversed(_SETTINGS):  # the first of them wins
-        said |= _object(file.with_name(name))
+        said |= _typed(_object(file.with_name(name)), file.with_name(name))
     model = _object(file.with_name("config.json"))
-    names = [said.get("tokenizer_class"), model.get("tokenizer_class"), model.get("model_type")]
     reader = _read_merges if file.name.endswith("vocab.json") else _READERS.get(file.suffix, _read_json)
     whole = reader is _read_json
-    if whole:  # an unknown class of a tokenizer.json declares nothing; elsewhere the model's type may help
-        names = [name for name in names if name][:1]
-    found = reader(file, said, next((KINDS[_key(name)] for name in names if _key(name) in KINDS), None))
+    found = reader(file, said, _kind(said, model, whole))
 
     kept = _contents(file, _FILES if whole else _BESIDE)
+    if _key(model.get("model_type")) in _CLASSLESS:  # needed to read the files again
+        kept["config.json"] = json.dumps({"model_type": model["model_type"]}).encode()
     for template in model_files.locate_all(file.parent, "additional_chat_templates/*.jinja"):
         kept[f"additional_chat_templates/{template.name}"] = model_files.read_bytes(template)
     unnamed = found.config and _key(said.get("tokenizer_class")) not in KINDS
@@ -220,11 +237,67 @@ def read(file: Path) -> Read:
     target = found.target
     for part in (found, target):
         if isinstance(part, Read):
+            if not whole:
+                _make_special(part.backend, found.kind, tokens)
             declared = _add(part.backend, said, tokens, added)
-            around = _frame(part.backend, said, found.kind, tokens)
+            around = _frame(part.backend, said, found.kind, tokens, whole)
             if part is found and not whole:
                 _check(part.backend, declared, file)
-    return found._replace(files=kept | found.files, special=tokens, target=target or around)
+    return found._replace(
+        files=kept | found.files,
+        special=tokens,
+        target=target or around,
+        split_special_tokens=bool(said.get("split_special_tokens")),
+        clean_up=_cleans_up(found, said),
+    )
+
+
+def _kind(said: Mapping[str, Any], model: Mapping[str, Any], whole: bool) -> Kind | None:
+    """The kind that the files name: by the class, else by the type of the model in config.json.
+
+    `whole`: of a tokenizer.json, where an unknown class declares nothing.
+    """
+    model_type = model.get("model_type")
+    names = [said.get("tokenizer_class"), model.get("tokenizer_class"), model_type]
+    if _key(model_type) in _CLASSLESS:
+        names = [None if whole else model_type]
+    elif whole:
+        names = [name for name in names[:2] if name][:1] or [None if _key(model_type) == "llama" else model_type]
+    return next((KINDS[_key(name)] for name in names if _key(name) in KINDS), None)
+
+
+def _cleans_up(found: Read, said: Mapping[str, Any]) -> bool:
+    """Whether decoding takes the space before punctuation away, as transformers does, but not for byte pairs."""
+    from tokenizers import models
+
+    forced = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
+    wanted = bool(said.get("clean_up_tokenization_spaces"))
+    return wanted and (bool(said.get(forced)) or not isinstance(found.backend.model, models.BPE))
+
+
+def _typed(said: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The settings in a file.  Raises UserError for one of another type than it has to have; null is none."""
+    for name, value in said.items():
+        wanted = _TYPES.get(name)
+        if wanted is None or value is None:
+            continue
+        kinds, what = wanted
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise UserError(f"{file} has {name} {value!r:.60}; it must be {what}: correct it")
+    tokens: list[Any] = [said.get(f"{role}_token") for role in ROLES]
+    for name in ("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder"):
+        tokens += said[name].values() if isinstance(said.get(name), dict) else said.get(name) or []
+    for token in tokens:
+        content = token.get("content") if isinstance(token, dict) else token
+        flags = token.values() if isinstance(token, dict) else ()
+        if token is not None and not (isinstance(content, str) and all(isinstance(f, str | bool) for f in flags)):
+            raise UserError(
+                f"{file} has the token {token!r:.60}; it must be a text, or an object with content and flags"
+            )
+    for i in said.get("added_tokens_decoder") or {}:
+        if not (i.isascii() and i.isdigit() and int(i[:12]) < 1 << 31):
+            raise UserError(f"{file} has an added token with the id {i!r:.40}; ids are whole numbers from 0 on")
+    return said
 
 
 def _settings(kind: Kind | None, said: Mapping[str, Any]) -> dict[str, Any]:
@@ -309,25 +382,51 @@ def _add(
     """Adds the tokens that files beside the vocabulary declare; gives the ids that they declare.
 
     New ones get the next ids in the order in which transformers numbers them: by declared id, then those with a role,
-    then the others.  `added`: the content of added_tokens.json.
+    then the others.  The flags of a token are those of added_tokens_decoder, else those of the vocabulary's own file,
+    else those of its role.  `added`: the content of added_tokens.json.
     """
-    from tokenizers import AddedToken
-
-    flags = {"single_word", "lstrip", "rstrip", "normalized", "special"}
+    roles = {token for token in tokens.values() if token}
     declared = {int(i): token for i, token in (said.get("added_tokens_decoder") or {}).items()}
+    flagged = {token["content"] for token in declared.values()}
     for token, i in added.items():
         declared.setdefault(i, {"content": token, "special": token in tokens.values()})
     there = {token.content for token in backend.get_added_tokens_decoder().values()}
     for _, token in sorted(declared.items()):
-        if token["content"] not in there:
-            backend.add_tokens([AddedToken(token["content"], **{name: token[name] for name in flags & token.keys()})])
-    more: list[Any] = [tokens[role] for role in ROLES if said.get(f"{role}_token")]
+        if token["content"] not in there or token["content"] in flagged:
+            special = token["content"] in roles or bool(token.get("special"))
+            backend.add_tokens([_added_token(token, special)])
+    there |= {token["content"] for token in declared.values()}
+    more: list[Any] = [said[f"{role}_token"] for role in ROLES if said.get(f"{role}_token")]
+    named = [value for name, value in said.items() if name.endswith("_token") and name[:-6] not in ROLES]
+    more += [value for value in named if isinstance(value, str)]  # of one model, such as image_token
     for others in (said.get("additional_special_tokens"), said.get("extra_special_tokens")):
         more += others.values() if isinstance(others, dict) else others or []
-    for name in map(_content, more):
-        if name and name not in there:
-            backend.add_special_tokens([AddedToken(name, special=True, normalized=False)])
+    for token in more:
+        if (name := _content(token)) and name not in there:
+            there.add(name)
+            backend.add_tokens([_added_token(token, True)])
     return {token["content"]: i for i, token in declared.items()}
+
+
+def _make_special(backend: tokenizers.Tokenizer, kind: Kind | None, tokens: Mapping[str, str | None]) -> None:
+    """Makes the tokens with a role special tokens, with the flags that the class gives them.
+
+    Some sentencepiece models have them as symbols of the user's, such as Gemma's <mask>.
+    """
+    for role, token in tokens.items():
+        if token and backend.token_to_id(token) is not None:
+            strips = role == "mask" and bool(kind and kind.mask_strips)
+            backend.add_tokens([_added_token({"content": token, "lstrip": strips}, True)])
+
+
+def _added_token(token: Any, special: bool) -> tokenizers.AddedToken:
+    """A token that a file declares, by its name or by an object with flags."""
+    from tokenizers import AddedToken
+
+    if not isinstance(token, dict):
+        return AddedToken(token, special=special, normalized=not special)
+    flags = {name: token[name] for name in ("single_word", "lstrip", "rstrip", "normalized") if name in token}
+    return AddedToken(token["content"], **{"normalized": not special, **flags, "special": special})
 
 
 def _check(backend: tokenizers.Tokenizer, declared: Mapping[str, int], file: Path) -> None:
@@ -341,18 +440,25 @@ def _check(backend: tokenizers.Tokenizer, declared: Mapping[str, int], file: Pat
 
 
 def _frame(
-    backend: tokenizers.Tokenizer, said: Mapping[str, Any], kind: Kind | None, tokens: Mapping[str, str | None]
+    backend: tokenizers.Tokenizer,
+    said: Mapping[str, Any],
+    kind: Kind | None,
+    tokens: Mapping[str, str | None],
+    whole: bool,
 ) -> tokenizers.processors.PostProcessor | None:
-    """Sets what stands around a text, unless a tokenizer.json says it; gives what stands around a target text."""
+    """Sets what stands around a text; gives what stands around a target text.
+
+    It is the frame of the class, where that has one.  Else a tokenizer.json (`whole`) says it alone, and beside the
+    older files add_bos_token and add_eos_token do.
+    """
     settings, target = _settings(kind, said), None
     wanted = kind is not None and backend.post_processor is None
     if kind and kind.frame:
-        frame = kind.frame
+        frame, wanted = kind.frame, True
     else:
-        wanted = wanted or any(said.get(flag) is not None for flag in _FLAGS)
+        wanted = not whole and (wanted or any(said.get(flag) is not None for flag in _FLAGS))
         bos, eos = (settings[f"add_{role}_token"] and tokens[role] is not None for role in ("bos", "eos"))
-        single = f"{'bos ' * bool(bos)}$A{' eos' * bool(eos)}"
-        frame = (single, f"{single} {'bos:1 ' * bool(bos)}$B:1{' eos:1' * bool(eos)}")
+        frame = frame_of(bool(bos), bool(eos))
     if "src_lang" in settings:
         wanted = wanted or said.get("src_lang") is not None
         source, into = settings["src_lang"], settings["tgt_lang"] or settings["src_lang"]
@@ -364,6 +470,12 @@ def _frame(
     if wanted and (around := processor(backend, frame, tokens)):
         backend.post_processor = around
     return target
+
+
+def frame_of(bos: bool, eos: bool) -> tuple[str, str]:
+    """A `Kind.frame` with BOS before each text, EOS after it, both or neither."""
+    single = f"{'bos ' * bos}$A{' eos' * eos}"
+    return single, f"{single} {'bos:1 ' * bos}$B:1{' eos:1' * eos}"
 
 
 def processor(
@@ -393,7 +505,92 @@ def _read_json(file: Path, said: Mapping[str, Any], kind: Kind | None) -> Read:
         rights = (merge.partition(" ")[2] if isinstance(merge, str) else merge[1] for merge in merges)
         if not all(right.startswith(prefix) for right in rights):
             raise UserError(f"{file} has the continuing_subword_prefix {prefix!r}, its merges do not; copy it again")
+    if kind is not None:
+        text = json.dumps(_with_settings(json.loads(text), kind, said))
     return Read(Tokenizer.from_str(text), kind, {"tokenizer.json": file.read_bytes()})
+
+
+def _with_settings(described: dict[str, Any], kind: Kind, said: Mapping[str, Any]) -> dict[str, Any]:
+    """A tokenizer.json with the settings of tokenizer_config.json, which win as in transformers.
+
+    BERT's class makes its normalizer from its settings, those over bytes the space before the first word, and both
+    have a default where nothing is said.  For the classes over sentencepiece a setting changes something where it is
+    said.  Unlike transformers 5, what has no setting stays as in tokenizer.json, such as SmolLM's rule for digits.
+    """
+    model = described.get("model") or {}
+    if kind.name == "BertTokenizer" and model.get("type", "WordPiece") == "WordPiece":
+        settings = _settings(kind, said)
+        described["normalizer"] = {
+            "type": "BertNormalizer",
+            "clean_text": True,
+            "handle_chinese_chars": settings["tokenize_chinese_chars"],
+            "strip_accents": settings["strip_accents"],
+            "lowercase": True if settings["do_lower_case"] is None else settings["do_lower_case"],
+        }
+        described["pre_tokenizer"] = {"type": "BertPreTokenizer"}
+        return described
+    if "legacy" in kind.settings and "ByteLevel" not in json.dumps(described.get("pre_tokenizer")):
+        return described if said.get("legacy") else _llama(described, said)
+    prefix = said.get("add_prefix_space")
+    if kind.settings.get("add_prefix_space") is False:
+        prefix = bool(prefix)
+    if "add_prefix_space" in kind.settings and prefix is not None:
+        for part in ("normalizer", "pre_tokenizer", "decoder"):
+            described[part] = _with_prefix(described.get(part), prefix)
+    dropped = {"Lowercase"} if said.get("do_lower_case") is False else set()
+    if "keep_accents" in kind.settings and said.get("keep_accents"):
+        dropped |= {"NFKD", "StripAccents"}
+    if "do_lower_case" in kind.settings:
+        described["normalizer"] = _without(described.get("normalizer"), dropped)
+        if said.get("do_lower_case"):
+            described["normalizer"] = _sequence("normalizers", {"type": "Lowercase"}, described["normalizer"])
+    return described
+
+
+def _llama(described: dict[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
+    """A tokenizer.json of Llama's class, which older versions of transformers wrote with other steps."""
+    prefix = said.get("add_prefix_space") is not False
+    metaspace = {"replacement": "\u2581", "prepend_scheme": "first" if prefix else "never", "split": False}
+    steps: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}]
+    steps += [{"type": "ByteFallback"}, {"type": "Fuse"}]
+    steps += [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * prefix
+    return described | {
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Metaspace", **metaspace},
+        "decoder": {"type": "Sequence", "decoders": steps},
+    }
+
+
+def _parts(component: Any, name: str) -> list[dict[str, Any]]:
+    """The members of a component of a tokenizer.json, which is a sequence, one member or null."""
+    if component is None:
+        return []
+    return component[name] if component.get("type") == "Sequence" else [component]
+
+
+def _sequence(name: str, *components: Any) -> dict[str, Any] | None:
+    """The component of a tokenizer.json that applies these, one after the other; None for none."""
+    members = [member for component in components for member in _parts(component, name)]
+    return {"type": "Sequence", name: members} if len(members) > 1 else next(iter(members), None)
+
+
+def _without(component: Any, kinds: set[str]) -> Any:
+    """A normalizer without its members of some types."""
+    return _sequence("normalizers", *(m for m in _parts(component, "normalizers") if m.get("type") not in kinds))
+
+
+def _with_prefix(component: Any, prefix: bool) -> Any:
+    """A component of a tokenizer.json that does, or does not, put a space before the first word."""
+    if not isinstance(component, dict):
+        return component
+    for name in ("normalizers", "pretokenizers", "decoders"):
+        if isinstance(component.get(name), list):
+            return component | {name: [_with_prefix(member, prefix) for member in component[name]]}
+    if component.get("type") == "ByteLevel":
+        return component | {"add_prefix_space": prefix}
+    if component.get("type") == "Metaspace" and (component.get("prepend_scheme", "always") == "never") == prefix:
+        return component | {"prepend_scheme": "always" if prefix else "never"}
+    return component
 
 
 def _read_wordpiece(file: Path, said: Mapping[str, Any], kind: Kind | None) -> Read:

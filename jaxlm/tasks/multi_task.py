@@ -64,6 +64,8 @@ class TaskMixture(Task):
     def configured(self, model: ModelConfig) -> ModelConfig:
         if model.shared_transform:
             raise UserError("the model has one transform before its heads, which several tasks cannot share yet")
+        for part in self.parts.values():
+            part.refuse_tokens_beyond(model)
         return replace(model, heads_on_top=())
 
     def module(self, kind: type[Transformer]) -> type[Transformer]:

@@ -71,7 +71,7 @@ def prepare(
     told = asdict(replace(data, path="", target_path="", eval_path="", eval_target_path="", cache=""))
     fingerprint.update(json.dumps(told, sort_keys=True).encode())
     if tokenizer is None and run.tokenizer.path:
-        tokenizer = tokenizers.load(run.tokenizer.path)
+        tokenizer = tokenizers.load(run.tokenizer.path, run.tokenizer.split_special_tokens)
     if tokenizer is None:
         tokenizer = _trained(run, kind, train, say)  # which follows from the data and the config
     else:
@@ -143,8 +143,8 @@ def _trained(run: RunConfig, kind: type[RecordTask], part: Records, say: Callabl
                 "encoder-decoder"
             )
         return tokenizers.train_both(texts, targets, run.tokenizer, (run.model.vocabulary, run.model.V))
-    ended = run.model.structure == "encoder_decoder"
-    return tokenizers.train(chain(texts, targets), run.tokenizer, run.model.vocabulary, ended=ended)
+    begun, ended = run.model.structure == "decoder", run.model.structure == "encoder_decoder"
+    return tokenizers.train(chain(texts, targets), run.tokenizer, run.model.vocabulary, begun=begun, ended=ended)
 
 
 # Columns of rows

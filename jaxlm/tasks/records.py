@@ -134,8 +134,14 @@ class RecordTask(Task):
     # The rest is the same for all: the face of a task that a run sees.
 
     def configured(self, model: ModelConfig) -> ModelConfig:
+        self.refuse_tokens_beyond(model)
         on_top = (self.head,) if self.head else ()
         return replace(model, heads_on_top=on_top, labels=self.labels or model.labels)
+
+    def refuse_tokens_beyond(self, model: ModelConfig) -> None:
+        """Makes the tokenizer refuse tokens that the model has no row for."""
+        if isinstance(self.tokenizer, Tokenizer):  # of a plan it is a stand-in
+            self.tokenizer = self.tokenizer.for_model(model.vocabulary, model.V)
 
     def examples(self, part: Records, training: bool) -> RecordExamples:
         return RecordExamples(self, part.records, training)

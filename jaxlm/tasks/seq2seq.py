@@ -66,8 +66,8 @@ class Seq2SeqTask(GenerationTask):
     def prompts(self, records: Sequence[Record]) -> list[list[int]]:
         texts = [self.task.prefix + record["source"] + self.task.suffix for record in records]
         if self.source_length is None:
-            start = [] if self.tokenizer.bos is None else [self.tokenizer.bos]
-            return [start + ids or [stand_in(self.tokenizer)] for ids in self.tokenizer.encode_batch(texts)]
+            encoded = self.tokenizer.encode_batch(texts)
+            return [self.tokenizer.begun(ids) or [stand_in(self.tokenizer)] for ids in encoded]
         # The end of a source is kept where it is cut: a model has never read one without.
         framed = self.tokenizer.frame(texts, max_length=self.source_length)
         return [ids or [stand_in(self.tokenizer)] for ids, _ in framed]

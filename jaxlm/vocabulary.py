@@ -1,0 +1,73 @@
+"""The number of tokens that a model has rows for."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.errors import UserError
+from jaxlm.lm import LM
+from jaxlm.nn import parameters
+
+
+def resize(lm: LM, size: int | None = None, target_size: int | None = None) -> LM:
+    """Returns the model with another number of rows for tokens: in the embeddings, the heads over tokens, their biases.
+
+    Each new row is the mean of the old ones (Hewitt 2021), which changes the probabilities of the old tokens least;
+    `resize_token_embeddings` of transformers draws around the same mean.  A smaller size drops rows at the end.
+    Everything else, and the tokenizer, stays as it is.
+
+    Args:
+        lm: the model.
+        size: the new number of rows; None: the tokens of the tokenizer.
+        target_size: that of the decoder, where it has a table of its own; None: the tokens of the target's tokenizer.
+
+    Returns:
+        A new model; `lm` is unchanged.
+
+    Raises:
+        UserError: for a size below 1 or, where there is a tokenizer, below its tokens, and for a target_size of a model
+            with one table.
+
+    Source: Hewitt, "Initializing New Word Embeddings for Pretrained Language Models", 2021.
+    """
+    config, apart = lm.config, bool(lm.config.decoder_vocabulary)
+    if target_size is not None and not apart:
+        raise UserError(f"target_size is {target_size}, but the model has one table of tokens; leave it out")
+    tokens, target_tokens = (lm.tokenizer.size, lm.tokenizer.target.size) if lm.tokenizer else (0, 0)
+    rows = _size("size", size, tokens, config.vocabulary)
+    target_rows = _size("target_size", target_size, target_tokens, config.V) if apart else rows
+
+    def resized(key_path: tuple[Any, ...], leaf: jax.Array, row: parameters.Parameter) -> jax.Array:
+        if "vocabulary" not in row.axes:
+            return leaf
+        source = parameters.path_of(key_path) == "embeddings/tokens"
+        return _with_rows(leaf, row.axes.index("vocabulary"), rows if source else target_rows)
+
+    params = jax.tree_util.tree_map_with_path(resized, lm.params, parameters.rows(lm.params))
+    config = dataclasses.replace(config, vocabulary=rows, decoder_vocabulary=target_rows if apart else None)
+    module = lm.module.clone(config=config)
+    return dataclasses.replace(lm, config=config, module=module, params=params)
+
+
+def _size(name: str, given: int | None, tokens: int, rows: int) -> int:
+    """The number of rows that is asked for, checked; `tokens` are those of the tokenizer, 0 without one."""
+    if given is None:
+        return tokens or rows
+    if isinstance(given, bool) or not hasattr(given, "__index__") or given < max(1, tokens):
+        least = f"{tokens}, the tokens of the tokenizer" if tokens else "1"
+        raise UserError(f"{name} is {given!r}; it must be a whole number, at least {least}")
+    return int(given)
+
+
+def _with_rows(leaf: jax.Array, axis: int, rows: int) -> jax.Array:
+    """The array with `rows` entries along an axis: the first ones, and then their mean."""
+    count = leaf.shape[axis]
+    if rows <= count:
+        return jax.lax.slice_in_dim(leaf, 0, rows, axis=axis)
+    mean = leaf.astype(jnp.float32).mean(axis, keepdims=True).astype(leaf.dtype)
+    shape = (*leaf.shape[:axis], rows - count, *leaf.shape[axis + 1 :])
+    return jnp.concatenate([leaf, jnp.broadcast_to(mean, shape)], axis)

@@ -1,0 +1,260 @@
+"""From a text to a text as transformers does it, for a tokenizer of each family's real class and a tiny model.
+
+One table over the families that generate: the ids of a prompt, the greedy text behind it, the likelihood of a text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from compiled import jit
+from test_tokenizer import byte_pairs, checkpoint, marian, trained
+
+import jaxlm
+from jaxlm.likelihood import fill, log_likelihoods, perplexity
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytestmark = [
+    pytest.mark.parity,
+    pytest.mark.filterwarnings("ignore:Recommended"),  # sacremoses, which encodes nothing
+]
+
+NEW = 12
+END = "<|endoftext|>"
+DECODER: dict[str, Any] = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3}
+DECODER |= {"intermediate_size": 20, "max_position_embeddings": 96, "num_key_value_heads": 1, "head_dim": 8}
+GPT2 = {"n_embd": 24, "n_layer": 2, "n_head": 3, "n_positions": 96}
+SEQ2SEQ: dict[str, Any] = {"d_model": 24, "max_position_embeddings": 96, "encoder_layers": 2, "decoder_layers": 2}
+SEQ2SEQ |= {"encoder_attention_heads": 3, "decoder_attention_heads": 3, "encoder_ffn_dim": 20, "decoder_ffn_dim": 20}
+SEQ2SEQ |= {"tie_word_embeddings": False}
+T5 = {"d_model": 24, "d_kv": 5, "num_heads": 3, "d_ff": 20, "num_layers": 2, "decoder_start_token_id": 0}
+ROBERTA = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+
+
+def with_json(folder: Path, bos: bool, digits: bool = False, **config: Any) -> Path:
+    """A tokenizer.json over bytes as Llama 3 and SmolLM have it, with BOS in its frame or without."""
+    from tokenizers import Tokenizer, pre_tokenizers, processors
+
+    made = Tokenizer.from_str(trained("byte_bpe").backend.to_str())
+    if digits:
+        parts = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        made.pre_tokenizer = pre_tokenizers.Sequence(parts)
+    begin = ("<s> ", "<s>:1 ") if bos else ("", "")
+    made.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=True),
+            processors.TemplateProcessing(
+                single=f"{begin[0]}$A", pair=f"{begin[0]}$A {begin[1]}$B:1", special_tokens=[("<s>", 2)]
+            ),
+        ]
+    )
+    folder.mkdir(exist_ok=True)
+    made.save(str(folder / "tokenizer.json"))
+    config = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} | config
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+# name -> what writes the tokenizer's files, the class of the model, its sizes
+Case = tuple[Callable[[Path], Path], str, dict[str, Any]]
+CASES: dict[str, Case] = {
+    "gpt2": (lambda f: byte_pairs(f, END, tokenizer_class="GPT2Tokenizer"), "GPT2LMHeadModel", GPT2),
+    "gpt2 with bos": (
+        lambda f: byte_pairs(f, END, tokenizer_class="GPT2Tokenizer", add_bos_token=True),
+        "GPT2LMHeadModel",
+        GPT2,
+    ),
+    "llama": (lambda f: checkpoint("llama", f, add_bos_token=True), "LlamaForCausalLM", DECODER),
+    "llama without bos": (lambda f: checkpoint("llama", f, add_bos_token=False), "LlamaForCausalLM", DECODER),
+    "llama 3": (
+        lambda f: with_json(f, True, tokenizer_class="PreTrainedTokenizerFast"),
+        "LlamaForCausalLM",
+        DECODER,
+    ),
+    "llama 3 by class": (lambda f: with_json(f, True, tokenizer_class="LlamaTokenizer"), "LlamaForCausalLM", DECODER),
+    "smollm": (
+        lambda f: with_json(f, False, tokenizer_class="GPT2Tokenizer", add_bos_token=False),
+        "LlamaForCausalLM",
+        DECODER,
+    ),
+    "json against config": (
+        lambda f: with_json(f, False, tokenizer_class="PreTrainedTokenizerFast", add_bos_token=True),
+        "LlamaForCausalLM",
+        DECODER,
+    ),
+    "mistral": (
+        lambda f: checkpoint("llama", f, add_bos_token=True),
+        "MistralForCausalLM",
+        DECODER | {"sliding_window": 8},
+    ),
+    "qwen2": (lambda f: byte_pairs(f, END, tokenizer_class="Qwen2Tokenizer"), "Qwen2ForCausalLM", DECODER),
+    "qwen3": (lambda f: byte_pairs(f, END, tokenizer_class="Qwen2Tokenizer"), "Qwen3ForCausalLM", DECODER),
+    "gemma": (lambda f: checkpoint("gemma", f, add_bos_token=True), "GemmaForCausalLM", DECODER),
+    "gemma2": (
+        lambda f: checkpoint("gemma", f, add_bos_token=True),
+        "Gemma2ForCausalLM",
+        DECODER | {"query_pre_attn_scalar": 8, "sliding_window": 8},
+    ),
+    "gemma3": (
+        lambda f: checkpoint("gemma", f, add_bos_token=False),
+        "Gemma3ForCausalLM",
+        DECODER | {"sliding_window": 8},
+    ),
+    "t5": (lambda f: checkpoint("t5", f), "T5ForConditionalGeneration", T5),
+    "t5 v1.1": (
+        lambda f: checkpoint("t5", f, extra_ids=10),
+        "T5ForConditionalGeneration",
+        T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    ),
+    "mt5": (lambda f: checkpoint("t5", f, extra_ids=0), "MT5ForConditionalGeneration", T5),
+    "bart": (
+        lambda f: byte_pairs(f, *ROBERTA, tokenizer_class="BartTokenizer"),
+        "BartForConditionalGeneration",
+        SEQ2SEQ,
+    ),
+    "mbart": (
+        lambda f: checkpoint("mbart", f, src_lang="de_DE", tgt_lang="ro_RO"),
+        "MBartForConditionalGeneration",
+        SEQ2SEQ,
+    ),
+    "mbart50": (
+        lambda f: checkpoint("mbart50", f, src_lang="de_DE", tgt_lang="ro_RO"),
+        "MBartForConditionalGeneration",
+        SEQ2SEQ,
+    ),
+    "marian": (marian, "MarianMTModel", SEQ2SEQ),
+}
+TEXTS = ["import the module", "The name of the file 12", "return None", "of this"]
+
+
+@pytest.fixture(autouse=True)
+def fast_compiles(monkeypatch):
+    monkeypatch.setattr(jax, "jit", jit)
+
+
+@lru_cache
+def case(name: str, folder: Path) -> tuple[Any, Any, jaxlm.LM]:
+    """The tokenizer and model of transformers, and the same as jaxlm loads them from the same folder."""
+    write, kind, sizes = CASES[name]
+    write(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model_class = getattr(transformers, kind)
+    ids = {role: getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
+    special = {f"{role}_token_id": i for role, i in ids.items()}
+    if kind.startswith(("Bart", "MBart")):
+        language = tokenizer.convert_tokens_to_ids("ro_RO") if kind.startswith("MBart") else None
+        special |= {"decoder_start_token_id": ids["eos"], "forced_bos_token_id": language, "forced_eos_token_id": None}
+    if kind.startswith("Marian"):
+        special |= {"decoder_start_token_id": ids["pad"], "forced_eos_token_id": None}
+    config = model_class.config_class(**sizes, vocab_size=len(tokenizer), **special)
+    config._attn_implementation = "eager"
+    torch.manual_seed(1)
+    model = model_class(config).eval()
+    for n, parameter in model.named_parameters():
+        if parameter.dim() and not (kind.startswith("Marian") and "embed_positions" in n):
+            parameter.data = torch.randn_like(parameter) * (0.1 if "bias" in n else 0.6)
+            parameter.data += float("norm.weight" in n and not kind.startswith("Gemma"))
+    model.save_pretrained(folder)
+    return transformers.AutoTokenizer.from_pretrained(folder), model, jaxlm.load(folder)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return tmp_path_factory.mktemp("models")
+
+
+def special_text(tokenizer: Any) -> str:
+    """A text with special tokens that were written on purpose, between words and beside spaces."""
+    names = [token for token in (tokenizer.eos_token, tokenizer.mask_token, tokenizer.bos_token) if token]
+    return " the ".join(["import", *names, "module"]) + "".join(names)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_texts_are_those_of_transformers(name, folders):
+    """The ids of prompts, the text that `generate` gives for each, and the text of any ids."""
+    tokenizer, model, lm = case(name, folders / name)
+    # Of mBART-50's class a space before a special token is a piece; sentencepiece drops it, and so does jaxlm.
+    special = [special_text(tokenizer), f"a {tokenizer.eos_token} b"] if name != "mbart50" else []
+    texts = [*TEXTS, *special, f"a{tokenizer.eos_token}b"]
+    for text in texts:
+        ids = tokenizer(text)["input_ids"]
+        assert lm.tokens(text)[0].tolist() == ids, text
+        with torch.no_grad():
+            out = model.generate(torch.tensor([ids]), max_new_tokens=NEW, do_sample=False)[0].tolist()
+        if model.config.is_encoder_decoder:
+            expected = tokenizer.decode(out, skip_special_tokens=True)
+        else:  # as the pipeline text-generation takes the prompt away
+            before = tokenizer.decode(ids, skip_special_tokens=True)
+            expected = tokenizer.decode(out, skip_special_tokens=True)[len(before) :]
+        (found,) = jaxlm.generate(lm, [text], max_new_tokens=NEW, temperature=0)
+        assert found == expected, text
+    random = np.random.default_rng(0)
+    for n in range(1, 9):
+        ids = random.integers(0, len(tokenizer), n).tolist()
+        decode = lm.tokenizer.target.decode
+        assert decode(ids) == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_likelihoods_of_texts_are_those_of_transformers(name, folders):
+    tokenizer, model, lm = case(name, folders / name)
+    pairs = [("import the", " module of"), ("The name", " of the file"), ("a b", " return None")]
+    for (context, continuation), found in zip(pairs, log_likelihoods(lm, pairs), strict=True):
+        if model.config.is_encoder_decoder:
+            source = tokenizer(context, return_tensors="pt")["input_ids"]
+            after = tokenizer(text_target=continuation, add_special_tokens=False)["input_ids"]
+            framed = tokenizer(text_target=continuation)["input_ids"]
+            begin = [model.config.decoder_start_token_id, *framed[: framed.index(after[0])]]
+            read = torch.tensor([[*begin, *after[:-1]]])
+            with torch.no_grad():
+                log = model(source, decoder_input_ids=read).logits[0, len(begin) - 1 :].log_softmax(-1)
+        else:
+            whole, before = (tokenizer(text)["input_ids"] for text in (context + continuation, context))
+            after = whole[len(before) :]
+            with torch.no_grad():
+                log = model(torch.tensor([whole])).logits[0, len(before) - 1 : -1].log_softmax(-1)
+        total = log[torch.arange(len(after)), torch.tensor(after)].sum().item()
+        assert found.tokens == len(after)
+        assert found.log_probability == pytest.approx(total, rel=1e-4, abs=1e-3)
+    if not model.config.is_encoder_decoder:
+        ids = torch.tensor([tokenizer(TEXTS[1])["input_ids"]])
+        with torch.no_grad():
+            loss = model(ids, labels=ids).loss.item()
+        assert perplexity(lm, TEXTS[1])["loss"] == pytest.approx(loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["roberta", "roberta without flags", "bert"])
+@pytest.mark.parametrize("text", ["the <mask> of", "the<mask> of", "<mask> <mask>the <mask>"])
+def test_blanks_are_filled_as_in_transformers(name, text, tmp_path):
+    """Also where the mask takes the space before it."""
+    from test_tokenizer import json_of, mask
+
+    json_of(name.split()[0], tmp_path)
+    if name == "roberta":
+        mask(lstrip=True)(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 20}
+    kind = transformers.BertForMaskedLM if name == "bert" else transformers.RobertaForMaskedLM
+    torch.manual_seed(0)
+    model = kind(kind.config_class(**sizes, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)).eval()
+    for parameter in model.parameters():
+        parameter.data = torch.randn_like(parameter) * 0.4
+    model.save_pretrained(tmp_path)
+    text = text.replace("<mask>", tokenizer.mask_token)
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    with torch.no_grad():
+        p_TV = model(ids).logits[0].softmax(-1)
+    expected = [p_TV[n].topk(5) for n, i in enumerate(ids[0]) if i == tokenizer.mask_token_id]
+    found = fill(jaxlm.load(tmp_path), text, blank=tokenizer.mask_token)
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected):
+        assert [piece for piece, _ in ours] == tokenizer.convert_ids_to_tokens(theirs.indices.tolist())
+        np.testing.assert_allclose([p for _, p in ours], theirs.values, rtol=1e-3)
