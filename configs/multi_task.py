@@ -12,7 +12,7 @@ from jaxlm import Classification, DataConfig, MultiTask, OptimizerConfig, Part, 
 
 def config(sst2: str = "train.tsv", trec: str = "TREC.train", wnut: str = "wnut17train.conll") -> RunConfig:
     questions = DataConfig(
-        path=trec, format="text", pattern=r"(?P<label>[A-Z]+):(?P<fine>\S+) (?P<text>.*)", charset="iso-8859-1"
+        path=trec, format="text", pattern=r"(?P<label>[A-Z]+):(?P<fine>\S+) (?P<text>.*)", encoding="iso-8859-1"
     )
     return RunConfig(
         model=None,

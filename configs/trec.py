@@ -19,7 +19,7 @@ def config() -> RunConfig:
         data=DataConfig(
             format="text",
             pattern=r"(?P<label>[A-Z]+):(?P<fine>\S+) (?P<text>.*)",
-            charset="iso-8859-1",
+            encoding="iso-8859-1",
             length=64,
         ),
         optimizer=OptimizerConfig(rate=1e-4, schedule="linear", warmup=0.1, final=0.0, weight_decay=0.01, beta2=0.999),

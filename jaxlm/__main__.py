@@ -169,8 +169,13 @@ def predict(argv: list[str]) -> int:
     from jaxlm.data import source
     from jaxlm.evaluate import predicted
     from jaxlm.folder import RowWriter
+    from jaxlm.tasks.reading import columns_of
 
-    rows = source.rows(asked.file, asked.data, asked.data.split)
+    columns = columns_of(asked.task, labelled=False)
+    # The others are written beside the predictions.
+    columns = columns and columns._replace(alone=False)
+    data = dataclasses.replace(asked.data, label_from="column")
+    rows = source.rows(asked.file, data, data.split, columns=columns)
     with RowWriter(asked.output) as writer:
         for row, prediction in predicted(lm, rows, asked.task, asked.length or None, asked.batch or None):
             writer.write(row, prediction)
@@ -184,12 +189,14 @@ def evaluate(argv: list[str]) -> int:
     from jaxlm.data import source
     from jaxlm.evaluate import beside
     from jaxlm.likelihood import perplexity
+    from jaxlm.tasks.reading import columns_of
 
     if isinstance(asked.task, CausalLM):
         texts = source.documents(asked.file, asked.data, asked.data.split, Counter())
         scores = perplexity(lm, texts, length=asked.length or None, stride=asked.task.stride or None)
     else:
-        rows = list(source.rows(asked.file, asked.data, asked.data.split, target_path=asked.data.target_path))
+        target, columns = asked.data.target_path, columns_of(asked.task, asked.data.label_from == "column")
+        rows = list(source.rows(asked.file, asked.data, asked.data.split, target_path=target, columns=columns))
         scores = jaxlm.evaluate(lm, rows, asked.task, asked.length or None, asked.batch or None)
         for line in beside(rows, asked.task):
             print(line, file=sys.stderr)

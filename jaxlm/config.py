@@ -369,6 +369,7 @@ class Seq2Seq(Config):
 
     source: Name = "source"  # column of the text that is read, or an entry of one, such as "translation.en"
     target: Name = "target"  # column of the text, or a list of texts as good as each other, that is to be written
+    references: tuple[str, ...] = ()  # columns of further texts as good as the target, which count in the scores
     prefix: str = ""  # put before each source, such as "translate English to German: "
     suffix: str = ""  # put after each source, such as " TL;DR:"
     source_length: Count = 0  # tokens of the sources in a row of an encoder-decoder; 0: as many as data.length
@@ -429,16 +430,18 @@ class CleaningConfig(Config):
 class DataConfig(Config):
     """Where text comes from, and the shape that it is packed to."""
 
-    path: str = ""  # file, folder, glob, or tfds:NAME; txt, csv, tsv, jsonl, parquet, each also as .gz
+    path: str = ""  # file, folder, glob, or tfds:NAME; txt, csv, tsv, json, jsonl, parquet, conll, each also as .gz
     eval_path: str = ""  # held-out data; empty: eval_fraction of the documents (the last) or examples (any)
     eval_fraction: Share = 0.1  # share of the documents or examples held out when there is no eval_path
     eval_seed: Seed = 0  # of the choice of the examples held out; the run's own seed does not change it
     format: Format = "suffix"  # of the files; suffix: what the end of a file's name says
     target_path: str = ""  # plain text whose line n goes with line n of `path`: a translation; its column is "target"
     eval_target_path: str = ""  # the same beside eval_path
-    columns: tuple[str, ...] = ()  # names of the columns of csv and tsv files without a header; others are dropped
+    columns: tuple[str, ...] = ()  # names of the columns of csv and tsv files without a header, and of conll files
     pattern: Pattern = ""  # of plain text, a regular expression whose named groups are the columns of a line
-    charset: Name = "utf-8"  # of text files
+    encoding: Name = "utf-8"  # of text files, such as cp1252; a byte-order mark of UTF-16 or UTF-32 counts first
+    label_from: Literal["column", "folder", "file"] = "column"  # column "label" is the name of a file, or of its folder
+    limit: Count = 0  # rows that are read, the first ones, for training and for evaluation; 0: all
     text: Name = "text"  # the column that holds the text that a language model learns from, or a line of plain text
     split: str = "train"  # of a tfds data set
     eval_split: str = ""  # of the same tfds data set, held out

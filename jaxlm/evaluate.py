@@ -14,7 +14,7 @@ from jaxlm import config, hosts, sharding
 from jaxlm.assembly import lay
 from jaxlm.config import MeshConfig
 from jaxlm.data.batches import prefetch
-from jaxlm.data.formats import Place, Row
+from jaxlm.data.lines import Place, Row
 from jaxlm.encode import Pooling, mesh_of, params_of
 from jaxlm.errors import UserError
 from jaxlm.lm import LM
@@ -138,6 +138,7 @@ def evaluate(
         part.places.append(place)
     if not part.records:
         raise UserError(f"there is no row to score{f', {dropped:,} are dropped' if dropped else ''}; give at least one")
+    made.settle(made.task, part, made.labels)
     [part] = type(made).fitted(made.task, [part], made.labels)
     found, means = _seen(lm, made, part.records, batch)
     counts = {"examples": len(part.records)} | ({"dropped": dropped} if dropped else {})

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxlm.config import Decoding, difference, to_json
+from jaxlm.config import DataConfig, Decoding, difference, to_json
+from jaxlm.data.formats import text_lines
 from jaxlm.errors import UserError
 from jaxlm.generate import in_order
 
@@ -17,19 +18,21 @@ if TYPE_CHECKING:
 
 
 def read(file: str) -> list[str]:
-    """The prompts of a text file, one in each line, empty lines too.  Raises UserError where it cannot be read."""
-    try:
-        lines = Path(file).read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 (byte {error.start:,}); convert it, for example by iconv") from None
-    except OSError as error:
-        raise UserError(
-            f"{file} cannot be read: {error.strerror}; give a text file with a prompt in each line"
-        ) from None
-    lines = lines[:-1] if lines[-1] == "" else lines
-    if not lines:
+    """Returns the prompts of a text file: its lines, as `data.lines` divides them, empty ones too.
+
+    Raises:
+      UserError: where the file cannot be read, is not UTF-8, or is empty.
+    """
+    prompts = []
+    for place, line in text_lines(Path(file), DataConfig()):
+        try:
+            line.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{place} is not UTF-8; convert the file, for example by iconv") from None
+        prompts.append(line)
+    if not prompts:
         raise UserError(f"{file} is empty; give a text file with a prompt in each line")
-    return [line.removesuffix("\r") for line in lines]
+    return prompts
 
 
 def texts(lm: LM, prompts: list[str], decoding: Decoding, draft: LM | None, done: int = 0) -> Iterator[dict[str, Any]]:

@@ -41,7 +41,7 @@ from jaxlm.config import MeshConfig
 from jaxlm.data import source
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.batches import Batches
-from jaxlm.data.formats import Place
+from jaxlm.data.lines import Place
 from jaxlm.evaluate import see
 from jaxlm.families import PRESETS
 from jaxlm.fit import fit

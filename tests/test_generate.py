@@ -657,7 +657,7 @@ VERB_MISTAKES = {
     "both": (["--prompt", "a", "--file", "prompts.txt"], "--file stands in place of --prompt"),
     "no file": (["--file", "gone.txt"], "gone.txt cannot be read: No such file"),
     "empty": (["--file", "empty.txt"], "empty.txt is empty"),
-    "not UTF-8": (["--file", "latin.txt"], "latin.txt is not UTF-8 (byte 2)"),
+    "not UTF-8": (["--file", "latin.txt"], "latin.txt:1 is not UTF-8"),
     "suffix": (["--file", "prompts.txt", "--output", "out.csv"], "output is 'out.csv'; it must end in .jsonl"),
     "output alone": (["--output", "out.jsonl"], "--output goes with --file"),
     "length": (["--max-new-tokens", "40"], "max_new_tokens is 40; the model has 32 positions: ask for at most 31"),

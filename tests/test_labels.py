@@ -24,7 +24,7 @@ from jaxlm import (
     UserError,
 )
 from jaxlm.data import tokenizer as tokenizers
-from jaxlm.data.formats import Place
+from jaxlm.data.lines import Place
 from jaxlm.fit import fit
 from jaxlm.lm import LM
 from jaxlm.nn.transformer import Transformer

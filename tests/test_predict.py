@@ -514,7 +514,12 @@ KINDS: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {  # task, model,
     "lines": (
         Classification(),
         {"heads_on_top": ("classes",), "labels": ("NUM", "LOC")},
-        {"path": "old.train.gz", "format": "text", "pattern": r"(?P<label>\w+):\S+ (?P<text>.*)", "charset": "latin-1"},
+        {
+            "path": "old.train.gz",
+            "format": "text",
+            "pattern": r"(?P<label>\w+):\S+ (?P<text>.*)",
+            "encoding": "latin-1",
+        },
     ),
 }
 
@@ -601,7 +606,7 @@ VERBS: dict[str, tuple[list[str], dict[str, str | bytes], list[str]]] = {
     "predict not UTF-8": (
         ["predict", "{runs}/class", "x.csv"],
         {"x.csv": b"text\nna\xefve\n"},
-        ["x.csv:2", "not UTF-8", "--data.charset"],
+        ["x.csv:2", "not UTF-8", "--data.encoding"],
     ),
     "predict a broken row": (
         ["predict", "{runs}/class", "x.csv", "--output", "o.csv"],

@@ -17,7 +17,7 @@ from jaxlm import Chat, DataConfig, Decoding, Seq2Seq, TokenizerConfig, UserErro
 from jaxlm.data import chat, source
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.batches import Batches, Epoch
-from jaxlm.data.formats import Place
+from jaxlm.data.lines import Place
 from jaxlm.evaluate import see
 from jaxlm.families import PRESETS
 from jaxlm.generate import generate

@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxlm import storage
 from jaxlm.config import DataConfig, RunConfig
-from jaxlm.data import source, tfds
+from jaxlm.data import source
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
@@ -139,9 +139,9 @@ def _build_in(
     assert run.model is not None
     data, rows = run.data, Counter[str]()
     read = lambda path, split, count: source.documents(path, data, split, count)
-    if data.eval_path or (data.eval_split and tfds.is_tfds(data.path)):
+    if given := source.held_out(data):
         train = lambda count=Counter(): read(data.path, data.split, count)
-        held_out = lambda: read(data.eval_path or data.path, data.eval_split or data.split, Counter())
+        held_out = lambda: read(given[0], given[2], Counter())
     else:
         sizes = [len(text.encode()) for text in read(data.path, data.split, Counter())]
         cut = round(sum(sizes) * (1 - data.eval_fraction))

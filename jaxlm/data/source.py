@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,13 @@ from jaxlm import buckets, storage
 from jaxlm.config import DataConfig
 from jaxlm.data import tfds
 from jaxlm.data.clean import clean
-from jaxlm.data.formats import SUFFIXES, Place, Row, file_rows, format_of, suffix_of, text_lines
+from jaxlm.data.formats import METADATA, SUFFIXES, Columns, file_rows, format_of, text_lines
+from jaxlm.data.lines import Place, Row, suffix_of
 from jaxlm.errors import UserError, perhaps
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
+_BYTES = re.compile("[\udc80-\udcff]")  # how PEP 383 writes bytes that are not UTF-8
+_LINE_END = re.compile(r"\r\n|\r|\n")
 
 
 def documents(path: str, data: DataConfig, split: str, report: Counter) -> Iterator[str]:
@@ -43,11 +47,11 @@ def documents(path: str, data: DataConfig, split: str, report: Counter) -> Itera
     dropped.  Raises UserError for what cannot be read, for a missing column, and at the end when there was no document.
     """
     seen: set[bytes] = set()
-    for place, row in rows(path, data, split, report):
+    for place, row in rows(path, data, split, report, columns=Columns((data.text,))):
         if data.text not in row:
             raise UserError(
                 f"{place}: there is no column {data.text!r}; the columns are {', '.join(map(repr, row))}; "
-                f"choose one with --data.text"
+                f"choose one with --data.text{no_header(place, data)}"
             )
         text = "" if row[data.text] is None else row[data.text]
         if not isinstance(text, str):
@@ -65,38 +69,79 @@ def documents(path: str, data: DataConfig, split: str, report: Counter) -> Itera
 
 
 def rows(
-    path: str, data: DataConfig, split: str, report: Counter | None = None, target_path: str = ""
+    path: str,
+    data: DataConfig,
+    split: str,
+    report: Counter | None = None,
+    target_path: str = "",
+    columns: Columns | None = None,
 ) -> Iterator[tuple[Place, Row]]:
-    """Every row with its place, one at a time; of plain text with a `target_path`, as `aligned` gives them.
+    """Yields the first `data.limit` rows, or every row, each with its place; with a `target_path`, those of `aligned`.
 
-    Its columns are, by format:
+    The columns of a row are, by format:
 
         csv, tsv        those of the header; or those of `data.columns`, then the first line is a row too and fields
                         beyond the names are dropped
         jsonl, parquet  those of the row; lists and objects stay what they are
-        conll           tokens and tags (the first and the last column), lists of str of one length; of files with one
-                        column tokens alone; `-DOCSTART-` lines are skipped
+        conll           tokens and tags, lists of str of one length, as `conll` finds them, or those of `data.columns`
         squad           id, title, context, question, answers {"text": [str], "answer_start": [characters]} and
                         is_impossible; no answers where the file has none
         text            `data.text`; or the named groups of `data.pattern`
 
-    bytes are decoded as UTF-8.  `report` counts "rows" and what `cleaning.encoding` changed or dropped.
-    Raises UserError for a missing path, a broken file, and a row that is not UTF-8 when cleaning.encoding is "refuse".
+    and, with `data.label_from`, label.  Integers are the names of their classes where the data set's metadata gives
+    them.  bytes are decoded as UTF-8.
+
+    Args:
+      path: a file, a folder, a glob or a tfds data set.
+      data: how it is read.
+      split: of a tfds data set.
+      report: counts "rows" and what `cleaning.encoding` changed or dropped.
+      target_path: of plain text, the text whose line n goes with line n of `path`.
+      columns: those that a task reads: text that is not UTF-8 in others is no mistake.  None: all.
+
+    Raises:
+      UserError: for a missing path, a broken file, and a row that is not UTF-8 when cleaning.encoding is "refuse".
     """
     report = Counter() if report is None else report
     if target_path:
-        yield from aligned(path, target_path, data, report)
-        return
-    if tfds.is_tfds(path):
-        sources = iter([tfds.rows(path, split)])
+        found = aligned(path, target_path, data, report)
+    elif tfds.is_tfds(path):
+        found = _valid(tfds.rows(path, split, columns is None or columns.class_names), data, report, columns)
     else:
-        sources = (file_rows(file, data) for file in files(path))
-    for source in sources:
-        for place, row in source:
-            report["rows"] += 1
-            valid = _utf8(place, row, data, report)
-            if valid is not None:
-                yield place, valid
+        found = _valid(_of_files(path, data, columns), data, report, columns)
+    yield from islice(found, data.limit or None)
+
+
+def _of_files(path: str, data: DataConfig, columns: Columns | None) -> Iterator[tuple[Place, Row]]:
+    """The rows of all files that a path stands for, labelled by `data.label_from`."""
+    for file in files(path):
+        label = {"column": "", "folder": file.absolute().parent.name, "file": file.name.split(".")[0]}[data.label_from]
+        for place, row in file_rows(file, data, columns):
+            if label and "label" in row:
+                raise UserError(
+                    f"{place}: there is a column 'label', and data.label_from is {data.label_from!r}; leave out "
+                    f"--data.label-from"
+                )
+            yield place, row | {"label": label} if label else row
+
+
+def _valid(
+    found: Iterator[tuple[Place, Row]], data: DataConfig, report: Counter, columns: Columns | None
+) -> Iterator[tuple[Place, Row]]:
+    """The rows with their strings in valid Unicode."""
+    for place, row in found:
+        report["rows"] += 1
+        valid = _utf8(place, row, data, report, columns)
+        if valid is not None:
+            yield place, valid
+
+
+def no_header(place: Place, data: DataConfig) -> str:
+    """What a message about a missing column adds for a table that may have no header."""
+    table = suffix_of(Path(place.file)) not in SUFFIXES or format_of(Path(place.file), data).endswith(("csv", "tsv"))
+    if data.columns or not table:
+        return ""
+    return "; if the first line is no header, name the columns with --data.columns"
 
 
 def aligned(path: str, target_path: str, data: DataConfig, report: Counter) -> Iterator[tuple[Place, Row]]:
@@ -152,7 +197,8 @@ def files(path: str) -> list[Path]:
         found = [f for f in found if not any(part.startswith(".") for part in f.relative_to(path).parts)]
         if not found:
             raise UserError(f"the folder {path} holds no files; give one with txt, csv, tsv, jsonl or parquet files")
-        return [f for f in found if suffix_of(f) in SUFFIXES] or found
+        known = [f for f in found if suffix_of(f) in SUFFIXES and f.name not in METADATA]
+        return known or found
     found = sorted(Path(f) for f in glob.glob(path, recursive=True) if os.path.isfile(f))
     if not found:
         raise UserError(f"there is no file, folder or glob {path!r}{_near(Path(path))}; give one that there is")
@@ -164,7 +210,28 @@ def alike(path: str, data: DataConfig) -> DataConfig:
     file, known = Path(path), Path(data.path)
     if SUFFIXES.get(suffix_of(file)) in (None, format_of(known, data)) or suffix_of(file) == suffix_of(known):
         return data
-    return replace(data, format="suffix", columns=(), pattern="", charset="utf-8")
+    return replace(data, format="suffix", columns=(), pattern="", encoding="utf-8")
+
+
+def held_out(data: DataConfig) -> tuple[str, str, str] | None:
+    """Returns path, target path and split of the held-out data; None where a part of the training data is held out.
+
+    Raises:
+      UserError: for fields about held-out data that have no effect.
+    """
+    if data.eval_target_path and not (data.eval_path and data.target_path):
+        raise UserError(
+            f"data.eval_target_path is {data.eval_target_path!r}, which goes with target_path and eval_path; give "
+            f"--data.target-path and --data.eval-path"
+        )
+    if data.eval_path:
+        return data.eval_path, data.eval_target_path, data.eval_split or data.split
+    if data.eval_split and not tfds.is_tfds(data.path):
+        raise UserError(
+            f"data.eval_split is {data.eval_split!r}, and {data.path} is no data set of tfds; give held-out data with "
+            f"--data.eval-path, or leave --data.eval-split empty"
+        )
+    return (data.path, "", data.eval_split) if data.eval_split else None
 
 
 def fingerprint(path: str) -> str:
@@ -197,12 +264,12 @@ def _near(path: Path) -> str:
     return hint if "perhaps" in hint or len(names) <= 10 else ""  # a long list of other names helps nobody
 
 
-def _utf8(place: Place, row: Row, data: DataConfig, report: Counter) -> Row | None:
+def _utf8(place: Place, row: Row, data: DataConfig, report: Counter, columns: Columns | None = None) -> Row | None:
     """The row with its strings in valid Unicode, or None where cleaning.encoding drops it."""
     for name, value in row.items():
         broken: list[str] = []
         row[name] = _unicode(value, broken)
-        if not broken:
+        if not broken or (columns is not None and not columns.has(name) and name != data.text):
             continue
         if data.cleaning.encoding == "drop":
             report["dropped: encoding"] += 1
@@ -210,11 +277,13 @@ def _utf8(place: Place, row: Row, data: DataConfig, report: Counter) -> Row | No
         if data.cleaning.encoding == "refuse":
             if os.path.isfile(place.file) and format_of(Path(place.file), data) == "text":  # its own line ends count on
                 before = _SURROGATES.split(broken[0], maxsplit=1)[0]
-                place = Place(place.file, place.line + before.count("\n"))
-            raise UserError(
-                f"{place}: column {name!r} is not UTF-8; convert the data, name its encoding with --data.charset, "
-                f"or set --data.cleaning.encoding to 'replace' or 'drop'"
-            )
+                place = Place(place.file, place.line + len(_LINE_END.findall(before)))
+            if _BYTES.search(broken[0]):
+                what = "is not UTF-8; convert the data, name its encoding with --data.encoding, such as cp1252,"
+            else:
+                half = ascii(_SURROGATES.findall(broken[0])[0])
+                what = f"holds half a surrogate pair, {half}, which is no character; correct the row,"
+            raise UserError(f"{place}: column {name!r} {what} or set --data.cleaning.encoding to 'replace' or 'drop'")
         report["changed: encoding"] += 1
     return row
 

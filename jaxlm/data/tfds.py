@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jaxlm.data.formats import Place, Row
+from jaxlm.data import class_names
+from jaxlm.data.lines import Place, Row
 from jaxlm.errors import RunError, UserError, perhaps
 
 _PREPARE = (
@@ -36,8 +37,8 @@ def _without_tensorflow(path: str) -> Iterator[None]:
         raise UserError(f"{path} needs TensorFlow, which jaxlm does without; {_PREPARE}") from None
 
 
-def rows(path: str, split: str) -> Iterator[tuple[Place, Row]]:
-    """Every row of a split with its place, as tfds gives it."""
+def rows(path: str, split: str, with_names: bool) -> Iterator[tuple[Place, Row]]:
+    """Yields every row of a split with its place, integers as the names of their classes `with_names`."""
     builder = opened(path)
     with _without_tensorflow(path):
         if path.startswith("tfds:") and not builder.is_prepared():
@@ -53,8 +54,22 @@ def rows(path: str, split: str) -> Iterator[tuple[Place, Row]]:
             source = builder.as_data_source(split)
         except (NotImplementedError, ValueError) as error:
             raise UserError(f"split {split!r} of {path} cannot be read ({_first_line(error)}); {_PREPARE}") from None
+        names = _class_names(builder.info.features) if with_names else {}
         for number in range(len(source)):
-            yield Place(path, number + 1), dict(source[number])
+            place = Place(path, number + 1)
+            yield place, class_names.named(dict(source[number]), names, place)
+
+
+def _class_names(features: Any, prefix: str = "") -> class_names.Names:
+    """The names that the features of a data set give to integers."""
+    found: class_names.Names = {}
+    for name, feature in features.items() if hasattr(features, "items") else ():
+        feature = getattr(feature, "feature", feature)  # of a sequence
+        if names := getattr(feature, "names", None):
+            found[f"{prefix}{name}"] = tuple(names)
+        else:
+            found |= _class_names(feature, f"{prefix}{name}.")
+    return found
 
 
 def opened(path: str) -> Any:

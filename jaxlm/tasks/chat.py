@@ -15,12 +15,12 @@ from jaxlm import config, metrics
 from jaxlm.config import ModelConfig
 from jaxlm.data import chat
 from jaxlm.data.batches import Features
-from jaxlm.data.formats import Place, Row
+from jaxlm.data.lines import Place, Row
 from jaxlm.errors import UserError
 from jaxlm.lm import LM
 from jaxlm.report import Section
 from jaxlm.tasks.generation import GenerationTask, shown
-from jaxlm.tasks.reading import Record, Records, column, text_of
+from jaxlm.tasks.reading import Record, Records, column, listed, text_of
 from jaxlm.tasks.task import Task
 
 
@@ -49,7 +49,8 @@ class ChatTask(GenerationTask):
             if row.get(task.answer) is not None:
                 messages.append({"role": "assistant", "content": text_of(row, task.answer, place, "--task.answer")})
         else:
-            messages = _messages(column(row, task.messages, place, "--task.messages"), place, task.messages)
+            value = listed(column(row, task.messages, place, "--task.messages"), task.messages, place)
+            messages = _messages(value, place, task.messages)
         if task.system:
             messages = [{"role": "system", "content": task.system}, *messages]
         record: Record = {"messages": messages}

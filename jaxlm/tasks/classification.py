@@ -13,13 +13,13 @@ import numpy as np
 
 from jaxlm import config, metrics
 from jaxlm.data.batches import Batch, Features
-from jaxlm.data.formats import Place, Row
+from jaxlm.data.lines import Place, Row
 from jaxlm.errors import UserError
 from jaxlm.losses import Sum, binary_cross_entropy, cross_entropy, squared_error
 from jaxlm.nn.transformer import Transformer
 from jaxlm.report import Heatmap, Section, mistakes
 from jaxlm.tasks import labels
-from jaxlm.tasks.reading import Record, Records, text_of
+from jaxlm.tasks.reading import Record, Records, listed, text_of
 from jaxlm.tasks.records import HeadTask, Outputs, framed
 from jaxlm.tasks.states import of_examples
 
@@ -61,12 +61,48 @@ class ClassificationTask(HeadTask):
             return record
         if task.problem == "regression":
             return record | {"label": _number(value, place, task.label)}
+        value = listed(value, task.label, place, "[" if task.problem == "single_label" else "[({")
         if task.problem == "single_label":
             return record | {"label": _class(value, place, task.label), "kind": _kind(value)}
+        if isinstance(value, str) and value.strip()[0] + value.strip()[-1] in ("[]", "()", "{}"):
+            raise UserError(
+                f"{place}: column {task.label!r} holds {value!r:.60}, which stands in brackets and is no list; quote "
+                f"its texts, as ['a', 'b'], or leave the brackets out"
+            )
         parts = value.split(task.separator) if isinstance(value, str) else value
-        parts = parts if isinstance(parts, (list, tuple, np.ndarray)) else [parts]
-        found = (_class(part, place, task.label) for part in parts)
-        return record | {"label": tuple(dict.fromkeys(label for label in found if label))}
+        parts = list(parts) if isinstance(parts, (list, tuple, np.ndarray)) else [parts]
+        found = [_class(part, place, task.label) for part in parts]
+        record["label"] = tuple(dict.fromkeys(label for label in found if label))
+        if len(parts) > 1 and all(_class(part, place, task.label) in ("0", "1") for part in parts):
+            record["indicators"] = tuple(int(float(part)) for part in parts)
+        return record
+
+    @classmethod
+    def settle(cls, task: config.Classification, part: Records, names: Sequence[str]) -> None:
+        """Reads lists of 0 and 1 of one length as indicators, one for each class, and not as the numbers of classes."""
+        names = names or task.names
+        rows = [(record, place) for record, place in zip(part.records, part.places) if record.get("label")]
+        lengths = {len(record.get("indicators", ())) for record, _ in rows}
+        if lengths == {0} or not rows or (names and set(names) <= {"0", "1"}):
+            return
+        if len(lengths) > 1:
+            # Numbers of classes do not occur twice; a list that has one twice is of indicators.
+            odd = (p for r, p in rows if len(set(r.get("indicators", ()))) < len(r.get("indicators", ())))
+            if place := next(odd, None):
+                raise UserError(
+                    f"{place}: column {task.label!r} holds a list of 0 and 1, and in other rows lists of other lengths "
+                    f"or values; give each row a 0 or 1 for each class, or the classes that apply"
+                )
+            return
+        [length] = lengths
+        names = names or tuple(f"LABEL_{n}" for n in range(length))
+        if len(names) != length:
+            raise UserError(
+                f"{rows[0][1]}: column {task.label!r} holds {length} values of 0 and 1, and there are {len(names)} "
+                f"classes ({', '.join(names[:5])}{' ...' * (len(names) > 5)}); give one for each with --task.names"
+            )
+        for record, _ in rows:
+            record["label"] = tuple(name for name, given in zip(names, record["indicators"]) if given)
 
     @classmethod
     def labelled(cls, task: config.Classification, row: Row, record: Record, place: Place) -> None:
@@ -100,6 +136,9 @@ class ClassificationTask(HeadTask):
                         f"mend it, or add it to them"
                     )
             return task.names
+        indicators = next((record["indicators"] for record in part.records if "indicators" in record), ())
+        if indicators and where and all(label.startswith("LABEL_") for label in where):
+            return tuple(f"LABEL_{n}" for n in range(len(indicators)))
         if len(where) < (2 if task.problem == "single_label" else 1):
             alone = f"one label alone, {next(iter(where))!r}" if where else "no label"
             raise UserError(
@@ -258,8 +297,9 @@ def _class(value: Any, place: Place, column: str) -> str:
     if isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value)):
         return str(value).strip()
     raise UserError(
-        f"{place}: column {column!r} holds {type(value).__name__} {value!r:.60}, which is no label; mend it, or choose "
-        f"the column with --task.label"
+        f"{place}: column {column!r} holds {type(value).__name__} {value!r:.60}, which is no label; "
+        f"{'set --task.problem multi_label for several, ' if isinstance(value, (list, tuple)) else 'correct it, '}or "
+        f"choose the column with --task.label"
     )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from jaxlm import config
 from jaxlm.config import ModelConfig
 from jaxlm.data.batches import Batch
-from jaxlm.data.formats import Row
+from jaxlm.data.lines import Row
 from jaxlm.errors import UserError
 from jaxlm.generate import generate
 from jaxlm.lm import LM

@@ -14,12 +14,12 @@ import numpy as np
 
 from jaxlm import config
 from jaxlm.data.batches import Batch, Features
-from jaxlm.data.formats import Place, Row
+from jaxlm.data.lines import Place, Row
 from jaxlm.errors import UserError
 from jaxlm.losses import Sum
 from jaxlm.nn.transformer import Transformer
 from jaxlm.report import Section, mistakes
-from jaxlm.tasks.reading import Record, Records, column, text_of
+from jaxlm.tasks.reading import Record, Records, column, listed, text_of
 from jaxlm.tasks.records import HeadTask, Outputs, framed
 from jaxlm.tasks.states import of_examples
 
@@ -40,7 +40,7 @@ class MultipleChoiceTask(HeadTask):
     @classmethod
     def read(cls, task: config.MultipleChoice, row: Row, place: Place) -> Record:
         if len(task.options) == 1:
-            options = column(row, task.options[0], place, "--task.options")
+            options = listed(column(row, task.options[0], place, "--task.options"), task.options[0], place)
             if not isinstance(options, (list, tuple)) or not all(isinstance(option, str) for option in options):
                 raise UserError(
                     f"{place}: column {task.options[0]!r} holds {options!r:.60}, not a list of texts; mend it"

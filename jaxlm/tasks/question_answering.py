@@ -12,11 +12,11 @@ import numpy as np
 from jaxlm import config, metrics
 from jaxlm.config import ModelConfig
 from jaxlm.data.batches import Batch, Features
-from jaxlm.data.formats import Place, Row
+from jaxlm.data.lines import Place, Row
 from jaxlm.errors import UserError
 from jaxlm.losses import Sum
 from jaxlm.report import Section, mistakes
-from jaxlm.tasks.reading import Record, Records, text_of
+from jaxlm.tasks.reading import Record, Records, listed, text_of
 from jaxlm.tasks.records import HeadTask, Outputs, stand_in
 
 _BEST = 20  # starts and ends of a window that are combined
@@ -202,6 +202,7 @@ class QuestionAnsweringTask(HeadTask):
 
 def _answers(given: Any, place: Place) -> list[tuple[str, int]]:
     """(text, first character) of each answer of a row."""
+    given = listed(given, "answers", place)
     texts, starts = (given.get(name) if isinstance(given, dict) else None for name in ("text", "answer_start"))
     texts, starts = (x.tolist() if isinstance(x, np.ndarray) else x for x in (texts, starts))
     if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):

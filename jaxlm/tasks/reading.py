@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from jaxlm.config import RunConfig
-from jaxlm.data import source, tfds
+from jaxlm import config
+from jaxlm.config import DataConfig, RunConfig
+from jaxlm.data import literals, source
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.corpus import Prepared
-from jaxlm.data.formats import Place, Row
+from jaxlm.data.formats import Columns
+from jaxlm.data.lines import Place, Row
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError, perhaps
 from jaxlm.tasks import labels
@@ -55,8 +57,8 @@ def prepare(
     data, counts = run.data, Counter[str]()
     read = lambda path, target, split: load(kind, run, path, target, split, counts)
     train = whole = read(data.path, data.target_path, data.split)
-    if data.eval_path or (data.eval_split and tfds.is_tfds(data.path)):
-        held_out = read(data.eval_path or data.path, data.eval_target_path, data.eval_split or data.split)
+    if given := source.held_out(data):
+        held_out = read(*given)
     else:
         train, held_out = split(kind, run.task, train, data.eval_fraction, data.eval_seed)
     for part, name, path in ((train, "training", data.path), (held_out, "held-out", data.eval_path or data.path)):
@@ -82,7 +84,8 @@ def prepare(
 def load(kind: type[RecordTask], run: RunConfig, path: str, target_path: str, split: str, counts: Counter) -> Records:
     """All records of a path, each with its label."""
     part = Records([], [])
-    for place, row in source.rows(path, run.data, split, counts, target_path):
+    columns = columns_of(run.task, run.data.label_from == "column")
+    for place, row in source.rows(path, run.data, split, counts, target_path, columns):
         record = kind.read(run.task, row, place)
         if record is None:
             counts["dropped"] += 1
@@ -90,6 +93,7 @@ def load(kind: type[RecordTask], run: RunConfig, path: str, target_path: str, sp
         kind.labelled(run.task, row, record, place)
         part.records.append(record)
         part.places.append(place)
+    kind.settle(run.task, part, ())
     return part
 
 
@@ -150,14 +154,61 @@ def _trained(run: RunConfig, kind: type[RecordTask], part: Records, say: Callabl
 # Columns of rows
 
 
+def columns_of(task: Any, labelled: bool) -> Columns | None:
+    """Returns the columns that a task reads, of rows whose labels are read too or not; None: any may be read."""
+    label: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    if isinstance(task, config.Classification):
+        needed, label = task.text, (task.label,)
+    elif isinstance(task, config.Tagging):
+        needed, label = (task.tokens,), (task.tags,)
+    elif isinstance(task, config.QuestionAnswering):
+        needed, label, optional = ("context", "question"), ("answers",), ("id", "title", "is_impossible")
+    elif isinstance(task, config.Similarity):
+        needed, label = task.text, (task.label,) if task.objective == "cosine" else ()
+    elif isinstance(task, config.MultipleChoice):
+        needed, label = (task.question, *task.options), (task.label,)
+    elif isinstance(task, config.Seq2Seq):
+        needed, label, optional = (task.source,), (task.target,), task.references
+    else:
+        return None
+    # Numbers stay what they are where they count or measure.
+    numbers = isinstance(task, (config.Similarity, config.MultipleChoice))
+    names = not numbers and getattr(task, "problem", "") != "regression"
+    return Columns((*needed, *(label if labelled else ())), (*optional, *label), names)
+
+
 def column(row: Row, name: str, place: Place, option: str) -> Any:
     """The value that `cell` finds.  Raises UserError, with the columns that there are, where there is none."""
     known = row if name in row else entries(row)
     if name not in known:
         raise UserError(
-            f"{place}: there is no column {name!r}; the columns are {', '.join(map(repr, known))}; choose with {option}"
+            f"{place}: there is no column {name!r}; the columns are {', '.join(map(repr, known))}; choose with "
+            f"{option}{source.no_header(place, DataConfig())}"
         )
     return known[name]
+
+
+def listed(value: Any, name: str, place: Place, brackets: str = "[({") -> Any:
+    """Returns the list or object that a text of a table holds, as pandas writes it; any other value as it is.
+
+    Args:
+      value: what a cell holds.
+      name: the column.
+      place: where the row stands.
+      brackets: those that a list or object may begin with.
+
+    Raises:
+      UserError: for a text that begins as a list and is none.
+    """
+    if not isinstance(value, str) or not literals.looks_listed(value, brackets):
+        return value
+    try:
+        return literals.parse(value)
+    except literals.NotALiteralError as error:
+        raise UserError(
+            f"{place}: column {name!r} holds {value!r:.60}, a list that cannot be read: {error}; correct the row"
+        ) from None
 
 
 def cell(row: Row, name: str) -> Any:

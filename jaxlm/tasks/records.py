@@ -28,7 +28,7 @@ import numpy as np
 
 from jaxlm.config import ModelConfig
 from jaxlm.data.batches import Batch, Epoch, Features
-from jaxlm.data.formats import Place, Row
+from jaxlm.data.lines import Place, Row
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.lm import LM
@@ -67,6 +67,10 @@ class RecordTask(Task):
         if record.get("label") is None:
             column(row, task.label, place, "--task.label")
             raise UserError(f"{place}: the row has no label in column {task.label!r}; give one, or leave the row out")
+
+    @classmethod
+    def settle(cls, task: Any, part: Records, names: Sequence[str]) -> None:
+        """Changes labels that only all rows of a part together tell how to read; `names` are the model's, if known."""
 
     @classmethod
     def labels_of(cls, record: Record) -> Iterable[str]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxlm import config, metrics
 from jaxlm.data.batches import Features
-from jaxlm.data.formats import Place, Row
+from jaxlm.data.lines import Place, Row
 from jaxlm.errors import UserError
 from jaxlm.report import Section
 from jaxlm.tasks.generation import GenerationTask, shown
@@ -39,7 +39,8 @@ class Seq2SeqTask(GenerationTask):
         record: Record = {"source": _text(column(row, task.source, place, "--task.source"), place, task.source)}
         value = cell(row, task.target)
         if value is not None:
-            several = value if isinstance(value, (list, tuple, np.ndarray)) else [value]
+            several = [*value] if isinstance(value, (list, tuple, np.ndarray)) else [value]
+            several += [text for name in task.references if (text := cell(row, name))]
             record["label"] = tuple(_text(text, place, task.target) for text in several)
         sides = {task.source: (record["source"],), task.target: record.get("label", ("-",))}
         for name, texts in sides.items():

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxlm import config, metrics
 from jaxlm.data.batches import Batch, Features
-from jaxlm.data.formats import Place, Row
+from jaxlm.data.lines import Place, Row
 from jaxlm.errors import UserError
 from jaxlm.losses import Sum, squared_error
 from jaxlm.nn.transformer import Transformer

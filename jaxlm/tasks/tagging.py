@@ -13,13 +13,13 @@ import numpy as np
 
 from jaxlm import config, metrics
 from jaxlm.data.batches import Batch, Features
-from jaxlm.data.formats import Place, Row
+from jaxlm.data.lines import Place, Row
 from jaxlm.errors import UserError, perhaps
 from jaxlm.losses import Sum, cross_entropy
 from jaxlm.report import Bars, Section, Table, mistakes
 from jaxlm.tasks import labels as matching
 from jaxlm.tasks import tags as schemes
-from jaxlm.tasks.reading import Record, Records, column
+from jaxlm.tasks.reading import Record, Records, column, listed
 from jaxlm.tasks.records import HeadTask, Outputs, stand_in
 
 _SCORES = ("f1", "precision", "recall", "accuracy")
@@ -272,6 +272,7 @@ class TaggingTask(HeadTask):
 def _list(row: Row, name: str, place: Place, option: str, numbers: bool = False) -> list[str]:
     value = column(row, name, place, option)
     value = value.tolist() if isinstance(value, np.ndarray) else value
+    value = listed(value, name, place, "[")
     value = value.split() if isinstance(value, str) else value
     whole = lambda entry: isinstance(entry, (int, np.integer)) and not isinstance(entry, bool) and 0 <= entry < 1e6
     if isinstance(value, (list, tuple)) and numbers and value and all(map(whole, value)):

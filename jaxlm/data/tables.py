@@ -1,0 +1,116 @@
+"""Tables of text: csv, tsv and quoted_tsv (RFC 4180), and what their writers do otherwise.
+
+The fields of a csv file are divided by commas, or by semicolons, tabs or bars where the first rows say so; quotes
+inside a quoted field are doubled, or stand behind a backslash where the first rows say so.  What was found is printed.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from jaxlm.config import DataConfig
+from jaxlm.data.lines import BLANKS, Place, Row, head_of, lines, note
+from jaxlm.errors import UserError
+
+_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+_ESCAPED: dict[str, Any] = {"escapechar": "\\", "doublequote": False}
+_SAMPLE = 50  # rows from which the shape of a file is found
+_LARGEST_FIELD = 1 << 30  # characters; the module's own limit of 128 KiB is shorter than a document
+
+
+def rows(file: Path, stream: IO[bytes], data: DataConfig, kind: str) -> Iterator[tuple[Place, Row]]:
+    """Yields each row of a csv, tsv or quoted_tsv file with the place of its first line."""
+    # `strict` finds a quote that never closes.
+    csv.field_size_limit(_LARGEST_FIELD)
+    first, source = head_of(lines(file, stream, data))
+    marks = dialect_of(file, first, len(data.columns), kind)
+    reader = csv.reader(source, strict=True, **marks)
+    names: Sequence[str] = data.columns
+    line = 1
+    try:
+        for fields in reader:
+            place, line = Place(str(file), line), reader.line_num + 1
+            if not fields or fields == [""]:  # a blank line
+                continue
+            if not names:
+                names = _header(place, fields)
+                continue
+            if len(fields) < len(names) or (len(fields) > len(names) and not data.columns):
+                raise UserError(
+                    f"{place}: the row has {len(fields)} fields, "
+                    f"{'data.columns' if data.columns else 'the header'} {len(names)} ({', '.join(names)}); "
+                    f"correct the row, quote what holds a separator, or set --data.format or --data.columns"
+                )
+            yield place, dict(zip(names, fields, strict=False))
+    except csv.Error as error:
+        place = Place(str(file), line)
+        raise UserError(f"{place}: {error}; correct the quotes of this row, or set --data.format") from None
+
+
+def dialect_of(file: Path, first: list[str], columns: int, kind: str) -> dict[str, Any]:
+    """Returns how a file that begins with these lines is divided, as arguments of `csv.reader`.
+
+    Args:
+      file: its name, for the line that is printed where a csv file is another than RFC 4180 says.
+      first: its first lines.
+      columns: how many columns `data.columns` names; 0: the first row names them.
+      kind: csv, tsv or quoted_tsv.
+    """
+    if kind == "tsv":
+        return {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    found = None
+    shapes: tuple[dict[str, Any], ...] = ({}, _ESCAPED) if any('\\"' in line for line in first) else ({},)
+    for delimiter in "\t" if kind == "quoted_tsv" else _DELIMITERS:
+        for escapes in shapes:
+            marks = {"delimiter": delimiter, **escapes}
+            if found is None and _fits(first, columns, marks):
+                found = marks
+    if found is None:  # one column, or rows that do not agree
+        delimiter = "\t" if kind == "quoted_tsv" else ","
+        standard = {"delimiter": delimiter}
+        escaped = standard | shapes[-1]
+        found = escaped if _sample(first, standard) is None and _sample(first, escaped) is not None else standard
+    said = [] if found["delimiter"] in (",", "\t"[: kind == "quoted_tsv"]) else [_DELIMITERS[found["delimiter"]]]
+    if said:
+        note(f"{file}: the columns are divided by {said[0]}")
+    if "escapechar" in found:
+        note(f"{file}: quotes inside a field stand behind backslashes")
+    return found
+
+
+def _sample(first: list[str], marks: dict[str, Any]) -> list[list[str]] | None:
+    """The first rows, without blank lines; None where they cannot be read so."""
+    found: list[list[str]] = []
+    reader = csv.reader(first, strict=True, **marks)
+    try:
+        for fields in reader:
+            found += [fields] if fields else []
+            if len(found) == _SAMPLE:
+                break
+    except csv.Error as error:
+        if "unexpected end" not in str(error):  # of the sample, not of the file
+            return None
+    return found
+
+
+def _fits(first: list[str], columns: int, marks: dict[str, Any]) -> bool:
+    """Whether the first rows have several columns, and all as many as the header, or as `data.columns` names."""
+    found = _sample(first, marks)
+    if not found or len(found[0]) < 2:
+        return False
+    counts = set(map(len, found))
+    return min(counts) >= columns if columns else len(counts) == 1
+
+
+def _header(place: Place, fields: list[str]) -> list[str]:
+    names = [name.strip(BLANKS) for name in fields]
+    twice = [name for name in names if name and names.count(name) > 1]
+    if twice:
+        raise UserError(
+            f"{place}: the header has the column {twice[0]!r} twice; rename one of them, or, if the first line is no "
+            f"header, name the columns with --data.columns"
+        )
+    return names
