@@ -438,7 +438,7 @@ NAMED = Classification(problem="multi_label", names=("a", "b", "c"))
         (NAMED, ["[0, 2]", "[1]"], [("a", "c"), ("b",)], ("a", "b", "c")),
         (MULTI, ["[0, 1]", "[2]", "[0]"], [("0", "1"), ("2",), ("0",)], ("0", "1", "2")),
         (MULTI, ["good,funny", "good"], [("good", "funny"), ("good",)], ("funny", "good")),
-        (Classification(names=("neg", "pos")), ["1", "0", "pos"], ["pos", "neg", "pos"], ("neg", "pos")),
+        (Classification(names=("neg", "pos")), ["1", "0", "1"], ["pos", "neg", "pos"], ("neg", "pos")),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])

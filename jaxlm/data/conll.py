@@ -35,7 +35,7 @@ class Layout(NamedTuple):
     columns: int  # how many there are
     first: int  # the line that has so many
     names: dict[str, int]  # of a row's columns, where each stands
-    index: int | None  # the column that counts the tokens
+    counter: int | None  # the column that counts the tokens
     tags: frozenset[str]  # what stands last in the lines that begin with no "#"
     tabs: bool  # whether tabs divide the columns
 
@@ -55,7 +55,7 @@ def rows(file: Path, stream: IO[bytes], data: DataConfig) -> Iterator[tuple[Plac
         if _is_comment(line, fields, layout, bool(block)):
             continue
         _check(file, number, line, fields, layout)
-        if layout.index is not None and _NO_TOKEN.fullmatch(fields[layout.index]):
+        if layout.counter is not None and _NO_TOKEN.fullmatch(fields[layout.counter]):
             continue
         begin = begin if block else number
         block.append(fields)
@@ -136,7 +136,7 @@ def _are_tags(values: list[str]) -> bool:
 
 def _names(file: Path, layout: Layout, some: list[list[str]], data: DataConfig) -> dict[str, int]:
     """The columns of a row, and where each stands in a line."""
-    columns, index = layout.columns, layout.index
+    columns, index = layout.columns, layout.counter
     if data.columns:
         if len(data.columns) > columns and columns:
             raise UserError(

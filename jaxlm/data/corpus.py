@@ -139,9 +139,9 @@ def _build_in(
     assert run.model is not None
     data, rows = run.data, Counter[str]()
     read = lambda path, split, count: source.documents(path, data, split, count)
-    if given := source.held_out(data):
+    if apart := source.held_out(data):
         train = lambda count=Counter(): read(data.path, data.split, count)
-        held_out = lambda: read(given[0], given[2], Counter())
+        held_out = lambda: read(apart[0], apart[2], Counter())
     else:
         sizes = [len(text.encode()) for text in read(data.path, data.split, Counter())]
         cut = round(sum(sizes) * (1 - data.eval_fraction))

@@ -103,7 +103,8 @@ def _list(text: str, at: int, depth: int) -> tuple[list[Any], int]:
 
 def _object(text: str, at: int, depth: int) -> tuple[Any, int]:
     """A dict, or the list of a set's items."""
-    begin, items, at = at, {}, _skipped(text, at + 1)
+    items: dict[str, Any] = {}
+    begin, at = at, _skipped(text, at + 1)
     while text[at : at + 1] != "}":
         name, end = _value(text, at, depth + 1)
         end = _skipped(text, end)

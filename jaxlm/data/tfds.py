@@ -54,10 +54,10 @@ def rows(path: str, split: str, with_names: bool) -> Iterator[tuple[Place, Row]]
             source = builder.as_data_source(split)
         except (NotImplementedError, ValueError) as error:
             raise UserError(f"split {split!r} of {path} cannot be read ({_first_line(error)}); {_PREPARE}") from None
-        names = _class_names(builder.info.features) if with_names else {}
+        of_classes = _class_names(builder.info.features) if with_names else {}
         for number in range(len(source)):
             place = Place(path, number + 1)
-            yield place, class_names.named(dict(source[number]), names, place)
+            yield place, class_names.named(dict(source[number]), of_classes, place)
 
 
 def _class_names(features: Any, prefix: str = "") -> class_names.Names:
