@@ -186,8 +186,9 @@ def test_tables_that_pandas_writes_as_json(tmp_path):
     assert rows(tmp_path / "x.json") == expected
     (tmp_path / "x.json").write_text(json.dumps({"messages": [{"role": "user", "content": "a"}]}))
     assert list(rows(tmp_path / "x.json")[0]) == ["messages"]
-    (tmp_path / "x.jsonl").write_text('{"text": NaN, "x": Infinity}\n')
-    assert rows(tmp_path / "x.jsonl") == [{"text": None, "x": float("inf")}]
+    (tmp_path / "x.jsonl").write_text('{"text": NaN, "label": "a"}\n')
+    with pytest.raises(UserError, match=r"x\.jsonl:1: column 'text' holds float nan, not text"):
+        loaded(tmp_path / "x.jsonl", Classification())
 
 
 DIGITS, NESTED = "9" * 5000, "[" * 100_000 + "]" * 100_000

@@ -300,10 +300,6 @@ DATA: dict[str, tuple[str, str, str, list[str], list[str]]] = {
         [],
         ["x.jsonl:1", "'film' at 'x'", "whole number"],
     ),
-    "squad that is not said": (
-        *("QuestionAnswering", "x.json", squad(question("film", 13)), []),
-        ["x.json:1", "--data.format squad"],
-    ),
     "a question as long as the row": (
         "QuestionAnswering",
         "x.json",

@@ -1,13 +1,14 @@
 """Parquet files, read in batches of rows.
 
 Only the columns that a task reads are read, where the file has them all.  Values that Python has no type for, such as a
-date of the year 10000 or nanoseconds, become the text that Arrow prints; decimals become numbers.
+date of the year 10000 or nanoseconds, become the text that Arrow prints; decimals and durations become numbers.
 """
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -88,44 +89,48 @@ def _values(file: Path, name: str, column: Any) -> list[Any]:
     """The values of a column; text that is not UTF-8 holds lone surrogates."""
     import pyarrow
 
-    try:
-        plain = _plain_type(column.type)
-        if not plain.equals(column.type):
-            column = column.cast(plain)
-        return column.to_pylist()
-    except (pyarrow.ArrowException, ValueError, OverflowError, TypeError) as error:
-        raise UserError(
-            f"{file}: column {name!r} of type {column.type} cannot be read ({error!s:.100}); write it as text, or "
-            f"leave it out"
-        ) from None
+    error: Exception | None = None
+    for as_text in (False, True):
+        try:
+            plain = _plain_type(column.type, as_text)
+            return (column if plain.equals(column.type) else column.cast(plain)).to_pylist()
+        except (pyarrow.ArrowException, ValueError, OverflowError, TypeError) as reason:
+            error = reason
+    raise UserError(
+        f"{file}: column {name!r} of type {column.type} cannot be read ({error!s:.100}); write it as text, or "
+        f"leave it out"
+    )
 
 
-def _plain_type(kind: Any) -> Any:
-    """The type as which the values of an Arrow type have a Python type: bytes for text, text for dates."""
+def _plain_type(kind: Any, as_text: bool) -> Any:
+    """The type as which the values of an Arrow type have a Python type: bytes for text; text for dates, if asked."""
     import pyarrow
     from pyarrow import types
 
+    plain = partial(_plain_type, as_text=as_text)
     if types.is_string(kind):
         return pyarrow.binary()  # decoded with the row: to_pylist() cannot say where text is not UTF-8
     if types.is_large_string(kind) or types.is_string_view(kind):
         return pyarrow.large_binary()
     if types.is_dictionary(kind):
-        return _plain_type(kind.value_type)
-    if types.is_timestamp(kind) or types.is_date(kind) or types.is_time(kind):
+        return plain(kind.value_type)
+    # Python's dates have no nanoseconds, and end with the year 9999.
+    nanoseconds = (types.is_timestamp(kind) or types.is_time64(kind)) and kind.unit == "ns"
+    if nanoseconds or (as_text and types.is_temporal(kind) and not types.is_duration(kind)):
         return pyarrow.string()
     if types.is_duration(kind):
         return pyarrow.int64()
     if types.is_decimal(kind):
         return pyarrow.float64()
     if types.is_map(kind):
-        return pyarrow.map_(_plain_type(kind.key_type), _plain_type(kind.item_type))
+        return pyarrow.map_(plain(kind.key_type), plain(kind.item_type))
     if types.is_fixed_size_list(kind):
-        return pyarrow.list_(_plain_type(kind.value_type), kind.list_size)
+        return pyarrow.list_(plain(kind.value_type), kind.list_size)
     if types.is_large_list(kind):
-        return pyarrow.large_list(_plain_type(kind.value_type))
+        return pyarrow.large_list(plain(kind.value_type))
     if types.is_list(kind):
-        return pyarrow.list_(_plain_type(kind.value_type))
+        return pyarrow.list_(plain(kind.value_type))
     if types.is_struct(kind):
         fields = [kind.field(n) for n in range(kind.num_fields)]
-        return pyarrow.struct([field.with_type(_plain_type(field.type)) for field in fields])
+        return pyarrow.struct([field.with_type(plain(field.type)) for field in fields])
     return kind

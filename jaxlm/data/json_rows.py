@@ -22,11 +22,11 @@ _CONVERSATIONS = ("messages", "conversations", "conversation", "dialog", "turns"
 _SQUAD = re.compile(r'"data"\s*:\s*\[\s*\{.*?"paragraphs"\s*:\s*\[', re.DOTALL)
 _SQUAD_HEAD = 4096  # characters in which `_SQUAD` looks for how such a file begins
 _SPACE = re.compile(r"[\s,]*")
-_decoder = json.JSONDecoder(parse_constant=lambda name: None if name == "NaN" else float(name.replace("inity", "")))
+_decoder = json.JSONDecoder()
 
 
 def loads(text: str, place: Place) -> Any:
-    """Returns a JSON value; NaN, which pandas writes for what is missing, is None.
+    """Returns the JSON value that a line holds.
 
     Raises:
       UserError: with the place, for what is no JSON, a number of thousands of digits, or thousands of nested lists.

@@ -298,7 +298,7 @@ def _class(value: Any, place: Place, column: str) -> str:
         return str(value).strip()
     raise UserError(
         f"{place}: column {column!r} holds {type(value).__name__} {value!r:.60}, which is no label; "
-        f"{'set --task.problem multi_label for several, ' if isinstance(value, (list, tuple)) else 'correct it, '}or "
+        f"{'set --task.problem multi_label for several, ' if isinstance(value, (list, tuple)) else 'mend it, '}or "
         f"choose the column with --task.label"
     )
 
