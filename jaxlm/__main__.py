@@ -159,6 +159,8 @@ class OnFile:
     config: str = ""  # the config file of a run with a task of your own
     length: int = 0  # tokens in a row, and the most that an example has; 0: as in training, else 512
     batch: int = 0  # rows in a batch; 0: what suits the machine
+    probabilities: bool = False  # of predict: a column with the probability of each class
+    top_k: int = 0  # of predict: columns with so many of the likeliest classes; 0: none
     task: Any = None  # what is told
     data: DataConfig = dataclasses.field(default_factory=DataConfig)  # how the file is read
 
@@ -176,28 +178,30 @@ def predict(argv: list[str]) -> int:
     columns = columns and columns._replace(alone=False)
     data = dataclasses.replace(asked.data, label_from="column")
     rows = source.rows(asked.file, data, data.split, columns=columns)
-    with RowWriter(asked.output) as writer:
-        for row, prediction in predicted(lm, rows, asked.task, asked.length or None, asked.batch or None):
-            writer.write(row, prediction)
+    classes: dict[str, Any] = {"probabilities": asked.probabilities, "top_k": asked.top_k}
+    with RowWriter(asked.output, getattr(asked.task, "separator", " ")) as writer:
+        for row, told in predicted(lm, rows, asked.task, asked.length or None, asked.batch or None, **classes):
+            writer.write(row, told)
     return 0
 
 
 def evaluate(argv: list[str]) -> int:
     """Score a model on the rows of a file, or a language model on its texts: jaxlm evaluate RUN_OR_FOLDER FILE."""
     asked, lm = _on_file(argv, "evaluate")
-    import jaxlm
     from jaxlm.data import source
-    from jaxlm.evaluate import beside
+    from jaxlm.evaluate import beside, scored
     from jaxlm.likelihood import perplexity
     from jaxlm.tasks.reading import columns_of
 
+    if asked.probabilities or asked.top_k:
+        raise UserError("--probabilities and --top-k are of predict; leave them out")
     if isinstance(asked.task, CausalLM):
         texts = source.documents(asked.file, asked.data, asked.data.split, Counter())
         scores = perplexity(lm, texts, length=asked.length or None, stride=asked.task.stride or None)
     else:
         target, columns = asked.data.target_path, columns_of(asked.task, asked.data.label_from == "column")
         rows = list(source.rows(asked.file, asked.data, asked.data.split, target_path=target, columns=columns))
-        scores = jaxlm.evaluate(lm, rows, asked.task, asked.length or None, asked.batch or None)
+        scores = scored(lm, rows, asked.task, asked.length or None, asked.batch or None)
         for line in beside(rows, asked.task):
             print(line, file=sys.stderr)
     for name, value in scores.items():
@@ -214,15 +218,19 @@ def _on_file(argv: list[str], verb: str) -> tuple[OnFile, Any]:
     _process()
     import jaxlm
     from jaxlm.data import source
-    from jaxlm.evaluate import task_of
+    from jaxlm.evaluate import task_for
     from jaxlm.folder import run_of
 
     given = argv[argv.index("--config") + 1] if "--config" in argv[:-1] else ""
     config = _config(Path(given)) if given else None  # whose task is known from here on
     run = run_of(argv[0]) or config
     lm = jaxlm.load(argv[0])
+    trained = lm.trained
     predicts_tokens = verb == "evaluate" and lm.config.structure == "decoder" and "lm" in lm.config.heads_on_top
-    default = OnFile(argv[0], argv[1], task=run.task if run else CausalLM() if predicts_tokens else task_of(lm))
+    task = CausalLM() if predicts_tokens and trained is None else None
+    default = OnFile(argv[0], argv[1], task=run.task if run else task or task_for(lm))
+    if run is None and trained is not None:
+        default = dataclasses.replace(default, length=trained.length)
     if run is not None:
         none: dict[str, Any] = dict.fromkeys(("path", "target_path", "eval_path", "eval_target_path"), "")
         data = dataclasses.replace(source.alike(argv[1], run.data), **none)

@@ -315,6 +315,8 @@ class Classification(Config):
     most_classes: Annotated[int, Range(2, MOST)] = 1000  # more are taken for a column of numbers or texts, and refused
     class_weights: Literal["none", "balanced"] = "none"  # balanced: a rare class weighs as much as a frequent one
     label_smoothing: ShareBelowOne = 0.0  # share of the target spread evenly over the classes
+    windows: Literal["none", "mean", "max"] = "none"  # cut long texts, or read them by windows: mean or max of logits
+    stride: Count = 32  # tokens that two windows have in common
 
 
 @dataclass(frozen=True)
@@ -625,10 +627,45 @@ def check_task(task: Any) -> None:
             raise UserError("task.parts is empty, or some parts have a weight and some none; give all one, or none")
     if isinstance(task, (Seq2Seq, Chat)):
         task.decoding.check("task.decoding.")
+        if task.decoding.n_best > 1:
+            raise UserError(f"task.decoding.n_best is {task.decoding.n_best}; a task writes one text for each: set 1")
+    _check_used(task)
     if isinstance(task, Classification) and len(task.text) not in (1, 2):
         raise UserError(f"task.text names {len(task.text)} columns; give one, or the two of a pair")
+    if isinstance(task, Classification) and task.windows != "none" and len(task.text) == 2:
+        raise UserError(f"task.windows is {task.windows!r}, which is for one text and not for pairs; leave it out")
     if isinstance(task, Similarity) and not task.lowest < task.highest:
         raise UserError(f"task.lowest is {task.lowest}, task.highest {task.highest}; the second must be larger")
+
+
+# Fields that mean something only beside others: (task, field, the field that decides, its values that use the field).
+_USED: tuple[tuple[type, str, str, tuple[Any, ...]], ...] = (
+    (Classification, "class_weights", "problem", ("single_label", "multi_label")),
+    (Classification, "label_smoothing", "problem", ("single_label",)),
+    (Classification, "names", "problem", ("single_label", "multi_label")),
+    (Classification, "separator", "problem", ("multi_label",)),
+    (Classification, "stride", "windows", ("mean", "max")),
+    (Similarity, "lowest", "objective", ("cosine",)),
+    (Similarity, "highest", "objective", ("cosine",)),
+    (Similarity, "temperature", "objective", ("contrastive",)),
+    (MaskedLM, "sentences", "next_sentence", (True,)),
+    (MaskedLM, "short_rate", "next_sentence", (True,)),
+)
+
+
+def _check_used(task: Any) -> None:
+    """Raises UserError where a field is set that the task, as it is, would not use."""
+    for kind, name, other, values in _USED:
+        if type(task) is kind and getattr(task, other) not in values:
+            value, default = getattr(task, name), kind.__dataclass_fields__[name].default  # type: ignore[attr-defined]
+            if value != default:
+                listed = " or ".join(map(str, values))
+                raise UserError(
+                    f"task.{name} is {value!r}, which means nothing where task.{other} is {getattr(task, other)}; "
+                    f"leave it out, or set task.{other} to {listed}"
+                )
+    if isinstance(task, Chat) and task.answer and not task.question:
+        raise UserError(f"task.answer is {task.answer!r} without task.question; give both columns, or task.messages")
 
 
 _NO_PARTS = (CausalLM, MaskedLM, SpanCorruption, Infilling, Seq2Seq, Chat, MultiTask)
@@ -688,6 +725,19 @@ def _of_kind(task: Any) -> dict[str, Any]:
     return values
 
 
+def task_to_json(task: Any) -> dict[str, Any]:
+    """Returns the config of a task as plain JSON values, with its kind.  `task_from_json` is the inverse."""
+    return json.loads(json.dumps(_of_kind(task)))
+
+
+def task_from_json(values: dict[str, Any]) -> Any:
+    """Returns the config of a task from `task_to_json`'s values.  Raises UserError for a kind that is not known."""
+    own = {name: value for name, value in values.items() if name != "kind"}
+    if values["kind"] not in TASKS:
+        raise UserError(f"the task is {values['kind']}, which is not one of jaxlm's; give its config by --config")
+    return from_json(TASKS[values["kind"]], own)
+
+
 def from_json(kind: type, values: dict[str, Any]) -> Any:
     """The dataclass `kind` from `to_json`'s values.  Raises UserError for a field that `kind` does not have."""
     fields = {f.name: f for f in dataclasses.fields(kind)}
@@ -700,12 +750,7 @@ def from_json(kind: type, values: dict[str, Any]) -> Any:
         elif kind is MultiTask:
             value = {part: from_json(Part, fields) for part, fields in value.items()}
         elif kind in (RunConfig, Part) and name == "task":
-            own = {k: v for k, v in value.items() if k != "kind"}
-            if value["kind"] not in TASKS:
-                raise UserError(
-                    f"the task is {value['kind']}, which is not one of jaxlm's; give its config by --config"
-                )
-            value = from_json(TASKS[value["kind"]], own)
+            value = task_from_json(value)
         elif isinstance(value, list):
             value = tuple(value)
         made[name] = value

@@ -6,7 +6,13 @@ Every message names the value, the limit and the remedy, in that order.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import functools
+import re
+from collections.abc import Callable, Iterable
+from typing import ParamSpec, TypeVar
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 class _Told:
@@ -36,6 +42,28 @@ class Stopped(_Told, Exception):  # noqa: N818 - not an error: the run was asked
 
 class Interrupted(_Told, KeyboardInterrupt):
     """The same, by an interrupt from the keyboard: a script that does not expect it ends, as after any other."""
+
+
+def in_python(message: str) -> str:
+    """Returns a message with the flags of the command line as the arguments and fields that they are in Python.
+
+    >>> in_python("choose with --task.text, or set --task.wrong-offsets drop")
+    'choose with task.text, or set task.wrong_offsets drop'
+    """
+    return re.sub(r"(?<![\w-])--([a-z][a-z0-9.-]*[a-z0-9])", lambda flag: flag[1].replace("-", "_"), message)
+
+
+def python_names(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Decorates a function for Python users: its UserErrors name arguments in place of flags."""
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **named: _P.kwargs) -> _R:
+        try:
+            return function(*args, **named)
+        except UserError as error:
+            raise type(error)(in_python(str(error))) from None
+
+    return call
 
 
 def perhaps(name: str, known: Iterable[str]) -> str:

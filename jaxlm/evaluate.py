@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import dataclasses
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 from itertools import islice
 from typing import Any
@@ -10,19 +12,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm import config, hosts, sharding
+from jaxlm import config, hosts, metrics, sharding
 from jaxlm.assembly import lay
 from jaxlm.config import MeshConfig
 from jaxlm.data.batches import prefetch
 from jaxlm.data.lines import Place, Row
 from jaxlm.encode import Pooling, mesh_of, params_of
-from jaxlm.errors import UserError
+from jaxlm.errors import UserError, in_python, python_names
 from jaxlm.lm import LM
 from jaxlm.nn.transformer import Transformer
 from jaxlm.step import make_eval_step
-from jaxlm.tasks import TASKS
+from jaxlm.tasks import TASKS, given, reading
 from jaxlm.tasks.reading import Record, Records
-from jaxlm.tasks.records import RecordTask
+from jaxlm.tasks.records import RecordTask, Truncation
 from jaxlm.tasks.task import Seen
 
 WINDOW = 4096  # records that are predicted at once
@@ -80,37 +82,102 @@ def _closed(segments_T: np.ndarray) -> np.ndarray:
 # A model on new data
 
 
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _say_in_python(line: str) -> None:
+    print(in_python(line), file=sys.stderr)
+
+
+@python_names
 def predict(
-    lm: LM, examples: Iterable[Any], *, task: Any = None, length: int | None = None, batch: int | None = None
+    lm: LM,
+    examples: Iterable[Any],
+    *,
+    task: Any = None,
+    length: int | None = None,
+    batch: int | None = None,
+    probabilities: bool = False,
+    top_k: int = 0,
 ) -> list[Row]:
-    """The prediction for each example, in order: a dict with `prediction` and, but for numbers, `confidence`.
+    """Returns the prediction for each example, in order: a dict with `prediction` and, but for numbers, `confidence`.
 
-    examples: texts; for pairs, tuples of two; for tagging, texts or lists of words; or dicts with the columns that the
-    task names.  task: such as `Classification()`; None: what the model's head is for.  length: tokens in a row, and
-    the most that an example has; None: 512, or as many as the model has positions.  batch: rows in a batch.
+    Tagging adds `words` and, where tags mark spans, `entities` with their characters and scores; question answering
+    adds the characters `start` and `end` of the answer in the text.
 
-    Labels among the columns are not read.  Raises UserError for a model without a head for it, and for an example that
-    is not what the task reads.
+    Args:
+      lm: the model.
+      examples: texts; for pairs, tuples of two; for tagging, texts or lists of words; or dicts with the columns that
+        the task names.
+      task: such as `Classification()`; None: the one that the model was trained for, else what its head is for.
+      length: tokens in a row, and the most that an example has; None: as in training, else 512 or as many as the model
+        has positions.
+      batch: rows in a batch.
+      probabilities: adds `probabilities`, that of each class (or option) by its name.
+      top_k: adds `top`, so many likeliest classes with their probabilities; 0: not.
+
+    Labels among the columns are not read.  A line on standard error counts the examples that were cut.
+
+    Raises:
+      UserError: for a model without a head for the task, and for an example that is not what the task reads.
     """
-    if isinstance(examples, (str, dict)):
-        raise UserError(f"examples is one {type(examples).__name__}, {examples!r:.60}; give a list of examples")
-    task = task or task_of(lm)
-    rows = ((Place("example", n), _row(task, example)) for n, example in enumerate(examples, start=1))
-    return [prediction for _, prediction in predicted(lm, rows, task, length, batch)]
+    check_model(lm)
+    task = task_for(lm, task)
+    rows = given.examples(examples, task)
+    classes: dict[str, Any] = {"probabilities": probabilities, "top_k": top_k}
+    return [told for _, told in predicted(lm, rows, task, length, batch, **classes, say=_say_in_python)]
 
 
 def predicted(
-    lm: LM, rows: Iterable[tuple[Place, Row]], task: Any, length: int | None = None, batch: int | None = None
+    lm: LM,
+    rows: Iterable[tuple[Place, Row]],
+    task: Any,
+    length: int | None = None,
+    batch: int | None = None,
+    *,
+    probabilities: bool = False,
+    top_k: int = 0,
+    say: Callable[[str], None] = _say,
 ) -> Iterator[tuple[Row, Row]]:
-    """Each row with its prediction, in order, as a stream: no more than WINDOW rows are in memory."""
+    """Yields each row with its prediction, in order, as a stream: no more than WINDOW rows are in memory.
+
+    say: takes the warnings, which name flags of the command line, as do the errors; the rest is as in `predict`.
+    """
     made = _made(lm, task, length)
+    most = given.size(top_k, "top_k") or 0
+    if most < 0:
+        raise UserError(f"top_k is {most}; it must be at least 1, or 0 for none")
+    if (probabilities or most) and not made.classes:
+        raise UserError(
+            f"{type(task).__name__} gives no probabilities of classes; leave out --probabilities and --top-k"
+        )
     rows = iter(rows)
+    cut: dict[str, Truncation] = {}
     while some := list(islice(rows, WINDOW)):
         records = [_unlabelled(made, row, place) for place, row in some]
-        for (_, row), prediction in zip(some, _seen(lm, made, records, batch)[0]):
-            yield row, {name: value for name, value in prediction.items() if not name.startswith("_")}
+        told, _ = _seen(lm, made, records, batch, cut)
+        for (_, row), record, prediction in zip(some, records, told):
+            names = made.class_names(record) if probabilities or most else ()
+            yield row, _public(prediction, names, probabilities, most)
+    _warn_of_cuts(made, cut, say)
 
 
+def _public(prediction: Row, names: Sequence[Any], probabilities: bool, top_k: int) -> Row:
+    """A prediction without what is for scores alone, and with the probabilities of classes that were asked for."""
+    told = {name: value for name, value in prediction.items() if not name.startswith("_")}
+    if not names:
+        return told
+    p_N = prediction["_probabilities"]
+    if probabilities:
+        told["probabilities"] = dict(zip(names, p_N.tolist()))
+    if top_k:
+        best = np.argsort(-p_N, kind="stable")[:top_k]
+        told["top"] = [{"label": names[i], "probability": float(p_N[i])} for i in best]
+    return told
+
+
+@python_names
 def evaluate(
     lm: LM,
     rows: Iterable[tuple[Place, Row] | Row],
@@ -118,17 +185,33 @@ def evaluate(
     length: int | None = None,
     batch: int | None = None,
 ) -> dict[str, float]:
-    """The task's scores, and its loss, over rows that have labels; the rest is as in `predict`.
+    """Returns the task's scores, and its loss, over rows that have labels; the rest is as in `predict`.
 
-    rows: dicts with the columns that the task names, each alone or behind its place, as `source.rows` gives them.
-    `examples` counts them, and `dropped` those beside them that the task leaves out.
+    `examples` counts the rows, `dropped` those beside them that the task leaves out; `precision/NAME`, `recall/NAME`
+    and `f1/NAME` are those of a class, or of a type of span.
 
-    Raises UserError where there are none, for a row without a label, and for a label that the model does not know.
+    Args:
+      rows: dicts with the columns that the task names, each alone or behind its place, as `source.rows` gives them.
+
+    Raises:
+      UserError: where there are none, for a row without a label, and for a label that the model does not know.
     """
-    made = _made(lm, task or task_of(lm), length)
+    check_model(lm)
+    return scored(lm, given.labelled(rows), task_for(lm, task), length, batch, _say_in_python)
+
+
+def scored(
+    lm: LM,
+    rows: Iterable[tuple[Place, Row]],
+    task: Any,
+    length: int | None = None,
+    batch: int | None = None,
+    say: Callable[[str], None] = _say,
+) -> dict[str, float]:
+    """Returns what `evaluate` does; its errors, and the warnings that `say` takes, name flags of the command line."""
+    made = _made(lm, task, length)
     part, dropped = Records([], []), 0
-    for n, given in enumerate(rows, start=1):
-        place, row = (Place("example", n), given) if isinstance(given, dict) else given
+    for place, row in rows:
         record = made.read(made.task, row, place)
         if record is None:
             dropped += 1
@@ -140,9 +223,25 @@ def evaluate(
         raise UserError(f"there is no row to score{f', {dropped:,} are dropped' if dropped else ''}; give at least one")
     made.settle(made.task, part, made.labels)
     [part] = type(made).fitted(made.task, [part], made.labels)
-    found, means = _seen(lm, made, part.records, batch)
+    cut: dict[str, Truncation] = {}
+    found, means = _seen(lm, made, part.records, batch, cut)
+    _warn_of_cuts(made, cut, say)
+    if warning := made.warning(part, found):
+        say(f"warning: {warning}")
     counts = {"examples": len(part.records)} | ({"dropped": dropped} if dropped else {})
-    return {**counts, **means, **made.score(part.records, found)}
+    by_class = metrics.by_name(made.by_class(part, found))
+    return {**counts, **means, **made.score(part.records, found), **by_class}
+
+
+def _warn_of_cuts(task: RecordTask, cut: dict[str, Truncation], say: Callable[[str], None]) -> None:
+    for line in task.cut_lines(cut):
+        say(f"warning: {line.replace('--data.length', '--length')}")
+
+
+def check_model(lm: Any) -> None:
+    """Raises UserError for what is no model."""
+    if not isinstance(lm, LM):
+        raise UserError(f"the model is {reading.shown(lm)}; give what jaxlm.load or jaxlm.fit returns")
 
 
 def beside(rows: Iterable[tuple[Place, Row]], task: Any) -> list[str]:
@@ -152,13 +251,19 @@ def beside(rows: Iterable[tuple[Place, Row]], task: Any) -> list[str]:
     return kind.beside(task, [record for record in records if record is not None])
 
 
-def _seen(lm: LM, task: RecordTask, records: list[Record], rows: int | None) -> tuple[list[Row], dict[str, float]]:
+def _seen(
+    lm: LM, task: RecordTask, records: list[Record], rows: int | None, cut: dict[str, Truncation]
+) -> tuple[list[Row], dict[str, float]]:
+    """The prediction for each record, and the means of the losses; what was cut is added to `cut`, by its side."""
+    rows = given.size(rows, "batch")
     if rows is not None and rows < 1:
         raise UserError(f"batch is {rows}; it must be at least 1")
     mesh = mesh_of(lm)
     ways = 1 if mesh is None else sharding.ways(mesh, "batch")
     rows = -(-(rows or max(1, TOKENS // task.length)) // ways) * ways  # the size of a batch does not show
     batches = task.batches(Records(records, []), rows, task.length, None)
+    for side, found in task.truncation(batches.examples, lm, records).items():
+        cut[side] = cut[side] + found if side in cut else found
     put = partial(lay, mesh or sharding.make_mesh(MeshConfig(1), jax.local_devices()[:1]))
     step = _eval_step(lm.module, type(task), task.task, task.length, task.labels, task.pooling.modes)  # type: ignore[arg-type]
     return task.tell(lm, lambda batches: see(step, params_of(lm), batches, put), batches, records)
@@ -190,6 +295,9 @@ def _made(lm: LM, task: Any, length: int | None) -> RecordTask:
             f"{type(task).__name__} reads {'one output' if one else 'several outputs'}, the model has "
             f"{', '.join(lm.config.labels)}; give the task that it was trained for"
         )
+    length = given.size(length, "length")
+    if length is None and lm.trained:
+        length = lm.trained.length
     if length is not None and length < 2:
         raise UserError(f"length is {length}; a row needs at least 2 tokens")
     positions = lm.config.max_length if lm.config.positions == "learned" else 512
@@ -202,8 +310,32 @@ def _made(lm: LM, task: Any, length: int | None) -> RecordTask:
     return made
 
 
+def task_for(lm: LM, task: Any = None) -> Any:
+    """Returns the task to do with a model: the one given, else the one that it was trained for, else what its head is
+    for.
+
+    Raises UserError for what is no task, and for a model that was trained for a task that is not registered.
+    """
+    if task is not None and (not dataclasses.is_dataclass(task) or isinstance(task, type)):
+        raise UserError(f"the task is {reading.shown(task)}; give the config of one, such as Classification()")
+    if task is not None:
+        return task
+    trained = lm.trained
+    if trained is None:
+        return task_of(lm)
+    kind = TASKS.get(type(trained.task))
+    if isinstance(trained.task, str):
+        raise UserError(
+            f"the model was trained for the task {trained.task}, which is not one of jaxlm's; register it, or give the "
+            f"task (at the command line its config, with --config)"
+        )
+    if kind is not None and issubclass(kind, RecordTask) and (kind.head is None or kind.head in lm.config.heads_on_top):
+        return trained.task
+    return task_of(lm)
+
+
 def task_of(lm: LM) -> Any:
-    """What a model's head is for, as its config.json says."""
+    """Returns what a model's head is for, as its config.json says."""
     heads, said = lm.config.heads_on_top, lm.origin.config if lm.origin else {}
     if any(str(name).endswith("ForMultipleChoice") for name in said.get("architectures") or ()):
         return config.MultipleChoice()
@@ -224,28 +356,6 @@ def task_of(lm: LM) -> Any:
         f"the model has the heads: {', '.join(heads) or 'none'}; classes, tokens or span would tell something of an "
         f"example: fine-tune it first"
     )
-
-
-def _row(task: Any, example: Any) -> Row:
-    """An example as a row with the columns that the task reads."""
-    if isinstance(example, dict):
-        return example
-    if isinstance(task, config.Tagging):
-        return {task.tokens: example}
-    columns = getattr(task, "text", getattr(task, "source", None))
-    columns = (columns,) if isinstance(columns, str) else columns or ("question", "context")
-    values = (example,) if isinstance(example, str) else example
-    if not isinstance(values, (tuple, list)):
-        raise UserError(
-            f"an example is {example!r:.60}; give a text, a tuple of texts, or a dict with the task's columns"
-        )
-    if isinstance(task, config.Classification) and len(values) != len(columns) and task.text == ("text",):
-        raise UserError(
-            f"an example has {len(values)} texts; name two columns, Classification(text=('a', 'b')), for pairs"
-        )
-    if len(values) != len(columns):
-        raise UserError(f"an example has {len(values)} texts, the task reads {', '.join(columns)}; give as many")
-    return dict(zip(columns, values))
 
 
 def _unlabelled(task: RecordTask, row: Row, place: Place) -> Record:

@@ -30,6 +30,7 @@ from jaxlm.folder import NoLog, RunLog, begin, claim, duration, labels_of, write
 from jaxlm.generate import generate
 from jaxlm.lm import LM, load, save, with_params
 from jaxlm.measure import Meter, Trace
+from jaxlm.metrics import by_name
 from jaxlm.nn.transformer import Transformer
 from jaxlm.start import check_fits, known_labels, origin, sized, start_from, starting, with_dropout, with_tokenizer
 from jaxlm.step import make_eval_step
@@ -171,6 +172,8 @@ def _fit_in(
     _say_start(run, folder, data, batches, _size(shapes), mesh, started)
     if balance := task.balance(data.train):
         say(f"labels    {balance}")
+    for line in task.truncated(batches):
+        say(f"length    {line}")
 
     eval_step = jax.jit(make_eval_step(task, module))
     files: dict[str, Any] = {"files": model.files, "pooling": model.pooling} if model else {}
@@ -259,7 +262,10 @@ def _fit_in(
         checkpoints.close()
         place.send()
 
-    written = {"step": int(state.step), **scores}
+    by_class = {} if found is None else by_name(task.by_class(data.held_out, found))
+    if found is not None and (warning := task.warning(data.held_out, found)):
+        say(f"warning   {warning}")
+    written = {"step": int(state.step), **scores, **by_class}
     hosts.first(lambda: write_json(folder / "scores.json", written))
     sections = _sections(task, data, batches, found)
     facts = {
@@ -267,7 +273,7 @@ def _fit_in(
         "data": f"{data.train.said} to train on; {data.held_out.said} held out",
     }
     facts |= {"started from": run.init} if run.init else {}
-    facts |= _packing(run, batches)
+    facts |= _packing(run, batches) | _cut(task, batches)
     hosts.first(lambda: _tell(run, folder, lm, scores, export, int(state.step), facts, mesh, sections))
     place.send()
     return lm
@@ -282,7 +288,7 @@ def _sections(task: Task, data: Prepared, batches: Any, found: Any) -> list[repo
     """What the report shows beside curves."""
     if found is None:
         return []
-    lengths = report.Histogram("Tokens of an example", batches.lengths, "tokens", float(batches.length))
+    lengths = report.Histogram("Tokens of an example", batches.true_lengths, "tokens", float(batches.length))
     return [*task.sections(data.held_out, found), lengths]
 
 
@@ -322,9 +328,13 @@ def _packing(run: RunConfig, batches: Any) -> dict[str, str]:
     units, rows = len(batches.lengths), batches.rows_in_epoch
     filled = batches.lengths.sum() / (rows * run.data.length)
     said = {"packing": f"{units / rows * run.batch:.1f} examples in an update; {filled:.0%} of the places hold tokens"}
-    if full := int((batches.lengths >= run.data.length).sum()):
-        said["length"] = f"{full:,} of {units:,} examples fill a row of {run.data.length}; what is longer is cut"
     return said
+
+
+def _cut(task: Task, batches: Any) -> dict[str, str]:
+    """What was cut of the examples to train on."""
+    lines = task.truncated(batches)
+    return {"length": "; ".join(lines)} if lines else {}
 
 
 def _finite(metrics: list[dict[str, Any]], step: int, checkpoints: Checkpoints) -> list[dict[str, float]]:

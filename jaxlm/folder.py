@@ -208,14 +208,16 @@ def duration(seconds: float) -> str:
 
 
 class RowWriter:
-    """Writes rows with what was told of them to a csv or jsonl file, which appears when it is whole; or to the standard
-    output, as csv.
+    """Writes rows with what was predicted of them to a csv or jsonl file, which appears when it is whole; or to the
+    standard output, as csv.  In csv a list of names is one cell, divided by `separator`, and probabilities and the
+    likeliest classes have columns of their own.
 
     Raises UserError for a file of another kind, or one that exists; for a row with other columns than the first in a
     csv file; and at the end where there was no row.
     """
 
-    def __init__(self, file: str):
+    def __init__(self, file: str, separator: str = " "):
+        self._separator = separator
         self._path = Path(file) if file else None
         if self._path and self._path.suffix not in (".csv", ".jsonl"):
             raise UserError(f"output is {file!r}; it must end in .csv or .jsonl")
@@ -268,7 +270,8 @@ class RowWriter:
         """One row; a column of the file that has the name of one that is told keeps it."""
         self._count += 1
         whole = dict(row)
-        for name, value in told.items():
+        as_json = self._path is not None and self._path.suffix == ".jsonl"
+        for name, value in (told if as_json else _flat(told, self._separator)).items():
             while name in whole:
                 name += "_told"
             whole[name] = value
@@ -293,6 +296,22 @@ class RowWriter:
             for n, (name, value) in enumerate(whole.items())
         }
         self._csv.writerow([cells[name] for name in self._columns])
+
+
+def _flat(told: dict[str, Any], separator: str) -> dict[str, Any]:
+    """A prediction with a plain value for each column, where there is a way."""
+    flat: dict[str, Any] = {}
+    for name, value in told.items():
+        if name == "probabilities":
+            flat |= {f"probability_{label}": p for label, p in value.items()}
+        elif name == "top":
+            for n, one in enumerate(value, start=1):
+                flat |= {f"top_{n}": one["label"], f"top_{n}_probability": one["probability"]}
+        elif isinstance(value, list) and all(isinstance(one, str) and one and separator not in one for one in value):
+            flat[name] = separator.join(value)
+        else:
+            flat[name] = value
+    return flat
 
 
 def _cell(value: Any) -> Any:

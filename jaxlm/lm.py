@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import buckets, families, sharding, storage
-from jaxlm.config import ModelConfig
+from jaxlm.config import TASKS, ModelConfig, check_task, task_from_json, task_to_json
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.encode import Pooling, carried, read_pooling
@@ -53,6 +54,17 @@ class Output(NamedTuple):
     decoder: Inside | None = None
 
 
+class Trained(NamedTuple):
+    """What a model was fine-tuned for.
+
+    task: the config of the task, with its columns; the name of its kind where that is not registered.
+    length: tokens in a row, and the most that an example had.
+    """
+
+    task: Any
+    length: int
+
+
 @dataclass(frozen=True, eq=False)
 class LM:
     """A model as data: `lm(tokens_BT)` applies `lm.module` to `lm.params`, jitted."""
@@ -69,6 +81,25 @@ class LM:
     def __post_init__(self) -> None:
         if self.tokenizer is not None:  # refuses tokens that this model has no row for
             object.__setattr__(self, "tokenizer", self.tokenizer.for_model(self.config.vocabulary, self.config.V))
+
+    @property
+    def trained(self) -> Trained | None:
+        """What the model was fine-tuned for, where its files say so.  Raises UserError where they cannot be read."""
+        if _TASK not in self.files:
+            return None
+        try:
+            values = json.loads(self.files[_TASK])
+            length = values["length"]
+            if type(length) is not int or length < 2:
+                raise ValueError(f"length is {length!r}")
+            kind = values["task"]["kind"]
+            if kind not in TASKS:
+                return Trained(str(kind), length)
+            task = task_from_json(values["task"])
+            check_task(task)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{_TASK} of the model is not what jaxlm writes ({error}); delete it") from None
+        return Trained(task, length)
 
     @property
     def vocabulary(self) -> int:
@@ -297,6 +328,12 @@ def load(
     tokenizer = tokenizers.load(str(folder), split_special_tokens) if has_tokenizer(folder) else None
     kept = {name: model_files.locate(folder, name) for name in _CARRIED}
     files = {name: model_files.read_bytes(file) for name, file in kept.items() if file is not None}
+    if _TASK not in files and folder.name == "export":
+        files |= _of_run(folder.parent)
+    before = found.origin.config.get("model")  # of our own format
+    own = isinstance(before, dict) and before.get("heads_on_top") == list(found.config.heads_on_top)
+    if found.fresh or (head is not None and found.origin.heads is None and not own):
+        files.pop(_TASK, None)  # the head is another than that of the task
     known: dict[str, Any] = {"files": files | carried(folder), "pooling": read_pooling(folder), "fresh": found.fresh}
     return LM(found.config, made, found.params, tokenizer, found.origin, **known)
 
@@ -309,7 +346,8 @@ def _dtype(name: Any) -> Any:
     return jnp.dtype(given)
 
 
-_CARRIED = ("generation_config.json",)
+_TASK = "jaxlm_task.json"  # of an export: what the model was fine-tuned for
+_CARRIED = ("generation_config.json", _TASK)
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "*.spm", "*.model")
 
 
@@ -379,6 +417,22 @@ def save(
             module=None if type(lm.module) is Transformer else type(lm.module),
         )
     return kind
+
+
+def _of_run(folder: Path) -> dict[str, bytes]:
+    """The note of what a run trains, where its export was written before exports had one."""
+    file = model_files.locate(folder, "config.json")
+    run = model_files.read_object(file).get("run") if file else None
+    data = run.get("data") if isinstance(run, dict) else None
+    if not isinstance(run, dict) or not isinstance(data, dict):
+        return {}
+    return {_TASK: json.dumps({"task": run.get("task"), "length": data.get("length")}).encode()}
+
+
+def with_task(lm: LM, task: Any, length: int) -> LM:
+    """Returns the model with a note of what it was fine-tuned for, which is saved with it; see `LM.trained`."""
+    note = json.dumps({"task": task_to_json(task), "length": length}, indent=2) + "\n"
+    return dataclasses.replace(lm, files={**lm.files, _TASK: note.encode()})
 
 
 def with_params(lm: LM, params: Any) -> LM:

@@ -106,10 +106,17 @@ def _summed_backward(logits_of: Any, smoothing: float, kept: Any, given: Any) ->
 _summed.defvjp(_summed_forward, _summed_backward)
 
 
-def binary_cross_entropy(logits_BEN: jax.Array, labels_BEN: jax.Array, weights_BE: jax.Array) -> Sum:
-    """Negative log-likelihood in nats of N independent yes-or-no labels (0 or 1), their mean for each example."""
+def binary_cross_entropy(
+    logits_BEN: jax.Array, labels_BEN: jax.Array, weights_BE: jax.Array, positive_N: jax.Array | None = None
+) -> Sum:
+    """Negative log-likelihood in nats of N independent yes-or-no labels (0 or 1), their mean for each example.
+
+    positive_N: weight of each label where it is 1, as `pos_weight` of torch's BCEWithLogitsLoss; None: 1.
+    """
     logits_BEN = logits_BEN.astype(jnp.float32)
     loss_BEN = jax.nn.softplus(logits_BEN) - labels_BEN * logits_BEN
+    if positive_N is not None:
+        loss_BEN *= jnp.where(labels_BEN > 0, positive_N, 1)
     return (loss_BEN.mean(-1) * weights_BE).sum(), weights_BE.sum()
 
 

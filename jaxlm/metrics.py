@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -61,6 +61,28 @@ def confusion(labels_N: ArrayLike, predictions_N: ArrayLike, count: int) -> np.n
     labels_N, predictions_N = _both_classes(labels_N, predictions_N, count)
     pairs_N = labels_N * count + predictions_N
     return np.bincount(pairs_N, minlength=count * count).astype(np.int64).reshape(count, count)
+
+
+def of_classes(labels_NC: ArrayLike, predictions_NC: ArrayLike, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Returns the precision, recall and F1 of each class, and its support, the number of examples of it.
+
+    Args:
+      labels_NC, predictions_NC: whether each class applies to each example, bool [N, C].
+      names: of the classes.
+    """
+    labels_NC, predictions_NC = np.asarray(labels_NC, bool), np.asarray(predictions_NC, bool)
+    both_C, found_C, true_C = ((x_NC).sum(0) for x_NC in (labels_NC & predictions_NC, predictions_NC, labels_NC))
+    return {
+        name: _f1(int(both), int(found), int(true)) | {"support": int(true)}
+        for name, both, found, true in zip(names, both_C, found_C, true_C)
+    }
+
+
+def by_name(classes: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Returns the scores of classes under flat names: precision/NAME, recall/NAME and f1/NAME."""
+    return {
+        f"{score}/{name}": scores[score] for name, scores in classes.items() for score in ("precision", "recall", "f1")
+    }
 
 
 def several(labels_NC: ArrayLike, predictions_NC: ArrayLike) -> dict[str, float]:

@@ -72,6 +72,7 @@ def table(trials: list[Trial], best: str) -> str:
     for trial in trials:
         groups.setdefault(folder_of({k: v for k, v in trial.fields.items() if k != "seed"}), []).append(trial)
     names = [name for name in dict.fromkeys(name for t in trials for name in t.scores) if name not in ("step", best)]
+    names = [name for name in names if name.split("/")[0] not in ("precision", "recall", "f1") or "/" not in name]
     names = [best, *names]
     mean = lambda name, group: statistics.fmean(values) if (values := _values(name, group)) else -float("inf")
     sign = -1 if best == "loss" else 1

@@ -515,6 +515,20 @@ def test_balanced_weights_and_smoothing_are_for_training_alone():
         close(loss, ((expected * weights).sum(), weights.sum()))
 
 
+def test_balanced_weights_of_several_labels_are_those_of_torch():
+    torch = pytest.importorskip("torch")
+    task = task_of("classes", class_weights="balanced")
+    found = [["a"], ["a"], ["a", "b"], [], ["c"], ["a", "c"]]
+    records = records_of("classes", [{"text": "a", "label": names} for names in found])
+    batch = Batches(task.examples(Records(records, []), True), 1, T, 6, None).batch_at(0)
+    logits = np.random.default_rng(0).standard_normal((1, 6, 3)).astype(np.float32)
+    for training, weights in ((True, [2 / 4, 5 / 1, 4 / 2]), (False, [1, 1, 1])):
+        loss = jit(lambda logits, batch, training=training: task.loss(logits, batch, training))(logits, batch)
+        theirs = torch.nn.BCEWithLogitsLoss(pos_weight=torch.tensor(weights), reduction="sum")
+        labels = torch.tensor(batch["labels_BEN"][0])
+        close(loss, (theirs(torch.tensor(logits[0]), labels).item() / 3, 6), rtol=1e-5)
+
+
 # Questions
 
 
@@ -695,7 +709,10 @@ def test_long_sentences_are_cut_between_words(tokens, length, kind):
         words = example["words_BT"]
         told = [("O", "B-A", "I-A").index(tags[word]) if word >= 0 else 1 for word in words]
         outputs.append([{"words_BT": words, "tags_BT": np.array(told), "confidence_BT": np.full(len(words), 0.5)}])
-    assert task.predict({"tokens": tokens}, outputs) == {"prediction": tags, "confidence": 0.5}
+    told = task.predict({"tokens": tokens}, outputs)
+    assert (told["prediction"], told["confidence"], told["words"]) == (tags, 0.5, tokens)
+    for entity in told["entities"]:
+        assert " ".join(tokens)[entity["start"] : entity["end"]] == entity["text"] and entity["score"] == 0.5
     words = [word for [example] in units for word in example["words_BT"].tolist() if word >= 0]
     assert words == list(range(len(tokens)))
     sizes = [len(task.tokenizer.encode(word if n == 0 else f" {word}")) for n, word in enumerate(tokens)]
@@ -852,14 +869,16 @@ def test_two_hundred_classes():
     logits = [unit[0][0]["logits_BEN"] for unit in outputs_of(batches, found)]
     assert [row["prediction"] for row in told] == [names[x.argmax()] for x in logits]
     close(found.means["loss"], -np.mean([log_p(x)[i] for i, x in enumerate(logits)]), rtol=1e-5)
-    assert len(task.sections(Records(records, []), told)) == 2
+    assert len(task.sections(Records(records, []), told)) == 3
     assert "and 188 more" in task.balance(Records(records, []))
 
 
 def test_ties_go_to_the_first():
     flat = lambda n: [[{"logits_BEN": np.zeros(n, np.float32)}]]
-    assert task_of("class").predict({}, flat(3)) == {"prediction": "no", "confidence": pytest.approx(1 / 3)}
-    assert task_of("classes").predict({}, flat(3)) == {"prediction": [], "confidence": 0.5}
+    told = task_of("class").predict({}, flat(3))
+    assert (told["prediction"], told["confidence"]) == ("no", pytest.approx(1 / 3))
+    told = task_of("classes").predict({}, flat(3))
+    assert (told["prediction"], told["confidence"]) == ([], 0.5)
     options = {"options": ["red", "green"], "question": ""}
     assert task_of("choice").predict(options, [[{"logits_BE": np.float32(0)}] * 2])["option"] == "red"
     task = task_of("answers")

@@ -83,6 +83,11 @@ class Batches:
         """Tokens of each unit of the first epoch."""
         return self._epoch(0)[0].lengths
 
+    @property
+    def true_lengths(self) -> np.ndarray:
+        """Tokens of each example before any was cut, where the examples know them; else those of each unit."""
+        return getattr(self.examples, "true_lengths", self.lengths)
+
     def batch_at(self, step: int, rows: Iterable[int] | None = None) -> Features:
         """The fields of batch `step`: [B, T] for tokens, [B, E] for examples; `segments_BT` 0 is padding.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -19,7 +19,7 @@ from jaxlm.data.lines import Place, Row
 from jaxlm.errors import UserError
 from jaxlm.lm import LM
 from jaxlm.report import Section
-from jaxlm.tasks.generation import GenerationTask, shown
+from jaxlm.tasks.generation import UNREAD, GenerationTask, shown
 from jaxlm.tasks.reading import Record, Records, column, listed, text_of
 from jaxlm.tasks.task import Task
 
@@ -28,6 +28,10 @@ class ChatTask(GenerationTask):
     """`config.Chat`, by a decoder."""
 
     scores = ("exact", "f1")
+    cut: Mapping[str, tuple[str, str]] = {
+        "T": ("conversations", "raise --data.length: each lost its beginning"),
+        **UNREAD,
+    }
     task: config.Chat
 
     def __init__(self, *parts: Any):
@@ -94,6 +98,7 @@ class ChatTask(GenerationTask):
                         "tokens_BT": tokens[:-1].astype(np.int32),
                         "labels_BT": tokens[1:].astype(np.int32),
                         "weights_BT": learned[1:].astype(np.float32),
+                        "cut": len(ids) - len(tokens),
                     }
                 ]
             ]
@@ -116,7 +121,7 @@ class ChatTask(GenerationTask):
             tokenizer = copy.copy(lm.tokenizer)
             tokenizer.files = {**tokenizer.files, "chat_template.jinja": self._template.encode()}
             lm = replace(lm, tokenizer=tokenizer)
-        return {"": (self, lm)}
+        return super().exports(lm)
 
     def sections(self, part: Records, predictions: Sequence[Row]) -> list[Section]:
         asked = lambda record: str(record["messages"][-2].get("content")) if len(record["messages"]) > 1 else ""

@@ -17,10 +17,10 @@ from jaxlm.data.lines import Place, Row
 from jaxlm.errors import UserError
 from jaxlm.losses import Sum, binary_cross_entropy, cross_entropy, squared_error
 from jaxlm.nn.transformer import Transformer
-from jaxlm.report import Heatmap, Section, mistakes
+from jaxlm.report import Heatmap, Section, Table, mistakes
 from jaxlm.tasks import labels
 from jaxlm.tasks.reading import Record, Records, listed, text_of
-from jaxlm.tasks.records import HeadTask, Outputs, framed
+from jaxlm.tasks.records import HeadTask, Outputs, framed, stand_in
 from jaxlm.tasks.states import of_examples
 
 _FIELDS: dict[str, dict[str, Any]] = {
@@ -49,6 +49,9 @@ class ClassificationTask(HeadTask):
         self.scores = tuple(name for name in _SCORES[self.task.problem] if name != "f1" or len(self.labels) == 2)
         problem = self.task.problem
         self.config_keys = {"problem_type": problem + ("" if problem == "regression" else "_classification")}
+        self.classes = problem != "regression"
+        if self.task.windows == "none":
+            self.cut = {"T": ("texts", "raise --data.length, or read them through windows: --task.windows mean")}
         self._index = {name: i for i, name in enumerate(self.labels)}
         self._weights = np.ones(len(self.labels), np.float32)
 
@@ -210,16 +213,48 @@ class ClassificationTask(HeadTask):
         return ", ".join(shares) + (f" and {len(self.labels) - 12} more" if len(self.labels) > 12 else "")
 
     def examples(self, part: Records, training: bool) -> Any:
-        if training and self.task.class_weights == "balanced" and self.task.problem == "single_label":
-            counts = np.bincount([self._index[record["label"]] for record in part.records], minlength=len(self.labels))
-            self._weights = (len(part.records) / (len(self.labels) * np.maximum(counts, 1))).astype(np.float32)
+        if training and self.task.class_weights == "balanced":
+            self._balance(part.records)
         return super().examples(part, training)
 
+    def _balance(self, records: Sequence[Record]) -> None:
+        """Sets the weights of the classes: of one class, as scikit-learn has them; of several, of each where it applies
+        the examples without it by those with it."""
+        found = Counter(label for record in records for label in self.labels_of(record))
+        counts = np.array([found[name] for name in self.labels])
+        if self.task.problem == "multi_label":
+            weights = np.where(counts > 0, (len(records) - counts) / np.maximum(counts, 1), 1)
+            self._weights = np.where(weights > 0, weights, 1).astype(np.float32)
+        else:
+            self._weights = (len(records) / (len(self.labels) * np.maximum(counts, 1))).astype(np.float32)
+
     def features(self, records: Sequence[Record], training: bool) -> Iterator[list[list[Features]]]:
+        if self.task.windows != "none":
+            yield from self._windows(records, training)
+            return
         texts, pairs = ([record["texts"][side] for record in records] for side in (0, -1))
         made = framed(self.tokenizer, texts, pairs if len(self.task.text) == 2 else None, self.length)
-        for record, (ids, types) in zip(records, made):
-            yield [[{"tokens_BT": ids, "types_BT": types} | self._target(record.get("label"), training)]]
+        for record, features in zip(records, made):
+            yield [[features | self._target(record.get("label"), training)]]
+
+    def _windows(self, records: Sequence[Record], training: bool) -> Iterator[list[list[Features]]]:
+        """Of each text the windows that cover it, each an example with the label of the text."""
+        room, stride = self.tokenizer.room(self.length, pair=False), self.task.stride
+        if room <= stride:
+            raise UserError(
+                f"data.length {self.length} leaves {room} tokens of a text, and windows have task.stride {stride} in "
+                f"common; raise the length, or lower task.stride"
+            )
+        around, _, [at] = self.tokenizer.wrap([])
+        for record, whole in zip(records, self.tokenizer.frame([record["texts"][0] for record in records])):
+            ids = whole[0][at : len(whole[0]) - (len(around) - at)]
+            target = self._target(record.get("label"), training)
+            units = []
+            for start in range(0, max(1, len(ids) - stride), room - stride):
+                tokens, types, _ = self.tokenizer.wrap(ids[start : start + room])
+                made = {"tokens_BT": tokens or [stand_in(self.tokenizer)], "types_BT": types or [0]}
+                units.append([made | target])
+            yield units
 
     def _target(self, label: Any, training: bool) -> Features:
         if self.task.problem == "regression":
@@ -240,7 +275,8 @@ class ClassificationTask(HeadTask):
         if self.task.problem == "regression":
             return squared_error(logits[..., 0], batch["labels_BE"], batch["weights_BE"])
         if self.task.problem == "multi_label":
-            return binary_cross_entropy(logits, batch["labels_BEN"], batch["weights_BE"])
+            positive_N = jax.numpy.asarray(self._weights) if training else None
+            return binary_cross_entropy(logits, batch["labels_BEN"], batch["weights_BE"], positive_N)
         smoothing = self.task.label_smoothing if training else 0.0
         return cross_entropy(logits, batch["labels_BE"], batch["weights_BE"], smoothing)
 
@@ -248,16 +284,20 @@ class ClassificationTask(HeadTask):
         return {"logits_BEN": logits}
 
     def predict(self, record: Record, outputs: Outputs) -> Row:
-        logits_N = outputs[0][0]["logits_BEN"].astype(np.float64)
+        logits_WN = np.stack([found["logits_BEN"] for [found] in outputs]).astype(np.float64)
+        logits_N = logits_WN.max(0) if self.task.windows == "max" else logits_WN.mean(0)
         if self.task.problem == "regression":
             return {"prediction": float(logits_N[0])}
         if self.task.problem == "multi_label":
             p_N = 1 / (1 + np.exp(-np.clip(logits_N, -500, 500)))
             chosen = [name for name, p in zip(self.labels, p_N) if p > 0.5]
-            return {"prediction": chosen, "confidence": float(np.maximum(p_N, 1 - p_N).min())}
-        p_N = np.exp(logits_N - logits_N.max())
-        best = int(p_N.argmax())
-        return {"prediction": self.labels[best], "confidence": float(p_N[best] / p_N.sum())}
+            told: Row = {"prediction": chosen, "confidence": float(np.maximum(p_N, 1 - p_N).min())}
+        else:
+            p_N = np.exp(logits_N - logits_N.max())
+            p_N /= p_N.sum()
+            best = int(p_N.argmax())
+            told = {"prediction": self.labels[best], "confidence": float(p_N[best])}
+        return told | {"_probabilities": p_N}
 
     def score(self, records: Sequence[Record], predictions: Sequence[Row]) -> dict[str, float]:
         true = [record["label"] for record in records]
@@ -270,10 +310,36 @@ class ClassificationTask(HeadTask):
         index = lambda rows: [self._index[row] for row in rows]
         return metrics.classes(index(true), index(found), self.labels)
 
+    def by_class(self, part: Records, predictions: Sequence[Row]) -> dict[str, dict[str, float]]:
+        if self.task.problem == "regression":
+            return {}
+        several = lambda label: label if isinstance(label, (tuple, list)) else (label,)
+        many = lambda rows: np.array([np.isin(self.labels, several(row)) for row in rows], bool)
+        true_NC = many([record["label"] for record in part.records]).reshape(-1, len(self.labels))
+        found_NC = many([prediction["prediction"] for prediction in predictions]).reshape(-1, len(self.labels))
+        return metrics.of_classes(true_NC, found_NC, self.labels)
+
+    def warning(self, part: Records, predictions: Sequence[Row]) -> str | None:
+        found = {str(prediction["prediction"]) for prediction in predictions}
+        true = {str(record["label"]) for record in part.records}
+        if not self.classes or len(found) != 1 or len(true) == 1:
+            return None
+        alone = f"the class {min(found)!r}" if self.task.problem == "single_label" else f"the classes {min(found)}"
+        return (
+            f"all {len(predictions):,} predictions are {alone}, and the labels are not; train longer, change "
+            f"--optimizer.rate, or set --task.class-weights balanced"
+        )
+
     def sections(self, part: Records, predictions: Sequence[Row]) -> list[Section]:
         records = part.records
+        by_class = self.by_class(part, predictions)
+        rows = [
+            [name, *(f"{scores[key]:.1%}" for key in ("precision", "recall", "f1")), f"{scores['support']:,.0f}"]
+            for name, scores in by_class.items()
+        ]
+        tables = [Table("Scores by class", ("class", "precision", "recall", "F1", "examples"), rows, "")] * bool(rows)
         if self.task.problem != "single_label":
-            return []
+            return list(tables)
         wrong = [
             (p["confidence"], [" | ".join(r["texts"]), r["label"], p["prediction"]])
             for r, p in zip(records, predictions)
@@ -284,6 +350,7 @@ class ClassificationTask(HeadTask):
         counts = metrics.confusion(true, found, len(self.labels))
         return [
             Heatmap("Confusion matrix", counts, self.labels),
+            *tables,
             mistakes(("text", "true", "predicted"), wrong, len(records), "held-out examples are told wrong"),
         ]
 

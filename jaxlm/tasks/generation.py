@@ -24,11 +24,13 @@ from jaxlm.nn.transformer import Transformer
 from jaxlm.report import LONGEST, Table
 from jaxlm.tasks.denoising import ending
 from jaxlm.tasks.reading import Record, Records
-from jaxlm.tasks.records import RecordTask
+from jaxlm.tasks.records import RecordExamples, RecordTask, Truncation
 from jaxlm.tasks.states import word_losses
 from jaxlm.tasks.task import Seen
 
 SHOWN = 20  # texts in the report
+# Prompts of a decoder that predicts, in the table `cut` of a task.
+UNREAD = {"P": ("prompts", "each lost its beginning: lower --task.decoding.max-new-tokens, or take another model")}
 
 
 class GenerationTask(RecordTask):
@@ -88,6 +90,21 @@ class GenerationTask(RecordTask):
         decoding = replace(self.decoding, n_best=1, too_long="truncate")
         found = generate(lm, prompts, decoding, stop_tokens=self.stops, return_tokens=True)
         return [self.predict(record, self.tokenizer.target.decode(ids)) for record, ids in zip(records, found)]
+
+    def truncation(
+        self, examples: RecordExamples, lm: LM | None = None, records: Sequence[Record] = ()
+    ) -> dict[str, Truncation]:
+        """In prediction a target is not read; and a prompt of a decoder loses its beginning where it and the text after
+        it are longer than the model has positions, whatever the length of a row."""
+        if lm is None:
+            return super().truncation(examples)
+        if self.source_length is not None:
+            return {"S": examples.truncation("S")}
+        if lm.config.positions not in ("learned", "rotary"):
+            return {}
+        room = lm.config.max_length - self.decoding.max_new_tokens
+        lengths = [len(prompt) for prompt in self.prompts(records)]
+        return {"P": Truncation(sum(n > room for n in lengths), len(lengths), room, max(lengths, default=0))}
 
     def tell(
         self, lm: LM, see: Callable[[Any], Seen], batches: Any, records: Sequence[Record]

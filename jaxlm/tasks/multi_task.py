@@ -17,7 +17,7 @@ from jaxlm.data.corpus import Prepared
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.encode import Pooling
 from jaxlm.errors import UserError
-from jaxlm.lm import LM
+from jaxlm.lm import LM, with_task
 from jaxlm.losses import Losses
 from jaxlm.nn.heads import Classes, PerToken
 from jaxlm.nn.transformer import Transformer
@@ -97,7 +97,8 @@ class TaskMixture(Task):
             alone = part.configured(lm.config)
             params = body if part.head is None else body | {f"{part.head}_head": lm.params[f"own_{name}"]}
             module = Transformer(alone, dtype=lm.module.dtype)
-            found[name] = part, replace(lm, config=alone, params=params, module=module)
+            own = with_task(replace(lm, config=alone, params=params, module=module), part.task, part.length)
+            found[name] = part, own
         return found
 
     def examples(self, part: Parts, training: bool) -> Any:
@@ -144,6 +145,18 @@ class TaskMixture(Task):
         lines = ((name, one.balance(part[name])) for name, one in self.parts.items())
         return "; ".join(f"{name}: {line}" for name, line in lines if line)
 
+    def truncated(self, batches: Any) -> list[str]:
+        lines = ((name, one.truncated(batches.parts[name])) for name, one in self.parts.items())
+        return [f"{name}: {line}" for name, some in lines for line in some]
+
+    def by_class(self, part: Parts, predictions: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+        each = ((name, one.by_class(part[name], predictions[name])) for name, one in self.parts.items())
+        return {f"{name}/{label}": scores for name, classes in each for label, scores in classes.items()}
+
+    def warning(self, part: Parts, predictions: Mapping[str, Any]) -> str | None:
+        lines = ((name, one.warning(part[name], predictions[name])) for name, one in self.parts.items())
+        return "; ".join(f"{name}: {line}" for name, line in lines if line) or None
+
     def sections(self, part: Parts, predictions: Mapping[str, Any]) -> list[Section]:
         return [
             section._replace(title=f"{name}: {section.title}")
@@ -175,6 +188,11 @@ class Mixed:
     def lengths(self) -> np.ndarray:
         """Tokens of each unit of all parts."""
         return np.concatenate([part.lengths for part in self.parts.values()])
+
+    @property
+    def true_lengths(self) -> np.ndarray:
+        """As `Batches.true_lengths`."""
+        return np.concatenate([part.true_lengths for part in self.parts.values()])
 
     def nothing(self) -> Features:
         """A batch of padding."""

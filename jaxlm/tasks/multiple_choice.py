@@ -31,6 +31,8 @@ class MultipleChoiceTask(HeadTask):
     """
 
     head = "classes"
+    classes = True
+    cut: Mapping[str, tuple[str, str]] = {"T": ("questions", "raise --data.length, which holds all options of one")}
     fields: Mapping[str, Any] = {"labels_BE": np.float32, "groups_BE": np.int32}
     exported_as: Mapping[str, str] = {
         f"{family}ForSequenceClassification": f"{family}ForMultipleChoice" for family in ("Bert", "Albert", "DebertaV2")
@@ -74,12 +76,7 @@ class MultipleChoiceTask(HeadTask):
                     f"raise the length"
                 )
             made = framed(self.tokenizer, [record["question"]] * n, record["options"], self.length // n)
-            yield [
-                [
-                    {"tokens_BT": ids, "types_BT": types, "labels_BE": np.float32(record.get("label") == i)}
-                    for i, (ids, types) in enumerate(made)
-                ]
-            ]
+            yield [[features | {"labels_BE": np.float32(record.get("label") == i)} for i, features in enumerate(made)]]
 
     def weights(self, batch: Batch) -> dict[str, jax.Array]:
         return {"loss": batch["labels_BE"].sum()}
@@ -104,7 +101,11 @@ class MultipleChoiceTask(HeadTask):
         p_O = np.exp(logits_O - logits_O.max())
         best = int(p_O.argmax())
         said = {"prediction": self.task.first + best, "option": record["options"][best]}
-        return said | {"confidence": float(p_O[best] / p_O.sum()), "_index": best}
+        p_O /= p_O.sum()
+        return said | {"confidence": float(p_O[best]), "_index": best, "_probabilities": p_O}
+
+    def class_names(self, record: Record) -> Sequence[int]:
+        return range(self.task.first, self.task.first + len(record["options"]))
 
     def score(self, records: Sequence[Record], predictions: Sequence[Row]) -> dict[str, float]:
         right = [record["label"] == prediction["_index"] for record, prediction in zip(records, predictions)]

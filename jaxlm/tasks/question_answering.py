@@ -14,10 +14,11 @@ from jaxlm.config import ModelConfig
 from jaxlm.data.batches import Batch, Features
 from jaxlm.data.lines import Place, Row
 from jaxlm.errors import UserError
+from jaxlm.lm import LM
 from jaxlm.losses import Sum
 from jaxlm.report import Section, mistakes
 from jaxlm.tasks.reading import Record, Records, listed, text_of
-from jaxlm.tasks.records import HeadTask, Outputs, stand_in
+from jaxlm.tasks.records import HeadTask, Outputs, RecordExamples, Truncation, stand_in
 
 _BEST = 20  # starts and ends of a window that are combined
 _NEVER = float(np.finfo(np.float32).min)  # margin of a text without any span: below every threshold
@@ -35,6 +36,7 @@ class QuestionAnsweringTask(HeadTask):
     fields: Mapping[str, Any] = {
         "labels_BEN": np.int32
     }  # the answer's first and last token, counted from the example's first
+    cut: Mapping[str, tuple[str, str]] = {"T": ("questions", "raise --task.most-question")}
     kept = ("offsets_BT",)  # characters [start, end) of the text; -1 for the question and special tokens
     task: config.QuestionAnswering
 
@@ -48,7 +50,7 @@ class QuestionAnsweringTask(HeadTask):
     @classmethod
     def read(cls, task: config.QuestionAnswering, row: Row, place: Place) -> Record | None:
         record: Record = {name: text_of(row, name, place, "--data.format squad") for name in ("context", "question")}
-        record["title"] = row.get("title") or ""
+        record["title"] = text_of(row, "title", place, "--data.format squad") if "title" in row else ""
         given = row.get("answers")
         if given is None:
             return record
@@ -97,6 +99,7 @@ class QuestionAnsweringTask(HeadTask):
         questions = self.tokenizer.encode_batch([record["question"] for record in records])
         contexts = self.tokenizer.encode_offsets([record["context"] for record in records])
         for record, question, (context, offsets) in zip(records, questions, contexts):
+            lost = max(0, len(question) - most)
             question = question[:most]
             width = room - len(question)
             if width <= self.task.stride:
@@ -126,6 +129,7 @@ class QuestionAnsweringTask(HeadTask):
                             "types_BT": np.array(types, np.int32),
                             "labels_BEN": labels,
                             "offsets_BT": offsets_T2,
+                            "cut": lost,
                         }
                     ]
                 )
@@ -148,6 +152,13 @@ class QuestionAnsweringTask(HeadTask):
     def outputs(self, logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
         return {"start_BT": logits[..., 0], "end_BT": logits[..., 1]}
 
+    def truncation(
+        self, examples: RecordExamples, lm: LM | None = None, records: Sequence[Record] = ()
+    ) -> dict[str, Truncation]:
+        """Texts are read through windows; it is the questions that are cut."""
+        found = examples.truncation("T")
+        return {"T": found._replace(limit=self.task.most_question, longest=examples.most_cut + self.task.most_question)}
+
     def predict(self, record: Record, outputs: Outputs) -> Row:
         """The best span of all windows, or "" where the question may be, and seems, unanswerable.
 
@@ -157,13 +168,15 @@ class QuestionAnsweringTask(HeadTask):
         spans = sorted((span for [found] in outputs for span in self._spans(found)), key=lambda span: -span[0])[:_BEST]
         scores = np.array([score for score, _, _ in spans] + [silent] * self.task.unanswerable)
         if not spans:
-            return {"prediction": "", "confidence": 1.0, "_answer": "", "_margin": _NEVER}
+            nowhere = {"start": None, "end": None}
+            return {"prediction": "", "confidence": 1.0, **nowhere, "_answer": "", "_margin": _NEVER}
         score, start, end = spans[0]
         answer = record["context"][start:end]
         p = np.exp(scores - scores.max())
         answering = score > silent or not self.task.unanswerable
         confidence = p[0 if answering else -1] / p.sum()
         said = {"prediction": answer if answering else "", "confidence": float(confidence)}
+        said |= {"start": start if answering else None, "end": end if answering else None}
         return said | {"_answer": answer, "_margin": score - silent}
 
     def _spans(self, found: dict[str, np.ndarray]) -> Iterator[tuple[float, int, int]]:

@@ -225,11 +225,19 @@ def entries(row: Row) -> Row:
     return held
 
 
+def shown(value: Any) -> str:
+    """Returns a value as a message shows it, at most 60 characters of it."""
+    try:
+        return f"{value!r:.60}"
+    except ValueError:  # more digits than Python writes
+        return "a number of thousands of digits"
+
+
 def text_of(row: Row, name: str, place: Place, option: str = "--task.text") -> str:
     """The text in a column; "" for none."""
     value = column(row, name, place, option)
     if value is not None and not isinstance(value, str):
         raise UserError(
-            f"{place}: column {name!r} holds {type(value).__name__} {value!r}, not text; choose with {option}"
+            f"{place}: column {name!r} holds {type(value).__name__} {shown(value)}, not text; choose with {option}"
         )
     return value or ""

@@ -21,7 +21,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -31,7 +31,7 @@ from jaxlm.data.batches import Batch, Epoch, Features
 from jaxlm.data.lines import Place, Row
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
-from jaxlm.lm import LM
+from jaxlm.lm import LM, with_task
 from jaxlm.losses import Losses, Sum
 from jaxlm.nn.transformer import Transformer, apply
 from jaxlm.tasks.reading import Record, Records, check_labels, column
@@ -48,6 +48,9 @@ class RecordTask(Task):
     scores: tuple[str, ...] = ("accuracy",)
     fields: Mapping[str, type] = {}  # of features, beside tokens_BT and types_BT
     kept: tuple[str, ...] = ()  # further features, per token, that `predict` wants back
+    classes = False  # whether `predict` gives as `_probabilities` those of `class_names`
+    # What is cut, on the side T of a row or of the sources S, and what to do about it.
+    cut: Mapping[str, tuple[str, str]] = {"T": ("texts", "raise --data.length")}
 
     def __init__(self, task: Any, length: int, seed: int, tokenizer: Tokenizer, labels: tuple[str, ...] = ()):
         self.task, self.length, self.seed, self.tokenizer, self.labels = task, length, seed, tokenizer, labels
@@ -110,6 +113,10 @@ class RecordTask(Task):
     def predict(self, record: Record, outputs: Outputs) -> Row:
         """Columns of a prediction; those that begin with an underscore are for `score` alone."""
 
+    def class_names(self, record: Record) -> Sequence[Any]:
+        """Returns the classes, or the numbers of the options, whose probabilities `predict` gives."""
+        return self.labels
+
     @abstractmethod
     def score(self, records: Sequence[Record], predictions: Sequence[Row]) -> dict[str, float]:
         """The scores of the field, each a number."""
@@ -147,6 +154,9 @@ class RecordTask(Task):
         if isinstance(self.tokenizer, Tokenizer):  # of a plan it is a stand-in
             self.tokenizer = self.tokenizer.for_model(model.vocabulary, model.V)
 
+    def exports(self, lm: LM) -> dict[str, tuple[Task, LM]]:
+        return {"": (self, with_task(lm, self.task, self.length))}
+
     def examples(self, part: Records, training: bool) -> RecordExamples:
         return RecordExamples(self, part.records, training)
 
@@ -162,6 +172,22 @@ class RecordTask(Task):
         self, module: Transformer, params: Any, x_BTD: jax.Array, batch: Batch, key: jax.Array | None
     ) -> Losses:
         """`losses`, from the hidden states of the batch."""
+
+    def truncation(
+        self, examples: RecordExamples, lm: LM | None = None, records: Sequence[Record] = ()
+    ) -> dict[str, Truncation]:
+        """Returns for each side of `cut` what was cut of some records.
+
+        lm, records: the model that predicts and what it reads; None: the examples are to be learned from.
+        """
+        return {side: examples.truncation(side) for side in self.cut if side in ("T", "S")}
+
+    def cut_lines(self, found: Mapping[str, Truncation]) -> list[str]:
+        """Returns a line for each side on which something was cut, with what to do about it."""
+        return [found[side].line(*self.cut[side]) for side in self.cut if side in found and found[side].cut]
+
+    def truncated(self, batches: Any) -> list[str]:
+        return self.cut_lines(self.truncation(batches.examples))
 
     def predictions(self, records: Sequence[Record], batches: Any, outputs: Sequence[Any]) -> list[Row]:
         """The prediction for each record, in order, from the outputs of each unit."""
@@ -217,6 +243,27 @@ class HeadTask(RecordTask):
         return {"loss": self.loss(logits, batch, key is not None)}, self.outputs(logits, batch) if key is None else {}
 
 
+class Truncation(NamedTuple):
+    """How many of some records were longer than their limit, and lost tokens."""
+
+    cut: int  # records that lost some
+    of: int  # records
+    limit: int  # tokens that were kept, at most
+    longest: int  # tokens that the longest had
+
+    def __add__(self, other: Truncation) -> Truncation:  # type: ignore[override]
+        limit, longest = max(self.limit, other.limit), max(self.longest, other.longest)
+        return Truncation(self.cut + other.cut, self.of + other.of, limit, longest)
+
+    def line(self, what: str, remedy: str) -> str:
+        """Returns what is said of it."""
+        are, were = ("is", "was") if self.cut == 1 else ("are", "were")
+        return (
+            f"{self.cut:,} of {self.of:,} {what} {are} longer than {self.limit:,} tokens and {were} cut (the longest "
+            f"has {self.longest:,}); {remedy}"
+        )
+
+
 class RecordExamples:
     """The units of some records, made once and kept in flat arrays: the same in every epoch."""
 
@@ -225,6 +272,7 @@ class RecordExamples:
         self.labels, self.kept = len(task.labels), task.kept
         columns: dict[str, list[Any]] = {"tokens_BT": []}
         record_of, counts = [], []
+        whole: dict[str, list[tuple[int, int, int]]] = {"T": [], "S": []}  # of each side: record, tokens kept, and had
         windows = (records[first : first + WINDOW] for first in range(0, len(records), WINDOW))
         made = chain.from_iterable(task.features(some, training) for some in windows)
         for n, units in enumerate(made):
@@ -232,8 +280,13 @@ class RecordExamples:
                 record_of.append(n)
                 counts.append(len(unit))
                 for features in unit:
+                    for side, name in (("T", "cut"), ("S", "source_cut")):
+                        tokens = features.get("tokens_BT" if side == "T" else "source_tokens_BS", ())
+                        whole[side].append((n, len(tokens), len(tokens) + features.pop(name, 0)))
                     for name, value in features.items():
                         columns.setdefault(name, []).append(value)
+        self.records = len(records)
+        self._whole = {side: np.array(rows, np.int64).reshape(-1, 3) for side, rows in whole.items()}
         self.record_of, self.counts = np.array(record_of, np.int64), np.array(counts, np.int64)
         ends = lambda name: np.cumsum([0, *map(len, columns.get(name, ()))], dtype=np.int64)
         # Where each example's tokens begin, on both sides; and of each unit its examples.
@@ -245,6 +298,23 @@ class RecordExamples:
         lengths = lambda side: np.diff(self._starts[side][self._examples])
         sources = lengths("S") if "source_tokens_BS" in self._columns else None
         return Epoch(lengths("T"), self._features, self.counts, sources)
+
+    @property
+    def true_lengths(self) -> np.ndarray:
+        """Tokens of each example before any was cut, those of both sides of an encoder-decoder one after the other."""
+        sides = [self._whole["T"]] + [self._whole["S"]] * ("source_tokens_BS" in self._columns)
+        return np.concatenate([rows[:, 2] for rows in sides])
+
+    @property
+    def most_cut(self) -> int:
+        """Tokens that the example lost which lost most."""
+        return int(np.diff(self._whole["T"][:, 1:], axis=1).max(initial=0))
+
+    def truncation(self, side: str) -> Truncation:
+        """Returns what was cut on a side, T or the sources S."""
+        cut = self._whole[side][self._whole[side][:, 2] > self._whole[side][:, 1]]
+        kept, had = cut[:, 1:].max(axis=0, initial=0).tolist()
+        return Truncation(len(np.unique(cut[:, 0])), self.records, kept, had)
 
     def of(self, i: int, names: Iterable[str]) -> list[Features]:
         """Some features of each example of unit i."""
@@ -269,12 +339,22 @@ def _flat(name: str, column: list[Any]) -> np.ndarray:
     return np.fromiter(chain.from_iterable(column), np.float32 if name.startswith("weights") else np.int32, size)
 
 
-def framed(
-    tokenizer: Tokenizer, texts: list[str], pairs: list[str] | None, length: int
-) -> Iterator[tuple[list[int], list[int]]]:
-    """`Tokenizer.frame`, with a token in place of nothing: a row has no place for a text without any."""
-    for ids, types in tokenizer.frame(texts, pairs, length):
-        yield (ids, types) if ids else ([stand_in(tokenizer)], [0])
+def framed(tokenizer: Tokenizer, texts: list[str], pairs: list[str] | None, length: int) -> Iterator[Features]:
+    """Yields the features `tokens_BT` and `types_BT` of each text, or text and pair, as `Tokenizer.frame` has them; and
+    as `cut` how many tokens it lost, so that it is at most `length` long.
+
+    A text without tokens has one in place of nothing: a row has no place for an example without any.
+    """
+    whole = tokenizer.frame(texts, pairs)
+    long = [n for n, (ids, _) in enumerate(whole) if len(ids) > length]
+    tokenizer.room(length, pairs is not None)  # which refuses a length without room
+    some = ([texts[n] for n in long], None if pairs is None else [pairs[n] for n in long])
+    short = dict(zip(long, tokenizer.frame(*some, length) if long else ()))
+    for n, (ids, types) in enumerate(whole):
+        kept, kinds = short.get(n, (ids, types))
+        if not kept:
+            kept, kinds = [stand_in(tokenizer)], [0]
+        yield {"tokens_BT": kept, "types_BT": kinds, "cut": max(0, len(ids) - len(kept))}
 
 
 def stand_in(tokenizer: Tokenizer) -> int:

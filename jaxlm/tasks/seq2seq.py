@@ -3,7 +3,7 @@ reads it before the target, and what it reads is not learned."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,9 @@ from jaxlm.data.batches import Features
 from jaxlm.data.lines import Place, Row
 from jaxlm.errors import UserError
 from jaxlm.report import Section
-from jaxlm.tasks.generation import GenerationTask, shown
+from jaxlm.tasks.generation import UNREAD, GenerationTask, shown
 from jaxlm.tasks.reading import Record, Records, cell, column
-from jaxlm.tasks.records import stand_in
+from jaxlm.tasks.records import framed, stand_in
 
 _SCORE: dict[str, tuple[tuple[str, ...], Callable[..., dict[str, float]]]] = {
     "translation": (("bleu", "chrf"), metrics.translation),
@@ -27,6 +27,11 @@ _SCORE: dict[str, tuple[tuple[str, ...], Callable[..., dict[str, float]]]] = {
 class Seq2SeqTask(GenerationTask):
     """`config.Seq2Seq`, by the head "lm"."""
 
+    cut: Mapping[str, tuple[str, str]] = {
+        "T": ("targets", "raise --data.length"),
+        "S": ("sources", "raise --task.source-length"),
+        **UNREAD,
+    }
     task: config.Seq2Seq
 
     def __init__(self, *parts: Any):
@@ -65,25 +70,40 @@ class Seq2SeqTask(GenerationTask):
         return record["label"]
 
     def prompts(self, records: Sequence[Record]) -> list[list[int]]:
+        return [ids for ids, _ in self._prompts(records)]
+
+    def _prompts(self, records: Sequence[Record]) -> list[tuple[list[int], int]]:
+        """The tokens that are read for each record, and how many were cut."""
         texts = [self.task.prefix + record["source"] + self.task.suffix for record in records]
         if self.source_length is None:
             encoded = self.tokenizer.encode_batch(texts)
-            return [self.tokenizer.begun(ids) or [stand_in(self.tokenizer)] for ids in encoded]
+            return [(self.tokenizer.begun(ids) or [stand_in(self.tokenizer)], 0) for ids in encoded]
         # The end of a source is kept where it is cut: a model has never read one without.
-        framed = self.tokenizer.frame(texts, max_length=self.source_length)
-        return [ids or [stand_in(self.tokenizer)] for ids, _ in framed]
+        return [(made["tokens_BT"], made["cut"]) for made in framed(self.tokenizer, texts, None, self.source_length)]
 
     def answers(self, records: Sequence[Record]) -> list[list[int]]:
+        """The tokens that are to be written for each record."""
+        return [ids for ids, _ in self._answers(records)]
+
+    def _answers(self, records: Sequence[Record]) -> list[tuple[list[int], int]]:
+        """The tokens that are to be written for each record, and how many were cut."""
         texts = [record["label"][0] if record.get("label") else "" for record in records]
         if self.source_length is None:
-            return [[*ids[: self.length - 1], self.end] for ids in self.tokenizer.target.encode_batch(texts)]
-        framed = self.tokenizer.target.frame(texts, max_length=self.length)
-        return [ids or [self.end] for ids, _ in framed]
+            room = self.length - 1
+            each = self.tokenizer.target.encode_batch(texts)
+            return [([*ids[:room], self.end], max(0, len(ids) - room)) for ids in each]
+        whole = [ids or [self.end] for ids, _ in self.tokenizer.target.frame(texts)]
+        cut = self.tokenizer.target.frame(texts, max_length=self.length)
+        return [(ids or [self.end], max(0, len(full) - len(ids))) for full, (ids, _) in zip(whole, cut)]
 
     def features(self, records: Sequence[Record], training: bool) -> Iterator[list[list[Features]]]:
         make = self._one_stack if self.source_length is None else self._two_stacks
-        for prompt, answer in zip(self.prompts(records), self.answers(records)):
-            yield [[make(prompt, answer)]]
+        for (prompt, prompt_cut), (answer, answer_cut) in zip(self._prompts(records), self._answers(records)):
+            if self.source_length is None:
+                beyond = max(0, len(prompt) + min(len(answer), self.length) - self.length - 1)
+                yield [[make(prompt, answer) | {"cut": beyond + answer_cut}]]
+            else:
+                yield [[make(prompt, answer) | {"cut": answer_cut, "source_cut": prompt_cut}]]
 
     def _two_stacks(self, source: list[int], target: list[int]) -> Features:
         """The source for the encoder; for the decoder the target, moved right behind the start token."""

@@ -16,7 +16,7 @@ from jaxlm.data.lines import Place, Row
 from jaxlm.errors import UserError
 from jaxlm.losses import Sum, squared_error
 from jaxlm.nn.transformer import Transformer
-from jaxlm.tasks.reading import Record, text_of
+from jaxlm.tasks.reading import Record, shown, text_of
 from jaxlm.tasks.records import HeadTask, Outputs, framed
 from jaxlm.tasks.states import of_examples
 
@@ -30,6 +30,7 @@ class SimilarityTask(HeadTask):
     """
 
     head = None
+    cut: Mapping[str, tuple[str, str]] = {"T": ("pairs", "raise --data.length, which holds both texts of a pair")}
     task: config.Similarity
 
     def __init__(self, *parts: Any):
@@ -48,11 +49,13 @@ class SimilarityTask(HeadTask):
             return record
         try:
             label = float(value)
-        except (TypeError, ValueError):
-            raise UserError(f"{place}: column {task.label!r} holds {value!r}, which is no number; mend it") from None
+        except (TypeError, ValueError, OverflowError):
+            raise UserError(
+                f"{place}: column {task.label!r} holds {shown(value)}, which is no number; mend it"
+            ) from None
         if not math.isfinite(label) or not task.lowest <= label <= task.highest:
             raise UserError(
-                f"{place}: column {task.label!r} holds {value!r}; a score must lie in {task.lowest:g} to "
+                f"{place}: column {task.label!r} holds {shown(value)}; a score must lie in {task.lowest:g} to "
                 f"{task.highest:g}: set --task.lowest and --task.highest"
             )
         return record | {"label": (label - task.lowest) / (task.highest - task.lowest)}
@@ -67,9 +70,8 @@ class SimilarityTask(HeadTask):
         for record in records:
             pair = []
             for first in (True, False):
-                ids, types = next(made)
                 label = np.float32(record.get("label", 0) if first else 0)
-                pair.append({"tokens_BT": ids, "types_BT": types, "labels_BE": label, "weights_BE": np.float32(first)})
+                pair.append(next(made) | {"labels_BE": label, "weights_BE": np.float32(first)})
             yield [pair]
 
     def logits(
@@ -95,12 +97,16 @@ class SimilarityTask(HeadTask):
         return {"vector_BED": logits}
 
     def predict(self, record: Record, outputs: Outputs) -> Row:
+        """The score of the pair in the units of the label column; for the objective contrastive, which has none, the
+        cosine."""
         a_D, b_D = (found["vector_BED"] for found in outputs[0])
-        return {"prediction": float(a_D @ b_D), "_vectors": (a_D, b_D)}
+        cosine = float(a_D @ b_D)
+        score = self.task.lowest + cosine * (self.task.highest - self.task.lowest) if self.cosine else cosine
+        return {"prediction": score, "_cosine": cosine, "_vectors": (a_D, b_D)}
 
     def score(self, records: Sequence[Record], predictions: Sequence[Row]) -> dict[str, float]:
         if self.cosine:
-            return metrics.number([r["label"] for r in records], [p["prediction"] for p in predictions])
+            return metrics.number([r["label"] for r in records], [p["_cosine"] for p in predictions])
         if not records:
             return metrics.retrieval([])
         queries_ND, texts_ND = (np.array([p["_vectors"][side] for p in predictions]) for side in (0, 1))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import config, metrics
+from jaxlm.data import literals
 from jaxlm.data.batches import Batch, Features
 from jaxlm.data.lines import Place, Row
 from jaxlm.errors import UserError, perhaps
@@ -52,7 +53,7 @@ class TaggingTask(HeadTask):
     @classmethod
     def read(cls, task: config.Tagging, row: Row, place: Place) -> Record:
         value = column(row, task.tokens, place, "--task.tokens")
-        if isinstance(value, str) and task.tags not in row:
+        if isinstance(value, str) and task.tags not in row and not _is_list(value):
             found = [(match[0], match.start()) for match in _WORDS.finditer(value)]
             return {"tokens": [word for word, _ in found], "text": value, "starts": [start for _, start in found]}
         tokens = _list(row, task.tokens, place, "--task.tokens")
@@ -236,6 +237,25 @@ class TaggingTask(HeadTask):
         right = sum(a == b for a, b in pairs) / len(pairs) if pairs else 0.0
         return self._spans(records, predictions)[0] | {"accuracy": right}
 
+    def by_class(self, part: Records, predictions: Sequence[Row]) -> dict[str, dict[str, float]]:
+        """Of the types of spans; of tags that mark none, of the tags."""
+        if self.kind != "classes":
+            return self._spans(part.records, predictions)[1]
+        true, found = (
+            np.array([tag for row in rows for tag in row[key]], object)[:, None] == np.array(self.labels, object)
+            for rows, key in ((part.records, "label"), (predictions, "prediction"))
+        )
+        return metrics.of_classes(true, found, self.labels)
+
+    def warning(self, part: Records, predictions: Sequence[Row]) -> str | None:
+        found = {tag for prediction in predictions for tag in prediction["prediction"]}
+        true = {tag for record in part.records for tag in record["label"]}
+        if len(found) != 1 or len(true) == 1:
+            return None
+        return (
+            f"all words are predicted as {min(found)}, and the tags are not; train longer, or change --optimizer.rate"
+        )
+
     def _spans(self, records: Sequence[Record], predictions: Sequence[Row]) -> Any:
         typed = lambda tags: [tag + _UNTYPED if tag[1:] == "-" else tag for tag in self._iob2(tags)]
         found = [typed(prediction["prediction"]) for prediction in predictions]
@@ -250,9 +270,7 @@ class TaggingTask(HeadTask):
             if r["label"] != p["prediction"]
         ]
         wrongly = mistakes(("true", "predicted"), wrong, len(records), "held-out sentences have a word told wrong")
-        if self.kind == "classes":
-            return [wrongly]
-        by_type = self._spans(records, predictions)[1]
+        by_type = self.by_class(part, predictions)
         names = sorted(by_type)
         rows = [
             [
@@ -262,11 +280,20 @@ class TaggingTask(HeadTask):
             ]
             for name in names
         ]
+        what, counted = ("tag", "words") if self.kind == "classes" else ("type", "spans")
         return [
-            Bars("F1 by type", tuple(names), tuple(100 * by_type[name]["f1"] for name in names), "F1 (%)"),
-            Table("Scores by type", ("type", "precision", "recall", "F1", "spans"), rows, ""),
+            Bars(f"F1 by {what}", tuple(names), tuple(100 * by_type[name]["f1"] for name in names), "F1 (%)"),
+            Table(f"Scores by {what}", (what, "precision", "recall", "F1", counted), rows, ""),
             wrongly,
         ]
+
+
+def _is_list(text: str) -> bool:
+    """Whether a text is the print of a list, and not running text that stands in brackets."""
+    try:
+        return literals.looks_listed(text, "[") and isinstance(literals.parse(text), list)
+    except literals.NotALiteralError:
+        return False
 
 
 def _list(row: Row, name: str, place: Place, option: str, numbers: bool = False) -> list[str]:

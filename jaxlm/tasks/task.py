@@ -93,6 +93,18 @@ class Task(ABC):
         """What the labels of the training part are, in a line."""
         return None
 
+    def truncated(self, batches: Any) -> list[str]:
+        """Returns a line for each kind of text that was cut to fit the rows of some batches."""
+        return []
+
+    def by_class(self, part: Any, predictions: Any) -> dict[str, dict[str, float]]:
+        """Returns for each class, where there are some, its precision, recall, F1 and support (examples of it)."""
+        return {}
+
+    def warning(self, part: Any, predictions: Any) -> str | None:
+        """Returns a line about predictions that are all the same, where they should not be."""
+        return None
+
     def sections(self, part: Any, predictions: Any) -> list[Section]:
         """Pictures and tables of the report."""
         return []
