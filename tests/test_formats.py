@@ -209,6 +209,12 @@ def test_json_that_python_cannot_hold(tmp_path, name, text, value):
     assert f"{name}:" in said and ("4,300 digits" in said or "nests" in said)
 
 
+def test_text_that_is_not_in_the_encoding_that_is_named(tmp_path):
+    (tmp_path / "x.csv").write_bytes(b"text,label\na,1\n")
+    for encoding in ("utf-16", "utf-32", "utf-16-le"):
+        assert f"x.csv:1: the text behind line 0 is not {encoding}" in wrong(tmp_path / "x.csv", encoding=encoding)
+
+
 def test_half_a_surrogate_pair(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"text": "\\ud83d\\ude00"}\n{"text": "a\\ud83d"}\n')
     assert "x.jsonl:2: column 'text' holds half a surrogate pair, '\\ud83d'" in wrong(tmp_path / "x.jsonl")
@@ -503,6 +509,8 @@ def test_labels_from_folders_and_files(tmp_path):
     for path in (tmp_path, tmp_path / "*" / "*.txt"):
         part, names = loaded(path, Classification(), label_from="folder", documents="file")
         assert [record["label"] for record in part.records] == ["neg", "pos", "pos"] and names == ("neg", "pos")
+    part, names = loaded(tmp_path, Classification(), label_from="folder", limit=3)
+    assert [record["label"] for record in part.records] == ["neg", "pos", "neg"]
     part, names = loaded(tmp_path, Classification(), label_from="file")
     assert names == ("a", "b", "c") and len(part.records) == 6
     (tmp_path / "pos" / "a.txt").rename(tmp_path / "pos" / "a.jsonl")

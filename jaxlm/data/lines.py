@@ -95,7 +95,7 @@ def opened(file: Path) -> Iterator[IO[bytes]]:
     except OSError as error:
         if kind and error.errno is None:  # of bz2 and pyarrow
             raise UserError(f"{file} is not a whole {kind} file ({error}); unpack or copy it again") from None
-        raise UserError(f"{file} cannot be read ({error.strerror or error}); check the file and its rights") from None
+        raise UserError(f"{file} cannot be read: {error.strerror or error}; check the file and its rights") from None
 
 
 def _decompressed(kind: str, raw: IO[bytes]) -> Any:
@@ -167,9 +167,10 @@ def lines(file: Path, stream: IO[bytes], data: DataConfig) -> Iterator[str]:
             if number == 1:
                 line = line.removeprefix("\ufeff")
             yield checked(line, encoding, Place(str(file), number))
-    except UnicodeDecodeError as error:
+    except UnicodeError as error:  # also where UTF-16 has no byte-order mark
+        reason = getattr(error, "reason", error)
         raise UserError(
-            f"{Place(str(file), number + 1)}: the text behind line {number} is not {encoding} ({error.reason}); "
+            f"{Place(str(file), number + 1)}: the text behind line {number} is not {encoding} ({reason}); "
             f"correct the data, or set --data.encoding to its encoding"
         ) from None
     finally:

@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def documents(path: str, data: DataConfig, split: str, report: Counter) -> Itera
         if data.text not in row:
             raise UserError(
                 f"{place}: there is no column {data.text!r}; the columns are {', '.join(map(repr, row))}; "
-                f"choose one with --data.text{no_header(place, data)}"
+                f"choose one with --data.text{other_columns(place, data)}"
             )
         text = "" if row[data.text] is None else row[data.text]
         if not isinstance(text, str):
@@ -114,15 +114,36 @@ def rows(
 
 def _of_files(path: str, data: DataConfig, columns: Columns | None) -> Iterator[tuple[Place, Row]]:
     """The rows of all files that a path stands for, labelled by `data.label_from`."""
+    if data.label_from == "column":
+        return chain.from_iterable(file_rows(file, data, columns) for file in files(path))
+    by_label: dict[str, list[Path]] = {}
     for file in files(path):
-        label = {"column": "", "folder": file.absolute().parent.name, "file": file.name.split(".")[0]}[data.label_from]
-        for place, row in file_rows(file, data, columns):
-            if label and "label" in row:
-                raise UserError(
-                    f"{place}: there is a column 'label', and data.label_from is {data.label_from!r}; leave out "
-                    f"--data.label-from"
-                )
-            yield place, row | {"label": label} if label else row
+        label = file.absolute().parent.name if data.label_from == "folder" else file.name.split(".")[0]
+        by_label.setdefault(label, []).append(file)
+    of_labels = [_labelled(found, label, data, columns) for label, found in by_label.items()]
+    # The first rows alone are of all labels.
+    return _in_turn(of_labels) if data.limit else chain.from_iterable(of_labels)
+
+
+def _labelled(found: list[Path], label: str, data: DataConfig, columns: Columns | None) -> Iterator[tuple[Place, Row]]:
+    """The rows of some files with a label."""
+    for place, row in chain.from_iterable(file_rows(file, data, columns) for file in found):
+        if "label" in row:
+            raise UserError(
+                f"{place}: there is a column 'label', and data.label_from is {data.label_from!r}; leave out "
+                f"--data.label-from"
+            )
+        yield place, row | {"label": label}
+
+
+def _in_turn(sources: list[Iterator[tuple[Place, Row]]]) -> Iterator[tuple[Place, Row]]:
+    """One row of each source after the other, until all have ended."""
+    while sources:
+        for source in list(sources):
+            try:
+                yield next(source)
+            except StopIteration:
+                sources.remove(source)
 
 
 def _valid(
@@ -136,12 +157,17 @@ def _valid(
             yield place, valid
 
 
-def no_header(place: Place, data: DataConfig) -> str:
-    """What a message about a missing column adds for a table that may have no header."""
-    table = suffix_of(Path(place.file)) not in SUFFIXES or format_of(Path(place.file), data).endswith(("csv", "tsv"))
-    if data.columns or not table:
-        return ""
-    return "; if the first line is no header, name the columns with --data.columns"
+def other_columns(place: Place, data: DataConfig) -> str:
+    """What a message about a missing column adds: where the columns of a table or of plain text come from."""
+    kind = format_of(Path(place.file), data)
+    if kind in ("csv", "tsv", "quoted_tsv") and not data.columns:
+        return "; if the first line is no header, name the columns with --data.columns"
+    if kind == "text" and not data.pattern:
+        return (
+            "; plain text has one column: divide its lines with --data.pattern, say what the file is with "
+            "--data.format, or take labels from the names of files or folders with --data.label-from"
+        )
+    return ""
 
 
 def aligned(path: str, target_path: str, data: DataConfig, report: Counter) -> Iterator[tuple[Place, Row]]:

@@ -184,7 +184,7 @@ def column(row: Row, name: str, place: Place, option: str) -> Any:
     if name not in known:
         raise UserError(
             f"{place}: there is no column {name!r}; the columns are {', '.join(map(repr, known))}; choose with "
-            f"{option}{source.no_header(place, DataConfig())}"
+            f"{option}{source.other_columns(place, DataConfig())}"
         )
     return known[name]
 
