@@ -12,39 +12,35 @@ import logging
 import math
 import os
 import re
-import runpy
-import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from inspect import signature
+from functools import partial
 from itertools import chain, takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from jaxlm import buckets, hosts, ranges, storage
-from jaxlm.config import CausalLM, DataConfig, Decoding, MeshConfig, RunConfig
+from jaxlm import buckets, config_files, flags, hosts, process, storage
+from jaxlm.config import CausalLM, Classification, DataConfig, Decoding, MeshConfig, RunConfig, check_task
 from jaxlm.errors import RunError, Stopped, UserError, perhaps
-from jaxlm.ranges import Config
+from jaxlm.ranges import MOST, Config, Count, Range, check_fields
 from jaxlm.sweep import combinations, sweep
 
-ROOT = Path(__file__).parent
-CONFIGS = ROOT / "configs" if (ROOT / "configs").is_dir() else ROOT.parent / "configs"  # of a wheel; of the repository
+MOST_ON_CPU = 256  # devices that stand for the cores of a CPU
 LARGE_ON_CPU = 50_000_000  # parameters; from here on one CPU device serves all cores,
 # As from here on, by the tokens of an update: MiniLM on SST-2 takes 206 ms an update instead of 325.
 LARGE_BY_TOKEN = 5_000
 
 
-def train(argv: list[str]) -> int:
+def train(argv: list[str], signals: process.Signals) -> int:
     """Train what a config says: jaxlm train CONFIG [--field value ...] [--sweep FIELD=A,B ...]."""
-    file, words, flags = _words(argv)
-    flags, asked = _swept(flags)
-    read = lambda more: _overridden(_config(file, words), flags + more, f"jaxlm train {' '.join([str(file), *words])}")
+    file, words, given = _words(argv)
+    given, asked = _swept(given)
+    prog = f"jaxlm train {' '.join([str(file), *words])}"
+    read = lambda more: flags.parse(config_files.read(file, words), given + more, prog)
     trials = combinations(asked)
     runs = [read([f"--{name}={value}" for name, value in fields.items()]) for fields in trials]
     for run in runs:
@@ -53,36 +49,37 @@ def train(argv: list[str]) -> int:
     one_device_per_core(runs, where.processes if where and where.processes else 1)
     _process()
     hosts.join(where)
-    with _stopping() as stop:
-        from jaxlm.fit import fit
-        from jaxlm.tasks import best_of
+    from jaxlm.fit import fit
+    from jaxlm.tasks import best_of
 
-        if not asked:
-            fit(runs[0], stop=stop)
-            return 0
-        if buckets.is_address(read([]).workdir):
-            raise UserError(f"workdir is {read([]).workdir}; the runs of a sweep need a folder of this machine")
-        trial = lambda n, folder: fit(dataclasses.replace(runs[n], workdir=str(folder)), stop=stop)
-        print("\n" + sweep(trials, Path(read([]).workdir), trial, best_of(runs[0])))
+    if not asked:
+        fit(runs[0], stop=signals.stop)
+        return 0
+    if buckets.is_address(read([]).workdir):
+        raise UserError(f"workdir is {read([]).workdir}; the runs of a sweep need a folder of this machine")
+    trial = lambda n, folder: fit(dataclasses.replace(runs[n], workdir=str(folder)), stop=signals.stop)
+    print("\n" + sweep(trials, Path(read([]).workdir), trial, best_of(runs[0])))
     return 0
 
 
-def _swept(flags: list[str]) -> tuple[list[str], list[str]]:
+def _swept(given: list[str]) -> tuple[list[str], list[str]]:
     """The flags, and the words behind --sweep."""
-    if "--sweep" not in flags:
-        return flags, []
-    at = flags.index("--sweep")
-    words = list(takewhile(lambda word: not word.startswith("-"), flags[at + 1 :]))
+    if "--sweep" not in given:
+        return given, []
+    at = given.index("--sweep")
+    words = list(takewhile(lambda word: not word.startswith("-"), given[at + 1 :]))
     if not words:
         raise UserError("--sweep has no fields; give FIELD=VALUE,VALUE such as optimizer.rate=2e-5,5e-5 seed=0,1,2")
-    return flags[:at] + flags[at + 1 + len(words) :], words
+    return given[:at] + given[at + 1 + len(words) :], words
 
 
 @dataclass(frozen=True)
-class Generate:
+class Generate(Config):
     """Continue prompts with a model, or answer them with an encoder-decoder."""
 
-    model: Annotated[str, tyro.conf.Positional]  # a run, a folder in Hugging Face's format, or a hub name
+    model: Annotated[
+        str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")
+    ]  # a run, a folder in Hugging Face's format, or a hub name
     prompt: tuple[str, ...] = ()  # one or more texts to continue; none: the beginning of a text
     file: str = ""  # a text file with a prompt in each line, in place of --prompt
     output: str = ""  # of --file, a .jsonl file to write or to go on with; empty: to the standard output
@@ -90,9 +87,9 @@ class Generate:
     decoding: tyro.conf.OmitArgPrefixes[Decoding] = dataclasses.field(default_factory=Decoding)  # how
 
 
-def generate(argv: list[str]) -> int:
+def generate(argv: list[str], _: process.Signals) -> int:
     """Continue prompts: jaxlm generate RUN_OR_FOLDER --prompt TEXT [TEXT ...] | --file PROMPTS [--output OUT.jsonl]."""
-    asked = tyro.cli(Generate, args=argv, prog="jaxlm generate")
+    asked = _asked(Generate(model=tyro.MISSING), argv, "jaxlm generate")
     asked.decoding.check()
     if (asked.file and asked.prompt) or (asked.output and not asked.file):
         raise UserError("--file stands in place of --prompt, and --output goes with --file; leave one out")
@@ -150,22 +147,25 @@ def _models(asked: Generate) -> tuple[Any, Any]:
 
 
 @dataclass(frozen=True)
-class OnFile:
+class OnFile(Config):
     """A model on the rows of a file; the fields of the task and of the data are those that it was trained with."""
 
-    model: Annotated[str, tyro.conf.Positional]  # a run, a folder in Hugging Face's format, or a hub name
-    file: Annotated[str, tyro.conf.Positional]  # file, folder, glob or tfds:NAME
+    # A run, a folder in Hugging Face's format, or a hub name.
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = ""
+    file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")] = ""  # file, folder, glob or tfds:NAME
     output: str = ""  # of predict, a .csv or .jsonl file to write; empty: csv to the standard output
     config: str = ""  # the config file of a run with a task of your own
-    length: int = 0  # tokens in a row, and the most that an example has; 0: as in training, else 512
-    batch: int = 0  # rows in a batch; 0: what suits the machine
+    # Tokens in a row, and the most that an example has; 0: as in training, else 512.
+    length: Annotated[int, Range(2, MOST, special=(0, "as in training"))] = 0
+    # Rows in a batch; 0: what suits the machine.
+    batch: Annotated[int, Range(1, 1_000_000, special=(0, "what suits"))] = 0
     probabilities: bool = False  # of predict: a column with the probability of each class
-    top_k: int = 0  # of predict: columns with so many of the likeliest classes; 0: none
+    top_k: Count = 0  # of predict: columns with so many of the likeliest classes; 0: none
     task: Any = None  # what is told
     data: DataConfig = dataclasses.field(default_factory=DataConfig)  # how the file is read
 
 
-def predict(argv: list[str]) -> int:
+def predict(argv: list[str], _: process.Signals) -> int:
     """Tell what the rows of a file are: jaxlm predict RUN_OR_FOLDER FILE [--output OUT.csv]."""
     asked, lm = _on_file(argv, "predict")
     from jaxlm.data import source
@@ -185,7 +185,7 @@ def predict(argv: list[str]) -> int:
     return 0
 
 
-def evaluate(argv: list[str]) -> int:
+def evaluate(argv: list[str], _: process.Signals) -> int:
     """Score a model on the rows of a file, or a language model on its texts: jaxlm evaluate RUN_OR_FOLDER FILE."""
     asked, lm = _on_file(argv, "evaluate")
     from jaxlm.data import source
@@ -210,59 +210,81 @@ def evaluate(argv: list[str]) -> int:
     return 0
 
 
+# Fields of the data that are of training alone, and why `predict` and `evaluate` do not take them.
+_OF_TRAINING = tuple(
+    f"data.{name}"
+    for name in ("path", "eval_path", "eval_target_path", "eval_split", "eval_fraction", "eval_seed", "length", "cache")
+)
+_OTHERWISE = "is of training; give the file behind the model, {verb} RUN FILE, and the length of rows by --length"
+
+
 def _on_file(argv: list[str], verb: str) -> tuple[OnFile, Any]:
     """What was asked, with the task and the data's shape of the model's own run as the defaults; and the model."""
-    if any(word.startswith("-") for word in (*argv, "-", "-")[:2]):
-        tyro.cli(OnFile, args=argv, prog=f"jaxlm {verb}")  # --help, or what is missing
+    words = list(takewhile(lambda word: not word.startswith("-"), argv))[:2]
+    if len(words) < 2 and not {"-h", "--help"} & set(argv):
         raise UserError(f"{verb} takes a model and a file first: jaxlm {verb} RUN_OR_FOLDER FILE [--field value ...]")
+    hidden = [*_OF_TRAINING, *(["data.target_path"] if verb == "predict" else ())]
+    parse = partial(flags.parse, hidden=hidden, why_hidden=_OTHERWISE.format(verb=verb))
+    if not words:  # --help without a model: the fields of the commonest task
+        parse(OnFile(task=Classification()), argv, f"jaxlm {verb}", description=_HELP.format(verb=verb))
     _process()
     import jaxlm
     from jaxlm.data import source
     from jaxlm.evaluate import task_for
     from jaxlm.folder import run_of
 
-    given = argv[argv.index("--config") + 1] if "--config" in argv[:-1] else ""
-    config = _config(Path(given)) if given else None  # whose task is known from here on
-    run = run_of(argv[0]) or config
-    lm = jaxlm.load(argv[0])
+    config = _given_config(argv)  # its task is known from here on
+    run = run_of(words[0]) or config
+    lm = jaxlm.load(words[0])
     trained = lm.trained
     predicts_tokens = verb == "evaluate" and lm.config.structure == "decoder" and "lm" in lm.config.heads_on_top
     task = CausalLM() if predicts_tokens and trained is None else None
-    default = OnFile(argv[0], argv[1], task=run.task if run else task or task_for(lm))
+    default = OnFile(words[0], words[1] if len(words) > 1 else "", task=run.task if run else task or task_for(lm))
     if run is None and trained is not None:
         default = dataclasses.replace(default, length=trained.length)
     if run is not None:
         none: dict[str, Any] = dict.fromkeys(("path", "target_path", "eval_path", "eval_target_path"), "")
-        data = dataclasses.replace(source.alike(argv[1], run.data), **none)
+        data = dataclasses.replace(source.alike(default.file, run.data), **none)
         default = dataclasses.replace(default, data=data, length=run.data.length)
-    asked = _overridden(default, argv, f"jaxlm {verb}")
-    if asked.data.path or asked.data.eval_path or asked.data.eval_target_path:
-        raise UserError(
-            f"--data.path and --data.eval-path are of training; give the file behind the model, {verb} RUN FILE"
-        )
-    if asked.data.length != default.data.length:
-        raise UserError(f"--data.length {asked.data.length} is of training; give --length {asked.data.length}")
+    asked = parse(default, argv, f"jaxlm {verb}")
+    check_fields(asked)
+    check_task(asked.task)
     return asked, lm
 
 
+def _given_config(argv: list[str]) -> RunConfig | None:
+    """The config of `--config FILE` or `--config=FILE`."""
+    for word, after in zip(argv, [*argv[1:], ""]):
+        name, _, value = word.partition("=")
+        if name == "--config" and (value or after):
+            return config_files.read(Path(value or after))
+    return None
+
+
+_HELP = (
+    "jaxlm {verb} RUN_OR_FOLDER FILE [--field value ...]. The fields of the task are those of the model's run: jaxlm "
+    "{verb} RUN --help shows them; here they are those of a classification."
+)
+
+
 @dataclass(frozen=True)
-class Convert:
+class Convert(Config):
     """Write a model anew: in another dtype, with another head, in shards."""
 
-    source: Annotated[str, tyro.conf.Positional]  # a run, a folder in Hugging Face's format, or a hub name
-    destination: Annotated[str, tyro.conf.Positional]  # folder to write; must not exist, or be empty
+    # A run, a folder in Hugging Face's format, or a hub name.
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    # The folder to write; it must not exist, or be empty.
+    destination: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DESTINATION")]
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of the tensors; unsaid: each as it was stored
     head: str | None = None  # lm, masked_lm, classes, tokens, span, pooled, none, encoder ...; unsaid: as it is
     revision: str | None = None  # branch, tag or commit of a hub name
-    shard_gb: float = 5.0  # files are at most this large, in 1e9 bytes
+    shard_gb: Annotated[float, Range(0, 1_000_000, above=True)] = 5.0  # files are at most this large, in 1e9 bytes
     overwrite: bool = False  # replace a destination that is not empty
 
 
-def convert(argv: list[str]) -> int:
+def convert(argv: list[str], _: process.Signals) -> int:
     """Write a model anew: jaxlm convert SOURCE DESTINATION [--dtype bfloat16]."""
-    asked = tyro.cli(Convert, args=argv, prog="jaxlm convert")
-    if asked.shard_gb <= 0:
-        raise UserError(f"--shard-gb is {asked.shard_gb}; it must be above 0")
+    asked = _asked(Convert(source=tyro.MISSING, destination=tyro.MISSING), argv, "jaxlm convert")
     _process()
     import jaxlm
 
@@ -275,19 +297,21 @@ def convert(argv: list[str]) -> int:
 
 
 @dataclass(frozen=True)
-class Inspect:
+class Inspect(Config):
     """Show what a model is made of."""
 
-    target: Annotated[str, tyro.conf.Positional]  # a run, a model's folder, a hub name, a preset, or configs/NAME.py
+    target: Annotated[
+        str, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")
+    ]  # a run, a model's folder, a hub name, a preset, or configs/NAME.py
     head: str | None = None  # as if it were loaded with this head
     revision: str | None = None  # branch, tag or commit of a hub name
     # On which mesh each parameter's place is shown.
     mesh: MeshConfig = dataclasses.field(default_factory=lambda: MeshConfig(data=1))
 
 
-def inspect(argv: list[str]) -> int:
+def inspect(argv: list[str], _: process.Signals) -> int:
     """Show a model's parameters and the file's tensors: jaxlm inspect RUN_OR_FOLDER_OR_HUB_NAME_OR_CONFIG."""
-    asked = tyro.cli(Inspect, args=argv, prog="jaxlm inspect")
+    asked = _asked(Inspect(target=tyro.MISSING), argv, "jaxlm inspect")
     _process()
     from jaxlm import inspect as inspection
     from jaxlm import sharding
@@ -296,7 +320,9 @@ def inspect(argv: list[str]) -> int:
     devices = math.prod(dataclasses.astuple(asked.mesh))
     mesh = sharding.axis_sizes(asked.mesh, abs(devices)) if devices != 1 else None
     path = Path(asked.target)
-    preset = _config(path).model if path.suffix == ".py" else None if path.exists() else PRESETS.get(asked.target)
+    preset = (
+        config_files.read(path).model if path.suffix == ".py" else None if path.exists() else PRESETS.get(asked.target)
+    )
     if preset is not None:
         print(inspection.of_model(preset, mesh))
     elif path.suffix == ".py":
@@ -306,19 +332,19 @@ def inspect(argv: list[str]) -> int:
     return 0
 
 
-def plan(argv: list[str]) -> int:
+def plan(argv: list[str], _: process.Signals) -> int:
     """Say what a run needs on chips that are not here: jaxlm plan CONFIG --topology v5e:4x4 [--fit]."""
     from jaxlm import chips
 
-    file, words, flags = _words(argv, "plan")
-    fits, as_json = "--fit" in flags, "--json" in flags
-    flags = [flag for flag in flags if flag not in ("--fit", "--json")]
+    file, words, given = _words(argv, "plan")
+    fits, as_json = "--fit" in given, "--json" in given
+    given = [flag for flag in given if flag not in ("--fit", "--json")]
     topology = ""
-    if "--topology" in flags:
-        at = flags.index("--topology")
-        topology, flags = (flags[at + 1] if at + 1 < len(flags) else ""), flags[:at] + flags[at + 2 :]
+    if "--topology" in given:
+        at = given.index("--topology")
+        topology, given = (given[at + 1] if at + 1 < len(given) else ""), given[:at] + given[at + 2 :]
         chips.parse(topology)
-    run = _overridden(_config(file, words), flags, f"jaxlm plan {' '.join([str(file), *words])}")
+    run = flags.parse(config_files.read(file, words), given, f"jaxlm plan {' '.join([str(file), *words])}")
     _process()
     import jax
 
@@ -336,7 +362,7 @@ def plan(argv: list[str]) -> int:
     return 0 if made.fits else 1
 
 
-VERBS: dict[str, Callable[[list[str]], int]] = {
+VERBS: dict[str, Callable[[list[str], process.Signals], int]] = {
     "train": train,
     "predict": predict,
     "evaluate": evaluate,
@@ -348,151 +374,111 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a verb and returns the exit code: 0, 2 for a mistake in what was given, 1 for a fault of the run, 143 for
-    a run that was stopped and has saved."""
+    """Runs a verb and returns the exit code.
+
+    0; 2 for a mistake in what was given; 1 for a fault of the run; 143 for a run that was stopped; 128 and the number
+    of the signal for another verb that a signal ended; 141 where the reader of the output is gone.
+    """
     argv = sys.argv[1:] if argv is None else argv
+    process.open_streams()
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: jaxlm VERB ...\n")
-        for name, verb in VERBS.items():
-            print(f"  {name:10} {(verb.__doc__ or '').splitlines()[0]}")
-        return 0 if argv else 2
+        print(_overview())
+        return process.flushed(0 if argv else 2)
+    with process.signals() as signals:
+        try:
+            code, error = _ended(argv, signals)
+        except KeyboardInterrupt:  # between the end of a verb and here
+            code, error = _interrupted(argv, signals)
+        except SystemExit as end:  # tyro's, after --help or a mistake in the flags
+            raise SystemExit(process.flushed(end.code if isinstance(end.code, int) else 2)) from None
+        if signals.came and not code:  # a callback of JAX swallowed the exception
+            code, error = _interrupted(argv, signals)
+        return hosts.leave(process.flushed(code), error)
+
+
+def _ended(argv: list[str], signals: process.Signals) -> tuple[int, BaseException | None]:
+    """Runs a verb; returns the exit code, and the error that ended the verb, once the error is printed."""
     try:
         if argv[0] not in VERBS:
             raise UserError(f"{argv[0]!r} is not a verb of jaxlm{perhaps(argv[0], VERBS)}")
-        return hosts.leave(VERBS[argv[0]](argv[1:]))
-    except (UserError, RunError, Stopped) as end:
-        print(f"{'' if isinstance(end, Stopped) else 'error: '}{end}", file=sys.stderr)
-        return hosts.leave(end.exit_code, end)
+        return VERBS[argv[0]](argv[1:], signals), None
+    except (UserError, RunError, Stopped) as error:
+        process.report(f"{'' if isinstance(error, Stopped) else 'error: '}{error}")
+        return error.exit_code, error
     except KeyboardInterrupt:
-        return hosts.leave(130)  # as shells have it
-    except BrokenPipeError:  # whoever read the output, such as head, has seen enough
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - or the interpreter would try to flush the pipe
-        return 141  # as shells have it
+        return _interrupted(argv, signals)
+    except BrokenPipeError as error:  # the reader of the output, such as head, has seen enough
+        return process.output_lost(error), error
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error
-        print(
+        process.report(
             f"error: {what}; make room or free it, or choose another --workdir or --data.cache, then give the command "
-            f"again",
-            file=sys.stderr,
+            f"again"
         )
-        return hosts.leave(RunError.exit_code, error)
+        return RunError.exit_code, error
     except Exception as error:
+        if signals.came:  # XLA wraps an interrupt in an error of its own
+            return _interrupted(argv, signals)
         if "RESOURCE_EXHAUSTED" not in str(error):
             hosts.leave_by(error)
             raise
         said = str(error).splitlines()[0][:300].rstrip(".")
-        print(
+        process.report(
             f"error: out of memory: {said}; give --remat full, more --accumulate, or a smaller --batch or "
-            f"--data.length; jaxlm plan CONFIG says what takes it",
-            file=sys.stderr,
+            f"--data.length; jaxlm plan CONFIG says what takes it"
         )
-        return hosts.leave(RunError.exit_code, error)
+        return RunError.exit_code, error
 
 
-@contextmanager
-def _stopping() -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM or SIGINT has come.  Until that is asked, which is after the first step, there is nothing to save
-    and a signal ends the process at once, as does a second one at any time."""
-    came: list[int] = []
-    asked: list[bool] = []
+def _interrupted(argv: list[str], signals: process.Signals) -> tuple[int, BaseException]:
+    """The exit code of a verb that a signal ended before it had anything to save, once that is printed."""
+    if argv[0] == "train":
+        end = Stopped("stopped before there was anything new to save; the same command starts again")
+        process.report(str(end))
+        return end.exit_code, end
+    process.report(f"stopped by {signals.name}; no output is left under its final name")
+    return signals.code, KeyboardInterrupt()
 
-    def stop() -> bool:
-        asked.append(True)
-        return bool(came)
 
-    def handle(number: int, _: Any) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        came.append(number)  # first: where a callback of JAX swallows the exception, the first step is the end
-        if not asked:
-            raise KeyboardInterrupt
-        # print() must not be called where it may have been interrupted.
-        os.write(2, b"\nsaving after this step; a second signal leaves at once, without saving\n")
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    except KeyboardInterrupt:
-        raise Stopped("stopped before there was anything new to save; the same command starts again") from None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _overview() -> str:
+    """What `jaxlm --help` prints."""
+    verbs = "\n".join(f"  {name:10} {(verb.__doc__ or '').splitlines()[0]}" for name, verb in VERBS.items())
+    return (
+        f"usage: jaxlm VERB ...\n\n{verbs}\n\n"
+        f"jaxlm VERB --help explains the flags of a verb, jaxlm train CONFIG --help those of a run.\n"
+        f"Configs of jaxlm's own: {', '.join(config_files.own())}."
+    )
 
 
 def _words(argv: list[str], verb: str = "train") -> tuple[Path, list[str], list[str]]:
     """A config file, what `config` takes, and the flags behind them."""
+    usage = f"jaxlm {verb} CONFIG [--field value ...]; CONFIG is a file, or one of {', '.join(config_files.own())}"
+    if argv and argv[0] in ("-h", "--help"):
+        print(f"usage: {usage}\n\njaxlm {verb} CONFIG --help explains every field of a config.")
+        raise SystemExit(0)
     if not argv or argv[0].startswith("-"):
-        own = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.py")))
-        raise UserError(
-            f"{verb} takes a config first: jaxlm {verb} CONFIG [--field value ...]; that is a file, or one of {own}"
-        )
+        raise UserError(f"{verb} takes a config first: {usage}")
     words = list(takewhile(lambda word: not word.startswith("-"), argv[1:]))
     return Path(argv[0]), words, argv[1 + len(words) :]
 
 
-def _overridden(default: Any, flags: list[str], prog: str) -> Any:
-    """`default`, a RunConfig or OnFile, with the fields that the flags give."""
-    # The flags are the fields of the task, and of the model, that the config names: not those of all that there are.
-    hints = type(default).__annotations__
-    before = dict(hints)
-    hints |= {name: type(getattr(default, name)) for name in hints if hints[name] in ("Any", "ModelConfig | None")}
-    _show_ranges()
-    try:
-        return tyro.cli(
-            type(default),
-            default=default,
-            args=flags,
-            prog=prog,
-            description="Overrides of the config; the defaults shown are what it says.",
-            config=(tyro.conf.AvoidSubcommands,),
-        )
-    finally:
-        hints |= before
-
-
-@cache
-def _show_ranges() -> None:
-    """Adds the range of each field to what `--help` shows of it."""
-    for kind in Config.__subclasses__():
-        for name, hint in ranges.hints(kind).items():
-            words = ranges.limits(hint)
-            if words:
-                kind.__annotations__[name] = Annotated[hint, tyro.conf.arg(metavar=words)]
-
-
-def _config(file: Path, words: list[str] | None = None) -> RunConfig:
-    """What the `config(*words)` of a file returns, with a run folder named after the file and the words.
-
-    `quickstart`, where there is no such file, is the one of jaxlm's own configs.
-    """
-    own = CONFIGS / f"{file}.py"
-    if not file.is_file() and own.parent == CONFIGS and own.is_file():
-        file = own
-    if not file.is_file():
-        files = file.parent.glob("*.py") if file.suffix == ".py" else CONFIGS.glob("*.py")
-        known = [path.name if file.suffix == ".py" else path.stem for path in files]
-        raise UserError(f"there is no config {file}" + (perhaps(file.name, known) if known else ""))
-    words = words or []
-    config = runpy.run_path(str(file)).get("config")
-    if not callable(config):
-        raise UserError(f"{file} has no function config(); define one that returns a RunConfig")
-    try:
-        signature(config).bind(*words)
-    except TypeError:
-        takes = str(signature(config))
-        raise UserError(f"{file} has config{takes}, which does not take {words}; give what it takes") from None
-    run = config(*words)
-    return run if run.workdir else dataclasses.replace(run, workdir="runs/" + "-".join([file.stem, *words]))
+def _asked(default: Config, argv: list[str], prog: str) -> Any:
+    """What the words of a verb ask for, each field in its range."""
+    asked = flags.parse(default, argv, prog, description=None)
+    check_fields(asked)
+    return asked
 
 
 def one_device_per_core(runs: list[RunConfig], processes: int = 1) -> None:
     """On CPU gives XLA one device for each core, as many as divide the rows of all runs, since its own threads use a
     small model's cores badly, and threads as a mesh needs them.  Without effect on other platforms.  Must come before
     JAX looks for devices."""
-    flags = os.environ.get("XLA_FLAGS", "")
-    given = re.search(r"host_platform_device_count=(\d+)", flags)
-    devices = int(given[1]) if given else max(1, math.gcd(*map(_devices, runs)) // processes)
+    options = os.environ.get("XLA_FLAGS", "")
+    given = re.search(r"host_platform_device_count=(\d+)", options)
+    # XLA crashes when it makes thousands of devices on a CPU; a mesh that wants them is refused for their want.
+    devices = int(given[1]) if given else min(MOST_ON_CPU, max(1, math.gcd(*map(_devices, runs)) // processes))
     if not given:
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}".strip()
+        os.environ["XLA_FLAGS"] = f"{options} --xla_force_host_platform_device_count={devices}".strip()
     if any(sum(size != 1 for size in dataclasses.astuple(run.mesh)) > 1 for run in runs):
         # Of two independent collectives, over two axes, one device may begin the first and another the second; with
         # one thread a device they wait for each other for ever.  XLA takes the number of its threads from NPROC.
@@ -565,7 +551,7 @@ def keep_memory() -> None:
 def _tell_unraisable(what: Any, before: Callable[[Any], Any] = sys.unraisablehook) -> None:
     """When one array of a checkpoint fails, Orbax has nobody left to tell of the others, and prints that."""
     known = str(what.exc_value).startswith(("Event loop is closed", "Encountered error while reading array index"))
-    if not known and not isinstance(what.exc_value, KeyboardInterrupt):  # which `_stopping` knows of
+    if not known and not isinstance(what.exc_value, KeyboardInterrupt):  # which `process.signals` reports
         before(what)
 
 

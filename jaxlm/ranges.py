@@ -42,10 +42,14 @@ class Range:
         return low and high
 
     def __str__(self) -> str:
-        parts = [] if self.low == -LARGE else [f"{'above' if self.above else 'at least'} {self.low:,}"]
+        parts = [] if self.low == -LARGE else [f"{'above' if self.above else 'at least'} {_digits(self.low)}"]
         if self.high < MOST:
-            parts.append(f"{'below' if self.below else 'at most'} {self.high:,}")
+            parts.append(f"{'below' if self.below else 'at most'} {_digits(self.high)}")
         return " and ".join(parts) + (f", or {self.special[0]} for {self.special[1]}" if self.special else "")
+
+
+def _digits(number: float) -> str:
+    return f"{int(number):,}" if number == int(number) else f"{number:g}"
 
 
 @dataclass(frozen=True)
@@ -155,7 +159,7 @@ def problem(value: Any, hint: Any) -> str:
 def _limit(limit: Any, value: Any) -> str:
     """The range in words, with its end where the value lies beyond an end that is not worth a word elsewhere."""
     if isinstance(limit, Range) and limit.high >= MOST and value > limit.low:
-        return f"{limit}{' and ' if str(limit) else ''}at most {limit.high:,}"
+        return f"{limit}{' and ' if str(limit) else ''}at most {_digits(limit.high)}"
     return str(limit)
 
 

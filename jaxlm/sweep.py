@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any, NamedTuple
 
 from jaxlm.errors import RunError, UserError
 from jaxlm.folder import write_json
+
+MOST_RUNS = 1000  # of one sweep
 
 
 class Trial(NamedTuple):
@@ -34,7 +37,12 @@ def combinations(asked: Iterable[str]) -> list[dict[str, str]]:
             raise UserError(f"--sweep has {word!r}; give FIELD=VALUE,VALUE such as optimizer.rate=2e-5,5e-5")
         if name in choices:
             raise UserError(f"--sweep names {name!r} twice; give all of its values at once")
+        if name == "workdir":
+            raise UserError("--sweep names workdir; each run has a folder of its own below --workdir: leave it out")
         choices[name] = values.split(",")
+    runs = math.prod(map(len, choices.values()))
+    if runs > MOST_RUNS:
+        raise UserError(f"--sweep has {runs:,} combinations; at most {MOST_RUNS:,} are possible: give fewer values")
     return [dict(zip(choices, values)) for values in itertools.product(*choices.values())]
 
 

@@ -140,7 +140,7 @@ VERBS = {
     "inspect a config": (["inspect", "tony.py"], ["no config tony.py", "'tiny.py'"]),
     "convert nothing": (["convert", "gone", "new"], ["gone is no folder"]),
     "convert onto files": (["convert", "model", "foreign"], ["foreign exists and is not empty", "overwritten"]),
-    "shards of nothing": (["convert", "model", "new", "--shard-gb", "0"], ["--shard-gb is 0.0", "above 0"]),
+    "shards of nothing": (["convert", "model", "new", "--shard-gb", "0"], ["shard_gb is 0.0", "above 0"]),
     "no weights": (["convert", "model", "new"], ["model has no weights", "model.safetensors"]),
     "pickled weights": (["inspect", "pickled"], ["only pickled weights (pytorch_model.bin)", "save_pretrained"]),
 }

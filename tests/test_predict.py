@@ -579,7 +579,7 @@ VERBS: dict[str, tuple[list[str], dict[str, str | bytes], list[str]]] = {
     "the length of training": (
         ["predict", "{runs}/class", "good.csv", "--data.length", "8"],
         {},
-        ["--data.length 8", "--length 8"],
+        ["--data.length", "--length"],
     ),
     "predict no file": (["predict", "{runs}/class", "god.csv"], {}, ["'god.csv'", "perhaps you meant 'good.csv'"]),
     "predict an empty file": (["predict", "{runs}/class", "x.csv"], {"x.csv": ""}, ["no row", "at least one"]),
