@@ -300,9 +300,8 @@ def convert(argv: list[str], _: process.Signals) -> int:
 class Inspect(Config):
     """Show what a model is made of."""
 
-    target: Annotated[
-        str, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")
-    ]  # a run, a model's folder, a hub name, a preset, or configs/NAME.py
+    # A run, a model's folder, a hub name, a preset, or configs/NAME.py.
+    target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
     head: str | None = None  # as if it were loaded with this head
     revision: str | None = None  # branch, tag or commit of a hub name
     # On which mesh each parameter's place is shown.
