@@ -77,9 +77,8 @@ def _swept(given: list[str]) -> tuple[list[str], list[str]]:
 class Generate(Config):
     """Continue prompts with a model, or answer them with an encoder-decoder."""
 
-    model: Annotated[
-        str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")
-    ]  # a run, a folder in Hugging Face's format, or a hub name
+    # A run, a folder in Hugging Face's format, or a hub name.
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     prompt: tuple[str, ...] = ()  # one or more texts to continue; none: the beginning of a text
     file: str = ""  # a text file with a prompt in each line, in place of --prompt
     output: str = ""  # of --file, a .jsonl file to write or to go on with; empty: to the standard output
