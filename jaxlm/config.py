@@ -316,7 +316,7 @@ class Classification(Config):
     class_weights: Literal["none", "balanced"] = "none"  # balanced: a rare class weighs as much as a frequent one
     label_smoothing: ShareBelowOne = 0.0  # share of the target spread evenly over the classes
     windows: Literal["none", "mean", "max"] = "none"  # cut long texts, or read them by windows: mean or max of logits
-    stride: Count = 32  # tokens that two windows have in common
+    stride: Count = 0  # tokens that two windows have in common; 0: a quarter of what a window holds
 
 
 @dataclass(frozen=True)

@@ -340,6 +340,8 @@ def test_long_texts_are_read_through_windows(windows):
     np.testing.assert_allclose(list(told["probabilities"].values()), jax.nn.softmax(whole), rtol=1e-4)
     short = jaxlm.predict(lm, ["the film"], task=task)
     assert short[0]["confidence"] == pytest.approx(jaxlm.predict(lm, ["the film"])[0]["confidence"], abs=1e-5)
+    usual = replace(task, stride=0)  # a quarter of the 14 tokens that a window holds
+    assert jaxlm.predict(lm, [TEXT], task=usual) == jaxlm.predict(lm, [TEXT], task=replace(task, stride=3))
     made = TASKS[Classification](task, 16, 0, TOKENIZER, NAMES)
     records = [{"texts": (text,), "label": "so"} for text in (TEXT, "the film")]
     examples = made.examples(Records(records, []), True)

@@ -239,7 +239,8 @@ class ClassificationTask(HeadTask):
 
     def _windows(self, records: Sequence[Record], training: bool) -> Iterator[list[list[Features]]]:
         """Of each text the windows that cover it, each an example with the label of the text."""
-        room, stride = self.tokenizer.room(self.length, pair=False), self.task.stride
+        room = self.tokenizer.room(self.length, pair=False)
+        stride = self.task.stride or room // 4
         if room <= stride:
             raise UserError(
                 f"data.length {self.length} leaves {room} tokens of a text, and windows have task.stride {stride} in "

@@ -132,7 +132,7 @@ def check_labels(
         for label in kind.labels_of(record):
             if label not in names:
                 raise UserError(
-                    f"{place}: the label {label!r} does not occur in the training part{perhaps(label, names)}; {remedy}"
+                    f"{place}: the label {label!r} is not among those that are learned{perhaps(label, names)}; {remedy}"
                 )
 
 

@@ -377,7 +377,7 @@ def _as_classes(
 
 
 def _unknown(place: Any, tag: str, names: Sequence[str], remedy: str) -> UserError:
-    return UserError(f"{place}: the label {tag!r} does not occur in the training part{perhaps(tag, names)}; {remedy}")
+    return UserError(f"{place}: the label {tag!r} is not among those that are learned{perhaps(tag, names)}; {remedy}")
 
 
 def _first_tokens(words: list[str], ids: list[int], offsets: list[tuple[int, int]]) -> np.ndarray:
