@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from functools import cache
+from pathlib import Path
 
 import pytest
 
 from jaxlm.config import TokenizerConfig
-from jaxlm.data import chat
+from jaxlm.data import chat, template_process
 from jaxlm.data.tokenizer import Tokenizer, load, train
 from jaxlm.errors import UserError
 
@@ -339,6 +341,13 @@ def test_a_message_without_special_tokens_is_encoded_as_text_is(tokenizer):
 # What is refused.
 
 
+def nested(depth: int):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
@@ -350,7 +359,23 @@ def test_a_message_without_special_tokens_is_encoded_as_text_is(tokenizer):
         ([{"role": 1, "content": "x"}], "give a dict with a role"),
         ([{"role": "human", "content": "x"}], "message 0 has the role 'human'; known: assistant, .*user; rename it"),
         ([{"role": "asistant", "content": "x"}], "perhaps you meant 'assistant'; rename it"),
-        ([{"role": "user", "content": {1, 2}}], "are not plain data .*give what JSON can hold"),
+        ([{"role": "user", "content": {1, 2}}], "message 0 is not plain data .*give what JSON can hold"),
+        ([{"role": "user", "content": {1: "a"}}], "message 0 has the key 1; give keys that are text"),
+        (
+            [{"role": "user", "content": "a\ud83d"}],
+            r"half of a surrogate pair, U\+D83D, at character 1 of 'a",
+        ),
+        ([{"role": "user", "content": nested(99)}], "message 0 has more than 64 lists and dicts within one another"),
+        ([{"role": "user", "content": nested(9999)}], "message 0 has more than 64 lists and dicts within one another"),
+        ([{"from": "humans", "value": "x"}], "message 0 is from 'humans'; perhaps you meant 'human'; rename it"),
+        ([{"from": 3, "value": "x"}], "message 0 is .*give a dict with a role"),
+        (3, "messages is 3; give a list of dicts"),
+        (None, "messages is None; give a list of dicts"),
+        (
+            [{"role": "user", "content": [{"type": "image"}]}],
+            "message 0 has a part 'image', but the chat",
+        ),
+        ([{"role": "user", "content": None, "tool_calls": []}], "fails on these messages .UndefinedError"),
         ([{"role": "user"}], "fails on these messages .*correct them, or give another template="),
         ([{"role": "user", "content": 3}], "fails on these messages .TypeError"),
     ],
@@ -391,31 +416,71 @@ def test_templates_do_not_change_what_they_are_given(tokenizer):
         ("{% set n = namespace() %}{% set n._x = 1 %}", "has no '_x'"),
         ("{% include '/etc/passwd' %}", "fails on these messages"),
         ("x" * 1_000_001, "has 1,000,001 characters, more than 1,000,000; shorten it"),
-        ("{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}", "more than 200,000 times"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "more than 0.3 s of"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "calls itself without end"),
         (
             "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
-            "more than 200,000 times",
+            "more than 0.3 s of processor time; correct it",
         ),
-        ("{% for i in range(99999) %}{{ 'ab' * 999 }}{% endfor %}", "makes a text of .* more than 50,000,000"),
-        ("{{ 'ab' * 10 ** 9 }}", "makes a text of 2,000,000,000 characters"),
-        ("{{ 10 ** (10 ** 10) }}", "makes a text of"),
+        ("{% for i in range(99999) %}{{ 'ab' * 999 }}{% endfor %}", "makes a text of more than 10,000,000 characters"),
+        ("{{ 'ab' * 10 ** 9 }}", "needs more memory than 512 MiB; correct it, or give another template="),
+        ("{{ 10 ** (10 ** 10) }}", "more than 0.3 s"),
+        ("{{ '%999999999d' % 3 }}", "more memory"),
+        ("{{ '{:>999999999}'.format(3) }}", "more memory"),
+        ("{{ 'a' | center(10 ** 9) }}", "more memory"),
+        ("{{ 'a\nb' | indent(10 ** 9) }}", "more memory"),
+        ("{{ range(99999) | slice(10 ** 9) | list }}", "more than 0.3 s|more memory"),
+        ("{{ lipsum(n=10 ** 9) }}", "more than 0.3 s"),
+        ("{{ ([range(9999) | list] * 9999) | sort(reverse=true) | map('sort') | map('join') | list }}", "0.3 s|memory"),
+        ("{{ ['a' * 10 ** 8] * 50 | join }}", "fails on these|more memory"),
+        ("{{ (['a' * 10 ** 8] * 50) | join }}", "more memory"),
+        ("{{ 'a' | replace('', 'x' * 10 ** 8) | length }}", "more memory|0.3 s"),
         *(
             (
                 "{% set n = namespace(x='ab') %}{% for i in range(99) %}{% set n.x = " + twice + " %}{% endfor %}",
                 message,
             )
-            for twice, message in (("n.x ~ n.x", "makes a text"), ("n.x + n.x", "makes a text"))
+            for twice, message in (("n.x ~ n.x", "more memory|0.3 s"), ("n.x + n.x", "more memory|0.3 s"))
         ),
     ],
-    ids=range(18),
+    ids=str,
 )
-def test_templates_are_bounded(tokenizer, template, message):
+def test_templates_are_bounded(tokenizer, template, message, monkeypatch):
+    monkeypatch.setattr(template_process, "SECONDS", 0.3)
     with pytest.raises(UserError, match=message):
         chat.render(tokenizer, TALK, template=template)
+    assert chat.render(tokenizer, TALK, template="{{ 1 + 1 }}") == "2"
 
 
-def test_a_chat_without_a_free_mark_is_refused(tokenizer):
-    everything = "".join(map(chr, range(0xF0000, 0xFFFFE)))
-    with pytest.raises(UserError, match="all characters from U"):
-        chat.encode(tokenizer, [{"role": "user", "content": everything}])
+JOB = {"messages": [], "special": {}, "given": {}, "renderings": [[0, True]]}
+
+
+def test_the_process_of_templates_is_started_again_and_knows_which_chat_was_bad(monkeypatch):
+    monkeypatch.setattr(template_process, "SECONDS", 0.3)
+    sources = ["a", "{{ 10 ** (10 ** 10) }}", "b", "{{ x.y.z }}", "{{ 'ab' * 10 ** 9 }}", "c"]
+    found = list(template_process.render([{**JOB, "source": source} for source in sources]))
+    kinds = [one.kind if isinstance(one, template_process.Problem) else one[0][0] for one in found]
+    assert kinds == ["a", "time", "b", "fails", "memory", "c"]
+    template_process._current[0].process.kill()
+    assert template_process._current[0].process.wait()
+    kinds = list(template_process.render([{**JOB, "source": "d"}] * 2))
+    assert kinds[0].kind == "silent" and kinds[1] == [["d", [], []]]
+
+
+def test_the_process_of_templates_opens_no_files_and_knows_no_secrets(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    template_process._end()
+    list(template_process.render([{**JOB, "source": "a"}]))
+    folder = Path(f"/proc/{template_process._current[0].process.pid}")
+    if not folder.exists():
+        pytest.skip("the system has no /proc")
+    assert b"secret" not in (folder / "environ").read_bytes()
+    limits = (folder / "limits").read_text()
+    assert re.search(r"Max open files +3 +3", limits) and re.search(r"Max file size +0 +0", limits)
+    assert re.search(rf"Max address space +{512 << 20} ", limits)
+
+
+def test_a_chat_of_all_private_characters_is_encoded(tokenizer):
+    everything = "".join(map(chr, [*range(0xE000, 0xF900), *range(0xF0000, 0xF0400), *range(0x40000, 0x40400)]))
+    ids, is_answer = chat.encode(tokenizer, [{"role": "assistant", "content": everything + "<|im_end|>"}])
+    assert spelled(tokenizer, ids, is_answer) == everything + "<|im_end|>" * 2

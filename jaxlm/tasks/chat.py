@@ -84,13 +84,12 @@ class ChatTask(GenerationTask):
 
     def prompts(self, records: Sequence[Record]) -> list[list[int]]:
         before = lambda record: record["messages"][:-1] if "label" in record else record["messages"]
-        return [chat.prompt(self.tokenizer, before(record), template=self._template) for record in records]
+        return list(chat.prompts(self.tokenizer, map(before, records), template=self._template))
 
     def features(self, records: Sequence[Record], training: bool) -> Iterator[list[list[Features]]]:
         """The end of each conversation, as much as a row holds."""
         how: dict[str, Any] = {"template": self._template, "only_last": self.task.last_alone}
-        for record in records:
-            ids, said = chat.encode(self.tokenizer, record["messages"], **how)
+        for ids, said in chat.encode_all(self.tokenizer, (record["messages"] for record in records), **how):
             tokens, learned = (np.array(part[-self.length - 1 :]) for part in (ids, said))
             yield [
                 [
