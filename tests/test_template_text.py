@@ -26,17 +26,17 @@ def users_of(text: str) -> list[bool]:
     return [0x40000 <= ord(char) <= 0xDFFFF for char in str.__str__(text)]
 
 
+PLAIN = ("lower", "upper", "title", "capitalize", "swapcase", "strip", "lstrip", "rstrip", "split", "splitlines")
+PLAIN += ("isspace", "casefold")
+WITH_SIGNS = ("strip", "removeprefix", "startswith", "endswith")
+WITH_SIGN = ("split", "rsplit", "partition", "rpartition", "count", "find")
 CALLS = [
-    *(lambda text, name=name: getattr(text, name)() for name in "lower upper title capitalize swapcase strip".split()),
+    *(lambda text, name=name: getattr(text, name)() for name in PLAIN),
+    *(lambda text, name=name: getattr(text, name)("<") for name in WITH_SIGN),
     *(
-        lambda text, name=name: getattr(text, name)()
-        for name in "lstrip rstrip split splitlines isspace casefold".split()
+        lambda text, name=name: getattr(text, name)("a<")
+        for name in ("strip", "removeprefix", "startswith", "endswith")
     ),
-    *(
-        lambda text, name=name: getattr(text, name)("<")
-        for name in "split rsplit partition rpartition count find".split()
-    ),
-    *(lambda text, name=name: getattr(text, name)("a<") for name in "strip removeprefix startswith endswith".split()),
     lambda text: text.split(None, 1),
     lambda text: text.rsplit(None, 1),
     lambda text: text.split("ab", 1),
@@ -49,10 +49,10 @@ CALLS = [
     lambda text: "".join(text) + text.join(["a", "b"]),
     lambda text: [*text],
     lambda text: "a" + text + "b",
-    lambda text: "%s|%10s|%r" % (text, text, [text]),
-    lambda text: "{}|{:>9}|{!r}".format(text, text, {text: text}),
+    lambda text: "%s|%10s|%r" % (text, text, [text]),  # noqa: UP031
+    lambda text: "{}|{:>9}|{!r}".format(text, text, {text: text}),  # noqa: UP032
     lambda text: repr({"a": [text]}),
-    lambda text: sorted([text, "a", "b"]) + [max(text, "a")],
+    lambda text: [*sorted([text, "a", "b"]), max(text, "a")],
     lambda text: (text == "ab", text != "ab", text < "ab", "a" in text, text in ["ab"], hash(text), len(text)),
     lambda text: {"ab": 1}.get(text),
 ]
@@ -113,20 +113,23 @@ def rendered(template: str, content, **given) -> tuple[str, str]:
 
 
 # What templates do with a text c, and with a number n.
-WAYS = """
-c|lower; c|upper; c|trim; c|title; c|capitalize; c|replace('X','<'); c|replace('','<'); c.split('X')|join('X'); c|list|join
-c[::-1]|reverse; c|tojson; c|tojson(indent=2); [c]|tojson; {c: c}|tojson; c ~ ''; c + ''; '' + c; '%s' % c; '%10.4s' % c
-'{}'.format(c); '{:>9}'.format(c); '{0[0]}'.format([c]); '{x}'.format(x=c); '%(x)s' % {'x': c}; c|indent; c|indent(2, true)
-c|wordwrap(4); c|e; c|safe; c|e|safe ~ c; c|string; [c]|string; {c: 1}|string; (c, c)|string; c|pprint; {c: 1}|join
-c.partition('X')|join; (c,)|map('lower')|join; c|first ~ c[1:]; c|center(40); c.ljust(40, c[:1]); c|truncate(6)
-c.encode().decode(); c|urlencode; c|striptags; c|urlize; c|xmlattr if false else c; {'a': c}|xmlattr; c|batch(1)|map('join')|join
-c|forceescape; c.swapcase().swapcase(); c.casefold(); c.expandtabs(); c.zfill(9); c.translate({88: '<'}); c.format(); c % ()
-{c: c}|dictsort|map('join')|join; {c: c}|items|list; [c, c]|unique|join; [c]|sort|join; [c]|min; [c]|sum(start=''); c|default('')
-[c]|groupby(0)|map('first')|join; c|attr('upper')(); dict(a=c).a; dict.fromkeys([c])|join; namespace(a=c).a; joiner(c)() ~ c
-cycler(c).next(); c|format; '%s%s'|format(c, c); 'X'.join([c, c]); c.join(['', '']); c.splitlines()|join('\n'); n; n + 1; n|string
-'%d' % n; '{:03d}'.format(n); n|tojson; [n]|string; n|abs; n|round; -n; n * 2; c|int(n); c|float(n); [n]|sum; n|filesizeformat
-c|wordcount ~ c; c.removeprefix('X'); (c ~ c)|replace(c, c); c|selectattr('x')|list ~ c; c.rsplit('X', 1)|join; loop_(c); f(c)
-strftime_now(c); c|map('upper')|join; c|slice(2)|map('join')|join; c|random ~ c|last; '%c' % c[0]; '%r' % c; '%a' % c
+WAYS = r"""
+c|lower; c|upper; c|trim; c|title; c|capitalize; c|replace('X','<'); c|replace('','<'); c.split('X')|join('<')
+c|list|join; c[::-1]|reverse; c|tojson; c|tojson(indent=2); [c]|tojson; {c: c}|tojson; c ~ ''; c + ''; '' + c
+'%s' % c; '%10.4s' % c; '{}'.format(c); '{:>9}'.format(c); '{0[0]}'.format([c]); '{x}'.format(x=c)
+'%(x)s' % {'x': c}; c|indent; c|indent(2, true); c|wordwrap(4); c|e; c|safe; c|e|safe ~ c; c|string; [c]|string
+{c: 1}|string; (c, c)|string; c|pprint; {c: 1}|join; c.partition('X')|join; (c,)|map('lower')|join; c|first ~ c[1:]
+c|center(40); c.ljust(40, c[:1]); c|truncate(6); c|urlencode; c|striptags; c|urlize
+c|xmlattr if false else c; {'a': c}|xmlattr; c|batch(1)|map('join')|join; c|forceescape; c.swapcase().swapcase()
+c.casefold(); c.expandtabs(); c.zfill(9); c.translate({88: '<'}); c.format(); c % ()
+{c: c}|dictsort|map('join')|join; {c: c}|items|list; [c, c]|unique|join; [c]|sort|join; [c]|min; [n]|sum(start=1)
+c|default(''); [c]|groupby(0)|map('first')|join; c|attr('upper')(); dict(a=c).a; dict.fromkeys([c])|join
+namespace(a=c).a; joiner(c)() ~ c; cycler(c).next(); c|format; '%s%s'|format(c, c); '<'.join([c, c])
+c.join(['', '']); c.splitlines()|join('\n'); n; n + 1; n|string; '%d' % n; '{:03d}'.format(n); n|tojson; [n]|string
+n|abs; n|round; -n; n * 2; c|int(n); c|float(n); [n]|sum; n|filesizeformat; c|wordcount ~ c; c.removeprefix('X')
+(c ~ c)|replace(c, c); c|selectattr('x')|list ~ c; c.rsplit('X', 1)|join; loop_(c); f(c); strftime_now(c)
+c|map('upper')|join; c|slice(2)|map('join')|join; c|random ~ c|last; '%c' % c[0]; '%r' % c; '%a' % c
+'{!r}'.format(c); '{!s:>9}'.format(c); '%(x)a' % {'x': c}; '%-10a' % c; '%a'|format(c); '%a' % [c]
 """
 
 

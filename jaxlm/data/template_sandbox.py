@@ -97,10 +97,15 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.filters["tojson"] = tojson
         self.globals |= {
             "raise_exception": raise_exception,
-            "strftime_now": lambda form: self.now.strftime(plain_of(form)),
+            "strftime_now": self.strftime_now,
             "dict": _Dict(),
             "namespace": _Names,
         }
+
+    def strftime_now(self, form: str) -> Text:
+        """Returns the date and time of the renderings."""
+        text = self.now.strftime(plain_of(form))
+        return from_user(text) if has_user(form) else Text(text)
 
     def joined(self, parts: Iterable[Any]) -> Text:
         """Returns what `~` makes of its parts."""

@@ -21,6 +21,7 @@ HIDDEN_RUN = re.compile("[\U00040000-\U000dffff]+")  # what a user wrote, in dat
 _PLANES = {0: 4, 1: 5, 2: 6, 3: 7, 14: 8, 15: 9, 16: 10}
 _HIDE = bytes(_PLANES.get(plane, 13) for plane in range(256))
 _REVEAL = bytes({hidden: plane for plane, hidden in _PLANES.items()}.get(plane, plane) for plane in range(256))
+_ESCAPES = re.compile(r"%[^%a-zA-Z]*(\([^)]*\))?[^%a-zA-Z]*a")  # "%a" spells hidden characters in ASCII
 ANSWER_BEGINS, ANSWER_ENDS = "\U000c0000", "\U000c0001"  # marks around what the assistant says
 
 
@@ -56,6 +57,11 @@ class Text(str):
         self._plain = reveal(str.__str__(data)) if plain is None else plain
         return self
 
+    def encode(self, *args: Any, **named: Any) -> bytes:
+        if has_user(self):
+            raise TypeError("a text of a message has no bytes here")  # they would not say who wrote them
+        return self._plain.encode(*args, **named)
+
     def __str__(self) -> str:
         return self
 
@@ -86,7 +92,7 @@ class Text(str):
 
     def __mod__(self, args: Any) -> Text:
         plain = self._plain % plain_of(args)
-        if has_user(self) or _has_number(args):
+        if has_user(self) or _has_number(args) or (_ESCAPES.search(self._plain) and has_user(args)):
             return from_user(plain)
         return Text(str.__mod__(self, args), plain)
 
