@@ -379,9 +379,6 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     process.open_streams()
-    if not argv or argv[0] in ("-h", "--help"):
-        print(_overview())
-        return process.flushed(0 if argv else 2)
     with process.signals() as signals:
         try:
             code, error = _ended(argv, signals)
@@ -397,6 +394,9 @@ def main(argv: list[str] | None = None) -> int:
 def _ended(argv: list[str], signals: process.Signals) -> tuple[int, BaseException | None]:
     """Runs a verb; returns the exit code, and the error that ended the verb, once the error is printed."""
     try:
+        if not argv or argv[0] in ("-h", "--help"):
+            print(_overview(), flush=True)
+            return (0 if argv else UserError.exit_code), None
         if argv[0] not in VERBS:
             raise UserError(f"{argv[0]!r} is not a verb of jaxlm{perhaps(argv[0], VERBS)}")
         return VERBS[argv[0]](argv[1:], signals), None
@@ -430,7 +430,7 @@ def _ended(argv: list[str], signals: process.Signals) -> tuple[int, BaseExceptio
 
 def _interrupted(argv: list[str], signals: process.Signals) -> tuple[int, BaseException]:
     """The exit code of a verb that a signal ended before it had anything to save, once that is printed."""
-    if argv[0] == "train":
+    if argv[:1] == ["train"]:
         end = Stopped("stopped before there was anything new to save; the same command starts again")
         process.report(str(end))
         return end.exit_code, end

@@ -61,9 +61,18 @@ def signals() -> Iterator[Signals]:
         yield found
         return
     before = {number: signal.signal(number, found.handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    hook = sys.unraisablehook
+
+    def quiet(what: sys.UnraisableHookArgs) -> None:
+        """Prints nothing of an interrupt that a callback of the garbage collector swallowed: `came` has it."""
+        if not isinstance(what.exc_value, KeyboardInterrupt):
+            hook(what)
+
+    sys.unraisablehook = quiet
     try:
         yield found
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -445,7 +445,7 @@ def test_a_checkpoint_that_may_not_be_read_is_no_corrupt_one(stopped, tmp_path, 
 # Divergence
 
 
-@pytest.mark.parametrize("rate", [1e30, pytest.param(1e38, marks=pytest.mark.long)])
+@pytest.mark.parametrize("rate", [1e14])
 def test_a_loss_that_is_not_finite_ends_the_run(place, tmp_path, devices, rate):
     optimizer = OptimizerConfig(rate=rate, warmup=0)
     run = a_run(place, tmp_path / "run", checkpoint_every=1, optimizer=optimizer, log_every=100)
