@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,12 +29,16 @@ class Assembly(NamedTuple):
     """The parts of a run on a mesh, before anything is compiled or allocated.
 
     like: the state's shapes, each with its sharding.  first_state(key) -> TrainState, laid out so.
+    state_of(params, key) -> the first TrainState of given parameters, which are used up.
+    draw(key, paths) -> those leaves of the parameters of `first_state(key)`, by path.
     train_step(state, batch) -> (state, metrics); the state given is used up.
     """
 
     module: Transformer
     like: TrainState
     first_state: Callable[[jax.Array], TrainState]
+    state_of: Callable[[Any, jax.Array], TrainState]
+    draw: Callable[[jax.Array, Sequence[str]], dict[str, jax.Array]]
     train_step: Any
 
 
@@ -49,19 +53,28 @@ def assemble(
     schedule = make_schedule(run.optimizer, run.steps)
     optimizer = make_optimizer(run.optimizer, run.steps, shapes)
 
-    def first_state(key: jax.Array) -> TrainState:
-        params = init(module, jax.random.wrap_key_data(key))
+    def state_of(params: Any, key: jax.Array) -> TrainState:
         return TrainState(jnp.int32(0), params, optimizer.init(params), key)
+
+    def first_state(key: jax.Array) -> TrainState:
+        return state_of(init(module, jax.random.wrap_key_data(key)), key)
 
     like = laid_out(jax.eval_shape(first_state, jax.random.key_data(jax.random.key(0))), mesh)
     layout = jax.tree.map(lambda leaf: leaf.sharding, like)
+
+    def draw(key: jax.Array, paths: Sequence[str]) -> dict[str, jax.Array]:
+        chosen = lambda tree: {path: leaf for path, leaf in parameters.by_path(tree).items() if path in paths}
+        drawn = lambda key: chosen(init(module, jax.random.wrap_key_data(key)))
+        return jax.jit(drawn, out_shardings=chosen(layout.params))(key)
+
     train_step = jax.jit(
         make_train_step(task, module, optimizer, schedule),
         donate_argnums=0,
         in_shardings=(layout, None),  # the batch lies as `lay` laid it
         out_shardings=(layout, sharding.replicated(mesh)),
     )
-    return Assembly(module, like, jax.jit(first_state, out_shardings=layout), train_step)
+    first, given = (jax.jit(f, out_shardings=layout, donate_argnums=d) for f, d in ((first_state, ()), (state_of, 0)))
+    return Assembly(module, like, first, given, draw, train_step)
 
 
 def closed_flops(task: Task, config: ModelConfig, rows: int, fields: Mapping[str, Any], *, blocks: bool = False) -> int:

@@ -263,6 +263,8 @@ class Decoding(Config):
 class CausalLM(Config):
     """Predict each token from those before it."""
 
+    heads: ClassVar[tuple[Head, ...]] = ("lm",)  # that the model must have
+
     label_smoothing: ShareBelowOne = 0.0  # share of the target spread evenly over the vocabulary
     stream: bool = True  # rows are cut from the documents laid end to end (GPT-2); else documents are packed whole
     stride: Count = 0  # evaluation windows advance by this many tokens, each counted once; 0: by the whole length
@@ -279,6 +281,11 @@ class MaskedLM(Config):
     sentences: Literal["line", "punctuation"] = "line"  # what a sentence is, for pairs
     short_rate: Share = 0.1  # share of the pairs aimed at a random shorter length
 
+    @property
+    def heads(self) -> tuple[Head, ...]:
+        """The heads that the model must have."""
+        return ("masked_lm", "next_sentence") if self.next_sentence else ("masked_lm",)
+
 
 @dataclass(frozen=True)
 class SpanCorruption(Config):
@@ -290,6 +297,7 @@ class SpanCorruption(Config):
     rate: OpenShare = 0.15  # share of the tokens that is taken out
     span: AtLeastOne = 3.0  # mean length of what is taken out at a place
     sentences: ClassVar[str] = "whole"  # a document is not divided
+    heads: ClassVar[tuple[Head, ...]] = ("lm",)  # that the model must have
 
 
 @dataclass(frozen=True)
@@ -301,6 +309,7 @@ class Infilling(Config):
     span: AtLeastOne = 3.0  # mean of the gaps' lengths, Poisson's; a gap of any length, also of none, is one mask token
     sentences: Literal["line", "punctuation"] = "punctuation"  # what a sentence is
     permute: bool = True  # shuffle the sentences
+    heads: ClassVar[tuple[Head, ...]] = ("lm",)  # that the model must have
 
 
 @dataclass(frozen=True)
@@ -581,10 +590,9 @@ class RunConfig(Config):
             if not 0 <= self.task.stride <= self.data.length:
                 raise UserError(f"task.stride is {self.task.stride}; it must lie between 0 and {self.data.length}")
         elif isinstance(self.task, MaskedLM):
-            needed = ("masked_lm", "next_sentence") if self.task.next_sentence else ("masked_lm",)
-            if model.structure != "encoder" or not set(needed) <= set(model.heads_on_top):
+            if model.structure != "encoder" or not set(self.task.heads) <= set(model.heads_on_top):
                 raise UserError(
-                    f"MaskedLM needs an encoder with the heads {needed}, not a(n) {model.structure} with "
+                    f"MaskedLM needs an encoder with the heads {self.task.heads}, not a(n) {model.structure} with "
                     f"{model.heads_on_top}; change model.structure and model.heads_on_top"
                 )
             if self.task.next_sentence and model.types < 2:

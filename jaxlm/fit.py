@@ -28,11 +28,23 @@ from jaxlm.errors import Interrupted, RunError, Stopped, UserError, perhaps
 from jaxlm.evaluate import see
 from jaxlm.folder import NoLog, RunLog, begin, claim, duration, labels_of, write_json
 from jaxlm.generate import generate
-from jaxlm.lm import LM, load, save, with_params
+from jaxlm.lm import LM, load, save, with_params, without_pooling
 from jaxlm.measure import Meter, Trace
 from jaxlm.metrics import by_name
+from jaxlm.nn import parameters
 from jaxlm.nn.transformer import Transformer
-from jaxlm.start import check_fits, known_labels, origin, sized, start_from, starting, with_dropout, with_tokenizer
+from jaxlm.start import (
+    check_fits,
+    check_model,
+    configured,
+    known_labels,
+    origin,
+    sized,
+    start_from,
+    weights_of,
+    with_model,
+    with_tokenizer,
+)
 from jaxlm.step import make_eval_step
 from jaxlm.tasks import TASKS, make_task, prepare, with_labels
 from jaxlm.tasks.task import Task
@@ -106,8 +118,8 @@ def fit(
     finite, a disk that is full, a host that is gone.  Of many hosts each calls this with the same arguments.
     """
     begun = time.monotonic()
-    if model is not None and run.model is None:
-        run = replace(run, model=with_dropout(model.config, run.dropout), dropout=None)
+    if model is not None:
+        run = with_model(run, model)
     run.check()
     hosts.agree(run)
     with buckets.RunFolder(run.workdir or "runs/unnamed").opened() as place:
@@ -128,7 +140,10 @@ def _fit_in(
     resuming, as_given = hosts.first(lambda: claim(run, folder)), run
 
     # Data: tokenized once, then batch_at(step) is all there is.
-    run = with_tokenizer(run, model)
+    if model is None and not resuming:
+        check_model(run)
+    run = with_tokenizer(with_model(run, model), model)
+    run.check()
     own_tokenizer = model.tokenizer if model and not run.tokenizer.path else None
     known = labels_of(folder) if resuming else known_labels(run, model, TASKS[type(run.task)])
     if data is None:
@@ -138,7 +153,8 @@ def _fit_in(
     task = make_task(run, data.tokenizer, data.labels)
     if run.best and run.best not in (*task.scores, "loss"):
         raise UserError(f"best is {run.best!r}{perhaps(run.best, [*task.scores, 'loss'])}")
-    config, model = starting(run, model, task, data.labels if task.head else (), resuming)
+    weights = weights_of(as_given, model, task, data.labels if task.head else (), resuming)
+    config = configured(run, weights, task)
     batches = task.batches(data.train, run.batch, run.data.length, run.seed)
     run = sized(run, config, batches)
     batches.rows = run.batch
@@ -149,19 +165,22 @@ def _fit_in(
 
     # Model, optimizer, state: shapes first, so that everything is made where it will lie.
     kind = task.module(Transformer if model is None else type(model.module))
-    module, like, first_state, train_step = assemble(run, task, config, mesh, kind)
-    shapes = like.params
-    if model is not None:
-        check_fits(model, shapes)
+    parts = assemble(run, task, config, mesh, kind)
+    module, like = parts.module, parts.like
+    if weights is not None:
+        check_fits(weights.shapes, {path: leaf.shape for path, leaf in parameters.by_path(like.params).items()})
 
     # All that the user could have got wrong is looked at; the folder is this run's from here on.
     hosts.first(lambda: begin(as_given, folder, data.fingerprint, data.labels))
     checkpoints = Checkpoints(folder / "checkpoints", run.keep, say)
     state, notes = checkpoints.restore(like) or (None, {})
     if state is None:
-        state = first_state(jax.random.key_data(jax.random.key(run.seed)))
-        model = model or (load(run.init) if run.init else None)
-        state = state if model is None else state._replace(params=start_from(model, state.params, say))
+        key = jax.random.key_data(jax.random.key(run.seed))
+        weights = weights or weights_of(as_given, None, task, data.labels if task.head else (), False)
+        if weights is None:
+            state = parts.first_state(key)
+        else:
+            state = parts.state_of(start_from(weights, like.params, partial(parts.draw, key), say), key)
     started = int(state.step)
     if hosts.first(lambda: bool(started) and (folder / "report.html").exists()):
         say(f"the run in {folder} is finished, at step {started:,}; nothing is left to do")
@@ -169,15 +188,16 @@ def _fit_in(
         own = None if kind is Transformer or task.folders != ("",) else kind
         return load(folder / "export" / task.folders[0], compute_dtype=run.compute_dtype, module=own)
     hosts.first(lambda: (folder / "report.html").unlink(missing_ok=True))  # its presence says: finished
-    _say_start(run, folder, data, batches, _size(shapes), mesh, started)
+    _say_start(run, folder, data, batches, _size(like.params), mesh, started)
     if balance := task.balance(data.train):
         say(f"labels    {balance}")
     for line in task.truncated(batches):
         say(f"length    {line}")
 
     eval_step = jax.jit(make_eval_step(task, module))
-    files: dict[str, Any] = {"files": model.files, "pooling": model.pooling} if model else {}
-    made = LM(config, kind(config, dtype=module.dtype), None, data.tokenizer, origin(run, model), **files)
+    files: dict[str, Any] = {"files": weights.files, "pooling": weights.pooling} if weights else {}
+    made = LM(config, kind(config, dtype=module.dtype), None, data.tokenizer, origin(run, weights), **files)
+    del weights  # which keep the files of a checkpoint open
 
     def score(params: Any) -> tuple[dict[str, float], Any]:
         run_over = lambda batches: see(eval_step, params, batches, put, held_out_rows)
@@ -204,7 +224,7 @@ def _fit_in(
         ):
             trace.before(step, state.step)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                state, metrics = train_step(state, put(batch, run.accumulate))
+                state, metrics = parts.train_step(state, put(batch, run.accumulate))
             meter.stepped(metrics["loss"])
             unlogged.append(metrics)
             if mesh.devices.flat[0].platform == "cpu":
@@ -381,6 +401,8 @@ def _export(lm: LM, task: Task, folder: Path) -> tuple[str, LM]:
             for name, (one, alone) in exported.items():
                 assert alone.origin is not None  # as `origin` has it
                 alone = replace(alone, origin=_with_keys(alone.origin, one.config_keys))
+                # A text's vector is what a model without a head gives, or one that is pre-trained further.
+                alone = alone if one.head in (None, "masked_lm") else without_pooling(alone)
                 kind = save(alone, new / name)
                 _name_class(new / name, one)
         return kind

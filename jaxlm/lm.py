@@ -326,16 +326,31 @@ def load(
     compute = kinds[1] or kinds[0] or jnp.result_type(*jax.tree.leaves(found.params))
     made = (module or Transformer)(found.config, sharding.Placement(mesh), jnp.dtype(compute))
     tokenizer = tokenizers.load(str(folder), split_special_tokens) if has_tokenizer(folder) else None
+    files, pooling = kept_files(folder)
+    before = found.origin.config.get("model")  # of our own format
+    own = isinstance(before, dict) and before.get("heads_on_top") == list(found.config.heads_on_top)
+    if found.fresh or (head is not None and found.origin.heads is None and not own):
+        files = without_task(files)  # the head is another than that of the task
+    return LM(found.config, made, found.params, tokenizer, found.origin, files, pooling, found.fresh)
+
+
+def kept_files(folder: Path) -> tuple[dict[str, bytes], Pooling | None]:
+    """Returns the files of a model's folder that are saved with the model again, and the pooling that they declare."""
     kept = {name: model_files.locate(folder, name) for name in _CARRIED}
     files = {name: model_files.read_bytes(file) for name, file in kept.items() if file is not None}
     if _TASK not in files and folder.name == "export":
         files |= _of_run(folder.parent)
-    before = found.origin.config.get("model")  # of our own format
-    own = isinstance(before, dict) and before.get("heads_on_top") == list(found.config.heads_on_top)
-    if found.fresh or (head is not None and found.origin.heads is None and not own):
-        files.pop(_TASK, None)  # the head is another than that of the task
-    known: dict[str, Any] = {"files": files | carried(folder), "pooling": read_pooling(folder), "fresh": found.fresh}
-    return LM(found.config, made, found.params, tokenizer, found.origin, **known)
+    return files | carried(folder), read_pooling(folder)
+
+
+def without_task(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Returns the files of a model without the note of what it was fine-tuned for."""
+    return {name: content for name, content in files.items() if name != _TASK}
+
+
+def without_pooling(lm: LM) -> LM:
+    """Returns the model without the files that make it an encoder of sentences."""
+    return dataclasses.replace(lm, pooling=None, files={n: content for n, content in lm.files.items() if n in _CARRIED})
 
 
 def _dtype(name: Any) -> Any:

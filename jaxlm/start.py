@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from jaxlm import families, hosts
 from jaxlm.config import ModelConfig, RunConfig
+from jaxlm.encode import Pooling
 from jaxlm.errors import UserError
-from jaxlm.hub.convert import nested
+from jaxlm.hub.convert import tree_shapes
 from jaxlm.hub.download import fetch_tokenizer
-from jaxlm.lm import LM, find, has_tokenizer, load
+from jaxlm.hub.place import read_leaves
+from jaxlm.lm import LM, find, has_tokenizer, kept_files, without_task
 from jaxlm.nn import parameters
 from jaxlm.tasks.labels import unnamed
 from jaxlm.tasks.task import Task
@@ -62,24 +65,87 @@ def known_labels(run: RunConfig, model: LM | None, task: type[Task]) -> tuple[st
     return found.config.labels if there else None
 
 
-def starting(
-    run: RunConfig, model: LM | None, task: Task, labels: Any, resuming: bool
-) -> tuple[ModelConfig, LM | None]:
-    """The model's config, and the weights to start from, where there are any."""
-    if model is None and run.init and run.model is None:
-        model = load(run.init, head=task.head or "none", labels=labels or None, say=lambda _: None)
-        model = replace(model, params=_without(model.params, model.fresh))  # drawn below, by the run's seed
-    elif model is None and run.init and not resuming:
-        model = load(run.init)
-    if model is not None and run.new_head:
-        out = [path for path in parameters.by_path(model.params) if path.startswith(f"{task.head}_head/out/")]
-        model = replace(model, params=_without(model.params, out))
-    config = run.model or (with_dropout(model.config, run.dropout) if model else None)
+class Weights(NamedTuple):
+    """The weights that a run starts from.  Those of a folder are read when a run asks for them, leaf by leaf.
+
+    config: of the model that they belong to.  shapes: of the leaves that there are, by path.
+    read(layouts): the leaves of these paths as float32 arrays of their own, each shard read straight to its device.
+    origin, files, pooling: as an `LM` has them, without the note of an earlier task.
+    """
+
+    config: ModelConfig
+    shapes: dict[str, tuple[int, ...]]
+    read: Callable[[Mapping[str, jax.sharding.Sharding]], dict[str, jax.Array]]
+    origin: families.Origin | None
+    files: dict[str, bytes]
+    pooling: Pooling | None
+
+
+def with_model(run: RunConfig, model: LM | None) -> RunConfig:
+    """Returns the run with its model, as far as that is known before the data are read.
+
+    The model of weights gets the heads of a language-modelling task; those of other tasks depend on the labels.
+    """
+    if run.model is not None:
+        return run
+    heads = getattr(run.task, "heads", None)
+    if model is None and run.init and heads is not None:
+        config = families.look(find(run.init), head=heads).config
+    elif model is not None:
+        config = model.config
+    else:
+        return run
+    if heads is not None and not set(heads) <= set(config.heads_on_top):
+        config = replace(config, heads_on_top=heads)
+    return replace(run, model=with_dropout(config, run.dropout), dropout=None)
+
+
+def weights_of(run: RunConfig, model: LM | None, task: Task, labels: Any, resuming: bool) -> Weights | None:
+    """Returns the weights that `run`, as it was given, starts from; None where it draws them all.
+
+    labels: names of the outputs of the task's head, where it has one.
+
+    Raises UserError where `run.init` holds no model, unless a run that has its own model is resumed.
+    """
+    renewed = f"{task.head}_head/out/" if run.new_head else None
+    kept = lambda paths: [path for path in paths if renewed is None or not path.startswith(renewed)]
+    if model is not None:
+        leaves = parameters.by_path(model.params)
+        # Copies, since training donates its buffers, and the model is the caller's.
+        copied = lambda path, layout: hosts.spread(_as_float32(leaves[path]), layout, may_alias=False)
+        read = lambda layouts: {path: copied(path, layout) for path, layout in layouts.items()}
+        shapes = {path: leaves[path].shape for path in kept(leaves)}
+        return Weights(model.config, shapes, read, model.origin, without_task(model.files), model.pooling)
+    if not run.init:
+        return None
+    try:
+        folder = find(run.init)
+        how: dict[str, Any] = {}
+        if run.model is None:
+            how = {"head": getattr(run.task, "heads", None) or task.head or "none", "labels": labels or None}
+        found = families.look(folder, **how)
+    except UserError:
+        if resuming and run.model is not None:
+            return None
+        raise
+    shapes = tree_shapes(found.config, found.family.module)
+    shapes = {path: shapes[path] for path in kept(shapes) if path not in found.fresh}
+    read = partial(read_leaves, found.family, found.config, found.tensors, np.dtype(np.float32))
+    files, pooling = kept_files(folder)
+    return Weights(found.config, shapes, read, found.origin, without_task(files), pooling)
+
+
+def _as_float32(leaf: Any) -> Any:
+    return leaf if leaf.dtype == np.float32 else leaf.astype(np.float32)
+
+
+def configured(run: RunConfig, weights: Weights | None, task: Task) -> ModelConfig:
+    """Returns the config of the run's model, with what the task changes in it."""
+    config = run.model or (with_dropout(weights.config, run.dropout) if weights else None)
     assert config is not None  # as `RunConfig.check` has it
-    config = task.configured(config)
-    if model is not None and model.pooling:
-        task.pooling = model.pooling
-    return config, model
+    if weights is not None and weights.pooling:
+        task.pooling = weights.pooling
+    return task.configured(config)
 
 
 def with_dropout(config: ModelConfig, rate: float | None) -> ModelConfig:
@@ -102,29 +168,35 @@ def sized(run: RunConfig, config: ModelConfig, once: Any) -> RunConfig:
     return run
 
 
-def check_fits(model: LM, shapes: Any) -> None:
-    """Raises UserError where the weights to start from have other shapes than the run's, or lack some but for heads."""
-    given, wanted = parameters.by_path(model.params), parameters.by_path(shapes)
-    differ = [f"  - {p} {given[p].shape}" for p in given if p not in wanted and not _on_top(p)]
-    for path, leaf in wanted.items():
-        shape = given[path].shape if path in given else None
-        if shape != leaf.shape and not (shape is None and _on_top(path)):
-            differ += [f"  - {path} {shape}"] * (shape is not None) + [f"  + {path} {leaf.shape}"]
+def check_model(run: RunConfig) -> None:
+    """Raises UserError where the run names both a model and a folder of weights of another shape.
+
+    It is asked before the data are read, whose tokenizer would be blamed otherwise.
+    """
+    if run.init and run.model is not None:
+        check_fits(tree_shapes(families.look(find(run.init)).config), tree_shapes(run.model))
+
+
+def check_fits(given: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises UserError where weights have other shapes than the run's model, or lack some but for heads.
+
+    given, wanted: shapes by path.
+    """
+    differ = [f"  - {path} {shape}" for path, shape in given.items() if path not in wanted and not _on_top(path)]
+    for path, shape in wanted.items():
+        if given.get(path) != shape and not (path not in given and _on_top(path)):
+            differ += [f"  - {path} {given[path]}"] * (path in given) + [f"  + {path} {shape}"]
     if differ:
         lines = "\n".join(sorted(differ, key=lambda line: (line.split()[1], line.split()[0] == "+")))
         raise UserError(
-            f"the weights given by --init (-) do not fit the model of the run (+):\n{lines}\nchange --model"
+            f"the weights given by --init (-) do not fit the model of the run (+):\n{lines}\nchange --model, or train "
+            f"a config with model=None, which takes the model of the weights (configs/adapt.py for text)"
         )
 
 
-def origin(run: RunConfig, model: LM | None) -> families.Origin:
+def origin(run: RunConfig, weights: Weights | None) -> families.Origin:
     """The format of the weights that the run began from: an equal model of another family is not theirs."""
-    said: dict[str, Any] = {}
-    if model is not None:
-        said = model.origin.config if model.origin else {}
-    elif run.init:
-        with suppress(UserError):  # a run that goes on does without the folder
-            said = families.read_config(find(run.init) / "config.json")
+    said = weights.origin.config if weights is not None and weights.origin else {}
     return families.Origin({name: said[name] for name in ("model_type",) if name in said}, heads=None)
 
 
@@ -132,19 +204,17 @@ def _on_top(path: str) -> bool:
     return "_head/" in path or path.startswith("own")
 
 
-def start_from(model: LM, fresh: Any, say: Callable[[str], None]) -> Any:
-    """The model's parameters, laid out like the fresh ones; heads that it lacks stay fresh, and are said."""
-    given = parameters.by_path(model.params)
-    new = sorted({path.split("/")[0] for path in parameters.by_path(fresh) if path not in given})
+def start_from(
+    weights: Weights, like: Any, draw: Callable[[Sequence[str]], dict[str, jax.Array]], say: Callable[[str], None]
+) -> Any:
+    """Returns the parameters that a run starts from, each shard on its device.
+
+    like: their shapes and shardings.  draw(paths): initial values of leaves that the weights lack, which are reported.
+    """
+    layouts = {path: leaf.sharding for path, leaf in parameters.by_path(like).items()}
+    new = [path for path in layouts if path not in weights.shapes]
     if new:
-        say(f"made new, since the given weights have none: {', '.join(new)}")
-
-    def chosen(key_path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        # A copy: training donates its buffers, and the model given is the caller's.
-        return hosts.spread(given.get(parameters.path_of(key_path), leaf), leaf.sharding, may_alias=False)
-
-    return jax.tree_util.tree_map_with_path(chosen, fresh)
-
-
-def _without(params: Any, paths: Sequence[str]) -> Any:
-    return nested({path: leaf for path, leaf in parameters.by_path(params).items() if path not in paths})
+        say(f"made new, since the given weights have none: {', '.join(sorted({path.split('/')[0] for path in new}))}")
+    leaves = weights.read({path: layout for path, layout in layouts.items() if path not in new})
+    leaves |= draw(new) if new else {}
+    return jax.tree_util.tree_map_with_path(lambda key_path, _: leaves.pop(parameters.path_of(key_path)), like)

@@ -62,8 +62,13 @@ class Prepared(NamedTuple):
     labels: Any = ()  # names of the outputs of the head that the task reads; of several tasks, by their names
 
 
-def prepare(run: RunConfig, say: Callable[[str], None] = print) -> Prepared:
-    """Reads, cleans and tokenizes the data of a run, or finds it in the cache.  Raises UserError for bad data."""
+def prepare(run: RunConfig, say: Callable[[str], None] = print, tokenizer: Tokenizer | None = None) -> Prepared:
+    """Reads, cleans and tokenizes the data of a run, or finds it in the cache.
+
+    tokenizer: to be used in place of the run's.
+
+    Raises UserError for bad data.
+    """
     data, sentences = run.data, getattr(run.task, "sentences", None)
     assert run.model is not None
     fingerprint = source.fingerprint(data.path) + (source.fingerprint(data.eval_path) if data.eval_path else "")
@@ -76,7 +81,7 @@ def prepare(run: RunConfig, say: Callable[[str], None] = print) -> Prepared:
         "structure": run.model.structure,  # what stands around a text of a tokenizer that is trained
     }
     how = run.tokenizer
-    given = tokenizers.load(how.path, how.split_special_tokens) if how.path else None
+    given = tokenizer or (tokenizers.load(how.path, how.split_special_tokens) if how.path else None)
     if given is not None:
         made_of["tokenizer"] |= {"path": tokenizers.fingerprint(given)}
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
@@ -87,7 +92,7 @@ def prepare(run: RunConfig, say: Callable[[str], None] = print) -> Prepared:
     if damage:
         _build(run, given, sentences, folder, say)
     rows = json.loads((folder / "rows.json").read_text())
-    tokenizer = tokenizers.load(str(folder / "tokenizer"))
+    tokenizer = tokenizer or tokenizers.load(str(folder / "tokenizer"))
     return Prepared(tokenizer, _open(folder / "train"), _open(folder / "held_out"), rows, key)
 
 

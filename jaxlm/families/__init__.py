@@ -63,6 +63,7 @@ FAMILIES: dict[str, Family] = {  # by `model_type` of config.json
 PRESETS: dict[str, ModelConfig] = transformer.PRESETS | {
     name: preset for family in FAMILIES.values() for name, preset in family.presets.items()
 }
+Asked = str | tuple[Head, ...]  # a head or several, or "none" or "encoder"
 OWN = "jaxlm"  # the `model_type` of our own format, for models that no family can say
 
 
@@ -106,11 +107,14 @@ def load(folder: Path, *, dtype: Any = None, mesh: Any = None, **how: Any) -> Lo
     return Loaded(found.config, params, found.origin, found.fresh)
 
 
-def look(folder: Path, *, head: str | None = None, labels: tuple[str, ...] | None = None, module: Any = None) -> Opened:
+def look(
+    folder: Path, *, head: Asked | None = None, labels: tuple[str, ...] | None = None, module: Any = None
+) -> Opened:
     """What a folder with `config.json` and safetensors holds, without reading its tensors.
 
-    head: what to read off the hidden states, "none", or "encoder" for an encoder-decoder's encoder; None: what the
-    tensors and `architectures` say.  A head that the folder does not have is made new.  labels: names of its outputs.
+    head: what to read off the hidden states (a tuple for several heads), "none", or "encoder" for an encoder-decoder's
+    encoder; None: what the tensors and `architectures` say.  A head that the folder does not have is made new.
+    labels: names of its outputs.
     module: a user's own class of module, of which the folder was saved.
 
     Raises UserError for an unknown `model_type` and for tensors that are not exactly those of the model.
@@ -215,7 +219,7 @@ def _same(family: Family, hf: dict[str, Any], config: ModelConfig) -> bool:
         return False
 
 
-def known(head: str, config: ModelConfig, family: Family) -> tuple[Head, ...]:
+def known(head: Asked, config: ModelConfig, family: Family) -> tuple[Head, ...]:
     """The heads on top that `head` asks for.  Raises UserError where the family has none such."""
     if head in ("none", "encoder"):
         if head == "encoder" and config.structure != "encoder_decoder":
@@ -225,10 +229,10 @@ def known(head: str, config: ModelConfig, family: Family) -> tuple[Head, ...]:
         return ()
     if family.encoder and config.structure == "encoder":
         raise UserError(f"head is {head!r}, but the model is an encoder alone; give 'none' for hidden states")
-    asked: Any = (head,)
+    asked: Any = (head,) if isinstance(head, str) else head
     if asked not in family.heads:
         names = {one for heads in family.heads for one in heads} | {"none"}
-        raise UserError(f"head is {head!r}, which this model cannot have{perhaps(head, names)}")
+        raise UserError(f"head is {' and '.join(asked)!r}, which this model cannot have{perhaps(asked[-1], names)}")
     return asked
 
 
@@ -267,7 +271,7 @@ def _labels(config: ModelConfig) -> dict[str, Any]:
 
 
 def _with_heads(
-    family: Family, config: ModelConfig, hf: dict[str, Any], stored: Mapping[str, Any], head: str | None
+    family: Family, config: ModelConfig, hf: dict[str, Any], stored: Mapping[str, Any], head: Asked | None
 ) -> tuple[ModelConfig, convert.Canonical]:
     """The config with its heads, and the file's tensors under the names of the rules.
 
@@ -339,7 +343,7 @@ def _check_size(config: ModelConfig, stored: Mapping[str, Any]) -> None:
         )
 
 
-def _check(family: Family, config: ModelConfig, tensors: dict[str, Any], head: str | None) -> tuple[str, ...]:
+def _check(family: Family, config: ModelConfig, tensors: dict[str, Any], head: Asked | None) -> tuple[str, ...]:
     """Raises UserError where the tensors do not fit.  Where a head was asked for, those of other heads are left out of
     `tensors`, and what it lacks is returned: the paths of leaves to be made new."""
     expected = convert.hf_shapes(family, config)
@@ -348,7 +352,9 @@ def _check(family: Family, config: ModelConfig, tensors: dict[str, Any], head: s
         other = convert.any_of(rule.hf for rule in family.rules)
         for name in [name for name in tensors if name not in expected and other.fullmatch(name)]:
             del tensors[name]
-        own = re.compile(rf"({head}|transform|{'pooled' if head == 'next_sentence' else head})_head/.*")
+        asked = (head,) if isinstance(head, str) else head
+        names_of = [*asked, "transform", *(["pooled"] if "next_sentence" in asked else [])]
+        own = re.compile(rf"({'|'.join(names_of)})_head/.*")
         for path, read in convert.readers(family, config).items():
             names = read.names.values()
             if own.fullmatch(path) and any(n not in tensors or tensors[n].shape != expected[n] for n in names):

@@ -34,16 +34,29 @@ def place(
     dtype: of the parameters; None: as stored.  mesh: where they go, by the table of parameters; None: the first device.
     fresh: paths of leaves that are drawn anew.  Beyond the shards themselves the host holds one tensor, or `CHUNK`.
     """
-    leaves: dict[str, Any] = {}
     layouts = {path: _layout(path, shape, mesh) for path, shape in tree_shapes(config, family.module).items()}
-    for path, read in readers(family, config).items():
-        if path not in fresh:
-            kind = np.dtype(dtype or next((tensors[name].dtype for name in read.names.values()), np.float32))
-            part = partial(read.read, config, tensors, dtype=kind)
-            leaves[path] = _array(part, read.shape, kind, layouts[path])
+    stored = {path: layout for path, layout in layouts.items() if path not in fresh}
+    leaves = read_leaves(family, config, tensors, dtype, stored)
     if fresh:
         leaves |= _drawn(family, config, {path: layouts[path] for path in fresh}, dtype)
     return nested(leaves)
+
+
+def read_leaves(
+    family: Family,
+    config: ModelConfig,
+    tensors: Mapping[str, Any],
+    dtype: Any,
+    layouts: Mapping[str, jax.sharding.Sharding],
+) -> dict[str, jax.Array]:
+    """The leaves of these paths as JAX arrays, read as in `place`; other leaves are not read."""
+    leaves: dict[str, jax.Array] = {}
+    for path, read in readers(family, config).items():
+        if path in layouts:
+            kind = np.dtype(dtype or next((tensors[name].dtype for name in read.names.values()), np.float32))
+            part = partial(read.read, config, tensors, dtype=kind)
+            leaves[path] = _array(part, read.shape, kind, layouts[path])
+    return leaves
 
 
 def _give_back() -> None:

@@ -68,7 +68,7 @@ def prepare(
         return multi_task.prepare(run, TASKS, tokenizer, say)
     if issubclass(kind, RecordTask):
         return reading.prepare(run, kind, tokenizer, say, known)
-    return corpus.prepare(run, say)
+    return corpus.prepare(run, say, tokenizer)
 
 
 def with_labels(run: RunConfig, data: Prepared, known: tuple[str, ...] | None, say: Callable[[str], None]) -> Prepared:
