@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from jaxlm import families, hosts
-from jaxlm.config import ModelConfig, RunConfig
+from jaxlm.config import CausalLM, MaskedLM, ModelConfig, RunConfig
 from jaxlm.encode import Pooling
 from jaxlm.errors import UserError
 from jaxlm.hub.convert import tree_shapes
@@ -90,7 +90,9 @@ def with_model(run: RunConfig, model: LM | None) -> RunConfig:
         return run
     heads = getattr(run.task, "heads", None)
     if model is None and run.init and heads is not None:
-        config = families.look(find(run.init), head=heads).config
+        folder = find(run.init)
+        _check_structure(run.task, families.look(folder).config)
+        config = families.look(folder, head=heads).config
     elif model is not None:
         config = model.config
     else:
@@ -98,6 +100,19 @@ def with_model(run: RunConfig, model: LM | None) -> RunConfig:
     if heads is not None and not set(heads) <= set(config.heads_on_top):
         config = replace(config, heads_on_top=heads)
     return replace(run, model=with_dropout(config, run.dropout), dropout=None)
+
+
+_STRUCTURES = {"encoder": "masked", "decoder": "causal", "encoder_decoder": "spans or infilling"}
+
+
+def _check_structure(task: Any, model: ModelConfig) -> None:
+    """Raises UserError where a language-modelling task is of another structure than the weights."""
+    wanted = {MaskedLM: "encoder", CausalLM: "decoder"}.get(type(task), "encoder_decoder")
+    if model.structure != wanted:
+        raise UserError(
+            f"{type(task).__name__} trains a model of the structure {wanted}, the one of --init is of the structure "
+            f"{model.structure}; train it by configs/adapt.py {_STRUCTURES[model.structure]}"
+        )
 
 
 def weights_of(run: RunConfig, model: LM | None, task: Task, labels: Any, resuming: bool) -> Weights | None:

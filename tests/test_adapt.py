@@ -1,0 +1,167 @@
+"""Continued pre-training of any checkpoint, and what weights to start from cost in memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from compiled import random_params
+
+import jaxlm
+from jaxlm import (
+    CausalLM,
+    Classification,
+    DataConfig,
+    Infilling,
+    MaskedLM,
+    RunConfig,
+    SpanCorruption,
+    UserError,
+    families,
+)
+from jaxlm.config import OptimizerConfig, TokenizerConfig
+from jaxlm.data import tokenizer as tokenizers
+from jaxlm.families import PRESETS
+from jaxlm.hub import convert, safetensors
+from jaxlm.lm import LM
+from jaxlm.nn import parameters
+from jaxlm.nn.transformer import Transformer
+
+ROOT = Path(__file__).parent.parent
+TEXT = [f"Line {n} is here. It speaks of {n * n} things! Does it? Yes, the {n % 7} of them." for n in range(120)]
+SMALL = {"vocabulary": 320, "max_length": 64, "width": 16, "layers": 2, "heads": 2, "mlp_width": 24}
+STILL = OptimizerConfig(rate=0.0, schedule="constant")  # the weights stay what they were
+CASES = {  # preset, task, kind of tokenizer
+    "bert": ("bert-base", MaskedLM(), "wordpiece"),
+    "bert with pairs": ("bert-base", MaskedLM(next_sentence=True), "wordpiece"),
+    "roberta": ("roberta-base", MaskedLM(), "wordpiece"),
+    "distilbert": ("distilbert-base", MaskedLM(), "wordpiece"),
+    "albert": ("albert-base", MaskedLM(whole_words=True), "wordpiece"),
+    "electra": ("electra-small", MaskedLM(), "wordpiece"),
+    "deberta": ("deberta-v3-small", MaskedLM(), "wordpiece"),
+    "modernbert": ("modernbert-base", MaskedLM(), "wordpiece"),
+    "gpt2": ("gpt2", CausalLM(), "bpe"),
+    "llama": ("llama-3.2-1b", CausalLM(stream=False), "bpe"),
+    "gemma": ("gemma-2b", CausalLM(), "bpe"),
+    "t5": ("t5-small", SpanCorruption(), "unigram"),
+    "bart": ("bart-base", Infilling(), "unigram"),
+}
+FAST = ("bert", "gpt2", "t5")
+
+
+@pytest.fixture(autouse=True)
+def one_device(devices):
+    """Eight devices would compile longer; the memory of eight has a test of its own."""
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    for n in range(0, len(TEXT), 10):
+        (folder / f"{n:03}.txt").write_text("\n".join(TEXT[n : n + 10]) + "\n")
+    return folder
+
+
+def checkpoint(folder: Path, preset: str, kind: str) -> tuple[Path, LM]:
+    """A model of the family, its body alone where the family has such files, and its tokenizer."""
+    config = PRESETS[next(name for name in PRESETS if name.startswith(preset))]
+    small = SMALL | {"kv_heads": 1 if config.kv_heads else None, "head_width": 8 if config.head_width else None}
+    small |= {"embedding_width": 8} if config.embedding_width else {}
+    small |= {"decoder_layers": None}
+    body = () if config.structure == "encoder" else ("lm",)
+    config = replace(config, **small, dropout=0.0, attention_dropout=0.0, heads_on_top=body)
+    tokenizer = tokenizers.train(TEXT, TokenizerConfig(train=kind, sentinels=20 * (kind == "unigram")), 320)
+    lm = LM(config, Transformer(config), random_params(config, std=0.02), tokenizer)
+    jaxlm.save(lm, folder)
+    return folder, lm
+
+
+@pytest.mark.parametrize(
+    "name", [case if case in FAST else pytest.param(case, marks=pytest.mark.long) for case in CASES]
+)
+def test_any_checkpoint_is_pre_trained_further(name, text, tmp_path, no_pictures, capsys):
+    """At a rate of 0 the body that comes out is the one that went in; heads that it lacks are drawn, and reported."""
+    preset, task, kind = CASES[name]
+    folder, lm = checkpoint(tmp_path / "given", preset, kind)
+    data = DataConfig(path=str(text), documents="file", length=32, cache=str(tmp_path / "cache"))
+    run = RunConfig(
+        model=None, task=task, data=data, optimizer=STILL, batch=4, steps=2, init=str(folder),
+        workdir=str(tmp_path / "adapt"), sample_tokens=0,
+    )  # fmt: skip
+    adapted = jaxlm.fit(run)
+    assert (f"made new, since the given weights have none: {task.heads[0]}_head" in capsys.readouterr().err) == (
+        lm.config.structure == "encoder"
+    )
+    before, after = parameters.by_path(lm.params), parameters.by_path(adapted.params)
+    for path, leaf in before.items():
+        np.testing.assert_array_equal(np.asarray(after[path]), leaf, err_msg=path)
+    assert set(task.heads) <= set(adapted.config.heads_on_top)
+    assert adapted.tokenizer.encode(TEXT[0]) == lm.tokenizer.encode(TEXT[0])
+    scores = json.loads((tmp_path / "adapt" / "scores.json").read_text())
+    assert np.isfinite(scores["loss"])
+    config = json.loads((tmp_path / "adapt" / "export" / "config.json").read_text())
+    assert config["model_type"] == json.loads((folder / "config.json").read_text())["model_type"]
+
+
+def test_a_model_in_memory_is_pre_trained_further_with_its_own_tokenizer(text, tmp_path, no_pictures):
+    """Its head is added, its dtype is lifted to float32, and it stays the caller's."""
+    _, lm = checkpoint(tmp_path / "given", "bert-base", "wordpiece")
+    lm = replace(lm, params=jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), lm.params))
+    data = DataConfig(path=str(text), documents="file", length=32, cache=str(tmp_path / "cache"))
+    run = RunConfig(None, MaskedLM(), data, optimizer=STILL, batch=4, steps=1, workdir=str(tmp_path / "adapt"))
+    adapted = jaxlm.fit(run, model=lm)
+    assert adapted.config.heads_on_top == ("masked_lm",)
+    for path, leaf in parameters.by_path(lm.params).items():
+        after = parameters.by_path(adapted.params)[path]
+        assert after.dtype == jnp.float32
+        np.testing.assert_array_equal(np.asarray(after), np.asarray(leaf, np.float32), err_msg=path)
+
+
+def test_a_task_starts_from_the_adapted_model(text, tmp_path, no_pictures, capsys):
+    """The whole way, by ready configs: adapt.py, then finetune_csv.py from its run folder."""
+    from jaxlm.__main__ import main
+
+    folder, _ = checkpoint(tmp_path / "given", "bert-base", "wordpiece")
+    small = ["--data.length", "32", "--batch", "4", "--data.cache", str(tmp_path / "cache")]
+    adapt = ["train", "configs/adapt.py", "--init", str(folder), "--data.path", str(text), *small]
+    assert main([*adapt, "--steps", "2", "--epochs", "0", "--workdir", str(tmp_path / "adapt")]) == 0
+    table = tmp_path / "rows.csv"
+    table.write_text("text,label\n" + "".join(f'"{line}",{n % 2}\n' for n, line in enumerate(TEXT[:20])))
+    tune = ["train", "configs/finetune_csv.py", "--init", str(tmp_path / "adapt"), "--data.path", str(table)]
+    assert main([*tune, "--data.length", "32", "--epochs", "1", "--workdir", str(tmp_path / "tuned")]) == 0
+    assert "made new, since the given weights have none: classes_head" in capsys.readouterr().err
+
+
+REFUSED = {
+    "an encoder by the next token": ("bert-base", "wordpiece", CausalLM(), ("configs/adapt.py masked",)),
+    "a decoder by masked words": ("gpt2", "bpe", MaskedLM(), ("configs/adapt.py causal",)),
+    "T5 by masked words": ("t5-small", "unigram", MaskedLM(), ("configs/adapt.py spans or infilling",)),
+    "RoBERTa by pairs": ("roberta-base", "wordpiece", MaskedLM(next_sentence=True), ("next_sentence", "cannot have")),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_task_of_another_kind_of_model_is_refused(name, text, tmp_path):
+    preset, kind, task, words = REFUSED[name]
+    folder, _ = checkpoint(tmp_path / "given", preset, kind)
+    run = RunConfig(None, task, DataConfig(path=str(text)), init=str(folder), workdir=str(tmp_path / "run"))
+    with pytest.raises(UserError) as error:
+        jaxlm.fit(run)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_a_config_with_a_model_of_its_own_names_every_leaf_that_does_not_fit(text, tmp_path):
+    folder, lm = checkpoint(tmp_path / "given", "bert-base", "wordpiece")
+    model = replace(lm.config, width=24, vocabulary=400, heads_on_top=("masked_lm",))
+    run = RunConfig(model, MaskedLM(), DataConfig(path=str(text), length=32), init=str(folder))
+    with pytest.raises(UserError) as error:
+        jaxlm.fit(replace(run, workdir=str(tmp_path / "run")))
+    for line in ("- embeddings/tokens (320, 16)", "+ embeddings/tokens (400, 24)", "mlp/up/kernel", "configs/adapt.py"):
+        assert line in str(error.value)
