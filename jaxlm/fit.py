@@ -121,6 +121,8 @@ def fit(
     if model is not None:
         run = with_model(run, model)
     run.check()
+    if run.workdir and buckets.is_address(run.workdir) and jax.process_count() > 1:
+        raise UserError(f"workdir is {run.workdir}; many hosts need a folder that all of them see: mount the bucket")
     hosts.agree(run)
     with buckets.RunFolder(run.workdir or "runs/unnamed").opened() as place:
         return _fit_in(place, run, model, data, stop, begun)

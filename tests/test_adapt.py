@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -17,19 +15,16 @@ from compiled import random_params
 import jaxlm
 from jaxlm import (
     CausalLM,
-    Classification,
     DataConfig,
     Infilling,
     MaskedLM,
     RunConfig,
     SpanCorruption,
     UserError,
-    families,
 )
 from jaxlm.config import OptimizerConfig, TokenizerConfig
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.families import PRESETS
-from jaxlm.hub import convert, safetensors
 from jaxlm.lm import LM
 from jaxlm.nn import parameters
 from jaxlm.nn.transformer import Transformer
