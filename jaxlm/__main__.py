@@ -88,8 +88,9 @@ class Generate(Config):
 
 def generate(argv: list[str], _: process.Signals) -> int:
     """Continue prompts: jaxlm generate RUN_OR_FOLDER --prompt TEXT [TEXT ...] | --file PROMPTS [--output OUT.jsonl]."""
-    asked = _asked(Generate(model=tyro.MISSING), argv, "jaxlm generate")
+    asked = flags.parse(Generate(model=tyro.MISSING), argv, "jaxlm generate", description=None)
     asked.decoding.check()
+    check_fields(asked)
     if (asked.file and asked.prompt) or (asked.output and not asked.file):
         raise UserError("--file stands in place of --prompt, and --output goes with --file; leave one out")
     if asked.file:
@@ -473,8 +474,9 @@ def one_device_per_core(runs: list[RunConfig], processes: int = 1) -> None:
     JAX looks for devices."""
     options = os.environ.get("XLA_FLAGS", "")
     given = re.search(r"host_platform_device_count=(\d+)", options)
-    # XLA crashes when it makes thousands of devices on a CPU; a mesh that wants them is refused for their want.
-    devices = int(given[1]) if given else min(MOST_ON_CPU, max(1, math.gcd(*map(_devices, runs)) // processes))
+    devices = int(given[1]) if given else max(1, math.gcd(*map(_devices, runs)) // processes)
+    if not given and devices > MOST_ON_CPU:  # XLA crashes when it makes thousands; `fit` refuses the mesh
+        devices = _cores()
     if not given:
         os.environ["XLA_FLAGS"] = f"{options} --xla_force_host_platform_device_count={devices}".strip()
     if any(sum(size != 1 for size in dataclasses.astuple(run.mesh)) > 1 for run in runs):
