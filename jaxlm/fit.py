@@ -33,6 +33,7 @@ from jaxlm.measure import Meter, Trace
 from jaxlm.metrics import by_name
 from jaxlm.nn import parameters
 from jaxlm.nn.transformer import Transformer
+from jaxlm.ranges import argument, shown
 from jaxlm.start import (
     check_fits,
     check_model,
@@ -66,6 +67,8 @@ def _interruptible(body: Callable[..., LM]) -> Callable[..., LM]:
 
     @functools.wraps(body)
     def run(*args: Any, stop: Callable[[], bool] = lambda: False, **named: Any) -> LM:
+        if not callable(stop):
+            raise UserError(f"stop is {shown(stop)}; it must be a function without arguments that returns a bool")
         before = signal.getsignal(signal.SIGINT)
         ours = before is signal.default_int_handler and threading.current_thread() is threading.main_thread()
         came: list[int] = []
@@ -117,6 +120,9 @@ def fit(
     in the config or the data, before anything is compiled, and RunError for a fault of the run: a loss that is not
     finite, a disk that is full, a host that is gone.  Of many hosts each calls this with the same arguments.
     """
+    argument("run", run, RunConfig)
+    argument("model", model, LM | None)
+    argument("data", data, Prepared | None)
     begun = time.monotonic()
     if model is not None:
         run = with_model(run, model)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from jaxlm.errors import UserError, perhaps
 from jaxlm.hub import model_files
 from jaxlm.hub.download import fetch
 from jaxlm.nn.transformer import Transformer, apply
+from jaxlm.ranges import Name, Range, argument, shown
 
 
 class Inside(NamedTuple):
@@ -228,7 +229,10 @@ def check_ids(name: str, ids: Any, rows: int) -> None:
         return
     if isinstance(ids, jax.Array) and (jax.default_backend() != "cpu" or not ids.is_fully_addressable):
         return
-    ids = np.asarray(ids)
+    try:
+        ids = np.asarray(ids)
+    except ValueError:
+        raise UserError(f"{name} has rows of several lengths; pad them to one, and give mask_BT") from None
     if ids.size and not np.issubdtype(ids.dtype, np.integer):
         raise UserError(f"{name} has the dtype {ids.dtype}; give token ids, which are integers")
     if ids.size and (ids.min() < 0 or ids.max() >= rows):
@@ -261,7 +265,8 @@ def find(name: str | os.PathLike[str], *, revision: str | None = None, offline: 
 
     Raises UserError where there is none, or where it holds no model yet.
     """
-    address = os.fspath(name)
+    address = argument("name", name, str)
+    revision = argument("revision", revision, str | None)
     folder = (
         buckets.model(address) if buckets.is_address(address) else fetch(address, revision=revision, offline=offline)
     )
@@ -308,14 +313,17 @@ def load(
     Raises UserError where there is no such folder or hub name, where it holds no model, or where its files contradict
     each other.
     """
+    head = argument("head", head, str | None)
+    names = _label_names(labels)
+    argument("mesh", mesh, jax.sharding.Mesh | None)
+    if module is not None and not (isinstance(module, type) and issubclass(module, Transformer)):
+        raise UserError(f"module is {shown(module)}; it must be a class derived from jaxlm's Transformer")
     folder = find(name, revision=revision, offline=offline)
     kinds = [None if kind is None else _dtype(kind) for kind in (dtype, compute_dtype)]
-    if isinstance(labels, int):
-        labels = tuple(f"LABEL_{i}" for i in range(labels))
     found = families.load(
         folder,
         head=head,
-        labels=None if labels is None else tuple(labels),
+        labels=names,
         dtype=kinds[0],
         mesh=mesh,
         module=module,
@@ -332,6 +340,18 @@ def load(
     if found.fresh or (head is not None and found.origin.heads is None and not own):
         files = without_task(files)  # the head is another than that of the task
     return LM(found.config, made, found.params, tokenizer, found.origin, files, pooling, found.fresh)
+
+
+def _label_names(labels: Any) -> tuple[str, ...] | None:
+    """The names of the outputs of a head, of which the number alone may be given."""
+    if labels is None or isinstance(labels, (list, tuple)):
+        names = argument("labels", labels, tuple[Name, ...] | None)
+        twice = next((name for name in names or () if names.count(name) > 1), None)
+        if twice is not None or (names is not None and not names):
+            raise UserError(f"labels is {shown(labels)}; give at least one name, and each name once")
+        return names
+    count = argument("labels", labels, Annotated[int, Range(1, 1_000_000)])
+    return tuple(f"LABEL_{i}" for i in range(count))
 
 
 def kept_files(folder: Path) -> tuple[dict[str, bytes], Pooling | None]:
@@ -406,7 +426,9 @@ def save(
     Raises UserError where the folder exists and is not empty, unless `overwrite` says to replace it; where it holds a
     run; and where another process writes there.
     """
-    folder = Path(folder)
+    argument("lm", lm, LM)
+    folder = Path(argument("folder", folder, str))
+    max_shard_bytes = argument("max_shard_bytes", max_shard_bytes, Annotated[int, Range(1, 10**18)])
     check_free(folder, overwrite)
     lock = storage.lock_beside(folder)
     lock.parent.mkdir(parents=True, exist_ok=True)

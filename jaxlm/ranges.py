@@ -139,6 +139,24 @@ def check_fields(config: Any, prefix: str = "") -> None:
                 check_fields(part, f"{prefix}{name}.{key + '.' if key else ''}")
 
 
+def argument(name: str, value: Any, hint: Any) -> Any:
+    """Returns an argument of a public function as its type has it: a path as a text, a NumPy scalar as a number.
+
+    Args:
+      name: of the argument.
+      value: what the user gave.
+      hint: its type, with its range, such as `Positive | None`.
+
+    Raises:
+      UserError: where the value is of another type, or out of its range.
+    """
+    plain = _plain(value, hint)
+    wanted = problem(plain, hint)
+    if wanted:
+        raise UserError(f"{name} is {shown(value)}; it must be {wanted}{_nearest(plain, hint)}")
+    return plain
+
+
 def problem(value: Any, hint: Any) -> str:
     """Returns what a value must be, where it is not what the type of a field says; else an empty text."""
     if get_origin(hint) is Annotated:
@@ -153,7 +171,11 @@ def problem(value: Any, hint: Any) -> str:
         if len(others) == 1:
             wanted = problem(value, others[0])
             return f"{wanted}, or None" if wanted else ""
-    return "" if _is(value, hint) else described(hint)
+    if _is(value, hint):
+        return ""
+    if hint is str and isinstance(value, str):
+        return "a text without a NUL character or half of a surrogate pair"
+    return described(hint)
 
 
 def _limit(limit: Any, value: Any) -> str:
@@ -185,9 +207,9 @@ def _is(value: Any, hint: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
     if hint is str:
         return isinstance(value, str) and "\0" not in value and not re.search("[\ud800-\udfff]", value)
-    if dataclasses.is_dataclass(hint):
-        return isinstance(value, hint)  # type: ignore[arg-type]
-    return type(value) is hint
+    if hint in (int, bool, type(None)):
+        return type(value) is hint
+    return isinstance(value, hint)
 
 
 def limits(hint: Any) -> str:
@@ -203,7 +225,7 @@ def limits(hint: Any) -> str:
 _WORDS = {
     int: "a whole number",
     float: "a number",
-    str: "a text (no NUL, no half of a surrogate pair)",
+    str: "a text",
     bool: "True or False",
     type(None): "None",
 }
@@ -225,7 +247,7 @@ def described(hint: Any) -> str:
         return f"a dict, each value {described(inner[1])}"
     if origin in (Union, UnionType):
         return " or ".join(map(described, inner))
-    return _WORDS.get(hint) or f"a {getattr(hint, '__name__', hint)}"
+    return _WORDS.get(hint) or f"of type {getattr(hint, '__name__', hint)}"
 
 
 def _nearest(value: Any, hint: Any) -> str:

@@ -29,7 +29,7 @@ FILES = {
     "a text": (f"{HEAD}RunConfig(data=DataConfig(path='x'), batch='8')\n", ["batch is '8'", "a whole number"]),
     "None": (f"{HEAD}RunConfig(data=DataConfig(path=None))\n", ["data.path is None", "a text"]),
     "no such field": (f"{HEAD}RunConfig(bach=8)\n", ["line 6", "bach", "correct"]),
-    "parts of another kind": (f"{HEAD}RunConfig(data='x')\n", ["data is 'x'", "DataConfig"]),
+    "parts of another kind": (f"{HEAD}RunConfig(data='x')\n", ["data is 'x'", "of type DataConfig"]),
     "a class for a task": (f"{HEAD}RunConfig(task=CausalLM)\n", ["task is <class", "CausalLM()"]),
     "a range": (f"{HEAD}RunConfig(seed=-1)\n", ["seed is -1", "at least 0"]),
     "a range of a task": (f"{HEAD}RunConfig(task=MaskedLM(mask_rate=2))\n", ["task.mask_rate is 2", "below 1"]),

@@ -140,8 +140,8 @@ MESSAGES = {
         dict(mesh=MeshConfig(fsdp=0)),
         "mesh.fsdp is 0; it must be at least 1 and at most 1,000,000, or -1",
     ),
-    "a dict": (dict(mesh={"data": 1}), "mesh is {'data': 1}; it must be a MeshConfig"),
-    "a text": (dict(data="corpus.txt"), "data is 'corpus.txt'; it must be a DataConfig"),
+    "a dict": (dict(mesh={"data": 1}), "mesh is {'data': 1}; it must be of type MeshConfig"),
+    "a text": (dict(data="corpus.txt"), "data is 'corpus.txt'; it must be of type DataConfig"),
     "a class": (
         dict(task=configs.CausalLM),
         "task is <class 'jaxlm.config.CausalLM'>; it must be the config of a task",
