@@ -85,6 +85,10 @@ SPANS = [("PER", 0, 1), ("LOC", 3, 3), ("LOC", 4, 4)]
         ("spans", "B-PER E-PER O W-LOC W-LOC"),  # BMEWO
         ("spans", "B_PER I_PER O B_LOC B_LOC"),
         ("spans", "b-PER i-PER O b-LOC b-LOC"),
+        ("spans", "b-PER i-PER o b-LOC b-LOC"),
+        ("spans", "B:PER I:PER O B:LOC B:LOC"),
+        ("suffixed", "PER-B PER-I O LOC-B LOC-B"),
+        ("suffixed", "PER_B PER_E O LOC_S LOC_S"),
     ],
 )
 def test_schemes_mark_the_same_spans(kind, tags):
@@ -103,6 +107,11 @@ def test_schemes_mark_the_same_spans(kind, tags):
         ("classes", "DET NOUN VERB", None),
         ("classes", "M S W", None),
         ("mixed", "O B-PER LOC", None),
+        ("mixed", "_ B-PER I-PER", None),
+        ("mixed", "0 B-PER E-PER", None),
+        ("classes", "V-FIN S-PRO B-VERB", None),
+        ("inside", "VITAMIN-B VITAMIN-K O", [("VITAMIN-B", 0, 0), ("VITAMIN-K", 1, 1)]),
+        ("untyped", "b i o b", [("", 0, 1), ("", 3, 3)]),
     ],
 )
 def test_kinds_of_tags(kind, tags, spans):
@@ -156,6 +165,9 @@ def tagged(*sentences: str, **fields: Any) -> tuple[Tagging, Records]:
         ("DET NOUN", {}, "DET NOUN", "accuracy"),
         ("N O V", {"scheme": "none"}, "N O V", "accuracy"),
         ("N V", {"scheme": "IO"}, "O N V", "f1"),
+        ("B-N V", {"scheme": "IO"}, "O B-N V", "f1"),
+        ("A-B A-I o", {}, "O B-A I-A", "f1"),
+        ("b i o", {}, "O B I", "f1"),
         ("0 1 2", {"names": ("O", "B-X", "I-X")}, "O B-X I-X", "f1"),
         ("0 1", {"names": ("NOUN", "VERB")}, "NOUN VERB", "accuracy"),
     ],

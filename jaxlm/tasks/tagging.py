@@ -62,6 +62,10 @@ class TaggingTask(HeadTask):
             tags = _list(row, task.tags, place, "--task.tags", numbers=True)
             if len(tags) != len(tokens):
                 raise UserError(f"{place}: there are {len(tokens)} tokens and {len(tags)} tags; give a tag for each")
+            if not all(tag.strip() for tag in tags):
+                raise UserError(
+                    f"{place}: a tag in column {task.tags!r} is empty; write {schemes.OUTSIDE} outside of spans"
+                )
             record["label"] = tags
             if task.scheme in schemes.LETTERS and not task.names:
                 if odd := schemes.other(tags, task.scheme):
@@ -93,7 +97,7 @@ class TaggingTask(HeadTask):
                 f"column {task.tags!r} holds numbers, {', '.join(sorted(found, key=int)[:3])} ...; name the tags in "
                 f"their order with --task.names, such as --task.names O B-PER I-PER"
             )
-        if not found - {schemes.OUTSIDE}:
+        if all(map(schemes.is_outside, found)):
             raise UserError(f"column {task.tags!r} holds no tag but O; there is nothing to learn")
         if kind == "classes":
             if len(found) < 2:
@@ -125,7 +129,7 @@ class TaggingTask(HeadTask):
         types = {span.type for some in read for tags in some for span in schemes.spans(tags)}
         of_head = sorted({span.type for name in names for span in schemes.spans(_iob2([name], kind_of_head))})
         type_of = matching.matched(types, of_head) or {type_: type_ for type_ in types}
-        write = schemes.writer(names)
+        write = schemes.writer(names, kind_of_head)
         made = []
         for part, some in zip(parts, read):
             records = []
@@ -202,7 +206,7 @@ class TaggingTask(HeadTask):
     def predict(self, record: Record, outputs: Outputs) -> Row:
         """A tag for each word, that of no span (or the first) for a word without tokens; the least of the confidences;
         the words; and, of tags that mark spans, the entities."""
-        tokens, none = record["tokens"], schemes.OUTSIDE if schemes.OUTSIDE in self.labels else self.labels[0]
+        tokens, none = record["tokens"], next(filter(schemes.is_outside, self.labels), self.labels[0])
         tags, confidence = [none] * len(tokens), [1.0] * len(tokens)
         for [found] in outputs:
             for word, tag, p in zip(found["words_BT"], found["tags_BT"], found["confidence_BT"]):
@@ -324,7 +328,7 @@ def _kind(task: config.Tagging, parts: Sequence[Records]) -> str:
     for part in parts:
         for record, place in zip(part.records, part.places):
             for tag in record["label"]:
-                if tag != schemes.OUTSIDE and not schemes.is_marked(tag):
+                if not schemes.is_outside(tag) and not schemes.is_marked(tag):
                     other = min(filter(schemes.is_marked, found))
                     raise UserError(
                         f"{place}: the tag {tag!r} has no mark before a type, as {other!r} has; correct it, or name "
@@ -344,9 +348,9 @@ def _written(tags: Sequence[str], kind: str) -> list[str]:
 
 def _repaired(tags: Sequence[str], kind: str) -> int:
     """How many tags of a sentence say that they continue a span, and begin one."""
-    if kind == "inside":
+    if kind in ("inside", "suffixed"):
         return 0
-    return sum(tag[0] == "I" and new[0] == "B" for tag, new in zip(tags, schemes.iob2(tags, kind)))
+    return sum(tag[0].upper() == "I" and new[0] == "B" for tag, new in zip(tags, schemes.iob2(tags, kind)))
 
 
 def _numbered(parts: Sequence[Records], names: Sequence[str]) -> list[Records]:

@@ -1,16 +1,19 @@
 """Schemes by which the tags of words mark spans, and tags that mark none.
 
     spans    a mark before a type, as in B-PER: IOB1, IOB2, IOBES (also BIOES, BMES) and BILOU (also BILUO)
+    suffixed a mark behind a type, as in PER-B
     untyped  a mark alone: B, I, O, and the further marks of these schemes
     inside   a type alone (PER) in a span, O outside of spans
     classes  every tag is a class of its own, such as a part of speech
 
 All but the last are read as spans by one rule, that of conlleval.pl (Tjong Kim Sang 2000): any order of tags means
-something, and a tag that continues a span behind O or behind another type begins one.
+something, and a tag that continues a span behind O or behind another type begins one.  Marks may be small letters, and
+one of - _ : | / may stand between mark and type.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -20,6 +23,8 @@ from jaxlm import metrics
 _MARKS = {"B": "B", "I": "I", "E": "E", "S": "S", "M": "I", "L": "E", "U": "S", "W": "S"}
 LETTERS = {"IOB1": "BI", "IOB2": "BI", "IOBES": "BIES", "BILOU": "BILU"}  # scheme -> its marks
 OUTSIDE = "O"
+_TYPED = re.compile(r"(?P<mark>[BIESMLUW])[-_:|/](?P<type>.+)", re.IGNORECASE | re.DOTALL)
+_SUFFIXED = re.compile(r"(?P<type>.+)[-_:|/](?P<mark>[BIESMLUW])", re.IGNORECASE | re.DOTALL)
 
 
 class Span(NamedTuple):
@@ -34,13 +39,21 @@ def kind_of(tags: Iterable[str]) -> str:
     """Returns which of the kinds in the module's text these tags, of a whole data set or of a head, are of; or "mixed"
     where some have marks and others have none."""
     tags = set(tags)
-    inside = tags - {OUTSIDE}
-    if inside and inside <= set(_MARKS) and (OUTSIDE in tags or inside & {"B", "I"}):
+    inside = {tag for tag in tags if not is_outside(tag)}
+    outside = inside != tags
+    letters = {tag.upper() for tag in inside}
+    if inside and letters <= set(_MARKS) and (outside or letters & {"B", "I"}):
         return "untyped"
     marked = {tag for tag in inside if is_marked(tag)}
     if marked == inside:
         return "spans"
-    if OUTSIDE not in tags:
+    suffixed = {_parsed(tag, "suffixed")[0] for tag in inside if _SUFFIXED.fullmatch(tag)}
+    if all(map(_SUFFIXED.fullmatch, inside)) and "B" in suffixed and suffixed & {"I", "E"}:
+        return "suffixed"
+    begun, continued = (
+        {_parsed(tag, "spans")[1] for tag in marked if tag[0].upper() in some} for some in ("B", "IMEL")
+    )
+    if not outside and not begun & continued:
         return "classes"
     return "mixed" if marked else "inside"
 
@@ -52,14 +65,20 @@ def kind_of_head(names: Sequence[str]) -> str:
     return "spans" if kind == "mixed" else kind
 
 
+def is_outside(tag: str) -> bool:
+    """Returns whether a tag stands for no span."""
+    return tag.upper() == OUTSIDE
+
+
 def is_marked(tag: str) -> bool:
     """Returns whether a tag is a mark and a type, as B-PER is."""
-    return len(tag) > 2 and tag[0].upper() in _MARKS and tag[1] in "-_"
+    return _TYPED.fullmatch(tag) is not None
 
 
 def other(tags: Iterable[str], scheme: str) -> str | None:
     """Returns the first tag that a scheme of `LETTERS` does not have, typed or untyped; None where there is none."""
-    fits = lambda tag: tag == OUTSIDE or (tag[:1] in LETTERS[scheme] and (len(tag) == 1 or is_marked(tag)))
+    letters = LETTERS[scheme]
+    fits = lambda tag: is_outside(tag) or (tag[:1].upper() in letters and (len(tag) == 1 or is_marked(tag)))
     return next((tag for tag in tags if not tag or not fits(tag)), None)
 
 
@@ -83,14 +102,13 @@ def spans(tags: Sequence[str]) -> list[Span]:
     return found
 
 
-def writer(names: Sequence[str]) -> Callable[[Sequence[str]], list[str | None]]:
-    """Returns a function from tags in IOB2 to the tags of a head: for each word the mark that says most among those
-    which the head has for the type, and None for a type that the head does not have."""
-    kind = kind_of_head(names)
+def writer(names: Sequence[str], kind: str) -> Callable[[Sequence[str]], list[str | None]]:
+    """Returns a function from tags in IOB2 to the tags of a head of a kind: for each word the mark that says most
+    among those which the head has for the type, and None for a type that the head does not have."""
     by: dict[tuple[str | None, str], str] = {}
     for name in names:
         mark, type_ = _parsed(name, kind)
-        if mark is not None or name == OUTSIDE:
+        if mark is not None or is_outside(name):
             by.setdefault((mark, type_), name)
 
     def written(tags: Sequence[str]) -> list[str | None]:
@@ -112,6 +130,11 @@ def retyped(tags: Sequence[str], type_of: Mapping[str, str]) -> list[str]:
 
 def _parsed(tag: str, kind: str) -> tuple[str | None, str]:
     """The mark of a tag, as IOBES has it, and its type; None and "" outside of spans."""
-    if tag == OUTSIDE or (kind == "spans" and not is_marked(tag)):
+    if is_outside(tag):
         return None, ""
-    return ("I", tag) if kind == "inside" else (_MARKS[tag[0].upper()], tag[2:])
+    if kind == "inside":
+        return "I", tag
+    if kind == "untyped":
+        return _MARKS[tag.upper()], ""
+    found = (_SUFFIXED if kind == "suffixed" else _TYPED).fullmatch(tag)
+    return (_MARKS[found["mark"].upper()], found["type"]) if found else (None, "")
