@@ -7,7 +7,7 @@ when its best open beam, at its length so far, is worth no more than its worst h
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -43,9 +43,8 @@ class _Search(NamedTuple):
     improves_B: jax.Array
 
 
-@lru_cache(maxsize=32)
 def search_of(module: Transformer) -> Any:
-    """The compiled search of a model: (params, state, rules, length_penalty, beams=, candidates=) -> Found.
+    """Returns the compiled search of a model, which `LM.programs` keeps: (params, state, rules, length_penalty, beams=, candidates=) -> Found.
 
     state: of B prompts, whose texts all have the same limit.  candidates: looked at in each step, for each prompt.
     """

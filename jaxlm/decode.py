@@ -8,7 +8,7 @@ draws depends on its own tokens and its own key, not on what stands beside it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -78,7 +78,7 @@ class State(NamedTuple):
     caches: Caches
 
 
-class Programs(NamedTuple):
+class DecodePrograms(NamedTuple):
     """Compiled once for each combination of shapes, and for what `Rules` and `Prompts` leave out.
 
     prefill(params, prompts, length=, scored=, ahead=) -> State, with room for texts of `length` tokens.
@@ -92,10 +92,9 @@ class Programs(NamedTuple):
     grow: Any = None
 
 
-@lru_cache(maxsize=32)
-def programs(module: Transformer) -> Programs:
-    """The programs of a model."""
-    return Programs(
+def programs(module: Transformer) -> DecodePrograms:
+    """Returns the programs of a model, which `LM.programs` keeps."""
+    return DecodePrograms(
         jax.jit(partial(prefill, module), static_argnames=("length", "scored", "ahead")),
         jax.jit(partial(_advance, module), donate_argnums=1),
         jax.jit(place, donate_argnums=0),
@@ -119,7 +118,19 @@ def prefill(
     log_probs_BT = jnp.zeros(tokens_BT.shape, jnp.float32) if scored else None
     done_B = prompts.lengths_B >= prompts.limits_B
     lengths = prompts.lengths_B, prompts.lengths_B, prompts.limits_B
-    return State(tokens_BT, log_probs_BT, *lengths, done_B, jax.vmap(key_of)(prompts.numbers_B2), caches)
+    state = State(tokens_BT, log_probs_BT, *lengths, done_B, jax.vmap(key_of)(prompts.numbers_B2), caches)
+    return placed(module, state)
+
+
+def placed(module: Transformer, state: State) -> State:
+    """Returns the state with its rows and the heads of its caches split over the mesh of the module, so that the
+    programs agree on where it lies."""
+
+    def split(x: jax.Array) -> jax.Array:
+        heads = ("kv_heads", None, None) if x.ndim == 4 else (None,) * (x.ndim - 1)  # a cache is [B, K, S, C]
+        return module.constrain(x, ("batch", *heads))
+
+    return jax.tree.map(split, state)
 
 
 def place(state: State, rows_R: jax.Array, other: State) -> State:
@@ -154,7 +165,7 @@ def _advance(module: Transformer, params: Any, state: State, rules: Rules, n: ja
         tokens_B = choose(allowed_BV, uniform(state.keys_B2, state.lengths_B - state.begun_B), rules)
         return i + 1, write(state._replace(caches=caches), tokens_B, logits_BV, rules)
 
-    return jax.lax.while_loop(running, step, (jnp.int32(0), state))[1]
+    return placed(module, jax.lax.while_loop(running, step, (jnp.int32(0), state))[1])
 
 
 def next_logits(module: Transformer, params: Any, state: State, rules: Rules) -> tuple[jax.Array, Caches]:

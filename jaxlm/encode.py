@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -226,7 +225,7 @@ def encode(
     if batch_tokens < 1:
         raise UserError(f"batch_tokens is {batch_tokens}; it must be at least 1")
     pooling = _declared(lm)
-    embed, params = _embed(lm.module, pooling, normalize), params_of(lm)
+    embed, params = lm.programs.get(_embed, lm.module, pooling, normalize), params_of(lm)
 
     def compute(batch: Batch, of_window_ND: np.ndarray) -> None:
         of_window_ND[batch.texts] = np.asarray(embed(params, *batch.inputs))[batch.rows, batch.slots]
@@ -269,8 +268,12 @@ def params_of(lm: LM) -> Any:
     if jax.default_backend() != "cpu" or mesh_of(lm) is not None or not small:
         return lm.params
     if lm not in _APART:
-        _APART[lm] = jax.jit(layers_apart)(lm.params)
+        _APART[lm] = lm.programs.get(_compiled_layers_apart)(lm.params)
     return _APART[lm]
+
+
+def _compiled_layers_apart() -> Any:
+    return jax.jit(lambda params: layers_apart(params))  # JAX keeps what is compiled as long as the function lives
 
 
 def mesh_of(lm: LM) -> Mesh | None:
@@ -379,9 +382,8 @@ def _counted(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return group, np.arange(len(group)) - (np.cumsum(sizes) - sizes)[group]
 
 
-@lru_cache(maxsize=32)
 def _embed(module: Transformer, pooling: Pooling, normalize: bool | None) -> Any:
-    """The compiled program: rows [B, T] to the embeddings [B, E, D] of the texts in them."""
+    """Returns the compiled program, which `LM.programs` keeps: rows [B, T] to the embeddings [B, E, D] of the texts in them."""
     method = "encode" if module.config.structure == "encoder_decoder" else "__call__"
 
     @jax.jit

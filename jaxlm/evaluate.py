@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -265,15 +265,16 @@ def _seen(
     for side, found in task.truncation(batches.examples, lm, records).items():
         cut[side] = cut[side] + found if side in cut else found
     put = partial(lay, mesh or sharding.make_mesh(MeshConfig(1), jax.local_devices()[:1]))
-    step = _eval_step(lm.module, type(task), task.task, task.length, task.labels, task.pooling.modes)  # type: ignore[arg-type]
+    step = lm.programs.get(
+        _eval_step, lm.module, type(task), task.task, task.length, task.labels, task.pooling.modes
+    )
     return task.tell(lm, lambda batches: see(step, params_of(lm), batches, put), batches, records)
 
 
-@lru_cache(maxsize=32)
 def _eval_step(
     module: Transformer, kind: Any, task: Any, length: int, labels: tuple[str, ...], modes: tuple[Any, ...]
 ) -> Step:
-    """Compiled once for a model and a task; what a task computes does not depend on its tokenizer."""
+    """Returns the compiled step, which `LM.programs` keeps; what a task computes does not depend on its tokenizer."""
     made = kind(task, length, 0, None, labels)
     made.pooling = Pooling(modes)
     return jax.jit(make_eval_step(made, module))

@@ -194,7 +194,8 @@ def _fit_in(
         say(f"the run in {folder} is finished, at step {started:,}; nothing is left to do")
         checkpoints.close()
         own = None if kind is Transformer or task.folders != ("",) else kind
-        return load(folder / "export" / task.folders[0], compute_dtype=run.compute_dtype, module=own)
+        on = mesh if jax.process_count() == 1 else None
+        return load(folder / "export" / task.folders[0], compute_dtype=run.compute_dtype, module=own, mesh=on)
     hosts.first(lambda: (folder / "report.html").unlink(missing_ok=True))  # its presence says: finished
     _say_start(run, folder, data, batches, _size(like.params), mesh, started)
     if balance := task.balance(data.train):
@@ -204,7 +205,10 @@ def _fit_in(
 
     eval_step = jax.jit(make_eval_step(task, module))
     files: dict[str, Any] = {"files": weights.files, "pooling": weights.pooling} if weights else {}
-    made = LM(config, kind(config, dtype=module.dtype), None, data.tokenizer, origin(run, weights), **files)
+    # Parameters of many hosts are gathered into each one's memory where more than the steps reads them.
+    here = module.constrain if jax.process_count() == 1 else sharding.Placement()
+    own_module = kind(config, here, module.dtype, kernel=run.attention)
+    made = LM(config, own_module, None, data.tokenizer, origin(run, weights), **files)
     del weights  # which keep the files of a checkpoint open
 
     def score(params: Any) -> tuple[dict[str, float], Any]:

@@ -338,8 +338,9 @@ def rows_of(
 
 def _searched(lm: LM, wanted: Sequence[Request], decoding: Decoding, stops: Sequence[int]) -> Iterator[Row]:
     """By beam search, in batches of prompts of about the same length."""
-    run, search, params, rules = programs(lm.module), search_of(lm.module), params_of(lm), rules_of(lm, decoding, stops)
-    M, B = decoding.beams, max(1, ROWS // decoding.beams)
+    run, search = lm.programs.get(programs, lm.module), lm.programs.get(search_of, lm.module)
+    params, rules = params_of(lm), rules_of(lm, decoding, stops)
+    M, B = decoding.beams, _rows(lm, max(1, ROWS // decoding.beams))
     # Each beam has as many followers that end as there are stop tokens.
     candidates = min(max(2, 1 + len(stops)) * M, M * lm.config.V)
     ordered = sorted(wanted, key=lambda request: len(request.source or request.tokens))
@@ -366,12 +367,12 @@ def _drawn(
     look: int,
 ) -> Iterator[Row]:
     """Greedily or by sampling, continuously."""
-    run, params, rules = programs(lm.module), params_of(lm), rules_of(lm, decoding, stops)
+    run, params, rules = lm.programs.get(programs, lm.module), params_of(lm), rules_of(lm, decoding, stops)
     length, most = 0, room(lm, wanted, decoding)
     if draft is not None:
-        run, params = speculative(lm.module, draft.module), (params, params_of(draft))
+        run, params = lm.programs.get(speculative, lm.module, draft.module), (params, params_of(draft))
         length = most = _bucket(max(len(request.tokens) for request in wanted) + decoding.max_new_tokens + DRAFTED)
-    B = min(len(wanted), ROWS)
+    B = _rows(lm, min(len(wanted), ROWS))
     # Looked at only where there is something to see before all have ended.
     n = look or (LOOK if len(wanted) > B or decoding.stop else decoding.max_new_tokens)
     waiting = list(wanted[::-1])
@@ -420,8 +421,10 @@ def room(lm: LM, wanted: Sequence[Request], decoding: Decoding) -> int:
 
 
 def prompts_of(lm: LM, some: Sequence[Request], wanted: Sequence[Request], decoding: Decoding) -> Prompts:
-    """Arrays of some requests, a power of two of them unless they are all or fill the rows; the rest are of no text."""
-    B = len(some) if len(some) in (len(wanted), ROWS) else _bucket(len(some), 1)
+    """Returns the arrays of some requests.  Their rows are a power of two unless they are all requests or fill the
+    rows, and a multiple of the ways that the mesh splits rows; those past the last request are padding."""
+    B = len(some) if len(some) in (len(wanted), _rows(lm, ROWS)) else _bucket(len(some), 1)
+    B = _rows(lm, B)
     T = min(_bucket(max(len(request.tokens) for request in some)), room(lm, wanted, decoding))
     tokens_BT, lengths_B, limits_B = np.zeros((B, T), np.int32), np.ones(B, np.int32), np.ones(B, np.int32)
     numbers_B2 = np.zeros((B, 2), np.int32)
@@ -440,6 +443,12 @@ def prompts_of(lm: LM, some: Sequence[Request], wanted: Sequence[Request], decod
             ids = request.source or ()
             source[0][b, : len(ids)], source[1][b, : len(ids)] = ids, 1
     return Prompts(tokens_BT, lengths_B, limits_B, np.uint32(decoding.seed), numbers_B2, *source)  # type: ignore
+
+
+def _rows(lm: LM, rows: int) -> int:
+    """Returns the number of rows, rounded up to what the mesh of the model divides."""
+    ways = lm.module.constrain.ways("batch")
+    return -(-rows // ways) * ways
 
 
 def _bucket(n: int, least: int = SHORTEST) -> int:

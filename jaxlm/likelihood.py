@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -261,7 +260,7 @@ def _scored(lm: LM, examples: Iterable[_Example], batch_tokens: int | None) -> I
         batch_tokens = 512 * (os.cpu_count() or 1) if jax.default_backend() == "cpu" else 1 << 14
     if batch_tokens < 1:
         raise UserError(f"batch_tokens is {batch_tokens}; it must be at least 1")
-    program, params, mesh = _program(lm.module), params_of(lm), mesh_of(lm)
+    program, params, mesh = lm.programs.get(_program, lm.module), params_of(lm), mesh_of(lm)
     parts = 1 if mesh is None else ways(mesh, "batch")
     stream = iter(examples)
     while window := list(islice(stream, WINDOW)):
@@ -328,9 +327,8 @@ def _laid_out(examples: list[_Example], rows: list[list[int]], count: int, T: in
     return (*fields, counted_BT, *(sources if S else ()))
 
 
-@lru_cache(maxsize=32)
 def _program(module: Transformer) -> Any:
-    """The compiled program: rows to the log-probability of each label that counts, and whether it is the likeliest."""
+    """Returns the compiled program, which `LM.programs` keeps: rows to the log-probability of each label that counts, and whether it is the likeliest."""
 
     @jax.jit
     def program(params, tokens_BT, segments_BT, positions_BT, labels_BT, counted_BT, *source):

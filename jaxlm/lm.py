@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -25,6 +25,7 @@ from jaxlm.errors import UserError, perhaps
 from jaxlm.hub import model_files
 from jaxlm.hub.download import fetch
 from jaxlm.nn.transformer import Transformer, apply
+from jaxlm.programs import Programs
 from jaxlm.ranges import Name, Range, argument, shown
 
 
@@ -68,7 +69,10 @@ class Trained(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class LM:
-    """A model as data: `lm(tokens_BT)` applies `lm.module` to `lm.params`, jitted."""
+    """A model as data: `lm(tokens_BT)` applies `lm.module` to `lm.params`, jitted.
+
+    The module carries the mesh of the parameters: where they lie on another one than it names, it is replaced.
+    """
 
     config: ModelConfig
     module: Transformer
@@ -78,6 +82,12 @@ class LM:
     files: dict[str, bytes] = field(default_factory=dict)  # that go along when it is saved
     pooling: Pooling | None = None  # how texts become vectors, where the folder declares it
     fresh: tuple[str, ...] = ()  # paths of parameters that were drawn anew, since the folder has none
+    programs: Programs = field(default_factory=Programs, repr=False)  # compiled for this model
+
+    def __post_init__(self) -> None:
+        mesh = sharding.mesh_of(self.params)
+        if mesh is not None and mesh != self.module.constrain.mesh:
+            object.__setattr__(self, "module", self.module.clone(constrain=sharding.Placement(mesh)))
 
     def __post_init__(self) -> None:
         if self.tokenizer is not None:  # refuses tokens that this model has no row for
@@ -199,10 +209,6 @@ class LM:
             raise UserError("an encoder-decoder needs target_tokens_BT, the tokens that its decoder reads")
         return jnp.concatenate([first_B1, tokens_BT[:, :-1]], 1)
 
-    @cached_property
-    def _jitted(self) -> Any:
-        return jax.jit(self.apply, static_argnames=("states", "attentions"))
-
     def __call__(self, tokens_BT: jax.Array, *inputs: jax.Array | None, **named: Any) -> Output:
         """`apply` with the model's own parameters, compiled."""
         check_ids("tokens_BT", tokens_BT, self.config.vocabulary)
@@ -217,7 +223,16 @@ class LM:
             raise UserError(
                 f"a row has {length} tokens, more than the {self.config.max_length} positions of the model; cut it"
             )
-        return self._jitted(self.params, tokens_BT, *inputs, **named)
+        shapes = tuple(None if x is None else jnp.shape(x) for x in (tokens_BT, *inputs))
+        more = tuple((name, x if isinstance(x, bool) or x is None else jnp.shape(x)) for name, x in named.items())
+        key = self.config, self.module, self._token("eos"), self._token("pad"), shapes, more
+        return self.programs.get(_compiled_apply, *key)(self.params, tokens_BT, *inputs, **named)
+
+
+def _compiled_apply(config: ModelConfig, module: Transformer, eos: int | None, pad: int | None, *_: Any) -> Any:
+    """Returns `LM.apply` of such a model, compiled; one function for each shape, so that their number has a bound."""
+    tokens = families.Origin({"eos_token_id": eos, "pad_token_id": pad}, heads=None)
+    return jax.jit(LM(config, module, None, origin=tokens).apply, static_argnames=("states", "attentions"))
 
 
 def check_ids(name: str, ids: Any, rows: int) -> None:

@@ -134,6 +134,20 @@ def batch_sharding(mesh: Mesh, field: str, shape: tuple[int, ...] | None = None)
     return NamedSharding(mesh, PartitionSpec(None, *spec(tuple(axes), mesh.axis_names)))
 
 
+def mesh_of(tree: Any) -> Mesh | None:
+    """Returns the mesh that the arrays of a tree lie on, by the first of them; of one device where it lies on one.
+
+    None: the tree has no arrays of JAX, or they lie on several devices without a mesh.
+    """
+    leaf = next(iter(jax.tree.leaves(tree)), None)
+    layout = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+    if isinstance(layout, NamedSharding):
+        return layout.mesh if isinstance(layout.mesh, Mesh) else None
+    if layout is None or len(layout.device_set) > 1:
+        return None
+    return Mesh(np.array([*layout.device_set]).reshape([1] * len(AXES)), AXES)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on each device."""
     return NamedSharding(mesh, PartitionSpec())
@@ -151,7 +165,10 @@ def ways_of(sizes: Mapping[str, int], axis: str | None) -> int:
 
 @dataclass(frozen=True)
 class Placement:
-    """Pins activations to a mesh; models are handed it.  Without a mesh it leaves them where they are."""
+    """Pins activations to a mesh; models carry it.  Without a mesh it leaves them where they are.
+
+    mesh: of one device, where a model lies on one; None: it is not known on which devices the model lies.
+    """
 
     mesh: Mesh | None = None
 
@@ -163,8 +180,8 @@ class Placement:
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec(axes, self.mesh.axis_names)))
 
     def _fitting(self, axis: str | None, size: int) -> str | None:
-        """The axis, or for a length that it does not divide, such as that of one token, what divides it."""
-        wider = {"between": "length", "length": None}
+        """The axis, or where the mesh does not divide the size, what does: of the length of one token, of a few rows."""
+        wider = {"between": "length", "length": None, "batch": None}
         while axis in wider and size % self.ways(axis):
             axis = wider[axis]
         return axis

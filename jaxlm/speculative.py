@@ -5,20 +5,21 @@ What comes out is distributed exactly as if the large model had drawn each token
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxlm.decode import (
-    Programs,
+    DecodePrograms,
     Prompts,
     Rules,
     State,
     draw,
     known,
     place,
+    placed,
     prefill,
     restrict,
     uniform,
@@ -31,11 +32,10 @@ DRAFTED = 4  # tokens that are drafted at once
 DRAFT, ACCEPT, CORRECT = 1, 2, 3  # what a random number is for
 
 
-@lru_cache(maxsize=32)
-def speculative(module: Transformer, draft: Transformer) -> Programs:
+def speculative(module: Transformer, draft: Transformer) -> DecodePrograms:
     """Like `decode.programs`, of a model and its draft: parameters and caches are pairs of the two's, and `n` of
     `advance` counts rounds, each of 1 to `DRAFTED` + 1 tokens."""
-    return Programs(
+    return DecodePrograms(
         jax.jit(partial(_prefill, module, draft), static_argnames=("length", "scored")),
         jax.jit(partial(_advance, module, draft), donate_argnums=1),
         jax.jit(place, donate_argnums=0),
@@ -58,7 +58,7 @@ def _advance(module: Transformer, draft: Transformer, params: Any, state: State,
     def step(carry: tuple[jax.Array, State]) -> tuple[jax.Array, State]:
         return carry[0] + 1, _round(module, draft, params, carry[1], rules)
 
-    return jax.lax.while_loop(running, step, (jnp.int32(0), state))[1]
+    return placed(module, jax.lax.while_loop(running, step, (jnp.int32(0), state))[1])
 
 
 def _round(module: Transformer, draft: Transformer, params: Any, state: State, rules: Rules) -> State:

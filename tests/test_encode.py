@@ -41,7 +41,6 @@ TEXTS = ["", *texts_of(40), " ".join([SENTENCE] * 20)]
 
 @pytest.fixture(autouse=True)
 def fast_compiles(monkeypatch, request):
-    ENCODE._embed.cache_clear()
     if "minilm" not in request.fixturenames:
         monkeypatch.setattr(jax, "jit", jit)
 

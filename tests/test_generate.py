@@ -216,7 +216,7 @@ def test_strings_begin_with_bos_and_ids_are_used_as_given():
 def test_prompts_of_any_length_share_few_programs(monkeypatch):
     """A new program is compiled only where a length passes a power of two."""
     lm = LM(model := replace(MODELS["rotary"], max_length=1024, layers=1), Transformer(model), random_params(model))
-    run = generation.programs(lm.module)
+    run = lm.programs.get(generation.programs, lm.module)
     greedy = partial(generate, lm, max_new_tokens=12, temperature=0, return_tokens=True)
     for n in (1, 2, 20, 33, 40, 52, 100, 116, 120, 200, 244, 300, 500):
         assert len(greedy([[5] * n])[0]) == 12

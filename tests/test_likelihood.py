@@ -19,6 +19,7 @@ from jaxlm.errors import UserError
 from jaxlm.likelihood import _windows, fill, log_likelihoods, perplexity
 from jaxlm.lm import LM
 from jaxlm.nn.transformer import Transformer, apply
+from jaxlm.programs import Programs
 
 TINY = {"vocabulary": 48, "width": 16, "layers": 2, "heads": 2, "max_length": 80}
 BOTH = {**TINY, "structure": "encoder_decoder", "start_token": 0}
@@ -119,16 +120,13 @@ def test_many_pairs_are_many_windows(monkeypatch):
     expected = log_likelihoods(lm_of("gpt2"), pairs())
     monkeypatch.setattr(likelihood, "WINDOW", 7)
     monkeypatch.setattr(likelihood, "STATES", 3)
-    likelihood._program.cache_clear()
-    same(log_likelihoods(lm_of("gpt2"), pairs()), expected)
-    likelihood._program.cache_clear()
+    same(log_likelihoods(replace(lm_of("gpt2"), programs=Programs()), pairs()), expected)
 
 
 def test_few_programs_are_compiled():
-    likelihood._program.cache_clear()
-    lm = lm_of("gpt2")
+    lm = replace(lm_of("gpt2"), programs=Programs())
     log_likelihoods(lm, pairs(200), batch_tokens=256)
-    assert likelihood._program(lm.module)._cache_size() <= 5  # rows of 64 and of 128, 1 to 4 of them
+    assert lm.programs.get(likelihood._program, lm.module)._cache_size() <= 5  # rows of 64 and of 128, 1 to 4 of them
 
 
 def test_a_mesh_changes_nothing(devices):

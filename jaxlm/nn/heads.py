@@ -14,7 +14,8 @@ from jaxlm.sharding import Placement
 
 
 class Vocabulary(nn.Module):
-    """Logits over the vocabulary, float32: by the token embedding where it is tied, else by a kernel of its own."""
+    """Logits [B, T, V] or [B, V] over the vocabulary, float32: by the token embedding where it is tied, else by a kernel
+    of its own."""
 
     config: ModelConfig
     constrain: Placement
@@ -36,7 +37,7 @@ class Vocabulary(nn.Module):
         )
         if self.bias:
             logits_BTV += self.param("bias", nn.initializers.zeros, (V,), jnp.float32)
-        return self.constrain(logits_BTV, ("batch", "length", "vocabulary"))
+        return self.constrain(logits_BTV, ("batch", *("length",) * (logits_BTV.ndim - 2), "vocabulary"))
 
 
 def _transform(config: ModelConfig, x_BTD: jax.Array, width: int, dtype: Any) -> jax.Array:

@@ -32,16 +32,22 @@ RESIDUALS = "attention"  # what a policy of `jax.checkpoint` may call splash's o
 class Chip(NamedTuple):
     """What a program runs on: cpu, tpu, cuda or rocm, and of TPUs the version, of NVIDIA's GPUs the compute capability.
 
-    A TPU v5e is ("tpu", 5.0), an H100 ("cuda", 9.0).
+    A TPU v5e is ("tpu", 5.0), an H100 ("cuda", 9.0).  devices: how many a program may be spread over without a mesh
+    that says how.
     """
 
     platform: str
     generation: float = 0.0
+    devices: int = 1
 
 
 def chip_of(mesh: Mesh | None) -> Chip:
-    """The chip that a program for this mesh runs on; without one, on JAX's default device."""
-    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    """The chip that a program for this mesh runs on; without one, on some of all devices."""
+    chip = _kind(jax.devices()[0] if mesh is None else mesh.devices.flat[0])
+    return chip._replace(devices=len(jax.devices())) if mesh is None and chip.platform in KERNELS else chip
+
+
+def _kind(device: Any) -> Chip:
     if device.platform == "tpu":
         number = re.search(r"\d+", device.device_kind)  # "TPU v5 lite", "TPU7x"
         return Chip("tpu", float(number[0]) if number else 0.0)
@@ -95,6 +101,11 @@ def why_not(
     home = {name: platform for platform, name in KERNELS.items()}[kernel]
     for holds, reason in (
         (chip.platform != home, f"it is for {home}, and this runs on {chip.platform}"),
+        (
+            not cudnn and mesh is None and chip.devices > 1,
+            f"the model does not say on which of {chip.devices} devices it lies: load it with mesh=, or build its module "
+            f"with Placement(mesh)",
+        ),
         (weights, "the attention weights are asked for, which it never holds"),
         (bias, "a bias by relative position is added to the scores, for which it has no place"),
         (dropout, "weights are dropped, which it cannot do: a model.attention_dropout of 0 is faster"),
