@@ -88,7 +88,7 @@ class Generate(Config):
 
 def generate(argv: list[str], _: process.Signals) -> int:
     """Continue prompts: jaxlm generate RUN_OR_FOLDER --prompt TEXT [TEXT ...] | --file PROMPTS [--output OUT.jsonl]."""
-    asked = flags.parse(Generate(model=tyro.MISSING), argv, "jaxlm generate", description=None)
+    asked = _generate_asked(argv)
     asked.decoding.check()
     check_fields(asked)
     if (asked.file and asked.prompt) or (asked.output and not asked.file):
@@ -108,6 +108,32 @@ def generate(argv: list[str], _: process.Signals) -> int:
         for text in found if asked.decoding.n_best > 1 else [found]:
             print(prompt * continues + text)
     return 0
+
+
+def _generate_asked(argv: list[str]) -> Generate:
+    """Returns what was asked.  The choices of the checkpoint stand in place of the defaults, and are printed."""
+    from jaxlm.generation_defaults import chosen, defaults_in, lines
+    from jaxlm.lm import find
+
+    plain = Generate(model=tyro.MISSING)
+    parse = partial(flags.parse, flags=argv, prog="jaxlm generate", description=None)
+    helps = bool({"-h", "--help"} & {*argv})
+    if helps and (not argv or argv[0].startswith("-")):
+        return parse(plain)  # ends here
+    model = argv[0] if helps else parse(plain).model  # flags are checked before a model is fetched
+    try:
+        defaults = defaults_in(find(model, offline=helps))
+    except UserError:
+        if not helps:
+            raise
+        return parse(plain)
+    asked = parse(Generate(model, decoding=chosen(None, {}, defaults)))
+    words = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
+    fields = [field.name for field in dataclasses.fields(Decoding) if field.name in words]
+    given = {name: getattr(asked.decoding, name) for name in fields}
+    for line in lines(defaults):
+        print(line, file=sys.stderr)
+    return dataclasses.replace(asked, decoding=chosen(None, given, defaults))
 
 
 def _of_file(asked: Generate) -> int:

@@ -2,7 +2,7 @@
 
 It finds what the beam search of transformers finds, hypothesis for hypothesis: of each step's candidates, twice as many
 as there are beams, those that end and are among the best become hypotheses, the best others go on; a prompt is done
-when its best open beam, at its length so far, is worth no more than its worst hypothesis.
+when its best open beam is worth no more than its worst hypothesis, or by `Decoding.early_stopping` before.
 """
 
 from __future__ import annotations
@@ -43,23 +43,35 @@ class _Search(NamedTuple):
     improves_B: jax.Array
 
 
-def search_of(module: Transformer) -> Any:
-    """Returns the compiled search of a model, which `LM.programs` keeps: (params, state, rules, length_penalty, beams=, candidates=) -> Found.
+EARLY = {False: 0, True: 1, "never": 2}  # `Decoding.early_stopping` -> the number that the program takes
 
-    state: of B prompts, whose texts all have the same limit.  candidates: looked at in each step, for each prompt.
+
+def search_of(module: Transformer) -> Any:
+    """Returns the compiled search of a model, which `LM.programs` keeps:
+    (params, state, rules, length_penalty, early, beams=, candidates=) -> Found.
+
+    state: of B prompts.  early: of `EARLY`.  candidates: looked at in each step, for each prompt.
     """
     return jax.jit(partial(_search, module), static_argnames=("beams", "candidates"))
 
 
 def _search(
-    module: Transformer, params: Any, state: State, rules: Rules, penalty: jax.Array, *, beams: int, candidates: int
+    module: Transformer,
+    params: Any,
+    state: State,
+    rules: Rules,
+    penalty: jax.Array,
+    early: jax.Array,
+    *,
+    beams: int,
+    candidates: int,
 ) -> Found:
     B, T = state.tokens_BT.shape
     M, V = beams, module.config.V
     several = lambda x: jnp.repeat(x, M, 0)
     flat = lambda x: x.reshape(B * M, *x.shape[2:])
     limits = jax.tree.map(several, state._replace(caches=state.caches._replace(own=(), cross=None)))
-    new = (state.limits_B - state.begun_B).max()
+    new_B = state.limits_B - state.begun_B
 
     begun_BM = jnp.broadcast_to(state.begun_B[:, None], (B, M))
     tokens_BMT = jnp.broadcast_to(state.tokens_BT[:, None], (B, M, T))
@@ -80,7 +92,7 @@ def _search(
         parent_BN, token_BN = at_BN // V, (at_BN % V).astype(jnp.int32)
         followed = _following(now.open, parent_BN, token_BN, own.reshape(B, M, V), scores_BN)
         n = now.n + 1
-        ends_BN = (token_BN[..., None] == rules.stops_N).any(-1) | (n >= new)
+        ends_BN = (token_BN[..., None] == rules.stops_N).any(-1) | (n >= new_B)[:, None]
 
         # Hypotheses: those that end among the first M candidates, beside those of before.
         counts_BN = ends_BN & (jnp.arange(candidates) < M) & now.improves_B[:, None]
@@ -95,10 +107,14 @@ def _search(
         rows_BM = jnp.take_along_axis(parent_BN, order_BM, 1) + M * jnp.arange(B)[:, None]
         caches = caches._replace(own=jax.tree.map(lambda x: x[rows_BM.reshape(-1)], caches.own))
 
-        bound_B = going.scores_BM[:, 0] / n.astype(jnp.float32) ** penalty
-        return _Search(n, going, best, caches, now.improves_B & (bound_B > best.scores_BM.min(-1)))
+        # A positive penalty favours long texts: "never" hopes for the longest one.
+        longest_B = jnp.where((early == EARLY["never"]) & (penalty > 0), new_B, n).astype(jnp.float32)
+        bound_B = going.scores_BM[:, 0] / longest_B**penalty
+        worst_B = best.scores_BM.min(-1)
+        full_B = (early == EARLY[True]) & (worst_B > NEVER / 2)
+        return _Search(n, going, best, caches, now.improves_B & (bound_B > worst_B) & ~full_B & (n < new_B))
 
-    return jax.lax.while_loop(lambda now: (now.n < new) & now.improves_B.any(), step, begin).best
+    return jax.lax.while_loop(lambda now: now.improves_B.any(), step, begin).best
 
 
 def _some(found: Found, at_BM: jax.Array) -> Found:

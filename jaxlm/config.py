@@ -218,13 +218,19 @@ class Decoding(Config):
 
     max_new_tokens: Count = 128  # most tokens of a text
     min_new_tokens: Count = 0  # tokens before which no stop token comes
+    max_length: Count = 0  # most tokens of a text and its prompt together, in place of max_new_tokens; 0: not used
+    min_length: Count = 0  # tokens of a text and its prompt together before which no stop token comes
     temperature: NotNegative = 1.0  # divides the logits; 0: always the likeliest token
     top_k: TopK = 0  # sample among the k likeliest tokens; 0: among all
     top_p: ShareAboveZero = 1.0  # sample among the fewest tokens whose probabilities reach p (Holtzman et al. 2020)
     min_p: ShareBelowOne = 0.0  # sample among tokens at least p times as likely as the likeliest (Nguyen et al. 2024)
     repetition_penalty: AboveZero = 1.0  # makes tokens that were there before less likely (Keskar et al. 2019); 1: not
+    no_repeat_ngram_size: Count = 0  # no sequence of so many tokens comes twice (Paulus et al. 2018); 0: any may
     beams: Texts = 1  # hypotheses that a beam search keeps; 1: no beam search
     length_penalty: Number = 1.0  # a hypothesis is worth its log-probability divided by its length to this power
+    # When a beam search ends: with as many hypotheses as beams (True), or when no open beam can beat the worst of them,
+    # by its length so far (False) or by the length that suits it best (never).
+    early_stopping: Literal[True, False, "never"] = False
     n_best: Texts = 1  # texts of each prompt; of a beam search the best hypotheses, else draws
     stop: tuple[Name, ...] = ()  # texts before which a generated text ends
     forbidden: tuple[Name, ...] = ()  # words or texts that are never generated
@@ -238,7 +244,11 @@ class Decoding(Config):
           prefix: what stands before the names of the fields in a message.
         """
         check_fields(self, prefix)
-        if self.min_new_tokens > self.max_new_tokens:
+        if self.max_length and self.min_length > self.max_length:
+            raise UserError(
+                f"{prefix}min_length is {self.min_length}; it must be from 0 to max_length, {self.max_length}"
+            )
+        if self.min_new_tokens > self.max_new_tokens and not self.max_length:
             raise UserError(
                 f"{prefix}min_new_tokens is {self.min_new_tokens}; it must be from 0 to max_new_tokens, "
                 f"{self.max_new_tokens}"

@@ -27,8 +27,12 @@ class Rules(NamedTuple):
 
     vocabulary: tokens that there are.  temperature: None is greedy.  top_k, top_p, min_p: all or none.
     penalty: of repetition.  forbidden_NF: sequences, filled up with -1 on the left.
-    stops_N: what ends a text, filled up with NOTHING; they do not come before min_new tokens.
-    first, last: tokens that stand at the beginning and at the end of the longest text, -1 for none.
+    ngram: no sequence of so many tokens comes twice.  begin_N: tokens that are not the first of a text, filled up with
+    NOTHING; where forced_bos is the first, not the second.
+    stops_N: what ends a text, filled up with NOTHING; they do not come before min_new tokens, nor before min_length,
+    the prompt's tokens counted.
+    first: the token behind a prompt of one token.  last_N: tokens of which the longest text ends with one, filled up
+    with NOTHING.
     """
 
     vocabulary: Array
@@ -39,9 +43,12 @@ class Rules(NamedTuple):
     min_p: Array | None = None
     penalty: Array | None = None
     forbidden_NF: Array | None = None
+    ngram: Array | None = None
+    begin_N: Array | None = None
     min_new: Array | None = None
+    min_length: Array | None = None
     first: Array | None = None
-    last: Array | None = None
+    last_N: Array | None = None
 
 
 class Prompts(NamedTuple):
@@ -227,14 +234,38 @@ def restrict(logits_BV: jax.Array, tokens_BT: jax.Array, state: State, rules: Ru
         match_BN = ((before_BF[:, None] == begun_NF) | (begun_NF == -1)).all(-1)
         hit_BV = jnp.zeros(logits_BV.shape, bool).at[rows_B1, rules.forbidden_NF[:, -1]].max(match_BN)
         logits_BV = jnp.where(hit_BV, -jnp.inf, logits_BV)
-    if rules.min_new is not None:
-        stop_V = jnp.zeros(V, bool).at[rules.stops_N].set(True, mode="drop")
-        logits_BV = jnp.where(stop_V & (new_B < rules.min_new)[:, None], -jnp.inf, logits_BV)
-    for token, now_B in ((rules.first, new_B == 0), (rules.last, state.lengths_B == state.limits_B - 1)):
-        if token is not None:
-            only_BV = jnp.where(jnp.arange(V) == token, 0.0, -jnp.inf)
-            logits_BV = jnp.where(((token >= 0) & now_B)[:, None], only_BV, logits_BV)
+    of_N = lambda tokens_N: jnp.zeros(V, bool).at[tokens_N].set(True, mode="drop")
+    if rules.ngram is not None:
+        logits_BV = jnp.where(_repeats(tokens_BT, state.lengths_B, rules.ngram, V), -jnp.inf, logits_BV)
+    if rules.min_new is not None and rules.min_length is not None:
+        early_B = (new_B < rules.min_new) | (state.lengths_B < rules.min_length)
+        logits_BV = jnp.where(of_N(rules.stops_N) & early_B[:, None], -jnp.inf, logits_BV)
+    forced_B = jnp.zeros_like(new_B, bool) if rules.first is None else state.begun_B == 1
+    if rules.begin_N is not None:
+        logits_BV = jnp.where(of_N(rules.begin_N) & (new_B == forced_B)[:, None], -jnp.inf, logits_BV)
+    if rules.first is not None:
+        only_BV = jnp.where(jnp.arange(V) == rules.first, 0.0, -jnp.inf)
+        logits_BV = jnp.where((forced_B & (new_B == 0))[:, None], only_BV, logits_BV)
+    if rules.last_N is not None:
+        only_BV = jnp.where(of_N(rules.last_N), 0.0, -jnp.inf)
+        logits_BV = jnp.where((state.lengths_B == state.limits_B - 1)[:, None], only_BV, logits_BV)
     return logits_BV
+
+
+def _repeats(tokens_BT: jax.Array, lengths_B: jax.Array, n: jax.Array, V: int) -> jax.Array:
+    """Returns [B, V], True for a token that would end a sequence of n tokens which the row holds already."""
+    B, T = tokens_BT.shape
+    at_T = jnp.arange(T)
+
+    def same(j: jax.Array, match_BT: jax.Array) -> jax.Array:
+        """Compares token j of the row's last n - 1 with that of the n - 1 before each position."""
+        last_B = jnp.take_along_axis(tokens_BT, jnp.maximum(lengths_B - n + 1 + j, 0)[:, None], 1)[:, 0]
+        before_BT = tokens_BT[:, jnp.maximum(at_T - n + 1 + j, 0)]
+        return match_BT & (before_BT == last_B[:, None])
+
+    whole_BT = (at_T >= n - 1) & (at_T < lengths_B[:, None])
+    match_BT = jax.lax.fori_loop(0, jnp.minimum(n - 1, T), same, whole_BT)
+    return jnp.zeros((B, V), bool).at[jnp.arange(B)[:, None], tokens_BT].max(match_BT)
 
 
 def uniform(keys_B2: jax.Array, n_B: jax.Array, use: int = 0) -> jax.Array:

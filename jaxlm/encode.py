@@ -383,7 +383,8 @@ def _counted(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _embed(module: Transformer, pooling: Pooling, normalize: bool | None) -> Any:
-    """Returns the compiled program, which `LM.programs` keeps: rows [B, T] to the embeddings [B, E, D] of the texts in them."""
+    """Returns the compiled program, which `LM.programs` keeps:
+    rows [B, T] to the embeddings [B, E, D] of the texts in them."""
     method = "encode" if module.config.structure == "encoder_decoder" else "__call__"
 
     @jax.jit

@@ -19,6 +19,7 @@ from jaxlm.data.batches import prefetch
 from jaxlm.data.lines import Place, Row
 from jaxlm.encode import Pooling, mesh_of, params_of
 from jaxlm.errors import UserError, in_python, python_names
+from jaxlm.generation_defaults import written_by
 from jaxlm.lm import LM
 from jaxlm.nn.transformer import Transformer
 from jaxlm.step import make_eval_step
@@ -265,9 +266,7 @@ def _seen(
     for side, found in task.truncation(batches.examples, lm, records).items():
         cut[side] = cut[side] + found if side in cut else found
     put = partial(lay, mesh or sharding.make_mesh(MeshConfig(1), jax.local_devices()[:1]))
-    step = lm.programs.get(
-        _eval_step, lm.module, type(task), task.task, task.length, task.labels, task.pooling.modes
-    )
+    step = lm.programs.get(_eval_step, lm.module, type(task), task.task, task.length, task.labels, task.pooling.modes)
     return task.tell(lm, lambda batches: see(step, params_of(lm), batches, put), batches, records)
 
 
@@ -350,7 +349,7 @@ def task_of(lm: LM) -> Any:
     if "span" in heads:
         return config.QuestionAnswering(stride=min(128, lm.config.max_length // 4))
     if "lm" in heads and lm.config.structure == "encoder_decoder":
-        return config.Seq2Seq()
+        return config.Seq2Seq(decoding=written_by(lm))
     if lm.pooling is not None or (not heads and lm.config.structure == "encoder"):
         return config.Similarity()
     raise UserError(

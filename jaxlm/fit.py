@@ -21,7 +21,7 @@ import numpy as np
 from jaxlm import buckets, families, hosts, report, sharding, storage
 from jaxlm.assembly import assemble, closed_flops, lay, rows_here
 from jaxlm.checkpoint import Checkpoints, finite
-from jaxlm.config import CausalLM, ModelConfig, RunConfig, to_json
+from jaxlm.config import CausalLM, Decoding, ModelConfig, RunConfig, to_json
 from jaxlm.data.batches import prefetch
 from jaxlm.data.corpus import Prepared
 from jaxlm.errors import Interrupted, RunError, Stopped, UserError, perhaps
@@ -444,8 +444,8 @@ def _sample(lm: LM, run: RunConfig) -> str | None:
     new = min(run.sample_tokens, room) if lm.config.positions in ("learned", "rotary") else run.sample_tokens
     if new < 1 or (lm.tokenizer.bos is None and not run.sample_prompt):
         return None
-    choice: dict[str, Any] = {"temperature": 0.7, "top_p": 0.95, "stop_tokens": (), "seed": run.seed}
-    return run.sample_prompt + generate(lm, [run.sample_prompt], max_new_tokens=new, **choice)[0]
+    decoding = Decoding(max_new_tokens=new, temperature=0.7, top_p=0.95, seed=run.seed)
+    return run.sample_prompt + generate(lm, [run.sample_prompt], decoding, stop_tokens=())[0]
 
 
 def _size(shapes: Any) -> int:

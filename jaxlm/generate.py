@@ -6,8 +6,6 @@ decoded continuously: where a text has ended, the next prompt takes its row.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,11 +13,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.beam import search_of
+from jaxlm.beam import EARLY, search_of
 from jaxlm.config import Decoding
 from jaxlm.decode import NOTHING, Prompts, Rules, programs
 from jaxlm.encode import params_of
-from jaxlm.errors import UserError, perhaps
+from jaxlm.errors import UserError
+from jaxlm.generation_defaults import chosen, defaults_of, report
+from jaxlm.ranges import shown
 from jaxlm.speculative import DRAFTED, speculative
 
 if TYPE_CHECKING:
@@ -80,7 +80,8 @@ def generate(
     """Continues each prompt, or of an encoder-decoder, writes its answer to each; returns the texts without prompts.
 
     prompts: strings, framed as the model expects, or lists of token ids, used as given.
-    decoding: how; choices: fields of it by name, such as `temperature=0.7`.
+    decoding: how; None: as the checkpoint's generation_config.json says, which is reported on stderr, and where it
+    says nothing as `Decoding()`.  choices: fields of it by name, such as `temperature=0.7`, which win.
     stop_tokens: a text ends before the first of these; None: those that the model names, (): none.
     return_tokens: lists of ids instead of strings.  details: a `Generation` for each text.
     draft: a smaller model with the same tokens, which makes it faster and changes nothing else; not for beams.
@@ -91,7 +92,7 @@ def generate(
     """
     if isinstance(prompts, str):
         raise UserError("prompts is one string; give a list of prompts")
-    decoding = chosen(decoding, choices)
+    decoding = decoding_for(lm, decoding, choices)
     check(lm, decoding, draft)
     if lm.tokenizer is None and not (return_tokens or details):
         raise UserError("the model has no tokenizer; give prompts as lists of token ids, with return_tokens=True")
@@ -135,7 +136,7 @@ def stream(
 
     A piece ends with a whole character, and has nothing of what may yet turn out to be a stop.
     """
-    decoding = chosen(decoding, choices)
+    decoding = decoding_for(lm, decoding, choices)
     check(lm, decoding, draft)
     if lm.tokenizer is None:
         raise UserError("the model has no tokenizer, and a stream is of text; use generate with return_tokens=True")
@@ -154,14 +155,15 @@ def stream(
             shown = len(text)
 
 
-def chosen(decoding: Decoding | None, choices: dict[str, Any]) -> Decoding:
-    """The decoding with these fields.  Raises UserError for a name that it does not have."""
-    fields = [field.name for field in dataclasses.fields(Decoding)]
-    for name in choices:
-        if name not in fields:
-            raise UserError(f"{name!r} is no choice of generate{perhaps(name, fields)}")
-    lists = {name: tuple(value) for name, value in choices.items() if isinstance(value, list)}
-    return dataclasses.replace(decoding or Decoding(), **choices | lists)
+def decoding_for(lm: LM, decoding: Decoding | None, choices: dict[str, Any]) -> Decoding:
+    """Returns how the texts of a model are generated: by `decoding`, or where it is None by what the checkpoint says,
+    but for the choices.  Raises UserError for a name that `Decoding` does not have, and for a value of a wrong kind."""
+    if not isinstance(decoding, Decoding | None):
+        raise UserError(f"decoding is {shown(decoding)}; give a jaxlm.Decoding, or its fields by name")
+    defaults = defaults_of(lm)
+    if decoding is None:
+        report(lm, defaults)
+    return chosen(decoding, choices, defaults)
 
 
 def check(lm: LM, decoding: Decoding, draft: LM | None = None) -> None:
@@ -197,25 +199,13 @@ def check(lm: LM, decoding: Decoding, draft: LM | None = None) -> None:
 
 def requests(lm: LM, prompts: Sequence[Any], decoding: Decoding) -> list[Request]:
     """What is to be generated, with each prompt as ids, within the positions that there are."""
-    config, both = lm.config, lm.config.structure == "encoder_decoder"
-    new = decoding.max_new_tokens
-    # Rotary positions go on for ever, but what a model was trained on does not.
-    room = config.max_length if config.positions in ("learned", "rotary") else None
-    if room is not None and (new >= room):
-        raise UserError(f"max_new_tokens is {new}; the model has {room} positions: ask for at most {room - 1}")
-    if room is not None and not both:
-        room -= new
+    both = lm.config.structure == "encoder_decoder"
     ids = [_prompt(lm, prompt, both) for prompt in prompts]
+    room = _prompt_room(lm, decoding)
     longest = max(map(len, ids), default=0)
     if room is not None and longest > room:
         if decoding.too_long == "refuse":
-            fewer = config.max_length - longest
-            less = f", ask for at most {fewer}" if fewer > 0 and not both else ""
-            what = "exceeds" if both else f"and {new} new ones exceed"
-            raise UserError(
-                f"a prompt of {longest} tokens {what} the model's {config.max_length} positions; shorten it to "
-                f"{room}{less}, or set too_long to 'truncate'"
-            )
+            raise _too_long(lm, decoding, longest, room)
         count = sum(len(prompt) > room for prompt in ids)
         print(f"{count} of {len(ids)} prompts, of up to {longest} tokens, are cut to {room}", file=sys.stderr)
         # Of a source the end of its text goes, as in training; of what is to be continued, the beginning.
@@ -226,6 +216,37 @@ def requests(lm: LM, prompts: Sequence[Any], decoding: Decoding) -> list[Request
         return [Request(n, draw, prompt, None) for n, prompt in enumerate(ids) for draw in draws]
     start = [start_of(lm)]
     return [Request(n, draw, start, source) for n, source in enumerate(ids) for draw in draws]
+
+
+def _prompt_room(lm: LM, decoding: Decoding) -> int | None:
+    """Tokens of a prompt, at the most; None: any number."""
+    positions, both = _positions(lm), lm.config.structure == "encoder_decoder"
+    if decoding.max_length == 1 and both:
+        raise UserError("max_length is 1, and the token that the decoder begins with counts; give at least 2")
+    if positions is None:
+        return decoding.max_length - 1 if decoding.max_length and not both else None
+    new = decoding.max_new_tokens
+    if not decoding.max_length and new >= positions:
+        raise UserError(
+            f"max_new_tokens is {new}; the model has {positions} positions: ask for at most {positions - 1}"
+        )
+    if both:
+        return positions
+    return min(decoding.max_length, positions) - 1 if decoding.max_length else positions - new
+
+
+def _too_long(lm: LM, decoding: Decoding, longest: int, room: int) -> UserError:
+    """The error of a prompt that leaves too few positions."""
+    positions, remedy = lm.config.max_length, f"shorten it to {room}"
+    if lm.config.structure == "encoder_decoder":
+        what = f"exceeds the model's {positions} positions"
+    elif decoding.max_length:
+        what = f"leaves no room for a text in max_length {decoding.max_length} and the model's {positions} positions"
+    else:
+        fewer = positions - longest
+        what = f"and {decoding.max_new_tokens} new ones exceed the model's {positions} positions"
+        remedy += f", ask for at most {fewer}" if fewer > 0 else ""
+    return UserError(f"a prompt of {longest} tokens {what}; {remedy}, or set too_long to 'truncate'")
 
 
 def _prompt(lm: LM, prompt: str | Sequence[int], both: bool) -> list[int]:
@@ -243,68 +264,64 @@ def _prompt(lm: LM, prompt: str | Sequence[int], both: bool) -> list[int]:
     return list(map(int, prompt))
 
 
-def _said(lm: LM) -> dict[str, Any]:
-    """What the model's files say of generation."""
-    said = dict(lm.origin.config) if lm.origin else {}
-    try:
-        own = json.loads(lm.files.get("generation_config.json", b"{}"))
-    except ValueError:
-        raise UserError("generation_config.json is not JSON; mend or remove it") from None
-    return said | {name: value for name, value in own.items() if value is not None}
-
-
-def _token(lm: LM, name: str) -> int | None:
-    token = _said(lm).get(name)
-    return token if isinstance(token, int) and 0 <= token < lm.config.V else None
+def _in_vocabulary(lm: LM, tokens: Iterable[int]) -> list[int]:
+    """The tokens that the head lm knows; files name others too, such as those of a larger vocabulary."""
+    return [token for token in tokens if token < lm.config.V]
 
 
 def start_of(lm: LM) -> int:
     """What the decoder of an encoder-decoder reads first."""
-    for token in (_token(lm, "decoder_start_token_id"), lm.config.start_token):
-        if token is not None:
+    said = defaults_of(lm)
+    for token in (said.start, lm.config.start_token):
+        if token is not None and token < lm.config.V:
             return token
     if lm.tokenizer is not None:  # mBART begins with what the text ends with, its language
         suffix = lm.tokenizer.target.suffix
         if suffix:
             return suffix[-1]
-    token = _token(lm, "bos_token_id")
-    if token is None:
+    if said.bos is None or said.bos >= lm.config.V:
         raise UserError("the model names no token that its decoder starts with; set config.start_token")
-    return token
+    return said.bos
 
 
 def stops_of(lm: LM) -> list[int]:
     """The tokens that end a text, by the model's files, else by its tokenizer."""
-    said = _said(lm).get("eos_token_id")
-    if said is None:
-        said = None if lm.tokenizer is None else lm.tokenizer.eos
-    return sorted({said} if isinstance(said, int) else set(said or ()))
+    said = defaults_of(lm).eos
+    if not said and lm.tokenizer is not None and lm.tokenizer.eos is not None:
+        said = (lm.tokenizer.eos,)
+    return sorted(set(said))
 
 
 def rules_of(lm: LM, decoding: Decoding, stops: Sequence[int]) -> Rules:
     """What the compiled programs take of the choices."""
-    said = _said(lm)
-    filled = list(stops) + [NOTHING] * (_bucket(len(stops), 1) - len(stops))
+    said = defaults_of(lm)
+    filled = lambda tokens: np.array([*tokens, *[NOTHING] * (_bucket(len(tokens), 1) - len(tokens))], np.int32)
     filtered = bool(decoding.top_k) or decoding.top_p < 1 or decoding.min_p > 0
     sampled = decoding.temperature > 0 and decoding.beams == 1
     some = lambda value, there: value if there else None
-    forbidden = [tuple(bad) for bad in said.get("bad_words_ids") or () if [*bad] not in [[stop] for stop in stops]]
-    forbidden += [(token,) for token in said.get("suppress_tokens") or ()]
+    forbidden = [bad for bad in said.forbidden if bad not in [(stop,) for stop in stops]]
+    forbidden += [(token,) for token in said.suppressed]
+    forbidden = [bad for bad in forbidden if max(bad) < lm.config.V]
     for text in decoding.forbidden:
         forbidden += {tuple(lm.tokenizer.target.encode(spelled)) for spelled in (text, f" {text}")}  # type: ignore
-    first, last = _token(lm, "forced_bos_token_id"), _token(lm, "forced_eos_token_id")
+    first = _in_vocabulary(lm, () if said.forced_bos is None else (said.forced_bos,))
+    last, begin = _in_vocabulary(lm, said.forced_eos), _in_vocabulary(lm, said.begin_suppressed)
+    least = len(stops) and (decoding.min_new_tokens or decoding.min_length)
     return Rules(
         vocabulary=np.int32(lm.vocabulary),
-        stops_N=np.array(filled, np.int32),
+        stops_N=filled(stops),
         temperature=some(np.float32(decoding.temperature), sampled),
         top_k=some(np.int32(decoding.top_k or lm.config.V), sampled and filtered),
         top_p=some(np.float32(decoding.top_p), sampled and filtered),
         min_p=some(np.float32(decoding.min_p), sampled and filtered),
         penalty=some(np.float32(decoding.repetition_penalty), decoding.repetition_penalty != 1),
         forbidden_NF=_sequences(sorted(set(forbidden))) if forbidden else None,
-        min_new=some(np.int32(decoding.min_new_tokens), decoding.min_new_tokens and len(stops)),
-        first=None if first is None else np.int32(first),
-        last=None if last is None else np.int32(last),
+        ngram=some(np.int32(decoding.no_repeat_ngram_size), decoding.no_repeat_ngram_size),
+        begin_N=some(filled(begin), begin),
+        min_new=some(np.int32(decoding.min_new_tokens), least),
+        min_length=some(np.int32(decoding.min_length), least),
+        first=np.int32(first[0]) if first else None,
+        last_N=some(filled(last), last),
     )
 
 
@@ -327,7 +344,7 @@ def rows_of(
     """The texts, each as it ends; where they are looked at after so many tokens, also before."""
     if not wanted:
         return
-    if not decoding.max_new_tokens:
+    if not (decoding.max_new_tokens or decoding.max_length):
         draws = range(decoding.n_best if decoding.beams > 1 else 1)
         yield from (Row(request._replace(draw=request.draw + n), [], [], 0.0) for request in wanted for n in draws)
     elif decoding.beams > 1:
@@ -347,8 +364,8 @@ def _searched(lm: LM, wanted: Sequence[Request], decoding: Decoding, stops: Sequ
     for i in range(0, len(ordered), B):
         some = ordered[i : i + B]
         state = run.prefill(params, prompts_of(lm, some, some, decoding), length=room(lm, some, decoding))
-        penalty = np.float32(decoding.length_penalty)
-        found = search(params, state, rules, penalty, beams=M, candidates=candidates)
+        penalty, early = np.float32(decoding.length_penalty), np.int32(EARLY[decoding.early_stopping])
+        found = search(params, state, rules, penalty, early, beams=M, candidates=candidates)
         tokens_BMT, log_probs_BMT, lengths_BM, scores_BM = map(np.asarray, found)
         for b, request in enumerate(some):
             for m in range(decoding.n_best):
@@ -371,10 +388,11 @@ def _drawn(
     length, most = 0, room(lm, wanted, decoding)
     if draft is not None:
         run, params = lm.programs.get(speculative, lm.module, draft.module), (params, params_of(draft))
-        length = most = _bucket(max(len(request.tokens) for request in wanted) + decoding.max_new_tokens + DRAFTED)
+        length = most = _bucket(max(limit_of(lm, request, decoding) for request in wanted) + DRAFTED)
     B = _rows(lm, min(len(wanted), ROWS))
     # Looked at only where there is something to see before all have ended.
-    n = look or (LOOK if len(wanted) > B or decoding.stop else decoding.max_new_tokens)
+    longest = max(limit_of(lm, request, decoding) - len(request.tokens) for request in wanted)
+    n = look or (LOOK if len(wanted) > B or decoding.stop else longest)
     waiting = list(wanted[::-1])
     rows: list[Request | None] = [None] * B
     state: Any = None
@@ -414,9 +432,21 @@ def _drawn(
                 yield Row(request, tokens, log_probs, sum(log_probs), bool(done_B[b]))
 
 
+def limit_of(lm: LM, request: Request, decoding: Decoding) -> int:
+    """Returns how many tokens a text has at the most, those that the decoder reads before it counted."""
+    if decoding.max_length:
+        return min(decoding.max_length, _positions(lm) or decoding.max_length)
+    return len(request.tokens) + decoding.max_new_tokens
+
+
+def _positions(lm: LM) -> int | None:
+    """How many positions a text has; rotary ones go on for ever, but what a model was trained on does not."""
+    return lm.config.max_length if lm.config.positions in ("learned", "rotary") else None
+
+
 def room(lm: LM, wanted: Sequence[Request], decoding: Decoding) -> int:
     """Slots of the caches for the longest of these texts."""
-    length = _bucket(max(len(request.tokens) for request in wanted) + decoding.max_new_tokens, ROOM)
+    length = _bucket(max(limit_of(lm, request, decoding) for request in wanted), ROOM)
     return min(length, lm.config.max_length) if lm.config.positions == "learned" else length
 
 
@@ -431,7 +461,7 @@ def prompts_of(lm: LM, some: Sequence[Request], wanted: Sequence[Request], decod
     for b, request in enumerate(some):
         tokens_BT[b, : len(request.tokens)] = request.tokens
         lengths_B[b] = len(request.tokens)
-        limits_B[b] = len(request.tokens) + decoding.max_new_tokens
+        limits_B[b] = limit_of(lm, request, decoding)
         numbers_B2[b] = request.number, request.draw
     source: tuple[np.ndarray, ...] = ()
     if some[0].source is not None:

@@ -328,7 +328,8 @@ def _laid_out(examples: list[_Example], rows: list[list[int]], count: int, T: in
 
 
 def _program(module: Transformer) -> Any:
-    """Returns the compiled program, which `LM.programs` keeps: rows to the log-probability of each label that counts, and whether it is the likeliest."""
+    """Returns the compiled program, which `LM.programs` keeps:
+    rows to the log-probability of each label that counts, and whether it is the likeliest."""
 
     @jax.jit
     def program(params, tokens_BT, segments_BT, positions_BT, labels_BT, counted_BT, *source):

@@ -88,8 +88,6 @@ class LM:
         mesh = sharding.mesh_of(self.params)
         if mesh is not None and mesh != self.module.constrain.mesh:
             object.__setattr__(self, "module", self.module.clone(constrain=sharding.Placement(mesh)))
-
-    def __post_init__(self) -> None:
         if self.tokenizer is not None:  # refuses tokens that this model has no row for
             object.__setattr__(self, "tokenizer", self.tokenizer.for_model(self.config.vocabulary, self.config.V))
 

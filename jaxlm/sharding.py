@@ -180,7 +180,7 @@ class Placement:
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec(axes, self.mesh.axis_names)))
 
     def _fitting(self, axis: str | None, size: int) -> str | None:
-        """The axis, or where the mesh does not divide the size, what does: of the length of one token, of a few rows."""
+        """The axis, or where the mesh does not divide the size, as of one token or a few rows, what does divide it."""
         wider = {"between": "length", "length": None, "batch": None}
         while axis in wider and size % self.ways(axis):
             axis = wider[axis]

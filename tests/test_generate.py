@@ -481,8 +481,8 @@ def test_texts_have_their_exact_probabilities(monkeypatch, name, drafted):
     expected = probabilities(lm, [1, 3], 3, left)
     assert abs(sum(expected.values()) - 1) < 1e-5
     n = 4000
-    one = partial(generate, lm, [[1, 3]], max_new_tokens=3, n_best=n, return_tokens=True, draft=draft)
-    (rows,) = one(**choices)
+    several = partial(generate, lm, [[1, 3]] * 4, max_new_tokens=3, n_best=n // 4, return_tokens=True, draft=draft)
+    rows = [row for drawn in several(**choices) for row in drawn]
     counts: dict = {}
     for row in rows:
         counts[tuple(row)] = counts.get(tuple(row), 0) + 1
@@ -524,7 +524,7 @@ MISTAKES = {
     ),
     "too long": (lambda lm: generate(lm, [[1] * 40], max_new_tokens=1), "exceed .* shorten it to 31, or"),
     "no room": (lambda lm: generate(lm, [[1]], max_new_tokens=32), "max_new_tokens is 32; .* at most 31"),
-    "unknown": (lambda lm: generate(lm, [[1]], max_tokens=3), "'max_tokens' is no choice .* 'max_new_tokens'"),
+    "unknown": (lambda lm: generate(lm, [[1]], max_tokens=3), "'max_tokens' is not a choice .* 'max_new_tokens'"),
     "kind": (lambda lm: generate(lm, [[1]], top_k="5"), "top_k is '5'; it must be a whole number"),
     "min_p": (lambda lm: generate(lm, [[1]], min_p=1.0), "min_p is 1.0; it must be at least 0 and below 1"),
     "least": (lambda lm: generate(lm, [[1]], min_new_tokens=9, max_new_tokens=8), "min_new_tokens is 9; .* from 0"),

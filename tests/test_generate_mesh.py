@@ -74,11 +74,13 @@ def on_mesh(name: str, mesh: str) -> LM:
     return replace(lm, params=jax.tree_util.tree_map_with_path(put, lm.params), programs=Programs())
 
 
-CASES = [("decoder", name) for name in STRATEGIES] + [("encoder-decoder", "beams"), ("encoder-decoder", "sampling")]
+ALL = {(name, strategy, mesh) for name in MODELS for strategy in STRATEGIES for mesh in MESHES}
+QUICK = {("decoder", "greedy", "fsdp, tensor and context"), ("encoder-decoder", "beams", "fsdp, tensor and context")}
+QUICK |= {("decoder", strategy, "three devices") for strategy in STRATEGIES}
+CASES = [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.long) for case in sorted(ALL)]
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize(("name", "strategy"), CASES)
+@pytest.mark.parametrize(("name", "strategy", "mesh"), CASES)
 def test_a_mesh_changes_no_text(name, strategy, mesh):
     choices = {"max_new_tokens": 8, "return_tokens": True, **STRATEGIES[strategy]}
     expected = jaxlm.generate(lm_of(name), PROMPTS, **choices)
@@ -87,9 +89,10 @@ def test_a_mesh_changes_no_text(name, strategy, mesh):
         assert jaxlm.generate(on_mesh(name, mesh), PROMPTS[1:2], **choices) == expected[1:2]
 
 
-@pytest.mark.parametrize("strategy", ["greedy", "sampling"])
-def test_a_mesh_changes_no_drafted_text(strategy):
-    lm, split = lm_of("decoder"), on_mesh("decoder", "fsdp, tensor and context")
+@pytest.mark.parametrize("mesh", ["three devices", pytest.param("fsdp, tensor and context", marks=pytest.mark.long)])
+@pytest.mark.parametrize("strategy", ["greedy", pytest.param("sampling", marks=pytest.mark.long)])
+def test_a_mesh_changes_no_drafted_text(strategy, mesh):
+    lm, split = lm_of("decoder"), on_mesh("decoder", mesh)
     choices = {"max_new_tokens": 8, "return_tokens": True, **STRATEGIES[strategy]}
     assert jaxlm.generate(split, PROMPTS, draft=split, **choices) == jaxlm.generate(lm, PROMPTS, draft=lm, **choices)
 

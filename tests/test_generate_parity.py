@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -138,3 +140,69 @@ def test_beam_search(folder, name, beams, penalty, best):
     model, lm = pair(name, str(folder / name))
     hf = {"num_beams": beams, "length_penalty": penalty, "num_return_sequences": best}
     assert_same(model, lm, hf, beams=beams, length_penalty=penalty, n_best=best)
+
+
+FEW = ("gpt2", "gemma3", "t5", "bart")
+
+
+@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("early", [True, "never"])
+@pytest.mark.parametrize("penalty", [1.5, 0.3, -0.5])
+def test_early_stopping(folder, name, early, penalty):
+    model, lm = pair(name, str(folder / name))
+    hf = {"num_beams": 3, "length_penalty": penalty, "num_return_sequences": 2, "early_stopping": early}
+    assert_same(model, lm, hf, beams=3, length_penalty=penalty, n_best=2, early_stopping=early)
+
+
+@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize(("n", "beams"), [(1, 1), (2, 1), (3, 1), (50, 1), (2, 3)])
+def test_no_ngram_is_repeated(folder, name, n, beams):
+    model, lm = pair(name, str(folder / name))
+    assert_same(
+        model, lm, {"no_repeat_ngram_size": n, "num_beams": beams}, no_repeat_ngram_size=n, beams=beams, temperature=0.0
+    )
+
+
+FILES: dict[str, dict[str, Any]] = {
+    "greedy": {"no_repeat_ngram_size": 2, "repetition_penalty": 1.3, "min_new_tokens": 9, "max_new_tokens": 12},
+    "beams": {"num_beams": 3, "num_return_sequences": 2, "length_penalty": 0.5, "early_stopping": True},
+    "lengths": {"num_beams": 2, "early_stopping": "never", "length_penalty": 1.5, "min_length": 17, "max_length": 22},
+    "tokens": {
+        "begin_suppress_tokens": [3, 9, 14, 22, 30],
+        "suppress_tokens": [7, 8, 31, -1],
+        "eos_token_id": [2, 11, 20],
+        "bad_words_ids": [[5], [12, 13]],
+        "forced_eos_token_id": [11, 20],
+        "max_new_tokens": 6,
+        "do_sample": False,
+    },
+    "first": {"forced_bos_token_id": 9, "begin_suppress_tokens": [4, 6, 10, 15, 16, 17, 33], "max_new_tokens": 5},
+    "ids": {"max_new_tokens": 4, "temperature": 0.4, "top_k": 3, "top_p": 0.5},  # without do_sample: greedy
+}
+FILES["beams"] |= {"no_repeat_ngram_size": 3, "max_length": 30}
+
+
+@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("file", FILES)
+def test_the_checkpoints_own_choices_are_the_defaults(folder, name, file):
+    """`generate` without a choice is `model.generate()` with the same generation_config.json."""
+    model, lm = pair(name, str(folder / name))
+    own = {"eos_token_id": STOP, "pad_token_id": model.config.pad_token_id, "decoder_start_token_id": None} | FILES[
+        file
+    ]
+    if model.config.is_encoder_decoder:
+        own["decoder_start_token_id"] = model.config.decoder_start_token_id
+    before = model.generation_config
+    model.generation_config = transformers.GenerationConfig(**own)
+    stops, n = np.atleast_1d(own["eos_token_id"]).tolist(), own.get("num_return_sequences", 1)
+    expected = []
+    try:
+        for prompt in prompts():
+            found = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long))
+            new = found[:, 1 if model.config.is_encoder_decoder else len(prompt) :].tolist()
+            cut = [row[: next((i for i, token in enumerate(row) if token in stops), len(row))] for row in new]
+            expected.append(cut if n > 1 else cut[0])
+    finally:
+        model.generation_config = before
+    lm = replace(lm, files={**lm.files, "generation_config.json": json.dumps(own).encode()})
+    assert jaxlm.generate(lm, prompts(), return_tokens=True) == expected

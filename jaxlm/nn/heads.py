@@ -14,8 +14,8 @@ from jaxlm.sharding import Placement
 
 
 class Vocabulary(nn.Module):
-    """Logits [B, T, V] or [B, V] over the vocabulary, float32: by the token embedding where it is tied, else by a kernel
-    of its own."""
+    """Logits [B, T, V] or [B, V] over the vocabulary, float32: by the token embedding where it is tied, else by its own
+    kernel."""
 
     config: ModelConfig
     constrain: Placement

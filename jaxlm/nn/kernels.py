@@ -103,8 +103,8 @@ def why_not(
         (chip.platform != home, f"it is for {home}, and this runs on {chip.platform}"),
         (
             not cudnn and mesh is None and chip.devices > 1,
-            f"the model does not say on which of {chip.devices} devices it lies: load it with mesh=, or build its module "
-            f"with Placement(mesh)",
+            f"the model does not say on which of {chip.devices} devices it lies: load it with mesh=, or build its "
+            f"module with Placement(mesh)",
         ),
         (weights, "the attention weights are asked for, which it never holds"),
         (bias, "a bias by relative position is added to the scores, for which it has no place"),
