@@ -253,7 +253,7 @@ def described(hint: Any) -> str:
 def _nearest(value: Any, hint: Any) -> str:
     """The nearest of the choices, for one that is misspelt."""
     choices = get_args(hint) if get_origin(hint) is Literal else ()
-    return perhaps(value, choices) if choices and isinstance(value, str) and value.isprintable() else ""
+    return perhaps(value, map(str, choices)) if choices and isinstance(value, str) and value.isprintable() else ""
 
 
 def shown(value: Any) -> str:
