@@ -214,7 +214,11 @@ def _divisors(n: int) -> str:
 
 @dataclass(frozen=True)
 class Decoding(Config):
-    """How texts are generated, token by token: by sampling, greedily (temperature 0), or by beam search."""
+    """How texts are generated, token by token: by sampling, greedily (temperature 0), or by beam search.
+
+    A beam search ends when no open beam can beat the worst of its hypotheses.  What a beam can become is judged by its
+    length so far (early_stopping False) or by the length that suits it best ("never").
+    """
 
     max_new_tokens: Count = 128  # most tokens of a text
     min_new_tokens: Count = 0  # tokens before which no stop token comes
@@ -228,9 +232,7 @@ class Decoding(Config):
     no_repeat_ngram_size: Count = 0  # no sequence of so many tokens comes twice (Paulus et al. 2018); 0: any may
     beams: Texts = 1  # hypotheses that a beam search keeps; 1: no beam search
     length_penalty: Number = 1.0  # a hypothesis is worth its log-probability divided by its length to this power
-    # When a beam search ends: with as many hypotheses as beams (True), or when no open beam can beat the worst of them,
-    # by its length so far (False) or by the length that suits it best (never).
-    early_stopping: Literal[True, False, "never"] = False
+    early_stopping: Literal[True, False, "never"] = False  # end a beam search with the first hypotheses, one per beam
     n_best: Texts = 1  # texts of each prompt; of a beam search the best hypotheses, else draws
     stop: tuple[Name, ...] = ()  # texts before which a generated text ends
     forbidden: tuple[Name, ...] = ()  # words or texts that are never generated
