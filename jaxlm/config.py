@@ -408,7 +408,9 @@ class Chat(Config):
     """Answer in a conversation: what the assistant says is learned, and nothing else (instruction tuning; Ouyang et al.
     2022, section 3.5)."""
 
-    messages: str = "messages"  # column of the messages, a list of {"role": "user", "content": "..."}
+    messages: str = (
+        "messages"  # column of lists of {"role": ..., "content": ...}, or ShareGPT's {"from": ..., "value": ...}
+    )
     question: str = ""  # in place of messages, the column of what the user says
     answer: str = ""  # and that of what the assistant answers
     system: str = ""  # said before each conversation

@@ -456,13 +456,37 @@ def test_questions_and_answers_are_conversations():
         ({"messages": "hello"}, "column 'messages' holds 'hello', not a list of"),
         ({"messages": []}, "--task.question and --task.answer"),
         ({"talk": []}, "there is no column 'messages'; the columns are 'talk'"),
-        ({"messages": [{"content": "x"}]}, "not a list of"),
+        (
+            {"messages": [{"content": "x"}]},
+            "in column 'messages', message 0 is {'content': 'x'}; give a dict with a role",
+        ),
+        ({"messages": ["x"]}, "message 0 is 'x'"),
+        ({"messages": {"role": "user", "content": "x"}}, "not a list of"),
+        ({"conversations": []}, "column 'conversations' holds [], not a list of"),
+        ({"conversations": [{"from": "humn", "value": "x"}]}, "message 0 is from 'humn'; perhaps you meant 'human'"),
+        ({"messages": [{"role": "user", "content": "a\ud83d"}]}, "half of a surrogate pair, U+D83D"),
     ],
 )
 def test_what_is_no_conversation(row, message):
     with pytest.raises(UserError) as error:
         ChatTask.read(Chat(), row, Place("rows", 1))
     assert message in str(error.value)
+
+
+def test_conversations_of_other_forms():
+    spoken = [{"from": "human", "value": "the"}, {"from": "gpt", "value": "dog"}]
+    same = [{"role": "user", "content": "the"}, {"role": "assistant", "content": "dog"}]
+    first = [{"role": "system", "content": "quick"}]
+    read = lambda row: ChatTask.read(Chat(), row, Place("rows", 1))
+    expected = {"messages": same, "label": "dog"}
+    assert read({"conversations": spoken}) == read({"conversation": spoken}) == read({"messages": spoken}) == expected
+    assert read({"messages": json.dumps(same)}) == read({"messages": np.array(same)}) == expected
+    assert read({"conversations": spoken, "system": "quick"})["messages"] == first + same
+    assert read({"conversations": [{"from": "system", "value": "quick"}, *spoken]})["messages"] == first + same
+    parts = [same[0], {"role": "assistant", "content": [{"type": "text", "text": "do"}, {"type": "text", "text": "g"}]}]
+    assert read({"messages": parts})["label"] == "dog"
+    made = list(chat_of().features([read({"messages": parts}), read({"conversations": spoken})], True))
+    assert (made[0][0][0]["tokens_BT"] == made[1][0][0]["tokens_BT"]).all()
 
 
 def test_a_chat_run_answers_and_exports_its_template(tmp_path):

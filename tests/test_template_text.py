@@ -104,7 +104,13 @@ def test_json_is_that_of_python(value, ensure_ascii, indent, separators):
 
 def rendered(template: str, content, **given) -> tuple[str, str]:
     """The text, and what of it the template wrote."""
-    job = {"source": template, "messages": [{"role": "user", "content": content}], "special": {}, "given": given}
+    job = {
+        "source": template,
+        "messages": [{"role": "user", "content": content}],
+        "roles": ["user"],
+        "special": {},
+        "given": given,
+    }
     found = template_worker.render({**job, "seconds": 0, "characters": 10**6, "renderings": [[1, True]]})
     assert "rendered" in found, found
     ((text, users, _),) = found["rendered"]

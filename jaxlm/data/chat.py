@@ -201,7 +201,7 @@ def _chat(
     plain = conversations.checked(messages)
     for place, message in enumerate(plain):
         role = message["role"]
-        if role not in conversations.ROLES and not re.search(rf"""["']{re.escape(role)}["']""", use.source):
+        if not _is_known(tokenizer, use, role):
             # Most templates leave out a message of a role that they do not know, and say nothing.
             raise UserError(f"message {place} has the role {role!r}{perhaps(role, conversations.ROLES)}; rename it")
     if not _READS_PARTS.search(use.source):
@@ -209,7 +209,16 @@ def _chat(
     more = {name: conversations.plain_data(value, f"the variable {name}") for name, value in variables.items()}
     given = {"tools": conversations.plain_data(tools, "tools"), "documents": None, **more}
     special = {f"{role}_token": token for role, token in tokenizer.special.items()}
-    return {"source": use.source, "messages": plain, "special": special, "given": given}
+    roles = (*conversations.ROLES, *conversations.MORE_ROLES)
+    return {"source": use.source, "messages": plain, "roles": roles, "special": special, "given": given}
+
+
+def _is_known(tokenizer: Tokenizer, use: _Template, role: str) -> bool:
+    """Returns whether a template has a role: it compares with it, or a token such as <|observation|> is made of it."""
+    if role in conversations.ROLES or re.search(rf"""["']{re.escape(role)}["']""", use.source):
+        return True
+    added = tokenizer.backend.get_added_tokens_decoder().values()
+    return role in conversations.MORE_ROLES and any(role in token.content for token in added)
 
 
 def _template(tokenizer: Tokenizer, asked: str | None, tools: Any) -> _Template:

@@ -15,6 +15,7 @@ from jaxlm.errors import UserError, perhaps
 Messages = Sequence[Mapping[str, Any]]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+MORE_ROLES = ("observation", "function", "ipython", "model", "context")  # that some templates have
 DEPTH = 64  # lists and dicts within one another
 # Who speaks in conversations of ShareGPT's form, {"from": ..., "value": ...}, as published data names them.
 _SHAREGPT = {

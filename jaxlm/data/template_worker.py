@@ -14,6 +14,7 @@ import re
 import signal
 import sys
 import warnings
+from collections.abc import Sequence
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
@@ -70,11 +71,11 @@ def _compiled(source: str) -> tuple[Sandbox, jinja2.Template]:
     return sandbox, sandbox.from_string(source)
 
 
-def _message(message: dict[str, Any]) -> dict[str, Any]:
-    return {
-        (name if name in _FIELDS else from_user(name)): Text(value, value) if name == "role" else user_data(value)
-        for name, value in message.items()
-    }
+def _message(message: dict[str, Any], roles: Sequence[str]) -> dict[str, Any]:
+    made = {(name if name in _FIELDS else from_user(name)): user_data(value) for name, value in message.items()}
+    if message["role"] in roles:
+        made["role"] = Text(message["role"], message["role"])
+    return made
 
 
 def _rendered(template: jinja2.Template, names: dict[str, Any], characters: int) -> list[Any]:
@@ -109,7 +110,8 @@ def render(job: dict[str, Any]) -> dict[str, Any]:
     """Returns the renderings of a job, or the problem with it: its kind and a detail.
 
     Args:
-        job: `source` of the template, `messages`, `special` (names of the tokenizer's special tokens), `given` (other
+        job: `source` of the template, `messages`, `roles` (those that are no text of a user), `special`
+            (names of the tokenizer's special tokens), `given` (other
             variables), `seconds` (of processor time that one rendering may take), `characters` (that it may write), and
             `renderings`: pairs of the number of messages and add_generation_prompt.
     """
@@ -117,7 +119,7 @@ def render(job: dict[str, Any]) -> dict[str, Any]:
         _time(job["seconds"])
         sandbox, template = _compiled(job["source"])
         sandbox.now = datetime.now()
-        messages = list(map(_message, job["messages"]))
+        messages = [_message(message, job["roles"]) for message in job["messages"]]
         names: dict[str, Any] = {name: Text(token, token) for name, token in job["special"].items()}
         names |= {name: user_data(value) for name, value in job["given"].items()}
         found = []
@@ -151,7 +153,15 @@ def main(memory: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt from the keyboard is for the parent
     warnings.simplefilter("ignore")  # nobody reads the error stream while the process lives
     example = "{{ '\\n' ~ messages | tojson }}{{ strftime_now('%Y') }}{{ missing.part }}"
-    warm = {"source": example, "messages": [], "special": {}, "given": {"a": "a"}, "seconds": 9.0, "characters": 99}
+    warm = {
+        "source": example,
+        "messages": [],
+        "roles": [],
+        "special": {},
+        "given": {"a": "a"},
+        "seconds": 9.0,
+        "characters": 99,
+    }
     render({**warm, "renderings": [[0, True]]})
     import pprint  # noqa: F401
     import textwrap  # noqa: F401 - filters import these when they are used, and then no file can be opened any more

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxlm import config, metrics
 from jaxlm.config import ModelConfig
-from jaxlm.data import chat
+from jaxlm.data import chat, conversations
 from jaxlm.data.batches import Features
 from jaxlm.data.lines import Place, Row
 from jaxlm.errors import UserError
@@ -22,6 +22,8 @@ from jaxlm.report import Section
 from jaxlm.tasks.generation import UNREAD, GenerationTask, shown
 from jaxlm.tasks.reading import Record, Records, column, listed, text_of
 from jaxlm.tasks.task import Task
+
+_OTHER_NAMES = ("conversations", "conversation")  # of the column of messages, in ShareGPT's form
 
 
 class ChatTask(GenerationTask):
@@ -52,14 +54,14 @@ class ChatTask(GenerationTask):
             messages = [{"role": "user", "content": text_of(row, task.question, place, "--task.question")}]
             if row.get(task.answer) is not None:
                 messages.append({"role": "assistant", "content": text_of(row, task.answer, place, "--task.answer")})
+            messages = _checked(messages, place, task.question)
         else:
-            value = listed(column(row, task.messages, place, "--task.messages"), task.messages, place)
-            messages = _messages(value, place, task.messages)
+            messages = _conversation(task, row, place)
         if task.system:
             messages = [{"role": "system", "content": task.system}, *messages]
         record: Record = {"messages": messages}
         if messages[-1]["role"] == "assistant":
-            record["label"] = str(messages[-1].get("content") or "")
+            record["label"] = conversations.text_of(messages[-1].get("content"))
         return record
 
     @classmethod
@@ -70,7 +72,8 @@ class ChatTask(GenerationTask):
 
     @classmethod
     def texts(cls, record: Record) -> Iterable[str]:
-        return [message["content"] for message in record["messages"] if isinstance(message.get("content"), str)]
+        said = (message.get(name) for message in record["messages"] for name in ("reasoning_content", "content"))
+        return [text for text in map(conversations.text_of, said) if text]
 
     @cached_property
     def stops(self) -> tuple[int, ...]:
@@ -123,17 +126,33 @@ class ChatTask(GenerationTask):
         return super().exports(lm)
 
     def sections(self, part: Records, predictions: Sequence[Row]) -> list[Section]:
-        asked = lambda record: str(record["messages"][-2].get("content")) if len(record["messages"]) > 1 else ""
+        before = lambda record: record["messages"][-2:-1] or [{}]
+        asked = lambda record: conversations.text_of(before(record)[0].get("content"))
         rows = ([asked(r), r["label"], told["prediction"]] for r, told in zip(part.records, predictions))
         return [shown("Answers", ("asked", "right", "generated"), rows, "The first of the held-out part.")]
 
 
-def _messages(value: Any, place: Place, name: str) -> list[dict[str, Any]]:
-    value = value.tolist() if isinstance(value, np.ndarray) else value
-    good = isinstance(value, (list, tuple)) and len(value) > 0
-    if not good or not all(isinstance(one, dict) and isinstance(one.get("role"), str) for one in value):
+def _conversation(task: config.Chat, row: Row, place: Place) -> list[dict[str, Any]]:
+    """Returns the messages in a row: those in the column of the task, or where ShareGPT's form has them."""
+    name = task.messages
+    if name == config.Chat.messages and name not in row:
+        name = next((other for other in _OTHER_NAMES if other in row), name)
+    value = listed(column(row, name, place, "--task.messages"), name, place)
+    if not isinstance(value, (list, tuple, np.ndarray)) or not len(value):
         raise UserError(
-            f'{place}: column {name!r} holds {value!r:.60}, not a list of {{"role": ..., "content": ...}}; mend it, or '
-            f"choose with --task.messages, or --task.question and --task.answer"
+            f'{place}: column {name!r} holds {value!r:.60}, not a list of {{"role": ..., "content": ...}} or '
+            f'{{"from": ..., "value": ...}}; correct it, or choose with --task.messages, or --task.question and '
+            f"--task.answer"
         )
-    return list(value)
+    messages = _checked(value, place, name)
+    system = row.get("system")
+    if name in _OTHER_NAMES and system and isinstance(system, str) and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    return messages
+
+
+def _checked(messages: Any, place: Place, name: str) -> list[dict[str, Any]]:
+    try:
+        return conversations.checked(messages)
+    except UserError as error:
+        raise UserError(f"{place}: in column {name!r}, {error}") from None
