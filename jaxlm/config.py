@@ -408,9 +408,7 @@ class Chat(Config):
     """Answer in a conversation: what the assistant says is learned, and nothing else (instruction tuning; Ouyang et al.
     2022, section 3.5)."""
 
-    messages: str = (
-        "messages"  # column of lists of {"role": ..., "content": ...}, or ShareGPT's {"from": ..., "value": ...}
-    )
+    messages: str = "messages"  # column of lists of {"role": ..., "content": ...} or {"from": ..., "value": ...}
     question: str = ""  # in place of messages, the column of what the user says
     answer: str = ""  # and that of what the assistant answers
     system: str = ""  # said before each conversation

@@ -167,10 +167,12 @@ def _with_answers(tokenizer: Tokenizer, use: _Template, places: Sequence[int], f
     answers: list[Span] = []
     for place, before, after in zip(places, others[::2], others[1::2]):
         if not (whole.text.startswith(after.text) and after.text.startswith(before.text)):
+            alone = "learn the last answer alone (only_last=True, --task.last-alone), or " if place < places[-1] else ""
             raise UserError(
                 f"the chat template {use.name} has no {{% generation %}} and writes messages in another way once "
-                f"others follow, so that the answer in message {place} cannot be found; put the answer of the template "
-                f"between {{% generation %}} and {{% endgeneration %}}, and give that as template="
+                f"others follow, so that the answer in message {place} cannot be found; {alone}put the answer of the "
+                f"template between {{% generation %}} and {{% endgeneration %}}, and give that as template= "
+                f"(--task.template)"
             )
         start, end = len(before.text), len(after.text)
         control = chat_tokens.control_pattern(tokenizer, use.source)
