@@ -15,7 +15,7 @@ from jaxlm.data.corpus import cache_folder
 
 def config() -> RunConfig:
     # The text is one document; the cut at nine tenths of its bytes is made there, so the tokenizer sees training alone.
-    data = DataConfig(documents="file", eval_fraction=0.1, length=256)
+    data = DataConfig(documents="file", eval_choice="last", length=256)
     file = samples.documentation(cache_folder(data) / "quickstart.txt")
     return RunConfig(
         model=ModelConfig(vocabulary=2048, max_length=256, width=128, layers=4, heads=4, dropout=0.2),

@@ -16,7 +16,7 @@ def config() -> RunConfig:
     return RunConfig(
         model=ModelConfig(vocabulary=96, max_length=64, width=128, layers=4, heads=4, initial_std=0.05),
         task=CausalLM(),
-        data=DataConfig(documents="file", eval_fraction=0.1, length=64),
+        data=DataConfig(documents="file", eval_choice="last", length=64),
         tokenizer=TokenizerConfig(train="characters"),
         optimizer=OptimizerConfig(
             rate=1e-3, schedule="cosine", warmup=100, final=0.1, beta2=0.99, weight_decay=0.1, clip=1.0

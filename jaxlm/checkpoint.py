@@ -147,6 +147,35 @@ class Checkpoints:
             step = None
         return None
 
+    def restore_params(self, like: Any, step: int) -> Any | None:
+        """Returns the parameters alone of the checkpoint of `step`, without what the optimizer keeps.
+
+        like: their shapes and shardings.  None where the checkpoint is corrupt, which is reported, and it stays.
+
+        Raises:
+          Exception: what Orbax raises where memory is short, and on several hosts whatever it raises.
+        """
+        ocp = self._ocp
+        try:
+            wanted = {"params": like}
+            args = ocp.args.PyTreeRestore(
+                wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
+            )
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+                params = reader.restore(self.folder / str(step) / "state", args=args)["params"]
+            file = self.folder / str(step) / "notes" / "metadata"
+            whole = json.loads(file.read_text())["checksums"]
+            found = [int(x) for x in np.asarray(checksums(params))]
+            if found == whole[1 : 1 + len(found)]:  # behind that of the step
+                return params
+            fault: Exception = ValueError("its content does not match its checksums")
+        except Exception as error:
+            if "RESOURCE_EXHAUSTED" in str(error) or jax.process_count() > 1:  # others may wait for this host
+                raise
+            fault = error
+        self._say(f"checkpoint {step}, the best, is corrupt ({_first_line(fault)}); the last weights are exported")
+        return None
+
     def close(self) -> None:
         """Waits for what is being written, as `wait` does, and ends the threads behind it."""
         if hosts.is_loss(sys.exception()):

@@ -289,6 +289,7 @@ class MaskedLM(Config):
     label_smoothing: ShareBelowOne = 0.0  # share of the target spread evenly over the vocabulary
     mask_rate: OpenShare = 0.15  # share of the tokens that are predicted: 80% masked, 10% random, 10% kept
     whole_words: bool = False  # choose whole words, not single tokens
+    full_sentences: bool = True  # fill a row with the sentences that follow (Liu et al. 2019); False: of one document
     next_sentence: bool = False  # pair each text with its continuation or, half of the time, another; tell which
     sentences: Literal["line", "punctuation"] = "line"  # what a sentence is, for pairs
     short_rate: Share = 0.1  # share of the pairs aimed at a random shorter length
@@ -454,8 +455,9 @@ class DataConfig(Config):
     """Where text comes from, and the shape that it is packed to."""
 
     path: str = ""  # file, folder, glob, or tfds:NAME; txt, csv, tsv, json, jsonl, parquet, conll, each also as .gz
-    eval_path: str = ""  # held-out data; empty: eval_fraction of the documents (the last) or examples (any)
+    eval_path: str = ""  # held-out data; empty: eval_fraction of the documents or examples
     eval_fraction: Share = 0.1  # share of the documents or examples held out when there is no eval_path
+    eval_choice: Literal["sampled", "last"] = "sampled"  # documents held out: any, by a hash; or the last of a text
     eval_seed: Seed = 0  # of the choice of the examples held out; the run's own seed does not change it
     format: Format = "suffix"  # of the files; suffix: what the end of a file's name says
     target_path: str = ""  # plain text whose line n goes with line n of `path`: a translation; its column is "target"
@@ -485,7 +487,7 @@ class TokenizerConfig(Config):
     separate: bool = False  # one of the sources, another of the targets (Seq2Seq), saved in a folder `target` below it
     sentinels: Count = 0  # of the vocabulary, tokens <extra_id_0> ... that mark gaps: SpanCorruption needs them
     split_special_tokens: bool | None = None  # spell [SEP] in a text like other text; None: in pre-training alone
-    max_training_characters: Characters = 50_000_000  # the trainer sees documents in order up to this much text
+    max_training_characters: Characters = 50_000_000  # the trainer sees a sample of this much text
 
 
 @dataclass(frozen=True)
@@ -534,6 +536,7 @@ class RunConfig(Config):
     accumulate: Positive = 1  # micro-batches that an update is computed in, to save memory
     examples: Count = 0  # mean number of examples in one update; above 0 it decides over batch
     steps: Positive = 1000  # optimizer updates
+    eval_tokens: Count = 1 << 22  # of held-out text, that a language model is evaluated on, from all over it; 0: all
     epochs: Annotated[float, Range(0, 1_000_000)] = 0.0  # passes over the training part; above 0 they decide over steps
     seed: Seed = 0  # of parameters, data order, masking and dropout
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products; the rest stays float32
@@ -669,6 +672,7 @@ _USED: tuple[tuple[type, str, str, tuple[Any, ...]], ...] = (
     (Similarity, "highest", "objective", ("cosine",)),
     (Similarity, "temperature", "objective", ("contrastive",)),
     (MaskedLM, "sentences", "next_sentence", (True,)),
+    (MaskedLM, "full_sentences", "next_sentence", (False,)),
     (MaskedLM, "short_rate", "next_sentence", (True,)),
 )
 

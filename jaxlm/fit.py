@@ -23,7 +23,7 @@ from jaxlm.assembly import assemble, closed_flops, lay, rows_here
 from jaxlm.checkpoint import Checkpoints, finite
 from jaxlm.config import CausalLM, Decoding, ModelConfig, RunConfig, to_json
 from jaxlm.data.batches import prefetch
-from jaxlm.data.corpus import Prepared
+from jaxlm.data.corpus import Corpus, Prepared, capped
 from jaxlm.errors import Interrupted, RunError, Stopped, UserError, perhaps
 from jaxlm.evaluate import see
 from jaxlm.folder import NoLog, RunLog, begin, claim, duration, labels_of, write_json
@@ -158,6 +158,9 @@ def _fit_in(
         data = hosts.after_first(lambda: prepare(run, own_tokenizer, say, known))
     else:
         data = with_labels(run, data, known, say)
+    held_out_tokens = len(data.held_out.tokens) if isinstance(data.held_out, Corpus) else 0
+    if held_out_tokens:
+        data = data._replace(held_out=capped(data.held_out, run.eval_tokens, data.tokenizer))
     task = make_task(run, data.tokenizer, data.labels)
     if run.best and run.best not in (*task.scores, "loss"):
         raise UserError(f"best is {run.best!r}{perhaps(run.best, [*task.scores, 'loss'])}")
@@ -170,6 +173,9 @@ def _fit_in(
     put = partial(lay, mesh)
     batch_at = partial(batches.batch_at, rows=rows_here(mesh, run.batch, run.accumulate))
     held_out_rows = rows_here(mesh, run.batch // run.accumulate, 1)
+    for part, some in (("training", batches), ("held-out", held_out)):
+        if not len(some):
+            raise UserError(f"no example can be made of the {part} data, which are too few for the task; give more")
 
     # Model, optimizer, state: shapes first, so that everything is made where it will lie.
     kind = task.module(Transformer if model is None else type(model.module))
@@ -198,6 +204,8 @@ def _fit_in(
         return load(folder / "export" / task.folders[0], compute_dtype=run.compute_dtype, module=own, mesh=on)
     hosts.first(lambda: (folder / "report.html").unlink(missing_ok=True))  # its presence says: finished
     _say_start(run, folder, data, batches, _size(like.params), mesh, started)
+    if held_out_tokens and len(data.held_out.tokens) < held_out_tokens:
+        say(f"eval      on {len(data.held_out.tokens):,} of {held_out_tokens:,} held-out tokens (--eval-tokens 0: all)")
     if balance := task.balance(data.train):
         say(f"labels    {balance}")
     for line in task.truncated(batches):
@@ -279,9 +287,12 @@ def _fit_in(
 
         # The end, or where the run was asked to stop: the best weights are exported.
         best_step = checkpoints.best()
-        if best_step != int(state.step):
-            restored, scores = checkpoints.restore(like, best_step), {}
-            state = restored[0] if restored else state
+        if best_step is not None and best_step != int(state.step):
+            # What the optimizer keeps is not needed any more, and makes room for the other parameters.
+            jax.tree.map(lambda leaf: leaf.delete(), state.opt_state)
+            state = state._replace(opt_state=None)
+            if (params := checkpoints.restore_params(like.params, best_step)) is not None:
+                state, scores = state._replace(step=jax.numpy.int32(best_step), params=params), {}
         export, lm = _export(with_params(made, hosts.whole(state.params)), task, folder / "export")
         if not ending:
             raise Stopped(f"stopped at step {step:,} of {run.steps:,} and saved; the same command goes on from here")
@@ -445,7 +456,7 @@ def _sample(lm: LM, run: RunConfig) -> str | None:
     if new < 1 or (lm.tokenizer.bos is None and not run.sample_prompt):
         return None
     decoding = Decoding(max_new_tokens=new, temperature=0.7, top_p=0.95, seed=run.seed)
-    return run.sample_prompt + generate(lm, [run.sample_prompt], decoding, stop_tokens=())[0]
+    return run.sample_prompt + generate(lm, [run.sample_prompt], decoding)[0]
 
 
 def _size(shapes: Any) -> int:

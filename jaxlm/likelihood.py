@@ -19,6 +19,7 @@ from jaxlm.data.tokenizer import check_text
 from jaxlm.encode import SHORTEST, mesh_of, params_of
 from jaxlm.errors import UserError
 from jaxlm.generate import start_of
+from jaxlm.losses import bits_per_byte
 from jaxlm.nn.transformer import Transformer, apply
 from jaxlm.sharding import spec, ways
 
@@ -158,7 +159,7 @@ def perplexity(
     return {
         "perplexity": math.exp(min(loss, 700)),
         "loss": loss,
-        "bits_per_byte": total / math.log(2) / size,
+        "bits_per_byte": bits_per_byte(total, size),
         "tokens": tokens,
         "bytes": size,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -39,6 +40,15 @@ def accuracy(logits_BTV: jax.Array, labels_BT: jax.Array, weights_BT: jax.Array)
     is_label_BTV = labels_BT[..., None] == jnp.arange(logits_BTV.shape[-1])
     label_logit_BT = jnp.where(is_label_BTV, logits_BTV, 0).sum(-1)
     return ((label_logit_BT >= logits_BTV.max(-1)) * weights_BT).sum(), weights_BT.sum()
+
+
+def bits_per_byte(nats: float, size: int) -> float:
+    """Returns the bits that a model needs for a byte of a text, which compares across tokenizers.
+
+    nats: negative log-likelihood of the text's own tokens.  BOS and EOS around a document have no bytes, and what they
+    cost is no part of it.  size: bytes of the text in UTF-8.
+    """
+    return nats / math.log(2) / size
 
 
 def in_parts(

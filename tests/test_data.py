@@ -286,7 +286,7 @@ def test_a_file_is_cut_at_the_byte_and_no_byte_is_lost(tmp_path_factory, text, f
 def test_documents_stay_whole_at_the_cut(tmp_path):
     lines = [f"{'x' * (i % 7)} line {i}" for i in range(50)]
     for fraction in (0.1, 0.33, 0.5):
-        run = a_run(tmp_path, "\n".join(lines) + "\n", eval_fraction=fraction)
+        run = a_run(tmp_path, "\n".join(lines) + "\n", eval_choice="last", eval_fraction=fraction)
         prepared = prepare(run, QUIET)
         train, held_out = (documents_of(prepared, c) for c in (prepared.train, prepared.held_out))
         assert train + held_out == lines

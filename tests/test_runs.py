@@ -442,6 +442,25 @@ def test_a_checkpoint_that_may_not_be_read_is_no_corrupt_one(stopped, tmp_path, 
     assert not (folder / "corrupt").exists()
 
 
+def test_parameters_are_restored_without_what_the_optimizer_keeps(tmp_path):
+    said = []
+    state = TrainState(jnp.int32(3), {"a": {"b": jnp.arange(6.0)}}, {"m": jnp.ones(6)}, jnp.zeros(2, jnp.uint32))
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 2, said.append)
+    checkpoints.save(state, {"best": 1.0})
+    checkpoints.wait()
+    found = checkpoints.restore_params(like.params, 3)
+    assert found is not None, said
+    np.testing.assert_array_equal(found["a"]["b"], state.params["a"]["b"])
+    notes = tmp_path / "checkpoints" / "3" / "notes" / "metadata"
+    values = json.loads(notes.read_text())
+    values["checksums"][1] += 1
+    notes.write_text(json.dumps(values))
+    assert checkpoints.restore_params(like.params, 3) is None
+    assert "the best, is corrupt" in said[0]
+    checkpoints.close()
+
+
 # Divergence
 
 

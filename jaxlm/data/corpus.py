@@ -16,13 +16,13 @@ import numpy as np
 
 from jaxlm import storage
 from jaxlm.config import DataConfig, RunConfig
-from jaxlm.data import source
+from jaxlm.data import holdout, source
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 
 _CHECKSUMS = "checksums.json"  # of every other file of an entry: size and hash
-_FORMAT = 4  # of the files below; a new number makes everything anew
+_FORMAT = 5  # of the files below; a new number makes everything anew
 # How a document is divided into sentences; together they are the document, white space included.
 _SENTENCES: dict[str, Callable[[str], list[str]]] = {
     "line": lambda text: text.splitlines(keepends=True),
@@ -39,6 +39,7 @@ class Corpus(NamedTuple):
     sentences: np.ndarray  # [number of sentences + 1] int64
     documents: np.ndarray  # [number of documents + 1] int64
     bytes: int  # of the text, UTF-8
+    document_bytes: np.ndarray | None = None  # [number of documents] int64, of which `bytes` is the sum
 
     @property
     def said(self) -> str:
@@ -145,18 +146,21 @@ def _build_in(
     data, rows = run.data, Counter[str]()
     read = lambda path, split, count: source.documents(path, data, split, count)
     if apart := source.held_out(data):
-        train = lambda count=Counter(): read(data.path, data.split, count)
+        train = lambda count=None: read(data.path, data.split, Counter() if count is None else count)
         held_out = lambda: read(apart[0], apart[2], Counter())
     else:
-        sizes = [len(text.encode()) for text in read(data.path, data.split, Counter())]
-        cut = round(sum(sizes) * (1 - data.eval_fraction))
-        train = lambda count=Counter(): _before(read(data.path, data.split, count), cut, data.documents == "file")
-        held_out = lambda: _after(read(data.path, data.split, Counter()), cut, data.documents == "file")
+        everything = lambda count=None: read(data.path, data.split, Counter() if count is None else count)
+        how: dict[str, Any] = {"sampled": data.eval_choice == "sampled", "divide": data.documents == "file"}
+        chosen = holdout.choose(everything(), data.eval_fraction, data.eval_seed, **how)
+        if how["sampled"] and chosen.hashes is None:
+            say("the documents are too few for a sample; the end of the text is held out")
+        train = lambda count=None: chosen.train(everything(count))
+        held_out = lambda: chosen.held_out(everything())
     if given is not None:
         tokenizer = given
     else:
         say(f"training a {run.tokenizer.train} tokenizer of {run.model.vocabulary:,} tokens")
-        texts = _limited(train(), run.tokenizer.max_training_characters)
+        texts = holdout.sample(train, run.tokenizer.max_training_characters)
         tokenizer = tokenizers.train(
             texts,
             run.tokenizer,
@@ -198,7 +202,7 @@ def _write(
     dtype = np.uint16 if tokenizer.size <= 1 << 16 else np.uint32
     sentence_sizes: list[int] = []
     document_sizes: list[int] = []
-    size = 0
+    document_bytes: list[int] = []
     before = [] if tokenizer.bos is None else [tokenizer.bos]
     after = [] if tokenizer.eos in (None, tokenizer.bos) else [tokenizer.eos]
     with open(folder / "tokens.bin", "wb") as file:
@@ -210,11 +214,12 @@ def _write(
                 encoded = [before + ids + after for ids in encoded]
             sentence_sizes += map(len, encoded)
             document_sizes += [len(document) for document in divided if document]
-            size += sum(len(text.encode()) for text in some)
+            document_bytes += [len(text.encode()) for text, document in zip(some, divided) if document]
             file.write(np.array([i for ids in encoded for i in ids], dtype).tobytes())
     np.save(folder / "sentences.npy", np.cumsum([0, *sentence_sizes]))
     np.save(folder / "documents.npy", np.cumsum([0, *document_sizes]))
-    (folder / "facts.json").write_text(json.dumps({"bytes": size, "dtype": np.dtype(dtype).name}))
+    np.save(folder / "document_bytes.npy", np.array(document_bytes, np.int64))
+    (folder / "facts.json").write_text(json.dumps({"bytes": sum(document_bytes), "dtype": np.dtype(dtype).name}))
     return _open(folder)
 
 
@@ -223,46 +228,41 @@ def _open(folder: Path) -> Corpus:
     file = folder / "tokens.bin"
     # An empty file cannot be mapped.
     tokens = np.memmap(file, facts["dtype"], "r") if file.stat().st_size else np.zeros(0, facts["dtype"])
-    return Corpus(tokens, np.load(folder / "sentences.npy"), np.load(folder / "documents.npy"), facts["bytes"])
+    arrays = {name: np.load(folder / f"{name}.npy") for name in ("sentences", "documents", "document_bytes")}
+    return Corpus(tokens=tokens, bytes=facts["bytes"], **arrays)
 
 
-def _before(texts: Iterable[str], cut: int, divide: bool) -> Iterator[str]:
-    """The documents of the first `cut` bytes.  One that crosses the cut stays whole unless it may be divided."""
-    for text, start, end in _spans(texts):
-        if end <= cut or (start < cut and not divide):
-            yield text
-        elif start < cut:
-            yield _divide(text, cut - start)[0]
+def capped(corpus: Corpus, tokens: int, tokenizer: Tokenizer) -> Corpus:
+    """Returns documents of a corpus from all over it, of at most so many tokens together; 0: the corpus.
+
+    Of a document that is longer, its beginning.
+    """
+    total = len(corpus.tokens)
+    if not tokens or total <= tokens or corpus.document_bytes is None:
+        return corpus
+    bounds = corpus.bounds
+    order = np.random.default_rng(0).permutation(len(bounds) - 1)
+    ends = np.cumsum(np.diff(bounds)[order])
+    chosen = np.sort(order[: np.searchsorted(ends, tokens, side="right")])
+    if not len(chosen):
+        return _beginning(corpus, int(order[0]), tokens, tokenizer)
+    parts = [corpus.tokens[bounds[d] : bounds[d + 1]] for d in chosen]
+    starts = [corpus.sentences[corpus.documents[d] : corpus.documents[d + 1]] for d in chosen]
+    sizes = [np.diff(corpus.sentences[corpus.documents[d] : corpus.documents[d + 1] + 1]) for d in chosen]
+    sentences = np.cumsum([0, *np.concatenate(sizes).tolist()])
+    documents = np.cumsum([0, *map(len, starts)])
+    document_bytes = corpus.document_bytes[chosen]
+    return Corpus(np.concatenate(parts), sentences, documents, int(document_bytes.sum()), document_bytes)
 
 
-def _after(texts: Iterable[str], cut: int, divide: bool) -> Iterator[str]:
-    """What `_before` leaves."""
-    for text, start, end in _spans(texts):
-        if start >= cut:
-            yield text
-        elif end > cut and divide:
-            yield _divide(text, cut - start)[1]
-
-
-def _spans(texts: Iterable[str]) -> Iterator[tuple[str, int, int]]:
-    end = 0
-    for text in texts:
-        start, end = end, end + len(text.encode())
-        yield text, start, end
-
-
-def _divide(text: str, cut: int) -> tuple[str, str]:
-    """Two parts of a text, divided at byte `cut` or, inside a character, before that character."""
-    head = text.encode()[:cut].decode(errors="ignore")
-    return head, text[len(head) :]
-
-
-def _limited(texts: Iterable[str], characters: int) -> Iterator[str]:
-    for text in texts:
-        yield text[:characters]
-        characters -= len(text)
-        if characters <= 0:
-            return
+def _beginning(corpus: Corpus, document: int, tokens: int, tokenizer: Tokenizer) -> Corpus:
+    """Returns the first tokens of a document as a corpus."""
+    start = corpus.bounds[document]
+    some = np.asarray(corpus.tokens[start : start + tokens])
+    inside = (corpus.sentences > start) & (corpus.sentences < start + tokens)
+    sentences = np.array([0, *(corpus.sentences[inside] - start), tokens], np.int64)
+    size = len(tokenizer.decode(some).encode())
+    return Corpus(some, sentences, np.array([0, len(sentences) - 1]), size, np.array([size]))
 
 
 def _batches(texts: Iterable[str], characters: int) -> Iterator[list[str]]:

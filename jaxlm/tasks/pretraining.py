@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from jaxlm.data.corrupt import mask_tokens, words
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.lm import LM
-from jaxlm.losses import Losses, accuracy, cross_entropy
+from jaxlm.losses import Losses, accuracy, bits_per_byte, cross_entropy
 from jaxlm.nn.transformer import Transformer, apply
 from jaxlm.tasks.states import hidden, word_losses
 from jaxlm.tasks.task import Seen, Task
@@ -36,6 +36,8 @@ class CausalLMTask(Task):
     ):
         self.task, self.length, self.seed = task, length, seed
         self.most = 2 if task.stream else max(2, length // 8)
+        # Tokens that stand around documents, which have no bytes.
+        self.frame = [] if tokenizer is None else [i for i in (tokenizer.bos, tokenizer.eos) if i is not None]
 
     def examples(self, corpus: Corpus, training: bool) -> CausalExamples:
         return CausalExamples(self, corpus, training)
@@ -46,8 +48,14 @@ class CausalLMTask(Task):
     def losses(self, module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> Losses:
         x_BTD = hidden(module, params, batch, key)
         smoothing = 0.0 if key is None else self.task.label_smoothing
-        found = word_losses(module, params, x_BTD, batch["labels_BT"], batch["weights_BT"], smoothing)
-        return found if key is None else {"loss": found["loss"]}, {}
+        labels_BT, weights_BT = batch["labels_BT"], batch["weights_BT"]
+        found = word_losses(module, params, x_BTD, labels_BT, weights_BT, smoothing)
+        if key is not None:
+            return {"loss": found["loss"]}, {}
+        if self.frame:
+            text_BT = weights_BT * ~jnp.isin(labels_BT, jnp.array(self.frame))
+            found["text_loss"] = word_losses(module, params, x_BTD, labels_BT, text_BT)["loss"]
+        return found, {}
 
     def measure(
         self, lm: LM, see: Callable[[Any], Seen], batches: Batches, part: Corpus
@@ -57,8 +65,7 @@ class CausalLMTask(Task):
         return {
             "loss": means["loss"],
             "perplexity": math.exp(min(means["loss"], 700)),
-            # Every byte of the text is covered by exactly one token, so this compares across tokenizers.
-            "bits_per_byte": seen.losses["loss"][0] / math.log(2) / part.bytes,
+            "bits_per_byte": bits_per_byte(seen.losses.get("text_loss", seen.losses["loss"])[0], part.bytes),
             "accuracy": means["accuracy"],
         }, None
 
@@ -183,6 +190,8 @@ class MaskedExamples:
             random = np.random.default_rng(seed)
             spans = _pairs(self.corpus, self.task.length - 3, self.task.task.short_rate, random)
             lengths = spans[:, 1] - spans[:, 0] + spans[:, 3] - spans[:, 2] + 3
+        elif self.task.task.full_sentences:
+            spans, lengths = self.full_sentences
         else:
             texts = zip(self.corpus.bounds, self.corpus.bounds[1:])
             pieces = [_pieces(a, b, self.task.length - 2) for a, b in texts if b > a]
@@ -190,9 +199,19 @@ class MaskedExamples:
             lengths = spans[:, 1] - spans[:, 0] + 2
         return Epoch(lengths, partial(self._features, seed, spans))
 
+    @cached_property
+    def full_sentences(self) -> tuple[np.ndarray, np.ndarray]:
+        """Spans of sentences that follow each other [n, 2], and their lengths with all special tokens [n]."""
+        return _full_sentences(self.corpus, self.task.length)
+
     def _features(self, seed: tuple[int, ...], spans: np.ndarray, i: int) -> list[Features]:
         tokenizer, corpus = self.task.tokenizer, self.corpus.tokens
         a = corpus[spans[i, 0] : spans[i, 1]].astype(np.int32)
+        inner = np.zeros(0, np.int64)
+        if self.task.task.full_sentences and not self.task.task.next_sentence:
+            inner = _starts_inside(self.corpus.bounds, *spans[i]) - spans[i, 0]
+            a = np.insert(a, inner, np.int32(tokenizer.sep))  # type: ignore[arg-type]
+            inner = inner + np.arange(1, len(inner) + 1)  # behind [CLS] and the separators before
         tokens = np.concatenate([[tokenizer.cls], a, [tokenizer.sep]])
         types = np.zeros(len(tokens), np.int32)
         features: Features = {}
@@ -202,7 +221,7 @@ class MaskedExamples:
             types = np.repeat([0, 1], [len(a) + 2, len(b) + 1]).astype(np.int32)
             features["labels_BE"] = spans[i, 4]
         choosable = np.ones(len(tokens), bool)
-        choosable[[0, len(a) + 1, -1]] = False
+        choosable[[0, len(a) + 1, -1, *inner]] = False
         continues = tokenizer.continues[tokens] if self.task.task.whole_words else np.zeros(len(tokens), bool)
         corrupted, predicted = mask_tokens(
             tokens,
@@ -225,6 +244,41 @@ def _pieces(start: int, end: int, length: int) -> np.ndarray:
     """[start, end) in pieces of at most `length` [n, 2]."""
     starts = np.arange(start, end, length)
     return np.stack([starts, np.minimum(starts + length, end)], 1)
+
+
+def _full_sentences(corpus: Corpus, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Spans of whole sentences that fill rows of `length` tokens, and their lengths, special tokens included.
+
+    As RoBERTa's FULL-SENTENCES (Liu et al. 2019, section 4.2): a span goes on into the next document, with a separator
+    between the two.  A sentence that is longer than a row is cut.
+    """
+    firsts = set(corpus.bounds[:-1].tolist())
+    spans: list[tuple[int, int, int]] = []
+    bounds, start, end, used = corpus.sentences.tolist(), 0, 0, 2
+    for a, b in zip(bounds, bounds[1:]):
+        if a == b:
+            continue
+        separator = int(a in firsts and end > start)
+        if end > start and used + separator + b - a > length:
+            spans.append((start, end, used))
+            start, end, used, separator = a, a, 2, 0
+        if end == start:
+            start = a
+        while b - a > length - 2:
+            spans.append((a, a + length - 2, length))
+            start = end = a = a + length - 2
+        end, used = b, used + separator + b - a
+    if end > start:
+        spans.append((start, end, used))
+    found = np.array(spans, np.int64).reshape(-1, 3)
+    return found[:, :2], found[:, 2]
+
+
+def _starts_inside(bounds: np.ndarray, start: int, end: int) -> np.ndarray:
+    """Returns where documents begin inside a span, its own start excepted."""
+    first, last = np.searchsorted(bounds, [start, end], side="right")
+    inside = np.unique(bounds[first:last])
+    return inside[inside < end]
 
 
 def _pairs(corpus: Corpus, length: int, short_rate: float, random: np.random.Generator) -> np.ndarray:

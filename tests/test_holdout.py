@@ -1,0 +1,122 @@
+"""Which text is held out, learned from, and evaluated on; and how rows are filled with it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from jaxlm import config
+from jaxlm.data import holdout
+from jaxlm.data.corpus import Corpus, capped
+from jaxlm.losses import bits_per_byte
+from jaxlm.tasks.pretraining import MaskedLMTask
+
+DOCUMENTS = [f"document {n} about {'rain' if n < 500 else 'sun'}" for n in range(1000)]
+
+
+def parts(documents, fraction=0.1, seed=0, sampled=True, divide=False):
+    chosen = holdout.choose(documents, fraction, seed, sampled=sampled, divide=divide)
+    return list(chosen.train(documents)), list(chosen.held_out(documents))
+
+
+def test_documents_of_all_kinds_are_held_out_though_they_stand_in_order():
+    train, held_out = parts(DOCUMENTS)
+    assert Counter(train) + Counter(held_out) == Counter(DOCUMENTS)
+    size = lambda texts: sum(map(len, texts))
+    assert 0.09 < size(held_out) / size(DOCUMENTS) < 0.11
+    rain = sum("rain" in text for text in held_out)
+    assert 30 < rain < 70  # of 100: the last tenth would have none
+    assert parts(DOCUMENTS, seed=1)[1] != held_out
+
+
+def test_what_is_held_out_depends_on_the_content_alone():
+    held_out = parts(DOCUMENTS)[1]
+    assert set(parts(DOCUMENTS[::-1])[1]) == set(held_out)
+
+
+def test_equal_documents_come_into_the_same_part():
+    train, held_out = parts(DOCUMENTS + DOCUMENTS)
+    assert not set(train) & set(held_out)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_of_few_documents_the_end_is_held_out(count):
+    train, held_out = parts(["x" * 100] * count, divide=True)
+    assert "".join(train + held_out) == "x" * 100 * count
+    assert len("".join(held_out)) == 10 * count
+
+
+def test_the_last_documents_are_held_out_where_their_order_matters():
+    train, held_out = parts(DOCUMENTS, sampled=False)
+    assert train + held_out == DOCUMENTS
+
+
+def test_a_document_that_is_much_larger_than_the_part_is_not_held_out():
+    documents = ["x" * 10_000, *DOCUMENTS[:200]]
+    for seed in range(5):
+        assert len(parts(documents, 0.05, seed)[1][0]) < 100
+
+
+@pytest.mark.parametrize("documents", [DOCUMENTS, ["".join(DOCUMENTS)]], ids=["many", "one"])
+def test_a_tokenizer_is_trained_on_a_sample_of_all_text(documents):
+    whole = sum(map(len, documents))
+    assert list(holdout.sample(lambda: iter(documents), whole)) == documents
+    some = "".join(holdout.sample(lambda: iter(documents), 10_000))
+    assert 7_000 < len(some) <= 10_000
+    assert "rain" in some and "sun" in some
+
+
+def corpus(*documents) -> Corpus:
+    """Of documents, each a list of sentences of so many tokens, whose ids count up from 10; a token has two bytes."""
+    sentences = np.cumsum([0, *(n for document in documents for n in document)])
+    counts = np.cumsum([0, *map(len, documents)])
+    sizes = np.array([2 * sum(document) for document in documents])
+    return Corpus(np.arange(10, 10 + sentences[-1]), sentences, counts, int(sizes.sum()), sizes)
+
+
+def test_an_evaluation_reads_documents_from_all_over_the_text():
+    found = corpus(*[[3, 4]] * 100)
+    assert capped(found, 0, None) is found and capped(found, 700, None) is found
+    some = capped(found, 100, None)
+    assert len(some.tokens) == 98 and some.bytes == 196
+    assert some.documents.tolist() == list(range(0, 29, 2)) and np.diff(some.sentences).tolist() == [3, 4] * 14
+    assert some.tokens.min() < 200 and some.tokens.max() > 500
+    np.testing.assert_array_equal(np.diff(some.tokens.reshape(14, 7)), 1)  # documents stay whole
+
+
+def test_of_one_long_document_the_beginning_is_evaluated():
+    tokenizer = SimpleNamespace(decode=lambda ids: "é" * len(ids))
+    some = capped(corpus([30, 40, 50]), 50, tokenizer)
+    assert some.tokens.tolist() == list(range(10, 60)) and some.bytes == 100
+    assert some.sentences.tolist() == [0, 30, 50] and some.bounds.tolist() == [0, 50]
+
+
+def rows(found: Corpus, length: int, **how) -> list[list[int]]:
+    tokenizer = SimpleNamespace(cls=1, sep=2, mask=3, size=1000, continues=np.zeros(1000, bool))
+    task = MaskedLMTask(config.MaskedLM(**how), length, 0, tokenizer)
+    epoch = task.examples(found, False).epoch(None)
+    made = [epoch.features(i)[0] for i in range(len(epoch.lengths))]
+    assert [len(row["labels_BT"]) for row in made] == epoch.lengths.tolist()
+    for row in made:
+        assert not row["weights_BT"][row["labels_BT"] < 10].any()  # no special token is predicted
+    return [row["labels_BT"].tolist() for row in made]
+
+
+def test_a_row_is_filled_with_the_sentences_that_follow():
+    """[CLS] 1, [SEP] 2: a separator where a document ends, and whole sentences only (Liu et al. 2019)."""
+    assert rows(corpus([2, 2], [3], [3]), 11) == [[1, 10, 11, 12, 13, 2, 14, 15, 16, 2], [1, 17, 18, 19, 2]]
+    assert rows(corpus([2, 2], [3], [3]), 11, full_sentences=False)[0] == [1, 10, 11, 12, 13, 2]
+
+
+def test_a_sentence_longer_than_a_row_is_cut_and_no_token_is_lost():
+    found = corpus([20, 3], [1], [0, 9])
+    made = rows(found, 8)
+    assert all(len(row) <= 8 for row in made)
+    assert [i for row in made for i in row if i >= 10] == found.tokens.tolist()
+
+
+def test_bits_per_byte():
+    assert bits_per_byte(np.log(2) * 12, 4) == 3
