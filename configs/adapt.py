@@ -12,7 +12,7 @@ which depends on the kind of the model:
     infilling   BART: gaps of any length, and the order of sentences
 
 Each file is one document.  Where a line or a paragraph is one: --data.documents line, or blank_line.  A tenth of the
-documents is held out, sampled; of a single file its end.  The first line of scores is that of the weights as they were given.
+documents is held out; of a single file its end.  The first line of scores is that of the weights as they were given.
 
 Gururangan et al. 2020 (Don't Stop Pretraining) gain 1 to 10 points in tasks of the same domain.
 """
