@@ -30,6 +30,7 @@ from jaxlm.tasks.task import Seen
 
 WINDOW = 4096  # records that are predicted at once
 TOKENS = 4096  # places in a batch
+MOST_ROWS = 2**16  # in a batch
 Step = Callable[[Any, Any], Any]  # what `make_eval_step` makes, jitted
 
 
@@ -146,6 +147,8 @@ def predicted(
     say: takes the warnings, which name flags of the command line, as do the errors; the rest is as in `predict`.
     """
     made = _made(lm, task, length)
+    if not isinstance(probabilities, (bool, np.bool_)):
+        raise UserError(f"probabilities is {reading.shown(probabilities)}; it must be True or False")
     most = given.size(top_k, "top_k") or 0
     if most < 0:
         raise UserError(f"top_k is {most}; it must be at least 1, or 0 for none")
@@ -257,8 +260,8 @@ def _seen(
 ) -> tuple[list[Row], dict[str, float]]:
     """The prediction for each record, and the means of the losses; what was cut is added to `cut`, by its side."""
     rows = given.size(rows, "batch")
-    if rows is not None and rows < 1:
-        raise UserError(f"batch is {rows}; it must be at least 1")
+    if rows is not None and not 1 <= rows <= MOST_ROWS:
+        raise UserError(f"batch is {rows}; it must be from 1 to {MOST_ROWS:,}")
     mesh = mesh_of(lm)
     ways = 1 if mesh is None else sharding.ways(mesh, "batch")
     rows = -(-(rows or max(1, TOKENS // task.length)) // ways) * ways  # the size of a batch does not show

@@ -176,6 +176,27 @@ def test_a_label_that_is_no_score_is_a_sentence(label):
         jaxlm.evaluate(model("pairs"), [{"text_a": "a", "text_b": "b", "label": label}])
 
 
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("class", {"review": "a", "label": 10**5000}),
+        ("class", {"review": 10**5000, "label": "no"}),
+        ("number", {"text": "a", "label": 10**5000}),
+        ("number", {"text": "a", "label": 10**60}),
+        ("tags", {"tokens": ["a"], "tags": [10**5000]}),
+        ("tags", {"tokens": ["a"], "tags": [""]}),
+        ("choice", {"question": "a", "options": ["b", "c"], "label": 10**5000}),
+        ("choice", {"question": "a", "options": 10**5000, "label": 1}),
+        ("answers", {"question": "a", "context": "b", "answers": {"text": ["b"], "answer_start": [10**5000]}}),
+        ("answers", {"question": "a", "context": "b", "answers": {"text": [10**5000], "answer_start": [0]}}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "row",
+)
+def test_numbers_of_many_digits_are_a_sentence(name, row):
+    with pytest.raises(UserError, match="example:1: "):
+        jaxlm.evaluate(model(name), [row])
+
+
 @pytest.mark.parametrize("title", [7, ["a"], {"a": 1}])
 def test_a_title_that_is_no_text_is_a_sentence(title):
     row = {"context": "the film", "question": "what", "title": title}
@@ -465,7 +486,21 @@ def test_examples_in_the_forms_of_python():
 @pytest.mark.parametrize("verb", ["predict", "evaluate"])
 @pytest.mark.parametrize(
     "given",
-    [None, 3, "the film", b"x", Path("x.csv"), {"review": "a"}, np.array("a"), [None], [3], [b"x"], [Path("x")]],
+    [
+        None,
+        3,
+        "the film",
+        b"x",
+        Path("x.csv"),
+        {"review": "a"},
+        {"the film"},
+        bytearray(b"x"),
+        np.array("a"),
+        [None],
+        [3],
+        [b"x"],
+        [Path("x")],
+    ],
 )
 def test_other_examples_are_a_sentence(verb, given):
     with pytest.raises(UserError, match=r"give|choose"):
@@ -474,7 +509,9 @@ def test_other_examples_are_a_sentence(verb, given):
 
 @pytest.mark.parametrize(
     "choice",
-    [{"length": 8.0}, {"length": True}, {"length": "8"}, {"batch": 1.5}, {"batch": False}, {"top_k": -1},
+    [{"length": 8.0}, {"length": True}, {"length": "8"}, {"batch": 1.5}, {"batch": False}, {"batch": 10**18},
+     {"probabilities": "yes"},
+     {"top_k": -1},
      {"top_k": "2"}, {"task": "Classification"}, {"task": Classification}, {"task": 3}],
 )  # fmt: skip
 def test_other_choices_are_a_sentence(choice):

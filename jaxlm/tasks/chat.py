@@ -21,6 +21,7 @@ from jaxlm.lm import LM
 from jaxlm.report import Section
 from jaxlm.tasks.generation import UNREAD, GenerationTask, shown
 from jaxlm.tasks.reading import Record, Records, column, listed, text_of
+from jaxlm.tasks.reading import shown as shown_value
 from jaxlm.tasks.task import Task
 
 _OTHER_NAMES = ("conversations", "conversation")  # of the column of messages, in ShareGPT's form
@@ -140,7 +141,7 @@ def _conversation(task: config.Chat, row: Row, place: Place) -> list[dict[str, A
     value = listed(column(row, name, place, "--task.messages"), name, place)
     if not isinstance(value, (list, tuple, np.ndarray)) or not len(value):
         raise UserError(
-            f'{place}: column {name!r} holds {value!r:.60}, not a list of {{"role": ..., "content": ...}} or '
+            f'{place}: column {name!r} holds {shown_value(value)}, not a list of {{"role": ..., "content": ...}} or '
             f'{{"from": ..., "value": ...}}; correct it, or choose with --task.messages, or --task.question and '
             f"--task.answer"
         )

@@ -19,7 +19,7 @@ from jaxlm.losses import Sum, binary_cross_entropy, cross_entropy, squared_error
 from jaxlm.nn.transformer import Transformer
 from jaxlm.report import Heatmap, Section, Table, mistakes
 from jaxlm.tasks import labels
-from jaxlm.tasks.reading import Record, Records, listed, text_of
+from jaxlm.tasks.reading import Record, Records, listed, shown, text_of
 from jaxlm.tasks.records import HeadTask, Outputs, framed, stand_in
 from jaxlm.tasks.states import of_examples
 
@@ -33,6 +33,7 @@ _SCORES = {
     "multi_label": ("micro_f1", "macro_f1", "accuracy"),
     "regression": ("spearman", "pearson"),
 }
+_MOST_BITS = 4096  # of a number that is a label: Python refuses to write much longer ones
 _LARGEST = 1e15  # of a score, as of the numbers of a config: its square is a float32
 
 
@@ -69,7 +70,7 @@ class ClassificationTask(HeadTask):
             return record | {"label": _class(value, place, task.label), "kind": _kind(value)}
         if isinstance(value, str) and value.strip()[0] + value.strip()[-1] in ("[]", "()", "{}"):
             raise UserError(
-                f"{place}: column {task.label!r} holds {value!r:.60}, which stands in brackets and is no list; quote "
+                f"{place}: column {task.label!r} holds {shown(value)}, which stands in brackets and is no list; quote "
                 f"its texts, as ['a', 'b'], or leave the brackets out"
             )
         parts = value.split(task.separator) if isinstance(value, str) else value
@@ -362,10 +363,12 @@ def _class(value: Any, place: Place, column: str) -> str:
         return str(value).lower()
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        raise UserError(f"{place}: column {column!r} holds {shown(value)}, which is no label; correct the row")
     if isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value)):
         return str(value).strip()
     raise UserError(
-        f"{place}: column {column!r} holds {type(value).__name__} {value!r:.60}, which is no label; "
+        f"{place}: column {column!r} holds {type(value).__name__} {shown(value)}, which is no label; "
         f"{'set --task.problem multi_label for several, ' if isinstance(value, (list, tuple)) else 'mend it, '}or "
         f"choose the column with --task.label"
     )
@@ -380,12 +383,13 @@ def _number(value: Any, place: Place, column: str) -> float:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
         raise UserError(
-            f"{place}: column {column!r} holds {value!r:.60}, which is no number; mend it, or choose the column with "
+            f"{place}: column {column!r} holds {shown(value)}, which is no number; mend it, or choose the column with "
             f"--task.label"
         ) from None
     if not abs(number) <= _LARGEST:
         raise UserError(
-            f"{place}: column {column!r} holds {value!r}; a score must be finite and at most {_LARGEST:.0e}: mend it"
+            f"{place}: column {column!r} holds {shown(value)}; a score must be finite and at most "
+            f"{_LARGEST:.0e}: mend it"
         )
     return number
 

@@ -53,7 +53,13 @@ def _iterable(given: Any, name: str) -> Iterable[Any]:
             f"{name} is the path {os.fspath(given)!r}; give the rows themselves, such as those of "
             f"jaxlm.data.source.rows, or use the command line"
         )
-    if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Iterable) or getattr(given, "ndim", 1) == 0:
+    if isinstance(given, (set, frozenset)):
+        raise UserError(f"{name} is a set, which has no order; give a list")
+    if (
+        isinstance(given, (str, bytes, bytearray, Mapping))
+        or not isinstance(given, Iterable)
+        or getattr(given, "ndim", 1) == 0
+    ):
         raise UserError(f"{name} is one {type(given).__name__}, {shown(given)}; give a list of examples")
     return given
 

@@ -19,7 +19,7 @@ from jaxlm.errors import UserError
 from jaxlm.losses import Sum
 from jaxlm.nn.transformer import Transformer
 from jaxlm.report import Section, mistakes
-from jaxlm.tasks.reading import Record, Records, column, listed, text_of
+from jaxlm.tasks.reading import Record, Records, column, listed, shown, text_of
 from jaxlm.tasks.records import HeadTask, Outputs, framed
 from jaxlm.tasks.states import of_examples
 
@@ -45,7 +45,7 @@ class MultipleChoiceTask(HeadTask):
             options = listed(column(row, task.options[0], place, "--task.options"), task.options[0], place)
             if not isinstance(options, (list, tuple)) or not all(isinstance(option, str) for option in options):
                 raise UserError(
-                    f"{place}: column {task.options[0]!r} holds {options!r:.60}, not a list of texts; mend it"
+                    f"{place}: column {task.options[0]!r} holds {shown(options)}, not a list of texts; mend it"
                 )
         else:
             options = [text_of(row, name, place, "--task.options") for name in task.options]
@@ -134,12 +134,12 @@ def _number(value: Any, options: Sequence[str], task: config.MultipleChoice, pla
         found.add(list(options).index(value))
     if len(found) > 1:
         raise UserError(
-            f"{place}: column {task.label!r} holds {value!r}, which is the text of one option and the number or letter "
-            f"of another; write the labels as {'numbers' if value.isalpha() else 'letters'}"
+            f"{place}: column {task.label!r} holds {shown(value)}, which is the text of one option and the number or "
+            f"letter of another; write the labels as {'numbers' if value.isalpha() else 'letters'}"
         )
     if not found:
         raise UserError(
-            f"{place}: column {task.label!r} holds {value!r:.60}, which is none of {len(options)} options: give a "
+            f"{place}: column {task.label!r} holds {shown(value)}, which is none of {len(options)} options: give a "
             f"number from {task.first}, a letter from A, or the text of one"
         )
     return found.pop()

@@ -17,7 +17,7 @@ from jaxlm.errors import UserError
 from jaxlm.lm import LM
 from jaxlm.losses import Sum
 from jaxlm.report import Section, mistakes
-from jaxlm.tasks.reading import Record, Records, listed, text_of
+from jaxlm.tasks.reading import Record, Records, listed, shown, text_of
 from jaxlm.tasks.records import HeadTask, Outputs, RecordExamples, Truncation, stand_in
 
 _BEST = 20  # starts and ends of a window that are combined
@@ -60,7 +60,7 @@ class QuestionAnsweringTask(HeadTask):
             if found != text or not text.strip():
                 if task.wrong_offsets == "drop":
                     return None
-                stands = f"does not stand at {start} of its text, where there is {found!r}"
+                stands = f"does not stand at {shown(start)} of its text, where there is {found!r}"
                 stands = stands if text.strip() else "is empty"
                 raise UserError(
                     f"{place}: the answer {text!r} {stands}; mend it, or leave such questions out with "
@@ -220,12 +220,12 @@ def _answers(given: Any, place: Place) -> list[tuple[str, int]]:
     texts, starts = (x.tolist() if isinstance(x, np.ndarray) else x for x in (texts, starts))
     if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
         raise UserError(
-            f"{place}: 'answers' is {given!r:.60}; it must hold 'text' and 'answer_start', two lists of one length"
+            f"{place}: 'answers' is {shown(given)}; it must hold 'text' and 'answer_start', two lists of one length"
         )
     for text, start in zip(texts, starts):
         if not isinstance(text, str) or not isinstance(start, (int, np.integer)) or isinstance(start, bool):
             raise UserError(
-                f"{place}: an answer is {text!r:.60} at {start!r:.60}; give its text, and its first character as a "
+                f"{place}: an answer is {shown(text)} at {shown(start)}; give its text, and its first character as a "
                 f"whole number"
             )
     return list(zip(texts, map(int, starts)))

@@ -207,7 +207,7 @@ def listed(value: Any, name: str, place: Place, brackets: str = "[({") -> Any:
         return literals.parse(value)
     except literals.NotALiteralError as error:
         raise UserError(
-            f"{place}: column {name!r} holds {value!r:.60}, a list that cannot be read: {error}; correct the row"
+            f"{place}: column {name!r} holds {shown(value)}, a list that cannot be read: {error}; correct the row"
         ) from None
 
 

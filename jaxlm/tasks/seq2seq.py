@@ -15,6 +15,7 @@ from jaxlm.errors import UserError
 from jaxlm.report import Section
 from jaxlm.tasks.generation import UNREAD, GenerationTask, shown
 from jaxlm.tasks.reading import Record, Records, cell, column
+from jaxlm.tasks.reading import shown as shown_value
 from jaxlm.tasks.records import framed, stand_in
 
 _SCORE: dict[str, tuple[tuple[str, ...], Callable[..., dict[str, float]]]] = {
@@ -152,5 +153,5 @@ def _text(value: Any, place: Place, name: str) -> str:
     if isinstance(value, (list, tuple, np.ndarray)) and all(isinstance(part, str) for part in value):
         return " ".join(value)
     if value is not None and not isinstance(value, str):
-        raise UserError(f"{place}: column {name!r} holds {type(value).__name__} {value!r:.60}, not text")
+        raise UserError(f"{place}: column {name!r} holds {type(value).__name__} {shown_value(value)}, not text")
     return value or ""

@@ -20,7 +20,7 @@ from jaxlm.losses import Sum, cross_entropy
 from jaxlm.report import Bars, Section, Table, mistakes
 from jaxlm.tasks import labels as matching
 from jaxlm.tasks import tags as schemes
-from jaxlm.tasks.reading import Record, Records, column, listed
+from jaxlm.tasks.reading import Record, Records, column, listed, shown
 from jaxlm.tasks.records import HeadTask, Outputs, stand_in
 
 _SCORES = ("f1", "precision", "recall", "accuracy")
@@ -309,7 +309,7 @@ def _list(row: Row, name: str, place: Place, option: str, numbers: bool = False)
     if isinstance(value, (list, tuple)) and numbers and value and all(map(whole, value)):
         return [str(int(entry)) for entry in value]
     if not isinstance(value, (list, tuple)) or not all(isinstance(entry, str) for entry in value):
-        raise UserError(f"{place}: column {name!r} holds {value!r:.60}, not a list of texts; choose with {option}")
+        raise UserError(f"{place}: column {name!r} holds {shown(value)}, not a list of texts; choose with {option}")
     return list(value)
 
 
