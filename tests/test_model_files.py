@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 from pathlib import Path
 
+import jax
+import ml_dtypes
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxlm import families
 from jaxlm.encode import carried, read_pooling
 from jaxlm.errors import UserError
-from jaxlm.families import read_config
-from jaxlm.hub import model_files
+from jaxlm.families import FAMILIES, read_config
+from jaxlm.hub import model_files, safetensors
 from jaxlm.hub.model_files import JsonObject
+from jaxlm.hub.quantization import refuse_quantised
+from jaxlm.nn.transformer import Transformer, init
 
 
 def deep(levels: int, inner: str = "1") -> str:
@@ -179,10 +186,6 @@ def write(folder: Path, files: dict[str, object]) -> Path:
 
 
 def test_no_value_of_sentence_transformers_files_ends_in_a_traceback(tmp_path):
-    import numpy as np
-
-    from jaxlm.hub import safetensors
-
     write(tmp_path, SENTENCE)
     safetensors.write({"linear.weight": np.ones((4, 8), np.float32)}, tmp_path / "2_Dense" / "model.safetensors")
     assert read_pooling(tmp_path).prompt == "q: " and len(carried(tmp_path)) == 6
@@ -252,3 +255,94 @@ def test_random_values_of_sentence_transformers_files_do_not_end_in_a_traceback(
     write(folder, SENTENCE | {name: replaced(SENTENCE[name], path, data.draw(JSON))})
     with contextlib.suppress(UserError):
         read_pooling(folder)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_no_value_of_config_json_ends_in_a_traceback(kind):
+    family = FAMILIES[kind]
+    config = family.config_to_hf(next(iter(family.presets.values())))
+    whole = {"model_type": kind, "architectures": ["X"], "id2label": {"0": "a", "1": "b"}, **config}
+    for path in places(whole)[1:]:
+        for value in HOSTILE:
+            try:
+                families._config(family, replaced(whole, path, value)).check()
+            except UserError as error:
+                assert len(str(error)) < 6000
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"hidden_size": "abc"}, r"config.json: hidden_size is 'abc'; it must be an integer"),
+        ({"hidden_size": 10**400}, "config.json: hidden_size is 1000.*; it must be an integer"),
+        ({"hidden_size": 8.5}, "config.json: hidden_size is 8.5; it must be an integer"),
+        ({"hidden_size": 0}, "config.json describes a model that cannot be: model.width is 0"),
+        ({"rms_norm_eps": float("nan")}, "config.json: rms_norm_eps is nan; it must be a number"),
+        ({"attention_bias": "yes"}, "config.json: attention_bias is 'yes'; it must be true or false"),
+        ({"rope_parameters": 3}, "config.json: rope_parameters is 3; it must be an object"),
+        ({"rope_scaling": [1]}, "config.json: rope_scaling is .*; it must be an object"),
+        ({"architectures": 5}, None),
+        ({"architectures": {"a": 1}}, None),
+        ({"id2label": {"a": "b"}}, "config.json: id2label is .*; it must be an object from numbers to labels"),
+        ({"id2label": {"0": ["b"]}}, "config.json: id2label is .*; it must be an object from numbers to labels"),
+        ({"num_labels": 10**9}, r"num_labels 1000000000; at most|num_labels is 1000000000; it must be"),
+        ({"eos_token_id": [[]], "torch_dtype": 5, "auto_map": 3, "transformers_version": None}, None),
+    ],
+)
+def test_a_malformed_config_names_the_key_the_value_and_what_it_must_be(tmp_path, change, message):
+    preset = FAMILIES["llama"].presets["smollm-135m"]
+    config = dataclasses.replace(preset, vocabulary=32, width=16, layers=1, heads=2, kv_heads=1, mlp_width=16)
+    params = jax.eval_shape(lambda: init(Transformer(config), jax.random.key(0)))
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), params)
+    families.save(config, params, tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    if message is None:
+        families.look(tmp_path)
+    else:
+        with pytest.raises(UserError, match=message):
+            families.look(tmp_path)
+
+
+PACKED = {
+    "FP8 in blocks of 128 x 128": (
+        {"quant_method": "fp8", "weight_block_size": [128, 128]},
+        {"q_proj.weight": ml_dtypes.float8_e4m3fn, "q_proj.weight_scale_inv": np.float32},
+    ),
+    "FP8 in blocks": (None, {"q_proj.weight": ml_dtypes.float8_e4m3fn, "q_proj.weight_scale_inv": np.float32}),
+    "GPTQ, 4 bits": ({"quant_method": "gptq", "bits": 4}, {"q_proj.qweight": np.int32, "q_proj.scales": np.float16}),
+    "AWQ, 4 bits": ({"quant_method": "awq", "bits": 4}, {"q_proj.qweight": np.int32}),
+    "GPTQ or AWQ": (None, {"q_proj.qweight": np.int32}),
+    "bitsandbytes, 4 bits": (
+        {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        {"q_proj.weight": np.uint8, "q_proj.weight.absmax": np.uint8},
+    ),
+    "bitsandbytes, 8 bits": ({"load_in_8bit": True}, {"q_proj.weight": np.int8, "q_proj.SCB": np.float32}),
+    "MXFP4": ({"quant_method": "mxfp4"}, {"gate_up_proj_blocks": np.uint8, "gate_up_proj_scales": np.uint8}),
+    "compressed-tensors": (
+        {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+        {"q_proj.weight_packed": np.int32, "q_proj.weight_scale": np.float16},
+    ),
+    "torchao": ({"quant_method": "torchao"}, {"q_proj.weight": np.int8}),
+    "float8_e5m2": (None, {"q_proj.weight": ml_dtypes.float8_e5m2}),
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_a_quantised_checkpoint_is_refused_by_name(tmp_path, name):
+    said, tensors = PACKED[name]
+    safetensors.write(
+        {f"model.layers.0.self_attn.{n}": np.zeros((2, 2), kind) for n, kind in tensors.items()},
+        tmp_path / safetensors.WEIGHTS,
+    )
+    hf = FAMILIES["llama"].config_to_hf(FAMILIES["llama"].presets["smollm-135m"])
+    write(tmp_path, {"config.json": {"model_type": "llama", "quantization_config": said, **hf}})
+    with pytest.raises(
+        UserError, match=f"is quantised, by {name}: .*; get the checkpoint from before the quantisation"
+    ):
+        families.look(tmp_path)
+
+
+def test_weights_in_floats_beside_a_quantization_config_are_not_refused():
+    stored = {"model.embed_tokens.weight": np.zeros(1, np.float16), "position_ids": np.zeros(1, np.int64)}
+    refuse_quantised("folder", {"quantization_config": {"quant_method": "bitsandbytes"}}, stored)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 
 from jaxlm import storage
-from jaxlm.config import MOST_LAYERS, Head, ModelConfig, from_json, to_json
+from jaxlm.config import MOST, MOST_LAYERS, Head, ModelConfig, from_json, to_json
 from jaxlm.errors import UserError, perhaps
 from jaxlm.families import (
     albert,
@@ -34,7 +34,9 @@ from jaxlm.families import (
 )
 from jaxlm.hub import convert, model_files, safetensors
 from jaxlm.hub.convert import Family, Rule
+from jaxlm.hub.model_files import JsonObject
 from jaxlm.hub.place import place
+from jaxlm.hub.quantization import FLOATS, refuse_quantised
 from jaxlm.hub.safetensors import Pending
 
 FAMILIES: dict[str, Family] = {  # by `model_type` of config.json
@@ -125,6 +127,7 @@ def look(
     if kind not in FAMILIES and kind != OWN:
         raise UserError(f"config.json has model_type {kind!r}, unknown{perhaps(kind, [*FAMILIES, OWN])}")
     stored = safetensors.read(folder)
+    refuse_quantised(folder, hf, stored)
     if kind == OWN:
         family, config = _own(hf, folder, module)
     else:
@@ -132,13 +135,16 @@ def look(
         config = dataclasses.replace(_config(family, hf), heads_on_top=())
     if labels is not None:
         config = dataclasses.replace(config, labels=labels)
-    config.check()
+    try:
+        config.check()
+    except UserError as error:
+        raise UserError(f"{folder / 'config.json'} describes a model that cannot be: {error}") from None
     _check_size(config, stored)
     config, found = _with_heads(family, config, hf, stored, head)
     fresh = _check(family, config, found.tensors, head)
     idle = convert.idle(family, config)
     aside = found.buffers | {name: stored[name] for name, ours in found.names.items() if ours in idle}
-    as_it_was = head is None or convert.heads(family, config) in (hf.get("architectures") or [])
+    as_it_was = head is None or convert.heads(family, config) in _architectures(hf)
     origin = Origin(
         hf,
         config.heads_on_top if as_it_was else None,
@@ -186,7 +192,7 @@ def save(
     # Every version of transformers reads the second name; newer ones write the first.
     name = "dtype" if kept and "dtype" in kept.config else "torch_dtype"
     if kept is None or name not in kept.config or any(kept.dtypes.get(n) != x.dtype for n, x in named.items()):
-        floats = [tensor.dtype for tensor in named.values() if tensor.dtype.name in _FLOATS]  # others are buffers
+        floats = [tensor.dtype for tensor in named.values() if tensor.dtype.name in FLOATS]  # others are buffers
         values[name] = str(max(floats, key=lambda dtype: dtype.itemsize))
     safetensors.write_sharded(named, folder, max_shard_bytes=max_shard_bytes)
     _write_config(values, folder / "config.json")
@@ -241,14 +247,11 @@ def _config(family: Family, hf: dict[str, Any]) -> ModelConfig:
     for key, value in hf.items():  # before anything is made for each layer or label
         if ("layer" in key or "label" in key) and isinstance(value, int) and value > MOST_LAYERS:
             raise UserError(f"config.json has {key} {value}; at most {MOST_LAYERS:,} are known: fetch the file again")
+    _check_types(family, hf)
     try:
         config = family.config_from_hf(hf)
-        labels = hf.get("id2label") or range(hf.get("num_labels", hf.get("_num_labels")) or 0)
-        if isinstance(labels, dict):
-            labels = [labels[number] for number in sorted(labels, key=int)]
-        else:
-            labels = [f"LABEL_{i}" for i in labels]
-        return dataclasses.replace(config, labels=tuple(map(str, labels))) if labels else config
+        labels = _labels_from_hf(JsonObject(hf, "config.json"))
+        return dataclasses.replace(config, labels=labels) if labels else config
     except UserError:
         raise
     except (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
@@ -256,6 +259,45 @@ def _config(family: Family, hf: dict[str, Any]) -> ModelConfig:
             f"config.json holds a value that its family cannot have: {type(error).__name__}: {error}; "
             f"mend it, or fetch the file again"
         ) from error
+
+
+def _labels_from_hf(hf: JsonObject) -> tuple[str, ...]:
+    """The labels by their numbers, from `id2label` or the number of labels; none where neither is there."""
+    count = hf.integer("num_labels", hf.integer("_num_labels", 0, 0, MOST_LAYERS), 0, MOST_LAYERS)
+    named = hf.values.get("id2label") or [f"LABEL_{i}" for i in range(count)]
+    if isinstance(named, dict) and all(key.isdecimal() and len(key) < 20 for key in named):
+        named = [named[number] for number in sorted(named, key=int)]
+    if not isinstance(named, list) or not all(isinstance(label, (str, int, float, bool)) for label in named):
+        raise hf.wrong("id2label", "an object from numbers to labels")
+    return tuple(map(str, named))
+
+
+def _check_types(family: Family, hf: dict[str, Any]) -> None:
+    """Raises UserError where a value of config.json is not of the type that the family writes under its key; null, and
+    keys that the family does not write, are left alone."""
+    if not family.presets:
+        return
+    for key, example in family.config_to_hf(next(iter(family.presets.values()))).items():
+        value, number = hf.get(key), type(example) in (int, float)
+        if value is None or example is None:
+            continue
+        fits = type(value) is type(example) or (number and type(value) in (int, float))
+        if isinstance(example, list):
+            fits = isinstance(value, (list, str))  # DeBERTa's pos_att_type is either
+        if number and fits:
+            fits = abs(value) <= MOST and (type(value) is int or type(example) is float or value.is_integer())
+        if not fits:
+            raise model_files.wrong_value("config.json", key, value, _KINDS[type(example)])
+
+
+_KINDS = {
+    int: f"an integer of at most {MOST:,}",
+    float: f"a number of at most {MOST:,}",
+    bool: "true or false",
+    str: "a string",
+    list: "a list",
+    dict: "an object",
+}
 
 
 def _labels(config: ModelConfig) -> dict[str, Any]:
@@ -281,8 +323,7 @@ def _with_heads(
     """
     if head is None and hf["model_type"] == OWN:  # our own format names them
         return config, convert.canonical(family, config, stored)
-    named = hf.get("architectures") or []
-    named = named if isinstance(named, list) else [named]
+    named = _architectures(hf)
     if family.encoder and not named and not any(name.startswith("decoder.") for name in stored):
         config = dataclasses.replace(config, structure="encoder")
     on_top = None if head is None else known(head, config, family)
@@ -309,6 +350,12 @@ def _with_heads(
     configs = [dataclasses.replace(config, heads_on_top=heads) for heads in named_first]
     config = next((config for config in configs if not misfit(config)), None) or min(configs, key=misfit)
     return config, convert.canonical(family, config, stored)
+
+
+def _architectures(hf: dict[str, Any]) -> list[Any]:
+    """The classes of transformers that config.json names."""
+    named = hf.get("architectures") or []
+    return named if isinstance(named, list) else [named]
 
 
 def _with_decoder_tokens(family: Family, config: ModelConfig, stored: Mapping[str, Any]) -> ModelConfig:
@@ -363,16 +410,12 @@ def _check(family: Family, config: ModelConfig, tensors: dict[str, Any], head: A
                     expected.pop(name, None)
                     tensors.pop(name, None)
     convert.refuse(expected, {name: tuple(x.shape) for name, x in tensors.items()}, "tensors of the file")
-    wrong = sorted(f"{name} {x.dtype}" for name, x in tensors.items() if np.dtype(x.dtype).name not in _FLOATS)
+    wrong = sorted(f"{name} {x.dtype}" for name, x in tensors.items() if np.dtype(x.dtype).name not in FLOATS)
     if wrong:
         raise UserError(
-            f"these tensors are not of {', '.join(_FLOATS)}: {', '.join(wrong[:5])}; quantised models are not known: "
-            f"get the one that was not quantised"
+            f"these tensors are not of {', '.join(FLOATS)}: {', '.join(wrong[:5])}; store them in one of them"
         )
     return tuple(sorted(fresh))
-
-
-_FLOATS = ("float32", "bfloat16", "float16", "float64")
 
 
 def _named_for_file(

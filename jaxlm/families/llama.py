@@ -22,6 +22,7 @@ from jaxlm.hub.convert import (
     resolved,
     shortest,
 )
+from jaxlm.hub.model_files import JsonObject
 
 FIXED: dict[str, Any] = {
     "structure": "decoder",
@@ -89,7 +90,8 @@ def rotary_to_hf(config: ModelConfig) -> dict[str, Any]:
 
 def one_rotary_from_hf(hf: dict[str, Any], base: float = 10000.0) -> dict[str, Any]:
     """Fields from `rope_parameters`, or from `rope_theta` and `rope_scaling` in older files, which win over them."""
-    said = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    of = JsonObject(hf, "config.json")
+    said = of.object("rope_scaling").values or of.object("rope_parameters").values
     if said.get("rope_type", said.get("type")) in ("llama3", "yarn"):
         longest, trained = hf.get("max_position_embeddings", 2048), "original_max_position_embeddings"
         said = said | {trained: hf.get(trained, said.get(trained)) or longest}

@@ -81,7 +81,8 @@ class Pooled(nn.Module):
 
     @nn.compact
     def __call__(self, x_BED: jax.Array) -> jax.Array:
-        return jnp.tanh(Linear((self.config.width,), self.config.matrix_std, dtype=self.dtype, name="dense")(x_BED))
+        dense = Linear((self.config.width,), self.config.matrix_std, dtype=self.dtype, name="dense")
+        return ACTIVATIONS["tanh"](dense(x_BED))
 
 
 class Classes(nn.Module):

@@ -16,12 +16,34 @@ import jax.numpy as jnp
 from jaxlm.config import ModelConfig
 from jaxlm.sharding import Placement
 
+
+def _elementwise(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    """Returns the function, computed in float32 and rounded once to the dtype of its argument, with its derivative.
+
+    In bfloat16 the terms of most activations cancel: gelu would be wrong by 45% at -3.  The backward pass keeps one
+    array, the derivative, in the dtype of the argument.
+    """
+
+    @jax.custom_jvp
+    def rounded(x: jax.Array) -> jax.Array:
+        return function(x.astype(jnp.float32)).astype(x.dtype)
+
+    @rounded.defjvp
+    def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+        (x,), (tangent,) = primals, tangents
+        wide = x.astype(jnp.float32)
+        y, slope = jax.jvp(function, (wide,), (jnp.ones_like(wide),))
+        return y.astype(x.dtype), slope.astype(x.dtype) * tangent
+
+    return rounded
+
+
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": lambda x: x * (0.5 + 0.5 * jax.lax.erf(x * math.sqrt(0.5))),  # on CPU erf takes half the time of erfc
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu": _elementwise(lambda x: x * (0.5 + 0.5 * jax.lax.erf(x * math.sqrt(0.5)))),  # on CPU faster than by erfc
+    "gelu_tanh": _elementwise(lambda x: jax.nn.gelu(x, approximate=True)),
     "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-    "tanh": jnp.tanh,
+    "silu": _elementwise(jax.nn.silu),
+    "tanh": _elementwise(jnp.tanh),
 }
 
 
