@@ -48,7 +48,9 @@ def assemble(
     """The parts of a run whose model is of this config and class.  Raises UserError where the mesh does not fit it."""
     check_rows(run, mesh)
     dtype = jnp.dtype(run.compute_dtype)
-    module = kind(config, sharding.Placement(mesh), dtype, run.remat, run.unroll, run.attention)
+    module = kind(
+        config, sharding.Placement(mesh), dtype, run.remat, run.unroll, run.attention, precision=run.matmul_precision
+    )
     shapes = jax.eval_shape(partial(init, module), jax.random.key(0))
     schedule = make_schedule(run.optimizer, run.steps)
     optimizer = make_optimizer(run.optimizer, run.steps, shapes)

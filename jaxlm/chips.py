@@ -31,7 +31,8 @@ class Constant(NamedTuple):
 class Chip(NamedTuple):
     """What one JAX device of a kind can do.
 
-    kinds: what `device.device_kind` says.  flops: products in bfloat16, dense.  hbm: memory; usable: what the compiler
+    kinds: what `device.device_kind` says.  flops: products in bfloat16, dense; in float16 where there are none (Volta,
+    Turing).  hbm: memory; usable: what the compiler
     lets a program have of it, where that is known.  link: of ICI one link's share of the device, one way; of NVLink all
     of a GPU's, one way.  dimensions: of the torus of links; 0 where a switch connects all devices.
     """
@@ -87,7 +88,53 @@ def _sheet(name: str) -> str:
 
 
 _HALF = f"{_docs('TPU7x (Ironwood)')}, half of the chip"
+_LINKS = "Jouppi et al. 2020, A domain-specific supercomputer for training deep neural networks, half of a link"
+
+
+def _gpu(
+    name: str, kinds: tuple[str, ...], tera: float, gib: float, giga: float, link: float, sheet: str, note: str = ""
+) -> Chip:
+    """A GPU; `link` is in GB/s both ways, as NVIDIA gives it."""
+    source = _sheet(sheet)
+    return Chip(
+        name=name,
+        kinds=kinds,
+        flops=_flops(tera, source + note),
+        hbm=_hbm(gib, source),
+        usable=None,
+        bandwidth=_rate(giga, source),
+        link=_rate(link / 2, f"{source}: {link:,.0f} GB/s both ways"),
+        dimensions=0,
+    )
+
+
+_SPARSE = ", half of the figure with sparsity"
+_FP16 = ", in float16: the chip has no products in bfloat16"
 CHIPS = (
+    Chip(
+        name="v2",
+        kinds=("TPU v2",),
+        flops=_flops(45 / 2, f"{_docs('TPU v2')}, half of the chip"),
+        hbm=_hbm(16 / 2, f"{_docs('TPU v2')}, half of the chip"),
+        usable=None,
+        bandwidth=_rate(700 / 2, f"{_docs('TPU v2')}, half of the chip"),
+        link=_rate(496 / 8 / 2, _LINKS),
+        dimensions=2,
+        devices_per_chip=2,
+        pod=256,
+    ),
+    Chip(
+        name="v3",
+        kinds=("TPU v3",),
+        flops=_flops(123 / 2, f"{_docs('TPU v3')}, half of the chip"),
+        hbm=_hbm(32 / 2, f"{_docs('TPU v3')}, half of the chip"),
+        usable=None,
+        bandwidth=_rate(900 / 2, f"{_docs('TPU v3')}, half of the chip"),
+        link=_rate(656 / 8 / 2, _LINKS),
+        dimensions=2,
+        devices_per_chip=2,
+        pod=1024,
+    ),
     Chip(
         name="v4",
         kinds=("TPU v4",),
@@ -150,56 +197,31 @@ CHIPS = (
         pod=9216,
         libtpu="tpu7x",
     ),
-    Chip(
-        name="A100-40",
-        kinds=("NVIDIA A100-SXM4-40GB",),
-        flops=_flops(312, _sheet("A100")),
-        hbm=_hbm(40, _sheet("A100")),
-        usable=None,
-        bandwidth=_rate(1555, _sheet("A100")),
-        link=_rate(600 / 2, f"{_sheet('A100')}: 600 GB/s both ways"),
-        dimensions=0,
-    ),
-    Chip(
-        name="A100-80",
-        kinds=("NVIDIA A100-SXM4-80GB",),
-        flops=_flops(312, _sheet("A100")),
-        hbm=_hbm(80, _sheet("A100")),
-        usable=None,
-        bandwidth=_rate(2039, _sheet("A100")),
-        link=_rate(600 / 2, f"{_sheet('A100')}: 600 GB/s both ways"),
-        dimensions=0,
-    ),
-    Chip(
-        name="H100",
-        kinds=("NVIDIA H100 80GB HBM3",),
-        flops=_flops(989, f"{_sheet('H100')}, SXM, half of the figure with sparsity"),
-        hbm=_hbm(80, _sheet("H100")),
-        usable=None,
-        bandwidth=_rate(3350, _sheet("H100")),
-        link=_rate(900 / 2, f"{_sheet('H100')}: 900 GB/s both ways"),
-        dimensions=0,
-    ),
-    Chip(
-        name="H200",
-        kinds=("NVIDIA H200",),
-        flops=_flops(989, f"{_sheet('H200')}, SXM, half of the figure with sparsity"),
-        hbm=_hbm(141, _sheet("H200")),
-        usable=None,
-        bandwidth=_rate(4800, _sheet("H200")),
-        link=_rate(900 / 2, f"{_sheet('H200')}: 900 GB/s both ways"),
-        dimensions=0,
-    ),
-    Chip(
-        name="B200",
-        kinds=("NVIDIA B200",),
-        flops=_flops(2250, f"{_sheet('DGX B200')}, an eighth, half of the figure with sparsity"),
-        hbm=_hbm(180, f"{_sheet('DGX B200')}, an eighth"),
-        usable=None,
-        bandwidth=_rate(8000, f"{_sheet('DGX B200')}, an eighth"),
-        link=_rate(1800 / 2, f"{_sheet('DGX B200')}: 1,800 GB/s both ways"),
-        dimensions=0,
-    ),
+    _gpu("A100-40", ("NVIDIA A100-SXM4-40GB", "A100-SXM4-40GB"), 312, 40, 1555, 600, "A100"),
+    _gpu("A100-80", ("NVIDIA A100-SXM4-80GB", "A100-SXM4-80GB"), 312, 80, 2039, 600, "A100"),
+    _gpu("A100-PCIe-40", ("NVIDIA A100-PCIE-40GB", "A100-PCIE-40GB"), 312, 40, 1555, 64, "A100"),
+    _gpu("A100-PCIe-80", ("NVIDIA A100 80GB PCIe", "NVIDIA A100-PCIE-80GB"), 312, 80, 1935, 64, "A100"),
+    _gpu("H100", ("NVIDIA H100 80GB HBM3",), 989, 80, 3350, 900, "H100", f", SXM{_SPARSE}"),
+    _gpu("H100-PCIe", ("NVIDIA H100 PCIe",), 756, 80, 2000, 128, "H100", f", PCIe{_SPARSE}"),
+    _gpu("H100-NVL", ("NVIDIA H100 NVL",), 835, 94, 3900, 600, "H100", f", NVL{_SPARSE}"),
+    _gpu("H200", ("NVIDIA H200",), 989, 141, 4800, 900, "H200", f", SXM{_SPARSE}"),
+    _gpu("H200-NVL", ("NVIDIA H200 NVL",), 835, 141, 4800, 900, "H200", f", NVL{_SPARSE}"),
+    _gpu("GH200", ("NVIDIA GH200 480GB", "NVIDIA GH200 120GB"), 990, 96, 4000, 900, "GH200", _SPARSE),
+    _gpu("GH200-144", ("NVIDIA GH200 144G HBM3e",), 990, 144, 4900, 900, "GH200", _SPARSE),
+    _gpu("B200", ("NVIDIA B200",), 2250, 180, 8000, 1800, "DGX B200", f", an eighth{_SPARSE}"),
+    _gpu("GB200", ("NVIDIA GB200",), 2500, 186, 8000, 1800, "GB200 NVL72", f", a GPU's share{_SPARSE}"),
+    _gpu("L4", ("NVIDIA L4",), 121, 24, 300, 64, "L4", _SPARSE),
+    _gpu("L40", ("NVIDIA L40",), 181, 48, 864, 64, "L40"),
+    _gpu("L40S", ("NVIDIA L40S",), 362, 48, 864, 64, "L40S"),
+    _gpu("A10", ("NVIDIA A10",), 125, 24, 600, 64, "A10"),
+    _gpu("A10G", ("NVIDIA A10G",), 70, 24, 600, 64, "A10G"),
+    _gpu("A30", ("NVIDIA A30",), 165, 24, 933, 64, "A30"),
+    _gpu("T4", ("Tesla T4", "NVIDIA T4"), 65, 16, 320, 32, "T4", _FP16),
+    _gpu("V100", ("Tesla V100-SXM2-16GB",), 125, 16, 900, 300, "V100", _FP16),
+    _gpu("V100-32", ("Tesla V100-SXM2-32GB", "Tesla V100-SXM3-32GB"), 125, 32, 900, 300, "V100", _FP16),
+    _gpu("V100-PCIe", ("Tesla V100-PCIE-16GB",), 112, 16, 900, 32, "V100", _FP16),
+    _gpu("V100-PCIe-32", ("Tesla V100-PCIE-32GB",), 112, 32, 900, 32, "V100", _FP16),
+    _gpu("V100S", ("Tesla V100S-PCIE-32GB",), 130, 32, 1134, 32, "V100", _FP16),
 )
 TPUS = {chip.name: chip for chip in CHIPS if chip.libtpu}
 _OTHER_NAMES = {"tpu7x": "7x", "v7x": "7x", "v5litepod": "v5e"}
@@ -212,6 +234,37 @@ _SMALL = ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4")  # of three dimensions, b
 def find(kind: str) -> Chip | None:
     """The chip whose `device.device_kind` this is; None for those that are not in the table (CPUs, other GPUs)."""
     return next((chip for chip in CHIPS if kind in chip.kinds), None)
+
+
+def without_rates(kind: str, platform: str) -> str:
+    """Returns a sentence for the log where an accelerator is not in the table, else an empty text."""
+    if platform == "cpu" or find(kind):
+        return ""
+    return (
+        f"the peak of {kind!r} is not known, so that no share of it (MFU) is shown; "
+        f"known are {', '.join(chip.name for chip in CHIPS)}"
+    )
+
+
+# What a product of float32 matrices is on a device at the default precision of XLA, by the device's platform.
+_DEFAULT_FLOAT32 = {
+    "tpu": "in one pass of bfloat16 (8 bits)",
+    "gpu": "in TensorFloat32 (11 bits) where there are units for it",
+}
+
+
+def precision_of(dtype: str, precision: str, platform: str) -> str:
+    """Returns a sentence for the log about products of float32 matrices, where they are not float32; else nothing."""
+    if dtype != "float32" or platform not in _DEFAULT_FLOAT32 or precision == "highest":
+        return ""
+    how = _DEFAULT_FLOAT32[platform] if precision == "default" else _HIGH_FLOAT32[platform]
+    return (
+        f"compute_dtype is float32, and products of matrices are computed {how} on this {platform.upper()}; "
+        f"set --matmul-precision highest for float32"
+    )
+
+
+_HIGH_FLOAT32 = {"tpu": "in three passes of bfloat16 (about 16 bits)", "gpu": _DEFAULT_FLOAT32["gpu"]}
 
 
 def known() -> list[str]:

@@ -56,6 +56,9 @@ Names = Annotated[tuple[Name, ...], NotEmpty()]
 AxisSize = Annotated[int, Range(1, 1_000_000, special=(-1, "all that are left"))]
 
 
+RotaryScaling = Literal["none", "linear", "dynamic", "llama3", "yarn", "longrope"]
+
+
 @dataclass(frozen=True)
 class ModelConfig(Config):
     """The architecture, through a few closed choices; presets of known models stand in `jaxlm.families`."""
@@ -70,6 +73,8 @@ class ModelConfig(Config):
     width: Positive = 768  # model width D
     layers: Layers = 12  # layers of the stack; of the encoder, where there are two
     decoder_layers: Layers | None = None  # layers of an encoder-decoder's decoder; None: as many as the encoder's
+    decoder_heads: Positive | None = None  # its attention heads; None: as many as the encoder's
+    decoder_mlp_width: Positive | None = None  # its MLP width; None: as the encoder's
     distinct_layers: Layers | None = None  # layers with parameters of their own, each repeated (ALBERT: 1); None: all
 
     heads: Positive = 12  # attention heads H
@@ -77,6 +82,7 @@ class ModelConfig(Config):
     head_width: Positive | None = None  # head width C; None: width / heads
     query_key_norm: bool = False  # normalise each head's queries and keys (Qwen3, Gemma 3)
     attention_scale: Number | None = None  # factor of the scores; None: 1 / sqrt(head width)
+    scale_by_layer: bool = False  # divide the scores of layer n, counted from 1, by n (a choice of GPT-2's)
     attention_cap: NotNegative = 0.0  # scores are squashed to within this by tanh (Gemma 2); 0: not
     layer_kinds: tuple[Literal["global", "local"], ...] = ("global",)  # of each layer in turn, over and over
     prefix_lm: bool = False  # tokens of a decoder's prompt see all of it, also what comes later (Raffel et al. 2020)
@@ -102,12 +108,15 @@ class ModelConfig(Config):
     padding_token: Count | None = None  # a token that unsaid positions do not count (RoBERTa); None: all count
     rotary_base: AboveZero = 10000.0  # wavelength base of rotary and sinusoidal positions
     local_rotary_base: AboveZero | None = None  # of local layers, never scaled; None: as in global ones
-    rotary_scaling: Literal["none", "linear", "llama3", "yarn"] = "none"  # how trained wavelengths are stretched
-    rotary_factor: AboveZero = 1.0  # by how much, for each scaling
-    rotary_length: Positive = 8192  # longest sequence before the stretching (llama3, yarn)
+    rotary_scaling: RotaryScaling = "none"  # how trained wavelengths are stretched
+    rotary_factor: AboveZero = 1.0  # by how much, for each scaling but longrope
+    rotary_length: Positive = 8192  # longest sequence before the stretching (all scalings but linear)
     rotary_low: Number = 1.0  # turns over rotary_length up to which wavelengths are stretched wholly (llama3, yarn)
     rotary_high: Number = 4.0  # turns from which they are not stretched at all; between the two, in part
-    rotary_attention: Number = 1.0  # factor of rotated queries and keys (yarn)
+    rotary_truncate: bool = True  # the ends of yarn's ramp are rounded to whole pairs
+    rotary_attention: Number = 1.0  # factor of rotated queries and keys (yarn, longrope)
+    rotary_short: tuple[AboveZero, ...] = ()  # divisors of each pair's frequency up to rotary_length (longrope)
+    rotary_long: tuple[AboveZero, ...] = ()  # and in sequences that are longer (longrope)
     relative: Literal["none", "buckets", "disentangled"] = "none"  # relative order: T5's bias, DeBERTa's attention
     relative_buckets: Distance = 32  # distances that are told apart; 0: all (disentangled only)
     relative_distance: Distance = 128  # from here on, all distances are one
@@ -126,11 +135,33 @@ class ModelConfig(Config):
     classes_activation: Activation | None = "tanh"  # of the projection before the classes; None: no projection
     start_token: Count | None = None  # what a decoder reads first, for an encoder-decoder (generation, classes)
 
-    dropout: ShareBelowOne = 0.0  # on embeddings and on the output of each sub-layer, while training
-    attention_dropout: ShareBelowOne = 0.0  # on attention weights, while training
+    dropout: ShareBelowOne = 0.0  # share of entries that are zeroed while training, at each site that says None
+    attention_dropout: ShareBelowOne = 0.0  # of attention weights
+    embedding_dropout: ShareBelowOne | None = None  # of the sum of the embeddings; None: as dropout, here and below
+    attention_out_dropout: ShareBelowOne | None = None  # of what attention adds to the residual
+    mlp_dropout: ShareBelowOne | None = 0.0  # of the MLP's activations
+    mlp_out_dropout: ShareBelowOne | None = None  # of what the MLP adds to the residual
+    final_dropout: ShareBelowOne | None = 0.0  # of a stack's last hidden states (T5)
+    classes_input_dropout: ShareBelowOne | None = 0.0  # before the projection of the head classes (RoBERTa)
+    classes_dropout: ShareBelowOne | None = None  # before the output of the head classes
+    tokens_dropout: ShareBelowOne | None = None  # before the head tokens
+    span_dropout: ShareBelowOne | None = 0.0  # before the head span (DistilBERT)
     initial_std: NotNegative = 0.02  # standard deviation of initial weights
     initial_by_inputs: bool = False  # of embeddings alone: a matrix has 1 / sqrt(inputs) in place of it (T5)
     scale_residual_init: bool = True  # divide it by sqrt(2 x layers) where a sub-layer writes to the residual (GPT-2)
+
+    def rate(self, site: str) -> float:
+        """Returns the dropout rate of a site, the name of one of `DROPOUT_SITES`."""
+        own = getattr(self, site)
+        return self.dropout if own is None else own
+
+    @property
+    def of_decoder(self) -> ModelConfig:
+        """The config as the decoder of an encoder-decoder has it: with its own heads and MLP width."""
+        if self.decoder_heads is None and self.decoder_mlp_width is None:
+            return self
+        heads, mlp_width = self.decoder_heads or self.heads, self.decoder_mlp_width or self.F
+        return dataclasses.replace(self, heads=heads, mlp_width=mlp_width, decoder_heads=None, decoder_mlp_width=None)
 
     @property
     def matrix_std(self) -> float | None:
@@ -170,6 +201,19 @@ class ModelConfig(Config):
                 f"model.heads is {self.heads}, which does not divide model.width {self.width}; "
                 f"choose heads from {_divisors(self.width)} or set model.head_width"
             )
+        if (self.decoder_heads or self.decoder_mlp_width) and self.structure != "encoder_decoder":
+            raise UserError(
+                f"model.decoder_heads is {self.decoder_heads} and model.decoder_mlp_width {self.decoder_mlp_width}, "
+                f"but the model is a(n) {self.structure}; they go with an encoder-decoder: leave them out"
+            )
+        if self.of_decoder is not self:
+            dataclasses.replace(self.of_decoder, structure="decoder", decoder_vocabulary=None).check()
+        pairs = self.C // 2
+        if self.rotary_scaling == "longrope" and not len(self.rotary_short) == len(self.rotary_long) == pairs:
+            raise UserError(
+                f"model.rotary_short and rotary_long have {len(self.rotary_short)} and {len(self.rotary_long)} "
+                f"numbers; the head width is {self.C}: give {pairs} of each"
+            )
         if self.heads % self.K:
             raise UserError(
                 f"model.kv_heads is {self.K}, which does not divide model.heads {self.heads}; "
@@ -206,6 +250,20 @@ class ModelConfig(Config):
                 f"model.relative_buckets is {self.relative_buckets}; it must be at least 4 and less than twice "
                 f"model.relative_distance {self.relative_distance}"
             )
+
+
+# The fields of ModelConfig that are the dropout rate of one site; None in them is the rate of `dropout`.
+DROPOUT_SITES = (
+    "embedding_dropout",
+    "attention_out_dropout",
+    "mlp_dropout",
+    "mlp_out_dropout",
+    "final_dropout",
+    "classes_input_dropout",
+    "classes_dropout",
+    "tokens_dropout",
+    "span_dropout",
+)
 
 
 def _divisors(n: int) -> str:
@@ -522,6 +580,9 @@ class MeshConfig(Config):
     context: AxisSize = 1  # the length of rows, split; every query still sees all keys
 
 
+MatmulPrecision = Literal["default", "high", "highest"]
+
+
 @dataclass(frozen=True)
 class RunConfig(Config):
     """One run, from data to exported model."""
@@ -540,6 +601,8 @@ class RunConfig(Config):
     epochs: Annotated[float, Range(0, 1_000_000)] = 0.0  # passes over the training part; above 0 they decide over steps
     seed: Seed = 0  # of parameters, data order, masking and dropout
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products; the rest stays float32
+    # On TPU the default multiplies float32 in one pass of bfloat16, on GPU in TensorFloat32; highest is float32.
+    matmul_precision: MatmulPrecision = "default"  # of products of float32 matrices
     # Offload is full, with the inputs of the layers, from which all is recomputed, in the memory of the host.
     remat: Literal["none", "dots", "full", "offload"] = "none"  # backward recomputes nothing, all but products, all
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"  # kernel; auto: splash on TPU, cudnn on GPU, or XLA

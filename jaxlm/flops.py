@@ -147,7 +147,7 @@ def closed(
     blocks: count causal attention as `dot_product_attention` computes it, by blocks of queries that read no later keys
     than their last, instead.
     """
-    D, T, S = config.width, length, source_length
+    D, T, S, whole = config.width, length, source_length, config
     if heads is None:
         heads = {"lm": T} if "lm" in config.heads_on_top else {}
     both = config.structure == "encoder_decoder"
@@ -161,13 +161,14 @@ def closed(
         projections += config.layers * tokens * (_attention_entries(config) + _mlp_entries(config))
         attention += config.layers * _attended(config, tokens, tokens, tokens * tokens)
     if config.structure != "encoder":
-        layers = (config.decoder_layers if both else None) or config.layers
+        layers, config = (config.decoder_layers if both else None) or config.layers, config.of_decoder
         projections += layers * T * (_attention_entries(config) + _mlp_entries(config))
         attention += layers * _attended(config, T, T, _causal_pairs(T) if blocks else T * T)
         if both and S is not None:
             queries, keys = 2 * D * config.heads * config.C, 2 * D * config.K * config.C
             projections += layers * (queries * T + keys * S)
             attention += layers * _attended(config, T, S, T * S, relative=False)
+    config = whole
     on_top = sum(positions * _head_entries(config, head) for head, positions in heads.items())
     relative = _relative_entries(config)
     return Forward(2 * rows * embedded, 2 * (rows * projections + relative), 2 * rows * attention, 2 * rows * on_top)
@@ -192,10 +193,10 @@ def recomputed(
     forward = closed(config, rows, length, source_length, heads={}, blocks=blocks)
     if remat == "dots":
         return forward.attention
-    tokens = config.layers * (length if source_length is None else source_length)
+    entries = config.layers * (length if source_length is None else source_length) * config.F
     if config.structure == "encoder_decoder":
-        tokens += (config.decoder_layers or config.layers) * length
-    last = 2 * rows * tokens * config.F * config.width if config.norm_place == "pre" else 0
+        entries += (config.decoder_layers or config.layers) * length * config.of_decoder.F
+    last = 2 * rows * entries * config.width if config.norm_place == "pre" else 0
     return forward.layers - last
 
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from jaxlm import families, hosts
-from jaxlm.config import CausalLM, MaskedLM, ModelConfig, RunConfig
+from jaxlm.config import DROPOUT_SITES, CausalLM, MaskedLM, ModelConfig, RunConfig
 from jaxlm.encode import Pooling
 from jaxlm.errors import UserError
 from jaxlm.hub.convert import tree_shapes
@@ -164,8 +164,11 @@ def configured(run: RunConfig, weights: Weights | None, task: Task) -> ModelConf
 
 
 def with_dropout(config: ModelConfig, rate: float | None) -> ModelConfig:
-    """The config with this dropout everywhere; None: as it says."""
-    return config if rate is None else replace(config, dropout=rate, attention_dropout=rate)
+    """The config with this dropout at every site but those that have a rate of 0; None: as it says."""
+    if rate is None:
+        return config
+    sites: dict[str, Any] = {site: rate for site in DROPOUT_SITES if getattr(config, site)}
+    return replace(config, dropout=rate, attention_dropout=rate, **sites)
 
 
 def sized(run: RunConfig, config: ModelConfig, once: Any) -> RunConfig:

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import scipy.special
 
+from jaxlm.config import ModelConfig
+from jaxlm.errors import UserError
 from jaxlm.nn.layers import ACTIVATIONS
+from jaxlm.nn.transformer import Keep, Transformer, apply, init
 
 PHI = lambda x: scipy.special.erfc(-x / np.sqrt(2)) / 2
 TANH = lambda x: np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))
@@ -42,3 +45,61 @@ def test_activations_can_be_derived_twice_and_forward():
         twice = jax.grad(jax.grad(function))(0.7)
         forward = jax.jvp(jax.grad(function), (0.7,), (1.0,))[1]
         np.testing.assert_allclose(twice, forward, rtol=1e-6)
+
+
+ROTARY = {
+    "dynamic": {"rotary_factor": 4.0},
+    "longrope": {"rotary_short": (1.0, 1.2), "rotary_long": (2.0, 5.0), "rotary_attention": 1.2},
+}
+
+
+@pytest.mark.parametrize("scaling", ROTARY)
+def test_turns_that_depend_on_the_length_are_the_same_cached_and_packed(scaling):
+    config = ModelConfig(
+        vocabulary=11, max_length=32, width=8, heads=2, layers=2, mlp_width=8, positions="rotary", rotary_length=6,
+        rotary_base=30.0, rotary_scaling=scaling, **ROTARY[scaling],
+    )  # fmt: skip
+    module = Transformer(config)
+    params = jax.tree.map(
+        lambda leaf: leaf + 0.3 * jax.random.normal(jax.random.key(1), leaf.shape), init(module, jax.random.key(0))
+    )
+    tokens_BT = jax.random.randint(jax.random.key(2), (2, 12), 0, 11)
+    whole = lambda row, length: apply(module, params, tokens_BT[row : row + 1, :length])[0, -1]
+    lengths_B = jnp.array([3, 5])
+    x_BTD, caches = apply(module, params, tokens_BT[:, :5], Keep(lengths_B, 12), method="prefill")
+    for row, length in enumerate((3, 5)):
+        np.testing.assert_allclose(x_BTD[row, length - 1], whole(row, length), atol=1e-5)
+    step = jax.jit(
+        lambda tokens_B1, at_B1, caches: apply(module, params, tokens_B1, at_B1, caches, method="decode_cached")
+    )
+    for n in range(7):  # from before the trained length to beyond it
+        at_B = lengths_B + n
+        x_B1D, caches = step(tokens_BT[jnp.arange(2), at_B][:, None], at_B[:, None], caches)
+        for row in range(2):
+            np.testing.assert_allclose(x_B1D[row, 0], whole(row, int(at_B[row]) + 1), atol=1e-5)
+    packed_1T = jnp.concatenate([tokens_BT[:1, :9], tokens_BT[1:, :4]], 1)
+    segments_1T, positions_1T = jnp.array([[1] * 9 + [2] * 4]), jnp.array([[*range(9), *range(4)]])
+    x_1TD = apply(module, params, packed_1T, segments_1T, positions_1T)
+    np.testing.assert_allclose(x_1TD[0, 8], whole(0, 9), atol=1e-5)
+    np.testing.assert_allclose(x_1TD[0, 12], whole(1, 4), atol=1e-5)
+
+
+def test_configs_that_cannot_be_are_refused():
+    for fields, message in (
+        ({"rotary_scaling": "longrope", "positions": "rotary"}, "rotary_short and rotary_long have 0 and 0 numbers"),
+        ({"decoder_heads": 4}, "decoder_heads is 4 .* go with an encoder-decoder"),
+        ({"decoder_heads": 5, "structure": "encoder_decoder"}, "heads is 5, which does not divide"),
+    ):
+        with pytest.raises(UserError, match=message):
+            ModelConfig(**fields).check()
+
+
+def test_the_precision_of_products_is_that_of_the_module():
+    config = ModelConfig(vocabulary=11, max_length=8, width=8, heads=2, layers=1)
+    params = jax.eval_shape(lambda: init(Transformer(config), jax.random.key(0)))
+    for precision, name in (("highest", "HIGHEST"), ("high", "HIGH"), ("default", None)):
+        module = Transformer(config, precision=precision)
+        loss = lambda params, module=module: apply(module, params, jnp.zeros((1, 4), int)).sum()
+        text = str(jax.make_jaxpr(jax.grad(loss))(params))
+        found = {line.split("precision=")[1].split("\n")[0].strip(" ,)]") for line in text.split("dot_general[")[1:]}
+        assert len(found) == 1 and (name or "None") in found.pop()

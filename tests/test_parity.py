@@ -6,12 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import flax.linen
 import jax
 import numpy as np
 import pytest
 
 import jaxlm
+import jaxlm.families
 from jaxlm.hub import safetensors
+from jaxlm.nn import transformer
+from jaxlm.nn.layers import Dropout
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -26,6 +30,8 @@ SEQ2SEQ: dict[str, Any] = {"vocab_size": VOCABULARY, "d_model": 24, "max_positio
 SEQ2SEQ |= {"encoder_layers": 2, "decoder_layers": 3, "encoder_attention_heads": 3, "decoder_attention_heads": 3}
 SEQ2SEQ |= {"encoder_ffn_dim": 20, "decoder_ffn_dim": 20, "eos_token_id": 2, "pad_token_id": 1}
 SEQ2SEQ |= {"decoder_start_token_id": 2, "num_labels": 3}
+UNEQUAL = {"unequal": {"decoder_attention_heads": 4, "decoder_ffn_dim": 28}}
+UPCAST = {"reorder_and_upcast_attn": True}
 SEPARATE = {"separate": {"tie_word_embeddings": False}}
 T5 = {"vocab_size": VOCABULARY, "d_model": 24, "d_kv": 5, "num_heads": 3, "d_ff": 20, "num_layers": 2}
 T5 |= {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 10}
@@ -91,7 +97,9 @@ FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, ...], dict[str, dict[str, A
     "GPT2": (
         {"vocab_size": VOCABULARY, "n_embd": 24, "n_layer": 3, "n_head": 3, "n_positions": 16, "pad_token_id": 0},
         ("LMHeadModel", "ForSequenceClassification", "Model"),
-        {"": {}, "inner": {"n_inner": 20, "activation_function": "relu"}, "untied": {"tie_word_embeddings": False}},
+        {"": {}, "inner": {"n_inner": 20, "activation_function": "relu"}, "untied": {"tie_word_embeddings": False}}
+        | {"by layer": {"scale_attn_by_inverse_layer_idx": True}}
+        | {"unscaled": {"scale_attn_by_inverse_layer_idx": True, "scale_attn_weights": False} | UPCAST},
     ),
     "Llama": (
         DECODER,
@@ -99,7 +107,11 @@ FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, ...], dict[str, dict[str, A
         GROUPED
         | {"": {}, "biases": {"attention_bias": True, "mlp_bias": True}, "llama3": {"rope_parameters": LLAMA_3}}
         | {"linear": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}}}
-        | {"yarn": {"rope_parameters": YARN}},
+        | {
+            "yarn": {"rope_parameters": YARN},
+            "mscale": {"rope_parameters": YARN | {"mscale": 1.5, "mscale_all_dim": 0.7}},
+        }
+        | {"untruncated": {"rope_parameters": YARN | {"truncate": False, "beta_fast": 4.0, "attention_factor": 1.3}}},
     ),
     "Mistral": (DECODER, CAUSAL_HEADS, {"": {}, "window": {"sliding_window": 4}, "none": {"sliding_window": None}}),
     "Qwen2": (
@@ -134,13 +146,17 @@ FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, ...], dict[str, dict[str, A
     "Bart": (
         SEQ2SEQ,
         ("ForConditionalGeneration", "ForSequenceClassification", "Model"),
-        {"": {}, "scaled": {"scale_embedding": True, "activation_function": "relu"}} | SEPARATE,
+        {"": {}, "scaled": {"scale_embedding": True, "activation_function": "relu"}} | SEPARATE | UNEQUAL,
     ),
-    "MBart": (SEQ2SEQ, ("ForConditionalGeneration", "ForSequenceClassification", "Model"), {"": {}} | SEPARATE),
+    "MBart": (
+        SEQ2SEQ,
+        ("ForConditionalGeneration", "ForSequenceClassification", "Model"),
+        {"": {}} | SEPARATE | UNEQUAL,
+    ),
     "Marian": (
         SEQ2SEQ,
         ("MTModel", "Model"),
-        {"": {}, "swish": {"activation_function": "swish", "scale_embedding": True}} | SEPARATE,
+        {"": {}, "swish": {"activation_function": "swish", "scale_embedding": True}} | SEPARATE | UNEQUAL,
     ),
 }
 MEMBERS = [
@@ -269,3 +285,124 @@ def test_both_ways(tmp_path, family, head, shape):
     again, report = type(model).from_pretrained(tmp_path / "new", output_loading_info=True, attn_implementation="eager")
     assert not any(report.values()), report
     assert_same(again.eval(), other, head, left=False)
+
+
+LONG = {"rope_type": "longrope", "rope_theta": 100.0, "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4]}
+LONG |= {"long_factor": [1.0, 1.5, 2.0, 3.0, 4.0], "original_max_position_embeddings": 8}
+BY_LENGTH = {
+    "dynamic": ({"rope_type": "dynamic", "factor": 4.0, "rope_theta": 100.0}, {"max_position_embeddings": 8}),
+    "longrope": (LONG, {}),
+    "longrope with factors": (LONG | {"factor": 3.0, "attention_factor": 1.1}, {}),
+}
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize("kind", BY_LENGTH)
+def test_rotary_positions_that_depend_on_the_length(tmp_path, kind, old):
+    """Rows without padding, before and beyond the trained length: for others transformers takes the longest of all."""
+    said, more = BY_LENGTH[kind]
+    config = transformers.LlamaConfig(**DECODER | more, rope_parameters=said)
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    if old:  # as transformers 4 wrote it
+        values["rope_theta"] = values["rope_parameters"].pop("rope_theta")
+        values["rope_scaling"] = values.pop("rope_parameters")
+        path.write_text(json.dumps(values))
+    lm = jaxlm.load(tmp_path)
+    for length in (5, 8, 9, 14):
+        ids = np.random.default_rng(length).integers(3, VOCABULARY, (2, length))
+        with torch.no_grad():
+            theirs = model(torch.tensor(ids)).logits
+        np.testing.assert_allclose(lm(ids).logits, theirs, atol=1e-4, rtol=1e-4, err_msg=str(length))
+    jaxlm.save(lm, tmp_path / "ours")
+    assert json.loads((tmp_path / "ours" / "config.json").read_text()) == values
+
+
+RATES = (0.11, 0.13, 0.17, 0.19, 0.23, 0.29, 0.31)
+BERT_RATES = dict(zip(("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"), RATES))
+BART_RATES = dict(zip(("dropout", "attention_dropout", "activation_dropout", "classifier_dropout"), RATES))
+DROPOUT: dict[str, dict[str, Any]] = {
+    "Bert": BERT_RATES,
+    "Roberta": BERT_RATES,
+    "XLMRoberta": BERT_RATES,
+    "Electra": BERT_RATES,
+    "Albert": dict(zip(("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout_prob"), RATES)),
+    "DistilBert": dict(zip(("dropout", "attention_dropout", "seq_classif_dropout", "qa_dropout"), RATES)),
+    "DebertaV2": dict(
+        zip(("hidden_dropout_prob", "attention_probs_dropout_prob", "pooler_dropout", "cls_dropout"), RATES)
+    ),
+    "ModernBert": dict(zip(("mlp_dropout", "attention_dropout", "embedding_dropout", "classifier_dropout"), RATES)),
+    "GPT2": dict(zip(("resid_pdrop", "embd_pdrop", "attn_pdrop"), RATES)),
+    "Llama": {"attention_dropout": RATES[0]},
+    "Mistral": {"attention_dropout": RATES[0]},
+    "Qwen2": {"attention_dropout": RATES[0]},
+    "Qwen3": {"attention_dropout": RATES[0]},
+    "Gemma": {"attention_dropout": RATES[0]},
+    "Gemma2": {"attention_dropout": RATES[0]},
+    "T5": {"dropout_rate": RATES[0]},
+    "MT5": {"dropout_rate": RATES[0]},
+    "Bart": BART_RATES,
+    "MBart": BART_RATES,
+    "Marian": BART_RATES,
+}
+ONE_LAYER = {"num_hidden_layers": 1, "n_layers": 1, "n_layer": 1, "num_layers": 1, "encoder_layers": 1}
+ONE_LAYER |= {"decoder_layers": 1, "num_decoder_layers": 1}
+SITES = [
+    pytest.param(family, head, id=f"{family}{head}")
+    for family in DROPOUT
+    for head in FAMILIES[family][1]
+    if head not in ("Model", "EncoderModel", "ForPreTraining", "ForNextSentencePrediction")
+]
+
+
+@pytest.mark.parametrize(("family", "head"), SITES)
+def test_dropout_is_at_the_sites_of_transformers(monkeypatch, tmp_path, family, head):
+    """Every site in training, as its rate and the number of its entries, the same in both; rates come back as keys."""
+    base, _, shapes = FAMILIES[family]
+    base = base | next(iter(shapes.values())) | {k: n for k, n in ONE_LAYER.items() if k in base or "num_d" in k}
+    config = getattr(transformers, f"{family}Config")(**base | DROPOUT[family] | {"pad_token_id": 1})
+    config._attn_implementation = "eager"
+    model = getattr(transformers, family + head)(config)
+    model.save_pretrained(tmp_path)
+    ids = np.full((2, 7), 5)
+    ids[:, -1] = getattr(config, "eos_token_id", None) or 2
+    theirs: list[tuple[float, int]] = []
+
+    def dropout(x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+        if training and p:
+            theirs.append((p, x.numel()))
+        return x
+
+    monkeypatch.setattr(torch.nn.functional, "dropout", dropout)
+    inputs = {"input_ids": torch.tensor(ids)}
+    if config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = torch.tensor(ids)
+    if head == "ForSequenceClassification":
+        inputs.pop("decoder_input_ids", None)
+    model.train()(**inputs)
+
+    lm = jaxlm.load(tmp_path)
+    ours: list[tuple[float, int]] = []
+
+    def recorded(next_function: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        if isinstance(context.module, Dropout) and context.module.rate and context.module.has_rng("dropout"):
+            ours.append((context.module.rate, args[0].size))
+        return next_function(*args, **kwargs)
+
+    def forward(params: Any, key: Any) -> Any:
+        targets = [None, None, None, ids] if config.is_encoder_decoder else []
+        x_BTD = transformer.apply(lm.module, params, ids, *targets, key=key)
+        method = lm.config.heads_on_top[0]
+        return transformer.apply(
+            lm.module, params, x_BTD[:, :1] if method == "classes" else x_BTD, method=method, key=key
+        )
+
+    with flax.linen.intercept_methods(recorded):
+        jax.eval_shape(forward, lm.params, jax.random.key(0))
+    assert sorted(ours) == sorted(theirs)
+    written = jaxlm.families.FAMILIES[config.model_type].config_to_hf(lm.config)
+    assert {name: written[name] for name in DROPOUT[family]} == DROPOUT[family]

@@ -6,22 +6,27 @@ from jaxlm.config import ModelConfig
 from jaxlm.families import bert
 from jaxlm.hub.convert import ACTIVATIONS, Family, Key, attention, keyed, norm, projection
 
+_FIXED = bert.FIXED | {"mlp_out_dropout": 0.0}
+_OWN = ("hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
 _FROM_HF, _TO_HF = keyed(
     keys=(
-        *(key for key in bert.KEYS if key.hf not in ("hidden_act", "hidden_dropout_prob")),
+        *(key for key in bert.KEYS if key.hf not in _OWN),
         Key("hidden_act", "activation", "gelu_new", ACTIVATIONS),
         Key("hidden_dropout_prob", "dropout", 0.0),
+        Key("attention_probs_dropout_prob", "attention_dropout", 0.0),
+        Key("classifier_dropout_prob", "classes_dropout", 0.1),
+        Key("classifier_dropout_prob", "tokens_dropout", 0.1),
         Key("embedding_size", "embedding_width", 128),
         Key("num_hidden_groups", "distinct_layers", 1),
     ),
-    fixed=bert.FIXED,
+    fixed=_FIXED,
     only={"inner_group_num": 1, "position_embedding_type": "absolute"},
 )
 
 
 def _albert(layers: int, width: int, heads: int) -> ModelConfig:
     return ModelConfig(
-        **bert.FIXED,
+        **_FIXED,
         heads_on_top=("masked_lm", "next_sentence"),
         vocabulary=30000,
         max_length=512,
@@ -34,6 +39,8 @@ def _albert(layers: int, width: int, heads: int) -> ModelConfig:
         activation="gelu_tanh",
         norm_epsilon=1e-12,
         embedding_width=128,
+        classes_dropout=0.1,
+        tokens_dropout=0.1,
     )
 
 

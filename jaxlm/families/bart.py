@@ -27,14 +27,17 @@ KEYS = (
     Key("encoder_layers", "layers"),
     Key("decoder_layers", "decoder_layers"),
     Key("encoder_attention_heads", "heads"),
-    Key("decoder_attention_heads", "heads"),
+    Key("decoder_attention_heads", "decoder_heads"),
     Key("encoder_ffn_dim", "mlp_width"),
-    Key("decoder_ffn_dim", "mlp_width"),
+    Key("decoder_ffn_dim", "decoder_mlp_width"),
     Key("activation_function", "activation", "gelu", ACTIVATIONS),
     Key("scale_embedding", "scale_embeddings", False),
     Key("tie_word_embeddings", "tied_embeddings", True),
     Key("dropout", "dropout", 0.1),
     Key("attention_dropout", "attention_dropout", 0.0),
+    Key("activation_dropout", "mlp_dropout", 0.0),
+    Key("classifier_dropout", "classes_input_dropout", 0.0),
+    Key("classifier_dropout", "classes_dropout", 0.0),
     Key("init_std", "initial_std", 0.02),
 )
 ONLY = {"is_encoder_decoder": True}
@@ -73,6 +76,7 @@ def _stack(name: str, embeddings: str) -> tuple[Rule, ...]:
 def _bart(layers: int, width: int, heads: int, **fields: Any) -> ModelConfig:
     sizes: dict[str, Any] = {"layers": layers, "width": width, "heads": heads}
     published: dict[str, Any] = {"vocabulary": 50265, "max_length": 1024, "activation": "gelu", "dropout": 0.1}
+    published |= {"classes_dropout": 0.0}
     return ModelConfig(**FIXED | published | sizes | {"start_token": 2} | fields)
 
 

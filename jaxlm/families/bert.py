@@ -57,6 +57,8 @@ KEYS = (
     Key("tie_word_embeddings", "tied_embeddings", True),
     Key("hidden_dropout_prob", "dropout", 0.1),
     Key("attention_probs_dropout_prob", "attention_dropout", 0.1),
+    Key("classifier_dropout", "classes_dropout", None),
+    Key("classifier_dropout", "tokens_dropout", None),
     Key("initializer_range", "initial_std", 0.02),
 )
 ONLY = {"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"}

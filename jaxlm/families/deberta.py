@@ -25,7 +25,13 @@ _FIXED = bert.FIXED | {"classes_activation": "gelu"}
 _DEFAULTS = {"type_vocab_size": 0, "layer_norm_eps": 1e-7}  # where they are others than BERT's
 _FROM_HF, _TO_HF = keyed(
     keys=(
-        *(key._replace(default=_DEFAULTS.get(key.hf, key.default)) for key in bert.KEYS),
+        *(
+            key._replace(default=_DEFAULTS.get(key.hf, key.default))
+            for key in bert.KEYS
+            if key.hf != "classifier_dropout"
+        ),
+        Key("pooler_dropout", "classes_input_dropout", 0.0),
+        Key("cls_dropout", "classes_dropout", None),
         Key("conv_kernel_size", "conv_width", 0),
         Key("conv_act", "conv_activation", "tanh", ACTIVATIONS),
     ),

@@ -7,6 +7,7 @@ from jaxlm.families import bert
 from jaxlm.hub.convert import ACTIVATIONS, Family, Key, attention, keyed, norm, projection
 
 _FIXED = bert.FIXED | {"types": 0, "norm_epsilon": 1e-12, "classes_activation": "relu"}
+_FIXED |= {"attention_out_dropout": 0.0}
 
 _FROM_HF, _TO_HF = keyed(
     keys=(
@@ -20,6 +21,8 @@ _FROM_HF, _TO_HF = keyed(
         Key("tie_word_embeddings", "tied_embeddings", True),
         Key("dropout", "dropout", 0.1),
         Key("attention_dropout", "attention_dropout", 0.1),
+        Key("seq_classif_dropout", "classes_dropout", 0.2),
+        Key("qa_dropout", "span_dropout", 0.1),
         Key("initializer_range", "initial_std", 0.02),
     ),
     fixed=_FIXED,
@@ -41,6 +44,8 @@ FAMILY = Family(
             activation="gelu",
             dropout=0.1,
             attention_dropout=0.1,
+            classes_dropout=0.2,
+            span_dropout=None,
         )
     },
     rules=(

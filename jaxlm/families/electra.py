@@ -7,11 +7,11 @@ import dataclasses
 from typing import Any
 
 from jaxlm.config import ModelConfig
-from jaxlm.families import bert
+from jaxlm.families import bert, roberta
 from jaxlm.hub.convert import Family, Key, Rule, keyed, norm, projection
 
 _FIXED = bert.FIXED | {"transform_activation": "gelu", "classes_activation": "gelu"}
-_FROM_HF, _TO_HF = keyed((*bert.KEYS, Key("embedding_size", "embedding_width", 128)), _FIXED, bert.ONLY)
+_FROM_HF, _TO_HF = keyed((roberta.TWICE, *bert.KEYS, Key("embedding_size", "embedding_width", 128)), _FIXED, bert.ONLY)
 
 
 def _config_from_hf(hf: dict[str, Any]) -> ModelConfig:
@@ -37,6 +37,7 @@ def _electra(layers: int, width: int, heads: int, embedding: int | None, head: A
         activation="gelu",
         norm_epsilon=1e-12,
         embedding_width=embedding,
+        classes_input_dropout=None,
         dropout=0.1,
         attention_dropout=0.1,
     )

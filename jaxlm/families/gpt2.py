@@ -17,6 +17,7 @@ _FIXED: dict[str, Any] = {
     "biases": ("query_key_value", "out", "mlp", "norm"),
     "classes_from": "last",
     "classes_activation": None,
+    "classes_dropout": 0.0,
     "scale_residual_init": True,
 }
 
@@ -59,12 +60,14 @@ _FROM_HF, _TO_HF = keyed(
         Key("layer_norm_epsilon", "norm_epsilon", 1e-5),
         Key("tie_word_embeddings", "tied_embeddings", True),
         Key("resid_pdrop", "dropout", 0.1),
-        Key("embd_pdrop", "dropout", 0.1),
+        Key("embd_pdrop", "embedding_dropout", 0.1),
         Key("attn_pdrop", "attention_dropout", 0.1),
         Key("initializer_range", "initial_std", 0.02),
+        Key("scale_attn_by_inverse_layer_idx", "scale_by_layer", False),
     ),
     fixed=_FIXED,
-    only={"scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
+    # Scores are float32 here, so that reorder_and_upcast_attn changes nothing.
+    only={"add_cross_attention": False},
 )
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, get_args
 
-from jaxlm.config import ModelConfig
-from jaxlm.errors import UserError, perhaps
+from jaxlm.config import ModelConfig, RotaryScaling
+from jaxlm.errors import UserError
 from jaxlm.hub.convert import (
     ACTIVATIONS,
     Family,
@@ -23,6 +23,7 @@ from jaxlm.hub.convert import (
     shortest,
 )
 from jaxlm.hub.model_files import JsonObject
+from jaxlm.ranges import MOST
 
 FIXED: dict[str, Any] = {
     "structure": "decoder",
@@ -52,54 +53,96 @@ _ACTIVATION = Key("hidden_act", "activation", "silu", ACTIVATIONS)
 _TIED = Key("tie_word_embeddings", "tied_embeddings", False)
 _FROM_HF, _TO_HF = keyed((*KEYS, _ACTIVATION, _TIED), FIXED, {})
 
-_SCALED = {"linear": (), "llama3": ("low_freq_factor", "high_freq_factor"), "yarn": ("beta_slow", "beta_fast")}
+# Numbers that a scaling reads as `rotary_low` and `rotary_high`, by their keys.
+_ENDS = {"llama3": ("low_freq_factor", "high_freq_factor"), "yarn": ("beta_slow", "beta_fast")}
+_SCALINGS = ("default", *(kind for kind in get_args(RotaryScaling) if kind != "none"))
 
 
-def rotary_from_hf(scaling: dict[str, Any] | None) -> dict[str, Any]:
-    """Fields from what `rope_scaling` or `rope_parameters` says."""
-    said = scaling or {}
-    kind = said.get("rope_type", said.get("type", "default"))
+def rotary_from_hf(said: JsonObject, longest: int = 2048, trained: int | None = None) -> dict[str, Any]:
+    """Fields from what `rope_scaling` or `rope_parameters` says.
+
+    longest, trained: the file's max_position_embeddings and original_max_position_embeddings.
+    """
+    name = "rope_type" if "rope_type" in said else "type"
+    kind = said.text(name, "default", ("su", *_SCALINGS))
+    kind = "longrope" if kind == "su" else kind  # its first name
     if kind == "default":
         return {}
-    if kind not in _SCALED:
-        raise UserError(f"config.json has the rotary scaling {kind!r}{perhaps(str(kind), ['default', *_SCALED])}")
-    fields: dict[str, Any] = {"rotary_scaling": kind, "rotary_factor": said["factor"]}
+    trained = trained or said.integer("original_max_position_embeddings", longest, 1, MOST)
+    factor = said.number("factor", longest / trained, 1e-6, 1e9)
+    fields: dict[str, Any] = {"rotary_scaling": kind, "rotary_factor": factor}
     if kind == "linear":
         return fields
-    low, high = _SCALED[kind]
-    fields["rotary_length"] = said["original_max_position_embeddings"]
-    fields["rotary_low"], fields["rotary_high"] = said.get(low) or 1.0, said.get(high) or 32.0
+    fields["rotary_length"] = longest if kind == "dynamic" else trained
+    if kind in _ENDS:
+        low, high = _ENDS[kind]
+        fields["rotary_low"] = said.number(low, 1.0, 1e-6, 1e9)
+        fields["rotary_high"] = said.number(high, 32.0, 1e-6, 1e9)
     if kind == "yarn":
-        if (said.get("mscale") and said.get("mscale_all_dim")) or not said.get("truncate", True):
-            raise UserError("config.json has a yarn scaling with mscale or without truncation; neither is known")
-        attention = said.get("attention_factor")
-        fields["rotary_attention"] = attention or 1.0 + 0.1 * math.log(max(1.0, said["factor"]))
+        fields["rotary_truncate"] = said.boolean("truncate", True)
+    if kind == "longrope":
+        fields |= {f"rotary_{end}": _factors(said, f"{end}_factor") for end in ("short", "long")}
+    if kind in ("yarn", "longrope"):
+        fields["rotary_attention"] = said.number("attention_factor", 0.0, 0, 1e9) or _attention_factor(said, fields)
     return fields
+
+
+def _factors(said: JsonObject, key: str) -> tuple[float, ...]:
+    listed = said.values.get(key)
+    if not isinstance(listed, list) or not listed:
+        raise said.wrong(key, "a list of a number for each pair of a head")
+    numbers = JsonObject({str(i): number for i, number in enumerate(listed)}, f"{said.source}: {key}")
+    return tuple(numbers.number(i, 1.0, 1e-6, 1e9) for i in numbers.values)
+
+
+def _attention_factor(said: JsonObject, fields: dict[str, Any]) -> float:
+    """The factor of queries and keys, where the file does not give it: by the papers, from the stretching."""
+    factor = fields["rotary_factor"]
+    if factor <= 1:
+        return 1.0
+    if fields["rotary_scaling"] == "longrope":
+        return math.sqrt(1 + math.log(factor) / math.log(max(2, fields["rotary_length"])))
+    grown = lambda scale: 1.0 + 0.1 * scale * math.log(factor)
+    whole, each = (said.number(key, 0.0, -1e9, 1e9) for key in ("mscale", "mscale_all_dim"))
+    return grown(whole) / grown(each) if whole and each else grown(1.0)
 
 
 def rotary_to_hf(config: ModelConfig) -> dict[str, Any]:
     """The inverse of `rotary_from_hf`."""
-    if config.rotary_scaling == "none":
+    kind = config.rotary_scaling
+    if kind == "none":
         return {"rope_type": "default"}
-    said: dict[str, Any] = {"rope_type": config.rotary_scaling, "factor": config.rotary_factor}
-    if config.rotary_scaling != "linear":
-        said |= dict(zip(_SCALED[config.rotary_scaling], (config.rotary_low, config.rotary_high)))
+    said: dict[str, Any] = {"rope_type": kind, "factor": config.rotary_factor}
+    if kind in _ENDS:
+        said |= dict(zip(_ENDS[kind], (config.rotary_low, config.rotary_high)))
+    if kind not in ("linear", "dynamic"):  # the latter's is max_position_embeddings
         said["original_max_position_embeddings"] = config.rotary_length
-    return said | ({"attention_factor": config.rotary_attention} if config.rotary_scaling == "yarn" else {})
+    if kind == "longrope":
+        said |= {"short_factor": list(config.rotary_short), "long_factor": list(config.rotary_long)}
+    if kind in ("yarn", "longrope"):
+        said["attention_factor"] = config.rotary_attention
+    if kind == "yarn" and not config.rotary_truncate:
+        said["truncate"] = False
+    return said
+
+
+def _scaled(hf: dict[str, Any]) -> tuple[JsonObject, int, int | None]:
+    """What a config.json says of positions, and its two lengths."""
+    of = JsonObject(hf, "config.json")
+    said = of.object("rope_scaling")
+    said = said if said.values else of.object("rope_parameters")
+    # Phi-3, and some older files of others, have the trained length beside the scaling.
+    trained = of.integer("original_max_position_embeddings", 0, 1, MOST)
+    return said, of.integer("max_position_embeddings", 2048, 1, MOST), trained or None
 
 
 def one_rotary_from_hf(hf: dict[str, Any], base: float = 10000.0) -> dict[str, Any]:
     """Fields from `rope_parameters`, or from `rope_theta` and `rope_scaling` in older files, which win over them."""
-    of = JsonObject(hf, "config.json")
-    said = of.object("rope_scaling").values or of.object("rope_parameters").values
-    if said.get("rope_type", said.get("type")) in ("llama3", "yarn"):
-        longest, trained = hf.get("max_position_embeddings", 2048), "original_max_position_embeddings"
-        said = said | {trained: hf.get(trained, said.get(trained)) or longest}
-        if said.get("factor") is None:
-            said["factor"] = longest / said[trained]
-    if said.get("partial_rotary_factor", hf.get("partial_rotary_factor")) not in (None, 1.0):
+    said, longest, trained = _scaled(hf)
+    if said.values.get("partial_rotary_factor", hf.get("partial_rotary_factor")) not in (None, 1.0):
         raise UserError("config.json has a partial_rotary_factor; only 1.0 is known: choose another model")
-    return {"rotary_base": said.get("rope_theta", hf.get("rope_theta", base)), **rotary_from_hf(said)}
+    theta = said.number("rope_theta", JsonObject(hf, "config.json").number("rope_theta", base, 1e-6, 1e14), 1e-6, 1e14)
+    return {"rotary_base": theta, **rotary_from_hf(said, longest, trained)}
 
 
 def one_rotary_to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -117,14 +160,18 @@ def two_rotaries_from_hf(
     hf: dict[str, Any], of_global: tuple[str, float], of_local: tuple[str, float]
 ) -> dict[str, Any]:
     """Fields of models whose local layers turn otherwise: from `rope_parameters`, or older keys and their defaults."""
-    said = hf.get("rope_parameters") or {}
-    whole, local = said.get("full_attention") or {}, said.get("sliding_attention") or {}
-    if local.get("rope_type", "default") != "default":
-        raise UserError(f"config.json scales the rotary positions of local layers, by {local}; only global ones can be")
+    of = JsonObject(hf, "config.json")
+    whole, local = (of.object("rope_parameters").object(kind) for kind in ("full_attention", "sliding_attention"))
+    if local.text("rope_type", "default") != "default":
+        raise UserError(
+            f"config.json scales the rotary positions of local layers, by {local.values}; only global ones can be"
+        )
+    base = lambda said, key: said.number("rope_theta", of.number(*key, 1e-6, 1e14), 1e-6, 1e14)
+    longest = of.integer("max_position_embeddings", 8192, 1, MOST)
     return {
-        "rotary_base": whole.get("rope_theta", hf.get(*of_global)),
-        "local_rotary_base": local.get("rope_theta", hf.get(*of_local)),
-        **rotary_from_hf(whole if "rope_type" in whole else hf.get("rope_scaling")),
+        "rotary_base": base(whole, of_global),
+        "local_rotary_base": base(local, of_local),
+        **rotary_from_hf(whole if "rope_type" in whole else of.object("rope_scaling"), longest),
     }
 
 

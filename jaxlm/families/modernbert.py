@@ -33,6 +33,7 @@ _FIXED: dict[str, Any] = {
     "positions": "rotary",
     "shared_transform": True,
     "classes_activation": None,
+    "mlp_out_dropout": 0.0,
 }
 
 _FROM_HF, _TO_HF = keyed(
@@ -48,9 +49,12 @@ _FROM_HF, _TO_HF = keyed(
         Key("classifier_pooling", "classes_from", "cls", {"cls": "first", "mean": "mean"}),
         Key("norm_eps", "norm_epsilon", 1e-5),
         Key("tie_word_embeddings", "tied_embeddings", True),
-        Key("mlp_dropout", "dropout", 0.0),
-        Key("embedding_dropout", "dropout", 0.0),
+        Key("mlp_dropout", "mlp_dropout", 0.0),
+        Key("embedding_dropout", "embedding_dropout", 0.0),
         Key("attention_dropout", "attention_dropout", 0.0),
+        Key("attention_dropout", "attention_out_dropout", 0.0),
+        Key("classifier_dropout", "classes_dropout", 0.0),
+        Key("classifier_dropout", "tokens_dropout", 0.0),
         Key("initializer_range", "initial_std", 0.02),
     ),
     fixed=_FIXED,

@@ -8,10 +8,11 @@ from typing import Any
 
 from jaxlm.config import ModelConfig
 from jaxlm.families import bert
-from jaxlm.hub.convert import Family, keyed, projection
+from jaxlm.hub.convert import Family, Key, keyed, projection
 
 _FIXED = bert.FIXED | {"transform_activation": "gelu"}
-_FROM_HF, _TO_HF = keyed(bert.KEYS, _FIXED, bert.ONLY)
+TWICE = Key("classifier_dropout", "classes_input_dropout", None)  # before the classifier's projection too
+_FROM_HF, _TO_HF = keyed((TWICE, *bert.KEYS), _FIXED, bert.ONLY)
 
 
 def _config_from_hf(hf: dict[str, Any]) -> ModelConfig:
@@ -44,6 +45,7 @@ def _roberta(layers: int, width: int, vocabulary: int = 50265) -> ModelConfig:
         norm_epsilon=1e-5,
         position_offset=2,
         padding_token=1,
+        classes_input_dropout=None,
         dropout=0.1,
         attention_dropout=0.1,
     )

@@ -20,6 +20,8 @@ _FIXED: dict[str, Any] = {
     "biases": (),
     "initial_std": 1.0,
     "initial_by_inputs": True,
+    "mlp_dropout": None,
+    "final_dropout": None,
 }
 
 _FROM_HF, _TO_HF = keyed(
@@ -35,8 +37,8 @@ _FROM_HF, _TO_HF = keyed(
         Key("relative_attention_num_buckets", "relative_buckets", 32),
         Key("relative_attention_max_distance", "relative_distance", 128),
         Key("layer_norm_epsilon", "norm_epsilon", 1e-6),
-        Key("dropout_rate", "dropout", 0.1),
         Key("dropout_rate", "attention_dropout", 0.1),
+        Key("dropout_rate", "dropout", 0.1),
         Key("decoder_start_token_id", "start_token", 0),
     ),
     fixed=_FIXED,

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxlm.config import Head, ModelConfig
+from jaxlm.config import DROPOUT_SITES, Head, ModelConfig
 from jaxlm.errors import UserError, perhaps
 from jaxlm.hub.safetensors import Pending
 
@@ -98,6 +98,10 @@ class Rule(NamedTuple):
         """The leaves that it holds."""
         return (self.ours,) if isinstance(self.ours, str) else self.ours
 
+    def config(self, config: ModelConfig) -> ModelConfig:
+        """The config as the stack of its leaves has it."""
+        return config.of_decoder if self.leaves[0].startswith("decoder/") else config
+
     def names(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[int, str]:
         """Its tensors in the file, by layer where there is `{i}`, else one under 0."""
         if "{i}" not in self.hf:
@@ -179,7 +183,7 @@ class Reader(NamedTuple):
     def _fill(self, part: np.ndarray, config: ModelConfig, tensor: Any, index: tuple[slice, ...]) -> None:
         """Copies from a tensor, which is read no further than it is indexed."""
         mapped = hasattr(tensor, "release")
-        found = self.rule.layout.to_ours(config, tensor.view() if mapped else np.asarray(tensor))
+        found = self.rule.layout.to_ours(self.rule.config(config), tensor.view() if mapped else np.asarray(tensor))
         part[...] = (found[self.which] if isinstance(self.rule.ours, tuple) else found)[index]
         if mapped:
             tensor.release()
@@ -220,7 +224,9 @@ def to_hf(family: Family, config: ModelConfig, params: Mapping[str, Any]) -> dic
 
 
 def _joined(rule: Rule, config: ModelConfig, leaves: list[Any], layer: int) -> np.ndarray:
-    return rule.layout.to_hf(config, *(np.asarray(leaf[layer] if "{i}" in rule.hf else leaf) for leaf in leaves))
+    return rule.layout.to_hf(
+        rule.config(config), *(np.asarray(leaf[layer] if "{i}" in rule.hf else leaf) for leaf in leaves)
+    )
 
 
 class Canonical(NamedTuple):
@@ -322,7 +328,7 @@ def hf_shapes(family: Family, config: ModelConfig) -> dict[str, tuple[int, ...]]
         held.update(rule.leaves)
         # One False, seen as the whole leaf (of one layer): the layout itself tells the shape, without its memory.
         layer = [np.broadcast_to(np.False_, shapes[path][1 if "{i}" in rule.hf else 0 :]) for path in rule.leaves]
-        expected |= dict.fromkeys(rule.names(shapes).values(), rule.layout.to_hf(config, *layer).shape)
+        expected |= dict.fromkeys(rule.names(shapes).values(), rule.layout.to_hf(rule.config(config), *layer).shape)
     if missing := shapes.keys() - held:
         raise ValueError(f"no rule holds {sorted(missing)}; add one to the family's table")
     return expected
@@ -369,7 +375,8 @@ ACTIVATIONS = {
 }
 
 
-_ONE_OF = ("dropout", "attention_dropout")  # fields of which a format may have several kinds
+# Fields that are None where they are as another field, whatever way the file says it.
+_FOLLOWING = {"decoder_heads": "heads", "decoder_mlp_width": "mlp_width", **dict.fromkeys(DROPOUT_SITES, "dropout")}
 
 
 class Key(NamedTuple):
@@ -388,7 +395,7 @@ def keyed(
     """`config_from_hf` and `config_to_hf` of a format that says a config key by key.
 
     fixed: the fields of ModelConfig that the format cannot say.  only: the keys of which we know one value.
-    Where two keys say one field, they must agree, but for dropout and the like: there the first one counts.
+    Where two keys say one field, they must agree.
     """
 
     def from_hf(hf: dict[str, Any]) -> ModelConfig:
@@ -405,18 +412,23 @@ def keyed(
                 if not known:
                     raise UserError(f"config.json has {key.hf} {value!r}{perhaps(str(value), map(str, key.values))}")
                 value = known[0]
-            if key.hf in hf and fields.setdefault(key.ours, value) != value and key.ours not in _ONE_OF:
+            if key.hf in hf and fields.setdefault(key.ours, value) != value:
                 raise UserError(
                     f"config.json has {key.hf} {value!r}, where another key for the same says {fields[key.ours]!r}; "
                     f"only equal ones are known: choose another model"
                 )
             fields.setdefault(key.ours, value)
+        for name, other in _FOLLOWING.items():
+            if name in fields and fields[name] == fields.get(other):
+                fields[name] = None
         return ModelConfig(**{**fixed, **fields})
 
     def to_hf(config: ModelConfig) -> dict[str, Any]:
         hf, config = dict(only), resolved(config)
         for key in keys:
             value = getattr(config, key.ours)
+            if value is None and key.ours in DROPOUT_SITES and key.default is not None:
+                value = config.dropout  # a key of which null says nothing
             if key.values is not None:
                 names = [theirs for theirs, ours in key.values.items() if ours == value]
                 if not names:
@@ -440,6 +452,8 @@ def resolved(config: ModelConfig) -> ModelConfig:
         "attention_scale": config.C**-0.5 if config.attention_scale is None else config.attention_scale,
         "distinct_layers": config.distinct_layers or config.layers,
         "decoder_layers": config.decoder_layers or config.layers,
+        "decoder_heads": config.decoder_heads or config.heads,
+        "decoder_mlp_width": config.decoder_mlp_width or config.F,
         "layer_kinds": tuple(kinds[i % len(kinds)] for i in range(config.layers)),
         "transform_activation": config.transform_activation or config.activation,
     }
@@ -488,21 +502,25 @@ def seen(config: ModelConfig) -> ModelConfig:
     config, on_top = resolved(config), set(config.heads_on_top)
     rotary, scaling = config.positions == "rotary", config.rotary_scaling
     unseen = {  # fields -> whether they are of no effect
-        ("dropout", "attention_dropout", "labels", "start_token"): True,
+        ("dropout", "attention_dropout", *DROPOUT_SITES, "labels", "start_token"): True,
         ("initial_std", "initial_by_inputs", "scale_residual_init"): True,
         ("max_length",): config.positions != "learned",
         ("position_offset", "padding_token"): config.positions != "learned",
         ("rotary_base",): not rotary and config.positions != "sinusoidal",
         ("rotary_scaling", "rotary_attention"): not rotary,
-        ("rotary_factor",): not rotary or scaling == "none",
-        ("rotary_length", "rotary_low", "rotary_high"): not rotary or scaling not in ("llama3", "yarn"),
+        ("rotary_factor",): not rotary or scaling in ("none", "longrope"),
+        ("rotary_length",): not rotary or scaling in ("none", "linear"),
+        ("rotary_low", "rotary_high"): not rotary or scaling not in ("llama3", "yarn"),
+        ("rotary_truncate",): not rotary or scaling != "yarn",
+        ("rotary_short", "rotary_long"): not rotary or scaling != "longrope",
         ("local_rotary_base",): not rotary or "local" not in config.layer_kinds,
         ("window",): "local" not in config.layer_kinds,
         ("relative_buckets", "relative_distance"): config.relative == "none",
         ("relative_terms", "relative_shared", "relative_norm"): config.relative != "disentangled",
         ("attention_scale",): config.relative == "disentangled",
         ("conv_activation",): not config.conv_width,
-        ("decoder_layers", "decoder_tokens"): config.structure != "encoder_decoder",
+        ("decoder_layers", "decoder_heads", "decoder_mlp_width", "decoder_tokens"): config.structure
+        != "encoder_decoder",
         ("scale_logits", "logit_cap"): "lm" not in on_top,
         ("tied_embeddings",): not on_top & {"lm", "masked_lm"},
         ("transform_activation",): "masked_lm" not in on_top and not config.shared_transform,

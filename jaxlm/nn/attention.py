@@ -39,6 +39,8 @@ class Sight(NamedTuple):
     segments: of queries and keys, where these, `causal` and `window` say all that the mask says.
     turns, bias_BHTS, distances: rotary, T5's and DeBERTa's positions, where the model has them; B may be 1.
     kept_BS: of keys that are to be cached, the position for each slot; B may be 1.
+    slot_turns: where turns depend on the length of the sequence, those of the slots of the cache: it keeps keys that
+    are not turned, and they are turned when they are read.
     """
 
     mask_BTS: jax.Array
@@ -49,6 +51,7 @@ class Sight(NamedTuple):
     bias_BHTS: jax.Array | None = None
     distances: Distances | None = None
     kept_BS: jax.Array | None = None
+    slot_turns: Turns | None = None
 
 
 def held(positions_BT: jax.Array, S: int) -> jax.Array:
@@ -155,6 +158,14 @@ def _written(cache: Cache, k_BTKC: jax.Array, v_BTKC: jax.Array, positions_BT: j
     )
 
 
+def _turned(cache: Cache, sight: Sight) -> Cache:
+    """The cache with the keys as queries read them."""
+    if sight.slot_turns is None:
+        return cache
+    k_BSKC = rotate(cache.k_BKSC.transpose(0, 2, 1, 3), sight.slot_turns)
+    return cache._replace(k_BKSC=k_BSKC.transpose(0, 2, 1, 3))
+
+
 class Attention(nn.Module):
     """Multi-head attention of `x` over itself, or over `context` in cross-attention."""
 
@@ -167,6 +178,7 @@ class Attention(nn.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
+        layer: jax.Array | int,
         sight: Sight,
         positions_BT: jax.Array,
         context: jax.Array | Cache | None = None,
@@ -176,6 +188,7 @@ class Attention(nn.Module):
         """The attended values [B, T, D]; the cache, where one was given or is kept; where asked for, the attention
         weights [B, H, T, S].
 
+        layer: the layer's number, from 0.
         context: what cross-attention reads [B, S, D], or the keys and values that were kept of it.
         cache: of the earlier tokens; this call's are added before it is read.
         """
@@ -190,6 +203,8 @@ class Attention(nn.Module):
             q_BTHC = Norm(config, self.dtype, name="query_norm")(q_BTHC)
         if sight.turns is not None:
             q_BTHC = rotate(q_BTHC, sight.turns)
+        if config.scale_by_layer:
+            q_BTHC = (q_BTHC / (jnp.asarray(layer, jnp.float32) + 1)).astype(q_BTHC.dtype)
         q_BTHC = self.constrain(q_BTHC, ("batch", "length", "heads", "head_width"))
         if isinstance(context, Cache):
             cache = context
@@ -198,12 +213,14 @@ class Attention(nn.Module):
             k_BSKC, v_BSKC = key(source), value(source)
             if config.query_key_norm:
                 k_BSKC = Norm(config, self.dtype, name="key_norm")(k_BSKC)
+            unturned_BSKC = k_BSKC
             if sight.turns is not None:
                 k_BSKC = rotate(k_BSKC, sight.turns)
             k_BSKC = self.constrain(k_BSKC, ("batch", "keys", "kv_heads", "head_width"))
             v_BSKC = self.constrain(v_BSKC, ("batch", "keys", "kv_heads", "head_width"))
             if cache is not None:
-                cache = _written(cache, k_BSKC, v_BSKC, positions_BT)
+                late = sight.slot_turns is not None
+                cache = _written(cache, unturned_BSKC if late else k_BSKC, v_BSKC, positions_BT)
         scale = 1 / math.sqrt(config.C) if config.attention_scale is None else config.attention_scale
         bias_BHTS = sight.bias_BHTS
         if sight.distances is not None and config.relative_terms:
@@ -216,14 +233,15 @@ class Attention(nn.Module):
         dropout = Dropout(config.attention_dropout, name="dropout")
         weights_BHTS = None
         if cache is not None:
-            out_BTHC, weights_BHTS = _attend(q_BTHC, *cache, sight.mask_BTS, scores, dropout)
+            out_BTHC, weights_BHTS = _attend(q_BTHC, *_turned(cache, sight), sight.mask_BTS, scores, dropout)
         elif weights:
             out_BTHC, weights_BHTS = _attend(q_BTHC, *_heads_first(k_BSKC, v_BSKC), sight.mask_BTS, scores, dropout)
         else:
             out_BTHC = self._whole(q_BTHC, k_BSKC, v_BSKC, sight, scores, dropout)
         if sight.kept_BS is not None:
             kept = lambda x_BSKC: jnp.take_along_axis(x_BSKC, sight.kept_BS[..., None, None], 1)
-            cache = Cache(*_heads_first(kept(k_BSKC), kept(v_BSKC)))
+            keys_BSKC = k_BSKC if sight.slot_turns is None else unturned_BSKC
+            cache = Cache(*_heads_first(kept(keys_BSKC), kept(v_BSKC)))
         biased = "out" in config.biases
         out = Linear((config.width,), residual_std(config), biased, contract=2, dtype=self.dtype, name="out")
         return out(out_BTHC), cache, weights_BHTS if weights else None

@@ -95,8 +95,9 @@ class Classes(nn.Module):
     @nn.compact
     def __call__(self, x_BED: jax.Array) -> jax.Array:
         config = self.config
-        dropout = Dropout(config.dropout, name="dropout")
+        dropout = Dropout(config.rate("classes_dropout"), name="dropout")
         if config.classes_activation is not None:
+            x_BED = Dropout(config.rate("classes_input_dropout"), name="input_dropout")(x_BED)
             dense = Linear((config.width,), config.matrix_std, dtype=self.dtype, name="dense")
             x_BED = ACTIVATIONS[config.classes_activation](dense(x_BED))
         bias = "classes" in config.biases
@@ -109,11 +110,12 @@ class PerToken(nn.Module):
 
     config: ModelConfig
     outputs: int
+    rate: float  # of dropout
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        x_BTD = Dropout(self.config.dropout, name="dropout")(x_BTD)
+        x_BTD = Dropout(self.rate, name="dropout")(x_BTD)
         return Linear((self.outputs,), self.config.matrix_std, dtype=self.dtype, name="out")(x_BTD).astype(jnp.float32)
 
 

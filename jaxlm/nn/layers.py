@@ -133,6 +133,7 @@ class MLP(nn.Module):
             x_BTF *= activation(linear("gate", config.F, config.matrix_std)(x_BTD))
         else:
             x_BTF = activation(x_BTF)
+        x_BTF = Dropout(config.rate("mlp_dropout"), name="dropout")(x_BTF)
         x_BTF = self.constrain(x_BTF, ("batch", "length", "mlp"))
         return linear("down", config.width, residual_std(config))(x_BTF)
 

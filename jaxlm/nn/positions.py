@@ -7,7 +7,7 @@ tokens of one example are as far apart in the row as in the example, so that dis
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -42,11 +42,20 @@ def sinusoidal(positions_BT: jax.Array, width: int, base: float) -> jax.Array:
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
 
 
-def turns(positions_BT: jax.Array, config: ModelConfig, kind: str) -> Turns:
-    """The turns of rotary positions (Su et al. 2021) in the layers of a kind, global or local."""
+BY_LENGTH = ("dynamic", "longrope")  # scalings by which turns depend on the length of the sequence
+
+
+def turns(positions_BT: jax.Array, config: ModelConfig, kind: str, lengths_BT: jax.Array | None = None) -> Turns:
+    """The turns of rotary positions (Su et al. 2021) in the layers of a kind, global or local.
+
+    lengths_BT: [B, T or 1], the length of each token's sequence, which the scalings of `BY_LENGTH` depend on.
+    """
     own = kind == "local" and config.local_rotary_base is not None
-    frequencies = _frequencies(config.C, config.local_rotary_base if own else config.rotary_base)  # type: ignore[arg-type]
-    if not own:
+    frequencies: Any = _frequencies(config.C, config.local_rotary_base if own else config.rotary_base)  # type: ignore[arg-type]
+    if not own and config.rotary_scaling in BY_LENGTH:
+        assert lengths_BT is not None
+        frequencies = _stretched_by_length(frequencies, config, lengths_BT[..., None, None])
+    elif not own:
         frequencies = _stretched(frequencies, config)
     angles = positions_BT[..., None, None].astype(jnp.float32) * jnp.asarray(frequencies)
     factor = 1.0 if own else config.rotary_attention
@@ -85,10 +94,31 @@ def _stretched(frequencies: np.ndarray, config: ModelConfig) -> np.ndarray:
     else:
         pair = lambda n: len(frequencies) * math.log(config.rotary_length / (n * 2 * math.pi), config.rotary_base)
         last = 2 * len(frequencies) - 1
-        first, end = max(math.floor(pair(config.rotary_high)), 0), min(math.ceil(pair(config.rotary_low)), last)
+        first, end = pair(config.rotary_high), pair(config.rotary_low)
+        if config.rotary_truncate:
+            first, end = math.floor(first), math.ceil(end)
+        first, end = max(first, 0), min(end, last)
         kept = 1 - (np.arange(len(frequencies)) - first) / (end - first or 0.001)
     kept = np.clip(kept, 0, 1).astype(np.float32)
     return kept * frequencies + (1 - kept) * frequencies / np.float32(config.rotary_factor)
+
+
+def _stretched_by_length(frequencies: np.ndarray, config: ModelConfig, lengths_BT11: jax.Array) -> jax.Array:
+    """Frequencies [B, T, 1, c] for the lengths of sequences.
+
+    dynamic: beyond the trained length the base grows with the length, so that the slowest pair turns as far as it did
+    over the trained one ("NTK-aware", Peng et al. 2023, appendix B.1).  longrope: each pair has a divisor of its own,
+    and another one in sequences beyond the trained length (Ding et al. 2024).
+    """
+    if config.rotary_scaling == "longrope":
+        divisors = (np.asarray(given, np.float32) for given in (config.rotary_short, config.rotary_long))
+        short, long = (frequencies / divisor for divisor in divisors)
+        return jnp.where(lengths_BT11 > config.rotary_length, long, short)
+    share = jnp.maximum(lengths_BT11, config.rotary_length).astype(jnp.float32) / config.rotary_length
+    growth = config.rotary_factor * share - (config.rotary_factor - 1)
+    # base^(-2i / C) with the base times growth^(C / (C - 2)).
+    i = np.arange(len(frequencies), dtype=np.float32)
+    return frequencies * growth ** -(2 * i / max(config.C - 2, 1))
 
 
 class Buckets(nn.Module):

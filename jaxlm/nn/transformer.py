@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -22,7 +23,7 @@ from jaxlm.nn.attention import Attention, Cache, Sight, cross_mask, held, self_m
 from jaxlm.nn.heads import Classes, MaskedLM, PerToken, Pooled, Replaced, Transform, Vocabulary
 from jaxlm.nn.kernels import RESIDUALS
 from jaxlm.nn.layers import MLP, Convolution, Dropout, Linear, Norm
-from jaxlm.nn.positions import Buckets, Disentangled, sinusoidal, turns
+from jaxlm.nn.positions import BY_LENGTH, Buckets, Disentangled, sinusoidal, turns
 from jaxlm.sharding import Placement
 
 REMAT = {
@@ -64,7 +65,7 @@ class Embeddings(nn.Module):
             self.norm = Norm(config)
         if config.embedding_width is not None:
             self.project = Linear((config.width,), config.matrix_std)
-        self.dropout = Dropout(config.dropout)
+        self.dropout = Dropout(config.rate("embedding_dropout"))
 
     def __call__(
         self,
@@ -146,7 +147,8 @@ class Block(nn.Module):
         kept: dict[str, Cache | None] = {"attention": None, "cross_attention": None}
 
         def residual(x: jax.Array, name: str, sublayer: Callable[[jax.Array], jax.Array]) -> jax.Array:
-            norm, dropout = Norm(config, self.dtype, name=f"{name}_norm"), Dropout(config.dropout)
+            rate = config.rate("mlp_out_dropout" if name == "mlp" else "attention_out_dropout")
+            norm, dropout = Norm(config, self.dtype, name=f"{name}_norm"), Dropout(rate)
             if config.norm_place == "post":
                 x = norm(x + dropout(sublayer(x)))
             else:
@@ -162,7 +164,7 @@ class Block(nn.Module):
         def attend(name: str, sight: Sight, context: Any, cache: Cache | None) -> Callable[[jax.Array], jax.Array]:
             def sublayer(x: jax.Array) -> jax.Array:
                 attention = Attention(**parts, kernel=self.kernel, name=name)
-                x, kept[name], seen[name] = attention(x, sight, positions_BT, context, cache, self.inside)
+                x, kept[name], seen[name] = attention(x, layer, sight, positions_BT, context, cache, self.inside)
                 return x
 
             return sublayer
@@ -322,7 +324,9 @@ class Stack(nn.Module):
     ) -> dict[str, Sight]:
         """What the layers of each kind see, of the row or of the caches; and what they keep."""
         config = self.config
-        bias_BHTS = distances = None
+        bias_BHTS = distances = lengths_BT = None
+        if config.rotary_scaling in BY_LENGTH:
+            lengths_BT = self._lengths(segments_BT, positions_BT, caches, keep)
         if config.relative == "buckets":
             here_BT = positions_S = jnp.arange(positions_BT.shape[1])[None]
             if caches is not None:
@@ -349,13 +353,33 @@ class Stack(nn.Module):
                 short = window is not None and config.relative == "none"
                 slots = min(keep.length, window + keep.ahead - 1) if short and window else keep.length
                 kept_BS = jnp.maximum(held(keep.lengths_B[:, None] - 1, slots)[:, 0], 0)
-            angles = turns(positions_BT, config, kind) if config.positions == "rotary" else None
+            angles = slots = None
+            if config.positions == "rotary":
+                angles = turns(positions_BT, config, kind, lengths_BT)
+                if lengths_BT is not None and (caches is not None or keep is not None):
+                    # The last query's: those before it in this call read the same keys, under the same turns.
+                    slots = turns(positions_BT if caches is None else slots_BTS[:, -1], config, kind, lengths_BT)
             causal = self.causal and caches is None and prefix_BT is None
-            sights[kind] = Sight(mask_BTS, causal, segments, window, angles, bias_BHTS, distances, kept_BS)
+            sights[kind] = Sight(mask_BTS, causal, segments, window, angles, bias_BHTS, distances, kept_BS, slots)
         return sights
 
+    def _lengths(
+        self, segments_BT: jax.Array | None, positions_BT: jax.Array, caches: Caches | None, keep: Keep | None
+    ) -> jax.Array:
+        """[B, T or 1], the length of the sequence that each token is of, as far as it is known by now."""
+        if caches is not None:
+            return positions_BT.max(1, keepdims=True) + 1
+        if keep is not None:
+            return keep.lengths_B[:, None]
+        assert segments_BT is not None
+        count = segments_BT.shape[1] + 1
+        last = lambda positions_T, segments_T: jax.ops.segment_max(positions_T, segments_T, count)[segments_T]
+        return jax.vmap(last)(positions_BT, segments_BT) + 1
+
     def _last_norm(self, x_BTD: jax.Array) -> jax.Array:
-        return x_BTD if self.config.norm_place == "post" else Norm(self.config, self.dtype, name="norm")(x_BTD)
+        if self.config.norm_place != "post":
+            x_BTD = Norm(self.config, self.dtype, name="norm")(x_BTD)
+        return Dropout(self.config.rate("final_dropout"), name="dropout")(x_BTD)
 
 
 class Transformer(nn.Module):
@@ -371,6 +395,7 @@ class Transformer(nn.Module):
     remat: str = "none"
     unroll: int = 1
     kernel: str = "auto"
+    precision: str = "default"  # of products of float32 matrices, as `jax.default_matmul_precision` names it
 
     def setup(self) -> None:
         config, on_top = self.config, set(self.config.heads_on_top)
@@ -379,6 +404,7 @@ class Transformer(nn.Module):
         self.embeddings = Embeddings(config, self.dtype)
         if config.structure != "decoder":
             self.encoder = Stack(**how, layers=config.layers)
+        how["config"] = config.of_decoder
         if config.structure != "encoder":
             second = config.structure == "encoder_decoder"
             layers = (second and config.decoder_layers) or config.layers
@@ -397,9 +423,9 @@ class Transformer(nn.Module):
         if "classes" in on_top:
             self.classes_head = Classes(config, self.dtype)
         if "tokens" in on_top:
-            self.tokens_head = PerToken(config, len(config.labels), self.dtype)
+            self.tokens_head = PerToken(config, len(config.labels), config.rate("tokens_dropout"), self.dtype)
         if "span" in on_top:
-            self.span_head = PerToken(config, 2, self.dtype)
+            self.span_head = PerToken(config, 2, config.rate("span_dropout"), self.dtype)
         if "replaced" in on_top:
             self.replaced_head = Replaced(config, self.dtype)
         if config.shared_transform and {"masked_lm", "classes", "tokens"} & on_top:
@@ -578,7 +604,13 @@ def apply(
 ) -> Any:
     """`module.method(*inputs, **named)` with these parameters; `key` turns dropout on."""
     rngs = None if key is None else {"dropout": key}
-    return module.apply({"params": params}, *inputs, method=method, rngs=rngs, **named)
+    with _precision(module):
+        return module.apply({"params": params}, *inputs, method=method, rngs=rngs, **named)
+
+
+def _precision(module: Transformer) -> AbstractContextManager[Any]:
+    """The precision of the module's products; the default leaves JAX's own setting alone."""
+    return nullcontext() if module.precision == "default" else jax.default_matmul_precision(module.precision)
 
 
 def layers_apart(params: Any) -> Any:
