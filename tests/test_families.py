@@ -338,7 +338,7 @@ def test_a_leaf_without_rule_is_named():
         ({"model_type": "jaxlm"}, "has no 'model'"),
         ({"n_head": 5}, "model.heads is 5"),
         ({"activation_function": "mish"}, "activation_function 'mish'"),
-        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True; only False is known"),
+        ({"add_cross_attention": True}, "add_cross_attention True; only False is known"),
     ],
 )
 def test_config_that_cannot_be_read(gpt2_folder, change, message):

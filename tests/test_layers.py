@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +29,8 @@ DEFINITIONS = {
 @pytest.mark.parametrize("dtype, epsilon", [("bfloat16", 2**-8), ("float16", 2**-11), ("float32", 2**-17)])
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations_and_their_gradients_are_rounded_once(name, dtype, epsilon):
-    x = jnp.linspace(-4.03, 4.03, 403).astype(dtype)
+    positive = np.linspace(0.01, 3.5, 200)
+    x = jnp.asarray(np.concatenate([-positive, positive])).astype(dtype)
     exact = np.asarray(x, np.float64)
     y, slope = jax.jit(jax.vmap(jax.value_and_grad(ACTIVATIONS[name])))(x)
     assert y.dtype == slope.dtype == x.dtype
@@ -55,8 +58,9 @@ ROTARY = {
 
 @pytest.mark.parametrize("scaling", ROTARY)
 def test_turns_that_depend_on_the_length_are_the_same_cached_and_packed(scaling):
+    """With one layer: what further layers kept of earlier tokens was computed when the sequence was shorter."""
     config = ModelConfig(
-        vocabulary=11, max_length=32, width=8, heads=2, layers=2, mlp_width=8, positions="rotary", rotary_length=6,
+        vocabulary=11, max_length=32, width=8, heads=2, layers=1, mlp_width=8, positions="rotary", rotary_length=6,
         rotary_base=30.0, rotary_scaling=scaling, **ROTARY[scaling],
     )  # fmt: skip
     module = Transformer(config)
@@ -97,9 +101,12 @@ def test_configs_that_cannot_be_are_refused():
 def test_the_precision_of_products_is_that_of_the_module():
     config = ModelConfig(vocabulary=11, max_length=8, width=8, heads=2, layers=1)
     params = jax.eval_shape(lambda: init(Transformer(config), jax.random.key(0)))
-    for precision, name in (("highest", "HIGHEST"), ("high", "HIGH"), ("default", None)):
+    for precision, name in (
+        ("highest", "(Precision.HIGHEST, Precision.HIGHEST)"),
+        ("high", "(Precision.HIGH, Precision.HIGH)"),
+        ("default", None),
+    ):
         module = Transformer(config, precision=precision)
         loss = lambda params, module=module: apply(module, params, jnp.zeros((1, 4), int)).sum()
         text = str(jax.make_jaxpr(jax.grad(loss))(params))
-        found = {line.split("precision=")[1].split("\n")[0].strip(" ,)]") for line in text.split("dot_general[")[1:]}
-        assert len(found) == 1 and (name or "None") in found.pop()
+        assert set(re.findall("precision=(.*)", text)) == ({name} if name else set())

@@ -68,7 +68,8 @@ def rotary_from_hf(said: JsonObject, longest: int = 2048, trained: int | None = 
     kind = "longrope" if kind == "su" else kind  # its first name
     if kind == "default":
         return {}
-    trained = trained or said.integer("original_max_position_embeddings", longest, 1, MOST)
+    own: int = said.integer("original_max_position_embeddings", longest, 1, MOST)
+    trained = trained or own
     factor = said.number("factor", longest / trained, 1e-6, 1e9)
     fields: dict[str, Any] = {"rotary_scaling": kind, "rotary_factor": factor}
     if kind == "linear":
@@ -166,11 +167,14 @@ def two_rotaries_from_hf(
         raise UserError(
             f"config.json scales the rotary positions of local layers, by {local.values}; only global ones can be"
         )
-    base = lambda said, key: said.number("rope_theta", of.number(*key, 1e-6, 1e14), 1e-6, 1e14)
+
+    def base(said: JsonObject, key: str, default: float) -> float:
+        return said.number("rope_theta", of.number(key, default, 1e-6, 1e14), 1e-6, 1e14)
+
     longest = of.integer("max_position_embeddings", 8192, 1, MOST)
     return {
-        "rotary_base": base(whole, of_global),
-        "local_rotary_base": base(local, of_local),
+        "rotary_base": base(whole, *of_global),
+        "local_rotary_base": base(local, *of_local),
         **rotary_from_hf(whole if "rope_type" in whole else of.object("rope_scaling"), longest),
     }
 

@@ -77,7 +77,7 @@ def _frequencies(width: int, base: float) -> np.ndarray:
     return (1.0 / np.float32(base) ** (np.arange(0, width, 2, dtype=np.float32) / np.float32(width))).astype(np.float32)
 
 
-def _stretched(frequencies: np.ndarray, config: ModelConfig) -> np.ndarray:
+def _stretched(frequencies: Any, config: ModelConfig) -> Any:
     """Frequencies for sequences longer than those of the training.
 
     linear: all divided by the factor (Chen et al. 2023).  llama3, yarn: what turns rarely over the trained length is
@@ -117,8 +117,8 @@ def _stretched_by_length(frequencies: np.ndarray, config: ModelConfig, lengths_B
     share = jnp.maximum(lengths_BT11, config.rotary_length).astype(jnp.float32) / config.rotary_length
     growth = config.rotary_factor * share - (config.rotary_factor - 1)
     # base^(-2i / C) with the base times growth^(C / (C - 2)).
-    i = np.arange(len(frequencies), dtype=np.float32)
-    return frequencies * growth ** -(2 * i / max(config.C - 2, 1))
+    i = jnp.arange(len(frequencies), dtype=jnp.float32)
+    return jnp.asarray(frequencies) * growth ** -(2 * i / max(config.C - 2, 1))
 
 
 class Buckets(nn.Module):

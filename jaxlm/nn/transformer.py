@@ -353,14 +353,14 @@ class Stack(nn.Module):
                 short = window is not None and config.relative == "none"
                 slots = min(keep.length, window + keep.ahead - 1) if short and window else keep.length
                 kept_BS = jnp.maximum(held(keep.lengths_B[:, None] - 1, slots)[:, 0], 0)
-            angles = slots = None
+            angles = slot_turns = None
             if config.positions == "rotary":
                 angles = turns(positions_BT, config, kind, lengths_BT)
                 if lengths_BT is not None and (caches is not None or keep is not None):
                     # The last query's: those before it in this call read the same keys, under the same turns.
-                    slots = turns(positions_BT if caches is None else slots_BTS[:, -1], config, kind, lengths_BT)
+                    slot_turns = turns(positions_BT if caches is None else slots_BTS[:, -1], config, kind, lengths_BT)
             causal = self.causal and caches is None and prefix_BT is None
-            sights[kind] = Sight(mask_BTS, causal, segments, window, angles, bias_BHTS, distances, kept_BS, slots)
+            sights[kind] = Sight(mask_BTS, causal, segments, window, angles, bias_BHTS, distances, kept_BS, slot_turns)
         return sights
 
     def _lengths(
