@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm import buckets, families, hosts, report, sharding, storage
+from jaxlm import buckets, chips, families, hosts, report, sharding, storage
 from jaxlm.assembly import assemble, closed_flops, lay, rows_here
 from jaxlm.checkpoint import Checkpoints, finite
 from jaxlm.config import CausalLM, Decoding, ModelConfig, RunConfig, to_json
@@ -469,6 +469,11 @@ def _say_start(run: RunConfig, folder: Path, data: Prepared, batches: Any, size:
     split = ", ".join(f"{name} {ways}" for name, ways in mesh.shape.items() if ways > 1)
     on = f"{mesh.size} {mesh.devices.flat[0].platform} device(s)" + (f", mesh: {split}" if split else "")
     say(f"model     {size:,} parameters on {on}")
+    device = mesh.devices.flat[0]
+    if unknown := chips.without_rates(device.device_kind, device.platform):
+        say(f"chip      {unknown}")
+    if products := chips.precision_of(run.compute_dtype, run.matmul_precision, device.platform):
+        say(f"precision {products}")
     say(f"run       {run.steps:,} steps of {run.batch} x {run.data.length} tokens, in {folder}")
     for name, value in _packing(run, batches).items():
         say(f"{name:9} {value}")

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import buckets, families, sharding, storage
-from jaxlm.config import TASKS, ModelConfig, check_task, task_from_json, task_to_json
+from jaxlm.config import TASKS, MatmulPrecision, ModelConfig, check_task, task_from_json, task_to_json
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.encode import Pooling, carried, read_pooling
@@ -302,6 +302,7 @@ def load(
     labels: Sequence[str] | int | None = None,
     dtype: str | None = "float32",
     compute_dtype: str | None = None,
+    matmul_precision: str = "default",
     mesh: jax.sharding.Mesh | None = None,
     module: type[Transformer] | None = None,
     revision: str | None = None,
@@ -315,6 +316,8 @@ def load(
     encoder-decoder); None: what the checkpoint has.  One that it does not have is made new, and is said.
     labels: names, or the number, of what the heads classes and tokens tell apart; None: what the checkpoint says.
     dtype: of the parameters in memory, None as they are stored; compute_dtype: of the arithmetic, None as `dtype`.
+    matmul_precision: of products of float32 matrices: default, high or highest.  At the default a TPU computes them in
+    one pass of bfloat16 and a GPU in TensorFloat32; highest is float32.
     mesh: where the parameters go, each device reading its slices; None: the first device.
     module: a class of your own, derived from Transformer, whose parameters the folder holds.
     split_special_tokens: whether special tokens written in texts, such as "[SEP]", are spelled like other text (True,
@@ -328,6 +331,7 @@ def load(
     """
     head = argument("head", head, str | None)
     names = _label_names(labels)
+    argument("matmul_precision", matmul_precision, MatmulPrecision)
     argument("mesh", mesh, jax.sharding.Mesh | None)
     if module is not None and not (isinstance(module, type) and issubclass(module, Transformer)):
         raise UserError(f"module is {shown(module)}; it must be a class derived from jaxlm's Transformer")
@@ -345,7 +349,8 @@ def load(
         tell = say or partial(print, file=sys.stderr)
         tell(f"made new, since {folder} has none: {', '.join(found.fresh)}")
     compute = kinds[1] or kinds[0] or jnp.result_type(*jax.tree.leaves(found.params))
-    made = (module or Transformer)(found.config, sharding.Placement(mesh), jnp.dtype(compute))
+    placement = sharding.Placement(mesh)
+    made = (module or Transformer)(found.config, placement, jnp.dtype(compute), precision=matmul_precision)
     tokenizer = tokenizers.load(str(folder), split_special_tokens) if has_tokenizer(folder) else None
     files, pooling = kept_files(folder)
     before = found.origin.config.get("model")  # of our own format
