@@ -109,6 +109,8 @@ TABLES = [
     (b",text,label\n0,a,1\n1,b,0\n", [{"": "0", "text": "a", "label": "1"}, {"": "1", "text": "b", "label": "0"}], ""),
     (b"text, label\na,1\n", [{"text": "a", "label": "1"}], ""),
     (b"text\na b; c\n", [{"text": "a b; c"}], ""),
+    (b"sep=;\r\ntext;label\r\na, b;1\r\n", [{"text": "a, b", "label": "1"}], "semicolons"),
+    (b'text, label\n"a, b", "1"\n', [{"text": "a, b", "label": "1"}], ""),
     (b"text,label\na\0b,1\n", [{"text": "a\0b", "label": "1"}], ""),
 ]  # fmt: skip
 
@@ -194,6 +196,22 @@ def test_tables_that_pandas_writes_as_json(tmp_path):
 DIGITS, NESTED = "9" * 5000, "[" * 100_000 + "]" * 100_000
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"authors": [{"name": "x"}], "data": [{"text": "a", "label": 1}]},
+        {"columns": ["text", "label"], "index": [0], "data": [["a", 1]]},
+        {"id7": {"text": "a", "label": 1}},
+        {"names": ["b", "1"], "data": [{"text": "a", "label": 1}]},
+        {"features": {"label": {"names": ["b", "1"], "_type": "ClassLabel"}}, "data": [{"text": "a", "label": 1}]},
+    ],
+)
+def test_rows_in_a_json_object(tmp_path, value):
+    (tmp_path / "x.json").write_text(json.dumps(value))
+    [row] = rows(tmp_path / "x.json", columns_of(Classification(), labelled=True))
+    assert {name: str(cell) for name, cell in row.items()} == {"text": "a", "label": "1"}
+
+
 @pytest.mark.parametrize("value", [DIGITS, NESTED])
 @pytest.mark.parametrize(
     ("name", "text"),
@@ -243,7 +261,24 @@ LAYOUTS = [
     ("O\twhat\nB-ACTOR\tmovies\nO\tfeature\n", ["what movies feature"], ["O B-ACTOR O"]),  # the MIT corpora
     ("-DOCSTART- -X- -X- O\n\nEU NNP B-NP B-ORG\n", ["EU"], ["B-ORG"]),
     ("1 O\n2 O\n\n7 B-x\n", ["1 2", "7"], ["O O", "B-x"]),
+    ("1\tEU\tB-ORG\n2\tis\tO\n\n3\tJo\tB-PER\n4\tis\tO\n", ["EU is", "Jo is"], ["B-ORG O", "B-PER O"]),
+    ("1\tEU\tB-ORG\n2\tis\tO\n5\tJo\tB-PER\n", ["EU is Jo"], ["B-ORG O B-PER"]),
+    ("EU\tB-ORG\t1\nis\tO\t2\n\nJo\tB-PER\t1\n", ["EU is", "Jo"], ["B-ORG O", "B-PER"]),
+    ("# id 7\tdomain=en\nthe\tO\nMet\tB-G\n", ["the Met"], ["O B-G"]),
+    ("# global.columns = ID FORM UPOS PARSEME:MWE\n1\tgive\tVERB\tB-V\n2\tup\tADP\tO\n", ["give up"], ["B-V O"]),
+    ("EU\tPROPN\nis\tAUX\n\nJo\tPROPN\nran\tVERB\n", ["EU is", "Jo ran"], ["PROPN AUX", "PROPN VERB"]),
 ]
+
+
+def test_words_of_sentences_in_tables(tmp_path):
+    tagging = columns_of(Tagging(), labelled=True)
+    (tmp_path / "x.tsv").write_text("EU\tB-ORG\nis\tO\n\nJo\tB-PER\nran\tO\n")
+    assert [row["tokens"] for row in rows(tmp_path / "x.tsv", tagging)] == [["EU", "is"], ["Jo", "ran"]]
+    (tmp_path / "lists.tsv").write_text("tokens\ttags\nEU is\tB-ORG O\n\nJo\tB-PER\n")
+    assert [row["tokens"] for row in rows(tmp_path / "lists.tsv", tagging)] == ["EU is", "Jo"]
+    (tmp_path / "x.csv").write_text("Word,Tag\n" + "EU,B-ORG\nis,O\n" * 40)
+    with pytest.raises(UserError, match="each of the 80 rows holds one token"):
+        loaded(tmp_path / "x.csv", Tagging(tokens="Word", tags="Tag"))
 
 
 @pytest.mark.parametrize("name", ["x.conll", "x.txt", "x", "X.CONLLU"])
@@ -581,3 +616,23 @@ def test_a_folder_of_a_data_set_with_its_metadata(tmp_path):
     (tmp_path / "dataset_info.json").write_text("{}")
     (tmp_path / "README.md").write_text("# x\n")
     assert rows(tmp_path) == [{"text": "a"}]
+
+
+def test_names_of_classes_of_tables_and_floats(tmp_path):
+    features = {"features": {"label": {"names": ["neg", "pos"], "_type": "ClassLabel"}}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(features))
+    (tmp_path / "x.csv").write_text("text,label\na,1\nb,neg\nc,-1\n")
+    (tmp_path / "x.jsonl").write_text('{"label": 1.0}\n{"label": 0.0}\n{"label": null}\n')
+    assert [row["label"] for row in rows(tmp_path / "x.csv")] == ["pos", "neg", None]
+    assert [row["label"] for row in rows(tmp_path / "x.jsonl")] == ["pos", "neg", None]
+
+
+def test_parquet_columns_that_are_ambiguous_or_unreadable(tmp_path):
+    text, number = pyarrow.array(["a"]), pyarrow.array([0])
+    twice = pyarrow.Table.from_arrays([text, number, number], ["text", "label", "label"])
+    pyarrow.parquet.write_table(twice, tmp_path / "x.parquet")
+    assert "the column 'label' twice" in wrong(tmp_path / "x.parquet")
+    zone = pyarrow.array([0], pyarrow.timestamp("us", "No/Where"))
+    assert "column 'd' of type" in wrong(parquet(tmp_path / "y.parquet", text=text, d=zone))
+    (tmp_path / "z.parquet").write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert "git lfs pull" in wrong(tmp_path / "z.parquet")

@@ -7,6 +7,7 @@ beside them or one folder above.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +27,14 @@ def of_schema(metadata: dict[bytes, bytes] | None) -> Names:
         return of_features(told["info"]["features"])
     except (ValueError, RecursionError, TypeError, KeyError):
         return {}
+
+
+def of_object(value: dict[str, Any]) -> Names:
+    """Returns the names that a JSON object gives beside its rows: in `features`, or in `names` for the column label."""
+    if found := of_features(value.get("features")):
+        return found
+    names = _names({"names": value.get("names")})
+    return {"label": names} if names else {}
 
 
 def beside(file: Path) -> Names:
@@ -104,8 +113,10 @@ def _names(feature: Any) -> tuple[str, ...]:
     names = feature.get("names") if isinstance(feature, dict) else None
     if isinstance(names, dict) and all(str(key).isdecimal() for key in names):
         names = [names[key] for key in sorted(names, key=int)]
-    good = isinstance(names, list) and names and all(isinstance(name, (str, int, float)) for name in names)
-    return tuple(map(str, names)) if good and isinstance(names, list) else ()
+    if not isinstance(names, list) or not all(isinstance(name, (str, int, float)) for name in names):
+        return ()
+    found = tuple(map(str, names))
+    return found if len(set(found)) == len(found) else ()
 
 
 def named(row: Row, names: Names, place: Place) -> Row:
@@ -127,6 +138,9 @@ def _named(value: Any, path: list[str], classes: tuple[str, ...], column: str, p
         return {**value, **rest}
     if isinstance(value, Iterable) and not isinstance(value, (str, bytes, dict)):
         return [_named(item, path, classes, column, place) for item in value]
+    digits = isinstance(value, str) and value not in classes and re.fullmatch(r"-?\d{1,9}", value.strip())
+    if digits or (isinstance(value, float) and value.is_integer()):  # of a table; of integers beside missing ones
+        value = int(value)
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         return value
     number = value.__index__()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from jaxlm.data import class_names
-from jaxlm.data.lines import Place, Row
+from jaxlm.data.lines import Place, Row, other_kind
 from jaxlm.errors import UserError
 
 _ROWS = 1024  # in a batch
@@ -45,6 +45,8 @@ def rows(
         schema = table.schema_arrow
         complete = needed and all(_tops(schema.names, (name,)) for name in needed)
         tops = _tops(schema.names, (*needed, *optional)) if complete else None
+        if twice := next((name for name in tops or schema.names if schema.names.count(name) > 1), ""):
+            raise UserError(f"{file} has the column {twice!r} twice; rename one of them, or leave it out")
         names = class_names.of_schema(schema.metadata) or class_names.beside(file) if with_names else {}
         for batch in table.iter_batches(batch_size=_ROWS, columns=tops):
             columns = {name: _values(file, name, batch.column(n)) for n, name in enumerate(batch.schema.names)}
@@ -54,6 +56,9 @@ def rows(
                 yield place, class_names.named(dict(zip(columns, cells)), names, place)
     except (pyarrow.ArrowException, OSError) as error:
         stream.seek(0)
+        first = stream.read(512)
+        if not first.startswith(b"PAR1") and (found := other_kind(first)):
+            raise UserError(f"{file} is {found}") from None
         column = _unreadable(stream)
         if column:
             raise UserError(
@@ -94,7 +99,7 @@ def _values(file: Path, name: str, column: Any) -> list[Any]:
         try:
             plain = _plain_type(column.type, as_text)
             return (column if plain.equals(column.type) else column.cast(plain)).to_pylist()
-        except (pyarrow.ArrowException, ValueError, OverflowError, TypeError) as reason:
+        except (pyarrow.ArrowException, ValueError, OverflowError, TypeError, KeyError) as reason:  # KeyError: of zones
             error = reason
     raise UserError(
         f"{file}: column {name!r} of type {column.type} cannot be read ({error!s:.100}); write it as text, or "

@@ -5,18 +5,20 @@ beginning of the file, unless `data.columns` names them in their order:
 
     10 columns divided by tabs, the first one counting    CoNLL-U: id, tokens, lemma, upos, xpos, feats, head, deprel,
                                                           deps, misc; tags is upos
+    a comment `# global.columns = ID FORM ...`            CoNLL-U Plus: those columns; FORM is tokens, tags the last one
     a column that counts the tokens                       left out; what stands before it is the document's
     the first column holds tags, the last one does not    tags first, as in the MIT corpora
     all others                                            tokens first, tags last
 
 Comment lines (`#`), `-DOCSTART-` lines, words that stand for several tokens (`1-2`) and tokens that the text does not
-have (`1.1`) are left out (https://universaldependencies.org/format.html).
+have (`1.1`) are left out (https://universaldependencies.org/format.html, ext-format.html).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -26,6 +28,8 @@ from jaxlm.errors import UserError
 
 CONLL_U = ("id", "tokens", "lemma", "upos", "xpos", "feats", "head", "deprel", "deps", "misc")
 _TAG = re.compile(r"O|(?:[BIESLUM]|IO)-\S+|[BIESLUM]")
+_GLOBAL = re.compile(r"#\s*global\.columns\s*=\s*(\S.*?)\s*")
+_MANY = 10  # lines that all have one number of words: a text has not
 _NO_TOKEN = re.compile(r"\d+[-.]\d+")  # the id of a word of several tokens, or of an empty node
 
 
@@ -74,11 +78,23 @@ def layout_of(file: Path, first: list[str], data: DataConfig) -> Layout:
     tags = frozenset(fields[-1] for fields in plain)
     bodies = [[f for f in sentence if len(f) == columns and not f[0].startswith("#")] for sentence in sentences]
     layout = Layout(columns, begin, {}, _index(columns, [body for body in bodies if body]), tags, tabs)
+    told = _GLOBAL.fullmatch(first[0].strip(BLANKS)) if first else None
+    plus = told[1].lower().split() if told and not data.columns else []
+    if plus and len(plus) == columns and "form" in plus:
+        note(f"{file}: CoNLL-U Plus; the column tags is {plus[-1]}, and there are {', '.join(plus)}")
+        names = {name: n for n, name in enumerate(plus)} | {"tokens": plus.index("form"), "tags": columns - 1}
+        return layout._replace(names=names, counter=plus.index("id") if "id" in plus else None)
     return layout._replace(names=_names(file, layout, some, data))
 
 
-def looks_tagged(first: list[str]) -> bool:
-    """Whether lines are of a file with tagged tokens: nearly all have one number of columns, and tags or a count."""
+def looks_tagged(first: list[str], certain: bool = True) -> bool:
+    """Returns whether lines are of a file with tagged tokens.
+
+    Args:
+      first: the first lines of a file.
+      certain: whether the file might be another one, so that nearly all lines must have one number of columns, and
+        tags as of names or a column that counts; else tabs, or one number of words in many lines, are enough.
+    """
     tabs = any("\t" in line.strip(BLANKS) for line in first if not line.startswith("#"))
     sentences, _ = _sentences(first, tabs)
     found = [fields for sentence in sentences for fields in sentence if not fields[0].startswith("#")]
@@ -88,9 +104,12 @@ def looks_tagged(first: list[str]) -> bool:
         return True
     columns = len(found[0])
     same = [fields for fields in found if len(fields) == columns]
+    if len(same) < 0.9 * len(found):
+        return False
+    if not certain:
+        return len(same) == len(found) and (tabs or (len(found) >= _MANY and len(sentences) > 1))
     counted = _index(columns, [[f for f in s if len(f) == columns and f[0][:1] != "#"] for s in sentences])
-    tagged = any(_are_tags([fields[side] for fields in same]) for side in (0, -1))
-    return len(same) >= 0.9 * len(found) and (counted is not None or tagged)
+    return counted is not None or any(_are_tags([fields[side] for fields in same]) for side in (0, -1))
 
 
 def _sentences(first: list[str], tabs: bool) -> tuple[list[list[list[str]]], list[tuple[list[str], int]]]:
@@ -113,16 +132,33 @@ def _fields(line: str, tabs: bool) -> list[str]:
 
 
 def _index(columns: int, sentences: list[list[list[str]]]) -> int | None:
-    """The column that counts the tokens of every sentence, from 1 or 0; None where there is none."""
+    """The column that counts the tokens, of every sentence or of all of them; None where there is none."""
     lines_in_all = sum(map(len, sentences))
     # A column beside one other may hold the tokens: a sentence of numbers in their order is rare, if it is long.
     if columns < 2 or not sentences or (columns == 2 and (lines_in_all < 3 or lines_in_all == len(sentences))):
         return None
-    for column in range(min(columns - 1, 4) if lines_in_all > len(sentences) else 1):
-        for start in (1, 0):
-            if all(_counts([fields[column] for fields in sentence], start) for sentence in sentences):
-                return column
+    if lines_in_all == len(sentences) and columns > 2:  # of one token each
+        return 0 if all(sentence[0][0] in ("0", "1") for sentence in sentences) else None
+    last = (columns - 1,) if columns > 2 and lines_in_all > 2 else ()
+    for column in (*range(min(columns - 1, 4)), *last):
+        ids = [[fields[column] for fields in sentence] for sentence in sentences]
+        if _is_counter(ids, sure=columns == 2 or column in last):
+            return column
     return None
+
+
+def _is_counter(ids: list[list[str]], sure: bool) -> bool:
+    """Whether ids of the tokens of sentences count them, from 0 or 1; or, unless it must be sure, rise in each."""
+    everything = [name for sentence in ids for name in sentence]
+    for start in (0, 1):
+        if all(_counts(sentence, start) for sentence in ids) or _counts(everything, start):
+            return True
+    if sure:
+        return False
+    plain = [[name for name in sentence if not _NO_TOKEN.fullmatch(name)] for sentence in ids]
+    if not all(re.fullmatch(r"\d{1,9}", name) for sentence in plain for name in sentence):
+        return False
+    return all(int(a) < int(b) for sentence in plain for a, b in pairwise(sentence))
 
 
 def _counts(ids: list[str], start: int) -> bool:
@@ -149,6 +185,8 @@ def _names(file: Path, layout: Layout, some: list[list[str]], data: DataConfig) 
         return {name: n for n, name in enumerate(CONLL_U)} | {"tags": CONLL_U.index("upos")}
     same = [fields for fields in some if len(fields) == columns]
     first, last = 0 if index is None else index + 1, columns - 1
+    if index == last:
+        first, last = 0, last - 1
     if index is not None:
         tags = f", tags column {last + 1}" if last > first else ""
         note(
@@ -167,9 +205,11 @@ def _is_comment(line: str, fields: list[str], layout: Layout, inside: bool) -> b
         return False
     if len(fields) != layout.columns:
         return not inside or line[1:2] in ("", *BLANKS)
+    if not layout.tags and not layout.tabs:  # there are comments alone
+        return line[1:2] == " "
     # Of as many columns by chance: `# id 7 domain=en` above `the _ _ O` (MultiCoNER).
-    alone = line[1:2] in (" ", "\t") and fields[0] == "#"
-    return alone and not inside and not layout.tabs and bool(layout.tags) and fields[-1] not in layout.tags
+    last = fields[-1]
+    return line[1:2] == " " and not inside and last not in layout.tags and not _TAG.fullmatch(last)
 
 
 def _check(file: Path, number: int, line: str, fields: list[str], layout: Layout) -> None:

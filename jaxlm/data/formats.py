@@ -54,6 +54,7 @@ SUFFIXES = {
     ".iob2": "conll",
     ".bio": "conll",
 }
+_WITH_METADATA = ("jsonl", "csv", "tsv", "quoted_tsv")  # formats whose names of classes stand beside the file
 METADATA = (
     "dataset_info.json",
     "dataset_infos.json",
@@ -89,8 +90,8 @@ def file_rows(file: Path, data: DataConfig, columns: Columns | None = None) -> I
       columns: those that a task reads; None: all.
     """
     kind = format_of(file, data)
-    if kind == "text" and data.format == "suffix":
-        kind = _found_format(file, data, columns)
+    if kind in ("text", "tsv") and data.format == "suffix":
+        kind = _found_format(file, data, columns, kind)
     needed = columns.needed if columns else ()
     with_names = columns is None or columns.class_names
     with opened(file) as stream:
@@ -99,7 +100,7 @@ def file_rows(file: Path, data: DataConfig, columns: Columns | None = None) -> I
             yield from columnar.rows(file, stream, *asked, with_names)
             return
         found = _READERS[kind](file, stream, data, needed)
-        names = class_names.beside(file) if with_names and kind == "jsonl" else {}
+        names = class_names.beside(file) if with_names and kind in _WITH_METADATA else {}
         yield from ((place, class_names.named(row, names, place)) for place, row in found) if names else found
 
 
@@ -110,28 +111,34 @@ def text_lines(file: Path, data: DataConfig) -> Iterator[tuple[Place, str]]:
             yield Place(str(file), number), without_end(line)
 
 
-def _found_format(file: Path, data: DataConfig, columns: Columns | None) -> str:
-    """The format of a file that its suffix does not say; where plain text serves, text."""
+def _found_format(file: Path, data: DataConfig, columns: Columns | None, suffix: str) -> str:
+    """The format of a file whose suffix is that of plain text or tsv; where plain text serves, text."""
     with opened(file) as stream:
         head = stream.read(_HEAD)
         if head.startswith(b"PAR1\x15"):
             return "parquet"
     if columns is None or data.pattern or set(columns.needed) <= {data.text}:
-        return "text"
+        return suffix
+    if suffix == "tsv" and "tokens" not in columns.needed:
+        return suffix
     with opened(file) as stream:
         text = head.decode(encoding_of(file, stream, data), "replace").removeprefix("\ufeff")
     first = re.split(r"(?<=\n)|(?<=\r)(?!\n)", text)
     first = first[:-1] if len(first) > 1 and len(head) == _HEAD else first  # the last line may be cut
-    kind = "text"
-    if re.match(r'\s*(\{\s*"|\[\s*[{"])', text):
+    kind = suffix
+    if suffix == "tsv":  # sentences have blank lines between them, and rows have none
+        divided = re.search(r"\S(\r\n|\r|\n)[ \t]*\1\s*\S", text) and not re.search(r"[^\s] [^\s]", text)
+        if divided and not _header_delimiter(first[0], columns) and conll.looks_tagged(first, certain=False):
+            kind = "conll"
+    elif re.match(r'\s*(\{\s*"|\[\s*[{"])', text):
         kind = "jsonl"
     elif "tokens" in columns.needed and conll.looks_tagged(first):
         kind = "conll"
     elif first and (delimiter := _header_delimiter(first[0], columns)):
         kind = "tsv" if delimiter == "\t" else "csv"
-    elif conll.looks_tagged(first):
+    elif conll.looks_tagged(first) or ("tokens" in columns.needed and conll.looks_tagged(first, certain=False)):
         kind = "conll"
-    if kind != "text":
+    if kind != suffix:
         note(f"{file}: read as {kind}, which its beginning looks like (--data.format says otherwise)")
     return kind
 
@@ -210,9 +217,9 @@ def _blocks(file: Path, stream: IO[bytes], data: DataConfig) -> Iterator[tuple[i
 _Reader = Callable[[Path, IO[bytes], DataConfig, tuple[str, ...]], Iterator[tuple[Place, Row]]]
 _READERS: dict[str, _Reader] = {
     "text": _text_rows,
-    "csv": lambda file, stream, data, needed: tables.rows(file, stream, data, "csv"),
-    "tsv": lambda file, stream, data, needed: tables.rows(file, stream, data, "tsv"),
-    "quoted_tsv": lambda file, stream, data, needed: tables.rows(file, stream, data, "quoted_tsv"),
+    "csv": lambda file, stream, data, needed: tables.rows(file, stream, data, "csv", needed),
+    "tsv": lambda file, stream, data, needed: tables.rows(file, stream, data, "tsv", needed),
+    "quoted_tsv": lambda file, stream, data, needed: tables.rows(file, stream, data, "quoted_tsv", needed),
     "jsonl": json_rows.rows,
     "conll": lambda file, stream, data, needed: conll.rows(file, stream, data),
     "squad": lambda file, stream, data, needed: json_rows.squad_rows(file, stream, data),

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
 from jaxlm.config import DataConfig
-from jaxlm.data import squad
+from jaxlm.data import class_names, squad
 from jaxlm.data.lines import BLANKS, Place, Row, lines, note, suffix_of, whole
 from jaxlm.errors import UserError
 
@@ -45,7 +45,7 @@ def _value(text: str, at: int, place: Place) -> tuple[Any, int]:
     try:
         return _decoder.raw_decode(text, at)
     except json.JSONDecodeError as error:
-        line = place.line + text.count("\n", at, error.pos)
+        line = place.line + text.count("\n", at, min(error.pos, len(text.rstrip())))
         place = place._replace(line=line)
         raise UserError(f"{place}: not a JSON object ({error.msg}, column {error.colno}); {_EACH}") from None
     except RecursionError:
@@ -172,30 +172,54 @@ def _table(
         return
     if not isinstance(value, dict):
         raise UserError(f"{place}: not a JSON object ({_kind(value)}); {_EACH}")
-    tables = {name: member for name, member in value.items() if _is_table(member)}
     is_row = any(name.partition(".")[0] in value for name in needed) and not _is_columns(value, needed)
     if is_row or suffix_of(file) != ".json" or any(name in value for name in _CONVERSATIONS):
         yield place, value
         return
+    found = _in_object(file, value, data, needed)
+    names = class_names.of_object(value) if found else {}
+    for number, row in enumerate([value] if found is None else found, start=1):
+        place = place if found is None else Place(str(file), number)
+        yield place, class_names.named(row, names, place)
+
+
+def _in_object(file: Path, value: dict[str, Any], data: DataConfig, needed: tuple[str, ...]) -> Iterable[Row] | None:
+    """The rows that an object holds: a list, a table by columns or by rows; None where it is a row itself."""
+    columns, cells = value.get("columns"), value.get("data")
+    if _is_list_of(columns, str) and _is_list_of(cells, list):  # DataFrame.to_json(orient="split")
+        note(f"{file}: the rows are the list 'data', their columns the list 'columns'")
+        return (dict(zip(columns, row)) for row in cells)
+    tables = {name: member for name, member in value.items() if _is_list_of(member, dict)}
     if len(tables) > 1 and data.split in tables:  # {"train": [...], "test": [...]}
         tables = {data.split: tables[data.split]}
+    if len(tables) > 1:
+        have = {name: table for name, table in tables.items() if _has(table[0], needed)}
+        tables = have if len(have) == 1 else tables
     if len(tables) == 1:
         [(name, found)] = tables.items()
         note(f"{file}: the rows are the list {name!r}")
-        yield from ((Place(str(file), n), row) for n, row in enumerate(found, start=1))
-    elif len(tables) > 1:
+        return found
+    if len(tables) > 1:
         raise UserError(
             f"{file} holds several lists of rows, {', '.join(tables)}; choose one with --data.split, or write one alone"
         )
-    elif _is_columns(value, needed):
+    members = list(value.values())
+    if all(isinstance(member, dict) for member in members) and members and _has(members[0], needed):
+        note(f"{file}: the rows are the members of one object")
+        return members
+    if _is_columns(value, needed):
         note(f"{file}: the table is written column by column")
-        yield from _transposed(file, value)
-    else:
-        yield place, value
+        return _transposed(value)
+    return None
 
 
-def _is_table(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+def _is_list_of(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, kind) for item in value)
+
+
+def _has(row: Row, needed: tuple[str, ...]) -> bool:
+    """Whether a row has the columns that a task reads, where they are known."""
+    return bool(needed) and all(name in row or name.partition(".")[0] in row for name in needed)
 
 
 def _is_columns(value: Any, needed: tuple[str, ...]) -> bool:
@@ -214,7 +238,6 @@ def _is_columns(value: Any, needed: tuple[str, ...]) -> bool:
     return not (named and all(isinstance(item, (str, int)) for column in columns for item in column))
 
 
-def _transposed(file: Path, columns: dict[str, Any]) -> Iterator[tuple[Place, Row]]:
+def _transposed(columns: dict[str, Any]) -> Iterator[Row]:
     lists = {name: list(column.values()) if isinstance(column, dict) else column for name, column in columns.items()}
-    for n, cells in enumerate(zip(*lists.values()), start=1):
-        yield Place(str(file), n), dict(zip(lists, cells))
+    return (dict(zip(lists, cells)) for cells in zip(*lists.values()))

@@ -45,8 +45,15 @@ _NO_TEXT = {
     b"%PDF-": "a PDF document; save its text as a text file",
     b"PAR1\x15": "a parquet file; set --data.format parquet",
     b"ARROW1\0\0": "an Arrow file; write it as parquet",
+    b"\xff\xff\xff\xff": "an Arrow file, or no text; write a data set that was saved to disk with its to_parquet",
+    b"version https://git-lfs": "a pointer of Git LFS, and not the data; fetch the data with `git lfs pull`",
+    b"\xd0\xcf\x11\xe0": "a workbook or document of an office program; save the table as csv",
+    b"\x04\x22\x4d\x18": "an lz4 file; unpack it",
+    b"\x1f\x9d": "a file packed by compress; unpack it",
+    b"7z\xbc\xaf": "a 7z archive; unpack it",
     b"SQLite format 3\0": "a database; write the table as csv",
 }
+_BLOCK = 512  # bytes of the head of an archive by tar
 _ESCAPED = re.compile("[\udc80-\udcff]")  # how PEP 383 writes a byte that cannot be decoded
 
 
@@ -132,22 +139,21 @@ def encoding_of(file: Path, stream: IO[bytes], data: DataConfig) -> str:
     name = data.encoding
     try:
         codec = codecs.lookup(name).name
-        "a".encode(codec)
+        "a".encode(codec, "surrogateescape")
     except (LookupError, ValueError):
         raise UserError(
             f"data.encoding {name!r} is no encoding that Python has a codec for; "
             f"set --data.encoding to one, such as utf-8, cp1252, iso-8859-1 or utf-16"
         ) from None
-    first = cast("Any", stream).peek(64)[:64]
-    for mark, found in _NO_TEXT.items():
-        if first.startswith(mark) and (mark != b"PK\x03\x04" or b"\0" in first):
-            raise UserError(f"{file} is {found}")
+    first = cast("Any", stream).peek(_BLOCK)[:_BLOCK]
+    if found := other_kind(first):
+        raise UserError(f"{file} is {found}")
     if codec in ("utf-8", "utf-8-sig", "utf-16", "utf-32"):
         for mark, found in _MARKS:
             if first.startswith(mark):
                 return found
     if codec == "utf-8" and len(first) >= 16:
-        zeros = [first[side::2].count(0) / len(first[side::2]) for side in (0, 1)]
+        zeros = [first[side:64:2].count(0) / len(first[side:64:2]) for side in (0, 1)]
         if max(zeros) > 0.4 and min(zeros) < 0.1:
             which = "utf-16-le" if zeros[1] > zeros[0] else "utf-16-be"
             raise UserError(
@@ -155,6 +161,14 @@ def encoding_of(file: Path, stream: IO[bytes], data: DataConfig) -> str:
                 f"set --data.encoding {which}"
             )
     return codec
+
+
+def other_kind(first: bytes) -> str:
+    """Returns what a file that begins with these bytes is, and the remedy, where it is no text; else ""."""
+    for mark, found in _NO_TEXT.items():
+        if first.startswith(mark) and (mark != b"PK\x03\x04" or b"\0" in first):
+            return found
+    return "a tar archive; unpack it" if first[257:262] == b"ustar" else ""
 
 
 def lines(file: Path, stream: IO[bytes], data: DataConfig) -> Iterator[str]:

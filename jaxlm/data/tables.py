@@ -1,12 +1,15 @@
 """Tables of text: csv, tsv and quoted_tsv (RFC 4180), and what their writers do otherwise.
 
 The fields of a csv file are divided by commas, or by semicolons, tabs or bars where the first rows say so; quotes
-inside a quoted field are doubled, or stand behind a backslash where the first rows say so.  What was found is printed.
+inside a quoted field are doubled, or stand behind a backslash where the first rows say so; blanks behind a divider are
+no part of a field where the header has them too.  A first line `sep=;`, which spreadsheets write, names the divider.
+What was found is printed.
 """
 
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -18,21 +21,32 @@ from jaxlm.errors import UserError
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 _ESCAPED: dict[str, Any] = {"escapechar": "\\", "doublequote": False}
 _SAMPLE = 50  # rows from which the shape of a file is found
+_SEPARATOR = re.compile(r'"?sep=([^\s"\w]|\t)"?\s*', re.IGNORECASE)
 _LARGEST_FIELD = 1 << 30  # characters; the module's own limit of 128 KiB is shorter than a document
 
 
-def rows(file: Path, stream: IO[bytes], data: DataConfig, kind: str) -> Iterator[tuple[Place, Row]]:
-    """Yields each row of a csv, tsv or quoted_tsv file with the place of its first line."""
+def rows(
+    file: Path, stream: IO[bytes], data: DataConfig, kind: str, needed: tuple[str, ...] = ()
+) -> Iterator[tuple[Place, Row]]:
+    """Yields each row of a csv, tsv or quoted_tsv file with the place of its first line.
+
+    needed: columns that a task reads, by which a header is known whose rows do not agree with it.
+    """
     # `strict` finds a quote that never closes.
     csv.field_size_limit(_LARGEST_FIELD)
     first, source = head_of(lines(file, stream, data))
-    marks = dialect_of(file, first, len(data.columns), kind)
+    named = _SEPARATOR.fullmatch(first[0]) if first and kind == "csv" else None
+    skipped = 1 if named else 0
+    if named:
+        first = first[1:]
+        next(source)
+    marks = dialect_of(file, first, len(data.columns), kind, needed, named[1] if named else "")
     reader = csv.reader(source, strict=True, **marks)
     names: Sequence[str] = data.columns
-    line = 1
+    line = 1 + skipped
     try:
         for fields in reader:
-            place, line = Place(str(file), line), reader.line_num + 1
+            place, line = Place(str(file), line), reader.line_num + 1 + skipped
             if not fields or fields == [""]:  # a blank line
                 continue
             if not names:
@@ -50,7 +64,9 @@ def rows(file: Path, stream: IO[bytes], data: DataConfig, kind: str) -> Iterator
         raise UserError(f"{place}: {error}; correct the quotes of this row, or set --data.format") from None
 
 
-def dialect_of(file: Path, first: list[str], columns: int, kind: str) -> dict[str, Any]:
+def dialect_of(
+    file: Path, first: list[str], columns: int, kind: str, needed: tuple[str, ...] = (), divider: str = ""
+) -> dict[str, Any]:
     """Returns how a file that begins with these lines is divided, as arguments of `csv.reader`.
 
     Args:
@@ -58,27 +74,44 @@ def dialect_of(file: Path, first: list[str], columns: int, kind: str) -> dict[st
       first: its first lines.
       columns: how many columns `data.columns` names; 0: the first row names them.
       kind: csv, tsv or quoted_tsv.
+      needed: columns that a task reads; () for unknown.
+      divider: what the file itself says that its fields are divided by; "" where it does not.
     """
     if kind == "tsv":
         return {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     found = None
     shapes: tuple[dict[str, Any], ...] = ({}, _ESCAPED) if any('\\"' in line for line in first) else ({},)
-    for delimiter in "\t" if kind == "quoted_tsv" else _DELIMITERS:
+    delimiters = divider or ("\t" if kind == "quoted_tsv" else "".join(_DELIMITERS))
+    blanks = {delimiter: _blanks(first, delimiter) for delimiter in delimiters}
+    for delimiter in delimiters:
         for escapes in shapes:
-            marks = {"delimiter": delimiter, **escapes}
+            marks = {"delimiter": delimiter, **escapes, **blanks[delimiter]}
             if found is None and _fits(first, columns, marks):
                 found = marks
     if found is None:  # one column, or rows that do not agree
-        delimiter = "\t" if kind == "quoted_tsv" else ","
-        standard = {"delimiter": delimiter}
+        of_header = (one for one in delimiters if first and not columns and _is_header(first[0], one, needed))
+        delimiter = next(of_header, delimiters[0])
+        standard = {"delimiter": delimiter, **blanks[delimiter]}
         escaped = standard | shapes[-1]
         found = escaped if _sample(first, standard) is None and _sample(first, escaped) is not None else standard
-    said = [] if found["delimiter"] in (",", "\t"[: kind == "quoted_tsv"]) else [_DELIMITERS[found["delimiter"]]]
-    if said:
-        note(f"{file}: the columns are divided by {said[0]}")
+    if found["delimiter"] not in (",", "\t"[: kind == "quoted_tsv"]):
+        name = _DELIMITERS.get(found["delimiter"], repr(found["delimiter"]))
+        note(f"{file}: the columns are divided by {name}")
     if "escapechar" in found:
         note(f"{file}: quotes inside a field stand behind backslashes")
     return found
+
+
+def _blanks(first: list[str], delimiter: str) -> dict[str, Any]:
+    """The argument of `csv.reader` that drops blanks behind a delimiter, where every name of the header has one."""
+    _, *names = first[0].split(delimiter) if first else [""]
+    return {"skipinitialspace": True} if names and all(name.startswith(" ") for name in names) else {}
+
+
+def _is_header(line: str, delimiter: str, needed: tuple[str, ...]) -> bool:
+    """Whether a line divided so has the names of all columns that a task reads."""
+    names = {name.strip(BLANKS + '"') for name in line.split(delimiter)}
+    return bool(needed) and set(needed) <= names
 
 
 def _sample(first: list[str], marks: dict[str, Any]) -> list[list[str]] | None:

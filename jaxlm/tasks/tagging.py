@@ -24,6 +24,7 @@ from jaxlm.tasks.reading import Record, Records, column, listed, shown
 from jaxlm.tasks.records import HeadTask, Outputs, stand_in
 
 _SCORES = ("f1", "precision", "recall", "accuracy")
+_MANY = 50  # rows that do not all have one token by chance
 _UNTYPED = "span"  # the type, in tables, of spans whose tags name none
 # Words of running text: addresses, names of users, abbreviations, numbers, words with hyphens, contractions; any
 # other sign stands alone.
@@ -77,6 +78,16 @@ class TaggingTask(HeadTask):
                 kind = schemes.kind_of([*tags, schemes.OUTSIDE])
                 record |= {"label": _written(tags, kind), "repaired": _repaired(tags, kind)}
         return record
+
+    @classmethod
+    def settle(cls, task: config.Tagging, part: Records, names: Sequence[str]) -> None:
+        """Refuses a table with a row for each token, which has no sentences."""
+        if len(part.records) >= _MANY and all(len(record["tokens"]) == 1 for record in part.records):
+            raise UserError(
+                f"{part.places[0]}: each of the {len(part.records):,} rows holds one token, and a row is a sentence; "
+                f"write the tokens of a sentence as a list in one row, or as CoNLL with blank lines between sentences "
+                f"(--data.format conll)"
+            )
 
     @classmethod
     def labelled(cls, task: config.Tagging, row: Row, record: Record, place: Place) -> None:
