@@ -185,7 +185,7 @@ def _table(
 
 def _in_object(file: Path, value: dict[str, Any], data: DataConfig, needed: tuple[str, ...]) -> Iterable[Row] | None:
     """The rows that an object holds: a list, a table by columns or by rows; None where it is a row itself."""
-    columns, cells = value.get("columns"), value.get("data")
+    columns, cells = value.get("columns", ()), value.get("data", ())
     if _is_list_of(columns, str) and _is_list_of(cells, list):  # DataFrame.to_json(orient="split")
         note(f"{file}: the rows are the list 'data', their columns the list 'columns'")
         return (dict(zip(columns, row)) for row in cells)
