@@ -54,7 +54,8 @@ from jaxlm.tasks.task import Task
 def say(message: str) -> None:
     """One line for the person who watches the run, from its first host."""
     if hosts.is_first():
-        print(message, file=sys.stderr, flush=True)
+        # On a terminal the line of progress, which is rewritten in place, makes room.
+        print(f"\r\x1b[K{message}" if sys.stderr.isatty() else message, file=sys.stderr, flush=True)
 
 
 def _interruptible(body: Callable[..., LM]) -> Callable[..., LM]:
@@ -217,6 +218,7 @@ def _fit_in(
     here = module.constrain if jax.process_count() == 1 else sharding.Placement()
     own_module = kind(config, here, module.dtype, kernel=run.attention)
     made = LM(config, own_module, None, data.tokenizer, origin(run, weights), **files)
+    starts_from_weights = weights is not None and not started
     del weights  # which keep the files of a checkpoint open
 
     def score(params: Any) -> tuple[dict[str, float], Any]:
@@ -226,6 +228,8 @@ def _fit_in(
     best = run.best or task.best
     worth = lambda scores: -scores["loss"] if best == "loss" else scores[best]
 
+    if starts_from_weights and run.eval_every:
+        say(_score_line(0, score(state.params)[0]))
     log = RunLog(folder, started, run.steps) if hosts.is_first() else NoLog()
     stop = hosts.agreed(stop)
     checkpoint_every = run.checkpoint_every or max(1, run.steps // 10)
@@ -274,6 +278,7 @@ def _fit_in(
                 if not np.isfinite(scores["loss"]):
                     raise _diverged(f"the held-out loss is {scores['loss']:.4g}", step, metrics, checkpoints)
                 history = [*history, worth(scores)]
+                say(_score_line(step, scores, best=len(history) > 1 and history[-1] > max(history[:-1])))
                 if _stale(history, run.patience) and not ending:
                     say(f"no better {best} in {run.patience} evaluations: the run ends at step {step:,}")
                     ending = True
@@ -320,6 +325,12 @@ def _fit_in(
     hosts.first(lambda: _tell(run, folder, lm, scores, export, int(state.step), facts, mesh, sections))
     place.send()
     return lm
+
+
+def _score_line(step: int, scores: Mapping[str, float], best: bool = False) -> str:
+    """Returns a line of the console with the held-out scores of a step; best: whether none before was as good."""
+    values = "  ".join(f"{report.words(name)} {report.fact(name, value)}" for name, value in scores.items())
+    return f"scores    step {step:,}: {values}{'  (best so far)' if best else ''}"
 
 
 def _stale(history: list[float], patience: int) -> bool:

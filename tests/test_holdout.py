@@ -49,6 +49,10 @@ def test_of_few_documents_the_end_is_held_out(count):
     assert len("".join(held_out)) == 10 * count
 
 
+def test_of_few_documents_that_stay_whole_the_smallest_is_held_out():
+    assert parts(["x" * 100, "y" * 50, "z" * 60]) == (["x" * 100, "z" * 60], ["y" * 50])
+
+
 def test_the_last_documents_are_held_out_where_their_order_matters():
     train, held_out = parts(DOCUMENTS, sampled=False)
     assert train + held_out == DOCUMENTS

@@ -57,7 +57,8 @@ def choose(texts: Iterable[str], fraction: float, seed: int, *, sampled: bool, d
     """Returns how documents are divided so that about `fraction` of their bytes is held out.
 
     Documents are taken in the order of their hashes, so that equal ones come into the same part.  One that would hold
-    out twice as much as asked for is passed over.  Where that leaves none, the end of the text is held out.
+    out twice as much as asked for is passed over.  Where that
+    leaves none, the end of the text is held out or, where documents stay whole, the smallest one.
 
     Args:
       texts: the documents.
@@ -84,6 +85,8 @@ def choose(texts: Iterable[str], fraction: float, seed: int, *, sampled: bool, d
         if held + size <= 2 * fraction * total:
             chosen.append(content)
             held += size
+    if not chosen and not divide and len(ordered) > 1:
+        chosen = [int(ordered[bytes_of.argmin()])]  # too few for a share near the one asked for
     return Holdout(frozenset(chosen), 0, False, seed) if chosen else last
 
 
