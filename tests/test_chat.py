@@ -377,7 +377,8 @@ def nested(depth: int):
         ),
         ([{"role": "user", "content": None, "tool_calls": []}], "fails on these messages .UndefinedError"),
         ([{"role": "user"}], "fails on these messages .*correct them, or give another template="),
-        ([{"role": "user", "content": 3}], "fails on these messages .TypeError"),
+        ([{"role": "user", "content": 3}], "fails on these messages .TypeError.* 'str' and 'int'"),
+        ([{"role": "user", "content": "x", "n": 10**5000}], "message 0 has a number of more than 4,096 bits"),
     ],
 )
 def test_what_is_no_chat_is_refused(tokenizer, messages, message):
@@ -481,6 +482,22 @@ def test_the_process_of_templates_opens_no_files_and_knows_no_secrets(monkeypatc
     limits = (folder / "limits").read_text()
     assert re.search(r"Max open files +3 +3", limits) and re.search(r"Max file size +0 +0", limits)
     assert re.search(rf"Max address space +{512 << 20} ", limits)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"template": 3}, "template= is 3; give Jinja source"),
+        ({"template": "{{ '\\ud800' }}"}, "writes half of a surrogate pair; correct it"),
+        ({"template": "\ud800"}, "half of a surrogate pair"),
+        ({"tools": "x"}, "tools= is 'x'; give a list of descriptions"),
+        ({"tools": [3]}, "tools= is .3.; give a list of descriptions"),
+        ({"x": object()}, "the variable x is not plain data"),
+    ],
+)
+def test_what_is_no_template_tool_or_variable(tokenizer, given, message):
+    with pytest.raises(UserError, match=message):
+        chat.prompt(tokenizer, TALK, **given)
 
 
 def test_a_chat_of_all_private_characters_is_encoded(tokenizer):

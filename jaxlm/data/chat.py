@@ -26,6 +26,7 @@ SOURCE = 1_000_000  # characters of a template
 # Templates that read a list of parts loop over it, or pick from it.
 _READS_PARTS = re.compile(r"for\s[^%]*?\sin\s[^%]*content|content['\"]?\]?\s*\|\s*(selectattr|rejectattr|map)")
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_HALF = re.compile("[\ud800-\udfff]")
 _WINDOW = 512  # conversations that are rendered and encoded at once
 
 
@@ -208,6 +209,9 @@ def _chat(
             raise UserError(f"message {place} has the role {role!r}{perhaps(role, conversations.ROLES)}; rename it")
     if not _READS_PARTS.search(use.source):
         plain = conversations.with_plain_content(plain)
+    listed = isinstance(tools, Sequence) and all(isinstance(tool, Mapping) for tool in tools)
+    if tools is not None and not listed:
+        raise UserError(f"tools= is {tools!r:.60}; give a list of descriptions (JSON schemas), each a dict")
     more = {name: conversations.plain_data(value, f"the variable {name}") for name, value in variables.items()}
     given = {"tools": conversations.plain_data(tools, "tools"), "documents": None, **more}
     special = {f"{role}_token": token for role, token in tokenizer.special.items()}
@@ -225,6 +229,8 @@ def _is_known(tokenizer: Tokenizer, use: _Template, role: str) -> bool:
 
 def _template(tokenizer: Tokenizer, asked: str | None, tools: Any) -> _Template:
     """Returns the template to use. Raises UserError where there is none."""
+    if asked is not None and not isinstance(asked, str):
+        raise UserError(f"template= is {asked!r:.60}; give Jinja source, or the name of a template of the tokenizer")
     known = templates(tokenizer)
     if asked is None:
         name = "tool_use" if tools is not None and "tool_use" in known else "default"
@@ -279,6 +285,8 @@ def _rendered(use: _Template, jobs: Sequence[dict[str, Any]]) -> Iterator[list[R
     for result in template_process.render(jobs):
         if isinstance(result, template_process.Problem):
             raise UserError(_sentence(use, result))
+        if any(not text.isascii() and _HALF.search(text) for text, _, _ in result):
+            raise UserError(f"the chat template {use.name} writes half of a surrogate pair; correct it")
         yield [Rendered(text, _spans(users), _spans(answers)) for text, users, answers in result]
 
 

@@ -17,6 +17,7 @@ Messages = Sequence[Mapping[str, Any]]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MORE_ROLES = ("observation", "function", "ipython", "model", "context")  # that some templates have
 DEPTH = 64  # lists and dicts within one another
+BITS = 4096  # of a whole number; Python writes no more than 4,300 digits
 # Who speaks in conversations of ShareGPT's form, {"from": ..., "value": ...}, as published data names them.
 _SHAREGPT = {
     **dict.fromkeys(("human", "user"), "user"),
@@ -52,6 +53,8 @@ def plain_data(value: Any, what: str, depth: int = 0) -> Any:
             )
         return text
     if isinstance(value, (int, np.integer)):
+        if int(value).bit_length() > BITS:
+            raise UserError(f"{what} has a number of more than {BITS:,} bits; give it as text")
         return int(value)
     if isinstance(value, (float, np.floating)):
         return float(value)

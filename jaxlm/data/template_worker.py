@@ -33,6 +33,7 @@ from jaxlm.data.template_text import (
     user_data,
 )
 
+_KINDS = {"Text": "str", "Integer": "int", "Real": "float"}  # as the author of a template knows them
 _MARK = re.compile(f"[{ANSWER_BEGINS}{ANSWER_ENDS}]")
 READY = b"ready\n"  # the first line of the output
 # The names that templates read in messages are no text of a user.
@@ -139,7 +140,8 @@ def render(job: dict[str, Any]) -> dict[str, Any]:
     except _TooLongError:
         return _problem("characters", "")
     except Exception as error:  # it is a stranger's program, and may fail in any way
-        return _problem("fails", f"{type(error).__name__}: {error}")
+        told = re.sub("'(Text|Integer|Real)'", lambda kind: repr(_KINDS[kind[1]]), str.__str__(str(error)))
+        return _problem("fails", f"{type(error).__name__}: {told}")
     finally:
         _time(0)
 
