@@ -15,6 +15,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, takewhile
@@ -141,20 +142,19 @@ def _of_file(asked: Generate) -> int:
     from jaxlm import prompts as files
 
     prompts = files.read(asked.file)
-    made_with = files.choices_of(asked.model, asked.decoding, asked.draft)
-    output = files.Output(asked.output, prompts, made_with) if asked.output else None
-    done = output.done if output else 0
-    if done:
-        print(f"{asked.output} has {done:,} of {len(prompts):,} rows already", file=sys.stderr)
-    if done < len(prompts):
+    made_with = lambda: files.choices_of(asked.model, asked.decoding, asked.draft)  # reads every byte of the model
+    with files.Output(asked.output, prompts, made_with()) if asked.output else nullcontext() as output:
+        done = output.done if output else 0
+        if done:
+            print(f"{asked.output} has {done:,} of {len(prompts):,} rows already", file=sys.stderr)
+        if done == len(prompts):
+            return 0
         lm, draft = _models(asked)
         for row in files.texts(lm, prompts, asked.decoding, draft, done):
             if output:
                 output.write(row)
             else:
                 print(json.dumps(row, ensure_ascii=False), flush=True)
-    if output:
-        output.close()
     return 0
 
 

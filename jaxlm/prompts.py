@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxlm import storage
 from jaxlm.config import DataConfig, Decoding, difference, to_json
 from jaxlm.data.formats import text_lines
 from jaxlm.errors import UserError
 from jaxlm.generate import in_order
+from jaxlm.hub import model_files
+from jaxlm.lm import find
 
 if TYPE_CHECKING:
     from jaxlm.lm import LM
@@ -43,11 +48,13 @@ def texts(lm: LM, prompts: list[str], decoding: Decoding, draft: LM | None, done
 
 
 class Output:
-    """A jsonl file of such rows.  Beside it stands what they were made with, so that nothing else is put behind them.
+    """A jsonl file of such rows, held by one process.  Beside it stands what they were made with, so that nothing else
+    is put behind them.
 
     done: rows that are there already; what was half written is taken away.
 
-    Raises UserError where the file is of something else: other choices, another model, other prompts.
+    Raises UserError where the file is of something else (other choices, another model, other prompts), and where
+    another process writes it.
     """
 
     def __init__(self, file: str, prompts: list[str], made_with: dict[str, Any]):
@@ -55,56 +62,96 @@ class Output:
         self.path, self._beside = Path(file), Path(f"{file}.choices.json")
         if self.path.suffix != ".jsonl":
             raise UserError(f"output is {file!r}; it must end in .jsonl")
+        self._prompts, self._made_with = prompts, made_with
         self.done, self._whole = 0, 0
-        if self.path.exists() or self._beside.exists():
-            self._read(prompts, made_with)
-        try:
-            self._beside.write_text(json.dumps(made_with, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            self._file = open(self.path, "ab")  # noqa: SIM115 - see `close`
-            self._file.truncate(self._whole)
-        except OSError as error:
-            raise UserError(f"{file} cannot be written: {error.strerror}; choose another --output") from None
 
-    def _read(self, prompts: list[str], made_with: dict[str, Any]) -> None:
+    def __enter__(self) -> Output:
+        with ExitStack() as opened, self._faults():
+            opened.enter_context(
+                storage.lock(storage.lock_beside(self.path), str(self.path), "choose another --output")
+            )
+            if self.path.exists() or self._beside.exists():
+                self._read()
+            with storage.atomic_file(self._beside) as part:
+                part.write_text(json.dumps(self._made_with, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            self._file = opened.enter_context(open(self.path, "ab"))
+            self._file.truncate(self._whole)
+            self._open = opened.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        with self._open, self._faults():
+            self._file.flush()
+            os.fsync(self._file.fileno())  # makes it outlive a power cut
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Adds a row, which is in the file when this returns."""
+        with self._faults():
+            self._file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            self._file.flush()
+
+    @contextmanager
+    def _faults(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise storage.cannot_be_written(self.path, error, "--output") from None
+
+    def _read(self) -> None:
+        """Counts the rows that are there, after checking that they were made as is asked for now."""
         other = f"choose another --output, or remove {self.path} and {self._beside.name}"
-        if not self._beside.exists():
+        if not self._beside.exists() or (self.path.exists() and not self.path.is_file()):
             raise UserError(
                 f"output is '{self.path}', which exists and was not made by generate; choose another --output"
             )
         try:
-            before = json.loads(self._beside.read_text(encoding="utf-8"))
-        except ValueError:
-            raise UserError(f"{self._beside} is not JSON; {other}") from None
-        differ = difference(made_with, before)
+            before = model_files.read_object(self._beside)
+        except UserError:
+            raise UserError(f"{self._beside} is not what generate writes; {other}") from None
+        differ = difference(self._made_with, before)
         if differ:
             lines = "\n".join(f"  {line}" for line in differ)
             raise UserError(f"{self.path} was made otherwise (now | then):\n{lines}\n{other}")
-        for line in self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else ():
-            if not line.endswith(b"\n"):
-                break
-            try:
-                prompt = json.loads(line)["prompt"]
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f"{self.path}:{self.done + 1} is no row of generate; {other}") from None
-            if self.done == len(prompts) or prompt != prompts[self.done]:
-                now = repr(prompts[self.done]) if self.done < len(prompts) else "none"
-                raise UserError(
-                    f"{self.path}:{self.done + 1} is of the prompt {prompt!r}, but the file of prompts has {now} "
-                    f"there; {other}"
-                )
-            self.done, self._whole = self.done + 1, self._whole + len(line)
+        if not self.path.exists():
+            return
+        with open(self.path, "rb") as file:
+            for line in file:  # divided at b"\n" alone: a text may hold any other end of a line
+                if not line.endswith(b"\n"):
+                    break
+                self._check_row(line, other)
+                self.done, self._whole = self.done + 1, self._whole + len(line)
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Adds a row, which is in the file when this returns."""
-        self._file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Makes it outlive a power cut."""
-        os.fsync(self._file.fileno())
-        self._file.close()
+    def _check_row(self, line: bytes, other: str) -> None:
+        try:
+            prompt = json.loads(line)["prompt"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise UserError(f"{self.path}:{self.done + 1} is no row of generate; {other}") from None
+        if self.done == len(self._prompts) or prompt != self._prompts[self.done]:
+            now = repr(self._prompts[self.done]) if self.done < len(self._prompts) else "none"
+            raise UserError(
+                f"{self.path}:{self.done + 1} is of the prompt {prompt!r}, but the file of prompts has {now} "
+                f"there; {other}"
+            )
 
 
 def choices_of(model: str, decoding: Decoding, draft: str) -> dict[str, Any]:
-    """What texts are made with; a draft changes draws, not greedy texts."""
-    return {"model": model, "draft": draft if decoding.temperature > 0 else "", **to_json(decoding)}
+    """Returns what texts are made with: hashes of the models' files, and the decoding.
+
+    A model is known by its content, so that it may move, but not change.  A draft changes draws, not greedy texts.
+    """
+    drawn = bool(draft) and decoding.temperature > 0
+    return {"model_hash": _hash(model), "draft_hash": _hash(draft) if drawn else "", **to_json(decoding)}
+
+
+def _hash(model: str) -> str:
+    """Returns 16 hexadecimal digits that change with every file of a model's folder but its texts for readers."""
+    folder, digest = find(model), hashlib.sha256()
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder)
+        hidden = any(part.startswith(".") for part in name.parts)
+        if file.is_file() and not hidden and file.suffix not in (".md", ".html"):
+            try:
+                digest.update(f"{name}\0{storage.content_hash(file)}\0".encode(errors="surrogateescape"))
+            except OSError as error:
+                raise UserError(f"{file} cannot be read: {error.strerror}; correct its permissions") from None
+    return digest.hexdigest()[:16]

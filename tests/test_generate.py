@@ -15,6 +15,7 @@ import pytest
 from compiled import jit, random_params
 
 import jaxlm
+from jaxlm import storage
 from jaxlm.__main__ import main
 from jaxlm.config import ModelConfig, TokenizerConfig
 from jaxlm.data import tokenizer as tokenizers
@@ -644,10 +645,26 @@ def test_a_file_of_prompts_is_gone_on_with(folder, capsys, monkeypatch):
     refused(
         [*asked, "--output", "out.jsonl", "--seed", "5"], "made otherwise", "seed: 5 | 0", "choose another --output"
     )
+    save(replace(lm_of("gpt2"), params=random_params(lm_of("gpt2").config, std=0.3)), "model", overwrite=True)
+    refused([*asked, "--output", "out.jsonl"], "made otherwise", "model_hash: ", "choose another --output")
+    save(lm_of("gpt2"), "model", overwrite=True)
+    (folder / "model").rename(folder / "moved")
+    assert main(["generate", "moved", *asked[2:], "--output", "out.jsonl"]) == 0  # known by its content
+    (folder / "moved").rename(folder / "model")
+    with storage.lock(storage.lock_beside(folder / "out.jsonl"), "it", "wait"):
+        refused([*asked, "--output", "out.jsonl"], "out.jsonl is held by process", "choose another --output")
+    choices = (folder / "out.jsonl.choices.json").read_text()
+    for damaged in ("[]", "{", "[" * 9000, "3" * 9000, ""):
+        (folder / "out.jsonl.choices.json").write_text(damaged)
+        refused([*asked, "--output", "out.jsonl"], "out.jsonl.choices.json is not what generate writes")
+    (folder / "out.jsonl.choices.json").write_text(choices)
     (folder / "prompts.txt").write_text("\n".join(["of another", *given[1:]]))
     refused([*asked, "--output", "out.jsonl"], "out.jsonl:1", "'the the'", "'of another'", "choose another --output")
     (folder / "prompts.txt").write_text("\n".join(given[:2]))
     refused([*asked, "--output", "out.jsonl"], "out.jsonl:3", "has none there")
+    for strange in (b'{"prompt": ' + b"[" * 9000 + b"\n", b"[1]\n", b"9" * 9000 + b"\n", b"\xff\n", b"\r\n"):
+        (folder / "out.jsonl").write_bytes(whole := strange)
+        refused([*asked, "--output", "out.jsonl"], "out.jsonl:1 is no row of generate")
     (folder / "out.jsonl.choices.json").unlink()
     refused([*asked, "--output", "out.jsonl"], "'out.jsonl', which exists and was not made by generate")
 
