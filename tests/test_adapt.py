@@ -65,7 +65,7 @@ def text(tmp_path_factory) -> Path:
 
 
 def checkpoint(folder: Path, preset: str, kind: str) -> tuple[Path, LM]:
-    """A model of the family, its body alone where the family has such files, and its tokenizer."""
+    """A folder with a model of the family, its body alone where the family has such files, and that model as read."""
     config = PRESETS[next(name for name in PRESETS if name.startswith(preset))]
     small = SMALL | {"kv_heads": 1 if config.kv_heads else None, "head_width": 8 if config.head_width else None}
     small |= {"embedding_width": 8} if config.embedding_width else {}
@@ -75,7 +75,7 @@ def checkpoint(folder: Path, preset: str, kind: str) -> tuple[Path, LM]:
     tokenizer = tokenizers.train(TEXT, TokenizerConfig(train=kind, sentinels=20 * (kind == "unigram")), 320)
     lm = LM(config, Transformer(config), random_params(config, std=0.02), tokenizer)
     jaxlm.save(lm, folder)
-    return folder, lm
+    return folder, jaxlm.load(folder)  # parameters that the files of a family lack are read as their fixed values
 
 
 @pytest.mark.parametrize(

@@ -307,14 +307,14 @@ def test_only_what_is_new_is_sent_and_brought(memory, monkeypatch):
     assert len(moved) == 2
 
 
-def test_a_run_at_an_address_is_held(memory, monkeypatch):
+def test_a_run_at_an_address_is_held(memory, monkeypatch, tmp_path):
     monkeypatch.setattr(storage, "SILENCE", 0.5)
     monkeypatch.setattr(storage, "BEAT", 0.05)
     with buckets.RunFolder("memory://b/run").opened():
         assert json.loads(memory.cat("/b/run/.jaxlm-lock"))["process"] == os.getpid()
         with pytest.raises(UserError, match=f"memory://b/run is held by process {os.getpid()} on host"):
             buckets.RunFolder("memory://b/run").opened().__enter__()
-        monkeypatch.setenv("JAXLM_CACHE", "elsewhere")  # as on another machine
+        monkeypatch.setenv("JAXLM_CACHE", str(tmp_path / "elsewhere"))  # as on another machine
         with monkeypatch.context() as patch:
             patch.setattr(storage, "machine", lambda: "another")
             patch.setattr(storage, "lock", lambda *_: nullcontext())
