@@ -179,13 +179,18 @@ LOWERS = """
         rules = decode.Rules(np.int32(512), np.array([2], np.int32))
         some = {"top_k": np.int32(5), "top_p": np.float32(0.9), "min_p": np.float32(0)}
         sampled = rules._replace(temperature=np.float32(1), **some)
+        listed, one = np.array([7, 8], np.int32), np.int32(2)
+        fields = {"penalty": np.float32(1.2), "forbidden_NF": np.array([[-1, 5], [6, 7]], np.int32), "ngram": one}
+        fields |= {"begin_N": listed, "min_new": one, "min_length": one, "first": one, "last_N": listed}
+        all_rules = sampled._replace(**fields)
         run = lm.programs.get(decode.programs, lm.module)
         lowers(f"{name} prefill", run.prefill, lm.params, prompts, length=NEW)
         state = jax.eval_shape(partial(decode.prefill, lm.module, length=NEW), lm.params, prompts)
-        for rule in (rules, sampled):
+        for rule in (rules, sampled, all_rules):
             lowers(f"{name} advance", run.advance, lm.params, state, rule, np.int32(4), kernels=False)
         search = lm.programs.get(search_of, lm.module)
-        lowers(f"{name} beams", search, lm.params, state, rules, np.float32(1), beams=3, candidates=6, kernels=False)
+        beams = lm.params, state, rules, np.float32(1), np.int32(0)
+        lowers(f"{name} beams", search, *beams, beams=3, candidates=6, kernels=False)
         both, pair = lm.programs.get(speculative, lm.module, lm.module), (lm.params, lm.params)
         lowers(f"{name} speculative prefill", both.prefill, pair, prompts, length=NEW)
         drafted = jax.eval_shape(partial(both.prefill, length=NEW), pair, prompts)
