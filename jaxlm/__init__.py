@@ -10,36 +10,39 @@ jaxlm.save(lm, "folder")                              # for transformers to load
 
 __version__ = "0.1.0"
 
-from jaxlm.config import (
-    CausalLM,
-    Chat,
-    Classification,
-    CleaningConfig,
-    DataConfig,
-    Decoding,
-    Infilling,
-    MaskedLM,
-    MeshConfig,
-    ModelConfig,
-    MultipleChoice,
-    MultiTask,
-    OptimizerConfig,
-    Part,
-    QuestionAnswering,
-    RunConfig,
-    Seq2Seq,
-    Similarity,
-    SpanCorruption,
-    Tagging,
-    TokenizerConfig,
-)
-from jaxlm.encode import Pooling, encode
-from jaxlm.errors import RunError, Stopped, UserError
-from jaxlm.evaluate import evaluate, predict
-from jaxlm.fit import fit
-from jaxlm.generate import generate, stream
-from jaxlm.lm import LM, load, save
-from jaxlm.vocabulary import resize
+from jaxlm.process import interrupts_wait as _interrupts_wait
+
+with _interrupts_wait():
+    from jaxlm.config import (
+        CausalLM,
+        Chat,
+        Classification,
+        CleaningConfig,
+        DataConfig,
+        Decoding,
+        Infilling,
+        MaskedLM,
+        MeshConfig,
+        ModelConfig,
+        MultipleChoice,
+        MultiTask,
+        OptimizerConfig,
+        Part,
+        QuestionAnswering,
+        RunConfig,
+        Seq2Seq,
+        Similarity,
+        SpanCorruption,
+        Tagging,
+        TokenizerConfig,
+    )
+    from jaxlm.encode import Pooling, encode
+    from jaxlm.errors import RunError, Stopped, UserError
+    from jaxlm.evaluate import evaluate, predict
+    from jaxlm.fit import fit
+    from jaxlm.generate import generate, stream
+    from jaxlm.lm import LM, load, save
+    from jaxlm.vocabulary import resize
 
 __all__ = [
     "LM",

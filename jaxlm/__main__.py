@@ -22,13 +22,16 @@ from itertools import chain, takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
+from jaxlm.process import interrupts_wait
 
-from jaxlm import buckets, config_files, flags, hosts, process, storage
-from jaxlm.config import CausalLM, Classification, DataConfig, Decoding, MeshConfig, RunConfig, check_task
-from jaxlm.errors import RunError, Stopped, UserError, perhaps
-from jaxlm.ranges import MOST, Config, Count, Range, check_fields
-from jaxlm.sweep import combinations, sweep
+with interrupts_wait():
+    import tyro
+
+    from jaxlm import buckets, config_files, flags, hosts, process, storage
+    from jaxlm.config import CausalLM, Classification, DataConfig, Decoding, MeshConfig, RunConfig, check_task
+    from jaxlm.errors import RunError, Stopped, UserError, perhaps
+    from jaxlm.ranges import MOST, Config, Count, Range, check_fields
+    from jaxlm.sweep import combinations, sweep
 
 MOST_ON_CPU = 256  # devices that stand for the cores of a CPU
 LARGE_ON_CPU = 50_000_000  # parameters; from here on one CPU device serves all cores,

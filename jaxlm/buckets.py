@@ -41,6 +41,7 @@ _VERSIONS = (
     "crc32c",
     "md5Hash",
     "oid",
+    "blob_id",
 )
 
 
@@ -258,10 +259,11 @@ def _outer_state(address: str) -> list[str]:
     outer = _outer(address)
     if not outer:
         return []
-    if os.path.isabs(outer):
-        return [storage.content_hash(outer)]
+    if os.path.isabs(outer):  # a glob is of files with times of their own, behind a cache such as simplecache
+        return [] if glob.has_magic(outer) and not os.path.exists(outer) else [storage.content_hash(outer)]
     bucket, root = _storage(outer)
-    return [*(_state(bucket.info(root), []) or ["unknown"]), *_outer_state(outer)]
+    state = [] if glob.has_magic(root) and not bucket.exists(root) else _state(bucket.info(root), []) or ["unknown"]
+    return [*state, *_outer_state(outer)]
 
 
 def _copy_of(address: str) -> Path:
@@ -347,8 +349,7 @@ def _read_listing(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _write_listing(folder: Path, listing: dict[str, dict[str, Any]]) -> None:
-    with storage.atomic_file(_listing(folder)) as temporary:
-        temporary.write_text(json.dumps(listing))
+    storage.write(_listing(folder), json.dumps(listing))
 
 
 def _whole_files(folder: Path) -> Iterator[Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
+import os
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -138,7 +138,7 @@ class Checkpoints:
                     with suppress(OSError):  # or it is moved already
                         self._move_away(found, error)
                     raise RunError(
-                        f"checkpoint {found} is corrupt ({_first_line(error)}); it is moved to {self._corrupt(found)}; "
+                        f"checkpoint {found} is corrupt ({_first_line(error)}); it is moved to {self._corrupt}; "
                         f"give the same command again, which goes on from the one before it"
                     ) from error
                 fault = error
@@ -192,17 +192,19 @@ class Checkpoints:
         self._say("no whole checkpoint is left" if before is None else f"trying checkpoint {before}, the one before it")
 
     def _move_away(self, step: int, error: Exception) -> None:
-        place = self._corrupt(step)
-        self._say(f"checkpoint {step} is corrupt ({_first_line(error)}); it is moved to {place}")
+        place = self._corrupt / str(step)
         place.parent.mkdir(exist_ok=True)
-        part = place.with_name(f"{step}.{jax.process_index()}")
-        (self.folder / str(step)).rename(part)  # of several hosts one does, and clears the place
-        shutil.rmtree(place, ignore_errors=True)
-        part.rename(place)
+        copies = 1
+        while os.path.lexists(place):  # an earlier one of the same step stays
+            copies += 1
+            place = self._corrupt / f"{step}-{copies}"
+        self._say(f"checkpoint {step} is corrupt ({_first_line(error)}); it is moved to {place}")
+        (self.folder / str(step)).rename(place)
 
-    def _corrupt(self, step: int) -> Path:
-        """Where a corrupt checkpoint is moved to."""
-        return self.folder.parent / "corrupt" / str(step)
+    @property
+    def _corrupt(self) -> Path:
+        """Returns the folder that corrupt checkpoints are moved to."""
+        return self.folder.parent / "corrupt"
 
     @contextmanager
     def _faults(self) -> Iterator[None]:

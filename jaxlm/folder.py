@@ -98,8 +98,7 @@ def _has_begun(folder: Path) -> bool:
 def write_json(file: Path, values: Any) -> None:
     """Writes a JSON file whole or not at all."""
     try:
-        with storage.atomic_file(file) as temporary:
-            temporary.write_text(json.dumps(values, indent=2) + "\n")
+        storage.write(file, json.dumps(values, indent=2) + "\n")
     except OSError as error:
         raise _cannot_be_written(file, error) from None
 
@@ -135,8 +134,7 @@ class RunLog:
                 if line.endswith("}\n") and json.loads(line)["step"] <= step:
                     kept.append(line)
         with self._faults():
-            with storage.atomic_file(self._file) as temporary:
-                temporary.write_text("".join(kept))
+            storage.write(self._file, "".join(kept))
             (folder / "tensorboard").mkdir(exist_ok=True)
             # SummaryWriter would write from a thread, where a full disk ends nothing but the thread.
             self._events = EventsWriter(str(folder / "tensorboard" / "events"))

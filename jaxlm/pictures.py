@@ -20,6 +20,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from jaxlm import storage
+
 _INK, _SOFT, _RULE = "#2b2b2b", "#8a8a8a", "#d9d9d9"
 COLORS = (("#33658a", "#c1502e"), ("#4f7a5b", "#b8860b"), ("#6b7a8f", "#8e4a7c"), ("#a08060", "#2f8f83"))
 """(training, held-out) of one metric of a picture."""
@@ -132,7 +134,7 @@ def draw(picture: Picture, path: Path) -> str | None:
     png, caption = _png(picture, captioned=False)
     if caption is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(png)
+        storage.write(path, png)
     return caption
 
 

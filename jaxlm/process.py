@@ -54,6 +54,23 @@ class Signals:
 
 
 @contextmanager
+def interrupts_wait() -> Iterator[None]:
+    """Lets an interrupt from the keyboard wait until the block ends.
+
+    For imports: a callback of JAX in the garbage collector would swallow its exception, and an extension module that
+    is being loaded would turn it into another one.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
 def signals() -> Iterator[Signals]:
     """Yields the signals that come while the block runs; outside of the main thread, which gets none, always none."""
     found = Signals()

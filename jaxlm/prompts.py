@@ -72,8 +72,7 @@ class Output:
             )
             if self.path.exists() or self._beside.exists():
                 self._read()
-            with storage.atomic_file(self._beside) as part:
-                part.write_text(json.dumps(self._made_with, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            storage.write(self._beside, json.dumps(self._made_with, indent=2, ensure_ascii=False) + "\n")
             self._file = opened.enter_context(open(self.path, "ab"))
             self._file.truncate(self._whole)
             self._open = opened.pop_all()

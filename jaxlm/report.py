@@ -205,8 +205,7 @@ def write(
     details = _details(sections, iter(figures[len(charts) :]))
     page = _page(folder.resolve().name, facts, figures[: len(charts)], _evaluations(rows), details, sample, config)
     path = folder / "report.html"
-    with storage.atomic_file(path) as temporary:
-        temporary.write_bytes(page.encode(errors="replace"))  # a byte-level model may generate half a character
+    storage.write(path, page)  # a byte-level model may generate half a character
     return path
 
 
@@ -221,12 +220,12 @@ def save(picture: Picture | Table | Masked, path: Path | str) -> Path:
         raise UserError(f"{path} would hold a {type(picture).__name__.lower()}; give a name that ends in {suffix}")
     if isinstance(picture, (Table, Masked)):
         page = _html(picture.title, picture._repr_mimebundle_()[0]["text/html"])
-        path.write_text(page, encoding="utf-8", errors="replace")
+        storage.write(path, page)
     else:
         png = shown(picture)[0].get("image/png")
         if png is None:
             raise UserError(f"{picture.title!r} has nothing to show; no picture is written to {path}")
-        path.write_bytes(png)
+        storage.write(path, png)
     return path
 
 

@@ -16,6 +16,7 @@ something is done, and says nothing of how well it works.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import random
 from collections.abc import Iterable, Sequence
@@ -188,7 +189,7 @@ def captions(folder: Place, train: int = 1500, held_out: int = 100, seed: int = 
                 lines.append(json.dumps(dict(zip(("en", "de"), pair)), ensure_ascii=False) + "\n")
         if misses:
             raise UserError(f"{train:,} and twice {held_out:,} captions are more than there are; ask for fewer")
-        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        storage.write(folder / f"{name}.jsonl", "".join(lines))
     return folder
 
 
@@ -433,7 +434,7 @@ def multi30k(folder: Place) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for part in ("train", "val", "test"):
-        (folder / f"{part}.jsonl").write_bytes(fetched("bentrevett/multi30k", f"{part}.jsonl").read_bytes())
+        storage.write(folder / f"{part}.jsonl", fetched("bentrevett/multi30k", f"{part}.jsonl").read_bytes())
     return folder
 
 
@@ -446,17 +447,14 @@ def wikitext(path: Place) -> Path:
 
 
 def _table(path: Place, head: Sequence[str], rows: Iterable[Sequence[str]]) -> Path:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows([head, *rows])
-    return path
+    file = io.StringIO(newline="")
+    csv.writer(file, lineterminator="\n").writerows([head, *rows])
+    return _written(path, file.getvalue())
 
 
 def _written(path: Place, text: str) -> Path:
     """Whole or not at all: another process may write it at the same time."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with storage.atomic_file(path) as temporary:
-        temporary.write_bytes(text.encode())
+    storage.write(path, text)
     return path

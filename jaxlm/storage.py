@@ -2,6 +2,7 @@
 
     inside         a name that comes from outside (an archive, a bucket, an index file), as a path below a folder
     atomic_file    writes a file that appears whole or not at all
+    write          the same for a content that is in memory
     atomic_folder  the same for a folder
     lock           one process at a time for a run folder or an output, on any host that sees its lock file
     content_hash   a hash of every byte of a file
@@ -132,7 +133,7 @@ def atomic_file(path: str | os.PathLike[str], overwrite: bool = True) -> Iterato
         UserError: where the file exists at the end and may not be replaced.
         OSError: as the file system raises it.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # of a link, the file behind it is replaced
     temporary = _temporary(path)
     try:
         yield temporary
@@ -144,6 +145,16 @@ def atomic_file(path: str | os.PathLike[str], overwrite: bool = True) -> Iterato
             raise UserError(f"{path} was written by someone else in the meantime; what was to be written is in {kept}")
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write(path: str | os.PathLike[str], content: bytes | str) -> None:
+    """Writes a file, which appears whole or not at all; text in UTF-8, with `?` for what is no character.
+
+    Raises:
+        OSError: as the file system raises it.
+    """
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(content.encode(errors="replace") if isinstance(content, str) else content)
 
 
 @contextmanager

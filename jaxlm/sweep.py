@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxlm import storage
 from jaxlm.errors import RunError, UserError
 from jaxlm.folder import write_json
 
@@ -69,7 +70,7 @@ def sweep(trials: list[dict[str, str]], top: Path, run: Callable[[int, Path], An
             print(f"failed: {error}", flush=True)
             done.append(Trial(fields, folder.name, {}, str(error)))
         text = table(done, best)
-        (top / "sweep.md").write_text(text)
+        storage.write(top / "sweep.md", text)
         write_json(top / "sweep.json", [trial._asdict() for trial in done])
     return text
 

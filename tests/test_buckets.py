@@ -231,9 +231,10 @@ def test_names_that_exclude_each_other_are_refused(tmp_path, entries):
         source.files(f"zip://::{tmp_path}/data.zip")
 
 
-def test_globs_keep_folders_apart(tmp_path):
+@pytest.mark.parametrize("cache", ["", "simplecache::"])
+def test_globs_keep_folders_apart(tmp_path, cache):
     kind = packed(tmp_path / "data.zip", {"de/a.txt": b"de\n", "en/a.txt": b"en\n", "en/b.csv": b"text\n"})
-    found = source.files(f"{kind}://*/*.txt::{tmp_path}/data.zip")
+    found = source.files(f"{cache}{kind}://*/*.txt::{tmp_path}/data.zip")
     assert [file.read_text() for file in found] == ["de\n", "en\n"]
 
 

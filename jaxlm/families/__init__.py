@@ -476,5 +476,4 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _write_config(values: dict[str, Any], path: Path) -> None:
-    with storage.atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    storage.write(path, json.dumps(values, indent=2, sort_keys=True) + "\n")
