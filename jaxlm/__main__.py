@@ -240,10 +240,8 @@ def evaluate(argv: list[str], _: process.Signals) -> int:
 
 
 # Fields of the data that are of training alone, and why `predict` and `evaluate` do not take them.
-_OF_TRAINING = tuple(
-    f"data.{name}"
-    for name in ("path", "eval_path", "eval_target_path", "eval_split", "eval_fraction", "eval_seed", "length", "cache")
-)
+_EVALUATION = ("eval_path", "eval_target_path", "eval_split", "eval_fraction", "eval_choice", "eval_seed")
+_OF_TRAINING = tuple(f"data.{name}" for name in ("path", *_EVALUATION, "length", "cache"))
 _OTHERWISE = "is of training; give the file behind the model, {verb} RUN FILE, and the length of rows by --length"
 
 

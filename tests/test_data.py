@@ -302,7 +302,8 @@ def test_documents_are_wrapped_and_sentences_are_bare(tmp_path):
     assert first[0] == tokenizer.bos
     assert first[-1] == tokenizer.eos
     text = "One here. Two there! Three?\nOne more. And on.\n" * 20
-    run = dataclasses.replace(a_run(tmp_path, text), task=MaskedLM(next_sentence=True, sentences="punctuation"))
+    task = MaskedLM(next_sentence=True, sentences="punctuation")
+    run = dataclasses.replace(a_run(tmp_path, text, eval_choice="last"), task=task)
     prepared = prepare(run, QUIET)
     corpus = prepared.train
     sentences = [prepared.tokenizer.decode(corpus.tokens[a:b]) for a, b in zip(corpus.sentences, corpus.sentences[1:])]

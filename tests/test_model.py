@@ -104,7 +104,7 @@ class Seq2Seq:
 
 
 def task_of(model: ModelConfig):
-    special = type("Special", (), {"cls": 1, "sep": 2, "mask": 3})
+    special = type("Special", (), {"cls": 1, "sep": 2, "mask": 3, "bos": 4, "eos": 5})
     if model.structure == "encoder_decoder":
         return Seq2Seq()
     if model.structure == "encoder":

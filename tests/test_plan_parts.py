@@ -263,7 +263,7 @@ def packed(B, T):
 
 
 def causal(module, params, batch):
-    task = CausalLMTask(config.CausalLM(), batch["tokens_BT"].shape[1], 0, SimpleNamespace())
+    task = CausalLMTask(config.CausalLM(), batch["tokens_BT"].shape[1], 0, SimpleNamespace(bos=None, eos=None))
     return task.losses(module, params, batch, None)[0]["loss"][0]
 
 

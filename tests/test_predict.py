@@ -869,7 +869,7 @@ EXAMPLES: dict[str, tuple[str, Any, dict[str, Any], list[str]]] = {
     "a task without predictions": ("class", ["a"], {"task": CausalLM()}, ["CausalLM makes no predictions"]),
     "options with many outputs": ("class", [CHOICE], {"task": MultipleChoice()}, ["one output", "neg, pos"]),
     "too long": ("class", ["a"], {"length": 65}, ["65", "64 positions"]),
-    "no rows in a batch": ("class", ["a"], {"batch": 0}, ["batch is 0", "at least 1"]),
+    "no rows in a batch": ("class", ["a"], {"batch": 0}, ["batch is 0", "from 1 to"]),
 }
 
 

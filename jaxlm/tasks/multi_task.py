@@ -179,6 +179,10 @@ class Mixed:
         self._before = np.cumsum(chosen, axis=0) - chosen  # rows of each part before a place of the pattern
         self._counts = counts
 
+    def __len__(self) -> int:
+        """Number of batches in one epoch, as `Batches` has it."""
+        return -(-self.rows_in_epoch // self.rows)
+
     @property
     def rows_in_epoch(self) -> int:
         """Rows that the parts together have."""
@@ -262,7 +266,7 @@ def _view(batch: Batch, name: str) -> Batch:
 def _head(model: ModelConfig, head: str, dtype: Any) -> Any:
     if head == "classes":
         return Classes(model, dtype)
-    return PerToken(model, 2 if head == "span" else len(model.labels), dtype)
+    return PerToken(model, 2 if head == "span" else len(model.labels), model.rate(f"{head}_dropout"), dtype)
 
 
 def prepare(
