@@ -281,7 +281,8 @@ def test_quantised_tensors_are_refused(bert):
     tensors = {name: np.asarray(tensor) for name, tensor in safetensors.read(bert).items()}
     name = "bert.pooler.dense.weight"
     safetensors.write(tensors | {name: tensors[name].astype(np.int8)}, bert / safetensors.WEIGHTS)
-    with pytest.raises(UserError, match="is quantised, by int8: bert.pooler.dense.weight is in int8.*get the checkpoint from before"):
+    refusal = "is quantised, by int8: bert.pooler.dense.weight is in int8.*get the checkpoint from before"
+    with pytest.raises(UserError, match=refusal):
         jaxlm.load(bert)
 
 
