@@ -315,7 +315,7 @@ def convert(argv: list[str], _: process.Signals) -> int:
     _process()
     import jaxlm
 
-    jaxlm.lm.check_free(Path(asked.destination), asked.overwrite)
+    jaxlm.lm.check_free(storage.local(asked.destination, "DESTINATION"), asked.overwrite)
     lm = jaxlm.load(asked.source, head=asked.head, dtype=None, compute_dtype="float32", revision=asked.revision)
     most = int(asked.shard_gb * 1e9)
     kind = jaxlm.save(lm, asked.destination, dtype=asked.dtype, overwrite=asked.overwrite, max_shard_bytes=most)

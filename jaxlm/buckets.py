@@ -50,9 +50,14 @@ def is_address(path: str | os.PathLike[str]) -> bool:
     return "://" in os.fspath(path)
 
 
+def forget() -> None:
+    """Lets `brought` look again for what has changed; a run and the loading of a model each begin with this."""
+    brought.cache_clear()
+
+
 @lru_cache
 def brought(address: str) -> str:
-    """Returns the local path of a copy of a file, a folder or a glob, made once in a process; a local path as it is.
+    """Returns the local path of a copy of a file, a folder or a glob, made once in an operation; a local path as it is.
 
     Raises:
         UserError: where there is nothing, for an address that needs a package which is not installed, and for names
@@ -63,6 +68,7 @@ def brought(address: str) -> str:
         return address
     with _faults(address):
         bucket, root = _storage(address)
+        bucket.invalidate_cache()
         if glob.has_magic(root):
             top = root[: re.search(r"[*?[]", root).start()].rpartition("/")[0]  # type: ignore[union-attr]
             listed = bucket.glob(root, detail=True)
@@ -82,8 +88,10 @@ def brought(address: str) -> str:
 
 def model(address: str) -> Path:
     """Returns the local copy of a model's folder; of a run, its export alone."""
+    forget()
     with _faults(address):
         bucket, root = _storage(address)
+        bucket.invalidate_cache()
         exported = bucket.exists(f"{root}/export/config.json")
     return Path(brought(_at(address, "export") if exported else address))
 

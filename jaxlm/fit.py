@@ -131,6 +131,7 @@ def fit(
     if run.workdir and buckets.is_address(run.workdir) and jax.process_count() > 1:
         raise UserError(f"workdir is {run.workdir}; many hosts need a folder that all of them see: mount the bucket")
     hosts.agree(run)
+    buckets.forget()
     with buckets.RunFolder(run.workdir or "runs/unnamed").opened() as place:
         return _fit_in(place, run, model, data, stop, begun)
 

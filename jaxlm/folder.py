@@ -216,7 +216,7 @@ class RowWriter:
 
     def __init__(self, file: str, separator: str = " "):
         self._separator = separator
-        self._path = Path(file) if file else None
+        self._path = storage.local(file, "output") if file else None
         if self._path and self._path.suffix not in (".csv", ".jsonl"):
             raise UserError(f"output is {file!r}; it must end in .csv or .jsonl")
         self._check_new()

@@ -445,7 +445,7 @@ def save(
     run; and where another process writes there.
     """
     argument("lm", lm, LM)
-    folder = Path(argument("folder", folder, str))
+    folder = storage.local(argument("folder", folder, str), "folder")
     max_shard_bytes = argument("max_shard_bytes", max_shard_bytes, Annotated[int, Range(1, 10**18)])
     check_free(folder, overwrite)
     lock = storage.lock_beside(folder)

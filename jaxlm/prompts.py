@@ -59,7 +59,7 @@ class Output:
 
     def __init__(self, file: str, prompts: list[str], made_with: dict[str, Any]):
         """made_with: `choices_of` what is asked for now."""
-        self.path, self._beside = Path(file), Path(f"{file}.choices.json")
+        self.path, self._beside = storage.local(file, "output"), Path(f"{file}.choices.json")
         if self.path.suffix != ".jsonl":
             raise UserError(f"output is {file!r}; it must end in .jsonl")
         self._prompts, self._made_with = prompts, made_with

@@ -214,7 +214,7 @@ def write(
 
 def save(picture: Picture | Table | Masked, path: Path | str) -> Path:
     """Writes a picture as a .png, a table or masked text as an .html page; raises UserError for another suffix."""
-    path, of_words = Path(path), isinstance(picture, (Table, Masked))
+    path, of_words = storage.local(path, "path"), isinstance(picture, (Table, Masked))
     suffix = ".html" if of_words else ".png"
     if path.suffix != suffix:
         raise UserError(f"{path} would hold a {type(picture).__name__.lower()}; give a name that ends in {suffix}")

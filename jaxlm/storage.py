@@ -53,7 +53,24 @@ _DRIVE = re.compile(r"[A-Za-z]:")
 
 def cache_folder() -> Path:
     """Returns $JAXLM_CACHE, else ~/.cache/jaxlm."""
-    return Path(os.environ.get("JAXLM_CACHE") or Path.home() / ".cache" / "jaxlm")
+    return local(os.environ.get("JAXLM_CACHE") or Path.home() / ".cache" / "jaxlm", "JAXLM_CACHE")
+
+
+def local(path: str | os.PathLike[str], what: str) -> Path:
+    """Returns a path where something is to be written, which is on this machine.
+
+    Args:
+        path: the path.
+        what: the field or argument that names it.
+
+    Raises:
+        UserError: for an address such as gs://bucket/name, which as a path would be a folder `gs:`.
+    """
+    if "://" in os.fspath(path):
+        raise UserError(
+            f"{what} is {os.fspath(path)!r}, an address; choose a path on this machine, and copy from there"
+        )
+    return Path(path)
 
 
 # Names from outside

@@ -61,6 +61,12 @@ def test_what_has_changed_is_brought_again_and_nothing_else(memory, monkeypatch)
     assert sorted(file.name for file in source.files(str(folder))) == ["b.txt"]
 
 
+def test_a_model_at_an_address_is_looked_for_each_time(memory):
+    for content in (b"{}", b'{"changed": 1}'):
+        memory.pipe("/model/config.json", content)
+        assert (buckets.model("memory://model") / "config.json").read_bytes() == content
+
+
 def tiny(folder: Path, workdir: str) -> RunConfig:
     return RunConfig(
         model=ModelConfig(vocabulary=40, max_length=16, width=8, layers=1, heads=1),

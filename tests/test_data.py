@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
+import os
+import shutil
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -263,6 +266,72 @@ def test_tokenized_text_is_made_anew_when_what_it_is_made_of_changes(tmp_path, n
     prepare(run, QUIET)
     prepare(CHANGES[name](run), said.append)
     assert said
+
+
+def _replaced(file: Path, make: Callable[[Path], None]) -> None:
+    file.unlink()
+    make(file)
+
+
+def _swapped(file: Path) -> None:
+    """Exchanges a file with another one of the entry."""
+    other = next(f for f in sorted(file.parent.iterdir(), reverse=True) if f.is_file() and f != file)
+    content = file.read_bytes()
+    file.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "emptied": lambda file: file.write_bytes(b""),
+    "zeroed": lambda file: file.write_bytes(bytes(file.stat().st_size)),
+    "truncated": lambda file: os.truncate(file, file.stat().st_size - 1),
+    "halved": lambda file: os.truncate(file, file.stat().st_size // 2),
+    "longer": lambda file: file.write_bytes(file.read_bytes() + b"\0"),
+    "one bit": lambda file: file.write_bytes(bytes([(content := file.read_bytes())[0] ^ 1]) + content[1:]),
+    "swapped": _swapped,
+    "missing": Path.unlink,
+    "no JSON": lambda file: file.write_text("[1, 2]" if file.suffix == ".json" else "{}"),
+    "null": lambda file: file.write_text("null"),
+    "deep": lambda file: file.write_text("[" * 100_000),
+    "a folder": lambda file: _replaced(file, Path.mkdir),
+    "a pipe": lambda file: _replaced(file, os.mkfifo),
+    "a link to nothing": lambda file: _replaced(file, lambda path: path.symlink_to("gone")),
+    "a link to itself": lambda file: _replaced(file, lambda path: path.symlink_to(path.name)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_entry_is_made_again_with_a_line(tmp_path, damage):
+    """Each damage to each file of an entry; its times and those of the data stay the same."""
+    run = a_run(tmp_path, TEXT[:1500])
+    first = prepare(run, QUIET)
+    (entry,) = (tmp_path / "cache").iterdir()
+    names = [file.relative_to(entry) for file in sorted(entry.rglob("*")) if file.is_file()]
+    assert len(names) >= 12
+    for name in names:
+        times, said = os.stat(entry / name), list[str]()
+        DAMAGE[damage](entry / name)
+        if (entry / name).is_file():
+            os.utime(entry / name, ns=(times.st_atime_ns, times.st_mtime_ns))
+        again = prepare(run, said.append)
+        assert str(entry) in said[0] and "damaged" in said[0] and said[0].endswith("made again"), name
+        equal(first.train, again.train)
+        equal(first.held_out, again.held_out)
+        assert again.rows == first.rows and again.tokenizer.size == first.tokenizer.size
+        prepare(run, said.append)
+        assert "tokenizing the held-out text" in said[-1]  # nothing was said the second time
+    assert [*(tmp_path / "cache").iterdir()] == [entry]
+
+
+@pytest.mark.parametrize("make", [lambda path: path.write_text("x"), lambda path: path.symlink_to("gone"), Path.mkdir])
+def test_an_entry_that_is_none_is_made_again(tmp_path, make):
+    run, said = a_run(tmp_path), []
+    first = prepare(run, QUIET)
+    (entry,) = (tmp_path / "cache").iterdir()
+    shutil.rmtree(entry)
+    make(entry)
+    equal(first.train, prepare(run, said.append).train)
+    assert "damaged" in said[0]
 
 
 @settings(deadline=None, max_examples=25)

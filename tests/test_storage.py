@@ -8,12 +8,16 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from jaxlm import UserError, storage
+from jaxlm import LM, DataConfig, UserError, save, storage
+from jaxlm.__main__ import convert
+from jaxlm.data import corpus
 from jaxlm.folder import RowWriter
+from jaxlm.process import Signals
 
 REFUSED = {
     "parent": ("../x", "holds '..'"),
@@ -62,6 +66,24 @@ def test_links_may_not_lead_out(tmp_path):
     assert storage.inside(tmp_path / "link", "x").read_text() == "folder"
 
 
+def test_nothing_is_written_to_an_address(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JAXLM_CACHE", "gs://bucket/cache")
+    lm = object.__new__(LM)
+    address = "gs://bucket/x"
+    writers: dict[str, Callable[[], object]] = {
+        "folder": lambda: save(lm, address),
+        "DESTINATION": lambda: convert(["SOURCE", address], Signals()),
+        "output": lambda: RowWriter(f"{address}.csv"),
+        "JAXLM_CACHE": storage.cache_folder,
+        "data.cache": lambda: corpus.cache_folder(DataConfig(cache=address)),
+    }
+    for what, write in writers.items():
+        with pytest.raises(UserError, match=f"{what} is 'gs://bucket/.*an address; choose a path of this machine"):
+            write()
+    assert not [*tmp_path.iterdir()]
+
+
 def test_a_file_appears_whole_and_leaves_others_alone(tmp_path):
     theirs = [
         tmp_path / name for name in ("x.csv.part", "x.part", "x.csv.tmp", "x.csv.old", f"x.csv.{os.getpid()}.tmp")
@@ -86,6 +108,15 @@ def test_a_file_that_appears_meanwhile_is_kept_and_nothing_is_lost(tmp_path):
         file.write_text("ours")
         path.write_text("theirs")
     assert path.read_text() == "theirs" and Path(str(told.value).rpartition(" ")[2]).read_text() == "ours"
+
+
+def test_a_link_stays_and_the_file_behind_it_is_written(tmp_path):
+    (tmp_path / "there").mkdir()
+    for name, overwrite in (("x", True), ("y", False)):
+        (tmp_path / name).symlink_to(tmp_path / "there" / name)
+        with storage.atomic_file(tmp_path / name, overwrite) as temporary:
+            temporary.write_text("new")
+        assert (tmp_path / name).is_symlink() and (tmp_path / "there" / name).read_text() == "new"
 
 
 def test_a_folder_appears_whole_and_leaves_others_alone(tmp_path):

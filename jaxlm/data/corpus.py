@@ -99,7 +99,7 @@ def prepare(run: RunConfig, say: Callable[[str], None] = print, tokenizer: Token
 
 def cache_folder(data: DataConfig) -> Path:
     """Where tokenized data is kept: `data.cache`, else $JAXLM_CACHE, else ~/.cache/jaxlm."""
-    return Path(data.cache) if data.cache else storage.cache_folder()
+    return storage.local(data.cache, "data.cache") if data.cache else storage.cache_folder()
 
 
 def _build(

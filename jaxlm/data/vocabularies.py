@@ -207,6 +207,7 @@ def find(path: Path) -> Path:
             f"the folder {path} holds no tokenizer.json, .model, .spm, vocab.txt or vocab.json; "
             f"set --tokenizer.path to a folder or file with a tokenizer"
         )
+    model_files.check_inside(file, path)
     return file
 
 
