@@ -142,15 +142,18 @@ class RunFolder:
             return
         with _faults(self.address):
             bucket, root = _storage(self.address)
+            bucket.invalidate_cache()
             found = _files_below(bucket, root) if bucket.exists(root) else {}
+            if not hosts.is_first():  # which alone reads checkpoints
+                found = {name: at for name, at in found.items() if not name.startswith("checkpoints/")}
             _bring(bucket, found, self.folder, [])
 
     def send(self) -> None:
         """Writes to the bucket what is new here, but for what is half written; then removes there what went here.
 
-        Of many hosts, those beside the first send their parts of checkpoints.
+        Of many hosts the first has all that there is.
         """
-        if not self.address:
+        if not self.address or not hosts.is_first():
             return
         with _faults(self.address):
             bucket, root = _storage(self.address)
@@ -159,8 +162,6 @@ class RunFolder:
             here = {file.relative_to(self.folder).as_posix(): file for file in _whole_files(self.folder)}
             gone = listing.keys() - here.keys()
             for name, file in here.items():
-                if not hosts.is_first() and (not name.startswith("checkpoints/") or name in there):
-                    continue
                 if name not in there or listing.get(name, {}).get("here") != _times(file):
                     entry = {"here": _times(file), "hash": storage.content_hash(file)}
                     bucket.makedirs(f"{root}/{name}".rsplit("/", 1)[0], exist_ok=True)
@@ -168,7 +169,7 @@ class RunFolder:
                     listing[name] = entry | {"there": _state(bucket.info(f"{root}/{name}"), [])}
             _write_listing(self.folder, {name: entry for name, entry in listing.items() if name not in gone})
             for name in _tops(gone & there, there - gone):
-                with suppress(FileNotFoundError):  # of many hosts another one may have removed it
+                with suppress(FileNotFoundError):  # someone may have removed it
                     bucket.rm(f"{root}/{name}", recursive=True)
 
 

@@ -48,11 +48,19 @@ def finite(tree: Any) -> jax.Array:
 class Checkpoints:
     """The checkpoints of a run: the last `keep`, and the one with the best held-out score."""
 
-    def __init__(self, folder: Path, keep: int, say: Callable[[str], None] = print):
+    def __init__(self, folder: Path, keep: int, say: Callable[[str], None] = print, alone: bool = False):
+        """alone: of many hosts this one alone reads and writes them, whole; the states are in its memory."""
         import orbax.checkpoint as ocp
         from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
         self._ocp, self._say, self.folder = ocp, say, folder.absolute()
+        self._first = (lambda make: make()) if alone else hosts.first
+        self._processes = 1 if alone else jax.process_count()
+        me = jax.process_index()
+        self._hosts = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}) if alone else None
+        if alone:
+            with self._faults():
+                self.folder.mkdir(parents=True, exist_ok=True)  # which Orbax does for all hosts alone
         best = BestN(get_metric_fn=_worth, reverse=False, n=1, keep_checkpoints_without_metrics=False)
         self._open = lambda: ocp.CheckpointManager(
             self.folder,
@@ -61,11 +69,13 @@ class Checkpoints:
                 best_fn=_worth,
                 best_mode="max",
                 cleanup_tmp_directories=True,
+                create=not alone,
+                **({} if self._hosts is None else {"multiprocessing_options": self._hosts}),
             ),
         )
         # The manager reads all scores when it is made, and fails where one cannot be read.
         with self._faults():
-            hosts.first(self._clear)
+            self._first(self._clear)
             self._manager = self._open()
 
     def _clear(self) -> None:
@@ -134,7 +144,7 @@ class Checkpoints:
                     raise RunError(f"{place} cannot be read: {_first_line(error)}; free it, then try again") from error
                 if hosts.is_loss(error):
                     raise
-                if jax.process_count() > 1:  # the others may have read their parts, and wait for this host
+                if self._processes > 1:  # the others may have read their parts, and wait for this host
                     with suppress(OSError):  # or it is moved already
                         self._move_away(found, error)
                     raise RunError(
@@ -161,7 +171,8 @@ class Checkpoints:
             args = ocp.args.PyTreeRestore(
                 wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
             )
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            of_hosts: dict[str, Any] = {} if self._hosts is None else {"multiprocessing_options": self._hosts}
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**of_hosts), **of_hosts) as reader:
                 params = reader.restore(self.folder / str(step) / "state", args=args)["params"]
             file = self.folder / str(step) / "notes" / "metadata"
             whole = json.loads(file.read_text())["checksums"]
@@ -170,7 +181,7 @@ class Checkpoints:
                 return params
             fault: Exception = ValueError("its content does not match its checksums")
         except Exception as error:
-            if "RESOURCE_EXHAUSTED" in str(error) or jax.process_count() > 1:  # others may wait for this host
+            if "RESOURCE_EXHAUSTED" in str(error) or self._processes > 1:  # others may wait for this host
                 raise
             fault = error
         self._say(f"checkpoint {step}, the best, is corrupt ({_first_line(fault)}); the last weights are exported")
@@ -186,7 +197,7 @@ class Checkpoints:
     def _set_aside(self, step: int, error: Exception) -> None:
         with self._faults():
             self._manager.close()
-            hosts.first(lambda: self._move_away(step, error))
+            self._first(lambda: self._move_away(step, error))
             self._manager = self._open()
         before = self.last()
         self._say("no whole checkpoint is left" if before is None else f"trying checkpoint {before}, the one before it")
@@ -219,6 +230,75 @@ class Checkpoints:
                 f"the checkpoint in {self.folder} could not be written: {reason}; earlier checkpoints are kept; "
                 f"make room or free the folder, then give the same command again"
             ) from error
+
+
+class OfFirstHost:
+    """The checkpoints of many hosts that do not see each other's folders, as `Checkpoints` has them.
+
+    Host 0 gathers the whole state into its memory to write it, and passes on what it reads.
+    """
+
+    def __init__(self, folder: Path, keep: int, say: Callable[[str], None] = print):
+        self._own: Checkpoints | None = None
+
+        def make() -> None:
+            self._own = Checkpoints(folder, keep, say, alone=True)
+
+        hosts.first(make)
+
+    @property
+    def _of_first(self) -> Checkpoints:
+        assert self._own is not None
+        return self._own
+
+    def save(self, state: TrainState, metrics: dict[str, float] | None, notes: Any = None) -> None:
+        """As `Checkpoints.save`."""
+        whole = hosts.whole(state)
+        hosts.first(lambda: self._of_first.save(whole, metrics, notes))
+
+    def wait(self) -> None:
+        """As `Checkpoints.wait`."""
+        hosts.first(lambda: self._of_first.wait())
+
+    def last(self) -> int | None:
+        """As `Checkpoints.last`."""
+        return hosts.first(lambda: self._of_first.last())
+
+    def best(self) -> int | None:
+        """As `Checkpoints.best`."""
+        return hosts.first(lambda: self._of_first.best())
+
+    def restore(self, like: Any, step: int | None = None) -> tuple[Any, Any] | None:
+        """As `Checkpoints.restore`."""
+        found: list[Any] = []
+
+        def read() -> dict[str, Any] | None:
+            restored = self._of_first.restore(_empty(like), step)
+            found.extend(restored or ())
+            return None if restored is None else {"notes": restored[1]}
+
+        read_there = hosts.first(read)
+        return None if read_there is None else (hosts.passed_on(found[0] if found else None, like), read_there["notes"])
+
+    def restore_params(self, like: Any, step: int) -> Any | None:
+        """As `Checkpoints.restore_params`."""
+        found: list[Any] = []
+
+        def read() -> bool:
+            found.append(self._of_first.restore_params(_empty(like), step))
+            return found[0] is not None
+
+        return hosts.passed_on(found[0] if found else None, like) if hosts.first(read) else None
+
+    def close(self) -> None:
+        """As `Checkpoints.close`, without waiting for other hosts."""
+        if self._own is not None:
+            self._own.close()
+
+
+def _empty(like: Any) -> Any:
+    """Returns arrays in memory of the shapes and dtypes of `like`."""
+    return jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
 
 
 @contextmanager

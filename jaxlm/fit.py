@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxlm import buckets, chips, families, hosts, report, sharding, storage
 from jaxlm.assembly import assemble, closed_flops, lay, rows_here
-from jaxlm.checkpoint import Checkpoints, finite
+from jaxlm.checkpoint import Checkpoints, OfFirstHost, finite
 from jaxlm.config import CausalLM, Decoding, ModelConfig, RunConfig, to_json
 from jaxlm.data.batches import prefetch
 from jaxlm.data.corpus import Corpus, Prepared, capped
@@ -128,8 +128,6 @@ def fit(
     if model is not None:
         run = with_model(run, model)
     run.check()
-    if run.workdir and buckets.is_address(run.workdir) and jax.process_count() > 1:
-        raise UserError(f"workdir is {run.workdir}; many hosts need a folder that all of them see: mount the bucket")
     hosts.agree(run)
     buckets.forget()
     with buckets.RunFolder(run.workdir or "runs/unnamed").opened() as place:
@@ -188,7 +186,11 @@ def _fit_in(
 
     # All that the user could have got wrong is looked at; the folder is this run's from here on.
     hosts.first(lambda: begin(as_given, folder, data.fingerprint, data.labels))
-    checkpoints = Checkpoints(folder / "checkpoints", run.keep, say)
+    # The copies of a folder at an address are each host's own.
+    keeps: type[Checkpoints | OfFirstHost] = Checkpoints
+    if place.address and jax.process_count() > 1:
+        keeps = OfFirstHost
+    checkpoints = keeps(folder / "checkpoints", run.keep, say)
     state, notes = checkpoints.restore(like) or (None, {})
     if state is None:
         key = jax.random.key_data(jax.random.key(run.seed))
@@ -392,7 +394,7 @@ def _cut(task: Task, batches: Any) -> dict[str, str]:
     return {"length": "; ".join(lines)} if lines else {}
 
 
-def _finite(metrics: list[dict[str, Any]], step: int, checkpoints: Checkpoints) -> list[dict[str, float]]:
+def _finite(metrics: list[dict[str, Any]], step: int, checkpoints: Checkpoints | OfFirstHost) -> list[dict[str, float]]:
     """The metrics of the last steps, up to `step`, as numbers.  Raises RunError where a loss is not finite."""
     for n, values in enumerate(metrics, start=step - len(metrics) + 1):
         if not (np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])):
@@ -400,7 +402,7 @@ def _finite(metrics: list[dict[str, Any]], step: int, checkpoints: Checkpoints) 
     return [{name: float(value) for name, value in values.items()} for values in metrics]
 
 
-def _diverged(what: str, step: int, values: dict[str, Any], checkpoints: Checkpoints) -> RunError:
+def _diverged(what: str, step: int, values: dict[str, Any], checkpoints: Checkpoints | OfFirstHost) -> RunError:
     checkpoints.wait()
     good = checkpoints.last()
     return RunError(

@@ -8,15 +8,17 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, TextIO
 
 import jaxlm
 from jaxlm import storage
-from jaxlm.config import RunConfig, difference, from_json, to_json
+from jaxlm.config import RunConfig, check_task, difference, from_json, to_json
 from jaxlm.errors import RunError, UserError
+from jaxlm.hub import model_files
+from jaxlm.ranges import check_fields
 
 # What may change between two starts of the same run.
 FREE = {"mesh", "remat", "attention", "unroll", "log_every", "eval_every", "checkpoint_every", "keep", "workdir"}
@@ -71,16 +73,31 @@ def begin(run: RunConfig, folder: Path, fingerprint: str, labels: Any = ()) -> N
 def _read(folder: Path) -> dict[str, Any] | None:
     """What `begin` wrote, or None."""
     try:
-        values = json.loads((folder / "config.json").read_text())
-    except (FileNotFoundError, ValueError):
+        values = model_files.read_object(folder / "config.json")
+    except UserError:
         return None
-    return values if isinstance(values, dict) and {"run", "data"} <= values.keys() else None
+    run = values.get("run")
+    return values if isinstance(run, dict) and isinstance(run.get("data"), dict) and "data" in values else None
 
 
 def run_of(folder: str | Path) -> RunConfig | None:
-    """The config of the run in a folder, as it was given; None where there is no run."""
-    values = _read(Path(folder))
-    return None if values is None else from_json(RunConfig, values["run"])
+    """Returns the config of the run in a folder, as it was given; None where there is no run.
+
+    Raises:
+        UserError: where it is not as this version writes it.
+    """
+    if (values := _read(Path(folder))) is None:
+        return None
+    try:
+        run = from_json(RunConfig, values["run"])
+        check_fields(run)
+        check_task(run.task)
+    except (UserError, TypeError, AttributeError, KeyError) as error:
+        why = str(error) if isinstance(error, UserError) else "a value is of another type"
+        raise UserError(
+            f"{folder}/config.json is not the config of a run ({why}); correct it, or give the export"
+        ) from None
+    return run
 
 
 def labels_of(folder: Path) -> tuple[str, ...] | None:
@@ -131,7 +148,7 @@ class RunLog:
         if self._file.exists():
             for line in self._file.read_text(errors="replace").splitlines(keepends=True):
                 # A line that a kill or a full disk left torn is after every checkpoint.
-                if line.endswith("}\n") and json.loads(line)["step"] <= step:
+                if (logged := _step_of(line)) is not None and logged <= step:
                     kept.append(line)
         with self._faults():
             storage.write(self._file, "".join(kept))
@@ -184,6 +201,14 @@ class RunLog:
             print(file=sys.stderr, flush=True)
         with self._faults():
             self._events.close()
+
+
+def _step_of(line: str) -> int | None:
+    """Returns the step of a line of metrics.jsonl; None for a line that is torn or damaged."""
+    with suppress(UserError):
+        values = model_files.parse_object(line.encode(), "metrics.jsonl") if line.endswith("}\n") else {}
+        return values["step"] if isinstance(values.get("step"), int) else None
+    return None
 
 
 class NoLog:

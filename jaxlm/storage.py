@@ -67,9 +67,7 @@ def local(path: str | os.PathLike[str], what: str) -> Path:
         UserError: for an address such as gs://bucket/name, which as a path would be a folder `gs:`.
     """
     if "://" in os.fspath(path):
-        raise UserError(
-            f"{what} is {os.fspath(path)!r}, an address; choose a path on this machine, and copy from there"
-        )
+        raise UserError(f"{what} is {os.fspath(path)!r}, an address; choose a path of this machine, and copy it there")
     return Path(path)
 
 

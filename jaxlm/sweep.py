@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import statistics
 from collections.abc import Callable, Iterable
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 from jaxlm import storage
 from jaxlm.errors import RunError, UserError
 from jaxlm.folder import write_json
+from jaxlm.hub import model_files
 
 MOST_RUNS = 1000  # of one sweep
 
@@ -64,7 +64,7 @@ def sweep(trials: list[dict[str, str]], top: Path, run: Callable[[int, Path], An
         print(f"\n== {n + 1} of {len(trials)}: {folder_of(fields)}", flush=True)
         try:
             run(n, folder)
-            scores = json.loads((folder / "scores.json").read_text())
+            scores = model_files.read_object(folder / "scores.json")
             done.append(Trial(fields, folder.name, scores))
         except RunError as error:
             print(f"failed: {error}", flush=True)

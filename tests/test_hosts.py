@@ -276,6 +276,34 @@ def test_two_processes_train_as_one(start, tmp_path, task, mesh):
     assert len(list((tmp_path / "two" / "tensorboard").iterdir())) == 1  # of the first host alone
 
 
+@pytest.mark.parametrize("mesh", [(), ("--mesh.data", "1", "--mesh.fsdp", "2")], ids=["data", "fsdp"])
+@pytest.mark.long
+def test_two_processes_at_an_address_train_as_one(start, tmp_path, mesh):
+    """Each has a copy of its own; the address has one run, which resumes, and which one process can resume too."""
+    (one,) = start(1, *mesh, "--workdir", tmp_path / "one", devices=2)
+    one.wait(0)
+    bucket = tmp_path / "bucket" / "run"
+    more = (*mesh, "--workdir", f"file://{bucket}")
+    first, second = start(2, *more)
+    first.wait(0)
+    assert second.wait(0) == ""
+    assert_alike(bucket, tmp_path / "one", rel=1e-6)
+    names = lambda folder, part: sorted(path.name for path in (folder / part).iterdir())
+    for part in ("checkpoints", "export"):
+        assert names(bucket, part) == names(tmp_path / "one", part)
+    for count, devices in ((2, 1), (1, 2)):
+        shutil.rmtree(bucket / "checkpoints" / "12")
+        (bucket / "report.html").unlink()
+        again = start(count, *more, devices=devices)
+        assert "resuming  at step 9\n" in again[0].wait(0)
+        assert_alike(bucket, tmp_path / "one", rel=1e-6)
+        for other in again[1:]:
+            assert other.wait(0) == ""
+    first, second = start(2, *more)
+    assert "is finished, at step 12; nothing is left to do" in first.wait(0)
+    second.wait(0)
+
+
 @pytest.mark.long
 def test_two_processes_start_from_weights_and_know_when_they_are_done(start, tmp_path):
     (one,) = start(1, "--workdir", tmp_path / "weights")

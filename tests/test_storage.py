@@ -14,10 +14,8 @@ from pathlib import Path
 import pytest
 
 from jaxlm import LM, DataConfig, UserError, save, storage
-from jaxlm.__main__ import convert
 from jaxlm.data import corpus
 from jaxlm.folder import RowWriter
-from jaxlm.process import Signals
 
 REFUSED = {
     "parent": ("../x", "holds '..'"),
@@ -73,7 +71,6 @@ def test_nothing_is_written_to_an_address(tmp_path, monkeypatch):
     address = "gs://bucket/x"
     writers: dict[str, Callable[[], object]] = {
         "folder": lambda: save(lm, address),
-        "DESTINATION": lambda: convert(["SOURCE", address], Signals()),
         "output": lambda: RowWriter(f"{address}.csv"),
         "JAXLM_CACHE": storage.cache_folder,
         "data.cache": lambda: corpus.cache_folder(DataConfig(cache=address)),

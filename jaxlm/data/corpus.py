@@ -20,6 +20,7 @@ from jaxlm.data import holdout, source
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
+from jaxlm.hub import model_files
 
 _CHECKSUMS = "checksums.json"  # of every other file of an entry: size and hash
 _FORMAT = 5  # of the files below; a new number makes everything anew
@@ -118,14 +119,16 @@ def _build(
 def _damage(folder: Path) -> str:
     """Returns what is wrong with a cache entry: which file is not what was written; "" where nothing is."""
     try:
-        whole = json.loads((folder / _CHECKSUMS).read_text())
-        there = {file.relative_to(folder).as_posix(): file for file in _files(folder)} if whole else {}
-        if not isinstance(whole, dict) or not whole:
+        if not (folder / _CHECKSUMS).exists():
+            return f"{_CHECKSUMS} is missing"
+        whole = model_files.read_object(folder / _CHECKSUMS)
+        if not whole:
             return f"{_CHECKSUMS} lists no files"
+        there = {file.relative_to(folder).as_posix(): file for file in _files(folder)}
         if other := sorted(whole.keys() ^ there.keys()):
             return f"{other[0]} is {'missing' if other[0] in whole else 'not one of its files'}"
         return next((f"{name} has changed" for name, file in there.items() if _checksum(file) != whole[name]), "")
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, UserError) as error:
         return getattr(error, "strerror", None) or f"{_CHECKSUMS} cannot be read"
 
 
