@@ -356,7 +356,8 @@ def passed_on(tree: Any, like: Any) -> Any:
     """
     leaves, structure = jax.tree.flatten(like)
     given = jax.tree.leaves(tree) if is_first() else [np.zeros(leaf.shape, leaf.dtype) for leaf in leaves]
-    return structure.unflatten(spread(_passed_on(x), leaf.sharding) for x, leaf in zip(given, leaves, strict=True))
+    passed = [spread(_passed_on(x), leaf.sharding) for x, leaf in zip(given, leaves, strict=True)]
+    return jax.tree.unflatten(structure, passed)
 
 
 def _passed_on(x: np.ndarray) -> np.ndarray:
