@@ -105,6 +105,8 @@ TABLES = [
     (b'text,label\n"a ""b"" c",1\n', [{"text": 'a "b" c', "label": "1"}], ""),
     (b'text,label\n"a \\"b\\" c",1\n"d, \\"e\\"",0\n',
         [{"text": 'a "b" c', "label": "1"}, {"text": 'd, "e"', "label": "0"}], "backslashes"),
+    (b'text,label\na \\"b\\" c,1\n', [{"text": 'a "b" c', "label": "1"}], "backslashes"),
+    (b'text,label\n"a ""b\\"" c",1\n"\\",0\n', [{"text": 'a "b\\" c', "label": "1"}, {"text": "\\", "label": "0"}], ""),
     (b"text;label\r1,5;x\r2;y\r", [{"text": "1,5", "label": "x"}, {"text": "2", "label": "y"}], "semicolons"),
     (b",text,label\n0,a,1\n1,b,0\n", [{"": "0", "text": "a", "label": "1"}, {"": "1", "text": "b", "label": "0"}], ""),
     (b"text, label\na,1\n", [{"text": "a", "label": "1"}], ""),
@@ -121,6 +123,20 @@ def test_csv_as_others_write_it(tmp_path, capsys, content, expected, said):
     assert rows(tmp_path / "X.CSV") == expected
     printed = capsys.readouterr().err
     assert said in printed and len(printed.splitlines()) == bool(said)
+
+
+def test_tsv_that_is_quoted_as_csv(tmp_path, capsys):
+    """pandas and csv writers quote a field with a quote, also in a tsv file."""
+    cells = [("['it\\'s', \"so\"]", "a"), ("b", "c")]
+    stream = io.StringIO(newline="")
+    csv.writer(stream, delimiter="\t").writerows([("text", "label"), *cells])
+    (tmp_path / "x.tsv").write_text(stream.getvalue(), newline="")
+    assert [tuple(row.values()) for row in rows(tmp_path / "x.tsv")] == cells
+    assert "--data.format tsv" in capsys.readouterr().err
+    assert rows(tmp_path / "x.tsv", format="tsv")[0]["text"] == '"[\'it\\\'s\', ""so""]"'
+    task = Classification(problem="multi_label", label="text", text=("label",))
+    with pytest.raises(UserError, match=r"a list in quotes; read the file with --data\.format quoted_tsv"):
+        loaded(tmp_path / "x.tsv", task, format="tsv")
 
 
 @given(st.lists(st.tuples(st.text(), st.text()), min_size=1), st.sampled_from(",;\t|"))
@@ -428,6 +444,7 @@ LISTS = [
     ("{'a', 'b'}", ["a", "b"]),
     (json.dumps(["ü\n\U0001f600"]), ["ü\n\U0001f600"]),
     ("[]", []),
+    ("set()", []),
 ]  # fmt: skip
 
 
@@ -477,6 +494,7 @@ NAMED = Classification(problem="multi_label", names=("a", "b", "c"))
          ("LABEL_0", "LABEL_1", "LABEL_2")),
         (NAMED, ["[1 1 0]", "[0. 0. 1.]"], [("a", "b"), ("c",)], ("a", "b", "c")),
         (NAMED, ["1,1,0", "0,0,1"], [("a", "b"), ("c",)], ("a", "b", "c")),
+        (MULTI, ["[True, False]", "[False, False]"], [("LABEL_0",), ()], ("LABEL_0", "LABEL_1")),
         (NAMED, ["[0, 2]", "[1]"], [("a", "c"), ("b",)], ("a", "b", "c")),
         (MULTI, ["[0, 1]", "[2]", "[0]"], [("0", "1"), ("2",), ("0",)], ("0", "1", "2")),
         (MULTI, ["good,funny", "good"], [("good", "funny"), ("good",)], ("funny", "good")),

@@ -26,6 +26,7 @@ _CALL = re.compile(r"(?:np\.\w+|numpy\.\w+|array|list|set|frozenset)\(\s*")  # a
 _FIRST = r"""(?:[bBuU]?['"]|[+-]?\.?\d|[\[({\])}]|array\(|np\.|(?:True|true|False|false|None|null|nan|NaN)\b)"""
 _BEGINS = re.compile(rf"\s*(?:{_CALL.pattern})?([\[({{])\s*{_FIRST}")
 _QUOTED = re.compile(rf"""\s*(?:{_CALL.pattern})?\[\s*['"]""")
+_EMPTY = re.compile(r"\s*(?:set|frozenset)\(\)\s*")  # which have no items between brackets
 _CLOSES = {"[": "]", "(": ")", "{": "}"}
 
 
@@ -36,6 +37,8 @@ class NotALiteralError(ValueError):
 def looks_listed(text: str, brackets: str = "[({") -> bool:
     """Whether a text begins and ends as a list or an object in one of the brackets; one that is none is broken."""
     begins = _BEGINS.match(text)
+    if _EMPTY.fullmatch(text):
+        return "{" in brackets
     return bool(begins and begins[1] in brackets and (text.rstrip()[-1] in "])}" or _QUOTED.match(text)))
 
 
@@ -48,6 +51,8 @@ def parse(text: str) -> Any:
     Raises:
       NotALiteralError: for any other text, with the reason.
     """
+    if _EMPTY.fullmatch(text):
+        return []
     value, end = _value(text, _skipped(text, 0), 0)
     if text[end:].strip():
         raise NotALiteralError(f"there is more behind its end: {text[end:].strip()!r:.40}")

@@ -21,6 +21,7 @@ from jaxlm.errors import UserError
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 _ESCAPED: dict[str, Any] = {"escapechar": "\\", "doublequote": False}
 _SAMPLE = 50  # rows from which the shape of a file is found
+_QUOTED = re.compile(r'"(?:[^"]|"")*"')  # a field as csv quotes it
 _SEPARATOR = re.compile(r'"?sep=([^\s"\w]|\t)"?\s*', re.IGNORECASE)
 _LARGEST_FIELD = 1 << 30  # characters; the module's own limit of 128 KiB is shorter than a document
 
@@ -35,6 +36,9 @@ def rows(
     # `strict` finds a quote that never closes.
     csv.field_size_limit(_LARGEST_FIELD)
     first, source = head_of(lines(file, stream, data))
+    if kind == "tsv" and data.format == "suffix" and _are_quoted(first):
+        note(f"{file}: fields stand in quotes, as in csv (--data.format tsv takes quotes for text)")
+        kind = "quoted_tsv"
     named = _SEPARATOR.fullmatch(first[0]) if first and kind == "csv" else None
     skipped = 1 if named else 0
     if named:
@@ -56,7 +60,8 @@ def rows(
                 raise UserError(
                     f"{place}: the row has {len(fields)} fields, "
                     f"{'data.columns' if data.columns else 'the header'} {len(names)} ({', '.join(names)}); "
-                    f"correct the row, quote what holds a separator, or set --data.format or --data.columns"
+                    f"correct the row, quote what holds a separator, or set --data.format"
+                    f"{' quoted_tsv, if fields stand in quotes,' if kind == 'tsv' else ''} or --data.columns"
                 )
             yield place, dict(zip(names, fields, strict=False))
     except csv.Error as error:
@@ -84,10 +89,10 @@ def dialect_of(
     delimiters = divider or ("\t" if kind == "quoted_tsv" else "".join(_DELIMITERS))
     blanks = {delimiter: _blanks(first, delimiter) for delimiter in delimiters}
     for delimiter in delimiters:
-        for escapes in shapes:
-            marks = {"delimiter": delimiter, **escapes, **blanks[delimiter]}
-            if found is None and _fits(first, columns, marks):
-                found = marks
+        standard = {"delimiter": delimiter, **blanks[delimiter]}
+        escaped = standard | shapes[-1]
+        order = (escaped, standard) if _is_escaped(first, standard) else (standard, escaped)
+        found = found or next((marks for marks in order if _fits(first, columns, marks)), None)
     if found is None:  # one column, or rows that do not agree
         of_header = (one for one in delimiters if first and not columns and _is_header(first[0], one, needed))
         delimiter = next(of_header, delimiters[0])
@@ -100,6 +105,18 @@ def dialect_of(
     if "escapechar" in found:
         note(f"{file}: quotes inside a field stand behind backslashes")
     return found
+
+
+def _are_quoted(first: list[str]) -> bool:
+    """Whether all fields of tsv lines with a quote are quoted as in csv, and some have doubled quotes inside."""
+    fields = [field for line in first if '"' in line for field in line.rstrip("\r\n").split("\t") if '"' in field]
+    return any('""' in field[1:-1] for field in fields) and all(map(_QUOTED.fullmatch, fields))
+
+
+def _is_escaped(first: list[str], marks: dict[str, Any]) -> bool:
+    """Whether fields have quotes behind backslashes that no writer has doubled, read as RFC 4180 has it."""
+    held = sum(field.count('\\"') for fields in _sample(first, marks) or () for field in fields)
+    return held > sum(line.count('\\""') for line in first)
 
 
 def _blanks(first: list[str], delimiter: str) -> dict[str, Any]:

@@ -35,6 +35,7 @@ _SCORES = {
 }
 _MOST_BITS = 4096  # of a number that is a label: Python refuses to write much longer ones
 _LARGEST = 1e15  # of a score, as of the numbers of a config: its square is a float32
+_INDICATORS = {"0": 0, "1": 1, "false": 0, "true": 1}  # whether a class applies
 
 
 class ClassificationTask(HeadTask):
@@ -77,17 +78,16 @@ class ClassificationTask(HeadTask):
         parts = list(parts) if isinstance(parts, (list, tuple, np.ndarray)) else [parts]
         found = [_class(part, place, task.label) for part in parts]
         record["label"] = tuple(dict.fromkeys(label for label in found if label))
-        if len(parts) > 1 and all(_class(part, place, task.label) in ("0", "1") for part in parts):
-            record["indicators"] = tuple(int(float(part)) for part in parts)
-        return record
+        indicators = tuple(_INDICATORS.get(_class(part, place, task.label).lower()) for part in parts)
+        return record | ({"indicators": indicators} if len(parts) > 1 and None not in indicators else {})
 
     @classmethod
     def settle(cls, task: config.Classification, part: Records, names: Sequence[str]) -> None:
         """Reads lists of 0 and 1 of one length as indicators, one for each class, and not as the numbers of classes."""
-        names = names or task.names
+        names = task.names or names
         rows = [(record, place) for record, place in zip(part.records, part.places) if record.get("label")]
         lengths = {len(record.get("indicators", ())) for record, _ in rows}
-        if lengths == {0} or not rows or (names and set(names) <= {"0", "1"}):
+        if lengths == {0} or not rows or (names and {name.lower() for name in names} <= set(_INDICATORS)):
             return
         if len(lengths) > 1:
             # Numbers of classes do not occur twice; a list that has one twice is of indicators.
@@ -100,6 +100,8 @@ class ClassificationTask(HeadTask):
             return
         [length] = lengths
         names = names or tuple(f"LABEL_{n}" for n in range(length))
+        if len(names) > length == 2 and all(sum(record["indicators"]) == 1 for record, _ in rows):
+            return  # the classes 0 and 1 of more
         if len(names) != length:
             raise UserError(
                 f"{rows[0][1]}: column {task.label!r} holds {length} values of 0 and 1, and there are {len(names)} "

@@ -201,7 +201,14 @@ def listed(value: Any, name: str, place: Place, brackets: str = "[({") -> Any:
     Raises:
       UserError: for a text that begins as a list and is none.
     """
-    if not isinstance(value, str) or not literals.looks_listed(value, brackets):
+    if not isinstance(value, str):
+        return value
+    if value.startswith('"[') and literals.looks_listed(value.strip('"').replace('""', '"'), "["):
+        raise UserError(
+            f"{place}: column {name!r} holds {shown(value)}, a list in quotes; read the file with "
+            f"--data.format quoted_tsv"
+        )
+    if not literals.looks_listed(value, brackets):
         return value
     try:
         return literals.parse(value)

@@ -73,7 +73,10 @@ class RecordTask(Task):
 
     @classmethod
     def settle(cls, task: Any, part: Records, names: Sequence[str]) -> None:
-        """Changes labels that only all rows of a part together tell how to read; `names` are the model's, if known."""
+        """Changes labels that only all rows of a part together tell how to read.
+
+        names: of the outputs of the head, where it is known; `task.names` comes before them.
+        """
 
     @classmethod
     def labels_of(cls, record: Record) -> Iterable[str]:
