@@ -69,6 +69,7 @@ class Chart(NamedTuple):
     log: bool = False
     smooth: bool = True  # whether training is noisy enough to need a smoothed line
     zero: bool = False  # whether the axis begins at zero
+    peak: float | None = None  # of a learning rate, the configured one, which no logged step need have
 
 
 @_in_notebooks
@@ -184,20 +185,22 @@ def _png(picture: Picture, captioned: bool) -> tuple[bytes, str | None]:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Moving mean over a twentieth of the curve [n] -> [n], narrower at both ends.
+    """Returns the moving mean over a twentieth of the curve [n] -> [n], narrower at both ends.
 
-    It is centred, so that it does not lag as a decaying mean does, but for the end, where what lies ahead is not there.
+    It is centred, so that it does not lag as a decaying mean does; the first and the last point stay what they are.
     """
     i = np.arange(len(values))
-    before = np.minimum(len(values) // 40, i)
-    after = np.minimum(before, i[::-1])
+    beside = np.minimum(len(values) // 40, np.minimum(i, i[::-1]))
     sums = np.concatenate([[0.0], np.cumsum(values)])
-    return (sums[i + after + 1] - sums[i - before]) / (before + after + 1)
+    means = (sums[i + beside + 1] - sums[i - beside]) / (2 * beside + 1)
+    return np.where(beside, means, values)  # sums of many values are not exact
 
 
 def best(better: Literal["high", "low"] | None, values: np.ndarray) -> float | None:
-    """The best of values [n], of a metric that is known to be better high or low."""
-    return {"high": values.max, "low": values.min}[better]() if better else None
+    """Returns the best of values [n] of a metric that is known to be better high or low; None where all are equal."""
+    if not better or len(values) < 2 or values.min() == values.max():
+        return None
+    return values.max() if better == "high" else values.min()
 
 
 def readable(values: Sequence[float]) -> list[str]:
@@ -261,7 +264,8 @@ def _chart_caption(chart: Chart) -> str:
 
     first = chart.series[0].values
     if chart.name == "learning_rate":
-        return f"peak {first.max():.3g}, last {first[-1]:.3g}".replace("e-0", "e-")
+        peak = first.max() if chart.peak is None else chart.peak
+        return f"peak {peak:.3g}, last {first[-1]:.3g}".replace("e-0", "e-")
     if chart.name in ("tokens_per_second", "grad_norm", "mfu", "data_share"):
         return f"median {number(np.median(first))}"
     if chart.name == "step_ms":
@@ -272,10 +276,10 @@ def _chart_caption(chart: Chart) -> str:
     for series in chart.series:
         if not series.held_out:
             if len(chart.series) <= 2:  # more would be a paragraph
-                said.append(f"{series.label} {number(smooth(series.values)[-1])}")
+                said.append(f"{series.label} {number(series.values[-1])}")
             continue
         text = f"{series.label} {number(series.values[-1])}"
-        if (top := best(chart.better, series.values)) is not None and len(series.values) > 1:
+        if (top := best(chart.better, series.values)) is not None:
             at = series.steps[series.values == top][0]
             text += ", its best" if top == series.values[-1] else f" (best {number(top)} at step {at:,.0f})"
         said.append(text)

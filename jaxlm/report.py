@@ -199,11 +199,12 @@ def write(
     """
     folder = Path(folder)
     rows = read_metrics(folder)
-    charts = _charts(rows)
+    charts = _charts(rows, config)
     drawn = [*charts, *(section for section in sections if not isinstance(section, Table))]
     figures = [_figure(picture, path) for picture, path in zip(drawn, _paths(drawn, folder / "report"))]
     details = _details(sections, iter(figures[len(charts) :]))
-    page = _page(folder.resolve().name, facts, figures[: len(charts)], _evaluations(rows), details, sample, config)
+    curves = {chart.name: figure for chart, figure in zip(charts, figures)}
+    page = _page(folder.resolve().name, facts, curves, _evaluations(rows), details, sample, config)
     path = folder / "report.html"
     storage.write(path, page)  # a byte-level model may generate half a character
     return path
@@ -234,7 +235,7 @@ def curve(folder: Path | str, name: str = "loss") -> Chart:
 
     Raises UserError where the run has no such picture, with those that it has.
     """
-    charts = {chart.name: chart for chart in _charts(read_metrics(Path(folder)))}
+    charts = {chart.name: chart for chart in _charts_of(Path(folder))}
     if name not in charts:
         what = perhaps(name, charts) if charts else "; nothing is measured there yet"
         raise UserError(f"the run in {folder} has no picture {name!r}{what}")
@@ -441,7 +442,7 @@ class _Watched:
         log = self.folder / "metrics.jsonl"
         now = str(log.stat().st_size) if log.exists() else ""
         if now != self._seen:
-            charts = {chart.name: chart for chart in _charts(read_metrics(self.folder))}
+            charts = {chart.name: chart for chart in _charts_of(self.folder)}
             if self.name in charts:
                 self._seen = now
                 self._picture.update(charts[self.name])
@@ -463,8 +464,20 @@ class _Screen(io.StringIO):
 # What is drawn
 
 
-def _charts(rows: list[dict[str, Any]]) -> list[Chart]:
-    """Results first (loss, then each family of held-out metrics), then how the run went."""
+def _charts_of(folder: Path) -> list[Chart]:
+    """Returns the charts of the run in a folder."""
+    try:
+        config = json.loads((folder / "config.json").read_text())["run"]
+    except (OSError, ValueError, LookupError, TypeError):  # the log alone was copied
+        config = {}
+    return _charts(read_metrics(folder), config)
+
+
+def _charts(rows: list[dict[str, Any]], config: Mapping[str, Any] | None = None) -> list[Chart]:
+    """Returns the results first (loss, then each family of held-out metrics), then how the run went.
+
+    config: of the run, as JSON values, whose learning rate is the peak.
+    """
     families: dict[str, list[str]] = {"loss": ["loss"]}
     for key in _held_out_keys(rows):
         name = key.removeprefix("eval/")
@@ -481,11 +494,14 @@ def _charts(rows: list[dict[str, Any]]) -> list[Chart]:
     took = [one(key, label, n)[0] for n, (key, label) in enumerate(times)]
 
     rate = one("learning_rate")
-    peak = rate[0].values.max(initial=0.0)
+    configured = ((config or {}).get("optimizer") or {}).get("rate")
+    peak = configured or rate[0].values.max(initial=0.0)
     power = math.floor(math.log10(peak)) if peak > 0 else 0
     unit = rf"learning rate ($\times 10^{{{power}}}$)"
     charts += [
-        Chart("learning_rate", "Learning rate", unit, rate, scale=10.0**-power, smooth=False, zero=True),
+        Chart(
+            "learning_rate", "Learning rate", unit, rate, scale=10.0**-power, smooth=False, zero=True, peak=configured
+        ),
         Chart("grad_norm", "Gradient norm", "global norm (log scale)", one("grad_norm"), log=True),
         Chart("tokens_per_second", "Throughput", "tokens per second", one("tokens_per_second"), zero=True),
         Chart("mfu", "Model FLOPs utilisation", "share of the chips' peak (%)", one("mfu"), percent=True, zero=True),
@@ -647,11 +663,7 @@ def _evaluations(rows: list[dict[str, Any]]) -> str:
     by_step = {row["step"]: row for row in rows if any(key.startswith("eval/") for key in row)}
     columns = {name: _points(list(by_step.values()), f"eval/{name}")[1] for name in names}
     families = {name: FAMILIES.get(_metric(name).family) for name in names}
-    top = {
-        name: best(family.better, values)
-        for name, values in columns.items()
-        if (family := families[name]) and len(values) > 1
-    }
+    top = {name: best(family.better, values) for name, values in columns.items() if (family := families[name])}
 
     def cell(name: str, value: Any) -> str:
         shown = _text(number(name, value))
@@ -763,10 +775,15 @@ def _html(title: str, body: str, style: str = "") -> str:
 """
 
 
+# Curves that say how a run went, not what it reached.
+_OF_THE_RUN = {"learning_rate", "grad_norm", "tokens_per_second", "mfu", "step_ms", "data_share"}
+_OF_THE_RUN |= {"memory_bytes", "process_memory_bytes"}
+
+
 def _page(
     name: str,
     facts: dict[str, str],
-    figures: list[str],
+    curves: dict[str, str],
     table: str,
     details: str,
     sample: str | None,
@@ -776,7 +793,8 @@ def _page(
     if facts:
         summary = _table((), [[_text(key), _text(value)] for key, value in facts.items()])
         sections.append(f'<section class="facts" aria-label="Key facts">{summary}</section>')
-    shown = _grid(figures) if figures else "<p>Nothing has been measured yet.</p>"
+    results = [figure for name, figure in curves.items() if name not in _OF_THE_RUN]
+    shown = _grid(results) if results else "<p>Nothing has been measured yet.</p>"
     sections.append(f"<section><h2>Curves</h2>\n{shown}</section>")
     if table:
         region = (
@@ -789,6 +807,8 @@ def _page(
     if sample:
         text = f'<pre class="sample" dir="auto">\n{_text(sample)}</pre>'  # HTML drops the first newline of a pre
         sections.append(f"<section><h2>Sample</h2>\n{text}</section>")
+    if further := [figure for name, figure in curves.items() if name in _OF_THE_RUN]:
+        sections.append(f"<section><h2>Optimizer and machine</h2>\n{_grid(further)}</section>")
     values = _text(json.dumps(config, indent=2, ensure_ascii=False, default=str))
     sections.append(f"<details><summary>Resolved config</summary>\n<pre>\n{values}</pre></details>")
     header = f'<header><p class="kicker">jaxlm run</p><h1>{_text(name)}</h1></header>'

@@ -157,7 +157,9 @@ def test_what_is_not_finite_is_skipped(tmp_path):
 def test_smoothing_keeps_a_constant_and_does_not_lag():
     line = np.arange(400.0)
     np.testing.assert_allclose(pictures.smooth(np.full(400, 2.5)), 2.5)
-    np.testing.assert_allclose(pictures.smooth(line)[:390], line[:390])
+    np.testing.assert_allclose(pictures.smooth(line), line)
+    noisy = np.random.default_rng(0).normal(size=400)
+    assert pictures.smooth(noisy)[-1] == noisy[-1]
 
 
 @pytest.mark.parametrize(
@@ -230,6 +232,15 @@ def test_the_best_error_is_the_lowest(tmp_path):
     assert page.count("<strong>") == 2
     assert "<td><strong>0.250</strong></td><td>0.250</td>" in page
     assert "held-out 0.75 (best 0.25 at step 1)" in page and "held-out 0.75, its best" in page
+
+
+def test_captions_give_the_configured_peak_and_the_last_value(tmp_path):
+    rows = [training(step, learning_rate=4e-5 / step, loss=float(step)) for step in range(1, 101)]
+    rows += [{"step": step, "eval/accuracy": 0.5} for step in (50, 100)]
+    page = report.write(write_metrics(tmp_path, rows), {"optimizer": {"rate": 5e-5}}, {}, None).read_text()
+    assert "peak 5e-5, last 4e-7" in page  # the warm-up reached it between two lines of the log
+    assert "<figcaption>training 100</figcaption>" in page
+    assert "<figcaption>held-out 50.0 %</figcaption>" in page and "<strong>" not in page  # nothing is best of equals
 
 
 # Sections
@@ -325,10 +336,14 @@ def test_sections_come_in_order_after_the_curves(tmp_path):
     page = report.write(write_metrics(tmp_path, rows), {}, {}, "a sample", sections).read_text()
     outline = Outline(page)
     alts = [image["alt"] for image in outline.all("img")]
-    assert [alt.split(" by step")[0] for alt in alts][-3:] == ["Confusion", "Loss", "Lengths"] and len(alts) == 7
+    assert [alt.split(" by step")[0] for alt in alts][:4] == ["Loss", "Confusion", "Loss", "Lengths"]
+    assert len(alts) == 7 and alts[4].startswith("Learning rate")  # what the machine did comes last
     assert len(list((tmp_path / "report").glob("*.png"))) == 7
     marks = [">Curves<", ">Details<", 'alt="Confusion"', 'alt="Loss"', ">Mistakes<", 'alt="Lengths"', ">No mistakes<"]
-    places = [page.index(mark) for mark in [*marks, ">Sample<"]]
+    marks += [">Sample<", ">Optimizer and machine<", 'alt="Gradient norm']
+    places = [
+        page.index(mark, page.index(">Curves<") if "Loss" not in mark else page.index(">Details<")) for mark in marks
+    ]
     assert places == sorted(places)
     assert "&lt;b&gt;شعر&lt;/b&gt; &amp; co" in page and "<b>" not in page and note in page and "<p>None.</p>" in page
     cells = outline.all("td")
