@@ -43,6 +43,8 @@ def read(file: Path, words: list[str] | None = None) -> RunConfig:
         raise UserError(f"{file} has no function config(); define one that returns a RunConfig")
     try:
         signature(config).bind(*words)
+    except ValueError:  # of a built-in class
+        raise UserError(f"{file} has no function config(); define one that returns a RunConfig") from None
     except TypeError:
         takes = str(signature(config))
         raise UserError(f"{file} has config{takes}, which does not take {words}; give what it takes") from None
@@ -75,12 +77,12 @@ def _faults_of(file: Path) -> Iterator[None]:
     """Raises a UserError, with the line of the file, in place of whatever a config file raises."""
     try:
         yield
-    except UserError:
+    except (UserError, KeyboardInterrupt):
         raise
     except SyntaxError as error:
         where = error.filename if error.filename and Path(error.filename) != file else file
         raise UserError(f"{where}, line {error.lineno}: {error.msg}; correct the syntax") from None
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
         where = f"{file}, line {lines[-1]}" if lines else f"{file}"
         what = f"{type(error).__name__}: {error!s:.300}".rstrip(": ")
