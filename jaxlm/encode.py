@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from jaxlm.arguments import check_model, listed
 from jaxlm.data.pack import pack
 from jaxlm.data.tokenizer import check_text
 from jaxlm.errors import UserError, perhaps
@@ -29,6 +30,7 @@ from jaxlm.hub import model_files, safetensors
 from jaxlm.hub.model_files import JsonObject
 from jaxlm.nn.layers import ACTIVATIONS
 from jaxlm.nn.transformer import Transformer, apply, layers_apart
+from jaxlm.ranges import Positive, argument
 from jaxlm.sharding import spec, ways
 
 if TYPE_CHECKING:
@@ -220,10 +222,11 @@ def encode(
 
     Raises UserError for texts that are no strings, a model without tokenizer, and a decoder that declares no pooling.
     """
+    check_model("lm", lm)
+    batch_tokens = argument("batch_tokens", batch_tokens, Positive | None)
+    normalize = argument("normalize", normalize, bool | None)
     if batch_tokens is None:
         batch_tokens = 512 * (os.cpu_count() or 1) if jax.default_backend() == "cpu" else 1 << 14
-    if batch_tokens < 1:
-        raise UserError(f"batch_tokens is {batch_tokens}; it must be at least 1")
     pooling = _declared(lm)
     embed, params = lm.programs.get(_embed, lm.module, pooling, normalize), params_of(lm)
 
@@ -288,17 +291,16 @@ def _width(lm: LM, pooling: Pooling) -> int:
 
 
 def _windows(texts: Iterable[str]) -> Iterator[list[str]]:
-    if isinstance(texts, str) or not isinstance(texts, Iterable):
-        raise UserError(f"texts is one {type(texts).__name__}; give a list of strings")
+    given = listed("texts", texts, "strings")
 
     def checked() -> Iterator[str]:
-        for i, text in enumerate(texts):
+        for i, text in enumerate(given):
             if not isinstance(text, str):
                 raise UserError(f"text {i} is a {type(text).__name__}, {str(text)[:40]!r}; give strings")
             yield text
 
     # What is in memory is checked whole, before anything is compiled.
-    stream = iter(list(checked()) if isinstance(texts, Sized) else checked())
+    stream = iter(list(checked()) if isinstance(given, Sized) else checked())
     while window := list(islice(stream, WINDOW)):
         yield window
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 
 from jaxlm import config, hosts, metrics, sharding
+from jaxlm.arguments import check_model
 from jaxlm.assembly import lay
 from jaxlm.config import MeshConfig
 from jaxlm.data.batches import prefetch
@@ -31,6 +33,7 @@ from jaxlm.tasks.task import Seen
 WINDOW = 4096  # records that are predicted at once
 TOKENS = 4096  # places in a batch
 MOST_ROWS = 2**16  # in a batch
+AHEAD = 2  # batches that the device is given before the results of an earlier one are waited for
 Step = Callable[[Any, Any], Any]  # what `make_eval_step` makes, jitted
 
 
@@ -42,15 +45,25 @@ def see(eval_step: Step, params: Any, batches: Any, put: Callable, rows: list[in
     """
     totals: dict[str, tuple[float, float]] = {}
     outputs: dict[int, list[dict[str, np.ndarray]]] = {}
-    for step, batch in enumerate(prefetch(partial(batches.batch_at, rows=rows), 0, len(batches))):
-        laid = put(batch, 1)
-        losses, arrays = jax.device_get(hosts.whole(eval_step(params, laid)))
+    waiting: deque[tuple[int, Any, Any, Any]] = deque()
+
+    def add_first() -> None:
+        step, batch, laid, found = waiting.popleft()
+        losses, arrays = jax.device_get(hosts.whole(found))
         for name, (value, weight) in losses.items():
             total = totals.get(name, (0.0, 0.0))
             totals[name] = total[0] + float(value), total[1] + float(weight)
         if arrays:
             segments_BT = batch["segments_BT"] if rows is None else jax.device_get(hosts.whole(laid["segments_BT"]))[0]
-            outputs |= _apart(arrays, segments_BT, batches.units_at(step))
+            outputs.update(_apart(arrays, segments_BT, batches.units_at(step)))
+
+    for step, batch in enumerate(prefetch(partial(batches.batch_at, rows=rows), 0, len(batches))):
+        laid = put(batch, 1)
+        waiting.append((step, batch, laid, eval_step(params, laid)))
+        if len(waiting) > AHEAD:
+            add_first()
+    while waiting:
+        add_first()
     return Seen(totals, [outputs[i] for i in sorted(outputs)])
 
 
@@ -124,7 +137,7 @@ def predict(
     Raises:
       UserError: for a model without a head for the task, and for an example that is not what the task reads.
     """
-    check_model(lm)
+    check_model("the model", lm)
     task = task_for(lm, task)
     rows = given.examples(examples, task)
     classes: dict[str, Any] = {"probabilities": probabilities, "top_k": top_k}
@@ -200,7 +213,7 @@ def evaluate(
     Raises:
       UserError: where there are none, for a row without a label, and for a label that the model does not know.
     """
-    check_model(lm)
+    check_model("the model", lm)
     return scored(lm, given.labelled(rows), task_for(lm, task), length, batch, _say_in_python)
 
 
@@ -240,12 +253,6 @@ def scored(
 def _warn_of_cuts(task: RecordTask, cut: dict[str, Truncation], say: Callable[[str], None]) -> None:
     for line in task.cut_lines(cut):
         say(f"warning: {line.replace('--data.length', '--length')}")
-
-
-def check_model(lm: Any) -> None:
-    """Raises UserError for what is no model."""
-    if not isinstance(lm, LM):
-        raise UserError(f"the model is {reading.shown(lm)}; give what jaxlm.load or jaxlm.fit returns")
 
 
 def beside(rows: Iterable[tuple[Place, Row]], task: Any) -> list[str]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.arguments import check_model, listed, stop_ids, token_ids
 from jaxlm.beam import EARLY, search_of
 from jaxlm.config import Decoding
 from jaxlm.decode import NOTHING, Prompts, Rules, programs
@@ -90,8 +91,8 @@ def generate(
     Raises UserError where a choice is out of its range, where a prompt is empty, has ids outside the vocabulary or
     leaves too few positions, or where the model cannot generate.
     """
-    if isinstance(prompts, str):
-        raise UserError("prompts is one string; give a list of prompts")
+    check_model("lm", lm)
+    prompts = [*listed("prompts", prompts, "prompts")]
     decoding = decoding_for(lm, decoding, choices)
     check(lm, decoding, draft)
     if lm.tokenizer is None and not (return_tokens or details):
@@ -113,7 +114,7 @@ def in_order(
     done: int = 0,
 ) -> Iterator[list[Generation]]:
     """The n_best texts of each prompt but the first `done`, in their order, as soon as they are known."""
-    stops = stops_of(lm) if stop_tokens is None else sorted(set(map(int, stop_tokens)))
+    stops = stops_of(lm) if stop_tokens is None else stop_ids(stop_tokens, lm.config.V)
     wanted = [request for request in requests(lm, prompts, decoding) if request.number >= done]
     found: dict[tuple[int, int], Generation] = {}
     for row in rows_of(lm, wanted, decoding, stops, scored=scored, draft=draft):
@@ -136,13 +137,14 @@ def stream(
 
     A piece ends with a whole character, and has nothing of what may yet turn out to be a stop.
     """
+    check_model("lm", lm)
     decoding = decoding_for(lm, decoding, choices)
     check(lm, decoding, draft)
     if lm.tokenizer is None:
         raise UserError("the model has no tokenizer, and a stream is of text; use generate with return_tokens=True")
     if decoding.n_best > 1:
         raise UserError(f"n_best is {decoding.n_best}, but a stream is of one text; use generate, or set it to 1")
-    stops = stops_of(lm) if stop_tokens is None else sorted(set(map(int, stop_tokens)))
+    stops = stops_of(lm) if stop_tokens is None else stop_ids(stop_tokens, lm.config.V)
     shown = 0
     for row in rows_of(lm, requests(lm, [prompt], decoding), decoding, stops, draft=draft, look=PIECE):
         text = _told(lm, row, decoding, stops).text or ""
@@ -180,6 +182,7 @@ def check(lm: LM, decoding: Decoding, draft: LM | None = None) -> None:
             f"beams is {decoding.beams}, more than the {lm.vocabulary} tokens of the vocabulary; take fewer"
         )
     if draft is not None:
+        check_model("draft", draft)
         if draft.config.structure != config.structure or "lm" not in draft.config.heads_on_top:
             raise UserError(
                 f"the draft is a(n) {draft.config.structure} with heads {draft.config.heads_on_top}; it must be a(n) "
@@ -256,12 +259,14 @@ def _prompt(lm: LM, prompt: str | Sequence[int], both: bool) -> list[int]:
         prompt = lm.tokenizer.frame([prompt])[0][0]
         if not (prompt or both or lm.tokenizer.bos is None):
             prompt = [lm.tokenizer.bos]  # a decoder has to read something
-    if not len(prompt):
+    else:
+        prompt = token_ids("a prompt", prompt)
+    if not prompt:
         raise UserError("a prompt is empty and the tokenizer has no BOS; give at least one token")
     strange = [token for token in prompt if not 0 <= token < lm.config.vocabulary]
     if strange:
-        raise UserError(f"a prompt has token {strange[0]}; ids go from 0 to {lm.config.vocabulary - 1}")
-    return list(map(int, prompt))
+        raise UserError(f"a prompt has token {shown(strange[0])}; ids go from 0 to {lm.config.vocabulary - 1}")
+    return prompt
 
 
 def _in_vocabulary(lm: LM, tokens: Iterable[int]) -> list[int]:

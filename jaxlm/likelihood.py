@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from jaxlm.arguments import check_model, listed, token_ids
 from jaxlm.data.pack import pack
 from jaxlm.data.tokenizer import check_text
 from jaxlm.encode import SHORTEST, mesh_of, params_of
@@ -21,6 +22,7 @@ from jaxlm.errors import UserError
 from jaxlm.generate import start_of
 from jaxlm.losses import bits_per_byte
 from jaxlm.nn.transformer import Transformer, apply
+from jaxlm.ranges import Name, Positive, argument, shown
 from jaxlm.sharding import spec, ways
 
 if TYPE_CHECKING:
@@ -75,6 +77,9 @@ def log_likelihoods(
     Raises UserError for a model without the head lm, a continuation without tokens or longer than a row, and a context
     without tokens where the tokenizer has no BOS.
     """
+    check_model("lm", lm)
+    argument("too_long", too_long, Literal["refuse", "truncate"])
+    pairs = listed("pairs", pairs, "pairs (context, continuation)")
     limit = _limit(lm, length)
     examples = (_pair(lm, n, pair, limit, too_long) for n, pair in enumerate(pairs))
     return list(_scored(lm, examples, batch_tokens))
@@ -86,6 +91,8 @@ def fill(lm: LM, text: str, *, blank: str = "[MASK]", most: int = 5) -> list[lis
     Of the model's first head, masked_lm.  Each blank is asked for alone, the others staying blank.  Raises UserError
     for a model without that head or a mask token, and for a text without a blank or longer than its positions.
     """
+    check_model("lm", lm)
+    blank, most = argument("blank", blank, Name), argument("most", most, Positive)
     if lm.config.heads_on_top[:1] != ("masked_lm",) or _tokenizer(lm).mask is None:
         raise UserError(f"blanks are filled by the head masked_lm, the model has {', '.join(lm.config.heads_on_top)}")
     check_text(text)
@@ -128,6 +135,10 @@ def perplexity(
 
     Raises UserError for a model that is no decoder with the head lm, an empty text, and a text of no prediction at all.
     """
+    check_model("lm", lm)
+    if not isinstance(texts, str):
+        texts = listed("texts", texts, "strings")
+    stride = argument("stride", stride, int | None)
     if lm.config.structure != "decoder":
         raise UserError(f"perplexity is of a decoder, the model is a(n) {lm.config.structure}; see log_likelihoods")
     limit = _limit(lm, length) if length is not None else min(ROW, _limit(lm, None))
@@ -188,8 +199,7 @@ def _limit(lm: LM, length: int | None) -> int:
         )
     if length is None:
         return config.max_length
-    if length < 1:
-        raise UserError(f"length is {length}; it must be at least 1")
+    length = argument("length", length, Positive)
     if config.positions == "learned" and length > config.max_length:
         raise UserError(f"length is {length}, longer than the {config.max_length} positions of the model; lower it")
     return length
@@ -204,9 +214,12 @@ def _tokenizer(lm: LM) -> Any:
 def _pair(lm: LM, n: int, pair: tuple[Text, Text], limit: int, too_long: str) -> _Example:
     """The example of pair n."""
     try:
-        context, continuation = pair
+        context, continuation = () if isinstance(pair, str) else pair
     except (TypeError, ValueError):
-        raise UserError(f"pair {n} is {pair!r:.60}; give (context, continuation)") from None
+        raise UserError(f"pair {n} is {shown(pair)}; give (context, continuation)") from None
+    context, continuation = (
+        text if isinstance(text, str) else token_ids(f"pair {n}", text) for text in (context, continuation)
+    )
     split = lm.config.structure == "encoder_decoder"
     before, after = _split_ids(lm, context, continuation) if split else _joined_ids(lm, context, continuation)
     begin = [start_of(lm)] if split else []  # what the decoder reads before the continuation
@@ -257,10 +270,9 @@ def _split_ids(lm: LM, context: Text, continuation: Text) -> tuple[Sequence[int]
 
 def _scored(lm: LM, examples: Iterable[_Example], batch_tokens: int | None) -> Iterator[Likelihood]:
     """The likelihood of what counts of each example, in order."""
+    batch_tokens = argument("batch_tokens", batch_tokens, Positive | None)
     if batch_tokens is None:
         batch_tokens = 512 * (os.cpu_count() or 1) if jax.default_backend() == "cpu" else 1 << 14
-    if batch_tokens < 1:
-        raise UserError(f"batch_tokens is {batch_tokens}; it must be at least 1")
     program, params, mesh = lm.programs.get(_program, lm.module), params_of(lm), mesh_of(lm)
     parts = 1 if mesh is None else ways(mesh, "batch")
     stream = iter(examples)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 import jaxlm
 from jaxlm import ModelConfig, RunConfig, TokenizerConfig, UserError, sharding
 from jaxlm.data.tokenizer import train
+from jaxlm.likelihood import fill, log_likelihoods, perplexity
 from jaxlm.lm import LM
 from jaxlm.nn.transformer import Transformer
 from jaxlm.sharding import Placement
@@ -91,6 +93,78 @@ def test_other_functions_refuse(lm, name):
     with pytest.raises(UserError) as error:
         call(lm)
     assert message in str(error.value)
+
+
+# The call of a function that generates, encodes or scores, and what the message must say.
+SURROGATE = "a\ud800"
+INFERENCE = {
+    "no model": (lambda lm: jaxlm.generate(None, ["a"]), "lm is None; give what jaxlm.load or jaxlm.fit returns"),
+    "no prompts": (lambda lm: jaxlm.generate(lm, None), "prompts is None, of type NoneType; give a list of prompts"),
+    "a path": (lambda lm: jaxlm.generate(lm, Path("p.txt")), "prompts is the path 'p.txt'; read the file"),
+    "a set": (lambda lm: jaxlm.generate(lm, {"a"}), "give a list of prompts"),
+    "one prompt's ids": (lambda lm: jaxlm.generate(lm, [1, 2]), "a prompt is 1, of type int; give a text, or a list"),
+    "a prompt that is None": (lambda lm: jaxlm.generate(lm, [None]), "a prompt is None"),
+    "floats as ids": (lambda lm: jaxlm.generate(lm, [[1.0, 2.5]]), "a prompt holds 1.0, of type float"),
+    "an array of floats": (lambda lm: jaxlm.generate(lm, np.ones((1, 2))), "a prompt holds 1.0"),
+    "booleans as ids": (lambda lm: jaxlm.generate(lm, [[True]]), "a prompt holds True"),
+    "texts as ids": (lambda lm: jaxlm.generate(lm, [["a", "b"]]), "a prompt holds 'a'"),
+    "nested ids": (lambda lm: jaxlm.generate(lm, [[[1, 2]]]), "a prompt holds [1, 2]"),
+    "a huge id": (lambda lm: jaxlm.generate(lm, [[10**5000]]), "ids go from 0 to 63"),
+    "half a prompt": (lambda lm: jaxlm.generate(lm, [SURROGATE]), "half a surrogate pair"),
+    "stop tokens in a text": (lambda lm: jaxlm.generate(lm, ["a"], stop_tokens="a"), "stop_tokens is 'a'"),
+    "one stop token": (lambda lm: jaxlm.generate(lm, ["a"], stop_tokens=5), "stop_tokens is 5"),
+    "floats to stop at": (lambda lm: jaxlm.generate(lm, ["a"], stop_tokens=[1.5]), "stop_tokens holds 1.5"),
+    "no such stop token": (lambda lm: jaxlm.generate(lm, ["a"], stop_tokens=[-1]), "stop_tokens has -1; ids go from 0"),
+    "many texts": (lambda lm: jaxlm.generate(lm, ["a"], n_best=10**6), "n_best is 1000000"),
+    "many tokens": (lambda lm: jaxlm.generate(lm, ["a"], max_new_tokens=10**30), "max_new_tokens is 1"),
+    "seed": (lambda lm: jaxlm.generate(lm, ["a"], seed=-1), "seed is -1"),
+    "temperature": (lambda lm: jaxlm.generate(lm, ["a"], temperature=float("nan")), "temperature is nan"),
+    "stop": (lambda lm: jaxlm.generate(lm, ["a"], stop=3), "stop is 3"),
+    "half a stop": (lambda lm: jaxlm.generate(lm, ["a"], stop=[SURROGATE]), "stop is "),
+    "draft": (lambda lm: jaxlm.generate(lm, ["a"], draft="x"), "draft is 'x'; give what jaxlm.load"),
+    "decoding": (lambda lm: jaxlm.generate(lm, ["a"], {"seed": 1}), "give a jaxlm.Decoding"),
+    "a stream of several": (lambda lm: [*jaxlm.stream(lm, ["a"])], "a prompt holds 'a'"),
+    "a stream of a path": (lambda lm: [*jaxlm.stream(lm, Path("p"))], "a prompt is "),
+    "no texts": (lambda lm: jaxlm.encode(lm, None), "texts is None"),
+    "texts at a path": (lambda lm: jaxlm.encode(lm, Path("t.txt")), "texts is the path 't.txt'"),
+    "texts of a mapping": (lambda lm: jaxlm.encode(lm, {"a": 1}), "of type dict; give a list of strings"),
+    "ids as texts": (lambda lm: jaxlm.encode(with_pooling(lm), [[1, 2]]), "text 0 is a list"),
+    "half a text": (lambda lm: jaxlm.encode(with_pooling(lm), [SURROGATE]), "half a surrogate pair"),
+    "batch_tokens": (lambda lm: jaxlm.encode(lm, ["a"], batch_tokens="5"), "batch_tokens is '5'"),
+    "normalize": (lambda lm: jaxlm.encode(lm, ["a"], normalize="yes"), "normalize is 'yes'"),
+    "no pairs": (lambda lm: log_likelihoods(lm, None), "pairs is None"),
+    "a pair in a text": (lambda lm: log_likelihoods(lm, ["ab"]), "pair 0 is 'ab'; give (context, continuation)"),
+    "a pair of floats": (lambda lm: log_likelihoods(lm, [([1.5], "a")]), "pair 0 holds 1.5"),
+    "half a pair": (lambda lm: log_likelihoods(lm, [("a", SURROGATE)]), "half a surrogate pair"),
+    "too_long": (lambda lm: log_likelihoods(lm, [("a", "b")], too_long="cut"), "too_long is 'cut'"),
+    "length": (lambda lm: log_likelihoods(lm, [("a", "b")], length=1.5), "length is 1.5"),
+    "texts of nothing": (lambda lm: perplexity(lm, None), "texts is None"),
+    "half of a long text": (lambda lm: perplexity(lm, SURROGATE), "half a surrogate pair"),
+    "stride": (lambda lm: perplexity(lm, "abc", stride="2"), "stride is '2'"),
+    "blank": (lambda lm: fill(lm, "a", blank=""), "blank is ''"),
+}
+
+
+def with_pooling(lm: LM) -> LM:
+    return replace(lm, pooling=jaxlm.Pooling(("lasttoken",)))
+
+
+@pytest.mark.parametrize("name", INFERENCE)
+def test_inference_refuses(lm, name):
+    call, message = INFERENCE[name]
+    with pytest.raises(UserError) as error:
+        call(lm)
+    assert message in str(error.value)
+
+
+def test_prompts_are_ids_of_any_integer_type(lm):
+    """Also lists of NumPy's integers, and rows of one array."""
+    greedy = {"temperature": np.float32(0), "max_new_tokens": np.int64(3), "seed": np.uint8(1), "return_tokens": True}
+    expected = jaxlm.generate(lm, [[1, 2, 3]], **greedy)
+    ids = np.array([[1, 2, 3]])
+    for given in (ids.astype(np.uint8), ids.astype(np.uint64), [ids[0].astype(np.int16)], [tuple(ids[0])]):
+        assert jaxlm.generate(lm, given, **greedy) == expected
+    assert jaxlm.generate(lm, iter([[1, 2, 3]]), stop_tokens=np.array([60]), **greedy) == expected
 
 
 def test_what_python_users_have_is_taken(lm, folder, tmp_path):
