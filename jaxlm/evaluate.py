@@ -25,7 +25,7 @@ from jaxlm.generation_defaults import written_by
 from jaxlm.lm import LM
 from jaxlm.nn.transformer import Transformer
 from jaxlm.step import make_eval_step
-from jaxlm.tasks import TASKS, given, reading
+from jaxlm.tasks import TASKS, given, labels, reading
 from jaxlm.tasks.reading import Record, Records
 from jaxlm.tasks.records import RecordTask, Truncation
 from jaxlm.tasks.task import Seen
@@ -238,8 +238,7 @@ def scored(
         part.places.append(place)
     if not part.records:
         raise UserError(f"there is no row to score{f', {dropped:,} are dropped' if dropped else ''}; give at least one")
-    made.settle(made.task, part, made.labels)
-    [part] = type(made).fitted(made.task, [part], made.labels)
+    part = labels.to_outputs(type(made), made.task, part, made.labels)
     cut: dict[str, Truncation] = {}
     found, means = _seen(lm, made, part.records, batch, cut)
     _warn_of_cuts(made, cut, say)
@@ -313,7 +312,8 @@ def _made(lm: LM, task: Any, length: int | None) -> RecordTask:
     positions = lm.config.max_length if lm.config.positions == "learned" else 512
     if length is not None and lm.config.positions == "learned" and length > positions:
         raise UserError(f"length is {length}, longer than the {positions} positions of the model; lower it")
-    made = kind(task, length or min(512, positions), 0, lm.tokenizer, lm.config.labels if kind.head else ())
+    outputs = labels.named_outputs(task, lm.config.labels) if kind.head else ()
+    made = kind(task, length or min(512, positions), 0, lm.tokenizer, outputs)
     if lm.pooling is not None:
         made.pooling = lm.pooling
     made.configured(lm.config)

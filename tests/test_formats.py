@@ -290,6 +290,9 @@ def test_words_of_sentences_in_tables(tmp_path):
     tagging = columns_of(Tagging(), labelled=True)
     (tmp_path / "x.tsv").write_text("EU\tB-ORG\nis\tO\n\nJo\tB-PER\nran\tO\n")
     assert [row["tokens"] for row in rows(tmp_path / "x.tsv", tagging)] == [["EU", "is"], ["Jo", "ran"]]
+    text = "#\thttp://a.b/x y [2009]\n1\tJo\tB-PER\n2\tis\tO\n\n#\thttp://a.b [2009]\n1\tWer\tO\n"  # GermEval 2014
+    (tmp_path / "comments.tsv").write_text(text)
+    assert [row["tokens"] for row in rows(tmp_path / "comments.tsv", tagging)] == [["Jo", "is"], ["Wer"]]
     (tmp_path / "lists.tsv").write_text("tokens\ttags\nEU is\tB-ORG O\n\nJo\tB-PER\n")
     assert [row["tokens"] for row in rows(tmp_path / "lists.tsv", tagging)] == ["EU is", "Jo"]
     (tmp_path / "x.csv").write_text("Word,Tag\n" + "EU,B-ORG\nis,O\n" * 40)
@@ -578,6 +581,8 @@ def test_limit_and_references(tmp_path):
     part, _ = loaded(file, Seq2Seq(references=("b", "c")), limit=2)
     assert [record["label"] for record in part.records] == [("x", "y"), ("x", "y", "z")]
     assert len(rows(file, limit=5)) == 3
+    with pytest.raises(UserError, match=r"x\.csv:2: there is no column 'd'.*--task\.references"):
+        loaded(file, Seq2Seq(references=("b", "d")))
 
 
 # Containers

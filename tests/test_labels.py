@@ -69,6 +69,45 @@ def test_labels_mean_outputs(found, names, expected):
     assert name_of == (None if expected is None else dict(zip(found, expected.split())))
 
 
+MULTI = Classification(problem="multi_label")
+NAMED = Classification(names=("b", "a"))
+
+
+@pytest.mark.parametrize(
+    ("task", "given", "outputs", "expected"),
+    [
+        (NAMED, [0, 1], ("a", "b"), ["b", "a"]),  # the names say what numbers mean, as they did in training
+        (NAMED, ["c", "b"], ("a", "b", "c"), ["c", "b"]),
+        (NAMED, ["b"], ("LABEL_0", "LABEL_1"), ["b"]),
+        (replace(MULTI, names=("b", "a")), [[1, 0], [0, 0]], ("a", "b"), [("b",), ()]),
+        (MULTI, [[1, 0, 0], [0, 1, 1]], ("a", "b", "c"), [("a",), ("b", "c")]),
+        (MULTI, [[True, False, True]], ("a", "b", "c"), [("a", "c")]),
+        (MULTI, [[1, 0, 0, 0]], ("a", "b", "c"), None),
+        (MULTI, [[0, 1]], ("a", "b", "c"), [("a", "b")]),  # numbers of classes
+    ],
+)
+def test_labels_of_other_data_mean_what_they_meant_in_training(task, given, outputs, expected):
+    kind = TASKS[Classification]
+    places = [Place("rows", n) for n in range(len(given))]
+    part = Records([kind.read(task, {"text": "x", "label": label}, places[0]) for label in given], places)
+    outputs = labels.named_outputs(task, outputs)
+    if expected is None:
+        with pytest.raises(UserError):
+            labels.to_outputs(kind, task, part, outputs)
+        return
+    found = labels.to_outputs(kind, task, part, outputs)
+    assert [record["label"] for record in found.records] == expected
+
+
+def test_lists_of_0_and_1_have_a_value_for_each_output():
+    kind = TASKS[Classification]
+    places = [Place("rows", n) for n in range(3)]
+    part = Records([kind.read(MULTI, {"text": "x", "label": [1, 0, 0]}, place) for place in places], places)
+    kind.settle(MULTI, part, ())  # as reading does
+    with pytest.raises(UserError, match="holds 3 values of 0 and 1, and there are 4 classes"):
+        labels.agreed(kind, MULTI, part, part, Records([], []), ("a", "b", "c", "d"))
+
+
 # Tags of any scheme
 
 SENTENCE = "B-PER I-PER O B-LOC B-LOC"

@@ -127,6 +127,7 @@ def _found_format(file: Path, data: DataConfig, columns: Columns | None, suffix:
     first = first[:-1] if len(first) > 1 and len(head) == _HEAD else first  # the last line may be cut
     kind = suffix
     if suffix == "tsv":  # sentences have blank lines between them, and rows have none
+        text = "".join(line for line in first if not line.startswith("#"))  # a comment may be running text
         divided = re.search(r"\S(\r\n|\r|\n)[ \t]*\1\s*\S", text) and not re.search(r"[^\s] [^\s]", text)
         if divided and not _header_delimiter(first[0], columns) and conll.looks_tagged(first, certain=False):
             kind = "conll"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from jaxlm.errors import UserError
@@ -53,6 +54,27 @@ def unnamed(names: Sequence[str]) -> bool:
     return all(name == f"LABEL_{i}" for i, name in enumerate(names))
 
 
+def named_outputs(task: Any, outputs: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the names of the outputs of a head: its own, or `task.names` where it has none of its own."""
+    given = tuple(getattr(task, "names", ()))
+    return given if unnamed(outputs) and len(given) == len(outputs) else outputs
+
+
+def to_outputs(kind: type[RecordTask], task: Any, part: Records, outputs: tuple[str, ...]) -> Records:
+    """Returns a part of other data than a head was trained on, with its labels as the outputs of the head are named.
+
+    As in training, `task.names` says first what numbers mean; labels that it does not have may be names of outputs.
+
+    Raises UserError for a label that is the name of no output.
+    """
+    kind.settle(task, part, outputs)
+    if given := tuple(getattr(task, "names", ())):
+        with suppress(UserError):
+            [part] = kind.fitted(task, [part], given)
+    [part] = kind.fitted(task, [part], outputs)
+    return part
+
+
 def agreed(
     kind: type[RecordTask],
     task: Any,
@@ -79,11 +101,12 @@ def agreed(
         other = "name all labels with --task.names" if hasattr(task, "names") else "give training rows with it"
         parts = kind.fitted(task, parts, known or names, f"mend it, or {other}")
         return (known or names, parts[0], parts[1])
+    both = type(train)([*train.records, *held_out.records], [*train.places, *held_out.places])
+    kind.settle(task, both, known)
     given = tuple(getattr(task, "names", ()))
     if given:
         parts = kind.fitted(task, parts, given)
-        if unnamed(known) and len(given) == len(known):
-            known = given
+        known = named_outputs(task, known)
     try:
         parts = kind.fitted(task, parts, known)
     except UserError:

@@ -50,7 +50,9 @@ class QuestionAnsweringTask(HeadTask):
     @classmethod
     def read(cls, task: config.QuestionAnswering, row: Row, place: Place) -> Record | None:
         record: Record = {name: text_of(row, name, place, "--data.format squad") for name in ("context", "question")}
-        record["title"] = text_of(row, "title", place, "--data.format squad") if "title" in row else ""
+        record["title"] = row.get("title") or ""
+        if not isinstance(record["title"], str):
+            raise UserError(f"{place}: column 'title' holds {shown(row['title'])}, not text; correct the row")
         given = row.get("answers")
         if given is None:
             return record

@@ -46,7 +46,9 @@ class Seq2SeqTask(GenerationTask):
         value = cell(row, task.target)
         if value is not None:
             several = [*value] if isinstance(value, (list, tuple, np.ndarray)) else [value]
-            several += [text for name in task.references if (text := cell(row, name))]
+            # A row may have fewer references, but a column that is not there is a mistake.
+            references = (column(row, name, place, "--task.references") for name in task.references)
+            several += [text for text in references if text]
             record["label"] = tuple(_text(text, place, task.target) for text in several)
         sides = {task.source: (record["source"],), task.target: record.get("label", ("-",))}
         for name, texts in sides.items():
