@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -28,10 +29,10 @@ with interrupts_wait():
     import tyro
 
     from jaxlm import buckets, config_files, flags, hosts, process, storage
+    from jaxlm import sweep as sweeps
     from jaxlm.config import CausalLM, Classification, DataConfig, Decoding, MeshConfig, RunConfig, check_task
     from jaxlm.errors import RunError, Stopped, UserError, perhaps
     from jaxlm.ranges import MOST, Config, Count, Range, check_fields
-    from jaxlm.sweep import combinations, sweep
 
 MOST_ON_CPU = 256  # devices that stand for the cores of a CPU
 LARGE_ON_CPU = 50_000_000  # parameters; from here on one CPU device serves all cores,
@@ -45,7 +46,7 @@ def train(argv: list[str], signals: process.Signals) -> int:
     given, asked = _swept(given)
     prog = f"jaxlm train {' '.join([str(file), *words])}"
     read = lambda more: flags.parse(config_files.read(file, words), given + more, prog)
-    trials = combinations(asked)
+    trials = sweeps.combinations(asked)
     runs = [read([f"--{name}={value}" for name, value in fields.items()]) for fields in trials]
     for run in runs:
         run.check()
@@ -53,7 +54,7 @@ def train(argv: list[str], signals: process.Signals) -> int:
     one_device_per_core(runs, where.processes if where and where.processes else 1)
     _process()
     hosts.join(where)
-    from jaxlm.fit import fit
+    from jaxlm.fit import SUMMARY, fit
     from jaxlm.tasks import best_of
 
     if not asked:
@@ -61,9 +62,25 @@ def train(argv: list[str], signals: process.Signals) -> int:
         return 0
     if buckets.is_address(read([]).workdir):
         raise UserError(f"workdir is {read([]).workdir}; the runs of a sweep need a folder of this machine")
-    trial = lambda n, folder: fit(dataclasses.replace(runs[n], workdir=str(folder)), stop=signals.stop)
-    print("\n" + sweep(trials, Path(read([]).workdir), trial, best_of(runs[0])))
+    top, score = Path(read([]).workdir), best_of(runs[0])
+    trial = lambda n, folder: fit(dataclasses.replace(runs[n], workdir=str(folder)), stop=signals.stop, summary=False)
+    done = sweeps.sweep(trials, top, trial, score)
+    print("\n" + sweeps.tables(done, score))
+    if (best := sweeps.best_of(done, score)) is None:
+        raise RunError(f"every run of the sweep failed; {top / 'sweep.md'} names them, what each printed says why")
+    print(f"the best run, {top / best.folder}:\n")
+    print((top / best.folder / SUMMARY).read_text() if (top / best.folder / SUMMARY).exists() else "")
+    print(f"the same alone:  {_command(argv, [f'--{name}={value}' for name, value in best.fields.items()], top)}")
     return 0
+
+
+def _command(argv: list[str], fields: list[str], top: Path) -> str:
+    """Returns the command that trains one run of a sweep, given by `argv`, in a folder beside that of the sweep."""
+    given, _ = _swept(argv)
+    name = Path(sys.argv[0]).name
+    program = {"train.py": ["python", sys.argv[0]], "__main__.py": ["python", "-m", "jaxlm", "train"]}
+    words = [*program.get(name, ["jaxlm", "train"]), *given, *fields, f"--workdir={top}-best"]
+    return shlex.join(words)
 
 
 def _swept(given: list[str]) -> tuple[list[str], list[str]]:

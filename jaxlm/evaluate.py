@@ -33,7 +33,7 @@ from jaxlm.tasks.task import Seen
 WINDOW = 4096  # records that are predicted at once
 TOKENS = 4096  # places in a batch
 MOST_ROWS = 2**16  # in a batch
-AHEAD = 2  # batches that the device is given before the results of an earlier one are waited for
+AHEAD = 8  # batches whose results an accelerator has not handed over yet
 Step = Callable[[Any, Any], Any]  # what `make_eval_step` makes, jitted
 
 
@@ -41,29 +41,32 @@ def see(eval_step: Step, params: Any, batches: Any, put: Callable, rows: list[in
     """Runs over all batches.  `put` lays a batch on the mesh.  `rows`: those of a batch that this host makes.
 
     Sums and weights are added over batches in float64 and divided once, so that the size of a batch does not show.
-    Outputs come back in the order of the units, however they were packed.
+    Outputs come back in the order of the units, however they were packed.  The device has up to `AHEAD` batches at a
+    time: it does not wait while the results of one are fetched.
     """
     totals: dict[str, tuple[float, float]] = {}
     outputs: dict[int, list[dict[str, np.ndarray]]] = {}
-    waiting: deque[tuple[int, Any, Any, Any]] = deque()
+    waiting: deque[tuple[int, Any, Any]] = deque()
 
-    def add_first() -> None:
-        step, batch, laid, found = waiting.popleft()
-        losses, arrays = jax.device_get(hosts.whole(found))
+    def fetch() -> None:
+        step, segments, results = waiting.popleft()
+        losses, arrays = jax.device_get(hosts.whole(results))
         for name, (value, weight) in losses.items():
             total = totals.get(name, (0.0, 0.0))
             totals[name] = total[0] + float(value), total[1] + float(weight)
         if arrays:
-            segments_BT = batch["segments_BT"] if rows is None else jax.device_get(hosts.whole(laid["segments_BT"]))[0]
+            segments_BT = segments if rows is None else jax.device_get(hosts.whole(segments))[0]
             outputs.update(_apart(arrays, segments_BT, batches.units_at(step)))
 
     for step, batch in enumerate(prefetch(partial(batches.batch_at, rows=rows), 0, len(batches))):
         laid = put(batch, 1)
-        waiting.append((step, batch, laid, eval_step(params, laid)))
-        if len(waiting) > AHEAD:
-            add_first()
+        segments = (batch if rows is None else laid).get("segments_BT")
+        waiting.append((step, segments, eval_step(params, laid)))
+        # On several CPU devices steps that queue up wait for each other's threads for ever.
+        if len(waiting) >= (1 if jax.default_backend() == "cpu" else AHEAD):
+            fetch()
     while waiting:
-        add_first()
+        fetch()
     return Seen(totals, [outputs[i] for i in sorted(outputs)])
 
 

@@ -26,9 +26,9 @@ from jaxlm.data.batches import prefetch
 from jaxlm.data.corpus import Corpus, Prepared, capped
 from jaxlm.errors import Interrupted, RunError, Stopped, UserError, perhaps
 from jaxlm.evaluate import see
-from jaxlm.folder import NoLog, RunLog, begin, claim, duration, labels_of, write_json
+from jaxlm.folder import NoLog, RunLog, begin, claim, drop_steps, duration, finished_at, labels_of, write_json
 from jaxlm.generate import generate
-from jaxlm.lm import LM, load, save, with_params, without_pooling
+from jaxlm.lm import LM, load, save, with_params
 from jaxlm.measure import Meter, Trace
 from jaxlm.metrics import by_name
 from jaxlm.nn import parameters
@@ -49,6 +49,8 @@ from jaxlm.start import (
 from jaxlm.step import make_eval_step
 from jaxlm.tasks import TASKS, make_task, prepare, with_labels
 from jaxlm.tasks.task import Task
+
+SUMMARY = "summary.txt"  # of a finished run's folder: what was printed at the end
 
 
 def say(message: str) -> None:
@@ -109,6 +111,7 @@ def fit(
     model: LM | None = None,
     data: Prepared | None = None,
     stop: Callable[[], bool] = lambda: False,
+    summary: bool = True,
 ) -> LM:
     """Trains, evaluates, exports and reports `run`, or goes on where its folder says that it was left.
 
@@ -116,6 +119,7 @@ def fit(
     data: what to read, instead of `run.data`.
     stop: asked after each step; True, on any host, saves the state and raises Stopped on all.  So does an interrupt
     from the keyboard, which raises Interrupted, a KeyboardInterrupt.
+    summary: whether the figures of the finished run are printed; summary.txt in its folder has them in any case.
 
     Returns the model with the best held-out score; of several tasks, that of the first.  Raises UserError for a mistake
     in the config or the data, before anything is compiled, and RunError for a fault of the run: a loss that is not
@@ -124,6 +128,7 @@ def fit(
     argument("run", run, RunConfig)
     argument("model", model, LM | None)
     argument("data", data, Prepared | None)
+    argument("summary", summary, bool)
     begun = time.monotonic()
     if model is not None:
         run = with_model(run, model)
@@ -131,7 +136,7 @@ def fit(
     hosts.agree(run)
     buckets.forget()
     with buckets.RunFolder(run.workdir or "runs/unnamed").opened() as place:
-        return _fit_in(place, run, model, data, stop, begun)
+        return _fit_in(place, run, model, data, stop, begun, summary)
 
 
 def _fit_in(
@@ -141,6 +146,7 @@ def _fit_in(
     data: Prepared | None,
     stop: Callable[[], bool],
     begun: float,
+    summary: bool,
 ) -> LM:
     """Does what `fit` says in a folder that this run holds.  begun: when, by the monotonic clock."""
     folder = place.folder
@@ -186,6 +192,11 @@ def _fit_in(
 
     # All that the user could have got wrong is looked at; the folder is this run's from here on.
     hosts.first(lambda: begin(as_given, folder, data.fingerprint, data.labels))
+    if resuming and (last := hosts.first(lambda: finished_at(folder))) is not None:
+        say(f"the run in {folder} is finished, at step {last:,}; nothing is left to do")
+        own = None if kind is Transformer or task.folders != ("",) else kind
+        on = mesh if jax.process_count() == 1 else None
+        return load(folder / "export" / task.folders[0], compute_dtype=run.compute_dtype, module=own, mesh=on)
     # The copies of a folder at an address are each host's own.
     keeps: type[Checkpoints | OfFirstHost] = Checkpoints
     if place.address and jax.process_count() > 1:
@@ -200,12 +211,6 @@ def _fit_in(
         else:
             state = parts.state_of(start_from(weights, like.params, partial(parts.draw, key), say), key)
     started = int(state.step)
-    if hosts.first(lambda: bool(started) and (folder / "report.html").exists()):
-        say(f"the run in {folder} is finished, at step {started:,}; nothing is left to do")
-        checkpoints.close()
-        own = None if kind is Transformer or task.folders != ("",) else kind
-        on = mesh if jax.process_count() == 1 else None
-        return load(folder / "export" / task.folders[0], compute_dtype=run.compute_dtype, module=own, mesh=on)
     hosts.first(lambda: (folder / "report.html").unlink(missing_ok=True))  # its presence says: finished
     _say_start(run, folder, data, batches, _size(like.params), mesh, started)
     if held_out_tokens and len(data.held_out.tokens) < held_out_tokens:
@@ -231,19 +236,24 @@ def _fit_in(
     best = run.best or task.best
     worth = lambda scores: -scores["loss"] if best == "loss" else scores[best]
 
-    if starts_from_weights and run.eval_every:
-        say(_score_line(0, score(state.params)[0]))
     log = RunLog(folder, started, run.steps) if hosts.is_first() else NoLog()
+    # What each evaluation was worth, and what the weights were that the run started from.
+    history, before = notes.get("history", []), notes.get("before", -math.inf)
+    if starts_from_weights and run.eval_every:
+        given = score(state.params)[0]
+        before = worth(given)
+        log.write(0, {f"eval/{name}": value for name, value in given.items()})
+        say(_score_line(0, run.steps, given))
     stop = hosts.agreed(stop)
     checkpoint_every = run.checkpoint_every or max(1, run.steps // 10)
     # Metrics of the steps since the last line of the log, still on the device, and what they cost: a checkpoint between
     # two lines carries both along, so that the next line is the same after it.
     unlogged: list[Any] = notes.get("unlogged", [])
+    logged: list[dict[str, float]] = notes.get("logged", [])  # of the steps of the last line
     meter = Meter(mesh, _flops(run, task, config, batches), notes)
     trace = Trace(folder / "profile", run.profile, started, run.steps)
     scores: dict[str, float] = {}
     found: Any = None
-    history: list[float] = notes.get("history", [])  # what each evaluation was worth
     ending = started == run.steps or _stale(history, run.patience)
     try:
         for step, batch in enumerate(
@@ -269,10 +279,12 @@ def _fit_in(
                 if saving and not finite(state):
                     raise _diverged("a weight is not finite", step, unlogged[-1], checkpoints)
             if logging:
-                values = _averaged(unlogged, meter.seconds) | meter.line(len(unlogged))
+                # The last line may have few steps of its own, and is a mean over as many as the others.
+                window = (logged + unlogged)[-max(run.log_every, len(unlogged)) :]
+                values = _averaged(window, unlogged, meter.seconds) | meter.line(len(unlogged))
                 log.write(step, values)
                 log.progress(step, values)
-                unlogged = []
+                unlogged, logged = [], unlogged
             # Once in a while: the held-out data, and a checkpoint.
             if evaluating:
                 paused, (scores, found) = time.monotonic(), score(state.params)
@@ -280,13 +292,15 @@ def _fit_in(
                 meter.paused(time.monotonic() - paused)
                 if not np.isfinite(scores["loss"]):
                     raise _diverged(f"the held-out loss is {scores['loss']:.4g}", step, metrics, checkpoints)
+                is_best = worth(scores) > max([before, *history])
                 history = [*history, worth(scores)]
-                say(_score_line(step, scores, best=len(history) > 1 and history[-1] > max(history[:-1])))
+                say(_score_line(step, run.steps, scores, is_best))
                 if _stale(history, run.patience) and not ending:
                     say(f"no better {best} in {run.patience} evaluations: the run ends at step {step:,}")
                     ending = True
             if saving:
-                notes = {"unlogged": unlogged, "history": history, **meter.carried()}
+                notes = {"unlogged": unlogged, "logged": logged, "history": history, **meter.carried()}
+                notes |= {} if math.isinf(before) else {"before": before}
                 checkpoints.save(state, scores | {"best": history[-1]} if evaluating else None, notes)
                 place.send()  # of what is whole by now
             if stopping or ending:
@@ -318,6 +332,8 @@ def _fit_in(
         say(f"warning   {warning}")
     written = {"step": int(state.step), **scores, **by_class}
     hosts.first(lambda: write_json(folder / "scores.json", written))
+    if history and max(history) < before:
+        say(f"warning   no {best} was as good as that of the weights that the run started from, which --init names")
     sections = _sections(task, data, batches, found)
     facts = {
         "time": duration(time.monotonic() - begun) + (f" since step {started:,}" if started else ""),
@@ -325,15 +341,23 @@ def _fit_in(
     }
     facts |= {"started from": run.init} if run.init else {}
     facts |= _packing(run, batches) | _cut(task, batches)
-    hosts.first(lambda: _tell(run, folder, lm, scores, export, int(state.step), facts, mesh, sections))
+    text = hosts.first(lambda: _report(run, folder, lm, scores, export, int(state.step), facts, mesh, sections))
+    if summary:
+        say(text)
+    if not run.keep_checkpoints:
+        hosts.first(lambda: drop_steps(folder / "checkpoints"))
     place.send()
     return lm
 
 
-def _score_line(step: int, scores: Mapping[str, float], best: bool = False) -> str:
-    """Returns a line of the console with the held-out scores of a step; best: whether none before was as good."""
-    values = "  ".join(f"{report.words(name)} {report.fact(name, value)}" for name, value in scores.items())
-    return f"scores    step {step:,}: {values}{'  (best so far)' if best else ''}"
+def _score_line(step: int, steps: int, scores: Mapping[str, float], is_best: bool = False) -> str:
+    """Returns a line of the console with the held-out scores of a step; those of a run stand below each other.
+
+    is_best: whether no evaluation before was as good.
+    """
+    values = "  ".join(f"{report.words(name)} {report.fact(name, value):>8}" for name, value in scores.items())
+    width = len(f"{steps:,}")
+    return f"scores    step {step:>{width},}/{steps:,}  {values}{'  best so far' if is_best else ''}"
 
 
 def _stale(history: list[float], patience: int) -> bool:
@@ -349,7 +373,7 @@ def _sections(task: Task, data: Prepared, batches: Any, found: Any) -> list[repo
     return [*task.sections(data.held_out, found), lengths]
 
 
-def _tell(
+def _report(
     run: RunConfig,
     folder: Path,
     lm: LM,
@@ -359,8 +383,8 @@ def _tell(
     further: dict[str, str],
     mesh: Any,
     sections: list[report.Section],
-) -> None:
-    """The figures, a sample and where the files are: to the terminal and to the report."""
+) -> str:
+    """Writes report.html and summary.txt; returns the summary: the figures, a sample and where the files are."""
     facts = {f"held-out {report.words(name)}": report.fact(name, value) for name, value in scores.items()}
     facts |= {
         "of step": f"{step:,}, the best of the run" if run.eval_every else f"{step:,}",
@@ -369,13 +393,15 @@ def _tell(
         **further,
     }
     sample = _sample(lm, run)
-    page = report.write(folder, to_json(run), facts, sample, sections)
     width = max(24, *map(len, facts))
-    for name, value in facts.items():
-        say(f"{name:>{width}}  {value}")
+    lines = [f"{name:>{width}}  {value}" for name, value in facts.items()]
     if sample is not None:
-        say(f"\n{'a sample':-^60}\n{sample}\n{'':-^60}")
-    say(f"\nmodel ({export} format)  {folder / 'export'}\nreport  {page}")
+        lines.append(f"\n{'a sample':-^60}\n{sample}\n{'':-^60}")
+    lines.append(f"\nmodel ({export} format)  {folder / 'export'}\nreport  {folder / 'report.html'}")
+    text = "\n".join(lines)
+    storage.write(folder / SUMMARY, text + "\n")
+    report.write(folder, to_json(run), facts, sample, sections)
+    return text
 
 
 def _packing(run: RunConfig, batches: Any) -> dict[str, str]:
@@ -422,11 +448,15 @@ def _flops(run: RunConfig, task: Task, config: ModelConfig, batches: Any) -> int
     return closed_flops(task, config, run.batch, batches.nothing())
 
 
-def _averaged(metrics: list[dict[str, float]], seconds: float) -> dict[str, float]:
-    """A line of the log: the means over its steps, and tokens and examples a second, padding not counted."""
-    means = {name: sum(values[name] for values in metrics) / len(metrics) for name in metrics[0]}
-    speed = {f"{name}_per_second": means.pop(name) * len(metrics) / seconds for name in ("tokens", "examples")}
-    return {"loss": means["loss"]} | means | {"learning_rate": metrics[-1]["learning_rate"]} | speed
+def _averaged(window: list[dict[str, float]], steps: list[dict[str, float]], seconds: float) -> dict[str, float]:
+    """A line of the log: means over a window, and tokens and examples a second, padding not counted.
+
+    steps: those since the last line, which took so many seconds.
+    """
+    means = {name: sum(values[name] for values in window) / len(window) for name in window[0]}
+    speed = {f"{name}_per_second": sum(values[name] for values in steps) / seconds for name in ("tokens", "examples")}
+    means = {name: value for name, value in means.items() if name not in ("tokens", "examples")}
+    return {"loss": means["loss"]} | means | {"learning_rate": steps[-1]["learning_rate"]} | speed
 
 
 def _export(lm: LM, task: Task, folder: Path) -> tuple[str, LM]:
@@ -438,8 +468,6 @@ def _export(lm: LM, task: Task, folder: Path) -> tuple[str, LM]:
             for name, (one, alone) in exported.items():
                 assert alone.origin is not None  # as `origin` has it
                 alone = replace(alone, origin=_with_keys(alone.origin, one.config_keys))
-                # A text's vector is what a model without a head gives, or one that is pre-trained further.
-                alone = alone if one.head in (None, "masked_lm") else without_pooling(alone)
                 kind = save(alone, new / name)
                 _name_class(new / name, one)
         return kind

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from jaxlm.ranges import check_fields
 
 # What may change between two starts of the same run.
 FREE = {"mesh", "remat", "attention", "unroll", "log_every", "eval_every", "checkpoint_every", "keep", "workdir"}
-FREE |= {"sample_prompt", "sample_tokens", "profile"}
+FREE |= {"keep_checkpoints", "sample_prompt", "sample_tokens", "profile"}
 FREE_DATA = ("path", "eval_path", "cache")  # the content is compared, not the place
 
 
@@ -112,6 +113,36 @@ def _has_begun(folder: Path) -> bool:
     return any((folder / "checkpoints").glob("[0-9]*")) or (log.exists() and log.stat().st_size > 0)
 
 
+def finished_at(folder: Path) -> int | None:
+    """Returns the last step of a run that has begun in a folder, where the run is finished; None where it is not.
+
+    A finished run has a report.  Should someone have removed that, it has scores and, usually, no checkpoints.
+    """
+    scores = folder / "scores.json"
+    if not scores.exists() or not ((folder / "report.html").exists() or not _steps(folder / "checkpoints")):
+        return None
+    steps = [step for _, step in _whole_lines(folder / "metrics.jsonl")]
+    return max(steps, default=0)
+
+
+def drop_steps(checkpoints: Path) -> None:
+    """Removes the checkpoints of a run, and their folder where nothing else is in it."""
+    for step in _steps(checkpoints):
+        shutil.rmtree(step)
+    with suppress(OSError):
+        checkpoints.rmdir()
+
+
+def _steps(checkpoints: Path) -> list[Path]:
+    return [path for path in checkpoints.glob("[0-9]*") if path.name.isdigit()]
+
+
+def _whole_lines(log: Path) -> list[tuple[str, int]]:
+    """The lines of a log and their steps, without those that a kill or a full disk left torn."""
+    lines = log.read_text(errors="replace").splitlines(keepends=True) if log.exists() else []
+    return [(line, step) for line in lines if (step := _step_of(line)) is not None]
+
+
 def write_json(file: Path, values: Any) -> None:
     """Writes a JSON file whole or not at all."""
     try:
@@ -144,12 +175,8 @@ class RunLog:
 
         self._file, self._steps, self._rewriting = folder / "metrics.jsonl", steps, False
         self._started, self._first = time.monotonic(), step
-        kept = []
-        if self._file.exists():
-            for line in self._file.read_text(errors="replace").splitlines(keepends=True):
-                # A line that a kill or a full disk left torn is after every checkpoint.
-                if (logged := _step_of(line)) is not None and logged <= step:
-                    kept.append(line)
+        # A torn line is after every checkpoint.  A run that starts anew evaluates its first weights anew, as step 0.
+        kept = [line for line, logged in _whole_lines(self._file) if step and logged <= step]
         with self._faults():
             storage.write(self._file, "".join(kept))
             (folder / "tensorboard").mkdir(exist_ok=True)

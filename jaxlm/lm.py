@@ -386,9 +386,15 @@ def without_task(files: Mapping[str, bytes]) -> dict[str, bytes]:
     return {name: content for name, content in files.items() if name != _TASK}
 
 
-def without_pooling(lm: LM) -> LM:
-    """Returns the model without the files that make it an encoder of sentences."""
-    return dataclasses.replace(lm, pooling=None, files={n: content for n, content in lm.files.items() if n in _CARRIED})
+def _files_to_save(lm: LM) -> Mapping[str, bytes]:
+    """Returns the files that are saved beside a model.
+
+    Those that make it an encoder of sentences are left out where it has got a head that says something else of a text.
+    """
+    new_head = lm.origin is None or lm.origin.heads != lm.config.heads_on_top
+    if new_head and {"classes", "tokens", "span"} & set(lm.config.heads_on_top):
+        return {name: content for name, content in lm.files.items() if name in _CARRIED}
+    return lm.files
 
 
 def _dtype(name: Any) -> Any:
@@ -458,7 +464,7 @@ def save(
             extra = {f"{name}_token_id": i for name, i in ids.items()}
         if lm.origin is not None and "model_type" not in lm.origin.config:  # of no format yet, but what a task says
             extra |= lm.origin.config
-        for name, content in lm.files.items():
+        for name, content in _files_to_save(lm).items():
             (part / name).parent.mkdir(parents=True, exist_ok=True)
             (part / name).write_bytes(content)
         kind = families.save(

@@ -77,6 +77,7 @@ def tiny(folder: Path, workdir: str) -> RunConfig:
         steps=6,
         log_every=1,
         checkpoint_every=2,
+        keep_checkpoints=True,
         sample_tokens=0,
         workdir=workdir,
     )

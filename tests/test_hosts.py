@@ -42,7 +42,7 @@ def config(task="causal"):
         data=DataConfig(path=str(Path(__file__).parent / f"{task}.{'txt' if task == 'causal' else 'csv'}"), length=32),
         tokenizer=TokenizerConfig(train="characters"),
         optimizer=OptimizerConfig(rate=1e-2, beta2=0.99),
-        batch=8, steps=12, log_every=4, checkpoint_every=3, eval_every=6, sample_tokens=0,
+        batch=8, steps=12, log_every=4, checkpoint_every=3, eval_every=6, sample_tokens=0, keep_checkpoints=True,
     )
 """
 GONE_WITHIN = 120  # seconds in which the others hear that a host is lost

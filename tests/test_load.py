@@ -115,6 +115,15 @@ def test_a_new_head_is_made_and_said(bert):
     assert "masked_lm_head" not in lm.params
 
 
+def test_a_classifier_is_no_encoder_of_sentences(bert, tmp_path):
+    """Files of sentence-transformers go with the body, not with a head that it got since."""
+    pooling = {"modules.json": b"[]", "1_Pooling/config.json": b"{}"}
+    for head, kept in (("none", True), ("pooled", True), ("masked_lm", True), ("classes", False), ("tokens", False)):
+        lm = jaxlm.load(bert, head=head, say=lambda _: None)
+        jaxlm.save(dataclasses.replace(lm, files={**lm.files, **pooling}), tmp_path / head)
+        assert [(tmp_path / head / name).exists() for name in pooling] == [kept, kept]
+
+
 def test_labels_come_back(bert, tmp_path):
     lm = jaxlm.load(bert, head="tokens", labels=["O", "B-PER"], say=lambda _: None)
     jaxlm.save(lm, tmp_path / "tagger")

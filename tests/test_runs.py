@@ -85,6 +85,7 @@ def a_run(place: Path, workdir: Path, **more: Any) -> RunConfig:
         "steps": 12,
         "log_every": 4,
         "checkpoint_every": 3,
+        "keep_checkpoints": True,  # they are compared
         "eval_every": 6,
         "sample_tokens": 0,
         "workdir": str(workdir),
@@ -189,7 +190,8 @@ def test_what_a_run_leaves(alone):
     kept = {path.name for path in (alone / "checkpoints").iterdir()}
     assert {"9", "12"} <= kept <= {"6", "9", "12"}
     assert sorted(path.name for path in alone.iterdir()) == [
-        "checkpoints", "config.json", "export", "metrics.jsonl", "report", "report.html", "scores.json", "tensorboard",
+        "checkpoints", "config.json", "export", "metrics.jsonl", "report", "report.html", "scores.json", "summary.txt",
+        "tensorboard",
     ]  # fmt: skip
 
 
@@ -223,6 +225,32 @@ def test_a_finished_run_says_so(place, alone, devices, capsys):
     assert "is finished, at step 12; nothing is left to do" in capsys.readouterr().err
     assert before == {f: f.stat().st_mtime_ns for f in alone.rglob("*") if f.is_file() and f.name != "config.json"}
     assert lm.config.width == MODEL.width
+
+
+def test_a_finished_run_keeps_its_export(place, alone, tmp_path, devices, no_pictures, capsys):
+    """Its checkpoints are of no use any more; it is finished without them, also where its report was removed."""
+    run = a_run(place, tmp_path / "run", keep_checkpoints=False)
+    fit(run)
+    kept = {path.name for path in (tmp_path / "run").iterdir()}
+    assert kept == {path.name for path in alone.iterdir()} - {"checkpoints"}
+    for file in (alone / "export").iterdir():
+        assert (tmp_path / "run" / "export" / file.name).read_bytes() == file.read_bytes()
+    (tmp_path / "run" / "report.html").unlink()
+    capsys.readouterr()
+    fit(run)
+    assert "is finished, at step 12; nothing is left to do" in capsys.readouterr().err
+
+
+def test_the_last_line_is_a_mean_over_as_many_steps_as_the_others(place, tmp_path, devices):
+    by_step = a_run(place, tmp_path / "each", log_every=1, eval_every=0)
+    fit(by_step)
+    each = [row["loss"] for row in losses(tmp_path / "each") if "loss" in row]
+    run = a_run(place, tmp_path / "run", log_every=5, eval_every=0)
+    with pytest.raises(Stopped):
+        fit(run, stop=stop_after(11))  # what the last line needs of the line before it comes back with the state
+    fit(run)
+    lines = [row["loss"] for row in losses(tmp_path / "run") if "loss" in row]
+    assert lines == pytest.approx([np.mean(each[0:5]), np.mean(each[5:10]), np.mean(each[7:12])])
 
 
 def test_the_log_is_cut_to_the_restored_step(place, alone, tmp_path, devices):
@@ -565,7 +593,7 @@ def config():
         data=DataConfig(path=str(Path(__file__).parent / "text.txt"), length=32),
         tokenizer=TokenizerConfig(train="characters"),
         optimizer=OptimizerConfig(rate=1e-2, beta2=0.99),
-        batch=8, steps=12, log_every=4, checkpoint_every=3, eval_every=6, sample_tokens=0,
+        batch=8, steps=12, log_every=4, checkpoint_every=3, eval_every=6, sample_tokens=0, keep_checkpoints=True,
     )
 """
 

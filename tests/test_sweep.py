@@ -27,7 +27,7 @@ from jaxlm.__main__ import main
 from jaxlm.config import MultiTask, Part, from_json, to_json
 from jaxlm.data import source
 from jaxlm.nn.transformer import init
-from jaxlm.sweep import Trial, combinations, table
+from jaxlm.sweep import Trial, best_of, combinations, folder_of, single_runs, table
 from jaxlm.tasks import make_task, prepare
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -66,20 +66,57 @@ def test_combinations():
     ]  # fmt: skip
 
 
+TRIALS = [
+    Trial({"rate": "1", "seed": "0"}, "a", {"step": 5, "loss": 1.0, "accuracy": 0.5, "f1/yes": 0.1}),
+    Trial({"rate": "1", "seed": "1"}, "b", {"step": 5, "loss": 2.0, "accuracy": 0.7}),
+    Trial({"rate": "2", "seed": "0"}, "c", {"step": 5, "loss": 3.0, "accuracy": 0.9}),
+    Trial({"rate": "2", "seed": "1"}, "d", {}, "the loss is nan"),
+]
+
+
+def cells(markdown: str) -> list[list[str]]:
+    """The cells of a table, without the line below its head."""
+    lines = [[cell.strip() for cell in line.strip("| ").split("|")] for line in markdown.splitlines()]
+    assert all(set(cell) == {"-"} for cell in lines.pop(1))
+    return lines
+
+
 def test_the_table_has_means_and_deviations_over_seeds_best_first():
-    trials = [
-        Trial({"rate": "1", "seed": "0"}, "", {"step": 5, "loss": 1.0, "accuracy": 0.5}),
-        Trial({"rate": "1", "seed": "1"}, "", {"step": 5, "loss": 2.0, "accuracy": 0.7}),
-        Trial({"rate": "2", "seed": "0"}, "", {"step": 5, "loss": 3.0, "accuracy": 0.9}),
-        Trial({"rate": "2", "seed": "1"}, "", {}, "the loss is nan"),
+    assert cells(table(TRIALS, "accuracy")) == [
+        ["fields", "runs", "accuracy", "loss"],
+        ["rate=2", "2, 1 failed", "0.9000", "3.0000"],
+        ["rate=1", "2", "0.6000 ± 0.1414", "1.5000 ± 0.7071"],
     ]
-    assert table(trials, "accuracy").splitlines() == [
-        "| fields | runs | accuracy | loss |",
-        "| --- | --- | --- | --- |",
-        "| rate=2 | 2, 1 failed | 0.9000 | 3.0000 |",
-        "| rate=1 | 2 | 0.6000 ± 0.1414 | 1.5000 ± 0.7071 |",
+    assert cells(table(TRIALS, "loss"))[1][0] == "rate=1"
+    assert len({len(line) for line in table(TRIALS, "accuracy").splitlines()}) == 1  # columns stand below each other
+
+
+def test_the_single_runs_stand_in_a_table_and_the_best_of_the_best_fields_is_found():
+    assert cells(single_runs(TRIALS, "accuracy")) == [
+        ["run", "step", "accuracy", "loss"],
+        ["c", "5", "0.9000", "3.0000"],
+        ["b", "5", "0.7000", "2.0000"],
+        ["a", "5", "0.5000", "1.0000"],
+        ["d", "failed", "–", "–"],
     ]
-    assert table(trials, "loss").splitlines()[2].startswith("| rate=1 ")
+    assert best_of(TRIALS, "accuracy").folder == "c"
+    assert best_of(TRIALS, "loss").folder == "a"
+    assert best_of(TRIALS[3:], "loss") is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"optimizer.rate": "2e-5", "seed": "0"}, r"optimizer\.rate-2e-5_seed-0"),
+        ({"init": "/models/my bert", "task.label": "Größe=1"}, r"init-_models_my_bert_task\.label-Gr_e_1_[0-9a-f]{8}"),
+        ({"data.path": "x" * 500}, r"data\.path-x+_[0-9a-f]{8}"),
+        ({"optimizer.final": "-1"}, r"optimizer\.final--1"),
+    ],
+)
+def test_no_shell_has_to_quote_the_name_of_a_folder(fields, name):
+    assert re.fullmatch(name, folder_of(fields)) and len(folder_of(fields)) < 200
+    others = [{key: f"{value}{end}" for key, value in fields.items()} for end in (" ", "=", "/", "ä")]
+    assert len({folder_of(some) for some in (fields, *others)}) == 5
 
 
 def test_a_sweep_ends_in_one_table_and_goes_on_where_it_was_left(folder, capsys):
@@ -87,11 +124,18 @@ def test_a_sweep_ends_in_one_table_and_goes_on_where_it_was_left(folder, capsys)
     assert main(command) == 0
     said = capsys.readouterr()
     lines = (folder / "run" / "sweep.md").read_text().splitlines()
-    assert len(lines) == 4 and "optimizer.rate=1e-3 | 2 |" in lines[2] and "2 failed" in lines[3]
-    assert lines[2] in said.out
+    assert re.match(r"\| optimizer.rate=1e-3 +\| 2 ", lines[2]) and "2 failed" in lines[3]
+    assert lines[5].startswith("| run ") and len(lines) == 11  # and the single runs
+    assert lines[2] in said.out and lines[7] in said.out
     assert "the loss is" in said.out or "not finite" in said.out
     kept = sorted(path.name for path in (folder / "run").iterdir() if path.is_dir())
-    assert len(kept) == 4 and "optimizer.rate=1e-3 seed=0" in kept
+    assert len(kept) == 4 and "optimizer.rate-1e-3_seed-0" in kept
+    assert not any((folder / "run" / name / "checkpoints").exists() for name in kept if "1e-3" in name)
+    # One summary, that of the best run, and the command that trains it alone.
+    assert (said.out + said.err).count("held-out accuracy") == 1
+    command_alone = said.out.splitlines()[-1].split()
+    assert command_alone[-2].startswith("--seed=") and command_alone[-1] == f"--workdir={folder / 'run'}-best"
+    assert command_alone[-3] == "--optimizer.rate=1e-3" and str(folder / "tiny.py") in command_alone
     assert main(["train", str(folder / "tiny.py"), "--sweep", "optimizer.rate=1e-3", "seed=0,1"]) == 0
     assert capsys.readouterr().err.count("nothing is left to do") == 2
 
@@ -101,6 +145,7 @@ MISTAKES = {
     "no value": (["seed"], "--sweep has 'seed'; give FIELD=VALUE,VALUE"),
     "an empty value": (["seed=0,,1"], "give FIELD=VALUE,VALUE"),
     "twice": (["seed=0", "seed=1"], "names 'seed' twice"),
+    "a value twice": (["seed=0,1,0"], "has seed=0 twice"),
 }
 
 

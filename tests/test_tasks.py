@@ -103,6 +103,21 @@ def test_whole_documents_are_not_predicted_across():
     assert sum(int(batches.batch_at(s)["weights_BT"].sum()) for s in range(len(batches))) >= len(pairs)
 
 
+def test_whole_documents_end_where_one_token_stands_for_both_ends():
+    """GPT-2's <|endoftext|>: each document has it in front; what is learned behind the last token is the end."""
+    corpus = corpus_of([[7], [30], [2]])._replace(tokens=np.arange(39) % 5 + 3)
+    corpus.tokens[corpus.bounds[:-1]] = 1
+    tokenizer = SimpleNamespace(bos=1, eos=1)
+    bounds = corpus.bounds.tolist()
+    documents = [[*corpus.tokens[a:b].tolist(), 1] for a, b in zip(bounds, bounds[1:])]
+    pairs = [pair for document in documents for pair in zip(document, document[1:])]
+    for training in (True, False):
+        task = CausalLMTask(CausalLM(stream=False), 8, 5, tokenizer)
+        assert predictions(task.examples(corpus, training), 0 if training else None) == pairs
+    stream = CausalLMTask(CausalLM(), 8, 5, tokenizer)
+    assert len(predictions(stream.examples(corpus, False), None)) == 38  # there the next document begins
+
+
 @pytest.mark.parametrize("tokens", [[], [[1]]], ids=["none", "one"])
 def test_a_corpus_without_predictions_has_no_examples(tokens):
     for stream in (True, False):

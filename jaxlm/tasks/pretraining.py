@@ -38,6 +38,9 @@ class CausalLMTask(Task):
         self.most = 2 if task.stream else max(2, length // 8)
         # Tokens that stand around documents, which have no bytes.
         self.frame = [] if tokenizer is None else [i for i in (tokenizer.bos, tokenizer.eos) if i is not None]
+        # One token begins and ends documents (GPT-2): each has it in front, and whole documents are to end with it.
+        one = tokenizer is not None and tokenizer.eos is not None and tokenizer.eos == tokenizer.bos
+        self.end = tokenizer.eos if one and not task.stream else None
 
     def examples(self, corpus: Corpus, training: bool) -> CausalExamples:
         return CausalExamples(self, corpus, training)
@@ -73,7 +76,8 @@ class CausalLMTask(Task):
 class CausalExamples:
     """Spans of text, and for each position the token that comes next.
 
-    A text of n tokens has n - 1 predictions.  In a stream all documents are one text.  Training cuts each text into
+    A text of n tokens has n - 1 predictions, and one of its end where the tokenizer has one token for both ends.  In a
+    stream all documents are one text.  Training cuts each text into
     spans of the row length, from a place that differs in each epoch.  Evaluation moves windows of the row length by
     `stride` and counts in each the predictions that no window before it had.
     """
@@ -91,12 +95,16 @@ class CausalExamples:
         offset = 0
         if self.training and self.task.task.stream:
             offset = int(np.random.default_rng((self.task.seed, TRAINING, n or 0)).integers(T))
-        spans = [_spans(a, b - 1, T, stride, offset) for a, b in zip(self.texts, self.texts[1:]) if b - a > 1]
+        more = int(self.task.end is not None)
+        ends_of = zip(self.texts, self.texts[1:] + more)
+        spans = [_spans(a, b - 1, T, stride, offset) for a, b in ends_of if b - a > 1 + more]
         starts, counted, ends = np.concatenate(spans or [np.zeros((0, 3), np.int64)]).T
         return Epoch(ends - starts, partial(self._features, starts, counted, ends))
 
     def _features(self, starts: np.ndarray, counted: np.ndarray, ends: np.ndarray, i: int) -> list[Features]:
         tokens = self.corpus.tokens[starts[i] : ends[i] + 1].astype(np.int32)
+        if len(tokens) <= ends[i] - starts[i]:  # of the last document: others are followed by the next one's beginning
+            tokens = np.append(tokens, np.int32(self.task.end or 0))
         weights = np.arange(starts[i], ends[i]) >= counted[i]
         return [{"tokens_BT": tokens[:-1], "labels_BT": tokens[1:], "weights_BT": weights.astype(np.float32)}]
 
