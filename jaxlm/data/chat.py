@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
     from jaxlm.data.tokenizer import Tokenizer
 
 SOURCE = 1_000_000  # characters of a template
-# Templates that read a list of parts loop over it, or pick from it.
-_READS_PARTS = re.compile(r"for\s[^%]*?\sin\s[^%]*content|content['\"]?\]?\s*\|\s*(selectattr|rejectattr|map)")
+_PICKS_PARTS = re.compile(r"content['\"]?\]?\s*\|\s*(selectattr|rejectattr|map)")
+_FOR, _IN = re.compile(r"for\s"), re.compile(r"\sin\s")
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _HALF = re.compile("[\ud800-\udfff]")
 _WINDOW = 512  # conversations that are rendered and encoded at once
@@ -207,7 +208,7 @@ def _chat(
         if not _is_known(tokenizer, use, role):
             # Most templates leave out a message of a role that they do not know, and say nothing.
             raise UserError(f"message {place} has the role {role!r}{perhaps(role, conversations.ROLES)}; rename it")
-    if not _READS_PARTS.search(use.source):
+    if not _reads_parts(use.source):
         plain = conversations.with_plain_content(plain)
     listed = isinstance(tools, Sequence) and all(isinstance(tool, Mapping) for tool in tools)
     if tools is not None and not listed:
@@ -217,6 +218,20 @@ def _chat(
     special = {f"{role}_token": token for role, token in tokenizer.special.items()}
     roles = (*conversations.ROLES, *conversations.MORE_ROLES)
     return {"source": use.source, "messages": plain, "roles": roles, "special": special, "given": given}
+
+
+@lru_cache(maxsize=32)
+def _reads_parts(source: str) -> bool:
+    """Returns whether a template loops over a content that is a list of parts, or picks from it.
+
+    It takes time in proportion to the source, whatever a stranger wrote there.
+    """
+    for statement in source.split("%"):
+        begin = _FOR.search(statement)
+        inner = begin and _IN.search(statement, begin.end())
+        if inner and "content" in statement[inner.end() :]:
+            return True
+    return _PICKS_PARTS.search(source) is not None
 
 
 def _is_known(tokenizer: Tokenizer, use: _Template, role: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 from unicodedata import category
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 Span = tuple[int, int]  # characters [start, end)
 _STAND_IN = 0xD0000  # the first of the characters that stand for control tokens, in a plane that Unicode does not use
 _UNUSED = re.compile("[\U000d0000-\U000dffff]")
+_LETTER, _SIGN = re.compile(r"\w"), re.compile(r"[^\w\s]")
 
 
 class Rendered(NamedTuple):
@@ -32,7 +33,7 @@ class _Control(NamedTuple):
     """The control tokens of a tokenizer, and two ways to encode.
 
     Every added token is one, special or not, but for those of white space alone, which are common in source code, and
-    for words: those of letters and digits alone that are not special and that the template does not have.
+    for words: those of letters and digits alone that are not special, have no role and are not in the template.
     """
 
     contents: dict[int, str]  # id -> text
@@ -42,6 +43,7 @@ class _Control(NamedTuple):
     stand_ins: dict[str, str]  # text -> the character that stands for it
     guarded: tokenizers.Tokenizer  # takes for tokens the characters that stand for them alone
     unknown: int | None  # id of what the vocabulary does not have
+    normalized: bool  # whether normal forms are made before some of them are found
 
 
 def control_pattern(tokenizer: Tokenizer, source: str) -> re.Pattern[str]:
@@ -57,7 +59,9 @@ def _control(tokenizer: Tokenizer, source: str) -> _Control:
     described |= {"post_processor": None, "truncation": None, "padding": None}
     exact = Backend.from_str(json.dumps(described))
     unknown = described["model"].get("unk_token")
-    tokens = [token for token in described["added_tokens"] if _is_control(token["content"], token["special"], source)]
+    roles, source = set(tokenizer.special.values()), source.casefold()
+    is_special = lambda token: token["special"] or token["content"] in roles
+    tokens = [token for token in described["added_tokens"] if _is_control(token["content"], is_special(token), source)]
     stand_ins = {token["content"]: chr(_STAND_IN + n) for n, token in enumerate(tokens)}
     longest = sorted(tokens, key=lambda token: len(token["content"]), reverse=True)
     alone = lambda token: r"(?<!\w){}(?!\w)" if token["single_word"] else "{}"
@@ -71,6 +75,7 @@ def _control(tokenizer: Tokenizer, source: str) -> _Control:
         stand_ins,
         Backend.from_str(json.dumps(described)),
         exact.token_to_id(unknown) if unknown else _unknown(described),
+        described["normalizer"] is not None and any(token["normalized"] for token in tokens),
     )
 
 
@@ -79,7 +84,7 @@ def _is_control(content: str, special: bool, source: str) -> bool:
     if not bare.strip():
         return False
     is_word = all(category(char)[0] in "LMNZ" for char in bare)  # letters, marks, digits, spaces
-    return special or content in source or not is_word
+    return special or not is_word or content.casefold() in source
 
 
 def _unknown(described: dict) -> int | None:
@@ -115,14 +120,25 @@ def encode(tokenizer: Tokenizer, source: str, chats: Sequence[Rendered]) -> list
     found = []
     encodings = control.exact.encode_batch([chat.text for chat in chats], add_special_tokens=False)
     for chat, encoding in zip(chats, encodings):
-        if _is_forged(control, chat, encoding):
+        places = list(_places(control, chat, encoding))
+        if any(place.of_user for place in places) or _is_lost(control, chat, places):
             found.append(_guarded(control, chat))
         else:
             found.append((encoding.ids, _in_answers(encoding.offsets, chat.answers)))
     return found
 
 
-def _is_forged(control: _Control, chat: Rendered, encoding: tokenizers.Encoding) -> bool:
+class _Place(NamedTuple):
+    """A control token in a text: its id, its characters [start, end), and whether a user wrote one of them."""
+
+    token: int
+    start: int
+    end: int
+    of_user: bool
+
+
+def _places(control: _Control, chat: Rendered, encoding: tokenizers.Encoding) -> Iterator[_Place]:
+    """Yields the control tokens of an encoding, without the white space around them that belongs to them."""
     ends = [end for _, end in chat.users]
     for token, (start, end) in zip(encoding.ids, encoding.offsets):
         if token not in control.contents:
@@ -135,23 +151,36 @@ def _is_forged(control: _Control, chat: Rendered, encoding: tokenizers.Encoding)
         if behind and not control.contents[token][-1].isspace():
             end = start + len(chat.text[start:end].rstrip())
         n = bisect_right(ends, start)  # the first text of a user that ends behind the start
-        if n < len(ends) and chat.users[n][0] < end:
-            return True
-    return False
+        yield _Place(token, start, end, n < len(ends) and chat.users[n][0] < end)
+
+
+def _of_template(control: _Control, chat: Rendered) -> list[_Place]:
+    """Returns the control tokens that the template wrote, as they are found where users write harmless text."""
+    bounds = [0, *(bound for span in chat.users for bound in span), len(chat.text)]
+    parts = [chat.text[start:end] for start, end in zip(bounds, bounds[1:])]
+    parts[1::2] = [_SIGN.sub(".", _LETTER.sub("x", part)) for part in parts[1::2]]
+    harmless = chat._replace(text=(text := "".join(parts)))
+    places = _places(control, harmless, control.exact.encode(text, add_special_tokens=False))
+    return [place for place in places if not place.of_user]
+
+
+def _is_lost(control: _Control, chat: Rendered, places: Sequence[_Place]) -> bool:
+    """Returns whether a user's text takes a control token from the template.
+
+    A character that combines with the one before it does, where normal forms are made before such a token is found.
+    """
+    return control.normalized and not chat.text.isascii() and not set(_of_template(control, chat)) <= set(places)
 
 
 def _guarded(control: _Control, chat: Rendered) -> tuple[list[int], list[bool]]:
     """`encode` of one chat, in which the template's control tokens are found where no user wrote anything."""
     text = _UNUSED.sub("\ufffd", chat.text)
-    bounds = [0, *(bound for span in chat.users for bound in span), len(text)]
-    tokens = [
-        match for start, end in zip(bounds[::2], bounds[1::2]) for match in control.pattern.finditer(text, start, end)
-    ]
+    tokens = _of_template(control, chat)
     parts: list[str] = []
     olds, news = [0], [0]  # places of the old text, and where they are in the new one
-    for match in tokens:
-        parts += [text[olds[-1] : match.start()], control.stand_ins[match[0]]]
-        olds.append(match.end())
+    for token, start, end, _ in tokens:
+        parts += [text[olds[-1] : start], control.stand_ins[control.contents[token]]]
+        olds.append(end)
         news.append(news[-1] + len(parts[-2]) + 1)
     parts.append(text[olds[-1] :])
 

@@ -172,9 +172,15 @@ def _build_in(
             ended=run.model.structure == "encoder_decoder",
         )
     if tokenizer.size > run.model.vocabulary:
+        size = tokenizer.size
+        remedy = f"raise it with --model.vocabulary {size}"
+        if run.init:
+            remedy = (
+                f"give the weights as many rows in Python, "
+                f"jaxlm.save(jaxlm.resize(jaxlm.load({run.init!r}), {size}), FOLDER), and begin with --init FOLDER"
+            )
         raise UserError(
-            f"the tokenizer has ids up to {tokenizer.size - 1}, the model's vocabulary is {run.model.vocabulary}; "
-            f"raise it with --model.vocabulary {tokenizer.size}"
+            f"the tokenizer has {size} tokens, the model's vocabulary {run.model.vocabulary} rows for tokens; {remedy}"
         )
     split = None if sentences is None else _SENTENCES[sentences]
     for name, texts in {"train": train(rows), "held_out": held_out()}.items():

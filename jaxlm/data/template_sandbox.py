@@ -22,6 +22,8 @@ from markupsafe import Markup
 from jaxlm.data.template_text import (
     ANSWER_BEGINS,
     ANSWER_ENDS,
+    Integer,
+    Real,
     Text,
     from_user,
     has_user,
@@ -31,8 +33,8 @@ from jaxlm.data.template_text import (
 )
 
 # These look at the characters of a text by functions of Python that do not know `Text`.
-_DERIVED = {"e", "escape", "filesizeformat", "float", "forceescape", "int", "pprint", "striptags", "title", "truncate"}
-_DERIVED |= {"urlencode", "urlize", "wordcount", "wordwrap", "xmlattr"}
+_DERIVED = {"e", "escape", "filesizeformat", "float", "forceescape", "int", "pprint", "round", "striptags", "title"}
+_DERIVED |= {"truncate", "urlencode", "urlize", "wordcount", "wordwrap", "xmlattr"}
 
 
 class RefusedError(Exception):
@@ -106,6 +108,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """Returns the date and time of the renderings."""
         text = self.now.strftime(plain_of(form))
         return from_user(text) if has_user(form) else Text(text)
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        """Returns whether a template may read an attribute; those of a user's number would be plain numbers."""
+        return not isinstance(obj, (Integer, Real)) and super().is_safe_attribute(obj, attr, value)
 
     def joined(self, parts: Iterable[Any]) -> Text:
         """Returns what `~` makes of its parts."""

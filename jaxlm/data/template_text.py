@@ -145,6 +145,11 @@ class Text(str):
     def removesuffix(self, suffix: str, /) -> str:
         return self[: len(self) - len(suffix)] if self.endswith(suffix) else self
 
+    @staticmethod
+    def maketrans(*args: Any) -> dict[int, Any]:  # type: ignore[override]
+        table = str.maketrans(*map(plain_of, args))
+        return user_data(table) if any(map(has_user, args)) else table
+
     def _parts(self, parts: Iterable[str], between: int | None) -> list[Any]:
         """Returns the parts of the plain string as texts; None characters between them are white space."""
         found, place = [], 0
@@ -252,7 +257,7 @@ def user_data(value: Any) -> Any:
     if type(value) is str:
         return from_user(value)
     if type(value) is dict:
-        return {from_user(key): user_data(item) for key, item in value.items()}
+        return {user_data(key): user_data(item) for key, item in value.items()}
     return [user_data(item) for item in value] if type(value) is list else user_number(value)
 
 

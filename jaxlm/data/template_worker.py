@@ -165,8 +165,10 @@ def main(memory: int) -> None:
         "characters": 99,
     }
     render({**warm, "renderings": [[0, True]]})
+    # Filters and methods import these when they are used, and then no file can be opened any more.
+    import html  # noqa: F401
     import pprint  # noqa: F401
-    import textwrap  # noqa: F401 - filters import these when they are used, and then no file can be opened any more
+    import textwrap  # noqa: F401
 
     limit(memory)
     sys.set_int_max_str_digits(4300)

@@ -174,8 +174,9 @@ class Tokenizer:
         if self.rows is not None and ids and (last := max(ids)) >= self.rows:
             raise UserError(
                 f"the text has the token {self.pieces([last])[0]!r} with the id {last}, but the model has {self.rows} "
-                f"rows for tokens and its tokenizer {self.size} tokens; give the model a row for each with "
-                f"jaxlm.resize(lm), or use the tokenizer that it was trained with"
+                f"rows for tokens and its tokenizer {self.size} tokens; give the model a row for each in Python, "
+                f"jaxlm.save(jaxlm.resize(lm, {self.size}), FOLDER), and use that model (--init FOLDER), or use the "
+                f"tokenizer that the model was trained with"
             )
         return ids
 
