@@ -327,7 +327,7 @@ OPERATIONS += [
     "map('upper') | join",
     "wordwrap(3)",
     "truncate(9, true, '')",
-    "format",
+    "replace('%', '%%') | format",
     "default('')",
     "urlencode | lower",
 ]
@@ -412,8 +412,6 @@ def test_looking_at_a_template_takes_no_time(tokenizer):
     assert time.monotonic() - begun < 20
 
 
-@pytest.mark.parametrize(
-    "template", ["{{ (messages[0].content | e).unescape() }}", "{{ ('<b>a' | safe).striptags() }}"]
-)
+@pytest.mark.parametrize("way", ["(messages[0].content | e).unescape()", "('<b>a' | safe).striptags()"])
 def test_methods_that_import_something_work_where_no_file_can_be_opened(tokenizer, way):
     assert chat.render(tokenizer, [{"role": "user", "content": "a"}], template="{{ " + way + " }}") == "a"

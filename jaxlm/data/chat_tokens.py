@@ -66,16 +66,18 @@ def _control(tokenizer: Tokenizer, source: str) -> _Control:
     longest = sorted(tokens, key=lambda token: len(token["content"]), reverse=True)
     alone = lambda token: r"(?<!\w){}(?!\w)" if token["single_word"] else "{}"
     pattern = "|".join(alone(token).format(re.escape(token["content"])) for token in longest)
+    contents = {token["id"]: token["content"] for token in tokens}
+    normalized = described["normalizer"] is not None and any(token["normalized"] for token in tokens)
     _rename(described, stand_ins)
     return _Control(
-        {token["id"]: token["content"] for token in tokens},
+        contents,
         {token["id"]: (token["lstrip"], token["rstrip"]) for token in tokens},
         re.compile(pattern or "(?!)"),
         exact,
         stand_ins,
         Backend.from_str(json.dumps(described)),
         exact.token_to_id(unknown) if unknown else _unknown(described),
-        described["normalizer"] is not None and any(token["normalized"] for token in tokens),
+        normalized,
     )
 
 
