@@ -12,10 +12,8 @@ from jaxlm.ranges import shown
 
 
 def check_model(name: str, given: Any) -> None:
-    """Raises UserError for what is no model."""
-    from jaxlm.lm import LM  # which imports the modules that call this
-
-    if not isinstance(given, LM):
+    """Raises UserError for what is no model, by its parts: `lm` imports the modules that call this."""
+    if not all(hasattr(given, part) for part in ("config", "module", "params", "programs")):
         raise UserError(f"{name} is {shown(given)}; give what jaxlm.load or jaxlm.fit returns")
 
 

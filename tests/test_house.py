@@ -23,7 +23,7 @@ MODULES = {name.removesuffix(".__init__"): file for file, name in FILES.items()}
 
 ORDER = (  # each may import those before it and beside it
     ("errors", "ranges", "config"),
-    ("process", "flags", "config_files"),
+    ("arguments", "process", "flags", "config_files"),
     ("storage",),
     ("archives", "buckets", "hosts", "losses", "metrics", "sharding", "programs", "chips", "hlo"),
     ("pictures", "report"),
