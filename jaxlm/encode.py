@@ -223,6 +223,7 @@ def encode(
     Raises UserError for texts that are no strings, a model without tokenizer, and a decoder that declares no pooling.
     """
     check_model("lm", lm)
+    texts = listed("texts", texts, "strings")
     batch_tokens = argument("batch_tokens", batch_tokens, Positive | None)
     normalize = argument("normalize", normalize, bool | None)
     if batch_tokens is None:
@@ -291,16 +292,14 @@ def _width(lm: LM, pooling: Pooling) -> int:
 
 
 def _windows(texts: Iterable[str]) -> Iterator[list[str]]:
-    given = listed("texts", texts, "strings")
-
     def checked() -> Iterator[str]:
-        for i, text in enumerate(given):
+        for i, text in enumerate(texts):
             if not isinstance(text, str):
                 raise UserError(f"text {i} is a {type(text).__name__}, {str(text)[:40]!r}; give strings")
             yield text
 
     # What is in memory is checked whole, before anything is compiled.
-    stream = iter(list(checked()) if isinstance(given, Sized) else checked())
+    stream = iter(list(checked()) if isinstance(texts, Sized) else checked())
     while window := list(islice(stream, WINDOW)):
         yield window
 

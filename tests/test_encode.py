@@ -164,7 +164,7 @@ def test_nothing_in_nothing_out(tokenizer):
     "change, texts, said",
     [
         ({}, "one text", "one str"),
-        ({}, 3, "one int"),
+        ({}, 3, "texts is 3, of type int"),
         ({}, ["a cat", None], "text 1 is a NoneType"),
         ({}, iter(["a cat", 7.0]), "text 1 is a float"),
         ({"tokenizer": None}, ["a cat"], "no tokenizer"),
