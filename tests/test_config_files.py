@@ -103,7 +103,10 @@ def test_the_help_of_predict_needs_no_file(capsys):
 
 
 SWEEPS = {
-    "too many": ([f"optimizer.rate={','.join(['1'] * 100)}", f"seed={','.join('0' * 100)}"], ["10,000", "1,000"]),
+    "too many": (
+        [f"epochs={','.join(map(str, range(100)))}", f"seed={','.join(map(str, range(100)))}"],
+        ["10,000", "1,000"],
+    ),
     "the folder": (["workdir=a,b"], ["workdir", "folder of its own"]),
 }
 
