@@ -42,15 +42,34 @@ class Assembly(NamedTuple):
     train_step: Any
 
 
+def remat_of(run: RunConfig, mesh: Mesh) -> str:
+    """Returns what the backward pass recomputes on this mesh: a key of `REMAT`, or "none".
+
+    Memory is what limits accelerators, and what they recompute elementwise they do not have to read; on CPU the
+    arithmetic of activations takes longer than the reading.
+    """
+    if run.remat != "auto":
+        return run.remat
+    return "none" if mesh.devices.flat[0].platform == "cpu" else "elementwise"
+
+
+def unroll_of(run: RunConfig, config: ModelConfig, mesh: Mesh) -> int:
+    """The layers in one turn of the layer loop: GPT-2 on an H100 is a third faster with all 12 than with 1, and takes
+    little more than half of the memory (benchmarks/RESULTS.md)."""
+    if run.unroll:
+        return run.unroll
+    gpu = mesh.devices.flat[0].platform in ("gpu", "cuda", "rocm")
+    return 1 if not gpu else config.layers if config.layers <= 12 else 4
+
+
 def assemble(
     run: RunConfig, task: Task, config: ModelConfig, mesh: Mesh, kind: type[Transformer] = Transformer
 ) -> Assembly:
     """The parts of a run whose model is of this config and class.  Raises UserError where the mesh does not fit it."""
     check_rows(run, mesh)
     dtype = jnp.dtype(run.compute_dtype)
-    module = kind(
-        config, sharding.Placement(mesh), dtype, run.remat, run.unroll, run.attention, precision=run.matmul_precision
-    )
+    remat, unroll = remat_of(run, mesh), unroll_of(run, config, mesh)
+    module = kind(config, sharding.Placement(mesh), dtype, remat, unroll, run.attention, precision=run.matmul_precision)
     shapes = jax.eval_shape(partial(init, module), jax.random.key(0))
     schedule = make_schedule(run.optimizer, run.steps)
     optimizer = make_optimizer(run.optimizer, run.steps, shapes)

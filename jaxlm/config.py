@@ -53,6 +53,8 @@ AtLeastOne = Annotated[float, Range(1, MOST)]
 OpenShare = Annotated[float, Range(1e-6, 1, below=True)]
 ShareAboveZero = Annotated[float, Range(0, 1, above=True)]
 Names = Annotated[tuple[Name, ...], NotEmpty()]
+Remat = Literal["auto", "none", "elementwise", "dots", "full", "offload"]
+Unroll = Annotated[int, Range(1, MOST_LAYERS, special=(0, "by device"))]
 AxisSize = Annotated[int, Range(1, 1_000_000, special=(-1, "all that are left"))]
 
 
@@ -604,9 +606,11 @@ class RunConfig(Config):
     # On TPU the default multiplies float32 in one pass of bfloat16, on GPU in TensorFloat32; highest is float32.
     matmul_precision: MatmulPrecision = "default"  # of products of float32 matrices
     # Offload is full, with the inputs of the layers, from which all is recomputed, in the memory of the host.
-    remat: Literal["none", "dots", "full", "offload"] = "none"  # backward recomputes nothing, all but products, all
+    # Auto is elementwise (norms, activations, softmax, masks), which costs no product, and on CPU none.
+    remat: Remat = "auto"  # what backward recomputes: nothing; elementwise operations; all but products; all
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"  # kernel; auto: splash on TPU, cudnn on GPU, or XLA
-    unroll: Layers = 1  # layers that one turn of the layer loop holds; more is faster and compiles longer
+    # By device: on GPU all of up to 12 layers, else 4; on TPU and CPU 1.
+    unroll: Unroll = 0  # layers that one turn of the layer loop holds; more is faster and compiles longer
     log_every: Positive = 10  # steps between lines of metrics.jsonl
     eval_every: Count = 0  # steps between evaluations; 0: after each epoch, where there are epochs, and at the end
     best: str = ""  # the score that the best checkpoint has most of; empty: the task's own

@@ -180,15 +180,15 @@ def recomputed(
     length: int,
     source_length: int | None = None,
     *,
-    remat: Literal["none", "dots", "full"] = "full",
+    remat: Literal["none", "elementwise", "dots", "full"] = "full",
     blocks: bool = False,
 ) -> int:
     """Operations that a training step adds to `closed(...).step` where the backward pass recomputes.
 
-    dots: attention; the products with weights are kept.  full: the layers, but for the last product of each where no
-    norm follows it, since its result is then needed nowhere.
+    elementwise: none.  dots: attention; the products with weights are kept.  full: the layers, but for the last product
+    of each where no norm follows it, since its result is then needed nowhere.
     """
-    if remat == "none":
+    if remat in ("none", "elementwise"):
         return 0
     forward = closed(config, rows, length, source_length, heads={}, blocks=blocks)
     if remat == "dots":

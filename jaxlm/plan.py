@@ -21,7 +21,7 @@ import numpy as np
 from jax.extend import core
 
 from jaxlm import chips, flops, hlo, sharding
-from jaxlm.assembly import assemble, closed_flops
+from jaxlm.assembly import assemble, closed_flops, remat_of
 from jaxlm.chips import Chip
 from jaxlm.config import CausalLM, MaskedLM, ModelConfig, MultiTask, RunConfig
 from jaxlm.data.corpus import Corpus
@@ -128,7 +128,7 @@ def plan(run: RunConfig, topology: str = "", name: str = "") -> Plan:
         "mesh": dict(mesh.shape),
         "batch": run.batch,
         "tokens": sum(math.prod(batch[field].shape) for field in ("tokens_BT", "source_tokens_BS") if field in batch),
-        "remat": run.remat,
+        "remat": remat_of(run, mesh),
         "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(made.like.params)),
         "parameter_bytes": _bytes(made.like.params),
         "optimizer_bytes": _bytes(made.like.opt_state),
@@ -346,21 +346,21 @@ def fitting(run: RunConfig, topology: str, name: str = "", say: Any = lambda lin
     devices = chips.topology(topology) if topology else jax.devices()
     least = sharding.ways(sharding.make_mesh(run.mesh, devices), "batch") * run.accumulate
     found: list[Plan] = []
-    for remat in ("none", "dots", "full"):
+    for remat in ("elementwise", "dots", "full"):
         batch, tried = least, 0
         best: Plan | None = None
         while (one := plan(replace(run, batch=batch, remat=remat), topology, name)).fits:
-            say(f"remat {remat:5} batch {batch:6,}: {_gib(one.used_bytes)} fits")
+            say(f"remat {remat:11} batch {batch:6,}: {_gib(one.used_bytes)} fits")
             best, tried, batch = one, tried + 1, batch * 2
             if not one.limit_bytes or tried == 12:
                 break
         else:
-            say(f"remat {remat:5} batch {batch:6,}: {one.refused or _gib(one.used_bytes)}, does not fit")
+            say(f"remat {remat:11} batch {batch:6,}: {one.refused or _gib(one.used_bytes)}, does not fit")
             # Between the last that fitted and twice as many.
             step = (batch - best.batch) // 2 if best else 0
             while best and step >= least and step >= best.batch // 8:
                 one = plan(replace(run, batch=best.batch + step, remat=remat), topology, name)
-                say(f"remat {remat:5} batch {one.batch:6,}: {'fits' if one.fits else 'does not fit'}")
+                say(f"remat {remat:11} batch {one.batch:6,}: {'fits' if one.fits else 'does not fit'}")
                 best, step = (one if one.fits else best), step // 2
         found += [best] if best else []
     speed = lambda one: one.tokens / one.roofline.apart if one.roofline else one.batch

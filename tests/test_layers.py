@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 import scipy.special
 
-from jaxlm.config import ModelConfig
+from jaxlm import assembly
+from jaxlm.config import ModelConfig, RunConfig
 from jaxlm.errors import UserError
 from jaxlm.nn.layers import ACTIVATIONS
 from jaxlm.nn.transformer import Keep, Transformer, apply, init
@@ -110,3 +112,39 @@ def test_the_precision_of_products_is_that_of_the_module():
         loss = lambda params, module=module: apply(module, params, jnp.zeros((1, 4), int)).sum()
         text = str(jax.make_jaxpr(jax.grad(loss))(params))
         assert set(re.findall("precision=(.*)", text)) == ({name} if name else set())
+
+
+def kept_bytes(remat: str) -> int:
+    """What a layer keeps of activations for the backward pass, in bytes of a token."""
+    tokens_BT = jnp.zeros((2, 64), int)
+
+    def total(layers: int) -> int:
+        config = ModelConfig(vocabulary=11, max_length=64, width=128, heads=2, layers=layers, dropout=0.1)
+        module = Transformer(config, dtype=jnp.bfloat16, remat=remat)
+        params = jax.eval_shape(lambda: init(module, jax.random.key(0)))
+        backward = lambda params, key: jax.vjp(lambda params: apply(module, params, tokens_BT, key=key), params)[1]
+        leaves = jax.tree.leaves(jax.eval_shape(backward, params, jax.random.key(0)))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves if leaf.shape[:3] == (layers, 2, 64))
+
+    return total(5) // 5 // tokens_BT.size
+
+
+def test_by_default_accelerators_keep_products_and_random_bits_alone():
+    D = 128  # scores have their heads before the length, and are not counted
+    kept = {remat: kept_bytes(remat) for remat in ("none", "elementwise", "full")}
+    # In bfloat16 the layer's input, queries, keys, values, what is attended, two outputs and four up; and their masks.
+    assert kept["full"] == 2 * D
+    assert kept["elementwise"] <= 2 * D * (1 + 3 + 1 + 2 + 4) + 2 * D + 16
+    assert kept["none"] > 2 * kept["elementwise"]
+
+
+def test_the_choice_of_remat_and_unrolling_is_by_device():
+    mesh = lambda platform: SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]))
+    run, deep = RunConfig(), ModelConfig(layers=24)
+    assert [assembly.remat_of(run, mesh(on)) for on in ("cpu", "gpu", "tpu")] == ["none", "elementwise", "elementwise"]
+    assert assembly.remat_of(RunConfig(remat="full"), mesh("gpu")) == "full"
+    found = [
+        assembly.unroll_of(run, config, mesh(on)) for on in ("cpu", "gpu", "tpu") for config in (ModelConfig(), deep)
+    ]
+    assert found == [1, 1, 12, 4, 1, 1]
+    assert assembly.unroll_of(RunConfig(unroll=2), deep, mesh("gpu")) == 2

@@ -211,7 +211,11 @@ def test_padding_changes_nothing_and_gets_no_gradient(name, model, params):
     jax.tree.map(np.testing.assert_array_equal, (losses, grads), plain(name))
 
 
-@pytest.mark.parametrize("choices", [{"remat": "full"}, {"remat": "dots", "unroll": 2}, {"remat": "offload"}], ids=str)
+@pytest.mark.parametrize(
+    "choices",
+    [{"remat": "full"}, {"remat": "dots", "unroll": 2}, {"remat": "offload"}, {"remat": "elementwise"}],
+    ids=str,
+)
 def test_remat_and_unrolling_change_no_gradient(name, model, params, choices):
     chosen = gradient(name, **choices)(params, packed_batch(model))
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-3), plain(name), chosen)

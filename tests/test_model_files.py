@@ -346,3 +346,26 @@ def test_a_quantised_checkpoint_is_refused_by_name(tmp_path, name):
 def test_weights_in_floats_beside_a_quantization_config_are_not_refused():
     stored = {"model.embed_tokens.weight": np.zeros(1, np.float16), "position_ids": np.zeros(1, np.int64)}
     refuse_quantised("folder", {"quantization_config": {"quant_method": "bitsandbytes"}}, stored)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "scales the rotary positions of all layers"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor; only 1.0"),
+        ({"rope_parameters": {"full_attention": {"partial_rotary_factor": 0.5}}}, "partial_rotary_factor; only 1.0"),
+        (
+            {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+            "positions of local layers",
+        ),
+    ],
+)
+def test_rotary_positions_that_are_not_computed_are_refused(change, message):
+    family = FAMILIES["modernbert"]
+    hf = family.config_to_hf(family.presets["modernbert-base"])
+    with pytest.raises(UserError, match=message):
+        families._config(family, hf | change)
+    scaled = dataclasses.replace(family.presets["modernbert-base"], rotary_scaling="linear", rotary_factor=2.0)
+    written = family.config_to_hf(scaled)
+    assert written["rope_scaling"] is None  # which transformers would apply to local layers too
+    assert families._config(family, written).rotary_factor == 2.0

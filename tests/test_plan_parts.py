@@ -269,7 +269,7 @@ def causal(module, params, batch):
 
 @pytest.mark.parametrize("model", [DECODER, LLAMA], ids=["gpt2", "llama"])
 @pytest.mark.parametrize("T", [17, 200])
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", ["none", "elementwise", "dots", "full"])
 def test_products_of_a_decoder_are_those_of_the_formula(model, T, remat):
     batch = packed(2, T) if model.types else {k: v for k, v in packed(2, T).items() if k != "types_BT"}
     expected = flops.closed(model, 2, T, blocks=True).step + flops.recomputed(model, 2, T, remat=remat, blocks=True)

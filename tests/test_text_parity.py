@@ -18,6 +18,7 @@ from compiled import jit
 from test_tokenizer import byte_pairs, checkpoint, marian, trained
 
 import jaxlm
+from jaxlm.families import FAMILIES
 from jaxlm.likelihood import fill, log_likelihoods, perplexity
 
 torch = pytest.importorskip("torch")
@@ -231,20 +232,49 @@ def test_likelihoods_of_texts_are_those_of_transformers(name, folders):
         assert perplexity(lm, TEXTS[1])["loss"] == pytest.approx(loss, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["roberta", "roberta without flags", "bert"])
+# name -> the tokenizer that is written, the class of the model
+ENCODERS = {
+    "bert": ("bert", "BertForMaskedLM"),
+    "roberta": ("roberta", "RobertaForMaskedLM"),
+    "roberta without flags": ("roberta", "RobertaForMaskedLM"),
+    "xlm-roberta": ("xlm-roberta", "XLMRobertaForMaskedLM"),
+    "distilbert": ("bert", "DistilBertForMaskedLM"),
+    "electra": ("bert", "ElectraForMaskedLM"),
+    "albert": ("albert", "AlbertForMaskedLM"),
+    "deberta-v2": ("deberta-v2", "DebertaV2ForMaskedLM"),
+    "modernbert": ("bert", "ModernBertForMaskedLM"),
+}
+
+
+def test_every_family_has_its_texts_compared():
+    """Of a family that does not generate, the blanks that it fills."""
+    classes = [kind for _, kind, _ in CASES.values()] + [kind for _, kind in ENCODERS.values()]
+    compared = {getattr(transformers, kind).config_class.model_type for kind in classes}
+    assert {kind.removesuffix("_text") for kind in compared} == {kind.removesuffix("_text") for kind in FAMILIES}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
 @pytest.mark.parametrize("text", ["the <mask> of", "the<mask> of", "<mask> <mask>the <mask>"])
 def test_blanks_are_filled_as_in_transformers(name, text, tmp_path):
     """Also where the mask takes the space before it."""
     from test_tokenizer import json_of, mask
 
-    json_of(name.split()[0], tmp_path)
+    written, kind = ENCODERS[name]
+    (json_of if written in ("bert", "roberta") else checkpoint)(written, tmp_path)
     if name == "roberta":
         mask(lstrip=True)(tmp_path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 20}
-    kind = transformers.BertForMaskedLM if name == "bert" else transformers.RobertaForMaskedLM
+    model_class = getattr(transformers, kind)
+    if name == "distilbert":
+        sizes = {"dim": 24, "n_layers": 2, "n_heads": 3, "hidden_dim": 20}
+    else:
+        sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 20}
+    roles = [f"{role}_token_id" for role in ("pad", "bos", "eos", "cls", "sep")]
+    special = {role: getattr(tokenizer, role) for role in roles}
+    config = model_class.config_class(**sizes, vocab_size=len(tokenizer), **special)
+    config._attn_implementation = "eager"
     torch.manual_seed(0)
-    model = kind(kind.config_class(**sizes, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)).eval()
+    model = model_class(config).eval()
     for parameter in model.parameters():
         parameter.data = torch.randn_like(parameter) * 0.4
     model.save_pretrained(tmp_path)

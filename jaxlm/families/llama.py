@@ -137,11 +137,16 @@ def _scaled(hf: dict[str, Any]) -> tuple[JsonObject, int, int | None]:
     return said, of.integer("max_position_embeddings", 2048, 1, MOST), trained or None
 
 
+def _check_whole(hf: dict[str, Any], *said: JsonObject) -> None:
+    """Raises UserError where only a part of each head is rotated."""
+    if any(given.get("partial_rotary_factor") not in (None, 1.0) for given in (hf, *(one.values for one in said))):
+        raise UserError("config.json has a partial_rotary_factor; only 1.0 is known: choose another model")
+
+
 def one_rotary_from_hf(hf: dict[str, Any], base: float = 10000.0) -> dict[str, Any]:
     """Fields from `rope_parameters`, or from `rope_theta` and `rope_scaling` in older files, which win over them."""
     said, longest, trained = _scaled(hf)
-    if said.values.get("partial_rotary_factor", hf.get("partial_rotary_factor")) not in (None, 1.0):
-        raise UserError("config.json has a partial_rotary_factor; only 1.0 is known: choose another model")
+    _check_whole(hf, said)
     theta = said.number("rope_theta", JsonObject(hf, "config.json").number("rope_theta", base, 1e-6, 1e14), 1e-6, 1e14)
     return {"rotary_base": theta, **rotary_from_hf(said, longest, trained)}
 
@@ -163,6 +168,7 @@ def two_rotaries_from_hf(
     """Fields of models whose local layers turn otherwise: from `rope_parameters`, or older keys and their defaults."""
     of = JsonObject(hf, "config.json")
     whole, local = (of.object("rope_parameters").object(kind) for kind in ("full_attention", "sliding_attention"))
+    _check_whole(hf, whole, local)
     if local.text("rope_type", "default") != "default":
         raise UserError(
             f"config.json scales the rotary positions of local layers, by {local.values}; only global ones can be"

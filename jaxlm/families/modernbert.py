@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from jaxlm.config import Bias, ModelConfig
+from jaxlm.errors import UserError
 from jaxlm.families import llama
 from jaxlm.hub.convert import (
     ACTIVATIONS,
@@ -21,6 +22,7 @@ from jaxlm.hub.convert import (
     norm,
     projection,
 )
+from jaxlm.hub.model_files import JsonObject
 
 _FIXED: dict[str, Any] = {
     "structure": "encoder",
@@ -70,6 +72,12 @@ _BIASES: dict[str, tuple[Bias, ...]] = {  # key of config.json -> our biases
 
 def _config_from_hf(hf: dict[str, Any]) -> ModelConfig:
     config = _FROM_HF(hf)
+    scaling = JsonObject(hf, "config.json").object("rope_scaling").values
+    if scaling.get("rope_type", scaling.get("type", "default")) != "default":  # holds for local layers too
+        raise UserError(
+            f"config.json scales the rotary positions of all layers, by rope_scaling {scaling}; only those of global "
+            f"layers can be scaled, by rope_parameters: choose another model"
+        )
     every = hf.get("global_attn_every_n_layers", 3)
     kinds = ["local" if i % every else "global" for i in range(config.layers)]
     return dataclasses.replace(
@@ -84,7 +92,9 @@ def _config_from_hf(hf: dict[str, Any]) -> ModelConfig:
 def _config_to_hf(config: ModelConfig) -> dict[str, Any]:
     said = _TO_HF(config) | {key: set(biases) <= set(config.biases) for key, biases in _BIASES.items()}
     rotary = llama.two_rotaries_to_hf(config, "global_rope_theta", "local_rope_theta")
-    return said | llama.kinds_to_hf(config) | rotary | {"local_attention": 2 * (config.window - 1)}
+    # rope_scaling would hold for local layers too; rope_parameters has that of global ones.
+    rotary |= {"local_attention": 2 * (config.window - 1), "rope_scaling": None}
+    return said | llama.kinds_to_hf(config) | rotary
 
 
 def _modernbert(layers: int, width: int, mlp_width: int) -> ModelConfig:

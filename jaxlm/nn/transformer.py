@@ -26,7 +26,22 @@ from jaxlm.nn.layers import MLP, Convolution, Dropout, Linear, Norm
 from jaxlm.nn.positions import BY_LENGTH, Buckets, Disentangled, sinusoidal, turns
 from jaxlm.sharding import Placement
 
+# What costs little beside the memory that its result would take until the backward pass: it is computed again there.
+_ELEMENTWISE = {
+    *("abs", "add", "and", "bitcast_convert_type", "broadcast_in_dim", "concatenate", "convert_element_type", "copy"),
+    *("cos", "div", "eq", "erf", "exp", "expand_dims", "ge", "gt", "integer_pow", "iota", "le", "log", "logistic"),
+    *("lt", "max", "min", "mul", "ne", "neg", "not", "or", "pow", "reshape", "rsqrt", "select_n", "sign", "sin"),
+    *("sharding_constraint", "slice", "split", "sqrt", "square", "squeeze", "sub", "tanh", "transpose"),
+}
+
+
+def _kept_but_elementwise(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Whether the backward pass keeps an operation's result: of products, sums, random bits and kernels."""
+    return primitive.name not in _ELEMENTWISE
+
+
 REMAT = {
+    "elementwise": _kept_but_elementwise,
     "full": None,  # keep nothing but the layer's input
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(  # that input goes to the host's memory
         names_which_can_be_saved=[],
@@ -244,7 +259,9 @@ class Stack(nn.Module):
     def _scan(self, run: Callable, stacked: Any, x_BTD: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
         config, kinds = self.config, self.config.layer_kinds
         if self.remat != "none":
-            run = jax.checkpoint(run, policy=REMAT[self.remat], prevent_cse=False, static_argnums=0)  # type: ignore
+            # Unrolled wholly, XLA would find the recomputed values in the forward pass, and keep them.
+            barred = self.unroll >= self.layers // len(kinds) and self.remat != "elementwise"
+            run = jax.checkpoint(run, policy=REMAT[self.remat], prevent_cse=barred, static_argnums=0)  # type: ignore
         with_states = self.is_mutable_collection("states")
         keys = jax.random.split(self.make_rng("dropout"), self.layers) if self.has_rng("dropout") else None
         apart = isinstance(stacked, tuple)  # see `layers_apart`: then nothing is scanned
