@@ -116,7 +116,7 @@ def test_the_precision_of_products_is_that_of_the_module():
 
 def kept_bytes(remat: str) -> int:
     """What a layer keeps of activations for the backward pass, in bytes of a token."""
-    tokens_BT = jnp.zeros((2, 64), int)
+    tokens_BT = jnp.zeros((3, 64), int)
 
     def total(layers: int) -> int:
         config = ModelConfig(vocabulary=11, max_length=64, width=128, heads=2, layers=layers, dropout=0.1)
@@ -124,7 +124,7 @@ def kept_bytes(remat: str) -> int:
         params = jax.eval_shape(lambda: init(module, jax.random.key(0)))
         backward = lambda params, key: jax.vjp(lambda params: apply(module, params, tokens_BT, key=key), params)[1]
         leaves = jax.tree.leaves(jax.eval_shape(backward, params, jax.random.key(0)))
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves if leaf.shape[:3] == (layers, 2, 64))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves if leaf.shape[:3] == (layers, 3, 64))
 
     return total(5) // 5 // tokens_BT.size
 

@@ -28,11 +28,12 @@ from jaxlm.sharding import Placement
 
 # What costs little beside the memory that its result would take until the backward pass: it is computed again there.
 _ELEMENTWISE = {
-    *("abs", "add", "and", "bitcast_convert_type", "broadcast_in_dim", "concatenate", "convert_element_type", "copy"),
-    *("cos", "div", "eq", "erf", "exp", "expand_dims", "ge", "gt", "integer_pow", "iota", "le", "log", "logistic"),
-    *("lt", "max", "min", "mul", "ne", "neg", "not", "or", "pow", "reshape", "rsqrt", "select_n", "sign", "sin"),
-    *("sharding_constraint", "slice", "split", "sqrt", "square", "squeeze", "sub", "tanh", "transpose"),
-}
+    "abs", "add", "add_any", "and", "bitcast_convert_type", "broadcast_in_dim", "concatenate",
+    "convert_element_type", "copy", "cos", "div", "eq", "erf", "exp", "expand_dims", "ge", "gt", "integer_pow",
+    "iota", "le", "log", "logistic", "lt", "max", "min", "mul", "ne", "neg", "not", "or", "pow", "reshape", "rsqrt",
+    "select_n", "sharding_constraint", "sign", "sin", "slice", "split", "sqrt", "square", "squeeze", "sub", "tanh",
+    "transpose",
+}  # fmt: skip
 
 
 def _kept_but_elementwise(primitive: Any, *_: Any, **__: Any) -> bool:
