@@ -288,12 +288,16 @@ def equal(a: Any, b: Any) -> bool:
     return all(a[i : i + 1024].tobytes() == b[i : i + 1024].tobytes() for i in range(0, a.shape[0], 1024))
 
 
+MOST_LINES = 40  # of a message about weights and a config that do not belong to each other
+
+
 def refuse(expected: Mapping[str, tuple], found: Mapping[str, tuple], what: str) -> None:
-    """Raises UserError that lists both sides, names and shapes, unless they are equal."""
+    """Raises UserError that lists both sides, names and shapes, `MOST_LINES` of them, unless they are equal."""
     if lines := difference(expected, found):
+        more = [f"... and {len(lines) - MOST_LINES:,} more"] if len(lines) > MOST_LINES else []
         raise UserError(
             f"the {what} do not fit the model config (- missing, + unexpected), {len(lines)} lines:\n  "
-            + "\n  ".join(lines)
+            + "\n  ".join(lines[:MOST_LINES] + more)
             + "\nchange the config, or give the weights that belong to it"
         )
 
