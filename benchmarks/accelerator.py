@@ -186,7 +186,7 @@ def train_side(name: str, tell: Callable[..., None], tiny: bool, seconds: float)
         mesh=MeshConfig(),
         compute_dtype="bfloat16",
     )
-    special: Any = type("Special", (), {"cls": 1, "sep": 2, "mask": 3})
+    special: Any = type("Special", (), {"cls": 1, "sep": 2, "mask": 3, "bos": 4, "eos": 5})
     task = make_task(run, special)
     state: Any = None
 

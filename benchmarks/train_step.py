@@ -40,7 +40,7 @@ def jaxlm_side(name: str) -> Callable[[], float]:
 
     rows, length, steps, fields = CASES[name]
     model = ModelConfig(**fields)
-    special = type("Special", (), {"cls": 1, "sep": 2, "mask": 3})
+    special = type("Special", (), {"cls": 1, "sep": 2, "mask": 3, "bos": 4, "eos": 5})
     if model.structure == "encoder":
         task = MaskedLMTask(MaskedLM(), length, 0, special)
     else:
