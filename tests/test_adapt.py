@@ -1,4 +1,4 @@
-"""Continued pre-training of any checkpoint, and what weights to start from cost in memory."""
+"""Continued pre-training of any checkpoint."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ FAST = ("bert", "gpt2", "t5")
 
 @pytest.fixture(autouse=True)
 def one_device(devices):
-    """Eight devices would compile longer; the memory of eight has a test of its own."""
+    """Eight devices would compile longer; tests/test_load.py measures the memory of eight."""
 
 
 @pytest.fixture(scope="module")
