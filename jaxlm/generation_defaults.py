@@ -90,19 +90,20 @@ def read_defaults(own: bytes | None, config: Mapping[str, Any]) -> GenerationDef
     # Without a model_type it is jaxlm's own file, where a max_length is that of the model.
     legacy = {} if own is not None or "model_type" not in config else config
     values = JsonObject(dict(said if own is not None else legacy), FILE if own is not None else "config.json")
-    # The ids of tokens stand in either file.
+    # Either file names the tokens that begin and end texts; generation_config.json, where it exists, all other rules.
     tokens = JsonObject({**config, **{key: value for key, value in said.items() if value is not None}}, FILE)
-    one = lambda key: next(iter(_ids(tokens, key)), None)
+    rules = values if own is not None else JsonObject(dict(config), "config.json")
+    one = lambda given, key: next(iter(_ids(given, key)), None)
     return GenerationDefaults(
         _choices(values),
         eos=_ids(tokens, "eos_token_id"),
-        forced_eos=_ids(tokens, "forced_eos_token_id"),
-        suppressed=_ids(tokens, "suppress_tokens"),
-        begin_suppressed=_ids(tokens, "begin_suppress_tokens"),
-        forbidden=_sequences(tokens, "bad_words_ids"),
-        bos=one("bos_token_id"),
-        start=one("decoder_start_token_id"),
-        forced_bos=one("forced_bos_token_id"),
+        forced_eos=_ids(rules, "forced_eos_token_id"),
+        suppressed=_ids(rules, "suppress_tokens"),
+        begin_suppressed=_ids(rules, "begin_suppress_tokens"),
+        forbidden=_sequences(rules, "bad_words_ids"),
+        bos=one(tokens, "bos_token_id"),
+        start=one(tokens, "decoder_start_token_id"),
+        forced_bos=one(rules, "forced_bos_token_id"),
         ignored=_ignored(values),
     )
 

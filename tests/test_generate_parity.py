@@ -114,7 +114,7 @@ def theirs(model: Any, rows: list[list[int]], **choices: Any) -> list[list[int]]
     return [row[: row.index(STOP)] if STOP in row else row for row in new]
 
 
-def assert_same(model: Any, lm: jaxlm.LM, hf: dict[str, Any], **ours: Any) -> None:
+def assert_same(model: Any, lm: jaxlm.LM, hf: dict[str, Any], padded: bool = True, **ours: Any) -> None:
     n = hf.get("num_return_sequences", 1)
     choices = {"max_new_tokens": NEW, "temperature": 0.0, "return_tokens": True} | ours
     expected = [theirs(model, [prompt], **hf) for prompt in prompts()]  # alone
@@ -123,7 +123,8 @@ def assert_same(model: Any, lm: jaxlm.LM, hf: dict[str, Any], **ours: Any) -> No
     assert found == expected
     assert len({tuple(row) for rows in expected for row in rows}) > 2
     if n == 1:
-        assert theirs(model, prompts(), **hf) == [row for (row,) in expected]  # transformers' own batch, padded
+        if padded:
+            assert theirs(model, prompts(), **hf) == [row for (row,) in expected]  # transformers' own batch, padded
         assert jaxlm.generate(lm, prompts()[:1], **choices) == expected[0]
 
 
@@ -158,9 +159,9 @@ def test_early_stopping(folder, name, early, penalty):
 @pytest.mark.parametrize(("n", "beams"), [(1, 1), (2, 1), (3, 1), (50, 1), (2, 3)])
 def test_no_ngram_is_repeated(folder, name, n, beams):
     model, lm = pair(name, str(folder / name))
-    assert_same(
-        model, lm, {"no_repeat_ngram_size": n, "num_beams": beams}, no_repeat_ngram_size=n, beams=beams, temperature=0.0
-    )
+    # In a batch transformers takes padding for a part of the n-grams.
+    hf = {"no_repeat_ngram_size": n, "num_beams": beams}
+    assert_same(model, lm, hf, padded=False, no_repeat_ngram_size=n, beams=beams, temperature=0.0)
 
 
 FILES: dict[str, dict[str, Any]] = {
