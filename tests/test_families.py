@@ -37,8 +37,15 @@ SHAPES = {
     "wide": ODD | {"mlp_width": 7, "activation": "relu"},
     "untied": ODD | {"tied_embeddings": False},
 }
+IN_EVERY_SHAPE = ("bert", "llama", "t5")  # in the default run; the others in the odd one
 MEMBERS = [
-    pytest.param(name, heads, shape, id=f"{name}-{'+'.join(heads) or 'body'}-{label.replace(' ', '_')}")
+    pytest.param(
+        name,
+        heads,
+        shape,
+        id=f"{name}-{'+'.join(heads) or 'body'}-{label.replace(' ', '_')}",
+        marks=() if label == "odd" or name in IN_EVERY_SHAPE else pytest.mark.long,
+    )
     for name, family in FAMILIES.items()
     for heads in family.heads
     for label, shape in SHAPES.items()
@@ -431,7 +438,7 @@ def test_a_model_that_diverged_can_be_read(tmp_path):
     assert all(np.isnan(leaf).all() for leaf in jax.tree.leaves(load(tmp_path)[1]))
 
 
-SOME = ("bert", "t5", "gemma2")
+SOME = ("bert",)
 
 
 @pytest.mark.parametrize("name", [n if n in SOME else pytest.param(n, marks=pytest.mark.long) for n in FAMILIES])
