@@ -942,7 +942,7 @@ def test_rows_are_predicted_as_a_stream(here, runs):
     peaks = []
     for count in (20_000, 60_000):
         file = here / f"{count}.csv"
-        file.write_text("text,more\n" + f"{TEXT},{'-' * 2000}\n" * count)
+        file.write_text("text,more\n" + f"{TEXT},{'-' * 4000}\n" * count)
         after = (
             "; print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"  # ru_maxrss is the parent's too
         )
@@ -950,4 +950,4 @@ def test_rows_are_predicted_as_a_stream(here, runs):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         peaks.append(int(done.stdout) / 1024)
         assert len(file.with_suffix(".jsonl").read_text().splitlines()) == count
-    assert peaks[1] < peaks[0] + 40, peaks  # MiB, of the 76 that the further rows have
+    assert peaks[1] < peaks[0] + 80, peaks  # MiB, of the 153 that the further rows have; the allocator varies by 40
