@@ -54,7 +54,8 @@ def train(argv: list[str], signals: process.Signals) -> int:
     one_device_per_core(runs, where.processes if where and where.processes else 1)
     _process()
     hosts.join(where)
-    from jaxlm.fit import SUMMARY, fit
+    from jaxlm.fit import fit
+    from jaxlm.folder import SUMMARY
     from jaxlm.tasks import best_of
 
     if not asked:

@@ -29,7 +29,8 @@ def listed(name: str, given: Any, of: str) -> Iterable[Any]:
       UserError: for one text, a path, a mapping, a set, a DataFrame, and what cannot be iterated over.
     """
     if isinstance(given, (str, bytes)):
-        raise UserError(f"{name} is one {'string' if isinstance(given, str) else 'bytes'}; give a list of {of}")
+        kind = "string" if isinstance(given, str) else "bytes"
+        raise UserError(f"{name} is one {kind}, {shown(given)}; give a list of {of}")
     if isinstance(given, os.PathLike):
         raise UserError(f"{name} is the path {os.fspath(given)!r}; read the file, and give a list of {of}")
     if hasattr(given, "to_dict") and hasattr(given, "columns"):

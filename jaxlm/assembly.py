@@ -45,8 +45,8 @@ class Assembly(NamedTuple):
 def remat_of(run: RunConfig, mesh: Mesh) -> str:
     """Returns what the backward pass recomputes on this mesh: a key of `REMAT`, or "none".
 
-    Memory is what limits accelerators, and what they recompute elementwise they do not have to read; on CPU the
-    arithmetic of activations takes longer than the reading.
+    Accelerators are limited by memory, and recompute elementwise operations faster than they read their results; on CPU
+    the arithmetic of activations takes longer than the reading.
     """
     if run.remat != "auto":
         return run.remat
@@ -54,8 +54,11 @@ def remat_of(run: RunConfig, mesh: Mesh) -> str:
 
 
 def unroll_of(run: RunConfig, config: ModelConfig, mesh: Mesh) -> int:
-    """The layers in one turn of the layer loop: GPT-2 on an H100 is a third faster with all 12 than with 1, and takes
-    little more than half of the memory (benchmarks/RESULTS.md)."""
+    """Returns the number of layers in one turn of the layer loop on this mesh.
+
+    On an H100 GPT-2 is a third faster with all 12 layers than with 1, in little more than half of the memory
+    (benchmarks/RESULTS.md); more than 12 take long to compile.
+    """
     if run.unroll:
         return run.unroll
     gpu = mesh.devices.flat[0].platform in ("gpu", "cuda", "rocm")

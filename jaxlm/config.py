@@ -616,7 +616,7 @@ class RunConfig(Config):
     best: str = ""  # the score that the best checkpoint has most of; empty: the task's own
     patience: Count = 0  # evaluations without a better score after which the run ends; 0: it goes on
     checkpoint_every: Count = 0  # steps between checkpoints; 0: a tenth of the run
-    keep: Positive = 2  # last checkpoints kept while the run goes on, beside the best
+    keep: Positive = 2  # last checkpoints that an unfinished run keeps, beside the best
     keep_checkpoints: bool = False  # also of a finished run, which otherwise keeps its export: the best weights
     dropout: ShareBelowOne | None = None  # of a model that comes from `init`; None: as it says
     init: str = ""  # run, folder in Hugging Face's format, or hub name to start the weights from

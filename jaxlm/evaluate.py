@@ -33,7 +33,7 @@ from jaxlm.tasks.task import Seen
 WINDOW = 4096  # records that are predicted at once
 TOKENS = 4096  # places in a batch
 MOST_ROWS = 2**16  # in a batch
-AHEAD = 8  # batches whose results an accelerator has not handed over yet
+AHEAD = 8  # batches that wait on an accelerator; more would fill its memory
 Step = Callable[[Any, Any], Any]  # what `make_eval_step` makes, jitted
 
 
@@ -41,8 +41,8 @@ def see(eval_step: Step, params: Any, batches: Any, put: Callable, rows: list[in
     """Runs over all batches.  `put` lays a batch on the mesh.  `rows`: those of a batch that this host makes.
 
     Sums and weights are added over batches in float64 and divided once, so that the size of a batch does not show.
-    Outputs come back in the order of the units, however they were packed.  The device has up to `AHEAD` batches at a
-    time: it does not wait while the results of one are fetched.
+    Outputs come back in the order of the units, however they were packed.  An accelerator has up to `AHEAD` batches at
+    a time, so that it does not wait while the results of one are fetched.
     """
     totals: dict[str, tuple[float, float]] = {}
     outputs: dict[int, list[dict[str, np.ndarray]]] = {}
@@ -62,7 +62,7 @@ def see(eval_step: Step, params: Any, batches: Any, put: Callable, rows: list[in
         laid = put(batch, 1)
         segments = (batch if rows is None else laid).get("segments_BT")
         waiting.append((step, segments, eval_step(params, laid)))
-        # On several CPU devices steps that queue up wait for each other's threads for ever.
+        # On several CPU devices, steps in a queue can deadlock: each waits for the threads of another.
         if len(waiting) >= (1 if jax.default_backend() == "cpu" else AHEAD):
             fetch()
     while waiting:

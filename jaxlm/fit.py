@@ -26,7 +26,7 @@ from jaxlm.data.batches import prefetch
 from jaxlm.data.corpus import Corpus, Prepared, capped
 from jaxlm.errors import Interrupted, RunError, Stopped, UserError, perhaps
 from jaxlm.evaluate import see
-from jaxlm.folder import NoLog, RunLog, begin, claim, drop_steps, duration, finished_at, labels_of, write_json
+from jaxlm.folder import SUMMARY, NoLog, RunLog, begin, claim, drop_steps, duration, finished_at, labels_of, write_json
 from jaxlm.generate import generate
 from jaxlm.lm import LM, load, save, with_params
 from jaxlm.measure import Meter, Trace
@@ -49,8 +49,6 @@ from jaxlm.start import (
 from jaxlm.step import make_eval_step
 from jaxlm.tasks import TASKS, make_task, prepare, with_labels
 from jaxlm.tasks.task import Task
-
-SUMMARY = "summary.txt"  # of a finished run's folder: what was printed at the end
 
 
 def say(message: str) -> None:

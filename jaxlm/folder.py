@@ -25,6 +25,7 @@ from jaxlm.ranges import check_fields
 FREE = {"mesh", "remat", "attention", "unroll", "log_every", "eval_every", "checkpoint_every", "keep", "workdir"}
 FREE |= {"keep_checkpoints", "sample_prompt", "sample_tokens", "profile"}
 FREE_DATA = ("path", "eval_path", "cache")  # the content is compared, not the place
+SUMMARY = "summary.txt"  # what a finished run printed at the end
 
 
 def claim(run: RunConfig, folder: Path) -> bool:

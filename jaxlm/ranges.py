@@ -260,10 +260,8 @@ def shown(value: Any) -> str:
     """Returns a value as a message shows it: at most 60 characters."""
     try:
         return f"{value!r:.60}"
-    except ValueError:  # an integer of thousands of digits
-        return f"an integer of {value.bit_length():,} bits"
-    except Exception:
-        return f"a {type(value).__name__}"
+    except Exception:  # an integer of thousands of digits, alone or in a list, or a class of the user's
+        return f"an integer of {value.bit_length():,} bits" if isinstance(value, int) else f"a {type(value).__name__}"
 
 
 def _plain(value: Any, hint: Any) -> Any:

@@ -507,7 +507,7 @@ def test_a_draft_changes_no_greedy_text(name):
 
 
 MISTAKES = {
-    "one string": (lambda lm: generate(lm, "the", max_new_tokens=1), "prompts is one string; give a list"),
+    "one string": (lambda lm: generate(lm, "the", max_new_tokens=1), "prompts is one string, 'the'; give a list"),
     "tokens": (lambda lm: generate(lm, ["the"], max_new_tokens=-1), "max_new_tokens is -1; it must be at least 0"),
     "temperature": (
         lambda lm: generate(lm, ["the"], max_new_tokens=1, temperature=-0.5),

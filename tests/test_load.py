@@ -286,6 +286,14 @@ def test_mistakes(bert, name):
         call(jaxlm.load(bert), bert)
 
 
+def test_a_long_list_of_tensors_that_do_not_fit_is_cut():
+    with pytest.raises(UserError) as error:
+        convert.refuse({f"layer.{n:03}.weight": (2, 3) for n in range(100)}, {}, "weights")
+    lines = str(error.value).splitlines()
+    assert len(lines) == convert.MOST_LINES + 3
+    assert "100 lines" in lines[0] and "layer.000.weight" in lines[1] and lines[-2].strip() == "... and 60 more"
+
+
 def test_quantised_tensors_are_refused(bert):
     tensors = {name: np.asarray(tensor) for name, tensor in safetensors.read(bert).items()}
     name = "bert.pooler.dense.weight"

@@ -857,8 +857,8 @@ def test_evaluation_counts_what_it_drops(here, runs, capsys):
 
 
 EXAMPLES: dict[str, tuple[str, Any, dict[str, Any], list[str]]] = {
-    "one text": ("class", "a text", {}, ["one str", "'a text'", "a list"]),
-    "one row": ("class", {"text": "a"}, {}, ["one dict", "a list"]),
+    "one text": ("class", "a text", {}, ["one string", "'a text'", "a list"]),
+    "one row": ("class", {"text": "a"}, {}, ["of type dict", "a list"]),
     "a number": ("class", [5], {}, ["5", "a text, a tuple of texts, or a dict"]),
     "nothing": ("class", ["a", None], {}, ["None"]),
     "a pair": ("class", [("a", "b")], {}, ["2 texts", "Classification(text=('a', 'b'))"]),

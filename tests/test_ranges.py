@@ -167,3 +167,24 @@ def test_a_message_names_the_field_the_value_and_the_limit(name):
 def test_a_task_alone_is_checked():
     with pytest.raises(UserError, match=r"task\.most_classes is 1; it must be at least 2"):
         check_task(configs.Classification(most_classes=1))
+
+
+class Unshowable:
+    def __repr__(self):
+        raise RuntimeError("no text")
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        (10**5000, "an integer of 16,610 bits"),
+        ([10**5000], "a list"),
+        ({"a": (10**5000,)}, "a dict"),
+        (Unshowable(), "a Unshowable"),
+        ("x" * 99, "'" + "x" * 59),
+        (DEEP, "a list"),
+    ],
+    ids=["integer", "list", "dict", "object", "text", "deep"],
+)
+def test_any_value_can_be_shown(value, text):
+    assert ranges.shown(value) == text

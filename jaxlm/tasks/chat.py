@@ -18,10 +18,10 @@ from jaxlm.data.batches import Features
 from jaxlm.data.lines import Place, Row
 from jaxlm.errors import UserError
 from jaxlm.lm import LM
+from jaxlm.ranges import shown
 from jaxlm.report import Section
-from jaxlm.tasks.generation import UNREAD, GenerationTask, shown
+from jaxlm.tasks.generation import UNREAD, GenerationTask, table_of_texts
 from jaxlm.tasks.reading import Record, Records, column, listed, text_of
-from jaxlm.tasks.reading import shown as shown_value
 from jaxlm.tasks.task import Task
 
 _OTHER_NAMES = ("conversations", "conversation")  # of the column of messages, in ShareGPT's form
@@ -130,7 +130,7 @@ class ChatTask(GenerationTask):
         before = lambda record: record["messages"][-2:-1] or [{}]
         asked = lambda record: conversations.text_of(before(record)[0].get("content"))
         rows = ([asked(r), r["label"], told["prediction"]] for r, told in zip(part.records, predictions))
-        return [shown("Answers", ("asked", "right", "generated"), rows, "The first of the held-out part.")]
+        return [table_of_texts("Answers", ("asked", "right", "generated"), rows, "The first of the held-out part.")]
 
 
 def _conversation(task: config.Chat, row: Row, place: Place) -> list[dict[str, Any]]:
@@ -141,7 +141,7 @@ def _conversation(task: config.Chat, row: Row, place: Place) -> list[dict[str, A
     value = listed(column(row, name, place, "--task.messages"), name, place)
     if not isinstance(value, (list, tuple, np.ndarray)) or not len(value):
         raise UserError(
-            f'{place}: column {name!r} holds {shown_value(value)}, not a list of {{"role": ..., "content": ...}} or '
+            f'{place}: column {name!r} holds {shown(value)}, not a list of {{"role": ..., "content": ...}} or '
             f'{{"from": ..., "value": ...}}; correct it, or choose with --task.messages, or --task.question and '
             f"--task.answer"
         )

@@ -17,9 +17,10 @@ from jaxlm.data.lines import Place, Row
 from jaxlm.errors import UserError
 from jaxlm.losses import Sum, binary_cross_entropy, cross_entropy, squared_error
 from jaxlm.nn.transformer import Transformer
+from jaxlm.ranges import shown
 from jaxlm.report import Heatmap, Section, Table, mistakes
 from jaxlm.tasks import labels
-from jaxlm.tasks.reading import Record, Records, listed, shown, text_of
+from jaxlm.tasks.reading import Record, Records, listed, text_of
 from jaxlm.tasks.records import HeadTask, Outputs, framed, stand_in
 from jaxlm.tasks.states import of_examples
 

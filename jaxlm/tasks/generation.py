@@ -125,7 +125,7 @@ class GenerationTask(RecordTask):
         return {"loss": means["loss"], "perplexity": math.exp(min(means["loss"], 700)), "accuracy": means["accuracy"]}
 
 
-def shown(title: str, head: tuple[str, ...], rows: Iterable[Sequence[str]], note: str) -> Table:
+def table_of_texts(title: str, head: tuple[str, ...], rows: Iterable[Sequence[str]], note: str) -> Table:
     """The report's table of the first texts, each cut where it is long."""
     cut = lambda text: text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
     return Table(title, head, [[*map(cut, row)] for row in islice(rows, SHOWN)], note)

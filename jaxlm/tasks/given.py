@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from jaxlm import config
+from jaxlm.arguments import listed
 from jaxlm.data.lines import Place, Row
 from jaxlm.errors import UserError
-from jaxlm.tasks.reading import shown
+from jaxlm.ranges import shown
 
 
 def examples(given: Any, task: Any) -> Iterator[tuple[Place, Row]]:
@@ -22,13 +22,13 @@ def examples(given: Any, task: Any) -> Iterator[tuple[Place, Row]]:
 
     Raises UserError for what is none of these.
     """
-    for n, example in enumerate(_iterable(given, "examples"), start=1):
+    for n, example in enumerate(listed("examples", _records(given), "examples"), start=1):
         yield Place("example", n), _row(task, _plain(example))
 
 
 def labelled(given: Any) -> Iterator[tuple[Place, Row]]:
     """Yields rows with their places: mappings of columns alone, which are numbered, or behind places of their own."""
-    for n, example in enumerate(_iterable(given, "rows"), start=1):
+    for n, example in enumerate(listed("rows", _records(given), "examples"), start=1):
         place, row = Place("example", n), example
         if isinstance(example, tuple) and len(example) == 2 and isinstance(example[0], Place):
             place, row = example
@@ -45,23 +45,9 @@ def size(value: Any, name: str) -> int | None:
     raise UserError(f"{name} is {shown(value)}; it must be a whole number, or None")
 
 
-def _iterable(given: Any, name: str) -> Iterable[Any]:
-    if hasattr(given, "to_dict") and hasattr(given, "columns"):  # a DataFrame, which would yield the names of columns
-        return given.to_dict("records")
-    if isinstance(given, os.PathLike):
-        raise UserError(
-            f"{name} is the path {os.fspath(given)!r}; give the rows themselves, such as those of "
-            f"jaxlm.data.source.rows, or use the command line"
-        )
-    if isinstance(given, (set, frozenset)):
-        raise UserError(f"{name} is a set, which has no order; give a list")
-    if (
-        isinstance(given, (str, bytes, bytearray, Mapping))
-        or not isinstance(given, Iterable)
-        or getattr(given, "ndim", 1) == 0
-    ):
-        raise UserError(f"{name} is one {type(given).__name__}, {shown(given)}; give a list of examples")
-    return given
+def _records(given: Any) -> Any:
+    """The rows of a DataFrame, which itself would yield the names of its columns; anything else as it is."""
+    return given.to_dict("records") if hasattr(given, "to_dict") and hasattr(given, "columns") else given
 
 
 def _plain(value: Any) -> Any:

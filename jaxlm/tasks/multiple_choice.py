@@ -18,8 +18,9 @@ from jaxlm.data.lines import Place, Row
 from jaxlm.errors import UserError
 from jaxlm.losses import Sum
 from jaxlm.nn.transformer import Transformer
+from jaxlm.ranges import shown
 from jaxlm.report import Section, mistakes
-from jaxlm.tasks.reading import Record, Records, column, listed, shown, text_of
+from jaxlm.tasks.reading import Record, Records, column, listed, text_of
 from jaxlm.tasks.records import HeadTask, Outputs, framed
 from jaxlm.tasks.states import of_examples
 

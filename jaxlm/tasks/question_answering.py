@@ -16,8 +16,9 @@ from jaxlm.data.lines import Place, Row
 from jaxlm.errors import UserError
 from jaxlm.lm import LM
 from jaxlm.losses import Sum
+from jaxlm.ranges import shown
 from jaxlm.report import Section, mistakes
-from jaxlm.tasks.reading import Record, Records, listed, shown, text_of
+from jaxlm.tasks.reading import Record, Records, listed, text_of
 from jaxlm.tasks.records import HeadTask, Outputs, RecordExamples, Truncation, stand_in
 
 _BEST = 20  # starts and ends of a window that are combined

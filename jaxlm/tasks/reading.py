@@ -21,6 +21,7 @@ from jaxlm.data.formats import Columns
 from jaxlm.data.lines import Place, Row
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError, perhaps
+from jaxlm.ranges import shown
 from jaxlm.tasks import labels
 
 if TYPE_CHECKING:
@@ -230,14 +231,6 @@ def entries(row: Row) -> Row:
         inner = entries(value) if isinstance(value, dict) else None
         held |= {name: value} if inner is None else {f"{name}.{key}": one for key, one in inner.items()}
     return held
-
-
-def shown(value: Any) -> str:
-    """Returns a value as a message shows it, at most 60 characters of it."""
-    try:
-        return f"{value!r:.60}"
-    except ValueError:  # more digits than Python writes
-        return "a number of thousands of digits"
 
 
 def text_of(row: Row, name: str, place: Place, option: str = "--task.text") -> str:

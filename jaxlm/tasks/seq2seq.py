@@ -12,10 +12,10 @@ from jaxlm import config, metrics
 from jaxlm.data.batches import Features
 from jaxlm.data.lines import Place, Row
 from jaxlm.errors import UserError
+from jaxlm.ranges import shown
 from jaxlm.report import Section
-from jaxlm.tasks.generation import UNREAD, GenerationTask, shown
+from jaxlm.tasks.generation import UNREAD, GenerationTask, table_of_texts
 from jaxlm.tasks.reading import Record, Records, cell, column
-from jaxlm.tasks.reading import shown as shown_value
 from jaxlm.tasks.records import framed, stand_in
 
 _SCORE: dict[str, tuple[tuple[str, ...], Callable[..., dict[str, float]]]] = {
@@ -147,7 +147,7 @@ class Seq2SeqTask(GenerationTask):
         both = list(zip(part.records, predictions))
         rows = ([record["source"], " | ".join(record["label"]), told["prediction"]] for record, told in both)
         note = "; ".join(["The first of the held-out part", *self.beside(self.task, [record for record, _ in both])])
-        return [shown("Generated texts", ("source", "reference", "generated"), rows, f"{note}.")]
+        return [table_of_texts("Generated texts", ("source", "reference", "generated"), rows, f"{note}.")]
 
 
 def _text(value: Any, place: Place, name: str) -> str:
@@ -155,5 +155,5 @@ def _text(value: Any, place: Place, name: str) -> str:
     if isinstance(value, (list, tuple, np.ndarray)) and all(isinstance(part, str) for part in value):
         return " ".join(value)
     if value is not None and not isinstance(value, str):
-        raise UserError(f"{place}: column {name!r} holds {type(value).__name__} {shown_value(value)}, not text")
+        raise UserError(f"{place}: column {name!r} holds {type(value).__name__} {shown(value)}, not text")
     return value or ""

@@ -16,7 +16,8 @@ from jaxlm.data.lines import Place, Row
 from jaxlm.errors import UserError
 from jaxlm.losses import Sum, squared_error
 from jaxlm.nn.transformer import Transformer
-from jaxlm.tasks.reading import Record, shown, text_of
+from jaxlm.ranges import shown
+from jaxlm.tasks.reading import Record, text_of
 from jaxlm.tasks.records import HeadTask, Outputs, framed
 from jaxlm.tasks.states import of_examples
 

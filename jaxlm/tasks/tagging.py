@@ -17,10 +17,11 @@ from jaxlm.data.batches import Batch, Features
 from jaxlm.data.lines import Place, Row
 from jaxlm.errors import UserError, perhaps
 from jaxlm.losses import Sum, cross_entropy
+from jaxlm.ranges import shown
 from jaxlm.report import Bars, Section, Table, mistakes
 from jaxlm.tasks import labels as matching
 from jaxlm.tasks import tags as schemes
-from jaxlm.tasks.reading import Record, Records, column, listed, shown
+from jaxlm.tasks.reading import Record, Records, column, listed
 from jaxlm.tasks.records import HeadTask, Outputs, stand_in
 
 _SCORES = ("f1", "precision", "recall", "accuracy")
