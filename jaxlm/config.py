@@ -650,7 +650,7 @@ class RunConfig(Config):
             self._check_model(self.model)
         if self.optimizer.name == "adafactor" and self.optimizer.momentum_dtype != "float32":
             raise UserError("adafactor has no first moment; leave out --optimizer.momentum-dtype")
-        if self.new_head and isinstance(self.task, _NO_PARTS):
+        if self.new_head and isinstance(self.task, _NO_PARTS) and not isinstance(self.task, MultiTask):
             raise UserError(
                 f"new_head is set, and {type(self.task).__name__} has no head of labels to draw anew; leave it out"
             )

@@ -47,7 +47,7 @@ from jaxlm.start import (
     with_tokenizer,
 )
 from jaxlm.step import make_eval_step
-from jaxlm.tasks import TASKS, make_task, prepare, with_labels
+from jaxlm.tasks import make_task, prepare, with_labels
 from jaxlm.tasks.task import Task
 
 
@@ -157,7 +157,7 @@ def _fit_in(
     run = with_tokenizer(with_model(run, model), model)
     run.check()
     own_tokenizer = model.tokenizer if model and not run.tokenizer.path else None
-    known = labels_of(folder) if resuming else known_labels(run, model, TASKS[type(run.task)])
+    known = labels_of(folder) if resuming else known_labels(run, model)
     if data is None:
         data = hosts.after_first(lambda: prepare(run, own_tokenizer, say, known))
     else:
@@ -168,7 +168,7 @@ def _fit_in(
     task = make_task(run, data.tokenizer, data.labels)
     if run.best and run.best not in (*task.scores, "loss"):
         raise UserError(f"best is {run.best!r}{perhaps(run.best, [*task.scores, 'loss'])}")
-    weights = weights_of(as_given, model, task, data.labels if task.head else (), resuming)
+    weights = weights_of(as_given, model, task, data.labels, resuming)
     config = configured(run, weights, task)
     batches = task.batches(data.train, run.batch, run.data.length, run.seed)
     run = sized(run, config, batches)
@@ -203,7 +203,7 @@ def _fit_in(
     state, notes = checkpoints.restore(like) or (None, {})
     if state is None:
         key = jax.random.key_data(jax.random.key(run.seed))
-        weights = weights or weights_of(as_given, None, task, data.labels if task.head else (), False)
+        weights = weights or weights_of(as_given, None, task, data.labels, False)
         if weights is None:
             state = parts.first_state(key)
         else:

@@ -102,9 +102,16 @@ def run_of(folder: str | Path) -> RunConfig | None:
     return run
 
 
-def labels_of(folder: Path) -> tuple[str, ...] | None:
-    """Returns the names of the outputs of the head of the run in a folder; None where they are not known."""
+def labels_of(folder: Path) -> tuple[str, ...] | dict[str, tuple[str, ...]] | None:
+    """Returns the names of the outputs of the head of the run in a folder, of several tasks by the part's name; None
+    where they are not known."""
     labels = (_read(folder) or {}).get("labels")
+    if isinstance(labels, dict):
+        return {name: found for name, part in labels.items() if (found := _names(part))} or None
+    return _names(labels)
+
+
+def _names(labels: Any) -> tuple[str, ...] | None:
     names = isinstance(labels, list) and all(isinstance(name, str) for name in labels)
     return tuple(labels) if labels and names else None
 

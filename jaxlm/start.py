@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from jaxlm import families, hosts
-from jaxlm.config import DROPOUT_SITES, CausalLM, MaskedLM, ModelConfig, RunConfig
+from jaxlm.config import DROPOUT_SITES, CausalLM, MaskedLM, ModelConfig, MultiTask, RunConfig
 from jaxlm.encode import Pooling
 from jaxlm.errors import UserError
 from jaxlm.hub.convert import tree_shapes
@@ -22,7 +22,9 @@ from jaxlm.hub.download import fetch_tokenizer
 from jaxlm.hub.place import read_leaves
 from jaxlm.lm import LM, find, has_tokenizer, kept_files, without_task
 from jaxlm.nn import parameters
-from jaxlm.tasks.labels import unnamed
+from jaxlm.tasks import TASKS
+from jaxlm.tasks.labels import Labels, named_outputs, unnamed
+from jaxlm.tasks.multi_task import TaskMixture, own_head
 from jaxlm.tasks.task import Task
 
 
@@ -45,12 +47,20 @@ def _of_hub(path: str) -> bool:
     return bool(name) and not Path(path).exists() and Path(path).suffix not in (".json", ".txt", ".model", ".spm")
 
 
-def known_labels(run: RunConfig, model: LM | None, task: type[Task]) -> tuple[str, ...] | None:
+def known_labels(run: RunConfig, model: LM | None) -> Labels | None:
     """Returns the names of the outputs of the head that a run starts from, in order; None where the head is new.
+
+    Of several tasks it returns those of each part whose head the weights have.
 
     Raises UserError as `lm.load` does.
     """
-    head = task.head
+    if not isinstance(run.task, MultiTask):
+        return _labels_of_head(run, model, TASKS[type(run.task)].head)
+    found = {name: _labels_of_head(run, model, TASKS[type(part.task)].head) for name, part in run.task.parts.items()}
+    return {name: labels for name, labels in found.items() if labels is not None} or None
+
+
+def _labels_of_head(run: RunConfig, model: LM | None, head: Any) -> tuple[str, ...] | None:
     if head not in ("classes", "tokens") or run.new_head:
         return None
     if model is not None:
@@ -122,32 +132,69 @@ def weights_of(run: RunConfig, model: LM | None, task: Task, labels: Any, resumi
 
     Raises UserError where `run.init` holds no model, unless a run that has its own model is resumed.
     """
+    if model is None and not run.init:
+        return None
+    try:
+        if isinstance(task, TaskMixture):
+            return _with_own_heads(run, model, task, labels)
+        head = getattr(run.task, "heads", None) or task.head or "none"
+        weights = _given(run, model, head, (labels or None) if task.head else None)
+    except UserError:
+        if resuming and model is None and run.model is not None:
+            return None
+        raise
     renewed = f"{task.head}_head/out/" if run.new_head else None
-    kept = lambda paths: [path for path in paths if renewed is None or not path.startswith(renewed)]
+    kept = {path: shape for path, shape in weights.shapes.items() if not (renewed and path.startswith(renewed))}
+    return weights._replace(shapes=kept)
+
+
+def _given(run: RunConfig, model: LM | None, head: Any, labels: tuple[str, ...] | None) -> Weights:
+    """Returns the weights of a model, or those of `run.init` with this head; raises UserError where it has no model."""
     if model is not None:
         leaves = parameters.by_path(model.params)
         # Copies, since training donates its buffers, and the model is the caller's.
         copied = lambda path, layout: hosts.spread(_as_float32(leaves[path]), layout, may_alias=False)
         read = lambda layouts: {path: copied(path, layout) for path, layout in layouts.items()}
-        shapes = {path: leaves[path].shape for path in kept(leaves)}
+        shapes = {path: leaf.shape for path, leaf in leaves.items()}
         return Weights(model.config, shapes, read, model.origin, without_task(model.files), model.pooling)
-    if not run.init:
-        return None
-    try:
-        folder = find(run.init)
-        how: dict[str, Any] = {}
-        if run.model is None:
-            how = {"head": getattr(run.task, "heads", None) or task.head or "none", "labels": labels or None}
-        found = families.look(folder, **how)
-    except UserError:
-        if resuming and run.model is not None:
-            return None
-        raise
+    folder = find(run.init)
+    found = families.look(folder, **({"head": head, "labels": labels} if run.model is None else {}))
     shapes = tree_shapes(found.config, found.family.module)
-    shapes = {path: shapes[path] for path in kept(shapes) if path not in found.fresh}
+    shapes = {path: shape for path, shape in shapes.items() if path not in found.fresh}
     read = partial(read_leaves, found.family, found.config, found.tensors, np.dtype(np.float32))
     files, pooling = kept_files(folder)
     return Weights(found.config, shapes, read, found.origin, without_task(files), pooling)
+
+
+def _with_own_heads(run: RunConfig, model: LM | None, task: TaskMixture, labels: Any) -> Weights:
+    """Returns the weights for several tasks: the body, and for each part the head of its kind, whose outputs are read
+    where the part has their labels."""
+    body = _given(run, model, "none", None)
+    source = dict.fromkeys(body.shapes, body)  # path in the run's model -> the weights that have it
+    path_there = {path: path for path in body.shapes}
+    for name, part in task.parts.items():
+        if part.head is None:
+            continue
+        try:
+            weights = _given(run, model, part.head, None)
+        except UserError:  # a family without such a head
+            continue
+        names = named_outputs(part.task, weights.config.labels)
+        renewed = run.new_head or (part.head in ("classes", "tokens") and names != labels[name])
+        prefix = f"{part.head}_head/"
+        for path in weights.shapes:
+            if path.startswith(prefix) and not (renewed and path.startswith(f"{prefix}out/")):
+                own = f"{own_head(name)}/{path.removeprefix(prefix)}"
+                source[own], path_there[own] = weights, path
+
+    def read(layouts: Mapping[str, jax.sharding.Sharding]) -> dict[str, jax.Array]:
+        leaves: dict[str, jax.Array] = {}
+        for path, layout in layouts.items():
+            leaves[path] = source[path].read({path_there[path]: layout})[path_there[path]]
+        return leaves
+
+    shapes = {path: weights.shapes[path_there[path]] for path, weights in source.items()}
+    return body._replace(shapes=shapes, read=read)
 
 
 def _as_float32(leaf: Any) -> Any:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from compiled import jit, random_params
@@ -17,7 +18,9 @@ from jaxlm import (
     DataConfig,
     ModelConfig,
     MultipleChoice,
+    MultiTask,
     OptimizerConfig,
+    Part,
     RunConfig,
     Tagging,
     TokenizerConfig,
@@ -25,7 +28,7 @@ from jaxlm import (
 )
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.lines import Place
-from jaxlm.fit import fit
+from jaxlm.fit import Stopped, fit
 from jaxlm.lm import LM
 from jaxlm.nn.transformer import Transformer
 from jaxlm.tasks import TASKS, labels
@@ -350,9 +353,109 @@ def test_names_that_are_given_name_the_outputs_of_a_head_without_names(start):
     from jaxlm.start import known_labels
     from jaxlm.tasks import prepare
 
-    known = known_labels(run, None, TASKS[Classification])
+    known = known_labels(run, None)
     assert known == ("LABEL_0", "LABEL_1", "LABEL_2")
     tokenizer = jaxlm.load(run.init).tokenizer
     assert prepare(run, tokenizer, lambda _: None, known).labels == NLI
     other = replace(run, task=Classification(names=NLI[::-1]))
     assert prepare(other, tokenizer, lambda _: None, NLI).labels == NLI
+
+
+def several(start, parts: dict[str, tuple[Any, Any]], head: str, names: tuple[str, ...], **fields: Any):
+    """A run of several tasks from weights with this head, and the rows of each part."""
+    first = next(iter(parts.values()))
+    run, _ = start(first[0], head, names, first[1], **fields)
+    rows: dict[str, list[Any]] = {}
+    of_parts: dict[str, Part] = {}
+    for seed, (name, (task, row)) in enumerate(parts.items()):
+        random = np.random.default_rng(seed)
+        rows[name] = [row(random) for _ in range(40)]
+        path = Path(run.init).parent / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows[name]))
+        of_parts[name] = Part(task, DataConfig(path=str(path)))
+    return replace(run, task=MultiTask(of_parts)), rows
+
+
+def other_row(random: np.random.Generator) -> dict[str, Any]:
+    return class_row(random, ("x", "y"))
+
+
+@pytest.mark.parametrize("from_python", [False, True])
+def test_a_part_of_several_tasks_keeps_the_head_of_the_weights(start, quick, capsys, from_python):
+    parts = {"nli": (Classification(), class_row), "letters": (Classification(), other_row)}
+    run, rows = several(start, parts, "classes", NLI)
+    given = jaxlm.load(run.init)
+    before = jaxlm.predict(given, rows["nli"], task=Classification(), length=32)
+    if from_python:
+        fit(replace(run, init=""), model=given)
+    else:
+        fit(run)
+    lines = capsys.readouterr().err.splitlines()
+    lm = jaxlm.load(Path(run.workdir) / "export" / "nli")
+    assert lm.config.labels == NLI
+    after = jaxlm.predict(lm, rows["nli"], task=Classification(), length=32)
+    assert [row["prediction"] for row in after] == [row["prediction"] for row in before]
+    assert len({row["prediction"] for row in before}) > 1
+    assert [line for line in lines if "new head" in line] == [
+        "labels    the part letters begins with a new head: its labels are not those of the head of the weights"
+    ]
+    assert [line for line in lines if "made new" in line] == [
+        "made new, since the given weights have none: own_letters"
+    ]
+    assert jaxlm.load(Path(run.workdir) / "export" / "letters").config.labels == ("x", "y")
+
+
+@pytest.mark.parametrize(
+    ("head", "names", "parts"),
+    [
+        ("tokens", ORDER, {"ner": (Tagging(), lambda random: tags_row(random, sorted(ORDER)))}),
+        ("classes", NLI, {"nli": (Classification(), class_row), "also": (Classification(), class_row)}),
+        ("classes", NLI, {"nli": (Classification(), class_row), "choice": (MultipleChoice(), choice_row)}),
+    ],
+)
+@pytest.mark.long
+def test_parts_of_every_kind_keep_the_head_of_the_weights(start, quick, capsys, head, names, parts):
+    run, rows = several(start, parts, head, names)
+    fit(run)
+    lines = capsys.readouterr().err.splitlines()
+    for name, (task, _) in parts.items():
+        lm = jaxlm.load(Path(run.workdir) / "export" / name)
+        if isinstance(task, MultipleChoice):
+            assert "made new, since the given weights have none: own_choice" in lines
+            continue
+        assert lm.config.labels == names
+        before, after = (jaxlm.predict(m, rows[name], task=task, length=32) for m in (jaxlm.load(run.init), lm))
+        assert [row["prediction"] for row in after] == [row["prediction"] for row in before]
+
+
+def test_parts_without_the_labels_of_the_head_are_refused_with_both_sets(start):
+    parts = {"letters": (Classification(), other_row), "ner": (Tagging(), lambda random: tags_row(random, ORDER))}
+    run, _ = several(start, parts, "classes", NLI)
+    with pytest.raises(UserError, match=r"letters: the head of the weights .* 3 outputs, .*needs 2: x, y.*--new-head"):
+        fit(run)
+
+
+def test_new_heads_of_several_tasks_are_drawn_where_they_are_asked_for(start, quick):
+    run, _ = several(start, {"letters": (Classification(), other_row)}, "classes", NLI, new_head=True)
+    fit(run)
+    lm, old = jaxlm.load(Path(run.workdir) / "export" / "letters"), jaxlm.load(run.init).params["classes_head"]
+    assert lm.config.labels == ("x", "y")
+    assert np.allclose(old["dense"]["kernel"], lm.params["classes_head"]["dense"]["kernel"])
+
+
+@pytest.mark.long
+def test_a_run_of_several_tasks_from_a_head_resumes(start, quick):
+    parts = {"nli": (Classification(), class_row), "letters": (Classification(), other_row)}
+    run, _ = several(start, parts, "classes", NLI)
+    run = replace(run, steps=4, checkpoint_every=2, optimizer=OptimizerConfig(rate=1e-3))
+    fit(run)
+    cut = replace(run, workdir=run.workdir + "_cut")
+    stopped: list[bool] = []
+    with pytest.raises(Stopped):
+        fit(cut, stop=lambda: stopped.append(True) or len(stopped) > 2)
+    fit(cut)
+    for name in parts:
+        whole, resumed = (jaxlm.load(Path(where) / "export" / name) for where in (run.workdir, cut.workdir))
+        assert whole.config == resumed.config
+        for one, other in zip(jax.tree.leaves(whole.params), jax.tree.leaves(resumed.params)):
+            np.testing.assert_array_equal(one, other)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from jaxlm.tasks import labels, multi_task, reading
 from jaxlm.tasks.chat import ChatTask
 from jaxlm.tasks.classification import ClassificationTask
 from jaxlm.tasks.denoising import InfillingTask, SpanCorruptionTask
+from jaxlm.tasks.labels import Labels
 from jaxlm.tasks.multi_task import TaskMixture
 from jaxlm.tasks.multiple_choice import MultipleChoiceTask
 from jaxlm.tasks.pretraining import CausalLMTask, MaskedLMTask
@@ -51,30 +52,33 @@ def prepare(
     run: RunConfig,
     tokenizer: Tokenizer | None,
     say: Callable[[str], None],
-    known: tuple[str, ...] | None = None,
+    known: Labels | None = None,
 ) -> Prepared:
     """Returns what a run reads.
 
     Args:
       tokenizer: in place of the run's.
       say: takes lines for the person who watches the run.
-      known: names of the outputs of the head that the run starts from; None: the head is new, and the data has them.
+      known: names of the outputs of the head that the run starts from, of several tasks by the part's name; None: the
+        head is new, and the data has them.
 
     Raises:
       UserError: for bad data, and for labels that the head does not have.
     """
     kind = TASKS[type(run.task)]
     if kind is TaskMixture:
-        return multi_task.prepare(run, TASKS, tokenizer, say)
+        return with_labels(run, multi_task.prepare(run, TASKS, tokenizer, say), known, say)
     if issubclass(kind, RecordTask):
-        return reading.prepare(run, kind, tokenizer, say, known)
+        return reading.prepare(run, kind, tokenizer, say, known if isinstance(known, tuple) else None)
     return corpus.prepare(run, say, tokenizer)
 
 
-def with_labels(run: RunConfig, data: Prepared, known: tuple[str, ...] | None, say: Callable[[str], None]) -> Prepared:
+def with_labels(run: RunConfig, data: Prepared, known: Labels | None, say: Callable[[str], None]) -> Prepared:
     """Returns data that was prepared without a head with its labels as the head that the run starts from names them."""
     kind = TASKS[type(run.task)]
-    if known is None or not issubclass(kind, RecordTask):
+    if kind is TaskMixture and isinstance(known, Mapping):
+        return multi_task.with_labels(run, data, TASKS, known, say)
+    if not isinstance(known, tuple) or not issubclass(kind, RecordTask):
         return data
     names, train, held_out = labels.agreed(kind, run.task, data.train, data.train, data.held_out, known, say)
     return data._replace(train=train, held_out=held_out, labels=names)

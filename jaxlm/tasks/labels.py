@@ -7,15 +7,18 @@ head win, and the labels of the data are found among them; where they cannot be,
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from jaxlm.errors import UserError
 
 if TYPE_CHECKING:
     from jaxlm.tasks.reading import Records
     from jaxlm.tasks.records import RecordTask
+
+# Names of the outputs of a head, in order; of several tasks, of each part's head, by the part's name.
+Labels: TypeAlias = tuple[str, ...] | Mapping[str, tuple[str, ...]]
 
 _SHOWN = 12  # labels that a message lists
 _NUMBERED = re.compile(r"(?:LABEL_)?(\d{1,6})", re.IGNORECASE)

@@ -22,12 +22,18 @@ from jaxlm.losses import Losses
 from jaxlm.nn.heads import Classes, PerToken
 from jaxlm.nn.transformer import Transformer
 from jaxlm.report import Section
+from jaxlm.tasks import labels
 from jaxlm.tasks.reading import prepare as prepare_records
 from jaxlm.tasks.states import hidden
 from jaxlm.tasks.task import Seen, Task
 
 SHARED = ("tokens_BT", "segments_BT", "positions_BT", "types_BT")  # fields that are not of one task
 _PERIOD = 1000  # rows after which the order of the tasks repeats
+
+
+def own_head(name: str) -> str:
+    """The name, in the model, of the head of a part."""
+    return f"own_{name}"
 
 
 class Parts(dict[str, Any]):
@@ -46,7 +52,7 @@ class TaskMixture(Task):
         self.task, self.parts = task, dict(parts)
         for name, part in parts.items():
             if part.head is not None:
-                part.method = lambda module, x, name=name: getattr(module, f"own_{name}")(x)
+                part.method = lambda module, x, name=name: getattr(module, own_head(name))(x)
         self.most = max(part.most for part in parts.values())
         own = (f"{name}/{score}" for name, part in parts.items() for score in part.scores)
         self.scores = ("mean", *own)  # mean: of the score that each part ranks by
@@ -75,13 +81,13 @@ class TaskMixture(Task):
         class WithHeads(kind):  # type: ignore[misc, valid-type]
             def setup(self) -> None:
                 super().setup()
-                for name, (head, labels) in heads.items():
-                    setattr(self, f"own_{name}", _head(replace(self.config, labels=labels), head, self.dtype))
+                for name, (head, names) in heads.items():
+                    setattr(self, own_head(name), _head(replace(self.config, labels=names), head, self.dtype))
 
             def initialise(self, tokens_BT: jax.Array) -> None:
                 x_BTD = self(tokens_BT)
                 for name in heads:
-                    getattr(self, f"own_{name}")(x_BTD)
+                    getattr(self, own_head(name))(x_BTD)
 
         return WithHeads
 
@@ -91,11 +97,11 @@ class TaskMixture(Task):
 
     def exports(self, lm: LM) -> dict[str, tuple[Task, LM]]:
         """For each part the body with its head, as that task alone has them."""
-        body = {key: value for key, value in lm.params.items() if not key.startswith("own_")}
+        body = {key: value for key, value in lm.params.items() if not key.startswith(own_head(""))}
         found: dict[str, tuple[Task, LM]] = {}
         for name, part in self.parts.items():
             alone = part.configured(lm.config)
-            params = body if part.head is None else body | {f"{part.head}_head": lm.params[f"own_{name}"]}
+            params = body if part.head is None else body | {f"{part.head}_head": lm.params[own_head(name)]}
             module = Transformer(alone, dtype=lm.module.dtype)
             own = with_task(replace(lm, config=alone, params=params, module=module), part.task, part.length)
             found[name] = part, own
@@ -288,3 +294,40 @@ def prepare(
     rows = {f"{name} {what}": count for name, part in found.items() for what, count in part.rows.items()}
     digest = hashlib.sha256("".join(part.fingerprint for part in found.values()).encode()).hexdigest()[:16]
     return Prepared(tokenizer, take("train"), take("held_out"), rows, digest, take("labels"))
+
+
+def with_labels(
+    run: RunConfig,
+    data: Prepared,
+    kinds: Mapping[type, Any],
+    known: Mapping[str, tuple[str, ...]],
+    say: Callable[[str], None],
+) -> Prepared:
+    """Returns the data with the labels of each part as the head that the run starts from names them.
+
+    The head may be of one of several parts with such a head: parts with other labels begin with new heads then, which
+    `say` takes a line about.
+
+    Args:
+      known: by the name of a part, the names of the outputs of the head that the weights have for it.
+
+    Raises:
+      UserError: where no part has the labels of the head.
+    """
+    train, held_out, names = Parts(data.train), Parts(data.held_out), Parts(data.labels)
+    differ: dict[str, UserError] = {}
+    for name, outputs in known.items():
+        task = run.task.parts[name].task
+        parts = train[name], train[name], held_out[name]
+        told = lambda line, name=name: say(f"{line} (of the part {name})")
+        try:
+            found = labels.agreed(kinds[type(task)], task, *parts, outputs, told)
+        except UserError as error:
+            differ[name] = error
+        else:
+            names[name], train[name], held_out[name] = found
+    for name, problem in differ.items():
+        if len(differ) == len(known):
+            raise UserError(f"{name}: {problem}") from None
+        say(f"labels    the part {name} begins with a new head: its labels are not those of the head of the weights")
+    return data._replace(train=train, held_out=held_out, labels=names)
