@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from jaxlm import hosts
 from jaxlm.arguments import check_model, listed
 from jaxlm.data.pack import pack
 from jaxlm.data.tokenizer import check_text
@@ -232,7 +233,7 @@ def encode(
     embed, params = lm.programs.get(_embed, lm.module, pooling, normalize), params_of(lm)
 
     def compute(batch: Batch, of_window_ND: np.ndarray) -> None:
-        of_window_ND[batch.texts] = np.asarray(embed(params, *batch.inputs))[batch.rows, batch.slots]
+        of_window_ND[batch.texts] = hosts.fetched(embed(params, *batch.inputs))[batch.rows, batch.slots]
 
     done = [np.zeros((0, _width(lm, pooling)), np.float32)]
     waiting: deque[Future[None]] = deque()

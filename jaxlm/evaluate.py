@@ -50,12 +50,12 @@ def see(eval_step: Step, params: Any, batches: Any, put: Callable, rows: list[in
 
     def fetch() -> None:
         step, segments, results = waiting.popleft()
-        losses, arrays = jax.device_get(hosts.whole(results))
+        losses, arrays = hosts.fetched(results)
         for name, (value, weight) in losses.items():
             total = totals.get(name, (0.0, 0.0))
             totals[name] = total[0] + float(value), total[1] + float(weight)
         if arrays:
-            segments_BT = segments if rows is None else jax.device_get(hosts.whole(segments))[0]
+            segments_BT = segments if rows is None else hosts.fetched(segments)[0]
             outputs.update(_apart(arrays, segments_BT, batches.units_at(step)))
 
     for step, batch in enumerate(prefetch(partial(batches.batch_at, rows=rows), 0, len(batches))):

@@ -121,7 +121,8 @@ def fit(
 
     Returns the model with the best held-out score; of several tasks, that of the first.  Raises UserError for a mistake
     in the config or the data, before anything is compiled, and RunError for a fault of the run: a loss that is not
-    finite, a disk that is full, a host that is gone.  Of many hosts each calls this with the same arguments.
+    finite, a disk that is full, a host that is gone.  Of many hosts each calls this with the same arguments, and they
+    use the returned model, whose parameters lie on the devices of all, together.
     """
     argument("run", run, RunConfig)
     argument("model", model, LM | None)
@@ -220,9 +221,7 @@ def _fit_in(
 
     eval_step = jax.jit(make_eval_step(task, module))
     files: dict[str, Any] = {"files": weights.files, "pooling": weights.pooling} if weights else {}
-    # Parameters of many hosts are gathered into each one's memory where more than the steps reads them.
-    here = module.constrain if jax.process_count() == 1 else sharding.Placement()
-    own_module = kind(config, here, module.dtype, kernel=run.attention)
+    own_module = kind(config, module.constrain, module.dtype, kernel=run.attention)
     made = LM(config, own_module, None, data.tokenizer, origin(run, weights), **files)
     starts_from_weights = weights is not None and not started
     del weights  # which keep the files of a checkpoint open
@@ -313,7 +312,7 @@ def _fit_in(
             state = state._replace(opt_state=None)
             if (params := checkpoints.restore_params(like.params, best_step)) is not None:
                 state, scores = state._replace(step=jax.numpy.int32(best_step), params=params), {}
-        export, lm = _export(with_params(made, hosts.whole(state.params)), task, folder / "export")
+        export, lm = _export(with_params(made, state.params), task, folder / "export")
         if not ending:
             raise Stopped(f"stopped at step {step:,} of {run.steps:,} and saved; the same command goes on from here")
         if not scores:
@@ -339,7 +338,8 @@ def _fit_in(
     }
     facts |= {"started from": run.init} if run.init else {}
     facts |= _packing(run, batches) | _cut(task, batches)
-    text = hosts.first(lambda: _report(run, folder, lm, scores, export, int(state.step), facts, mesh, sections))
+    sample = _sample(lm, run)
+    text = hosts.first(lambda: _report(run, folder, lm, scores, export, int(state.step), facts, mesh, sections, sample))
     if summary:
         say(text)
     if not run.keep_checkpoints:
@@ -381,6 +381,7 @@ def _report(
     further: dict[str, str],
     mesh: Any,
     sections: list[report.Section],
+    sample: str | None,
 ) -> str:
     """Writes report.html and summary.txt; returns the summary: the figures, a sample and where the files are."""
     facts = {f"held-out {report.words(name)}": report.fact(name, value) for name, value in scores.items()}
@@ -390,7 +391,6 @@ def _report(
         "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
         **further,
     }
-    sample = _sample(lm, run)
     width = max(24, *map(len, facts))
     lines = [f"{name:>{width}}  {value}" for name, value in facts.items()]
     if sample is not None:
@@ -459,9 +459,9 @@ def _averaged(window: list[dict[str, float]], steps: list[dict[str, float]], sec
 
 def _export(lm: LM, task: Task, folder: Path) -> tuple[str, LM]:
     """Writes the model, for several tasks one for each, and returns the name of the format and the first of them."""
-    exported = task.exports(lm)
 
-    def write() -> str:
+    def write(params: Any) -> str:
+        exported = task.exports(with_params(lm, params))
         with storage.atomic_folder(folder, overwrite=True) as new:
             for name, (one, alone) in exported.items():
                 assert alone.origin is not None  # as `origin` has it
@@ -470,7 +470,7 @@ def _export(lm: LM, task: Task, folder: Path) -> tuple[str, LM]:
                 _name_class(new / name, one)
         return kind
 
-    return hosts.first(write), next(iter(exported.values()))[1]
+    return hosts.first_reads(lm.params, write), next(iter(task.exports(lm).values()))[1]
 
 
 def _with_keys(origin: families.Origin, keys: Mapping[str, Any]) -> families.Origin:

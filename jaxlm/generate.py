@@ -10,9 +10,9 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
+from jaxlm import hosts
 from jaxlm.arguments import check_model, listed, stop_ids, token_ids
 from jaxlm.beam import EARLY, search_of
 from jaxlm.config import Decoding
@@ -371,7 +371,7 @@ def _searched(lm: LM, wanted: Sequence[Request], decoding: Decoding, stops: Sequ
         state = run.prefill(params, prompts_of(lm, some, some, decoding), length=room(lm, some, decoding))
         penalty, early = np.float32(decoding.length_penalty), np.int32(EARLY[decoding.early_stopping])
         found = search(params, state, rules, penalty, early, beams=M, candidates=candidates)
-        tokens_BMT, log_probs_BMT, lengths_BM, scores_BM = map(np.asarray, found)
+        tokens_BMT, log_probs_BMT, lengths_BM, scores_BM = hosts.fetched(found)
         for b, request in enumerate(some):
             for m in range(decoding.n_best):
                 new = np.s_[b, m, len(request.tokens) : lengths_BM[b, m]]
@@ -424,16 +424,16 @@ def _drawn(
             longer = min(2 * length, most)
             state, left, length = run.grow(state, length=longer), longer - length, longer
         state = run.advance(params, state, rules, np.int32(min(n, left) if draft is None else n))
-        done_B, lengths_B, tokens_BT = map(np.array, (state.done_B, state.lengths_B, state.tokens_BT))
+        done_B, lengths_B, tokens_BT = hosts.fetched((state.done_B, state.lengths_B, state.tokens_BT))
         for b, request in [(b, request) for b, request in enumerate(rows) if request is not None]:
             new = np.s_[b, len(request.tokens) : lengths_B[b]]
             tokens = tokens_BT[new].tolist()
             if decoding.stop and not done_B[b] and _cut(text_of(lm, request, tokens), decoding.stop) is not None:
-                done_B[b] = True
-                state = state._replace(done_B=jnp.array(done_B))
+                done_B = np.where(np.arange(B) == b, True, done_B)
+                state = state._replace(done_B=done_B)
             rows[b] = None if done_B[b] else request
             if done_B[b] or look:
-                log_probs = np.asarray(state.log_probs_BT)[new].tolist() if scored else []
+                log_probs = hosts.fetched(state.log_probs_BT)[new].tolist() if scored else []
                 yield Row(request, tokens, log_probs, sum(log_probs), bool(done_B[b]))
 
 

@@ -20,6 +20,8 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -239,16 +241,21 @@ def first(make: Callable[[], Value]) -> Value:
     """What host 0 makes, a JSON value, on all hosts, which wait for it.  Its UserError or RunError is that of all."""
     if jax.process_count() == 1:
         return make()
-    said: dict[str, Any] = {}
-    if is_first():
-        try:
-            said = {"value": make()}
-        except (UserError, RunError) as error:
-            said = {"error": str(error), "kind": error.exit_code}
-    said = told(said)[0]
-    if "error" in said:
-        raise {kind.exit_code: kind for kind in (UserError, RunError)}[said["kind"]](said["error"])
-    return said["value"]
+    return _value(told(_outcome(make) if is_first() else None)[0])
+
+
+def _outcome(make: Callable[[], Any]) -> dict[str, Any]:
+    """What a host makes, or its error, as a JSON value."""
+    try:
+        return {"value": make()}
+    except (UserError, RunError) as error:
+        return {"error": str(error), "kind": error.exit_code}
+
+
+def _value(outcome: dict[str, Any]) -> Any:
+    if "error" in outcome:
+        raise {kind.exit_code: kind for kind in (UserError, RunError)}[outcome["kind"]](outcome["error"])
+    return outcome["value"]
 
 
 def after_first(make: Callable[[], Value]) -> Value:
@@ -332,19 +339,73 @@ def whole(tree: Any) -> Any:
     return jax.tree.map(_gathered, tree)
 
 
+def fetched(tree: Any) -> Any:
+    """Returns the tree as NumPy arrays; what lies on devices of several hosts is whole on each of them."""
+    return jax.device_get(whole(tree))
+
+
 def _gathered(x: Any) -> Any:
     if not isinstance(x, jax.Array) or x.is_fully_addressable:
         return x
     if x.is_fully_replicated:
         return np.asarray(x.addressable_data(0))
-    assert isinstance(x.sharding, NamedSharding)
-    everywhere = NamedSharding(x.sharding.mesh, PartitionSpec())
-    gather = lambda part: np.asarray(_copy(part, everywhere).addressable_data(0))
+    gather = lambda part: np.asarray(_copies(_everywhere(x))(part).addressable_data(0))
     if x.nbytes <= PART or x.shape[0] == 1:
         return gather(x)
     # A stack of layers need not fit on any one device.
     rows = max(1, x.shape[0] * PART // x.nbytes)
     return np.concatenate([gather(x[start : start + rows]) for start in range(0, x.shape[0], rows)])
+
+
+def first_reads(tree: Any, make: Callable[[Any], Value]) -> Value:
+    """Returns what host 0 makes of the tree, a JSON value, on all hosts, which wait for it, as `first` does.
+
+    What lies on devices of several hosts is gathered when it is read, a leaf or an entry of its first axis at a time:
+    no host ever has more in its memory.
+
+    Args:
+        tree: the arrays, the same on all hosts.
+        make: reads the leaves of a tree by their shape and dtype, by an index of their first axis, or whole, by NumPy.
+
+    Raises:
+        UserError, RunError: those of host 0, on all hosts.
+    """
+    if jax.process_count() == 1:
+        return make(tree)
+    leaves, structure = jax.tree.flatten(tree)
+
+    def read(leaf: int, row: int | None) -> Any:
+        x = leaves[leaf]
+        if row is None or not isinstance(x, jax.Array) or x.is_fully_addressable:
+            return _gathered(x) if row is None else x[row]
+        return np.asarray(_row_of(_everywhere(x))(x, np.int32(row)).addressable_data(0))
+
+    if is_first():
+
+        def ask(leaf: int, row: int | None) -> Any:
+            told({"read": [leaf, row]})
+            return read(leaf, row)
+
+        asked = jax.tree.unflatten(structure, [_Asked(x.shape, x.dtype, partial(ask, i)) for i, x in enumerate(leaves)])
+        return _value(told(_outcome(lambda: make(asked)))[0])
+    while "read" in (said := told(None)[0]):
+        read(*said["read"])
+    return _value(said)
+
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """An array that is read by asking for it: `ask(row)` returns an entry of its first axis, `ask(None)` all of it."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    ask: Callable[[int | None], Any]
+
+    def __getitem__(self, row: Any) -> Any:
+        return self.ask(int(row))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.ask(None), dtype)
 
 
 def passed_on(tree: Any, like: Any) -> Any:
@@ -370,13 +431,19 @@ def _passed_on(x: np.ndarray) -> np.ndarray:
     return np.frombuffer(b"".join(part.tobytes() for part in passed), x.dtype).reshape(x.shape)
 
 
-def _copy(x: jax.Array, layout: NamedSharding) -> jax.Array:
-    return _copies(layout)(x)
+def _everywhere(x: jax.Array) -> NamedSharding:
+    assert isinstance(x.sharding, NamedSharding)
+    return NamedSharding(x.sharding.mesh, PartitionSpec())
 
 
 @functools.lru_cache(maxsize=8)
 def _copies(layout: NamedSharding) -> Callable[[jax.Array], jax.Array]:
     return jax.jit(lambda x: x, out_shardings=layout)
+
+
+@functools.lru_cache(maxsize=8)
+def _row_of(layout: NamedSharding) -> Callable[[jax.Array, np.int32], jax.Array]:
+    return jax.jit(lambda x, row: x[row], out_shardings=layout)
 
 
 # Ending together

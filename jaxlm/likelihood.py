@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from jaxlm import hosts
 from jaxlm.arguments import check_model, listed, token_ids
 from jaxlm.data.pack import pack
 from jaxlm.data.tokenizer import check_text
@@ -286,7 +287,7 @@ def _scored(lm: LM, examples: Iterable[_Example], batch_tokens: int | None) -> I
                 inputs = _laid_out(window, some, count, T, S)
                 if mesh is not None:
                     inputs = jax.device_put(inputs, NamedSharding(mesh, spec(("batch",), mesh.axis_names)))
-                log_BT, likeliest_BT = map(np.asarray, program(params, *inputs))
+                log_BT, likeliest_BT = hosts.fetched(program(params, *inputs))
                 for b, row in enumerate(some):
                     end = 0
                     for i in row:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -32,13 +33,22 @@ from jaxlm.tasks.pretraining import CausalLMTask
 TRAIN = Path(__file__).parent.parent / "train.py"
 CONFIG = """
 from pathlib import Path
-from jaxlm import CausalLM, Classification, DataConfig, ModelConfig, OptimizerConfig, RunConfig, TokenizerConfig
+from jaxlm import CausalLM, Classification, DataConfig, Decoding, ModelConfig, OptimizerConfig, RunConfig, Seq2Seq
+from jaxlm import TokenizerConfig
+
+KINDS = {
+    "causal": ("decoder", CausalLM()),
+    "classes": ("encoder", Classification()),
+    "pairs": ("encoder_decoder", Seq2Seq(decoding=Decoding(max_new_tokens=8, min_length=2))),
+}
 
 def config(task="causal"):
-    structure = "decoder" if task == "causal" else "encoder"
+    structure, kind = KINDS[task]
+    start = {"start_token": 2} if task == "pairs" else {}
+    model = dict(vocabulary=64, max_length=32, width=32, layers=2, heads=2, dropout=0.1, structure=structure)
     return RunConfig(
-        model=ModelConfig(vocabulary=64, max_length=32, width=32, layers=2, heads=2, dropout=0.1, structure=structure),
-        task=CausalLM() if task == "causal" else Classification(),
+        model=ModelConfig(**model, **start),
+        task=kind,
         data=DataConfig(path=str(Path(__file__).parent / f"{task}.{'txt' if task == 'causal' else 'csv'}"), length=32),
         tokenizer=TokenizerConfig(train="characters"),
         optimizer=OptimizerConfig(rate=1e-2, beta2=0.99),
@@ -58,21 +68,22 @@ def place(tmp_path_factory) -> Path:
     (folder / "causal.txt").write_text("".join(f"{line}\n" for line in lines))
     rows = [f"{line[: draw.randint(5, 28)]},{'ab'[line < 'm']}\n" for line in lines]
     (folder / "classes.csv").write_text("text,label\n" + "".join(rows))
+    (folder / "pairs.csv").write_text("source,target\n" + "".join(f"{line[:12]},{line[8::-1]}\n" for line in lines))
     (folder / "tiny.py").write_text(CONFIG)
     return folder
 
 
 class Host:
-    """A process of train.py; what it says is in a file."""
+    """A process of Python; what it says is in a file."""
 
-    def __init__(self, place: Path, arguments: tuple[Any, ...], environment: dict[str, str], file: Path, devices: int):
+    def __init__(self, place: Path, command: tuple[Any, ...], environment: dict[str, str], file: Path, devices: int):
         self.file = file
         settings = {
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
             "JAX_PLATFORMS": "cpu",
             "JAXLM_CACHE": str(place / "cache"),
         }
-        command = [sys.executable, str(TRAIN), str(place / "tiny.py"), *map(str, arguments)]
+        command = (sys.executable, *map(str, command))
         with open(file, "w") as said:
             self.process = subprocess.Popen(
                 command, env=os.environ | settings | environment, stdout=subprocess.DEVNULL, stderr=said
@@ -99,17 +110,22 @@ class Host:
 
 @pytest.fixture
 def start(place, tmp_path):
-    """`start(n, *arguments)`: n hosts of a run, as `Host`s, which do not outlive the test."""
+    """`start(n, *arguments)`: n hosts of a run, or of another script, as `Host`s, which do not outlive the test."""
     begun: list[Host] = []
 
     def start(
-        count: int, *arguments: Any, devices: int = 1, own: dict[int, tuple[str, ...]] | None = None
+        count: int,
+        *arguments: Any,
+        devices: int = 1,
+        own: dict[int, tuple[str, ...]] | None = None,
+        script: Path | None = None,
     ) -> list[Host]:
         address, some = f"localhost:{free_port()}", []
+        command = (TRAIN, place / "tiny.py") if script is None else (script,)
         for n in range(count):
             told = {"JAXLM_COORDINATOR": address, "JAXLM_PROCESSES": str(count), "JAXLM_PROCESS": str(n)}
             file = tmp_path / f"said-{len(begun)}.txt"
-            some.append(Host(place, (*arguments, *(own or {}).get(n, ())), told, file, devices))
+            some.append(Host(place, (*command, *arguments, *(own or {}).get(n, ())), told, file, devices))
             begun.append(some[-1])
         return some
 
@@ -244,7 +260,7 @@ def test_some_rows_of_a_batch_are_those_of_the_whole():
 
 # Many train as one
 
-TASKS = {"causal": (), "classes": ("classes",)}
+TASKS = {"causal": (), "classes": ("classes",), "pairs": ("pairs",)}  # the last evaluates by generation
 
 
 @pytest.mark.parametrize(
@@ -255,6 +271,7 @@ TASKS = {"causal": (), "classes": ("classes",)}
         pytest.param("causal", ("--mesh.data", "1", "--mesh.tensor", "2"), marks=pytest.mark.long),
         pytest.param("classes", (), marks=pytest.mark.long),
         pytest.param("classes", ("--mesh.data", "1", "--mesh.fsdp", "2"), marks=pytest.mark.long),
+        pytest.param("pairs", ("--mesh.data", "1", "--mesh.fsdp", "2"), marks=pytest.mark.long),
     ],
     ids=lambda x: " ".join(x) or "data" if isinstance(x, tuple) else x,
 )
@@ -274,6 +291,100 @@ def test_two_processes_train_as_one(start, tmp_path, task, mesh):
     without = lambda folder: [parts for parts in names(folder) if parts[0] not in ("checkpoints", "tensorboard")]
     assert without(tmp_path / "two") == without(tmp_path / "one")
     assert len(list((tmp_path / "two" / "tensorboard").iterdir())) == 1  # of the first host alone
+
+
+USE = """
+import json, os, sys
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+import jaxlm
+from jaxlm import hosts
+from jaxlm.config import MeshConfig
+from jaxlm.fit import fit
+from jaxlm.likelihood import log_likelihoods
+from tiny import config
+
+hosts.join(hosts.place(os.environ))
+found = []
+for name in ("causal", "classes"):
+    run = replace(config(name), workdir=f"{sys.argv[1]}/{name}", mesh=MeshConfig(data=1, fsdp=2), steps=2)
+    lm = fit(run, summary=False)
+    if name == "causal":
+        greedy, beams = jaxlm.Decoding(max_new_tokens=5, temperature=0.0), jaxlm.Decoding(max_new_tokens=5, beams=2)
+        found += [jaxlm.generate(lm, ["the", "a quick"], how) for how in (greedy, beams)]
+        found += [one.log_probability for one in log_likelihoods(lm, [("the", " fox"), ("a", " lazy dog")])]
+    else:
+        found += [row["prediction"] for row in jaxlm.predict(lm, [{"text": "the quick"}, {"text": "fox"}])]
+        found += [jaxlm.evaluate(lm, [{"text": "the", "label": "a"}])["loss"]]
+        found += map(float, jaxlm.encode(lm, ["fox"])[0])
+if hosts.is_first():
+    Path(sys.argv[1], "found.json").write_text(json.dumps(found))
+"""
+
+
+@pytest.mark.long
+def test_two_processes_use_the_model_that_they_trained_together(start, place, tmp_path):
+    (place / "use.py").write_text(USE)
+    found = {}
+    for count in (1, 2):
+        folder = tmp_path / str(count)
+        for host in start(count, folder, devices=2 // count, script=place / "use.py"):
+            host.wait(0)
+        found[count] = json.loads((folder / "found.json").read_text())
+    texts = lambda values: [value for value in values if not isinstance(value, float)]
+    numbers = lambda values: [value for value in values if isinstance(value, float)]
+    assert texts(found[2]) == texts(found[1])
+    np.testing.assert_allclose(numbers(found[2]), numbers(found[1]), rtol=1e-4, atol=1e-5)
+
+
+MEMORY = """
+import os, sys
+from pathlib import Path
+import jax
+import numpy as np
+from jaxlm import LM, ModelConfig, families, hosts, sharding
+from jaxlm.config import MeshConfig
+from jaxlm.lm import save, with_params
+from jaxlm.nn import parameters
+from jaxlm.nn.transformer import Transformer, init
+
+def kilobytes(name):
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1])
+
+hosts.join(hosts.place(os.environ))
+mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2))
+config = ModelConfig(vocabulary=512, max_length=32, width=768, layers=12, heads=8)
+module = Transformer(config, sharding.Placement(mesh))
+
+def ones(path, leaf):
+    name = parameters.path_of(path)
+    layout = sharding.sharding(mesh, parameters.find(name).axes, leaf.shape, name)
+    part = lambda index: np.ones([len(range(*s.indices(n))) for s, n in zip(index, leaf.shape)], np.float32)
+    return jax.make_array_from_callback(leaf.shape, layout, part)
+
+params = jax.tree_util.tree_map_with_path(ones, jax.eval_shape(lambda: init(module, jax.random.key(0))))
+lm = LM(config, module, params, None, families.Origin({}, None))
+Path("/proc/self/clear_refs").write_text("5")
+before = kilobytes("VmRSS")
+hosts.first_reads(params, lambda some: save(with_params(lm, some), sys.argv[1]))
+size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+print(f"{(kilobytes('VmHWM') - before) / 1024:.0f} MB above, of a model of {size / 2**20:.0f} MB", file=sys.stderr)
+"""
+
+
+@pytest.mark.long
+def test_no_host_has_the_whole_model_in_memory_to_write_it(start, place, tmp_path):
+    (place / "memory.py").write_text(MEMORY)
+    for host in start(2, tmp_path / "export", script=place / "memory.py"):
+        said = re.search(r"(\d+) MB above, of a model of (\d+) MB", host.wait(0))
+        assert said is not None
+        above, size = map(int, said.groups())
+        print(said[0])
+        assert size > 300 and above < size / 2
+    assert all((tensor == 1).all() for tensor in tensors(tmp_path).values())
 
 
 @pytest.mark.long
