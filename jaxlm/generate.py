@@ -424,13 +424,13 @@ def _drawn(
             longer = min(2 * length, most)
             state, left, length = run.grow(state, length=longer), longer - length, longer
         state = run.advance(params, state, rules, np.int32(min(n, left) if draft is None else n))
-        done_B, lengths_B, tokens_BT = hosts.fetched((state.done_B, state.lengths_B, state.tokens_BT))
+        done_B, lengths_B, tokens_BT = map(np.array, hosts.fetched((state.done_B, state.lengths_B, state.tokens_BT)))
         for b, request in [(b, request) for b, request in enumerate(rows) if request is not None]:
             new = np.s_[b, len(request.tokens) : lengths_B[b]]
             tokens = tokens_BT[new].tolist()
             if decoding.stop and not done_B[b] and _cut(text_of(lm, request, tokens), decoding.stop) is not None:
-                done_B = np.where(np.arange(B) == b, True, done_B)
-                state = state._replace(done_B=done_B)
+                done_B[b] = True
+                state = state._replace(done_B=done_B.copy())
             rows[b] = None if done_B[b] else request
             if done_B[b] or look:
                 log_probs = hosts.fetched(state.log_probs_BT)[new].tolist() if scored else []
