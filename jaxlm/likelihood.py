@@ -126,7 +126,7 @@ def perplexity(
     """How well a decoder predicts texts, over all their tokens.
 
     perplexity: e to the loss; loss: nats per token; bits_per_byte: the same per byte of UTF-8, so that models with
-    other tokenizers compare; tokens: that were predicted; bytes: of the texts.
+    other tokenizers compare; tokens: that were predicted; bytes: theirs.
 
     Every text begins with what the tokenizer's own frame puts before it, such as BOS.  Where that is nothing (GPT-2),
     the first token of a text is read and not predicted, as in transformers' loss.  A text longer than
@@ -155,8 +155,11 @@ def perplexity(
                 if not isinstance(text, str) or not text:
                     raise UserError(f"text {n} is {text!r:.40}; give strings that are not empty")
                 check_text(text)
-                size += len(text.encode())
-            for ids in _tokenizer(lm).encode_batch([text for _, text in some]):
+            own = [text for _, text in some]
+            size += sum(len(text.encode()) for text in own)
+            if not _tokenizer(lm).prefix:  # the first token of a text is not predicted, so its bytes do not count
+                size -= sum(len(text[:end].encode()) for text, end in zip(own, _tokenizer(lm).first_ends(own)))
+            for ids in _tokenizer(lm).encode_batch(own):
                 tokens = np.array(_tokenizer(lm).begun(ids), np.int32)
                 for start, counted, end in _windows(len(tokens) - 1, limit, stride or limit):
                     yield _Example(tokens[start:end], tokens[start + 1 : end + 1], end - counted)

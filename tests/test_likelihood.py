@@ -197,6 +197,18 @@ def test_perplexity_is_that_of_one_pass_where_the_text_fits():
         assert perplexity(lm, TEXT, length=length, stride=stride)["loss"] == pytest.approx(found["loss"], rel=1e-5)
 
 
+def test_bytes_of_a_token_that_is_not_predicted_do_not_count():
+    bare = tokenizer().framed_with(bos=False)
+    lm, texts = replace(lm_of("gpt2"), tokenizer=bare), [TEXT, "the quick", "the"]
+    found = perplexity(lm, texts)
+    divided = [bare.encode_offsets([text])[0] for text in texts]
+    nats = [-alone("gpt2", ids[:1], ids[1:]).log_probability for ids, _ in divided if len(ids) > 1]
+    size = sum(len(text[offsets[0][1] :].encode()) for text, (_, offsets) in zip(texts, divided))
+    assert found["tokens"] == sum(len(ids) - 1 for ids, _ in divided) and found["bytes"] == size
+    assert 0 < size < sum(len(text.encode()) for text in texts)
+    assert found["bits_per_byte"] == pytest.approx(sum(nats) / math.log(2) / size, rel=1e-5)
+
+
 @pytest.mark.parametrize("name", DECODERS)
 @pytest.mark.parametrize(("length", "stride"), [(None, None), (40, None), (40, 20), (40, 1), (7, 3)])
 def test_perplexity_is_the_sum_over_windows(name, length, stride):
@@ -242,7 +254,7 @@ def test_without_bos_the_first_token_is_not_predicted():
     assert bare.bos is None
     lm, ids = replace(lm_of("gpt2"), tokenizer=bare), bare.encode(TEXT)
     found = perplexity(lm, TEXT)
-    assert found["tokens"] == len(ids) - 1 and found["bytes"] == len(TEXT)
+    assert found["tokens"] == found["bytes"] == len(ids) - 1  # a character is a token
     expected = alone("gpt2", ids[:1], ids[1:])
     assert found["loss"] == pytest.approx(-expected.log_probability / (len(ids) - 1), rel=1e-5)
     assert perplexity(lm, ["f", TEXT])["loss"] == pytest.approx(found["loss"])

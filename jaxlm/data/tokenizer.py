@@ -142,6 +142,11 @@ class Tokenizer:
         divided = self._divided(texts, split_special_tokens, True)
         return [(self._numbers(one), one.offsets) for one in divided]
 
+    def first_ends(self, texts: Sequence[str]) -> list[int]:
+        """Returns the place in each text, in characters, where its first token ends."""
+        spans = [one.token_to_chars(0) for one in self._divided(texts, None, True)]
+        return [0 if span is None else span[1] for span in spans]
+
     def _divided(self, texts: Sequence[str], split: bool | None, whole: bool) -> list[tokenizers.Encoding]:
         """The encodings of texts; without `whole` they have ids alone, which is faster."""
         split = self.split_special_tokens if split is None else split
