@@ -77,14 +77,25 @@ def _faults_of(file: Path) -> Iterator[None]:
     """Raises a UserError, with the line of the file, in place of whatever a config file raises."""
     try:
         yield
-    except (UserError, KeyboardInterrupt):
+    except KeyboardInterrupt:
         raise
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
     except SyntaxError as error:
         where = error.filename if error.filename and Path(error.filename) != file else file
-        raise UserError(f"{where}, line {error.lineno}: {error.msg}; correct the syntax") from None
+        line = "" if error.lineno is None else f", line {error.lineno}"  # a null byte has none
+        raise UserError(f"{where}{line}: {error.msg}; correct the syntax") from None
     except BaseException as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
         where = f"{file}, line {lines[-1]}" if lines else f"{file}"
-        what = f"{type(error).__name__}: {error!s:.300}".rstrip(": ")
+        what = f"{type(error).__name__}: {_text_of(error)}".rstrip(": ")
         remedy = "install the module" if isinstance(error, ModuleNotFoundError) else "correct the config"
         raise UserError(f"{where} raises {what}; {remedy}") from None
+
+
+def _text_of(error: BaseException) -> str:
+    """The text of an exception in one line of at most 300 characters; none where it has none, or cannot be asked."""
+    try:
+        return " ".join(str(error).split())[:300]
+    except Exception:
+        return ""

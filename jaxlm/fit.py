@@ -28,7 +28,7 @@ from jaxlm.errors import Interrupted, RunError, Stopped, UserError, perhaps
 from jaxlm.evaluate import see
 from jaxlm.folder import SUMMARY, NoLog, RunLog, begin, claim, drop_steps, duration, finished_at, labels_of, write_json
 from jaxlm.generate import generate
-from jaxlm.lm import LM, load, save, with_params
+from jaxlm.lm import LM, find, load, save, with_params
 from jaxlm.measure import Meter, Trace
 from jaxlm.metrics import by_name
 from jaxlm.nn import parameters
@@ -190,7 +190,8 @@ def _fit_in(
         check_fits(weights.shapes, {path: leaf.shape for path, leaf in parameters.by_path(like.params).items()})
 
     # All that the user could have got wrong is looked at; the folder is this run's from here on.
-    hosts.first(lambda: begin(as_given, folder, data.fingerprint, data.labels))
+    of_init = find(run.init) if run.init and model is None and weights is not None else None
+    hosts.first(lambda: begin(as_given, folder, data.fingerprint, data.labels, of_init))
     if resuming and (last := hosts.first(lambda: finished_at(folder))) is not None:
         say(f"the run in {folder} is finished, at step {last:,}; nothing is left to do")
         own = None if kind is Transformer or task.folders != ("",) else kind

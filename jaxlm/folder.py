@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import math
 import shutil
@@ -56,11 +57,11 @@ def claim(run: RunConfig, folder: Path) -> bool:
     return True
 
 
-def begin(run: RunConfig, folder: Path, fingerprint: str, labels: Any = ()) -> None:
+def begin(run: RunConfig, folder: Path, fingerprint: str, labels: Any = (), weights: Path | None = None) -> None:
     """Writes config.json.
 
-    labels: names of the outputs of the head.  Raises UserError where the run in a claimed folder has begun on data of
-    other content.
+    labels: names of the outputs of the head.  weights: the folder that `run.init` names, where it is there.  Raises
+    UserError where the run in a claimed folder has begun on data, or from weights, of other content.
     """
     theirs = _read(folder) if _has_begun(folder) else None
     if theirs is not None and theirs["data"] != fingerprint:
@@ -68,8 +69,29 @@ def begin(run: RunConfig, folder: Path, fingerprint: str, labels: Any = ()) -> N
             f"{folder} holds a run on data of other content: its fingerprint is {theirs['data']} there, {fingerprint} "
             f"now; give the data it was started with, or another --workdir"
         )
-    known = {"data": fingerprint, "labels": labels, "jaxlm": jaxlm.__version__}
+    before = theirs.get("weights") if theirs else None
+    now = before if weights is None else _weights_of(weights, before)
+    if isinstance(before, dict) and isinstance(now, dict) and now["content"] != before.get("content"):
+        raise UserError(
+            f"{folder} holds a run that began from other weights: those in {weights} have changed since; choose "
+            f"another --workdir, or give the weights it was started with"
+        )
+    known = {"data": fingerprint, "labels": labels, "weights": now, "jaxlm": jaxlm.__version__}
     write_json(folder / "config.json", {"run": to_json(run), **known})
+
+
+def _weights_of(folder: Path, before: Any) -> dict[str, Any]:
+    """Returns sizes and times of the files of a model, and 16 hexadecimal digits of their content.
+
+    before: what was found earlier; large files are not read again where sizes and times are still these.
+    """
+    found = [*folder.glob("config.json"), *sorted(folder.glob("*.safetensors"))]
+    stats = {path.name: path.stat() for path in found}
+    files = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+    if isinstance(before, dict) and before.get("files") == files:
+        return before
+    digest = hashlib.sha256("".join(f"{path.name}\0{storage.content_hash(path)}" for path in found).encode())
+    return {"files": files, "content": digest.hexdigest()[:16]}
 
 
 def _read(folder: Path) -> dict[str, Any] | None:

@@ -23,6 +23,13 @@ FILES = {
     "raises when it is read": ("x = 1 / 0\n", ["line 1", "ZeroDivisionError", "correct"]),
     "imports what is missing": ("import no_such_thing\n", ["line 1", "no_such_thing", "install the module"]),
     "imports a wrong name": ("from jaxlm import RunConfg\n", ["line 1", "RunConfg", "correct the config"]),
+    "raises several lines": ("raise ValueError('one\\n  two')\n", ["line 1", "ValueError: one two; correct"]),
+    "raises what has no text": (
+        "class Odd(Exception):\n    def __str__(self):\n        raise TypeError\n\nraise Odd\n",
+        ["line 5", "Odd; correct the config"],
+    ),
+    "raises ours": ("from jaxlm import UserError\nraise UserError('give a corpus')\n", ["give a corpus"]),
+    "a null byte": ("x = 1\0\n", ["null bytes", "correct the syntax"]),
     "leaves": ("raise SystemExit(0)\n", ["line 1", "SystemExit", "correct"]),
     "never ends": ("def config():\n    return config()\n", ["line 2", "RecursionError"]),
     "a float": (f"{HEAD}RunConfig(data=DataConfig(path='x'), steps=1e3)\n", ["steps is 1000.0", "a whole number"]),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -459,3 +461,18 @@ def test_a_run_of_several_tasks_from_a_head_resumes(start, quick):
         assert whole.config == resumed.config
         for one, other in zip(jax.tree.leaves(whole.params), jax.tree.leaves(resumed.params)):
             np.testing.assert_array_equal(one, other)
+
+
+def test_weights_that_changed_since_a_run_began_are_refused(start, quick):
+    run, _ = start(Classification(), "classes", NLI, class_row)
+    fit(run)
+    weights = Path(run.init) / "model.safetensors"
+    content = weights.read_bytes()
+    os.utime(weights, ns=(0, 0))
+    fit(run)  # of another time, but of the same content
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(UserError, match=r"began from other weights: those in .*model have changed since.*--workdir"):
+        fit(run)
+    shutil.rmtree(run.init)
+    with pytest.raises(UserError, match="model"):
+        fit(run)

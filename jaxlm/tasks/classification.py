@@ -382,13 +382,7 @@ def _kind(label: Any) -> str:
 
 
 def _number(value: Any, place: Place, column: str) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        raise UserError(
-            f"{place}: column {column!r} holds {shown(value)}, which is no number; mend it, or choose the column with "
-            f"--task.label"
-        ) from None
+    number = labels.number_of(value, place, column)
     if not abs(number) <= _LARGEST:
         raise UserError(
             f"{place}: column {column!r} holds {shown(value)}; a score must be finite and at most "

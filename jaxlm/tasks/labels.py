@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from jaxlm.errors import UserError
+from jaxlm.ranges import shown
 
 if TYPE_CHECKING:
     from jaxlm.tasks.reading import Records
@@ -22,6 +23,7 @@ Labels: TypeAlias = tuple[str, ...] | Mapping[str, tuple[str, ...]]
 
 _SHOWN = 12  # labels that a message lists
 _NUMBERED = re.compile(r"(?:LABEL_)?(\d{1,6})", re.IGNORECASE)
+_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
 _TRUTH = {"false": 0, "true": 1}
 
 
@@ -119,6 +121,19 @@ def agreed(
         shown = ", ".join(f"{old} is {new}" for old, new in list(renamed.items())[:_SHOWN])
         say(f"labels    by the names that the weights have: {shown}")
     return known, parts[0], parts[1]
+
+
+def number_of(value: Any, place: Any, column: str) -> float:
+    """Returns the number in a column of labels.  Raises UserError, with the place of the row, where there is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        comma = isinstance(value, str) and _DECIMAL_COMMA.fullmatch(value.strip())
+        mend = f"write it as {value.strip().replace(',', '.')}" if comma else "mend it"
+        raise UserError(
+            f"{place}: column {column!r} holds {shown(value)}, which is no number; {mend}, or choose the column with "
+            f"--task.label"
+        ) from None
 
 
 def _differ(known: Sequence[str], labels: Sequence[str]) -> UserError:

@@ -17,6 +17,7 @@ from jaxlm.errors import UserError
 from jaxlm.losses import Sum, squared_error
 from jaxlm.nn.transformer import Transformer
 from jaxlm.ranges import shown
+from jaxlm.tasks.labels import number_of
 from jaxlm.tasks.reading import Record, text_of
 from jaxlm.tasks.records import HeadTask, Outputs, framed
 from jaxlm.tasks.states import of_examples
@@ -48,12 +49,7 @@ class SimilarityTask(HeadTask):
             return record | {"label": 1.0}
         if value is None or value == "":
             return record
-        try:
-            label = float(value)
-        except (TypeError, ValueError, OverflowError):
-            raise UserError(
-                f"{place}: column {task.label!r} holds {shown(value)}, which is no number; mend it"
-            ) from None
+        label = number_of(value, place, task.label)
         if not math.isfinite(label) or not task.lowest <= label <= task.highest:
             raise UserError(
                 f"{place}: column {task.label!r} holds {shown(value)}; a score must lie in {task.lowest:g} to "
