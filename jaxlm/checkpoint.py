@@ -253,8 +253,11 @@ class OfFirstHost:
 
     def save(self, state: TrainState, metrics: dict[str, float] | None, notes: Any = None) -> None:
         """As `Checkpoints.save`."""
-        whole = hosts.whole(state)
-        hosts.first(lambda: self._of_first.save(whole, metrics, notes))
+
+        def write(asked: Any) -> None:
+            self._of_first.save(jax.tree.map(np.asarray, asked), metrics, notes)
+
+        hosts.first_reads(state, write)
 
     def wait(self) -> None:
         """As `Checkpoints.wait`."""
