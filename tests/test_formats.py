@@ -448,6 +448,10 @@ LISTS = [
     (json.dumps(["ü\n\U0001f600"]), ["ü\n\U0001f600"]),
     ("[]", []),
     ("set()", []),
+    ("tensor([1, 0], dtype=torch.int8, device='cuda:0')", [1, 0]),
+    ("Index(['a', 'b'], dtype='object', name='x')", ["a", "b"]),
+    ("deque(['a'], maxlen=3)", ["a"]),
+    ("(1, 0)", [1, 0]),
 ]  # fmt: skip
 
 
@@ -500,6 +504,8 @@ NAMED = Classification(problem="multi_label", names=("a", "b", "c"))
         (MULTI, ["[True, False]", "[False, False]"], [("LABEL_0",), ()], ("LABEL_0", "LABEL_1")),
         (NAMED, ["[0, 2]", "[1]"], [("a", "c"), ("b",)], ("a", "b", "c")),
         (MULTI, ["[0, 1]", "[2]", "[0]"], [("0", "1"), ("2",), ("0",)], ("0", "1", "2")),
+        (MULTI, ["a|b", "c"], [("a|b",), ("c",)], ("a|b", "c")),  # nothing says that | divides
+        (Classification(), ["(a)", "b (c)", "(1, 2-x)"], ["(a)", "b (c)", "(1, 2-x)"], ("(1, 2-x)", "(a)", "b (c)")),
         (MULTI, ["good,funny", "good"], [("good", "funny"), ("good",)], ("funny", "good")),
         (Classification(names=("neg", "pos")), ["1", "0", "1"], ["pos", "neg", "pos"], ("neg", "pos")),
     ],
@@ -525,6 +531,12 @@ def test_lists_of_classes(tmp_path, task, labels, expected, names, kind):
             "x.csv:2: column 'label' holds list ['good'], which is no label; set --t",
         ),
         (MULTI, ["[good, funny]", "a"], "x.csv:2: column 'label' holds '[good, funny]', which stands in brackets"),
+        *(
+            (Classification(), [text, "a"], "x.csv:2: column 'label' holds list")
+            for text in ("('a', 'b')", "{'a'}", "frozenset({'a'})", "set()", "(1, 0)", "tensor([1, 0])", "deque(['a'])")
+        ),
+        (MULTI, ["a|b", "c", "a"], "x.csv:2: column 'label' holds 'a|b', and no row the separator ','; if '|' divides"),
+        (MULTI, ["a;b", "b;c", "a;c", "a;b;c"], "set --task.separator ';'"),
         (MULTI, ["['good', 'fun", "a"], "x.csv:2: column 'label' holds"),
         (MULTI, ["['a' ... 'b']"], "x.csv:2: column 'label' holds"),
         (MULTI, ["[1, 1, 0]", "[2]"], "x.csv:2: column 'label' holds a list of 0 and 1, and in other rows"),

@@ -1,7 +1,7 @@
 """Lists and objects that a table holds as text: as pandas and NumPy print them, as Python and JSON write them.
 
     ['good', 'funny']    ["good", "funny"]    ['good' 'funny']    [1, 1, 0]    [1. 1. 0.]    ('a', 'b')    {'a', 'b'}
-    array(['good', 'funny'], dtype=object)    [{'role': 'user', 'content': 'Hi'}]
+    array(['good', 'funny'], dtype=object)    tensor([1, 0])    [{'role': 'user', 'content': 'Hi'}]
 
 Nothing is evaluated: strings, numbers, truth values and nothing are all that a list may hold.
 """
@@ -18,14 +18,18 @@ _NUMBER = re.compile(r"[+-]?(?:\d{1,400}\.?\d{0,400}|\.\d{1,400})(?:[eE][+-]?\d{
 _WORD = re.compile(r"[A-Za-z_][\w.]*")
 _WORDS = {"True": True, "true": True, "False": False, "false": False, "None": None, "null": None, "nan": None}
 _WORDS |= {"NaN": None}
-_TYPE = re.compile(r"\s*,\s*(?:dtype|shape)\s*=\s*[^()]*(?:\([^()]*\))?[^()]*")
+_TYPE = re.compile(r"\s*,\s*(?:dtype|shape|device|requires_grad|maxlen|name)\s*=\s*[^()]*(?:\([^()]*\))?[^()]*")
 _ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|x[0-9a-fA-F]{2}|\r\n|.)", re.DOTALL)
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "a": "\a", "v": "\v", "0": "\0", "\n": "", "/": "/"}
 _ESCAPES |= {"\\": "\\", "'": "'", '"': '"', "\r": "", "\r\n": ""}
-_CALL = re.compile(r"(?:np\.\w+|numpy\.\w+|array|list|set|frozenset)\(\s*")  # around a list or, in NumPy 2, an item
+_NAMES = r"np\.\w+|numpy\.\w+|array|list|tuple|set|frozenset|deque|dict_keys|dict_values|Index|tensor|Array"
+_CALL = re.compile(rf"(?:{_NAMES})\(\s*")  # around a list or, in NumPy 2, an item
 _FIRST = r"""(?:[bBuU]?['"]|[+-]?\.?\d|[\[({\])}]|array\(|np\.|(?:True|true|False|false|None|null|nan|NaN)\b)"""
 _BEGINS = re.compile(rf"\s*(?:{_CALL.pattern})?([\[({{])\s*{_FIRST}")
 _QUOTED = re.compile(rf"""\s*(?:{_CALL.pattern})?\[\s*['"]""")
+_NUMBERS = r"\s*[+-]?[\d.]+\s*,[\s\d.,+-]*"  # two or more
+# Tuples and sets of texts or of numbers, which no label is written like.
+_COLLECTION = re.compile(rf"""\s*(?:{_CALL.pattern})?[({{](?:['"].*|{_NUMBERS})[)}}]\)?\s*""", re.DOTALL)
 _EMPTY = re.compile(r"\s*(?:set|frozenset)\(\)\s*")  # which have no items between brackets
 _CLOSES = {"[": "]", "(": ")", "{": "}"}
 
@@ -35,10 +39,13 @@ class NotALiteralError(ValueError):
 
 
 def looks_listed(text: str, brackets: str = "[({") -> bool:
-    """Whether a text begins and ends as a list or an object in one of the brackets; one that is none is broken."""
+    """Whether a text begins and ends as a list or an object in one of the brackets; one that is none is broken.
+
+    What Python prints of a tuple or a set looks like a list in any case.
+    """
     begins = _BEGINS.match(text)
-    if _EMPTY.fullmatch(text):
-        return "{" in brackets
+    if _EMPTY.fullmatch(text) or _COLLECTION.fullmatch(text):
+        return True
     return bool(begins and begins[1] in brackets and (text.rstrip()[-1] in "])}" or _QUOTED.match(text)))
 
 

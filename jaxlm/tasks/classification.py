@@ -88,6 +88,8 @@ class ClassificationTask(HeadTask):
         names = task.names or names
         rows = [(record, place) for record, place in zip(part.records, part.places) if record.get("label")]
         lengths = {len(record.get("indicators", ())) for record, _ in rows}
+        if task.problem == "multi_label" and not names:
+            _check_separator(task, rows)
         if lengths == {0} or not rows or (names and {name.lower() for name in names} <= set(_INDICATORS)):
             return
         if len(lengths) > 1:
@@ -379,6 +381,24 @@ def _class(value: Any, place: Place, column: str) -> str:
 
 def _kind(label: Any) -> str:
     return "text" if isinstance(label, str) else "true or false" if isinstance(label, bool) else "numbers"
+
+
+def _check_separator(task: config.Classification, rows: Sequence[tuple[Record, Place]]) -> None:
+    """Raises UserError where no row has several labels, and another separator divides them into fewer ones."""
+    labels: dict[str, Place] = {}
+    for record, place in rows:
+        labels |= {label: place for label in record["label"] if label not in labels}
+    if any(len(record["label"]) > 1 for record, _ in rows):
+        return
+    for other in "|;,":
+        several = [label for label in labels if other in label]
+        parts = {part.strip() for label in several for part in label.split(other)}
+        if several and (parts & labels.keys() or len(parts) < len(several)):
+            first = several[0]
+            raise UserError(
+                f"{labels[first]}: column {task.label!r} holds {first!r}, and no row the separator {task.separator!r}; "
+                f"if {other!r} divides labels, set --task.separator {other!r}, else name the labels with --task.names"
+            )
 
 
 def _number(value: Any, place: Place, column: str) -> float:
