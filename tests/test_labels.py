@@ -476,3 +476,23 @@ def test_weights_that_changed_since_a_run_began_are_refused(start, quick):
     shutil.rmtree(run.init)
     with pytest.raises(UserError, match="model"):
         fit(run)
+
+
+@pytest.mark.parametrize(
+    ("head", "names", "task", "row"),
+    [
+        ("classes", ("b", "a"), Tagging(scheme="none"), lambda random: tags_row(random, ("a", "b"))),
+        ("tokens", ("y", "x"), Classification(), lambda random: class_row(random, ("x", "y"))),
+    ],
+)
+def test_a_head_of_another_kind_is_not_taken_for_it(start, quick, capsys, head, names, task, row):
+    """Both are stored as classifier.weight, with as many outputs."""
+    run, _ = start(task, head, names, row)
+    lm = fit(run)
+    assert lm.config.labels == tuple(sorted(names))
+    other = "tokens" if head == "classes" else "classes"
+    assert f"made new, since the given weights have none: {other}_head" in capsys.readouterr().err
+    old = jaxlm.load(run.init).params[f"{head}_head"]["out"]["kernel"]
+    assert not np.allclose(old, lm.params[f"{other}_head"]["out"]["kernel"])
+    drawn = jaxlm.load(run.init, head=other, say=lambda _: None).fresh
+    assert any(path.endswith("out/kernel") for path in drawn)

@@ -141,7 +141,7 @@ def look(
         raise UserError(f"{folder / 'config.json'} describes a model that cannot be: {error}") from None
     _check_size(config, stored)
     config, found = _with_heads(family, config, hf, stored, head)
-    fresh = _check(family, config, found.tensors, head)
+    fresh = _check(family, config, found.tensors, head, _has_other_outputs(family, hf, head))
     idle = convert.idle(family, config)
     aside = found.buffers | {name: stored[name] for name, ours in found.names.items() if ours in idle}
     as_it_was = head is None or convert.heads(family, config) in _architectures(hf)
@@ -358,6 +358,15 @@ def _architectures(hf: dict[str, Any]) -> list[Any]:
     return named if isinstance(named, list) else [named]
 
 
+_OUTPUTS = {"classes", "tokens", "span"}  # heads that some families store under one name
+
+
+def _has_other_outputs(family: Family, hf: dict[str, Any], head: Asked | None) -> bool:
+    """Whether config.json names a class of transformers whose head has other outputs than the one that is asked for."""
+    theirs = [set(heads) & _OUTPUTS for heads, name in family.heads.items() if name in _architectures(hf)]
+    return head in _OUTPUTS and any(theirs) and not any(head in outputs for outputs in theirs)
+
+
 def _with_decoder_tokens(family: Family, config: ModelConfig, stored: Mapping[str, Any]) -> ModelConfig:
     """Whether an untied encoder-decoder has two tables of tokens, which its tensors tell."""
     pair = (convert.DECODER_TOKENS, family.copies.get(convert.DECODER_TOKENS, ""))
@@ -390,9 +399,14 @@ def _check_size(config: ModelConfig, stored: Mapping[str, Any]) -> None:
         )
 
 
-def _check(family: Family, config: ModelConfig, tensors: dict[str, Any], head: Asked | None) -> tuple[str, ...]:
+def _check(
+    family: Family, config: ModelConfig, tensors: dict[str, Any], head: Asked | None, other_outputs: bool
+) -> tuple[str, ...]:
     """Raises UserError where the tensors do not fit.  Where a head was asked for, those of other heads are left out of
-    `tensors`, and what it lacks is returned: the paths of leaves to be made new."""
+    `tensors`, and what it lacks is returned: the paths of leaves to be made new.
+
+    other_outputs: whether what is stored under the names of its outputs is of another head.
+    """
     expected = convert.hf_shapes(family, config)
     fresh: set[str] = set()
     if head is not None:
@@ -404,7 +418,8 @@ def _check(family: Family, config: ModelConfig, tensors: dict[str, Any], head: A
         own = re.compile(rf"({'|'.join(names_of)})_head/.*")
         for path, read in convert.readers(family, config).items():
             names = read.names.values()
-            if own.fullmatch(path) and any(n not in tensors or tensors[n].shape != expected[n] for n in names):
+            lacks = any(name not in tensors or tensors[name].shape != expected[name] for name in names)
+            if own.fullmatch(path) and (lacks or (other_outputs and "_head/out/" in path)):
                 fresh.add(path)
                 for name in names:
                     expected.pop(name, None)
