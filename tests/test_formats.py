@@ -639,7 +639,15 @@ def test_empty_files(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "content", [b"PK\x03\x04\x14\0\0\0", b"%PDF-1.4", b"SQLite format 3\0", b"h\0e\0l\0l\0o\0 \0y\0o\0u\0"]
+    "content",
+    [
+        b"PK\x03\x04\x14\0\0\0",
+        b"%PDF-1.4",
+        b"SQLite format 3\0",
+        b"\x80\x04\x95\0",
+        b"\x93NUMPY\1\0",
+        b"h\0e\0l\0l\0o\0 \0y\0o\0u\0",
+    ],
 )
 def test_files_that_are_no_text(tmp_path, content):
     (tmp_path / "x.csv").write_bytes(content)

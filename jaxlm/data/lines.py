@@ -52,6 +52,12 @@ _NO_TEXT = {
     b"\x1f\x9d": "a file packed by compress; unpack it",
     b"7z\xbc\xaf": "a 7z archive; unpack it",
     b"SQLite format 3\0": "a database; write the table as csv",
+    **{
+        bytes([0x80, n]): "a pickle, which may run code when it is read; write the table as parquet"
+        for n in range(2, 6)
+    },
+    b"\x93NUMPY": "an array of NumPy; write the table as parquet or csv",
+    b"\x89HDF\r\n": "an HDF5 file; write the table as parquet",
 }
 _BLOCK = 512  # bytes of the head of an archive by tar
 _ESCAPED = re.compile("[\udc80-\udcff]")  # how PEP 383 writes a byte that cannot be decoded
