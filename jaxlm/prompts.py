@@ -107,12 +107,15 @@ class Output:
             before = model_files.read_object(self._beside)
         except UserError:
             raise UserError(f"{self._beside} is not what generate writes; {other}") from None
+        if not self.path.exists():
+            return
+        with open(self.path, "rb") as file:
+            if not file.readline().endswith(b"\n"):  # no row was made, as where the first choices were refused
+                return
         differ = difference(self._made_with, before)
         if differ:
             lines = "\n".join(f"  {line}" for line in differ)
             raise UserError(f"{self.path} was made otherwise (now | then):\n{lines}\n{other}")
-        if not self.path.exists():
-            return
         with open(self.path, "rb") as file:
             for line in file:  # divided at b"\n" alone: a text may hold any other end of a line
                 if not line.endswith(b"\n"):

@@ -77,30 +77,14 @@ class Block(NamedTuple):
     line: int  # where it begins
     language: str
     text: str
-    included: bool = False  # whether it stands on another page, and runs there
     printed: str = ""  # what the page says that it prints
-
-
-INCLUDED = "<!-- included -->"
-
-
-def text_of(page: Path) -> str:
-    """A page, with what it includes between two marks."""
-
-    def included(found: re.Match[str]) -> str:
-        text = (page.parent / found[1]).read_text()
-        options = dict(re.findall(r'^:([\w-]+): "(.*)"$', found[2], re.MULTILINE))
-        after, before = options["start-after"], options["end-before"]
-        return f"{INCLUDED}{text[text.index(after) + len(after) : text.index(before)]}{INCLUDED}"
-
-    return re.sub(r"^```\{include\} (\S+)\n((?::.*\n)*)```$", included, page.read_text(), flags=re.MULTILINE)
 
 
 def blocks_of(page: Path) -> list[Block]:
     """The fenced blocks of a page.  Fails for one whose language is none of those that are known."""
     found: list[Block] = []
     fence = re.compile(r"^```(\S*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-    text = text_of(page)
+    text = page.read_text()
     end = 0
     for match in fence.finditer(text):
         line, language = text.count("\n", 0, match.start()) + 1, match[1]
@@ -110,7 +94,7 @@ def blocks_of(page: Path) -> list[Block]:
         if language == "text" and found and found[-1].language == "bash" and not text[end : match.start()].strip():
             found[-1] = found[-1]._replace(printed=match[2])
         else:
-            found.append(Block(line, language, match[2], text.count(INCLUDED, 0, match.start()) % 2 == 1))
+            found.append(Block(line, language, match[2]))
         end = match.end()
     return found
 
@@ -225,9 +209,9 @@ class Reader:
         if block.language == "python" and name:
             Path(name[1]).parent.mkdir(exist_ok=True)
             Path(name[1]).write_text(block.text)
-        elif block.language == "python" and not block.included and not elsewhere(block.text):
+        elif block.language == "python" and not elsewhere(block.text):
             exec(compile("\n" * block.line + block.text, where, "exec"), self.names)
-        elif block.language == "bash" and not block.included:
+        elif block.language == "bash":
             *before, last = commands_of(block.text)
             said = "".join(self.give(command, where) for command in before)
             said += self.give(last, where, fails=block.printed.startswith(FAILED))

@@ -669,6 +669,17 @@ def test_a_file_of_prompts_is_gone_on_with(folder, capsys, monkeypatch):
     refused([*asked, "--output", "out.jsonl"], "'out.jsonl', which exists and was not made by generate")
 
 
+def test_an_output_without_a_row_takes_other_choices(folder, capsys):
+    """Those of a command that was refused are in nobody's way."""
+    asked = ["generate", "model", "--file", "prompts.txt", "--output", "out.jsonl"]
+    assert main([*asked, "--max-new-tokens", "40"]) == 2
+    assert "ask for at most 31" in capsys.readouterr().err
+    assert main([*asked, *VERB]) == 0
+    assert len((folder / "out.jsonl").read_text().splitlines()) == len(
+        (folder / "prompts.txt").read_text().splitlines()
+    )
+
+
 VERB_MISTAKES = {
     "temperature": (["--temperature", "-1"], "temperature is -1.0; it must be at least 0"),
     "both": (["--prompt", "a", "--file", "prompts.txt"], "--file stands in place of --prompt"),

@@ -24,7 +24,7 @@ from jaxlm.hub import convert, safetensors
 from jaxlm.nn.transformer import Transformer
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+PAGE = (ROOT / "docs" / "your_model.md").read_text()
 STORIES = ROOT.parent / "shared" / "models" / "stories260k"
 SMALL = {"vocabulary": 48, "max_length": 16, "width": 16, "layers": 2, "heads": 2, "mlp_width": 24}
 BERT = dataclasses.replace(PRESETS["bert-base"], **SMALL)
@@ -370,8 +370,8 @@ def test_memory_above_the_shards(tmp_path, devices, dtype, way):
     assert above < largest + 200e6
 
 
-def test_the_readme_puts_a_head_of_ones_own_on_a_body(tmp_path, monkeypatch, no_pictures):
-    [code] = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "class WithOwnHead" in block]
+def test_the_documents_put_a_head_of_ones_own_on_a_body(tmp_path, monkeypatch, no_pictures):
+    [code] = [block for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "class WithOwnHead" in block]
     assert len(code.strip().splitlines()) < 30
     text = "the quick brown fox jumps over a lazy dog\n" * 50
     tokenizer = tokenizers.train([text], TokenizerConfig(train="wordpiece"), 50)

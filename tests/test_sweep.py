@@ -30,7 +30,7 @@ from jaxlm.nn.transformer import init
 from jaxlm.sweep import Trial, best_of, combinations, folder_of, single_runs, table
 from jaxlm.tasks import make_task, prepare
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+PAGE = (Path(__file__).parent.parent / "docs" / "your_task.md").read_text()
 MODEL = ModelConfig(
     structure="encoder", heads_on_top=(), vocabulary=47, max_length=32, width=16, layers=2, heads=2, types=2,
     norm_place="post", embedding_norm=True, initial_std=0.1,
@@ -243,8 +243,8 @@ def test_mistakes_in_several_tasks(folder, tmp_path, name):
 
 
 def test_a_task_of_ones_own_is_one_file_and_one_config(folder, tmp_path, monkeypatch, capsys):
-    """The README's example, word for word; its config with a tiny model in place of the weights to start from."""
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    """The example of the documents word for word, with a tiny model in place of weights to start from."""
+    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     [task] = [block for block in blocks if "class StarsTask" in block]
     [config] = [block for block in blocks if "task=Stars()" in block]
     (tmp_path / "stars.py").write_text(task)
