@@ -347,13 +347,13 @@ class RowWriter:
             raise storage.cannot_be_written(self._path, error, "--output") from None
 
     def write(self, row: dict[str, Any], told: dict[str, Any]) -> None:
-        """One row; a column of the file that has the name of one that is told keeps it."""
+        """Writes a row; a new column whose name the file has already gets the suffix `_new`."""
         self._count += 1
         whole = dict(row)
         as_json = self._path is not None and self._path.suffix == ".jsonl"
         for name, value in (told if as_json else _flat(told, self._separator)).items():
             while name in whole:
-                name += "_told"
+                name += "_new"
             whole[name] = value
         with self._faults():
             self._write(whole, len(row))

@@ -1120,8 +1120,8 @@ def test_predict_and_evaluate_at_the_command_line(trained, name, tmp_path, capsy
     scores = read_json(Path(run.workdir) / "scores.json")
     assert said.pop("examples") == "40"
     assert said == {key.replace("_", " "): f"{value:.4f}" for key, value in scores.items() if key != "step"}
-    assert main(["predict", run.workdir, run.data.eval_path, "--output", str(tmp_path / "told.jsonl")]) == 0
-    written = [json.loads(line) for line in (tmp_path / "told.jsonl").read_text().splitlines()]
+    assert main(["predict", run.workdir, run.data.eval_path, "--output", str(tmp_path / "predictions.jsonl")]) == 0
+    written = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     rows = [row for _, row in source.rows(run.data.eval_path, run.data, "")]
     told = jaxlm.predict(jaxlm.load(run.workdir), rows, task=run.task, length=32)
     assert [row | {"prediction": x["prediction"]} for row, x in zip(rows, told, strict=True)] == [

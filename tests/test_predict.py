@@ -727,9 +727,9 @@ TOLD: dict[str, tuple[str, str, str, list[dict[str, Any]]]] = {
         *("class", "x.csv", 'text,n\n"a ""b"", c\nd",1\n'),
         [{"text": 'a "b", c\nd', "n": "1"}],
     ),
-    "columns that are told": (
-        *("class", "x.csv", "text,prediction,prediction_told\nthe film,a,b\n"),
-        [{"prediction": "a", "prediction_told": "b", "prediction_told_told": str, "confidence": str}],
+    "columns that clash": (
+        *("class", "x.csv", "text,prediction,prediction_new\nthe film,a,b\n"),
+        [{"prediction": "a", "prediction_new": "b", "prediction_new_new": str, "confidence": str}],
     ),
     "columns in another order": (
         *("class", "x.jsonl", lines({"text": "a", "id": 1}, {"id": 2, "text": "b"})),
@@ -795,7 +795,7 @@ def test_json_lines_may_differ_in_their_columns(here, runs):
     assert main(["predict", str(runs / "class"), "x.jsonl", "--output", "o.jsonl"]) == 0
     first, second = map(json.loads, (here / "o.jsonl").read_text().splitlines())
     assert list(first) == ["text", "prediction", "confidence"]
-    assert list(second) == ["text", "prediction", "more", "prediction_told", "confidence"]
+    assert list(second) == ["text", "prediction", "more", "prediction_new", "confidence"]
     assert second["more"] == [{"é": 1}] and "é" in (here / "o.jsonl").read_text()
 
 

@@ -268,9 +268,9 @@ def test_a_task_of_ones_own_is_one_file_and_one_config(folder, tmp_path, monkeyp
     assert main(train) == 0
     assert json.loads(Path("run/scores.json").read_text())["accuracy"] > 0.5
     capsys.readouterr()
-    predict = ["predict", "run", str(folder / "texts.jsonl"), "--output", "told.jsonl"]
+    predict = ["predict", "run", str(folder / "texts.jsonl"), "--output", "predictions.jsonl"]
     assert main([*predict, "--config", "config.py"]) == 0
-    told = [json.loads(line) for line in Path("told.jsonl").read_text().splitlines()]
+    told = [json.loads(line) for line in Path("predictions.jsonl").read_text().splitlines()]
     assert len(told) == 60 and {row["prediction"] for row in told} <= {1, 2, 3, 4, 5}
     jaxlm.config.TASKS.pop("Stars")
     assert main(predict) == 2
