@@ -517,7 +517,7 @@ def test_a_coordinator_that_cannot_be_reached(start, place, tmp_path, monkeypatc
     address = f"localhost:{free_port()}"
     told = {"JAXLM_COORDINATOR": address, "JAXLM_PROCESSES": "2", "JAXLM_PROCESS": "1"}
     begun = time.monotonic()
-    second = Host(place, ("--workdir", tmp_path / "run"), told, tmp_path / "second.txt", 1)
+    second = Host(place, (TRAIN, place / "tiny.py", "--workdir", tmp_path / "run"), told, tmp_path / "second.txt", 1)
     said = second.wait(2, 60)
     assert time.monotonic() - begun < 40
     assert f"error: host 1 of 2 found no coordinator at {address} in 3 s; start host 0 there, mend JAXLM_COORD" in said
@@ -528,7 +528,9 @@ def test_a_host_that_does_not_come(place, tmp_path, monkeypatch):
     monkeypatch.setenv("JAXLM_TIMEOUT", "3")
     address = f"localhost:{free_port()}"
     told = {"JAXLM_COORDINATOR": address, "JAXLM_PROCESSES": "2", "JAXLM_PROCESS": "0"}
-    said = Host(place, ("--workdir", tmp_path / "run"), told, tmp_path / "first.txt", 1).wait(2, 60)
+    said = Host(place, (TRAIN, place / "tiny.py", "--workdir", tmp_path / "run"), told, tmp_path / "first.txt", 1).wait(
+        2, 60
+    )
     assert f"error: host 0 of 2 waited 3 s at {address}, and not all hosts came; start all" in said
 
 
@@ -539,5 +541,7 @@ def test_a_coordinator_whose_port_is_taken(place, tmp_path, monkeypatch):
         taken.listen()
         address = f"localhost:{taken.getsockname()[1]}"
         told = {"JAXLM_COORDINATOR": address, "JAXLM_PROCESSES": "2", "JAXLM_PROCESS": "0"}
-        said = Host(place, ("--workdir", tmp_path / "run"), told, tmp_path / "first.txt", 1).wait(2, 60)
+        said = Host(
+            place, (TRAIN, place / "tiny.py", "--workdir", tmp_path / "run"), told, tmp_path / "first.txt", 1
+        ).wait(2, 60)
     assert f"error: host 0 cannot be the coordinator at {address}: Address already in use; give JAXLM_COORD" in said
