@@ -61,7 +61,8 @@ def begin(run: RunConfig, folder: Path, fingerprint: str, labels: Any = (), weig
     """Writes config.json.
 
     labels: names of the outputs of the head.  weights: the folder that `run.init` names, where it is there.  Raises
-    UserError where the run in a claimed folder has begun on data, or from weights, of other content.
+    UserError where the run in a claimed folder has begun on data of other content, or is finished and began from other
+    weights.
     """
     theirs = _read(folder) if _has_begun(folder) else None
     if theirs is not None and theirs["data"] != fingerprint:
@@ -72,10 +73,12 @@ def begin(run: RunConfig, folder: Path, fingerprint: str, labels: Any = (), weig
     before = theirs.get("weights") if theirs else None
     now = before if weights is None else _weights_of(weights, before)
     if isinstance(before, dict) and isinstance(now, dict) and now["content"] != before.get("content"):
-        raise UserError(
-            f"{folder} holds a run that began from other weights: those in {weights} have changed since; choose "
-            f"another --workdir, or give the weights it was started with"
-        )
+        now = before  # a run that resumes reads its own checkpoint, not these
+        if finished_at(folder) is not None:
+            raise UserError(
+                f"{folder} holds a finished run that began from other weights: those in {weights} have changed since; "
+                f"choose another --workdir, or give the weights it was started with"
+            )
     known = {"data": fingerprint, "labels": labels, "weights": now, "jaxlm": jaxlm.__version__}
     write_json(folder / "config.json", {"run": to_json(run), **known})
 

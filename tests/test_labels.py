@@ -471,7 +471,14 @@ def test_weights_that_changed_since_a_run_began_are_refused(start, quick):
     os.utime(weights, ns=(0, 0))
     fit(run)  # of another time, but of the same content
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(UserError, match=r"began from other weights: those in .*model have changed since.*--workdir"):
+    with pytest.raises(
+        UserError, match=r"finished run that began from other weights: those in .*model have changed.*--workdir"
+    ):
+        fit(run)
+    (Path(run.workdir) / "scores.json").rename(Path(run.workdir) / "no.json")  # not finished, as far as one can see
+    fit(run)  # resumes from its checkpoint
+    (Path(run.workdir) / "no.json").unlink()
+    with pytest.raises(UserError, match="finished run that began from other weights"):
         fit(run)
     shutil.rmtree(run.init)
     with pytest.raises(UserError, match="model"):
