@@ -121,6 +121,7 @@ def test_a_plan_that_does_not_fit_says_what_to_change(monkeypatch):
     assert plan.fitting(TINY, "") == []
 
 
+@pytest.mark.long
 def test_the_largest_batch_that_fits_is_found(monkeypatch):
     told = []
     limit = plan.plan(replace(TINY, batch=64, remat="full")).used_bytes

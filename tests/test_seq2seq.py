@@ -489,6 +489,7 @@ def test_conversations_of_other_forms():
     assert (made[0][0][0]["tokens_BT"] == made[1][0][0]["tokens_BT"]).all()
 
 
+@pytest.mark.long
 def test_a_chat_run_answers_and_exports_its_template(tmp_path):
     import jaxlm
     from jaxlm import OptimizerConfig, RunConfig

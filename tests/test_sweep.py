@@ -119,6 +119,7 @@ def test_no_shell_has_to_quote_the_name_of_a_folder(fields, name):
     assert len({folder_of(some) for some in (fields, *others)}) == 5
 
 
+@pytest.mark.long
 def test_a_sweep_ends_in_one_table_and_goes_on_where_it_was_left(folder, capsys):
     command = ["train", str(folder / "tiny.py"), "--sweep", "optimizer.rate=1e-3,1e14", "seed=0,1"]
     assert main(command) == 0
@@ -205,6 +206,7 @@ def test_each_head_learns_from_its_own_examples_alone(folder):
         assert size(f"own_{other}") == 0
 
 
+@pytest.mark.long
 def test_several_tasks_train_export_and_predict(folder, tmp_path):
     run = replace(two_tasks(folder), workdir=str(tmp_path / "run"))
     assert from_json(RunConfig, to_json(run)) == run
