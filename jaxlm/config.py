@@ -650,7 +650,7 @@ class RunConfig(Config):
             self._check_model(self.model)
         if self.optimizer.name == "adafactor" and self.optimizer.momentum_dtype != "float32":
             raise UserError("adafactor has no first moment; leave out --optimizer.momentum-dtype")
-        if self.new_head and isinstance(self.task, _NO_PARTS) and not isinstance(self.task, MultiTask):
+        if self.new_head and isinstance(self.task, _NO_LABELS):
             raise UserError(
                 f"new_head is set, and {type(self.task).__name__} has no head of labels to draw anew; leave it out"
             )
@@ -760,7 +760,8 @@ def _check_used(task: Any) -> None:
         raise UserError(f"task.answer is {task.answer!r} without task.question; give both columns, or task.messages")
 
 
-_NO_PARTS = (CausalLM, MaskedLM, SpanCorruption, Infilling, Seq2Seq, Chat, MultiTask)
+_NO_LABELS = (CausalLM, MaskedLM, SpanCorruption, Infilling, Seq2Seq, Chat)
+_NO_PARTS = (*_NO_LABELS, MultiTask)
 
 
 def _check_part(name: str, part: Part) -> None:

@@ -121,8 +121,8 @@ def fit(
 
     Returns the model with the best held-out score; of several tasks, that of the first.  Raises UserError for a mistake
     in the config or the data, before anything is compiled, and RunError for a fault of the run: a loss that is not
-    finite, a disk that is full, a host that is gone.  Of many hosts each calls this with the same arguments, and they
-    use the returned model, whose parameters lie on the devices of all, together.
+    finite, a disk that is full, a host that is gone.  Each of many hosts calls this with the same arguments.  The
+    parameters of the returned model are sharded over the devices of all hosts, so all call its functions together.
     """
     argument("run", run, RunConfig)
     argument("model", model, LM | None)
@@ -222,7 +222,7 @@ def _fit_in(
 
     eval_step = jax.jit(make_eval_step(task, module))
     files: dict[str, Any] = {"files": weights.files, "pooling": weights.pooling} if weights else {}
-    own_module = kind(config, module.constrain, module.dtype, kernel=run.attention)
+    own_module = module.clone(remat="none", unroll=1)  # what training alone needs
     made = LM(config, own_module, None, data.tokenizer, origin(run, weights), **files)
     starts_from_weights = weights is not None and not started
     del weights  # which keep the files of a checkpoint open

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import math
 import shutil
@@ -70,31 +69,19 @@ def begin(run: RunConfig, folder: Path, fingerprint: str, labels: Any = (), weig
             f"{folder} holds a run on data of other content: its fingerprint is {theirs['data']} there, {fingerprint} "
             f"now; give the data it was started with, or another --workdir"
         )
-    before = theirs.get("weights") if theirs else None
-    now = before if weights is None else _weights_of(weights, before)
-    if isinstance(before, dict) and isinstance(now, dict) and now["content"] != before.get("content"):
-        now = before  # a run that resumes reads its own checkpoint, not these
-        if finished_at(folder) is not None:
+    if theirs is None:
+        content = model_files.fingerprint(weights) if weights else None
+    else:
+        content = theirs.get("weights")
+        # An unfinished run resumes from its checkpoint and does not read these weights.
+        finished = finished_at(folder) is not None
+        if finished and content and weights and model_files.fingerprint(weights) != content:
             raise UserError(
                 f"{folder} holds a finished run that began from other weights: those in {weights} have changed since; "
                 f"choose another --workdir, or give the weights it was started with"
             )
-    known = {"data": fingerprint, "labels": labels, "weights": now, "jaxlm": jaxlm.__version__}
+    known = {"data": fingerprint, "labels": labels, "weights": content, "jaxlm": jaxlm.__version__}
     write_json(folder / "config.json", {"run": to_json(run), **known})
-
-
-def _weights_of(folder: Path, before: Any) -> dict[str, Any]:
-    """Returns sizes and times of the files of a model, and 16 hexadecimal digits of their content.
-
-    before: what was found earlier; large files are not read again where sizes and times are still these.
-    """
-    found = [*folder.glob("config.json"), *sorted(folder.glob("*.safetensors"))]
-    stats = {path.name: path.stat() for path in found}
-    files = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
-    if isinstance(before, dict) and before.get("files") == files:
-        return before
-    digest = hashlib.sha256("".join(f"{path.name}\0{storage.content_hash(path)}" for path in found).encode())
-    return {"files": files, "content": digest.hexdigest()[:16]}
 
 
 def _read(folder: Path) -> dict[str, Any] | None:

@@ -424,7 +424,9 @@ def _drawn(
             longer = min(2 * length, most)
             state, left, length = run.grow(state, length=longer), longer - length, longer
         state = run.advance(params, state, rules, np.int32(min(n, left) if draft is None else n))
-        done_B, lengths_B, tokens_BT = map(np.array, hosts.fetched((state.done_B, state.lengths_B, state.tokens_BT)))
+        current = state.done_B, state.lengths_B, state.tokens_BT, state.log_probs_BT if scored else ()
+        done_B, lengths_B, tokens_BT, log_probs_BT = hosts.fetched(current)
+        done_B, lengths_B = done_B.copy(), lengths_B.copy()  # which are changed below
         for b, request in [(b, request) for b, request in enumerate(rows) if request is not None]:
             new = np.s_[b, len(request.tokens) : lengths_B[b]]
             tokens = tokens_BT[new].tolist()
@@ -433,7 +435,7 @@ def _drawn(
                 state = state._replace(done_B=done_B.copy())
             rows[b] = None if done_B[b] else request
             if done_B[b] or look:
-                log_probs = hosts.fetched(state.log_probs_BT)[new].tolist() if scored else []
+                log_probs = log_probs_BT[new].tolist() if scored else []
                 yield Row(request, tokens, log_probs, sum(log_probs), bool(done_B[b]))
 
 

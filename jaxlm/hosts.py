@@ -340,7 +340,7 @@ def whole(tree: Any) -> Any:
 
 
 def fetched(tree: Any) -> Any:
-    """Returns the tree as NumPy arrays; what lies on devices of several hosts is whole on each of them."""
+    """Returns the tree as NumPy arrays; every host gets the whole of an array that several hosts share."""
     return jax.device_get(whole(tree))
 
 
@@ -358,14 +358,15 @@ def _gathered(x: Any) -> Any:
 
 
 def first_reads(tree: Any, make: Callable[[Any], Value]) -> Value:
-    """Returns what host 0 makes of the tree, a JSON value, on all hosts, which wait for it, as `first` does.
+    """Returns on all hosts the JSON value that `make` returns on host 0; the other hosts wait for it.
 
-    What lies on devices of several hosts is gathered when it is read, a leaf or an entry of its first axis at a time:
-    no host ever has more in its memory.
+    An array on devices of several hosts is gathered when host 0 reads it: the whole array, or one entry of its first
+    axis. No host has more than that in its memory.
 
     Args:
         tree: the arrays, the same on all hosts.
-        make: reads the leaves of a tree by their shape and dtype, by an index of their first axis, or whole, by NumPy.
+        make: takes a tree of objects with the shape and dtype of the arrays. `leaf[i]` reads an entry of the first
+            axis, `np.asarray(leaf)` the whole array.
 
     Raises:
         UserError, RunError: those of host 0, on all hosts.
@@ -395,7 +396,7 @@ def first_reads(tree: Any, make: Callable[[Any], Value]) -> Value:
 
 @dataclass(frozen=True, eq=False)
 class _Asked:
-    """An array that is read by asking for it: `ask(row)` returns an entry of its first axis, `ask(None)` all of it."""
+    """An array on several hosts: `ask(row)` gathers an entry of its first axis, `ask(None)` the whole array."""
 
     shape: tuple[int, ...]
     dtype: Any

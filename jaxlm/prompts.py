@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -142,18 +141,5 @@ def choices_of(model: str, decoding: Decoding, draft: str) -> dict[str, Any]:
     A model is known by its content, so that it may move, but not change.  A draft changes draws, not greedy texts.
     """
     drawn = bool(draft) and decoding.temperature > 0
-    return {"model_hash": _hash(model), "draft_hash": _hash(draft) if drawn else "", **to_json(decoding)}
-
-
-def _hash(model: str) -> str:
-    """Returns 16 hexadecimal digits that change with every file of a model's folder but its texts for readers."""
-    folder, digest = find(model), hashlib.sha256()
-    for file in sorted(folder.rglob("*")):
-        name = file.relative_to(folder)
-        hidden = any(part.startswith(".") for part in name.parts)
-        if file.is_file() and not hidden and file.suffix not in (".md", ".html"):
-            try:
-                digest.update(f"{name}\0{storage.content_hash(file)}\0".encode(errors="surrogateescape"))
-            except OSError as error:
-                raise UserError(f"{file} cannot be read: {error.strerror}; correct its permissions") from None
-    return digest.hexdigest()[:16]
+    hashed = lambda name: model_files.fingerprint(find(name))
+    return {"model_hash": hashed(model), "draft_hash": hashed(draft) if drawn else "", **to_json(decoding)}

@@ -170,8 +170,7 @@ def _with_own_heads(run: RunConfig, model: LM | None, task: TaskMixture, labels:
     """Returns the weights for several tasks: the body, and for each part the head of its kind, whose outputs are read
     where the part has their labels."""
     body = _given(run, model, "none", None)
-    source = dict.fromkeys(body.shapes, body)  # path in the run's model -> the weights that have it
-    path_there = {path: path for path in body.shapes}
+    sources = [(body, {path: path for path in body.shapes})]  # with the path there of each path in the run's model
     for name, part in task.parts.items():
         if part.head is None:
             continue
@@ -181,19 +180,20 @@ def _with_own_heads(run: RunConfig, model: LM | None, task: TaskMixture, labels:
             continue
         names = named_outputs(part.task, weights.config.labels)
         renewed = run.new_head or (part.head in ("classes", "tokens") and names != labels[name])
-        prefix = f"{part.head}_head/"
-        for path in weights.shapes:
-            if path.startswith(prefix) and not (renewed and path.startswith(f"{prefix}out/")):
-                own = f"{own_head(name)}/{path.removeprefix(prefix)}"
-                source[own], path_there[own] = weights, path
+        prefix, outputs = f"{part.head}_head/", f"{part.head}_head/out/"
+        paths = [path for path in weights.shapes if path.startswith(prefix)]
+        kept = [path for path in paths if not (renewed and path.startswith(outputs))]
+        sources.append((weights, {f"{own_head(name)}/{path.removeprefix(prefix)}": path for path in kept}))
 
     def read(layouts: Mapping[str, jax.sharding.Sharding]) -> dict[str, jax.Array]:
         leaves: dict[str, jax.Array] = {}
-        for path, layout in layouts.items():
-            leaves[path] = source[path].read({path_there[path]: layout})[path_there[path]]
+        for weights, there in sources:
+            some = {path: there[path] for path in there.keys() & layouts.keys()}
+            found = weights.read({path: layouts[own] for own, path in some.items()})
+            leaves |= {own: found[path] for own, path in some.items()}
         return leaves
 
-    shapes = {path: weights.shapes[path_there[path]] for path, weights in source.items()}
+    shapes = {own: weights.shapes[path] for weights, there in sources for own, path in there.items()}
     return body._replace(shapes=shapes, read=read)
 
 

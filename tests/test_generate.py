@@ -670,7 +670,7 @@ def test_a_file_of_prompts_is_gone_on_with(folder, capsys, monkeypatch):
 
 
 def test_an_output_without_a_row_takes_other_choices(folder, capsys):
-    """Those of a command that was refused are in nobody's way."""
+    """A refused command leaves choices behind, but no rows."""
     asked = ["generate", "model", "--file", "prompts.txt", "--output", "out.jsonl"]
     assert main([*asked, "--max-new-tokens", "40"]) == 2
     assert "ask for at most 31" in capsys.readouterr().err

@@ -208,11 +208,11 @@ DATA: dict[str, tuple[str, str, str, list[str], list[str]]] = {
     ),
     "a word as a number": (
         *("Classification", "x.csv", table([1, 2, 3, "great"]), ["--task.problem", "regression"]),
-        ["x.csv:5", "'great'", "no number", "--task.label"],
+        ["x.csv:5", "'great'", "not a number", "--task.label"],
     ),
     "a decimal comma": (
         *("Classification", "x.csv", table([1, 2, 3, '"-3,25"']), ["--task.problem", "regression"]),
-        ["x.csv:5", "'-3,25'", "no number", "write it as -3.25"],
+        ["x.csv:5", "'-3,25'", "not a number", "write it as -3.25"],
     ),
     "nan as a number": (
         *("Classification", "x.csv", table([1, 2, "nan", 3]), ["--task.problem", "regression"]),

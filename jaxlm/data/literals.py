@@ -28,7 +28,7 @@ _FIRST = r"""(?:[bBuU]?['"]|[+-]?\.?\d|[\[({\])}]|array\(|np\.|(?:True|true|Fals
 _BEGINS = re.compile(rf"\s*(?:{_CALL.pattern})?([\[({{])\s*{_FIRST}")
 _QUOTED = re.compile(rf"""\s*(?:{_CALL.pattern})?\[\s*['"]""")
 _NUMBERS = r"\s*[+-]?[\d.]+\s*,[\s\d.,+-]*"  # two or more
-# Tuples and sets of texts or of numbers, which no label is written like.
+# Tuples and sets of texts or numbers, in a notation that labels do not use.
 _COLLECTION = re.compile(rf"""\s*(?:{_CALL.pattern})?[({{](?:['"].*|{_NUMBERS})[)}}]\)?\s*""", re.DOTALL)
 _EMPTY = re.compile(r"\s*(?:set|frozenset)\(\)\s*")  # which have no items between brackets
 _CLOSES = {"[": "]", "(": ")", "{": "}"}
@@ -41,7 +41,7 @@ class NotALiteralError(ValueError):
 def looks_listed(text: str, brackets: str = "[({") -> bool:
     """Whether a text begins and ends as a list or an object in one of the brackets; one that is none is broken.
 
-    What Python prints of a tuple or a set looks like a list in any case.
+    A printed tuple or set counts as a list with any `brackets`.
     """
     begins = _BEGINS.match(text)
     if _EMPTY.fullmatch(text) or _COLLECTION.fullmatch(text):

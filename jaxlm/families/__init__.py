@@ -362,7 +362,7 @@ _OUTPUTS = {"classes", "tokens", "span"}  # heads that some families store under
 
 
 def _has_other_outputs(family: Family, hf: dict[str, Any], head: Asked | None) -> bool:
-    """Whether config.json names a class of transformers whose head has other outputs than the one that is asked for."""
+    """Whether config.json names a class of transformers with outputs of another kind than those of `head`."""
     theirs = [set(heads) & _OUTPUTS for heads, name in family.heads.items() if name in _architectures(hf)]
     return head in _OUTPUTS and any(theirs) and not any(head in outputs for outputs in theirs)
 
@@ -402,10 +402,13 @@ def _check_size(config: ModelConfig, stored: Mapping[str, Any]) -> None:
 def _check(
     family: Family, config: ModelConfig, tensors: dict[str, Any], head: Asked | None, other_outputs: bool
 ) -> tuple[str, ...]:
-    """Raises UserError where the tensors do not fit.  Where a head was asked for, those of other heads are left out of
-    `tensors`, and what it lacks is returned: the paths of leaves to be made new.
+    """Returns the paths of leaves to be initialised randomly: those of `head` that `tensors` lacks.
 
-    other_outputs: whether what is stored under the names of its outputs is of another head.
+    Tensors of other heads are removed from `tensors` where a head is given.
+
+    other_outputs: whether the outputs stored under the names of this head's outputs belong to another head.
+
+    Raises UserError where the tensors do not fit.
     """
     expected = convert.hf_shapes(family, config)
     fresh: set[str] = set()

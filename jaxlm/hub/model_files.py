@@ -6,6 +6,7 @@ Whatever breaks a rule is a UserError that names the file, the value and the rem
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+from jaxlm import storage
 from jaxlm.errors import UserError, perhaps
 
 MAX_BYTES = 200_000_000  # the largest tokenizer.json in use has 35 MB
@@ -52,6 +54,24 @@ def locate(folder: str | os.PathLike[str], name: str | os.PathLike[str]) -> Path
             raise
         raise _unreadable(path, error) from None
     return path
+
+
+def fingerprint(folder: Path) -> str:
+    """Returns 16 hexadecimal digits that change with every file of a model's folder but its texts for readers.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder)
+        hidden = any(part.startswith(".") for part in name.parts)
+        if file.is_file() and not hidden and file.suffix not in (".md", ".html"):
+            try:
+                digest.update(f"{name}\0{storage.content_hash(file)}\0".encode(errors="surrogateescape"))
+            except OSError as error:
+                raise UserError(f"{file} cannot be read: {error.strerror}; correct its permissions") from None
+    return digest.hexdigest()[:16]
 
 
 def locate_all(folder: str | os.PathLike[str], *patterns: str) -> list[Path]:

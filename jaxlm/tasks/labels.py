@@ -129,10 +129,10 @@ def number_of(value: Any, place: Any, column: str) -> float:
         return float(value)
     except (TypeError, ValueError, OverflowError):
         comma = isinstance(value, str) and _DECIMAL_COMMA.fullmatch(value.strip())
-        mend = f"write it as {value.strip().replace(',', '.')}" if comma else "mend it"
+        remedy = f"write it as {value.strip().replace(',', '.')}" if comma else "correct it"
         raise UserError(
-            f"{place}: column {column!r} holds {shown(value)}, which is no number; {mend}, or choose the column with "
-            f"--task.label"
+            f"{place}: column {column!r} holds {shown(value)}, which is not a number; {remedy}, or choose the "
+            f"column with --task.label"
         ) from None
 
 

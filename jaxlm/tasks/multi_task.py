@@ -102,7 +102,8 @@ class TaskMixture(Task):
         for name, part in self.parts.items():
             alone = part.configured(lm.config)
             params = body if part.head is None else body | {f"{part.head}_head": lm.params[own_head(name)]}
-            module = Transformer(alone, dtype=lm.module.dtype)
+            how = {name: getattr(lm.module, name) for name in ("constrain", "dtype", "kernel", "precision")}
+            module = Transformer(alone, **how)
             own = with_task(replace(lm, config=alone, params=params, module=module), part.task, part.length)
             found[name] = part, own
         return found
@@ -303,13 +304,13 @@ def with_labels(
     known: Mapping[str, tuple[str, ...]],
     say: Callable[[str], None],
 ) -> Prepared:
-    """Returns the data with the labels of each part as the head that the run starts from names them.
+    """Returns the data with the labels of each part in the order of the head that the run starts from.
 
-    The head may be of one of several parts with such a head: parts with other labels begin with new heads then, which
-    `say` takes a line about.
+    A part whose labels differ from those of the head begins with a randomly initialised head if another part matches;
+    `say` prints a line about it.
 
     Args:
-      known: by the name of a part, the names of the outputs of the head that the weights have for it.
+      known: for each part whose kind of head the weights have, the names of the outputs of that head.
 
     Raises:
       UserError: where no part has the labels of the head.
@@ -319,9 +320,9 @@ def with_labels(
     for name, outputs in known.items():
         task = run.task.parts[name].task
         parts = train[name], train[name], held_out[name]
-        told = lambda line, name=name: say(f"{line} (of the part {name})")
+        say_of_part = lambda line, name=name: say(f"{line} (part {name})")
         try:
-            found = labels.agreed(kinds[type(task)], task, *parts, outputs, told)
+            found = labels.agreed(kinds[type(task)], task, *parts, outputs, say_of_part)
         except UserError as error:
             differ[name] = error
         else:
@@ -329,5 +330,5 @@ def with_labels(
     for name, problem in differ.items():
         if len(differ) == len(known):
             raise UserError(f"{name}: {problem}") from None
-        say(f"labels    the part {name} begins with a new head: its labels are not those of the head of the weights")
+        say(f"labels    the head of the part {name} is randomly initialised: the weights have a head with other labels")
     return data._replace(train=train, held_out=held_out, labels=names)
