@@ -503,3 +503,19 @@ def test_a_head_of_another_kind_is_not_taken_for_it(start, quick, capsys, head, 
     assert not np.allclose(old, lm.params[f"{other}_head"]["out"]["kernel"])
     drawn = jaxlm.load(run.init, head=other, say=lambda _: None).fresh
     assert any(path.endswith("out/kernel") for path in drawn)
+
+
+@pytest.mark.parametrize(
+    ("sentences", "words"),
+    [
+        (["(LOC) *", "(PER* *) *"], ["open and close spans by brackets", "'(LOC)'", "--task.scheme none"]),
+        (["B-loc _", "B-per I-per"], ["the tag '_' has no mark", "write it as O"]),
+    ],
+)
+def test_tags_in_other_notations_are_refused(sentences, words):
+    places = [Place("rows", n) for n in range(1, len(sentences) + 1)]
+    rows = [{"tokens": list("abcde")[: len(tags.split())], "tags": tags.split()} for tags in sentences]
+    part = Records([TASKS[Tagging].read(Tagging(), row, place) for row, place in zip(rows, places)], places)
+    with pytest.raises(UserError) as error:
+        TASKS[Tagging].names(Tagging(), part)
+    assert "rows:1: " in str(error.value) and all(word in str(error.value) for word in words), error.value

@@ -335,6 +335,12 @@ def _kind(task: config.Tagging, parts: Sequence[Records]) -> str:
         return {"none": "classes", "IO": "inside"}[task.scheme]
     found = {tag for part in parts for record in part.records for tag in record["label"]}
     kind = schemes.kind_of(found)
+    if schemes.are_bracketed(found):
+        [place, *_] = (place for part in parts for place in part.places)
+        raise UserError(
+            f"{place}: the tags open and close spans by brackets, as {min(t for t in found if t[:1] == '(')!r} "
+            f"does; write them as B-TYPE, I-TYPE and O, or read each tag as a class with --task.scheme none"
+        )
     if kind != "mixed":
         return kind
     for part in parts:
@@ -342,8 +348,9 @@ def _kind(task: config.Tagging, parts: Sequence[Records]) -> str:
             for tag in record["label"]:
                 if not schemes.is_outside(tag) and not schemes.is_marked(tag):
                     other = min(filter(schemes.is_marked, found))
+                    remedy = "write it as O" if tag in ("_", "-", "*") else "correct it"
                     raise UserError(
-                        f"{place}: the tag {tag!r} has no mark before a type, as {other!r} has; correct it, or name "
+                        f"{place}: the tag {tag!r} has no mark before a type, as {other!r} has; {remedy}, or name "
                         f"the scheme of the tags with --task.scheme (none: each tag is a class)"
                     )
     raise AssertionError("tags are mixed, and none is without a mark")

@@ -70,6 +70,13 @@ def is_outside(tag: str) -> bool:
     return tag.upper() == OUTSIDE
 
 
+def are_bracketed(tags: Iterable[str]) -> bool:
+    """Returns whether tags open and close spans by brackets, as (PER* and *) of CoNLL-2005 and 2012 do."""
+    tags = set(tags)
+    opened = any(tag.startswith("(") and "*" in tag for tag in tags)
+    return opened and any(tag.endswith("*)") and not tag.startswith("(") for tag in tags)
+
+
 def is_marked(tag: str) -> bool:
     """Returns whether a tag is a mark and a type, as B-PER is."""
     return _TYPED.fullmatch(tag) is not None
