@@ -27,10 +27,13 @@ from jaxlm import (
     Tagging,
     TokenizerConfig,
     UserError,
+    families,
 )
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.lines import Place
+from jaxlm.families import PRESETS
 from jaxlm.fit import Stopped, fit
+from jaxlm.hub import safetensors
 from jaxlm.lm import LM
 from jaxlm.nn.transformer import Transformer
 from jaxlm.tasks import TASKS, labels
@@ -261,6 +264,7 @@ def choice_row(random: np.random.Generator) -> dict[str, Any]:
     return {"question": text(random), "options": [text(random), text(random)], "label": int(random.integers(2))}
 
 
+TINY = {"vocabulary": 80, "max_length": 32, "width": 16, "layers": 1, "heads": 2, "mlp_width": 24}
 ORDER = ("O", "I-PER", "B-PER", "I-LOC", "B-LOC")
 CASES: dict[str, tuple[Any, str, tuple[str, ...], Any]] = {  # the task, its head, the names of the head, a row
     "classes in another order": (Classification(), "classes", NLI, class_row),
@@ -439,7 +443,8 @@ def test_parts_without_the_labels_of_the_head_are_refused_with_both_sets(start):
 
 def test_new_heads_of_several_tasks_are_drawn_where_they_are_asked_for(start, quick):
     run, _ = several(start, {"letters": (Classification(), other_row)}, "classes", NLI, new_head=True)
-    fit(run)
+    returned = fit(replace(run, matmul_precision="highest", attention="xla"))
+    assert (returned.module.precision, returned.module.kernel) == ("highest", "xla")  # what they were trained with
     lm, old = jaxlm.load(Path(run.workdir) / "export" / "letters"), jaxlm.load(run.init).params["classes_head"]
     assert lm.config.labels == ("x", "y")
     assert np.allclose(old["dense"]["kernel"], lm.params["classes_head"]["dense"]["kernel"])
@@ -492,17 +497,37 @@ def test_weights_that_changed_since_a_run_began_are_refused(start, quick):
         ("tokens", ("y", "x"), Classification(), lambda random: class_row(random, ("x", "y"))),
     ],
 )
-def test_a_head_of_another_kind_is_not_taken_for_it(start, quick, capsys, head, names, task, row):
-    """Both are stored as classifier.weight, with as many outputs."""
+def test_a_head_of_another_kind_is_not_taken_for_it(start, quick, capsys, monkeypatch, head, names, task, row):
+    """BERT stores both as classifier.weight, here with as many outputs."""
+    monkeypatch.setitem(globals(), "ENCODER", replace(PRESETS["bert-base"], **TINY))
     run, _ = start(task, head, names, row)
+    assert "classifier.weight" in safetensors.read(Path(run.init))
     lm = fit(run)
     assert lm.config.labels == tuple(sorted(names))
     other = "tokens" if head == "classes" else "classes"
     assert f"made new, since the given weights have none: {other}_head" in capsys.readouterr().err
     old = jaxlm.load(run.init).params[f"{head}_head"]["out"]["kernel"]
     assert not np.allclose(old, lm.params[f"{other}_head"]["out"]["kernel"])
-    drawn = jaxlm.load(run.init, head=other, say=lambda _: None).fresh
-    assert any(path.endswith("out/kernel") for path in drawn)
+
+
+ENCODERS = (
+    "albert-base",
+    "bert-base",
+    "deberta-v3-small",
+    "distilbert-base",
+    "electra-small",
+    "modernbert-base",
+    "roberta-base",
+)
+
+
+@pytest.mark.parametrize("preset", ENCODERS)
+@pytest.mark.parametrize(("head", "other"), [("classes", "tokens"), ("tokens", "classes")])
+def test_outputs_of_another_head_are_drawn_in_every_family(tmp_path, preset, head, other):
+    config = replace(PRESETS[preset], **TINY, heads_on_top=(head,))
+    jaxlm.save(LM(config, Transformer(config), random_params(config)), tmp_path / "model")
+    assert f"{other}_head/out/kernel" in families.look(tmp_path / "model", head=other).fresh
+    assert not families.look(tmp_path / "model", head=head).fresh
 
 
 @pytest.mark.parametrize(
