@@ -127,7 +127,7 @@ def device_side(tell: Callable[..., None], tiny: bool, seconds: float) -> None:
     import jax
     import jax.numpy as jnp
 
-    from jaxlm import chips
+    from jaxlm.devices import chips
 
     device = jax.devices()[0]
     chip = chips.find(device.device_kind)
@@ -169,9 +169,10 @@ def train_side(name: str, tell: Callable[..., None], tiny: bool, seconds: float)
     import jax
     import numpy as np
 
-    from jaxlm import CausalLM, DataConfig, MaskedLM, MeshConfig, OptimizerConfig, RunConfig, sharding
-    from jaxlm.assembly import assemble, closed_flops, lay
-    from jaxlm.measure import Meter
+    from jaxlm import CausalLM, DataConfig, MaskedLM, MeshConfig, OptimizerConfig, RunConfig
+    from jaxlm.devices import sharding
+    from jaxlm.run.assembly import assemble, closed_flops, lay
+    from jaxlm.run.measure import Meter
     from jaxlm.tasks import make_task
 
     end = time.monotonic() + seconds
@@ -360,7 +361,7 @@ def torch_side(name: str, tell: Callable[..., None], tiny: bool, seconds: float)
             "compile_seconds": compiling,
         }
         if events:
-            from jaxlm.measure import percentiles
+            from jaxlm.run.measure import percentiles
 
             told |= percentiles([a.elapsed_time(b) / 1000 for a, b in zip(events, events[1:])])
             told["memory_bytes"] = torch.cuda.max_memory_allocated()

@@ -22,8 +22,10 @@ def work(layers: int, cache: str) -> None:
 
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    from jaxlm import CausalLM, DataConfig, ModelConfig, RunConfig, plan, sharding
-    from jaxlm.assembly import assemble
+    from jaxlm import CausalLM, DataConfig, ModelConfig, RunConfig
+    from jaxlm.devices import sharding
+    from jaxlm.planning import plan
+    from jaxlm.run.assembly import assemble
 
     model = ModelConfig(vocabulary=8192, max_length=128, width=256, layers=layers, heads=4)
     run = RunConfig(model=model, task=CausalLM(), data=DataConfig(path="-", length=128), batch=8)

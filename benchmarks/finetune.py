@@ -28,8 +28,8 @@ STEPS, ROUNDS = 10, 12
 
 def jaxlm_side(model: str, train: str) -> None:
     """`fit` on the whole training part; a round is `STEPS` updates, begun by a line on the standard input."""
-    from jaxlm import fit
     from jaxlm.__main__ import _config, keep_memory, one_device_per_core
+    from jaxlm.run import fit
 
     run = _config(Path(__file__).parent.parent / "configs" / "sst2.py")
     data = dataclasses.replace(run.data, path=train, eval_fraction=0.001)
@@ -69,7 +69,7 @@ SIDES = {"jaxlm": jaxlm_side, "torch": torch_side}
 def mean_of_update(model: str, train: str) -> float:
     """Mean number of examples in an update of jaxlm's side."""
     from jaxlm.__main__ import _config
-    from jaxlm.data.tokenizer import load
+    from jaxlm.data.tokenizers.tokenizer import load
     from jaxlm.tasks import make_task, prepare
 
     run = _config(Path(__file__).parent.parent / "configs" / "sst2.py")

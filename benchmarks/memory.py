@@ -28,8 +28,10 @@ def main() -> None:
     import jax
     import numpy as np
 
-    from jaxlm import CausalLM, DataConfig, MeshConfig, ModelConfig, RunConfig, plan, sharding
-    from jaxlm.assembly import assemble, lay
+    from jaxlm import CausalLM, DataConfig, MeshConfig, ModelConfig, RunConfig
+    from jaxlm.devices import sharding
+    from jaxlm.planning import plan
+    from jaxlm.run.assembly import assemble, lay
 
     device = jax.devices()[0]
     model = ModelConfig(vocabulary=8192, max_length=LENGTH, width=384, layers=6, heads=6)

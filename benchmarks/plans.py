@@ -13,7 +13,7 @@ import sys
 from datetime import date
 from pathlib import Path
 
-from jaxlm.plan import GIB
+from jaxlm.planning.plan import GIB
 
 COLAB = "--init bert-base --compute-dtype bfloat16 --data.length 128"
 PLANS = {

@@ -32,10 +32,11 @@ def jaxlm_side(name: str) -> Callable[[], float]:
     import jax.numpy as jnp
     import numpy as np
 
-    from jaxlm import CausalLM, MaskedLM, MeshConfig, ModelConfig, OptimizerConfig, sharding
+    from jaxlm import CausalLM, MaskedLM, MeshConfig, ModelConfig, OptimizerConfig
+    from jaxlm.devices import sharding
     from jaxlm.nn.transformer import Transformer, init
-    from jaxlm.optimizer import make_optimizer, make_schedule
-    from jaxlm.step import TrainState, make_train_step
+    from jaxlm.run.optimizer import make_optimizer, make_schedule
+    from jaxlm.run.step import TrainState, make_train_step
     from jaxlm.tasks.pretraining import CausalLMTask, MaskedLMTask
 
     rows, length, steps, fields = CASES[name]

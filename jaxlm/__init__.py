@@ -10,65 +10,42 @@ jaxlm.save(lm, "folder")                              # for transformers to load
 
 __version__ = "0.1.0"
 
-from jaxlm.process import interrupts_wait as _interrupts_wait
+from jaxlm.devices.process import interrupts_wait as _interrupts_wait
 
 with _interrupts_wait():
     from jaxlm.config import (
-        CausalLM,
-        Chat,
-        Classification,
         CleaningConfig,
         DataConfig,
         Decoding,
-        Infilling,
-        MaskedLM,
         MeshConfig,
         ModelConfig,
-        MultipleChoice,
-        MultiTask,
         OptimizerConfig,
-        Part,
-        QuestionAnswering,
         RunConfig,
-        Seq2Seq,
-        Similarity,
-        SpanCorruption,
-        Tagging,
         TokenizerConfig,
     )
-    from jaxlm.encode import Pooling, encode
+    from jaxlm.config import task as _task
+    from jaxlm.config.task import *
     from jaxlm.errors import RunError, Stopped, UserError
-    from jaxlm.evaluate import evaluate, predict
-    from jaxlm.fit import fit
-    from jaxlm.generate import generate, stream
+    from jaxlm.hub.pooling import Pooling
+    from jaxlm.inference.encode import encode
+    from jaxlm.inference.generate import generate, stream
     from jaxlm.lm import LM, load, save
-    from jaxlm.vocabulary import resize
+    from jaxlm.run.evaluate import evaluate, predict
+    from jaxlm.run.fit import fit
+    from jaxlm.transforms.vocabulary import resize
 
 __all__ = [
     "LM",
-    "CausalLM",
-    "Chat",
-    "Classification",
     "CleaningConfig",
     "DataConfig",
     "Decoding",
-    "Infilling",
-    "MaskedLM",
     "MeshConfig",
     "ModelConfig",
-    "MultiTask",
-    "MultipleChoice",
     "OptimizerConfig",
-    "Part",
     "Pooling",
-    "QuestionAnswering",
     "RunConfig",
     "RunError",
-    "Seq2Seq",
-    "Similarity",
-    "SpanCorruption",
     "Stopped",
-    "Tagging",
     "TokenizerConfig",
     "UserError",
     "encode",
@@ -81,3 +58,4 @@ __all__ = [
     "save",
     "stream",
 ]
+__all__ += _task.__all__

@@ -23,16 +23,27 @@ from itertools import chain, takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from jaxlm.process import interrupts_wait
+from jaxlm.devices.process import interrupts_wait
 
 with interrupts_wait():
     import tyro
 
-    from jaxlm import buckets, config_files, flags, hosts, process, storage
-    from jaxlm import sweep as sweeps
-    from jaxlm.config import CausalLM, Classification, DataConfig, Decoding, MeshConfig, RunConfig, check_task
+    from jaxlm.config import (
+        CausalLM,
+        Classification,
+        DataConfig,
+        Decoding,
+        MeshConfig,
+        RunConfig,
+        check_task,
+        flags,
+        python_files,
+    )
+    from jaxlm.config.ranges import MOST, Config, Count, Range, check_fields
+    from jaxlm.devices import hosts, process
     from jaxlm.errors import RunError, Stopped, UserError, perhaps
-    from jaxlm.ranges import MOST, Config, Count, Range, check_fields
+    from jaxlm.run import sweep as sweeps
+    from jaxlm.storage import buckets, disk
 
 MOST_ON_CPU = 256  # devices that stand for the cores of a CPU
 LARGE_ON_CPU = 50_000_000  # parameters; from here on one CPU device serves all cores,
@@ -45,7 +56,7 @@ def train(argv: list[str], signals: process.Signals) -> int:
     file, words, given = _words(argv)
     given, asked = _swept(given)
     prog = f"jaxlm train {' '.join([str(file), *words])}"
-    read = lambda more: flags.parse(config_files.read(file, words), given + more, prog)
+    read = lambda more: flags.parse(python_files.read(file, words), given + more, prog)
     trials = sweeps.combinations(asked)
     runs = [read([f"--{name}={value}" for name, value in fields.items()]) for fields in trials]
     for run in runs:
@@ -54,8 +65,8 @@ def train(argv: list[str], signals: process.Signals) -> int:
     one_device_per_core(runs, where.processes if where and where.processes else 1)
     _process()
     hosts.join(where)
-    from jaxlm.fit import fit
-    from jaxlm.folder import SUMMARY
+    from jaxlm.run.fit import fit
+    from jaxlm.run.folder import SUMMARY
     from jaxlm.tasks import best_of
 
     if not asked:
@@ -134,7 +145,7 @@ def generate(argv: list[str], _: process.Signals) -> int:
 
 def _generate_asked(argv: list[str]) -> Generate:
     """Returns what was asked.  The choices of the checkpoint stand in place of the defaults, and are printed."""
-    from jaxlm.generation_defaults import chosen, defaults_in, lines
+    from jaxlm.inference.generation_defaults import chosen, defaults_in, lines
     from jaxlm.lm import find
 
     plain = Generate(model=tyro.MISSING)
@@ -160,7 +171,7 @@ def _generate_asked(argv: list[str]) -> Generate:
 
 def _of_file(asked: Generate) -> int:
     """The texts of a file of prompts, one JSON object in a line, as many as are not in the output yet."""
-    from jaxlm import prompts as files
+    from jaxlm.inference import prompts as files
 
     prompts = files.read(asked.file)
     made_with = lambda: files.choices_of(asked.model, asked.decoding, asked.draft)  # reads every byte of the model
@@ -183,7 +194,7 @@ def _models(asked: Generate) -> tuple[Any, Any]:
     """The model and its draft, where there is one."""
     _process()
     import jaxlm
-    from jaxlm.generate import check
+    from jaxlm.inference.generate import check
 
     lm = jaxlm.load(asked.model)
     draft = jaxlm.load(asked.draft) if asked.draft else None
@@ -216,8 +227,8 @@ def predict(argv: list[str], _: process.Signals) -> int:
     """Tell what the rows of a file are: jaxlm predict RUN_OR_FOLDER FILE [--output OUT.csv]."""
     asked, lm = _on_file(argv, "predict")
     from jaxlm.data import source
-    from jaxlm.evaluate import predicted
-    from jaxlm.folder import RowWriter
+    from jaxlm.run.evaluate import predicted
+    from jaxlm.run.folder import RowWriter
     from jaxlm.tasks.reading import columns_of
 
     columns = columns_of(asked.task, labelled=False)
@@ -236,8 +247,8 @@ def evaluate(argv: list[str], _: process.Signals) -> int:
     """Score a model on the rows of a file, or a language model on its texts: jaxlm evaluate RUN_OR_FOLDER FILE."""
     asked, lm = _on_file(argv, "evaluate")
     from jaxlm.data import source
-    from jaxlm.evaluate import beside, scored
-    from jaxlm.likelihood import perplexity
+    from jaxlm.inference.likelihood import perplexity
+    from jaxlm.run.evaluate import beside, scored
     from jaxlm.tasks.reading import columns_of
 
     if asked.probabilities or asked.top_k:
@@ -275,8 +286,8 @@ def _on_file(argv: list[str], verb: str) -> tuple[OnFile, Any]:
     _process()
     import jaxlm
     from jaxlm.data import source
-    from jaxlm.evaluate import task_for
-    from jaxlm.folder import run_of
+    from jaxlm.run.evaluate import task_for
+    from jaxlm.run.folder import run_of
 
     config = _given_config(argv)  # its task is known from here on
     run = run_of(words[0]) or config
@@ -302,7 +313,7 @@ def _given_config(argv: list[str]) -> RunConfig | None:
     for word, after in zip(argv, [*argv[1:], ""]):
         name, _, value = word.partition("=")
         if name == "--config" and (value or after):
-            return config_files.read(Path(value or after))
+            return python_files.read(Path(value or after))
     return None
 
 
@@ -333,7 +344,7 @@ def convert(argv: list[str], _: process.Signals) -> int:
     _process()
     import jaxlm
 
-    jaxlm.lm.check_free(storage.local(asked.destination, "DESTINATION"), asked.overwrite)
+    jaxlm.lm.check_free(disk.local(asked.destination, "DESTINATION"), asked.overwrite)
     lm = jaxlm.load(asked.source, head=asked.head, dtype=None, compute_dtype="float32", revision=asked.revision)
     most = int(asked.shard_gb * 1e9)
     kind = jaxlm.save(lm, asked.destination, dtype=asked.dtype, overwrite=asked.overwrite, max_shard_bytes=most)
@@ -357,15 +368,15 @@ def inspect(argv: list[str], _: process.Signals) -> int:
     """Show a model's parameters and the file's tensors: jaxlm inspect RUN_OR_FOLDER_OR_HUB_NAME_OR_CONFIG."""
     asked = _asked(Inspect(target=tyro.MISSING), argv, "jaxlm inspect")
     _process()
-    from jaxlm import inspect as inspection
-    from jaxlm import sharding
+    from jaxlm.devices import sharding
     from jaxlm.families import PRESETS
+    from jaxlm.planning import inspect as inspection
 
     devices = math.prod(dataclasses.astuple(asked.mesh))
     mesh = sharding.axis_sizes(asked.mesh, abs(devices)) if devices != 1 else None
     path = Path(asked.target)
     preset = (
-        config_files.read(path).model if path.suffix == ".py" else None if path.exists() else PRESETS.get(asked.target)
+        python_files.read(path).model if path.suffix == ".py" else None if path.exists() else PRESETS.get(asked.target)
     )
     if preset is not None:
         print(inspection.of_model(preset, mesh))
@@ -378,7 +389,7 @@ def inspect(argv: list[str], _: process.Signals) -> int:
 
 def plan(argv: list[str], _: process.Signals) -> int:
     """Say what a run needs on chips that are not here: jaxlm plan CONFIG --topology v5e:4x4 [--fit]."""
-    from jaxlm import chips
+    from jaxlm.devices import chips
 
     file, words, given = _words(argv, "plan")
     fits, as_json = "--fit" in given, "--json" in given
@@ -388,11 +399,11 @@ def plan(argv: list[str], _: process.Signals) -> int:
         at = given.index("--topology")
         topology, given = (given[at + 1] if at + 1 < len(given) else ""), given[:at] + given[at + 2 :]
         chips.parse(topology)
-    run = flags.parse(config_files.read(file, words), given, f"jaxlm plan {' '.join([str(file), *words])}")
+    run = flags.parse(python_files.read(file, words), given, f"jaxlm plan {' '.join([str(file), *words])}")
     _process()
     import jax
 
-    from jaxlm import plan as planning
+    from jaxlm.planning import plan as planning
 
     for name, value in (chips.SETTINGS if topology else {}).items():
         jax.config.update(name, value)
@@ -490,13 +501,13 @@ def _overview() -> str:
     return (
         f"usage: jaxlm VERB ...\n\n{verbs}\n\n"
         f"jaxlm VERB --help explains the flags of a verb, jaxlm train CONFIG --help those of a run.\n"
-        f"Configs of jaxlm's own: {', '.join(config_files.own())}."
+        f"Configs of jaxlm's own: {', '.join(python_files.own())}."
     )
 
 
 def _words(argv: list[str], verb: str = "train") -> tuple[Path, list[str], list[str]]:
     """A config file, what `config` takes, and the flags behind them."""
-    usage = f"jaxlm {verb} CONFIG [--field value ...]; CONFIG is a file, or one of {', '.join(config_files.own())}"
+    usage = f"jaxlm {verb} CONFIG [--field value ...]; CONFIG is a file, or one of {', '.join(python_files.own())}"
     if argv and argv[0] in ("-h", "--help"):
         print(f"usage: {usage}\n\njaxlm {verb} CONFIG --help explains every field of a config.")
         raise SystemExit(0)
@@ -567,7 +578,7 @@ def _process() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = _tell_unraisable
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        folder = storage.cache_folder()
+        folder = disk.cache_folder()
         settings: dict[str, Any] = {
             "jax_compilation_cache_dir": str(folder / "xla"),
             "jax_persistent_cache_min_compile_time_secs": 0.5,

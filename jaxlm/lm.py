@@ -16,17 +16,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import buckets, families, sharding, storage
-from jaxlm.config import TASKS, MatmulPrecision, ModelConfig, check_task, task_from_json, task_to_json
-from jaxlm.data import tokenizer as tokenizers
-from jaxlm.data.tokenizer import Tokenizer
-from jaxlm.encode import Pooling, carried, read_pooling
+from jaxlm import families
+from jaxlm.config import TASK_CONFIGS, MatmulPrecision, ModelConfig, check_task, task_from_json, task_to_json
+from jaxlm.config.ranges import Name, Range, argument, shown
+from jaxlm.data.tokenizers import tokenizer as tokenizers
+from jaxlm.data.tokenizers.tokenizer import Tokenizer
+from jaxlm.devices import sharding
+from jaxlm.devices.programs import Programs
 from jaxlm.errors import UserError, perhaps
 from jaxlm.hub import model_files
 from jaxlm.hub.download import fetch
+from jaxlm.hub.pooling import Pooling, carried, read_pooling
 from jaxlm.nn.transformer import Transformer, apply
-from jaxlm.programs import Programs
-from jaxlm.ranges import Name, Range, argument, shown
+from jaxlm.storage import buckets, disk
 
 
 class Inside(NamedTuple):
@@ -102,7 +104,7 @@ class LM:
             if type(length) is not int or length < 2:
                 raise ValueError(f"length is {length!r}")
             kind = values["task"]["kind"]
-            if kind not in TASKS:
+            if kind not in TASK_CONFIGS:
                 return Trained(str(kind), length)
             task = task_from_json(values["task"])
             check_task(task)
@@ -451,12 +453,12 @@ def save(
     run; and where another process writes there.
     """
     argument("lm", lm, LM)
-    folder = storage.local(argument("folder", folder, str), "folder")
+    folder = disk.local(argument("folder", folder, str), "folder")
     max_shard_bytes = argument("max_shard_bytes", max_shard_bytes, Annotated[int, Range(1, 10**18)])
     check_free(folder, overwrite)
-    lock = storage.lock_beside(folder)
+    lock = disk.lock_beside(folder)
     lock.parent.mkdir(parents=True, exist_ok=True)
-    with storage.lock(lock, str(folder), "choose another folder"), storage.atomic_folder(folder, overwrite) as part:
+    with disk.lock(lock, str(folder), "choose another folder"), disk.atomic_folder(folder, overwrite) as part:
         extra: dict[str, Any] = {}
         if lm.tokenizer is not None:
             lm.tokenizer.save(str(part))

@@ -24,8 +24,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxlm import storage
 from jaxlm.errors import UserError
+from jaxlm.storage import disk
 
 Place = str | Path
 
@@ -189,7 +189,7 @@ def captions(folder: Place, train: int = 1500, held_out: int = 100, seed: int = 
                 lines.append(json.dumps(dict(zip(("en", "de"), pair)), ensure_ascii=False) + "\n")
         if misses:
             raise UserError(f"{train:,} and twice {held_out:,} captions are more than there are; ask for fewer")
-        storage.write(folder / f"{name}.jsonl", "".join(lines))
+        disk.write(folder / f"{name}.jsonl", "".join(lines))
     return folder
 
 
@@ -384,7 +384,7 @@ def bert(folder: Place, texts: Iterable[str], vocabulary: int = 300, seed: int =
     import jax
 
     from jaxlm.config import TokenizerConfig
-    from jaxlm.data import tokenizer
+    from jaxlm.data.tokenizers import tokenizer
     from jaxlm.families import PRESETS
     from jaxlm.lm import LM, save
     from jaxlm.nn.transformer import Transformer, init
@@ -434,7 +434,7 @@ def multi30k(folder: Place) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for part in ("train", "val", "test"):
-        storage.write(folder / f"{part}.jsonl", fetched("bentrevett/multi30k", f"{part}.jsonl").read_bytes())
+        disk.write(folder / f"{part}.jsonl", fetched("bentrevett/multi30k", f"{part}.jsonl").read_bytes())
     return folder
 
 
@@ -456,5 +456,5 @@ def _written(path: Place, text: str) -> Path:
     """Whole or not at all: another process may write it at the same time."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    storage.write(path, text)
+    disk.write(path, text)
     return path

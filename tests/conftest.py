@@ -35,7 +35,7 @@ def devices(monkeypatch):
     """`devices(n)`: runs that begin from now on see n devices; 1 until it is called."""
     import jax
 
-    from jaxlm import sharding
+    from jaxlm.devices import sharding
 
     made = sharding.make_mesh
     some = lambda n: monkeypatch.setattr(
@@ -48,7 +48,7 @@ def devices(monkeypatch):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """The reports of runs in this process are empty pages: drawing takes longer than the runs."""
-    from jaxlm import report
+    from jaxlm.reports import report
 
     def write(folder, *_):
         (folder / "report.html").touch()

@@ -62,16 +62,16 @@ def run(environment: dict[str, str], *arguments: str, seconds: float = 60) -> su
 
 def test_the_library_trains_and_generates_with_jax_flax_and_optax_alone(without):
     names = [
-        "assembly",
+        "run.assembly",
         "tasks",
         "tasks.pretraining",
-        "generate",
+        "inference.generate",
         "families",
-        "flops",
-        "chips",
-        "measure",
-        "fit",
-        "plan",
+        "nn.flops",
+        "devices.chips",
+        "run.measure",
+        "run.fit",
+        "planning.plan",
     ]
     code = "import jaxlm; " + "; ".join(f"import jaxlm.{name}" for name in names)
     environment = without(MISSING + WITH_TRANSFORMERS)

@@ -13,17 +13,9 @@ import pytest
 from compiled import random_params
 
 import jaxlm
-from jaxlm import (
-    CausalLM,
-    DataConfig,
-    Infilling,
-    MaskedLM,
-    RunConfig,
-    SpanCorruption,
-    UserError,
-)
+from jaxlm import CausalLM, DataConfig, Infilling, MaskedLM, RunConfig, SpanCorruption, UserError
 from jaxlm.config import OptimizerConfig, TokenizerConfig
-from jaxlm.data import tokenizer as tokenizers
+from jaxlm.data.tokenizers import tokenizer as tokenizers
 from jaxlm.families import PRESETS
 from jaxlm.lm import LM
 from jaxlm.nn import parameters

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm import ModelConfig, RunConfig, TokenizerConfig, UserError, sharding
-from jaxlm.data.tokenizer import train
-from jaxlm.likelihood import fill, log_likelihoods, perplexity
+from jaxlm import ModelConfig, RunConfig, TokenizerConfig, UserError
+from jaxlm.data.tokenizers.tokenizer import train
+from jaxlm.devices import sharding
+from jaxlm.devices.sharding import Placement
+from jaxlm.inference.likelihood import fill, log_likelihoods, perplexity
 from jaxlm.lm import LM
 from jaxlm.nn.transformer import Transformer
-from jaxlm.sharding import Placement
 
 CONFIG = ModelConfig(vocabulary=64, max_length=16, width=16, layers=1, heads=2)
 

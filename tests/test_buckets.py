@@ -16,9 +16,10 @@ import fsspec
 import pytest
 
 import jaxlm
-from jaxlm import CausalLM, DataConfig, ModelConfig, RunConfig, TokenizerConfig, UserError, buckets, storage
+from jaxlm import CausalLM, DataConfig, ModelConfig, RunConfig, TokenizerConfig, UserError
 from jaxlm.data import source
 from jaxlm.errors import RunError
+from jaxlm.storage import buckets, disk
 
 
 @pytest.fixture(autouse=True)
@@ -29,9 +30,9 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def memory():
-    storage = fsspec.filesystem("memory")
-    storage.store.clear()
-    return storage
+    disk = fsspec.filesystem("memory")
+    disk.store.clear()
+    return disk
 
 
 def test_files_folders_and_globs_are_brought(memory):
@@ -316,20 +317,20 @@ def test_only_what_is_new_is_sent_and_brought(memory, monkeypatch):
 
 
 def test_a_run_at_an_address_is_held(memory, monkeypatch, tmp_path):
-    monkeypatch.setattr(storage, "SILENCE", 0.5)
-    monkeypatch.setattr(storage, "BEAT", 0.05)
+    monkeypatch.setattr(disk, "SILENCE", 0.5)
+    monkeypatch.setattr(disk, "BEAT", 0.05)
     with buckets.RunFolder("memory://b/run").opened():
         assert json.loads(memory.cat("/b/run/.jaxlm-lock"))["process"] == os.getpid()
         with pytest.raises(UserError, match=f"memory://b/run is held by process {os.getpid()} on host"):
             buckets.RunFolder("memory://b/run").opened().__enter__()
         monkeypatch.setenv("JAXLM_CACHE", str(tmp_path / "elsewhere"))  # as on another machine
         with monkeypatch.context() as patch:
-            patch.setattr(storage, "machine", lambda: "another")
-            patch.setattr(storage, "lock", lambda *_: nullcontext())
+            patch.setattr(disk, "machine", lambda: "another")
+            patch.setattr(disk, "lock", lambda *_: nullcontext())
             with pytest.raises(UserError, match=f"memory://b/run is held by process {os.getpid()} on host"):
                 buckets.RunFolder("memory://b/run").opened().__enter__()
     assert not memory.exists("/b/run/.jaxlm-lock")
-    dead = storage.facts() | {"machine": "another", "process": 7}
+    dead = disk.facts() | {"machine": "another", "process": 7}
     memory.pipe("/b/run/.jaxlm-lock", json.dumps(dead).encode())
     with buckets.RunFolder("memory://b/run").opened():
         assert json.loads(memory.cat("/b/run/.jaxlm-lock"))["process"] == os.getpid()

@@ -89,9 +89,8 @@ def test_a_flag_of_another_tool_suggests_ours(capsys, name):
 
 
 def test_every_suggested_flag_exists():
-    from jaxlm import flags
     from jaxlm.__main__ import Generate, OnFile
-    from jaxlm.config import Classification, DataConfig, MaskedLM, RunConfig, Seq2Seq, Tagging
+    from jaxlm.config import Classification, DataConfig, MaskedLM, RunConfig, Seq2Seq, Tagging, flags
 
     runs = [RunConfig(data=DataConfig(), task=task()) for task in (Classification, MaskedLM, Seq2Seq, Tagging)]
     known = {name for config in (*runs, Generate(model=""), OnFile()) for name in flags.names(config)}

@@ -33,10 +33,11 @@ import pytest
 from compiled import jit, random_params
 
 import jaxlm
-from jaxlm import LM, TokenizerConfig, sharding
+from jaxlm import LM, TokenizerConfig
 from jaxlm.__main__ import main
 from jaxlm.config import MeshConfig
-from jaxlm.data import tokenizer as tokenizers
+from jaxlm.data.tokenizers import tokenizer as tokenizers
+from jaxlm.devices import sharding
 from jaxlm.families import PRESETS
 from jaxlm.nn.transformer import Transformer
 
@@ -64,7 +65,7 @@ ELSEWHERE = {  # what a command, or a Python block, matches -> why it does not r
     r"^jaxlm plan .* --fit": "compiles a program for each batch, which takes long; tests/test_plan.py has the search",
     r"^python -m sphinx": "half a minute; .ci/run does",
     r"class WithOwnHead": "tests/test_load.py runs this block, and looks at what comes out",
-    r"^python -m jaxlm\.lm_eval": "needs the extra [eval] and downloads; tests/test_lm_eval.py has it",
+    r"^python -m jaxlm\.inference\.lm_eval": "needs the extra [eval] and downloads; tests/test_lm_eval.py has it",
 }
 MODEL = {"generate": "decoder", "evaluate": "decoder"}  # verb or config -> what MODEL stands for there; else an encoder
 FAILED = ("error:", "Unrecognized options")  # how the text behind a block begins whose last command fails
@@ -278,12 +279,12 @@ def reader(request, things, tmp_path, monkeypatch, no_pictures, capsys, devices)
     monkeypatch.setenv("HF_HUB_CACHE", str(things / "hub"))
     monkeypatch.setenv("JAXLM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(jax, "jit", jit)
-    tasks = dict(jaxlm.config.TASKS)
+    tasks = dict(jaxlm.config.TASK_CONFIGS)
     yield Reader(request.param, capsys, devices)
     for name in {path.stem for path in Path.cwd().glob("*.py")}:
         sys.modules.pop(name, None)
-    jaxlm.config.TASKS.clear()
-    jaxlm.config.TASKS.update(tasks)
+    jaxlm.config.TASK_CONFIGS.clear()
+    jaxlm.config.TASK_CONFIGS.update(tasks)
 
 
 @pytest.mark.parametrize("reader", PAGES, ids=lambda page: page.name, indirect=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
-import importlib
 import json
 from pathlib import Path
 
@@ -13,20 +12,22 @@ import numpy as np
 import pytest
 from compiled import jit, random_params
 
-from jaxlm import UserError, sharding
+from jaxlm import UserError
 from jaxlm.config import MeshConfig, ModelConfig, TokenizerConfig
-from jaxlm.data import tokenizer as tokenizers
-from jaxlm.encode import MODES, Dense, Pooling, carried, encode, read_pooling
+from jaxlm.data.tokenizers import tokenizer as tokenizers
+from jaxlm.devices import sharding
 from jaxlm.hub import safetensors
+from jaxlm.hub.pooling import MODES, Dense, Pooling, carried, read_pooling
+from jaxlm.inference import encode as encoding
+from jaxlm.inference.encode import encode
 from jaxlm.lm import LM, load, save
 from jaxlm.nn.transformer import Transformer, apply
 
-ENCODE = importlib.import_module("jaxlm.encode")  # (`jaxlm.encode` is the function)
 STSB = Path(__file__).parents[2] / "shared" / "data" / "stsb" / "sts-test.csv.gz"
 SENTENCE = "the cat sat on a mat while some dog ran far away over hills and through rivers of cold blue water"
 WORDS = SENTENCE.split()
 TINY = {"width": 16, "layers": 2, "heads": 2, "initial_std": 0.2}
-ENCODER = TINY | {"structure": "encoder", "heads_on_top": (), "types": 2, "norm_place": "post"}
+encodingR = TINY | {"structure": "encoder", "heads_on_top": (), "types": 2, "norm_place": "post"}
 CAUSAL = TINY | {"structure": "decoder", "positions": "rotary"}
 BOTH = TINY | {"structure": "encoder_decoder"}
 
@@ -50,7 +51,7 @@ def tokenizer():
     return tokenizers.train([SENTENCE] * 4, TokenizerConfig(train="wordpiece"), vocabulary=90)
 
 
-def make(tokenizer, fields=ENCODER, pooling=None, max_length=128) -> LM:
+def make(tokenizer, fields=encodingR, pooling=None, max_length=128) -> LM:
     config = ModelConfig(**fields, vocabulary=tokenizer.size, max_length=max_length)
     params = jax.tree.map(jax.numpy.asarray, random_params(config))
     return LM(config, Transformer(config), params, tokenizer, pooling=pooling)
@@ -81,7 +82,7 @@ NUMPY = {
 }
 
 
-@pytest.mark.parametrize("fields", [ENCODER, CAUSAL, BOTH], ids=["encoder", "decoder", "encoder-decoder"])
+@pytest.mark.parametrize("fields", [encodingR, CAUSAL, BOTH], ids=["encoder", "decoder", "encoder-decoder"])
 def test_packed_is_alone_in_every_mode(tokenizer, fields):
     lm = make(tokenizer, fields, Pooling(tuple(MODES)))
     alone = [np.concatenate([NUMPY[mode](x_TD) for mode in MODES]) for x_TD in states(lm, TEXTS)]
@@ -101,12 +102,12 @@ def test_neither_batches_nor_order_change_an_embedding(tokenizer, batch_tokens):
 def test_windows_of_a_stream(tokenizer, monkeypatch):
     lm = make(tokenizer)
     whole = encode(lm, TEXTS)
-    monkeypatch.setattr(ENCODE, "WINDOW", 7)
+    monkeypatch.setattr(encoding, "WINDOW", 7)
     close(encode(lm, iter(TEXTS)), whole)
 
 
 def test_rows_are_full_and_of_few_shapes(tokenizer):
-    batches = list(ENCODE._batches(make(tokenizer), Pooling(), texts_of(2000), 1024))
+    batches = list(encoding._batches(make(tokenizer), Pooling(), texts_of(2000), 1024))
     tokens = sum(int((batch.inputs[1] > 0).sum()) for batch in batches)
     shapes = [batch.inputs[0].shape for batch in batches]
     assert sorted(np.concatenate([batch.texts for batch in batches])) == list(range(2000))

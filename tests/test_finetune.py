@@ -32,23 +32,22 @@ from jaxlm import (
     Tagging,
     TokenizerConfig,
     UserError,
-    metrics,
-    sharding,
 )
 from jaxlm.__main__ import main
-from jaxlm.assembly import lay
 from jaxlm.config import MeshConfig
 from jaxlm.data import source
-from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.batches import Batches
-from jaxlm.data.lines import Place
-from jaxlm.evaluate import see
+from jaxlm.data.formats.lines import Place
+from jaxlm.data.tokenizers import tokenizer as tokenizers
+from jaxlm.devices import sharding
 from jaxlm.families import PRESETS
-from jaxlm.fit import fit
-from jaxlm.measure import MEASURED
 from jaxlm.nn.transformer import Transformer
-from jaxlm.step import make_eval_step
-from jaxlm.tasks import TASKS
+from jaxlm.run.assembly import lay
+from jaxlm.run.evaluate import see
+from jaxlm.run.fit import fit
+from jaxlm.run.measure import MEASURED
+from jaxlm.run.step import make_eval_step
+from jaxlm.tasks import TASKS, metrics
 from jaxlm.tasks.reading import Records
 from jaxlm.tasks.records import RecordTask
 from jaxlm.tasks.task import Seen
@@ -1022,7 +1021,7 @@ def toy_run(name: str, data: Path, workdir: Path) -> RunConfig:
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     """One device, no pictures, and programs that compile fast."""
-    from jaxlm import report
+    from jaxlm.reports import report
 
     with pytest.MonkeyPatch.context() as patch:
         made = sharding.make_mesh

@@ -23,10 +23,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxlm import Classification, DataConfig, MultipleChoice, QuestionAnswering, RunConfig, Seq2Seq, Tagging
-from jaxlm import prompts as prompt_files
-from jaxlm.data import literals, source
-from jaxlm.data.formats import Columns
+from jaxlm.data import source
+from jaxlm.data.formats import literals
+from jaxlm.data.formats.rows import Columns
 from jaxlm.errors import UserError
+from jaxlm.inference import prompts as prompt_files
 from jaxlm.tasks import TASKS
 from jaxlm.tasks.reading import columns_of, load
 

@@ -15,19 +15,19 @@ import pytest
 from compiled import jit, random_params
 
 import jaxlm
-from jaxlm import storage
 from jaxlm.__main__ import main
 from jaxlm.config import ModelConfig, TokenizerConfig
-from jaxlm.data import tokenizer as tokenizers
-from jaxlm.decode import Rules, choose, draw
+from jaxlm.data.tokenizers import tokenizer as tokenizers
 from jaxlm.errors import UserError
 from jaxlm.families import PRESETS
-from jaxlm.generate import generate
 from jaxlm.hub import convert
+from jaxlm.inference import generate as generation
+from jaxlm.inference.decode import Rules, choose, draw
+from jaxlm.inference.generate import generate
 from jaxlm.lm import LM, load, save
 from jaxlm.nn.transformer import Transformer, apply
+from jaxlm.storage import disk
 
-generation = sys.modules["jaxlm.generate"]  # jaxlm.generate is the function
 STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260k"
 TINY = {"vocabulary": 48, "width": 16, "layers": 2, "heads": 2, "max_length": 32}
 MODELS = {
@@ -651,7 +651,7 @@ def test_a_file_of_prompts_is_gone_on_with(folder, capsys, monkeypatch):
     (folder / "model").rename(folder / "moved")
     assert main(["generate", "moved", *asked[2:], "--output", "out.jsonl"]) == 0  # known by its content
     (folder / "moved").rename(folder / "model")
-    with storage.lock(storage.lock_beside(folder / "out.jsonl"), "it", "wait"):
+    with disk.lock(disk.lock_beside(folder / "out.jsonl"), "it", "wait"):
         refused([*asked, "--output", "out.jsonl"], "out.jsonl is held by process", "choose another --output")
     choices = (folder / "out.jsonl.choices.json").read_text()
     for damaged in ("[]", "{", "[" * 9000, "3" * 9000, ""):

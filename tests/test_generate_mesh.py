@@ -17,15 +17,17 @@ import pytest
 from compiled import jit, random_params
 
 import jaxlm
-from jaxlm import Decoding, MeshConfig, ModelConfig, sharding
+from jaxlm import Decoding, MeshConfig, ModelConfig
 from jaxlm.config import TokenizerConfig
-from jaxlm.data import tokenizer as tokenizers
-from jaxlm.generate import in_order
+from jaxlm.data.tokenizers import tokenizer as tokenizers
+from jaxlm.devices import sharding
+from jaxlm.devices.programs import Programs
+from jaxlm.inference import generate as generation
+from jaxlm.inference.generate import in_order
 from jaxlm.lm import LM, with_params
 from jaxlm.nn import parameters
 from jaxlm.nn.kernels import Chip, chip_of, choose, why_not
 from jaxlm.nn.transformer import Transformer
-from jaxlm.programs import Programs
 
 TEXT = "the quick brown fox jumps over a lazy dog\n"
 TINY = {"vocabulary": 48, "width": 16, "layers": 1, "heads": 2, "max_length": 64}
@@ -101,7 +103,7 @@ def test_a_stream_and_continuous_rows_on_a_mesh(monkeypatch):
     lm, split = lm_of("decoder"), on_mesh("decoder", "three devices")
     choices = {"max_new_tokens": 12, "seed": 1}
     assert "".join(jaxlm.stream(split, "the", **choices)) == jaxlm.generate(lm, ["the"], **choices)[0]
-    monkeypatch.setattr(sys.modules["jaxlm.generate"], "ROWS", 4)  # 6 on three devices
+    monkeypatch.setattr(generation, "ROWS", 4)  # 6 on three devices
     many, decoding = PROMPTS * 5, Decoding(max_new_tokens=6, seed=1, stop=("a", "e"))
     tokens = lambda lm: [one.tokens for (one,) in in_order(lm, many, decoding)]
     assert tokens(split) == tokens(lm)
@@ -138,15 +140,17 @@ LOWERS = """
     from jax.experimental import topologies
     from jax.sharding import NamedSharding
     import jaxlm
-    from jaxlm import config, decode, likelihood, sharding
-    from jaxlm.beam import search_of
+    from jaxlm import config
+    from jaxlm.devices import sharding
+    from jaxlm.inference import decode, encode, likelihood
+    from jaxlm.inference.beam import search_of
+    from jaxlm.inference.speculative import speculative
     from jaxlm.lm import LM
     from jaxlm.nn import parameters
     from jaxlm.nn.transformer import Transformer, init
-    from jaxlm.speculative import speculative
+    from jaxlm.run import evaluate
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
-    encode, evaluate = sys.modules["jaxlm.encode"], sys.modules["jaxlm.evaluate"]  # functions hide them
     B, T, NEW = 4, 256, 512
 
     def model(sizes, **fields):

@@ -13,7 +13,7 @@ import pytest
 from compiled import jit
 
 import jaxlm
-from jaxlm.generate import stops_of
+from jaxlm.inference.generate import stops_of
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -9,7 +9,7 @@ import pytest
 
 from jaxlm import Decoding
 from jaxlm.errors import UserError
-from jaxlm.generation_defaults import GenerationDefaults, chosen, lines, read_defaults
+from jaxlm.inference.generation_defaults import GenerationDefaults, chosen, lines, read_defaults
 
 BART = {"num_beams": 4, "length_penalty": 2.0, "early_stopping": True, "no_repeat_ngram_size": 3, "max_length": 142}
 BART |= {"min_length": 56, "forced_bos_token_id": 0, "forced_eos_token_id": 2, "eos_token_id": 2, "bos_token_id": 0}

@@ -11,7 +11,7 @@ import pytest
 from jaxlm import config
 from jaxlm.data import holdout
 from jaxlm.data.corpus import Corpus, capped
-from jaxlm.losses import bits_per_byte
+from jaxlm.nn.losses import bits_per_byte
 from jaxlm.tasks.pretraining import MaskedLMTask
 
 DOCUMENTS = [f"document {n} about {'rain' if n < 500 else 'sun'}" for n in range(1000)]

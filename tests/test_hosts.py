@@ -22,12 +22,13 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm import CausalLM, UserError, hosts, sharding
-from jaxlm.assembly import lay, rows_here
+from jaxlm import CausalLM, UserError
 from jaxlm.config import MeshConfig
 from jaxlm.data.batches import Batches
 from jaxlm.data.corpus import Corpus
-from jaxlm.measure import MEASURED
+from jaxlm.devices import hosts, sharding
+from jaxlm.run.assembly import lay, rows_here
+from jaxlm.run.measure import MEASURED
 from jaxlm.tasks.pretraining import CausalLMTask
 
 TRAIN = Path(__file__).parent.parent / "train.py"
@@ -300,10 +301,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 import jaxlm
-from jaxlm import hosts
+from jaxlm.devices import hosts
 from jaxlm.config import MeshConfig
-from jaxlm.fit import fit
-from jaxlm.likelihood import log_likelihoods
+from jaxlm.run.fit import fit
+from jaxlm.inference.likelihood import log_likelihoods
 from tiny import config
 
 hosts.join(hosts.place(os.environ))
@@ -344,7 +345,7 @@ import os, sys
 from pathlib import Path
 import jax
 import numpy as np
-from jaxlm import LM, ModelConfig, families, hosts, sharding
+from jaxlm import LM, ModelConfig, families; from jaxlm.devices import hosts, sharding
 from jaxlm.config import MeshConfig
 from jaxlm.lm import save, with_params
 from jaxlm.nn import parameters

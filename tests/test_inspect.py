@@ -10,12 +10,13 @@ import pytest
 from compiled import random_params
 
 import jaxlm
-from jaxlm import LM, families, inspect
+from jaxlm import LM, families
 from jaxlm.__main__ import main
 from jaxlm.config import RunConfig, to_json
 from jaxlm.families import PRESETS
 from jaxlm.hub import safetensors
 from jaxlm.nn.transformer import Transformer, count_parameters
+from jaxlm.planning import inspect
 
 SMALL = {"vocabulary": 48, "max_length": 16, "width": 16, "layers": 2, "heads": 2, "mlp_width": 24}
 MODEL = dataclasses.replace(PRESETS["distilbert-base"], **SMALL)

@@ -29,13 +29,13 @@ from jaxlm import (
     UserError,
     families,
 )
-from jaxlm.data import tokenizer as tokenizers
-from jaxlm.data.lines import Place
+from jaxlm.data.formats.lines import Place
+from jaxlm.data.tokenizers import tokenizer as tokenizers
 from jaxlm.families import PRESETS
-from jaxlm.fit import Stopped, fit
 from jaxlm.hub import safetensors
 from jaxlm.lm import LM
 from jaxlm.nn.transformer import Transformer
+from jaxlm.run.fit import Stopped, fit
 from jaxlm.tasks import TASKS, labels
 from jaxlm.tasks import tags as schemes
 from jaxlm.tasks.reading import Records
@@ -306,7 +306,8 @@ def quick(monkeypatch):
     """Programs that compile fast, and no pictures."""
     import jax
 
-    from jaxlm import report, sharding
+    from jaxlm.devices import sharding
+    from jaxlm.reports import report
 
     mesh = sharding.make_mesh
     monkeypatch.setattr(sharding, "make_mesh", lambda config, some=None: mesh(config, some or jax.devices()[:1]))
@@ -356,7 +357,7 @@ def test_a_new_head_is_drawn_where_it_is_asked_for(start, quick):
 
 def test_names_that_are_given_name_the_outputs_of_a_head_without_names(start):
     run, _ = start(Classification(names=NLI), "classes", ("LABEL_0", "LABEL_1", "LABEL_2"), class_row)
-    from jaxlm.start import known_labels
+    from jaxlm.run.start import known_labels
     from jaxlm.tasks import prepare
 
     known = known_labels(run, None)

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import scipy.special
 
-from jaxlm import assembly
 from jaxlm.config import ModelConfig, RunConfig
 from jaxlm.errors import UserError
 from jaxlm.nn.layers import ACTIVATIONS
 from jaxlm.nn.transformer import Keep, Transformer, apply, init
+from jaxlm.run import assembly
 
 PHI = lambda x: scipy.special.erfc(-x / np.sqrt(2)) / 2
 TANH = lambda x: np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))

@@ -12,14 +12,14 @@ import pytest
 from compiled import jit, random_params
 
 import jaxlm
-from jaxlm import likelihood
 from jaxlm.config import CausalLM, ModelConfig, TokenizerConfig
-from jaxlm.data import tokenizer as tokenizers
+from jaxlm.data.tokenizers import tokenizer as tokenizers
+from jaxlm.devices.programs import Programs
 from jaxlm.errors import UserError
-from jaxlm.likelihood import _windows, fill, log_likelihoods, perplexity
+from jaxlm.inference import likelihood
+from jaxlm.inference.likelihood import _windows, fill, log_likelihoods, perplexity
 from jaxlm.lm import LM
 from jaxlm.nn.transformer import Transformer, apply
-from jaxlm.programs import Programs
 
 TINY = {"vocabulary": 48, "width": 16, "layers": 2, "heads": 2, "max_length": 80}
 BOTH = {**TINY, "structure": "encoder_decoder", "start_token": 0}
@@ -132,7 +132,7 @@ def test_few_programs_are_compiled():
 def test_a_mesh_changes_nothing(devices):
     lm = lm_of("gpt2")
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]).reshape(2, 2, 1), ("data", "fsdp", "tensor"))
-    from jaxlm import sharding
+    from jaxlm.devices import sharding
 
     params = jax.device_put(lm.params, sharding.replicated(mesh))
     split = LM(lm.config, Transformer(lm.config, sharding.Placement(mesh)), params, lm.tokenizer)

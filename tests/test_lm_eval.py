@@ -15,9 +15,9 @@ from compiled import jit, random_params
 
 import jaxlm
 from jaxlm.config import ModelConfig, TokenizerConfig
-from jaxlm.data import tokenizer as tokenizers
+from jaxlm.data.tokenizers import tokenizer as tokenizers
 from jaxlm.errors import UserError
-from jaxlm.likelihood import log_likelihoods
+from jaxlm.inference.likelihood import log_likelihoods
 from jaxlm.lm import LM
 from jaxlm.nn.transformer import Transformer
 
@@ -26,7 +26,7 @@ with warnings.catch_warnings():  # of libraries that it brings along
     harness = pytest.importorskip("lm_eval", reason="lm-evaluation-harness, the extra eval, is not installed")
     from lm_eval.tasks import TaskManager
 
-    from jaxlm.lm_eval import Harness
+    from jaxlm.inference.lm_eval import Harness
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
@@ -140,7 +140,7 @@ def test_chats_are_given_as_ids(tasks):
     chatty = LM(CONFIG, lm().module, lm().params, tokenizers.Tokenizer(token.backend, token.special, FILES))
     _, samples = scored(Harness(chatty), tasks, "choice", apply_chat_template=True)
     for row, sample in zip(CHOICES, samples):
-        ids = jaxlm.data.chat.prompt(chatty.tokenizer, [{"role": "user", "content": row["question"]}])
+        ids = jaxlm.data.chat.rendering.prompt(chatty.tokenizer, [{"role": "user", "content": row["question"]}])
         assert ids.count(token.eos) == 1
         found = log_likelihoods(chatty, [(ids, token.encode(choice)) for choice in row["choices"]])
         assert [r[0] for r in sample["filtered_resps"]] == pytest.approx([f.log_probability for f in found], rel=1e-6)
@@ -191,11 +191,11 @@ def test_the_command_knows_the_model(tasks):
     jaxlm.save(lm(), tasks / "model")
     asked = ["run", "--model", "jaxlm", "--model_args", f"path={tasks / 'model'}", "--tasks", "choice"]
     asked += ["--include_path", str(tasks), "--output_path", str(tasks / "out")]
-    done = subprocess.run([sys.executable, "-m", "jaxlm.lm_eval", *asked], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "jaxlm.inference.lm_eval", *asked], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (written,) = (tasks / "out").rglob("results*.json")
     expected, _ = scored(Harness(lm()), tasks, "choice")
     assert json.loads(written.read_text())["results"]["choice"]["acc,none"] == expected["acc,none"]
     asked[4] = f"path={tasks / 'nothing'}"
-    done = subprocess.run([sys.executable, "-m", "jaxlm.lm_eval", *asked], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "jaxlm.inference.lm_eval", *asked], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: ")

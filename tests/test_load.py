@@ -16,12 +16,14 @@ import pytest
 from compiled import jit, random_params
 
 import jaxlm
-from jaxlm import LM, UserError, families, sharding, storage
+from jaxlm import LM, UserError, families
 from jaxlm.config import MeshConfig, ModelConfig, TokenizerConfig
-from jaxlm.data import tokenizer as tokenizers
+from jaxlm.data.tokenizers import tokenizer as tokenizers
+from jaxlm.devices import sharding
 from jaxlm.families import PRESETS
 from jaxlm.hub import convert, safetensors
 from jaxlm.nn.transformer import Transformer
+from jaxlm.storage import disk
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "your_model.md").read_text()
@@ -247,7 +249,7 @@ def test_a_run_and_the_present_folder_are_not_overwritten(bert, tmp_path, monkey
 
 def test_one_process_at_a_time_writes_a_model(bert, tmp_path):
     lm = jaxlm.load(bert)
-    with storage.lock(storage.lock_beside(tmp_path / "model"), "x", "y"), pytest.raises(UserError, match="is held by"):
+    with disk.lock(disk.lock_beside(tmp_path / "model"), "x", "y"), pytest.raises(UserError, match="is held by"):
         jaxlm.save(lm, tmp_path / "model")
     jaxlm.save(lm, tmp_path / "model")
     assert set(tmp_path.iterdir()) == {bert, tmp_path / "model"}
@@ -305,7 +307,7 @@ def test_quantised_tensors_are_refused(bert):
 
 MEASURE = """
 import sys, jax, jaxlm
-from jaxlm import sharding
+from jaxlm.devices import sharding
 from jaxlm.config import MeshConfig
 status = lambda key: int(next(l for l in open("/proc/self/status") if l.startswith(key)).split()[1]) * 1024
 mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=8)) if len(jax.devices()) == 8 else None
@@ -314,8 +316,8 @@ if sys.argv[2] == "load":
     before = status("VmRSS")
     params = jaxlm.load(sys.argv[1], mesh=mesh).params
 else:  # --init of a run
-    from jaxlm.assembly import assemble
-    from jaxlm.start import start_from, weights_of
+    from jaxlm.run.assembly import assemble
+    from jaxlm.run.start import start_from, weights_of
     from jaxlm.tasks import make_task
     data = jaxlm.DataConfig(path="text", length=32)
     run = jaxlm.RunConfig(None, jaxlm.CausalLM(), data, init=sys.argv[1], batch=8, mesh=MeshConfig(data=1, fsdp=8))

@@ -16,10 +16,11 @@ import pytest
 from compiled import random_params
 
 import jaxlm
-from jaxlm import Classification, DataConfig, Decoding, ModelConfig, OptimizerConfig, RunConfig, TokenizerConfig, sweep
-from jaxlm.fit import fit
+from jaxlm import Classification, DataConfig, Decoding, ModelConfig, OptimizerConfig, RunConfig, TokenizerConfig
 from jaxlm.lm import LM
 from jaxlm.nn.transformer import Transformer
+from jaxlm.run import sweep
+from jaxlm.run.fit import fit
 
 ROWS = [
     {"text": text, "label": label} for text, label in (("a cab", "x"), ("bad", "y"), ("dab", "x"), ("ace", "y")) * 5

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from compiled import jit
 
-from jaxlm import sharding
 from jaxlm.config import MeshConfig
-from jaxlm.losses import accuracy, cross_entropy, in_parts
+from jaxlm.devices import sharding
+from jaxlm.nn.losses import accuracy, cross_entropy, in_parts
 
 B, T, D, V = 4, 12, 8, 48
 close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import threading
 import time
 from pathlib import Path
@@ -14,13 +13,16 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm import CausalLM, DataConfig, ModelConfig, OptimizerConfig, RunConfig, TokenizerConfig, chips, flops, measure
+from jaxlm import CausalLM, DataConfig, ModelConfig, OptimizerConfig, RunConfig, TokenizerConfig
+from jaxlm.devices import chips
+from jaxlm.devices.sharding import make_mesh
 from jaxlm.errors import Stopped, UserError
-from jaxlm.fit import fit
-from jaxlm.measure import MEASURED, Meter, Trace
-from jaxlm.sharding import make_mesh
+from jaxlm.nn import flops
+from jaxlm.run import fit as fit_module
+from jaxlm.run import measure
+from jaxlm.run.fit import fit
+from jaxlm.run.measure import MEASURED, Meter, Trace
 
-fit_module = sys.modules["jaxlm.fit"]  # `jaxlm.fit` is the function
 MODEL = ModelConfig(vocabulary=64, max_length=32, width=32, layers=2, heads=2)
 PEAK = 1e12
 

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 from seqeval.metrics.sequence_labeling import get_entities
 
-from jaxlm import metrics
 from jaxlm.errors import UserError
+from jaxlm.tasks import metrics
 
 
 def close(scores: dict[str, float], expected: dict[str, float]) -> None:
@@ -758,7 +758,7 @@ def test_what_no_score_can_be_computed_from_is_refused(score, message):
 
 def test_libraries_of_scores_are_imported_only_to_score():
     libraries = {"sklearn", "scipy.stats", "seqeval", "sacrebleu", "rouge_score"}
-    code = f"import sys, jaxlm.metrics; assert not {libraries} & sys.modules.keys()"
+    code = f"import sys, jaxlm.tasks.metrics; assert not {libraries} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -773,5 +773,5 @@ def test_libraries_of_scores_are_imported_only_to_score():
     ],
 )
 def test_the_libraries_themselves_warn_of_nothing(score):
-    code = f"import jaxlm.metrics; jaxlm.metrics.{score}"
+    code = f"import jaxlm.tasks.metrics; jaxlm.tasks.metrics.{score}"
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)

@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 from compiled import jit, random_params
 
-from jaxlm import sharding
-from jaxlm.assembly import laid_out, lay
 from jaxlm.config import CausalLM, MaskedLM, MeshConfig, ModelConfig, OptimizerConfig
+from jaxlm.devices import sharding
 from jaxlm.families import PRESETS
-from jaxlm.losses import cross_entropy
 from jaxlm.nn import parameters
 from jaxlm.nn.layers import Dropout
+from jaxlm.nn.losses import cross_entropy
 from jaxlm.nn.transformer import Keep, Transformer, apply, init
-from jaxlm.optimizer import make_optimizer, make_schedule
-from jaxlm.step import TrainState, make_train_step
+from jaxlm.run.assembly import laid_out, lay
+from jaxlm.run.optimizer import make_optimizer, make_schedule
+from jaxlm.run.step import TrainState, make_train_step
 from jaxlm.tasks.pretraining import CausalLMTask, MaskedLMTask
 
 SMALL = {"vocabulary": 96, "max_length": 32, "width": 24, "layers": 2, "heads": 3, "head_width": None}

@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxlm import families
-from jaxlm.encode import carried, read_pooling
 from jaxlm.errors import UserError
 from jaxlm.families import FAMILIES, read_config
 from jaxlm.hub import model_files, safetensors
 from jaxlm.hub.model_files import JsonObject
+from jaxlm.hub.pooling import carried, read_pooling
 from jaxlm.hub.quantization import refuse_quantised
 from jaxlm.nn.transformer import Transformer, init
 

@@ -12,13 +12,13 @@ import optax
 import pytest
 from compiled import jit, random_params
 
-from jaxlm import sharding
-from jaxlm.assembly import laid_out
 from jaxlm.config import MeshConfig, ModelConfig, OptimizerConfig
+from jaxlm.devices import sharding
 from jaxlm.nn import parameters
 from jaxlm.nn.transformer import Transformer, apply, init
-from jaxlm.optimizer import make_optimizer, make_schedule, rates
-from jaxlm.step import TrainState
+from jaxlm.run.assembly import laid_out
+from jaxlm.run.optimizer import make_optimizer, make_schedule, rates
+from jaxlm.run.step import TrainState
 
 LAYERS = 3
 TINY = {"vocabulary": 16, "max_length": 8, "width": 8, "layers": LAYERS, "heads": 2}

@@ -14,11 +14,13 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxlm import UserError, chips, plan, sharding
-from jaxlm.assembly import assemble
+from jaxlm import UserError
 from jaxlm.config import CausalLM, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig
+from jaxlm.devices import chips, sharding
 from jaxlm.nn import parameters
 from jaxlm.nn.transformer import Transformer
+from jaxlm.planning import plan
+from jaxlm.run.assembly import assemble
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
@@ -207,7 +209,7 @@ def test_mistakes_are_told(words, said):
 SLICES = """
 import jax
 from jax.experimental import topologies
-from jaxlm import chips, sharding
+from jaxlm.devices import chips, sharding
 from jaxlm.config import MeshConfig
 from jaxlm.errors import UserError
 

@@ -18,11 +18,14 @@ from jax.experimental import pallas as pl
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxlm import chips, config, flops, hlo
+from jaxlm import config
 from jaxlm.config import ModelConfig
+from jaxlm.devices import chips
 from jaxlm.errors import UserError
-from jaxlm.losses import cross_entropy
+from jaxlm.nn import flops
+from jaxlm.nn.losses import cross_entropy
 from jaxlm.nn.transformer import Transformer, apply, init
+from jaxlm.planning import hlo
 from jaxlm.tasks.pretraining import CausalLMTask, MaskedLMTask
 
 # ---- chips
@@ -564,7 +567,7 @@ def test_reading_takes_time_in_proportion_to_the_text():
 ON_TPU = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from jaxlm import chips, hlo
+from jaxlm.devices import chips; from jaxlm.planning import hlo
 devices = chips.topology("v5e:2x2")
 assert chips.find(devices[0].device_kind).name == "v5e" and len(devices) == 4
 mesh = Mesh(np.array(devices).reshape(2, 2), ("fsdp", "tensor"))

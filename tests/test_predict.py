@@ -32,13 +32,13 @@ from jaxlm import (
     TokenizerConfig,
     UserError,
     families,
-    folder,
 )
 from jaxlm.__main__ import main
-from jaxlm.data import tokenizer as tokenizers
-from jaxlm.evaluate import task_of
+from jaxlm.data.tokenizers import tokenizer as tokenizers
 from jaxlm.lm import LM
 from jaxlm.nn.transformer import Transformer
+from jaxlm.run import folder
+from jaxlm.run.evaluate import task_of
 from jaxlm.tasks import make_task, prepare
 
 ROOT = Path(__file__).parent.parent

@@ -26,18 +26,17 @@ from jaxlm import (
     Tagging,
     TokenizerConfig,
     UserError,
-    metrics,
 )
 from jaxlm.__main__ import main
 from jaxlm.config import Chat, Decoding, MaskedLM, check_task
-from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.batches import Batches
-from jaxlm.data.lines import Place
+from jaxlm.data.formats.lines import Place
+from jaxlm.data.tokenizers import tokenizer as tokenizers
 from jaxlm.errors import in_python
-from jaxlm.evaluate import task_for
 from jaxlm.lm import LM, with_task
 from jaxlm.nn.transformer import Transformer
-from jaxlm.tasks import TASKS
+from jaxlm.run.evaluate import task_for
+from jaxlm.tasks import TASKS, metrics
 from jaxlm.tasks.reading import Records
 
 TEXT = "the good bad film plot actor scene great awful boring fine story music was is very quite never always rather"
@@ -89,7 +88,7 @@ def test_a_model_carries_its_task_its_columns_and_its_length(tmp_path):
 
 
 def test_the_task_of_a_run_whose_export_has_no_note(tmp_path):
-    from jaxlm import folder
+    from jaxlm.run import folder
 
     run = RunConfig(None, Classification(text=("review",)), DataConfig(path="x", length=24), init="y")
     folder.begin(run, tmp_path, "")

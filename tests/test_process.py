@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxlm import process
 from jaxlm.__main__ import VERBS, main
+from jaxlm.devices import process
 from jaxlm.errors import Stopped
 
 ROOT = Path(__file__).parent.parent

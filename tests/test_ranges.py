@@ -13,14 +13,13 @@ import numpy as np
 import pytest
 
 from jaxlm import config as configs
-from jaxlm import ranges
-from jaxlm.config import Decoding, MeshConfig, RunConfig, check_task
+from jaxlm.config import Decoding, MeshConfig, RunConfig, check_task, ranges
 from jaxlm.errors import UserError
 
 KINDS = {
     kind.__name__: kind
     for kind in vars(configs).values()
-    if isinstance(kind, type) and issubclass(kind, ranges.Config) and kind is not ranges.Config
+    if isinstance(kind, type) and issubclass(kind, ranges.Config) and kind not in (ranges.Config, configs.TaskConfig)
 }
 MADE = {  # of those that cannot be made of nothing
     "Part": lambda: configs.Part(configs.Classification(), configs.DataConfig(path="x")),
@@ -144,7 +143,7 @@ MESSAGES = {
     "a text": (dict(data="corpus.txt"), "data is 'corpus.txt'; it must be of type DataConfig"),
     "a class": (
         dict(task=configs.CausalLM),
-        "task is <class 'jaxlm.config.CausalLM'>; it must be the config of a task",
+        "task is <class 'jaxlm.config.task.CausalLM'>; it must be the config of a task",
     ),
     "a pattern": (dict(data=configs.DataConfig(boundary="(")), "data.boundary is '('; it must be a valid regular"),
     "no column": (dict(task=configs.Classification(text=())), "task.text is (); it must be not empty"),

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxlm import pictures, report
 from jaxlm.errors import RunError, UserError
-from jaxlm.report import Bars, Heatmap, Histogram, Table
+from jaxlm.reports import pictures, report
+from jaxlm.reports.report import Bars, Heatmap, Histogram, Table
 
 PNG = b"\x89PNG\r\n\x1a\n"
 ALWAYS = {"loss", "learning_rate", "grad_norm", "tokens_per_second"}
@@ -177,10 +177,11 @@ def test_ticks_are_readable(values, said):
 
 def test_matplotlib_is_imported_only_to_draw_and_pyplot_never(tmp_path):
     code = """
-import sys, pathlib, jaxlm.report
+import sys, pathlib, jaxlm.reports.report
 assert "matplotlib" not in sys.modules
-jaxlm.report.curves([{"step": 1, "loss": 2.0}], pathlib.Path(sys.argv[1]))
-jaxlm.report.write(pathlib.Path(sys.argv[1]), {}, {}, None, [jaxlm.report.Bars("F1", ("a",), (1.0,), "F1")])
+from jaxlm.reports import report
+report.curves([{"step": 1, "loss": 2.0}], pathlib.Path(sys.argv[1]))
+report.write(pathlib.Path(sys.argv[1]), {}, {}, None, [report.Bars("F1", ("a",), (1.0,), "F1")])
 assert "matplotlib" in sys.modules and "matplotlib.pyplot" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=Path(__file__).parents[1], check=True)
@@ -439,8 +440,8 @@ def test_masked_tokens_have_their_fates():
 def test_a_mesh_shows_what_its_devices_hold(sizes):
     import jax
 
-    from jaxlm import sharding
     from jaxlm.config import MeshConfig
+    from jaxlm.devices import sharding
 
     shape, rows = (32, 64), 16
     shown = report.mesh(sizes, shape=shape, rows=rows)
@@ -469,7 +470,7 @@ def test_cross_attention_is_that_of_a_translation(tmp_path):
     import jax
 
     from jaxlm.config import ModelConfig, TokenizerConfig
-    from jaxlm.data import tokenizer
+    from jaxlm.data.tokenizers import tokenizer
     from jaxlm.lm import LM
     from jaxlm.nn.transformer import Transformer, init
 

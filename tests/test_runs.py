@@ -24,17 +24,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm import CausalLM, DataConfig, ModelConfig, OptimizerConfig, RunConfig, TokenizerConfig, sharding
+from jaxlm import CausalLM, DataConfig, ModelConfig, OptimizerConfig, RunConfig, TokenizerConfig
 from jaxlm.__main__ import main, one_device_per_core
-from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import MeshConfig
+from jaxlm.devices import sharding
 from jaxlm.errors import RunError, Stopped, UserError
-from jaxlm.fit import fit
-from jaxlm.folder import begin, claim
-from jaxlm.measure import MEASURED
 from jaxlm.nn.transformer import Transformer, init
-from jaxlm.optimizer import make_optimizer
-from jaxlm.step import TrainState
+from jaxlm.run.checkpoint import Checkpoints
+from jaxlm.run.fit import fit
+from jaxlm.run.folder import begin, claim
+from jaxlm.run.measure import MEASURED
+from jaxlm.run.optimizer import make_optimizer
+from jaxlm.run.step import TrainState
 
 # TensorStore's words when one array of a checkpoint fails; `jaxlm.__main__` keeps them from the terminal.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

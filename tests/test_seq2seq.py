@@ -14,16 +14,17 @@ import pytest
 from compiled import jit, random_params
 
 from jaxlm import Chat, DataConfig, Decoding, Seq2Seq, TokenizerConfig, UserError
-from jaxlm.data import chat, source
-from jaxlm.data import tokenizer as tokenizers
+from jaxlm.data import source
 from jaxlm.data.batches import Batches, Epoch
-from jaxlm.data.lines import Place
-from jaxlm.evaluate import see
+from jaxlm.data.chat import rendering
+from jaxlm.data.formats.lines import Place
+from jaxlm.data.tokenizers import tokenizer as tokenizers
 from jaxlm.families import PRESETS
-from jaxlm.generate import generate
+from jaxlm.inference.generate import generate
 from jaxlm.lm import LM
 from jaxlm.nn.transformer import Transformer, apply
-from jaxlm.step import make_eval_step
+from jaxlm.run.evaluate import see
+from jaxlm.run.step import make_eval_step
 from jaxlm.tasks.chat import ChatTask
 from jaxlm.tasks.reading import Records
 from jaxlm.tasks.seq2seq import Seq2SeqTask
@@ -511,6 +512,6 @@ def test_a_chat_run_answers_and_exports_its_template(tmp_path):
     scores = json.loads((tmp_path / "run" / "scores.json").read_text())
     assert scores["exact"] > 0.9
     lm = jaxlm.load(tmp_path / "run")
-    assert chat.render(lm.tokenizer, [{"role": "user", "content": "x"}]) == "<s>user\nx</s>\n"
+    assert rendering.render(lm.tokenizer, [{"role": "user", "content": "x"}]) == "<s>user\nx</s>\n"
     [told] = jaxlm.predict(lm, [{"q": "the fox"}], task=run.task)
     assert told["prediction"] == "fox"

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from jaxlm import LM, DataConfig, UserError, save, storage
+from jaxlm import LM, DataConfig, UserError, save
 from jaxlm.data import corpus
-from jaxlm.folder import RowWriter
+from jaxlm.run.folder import RowWriter
+from jaxlm.storage import disk
 
 REFUSED = {
     "parent": ("../x", "holds '..'"),
@@ -39,13 +40,13 @@ REFUSED = {
 def test_names_that_leave_their_folder_are_refused(tmp_path, name):
     given, message = REFUSED[name]
     with pytest.raises(UserError, match=message):
-        storage.inside(tmp_path, given)
+        disk.inside(tmp_path, given)
 
 
 @pytest.mark.parametrize("name", ["x", "a/b.txt", ".hidden", "a..b", "...", "a:b", "é" * 127, "a b/c#?.txt"])
 def test_other_names_are_below_the_folder(tmp_path, name):
-    assert storage.inside(tmp_path, name) == tmp_path / name
-    assert storage.inside(tmp_path / "new", name) == tmp_path / "new" / name
+    assert disk.inside(tmp_path, name) == tmp_path / name
+    assert disk.inside(tmp_path / "new", name) == tmp_path / "new" / name
 
 
 def test_links_may_not_lead_out(tmp_path):
@@ -55,13 +56,13 @@ def test_links_may_not_lead_out(tmp_path):
         (place / "x").write_text(place.name)
     for name, target in {"out": other, "up": "..", "in": "x", "loop": "loop"}.items():
         (folder / name).symlink_to(target)
-    assert storage.inside(folder, "in") == folder / "in"
+    assert disk.inside(folder, "in") == folder / "in"
     for name in ("out", "out/x", "up", "up/other/x"):
         with pytest.raises(UserError, match="is a link to"):
-            storage.inside(folder, name)
-    assert storage.inside(folder, "out/x", also=(other,)).read_text() == "other"
+            disk.inside(folder, name)
+    assert disk.inside(folder, "out/x", also=(other,)).read_text() == "other"
     (tmp_path / "link").symlink_to(folder)
-    assert storage.inside(tmp_path / "link", "x").read_text() == "folder"
+    assert disk.inside(tmp_path / "link", "x").read_text() == "folder"
 
 
 def test_nothing_is_written_to_an_address(tmp_path, monkeypatch):
@@ -72,7 +73,7 @@ def test_nothing_is_written_to_an_address(tmp_path, monkeypatch):
     writers: dict[str, Callable[[], object]] = {
         "folder": lambda: save(lm, address),
         "output": lambda: RowWriter(f"{address}.csv"),
-        "JAXLM_CACHE": storage.cache_folder,
+        "JAXLM_CACHE": disk.cache_folder,
         "data.cache": lambda: corpus.cache_folder(DataConfig(cache=address)),
     }
     for what, write in writers.items():
@@ -88,20 +89,20 @@ def test_a_file_appears_whole_and_leaves_others_alone(tmp_path):
     for file in theirs:
         file.write_text("mine")
     path = tmp_path / "x.csv"
-    with storage.atomic_file(path) as temporary:
+    with disk.atomic_file(path) as temporary:
         temporary.write_text("new")
-        assert not path.exists() and storage.is_temporary(temporary.name)
-    with pytest.raises(KeyError), storage.atomic_file(path) as temporary:
+        assert not path.exists() and disk.is_temporary(temporary.name)
+    with pytest.raises(KeyError), disk.atomic_file(path) as temporary:
         temporary.write_text("half")
         raise KeyError
     assert path.read_text() == "new" and {file.read_text() for file in theirs} == {"mine"}
     assert set(tmp_path.iterdir()) == {path, *theirs}
-    assert not any(storage.is_temporary(file.name) for file in [path, *theirs])
+    assert not any(disk.is_temporary(file.name) for file in [path, *theirs])
 
 
 def test_a_file_that_appears_meanwhile_is_kept_and_nothing_is_lost(tmp_path):
     path = tmp_path / "x.csv"
-    with pytest.raises(UserError, match="written by someone else") as told, storage.atomic_file(path, False) as file:
+    with pytest.raises(UserError, match="written by someone else") as told, disk.atomic_file(path, False) as file:
         file.write_text("ours")
         path.write_text("theirs")
     assert path.read_text() == "theirs" and Path(str(told.value).rpartition(" ")[2]).read_text() == "ours"
@@ -111,7 +112,7 @@ def test_a_link_stays_and_the_file_behind_it_is_written(tmp_path):
     (tmp_path / "there").mkdir()
     for name, overwrite in (("x", True), ("y", False)):
         (tmp_path / name).symlink_to(tmp_path / "there" / name)
-        with storage.atomic_file(tmp_path / name, overwrite) as temporary:
+        with disk.atomic_file(tmp_path / name, overwrite) as temporary:
             temporary.write_text("new")
         assert (tmp_path / name).is_symlink() and (tmp_path / "there" / name).read_text() == "new"
 
@@ -122,12 +123,12 @@ def test_a_folder_appears_whole_and_leaves_others_alone(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "mine").write_text("mine")
     for overwrite in (False, True):
-        with storage.atomic_folder(folder, overwrite) as temporary:
+        with disk.atomic_folder(folder, overwrite) as temporary:
             (temporary / f"new-{overwrite}").write_text("")
     assert [file.name for file in folder.iterdir()] == ["new-True"]
-    with pytest.raises(UserError, match="exists and is not empty"), storage.atomic_folder(folder):
+    with pytest.raises(UserError, match="exists and is not empty"), disk.atomic_folder(folder):
         pass
-    with pytest.raises(KeyError), storage.atomic_folder(folder, True) as temporary:
+    with pytest.raises(KeyError), disk.atomic_folder(folder, True) as temporary:
         raise KeyError
     assert [file.name for file in folder.iterdir()] == ["new-True"]
     assert sorted(file.name for file in tmp_path.rglob("*") if file.name == "mine") == ["mine"] * 3
@@ -137,30 +138,30 @@ def test_a_folder_appears_whole_and_leaves_others_alone(tmp_path):
 HOLDER = """
 import sys, time
 from pathlib import Path
-from jaxlm import storage
-with storage.lock(Path(sys.argv[1]), "x", "y"):
+from jaxlm.storage import disk
+with disk.lock(Path(sys.argv[1]), "x", "y"):
     print("held", flush=True)
     time.sleep(60)
 """
 
 
 def test_a_lock_names_its_holder_and_ends_with_it(tmp_path):
-    file = tmp_path / storage.LOCK
+    file = tmp_path / disk.LOCK
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(file)], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
         pattern = (
             rf"runs/x is held by process {holder.pid} on host \S+ since 2\d+-\d+-\d+ [\d:]+ UTC; wait .* or choose"
         )
-        with pytest.raises(UserError, match=pattern), storage.lock(file, "runs/x", "choose another"):
+        with pytest.raises(UserError, match=pattern), disk.lock(file, "runs/x", "choose another"):
             pass
     finally:
         holder.kill()
         holder.communicate()
     assert file.exists()
-    with storage.lock(file, "runs/x", "choose another"):
+    with disk.lock(file, "runs/x", "choose another"):
         assert json.loads(file.read_text())["process"] == os.getpid()
-        with pytest.raises(UserError, match=f"process {os.getpid()} "), storage.lock(file, "runs/x", "choose another"):
+        with pytest.raises(UserError, match=f"process {os.getpid()} "), disk.lock(file, "runs/x", "choose another"):
             pass
     assert not file.exists()
 
@@ -168,9 +169,9 @@ def test_a_lock_names_its_holder_and_ends_with_it(tmp_path):
 @pytest.mark.parametrize("alive", [True, False])
 def test_a_holder_on_another_machine_is_known_by_its_signs_of_life(tmp_path, monkeypatch, alive):
     """As on a file system whose locks end at the machine."""
-    monkeypatch.setattr(storage, "SILENCE", 1.0)
-    monkeypatch.setattr(storage, "BEAT", 0.1)
-    file = tmp_path / storage.LOCK
+    monkeypatch.setattr(disk, "SILENCE", 1.0)
+    monkeypatch.setattr(disk, "BEAT", 0.1)
+    file = tmp_path / disk.LOCK
     file.write_text(json.dumps({"process": 7, "host": "far", "since": "2026-01-01 00:00:00 UTC", "machine": "another"}))
     ended = threading.Event()
 
@@ -185,11 +186,11 @@ def test_a_holder_on_another_machine_is_known_by_its_signs_of_life(tmp_path, mon
         if alive:
             with (
                 pytest.raises(UserError, match="held by process 7 on host far since 2026"),
-                storage.lock(file, "x", "y"),
+                disk.lock(file, "x", "y"),
             ):
                 pass
         else:
-            with storage.lock(file, "x", "y"):
+            with disk.lock(file, "x", "y"):
                 assert json.loads(file.read_text())["process"] == os.getpid()
     finally:
         ended.set()
@@ -198,31 +199,31 @@ def test_a_holder_on_another_machine_is_known_by_its_signs_of_life(tmp_path, mon
 
 
 def test_a_file_that_is_no_lock_is_left_alone(tmp_path):
-    file = tmp_path / storage.LOCK
+    file = tmp_path / disk.LOCK
     file.write_text("mine")
-    with pytest.raises(UserError, match="is not a lock file"), storage.lock(file, "x", "y"):
+    with pytest.raises(UserError, match="is not a lock file"), disk.lock(file, "x", "y"):
         pass
     assert file.read_text() == "mine"
 
 
 def test_a_hash_sees_every_byte(tmp_path):
-    file, size = tmp_path / "x", 3 * storage._PART + 5
+    file, size = tmp_path / "x", 3 * disk._PART + 5
     content = bytearray(size)
     seen = set()
-    for place in (None, 0, storage._PART - 1, storage._PART, size // 2, size - 1):
+    for place in (None, 0, disk._PART - 1, disk._PART, size // 2, size - 1):
         if place is not None:
             content[place] ^= 1
         file.write_bytes(content)
         os.utime(file, ns=(0, 0))
-        seen.add(storage.content_hash(file))
+        seen.add(disk.content_hash(file))
     assert len(seen) == 6
     file.write_bytes(content + b"\0")
-    assert storage.content_hash(file) not in seen
+    assert disk.content_hash(file) not in seen
     (tmp_path / "y").write_bytes(b"")
-    assert len(storage.content_hash(tmp_path / "y")) == 64
+    assert len(disk.content_hash(tmp_path / "y")) == 64
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(OSError, match="not a regular file"):
-        storage.content_hash(tmp_path / "pipe")
+        disk.content_hash(tmp_path / "pipe")
 
 
 def test_predictions_leave_other_files_alone(tmp_path):

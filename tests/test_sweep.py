@@ -27,7 +27,7 @@ from jaxlm.__main__ import main
 from jaxlm.config import MultiTask, Part, from_json, to_json
 from jaxlm.data import source
 from jaxlm.nn.transformer import init
-from jaxlm.sweep import Trial, best_of, combinations, folder_of, single_runs, table
+from jaxlm.run.sweep import Trial, best_of, combinations, folder_of, single_runs, table
 from jaxlm.tasks import make_task, prepare
 
 PAGE = (Path(__file__).parent.parent / "docs" / "your_task.md").read_text()
@@ -49,7 +49,7 @@ def folder(tmp_path_factory) -> Path:
     tags = {"rome": "B-place", "oslo": "B-place"}
     lines = ["".join(f"{w} {tags.get(w, 'O')}\n" for w in text.split()) for text in texts]
     (folder / "names.conll").write_text("\n".join(lines))
-    jaxlm.data.tokenizer.train(texts, TokenizerConfig(train="wordpiece"), 47).save(folder / "tokenizer")
+    jaxlm.data.tokenizers.tokenizer.train(texts, TokenizerConfig(train="wordpiece"), 47).save(folder / "tokenizer")
     (folder / "tiny.py").write_text(
         f"from jaxlm import *\nfrom dataclasses import replace\n"
         f"def config():\n    return RunConfig(model={MODEL!r}, task=Classification(), examples=8, epochs=1,\n"
@@ -274,7 +274,7 @@ def test_a_task_of_ones_own_is_one_file_and_one_config(folder, tmp_path, monkeyp
     assert main([*predict, "--config", "config.py"]) == 0
     told = [json.loads(line) for line in Path("predictions.jsonl").read_text().splitlines()]
     assert len(told) == 60 and {row["prediction"] for row in told} <= {1, 2, 3, 4, 5}
-    jaxlm.config.TASKS.pop("Stars")
+    jaxlm.config.TASK_CONFIGS.pop("Stars")
     assert main(predict) == 2
     assert "the task is Stars, which is not one of jaxlm's; give its config by --config" in capsys.readouterr().err
     sys.modules.pop("stars")
@@ -283,7 +283,7 @@ def test_a_task_of_ones_own_is_one_file_and_one_config(folder, tmp_path, monkeyp
 def test_a_model_given_needs_no_config_of_its_own(folder, tmp_path):
     """`fit(run, model=lm)` in a notebook: head and labels are those of the task, dropout that of the run."""
     params = init(jaxlm.nn.transformer.Transformer(MODEL), jax.random.key(0))
-    tokenizer = jaxlm.data.tokenizer.load(folder / "tokenizer")
+    tokenizer = jaxlm.data.tokenizers.tokenizer.load(folder / "tokenizer")
     lm = jaxlm.LM(MODEL, jaxlm.nn.transformer.Transformer(MODEL), params, tokenizer)
     run = RunConfig(
         model=None, task=Classification(), data=DataConfig(path=str(folder / "texts.jsonl"), length=32), batch=8,

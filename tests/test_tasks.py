@@ -19,10 +19,10 @@ from jaxlm.data.batches import Batches
 from jaxlm.data.corpus import Corpus
 from jaxlm.data.corrupt import mask_tokens, words
 from jaxlm.errors import UserError
-from jaxlm.evaluate import see
-from jaxlm.losses import accuracy, cross_entropy
+from jaxlm.nn.losses import accuracy, cross_entropy
 from jaxlm.nn.transformer import Transformer, apply
-from jaxlm.step import make_eval_step
+from jaxlm.run.evaluate import see
+from jaxlm.run.step import make_eval_step
 from jaxlm.tasks.pretraining import CausalLMTask, MaskedLMTask, _pairs, _spans
 
 V = 40

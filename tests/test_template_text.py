@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxlm.data import template_worker
-from jaxlm.data.template_sandbox import tojson
-from jaxlm.data.template_text import Text, from_user, has_user, hide, plain_of, reveal, user_data
+from jaxlm.data.chat import template_worker
+from jaxlm.data.chat.template_sandbox import tojson
+from jaxlm.data.chat.template_text import Text, from_user, has_user, hide, plain_of, reveal, user_data
 
 LETTERS = st.text(st.sampled_from("ab<|> \nß\u0130Kx\U0001f600\U000f0000"), max_size=8)
 # A text of a template and one of a user, in turn.

@@ -19,7 +19,7 @@ from test_tokenizer import byte_pairs, checkpoint, marian, trained
 
 import jaxlm
 from jaxlm.families import FAMILIES
-from jaxlm.likelihood import fill, log_likelihoods, perplexity
+from jaxlm.inference.likelihood import fill, log_likelihoods, perplexity
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

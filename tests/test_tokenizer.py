@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxlm.config import TokenizerConfig
-from jaxlm.data.tokenizer import Tokenizer, load, train
+from jaxlm.data.tokenizers.tokenizer import Tokenizer, load, train
 from jaxlm.errors import UserError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"

@@ -11,9 +11,9 @@ from compiled import jit, random_params
 
 import jaxlm
 from jaxlm.config import Classification, ModelConfig, TokenizerConfig
-from jaxlm.data import tokenizer as tokenizers
+from jaxlm.data.tokenizers import tokenizer as tokenizers
 from jaxlm.errors import UserError
-from jaxlm.likelihood import fill, log_likelihoods, perplexity
+from jaxlm.inference.likelihood import fill, log_likelihoods, perplexity
 from jaxlm.lm import LM
 from jaxlm.nn import parameters
 from jaxlm.nn.transformer import Transformer

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxlm import storage
 from jaxlm.config import DataConfig, RunConfig
 from jaxlm.data import holdout, source
-from jaxlm.data import tokenizer as tokenizers
-from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.data.tokenizers import tokenizer as tokenizers
+from jaxlm.data.tokenizers.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.hub import model_files
+from jaxlm.storage import disk
 
 _CHECKSUMS = "checksums.json"  # of every other file of an entry: size and hash
 _FORMAT = 5  # of the files below; a new number makes everything anew
@@ -100,7 +100,7 @@ def prepare(run: RunConfig, say: Callable[[str], None] = print, tokenizer: Token
 
 def cache_folder(data: DataConfig) -> Path:
     """Where tokenized data is kept: `data.cache`, else $JAXLM_CACHE, else ~/.cache/jaxlm."""
-    return storage.local(data.cache, "data.cache") if data.cache else storage.cache_folder()
+    return disk.local(data.cache, "data.cache") if data.cache else disk.cache_folder()
 
 
 def _build(
@@ -110,7 +110,7 @@ def _build(
     if os.path.lexists(folder) and not folder.is_dir():
         folder.unlink()
     # Another process may make the same entry at the same time: either serves.
-    with storage.atomic_folder(folder, overwrite=True) as made:
+    with disk.atomic_folder(folder, overwrite=True) as made:
         _build_in(run, given, sentences, made, say)
         whole = {file.relative_to(made).as_posix(): _checksum(file) for file in _files(made)}
         (made / _CHECKSUMS).write_text(json.dumps(whole))
@@ -138,7 +138,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _checksum(file: Path) -> list[int | str]:
-    return [file.stat().st_size, storage.content_hash(file)]
+    return [file.stat().st_size, disk.content_hash(file)]
 
 
 def _build_in(

@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm import buckets, storage
 from jaxlm.config import DataConfig
-from jaxlm.data import tfds
 from jaxlm.data.clean import clean
-from jaxlm.data.formats import METADATA, SUFFIXES, Columns, file_rows, format_of, text_lines
-from jaxlm.data.lines import Place, Row, suffix_of
+from jaxlm.data.formats import tfds
+from jaxlm.data.formats.lines import Place, Row, suffix_of
+from jaxlm.data.formats.rows import METADATA, SUFFIXES, Columns, file_rows, format_of, text_lines
 from jaxlm.errors import UserError, perhaps
+from jaxlm.storage import buckets, disk
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _BYTES = re.compile("[\udc80-\udcff]")  # how PEP 383 writes bytes that are not UTF-8
@@ -275,7 +275,7 @@ def fingerprint(path: str) -> str:
     for file in found:
         name = f"{os.path.relpath(file, top)}\0".encode(errors="surrogateescape")
         try:
-            digest.update(name + storage.content_hash(file).encode())
+            digest.update(name + disk.content_hash(file).encode())
         except OSError as error:
             raise UserError(f"{file} cannot be read: {error.strerror}; give a file that can") from None
     return digest.hexdigest()[:16]

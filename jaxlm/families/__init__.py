@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
-from jaxlm import storage
-from jaxlm.config import MOST, MOST_LAYERS, Head, ModelConfig, from_json, to_json
+from jaxlm.config import MOST_LAYERS, Head, ModelConfig, from_json, to_json
+from jaxlm.config.ranges import MOST
 from jaxlm.errors import UserError, perhaps
 from jaxlm.families import (
     albert,
@@ -38,6 +38,7 @@ from jaxlm.hub.model_files import JsonObject
 from jaxlm.hub.place import place
 from jaxlm.hub.quantization import FLOATS, refuse_quantised
 from jaxlm.hub.safetensors import Pending
+from jaxlm.storage import disk
 
 FAMILIES: dict[str, Family] = {  # by `model_type` of config.json
     "bert": bert.FAMILY,
@@ -494,4 +495,4 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _write_config(values: dict[str, Any], path: Path) -> None:
-    storage.write(path, json.dumps(values, indent=2, sort_keys=True) + "\n")
+    disk.write(path, json.dumps(values, indent=2, sort_keys=True) + "\n")

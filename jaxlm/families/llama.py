@@ -8,6 +8,7 @@ import math
 from typing import Any, get_args
 
 from jaxlm.config import ModelConfig, RotaryScaling
+from jaxlm.config.ranges import MOST
 from jaxlm.errors import UserError
 from jaxlm.hub.convert import (
     ACTIVATIONS,
@@ -23,7 +24,6 @@ from jaxlm.hub.convert import (
     shortest,
 )
 from jaxlm.hub.model_files import JsonObject
-from jaxlm.ranges import MOST
 
 FIXED: dict[str, Any] = {
     "structure": "decoder",

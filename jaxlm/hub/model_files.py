@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from jaxlm import storage
 from jaxlm.errors import UserError, perhaps
+from jaxlm.storage import disk
 
 MAX_BYTES = 200_000_000  # the largest tokenizer.json in use has 35 MB
 MAX_DEPTH = 64  # nested lists and objects of a JSON file; tokenizer.json has 8
@@ -68,7 +68,7 @@ def fingerprint(folder: Path) -> str:
         hidden = any(part.startswith(".") for part in name.parts)
         if file.is_file() and not hidden and file.suffix not in (".md", ".html"):
             try:
-                digest.update(f"{name}\0{storage.content_hash(file)}\0".encode(errors="surrogateescape"))
+                digest.update(f"{name}\0{disk.content_hash(file)}\0".encode(errors="surrogateescape"))
             except OSError as error:
                 raise UserError(f"{file} cannot be read: {error.strerror}; correct its permissions") from None
     return digest.hexdigest()[:16]

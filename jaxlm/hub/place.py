@@ -12,8 +12,8 @@ import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from jaxlm import sharding
 from jaxlm.config import ModelConfig
+from jaxlm.devices import sharding
 from jaxlm.hub.convert import Family, flat, nested, readers, tree_shapes
 from jaxlm.nn import parameters
 from jaxlm.nn.transformer import Transformer, init

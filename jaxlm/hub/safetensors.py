@@ -22,9 +22,9 @@ from typing import Any, BinaryIO, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from jaxlm import storage
 from jaxlm.errors import UserError
 from jaxlm.hub.model_files import check_inside, opened
+from jaxlm.storage import disk
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -173,7 +173,7 @@ def write(tensors: Mapping[str, np.ndarray | Pending], path: Path, metadata: Map
 
     Raises UserError for a dtype that the format does not know, and OSError as it comes, from a full disk perhaps.
     """
-    with storage.atomic_file(path) as temporary:
+    with disk.atomic_file(path) as temporary:
         _save({name: _pending(name, tensor) for name, tensor in tensors.items()}, temporary, metadata)
 
 
@@ -192,7 +192,7 @@ def write_sharded(
     names = [WEIGHTS] if one else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     paths = [folder / name for name in names] + ([] if one else [folder / INDEX])
     with ExitStack() as stack:
-        temporaries = [stack.enter_context(storage.atomic_file(path)) for path in reversed(paths)][::-1]
+        temporaries = [stack.enter_context(disk.atomic_file(path)) for path in reversed(paths)][::-1]
         for shard, temporary in zip(shards, temporaries):
             _save(shard, temporary)
         if not one:
@@ -203,7 +203,7 @@ def write_sharded(
             with open(temporaries[-1], "wb") as file:
                 file.write((json.dumps(values, indent=2, sort_keys=True) + "\n").encode())
             for temporary in temporaries:
-                storage.flush(temporary)  # from here on the folder changes
+                disk.flush(temporary)  # from here on the folder changes
             (folder / INDEX).unlink(missing_ok=True)  # first: no index may join shards of two models
     for path in folder.iterdir():
         if path not in paths and (path.name in (WEIGHTS, INDEX) or _SHARD.fullmatch(path.name)):

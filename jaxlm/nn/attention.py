@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import ModelConfig
+from jaxlm.devices.sharding import Placement
 from jaxlm.nn.kernels import chip_of, choose, fused
 from jaxlm.nn.layers import Dropout, Linear, Norm, query_std, residual_std
 from jaxlm.nn.positions import Distances, Turns, rotate
-from jaxlm.sharding import Placement
 
 BLOCK = 64  # queries, at the least, in a block of causal attention
 MASKED = -1e30  # finite, so that a padding row with nothing to attend to gives numbers, not NaN

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import ModelConfig
+from jaxlm.devices.sharding import Placement
 from jaxlm.nn.layers import ACTIVATIONS, Dropout, Linear, Norm, initial
-from jaxlm.sharding import Placement
 
 
 class Vocabulary(nn.Module):

@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxlm.sharding import RULES
+from jaxlm.devices.sharding import RULES
 
 KERNELS = {"tpu": "splash", "cuda": "cudnn"}  # of each platform; the others have none
 MULTIPLE = {"splash": 128, "cudnn": 2}  # of lengths, on each device; others are padded

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import ModelConfig
-from jaxlm.sharding import Placement
+from jaxlm.devices.sharding import Placement
 
 
 def _elementwise(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:

@@ -19,12 +19,12 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.config import ModelConfig
+from jaxlm.devices.sharding import Placement
 from jaxlm.nn.attention import Attention, Cache, Sight, cross_mask, held, self_mask
 from jaxlm.nn.heads import Classes, MaskedLM, PerToken, Pooled, Replaced, Transform, Vocabulary
 from jaxlm.nn.kernels import RESIDUALS
 from jaxlm.nn.layers import MLP, Convolution, Dropout, Linear, Norm
 from jaxlm.nn.positions import BY_LENGTH, Buckets, Disentangled, sinusoidal, turns
-from jaxlm.sharding import Placement
 
 # What costs little beside the memory that its result would take until the backward pass: it is computed again there.
 _ELEMENTWISE = {

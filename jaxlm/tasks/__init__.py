@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -10,42 +12,17 @@ from jaxlm import config
 from jaxlm.config import RunConfig
 from jaxlm.data import corpus
 from jaxlm.data.corpus import Prepared
-from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.data.tokenizers.tokenizer import Tokenizer
 from jaxlm.tasks import labels, multi_task, reading
-from jaxlm.tasks.chat import ChatTask
-from jaxlm.tasks.classification import ClassificationTask
-from jaxlm.tasks.denoising import InfillingTask, SpanCorruptionTask
 from jaxlm.tasks.labels import Labels
 from jaxlm.tasks.multi_task import TaskMixture
-from jaxlm.tasks.multiple_choice import MultipleChoiceTask
-from jaxlm.tasks.pretraining import CausalLMTask, MaskedLMTask
-from jaxlm.tasks.question_answering import QuestionAnsweringTask
 from jaxlm.tasks.records import RecordTask
-from jaxlm.tasks.seq2seq import Seq2SeqTask
-from jaxlm.tasks.similarity import SimilarityTask
-from jaxlm.tasks.tagging import TaggingTask
-from jaxlm.tasks.task import Task
+from jaxlm.tasks.task import TASKS, Task, register
 
-TASKS: dict[type, Any] = {
-    config.CausalLM: CausalLMTask,
-    config.MaskedLM: MaskedLMTask,
-    config.SpanCorruption: SpanCorruptionTask,
-    config.Infilling: InfillingTask,
-    config.Classification: ClassificationTask,
-    config.Tagging: TaggingTask,
-    config.QuestionAnswering: QuestionAnsweringTask,
-    config.Similarity: SimilarityTask,
-    config.MultipleChoice: MultipleChoiceTask,
-    config.Seq2Seq: Seq2SeqTask,
-    config.Chat: ChatTask,
-    config.MultiTask: TaskMixture,
-}
+__all__ = ["TASKS", "best_of", "make_task", "prepare", "register", "with_labels"]
 
-
-def register(kind: type, task: type[RecordTask]) -> None:
-    """Makes a task of your own known: `kind` is the dataclass of its fields, `task` what it does."""
-    TASKS[kind] = task
-    config.TASKS[kind.__name__] = kind
+for _module in pkgutil.iter_modules(__path__):  # each task registers itself, as a user's does
+    importlib.import_module(f"{__name__}.{_module.name}")
 
 
 def prepare(

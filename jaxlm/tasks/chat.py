@@ -11,18 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm import config, metrics
+from jaxlm import config
 from jaxlm.config import ModelConfig
-from jaxlm.data import chat, conversations
+from jaxlm.config.ranges import shown
 from jaxlm.data.batches import Features
-from jaxlm.data.lines import Place, Row
+from jaxlm.data.chat import conversations, rendering
+from jaxlm.data.formats.lines import Place, Row
 from jaxlm.errors import UserError
 from jaxlm.lm import LM
-from jaxlm.ranges import shown
-from jaxlm.report import Section
+from jaxlm.reports.report import Section
+from jaxlm.tasks import metrics
 from jaxlm.tasks.generation import UNREAD, GenerationTask, table_of_texts
 from jaxlm.tasks.reading import Record, Records, column, listed, text_of
-from jaxlm.tasks.task import Task
+from jaxlm.tasks.task import Task, register
 
 _OTHER_NAMES = ("conversations", "conversation")  # of the column of messages, in ShareGPT's form
 
@@ -80,7 +81,7 @@ class ChatTask(GenerationTask):
     def stops(self) -> tuple[int, ...]:
         """The tokens that end an answer: the template's own, and the tokenizer's end of a text."""
         talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        ids, said = chat.encode(self.tokenizer, talk, template=self._template)
+        ids, said = rendering.encode(self.tokenizer, talk, template=self._template)
         last = [token for token, by_assistant in zip(ids, said) if by_assistant][-1:]
         special = {i for i, token in self.tokenizer.backend.get_added_tokens_decoder().items() if token.special}
         ends = {token for token in last if token in special}
@@ -88,12 +89,12 @@ class ChatTask(GenerationTask):
 
     def prompts(self, records: Sequence[Record]) -> list[list[int]]:
         before = lambda record: record["messages"][:-1] if "label" in record else record["messages"]
-        return list(chat.prompts(self.tokenizer, map(before, records), template=self._template))
+        return list(rendering.prompts(self.tokenizer, map(before, records), template=self._template))
 
     def features(self, records: Sequence[Record], training: bool) -> Iterator[list[list[Features]]]:
         """The end of each conversation, as much as a row holds."""
         how: dict[str, Any] = {"template": self._template, "only_last": self.task.last_alone}
-        for ids, said in chat.encode_all(self.tokenizer, (record["messages"] for record in records), **how):
+        for ids, said in rendering.encode_all(self.tokenizer, (record["messages"] for record in records), **how):
             tokens, learned = (np.array(part[-self.length - 1 :]) for part in (ids, said))
             yield [
                 [
@@ -157,3 +158,6 @@ def _checked(messages: Any, place: Place, name: str) -> list[dict[str, Any]]:
         return conversations.checked(messages)
     except UserError as error:
         raise UserError(f"{place}: in column {name!r}, {error}") from None
+
+
+register(config.Chat, ChatTask)

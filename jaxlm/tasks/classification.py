@@ -11,18 +11,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm import config, metrics
+from jaxlm import config
+from jaxlm.config.ranges import shown
 from jaxlm.data.batches import Batch, Features
-from jaxlm.data.lines import Place, Row
+from jaxlm.data.formats.lines import Place, Row
 from jaxlm.errors import UserError
-from jaxlm.losses import Sum, binary_cross_entropy, cross_entropy, squared_error
+from jaxlm.nn.losses import Sum, binary_cross_entropy, cross_entropy, squared_error
 from jaxlm.nn.transformer import Transformer
-from jaxlm.ranges import shown
-from jaxlm.report import Heatmap, Section, Table, mistakes
-from jaxlm.tasks import labels
+from jaxlm.reports.report import Heatmap, Section, Table, mistakes
+from jaxlm.tasks import labels, metrics
 from jaxlm.tasks.reading import Record, Records, listed, text_of
 from jaxlm.tasks.records import HeadTask, Outputs, framed, stand_in
 from jaxlm.tasks.states import of_examples
+from jaxlm.tasks.task import register
 
 _FIELDS: dict[str, dict[str, Any]] = {
     "single_label": {"labels_BE": np.int32},
@@ -421,3 +422,6 @@ def _is_numeric(label: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+register(config.Classification, ClassificationTask)

@@ -16,14 +16,14 @@ from jaxlm.config import ModelConfig
 from jaxlm.data.batches import Batch, Batches, Epoch, Features
 from jaxlm.data.corpus import Corpus
 from jaxlm.data.corrupt import corrupt_spans, corrupted_lengths, infill
-from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.data.tokenizers.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.lm import LM
-from jaxlm.losses import Losses
+from jaxlm.nn.losses import Losses
 from jaxlm.nn.transformer import Transformer
 from jaxlm.tasks.pretraining import EVALUATION, TRAINING
 from jaxlm.tasks.states import hidden, word_losses
-from jaxlm.tasks.task import Seen, Task
+from jaxlm.tasks.task import Seen, Task, register
 
 
 class DenoisingTask(Task):
@@ -198,3 +198,7 @@ def ending(tokenizer: Tokenizer) -> int:
     if found is None:
         raise UserError("the tokenizer has no token for the end of a text (eos or sep); give one that has")
     return found
+
+
+register(config.SpanCorruption, SpanCorruptionTask)
+register(config.Infilling, InfillingTask)

@@ -15,13 +15,13 @@ import numpy as np
 from jaxlm import config
 from jaxlm.config import ModelConfig
 from jaxlm.data.batches import Batch
-from jaxlm.data.lines import Row
+from jaxlm.data.formats.lines import Row
 from jaxlm.errors import UserError
-from jaxlm.generate import generate
+from jaxlm.inference.generate import generate
 from jaxlm.lm import LM
-from jaxlm.losses import Losses
+from jaxlm.nn.losses import Losses
 from jaxlm.nn.transformer import Transformer
-from jaxlm.report import LONGEST, Table
+from jaxlm.reports.report import LONGEST, Table
 from jaxlm.tasks.denoising import ending
 from jaxlm.tasks.reading import Record, Records
 from jaxlm.tasks.records import RecordExamples, RecordTask, Truncation

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from jaxlm import config
-from jaxlm.arguments import listed
-from jaxlm.data.lines import Place, Row
+from jaxlm.config.arguments import listed
+from jaxlm.config.ranges import shown
+from jaxlm.data.formats.lines import Place, Row
 from jaxlm.errors import UserError
-from jaxlm.ranges import shown
 
 
 def examples(given: Any, task: Any) -> Iterator[tuple[Place, Row]]:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from jaxlm.config.ranges import shown
 from jaxlm.errors import UserError
-from jaxlm.ranges import shown
 
 if TYPE_CHECKING:
     from jaxlm.tasks.reading import Records

@@ -14,18 +14,18 @@ from jaxlm import config
 from jaxlm.config import ModelConfig, RunConfig
 from jaxlm.data.batches import Batch, Batches, Features
 from jaxlm.data.corpus import Prepared
-from jaxlm.data.tokenizer import Tokenizer
-from jaxlm.encode import Pooling
+from jaxlm.data.tokenizers.tokenizer import Tokenizer
 from jaxlm.errors import UserError
+from jaxlm.hub.pooling import Pooling
 from jaxlm.lm import LM, with_task
-from jaxlm.losses import Losses
 from jaxlm.nn.heads import Classes, PerToken
+from jaxlm.nn.losses import Losses
 from jaxlm.nn.transformer import Transformer
-from jaxlm.report import Section
+from jaxlm.reports.report import Section
 from jaxlm.tasks import labels
 from jaxlm.tasks.reading import prepare as prepare_records
 from jaxlm.tasks.states import hidden
-from jaxlm.tasks.task import Seen, Task
+from jaxlm.tasks.task import Seen, Task, register
 
 SHARED = ("tokens_BT", "segments_BT", "positions_BT", "types_BT")  # fields that are not of one task
 _PERIOD = 1000  # rows after which the order of the tasks repeats
@@ -332,3 +332,6 @@ def with_labels(
             raise UserError(f"{name}: {problem}") from None
         say(f"labels    the head of the part {name} is randomly initialised: the weights have a head with other labels")
     return data._replace(train=train, held_out=held_out, labels=names)
+
+
+register(config.MultiTask, TaskMixture)

@@ -13,16 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import config
+from jaxlm.config.ranges import shown
 from jaxlm.data.batches import Batch, Features
-from jaxlm.data.lines import Place, Row
+from jaxlm.data.formats.lines import Place, Row
 from jaxlm.errors import UserError
-from jaxlm.losses import Sum
+from jaxlm.nn.losses import Sum
 from jaxlm.nn.transformer import Transformer
-from jaxlm.ranges import shown
-from jaxlm.report import Section, mistakes
+from jaxlm.reports.report import Section, mistakes
 from jaxlm.tasks.reading import Record, Records, column, listed, text_of
 from jaxlm.tasks.records import HeadTask, Outputs, framed
 from jaxlm.tasks.states import of_examples
+from jaxlm.tasks.task import register
 
 
 class MultipleChoiceTask(HeadTask):
@@ -144,3 +145,6 @@ def _number(value: Any, options: Sequence[str], task: config.MultipleChoice, pla
             f"number from {task.first}, a letter from A, or the text of one"
         )
     return found.pop()
+
+
+register(config.MultipleChoice, MultipleChoiceTask)

@@ -15,13 +15,13 @@ from jaxlm import config
 from jaxlm.data.batches import Batch, Batches, Epoch, Features
 from jaxlm.data.corpus import Corpus
 from jaxlm.data.corrupt import mask_tokens, words
-from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.data.tokenizers.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.lm import LM
-from jaxlm.losses import Losses, accuracy, bits_per_byte, cross_entropy
+from jaxlm.nn.losses import Losses, accuracy, bits_per_byte, cross_entropy
 from jaxlm.nn.transformer import Transformer, apply
 from jaxlm.tasks.states import hidden, word_losses
-from jaxlm.tasks.task import Seen, Task
+from jaxlm.tasks.task import Seen, Task, register
 
 TRAINING, EVALUATION = 0, 1  # first word of the seeds below, so that no evaluation repeats a training draw
 
@@ -336,3 +336,7 @@ def _trim(a: list[int], b: list[int], length: int, random: np.random.Generator) 
         front = int(random.binomial(cut, 0.5))
         longer[0] += front
         longer[1] -= cut - front
+
+
+register(config.CausalLM, CausalLMTask)
+register(config.MaskedLM, MaskedLMTask)

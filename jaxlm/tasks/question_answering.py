@@ -9,17 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import config, metrics
+from jaxlm import config
 from jaxlm.config import ModelConfig
+from jaxlm.config.ranges import shown
 from jaxlm.data.batches import Batch, Features
-from jaxlm.data.lines import Place, Row
+from jaxlm.data.formats.lines import Place, Row
 from jaxlm.errors import UserError
 from jaxlm.lm import LM
-from jaxlm.losses import Sum
-from jaxlm.ranges import shown
-from jaxlm.report import Section, mistakes
+from jaxlm.nn.losses import Sum
+from jaxlm.reports.report import Section, mistakes
+from jaxlm.tasks import metrics
 from jaxlm.tasks.reading import Record, Records, listed, text_of
 from jaxlm.tasks.records import HeadTask, Outputs, RecordExamples, Truncation, stand_in
+from jaxlm.tasks.task import register
 
 _BEST = 20  # starts and ends of a window that are combined
 _NEVER = float(np.finfo(np.float32).min)  # margin of a text without any span: below every threshold
@@ -242,3 +244,6 @@ def _tokens_of(answer: tuple[str, int], spans: np.ndarray) -> np.ndarray | None:
     text, start = answer
     of_answer = np.flatnonzero((spans[:, 0] < start + len(text)) & (spans[:, 1] > start))
     return of_answer[[0, -1]].astype(np.int32) if len(of_answer) else None
+
+
+register(config.QuestionAnswering, QuestionAnsweringTask)

@@ -14,14 +14,15 @@ import numpy as np
 
 from jaxlm import config
 from jaxlm.config import DataConfig, RunConfig
-from jaxlm.data import literals, source
-from jaxlm.data import tokenizer as tokenizers
+from jaxlm.config.ranges import shown
+from jaxlm.data import source
 from jaxlm.data.corpus import Prepared
-from jaxlm.data.formats import Columns
-from jaxlm.data.lines import Place, Row
-from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.data.formats import literals
+from jaxlm.data.formats.lines import Place, Row
+from jaxlm.data.formats.rows import Columns
+from jaxlm.data.tokenizers import tokenizer as tokenizers
+from jaxlm.data.tokenizers.tokenizer import Tokenizer
 from jaxlm.errors import UserError, perhaps
-from jaxlm.ranges import shown
 from jaxlm.tasks import labels
 
 if TYPE_CHECKING:

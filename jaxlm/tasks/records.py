@@ -28,11 +28,11 @@ import numpy as np
 
 from jaxlm.config import ModelConfig
 from jaxlm.data.batches import Batch, Epoch, Features
-from jaxlm.data.lines import Place, Row
-from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.data.formats.lines import Place, Row
+from jaxlm.data.tokenizers.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.lm import LM, with_task
-from jaxlm.losses import Losses, Sum
+from jaxlm.nn.losses import Losses, Sum
 from jaxlm.nn.transformer import Transformer, apply
 from jaxlm.tasks.reading import Record, Records, check_labels, column
 from jaxlm.tasks.states import hidden

@@ -8,15 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm import config, metrics
+from jaxlm import config
+from jaxlm.config.ranges import shown
 from jaxlm.data.batches import Features
-from jaxlm.data.lines import Place, Row
+from jaxlm.data.formats.lines import Place, Row
 from jaxlm.errors import UserError
-from jaxlm.ranges import shown
-from jaxlm.report import Section
+from jaxlm.reports.report import Section
+from jaxlm.tasks import metrics
 from jaxlm.tasks.generation import UNREAD, GenerationTask, table_of_texts
 from jaxlm.tasks.reading import Record, Records, cell, column
 from jaxlm.tasks.records import framed, stand_in
+from jaxlm.tasks.task import register
 
 _SCORE: dict[str, tuple[tuple[str, ...], Callable[..., dict[str, float]]]] = {
     "translation": (("bleu", "chrf"), metrics.translation),
@@ -157,3 +159,6 @@ def _text(value: Any, place: Place, name: str) -> str:
     if value is not None and not isinstance(value, str):
         raise UserError(f"{place}: column {name!r} holds {type(value).__name__} {shown(value)}, not text")
     return value or ""
+
+
+register(config.Seq2Seq, Seq2SeqTask)

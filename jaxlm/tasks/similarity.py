@@ -10,17 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import config, metrics
+from jaxlm import config
+from jaxlm.config.ranges import shown
 from jaxlm.data.batches import Batch, Features
-from jaxlm.data.lines import Place, Row
+from jaxlm.data.formats.lines import Place, Row
 from jaxlm.errors import UserError
-from jaxlm.losses import Sum, squared_error
+from jaxlm.nn.losses import Sum, squared_error
 from jaxlm.nn.transformer import Transformer
-from jaxlm.ranges import shown
+from jaxlm.tasks import metrics
 from jaxlm.tasks.labels import number_of
 from jaxlm.tasks.reading import Record, text_of
 from jaxlm.tasks.records import HeadTask, Outputs, framed
 from jaxlm.tasks.states import of_examples
+from jaxlm.tasks.task import register
 
 
 class SimilarityTask(HeadTask):
@@ -114,3 +116,6 @@ class SimilarityTask(HeadTask):
             for some in range(0, len(of_N), 1024)
         ]
         return metrics.retrieval(np.concatenate(ranks))
+
+
+register(config.Similarity, SimilarityTask)

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.data.batches import Batch
-from jaxlm.encode import pool
-from jaxlm.losses import Sum, accuracy, cross_entropy, in_parts
+from jaxlm.inference.encode import pool
+from jaxlm.nn.losses import Sum, accuracy, cross_entropy, in_parts
 from jaxlm.nn.transformer import Transformer, apply
 
 MOST_LOGITS = 1 << 26  # on each device at once; more are computed in parts, one after the other

@@ -11,18 +11,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import config, metrics
-from jaxlm.data import literals
+from jaxlm import config
+from jaxlm.config.ranges import shown
 from jaxlm.data.batches import Batch, Features
-from jaxlm.data.lines import Place, Row
+from jaxlm.data.formats import literals
+from jaxlm.data.formats.lines import Place, Row
 from jaxlm.errors import UserError, perhaps
-from jaxlm.losses import Sum, cross_entropy
-from jaxlm.ranges import shown
-from jaxlm.report import Bars, Section, Table, mistakes
+from jaxlm.nn.losses import Sum, cross_entropy
+from jaxlm.reports.report import Bars, Section, Table, mistakes
 from jaxlm.tasks import labels as matching
+from jaxlm.tasks import metrics
 from jaxlm.tasks import tags as schemes
 from jaxlm.tasks.reading import Record, Records, column, listed
 from jaxlm.tasks.records import HeadTask, Outputs, stand_in
+from jaxlm.tasks.task import register
 
 _SCORES = ("f1", "precision", "recall", "accuracy")
 _MANY = 50  # rows that do not all have one token by chance
@@ -437,3 +439,6 @@ def _bracketed(words: list[str], tags: list[str]) -> str:
     first = {span.first: "[" for span in schemes.spans(tags)}
     last = {span.last: f" {span.type}]" if span.type else "]" for span in schemes.spans(tags)}
     return " ".join(f"{first.get(n, '')}{word}{last.get(n, '')}" for n, word in enumerate(words))
+
+
+register(config.Tagging, TaggingTask)

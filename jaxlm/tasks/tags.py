@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from jaxlm import metrics
+from jaxlm.tasks import metrics
 
 # Marks of all schemes, as those of IOBES: M is the middle, L the last, U the unit and W the whole.
 _MARKS = {"B": "B", "I": "I", "E": "E", "S": "S", "M": "I", "L": "E", "U": "S", "W": "S"}

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxlm.config import ModelConfig
+from jaxlm.config import TASK_CONFIGS, ModelConfig
 from jaxlm.data.batches import Batch, Batches, Examples
-from jaxlm.encode import Pooling
+from jaxlm.hub.pooling import Pooling
 from jaxlm.lm import LM
-from jaxlm.losses import Losses
+from jaxlm.nn.losses import Losses
 from jaxlm.nn.transformer import Transformer
-from jaxlm.report import Section
+from jaxlm.reports.report import Section
 
 
 class Seen(NamedTuple):
@@ -108,3 +108,17 @@ class Task(ABC):
     def sections(self, part: Any, predictions: Any) -> list[Section]:
         """Pictures and tables of the report."""
         return []
+
+
+TASKS: dict[type, Any] = {}  # the dataclass of a task's fields -> its class
+
+
+def register(kind: type, task: type[Task]) -> None:
+    """Makes a task known to configs, run folders and the command line.
+
+    Args:
+      kind: the dataclass of the task's fields.
+      task: what the task does.
+    """
+    TASKS[kind] = task
+    TASK_CONFIGS[kind.__name__] = kind

@@ -1,0 +1,4 @@
+"""Changes of a model's parameters.
+
+vocabulary  another number of tokens
+"""

@@ -1,0 +1,190 @@
+"""The layout: which module imports which, what `import jaxlm` loads, and where each value has its one home."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import jaxlm
+from jaxlm.config import from_json, to_json
+
+ROOT = Path(__file__).parent.parent
+FILES = {f: f.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for f in (ROOT / "jaxlm").rglob("*.py")}
+MODULES = {name.removesuffix(".__init__"): file for file, name in FILES.items()}
+
+ORDER = (  # of packages, and of the modules beside them: each imports only from those before it, and from itself
+    "errors",
+    "config",
+    "devices",
+    "storage",
+    "reports",
+    "nn",
+    "hub",
+    "families",
+    "data",
+    "lm",
+    "transforms",
+    "inference",
+    "tasks",
+    "run",
+    "planning",
+    "samples",
+    "__main__",
+)
+PLACE = {part: place for place, part in enumerate(ORDER)}
+
+
+def imported(file: Path) -> set[str]:
+    """Modules of jaxlm that a file imports when it runs, inside functions too, but for annotations alone."""
+    tree = ast.parse(file.read_text())
+    skipped = {
+        node
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for part in block.body
+        for node in ast.walk(part)
+    }
+    found = set()
+    for node in ast.walk(tree):
+        if node in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file} imports by a relative name"
+            whole = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else node.module for name in whole}
+    return {name for name in found if name.split(".")[0] == "jaxlm"}
+
+
+def test_imports_go_in_one_direction():
+    for module, file in MODULES.items():
+        if module == "jaxlm":
+            continue
+        own = module.split(".")[1]
+        for other in imported(file) - {"jaxlm"}:
+            part = other.split(".")[1]
+            assert PLACE[part] <= PLACE[own], f"{module} imports {other}, which comes later in ORDER"
+
+
+def test_parts_import_each_other_without_a_circle():
+    waiting = {module: imported(file) - {"jaxlm", module} for module, file in MODULES.items()}
+    while waiting:
+        free = [module for module, needs in waiting.items() if not needs & waiting.keys()]
+        assert free, f"these import each other in a circle: {sorted(waiting)}"
+        for module in free:
+            del waiting[module]
+
+
+def test_every_part_has_its_place():
+    assert {module.split(".")[1] for module in MODULES if module != "jaxlm"} == set(PLACE)
+
+
+def test_few_modules_stand_beside_the_packages():
+    assert len([module for module, file in MODULES.items() if file.parent == ROOT / "jaxlm"]) <= 5
+
+
+def test_each_package_lists_its_modules():
+    for package, file in MODULES.items():
+        if file.name != "__init__.py" or package in ("jaxlm", "jaxlm.families", "jaxlm.tasks"):
+            continue
+        contents = ast.get_docstring(ast.parse(file.read_text())) or ""
+        for module in file.parent.iterdir():
+            if (module.suffix == ".py" and module != file) or (module / "__init__.py").exists():
+                assert re.search(rf"^[\w, ]*\b{module.stem}\b[\w, ]*  ", contents, re.MULTILINE), (
+                    f"{package}: {module.stem}"
+                )
+
+
+def test_no_public_name_hides_a_module():
+    for name in jaxlm.__all__:
+        assert f"jaxlm.{name}" not in MODULES
+    for package, file in MODULES.items():
+        if file.name == "__init__.py":
+            assigned = {
+                alias.asname or alias.name
+                for node in ast.parse(file.read_text()).body
+                if isinstance(node, ast.ImportFrom)
+                for alias in node.names
+                if f"{node.module}.{alias.name}" not in MODULES
+            }
+            hidden = [name for name in assigned if f"{package}.{name}" in MODULES]
+            assert not hidden, f"{package}: {hidden}"
+
+
+FORBIDDEN = ["torch", "tensorflow", "transformers", "tensorflow_datasets", "grain", "matplotlib", "sklearn"]
+FORBIDDEN += [
+    "sentencepiece",
+    "tyro",
+    "orbax",
+    "tensorboardX",
+    "pyarrow",
+    "seqeval",
+    "sacrebleu",
+    "rouge_score",
+    "jinja2",
+]
+PLAIN = "import jax, flax.linen, optax"
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_is_light():
+    code = f"import sys, jaxlm; print([name for name in {FORBIDDEN} if name in sys.modules])"
+    assert python(code).strip() == "[]"
+
+
+def test_import_loads_nothing_beyond_jax_flax_and_optax():
+    """What the import costs is then that of its own modules; benchmarks/startup.py has the seconds."""
+    code = f"import sys; {PLAIN}; plain = set(sys.modules); import jaxlm; print(*(set(sys.modules) - plain))"
+    packages = {module.split(".")[0] for module in python(code).split()}
+    plain = set(python(f"import sys; {PLAIN}; print(*sys.modules)").split())
+    assert packages - plain - sys.stdlib_module_names == {"jaxlm"}
+
+
+def test_no_module_is_named_for_nothing():
+    nothing = re.compile(r"(^|[._])(utils?|helpers?|common|misc|tools?|base)$")
+    assert not [module for module in MODULES if nothing.search(module)]
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 250
+
+
+def test_the_documents_count_the_lines_of_each_family():
+    page = (ROOT / "docs" / "families.md").read_text()
+    counted = dict(re.findall(r"^\| `(\w+)` \|.*\| (\d+) \|$", page, re.MULTILINE))
+    files = {file.stem: file for file in (ROOT / "jaxlm" / "families").glob("*.py")}
+    lines = {name: str(len(file.read_text().splitlines())) for name, file in files.items()}
+    assert counted == {name: lines[name] for name in lines if name not in ("__init__", "transformer")}
+
+
+def test_the_version_has_one_home():
+    version = re.escape(jaxlm.__version__)
+    homes = [f for f in [*FILES, ROOT / "pyproject.toml"] if re.search(rf"""["']{version}["']""", f.read_text())]
+    assert homes == [ROOT / "jaxlm" / "__init__.py"]
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.py")), ids=lambda f: f.stem)
+def test_every_config_is_sound(file, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXLM_CACHE", str(tmp_path))
+    run = runpy.run_path(str(file))["config"]()
+    assert isinstance(run, jaxlm.RunConfig)
+    if not run.data.path:
+        run = dataclasses.replace(run, data=dataclasses.replace(run.data, path="text.txt"))
+    if run.model is None:
+        run = dataclasses.replace(run, init="model")
+    run.check()
+    assert from_json(jaxlm.RunConfig, to_json(run)) == run
+    assert f"python train.py configs/{file.name}" in ast.get_docstring(ast.parse(file.read_text()))
