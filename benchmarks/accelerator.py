@@ -198,7 +198,7 @@ def train_side(name: str, tell: Callable[..., None], tiny: bool, seconds: float)
         given = random_batch(case, config, setting["batch"])
         made = assemble(replace(run, **setting), task, config, mesh)
         batch = lay(mesh, given, 1)
-        compiled = made.train_step.lower(made.like, batch).compile()
+        compiled = made.train_step.trace(made.like, batch).lower().compile()
         memory = compiled.memory_analysis()
         needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
         needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -283,7 +283,7 @@ def train_side(name: str, tell: Callable[..., None], tiny: bool, seconds: float)
 def _entries(state: Any) -> int | None:
     import jax
 
-    return None if state is None else sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    return None if state is None else sum(leaf.size for leaf in jax.tree.leaves(state.model))
 
 
 def torch_side(name: str, tell: Callable[..., None], tiny: bool, seconds: float) -> None:

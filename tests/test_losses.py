@@ -13,7 +13,7 @@ from compiled import jit
 
 from jaxlm.config import MeshConfig
 from jaxlm.devices import sharding
-from jaxlm.nn.losses import accuracy, cross_entropy, in_parts
+from jaxlm.nn.losses import accuracy, chunked_cross_entropy, cross_entropy, token_log_probs
 
 B, T, D, V = 4, 12, 8, 48
 close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
@@ -39,7 +39,7 @@ def whole(params, x_BTD, labels_BT, weights_BT, smoothing):
 @pytest.mark.parametrize("parts", [1, 3, 5, 12])  # 5 does not divide the length
 def test_parts_are_the_whole(parts, smoothing):
     params, *given = inputs()
-    found = in_parts(logits_of, params, *given, smoothing, parts)
+    found = chunked_cross_entropy(logits_of, params, *given, smoothing, parts)
     jax.tree.map(close, found, whole(params, *given, smoothing))
 
     def mean(of, params, x_BTD):
@@ -47,10 +47,29 @@ def test_parts_are_the_whole(parts, smoothing):
         return 3 * loss / weight  # what comes in from above is no 1
 
     gradients = jit(
-        jax.grad(partial(mean, partial(in_parts, logits_of, label_smoothing=smoothing, parts=parts)), (0, 1))
+        jax.grad(
+            partial(mean, partial(chunked_cross_entropy, logits_of, label_smoothing=smoothing, parts=parts)), (0, 1)
+        )
     )
     expected = jax.grad(partial(mean, partial(whole, smoothing=smoothing)), (0, 1))(params, given[0])
     jax.tree.map(close, gradients(params, given[0]), expected)
+
+
+@pytest.mark.parametrize("parts", [1, 3, 5, 12])
+def test_log_probabilities_in_parts(parts):
+    params, x_BTD, labels_BT, weights_BT = inputs()
+    log_BTV = jax.nn.log_softmax(logits_of(params, x_BTD))
+    log_BT, likeliest_BT = jit(partial(token_log_probs, logits_of, parts=parts))(params, x_BTD, labels_BT)
+    close(log_BT, jnp.take_along_axis(log_BTV, labels_BT[..., None], 2)[..., 0])
+    np.testing.assert_array_equal(likeliest_BT, log_BTV.argmax(-1))
+    # The gradient of any function of them, such as a loss over preferences.
+    some = lambda log_BT: jax.nn.sigmoid((log_BT * weights_BT).sum(1)).sum()
+    found = jit(jax.grad(lambda *of: some(token_log_probs(logits_of, *of, labels_BT, parts)[0]), (0, 1)))
+    whole = lambda params, x: jnp.take_along_axis(jax.nn.log_softmax(logits_of(params, x)), labels_BT[..., None], 2)[
+        ..., 0
+    ]
+    expected = jax.grad(lambda *of: some(whole(*of)), (0, 1))(params, x_BTD)
+    jax.tree.map(close, found(params, x_BTD), expected)
 
 
 def largest(jaxpr) -> int:
@@ -60,9 +79,12 @@ def largest(jaxpr) -> int:
     return max(sizes + inner, default=0)
 
 
-def test_no_array_has_the_logits_of_all_places():
+@pytest.mark.parametrize("primitive", ["loss", "log-probabilities"])
+def test_no_array_has_the_logits_of_all_places(primitive):
     params, *given = inputs()
-    loss = lambda params, x: in_parts(logits_of, params, x, *given[1:], 0.1, 4)[0][0]
+    loss = lambda params, x: chunked_cross_entropy(logits_of, params, x, *given[1:], 0.1, 4)[0][0]
+    if primitive == "log-probabilities":
+        loss = lambda params, x: (token_log_probs(logits_of, params, x, given[1], 4)[0] ** 2).sum()
     made = largest(jax.make_jaxpr(jax.value_and_grad(loss, (0, 1)))(params, given[0]).jaxpr)
     assert made == max(B * T // 4 * V, D * V, B * T * D)
 
@@ -80,6 +102,6 @@ def test_parts_on_a_mesh(sizes):
     names = ("x_BTD", "labels_BT", "weights_BT")
     laid = [jax.device_put(x[None], sharding.batch_sharding(mesh, name))[0] for name, x in zip(names, given)]
     loss = lambda of, params, x, *rest: of(params, x, *rest)[0][0]
-    split = jit(jax.value_and_grad(partial(loss, partial(in_parts, placed, parts=3)), (0, 1)))
+    split = jit(jax.value_and_grad(partial(loss, partial(chunked_cross_entropy, placed, parts=3)), (0, 1)))
     expected = jax.value_and_grad(partial(loss, partial(whole, smoothing=0.0)), (0, 1))(params, *given)
     jax.tree.map(close, split(jax.tree.map(jnp.asarray, params), *laid), expected)

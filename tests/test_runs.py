@@ -10,6 +10,7 @@ import gc
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -29,6 +30,7 @@ from jaxlm.__main__ import main, one_device_per_core
 from jaxlm.config import MeshConfig
 from jaxlm.devices import sharding
 from jaxlm.errors import RunError, Stopped, UserError
+from jaxlm.hub import safetensors
 from jaxlm.nn.transformer import Transformer, init
 from jaxlm.run.checkpoint import Checkpoints
 from jaxlm.run.fit import fit
@@ -147,6 +149,37 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_end(place, alone, tmp_path, d
             fit(run, stop=stop_after(steps))
     fit(run)
     assert_same(tmp_path / "run", alone)
+
+
+@pytest.mark.parametrize("source", ["the seed", "weights"])
+def test_a_run_that_trains_a_part_resumes_to_the_same_end(place, alone, tmp_path, devices, source):
+    """Checkpoints leave out what is frozen: it comes from where it came from, and must be the same."""
+    frozen = {"optimizer": OptimizerConfig(rate=1e-2, beta2=0.99, freeze="all_but_heads")}
+    given = tmp_path / "given"
+    if source == "weights":
+        shutil.copytree(alone / "export", given)
+        frozen |= {"init": str(given), "model": None}
+    run = a_run(place, tmp_path / "run", **frozen)
+    with pytest.raises(Stopped):
+        fit(run, stop=stop_after(5))
+    fit(dataclasses.replace(run, workdir=str(tmp_path / "whole")))
+    if source == "weights":
+        shutil.move(given, tmp_path / "away")
+        with pytest.raises(UserError, match="given"):
+            fit(run)
+        shutil.copytree(tmp_path / "away", given)
+        given_tensors = safetensors.read(given)
+        changed = {name: np.asarray(x) + np.float32("wte" in name) for name, x in given_tensors.items()}
+        safetensors.write(changed, given / "model.safetensors", {"format": "pt"})
+        with pytest.raises(UserError, match=f"does not train are not those .* give --init {re.escape(str(given))} the"):
+            fit(run)
+        shutil.rmtree(given)
+        shutil.move(tmp_path / "away", given)
+    lm = fit(run)
+    assert_same(tmp_path / "run", tmp_path / "whole")
+    size = lambda folder: sum(f.stat().st_size for f in (folder / "checkpoints" / "12" / "state").rglob("*"))
+    assert size(tmp_path / "run") < 0.25 * size(alone)
+    assert lm.config.layers == 2
 
 
 def test_an_interrupt_waits_for_the_step_and_the_same_call_goes_on(place, alone, tmp_path, devices):

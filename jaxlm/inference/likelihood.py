@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -23,7 +24,7 @@ from jaxlm.devices.sharding import spec, ways
 from jaxlm.errors import UserError
 from jaxlm.inference.encode import SHORTEST, mesh_of, params_of
 from jaxlm.inference.generate import start_of
-from jaxlm.nn.losses import bits_per_byte
+from jaxlm.nn.losses import bits_per_byte, token_log_probs
 from jaxlm.nn.transformer import Transformer, apply
 
 if TYPE_CHECKING:
@@ -366,10 +367,8 @@ def _program(module: Transformer) -> Any:
             here_BN = jax.lax.dynamic_slice_in_dim(order_BT, k * n, n, 1)
             x_BND = jnp.take_along_axis(x_BTD, here_BN[..., None], 1)
             labels_BN = jnp.take_along_axis(labels_BT, here_BN, 1)
-            logits_BNV = apply(module, params, x_BND, method="lm").astype(jnp.float32)
-            label_BN = jnp.take_along_axis(logits_BNV, labels_BN[..., None], 2)[..., 0]
-            log_BN = label_BN - jax.nn.logsumexp(logits_BNV, axis=-1)
-            likeliest_BN = logits_BNV.argmax(-1) == labels_BN
+            log_BN, tokens_BN = token_log_probs(partial(apply, module, method="lm"), params, x_BND, labels_BN)
+            likeliest_BN = tokens_BN == labels_BN
             log_BT, likeliest_BT = found
             return log_BT.at[rows_B1, here_BN].set(log_BN), likeliest_BT.at[rows_B1, here_BN].set(likeliest_BN)
 

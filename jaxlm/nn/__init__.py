@@ -7,6 +7,7 @@ kernels      fused attention over packed rows
 positions    learned, sinusoidal, rotary and relative positions
 heads        what is read off the last hidden states
 losses       each returns (sum, weight)
+nodes        what may stand in the place of a dense array, such as a low-rank update
 parameters   the one table that knows the parameters
 flops        counts of floating-point operations
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxlm.config import ModelConfig
 from jaxlm.devices.sharding import Placement
 from jaxlm.nn.layers import ACTIVATIONS, Dropout, Linear, Norm, initial
+from jaxlm.nn.nodes import array
 
 
 class Vocabulary(nn.Module):
@@ -28,7 +29,7 @@ class Vocabulary(nn.Module):
         if config.tied_embeddings:
             kernel_VD = embedding_VD
         else:
-            kernel_VD = self.param("kernel", initial(config, x_BTD.shape[-1]), (V, x_BTD.shape[-1]), jnp.float32)
+            kernel_VD = array(self, "kernel", initial(config, x_BTD.shape[-1]), (V, x_BTD.shape[-1]))
         logits_BTV = jnp.einsum(
             "...D,VD->...V",
             x_BTD.astype(self.dtype),
@@ -36,7 +37,7 @@ class Vocabulary(nn.Module):
             preferred_element_type=jnp.float32,
         )
         if self.bias:
-            logits_BTV += self.param("bias", nn.initializers.zeros, (V,), jnp.float32)
+            logits_BTV += array(self, "bias", nn.initializers.zeros, (V,))
         return self.constrain(logits_BTV, ("batch", *("length",) * (logits_BTV.ndim - 2), "vocabulary"))
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from jaxlm.config import ModelConfig
 from jaxlm.devices.sharding import Placement
+from jaxlm.nn.nodes import array, dot, parameter
 
 
 def _elementwise(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
@@ -63,10 +64,10 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         inputs = x.shape[x.ndim - self.contract :]
         init = nn.initializers.normal(1 / math.sqrt(math.prod(inputs)) if self.std is None else self.std)
-        kernel = self.param("kernel", init, (*inputs, *self.features), jnp.float32)
-        x = jnp.tensordot(x.astype(self.dtype), kernel.astype(self.dtype), axes=self.contract)
+        kernel = parameter(self, "kernel", init, (*inputs, *self.features))
+        x = dot(x, kernel, self.contract, self.dtype)
         if self.bias:
-            x += self.param("bias", nn.initializers.zeros, self.features, jnp.float32).astype(self.dtype)
+            x += array(self, "bias", nn.initializers.zeros, self.features).astype(self.dtype)
         return x
 
 
@@ -85,9 +86,9 @@ class Norm(nn.Module):
             x -= x.mean(-1, keepdims=True)
         x *= jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + config.norm_epsilon)
         init = nn.initializers.zeros if plus_one else nn.initializers.ones
-        x *= plus_one + self.param("scale", init, (D,), jnp.float32)
+        x *= plus_one + array(self, "scale", init, (D,))
         if centred and "norm" in config.biases:
-            x += self.param("bias", nn.initializers.zeros, (D,), jnp.float32)
+            x += array(self, "bias", nn.initializers.zeros, (D,))
         return x.astype(self.dtype)
 
 
@@ -148,8 +149,8 @@ class Convolution(nn.Module):
     def __call__(self, x_BTD: jax.Array, y_BTD: jax.Array, segments_BT: jax.Array) -> jax.Array:
         config, (_, T, D) = self.config, x_BTD.shape
         size, reach = config.conv_width, config.conv_width // 2
-        kernel = self.param("kernel", initial(config, size * D), (size, D, D), jnp.float32)
-        bias_D = self.param("bias", nn.initializers.zeros, (D,), jnp.float32)
+        kernel = array(self, "kernel", initial(config, size * D), (size, D, D))
+        bias_D = array(self, "bias", nn.initializers.zeros, (D,))
         around = lambda x: jnp.pad(x, [(0, 0), (reach, reach)] + [(0, 0)] * (x.ndim - 2))
         x, segments = around(x_BTD.astype(self.dtype)), around(segments_BT)
         out_BTD = jnp.broadcast_to(bias_D.astype(self.dtype), x_BTD.shape)

@@ -20,15 +20,10 @@ def cross_entropy(
     """Negative log-likelihood of the labels in nats, summed with weights, and the sum of the weights.
 
     With smoothing e the target is 1 - e on the label plus e spread evenly over the vocabulary (Szegedy et al. 2016).
-
-    The label's logit is found by comparison, not by indexing: its gradient is then a product, not a scatter, which
-    XLA runs several times faster on CPU and shards without gathering the vocabulary.
     """
-    V = logits_BTV.shape[-1]
     logits_BTV = logits_BTV.astype(jnp.float32)
     log_normaliser_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    is_label_BTV = labels_BT[..., None] == jnp.arange(V)
-    label_logit_BT = jnp.where(is_label_BTV, logits_BTV, 0).sum(-1)
+    label_logit_BT = _label_logits(logits_BTV, labels_BT)
     loss_BT = log_normaliser_BT - label_logit_BT
     if label_smoothing:
         loss_BT += label_smoothing * (label_logit_BT - logits_BTV.mean(-1))
@@ -37,8 +32,7 @@ def cross_entropy(
 
 def accuracy(logits_BTV: jax.Array, labels_BT: jax.Array, weights_BT: jax.Array) -> Sum:
     """Weighted number of labels whose logit no other exceeds, and the sum of the weights."""
-    is_label_BTV = labels_BT[..., None] == jnp.arange(logits_BTV.shape[-1])
-    label_logit_BT = jnp.where(is_label_BTV, logits_BTV, 0).sum(-1)
+    label_logit_BT = _label_logits(logits_BTV, labels_BT)
     return ((label_logit_BT >= logits_BTV.max(-1)) * weights_BT).sum(), weights_BT.sum()
 
 
@@ -51,7 +45,7 @@ def bits_per_byte(nats: float, size: int) -> float:
     return nats / math.log(2) / size
 
 
-def in_parts(
+def chunked_cross_entropy(
     logits_of: Callable[[Any, jax.Array], jax.Array],
     params: Any,
     x_BTD: jax.Array,
@@ -67,14 +61,63 @@ def in_parts(
 
     logits_of: a function that closes over no arrays.  params: all that it reads.
     """
-    B, T, _ = x_BTD.shape
-    size = -(-T // parts)
-    # Part i has every parts-th position, so that where the length is split over devices each has some of every part.
-    filled = lambda x_BT: jnp.pad(x_BT, [(0, 0), (0, size * parts - T)] + [(0, 0)] * (x_BT.ndim - 2))
-    apart = lambda x_BT: jnp.moveaxis(filled(x_BT).reshape(B, size, parts, *x_BT.shape[2:]), 2, 0)
+    apart = partial(_apart, parts)
     total, hits = _summed(logits_of, label_smoothing, params, *map(apart, (x_BTD, labels_BT, weights_BT)))
     weight = weights_BT.sum()
     return (total, weight), (jax.lax.stop_gradient(hits), weight)
+
+
+def token_log_probs(
+    logits_of: Callable[[Any, jax.Array], jax.Array],
+    params: Any,
+    x_BTD: jax.Array,
+    labels_BT: jax.Array,
+    parts: int = 1,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the log-probability of each label, float32 [B, T], in nats, and the likeliest token, int32 [B, T].
+
+    The logits `logits_of(params, x_BTD)` are never in memory as a whole: they are computed in so many parts of T, one
+    after the other, and the backward pass computes those of each part anew.
+
+    Args:
+      logits_of: a function that closes over no arrays.
+      params: all that it reads.
+      x_BTD: hidden states.
+      labels_BT: a token for each of them.
+      parts: number of parts.
+    """
+
+    def part(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        x, labels = inputs
+        logits = logits_of(params, x).astype(jnp.float32)
+        label_logit = _label_logits(logits, labels)
+        return label_logit - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    if parts == 1:
+        return part((x_BTD, labels_BT))
+    found = jax.lax.map(jax.checkpoint(part), (_apart(parts, x_BTD), _apart(parts, labels_BT)))
+    B, T = labels_BT.shape
+    log_BT, likeliest_BT = (jnp.moveaxis(x, 0, 2).reshape(B, -1)[:, :T] for x in found)
+    return log_BT, likeliest_BT
+
+
+def _apart(parts: int, x_BT: jax.Array) -> jax.Array:
+    """[parts, B, T / parts, ...]: part i has every parts-th position, so that where the length is split over devices
+    each has some of every part."""
+    B, T = x_BT.shape[:2]
+    size = -(-T // parts)
+    filled = jnp.pad(x_BT, [(0, 0), (0, size * parts - T)] + [(0, 0)] * (x_BT.ndim - 2))
+    return jnp.moveaxis(filled.reshape(B, size, parts, *x_BT.shape[2:]), 2, 0)
+
+
+def _label_logits(logits_BTV: jax.Array, labels_BT: jax.Array) -> jax.Array:
+    """The logit of each label [B, T].
+
+    It is found by comparison, not by indexing: its gradient is then a product, not a scatter, which XLA runs several
+    times faster on CPU and shards without gathering the vocabulary.
+    """
+    is_label_BTV = labels_BT[..., None] == jnp.arange(logits_BTV.shape[-1])
+    return jnp.where(is_label_BTV, logits_BTV, 0).sum(-1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -6,11 +6,14 @@ matches exactly one row; a leaf without a row is an error that names it.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import jax
+
+from jaxlm.nn.nodes import is_node
 
 
 class Parameter(NamedTuple):
@@ -76,7 +79,7 @@ TABLE = (
     Parameter(rf"({_DENSE}|{_OUT})/bias", (None,), False, "head"),
 )
 
-PARTS = ("trained", "frozen", "muon", "adam")  # labels of `optax.partition`, keys in the states of its parts
+PARTS = ("muon", "adam")  # labels of `optax.partition`, keys in the states of its parts
 
 
 @cache
@@ -109,13 +112,66 @@ def _own(path: str, dimensions: int) -> Parameter | None:
 def rows(params: Any) -> Any:
     """The tree of rows of a parameter tree.  Raises ValueError for a leaf that no row, or more than one, describes."""
 
-    def row(key_path: tuple[Any, ...], leaf: Any) -> Parameter:
-        found = find(path_of(key_path)) or _own(path_of(key_path), leaf.ndim)
-        if found is None or len(found.axes) != leaf.ndim:
+    def row(key_path: tuple[Any, ...], leaf: Any) -> Any:
+        path = path_of(key_path)
+        dimensions = None if is_node(leaf) else leaf.ndim
+        found = find(path) or _own(path, dimensions or 0)
+        if found is None or dimensions not in (None, len(found.axes)):
             raise ValueError(
-                f"parameter {path_of(key_path)} {leaf.shape} has no row in jaxlm.nn.parameters.TABLE; "
+                f"parameter {path} {getattr(leaf, 'shape', '')} has no row in jaxlm.nn.parameters.TABLE; "
                 f"add one that says its axes, decay and depth"
             )
-        return found
+        return _rows_of_node(leaf, found) if is_node(leaf) else found
 
-    return jax.tree_util.tree_map_with_path(row, params)
+    return jax.tree_util.tree_map_with_path(row, params, is_leaf=is_node)
+
+
+def _rows_of_node(value: Any, row: Parameter) -> Any:
+    """The node with a row in the place of each of its arrays."""
+    if not is_node(value):
+        return value if value is None else row
+    inner = {
+        name: _rows_of_node(getattr(value, name), row._replace(path=f"{row.path}/{name}", axes=axes, inputs=inputs))
+        for name, (axes, inputs) in value.axes(row.axes, row.inputs).items()
+    }
+    return dataclasses.replace(value, **inner)
+
+
+def is_row(value: Any) -> bool:
+    """Whether a value is a row of the table; `rows` has them as leaves."""
+    return isinstance(value, Parameter)
+
+
+def rows_by_path(params: Any) -> dict[str, Parameter]:
+    """The rows of a parameter tree by the paths of its leaves."""
+    found = jax.tree_util.tree_leaves_with_path(rows(params), is_leaf=is_row)
+    return {path_of(path): row for path, row in found}
+
+
+def trained_in_nodes(params: Any) -> Any:
+    """For each leaf whether it may be trained: what is in a node, if the node names it; all others."""
+
+    def of(value: Any, trained: bool) -> Any:
+        if not is_node(value):
+            return value if value is None else trained
+        names = [field.name for field in dataclasses.fields(value) if not field.metadata.get("static")]
+        inner = {name: of(getattr(value, name), trained and name in value.trained) for name in names}
+        return dataclasses.replace(value, **inner)
+
+    return jax.tree.map(lambda leaf: of(leaf, True), params, is_leaf=is_node)
+
+
+def split(params: Any, trained: Any) -> tuple[Any, Any]:
+    """The trained leaves and the frozen ones, each tree with None in the place of the others.
+
+    trained: the tree with a bool for each leaf.  `joined` is the inverse.
+    """
+    some = lambda wanted: jax.tree.map(lambda leaf, is_trained: leaf if is_trained == wanted else None, params, trained)
+    return some(True), some(False)
+
+
+def joined(trained: Any, frozen: Any) -> Any:
+    """The whole tree of the parts that `split` made; frozen: None where nothing is."""
+    if frozen is None:
+        return trained
+    return jax.tree.map(lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda leaf: leaf is None)

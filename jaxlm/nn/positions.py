@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxlm.config import ModelConfig
 from jaxlm.nn.layers import Norm, initial
+from jaxlm.nn.nodes import array
 
 
 class Turns(NamedTuple):
@@ -133,7 +134,7 @@ class Buckets(nn.Module):
         """What is added to the scores [B, H, T, S]."""
         config = self.config
         shape = (config.relative_buckets, config.heads)
-        table_RH = self.param("buckets", initial(config, config.width), shape, jnp.float32)
+        table_RH = array(self, "buckets", initial(config, config.width), shape)
         distances_BTS = positions_BS[:, None, :] - positions_BT[:, :, None]
         far = config.relative_distance
         # By a table of NumPy's, since a logarithm at the edge of a bucket must round alike on every backend.
@@ -163,7 +164,7 @@ class Disentangled(nn.Module):
         config = self.config
         middle = config.relative_buckets or config.relative_distance
         init = nn.initializers.normal(config.initial_std)
-        embeddings_RD = self.param("distances", init, (2 * middle, config.width), jnp.float32)
+        embeddings_RD = array(self, "distances", init, (2 * middle, config.width))
         if config.relative_norm:
             embeddings_RD = Norm(config, name="norm")(embeddings_RD)
         distances_TS = np.arange(T)[:, None] - np.arange(T)[None, :]

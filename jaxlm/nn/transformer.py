@@ -24,6 +24,7 @@ from jaxlm.nn.attention import Attention, Cache, Sight, cross_mask, held, self_m
 from jaxlm.nn.heads import Classes, MaskedLM, PerToken, Pooled, Replaced, Transform, Vocabulary
 from jaxlm.nn.kernels import RESIDUALS
 from jaxlm.nn.layers import MLP, Convolution, Dropout, Linear, Norm
+from jaxlm.nn.nodes import array
 from jaxlm.nn.positions import BY_LENGTH, Buckets, Disentangled, sinusoidal, turns
 
 # What costs little beside the memory that its result would take until the backward pass: it is computed again there.
@@ -71,12 +72,12 @@ class Embeddings(nn.Module):
     def setup(self) -> None:
         config, init = self.config, nn.initializers.normal(self.config.initial_std)
         if not self.shared:
-            self.tokens = self.param("tokens", init, (self.rows or config.vocabulary, config.W), jnp.float32)
+            self.tokens = array(self, "tokens", init, (self.rows or config.vocabulary, config.W))
         if config.positions == "learned":
             rows = config.position_offset + config.max_length
-            self.positions = self.param("positions", init, (rows, config.W), jnp.float32)
+            self.positions = array(self, "positions", init, (rows, config.W))
         if config.types:
-            self.types = self.param("types", init, (config.types, config.W), jnp.float32)
+            self.types = array(self, "types", init, (config.types, config.W))
         if config.embedding_norm:
             self.norm = Norm(config)
         if config.embedding_width is not None:

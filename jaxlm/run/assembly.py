@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from jaxlm.devices import hosts, sharding
 from jaxlm.errors import UserError
 from jaxlm.nn import flops, parameters
 from jaxlm.nn.transformer import Transformer, init
-from jaxlm.run.optimizer import make_optimizer, make_schedule
+from jaxlm.run.optimizer import make_optimizer, make_schedule, trained
 from jaxlm.run.step import TrainState, make_train_step
 from jaxlm.tasks.task import Task
 
@@ -39,7 +40,38 @@ class Assembly(NamedTuple):
     first_state: Callable[[jax.Array], TrainState]
     state_of: Callable[[Any, jax.Array], TrainState]
     draw: Callable[[jax.Array, Sequence[str]], dict[str, jax.Array]]
-    train_step: Any
+    train_step: TrainStep
+
+
+class TrainStep:
+    """A compiled training step: (state, batch) -> (state, metrics).
+
+    The state that is given is used up, but for its frozen part, which the new state shares.
+    """
+
+    def __init__(self, train_step: Callable[[TrainState, Batch], tuple[TrainState, Any]], layout: Any, metrics: Any):
+        """layout: the sharding of each leaf of the state.  metrics: that of the metrics."""
+
+        def apart(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Any]:
+            state, metrics = train_step(state._replace(frozen=frozen), batch)
+            return state._replace(frozen=None), metrics
+
+        changed = layout._replace(frozen=None)
+        self._compiled = jax.jit(
+            functools.wraps(train_step)(apart),
+            donate_argnums=0,
+            in_shardings=(changed, layout.frozen, None),  # the batch lies as `lay` laid it
+            out_shardings=(changed, metrics),
+        )
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Any]:
+        """Returns the next state and the metrics of the step."""
+        new, metrics = self._compiled(state._replace(frozen=None), state.frozen, batch)
+        return new._replace(frozen=state.frozen), metrics
+
+    def trace(self, state: Any, batch: Any) -> Any:
+        """Returns the traced step, of arrays or shapes, as `jax.jit(...).trace` does."""
+        return self._compiled.trace(state._replace(frozen=None), state.frozen, batch)
 
 
 def remat_of(run: RunConfig, mesh: Mesh) -> str:
@@ -75,10 +107,12 @@ def assemble(
     module = kind(config, sharding.Placement(mesh), dtype, remat, unroll, run.attention, precision=run.matmul_precision)
     shapes = jax.eval_shape(partial(init, module), jax.random.key(0))
     schedule = make_schedule(run.optimizer, run.steps)
-    optimizer = make_optimizer(run.optimizer, run.steps, shapes)
+    optimizer, chosen = make_optimizer(run.optimizer, run.steps, shapes), trained(run.optimizer, shapes)
+    all_trained = all(jax.tree.leaves(chosen))
 
     def state_of(params: Any, key: jax.Array) -> TrainState:
-        return TrainState(jnp.int32(0), params, optimizer.init(params), key)
+        params, frozen = parameters.split(params, chosen)
+        return TrainState(jnp.int32(0), params, optimizer.init(params), key, None if all_trained else frozen)
 
     def first_state(key: jax.Array) -> TrainState:
         return state_of(init(module, jax.random.wrap_key_data(key)), key)
@@ -87,16 +121,11 @@ def assemble(
     layout = jax.tree.map(lambda leaf: leaf.sharding, like)
 
     def draw(key: jax.Array, paths: Sequence[str]) -> dict[str, jax.Array]:
-        chosen = lambda tree: {path: leaf for path, leaf in parameters.by_path(tree).items() if path in paths}
-        drawn = lambda key: chosen(init(module, jax.random.wrap_key_data(key)))
-        return jax.jit(drawn, out_shardings=chosen(layout.params))(key)
+        these = lambda tree: {path: leaf for path, leaf in parameters.by_path(tree).items() if path in paths}
+        drawn = lambda key: these(init(module, jax.random.wrap_key_data(key)))
+        return jax.jit(drawn, out_shardings=these(layout.model))(key)
 
-    train_step = jax.jit(
-        make_train_step(task, module, optimizer, schedule),
-        donate_argnums=0,
-        in_shardings=(layout, None),  # the batch lies as `lay` laid it
-        out_shardings=(layout, sharding.replicated(mesh)),
-    )
+    train_step = TrainStep(make_train_step(task, module, optimizer, schedule), layout, sharding.replicated(mesh))
     first, given = (jax.jit(f, out_shardings=layout, donate_argnums=d) for f, d in ((first_state, ()), (state_of, 0)))
     return Assembly(module, like, first, given, draw, train_step)
 
@@ -165,12 +194,13 @@ def rows_here(mesh: Mesh, rows: int, k: int) -> list[int]:
 
 def laid_out(state: TrainState, mesh: Mesh) -> TrainState:
     """Shapes of a state, each with its sharding: that of the parameter that a leaf is, or belongs to."""
-    shapes = {path: leaf.shape for path, leaf in parameters.by_path(state.params).items()}
+    shapes = {path: leaf.shape for path, leaf in parameters.by_path(state.model).items()}
+    rows = parameters.rows_by_path(state.model)
 
     def place(key_path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         path = parameters.path_of(key_path)
         # An optimizer may keep something smaller than the parameter, such as factored moments.
-        row = parameters.find(path) if leaf.shape == shapes.get(path) else None
+        row = rows[path] if leaf.shape == shapes.get(path) else None
         axes = row.axes if row else (None,) * leaf.ndim
         layout = sharding.sharding(mesh, axes, leaf.shape, path or "the optimizer's state")
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout)

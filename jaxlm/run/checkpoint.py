@@ -39,6 +39,11 @@ def checksums(tree: Any) -> jax.Array:
     return jnp.stack([checksum(leaf) for leaf in jax.tree.leaves(tree)])
 
 
+def checksums_of(tree: Any) -> list[int]:
+    """Returns the `checksums` of a tree as numbers of Python's."""
+    return [int(x) for x in np.asarray(checksums(tree))]
+
+
 @jax.jit
 def finite(tree: Any) -> jax.Array:
     """Whether no entry of any leaf is infinite or not a number."""
@@ -91,9 +96,11 @@ class Checkpoints:
     def save(self, state: TrainState, metrics: dict[str, float] | None, notes: Any = None) -> None:
         """Starts to write a state; the highest `metrics["best"]` is the best.  Raises RunError on a full disk.
 
+        The frozen part is left out: it does not change.
+
         notes: JSON values that come back with the state.
         """
-        args = self._ocp.args
+        args, state = self._ocp.args, state._replace(frozen=None)
         notes = json.loads(json.dumps(notes))  # a copy: they are written while the caller goes on
         whole = _all_checksums(state, notes)
         with self._faults(), _unwarned():
@@ -122,10 +129,13 @@ class Checkpoints:
     def restore(self, like: Any, step: int | None = None) -> tuple[Any, Any] | None:
         """The state of `step`, or of the newest whole checkpoint, and its notes; None where there is none.
 
+        Its frozen part is None.
+
         `like`: a tree of `jax.ShapeDtypeStruct` with the shardings wanted here, whatever they were when it was saved.
         A corrupt checkpoint is set aside under `corrupt/`, said, and the one before it is taken.  Raises RunError where
         a checkpoint may well be whole but cannot be read here.
         """
+        like = like._replace(frozen=None)
         while (found := self.last() if step is None else step) is not None:
             try:
                 args = self._ocp.args
@@ -176,7 +186,7 @@ class Checkpoints:
                 params = reader.restore(self.folder / str(step) / "state", args=args)["params"]
             file = self.folder / str(step) / "notes" / "metadata"
             whole = json.loads(file.read_text())["checksums"]
-            found = [int(x) for x in np.asarray(checksums(params))]
+            found = checksums_of(params)
             if found == whole[1 : 1 + len(found)]:  # behind that of the step
                 return params
             fault: Exception = ValueError("its content does not match its checksums")
@@ -257,7 +267,7 @@ class OfFirstHost:
         def write(asked: Any) -> None:
             self._of_first.save(jax.tree.map(np.asarray, asked), metrics, notes)
 
-        hosts.first_reads(state, write)
+        hosts.first_reads(state._replace(frozen=None), write)
 
     def wait(self) -> None:
         """As `Checkpoints.wait`."""
@@ -274,6 +284,7 @@ class OfFirstHost:
     def restore(self, like: Any, step: int | None = None) -> tuple[Any, Any] | None:
         """As `Checkpoints.restore`."""
         found: list[Any] = []
+        like = like._replace(frozen=None)
 
         def read() -> dict[str, Any] | None:
             restored = self._of_first.restore(_empty(like), step)
@@ -316,7 +327,7 @@ def _unwarned() -> Iterator[None]:
 
 
 def _all_checksums(state: Any, notes: Any) -> list[int]:
-    return [*(int(x) for x in np.asarray(checksums(state))), zlib.crc32(json.dumps(notes, sort_keys=True).encode())]
+    return [*checksums_of(state), zlib.crc32(json.dumps(notes, sort_keys=True).encode())]
 
 
 def _is_full(error: Exception) -> bool:

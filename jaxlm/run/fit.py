@@ -31,7 +31,7 @@ from jaxlm.nn import parameters
 from jaxlm.nn.transformer import Transformer
 from jaxlm.reports import report
 from jaxlm.run.assembly import assemble, closed_flops, lay, rows_here
-from jaxlm.run.checkpoint import Checkpoints, OfFirstHost, finite
+from jaxlm.run.checkpoint import Checkpoints, OfFirstHost, checksums_of, finite
 from jaxlm.run.evaluate import see
 from jaxlm.run.folder import (
     SUMMARY,
@@ -48,6 +48,7 @@ from jaxlm.run.folder import (
 from jaxlm.run.measure import Meter, Trace
 from jaxlm.run.start import (
     check_fits,
+    check_frozen,
     check_model,
     configured,
     known_labels,
@@ -201,7 +202,7 @@ def _fit_in(
     parts = assemble(run, task, config, mesh, kind)
     module, like = parts.module, parts.like
     if weights is not None:
-        check_fits(weights.shapes, {path: leaf.shape for path, leaf in parameters.by_path(like.params).items()})
+        check_fits(weights.shapes, {path: leaf.shape for path, leaf in parameters.by_path(like.model).items()})
 
     # All that the user could have got wrong is looked at; the folder is this run's from here on.
     of_init = find(run.init) if run.init and model is None and weights is not None else None
@@ -217,16 +218,19 @@ def _fit_in(
         keeps = OfFirstHost
     checkpoints = keeps(folder / "checkpoints", run.keep, say)
     state, notes = checkpoints.restore(like) or (None, {})
-    if state is None:
-        key = jax.random.key_data(jax.random.key(run.seed))
+    key = jax.random.key_data(jax.random.key(run.seed))
+    if state is None or like.frozen is not None:
         weights = weights or weights_of(as_given, None, task, data.labels, False)
-        if weights is None:
-            state = parts.first_state(key)
-        else:
-            state = parts.state_of(start_from(weights, like.params, partial(parts.draw, key), say), key)
+    if state is None and weights is None:
+        state = parts.first_state(key)
+    elif state is None:
+        state = parts.state_of(start_from(weights, like.model, partial(parts.draw, key), say), key)
+    elif like.frozen is not None:  # which checkpoints leave where it came from
+        state = state._replace(frozen=start_from(weights, like.frozen, partial(parts.draw, key), lambda _: None))
+        check_frozen(state.frozen, notes["frozen"], run.init)
     started = int(state.step)
     hosts.first(lambda: (folder / "report.html").unlink(missing_ok=True))  # its presence says: finished
-    _say_start(run, folder, data, batches, _size(like.params), mesh, started)
+    _say_start(run, folder, data, batches, _size(like.model), mesh, started)
     if held_out_tokens and len(data.held_out.tokens) < held_out_tokens:
         say(f"eval      on {len(data.held_out.tokens):,} of {held_out_tokens:,} held-out tokens (--eval-tokens 0: all)")
     if balance := task.balance(data.train):
@@ -252,10 +256,11 @@ def _fit_in(
     # What each evaluation was worth, and what the weights were that the run started from.
     history, before = notes.get("history", []), notes.get("before", -math.inf)
     if starts_from_weights and run.eval_every:
-        given = score(state.params)[0]
+        given = score(state.model)[0]
         before = worth(given)
         log.write(0, {f"eval/{name}": value for name, value in given.items()})
         say(_score_line(0, run.steps, given))
+    frozen_sums = None if state.frozen is None else checksums_of(state.frozen)
     stop = hosts.agreed(stop)
     checkpoint_every = run.checkpoint_every or max(1, run.steps // 10)
     # Metrics of the steps since the last line of the log, still on the device, and what they cost: a checkpoint between
@@ -299,7 +304,7 @@ def _fit_in(
                 unlogged, logged = [], unlogged
             # Once in a while: the held-out data, and a checkpoint.
             if evaluating:
-                paused, (scores, found) = time.monotonic(), score(state.params)
+                paused, (scores, found) = time.monotonic(), score(state.model)
                 log.write(step, {f"eval/{name}": value for name, value in scores.items()})
                 meter.paused(time.monotonic() - paused)
                 if not np.isfinite(scores["loss"]):
@@ -313,6 +318,7 @@ def _fit_in(
             if saving:
                 notes = {"unlogged": unlogged, "logged": logged, "history": history, **meter.carried()}
                 notes |= {} if math.isinf(before) else {"before": before}
+                notes |= {} if frozen_sums is None else {"frozen": frozen_sums}
                 checkpoints.save(state, scores | {"best": history[-1]} if evaluating else None, notes)
                 place.send()  # of what is whole by now
             if stopping or ending:
@@ -327,11 +333,11 @@ def _fit_in(
             state = state._replace(opt_state=None)
             if (params := checkpoints.restore_params(like.params, best_step)) is not None:
                 state, scores = state._replace(step=jax.numpy.int32(best_step), params=params), {}
-        export, lm = _export(with_params(made, state.params), task, folder / "export")
+        export, lm = _export(with_params(made, state.model), task, folder / "export")
         if not ending:
             raise Stopped(f"stopped at step {step:,} of {run.steps:,} and saved; the same command goes on from here")
         if not scores:
-            scores, found = score(state.params)
+            scores, found = score(state.model)
     finally:
         meter.close()
         trace.close()

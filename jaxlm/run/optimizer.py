@@ -62,18 +62,31 @@ def rates(config: OptimizerConfig, params: Any) -> Any:
         (leaf.shape[0] for row, leaf in zip(_leaves(rows), jax.tree.leaves(params)) if row.depth == "layers"),
         default=0,
     )
-    return jax.tree.map(rate, rows, params, is_leaf=_is_row)
+    return jax.tree.map(rate, rows, params, is_leaf=parameters.is_row)
+
+
+def trained(config: OptimizerConfig, params: Any) -> Any:
+    """Returns for each leaf whether the run trains it, at least in one layer.
+
+    Args:
+      params: all parameters of the model, arrays or shapes.
+    """
+    moves = jax.tree.map(lambda factor: bool(np.any(factor)), rates(config, params))
+    return jax.tree.map(lambda may, factor: may and factor, parameters.trained_in_nodes(params), moves)
 
 
 def make_optimizer(config: OptimizerConfig, steps: int, params: Any) -> optax.GradientTransformation:
-    """The chain for a parameter tree (arrays or shapes).
+    """Returns the chain for the trained part of a parameter tree, as `parameters.split` makes it of `trained`.
 
-    Wholly frozen leaves take no part: they keep no state and do not count in the gradient's norm.  That norm, before
-    clipping, is found in the state under `grad_norm`.
+    The norm of the gradient before clipping is in the chain's state, under `grad_norm`.
+
+    Args:
+      params: all parameters of the model, arrays or shapes.
     """
-    factor = rates(config, params)
-    frozen = jax.tree.map(lambda f: not np.any(f), factor)
-    decays = jax.tree.map(lambda row: row.decays, parameters.rows(params), is_leaf=_is_row)
+    chosen = trained(config, params)
+    factor, _ = parameters.split(rates(config, params), chosen)
+    params, _ = parameters.split(params, chosen)
+    decays = jax.tree.map(lambda row: row.decays, parameters.rows(params), is_leaf=parameters.is_row)
     partly_frozen = any(np.any(f == 0) and np.any(f) for f in jax.tree.leaves(factor))
     parts = [
         # Rows of a stacked leaf that are frozen neither move nor count in the norm.
@@ -86,11 +99,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, params: Any) -> optax.Gr
         _scale(factor) if any(np.any(f != 1) for f in jax.tree.leaves(factor)) else optax.identity(),
         optax.scale_by_learning_rate(make_schedule(config, steps)),
     ]
-    optimizer = optax.chain(*parts)
-    if any(jax.tree.leaves(frozen)):
-        labels = jax.tree.map(lambda f: "frozen" if f else "trained", frozen)
-        optimizer = optax.partition({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)
-    return optimizer
+    return optax.chain(*parts)
 
 
 def _direction(config: OptimizerConfig, params: Any) -> optax.GradientTransformation:
@@ -117,11 +126,17 @@ def _direction(config: OptimizerConfig, params: Any) -> optax.GradientTransforma
         optax.contrib.scale_by_muon(
             beta=config.beta1,
             mu_dtype=kind,
-            weight_dimension_numbers=lambda tree: jax.tree.map(dimensions, parameters.rows(tree), is_leaf=_is_row),
+            weight_dimension_numbers=lambda tree: jax.tree.map(
+                dimensions, parameters.rows(tree), is_leaf=parameters.is_row
+            ),
         ),
-        _scale(jax.tree.map(lambda row, leaf: 0.2 * max(_matrix(row, leaf)) ** 0.5, rows, params, is_leaf=_is_row)),
+        _scale(
+            jax.tree.map(
+                lambda row, leaf: 0.2 * max(_matrix(row, leaf)) ** 0.5, rows, params, is_leaf=parameters.is_row
+            )
+        ),
     )
-    labels = jax.tree.map(lambda row: "muon" if row.inputs else "adam", rows, is_leaf=_is_row)
+    labels = jax.tree.map(lambda row: "muon" if row.inputs else "adam", rows, is_leaf=parameters.is_row)
     return optax.partition({"muon": muon, "adam": adam}, labels)
 
 
@@ -141,7 +156,7 @@ def _adafactor(params: Any) -> optax.GradientTransformation:
     of an update is clipped to 1 over one layer of one parameter (Shazeer and Stern 2018, algorithm 4).
     """
     rows = parameters.rows(params)
-    structure: Any = jax.tree.structure(rows, is_leaf=_is_row)
+    structure: Any = jax.tree.structure(rows, is_leaf=parameters.is_row)
 
     def matrix_view(row: parameters.Parameter, leaf: Any) -> tuple[tuple[int, ...], optax.GradientTransformation]:
         """Returns the shape in which the moments of one layer are kept, and the transformation."""
@@ -162,7 +177,7 @@ def _adafactor(params: Any) -> optax.GradientTransformation:
 
     def init(params: Any) -> _LayerStates:
         leaf_state = lambda row, p: p if isinstance(p, optax.MaskedNode) else per_layer("init", row, p)
-        return _LayerStates(jax.tree.map(leaf_state, rows, params, is_leaf=_is_row))
+        return _LayerStates(jax.tree.map(leaf_state, rows, params, is_leaf=parameters.is_row))
 
     def update(updates: Any, state: _LayerStates, params: Any) -> tuple[Any, _LayerStates]:
         directions, states = [], []
@@ -190,7 +205,7 @@ def _in_proportion(params: Any) -> optax.GradientTransformation:
             axes = tuple(range(row.depth == "layers", p.ndim))
             return u * jnp.maximum(jnp.sqrt(jnp.square(p).mean(axes, keepdims=True)), 1e-3)
 
-        return jax.tree.map(scaled, rows, updates, params, is_leaf=_is_row)
+        return jax.tree.map(scaled, rows, updates, params, is_leaf=parameters.is_row)
 
     return optax.stateless(update)
 
@@ -212,9 +227,5 @@ def _scale(factors: Any) -> optax.GradientTransformation:
     return optax.stateless(update)
 
 
-def _is_row(value: Any) -> bool:
-    return isinstance(value, parameters.Parameter)
-
-
 def _leaves(rows: Any) -> list[parameters.Parameter]:
-    return jax.tree.leaves(rows, is_leaf=_is_row)
+    return jax.tree.leaves(rows, is_leaf=parameters.is_row)

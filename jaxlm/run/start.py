@@ -23,6 +23,7 @@ from jaxlm.hub.place import read_leaves
 from jaxlm.hub.pooling import Pooling
 from jaxlm.lm import LM, find, has_tokenizer, kept_files, without_task
 from jaxlm.nn import parameters
+from jaxlm.run.checkpoint import checksums_of
 from jaxlm.tasks import TASKS
 from jaxlm.tasks.labels import Labels, named_outputs, unnamed
 from jaxlm.tasks.multi_task import TaskMixture, own_head
@@ -271,16 +272,34 @@ def _on_top(path: str) -> bool:
 
 
 def start_from(
-    weights: Weights, like: Any, draw: Callable[[Sequence[str]], dict[str, jax.Array]], say: Callable[[str], None]
+    weights: Weights | None,
+    like: Any,
+    draw: Callable[[Sequence[str]], dict[str, jax.Array]],
+    say: Callable[[str], None],
 ) -> Any:
     """Returns the parameters that a run starts from, each shard on its device.
 
     like: their shapes and shardings.  draw(paths): initial values of leaves that the weights lack, which are reported.
     """
     layouts = {path: leaf.sharding for path, leaf in parameters.by_path(like).items()}
-    new = [path for path in layouts if path not in weights.shapes]
+    new = [path for path in layouts if weights is None or path not in weights.shapes]
     if new:
         say(f"made new, since the given weights have none: {', '.join(sorted({path.split('/')[0] for path in new}))}")
-    leaves = weights.read({path: layout for path, layout in layouts.items() if path not in new})
+    leaves = {} if weights is None else weights.read({path: layouts[path] for path in layouts if path not in new})
     leaves |= draw(new) if new else {}
     return jax.tree_util.tree_map_with_path(lambda key_path, _: leaves.pop(parameters.path_of(key_path)), like)
+
+
+def check_frozen(frozen: Any, sums: list[int], init: str) -> None:
+    """Raises UserError where frozen parameters, read again for a run that resumes, are not those that it began with.
+
+    Args:
+      frozen: the parameters, from `init`, or drawn by the run's seed.
+      sums: the checksums of those that the run began with.
+      init: the run's.
+    """
+    if checksums_of(frozen) != sums:
+        raise UserError(
+            f"the parameters that the run does not train are not those that it began with; give --init "
+            f"{init or '(none)'} the content that it had, or choose another --workdir"
+        )

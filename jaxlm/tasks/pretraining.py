@@ -20,7 +20,7 @@ from jaxlm.errors import UserError
 from jaxlm.lm import LM
 from jaxlm.nn.losses import Losses, accuracy, bits_per_byte, cross_entropy
 from jaxlm.nn.transformer import Transformer, apply
-from jaxlm.tasks.states import hidden, word_losses
+from jaxlm.tasks.states import hidden, word_losses, word_scores
 from jaxlm.tasks.task import Seen, Task, register
 
 TRAINING, EVALUATION = 0, 1  # first word of the seeds below, so that no evaluation repeats a training draw
@@ -50,14 +50,15 @@ class CausalLMTask(Task):
 
     def losses(self, module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> Losses:
         x_BTD = hidden(module, params, batch, key)
-        smoothing = 0.0 if key is None else self.task.label_smoothing
         labels_BT, weights_BT = batch["labels_BT"], batch["weights_BT"]
-        found = word_losses(module, params, x_BTD, labels_BT, weights_BT, smoothing)
         if key is not None:
+            found = word_losses(module, params, x_BTD, labels_BT, weights_BT, self.task.label_smoothing)
             return {"loss": found["loss"]}, {}
+        log_BT, likeliest_BT = word_scores(module, params, x_BTD, labels_BT)
+        summed = lambda x_BT, weights_BT: ((x_BT * weights_BT).sum(), weights_BT.sum())
+        found = {"loss": summed(-log_BT, weights_BT), "accuracy": summed(likeliest_BT == labels_BT, weights_BT)}
         if self.frame:
-            text_BT = weights_BT * ~jnp.isin(labels_BT, jnp.array(self.frame))
-            found["text_loss"] = word_losses(module, params, x_BTD, labels_BT, text_BT)["loss"]
+            found["text_loss"] = summed(-log_BT, weights_BT * ~jnp.isin(labels_BT, jnp.array(self.frame)))
         return found, {}
 
     def measure(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxlm.data.batches import Batch
 from jaxlm.inference.encode import pool
-from jaxlm.nn.losses import Sum, accuracy, cross_entropy, in_parts
+from jaxlm.nn.losses import Sum, accuracy, chunked_cross_entropy, cross_entropy, token_log_probs
 from jaxlm.nn.transformer import Transformer, apply
 
 MOST_LOGITS = 1 << 26  # on each device at once; more are computed in parts, one after the other
@@ -36,20 +37,36 @@ def word_losses(
     method: str = "lm",
 ) -> dict[str, Sum]:
     """Loss and accuracy of the words that a head over the vocabulary, a method of the module, says at each place."""
-    V, ways = module.config.vocabulary, module.constrain.ways
-    B, T, _ = x_BTD.shape
-    entries = B * T * V // (ways("batch") * ways("length") * ways("vocabulary"))
-    parts = min(T, max(1, -(-entries // MOST_LOGITS)))
-    # Rather some more parts than padding.
-    parts = next((n for n in range(parts, 2 * parts) if T % (n * ways("length")) == 0), parts)
+    parts = _parts(module, *labels_BT.shape)
     if parts == 1:
         logits_BTV = apply(module, params, x_BTD, method=method)
         found = cross_entropy(logits_BTV, labels_BT, weights_BT, label_smoothing)
         return {"loss": found, "accuracy": accuracy(logits_BTV, labels_BT, weights_BT)}
-    heads = {name: part for name, part in params.items() if name not in ("encoder", "decoder")}
-    logits_of = partial(apply, module, method=method)
-    loss, hits = in_parts(logits_of, heads, x_BTD, labels_BT, weights_BT, label_smoothing, parts)
+    head = _head(module, params, method)
+    loss, hits = chunked_cross_entropy(*head, x_BTD, labels_BT, weights_BT, label_smoothing, parts)
     return {"loss": loss, "accuracy": hits}
+
+
+def word_scores(
+    module: Transformer, params: Any, x_BTD: jax.Array, labels_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The log-probability of each label by the head lm, and the likeliest token: `losses.token_log_probs`."""
+    return token_log_probs(*_head(module, params, "lm"), x_BTD, labels_BT, _parts(module, *labels_BT.shape))
+
+
+def _parts(module: Transformer, B: int, T: int) -> int:
+    """Number of parts in which logits [B, T, V] are computed."""
+    ways = module.constrain.ways
+    entries = B * T * module.config.vocabulary // (ways("batch") * ways("length") * ways("vocabulary"))
+    parts = min(T, max(1, -(-entries // MOST_LOGITS)))
+    # Rather some more parts than padding.
+    return next((n for n in range(parts, 2 * parts) if T % (n * ways("length")) == 0), parts)
+
+
+def _head(module: Transformer, params: Any, method: str) -> tuple[Callable[[Any, jax.Array], jax.Array], Any]:
+    """The function from parameters and states to logits, and the parameters that it reads."""
+    heads = {name: part for name, part in params.items() if name not in ("encoder", "decoder")}
+    return partial(apply, module, method=method), heads
 
 
 def of_examples(x_BTD: jax.Array, batch: Batch, where: str) -> jax.Array:

@@ -1,0 +1,26 @@
+"""Arrays of which some entries stay zero, as after pruning."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.nn import nodes
+
+
+@nodes.node
+class Masked(nodes.Node):
+    """`values * mask`: what the mask leaves out is zero and stays so."""
+
+    values: jax.Array
+    mask: jax.Array  # bool, of the same shape
+
+    trained = ("values",)
+
+    def materialize(self) -> jax.Array:
+        """Returns the values, with zeros where the mask is False."""
+        return jnp.where(self.mask, nodes.dense(self.values), 0)
+
+    def axes(self, axes: nodes.Axes, inputs: int) -> dict[str, tuple[nodes.Axes, int]]:
+        """Returns those of the dense array, for both."""
+        return {"values": (axes, inputs), "mask": (axes, 0)}

@@ -1,0 +1,42 @@
+"""Arrays in eight bits, with a scale for each output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.nn import nodes
+
+
+@nodes.node
+class Quantized(nodes.Node):
+    """`values * scales`: integers from -127 to 127, and a factor for each output."""
+
+    values: jax.Array  # int8
+    scales: jax.Array  # float32, of the shape of the array with 1 in place of the axes that are contracted
+
+    def materialize(self) -> jax.Array:
+        """Returns the dequantised array, float32."""
+        return self.values.astype(jnp.float32) * self.scales
+
+    def axes(self, axes: nodes.Axes, inputs: int) -> dict[str, tuple[nodes.Axes, int]]:
+        """Returns those of the dense array; the scales are not split along what is contracted."""
+        first = int(axes[0] == "layers")
+        cut = first + max(inputs, 1)
+        return {"values": (axes, 0), "scales": ((*axes[:first], *(None,) * (cut - first), *axes[cut:]), 0)}
+
+
+def quantize(array: Any, inputs: int = 1, stacked: bool = True) -> Quantized:
+    """Returns a matrix in eight bits: each output by its largest weight (absmax; Dettmers et al. 2022, section 2.1).
+
+    Args:
+      array: [L, I..., O...], or [I..., O...] where it is not stacked.
+      inputs: number of the axes I.
+      stacked: whether the first axis is that of layers.
+    """
+    axes = tuple(range(int(stacked), int(stacked) + inputs))
+    largest = jnp.abs(array).max(axes, keepdims=True)
+    scales = jnp.where(largest > 0, largest / 127, 1).astype(jnp.float32)
+    return Quantized(jnp.round(array / scales).astype(jnp.int8), scales)
