@@ -229,7 +229,7 @@ def predict(argv: list[str], _: process.Signals) -> int:
     from jaxlm.data import source
     from jaxlm.run.evaluate import predicted
     from jaxlm.run.folder import RowWriter
-    from jaxlm.tasks.reading import columns_of
+    from jaxlm.tasks import columns_of
 
     columns = columns_of(asked.task, labelled=False)
     # The others are written beside the predictions.
@@ -249,7 +249,7 @@ def evaluate(argv: list[str], _: process.Signals) -> int:
     from jaxlm.data import source
     from jaxlm.inference.likelihood import perplexity
     from jaxlm.run.evaluate import beside, scored
-    from jaxlm.tasks.reading import columns_of
+    from jaxlm.tasks import columns_of
 
     if asked.probabilities or asked.top_k:
         raise UserError("--probabilities and --top-k are of predict; leave them out")

@@ -86,8 +86,7 @@ def run_of(name: str, folder, **fields) -> RunConfig:
 def test_batches_hold_sources_and_targets_of_one_text(name, tmp_path):
     run = run_of(name, tmp_path)
     data = prepare(run, None, lambda _: None)
-    task = make_task(run, data.tokenizer)
-    task.configured(run.model)
+    task = make_task(run, data.tokenizer).bound(run.model)
     batches = task.batches(data.train, 4, run.data.length, 0)
     first, again, later = batches.batch_at(0), batches.batch_at(0), batches.batch_at(len(batches) + 1)
     assert all((first[field] == again[field]).all() for field in first)

@@ -48,7 +48,7 @@ from jaxlm.run.fit import fit
 from jaxlm.run.measure import MEASURED
 from jaxlm.run.step import make_eval_step
 from jaxlm.tasks import TASKS, metrics
-from jaxlm.tasks.reading import Records
+from jaxlm.tasks.cells import Records
 from jaxlm.tasks.records import RecordTask
 from jaxlm.tasks.task import Seen
 
@@ -495,10 +495,18 @@ def test_the_other_texts_of_a_pair_are_those_of_the_batch():
     close(np.linalg.norm(a, axis=-1), np.ones(len(a)))
 
 
+def test_a_task_does_not_change():
+    task = task_of("class")
+    with pytest.raises(AttributeError, match=r"set pooling in `__init__`, or return self.replaced\(pooling"):
+        task.pooling = Pooling(("max",))
+    assert task.replaced(pooling=Pooling(("max",))).pooling.modes == ("max",) != task.pooling.modes
+
+
 def test_balanced_weights_and_smoothing_are_for_training_alone():
     task = task_of("class", class_weights="balanced", label_smoothing=0.3)
     records = records_of("class", [{"text": "a", "label": label} for label in ("no", "no", "no", "so", "yes", "yes")])
     part = Records(records, [])
+    task = task.bound(MODELS["bert"], part=part)
     features = [task.examples(part, training).epoch(0).features for training in (True, False)]
     # As scikit-learn has it: rows / (classes x rows of the class).
     close([features[0](i)[0]["weights_BE"] for i in range(6)], [2 / 3] * 3 + [2] + [1] * 2)
@@ -519,7 +527,9 @@ def test_balanced_weights_of_several_labels_are_those_of_torch():
     task = task_of("classes", class_weights="balanced")
     found = [["a"], ["a"], ["a", "b"], [], ["c"], ["a", "c"]]
     records = records_of("classes", [{"text": "a", "label": names} for names in found])
-    batch = Batches(task.examples(Records(records, []), True), 1, T, 6, None).batch_at(0)
+    part = Records(records, [])
+    task = task.bound(MODELS["bert"], part=part)
+    batch = Batches(task.examples(part, True), 1, T, 6, None).batch_at(0)
     logits = np.random.default_rng(0).standard_normal((1, 6, 3)).astype(np.float32)
     for training, weights in ((True, [2 / 4, 5 / 1, 4 / 2]), (False, [1, 1, 1])):
         loss = jit(lambda logits, batch, training=training: task.loss(logits, batch, training))(logits, batch)
@@ -848,8 +858,7 @@ def test_unusual_examples_are_told_and_scored(case, model, kind):
 def test_vectors_by_any_pooling(mode):
     """Places without a text are no trouble for a maximum either."""
     _, module, params, _ = compiled("cosine", "bert")
-    task = task_of("cosine")
-    task.pooling = Pooling((mode,))
+    task = task_of("cosine").replaced(pooling=Pooling((mode,)))
     batch = batches_of(task, drawn("cosine", LENGTHS)).batch_at(0)
     loss = lambda params: task.losses(module, params, batch, jax.random.key(0))[0]["loss"][0]
     value, grads = jit(jax.value_and_grad(loss))(params)

@@ -28,8 +28,8 @@ from jaxlm.data.formats import literals
 from jaxlm.data.formats.rows import Columns
 from jaxlm.errors import UserError
 from jaxlm.inference import prompts as prompt_files
-from jaxlm.tasks import TASKS
-from jaxlm.tasks.reading import columns_of, load
+from jaxlm.tasks import TASKS, columns_of
+from jaxlm.tasks.reading import load
 
 
 def rows(path: Path, needed: Columns | None = None, **choices) -> list[dict]:

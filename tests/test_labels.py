@@ -38,7 +38,7 @@ from jaxlm.nn.transformer import Transformer
 from jaxlm.run.fit import Stopped, fit
 from jaxlm.tasks import TASKS, labels
 from jaxlm.tasks import tags as schemes
-from jaxlm.tasks.reading import Records
+from jaxlm.tasks.cells import Records
 
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "sleeps")
 NLI = ("entailment", "neutral", "contradiction")
@@ -357,7 +357,7 @@ def test_a_new_head_is_drawn_where_it_is_asked_for(start, quick):
 
 def test_names_that_are_given_name_the_outputs_of_a_head_without_names(start):
     run, _ = start(Classification(names=NLI), "classes", ("LABEL_0", "LABEL_1", "LABEL_2"), class_row)
-    from jaxlm.run.start import known_labels
+    from jaxlm.run.weights import known_labels
     from jaxlm.tasks import prepare
 
     known = known_labels(run, None)

@@ -317,7 +317,7 @@ if sys.argv[2] == "load":
     params = jaxlm.load(sys.argv[1], mesh=mesh).params
 else:  # --init of a run
     from jaxlm.run.assembly import assemble
-    from jaxlm.run.start import start_from, weights_of
+    from jaxlm.run.weights import start_from, weights_of
     from jaxlm.tasks import make_task
     data = jaxlm.DataConfig(path="text", length=32)
     run = jaxlm.RunConfig(None, jaxlm.CausalLM(), data, init=sys.argv[1], batch=8, mesh=MeshConfig(data=1, fsdp=8))

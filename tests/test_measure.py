@@ -18,8 +18,8 @@ from jaxlm.devices import chips
 from jaxlm.devices.sharding import make_mesh
 from jaxlm.errors import Stopped, UserError
 from jaxlm.nn import flops
-from jaxlm.run import fit as fit_module
 from jaxlm.run import measure
+from jaxlm.run import training as training_module
 from jaxlm.run.fit import fit
 from jaxlm.run.measure import MEASURED, Meter, Trace
 
@@ -103,7 +103,7 @@ def test_a_line_goes_on_where_a_checkpoint_cut_it(tmp_path, monkeypatch):
     with pytest.raises(Stopped):
         fit(run, stop=lambda: next(left, None) is None)
     carried = []
-    monkeypatch.setattr(fit_module, "Meter", lambda *given: carried.append(given[2]) or Meter(*given))
+    monkeypatch.setattr(training_module, "Meter", lambda *given: carried.append(given[2]) or Meter(*given))
     fit(run)
     (notes,) = carried
     assert len(notes["took"]) == 3 and notes["seconds"] > sum(notes["took"]) > 0  # of four steps, the first compiled

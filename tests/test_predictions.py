@@ -37,7 +37,7 @@ from jaxlm.lm import LM, with_task
 from jaxlm.nn.transformer import Transformer
 from jaxlm.run.evaluate import task_for
 from jaxlm.tasks import TASKS, metrics
-from jaxlm.tasks.reading import Records
+from jaxlm.tasks.cells import Records
 
 TEXT = "the good bad film plot actor scene great awful boring fine story music was is very quite never always rather"
 MODEL = ModelConfig(
@@ -334,7 +334,7 @@ def test_training_counts_what_is_cut_of_both_sides():
         "3 of 9 sources are longer than 12 tokens and were cut",
     ]
     assert sorted(set(examples.true_lengths.tolist())) == sorted(set(whole))
-    task.source_length = None  # as in a decoder, whose prompt loses its beginning
+    task = task.replaced(source_length=None)  # as in a decoder, whose prompt loses its beginning
     assert task.examples(Records(records, []), True).truncation("T").cut >= 5
 
 

@@ -25,8 +25,8 @@ from jaxlm.lm import LM
 from jaxlm.nn.transformer import Transformer, apply
 from jaxlm.run.evaluate import see
 from jaxlm.run.step import make_eval_step
+from jaxlm.tasks.cells import Records
 from jaxlm.tasks.chat import ChatTask
-from jaxlm.tasks.reading import Records
 from jaxlm.tasks.seq2seq import Seq2SeqTask
 
 T, S, ROWS, V = 20, 28, 3, 300
@@ -70,8 +70,7 @@ def tokenizer_of(model: str):
 def task_of(model: str, length: int = T, **fields) -> Seq2SeqTask:
     decoding = Decoding(temperature=0.0, max_new_tokens=7)
     task = Seq2SeqTask(Seq2Seq(source_length=S, decoding=decoding, **fields), length, 0, tokenizer_of(model), ())
-    task.configured(MODELS[model])
-    return task
+    return task.bound(MODELS[model])
 
 
 def records(lengths, seed: int = 0):
@@ -261,7 +260,7 @@ def test_separate_vocabularies_come_back(tmp_path):
 def test_texts_longer_than_the_positions_are_refused_before_the_run():
     task = Seq2SeqTask(Seq2Seq(), T, 0, tokenizer(False), ())
     with pytest.raises(UserError, match="max_new_tokens is 128, and the model has 64 positions; lower it to 63"):
-        task.configured(MODELS["gpt2"])
+        task.bound(MODELS["gpt2"])
 
 
 def test_long_texts_are_cut_and_keep_their_end():
@@ -397,8 +396,7 @@ TALKS = [
 def chat_of(length: int = 80, **fields) -> ChatTask:
     fields |= {"template": CHATML, "decoding": Decoding(max_new_tokens=32)}
     task = ChatTask(Chat(**fields), length, 0, tokenizer(False), ())
-    task.configured(MODELS["llama"])
-    return task
+    return task.bound(MODELS["llama"])
 
 
 def test_what_the_assistant_says_is_learned_alone():

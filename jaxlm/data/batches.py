@@ -53,6 +53,8 @@ class Batches:
     An epoch's rows follow those of the one before it, so that no row is dropped where a batch does not divide an epoch.
     """
 
+    reads_state = False
+
     def __init__(
         self,
         examples: Examples,
@@ -100,6 +102,10 @@ class Batches:
                 epoch, units = found
                 _fill(batch, b, [epoch.features(i) for i in units])
         return batch
+
+    def batch(self, step: int, state: Any, rows: Iterable[int] | None = None) -> Features:
+        """`batch_at(step, rows)`, whatever the training state."""
+        return self.batch_at(step, rows)
 
     def nothing(self) -> Features:
         """A batch of padding."""
@@ -182,6 +188,30 @@ def _fill(batch: Features, b: int, units: list[list[Features]]) -> None:
             for name, value in features.items():
                 batch[name][places.get(name.rpartition("_")[2][1], (b, e))] = value
             start, source_start, e = end, source_end, e + 1
+
+
+class BatchSource(Protocol):
+    """Where the batches of a run come from: `Batches`, or another with the same methods."""
+
+    reads_state: bool  # whether a batch depends on the training state, as what a model has just written does
+
+    def batch(self, step: int, state: Any, rows: Iterable[int] | None = None) -> Features:
+        """Returns the batch of a step.
+
+        Args:
+          step: from 0.
+          state: the training state before the step; None where the source does not read it.
+          rows: those that are made, the others being left as padding; None: all.
+        """
+
+
+def fed(
+    source: BatchSource, start: int, stop: int, state: Callable[[], Any], rows: Iterable[int] | None = None
+) -> Iterator[Features]:
+    """Yields the batches of the steps from `start` to `stop - 1`: ahead of time, unless they depend on the state."""
+    if source.reads_state:
+        return (source.batch(step, state(), rows) for step in range(start, stop))
+    return prefetch(lambda step: source.batch(step, None, rows), start, stop)
 
 
 def prefetch(batch_at: Callable[[int], Features], start: int, stop: int, ahead: int = 4) -> Iterator[Features]:

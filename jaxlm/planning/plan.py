@@ -32,10 +32,10 @@ from jaxlm.nn.transformer import Transformer
 from jaxlm.planning import hlo
 from jaxlm.reports.report import Bars, Table
 from jaxlm.run.assembly import assemble, closed_flops, remat_of
-from jaxlm.run.start import with_dropout
+from jaxlm.run.resolve import with_dropout
 from jaxlm.tasks import make_task
+from jaxlm.tasks.cells import Records
 from jaxlm.tasks.multi_task import Parts
-from jaxlm.tasks.reading import Records
 from jaxlm.tasks.records import RecordTask
 from jaxlm.tasks.task import Task
 
@@ -240,7 +240,7 @@ def task_of(run: RunConfig, config: ModelConfig) -> tuple[Task, ModelConfig]:
         task = make_task(run, tokenizer, dict.fromkeys(run.task.parts, ("0", "1")))
     else:
         task = make_task(run, tokenizer, config.labels or ("0", "1") if _has_labels(run) else ())
-    return task, task.configured(config)
+    return task.bound(config), task.configured(config)
 
 
 def _has_labels(run: RunConfig) -> bool:

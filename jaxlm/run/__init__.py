@@ -1,7 +1,11 @@
 """A run from its config to its export.
 
-fit         the run from beginning to end
-start       initial weights, tokenizer, batch and steps
+fit         the run from beginning to end: resolve, set up, loop, finish
+resolve     the run with all that its config leaves open
+weights     the weights that it starts from
+training    the run that is set up, and what is done between steps
+export      its model in Hugging Face's format
+finish      its scores, report and summary
 assembly    the model, its state and its step on a mesh
 step        (TrainState, Batch) -> (TrainState, metrics)
 optimizer   the optax chain

@@ -27,8 +27,8 @@ from jaxlm.lm import LM
 from jaxlm.nn.transformer import Transformer
 from jaxlm.run.assembly import lay
 from jaxlm.run.step import make_eval_step
-from jaxlm.tasks import TASKS, given, labels, metrics, reading
-from jaxlm.tasks.reading import Record, Records
+from jaxlm.tasks import TASKS, cells, given, labels, metrics
+from jaxlm.tasks.cells import Record, Records
 from jaxlm.tasks.records import RecordTask, Truncation
 from jaxlm.tasks.task import Seen
 
@@ -166,7 +166,7 @@ def predicted(
     """
     made = _made(lm, task, length)
     if not isinstance(probabilities, (bool, np.bool_)):
-        raise UserError(f"probabilities is {reading.shown(probabilities)}; it must be True or False")
+        raise UserError(f"probabilities is {cells.shown(probabilities)}; it must be True or False")
     most = given.size(top_k, "top_k") or 0
     if most < 0:
         raise UserError(f"top_k is {most}; it must be at least 1, or 0 for none")
@@ -288,8 +288,7 @@ def _eval_step(
     module: Transformer, kind: Any, task: Any, length: int, labels: tuple[str, ...], modes: tuple[Any, ...]
 ) -> Step:
     """Returns the compiled step, which `LM.programs` keeps; what a task computes does not depend on its tokenizer."""
-    made = kind(task, length, 0, None, labels)
-    made.pooling = Pooling(modes)
+    made = kind(task, length, 0, None, labels).replaced(pooling=Pooling(modes))
     return jax.jit(make_eval_step(made, module))
 
 
@@ -319,10 +318,7 @@ def _made(lm: LM, task: Any, length: int | None) -> RecordTask:
         raise UserError(f"length is {length}, longer than the {positions} positions of the model; lower it")
     outputs = labels.named_outputs(task, lm.config.labels) if kind.head else ()
     made = kind(task, length or min(512, positions), 0, lm.tokenizer, outputs)
-    if lm.pooling is not None:
-        made.pooling = lm.pooling
-    made.configured(lm.config)
-    return made
+    return made.bound(lm.config, lm.pooling)
 
 
 def task_for(lm: LM, task: Any = None) -> Any:
@@ -332,7 +328,7 @@ def task_for(lm: LM, task: Any = None) -> Any:
     Raises UserError for what is no task, and for a model that was trained for a task that is not registered.
     """
     if task is not None and (not dataclasses.is_dataclass(task) or isinstance(task, type)):
-        raise UserError(f"the task is {reading.shown(task)}; give the config of one, such as Classification()")
+        raise UserError(f"the task is {cells.shown(task)}; give the config of one, such as Classification()")
     if task is not None:
         return task
     trained = lm.trained

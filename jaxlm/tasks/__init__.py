@@ -12,6 +12,7 @@ from jaxlm import config
 from jaxlm.config import RunConfig
 from jaxlm.data import corpus
 from jaxlm.data.corpus import Prepared
+from jaxlm.data.formats.rows import Columns
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 from jaxlm.tasks import labels, multi_task, reading
 from jaxlm.tasks.labels import Labels
@@ -19,7 +20,7 @@ from jaxlm.tasks.multi_task import TaskMixture
 from jaxlm.tasks.records import RecordTask
 from jaxlm.tasks.task import TASKS, Task, register
 
-__all__ = ["TASKS", "best_of", "make_task", "prepare", "register", "with_labels"]
+__all__ = ["TASKS", "best_of", "columns_of", "make_task", "prepare", "register", "with_labels"]
 
 for _module in pkgutil.iter_modules(__path__):  # each task registers itself, as a user's does
     importlib.import_module(f"{__name__}.{_module.name}")
@@ -59,6 +60,12 @@ def with_labels(run: RunConfig, data: Prepared, known: Labels | None, say: Calla
         return data
     names, train, held_out = labels.agreed(kind, run.task, data.train, data.train, data.held_out, known, say)
     return data._replace(train=train, held_out=held_out, labels=names)
+
+
+def columns_of(task: Any, labelled: bool) -> Columns | None:
+    """Returns the columns that a task reads, of rows whose labels are read too or not; None: any may be read."""
+    kind = TASKS.get(type(task))
+    return kind.columns(task, labelled) if kind is not None and issubclass(kind, RecordTask) else None
 
 
 def best_of(run: RunConfig) -> str:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -18,11 +18,12 @@ from jaxlm.data.batches import Features
 from jaxlm.data.chat import conversations, rendering
 from jaxlm.data.formats.lines import Place, Row
 from jaxlm.errors import UserError
+from jaxlm.hub.pooling import Pooling
 from jaxlm.lm import LM
 from jaxlm.reports.report import Section
 from jaxlm.tasks import metrics
+from jaxlm.tasks.cells import Record, Records, column, listed, text_of
 from jaxlm.tasks.generation import UNREAD, GenerationTask, table_of_texts
-from jaxlm.tasks.reading import Record, Records, column, listed, text_of
 from jaxlm.tasks.task import Task, register
 
 _OTHER_NAMES = ("conversations", "conversation")  # of the column of messages, in ShareGPT's form
@@ -43,12 +44,12 @@ class ChatTask(GenerationTask):
         self.decoding, self.scored = self.task.decoding, self.task.generated
         self._template = self.task.template or None
 
-    def configured(self, model: ModelConfig) -> ModelConfig:
+    def bound(self, model: ModelConfig, pooling: Pooling | None = None, part: Any = None) -> Self:
         if model.structure != "decoder":
             raise UserError(
                 f"Chat needs a decoder, the model is a(n) {model.structure}: start from another, or take Seq2Seq"
             )
-        return super().configured(model)
+        return super().bound(model, pooling, part)
 
     @classmethod
     def read(cls, task: config.Chat, row: Row, place: Place) -> Record:

@@ -6,21 +6,24 @@ import math
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
 
 from jaxlm import config
+from jaxlm.config import ModelConfig
 from jaxlm.config.ranges import shown
 from jaxlm.data.batches import Batch, Features
 from jaxlm.data.formats.lines import Place, Row
+from jaxlm.data.formats.rows import Columns
 from jaxlm.errors import UserError
+from jaxlm.hub.pooling import Pooling
 from jaxlm.nn.losses import Sum, binary_cross_entropy, cross_entropy, squared_error
 from jaxlm.nn.transformer import Transformer
 from jaxlm.reports.report import Heatmap, Section, Table, mistakes
 from jaxlm.tasks import labels, metrics
-from jaxlm.tasks.reading import Record, Records, listed, text_of
+from jaxlm.tasks.cells import Record, Records, listed, text_of
 from jaxlm.tasks.records import HeadTask, Outputs, framed, stand_in
 from jaxlm.tasks.states import of_examples
 from jaxlm.tasks.task import register
@@ -58,6 +61,12 @@ class ClassificationTask(HeadTask):
             self.cut = {"T": ("texts", "raise --data.length, or read them through windows: --task.windows mean")}
         self._index = {name: i for i, name in enumerate(self.labels)}
         self._weights = np.ones(len(self.labels), np.float32)
+
+    @classmethod
+    def columns(cls, task: config.Classification, labelled: bool) -> Columns:
+        label = (task.label,) if labelled else ()
+        # Numbers stay what they are where they count or measure.
+        return Columns((*task.text, *label), (task.label,), class_names=task.problem != "regression")
 
     @classmethod
     def read(cls, task: config.Classification, row: Row, place: Place) -> Record:
@@ -219,21 +228,21 @@ class ClassificationTask(HeadTask):
         shares = [f"{name} {counts[name]:,} ({counts[name] / len(part.records):.1%})" for name in self.labels[:12]]
         return ", ".join(shares) + (f" and {len(self.labels) - 12} more" if len(self.labels) > 12 else "")
 
-    def examples(self, part: Records, training: bool) -> Any:
-        if training and self.task.class_weights == "balanced":
-            self._balance(part.records)
-        return super().examples(part, training)
+    def bound(self, model: ModelConfig, pooling: Pooling | None = None, part: Records | None = None) -> Self:
+        task = super().bound(model, pooling, part)
+        if part is None or self.task.class_weights != "balanced":
+            return task
+        return task.replaced(_weights=self._balanced(part.records))
 
-    def _balance(self, records: Sequence[Record]) -> None:
-        """Sets the weights of the classes: of one class, as scikit-learn has them; of several, of each where it applies
-        the examples without it by those with it."""
+    def _balanced(self, records: Sequence[Record]) -> np.ndarray:
+        """The weights of the classes: of one class, as scikit-learn has them; of several, of each where it applies the
+        examples without it by those with it."""
         found = Counter(label for record in records for label in self.labels_of(record))
         counts = np.array([found[name] for name in self.labels])
         if self.task.problem == "multi_label":
             weights = np.where(counts > 0, (len(records) - counts) / np.maximum(counts, 1), 1)
-            self._weights = np.where(weights > 0, weights, 1).astype(np.float32)
-        else:
-            self._weights = (len(records) / (len(self.labels) * np.maximum(counts, 1))).astype(np.float32)
+            return np.where(weights > 0, weights, 1).astype(np.float32)
+        return (len(records) / (len(self.labels) * np.maximum(counts, 1))).astype(np.float32)
 
     def features(self, records: Sequence[Record], training: bool) -> Iterator[list[list[Features]]]:
         if self.task.windows != "none":

@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ from jaxlm.data.corpus import Corpus
 from jaxlm.data.corrupt import corrupt_spans, corrupted_lengths, infill
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 from jaxlm.errors import UserError
+from jaxlm.hub.pooling import Pooling
 from jaxlm.lm import LM
 from jaxlm.nn.losses import Losses
 from jaxlm.nn.transformer import Transformer
@@ -50,10 +51,9 @@ class DenoisingTask(Task):
     def corrupted(self, corpus: Corpus, span: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Source and target of a span [start, end) of a corpus."""
 
-    def configured(self, model: ModelConfig) -> ModelConfig:
+    def bound(self, model: ModelConfig, pooling: Pooling | None = None, part: Any = None) -> Self:
         assert model.start_token is not None  # as `RunConfig.check` has it
-        self.start = model.start_token
-        return model
+        return super().bound(model, pooling, part).replaced(start=model.start_token)
 
     def examples(self, corpus: Corpus, training: bool) -> NoisyExamples:
         return NoisyExamples(self, corpus, training)

@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -17,13 +17,14 @@ from jaxlm.config import ModelConfig
 from jaxlm.data.batches import Batch
 from jaxlm.data.formats.lines import Row
 from jaxlm.errors import UserError
+from jaxlm.hub.pooling import Pooling
 from jaxlm.inference.generate import generate
 from jaxlm.lm import LM
 from jaxlm.nn.losses import Losses
 from jaxlm.nn.transformer import Transformer
 from jaxlm.reports.report import LONGEST, Table
+from jaxlm.tasks.cells import Record, Records
 from jaxlm.tasks.denoising import ending
-from jaxlm.tasks.reading import Record, Records
 from jaxlm.tasks.records import RecordExamples, RecordTask, Truncation
 from jaxlm.tasks.states import word_losses
 from jaxlm.tasks.task import Seen
@@ -42,7 +43,7 @@ class GenerationTask(RecordTask):
     scored: int = 0  # held-out records that are generated for scores; 0: all
     start: int | None = None  # what an encoder-decoder's decoder reads first; None: what its target ends with (mBART)
 
-    def configured(self, model: ModelConfig) -> ModelConfig:
+    def bound(self, model: ModelConfig, pooling: Pooling | None = None, part: Any = None) -> Self:
         if model.structure == "encoder":
             raise UserError("the model is an encoder, which writes no text; start from a decoder or an encoder-decoder")
         new = self.decoding.max_new_tokens
@@ -52,11 +53,15 @@ class GenerationTask(RecordTask):
                 f"{model.max_length - 1} or less"
             )
         two = model.structure == "encoder_decoder"
-        self.start = model.start_token
-        if model.prefix_lm:
-            self.fields = {**self.fields, "prefix_BT": np.int32}
-        self.source_length = (getattr(self.task, "source_length", 0) or self.length) if two else None
-        return super().configured(model)
+        return (
+            super()
+            .bound(model, pooling, part)
+            .replaced(
+                start=model.start_token,
+                fields={**self.fields, **({"prefix_BT": np.int32} if model.prefix_lm else {})},
+                source_length=(getattr(self.task, "source_length", 0) or self.length) if two else None,
+            )
+        )
 
     @property
     def end(self) -> int:

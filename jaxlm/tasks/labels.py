@@ -9,14 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from jaxlm.config.ranges import shown
 from jaxlm.errors import UserError
-
-if TYPE_CHECKING:
-    from jaxlm.tasks.reading import Records
-    from jaxlm.tasks.records import RecordTask
+from jaxlm.tasks.cells import Records
+from jaxlm.tasks.records import RecordTask
 
 # Names of the outputs of a head, in order; of several tasks, of each part's head, by the part's name.
 Labels: TypeAlias = tuple[str, ...] | Mapping[str, tuple[str, ...]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -49,29 +49,23 @@ class TaskMixture(Task):
     """`config.MultiTask`: the sum of the parts' losses, each divided by its own weight."""
 
     def __init__(self, task: config.MultiTask, parts: Mapping[str, Any]):
-        self.task, self.parts = task, dict(parts)
-        for name, part in parts.items():
-            if part.head is not None:
-                part.method = lambda module, x, name=name: getattr(module, own_head(name))(x)
+        method = lambda name: lambda module, x: getattr(module, own_head(name))(x)
+        self.task = task
+        self.parts = {
+            name: part if part.head is None else part.replaced(method=method(name)) for name, part in parts.items()
+        }
         self.most = max(part.most for part in parts.values())
         own = (f"{name}/{score}" for name, part in parts.items() for score in part.scores)
         self.scores = ("mean", *own)  # mean: of the score that each part ranks by
 
-    @property  # type: ignore[override]
-    def pooling(self) -> Pooling:
-        """That of the parts which read vectors."""
-        return next(iter(self.parts.values())).pooling
-
-    @pooling.setter
-    def pooling(self, pooling: Pooling) -> None:
-        for part in self.parts.values():
-            part.pooling = pooling
-
-    def configured(self, model: ModelConfig) -> ModelConfig:
+    def bound(self, model: ModelConfig, pooling: Pooling | None = None, part: Any = None) -> Self:
         if model.shared_transform:
             raise UserError("the model has one transform before its heads, which several tasks cannot share yet")
-        for part in self.parts.values():
-            part.refuse_tokens_beyond(model)
+        of = lambda name: None if part is None else part[name]
+        parts = {name: one.bound(model, pooling, of(name)) for name, one in self.parts.items()}
+        return super().bound(model, pooling, part).replaced(parts=parts)
+
+    def configured(self, model: ModelConfig) -> ModelConfig:
         return replace(model, heads_on_top=())
 
     def module(self, kind: type[Transformer]) -> type[Transformer]:
@@ -176,6 +170,8 @@ class Mixed:
     """Training batches whose rows are of several tasks: row by row another, in the order of a shuffled pattern in which
     each has its share.  The fields of a task bear its name, as in `ner.labels_BT`; in the rows of others they are 0."""
 
+    reads_state = False
+
     def __init__(self, parts: dict[str, Batches], weights: dict[str, float], rows: int, seed: int):
         self.parts, self.rows = parts, rows
         self.length = next(iter(parts.values())).length
@@ -208,6 +204,10 @@ class Mixed:
     def nothing(self) -> Features:
         """A batch of padding."""
         return _empty(self.parts, self.rows)
+
+    def batch(self, step: int, state: Any, rows: Iterable[int] | None = None) -> Features:
+        """`batch_at(step, rows)`, whatever the training state."""
+        return self.batch_at(step, rows)
 
     def batch_at(self, step: int, rows: Iterable[int] | None = None) -> Features:
         """The fields of batch `step`, as `Batches.batch_at` has them."""

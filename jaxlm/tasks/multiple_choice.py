@@ -16,11 +16,12 @@ from jaxlm import config
 from jaxlm.config.ranges import shown
 from jaxlm.data.batches import Batch, Features
 from jaxlm.data.formats.lines import Place, Row
+from jaxlm.data.formats.rows import Columns
 from jaxlm.errors import UserError
 from jaxlm.nn.losses import Sum
 from jaxlm.nn.transformer import Transformer
 from jaxlm.reports.report import Section, mistakes
-from jaxlm.tasks.reading import Record, Records, column, listed, text_of
+from jaxlm.tasks.cells import Record, Records, column, listed, text_of
 from jaxlm.tasks.records import HeadTask, Outputs, framed
 from jaxlm.tasks.states import of_examples
 from jaxlm.tasks.task import register
@@ -40,6 +41,11 @@ class MultipleChoiceTask(HeadTask):
         f"{family}ForSequenceClassification": f"{family}ForMultipleChoice" for family in ("Bert", "Albert", "DebertaV2")
     }
     task: config.MultipleChoice
+
+    @classmethod
+    def columns(cls, task: config.MultipleChoice, labelled: bool) -> Columns:
+        needed = (task.question, *task.options, *((task.label,) if labelled else ()))
+        return Columns(needed, (task.label,), class_names=False)
 
     @classmethod
     def read(cls, task: config.MultipleChoice, row: Row, place: Place) -> Record:

@@ -14,12 +14,13 @@ from jaxlm.config import ModelConfig
 from jaxlm.config.ranges import shown
 from jaxlm.data.batches import Batch, Features
 from jaxlm.data.formats.lines import Place, Row
+from jaxlm.data.formats.rows import Columns
 from jaxlm.errors import UserError
 from jaxlm.lm import LM
 from jaxlm.nn.losses import Sum
 from jaxlm.reports.report import Section, mistakes
 from jaxlm.tasks import metrics
-from jaxlm.tasks.reading import Record, Records, listed, text_of
+from jaxlm.tasks.cells import Record, Records, listed, text_of
 from jaxlm.tasks.records import HeadTask, Outputs, RecordExamples, Truncation, stand_in
 from jaxlm.tasks.task import register
 
@@ -49,6 +50,11 @@ class QuestionAnsweringTask(HeadTask):
         if self.task.unanswerable:
             # By F1 alone a model that answers nothing yet may be the best of a run.
             self.scores = ("best_f1", "f1", "exact")
+
+    @classmethod
+    def columns(cls, task: config.QuestionAnswering, labelled: bool) -> Columns:
+        needed = ("context", "question", *(("answers",) if labelled else ()))
+        return Columns(needed, ("id", "title", "is_impossible", "answers"))
 
     @classmethod
     def read(cls, task: config.QuestionAnswering, row: Row, place: Place) -> Record | None:

@@ -8,39 +8,19 @@ from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import asdict, replace
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from jaxlm import config
-from jaxlm.config import DataConfig, RunConfig
-from jaxlm.config.ranges import shown
+from jaxlm.config import RunConfig
 from jaxlm.data import source
 from jaxlm.data.corpus import Prepared
-from jaxlm.data.formats import literals
-from jaxlm.data.formats.lines import Place, Row
-from jaxlm.data.formats.rows import Columns
 from jaxlm.data.tokenizers import tokenizer as tokenizers
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
-from jaxlm.errors import UserError, perhaps
+from jaxlm.errors import UserError
 from jaxlm.tasks import labels
-
-if TYPE_CHECKING:
-    from jaxlm.tasks.records import RecordTask
-
-Record = dict[str, Any]  # what a task's `read` made of a row
-
-
-class Records(NamedTuple):
-    """The records of one part of the data, and where each stands."""
-
-    records: list[Record]
-    places: list[Place]
-
-    @property
-    def said(self) -> str:
-        """How much there is."""
-        return f"{len(self.records):,} examples"
+from jaxlm.tasks.cells import Records
+from jaxlm.tasks.records import RecordTask
 
 
 def prepare(
@@ -86,7 +66,7 @@ def prepare(
 def load(kind: type[RecordTask], run: RunConfig, path: str, target_path: str, split: str, counts: Counter) -> Records:
     """All records of a path, each with its label."""
     part = Records([], [])
-    columns = columns_of(run.task, run.data.label_from == "column")
+    columns = kind.columns(run.task, run.data.label_from == "column")
     for place, row in source.rows(path, run.data, split, counts, target_path, columns):
         record = kind.read(run.task, row, place)
         if record is None:
@@ -126,18 +106,6 @@ def split(kind: type[RecordTask], task: Any, part: Records, share: float, seed: 
     return sides[0], sides[1]
 
 
-def check_labels(
-    kind: type[RecordTask], part: Records, names: tuple[str, ...], remedy: str = "mend it, or leave the row out"
-) -> None:
-    """Raises UserError for a label that is not among the names."""
-    for record, place in zip(part.records, part.places):
-        for label in kind.labels_of(record):
-            if label not in names:
-                raise UserError(
-                    f"{place}: the label {label!r} is not among those that are learned{perhaps(label, names)}; {remedy}"
-                )
-
-
 def _trained(run: RunConfig, kind: type[RecordTask], part: Records, say: Callable[[str], None]) -> Tokenizer:
     assert run.model is not None
     say(f"training a {run.tokenizer.train} tokenizer of {run.model.vocabulary:,} tokens")
@@ -151,94 +119,3 @@ def _trained(run: RunConfig, kind: type[RecordTask], part: Records, say: Callabl
         return tokenizers.train_both(texts, targets, run.tokenizer, (run.model.vocabulary, run.model.V))
     begun, ended = run.model.structure == "decoder", run.model.structure == "encoder_decoder"
     return tokenizers.train(chain(texts, targets), run.tokenizer, run.model.vocabulary, begun=begun, ended=ended)
-
-
-# Columns of rows
-
-
-def columns_of(task: Any, labelled: bool) -> Columns | None:
-    """Returns the columns that a task reads, of rows whose labels are read too or not; None: any may be read."""
-    label: tuple[str, ...] = ()
-    optional: tuple[str, ...] = ()
-    if isinstance(task, config.Classification):
-        needed, label = task.text, (task.label,)
-    elif isinstance(task, config.Tagging):
-        needed, label = (task.tokens,), (task.tags,)
-    elif isinstance(task, config.QuestionAnswering):
-        needed, label, optional = ("context", "question"), ("answers",), ("id", "title", "is_impossible")
-    elif isinstance(task, config.Similarity):
-        needed, label = task.text, (task.label,) if task.objective == "cosine" else ()
-    elif isinstance(task, config.MultipleChoice):
-        needed, label = (task.question, *task.options), (task.label,)
-    elif isinstance(task, config.Seq2Seq):
-        needed, label, optional = (task.source,), (task.target,), task.references
-    else:
-        return None
-    # Numbers stay what they are where they count or measure.
-    numbers = isinstance(task, (config.Similarity, config.MultipleChoice))
-    names = not numbers and getattr(task, "problem", "") != "regression"
-    return Columns((*needed, *(label if labelled else ())), (*optional, *label), names)
-
-
-def column(row: Row, name: str, place: Place, option: str) -> Any:
-    """The value that `cell` finds.  Raises UserError, with the columns that there are, where there is none."""
-    known = row if name in row else entries(row)
-    if name not in known:
-        raise UserError(
-            f"{place}: there is no column {name!r}; the columns are {', '.join(map(repr, known))}; choose with "
-            f"{option}{source.other_columns(place, DataConfig())}"
-        )
-    return known[name]
-
-
-def listed(value: Any, name: str, place: Place, brackets: str = "[({") -> Any:
-    """Returns the list or object that a text of a table holds, as pandas writes it; any other value as it is.
-
-    Args:
-      value: what a cell holds.
-      name: the column.
-      place: where the row stands.
-      brackets: those that a list or object may begin with.
-
-    Raises:
-      UserError: for a text that begins as a list and is none.
-    """
-    if not isinstance(value, str):
-        return value
-    if value.startswith('"[') and literals.looks_listed(value.strip('"').replace('""', '"'), "["):
-        raise UserError(
-            f"{place}: column {name!r} holds {shown(value)}, a list in quotes; read the file with "
-            f"--data.format quoted_tsv"
-        )
-    if not literals.looks_listed(value, brackets):
-        return value
-    try:
-        return literals.parse(value)
-    except literals.NotALiteralError as error:
-        raise UserError(
-            f"{place}: column {name!r} holds {shown(value)}, a list that cannot be read: {error}; correct the row"
-        ) from None
-
-
-def cell(row: Row, name: str) -> Any:
-    """The value of a column, or of an entry of one, such as `translation.de`; None where there is none."""
-    return row[name] if name in row else entries(row).get(name)
-
-
-def entries(row: Row) -> Row:
-    """The row with a column `translation.de` for each entry of a column that holds several under names."""
-    held: Row = {}
-    for name, value in row.items():
-        inner = entries(value) if isinstance(value, dict) else None
-        held |= {name: value} if inner is None else {f"{name}.{key}": one for key, one in inner.items()}
-    return held
-
-
-def text_of(row: Row, name: str, place: Place, option: str = "--task.text") -> str:
-    """The text in a column; "" for none."""
-    value = column(row, name, place, option)
-    if value is not None and not isinstance(value, str):
-        raise UserError(
-            f"{place}: column {name!r} holds {type(value).__name__} {shown(value)}, not text; choose with {option}"
-        )
-    return value or ""

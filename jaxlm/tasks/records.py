@@ -21,7 +21,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
@@ -29,12 +29,14 @@ import numpy as np
 from jaxlm.config import ModelConfig
 from jaxlm.data.batches import Batch, Epoch, Features
 from jaxlm.data.formats.lines import Place, Row
+from jaxlm.data.formats.rows import Columns
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
-from jaxlm.errors import UserError
+from jaxlm.errors import UserError, perhaps
+from jaxlm.hub.pooling import Pooling
 from jaxlm.lm import LM, with_task
 from jaxlm.nn.losses import Losses, Sum
 from jaxlm.nn.transformer import Transformer, apply
-from jaxlm.tasks.reading import Record, Records, check_labels, column
+from jaxlm.tasks.cells import Record, Records, column
 from jaxlm.tasks.states import hidden
 from jaxlm.tasks.task import Seen, Task
 
@@ -63,6 +65,11 @@ class RecordTask(Task):
 
         Raises UserError for a column that is not there, or a value that is not what it should be.
         """
+
+    @classmethod
+    def columns(cls, task: Any, labelled: bool) -> Columns | None:
+        """Returns the columns that are read, of rows whose labels are read too or not; None: any may be."""
+        return None
 
     @classmethod
     def labelled(cls, task: Any, row: Row, record: Record, place: Place) -> None:
@@ -142,20 +149,21 @@ class RecordTask(Task):
         Raises UserError, with the remedy, for a label that is the name of no output.
         """
         for part in parts:
-            check_labels(cls, part, names, remedy)
+            _check_labels(cls, part, names, remedy)
         return list(parts)
 
     # The rest is the same for all: the face of a task that a run sees.
 
+    def bound(self, model: ModelConfig, pooling: Pooling | None = None, part: Any = None) -> Self:
+        """As `Task.bound`; the tokenizer then refuses tokens that the model has no row for."""
+        task = super().bound(model, pooling, part)
+        if not isinstance(self.tokenizer, Tokenizer):  # of a plan it is a stand-in
+            return task
+        return task.replaced(tokenizer=self.tokenizer.for_model(model.vocabulary, model.V))
+
     def configured(self, model: ModelConfig) -> ModelConfig:
-        self.refuse_tokens_beyond(model)
         on_top = (self.head,) if self.head else ()
         return replace(model, heads_on_top=on_top, labels=self.labels or model.labels)
-
-    def refuse_tokens_beyond(self, model: ModelConfig) -> None:
-        """Makes the tokenizer refuse tokens that the model has no row for."""
-        if isinstance(self.tokenizer, Tokenizer):  # of a plan it is a stand-in
-            self.tokenizer = self.tokenizer.for_model(model.vocabulary, model.V)
 
     def exports(self, lm: LM) -> dict[str, tuple[Task, LM]]:
         return {"": (self, with_task(lm, self.task, self.length))}
@@ -213,6 +221,18 @@ class RecordTask(Task):
     ) -> tuple[dict[str, float], list[Row]]:
         found, means = self.tell(lm, see, batches, part.records)
         return {"loss": means["loss"], **self.score(part.records, found)}, found
+
+
+def _check_labels(
+    kind: type[RecordTask], part: Records, names: tuple[str, ...], remedy: str = "mend it, or leave the row out"
+) -> None:
+    """Raises UserError for a label that is not among the names."""
+    for record, place in zip(part.records, part.places):
+        for label in kind.labels_of(record):
+            if label not in names:
+                raise UserError(
+                    f"{place}: the label {label!r} is not among those that are learned{perhaps(label, names)}; {remedy}"
+                )
 
 
 class HeadTask(RecordTask):

@@ -12,11 +12,12 @@ from jaxlm import config
 from jaxlm.config.ranges import shown
 from jaxlm.data.batches import Features
 from jaxlm.data.formats.lines import Place, Row
+from jaxlm.data.formats.rows import Columns
 from jaxlm.errors import UserError
 from jaxlm.reports.report import Section
 from jaxlm.tasks import metrics
+from jaxlm.tasks.cells import Record, Records, cell, column
 from jaxlm.tasks.generation import UNREAD, GenerationTask, table_of_texts
-from jaxlm.tasks.reading import Record, Records, cell, column
 from jaxlm.tasks.records import framed, stand_in
 from jaxlm.tasks.task import register
 
@@ -41,6 +42,11 @@ class Seq2SeqTask(GenerationTask):
         super().__init__(*parts)
         self.scores = _SCORE[self.task.scored_as][0]
         self.decoding, self.scored = self.task.decoding, self.task.generated
+
+    @classmethod
+    def columns(cls, task: config.Seq2Seq, labelled: bool) -> Columns:
+        target = (task.target,) if labelled else ()
+        return Columns((task.source, *target), (*task.references, task.target))
 
     @classmethod
     def read(cls, task: config.Seq2Seq, row: Row, place: Place) -> Record | None:

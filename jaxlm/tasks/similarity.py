@@ -14,12 +14,13 @@ from jaxlm import config
 from jaxlm.config.ranges import shown
 from jaxlm.data.batches import Batch, Features
 from jaxlm.data.formats.lines import Place, Row
+from jaxlm.data.formats.rows import Columns
 from jaxlm.errors import UserError
 from jaxlm.nn.losses import Sum, squared_error
 from jaxlm.nn.transformer import Transformer
 from jaxlm.tasks import metrics
+from jaxlm.tasks.cells import Record, text_of
 from jaxlm.tasks.labels import number_of
-from jaxlm.tasks.reading import Record, text_of
 from jaxlm.tasks.records import HeadTask, Outputs, framed
 from jaxlm.tasks.states import of_examples
 from jaxlm.tasks.task import register
@@ -42,6 +43,11 @@ class SimilarityTask(HeadTask):
         self.cosine = self.task.objective == "cosine"
         self.scores = ("spearman", "pearson") if self.cosine else ("mrr", "recall@1", "recall@5", "recall@10")
         self.fields: Mapping[str, Any] = {"labels_BE": np.float32}
+
+    @classmethod
+    def columns(cls, task: config.Similarity, labelled: bool) -> Columns:
+        label = (task.label,) if task.objective == "cosine" else ()
+        return Columns((*task.text, *(label if labelled else ())), label, class_names=False)
 
     @classmethod
     def read(cls, task: config.Similarity, row: Row, place: Place) -> Record:

@@ -16,13 +16,14 @@ from jaxlm.config.ranges import shown
 from jaxlm.data.batches import Batch, Features
 from jaxlm.data.formats import literals
 from jaxlm.data.formats.lines import Place, Row
+from jaxlm.data.formats.rows import Columns
 from jaxlm.errors import UserError, perhaps
 from jaxlm.nn.losses import Sum, cross_entropy
 from jaxlm.reports.report import Bars, Section, Table, mistakes
 from jaxlm.tasks import labels as matching
 from jaxlm.tasks import metrics
 from jaxlm.tasks import tags as schemes
-from jaxlm.tasks.reading import Record, Records, column, listed
+from jaxlm.tasks.cells import Record, Records, column, listed
 from jaxlm.tasks.records import HeadTask, Outputs, stand_in
 from jaxlm.tasks.task import register
 
@@ -53,6 +54,10 @@ class TaggingTask(HeadTask):
         super().__init__(*parts)
         self.kind = _kind_of_head(self.task, self.labels)
         self.scores = ("accuracy", "macro_f1") if self.kind == "classes" else _SCORES
+
+    @classmethod
+    def columns(cls, task: config.Tagging, labelled: bool) -> Columns:
+        return Columns((task.tokens, *((task.tags,) if labelled else ())), (task.tags,))
 
     @classmethod
     def read(cls, task: config.Tagging, row: Row, place: Place) -> Record:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import copy
+from abc import ABCMeta, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
@@ -30,8 +31,20 @@ class Seen(NamedTuple):
         return {name: total / weight if weight else 0.0 for name, (total, weight) in self.losses.items()}
 
 
-class Task(ABC):
-    """From a part of the data to batches, losses and scores."""
+class _Immutable(ABCMeta):
+    """The class of classes whose objects do not change once they are made."""
+
+    def __call__(cls, *args: Any, **named: Any) -> Any:
+        made = super().__call__(*args, **named)
+        made.__dict__["_made"] = True
+        return made
+
+
+class Task(metaclass=_Immutable):
+    """From a part of the data to batches, losses and scores.
+
+    A task never changes: `bound` and `replaced` return another.
+    """
 
     head: Any = None  # of the model, that it reads; None: hidden states
     scores: tuple[str, ...] = ("loss",)  # by the first the best checkpoint is chosen; higher is better, but for "loss"
@@ -72,8 +85,34 @@ class Task(ABC):
         lm: the model that is measured.  see: runs it over all batches.
         """
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "_made" in self.__dict__:
+            raise AttributeError(
+                f"a task does not change: set {name} in `__init__`, or return self.replaced({name}=...)"
+            )
+        super().__setattr__(name, value)
+
+    def replaced(self, **changes: Any) -> Self:
+        """Returns the task with other values of some attributes."""
+        made = copy.copy(self)
+        made.__dict__.update(changes)
+        return made
+
+    def bound(self, model: ModelConfig, pooling: Pooling | None = None, part: Any = None) -> Self:
+        """Returns the task as it reads a model and data: with all that its features and losses depend on.
+
+        Args:
+          model: before `configured`.
+          pooling: how the model makes vectors, where it declares that.
+          part: the training part of the data; None: the task is not trained.
+
+        Raises:
+          UserError: where the task does not go with the model.
+        """
+        return self if pooling is None else self.replaced(pooling=pooling)
+
     def configured(self, model: ModelConfig) -> ModelConfig:
-        """The model with the head that the task reads.  A task may note what its features depend on."""
+        """Returns the model with the head that the task reads."""
         return model
 
     def module(self, kind: type[Transformer]) -> type[Transformer]:

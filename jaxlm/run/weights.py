@@ -1,52 +1,28 @@
-"""What a run starts from: tokenizer, model and weights, and how large its batches are and how long it is."""
+"""The weights that a run starts from: those of a folder, of a model, or of several tasks' heads; and those it draws."""
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from jaxlm import families
-from jaxlm.config import DROPOUT_SITES, CausalLM, MaskedLM, ModelConfig, MultiTask, RunConfig
+from jaxlm.config import ModelConfig, MultiTask, RunConfig
 from jaxlm.devices import hosts
 from jaxlm.errors import UserError
 from jaxlm.hub.convert import tree_shapes
-from jaxlm.hub.download import fetch_tokenizer
 from jaxlm.hub.place import read_leaves
 from jaxlm.hub.pooling import Pooling
-from jaxlm.lm import LM, find, has_tokenizer, kept_files, without_task
+from jaxlm.lm import LM, find, kept_files, without_task
 from jaxlm.nn import parameters
 from jaxlm.run.checkpoint import checksums_of
 from jaxlm.tasks import TASKS
 from jaxlm.tasks.labels import Labels, named_outputs, unnamed
 from jaxlm.tasks.multi_task import TaskMixture, own_head
 from jaxlm.tasks.task import Task
-
-
-def with_tokenizer(run: RunConfig, model: LM | None) -> RunConfig:
-    """The run with the tokenizer of the weights that it starts from, where it names none; of a hub name, its folder."""
-    if _of_hub(run.tokenizer.path):
-        return replace(run, tokenizer=replace(run.tokenizer, path=str(fetch_tokenizer(run.tokenizer.path))))
-    if model is not None or not run.init or run.tokenizer.path:
-        return run
-    folder = find(run.init)
-    path = str(folder) if has_tokenizer(folder) else ""
-    if not path and run.model is None:
-        raise UserError(f"{folder} holds no tokenizer; give one with --tokenizer.path")
-    return replace(run, tokenizer=replace(run.tokenizer, path=path))
-
-
-def _of_hub(path: str) -> bool:
-    """Whether a path is none, and may be a name of the hub: no address, no end of a file's name."""
-    name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path)
-    return bool(name) and not Path(path).exists() and Path(path).suffix not in (".json", ".txt", ".model", ".spm")
 
 
 def known_labels(run: RunConfig, model: LM | None) -> Labels | None:
@@ -91,40 +67,6 @@ class Weights(NamedTuple):
     origin: families.Origin | None
     files: dict[str, bytes]
     pooling: Pooling | None
-
-
-def with_model(run: RunConfig, model: LM | None) -> RunConfig:
-    """Returns the run with its model, as far as that is known before the data are read.
-
-    The model of weights gets the heads of a language-modelling task; those of other tasks depend on the labels.
-    """
-    if run.model is not None:
-        return run
-    heads = getattr(run.task, "heads", None)
-    if model is None and run.init and heads is not None:
-        folder = find(run.init)
-        _check_structure(run.task, families.look(folder).config)
-        config = families.look(folder, head=heads).config
-    elif model is not None:
-        config = model.config
-    else:
-        return run
-    if heads is not None and not set(heads) <= set(config.heads_on_top):
-        config = replace(config, heads_on_top=heads)
-    return replace(run, model=with_dropout(config, run.dropout), dropout=None)
-
-
-_STRUCTURES = {"encoder": "masked", "decoder": "causal", "encoder_decoder": "spans or infilling"}
-
-
-def _check_structure(task: Any, model: ModelConfig) -> None:
-    """Raises UserError where a language-modelling task is of another structure than the weights."""
-    wanted = {MaskedLM: "encoder", CausalLM: "decoder"}.get(type(task), "encoder_decoder")
-    if model.structure != wanted:
-        raise UserError(
-            f"{type(task).__name__} trains a model of the structure {wanted}, the one of --init is of the structure "
-            f"{model.structure}; train it by configs/adapt.py {_STRUCTURES[model.structure]}"
-        )
 
 
 def weights_of(run: RunConfig, model: LM | None, task: Task, labels: Any, resuming: bool) -> Weights | None:
@@ -201,47 +143,6 @@ def _with_own_heads(run: RunConfig, model: LM | None, task: TaskMixture, labels:
 
 def _as_float32(leaf: Any) -> Any:
     return leaf if leaf.dtype == np.float32 else leaf.astype(np.float32)
-
-
-def configured(run: RunConfig, weights: Weights | None, task: Task) -> ModelConfig:
-    """Returns the config of the run's model, with what the task changes in it."""
-    config = run.model or (with_dropout(weights.config, run.dropout) if weights else None)
-    assert config is not None  # as `RunConfig.check` has it
-    if weights is not None and weights.pooling:
-        task.pooling = weights.pooling
-    return task.configured(config)
-
-
-def with_dropout(config: ModelConfig, rate: float | None) -> ModelConfig:
-    """The config with this dropout at every site but those that have a rate of 0; None: as it says."""
-    if rate is None:
-        return config
-    sites: dict[str, Any] = {site: rate for site in DROPOUT_SITES if getattr(config, site)}
-    return replace(config, dropout=rate, attention_dropout=rate, **sites)
-
-
-def sized(run: RunConfig, config: ModelConfig, once: Any) -> RunConfig:
-    """The run with its model, its rows in a batch and its steps as numbers, as the length of the data decides them."""
-    if run.examples:
-        # The same on any mesh: a row more or less would be another run.
-        per_row = len(once.lengths) / once.rows_in_epoch
-        run = replace(run, batch=max(1, round(run.examples / per_row / run.accumulate)) * run.accumulate)
-    if run.epochs:
-        epoch = once.rows_in_epoch / run.batch
-        every = run.eval_every or math.ceil(epoch)
-        run = replace(run, steps=max(1, math.ceil(run.epochs * epoch)), eval_every=every)
-    run = replace(run, model=config, dropout=None)
-    run.check()
-    return run
-
-
-def check_model(run: RunConfig) -> None:
-    """Raises UserError where the run names both a model and a folder of weights of another shape.
-
-    It is asked before the data are read, whose tokenizer would be blamed otherwise.
-    """
-    if run.init and run.model is not None:
-        check_fits(tree_shapes(families.look(find(run.init)).config), tree_shapes(run.model))
 
 
 def check_fits(given: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
