@@ -260,7 +260,7 @@ def check_ids(name: str, ids: Any, rows: int) -> None:
 
 def _inside(seen: Any, stack: str) -> Inside:
     states = seen["states"][stack]["states"][0] if "states" in seen else None
-    weights = seen["weights"][stack]["weights"][0] if "weights" in seen else (None, None)
+    weights = seen["weights"][stack]["weights"][0][:2] if "weights" in seen else (None, None)
     return Inside(states, *weights)
 
 

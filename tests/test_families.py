@@ -171,7 +171,7 @@ def test_layouts_mean_what_the_file_means():
     [
         pytest.param(dataclasses.replace(PRESETS["gpt3-xl"], vocabulary=17, max_length=4, layers=1), id="head_width"),
         pytest.param(dataclasses.replace(PRESETS["transformer-base"], **ODD), id="encoder_decoder"),
-        pytest.param(ModelConfig(**ODD, gated=True), id="gated"),
+        pytest.param(ModelConfig(**ODD, feed_forward="gated"), id="gated"),
         pytest.param(ModelConfig(**ODD, biases=()), id="without biases"),
         pytest.param(ModelConfig(**(ODD | {"heads": 4}), kv_heads=2), id="grouped"),
         pytest.param(dataclasses.replace(PRESETS["bert-tiny"], **ODD, types=0), id="without types"),

@@ -33,7 +33,7 @@ TINY = {"vocabulary": 48, "width": 16, "layers": 2, "heads": 2, "max_length": 32
 MODELS = {
     "gpt2": ModelConfig(**TINY),  # fewer positions than the rounded lengths of prompt and cache
     "rotary": ModelConfig(
-        **TINY, positions="rotary", kv_heads=1, norm="rmsnorm", gated=True, biases=(), tied_embeddings=False
+        **TINY, positions="rotary", kv_heads=1, norm="rmsnorm", feed_forward="gated", biases=(), tied_embeddings=False
     ),
 }
 LOCAL = {"layer_kinds": ("local", "global"), "window": 40}

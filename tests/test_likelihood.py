@@ -25,7 +25,9 @@ TINY = {"vocabulary": 48, "width": 16, "layers": 2, "heads": 2, "max_length": 80
 BOTH = {**TINY, "structure": "encoder_decoder", "start_token": 0}
 MODELS = {
     "gpt2": ModelConfig(**TINY),
-    "rotary": ModelConfig(**TINY, positions="rotary", kv_heads=1, norm="rmsnorm", gated=True, tied_embeddings=False),
+    "rotary": ModelConfig(
+        **TINY, positions="rotary", kv_heads=1, norm="rmsnorm", feed_forward="gated", tied_embeddings=False
+    ),
     "window": ModelConfig(**TINY, positions="rotary", layer_kinds=("local", "global"), window=4),
     "both": ModelConfig(**BOTH, positions="none", relative="buckets", norm="rmsnorm", biases=(), scale_logits=True),
 }

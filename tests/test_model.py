@@ -109,9 +109,7 @@ def task_of(model: ModelConfig):
         return Seq2Seq()
     if model.structure == "encoder":
         pairs = "next_sentence" in model.heads_on_top
-        task = MaskedLMTask(MaskedLM(next_sentence=pairs), T, 0, special)
-        task.predictions = T
-        return task
+        return MaskedLMTask(MaskedLM(next_sentence=pairs), T, 0, special).replaced(predictions=T)
     return CausalLMTask(CausalLM(), T, 0, special)
 
 

@@ -30,7 +30,7 @@ from jaxlm.transforms.quantized import Quantized, quantize
 
 TINY = {"vocabulary": 48, "width": 16, "layers": 3, "heads": 2, "max_length": 32, "initial_std": 0.2}
 MODELS = {
-    "decoder": ModelConfig(**TINY, positions="rotary", gated=True),
+    "decoder": ModelConfig(**TINY, positions="rotary", feed_forward="gated"),
     "encoder": ModelConfig(**TINY, structure="encoder", heads_on_top=("masked_lm",), norm_place="post"),
     "encoder-decoder": ModelConfig(**TINY, structure="encoder_decoder", relative="buckets", positions="none"),
 }

@@ -27,7 +27,7 @@ MODELS = {
     "encoder": ModelConfig(
         **TINY, structure="encoder", heads_on_top=("masked_lm", "next_sentence"), types=2, embedding_norm=True
     ),
-    "encoder_decoder": ModelConfig(**TINY, structure="encoder_decoder", tied_embeddings=False, gated=True),
+    "encoder_decoder": ModelConfig(**TINY, structure="encoder_decoder", tied_embeddings=False, feed_forward="gated"),
 }
 NAMES = ("adamw", "adafactor", "lion", "muon")
 

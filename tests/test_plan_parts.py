@@ -220,7 +220,7 @@ LLAMA = ModelConfig(
     **SIZES,
     kv_heads=2,
     head_width=10,
-    gated=True,
+    feed_forward="gated",
     positions="rotary",
     norm="rmsnorm",
     biases=(),

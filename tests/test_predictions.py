@@ -321,8 +321,7 @@ def test_texts_that_are_cut_are_counted(name, long, short, words, capsys):
 
 def test_training_counts_what_is_cut_of_both_sides():
     made = tokenizers.train([TEXT], TokenizerConfig(train="bpe"), 300, ended=True)
-    task = TASKS[Seq2Seq](Seq2Seq(), 8, 0, made)
-    task.source_length, task.start = 12, 0
+    task = TASKS[Seq2Seq](Seq2Seq(), 8, 0, made).replaced(source_length=12, start=0)
     texts = ["the", TEXT, "the film"]
     records = [{"source": source, "label": (target,)} for source in texts for target in texts]
     examples = task.examples(Records(records, []), True)

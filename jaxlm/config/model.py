@@ -10,6 +10,7 @@ from jaxlm.config.ranges import (
     AboveZero,
     Config,
     Count,
+    Name,
     NotNegative,
     Number,
     Positive,
@@ -48,6 +49,7 @@ class ModelConfig(Config):
     decoder_mlp_width: Positive | None = None  # its MLP width; None: as the encoder's
     distinct_layers: Layers | None = None  # layers with parameters of their own, each repeated (ALBERT: 1); None: all
 
+    mixer: Name = "attention"  # what tells a token of the others: attention, or a class of your own
     heads: Positive = 12  # attention heads H
     kv_heads: Positive | None = None  # key-value heads K of grouped queries; None: as many as heads
     head_width: Positive | None = None  # head width C; None: width / heads
@@ -60,7 +62,7 @@ class ModelConfig(Config):
     window: Count = 0  # a local layer sees tokens that are less than this many places away
 
     mlp_width: Positive | None = None  # MLP width F; None: 4 x width
-    gated: bool = False  # multiply the MLP's activation by a second projection (GLU, Shazeer 2020)
+    feed_forward: Name = "dense"  # dense, gated by a second projection (GLU, Shazeer 2020), or a class of your own
     activation: Activation = "gelu_tanh"  # of the MLP
     biases: tuple[Bias, ...] = ENCODER_BIASES  # which projections and norms have biases
     norm: Literal["layernorm", "rmsnorm", "rmsnorm_plus_one"] = "layernorm"  # over the width; the last scales by 1 + s

@@ -28,7 +28,7 @@ from jaxlm.hub.model_files import JsonObject
 FIXED: dict[str, Any] = {
     "structure": "decoder",
     "types": 0,
-    "gated": True,
+    "feed_forward": "gated",
     "norm": "rmsnorm",
     "norm_place": "pre",
     "positions": "rotary",

@@ -27,7 +27,7 @@ from jaxlm.hub.model_files import JsonObject
 _FIXED: dict[str, Any] = {
     "structure": "encoder",
     "types": 0,
-    "gated": True,
+    "feed_forward": "gated",
     "norm": "layernorm",
     "norm_place": "pre",
     "first_norm": False,

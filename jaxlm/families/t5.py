@@ -56,7 +56,7 @@ def _from_hf(hf: dict[str, Any], mlp: str) -> ModelConfig:
     # "gated-gelu" has always meant the approximation by tanh.
     activation = "gelu_new" if (gate, activation) == ("gated", "gelu") else activation
     alone = "T5EncoderModel" in str(hf.get("architectures"))
-    said: dict[str, Any] = {"gated": gate == "gated", "activation": ACTIVATIONS[activation]}
+    said: dict[str, Any] = {"feed_forward": gate or "dense", "activation": ACTIVATIONS[activation]}
     return dataclasses.replace(config, structure="encoder" if alone else "encoder_decoder", **said)
 
 
@@ -73,7 +73,7 @@ def _mt5_from_hf(hf: dict[str, Any]) -> ModelConfig:
 def _mt5_to_hf(config: ModelConfig) -> dict[str, Any]:
     names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
     activation = names[config.activation]
-    if config.gated:
+    if config.feed_forward == "gated":
         activation = "gated-gelu" if config.activation == "gelu_tanh" else f"gated-{activation}"
     start = 0 if config.start_token is None else config.start_token
     said = {"feed_forward_proj": activation, "is_encoder_decoder": True, "decoder_start_token_id": start}
@@ -97,7 +97,12 @@ def _t5(layers: int, width: int, mlp_width: int, heads: int, **fields: Any) -> M
     return ModelConfig(**_FIXED | first | sizes | fields)
 
 
-_V1_1: dict[str, Any] = {"gated": True, "activation": "gelu_tanh", "tied_embeddings": False, "scale_logits": False}
+_V1_1: dict[str, Any] = {
+    "feed_forward": "gated",
+    "activation": "gelu_tanh",
+    "tied_embeddings": False,
+    "scale_logits": False,
+}
 
 
 def _stack(name: str, mlp: int) -> tuple[Rule, ...]:

@@ -277,3 +277,6 @@ class Attention(nn.Module):
             scores_BHSR = jnp.einsum("BSHC,RHC->BHSR", k_BSHC, query(embeddings_RD), preferred_element_type=jnp.float32)
             terms += jnp.take_along_axis(scores_BHSR, distances.rows_TS.T[None, None], -1).swapaxes(-1, -2)
         return terms
+
+
+MIXERS: dict[str, Any] = {"attention": Attention}  # by `ModelConfig.mixer`; the signature is Attention's

@@ -14,6 +14,7 @@ import numpy as np
 from jax.extend import core
 
 from jaxlm.config import ModelConfig
+from jaxlm.nn.layers import FEED_FORWARDS
 
 # ---- counted
 
@@ -205,7 +206,7 @@ def _attention_entries(config: ModelConfig) -> int:
 
 
 def _mlp_entries(config: ModelConfig) -> int:
-    return config.width * config.F * (3 if config.gated else 2)
+    return config.width * config.F * FEED_FORWARDS[config.feed_forward].matrices
 
 
 def _attended(config: ModelConfig, T: int, S: int, pairs: int, relative: bool = True) -> int:

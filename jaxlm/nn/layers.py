@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -117,26 +117,46 @@ class Dropout(nn.Module):
 
 
 class MLP(nn.Module):
-    """Position-wise feed-forward layer, with a gate where the model has one (Shazeer 2020)."""
+    """Position-wise feed-forward layer (Vaswani et al. 2017, section 3.3): an entry of `FEED_FORWARDS`.
+
+    Every entry has these fields and this signature.
+    """
 
     config: ModelConfig
     constrain: Placement
     dtype: Any = jnp.float32
 
+    matrices: ClassVar[int] = 2  # that a token passes, each of D x F
+    gated: ClassVar[bool] = False
+
     @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, tokens_BT: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Returns the output [B, T, D], and auxiliary losses: of each, by its name, the sum over the tokens.
+
+        tokens_BT: False for padding.
+        """
         config = self.config
         activation = ACTIVATIONS[config.activation]
         bias = "mlp" in config.biases
         linear = lambda name, features, std: Linear((features,), std, bias, dtype=self.dtype, name=name)
         x_BTF = linear("up", config.F, config.matrix_std)(x_BTD)
-        if config.gated:
+        if self.gated:
             x_BTF *= activation(linear("gate", config.F, config.matrix_std)(x_BTD))
         else:
             x_BTF = activation(x_BTF)
         x_BTF = Dropout(config.rate("mlp_dropout"), name="dropout")(x_BTF)
         x_BTF = self.constrain(x_BTF, ("batch", "length", "mlp"))
-        return linear("down", config.width, residual_std(config))(x_BTF)
+        return linear("down", config.width, residual_std(config))(x_BTF), {}
+
+
+class GatedMLP(MLP):
+    """A feed-forward layer whose activation multiplies a second projection (GLU; Shazeer 2020)."""
+
+    matrices: ClassVar[int] = 3
+    gated: ClassVar[bool] = True
+
+
+FEED_FORWARDS: dict[str, Any] = {"dense": MLP, "gated": GatedMLP}  # by `ModelConfig.feed_forward`
 
 
 class Convolution(nn.Module):

@@ -103,10 +103,14 @@ def by_path(tree: Any) -> dict[str, Any]:
 
 
 def _own(path: str, dimensions: int) -> Parameter | None:
-    """The row of a module that a user has put on top, and called `own` or `own_...`: not split, decays as usual."""
-    if path.split("/")[0].split("_")[0] != "own":
+    """The row of a user's own module, in a layer or outside, that is called `own` or `own_...`: not split, decays as
+    usual."""
+    if not any(part.split("_")[0] == "own" for part in path.split("/")):
         return None
-    return Parameter(path, (None,) * dimensions, dimensions > 1, "head")
+    stacked = bool(re.match(_LAYER + "/", path))
+    axes = ("layers",) * stacked + (None,) * (dimensions - stacked)
+    below = bool(re.match(_EMBEDDINGS + "/", path))
+    return Parameter(path, axes, dimensions - stacked > 1, "layers" if stacked else "embeddings" if below else "head")
 
 
 def rows(params: Any) -> Any:

@@ -20,10 +20,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.config import ModelConfig
 from jaxlm.devices.sharding import Placement
-from jaxlm.nn.attention import Attention, Cache, Sight, cross_mask, held, self_mask
+from jaxlm.errors import UserError, perhaps
+from jaxlm.nn.attention import MIXERS, Cache, Sight, cross_mask, held, self_mask
 from jaxlm.nn.heads import Classes, MaskedLM, PerToken, Pooled, Replaced, Transform, Vocabulary
 from jaxlm.nn.kernels import RESIDUALS
-from jaxlm.nn.layers import MLP, Convolution, Dropout, Linear, Norm
+from jaxlm.nn.layers import FEED_FORWARDS, Convolution, Dropout, Linear, Norm
 from jaxlm.nn.nodes import array
 from jaxlm.nn.positions import BY_LENGTH, Buckets, Disentangled, sinusoidal, turns
 
@@ -130,11 +131,27 @@ class Keep(NamedTuple):
     ahead: int = 1
 
 
-class Inside(NamedTuple):
-    """What a layer did, where it is asked for: its attention weights [B, H, T, S], over itself and over the context."""
+class LayerOutputs(NamedTuple):
+    """What a layer gives beside its hidden states.
+
+    attention_BHTS, cross_attention_BHTS: weights over the row and over the context, where they are asked for.
+    losses: auxiliary losses, by name, each a sum over the tokens.
+    """
 
     attention_BHTS: jax.Array | None
     cross_attention_BHTS: jax.Array | None
+    losses: dict[str, jax.Array]
+
+
+def chosen(table: dict[str, Any], name: str, field: str) -> Any:
+    """Returns the entry of a table of modules that a field of the model's config names.
+
+    Raises:
+      UserError: where there is none.
+    """
+    if name not in table:
+        raise UserError(f"model.{field} is {name!r}{perhaps(name, table)}")
+    return table[name]
 
 
 class Block(nn.Module):
@@ -156,8 +173,12 @@ class Block(nn.Module):
         context: jax.Array | Cache | None = None,
         context_sight: Sight | None = None,
         cache: Cache | None = None,
-    ) -> tuple[jax.Array, tuple[Cache | None, Cache | None], Inside]:
-        """`layer` is the layer's number, from 0.  Returned are also its caches, of itself and of the context."""
+        tokens_BT: jax.Array | None = None,
+    ) -> tuple[jax.Array, tuple[Cache | None, Cache | None], LayerOutputs]:
+        """`layer` is the layer's number, from 0; `tokens_BT` is False for padding, where that is known.
+
+        Returned are also its caches, of itself and of the context.
+        """
         config = self.config
         parts = {"config": config, "constrain": self.constrain, "dtype": self.dtype}
         seen: dict[str, jax.Array | None] = {"attention": None, "cross_attention": None}
@@ -179,8 +200,11 @@ class Block(nn.Module):
             return self.constrain(x, ("batch", "between", None))
 
         def attend(name: str, sight: Sight, context: Any, cache: Cache | None) -> Callable[[jax.Array], jax.Array]:
+            mixer = "attention" if name == "cross_attention" else config.mixer
+            own = name if mixer == "attention" else mixer
+
             def sublayer(x: jax.Array) -> jax.Array:
-                attention = Attention(**parts, kernel=self.kernel, name=name)
+                attention = chosen(MIXERS, mixer, "mixer")(**parts, kernel=self.kernel, name=own)
                 x, kept[name], seen[name] = attention(x, layer, sight, positions_BT, context, cache, self.inside)
                 return x
 
@@ -190,8 +214,22 @@ class Block(nn.Module):
         if context is not None:
             assert context_sight is not None
             x_BTD = residual(x_BTD, "cross_attention", attend("cross_attention", context_sight, context, None))
-        x_BTD = residual(x_BTD, "mlp", MLP(**parts, name="mlp"))
-        return x_BTD, (kept["attention"], kept["cross_attention"]), Inside(*seen.values())
+        losses: dict[str, jax.Array] = {}
+        if tokens_BT is None:
+            tokens_BT = jnp.ones(x_BTD.shape[:2], bool)
+
+        def feed_forward(x: jax.Array) -> jax.Array:
+            name = "mlp" if config.feed_forward in ("dense", "gated") else config.feed_forward
+            x, found = chosen(FEED_FORWARDS, config.feed_forward, "feed_forward")(**parts, name=name)(x, tokens_BT)
+            losses.update(found)
+            return x
+
+        x_BTD = residual(x_BTD, "mlp", feed_forward)
+        return (
+            x_BTD,
+            (kept["attention"], kept["cross_attention"]),
+            LayerOutputs(seen["attention"], seen["cross_attention"], losses),
+        )
 
 
 class Stack(nn.Module):
@@ -199,7 +237,8 @@ class Stack(nn.Module):
 
     Without caches the layers are scanned, a round of `layer_kinds` in each turn; with them, or to keep them, they are
     unrolled, so that each layer updates its own cache in place.  Where the collections `states` or `weights` may be
-    written, they get the hidden states of the embeddings and of every layer [L + 1, B, T, D], and all layers' `Inside`.
+    written, they get the hidden states of the embeddings and of every layer [L + 1, B, T, D], and all layers'
+    `LayerOutputs`; `losses` gets the auxiliary losses, summed over the layers.
     """
 
     config: ModelConfig
@@ -238,11 +277,12 @@ class Stack(nn.Module):
             key: jax.Array | None = None,
             context: jax.Array | Cache | None = context_BSD,
             cache: Cache | None = None,
-        ) -> tuple[jax.Array, tuple[Cache | None, Cache | None], Inside]:
+        ) -> tuple[jax.Array, tuple[Cache | None, Cache | None], LayerOutputs]:
             """Layer number n, which is of this kind."""
             rngs = None if key is None else {"dropout": key}
             x = checkpoint_name(x, "layer")
-            inputs = (x, n, sights[kind], positions_BT, context, context_sight, cache)
+            tokens_BT = None if segments_BT is None else segments_BT > 0
+            inputs = (x, n, sights[kind], positions_BT, context, context_sight, cache, tokens_BT)
             done: Any = block.apply({"params": params}, *inputs, rngs=rngs)
             return done
 
@@ -304,6 +344,8 @@ class Stack(nn.Module):
             # The last are those after the last norm, as in transformers.
             self.sow("states", "states", jnp.concatenate([first_BTD[None], states[:-1], x_BTD[None]]))
         self.sow("weights", "weights", inside)
+        for name, loss_L in inside.losses.items():
+            self.sow("losses", name, loss_L.sum())
         return x_BTD
 
     @property

@@ -86,21 +86,24 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         totals = task.weights(batch)
+        tokens = sum((batch[name] > 0).sum() for name in ("segments_BT", "source_segments_BS") if name in batch)
 
         def objective(params: Any, micro: Batch, key: jax.Array) -> Summed:
             losses, _ = task.losses(module, parameters.joined(params, state.frozen), micro, key)
-            means = (losses[name][0] / jnp.maximum(total, 1) for name, total in totals.items())
+            # What blocks add is a mean over the tokens.
+            auxiliary = dict.fromkeys((name for name in losses if name.startswith("auxiliary/")), tokens)
+            means = (losses[name][0] / jnp.maximum(total, 1) for name, total in (totals | auxiliary).items())
             return sum(means, jnp.float32(0)), losses
 
         step_key = jax.random.fold_in(state.key, state.step)
         (loss, losses), grads = gradient(objective, state.params, batch, step_key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics = {
-            "loss": loss,
             **({name: s / jnp.maximum(w, 1) for name, (s, w) in losses.items()} if len(losses) > 1 else {}),
+            "loss": loss,  # all that is minimised
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "grad_norm": optax.tree.get(opt_state, "grad_norm"),
-            "tokens": sum((batch[name] > 0).sum() for name in ("segments_BT", "source_segments_BS") if name in batch),
+            "tokens": tokens,
             "examples": batch["segments_BT"].max(-1).sum(),
         }
         params = optax.apply_updates(state.params, updates)

@@ -67,9 +67,9 @@ class DenoisingTask(Task):
         return {"loss": batch["weights_BT"].sum()}
 
     def losses(self, module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> Losses:
-        x_BTD = hidden(module, params, batch, key)
+        x_BTD, auxiliary = hidden(module, params, batch, key)
         found = word_losses(module, params, x_BTD, batch["labels_BT"], batch["weights_BT"])
-        return found if key is None else {"loss": found["loss"]}, {}
+        return found if key is None else {"loss": found["loss"], **auxiliary}, {}
 
     def measure(
         self, lm: LM, see: Callable[[Any], Seen], batches: Batches, part: Corpus

@@ -118,14 +118,14 @@ class TaskMixture(Task):
         return Mixed(apart, {name: self.task.parts[name].weight for name in apart}, rows, seed)
 
     def losses(self, module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> Losses:
-        x_BTD = hidden(module, params, batch, key)
+        x_BTD, auxiliary = hidden(module, params, batch, key)
         losses: dict[str, Any] = {}
         outputs: dict[str, jax.Array] = {}
         for name, part in self.parts.items():
             found, kept = part.losses_of(module, params, x_BTD, _view(batch, name), key)
             losses[f"{name}/loss"] = found["loss"]
             outputs |= {f"{name}.{field}": array for field, array in kept.items()}
-        return losses, outputs
+        return losses | auxiliary, outputs
 
     def weights(self, batch: Batch) -> dict[str, jax.Array]:
         return {f"{name}/loss": part.weights(_view(batch, name))["loss"] for name, part in self.parts.items()}

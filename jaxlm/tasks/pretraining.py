@@ -49,11 +49,11 @@ class CausalLMTask(Task):
         return {"loss": batch["weights_BT"].sum()}
 
     def losses(self, module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> Losses:
-        x_BTD = hidden(module, params, batch, key)
+        x_BTD, auxiliary = hidden(module, params, batch, key)
         labels_BT, weights_BT = batch["labels_BT"], batch["weights_BT"]
         if key is not None:
             found = word_losses(module, params, x_BTD, labels_BT, weights_BT, self.task.label_smoothing)
-            return {"loss": found["loss"]}, {}
+            return {"loss": found["loss"], **auxiliary}, {}
         log_BT, likeliest_BT = word_scores(module, params, x_BTD, labels_BT)
         summed = lambda x_BT, weights_BT: ((x_BT * weights_BT).sum(), weights_BT.sum())
         found = {"loss": summed(-log_BT, weights_BT), "accuracy": summed(likeliest_BT == labels_BT, weights_BT)}
@@ -153,7 +153,7 @@ class MaskedLMTask(Task):
         return totals | ({"next_sentence_loss": batch["weights_BE"].sum()} if self.task.next_sentence else {})
 
     def losses(self, module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> Losses:
-        x_BTD = hidden(module, params, batch, key)
+        x_BTD, auxiliary = hidden(module, params, batch, key)
         # Only the masked positions, a sixth of all, go through the vocabulary.
         chosen_BP = jnp.argsort(batch["weights_BT"] == 0, axis=1, stable=True)[:, : self.predictions]
         take = lambda field_BT: jnp.take_along_axis(field_BT, chosen_BP, axis=1)
@@ -168,7 +168,7 @@ class MaskedLMTask(Task):
             labels = batch["labels_BE"], batch["weights_BE"]
             found["next_sentence_loss"] = cross_entropy(logits_BE2, *labels)
             found["next_sentence_accuracy"] = accuracy(logits_BE2, *labels)
-        return found, {}
+        return found | auxiliary, {}
 
     def measure(
         self, lm: LM, see: Callable[[Any], Seen], batches: Batches, part: Corpus

@@ -176,7 +176,9 @@ class RecordTask(Task):
 
     def losses(self, module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> Losses:
         """The loss, and in evaluation (`key` is None) the outputs."""
-        return self.losses_of(module, params, hidden(module, params, batch, key), batch, key)
+        x_BTD, auxiliary = hidden(module, params, batch, key)
+        losses, outputs = self.losses_of(module, params, x_BTD, batch, key)
+        return losses | auxiliary, outputs
 
     @abstractmethod
     def losses_of(

@@ -18,13 +18,33 @@ MOST_LOGITS = 1 << 26  # on each device at once; more are computed in parts, one
 _MODES = {"first": "cls", "last": "lasttoken", "mean": "mean"}  # of `ModelConfig.classes_from`, as pooling names them
 
 
-def hidden(module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
-    """Hidden states [B, T, D] of a packed batch, of an encoder-decoder the decoder's; `key` is for dropout."""
-    inputs = batch["tokens_BT"], batch["segments_BT"], batch["positions_BT"]
+def hidden(module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, dict[str, Sum]]:
+    """Hidden states [B, T, D] of a packed batch, of an encoder-decoder the decoder's; and in training the auxiliary
+    losses of its blocks, as `auxiliary/NAME`.
+
+    key: of dropout; None in evaluation.
+    """
+    inputs: tuple[Any, ...] = batch["tokens_BT"], batch["segments_BT"], batch["positions_BT"]
+    named: dict[str, Any] = {"key": key, **({} if key is None else {"mutable": ["losses"]})}
+    segments = [batch["segments_BT"]]
     if "source_tokens_BS" in batch:
         source = batch["source_tokens_BS"], batch["source_segments_BS"], batch["source_positions_BS"]
-        return apply(module, params, *source, None, *inputs, key=key)
-    return apply(module, params, *inputs, batch.get("types_BT"), prefix_BT=batch.get("prefix_BT"), key=key)
+        inputs = (*source, None, *inputs)
+        segments.append(source[1])
+    else:
+        inputs = (*inputs, batch.get("types_BT"))
+        named["prefix_BT"] = batch.get("prefix_BT")
+    found = apply(module, params, *inputs, **named)
+    if key is None:
+        return found, {}
+    x_BTD, sown = found
+    tokens = sum((some > 0).sum() for some in segments)
+    stacks = jax.tree.leaves_with_path(sown.get("losses", {}))
+    losses: dict[str, Sum] = {}
+    for key_path, value in stacks:  # stack / name / place in the tuple that sow makes
+        name = f"auxiliary/{key_path[1].key}"
+        losses[name] = losses[name][0] + value if name in losses else value, tokens
+    return x_BTD, losses
 
 
 def word_losses(

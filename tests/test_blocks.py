@@ -1,0 +1,175 @@
+"""Mixers and feed-forward layers are entries of tables; what blocks add to the loss is minimised with it."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from compiled import jit, random_params
+
+from jaxlm import CausalLM, ModelConfig, UserError
+from jaxlm.nn import parameters
+from jaxlm.nn.attention import MIXERS
+from jaxlm.nn.layers import FEED_FORWARDS, Linear
+from jaxlm.nn.transformer import Transformer, apply, init
+from jaxlm.run.step import TrainState, make_train_step, summed_gradient
+from jaxlm.tasks.pretraining import CausalLMTask
+
+TINY = ModelConfig(vocabulary=32, width=16, layers=3, heads=2, max_length=16, initial_std=0.2)
+LENGTHS = (5, 4, 3)
+
+
+class MeanOfEarlier(nn.Module):
+    """A mixer: each token gets the mean of those of its example up to it."""
+
+    config: ModelConfig
+    constrain: Any
+    dtype: Any = jnp.float32
+    kernel: str = "auto"
+
+    @nn.compact
+    def __call__(self, x_BTD, layer, sight, positions_BT, context=None, cache=None, weights=False):
+        weights_BTS = sight.mask_BTS / sight.mask_BTS.sum(-1, keepdims=True)
+        return Linear((self.config.width,), 0.2, name="value")(weights_BTS @ x_BTD), None, None
+
+
+class Balanced(nn.Module):
+    """A feed-forward layer with an auxiliary loss: the squares of its outputs, of tokens that are no padding."""
+
+    config: ModelConfig
+    constrain: Any
+    dtype: Any = jnp.float32
+
+    matrices = 1
+
+    @nn.compact
+    def __call__(self, x_BTD, tokens_BT):
+        y_BTD = Linear((self.config.width,), 0.2, name="out")(x_BTD)
+        return y_BTD, {"balance": 0.1 * (jnp.square(y_BTD).mean(-1) * tokens_BT).sum()}
+
+
+@pytest.fixture(autouse=True)
+def tables(monkeypatch):
+    monkeypatch.setitem(MIXERS, "own_mean", MeanOfEarlier)
+    monkeypatch.setitem(FEED_FORWARDS, "own_balanced", Balanced)
+
+
+def packed() -> dict[str, np.ndarray]:
+    tokens = np.random.default_rng(0).integers(1, 32, (2, 16)).astype(np.int32)
+    segments = np.zeros((2, 16), np.int32)
+    positions, start = np.zeros((2, 16), np.int32), 0
+    for n, length in enumerate(LENGTHS, start=1):
+        segments[:, start : start + length], positions[:, start : start + length] = n, np.arange(length)
+        start += length
+    labels = np.roll(tokens, -1, 1)
+    return {
+        "tokens_BT": tokens,
+        "segments_BT": segments,
+        "positions_BT": positions,
+        "labels_BT": labels,
+        "weights_BT": (segments > 0).astype(np.float32),
+    }
+
+
+def test_a_mixer_of_ones_own_packs_and_is_causal():
+    model = dataclasses.replace(TINY, mixer="own_mean")
+    params, batch = random_params(model), packed()
+    assert parameters.rows_by_path(params)["decoder/layers/own_mean/value/kernel"].axes == ("layers", None, None)
+    run = jit(partial(apply, Transformer(model)))
+    whole = run(params, batch["tokens_BT"], batch["segments_BT"], batch["positions_BT"])
+    alone = run(params, batch["tokens_BT"][:, 5:9])
+    np.testing.assert_allclose(whole[:, 5:9], alone, atol=1e-5)  # packed = unpacked
+    of_embedding = lambda table: run(
+        params | {"embeddings": params["embeddings"] | {"positions": table}}, jnp.array([[1, 2, 3]])
+    )
+    changed = params["embeddings"]["positions"].copy()
+    changed[2, 0] += 1
+    before, after = of_embedding(params["embeddings"]["positions"]), of_embedding(changed)
+    np.testing.assert_array_equal(before[:, :2], after[:, :2])  # the third token changes nothing before it
+    assert np.abs(before[:, 2] - after[:, 2]).max() > 1e-3
+
+
+def training(model: ModelConfig, gradient=summed_gradient):
+    task = CausalLMTask(CausalLM(), 16, 0, None, ())
+    optimizer = optax.chain(optax.snapshot("grad_norm", optax.tree.norm), optax.sgd(0.1))
+    params = random_params(model)
+    state = TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key_data(jax.random.key(0)))
+    return jit(make_train_step(task, Transformer(model), optimizer, lambda _: 0.1, gradient)), state
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_an_auxiliary_loss_is_a_mean_over_tokens_and_is_minimised(k):
+    model = dataclasses.replace(TINY, feed_forward="own_balanced")
+    step, state = training(model)
+    batch = {name: x.reshape(k, 2 // k, *x.shape[1:]) for name, x in packed().items()}
+    new, metrics = step(state, batch)
+    # By hand: the whole batch at once, the squares summed over the layers and tokens, divided by the tokens.
+    task, flat = CausalLMTask(CausalLM(), 16, 0, None, ()), packed()
+
+    def objective(params):
+        losses, _ = task.losses(Transformer(model), params, flat, jax.random.key(0))
+        tokens = (flat["segments_BT"] > 0).sum()
+        assert set(losses) == {"loss", "auxiliary/balance"} and losses["auxiliary/balance"][1] is not None
+        return losses["loss"][0] / losses["loss"][1] + losses["auxiliary/balance"][0] / tokens
+
+    value, gradient = jit(jax.value_and_grad(objective))(state.params)
+    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
+    assert 0 < metrics["auxiliary/balance"] < metrics["loss"]
+    expected = jax.tree.map(lambda p, g: p - 0.1 * g, state.params, gradient)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), new.params, expected)
+    evaluated, _ = task.losses(Transformer(model), state.params, flat, None)
+    assert "auxiliary/balance" not in evaluated
+
+
+def test_padding_counts_in_no_auxiliary_loss():
+    model = dataclasses.replace(TINY, feed_forward="own_balanced")
+    step, state = training(model)
+    batch = packed()
+    more = batch | {"tokens_BT": np.where(batch["segments_BT"] > 0, batch["tokens_BT"], 7)}
+    losses = [
+        step(state, {name: x[None] for name, x in some.items()})[1]["auxiliary/balance"] for some in (batch, more)
+    ]
+    assert losses[0] == losses[1]
+
+
+def per_row_gradient(limit: float):
+    """A gradient of one's own: each row's is clipped to a norm, then they are added."""
+
+    def gradient(objective, params, batch, key):
+        rows = jax.tree.map(lambda x: x.reshape(-1, 1, *x.shape[2:]), batch)
+        one = lambda row: jax.value_and_grad(objective, has_aux=True)(params, row, key)
+
+        def clipped(row):
+            summed, grads = one(row)
+            scale = jnp.minimum(1, limit / optax.tree.norm(grads))
+            return summed, jax.tree.map(lambda g: g * scale, grads)
+
+        return jax.tree.map(lambda x: x.sum(0), jax.lax.map(clipped, rows))
+
+    return gradient
+
+
+def test_the_gradient_is_an_argument():
+    batch = {name: x[None] for name, x in packed().items()}
+    (plain, state), (same, _), (clipped, _) = (
+        training(TINY, gradient) for gradient in (summed_gradient, per_row_gradient(1e9), per_row_gradient(0.01))
+    )
+    (a, of_a), (b, of_b), (c, of_c) = (step(state, batch) for step in (plain, same, clipped))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), a.params, b.params)
+    np.testing.assert_allclose(of_a["loss"], of_b["loss"], rtol=1e-6)
+    assert of_c["grad_norm"] <= 2 * 0.01 * 1.001 and of_a["grad_norm"] > 0.1
+    assert float(optax.tree.norm(jax.tree.map(jnp.subtract, c.params, state.params))) < 0.1 * 0.021
+
+
+@pytest.mark.parametrize(("field", "name"), [("mixer", "atention"), ("feed_forward", "gatd")])
+def test_a_name_that_is_in_no_table(field, name):
+    model = dataclasses.replace(TINY, **{field: name})
+    with pytest.raises(UserError, match=rf"model.{field} is '{name}'; did you mean|model.{field} is '{name}'"):
+        jax.eval_shape(partial(init, Transformer(model)), jax.random.key(0))
