@@ -1,4 +1,4 @@
-"""Mixers and feed-forward layers are entries of tables; what blocks add to the loss is minimised with it."""
+"""Front ends, mixers and feed-forward layers are entries of tables; masks and gradients are arguments."""
 
 from __future__ import annotations
 
@@ -14,13 +14,19 @@ import optax
 import pytest
 from compiled import jit, random_params
 
-from jaxlm import CausalLM, ModelConfig, UserError
+from jaxlm import CausalLM, MeshConfig, ModelConfig, UserError
+from jaxlm.data.batches import Epoch
+from jaxlm.devices.sharding import make_mesh
 from jaxlm.nn import parameters
 from jaxlm.nn.attention import MIXERS
 from jaxlm.nn.layers import FEED_FORWARDS, Linear
-from jaxlm.nn.transformer import Transformer, apply, init
+from jaxlm.nn.losses import cross_entropy
+from jaxlm.nn.transformer import FRONT_ENDS, Transformer, apply, init
+from jaxlm.run.assembly import closed_flops, lay
 from jaxlm.run.step import TrainState, make_train_step, summed_gradient
 from jaxlm.tasks.pretraining import CausalLMTask
+from jaxlm.tasks.states import hidden, of_examples
+from jaxlm.tasks.task import Task
 
 TINY = ModelConfig(vocabulary=32, width=16, layers=3, heads=2, max_length=16, initial_std=0.2)
 LENGTHS = (5, 4, 3)
@@ -173,3 +179,117 @@ def test_a_name_that_is_in_no_table(field, name):
     model = dataclasses.replace(TINY, **{field: name})
     with pytest.raises(UserError, match=rf"model.{field} is '{name}'; did you mean|model.{field} is '{name}'"):
         jax.eval_shape(partial(init, Transformer(model)), jax.random.key(0))
+
+
+# Front ends, masks, and hidden states between
+
+
+class Patches(nn.Module):
+    """A front end: vectors of M numbers in the place of tokens, with learned positions."""
+
+    config: ModelConfig
+    dtype: Any = jnp.float32
+
+    field = "patches_BTM"
+    M = 6
+
+    @staticmethod
+    def blank(config, B, T):
+        return jnp.zeros((B, T, Patches.M))
+
+    @nn.compact
+    def __call__(self, patches_BTM, positions_BT, types_BT=None):
+        table = self.param("own_positions", nn.initializers.normal(0.2), (self.config.max_length, self.config.width))
+        return Linear((self.config.width,), 0.2, name="own_patches")(patches_BTM) + table[positions_BT]
+
+
+class PatchExamples:
+    """Examples of patches, each with a class."""
+
+    inputs = {"patches_BTM": np.float32}
+    fields = {"labels_BE": np.int32}
+    axes = {"M": Patches.M}
+    labels = 0
+
+    def epoch(self, n):
+        random = np.random.default_rng(0)
+        made = [
+            {"patches_BTM": random.standard_normal((length, Patches.M)).astype(np.float32), "labels_BE": length % 2}
+            for length in (5, 4, 3, 7, 2)
+        ]
+        return Epoch(np.array([len(one["patches_BTM"]) for one in made]), lambda i: [made[i]])
+
+
+class PatchTask(Task):
+    """Classes of examples of patches, by the head `classes`."""
+
+    head, most = "classes", 4
+
+    def examples(self, part, training):
+        return PatchExamples()
+
+    def weights(self, batch):
+        return {"loss": batch["weights_BE"].sum()}
+
+    def losses(self, module, params, batch, key):
+        x_BTD, auxiliary = hidden(module, params, batch, key)
+        logits_BEN = apply(module, params, of_examples(x_BTD, batch, "mean"), method="classes")
+        return {"loss": cross_entropy(logits_BEN, batch["labels_BE"], batch["weights_BE"]), **auxiliary}, {}
+
+    def measure(self, lm, see, batches, part):
+        raise NotImplementedError
+
+
+@pytest.fixture
+def patches(monkeypatch) -> ModelConfig:
+    monkeypatch.setitem(FRONT_ENDS, "own_patches", Patches)
+    return dataclasses.replace(TINY, structure="encoder", heads_on_top=("classes",), front_end="own_patches")
+
+
+def test_a_front_end_of_ones_own_packs_shards_and_counts(patches, devices):
+    task, params = PatchTask(), random_params(patches)
+    batches = task.batches(None, 2, 12, None)
+    batch = batches.batch_at(0)
+    assert batch["patches_BTM"].shape == (2, 12, 6) and "tokens_BT" not in batch and len(batches) == 1
+    run = jit(lambda params, batch: task.losses(Transformer(patches), params, batch, None)[0]["loss"])
+    loss, weight = run(params, batch)
+    alone = task.replaced(most=1).batches(None, 5, 7, None).batch_at(0)  # each example in a row of its own
+    assert alone["segments_BT"].max() == 1 and weight == 5
+    np.testing.assert_allclose(loss, run(params, alone)[0], rtol=1e-5)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:2])
+    laid = lay(mesh, batch, 1)
+    assert laid["patches_BTM"].sharding.spec[1] is not None
+    split = jax.jit(lambda params, batch: task.losses(Transformer(patches), params, batch, None)[0]["loss"])
+    np.testing.assert_allclose(split(params, jax.tree.map(lambda x: x[0], laid))[0], loss, rtol=1e-5)
+    assert closed_flops(task, patches, 2, batch) > 0
+
+
+@pytest.mark.parametrize("structure", ["decoder", "encoder"])
+def test_embedding_and_stack_are_apart(structure):
+    model = dataclasses.replace(TINY, structure=structure, heads_on_top=())
+    params, batch, module = random_params(model), packed(), Transformer(model)
+    inputs = batch["tokens_BT"], batch["segments_BT"], batch["positions_BT"]
+    x_BTD, beside = apply(module, params, *inputs, method="embed")
+    np.testing.assert_array_equal(apply(module, params, x_BTD, beside, method="stack"), apply(module, params, *inputs))
+    by_x_BTD = jax.grad(lambda x: apply(module, params, x, beside, method="stack")[0, 4].sum())(x_BTD)
+    seen = np.abs(by_x_BTD).max(-1)
+    assert (seen[0, :5] > 0).all() and not seen[0, 5:].any() and not seen[1].any()
+
+
+@pytest.mark.parametrize("structure", ["decoder", "encoder"])
+def test_a_mask_is_an_input(structure):
+    """A mask hides more than segments and causality do, and a mask of ones changes nothing."""
+    model = dataclasses.replace(TINY, structure=structure, heads_on_top=())
+    params, batch, module = random_params(model), packed(), Transformer(model)
+    inputs = batch["tokens_BT"], batch["segments_BT"], batch["positions_BT"]
+    run = lambda mask_BTS: apply(module, params, *inputs, mask_BTS=mask_BTS)
+    ones = np.ones((2, 16, 16), bool)
+    np.testing.assert_allclose(run(ones), apply(module, params, *inputs), atol=1e-6)
+    hidden_third = ones.copy()
+    hidden_third[:, [0, 1, 3, 4], 2] = False  # nobody but itself sees the third token of the first example
+    changed = batch["tokens_BT"].copy()
+    changed[:, 2] = (changed[:, 2] + 1) % 31 + 1
+    after = apply(module, params, changed, *inputs[1:], mask_BTS=hidden_third)
+    others = [0, 1, *range(3, 12)]
+    np.testing.assert_array_equal(run(hidden_third)[:, others], after[:, others])
+    assert np.abs(run(hidden_third)[:, 2] - after[:, 2]).max() > 1e-3

@@ -156,7 +156,7 @@ def head_part(model: str, params, batch, table: str):
 def states(module, params, batch):
     from jaxlm.tasks.states import hidden
 
-    return hidden(module, params, batch, None)
+    return hidden(module, params, batch, None)[0]
 
 
 @pytest.mark.parametrize("model", MODELS)

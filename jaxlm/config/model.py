@@ -70,6 +70,7 @@ class ModelConfig(Config):
     norm_epsilon: NotNegative = 1e-5  # added to the variance
     first_norm: bool = True  # whether the first layer has a norm before its attention (ModernBERT: no)
 
+    front_end: Name = "tokens"  # what makes the first hidden states: embeddings of tokens, or a class of your own
     embedding_width: Positive | None = None  # width of the embeddings, then projected (ALBERT); None: as width
     embedding_norm: bool = False  # normalise the sum of the embeddings (BERT)
     scale_embeddings: bool = False  # multiply token embeddings by sqrt(width) (Vaswani et al. 2017)

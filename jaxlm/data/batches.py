@@ -42,6 +42,9 @@ class Examples(Protocol):
 
     fields: Mapping[str, type]  # name in a batch -> dtype
     labels: int  # size of the axis N of several labels
+    # Where they differ from those of text, also:
+    # inputs: Mapping[str, type], what a front end reads of each position; the first says how long an example is.
+    # axes: Mapping[str, int], sizes of further axes, by their letters.
 
     def epoch(self, n: int | None) -> Epoch:
         """The units of epoch n, or those of evaluation."""
@@ -70,6 +73,11 @@ class Batches:
         self.source_length = source_length
         self._epoch_starts = [0]  # index of each epoch's first row, as far as it is known
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
+
+    @property
+    def _inputs(self) -> Mapping[str, type]:
+        """What a front end reads of each position: name in a batch -> dtype."""
+        return getattr(self.examples, "inputs", {"tokens_BT": np.int32})
 
     def __len__(self) -> int:
         """Number of batches in one epoch, the last one filled up with padding."""
@@ -100,7 +108,7 @@ class Batches:
             found = self._row(step * self.rows + b)
             if found is not None:
                 epoch, units = found
-                _fill(batch, b, [epoch.features(i) for i in units])
+                _fill(batch, b, [epoch.features(i) for i in units], next(iter(self._inputs)))
         return batch
 
     def batch(self, step: int, state: Any, rows: Iterable[int] | None = None) -> Features:
@@ -110,11 +118,13 @@ class Batches:
     def nothing(self) -> Features:
         """A batch of padding."""
         sides = ("{}_BT", "source_{}_BS") if self.source_length is not None else ("{}_BT",)
-        names = (side.format(name) for side in sides for name in ("tokens", "segments", "positions"))
-        fields = {**dict.fromkeys(names, np.int32), **self.examples.fields}
+        names = [side.format(name) for side in sides for name in ("segments", "positions")]
+        names += ["source_tokens_BS"] * (len(sides) - 1)
+        fields = {**self._inputs, **dict.fromkeys(names, np.int32), **self.examples.fields}
         if any("_BE" in name for name in fields):
             fields |= {"starts_BE": np.int32, "weights_BE": np.float32}
         sizes = {"B": self.rows, "T": self.length, "E": self.most, "N": self.examples.labels}
+        sizes |= getattr(self.examples, "axes", {})
         sizes["S"] = self.source_length or 0
         shape = lambda name: tuple(sizes[axis] for axis in name.rpartition("_")[2])
         return {name: np.zeros(shape(name), dtype) for name, dtype in fields.items()}
@@ -168,12 +178,12 @@ class Batches:
         return pack(epoch.lengths[order], self.length, self.most, counts=counts, beside=beside)
 
 
-def _fill(batch: Features, b: int, units: list[list[Features]]) -> None:
-    """Writes the examples of row b one after the other."""
+def _fill(batch: Features, b: int, units: list[list[Features]], inputs: str) -> None:
+    """Writes the examples of row b one after the other; each is as long as its feature `inputs`."""
     start, source_start, e = 0, 0, 0
     for group, examples in enumerate(units, start=1):
         for features in examples:
-            end = start + len(features["tokens_BT"])
+            end = start + len(features[inputs])
             source_end = source_start + len(features.get("source_tokens_BS", ()))
             places = {"T": np.s_[b, start:end], "S": np.s_[b, source_start:source_end]}
             batch["segments_BT"][places["T"]] = e + 1

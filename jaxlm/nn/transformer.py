@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -60,15 +60,24 @@ REMAT = {
 
 
 class Embeddings(nn.Module):
-    """Token, position and type embeddings, summed: [B, T, D].
+    """Token, position and type embeddings, summed: [B, T, D]; an entry of `FRONT_ENDS`.
 
-    A decoder beside an encoder may have no tokens of its own (`shared`): it is handed the encoder's.
+    Every entry has the fields `config` and `dtype`, says the name of its field in a batch, and is called with that
+    field, positions and types.  A decoder beside an encoder may have no tokens of its own (`shared`): it is handed the
+    encoder's.
     """
 
     config: ModelConfig
     dtype: Any = jnp.float32
     shared: bool = False
     rows: int | None = None  # of the table of tokens; None: the vocabulary
+
+    field: ClassVar[str] = "tokens_BT"
+
+    @staticmethod
+    def blank(config: ModelConfig, B: int, T: int) -> jax.Array:
+        """Returns the field of a batch of so many rows and positions, of zeros."""
+        return jnp.zeros((B, T), jnp.int32)
 
     def setup(self) -> None:
         config, init = self.config, nn.initializers.normal(self.config.initial_std)
@@ -106,6 +115,23 @@ class Embeddings(nn.Module):
             x_BTW = self.norm(x_BTW)
         x_BTW = self.dropout(x_BTW)
         return (x_BTW if config.embedding_width is None else self.project(x_BTW)).astype(self.dtype)
+
+
+FRONT_ENDS: dict[str, Any] = {"tokens": Embeddings}  # by `ModelConfig.front_end`
+
+
+class SequenceInputs(NamedTuple):
+    """What a stack reads beside hidden states.
+
+    segments_BT: the example that each position is of, from 1; 0 for padding.  positions_BT: the place in the example.
+    mask_BTS: False where query t may not see key s, beside what segments and causality say; None: all else is seen.
+    prefix_BT: 1 for tokens that all of their example see (`config.prefix_lm`).
+    """
+
+    segments_BT: jax.Array
+    positions_BT: jax.Array
+    mask_BTS: jax.Array | None = None
+    prefix_BT: jax.Array | None = None
 
 
 class Caches(NamedTuple):
@@ -261,9 +287,10 @@ class Stack(nn.Module):
         caches: Caches | None = None,
         keep: Keep | None = None,
         prefix_BT: jax.Array | None = None,
+        mask_BTS: jax.Array | None = None,
     ) -> tuple[jax.Array, Caches | None]:
         kinds = self.config.layer_kinds
-        sights = self._sights(segments_BT, positions_BT, caches, keep, prefix_BT)
+        sights = self._sights(segments_BT, positions_BT, caches, keep, prefix_BT, mask_BTS)
         # A module of its own, so that a layer is a plain function of its parameters.
         inside = self.is_mutable_collection("weights")
         block = Block(self.config, self.constrain, self.dtype, inside, self.kernel, parent=None)
@@ -382,6 +409,7 @@ class Stack(nn.Module):
         caches: Caches | None,
         keep: Keep | None,
         prefix_BT: jax.Array | None,
+        given_BTS: jax.Array | None,
     ) -> dict[str, Sight]:
         """What the layers of each kind see, of the row or of the caches; and what they keep."""
         config = self.config
@@ -409,6 +437,8 @@ class Stack(nn.Module):
                 assert segments_BT is not None
                 mask_BTS = self_mask(segments_BT, self.causal, window, prefix_BT)
                 segments = None if prefix_BT is not None else (segments_BT, segments_BT)
+                if given_BTS is not None:
+                    mask_BTS, segments = mask_BTS & given_BTS, None
             if keep is not None:
                 # Distances of relative positions are those of slots, so that these keep all.
                 short = window is not None and config.relative == "none"
@@ -462,7 +492,7 @@ class Transformer(nn.Module):
         config, on_top = self.config, set(self.config.heads_on_top)
         parts = {"config": config, "constrain": self.constrain, "dtype": self.dtype}
         how = parts | {"remat": self.remat, "unroll": self.unroll, "kernel": self.kernel}
-        self.embeddings = Embeddings(config, self.dtype)
+        self.embeddings = chosen(FRONT_ENDS, config.front_end, "front_end")(config, self.dtype)
         if config.structure != "decoder":
             self.encoder = Stack(**how, layers=config.layers)
         how["config"] = config.of_decoder
@@ -492,16 +522,39 @@ class Transformer(nn.Module):
         if config.shared_transform and {"masked_lm", "classes", "tokens"} & on_top:
             self.transform_head = Transform(config, self.dtype)
 
+    def embed(
+        self,
+        tokens_BT: jax.Array,
+        segments_BT: jax.Array | None = None,
+        positions_BT: jax.Array | None = None,
+        types_BT: jax.Array | None = None,
+        mask_BTS: jax.Array | None = None,
+        prefix_BT: jax.Array | None = None,
+    ) -> tuple[jax.Array, SequenceInputs]:
+        """The first hidden states [B, T, D], of an encoder-decoder the encoder's, and what `stack` reads beside them.
+
+        tokens_BT: what the front end reads.
+        """
+        segments_BT, positions_BT = self._defaults(tokens_BT, segments_BT, positions_BT)
+        x_BTD = self.embeddings(tokens_BT, positions_BT, types_BT)
+        return x_BTD, SequenceInputs(segments_BT, positions_BT, mask_BTS, prefix_BT)
+
+    def stack(self, x_BTD: jax.Array, inputs: SequenceInputs) -> jax.Array:
+        """The last hidden states [B, T, D] of a decoder, or of the encoder, from the first."""
+        stack = self.decoder if self.config.structure == "decoder" else self.encoder
+        named: dict[str, Any] = {"prefix_BT": inputs.prefix_BT, "mask_BTS": inputs.mask_BTS}
+        return stack(x_BTD, inputs.segments_BT, inputs.positions_BT, **named)[0]
+
     def encode(
         self,
         tokens_BT: jax.Array,
         segments_BT: jax.Array | None = None,
         positions_BT: jax.Array | None = None,
         types_BT: jax.Array | None = None,
+        mask_BTS: jax.Array | None = None,
     ) -> jax.Array:
         """Hidden states of the encoder."""
-        segments_BT, positions_BT = self._defaults(tokens_BT, segments_BT, positions_BT)
-        return self.encoder(self.embeddings(tokens_BT, positions_BT, types_BT), segments_BT, positions_BT)[0]
+        return self.stack(*self.embed(tokens_BT, segments_BT, positions_BT, types_BT, mask_BTS))
 
     def decode(
         self,
@@ -512,9 +565,11 @@ class Transformer(nn.Module):
         context_BSD: jax.Array | None = None,
         context_segments_BS: jax.Array | None = None,
         prefix_BT: jax.Array | None = None,
+        mask_BTS: jax.Array | None = None,
     ) -> jax.Array:
-        """Hidden states of the decoder; `context_BSD` is what the encoder gave, `prefix_BT` is 1 for tokens that all of
-        their example see (`config.prefix_lm`)."""
+        """Hidden states of the decoder; `context_BSD` is what the encoder gave, the rest is as in `SequenceInputs`."""
+        if self.config.structure == "decoder" and context_BSD is None:
+            return self.stack(*self.embed(tokens_BT, segments_BT, positions_BT, types_BT, mask_BTS, prefix_BT))
         segments_BT, positions_BT = self._defaults(tokens_BT, segments_BT, positions_BT)
         x_BTD = self._decoder_embeddings(tokens_BT, positions_BT, types_BT)
         context_sight = None
@@ -523,7 +578,8 @@ class Transformer(nn.Module):
                 context_segments_BS = jnp.ones(context_BSD.shape[:2], jnp.int32)
             segments = segments_BT, context_segments_BS
             context_sight = Sight(cross_mask(*segments), segments=segments)
-        return self.decoder(x_BTD, segments_BT, positions_BT, context_BSD, context_sight, prefix_BT=prefix_BT)[0]
+        named: dict[str, Any] = {"prefix_BT": prefix_BT, "mask_BTS": mask_BTS}
+        return self.decoder(x_BTD, segments_BT, positions_BT, context_BSD, context_sight, **named)[0]
 
     def prefill(
         self,
@@ -578,15 +634,15 @@ class Transformer(nn.Module):
         target_segments_BT: jax.Array | None = None,
         target_positions_BT: jax.Array | None = None,
         prefix_BT: jax.Array | None = None,
+        mask_BTS: jax.Array | None = None,
     ) -> jax.Array:
-        """Hidden states [B, T, D] of the last stack; an encoder-decoder reads `target_tokens_BT` in its decoder."""
-        if self.config.structure == "encoder":
-            return self.encode(tokens_BT, segments_BT, positions_BT, types_BT)
-        if self.config.structure == "decoder":
-            return self.decode(tokens_BT, segments_BT, positions_BT, types_BT, prefix_BT=prefix_BT)
+        """Hidden states [B, T, D] of the last stack; an encoder-decoder reads `target_tokens_BT` in its decoder, and
+        `mask_BTS` is its encoder's."""
+        if self.config.structure != "encoder_decoder":
+            return self.stack(*self.embed(tokens_BT, segments_BT, positions_BT, types_BT, mask_BTS, prefix_BT))
         if target_tokens_BT is None:
             raise ValueError("an encoder-decoder needs target_tokens_BT, the tokens that its decoder reads")
-        context_BSD = self.encode(tokens_BT, segments_BT, positions_BT, types_BT)
+        context_BSD = self.encode(tokens_BT, segments_BT, positions_BT, types_BT, mask_BTS)
         return self.decode(
             target_tokens_BT,
             target_segments_BT,
@@ -639,17 +695,17 @@ class Transformer(nn.Module):
         self, tokens_BT: jax.Array, segments_BT: jax.Array | None, positions_BT: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
         if segments_BT is None:
-            segments_BT = jnp.ones(tokens_BT.shape, jnp.int32)
+            segments_BT = jnp.ones(tokens_BT.shape[:2], jnp.int32)
         if positions_BT is None and self.config.padding_token is not None:
             counted_BT = tokens_BT != self.config.padding_token
             positions_BT = jnp.cumsum(counted_BT, 1) * counted_BT - 1
         elif positions_BT is None:
-            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape[:2])
         return segments_BT, positions_BT
 
     def initialise(self, tokens_BT: jax.Array) -> None:
         """Touches every parameter once; for `init`."""
-        x_BTD = self(tokens_BT, target_tokens_BT=tokens_BT)
+        x_BTD = self(tokens_BT, target_tokens_BT=jnp.zeros(tokens_BT.shape[:2], jnp.int32))
         for head in self.config.heads_on_top:
             getattr(self, head)(x_BTD)
 
@@ -657,7 +713,8 @@ class Transformer(nn.Module):
 def init(module: Transformer, key: jax.Array) -> dict[str, Any]:
     """Initial parameters, float32.  Under `jax.eval_shape` it gives their shapes for free."""
     module = module.clone(constrain=Placement(), kernel="xla")  # the one row of zeros divides no mesh
-    return module.init(key, jnp.zeros((1, 2), jnp.int32), method="initialise")["params"]
+    front_end = chosen(FRONT_ENDS, module.config.front_end, "front_end")
+    return module.init(key, front_end.blank(module.config, 1, 2), method="initialise")["params"]
 
 
 def apply(

@@ -129,7 +129,9 @@ def plan(run: RunConfig, topology: str = "", name: str = "") -> Plan:
         "kind": devices[0].device_kind,
         "mesh": dict(mesh.shape),
         "batch": run.batch,
-        "tokens": sum(math.prod(batch[field].shape) for field in ("tokens_BT", "source_tokens_BS") if field in batch),
+        "tokens": sum(
+            math.prod(batch[field].shape) for field in ("segments_BT", "source_segments_BS") if field in batch
+        ),
         "remat": remat_of(run, mesh),
         "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(made.like.model)),
         "parameter_bytes": _bytes(made.like.model),

@@ -135,8 +135,8 @@ def closed_flops(task: Task, config: ModelConfig, rows: int, fields: Mapping[str
 
     fields: of a batch, by name; only their last axes are looked at.  blocks: as `flops.closed` has it.
     """
-    length = fields["tokens_BT"].shape[-1]
-    source = fields["source_tokens_BS"].shape[-1] if "source_tokens_BS" in fields else None
+    length = fields["segments_BT"].shape[-1]
+    source = fields["source_segments_BS"].shape[-1] if "source_segments_BS" in fields else None
     E = fields["starts_BE"].shape[-1] if "starts_BE" in fields else 0
     # How many positions of a row pass each head.
     each = {"masked_lm": getattr(task, "predictions", length), "next_sentence": E, "pooled": E, "classes": E}
@@ -173,7 +173,7 @@ def _nearest(size: int, ways: int) -> str:
 def lay(mesh: Mesh, batch: Batch, k: int) -> Batch:
     """A batch [B, ...] on the mesh, as k micro-batches [k, B / k, ...]; where the mesh does not divide the rows that
     there are, with rows of padding.  Of many hosts each lays the rows that `rows_here` names."""
-    more = -len(batch["tokens_BT"]) % (k * sharding.ways(mesh, "batch"))
+    more = -len(batch["segments_BT"]) % (k * sharding.ways(mesh, "batch"))
 
     def laid(name: str, x: np.ndarray) -> jax.Array:
         whole = np.concatenate([x, np.zeros((more, *x.shape[1:]), x.dtype)]) if more else x

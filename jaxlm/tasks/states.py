@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxlm.data.batches import Batch
 from jaxlm.inference.encode import pool
 from jaxlm.nn.losses import Sum, accuracy, chunked_cross_entropy, cross_entropy, token_log_probs
-from jaxlm.nn.transformer import Transformer, apply
+from jaxlm.nn.transformer import FRONT_ENDS, Transformer, apply
 
 MOST_LOGITS = 1 << 26  # on each device at once; more are computed in parts, one after the other
 _MODES = {"first": "cls", "last": "lasttoken", "mean": "mean"}  # of `ModelConfig.classes_from`, as pooling names them
@@ -24,7 +24,8 @@ def hidden(module: Transformer, params: Any, batch: Batch, key: jax.Array | None
 
     key: of dropout; None in evaluation.
     """
-    inputs: tuple[Any, ...] = batch["tokens_BT"], batch["segments_BT"], batch["positions_BT"]
+    field = FRONT_ENDS[module.config.front_end].field
+    inputs: tuple[Any, ...] = batch[field], batch["segments_BT"], batch["positions_BT"]
     named: dict[str, Any] = {"key": key, **({} if key is None else {"mutable": ["losses"]})}
     segments = [batch["segments_BT"]]
     if "source_tokens_BS" in batch:
