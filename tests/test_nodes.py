@@ -221,9 +221,9 @@ def test_a_checkpoint_leaves_the_frozen_part_where_it_is(tmp_path):
     params = add_low_rank(
         jax.tree.map(jnp.asarray, random_params(MODELS["decoder"])), ".*/kernel", 2, jax.random.key(0)
     )
-    of_adapters = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: parameters.path_of(path).endswith(("/a", "/b")), params
-    )
+    of_adapters = parameters.trained_in_nodes(params, others=False)
+    paths = [path for path, is_trained in parameters.by_path(of_adapters).items() if is_trained]
+    assert paths and all(path.endswith(("/a", "/b")) for path in paths)
     _, state, _ = training(MODELS["decoder"], params, of_adapters)
     checkpoints = Checkpoints(tmp_path / "checkpoints", 1)
     checkpoints.save(state, None, {"note": 1})

@@ -152,8 +152,8 @@ def rows_by_path(params: Any) -> dict[str, Parameter]:
     return {path_of(path): row for path, row in found}
 
 
-def trained_in_nodes(params: Any) -> Any:
-    """For each leaf whether it may be trained: what is in a node, if the node names it; all others."""
+def trained_in_nodes(params: Any, others: bool = True) -> Any:
+    """For each leaf whether it is trained: in a node what the node names, outside of nodes all or none (`others`)."""
 
     def of(value: Any, trained: bool) -> Any:
         if not is_node(value):
@@ -162,7 +162,7 @@ def trained_in_nodes(params: Any) -> Any:
         inner = {name: of(getattr(value, name), trained and name in value.trained) for name in names}
         return dataclasses.replace(value, **inner)
 
-    return jax.tree.map(lambda leaf: of(leaf, True), params, is_leaf=is_node)
+    return jax.tree.map(lambda leaf: of(leaf, is_node(leaf) or others), params, is_leaf=is_node)
 
 
 def split(params: Any, trained: Any) -> tuple[Any, Any]:
