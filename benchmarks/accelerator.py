@@ -171,7 +171,7 @@ def train_side(name: str, tell: Callable[..., None], tiny: bool, seconds: float)
 
     from jaxlm import CausalLM, DataConfig, MaskedLM, MeshConfig, OptimizerConfig, RunConfig
     from jaxlm.devices import sharding
-    from jaxlm.run.assembly import assemble, closed_flops, lay
+    from jaxlm.run.assembly import assemble, closed_flops, shard_batch
     from jaxlm.run.measure import Meter
     from jaxlm.tasks import make_task
 
@@ -197,7 +197,7 @@ def train_side(name: str, tell: Callable[..., None], tiny: bool, seconds: float)
         begun = time.monotonic()
         given = random_batch(case, config, setting["batch"])
         made = assemble(replace(run, **setting), task, config, mesh)
-        batch = lay(mesh, given, 1)
+        batch = shard_batch(mesh, given, 1)
         compiled = made.train_step.trace(made.like, batch).lower().compile()
         memory = compiled.memory_analysis()
         needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes

@@ -31,7 +31,7 @@ def main() -> None:
     from jaxlm import CausalLM, DataConfig, MeshConfig, ModelConfig, RunConfig
     from jaxlm.devices import sharding
     from jaxlm.planning import plan
-    from jaxlm.run.assembly import assemble, lay
+    from jaxlm.run.assembly import assemble, shard_batch
 
     device = jax.devices()[0]
     model = ModelConfig(vocabulary=8192, max_length=LENGTH, width=384, layers=6, heads=6)
@@ -51,7 +51,7 @@ def main() -> None:
             "positions_BT": np.tile(np.arange(LENGTH, dtype=np.int32), (16, 1)),
         }
         for _ in range(3):
-            state, metrics = made.train_step(state, lay(mesh, batch, 1))
+            state, metrics = made.train_step(state, shard_batch(mesh, batch, 1))
             jax.block_until_ready(metrics)
         taken = peak(device) - before
         ratio = told.used_bytes / taken

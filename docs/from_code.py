@@ -34,7 +34,7 @@ def fields(kind: type) -> list[Field]:
 def written(kind: type) -> list[Field]:
     """Name, type, default and meaning of each field of a class, as its source has them; the comment is the meaning.
 
-    It is the comment that `--help` shows; one that stands alone above a field goes on behind it.
+    It is the comment that `--help` shows; one that stands alone above a field continues behind it.
     """
     try:
         source = textwrap.dedent(inspect.getsource(kind))

@@ -175,7 +175,7 @@ def _of_file(asked: Generate) -> int:
 
     prompts = files.read(asked.file)
     made_with = lambda: files.choices_of(asked.model, asked.decoding, asked.draft)  # reads every byte of the model
-    with files.Output(asked.output, prompts, made_with()) if asked.output else nullcontext() as output:
+    with files.PromptOutput(asked.output, prompts, made_with()) if asked.output else nullcontext() as output:
         done = output.done if output else 0
         if done:
             print(f"{asked.output} has {done:,} of {len(prompts):,} rows already", file=sys.stderr)

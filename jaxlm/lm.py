@@ -31,7 +31,7 @@ from jaxlm.nn.transformer import Transformer, apply
 from jaxlm.storage import buckets, disk
 
 
-class Inside(NamedTuple):
+class StackOutputs(NamedTuple):
     """What went on in a stack, where it was asked for.
 
     states_LBTD: hidden states of the embeddings and of each layer, L + 1 in all, the last after the last norm.
@@ -54,8 +54,8 @@ class Output(NamedTuple):
 
     logits: jax.Array | None
     hidden_BTD: jax.Array
-    encoder: Inside | None = None
-    decoder: Inside | None = None
+    encoder: StackOutputs | None = None
+    decoder: StackOutputs | None = None
 
 
 class Trained(NamedTuple):
@@ -176,7 +176,7 @@ class LM:
             raise UserError(f"target_tokens_BT is given, but the model is a(n) {self.config.structure}; leave it out")
         wanted = ["states"] * states + ["weights"] * attentions
         x_BTD = apply(self.module, params, *inputs, mutable=wanted or False)
-        inside: dict[str, Inside | None] = {"encoder": None, "decoder": None}
+        inside: dict[str, StackOutputs | None] = {"encoder": None, "decoder": None}
         if wanted:
             x_BTD, seen = x_BTD
             inside = {stack: _inside(seen, stack) for stack in inside if stack in seen[wanted[0]]}
@@ -219,10 +219,9 @@ class LM:
         length = tokens_BT.shape[-1]
         if tokens_BT.ndim != 2 or not length:
             raise UserError(f"tokens_BT has shape {tokens_BT.shape}; give [rows, positions], at least one of each")
-        if self.config.positions == "learned" and length > self.config.max_length and named.get("positions_BT") is None:
-            raise UserError(
-                f"a row has {length} tokens, more than the {self.config.max_length} positions of the model; cut it"
-            )
+        limit = self.config.position_limit
+        if limit is not None and length > limit and named.get("positions_BT") is None:
+            raise UserError(f"a row has {length} tokens, more than the {limit} positions of the model; cut it")
         shapes = tuple(None if x is None else jnp.shape(x) for x in (tokens_BT, *inputs))
         more = tuple((name, x if isinstance(x, bool) or x is None else jnp.shape(x)) for name, x in named.items())
         key = self.config, self.module, self._token("eos"), self._token("pad"), shapes, more
@@ -258,10 +257,10 @@ def check_ids(name: str, ids: Any, rows: int) -> None:
         )
 
 
-def _inside(seen: Any, stack: str) -> Inside:
+def _inside(seen: Any, stack: str) -> StackOutputs:
     states = seen["states"][stack]["states"][0] if "states" in seen else None
     weights = seen["weights"][stack]["weights"][0][:2] if "weights" in seen else (None, None)
-    return Inside(states, *weights)
+    return StackOutputs(states, *weights)
 
 
 def _example(x_BTD: jax.Array, segments_BT: jax.Array | None, where: str) -> jax.Array:
@@ -315,7 +314,7 @@ def load(
     """The model in a folder, or of a hub name: Hugging Face's format, or a run (its export).
 
     head: lm, masked_lm, next_sentence, replaced, classes, tokens, span, pooled, none, or encoder (of an
-    encoder-decoder); None: what the checkpoint has.  One that it does not have is made new, and is said.
+    encoder-decoder); None: what the checkpoint has.  One that it does not have is randomly initialised, with a message.
     labels: names, or the number, of what the heads classes and tokens tell apart; None: what the checkpoint says.
     dtype: of the parameters in memory, None as they are stored; compute_dtype: of the arithmetic, None as `dtype`.
     matmul_precision: of products of float32 matrices: default, high or highest.  At the default a TPU computes them in
@@ -349,7 +348,7 @@ def load(
     )
     if found.fresh:
         tell = say or partial(print, file=sys.stderr)
-        tell(f"made new, since {folder} has none: {', '.join(found.fresh)}")
+        tell(f"randomly initialised, since {folder} has none: {', '.join(found.fresh)}")
     compute = kinds[1] or kinds[0] or jnp.result_type(*jax.tree.leaves(found.params))
     placement = sharding.Placement(mesh)
     made = (module or Transformer)(found.config, placement, jnp.dtype(compute), precision=matmul_precision)

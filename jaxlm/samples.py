@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 from jaxlm.errors import UserError
 from jaxlm.storage import disk
 
-Place = str | Path
+StrPath = str | Path
 
 # Reviews
 
@@ -63,7 +63,7 @@ _UNDERSTATED = (
 )
 
 
-def reviews(path: Place, count: int = 1000, seed: int = 0) -> Path:
+def reviews(path: StrPath, count: int = 1000, seed: int = 0) -> Path:
     """Writes a csv file of made-up film reviews with the columns `text` and `label`, positive or negative.
 
     Most are plain.  A sixth weighs good against bad, a twentieth is ironic or understated, and three in a hundred bear
@@ -169,7 +169,7 @@ _WHERE = {
 _ENDINGS = {"m": ("ein", "er", "einen", "en"), "f": ("eine", "e", "eine", "e"), "n": ("ein", "es", "ein", "es")}
 
 
-def captions(folder: Place, train: int = 1500, held_out: int = 100, seed: int = 0) -> Path:
+def captions(folder: StrPath, train: int = 1500, held_out: int = 100, seed: int = 0) -> Path:
     """Writes `train.jsonl`, `val.jsonl` and `test.jsonl` of made-up captions with the columns `en` and `de`.
 
     The German is plain and right.  Its verb comes second, also where the place comes first, and a participle last, so
@@ -296,7 +296,7 @@ _FILLED: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 
 
-def articles(path: Place, documents: int = 400, seed: int = 0) -> Path:
+def articles(path: StrPath, documents: int = 400, seed: int = 0) -> Path:
     """Writes made-up running text: documents under a heading ` = Fox = `, each about one thing, a sentence a line.
 
     Ten animals, plants, instruments and tools each; what is said of one depends on the kind of thing that it is.
@@ -324,7 +324,7 @@ _NEUTRAL = (
 )
 
 
-def topics(folder: Place) -> Path:
+def topics(folder: StrPath) -> Path:
     """Writes `train.csv` and `test.csv` with the columns `text` and `label`: which kind of thing a sentence names.
 
     The sentences give no hint but the name, and the test names other things than the training part, six of ten of each
@@ -341,14 +341,14 @@ def topics(folder: Place) -> Path:
     return folder
 
 
-def documentation(path: Place) -> Path:
+def documentation(path: StrPath) -> Path:
     """Writes the topics of Python's own `help()`, almost 500,000 characters of English that every installation has."""
     from pydoc_data.topics import topics as pages
 
     return _written(path, "".join(pages[name] for name in sorted(pages)))
 
 
-def divided(path: Place, share: float = 0.1, seed: int = 0) -> tuple[Path, Path]:
+def divided(path: StrPath, share: float = 0.1, seed: int = 0) -> tuple[Path, Path]:
     """Writes the rows of a csv file, in another order, to NAME.train.csv and, of each class alike, NAME.test.csv.
 
     share: of the rows that go to the test.  The classes are those of the last column.
@@ -366,7 +366,7 @@ def divided(path: Place, share: float = 0.1, seed: int = 0) -> tuple[Path, Path]
     return train, test
 
 
-def rows(path: Place) -> list[dict[str, str]]:
+def rows(path: StrPath) -> list[dict[str, str]]:
     """The rows of a csv file, by column."""
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
@@ -375,7 +375,7 @@ def rows(path: Place) -> list[dict[str, str]]:
 # Models
 
 
-def bert(folder: Place, texts: Iterable[str], vocabulary: int = 300, seed: int = 0, **sizes: Any) -> Path:
+def bert(folder: StrPath, texts: Iterable[str], vocabulary: int = 300, seed: int = 0, **sizes: Any) -> Path:
     """Writes a small BERT with random weights, and a WordPiece tokenizer trained on the texts, for transformers too.
 
     sizes: fields of `ModelConfig` in place of 2 layers of width 128.  A folder that holds a model already is left as it
@@ -414,12 +414,12 @@ def fetched(repository: str, name: str) -> Path:
     except Exception as error:  # the errors of the network are those of another library in each major version
         raise UserError(
             f"{name} of the data set {repository} is not in the cache, and the hub cannot be reached "
-            f"({type(error).__name__}); mend the network and give this again, use a file of your own, or set "
+            f"({type(error).__name__}); fix the network and give this again, use a file of your own, or set "
             f"JAXLM_TINY=1 before a notebook starts: it then makes its data itself"
         ) from error
 
 
-def imdb(path: Place, count: int = 5000, seed: int = 0) -> Path:
+def imdb(path: StrPath, count: int = 5000, seed: int = 0) -> Path:
     """Writes so many of the 25,000 training reviews of IMDB (Maas et al. 2011) as `reviews` writes its own."""
     import pyarrow.parquet as parquet
 
@@ -429,7 +429,7 @@ def imdb(path: Place, count: int = 5000, seed: int = 0) -> Path:
     return _table(path, ("text", "label"), ((r["text"].replace("<br />", " "), names[r["label"]]) for r in some))
 
 
-def multi30k(folder: Place) -> Path:
+def multi30k(folder: StrPath) -> Path:
     """Writes the 29,000 training, 1,014 validation and 1,000 test captions of Multi30k (Elliott et al. 2016)."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -438,7 +438,7 @@ def multi30k(folder: Place) -> Path:
     return folder
 
 
-def wikitext(path: Place) -> Path:
+def wikitext(path: StrPath) -> Path:
     """Writes the training part of WikiText-2 (Merity et al. 2016), 11 MB, as `articles` writes its own."""
     import pyarrow.parquet as parquet
 
@@ -446,13 +446,13 @@ def wikitext(path: Place) -> Path:
     return _written(path, "".join(table["text"].to_pylist()))
 
 
-def _table(path: Place, head: Sequence[str], rows: Iterable[Sequence[str]]) -> Path:
+def _table(path: StrPath, head: Sequence[str], rows: Iterable[Sequence[str]]) -> Path:
     file = io.StringIO(newline="")
     csv.writer(file, lineterminator="\n").writerows([head, *rows])
     return _written(path, file.getvalue())
 
 
-def _written(path: Place, text: str) -> Path:
+def _written(path: StrPath, text: str) -> Path:
     """Whole or not at all: another process may write it at the same time."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -83,9 +83,9 @@ def test_any_checkpoint_is_pre_trained_further(name, text, tmp_path, no_pictures
         workdir=str(tmp_path / "adapt"), sample_tokens=0,
     )  # fmt: skip
     adapted = jaxlm.fit(run)
-    assert (f"made new, since the given weights have none: {task.heads[0]}_head" in capsys.readouterr().err) == (
-        lm.config.structure == "encoder"
-    )
+    assert (
+        f"randomly initialised, since the given weights have none: {task.heads[0]}_head" in capsys.readouterr().err
+    ) == (lm.config.structure == "encoder")
     before, after = parameters.by_path(lm.params), parameters.by_path(adapted.params)
     for path, leaf in before.items():
         np.testing.assert_array_equal(np.asarray(after[path]), leaf, err_msg=path)
@@ -123,7 +123,7 @@ def test_a_task_starts_from_the_adapted_model(text, tmp_path, no_pictures, capsy
     table.write_text("text,label\n" + "".join(f'"{line}",{n % 2}\n' for n, line in enumerate(TEXT[:20])))
     tune = ["train", "configs/finetune_csv.py", "--init", str(tmp_path / "adapt"), "--data.path", str(table)]
     assert main([*tune, "--data.length", "32", "--epochs", "1", "--workdir", str(tmp_path / "tuned")]) == 0
-    assert "made new, since the given weights have none: classes_head" in capsys.readouterr().err
+    assert "randomly initialised, since the given weights have none: classes_head" in capsys.readouterr().err
 
 
 REFUSED = {

@@ -22,7 +22,7 @@ from jaxlm.nn.attention import MIXERS
 from jaxlm.nn.layers import FEED_FORWARDS, Linear
 from jaxlm.nn.losses import cross_entropy
 from jaxlm.nn.transformer import FRONT_ENDS, Transformer, apply, init
-from jaxlm.run.assembly import closed_flops, lay
+from jaxlm.run.assembly import closed_flops, shard_batch
 from jaxlm.run.step import TrainState, make_train_step, summed_gradient
 from jaxlm.tasks.pretraining import CausalLMTask
 from jaxlm.tasks.states import hidden, of_examples
@@ -223,7 +223,7 @@ class PatchExamples:
 class PatchTask(Task):
     """Classes of examples of patches, by the head `classes`."""
 
-    head, most = "classes", 4
+    head, max_examples = "classes", 4
 
     def examples(self, part, training):
         return PatchExamples()
@@ -236,7 +236,7 @@ class PatchTask(Task):
         logits_BEN = apply(module, params, of_examples(x_BTD, batch, "mean"), method="classes")
         return {"loss": cross_entropy(logits_BEN, batch["labels_BE"], batch["weights_BE"]), **auxiliary}, {}
 
-    def measure(self, lm, see, batches, part):
+    def measure(self, lm, run_eval, batches, part):
         raise NotImplementedError
 
 
@@ -253,11 +253,11 @@ def test_a_front_end_of_ones_own_packs_shards_and_counts(patches, devices):
     assert batch["patches_BTM"].shape == (2, 12, 6) and "tokens_BT" not in batch and len(batches) == 1
     run = jit(lambda params, batch: task.losses(Transformer(patches), params, batch, None)[0]["loss"])
     loss, weight = run(params, batch)
-    alone = task.replaced(most=1).batches(None, 5, 7, None).batch_at(0)  # each example in a row of its own
+    alone = task.replaced(max_examples=1).batches(None, 5, 7, None).batch_at(0)  # each example in a row of its own
     assert alone["segments_BT"].max() == 1 and weight == 5
     np.testing.assert_allclose(loss, run(params, alone)[0], rtol=1e-5)
     mesh = make_mesh(MeshConfig(), jax.devices()[:2])
-    laid = lay(mesh, batch, 1)
+    laid = shard_batch(mesh, batch, 1)
     assert laid["patches_BTM"].sharding.spec[1] is not None
     split = jax.jit(lambda params, batch: task.losses(Transformer(patches), params, batch, None)[0]["loss"])
     np.testing.assert_allclose(split(params, jax.tree.map(lambda x: x[0], laid))[0], loss, rtol=1e-5)

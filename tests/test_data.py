@@ -32,14 +32,14 @@ from jaxlm.errors import UserError
     st.integers(1, 6),
     st.sampled_from([1, 7, 64, 1 << 16]),
 )
-def test_each_example_is_in_one_row_that_it_fits(lengths, length, most, window):
-    rows = pack(np.array(lengths, np.int64), length, most, window)
+def test_each_example_is_in_one_row_that_it_fits(lengths, length, max_examples, window):
+    rows = pack(np.array(lengths, np.int64), length, max_examples, window)
     assert sorted(rows.examples.tolist()) == list(range(len(lengths)))
     assert rows.starts[0] == 0
     assert rows.starts[-1] == len(lengths)
     for a, b in zip(rows.starts, rows.starts[1:]):
         inside = rows.examples[a:b]
-        assert 1 <= len(inside) <= most
+        assert 1 <= len(inside) <= max_examples
         assert sum(lengths[i] for i in inside) <= length
         assert len(set(inside // window)) == 1
 
@@ -89,7 +89,7 @@ class Numbered:
 
 
 def training(seed: int = 3) -> Batches:
-    return Batches(Numbered(), rows=4, length=16, most=5, seed=seed)
+    return Batches(Numbered(), rows=4, length=16, max_examples=5, seed=seed)
 
 
 def same(a, b) -> None:
@@ -130,7 +130,7 @@ def test_in_training_each_epoch_has_every_example_once_and_follows_the_last():
 
 
 def test_evaluation_has_every_example_once_and_padding_at_the_end():
-    batches = Batches(Numbered(), rows=4, length=16, most=5, seed=None)
+    batches = Batches(Numbered(), rows=4, length=16, max_examples=5, seed=None)
     seen, padding = [], []
     for step in range(len(batches)):
         batch = batches.batch_at(step)

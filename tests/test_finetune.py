@@ -42,15 +42,15 @@ from jaxlm.data.tokenizers import tokenizer as tokenizers
 from jaxlm.devices import sharding
 from jaxlm.families import PRESETS
 from jaxlm.nn.transformer import Transformer
-from jaxlm.run.assembly import lay
-from jaxlm.run.evaluate import see
+from jaxlm.run.assembly import shard_batch
+from jaxlm.run.evaluate import run_eval
 from jaxlm.run.fit import fit
 from jaxlm.run.measure import MEASURED
 from jaxlm.run.step import make_eval_step
 from jaxlm.tasks import TASKS, metrics
 from jaxlm.tasks.cells import Records
 from jaxlm.tasks.records import RecordTask
-from jaxlm.tasks.task import Seen
+from jaxlm.tasks.task import EvalResult
 
 T, ROWS, V = 24, 4, 320
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "sleeps", "London", "Anna")
@@ -224,16 +224,16 @@ def put(batch, k):
 
 
 def batches_of(task: RecordTask, records: list[Any], rows: int = ROWS, length: int = T) -> Batches:
-    return Batches(task.examples(Records(records, []), False), rows, length, task.most, None)
+    return Batches(task.examples(Records(records, []), False), rows, length, task.max_examples, None)
 
 
-def seen(case: str, model: str, records: list[Any]) -> tuple[Batches, Seen]:
+def seen(case: str, model: str, records: list[Any]) -> tuple[Batches, EvalResult]:
     task, _, params, step = compiled(case, model)
     batches = batches_of(task, records)
-    return batches, see(step, params, batches, put)
+    return batches, run_eval(step, params, batches, put)
 
 
-def outputs_of(batches: Batches, found: Seen) -> list[list[Any]]:
+def outputs_of(batches: Batches, found: EvalResult) -> list[list[Any]]:
     """The outputs of each record's units."""
     units: list[list[Any]] = [[] for _ in range(int(batches.examples.record_of.max()) + 1)]
     for n, outputs in zip(batches.examples.record_of, found.outputs, strict=True):
@@ -277,7 +277,9 @@ def test_no_example_sees_another(case, model):
         for _, count in row:
             own_BT = (np.arange(ROWS) == b)[:, None] & (batch["segments_BT"] >= first)
             own_BT &= batch["segments_BT"] < first + count
-            own_BE = (np.arange(ROWS) == b)[:, None] & np.isin(np.arange(task.most) + 1, range(first, first + count))
+            own_BE = (np.arange(ROWS) == b)[:, None] & np.isin(
+                np.arange(task.max_examples) + 1, range(first, first + count)
+            )
             # Of a choice the labels are the weights.
             fields = ("weights_BT", "weights_BE", *(["labels_BE"] if case == "choice" else []))
             own = {"BT": own_BT, "BE": own_BE}
@@ -313,9 +315,9 @@ def test_rows_that_no_mesh_divides_are_filled_up():
     task, _, params, step = compiled("class", "bert")
     batches = batches_of(task, drawn("class", LENGTHS), rows=3)
     mesh = sharding.make_mesh(MeshConfig())
-    on_mesh = partial(lay, mesh)
+    on_mesh = partial(shard_batch, mesh)
     assert on_mesh(batches.batch_at(0), 1)["tokens_BT"].shape == (1, 8, T)
-    jax.tree.map(close, tuple(see(step, params, batches, on_mesh)), tuple(see(step, params, batches, put)))
+    jax.tree.map(close, tuple(run_eval(step, params, batches, on_mesh)), tuple(run_eval(step, params, batches, put)))
 
 
 def echo(_: Any, batch: dict[str, np.ndarray]) -> Any:
@@ -336,7 +338,7 @@ def test_every_example_is_seen_once_and_comes_back_in_order(data):
     task = task_of(case, data.draw(st.sampled_from(["bert", "gpt2"])), length)
     records = drawn(case, lengths)
     batches = batches_of(task, records, rows, length)
-    found = see(echo, None, batches, put)
+    found = run_eval(echo, None, batches, put)
     made = list(task.features(records, False))
     tokens = lambda units, name: [[np.array(x[name]).tolist() for x in unit] for unit in units]
     expected = [tokens(units, "tokens_BT") for units in made]
@@ -353,7 +355,7 @@ def test_rows_are_learned_from_in_every_epoch(case, model):
     """Training shuffles, but leaves none out."""
     task, records = task_of(case, model), drawn(case, LENGTHS)
     examples = task.examples(Records(records, []), True)
-    batches = Batches(examples, 1, T, task.most, 7)
+    batches = Batches(examples, 1, T, task.max_examples, 7)
     total = lambda steps: sum(int(task.weights(batches.batch_at(step))["loss"]) for step in steps)
     once = batches_of(task, records, 1)
     weight = sum(int(task.weights(once.batch_at(step))["loss"]) for step in range(len(once)))
@@ -370,7 +372,7 @@ def on_devices(case: str, n: int, batch: dict[str, np.ndarray], gradients: bool)
     task, module, params, _ = compiled(case, "bert")
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=n // 2) if n > 1 else MeshConfig(1), jax.devices()[:n])
     module = Transformer(module.config, sharding.Placement(mesh))
-    laid = lay(mesh, batch, 1)
+    laid = shard_batch(mesh, batch, 1)
     params = jax.device_put(params, sharding.replicated(mesh))
 
     def loss(params, batch):
@@ -872,7 +874,7 @@ def test_two_hundred_classes():
     task = TASKS[Classification](Classification(), T, 0, tokenizer("wordpiece"), names)
     records = records_of("class", [{"text": words(np.random.default_rng(i), 3), "label": names[i]} for i in range(200)])
     batches = batches_of(task, records)
-    found = see(jit(make_eval_step(task, Transformer(config))), params, batches, put)
+    found = run_eval(jit(make_eval_step(task, Transformer(config))), params, batches, put)
     told = task.predictions(records, batches, found.outputs)
     logits = [unit[0][0]["logits_BEN"] for unit in outputs_of(batches, found)]
     assert [row["prediction"] for row in told] == [names[x.argmax()] for x in logits]
@@ -919,7 +921,7 @@ def test_labels_that_are_nothing_to_learn_from():
 
 
 class Toy(NamedTuple):
-    """A task that can be learned in a few steps: what is to be told hangs on single words."""
+    """A task that can be learned in a few steps: what is to be predicted depends on single words."""
 
     task: Any
     row: Callable[[np.random.Generator], dict[str, Any]]
@@ -1240,7 +1242,7 @@ def test_losses_are_those_of_transformers(case, tmp_path):
     lm = jaxlm.load(tmp_path, head=task_of(case).head)
     task, records = task_of(case), drawn(case, LENGTHS)
     batches = batches_of(task, records)
-    found = see(jit(make_eval_step(task, lm.module)), lm.params, batches, put)
+    found = run_eval(jit(make_eval_step(task, lm.module)), lm.params, batches, put)
     with torch.no_grad():
         expected = sum(their_loss(model, case, unit) for units in task.features(records, False) for unit in units)
     assert found.losses["loss"][0] == pytest.approx(expected, rel=1e-4)

@@ -27,7 +27,7 @@ from jaxlm.config import MeshConfig
 from jaxlm.data.batches import Batches
 from jaxlm.data.corpus import Corpus
 from jaxlm.devices import hosts, sharding
-from jaxlm.run.assembly import lay, rows_here
+from jaxlm.run.assembly import rows_here, shard_batch
 from jaxlm.run.measure import MEASURED
 from jaxlm.tasks.pretraining import CausalLMTask
 
@@ -170,17 +170,20 @@ ADDRESS = {"JAXLM_COORDINATOR": "10.0.0.1:1234", "JAXLM_PROCESSES": "4", "JAXLM_
 SRUN = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_STEP_NODELIST": "n[1-8]", "SLURM_PROCID": "5"}
 PLACES = {
     "alone": ({}, None),
-    "given": (ADDRESS, hosts.Place("10.0.0.1:1234", 4, 3)),
+    "given": (ADDRESS, hosts.Rendezvous("10.0.0.1:1234", 4, 3)),
     "given one": ({"JAXLM_PROCESSES": "1"}, None),
-    "srun": (SRUN, hosts.Place(None, 8)),
+    "srun": (SRUN, hosts.Rendezvous(None, 8)),
     "srun of one task": (SRUN | {"SLURM_STEP_NUM_TASKS": "1"}, None),
     "sbatch without srun": ({name: SRUN[name] for name in SRUN if "STEP" not in name}, None),
     "srun kept alone": (SRUN | {"JAXLM_PROCESSES": "1"}, None),
-    "given in srun": (SRUN | ADDRESS, hosts.Place("10.0.0.1:1234", 4, 3)),
-    "mpirun": ({"OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:1", "OMPI_COMM_WORLD_SIZE": "2"}, hosts.Place(None, 2)),
+    "given in srun": (SRUN | ADDRESS, hosts.Rendezvous("10.0.0.1:1234", 4, 3)),
+    "mpirun": (
+        {"OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:1", "OMPI_COMM_WORLD_SIZE": "2"},
+        hosts.Rendezvous(None, 2),
+    ),
     "mpirun of one": ({"OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:1", "OMPI_COMM_WORLD_SIZE": "1"}, None),
-    "TPU pod": ({"TPU_WORKER_HOSTNAMES": "t0,t1"}, hosts.Place()),
-    "TPU slices": ({"TPU_WORKER_HOSTNAMES": "t0", "MEGASCALE_NUM_SLICES": "2"}, hosts.Place()),
+    "TPU pod": ({"TPU_WORKER_HOSTNAMES": "t0,t1"}, hosts.Rendezvous()),
+    "TPU slices": ({"TPU_WORKER_HOSTNAMES": "t0", "MEGASCALE_NUM_SLICES": "2"}, hosts.Rendezvous()),
     "TPU host": ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
     "TPU pod on CPU": ({"TPU_WORKER_HOSTNAMES": "t0,t1", "JAX_PLATFORMS": "cpu"}, None),
 }
@@ -227,8 +230,8 @@ def test_rows_of_all_devices_are_all_rows(rows, k, n):
     assert rows_here(mesh, rows, k) == list(range(rows))
 
 
-def test_rows_of_some_devices_are_those_that_lay_puts_there(monkeypatch):
-    """As on a host with the devices 2 and 3 of 4: what `lay` takes of a batch with those rows alone is the same."""
+def test_rows_of_some_devices_are_those_that_the_batch_is_sharded_to(monkeypatch):
+    """As on a host with the devices 2 and 3 of 4: `shard_batch` takes the same of a batch with those rows alone."""
     rows, k = 14, 2
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=1), jax.devices()[:4])
     batch = {"tokens_BT": np.arange(1, rows * 8 + 1, dtype=np.int32).reshape(rows, 8)}
@@ -241,7 +244,7 @@ def test_rows_of_some_devices_are_those_that_lay_puts_there(monkeypatch):
     assert here == [4, 5, 6, 7, 12, 13]  # of the micro-batches 0 to 7 and 8 to 15, the last two being padding
     part = {"tokens_BT": np.zeros_like(batch["tokens_BT"])}
     part["tokens_BT"][here] = batch["tokens_BT"][here]
-    laid = [lay(mesh, some, k)["tokens_BT"].addressable_shards for some in (part, batch)]
+    laid = [shard_batch(mesh, some, k)["tokens_BT"].addressable_shards for some in (part, batch)]
     for ours, theirs in zip(*laid, strict=True):
         assert ours.device == theirs.device
         if ours.device in there:
@@ -251,7 +254,7 @@ def test_rows_of_some_devices_are_those_that_lay_puts_there(monkeypatch):
 def test_some_rows_of_a_batch_are_those_of_the_whole():
     corpus = Corpus(np.arange(500, dtype=np.uint16), np.array([0, 200, 500]), np.array([0, 1, 2]), 500)
     task = CausalLMTask(CausalLM(), 16, 0, None, ())
-    batches = Batches(task.examples(corpus, True), 6, 16, task.most, 0)
+    batches = Batches(task.examples(corpus, True), 6, 16, task.max_examples, 0)
     for step in (0, 3, 40):
         whole, some = batches.batch_at(step), batches.batch_at(step, [1, 4])
         for name, value in whole.items():
@@ -521,7 +524,7 @@ def test_a_coordinator_that_cannot_be_reached(start, place, tmp_path, monkeypatc
     second = Host(place, (TRAIN, place / "tiny.py", "--workdir", tmp_path / "run"), told, tmp_path / "second.txt", 1)
     said = second.wait(2, 60)
     assert time.monotonic() - begun < 40
-    assert f"error: host 1 of 2 found no coordinator at {address} in 3 s; start host 0 there, mend JAXLM_COORD" in said
+    assert f"error: host 1 of 2 found no coordinator at {address} in 3 s; start host 0 there, fix JAXLM_COORD" in said
     assert "JAXLM_TIMEOUT" in said and said.count("\n") == 1
 
 

@@ -706,7 +706,7 @@ def test_a_local_folder_is_itself(tmp_path, monkeypatch):
         (
             RuntimeError("connection reset"),
             UserError,
-            r"cannot be reached \(RuntimeError: connection reset\); mend the",
+            r"cannot be reached \(RuntimeError: connection reset\); fix the",
         ),
     ],
 )

@@ -43,7 +43,7 @@ def test_a_head_that_would_be_made_is_said(folder, capsys):
     assert main(["inspect", str(folder), "--head", "tokens"]) == 0
     said = capsys.readouterr().out
     assert "heads on top: tokens" in said
-    assert next(line for line in said.splitlines() if "tokens_head/out/bias" in line).endswith("(made new)")
+    assert next(line for line in said.splitlines() if "tokens_head/out/bias" in line).endswith("(randomly initialised)")
 
 
 def test_a_preset_a_config_and_a_run_that_has_no_export_yet(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Which output of a head each label means: fine-tuning goes on from the head of the weights, in its order."""
+"""Which output of a head each label means: fine-tuning continues from the head of the weights, in its order."""
 
 from __future__ import annotations
 
@@ -237,7 +237,7 @@ def test_numbers_without_names_are_refused():
         TASKS[Tagging].names(task, part)
 
 
-# Training goes on from the head
+# Training continues from the head
 
 ENCODER = ModelConfig(
     structure="encoder", heads_on_top=(), vocabulary=80, max_length=32, width=16, layers=1, heads=2, types=2
@@ -284,7 +284,7 @@ FAST = ("classes in another order", "tags in another order")
 
 @pytest.fixture
 def start(tmp_path):
-    """A function that saves a model with a head, and makes a run that goes on from it."""
+    """A function that saves a model with a head, and makes a run that continues from it."""
     tokenizer = tokenizers.train(WORDS, TokenizerConfig(train="wordpiece"), ENCODER.vocabulary)
 
     def made(task: Any, head: str, names: tuple[str, ...], row: Any, **fields: Any) -> tuple[RunConfig, list[Any]]:
@@ -406,8 +406,8 @@ def test_a_part_of_several_tasks_keeps_the_head_of_the_weights(start, quick, cap
     assert [line for line in lines if "other labels" in line] == [
         "labels    the head of the part letters is randomly initialised: the weights have a head with other labels"
     ]
-    assert [line for line in lines if "made new" in line] == [
-        "made new, since the given weights have none: own_letters"
+    assert [line for line in lines if "randomly initialised" in line] == [
+        "randomly initialised, since the given weights have none: own_letters"
     ]
     assert jaxlm.load(Path(run.workdir) / "export" / "letters").config.labels == ("x", "y")
 
@@ -428,7 +428,7 @@ def test_parts_of_every_kind_keep_the_head_of_the_weights(start, quick, capsys, 
     for name, (task, _) in parts.items():
         lm = jaxlm.load(Path(run.workdir) / "export" / name)
         if isinstance(task, MultipleChoice):
-            assert "made new, since the given weights have none: own_choice" in lines
+            assert "randomly initialised, since the given weights have none: own_choice" in lines
             continue
         assert lm.config.labels == names
         before, after = (jaxlm.predict(m, rows[name], task=task, length=32) for m in (jaxlm.load(run.init), lm))
@@ -506,7 +506,7 @@ def test_a_head_of_another_kind_is_not_taken_for_it(start, quick, capsys, monkey
     lm = fit(run)
     assert lm.config.labels == tuple(sorted(names))
     other = "tokens" if head == "classes" else "classes"
-    assert f"made new, since the given weights have none: {other}_head" in capsys.readouterr().err
+    assert f"randomly initialised, since the given weights have none: {other}_head" in capsys.readouterr().err
     old = jaxlm.load(run.init).params[f"{head}_head"]["out"]["kernel"]
     assert not np.allclose(old, lm.params[f"{other}_head"]["out"]["kernel"])
 

@@ -160,15 +160,15 @@ DATA: dict[str, tuple[str, str, str, list[str], list[str]]] = {
     ),
     "NaN in json": (
         *("Classification", "x.jsonl", lines(*ROWS, ROWS[0] | {"label": float("nan")}), []),
-        ["x.jsonl:21", "float nan", "mend it"],
+        ["x.jsonl:21", "float nan", "fix it"],
     ),
     "infinity in json": (
         *("Classification", "x.jsonl", lines(*ROWS, ROWS[0] | {"label": float("inf")}), []),
-        ["x.jsonl:21", "float inf", "mend it"],
+        ["x.jsonl:21", "float inf", "fix it"],
     ),
     "nan among numbers": (
         *("Classification", "x.csv", table([1, 2, "nan"] * 6), []),
-        ["x.csv:", "'nan' among numbers", "mend it"],
+        ["x.csv:", "'nan' among numbers", "fix it"],
     ),
     "a list as a class": (
         *("Classification", "x.jsonl", lines(*ROWS, ROWS[0] | {"label": ["pos"]}), []),
@@ -266,7 +266,7 @@ DATA: dict[str, tuple[str, str, str, list[str], list[str]]] = {
     ),
     "an empty answer": (
         *("QuestionAnswering", "x.json", squad(question("", 13)), ["--data.format", "squad"]),
-        ["x.json:1", "is empty", "mend it"],
+        ["x.json:1", "is empty", "fix it"],
     ),
     "no answer though there must be": (
         "QuestionAnswering",

@@ -210,7 +210,7 @@ def test_a_name_tells_what_a_metric_is(name, metric, cell):
 
 
 def test_every_kind_of_metric_has_its_family():
-    assert {kind.family for kind in report.KINDS.values()} | {"part_loss"} == set(report.FAMILIES)
+    assert {kind.family for kind in report.KINDS.values()} | {"part_loss"} == set(report.SCORE_FAMILIES)
 
 
 def test_labels_of_curves_leave_out_what_the_title_says():

@@ -34,7 +34,7 @@ from jaxlm.hub import safetensors
 from jaxlm.nn.transformer import Transformer, init
 from jaxlm.run.checkpoint import Checkpoints
 from jaxlm.run.fit import fit
-from jaxlm.run.folder import begin, claim
+from jaxlm.run.folder import begin, open_run_dir
 from jaxlm.run.measure import MEASURED
 from jaxlm.run.optimizer import make_optimizer
 from jaxlm.run.step import TrainState
@@ -399,7 +399,7 @@ def shapes_of_a_run() -> TrainState:
 
 @pytest.mark.parametrize("damage", ["flipped", *(pytest.param(d, marks=pytest.mark.long) for d in list(DAMAGE)[1:])])
 def test_a_damaged_checkpoint_is_never_taken_for_a_whole_one(stopped, tmp_path, damage):
-    """Each file in turn: the run goes on from the very same state or, and says so, from the checkpoint before."""
+    """Each file in turn: the run resumes from the very same state or, with a message, from the checkpoint before."""
     whole = restored(stopped)
     shutil.copytree(stopped, tmp_path / "whole")
     shutil.rmtree(tmp_path / "whole" / "checkpoints" / "7")
@@ -578,14 +578,14 @@ def test_a_folder_of_another_run_is_refused(place, stopped, name):
     run = changed(a_run(place, stopped), OTHERS[name])
     before = (stopped / "config.json").read_bytes()
     with pytest.raises(UserError, match=rf"holds another run(.|\n)*{name.split('.')[0]}.* \| ") as raised:
-        claim(run, stopped)
+        open_run_dir(run, stopped)
     assert "--workdir" in str(raised.value)
     assert (stopped / "config.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("name", SAME)
 def test_what_may_differ(place, stopped, name):
-    assert claim(changed(a_run(place, stopped), SAME[name]), stopped)
+    assert open_run_dir(changed(a_run(place, stopped), SAME[name]), stopped)
 
 
 def test_data_may_move_but_not_change(place, alone, stopped, tmp_path, devices):
@@ -604,12 +604,12 @@ def test_data_may_move_but_not_change(place, alone, stopped, tmp_path, devices):
 
 def test_a_run_that_took_no_step_is_in_nobodys_way(place, tmp_path):
     run = a_run(place, tmp_path / "run")
-    assert not claim(run, tmp_path / "run")
+    assert not open_run_dir(run, tmp_path / "run")
     begin(run, tmp_path / "run", "0" * 16)
     (tmp_path / "run" / "checkpoints").mkdir()
     (tmp_path / "run" / "metrics.jsonl").touch()
     other = changed(run, OTHERS["model"])
-    assert not claim(other, tmp_path / "run")
+    assert not open_run_dir(other, tmp_path / "run")
     begin(other, tmp_path / "run", "1" * 16)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["run"]["model"]["width"] == 16
 
@@ -666,7 +666,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(config, place, tmp_path, nu
     process.send_signal(number)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 143, said
-    assert "saving after this step" in said and "of 400 and saved; the same command goes on from here" in said
+    assert "saving after this step" in said and "of 400 and saved; the same command resumes from here" in said
     assert "Traceback" not in said
     (step,) = (int(path.name) for path in (tmp_path / "run" / "checkpoints").glob("[0-9]*") if int(path.name) % 6)
     process = start(config, tmp_path / "run", *steps)

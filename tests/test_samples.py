@@ -102,7 +102,7 @@ def test_a_bert_loads_here_and_is_left_alone(tmp_path):
 def test_without_a_network_it_is_said_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     for fetch in (samples.imdb, samples.multi30k, samples.wikitext):
-        with pytest.raises(UserError, match=r"mend the network.*file of your own.*JAXLM_TINY=1"):
+        with pytest.raises(UserError, match=r"fix the network.*file of your own.*JAXLM_TINY=1"):
             fetch(tmp_path / "data")
 
 

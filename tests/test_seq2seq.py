@@ -23,7 +23,7 @@ from jaxlm.families import PRESETS
 from jaxlm.inference.generate import generate
 from jaxlm.lm import LM
 from jaxlm.nn.transformer import Transformer, apply
-from jaxlm.run.evaluate import see
+from jaxlm.run.evaluate import run_eval
 from jaxlm.run.step import make_eval_step
 from jaxlm.tasks.cells import Records
 from jaxlm.tasks.chat import ChatTask
@@ -108,8 +108,8 @@ def test_packed_equals_alone(model):
     some = records(LENGTHS)
     batches = batches_of(task, some)
     assert batches.rows_in_epoch < len(some)  # some do share rows
-    together = see(step, params, batches, put).losses
-    alone = [see(step, params, batches_of(task, [record]), put).losses for record in some]
+    together = run_eval(step, params, batches, put).losses
+    alone = [run_eval(step, params, batches_of(task, [record]), put).losses for record in some]
     for name, total in together.items():
         close(total, np.sum([one[name] for one in alone], 0))
 
@@ -237,7 +237,7 @@ def test_what_is_written_is_what_the_packed_batch_would_say(model):
             sources = None if task.source_length is None else lengths("source_tokens_BS")
             return Epoch(lengths("tokens_BT"), lambda i: [made[i]], None, sources)
 
-    batches = Batches(Made(), ROWS, 64, task.most, None, task.source_length)
+    batches = Batches(Made(), ROWS, 64, task.max_examples, None, task.source_length)
     assert batches.rows_in_epoch < len(made)
     for step in range(len(batches)):
         batch = batches.batch_at(step)

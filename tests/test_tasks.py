@@ -21,7 +21,7 @@ from jaxlm.data.corrupt import mask_tokens, words
 from jaxlm.errors import UserError
 from jaxlm.nn.losses import accuracy, cross_entropy
 from jaxlm.nn.transformer import Transformer, apply
-from jaxlm.run.evaluate import see
+from jaxlm.run.evaluate import run_eval
 from jaxlm.run.step import make_eval_step
 from jaxlm.tasks.pretraining import CausalLMTask, MaskedLMTask, _pairs, _spans
 
@@ -99,7 +99,7 @@ def test_whole_documents_are_not_predicted_across():
     for task, n in ((causal(stream=False), 0), (causal(stream=False), 3), (causal(stream=False, stride=3), None)):
         assert predictions(task.examples(corpus, n is not None), n) == pairs
     task = causal(16, stream=False)
-    batches = Batches(task.examples(corpus, True), 4, 16, task.most, seed=0)
+    batches = Batches(task.examples(corpus, True), 4, 16, task.max_examples, seed=0)
     assert sum(int(batches.batch_at(s)["weights_BT"].sum()) for s in range(len(batches))) >= len(pairs)
 
 
@@ -137,9 +137,9 @@ def compiled_eval_step(length: int, stride: int, stream: bool):
 
 
 def scores(task, eval_step, params, corpus, length: int, rows: int = 3):
-    batches = Batches(task.examples(corpus, False), rows, length, task.most, None)
+    batches = Batches(task.examples(corpus, False), rows, length, task.max_examples, None)
     put = lambda batch, k: {name: x[None] for name, x in batch.items()}
-    return task.measure(None, lambda batches: see(eval_step, params, batches, put), batches, corpus)[0]
+    return task.measure(None, lambda batches: run_eval(eval_step, params, batches, put), batches, corpus)[0]
 
 
 def test_evaluation_equals_a_forward_pass_over_the_whole_text():
@@ -304,7 +304,7 @@ def test_about_the_mask_rate_is_predicted_and_all_text_is_seen():
 )
 def test_no_row_has_more_predictions_than_the_gather_takes(documents, rate, whole_words, next_sentence, length):
     task = masked(length, mask_rate=rate, whole_words=whole_words, next_sentence=next_sentence)
-    batches = Batches(task.examples(corpus_of(documents), False), 2, length, task.most, None)
+    batches = Batches(task.examples(corpus_of(documents), False), 2, length, task.max_examples, None)
     for step in range(len(batches)):
         batch = batches.batch_at(step)
         assert (batch["weights_BT"] > 0).sum(1).max() <= task.predictions <= length
@@ -313,7 +313,7 @@ def test_no_row_has_more_predictions_than_the_gather_takes(documents, rate, whol
 def test_gathered_predictions_give_the_loss_of_all_positions():
     task = masked(next_sentence=True)
     params, module = random_params(ENCODER), Transformer(ENCODER)
-    batch = Batches(task.examples(corpus_of(DOCUMENTS), True), 3, 32, task.most, 0).batch_at(1)
+    batch = Batches(task.examples(corpus_of(DOCUMENTS), True), 3, 32, task.max_examples, 0).batch_at(1)
     assert task.predictions < 32
 
     def dense(params, batch):
@@ -421,7 +421,7 @@ def test_a_single_document_ends(document):
     assert not pairs[:, 4].any()
     assert (len(pairs) > 0) == (len(document) > 1)
     task = masked(next_sentence=True)
-    Batches(task.examples(corpus_of([document]), False), 2, 32, task.most, None).batch_at(0)
+    Batches(task.examples(corpus_of([document]), False), 2, 32, task.max_examples, None).batch_at(0)
 
 
 # Losses.

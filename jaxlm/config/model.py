@@ -167,6 +167,26 @@ class ModelConfig(Config):
         """Width of the embeddings."""
         return self.embedding_width or self.width
 
+    @property
+    def position_limit(self) -> int | None:
+        """Tokens of the longest sequence that the model has positions for; None: any length."""
+        return self.max_length if self.positions == "learned" else None
+
+    @property
+    def text_limit(self) -> int | None:
+        """Tokens of the longest text that is generated; None: any length.
+
+        Rotary positions have no end, but the lengths that a model was trained on do.
+        """
+        return self.max_length if self.positions in ("learned", "rotary") else None
+
+    def check_length(self, length: int) -> None:
+        """Raises UserError where a row is longer than the positions of the model."""
+        if self.position_limit is not None and length > self.position_limit:
+            raise UserError(
+                f"length is {length}, longer than the {self.position_limit} positions of the model; lower it"
+            )
+
     def check(self) -> None:
         """Raises UserError where a value is of the wrong kind, or sizes contradict each other."""
         check_fields(self, "model.")

@@ -91,7 +91,7 @@ class RunConfig(Config):
     log_every: Positive = 10  # steps between lines of metrics.jsonl
     eval_every: Count = 0  # steps between evaluations; 0: after each epoch, where there are epochs, and at the end
     best: str = ""  # the score that the best checkpoint has most of; empty: the task's own
-    patience: Count = 0  # evaluations without a better score after which the run ends; 0: it goes on
+    patience: Count = 0  # evaluations without a better score after which the run ends; 0: it continues
     checkpoint_every: Count = 0  # steps between checkpoints; 0: a tenth of the run
     keep: Positive = 2  # last checkpoints that an unfinished run keeps, beside the best
     keep_checkpoints: bool = False  # also of a finished run, which otherwise keeps its export: the best weights
@@ -99,7 +99,7 @@ class RunConfig(Config):
     init: str = ""  # run, folder in Hugging Face's format, or hub name to start the weights from
     new_head: bool = False  # draw the outputs of the task's head anew, where the weights of init have such a head
     workdir: str = ""  # run folder; empty: runs/CONFIG_NAME
-    sample_prompt: str = ""  # what the sample at the end of a decoder's run goes on from
+    sample_prompt: str = ""  # what the sample at the end of a decoder's run continues
     sample_tokens: Count = 120  # its length; 0: no sample
     profile: Count = 0  # steps, after the first few, whose trace is written to WORKDIR/profile for TensorBoard; 0: none
 
@@ -136,9 +136,9 @@ class RunConfig(Config):
 
     def _check_model(self, model: ModelConfig) -> None:
         model.check()
-        if self.data.length > model.max_length and model.positions == "learned":
+        if model.position_limit is not None and self.data.length > model.position_limit:
             raise UserError(
-                f"data.length is {self.data.length}, longer than the {model.max_length} positions of the model; "
+                f"data.length is {self.data.length}, longer than the {model.position_limit} positions of the model; "
                 f"lower --data.length, or take a model with more positions (--model.max-length)"
             )
         if isinstance(self.task, TaskConfig):

@@ -198,7 +198,7 @@ class Classification(TaskConfig):
 
     problem: Literal["single_label", "multi_label", "regression"] = "single_label"  # one class, any of them, a number
     text: Names = ("text",)  # column of the text, or the two columns of a pair
-    label: Name = "label"  # column of what is to be told; several classes stand in a list, or divided by separator
+    label: Name = "label"  # column of what is to be predicted; several classes in a list, or divided by separator
     separator: Name = ","  # between several classes in a column of text
     names: tuple[Name, ...] = ()  # of the classes, in the order of the outputs; empty: those found in the training part
     most_classes: Annotated[int, Range(2, MOST)] = 1000  # more are taken for a column of numbers or texts, and refused

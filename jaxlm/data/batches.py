@@ -63,13 +63,13 @@ class Batches:
         examples: Examples,
         rows: int,
         length: int,
-        most: int,
+        max_examples: int,
         seed: int | None,
         source_length: int | None = None,
     ):
-        """`most`: examples in a row E.  `seed`: of the shuffling; None: evaluation, each unit once.  `source_length`:
-        tokens of sources in a row, where there are some."""
-        self.examples, self.rows, self.length, self.most, self.seed = examples, rows, length, most, seed
+        """`max_examples`: the most examples in a row E.  `seed`: of the shuffling; None: evaluation, each unit once.
+        `source_length`: tokens of sources in a row, where there are some."""
+        self.examples, self.rows, self.length, self.max_examples, self.seed = examples, rows, length, max_examples, seed
         self.source_length = source_length
         self._epoch_starts = [0]  # index of each epoch's first row, as far as it is known
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
@@ -123,7 +123,7 @@ class Batches:
         fields = {**self._inputs, **dict.fromkeys(names, np.int32), **self.examples.fields}
         if any("_BE" in name for name in fields):
             fields |= {"starts_BE": np.int32, "weights_BE": np.float32}
-        sizes = {"B": self.rows, "T": self.length, "E": self.most, "N": self.examples.labels}
+        sizes = {"B": self.rows, "T": self.length, "E": self.max_examples, "N": self.examples.labels}
         sizes |= getattr(self.examples, "axes", {})
         sizes["S"] = self.source_length or 0
         shape = lambda name: tuple(sizes[axis] for axis in name.rpartition("_")[2])
@@ -175,7 +175,7 @@ class Batches:
         if self.source_length is not None:
             assert epoch.source_lengths is not None
             beside = epoch.source_lengths[order], self.source_length
-        return pack(epoch.lengths[order], self.length, self.most, counts=counts, beside=beside)
+        return pack(epoch.lengths[order], self.length, self.max_examples, counts=counts, beside=beside)
 
 
 def _fill(batch: Features, b: int, units: list[list[Features]], inputs: str) -> None:

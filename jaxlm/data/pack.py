@@ -18,12 +18,12 @@ class Rows(NamedTuple):
 def pack(
     lengths: np.ndarray,
     length: int,
-    most: int,
+    max_examples: int,
     window: int = 1 << 16,
     counts: np.ndarray | None = None,
     beside: tuple[np.ndarray, int] | None = None,
 ) -> Rows:
-    """Puts examples of `lengths` into rows of `length` tokens and at most `most` examples.
+    """Puts examples of `lengths` into rows of `length` tokens and at most `max_examples` examples.
 
     counts: for how many examples each one counts, where it is a unit of several; None: for one.
     beside: lengths on a second side, an encoder-decoder's sources, and how many tokens a row has there.
@@ -31,7 +31,7 @@ def pack(
     Best-fit decreasing (Johnson 1973) inside windows of consecutive examples, so that memory stays bounded and
     examples far apart in the shuffled order are not brought together.  Each example is in exactly one row.
 
-    >>> rows = pack(np.array([5, 3, 4, 2]), length=8, most=3)
+    >>> rows = pack(np.array([5, 3, 4, 2]), length=8, max_examples=3)
     >>> [rows.examples[a:b].tolist() for a, b in zip(rows.starts, rows.starts[1:])]
     [[0, 1], [2, 3]]
 
@@ -41,23 +41,23 @@ def pack(
     for sizes, places in ((lengths, length), beside or (lengths, length)):
         if len(sizes) and not (sizes.min() > 0 and sizes.max() <= places):
             raise ValueError(f"example lengths from {sizes.min()} to {sizes.max()} do not fit rows of {places}")
-    if len(counts) and counts.max() > most:
-        raise ValueError(f"a unit has {counts.max()} examples, a row at most {most}")
+    if len(counts) and counts.max() > max_examples:
+        raise ValueError(f"a unit has {counts.max()} examples, a row at most {max_examples}")
     order, starts = [], [0]
     for first in range(0, len(lengths), window):
         some = slice(first, first + window)
         if beside is None:
-            rows = _pack_window(lengths[some], counts[some], length, most)
+            rows = _pack_window(lengths[some], counts[some], length, max_examples)
         else:
             both = np.stack([lengths[some], beside[0][some]], 1)
-            rows = _pack_two_sides(both, counts[some], np.array([length, beside[1]]), most)
+            rows = _pack_two_sides(both, counts[some], np.array([length, beside[1]]), max_examples)
         for row in rows:
             order += [first + i for i in row]
             starts.append(len(order))
     return Rows(np.array(order, np.int64), np.array(starts, np.int64))
 
 
-def _pack_window(lengths: np.ndarray, counts: np.ndarray, length: int, most: int) -> list[list[int]]:
+def _pack_window(lengths: np.ndarray, counts: np.ndarray, length: int, max_examples: int) -> list[list[int]]:
     rows: list[list[int]] = []
     held: list[int] = []  # examples in each row
     largest = int(counts.max(initial=1))  # a row without room for so many more is closed
@@ -80,7 +80,7 @@ def _pack_window(lengths: np.ndarray, counts: np.ndarray, length: int, most: int
             rows[row].append(i)
             space -= size
         held[row] += int(counts[i])
-        if space and held[row] + largest <= most:
+        if space and held[row] + largest <= max_examples:
             with_space[space].append(row)
             spaces[space] += 1
             if spaces[space] == 1:
@@ -88,7 +88,7 @@ def _pack_window(lengths: np.ndarray, counts: np.ndarray, length: int, most: int
     return rows
 
 
-def _pack_two_sides(sizes: np.ndarray, counts: np.ndarray, length: np.ndarray, most: int) -> list[list[int]]:
+def _pack_two_sides(sizes: np.ndarray, counts: np.ndarray, length: np.ndarray, max_examples: int) -> list[list[int]]:
     """As `_pack_window`, for examples of `sizes` [n, 2] in rows of `length` [2]: largest first by their larger share of
     a row, each into the open row that has the least space left by the share of both sides together."""
     rows: list[list[int]] = []
@@ -113,7 +113,7 @@ def _pack_two_sides(sizes: np.ndarray, counts: np.ndarray, length: np.ndarray, m
         left[at] -= one
         right[at] -= other
         shares[at] = left[at] / length[0] + right[at] / length[1]
-        if left[at] < least[0] or right[at] < least[1] or held[row] + largest > most:
+        if left[at] < least[0] or right[at] < least[1] or held[row] + largest > max_examples:
             n -= 1  # the row is closed, and the last of the open ones takes its place
             for of_open in (left, right, shares, index):
                 of_open[at] = of_open[n]

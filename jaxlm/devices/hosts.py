@@ -54,7 +54,7 @@ _GONE = (
 )
 
 
-class Place(NamedTuple):
+class Rendezvous(NamedTuple):
     """A process of a run: where the coordinator of all is, how many there are, which one this is.  None: as the
     environment says, which JAX reads."""
 
@@ -66,7 +66,7 @@ class Place(NamedTuple):
 class _Ends:
     """How this process is to end, where it belongs to many."""
 
-    joined: Place | None = None
+    joined: Rendezvous | None = None
     met: bool = False  # whether all came
     leaving: int | None = None  # the exit code, once that is known
     hook: Any = None  # kept from the garbage collector
@@ -75,7 +75,7 @@ class _Ends:
 # Finding each other
 
 
-def place(environment: Mapping[str, str]) -> Place | None:
+def place(environment: Mapping[str, str]) -> Rendezvous | None:
     """Where this process stands among others, by its environment; None where it is alone.
 
     JAXLM_COORDINATOR=host:port, of the host with JAXLM_PROCESS=0; JAXLM_PROCESSES and JAXLM_PROCESS.  Without them what
@@ -98,13 +98,13 @@ def place(environment: Mapping[str, str]) -> Place | None:
                 f"JAXLM_PROCESS is {number!r} of JAXLM_PROCESSES {count!r}; give numbers, the first from 0 to one less "
                 f"than the second"
             )
-        return Place(address, int(count), int(number))
+        return Rendezvous(address, int(count), int(number))
     tasks = environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS")
     if "SLURM_STEP_NODELIST" in environment and "SLURM_PROCID" in environment and tasks != "1":
-        return Place(None, int(tasks) if tasks else None)
+        return Rendezvous(None, int(tasks) if tasks else None)
     if "OMPI_MCA_orte_hnp_uri" in environment and environment.get("OMPI_COMM_WORLD_SIZE") != "1":
-        return Place(None, int(environment["OMPI_COMM_WORLD_SIZE"]))
-    return Place() if _in_pod(environment) else None
+        return Rendezvous(None, int(environment["OMPI_COMM_WORLD_SIZE"]))
+    return Rendezvous() if _in_pod(environment) else None
 
 
 def _in_pod(environment: Mapping[str, str]) -> bool:
@@ -119,7 +119,7 @@ def _in_pod(environment: Mapping[str, str]) -> bool:
     return any(chips) and "TPU_SKIP_MDS_QUERY" not in environment and importlib.util.find_spec("libtpu") is not None
 
 
-def join(where: Place | None) -> None:
+def join(where: Rendezvous | None) -> None:
     """Connects this process with the others of its run; for the command line, before JAX looks for devices.
 
     Raises UserError where they do not all come within JAXLM_TIMEOUT seconds (60).
@@ -155,12 +155,12 @@ def join(where: Place | None) -> None:
     thread.start()
     thread.join(int(seconds))
     address = where.coordinator or _state("coordinator_address") or "the address that JAX found"
-    mend = "JAXLM_COORDINATOR" if where.coordinator else "the environment that the scheduler gives (or JAXLM_...)"
-    if failed and where == Place() and "should be defined" in str(failed[0]):  # a TPU VM that is no part of a pod
+    fix = "JAXLM_COORDINATOR" if where.coordinator else "the environment that the scheduler gives (or JAXLM_...)"
+    if failed and where == Rendezvous() and "should be defined" in str(failed[0]):  # a TPU VM that is no part of a pod
         _Ends.joined = None
         return
     if failed:
-        raise UserError(f"the hosts cannot meet at {address}: {str(failed[0])[:300]}; mend {mend}")
+        raise UserError(f"the hosts cannot meet at {address}: {str(failed[0])[:300]}; fix {fix}")
     if thread.is_alive():
         me = "this host" if where.process is None else f"host {where.process}"
         of = f" of {where.processes}" if where.processes else ""
@@ -168,7 +168,7 @@ def join(where: Place | None) -> None:
             what = f"{me}{of} waited {seconds} s at {address}, and not all hosts came; start all"
         else:
             what = f"{me}{of} found no coordinator at {address} in {seconds} s; start host 0 there"
-        raise UserError(f"{what}, mend {mend}, or wait longer with JAXLM_TIMEOUT")
+        raise UserError(f"{what}, fix {fix}, or wait longer with JAXLM_TIMEOUT")
     _Ends.met = True
     if jax.process_count() > 2:
         threading.Thread(target=_beat, daemon=True).start()
@@ -483,7 +483,7 @@ def _loss(lost: list[int]) -> str:
     who = f"host{'s' * (len(lost) > 1)} {', '.join(map(str, lost))}" if lost else "another host"
     return (
         f"{who} of {jax.process_count()} {'were' if len(lost) > 1 else 'was'} lost, and a run needs all of its hosts; "
-        f"see what {who} said; the same command on any number of hosts goes on from the last checkpoint"
+        f"see what {who} said; the same command on any number of hosts resumes from the last checkpoint"
     )
 
 

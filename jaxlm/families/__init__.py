@@ -116,7 +116,7 @@ def look(
     """What a folder with `config.json` and safetensors holds, without reading its tensors.
 
     head: what to read off the hidden states (a tuple for several heads), "none", or "encoder" for an encoder-decoder's
-    encoder; None: what the tensors and `architectures` say.  A head that the folder does not have is made new.
+    encoder; None: what the tensors and `architectures` say.  A head that the folder lacks is randomly initialised.
     labels: names of its outputs.
     module: a user's own class of module, of which the folder was saved.
 
@@ -258,7 +258,7 @@ def _config(family: Family, hf: dict[str, Any]) -> ModelConfig:
     except (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
         raise UserError(
             f"config.json holds a value that its family cannot have: {type(error).__name__}: {error}; "
-            f"mend it, or fetch the file again"
+            f"fix it, or fetch the file again"
         ) from error
 
 

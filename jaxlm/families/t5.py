@@ -97,12 +97,8 @@ def _t5(layers: int, width: int, mlp_width: int, heads: int, **fields: Any) -> M
     return ModelConfig(**_FIXED | first | sizes | fields)
 
 
-_V1_1: dict[str, Any] = {
-    "feed_forward": "gated",
-    "activation": "gelu_tanh",
-    "tied_embeddings": False,
-    "scale_logits": False,
-}
+_V1_1: dict[str, Any] = {"feed_forward": "gated", "activation": "gelu_tanh"}
+_V1_1 |= {"tied_embeddings": False, "scale_logits": False}
 
 
 def _stack(name: str, mlp: int) -> tuple[Rule, ...]:

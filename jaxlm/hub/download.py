@@ -106,6 +106,6 @@ def _reason(name: str, revision: str | None, offline: bool, error: Exception) ->
         return f"{page} cannot be kept in the cache ({error}); set HF_HOME to a folder that can be written"
     why = f"{type(chain[-1]).__name__}: {chain[-1]}"
     return (
-        f"{name} is no folder, and {page} is not in the cache and cannot be reached ({why}); mend the network, set "
+        f"{name} is no folder, and {page} is not in the cache and cannot be reached ({why}); fix the network, set "
         f"HF_ENDPOINT to a mirror, or give a folder that was downloaded elsewhere"
     )

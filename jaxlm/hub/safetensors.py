@@ -151,7 +151,7 @@ def index(folder: Path) -> dict[str, str]:
         # By name, not by resolved path: the hub's cache keeps files as links that lead out of the folder.
         if Path(name).name != name or not name.endswith(".safetensors") or not name.isprintable():
             shown = _SHORT.repr(name)
-            raise UserError(f"{path} names {shown}; a shard is a .safetensors file of the same folder: mend the index")
+            raise UserError(f"{path} names {shown}; a shard is a .safetensors file of the same folder: fix the index")
     return files
 
 

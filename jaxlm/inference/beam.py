@@ -34,7 +34,7 @@ class Found(NamedTuple):
 
 class _Search(NamedTuple):
     """n: tokens that there are of each open beam.  open, best: the beams, and the hypotheses.  improves_B: whether a
-    prompt goes on."""
+    prompt continues."""
 
     n: jax.Array
     open: Found

@@ -61,7 +61,7 @@ def encode(
     pooling = _declared(lm)
     embed, params = lm.programs.get(_embed, lm.module, pooling, normalize), params_of(lm)
 
-    def compute(batch: Batch, of_window_ND: np.ndarray) -> None:
+    def compute(batch: TextBatch, of_window_ND: np.ndarray) -> None:
         of_window_ND[batch.texts] = hosts.fetched(embed(params, *batch.inputs))[batch.rows, batch.slots]
 
     done = [np.zeros((0, _width(lm, pooling)), np.float32)]
@@ -134,7 +134,7 @@ def _windows(texts: Iterable[str]) -> Iterator[list[str]]:
         yield window
 
 
-class Batch(NamedTuple):
+class TextBatch(NamedTuple):
     """Rows of texts, and where text `texts[n]` of the window is: in row `rows[n]`, segment `slots[n] + 1`."""
 
     texts: np.ndarray
@@ -143,7 +143,7 @@ class Batch(NamedTuple):
     inputs: tuple[Any, ...]  # tokens, segments, positions, types [B, T] int32
 
 
-def _batches(lm: LM, pooling: Pooling, window: list[str], batch_tokens: int) -> Iterator[Batch]:
+def _batches(lm: LM, pooling: Pooling, window: list[str], batch_tokens: int) -> Iterator[TextBatch]:
     """The window's texts in rows of few lengths, so that few programs are compiled: powers of two, from SHORTEST.
 
     Rows of T hold a text longer than T / 2, and shorter ones where it leaves room.
@@ -187,13 +187,12 @@ def _most(T: int) -> int:
 
 
 def _limit(lm: LM, pooling: Pooling) -> int:
-    positions = lm.config.max_length
     if pooling.max_length is None:
-        return positions
-    return min(pooling.max_length, positions) if lm.config.positions == "learned" else pooling.max_length
+        return lm.config.max_length
+    return min(pooling.max_length, lm.config.position_limit or pooling.max_length)
 
 
-def _lay_out(framed: list[Any], texts: np.ndarray, sizes: np.ndarray, rows: int, T: int) -> Batch:
+def _lay_out(framed: list[Any], texts: np.ndarray, sizes: np.ndarray, rows: int, T: int) -> TextBatch:
     """`texts`, `sizes[b]` of them in row b, one after the other, in rows of T; rows past the last are padding."""
     lengths = np.array([len(framed[i][0]) for i in texts])
     row, slot = _counted(sizes)
@@ -204,7 +203,7 @@ def _lay_out(framed: list[Any], texts: np.ndarray, sizes: np.ndarray, rows: int,
     columns = [np.concatenate([framed[i][kind] for i in texts]) for kind in (0, 1)]
     inputs = np.zeros((4, rows * T), np.int32)
     inputs[:, where] = columns[0], slot[text] + 1, position, columns[1]
-    return Batch(texts, row, slot, tuple(inputs.reshape(4, rows, T)))
+    return TextBatch(texts, row, slot, tuple(inputs.reshape(4, rows, T)))
 
 
 def _counted(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

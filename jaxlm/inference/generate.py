@@ -57,7 +57,7 @@ class Request(NamedTuple):
     source: list[int] | None
 
 
-class Row(NamedTuple):
+class TokenRow(NamedTuple):
     """A text as it was decoded, stop token included where it came."""
 
     request: Request
@@ -223,7 +223,7 @@ def requests(lm: LM, prompts: Sequence[Any], decoding: Decoding) -> list[Request
 
 def _prompt_room(lm: LM, decoding: Decoding) -> int | None:
     """Tokens of a prompt, at the most; None: any number."""
-    positions, both = _positions(lm), lm.config.structure == "encoder_decoder"
+    positions, both = lm.config.text_limit, lm.config.structure == "encoder_decoder"
     if decoding.max_length == 1 and both:
         raise UserError("max_length is 1, and the token that the decoder begins with counts; give at least 2")
     if positions is None:
@@ -345,20 +345,20 @@ def rows_of(
     scored: bool = False,
     draft: LM | None = None,
     look: int = 0,
-) -> Iterator[Row]:
+) -> Iterator[TokenRow]:
     """The texts, each as it ends; where they are looked at after so many tokens, also before."""
     if not wanted:
         return
     if not (decoding.max_new_tokens or decoding.max_length):
         draws = range(decoding.n_best if decoding.beams > 1 else 1)
-        yield from (Row(request._replace(draw=request.draw + n), [], [], 0.0) for request in wanted for n in draws)
+        yield from (TokenRow(request._replace(draw=request.draw + n), [], [], 0.0) for request in wanted for n in draws)
     elif decoding.beams > 1:
         yield from _searched(lm, wanted, decoding, stops)
     else:
         yield from _drawn(lm, wanted, decoding, stops, scored, draft, look)
 
 
-def _searched(lm: LM, wanted: Sequence[Request], decoding: Decoding, stops: Sequence[int]) -> Iterator[Row]:
+def _searched(lm: LM, wanted: Sequence[Request], decoding: Decoding, stops: Sequence[int]) -> Iterator[TokenRow]:
     """By beam search, in batches of prompts of about the same length."""
     run, search = lm.programs.get(programs, lm.module), lm.programs.get(search_of, lm.module)
     params, rules = params_of(lm), rules_of(lm, decoding, stops)
@@ -376,7 +376,7 @@ def _searched(lm: LM, wanted: Sequence[Request], decoding: Decoding, stops: Sequ
             for m in range(decoding.n_best):
                 new = np.s_[b, m, len(request.tokens) : lengths_BM[b, m]]
                 row = tokens_BMT[new].tolist(), log_probs_BMT[new].tolist()
-                yield Row(request._replace(draw=m), *row, float(scores_BM[b, m]))
+                yield TokenRow(request._replace(draw=m), *row, float(scores_BM[b, m]))
 
 
 def _drawn(
@@ -387,7 +387,7 @@ def _drawn(
     scored: bool,
     draft: LM | None,
     look: int,
-) -> Iterator[Row]:
+) -> Iterator[TokenRow]:
     """Greedily or by sampling, continuously."""
     run, params, rules = lm.programs.get(programs, lm.module), params_of(lm), rules_of(lm, decoding, stops)
     length, most = 0, room(lm, wanted, decoding)
@@ -436,25 +436,20 @@ def _drawn(
             rows[b] = None if done_B[b] else request
             if done_B[b] or look:
                 log_probs = log_probs_BT[new].tolist() if scored else []
-                yield Row(request, tokens, log_probs, sum(log_probs), bool(done_B[b]))
+                yield TokenRow(request, tokens, log_probs, sum(log_probs), bool(done_B[b]))
 
 
 def limit_of(lm: LM, request: Request, decoding: Decoding) -> int:
     """Returns how many tokens a text has at the most, those that the decoder reads before it counted."""
     if decoding.max_length:
-        return min(decoding.max_length, _positions(lm) or decoding.max_length)
+        return min(decoding.max_length, lm.config.text_limit or decoding.max_length)
     return len(request.tokens) + decoding.max_new_tokens
-
-
-def _positions(lm: LM) -> int | None:
-    """How many positions a text has; rotary ones go on for ever, but what a model was trained on does not."""
-    return lm.config.max_length if lm.config.positions in ("learned", "rotary") else None
 
 
 def room(lm: LM, wanted: Sequence[Request], decoding: Decoding) -> int:
     """Slots of the caches for the longest of these texts."""
     length = _bucket(max(limit_of(lm, request, decoding) for request in wanted), ROOM)
-    return min(length, lm.config.max_length) if lm.config.positions == "learned" else length
+    return min(length, lm.config.position_limit or length)
 
 
 def prompts_of(lm: LM, some: Sequence[Request], wanted: Sequence[Request], decoding: Decoding) -> Prompts:
@@ -473,8 +468,7 @@ def prompts_of(lm: LM, some: Sequence[Request], wanted: Sequence[Request], decod
     source: tuple[np.ndarray, ...] = ()
     if some[0].source is not None:
         S = _bucket(max(len(request.source or ()) for request in wanted))
-        if lm.config.positions == "learned":
-            S = min(S, lm.config.max_length)
+        S = min(S, lm.config.position_limit or S)
         source = np.zeros((B, S), np.int32), np.zeros((B, S), np.int32)
         for b, request in enumerate(some):
             ids = request.source or ()
@@ -507,7 +501,7 @@ def _cut(text: str, stops: Sequence[str]) -> int | None:
     return min((at for at in map(text.find, stops) if at >= 0), default=None)
 
 
-def _told(lm: LM, row: Row, decoding: Decoding, stops: Sequence[int]) -> Generation:
+def _told(lm: LM, row: TokenRow, decoding: Decoding, stops: Sequence[int]) -> Generation:
     """The text of a row, up to its end."""
     size = next((n for n, token in enumerate(row.tokens) if token in stops), len(row.tokens))
     tokens, text = row.tokens[:size], None

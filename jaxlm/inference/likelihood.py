@@ -205,8 +205,7 @@ def _limit(lm: LM, length: int | None) -> int:
     if length is None:
         return config.max_length
     length = argument("length", length, Positive)
-    if config.positions == "learned" and length > config.max_length:
-        raise UserError(f"length is {length}, longer than the {config.max_length} positions of the model; lower it")
+    config.check_length(length)
     return length
 
 

@@ -1,4 +1,4 @@
-"""A file of prompts, and the file of their texts: it grows in the order of the prompts, and is gone on with."""
+"""A file of prompts, and the file of their texts: it grows in the order of the prompts, and is resumed."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def texts(lm: LM, prompts: list[str], decoding: Decoding, draft: LM | None, done
         yield {"prompt": prompts[n], "text": found if decoding.n_best > 1 else found[0]}
 
 
-class Output:
+class PromptOutput:
     """A jsonl file of such rows, held by one process.  Beside it stands what they were made with, so that nothing else
     is put behind them.
 
@@ -64,7 +64,7 @@ class Output:
         self._prompts, self._made_with = prompts, made_with
         self.done, self._whole = 0, 0
 
-    def __enter__(self) -> Output:
+    def __enter__(self) -> PromptOutput:
         with ExitStack() as opened, self._faults():
             opened.enter_context(disk.lock(disk.lock_beside(self.path), str(self.path), "choose another --output"))
             if self.path.exists() or self._beside.exists():

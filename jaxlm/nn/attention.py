@@ -15,7 +15,7 @@ from jaxlm.config import ModelConfig
 from jaxlm.devices.sharding import Placement
 from jaxlm.nn.kernels import chip_of, choose, fused
 from jaxlm.nn.layers import Dropout, Linear, Norm, query_std, residual_std
-from jaxlm.nn.positions import Distances, Turns, rotate
+from jaxlm.nn.positions import Distances, RotaryAngles, rotate
 
 BLOCK = 64  # queries, at the least, in a block of causal attention
 MASKED = -1e30  # finite, so that a padding row with nothing to attend to gives numbers, not NaN
@@ -32,7 +32,7 @@ class Cache(NamedTuple):
     v_BKSC: jax.Array
 
 
-class Sight(NamedTuple):
+class AttentionInputs(NamedTuple):
     """What a layer's queries may see, and how far away it is: the same for all layers of a kind.
 
     mask_BTS: True where query t may see key s.  causal: the mask hides later positions of the row.
@@ -47,14 +47,14 @@ class Sight(NamedTuple):
     causal: bool = False
     segments: tuple[jax.Array, jax.Array] | None = None
     window: int | None = None
-    turns: Turns | None = None
+    turns: RotaryAngles | None = None
     bias_BHTS: jax.Array | None = None
     distances: Distances | None = None
     kept_BS: jax.Array | None = None
-    slot_turns: Turns | None = None
+    slot_turns: RotaryAngles | None = None
 
 
-def held(positions_BT: jax.Array, S: int) -> jax.Array:
+def cache_positions(positions_BT: jax.Array, S: int) -> jax.Array:
     """[B, T, S], the position that each slot of a cache holds for a query at `positions_BT`; below 0: none yet.
 
     With 4 slots, and the token at position 5 just written: 4, 5, 2, 3.
@@ -158,7 +158,7 @@ def _written(cache: Cache, k_BTKC: jax.Array, v_BTKC: jax.Array, positions_BT: j
     )
 
 
-def _turned(cache: Cache, sight: Sight) -> Cache:
+def _turned(cache: Cache, sight: AttentionInputs) -> Cache:
     """The cache with the keys as queries read them."""
     if sight.slot_turns is None:
         return cache
@@ -179,7 +179,7 @@ class Attention(nn.Module):
         self,
         x_BTD: jax.Array,
         layer: jax.Array | int,
-        sight: Sight,
+        sight: AttentionInputs,
         positions_BT: jax.Array,
         context: jax.Array | Cache | None = None,
         cache: Cache | None = None,
@@ -247,7 +247,13 @@ class Attention(nn.Module):
         return out(out_BTHC), cache, weights_BHTS if weights else None
 
     def _whole(
-        self, q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, sight: Sight, scores: Scores, dropout: Dropout
+        self,
+        q_BTHC: jax.Array,
+        k_BSKC: jax.Array,
+        v_BSKC: jax.Array,
+        sight: AttentionInputs,
+        scores: Scores,
+        dropout: Dropout,
     ) -> jax.Array:
         """The attended values of whole rows, by the fastest kernel that can."""
         mesh = self.constrain.mesh

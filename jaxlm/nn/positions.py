@@ -19,7 +19,7 @@ from jaxlm.nn.layers import Norm, initial
 from jaxlm.nn.nodes import array
 
 
-class Turns(NamedTuple):
+class RotaryAngles(NamedTuple):
     """By how much rotary positions turn each pair of a head: sines and cosines [B, T, 1, C / 2], float32."""
 
     sin_BT1c: jax.Array
@@ -46,7 +46,7 @@ def sinusoidal(positions_BT: jax.Array, width: int, base: float) -> jax.Array:
 BY_LENGTH = ("dynamic", "longrope")  # scalings by which turns depend on the length of the sequence
 
 
-def turns(positions_BT: jax.Array, config: ModelConfig, kind: str, lengths_BT: jax.Array | None = None) -> Turns:
+def turns(positions_BT: jax.Array, config: ModelConfig, kind: str, lengths_BT: jax.Array | None = None) -> RotaryAngles:
     """The turns of rotary positions (Su et al. 2021) in the layers of a kind, global or local.
 
     lengths_BT: [B, T or 1], the length of each token's sequence, which the scalings of `BY_LENGTH` depend on.
@@ -60,10 +60,10 @@ def turns(positions_BT: jax.Array, config: ModelConfig, kind: str, lengths_BT: j
         frequencies = _stretched(frequencies, config)
     angles = positions_BT[..., None, None].astype(jnp.float32) * jnp.asarray(frequencies)
     factor = 1.0 if own else config.rotary_attention
-    return Turns(jnp.sin(angles) * factor, jnp.cos(angles) * factor)
+    return RotaryAngles(jnp.sin(angles) * factor, jnp.cos(angles) * factor)
 
 
-def rotate(x_BTHC: jax.Array, turns: Turns) -> jax.Array:
+def rotate(x_BTHC: jax.Array, turns: RotaryAngles) -> jax.Array:
     """Turns the pairs (i, i + C/2) of each head.
 
     The halves convention is that of Hugging Face's Llama files, so that no weights need permuting.

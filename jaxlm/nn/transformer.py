@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxlm.config import ModelConfig
 from jaxlm.devices.sharding import Placement
 from jaxlm.errors import UserError, perhaps
-from jaxlm.nn.attention import MIXERS, Cache, Sight, cross_mask, held, self_mask
+from jaxlm.nn.attention import MIXERS, AttentionInputs, Cache, cache_positions, cross_mask, self_mask
 from jaxlm.nn.heads import Classes, MaskedLM, PerToken, Pooled, Replaced, Transform, Vocabulary
 from jaxlm.nn.kernels import RESIDUALS
 from jaxlm.nn.layers import FEED_FORWARDS, Convolution, Dropout, Linear, Norm
@@ -194,10 +194,10 @@ class Block(nn.Module):
         self,
         x_BTD: jax.Array,
         layer: jax.Array | int,
-        sight: Sight,
+        sight: AttentionInputs,
         positions_BT: jax.Array,
         context: jax.Array | Cache | None = None,
-        context_sight: Sight | None = None,
+        context_sight: AttentionInputs | None = None,
         cache: Cache | None = None,
         tokens_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[Cache | None, Cache | None], LayerOutputs]:
@@ -225,7 +225,9 @@ class Block(nn.Module):
                 x = x + y
             return self.constrain(x, ("batch", "between", None))
 
-        def attend(name: str, sight: Sight, context: Any, cache: Cache | None) -> Callable[[jax.Array], jax.Array]:
+        def attend(
+            name: str, sight: AttentionInputs, context: Any, cache: Cache | None
+        ) -> Callable[[jax.Array], jax.Array]:
             mixer = "attention" if name == "cross_attention" else config.mixer
             own = name if mixer == "attention" else mixer
 
@@ -283,7 +285,7 @@ class Stack(nn.Module):
         segments_BT: jax.Array | None,
         positions_BT: jax.Array,
         context_BSD: jax.Array | None = None,
-        context_sight: Sight | None = None,
+        context_sight: AttentionInputs | None = None,
         caches: Caches | None = None,
         keep: Keep | None = None,
         prefix_BT: jax.Array | None = None,
@@ -410,7 +412,7 @@ class Stack(nn.Module):
         keep: Keep | None,
         prefix_BT: jax.Array | None,
         given_BTS: jax.Array | None,
-    ) -> dict[str, Sight]:
+    ) -> dict[str, AttentionInputs]:
         """What the layers of each kind see, of the row or of the caches; and what they keep."""
         config = self.config
         bias_BHTS = distances = lengths_BT = None
@@ -423,13 +425,13 @@ class Stack(nn.Module):
             bias_BHTS = Buckets(config, self.causal, name="relative")(here_BT, positions_S)
         elif config.relative == "disentangled":
             distances = Disentangled(config, name="relative")(positions_BT.shape[1])
-        sights: dict[str, Sight] = {}
+        sights: dict[str, AttentionInputs] = {}
         for kind in sorted(set(config.layer_kinds)):
             window = config.window if kind == "local" else None
             kept_BS = segments = None
             if caches is not None:
                 first = config.layer_kinds.index(kind)
-                slots_BTS = held(positions_BT, caches.own[min(first, self.layers - 1)].k_BKSC.shape[2])
+                slots_BTS = cache_positions(positions_BT, caches.own[min(first, self.layers - 1)].k_BKSC.shape[2])
                 mask_BTS = slots_BTS >= 0
                 if window is not None:
                     mask_BTS &= slots_BTS > positions_BT[:, :, None] - window
@@ -443,7 +445,7 @@ class Stack(nn.Module):
                 # Distances of relative positions are those of slots, so that these keep all.
                 short = window is not None and config.relative == "none"
                 slots = min(keep.length, window + keep.ahead - 1) if short and window else keep.length
-                kept_BS = jnp.maximum(held(keep.lengths_B[:, None] - 1, slots)[:, 0], 0)
+                kept_BS = jnp.maximum(cache_positions(keep.lengths_B[:, None] - 1, slots)[:, 0], 0)
             angles = slot_turns = None
             if config.positions == "rotary":
                 angles = turns(positions_BT, config, kind, lengths_BT)
@@ -451,7 +453,9 @@ class Stack(nn.Module):
                     # The last query's: those before it in this call read the same keys, under the same turns.
                     slot_turns = turns(positions_BT if caches is None else slots_BTS[:, -1], config, kind, lengths_BT)
             causal = self.causal and caches is None and prefix_BT is None
-            sights[kind] = Sight(mask_BTS, causal, segments, window, angles, bias_BHTS, distances, kept_BS, slot_turns)
+            sights[kind] = AttentionInputs(
+                mask_BTS, causal, segments, window, angles, bias_BHTS, distances, kept_BS, slot_turns
+            )
         return sights
 
     def _lengths(
@@ -577,7 +581,7 @@ class Transformer(nn.Module):
             if context_segments_BS is None:
                 context_segments_BS = jnp.ones(context_BSD.shape[:2], jnp.int32)
             segments = segments_BT, context_segments_BS
-            context_sight = Sight(cross_mask(*segments), segments=segments)
+            context_sight = AttentionInputs(cross_mask(*segments), segments=segments)
         named: dict[str, Any] = {"prefix_BT": prefix_BT, "mask_BTS": mask_BTS}
         return self.decoder(x_BTD, segments_BT, positions_BT, context_BSD, context_sight, **named)[0]
 
@@ -588,7 +592,7 @@ class Transformer(nn.Module):
         context_BSD: jax.Array | None = None,
         context_segments_BS: jax.Array | None = None,
     ) -> tuple[jax.Array, Caches]:
-        """Like `decode`, for prompts padded on the right, with the caches that `decode_cached` goes on from."""
+        """Like `decode`, for prompts padded on the right, with the caches that `decode_cached` continues from."""
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         segments_BT = jnp.ones_like(tokens_BT)  # a prompt sees none of the padding behind it
         x_BTD = self._decoder_embeddings(tokens_BT, positions_BT, None)
@@ -598,7 +602,7 @@ class Transformer(nn.Module):
                 context_segments_BS = jnp.ones(context_BSD.shape[:2], jnp.int32)
             every_1S = jnp.arange(context_BSD.shape[1])[None]
             segments = segments_BT, context_segments_BS
-            context_sight = Sight(cross_mask(*segments), segments=segments, kept_BS=every_1S)
+            context_sight = AttentionInputs(cross_mask(*segments), segments=segments, kept_BS=every_1S)
         prefix_BT = positions_BT < keep.lengths_B[:, None] if self.config.prefix_lm else None
         x_BTD, caches = self.decoder(
             x_BTD, segments_BT, positions_BT, context_BSD, context_sight, keep=keep, prefix_BT=prefix_BT
@@ -611,7 +615,7 @@ class Transformer(nn.Module):
         x_BTD = self._decoder_embeddings(tokens_BT, positions_BT, None)
         context_sight = None
         if caches.context_segments_BS is not None:
-            context_sight = Sight(cross_mask(jnp.ones_like(tokens_BT), caches.context_segments_BS))
+            context_sight = AttentionInputs(cross_mask(jnp.ones_like(tokens_BT), caches.context_segments_BS))
         x_BTD, updated = self.decoder(x_BTD, None, positions_BT, None, context_sight, caches)
         assert updated is not None
         return x_BTD, caches._replace(own=updated.own)

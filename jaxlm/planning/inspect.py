@@ -18,7 +18,7 @@ from jaxlm.nn import parameters
 from jaxlm.reports.report import Table
 
 
-class Row(NamedTuple):
+class TensorRow(NamedTuple):
     """A parameter: its place in the tree, what it is, and where in the file it lies."""
 
     path: str
@@ -33,7 +33,7 @@ class Row(NamedTuple):
         return math.prod(self.shape)
 
 
-def of_folder(found: Opened) -> list[Row]:
+def of_folder(found: Opened) -> list[TensorRow]:
     """The parameters of a folder, in the dtypes in which they are stored."""
     readers = convert.readers(found.family, found.config)
     prefix = found.family.prefix
@@ -41,12 +41,14 @@ def of_folder(found: Opened) -> list[Row]:
     rows = []
     for path, reader in readers.items():
         stored = {np.dtype(found.tensors[name].dtype).name for name in reader.names.values() if name in found.tensors}
-        tensor = "(made new)" if path in found.fresh else reader.rule.hf.removeprefix(prefix if bare else "")
+        tensor = (
+            "(randomly initialised)" if path in found.fresh else reader.rule.hf.removeprefix(prefix if bare else "")
+        )
         rows.append(_row(path, reader.shape, " ".join(sorted(stored)) or "float32", tensor))
     return rows
 
 
-def of_config(config: ModelConfig) -> tuple[str, list[Row]]:
+def of_config(config: ModelConfig) -> tuple[str, list[TensorRow]]:
     """The parameters that a config makes, and the format in which they would be saved."""
     kind = next((kind for kind, family in FAMILIES.items() if convert.says(family, config)), OWN)
     sources = {} if kind == OWN else convert.sources(FAMILIES[kind], config)
@@ -77,18 +79,18 @@ def placed(config: ModelConfig, mesh: Mapping[str, int]) -> Table:
     return Table("Where the parameters lie", head, lines, "; ".join([*_sums(rows), *_on_each(rows, mesh)]) + ".")
 
 
-def _over(row: Row) -> str:
+def _over(row: TensorRow) -> str:
     """The axes of the mesh that each axis of a parameter is split over."""
     over = ("+".join(part if isinstance(part, tuple) else (part or "-",)) for part in sharding.spec(row.axes))
     return ", ".join(over)
 
 
-def _row(path: str, shape: tuple[int, ...], dtype: str, tensor: str) -> Row:
+def _row(path: str, shape: tuple[int, ...], dtype: str, tensor: str) -> TensorRow:
     row = parameters.find(path)
-    return Row(path, shape, dtype, row.axes if row else (None,) * len(shape), tensor)
+    return TensorRow(path, shape, dtype, row.axes if row else (None,) * len(shape), tensor)
 
 
-def table(rows: Iterable[Row], mesh: Mapping[str, int] | None = None) -> str:
+def table(rows: Iterable[TensorRow], mesh: Mapping[str, int] | None = None) -> str:
     """Columns: path, shape, dtype, logical axes, entries, tensor of the file; then the sums.
 
     mesh: sizes of its axes; beside the logical axes then stand those of the mesh, and the bytes on each device.  Raises
@@ -117,12 +119,12 @@ def table(rows: Iterable[Row], mesh: Mapping[str, int] | None = None) -> str:
     return "\n".join([*text, "", *_sums(rows), *_on_each(rows, mesh)])
 
 
-def _ways(row: Row, mesh: Mapping[str, int]) -> int:
+def _ways(row: TensorRow, mesh: Mapping[str, int]) -> int:
     """Parts that the mesh splits a parameter into."""
     return math.prod(sharding.ways_of(mesh, axis) for axis in row.axes)
 
 
-def _on_each(rows: list[Row], mesh: Mapping[str, int] | None) -> list[str]:
+def _on_each(rows: list[TensorRow], mesh: Mapping[str, int] | None) -> list[str]:
     if not mesh:
         return []
     each = sum(row.size * _bytes(row.dtype) // _ways(row, mesh) for row in rows)
@@ -130,7 +132,7 @@ def _on_each(rows: list[Row], mesh: Mapping[str, int] | None) -> list[str]:
     return [f"on each of {math.prod(mesh.values()):,} devices ({said}): {each / 1e6:,.1f} MB as stored"]
 
 
-def _sums(rows: list[Row]) -> list[str]:
+def _sums(rows: list[TensorRow]) -> list[str]:
     sums: dict[str, int] = {}
     for row in rows:
         found = parameters.find(row.path)

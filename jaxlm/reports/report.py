@@ -106,7 +106,7 @@ class Kind(NamedTuple):
     words: str
 
 
-class Family(NamedTuple):
+class ScoreFamily(NamedTuple):
     """What a picture of metrics needs to know."""
 
     title: str  # empty: the words of its metrics
@@ -138,19 +138,19 @@ KINDS = {
     "rougeL": Kind("rouge", "ROUGE-L"),
     "rougeLsum": Kind("rouge", "ROUGE-Lsum"),
 }
-FAMILIES = {
-    "loss": Family("Loss", "loss (nats)", "low"),
-    "part_loss": Family("Parts of the loss", "loss (nats)", "low"),
-    "perplexity": Family("Perplexity", "perplexity (log scale)", "low", log=True),
-    "bits_per_byte": Family("Bits per byte", "bits per byte of text", "low"),
-    "accuracy": Family("Accuracy", "correct predictions (%)", "high", percent=True),
-    "f1": Family("", "score (%)", "high", percent=True),
-    "recall@": Family("Recall among the first k", "found among the first k (%)", "high", percent=True),
-    "mrr": Family("Mean reciprocal rank", "mean reciprocal rank (0 to 1)", "high"),
-    "correlation": Family("Correlation", "correlation (−1 to 1)", "high"),
-    "mse": Family("Mean squared error", "mean squared error (label units²)", "low"),
-    "translation": Family("", "score (0 to 100)", "high"),
-    "rouge": Family("ROUGE", "F1 of words (%)", "high", percent=True),
+SCORE_FAMILIES = {
+    "loss": ScoreFamily("Loss", "loss (nats)", "low"),
+    "part_loss": ScoreFamily("Parts of the loss", "loss (nats)", "low"),
+    "perplexity": ScoreFamily("Perplexity", "perplexity (log scale)", "low", log=True),
+    "bits_per_byte": ScoreFamily("Bits per byte", "bits per byte of text", "low"),
+    "accuracy": ScoreFamily("Accuracy", "correct predictions (%)", "high", percent=True),
+    "f1": ScoreFamily("", "score (%)", "high", percent=True),
+    "recall@": ScoreFamily("Recall among the first k", "found among the first k (%)", "high", percent=True),
+    "mrr": ScoreFamily("Mean reciprocal rank", "mean reciprocal rank (0 to 1)", "high"),
+    "correlation": ScoreFamily("Correlation", "correlation (−1 to 1)", "high"),
+    "mse": ScoreFamily("Mean squared error", "mean squared error (label units²)", "low"),
+    "translation": ScoreFamily("", "score (0 to 100)", "high"),
+    "rouge": ScoreFamily("ROUGE", "F1 of words (%)", "high", percent=True),
 }
 
 
@@ -261,7 +261,7 @@ def compared(runs: Mapping[str, Path | str], name: str = "loss") -> Chart:
             raise UserError(f"the run in {folder} has no metric {name!r}{perhaps(name, known)}")
         series.append(Series(label, *points, held_out, color))
     metric = _metric(name.removeprefix("eval/"))
-    said = FAMILIES.get(metric.family) or Family("", _plain(metric.words), None)
+    said = SCORE_FAMILIES.get(metric.family) or ScoreFamily("", _plain(metric.words), None)
     title = f"{_title(words(name.removeprefix('eval/')))}, {'held-out' if held_out else 'training'}"
     last = max(float(one.steps[-1]) for one in series)
     look: dict[str, Any] = {"percent": said.percent, "better": said.better, "log": said.log}
@@ -284,7 +284,7 @@ def told_wrong(texts: Sequence[str], labels: Sequence[str], told: Sequence[Mappi
     wrong = [
         (row["confidence"], [text, label, row["prediction"]]) for text, label, row in rows if label != row["prediction"]
     ]
-    return mistakes(("text", "true", "predicted"), wrong, len(texts), "examples are told wrong", most)
+    return mistakes(("text", "true", "predicted"), wrong, len(texts), "examples are predicted wrong", most)
 
 
 def mistakes(
@@ -395,7 +395,7 @@ def live(folder: Path | str, name: str = "loss") -> Iterator[None]:
         with live("runs/mine"):
             lm = jaxlm.fit(run)
 
-    It reads what the run logs, so it also shows what was there before a run goes on.  The last picture stays, also
+    It reads what the run logs, so it also shows what was there before a run resumes.  The last picture stays, also
     where the block ends by an error, which is passed on.
     """
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
@@ -528,7 +528,7 @@ def _results(rows: list[dict[str, Any]], family: str, names: list[str]) -> list[
     """The curves of a family's metrics, in training and held out: one picture, or more where colours do not suffice."""
     metrics = [_metric(name) for name in names]
     tasks, words = (list(dict.fromkeys(parts)) for parts in zip(*((metric.task, metric.words) for metric in metrics)))
-    said = FAMILIES.get(family) or Family("", _plain(family), None)
+    said = SCORE_FAMILIES.get(family) or ScoreFamily("", _plain(family), None)
     title = _title(said.title or ", ".join(words)) + (f" ({_plain(tasks[0])})" if tasks[0] and len(tasks) == 1 else "")
     look: dict[str, Any] = {"percent": said.percent, "better": said.better, "log": said.log}
     trained = any(name in row for row in rows for name in names)
@@ -624,7 +624,7 @@ def number(name: str, value: Any) -> str:
     """A cell of the table of evaluations."""
     if not isinstance(value, int | float) or not math.isfinite(value):
         return "–" if value is None else str(value)
-    family = FAMILIES.get(_metric(name).family)
+    family = SCORE_FAMILIES.get(_metric(name).family)
     if family and family.percent:
         return f"{100 * value:.2f} %"
     if family and family.log:
@@ -663,7 +663,7 @@ def _evaluations(rows: list[dict[str, Any]]) -> str:
     names = [key.removeprefix("eval/") for key in _held_out_keys(rows)]
     by_step = {row["step"]: row for row in rows if any(key.startswith("eval/") for key in row)}
     columns = {name: _points(list(by_step.values()), f"eval/{name}")[1] for name in names}
-    families = {name: FAMILIES.get(_metric(name).family) for name in names}
+    families = {name: SCORE_FAMILIES.get(_metric(name).family) for name in names}
     top = {name: best(family.better, values) for name, values in columns.items() if (family := families[name])}
 
     def cell(name: str, value: Any) -> str:

@@ -60,7 +60,7 @@ class TrainStep:
         self._compiled = jax.jit(
             functools.wraps(train_step)(apart),
             donate_argnums=0,
-            in_shardings=(changed, layout.frozen, None),  # the batch lies as `lay` laid it
+            in_shardings=(changed, layout.frozen, None),  # the batch lies as `shard_batch` laid it
             out_shardings=(changed, metrics),
         )
 
@@ -170,9 +170,9 @@ def _nearest(size: int, ways: int) -> str:
     return f"{below} or {below + ways}" if below else f"{ways}"
 
 
-def lay(mesh: Mesh, batch: Batch, k: int) -> Batch:
+def shard_batch(mesh: Mesh, batch: Batch, k: int) -> Batch:
     """A batch [B, ...] on the mesh, as k micro-batches [k, B / k, ...]; where the mesh does not divide the rows that
-    there are, with rows of padding.  Of many hosts each lays the rows that `rows_here` names."""
+    there are, with rows of padding.  Of many hosts each shards the rows that `rows_here` names."""
     more = -len(batch["segments_BT"]) % (k * sharding.ways(mesh, "batch"))
 
     def laid(name: str, x: np.ndarray) -> jax.Array:
@@ -184,7 +184,7 @@ def lay(mesh: Mesh, batch: Batch, k: int) -> Batch:
 
 
 def rows_here(mesh: Mesh, rows: int, k: int) -> list[int]:
-    """Which rows of a batch of so many lie on this host's devices, once `lay` has laid them."""
+    """Which rows of a batch of so many are on the devices of this host once `shard_batch` has placed them."""
     micro = -(-rows // (k * sharding.ways(mesh, "batch"))) * sharding.ways(mesh, "batch")
     index_kB = np.arange(k * micro).reshape(k, micro)
     places = sharding.batch_sharding(mesh, "B").addressable_devices_indices_map((k, micro))

@@ -101,7 +101,7 @@ class Checkpoints:
         notes: JSON values that come back with the state.
         """
         args, state = self._ocp.args, state._replace(frozen=None)
-        notes = json.loads(json.dumps(notes))  # a copy: they are written while the caller goes on
+        notes = json.loads(json.dumps(notes))  # a copy: they are written while the caller continues
         whole = _all_checksums(state, notes)
         with self._faults(), _unwarned():
             self._manager.save(
@@ -159,10 +159,10 @@ class Checkpoints:
                         self._move_away(found, error)
                     raise RunError(
                         f"checkpoint {found} is corrupt ({_first_line(error)}); it is moved to {self._corrupt}; "
-                        f"give the same command again, which goes on from the one before it"
+                        f"give the same command again, which resumes from the one before it"
                     ) from error
                 fault = error
-            # Whatever a damaged file makes the reader raise, the run goes on from the checkpoint before it.
+            # Whatever a damaged file makes the reader raise, the run resumes from the checkpoint before it.
             self._set_aside(found, fault)
             step = None
         return None

@@ -25,12 +25,12 @@ from jaxlm.inference.encode import mesh_of, params_of
 from jaxlm.inference.generation_defaults import written_by
 from jaxlm.lm import LM
 from jaxlm.nn.transformer import Transformer
-from jaxlm.run.assembly import lay
+from jaxlm.run.assembly import shard_batch
 from jaxlm.run.step import make_eval_step
 from jaxlm.tasks import TASKS, cells, given, labels, metrics
 from jaxlm.tasks.cells import Record, Records
 from jaxlm.tasks.records import RecordTask, Truncation
-from jaxlm.tasks.task import Seen
+from jaxlm.tasks.task import EvalResult
 
 WINDOW = 4096  # records that are predicted at once
 TOKENS = 4096  # places in a batch
@@ -39,7 +39,7 @@ AHEAD = 8  # batches that wait on an accelerator; more would fill its memory
 Step = Callable[[Any, Any], Any]  # what `make_eval_step` makes, jitted
 
 
-def see(eval_step: Step, params: Any, batches: Any, put: Callable, rows: list[int] | None = None) -> Seen:
+def run_eval(eval_step: Step, params: Any, batches: Any, put: Callable, rows: list[int] | None = None) -> EvalResult:
     """Runs over all batches.  `put` lays a batch on the mesh.  `rows`: those of a batch that this host makes.
 
     Sums and weights are added over batches in float64 and divided once, so that the size of a batch does not show.
@@ -69,7 +69,7 @@ def see(eval_step: Step, params: Any, batches: Any, put: Callable, rows: list[in
             fetch()
     while waiting:
         fetch()
-    return Seen(totals, [outputs[i] for i in sorted(outputs)])
+    return EvalResult(totals, [outputs[i] for i in sorted(outputs)])
 
 
 def _apart(
@@ -279,9 +279,9 @@ def _seen(
     batches = task.batches(Records(records, []), rows, task.length, None)
     for side, found in task.truncation(batches.examples, lm, records).items():
         cut[side] = cut[side] + found if side in cut else found
-    put = partial(lay, mesh or sharding.make_mesh(MeshConfig(1), jax.local_devices()[:1]))
+    put = partial(shard_batch, mesh or sharding.make_mesh(MeshConfig(1), jax.local_devices()[:1]))
     step = lm.programs.get(_eval_step, lm.module, type(task), task.task, task.length, task.labels, task.pooling.modes)
-    return task.tell(lm, lambda batches: see(step, params_of(lm), batches, put), batches, records)
+    return task.tell(lm, lambda batches: run_eval(step, params_of(lm), batches, put), batches, records)
 
 
 def _eval_step(
@@ -313,11 +313,10 @@ def _made(lm: LM, task: Any, length: int | None) -> RecordTask:
         length = lm.trained.length
     if length is not None and length < 2:
         raise UserError(f"length is {length}; a row needs at least 2 tokens")
-    positions = lm.config.max_length if lm.config.positions == "learned" else 512
-    if length is not None and lm.config.positions == "learned" and length > positions:
-        raise UserError(f"length is {length}, longer than the {positions} positions of the model; lower it")
+    if length is not None:
+        lm.config.check_length(length)
     outputs = labels.named_outputs(task, lm.config.labels) if kind.head else ()
-    made = kind(task, length or min(512, positions), 0, lm.tokenizer, outputs)
+    made = kind(task, length or min(512, lm.config.position_limit or 512), 0, lm.tokenizer, outputs)
     return made.bound(lm.config, lm.pooling)
 
 
@@ -377,5 +376,5 @@ def _unlabelled(task: RecordTask, row: Row, place: Place) -> Record:
     without = {label: None} if label in row and label not in getattr(task.task, "text", ()) else {}
     record = task.read(task.task, row | without, place)
     if record is None:
-        raise UserError(f"{place}: the row is one that the task leaves out; mend it")
+        raise UserError(f"{place}: the row is one that the task leaves out; fix it")
     return record

@@ -99,7 +99,7 @@ def _report(
 
 
 def _sample(lm: LM, run: RunConfig) -> str | None:
-    """What a decoder goes on to say after the run's prompt, prompt included."""
+    """Returns a text that a decoder writes after the run's prompt, prompt included."""
     if not isinstance(run.task, CausalLM) or not run.sample_tokens:
         return None
     if lm.tokenizer is None:

@@ -21,7 +21,7 @@ from jaxlm.errors import Interrupted, Stopped, UserError
 from jaxlm.lm import LM, load
 from jaxlm.nn.transformer import Transformer
 from jaxlm.run.finish import finish
-from jaxlm.run.folder import claim, finished_at, labels_of
+from jaxlm.run.folder import finished_at, labels_of, open_run_dir
 from jaxlm.run.resolve import ResolvedRun, resolve, with_model
 from jaxlm.run.training import Training, say, set_up
 from jaxlm.storage import buckets
@@ -80,7 +80,7 @@ def fit(
     stop: Callable[[], bool] = lambda: False,
     summary: bool = True,
 ) -> LM:
-    """Trains, evaluates, exports and reports `run`, or goes on where its folder says that it was left.
+    """Trains, evaluates, exports and reports `run`, or resumes where its folder says that it stopped.
 
     model: weights to start from, instead of `run.init`, and the class of the module, which may be your own.
     data: what to read, instead of `run.data`.
@@ -105,7 +105,7 @@ def fit(
     buckets.forget()
     with buckets.RunFolder(run.workdir or "runs/unnamed").opened() as place:
         mesh = sharding.make_mesh(run.mesh)
-        resuming = hosts.first(lambda: claim(run, place.folder))
+        resuming = hosts.first(lambda: open_run_dir(run, place.folder))
         resolved = resolve(
             run,
             mesh=mesh,
@@ -118,6 +118,7 @@ def fit(
         training = set_up(resolved, place, model is not None, resuming)
         if training is None:
             return _finished(resolved, place.folder)
+        del resolved  # whose weights keep the files of a checkpoint open
         with training:
             ended = loop(training, hosts.agreed(stop))
             lm, kind = training.end(ended)

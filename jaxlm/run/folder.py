@@ -28,7 +28,7 @@ FREE_DATA = ("path", "eval_path", "cache")  # the content is compared, not the p
 SUMMARY = "summary.txt"  # what a finished run printed at the end
 
 
-def claim(run: RunConfig, folder: Path) -> bool:
+def open_run_dir(run: RunConfig, folder: Path) -> bool:
     """Makes the folder, and finds whether this run has begun in it: whether there is a log or a checkpoint.
 
     Raises UserError for a folder that cannot be written, or that holds another run (model, task, data, tokenizer,

@@ -41,7 +41,7 @@ class Meter:
     step's time is that between its end and the end of the one before it.  Data cost what the loop waited for a batch
     after the device had finished all steps before it; while the device is busy, waiting costs nothing.
 
-    carried: what `carried` of an earlier process of the run returned, so that a line goes on where a checkpoint cut it.
+    carried: what `carried` of an earlier process of the run returned, so that a checkpoint may cut a line.
     """
 
     def __init__(self, mesh: jax.sharding.Mesh, flops: int = 0, carried: dict[str, Any] | None = None):

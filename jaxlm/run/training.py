@@ -21,9 +21,9 @@ from jaxlm.errors import RunError, Stopped
 from jaxlm.lm import LM, find, with_params
 from jaxlm.nn import parameters
 from jaxlm.reports import report
-from jaxlm.run.assembly import Assembly, assemble, closed_flops, lay, rows_here
+from jaxlm.run.assembly import Assembly, assemble, closed_flops, rows_here, shard_batch
 from jaxlm.run.checkpoint import Checkpoints, OfFirstHost, checksums_of, finite
-from jaxlm.run.evaluate import see
+from jaxlm.run.evaluate import run_eval
 from jaxlm.run.export import export
 from jaxlm.run.folder import NoLog, RunLog, begin, finished_at
 from jaxlm.run.measure import Meter, Trace
@@ -101,7 +101,7 @@ class Training:
         self.checkpoint_every = run.checkpoint_every or max(1, run.steps // 10)
         self.scores: dict[str, float] = {}
         self.found: Any = None
-        self._put = partial(lay, mesh)
+        self._put = partial(shard_batch, mesh)
         self._rows = rows_here(mesh, run.batch, run.accumulate)
         self._held_out_rows = rows_here(mesh, run.batch // run.accumulate, 1)
         self._eval_step = jax.jit(make_eval_step(resolved.task, parts.module))
@@ -137,7 +137,7 @@ class Training:
     def score(self, params: Any) -> tuple[dict[str, float], Any]:
         """Returns the scores of parameters on the held-out data, and what the task found."""
         resolved = self.resolved
-        run_over = lambda batches: see(self._eval_step, params, batches, self._put, self._held_out_rows)
+        run_over = lambda batches: run_eval(self._eval_step, params, batches, self._put, self._held_out_rows)
         model = with_params(self.model, params)
         return resolved.task.measure(model, run_over, resolved.held_out, resolved.data.held_out)
 
@@ -211,7 +211,7 @@ class Training:
         lm, kind = export(with_params(self.model, self.state.model), self.resolved.task, self.place.folder / "export")
         if not ended:
             raise Stopped(
-                f"stopped at step {step:,} of {self.run.steps:,} and saved; the same command goes on from here"
+                f"stopped at step {step:,} of {self.run.steps:,} and saved; the same command resumes from here"
             )
         if not self.scores:
             self.scores, self.found = self.score(self.state.model)
@@ -258,7 +258,7 @@ def set_up(resolved: ResolvedRun, place: buckets.RunFolder, model_given: bool, r
 
 
 def _state(resolved: ResolvedRun, parts: Assembly, restored: TrainState | None, notes: dict[str, Any]) -> TrainState:
-    """Returns the state that a run goes on from: the one restored, or one of its weights, or of its seed."""
+    """Returns the state that a run begins with: the one restored, or one of its weights, or of its seed."""
     key = jax.random.key_data(jax.random.key(resolved.run.seed))
     like, draw, weights = parts.like, partial(parts.draw, key), resolved.weights
     if weights is None and (restored is None or like.frozen is not None):

@@ -185,7 +185,10 @@ def start_from(
     layouts = {path: leaf.sharding for path, leaf in parameters.by_path(like).items()}
     new = [path for path in layouts if weights is None or path not in weights.shapes]
     if new:
-        say(f"made new, since the given weights have none: {', '.join(sorted({path.split('/')[0] for path in new}))}")
+        say(
+            f"randomly initialised, since the given weights have none: "
+            f"{', '.join(sorted({path.split('/')[0] for path in new}))}"
+        )
     leaves = {} if weights is None else weights.read({path: layouts[path] for path in layouts if path not in new})
     leaves |= draw(new) if new else {}
     return jax.tree_util.tree_map_with_path(lambda key_path, _: leaves.pop(parameters.path_of(key_path)), like)

@@ -188,7 +188,7 @@ def _held_there(address: str, remedy: str) -> Iterator[None]:
         owner = disk.owner_in(read() or b"", f"{address}/{disk.LOCK}")
         # A holder on this machine would hold the lock of the copy too.
         if owner and owner["machine"] != disk.machine() and disk.shows_life(read, address, owner):
-            raise disk.held(address, owner, remedy)
+            raise disk.lock_error(address, owner, remedy)
         bucket.makedirs(root, exist_ok=True)
         bucket.pipe_file(file, json.dumps(ours | {"beat": 0}).encode())
     ended = threading.Event()

@@ -287,7 +287,7 @@ def _acquired(file: Path, what: str, remedy: str) -> int:
             # The machine's own lock is free: a holder of this machine is dead.
             dead = certain and owner.get("machine") == machine()
             if not ours or (owner and not dead and shows_life(lambda: _touched(file), what, owner)):
-                raise held(what, owner, remedy)
+                raise lock_error(what, owner, remedy)
             with suppress(FileNotFoundError):  # or the holder ended and removed the file: try again
                 taken = os.path.samestat(os.stat(file), os.fstat(descriptor))
             if taken:
@@ -339,7 +339,7 @@ def owner_in(content: bytes, file: str | os.PathLike[str]) -> dict[str, Any]:
     raise UserError(f"{file} is not a lock file that jaxlm wrote; move it away")
 
 
-def held(what: str, owner: dict[str, Any], remedy: str) -> UserError:
+def lock_error(what: str, owner: dict[str, Any], remedy: str) -> UserError:
     """Returns the error of a lock that another process holds."""
     process, host, since = (owner.get(name, "?") for name in ("process", "host", "since"))
     return UserError(

@@ -24,7 +24,7 @@ from jaxlm.nn.transformer import Transformer
 from jaxlm.reports.report import Heatmap, Section, Table, mistakes
 from jaxlm.tasks import labels, metrics
 from jaxlm.tasks.cells import Record, Records, listed, text_of
-from jaxlm.tasks.records import HeadTask, Outputs, framed, stand_in
+from jaxlm.tasks.records import HeadTask, Outputs, add_special_tokens, stand_in
 from jaxlm.tasks.states import of_examples
 from jaxlm.tasks.task import register
 
@@ -152,7 +152,7 @@ class ClassificationTask(HeadTask):
                 if label not in task.names:
                     raise UserError(
                         f"{place}: the label {label!r} is not among --task.names {', '.join(task.names)}; "
-                        f"mend it, or add it to them"
+                        f"fix it, or add it to them"
                     )
             return task.names
         indicators = next((record["indicators"] for record in part.records if "indicators" in record), ())
@@ -168,18 +168,18 @@ class ClassificationTask(HeadTask):
         if len(where) > task.most_classes:
             raise UserError(
                 f"column {task.label!r} has {such}, and task.most_classes is {task.most_classes:,}; if they are "
-                f"numbers to be told, set --task.problem regression; if they are classes indeed, raise "
+                f"numbers to be predicted, set --task.problem regression; if they are classes indeed, raise "
                 f"--task.most-classes"
             )
         numeric = all(map(_is_numeric, where))
         for label, place in where.items():
             if numeric and not math.isfinite(float(label)):
                 raise UserError(
-                    f"{place}: column {task.label!r} holds {label!r} among numbers; mend it, or leave the row out"
+                    f"{place}: column {task.label!r} holds {label!r} among numbers; fix it, or leave the row out"
                 )
         if numeric and any(not float(label).is_integer() for label in where):
             raise UserError(
-                f"column {task.label!r} has {such}, not all whole numbers; if they are numbers to be told, set "
+                f"column {task.label!r} has {such}, not all whole numbers; if they are numbers to be predicted, set "
                 f"--task.problem regression; if they are classes indeed, name them all with --task.names"
             )
         return tuple(sorted(where, key=(lambda name: (float(name), name)) if numeric else str))
@@ -190,7 +190,7 @@ class ClassificationTask(HeadTask):
         task: config.Classification,
         parts: Sequence[Records],
         names: tuple[str, ...],
-        remedy: str = "mend it, or leave the row out",
+        remedy: str = "fix it, or leave the row out",
     ) -> list[Records]:
         found = (label for part in parts for record in part.records for label in cls.labels_of(record))
         name_of = labels.matched(found, names)
@@ -249,7 +249,7 @@ class ClassificationTask(HeadTask):
             yield from self._windows(records, training)
             return
         texts, pairs = ([record["texts"][side] for record in records] for side in (0, -1))
-        made = framed(self.tokenizer, texts, pairs if len(self.task.text) == 2 else None, self.length)
+        made = add_special_tokens(self.tokenizer, texts, pairs if len(self.task.text) == 2 else None, self.length)
         for record, features in zip(records, made):
             yield [[features | self._target(record.get("label"), training)]]
 
@@ -368,7 +368,7 @@ class ClassificationTask(HeadTask):
         return [
             Heatmap("Confusion matrix", counts, self.labels),
             *tables,
-            mistakes(("text", "true", "predicted"), wrong, len(records), "held-out examples are told wrong"),
+            mistakes(("text", "true", "predicted"), wrong, len(records), "held-out examples are predicted wrong"),
         ]
 
 
@@ -384,7 +384,7 @@ def _class(value: Any, place: Place, column: str) -> str:
         return str(value).strip()
     raise UserError(
         f"{place}: column {column!r} holds {type(value).__name__} {shown(value)}, which is no label; "
-        f"{'set --task.problem multi_label for several, ' if isinstance(value, (list, tuple)) else 'mend it, '}or "
+        f"{'set --task.problem multi_label for several, ' if isinstance(value, (list, tuple)) else 'fix it, '}or "
         f"choose the column with --task.label"
     )
 
@@ -416,7 +416,7 @@ def _number(value: Any, place: Place, column: str) -> float:
     if not abs(number) <= _LARGEST:
         raise UserError(
             f"{place}: column {column!r} holds {shown(value)}; a score must be finite and at most "
-            f"{_LARGEST:.0e}: mend it"
+            f"{_LARGEST:.0e}: fix it"
         )
     return number
 

@@ -24,7 +24,7 @@ from jaxlm.nn.losses import Losses
 from jaxlm.nn.transformer import Transformer
 from jaxlm.tasks.pretraining import EVALUATION, TRAINING
 from jaxlm.tasks.states import hidden, word_losses
-from jaxlm.tasks.task import Seen, Task, register
+from jaxlm.tasks.task import EvalResult, Task, register
 
 
 class DenoisingTask(Task):
@@ -36,7 +36,7 @@ class DenoisingTask(Task):
     def __init__(self, task: Any, length: int, seed: int, tokenizer: Tokenizer, labels: tuple[str, ...] = ()):
         self.task, self.length, self.seed, self.tokenizer = task, length, seed, tokenizer
         self.source_length = length
-        self.most = max(2, length // 8)
+        self.max_examples = max(2, length // 8)
 
     @property
     @abstractmethod
@@ -61,7 +61,7 @@ class DenoisingTask(Task):
     def batches(self, part: Corpus, rows: int, length: int, seed: int | None) -> Batches:
         """`length` is of the sources; that of the targets follows."""
         target_length = self.lengths(self.longest)[1]
-        return Batches(self.examples(part, seed is not None), rows, target_length, self.most, seed, length)
+        return Batches(self.examples(part, seed is not None), rows, target_length, self.max_examples, seed, length)
 
     def weights(self, batch: Batch) -> dict[str, jax.Array]:
         return {"loss": batch["weights_BT"].sum()}
@@ -72,9 +72,9 @@ class DenoisingTask(Task):
         return found if key is None else {"loss": found["loss"], **auxiliary}, {}
 
     def measure(
-        self, lm: LM, see: Callable[[Any], Seen], batches: Batches, part: Corpus
+        self, lm: LM, run_eval: Callable[[Any], EvalResult], batches: Batches, part: Corpus
     ) -> tuple[dict[str, float], Any]:
-        means = see(batches).means
+        means = run_eval(batches).means
         return {"loss": means["loss"], "perplexity": math.exp(min(means["loss"], 700)), **means}, None
 
 

@@ -27,7 +27,7 @@ from jaxlm.tasks.cells import Record, Records
 from jaxlm.tasks.denoising import ending
 from jaxlm.tasks.records import RecordExamples, RecordTask, Truncation
 from jaxlm.tasks.states import word_losses
-from jaxlm.tasks.task import Seen
+from jaxlm.tasks.task import EvalResult
 
 SHOWN = 20  # texts in the report
 # Prompts of a decoder that predicts, in the table `cut` of a task.
@@ -47,7 +47,7 @@ class GenerationTask(RecordTask):
         if model.structure == "encoder":
             raise UserError("the model is an encoder, which writes no text; start from a decoder or an encoder-decoder")
         new = self.decoding.max_new_tokens
-        if model.positions in ("learned", "rotary") and new >= model.max_length:
+        if model.text_limit is not None and new >= model.text_limit:
             raise UserError(
                 f"task.decoding.max_new_tokens is {new}, and the model has {model.max_length} positions; lower it to "
                 f"{model.max_length - 1} or less"
@@ -105,27 +105,27 @@ class GenerationTask(RecordTask):
             return super().truncation(examples)
         if self.source_length is not None:
             return {"S": examples.truncation("S")}
-        if lm.config.positions not in ("learned", "rotary"):
+        if lm.config.text_limit is None:
             return {}
-        room = lm.config.max_length - self.decoding.max_new_tokens
+        room = lm.config.text_limit - self.decoding.max_new_tokens
         lengths = [len(prompt) for prompt in self.prompts(records)]
         return {"P": Truncation(sum(n > room for n in lengths), len(lengths), room, max(lengths, default=0))}
 
     def tell(
-        self, lm: LM, see: Callable[[Any], Seen], batches: Any, records: Sequence[Record]
+        self, lm: LM, run_eval: Callable[[Any], EvalResult], batches: Any, records: Sequence[Record]
     ) -> tuple[list[Row], dict[str, float]]:
         labelled = all("label" in record for record in records)
-        return self.written(lm, records), self._means(see(batches)) if labelled else {}
+        return self.written(lm, records), self._means(run_eval(batches)) if labelled else {}
 
     def measure(
-        self, lm: LM, see: Callable[[Any], Seen], batches: Any, part: Records
+        self, lm: LM, run_eval: Callable[[Any], EvalResult], batches: Any, part: Records
     ) -> tuple[dict[str, float], list[Row]]:
         some = part.records[: self.scored or None]
         found = self.written(lm, some)
-        return {**self._means(see(batches)), **self.score(some, found)}, found
+        return {**self._means(run_eval(batches)), **self.score(some, found)}, found
 
     @staticmethod
-    def _means(seen: Seen) -> dict[str, float]:
+    def _means(seen: EvalResult) -> dict[str, float]:
         means = seen.means
         return {"loss": means["loss"], "perplexity": math.exp(min(means["loss"], 700)), "accuracy": means["accuracy"]}
 

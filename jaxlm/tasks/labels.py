@@ -102,7 +102,7 @@ def agreed(
         if known is not None and len(known) != len(names):
             raise _differ(known, names)
         other = "name all labels with --task.names" if hasattr(task, "names") else "give training rows with it"
-        parts = kind.fitted(task, parts, known or names, f"mend it, or {other}")
+        parts = kind.fitted(task, parts, known or names, f"fix it, or {other}")
         return (known or names, parts[0], parts[1])
     both = type(train)([*train.records, *held_out.records], [*train.places, *held_out.places])
     kind.settle(task, both, known)

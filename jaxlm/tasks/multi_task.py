@@ -25,7 +25,7 @@ from jaxlm.reports.report import Section
 from jaxlm.tasks import labels
 from jaxlm.tasks.reading import prepare as prepare_records
 from jaxlm.tasks.states import hidden
-from jaxlm.tasks.task import Seen, Task, register
+from jaxlm.tasks.task import EvalResult, Task, register
 
 SHARED = ("tokens_BT", "segments_BT", "positions_BT", "types_BT")  # fields that are not of one task
 _PERIOD = 1000  # rows after which the order of the tasks repeats
@@ -54,7 +54,7 @@ class TaskMixture(Task):
         self.parts = {
             name: part if part.head is None else part.replaced(method=method(name)) for name, part in parts.items()
         }
-        self.most = max(part.most for part in parts.values())
+        self.max_examples = max(part.max_examples for part in parts.values())
         own = (f"{name}/{score}" for name, part in parts.items() for score in part.scores)
         self.scores = ("mean", *own)  # mean: of the score that each part ranks by
 
@@ -110,7 +110,7 @@ class TaskMixture(Task):
         fields that training batches have."""
         each = 1 if seed is not None else rows
         apart = {
-            name: Batches(examples, each, length, self.parts[name].most, seed)
+            name: Batches(examples, each, length, self.parts[name].max_examples, seed)
             for name, examples in self.examples(part, seed is not None).items()
         }
         if seed is None:
@@ -130,12 +130,14 @@ class TaskMixture(Task):
     def weights(self, batch: Batch) -> dict[str, jax.Array]:
         return {f"{name}/loss": part.weights(_view(batch, name))["loss"] for name, part in self.parts.items()}
 
-    def measure(self, lm: LM, see: Callable[[Any], Seen], batches: Parts, part: Parts) -> tuple[dict[str, float], Any]:
+    def measure(
+        self, lm: LM, run_eval: Callable[[Any], EvalResult], batches: Parts, part: Parts
+    ) -> tuple[dict[str, float], Any]:
         """All scores of each part; `mean` is of the score that each part ranks by."""
         scores: dict[str, float] = {}
         found, loss, ranked = {}, 0.0, []
         for name, one in self.parts.items():
-            alone = lambda batches, name=name: _seen_of(see(batches), name)
+            alone = lambda batches, name=name: _seen_of(run_eval(batches), name)
             own, found[name] = one.measure(lm, alone, batches[name], part[name])
             scores |= {f"{name}/{score}": value for score, value in own.items()}
             loss += own["loss"]
@@ -257,11 +259,11 @@ def _empty(parts: dict[str, Batches], rows: int) -> Features:
     return batch
 
 
-def _seen_of(seen: Seen, name: str) -> Seen:
+def _seen_of(seen: EvalResult, name: str) -> EvalResult:
     """What one part's task would have seen alone."""
     own = lambda example: {f.removeprefix(f"{name}."): x for f, x in example.items() if f.startswith(f"{name}.")}
     outputs = [[own(example) for example in unit] for unit in seen.outputs]
-    return Seen({"loss": seen.losses[f"{name}/loss"]}, outputs)
+    return EvalResult({"loss": seen.losses[f"{name}/loss"]}, outputs)
 
 
 def _view(batch: Batch, name: str) -> Batch:

@@ -22,7 +22,7 @@ from jaxlm.nn.losses import Sum
 from jaxlm.nn.transformer import Transformer
 from jaxlm.reports.report import Section, mistakes
 from jaxlm.tasks.cells import Record, Records, column, listed, text_of
-from jaxlm.tasks.records import HeadTask, Outputs, framed
+from jaxlm.tasks.records import HeadTask, Outputs, add_special_tokens
 from jaxlm.tasks.states import of_examples
 from jaxlm.tasks.task import register
 
@@ -53,12 +53,12 @@ class MultipleChoiceTask(HeadTask):
             options = listed(column(row, task.options[0], place, "--task.options"), task.options[0], place)
             if not isinstance(options, (list, tuple)) or not all(isinstance(option, str) for option in options):
                 raise UserError(
-                    f"{place}: column {task.options[0]!r} holds {shown(options)}, not a list of texts; mend it"
+                    f"{place}: column {task.options[0]!r} holds {shown(options)}, not a list of texts; fix it"
                 )
         else:
             options = [text_of(row, name, place, "--task.options") for name in task.options]
         if len(options) < 2:
-            raise UserError(f"{place}: there are {len(options)} options; a choice needs at least 2: mend it")
+            raise UserError(f"{place}: there are {len(options)} options; a choice needs at least 2: fix it")
         record: Record = {"question": text_of(row, task.question, place, "--task.question"), "options": list(options)}
         value = row.get(task.label)
         return record if value is None or value == "" else record | {"label": _number(value, options, task, place)}
@@ -78,12 +78,12 @@ class MultipleChoiceTask(HeadTask):
     def features(self, records: Sequence[Record], training: bool) -> Iterator[list[list[Features]]]:
         for record in records:
             n = len(record["options"])
-            if n > self.most:
+            if n > self.max_examples:
                 raise UserError(
-                    f"a question has {n} options, a row of data.length {self.length} takes {self.most}; "
+                    f"a question has {n} options, a row of data.length {self.length} takes {self.max_examples}; "
                     f"raise the length"
                 )
-            made = framed(self.tokenizer, [record["question"]] * n, record["options"], self.length // n)
+            made = add_special_tokens(self.tokenizer, [record["question"]] * n, record["options"], self.length // n)
             yield [[features | {"labels_BE": np.float32(record.get("label") == i)} for i, features in enumerate(made)]]
 
     def weights(self, batch: Batch) -> dict[str, jax.Array]:

@@ -21,7 +21,7 @@ from jaxlm.lm import LM
 from jaxlm.nn.losses import Losses, accuracy, bits_per_byte, cross_entropy
 from jaxlm.nn.transformer import Transformer, apply
 from jaxlm.tasks.states import hidden, word_losses, word_scores
-from jaxlm.tasks.task import Seen, Task, register
+from jaxlm.tasks.task import EvalResult, Task, register
 
 TRAINING, EVALUATION = 0, 1  # first word of the seeds below, so that no evaluation repeats a training draw
 
@@ -35,7 +35,7 @@ class CausalLMTask(Task):
         self, task: config.CausalLM, length: int, seed: int, tokenizer: Tokenizer, labels: tuple[str, ...] = ()
     ):
         self.task, self.length, self.seed = task, length, seed
-        self.most = 2 if task.stream else max(2, length // 8)
+        self.max_examples = 2 if task.stream else max(2, length // 8)
         # Tokens that stand around documents, which have no bytes.
         self.frame = [] if tokenizer is None else [i for i in (tokenizer.bos, tokenizer.eos) if i is not None]
         # One token begins and ends documents (GPT-2): each has it in front, and whole documents are to end with it.
@@ -62,9 +62,9 @@ class CausalLMTask(Task):
         return found, {}
 
     def measure(
-        self, lm: LM, see: Callable[[Any], Seen], batches: Batches, part: Corpus
+        self, lm: LM, run_eval: Callable[[Any], EvalResult], batches: Batches, part: Corpus
     ) -> tuple[dict[str, float], Any]:
-        seen = see(batches)
+        seen = run_eval(batches)
         means = seen.means
         return {
             "loss": means["loss"],
@@ -141,9 +141,9 @@ class MaskedLMTask(Task):
             )
         self.task, self.length, self.seed, self.tokenizer = task, length, seed, tokenizer
         self.mask: int = special["mask"]
-        self.most = max(4, length // 16)
+        self.max_examples = max(4, length // 16)
         # A bound on the predictions in a row: each example has its share rounded, or at least one.
-        self.predictions = min(length, math.ceil(task.mask_rate * length) + self.most)
+        self.predictions = min(length, math.ceil(task.mask_rate * length) + self.max_examples)
 
     def examples(self, corpus: Corpus, training: bool) -> MaskedExamples:
         return MaskedExamples(self, corpus, training)
@@ -171,9 +171,9 @@ class MaskedLMTask(Task):
         return found | auxiliary, {}
 
     def measure(
-        self, lm: LM, see: Callable[[Any], Seen], batches: Batches, part: Corpus
+        self, lm: LM, run_eval: Callable[[Any], EvalResult], batches: Batches, part: Corpus
     ) -> tuple[dict[str, float], Any]:
-        means = see(batches).means
+        means = run_eval(batches).means
         return {
             "loss": means["masked_lm_loss"] + means.get("next_sentence_loss", 0.0),
             "perplexity": math.exp(min(means["masked_lm_loss"], 700)),
@@ -258,7 +258,7 @@ def _pieces(start: int, end: int, length: int) -> np.ndarray:
 def _full_sentences(corpus: Corpus, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Spans of whole sentences that fill rows of `length` tokens, and their lengths, special tokens included.
 
-    As RoBERTa's FULL-SENTENCES (Liu et al. 2019, section 4.2): a span goes on into the next document, with a separator
+    As RoBERTa's FULL-SENTENCES (Liu et al. 2019, section 4.2): a span continues in the next document, with a separator
     between the two.  A sentence that is longer than a row is cut.
     """
     firsts = set(corpus.bounds[:-1].tolist())

@@ -46,7 +46,7 @@ class QuestionAnsweringTask(HeadTask):
 
     def __init__(self, *parts: Any):
         super().__init__(*parts)
-        self.most = max(2, self.length // 16)
+        self.max_examples = max(2, self.length // 16)
         if self.task.unanswerable:
             # By F1 alone a model that answers nothing yet may be the best of a run.
             self.scores = ("best_f1", "f1", "exact")
@@ -74,7 +74,7 @@ class QuestionAnsweringTask(HeadTask):
                 stands = f"does not stand at {shown(start)} of its text, where there is {found!r}"
                 stands = stands if text.strip() else "is empty"
                 raise UserError(
-                    f"{place}: the answer {text!r} {stands}; mend it, or leave such questions out with "
+                    f"{place}: the answer {text!r} {stands}; fix it, or leave such questions out with "
                     f"--task.wrong-offsets drop"
                 )
         if not answers and not task.unanswerable:

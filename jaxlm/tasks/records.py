@@ -1,4 +1,4 @@
-"""Tasks over records: rows of a table, each with a text and what is to be told of it.
+"""Tasks over records: rows of a table, each with a text and what is to be predicted.
 
 A task says what differs from one to the next, each in a method of a few lines:
 
@@ -38,7 +38,7 @@ from jaxlm.nn.losses import Losses, Sum
 from jaxlm.nn.transformer import Transformer, apply
 from jaxlm.tasks.cells import Record, Records, column
 from jaxlm.tasks.states import hidden
-from jaxlm.tasks.task import Seen, Task
+from jaxlm.tasks.task import EvalResult, Task
 
 Outputs = list[list[dict[str, np.ndarray]]]  # of one record: of each unit, of each example in it
 WINDOW = 1024  # records that are tokenized at once
@@ -56,7 +56,7 @@ class RecordTask(Task):
 
     def __init__(self, task: Any, length: int, seed: int, tokenizer: Tokenizer, labels: tuple[str, ...] = ()):
         self.task, self.length, self.seed, self.tokenizer, self.labels = task, length, seed, tokenizer, labels
-        self.most = max(2, length // 4)  # examples in a row E
+        self.max_examples = max(2, length // 4)  # examples in a row E
 
     @classmethod
     @abstractmethod
@@ -142,7 +142,7 @@ class RecordTask(Task):
         task: Any,
         parts: Sequence[Records],
         names: tuple[str, ...],
-        remedy: str = "mend it, or leave the row out",
+        remedy: str = "fix it, or leave the row out",
     ) -> list[Records]:
         """Returns the parts with the labels of their records as the outputs of the head are named.
 
@@ -212,21 +212,21 @@ class RecordTask(Task):
         return [self.predict(record, outputs) for record, outputs in zip(records, found)]
 
     def tell(
-        self, lm: LM, see: Callable[[Any], Seen], batches: Any, records: Sequence[Record]
+        self, lm: LM, run_eval: Callable[[Any], EvalResult], batches: Any, records: Sequence[Record]
     ) -> tuple[list[Row], dict[str, float]]:
         """The prediction for each record, in order, and the means of what `losses` sums."""
-        seen = see(batches)
+        seen = run_eval(batches)
         return self.predictions(records, batches, seen.outputs), seen.means
 
     def measure(
-        self, lm: LM, see: Callable[[Any], Seen], batches: Any, part: Records
+        self, lm: LM, run_eval: Callable[[Any], EvalResult], batches: Any, part: Records
     ) -> tuple[dict[str, float], list[Row]]:
-        found, means = self.tell(lm, see, batches, part.records)
+        found, means = self.tell(lm, run_eval, batches, part.records)
         return {"loss": means["loss"], **self.score(part.records, found)}, found
 
 
 def _check_labels(
-    kind: type[RecordTask], part: Records, names: tuple[str, ...], remedy: str = "mend it, or leave the row out"
+    kind: type[RecordTask], part: Records, names: tuple[str, ...], remedy: str = "fix it, or leave the row out"
 ) -> None:
     """Raises UserError for a label that is not among the names."""
     for record, place in zip(part.records, part.places):
@@ -364,7 +364,9 @@ def _flat(name: str, column: list[Any]) -> np.ndarray:
     return np.fromiter(chain.from_iterable(column), np.float32 if name.startswith("weights") else np.int32, size)
 
 
-def framed(tokenizer: Tokenizer, texts: list[str], pairs: list[str] | None, length: int) -> Iterator[Features]:
+def add_special_tokens(
+    tokenizer: Tokenizer, texts: list[str], pairs: list[str] | None, length: int
+) -> Iterator[Features]:
     """Yields the features `tokens_BT` and `types_BT` of each text, or text and pair, as `Tokenizer.frame` has them; and
     as `cut` how many tokens it lost, so that it is at most `length` long.
 

@@ -18,7 +18,7 @@ from jaxlm.reports.report import Section
 from jaxlm.tasks import metrics
 from jaxlm.tasks.cells import Record, Records, cell, column
 from jaxlm.tasks.generation import UNREAD, GenerationTask, table_of_texts
-from jaxlm.tasks.records import framed, stand_in
+from jaxlm.tasks.records import add_special_tokens, stand_in
 from jaxlm.tasks.task import register
 
 _SCORE: dict[str, tuple[tuple[str, ...], Callable[..., dict[str, float]]]] = {
@@ -63,7 +63,7 @@ class Seq2SeqTask(GenerationTask):
             if not any(text.strip() for text in texts):
                 if task.empty == "drop":
                     return None
-                raise UserError(f"{place}: column {name!r} is empty; mend the row, or set --task.empty drop")
+                raise UserError(f"{place}: column {name!r} is empty; fix the row, or set --task.empty drop")
         return record
 
     @classmethod
@@ -90,7 +90,10 @@ class Seq2SeqTask(GenerationTask):
             encoded = self.tokenizer.encode_batch(texts)
             return [(self.tokenizer.begun(ids) or [stand_in(self.tokenizer)], 0) for ids in encoded]
         # The end of a source is kept where it is cut: a model has never read one without.
-        return [(made["tokens_BT"], made["cut"]) for made in framed(self.tokenizer, texts, None, self.source_length)]
+        return [
+            (made["tokens_BT"], made["cut"])
+            for made in add_special_tokens(self.tokenizer, texts, None, self.source_length)
+        ]
 
     def answers(self, records: Sequence[Record]) -> list[list[int]]:
         """The tokens that are to be written for each record."""

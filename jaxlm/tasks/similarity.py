@@ -21,7 +21,7 @@ from jaxlm.nn.transformer import Transformer
 from jaxlm.tasks import metrics
 from jaxlm.tasks.cells import Record, text_of
 from jaxlm.tasks.labels import number_of
-from jaxlm.tasks.records import HeadTask, Outputs, framed
+from jaxlm.tasks.records import HeadTask, Outputs, add_special_tokens
 from jaxlm.tasks.states import of_examples
 from jaxlm.tasks.task import register
 
@@ -71,7 +71,7 @@ class SimilarityTask(HeadTask):
 
     def features(self, records: Sequence[Record], training: bool) -> Iterator[list[list[Features]]]:
         texts = [text for record in records for text in record["texts"]]
-        made = framed(self.tokenizer, texts, None, self.length // 2)
+        made = add_special_tokens(self.tokenizer, texts, None, self.length // 2)
         for record in records:
             pair = []
             for first in (True, False):

@@ -135,7 +135,7 @@ class TaggingTask(HeadTask):
         task: config.Tagging,
         parts: Sequence[Records],
         names: tuple[str, ...],
-        remedy: str = "mend it, or leave the row out",
+        remedy: str = "fix it, or leave the row out",
     ) -> list[Records]:
         parts = _numbered(parts, names)
         kind_of_head = _kind_of_head(task, names)
@@ -292,7 +292,7 @@ class TaggingTask(HeadTask):
             for r, p in zip(records, predictions)
             if r["label"] != p["prediction"]
         ]
-        wrongly = mistakes(("true", "predicted"), wrong, len(records), "held-out sentences have a word told wrong")
+        wrongly = mistakes(("true", "predicted"), wrong, len(records), "held-out sentences have a word predicted wrong")
         by_type = self.by_class(part, predictions)
         names = sorted(by_type)
         rows = [

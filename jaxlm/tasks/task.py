@@ -19,7 +19,7 @@ from jaxlm.nn.transformer import Transformer
 from jaxlm.reports.report import Section
 
 
-class Seen(NamedTuple):
+class EvalResult(NamedTuple):
     """What an evaluation saw: sums and weights over all batches, and the outputs of each unit's examples, in order."""
 
     losses: dict[str, tuple[float, float]]
@@ -48,7 +48,7 @@ class Task(metaclass=_Immutable):
 
     head: Any = None  # of the model, that it reads; None: hidden states
     scores: tuple[str, ...] = ("loss",)  # by the first the best checkpoint is chosen; higher is better, but for "loss"
-    most: int  # examples in a row E
+    max_examples: int  # examples in a row E
     source_length: int | None = None  # tokens of the sources in a row S; None: there are no sources
     config_keys: Mapping[str, Any] = {}  # what the exported config.json says of the task
     exported_as: Mapping[str, str] = {}  # class of transformers -> one for the same tensors that does this task
@@ -65,7 +65,7 @@ class Task(metaclass=_Immutable):
 
     def batches(self, part: Any, rows: int, length: int, seed: int | None) -> Any:
         """Batches of a part of the data: for training; or, where there is no seed, for evaluation."""
-        return Batches(self.examples(part, seed is not None), rows, length, self.most, seed, self.source_length)
+        return Batches(self.examples(part, seed is not None), rows, length, self.max_examples, seed, self.source_length)
 
     @abstractmethod
     def losses(self, module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> Losses:
@@ -79,7 +79,9 @@ class Task(metaclass=_Immutable):
         """Those of the `losses` that are minimised, and what each is divided by: its weight in all micro-batches."""
 
     @abstractmethod
-    def measure(self, lm: LM, see: Callable[[Any], Seen], batches: Any, part: Any) -> tuple[dict[str, float], Any]:
+    def measure(
+        self, lm: LM, run_eval: Callable[[Any], EvalResult], batches: Any, part: Any
+    ) -> tuple[dict[str, float], Any]:
         """The scores of a part of the data, and the predictions that they are of, where there are some.
 
         lm: the model that is measured.  see: runs it over all batches.

@@ -117,7 +117,7 @@ def _questions(file: Path, text: str, data: DataConfig, first: int) -> Iterator[
 
 
 def _is_whole(line: str) -> bool:
-    """Whether a line is one JSON value, well or badly written: not the beginning of one that goes on below."""
+    """Whether a line is one JSON value, well or badly written: not the beginning of one that continues below."""
     try:
         _decoder.raw_decode(line.lstrip(BLANKS))
     except json.JSONDecodeError as error:
