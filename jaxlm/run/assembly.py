@@ -173,7 +173,7 @@ def _nearest(size: int, ways: int) -> str:
 def shard_batch(mesh: Mesh, batch: Batch, k: int) -> Batch:
     """A batch [B, ...] on the mesh, as k micro-batches [k, B / k, ...]; where the mesh does not divide the rows that
     there are, with rows of padding.  Of many hosts each shards the rows that `rows_here` names."""
-    more = -len(batch["segments_BT"]) % (k * sharding.ways(mesh, "batch"))
+    more = -len(next(iter(batch.values()))) % (k * sharding.ways(mesh, "batch"))
 
     def laid(name: str, x: np.ndarray) -> jax.Array:
         whole = np.concatenate([x, np.zeros((more, *x.shape[1:]), x.dtype)]) if more else x
