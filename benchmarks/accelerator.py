@@ -209,13 +209,13 @@ def train_side(name: str, tell: Callable[..., None], tiny: bool, seconds: float)
             state = made.first_state(jax.random.key_data(jax.random.key(0)))
         for _ in range(WARM):
             warm = time.monotonic()
-            state, metrics = compiled(state, batch)
+            state, metrics = compiled(state, None, batch)  # nothing is frozen
             jax.block_until_ready(metrics)
         steps = max(4, min(STEPS, int((0.5 if tiny else LONGEST) / (time.monotonic() - warm))))
         meter = Meter(mesh)
         started = time.monotonic()
         for laid in meter.fed(iter([batch] * steps)):
-            state, metrics = compiled(state, laid)
+            state, metrics = compiled(state, None, laid)
             meter.stepped(metrics["loss"])
         loss = float(metrics["loss"])
         took = (time.monotonic() - started) / steps
