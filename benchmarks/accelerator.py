@@ -214,8 +214,8 @@ def train_side(name: str, tell: Callable[..., None], tiny: bool, seconds: float)
         steps = max(4, min(STEPS, int((0.5 if tiny else LONGEST) / (time.monotonic() - warm))))
         meter = Meter(mesh)
         started = time.monotonic()
-        for laid in meter.fed(iter([batch] * steps)):
-            state, metrics = compiled(state, None, laid)
+        for same in meter.fed(iter([batch] * steps)):
+            state, metrics = compiled(state, None, same)
             meter.stepped(metrics["loss"])
         loss = float(metrics["loss"])
         took = (time.monotonic() - started) / steps

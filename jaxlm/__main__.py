@@ -413,7 +413,7 @@ def plan(argv: list[str], _: process.Signals) -> int:
         made = plans[0] if plans else planning.plan(dataclasses.replace(run, remat="full"), topology, str(file))
     else:
         made = planning.plan(run, topology, str(file))
-    print(json.dumps(planning.as_json(made)) if as_json else planning.told(made))
+    print(json.dumps(planning.as_json(made)) if as_json else planning.as_text(made))
     return 0 if made.fits else 1
 
 

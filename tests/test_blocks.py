@@ -43,7 +43,7 @@ class MeanOfEarlier(nn.Module):
     @nn.compact
     def __call__(self, x_BTD, layer, sight, positions_BT, context=None, cache=None, weights=False):
         weights_BTS = sight.mask_BTS / sight.mask_BTS.sum(-1, keepdims=True)
-        return Linear((self.config.width,), 0.2, name="value")(weights_BTS @ x_BTD), None, None
+        return Linear((self.config.width,), 0.2, name="own_value")(weights_BTS @ x_BTD), None, None
 
 
 class Balanced(nn.Module):
@@ -57,14 +57,14 @@ class Balanced(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, tokens_BT):
-        y_BTD = Linear((self.config.width,), 0.2, name="out")(x_BTD)
+        y_BTD = Linear((self.config.width,), 0.2, name="own_out")(x_BTD)
         return y_BTD, {"balance": 0.1 * (jnp.square(y_BTD).mean(-1) * tokens_BT).sum()}
 
 
 @pytest.fixture(autouse=True)
 def tables(monkeypatch):
-    monkeypatch.setitem(MIXERS, "own_mean", MeanOfEarlier)
-    monkeypatch.setitem(FEED_FORWARDS, "own_balanced", Balanced)
+    monkeypatch.setitem(MIXERS, "mean", MeanOfEarlier)
+    monkeypatch.setitem(FEED_FORWARDS, "balanced", Balanced)
 
 
 def packed() -> dict[str, np.ndarray]:
@@ -84,10 +84,10 @@ def packed() -> dict[str, np.ndarray]:
     }
 
 
-def test_a_mixer_of_ones_own_packs_and_is_causal():
-    model = dataclasses.replace(TINY, mixer="own_mean")
+def test_a_mixer_of_your_own_packs_and_is_causal():
+    model = dataclasses.replace(TINY, mixer="mean")
     params, batch = random_params(model), packed()
-    assert parameters.rows_by_path(params)["decoder/layers/own_mean/value/kernel"].axes == ("layers", None, None)
+    assert parameters.rows_by_path(params)["decoder/layers/attention/own_value/kernel"].axes == ("layers", None, None)
     run = jit(partial(apply, Transformer(model)))
     whole = run(params, batch["tokens_BT"], batch["segments_BT"], batch["positions_BT"])
     alone = run(params, batch["tokens_BT"][:, 5:9])
@@ -112,7 +112,7 @@ def training(model: ModelConfig, gradient=summed_gradient):
 
 @pytest.mark.parametrize("k", [1, 2])
 def test_an_auxiliary_loss_is_a_mean_over_tokens_and_is_minimised(k):
-    model = dataclasses.replace(TINY, feed_forward="own_balanced")
+    model = dataclasses.replace(TINY, feed_forward="balanced")
     step, state = training(model)
     batch = {name: x.reshape(k, 2 // k, *x.shape[1:]) for name, x in packed().items()}
     new, metrics = step(state, batch)
@@ -135,7 +135,7 @@ def test_an_auxiliary_loss_is_a_mean_over_tokens_and_is_minimised(k):
 
 
 def test_padding_counts_in_no_auxiliary_loss():
-    model = dataclasses.replace(TINY, feed_forward="own_balanced")
+    model = dataclasses.replace(TINY, feed_forward="balanced")
     step, state = training(model)
     batch = packed()
     more = batch | {"tokens_BT": np.where(batch["segments_BT"] > 0, batch["tokens_BT"], 7)}
@@ -146,7 +146,7 @@ def test_padding_counts_in_no_auxiliary_loss():
 
 
 def per_row_gradient(limit: float):
-    """A gradient of one's own: each row's is clipped to a norm, then they are added."""
+    """A gradient of your own: each row's is clipped to a norm, then they are added."""
 
     def gradient(objective, params, batch, key):
         rows = jax.tree.map(lambda x: x.reshape(-1, 1, *x.shape[2:]), batch)
@@ -242,11 +242,11 @@ class PatchTask(Task):
 
 @pytest.fixture
 def patches(monkeypatch) -> ModelConfig:
-    monkeypatch.setitem(FRONT_ENDS, "own_patches", Patches)
-    return dataclasses.replace(TINY, structure="encoder", heads_on_top=("classes",), front_end="own_patches")
+    monkeypatch.setitem(FRONT_ENDS, "patches", Patches)
+    return dataclasses.replace(TINY, structure="encoder", heads_on_top=("classes",), front_end="patches")
 
 
-def test_a_front_end_of_ones_own_packs_shards_and_counts(patches, devices):
+def test_a_front_end_of_your_own_packs_shards_and_counts(patches, devices):
     task, params = PatchTask(), random_params(patches)
     batches = task.batches(None, 2, 12, None)
     batch = batches.batch_at(0)
@@ -257,10 +257,10 @@ def test_a_front_end_of_ones_own_packs_shards_and_counts(patches, devices):
     assert alone["segments_BT"].max() == 1 and weight == 5
     np.testing.assert_allclose(loss, run(params, alone)[0], rtol=1e-5)
     mesh = make_mesh(MeshConfig(), jax.devices()[:2])
-    laid = shard_batch(mesh, batch, 1)
-    assert laid["patches_BTM"].sharding.spec[1] is not None
+    sharded = shard_batch(mesh, batch, 1)
+    assert sharded["patches_BTM"].sharding.spec[1] is not None
     split = jax.jit(lambda params, batch: task.losses(Transformer(patches), params, batch, None)[0]["loss"])
-    np.testing.assert_allclose(split(params, jax.tree.map(lambda x: x[0], laid))[0], loss, rtol=1e-5)
+    np.testing.assert_allclose(split(params, jax.tree.map(lambda x: x[0], sharded))[0], loss, rtol=1e-5)
     assert closed_flops(task, patches, 2, batch) > 0
 
 

@@ -82,7 +82,7 @@ def test_memory_is_that_of_the_shards(mesh, parts):
     assert dict(facts.rows)["parameters"] == f"{made.parameters:,}"
     parts = dict(zip(memory.names, memory.values))
     assert parts["parameters"] * 2**20 == made.parameter_bytes and memory.unit == "MiB"
-    page = plan.told(made)
+    page = plan.as_text(made)
     assert "no rates are known of cpu" in page and f"{made.parameters:,} parameters" in page
 
 
@@ -109,7 +109,7 @@ def test_what_is_here_is_compiled_for_what_is_here(monkeypatch):
     assert made.roofline.overlapped == max(made.roofline) and made.roofline.apart == pytest.approx(sum(made.roofline))
     seconds = made.roofline.apart
     assert made.utilisation(seconds, 197e12) == pytest.approx(made.model_flops / 8 / 197e12 / seconds)
-    page = plan.told(made)
+    page = plan.as_text(made)
     assert "MFU" in page and "Google Cloud TPU documentation" in page
 
 
@@ -118,7 +118,7 @@ def test_a_plan_that_does_not_fit_says_what_to_change(monkeypatch):
     monkeypatch.setattr(chips, "find", lambda kind: small)
     made = plan.plan(TINY)
     assert not made.fits
-    page = plan.told(made)
+    page = plan.as_text(made)
     assert "does not fit, by" in page and "--remat full" in page
     assert plan.fitting(TINY, "") == []
 

@@ -13,7 +13,7 @@ Characters = Annotated[int, Range(1, 10**15)]
 
 @dataclass(frozen=True)
 class CleaningConfig(Config):
-    """What is done to each row before it is used; the run says how many rows each choice changed or dropped."""
+    """What is done to each row before it is used; the run prints how many rows each choice changed or dropped."""
 
     unicode: Literal["none", "NFC", "NFKC"] = "none"  # Unicode normal form
     encoding: Literal["refuse", "drop", "replace"] = "refuse"  # rows that are not UTF-8
@@ -33,7 +33,7 @@ class DataConfig(Config):
     eval_fraction: Share = 0.1  # share of the documents or examples held out when there is no eval_path
     eval_choice: Literal["sampled", "last"] = "sampled"  # documents held out: any, by a hash; or the last of a text
     eval_seed: Seed = 0  # of the choice of the examples held out; the run's own seed does not change it
-    format: Format = "suffix"  # of the files; suffix: what the end of a file's name says
+    format: Format = "suffix"  # of the files; suffix: by the end of a file's name
     target_path: str = ""  # plain text whose line n goes with line n of `path`: a translation; its column is "target"
     eval_target_path: str = ""  # the same beside eval_path
     columns: tuple[str, ...] = ()  # names of the columns of csv and tsv files without a header, and of conll files

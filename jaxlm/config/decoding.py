@@ -57,7 +57,7 @@ class Decoding(Config):
         """Raises UserError where a choice is of the wrong kind or out of its range, or two contradict each other.
 
         Args:
-          prefix: what stands before the names of the fields in a message.
+          prefix: of the names of the fields in a message.
         """
         check_fields(self, prefix)
         if self.max_length and self.min_length > self.max_length:

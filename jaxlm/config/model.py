@@ -49,7 +49,7 @@ class ModelConfig(Config):
     decoder_mlp_width: Positive | None = None  # its MLP width; None: as the encoder's
     distinct_layers: Layers | None = None  # layers with parameters of their own, each repeated (ALBERT: 1); None: all
 
-    mixer: Name = "attention"  # what tells a token of the others: attention, or a class of your own
+    mixer: Name = "attention"  # what mixes the positions of a row: attention, or a class of your own
     heads: Positive = 12  # attention heads H
     kv_heads: Positive | None = None  # key-value heads K of grouped queries; None: as many as heads
     head_width: Positive | None = None  # head width C; None: width / heads
@@ -92,7 +92,7 @@ class ModelConfig(Config):
     rotary_short: tuple[AboveZero, ...] = ()  # divisors of each pair's frequency up to rotary_length (longrope)
     rotary_long: tuple[AboveZero, ...] = ()  # and in sequences that are longer (longrope)
     relative: Literal["none", "buckets", "disentangled"] = "none"  # relative order: T5's bias, DeBERTa's attention
-    relative_buckets: Distance = 32  # distances that are told apart; 0: all (disentangled only)
+    relative_buckets: Distance = 32  # distances that are distinguished; 0: all (disentangled only)
     relative_distance: Distance = 128  # from here on, all distances are one
     relative_terms: tuple[Literal["c2p", "p2c"], ...] = ("c2p", "p2c")  # content to position, position to content
     relative_shared: bool = True  # relative embeddings go through the projections of queries and keys
@@ -159,7 +159,7 @@ class ModelConfig(Config):
 
     @property
     def V(self) -> int:
-        """Tokens that the head lm tells apart."""
+        """Tokens that the head lm distinguishes."""
         return self.decoder_vocabulary or self.vocabulary
 
     @property

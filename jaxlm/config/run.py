@@ -95,9 +95,9 @@ class RunConfig(Config):
     checkpoint_every: Count = 0  # steps between checkpoints; 0: a tenth of the run
     keep: Positive = 2  # last checkpoints that an unfinished run keeps, beside the best
     keep_checkpoints: bool = False  # also of a finished run, which otherwise keeps its export: the best weights
-    dropout: ShareBelowOne | None = None  # of a model that comes from `init`; None: as it says
+    dropout: ShareBelowOne | None = None  # of a model that comes from `init`; None: as it has
     init: str = ""  # run, folder in Hugging Face's format, or hub name to start the weights from
-    new_head: bool = False  # draw the outputs of the task's head anew, where the weights of init have such a head
+    new_head: bool = False  # draw new outputs of the task's head, also where the weights of init have such a head
     workdir: str = ""  # run folder; empty: runs/CONFIG_NAME
     sample_prompt: str = ""  # what the sample at the end of a decoder's run continues
     sample_tokens: Count = 120  # its length; 0: no sample
@@ -116,7 +116,7 @@ class RunConfig(Config):
             )
         if not self.data.eval_path and not self.data.eval_split and not 0 < self.data.eval_fraction < 1:
             raise UserError(
-                f"data.eval_fraction is {self.data.eval_fraction}; it must lie between 0 and 1, "
+                f"data.eval_fraction is {self.data.eval_fraction}; it must be between 0 and 1, "
                 f"or give held-out data with --data.eval-path"
             )
         if self.data.documents == "boundary" and not self.data.boundary:
@@ -129,7 +129,7 @@ class RunConfig(Config):
             raise UserError("adafactor has no first moment; leave out --optimizer.momentum-dtype")
         if self.new_head and not getattr(self.task, "has_label_head", True):
             raise UserError(
-                f"new_head is set, and {type(self.task).__name__} has no head of labels to draw anew; leave it out"
+                f"new_head is set, and {type(self.task).__name__} has no head of labels to draw; leave it out"
             )
         if self.dropout is not None and self.model is not None:
             raise UserError(f"dropout is {self.dropout}, but the config names the model; set --model.dropout instead")

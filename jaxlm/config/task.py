@@ -62,6 +62,7 @@ class TaskConfig(Config):
     """Base of the configs of tasks."""
 
     heads: ClassVar[tuple[Head, ...] | None] = None  # that the model must have; None: one that depends on the labels
+    structure: ClassVar[str] = ""  # that the model must have, of a task with `heads`; empty: any
     has_label_head: ClassVar[bool] = True  # whether the outputs of the task's head have names of the data
     used: ClassVar[tuple[Used, ...]] = ()  # fields that mean something only beside others
 
@@ -95,27 +96,29 @@ class CausalLM(TaskConfig):
     """Predict each token from those before it."""
 
     heads: ClassVar[tuple[Head, ...]] = ("lm",)
+    structure: ClassVar[str] = "decoder"
     has_label_head: ClassVar[bool] = False
 
     label_smoothing: ShareBelowOne = 0.0  # share of the target spread evenly over the vocabulary
-    stream: bool = True  # rows are cut from the documents laid end to end (GPT-2); else documents are packed whole
+    stream: bool = True  # rows are cut from all documents concatenated (GPT-2); else documents are packed whole
     stride: Count = 0  # evaluation windows advance by this many tokens, each counted once; 0: by the whole length
 
     def check_model(self, run: RunConfig, model: ModelConfig) -> None:
         """Raises UserError where the model is no decoder, or evaluation windows advance by more than their length."""
-        if model.structure != "decoder" or "lm" not in model.heads_on_top:
+        if model.structure != self.structure or "lm" not in model.heads_on_top:
             raise UserError(
                 f"CausalLM needs a decoder with the 'lm' head, not a(n) {model.structure} with "
                 f"{model.heads_on_top}; change model.structure and model.heads_on_top"
             )
         if not 0 <= self.stride <= run.data.length:
-            raise UserError(f"task.stride is {self.stride}; it must lie between 0 and {run.data.length}")
+            raise UserError(f"task.stride is {self.stride}; it must be between 0 and {run.data.length}")
 
 
 @dataclass(frozen=True)
 class MaskedLM(TaskConfig):
-    """Predict tokens that were masked (Devlin et al. 2019), anew in every epoch."""
+    """Predict tokens that are masked, other ones in every epoch (Devlin et al. 2019)."""
 
+    structure: ClassVar[str] = "encoder"
     has_label_head: ClassVar[bool] = False
     used: ClassVar[tuple[Used, ...]] = (
         ("sentences", "next_sentence", (True,)),
@@ -127,7 +130,7 @@ class MaskedLM(TaskConfig):
     mask_rate: OpenShare = 0.15  # share of the tokens that are predicted: 80% masked, 10% random, 10% kept
     whole_words: bool = False  # choose whole words, not single tokens
     full_sentences: bool = True  # fill a row with the sentences that follow (Liu et al. 2019); False: of one document
-    next_sentence: bool = False  # pair each text with its continuation or, half of the time, another; tell which
+    next_sentence: bool = False  # pair each text with its continuation or, half of the time, another; predict which
     sentences: Literal["line", "punctuation"] = "line"  # what a sentence is, for pairs
     short_rate: Share = 0.1  # share of the pairs aimed at a random shorter length
 
@@ -138,13 +141,13 @@ class MaskedLM(TaskConfig):
 
     def check_model(self, run: RunConfig, model: ModelConfig) -> None:
         """Raises UserError where the model is no encoder with the heads of the task."""
-        if model.structure != "encoder" or not set(self.heads) <= set(model.heads_on_top):
+        if model.structure != self.structure or not set(self.heads) <= set(model.heads_on_top):
             raise UserError(
                 f"MaskedLM needs an encoder with the heads {self.heads}, not a(n) {model.structure} with "
                 f"{model.heads_on_top}; change model.structure and model.heads_on_top"
             )
         if self.next_sentence and model.types < 2:
-            raise UserError(f"model.types is {model.types}; next_sentence tells a pair apart by 2 types")
+            raise UserError(f"model.types is {model.types}; next_sentence needs 2, one for each text of a pair")
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,7 @@ class SpanCorruption(TaskConfig):
     """
 
     heads: ClassVar[tuple[Head, ...]] = ("lm",)
+    structure: ClassVar[str] = "encoder_decoder"
     has_label_head: ClassVar[bool] = False
     sentences: ClassVar[str] = "whole"  # a document is not divided
 
@@ -172,6 +176,7 @@ class Infilling(TaskConfig):
     2020, section 2.2)."""
 
     heads: ClassVar[tuple[Head, ...]] = ("lm",)
+    structure: ClassVar[str] = "encoder_decoder"
     has_label_head: ClassVar[bool] = False
 
     rate: OpenShare = 0.3  # share of the tokens that is taken out
@@ -234,12 +239,12 @@ class QuestionAnswering(TaskConfig):
     most_question: Positive = 64  # tokens of a question that are kept
     longest_answer: Positive = 30  # tokens of an answer that is given
     unanswerable: bool = True  # whether a question may have no answer (SQuAD 2.0)
-    wrong_offsets: Literal["refuse", "drop"] = "refuse"  # questions whose answer does not stand where they say
+    wrong_offsets: Literal["refuse", "drop"] = "refuse"  # questions whose answer is not at its offset
 
 
 @dataclass(frozen=True)
 class Similarity(TaskConfig):
-    """Vectors of texts that lie as near as the texts are alike (Reimers & Gurevych 2019)."""
+    """Vectors of texts, the nearer the more alike the texts are (Reimers & Gurevych 2019)."""
 
     used: ClassVar[tuple[Used, ...]] = (
         ("lowest", "objective", ("cosine",)),
@@ -247,7 +252,7 @@ class Similarity(TaskConfig):
         ("temperature", "objective", ("contrastive",)),
     )
 
-    objective: Literal["cosine", "contrastive"] = "cosine"  # match scores of pairs, or tell a pair from other texts
+    objective: Literal["cosine", "contrastive"] = "cosine"  # match scores of pairs, or find a pair among other texts
     text: tuple[Name, Name] = ("text_a", "text_b")  # columns of a pair
     label: Name = "label"  # column of its score, for objective=cosine
     lowest: Number = 0.0  # score that means a cosine of 0
@@ -303,15 +308,15 @@ class Seq2Seq(TaskConfig):
 
 @dataclass(frozen=True)
 class Chat(TaskConfig):
-    """Answer in a conversation: what the assistant says is learned, and nothing else (instruction tuning; Ouyang et al.
-    2022, section 3.5)."""
+    """Answer in a conversation: the assistant's messages alone are learned (instruction tuning; Ouyang et al. 2022,
+    section 3.5)."""
 
     has_label_head: ClassVar[bool] = False
 
     messages: str = "messages"  # column of lists of {"role": ..., "content": ...} or {"from": ..., "value": ...}
-    question: str = ""  # in place of messages, the column of what the user says
+    question: str = ""  # in place of messages, the column of the user's message
     answer: str = ""  # and that of what the assistant answers
-    system: str = ""  # said before each conversation
+    system: str = ""  # the system message of each conversation
     template: str = ""  # Jinja source of the chat template; empty: the tokenizer's own
     last_alone: bool = False  # of several answers only the last one is learned
     compared: Pattern = ""  # regular expression of the part of an answer that scores compare; empty: the whole
@@ -375,7 +380,7 @@ def _check_decoding(decoding: Decoding) -> None:
 
 
 def _check_denoiser(task: TaskConfig, model: ModelConfig) -> None:
-    if model.structure != "encoder_decoder" or model.heads_on_top != ("lm",) or model.start_token is None:
+    if model.structure != task.structure or model.heads_on_top != ("lm",) or model.start_token is None:
         raise UserError(
             f"{type(task).__name__} needs an encoder-decoder with the head lm and a start token, not a(n) "
             f"{model.structure} with {model.heads_on_top} and start_token {model.start_token}"

@@ -43,7 +43,7 @@ class Examples(Protocol):
     fields: Mapping[str, type]  # name in a batch -> dtype
     labels: int  # size of the axis N of several labels
     # Where they differ from those of text, also:
-    # inputs: Mapping[str, type], what a front end reads of each position; the first says how long an example is.
+    # inputs: Mapping[str, type], what a front end reads of each position; the first gives the length of an example.
     # axes: Mapping[str, int], sizes of further axes, by their letters.
 
     def epoch(self, n: int | None) -> Epoch:

@@ -77,7 +77,7 @@ def token_log_probs(
     """Returns the log-probability of each label, float32 [B, T], in nats, and the likeliest token, int32 [B, T].
 
     The logits `logits_of(params, x_BTD)` are never in memory as a whole: they are computed in so many parts of T, one
-    after the other, and the backward pass computes those of each part anew.
+    after the other, and the backward pass computes those of each part again.
 
     Args:
       logits_of: a function that closes over no arrays.

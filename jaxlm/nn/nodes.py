@@ -8,6 +8,7 @@ compose: an array of a node may be a node itself.
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar, dataclass_transform
 
 import flax.linen as nn
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 Axes = tuple[str | None, ...]  # the logical axis of each dimension
 
 
-class Node:
+class Node(ABC):
     """Base of parameter nodes; a subclass is declared by `@node`.
 
     In a stack of layers each array of a node has the leading layer axis, and `materialize` is called without it.
@@ -25,14 +26,17 @@ class Node:
 
     trained: ClassVar[tuple[str, ...]] = ()  # names of the arrays that are trained
 
+    arrays: ClassVar[tuple[str, ...]] = ()  # names of all arrays; `node` fills it in
+
+    @abstractmethod
     def materialize(self) -> jax.Array:
-        """Returns the dense array that the node stands for."""
-        raise NotImplementedError
+        """Returns the dense array that the node represents."""
 
     def dot(self, x: jax.Array, contract: int, dtype: Any) -> jax.Array:
         """Returns `x @ self.materialize()` over the last `contract` axes of x, computed in `dtype`."""
         return _dot(contract, dtype, self, x)
 
+    @abstractmethod
     def axes(self, axes: Axes, inputs: int) -> dict[str, tuple[Axes, int]]:
         """Returns for each array its logical axes, and how many of them, after "layers", a projection contracts.
 
@@ -40,7 +44,12 @@ class Node:
           axes: those of the dense array.
           inputs: the same of the dense array; 0 for what is not a projection.
         """
-        raise NotImplementedError
+
+
+def input_axes(axes: Axes, inputs: int) -> slice:
+    """Returns where the contracted axes of a projection are among its axes; the first one of what is no projection."""
+    first = int(axes[0] == "layers")
+    return slice(first, first + max(inputs, 1))
 
 
 @dataclass_transform(frozen_default=True)
@@ -51,7 +60,7 @@ def node(kind: Any) -> Any:
     """
     kind = dataclasses.dataclass(frozen=True, eq=False)(kind)
     static = [field.name for field in dataclasses.fields(kind) if field.metadata.get("static")]
-    arrays = [field.name for field in dataclasses.fields(kind) if field.name not in static]
+    arrays = kind.arrays = tuple(field.name for field in dataclasses.fields(kind) if field.name not in static)
     values = lambda value, names: tuple(getattr(value, name) for name in names)
     keys = [jax.tree_util.DictKey(name) for name in arrays]
     jax.tree_util.register_pytree_with_keys(
@@ -64,7 +73,7 @@ def node(kind: Any) -> Any:
 
 
 def static(default: Any = dataclasses.MISSING) -> Any:
-    """Returns a field of a node that is no array: a Python value, by which programs are compiled anew."""
+    """Returns a field of a node that is no array but a Python value, for each of which programs are compiled."""
     return dataclasses.field(default=default, metadata={"static": True})
 
 
@@ -87,9 +96,8 @@ def dot(x: jax.Array, kernel: Any, contract: int, dtype: Any) -> jax.Array:
 
 def parameter(module: nn.Module, name: str, init: Any, shape: tuple[int, ...]) -> Any:
     """Returns a float32 parameter of a module, or the node in its place."""
-    if module.has_variable("params", name) and is_node(module.get_variable("params", name)):
-        return module.get_variable("params", name)
-    return module.param(name, init, shape, jnp.float32)
+    found: Any = module.get_variable("params", name)
+    return found if is_node(found) else module.param(name, init, shape, jnp.float32)
 
 
 def array(module: nn.Module, name: str, init: Any, shape: tuple[int, ...]) -> jax.Array:
@@ -101,7 +109,7 @@ def _product(contract: int, dtype: Any, kernel: Any, x: jax.Array) -> jax.Array:
     return jnp.tensordot(x.astype(dtype), kernel.materialize().astype(dtype), axes=contract)
 
 
-# The backward pass makes the dense array anew: it is not kept for each layer from the forward pass on.
+# The backward pass computes the dense array again, so that none is kept for each layer from the forward pass.
 _dot = jax.custom_vjp(_product, nondiff_argnums=(0, 1))
 
 

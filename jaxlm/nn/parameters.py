@@ -158,8 +158,7 @@ def trained_in_nodes(params: Any, others: bool = True) -> Any:
     def of(value: Any, trained: bool) -> Any:
         if not is_node(value):
             return value if value is None else trained
-        names = [field.name for field in dataclasses.fields(value) if not field.metadata.get("static")]
-        inner = {name: of(getattr(value, name), trained and name in value.trained) for name in names}
+        inner = {name: of(getattr(value, name), trained and name in value.trained) for name in value.arrays}
         return dataclasses.replace(value, **inner)
 
     return jax.tree.map(lambda leaf: of(leaf, is_node(leaf) or others), params, is_leaf=is_node)

@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxlm.config import ModelConfig
 from jaxlm.devices.sharding import Placement
 from jaxlm.errors import UserError, perhaps
-from jaxlm.nn.attention import MIXERS, AttentionInputs, Cache, cache_positions, cross_mask, self_mask
+from jaxlm.nn.attention import MIXERS, Attention, AttentionInputs, Cache, cache_positions, cross_mask, self_mask
 from jaxlm.nn.heads import Classes, MaskedLM, PerToken, Pooled, Replaced, Transform, Vocabulary
 from jaxlm.nn.kernels import RESIDUALS
 from jaxlm.nn.layers import FEED_FORWARDS, Convolution, Dropout, Linear, Norm
@@ -228,11 +228,10 @@ class Block(nn.Module):
         def attend(
             name: str, sight: AttentionInputs, context: Any, cache: Cache | None
         ) -> Callable[[jax.Array], jax.Array]:
-            mixer = "attention" if name == "cross_attention" else config.mixer
-            own = name if mixer == "attention" else mixer
+            mixer = Attention if name == "cross_attention" else chosen(MIXERS, config.mixer, "mixer")
 
             def sublayer(x: jax.Array) -> jax.Array:
-                attention = chosen(MIXERS, mixer, "mixer")(**parts, kernel=self.kernel, name=own)
+                attention = mixer(**parts, kernel=self.kernel, name=name)
                 x, kept[name], seen[name] = attention(x, layer, sight, positions_BT, context, cache, self.inside)
                 return x
 
@@ -247,8 +246,7 @@ class Block(nn.Module):
             tokens_BT = jnp.ones(x_BTD.shape[:2], bool)
 
         def feed_forward(x: jax.Array) -> jax.Array:
-            name = "mlp" if config.feed_forward in ("dense", "gated") else config.feed_forward
-            x, found = chosen(FEED_FORWARDS, config.feed_forward, "feed_forward")(**parts, name=name)(x, tokens_BT)
+            x, found = chosen(FEED_FORWARDS, config.feed_forward, "feed_forward")(**parts, name="mlp")(x, tokens_BT)
             losses.update(found)
             return x
 
@@ -572,16 +570,9 @@ class Transformer(nn.Module):
         mask_BTS: jax.Array | None = None,
     ) -> jax.Array:
         """Hidden states of the decoder; `context_BSD` is what the encoder gave, the rest is as in `SequenceInputs`."""
-        if self.config.structure == "decoder" and context_BSD is None:
-            return self.stack(*self.embed(tokens_BT, segments_BT, positions_BT, types_BT, mask_BTS, prefix_BT))
         segments_BT, positions_BT = self._defaults(tokens_BT, segments_BT, positions_BT)
         x_BTD = self._decoder_embeddings(tokens_BT, positions_BT, types_BT)
-        context_sight = None
-        if context_BSD is not None:
-            if context_segments_BS is None:
-                context_segments_BS = jnp.ones(context_BSD.shape[:2], jnp.int32)
-            segments = segments_BT, context_segments_BS
-            context_sight = AttentionInputs(cross_mask(*segments), segments=segments)
+        context_sight, _ = _across(segments_BT, context_BSD, context_segments_BS)
         named: dict[str, Any] = {"prefix_BT": prefix_BT, "mask_BTS": mask_BTS}
         return self.decoder(x_BTD, segments_BT, positions_BT, context_BSD, context_sight, **named)[0]
 
@@ -596,13 +587,7 @@ class Transformer(nn.Module):
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         segments_BT = jnp.ones_like(tokens_BT)  # a prompt sees none of the padding behind it
         x_BTD = self._decoder_embeddings(tokens_BT, positions_BT, None)
-        context_sight = None
-        if context_BSD is not None:
-            if context_segments_BS is None:
-                context_segments_BS = jnp.ones(context_BSD.shape[:2], jnp.int32)
-            every_1S = jnp.arange(context_BSD.shape[1])[None]
-            segments = segments_BT, context_segments_BS
-            context_sight = AttentionInputs(cross_mask(*segments), segments=segments, kept_BS=every_1S)
+        context_sight, context_segments_BS = _across(segments_BT, context_BSD, context_segments_BS, keep=True)
         prefix_BT = positions_BT < keep.lengths_B[:, None] if self.config.prefix_lm else None
         x_BTD, caches = self.decoder(
             x_BTD, segments_BT, positions_BT, context_BSD, context_sight, keep=keep, prefix_BT=prefix_BT
@@ -712,6 +697,22 @@ class Transformer(nn.Module):
         x_BTD = self(tokens_BT, target_tokens_BT=jnp.zeros(tokens_BT.shape[:2], jnp.int32))
         for head in self.config.heads_on_top:
             getattr(self, head)(x_BTD)
+
+
+def _across(
+    segments_BT: jax.Array, context_BSD: jax.Array | None, context_segments_BS: jax.Array | None, keep: bool = False
+) -> tuple[AttentionInputs | None, jax.Array | None]:
+    """Returns what cross-attention reads beside a context, and the context's segments; None where there is no context.
+
+    keep: whether the keys and values of the context are to be cached.
+    """
+    if context_BSD is None:
+        return None, None
+    if context_segments_BS is None:
+        context_segments_BS = jnp.ones(context_BSD.shape[:2], jnp.int32)
+    segments = segments_BT, context_segments_BS
+    kept_BS = jnp.arange(context_BSD.shape[1])[None] if keep else None
+    return AttentionInputs(cross_mask(*segments), segments=segments, kept_BS=kept_BS), context_segments_BS
 
 
 def init(module: Transformer, key: jax.Array) -> dict[str, Any]:

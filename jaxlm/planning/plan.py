@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.extend import core
 
-from jaxlm.config import CausalLM, MaskedLM, ModelConfig, MultiTask, RunConfig
+from jaxlm.config import ModelConfig, MultiTask, RunConfig
 from jaxlm.data.corpus import Corpus
 from jaxlm.devices import chips, sharding
 from jaxlm.devices.chips import Chip
@@ -241,12 +241,9 @@ def task_of(run: RunConfig, config: ModelConfig) -> tuple[Task, ModelConfig]:
     if isinstance(run.task, MultiTask):
         task = make_task(run, tokenizer, dict.fromkeys(run.task.parts, ("0", "1")))
     else:
-        task = make_task(run, tokenizer, config.labels or ("0", "1") if _has_labels(run) else ())
+        labelled = getattr(run.task, "has_label_head", True)
+        task = make_task(run, tokenizer, config.labels or ("0", "1") if labelled else ())
     return task.bound(config), task.configured(config)
-
-
-def _has_labels(run: RunConfig) -> bool:
-    return not isinstance(run.task, (CausalLM, MaskedLM)) and not getattr(run.task, "scored_as", "")
 
 
 def batch_of(run: RunConfig, task: Task, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -374,8 +371,8 @@ def fitting(run: RunConfig, topology: str, name: str = "", say: Any = lambda lin
 # ---- telling
 
 
-def told(plan: Plan) -> str:
-    """The plan as a page of text."""
+def as_text(plan: Plan) -> str:
+    """Returns the plan as a page of text."""
     mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items() if size > 1) or "one device"
     lines = [
         f"{plan.config}: {plan.parameters:,} parameters on {plan.topology}, {plan.devices:,} devices ({plan.kind})",

@@ -22,7 +22,7 @@ from jaxlm.errors import UserError
 from jaxlm.nn import flops, parameters
 from jaxlm.nn.transformer import Transformer, init
 from jaxlm.run.optimizer import make_optimizer, make_schedule, trained
-from jaxlm.run.step import TrainState, make_train_step
+from jaxlm.run.step import TrainState, leading, make_train_step
 from jaxlm.tasks.task import Task
 
 
@@ -60,7 +60,7 @@ class TrainStep:
         self._compiled = jax.jit(
             functools.wraps(train_step)(apart),
             donate_argnums=0,
-            in_shardings=(changed, layout.frozen, None),  # the batch lies as `shard_batch` laid it
+            in_shardings=(changed, layout.frozen, None),  # the batch is sharded by `shard_batch`
             out_shardings=(changed, metrics),
         )
 
@@ -173,7 +173,7 @@ def _nearest(size: int, ways: int) -> str:
 def shard_batch(mesh: Mesh, batch: Batch, k: int) -> Batch:
     """A batch [B, ...] on the mesh, as k micro-batches [k, B / k, ...]; where the mesh does not divide the rows that
     there are, with rows of padding.  Of many hosts each shards the rows that `rows_here` names."""
-    more = -len(next(iter(batch.values()))) % (k * sharding.ways(mesh, "batch"))
+    more = -leading(batch) % (k * sharding.ways(mesh, "batch"))
 
     def laid(name: str, x: np.ndarray) -> jax.Array:
         whole = np.concatenate([x, np.zeros((more, *x.shape[1:]), x.dtype)]) if more else x

@@ -12,7 +12,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jaxlm import families
-from jaxlm.config import DROPOUT_SITES, CausalLM, MaskedLM, ModelConfig, RunConfig
+from jaxlm.config import DROPOUT_SITES, ModelConfig, RunConfig
 from jaxlm.data.corpus import Corpus, Prepared, capped
 from jaxlm.devices import hosts, sharding
 from jaxlm.errors import UserError, perhaps
@@ -28,7 +28,7 @@ from jaxlm.tasks.task import Task
 
 @dataclass(frozen=True, eq=False)
 class ResolvedRun:
-    """A run, its data and its task, none of which changes any more.
+    """A run with its data and its task, which no longer change.
 
     given: the config as the user gave it.  run: the config with its model, its rows in a batch and its steps.
     kind: the class of the model.  weights: those that the run starts from; None: it draws them.
@@ -153,7 +153,7 @@ _STRUCTURES = {"encoder": "masked", "decoder": "causal", "encoder_decoder": "spa
 
 def _check_structure(task: Any, model: ModelConfig) -> None:
     """Raises UserError where a language-modelling task is of another structure than the weights."""
-    wanted = {MaskedLM: "encoder", CausalLM: "decoder"}.get(type(task), "encoder_decoder")
+    wanted = task.structure
     if model.structure != wanted:
         raise UserError(
             f"{type(task).__name__} trains a model of the structure {wanted}, the one of --init is of the structure "

@@ -228,7 +228,7 @@ def set_up(resolved: ResolvedRun, place: buckets.RunFolder, model_given: bool, r
       resuming: whether the folder holds a state of this run.
     """
     run, task, data, weights, folder = resolved.run, resolved.task, resolved.data, resolved.weights, place.folder
-    # Shapes first, so that everything is made where it will lie.
+    # Shapes first, so that every array is created on its devices.
     parts = assemble(run, task, resolved.model, resolved.mesh, resolved.kind)
     if weights is not None:
         shapes = {path: leaf.shape for path, leaf in parameters.by_path(parts.like.model).items()}
@@ -245,7 +245,7 @@ def set_up(resolved: ResolvedRun, place: buckets.RunFolder, model_given: bool, r
     checkpoints = keeps(folder / "checkpoints", run.keep, say)
     restored, notes = checkpoints.restore(parts.like) or (None, {})
     state = _state(resolved, parts, restored, notes)
-    hosts.first(lambda: (folder / "report.html").unlink(missing_ok=True))  # its presence says: finished
+    hosts.first(lambda: (folder / "report.html").unlink(missing_ok=True))  # it exists in finished runs alone
     files: dict[str, Any] = {"files": weights.files, "pooling": weights.pooling} if weights else {}
     own_module = parts.module.clone(remat="none", unroll=1)  # what training alone needs
     model = LM(resolved.model, own_module, None, data.tokenizer, origin(run, weights), **files)
@@ -315,8 +315,8 @@ def _averaged(window: list[dict[str, float]], steps: list[dict[str, float]], sec
 
 
 def _flops(resolved: ResolvedRun) -> int:
-    """Returns the model FLOPs of a step, where its share of the chips' peak can be told: their peak is that of products
-    in bfloat16, and the formula has all parameters trained."""
+    """Returns the model FLOPs of a step; 0 where no utilisation follows from them: the peak of a chip is that of
+    products in bfloat16, and the formula assumes that all parameters are trained."""
     run = resolved.run
     frozen = run.optimizer.freeze != "none" or run.optimizer.freeze_layers
     if run.compute_dtype != "bfloat16" or frozen:

@@ -37,12 +37,11 @@ class LowRank(nodes.Node):
 
     def axes(self, axes: nodes.Axes, inputs: int) -> dict[str, tuple[nodes.Axes, int]]:
         """Returns the axes of base, a and b; a has those of the inputs, b those of the outputs."""
-        first = int(axes[0] == "layers")
-        cut = first + max(inputs, 1)
+        inner = nodes.input_axes(axes, inputs)
         return {
             "base": (axes, inputs),
-            "a": ((*axes[:cut], None), inputs),
-            "b": ((*axes[:first], None, *axes[cut:]), int(inputs > 0)),
+            "a": ((*axes[: inner.stop], None), inputs),
+            "b": ((*axes[: inner.start], None, *axes[inner.stop :]), int(inputs > 0)),
         }
 
 
@@ -68,12 +67,10 @@ def add_low_rank(params: Any, pattern: str, rank: int, key: jax.Array, scale: fl
         path = parameters.path_of(key_path)
         if path not in chosen:
             return leaf
-        row = rows[path]
-        first = int(row.axes[0] == "layers")
-        cut = first + row.inputs
-        a_shape = (*leaf.shape[:cut], rank)
-        deviation = 1 / math.sqrt(math.prod(leaf.shape[first:cut]))
-        a = deviation * jax.random.normal(jax.random.fold_in(key, chosen.index(path)), a_shape, jnp.float32)
-        return LowRank(leaf, a, jnp.zeros((*leaf.shape[:first], rank, *leaf.shape[cut:]), jnp.float32), scale)
+        inner = nodes.input_axes(rows[path].axes, rows[path].inputs)
+        own_key = jax.random.fold_in(key, chosen.index(path))
+        a = jax.random.normal(own_key, (*leaf.shape[: inner.stop], rank), jnp.float32)
+        b = jnp.zeros((*leaf.shape[: inner.start], rank, *leaf.shape[inner.stop :]), jnp.float32)
+        return LowRank(leaf, a / math.sqrt(math.prod(leaf.shape[inner])), b, scale)
 
     return jax.tree_util.tree_map_with_path(with_node, params)

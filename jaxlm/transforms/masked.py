@@ -1,4 +1,4 @@
-"""Arrays of which some entries stay zero, as after pruning."""
+"""Arrays with some entries fixed at zero, as after pruning."""
 
 from __future__ import annotations
 

@@ -23,9 +23,9 @@ class Quantized(nodes.Node):
 
     def axes(self, axes: nodes.Axes, inputs: int) -> dict[str, tuple[nodes.Axes, int]]:
         """Returns those of the dense array; the scales are not split along what is contracted."""
-        first = int(axes[0] == "layers")
-        cut = first + max(inputs, 1)
-        return {"values": (axes, 0), "scales": ((*axes[:first], *(None,) * (cut - first), *axes[cut:]), 0)}
+        inner = nodes.input_axes(axes, inputs)
+        outputs = (None if inner.start <= n < inner.stop else axis for n, axis in enumerate(axes))
+        return {"values": (axes, 0), "scales": (tuple(outputs), 0)}
 
 
 def quantize(array: Any, inputs: int = 1, stacked: bool = True) -> Quantized:
