@@ -196,8 +196,11 @@ def test_large_leaves_arrive_in_parts(bert, monkeypatch):
     from jaxlm.hub import place
 
     whole = jaxlm.load(bert)
+    starts, put = [], place._put
+    monkeypatch.setattr(place, "_put", lambda shard, part, start: starts.append(start) or put(shard, part, start))
     monkeypatch.setattr(place, "CHUNK", 600)
     jax.tree.map(np.testing.assert_array_equal, jaxlm.load(bert).params, whole.params)
+    assert starts.count(0) > 5 and max(starts) > 0 and len(starts) > 2 * starts.count(0)
 
 
 def test_large_models_are_written_in_shards(bert, tmp_path):
