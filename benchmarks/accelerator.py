@@ -171,8 +171,10 @@ def train_side(name: str, tell: Callable[..., None], tiny: bool, seconds: float)
 
     from jaxlm import CausalLM, DataConfig, MaskedLM, MeshConfig, OptimizerConfig, RunConfig
     from jaxlm.devices import sharding
+    from jaxlm.nn.transformer import Transformer
     from jaxlm.run.assembly import assemble, closed_flops, shard_batch
     from jaxlm.run.measure import Meter
+    from jaxlm.run.resolve import ResolvedModel
     from jaxlm.tasks import make_task
 
     end = time.monotonic() + seconds
@@ -196,7 +198,7 @@ def train_side(name: str, tell: Callable[..., None], tiny: bool, seconds: float)
         nonlocal state
         begun = time.monotonic()
         given = random_batch(case, config, setting["batch"])
-        made = assemble(replace(run, **setting), task, config, mesh)
+        made = assemble(ResolvedModel(replace(run, **setting), mesh, task, config, Transformer))
         batch = shard_batch(mesh, given, 1)
         compiled = made.train_step.trace(made.like, batch).lower().compile()
         memory = compiled.memory_analysis()

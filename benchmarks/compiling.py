@@ -24,15 +24,13 @@ def work(layers: int, cache: str) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     from jaxlm import CausalLM, DataConfig, ModelConfig, RunConfig
     from jaxlm.devices import sharding
-    from jaxlm.planning import plan
     from jaxlm.run.assembly import assemble
+    from jaxlm.run.config_only import batch_shapes, resolve_config
 
     model = ModelConfig(vocabulary=8192, max_length=128, width=256, layers=layers, heads=4)
     run = RunConfig(model=model, task=CausalLM(), data=DataConfig(path="-", length=128), batch=8)
-    task, config = plan.task_of(run, model)
-    mesh = sharding.make_mesh(run.mesh)
-    made = assemble(run, task, config, mesh)
-    batch = plan.batch_of(run, task, mesh)
+    resolved = resolve_config(run, sharding.make_mesh(run.mesh))
+    made, batch = assemble(resolved), batch_shapes(resolved)
     begun = time.perf_counter()
     made.train_step.trace(made.like, batch).lower().compile()
     print(time.perf_counter() - begun)

@@ -32,6 +32,7 @@ def main() -> None:
     from jaxlm.devices import sharding
     from jaxlm.planning import plan
     from jaxlm.run.assembly import assemble, shard_batch
+    from jaxlm.run.config_only import resolve_config
 
     device = jax.devices()[0]
     model = ModelConfig(vocabulary=8192, max_length=LENGTH, width=384, layers=6, heads=6)
@@ -39,9 +40,8 @@ def main() -> None:
     for remat in ("none", "full"):
         run = RunConfig(model=model, task=CausalLM(), data=data, batch=BATCH, mesh=mesh_of, remat=remat)
         told = plan.plan(run)
-        task, config = plan.task_of(run, model)
         mesh = sharding.make_mesh(run.mesh, [device])
-        made = assemble(run, task, config, mesh)
+        made = assemble(resolve_config(run, mesh))
         before = peak(device) if device.platform == "cpu" else 0
         state = made.first_state(jax.random.key_data(jax.random.key(0)))
         tokens = np.random.default_rng(0).integers(0, 8192, (BATCH, LENGTH), dtype=np.int32)

@@ -61,10 +61,10 @@ def row(name: str) -> list[str]:
     if not made["fits"]:
         return [*first, "", made["refused"] or gib(made["used_bytes"]), gib(made["limit_bytes"]), "", "", "", last]
     line = made["roofline"]
-    speed = made["tokens"] / line["apart"]["seconds"]
+    speed = made["tokens"] / line["sequential"]["seconds"]
     of = lambda kind: f"{line[kind]['mfu']:.0%}"
     memory = [gib(made[f"{what}_bytes"]) for what in ("temporary", "used", "limit")]
-    return [*first, *memory, of("overlapped"), of("apart"), f"{speed:,.0f}", last]
+    return [*first, *memory, of("overlapped"), of("sequential"), f"{speed:,.0f}", last]
 
 
 def main() -> None:

@@ -368,20 +368,24 @@ def inspect(argv: list[str], _: process.Signals) -> int:
     """Show a model's parameters and the file's tensors: jaxlm inspect RUN_OR_FOLDER_OR_HUB_NAME_OR_CONFIG."""
     asked = _asked(Inspect(target=tyro.MISSING), argv, "jaxlm inspect")
     _process()
+    import jax
+
     from jaxlm.devices import sharding
     from jaxlm.families import PRESETS
     from jaxlm.planning import inspect as inspection
+    from jaxlm.run.config_only import resolve_config
 
     devices = math.prod(dataclasses.astuple(asked.mesh))
     mesh = sharding.axis_sizes(asked.mesh, abs(devices)) if devices != 1 else None
     path = Path(asked.target)
-    preset = (
-        python_files.read(path).model if path.suffix == ".py" else None if path.exists() else PRESETS.get(asked.target)
-    )
-    if preset is not None:
-        print(inspection.of_model(preset, mesh))
-    elif path.suffix == ".py":
-        raise UserError(f"{path} starts from the model that --init names; inspect that model")
+    if path.suffix == ".py":
+        run = python_files.read(path)
+        if run.model is None and not run.init:
+            raise UserError(f"{path} starts from the model that --init names; inspect that model")
+        one_device = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
+        print(inspection.of_model(resolve_config(run, one_device).model, mesh))
+    elif not path.exists() and asked.target in PRESETS:
+        print(inspection.of_model(PRESETS[asked.target], mesh))
     else:
         print(inspection.target(asked.target, asked.head, asked.revision, mesh))
     return 0

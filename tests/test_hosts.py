@@ -27,7 +27,7 @@ from jaxlm.config import MeshConfig
 from jaxlm.data.batches import Batches
 from jaxlm.data.corpus import Corpus
 from jaxlm.devices import hosts, sharding
-from jaxlm.run.assembly import rows_here, shard_batch
+from jaxlm.run.assembly import local_rows, shard_batch
 from jaxlm.run.measure import MEASURED
 from jaxlm.tasks.pretraining import CausalLMTask
 
@@ -227,7 +227,7 @@ def test_one_host_waits_for_nobody():
 @pytest.mark.parametrize(("rows", "k", "n"), [(8, 1, 4), (8, 2, 2), (6, 1, 4), (7, 2, 8)])
 def test_rows_of_all_devices_are_all_rows(rows, k, n):
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:n])
-    assert rows_here(mesh, rows, k) == list(range(rows))
+    assert local_rows(mesh, rows, k) == list(range(rows))
 
 
 def test_rows_of_some_devices_are_those_that_the_batch_is_sharded_to(monkeypatch):
@@ -239,7 +239,7 @@ def test_rows_of_some_devices_are_those_that_the_batch_is_sharded_to(monkeypatch
     layout = sharding.batch_sharding(mesh, "B")
     places = {d: i for d, i in layout.devices_indices_map((k, 8)).items() if d in there}
     monkeypatch.setattr(type(layout), "addressable_devices_indices_map", lambda *_: places)
-    here = rows_here(mesh, rows, k)
+    here = local_rows(mesh, rows, k)
     monkeypatch.undo()
     assert here == [4, 5, 6, 7, 12, 13]  # of the micro-batches 0 to 7 and 8 to 15, the last two being padding
     part = {"tokens_BT": np.zeros_like(batch["tokens_BT"])}

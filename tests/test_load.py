@@ -319,14 +319,16 @@ if sys.argv[2] == "load":
     before = status("VmRSS")
     params = jaxlm.load(sys.argv[1], mesh=mesh).params
 else:  # --init of a run
+    from jaxlm.nn.transformer import Transformer
     from jaxlm.run.assembly import assemble
+    from jaxlm.run.resolve import ResolvedModel
     from jaxlm.run.weights import start_from, weights_of
     from jaxlm.tasks import make_task
     data = jaxlm.DataConfig(path="text", length=32)
     run = jaxlm.RunConfig(None, jaxlm.CausalLM(), data, init=sys.argv[1], batch=8, mesh=MeshConfig(data=1, fsdp=8))
     task = make_task(run, None)
     weights = weights_of(run, None, task, (), False)
-    like = assemble(run, task, weights.config, mesh).like
+    like = assemble(ResolvedModel(run, mesh, task, weights.config, Transformer)).like
     before = status("VmRSS")
     params = start_from(weights, like.params, lambda paths: {}, print)
 jax.block_until_ready(params)

@@ -19,7 +19,7 @@ from jaxlm.nn import parameters
 from jaxlm.nn.layers import Dropout
 from jaxlm.nn.losses import cross_entropy
 from jaxlm.nn.transformer import Keep, Transformer, apply, init
-from jaxlm.run.assembly import laid_out, shard_batch
+from jaxlm.run.assembly import shard_batch, with_shardings
 from jaxlm.run.optimizer import make_optimizer, make_schedule
 from jaxlm.run.step import TrainState, make_train_step
 from jaxlm.tasks.pretraining import CausalLMTask, MaskedLMTask
@@ -231,7 +231,7 @@ def one_step(model: ModelConfig, params, batch, accumulate: int, mesh: jax.shard
     def first_state(params):
         return TrainState(jnp.int32(0), params, optimizer.init(params), key)
 
-    like = laid_out(jax.eval_shape(first_state, params), mesh)
+    like = with_shardings(jax.eval_shape(first_state, params), mesh)
     state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)._replace(params=params, key=key)
     state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, like))
     step = jit(make_train_step(task_of(model), module, optimizer, make_schedule(SETTINGS, 10)))

@@ -19,7 +19,7 @@ from jaxlm.devices import sharding
 from jaxlm.lm import LM
 from jaxlm.nn import nodes, parameters
 from jaxlm.nn.transformer import Transformer, apply, layers_apart
-from jaxlm.run.assembly import TrainStep, laid_out
+from jaxlm.run.assembly import TrainStep, with_shardings
 from jaxlm.run.checkpoint import Checkpoints
 from jaxlm.run.optimizer import make_schedule
 from jaxlm.run.step import TrainState, make_train_step
@@ -209,7 +209,7 @@ def test_the_arrays_of_a_node_lie_on_a_mesh():
     model = dataclasses.replace(MODELS["decoder"], width=32, vocabulary=64)
     mesh = sharding.make_mesh(MeshConfig(1, 2, 2), jax.devices()[:4])
     params = add_low_rank(random_params(model), ".*/kernel", 4, jax.random.key(0))
-    laid = laid_out(jax.eval_shape(lambda p: TrainState(0, p, (), 0), params), mesh)
+    laid = with_shardings(jax.eval_shape(lambda p: TrainState(0, p, (), 0), params), mesh)
     specs = {path: leaf.sharding.spec for path, leaf in parameters.by_path(laid.params).items()}
     P = jax.sharding.PartitionSpec
     assert specs["decoder/layers/mlp/up/kernel/base"] == P(None, "fsdp", "tensor")

@@ -16,7 +16,7 @@ from jaxlm.config import MeshConfig, ModelConfig, OptimizerConfig
 from jaxlm.devices import sharding
 from jaxlm.nn import parameters
 from jaxlm.nn.transformer import Transformer, apply, init
-from jaxlm.run.assembly import laid_out
+from jaxlm.run.assembly import with_shardings
 from jaxlm.run.optimizer import make_optimizer, make_schedule, trained
 from jaxlm.run.step import TrainState
 
@@ -201,7 +201,7 @@ def test_moments_lie_where_their_parameters_lie(structure, name, freeze_layers):
     optimizer = make_optimizer(config, 10, params)
     part, frozen = parameters.split(params, trained(config, params))
     state = jax.eval_shape(lambda part: TrainState(0, part, optimizer.init(part), 0, frozen), part)
-    laid = laid_out(state, mesh)
+    laid = with_shardings(state, mesh)
     split = {path: leaf.sharding.spec for path, leaf in parameters.by_path(laid.model).items()}
     assert split["embeddings/tokens"] == jax.sharding.PartitionSpec("tensor", "fsdp")
     moments = 0

@@ -1,6 +1,6 @@
-"""What a run compiles: the model, its state and its step, laid out on a mesh.
+"""The model, the state and the step of a run on a mesh.
 
-`fit` runs it; `plan` compiles the same for chips that are not there.
+`fit` runs the step; `plan` compiles the same step for chips that this machine does not have.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ from jaxlm.errors import UserError
 from jaxlm.nn import flops, parameters
 from jaxlm.nn.transformer import Transformer, init
 from jaxlm.run.optimizer import make_optimizer, make_schedule, trained
+from jaxlm.run.resolve import ResolvedModel
 from jaxlm.run.step import TrainState, leading, make_train_step
 from jaxlm.tasks.task import Task
 
 
 class Assembly(NamedTuple):
-    """The parts of a run on a mesh, before anything is compiled or allocated.
+    """The functions of a run on a mesh, before anything is compiled or allocated.
 
-    like: the state's shapes, each with its sharding.  first_state(key) -> TrainState, laid out so.
-    state_of(params, key) -> the first TrainState of given parameters, which are used up.
-    draw(key, paths) -> those leaves of the parameters of `first_state(key)`, by path.
-    train_step(state, batch) -> (state, metrics); the state given is used up.
+    like: shapes and shardings of the state.  first_state(key) -> a randomly initialised TrainState, sharded so.
+    state_of(params, key) -> the first TrainState with these parameters, whose buffers are donated.
+    draw(key, paths) -> some parameters of `first_state(key)`, by path.
+    train_step(state, batch) -> (state, metrics); the buffers of the old state are donated.
     """
 
     module: Transformer
@@ -46,21 +47,21 @@ class Assembly(NamedTuple):
 class TrainStep:
     """A compiled training step: (state, batch) -> (state, metrics).
 
-    The state that is given is used up, but for its frozen part, which the new state shares.
+    The buffers of the old state are donated, except its frozen part, which the new state shares.
     """
 
-    def __init__(self, train_step: Callable[[TrainState, Batch], tuple[TrainState, Any]], layout: Any, metrics: Any):
-        """layout: the sharding of each leaf of the state.  metrics: that of the metrics."""
+    def __init__(self, train_step: Callable[[TrainState, Batch], tuple[TrainState, Any]], shardings: Any, metrics: Any):
+        """shardings: of each leaf of the state.  metrics: the sharding of the metrics."""
 
-        def apart(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Any]:
+        def step_without_frozen(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Any]:
             state, metrics = train_step(state._replace(frozen=frozen), batch)
             return state._replace(frozen=None), metrics
 
-        changed = layout._replace(frozen=None)
+        changed = shardings._replace(frozen=None)
         self._compiled = jax.jit(
-            functools.wraps(train_step)(apart),
+            functools.wraps(train_step)(step_without_frozen),
             donate_argnums=0,
-            in_shardings=(changed, layout.frozen, None),  # the batch is sharded by `shard_batch`
+            in_shardings=(changed, shardings.frozen, None),  # the batch is sharded by `shard_batch`
             out_shardings=(changed, metrics),
         )
 
@@ -70,15 +71,14 @@ class TrainStep:
         return new._replace(frozen=state.frozen), metrics
 
     def trace(self, state: Any, batch: Any) -> Any:
-        """Returns the traced step, of arrays or shapes, as `jax.jit(...).trace` does."""
+        """Returns the traced step for arrays or shapes, as `jax.jit(...).trace` does."""
         return self._compiled.trace(state._replace(frozen=None), state.frozen, batch)
 
 
 def remat_of(run: RunConfig, mesh: Mesh) -> str:
     """Returns what the backward pass recomputes on this mesh: a key of `REMAT`, or "none".
 
-    Accelerators are limited by memory, and recompute elementwise operations faster than they read their results; on CPU
-    the arithmetic of activations takes longer than the reading.
+    An accelerator recomputes elementwise operations faster than it reads their results from memory; a CPU does not.
     """
     if run.remat != "auto":
         return run.remat
@@ -86,10 +86,10 @@ def remat_of(run: RunConfig, mesh: Mesh) -> str:
 
 
 def unroll_of(run: RunConfig, config: ModelConfig, mesh: Mesh) -> int:
-    """Returns the number of layers in one turn of the layer loop on this mesh.
+    """Returns the number of layers in one iteration of the loop over layers on this mesh.
 
-    On an H100 GPT-2 is a third faster with all 12 layers than with 1, in little more than half of the memory
-    (benchmarks/RESULTS.md); more than 12 take long to compile.
+    On an H100, GPT-2 trains a third faster with all 12 layers in one iteration than with 1, in little more than half of
+    the memory (benchmarks/RESULTS.md). More than 12 layers take long to compile.
     """
     if run.unroll:
         return run.unroll
@@ -97,62 +97,77 @@ def unroll_of(run: RunConfig, config: ModelConfig, mesh: Mesh) -> int:
     return 1 if not gpu else config.layers if config.layers <= 12 else 4
 
 
-def assemble(
-    run: RunConfig, task: Task, config: ModelConfig, mesh: Mesh, kind: type[Transformer] = Transformer
-) -> Assembly:
-    """The parts of a run whose model is of this config and class.  Raises UserError where the mesh does not fit it."""
+def assemble(resolved: ResolvedModel) -> Assembly:
+    """Returns the functions of a run.
+
+    Raises:
+      UserError: where the mesh does not divide the batch, the length or a parameter.
+    """
+    run, mesh, config = resolved.run, resolved.mesh, resolved.model
     check_rows(run, mesh)
-    dtype = jnp.dtype(run.compute_dtype)
-    remat, unroll = remat_of(run, mesh), unroll_of(run, config, mesh)
-    module = kind(config, sharding.Placement(mesh), dtype, remat, unroll, run.attention, precision=run.matmul_precision)
+    dtype, remat, unroll = jnp.dtype(run.compute_dtype), remat_of(run, mesh), unroll_of(run, config, mesh)
+    module = resolved.kind(
+        config, sharding.Placement(mesh), dtype, remat, unroll, run.attention, precision=run.matmul_precision
+    )
     shapes = jax.eval_shape(partial(init, module), jax.random.key(0))
     schedule = make_schedule(run.optimizer, run.steps)
-    optimizer, chosen = make_optimizer(run.optimizer, run.steps, shapes), trained(run.optimizer, shapes)
-    all_trained = all(jax.tree.leaves(chosen))
+    optimizer, is_trained = make_optimizer(run.optimizer, run.steps, shapes), trained(run.optimizer, shapes)
+    all_trained = all(jax.tree.leaves(is_trained))
 
     def state_of(params: Any, key: jax.Array) -> TrainState:
-        params, frozen = parameters.split(params, chosen)
+        params, frozen = parameters.split(params, is_trained)
         return TrainState(jnp.int32(0), params, optimizer.init(params), key, None if all_trained else frozen)
 
     def first_state(key: jax.Array) -> TrainState:
         return state_of(init(module, jax.random.wrap_key_data(key)), key)
 
-    like = laid_out(jax.eval_shape(first_state, jax.random.key_data(jax.random.key(0))), mesh)
-    layout = jax.tree.map(lambda leaf: leaf.sharding, like)
+    like = with_shardings(jax.eval_shape(first_state, jax.random.key_data(jax.random.key(0))), mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
 
     def draw(key: jax.Array, paths: Sequence[str]) -> dict[str, jax.Array]:
-        these = lambda tree: {path: leaf for path, leaf in parameters.by_path(tree).items() if path in paths}
-        drawn = lambda key: these(init(module, jax.random.wrap_key_data(key)))
-        return jax.jit(drawn, out_shardings=these(layout.model))(key)
+        select = lambda tree: {path: leaf for path, leaf in parameters.by_path(tree).items() if path in paths}
+        selected_params = lambda key: select(init(module, jax.random.wrap_key_data(key)))
+        return jax.jit(selected_params, out_shardings=select(shardings.model))(key)
 
-    train_step = TrainStep(make_train_step(task, module, optimizer, schedule), layout, sharding.replicated(mesh))
-    first, given = (jax.jit(f, out_shardings=layout, donate_argnums=d) for f, d in ((first_state, ()), (state_of, 0)))
-    return Assembly(module, like, first, given, draw, train_step)
+    step = make_train_step(resolved.task, module, optimizer, schedule)
+    return Assembly(
+        module,
+        like,
+        jax.jit(first_state, out_shardings=shardings),
+        jax.jit(state_of, out_shardings=shardings, donate_argnums=0),
+        draw,
+        TrainStep(step, shardings, sharding.replicated(mesh)),
+    )
 
 
 def closed_flops(task: Task, config: ModelConfig, rows: int, fields: Mapping[str, Any], *, blocks: bool = False) -> int:
-    """Model FLOPs of a training step over so many rows by `flops.closed`, all parameters trained.
+    """Returns the model FLOPs of a training step by `flops.closed`, if all parameters are trained.
 
-    fields: of a batch, by name; only their last axes are looked at.  blocks: as `flops.closed` has it.
+    Args:
+      task: the task of the run.
+      config: the model.
+      rows: rows in a batch.
+      fields: arrays or shapes of a batch, by name; only their last axes matter.
+      blocks: as in `flops.closed`.
     """
     length = fields["segments_BT"].shape[-1]
     source = fields["source_segments_BS"].shape[-1] if "source_segments_BS" in fields else None
     E = fields["starts_BE"].shape[-1] if "starts_BE" in fields else 0
-    # How many positions of a row pass each head.
+    # Number of positions of a row that pass through each head.
     each = {"masked_lm": getattr(task, "predictions", length), "next_sentence": E, "pooled": E, "classes": E}
-    # What a head is made of another, such as the next sentence's of the pooled vector, is counted with it.
+    # `flops.closed` counts the pooled vector with the next-sentence head, which reads it.
     below = {"pooled"} if "next_sentence" in config.heads_on_top else set()
     heads: dict[str, int] = {head: each.get(head, length) for head in config.heads_on_top if head not in below}
     return flops.closed(config, rows, length, source, heads=heads, blocks=blocks).step
 
 
 def check_rows(run: RunConfig, mesh: Mesh) -> None:
-    """Raises UserError where the mesh does not divide the rows of a micro-batch, or their length."""
+    """Raises UserError where the mesh does not divide the rows or the length of a micro-batch."""
     ways = sharding.ways(mesh, "batch") * run.accumulate
-    if run.batch % ways and not run.examples:  # rows that the run has chosen itself are filled up
+    if run.batch % ways and not run.examples:  # `shard_batch` pads a batch size computed from `examples`
         raise UserError(
-            f"batch {run.batch} in {run.accumulate} micro-batch(es) is not divided by the mesh {dict(mesh.shape)}; "
-            f"the nearest that is: --batch {_nearest(run.batch, ways)}"
+            f"the mesh {dict(mesh.shape)} does not divide batch {run.batch} in {run.accumulate} micro-batch(es); "
+            f"the nearest batch that it divides: --batch {_nearest(run.batch, ways)}"
         )
     for name, length in (
         ("data.length", run.data.length),
@@ -160,8 +175,8 @@ def check_rows(run: RunConfig, mesh: Mesh) -> None:
     ):
         if length % (ways := sharding.ways(mesh, "length")):
             raise UserError(
-                f"{name} {length} is not divided by the mesh axis context {ways}; "
-                f"the nearest that is: --{name.replace('_', '-')} {_nearest(length, ways)}"
+                f"the mesh axis context {ways} does not divide {name} {length}; "
+                f"the nearest length that it divides: --{name.replace('_', '-')} {_nearest(length, ways)}"
             )
 
 
@@ -171,38 +186,46 @@ def _nearest(size: int, ways: int) -> str:
 
 
 def shard_batch(mesh: Mesh, batch: Batch, k: int) -> Batch:
-    """A batch [B, ...] on the mesh, as k micro-batches [k, B / k, ...]; where the mesh does not divide the rows that
-    there are, with rows of padding.  Of many hosts each shards the rows that `rows_here` names."""
+    """Returns a batch [B, ...] on the mesh, as k micro-batches [k, B / k, ...].
+
+    Rows of padding fill it up where the mesh does not divide B. Each of many hosts passes the rows of `local_rows`.
+    """
     more = -leading(batch) % (k * sharding.ways(mesh, "batch"))
 
-    def laid(name: str, x: np.ndarray) -> jax.Array:
-        whole = np.concatenate([x, np.zeros((more, *x.shape[1:]), x.dtype)]) if more else x
-        micro = whole.reshape(k, -1, *x.shape[1:])
+    def shard(name: str, x: np.ndarray) -> jax.Array:
+        padded = np.concatenate([x, np.zeros((more, *x.shape[1:]), x.dtype)]) if more else x
+        micro = padded.reshape(k, -1, *x.shape[1:])
         return hosts.spread(micro, sharding.batch_sharding(mesh, name, micro.shape))
 
-    return {name: laid(name, x) for name, x in batch.items()}
+    return {name: shard(name, x) for name, x in batch.items()}
 
 
-def rows_here(mesh: Mesh, rows: int, k: int) -> list[int]:
-    """Which rows of a batch of so many are on the devices of this host once `shard_batch` has placed them."""
+def local_rows(mesh: Mesh, rows: int, k: int) -> list[int]:
+    """Returns the rows of a batch that `shard_batch` places on the devices of this host.
+
+    Args:
+      mesh: the devices.
+      rows: rows in a batch.
+      k: micro-batches in a batch.
+    """
     micro = -(-rows // (k * sharding.ways(mesh, "batch"))) * sharding.ways(mesh, "batch")
     index_kB = np.arange(k * micro).reshape(k, micro)
-    places = sharding.batch_sharding(mesh, "B").addressable_devices_indices_map((k, micro))
-    here = np.unique([index_kB[index] for index in places.values() if index is not None])
-    return [int(row) for row in here if row < rows]
+    slices = sharding.batch_sharding(mesh, "B").addressable_devices_indices_map((k, micro))
+    local = np.unique([index_kB[index] for index in slices.values() if index is not None])
+    return [int(row) for row in local if row < rows]
 
 
-def laid_out(state: TrainState, mesh: Mesh) -> TrainState:
-    """Shapes of a state, each with its sharding: that of the parameter that a leaf is, or belongs to."""
+def with_shardings(state: TrainState, mesh: Mesh) -> TrainState:
+    """Returns the shapes of a state with shardings. An optimizer's leaf is sharded like the parameter it belongs to."""
     shapes = {path: leaf.shape for path, leaf in parameters.by_path(state.model).items()}
     rows = parameters.rows_by_path(state.model)
 
-    def place(key_path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    def shard(key_path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         path = parameters.path_of(key_path)
-        # An optimizer may keep something smaller than the parameter, such as factored moments.
+        # An optimizer may store a leaf that is smaller than its parameter, such as factored moments.
         row = rows[path] if leaf.shape == shapes.get(path) else None
         axes = row.axes if row else (None,) * leaf.ndim
-        layout = sharding.sharding(mesh, axes, leaf.shape, path or "the optimizer's state")
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout)
+        placed = sharding.sharding(mesh, axes, leaf.shape, path or "the optimizer's state")
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed)
 
-    return jax.tree_util.tree_map_with_path(place, state)
+    return jax.tree_util.tree_map_with_path(shard, state)

@@ -1,4 +1,4 @@
-"""A run with all that its config leaves open: tokenizer, model, labels, rows of a batch and steps, checked once."""
+"""Resolves what a config leaves open: tokenizer, model, labels, batch size and number of steps, all checked once."""
 
 from __future__ import annotations
 
@@ -27,22 +27,30 @@ from jaxlm.tasks.task import Task
 
 
 @dataclass(frozen=True, eq=False)
-class ResolvedRun:
-    """A run with its data and its task, which no longer change.
+class ResolvedModel:
+    """A task and a model on a mesh: what a run compiles.
 
-    given: the config as the user gave it.  run: the config with its model, its rows in a batch and its steps.
-    kind: the class of the model.  weights: those that the run starts from; None: it draws them.
-    train, held_out: batches, a source for training and one pass for evaluation.
-    uncapped: tokens of held-out text before `eval_tokens` of them were chosen; 0 for records.
+    run: the config with its model, its batch size and its number of steps.  kind: the class of the module.
     """
 
-    given: RunConfig
     run: RunConfig
     mesh: Mesh
-    data: Prepared
     task: Task
     model: ModelConfig
     kind: type[Transformer]
+
+
+@dataclass(frozen=True, eq=False)
+class ResolvedRun(ResolvedModel):
+    """A run with its data and the weights that it starts from.
+
+    given: the config as the user gave it.  weights: None: the run initialises them randomly.
+    train, held_out: batches, without end for training, one pass for evaluation.
+    uncapped: number of held-out tokens before `eval_tokens` limited it; 0 for records.
+    """
+
+    given: RunConfig
+    data: Prepared
     weights: Weights | None
     train: Any
     held_out: Any
@@ -50,7 +58,7 @@ class ResolvedRun:
 
     @property
     def best(self) -> str:
-        """The score by which the best checkpoint is chosen."""
+        """The score that selects the best checkpoint."""
         return self.run.best or self.task.best
 
 
@@ -64,19 +72,22 @@ def resolve(
     resuming: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> ResolvedRun:
-    """Looks at all that a run names, and returns it with what they decide.
+    """Reads the data, tokenizer and weights that a run names, and returns the run with everything they decide.
 
     Args:
-      run: as the user gave it.
-      mesh: None: that of `run.mesh`.
-      model: weights to start from, instead of `run.init`, and the class of the module.
-      data: what to read, instead of `run.data`.
-      resumed_labels: of a run that resumes, the names of its head's outputs.
-      resuming: whether the run folder holds a state of this run.
-      say: takes lines for the person who watches the run.
+      run: the config as the user gave it.
+      mesh: the devices; None: the mesh of `run.mesh`.
+      model: the model whose weights the run starts from, instead of `run.init`, and whose class its module has.
+      data: prepared data, instead of `run.data`.
+      resumed_labels: the names of the head's outputs, of a run that resumes.
+      resuming: whether the run folder contains a state of this run.
+      say: prints a line for the person who watches the run.
+
+    Returns:
+      The resolved run.
 
     Raises:
-      UserError: for whatever is wrong with the config, the data and the weights.
+      UserError: for a mistake in the config, the data or the weights.
     """
     given, mesh = run, mesh or sharding.make_mesh(run.mesh)
     if model is None and not resuming:
@@ -103,13 +114,13 @@ def resolve(
     held_out = task.batches(data.held_out, run.batch // run.accumulate, run.data.length, None)
     for part, batches in (("training", train), ("held-out", held_out)):
         if not len(batches):
-            raise UserError(f"no example can be made of the {part} data, which are too few for the task; give more")
+            raise UserError(f"the {part} data contain too little for one example of the task; give more")
     kind = task.module(Transformer if model is None else type(model.module))
-    return ResolvedRun(given, run, mesh, data, task, config, kind, weights, train, held_out, uncapped)
+    return ResolvedRun(run, mesh, task, config, kind, given, data, weights, train, held_out, uncapped)
 
 
 def with_tokenizer(run: RunConfig, model: LM | None) -> RunConfig:
-    """The run with the tokenizer of the weights that it starts from, where it names none; of a hub name, its folder."""
+    """Returns the run with the path of its tokenizer: the downloaded folder of a hub name, or the folder of `init`."""
     if _of_hub(run.tokenizer.path):
         return replace(run, tokenizer=replace(run.tokenizer, path=str(fetch_tokenizer(run.tokenizer.path))))
     if model is not None or not run.init or run.tokenizer.path:
@@ -117,20 +128,21 @@ def with_tokenizer(run: RunConfig, model: LM | None) -> RunConfig:
     folder = find(run.init)
     path = str(folder) if has_tokenizer(folder) else ""
     if not path and run.model is None:
-        raise UserError(f"{folder} holds no tokenizer; give one with --tokenizer.path")
+        raise UserError(f"{folder} has no tokenizer; give one with --tokenizer.path")
     return replace(run, tokenizer=replace(run.tokenizer, path=path))
 
 
 def _of_hub(path: str) -> bool:
-    """Whether a path is none, and may be a name of the hub: no address, no end of a file's name."""
+    """Whether a string may be a hub name: not an existing path, an address or the name of a tokenizer's file."""
     name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path)
     return bool(name) and not Path(path).exists() and Path(path).suffix not in (".json", ".txt", ".model", ".spm")
 
 
 def with_model(run: RunConfig, model: LM | None) -> RunConfig:
-    """Returns the run with its model, as far as that is known before the data are read.
+    """Returns the run with its model, where it is known before the data are read.
 
-    The model of weights gets the heads of a language-modelling task; those of other tasks depend on the labels.
+    A language-modelling task decides the heads of the model at once. The heads of other tasks depend on the labels, so
+    such a run from `init` keeps `model=None` here.
     """
     if run.model is not None:
         return run
@@ -152,38 +164,37 @@ _STRUCTURES = {"encoder": "masked", "decoder": "causal", "encoder_decoder": "spa
 
 
 def _check_structure(task: Any, model: ModelConfig) -> None:
-    """Raises UserError where a language-modelling task is of another structure than the weights."""
-    wanted = task.structure
-    if model.structure != wanted:
+    """Raises UserError where a language-modelling task needs another structure than the weights have."""
+    if model.structure != task.structure:
         raise UserError(
-            f"{type(task).__name__} trains a model of the structure {wanted}, the one of --init is of the structure "
-            f"{model.structure}; train it by configs/adapt.py {_STRUCTURES[model.structure]}"
+            f"{type(task).__name__} trains models of the structure {task.structure}, but the model of --init has the "
+            f"structure {model.structure}; use configs/adapt.py {_STRUCTURES[model.structure]}"
         )
 
 
 def bound(run: RunConfig, weights: Weights | None, task: Task, train: Any) -> tuple[Task, ModelConfig]:
-    """Returns the task bound to the run's model and training part, and the model with what the task changes in it."""
+    """Returns the task bound to the run's model and training data, and the model with the changes of the task."""
     config = run.model or (with_dropout(weights.config, run.dropout) if weights else None)
-    assert config is not None  # as `RunConfig.check` has it
+    assert config is not None  # `RunConfig.check` requires `model` or `init`
     return task.bound(config, weights.pooling if weights else None, train), task.configured(config)
 
 
 def with_dropout(config: ModelConfig, rate: float | None) -> ModelConfig:
-    """The config with this dropout at every site but those that have a rate of 0; None: as it says."""
+    """Returns the config with this dropout rate at every site whose rate is not 0; None keeps the rates."""
     if rate is None:
         return config
     sites: dict[str, Any] = {site: rate for site in DROPOUT_SITES if getattr(config, site)}
     return replace(config, dropout=rate, attention_dropout=rate, **sites)
 
 
-def sized(run: RunConfig, config: ModelConfig, once: Any) -> RunConfig:
-    """The run with its model, its rows in a batch and its steps as numbers, as the length of the data decides them."""
+def sized(run: RunConfig, config: ModelConfig, epoch_batches: Any) -> RunConfig:
+    """Returns the run with `batch` and `steps` computed from `examples`, `epochs` and one epoch of its batches."""
     if run.examples:
-        # The same on any mesh: a row more or less would be another run.
-        per_row = len(once.lengths) / once.rows_in_epoch
+        # This does not depend on the mesh, since another number of rows would change the result of the run.
+        per_row = len(epoch_batches.lengths) / epoch_batches.rows_in_epoch
         run = replace(run, batch=max(1, round(run.examples / per_row / run.accumulate)) * run.accumulate)
     if run.epochs:
-        epoch = once.rows_in_epoch / run.batch
+        epoch = epoch_batches.rows_in_epoch / run.batch
         every = run.eval_every or math.ceil(epoch)
         run = replace(run, steps=max(1, math.ceil(run.epochs * epoch)), eval_every=every)
     run = replace(run, model=config, dropout=None)
@@ -192,9 +203,9 @@ def sized(run: RunConfig, config: ModelConfig, once: Any) -> RunConfig:
 
 
 def check_model(run: RunConfig) -> None:
-    """Raises UserError where the run names both a model and a folder of weights of another shape.
+    """Raises UserError where the shapes of `run.model` and of the weights of `run.init` differ.
 
-    It is asked before the data are read, whose tokenizer would be blamed otherwise.
+    This runs before the data are read: their tokenizer would be reported as the cause otherwise.
     """
     if run.init and run.model is not None:
         check_fits(tree_shapes(families.look(find(run.init)).config), tree_shapes(run.model))

@@ -21,7 +21,7 @@ from jaxlm.errors import RunError, Stopped
 from jaxlm.lm import LM, find, with_params
 from jaxlm.nn import parameters
 from jaxlm.reports import report
-from jaxlm.run.assembly import Assembly, assemble, closed_flops, rows_here, shard_batch
+from jaxlm.run.assembly import Assembly, assemble, closed_flops, local_rows, shard_batch
 from jaxlm.run.checkpoint import Checkpoints, OfFirstHost, checksums_of, finite
 from jaxlm.run.evaluate import run_eval
 from jaxlm.run.export import export
@@ -102,8 +102,8 @@ class Training:
         self.scores: dict[str, float] = {}
         self.found: Any = None
         self._put = partial(shard_batch, mesh)
-        self._rows = rows_here(mesh, run.batch, run.accumulate)
-        self._held_out_rows = rows_here(mesh, run.batch // run.accumulate, 1)
+        self._rows = local_rows(mesh, run.batch, run.accumulate)
+        self._held_out_rows = local_rows(mesh, run.batch // run.accumulate, 1)
         self._eval_step = jax.jit(make_eval_step(resolved.task, parts.module))
         self.trace = Trace(place.folder / "profile", run.profile, self.started, run.steps)
         log = RunLog(place.folder, self.started, run.steps) if hosts.is_first() else NoLog()
@@ -227,9 +227,9 @@ def set_up(resolved: ResolvedRun, place: buckets.RunFolder, model_given: bool, r
       model_given: whether the weights are those of a model, not of `run.init`.
       resuming: whether the folder holds a state of this run.
     """
-    run, task, data, weights, folder = resolved.run, resolved.task, resolved.data, resolved.weights, place.folder
+    run, data, weights, folder = resolved.run, resolved.data, resolved.weights, place.folder
     # Shapes first, so that every array is created on its devices.
-    parts = assemble(run, task, resolved.model, resolved.mesh, resolved.kind)
+    parts = assemble(resolved)
     if weights is not None:
         shapes = {path: leaf.shape for path, leaf in parameters.by_path(parts.like.model).items()}
         check_fits(weights.shapes, shapes)
