@@ -1,9 +1,9 @@
-"""`python train.py configs/NAME.py [--field value ...]`: train what a config says.  `--help` explains every field."""
+"""Trains the run of a config: `python train.py configs/NAME.py [--field value ...]`.  `--help` explains every field."""
 
 import signal
 import sys
 
-# An interrupt ends the process at once while the imports below run, which may swallow an exception.
+# During the imports below an interrupt ends the process at once, because they may swallow an exception.
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from jaxlm.__main__ import main  # noqa: E402

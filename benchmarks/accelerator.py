@@ -1,25 +1,26 @@
-"""Training and decoding on one GPU or TPU, beside torch + transformers on the same GPU in the same run.
+"""Measures training and decoding on one GPU or TPU, and compares with torch + transformers on the same GPU.
 
     python benchmarks/accelerator.py [--out FILE] [--minutes M] [--only gpt2,bert,llama,decode] [--tiny]
 
-Needs jax, flax, optax and orbax alone; where torch with CUDA and transformers are there too, they are measured as well.
+Requires only jax, flax, optax and orbax.  If torch with CUDA and transformers are installed, they are measured too.
 
-First the rates of the device: products in bfloat16, the best of a few sizes, and copies.  Then GPT-2 124M (rows of
-1,024 tokens), BERT-large (512, masked language modelling) and Llama-3.2-1B (2,048) are trained on random tokens in
-bfloat16, without dropout, by the step of `assembly.assemble`, which is `fit`'s: a short search over rows, remat,
-attention and unroll, each for a few dozen steps; what needs too much memory is passed over.  The other side is the
-same model of transformers by torch.compile, with weights in float32 under autocast, SDPA (or FlashAttention 2, where it
-is installed), fused AdamW and the same clipping, with a search over rows.  Last Llama-3.2-1B in bfloat16 continues 1
-and 16 prompts of 32 tokens, which are read in the same time, beside the time in which the memory, at the rate of the
-copies, gives what each new token must read.
+1. The rates of the device: matrix products in bfloat16 (the best of several sizes) and copies.
+2. Training of GPT-2 124M (rows of 1,024 tokens), BERT-large (512, masked language modelling) and Llama-3.2-1B (2,048),
+on random tokens in bfloat16 without dropout.  jaxlm uses the step of `assembly.assemble`, as `fit` does, with a short
+search over rows, remat, attention and unroll, and a few dozen steps for each setting.  Settings that need too much
+memory are skipped.  The torch implementation is the same model of transformers with torch.compile, float32 weights
+under autocast, SDPA (or FlashAttention 2, if it is installed), fused AdamW and the same clipping, with a search over
+rows.
+3. Decoding: Llama-3.2-1B in bfloat16 continues 1 and 16 prompts of 32 tokens; the time includes reading the prompts.
+The memory bound is the time to read the bytes that each new token requires, at the rate of the copies.
 
-MFU is by the convention of PaLM (`flops.closed`), the same count for both sides: of BERT's head it counts the masked
-places alone, as jaxlm computes it, where transformers takes all places through the vocabulary.
+MFU follows the convention of PaLM (`flops.closed`) with the same count for both implementations.  In BERT's head it
+counts only the masked positions, as jaxlm computes them; transformers computes the logits of all positions.
 
-Every part runs in a process of its own, which has the device for itself, and has its share of the --minutes; what is
-left over goes to those behind it.  A part whose time is up leaves what it has found.  --out is written anew after each
-finding.  --tiny makes everything very small, for a test on any machine; its numbers say nothing.  Printed are a line
-for each finding, and at the end, or where the run is stopped:
+Every part runs in a separate process with exclusive use of the device, for its share of the --minutes; later parts get
+the remaining time.  A part that exceeds its time keeps its results so far.  --out is rewritten after each result.
+--tiny makes everything very small to test the script on any machine; its numbers are meaningless.  The script prints a
+line for each result, and at the end, or when it is stopped:
 
     DATE, one DEVICE, driver D; jax A, jaxlib B, flax C, torch D, transformers E
     products in bfloat16 X TFLOP/s (N x N), P % of the known peak; copies Y GB/s, P % of the known bandwidth
@@ -60,15 +61,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parent.parent
-STEPS, WARM = 24, 3  # of a setting: those that are timed, and those before them
-LONGEST = 6.0  # seconds that the timed steps may take; they are fewer where that is little
+STEPS, WARM_UP = 24, 3  # timed steps of a setting, and warmup steps
+MAX_SECONDS = 6.0  # maximum seconds of the timed steps; slow settings run fewer steps
 PROMPTS, PROMPT, NEW = (1, 16), 32, 128
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers")
 GIB = 2**30
 
 
 class Case(NamedTuple):
-    """A model to train; rows: that fit on 80 GB without remat, and keep the device busy."""
+    """A model to train; rows: a number that fits in 80 GB without remat and keeps the device busy."""
 
     preset: str
     kind: str  # model_type of transformers
@@ -83,16 +84,16 @@ CASES = {
     "llama": Case("llama-3.2-1b", "llama", 2048, 4, {}),
 }
 TINY = {"vocabulary": 256, "width": 64, "layers": 2, "heads": 4, "mlp_width": 128}
-# Seconds that a part has of 500.
+# Seconds of each part, out of 500.
 SHARES = {"device": 30, "gpt2": 70, "gpt2 torch": 70, "bert": 70, "bert torch": 70, "llama": 70, "llama torch": 70}
 SHARES |= {"decode": 50}
 
 
-# ---- the sides, each in a process of its own
+# ---- the parts, each in a separate process
 
 
 def case_of(name: str, tiny: bool) -> tuple[Case, Any]:
-    """The case and its ModelConfig, made small where that is asked for."""
+    """Returns the case and its ModelConfig; `tiny` makes them small."""
     from jaxlm.families import PRESETS
 
     case = CASES[name]
@@ -105,7 +106,7 @@ def case_of(name: str, tiny: bool) -> tuple[Case, Any]:
 
 
 def random_batch(case: Case, config: Any, rows: int) -> dict[str, Any]:
-    """Rows of random tokens without padding, [rows, length] in each field."""
+    """Returns rows of random tokens without padding, [rows, length] in each field."""
     import numpy as np
 
     random = np.random.default_rng(0)
@@ -122,8 +123,8 @@ def random_batch(case: Case, config: Any, rows: int) -> dict[str, Any]:
     return batch | ({"types_BT": np.zeros_like(tokens)} if config.types else {})
 
 
-def device_side(tell: Callable[..., None], tiny: bool, seconds: float) -> None:
-    """What the device is, and its rates."""
+def device_side(report: Callable[..., None], tiny: bool, seconds: float) -> None:
+    """Reports the device and its rates."""
     import jax
     import jax.numpy as jnp
 
@@ -131,41 +132,41 @@ def device_side(tell: Callable[..., None], tiny: bool, seconds: float) -> None:
 
     device = jax.devices()[0]
     chip = chips.find(device.device_kind)
-    told: dict[str, Any] = {"kind": device.device_kind, "platform": device.platform, "here": len(jax.devices())}
+    facts: dict[str, Any] = {"kind": device.device_kind, "platform": device.platform, "here": len(jax.devices())}
     if chip is not None:
-        told |= {"peak_flops": chip.flops.value, "peak_bandwidth": chip.bandwidth.value}
-    tell(**told)
+        facts |= {"peak_flops": chip.flops.value, "peak_bandwidth": chip.bandwidth.value}
+    report(**facts)
     if device.platform == "cpu" and not tiny:
         return
 
     def rate(step: Callable[[Any], Any], x: Any, work: float) -> float:
-        """Work a second of x -> step(x), over and over; the best of three rounds."""
+        """Returns the work per second of repeated x -> step(x), as the best of three rounds."""
         x = jax.block_until_ready(step(step(x)))
-        begun = time.perf_counter()
+        start = time.perf_counter()
         x = jax.block_until_ready(step(x))
-        times = max(2, min(100, int(0.3 / (time.perf_counter() - begun))))
+        times = max(2, min(100, int(0.3 / (time.perf_counter() - start))))
         best = 0.0
         for _ in range(3):
-            begun = time.perf_counter()
+            start = time.perf_counter()
             for _ in range(times):
                 x = step(x)
             jax.block_until_ready(x)
-            best = max(best, times * work / (time.perf_counter() - begun))
+            best = max(best, times * work / (time.perf_counter() - start))
         return best
 
     product = jax.jit(jnp.matmul)
     for n in (128, 256) if tiny else (8192, 4096, 12288, 16384):
-        # So scaled, products neither grow nor vanish.
+        # With this scale, repeated products neither grow nor vanish.
         draw = jax.jit(lambda key, n=n: (jax.random.normal(key, (2, n, n)) / math.sqrt(n)).astype(jnp.bfloat16))
         a, b = draw(jax.random.key(0))
-        tell(products=rate(lambda x, a=a: product(a, x), b, 2.0 * n**3), size=n)
-    more = jax.jit(lambda x: x + 1, donate_argnums=0)  # reads and writes all of it, as a copy does
+        report(products=rate(lambda x, a=a: product(a, x), b, 2.0 * n**3), size=n)
+    more = jax.jit(lambda x: x + 1, donate_argnums=0)  # reads and writes the whole array, as a copy does
     for n in (1 << 20,) if tiny else (1 << 28, 1 << 30):
-        tell(copies=rate(more, jnp.zeros(n // 4, jnp.float32), 2.0 * n), size=n)
+        report(copies=rate(more, jnp.zeros(n // 4, jnp.float32), 2.0 * n), size=n)
 
 
-def train_side(name: str, tell: Callable[..., None], tiny: bool, seconds: float) -> None:
-    """Trains by jaxlm, with ever better settings as long as there is time."""
+def train_side(name: str, report: Callable[..., None], tiny: bool, seconds: float) -> None:
+    """Trains with jaxlm and searches for faster settings until the time is over."""
     import jax
     import numpy as np
 
@@ -194,90 +195,90 @@ def train_side(name: str, tell: Callable[..., None], tiny: bool, seconds: float)
     state: Any = None
 
     def attempt(setting: dict[str, Any]) -> dict[str, Any]:
-        """What a setting costs; `refused` says why it does not run."""
+        """Measures a setting; `refused` is the reason if it does not run."""
         nonlocal state
-        begun = time.monotonic()
+        start = time.monotonic()
         given = random_batch(case, config, setting["batch"])
-        made = assemble(ResolvedModel(replace(run, **setting), mesh, task, config, Transformer))
+        assembly = assemble(ResolvedModel(replace(run, **setting), mesh, task, config, Transformer))
         batch = shard_batch(mesh, given, 1)
-        compiled = made.train_step.trace(made.like, batch).lower().compile()
+        compiled = assembly.train_step.trace(assembly.like, batch).lower().compile()
         memory = compiled.memory_analysis()
         needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
         needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
-        compiling = time.monotonic() - begun
+        compiling = time.monotonic() - start
         if needed > limit:
             return {"refused": f"it needs {needed / GIB:.1f} GiB", "compile_seconds": compiling}
         if state is None:
-            state = made.first_state(jax.random.key_data(jax.random.key(0)))
-        for _ in range(WARM):
+            state = assembly.first_state(jax.random.key_data(jax.random.key(0)))
+        for _ in range(WARM_UP):
             warm = time.monotonic()
-            state, metrics = compiled(state, None, batch)  # nothing is frozen
+            state, metrics = compiled(state, None, batch)  # no frozen parameters
             jax.block_until_ready(metrics)
-        steps = max(4, min(STEPS, int((0.5 if tiny else LONGEST) / (time.monotonic() - warm))))
+        steps = max(4, min(STEPS, int((0.5 if tiny else MAX_SECONDS) / (time.monotonic() - warm))))
         meter = Meter(mesh)
         started = time.monotonic()
         for same in meter.fed(iter([batch] * steps)):
             state, metrics = compiled(state, None, same)
-            meter.stepped(metrics["loss"])
+            meter.record_step(metrics["loss"])
         loss = float(metrics["loss"])
-        took = (time.monotonic() - started) / steps
+        step_seconds = (time.monotonic() - started) / steps
         line = meter.line(steps)
         meter.close()
         assert np.isfinite(loss), f"the loss is {loss}"
         tokens = setting["batch"] * case.length
         return {
-            "tokens_per_second": tokens / took,
+            "tokens_per_second": tokens / step_seconds,
             "flops_per_token": closed_flops(task, config, setting["batch"], given) / tokens,
             **{field: value for field, value in line.items() if field.startswith("step_ms")},
-            "memory_bytes": needed,  # as the compiler says; the device's own peak is that of all settings so far
+            "memory_bytes": needed,  # from the compiler, because the device's peak includes earlier settings
             "loss": loss,
             "compile_seconds": compiling,
         }
 
     longest = 0.0
 
-    def tried(setting: dict[str, Any]) -> dict[str, Any] | None:
-        """The cost of a setting, which is told; None where it does not run or there is no time for it."""
+    def measure(setting: dict[str, Any]) -> dict[str, Any] | None:
+        """Measures and reports a setting; returns None if it does not run or the time is over."""
         nonlocal state, longest
-        begun = time.monotonic()
-        if begun + longest > end:
+        start = time.monotonic()
+        if start + longest > end:
             return None
-        found: dict[str, Any] = {}
+        costs: dict[str, Any] = {}
         try:
-            found = attempt(setting)
+            costs = attempt(setting)
         except Exception as error:
-            found = {"refused": reason(error)}
-            state = None  # it may have been used up
+            costs = {"refused": reason(error)}
+            state = None  # the failed step may have donated it
         gc.collect()
-        longest = max(longest, time.monotonic() - begun)
-        shown = {"length": case.length, "parameters": _entries(state), **setting, **found}
-        tell(**shown)
-        return None if "refused" in found else found
+        longest = max(longest, time.monotonic() - start)
+        result = {"length": case.length, "parameters": _entries(state), **setting, **costs}
+        report(**result)
+        return None if "refused" in costs else costs
 
     best: dict[str, Any] = {"batch": case.rows, "remat": "none", "attention": "auto", "unroll": 1}
     cost = None
     for smaller in ({}, {"remat": "dots"}, {"remat": "full"}, {"batch": max(1, case.rows // 4)}, {"batch": 1}):
         best |= smaller
-        if cost := tried(best):
+        if cost := measure(best):
             break
-    # From there one change after the other, what promises most first; the better of two is kept.
+    # Then try one change after another, the most promising first, and keep the better setting.
     unrolled = config.layers if config.layers <= 12 else 4
     moves: list[Callable[[], dict[str, Any]]] = [
         lambda: {"unroll": unrolled},
         lambda: {"batch": 2 * best["batch"]},
         lambda: {"batch": 2 * best["batch"]},
         lambda: {"remat": "dots", "batch": 2 * best["batch"]},
-        lambda: {"attention": "xla"},  # auto takes cuDNN's or splash wherever they can be taken
+        lambda: {"attention": "xla"},  # auto selects cuDNN or splash if they support the model
         lambda: {"batch": max(1, best["batch"] // 2)},
         lambda: {"remat": "full", "batch": 4 * best["batch"]},
     ]
-    seen = [dict(best)]
+    tested = [dict(best)]
     for move in moves[:1] if tiny else moves:
         setting = best | move()
-        if cost is None or setting in seen:
+        if cost is None or setting in tested:
             continue
-        seen.append(setting)
-        new = tried(setting)
+        tested.append(setting)
+        new = measure(setting)
         if new and new["tokens_per_second"] > cost["tokens_per_second"]:
             best, cost = setting, new
 
@@ -288,8 +289,8 @@ def _entries(state: Any) -> int | None:
     return None if state is None else sum(leaf.size for leaf in jax.tree.leaves(state.model))
 
 
-def torch_side(name: str, tell: Callable[..., None], tiny: bool, seconds: float) -> None:
-    """The same by torch and transformers."""
+def torch_side(name: str, report: Callable[..., None], tiny: bool, seconds: float) -> None:
+    """Trains the same model with torch and transformers."""
     import torch
     import transformers
 
@@ -297,7 +298,7 @@ def torch_side(name: str, tell: Callable[..., None], tiny: bool, seconds: float)
 
     on = "cuda" if torch.cuda.is_available() else "cpu"
     if on == "cpu" and not tiny:
-        return tell(refused="torch sees no CUDA device")
+        return report(refused="torch sees no CUDA device")
     end = time.monotonic() + seconds
     case, ours = case_of(name, tiny)
     masked = ours.structure == "encoder"
@@ -305,8 +306,8 @@ def torch_side(name: str, tell: Callable[..., None], tiny: bool, seconds: float)
     torch.set_float32_matmul_precision("high")
     if tiny:
         torch.set_num_threads(1)
-    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # in any vocabulary
-    said = {**FAMILIES[case.kind].config_to_hf(ours), **special}
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # valid in any vocabulary
+    fields = {**FAMILIES[case.kind].config_to_hf(ours), **special}
     kind = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
 
     def attempt(rows: int, attention: str) -> dict[str, Any]:
@@ -315,14 +316,14 @@ def torch_side(name: str, tell: Callable[..., None], tiny: bool, seconds: float)
         if on == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        config = transformers.AutoConfig.for_model(case.kind, **said)
+        config = transformers.AutoConfig.for_model(case.kind, **fields)
         with torch.device(on):
             plain = kind.from_config(config, attn_implementation=attention).train()
         model = torch.compile(plain, dynamic=False) if on == "cuda" else plain
         optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-4, weight_decay=0.1, fused=on == "cuda")
         batch = random_batch(case, ours, rows)
         tokens = torch.tensor(batch["tokens_BT"], dtype=torch.long, device=on)
-        labels = tokens.clone()  # moved by transformers itself, where they are of the next token
+        labels = tokens.clone()  # transformers shifts the labels of causal models itself
         if masked:
             labels[torch.tensor(batch["weights_BT"], device=on) == 0] = -100
 
@@ -335,16 +336,16 @@ def torch_side(name: str, tell: Callable[..., None], tiny: bool, seconds: float)
             optimizer.zero_grad(set_to_none=True)
             return loss
 
-        begun = time.monotonic()
+        start = time.monotonic()
         step().item()
-        compiling = time.monotonic() - begun
-        for _ in range(WARM):
-            begun = time.monotonic()
+        compiling = time.monotonic() - start
+        for _ in range(WARM_UP):
+            start = time.monotonic()
             step().item()
-        steps = max(4, min(STEPS, int((0.5 if tiny else LONGEST) / (time.monotonic() - begun))))
-        # The ends of steps are noted by the device itself, so that nothing waits for them.
+        steps = max(4, min(STEPS, int((0.5 if tiny else MAX_SECONDS) / (time.monotonic() - start))))
+        # The device records the end of each step, so that no step waits for the host.
         events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)] if on == "cuda" else []
-        begun = time.monotonic()
+        start = time.monotonic()
         for n in range(steps):
             if events:
                 events[n].record()
@@ -354,10 +355,10 @@ def torch_side(name: str, tell: Callable[..., None], tiny: bool, seconds: float)
         value = loss.item()
         if on == "cuda":
             torch.cuda.synchronize()
-        took = (time.monotonic() - begun) / steps
+        step_seconds = (time.monotonic() - start) / steps
         assert math.isfinite(value), f"the loss is {value}"
-        told = {
-            "tokens_per_second": rows * case.length / took,
+        costs = {
+            "tokens_per_second": rows * case.length / step_seconds,
             "parameters": sum(p.numel() for p in plain.parameters()),
             "loss": value,
             "compile_seconds": compiling,
@@ -365,44 +366,44 @@ def torch_side(name: str, tell: Callable[..., None], tiny: bool, seconds: float)
         if events:
             from jaxlm.run.measure import percentiles
 
-            told |= percentiles([a.elapsed_time(b) / 1000 for a, b in zip(events, events[1:])])
-            told["memory_bytes"] = torch.cuda.max_memory_allocated()
-        return told
+            costs |= percentiles([a.elapsed_time(b) / 1000 for a, b in zip(events, events[1:])])
+            costs["memory_bytes"] = torch.cuda.max_memory_allocated()
+        return costs
 
     longest, best = 0.0, 0.0
 
-    def tried(rows: int, attention: str) -> float:
-        """Tokens a second, which are told; 0 where it does not run."""
+    def measure(rows: int, attention: str) -> float:
+        """Measures and reports a setting; returns its tokens per second, or 0 if it does not run."""
         nonlocal longest, best
-        begun = time.monotonic()
-        if begun + longest > end:
+        start = time.monotonic()
+        if start + longest > end:
             return 0.0
         try:
-            found = attempt(rows, attention)
+            costs = attempt(rows, attention)
         except Exception as error:
-            found = {"refused": reason(error)}
+            costs = {"refused": reason(error)}
         gc.collect()
-        longest = max(longest, time.monotonic() - begun)
-        tell(batch=rows, length=case.length, attention=attention, **found)
-        best = max(best, found.get("tokens_per_second", 0.0))
-        return found.get("tokens_per_second", 0.0)
+        longest = max(longest, time.monotonic() - start)
+        report(batch=rows, length=case.length, attention=attention, **costs)
+        best = max(best, costs.get("tokens_per_second", 0.0))
+        return costs.get("tokens_per_second", 0.0)
 
     rows = case.rows
-    while rows > 1 and not tried(rows, "sdpa") and time.monotonic() + longest < end:
+    while rows > 1 and not measure(rows, "sdpa") and time.monotonic() + longest < end:
         rows //= 2
     if tiny:
         return
     if find_spec("flash_attn"):
-        tried(rows, "flash_attention_2")
+        measure(rows, "flash_attention_2")
     larger = rows
-    while (before := best) and tried(larger := 2 * larger, "sdpa") > before:
+    while (before := best) and measure(larger := 2 * larger, "sdpa") > before:
         pass
     if larger == 2 * rows and rows > 1:
-        tried(rows // 2, "sdpa")
+        measure(rows // 2, "sdpa")
 
 
-def decode_side(tell: Callable[..., None], tiny: bool, seconds: float) -> None:
-    """Continues prompts greedily by `jaxlm.generate`."""
+def decode_side(report: Callable[..., None], tiny: bool, seconds: float) -> None:
+    """Continues prompts greedily with `jaxlm.generate`."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -416,57 +417,66 @@ def decode_side(tell: Callable[..., None], tiny: bool, seconds: float) -> None:
     module = Transformer(config, dtype=jnp.dtype("bfloat16"))
     narrow = lambda key: jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), init(module, key))
     lm = jaxlm.LM(config, module, jax.jit(narrow)(jax.random.key(0)))
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(lm.params))  # the embeddings too: they are the head
+    weights = sum(
+        leaf.nbytes for leaf in jax.tree.leaves(lm.params)
+    )  # including the embeddings, which are also the head
     assert config.tied_embeddings
     for rows in PROMPTS:
         prompts = np.random.default_rng(0).integers(0, config.vocabulary, (rows, PROMPT)).tolist()
         times: list[float] = []
         for turn in range(1 + (1 if tiny else 7)):
-            begun = time.monotonic()
-            found = jaxlm.generate(lm, prompts, max_new_tokens=new, temperature=0.0, return_tokens=True, stop_tokens=())
-            assert [len(row) for row in found] == [new] * rows
-            times += [time.monotonic() - begun] if turn else []  # the first compiles
+            start = time.monotonic()
+            outputs = jaxlm.generate(
+                lm, prompts, max_new_tokens=new, temperature=0.0, return_tokens=True, stop_tokens=()
+            )
+            assert [len(row) for row in outputs] == [new] * rows
+            times += [time.monotonic() - start] if turn else []  # the first round compiles
             if turn and time.monotonic() + times[-1] > end:
                 break
-        # Keys and values of the text so far, on average over the new tokens.
+        # Keys and values of the previous tokens, on average over the new tokens.
         cache = rows * (PROMPT + new / 2) * 2 * config.layers * config.K * config.C * 2
-        took = statistics.median(times)
-        tell(prompts=rows, tokens_per_second=rows * new / took, step_seconds=took / new, step_bytes=weights + cache)
+        duration = statistics.median(times)
+        report(
+            prompts=rows,
+            tokens_per_second=rows * new / duration,
+            step_seconds=duration / new,
+            step_bytes=weights + cache,
+        )
 
 
 def reason(error: Exception) -> str:
-    """Why a setting does not run, in a line."""
-    said = str(error).strip() or type(error).__name__
-    lowered = said.lower()
+    """Returns one line with the reason why a setting does not run."""
+    message = str(error).strip() or type(error).__name__
+    lowered = message.lower()
     if any(sign in lowered for sign in ("resource_exhausted", "out of memory", "out_of_memory")):
         return "out of memory"
-    return f"{type(error).__name__}: {said.splitlines()[0][:300]}"
+    return f"{type(error).__name__}: {message.splitlines()[0][:300]}"
 
 
 def work(part: str, tiny: bool, seconds: float) -> None:
-    """A part, in its own process: a line of JSON for each finding."""
+    """Runs a part in its own process; prints a line of JSON for each result."""
 
-    def tell(**found: Any) -> None:
-        print("found " + json.dumps(found), flush=True)
+    def report(**result: Any) -> None:
+        print("found " + json.dumps(result), flush=True)
 
     name, _, side = part.partition(" ")
     if side:
-        torch_side(name, tell, tiny, seconds)
+        torch_side(name, report, tiny, seconds)
     elif name in CASES:
-        train_side(name, tell, tiny, seconds)
+        train_side(name, report, tiny, seconds)
     else:
-        {"device": device_side, "decode": decode_side}[name](tell, tiny, seconds)
+        {"device": device_side, "decode": decode_side}[name](report, tiny, seconds)
 
 
-# ---- the parts, one after the other
+# ---- the main process
 
 
 def findings(part: str, tiny: bool, seconds: float, ended: list[str]) -> Iterator[dict[str, Any]]:
-    """What a part finds, as it comes; `ended` gets a line where it does not end by itself and well."""
+    """Yields the results of a part as they arrive; appends a line to `ended` if it fails or exceeds its time."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
-    if part.endswith("torch"):  # jaxlm only says there what the model is
+    if part.endswith("torch"):  # jaxlm only provides the model's config there
         environment |= {"JAX_PLATFORMS": "cpu", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-    else:  # it has the device for itself
+    else:  # this process has the device exclusively
         environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     command = [sys.executable, str(Path(__file__)), "--work", part, "--seconds", str(seconds), *["--tiny"] * tiny]
     with tempfile.TemporaryFile("w+") as complaints:
@@ -488,19 +498,19 @@ def findings(part: str, tiny: bool, seconds: float, ended: list[str]) -> Iterato
                     yield json.loads(line.removeprefix("found "))
             if process.wait(timeout=10):
                 complaints.seek(0)
-                said = [line.strip() for line in complaints if line.strip()]
-                ended.append(f"ended with {process.returncode}: {said[-1][:300] if said else ''}")
+                messages = [line.strip() for line in complaints if line.strip()]
+                ended.append(f"ended with {process.returncode}: {messages[-1][:300] if messages else ''}")
         except (queue.Empty, subprocess.TimeoutExpired):
             ended.append(f"cut off after {seconds:.0f} s")
         finally:
-            # The part with all that it has started, such as the compilers of torch.
+            # The part and all processes that it has started, such as torch's compilers.
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 
 def driver() -> str:
-    """Of NVIDIA's GPUs; empty where there is none."""
+    """The driver version of NVIDIA GPUs; empty if there is none."""
     if not shutil.which("nvidia-smi"):
         return ""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -509,31 +519,31 @@ def driver() -> str:
 
 
 def versions() -> dict[str, str]:
-    found = {}
+    installed = {}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
-def best_of(found: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The finding with the most tokens a second."""
+def best_of(results: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The result with the most tokens per second."""
     return max(
-        (one for one in found if "tokens_per_second" in one), key=lambda one: one["tokens_per_second"], default=None
+        (one for one in results if "tokens_per_second" in one), key=lambda one: one["tokens_per_second"], default=None
     )
 
 
 def measured(results: dict[str, Any], what: str) -> dict[str, Any] | None:
-    """The finding with the highest rate: of products or of copies."""
+    """The result with the highest rate of `what`, products or copies."""
     return max(
         (one for one in results["parts"].get("device", ()) if what in one), key=lambda one: one[what], default=None
     )
 
 
-def summed_up(results: dict[str, Any]) -> dict[str, Any]:
-    """The best of each part, with utilisations and ratios."""
+def summarize(results: dict[str, Any]) -> dict[str, Any]:
+    """Returns the best result of each part, with utilisations and ratios."""
     parts = results["parts"]
     device = parts.get("device") or [{}]
     peak, products, copies = device[0].get("peak_flops"), measured(results, "products"), measured(results, "copies")
@@ -557,26 +567,30 @@ def summed_up(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def page(results: dict[str, Any]) -> str:
-    """The results in Markdown."""
-    summary, device = summed_up(results), (results["parts"].get("device") or [{}])[0]
+    """Returns the results in Markdown."""
+    summary, device = summarize(results), (results["parts"].get("device") or [{}])[0]
     share = lambda value: "" if value is None else f"{value:.1%}"
-    stands = ", ".join(f"{package} {number}" for package, number in results["versions"].items())
+    packages = ", ".join(f"{package} {number}" for package, number in results["versions"].items())
     by = f", driver {results['driver']}" if results["driver"] else ""
-    lines = [f"{results['date']}, one {device.get('kind', 'unknown device')}{by}; {stands}"]
-    told = []
+    lines = [f"{results['date']}, one {device.get('kind', 'unknown device')}{by}; {packages}"]
+    rates = []
     if products := measured(results, "products"):
         peak = device.get("peak_flops")
-        told.append(
+        rates.append(
             f"products in bfloat16 {products['products'] / 1e12:,.4g} TFLOP/s ({products['size']} x {products['size']})"
             + (f", {products['products'] / peak:.0%} of the known peak of {peak / 1e12:,.4g}" if peak else "")
         )
     if copies := measured(results, "copies"):
-        most = device.get("peak_bandwidth")
-        told.append(
+        bandwidth = device.get("peak_bandwidth")
+        rates.append(
             f"copies {copies['copies'] / 1e9:,.4g} GB/s"
-            + (f", {copies['copies'] / most:.0%} of the known bandwidth of {most / 1e9:,.4g}" if most else "")
+            + (
+                f", {copies['copies'] / bandwidth:.0%} of the known bandwidth of {bandwidth / 1e9:,.4g}"
+                if bandwidth
+                else ""
+            )
         )
-    lines += ["; ".join(told)] * bool(told)
+    lines += ["; ".join(rates)] * bool(rates)
     if any(name in summary for name in CASES):
         lines += ["", *_head("model", "side", "rows x length, settings", "tokens/s", "step, p50 to p99", "MFU",
                              "of products", "memory", "ratio")]  # fmt: skip
@@ -604,45 +618,47 @@ def _head(*names: str) -> list[str]:
     return [f"| {' | '.join(names)} |", f"| {' | '.join('---' for _ in names)} |"]
 
 
-def setting_of(found: dict[str, Any]) -> str:
+def setting_of(result: dict[str, Any]) -> str:
     """`32 x 1024, remat none, attention auto, unroll 12`, or `32 x 1024, sdpa`."""
-    shape = f"{found['batch']} x {found['length']}"
-    if "remat" not in found:
-        return f"{shape}, {found['attention']}"
-    return f"{shape}, remat {found['remat']}, attention {found['attention']}, unroll {found['unroll']}"
+    shape = f"{result['batch']} x {result['length']}"
+    if "remat" not in result:
+        return f"{shape}, {result['attention']}"
+    return f"{shape}, remat {result['remat']}, attention {result['attention']}, unroll {result['unroll']}"
 
 
-def line_of(part: str, found: dict[str, Any]) -> str:
-    """A finding as a line, said when it comes."""
+def line_of(part: str, result: dict[str, Any]) -> str:
+    """Returns the printed line of a result."""
     if part == "device":
         return "  ".join(
-            f"{name} {value:.4g}" if isinstance(value, float) else f"{value}" for name, value in found.items()
+            f"{name} {value:.4g}" if isinstance(value, float) else f"{value}" for name, value in result.items()
         )
-    if "batch" in found:
-        told = found.get("refused") or f"{found['tokens_per_second']:,.0f} tokens/s"
-        compiling = f", compiled in {found['compile_seconds']:.0f} s" if "compile_seconds" in found else ""
-        return f"{setting_of(found)}: {told}{compiling}"
-    return found.get("refused") or f"{found['prompts']} prompts: {found['tokens_per_second']:,.0f} tokens/s"
+    if "batch" in result:
+        speed = result.get("refused") or f"{result['tokens_per_second']:,.0f} tokens/s"
+        compiling = f", compiled in {result['compile_seconds']:.0f} s" if "compile_seconds" in result else ""
+        return f"{setting_of(result)}: {speed}{compiling}"
+    return result.get("refused") or f"{result['prompts']} prompts: {result['tokens_per_second']:,.0f} tokens/s"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, help="where the results are written, as JSON")
-    parser.add_argument("--minutes", type=float, default=9.0, help="that all may take together")
+    parser.add_argument("--out", type=Path, help="file for the results, as JSON")
+    parser.add_argument("--minutes", type=float, default=9.0, help="maximum time of all parts together")
     parser.add_argument("--only", default="", help="some of gpt2,bert,llama,decode")
-    parser.add_argument("--tiny", action="store_true", help="everything very small, to test this file on any machine")
+    parser.add_argument(
+        "--tiny", action="store_true", help="makes everything very small, to test this script on any machine"
+    )
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=0.0, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.work:
-        work(asked.work, asked.tiny, asked.seconds)
+    arguments = parser.parse_args()
+    if arguments.work:
+        work(arguments.work, arguments.tiny, arguments.seconds)
         return 0
     known = [*CASES, "decode"]
-    wanted = asked.only.split(",") if asked.only else known
+    wanted = arguments.only.split(",") if arguments.only else known
     if set(wanted) - set(known):
-        parser.error(f"--only is {asked.only!r}; give some of {','.join(known)}")
+        parser.error(f"--only is {arguments.only!r}; give some of {','.join(known)}")
 
-    end = time.monotonic() + 60 * asked.minutes
+    end = time.monotonic() + 60 * arguments.minutes
     results: dict[str, Any] = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": " ".join(sys.argv),
@@ -651,18 +667,18 @@ def main() -> int:
         "parts": {},
         "ended": {},
     }
-    there = all(find_spec(package) for package in ("torch", "transformers"))
+    torch_installed = all(find_spec(package) for package in ("torch", "transformers"))
     parts = [part for part in SHARES if part == "device" or part.split()[0] in wanted]
-    if not there:
+    if not torch_installed:
         parts = [part for part in parts if not part.endswith("torch")]
         results["ended"]["torch"] = "not measured: torch and transformers are not both installed"
 
-    def keep() -> None:
-        """Writes what there is, whole or not at all."""
-        if asked.out:
-            beside = asked.out.with_name(asked.out.name + ".part")
-            beside.write_text(json.dumps(results | {"summary": summed_up(results)}, indent=1) + "\n")
-            os.replace(beside, asked.out)
+    def write_results() -> None:
+        """Writes the results so far, atomically."""
+        if arguments.out:
+            temporary = arguments.out.with_name(arguments.out.name + ".part")
+            temporary.write_text(json.dumps(results | {"summary": summarize(results)}, indent=1) + "\n")
+            os.replace(temporary, arguments.out)
 
     def stop(*_: Any) -> None:
         raise SystemExit(143)
@@ -673,22 +689,22 @@ def main() -> int:
             left = end - time.monotonic()
             seconds = left * SHARES[part] / sum(SHARES[later] for later in parts[n:])
             ended: list[str] = []
-            found = results["parts"].setdefault(part, [])
-            for one in findings(part, asked.tiny, seconds, ended):
-                found.append(one)
+            part_results = results["parts"].setdefault(part, [])
+            for one in findings(part, arguments.tiny, seconds, ended):
+                part_results.append(one)
                 print(f"{part}: {line_of(part, one)}", flush=True)
-                keep()
-            if part == "device" and found and found[0]["platform"] == "cpu" and not asked.tiny:
+                write_results()
+            if part == "device" and part_results and part_results[0]["platform"] == "cpu" and not arguments.tiny:
                 print("error: there is no accelerator here; --tiny tests this file without one", file=sys.stderr)
                 return 2
-            if found and "refused" in found[-1] and "batch" not in found[-1]:
-                ended.append(found.pop()["refused"])
+            if part_results and "refused" in part_results[-1] and "batch" not in part_results[-1]:
+                ended.append(part_results.pop()["refused"])
             if ended:
                 results["ended"][part] = ended[0]
                 print(f"{part}: {ended[0]}", flush=True)
-            keep()
+            write_results()
     finally:
-        keep()
+        write_results()
         print(f"\n{page(results)}", flush=True)
     return 0 if any(results["parts"].values()) else 1
 

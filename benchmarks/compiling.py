@@ -1,9 +1,9 @@
-"""How long the training step takes to compile: by depth, and from the cache.
+"""Measures the compilation time of the training step, by depth and from the persistent cache.
 
     python benchmarks/compiling.py
 
-A GPT of width 256, 8 x 128 tokens, of 12 and of 96 layers, each in a process of its own: traced and compiled, and once
-more in a new process from the persistent compilation cache.  Layers are scanned, so that depth should not show.
+A GPT of width 256 with 8 x 128 tokens and 12 or 96 layers is traced and compiled in a separate process, and again in a
+new process from the persistent compilation cache.  Layers are scanned, so the time should not depend on the depth.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ DEPTHS = (12, 96)
 
 
 def work(layers: int, cache: str) -> None:
-    """Prints the seconds of one compilation, tracing included."""
+    """Compiles the step once and prints the seconds, including tracing."""
     import jax
 
     jax.config.update("jax_compilation_cache_dir", cache)
@@ -30,16 +30,16 @@ def work(layers: int, cache: str) -> None:
     model = ModelConfig(vocabulary=8192, max_length=128, width=256, layers=layers, heads=4)
     run = RunConfig(model=model, task=CausalLM(), data=DataConfig(path="-", length=128), batch=8)
     resolved = resolve_config(run, sharding.make_mesh(run.mesh))
-    made, batch = assemble(resolved), batch_shapes(resolved)
-    begun = time.perf_counter()
-    made.train_step.trace(made.like, batch).lower().compile()
-    print(time.perf_counter() - begun)
+    assembly, batch = assemble(resolved), batch_shapes(resolved)
+    start = time.perf_counter()
+    assembly.train_step.trace(assembly.like, batch).lower().compile()
+    print(time.perf_counter() - start)
 
 
 def seconds(layers: int, cache: str) -> float:
-    done = subprocess.run([sys.executable, __file__, "--work", str(layers), cache], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return float(done.stdout.split()[-1])
+    process = subprocess.run([sys.executable, __file__, "--work", str(layers), cache], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return float(process.stdout.split()[-1])
 
 
 def main() -> None:

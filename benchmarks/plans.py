@@ -1,8 +1,8 @@
-"""Plans of large runs on TPUs that are not here, by their own compiler: remakes benchmarks/PLANS.md.
+"""Plans large runs with the TPU compiler, without TPUs, and writes benchmarks/PLANS.md.
 
-    python benchmarks/plans.py [NAME ...]        needs the [plan] extra; minutes each on two CPU cores
+    python benchmarks/plans.py [NAME ...]        requires the [plan] extra; minutes per plan on two CPU cores
 
-NAME is the first column's; without any, all are made.  Lines of those that are not named stay as they are.
+NAME is an entry of the first column.  Without names, all plans are made.  The other rows are kept.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ COLAB = "--init bert-base --compute-dtype bfloat16 --data.length 128"
 PLANS = {
     # name: (config, topology, further flags)
     "GPT-3 175B": ("gpt3_175b", "v5p:8x8x8", ""),
-    "GPT-3 175B, the least slice": ("gpt3_175b", "v5p:2x4x4", "--batch 8 --mesh.tensor 4"),
+    "GPT-3 175B, smallest slice": ("gpt3_175b", "v5p:2x4x4", "--batch 8 --mesh.tensor 4"),
     "Llama 3.1 70B": ("llama_70b", "v5p:8x8x4", ""),
     "Llama 3.1 70B on v6e": ("llama_70b", "v6e:16x16", ""),
     "Llama 3.1 8B, context 8,192": ("llama_8b", "v6e:4x4", ""),
@@ -27,43 +27,43 @@ PLANS = {
     "BERT-large": ("bert_large", "v5e:2x2", "--remat dots --batch 112"),
     "T5 v1.1 XXL": ("t5_xxl", "v5p:4x4x4", ""),
     "BERT-base, fine-tuned (Colab)": ("finetune_csv", "v5e:1x1", f"{COLAB} --remat full --batch 2560"),
-    "the same, nothing recomputed": ("finetune_csv", "v5e:1x1", f"{COLAB} --remat none --batch 128"),
+    "the same, no rematerialisation": ("finetune_csv", "v5e:1x1", f"{COLAB} --remat none --batch 128"),
 }  # fmt: skip
 HEAD = (
-    "plan", "command", "rows", "remat", "state", "temporaries", "in all", "of", "MFU, overlapped", "MFU, apart",
-    "tokens/s, apart", "compiled in",
+    "plan", "command", "rows", "remat", "state", "temporaries", "total", "available", "MFU, overlapped",
+    "MFU, sequential", "tokens/s, sequential", "compiled in",
 )  # fmt: skip
 FILE = Path(__file__).with_name("PLANS.md")
 TEXT = """# Plans
 
-What large runs need on TPUs, as `jaxlm plan` says: the very step that `fit` would run, compiled by the TPU's own
-compiler, libtpu {libtpu}, on a machine without a TPU.  Bytes are of one device.  MFU is predicted by a roofline: once
-with products, memory and network all at the same time, once with one after the other; a run lies between them.  None of
-these was run.  `python benchmarks/plans.py` makes this page anew.
+Memory and predicted speed of large runs on TPUs, as reported by `jaxlm plan`. It compiles the same step that `fit`
+would run with the TPU compiler, libtpu {libtpu}, on a machine without a TPU. Bytes are per device. MFU is predicted by
+a roofline model, once with full overlap of matrix products, memory and network, and once without overlap; the MFU of a
+run is expected between the two. None of these plans has been run. `python benchmarks/plans.py` regenerates this page.
 
-Made on {date}, jax {jax}.
+Compiled on {date} with jax {jax}.
 
 {table}
 """
 
 
 def row(name: str) -> list[str]:
-    """The line of a plan."""
+    """Returns the table row of a plan."""
     config, topology, flags = PLANS[name]
     words = ["plan", f"configs/{config}.py", "--topology", topology, *flags.split()]
     print(f"{name}: jaxlm {' '.join(words)}", file=sys.stderr, flush=True)
     done = subprocess.run([sys.executable, "-m", "jaxlm", *words, "--json"], stdout=subprocess.PIPE, text=True)
-    made = json.loads(done.stdout)
+    plan = json.loads(done.stdout)
     gib = lambda size: f"{size / GIB:.1f} GiB"
-    state = gib(made["parameter_bytes"] + made["optimizer_bytes"])
-    first = [name, f"`{' '.join(words)}`", f"{made['batch']:,}", made["remat"], state]
-    last = f"{made['compile_seconds']:.0f} s"
-    if not made["fits"]:
-        return [*first, "", made["refused"] or gib(made["used_bytes"]), gib(made["limit_bytes"]), "", "", "", last]
-    line = made["roofline"]
-    speed = made["tokens"] / line["sequential"]["seconds"]
+    state = gib(plan["parameter_bytes"] + plan["optimizer_bytes"])
+    first = [name, f"`{' '.join(words)}`", f"{plan['batch']:,}", plan["remat"], state]
+    last = f"{plan['compile_seconds']:.0f} s"
+    if not plan["fits"]:
+        return [*first, "", plan["refused"] or gib(plan["used_bytes"]), gib(plan["limit_bytes"]), "", "", "", last]
+    line = plan["roofline"]
+    speed = plan["tokens"] / line["sequential"]["seconds"]
     of = lambda kind: f"{line[kind]['mfu']:.0%}"
-    memory = [gib(made[f"{what}_bytes"]) for what in ("temporary", "used", "limit")]
+    memory = [gib(plan[f"{what}_bytes"]) for what in ("temporary", "used", "limit")]
     return [*first, *memory, of("overlapped"), of("sequential"), f"{speed:,.0f}", last]
 
 

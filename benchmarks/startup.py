@@ -1,9 +1,9 @@
-"""How long a user waits before any work: the imports and the help of the command line.
+"""Measures the startup time: imports and the help of the command line.
 
     python benchmarks/startup.py
 
-Each command runs seven times in a process of its own, in turn with the others; the medians are printed.  The cost of
-`import jaxlm` is what it takes beyond jax, flax and optax, which every program that uses it imports anyway.
+Each command runs seven times in a separate process, alternating with the others; the script prints the medians.  The
+last line is the cost of `import jaxlm` beyond that of jax, flax and optax.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ ROUNDS = 7
 
 
 def seconds(arguments: list[str]) -> float:
-    begun = time.perf_counter()
+    start = time.perf_counter()
     subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
-    return time.perf_counter() - begun
+    return time.perf_counter() - start
 
 
 if __name__ == "__main__":
-    for arguments in COMMANDS.values():  # writes the .pyc files
+    for arguments in COMMANDS.values():  # write the .pyc files
         seconds(arguments)
     rounds = [{name: seconds(arguments) for name, arguments in COMMANDS.items()} for _ in range(ROUNDS)]
     medians = {name: statistics.median(times[name] for times in rounds) for name in COMMANDS}

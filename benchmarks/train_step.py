@@ -1,10 +1,10 @@
-"""A training step of jaxlm beside the same step of torch + transformers, on this machine, in one run.
+"""Compares the training step with that of torch + transformers, in one run on this machine.
 
-    python benchmarks/train_step.py [gpt] [bert] [char]        needs the [parity] extra
+    python benchmarks/train_step.py [gpt] [bert] [char]        requires the [parity] extra
 
-Both sides train the same architecture on the same shapes with AdamW in float32, without dropout, each in a process of
-its own, and take turns in short rounds, so that whatever else the machine does falls on both.  Printed are the tokens
-per second of each side's median round and their ratio: above 1, jaxlm is faster.
+Both implementations train the same architecture on the same shapes with AdamW in float32 and without dropout.  Each
+runs in a separate process, and they alternate in short rounds, so that other load on the machine affects both.  The
+script prints the tokens per second of each median round and their ratio.  Above 1, jaxlm is faster.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ROUNDS = 7
 
 
 def jaxlm_side(name: str) -> Callable[[], float]:
-    """A function that runs one round of `CASES[name]` and returns its seconds."""
+    """Returns a function that runs one round of `CASES[name]` and returns its seconds."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -75,14 +75,14 @@ def jaxlm_side(name: str) -> Callable[[], float]:
         start = time.perf_counter()
         for _ in range(steps):
             state, metrics = step(state, batch)
-            jax.block_until_ready(metrics)  # as fit does on CPU
+            jax.block_until_ready(metrics)  # as `fit` does on CPU
         return time.perf_counter() - start
 
     return round_
 
 
 def torch_side(name: str) -> Callable[[], float]:
-    """The same with torch and transformers."""
+    """Returns the same function for torch and transformers."""
     import torch
     import transformers
 
@@ -121,12 +121,12 @@ SIDES = {"jaxlm": jaxlm_side, "torch": torch_side}
 
 
 def work(side: str, name: str) -> None:
-    """The other end of `Worker`: one round for each line that comes."""
+    """The process of a `Worker`: runs a round for each input line."""
     if side == "jaxlm":
         from jaxlm import DataConfig, ModelConfig, RunConfig
         from jaxlm.__main__ import keep_memory, one_device_per_core
 
-        # What train.py does.
+        # As train.py does.
         rows, length, _, fields = CASES[name]
         model = ModelConfig(**fields)
         one_device_per_core([RunConfig(model, batch=rows, data=DataConfig(length=length))])
@@ -137,7 +137,7 @@ def work(side: str, name: str) -> None:
 
 
 class Worker:
-    """A side in a process of its own, so that the threads of one do not stand in the way of the other."""
+    """An implementation in a separate process, so that their threads do not disturb each other."""
 
     def __init__(self, side: str, name: str):
         command = [sys.executable, sys.argv[0], "--work", side, name]
@@ -146,19 +146,19 @@ class Worker:
         )
 
     def round(self) -> float:
-        """Seconds of one round."""
+        """Runs one round and returns its seconds."""
         assert self.process.stdin and self.process.stdout
         print(file=self.process.stdin, flush=True)
         line = self.process.stdout.readline()
         while line and not line.startswith("seconds "):
             line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"{self.process.args} ended; run it by hand to see why")
+            raise SystemExit(f"{self.process.args} ended; run it manually to see the error")
         return float(line.split()[1])
 
 
 def in_turns(sides: Iterable[str], name: str, rounds: int) -> dict[str, float]:
-    """Seconds of each side's median round; the sides take turns, after a round each to compile and warm up."""
+    """Returns the seconds of each median round.  The sides alternate, after one round each to compile and warm up."""
     workers = {side: Worker(side, name) for side in sides}
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     for worker in workers.values():
@@ -169,7 +169,7 @@ def in_turns(sides: Iterable[str], name: str, rounds: int) -> dict[str, float]:
     for worker in workers.values():
         worker.process.kill()
         worker.process.wait()
-    return {side: statistics.median(taken) for side, taken in seconds.items()}
+    return {side: statistics.median(durations) for side, durations in seconds.items()}
 
 
 def main() -> None:

@@ -2,9 +2,11 @@
 
     python train.py configs/bert_large.py --data.path 'corpus/*.txt.gz' --tokenizer.path bert-large-uncased
 
-A text has one sentence a line and a blank line between documents.  The published run: 256 sequences of 512 tokens,
-rate 1e-4, a million steps.  The vocabulary is padded from 30,522 to a multiple of 128.  Not trained here; its plan for
-TPU v5e is in benchmarks/PLANS.md.
+The text has one sentence per line and a blank line between documents.  The vocabulary is padded from 30,522 to a
+multiple of 128.  The published run used 256 sequences of 512 tokens, rate 1e-4 and a million steps.
+
+Hardware         TPU v5e, planned in benchmarks/PLANS.md
+Time, score      not measured: this config has not been trained yet
 """
 
 from dataclasses import replace

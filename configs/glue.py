@@ -1,12 +1,14 @@
-"""GLUE: nine tasks of understanding one or two sentences (Wang et al. 2019).
+"""GLUE: nine tasks over one or two sentences (Wang et al. 2019).
 
     python train.py configs/glue.py rte --init MODEL --data.path RTE/train.tsv --data.eval-path RTE/dev.tsv
     python train.py configs/glue.py rte tfds --init MODEL --data.path FOLDER
 
-MODEL is a folder or a hub name.  The first word is the task: cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte or wnli.
-The second says where the data are from: GLUE's own tsv folders, or a tensorflow-datasets folder that was prepared
-elsewhere (`tfds.builder("glue/rte", file_format="array_record").download_and_prepare()` wants TensorFlow), which names
-the columns otherwise.
+MODEL is a folder or a hub name.  The first word after the config is the task: cola, sst2, mrpc, qqp, stsb, mnli, qnli,
+rte or wnli.  The second word is the source of the data: GLUE's own tsv files (the default), or `tfds` for a folder that
+tensorflow-datasets prepared on a machine with TensorFlow
+(`tfds.builder("glue/rte", file_format="array_record").download_and_prepare()`), which has other column names.
+
+Hardware, time, score   not measured here; sst2.py gives measurements for one of the tasks
 """
 
 from typing import NamedTuple
@@ -15,13 +17,13 @@ from jaxlm import Classification, DataConfig, OptimizerConfig, RunConfig, UserEr
 
 
 class Glue(NamedTuple):
-    """Where a task's texts and labels stand, and how it is ranked."""
+    """The columns, the score and the epochs of a task."""
 
-    text: tuple[str, ...]  # columns of the tsv files
+    text: tuple[str, ...]  # text columns of the tsv files
     label: str
-    tfds: tuple[str, ...]  # columns of tfds, whose label is `label`
-    best: str  # score by which the task is ranked
-    columns: tuple[str, ...] = ()  # of a file without header
+    tfds: tuple[str, ...]  # text columns in tfds; the label column is `label`
+    best: str  # score that ranks the task and selects the checkpoint
+    columns: tuple[str, ...] = ()  # all columns of a tsv file without header
     eval_split: str = "validation"
     epochs: int = 3
 
@@ -44,7 +46,7 @@ TASKS = {
 def config(task: str = "rte", source: str = "tsv") -> RunConfig:
     if task not in TASKS or source not in ("tsv", "tfds"):
         raise UserError(
-            f"{task!r} from {source!r} is no task of GLUE; give one of {', '.join(TASKS)}, then tsv or tfds"
+            f"{task!r} from {source!r} is not a task of GLUE; choose one of {', '.join(TASKS)}, then tsv or tfds"
         )
     glue = TASKS[task]
     tsv = source == "tsv"

@@ -1,10 +1,12 @@
-"""GPT-2 124M from scratch (Radford et al. 2019), at half a million tokens in a batch.
+"""GPT-2 124M from scratch (Radford et al. 2019), with half a million tokens per batch.
 
     python train.py configs/gpt2_124m.py --data.path 'corpus/*.txt.gz' --tokenizer.path gpt2
 
 The tokenizer is a folder or hub name with GPT-2's files.  The vocabulary is padded from 50,257 to a multiple of 128,
-which matrix units like and meshes divide.  Not trained here: no such hardware was at hand; its plan for TPU v5e is in
-benchmarks/PLANS.md.
+which is efficient on matrix units and divisible by meshes.
+
+Hardware         TPU v5e, planned in benchmarks/PLANS.md
+Time, score      not measured: this config has not been trained yet
 """
 
 from dataclasses import replace

@@ -1,10 +1,12 @@
-"""GPT-3 175B (Brown et al. 2020): 96 layers of width 12,288, 3.1 million tokens in a batch.
+"""GPT-3 175B (Brown et al. 2020): 96 layers of width 12,288, 3.1 million tokens per batch.
 
     python train.py configs/gpt3_175b.py --data.path 'corpus/*.txt.gz'
 
-The published run: batch 1,536 x 2,048, Adam with beta2 0.95, rate 0.6e-4, 300 billion tokens.  The mesh is for 512
-chips; `jaxlm plan configs/gpt3_175b.py --topology v5p:8x8x8` says what it needs on each (benchmarks/PLANS.md).  Not
-trained here.
+The published run used a batch of 1,536 x 2,048 tokens, Adam with beta2 0.95, rate 0.6e-4 and 300 billion tokens.
+
+Hardware         512 chips of TPU v5p; `jaxlm plan configs/gpt3_175b.py --topology v5p:8x8x8` reports the memory on each
+                 (benchmarks/PLANS.md)
+Time, score      not measured: this config has not been trained yet
 """
 
 from dataclasses import replace

@@ -1,9 +1,12 @@
-"""Llama 3.1 70B at a context of 8,192.
+"""Llama 3.1 70B at a context length of 8,192.
 
     python train.py configs/llama_70b.py --data.path 'corpus/*.txt.gz' --tokenizer.path MODEL
 
-MODEL is a folder or hub name; `--init MODEL` starts from its weights.  `jaxlm plan configs/llama_70b.py --topology
-v5p:8x8x4` says what it needs on each chip (benchmarks/PLANS.md).  Not trained here.
+MODEL is a folder or hub name; `--init MODEL` starts from its weights.
+
+Hardware         256 chips of TPU v5p; `jaxlm plan configs/llama_70b.py --topology v5p:8x8x4` reports the memory on each
+                 (benchmarks/PLANS.md)
+Time, score      not measured: this config has not been trained yet
 """
 
 from dataclasses import replace

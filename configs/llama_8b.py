@@ -1,9 +1,12 @@
-"""Llama 3.1 8B, pre-trained further or from scratch, at a context of 8,192.
+"""Llama 3.1 8B at a context length of 8,192, from scratch or from its published weights.
 
     python train.py configs/llama_8b.py --data.path 'corpus/*.txt.gz' --tokenizer.path MODEL
 
-MODEL is a folder or hub name; `--init MODEL` starts from its weights.  `jaxlm plan configs/llama_8b.py --topology
-v6e:4x4` says what it needs on each chip (benchmarks/PLANS.md).  Not trained here.
+MODEL is a folder or hub name; `--init MODEL` starts from its weights.
+
+Hardware         16 chips of TPU v6e; `jaxlm plan configs/llama_8b.py --topology v6e:4x4` reports the memory on each
+                 (benchmarks/PLANS.md)
+Time, score      not measured: this config has not been trained yet
 """
 
 from dataclasses import replace

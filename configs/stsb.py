@@ -1,11 +1,15 @@
-"""STS benchmark: how alike two sentences are, from 0 to 5 (Cer et al. 2017), told by the cosine of their vectors.
+"""STS benchmark: similarity of two sentences from 0 to 5 (Cer et al. 2017), predicted by the cosine of their vectors.
 
     python train.py configs/stsb.py --init MODEL --data.path sts-train.csv --data.eval-path sts-dev.csv
 
-MODEL is a folder or a hub name.  The files are the original ones, divided by tabs, without a header.
+MODEL is a folder or a hub name.  The files are the original ones, separated by tabs and without a header.
 
-Measured so with MiniLM-L6 on 2 CPU cores (November 2026, seed 0), chosen on sts-dev (Spearman 0.8958 after the first of
-four epochs): Spearman 0.8541 on sts-test, which the weights that it starts from have at 0.8203; 7 min 15 s.
+Measured in November 2026 with MiniLM-L6 and seed 0; the best checkpoint on sts-dev is that of the first of four epochs
+(Spearman 0.8958):
+
+Hardware         2 CPU cores
+Time             7 min 15 s
+Score            Spearman 0.8541 on sts-test (0.8203 with the initial weights)
 """
 
 from jaxlm import DataConfig, OptimizerConfig, RunConfig, Similarity

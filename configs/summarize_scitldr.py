@@ -1,16 +1,18 @@
-"""SciTLDR: a paper's abstract in one sentence (Cachola et al. 2020), from a pre-trained encoder-decoder.
+"""SciTLDR: one-sentence summaries of scientific abstracts (Cachola et al. 2020), with a pretrained encoder-decoder.
 
     python train.py configs/summarize_scitldr.py --init MODEL --data.path train.jsonl --data.eval-path dev.jsonl
     python -m jaxlm evaluate runs/summarize_scitldr test.jsonl
 
 MODEL is a folder or a hub name, such as facebook/bart-base.  The files are those of SciTLDR-A: the sentences of each
-abstract, and one or several summaries, of which the best counts.
+abstract and one or several summaries; the score of an abstract is that of its best matching summary.
 
-Not measured from a real BART, which could not be downloaded where this was written.  From the T5 of 8 million
-parameters that `t5_pretrain.py` makes of 3.4 MB, with --optimizer.rate 1e-2 --optimizer.relative, on 2 CPU cores
-(November 2026, seed 0): 5 epochs in about 41 min beside other work, stopped once and resumed.  The first epoch and
-the end were scored on the dev part, ROUGE-1 21.8 and 21.5; the former's weights on the test part: ROUGE-1 24.4,
-ROUGE-2 6.3, ROUGE-L 20.5.
+Not measured with a real BART.  Measured in November 2026 with seed 0, --optimizer.rate 1e-2 and --optimizer.relative,
+with the T5 of 8 million parameters that `t5_pretrain.py` trains on 3.4 MB:
+
+Hardware         2 CPU cores, shared with other processes
+Time             about 41 min for 5 epochs, stopped once and resumed
+Score            dev part: ROUGE-1 21.8 after the first epoch, 21.5 at the end; test part, with the weights after the
+                 first epoch: ROUGE-1 24.4, ROUGE-2 6.3, ROUGE-L 20.5
 """
 
 from jaxlm import DataConfig, Decoding, OptimizerConfig, RunConfig, Seq2Seq

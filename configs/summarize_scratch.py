@@ -1,13 +1,16 @@
-"""Summaries from an encoder-decoder that begins with random weights, and learns from the pairs alone.
+"""Summarisation with a randomly initialised encoder-decoder that learns from the pairs only.
 
     python train.py configs/summarize_scratch.py --data.path train.jsonl --data.eval-path dev.jsonl
     python -m jaxlm evaluate runs/summarize_scratch test.jsonl
 
-The files are json lines, csv or parquet with the columns `source` and `target`; --task.source and --task.target name
-others, --task.references further columns of summaries that are as good.  A tokenizer is trained on the training part.
+The files are json lines, csv or parquet with the columns `source` and `target`.  --task.source and --task.target select
+other columns, and --task.references adds columns with further reference summaries.  A tokenizer is trained on the
+training part.
 
-Not measured.  A model without pre-training learns to write fluent summaries from some hundred thousand pairs (Rush et
-al. 2015 had 4 million); for a few thousand, as SciTLDR has, start from a pre-trained model: `summarize_scitldr.py`.
+Hardware, time, score   not measured yet
+
+Without pre-training, a model learns fluent summaries from several hundred thousand pairs (Rush et al. 2015 used 4
+million).  For a few thousand pairs, as in SciTLDR, start from a pretrained model: `summarize_scitldr.py`.
 """
 
 from dataclasses import replace

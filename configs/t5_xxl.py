@@ -1,9 +1,12 @@
-"""T5 v1.1 XXL, 11 billion parameters: spans of a text are written in order (Raffel et al. 2020).
+"""T5 v1.1 XXL, 11 billion parameters: pre-training by span corruption (Raffel et al. 2020).
 
     python train.py configs/t5_xxl.py --data.path 'corpus/*.txt.gz' --tokenizer.path MODEL
 
-MODEL is a folder or hub name with T5's sentencepiece.  The published run: 2,048 sequences of 512 tokens, Adafactor,
-inverse square root from 0.01, a million steps.  Not trained here; its plan is in benchmarks/PLANS.md.
+MODEL is a folder or hub name with T5's sentencepiece model.  The published run used 2,048 sequences of 512 tokens,
+Adafactor, an inverse square root schedule from 0.01 and a million steps.
+
+Hardware         64 chips of TPU v5p, planned in benchmarks/PLANS.md
+Time, score      not measured: this config has not been trained yet
 """
 
 from dataclasses import replace

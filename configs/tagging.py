@@ -1,13 +1,13 @@
-"""Tags of words from files of your own: names, parts of speech, any column of CoNLL files, or lists in a table.
+"""Tagging of words in your own files: names, parts of speech, any column of a CoNLL file, or lists in a table.
 
     python train.py configs/tagging.py --init MODEL --data.path train.conll --data.eval-path dev.conll
 
-MODEL is a folder or a hub name.  A line holds a word and its tag, a blank line ends a sentence; files in CoNLL-U, with
-an index column or with comments are read too, and `--data.columns id tokens lemma tags` names the columns of others.
-Csv, json lines and parquet hold lists: --task.tokens and --task.tags name their columns.  A tenth is held out unless
---data.eval-path gives other data.  --task.scheme IOB1 or IOBES says how spans are marked.
+MODEL is a folder or a hub name.  Each line has a word and its tag, and a blank line ends a sentence.  Files in CoNLL-U,
+with an index column or with comments are also supported; `--data.columns id tokens lemma tags` names other columns.  In
+csv, json lines and parquet files, --task.tokens and --task.tags name columns of lists.  A tenth is held out unless
+--data.eval-path is set.  --task.scheme IOB1 or IOBES selects how spans are marked; by default it is detected.
 
-The recipe is that of `wnut17.py`, which says what it scored.
+Hardware, time, score   see wnut17.py, which has a similar recipe
 """
 
 from jaxlm import DataConfig, OptimizerConfig, RunConfig, Tagging

@@ -1,18 +1,23 @@
-"""MENYO-20k: English to Yoruba, from ten thousand sentence pairs alone (Adelani et al. 2021).
+"""MENYO-20k: English to Yoruba from ten thousand sentence pairs (Adelani et al. 2021).
 
     python train.py configs/translate_lowresource.py --data.path train.tsv --data.eval-path dev.tsv
     python -m jaxlm evaluate runs/translate_lowresource test.tsv
 
-The files are the original ones: columns English and Yoruba divided by tabs, with quotes; gz as it is.  Yoruba is
-written with its diacritics, and scored with them.
+The files are the original ones, plain or gz, with the columns English and Yoruba separated by tabs, and with quotes.
+Yoruba is written and scored with its diacritics.
 
-Measured so, but for --task.generated 50, on 2 CPU cores beside other work (November 2026, seed 0): 14 epochs in 37 min
-42 s, held-out loss 5.25 nats a token; the first 800 sentences of the test part, by the weights of step 800, which BLEU
-on those 50 chose: sacreBLEU 0.32, chrF 8.9 (beams 5, nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0).
-That is no translation yet: it writes frequent words, and hardly looks at its source.  Of what was tried 2e-3 with
-dropout 0.2 promises most: on an H100 its held-out loss was 5.11 after 1,200 steps, when the time was over.  1e-3 with
-dropout 0.3 comes to 5.21 in 30 epochs, 4e-3 with dropout 0.3 to 6.65; smaller batches (--batch 4, 1e-3) do no better
-at equal epochs.
+Measured in November 2026 with seed 0 and --task.generated 50:
+
+Hardware         2 CPU cores, shared with other processes
+Time             37 min 42 s for 14 epochs
+Score            held-out loss 5.25 nats per token.  On the first 800 test sentences: sacreBLEU 0.32, chrF 8.9 (beams 5,
+                 nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0), with the weights of step 800, selected by
+                 BLEU on 50 held-out sentences
+
+The model does not translate yet: it writes frequent words and makes little use of its source.  The most promising
+setting so far is 2e-3 with dropout 0.2: held-out loss 5.11 after 1,200 steps on an H100, where the run was stopped.
+1e-3 with dropout 0.3 reaches 5.21 in 30 epochs, and 4e-3 with dropout 0.3 reaches 6.65.  Smaller batches (--batch 4,
+1e-3) are not better after the same number of epochs.
 """
 
 from dataclasses import replace

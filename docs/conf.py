@@ -1,4 +1,4 @@
-"""The site: `python -m sphinx -W --keep-going -q docs docs/_build` writes it, without a network."""
+"""The configuration of the site. `python -m sphinx -W --keep-going -q docs docs/_build` builds it without a network."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-import jaxlm  # noqa: E402 - the one of this tree
+import jaxlm  # noqa: E402 - from this checkout
 
 project = "jaxlm"
 author = "the authors of jaxlm"
@@ -22,12 +22,12 @@ html_copy_source = False
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "from_code"]
 exclude_patterns = ["_build", "jupyter_execute", "**.ipynb_checkpoints"]
 
-# Pages are Markdown; notebooks are shown as they were run.
+# Pages are Markdown. Notebooks are shown with their stored outputs.
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 4
 nb_execution_mode = "off"
 
-# The reference is what the docstrings say: `name` is code, types stand as they are written.
+# The reference is generated from docstrings: text in backticks is code, and types are shown as in the source.
 default_role = "code"
 highlight_language = "none"
 autodoc_typehints = "signature"

@@ -1,16 +1,16 @@
 """jaxlm: pre-train, fine-tune, evaluate and run Transformer language models in JAX.
 
-lm = jaxlm.fit(run)                                   # train what a RunConfig says
-lm = jaxlm.load("runs/quickstart")                    # a run, or a model in Hugging Face's format
-jaxlm.generate(lm, ["The"], max_new_tokens=20)        # continuations of prompts
-jaxlm.encode(lm, ["a text", "another"])               # embeddings, pooled as the checkpoint declares
-jaxlm.predict(lm, ["a text", "another"])              # what a fine-tuned model tells of them, with its confidence
-jaxlm.save(lm, "folder")                              # for transformers to load
+lm = jaxlm.fit(run)                                   # train a model as a RunConfig describes
+lm = jaxlm.load("runs/quickstart")                    # load a run, or a model in Hugging Face format
+jaxlm.generate(lm, ["The"], max_new_tokens=20)        # continue prompts
+jaxlm.encode(lm, ["a text", "another"])               # embed texts, pooled as the checkpoint declares
+jaxlm.predict(lm, ["a text", "another"])              # predict with a fine-tuned model, with confidences
+jaxlm.save(lm, "folder")                              # write a model that transformers can load
 """
 
 __version__ = "0.1.0"
 
-from jaxlm.devices.process import interrupts_wait as _interrupts_wait
+from jaxlm.devices.process import delay_interrupts as _interrupts_wait
 
 with _interrupts_wait():
     from jaxlm.config import (

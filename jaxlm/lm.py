@@ -1,4 +1,4 @@
-"""A language model: configuration, module, parameters, tokenizer.  Loaded from a folder, saved to one."""
+"""A language model with its config, module, parameters and tokenizer; loading it from a folder and saving it."""
 
 from __future__ import annotations
 
@@ -18,24 +18,25 @@ import numpy as np
 
 from jaxlm import families
 from jaxlm.config import TASK_CONFIGS, MatmulPrecision, ModelConfig, check_task, task_from_json, task_to_json
-from jaxlm.config.ranges import Name, Range, argument, shown
+from jaxlm.config.ranges import Name, Range, check_argument, short_repr
 from jaxlm.data.tokenizers import tokenizer as tokenizers
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 from jaxlm.devices import sharding
 from jaxlm.devices.programs import Programs
-from jaxlm.errors import UserError, perhaps
+from jaxlm.errors import UserError, suggestion
 from jaxlm.hub import model_files
 from jaxlm.hub.download import fetch
-from jaxlm.hub.pooling import Pooling, carried, read_pooling
+from jaxlm.hub.pooling import Pooling, read_files, read_pooling
 from jaxlm.nn.transformer import Transformer, apply
 from jaxlm.storage import buckets, disk
 
 
 class StackOutputs(NamedTuple):
-    """What went on in a stack, where it was asked for.
+    """The hidden states and attention weights of a stack, as far as the call requested them.
 
-    states_LBTD: hidden states of the embeddings and of each layer, L + 1 in all, the last after the last norm.
-    attention_LBHTS, cross_attention_LBHTS: attention weights of each layer, over itself and over the encoder.
+    states_LBTD: the embeddings and the output of each layer, L + 1 in all; the last is after the final norm.
+    attention_LBHTS: self-attention weights of each layer.
+    cross_attention_LBHTS: attention weights of each layer of a decoder over the encoder.
     """
 
     states_LBTD: jax.Array | None = None
@@ -44,12 +45,12 @@ class StackOutputs(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What a model says of a batch.
+    """The outputs of a model for a batch.
 
-    logits: of its first head: [B, T, V] (lm, masked_lm), [B, N] (classes), [B, T, N] (tokens), [B, T, 2] (span: start
+    logits: of the first head: [B, T, V] (lm, masked_lm), [B, N] (classes), [B, T, N] (tokens), [B, T, 2] (span: start
     and end), [B, 2] (next_sentence), [B, T] (replaced), [B, D] (pooled: a vector, no logits); None without a head.
-    hidden_BTD: the last hidden states; of an encoder-decoder, those of the decoder.
-    encoder, decoder: what went on inside, of the stacks that there are.
+    hidden_BTD: the last hidden states; for an encoder-decoder, those of the decoder.
+    encoder, decoder: hidden states and attention weights; None for a stack that the model does not have.
     """
 
     logits: jax.Array | None
@@ -59,10 +60,10 @@ class Output(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """What a model was fine-tuned for.
+    """The task that a model was fine-tuned for.
 
-    task: the config of the task, with its columns; the name of its kind where that is not registered.
-    length: tokens in a row, and the most that an example had.
+    task: the config of the task, with its columns; the name of its class where that is not registered.
+    length: tokens in a row, which is also the maximum length of an example.
     """
 
     task: Any
@@ -73,29 +74,33 @@ class Trained(NamedTuple):
 class LM:
     """A model as data: `lm(tokens_BT)` applies `lm.module` to `lm.params`, jitted.
 
-    The module carries the mesh of the parameters: where they lie on another one than it names, it is replaced.
+    The module has the mesh of the parameters. A module with another mesh is replaced by a copy with this mesh.
     """
 
     config: ModelConfig
     module: Transformer
     params: Any
     tokenizer: Tokenizer | None = None
-    origin: families.Origin | None = None  # how its folder said it
-    files: dict[str, bytes] = field(default_factory=dict)  # that go along when it is saved
+    origin: families.Origin | None = None  # the config and format of the folder that it was loaded from
+    files: dict[str, bytes] = field(default_factory=dict)  # further files to save with the model, by name
     pooling: Pooling | None = None  # how texts become vectors, where the folder declares it
-    fresh: tuple[str, ...] = ()  # paths of parameters that were drawn anew, since the folder has none
+    fresh: tuple[str, ...] = ()  # paths of the parameters that the folder lacks, which are randomly initialised
     programs: Programs = field(default_factory=Programs, repr=False)  # compiled for this model
 
     def __post_init__(self) -> None:
         mesh = sharding.mesh_of(self.params)
         if mesh is not None and mesh != self.module.constrain.mesh:
             object.__setattr__(self, "module", self.module.clone(constrain=sharding.Placement(mesh)))
-        if self.tokenizer is not None:  # refuses tokens that this model has no row for
+        if self.tokenizer is not None:  # raises for tokens that have no row in the embeddings
             object.__setattr__(self, "tokenizer", self.tokenizer.for_model(self.config.vocabulary, self.config.V))
 
     @property
     def trained(self) -> Trained | None:
-        """What the model was fine-tuned for, where its files say so.  Raises UserError where they cannot be read."""
+        """The task that the model was fine-tuned for; None where its files do not name one.
+
+        Raises:
+          UserError: where the file with the task is damaged.
+        """
         if _TASK not in self.files:
             return None
         try:
@@ -109,36 +114,36 @@ class LM:
             task = task_from_json(values["task"])
             check_task(task)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{_TASK} of the model is not what jaxlm writes ({error}); delete it") from None
+            raise UserError(f"{_TASK} of the model is not as jaxlm writes it ({error}); delete it") from None
         return Trained(task, length)
 
     @property
     def vocabulary(self) -> int:
-        """Number of tokens that can be written: the tokenizer's, where the stored vocabulary is padded beyond it."""
+        """Number of tokens that can be generated: the tokenizer's, where the stored vocabulary is padded beyond it."""
         return self.config.V if self.tokenizer is None else min(self.tokenizer.target.size, self.config.V)
 
     def tokens(self, text: str, pair: str | None = None) -> np.ndarray:
-        """Returns what the model reads of a text: its ids, [1, T] int32, with the special tokens around them.
+        """Returns the token ids of a text, [1, T] int32, with the special tokens that the model expects around it.
 
-        `tokenizer.encode(text)` gives the ids of the text alone, `tokens` also [CLS] and [SEP], BOS or EOS, as the
-        tokenizer of transformers does when it is called.
+        `tokenizer.encode(text)` returns the ids of the text alone. This adds [CLS] and [SEP], BOS or EOS, as calling
+        the tokenizer of transformers does.
 
         Args:
-            text: the text.
-            pair: a second text, for a model that reads two.
+          text: the text.
+          pair: a second text, for a model that reads pairs.
 
         Raises:
-            UserError: for a model without a tokenizer, and for an id that the model has no row for.
+          UserError: for a model without a tokenizer, and for an id that the model has no row for.
         """
         if self.tokenizer is None:
             raise UserError("the model has no tokenizer; load it from a folder with one, or give token ids")
-        ((ids, _),) = self.tokenizer.frame([text], None if pair is None else [pair])
+        ((ids, _),) = self.tokenizer.encode_with_special_tokens([text], None if pair is None else [pair])
         return np.array([ids], np.int32)
 
     def _token(self, role: str) -> int | None:
-        """The token of a role, such as pad or eos, where config.json or the tokenizer names it."""
-        said = self.origin.config.get(f"{role}_token_id") if self.origin else None
-        return said if isinstance(said, int) or self.tokenizer is None else getattr(self.tokenizer, role)
+        """Returns the id of the token with a role, such as pad or eos, in config.json or in the tokenizer, or None."""
+        token = self.origin.config.get(f"{role}_token_id") if self.origin else None
+        return token if isinstance(token, int) or self.tokenizer is None else getattr(self.tokenizer, role)
 
     def apply(
         self,
@@ -154,63 +159,80 @@ class LM:
         states: bool = False,
         attentions: bool = False,
     ) -> Output:
-        """The pure function behind a call: `params -> Output`, under any transformation of JAX.
+        """Returns the outputs of the model with these parameters: a pure function for any transformation of JAX.
 
-        mask_BT: 1 for tokens, 0 for padding; the same as segments of 1 and 0.  segments_BT: which example of the row a
-        token belongs to, where rows are packed; then heads that speak of a whole example speak of the row's first (or
-        last, by `config.classes_from`).  positions_BT: as transformers counts them, where unsaid.
-        target_tokens_BT: what an encoder-decoder's decoder reads; unsaid, the tokens behind its start token.
-        states, attentions: return every layer's hidden states, and attention weights.
+        Args:
+          params: the parameters.
+          tokens_BT: token ids, int32; the input of the encoder, where there is one.
+          mask_BT: 1 for tokens, 0 for padding; the same as segments of 1 and 0.
+          types_BT: token types of BERT; None: 0.
+          target_tokens_BT: input of the decoder of an encoder-decoder; None: `tokens_BT` after the start token.
+          target_mask_BT: as `mask_BT`, for `target_tokens_BT`.
+          segments_BT: number of the example that a token of a packed row belongs to, from 1; 0 for padding. Heads with
+            one output per row then read the row's first token (or the last, by `config.classes_from`).
+          positions_BT: positions of the tokens; None: as transformers counts them.
+          states: whether to return the hidden states of every layer.
+          attentions: whether to return the attention weights of every layer.
+
+        Raises:
+          UserError: where both a mask and segments are given, and where target tokens are missing or not supported.
         """
         if mask_BT is not None and segments_BT is not None:
-            raise UserError("mask_BT and segments_BT are both given; give segments of 0 and 1 for a mask")
+            raise UserError("mask_BT and segments_BT are both given; give only one: a mask is segments of 0 and 1")
         segments_BT = mask_BT if segments_BT is None else segments_BT
         inputs: list[Any] = [tokens_BT, segments_BT, positions_BT, types_BT]
         if self.config.structure == "encoder_decoder":
             if target_tokens_BT is None:
-                inputs += [self._moved_right(tokens_BT), None]  # the decoder sees padding, as in transformers
+                inputs += [self._shift_right(tokens_BT), None]  # the decoder attends to padding, as in transformers
             else:
                 inputs += [target_tokens_BT, target_mask_BT]
                 tokens_BT, segments_BT = target_tokens_BT, target_mask_BT
         elif target_tokens_BT is not None:
             raise UserError(f"target_tokens_BT is given, but the model is a(n) {self.config.structure}; leave it out")
-        wanted = ["states"] * states + ["weights"] * attentions
-        x_BTD = apply(self.module, params, *inputs, mutable=wanted or False)
-        inside: dict[str, StackOutputs | None] = {"encoder": None, "decoder": None}
-        if wanted:
-            x_BTD, seen = x_BTD
-            inside = {stack: _inside(seen, stack) for stack in inside if stack in seen[wanted[0]]}
-        if self.config.classes_from == "last":  # which transformers finds by its token
+        collections = ["states"] * states + ["weights"] * attentions
+        x_BTD = apply(self.module, params, *inputs, mutable=collections or False)
+        stacks: dict[str, StackOutputs | None] = {"encoder": None, "decoder": None}
+        if collections:
+            x_BTD, sown = x_BTD
+            stacks = {stack: _stack_outputs(sown, stack) for stack in stacks if stack in sown[collections[0]]}
+        if self.config.classes_from == "last":  # transformers finds the last token by its id
             end, padding = self._token("eos"), self._token("pad")
             if self.config.structure == "encoder_decoder" and end is not None:
                 segments_BT = jnp.equal(tokens_BT, end)
             elif segments_BT is None and padding is not None:
                 segments_BT = jnp.not_equal(tokens_BT, padding)
-        return Output(self._logits(params, x_BTD, segments_BT), x_BTD, **inside)
+        return Output(self._logits(params, x_BTD, segments_BT), x_BTD, **stacks)
 
     def _logits(self, params: Any, x_BTD: jax.Array, segments_BT: jax.Array | None) -> jax.Array | None:
         head = next(iter(self.config.heads_on_top), None)
         if head is None:
             return None
-        read = x_BTD
         if head in ("classes", "pooled", "next_sentence"):
-            where = self.config.classes_from if head == "classes" else "first"
-            read = _example(x_BTD, segments_BT, where)
-        return apply(self.module, params, read, method=head)
+            x_BTD = _row_state(x_BTD, segments_BT, self.config.classes_from if head == "classes" else "first")
+        return apply(self.module, params, x_BTD, method=head)
 
-    def _moved_right(self, tokens_BT: jax.Array) -> jax.Array:
+    def _shift_right(self, tokens_BT: jax.Array) -> jax.Array:
         start, padding = self.config.start_token, self._token("pad")
         if start is not None:
             first_B1 = jnp.full_like(tokens_BT[:, :1], start)
-        elif padding is not None:  # mBART begins with what the text ends with, its language
+        elif padding is not None:  # mBART starts with the last token of the text, its language
             last_B1 = (tokens_BT != padding).sum(1, keepdims=True) - 1
             first_B1 = jnp.take_along_axis(tokens_BT, last_B1, 1)
         else:
-            raise UserError("an encoder-decoder needs target_tokens_BT, the tokens that its decoder reads")
+            raise UserError("an encoder-decoder requires target_tokens_BT, the input of its decoder")
         return jnp.concatenate([first_B1, tokens_BT[:, :-1]], 1)
 
     def __call__(self, tokens_BT: jax.Array, *inputs: jax.Array | None, **named: Any) -> Output:
-        """`apply` with the model's own parameters, compiled."""
+        """Returns `apply` with the model's own parameters, compiled once for each combination of shapes.
+
+        Args:
+          tokens_BT: token ids, any integer dtype.
+          *inputs: further arguments of `apply`, by position.
+          **named: further arguments of `apply`, by name.
+
+        Raises:
+          UserError: for ids that the model has no row for, for rows longer than its positions, and as `apply` does.
+        """
         check_ids("tokens_BT", tokens_BT, self.config.vocabulary)
         target_BT = inputs[2] if len(inputs) > 2 else named.get("target_tokens_BT")
         if target_BT is not None:
@@ -221,7 +243,7 @@ class LM:
             raise UserError(f"tokens_BT has shape {tokens_BT.shape}; give [rows, positions], at least one of each")
         limit = self.config.position_limit
         if limit is not None and length > limit and named.get("positions_BT") is None:
-            raise UserError(f"a row has {length} tokens, more than the {limit} positions of the model; cut it")
+            raise UserError(f"a row has {length} tokens, more than the {limit} positions of the model; truncate it")
         shapes = tuple(None if x is None else jnp.shape(x) for x in (tokens_BT, *inputs))
         more = tuple((name, x if isinstance(x, bool) or x is None else jnp.shape(x)) for name, x in named.items())
         key = self.config, self.module, self._token("eos"), self._token("pad"), shapes, more
@@ -229,15 +251,20 @@ class LM:
 
 
 def _compiled_apply(config: ModelConfig, module: Transformer, eos: int | None, pad: int | None, *_: Any) -> Any:
-    """Returns `LM.apply` of such a model, compiled; one function for each shape, so that their number has a bound."""
+    """Returns `LM.apply`, jitted; one function for each combination of shapes, so that `Programs` can drop it."""
     tokens = families.Origin({"eos_token_id": eos, "pad_token_id": pad}, heads=None)
     return jax.jit(LM(config, module, None, origin=tokens).apply, static_argnames=("states", "attentions"))
 
 
 def check_ids(name: str, ids: Any, rows: int) -> None:
-    """Raises UserError for ids that are no integers, and for one that the model has no row for.
+    """Raises UserError for ids that are not integers or that the model has no row for.
 
-    Arrays on an accelerator, and those of a traced function, are not looked at: it would have to be waited for.
+    Arrays on an accelerator and tracers are not checked: reading them would wait for the device.
+
+    Args:
+      name: the argument, for the message.
+      ids: token ids, an array or nested lists.
+      rows: number of ids of the model.
     """
     if isinstance(ids, jax.core.Tracer):
         return
@@ -246,25 +273,25 @@ def check_ids(name: str, ids: Any, rows: int) -> None:
     try:
         ids = np.asarray(ids)
     except ValueError:
-        raise UserError(f"{name} has rows of several lengths; pad them to one, and give mask_BT") from None
+        raise UserError(f"{name} has rows of different lengths; pad them to one length, and give mask_BT") from None
     if ids.size and not np.issubdtype(ids.dtype, np.integer):
         raise UserError(f"{name} has the dtype {ids.dtype}; give token ids, which are integers")
     if ids.size and (ids.min() < 0 or ids.max() >= rows):
-        strange = int(ids.min() if ids.min() < 0 else ids.max())
+        invalid = int(ids.min() if ids.min() < 0 else ids.max())
         raise UserError(
-            f"{name} has the id {strange}, but the model has {rows} rows for tokens, so ids go from 0 to {rows - 1}; "
-            f"correct the ids, or give the model more rows with jaxlm.resize(lm, size)"
+            f"{name} has the id {invalid}, but the model has {rows} rows for tokens, so ids go from 0 to {rows - 1}; "
+            f"correct the ids, or add rows to the model with jaxlm.resize(lm, size)"
         )
 
 
-def _inside(seen: Any, stack: str) -> StackOutputs:
-    states = seen["states"][stack]["states"][0] if "states" in seen else None
-    weights = seen["weights"][stack]["weights"][0][:2] if "weights" in seen else (None, None)
+def _stack_outputs(sown: Any, stack: str) -> StackOutputs:
+    states = sown["states"][stack]["states"][0] if "states" in sown else None
+    weights = sown["weights"][stack]["weights"][0][:2] if "weights" in sown else (None, None)
     return StackOutputs(states, *weights)
 
 
-def _example(x_BTD: jax.Array, segments_BT: jax.Array | None, where: str) -> jax.Array:
-    """The state [B, D] that stands for the row's example: its first token's, its last one's, or their mean."""
+def _row_state(x_BTD: jax.Array, segments_BT: jax.Array | None, where: str) -> jax.Array:
+    """Returns the state [B, D] of each row's "first" or "last" token, or the "mean" over its tokens."""
     if where == "first":
         return x_BTD[:, 0]
     real_BT = jnp.ones(x_BTD.shape[:2], bool) if segments_BT is None else segments_BT > 0
@@ -275,12 +302,18 @@ def _example(x_BTD: jax.Array, segments_BT: jax.Array | None, where: str) -> jax
 
 
 def find(name: str | os.PathLike[str], *, revision: str | None = None, offline: bool = False) -> Path:
-    """The folder of a model: of a run, its export; of a hub name, its snapshot in the cache.
+    """Returns the folder of a model: the export of a run, or the downloaded snapshot of a hub name.
 
-    Raises UserError where there is none, or where it holds no model yet.
+    Args:
+      name: a folder of a run or of a model, an address in a bucket, or a hub name.
+      revision: branch, tag or commit of a hub name; None: its main branch.
+      offline: whether to use only files that were downloaded before.
+
+    Raises:
+      UserError: where the folder or hub name does not exist, or contains no model yet.
     """
-    address = argument("name", name, str)
-    revision = argument("revision", revision, str | None)
+    address = check_argument("name", name, str)
+    revision = check_argument("revision", revision, str | None)
     folder = (
         buckets.model(address) if buckets.is_address(address) else fetch(address, revision=revision, offline=offline)
     )
@@ -290,8 +323,8 @@ def find(name: str | os.PathLike[str], *, revision: str | None = None, offline: 
         raise UserError(f"{folder} has no config.json; give an exported model or a run folder")
     if "run" in families.read_config(folder / "config.json"):
         raise UserError(
-            f"the run in {folder} has no export yet; let it end (give its command again), or stop it with SIGTERM, "
-            f"which exports what there is"
+            f"the run in {folder} has no export yet; run its command again until it ends, or stop it with SIGTERM, "
+            f"which exports the model as it is then"
         )
     return folder
 
@@ -309,88 +342,90 @@ def load(
     revision: str | None = None,
     offline: bool = False,
     split_special_tokens: bool | None = None,
-    say: Callable[[str], None] | None = None,
+    log: Callable[[str], None] | None = None,
 ) -> LM:
-    """The model in a folder, or of a hub name: Hugging Face's format, or a run (its export).
+    """Loads a model from a folder in Hugging Face format, from the export of a run, or from the hub.
 
-    head: lm, masked_lm, next_sentence, replaced, classes, tokens, span, pooled, none, or encoder (of an
-    encoder-decoder); None: what the checkpoint has.  One that it does not have is randomly initialised, with a message.
-    labels: names, or the number, of what the heads classes and tokens tell apart; None: what the checkpoint says.
-    dtype: of the parameters in memory, None as they are stored; compute_dtype: of the arithmetic, None as `dtype`.
-    matmul_precision: of products of float32 matrices: default, high or highest.  At the default a TPU computes them in
-    one pass of bfloat16 and a GPU in TensorFloat32; highest is float32.
-    mesh: where the parameters go, each device reading its slices; None: the first device.
-    module: a class of your own, derived from Transformer, whose parameters the folder holds.
-    split_special_tokens: whether special tokens written in texts, such as "[SEP]", are spelled like other text (True,
-    for texts that users of a service send) or read as these tokens (False); None: as the tokenizer's files say, else
-    False.
-    revision: branch, tag or commit on the hub; offline: look only in the hub's cache.  say: takes what is said, in
-    place of standard error.
+    Args:
+      name: a folder of a model or of a run, an address in a bucket, or a hub name.
+      head: lm, masked_lm, next_sentence, replaced, classes, tokens, span, pooled, none, or encoder (of an
+        encoder-decoder); None: as in the checkpoint. A head that the checkpoint lacks is randomly initialised, with a
+        message.
+      labels: names, or the number, of the outputs of the heads classes and tokens; None: as in the checkpoint.
+      dtype: of the parameters in memory: float32, bfloat16 or float16; None: as they are stored.
+      compute_dtype: of the arithmetic; None: the same as `dtype`.
+      matmul_precision: of products of float32 matrices: default, high or highest. By default a TPU computes them in one
+        pass of bfloat16 and a GPU in TensorFloat32; highest is float32.
+      mesh: devices to shard the parameters over, each of which reads its own slices; None: the first device.
+      module: a class derived from `Transformer` that the parameters in the folder belong to.
+      revision: branch, tag or commit of a hub name; None: its main branch.
+      offline: whether to use only files that were downloaded before.
+      split_special_tokens: True: special tokens written in a text, such as "[SEP]", are encoded like other text, for
+        texts from users of a service. False: they become the special token. None: as the tokenizer's files specify,
+        else False.
+      log: receives the message about initialised parameters; None: standard error.
 
-    Raises UserError where there is no such folder or hub name, where it holds no model, or where its files contradict
-    each other.
+    Returns:
+      The model.
+
+    Raises:
+      UserError: where the folder or hub name does not exist, contains no model, or has files that contradict each
+        other; and for arguments out of range.
     """
-    head = argument("head", head, str | None)
+    head = check_argument("head", head, str | None)
     names = _label_names(labels)
-    argument("matmul_precision", matmul_precision, MatmulPrecision)
-    argument("mesh", mesh, jax.sharding.Mesh | None)
+    check_argument("matmul_precision", matmul_precision, MatmulPrecision)
+    check_argument("mesh", mesh, jax.sharding.Mesh | None)
     if module is not None and not (isinstance(module, type) and issubclass(module, Transformer)):
-        raise UserError(f"module is {shown(module)}; it must be a class derived from jaxlm's Transformer")
+        raise UserError(f"module is {short_repr(module)}; it must be a class derived from jaxlm's Transformer")
     folder = find(name, revision=revision, offline=offline)
-    kinds = [None if kind is None else _dtype(kind) for kind in (dtype, compute_dtype)]
-    found = families.load(
-        folder,
-        head=head,
-        labels=names,
-        dtype=kinds[0],
-        mesh=mesh,
-        module=module,
-    )
+    stored, compute = (None if given is None else _dtype(given) for given in (dtype, compute_dtype))
+    found = families.load(folder, head=head, labels=names, dtype=stored, mesh=mesh, module=module)
     if found.fresh:
-        tell = say or partial(print, file=sys.stderr)
-        tell(f"randomly initialised, since {folder} has none: {', '.join(found.fresh)}")
-    compute = kinds[1] or kinds[0] or jnp.result_type(*jax.tree.leaves(found.params))
+        log = log or partial(print, file=sys.stderr)
+        log(f"randomly initialised, since {folder} has none: {', '.join(found.fresh)}")
+    compute = compute or stored or jnp.result_type(*jax.tree.leaves(found.params))
     placement = sharding.Placement(mesh)
-    made = (module or Transformer)(found.config, placement, jnp.dtype(compute), precision=matmul_precision)
+    own_module = (module or Transformer)(found.config, placement, jnp.dtype(compute), precision=matmul_precision)
     tokenizer = tokenizers.load(str(folder), split_special_tokens) if has_tokenizer(folder) else None
     files, pooling = kept_files(folder)
-    before = found.origin.config.get("model")  # of our own format
-    own = isinstance(before, dict) and before.get("heads_on_top") == list(found.config.heads_on_top)
-    if found.fresh or (head is not None and found.origin.heads is None and not own):
-        files = without_task(files)  # the head is another than that of the task
-    return LM(found.config, made, found.params, tokenizer, found.origin, files, pooling, found.fresh)
+    stored_model = found.origin.config.get("model")  # of jaxlm's own format
+    same_heads = isinstance(stored_model, dict) and stored_model.get("heads_on_top") == list(found.config.heads_on_top)
+    if found.fresh or (head is not None and found.origin.heads is None and not same_heads):
+        files = without_task(files)  # the task was trained with another head
+    return LM(found.config, own_module, found.params, tokenizer, found.origin, files, pooling, found.fresh)
 
 
 def _label_names(labels: Any) -> tuple[str, ...] | None:
-    """The names of the outputs of a head, of which the number alone may be given."""
+    """Returns the names of the outputs of a head, which are numbered where only their number is given."""
     if labels is None or isinstance(labels, (list, tuple)):
-        names = argument("labels", labels, tuple[Name, ...] | None)
-        twice = next((name for name in names or () if names.count(name) > 1), None)
-        if twice is not None or (names is not None and not names):
-            raise UserError(f"labels is {shown(labels)}; give at least one name, and each name once")
+        names = check_argument("labels", labels, tuple[Name, ...] | None)
+        repeated = next((name for name in names or () if names.count(name) > 1), None)
+        if repeated is not None or (names is not None and not names):
+            raise UserError(f"labels is {short_repr(labels)}; give at least one name, and each name once")
         return names
-    count = argument("labels", labels, Annotated[int, Range(1, 1_000_000)])
+    count = check_argument("labels", labels, Annotated[int, Range(1, 1_000_000)])
     return tuple(f"LABEL_{i}" for i in range(count))
 
 
 def kept_files(folder: Path) -> tuple[dict[str, bytes], Pooling | None]:
-    """Returns the files of a model's folder that are saved with the model again, and the pooling that they declare."""
-    kept = {name: model_files.locate(folder, name) for name in _CARRIED}
-    files = {name: model_files.read_bytes(file) for name, file in kept.items() if file is not None}
+    """Returns the files of a model's folder that `save` copies, by name, and the pooling that they declare."""
+    paths = {name: model_files.locate(folder, name) for name in _CARRIED}
+    files = {name: model_files.read_bytes(file) for name, file in paths.items() if file is not None}
     if _TASK not in files and folder.name == "export":
-        files |= _of_run(folder.parent)
-    return files | carried(folder), read_pooling(folder)
+        files |= _task_of_run(folder.parent)
+    return files | read_files(folder), read_pooling(folder)
 
 
 def without_task(files: Mapping[str, bytes]) -> dict[str, bytes]:
-    """Returns the files of a model without the note of what it was fine-tuned for."""
+    """Returns the files of a model, without the task that it was fine-tuned for."""
     return {name: content for name, content in files.items() if name != _TASK}
 
 
 def _files_to_save(lm: LM) -> Mapping[str, bytes]:
-    """Returns the files that are saved beside a model.
+    """Returns the further files to save with a model.
 
-    Those that make it an encoder of sentences are left out where it has got a head that says something else of a text.
+    A model with a new head for classes, tokens or spans is no longer a sentence encoder, so those files are left out.
     """
     new_head = lm.origin is None or lm.origin.heads != lm.config.heads_on_top
     if new_head and {"classes", "tokens", "span"} & set(lm.config.heads_on_top):
@@ -400,36 +435,41 @@ def _files_to_save(lm: LM) -> Mapping[str, bytes]:
 
 def _dtype(name: Any) -> Any:
     known = ("float32", "bfloat16", "float16")
-    given = getattr(name, "__name__", str(name))
-    if given not in known:
-        raise UserError(f"dtype is {given!r}{perhaps(given, known)}")
-    return jnp.dtype(given)
+    name = getattr(name, "__name__", str(name))
+    if name not in known:
+        raise UserError(f"dtype is {name!r}{suggestion(name, known)}")
+    return jnp.dtype(name)
 
 
-_TASK = "jaxlm_task.json"  # of an export: what the model was fine-tuned for
+_TASK = "jaxlm_task.json"  # the task that the model of a folder was fine-tuned for
 _CARRIED = ("generation_config.json", _TASK)
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "*.spm", "*.model")
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds files of a tokenizer."""
+    """Returns whether a folder contains the files of a tokenizer."""
     return any(True for pattern in _VOCABULARIES for _ in folder.glob(pattern))
 
 
 def check_free(folder: Path, overwrite: bool) -> None:
-    """Raises UserError where a model cannot be written to `folder` without losing something."""
+    """Raises UserError where a model cannot be written to `folder` without losing other files.
+
+    Args:
+      folder: to be written.
+      overwrite: whether an existing folder may be replaced; the folder of a run never is.
+    """
     folder = Path(os.path.realpath(folder))
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; choose another folder")
     above = next(parent for parent in folder.parents if parent.exists())
     if not above.is_dir():
-        raise UserError(f"{folder} cannot be made: {above} is a file; choose another folder")
+        raise UserError(f"{folder} cannot be created, because {above} is a file; choose another folder")
     if Path.cwd().is_relative_to(folder):
-        raise UserError(f"{folder} is the present folder, or above it; choose a folder below it")
+        raise UserError(f"{folder} is the current folder, or contains it; choose a folder below it")
     if folder.exists() and any(folder.iterdir()) and not overwrite:
-        raise UserError(f"{folder} exists and is not empty; choose another folder, or say that it may be overwritten")
+        raise UserError(f"{folder} exists and is not empty; choose another folder, or set overwrite")
     if (folder / "metrics.jsonl").exists() or (folder / "checkpoints").exists():
-        raise UserError(f"{folder} holds a run, which would be lost; choose another folder")
+        raise UserError(f"{folder} contains a run, which would be lost; choose another folder")
 
 
 def save(
@@ -440,22 +480,30 @@ def save(
     overwrite: bool = False,
     max_shard_bytes: int = 5_000_000_000,
 ) -> str:
-    """Writes the model where transformers can load it; returns the name of the format.
+    """Writes a model, its tokenizer and its further files to a folder that transformers can load.
 
-    The folder appears whole or not at all.  What was read and has not changed is written byte for byte, under the names
-    that it had.  An architecture that Hugging Face has no format for is written in jaxlm's own.
+    The folder is written as a whole or not at all. Files that were read and have not changed are written byte for byte,
+    under their old names. An architecture without a Hugging Face format is written in jaxlm's own format.
 
-    dtype: of all tensors; None: each as it was stored where it came from.  overwrite: replace a folder that is not
-    empty.  max_shard_bytes: files are at most this large.
+    Args:
+      lm: the model.
+      folder: the folder to write.
+      dtype: of all tensors: float32, bfloat16 or float16; None: each as in the folder that it was loaded from.
+      overwrite: whether to replace a folder that is not empty.
+      max_shard_bytes: maximum size of a file of tensors.
 
-    Raises UserError where the folder exists and is not empty, unless `overwrite` says to replace it; where it holds a
-    run; and where another process writes there.
+    Returns:
+      The name of the format, such as "bert".
+
+    Raises:
+      UserError: where the folder is not empty and `overwrite` is False, where it contains a run, and where another
+        process writes to it.
     """
-    argument("lm", lm, LM)
-    folder = disk.local(argument("folder", folder, str), "folder")
-    max_shard_bytes = argument("max_shard_bytes", max_shard_bytes, Annotated[int, Range(1, 10**18)])
+    check_argument("lm", lm, LM)
+    folder = disk.local(check_argument("folder", folder, str), "folder")
+    max_shard_bytes = check_argument("max_shard_bytes", max_shard_bytes, Annotated[int, Range(1, 10**18)])
     check_free(folder, overwrite)
-    lock = disk.lock_beside(folder)
+    lock = disk.lock_path(folder)
     lock.parent.mkdir(parents=True, exist_ok=True)
     with disk.lock(lock, str(folder), "choose another folder"), disk.atomic_folder(folder, overwrite) as part:
         extra: dict[str, Any] = {}
@@ -463,7 +511,9 @@ def save(
             lm.tokenizer.save(str(part))
             ids = {"bos": lm.tokenizer.bos, "eos": lm.tokenizer.eos, "pad": lm.tokenizer.pad}
             extra = {f"{name}_token_id": i for name, i in ids.items()}
-        if lm.origin is not None and "model_type" not in lm.origin.config:  # of no format yet, but what a task says
+        if (
+            lm.origin is not None and "model_type" not in lm.origin.config
+        ):  # the model is in no format yet; a task added these keys
             extra |= lm.origin.config
         for name, content in _files_to_save(lm).items():
             (part / name).parent.mkdir(parents=True, exist_ok=True)
@@ -481,8 +531,8 @@ def save(
     return kind
 
 
-def _of_run(folder: Path) -> dict[str, bytes]:
-    """The note of what a run trains, where its export was written before exports had one."""
+def _task_of_run(folder: Path) -> dict[str, bytes]:
+    """Returns the file with the task of a run, for an export by a version that did not write this file yet."""
     file = model_files.locate(folder, "config.json")
     run = model_files.read_object(file).get("run") if file else None
     data = run.get("data") if isinstance(run, dict) else None
@@ -492,11 +542,17 @@ def _of_run(folder: Path) -> dict[str, bytes]:
 
 
 def with_task(lm: LM, task: Any, length: int) -> LM:
-    """Returns the model with a note of what it was fine-tuned for, which is saved with it; see `LM.trained`."""
-    note = json.dumps({"task": task_to_json(task), "length": length}, indent=2) + "\n"
-    return dataclasses.replace(lm, files={**lm.files, _TASK: note.encode()})
+    """Returns the model with the task that it was fine-tuned for, which is saved with it; see `LM.trained`.
+
+    Args:
+      lm: the model.
+      task: the config of the task.
+      length: tokens in a row.
+    """
+    content = json.dumps({"task": task_to_json(task), "length": length}, indent=2) + "\n"
+    return dataclasses.replace(lm, files={**lm.files, _TASK: content.encode()})
 
 
 def with_params(lm: LM, params: Any) -> LM:
-    """The same model with other parameters."""
+    """Returns the same model with other parameters."""
     return dataclasses.replace(lm, params=params)

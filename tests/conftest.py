@@ -7,10 +7,10 @@ import os
 from pathlib import Path
 
 import pytest
+from flags import xla_flags
 
-# Both are read when JAX starts, and by the subprocesses that tests start.
-if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+# JAX reads these when it starts, in the subprocesses of tests too.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(devices=8)}".strip()
 # Two threads a device: with one, collectives over two axes can wait for each other until XLA aborts.
 os.environ.setdefault("NPROC", "16")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -1,4 +1,4 @@
-"""The benchmark of accelerators runs from end to end, within its time, on what an image with jax and torch has."""
+"""The accelerator benchmark runs from end to end within its time limit, in an image with only jax and torch."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FILE = ROOT / "benchmarks" / "accelerator.py"
-# What such an image need not have; those of the second line come with transformers.
+# Packages that such an image may lack; those of WITH_TRANSFORMERS are installed with transformers.
 MISSING = ["tensorflow_datasets", "array_record", "grain", "tyro", "sentencepiece", "pyarrow", "seqeval", "sacrebleu"]
 MISSING += ["rouge_score", "sklearn", "matplotlib", "tensorboardX", "jinja2"]
 WITH_TRANSFORMERS = ["tokenizers", "safetensors", "huggingface_hub", "torch", "transformers"]
-# Python runs a file of this name at its start, in the processes of the benchmark too.
+# Python runs sitecustomize.py when it starts, also in the processes of the benchmark.
 WITHOUT = """
 import sys
 from importlib.machinery import PathFinder
@@ -38,13 +38,13 @@ sys.meta_path[:] = [Without if finder is PathFinder else finder for finder in sy
 
 @pytest.fixture
 def without(tmp_path):
-    """`without(names)`: an environment in which these packages are not there."""
+    """`without(names)`: an environment without these packages."""
 
-    def made(names: list[str]) -> dict[str, str]:
+    def environment(names: list[str]) -> dict[str, str]:
         (tmp_path / "sitecustomize.py").write_text(WITHOUT.format(missing=set(names)))
         return os.environ | {"PYTHONPATH": str(tmp_path), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
 
-    return made
+    return environment
 
 
 @pytest.fixture(scope="module")
@@ -79,12 +79,12 @@ def test_the_library_trains_and_generates_with_jax_flax_and_optax_alone(without)
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert not done.returncode, done.stderr
     done = subprocess.run([sys.executable, "-c", "import tyro"], env=environment, capture_output=True, text=True)
-    assert "No module named 'tyro'" in done.stderr  # the absence is real
+    assert "No module named 'tyro'" in done.stderr  # the packages are really missing
 
 
 @pytest.mark.long
 @pytest.mark.parity
-def test_all_of_it_made_small(without, tmp_path):
+def test_the_whole_benchmark_at_a_tiny_size(without, tmp_path):
     out = tmp_path / "out.json"
     done = run(without(MISSING), "--tiny", "--out", str(out), "--minutes", "20", seconds=1300)
     assert not done.returncode, done.stderr
@@ -94,7 +94,7 @@ def test_all_of_it_made_small(without, tmp_path):
         found = results["summary"][name]
         assert found["ratio"] == found["jaxlm"]["tokens_per_second"] / found["torch"]["tokens_per_second"]
         assert found["jaxlm"]["parameters"] == found["torch"]["parameters"]
-        # Of random tokens and weights it is the logarithm of the vocabulary; then the one batch is learned by heart.
+        # With random tokens and weights the loss is the logarithm of the vocabulary; then the batch is memorised.
         assert all(2 < found[side]["loss"] < math.log(256) + 0.2 for side in ("jaxlm", "torch"))
         assert len(results["parts"][name]) == 2 and {"jaxlm", "torch"} <= found.keys()
     assert [one["prompts"] for one in results["summary"]["decode"]] == [1, 16]
@@ -104,26 +104,26 @@ def test_all_of_it_made_small(without, tmp_path):
     assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {10, 6}
 
 
-def test_what_has_no_time_is_cut_off_and_said(without, tmp_path):
+def test_a_part_without_time_left_is_stopped_and_reported(without, tmp_path):
     out = tmp_path / "out.json"
     done = run(without(MISSING), "--tiny", "--only", "gpt2", "--out", str(out), "--minutes", "0.02")
-    assert done.returncode == 1  # nothing was found
+    assert done.returncode == 1  # there are no results
     ended = json.loads(out.read_text())["ended"]
     assert ended["gpt2"].startswith("cut off after")
     assert f"gpt2: {ended['gpt2']}" in done.stdout.splitlines()[-4:]
 
 
-def test_a_machine_without_an_accelerator_is_told(without):
+def test_a_machine_without_an_accelerator_raises_an_error(without):
     done = run(without([*MISSING, "torch"]), "--only", "gpt2")
     assert done.returncode == 2 and "there is no accelerator here; --tiny" in done.stderr
 
 
-def test_an_unknown_part_is_refused(without):
+def test_an_unknown_part_raises_an_error(without):
     done = run(without(MISSING), "--only", "gpt3")
     assert done.returncode == 2 and "give some of gpt2,bert,llama,decode" in done.stderr
 
 
-def test_what_is_made_of_the_findings(benchmark):
+def test_the_summary_of_the_results(benchmark):
     ours = [
         {"batch": 8, "length": 4, "remat": "none", "attention": "auto", "unroll": 1, **more}
         for more in (
@@ -149,7 +149,7 @@ def test_what_is_made_of_the_findings(benchmark):
             "decode": [{"prompts": 1, "tokens_per_second": 1.0, "step_seconds": 1.0, "step_bytes": 50.0}],
         },
     }
-    found = benchmark.summed_up(results)
+    found = benchmark.summarize(results)
     assert found["gpt2"]["ratio"] == 1.25
     assert found["gpt2"]["jaxlm"]["mfu"] == 0.4 and found["gpt2"]["jaxlm"]["of_products"] == 0.5
     assert found["gpt2"]["torch"]["mfu"] == 0.32

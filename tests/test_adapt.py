@@ -130,7 +130,12 @@ REFUSED = {
     "an encoder by the next token": ("bert-base", "wordpiece", CausalLM(), ("configs/adapt.py masked",)),
     "a decoder by masked words": ("gpt2", "bpe", MaskedLM(), ("configs/adapt.py causal",)),
     "T5 by masked words": ("t5-small", "unigram", MaskedLM(), ("configs/adapt.py spans or infilling",)),
-    "RoBERTa by pairs": ("roberta-base", "wordpiece", MaskedLM(next_sentence=True), ("next_sentence", "cannot have")),
+    "RoBERTa by pairs": (
+        "roberta-base",
+        "wordpiece",
+        MaskedLM(next_sentence=True),
+        ("next_sentence", "does not support"),
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""The public functions take what Python users have, and refuse the rest in one sentence."""
+"""Public functions accept the usual Python types, and refuse other arguments with one message."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CONFIG = ModelConfig(vocabulary=64, max_length=16, width=16, layers=1, heads=2)
 def lm() -> LM:
     module = Transformer(CONFIG)
     params = module.init(jax.random.key(0), np.zeros((1, 4), np.int32))["params"]
-    tokenizer = train(["to be or not to be"], TokenizerConfig(train="characters"), 16, begun=True)
+    tokenizer = train(["to be or not to be"], TokenizerConfig(train="characters"), 16, add_bos=True)
     return LM(CONFIG, module, params, tokenizer)
 
 
@@ -36,22 +36,22 @@ def folder(lm, tmp_path_factory) -> Path:
     return folder
 
 
-# The call, and what the message must say.
+# The call, and the words that the message must contain.
 LOADS = {
-    "None": (None, {}, "name is None; it must be a text"),
-    "a number": (123, {}, "name is 123; it must be a text"),
-    "bytes": (b"x", {}, "name is b'x'; it must be a text"),
-    "a zero byte": ("a\0b", {}, "without a NUL character"),
-    "half a surrogate pair": ("\ud800", {}, "half of a surrogate pair"),
-    "a long name": ("x" * 5000, {}, "is no folder"),
+    "None": (None, {}, "name is None; it must be a string"),
+    "a number": (123, {}, "name is 123; it must be a string"),
+    "bytes": (b"x", {}, "name is b'x'; it must be a string"),
+    "a zero byte": ("a\0b", {}, "without NUL characters"),
+    "half a surrogate pair": ("\ud800", {}, "lone surrogates"),
+    "a long name": ("x" * 5000, {}, "is not a folder"),
     "dtype": ("", {"dtype": np.int32}, "dtype is 'int32'"),
-    "head": ("", {"head": 5}, "head is 5; it must be a text, or None"),
+    "head": ("", {"head": 5}, "head is 5; it must be a string, or None"),
     "no label": ("", {"head": "classes", "labels": 0}, "labels is 0; it must be at least 1"),
     "labels below 0": ("", {"head": "classes", "labels": -1}, "labels is -1; it must be at least 1"),
     "many labels": ("", {"head": "classes", "labels": 10**12}, "at most 1,000,000"),
-    "half a label": ("", {"head": "classes", "labels": 2.5}, "labels is 2.5; it must be a whole number"),
+    "half a label": ("", {"head": "classes", "labels": 2.5}, "labels is 2.5; it must be an integer"),
     "labels in a text": ("", {"head": "classes", "labels": "ab"}, "labels is 'ab'"),
-    "labels that are numbers": ("", {"head": "classes", "labels": [1, 2]}, "each entry a text"),
+    "labels that are numbers": ("", {"head": "classes", "labels": [1, 2]}, "each entry a string"),
     "a label twice": ("", {"head": "classes", "labels": ["a", "a"]}, "each name once"),
     "empty labels": ("", {"head": "classes", "labels": []}, "at least one name"),
     "mesh": ("", {"mesh": jaxlm.MeshConfig()}, "it must be of type Mesh, or None"),
@@ -69,7 +69,7 @@ def test_load_refuses(folder, name):
 
 
 OTHERS = {
-    "save nowhere": (lambda lm: jaxlm.save(lm, None), "folder is None; it must be a text"),
+    "save nowhere": (lambda lm: jaxlm.save(lm, None), "folder is None; it must be a string"),
     "save nothing": (lambda lm: jaxlm.save(None, "x"), "lm is None; it must be of type LM"),
     "save, swapped": (lambda lm: jaxlm.save("x", lm), "lm is 'x'; it must be of type LM"),
     "no shard": (lambda lm: jaxlm.save(lm, "x", max_shard_bytes=0), "max_shard_bytes is 0; it must be at least 1"),
@@ -83,7 +83,7 @@ OTHERS = {
     "a text": (lambda lm: lm("abc"), "token ids, which are integers"),
     "floats": (lambda lm: lm(np.ones((1, 3))), "token ids, which are integers"),
     "one row": (lambda lm: lm([1, 2]), "[rows, positions]"),
-    "rows of several lengths": (lambda lm: lm([[1, 2], [1]]), "rows of several lengths"),
+    "rows of several lengths": (lambda lm: lm([[1, 2], [1]]), "rows of different lengths"),
     "no text": (lambda lm: lm.tokens(None), "give strings"),
 }
 
@@ -96,26 +96,29 @@ def test_other_functions_refuse(lm, name):
     assert message in str(error.value)
 
 
-# The call of a function that generates, encodes or scores, and what the message must say.
+# The call of a function that generates, encodes or scores, and the words that the message must contain.
 SURROGATE = "a\ud800"
 INFERENCE = {
     "no model": (lambda lm: jaxlm.generate(None, ["a"]), "lm is None; give what jaxlm.load or jaxlm.fit returns"),
     "no prompts": (lambda lm: jaxlm.generate(lm, None), "prompts is None, of type NoneType; give a list of prompts"),
     "a path": (lambda lm: jaxlm.generate(lm, Path("p.txt")), "prompts is the path 'p.txt'; read the file"),
     "a set": (lambda lm: jaxlm.generate(lm, {"a"}), "give a list of prompts"),
-    "one prompt's ids": (lambda lm: jaxlm.generate(lm, [1, 2]), "a prompt is 1, of type int; give a text, or a list"),
+    "one prompt's ids": (lambda lm: jaxlm.generate(lm, [1, 2]), "a prompt is 1, of type int; give a string or a list"),
     "a prompt that is None": (lambda lm: jaxlm.generate(lm, [None]), "a prompt is None"),
-    "floats as ids": (lambda lm: jaxlm.generate(lm, [[1.0, 2.5]]), "a prompt holds 1.0, of type float"),
-    "an array of floats": (lambda lm: jaxlm.generate(lm, np.ones((1, 2))), "a prompt holds 1.0"),
-    "booleans as ids": (lambda lm: jaxlm.generate(lm, [[True]]), "a prompt holds True"),
-    "texts as ids": (lambda lm: jaxlm.generate(lm, [["a", "b"]]), "a prompt holds 'a'"),
-    "nested ids": (lambda lm: jaxlm.generate(lm, [[[1, 2]]]), "a prompt holds [1, 2]"),
+    "floats as ids": (lambda lm: jaxlm.generate(lm, [[1.0, 2.5]]), "a prompt contains 1.0, of type float"),
+    "an array of floats": (lambda lm: jaxlm.generate(lm, np.ones((1, 2))), "a prompt contains 1.0"),
+    "booleans as ids": (lambda lm: jaxlm.generate(lm, [[True]]), "a prompt contains True"),
+    "texts as ids": (lambda lm: jaxlm.generate(lm, [["a", "b"]]), "a prompt contains 'a'"),
+    "nested ids": (lambda lm: jaxlm.generate(lm, [[[1, 2]]]), "a prompt contains [1, 2]"),
     "a huge id": (lambda lm: jaxlm.generate(lm, [[10**5000]]), "ids go from 0 to 63"),
-    "half a prompt": (lambda lm: jaxlm.generate(lm, [SURROGATE]), "half a surrogate pair"),
+    "half a prompt": (lambda lm: jaxlm.generate(lm, [SURROGATE]), "has a lone surrogate"),
     "stop tokens in a text": (lambda lm: jaxlm.generate(lm, ["a"], stop_tokens="a"), "stop_tokens is 'a'"),
     "one stop token": (lambda lm: jaxlm.generate(lm, ["a"], stop_tokens=5), "stop_tokens is 5"),
-    "floats to stop at": (lambda lm: jaxlm.generate(lm, ["a"], stop_tokens=[1.5]), "stop_tokens holds 1.5"),
-    "no such stop token": (lambda lm: jaxlm.generate(lm, ["a"], stop_tokens=[-1]), "stop_tokens has -1; ids go from 0"),
+    "floats to stop at": (lambda lm: jaxlm.generate(lm, ["a"], stop_tokens=[1.5]), "stop_tokens contains 1.5"),
+    "no such stop token": (
+        lambda lm: jaxlm.generate(lm, ["a"], stop_tokens=[-1]),
+        "stop_tokens contains -1; ids must be from 0",
+    ),
     "many texts": (lambda lm: jaxlm.generate(lm, ["a"], n_best=10**6), "n_best is 1000000"),
     "many tokens": (lambda lm: jaxlm.generate(lm, ["a"], max_new_tokens=10**30), "max_new_tokens is 1"),
     "seed": (lambda lm: jaxlm.generate(lm, ["a"], seed=-1), "seed is -1"),
@@ -124,23 +127,23 @@ INFERENCE = {
     "half a stop": (lambda lm: jaxlm.generate(lm, ["a"], stop=[SURROGATE]), "stop is "),
     "draft": (lambda lm: jaxlm.generate(lm, ["a"], draft="x"), "draft is 'x'; give what jaxlm.load"),
     "decoding": (lambda lm: jaxlm.generate(lm, ["a"], {"seed": 1}), "give a jaxlm.Decoding"),
-    "a stream of several": (lambda lm: [*jaxlm.stream(lm, ["a"])], "a prompt holds 'a'"),
+    "a stream of several": (lambda lm: [*jaxlm.stream(lm, ["a"])], "a prompt contains 'a'"),
     "a stream of a path": (lambda lm: [*jaxlm.stream(lm, Path("p"))], "a prompt is "),
     "no texts": (lambda lm: jaxlm.encode(lm, None), "texts is None"),
     "texts at a path": (lambda lm: jaxlm.encode(lm, Path("t.txt")), "texts is the path 't.txt'"),
     "texts of a mapping": (lambda lm: jaxlm.encode(lm, {"a": 1}), "of type dict; give a list of strings"),
     "ids as texts": (lambda lm: jaxlm.encode(with_pooling(lm), [[1, 2]]), "text 0 is a list"),
-    "half a text": (lambda lm: jaxlm.encode(with_pooling(lm), [SURROGATE]), "half a surrogate pair"),
+    "half a text": (lambda lm: jaxlm.encode(with_pooling(lm), [SURROGATE]), "has a lone surrogate"),
     "batch_tokens": (lambda lm: jaxlm.encode(lm, ["a"], batch_tokens="5"), "batch_tokens is '5'"),
     "normalize": (lambda lm: jaxlm.encode(lm, ["a"], normalize="yes"), "normalize is 'yes'"),
     "no pairs": (lambda lm: log_likelihoods(lm, None), "pairs is None"),
     "a pair in a text": (lambda lm: log_likelihoods(lm, ["ab"]), "pair 0 is 'ab'; give (context, continuation)"),
-    "a pair of floats": (lambda lm: log_likelihoods(lm, [([1.5], "a")]), "pair 0 holds 1.5"),
-    "half a pair": (lambda lm: log_likelihoods(lm, [("a", SURROGATE)]), "half a surrogate pair"),
+    "a pair of floats": (lambda lm: log_likelihoods(lm, [([1.5], "a")]), "pair 0 contains 1.5"),
+    "half a pair": (lambda lm: log_likelihoods(lm, [("a", SURROGATE)]), "has a lone surrogate"),
     "too_long": (lambda lm: log_likelihoods(lm, [("a", "b")], too_long="cut"), "too_long is 'cut'"),
     "length": (lambda lm: log_likelihoods(lm, [("a", "b")], length=1.5), "length is 1.5"),
     "texts of nothing": (lambda lm: perplexity(lm, None), "texts is None"),
-    "half of a long text": (lambda lm: perplexity(lm, SURROGATE), "half a surrogate pair"),
+    "half of a long text": (lambda lm: perplexity(lm, SURROGATE), "has a lone surrogate"),
     "stride": (lambda lm: perplexity(lm, "abc", stride="2"), "stride is '2'"),
     "blank": (lambda lm: fill(lm, "a", blank=""), "blank is ''"),
 }
@@ -159,7 +162,7 @@ def test_inference_refuses(lm, name):
 
 
 def test_prompts_are_ids_of_any_integer_type(lm):
-    """Also lists of NumPy's integers, and rows of one array."""
+    """Including lists of NumPy integers, and rows of one array."""
     greedy = {"temperature": np.float32(0), "max_new_tokens": np.int64(3), "seed": np.uint8(1), "return_tokens": True}
     expected = jaxlm.generate(lm, [[1, 2, 3]], **greedy)
     ids = np.array([[1, 2, 3]])
@@ -168,10 +171,10 @@ def test_prompts_are_ids_of_any_integer_type(lm):
     assert jaxlm.generate(lm, iter([[1, 2, 3]]), stop_tokens=np.array([60]), **greedy) == expected
 
 
-def test_what_python_users_have_is_taken(lm, folder, tmp_path):
+def test_the_usual_python_types_are_accepted(lm, folder, tmp_path):
     """Paths, NumPy scalars, dtypes, ids of any integer type."""
     loaded = jaxlm.load(folder, dtype=np.dtype("float32"), compute_dtype=np.float32)
-    other = jaxlm.load(str(folder), head="classes", labels=np.int64(3), say=lambda _: None)
+    other = jaxlm.load(str(folder), head="classes", labels=np.int64(3), log=lambda _: None)
     assert other.config.labels == ("LABEL_0", "LABEL_1", "LABEL_2")
     jaxlm.save(loaded, tmp_path / "new", max_shard_bytes=np.int64(10**6))
     tokens_BT = np.array([[1, 2, 3]])

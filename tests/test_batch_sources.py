@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxlm import CausalLM, DataConfig, ModelConfig, OptimizerConfig, RunConfig, TokenizerConfig, fit
-from jaxlm.data.batches import fed
+from jaxlm.data.batches import iterate_batches
 from jaxlm.errors import Stopped
 from jaxlm.tasks import register
 from jaxlm.tasks.pretraining import CausalLMTask
@@ -90,4 +90,10 @@ def test_a_source_that_does_not_is_asked_ahead_of_time():
             assert state is None
             return {"step": step}
 
-    assert [batch["step"] for batch in fed(Plain(), 2, 7, lambda: pytest.fail("the state is read"))] == [2, 3, 4, 5, 6]
+    assert [batch["step"] for batch in iterate_batches(Plain(), 2, 7, lambda: pytest.fail("the state is read"))] == [
+        2,
+        3,
+        4,
+        5,
+        6,
+    ]

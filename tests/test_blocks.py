@@ -1,4 +1,4 @@
-"""Front ends, mixers and feed-forward layers are entries of tables; masks and gradients are arguments."""
+"""User-defined front ends, mixers, feed-forward layers, masks and gradients."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from jaxlm.nn.transformer import FRONT_ENDS, Transformer, apply, init
 from jaxlm.run.assembly import closed_flops, shard_batch
 from jaxlm.run.step import TrainState, make_train_step, summed_gradient
 from jaxlm.tasks.pretraining import CausalLMTask
-from jaxlm.tasks.states import hidden, of_examples
+from jaxlm.tasks.states import example_states, hidden_states
 from jaxlm.tasks.task import Task
 
 TINY = ModelConfig(vocabulary=32, width=16, layers=3, heads=2, max_length=16, initial_std=0.2)
@@ -33,7 +33,7 @@ LENGTHS = (5, 4, 3)
 
 
 class MeanOfEarlier(nn.Module):
-    """A mixer: each token gets the mean of those of its example up to it."""
+    """A mixer: the mean of the tokens of the example up to each token."""
 
     config: ModelConfig
     constrain: Any
@@ -41,13 +41,13 @@ class MeanOfEarlier(nn.Module):
     kernel: str = "auto"
 
     @nn.compact
-    def __call__(self, x_BTD, layer, sight, positions_BT, context=None, cache=None, weights=False):
-        weights_BTS = sight.mask_BTS / sight.mask_BTS.sum(-1, keepdims=True)
+    def __call__(self, x_BTD, layer, inputs, positions_BT, context=None, cache=None, weights=False):
+        weights_BTS = inputs.mask_BTS / inputs.mask_BTS.sum(-1, keepdims=True)
         return Linear((self.config.width,), 0.2, name="own_value")(weights_BTS @ x_BTD), None, None
 
 
 class Balanced(nn.Module):
-    """A feed-forward layer with an auxiliary loss: the squares of its outputs, of tokens that are no padding."""
+    """A feed-forward layer with an auxiliary loss: the squares of its outputs, except for padding."""
 
     config: ModelConfig
     constrain: Any
@@ -84,14 +84,14 @@ def packed() -> dict[str, np.ndarray]:
     }
 
 
-def test_a_mixer_of_your_own_packs_and_is_causal():
+def test_a_custom_mixer_packs_and_is_causal():
     model = dataclasses.replace(TINY, mixer="mean")
     params, batch = random_params(model), packed()
     assert parameters.rows_by_path(params)["decoder/layers/attention/own_value/kernel"].axes == ("layers", None, None)
     run = jit(partial(apply, Transformer(model)))
     whole = run(params, batch["tokens_BT"], batch["segments_BT"], batch["positions_BT"])
-    alone = run(params, batch["tokens_BT"][:, 5:9])
-    np.testing.assert_allclose(whole[:, 5:9], alone, atol=1e-5)  # packed = unpacked
+    single = run(params, batch["tokens_BT"][:, 5:9])
+    np.testing.assert_allclose(whole[:, 5:9], single, atol=1e-5)  # packed = unpacked
     of_embedding = lambda table: run(
         params | {"embeddings": params["embeddings"] | {"positions": table}}, jnp.array([[1, 2, 3]])
     )
@@ -116,7 +116,7 @@ def test_an_auxiliary_loss_is_a_mean_over_tokens_and_is_minimised(k):
     step, state = training(model)
     batch = {name: x.reshape(k, 2 // k, *x.shape[1:]) for name, x in packed().items()}
     new, metrics = step(state, batch)
-    # By hand: the whole batch at once, the squares summed over the layers and tokens, divided by the tokens.
+    # Computed directly: the squares of the whole batch, summed over layers and tokens, divided by the tokens.
     task, flat = CausalLMTask(CausalLM(), 16, 0, None, ()), packed()
 
     def objective(params):
@@ -146,7 +146,7 @@ def test_padding_counts_in_no_auxiliary_loss():
 
 
 def per_row_gradient(limit: float):
-    """A gradient of your own: each row's is clipped to a norm, then they are added."""
+    """Returns a custom gradient function: it clips the gradient of each row to a norm and adds the rows."""
 
     def gradient(objective, params, batch, key):
         rows = jax.tree.map(lambda x: x.reshape(-1, 1, *x.shape[2:]), batch)
@@ -175,17 +175,17 @@ def test_the_gradient_is_an_argument():
 
 
 @pytest.mark.parametrize(("field", "name"), [("mixer", "atention"), ("feed_forward", "gatd")])
-def test_a_name_that_is_in_no_table(field, name):
+def test_an_unknown_name_is_refused(field, name):
     model = dataclasses.replace(TINY, **{field: name})
     with pytest.raises(UserError, match=rf"model.{field} is '{name}'; did you mean|model.{field} is '{name}'"):
         jax.eval_shape(partial(init, Transformer(model)), jax.random.key(0))
 
 
-# Front ends, masks, and hidden states between
+# Front ends, masks and hidden states
 
 
 class Patches(nn.Module):
-    """A front end: vectors of M numbers in the place of tokens, with learned positions."""
+    """A front end: vectors of M numbers instead of tokens, with learned positions."""
 
     config: ModelConfig
     dtype: Any = jnp.float32
@@ -204,7 +204,7 @@ class Patches(nn.Module):
 
 
 class PatchExamples:
-    """Examples of patches, each with a class."""
+    """Examples of patches with a class each."""
 
     inputs = {"patches_BTM": np.float32}
     fields = {"labels_BE": np.int32}
@@ -221,7 +221,7 @@ class PatchExamples:
 
 
 class PatchTask(Task):
-    """Classes of examples of patches, by the head `classes`."""
+    """Classification of patches with the head `classes`."""
 
     head, max_examples = "classes", 4
 
@@ -232,8 +232,8 @@ class PatchTask(Task):
         return {"loss": batch["weights_BE"].sum()}
 
     def losses(self, module, params, batch, key):
-        x_BTD, auxiliary = hidden(module, params, batch, key)
-        logits_BEN = apply(module, params, of_examples(x_BTD, batch, "mean"), method="classes")
+        x_BTD, auxiliary = hidden_states(module, params, batch, key)
+        logits_BEN = apply(module, params, example_states(x_BTD, batch, "mean"), method="classes")
         return {"loss": cross_entropy(logits_BEN, batch["labels_BE"], batch["weights_BE"]), **auxiliary}, {}
 
     def measure(self, lm, run_eval, batches, part):
@@ -246,16 +246,16 @@ def patches(monkeypatch) -> ModelConfig:
     return dataclasses.replace(TINY, structure="encoder", heads_on_top=("classes",), front_end="patches")
 
 
-def test_a_front_end_of_your_own_packs_shards_and_counts(patches, devices):
+def test_a_custom_front_end_packs_shards_and_counts(patches, devices):
     task, params = PatchTask(), random_params(patches)
     batches = task.batches(None, 2, 12, None)
     batch = batches.batch_at(0)
     assert batch["patches_BTM"].shape == (2, 12, 6) and "tokens_BT" not in batch and len(batches) == 1
     run = jit(lambda params, batch: task.losses(Transformer(patches), params, batch, None)[0]["loss"])
     loss, weight = run(params, batch)
-    alone = task.replaced(max_examples=1).batches(None, 5, 7, None).batch_at(0)  # each example in a row of its own
-    assert alone["segments_BT"].max() == 1 and weight == 5
-    np.testing.assert_allclose(loss, run(params, alone)[0], rtol=1e-5)
+    single = task.replace_fields(max_examples=1).batches(None, 5, 7, None).batch_at(0)  # one example per row
+    assert single["segments_BT"].max() == 1 and weight == 5
+    np.testing.assert_allclose(loss, run(params, single)[0], rtol=1e-5)
     mesh = make_mesh(MeshConfig(), jax.devices()[:2])
     sharded = shard_batch(mesh, batch, 1)
     assert sharded["patches_BTM"].sharding.spec[1] is not None
@@ -265,20 +265,20 @@ def test_a_front_end_of_your_own_packs_shards_and_counts(patches, devices):
 
 
 @pytest.mark.parametrize("structure", ["decoder", "encoder"])
-def test_embedding_and_stack_are_apart(structure):
+def test_embedding_and_stack_are_separate(structure):
     model = dataclasses.replace(TINY, structure=structure, heads_on_top=())
     params, batch, module = random_params(model), packed(), Transformer(model)
     inputs = batch["tokens_BT"], batch["segments_BT"], batch["positions_BT"]
     x_BTD, beside = apply(module, params, *inputs, method="embed")
     np.testing.assert_array_equal(apply(module, params, x_BTD, beside, method="stack"), apply(module, params, *inputs))
     by_x_BTD = jax.grad(lambda x: apply(module, params, x, beside, method="stack")[0, 4].sum())(x_BTD)
-    seen = np.abs(by_x_BTD).max(-1)
-    assert (seen[0, :5] > 0).all() and not seen[0, 5:].any() and not seen[1].any()
+    gradients = np.abs(by_x_BTD).max(-1)
+    assert (gradients[0, :5] > 0).all() and not gradients[0, 5:].any() and not gradients[1].any()
 
 
 @pytest.mark.parametrize("structure", ["decoder", "encoder"])
 def test_a_mask_is_an_input(structure):
-    """A mask hides more than segments and causality do, and a mask of ones changes nothing."""
+    """A mask hides keys in addition to segments and causality; a mask of ones changes nothing."""
     model = dataclasses.replace(TINY, structure=structure, heads_on_top=())
     params, batch, module = random_params(model), packed(), Transformer(model)
     inputs = batch["tokens_BT"], batch["segments_BT"], batch["positions_BT"]
@@ -286,7 +286,7 @@ def test_a_mask_is_an_input(structure):
     ones = np.ones((2, 16, 16), bool)
     np.testing.assert_allclose(run(ones), apply(module, params, *inputs), atol=1e-6)
     hidden_third = ones.copy()
-    hidden_third[:, [0, 1, 3, 4], 2] = False  # nobody but itself sees the third token of the first example
+    hidden_third[:, [0, 1, 3, 4], 2] = False  # only the third token of the first example attends to itself
     changed = batch["tokens_BT"].copy()
     changed[:, 2] = (changed[:, 2] + 1) % 31 + 1
     after = apply(module, params, changed, *inputs[1:], mask_BTS=hidden_third)

@@ -1,4 +1,4 @@
-"""Data, weights and run folders at addresses; a folder of this machine by file:// and a storage in memory stand in."""
+"""Data, weights and run folders at addresses: file:// and memory:// replace real buckets."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from jaxlm.storage import buckets, disk
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("JAXLM_CACHE", str(tmp_path / "cache"))
-    buckets.brought.cache_clear()
+    buckets.download.cache_clear()
 
 
 @pytest.fixture
@@ -35,20 +35,20 @@ def memory():
     return disk
 
 
-def test_files_folders_and_globs_are_brought(memory):
+def test_files_folders_and_globs_are_downloaded(memory):
     for name in ("a.txt", "b.txt", "deep/c.txt", "d.csv"):
         memory.pipe(f"/data/{name}", name.encode())
-    assert Path(buckets.brought("memory://data/a.txt")).read_text() == "a.txt"
-    names = lambda path: sorted(file.name for file in source.files(path))
+    assert Path(buckets.download("memory://data/a.txt")).read_text() == "a.txt"
+    names = lambda path: sorted(file.name for file in source.list_files(path))
     assert names("memory://data") == ["a.txt", "b.txt", "c.txt", "d.csv"]
     assert names("memory://data/*.txt") == ["a.txt", "b.txt"]
-    assert buckets.brought("here/a.txt") == "here/a.txt"
+    assert buckets.download("here/a.txt") == "here/a.txt"
 
 
-def test_what_has_changed_is_brought_again_and_nothing_else(memory, monkeypatch):
+def test_only_changed_files_are_downloaded_again(memory, monkeypatch):
     memory.pipe("/data/a.txt", b"one")
     memory.pipe("/data/b.txt", b"two")
-    folder = Path(buckets.brought("memory://data"))
+    folder = Path(buckets.download("memory://data"))
     fetched = []
     get_file = type(memory).get_file
     monkeypatch.setattr(
@@ -56,13 +56,13 @@ def test_what_has_changed_is_brought_again_and_nothing_else(memory, monkeypatch)
     )
     memory.pipe("/data/b.txt", b"three")
     memory.rm_file("/data/a.txt")
-    buckets.brought.cache_clear()
-    assert Path(buckets.brought("memory://data")) == folder
+    buckets.download.cache_clear()
+    assert Path(buckets.download("memory://data")) == folder
     assert fetched == ["/data/b.txt"]
-    assert sorted(file.name for file in source.files(str(folder))) == ["b.txt"]
+    assert sorted(file.name for file in source.list_files(str(folder))) == ["b.txt"]
 
 
-def test_a_model_at_an_address_is_looked_for_each_time(memory):
+def test_a_model_at_an_address_is_checked_at_each_load(memory):
     for content in (b"{}", b'{"changed": 1}'):
         memory.pipe("/model/config.json", content)
         assert (buckets.model("memory://model") / "config.json").read_bytes() == content
@@ -90,35 +90,35 @@ def losses(folder: Path) -> list[float]:
 
 
 @pytest.mark.usefixtures("no_pictures", "devices")
-def test_a_run_at_an_address_goes_on_on_another_machine(tmp_path, monkeypatch):
-    """Its folder is in the bucket after a stop; a machine without the copy ends the run as if it had not stopped."""
+def test_a_run_at_an_address_resumes_on_another_machine(tmp_path, monkeypatch):
+    """After a stop the folder is in the bucket; a machine without the copy finishes the run as if uninterrupted."""
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 60)
     jaxlm.fit(tiny(tmp_path, str(tmp_path / "plain")))
     bucket = tmp_path / "bucket" / "run"
     run = tiny(tmp_path, f"file://{bucket}")
-    asked = []
+    calls = []
     with pytest.raises(jaxlm.errors.Stopped):
-        jaxlm.fit(run, stop=lambda: asked.append(1) or len(asked) == 3)
+        jaxlm.fit(run, stop=lambda: calls.append(1) or len(calls) == 3)
     assert (bucket / "config.json").exists() and (bucket / "checkpoints" / "3").is_dir()
     monkeypatch.setenv("JAXLM_CACHE", str(tmp_path / "another"))
-    buckets.brought.cache_clear()
+    buckets.download.cache_clear()
     jaxlm.fit(run)
     assert losses(bucket) == losses(tmp_path / "plain")
     assert (bucket / "report.html").exists() and (bucket / "export" / "model.safetensors").exists()
     kept = {step.name for step in (bucket / "checkpoints").iterdir()}
     assert kept == {step.name for step in (tmp_path / "plain" / "checkpoints").iterdir()}
-    buckets.brought.cache_clear()
+    buckets.download.cache_clear()
     lm = jaxlm.load(f"file://{bucket}")
     assert lm.config.vocabulary == 40 and lm.tokenizer is not None
-    told = jaxlm.fit(replace(run, steps=6))  # a finished run says so, and returns its model
-    assert told.config == lm.config
+    again = jaxlm.fit(replace(run, steps=6))  # a finished run only returns its model
+    assert again.config == lm.config
 
 
 @pytest.mark.parametrize(
     ("address", "message"),
     [
-        ("memory://nowhere/a.txt", "there is nothing at memory://nowhere/a.txt"),
-        ("gss://bucket/a.txt", "unknown storage, 'gss'"),
+        ("memory://nowhere/a.txt", "no file exists at memory://nowhere/a.txt"),
+        ("gss://bucket/a.txt", "unknown scheme 'gss'"),
         ("s3://bucket/a.txt", "pip install s3fs"),
     ],
 )
@@ -126,25 +126,25 @@ def test_mistakes(address, message, memory):
     if address.startswith("s3") and find_spec("s3fs"):
         pytest.skip("s3fs is installed")
     with pytest.raises(UserError, match=message):
-        source.files(address)
+        source.list_files(address)
 
 
-def test_a_refusal_is_said(monkeypatch, memory):
+def test_errors_of_the_storage_become_one_message(monkeypatch, memory):
     def refuse(self, *_, **__):
         raise PermissionError("anonymous caller does not have storage.objects.list access")
 
     monkeypatch.setattr(type(memory), "exists", refuse)
-    with pytest.raises(RunError, match=r"memory://b/run cannot be used: anonymous caller .*; look at"):
+    with pytest.raises(RunError, match=r"memory://b/run cannot be used: anonymous caller .*; check the address"):
         buckets.RunFolder("memory://b/run").bring()
 
 
-# Names from outside
+# Untrusted names
 
 ESCAPES = ["../x.txt", "a/../../x.txt", "/x.txt", "..\\x.txt", "C:\\x.txt", f"{'y' * 300}.txt"]
 
 
 def packed(file: Path, entries: dict[str, bytes]) -> str:
-    """Writes an archive, and returns how its address begins."""
+    """Writes an archive, and returns the scheme of its address."""
     if file.suffix == ".zip":
         with zipfile.ZipFile(file, "w") as archive:
             for name, content in entries.items():
@@ -160,31 +160,31 @@ def packed(file: Path, entries: dict[str, bytes]) -> str:
 
 @pytest.mark.parametrize("suffix", [".zip", ".tar"])
 @pytest.mark.parametrize("name", ESCAPES, ids=lambda name: name[:12])
-def test_an_archive_writes_nothing_outside_of_its_copy(tmp_path, suffix, name):
+def test_an_archive_writes_nothing_outside_its_copy(tmp_path, suffix, name):
     file = tmp_path / f"data{suffix}"
     kind = packed(file, {"fine.txt": b"fine\n", name: b"evil\n"})
     for path in ("", "*", "*.txt", "**"):
         before = {path for path in tmp_path.rglob("*") if path.is_file()}
         try:
-            found = source.files(f"{kind}://{path}::{file}")
+            found = source.list_files(f"{kind}://{path}::{file}")
         except (UserError, RunError) as error:
             assert "\n" not in str(error)
         else:  # a glob that does not match the entry
             assert [file.read_text() for file in found] == ["fine\n"]
-        made = {path for path in tmp_path.rglob("*") if path.is_file()} - before
+        new = {path for path in tmp_path.rglob("*") if path.is_file()} - before
         copies = tmp_path / "cache" / "buckets"
-        assert all((path.is_relative_to(copies) and path.parent != copies) or path.suffix == ".json" for path in made)
-        assert not any(path.read_bytes() == b"evil\n" for path in made)
-    with pytest.raises(UserError, match="a name must be of a file in"):
+        assert all((path.is_relative_to(copies) and path.parent != copies) or path.suffix == ".json" for path in new)
+        assert not any(path.read_bytes() == b"evil\n" for path in new)
+    with pytest.raises(UserError, match="a name must refer to a file in"):
         jaxlm.load(f"{kind}://::{file}")
 
 
 LINKS = {
-    "symbolic, absolute": (tarfile.SYMTYPE, "/etc/hostname", "outside of the archive"),
-    "symbolic, above": (tarfile.SYMTYPE, "../../secret", "outside of the archive"),
-    "hard, above": (tarfile.LNKTYPE, "../secret", "outside of the archive"),
-    "to itself": (tarfile.SYMTYPE, "link.txt", "leads back to itself"),
-    "to nothing": (tarfile.SYMTYPE, "gone.txt", "link to nothing"),
+    "symbolic, absolute": (tarfile.SYMTYPE, "/etc/hostname", "outside the archive"),
+    "symbolic, above": (tarfile.SYMTYPE, "../../secret", "outside the archive"),
+    "hard, above": (tarfile.LNKTYPE, "../secret", "outside the archive"),
+    "to itself": (tarfile.SYMTYPE, "link.txt", "is a link to itself"),
+    "to nothing": (tarfile.SYMTYPE, "gone.txt", "link to a missing entry"),
     "to a folder": (tarfile.SYMTYPE, "deep", "a folder, not a file"),
     "pipe": (tarfile.FIFOTYPE, "", "device or pipe"),
     "device": (tarfile.CHRTYPE, "", "device or pipe"),
@@ -209,13 +209,13 @@ def test_links_in_archives_stay_in_them(tmp_path, name):
         archive.addfile(link)
     if message:
         with pytest.raises(UserError, match=message):
-            source.files(f"tar://::{tmp_path}/data.tar")
+            source.list_files(f"tar://::{tmp_path}/data.tar")
     else:
-        found = source.files(f"tar://::{tmp_path}/data.tar")
+        found = source.list_files(f"tar://::{tmp_path}/data.tar")
         assert [(file.name, file.read_text()) for file in found] == [("a.txt", "a\n"), ("link.txt", "a\n")]
 
 
-@pytest.mark.parametrize(("target", "message"), [("../../secret", "outside of the archive"), ("a.txt", "")])
+@pytest.mark.parametrize(("target", "message"), [("../../secret", "outside the archive"), ("a.txt", "")])
 def test_links_in_zips_stay_in_them(tmp_path, target, message):
     with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
         archive.writestr("a.txt", "a\n")
@@ -225,68 +225,68 @@ def test_links_in_zips_stay_in_them(tmp_path, target, message):
     address = f"zip://::{tmp_path}/data.zip"
     if message:
         with pytest.raises(UserError, match=message):
-            source.files(address)
+            source.list_files(address)
     else:
-        assert [file.read_text() for file in source.files(address)] == ["a\n", "a\n"]
+        assert [file.read_text() for file in source.list_files(address)] == ["a\n", "a\n"]
 
 
 @pytest.mark.parametrize("entries", [["a", "a/b.txt"], ["a.txt", "./a.txt"], ["b/a.txt", "b//a.txt"]])
-def test_names_that_exclude_each_other_are_refused(tmp_path, entries):
+def test_conflicting_names_are_refused(tmp_path, entries):
     with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
         for name in entries:
             archive.writestr(name, "x")
-    with pytest.raises(UserError, match="leave one of them out"):
-        source.files(f"zip://::{tmp_path}/data.zip")
+    with pytest.raises(UserError, match="remove one of them"):
+        source.list_files(f"zip://::{tmp_path}/data.zip")
 
 
 @pytest.mark.parametrize("cache", ["", "simplecache::"])
 def test_globs_keep_folders_apart(tmp_path, cache):
     kind = packed(tmp_path / "data.zip", {"de/a.txt": b"de\n", "en/a.txt": b"en\n", "en/b.csv": b"text\n"})
-    found = source.files(f"{cache}{kind}://*/*.txt::{tmp_path}/data.zip")
+    found = source.list_files(f"{cache}{kind}://*/*.txt::{tmp_path}/data.zip")
     assert [file.read_text() for file in found] == ["de\n", "en\n"]
 
 
 def test_a_changed_archive_is_read_again(tmp_path):
-    """Another content of the same size and with the same time, under the same name."""
+    """The new content has the same name, size and time."""
     file = tmp_path / "data.tar"
     for content in (b"one\n", b"two\n"):
         packed(file, {"a.txt": content})
         os.utime(file, ns=(0, 0))
-        buckets.brought.cache_clear()
-        assert [file.read_bytes() for file in source.files(f"tar://a.txt::{file}")] == [content]
+        buckets.download.cache_clear()
+        assert [file.read_bytes() for file in source.list_files(f"tar://a.txt::{file}")] == [content]
 
 
 @pytest.mark.parametrize("damage", [b"", b"three", b"tw"])
-def test_a_damaged_copy_is_brought_again(memory, damage):
+def test_a_damaged_copy_is_downloaded_again(memory, damage):
     memory.pipe("/data/a.txt", b"one\n")
     memory.pipe("/data/b.txt", b"two\n")
     for _ in range(2):
-        files = source.files("memory://data")
+        files = source.list_files("memory://data")
         assert [file.read_bytes() for file in files] == [b"one\n", b"two\n"]
         files[1].write_bytes(damage)
-        buckets.brought.cache_clear()
+        buckets.download.cache_clear()
 
 
-# What lies at the address of a run
+# Run folders
 
 
-def test_what_a_user_puts_beside_a_run_stays(memory, tmp_path):
-    """Before, while and after the run works; also in the folders of the run, and as a change of what was brought."""
+def test_files_of_the_user_in_a_run_folder_stay(memory, tmp_path):
+    """Files added before and during the run, also in its subfolders, and a downloaded file that the user changes."""
     memory.pipe("/b/run/notes.md", b"before")
     memory.pipe("/b/run/old.json", b"of the run")
-    place = buckets.RunFolder("memory://b/run")
-    with place.opened():
-        (place.folder / "old.json").unlink()
-        (place.folder / "checkpoints" / "3").mkdir(parents=True)
-        (place.folder / "checkpoints" / "3" / "state").write_text("3")
-        place.send()
+    run = buckets.RunFolder("memory://b/run")
+    with run.opened():
+        (run.folder / "old.json").unlink()
+        (run.folder / "checkpoints" / "3").mkdir(parents=True)
+        (run.folder / "checkpoints" / "3" / "state").write_text("3")
+        run.send()
         memory.pipe("/b/run/notes.md", b"changed meanwhile")
         memory.pipe("/b/run/checkpoints/3/why.txt", b"a note")
         memory.pipe("/b/run/more/plot.png", b"a picture")
-        (place.folder / "checkpoints" / "3" / "state").unlink()
-        (place.folder / "checkpoints" / "6").mkdir()
-        (place.folder / "checkpoints" / "6" / "state").write_text("6")
-        place.send()
+        (run.folder / "checkpoints" / "3" / "state").unlink()
+        (run.folder / "checkpoints" / "6").mkdir()
+        (run.folder / "checkpoints" / "6" / "state").write_text("6")
+        run.send()
     kept = {name: memory.cat(f"/b/run/{name}") for name in ("notes.md", "checkpoints/3/why.txt", "more/plot.png")}
     assert kept == {
         "notes.md": b"changed meanwhile",
@@ -297,28 +297,28 @@ def test_what_a_user_puts_beside_a_run_stays(memory, tmp_path):
     assert names == kept.keys() | {"checkpoints/6/state"}
 
 
-def test_only_what_is_new_is_sent_and_brought(memory, monkeypatch):
+def test_only_new_files_are_uploaded_and_downloaded(memory, monkeypatch):
     memory.pipe("/b/run/a.txt", b"a")
-    moved = []
+    copied = []
     for name in ("get_file", "put_file"):
         real = getattr(type(memory), name)
         monkeypatch.setattr(
-            type(memory), name, lambda self, a, b, real=real, **k: moved.append(Path(b).name) or real(self, a, b, **k)
+            type(memory), name, lambda self, a, b, real=real, **k: copied.append(Path(b).name) or real(self, a, b, **k)
         )
-    place = buckets.RunFolder("memory://b/run")
-    with place.opened():
-        (place.folder / "new.txt").write_text("new")
-        place.send()
-        place.send()
-    assert moved[1:] == ["new.txt"]
-    with place.opened():
-        place.send()
-    assert len(moved) == 2
+    run = buckets.RunFolder("memory://b/run")
+    with run.opened():
+        (run.folder / "new.txt").write_text("new")
+        run.send()
+        run.send()
+    assert copied[1:] == ["new.txt"]
+    with run.opened():
+        run.send()
+    assert len(copied) == 2
 
 
-def test_a_run_at_an_address_is_held(memory, monkeypatch, tmp_path):
-    monkeypatch.setattr(disk, "SILENCE", 0.5)
-    monkeypatch.setattr(disk, "BEAT", 0.05)
+def test_a_run_at_an_address_is_locked(memory, monkeypatch, tmp_path):
+    monkeypatch.setattr(disk, "LOCK_TIMEOUT", 0.5)
+    monkeypatch.setattr(disk, "HEARTBEAT", 0.05)
     with buckets.RunFolder("memory://b/run").opened():
         assert json.loads(memory.cat("/b/run/.jaxlm-lock"))["process"] == os.getpid()
         with pytest.raises(UserError, match=f"memory://b/run is held by process {os.getpid()} on host"):
@@ -330,7 +330,7 @@ def test_a_run_at_an_address_is_held(memory, monkeypatch, tmp_path):
             with pytest.raises(UserError, match=f"memory://b/run is held by process {os.getpid()} on host"):
                 buckets.RunFolder("memory://b/run").opened().__enter__()
     assert not memory.exists("/b/run/.jaxlm-lock")
-    dead = disk.facts() | {"machine": "another", "process": 7}
+    dead = disk.lock_facts() | {"machine": "another", "process": 7}
     memory.pipe("/b/run/.jaxlm-lock", json.dumps(dead).encode())
     with buckets.RunFolder("memory://b/run").opened():
         assert json.loads(memory.cat("/b/run/.jaxlm-lock"))["process"] == os.getpid()

@@ -8,7 +8,7 @@ import time
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_chat import made, spelled, theirs
+from test_chat import make_tokenizer, spell, transformers_tokenizer
 
 from jaxlm.data.chat import rendering
 from jaxlm.data.tokenizers.tokenizer import load
@@ -201,7 +201,7 @@ def tokenizer(request, tmp_path_factory):
     from tokenizers import AddedToken
 
     folder = tmp_path_factory.mktemp("tokenizer")
-    ours = made(folder, "bytes", None)
+    ours = make_tokenizer(folder, "bytes", None)
     special = request.param == "special"
     add = ours.backend.add_special_tokens if special else ours.backend.add_tokens
     add([AddedToken(token, normalized=False, special=special) for token in CONTROL.split()])
@@ -229,7 +229,7 @@ HARMLESS = ["Why, 3 < 4?", " a\n\nb ", "naïve 😀 |> <b>", "[x] {y}", "a </thi
 @pytest.mark.parity
 @pytest.mark.parametrize("name", sorted(TEMPLATES))
 def test_chats_of_published_templates_are_those_of_transformers(name, tokenizer):
-    other, template = theirs(tokenizer.folder), TEMPLATES[name] + "{% generation %}{% endgeneration %}"
+    other, template = transformers_tokenizer(tokenizer.folder), TEMPLATES[name] + "{% generation %}{% endgeneration %}"
     chats = [talk(name, one, two) for one in HARMLESS for two in HARMLESS[:2]]
     chats.append(talk(name, "why", "<think>\nhm\n</think>\n\nso" if name in ("qwen", "deepseek") else "so"))
     if name in ("qwen", "llama"):
@@ -254,16 +254,16 @@ def test_chats_of_published_templates_are_those_of_transformers(name, tokenizer)
 @pytest.mark.parametrize("name", ["qwen", "harmony"])
 def test_thoughts_by_any_name_are_those_of_transformers(name, field, tokenizer):
     messages = [{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "5", field: "Add them."}]
-    other, template = theirs(tokenizer.folder), TEMPLATES[name]
+    other, template = transformers_tokenizer(tokenizer.folder), TEMPLATES[name]
     expected = other.apply_chat_template(messages, chat_template=template)["input_ids"]
     ids, is_answer = rendering.encode(tokenizer, messages, template=template, only_last=True)
     assert ids == expected
-    said = {
+    answers = {
         "qwen": "<think>\nAdd them.\n</think>\n\n5<|im_end|>",
         "harmony": "<|channel|>analysis<|message|>Add them.<|end|>"
         "<|start|>assistant<|channel|>final<|message|>5<|return|>",
     }
-    assert spelled(tokenizer, ids, is_answer) == said[name]
+    assert spell(tokenizer, ids, is_answer) == answers[name]
 
 
 PARTS = [
@@ -295,7 +295,7 @@ COMMON = {"max_examples": 30, "deadline": None, "suppress_health_check": [Health
 def test_no_message_adds_a_control_token_to_a_published_template(name, tokenizer, user, assistant, system):
     if name == "harmony":
         assistant = assistant.replace("<|channel|>", "")  # which the template refuses
-    use = lambda *said: controls(tokenizer, rendering.prompt(tokenizer, talk(name, *said), template=TEMPLATES[name]))
+    use = lambda *words: controls(tokenizer, rendering.prompt(tokenizer, talk(name, *words), template=TEMPLATES[name]))
     found, innocent = use(user, assistant, system), use("a", "b", "c")
     if name == "qwen":  # it writes thoughts again that it finds in a message
         thoughts = lambda tokens: [token for token in tokens if token not in ("<think>", "</think>")]
@@ -402,16 +402,14 @@ def test_the_control_tokens_are_those_that_harmless_messages_get(kind, normalize
 def test_numbers_of_users_leave_no_digits_of_the_template(tokenizer):
     for way in ("n.real", "n.numerator", "n | attr('real')", "'{0.real}'.format(n)", "n | round(0, 'ceil') | int"):
         template = "{{ '<|' }}{{ " + way + " }}{{ '|>' }}"
-        (found,) = rendering._rendered(
-            use := rendering._template(tokenizer, template, None), [job(tokenizer, use, n=5)]
-        )
+        (found,) = rendering._render(use := rendering._template(tokenizer, template, None), [job(tokenizer, use, n=5)])
         text, users, _ = found[0]
         assert not any(char == "5" for at, char in enumerate(text) if not any(a <= at < b for a, b in users)), way
 
 
 def job(tokenizer, use, **variables) -> dict:
-    made = rendering._chat(tokenizer, use, [{"role": "user", "content": "a"}], None, variables)
-    return {**made, "renderings": [[1, True]]}
+    chat = rendering._chat(tokenizer, use, [{"role": "user", "content": "a"}], None, variables)
+    return {**chat, "renderings": [[1, True]]}
 
 
 def test_looking_at_a_template_takes_no_time(tokenizer):

@@ -32,9 +32,9 @@ FILES = {
     "a null byte": ("x = 1\0\n", ["null bytes", "correct the syntax"]),
     "leaves": ("raise SystemExit(0)\n", ["line 1", "SystemExit", "correct"]),
     "never ends": ("def config():\n    return config()\n", ["line 2", "RecursionError"]),
-    "a float": (f"{HEAD}RunConfig(data=DataConfig(path='x'), steps=1e3)\n", ["steps is 1000.0", "a whole number"]),
-    "a text": (f"{HEAD}RunConfig(data=DataConfig(path='x'), batch='8')\n", ["batch is '8'", "a whole number"]),
-    "None": (f"{HEAD}RunConfig(data=DataConfig(path=None))\n", ["data.path is None", "a text"]),
+    "a float": (f"{HEAD}RunConfig(data=DataConfig(path='x'), steps=1e3)\n", ["steps is 1000.0", "an integer"]),
+    "a text": (f"{HEAD}RunConfig(data=DataConfig(path='x'), batch='8')\n", ["batch is '8'", "an integer"]),
+    "None": (f"{HEAD}RunConfig(data=DataConfig(path=None))\n", ["data.path is None", "a string"]),
     "no such field": (f"{HEAD}RunConfig(bach=8)\n", ["line 6", "bach", "correct"]),
     "parts of another kind": (f"{HEAD}RunConfig(data='x')\n", ["data is 'x'", "of type DataConfig"]),
     "a class for a task": (f"{HEAD}RunConfig(task=CausalLM)\n", ["task is <class", "CausalLM()"]),
@@ -89,11 +89,11 @@ def test_a_flag_of_another_tool_suggests_ours(capsys, name):
 
 
 def test_every_suggested_flag_exists():
-    from jaxlm.__main__ import Generate, OnFile
+    from jaxlm.__main__ import FileArguments, Generate
     from jaxlm.config import Classification, DataConfig, MaskedLM, RunConfig, Seq2Seq, Tagging, flags
 
     runs = [RunConfig(data=DataConfig(), task=task()) for task in (Classification, MaskedLM, Seq2Seq, Tagging)]
-    known = {name for config in (*runs, Generate(model=""), OnFile()) for name in flags.names(config)}
+    known = {name for config in (*runs, Generate(model=""), FileArguments()) for name in flags.names(config)}
     assert {name for names in flags._SUGGESTED.values() for name in names} <= known
     of_one_verb = {"output", "file", "model", "max-length", "early-stopping"}
     assert not flags._SUGGESTED.keys() & known - of_one_verb
@@ -113,7 +113,7 @@ SWEEPS = {
         [f"epochs={','.join(map(str, range(100)))}", f"seed={','.join(map(str, range(100)))}"],
         ["10,000", "1,000"],
     ),
-    "the folder": (["workdir=a,b"], ["workdir", "folder of its own"]),
+    "the folder": (["workdir=a,b"], ["workdir", "its own folder"]),
 }
 
 

@@ -312,7 +312,7 @@ def test_a_damaged_entry_is_made_again_with_a_line(tmp_path, damage):
         if (entry / name).is_file():
             os.utime(entry / name, ns=(times.st_atime_ns, times.st_mtime_ns))
         again = prepare(run, said.append)
-        assert str(entry) in said[0] and "damaged" in said[0] and said[0].endswith("made again"), name
+        assert str(entry) in said[0] and "damaged" in said[0] and said[0].endswith("tokenizing again"), name
         equal(first.train, again.train)
         equal(first.held_out, again.held_out)
         assert again.rows == first.rows and again.tokenizer.size == first.tokenizer.size
@@ -398,7 +398,7 @@ def test_held_out_data_of_its_own(tmp_path):
 
 
 def test_too_little_text_and_too_small_a_vocabulary_are_said(tmp_path):
-    with pytest.raises(UserError, match=r"no held-out text is left of .*give more text"):
+    with pytest.raises(UserError, match=r"there is no held-out text in .*give more text"):
         prepare(a_run(tmp_path, "one line only\n"), QUIET)
     small = dataclasses.replace(a_run(tmp_path), model=ModelConfig(vocabulary=8))
     with pytest.raises(UserError, match=r"vocabulary is 8; .* --model.vocabulary \d+"):

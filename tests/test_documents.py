@@ -31,6 +31,7 @@ import jax
 import numpy as np
 import pytest
 from compiled import jit, random_params
+from flags import xla_flags
 
 import jaxlm
 from jaxlm import LM, TokenizerConfig
@@ -287,7 +288,12 @@ def reader(request, things, tmp_path, monkeypatch, no_pictures, capsys, devices)
     jaxlm.config.TASK_CONFIGS.update(tasks)
 
 
-@pytest.mark.parametrize("reader", PAGES, ids=lambda page: page.name, indirect=True)
+# A newcomer's pages; the others take minutes.
+FIRST = ("README.md", "first_run.md", "extending.md", "your_task.md", "index.md", "install.md")
+READ = [pytest.param(page, id=page.name, marks=() if page.name in FIRST else pytest.mark.long) for page in PAGES]
+
+
+@pytest.mark.parametrize("reader", READ, indirect=True)
 def test_the_blocks_of_a_page_do_what_it_says(reader):
     for block in blocks_of(reader.page):
         reader.read(block)
@@ -314,7 +320,7 @@ def test_what_takes_minutes(reader, command):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         place = f"localhost:{free.getsockname()[1]}"
-    settings = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1", "PYTHONPATH": str(ROOT)}
+    settings = os.environ | {"XLA_FLAGS": xla_flags(1), "PYTHONPATH": str(ROOT)}
     begun = []
     for n in range(count):
         told = {"JAXLM_COORDINATOR": place, "JAXLM_PROCESS": f"{n}", "JAXLM_PROCESSES": f"{count}"} if count > 1 else {}

@@ -1,4 +1,4 @@
-"""Embeddings: a text's vector is its own, whatever it is packed with, and is pooled as the checkpoint says."""
+"""Embeddings: packing does not change the embedding of a text, and texts are pooled as the checkpoint declares."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jaxlm.config import MeshConfig, ModelConfig, TokenizerConfig
 from jaxlm.data.tokenizers import tokenizer as tokenizers
 from jaxlm.devices import sharding
 from jaxlm.hub import safetensors
-from jaxlm.hub.pooling import MODES, Dense, Pooling, carried, read_pooling
+from jaxlm.hub.pooling import MODES, Dense, Pooling, read_files, read_pooling
 from jaxlm.inference import encode as encoding
 from jaxlm.inference.encode import encode
 from jaxlm.lm import LM, load, save
@@ -27,7 +27,7 @@ STSB = Path(__file__).parents[2] / "shared" / "data" / "stsb" / "sts-test.csv.gz
 SENTENCE = "the cat sat on a mat while some dog ran far away over hills and through rivers of cold blue water"
 WORDS = SENTENCE.split()
 TINY = {"width": 16, "layers": 2, "heads": 2, "initial_std": 0.2}
-encodingR = TINY | {"structure": "encoder", "heads_on_top": (), "types": 2, "norm_place": "post"}
+ENCODER = TINY | {"structure": "encoder", "heads_on_top": (), "types": 2, "norm_place": "post"}
 CAUSAL = TINY | {"structure": "decoder", "positions": "rotary"}
 BOTH = TINY | {"structure": "encoder_decoder"}
 
@@ -51,15 +51,15 @@ def tokenizer():
     return tokenizers.train([SENTENCE] * 4, TokenizerConfig(train="wordpiece"), vocabulary=90)
 
 
-def make(tokenizer, fields=encodingR, pooling=None, max_length=128) -> LM:
+def make(tokenizer, fields=ENCODER, pooling=None, max_length=128) -> LM:
     config = ModelConfig(**fields, vocabulary=tokenizer.size, max_length=max_length)
     params = jax.tree.map(jax.numpy.asarray, random_params(config))
     return LM(config, Transformer(config), params, tokenizer, pooling=pooling)
 
 
 def states(lm: LM, texts: list[str], max_length: int = 128) -> list[np.ndarray]:
-    """The hidden states [n, D] of each text, computed one text a row, without padding between."""
-    rows = [ids for ids, _ in lm.tokenizer.frame(texts, max_length=max_length)]
+    """The hidden states [n, D] of each text, with one text in each row."""
+    rows = [ids for ids, _ in lm.tokenizer.encode_with_special_tokens(texts, max_length=max_length)]
     T = max(map(len, rows))
     tokens_BT = np.array([row + [0] * (T - len(row)) for row in rows])
     segments_BT = np.array([[1] * len(row) + [0] * (T - len(row)) for row in rows])
@@ -82,7 +82,7 @@ NUMPY = {
 }
 
 
-@pytest.mark.parametrize("fields", [encodingR, CAUSAL, BOTH], ids=["encoder", "decoder", "encoder-decoder"])
+@pytest.mark.parametrize("fields", [ENCODER, CAUSAL, BOTH], ids=["encoder", "decoder", "encoder-decoder"])
 def test_packed_is_alone_in_every_mode(tokenizer, fields):
     lm = make(tokenizer, fields, Pooling(tuple(MODES)))
     alone = [np.concatenate([NUMPY[mode](x_TD) for mode in MODES]) for x_TD in states(lm, TEXTS)]
@@ -108,9 +108,10 @@ def test_windows_of_a_stream(tokenizer, monkeypatch):
 
 def test_rows_are_full_and_of_few_shapes(tokenizer):
     batches = list(encoding._batches(make(tokenizer), Pooling(), texts_of(2000), 1024))
-    tokens = sum(int((batch.inputs[1] > 0).sum()) for batch in batches)
-    shapes = [batch.inputs[0].shape for batch in batches]
-    assert sorted(np.concatenate([batch.texts for batch in batches])) == list(range(2000))
+    tokens = sum(int((inputs[1] > 0).sum()) for _, inputs in batches)
+    shapes = [batch.shape for batch, _ in batches]
+    assert [inputs[0].shape for _, inputs in batches] == shapes
+    assert sorted(np.concatenate([batch.examples for batch, _ in batches])) == list(range(2000))
     assert tokens > 0.95 * sum(B * T for B, T in shapes)
     assert {T for _, T in shapes} <= {64, 128} and max(B * T for B, T in shapes) == 1024 and len(set(shapes)) <= 4
 
@@ -143,10 +144,10 @@ def test_default_is_the_mean(tokenizer):
     close(encode(lm, TEXTS), [x_TD.mean(0) for x_TD in states(lm, TEXTS)])
 
 
-@pytest.mark.parametrize("declared, model, kept", [(None, 24, 24), (10, 128, 10), (500, 24, 24)])
-def test_long_texts_lose_their_end(tokenizer, declared, model, kept):
+@pytest.mark.parametrize("declared, model, remaining", [(None, 24, 24), (10, 128, 10), (500, 24, 24)])
+def test_long_texts_are_truncated(tokenizer, declared, model, remaining):
     lm = make(tokenizer, pooling=Pooling(max_length=declared), max_length=model)
-    close(encode(lm, [TEXTS[-1]]), [states(lm, [TEXTS[-1]], kept)[0].mean(0)])
+    close(encode(lm, [TEXTS[-1]]), [states(lm, [TEXTS[-1]], remaining)[0].mean(0)])
 
 
 def test_case_and_prompt(tokenizer):
@@ -162,7 +163,7 @@ def test_nothing_in_nothing_out(tokenizer):
 
 
 @pytest.mark.parametrize(
-    "change, texts, said",
+    "change, texts, message",
     [
         ({}, "one text", "one str"),
         ({}, 3, "texts is 3, of type int"),
@@ -172,9 +173,9 @@ def test_nothing_in_nothing_out(tokenizer):
         ({"batch_tokens": 0}, ["a cat"], "batch_tokens is 0"),
     ],
 )
-def test_mistakes_are_named(tokenizer, change, texts, said):
+def test_mistakes_are_refused(tokenizer, change, texts, message):
     options = {key: change.pop(key) for key in ("batch_tokens",) if key in change}
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         encode(dataclasses.replace(make(tokenizer), **change), texts, **options)
 
 
@@ -242,28 +243,28 @@ def test_files_say_how_to_pool(tmp_path, files, declared):
 
 
 @pytest.mark.parametrize(
-    "files, said",
+    "files, message",
     [
         ({"modules.json": "["}, "is not JSON"),
         ({"modules.json": {}}, "not a list of modules"),
         ({"modules.json": [{"path": ""}]}, "not a list of modules"),
-        ({"modules.json": [{"path": "../x", "type": "sentence_transformers.models.Pooling"}]}, "leads out"),
+        ({"modules.json": [{"path": "../x", "type": "sentence_transformers.models.Pooling"}]}, "outside its folder"),
         ({"modules.json": modules("Transformer", "WeightedLayerPooling")}, "WeightedLayerPooling"),
         ({"modules.json": modules("Transformer", "Pooling", package="own_code")}, "own_code.Transformer"),
-        ({"modules.json": modules("Transformer")}, "asks for Transformer"),
+        ({"modules.json": modules("Transformer")}, "requires Transformer"),
         ({"modules.json": modules("Transformer", "Pooling", "Normalize", "Dense")}, "in this order"),
-        ({"modules.json": [m | {"path": m["path"] or "0_T"} for m in SIMPLE["modules.json"]]}, "move what is in there"),
+        ({"modules.json": [m | {"path": m["path"] or "0_T"} for m in SIMPLE["modules.json"]]}, "move the files there"),
         ({"sentence_bert_config.json": {"transformer_task": "fill-mask"}}, "fill-mask"),
         ({"sentence_bert_config.json": {"max_seq_length": "long"}}, "max_seq_length is 'long'; it must be a number"),
-        ({"1_Pooling/config.json": []}, "holds a list, not an object"),
+        ({"1_Pooling/config.json": []}, "contains a list, not an object"),
         ({"1_Pooling/config.json": {"pooling_mode": "meen"}}, "perhaps you meant 'mean'"),
         ({"config_sentence_transformers.json": {"default_prompt_name": "query"}}, "default_prompt_name 'query'"),
         ({"config_sentence_transformers.json": {"prompts": {"q": "q: "}, "default_prompt_name": "q"}}
          | {"1_Pooling/config.json": {"pooling_mode": "mean", "include_prompt": False}}, "not pooled"),
     ],
 )  # fmt: skip
-def test_files_that_cannot_be_followed(tmp_path, files, said):
-    with pytest.raises(UserError, match=said):
+def test_unsupported_files_are_refused(tmp_path, files, message):
+    with pytest.raises(UserError, match=message):
         read_pooling(write(tmp_path, SIMPLE | files))
 
 
@@ -273,7 +274,7 @@ def test_a_missing_pooling_file(tmp_path):
 
 
 def test_without_files(tmp_path):
-    assert read_pooling(tmp_path) is None and carried(tmp_path) == {}
+    assert read_pooling(tmp_path) is None and read_files(tmp_path) == {}
 
 
 def write_dense(folder: Path, **config) -> Path:
@@ -290,23 +291,23 @@ def test_dense_is_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "config, said",
+    "config, message",
     [
         ({"activation_function": "os.system"}, "os.system"),
         ({"activation_function": "torch.nn.modules.activation.Hardswish"}, "Hardswish"),
         ({"use_residual": True}, "residual"),
-        ({"module_input_name": "token_embeddings"}, "other values"),
+        ({"module_input_name": "token_embeddings"}, "another input"),
     ],
 )
-def test_dense_that_is_another(tmp_path, config, said):
-    with pytest.raises(UserError, match=said):
+def test_unsupported_dense_modules_are_refused(tmp_path, config, message):
+    with pytest.raises(UserError, match=message):
         read_pooling(write_dense(tmp_path, **config))
 
 
 def test_carried_files_say_the_same(tmp_path):
     write(tmp_path / "a", {"sentence_bert_config.json": {"max_seq_length": 9}, "config.json": {}, "README.md": ""})
     (write_dense(tmp_path / "a") / "2_Dense" / "pytorch_model.bin").touch()
-    for name, content in carried(tmp_path / "a").items():
+    for name, content in read_files(tmp_path / "a").items():
         (tmp_path / "b" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "b" / name).write_bytes(content)
     names = {f.relative_to(tmp_path / "b").as_posix() for f in (tmp_path / "b").rglob("*") if f.is_file()}
@@ -333,7 +334,7 @@ def pairs():
 
 
 def test_stsb_test(minilm, pairs):
-    """What sentence-transformers gives for this checkpoint, too."""
+    """These are also the values of sentence-transformers."""
     stats = pytest.importorskip("scipy.stats")
     lm = load(minilm)
     first, second = (encode(lm, [pair[column] for pair in pairs]) for column in (5, 6))

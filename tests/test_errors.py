@@ -1,4 +1,4 @@
-"""A mistake in what is given ends with code 2 and one message (value, limit, remedy), before any compile."""
+"""A mistake of the user ends with code 2 and one message (value, limit, remedy), before anything is compiled."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def config():
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch) -> Path:
-    """A folder with a config, data of many kinds, and foreign things."""
+def cwd(tmp_path, monkeypatch) -> Path:
+    """A folder with a config, data of many kinds, and other files."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("JAXLM_CACHE", str(tmp_path / "cache"))
     (tmp_path / "tiny.py").write_text(CONFIG.format(model="", task="CausalLM()"))
@@ -61,11 +61,11 @@ def here(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-# What is given, and what the message must say: the value, the limit, the remedy.
+# The flags, and the words that the message must contain: the value, the limit, the remedy.
 MISTAKES = {
     "missing config": (["tony.py"], ["no config tony.py", "perhaps you meant 'tiny.py'"]),
     "missing name": (["quikstart"], ["no config quikstart", "perhaps you meant 'quickstart'"]),
-    "no config given": ([], ["train takes a config first", "shakespeare_char"]),
+    "no config given": ([], ["train requires a config", "shakespeare_char"]),
     "config without config()": (["no_config.py"], ["no_config.py", "config()", "RunConfig"]),
     "missing data": (["tiny.py", "--data.path", "test.txt"], ["'test.txt'", "perhaps you meant 'text.txt'"]),
     "no data": (["tiny.py", "--data.path", ""], ["data.path is empty", "--data.path"]),
@@ -87,30 +87,31 @@ MISTAKES = {
     ),
     "vocabulary": (["tiny.py", "--model.vocabulary", "8"], ["8", "vocabulary"]),
     "no [MASK]": (["masked.py"], ["mask", "wordpiece"]),
-    "foreign folder": (["tiny.py", "--workdir", "foreign"], ["foreign", "holds no run", "--workdir"]),
-    "model as folder": (["tiny.py", "--workdir", "model"], ["model", "holds no run", "--workdir"]),
+    "foreign folder": (["tiny.py", "--workdir", "foreign"], ["foreign", "contains no run", "--workdir"]),
+    "model as folder": (["tiny.py", "--workdir", "model"], ["model", "contains no run", "--workdir"]),
     "file as folder": (["tiny.py", "--workdir", "text.txt"], ["text.txt", "--workdir"]),
-    "missing init": (["tiny.py", "--init", "gone"], ["gone is no folder"]),
+    "missing init": (["tiny.py", "--init", "gone"], ["gone is not a folder"]),
     "init without a model": (["tiny.py", "--init", "foreign"], ["foreign", "config.json"]),
     "init without an export": (["tiny.py", "--init", "unfinished"], ["unfinished", "no export"]),
 }
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_in_a_run(here, capsys, monkeypatch, name):
+def test_a_mistake_in_a_run(cwd, capsys, monkeypatch, name):
     arguments, words = MISTAKES[name]
     import jax
 
     monkeypatch.setattr(jax, "jit", lambda *_, **__: pytest.fail("something is compiled"))
     assert main(["train", *arguments]) == 2
-    said = capsys.readouterr()
-    assert said.out == "" and len(re.findall(r"^error: ", said.err, re.MULTILINE)) == 1 and "Traceback" not in said.err
-    message = said.err[said.err.index("error: ") :]
+    printed = capsys.readouterr()
+    assert printed.out == "" and "Traceback" not in printed.err
+    assert len(re.findall(r"^error: ", printed.err, re.MULTILINE)) == 1
+    message = printed.err[printed.err.index("error: ") :]
     assert all(word in message for word in words), message
-    assert not (here / "run" / "config.json").exists()
+    assert not (cwd / "run" / "config.json").exists()
 
 
-# tyro's own messages, in a frame.
+# Messages of tyro, in a frame.
 USAGE = {
     "unknown field": (["tiny.py", "--model.widht", "32"], ["--model.widht", "--model.width"]),
     "unknown choice": (["tiny.py", "--optimizer.name", "adam"], ["adam", "adamw"]),
@@ -120,25 +121,25 @@ USAGE = {
 
 
 @pytest.mark.parametrize("name", USAGE)
-def test_a_mistake_in_the_command(here, capsys, name):
+def test_a_mistake_in_the_command(cwd, capsys, name):
     arguments, words = USAGE[name]
     with pytest.raises(SystemExit) as ended:
         main(["train", *arguments])
     assert ended.value.code == 2
-    said = capsys.readouterr().err
-    assert all(word in said for word in words), said
+    printed = capsys.readouterr().err
+    assert all(word in printed for word in words), printed
 
 
 VERBS = {
     "unknown verb": (["trian"], ["'trian'", "'train'"]),
-    "no folder": (["generate", "gone"], ["gone is no folder"]),
+    "no folder": (["generate", "gone"], ["gone is not a folder"]),
     "no model": (["generate", "foreign"], ["foreign", "config.json"]),
     "no export": (["generate", "unfinished"], ["unfinished", "no export yet"]),
-    "nothing to inspect": (["inspect", "gone"], ["gone is no folder"]),
+    "nothing to inspect": (["inspect", "gone"], ["gone is not a folder"]),
     "no model to inspect": (["inspect", "foreign"], ["foreign", "config.json"]),
     "inspect a config": (["inspect", "tony.py"], ["no config tony.py", "'tiny.py'"]),
-    "convert nothing": (["convert", "gone", "new"], ["gone is no folder"]),
-    "convert onto files": (["convert", "model", "foreign"], ["foreign exists and is not empty", "overwritten"]),
+    "convert nothing": (["convert", "gone", "new"], ["gone is not a folder"]),
+    "convert onto files": (["convert", "model", "foreign"], ["foreign exists and is not empty", "set overwrite"]),
     "shards of nothing": (["convert", "model", "new", "--shard-gb", "0"], ["shard_gb is 0.0", "above 0"]),
     "no weights": (["convert", "model", "new"], ["model has no weights", "model.safetensors"]),
     "pickled weights": (["inspect", "pickled"], ["only pickled weights (pytorch_model.bin)", "save_pretrained"]),
@@ -146,22 +147,22 @@ VERBS = {
 
 
 @pytest.mark.parametrize("name", VERBS)
-def test_a_mistake_in_a_verb(here, capsys, name):
+def test_a_mistake_in_a_verb(cwd, capsys, name):
     arguments, words = VERBS[name]
     assert main(arguments) == 2
-    said = capsys.readouterr().err
-    assert len(re.findall(r"^error: ", said, re.MULTILINE)) == 1 and all(word in said for word in words), said
+    printed = capsys.readouterr().err
+    assert len(re.findall(r"^error: ", printed, re.MULTILINE)) == 1 and all(word in printed for word in words), printed
 
 
-def test_init_that_does_not_fit_and_a_corrected_command(here, capsys, devices, no_pictures):
-    """Both sides are shown; a folder that a refused command named is free for the corrected one."""
+def test_init_that_does_not_fit_and_a_corrected_command(cwd, capsys, devices, no_pictures):
+    """The message shows both shapes. The corrected command can use the folder of the refused one."""
     assert main(["train", "tiny.py"]) == 0
     capsys.readouterr()
     other = ["train", "tiny.py", "--workdir", "other", "--init", "run"]
     assert main([*other, "--model.width", "16"]) == 2
-    said = capsys.readouterr().err
-    assert "do not fit" in said and re.search(
-        r"- embeddings/tokens \(64, 32\)\n  \+ embeddings/tokens \(64, 16\)", said
+    printed = capsys.readouterr().err
+    assert "do not fit" in printed and re.search(
+        r"- embeddings/tokens \(64, 32\)\n  \+ embeddings/tokens \(64, 16\)", printed
     )
     assert main([*other, "--data.path", "empty.txt"]) == 2
     assert main([*other, "--steps", "1"]) == 0
@@ -193,7 +194,7 @@ KINDS = [
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_field_has_a_comment(kind):
-    """tyro's help is the comment behind a field; those of classes that the quickstart does not use count too."""
+    """tyro prints the comment of a field as its help, also for classes that the quickstart does not use."""
     body = inspect.getsource(kind)
     for field in dataclasses.fields(kind):
         if not dataclasses.is_dataclass(field.default_factory) and field.name != "task":

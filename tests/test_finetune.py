@@ -113,7 +113,7 @@ def choice_row(random: np.random.Generator, n: int) -> dict[str, Any]:
     return {"question": words(random, n // 4), "options": options, "label": int(random.integers(len(options)))}
 
 
-QUESTIONS = {"stride": 4, "most_question": 4}
+QUESTIONS = {"stride": 4, "max_question_tokens": 4}
 CASES = {
     "class": Case(Classification(), class_row, 3),
     "classes": Case(Classification(problem="multi_label"), classes_row, 3),
@@ -499,16 +499,16 @@ def test_the_other_texts_of_a_pair_are_those_of_the_batch():
 
 def test_a_task_does_not_change():
     task = task_of("class")
-    with pytest.raises(AttributeError, match=r"set pooling in `__init__`, or return self.replaced\(pooling"):
+    with pytest.raises(AttributeError, match=r"set pooling in `__init__`, or return self.replace_fields\(pooling"):
         task.pooling = Pooling(("max",))
-    assert task.replaced(pooling=Pooling(("max",))).pooling.modes == ("max",) != task.pooling.modes
+    assert task.replace_fields(pooling=Pooling(("max",))).pooling.modes == ("max",) != task.pooling.modes
 
 
 def test_balanced_weights_and_smoothing_are_for_training_alone():
     task = task_of("class", class_weights="balanced", label_smoothing=0.3)
     records = records_of("class", [{"text": "a", "label": label} for label in ("no", "no", "no", "so", "yes", "yes")])
     part = Records(records, [])
-    task = task.bound(MODELS["bert"], part=part)
+    task = task.bind(MODELS["bert"], part=part)
     features = [task.examples(part, training).epoch(0).features for training in (True, False)]
     # As scikit-learn has it: rows / (classes x rows of the class).
     close([features[0](i)[0]["weights_BE"] for i in range(6)], [2 / 3] * 3 + [2] + [1] * 2)
@@ -530,7 +530,7 @@ def test_balanced_weights_of_several_labels_are_those_of_torch():
     found = [["a"], ["a"], ["a", "b"], [], ["c"], ["a", "c"]]
     records = records_of("classes", [{"text": "a", "label": names} for names in found])
     part = Records(records, [])
-    task = task.bound(MODELS["bert"], part=part)
+    task = task.bind(MODELS["bert"], part=part)
     batch = Batches(task.examples(part, True), 1, T, 6, None).batch_at(0)
     logits = np.random.default_rng(0).standard_normal((1, 6, 3)).astype(np.float32)
     for training, weights in ((True, [2 / 4, 5 / 1, 4 / 2]), (False, [1, 1, 1])):
@@ -559,7 +559,7 @@ def test_windows_cover_the_text_and_label_the_answer(data):
     stride, most, length = data.draw(st.integers(0, 6)), data.draw(st.integers(1, 5)), data.draw(st.integers(15, 40))
     a = data.draw(st.integers(0, len(context)))
     b = data.draw(st.integers(a, len(context)))
-    task = question_task(kind, length, stride=stride, most_question=most)
+    task = question_task(kind, length, stride=stride, max_question_tokens=most)
     record = {"context": context, "question": question, "title": "", "label": [(context[a:b], a)]}
     [units] = task.features([record], True)
     [(ids, offsets)] = task.tokenizer.encode_offsets([context])
@@ -596,7 +596,7 @@ def test_windows_cover_the_text_and_label_the_answer(data):
 
 
 def test_labels_decode_to_the_answer():
-    random, task = np.random.default_rng(3), question_task("wordpiece", 20, stride=6, most_question=4)
+    random, task = np.random.default_rng(3), question_task("wordpiece", 20, stride=6, max_question_tokens=4)
     found = 0
     for record in records_of("answers", [question_row(random, 6, answered=1) for _ in range(50)]):
         [units] = task.features([record], True)
@@ -609,7 +609,7 @@ def test_labels_decode_to_the_answer():
 
 
 def test_an_answer_may_begin_and_end_with_a_space():
-    task = question_task("wordpiece", 20, stride=4, most_question=4)
+    task = question_task("wordpiece", 20, stride=4, max_question_tokens=4)
     record = {"context": "the quick dog jumps", "question": "a", "label": [(" quick dog ", 3)]}
     [[[example]]] = task.features([record], True)
     first, last = example["labels_BEN"]
@@ -627,7 +627,9 @@ def test_an_answer_may_begin_and_end_with_a_space():
 def test_the_answer_given_is_the_best_of_all_spans(seed, n, longest, unanswerable, silence):
     """Of windows of at most 20 tokens, where the lists of the likeliest starts and ends hold all."""
     random = np.random.default_rng(seed)
-    task = question_task("wordpiece", 20, stride=4, most_question=4, longest_answer=longest, unanswerable=unanswerable)
+    task = question_task(
+        "wordpiece", 20, stride=4, max_question_tokens=4, max_answer_tokens=longest, unanswerable=unanswerable
+    )
     [record] = records_of("questions", [question_row(random, n)])
     [units] = task.features([record], False)
     outputs, spans, silent = [], [], []
@@ -712,7 +714,7 @@ def test_a_word_of_running_text_begins_at_its_first_token(tokens, length, kind):
 def test_long_sentences_are_cut_between_words(tokens, length, kind):
     task = tagging_task(kind, length)
     [units] = task.features([{"tokens": tokens}], False)
-    room = task.tokenizer.room(length, pair=False)
+    room = task.tokenizer.max_text_tokens(length, pair=False)
     tags = [str(tag) for tag in np.random.default_rng(len(tokens)).choice(["O", "B-A", "I-A"], len(tokens))]
     outputs = []
     for [example] in units:
@@ -754,7 +756,7 @@ def test_schemes_of_tags_become_one(scheme):
     made = kind(task, T, 0, tokenizer("wordpiece"), names)
     [[[example]]] = made.features([record], True)
     assert [names[label] for label in example["labels_BT"][example["weights_BT"] > 0]] == SCHEMES["IOB2"]
-    assert "A 2" in made.balance(Records([record], []))
+    assert "A 2" in made.describe_labels(Records([record], []))
     other = {"IOB1": "S-A", "IOB2": "E-A", "IOBES": "X-A"}[scheme]
     with pytest.raises(UserError, match=rf"rows:7: .*{other}"):
         kind.read(task, row | {"tags": [other] * 5}, Place("rows", 7))
@@ -847,7 +849,7 @@ def test_unusual_examples_are_told_and_scored(case, model, kind):
     )
     if records:
         task.sections(Records(records, []), told)
-        task.balance(Records(records, []))
+        task.describe_labels(Records(records, []))
     if kind == "identical":
         said = [row["prediction"] for row in told]
         assert said == ([pytest.approx(said[0], abs=1e-5)] if isinstance(said[0], float) else said[:1]) * len(said)
@@ -860,7 +862,7 @@ def test_unusual_examples_are_told_and_scored(case, model, kind):
 def test_vectors_by_any_pooling(mode):
     """Places without a text are no trouble for a maximum either."""
     _, module, params, _ = compiled("cosine", "bert")
-    task = task_of("cosine").replaced(pooling=Pooling((mode,)))
+    task = task_of("cosine").replace_fields(pooling=Pooling((mode,)))
     batch = batches_of(task, drawn("cosine", LENGTHS)).batch_at(0)
     loss = lambda params: task.losses(module, params, batch, jax.random.key(0))[0]["loss"][0]
     value, grads = jit(jax.value_and_grad(loss))(params)
@@ -880,7 +882,7 @@ def test_two_hundred_classes():
     assert [row["prediction"] for row in told] == [names[x.argmax()] for x in logits]
     close(found.means["loss"], -np.mean([log_p(x)[i] for i, x in enumerate(logits)]), rtol=1e-5)
     assert len(task.sections(Records(records, []), told)) == 3
-    assert "and 188 more" in task.balance(Records(records, []))
+    assert "and 188 more" in task.describe_labels(Records(records, []))
 
 
 def test_ties_go_to_the_first():
@@ -999,7 +1001,7 @@ TOYS = {
     "number": Toy(Classification(problem="regression"), toy_number, 0.7, 0.3, steps=60),
     "pair": Toy(Classification(text=("a", "b")), toy_pair, 0.9, 0.6, steps=60),
     "tagging": Toy(Tagging(), toy_tags, 0.9, 0.1),
-    "questions": Toy(QuestionAnswering(stride=6, most_question=4), toy_question, 0.9, 0.6),
+    "questions": Toy(QuestionAnswering(stride=6, max_question_tokens=4), toy_question, 0.9, 0.6),
     "cosine": Toy(Similarity(), toy_similar, 0.6, 0.3, steps=60),
     "contrastive": Toy(Similarity(objective="contrastive"), toy_couple, 0.9, 0.5),
     "choice": Toy(MultipleChoice(), toy_choice, 0.9, 0.6),
@@ -1081,11 +1083,11 @@ def log_of(run: RunConfig) -> list[dict[str, float]]:
 def score_of(name: str, rows: list[dict[str, Any]], told: list[Any]) -> dict[str, float]:
     """A score by what was told alone."""
     if name == "tagging":
-        return metrics.spans([row["tags"] for row in rows], told, "IOB2")[0]
+        return metrics.span_scores([row["tags"] for row in rows], told, "IOB2")[0]
     if name == "questions":
-        return metrics.squad([row["answers"]["text"] for row in rows], told)
+        return metrics.squad_scores([row["answers"]["text"] for row in rows], told)
     if name in ("number", "cosine"):
-        return metrics.number([row["label"] for row in rows], told)
+        return metrics.regression_scores([row["label"] for row in rows], told)
     same = lambda a, b: set(a) == set(b) if name == "classes" else str(a) == str(b)
     return {"accuracy": np.mean([same(row.get("label"), x) for row, x in zip(rows, told)])}
 
@@ -1124,7 +1126,7 @@ def test_a_toy_is_learned_and_its_export_tells_the_same(trained, name):
 @pytest.mark.parametrize("name", TRAINED)
 def test_predict_and_evaluate_at_the_command_line(trained, name, tmp_path, capsys, monkeypatch):
     run = trained(name)
-    monkeypatch.setattr("jaxlm.__main__._process", lambda: None)
+    monkeypatch.setattr("jaxlm.__main__._configure_process", lambda: None)
     assert main(["evaluate", run.workdir, run.data.eval_path, "--batch", str(run.batch // run.accumulate)]) == 0
     said = {" ".join(line.split()[:-1]): line.split()[-1] for line in capsys.readouterr().out.splitlines()}
     scores = read_json(Path(run.workdir) / "scores.json")
@@ -1279,7 +1281,7 @@ def test_an_export_does_the_same_in_transformers(trained, name):
             start, end, place = out.start_logits[0], out.end_logits[0], inputs.sequence_ids(0)
             spans = [(float(start[0] + end[0]), [])]
             for a in (t for t, side in enumerate(place) if side == 1):
-                for b in range(a, min(a + run.task.longest_answer, len(place) - 1)):
+                for b in range(a, min(a + run.task.max_answer_tokens, len(place) - 1)):
                     spans.append((float(start[a] + end[b]), inputs["input_ids"][0, a : b + 1]))
             assert read.decode(max(spans, key=lambda span: span[0])[1]) == told["prediction"].lower()
             continue

@@ -49,7 +49,7 @@ def loaded(path: Path, task, **choices):
     kind = TASKS[type(task)]
     part = load(kind, run, str(path), "", "train", Counter())
     names = kind.names(task, part)
-    return kind.fitted(task, [part], names)[0], names
+    return kind.map_labels(task, [part], names)[0], names
 
 
 # Lines
@@ -118,12 +118,12 @@ TABLES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("content", "expected", "said"), TABLES)
-def test_csv_as_others_write_it(tmp_path, capsys, content, expected, said):
+@pytest.mark.parametrize(("content", "expected", "message"), TABLES)
+def test_csv_as_others_write_it(tmp_path, capsys, content, expected, message):
     (tmp_path / "X.CSV").write_bytes(content)
     assert rows(tmp_path / "X.CSV") == expected
     printed = capsys.readouterr().err
-    assert said in printed and len(printed.splitlines()) == bool(said)
+    assert message in printed and len(printed.splitlines()) == bool(message)
 
 
 def test_tsv_that_is_quoted_as_csv(tmp_path, capsys):
@@ -240,19 +240,19 @@ def test_rows_in_a_json_object(tmp_path, value):
 )
 def test_json_that_python_cannot_hold(tmp_path, name, text, value):
     (tmp_path / name).write_text(text.format(value))
-    said = wrong(tmp_path / name)
-    assert f"{name}:" in said and ("4,300 digits" in said or "nests" in said)
+    message = wrong(tmp_path / name)
+    assert f"{name}:" in message and ("4,300 digits" in message or "too many nested" in message)
 
 
 def test_text_that_is_not_in_the_encoding_that_is_named(tmp_path):
     (tmp_path / "x.csv").write_bytes(b"text,label\na,1\n")
     for encoding in ("utf-16", "utf-32", "utf-16-le"):
-        assert f"x.csv:1: the text behind line 0 is not {encoding}" in wrong(tmp_path / "x.csv", encoding=encoding)
+        assert f"x.csv:1: the text after line 0 is not {encoding}" in wrong(tmp_path / "x.csv", encoding=encoding)
 
 
 def test_half_a_surrogate_pair(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"text": "\\ud83d\\ude00"}\n{"text": "a\\ud83d"}\n')
-    assert "x.jsonl:2: column 'text' holds half a surrogate pair, '\\ud83d'" in wrong(tmp_path / "x.jsonl")
+    assert "x.jsonl:2: column 'text' holds a lone surrogate, '\\ud83d'" in wrong(tmp_path / "x.jsonl")
 
 
 # CoNLL
@@ -342,8 +342,8 @@ HUGGINGFACE = {
 def parquet(file: Path, names: bool = False, **columns) -> Path:
     table = pyarrow.table(columns)
     if names:
-        told = json.dumps({"info": {"features": HUGGINGFACE}})
-        table = table.replace_schema_metadata({"huggingface": told})
+        metadata = json.dumps({"info": {"features": HUGGINGFACE}})
+        table = table.replace_schema_metadata({"huggingface": metadata})
     pyarrow.parquet.write_table(table, file)
     return file
 
@@ -396,7 +396,7 @@ def test_names_of_classes_in_the_files_own_metadata(tmp_path):
     choice = MultipleChoice(question="text", options=("text", "text"))
     assert [row["label"] for row in rows(file, columns_of(choice, labelled=True))] == [1, 0, -1]
     bad = parquet(tmp_path / "y.parquet", names=True, label=[2])
-    assert "y.parquet:1: column 'label' holds 2, and the data set's metadata names 2 classes" in wrong(bad)
+    assert "y.parquet:1: column 'label' contains 2, but the metadata of the data set has 2 classes" in wrong(bad)
 
 
 CARD = """---
@@ -524,19 +524,23 @@ def test_lists_of_classes(tmp_path, task, labels, expected, names, kind):
 
 
 @pytest.mark.parametrize(
-    ("task", "labels", "said"),
+    ("task", "labels", "message"),
     [
         (
             Classification(),
             ["['good']", "a"],
-            "x.csv:2: column 'label' holds list ['good'], which is no label; set --t",
+            "x.csv:2: column 'label' holds list ['good'], which is not a label; set --t",
         ),
-        (MULTI, ["[good, funny]", "a"], "x.csv:2: column 'label' holds '[good, funny]', which stands in brackets"),
+        (MULTI, ["[good, funny]", "a"], "x.csv:2: column 'label' holds '[good, funny]', which is in brackets"),
         *(
             (Classification(), [text, "a"], "x.csv:2: column 'label' holds list")
             for text in ("('a', 'b')", "{'a'}", "frozenset({'a'})", "set()", "(1, 0)", "tensor([1, 0])", "deque(['a'])")
         ),
-        (MULTI, ["a|b", "c", "a"], "x.csv:2: column 'label' holds 'a|b', and no row the separator ','; if '|' divides"),
+        (
+            MULTI,
+            ["a|b", "c", "a"],
+            "x.csv:2: column 'label' holds 'a|b', and no row has the separator ','; if '|' separates",
+        ),
         (MULTI, ["a;b", "b;c", "a;c", "a;b;c"], "set --task.separator ';'"),
         (MULTI, ["['good', 'fun", "a"], "x.csv:2: column 'label' holds"),
         (MULTI, ["['a' ... 'b']"], "x.csv:2: column 'label' holds"),
@@ -544,10 +548,10 @@ def test_lists_of_classes(tmp_path, task, labels, expected, names, kind):
         (NAMED, ["[1, 1, 0, 0]"], "x.csv:2: column 'label' holds 4 values of 0 and 1, and there are 3 classes"),
     ],
 )
-def test_lists_of_classes_that_are_refused(tmp_path, task, labels, said):
+def test_lists_of_classes_that_are_refused(tmp_path, task, labels, message):
     with pytest.raises(UserError) as error:
         loaded(table(tmp_path / "x.csv", labels), task)
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize("tokens", ["['EU', 'rejects']", '["EU", "rejects"]', "['EU' 'rejects']", "EU rejects"])

@@ -1,4 +1,4 @@
-"""Generation equals what the model says without a cache, draws and stops as it should; LM round trips."""
+"""Generation with a cache equals generation without one, samples from the right distribution, stops; LM round trips."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def fast_compiles(monkeypatch):
 
 @lru_cache
 def tokenizer():
-    return tokenizers.train([TEXT], TokenizerConfig(train="characters"), 48, begun=True)
+    return tokenizers.train([TEXT], TokenizerConfig(train="characters"), 48, add_bos=True)
 
 
 @lru_cache
@@ -90,7 +90,7 @@ def continued(name: str, given, lm=None, **choices):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_greedy_is_the_likeliest_token_of_a_full_forward_pass(name):
-    """Also where prompt and continuation fill the last position that there is."""
+    """Also where prompt and continuation fill all positions."""
     expected = uncached_greedy(name)
     assert len({tuple(row) for row in expected}) == 3
     assert max(len(set(row)) for row in expected) > 3
@@ -138,9 +138,9 @@ PICKS = {  # choices -> the probabilities that they leave
     "0.7 needs three": ({"top_p": 0.7}, [0.4, 0.25, 0.15, 0, 0, 0]),
     "0.64 needs two": ({"top_p": 0.64}, [0.4, 0.25, 0, 0, 0, 0]),
     "all but rounding": ({"top_p": 1.0}, [0.4, 0.25, 0.15, 0.1, 0.06, 0.04]),
-    "a fifth of the likeliest": ({"min_p": 0.2}, [0.4, 0.25, 0.15, 0.1, 0, 0]),
+    "a fifth of the most likely": ({"min_p": 0.2}, [0.4, 0.25, 0.15, 0.1, 0, 0]),
     "no filter": ({"top_k": None, "top_p": None, "min_p": None}, [0.4, 0.25, 0.15, 0.1, 0.06, 0.04]),
-    # Of the two likeliest (8/13, 5/13) the first reaches 0.6.
+    # The first of the two most likely tokens (8/13, 5/13) reaches 0.6.
     "both": ({"top_k": 2, "top_p": 0.6}, [1, 0, 0, 0, 0, 0]),
     # Squared and normalised the first two have 0.6 and 0.23: 0.7 needs both.
     # The two that top-p leaves have 0.4 and 0.25: both are at least half as likely as the first.
@@ -153,7 +153,7 @@ PICKS = {  # choices -> the probabilities that they leave
 def test_draws_follow_the_probabilities(name):
     choices, left = PICKS[name]
     rules = Rules(6, np.array([], np.int32), **{"temperature": 1.0, "top_k": 6, "top_p": 1.0, "min_p": 0.0} | choices)
-    order = np.array([3, 0, 5, 1, 4, 2])  # the likeliest is not the first
+    order = np.array([3, 0, 5, 1, 4, 2])  # the most likely one is not the first
     n = 20_000
 
     def draw(key):
@@ -162,14 +162,14 @@ def test_draws_follow_the_probabilities(name):
 
     counts = np.bincount(np.asarray(jit(draw)(jax.random.key(0))), minlength=6)
     expected = n * (np.array(left) / np.sum(left))[order]
-    kept = expected > 0
-    assert not counts[~kept].any()
-    chi_square = ((counts[kept] - expected[kept]) ** 2 / expected[kept]).sum()
-    assert chi_square < kept.sum() + 5 * np.sqrt(2 * kept.sum())
+    allowed = expected > 0
+    assert not counts[~allowed].any()
+    chi_square = ((counts[allowed] - expected[allowed]) ** 2 / expected[allowed]).sum()
+    assert chi_square < allowed.sum() + 5 * np.sqrt(2 * allowed.sum())
 
 
 def test_draws_from_a_large_vocabulary_follow_the_probabilities():
-    """Also from several blocks of tokens, some of which have no weight."""
+    """Also from several blocks of tokens, some of them without weight."""
     random = np.random.default_rng(0)
     p = random.exponential(size=1000) * (np.arange(1000) % 384 < 200)
     n = 200_000
@@ -233,16 +233,16 @@ def test_room_grows_with_the_text(monkeypatch):
         lm_of("rotary"), config=(model := replace(MODELS["rotary"], **LOCAL, max_length=64)), module=Transformer(model)
     )
     expected = continued("rotary", prompts(), temperature=0, max_new_tokens=44, lm=lm)
-    monkeypatch.setattr(generation, "ROOM", 32)
+    monkeypatch.setattr(generation, "MIN_ROOM", 32)
     for rows in (1, 2, 8):
-        monkeypatch.setattr(generation, "ROWS", rows)
+        monkeypatch.setattr(generation, "MAX_ROWS", rows)
         assert continued("rotary", prompts(), temperature=0, max_new_tokens=44, lm=lm) == expected
 
 
 def test_many_prompts_are_decoded_continuously(monkeypatch):
-    """Where a text ends, the next prompt takes its row; texts come in the order of their prompts."""
-    monkeypatch.setattr(generation, "ROWS", 3)
-    monkeypatch.setattr(generation, "LOOK", 2)
+    """When a text ends, the next prompt takes its row; texts are in the order of their prompts."""
+    monkeypatch.setattr(generation, "MAX_ROWS", 3)
+    monkeypatch.setattr(generation, "CHECK_EVERY", 2)
     lm, end = lm_of("rotary"), uncached_greedy("rotary")[0][3]
     expected = [before(row, [end]) for row in uncached_greedy("rotary")]
     assert len({len(row) for row in expected}) > 1
@@ -250,9 +250,9 @@ def test_many_prompts_are_decoded_continuously(monkeypatch):
     assert found == expected * 5
     many = [*prompts(), *prompts()]
     draws = continued("rotary", many, seed=3, stop_tokens=[end])
-    monkeypatch.setattr(generation, "ROWS", 8)
+    monkeypatch.setattr(generation, "MAX_ROWS", 8)
     assert continued("rotary", many, seed=3, stop_tokens=[end]) == draws
-    monkeypatch.setattr(generation, "ROWS", 2)
+    monkeypatch.setattr(generation, "MAX_ROWS", 2)
     texts = continued("rotary", prompts(), seed=3, stop_tokens=[end], n_best=3)
     assert [len({tuple(row) for row in several}) for several in texts] == [3, 3, 3]
     assert [several[0] for several in texts] == draws[:3]
@@ -267,8 +267,8 @@ def test_a_text_ends_before_a_stop_text():
     assert generate(lm, prompts(), stop=(stop,), **choices) == [cut(text) for text in whole]
     assert generate(lm, prompts(), stop=["never", stop], **choices) == [cut(text) for text in whole]
     assert generate(lm, prompts(), stop=("no such text",), **choices) == whole
-    told = generate(lm, prompts(), stop=(stop,), details=True, **choices)
-    for one, text in zip(told, whole):
+    generations = generate(lm, prompts(), stop=(stop,), details=True, **choices)
+    for one, text in zip(generations, whole):
         assert one.text == cut(text) == tokenizer().decode(one.tokens)
         assert len(one.log_probs) == len(one.tokens)
 
@@ -295,7 +295,7 @@ def test_no_stop_token_comes_before_the_least_length():
 
 
 def test_repetition_is_made_less_likely():
-    """As by Keskar et al. 2019: logits above 0 are divided, those below are multiplied."""
+    """Keskar et al. 2019: positive logits are divided, negative ones multiplied."""
     lm = lm_of("gpt2")
     rows = [list(prompt) for prompt in prompts()]
     for _ in range(NEW):
@@ -313,8 +313,8 @@ def test_repetition_is_made_less_likely():
 def test_details_are_the_models_own_log_probabilities(beams):
     lm = lm_of("gpt2")
     choices = {"temperature": 2.0, "top_k": 5} if beams == 1 else {"beams": 3, "n_best": 2}
-    told = continued("gpt2", prompts(), details=True, **choices)
-    for prompt, several in zip(prompts(), told if beams > 1 else [[one] for one in told]):
+    generations = continued("gpt2", prompts(), details=True, **choices)
+    for prompt, several in zip(prompts(), generations if beams > 1 else [[one] for one in generations]):
         for one in several:
             logits = np.asarray(lm(np.array([prompt + one.tokens])).logits)[0, len(prompt) - 1 : -1, : lm.vocabulary]
             own = np.asarray(jax.nn.log_softmax(logits))[np.arange(NEW), one.tokens]
@@ -322,30 +322,30 @@ def test_details_are_the_models_own_log_probabilities(beams):
             np.testing.assert_allclose(one.score, sum(own) / (1 if beams == 1 else NEW), atol=1e-5)
             assert one.text == tokenizer().decode(one.tokens)
     if beams > 1:
-        assert all(first.score >= second.score for first, second in told)
+        assert all(first.score >= second.score for first, second in generations)
 
 
 def test_beams_find_what_all_texts_hold():
-    """As many beams as there are beginnings is a search of everything."""
+    """A beam for each prefix makes the search exhaustive."""
     lm = small(0)
     all_texts = probabilities(lm, [1, 3], 3, lambda p: p)
     best = sorted(all_texts, key=lambda text: -all_texts[text])[:4]
     rows = generate(lm, [[1, 3]], max_new_tokens=3, beams=5, n_best=4, return_tokens=True, stop_tokens=())
-    told = generate(lm, [[1, 3]], max_new_tokens=3, beams=5, length_penalty=0.0, details=True, stop_tokens=())
+    generations = generate(lm, [[1, 3]], max_new_tokens=3, beams=5, length_penalty=0.0, details=True, stop_tokens=())
     assert rows[0][:1] == [list(best[0])] or all_texts[tuple(rows[0][0])] > 0.9 * all_texts[best[0]]
-    np.testing.assert_allclose(np.exp(told[0].score), all_texts[tuple(told[0].tokens)], rtol=1e-4)
+    np.testing.assert_allclose(np.exp(generations[0].score), all_texts[tuple(generations[0].tokens)], rtol=1e-4)
 
 
 def test_a_stream_is_the_text_in_pieces():
     lm, choices = lm_of("gpt2"), {"max_new_tokens": NEW, "temperature": 0, "stop_tokens": ()}
     (whole,) = generate(lm, ["the"], **choices)
     pieces = list(jaxlm.stream(lm, "the", **choices))
-    assert len(pieces) == NEW / generation.PIECE and "".join(pieces) == whole
+    assert len(pieces) == NEW / generation.STREAM_EVERY and "".join(pieces) == whole
     stop = whole[5:8]
     (cut,) = generate(lm, ["the"], stop=(stop,), **choices)
     assert len(cut) < len(whole)
     assert "".join(jaxlm.stream(lm, "the", stop=(stop,), **choices)) == cut
-    with pytest.raises(UserError, match="n_best is 2, but a stream is of one text"):
+    with pytest.raises(UserError, match="n_best is 2, but stream generates one text"):
         next(jaxlm.stream(lm, "the", n_best=2))
     (found,) = generate(lm, ["the"], beams=3, max_new_tokens=5)
     assert list(jaxlm.stream(lm, "the", beams=3, max_new_tokens=5)) == [found]
@@ -355,7 +355,7 @@ def test_a_prompt_that_is_too_long_loses_its_beginning(capsys):
     long = [1, 2, 3, *prompts()[2]]
     found = continued("gpt2", [long, prompts()[0]], temperature=0, too_long="truncate")
     assert found == [uncached_greedy("gpt2")[n] for n in (2, 0)]
-    assert "1 of 2 prompts, of up to 23 tokens, are cut to 20" in capsys.readouterr().err
+    assert "1 of 2 prompts, of up to 23 tokens, are truncated to 20" in capsys.readouterr().err
 
 
 # Encoder-decoders.
@@ -368,7 +368,9 @@ SEQ2SEQ = {
 
 
 @pytest.mark.parametrize("name", SEQ2SEQ)
-@pytest.mark.parametrize("drafted", [False, True], ids=["plain", "drafted"])
+@pytest.mark.parametrize(
+    "drafted", [pytest.param(False, id="plain"), pytest.param(True, id="drafted", marks=pytest.mark.long)]
+)
 def test_an_encoder_decoder_answers_as_without_a_cache(name, drafted):
     model = SEQ2SEQ[name]
     std = {"t5": 0.5, "bart": 0.1}[name]  # at which texts differ
@@ -395,7 +397,7 @@ def test_an_encoder_decoder_answers_as_without_a_cache(name, drafted):
 def test_sources_are_framed_and_answers_are_of_the_target():
     model = SEQ2SEQ["t5"]
     lm = LM(model, Transformer(model), random_params(model, std=0.5), tokenizer())
-    framed = tokenizer().frame(["the fox"])[0][0]
+    framed = tokenizer().encode_with_special_tokens(["the fox"])[0][0]
     choices = {"max_new_tokens": NEW, "temperature": 0}
     (text,) = generate(lm, ["the fox"], **choices)
     (tokens,) = generate(lm, [framed], return_tokens=True, **choices)
@@ -409,7 +411,7 @@ def test_a_real_llama_tells_its_story_among_others(monkeypatch):
     greedy = partial(generate, lm, max_new_tokens=256, temperature=0)
     found = greedy(["", "Once upon a time, there was a dog", "", "Tim"])
     assert [found[0], found[2]] == [story] * 2
-    monkeypatch.setattr(generation, "ROWS", 2)
+    monkeypatch.setattr(generation, "MAX_ROWS", 2)
     assert greedy(["Tim", "", "One day", ""])[1::2] == [story] * 2
     assert greedy(["", "Lily"], draft=lm)[0] == story
     assert "".join(jaxlm.stream(lm, "", max_new_tokens=256, temperature=0)) == story
@@ -428,7 +430,7 @@ def small(seed: int, **fields) -> LM:
 
 
 def probabilities(lm: LM, prompt: list[int], new: int, left) -> dict[tuple[int, ...], float]:
-    """Of every text of so many tokens, where `left` is what the choices leave of the probabilities of one token."""
+    """The probability of each text of so many tokens; `left` filters the probabilities of one token."""
     texts = {(): 1.0}
     for _ in range(new):
         rows = np.array([[*prompt, *text] for text in texts], np.int32)
@@ -443,15 +445,15 @@ def probabilities(lm: LM, prompt: list[int], new: int, left) -> dict[tuple[int, 
 
 
 def top_2(p):
-    kept = np.where(p >= np.sort(p)[-2], p, 0)
-    return kept / kept.sum()
+    allowed = np.where(p >= np.sort(p)[-2], p, 0)
+    return allowed / allowed.sum()
 
 
 def nucleus(p):
     order = np.argsort(-p)
     needed = int((np.cumsum(p[order]) < 0.8).sum()) + 1
-    kept = np.where(np.isin(np.arange(len(p)), order[:needed]), p, 0)
-    return kept / kept.sum()
+    allowed = np.where(np.isin(np.arange(len(p)), order[:needed]), p, 0)
+    return allowed / allowed.sum()
 
 
 def warm(p):
@@ -459,8 +461,8 @@ def warm(p):
 
 
 def often(p):
-    kept = np.where(p >= 0.5 * p.max(), p, 0)
-    return kept / kept.sum()
+    allowed = np.where(p >= 0.5 * p.max(), p, 0)
+    return allowed / allowed.sum()
 
 
 DISTRIBUTIONS = {
@@ -473,10 +475,12 @@ DISTRIBUTIONS = {
 }
 
 
-@pytest.mark.parametrize("drafted", [False, True], ids=["plain", "drafted"])
+@pytest.mark.parametrize(
+    "drafted", [pytest.param(False, id="plain"), pytest.param(True, id="drafted", marks=pytest.mark.long)]
+)
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
 def test_texts_have_their_exact_probabilities(monkeypatch, name, drafted):
-    monkeypatch.setattr(generation, "ROWS", 1000)
+    monkeypatch.setattr(generation, "MAX_ROWS", 1000)
     choices, left = DISTRIBUTIONS[name]
     lm, draft = small(0), small(1) if drafted else None
     expected = probabilities(lm, [1, 3], 3, left)
@@ -493,7 +497,7 @@ def test_texts_have_their_exact_probabilities(monkeypatch, name, drafted):
     assert chi_square < free + 5 * np.sqrt(2 * free) + 1
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("rotary", marks=pytest.mark.long)])
 def test_a_draft_changes_no_greedy_text(name):
     lm = lm_of(name)
     other = LM(MODELS["gpt2"], Transformer(MODELS["gpt2"]), random_params(MODELS["gpt2"], std=0.4), tokenizer())
@@ -521,27 +525,30 @@ MISTAKES = {
     "top_p above": (lambda lm: generate(lm, ["the"], max_new_tokens=1, top_p=1.5), "top_p is 1.5; it .* at most 1"),
     "positions": (
         lambda lm: generate(lm, [[1] * 21], max_new_tokens=12),
-        "prompt of 21 tokens and 12 new ones exceed the model's 32 positions; .* to 20, ask for at most 11, or .*'trun",
+        "prompt of 21 tokens and 12 new ones exceed the model's 32 positions; .* to 20, .* at most 11, or .*'trun",
     ),
     "too long": (lambda lm: generate(lm, [[1] * 40], max_new_tokens=1), "exceed .* shorten it to 31, or"),
     "no room": (lambda lm: generate(lm, [[1]], max_new_tokens=32), "max_new_tokens is 32; .* at most 31"),
     "unknown": (lambda lm: generate(lm, [[1]], max_tokens=3), "'max_tokens' is not a choice .* 'max_new_tokens'"),
-    "kind": (lambda lm: generate(lm, [[1]], top_k="5"), "top_k is '5'; it must be a whole number"),
+    "kind": (lambda lm: generate(lm, [[1]], top_k="5"), "top_k is '5'; it must be an integer"),
     "min_p": (lambda lm: generate(lm, [[1]], min_p=1.0), "min_p is 1.0; it must be at least 0 and below 1"),
     "least": (lambda lm: generate(lm, [[1]], min_new_tokens=9, max_new_tokens=8), "min_new_tokens is 9; .* from 0"),
     "beams": (lambda lm: generate(lm, [[1]], beams=33), "beams is 33, more than the 32 tokens"),
     "no beams": (lambda lm: generate(lm, [[1]], beams=0), "beams is 0; it must be at least 1"),
-    "beams that draw": (lambda lm: generate(lm, [[1]], beams=2, top_p=0.5), "top_p is 0.5, but a beam search draws"),
-    "n_best of beams": (lambda lm: generate(lm, [[1]], beams=2, n_best=3), "n_best is 3, of 2 beams"),
-    "n_best of one": (lambda lm: generate(lm, [[1]], temperature=0.0, n_best=3), "n_best is 3, but greedy texts"),
+    "beams that draw": (
+        lambda lm: generate(lm, [[1]], beams=2, top_p=0.5),
+        "top_p is 0.5, but beam search does not sample",
+    ),
+    "n_best of beams": (lambda lm: generate(lm, [[1]], beams=2, n_best=3), "n_best is 3, but there are 2 beams"),
+    "n_best of one": (lambda lm: generate(lm, [[1]], temperature=0.0, n_best=3), "n_best is 3, but greedy search"),
     "empty stop": (lambda lm: generate(lm, [[1]], stop=("",)), "stop is "),
     "no head": (
         lambda lm: generate(replace(lm, config=replace(lm.config, heads_on_top=())), [[1]]),
-        "cannot generate; it takes .* the head 'lm'",
+        "cannot generate; use .* the head 'lm'",
     ),
     "stop without a tokenizer": (
         lambda lm: generate(replace(lm, tokenizer=None), [[1]], stop=("a",), return_tokens=True),
-        "no tokenizer, which stop and forbidden are read by; give stop_tokens",
+        "no tokenizer, which stop and forbidden require; .* set stop_tokens",
     ),
     "large id": (lambda lm: generate(lm, [[1, 48]], max_new_tokens=1), "a prompt has token 48; ids go from 0 to 47"),
     "negative id": (lambda lm: generate(lm, [[5, -2]], max_new_tokens=1), "a prompt has token -2; ids go from 0"),
@@ -556,13 +563,13 @@ MISTAKES = {
     ),
     "encoder": (
         lambda lm: generate(replace(lm, config=PRESETS["bert-tiny"]), ["the"], max_new_tokens=1),
-        "encoder with heads .* cannot generate; it takes a decoder or an encoder-decoder",
+        "encoder with heads .* cannot generate; use a decoder or an encoder-decoder",
     ),
 }
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_said(name):
+def test_mistakes_are_refused(name):
     call, message = MISTAKES[name]
     with pytest.raises(UserError, match=message):
         call(lm_of("gpt2"))
@@ -613,68 +620,76 @@ def test_a_terminal_sees_the_text_as_it_comes(folder, capsys, monkeypatch):
 
 
 def test_a_file_of_prompts_is_gone_on_with(folder, capsys, monkeypatch):
-    monkeypatch.setattr(generation, "ROWS", 2)
-    asked = ["generate", "model", "--file", "prompts.txt", *VERB]
-    assert main([*asked, "--output", "out.jsonl"]) == 0
+    monkeypatch.setattr(generation, "MAX_ROWS", 2)
+    command = ["generate", "model", "--file", "prompts.txt", *VERB]
+    assert main([*command, "--output", "out.jsonl"]) == 0
     rows = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
     given = (folder / "prompts.txt").read_text().splitlines()
     assert [row["prompt"] for row in rows] == given
     assert [row["text"] for row in rows] == generate(lm_of("gpt2"), given, max_new_tokens=6, top_k=4)
     whole = (folder / "out.jsonl").read_bytes()
-    assert main(asked) == 0
+    assert main(command) == 0
     assert capsys.readouterr().out.encode() == whole
 
     # Stopped while the fourth row was written.
     lines = whole.splitlines(keepends=True)
     (folder / "out.jsonl").write_bytes(b"".join(lines[:3]) + lines[3][:5])
-    assert main([*asked, "--output", "out.jsonl"]) == 0
+    assert main([*command, "--output", "out.jsonl"]) == 0
     assert (folder / "out.jsonl").read_bytes() == whole
-    assert "out.jsonl has 3 of 9 rows already" in capsys.readouterr().err
+    assert "out.jsonl already has 3 of 9 rows" in capsys.readouterr().err
     monkeypatch.setattr(jaxlm, "load", lambda *_: pytest.fail("there is nothing to do"))
-    assert main([*asked, "--output", "out.jsonl"]) == 0
+    assert main([*command, "--output", "out.jsonl"]) == 0
     monkeypatch.undo()
     monkeypatch.chdir(folder)
 
     def refused(arguments, *words):
         capsys.readouterr()
         assert main(arguments) == 2
-        said = capsys.readouterr().err
-        assert said.startswith("error: ") and all(word in said for word in words), said
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and all(word in error for word in words), error
         assert (folder / "out.jsonl").read_bytes() == whole
 
     refused(
-        [*asked, "--output", "out.jsonl", "--seed", "5"], "made otherwise", "seed: 5 | 0", "choose another --output"
+        [*command, "--output", "out.jsonl", "--seed", "5"],
+        "was written with other settings",
+        "seed: 5 | 0",
+        "choose another --output",
     )
     save(replace(lm_of("gpt2"), params=random_params(lm_of("gpt2").config, std=0.3)), "model", overwrite=True)
-    refused([*asked, "--output", "out.jsonl"], "made otherwise", "model_hash: ", "choose another --output")
+    refused(
+        [*command, "--output", "out.jsonl"],
+        "was written with other settings",
+        "model_hash: ",
+        "choose another --output",
+    )
     save(lm_of("gpt2"), "model", overwrite=True)
     (folder / "model").rename(folder / "moved")
-    assert main(["generate", "moved", *asked[2:], "--output", "out.jsonl"]) == 0  # known by its content
+    assert main(["generate", "moved", *command[2:], "--output", "out.jsonl"]) == 0  # identified by its content
     (folder / "moved").rename(folder / "model")
-    with disk.lock(disk.lock_beside(folder / "out.jsonl"), "it", "wait"):
-        refused([*asked, "--output", "out.jsonl"], "out.jsonl is held by process", "choose another --output")
+    with disk.lock(disk.lock_path(folder / "out.jsonl"), "it", "wait"):
+        refused([*command, "--output", "out.jsonl"], "out.jsonl is held by process", "choose another --output")
     choices = (folder / "out.jsonl.choices.json").read_text()
     for damaged in ("[]", "{", "[" * 9000, "3" * 9000, ""):
         (folder / "out.jsonl.choices.json").write_text(damaged)
-        refused([*asked, "--output", "out.jsonl"], "out.jsonl.choices.json is not what generate writes")
+        refused([*command, "--output", "out.jsonl"], "out.jsonl.choices.json was not written by generate")
     (folder / "out.jsonl.choices.json").write_text(choices)
     (folder / "prompts.txt").write_text("\n".join(["of another", *given[1:]]))
-    refused([*asked, "--output", "out.jsonl"], "out.jsonl:1", "'the the'", "'of another'", "choose another --output")
+    refused([*command, "--output", "out.jsonl"], "out.jsonl:1", "'the the'", "'of another'", "choose another --output")
     (folder / "prompts.txt").write_text("\n".join(given[:2]))
-    refused([*asked, "--output", "out.jsonl"], "out.jsonl:3", "has none there")
+    refused([*command, "--output", "out.jsonl"], "out.jsonl:3", "has none there")
     for strange in (b'{"prompt": ' + b"[" * 9000 + b"\n", b"[1]\n", b"9" * 9000 + b"\n", b"\xff\n", b"\r\n"):
         (folder / "out.jsonl").write_bytes(whole := strange)
-        refused([*asked, "--output", "out.jsonl"], "out.jsonl:1 is no row of generate")
+        refused([*command, "--output", "out.jsonl"], "out.jsonl:1 is not a row of generate")
     (folder / "out.jsonl.choices.json").unlink()
-    refused([*asked, "--output", "out.jsonl"], "'out.jsonl', which exists and was not made by generate")
+    refused([*command, "--output", "out.jsonl"], "'out.jsonl', which exists and was not written by generate")
 
 
 def test_an_output_without_a_row_takes_other_choices(folder, capsys):
-    """A refused command leaves choices behind, but no rows."""
-    asked = ["generate", "model", "--file", "prompts.txt", "--output", "out.jsonl"]
-    assert main([*asked, "--max-new-tokens", "40"]) == 2
-    assert "ask for at most 31" in capsys.readouterr().err
-    assert main([*asked, *VERB]) == 0
+    """A refused command leaves a settings file but no rows."""
+    command = ["generate", "model", "--file", "prompts.txt", "--output", "out.jsonl"]
+    assert main([*command, "--max-new-tokens", "40"]) == 2
+    assert "set at most 31" in capsys.readouterr().err
+    assert main([*command, *VERB]) == 0
     assert len((folder / "out.jsonl").read_text().splitlines()) == len(
         (folder / "prompts.txt").read_text().splitlines()
     )
@@ -682,28 +697,28 @@ def test_an_output_without_a_row_takes_other_choices(folder, capsys):
 
 VERB_MISTAKES = {
     "temperature": (["--temperature", "-1"], "temperature is -1.0; it must be at least 0"),
-    "both": (["--prompt", "a", "--file", "prompts.txt"], "--file stands in place of --prompt"),
+    "both": (["--prompt", "a", "--file", "prompts.txt"], "--file replaces --prompt"),
     "no file": (["--file", "gone.txt"], "gone.txt cannot be read: No such file"),
     "empty": (["--file", "empty.txt"], "empty.txt is empty"),
     "not UTF-8": (["--file", "latin.txt"], "latin.txt:1 is not UTF-8"),
     "suffix": (["--file", "prompts.txt", "--output", "out.csv"], "output is 'out.csv'; it must end in .jsonl"),
-    "output alone": (["--output", "out.jsonl"], "--output goes with --file"),
-    "length": (["--max-new-tokens", "40"], "max_new_tokens is 40; the model has 32 positions: ask for at most 31"),
+    "output alone": (["--output", "out.jsonl"], "--output requires --file"),
+    "length": (["--max-new-tokens", "40"], "max_new_tokens is 40; the model has 32 positions: set at most 31"),
     "long": (["--prompt", "a" * 30, "--max-new-tokens", "6"], "a prompt of 31 tokens and 6 new ones exceed"),
     "beams": (["--beams", "99"], "beams is 99, more than the 32 tokens"),
-    "draft": (["--draft", "gone"], "gone is no folder"),
+    "draft": (["--draft", "gone"], "gone is not a folder"),
 }
 
 
 @pytest.mark.parametrize("name", VERB_MISTAKES)
-def test_the_verb_says_what_is_wrong(folder, capsys, name):
+def test_mistakes_of_the_command_are_refused(folder, capsys, name):
     (folder / "empty.txt").touch()
     (folder / "latin.txt").write_bytes(b"na\xefve\n")
     arguments, message = VERB_MISTAKES[name]
     assert main(["generate", "model", *arguments]) == 2
-    said = capsys.readouterr()
-    assert said.out == "" and "Traceback" not in said.err
-    assert message in said.err[said.err.index("error: ") :]
+    printed = capsys.readouterr()
+    assert printed.out == "" and "Traceback" not in printed.err
+    assert message in printed.err[printed.err.index("error: ") :]
 
 
 # LM: from a folder, to a folder.
@@ -722,7 +737,7 @@ def test_a_saved_model_is_loaded_as_it_was(tmp_path, kind):
     lm = LM(model, Transformer(model), random_params(model), tokenizer())
     assert save(lm, tmp_path / "model") == kind
     again = load(tmp_path / "model")
-    assert convert.seen(again.config) == convert.seen(model)
+    assert convert.inference_config(again.config) == convert.inference_config(model)
     jax.tree.map(np.testing.assert_array_equal, again.params, lm.params)
     tokens = np.array(prompts()[1])[None] % 48
     a, b = lm(tokens), again(tokens)
@@ -731,7 +746,7 @@ def test_a_saved_model_is_loaded_as_it_was(tmp_path, kind):
     assert again.tokenizer.encode(TEXT) == tokenizer().encode(TEXT)
     assert (again.tokenizer.bos, again.tokenizer.eos) == (tokenizer().bos, tokenizer().eos)
     assert again.vocabulary == lm.vocabulary == tokenizer().size
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["model"]  # nothing half made is left beside it
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["model"]  # no incomplete file is left
     with pytest.raises(UserError, match="exists and is not empty; choose another folder"):
         save(lm, tmp_path / "model")
     save(again, tmp_path / "again")
@@ -761,11 +776,11 @@ def test_bfloat16_is_a_choice_when_loading(tmp_path):
 
 
 ODD = {
-    "missing": (lambda folder: folder / "nowhere", "is no folder, and cannot be the name of a model of the hub"),
-    "a file": (lambda folder: folder / "file", "is a file; give the folder that holds it"),
+    "missing": (lambda folder: folder / "nowhere", "is not a folder and not a valid name of a model on the hub"),
+    "a file": (lambda folder: folder / "file", "is a file; give its folder"),
     "empty": (lambda folder: folder / "empty", "has no config.json"),
     "no JSON": (lambda folder: folder / "no_json", "config.json is not JSON"),
-    "a list": (lambda folder: folder / "list", "config.json holds a list, not an object"),
+    "a list": (lambda folder: folder / "list", "config.json contains a list, not an object"),
     "unknown": (lambda folder: folder / "unknown", "model_type 'gtp2', unknown; perhaps you meant 'gpt2'"),
     "no weights": (lambda folder: folder / "no_weights", "safetensors"),
 }

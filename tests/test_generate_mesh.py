@@ -1,4 +1,4 @@
-"""A model that lies on a mesh generates, predicts and encodes as one that does not; and all of it lowers for TPUs."""
+"""A model on a mesh generates, predicts and encodes like one on a single device, and all programs lower for TPUs."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from jaxlm.data.tokenizers import tokenizer as tokenizers
 from jaxlm.devices import sharding
 from jaxlm.devices.programs import Programs
 from jaxlm.inference import generate as generation
-from jaxlm.inference.generate import in_order
+from jaxlm.inference.generate import generate_in_order
 from jaxlm.lm import LM, with_params
 from jaxlm.nn import parameters
-from jaxlm.nn.kernels import Chip, chip_of, choose, why_not
+from jaxlm.nn.kernels import Backend, backend_of, choose, why_not
 from jaxlm.nn.transformer import Transformer
 
 TEXT = "the quick brown fox jumps over a lazy dog\n"
@@ -62,7 +62,7 @@ def lm_of(name: str) -> LM:
 
 @lru_cache
 def on_mesh(name: str, mesh: str) -> LM:
-    """The same model with its parameters on a mesh; its module is not told, and finds out."""
+    """The same model with its parameters on a mesh, which `LM` passes to the module."""
     config = MESHES[mesh]
     devices = jax.devices()[: 3 if config.data == 3 else 8]
     made = sharding.make_mesh(config, devices)
@@ -103,9 +103,9 @@ def test_a_stream_and_continuous_rows_on_a_mesh(monkeypatch):
     lm, split = lm_of("decoder"), on_mesh("decoder", "three devices")
     choices = {"max_new_tokens": 12, "seed": 1}
     assert "".join(jaxlm.stream(split, "the", **choices)) == jaxlm.generate(lm, ["the"], **choices)[0]
-    monkeypatch.setattr(generation, "ROWS", 4)  # 6 on three devices
+    monkeypatch.setattr(generation, "MAX_ROWS", 4)  # 6 on three devices
     many, decoding = PROMPTS * 5, Decoding(max_new_tokens=6, seed=1, stop=("a", "e"))
-    tokens = lambda lm: [one.tokens for (one,) in in_order(lm, many, decoding)]
+    tokens = lambda lm: [one.tokens for (one,) in generate_in_order(lm, many, decoding)]
     assert tokens(split) == tokens(lm)
 
 
@@ -122,15 +122,15 @@ def test_a_model_carries_the_mesh_of_its_parameters():
 
 def test_splash_is_refused_where_the_devices_are_not_known(monkeypatch, capsys):
     shape = jax.ShapeDtypeStruct((4, 256, 4, 64), "bfloat16")
-    assert "load it with mesh=" in why_not("splash", Chip("tpu", 5.0, devices=4), None, shape, shape)
-    assert why_not("splash", Chip("tpu", 5.0), None, shape, shape) is None
+    assert "load it with mesh=" in why_not("splash", Backend("tpu", 5.0, devices=4), None, shape, shape)
+    assert why_not("splash", Backend("tpu", 5.0), None, shape, shape) is None
     device = type("Device", (), {"platform": "tpu", "device_kind": "TPU v5 lite"})()
     monkeypatch.setattr(jax, "devices", lambda: [device] * 4)
-    assert chip_of(None) == Chip("tpu", 5.0, devices=4)
-    assert choose(chip_of(None), None, shape, shape) == "xla"
+    assert backend_of(None) == Backend("tpu", 5.0, devices=4)
+    assert choose(backend_of(None), None, shape, shape) == "xla"
     one = jax.sharding.Mesh(np.array([device], object).reshape(1, 1, 1, 1), sharding.AXES)
-    assert choose(chip_of(one), one, shape, shape) == "splash"
-    assert "does not say on which of 4 devices" in capsys.readouterr().err
+    assert choose(backend_of(one), one, shape, shape) == "splash"
+    assert "has no mesh for the 4 devices" in capsys.readouterr().err
 
 
 LOWERS = """

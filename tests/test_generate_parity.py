@@ -1,4 +1,4 @@
-"""Greedy texts and beam searches are those of transformers, token for token, for random models of every family."""
+"""Greedy texts and beam searches equal those of transformers, token for token, for random models of each family."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def fast_compiles(monkeypatch):
 
 @lru_cache
 def pair(name: str, folder: str) -> tuple[Any, jaxlm.LM]:
-    """A random model whose logits lie well apart, and the same as jaxlm loads it."""
+    """A random model with well separated logits, in transformers and in jaxlm."""
     family, head, fields = MODELS[name]
     own = {key: value for key, value in fields.items() if key not in SAID}
     config = getattr(transformers, f"{'Gemma3Text' if family == 'Gemma3' else family}Config")(**own)
@@ -98,7 +98,7 @@ def prompts() -> list[list[int]]:
 
 
 def theirs(model: Any, rows: list[list[int]], **choices: Any) -> list[list[int]]:
-    """New tokens up to the stop token, of rows in one batch, padded as transformers wants it."""
+    """New tokens up to the stop token, of rows in one batch with the padding that transformers requires."""
     both, width = model.config.is_encoder_decoder, max(map(len, rows))
     left = 0 if both else 1
     padding = model.config.pad_token_id
@@ -186,7 +186,7 @@ FILES["beams"] |= {"no_repeat_ngram_size": 3, "max_length": 30}
 @pytest.mark.parametrize("name", FEW)
 @pytest.mark.parametrize("file", FILES)
 def test_the_checkpoints_own_choices_are_the_defaults(folder, name, file):
-    """`generate` without a choice is `model.generate()` with the same generation_config.json."""
+    """`generate` without settings equals `model.generate()` with the same generation_config.json."""
     model, lm = pair(name, str(folder / name))
     own = {"eos_token_id": STOP, "pad_token_id": model.config.pad_token_id, "decoder_start_token_id": None} | FILES[
         file

@@ -1,4 +1,4 @@
-"""What a checkpoint says of generation is checked by type and range, is the default, and gives way to what is given."""
+"""The generation settings of a checkpoint are checked, are the defaults, and are overridden by the caller's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from jaxlm import Decoding
 from jaxlm.errors import UserError
-from jaxlm.inference.generation_defaults import GenerationDefaults, chosen, lines, read_defaults
+from jaxlm.inference.generation_defaults import GenerationDefaults, describe_defaults, merge_settings, read_defaults
 
 BART = {"num_beams": 4, "length_penalty": 2.0, "early_stopping": True, "no_repeat_ngram_size": 3, "max_length": 142}
 BART |= {"min_length": 56, "forced_bos_token_id": 0, "forced_eos_token_id": 2, "eos_token_id": 2, "bos_token_id": 0}
@@ -26,30 +26,34 @@ NOTHING = [None, {}, {"eos_token_id": 5, "transformers_version": "5.0", "_from_m
 @pytest.mark.parametrize("values", NOTHING, ids=str)
 def test_a_checkpoint_that_names_no_choice_changes_nothing(values):
     defaults = read(values)
-    assert chosen(None, {}, defaults) == Decoding() and not list(lines(defaults))
-    assert chosen(None, {"top_p": 0.5}, defaults) == Decoding(top_p=0.5)
+    assert merge_settings(None, {}, defaults) == Decoding() and not list(describe_defaults(defaults))
+    assert merge_settings(None, {"top_p": 0.5}, defaults) == Decoding(top_p=0.5)
 
 
 def test_beams():
     choices = dict(beams=4, length_penalty=2.0, early_stopping=True, no_repeat_ngram_size=3, max_length=142)
-    assert chosen(None, {}, read(BART)) == Decoding(temperature=0.0, min_length=56, **choices)
+    assert merge_settings(None, {}, read(BART)) == Decoding(temperature=0.0, min_length=56, **choices)
     assert (read(BART).eos, read(BART).forced_bos, read(BART).forced_eos) == ((2,), 0, (2,))
 
 
 def test_sampling_is_transformers_own():
-    asked = chosen(None, {}, read(LLAMA))
-    assert asked == Decoding(temperature=0.6, top_p=0.9, top_k=50, max_length=4096)  # 50 where a file names no top_k
-    assert chosen(None, {}, read(LLAMA | {"top_k": 0})).top_k == 0
-    assert chosen(None, {}, read({"temperature": 0.6, "top_p": 0.9})) == Decoding(temperature=0.0)  # no do_sample
-    assert chosen(None, {}, read({"do_sample": True})) == Decoding(top_k=50)
+    decoding = merge_settings(None, {}, read(LLAMA))
+    assert decoding == Decoding(temperature=0.6, top_p=0.9, top_k=50, max_length=4096)  # 50 where a file names no top_k
+    assert merge_settings(None, {}, read(LLAMA | {"top_k": 0})).top_k == 0
+    assert merge_settings(None, {}, read({"temperature": 0.6, "top_p": 0.9})) == Decoding(
+        temperature=0.0
+    )  # no do_sample
+    assert merge_settings(None, {}, read({"do_sample": True})) == Decoding(top_k=50)
 
 
 def test_an_older_checkpoint_has_its_choices_in_config_json():
     config = {"model_type": "bart", **BART}
-    assert chosen(None, {}, read(None, config)).beams == 4
-    assert chosen(None, {}, read({"eos_token_id": 7}, config)) == Decoding()  # as transformers: one file or the other
+    assert merge_settings(None, {}, read(None, config)).beams == 4
+    assert (
+        merge_settings(None, {}, read({"eos_token_id": 7}, config)) == Decoding()
+    )  # as transformers: one file or the other
     assert read({"eos_token_id": 7}, config).eos == (7,) and read({}, config).eos == (2,)
-    assert chosen(None, {}, read(None, {"max_length": 1024})) == Decoding()  # jaxlm's own file: of the model
+    assert merge_settings(None, {}, read(None, {"max_length": 1024})) == Decoding()  # jaxlm's own file: of the model
 
 
 GIVEN = {
@@ -74,31 +78,33 @@ GIVEN = {
 @pytest.mark.parametrize("name", GIVEN)
 def test_what_is_given_wins(name):
     values, given, expected = GIVEN[name]
-    asked = chosen(None, given, read(values))
-    asked.check()
-    assert {field: getattr(asked, field) for field in expected} == expected
+    decoding = merge_settings(None, given, read(values))
+    decoding.check()
+    assert {field: getattr(decoding, field) for field in expected} == expected
 
 
 def test_a_decoding_is_used_as_it_is():
-    assert chosen(Decoding(beams=2, temperature=0.0), {"seed": 3}, read(BART)) == Decoding(
+    assert merge_settings(Decoding(beams=2, temperature=0.0), {"seed": 3}, read(BART)) == Decoding(
         beams=2, temperature=0.0, seed=3
     )
     with pytest.raises(UserError, match="perhaps you meant 'temperature'"):
-        chosen(None, {"temprature": 1}, read(BART))
-    for given, said in (
+        merge_settings(None, {"temprature": 1}, read(BART))
+    for given, message in (
         ({"beams": "a"}, "beams is 'a'"),
         ({"top_k": None}, "top_k is None"),
         ({"n_best": 10**6}, "10,000"),
     ):
-        with pytest.raises(UserError, match=said):
-            chosen(None, given, read(BART))
+        with pytest.raises(UserError, match=message):
+            merge_settings(None, given, read(BART))
 
 
-def test_what_is_used_and_what_is_not_is_told():
-    used, *ignored = lines(read(BART | {"typical_p": 0.9, "encoder_repetition_penalty": 1.0, "diversity_penalty": 0.5}))
+def test_used_and_ignored_settings_are_reported():
+    used, *ignored = describe_defaults(
+        read(BART | {"typical_p": 0.9, "encoder_repetition_penalty": 1.0, "diversity_penalty": 0.5})
+    )
     assert "beams 4, length_penalty 2.0, early_stopping True" in used
     assert len(ignored) == 1 and "typical_p, diversity_penalty of generation_config.json" in ignored[0]
-    assert "do_sample together with num_beams" in "".join(lines(read({"do_sample": True, "num_beams": 2})))
+    assert "do_sample together with num_beams" in "".join(describe_defaults(read({"do_sample": True, "num_beams": 2})))
 
 
 WRONG = {

@@ -10,7 +10,7 @@ import pytest
 
 from jaxlm import config
 from jaxlm.data import holdout
-from jaxlm.data.corpus import Corpus, capped
+from jaxlm.data.corpus import Corpus, sample_documents
 from jaxlm.nn.losses import bits_per_byte
 from jaxlm.tasks.pretraining import MaskedLMTask
 
@@ -83,8 +83,8 @@ def corpus(*documents) -> Corpus:
 
 def test_an_evaluation_reads_documents_from_all_over_the_text():
     found = corpus(*[[3, 4]] * 100)
-    assert capped(found, 0, None) is found and capped(found, 700, None) is found
-    some = capped(found, 100, None)
+    assert sample_documents(found, 0, None) is found and sample_documents(found, 700, None) is found
+    some = sample_documents(found, 100, None)
     assert len(some.tokens) == 98 and some.bytes == 196
     assert some.documents.tolist() == list(range(0, 29, 2)) and np.diff(some.sentences).tolist() == [3, 4] * 14
     assert some.tokens.min() < 200 and some.tokens.max() > 500
@@ -93,7 +93,7 @@ def test_an_evaluation_reads_documents_from_all_over_the_text():
 
 def test_of_one_long_document_the_beginning_is_evaluated():
     tokenizer = SimpleNamespace(decode=lambda ids: "é" * len(ids))
-    some = capped(corpus([30, 40, 50]), 50, tokenizer)
+    some = sample_documents(corpus([30, 40, 50]), 50, tokenizer)
     assert some.tokens.tolist() == list(range(10, 60)) and some.bytes == 100
     assert some.sentences.tolist() == [0, 30, 50] and some.bounds.tolist() == [0, 50]
 

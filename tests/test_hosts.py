@@ -1,6 +1,6 @@
-"""Runs of several processes are those of one: the same losses, the same export; and they end together, with a word.
+"""Runs of several processes have the losses and the export of one process, and all processes exit together.
 
-Every run here is tiny, its hosts are processes of this machine that talk by gloo.
+All runs are tiny. Their hosts are processes on this machine that communicate through gloo.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from flags import xla_flags
 
 from jaxlm import CausalLM, UserError
 from jaxlm.config import MeshConfig
@@ -56,12 +57,12 @@ def config(task="causal"):
         batch=8, steps=12, log_every=4, checkpoint_every=3, eval_every=6, sample_tokens=0, keep_checkpoints=True,
     )
 """
-GONE_WITHIN = 120  # seconds in which the others hear that a host is lost
+GONE_WITHIN = 120  # seconds in which the other hosts must notice that a host is lost
 
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory) -> Path:
-    """A folder with a config, its data, and the cache of all runs here."""
+    """A folder with a config, its data, and the cache of all runs of this file."""
     folder = tmp_path_factory.mktemp("hosts")
     draw = random.Random(0)
     words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "sleeps"]
@@ -75,44 +76,44 @@ def place(tmp_path_factory) -> Path:
 
 
 class Host:
-    """A process of Python; what it says is in a file."""
+    """A Python process with its standard error in a file."""
 
     def __init__(self, place: Path, command: tuple[Any, ...], environment: dict[str, str], file: Path, devices: int):
         self.file = file
         settings = {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": xla_flags(devices),
             "JAX_PLATFORMS": "cpu",
             "JAXLM_CACHE": str(place / "cache"),
         }
         command = (sys.executable, *map(str, command))
-        with open(file, "w") as said:
+        with open(file, "w") as stderr:
             self.process = subprocess.Popen(
-                command, env=os.environ | settings | environment, stdout=subprocess.DEVNULL, stderr=said
+                command, env=os.environ | settings | environment, stdout=subprocess.DEVNULL, stderr=stderr
             )
 
-    def said(self) -> str:
+    def output(self) -> str:
         return self.file.read_text()
 
     def wait_for(self, sign: str, seconds: float = 120) -> None:
         end = time.monotonic() + seconds
-        while sign not in self.said():
+        while sign not in self.output():
             code = self.process.poll()
-            assert code is None and time.monotonic() < end, f"{code} before it said {sign!r}:\n{self.said()}"
+            assert code is None and time.monotonic() < end, f"{code} before it printed {sign!r}:\n{self.output()}"
             time.sleep(0.01)
 
     def wait(self, code: int, seconds: float = 240) -> str:
-        """What it said until it ended, with this exit code."""
-        found = self.process.wait(seconds)
-        said = self.said()
-        assert found == code, f"ended with {found}:\n{said}"
-        assert "Traceback" not in said, said
-        return said
+        """Waits for the end of the process with this exit code, and returns its output."""
+        actual = self.process.wait(seconds)
+        output = self.output()
+        assert actual == code, f"ended with {actual}:\n{output}"
+        assert "Traceback" not in output, output
+        return output
 
 
 @pytest.fixture
 def start(place, tmp_path):
-    """`start(n, *arguments)`: n hosts of a run, or of another script, as `Host`s, which do not outlive the test."""
-    begun: list[Host] = []
+    """`start(n, *arguments)`: n hosts of a run, or of another script, which are killed after the test."""
+    started: list[Host] = []
 
     def start(
         count: int,
@@ -124,14 +125,14 @@ def start(place, tmp_path):
         address, some = f"localhost:{free_port()}", []
         command = (TRAIN, place / "tiny.py") if script is None else (script,)
         for n in range(count):
-            told = {"JAXLM_COORDINATOR": address, "JAXLM_PROCESSES": str(count), "JAXLM_PROCESS": str(n)}
-            file = tmp_path / f"said-{len(begun)}.txt"
-            some.append(Host(place, (*command, *arguments, *(own or {}).get(n, ())), told, file, devices))
-            begun.append(some[-1])
+            variables = {"JAXLM_COORDINATOR": address, "JAXLM_PROCESSES": str(count), "JAXLM_PROCESS": str(n)}
+            file = tmp_path / f"output-{len(started)}.txt"
+            some.append(Host(place, (*command, *arguments, *(own or {}).get(n, ())), variables, file, devices))
+            started.append(some[-1])
         return some
 
     yield start
-    for host in begun:
+    for host in started:
         host.process.kill()
         host.process.wait()
 
@@ -143,7 +144,7 @@ def free_port() -> int:
 
 
 def losses(folder: Path) -> list[dict[str, float]]:
-    """The log without what depends on the clock and the machine."""
+    """Returns the log without values that depend on the clock and the machine."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{name: x for name, x in row.items() if name not in MEASURED} for row in rows]
 
@@ -163,7 +164,7 @@ def assert_alike(ours: Path, theirs: Path, rel: float) -> None:
     assert scores[0] == pytest.approx(scores[1], rel=rel)
 
 
-# Where a process stands
+# The place of a process
 
 
 ADDRESS = {"JAXLM_COORDINATOR": "10.0.0.1:1234", "JAXLM_PROCESSES": "4", "JAXLM_PROCESS": "3"}
@@ -190,9 +191,9 @@ PLACES = {
 
 
 @pytest.mark.parametrize("name", PLACES)
-def test_where_a_process_stands(name):
+def test_the_place_of_a_process(name):
     environment, place = PLACES[name]
-    assert hosts.place(environment) == place
+    assert hosts.find_rendezvous(environment) == place
 
 
 @pytest.mark.parametrize(
@@ -204,24 +205,24 @@ def test_where_a_process_stands(name):
         ({"JAXLM_COORDINATOR": "10.0.0.1"}, "JAXLM_COORDINATOR is '10.0.0.1'; give HOST:PORT"),
     ],
 )
-def test_a_place_that_cannot_be(change, message):
+def test_invalid_places_raise_an_error(change, message):
     with pytest.raises(UserError, match=message):
-        hosts.place(ADDRESS | change)
+        hosts.find_rendezvous(ADDRESS | change)
 
 
-# One host is the case of one
+# A single host
 
 
-def test_one_host_waits_for_nobody():
-    assert hosts.is_first() and hosts.told({"a": 1}) == [{"a": 1}]
+def test_a_single_host_does_not_wait():
+    assert hosts.is_first() and hosts.gather_json({"a": 1}) == [{"a": 1}]
     marker = object()
-    assert hosts.first(lambda: marker) is marker and hosts.after_first(lambda: marker) is marker
+    assert hosts.run_on_first(lambda: marker) is marker and hosts.run_on_first_then_others(lambda: marker) is marker
     stop = lambda: False
-    assert hosts.agreed(stop) is stop
+    assert hosts.agree_on_stop(stop) is stop
     tree = {"a": jax.numpy.ones(3)}
-    assert hosts.whole(tree)["a"] is tree["a"]
-    assert hosts.leave(2) == 2
-    assert not hosts.is_loss(RuntimeError("Connection closed by peer"))
+    assert hosts.gather(tree)["a"] is tree["a"]
+    assert hosts.exit_process(2) == 2
+    assert not hosts.is_host_loss(RuntimeError("Connection closed by peer"))
 
 
 @pytest.mark.parametrize(("rows", "k", "n"), [(8, 1, 4), (8, 2, 2), (6, 1, 4), (7, 2, 8)])
@@ -231,7 +232,7 @@ def test_rows_of_all_devices_are_all_rows(rows, k, n):
 
 
 def test_rows_of_some_devices_are_those_that_the_batch_is_sharded_to(monkeypatch):
-    """As on a host with the devices 2 and 3 of 4: `shard_batch` takes the same of a batch with those rows alone."""
+    """On a host with devices 2 and 3 of 4, a batch with only its own rows is sharded like the whole batch."""
     rows, k = 14, 2
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=1), jax.devices()[:4])
     batch = {"tokens_BT": np.arange(1, rows * 8 + 1, dtype=np.int32).reshape(rows, 8)}
@@ -241,11 +242,11 @@ def test_rows_of_some_devices_are_those_that_the_batch_is_sharded_to(monkeypatch
     monkeypatch.setattr(type(layout), "addressable_devices_indices_map", lambda *_: places)
     here = local_rows(mesh, rows, k)
     monkeypatch.undo()
-    assert here == [4, 5, 6, 7, 12, 13]  # of the micro-batches 0 to 7 and 8 to 15, the last two being padding
+    assert here == [4, 5, 6, 7, 12, 13]  # micro-batches are rows 0 to 7 and 8 to 15; the last two rows are padding
     part = {"tokens_BT": np.zeros_like(batch["tokens_BT"])}
     part["tokens_BT"][here] = batch["tokens_BT"][here]
-    laid = [shard_batch(mesh, some, k)["tokens_BT"].addressable_shards for some in (part, batch)]
-    for ours, theirs in zip(*laid, strict=True):
+    shards = [shard_batch(mesh, some, k)["tokens_BT"].addressable_shards for some in (part, batch)]
+    for ours, theirs in zip(*shards, strict=True):
         assert ours.device == theirs.device
         if ours.device in there:
             np.testing.assert_array_equal(ours.data, theirs.data)
@@ -262,9 +263,9 @@ def test_some_rows_of_a_batch_are_those_of_the_whole():
             assert not some[name][[0, 2, 3, 5]].any()
 
 
-# Many train as one
+# Several processes train like one
 
-TASKS = {"causal": (), "classes": ("classes",), "pairs": ("pairs",)}  # the last evaluates by generation
+TASKS = {"causal": (), "classes": ("classes",), "pairs": ("pairs",)}  # the last one evaluates by generation
 
 
 @pytest.mark.parametrize(
@@ -294,7 +295,7 @@ def test_two_processes_train_as_one(start, tmp_path, task, mesh):
     names = lambda folder: sorted(path.relative_to(folder).parts[:2] for path in folder.rglob("*") if path.is_file())
     without = lambda folder: [parts for parts in names(folder) if parts[0] not in ("checkpoints", "tensorboard")]
     assert without(tmp_path / "two") == without(tmp_path / "one")
-    assert len(list((tmp_path / "two" / "tensorboard").iterdir())) == 1  # of the first host alone
+    assert len(list((tmp_path / "two" / "tensorboard").iterdir())) == 1  # only of the first host
 
 
 USE = """
@@ -383,17 +384,17 @@ print(f"{(kilobytes('VmHWM') - before) / 1024:.0f} MB above, of a model of {size
 def test_no_host_has_the_whole_model_in_memory_to_write_it(start, place, tmp_path):
     (place / "memory.py").write_text(MEMORY)
     for host in start(2, tmp_path / "export", script=place / "memory.py"):
-        said = re.search(r"(\d+) MB above, of a model of (\d+) MB", host.wait(0))
-        assert said is not None
-        above, size = map(int, said.groups())
-        print(said[0])
+        output = re.search(r"(\d+) MB above, of a model of (\d+) MB", host.wait(0))
+        assert output is not None
+        above, size = map(int, output.groups())
+        print(output[0])
         assert size > 300 and above < size / 2
     assert all((tensor == 1).all() for tensor in tensors(tmp_path).values())
 
 
 @pytest.mark.long
 def test_two_processes_at_an_address_train_as_one(start, tmp_path):
-    """Each has a copy of its own; the address has one run, which resumes, and which one process can resume too."""
+    """Each process has its own copy. The run at the address is resumed by two processes and by one."""
     mesh = ("--mesh.data", "1", "--mesh.fsdp", "2")
     (one,) = start(1, *mesh, "--workdir", tmp_path / "one", devices=2)
     one.wait(0)
@@ -420,18 +421,18 @@ def test_two_processes_at_an_address_train_as_one(start, tmp_path):
 def test_two_processes_start_from_weights_and_know_when_they_are_done(start, tmp_path):
     (one,) = start(1, "--workdir", tmp_path / "weights")
     one.wait(0)
-    begun = ("--init", tmp_path / "weights" / "export")
-    (one,) = start(1, *begun, "--workdir", tmp_path / "one", devices=2)
+    begin = ("--init", tmp_path / "weights" / "export")
+    (one,) = start(1, *begin, "--workdir", tmp_path / "one", devices=2)
     one.wait(0)
-    for said in ("held-out loss", "is finished, at step 12; nothing is left to do"):
-        first, second = start(2, *begun, "--workdir", tmp_path / "two")
-        assert said in first.wait(0)
+    for output in ("held-out loss", "is already finished, at step 12; nothing is left to do"):
+        first, second = start(2, *begin, "--workdir", tmp_path / "two")
+        assert output in first.wait(0)
         second.wait(0)
     assert_alike(tmp_path / "two", tmp_path / "one", rel=1e-6)
 
 
 @pytest.mark.long
-def test_a_corrupt_checkpoint_ends_both_and_the_one_before_it_is_next(start, tmp_path):
+def test_a_corrupt_checkpoint_ends_both_and_the_previous_one_is_resumed(start, tmp_path):
     more = ("--workdir", tmp_path / "run", "--mesh.data", "1", "--mesh.fsdp", "2")
     for host in start(2, *more):
         host.wait(0)
@@ -441,14 +442,14 @@ def test_a_corrupt_checkpoint_ends_both_and_the_one_before_it_is_next(start, tmp
         os.truncate(file, 20)
     both = start(2, *more)
     assert [host.process.wait(120) for host in both] == [1, 1]
-    assert any("error: checkpoint 12 is corrupt" in host.said() for host in both)
+    assert any("error: checkpoint 12 is corrupt" in host.output() for host in both)
     assert (tmp_path / "run" / "corrupt" / "12").is_dir()
     first, second = start(2, *more)
     assert "resuming  at step 9\n" in first.wait(0)
     second.wait(0)
 
 
-# They end together
+# Exiting together
 
 STEPS = ("--steps", "150", "--checkpoint-every", "10", "--eval-every", "50", "--log-every", "5")
 
@@ -459,9 +460,9 @@ def test_a_signal_to_one_stops_all_at_the_same_step(start, tmp_path):
     first, second = start(2, *more)
     first.wait_for("step 8/")
     second.process.send_signal(signal.SIGTERM)
-    said = [first.wait(143), second.wait(143)]
-    assert "saving after this step" in said[1] and "saving after" not in said[0]
-    stopped = {line for part in said for line in part.splitlines() if line.startswith("stopped at step")}
+    output = [first.wait(143), second.wait(143)]
+    assert "saving after this step" in output[1] and "saving after" not in output[0]
+    stopped = {line for part in output for line in part.splitlines() if line.startswith("stopped at step")}
     (line,) = stopped
     (step,) = (path.name for path in (tmp_path / "run" / "checkpoints").glob("[0-9]*"))
     assert line.startswith(f"stopped at step {int(step):,} of 2,000 and saved")
@@ -471,31 +472,31 @@ def test_a_signal_to_one_stops_all_at_the_same_step(start, tmp_path):
 
 @pytest.mark.long
 @pytest.mark.parametrize("victim", [0, 1])
-def test_one_that_is_killed_ends_the_other_and_any_number_goes_on(start, tmp_path, victim):
+def test_a_killed_host_ends_the_other_and_any_number_of_hosts_resumes(start, tmp_path, victim):
     (one,) = start(1, *STEPS, "--workdir", tmp_path / "alone", devices=2)
     one.wait(0)
     both = start(2, *STEPS, "--workdir", tmp_path / "run")
     both[0].wait_for("step 65/")
     both[victim].process.send_signal(signal.SIGKILL)
-    begun = time.monotonic()
-    said = both[1 - victim].wait(1, GONE_WITHIN)
-    print(f"host {1 - victim} ended {time.monotonic() - begun:.1f} s after host {victim} was killed")
-    assert f"error: host {victim} of 2 was lost" in said and "the same command" in said
+    begin = time.monotonic()
+    output = both[1 - victim].wait(1, GONE_WITHIN)
+    print(f"host {1 - victim} ended {time.monotonic() - begin:.1f} s after host {victim} was killed")
+    assert f"error: host {victim} of 2 was lost" in output and "the same command" in output
     reached = max(int(path.name) for path in (tmp_path / "run" / "checkpoints").glob("[0-9]*") if path.name.isdigit())
     assert 50 <= reached < 150
     for count in (1, 2, 4):
         folder = tmp_path / f"again-{count}"
         shutil.copytree(tmp_path / "run", folder)
         again = start(count, *STEPS, "--workdir", folder)
-        said = again[0].wait(0, 400)
-        assert f"resuming  at step {reached}\n" in said and "corrupt" not in said
+        output = again[0].wait(0, 400)
+        assert f"resuming  at step {reached}\n" in output and "corrupt" not in output
         for other in again[1:]:
             other.wait(0)
         assert_alike(folder, tmp_path / "alone", rel=1e-4)
 
 
 @pytest.mark.long
-def test_the_hosts_that_are_left_say_which_one_was_lost(start, tmp_path):
+def test_the_other_hosts_report_which_host_was_lost(start, tmp_path):
     three = start(3, *STEPS, "--workdir", tmp_path / "run", "--batch", "9")
     three[0].wait_for("step 20/")
     three[1].process.send_signal(signal.SIGKILL)
@@ -503,39 +504,39 @@ def test_the_hosts_that_are_left_say_which_one_was_lost(start, tmp_path):
         assert "error: host 1 of 3 was lost" in host.wait(1, GONE_WITHIN)
 
 
-# They do not begin
+# Errors before the start
 
 
-def test_hosts_that_disagree_do_not_begin(start, tmp_path):
+def test_hosts_with_different_configs_do_not_start(start, tmp_path):
     both = start(2, "--workdir", tmp_path / "run", own={1: ("--optimizer.rate", "2e-2", "--seed", "1")})
     for host in both:
-        said = host.wait(2)
-        assert "hosts 0 and 1 of 2 do not have the same run; they differ in (host 0 | host 1):\n" in said
-        assert "  run.optimizer.rate: 0.01 | 0.02\n" in said and "  run.seed: 0 | 1\n" in said
-        assert "give all hosts the same command" in said
+        output = host.wait(2)
+        assert "hosts 0 and 1 of 2 do not have the same run; they differ in (host 0 | host 1):\n" in output
+        assert "  run.optimizer.rate: 0.01 | 0.02\n" in output and "  run.seed: 0 | 1\n" in output
+        assert "give all hosts the same command" in output
     assert not (tmp_path / "run").exists()
 
 
 def test_a_coordinator_that_cannot_be_reached(start, place, tmp_path, monkeypatch):
     monkeypatch.setenv("JAXLM_TIMEOUT", "3")
     address = f"localhost:{free_port()}"
-    told = {"JAXLM_COORDINATOR": address, "JAXLM_PROCESSES": "2", "JAXLM_PROCESS": "1"}
-    begun = time.monotonic()
-    second = Host(place, (TRAIN, place / "tiny.py", "--workdir", tmp_path / "run"), told, tmp_path / "second.txt", 1)
-    said = second.wait(2, 60)
-    assert time.monotonic() - begun < 40
-    assert f"error: host 1 of 2 found no coordinator at {address} in 3 s; start host 0 there, fix JAXLM_COORD" in said
-    assert "JAXLM_TIMEOUT" in said and said.count("\n") == 1
+    variables = {"JAXLM_COORDINATOR": address, "JAXLM_PROCESSES": "2", "JAXLM_PROCESS": "1"}
+    command = (TRAIN, place / "tiny.py", "--workdir", tmp_path / "run")
+    begin = time.monotonic()
+    second = Host(place, command, variables, tmp_path / "second.txt", 1)
+    output = second.wait(2, 60)
+    assert time.monotonic() - begin < 40
+    assert f"error: host 1 of 2 found no coordinator at {address} in 3 s; start host 0 there, fix JAXLM_COORD" in output
+    assert "JAXLM_TIMEOUT" in output and output.count("\n") == 1
 
 
 def test_a_host_that_does_not_come(place, tmp_path, monkeypatch):
     monkeypatch.setenv("JAXLM_TIMEOUT", "3")
     address = f"localhost:{free_port()}"
-    told = {"JAXLM_COORDINATOR": address, "JAXLM_PROCESSES": "2", "JAXLM_PROCESS": "0"}
-    said = Host(place, (TRAIN, place / "tiny.py", "--workdir", tmp_path / "run"), told, tmp_path / "first.txt", 1).wait(
-        2, 60
-    )
-    assert f"error: host 0 of 2 waited 3 s at {address}, and not all hosts came; start all" in said
+    variables = {"JAXLM_COORDINATOR": address, "JAXLM_PROCESSES": "2", "JAXLM_PROCESS": "0"}
+    command = (TRAIN, place / "tiny.py", "--workdir", tmp_path / "run")
+    output = Host(place, command, variables, tmp_path / "first.txt", 1).wait(2, 60)
+    assert f"error: host 0 of 2 waited 3 s at {address}, and not all hosts came; start all" in output
 
 
 def test_a_coordinator_whose_port_is_taken(place, tmp_path, monkeypatch):
@@ -544,8 +545,7 @@ def test_a_coordinator_whose_port_is_taken(place, tmp_path, monkeypatch):
         taken.bind(("::", 0))
         taken.listen()
         address = f"localhost:{taken.getsockname()[1]}"
-        told = {"JAXLM_COORDINATOR": address, "JAXLM_PROCESSES": "2", "JAXLM_PROCESS": "0"}
-        said = Host(
-            place, (TRAIN, place / "tiny.py", "--workdir", tmp_path / "run"), told, tmp_path / "first.txt", 1
-        ).wait(2, 60)
-    assert f"error: host 0 cannot be the coordinator at {address}: Address already in use; give JAXLM_COORD" in said
+        variables = {"JAXLM_COORDINATOR": address, "JAXLM_PROCESSES": "2", "JAXLM_PROCESS": "0"}
+        command = (TRAIN, place / "tiny.py", "--workdir", tmp_path / "run")
+        output = Host(place, command, variables, tmp_path / "first.txt", 1).wait(2, 60)
+    assert f"error: host 0 cannot be the coordinator at {address}: Address already in use; give JAXLM_COORD" in output

@@ -1,4 +1,4 @@
-"""Files from elsewhere: safetensors that lie are refused, those that do not are read exactly; what the hub sends."""
+"""Safetensors files: exact reading and writing, and refusal of invalid files. Downloads from the hub."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ DTYPES = [np.dtype(dtype) for dtype in DTYPES]
 
 
 def random(shape: tuple[int, ...], dtype: type | np.dtype = np.float32) -> np.ndarray:
-    """Any bits at all, but that a bool is 0 or 1."""
+    """Returns random bits, except that a bool is 0 or 1."""
     dtype = np.dtype(dtype)
     bits = np.random.default_rng(0).integers(0, 2 if dtype == np.bool else 256, (*shape, dtype.itemsize), np.uint8)
     return bits.reshape(-1).view(dtype).reshape(shape)
 
 
 def bits(array) -> tuple:
-    """What must be equal for two tensors to be the same."""
+    """Returns the values that must be equal for two tensors to be the same."""
     return tuple(array.shape), np.dtype(array.dtype), np.asarray(array).tobytes()
 
 
@@ -57,7 +57,7 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-MIXED = {  # dtypes out of order, names that sort oddly, no elements, no axes, views
+MIXED = {  # unordered dtypes, unusual names, no elements, no axes, views
     "b.2": random((3, 5)),
     "b.10": random((3, 5)).T,
     "ä": random((2, 6, 4), ml_dtypes.bfloat16)[:, ::2],
@@ -166,22 +166,22 @@ def full_disk(*_):
 
 FAILURES = {
     "interrupted": (KeyboardInterrupt, "by hand"),
-    "not as announced": (ValueError, r"z is float32 \(3,\), was to be float32 \(2,\)"),
+    "not as announced": (ValueError, r"z is float32 \(3,\), expected float32 \(2,\)"),
     "full disk": (OSError, "No space left"),
-    "dtype": (UserError, "z has dtype complex128, which safetensors has not; known: BOOL"),
+    "dtype": (UserError, "z has dtype complex128, which safetensors does not support; known: BOOL"),
 }
 
 
 @pytest.mark.parametrize("limit", [10**9, 100, 1])
 @pytest.mark.parametrize("before", [None, 10**9, 1])
 @pytest.mark.parametrize("failure", FAILURES)
-def test_a_model_appears_whole_or_not_at_all(tmp_path, monkeypatch, failure, before, limit):
+def test_a_model_is_written_atomically(tmp_path, monkeypatch, failure, before, limit):
     def interrupted():
         raise KeyboardInterrupt("by hand")
 
     if before is not None:
         write_sharded(MIXED, tmp_path, max_shard_bytes=before)
-    there = tree(tmp_path)
+    before_write = tree(tmp_path)
     z = {
         "interrupted": Pending((2,), np.dtype(np.float32), interrupted),
         "not as announced": Pending((2,), np.dtype(np.float32), lambda: np.zeros(3, np.float32)),
@@ -193,7 +193,7 @@ def test_a_model_appears_whole_or_not_at_all(tmp_path, monkeypatch, failure, bef
     kind, message = FAILURES[failure]
     with pytest.raises(kind, match=message) as error:
         write_sharded(MIXED | {"z": z}, tmp_path, max_shard_bytes=limit)
-    assert tree(tmp_path) == there
+    assert tree(tmp_path) == before_write
     if failure == "full disk":
         assert error.value.errno == errno.ENOSPC
 
@@ -211,7 +211,7 @@ def test_tensors_are_made_one_at_a_time(tmp_path):
     assert [np.asarray(x).tolist() for x in read(tmp_path).values()] == [[i, i] for i in range(4)]
 
 
-# Reading what cannot be believed
+# Reading untrusted files
 
 F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 LATER = F32 | {"data_offsets": [8, 16]}
@@ -224,27 +224,27 @@ def file(header: object, data: bytes = bytes(8), length: int | None = None) -> b
 
 CORRUPT = {
     "empty": (b"", "Expecting value"),
-    "short": (b"\1", "header would have 1 bytes, of at most 0"),
+    "short": (b"\1", "header has a length of 1 bytes, more than 0"),
     "no header": (bytes(8), "Expecting value"),
-    "header beyond the file": (file({"x": F32}, b"", 64), "header would have 64 bytes, of at most 61"),
-    "header beyond memory": (file({}, b"", 2**64 - 1), "18,446,744,073,709,551,615 bytes, of at most 2"),
-    "pickle": (b"\x80\x02}q\x00.", "header would have"),
+    "header beyond the file": (file({"x": F32}, b"", 64), "header has a length of 64 bytes, more than 61"),
+    "header beyond memory": (file({}, b"", 2**64 - 1), "18,446,744,073,709,551,615 bytes, more than 2"),
+    "pickle": (b"\x80\x02}q\x00.", "header has a length"),
     "not UTF-8": (file(b'{"\xff": 1}'), "'utf-8' codec"),
     "UTF-16": (file(json.dumps({"x": F32}).encode("utf-16")), "'utf-8' codec"),
     "half a surrogate pair": (file({"\ud800": F32}), "surrogates not allowed"),
     "not JSON": (file(b"{'x': 1}"), "Expecting property name"),
     "more after the JSON": (file(b"{}{}"), "Extra data"),
-    "list": (file([]), "holds a list, not an object"),
+    "list": (file([]), "contains a list, not an object"),
     "deep": (file(b'{"x":' * 100_000), "recursion"),
     "deep lists": (file(b"[" * 100_000), "recursion"),
     "many digits": (file(b'{"x":' + b"1" * 5000 + b"}"), "4300 digits"),
-    "twice": (file(b'{"x":%b,"x":%b}' % ((json.dumps(F32).encode(),) * 2)), "'x' stands there twice"),
-    "field twice": (file(b'{"x":{"dtype":"F32","dtype":"F32"}}'), "'dtype' stands there twice"),
+    "twice": (file(b'{"x":%b,"x":%b}' % ((json.dumps(F32).encode(),) * 2)), "it contains 'x' twice"),
+    "field twice": (file(b'{"x":{"dtype":"F32","dtype":"F32"}}'), "it contains 'dtype' twice"),
     "NaN": (file({"x": float("nan")}), "'x' is nan, not dtype, shape and data_offsets"),
     "null": (file({"x": None}), "'x' is None, not"),
     "field missing": (file({"x": {"dtype": "F32", "shape": [2]}}), "'x' is {'dtype': 'F32', 'shape': "),
     "field unknown": (file({"x": F32 | {"strides": [1]}}), "'strides'"),
-    "metadata is text": (file({"__metadata__": "pt", "x": F32}), "__metadata__ is 'pt', not strings by name"),
+    "metadata is text": (file({"__metadata__": "pt", "x": F32}), "__metadata__ is 'pt', not an object of strings"),
     "metadata holds a number": (file({"__metadata__": {"a": 1}, "x": F32}), "__metadata__ is {'a': 1}"),
     "shape is text": (file({"x": F32 | {"shape": "2"}}), "has shape '2'"),
     "shape is negative": (file({"x": F32 | {"shape": [-1, -2]}}), r"has shape \[-1, -2\]"),
@@ -259,8 +259,8 @@ CORRUPT = {
     "axis overflows": (file({"x": F32 | {"shape": [2**64, 0], "data_offsets": [0, 0]}}), "has shape"),
     "many axes": (file({"x": F32 | {"shape": [1] * 64 + [2]}}), "at most 64 axes"),
     "endless shape": (file({"x": F32 | {"shape": [10**4000] * 200}}), "at most 64 axes"),
-    "shape too small": (file({"x": F32 | {"shape": [1]}}), r"'x' has 8 bytes, F32 \[1\] takes 4"),
-    "shape too large": (file({"x": F32 | {"shape": [2, 2**40]}}), "takes 8,796,093,022,208"),
+    "shape too small": (file({"x": F32 | {"shape": [1]}}), r"'x' has 8 bytes, F32 \[1\] requires 4"),
+    "shape too large": (file({"x": F32 | {"shape": [2, 2**40]}}), "requires 8,796,093,022,208"),
     "offsets reversed": (file({"x": F32 | {"data_offsets": [8, 0]}}), "has -8 bytes"),
     "offset negative": (file({"x": F32 | {"data_offsets": [-8, 0]}}), r"has data_offsets \[-8, 0\]"),
     "three offsets": (file({"x": F32 | {"data_offsets": [0, 8, 8]}}), r"data_offsets \[0, 8, 8\]"),
@@ -273,14 +273,14 @@ CORRUPT = {
 }
 
 
-STRICTER = {"twice", "field unknown", "many axes"}  # what the format's own package lets through
+STRICTER = {"twice", "field unknown", "many axes"}  # cases that the reference package accepts
 
 
 @pytest.mark.parametrize("case", CORRUPT)
 def test_corrupt_files_are_refused_and_the_message_says_why(tmp_path, case):
     content, reason = CORRUPT[case]
     (tmp_path / WEIGHTS).write_bytes(content)
-    message = rf"{WEIGHTS} \({len(content):,} bytes\) is truncated or corrupt: .*{reason}.*; fetch the file again"
+    message = rf"{WEIGHTS} \({len(content):,} bytes\) is truncated or corrupt: .*{reason}.*; download the file again"
     with pytest.raises(UserError, match=message) as error:
         read(tmp_path)
     assert len(str(error.value)) < 1000
@@ -292,7 +292,9 @@ def test_corrupt_files_are_refused_and_the_message_says_why(tmp_path, case):
 @pytest.mark.parametrize("dtype", ["F4", "F6_E2M3", "f32", "I128", "", None, 3, ["F32"], "x" * 10**6])
 def test_other_dtypes_are_named(tmp_path, dtype):
     (tmp_path / WEIGHTS).write_bytes(file({"x": F32 | {"dtype": dtype}}))
-    with pytest.raises(UserError, match=rf"has 'x' in dtype {re.escape(repr(dtype))[:40]}.*known: BOOL, .*convert it"):
+    with pytest.raises(
+        UserError, match=rf"has 'x' in dtype {re.escape(repr(dtype))[:40]}.*known: BOOL, .*convert the file"
+    ):
         read(tmp_path)
 
 
@@ -302,12 +304,12 @@ def test_every_cut_and_every_addition_is_noticed(tmp_path):
     whole = path.read_bytes()
     for content in [whole[:n] for n in range(len(whole))] + [whole + b"\0", b" " + whole]:
         path.write_bytes(content)
-        with pytest.raises(UserError, match=r"truncated or corrupt.*; fetch the file again"):
+        with pytest.raises(UserError, match=r"truncated or corrupt.*; download the file again"):
             read(tmp_path)
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, INDEX])
-def test_what_is_no_file_is_refused_at_once(tmp_path, monkeypatch, name):
+def test_what_is_not_a_regular_file_is_refused(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)  # the path of a socket must be short
     path = tmp_path / name
 
@@ -337,7 +339,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path, monkeypatch, name):
 
 
 @pytest.mark.parametrize("folder", ["file", "file/below", "x" * 300, "nul\0"])
-def test_what_is_no_folder_is_refused(tmp_path, folder):
+def test_what_is_not_a_folder_is_refused(tmp_path, folder):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=f"has no weights: neither {WEIGHTS} nor {INDEX} .*; add them"):
         read(tmp_path / folder)
@@ -354,7 +356,7 @@ CODES = st.sampled_from(["BOOL", "U8", "F16", "BF16", "F32", "I64", "F8_E4M3", "
 
 @st.composite
 def spoilt_files(draw) -> bytes:
-    """A file with a few bytes changed, cut or added, or with a header in which something is not true."""
+    """Draws a file with some bytes changed, removed or added, or with a wrong header."""
     whole = safetensors.numpy.save({name: MIXED[name] for name in ("a", "b.2", "ä", "none")}, {"format": "pt"})
     start = 8 + int.from_bytes(whole[:8], "little")
     header, data = json.loads(whole[8:start]), whole[start:]
@@ -387,7 +389,7 @@ def test_a_spoilt_file_is_refused_or_read_as_the_formats_own_package_reads_it(tm
     try:
         found = read(folder)
     except UserError as error:
-        stricter = "stands there twice|not dtype, shape and data_offsets|in dtype|None, not strings by name"
+        stricter = "it contains .* twice|not dtype, shape and data_offsets|in dtype|None, not an object of strings"
         assert theirs is None or re.search(stricter, str(error))
         assert len(str(error)) < 2000
     else:
@@ -431,7 +433,7 @@ def test_a_tensor_that_two_shards_hold_is_refused(tmp_path):
     write({"x": random((2,))}, tmp_path / "a.safetensors")
     write({"x": random((3,)), "y": random((1,))}, tmp_path / "b.safetensors")
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}))
-    with pytest.raises(UserError, match="disagree on where x is"):
+    with pytest.raises(UserError, match="disagree about the file of x"):
         read(tmp_path)
 
 
@@ -450,7 +452,7 @@ def make(i):
 
 def measured(label, work):
     status = lambda field: int(Path("/proc/self/status").read_text().split(field)[1].split()[0]) / 1024
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is what it is now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = status("VmRSS:")
     work()
     print(label, round(status("VmHWM:") - before, 1))
@@ -491,7 +493,7 @@ def test_a_model_is_read_and_written_in_the_memory_of_its_largest_tensor(tmp_pat
     peaks = {label: float(mib) for label, mib in map(str.split, done.stdout.splitlines())}
     print(f"a file of 1,024 MiB, tensors of 64 MiB; MiB more at the peak: {peaks}")
     assert (tmp_path / WEIGHTS).stat().st_size > 1 << 30
-    # In tensors: what the work itself makes, and what of the file is mapped.
+    # In units of tensors: allocated memory, and mapped bytes of the file.
     made = {"write": 1, "view": 0, "copy": 1, "index": 0.5, "transposed": 1}
     mapped = {"view": 1, "index": 1, "transposed": 1}
     for label, peak in peaks.items():
@@ -502,7 +504,7 @@ def test_a_model_is_read_and_written_in_the_memory_of_its_largest_tensor(tmp_pat
 
 
 class Hub(ThreadingHTTPServer):
-    """What huggingface_hub asks of the hub, for models `name -> revision -> file -> content`; the first is main."""
+    """A hub for huggingface_hub, with models `name -> revision -> file -> content`; the first revision is main."""
 
     def __init__(self, models: dict[str, dict[str, dict[str, bytes]]]) -> None:
         super().__init__(("127.0.0.1", 0), HubRequest)
@@ -511,7 +513,7 @@ class Hub(ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def fetched(self) -> set[str]:
-        """The files that were sent since this was last asked, and none of them twice."""
+        """Returns the files that were sent since the last call, and checks that none was sent twice."""
         sent, self.sent = self.sent, []
         assert len(set(sent)) == len(sent)
         return set(sent)
@@ -609,7 +611,7 @@ def hub():
 
 
 def ask(home: Path, url: str, *names, **environment: str) -> list[str]:
-    """The folders, or why not, from a process with this cache and this hub: both are fixed when it starts."""
+    """Returns the folders or errors from a new process with this cache and hub, which are fixed at its start."""
     asked = [(name, {}) if isinstance(name, str) else name for name in names]
     own = {name: value for name, value in os.environ.items() if not re.match("HF_|HUGGING|.*_proxy$", name, re.I)}
     own |= {"HF_HOME": str(home), "HF_ENDPOINT": url, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
@@ -633,10 +635,10 @@ def test_a_model_comes_once_and_without_what_nobody_reads(hub, tmp_path):
         "org/both": {INDEX: SHARDED[INDEX], WEIGHTS: b"weights of both"},
         "org/words": SMALL,
     }
-    unknown = "org/pickled"  # to the cache
-    outside = f"{unknown} is no folder, and offline mode finds no whole copy of"
+    unknown = "org/pickled"  # not in the cache
+    outside = f"{unknown} is not a folder, and the cache has no complete copy of"
     with socket.socket() as nobody:
-        nobody.bind(("127.0.0.1", 0))  # and does not listen
+        nobody.bind(("127.0.0.1", 0))  # a port without a listener
         nowhere = f"http://127.0.0.1:{nobody.getsockname()[1]}"
         hub.sent.clear()
         *folders, again = ask(tmp_path, hub.url, *wanted, "small")
@@ -647,7 +649,7 @@ def test_a_model_comes_once_and_without_what_nobody_reads(hub, tmp_path):
         offline = [("small", {"offline": True}), (unknown, {"offline": True})]
         *again, refused, small, refused_too = ask(tmp_path, nowhere, *wanted, unknown, *offline)
         assert (again, small) == (folders, folders[1])
-        assert re.match(f"refused: {unknown} is no folder, and {nowhere}/{unknown} .* cannot be reached", refused)
+        assert re.match(f"refused: {unknown} is not a folder, and {nowhere}/{unknown} .* cannot be reached", refused)
         assert re.match(f"refused: {outside}", refused_too)
 
         *again, refused = ask(tmp_path, hub.url, *wanted, unknown, HF_HUB_OFFLINE="1")
@@ -667,18 +669,18 @@ def test_revisions_and_a_cache_elsewhere(hub, tmp_path):
     assert Path(elsewhere).is_relative_to(tmp_path / "here")
 
 
-def test_what_the_hub_refuses_is_said_with_a_remedy(hub, tmp_path):
+def test_errors_of_the_hub_have_a_remedy(hub, tmp_path):
     refusals = {
-        "org/absent": f"org/absent is no folder, and {hub.url}/org/absent no model, .*correct the name, or log in",
-        "org/gated": f"{hub.url}/org/gated is not open .*403.*ask for access .*`hf auth login`, or set HF_TOKEN",
-        "org/broken": f"{hub.url}/org/broken cannot be fetched: the hub answers with HTTP status 503; try later",
+        "org/absent": f"org/absent is not a folder, and {hub.url}/org/absent does not exist .*the name, or log in",
+        "org/gated": f"{hub.url}/org/gated has restricted access .*403.*request access .*`hf auth login`",
+        "org/broken": f"{hub.url}/org/broken cannot be downloaded: the hub returned HTTP status 503; try later",
         "org/pickled": rf"{hub.url}/org/pickled has only pickled weights \(pytorch_model.bin, rng.pth\)",
-        "org/lies": r"names '../b.safetensors'; a shard is a .safetensors file of the same folder",
-        "a/b/c": "'a/b/c' is no folder, and cannot be the name of a model",
-        "./model": "'./model' is no folder, and cannot be the name of a model",
-        "": "'' is no folder, and cannot be the name",
-        "nul\0": "is no folder, and cannot be the name",
-        "x" * 300: "is no folder, and cannot be the name",
+        "org/lies": r"lists '../b.safetensors'; a shard is a .safetensors file of the same folder",
+        "a/b/c": "'a/b/c' is not a folder and not a valid name of a model",
+        "./model": "'./model' is not a folder and not a valid name of a model",
+        "": "'' is not a folder and not a valid name",
+        "nul\0": "is not a folder and not a valid name",
+        "x" * 300: "is not a folder and not a valid name",
     }
     hub.sent.clear()
     answers = ask(tmp_path, hub.url, *refusals, ("small", {"revision": "v9"}))
@@ -694,7 +696,7 @@ def test_a_local_folder_is_itself(tmp_path, monkeypatch):
     assert fetch("small") == Path("small")
     assert fetch(tmp_path, offline=True) == tmp_path
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="file is a file; give the folder that holds it"):
+    with pytest.raises(UserError, match="file is a file; give its folder"):
         fetch("file")
 
 

@@ -1,4 +1,4 @@
-"""What `inspect` says of a model, and `convert` writes."""
+"""The output of `inspect`, and the files that `convert` writes."""
 
 from __future__ import annotations
 
@@ -30,20 +30,24 @@ def folder(tmp_path):
 
 def test_every_parameter_has_a_line(folder, capsys):
     assert main(["inspect", str(folder)]) == 0
-    said = capsys.readouterr().out
-    assert said.startswith("distilbert (DistilBertForMaskedLM): encoder, 2 layers of width 16, 2 heads of 8")
-    line = next(line for line in said.splitlines() if line.startswith("encoder/layers/attention/query/kernel"))
+    output = capsys.readouterr().out
+    assert output.startswith("distilbert (DistilBertForMaskedLM): encoder, 2 layers of width 16, 2 heads of 8")
+    line = next(line for line in output.splitlines() if line.startswith("encoder/layers/attention/query/kernel"))
     assert line.split("  ")[1:] and "2 x 16 x 2 x 8" in line and "layers, width, heads, head_width" in line
     assert line.endswith("distilbert.transformer.layer.{i}.attention.q_lin.weight")
-    assert f"{count_parameters(MODEL):,} parameters" in said
-    assert len(inspect.of_folder(families.look(folder))) == said.count("float32") - 1  # the last stands with the sum
+    assert f"{count_parameters(MODEL):,} parameters" in output
+    assert (
+        len(inspect.rows_of_folder(families.open_folder(folder))) == output.count("float32") - 1
+    )  # the last one is in the totals
 
 
-def test_a_head_that_would_be_made_is_said(folder, capsys):
+def test_a_randomly_initialised_head_is_reported(folder, capsys):
     assert main(["inspect", str(folder), "--head", "tokens"]) == 0
-    said = capsys.readouterr().out
-    assert "heads on top: tokens" in said
-    assert next(line for line in said.splitlines() if "tokens_head/out/bias" in line).endswith("(randomly initialised)")
+    output = capsys.readouterr().out
+    assert "heads on top: tokens" in output
+    assert next(line for line in output.splitlines() if "tokens_head/out/bias" in line).endswith(
+        "(randomly initialised)"
+    )
 
 
 def test_a_preset_a_config_and_a_run_that_has_no_export_yet(tmp_path, capsys):
@@ -52,9 +56,9 @@ def test_a_preset_a_config_and_a_run_that_has_no_export_yet(tmp_path, capsys):
     run = RunConfig(model=MODEL)
     (tmp_path / "config.json").write_text(json.dumps({"run": to_json(run), "data": ""}))
     (tmp_path / "mine.py").write_text("import jaxlm\ndef config():\n    return jaxlm.RunConfig()\n")
-    for target, said in ((tmp_path, "distilbert (Distil"), (tmp_path / "mine.py", "gpt2 (GPT2LMHeadModel)")):
+    for target, start in ((tmp_path, "distilbert (Distil"), (tmp_path / "mine.py", "gpt2 (GPT2LMHeadModel)")):
         assert main(["inspect", str(target)]) == 0
-        assert capsys.readouterr().out.startswith(said)
+        assert capsys.readouterr().out.startswith(start)
 
 
 def test_convert_changes_dtype_head_and_shards(folder, tmp_path, capsys):
@@ -67,16 +71,16 @@ def test_convert_changes_dtype_head_and_shards(folder, tmp_path, capsys):
     for name, tensor in stored.items():
         np.testing.assert_allclose(np.asarray(tensor, np.float32), old[name], rtol=1e-2)
     assert main(["convert", str(folder), str(new)]) == 2
-    assert "may be overwritten" in capsys.readouterr().err
+    assert "set overwrite" in capsys.readouterr().err
     assert main(["convert", str(folder), str(new), "--head", "none", "--overwrite"]) == 0
     assert json.loads((new / "config.json").read_text())["architectures"] == ["DistilBertModel"]
     assert "embeddings.word_embeddings.weight" in safetensors.read(new)
 
 
-def test_the_places_of_parameters_are_a_table_too():
+def test_the_sharding_of_parameters_is_a_table():
     mesh = {"data": 1, "fsdp": 4, "context": 1, "tensor": 2}
-    table = inspect.placed(MODEL, mesh)
+    table = inspect.sharding_table(MODEL, mesh)
     rows = {row[0]: row[1:] for row in table.rows}
     assert rows["encoder/layers/attention/query/kernel"] == ["2 x 16 x 2 x 8", "-, fsdp, tensor, -", "256"]
-    whole = inspect.of_model(MODEL, mesh)
+    whole = inspect.describe_config(MODEL, mesh)
     assert all(" ".join(row[-1:]) in whole for row in table.rows) and "on each of 8 devices" in table.note

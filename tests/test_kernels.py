@@ -1,4 +1,4 @@
-"""Fused attention equals XLA's: splash in Pallas' interpreter, on one device and on meshes, and compiled for a TPU."""
+"""Fused attention equals XLA's: splash in the interpreter of Pallas, on one device and on meshes, and on a TPU."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from jax.sharding import Mesh
 
 from jaxlm.nn import kernels
 from jaxlm.nn.attention import Scores, cross_mask, dot_product_attention, self_mask
-from jaxlm.nn.kernels import Chip, chip_of, choose, fused, why_not
+from jaxlm.nn.kernels import Backend, backend_of, choose, fused, why_not
 
 B, T, C = 2, 256, 64
-# What each example's tokens are of a row: three examples and padding; one that fills its row.
+# Lengths of the examples in each row: three examples and padding; one example that fills its row.
 LENGTHS = ((100, 90, 40), (T,))
 MESHES = {
     "data2_tensor2": {"data": 2, "fsdp": 1, "tensor": 2},
     "fsdp2_tensor2_context2": {"fsdp": 2, "tensor": 2, "context": 2},
     "context2": {"data": 1, "context": 2},
 }
-TPU, H100, T4 = Chip("tpu", 5.0), Chip("cuda", 9.0), Chip("cuda", 7.5)
+TPU, H100, T4 = Backend("tpu", 5.0), Backend("cuda", 9.0), Backend("cuda", 7.5)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _blocks_are_small():
-    """So that even short rows have several: some hidden, some in part, some seen whole."""
+    """Gives short rows several blocks: hidden, partly visible and fully visible ones."""
     before, kernels.BLOCKS = kernels.BLOCKS, (128,)
     yield
     kernels.BLOCKS = before
@@ -47,22 +47,22 @@ def segments(lengths=LENGTHS, T: int = T) -> jax.Array:
     return jnp.asarray(np.stack([np.pad(row, (0, T - len(row))) for row in rows]), jnp.int32)
 
 
-def drawn(*shapes: tuple[int, ...], dtype=jnp.float32) -> list[jax.Array]:
+def draw(*shapes: tuple[int, ...], dtype=jnp.float32) -> list[jax.Array]:
     random = np.random.default_rng(0)
     return [jnp.asarray(random.standard_normal(shape), dtype) for shape in shapes]
 
 
 def read(attend, segments_BT, g_BTHC):
-    """The outputs that are read, those of padding being none, and the gradients by queries, keys and values."""
+    """Returns the outputs, with zeros for padding, and the gradients by queries, keys and values."""
 
     def loss(q_BTHC, k_BSKC, v_BSKC):
         out_BTHC = attend(q_BTHC, k_BSKC, v_BSKC)
-        seen_BTHC = jnp.where((segments_BT > 0)[..., None, None], out_BTHC.astype(jnp.float32), 0)
-        return (seen_BTHC * g_BTHC).sum(), (out_BTHC, seen_BTHC)
+        outputs_BTHC = jnp.where((segments_BT > 0)[..., None, None], out_BTHC.astype(jnp.float32), 0)
+        return (outputs_BTHC * g_BTHC).sum(), (out_BTHC, outputs_BTHC)
 
     def both(*qkv):
-        (_, (out_BTHC, seen_BTHC)), grads = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(*qkv)
-        return out_BTHC, seen_BTHC, grads
+        (_, (out_BTHC, outputs_BTHC)), grads = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(*qkv)
+        return out_BTHC, outputs_BTHC, grads
 
     return jit(both)
 
@@ -81,15 +81,15 @@ def assert_same(ours, theirs, tolerance: float):
 
 
 def check(causal, window, H, K, cap, dtype="float32", C=C, mesh=None, T=T, lengths=LENGTHS, scale=0.2):
-    qkv = drawn((B, T, H, C), (B, T, K, C), (B, T, K, C), dtype=dtype)
-    (g_BTHC,) = drawn((B, T, H, C))
+    qkv = draw((B, T, H, C), (B, T, K, C), (B, T, K, C), dtype=dtype)
+    (g_BTHC,) = draw((B, T, H, C))
     segments_BT = segments(lengths, T)
-    how = {"causal": causal, "window": window, "scale": scale, "cap": cap}
+    options = {"causal": causal, "window": window, "scale": scale, "cap": cap}
     assert why_not("splash", TPU, mesh, *qkv[:2], cap=cap) is None
-    splash = lambda q, k, v: fused("splash", mesh, q, k, v, segments_BT, segments_BT, **how, interpret=True)
+    splash = lambda q, k, v: fused("splash", mesh, q, k, v, segments_BT, segments_BT, **options, interpret=True)
     ours = read(splash, segments_BT, g_BTHC)(*qkv)
     assert ours[0].dtype == dtype
-    theirs = read(partial(xla, segments_BT=segments_BT, **how), segments_BT, g_BTHC)(*qkv)
+    theirs = read(partial(xla, segments_BT=segments_BT, **options), segments_BT, g_BTHC)(*qkv)
     assert_same(ours, theirs, 1e-5 if dtype == "float32" else 2e-2)
 
 
@@ -102,7 +102,7 @@ QUICK = [
 
 
 @pytest.mark.parametrize("causal, window, H, K, cap, dtype", QUICK)
-def test_splash_is_xla(causal, window, H, K, cap, dtype):
+def test_splash_equals_xla(causal, window, H, K, cap, dtype):
     check(causal, window, H, K, cap, dtype)
 
 
@@ -112,7 +112,7 @@ def test_splash_is_xla(causal, window, H, K, cap, dtype):
 @pytest.mark.parametrize("H, K", [(2, 2), (2, 1), (4, 1)])
 @pytest.mark.parametrize("window", [None, 30])
 @pytest.mark.parametrize("causal", [True, False])
-def test_splash_is_xla_everywhere(causal, window, H, K, cap, dtype):
+def test_splash_equals_xla_everywhere(causal, window, H, K, cap, dtype):
     check(causal, window, H, K, cap, dtype)
 
 
@@ -133,9 +133,9 @@ def test_rows_of_any_length():
 
 
 def test_cross_attention():
-    """Targets see the sources of their own example; neither are as many as fill blocks."""
+    """Targets attend to the source of their example; the lengths are not multiples of the block size."""
     T, S = 130, 200
-    q_BTHC, k_BSKC, v_BSKC, g_BTHC = drawn((B, T, 2, C), (B, S, 1, C), (B, S, 1, C), (B, T, 2, C))
+    q_BTHC, k_BSKC, v_BSKC, g_BTHC = draw((B, T, 2, C), (B, S, 1, C), (B, S, 1, C), (B, T, 2, C))
     segments_BT, segments_BS = segments(((50, 60), (130,)), T), segments(((120, 80), (90,)), S)
     splash = partial(fused, "splash", None, causal=False, scale=0.2, interpret=True)
     ours = read(lambda q, k, v: splash(q, k, v, segments_BT, segments_BS), segments_BT, g_BTHC)
@@ -179,36 +179,36 @@ def test_long_rows_are_planned_once_and_small():
 @pytest.mark.parametrize("mesh", [None, "fsdp2_tensor2_context2"])
 @pytest.mark.parametrize("causal, window", [(True, None), (False, None), (True, 30), (False, 30)])
 def test_cudnn_gets_the_right_masks(causal, window, mesh, monkeypatch):
-    """What cuDNN is asked for, computed by XLA."""
+    """Computes the call to cuDNN with XLA instead."""
     theirs = partial(jax.nn.dot_product_attention, implementation="xla")
-    asked = lambda *qkv, implementation, **how: theirs(*qkv, **how)
-    monkeypatch.setattr(jax.nn, "dot_product_attention", asked)
-    T, how = 61, {"causal": causal, "window": window, "scale": 0.2}
-    q_BTHC, k_BSKC, v_BSKC, g_BTHC = drawn((B, T, 4, 8), (B, T, 2, 8), (B, T, 2, 8), (B, T, 4, 8))
+    features = lambda *qkv, implementation, **options: theirs(*qkv, **options)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", features)
+    T, options = 61, {"causal": causal, "window": window, "scale": 0.2}
+    q_BTHC, k_BSKC, v_BSKC, g_BTHC = draw((B, T, 4, 8), (B, T, 2, 8), (B, T, 2, 8), (B, T, 4, 8))
     segments_BT = segments(((30, 20), (T,)), T)
     mesh = mesh and mesh_of(mesh)
-    cudnn = lambda q, k, v: fused("cudnn", mesh, q, k, v, segments_BT, segments_BT, **how)
+    cudnn = lambda q, k, v: fused("cudnn", mesh, q, k, v, segments_BT, segments_BT, **options)
     ours = read(cudnn, segments_BT, g_BTHC)(q_BTHC, k_BSKC, v_BSKC)
-    theirs = read(partial(xla, segments_BT=segments_BT, **how, cap=0.0), segments_BT, g_BTHC)
+    theirs = read(partial(xla, segments_BT=segments_BT, **options, cap=0.0), segments_BT, g_BTHC)
     assert_same(ours, theirs(q_BTHC, k_BSKC, v_BSKC), 1e-5)
 
 
 @pytest.mark.parametrize("H, K, C", [(2, 2, 64), (4, 2, 128), (4, 1, 256), (2, 2, 40)])
 @pytest.mark.parametrize("T, lengths", [(T, LENGTHS), (61, ((30, 20), (61,)))])
 @pytest.mark.parametrize("causal, window", [(True, None), (False, None), (True, 30), (False, 30)])
-def test_cudnn_is_xla_on_a_gpu(causal, window, T, lengths, H, K, C):
-    """Beside XLA's attention in float32.  Needs a GPU: JAX_PLATFORMS=cuda pytest tests/test_kernels.py -k on_a_gpu."""
+def test_cudnn_equals_xla_on_a_gpu(causal, window, T, lengths, H, K, C):
+    """Compares with XLA in float32. Requires a GPU: JAX_PLATFORMS=cuda pytest tests/test_kernels.py -k on_a_gpu."""
     if jax.default_backend() != "gpu":
         pytest.skip("there is no GPU here")
-    chip, how = chip_of(None), {"causal": causal, "window": window, "scale": 0.2}
-    qkv = drawn((B, T, H, C), (B, T, K, C), (B, T, K, C), dtype=jnp.bfloat16)
-    (g_BTHC,) = drawn((B, T, H, C))
+    backend, options = backend_of(None), {"causal": causal, "window": window, "scale": 0.2}
+    qkv = draw((B, T, H, C), (B, T, K, C), (B, T, K, C), dtype=jnp.bfloat16)
+    (g_BTHC,) = draw((B, T, H, C))
     segments_BT = segments(lengths, T)
-    if reason := why_not("cudnn", chip, None, *qkv[:2]):
+    if reason := why_not("cudnn", backend, None, *qkv[:2]):
         assert C > 128, reason
         pytest.skip(reason)
-    ours = read(lambda q, k, v: fused("cudnn", None, q, k, v, segments_BT, segments_BT, **how), segments_BT, g_BTHC)
-    theirs = read(partial(xla, segments_BT=segments_BT, **how, cap=0.0), segments_BT, g_BTHC)
+    ours = read(lambda q, k, v: fused("cudnn", None, q, k, v, segments_BT, segments_BT, **options), segments_BT, g_BTHC)
+    theirs = read(partial(xla, segments_BT=segments_BT, **options, cap=0.0), segments_BT, g_BTHC)
     with jax.default_matmul_precision("highest"):
         expected = theirs(*(x.astype(jnp.float32) for x in qkv))
     assert "fmha" in ours.lower(*qkv).compile().as_text()
@@ -217,7 +217,7 @@ def test_cudnn_is_xla_on_a_gpu(causal, window, T, lengths, H, K, C):
 
 @pytest.mark.parametrize("mesh", [None, "data2_tensor2", "fsdp2_tensor2_context2"])
 def test_cudnn_lowers_for_a_gpu(mesh, monkeypatch):
-    """Not compiled or run: that takes a GPU."""
+    """Lowers the program only: compiling and running it requires a GPU."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91200)
@@ -239,7 +239,7 @@ COMPILES = """
     import jax, jax.numpy as jnp, numpy as np
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-    from jaxlm.nn.kernels import RESIDUALS, Chip, chip_of, choose, fused
+    from jaxlm.nn.kernels import RESIDUALS, Backend, backend_of, choose, fused
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
     keep = jax.checkpoint_policies.save_only_these_names(RESIDUALS)
@@ -248,8 +248,8 @@ COMPILES = """
         mesh = Mesh(np.array(devices).reshape(*sizes.values()), tuple(sizes))
         like = lambda dtype, spec, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
         q, k = (like(dtype, P("fsdp", None, "tensor"), 4, 1024, heads, C) for heads in (4, 2))
-        assert chip_of(mesh) == Chip("tpu", 5.0)
-        assert choose(chip_of(mesh), mesh, q, k, cap=50.0) == "splash"
+        assert backend_of(mesh) == Backend("tpu", 5.0)
+        assert choose(backend_of(mesh), mesh, q, k, cap=50.0) == "splash"
 
         def loss(q, k, v, segments):
             attend = lambda *qkv: jnp.tanh(fused("splash", mesh, *qkv, segments, segments, scale=0.1, cap=50.0, **how))
@@ -260,7 +260,7 @@ COMPILES = """
         return compiled.as_text().count('custom_call_target="tpu_custom_call"')
 
     tensor, context = {"data": 2, "fsdp": 1, "tensor": 2}, {"fsdp": 2, "tensor": 1, "context": 2}
-    # Forward, and dq and dkv backward; recomputed without a policy that keeps what the gradient needs.
+    # One kernel forward, two backward (dq and dkv), and one to recompute what the policy does not save.
     assert kernels(tensor, jnp.bfloat16, 64, keep, causal=True, window=300) == 3
     assert kernels(tensor, jnp.float32, 80, None, causal=False) == 4
     assert kernels(context, jnp.bfloat16, 128, keep, causal=True) == 3
@@ -282,61 +282,61 @@ def like(H: int = 4, K: int = 2, C: int = 64, T: int = 256, dtype=jnp.bfloat16, 
 
 
 @pytest.mark.parametrize(
-    "kernel, chip, sizes, asked, said",
+    "kernel, backend, sizes, features, message",
     [
         ("splash", TPU, {}, {}, None),
         ("splash", TPU, {"dtype": jnp.float32, "C": 20, "T": 200}, {"cap": 50.0}, None),
         ("cudnn", H100, {"C": 256, "T": 61}, {}, None),
-        ("splash", Chip("cpu"), {}, {}, "this runs on cpu"),
-        ("splash", H100, {}, {}, "it is for tpu"),
+        ("splash", Backend("cpu"), {}, {}, "this program runs on cpu"),
+        ("splash", H100, {}, {}, "it requires tpu"),
         ("splash", TPU, {"T": 64}, {}, "fewer than 128 positions"),
         ("splash", TPU, {"dtype": jnp.float16}, {}, "float16"),
-        ("splash", Chip("tpu", 3.0), {}, {}, "before v4"),
-        ("splash", TPU, {}, {"bias": True}, "bias by relative position"),
+        ("splash", Backend("tpu", 3.0), {}, {}, "before v4"),
+        ("splash", TPU, {}, {"bias": True}, "a bias of the scores"),
         ("splash", TPU, {}, {"dropout": True}, "model.attention_dropout"),
         ("cudnn", H100, {}, {"prefix": True}, "prefix"),
-        ("cudnn", H100, {}, {"weights": True}, "weights are asked for"),
+        ("cudnn", H100, {}, {"weights": True}, "returning attention weights"),
         ("cudnn", H100, {}, {"cap": 50.0}, "model.attention_cap is 50.0"),
         ("cudnn", H100, {"dtype": jnp.float32}, {}, "compute_dtype bfloat16"),
         ("cudnn", H100, {"C": 20}, {}, "multiple of 8"),
-        ("cudnn", Chip("cuda", 8.0), {"C": 256}, {}, "at most 128"),
-        ("cudnn", T4, {"dtype": jnp.float16}, {}, "this is 7.5"),
+        ("cudnn", Backend("cuda", 8.0), {"C": 256}, {}, "at most 128"),
+        ("cudnn", T4, {"dtype": jnp.float16}, {}, "this one has 7.5"),
     ],
 )
-def test_why_not(kernel, chip, sizes, asked, said):
-    reason = why_not(kernel, chip, None, *like(**sizes), **asked)
-    assert reason is None if said is None else said in reason
+def test_why_not(kernel, backend, sizes, features, message):
+    reason = why_not(kernel, backend, None, *like(**sizes), **features)
+    assert reason is None if message is None else message in reason
 
 
-@pytest.mark.parametrize("sizes, said", [({"B": 3}, "multiple of 2"), ({"K": 1}, "1 key-value heads"), ({}, None)])
-def test_why_not_on_a_mesh(sizes, said):
+@pytest.mark.parametrize("sizes, message", [({"B": 3}, "multiple of 2"), ({"K": 1}, "1 key-value heads"), ({}, None)])
+def test_why_not_on_a_mesh(sizes, message):
     reason = why_not("splash", TPU, mesh_of("data2_tensor2"), *like(**sizes))
-    assert reason is None if said is None else said in reason
+    assert reason is None if message is None else message in reason
 
 
 def test_choosing(capsys):
-    kernels._say.cache_clear()
+    kernels._print_once.cache_clear()
     assert choose(TPU, None, *like()) == "splash"
     assert choose(H100, None, *like()) == "cudnn"
-    assert choose(Chip("cpu"), None, *like()) == choose(Chip("rocm"), None, *like()) == "xla"
+    assert choose(Backend("cpu"), None, *like()) == choose(Backend("rocm"), None, *like()) == "xla"
     assert choose(TPU, None, *like(), wanted="xla") == choose(TPU, None, *like(T=64)) == "xla"
     assert capsys.readouterr().err == ""
     for _ in range(2):
         assert choose(H100, None, *like(dtype=jnp.float32)) == "xla"
     assert choose(TPU, None, *like(), bias=True) == "xla"
     first, second = capsys.readouterr().err.splitlines()
-    assert "not the kernel cudnn: it computes in 16 bits" in first and "not the kernel splash: a bias" in second
+    assert "instead of the kernel cudnn: it supports float16" in first and "of the kernel splash: it does not" in second
 
 
 @pytest.mark.parametrize(
-    "device, chip",
+    "device, backend",
     [
-        ({"platform": "tpu", "device_kind": "TPU v5 lite"}, Chip("tpu", 5.0)),
-        ({"platform": "tpu", "device_kind": "TPU7x"}, Chip("tpu", 7.0)),
+        ({"platform": "tpu", "device_kind": "TPU v5 lite"}, Backend("tpu", 5.0)),
+        ({"platform": "tpu", "device_kind": "TPU7x"}, Backend("tpu", 7.0)),
         ({"platform": "gpu", "device_kind": "NVIDIA H100 80GB HBM3", "compute_capability": "9.0"}, H100),
-        ({"platform": "gpu", "device_kind": "AMD Instinct MI300X", "compute_capability": "gfx942"}, Chip("rocm")),
+        ({"platform": "gpu", "device_kind": "AMD Instinct MI300X", "compute_capability": "gfx942"}, Backend("rocm")),
     ],
 )
-def test_chips(device, chip):
-    assert chip_of(SimpleNamespace(devices=np.array([SimpleNamespace(**device)]))) == chip
-    assert chip_of(None) == chip_of(mesh_of("context2")) == Chip("cpu")
+def test_backends(device, backend):
+    assert backend_of(SimpleNamespace(devices=np.array([SimpleNamespace(**device)]))) == backend
+    assert backend_of(None) == backend_of(mesh_of("context2")) == Backend("cpu")

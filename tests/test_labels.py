@@ -73,7 +73,7 @@ NLI = ("entailment", "neutral", "contradiction")
     ],
 )
 def test_labels_mean_outputs(found, names, expected):
-    name_of = labels.matched(found, names.split())
+    name_of = labels.match_labels(found, names.split())
     assert name_of == (None if expected is None else dict(zip(found, expected.split())))
 
 
@@ -98,7 +98,7 @@ def test_labels_of_other_data_mean_what_they_meant_in_training(task, given, outp
     kind = TASKS[Classification]
     places = [Place("rows", n) for n in range(len(given))]
     part = Records([kind.read(task, {"text": "x", "label": label}, places[0]) for label in given], places)
-    outputs = labels.named_outputs(task, outputs)
+    outputs = labels.output_names(task, outputs)
     if expected is None:
         with pytest.raises(UserError):
             labels.to_outputs(kind, task, part, outputs)
@@ -111,9 +111,9 @@ def test_lists_of_0_and_1_have_a_value_for_each_output():
     kind = TASKS[Classification]
     places = [Place("rows", n) for n in range(3)]
     part = Records([kind.read(MULTI, {"text": "x", "label": [1, 0, 0]}, place) for place in places], places)
-    kind.settle(MULTI, part, ())  # as reading does
+    kind.finalize_labels(MULTI, part, ())  # as reading does
     with pytest.raises(UserError, match="holds 3 values of 0 and 1, and there are 4 classes"):
-        labels.agreed(kind, MULTI, part, part, Records([], []), ("a", "b", "c", "d"))
+        labels.align_labels(kind, MULTI, part, part, Records([], []), ("a", "b", "c", "d"))
 
 
 # Tags of any scheme
@@ -139,7 +139,7 @@ SPANS = [("PER", 0, 1), ("LOC", 3, 3), ("LOC", 4, 4)]
     ],
 )
 def test_schemes_mark_the_same_spans(kind, tags):
-    assert schemes.kind_of(tags.split()) == kind
+    assert schemes.tag_kind(tags.split()) == kind
     found = schemes.spans(schemes.iob2(tags.split(), kind))
     assert [tuple(span) for span in found] == SPANS
 
@@ -163,7 +163,7 @@ def test_schemes_mark_the_same_spans(kind, tags):
 )
 def test_kinds_of_tags(kind, tags, spans):
     tags = tags.split()
-    assert schemes.kind_of(tags) == kind
+    assert schemes.tag_kind(tags) == kind
     if spans is not None:
         assert [tuple(span) for span in schemes.spans(schemes.iob2(tags, kind))] == spans
 
@@ -184,12 +184,12 @@ def test_tags_of_the_data_become_those_of_the_head(head, data):
     names = HEADS[head]
     record = TASKS[Tagging].read(Tagging(), {"tokens": list("abcde"), "tags": data.split()}, Place("rows", 1))
     part = Records([record], [Place("rows", 1)])
-    [fitted] = TASKS[Tagging].fitted(Tagging(), [part], names)
+    [fitted] = TASKS[Tagging].map_labels(Tagging(), [part], names)
     tags = fitted.records[0]["label"]
     assert set(tags) <= set(names)
-    kind = schemes.kind_of_head(names)
+    kind = schemes.head_kind(names)
     assert [tuple(s) for s in schemes.spans(schemes.iob2(tags, kind))] == [("PER", 0, 1), ("LOC", 3, 3)]
-    [again] = TASKS[Tagging].fitted(Tagging(), [fitted], names)
+    [again] = TASKS[Tagging].map_labels(Tagging(), [fitted], names)
     assert again.records[0]["label"] == tags
     if head == "BILOU":
         assert tags == ["B-PER", "L-PER", "O", "U-LOC", "O"]
@@ -222,13 +222,13 @@ def tagged(*sentences: str, **fields: Any) -> tuple[Tagging, Records]:
 def test_outputs_for_tags_of_any_kind(sentence, fields, names, scores):
     task, part = tagged(sentence, **fields)
     kind = TASKS[Tagging]
-    found, train, _ = labels.agreed(kind, task, part, part, Records([], []), None)
+    found, train, _ = labels.align_labels(kind, task, part, part, Records([], []), None)
     assert found == tuple(names.split())
     made = kind(task, 16, 0, None, found)
     assert made.scores[0] == scores
     right = [{"prediction": record["label"]} for record in train.records]
     assert made.score(train.records, right)[scores] == 1.0
-    made.balance(train), made.sections(train, [row | {"confidence": 1.0} for row in right])
+    made.describe_labels(train), made.sections(train, [row | {"confidence": 1.0} for row in right])
 
 
 def test_numbers_without_names_are_refused():
@@ -478,13 +478,13 @@ def test_weights_that_changed_since_a_run_began_are_refused(start, quick):
     fit(run)  # of another time, but of the same content
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(
-        UserError, match=r"finished run that began from other weights: those in .*model have changed.*--workdir"
+        UserError, match=r"finished run that started from other weights: those in .*model have changed.*--workdir"
     ):
         fit(run)
     (Path(run.workdir) / "scores.json").rename(Path(run.workdir) / "no.json")  # not finished, as far as one can see
     fit(run)  # resumes from its checkpoint
     (Path(run.workdir) / "no.json").unlink()
-    with pytest.raises(UserError, match="finished run that began from other weights"):
+    with pytest.raises(UserError, match="finished run that started from other weights"):
         fit(run)
     shutil.rmtree(run.init)
     with pytest.raises(UserError, match="model"):
@@ -527,15 +527,15 @@ ENCODERS = (
 def test_outputs_of_another_head_are_drawn_in_every_family(tmp_path, preset, head, other):
     config = replace(PRESETS[preset], **TINY, heads_on_top=(head,))
     jaxlm.save(LM(config, Transformer(config), random_params(config)), tmp_path / "model")
-    assert f"{other}_head/out/kernel" in families.look(tmp_path / "model", head=other).fresh
-    assert not families.look(tmp_path / "model", head=head).fresh
+    assert f"{other}_head/out/kernel" in families.open_folder(tmp_path / "model", head=other).fresh
+    assert not families.open_folder(tmp_path / "model", head=head).fresh
 
 
 @pytest.mark.parametrize(
     ("sentences", "words"),
     [
         (["(LOC) *", "(PER* *) *"], ["open and close spans by brackets", "'(LOC)'", "--task.scheme none"]),
-        (["B-loc _", "B-per I-per"], ["the tag '_' has no mark", "write it as O"]),
+        (["B-loc _", "B-per I-per"], ["the tag '_' has no prefix", "write it as O"]),
     ],
 )
 def test_tags_in_other_notations_are_refused(sentences, words):

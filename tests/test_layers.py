@@ -1,9 +1,11 @@
-"""Layers by themselves: activations, norms and positions in low precision against their definitions in float64."""
+"""Single layers: activations, norms and positions in low precision, compared with their definitions in float64."""
 
 from __future__ import annotations
 
 import re
+from functools import partial
 from types import SimpleNamespace
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +13,10 @@ import numpy as np
 import pytest
 import scipy.special
 
-from jaxlm.config import ModelConfig, RunConfig
+from jaxlm.config import ModelConfig, Remat, RunConfig
 from jaxlm.errors import UserError
 from jaxlm.nn.layers import ACTIVATIONS
-from jaxlm.nn.transformer import Keep, Transformer, apply, init
+from jaxlm.nn.transformer import REMAT, CacheSpec, Transformer, apply, init
 from jaxlm.run import assembly
 
 PHI = lambda x: scipy.special.erfc(-x / np.sqrt(2)) / 2
@@ -36,7 +38,7 @@ def test_activations_and_their_gradients_are_rounded_once(name, dtype, epsilon):
     exact = np.asarray(x, np.float64)
     y, slope = jax.jit(jax.vmap(jax.value_and_grad(ACTIVATIONS[name])))(x)
     assert y.dtype == slope.dtype == x.dtype
-    # Relative where the function is small, since terms that cancel would show there.
+    # The error is relative for small values, where cancellation would show.
     np.testing.assert_allclose(np.asarray(y, np.float64), DEFINITIONS[name](exact), rtol=max(epsilon, 2e-3), atol=0)
     h = 1e-6
     slopes = (DEFINITIONS[name](exact + h) - DEFINITIONS[name](exact - h)) / (2 * h)
@@ -45,7 +47,7 @@ def test_activations_and_their_gradients_are_rounded_once(name, dtype, epsilon):
     )
 
 
-def test_activations_can_be_derived_twice_and_forward():
+def test_activations_have_second_and_forward_derivatives():
     for function in ACTIVATIONS.values():
         twice = jax.grad(jax.grad(function))(0.7)
         forward = jax.jvp(jax.grad(function), (0.7,), (1.0,))[1]
@@ -59,8 +61,8 @@ ROTARY = {
 
 
 @pytest.mark.parametrize("scaling", ROTARY)
-def test_turns_that_depend_on_the_length_are_the_same_cached_and_packed(scaling):
-    """With one layer: what further layers kept of earlier tokens was computed when the sequence was shorter."""
+def test_rotary_angles_that_depend_on_the_length_are_the_same_cached_and_packed(scaling):
+    """The model has one layer: caches of further layers depend on the length at the time of writing."""
     config = ModelConfig(
         vocabulary=11, max_length=32, width=8, heads=2, layers=1, mlp_width=8, positions="rotary", rotary_length=6,
         rotary_base=30.0, rotary_scaling=scaling, **ROTARY[scaling],
@@ -70,15 +72,16 @@ def test_turns_that_depend_on_the_length_are_the_same_cached_and_packed(scaling)
         lambda leaf: leaf + 0.3 * jax.random.normal(jax.random.key(1), leaf.shape), init(module, jax.random.key(0))
     )
     tokens_BT = jax.random.randint(jax.random.key(2), (2, 12), 0, 11)
-    whole = lambda row, length: apply(module, params, tokens_BT[row : row + 1, :length])[0, -1]
+    alone = jax.jit(partial(apply, module))
+    whole = lambda row, length: alone(params, tokens_BT[row : row + 1, :length])[0, -1]
     lengths_B = jnp.array([3, 5])
-    x_BTD, caches = apply(module, params, tokens_BT[:, :5], Keep(lengths_B, 12), method="prefill")
+    x_BTD, caches = apply(module, params, tokens_BT[:, :5], CacheSpec(lengths_B, 12), method="prefill")
     for row, length in enumerate((3, 5)):
         np.testing.assert_allclose(x_BTD[row, length - 1], whole(row, length), atol=1e-5)
     step = jax.jit(
         lambda tokens_B1, at_B1, caches: apply(module, params, tokens_B1, at_B1, caches, method="decode_cached")
     )
-    for n in range(7):  # from before the trained length to beyond it
+    for n in range(7):  # the trained length is within this range
         at_B = lengths_B + n
         x_B1D, caches = step(tokens_BT[jnp.arange(2), at_B][:, None], at_B[:, None], caches)
         for row in range(2):
@@ -90,17 +93,17 @@ def test_turns_that_depend_on_the_length_are_the_same_cached_and_packed(scaling)
     np.testing.assert_allclose(x_1TD[0, 12], whole(1, 4), atol=1e-5)
 
 
-def test_configs_that_cannot_be_are_refused():
+def test_invalid_configs_are_refused():
     for fields, message in (
         ({"rotary_scaling": "longrope", "positions": "rotary"}, "rotary_short and rotary_long have 0 and 0 numbers"),
-        ({"decoder_heads": 4}, "decoder_heads is 4 .* go with an encoder-decoder"),
+        ({"decoder_heads": 4}, "decoder_heads is 4 .* are for encoder-decoders"),
         ({"decoder_heads": 5, "structure": "encoder_decoder"}, "heads is 5, which does not divide"),
     ):
         with pytest.raises(UserError, match=message):
             ModelConfig(**fields).check()
 
 
-def test_the_precision_of_products_is_that_of_the_module():
+def test_products_have_the_precision_of_the_module():
     config = ModelConfig(vocabulary=11, max_length=8, width=8, heads=2, layers=1)
     params = jax.eval_shape(lambda: init(Transformer(config), jax.random.key(0)))
     for precision, name in (
@@ -115,7 +118,7 @@ def test_the_precision_of_products_is_that_of_the_module():
 
 
 def kept_bytes(remat: str) -> int:
-    """What a layer keeps of activations for the backward pass, in bytes of a token."""
+    """Returns the bytes per token that a layer keeps for the backward pass."""
     tokens_BT = jnp.zeros((3, 64), int)
 
     def total(layers: int) -> int:
@@ -129,16 +132,20 @@ def kept_bytes(remat: str) -> int:
     return total(5) // 5 // tokens_BT.size
 
 
-def test_by_default_accelerators_keep_products_and_random_bits_alone():
-    D = 128  # scores have their heads before the length, and are not counted
+def test_each_kind_of_remat_in_the_config_has_a_policy():
+    assert REMAT.keys() == set(get_args(Remat)) - {"auto"}
+
+
+def test_by_default_accelerators_keep_only_products_and_random_bits():
+    D = 128  # scores have their heads before the length, and do not count
     kept = {remat: kept_bytes(remat) for remat in ("none", "elementwise", "full")}
-    # In bfloat16 the layer's input, queries, keys, values, what is attended, two outputs and four up; and their masks.
+    # In bfloat16: the layer's input, queries, keys, values, attended values, two outputs, four of the MLP; masks.
     assert kept["full"] == 2 * D
     assert kept["elementwise"] <= 2 * D * (1 + 3 + 1 + 2 + 4) + 2 * D + 16
     assert kept["none"] > 2 * kept["elementwise"]
 
 
-def test_the_choice_of_remat_and_unrolling_is_by_device():
+def test_remat_and_unrolling_depend_on_the_device():
     mesh = lambda platform: SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]))
     run, deep = RunConfig(), ModelConfig(layers=24)
     assert [assembly.remat_of(run, mesh(on)) for on in ("cpu", "gpu", "tpu")] == ["none", "elementwise", "elementwise"]

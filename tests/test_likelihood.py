@@ -1,4 +1,4 @@
-"""Likelihoods are the sums that a pass over each example alone gives, as in transformers; windows cover a text once."""
+"""Likelihoods equal those of one pass over each example, as in transformers, and windows cover each text once."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def fast_compiles(monkeypatch):
 
 @lru_cache
 def tokenizer():
-    return tokenizers.train([TEXT], TokenizerConfig(train="characters"), 48, begun=True)
+    return tokenizers.train([TEXT], TokenizerConfig(train="characters"), 48, add_bos=True)
 
 
 @lru_cache
@@ -109,7 +109,7 @@ def test_what_greedy_decoding_writes_is_greedy(name):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "both"])
-def test_batches_do_not_show(name):
+def test_batches_do_not_change_likelihoods(name):
     expected = log_likelihoods(lm_of(name), pairs())
     for batch_tokens in (1, 200, 1 << 12):
         same(log_likelihoods(lm_of(name), pairs(), batch_tokens=batch_tokens), expected)
@@ -118,7 +118,7 @@ def test_batches_do_not_show(name):
     same(log_likelihoods(lm_of(name), iter(pairs()[:7])), expected[:7])
 
 
-def test_many_pairs_are_many_windows(monkeypatch):
+def test_pairs_in_many_windows(monkeypatch):
     expected = log_likelihoods(lm_of("gpt2"), pairs())
     monkeypatch.setattr(likelihood, "WINDOW", 7)
     monkeypatch.setattr(likelihood, "STATES", 3)
@@ -154,7 +154,7 @@ def test_texts_begin_with_bos_and_are_tokenized_joined():
 
 
 def test_joined_tokens_are_those_of_the_whole_text():
-    bpe = tokenizers.train([TEXT * 9], TokenizerConfig(train="byte_bpe"), 290, begun=True)
+    bpe = tokenizers.train([TEXT * 9], TokenizerConfig(train="byte_bpe"), 290, add_bos=True)
     config = replace(MODELS["gpt2"], vocabulary=290)
     lm = LM(config, Transformer(config), random_params(config), bpe)
     before, whole = bpe.encode("the qui"), bpe.encode("the quick brown")
@@ -165,13 +165,13 @@ def test_joined_tokens_are_those_of_the_whole_text():
 def test_an_encoder_decoder_reads_the_context_in_its_encoder():
     framed = tokenizers.train([TEXT], TokenizerConfig(train="characters"), 48)
     lm = replace(lm_of("both"), tokenizer=framed)
-    expected = alone("both", framed.frame(["the quick"])[0][0], framed.encode("brown"))
+    expected = alone("both", framed.encode_with_special_tokens(["the quick"])[0][0], framed.encode("brown"))
     same(log_likelihoods(lm, [("the quick", "brown")]), [expected])
 
 
 def test_a_long_context_loses_its_beginning():
     random = np.random.default_rng(0).integers(4, 30, 100).tolist()
-    with pytest.raises(UserError, match=r"pair 0 takes 99 tokens of a row, more than 80; .*too_long='truncate'"):
+    with pytest.raises(UserError, match=r"pair 0 requires 99 tokens in a row, more than 80; .*too_long='truncate'"):
         log_likelihoods(lm_of("gpt2"), [(random[:90], random[90:])])
     for length in (None, 40):
         cut = random[90 - ((length or 80) + 1 - 10) : 90]
@@ -200,7 +200,7 @@ def test_perplexity_is_that_of_one_pass_where_the_text_fits():
 
 
 def test_bytes_of_a_token_that_is_not_predicted_do_not_count():
-    bare = tokenizer().framed_with(bos=False)
+    bare = tokenizer().with_bos(bos=False)
     lm, texts = replace(lm_of("gpt2"), tokenizer=bare), [TEXT, "the quick", "the"]
     found = perplexity(lm, texts)
     divided = [bare.encode_offsets([text])[0] for text in texts]
@@ -262,7 +262,7 @@ def test_without_bos_the_first_token_is_not_predicted():
     assert perplexity(lm, ["f", TEXT])["loss"] == pytest.approx(found["loss"])
     with pytest.raises(UserError, match="no token that could be predicted"):
         perplexity(lm, "f")
-    with pytest.raises(UserError, match="pair 0: the context has no token, and there is no BOS"):
+    with pytest.raises(UserError, match="pair 0: the context has no tokens and the tokenizer has no BOS"):
         log_likelihoods(lm, [("", "fox")])
 
 
@@ -282,7 +282,7 @@ def test_without_bos_the_first_token_is_not_predicted():
         ([([5], [6])], {"length": 0}, "length is 0; it must be at least 1"),
         ([([5], [6])], {"length": 81}, "length is 81, longer than the 80 positions"),
         ([([5], [6])], {"batch_tokens": 0}, "batch_tokens is 0"),
-        ([([5], [6] * 81)], {"too_long": "truncate"}, "pair 0 takes 81 tokens of a row, more than 80; shorten it$"),
+        ([([5], [6] * 81)], {"too_long": "truncate"}, "pair 0 requires 81 tokens in a row, more than 80; shorten it$"),
     ],
 )
 def test_pairs_that_have_no_likelihood_are_refused(given, more, message):
@@ -293,7 +293,7 @@ def test_pairs_that_have_no_likelihood_are_refused(given, more, message):
 @pytest.mark.parametrize(
     ("given", "more", "message"),
     [
-        ("", {}, "text 0 is ''; give strings that are not empty"),
+        ("", {}, "text 0 is ''; give non-empty strings"),
         (["a", ""], {}, "text 1 is ''"),
         (["a", 3], {}, "text 1 is 3"),
         ([], {}, "no token that could be predicted"),
@@ -309,15 +309,15 @@ def test_texts_that_have_no_perplexity_are_refused(given, more, message):
 def test_models_that_have_no_likelihood_are_refused():
     config = replace(MODELS["gpt2"], structure="encoder", heads_on_top=("masked_lm",))
     lm = LM(config, Transformer(config), {}, tokenizer())
-    with pytest.raises(UserError, match=r"the model is a.n. encoder with the heads: masked_lm; .* takes the head lm"):
+    with pytest.raises(UserError, match=r"the model is a.n. encoder with the heads: masked_lm;.* require the head lm"):
         log_likelihoods(lm, [("a", "b")])
-    with pytest.raises(UserError, match="perplexity is of a decoder"):
+    with pytest.raises(UserError, match="perplexity requires a decoder"):
         perplexity(lm, "a")
-    with pytest.raises(UserError, match=r"perplexity is of a decoder.*see log_likelihoods"):
+    with pytest.raises(UserError, match=r"perplexity requires a decoder.*see log_likelihoods"):
         perplexity(lm_of("both"), "a")
     with pytest.raises(UserError, match="no tokenizer"):
         perplexity(replace(lm_of("gpt2"), tokenizer=None), "a")
-    with pytest.raises(UserError, match="names no token that its decoder starts with"):
+    with pytest.raises(UserError, match="names no start token of its decoder"):
         log_likelihoods(replace(lm_of("both"), config=replace(MODELS["both"], start_token=None)), [("a", "b")])
     same(log_likelihoods(replace(lm_of("gpt2"), tokenizer=None), pairs(3)), log_likelihoods(lm_of("gpt2"), pairs(3)))
 
@@ -333,7 +333,7 @@ def shown(capsys) -> dict[str, float]:
 def test_the_verb_evaluate_prints_the_perplexity_of_a_file(tmp_path, capsys, monkeypatch):
     from jaxlm import __main__ as command
 
-    monkeypatch.setattr(command, "_process", lambda: None)
+    monkeypatch.setattr(command, "_configure_process", lambda: None)
     jaxlm.save(lm_of("gpt2"), tmp_path / "model")
     (tmp_path / "text.txt").write_text(TEXT * 3)
     assert command.main(["evaluate", str(tmp_path / "model"), str(tmp_path / "text.txt")]) == 0
@@ -402,8 +402,8 @@ def test_blanks_are_filled_by_the_likeliest_tokens():
 
 
 def test_a_text_without_a_blank_and_a_model_without_a_mask_are_refused():
-    with pytest.raises(UserError, match=r"has no \[MASK\]; put one where a word is wanted"):
+    with pytest.raises(UserError, match=r"has no \[MASK\]; put one where a word is missing"):
         fill(masked(), "the fox")
     lm = replace(masked(), config=replace(masked().config, heads_on_top=("classes",)))
-    with pytest.raises(UserError, match="filled by the head masked_lm, the model has classes"):
+    with pytest.raises(UserError, match="fill requires the head masked_lm, the model has classes"):
         fill(lm, "the [MASK]")

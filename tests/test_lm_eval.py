@@ -73,7 +73,7 @@ def fast_compiles(monkeypatch):
 
 @lru_cache
 def lm() -> LM:
-    tokenizer = tokenizers.train([TEXT], TokenizerConfig(train="characters"), 48, begun=True)
+    tokenizer = tokenizers.train([TEXT], TokenizerConfig(train="characters"), 48, add_bos=True)
     return LM(CONFIG, Transformer(CONFIG), random_params(CONFIG, std=0.3), tokenizer)
 
 
@@ -154,7 +154,7 @@ class Asked:
         self.args = args
 
 
-def test_texts_begin_with_bos_unless_told_otherwise():
+def test_add_bos_token():
     token, given = lm().tokenizer, [Asked("the fox", " jumps"), Asked("", "the")]
     expected = [
         ([token.bos, *token.encode("the fox")], token.encode(" jumps")),
@@ -189,13 +189,13 @@ def test_what_the_harness_cannot_have_is_refused():
 
 def test_the_command_knows_the_model(tasks):
     jaxlm.save(lm(), tasks / "model")
-    asked = ["run", "--model", "jaxlm", "--model_args", f"path={tasks / 'model'}", "--tasks", "choice"]
-    asked += ["--include_path", str(tasks), "--output_path", str(tasks / "out")]
-    done = subprocess.run([sys.executable, "-m", "jaxlm.inference.lm_eval", *asked], capture_output=True, text=True)
+    command = ["run", "--model", "jaxlm", "--model_args", f"path={tasks / 'model'}", "--tasks", "choice"]
+    command += ["--include_path", str(tasks), "--output_path", str(tasks / "out")]
+    done = subprocess.run([sys.executable, "-m", "jaxlm.inference.lm_eval", *command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (written,) = (tasks / "out").rglob("results*.json")
     expected, _ = scored(Harness(lm()), tasks, "choice")
     assert json.loads(written.read_text())["results"]["choice"]["acc,none"] == expected["acc,none"]
-    asked[4] = f"path={tasks / 'nothing'}"
-    done = subprocess.run([sys.executable, "-m", "jaxlm.inference.lm_eval", *asked], capture_output=True, text=True)
+    command[4] = f"path={tasks / 'nothing'}"
+    done = subprocess.run([sys.executable, "-m", "jaxlm.inference.lm_eval", *command], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: ")

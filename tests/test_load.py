@@ -1,4 +1,4 @@
-"""The face: load, call, save, of a model from anywhere; and what that costs."""
+"""Loading, calling and saving models, and the memory that this takes."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_an_encoder_decoder_shows_both_stacks(tmp_path):
     assert out.logits.shape == (2, 4, 48) and out.hidden_BTD.shape == (2, 4, 16)
     assert out.encoder.states_LBTD.shape == (3, 2, 5, 16)
     assert out.decoder.cross_attention_LBHTS.shape == (2, 2, 2, 4, 5)
-    # Unsaid, the decoder reads what the encoder reads, behind its start token.
+    # By default, the decoder reads the input of the encoder after its start token.
     moved = np.concatenate([np.full((2, 1), 2), TOKENS[:, :-1]], 1)
     np.testing.assert_allclose(lm(TOKENS, MASK).logits, lm(TOKENS, MASK, target_tokens_BT=moved).logits, atol=1e-5)
 
@@ -108,26 +108,26 @@ def test_an_encoder_alone(tmp_path):
 
 def test_a_new_head_is_made_and_said(bert):
     said: list[str] = []
-    lm = jaxlm.load(bert, head="classes", labels=["no", "yes", "perhaps"], say=said.append)
+    lm = jaxlm.load(bert, head="classes", labels=["no", "yes", "perhaps"], log=said.append)
     assert lm(TOKENS, MASK).logits.shape == (2, 3)
     assert lm.config.labels == ("no", "yes", "perhaps")
     [line] = said
-    assert "classes_head/out/kernel" in line and "classes_head/dense" not in line  # BERT's pooler was there
+    assert "classes_head/out/kernel" in line and "classes_head/dense" not in line  # the file contains BERT's pooler
     assert np.asarray(lm.params["classes_head"]["out"]["kernel"]).std() == pytest.approx(0.02, rel=0.5)
     assert "masked_lm_head" not in lm.params
 
 
 def test_a_classifier_is_no_encoder_of_sentences(bert, tmp_path):
-    """Files of sentence-transformers go with the body, not with a head that it got since."""
+    """Files of sentence-transformers are saved with the body, but not with a new head."""
     pooling = {"modules.json": b"[]", "1_Pooling/config.json": b"{}"}
     for head, kept in (("none", True), ("pooled", True), ("masked_lm", True), ("classes", False), ("tokens", False)):
-        lm = jaxlm.load(bert, head=head, say=lambda _: None)
+        lm = jaxlm.load(bert, head=head, log=lambda _: None)
         jaxlm.save(dataclasses.replace(lm, files={**lm.files, **pooling}), tmp_path / head)
         assert [(tmp_path / head / name).exists() for name in pooling] == [kept, kept]
 
 
 def test_labels_come_back(bert, tmp_path):
-    lm = jaxlm.load(bert, head="tokens", labels=["O", "B-PER"], say=lambda _: None)
+    lm = jaxlm.load(bert, head="tokens", labels=["O", "B-PER"], log=lambda _: None)
     jaxlm.save(lm, tmp_path / "tagger")
     values = json.loads((tmp_path / "tagger" / "config.json").read_text())
     assert values["architectures"] == ["BertForTokenClassification"]
@@ -142,7 +142,7 @@ def test_dtypes_of_memory_of_arithmetic_and_of_the_file(bert, tmp_path):
     mixed = jaxlm.load(bert, compute_dtype="bfloat16")
     assert {leaf.dtype for leaf in jax.tree.leaves(mixed.params)} == {jnp.dtype("float32")}
     assert mixed(TOKENS).hidden_BTD.dtype == jnp.bfloat16
-    # In the file each tensor keeps its own, whatever it was in memory, unless another is asked for.
+    # Each tensor keeps the dtype of its file, unless another dtype is requested.
     jaxlm.save(mixed, tmp_path / "halved", dtype="bfloat16")
     stored = safetensors.read(tmp_path / "halved")
     assert {tensor.dtype.name for tensor in stored.values()} == {"bfloat16"}
@@ -165,7 +165,7 @@ def test_unknown_keys_and_files_go_along(bert, tmp_path):
 
 
 def test_names_of_the_file_are_kept(bert, tmp_path):
-    """Old names, no prefix, a stored copy of what is tied, and a buffer: written as they were read."""
+    """Old names, a missing prefix, a copy of a tied tensor, and a buffer are written as they were read."""
     tensors = {name: np.asarray(tensor) for name, tensor in safetensors.read(bert).items()}
     old = {name.removeprefix("bert.").replace("LayerNorm.weight", "LayerNorm.gamma"): x for name, x in tensors.items()}
     old["cls.predictions.decoder.weight"] = tensors["bert.embeddings.word_embeddings.weight"]
@@ -174,7 +174,7 @@ def test_names_of_the_file_are_kept(bert, tmp_path):
     lm = jaxlm.load(bert)
     jaxlm.save(lm, tmp_path / "again")
     assert (tmp_path / "again" / safetensors.WEIGHTS).read_bytes() == (bert / safetensors.WEIGHTS).read_bytes()
-    # What has changed is changed in the copy as well.
+    # A change applies to the copy as well.
     doubled = dataclasses.replace(lm, params=jax.tree.map(lambda leaf: 2 * leaf, lm.params))
     jaxlm.save(doubled, tmp_path / "doubled")
     new = safetensors.read(tmp_path / "doubled")
@@ -221,12 +221,12 @@ def test_a_destination_is_kept_unless_told_otherwise(bert, tmp_path):
     assert not (tmp_path / "full" / "thesis.txt").exists() and jaxlm.load(tmp_path / "full").config == lm.config
     with pytest.raises(UserError, match="is a file"):
         jaxlm.save(lm, bert / "config.json")
-    with pytest.raises(UserError, match=r"cannot be made: .*config.json is a file"):
+    with pytest.raises(UserError, match=r"cannot be created, because .*config.json is a file"):
         jaxlm.save(lm, bert / "config.json" / "new")
 
 
 def test_only_what_a_save_made_is_removed(bert, tmp_path):
-    """Names that other programs, and earlier versions, use for unfinished and for old folders."""
+    """Folders with names that other programs and earlier versions use for temporary and old folders stay."""
     lm = jaxlm.load(bert)
     theirs = [tmp_path / name for name in ("model.old", "model.part", "model.tmp")]
     for place in theirs:
@@ -241,18 +241,18 @@ def test_only_what_a_save_made_is_removed(bert, tmp_path):
 def test_a_run_and_the_present_folder_are_not_overwritten(bert, tmp_path, monkeypatch):
     lm = jaxlm.load(bert)
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(UserError, match="holds a run, which would be lost"):
+    with pytest.raises(UserError, match="contains a run, which would be lost"):
         jaxlm.save(lm, tmp_path / "run", overwrite=True)
     (tmp_path / "here" / "below").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here" / "below")
     for name in (".", "..", tmp_path / "here"):
-        with pytest.raises(UserError, match="is the present folder, or above it"):
+        with pytest.raises(UserError, match="is the current folder, or contains it"):
             jaxlm.save(lm, name, overwrite=True)
 
 
 def test_one_process_at_a_time_writes_a_model(bert, tmp_path):
     lm = jaxlm.load(bert)
-    with disk.lock(disk.lock_beside(tmp_path / "model"), "x", "y"), pytest.raises(UserError, match="is held by"):
+    with disk.lock(disk.lock_path(tmp_path / "model"), "x", "y"), pytest.raises(UserError, match="is held by"):
         jaxlm.save(lm, tmp_path / "model")
     jaxlm.save(lm, tmp_path / "model")
     assert set(tmp_path.iterdir()) == {bert, tmp_path / "model"}
@@ -275,7 +275,7 @@ def test_a_write_that_is_cut_off_leaves_no_half_model(bert, tmp_path, monkeypatc
 
 
 MISTAKES = {
-    "no such head": (lambda lm, folder: jaxlm.load(folder, head="spam"), "head is 'spam', which this model cannot"),
+    "no such head": (lambda lm, folder: jaxlm.load(folder, head="spam"), "head is 'spam', which this model does not"),
     "a near head": (lambda lm, folder: jaxlm.load(folder, head="token"), "perhaps you meant 'tokens'"),
     "encoder": (lambda lm, folder: jaxlm.load(folder, head="encoder"), "head is 'encoder', but the model is a"),
     "targets": (lambda lm, folder: lm(TOKENS, target_tokens_BT=TOKENS), "target_tokens_BT is given"),
@@ -293,9 +293,9 @@ def test_mistakes(bert, name):
 
 def test_a_long_list_of_tensors_that_do_not_fit_is_cut():
     with pytest.raises(UserError) as error:
-        convert.refuse({f"layer.{n:03}.weight": (2, 3) for n in range(100)}, {}, "weights")
+        convert.check_shapes({f"layer.{n:03}.weight": (2, 3) for n in range(100)}, {}, "weights")
     lines = str(error.value).splitlines()
-    assert len(lines) == convert.MOST_LINES + 3
+    assert len(lines) == convert.MAX_LINES + 3
     assert "100 lines" in lines[0] and "layer.000.weight" in lines[1] and lines[-2].strip() == "... and 60 more"
 
 
@@ -303,7 +303,7 @@ def test_quantised_tensors_are_refused(bert):
     tensors = {name: np.asarray(tensor) for name, tensor in safetensors.read(bert).items()}
     name = "bert.pooler.dense.weight"
     safetensors.write(tensors | {name: tensors[name].astype(np.int8)}, bert / safetensors.WEIGHTS)
-    refusal = "is quantised, by int8: bert.pooler.dense.weight is in int8.*get the checkpoint from before"
+    refusal = "is quantised with int8: bert.pooler.dense.weight is in int8.*use the original checkpoint"
     with pytest.raises(UserError, match=refusal):
         jaxlm.load(bert)
 
@@ -343,7 +343,7 @@ print(status("VmHWM") - before - own, own)
     [*((n, dtype, "load") for n in (1, 8) for dtype in ("float32", "bfloat16")), (8, "bfloat16", "init")],
 )
 def test_memory_above_the_shards(tmp_path, devices, dtype, way):
-    """A model of about 1 GB: beyond its own shards, reading holds the largest tensor and 200 MB at the most.
+    """For a model of about 1 GB, reading takes its shards, the largest tensor and at most 200 MB of memory.
 
     The parameters of a run that starts from it are float32: twice as large as a file in bfloat16.
     """
@@ -394,8 +394,8 @@ def test_the_documents_put_a_head_of_ones_own_on_a_body(tmp_path, monkeypatch, n
     assert set(again.params) == {"embeddings", "encoder", "own_head"}
     assert again(TOKENS).logits.shape == (2, 5, tokenizer.size)
     moved = jnp.abs(again.params["embeddings"]["tokens"] - lm.params["embeddings"]["tokens"]).max()
-    assert 0 < moved < 3 * 3 * run.optimizer.rate  # three steps away from the weights that were loaded
-    with pytest.raises(UserError, match="is of the module WithOwnHead, not None"):
+    assert 0 < moved < 3 * 3 * run.optimizer.rate  # three steps from the loaded weights
+    with pytest.raises(UserError, match="belongs to the module WithOwnHead, not None"):
         jaxlm.load("runs/own")
 
 

@@ -1,4 +1,4 @@
-"""Losses over a vocabulary whose logits are never in memory as a whole."""
+"""Losses that compute the logits over the vocabulary in chunks."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def whole(params, x_BTD, labels_BT, weights_BT, smoothing):
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("parts", [1, 3, 5, 12])  # 5 does not divide the length
-def test_parts_are_the_whole(parts, smoothing):
+def test_chunks_equal_the_whole(parts, smoothing):
     params, *given = inputs()
     found = chunked_cross_entropy(logits_of, params, *given, smoothing, parts)
     jax.tree.map(close, found, whole(params, *given, smoothing))
 
     def mean(of, params, x_BTD):
         (loss, weight), _ = of(params, x_BTD, *given[1:])
-        return 3 * loss / weight  # what comes in from above is no 1
+        return 3 * loss / weight  # the incoming gradient is not 1
 
     gradients = jit(
         jax.grad(
@@ -56,13 +56,13 @@ def test_parts_are_the_whole(parts, smoothing):
 
 
 @pytest.mark.parametrize("parts", [1, 3, 5, 12])
-def test_log_probabilities_in_parts(parts):
+def test_log_probabilities_in_chunks(parts):
     params, x_BTD, labels_BT, weights_BT = inputs()
     log_BTV = jax.nn.log_softmax(logits_of(params, x_BTD))
     log_BT, likeliest_BT = jit(partial(token_log_probs, logits_of, parts=parts))(params, x_BTD, labels_BT)
     close(log_BT, jnp.take_along_axis(log_BTV, labels_BT[..., None], 2)[..., 0])
     np.testing.assert_array_equal(likeliest_BT, log_BTV.argmax(-1))
-    # The gradient of any function of them, such as a loss over preferences.
+    # The gradient of a function of the log-probabilities, such as a preference loss.
     some = lambda log_BT: jax.nn.sigmoid((log_BT * weights_BT).sum(1)).sum()
     found = jit(jax.grad(lambda *of: some(token_log_probs(logits_of, *of, labels_BT, parts)[0]), (0, 1)))
     whole = lambda params, x: jnp.take_along_axis(jax.nn.log_softmax(logits_of(params, x)), labels_BT[..., None], 2)[
@@ -73,14 +73,14 @@ def test_log_probabilities_in_parts(parts):
 
 
 def largest(jaxpr) -> int:
-    """Entries of the largest array that a program makes, loops and calls included."""
+    """Returns the size of the largest array in a program, including loops and calls."""
     sizes = [v.aval.size for eqn in jaxpr.eqns for v in eqn.outvars if hasattr(v.aval, "size")]
     inner = [largest(sub) for eqn in jaxpr.eqns for sub in jax.extend.core.jaxprs_in_params(eqn.params)]
     return max(sizes + inner, default=0)
 
 
 @pytest.mark.parametrize("primitive", ["loss", "log-probabilities"])
-def test_no_array_has_the_logits_of_all_places(primitive):
+def test_no_array_holds_the_logits_of_all_positions(primitive):
     params, *given = inputs()
     loss = lambda params, x: chunked_cross_entropy(logits_of, params, x, *given[1:], 0.1, 4)[0][0]
     if primitive == "log-probabilities":
@@ -90,8 +90,8 @@ def test_no_array_has_the_logits_of_all_places(primitive):
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2, 1), (1, 2, 1, 4), (2, 1, 2, 2)], ids=str)
-def test_parts_on_a_mesh(sizes):
-    """Rows, length and vocabulary split, in as many parts as each device's places divide into."""
+def test_chunks_on_a_mesh(sizes):
+    """Rows, length and vocabulary are sharded; the number of chunks divides the positions of each device."""
     mesh = sharding.make_mesh(MeshConfig(*sizes), jax.devices()[:8])
     constrain = sharding.Placement(mesh)
 

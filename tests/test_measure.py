@@ -1,4 +1,4 @@
-"""What a run says of its own cost: each number is there, is what it says, and changes nothing that is learned."""
+"""The measured costs of a run: each number is logged, is correct, and does not change the training."""
 
 from __future__ import annotations
 
@@ -62,13 +62,13 @@ def lines(run: RunConfig) -> list[dict[str, float]]:
     return [row for row in rows if "loss" in row]
 
 
-def test_each_line_says_what_its_steps_cost(tmp_path):
+def test_each_row_has_the_costs_of_its_steps(tmp_path):
     run = a_run(tmp_path)
-    begun = time.monotonic()
+    start = time.monotonic()
     fit(run)
-    took = 1000 * (time.monotonic() - begun)
+    took = 1000 * (time.monotonic() - start)
     for row in lines(run):
-        assert set(MEASURED) - row.keys() == {"mfu", "memory_bytes"}  # nobody knows the peak of a CPU, nor its memory
+        assert set(MEASURED) - row.keys() == {"mfu", "memory_bytes"}  # unknown for a CPU
         assert 0 < row["step_ms_p50"] <= row["step_ms_p90"] <= row["step_ms_p99"] < took
         assert 0 <= row["data_share"] <= 1
         assert 1 << 26 < row["process_memory_bytes"] < 1 << 40
@@ -79,11 +79,11 @@ def test_the_utilisation_is_model_flops_over_time_and_peak(tmp_path, known):
     run = a_run(tmp_path)
     fit(run)
     D, L, V, T, rows = 32, 2, 64, 32, 8
-    weights = L * 12 * D * D + D * V  # of a layer: 4 D x D around attention, 2 D x 4 D in the MLP
+    weights = L * 12 * D * D + D * V  # per layer: 4 D x D around attention, 2 D x 4 D in the MLP
     step = rows * T * (6 * weights + 12 * L * D * T)  # Chowdhery et al. 2022, appendix B
-    assert step == flops.closed(MODEL, rows, T).step
+    assert step == flops.model_flops(MODEL, rows, T).step
     for row in lines(run):
-        # A step's rows are full but where the text ends, so tokens tell the time.
+        # Almost all rows are full, so the number of tokens is proportional to the time.
         per_second = row["mfu"] * PEAK / step * rows * T
         assert per_second == pytest.approx(row["tokens_per_second"], rel=0.3)
 
@@ -91,13 +91,13 @@ def test_the_utilisation_is_model_flops_over_time_and_peak(tmp_path, known):
 @pytest.mark.parametrize(
     "more", [{"compute_dtype": "float32"}, {"optimizer": OptimizerConfig(freeze="embeddings")}], ids=str
 )
-def test_no_utilisation_where_the_peak_or_the_formula_is_another(tmp_path, known, more):
+def test_no_utilisation_for_another_dtype_or_frozen_parameters(tmp_path, known, more):
     run = a_run(tmp_path, steps=4, **more)
     fit(run)
     assert all("mfu" not in row for row in lines(run))
 
 
-def test_a_line_goes_on_where_a_checkpoint_cut_it(tmp_path, monkeypatch):
+def test_a_row_continues_after_a_checkpoint_in_its_middle(tmp_path, monkeypatch):
     run = a_run(tmp_path, steps=8, log_every=8)
     left = iter(range(3))
     with pytest.raises(Stopped):
@@ -106,12 +106,12 @@ def test_a_line_goes_on_where_a_checkpoint_cut_it(tmp_path, monkeypatch):
     monkeypatch.setattr(training_module, "Meter", lambda *given: carried.append(given[2]) or Meter(*given))
     fit(run)
     (notes,) = carried
-    assert len(notes["took"]) == 3 and notes["seconds"] > sum(notes["took"]) > 0  # of four steps, the first compiled
+    assert len(notes["took"]) == 3 and notes["seconds"] > sum(notes["took"]) > 0  # the first step compiled
     (row,) = lines(run)
-    assert row["tokens_per_second"] < 8 * 8 * 32 / notes["seconds"]  # the time before counts too
+    assert row["tokens_per_second"] < 8 * 8 * 32 / notes["seconds"]  # includes the time before the checkpoint
 
 
-def test_a_line_counts_what_was_carried():
+def test_a_row_includes_the_carried_measurements():
     meter = Meter(make_mesh(RunConfig().mesh), 0, {"seconds": 1000.0, "lost": 250.0, "took": [0.5] * 9})
     line = meter.line(9)
     meter.close()
@@ -120,26 +120,26 @@ def test_a_line_counts_what_was_carried():
 
 def step_of(meter: Meter, made: Any) -> None:
     next(meter.fed(iter([0])))
-    meter.stepped(made)
+    meter.record_step(made)
 
 
 class Later:
-    """A result that is there when it is told."""
+    """A result that is ready when the test sets its event."""
 
     def __init__(self):
-        self.there = threading.Event()
+        self.event = threading.Event()
 
     def block_until_ready(self):
-        assert self.there.wait(10)
+        assert self.event.wait(10)
         return self
 
 
-def test_the_loop_never_waits_and_data_cost_what_the_device_waited(monkeypatch):
-    """By a clock of its own: steps take 2 s; their batches take 1 s, then 5."""
+def test_the_loop_never_waits_and_data_time_is_idle_time_of_the_device(monkeypatch):
+    """With a fake clock: steps take 2 s, batches take 1 s, and one takes 5 s."""
     now = [0.0]
     monkeypatch.setattr(measure, "time", SimpleNamespace(monotonic=lambda: now[0]))
     meter = Meter(make_mesh(RunConfig().mesh))
-    took = meter._took
+    took = meter._step_seconds
 
     def batch(seconds: float):
         now[0] += seconds
@@ -147,36 +147,36 @@ def test_the_loop_never_waits_and_data_cost_what_the_device_waited(monkeypatch):
 
     def done(result: Later, at: float) -> None:
         now[0] = at
-        before = meter._unseen
-        result.there.set()
-        while meter._unseen == before:
+        before = meter._pending
+        result.event.set()
+        while meter._pending == before:
             time.sleep(0.001)
 
     results = [Later() for _ in range(4)]
-    next(meter.fed(batch(1)))  # 0 to 1: the device has nothing to do
-    meter.stepped(results[0])
+    next(meter.fed(batch(1)))  # 0 to 1: the device is idle
+    meter.record_step(results[0])
     next(meter.fed(batch(1)))  # 1 to 2: the device is busy until 3
-    meter.stepped(results[1])
-    assert meter._unseen == 2  # handed over, neither is done
+    meter.record_step(results[1])
+    assert meter._pending == 2  # both are queued, neither is done
     done(results[0], 3)
     done(results[1], 5)
     now[0] = 4
     next(meter.fed(batch(5)))  # 4 to 9: the device was busy until 5
-    meter.stepped(results[2])
+    meter.record_step(results[2])
     done(results[2], 11)
-    assert took == [2, 6]  # of the first, which compiles, nothing is said
+    assert took == [2, 6]  # without the first step, which compiles
     line = meter.line(3)
     assert line["step_ms_p50"] == 4000 and line["data_share"] == pytest.approx((1 + 4) / 11)
     now[0] = 21
-    meter.paused(10)  # an evaluation
+    meter.record_pause(10)  # an evaluation
     next(meter.fed(batch(1)))
-    meter.stepped(results[3])
+    meter.record_step(results[3])
     done(results[3], 24)
-    assert meter.carried() == {"seconds": 3, "lost": 1, "took": [3]}
+    assert meter.state() == {"seconds": 3, "lost": 1, "took": [3]}
     meter.close()
 
 
-def test_a_step_that_fails_ends_no_thread():
+def test_a_failed_step_does_not_end_the_thread():
     class Failing:
         def block_until_ready(self):
             raise RuntimeError("out of memory")
@@ -184,11 +184,11 @@ def test_a_step_that_fails_ends_no_thread():
     meter = Meter(make_mesh(RunConfig().mesh))
     step_of(meter, Failing())
     step_of(meter, jax.numpy.ones(3))
-    assert len(meter.carried()["took"]) == 1
+    assert len(meter.state()["took"]) == 1
     meter.close()
 
 
-def test_memory_is_that_of_the_fullest_device_where_it_is_known():
+def test_memory_is_the_maximum_over_devices_if_known():
     device = lambda **stats: SimpleNamespace(memory_stats=lambda: stats)
     assert measure.memory([device(peak_bytes_in_use=3), device(peak_bytes_in_use=5), device()]) == {"memory_bytes": 5}
     assert measure.memory([SimpleNamespace(memory_stats=lambda: None)]).keys() == {"process_memory_bytes"}
@@ -222,15 +222,15 @@ def test_which_steps_are_traced(monkeypatch, tmp_path, count, started, steps, tr
     on: list[bool] = []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: on.append(True))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: on.pop())
-    trace, seen = Trace(tmp_path, count, started, steps), []
+    trace, traced_steps = Trace(tmp_path, count, started, steps), []
     for step in range(started + 1, steps + 1):
         trace.before(step, ())
-        seen += [step] * len(on)
+        traced_steps += [step] * len(on)
         trace.after(step, ())
-    assert seen == traced and not on
+    assert traced_steps == traced and not on
 
 
-def test_a_trace_is_written_where_the_run_ends_early(monkeypatch, tmp_path):
+def test_a_trace_is_written_if_the_run_ends_early(monkeypatch, tmp_path):
     ended = []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: None)
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: ended.append(True))
@@ -241,6 +241,6 @@ def test_a_trace_is_written_where_the_run_ends_early(monkeypatch, tmp_path):
     assert ended == [True]
 
 
-def test_a_negative_profile_is_refused(tmp_path):
+def test_a_negative_profile_raises_an_error(tmp_path):
     with pytest.raises(UserError, match="profile is -1; it must be at least 0"):
         a_run(tmp_path, profile=-1).check()

@@ -23,7 +23,8 @@ from rouge_score.rouge_scorer import RougeScorer
 from seqeval.metrics.sequence_labeling import get_entities
 
 from jaxlm.errors import UserError
-from jaxlm.tasks import metrics
+from jaxlm.tasks import metrics, tagging
+from jaxlm.tasks import tags as schemes
 
 
 def close(scores: dict[str, float], expected: dict[str, float]) -> None:
@@ -64,14 +65,14 @@ def test_classes_are_scored_as_sklearn_does(data, count):
     }
     if count == 2:
         expected["f1"] = sklearn.metrics.f1_score(labels, predictions, zero_division=0.0)
-    close(metrics.classes(labels, predictions, [str(c) for c in range(count)]), expected)
+    close(metrics.classification_scores(labels, predictions, [str(c) for c in range(count)]), expected)
     table = metrics.confusion(labels, predictions, count)
     assert (table == quiet(sklearn.metrics.confusion_matrix, labels, predictions, labels=range(count))).all()
     assert table.dtype == np.int64
 
 
 def test_classes_in_figures():
-    scores = metrics.classes([0, 0, 1, 1, 1], [0, 1, 1, 1, 0], ["no", "yes"])
+    scores = metrics.classification_scores([0, 0, 1, 1, 1], [0, 1, 1, 1, 0], ["no", "yes"])
     close(scores, {"accuracy": 0.6, "f1": 2 / 3, "macro_f1": (1 / 2 + 2 / 3) / 2, "matthews": 1 / 6})
     assert metrics.confusion([0, 0, 1, 1, 1], [0, 1, 1, 1, 0], 2).tolist() == [[1, 1], [1, 2]]
 
@@ -90,21 +91,43 @@ def test_classes_in_figures():
 )
 def test_what_is_undefined_is_zero(labels, predictions, accuracy, f1, macro_f1):
     expected = {"accuracy": accuracy, "f1": f1, "macro_f1": macro_f1, "matthews": 0.0}
-    close(metrics.classes(labels, predictions, ["a", "b"]), expected)
+    close(metrics.classification_scores(labels, predictions, ["a", "b"]), expected)
 
 
 def test_macro_f1_is_over_classes_that_occur():
-    assert metrics.classes([0, 1], [0, 1], list("abcde"))["macro_f1"] == 1.0
-    assert metrics.classes([0, 1], [0, 4], list("abcde"))["macro_f1"] == pytest.approx(1 / 3)
+    assert metrics.classification_scores([0, 1], [0, 1], list("abcde"))["macro_f1"] == 1.0
+    assert metrics.classification_scores([0, 1], [0, 4], list("abcde"))["macro_f1"] == pytest.approx(1 / 3)
 
 
 def test_as_many_classes_as_examples():
-    close(metrics.classes(range(99), range(99), [""] * 99), {"accuracy": 1, "macro_f1": 1, "matthews": 1})
+    close(metrics.classification_scores(range(99), range(99), [""] * 99), {"accuracy": 1, "macro_f1": 1, "matthews": 1})
 
 
 def test_confusion_of_nothing_and_of_missing_classes():
     assert metrics.confusion([], [], 3).tolist() == [[0] * 3] * 3
     assert metrics.confusion([2], [0], 3).tolist() == [[0, 0, 0], [0, 0, 0], [1, 0, 0]]
+    assert metrics.confusion([0, 0], [0, 0], 1).tolist() == [[2]]  # scikit-learn warns of a single class
+
+
+def test_scores_of_each_class():
+    """Both forms of labels, a class that does not occur, a single class, and no examples."""
+    expected = {
+        "a": {"precision": 1 / 2, "recall": 1 / 2, "f1": 1 / 2, "support": 2},
+        "b": {"precision": 1 / 2, "recall": 1.0, "f1": 2 / 3, "support": 1},
+        "c": {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 1},
+        "d": {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0},
+    }
+    labels, predictions = np.array([0, 0, 1, 2]), np.array([0, 1, 1, 0])
+    one_hot = [column[:, None] == np.arange(4) for column in (labels, predictions)]
+    for arguments in ((labels, predictions), one_hot):
+        scores = metrics.per_class_scores(*arguments, list("abcd"))
+        assert {name: pytest.approx(values) for name, values in expected.items()} == scores
+        assert all(type(values["support"]) is int for values in scores.values())
+        json.dumps(scores)
+    alone = metrics.per_class_scores([[True], [False]], [[True], [True]], ["a"])
+    assert alone == {"a": {"precision": 0.5, "recall": 1.0, "f1": pytest.approx(2 / 3), "support": 1}}
+    for nothing in ([], np.zeros((0, 1))):
+        assert metrics.per_class_scores(nothing, nothing, ["a"])["a"] == expected["d"]
 
 
 @settings(deadline=None)
@@ -119,16 +142,16 @@ def test_several_classes_are_scored_as_sklearn_does(data, n, count):
         "micro_f1": sklearn.metrics.f1_score(*wide, average="micro", zero_division=0.0),
         "macro_f1": sklearn.metrics.f1_score(*wide, average="macro", zero_division=0.0) * (1 + (count == 1)),
     }
-    close(metrics.several(labels, predictions), expected)
-    close(metrics.several(labels.astype(bool), predictions.astype(np.float32)), expected)
+    close(metrics.multi_label_scores(labels, predictions), expected)
+    close(metrics.multi_label_scores(labels.astype(bool), predictions.astype(np.float32)), expected)
 
 
 def test_several_classes_of_nothing_and_without_any():
     nothing = {"accuracy": 0.0, "micro_f1": 0.0, "macro_f1": 0.0}
-    close(metrics.several([], []), nothing)
-    close(metrics.several(np.zeros((0, 3)), []), nothing)
-    close(metrics.several([[0, 0]], [[0, 0]]), {**nothing, "accuracy": 1.0})
-    close(metrics.several([[1, 0]], [[1, 0]]), {"accuracy": 1.0, "micro_f1": 1.0, "macro_f1": 0.5})
+    close(metrics.multi_label_scores([], []), nothing)
+    close(metrics.multi_label_scores(np.zeros((0, 3)), []), nothing)
+    close(metrics.multi_label_scores([[0, 0]], [[0, 0]]), {**nothing, "accuracy": 1.0})
+    close(metrics.multi_label_scores([[1, 0]], [[1, 0]]), {"accuracy": 1.0, "micro_f1": 1.0, "macro_f1": 0.5})
 
 
 # Numbers.
@@ -147,7 +170,7 @@ def test_numbers_are_scored_as_scipy_does(columns):
         "spearman": 0.0 if math.isnan(spearman) else spearman,
         "mse": sklearn.metrics.mean_squared_error(labels, predictions),
     }
-    scores = metrics.number(labels, predictions)
+    scores = metrics.regression_scores(labels, predictions)
     assert scores == pytest.approx(expected, abs=1e-9)
     plain(scores)
 
@@ -155,7 +178,7 @@ def test_numbers_are_scored_as_scipy_does(columns):
 @settings(deadline=None, max_examples=300)
 @given(two_columns(FLOATS | st.sampled_from([0.0, -0.0, 1.0, 1.0000001, 1e-45, -3.4e38])))
 def test_no_number_of_float32_gives_a_warning_or_nan(columns):
-    scores = metrics.number(np.array(columns[0], np.float32), columns[1])
+    scores = metrics.regression_scores(np.array(columns[0], np.float32), columns[1])
     plain(scores)
     assert -1 <= scores["pearson"] <= 1 and -1 <= scores["spearman"] <= 1 and scores["mse"] >= 0
 
@@ -172,15 +195,15 @@ def test_no_number_of_float32_gives_a_warning_or_nan(columns):
     ],
 )
 def test_no_correlation_with_a_constant(labels, predictions, mse):
-    close(metrics.number(labels, predictions), {"pearson": 0.0, "spearman": 0.0, "mse": mse})
+    close(metrics.regression_scores(labels, predictions), {"pearson": 0.0, "spearman": 0.0, "mse": mse})
 
 
 def test_numbers_that_differ_by_rounding_alone_are_constant():
-    assert metrics.number([1, 2, 3], [1, 1 + 2**-52, 1])["pearson"] == 0.0
+    assert metrics.regression_scores([1, 2, 3], [1, 1 + 2**-52, 1])["pearson"] == 0.0
 
 
 def test_a_monotone_map_keeps_ranks():
-    scores = metrics.number([1, 2, 3, 4], [1, 10, 100, 1000])
+    scores = metrics.regression_scores([1, 2, 3, 4], [1, 10, 100, 1000])
     assert scores["spearman"] == pytest.approx(1.0) and scores["pearson"] < 0.9
 
 
@@ -214,7 +237,7 @@ def seqeval_scores(tags, predictions):
 
 
 def like_seqeval(tags, predictions, scheme):
-    scores, by_type = metrics.spans(tags, predictions, scheme)
+    scores, by_type = metrics.span_scores(tags, predictions, scheme)
     expected, expected_by_type = seqeval_scores(tags, predictions)
     close(scores, expected)
     assert list(by_type) == sorted(expected_by_type)
@@ -239,46 +262,46 @@ def test_thousands_of_random_sentences(scheme):
         found = [[t if rng.random() < 0.7 else str(rng.choice(tags)) for t in sentence] for sentence in true]
         like_seqeval(true, found, scheme)
         for sentence in true:
-            assert get_entities(metrics.iob2(sentence, scheme)) == get_entities(sentence)
+            assert get_entities(schemes.iob2(sentence, "spans")) == get_entities(sentence)
 
 
 @settings(deadline=None, max_examples=300)
 @given(st.data(), st.sampled_from(sorted(LETTERS)))
 def test_iob2_keeps_the_entities(data, scheme):
     tags, predictions = data.draw(tagged(scheme))
-    converted = [[metrics.iob2(sentence, scheme) for sentence in side] for side in (tags, predictions)]
+    converted = [[schemes.iob2(sentence, "spans") for sentence in side] for side in (tags, predictions)]
     for sentence, new in zip(tags, converted[0]):
         assert get_entities(new) == get_entities(sentence)
-        assert metrics.repaired(new) == 0 and metrics.iob2(new, "IOB2") == new
-        changed = sum(a[0] in "IE" and b[0] == "B" for a, b in zip(sentence, new))
-        assert metrics.repaired(sentence) == changed
+        assert tagging._count_repaired(new, "spans") == 0 and schemes.iob2(new, "spans") == new
+        changed = sum(a[0] == "I" and b[0] == "B" for a, b in zip(sentence, new))
+        assert tagging._count_repaired(sentence, "spans") == changed
         begun = {first for _, first, _ in get_entities(sentence)}
         assert begun == {place for place, tag in enumerate(new) if tag[0] == "B"}
-    scores, by_type = metrics.spans(tags, predictions, scheme)
-    new_scores, new_by_type = metrics.spans(*converted, "IOB2")
+    scores, by_type = metrics.span_scores(tags, predictions, scheme)
+    new_scores, new_by_type = metrics.span_scores(*converted, "IOB2")
     assert by_type == new_by_type
     assert {**scores, "accuracy": 0} == {**new_scores, "accuracy": 0}
 
 
 @pytest.mark.parametrize(
-    ("scheme", "tags", "new", "repaired"),
+    ("tags", "new", "repaired"),
     [
-        ("IOB1", "I-A I-A B-A I-B O I-B", "B-A I-A B-A B-B O B-B", 3),
-        ("IOB2", "O I-A I-A B-A I-B", "O B-A I-A B-A B-B", 2),
-        ("IOBES", "S-A B-A E-A B-B I-B E-B O", "B-A B-A I-A B-B I-B I-B O", 0),
-        ("IOBES", "E-A E-A I-A S-A I-A B-A E-B", "B-A B-A B-A B-A B-A B-A B-B", 5),
-        ("IOB2", "", "", 0),
+        ("I-A I-A B-A I-B O I-B", "B-A I-A B-A B-B O B-B", 3),
+        ("O I-A I-A B-A I-B", "O B-A I-A B-A B-B", 2),
+        ("S-A B-A E-A B-B I-B E-B O", "B-A B-A I-A B-B I-B I-B O", 0),
+        ("E-A E-A I-A S-A I-A B-A E-B", "B-A B-A B-A B-A B-A B-A B-B", 2),  # I- tags alone are counted
+        ("", "", 0),
     ],
 )
-def test_iob2_in_tags(scheme, tags, new, repaired):
-    assert metrics.iob2(tags.split(), scheme) == new.split()
-    assert metrics.repaired(tags.split()) == repaired
+def test_iob2_in_tags(tags, new, repaired):
+    assert schemes.iob2(tags.split(), "spans") == new.split()
+    assert tagging._count_repaired(tags.split(), "spans") == repaired
 
 
 def test_entities_in_figures():
     tags = [["B-PER", "I-PER", "O", "B-LOC"], ["O"], []]
     predictions = [["B-PER", "I-PER", "O", "B-PER"], ["I-LOC"], []]
-    scores, by_type = metrics.spans(tags, predictions, "IOB2")
+    scores, by_type = metrics.span_scores(tags, predictions, "IOB2")
     close(scores, {"f1": 2 / 5, "precision": 1 / 3, "recall": 1 / 2, "accuracy": 3 / 5})
     assert by_type == {
         "LOC": {"f1": 0.0, "precision": 0.0, "recall": 0.0, "support": 1},
@@ -287,20 +310,20 @@ def test_entities_in_figures():
 
 
 def test_an_entity_ends_with_its_sentence():
-    scores, by_type = metrics.spans([["B-X"], ["I-X"]], [["B-X"], ["I-X"]], "IOB2")
+    scores, by_type = metrics.span_scores([["B-X"], ["I-X"]], [["B-X"], ["I-X"]], "IOB2")
     assert by_type["X"]["support"] == 2 and scores["f1"] == 1.0
 
 
 @pytest.mark.parametrize("tags", [[], [[]], [["O", "O"]]])
 def test_no_entities(tags):
-    scores, by_type = metrics.spans(tags, tags, "IOB2")
+    scores, by_type = metrics.span_scores(tags, tags, "IOB2")
     close(scores, {"f1": 0.0, "precision": 0.0, "recall": 0.0, "accuracy": float(tags == [["O", "O"]])})
     assert by_type == {}
 
 
 def test_sentences_may_be_tuples_and_arrays():
     tags = [("B-X", "O"), np.array(["I-X", "B-X"])]
-    assert metrics.spans(tags, tags, "IOB1")[1]["X"]["support"] == 3
+    assert metrics.span_scores(tags, tags, "IOB1")[1]["X"]["support"] == 3
 
 
 @pytest.mark.parametrize("tag", ["PER", "B", "I-", "-PER", "X-PER", "BPER", "o", "O-PER", "", "L-PER", "b-PER"])
@@ -308,29 +331,25 @@ def test_sentences_may_be_tuples_and_arrays():
 def test_other_tags_are_refused(tag, scheme):
     expected = rf"the tag '{tag}' is not one of {scheme}, which are O, B-TYPE, .*; correct it, or name the scheme"
     with pytest.raises(UserError, match=expected):
-        metrics.iob2(["O", tag], scheme)
+        metrics.span_scores([["O", tag]], [["O", "O"]], scheme)
     with pytest.raises(UserError, match=expected):
-        metrics.spans([["O", tag]], [["O", "O"]], scheme)
-    with pytest.raises(UserError, match=expected):
-        metrics.spans([["O", "O"]], [["O", tag]], scheme)
-    with pytest.raises(UserError, match=f"the tag '{tag}'"):
-        metrics.repaired([tag])
+        metrics.span_scores([["O", "O"]], [["O", tag]], scheme)
 
 
 def test_tags_of_another_scheme_are_refused():
     with pytest.raises(UserError, match=r"the tag 'E-X' is not one of IOB2, which are O, B-TYPE, I-TYPE; .*IOBES"):
-        metrics.iob2(["B-X", "E-X"], "IOB2")
+        metrics.span_scores([["B-X", "E-X"]], [["O", "O"]], "IOB2")
     with pytest.raises(UserError, match=r"no scheme of tags 'IOB'; perhaps you meant"):
-        metrics.iob2(["O"], "IOB")
+        metrics.span_scores([["O"]], [["O"]], "IOB")
     with pytest.raises(UserError, match="the tag 3 is not one of IOB2"):
-        metrics.iob2([3], "IOB2")
+        metrics.span_scores([[3]], [["O"]], "IOB2")
 
 
 def test_sentences_of_other_lengths_are_refused():
     with pytest.raises(UserError, match=r"1 sentences with tags, 2 with predictions; give as many"):
-        metrics.spans([["O"]], [["O"], ["O"]], "IOB2")
+        metrics.span_scores([["O"]], [["O"], ["O"]], "IOB2")
     with pytest.raises(UserError, match=r"sentence 1 has 1 tags, 2 predictions; give one"):
-        metrics.spans([[], ["O"]], [[], ["O", "O"]], "IOB2")
+        metrics.span_scores([[], ["O"]], [[], ["O", "O"]], "IOB2")
 
 
 # Answers.
@@ -434,7 +453,7 @@ def test_answers_are_scored_as_squad_does(questions):
         expected["has_answer_exact"], expected["has_answer_f1"] = np.mean(having, 0)
         expected["no_answer_exact"], no_answer_f1 = np.mean(silent, 0)
         assert expected["no_answer_exact"] == no_answer_f1
-    close(metrics.squad(answers, predictions), expected)
+    close(metrics.squad_scores(answers, predictions), expected)
 
 
 @pytest.mark.parametrize(
@@ -480,19 +499,19 @@ def test_exact_and_f1(answers, prediction, exact, f1):
 
 
 def test_squad_in_figures():
-    scores = metrics.squad([["cat"], ["cat dog"], []], ["cat", "dog", "mouse"])
+    scores = metrics.squad_scores([["cat"], ["cat dog"], []], ["cat", "dog", "mouse"])
     parts = {"has_answer_exact": 1 / 2, "has_answer_f1": 5 / 6, "no_answer_exact": 0.0}
     close(scores, {"exact": 1 / 3, "f1": 5 / 9, **parts})
-    close(metrics.squad([[]], [""]), {"exact": 1.0, "f1": 1.0})
-    close(metrics.squad([["the"], []], ["", ""]), {"exact": 1.0, "f1": 1.0, **dict.fromkeys(parts, 1.0)})
-    close(metrics.squad([], []), {"exact": 0.0, "f1": 0.0})
+    close(metrics.squad_scores([[]], [""]), {"exact": 1.0, "f1": 1.0})
+    close(metrics.squad_scores([["the"], []], ["", ""]), {"exact": 1.0, "f1": 1.0, **dict.fromkeys(parts, 1.0)})
+    close(metrics.squad_scores([], []), {"exact": 0.0, "f1": 0.0})
 
 
 def test_answers_of_other_shapes_are_refused():
     with pytest.raises(UserError, match=r"2 questions, 1 predictions; give one for each"):
-        metrics.squad([["a"], []], ["a"])
+        metrics.squad_scores([["a"], []], ["a"])
     with pytest.raises(UserError, match=r"the answers 'cat' are one string; give a list"):
-        metrics.squad(["cat"], ["cat"])
+        metrics.squad_scores(["cat"], ["cat"])
 
 
 # The threshold.
@@ -555,7 +574,7 @@ def test_texts_are_scored_as_sacrebleu_and_rouge_score_do(examples):
     references, texts = [list(r) for r, _ in examples], [t for _, t in examples]
     streams = [list(column) for column in zip(*references)]
     bleu, chrf = sacrebleu.corpus_bleu(texts, streams), sacrebleu.corpus_chrf(texts, streams)
-    close(metrics.translation(references, texts), {"bleu": min(bleu.score, 100.0), "chrf": chrf.score})
+    close(metrics.translation_scores(references, texts), {"bleu": min(bleu.score, 100.0), "chrf": chrf.score})
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL", "rougeLsum"], use_stemmer=True)
     each = [
         [{k: s.fmeasure for k, s in scorer.score(right, text).items()} for right in some]
@@ -563,12 +582,12 @@ def test_texts_are_scored_as_sacrebleu_and_rouge_score_do(examples):
     ]
     expected = {k: float(np.mean([max(s[k] for s in scores) for scores in each])) for k in scorer.rouge_types}
     if any(c.isascii() and c.isalnum() for right in streams for text in right for c in text):
-        close(metrics.summaries(references, texts), expected)
+        close(metrics.summary_scores(references, texts), expected)
 
 
 def test_one_reference_of_each_text_needs_no_list():
     references, texts = ["the cat sat on a mat", "hello there"], ["a cat sat on the mat", "hello world"]
-    for score in (metrics.translation, metrics.summaries, metrics.answers):
+    for score in (metrics.translation_scores, metrics.summary_scores, metrics.answer_scores):
         close(score(references, texts), score([[right] for right in references], texts))
     assert metrics.translation_signatures(references) == metrics.translation_signatures([[r] for r in references])
 
@@ -580,58 +599,58 @@ def test_texts_may_have_other_numbers_of_references():
         "bleu": sacrebleu.corpus_bleu(texts, streams).score,
         "chrf": sacrebleu.corpus_chrf(texts, streams).score,
     }
-    close(metrics.translation(references, texts), expected)
-    assert metrics.summaries(references, texts)["rouge1"] == 0.5
-    close(metrics.answers(references, texts), {"exact": 0.5, "f1": 0.5})
+    close(metrics.translation_scores(references, texts), expected)
+    assert metrics.summary_scores(references, texts)["rouge1"] == 0.5
+    close(metrics.answer_scores(references, texts), {"exact": 0.5, "f1": 0.5})
 
 
 def test_translation_in_figures():
     """By the definitions: "a b c d e" against "a b c d f" has 4/5, 3/4, 2/3 and 1/2 of its n-grams right."""
-    scores = metrics.translation(["a b c d f"], ["a b c d e"])
+    scores = metrics.translation_scores(["a b c d f"], ["a b c d e"])
     assert scores["bleu"] == pytest.approx(100 * (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25)
     rates = [4 / 5, 3 / 4, 2 / 3, 1 / 2, 0]  # of the characters abcde, without spaces; as many in either
     assert scores["chrf"] == pytest.approx(100 * np.mean(rates))
-    short = metrics.translation(["a b c d e f g h"], ["a b c d"])["bleu"]
+    short = metrics.translation_scores(["a b c d e f g h"], ["a b c d"])["bleu"]
     assert short == pytest.approx(100 * math.exp(1 - 8 / 4))  # all right, but brief
 
 
 def test_summaries_in_figures():
-    scores = metrics.summaries(["the cats sat quietly"], ["a cat sat quietly there"])
+    scores = metrics.summary_scores(["the cats sat quietly"], ["a cat sat quietly there"])
     close(scores, {"rouge1": 2 * 3 / 9, "rouge2": 2 * 2 / 7, "rougeL": 2 * 3 / 9, "rougeLsum": 2 * 3 / 9})
-    turned = metrics.summaries(["one two three\nfour five six"], ["four five six\none two three"])
+    turned = metrics.summary_scores(["one two three\nfour five six"], ["four five six\none two three"])
     assert turned["rougeL"] == 0.5 and turned["rougeLsum"] == 1.0  # sentences in another order
 
 
 def test_answers_in_figures():
     references = [["the cat"], ["cat dog mouse", "a mouse"], ["five"]]
-    close(metrics.answers(references, ["Cat.", "mouse dog", ""]), {"exact": 1 / 3, "f1": (1 + 4 / 5 + 0) / 3})
+    close(metrics.answer_scores(references, ["Cat.", "mouse dog", ""]), {"exact": 1 / 3, "f1": (1 + 4 / 5 + 0) / 3})
 
 
 @pytest.mark.parametrize("text", ["the quick brown fox jumps", "word"])
 def test_the_right_text_is_perfect_and_another_scores_nothing(text):
-    assert metrics.translation([text], [text])["chrf"] == 100.0
+    assert metrics.translation_scores([text], [text])["chrf"] == 100.0
     if " " in text:
-        assert metrics.translation([text], [text])["bleu"] == 100.0
-        assert metrics.translation([text] * 3, [text] * 3) == {"bleu": 100.0, "chrf": 100.0}
-    assert metrics.summaries([text], [text])["rougeLsum"] == 1.0
+        assert metrics.translation_scores([text], [text])["bleu"] == 100.0
+        assert metrics.translation_scores([text] * 3, [text] * 3) == {"bleu": 100.0, "chrf": 100.0}
+    assert metrics.summary_scores([text], [text])["rougeLsum"] == 1.0
     for other in ("zzz zz", "", " \n"):
-        assert metrics.translation([text], [other]) == {"bleu": 0.0, "chrf": 0.0}
-        assert set(metrics.summaries([text], [other]).values()) == {0.0}
-        assert set(metrics.answers([text], [other]).values()) == {0.0}
-    assert metrics.translation([""], [text]) == {"bleu": 0.0, "chrf": 0.0}
+        assert metrics.translation_scores([text], [other]) == {"bleu": 0.0, "chrf": 0.0}
+        assert set(metrics.summary_scores([text], [other]).values()) == {0.0}
+        assert set(metrics.answer_scores([text], [other]).values()) == {0.0}
+    assert metrics.translation_scores([""], [text]) == {"bleu": 0.0, "chrf": 0.0}
 
 
 def test_no_texts():
-    close(metrics.translation([], []), {"bleu": 0.0, "chrf": 0.0})
-    close(metrics.summaries([], []), dict.fromkeys(("rouge1", "rouge2", "rougeL", "rougeLsum"), 0.0))
-    close(metrics.answers([], []), {"exact": 0.0, "f1": 0.0})
-    close(metrics.translation([""], [""]), {"bleu": 0.0, "chrf": 0.0})
-    assert metrics.summaries([""], [""])["rouge1"] == 0.0
+    close(metrics.translation_scores([], []), {"bleu": 0.0, "chrf": 0.0})
+    close(metrics.summary_scores([], []), dict.fromkeys(("rouge1", "rouge2", "rougeL", "rougeLsum"), 0.0))
+    close(metrics.answer_scores([], []), {"exact": 0.0, "f1": 0.0})
+    close(metrics.translation_scores([""], [""]), {"bleu": 0.0, "chrf": 0.0})
+    assert metrics.summary_scores([""], [""])["rouge1"] == 0.0
 
 
 def test_chinese_has_words_of_its_own():
     references, texts = ["猫坐在垫子上。"], ["猫坐在垫子里。"]
-    assert metrics.translation(references, texts, tokenize="zh")["bleu"] == pytest.approx(
+    assert metrics.translation_scores(references, texts, tokenize="zh")["bleu"] == pytest.approx(
         sacrebleu.corpus_bleu(texts, [references], tokenize="zh").score
     )
     assert metrics.translation_signatures(references, "zh")["bleu"].startswith("nrefs:1|case:mixed|eff:no|tok:zh|")
@@ -646,7 +665,7 @@ def test_signatures():
     assert metrics.translation_signatures([["b", "c"]])["bleu"].startswith("nrefs:2|")
 
 
-@pytest.mark.parametrize("score", [metrics.translation, metrics.summaries, metrics.answers])
+@pytest.mark.parametrize("score", [metrics.translation_scores, metrics.summary_scores, metrics.answer_scores])
 @pytest.mark.parametrize(
     ("references", "texts", "message"),
     [
@@ -664,10 +683,10 @@ def test_texts_that_do_not_fit_their_references_are_refused(score, references, t
 
 
 def test_what_generated_texts_cannot_be_scored_by_is_refused():
-    with pytest.raises(UserError, match="no way '13b' to find words; perhaps you meant '13a'"):
-        metrics.translation(["a"], ["a"], tokenize="13b")
+    with pytest.raises(UserError, match="BLEU has no tokenizer '13b'; perhaps you meant '13a'"):
+        metrics.translation_scores(["a"], ["a"], tokenize="13b")
     with pytest.raises(UserError, match=r"no letter from a to z and no digit \('猫坐在.*chrF"):
-        metrics.summaries(["猫坐在", "猫"], ["猫", "cat"])
+        metrics.summary_scores(["猫坐在", "猫"], ["猫", "cat"])
     with pytest.raises(UserError, match="no references"):
         metrics.translation_signatures([])
 
@@ -688,14 +707,14 @@ def test_ranks_are_those_of_scipy(data, n, m):
     parts = [metrics.ranks(similarities[:cut], right[:cut]), metrics.ranks(similarities[cut:], right[cut:])]
     assert np.concatenate(parts).tolist() == found.tolist()
     expected = {f"recall@{k}": np.mean([r <= k for r in found.tolist()]) for k in (1, 5, 10)}
-    close(metrics.retrieval(found), {"mrr": np.mean([1 / r for r in found.tolist()]), **expected})
+    close(metrics.retrieval_scores(found), {"mrr": np.mean([1 / r for r in found.tolist()]), **expected})
 
 
 def test_the_mean_reciprocal_rank_is_that_of_sklearn():
     rng = np.random.default_rng(0)
     similarities, right = rng.normal(size=(40, 15)), rng.integers(0, 15, 40)
     mrr = sklearn.metrics.label_ranking_average_precision_score(np.eye(15, dtype=int)[right], similarities)
-    scores = metrics.retrieval(metrics.ranks(similarities, right))
+    scores = metrics.retrieval_scores(metrics.ranks(similarities, right))
     assert scores["mrr"] == pytest.approx(mrr)
     for k in (1, 5, 10):
         top = sklearn.metrics.top_k_accuracy_score(right, similarities, k=k, labels=range(15))
@@ -709,12 +728,15 @@ def test_a_model_of_constants_finds_nothing():
 
 def test_ranks_in_figures():
     assert metrics.ranks([[0.9, 0.5, 0.5], [0.1, 0.2, 0.3]], [1, 2]).tolist() == [3, 1]
-    close(metrics.retrieval([1, 2, 6, 20]), {"mrr": 103 / 240, "recall@1": 0.25, "recall@5": 0.5, "recall@10": 0.75})
+    close(
+        metrics.retrieval_scores([1, 2, 6, 20]),
+        {"mrr": 103 / 240, "recall@1": 0.25, "recall@5": 0.5, "recall@10": 0.75},
+    )
 
 
 def test_nothing_to_retrieve():
     assert metrics.ranks([], []).tolist() == metrics.ranks(np.zeros((0, 4)), []).tolist() == []
-    close(metrics.retrieval([]), {"mrr": 0.0, "recall@1": 0.0, "recall@5": 0.0, "recall@10": 0.0})
+    close(metrics.retrieval_scores([]), {"mrr": 0.0, "recall@1": 0.0, "recall@5": 0.0, "recall@10": 0.0})
 
 
 # What no score can be computed from.
@@ -725,30 +747,48 @@ NAN = [0.0, math.nan, math.inf, 1.0]
 @pytest.mark.parametrize(
     ("score", "message"),
     [
-        (lambda: metrics.number([1, 2, 3, 4], NAN), r"2 of 4 predictions are no finite numbers.*earlier checkpoint"),
-        (lambda: metrics.number(NAN, [1, 2, 3, 4]), r"2 of 4 labels are no finite numbers.*correct or remove"),
-        (lambda: metrics.number([1.0], [1e39]), r"1 of 1 predictions are no finite numbers"),
-        (lambda: metrics.classes([0, 0, 1, 1], NAN, ["a", "b"]), r"2 of 4 predictions are no finite numbers"),
-        (lambda: metrics.several([[1, 0]], [[math.nan, 0]]), r"1 of 2 predictions are no finite numbers"),
-        (lambda: metrics.best_threshold(NAN, NAN, NAN), r"2 of 4 margins are no finite numbers"),
-        (lambda: metrics.ranks([[math.nan, 1.0]], [0]), r"1 of 2 similarities are no numbers.*earlier checkpoint"),
-        (lambda: metrics.classes(["a"], [0], ["a", "b"]), r"labels hold what is no number .*correct them"),
-        (lambda: metrics.number([[1], [1, 2]], [0, 1]), r"labels hold what is no number"),
-        (lambda: metrics.classes([0], [2], ["a", "b"]), r"predictions hold 2; classes are whole numbers from 0 to 1"),
-        (lambda: metrics.classes([-1], [0], ["a", "b"]), r"labels hold -1; classes are whole numbers"),
+        (
+            lambda: metrics.regression_scores([1, 2, 3, 4], NAN),
+            r"2 of 4 predictions are not finite numbers.*earlier checkpoint",
+        ),
+        (
+            lambda: metrics.regression_scores(NAN, [1, 2, 3, 4]),
+            r"2 of 4 labels are not finite numbers.*correct or remove",
+        ),
+        (lambda: metrics.regression_scores([1.0], [1e39]), r"1 of 1 predictions are not finite numbers"),
+        (
+            lambda: metrics.classification_scores([0, 0, 1, 1], NAN, ["a", "b"]),
+            r"2 of 4 predictions are not finite numbers",
+        ),
+        (lambda: metrics.multi_label_scores([[1, 0]], [[math.nan, 0]]), r"1 of 2 predictions are not finite numbers"),
+        (lambda: metrics.best_threshold(NAN, NAN, NAN), r"2 of 4 margins are not finite numbers"),
+        (lambda: metrics.ranks([[math.nan, 1.0]], [0]), r"1 of 2 similarities are not numbers.*earlier checkpoint"),
+        (
+            lambda: metrics.classification_scores(["a"], [0], ["a", "b"]),
+            r"labels hold a value that is not a number .*correct them",
+        ),
+        (lambda: metrics.regression_scores([[1], [1, 2]], [0, 1]), r"labels hold a value that is not a number"),
+        (
+            lambda: metrics.classification_scores([0], [2], ["a", "b"]),
+            r"predictions hold 2; classes are whole numbers from 0 to 1",
+        ),
+        (lambda: metrics.classification_scores([-1], [0], ["a", "b"]), r"labels hold -1; classes are whole numbers"),
         (lambda: metrics.confusion([0.5], [0], 2), r"labels hold 0.5; classes are whole numbers from 0 to 1; correct"),
-        (lambda: metrics.several([[1, 0]], [[0.3, 0]]), r"predictions hold 0.3; .*compare with a threshold"),
-        (lambda: metrics.several([[2]], [[1]]), r"labels hold 2"),
-        (lambda: metrics.classes([0], [0, 1], ["a", "b"]), r"labels have the shape \(1,\), predictions \(2,\)"),
-        (lambda: metrics.number([0], []), r"labels have the shape \(1,\), predictions \(0,\)"),
-        (lambda: metrics.number([[0]], [[0]]), r"labels have the shape \(1, 1\).*give one label and one"),
-        (lambda: metrics.several([[1, 0]], [[1]]), r"shape \(1, 2\), predictions \(1, 1\)"),
-        (lambda: metrics.several([1, 0], [1, 0]), r"need the same one, \[examples, classes\]"),
+        (lambda: metrics.multi_label_scores([[1, 0]], [[0.3, 0]]), r"predictions hold 0.3; .*compare with a threshold"),
+        (lambda: metrics.multi_label_scores([[2]], [[1]]), r"labels hold 2"),
+        (
+            lambda: metrics.classification_scores([0], [0, 1], ["a", "b"]),
+            r"labels have the shape \(1,\), predictions \(2,\)",
+        ),
+        (lambda: metrics.regression_scores([0], []), r"labels have the shape \(1,\), predictions \(0,\)"),
+        (lambda: metrics.regression_scores([[0]], [[0]]), r"labels have the shape \(1, 1\).*give one label and one"),
+        (lambda: metrics.multi_label_scores([[1, 0]], [[1]]), r"shape \(1, 2\), predictions \(1, 1\)"),
+        (lambda: metrics.multi_label_scores([1, 0], [1, 0]), r"need the same one, \[examples, classes\]"),
         (lambda: metrics.best_threshold([1], [1, 1], [1]), r"margins have the shape \(1,\), scores \(2,\) and \(1,\)"),
         (lambda: metrics.ranks([[1, 2]], [2]), r"a right document is in column 2 of 2; count them from 0"),
         (lambda: metrics.ranks([[1, 2]], [-1]), r"column -1 of 2"),
         (lambda: metrics.ranks([[1, 2]], [0, 1]), r"shape \(1, 2\), columns of the right documents \(2,\)"),
-        (lambda: metrics.retrieval([1, 0]), r"there is a rank 0; the best rank is 1"),
+        (lambda: metrics.retrieval_scores([1, 0]), r"there is a rank 0; the best rank is 1"),
     ],
 )
 def test_what_no_score_can_be_computed_from_is_refused(score, message):
@@ -765,11 +805,11 @@ def test_libraries_of_scores_are_imported_only_to_score():
 @pytest.mark.parametrize(
     "score",
     [
-        "classes([0, 1], [0, 0], 'ab')",
-        "spans([['O']], [['B-X']], 'IOB2')",
-        "number([1, 2], [2, 1])",
-        "translation(['a'], ['b'])",
-        "summaries(['a'], ['b'])",
+        "classification_scores([0, 1], [0, 0], 'ab')",
+        "span_scores([['O']], [['B-X']], 'IOB2')",
+        "regression_scores([1, 2], [2, 1])",
+        "translation_scores(['a'], ['b'])",
+        "summary_scores(['a'], ['b'])",
     ],
 )
 def test_the_libraries_themselves_warn_of_nothing(score):

@@ -1,10 +1,11 @@
-"""Properties of the Transformer and of a training step, for a tiny member of every family of presets."""
+"""Properties of the Transformer and of a training step, for a tiny model of every family."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import product
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from jaxlm.families import PRESETS
 from jaxlm.nn import parameters
 from jaxlm.nn.layers import Dropout
 from jaxlm.nn.losses import cross_entropy
-from jaxlm.nn.transformer import Keep, Transformer, apply, init
+from jaxlm.nn.transformer import CacheSpec, Transformer, apply, init
 from jaxlm.run.assembly import shard_batch, with_shardings
 from jaxlm.run.optimizer import make_optimizer, make_schedule
 from jaxlm.run.step import TrainState, make_train_step
@@ -36,14 +37,15 @@ MODELS = {
     "gemma2": replace(PRESETS["gemma-2-2b"], **SMALL, kv_heads=3, mlp_width=24, window=3),
     "t5": replace(PRESETS["t5-small"], **SMALL | {"head_width": 4}, mlp_width=24, relative_buckets=8),
     "bart": replace(PRESETS["bart-base"], **SMALL),
-    # One whole round of kinds, and a rest.
+    # One complete cycle of kinds, and an incomplete one.
     "modernbert": replace(PRESETS["modernbert-base"], **SMALL | {"layers": 4}, mlp_width=24, window=3),
     "albert": replace(PRESETS["albert-base"], **SMALL | {"layers": 4}, mlp_width=24, distinct_layers=2),
     "deberta": replace(PRESETS["deberta-v3-base"], **SMALL, relative_buckets=4, relative_distance=8, conv_width=3),
 }
 CAUSAL = [name for name, model in MODELS.items() if model.structure != "encoder"]
+QUICK = ("gpt2", "qwen3", "t5", "deberta")  # the other models take part in the slow tests of the marked suite
 B, T = 4, 16
-SHORT = 7  # length of the sequences that stand alone, two of them in a row
+SHORT = 7  # length of single sequences; a packed row holds two of them
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -67,7 +69,7 @@ def params(name):
 
 
 def packed_batch(model: ModelConfig, B: int = B) -> dict[str, np.ndarray]:
-    """B rows of two or three examples and ragged padding."""
+    """Returns B rows of two or three examples with padding of different lengths."""
     random = np.random.default_rng(0)
     batch = {field: np.zeros((B, T), np.int32) for field in ("tokens_BT", "segments_BT", "positions_BT", "types_BT")}
     batch["labels_BT"] = random.integers(0, model.vocabulary, (B, T), dtype=np.int32)
@@ -91,7 +93,7 @@ def packed_batch(model: ModelConfig, B: int = B) -> dict[str, np.ndarray]:
 
 
 class Seq2Seq:
-    """The least task of an encoder-decoder: the target's labels, with the source as its own target."""
+    """A minimal task for an encoder-decoder: the source is also the target."""
 
     def losses(self, module, params, batch, key):
         source = batch["tokens_BT"], batch["segments_BT"], batch["positions_BT"], None
@@ -109,14 +111,16 @@ def task_of(model: ModelConfig):
         return Seq2Seq()
     if model.structure == "encoder":
         pairs = "next_sentence" in model.heads_on_top
-        return MaskedLMTask(MaskedLM(next_sentence=pairs), T, 0, special).replaced(predictions=T)
+        return MaskedLMTask(MaskedLM(next_sentence=pairs), T, 0, special).replace_fields(predictions=T)
     return CausalLMTask(CausalLM(), T, 0, special)
 
 
 @lru_cache
 def hidden(name: str):
-    """Compiled: hidden states of (params, tokens, segments, positions, types); an encoder-decoder's source is also
-    its target."""
+    """Returns a compiled function from (params, tokens, segments, positions, types) to hidden states.
+
+    In an encoder-decoder the source is also the target.
+    """
     module = Transformer(MODELS[name])
 
     def states(params, tokens, segments=None, positions=None, types=None):
@@ -128,7 +132,7 @@ def hidden(name: str):
 
 @lru_cache
 def gradient(name: str, dtype=jnp.float32, **choices):
-    """Compiled: the losses (sum, weight) of (params, batch), and the gradient of what is minimised."""
+    """Returns a compiled function from (params, batch) to the losses (sum, weight) and the gradient."""
     task, module = task_of(MODELS[name]), Transformer(MODELS[name], dtype=dtype, **choices)
 
     def objective(params, batch):
@@ -143,13 +147,13 @@ def gradient(name: str, dtype=jnp.float32, **choices):
 
 
 @lru_cache
-def plain(name: str):
-    """Losses and gradient of the family's batch, without any choice."""
+def reference(name: str):
+    """Returns the losses and the gradient of the family's batch with default options."""
     return jax.device_get(gradient(name)(params_of(name), packed_batch(MODELS[name])))
 
 
-def test_no_position_sees_a_later_one_and_an_encoder_sees_all(model, params):
-    """By derivatives: how each position's state changes with each token's embedding."""
+def test_a_decoder_is_causal_and_an_encoder_attends_to_all(model, params):
+    """Checks the derivatives of the state at each position by the embedding of each token."""
     tokens = np.arange(10, 10 + SHORT)[None]
     directions = np.zeros((SHORT, model.vocabulary, model.W), np.float32)
     directions[np.arange(SHORT), tokens[0]] = np.random.default_rng(0).standard_normal((SHORT, model.W))
@@ -167,7 +171,7 @@ def test_no_position_sees_a_later_one_and_an_encoder_sees_all(model, params):
     derivative_STD = jit(derivatives)(params, directions)
     sees_TS = (np.asarray(derivative_STD) != 0).any(-1).T
     expected = np.ones((SHORT, SHORT), bool)
-    if model.layer_kinds == ("local",):  # as far as one layer sees, in each layer anew
+    if model.layer_kinds == ("local",):  # each layer extends the reach by its window
         expected = np.tri(SHORT, k=0) > np.tri(SHORT, k=-1 - model.layers * (model.window - 1))
     np.testing.assert_array_equal(sees_TS, expected if model.structure == "encoder" else np.tril(expected))
 
@@ -178,48 +182,51 @@ def test_packed_equals_padded(name, model, params):
     packed = np.asarray(hidden(name)(params, *inputs))
     examples = [(b, e) for b in range(B) for e in range(1, batch["segments_BT"][b].max() + 1)]
     assert len(examples) > B
-    for some in (examples[i : i + B] for i in range(0, len(examples), B)):  # each example in a row of its own
-        alone = [np.zeros_like(x) for x in inputs]
-        for row, (b, e) in enumerate(some):
+    for chunk in (examples[i : i + B] for i in range(0, len(examples), B)):  # one example per row
+        single = [np.zeros_like(x) for x in inputs]
+        for row, (b, e) in enumerate(chunk):
             here = batch["segments_BT"][b] == e
-            for field, x in zip(alone, inputs):
+            for field, x in zip(single, inputs):
                 field[row, : here.sum()] = x[b, here]
-            alone[1][row, : here.sum()] = 1
-        states = np.asarray(hidden(name)(params, *alone))
-        for row, (b, e) in enumerate(some):
+            single[1][row, : here.sum()] = 1
+        states = np.asarray(hidden(name)(params, *single))
+        for row, (b, e) in enumerate(chunk):
             here = batch["segments_BT"][b] == e
             np.testing.assert_allclose(packed[b, here], states[row, : here.sum()], atol=2e-5, rtol=1e-4)
 
 
 def test_packed_equals_unpadded(name, model, params):
     tokens = np.random.default_rng(0).integers(0, model.vocabulary, (2, SHORT), dtype=np.int32)
-    alone = hidden(name)(params, tokens)
+    single = hidden(name)(params, tokens)
     fields = np.zeros((4, B, T), np.int32)
     fields[0, 0, : 2 * SHORT] = tokens.ravel()
     fields[1, 0, : 2 * SHORT] = np.repeat([1, 2], SHORT)
     fields[2, 0, : 2 * SHORT] = np.tile(np.arange(SHORT), 2)
-    packed = np.asarray(hidden(name)(params, *fields))[0, : 2 * SHORT].reshape(alone.shape)
-    np.testing.assert_allclose(packed, alone, atol=2e-5, rtol=1e-4)
+    packed = np.asarray(hidden(name)(params, *fields))[0, : 2 * SHORT].reshape(single.shape)
+    np.testing.assert_allclose(packed, single, atol=2e-5, rtol=1e-4)
 
 
 def test_padding_changes_nothing_and_gets_no_gradient(name, model, params):
     batch = packed_batch(model)
     batch["tokens_BT"] = np.where(batch["segments_BT"] > 0, batch["tokens_BT"], 5)
     losses, grads = jax.device_get(gradient(name)(params, batch))
-    jax.tree.map(np.testing.assert_array_equal, (losses, grads), plain(name))
+    jax.tree.map(np.testing.assert_array_equal, (losses, grads), reference(name))
 
 
-@pytest.mark.parametrize(
-    "choices",
-    [{"remat": "full"}, {"remat": "dots", "unroll": 2}, {"remat": "offload"}, {"remat": "elementwise"}],
-    ids=str,
-)
-def test_remat_and_unrolling_change_no_gradient(name, model, params, choices):
-    chosen = gradient(name, **choices)(params, packed_batch(model))
-    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-3), plain(name), chosen)
+REMATS = [{"remat": "full"}, {"remat": "dots", "unroll": 2}, {"remat": "offload"}, {"remat": "elementwise"}]
+# Two models have all of them, each of the others has one.
+REMATTED = [
+    (name, REMATS[n]) for at, name in enumerate(MODELS) for n in (range(4) if name in ("gpt2", "bart") else [at % 4])
+]
 
 
-# A large epsilon makes Adam's update smooth in the gradient, so that rounding is not blown up to whole steps.
+@pytest.mark.parametrize(("name", "choices"), REMATTED, ids=str)
+def test_remat_and_unrolling_change_no_gradient(name, choices):
+    chosen = gradient(name, **choices)(params_of(name), packed_batch(MODELS[name]))
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-3), reference(name), chosen)
+
+
+# A large epsilon makes Adam's update smooth in the gradient, so that rounding errors stay small.
 SETTINGS = OptimizerConfig(rate=0.01, schedule="constant", warmup=0, epsilon=1.0)
 
 
@@ -238,9 +245,9 @@ def one_step(model: ModelConfig, params, batch, accumulate: int, mesh: jax.shard
     return step(state, shard_batch(mesh, batch, accumulate))
 
 
-def assert_is_the_plain_step(name: str, step) -> None:
-    """AdamW's first update in closed form, from the gradient of the whole batch on one device."""
-    losses, grads = plain(name)
+def assert_is_the_reference_step(name: str, step) -> None:
+    """Compares with AdamW's first update in closed form, from the gradient of the whole batch on one device."""
+    losses, grads = reference(name)
     params, decays = params_of(name), parameters.rows(params_of(name))
     norm = np.sqrt(sum(np.square(g, dtype=np.float64).sum() for g in jax.tree.leaves(grads)))
 
@@ -268,23 +275,30 @@ def assert_is_the_plain_step(name: str, step) -> None:
 ONE = partial(sharding.make_mesh, MeshConfig(1))
 
 
-@pytest.mark.parametrize("accumulate", [4, pytest.param(2, marks=pytest.mark.long)])
-def test_micro_batches_equal_the_large_batch(name, accumulate):
+def marked(*values: Any) -> Any:
+    """The values as a parameter, in the marked suite if the first, a model, is not quick."""
+    return pytest.param(*values, marks=() if values[0] in QUICK else pytest.mark.long)
+
+
+@pytest.mark.parametrize("name", list(map(marked, MODELS)))
+def test_micro_batches_equal_the_large_batch(name):
     model = MODELS[name]
-    step = one_step(model, params_of(name), packed_batch(model), accumulate, ONE(jax.devices()[:1]))
-    assert_is_the_plain_step(name, step)
+    step = one_step(model, params_of(name), packed_batch(model), 4, ONE(jax.devices()[:1]))
+    assert_is_the_reference_step(name, step)
 
 
-MESHES = [(1, 2, 3), *(pytest.param(m, marks=pytest.mark.long) for m in [(4, 1, 1), (2, 2, 1), (1, 4, 1), (2, 1, 3)])]
+MESHES = [(1, 2, 3), (4, 1, 1), (2, 2, 1), (1, 4, 1), (2, 1, 3)]
+SHARDED = [marked(name, MESHES[0]) for name in MODELS]
+SHARDED += [pytest.param(name, MESHES[1 + n % 4], marks=pytest.mark.long) for n, name in enumerate(MODELS)]
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
+@pytest.mark.parametrize(("name", "sizes"), SHARDED, ids=str)
 def test_sharded_equals_unsharded(name, sizes):
     count = int(np.prod(sizes))
     if len(jax.devices()) < count:
         pytest.skip(f"needs {count} devices")
     mesh = sharding.make_mesh(MeshConfig(*sizes), jax.devices()[:count])
-    assert_is_the_plain_step(name, one_step(MODELS[name], params_of(name), packed_batch(MODELS[name]), 1, mesh))
+    assert_is_the_reference_step(name, one_step(MODELS[name], params_of(name), packed_batch(MODELS[name]), 1, mesh))
 
 
 WIDE = {"width": 32, "heads": 8, "kv_heads": None, "head_width": None, "mlp_width": 32}
@@ -295,23 +309,23 @@ SHAPES = [
     pytest.param(name, sizes, marks=() if sizes in SOME.get(name, ()) else pytest.mark.long)
     for name in EIGHT
     for sizes in POWERS
-    if name in SOME or sizes[3] == 2  # the rest of the families where all axes meet
+    if name == "bert" or sizes[3] == 2 or sizes in SOME.get(name, ())  # the others only with all axes
 ]
 
 
 @lru_cache
-def alone(name: str):
+def single(name: str):
     model = EIGHT[name]
     return jax.device_get(one_step(model, random_params(model), packed_batch(model, 8), 1, ONE(jax.devices()[:1])))
 
 
 @pytest.mark.parametrize(("name", "sizes"), SHAPES, ids=str)
 def test_every_mesh_makes_the_step_of_one_device(name, sizes):
-    """Over data x fsdp x tensor x context."""
+    """The meshes have the axes data x fsdp x tensor x context."""
     model = EIGHT[name]
     mesh = sharding.make_mesh(MeshConfig(*sizes), jax.devices()[:8])
     step = jax.device_get(one_step(model, random_params(model), packed_batch(model, 8), 1, mesh))
-    jax.tree.map(partial(np.testing.assert_allclose, atol=2e-6, rtol=1e-4), alone(name), step)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=2e-6, rtol=1e-4), single(name), step)
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -324,10 +338,10 @@ def test_cached_decoding_equals_uncached(name):
         context = (jit(partial(apply, module, method="encode"))(params, tokens),)
     whole = np.asarray(hidden(name)(params, tokens))
     decode = jit(partial(apply, module, method="decode_cached"))
-    # A prompt of 3 and one of 2, padded on the right, then one token at a time.
+    # Prompts of 3 and 2 tokens, padded on the right, then one token at a time.
     lengths = np.array([3, 2])
     prompts = np.where(np.arange(6) < lengths[:, None], np.pad(tokens, ((0, 0), (0, 3)))[:, :6], 1)
-    fill = jit(lambda *inputs: apply(module, *inputs[:2], Keep(inputs[2], 10), *inputs[3:], method="prefill"))
+    fill = jit(lambda *inputs: apply(module, *inputs[:2], CacheSpec(inputs[2], 10), *inputs[3:], method="prefill"))
     first, caches = fill(params, prompts, lengths, *context)
     slots = [cache.k_BKSC.shape[2] for cache in caches.own]
     kinds = [model.layer_kinds[n % len(model.layer_kinds)] for n in range(len(slots))]
@@ -342,7 +356,7 @@ def test_cached_decoding_equals_uncached(name):
 
 @pytest.mark.parametrize("name", ["gpt2", "mistral", "t5"])
 def test_several_tokens_at_once_equal_one_at_a_time(name):
-    """As a draft's tokens are checked; some of them are then replaced."""
+    """As in speculative decoding: some of the tokens are replaced later."""
     model, params = MODELS[name], params_of(name)
     module = Transformer(model)
     tokens = np.random.default_rng(0).integers(0, model.vocabulary, (2, SHORT), dtype=np.int32)
@@ -351,21 +365,22 @@ def test_several_tokens_at_once_equal_one_at_a_time(name):
         context = (jit(partial(apply, module, method="encode"))(params, tokens),)
     whole = np.asarray(hidden(name)(params, tokens))
     decode = jit(partial(apply, module, method="decode_cached"))
-    fill = jit(lambda *inputs: apply(module, *inputs[:2], Keep(inputs[2], 10, 3), *inputs[3:], method="prefill"))
+    fill = jit(lambda *inputs: apply(module, *inputs[:2], CacheSpec(inputs[2], 10, 3), *inputs[3:], method="prefill"))
     _, caches = fill(params, tokens[:, :2], np.array([2, 2]), *context)
     at = lambda n: np.broadcast_to(np.arange(n, n + 3), (2, 3))
-    _, caches = decode(params, tokens[:, 2:5] + np.array([0, 1, 1]), at(2), caches)  # of these, two were wrong
+    _, caches = decode(params, tokens[:, 2:5] + np.array([0, 1, 1]), at(2), caches)  # two of these tokens are replaced
     for n in (3, 4):
-        some, caches = decode(params, tokens[:, n : n + 3], at(n), caches)
-        np.testing.assert_allclose(np.asarray(some), whole[:, n : n + 3], atol=2e-5, rtol=1e-4)
+        chunk, caches = decode(params, tokens[:, n : n + 3], at(n), caches)
+        np.testing.assert_allclose(np.asarray(chunk), whole[:, n : n + 3], atol=2e-5, rtol=1e-4)
 
 
-def test_bfloat16_compute_keeps_float32_parameters_and_loss(name, model, params):
-    losses, grads = gradient(name, dtype=jnp.bfloat16)(params, packed_batch(model))
+@pytest.mark.parametrize("name", list(map(marked, MODELS)))
+def test_bfloat16_compute_keeps_float32_parameters_and_loss(name):
+    losses, grads = gradient(name, dtype=jnp.bfloat16)(params_of(name), packed_batch(MODELS[name]))
     for n, (value, _) in losses.items():
         if n.endswith("loss"):
             assert value.dtype == jnp.float32
-            np.testing.assert_allclose(plain(name)[0][n][0], value, rtol=0.05)
+            np.testing.assert_allclose(reference(name)[0][n][0], value, rtol=0.05)
     assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
 
 
@@ -379,7 +394,7 @@ def test_dropout_is_off_without_a_key_and_unbiased_with_one():
     assert np.unique(dropped).size == 2
 
 
-def test_initial_weights_have_their_deviation():
+def test_initial_weights_have_their_standard_deviation():
     model = MODELS["gpt2"]
     params = jit(partial(init, Transformer(model)))(jax.random.key(1))
     layers = params["decoder"]["layers"]
@@ -394,9 +409,8 @@ def test_initial_weights_have_their_deviation():
     assert np.all(np.asarray(layers["mlp_norm"]["scale"]) == 1)
 
 
-def test_weights_of_t5_are_drawn_by_their_inputs():
-    """So that states and scores begin with unit variance; with small weights scores are equal, and nothing is learned
-    from the source for a long time."""
+def test_initial_weights_of_t5_depend_on_the_number_of_inputs():
+    """States and scores start with unit variance. With small weights all scores are equal, which slows learning."""
     small = {"vocabulary": 300, "width": 48, "layers": 3, "heads": 4, "head_width": 16, "mlp_width": 96}
     model = replace(PRESETS["t5-v1.1-small"], decoder_layers=2, **small)
     params = jit(partial(init, Transformer(model)))(jax.random.key(0))
@@ -417,8 +431,8 @@ def test_every_preset_has_a_row_for_each_parameter():
         parameters.rows({"decoder": {"layers": {"novel": np.ones((2, 3))}}})
 
 
-def test_a_length_that_the_mesh_does_not_divide_is_left_whole():
-    """Such as that of the targets of corrupted texts, which nobody chooses."""
+def test_a_length_that_the_mesh_does_not_divide_is_not_sharded():
+    """For example, the length of the targets in denoising, which the user does not choose."""
     mesh = sharding.make_mesh(MeshConfig(1, 1, 2, 4), jax.devices()[:8])
     of = lambda field, *shape: tuple(sharding.batch_sharding(mesh, field, shape).spec)
     assert of("tokens_BT", 1, 4, 57) == (None, ("data", "fsdp"), None)

@@ -1,4 +1,4 @@
-"""Small files of model folders, which come from outside: each is used, or refused with a sentence."""
+"""Small files of model folders, which are untrusted: valid files are used, others are refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jaxlm.errors import UserError
 from jaxlm.families import FAMILIES, read_config
 from jaxlm.hub import model_files, safetensors
 from jaxlm.hub.model_files import JsonObject
-from jaxlm.hub.pooling import carried, read_pooling
+from jaxlm.hub.pooling import read_files, read_pooling
 from jaxlm.hub.quantization import refuse_quantised
 from jaxlm.nn.transformer import Transformer, init
 
@@ -38,12 +38,12 @@ def deep(levels: int, inner: str = "1") -> str:
         (("{" + '"a":{' * 3000 + "}" * 3001).encode(), "nested deeper than 64"),
         (b'{"a": "\xff"}', "not UTF-8 .*at byte 7"),
         ('{"a": 1}'.encode("utf-16"), "not UTF-8"),
-        (b'{"a": "\\ud83d"}', "half of a surrogate pair"),
-        (b'{"\\udE00": 1}', "half of a surrogate pair"),
+        (b'{"a": "\\ud83d"}', "an unpaired surrogate"),
+        (b'{"\\udE00": 1}', "an unpaired surrogate"),
         (b"", "is not JSON"),
         (b"{'a': 1}", "is not JSON"),
-        (b"[1]", "holds a list, not an object"),
-        (b"null", "holds a NoneType, not an object"),
+        (b"[1]", "contains a list, not an object"),
+        (b"null", "contains a NoneType, not an object"),
     ],
 )
 def test_content_that_is_no_json_object_is_refused(content, message):
@@ -76,7 +76,7 @@ def test_a_name_that_cannot_be_or_leads_outside_is_refused(tmp_path, name):
     (tmp_path / "secret").write_text("s")
     (folder / "loop").symlink_to("loop")
     (folder / "gone").symlink_to("nothing")
-    with pytest.raises(UserError, match=r"cannot be read|leads outside"):
+    with pytest.raises(UserError, match=r"cannot be read|points outside"):
         model_files.locate(folder, name)
 
 
@@ -99,9 +99,9 @@ def test_links_may_lead_within_the_folder_and_from_a_snapshot_to_its_blobs(tmp_p
     for name in ("config.json", "1_Pooling/config.json", "same.json"):
         assert model_files.locate(snapshot, name) == snapshot / name
     assert model_files.locate(snapshot / "1_Pooling", "config.json")
-    with pytest.raises(UserError, match="leads outside"):
+    with pytest.raises(UserError, match="points outside"):
         model_files.locate(snapshot, "secret.json")
-    (tmp_path / "linked").symlink_to(snapshot)  # the user's own link to the folder
+    (tmp_path / "linked").symlink_to(snapshot)  # a link of the user to the folder
     assert model_files.locate(tmp_path / "linked", "config.json")
 
 
@@ -163,7 +163,7 @@ HOSTILE += [[1], ["x"], [None], {"a": 1}, [[[]]], "-1", 0.5, 2**63]
 
 
 def places(value: object, above: tuple = ()) -> list[tuple]:
-    """Paths to every value inside of a JSON value, itself among them."""
+    """Returns the paths of all values in a JSON value, including itself."""
     found = [above]
     for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
         found += places(inner, (*above, key))
@@ -188,12 +188,12 @@ def write(folder: Path, files: dict[str, object]) -> Path:
 def test_no_value_of_sentence_transformers_files_ends_in_a_traceback(tmp_path):
     write(tmp_path, SENTENCE)
     safetensors.write({"linear.weight": np.ones((4, 8), np.float32)}, tmp_path / "2_Dense" / "model.safetensors")
-    assert read_pooling(tmp_path).prompt == "q: " and len(carried(tmp_path)) == 6
+    assert read_pooling(tmp_path).prompt == "q: " and len(read_files(tmp_path)) == 6
     for name, whole in SENTENCE.items():
         for path in places(whole):
             for value in HOSTILE:
                 (tmp_path / name).write_text(json.dumps(replaced(whole, path, value)))
-                for read in (read_pooling, carried) if name == "modules.json" else (read_pooling,):
+                for read in (read_pooling, read_files) if name == "modules.json" else (read_pooling,):
                     try:
                         read(tmp_path)
                     except UserError as error:
@@ -214,14 +214,14 @@ def test_links_that_lead_outside_are_not_followed_into_exports(tmp_path):
         folder = tmp_path / name.replace("/", "-")
         write(folder, {n: v for n, v in SENTENCE.items() if not n.startswith(("2_Dense", "sentence_bert"))})
         write(folder, {"modules.json": SENTENCE["modules.json"][:2]})  # type: ignore[index]
-        assert carried(folder)
+        assert read_files(folder)
         if (folder / name).is_dir():
             (folder / name / "config.json").unlink()
             (folder / name).rmdir()
         (folder / name).unlink(missing_ok=True)
         (folder / name).symlink_to(tmp_path / "outside" / ("secret.json" if "." in name else ""))
-        with pytest.raises(UserError, match="leads outside"):
-            carried(folder)
+        with pytest.raises(UserError, match="points outside"):
+            read_files(folder)
 
 
 def test_a_config_of_a_model_must_be_a_regular_file_of_its_folder(tmp_path):
@@ -235,7 +235,7 @@ def test_a_config_of_a_model_must_be_a_regular_file_of_its_folder(tmp_path):
     path.unlink()
     (tmp_path / "other.json").write_text("{}")
     path.symlink_to("../other.json")
-    with pytest.raises(UserError, match="leads outside"):
+    with pytest.raises(UserError, match="points outside"):
         read_config(path)
 
 
@@ -276,7 +276,7 @@ def test_no_value_of_config_json_ends_in_a_traceback(kind):
         ({"hidden_size": "abc"}, r"config.json: hidden_size is 'abc'; it must be an integer"),
         ({"hidden_size": 10**400}, "config.json: hidden_size is 1000.*; it must be an integer"),
         ({"hidden_size": 8.5}, "config.json: hidden_size is 8.5; it must be an integer"),
-        ({"hidden_size": 0}, "config.json describes a model that cannot be: model.width is 0"),
+        ({"hidden_size": 0}, "config.json describes an impossible model: model.width is 0"),
         ({"rms_norm_eps": float("nan")}, "config.json: rms_norm_eps is nan; it must be a number"),
         ({"attention_bias": "yes"}, "config.json: attention_bias is 'yes'; it must be true or false"),
         ({"rope_parameters": 3}, "config.json: rope_parameters is 3; it must be an object"),
@@ -285,11 +285,11 @@ def test_no_value_of_config_json_ends_in_a_traceback(kind):
         ({"architectures": {"a": 1}}, None),
         ({"id2label": {"a": "b"}}, "config.json: id2label is .*; it must be an object from numbers to labels"),
         ({"id2label": {"0": ["b"]}}, "config.json: id2label is .*; it must be an object from numbers to labels"),
-        ({"num_labels": 10**9}, r"num_labels 1000000000; at most|num_labels is 1000000000; it must be"),
+        ({"num_labels": 10**9}, r"num_labels 1000000000; the limit|num_labels is 1000000000; it must be"),
         ({"eos_token_id": [[]], "torch_dtype": 5, "auto_map": 3, "transformers_version": None}, None),
     ],
 )
-def test_a_malformed_config_names_the_key_the_value_and_what_it_must_be(tmp_path, change, message):
+def test_the_error_for_a_malformed_config_contains_key_value_and_rule(tmp_path, change, message):
     preset = FAMILIES["llama"].presets["smollm-135m"]
     config = dataclasses.replace(preset, vocabulary=32, width=16, layers=1, heads=2, kv_heads=1, mlp_width=16)
     params = jax.eval_shape(lambda: init(Transformer(config), jax.random.key(0)))
@@ -298,10 +298,10 @@ def test_a_malformed_config_names_the_key_the_value_and_what_it_must_be(tmp_path
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     if message is None:
-        families.look(tmp_path)
+        families.open_folder(tmp_path)
     else:
         with pytest.raises(UserError, match=message):
-            families.look(tmp_path)
+            families.open_folder(tmp_path)
 
 
 PACKED = {
@@ -329,21 +329,19 @@ PACKED = {
 
 
 @pytest.mark.parametrize("name", PACKED)
-def test_a_quantised_checkpoint_is_refused_by_name(tmp_path, name):
-    said, tensors = PACKED[name]
+def test_a_quantised_checkpoint_is_refused(tmp_path, name):
+    settings, tensors = PACKED[name]
     safetensors.write(
         {f"model.layers.0.self_attn.{n}": np.zeros((2, 2), kind) for n, kind in tensors.items()},
         tmp_path / safetensors.WEIGHTS,
     )
     hf = FAMILIES["llama"].config_to_hf(FAMILIES["llama"].presets["smollm-135m"])
-    write(tmp_path, {"config.json": {"model_type": "llama", "quantization_config": said, **hf}})
-    with pytest.raises(
-        UserError, match=f"is quantised, by {name}: .*; get the checkpoint from before the quantisation"
-    ):
-        families.look(tmp_path)
+    write(tmp_path, {"config.json": {"model_type": "llama", "quantization_config": settings, **hf}})
+    with pytest.raises(UserError, match=f"is quantised with {name}: .*; use the original checkpoint"):
+        families.open_folder(tmp_path)
 
 
-def test_weights_in_floats_beside_a_quantization_config_are_not_refused():
+def test_floating_point_weights_with_a_quantization_config_are_accepted():
     stored = {"model.embed_tokens.weight": np.zeros(1, np.float16), "position_ids": np.zeros(1, np.int64)}
     refuse_quantised("folder", {"quantization_config": {"quant_method": "bitsandbytes"}}, stored)
 
@@ -360,12 +358,12 @@ def test_weights_in_floats_beside_a_quantization_config_are_not_refused():
         ),
     ],
 )
-def test_rotary_positions_that_are_not_computed_are_refused(change, message):
+def test_unsupported_rotary_positions_are_refused(change, message):
     family = FAMILIES["modernbert"]
     hf = family.config_to_hf(family.presets["modernbert-base"])
     with pytest.raises(UserError, match=message):
         families._config(family, hf | change)
     scaled = dataclasses.replace(family.presets["modernbert-base"], rotary_scaling="linear", rotary_factor=2.0)
     written = family.config_to_hf(scaled)
-    assert written["rope_scaling"] is None  # which transformers would apply to local layers too
+    assert written["rope_scaling"] is None  # transformers would also apply it to local layers
     assert families._config(family, written).rotary_factor == 2.0

@@ -1,4 +1,4 @@
-"""Parameter nodes: a model with nodes computes what it computes merged, and trains what a node names, in its memory."""
+"""Parameter nodes: a model with nodes computes the same as the merged model, and trains the arrays that nodes name."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from compiled import jit, random_params
+from flags import OPTIMIZED
 
 import jaxlm
 from jaxlm import CausalLM, MeshConfig, ModelConfig, OptimizerConfig, TokenizerConfig
@@ -18,7 +19,7 @@ from jaxlm.data.tokenizers import tokenizer as tokenizers
 from jaxlm.devices import sharding
 from jaxlm.lm import LM
 from jaxlm.nn import nodes, parameters
-from jaxlm.nn.transformer import Transformer, apply, layers_apart
+from jaxlm.nn.transformer import Transformer, apply, unstack_layers
 from jaxlm.run.assembly import TrainStep, with_shardings
 from jaxlm.run.checkpoint import Checkpoints
 from jaxlm.run.optimizer import make_schedule
@@ -38,7 +39,7 @@ TOKENS_BT = np.random.default_rng(0).integers(1, 48, (2, 12)).astype(np.int32)
 
 
 def projections(params, make):
-    """The parameters with `make(leaf, row, n)` in the place of each projection."""
+    """The parameters with `make(leaf, row, n)` in place of each projection."""
     rows = parameters.rows_by_path(params)
     paths = sorted(path for path, row in rows.items() if row.inputs)
 
@@ -89,11 +90,11 @@ def test_merged_is_unmerged(name, kind):
     np.testing.assert_allclose(found, hidden(model, merged(params)), atol=2e-5)
     assert np.abs(found - hidden(model, dense)).max() > 1e-3  # the nodes do something
     if name == "decoder":
-        np.testing.assert_allclose(hidden(model, layers_apart(params)), found, atol=2e-5)
+        np.testing.assert_allclose(hidden(model, unstack_layers(params)), found, atol=2e-5)
 
 
 def test_nodes_stand_in_every_place():
-    """Also in the place of embeddings, norms and heads, which read them as dense arrays."""
+    """Also in place of embeddings, norms and heads, which read them as dense arrays."""
     model = dataclasses.replace(MODELS["decoder"], tied_embeddings=False)
     dense = random_params(model)
     params = jax.tree.map(lambda leaf: Masked(leaf, jnp.arange(leaf.size).reshape(leaf.shape) % 3 > 0), dense)
@@ -160,9 +161,9 @@ def test_a_step_trains_what_a_node_names(kind):
     assert not [path for path in inner if path.endswith(("/base", "/mask", "/base/values", "/scales"))]
     # The gradient is that of the dense model, by the chain rule.
     loss = lambda params: step_loss(model, params, batch)
-    of_nodes = jax.grad(lambda part: loss(parameters.joined(part, state.frozen)))(state.params)
+    of_nodes = jax.grad(lambda part: loss(parameters.join(part, state.frozen)))(state.params)
     of_dense = jax.grad(loss)(merged(params))
-    pulled = jax.vjp(lambda part: merged(parameters.joined(part, state.frozen)), state.params)[1](of_dense)[0]
+    pulled = jax.vjp(lambda part: merged(parameters.join(part, state.frozen)), state.params)[1](of_dense)[0]
     jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5, rtol=1e-3), of_nodes, pulled)
 
 
@@ -195,7 +196,7 @@ def test_no_dense_copy_of_the_stack_is_made(kind):
         step, state, batch = training(
             model, params, jax.tree_util.tree_map_with_path(trained, params), np.ones((1, 8), np.int32)
         )
-        compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+        compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile(OPTIMIZED)
         return compiled.memory_analysis().temp_size_in_bytes
 
     plain = jax.tree.map(jnp.asarray, random_params(model))
@@ -209,8 +210,8 @@ def test_the_arrays_of_a_node_lie_on_a_mesh():
     model = dataclasses.replace(MODELS["decoder"], width=32, vocabulary=64)
     mesh = sharding.make_mesh(MeshConfig(1, 2, 2), jax.devices()[:4])
     params = add_low_rank(random_params(model), ".*/kernel", 4, jax.random.key(0))
-    laid = with_shardings(jax.eval_shape(lambda p: TrainState(0, p, (), 0), params), mesh)
-    specs = {path: leaf.sharding.spec for path, leaf in parameters.by_path(laid.params).items()}
+    sharded = with_shardings(jax.eval_shape(lambda p: TrainState(0, p, (), 0), params), mesh)
+    specs = {path: leaf.sharding.spec for path, leaf in parameters.by_path(sharded.params).items()}
     P = jax.sharding.PartitionSpec
     assert specs["decoder/layers/mlp/up/kernel/base"] == P(None, "fsdp", "tensor")
     assert specs["decoder/layers/mlp/up/kernel/a"] == P(None, "fsdp", None)

@@ -89,7 +89,7 @@ def test_it_runs_from_top_to_bottom(name, tmp_path):
     for needed in ("nbclient", "nbformat", "ipykernel"):
         pytest.importorskip(needed, reason=f"{needed} is missing; install it with pip install 'jaxlm[test]'")
     begun = time.monotonic()
-    notebook = runpy.run_path(str(FOLDER / "execute.py"))["executed"](name, tmp_path)
+    notebook = runpy.run_path(str(FOLDER / "execute.py"))["execute"](name, tmp_path)
     print(f"{name}: {time.monotonic() - begun:.0f} s")
     afresh = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert [output for output in afresh if output.output_type == "error" or output.get("name") == "stderr"] == []

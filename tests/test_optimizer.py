@@ -1,4 +1,4 @@
-"""What moves, by how much, and when: decay, clipping, layer-wise rates, freezing, schedules, four optimizers."""
+"""Optimizers: weight decay, clipping, layer-wise rates, freezing and schedules, for each of four optimizers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MODELS = {
 }
 NAMES = ("adamw", "adafactor", "lion", "muon")
 
-# Adam with a huge epsilon is gradient descent: g / (|g| + epsilon) = g / epsilon to 1e-6 of it.
+# Adam with a huge epsilon is gradient descent: g / (|g| + epsilon) = g / epsilon, with a relative error of 1e-6.
 SGD = OptimizerConfig(rate=1e6, epsilon=1e6, schedule="constant", warmup=0, weight_decay=0, clip=0)
 
 
@@ -51,7 +51,7 @@ def by_path(tree) -> dict[str, np.ndarray]:
 
 
 def updates(config: OptimizerConfig, structure: str, *gradients, steps: int = 10):
-    """The updates that the gradients give one after the other, by path, and the last state.  Parameters stay."""
+    """Returns the updates by a sequence of gradients at fixed parameters, by path, and the last state."""
     params = params_of(structure)
     optimizer, chosen = make_optimizer(config, steps, params), trained(config, params)
     part = lambda tree: parameters.split(tree, chosen)[0]
@@ -69,13 +69,13 @@ def updates(config: OptimizerConfig, structure: str, *gradients, steps: int = 10
 
 
 def depth_of(path: str) -> str:
-    """Said anew here, not read from the table that is tested."""
+    """Written out here, instead of read from the table that is tested."""
     if path.split("/")[0] in ("embeddings", "decoder_embeddings"):
         return "embeddings"
     return "layers" if "/layers/" in path else "head"
 
 
-def test_gradient_descent_is_what_the_tests_below_take_it_for():
+def test_adam_with_a_huge_epsilon_is_gradient_descent():
     g = gradients_of("decoder")
     ((found,), _) = updates(SGD, "decoder", g)
     for path, leaf in by_path(g).items():
@@ -107,7 +107,7 @@ def test_gradients_are_clipped_to_their_global_norm():
 
 @pytest.mark.parametrize("structure", MODELS)
 def test_each_layer_has_its_rate(structure):
-    """Head 1, layer l of 1..L d^(L + 1 - l), embeddings d^(L + 1): in gradient and in weight decay."""
+    """1 for the head, d^(L + 1 - l) for layer l of 1..L, d^(L + 1) for embeddings: for gradient and weight decay."""
     d, g = 0.7, gradients_of(structure)
     ((plain,), _) = updates(replace(SGD, weight_decay=1e-6), structure, g)
     ((decayed,), _) = updates(replace(SGD, weight_decay=1e-6, layer_decay=d), structure, g)
@@ -126,8 +126,8 @@ def test_each_layer_has_its_rate(structure):
 
 
 @pytest.mark.parametrize("structure", MODELS)
-def test_relative_updates_are_in_proportion_to_their_tensor(structure):
-    """Times its root mean square, at least 1e-3; of stacked layers each by its own.  Weight decay stays as it is."""
+def test_relative_updates_are_proportional_to_their_parameter(structure):
+    """They are scaled by the root mean square of each layer, at least 1e-3. Weight decay does not change."""
     g = gradients_of(structure)
     ((plain,), _) = updates(replace(SGD, weight_decay=1e-6), structure, g)
     ((found,), _) = updates(replace(SGD, weight_decay=1e-6, relative=True), structure, g)
@@ -169,7 +169,7 @@ def assert_frozen(config: OptimizerConfig, structure: str, still: int) -> None:
     norm = math.sqrt(sum(np.square(g, dtype=np.float64).sum() for g in trained))
     np.testing.assert_allclose(optax.tree.get(state, "grad_norm"), norm, rtol=1e-5)
 
-    # A moment for each trained leaf and none for a frozen one.
+    # One moment for each trained leaf, and none for a frozen one.
     kept = [parameters.path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
     for path in by_path(gradients[0]):
         moves = depth_of(path) == "head" or (depth_of(path) == "layers" and still < LAYERS)
@@ -180,7 +180,7 @@ def assert_frozen(config: OptimizerConfig, structure: str, still: int) -> None:
 
 @pytest.mark.parametrize("structure", MODELS)
 @pytest.mark.parametrize("case", FROZEN)
-def test_what_is_frozen_neither_moves_nor_counts_nor_has_state(structure, case):
+def test_frozen_parameters_do_not_change_or_count_or_have_state(structure, case):
     settings, still = FROZEN[case]
     assert_frozen(OptimizerConfig(schedule="constant", warmup=0, **settings), structure, still)
 
@@ -193,7 +193,7 @@ def test_every_optimizer_freezes(name):
 @pytest.mark.parametrize("freeze_layers", [0, 1])
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("structure", MODELS)
-def test_moments_lie_where_their_parameters_lie(structure, name, freeze_layers):
+def test_moments_are_sharded_like_their_parameters(structure, name, freeze_layers):
     model = replace(MODELS[structure], width=128, mlp_width=128, vocabulary=128)  # large enough for factored moments
     mesh = sharding.make_mesh(MeshConfig(1, 2, 2), jax.devices()[:4])
     params = jax.eval_shape(partial(init, Transformer(model)), jax.random.key(0))
@@ -216,7 +216,7 @@ def test_moments_lie_where_their_parameters_lie(structure, name, freeze_layers):
         assert moments >= len(jax.tree.leaves(part))
 
 
-def test_frozen_gradients_do_not_weigh_in_clipping():
+def test_frozen_gradients_do_not_count_in_clipping():
     g = gradients_of("decoder")
     loud = g | {"embeddings": jax.tree.map(lambda x: x * 1e6, g["embeddings"])}
     loud = jax.tree_util.tree_map_with_path(
@@ -258,7 +258,7 @@ def test_schedules_follow_their_formulas(name, warmup):
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_schedules_without_warmup_begin_at_the_peak_and_short_runs_are_finite(name):
+def test_schedules_without_warmup_start_at_the_peak_and_short_runs_are_finite(name):
     for steps in (1, 2, 3, 50):
         for warmup in (0.0, 0.5):
             config = OptimizerConfig(rate=2.0, schedule=name, warmup=warmup, final=0.0, decay_share=1.0)
@@ -268,7 +268,7 @@ def test_schedules_without_warmup_begin_at_the_peak_and_short_runs_are_finite(na
             assert warmup > 0 or values[0] == 2.0
 
 
-def test_a_decay_longer_than_what_warmup_leaves_still_ends_at_the_last_rate():
+def test_a_decay_longer_than_the_steps_after_warmup_ends_at_the_last_rate():
     config = OptimizerConfig(rate=2.0, schedule="warmup_stable_decay", warmup=0.1, decay_share=1.0, final=0.25)
     assert float(make_schedule(config, 100)(100)) == pytest.approx(0.5)
 
@@ -299,7 +299,7 @@ def test_every_optimizer_learns_and_keeps_dtypes(name):
 
 
 def newton_schulz(g: np.ndarray) -> np.ndarray:
-    """Five steps of the quintic iteration on one matrix (Jordan et al. 2024), in float64."""
+    """Returns five steps of the quintic iteration on one matrix (Jordan et al. 2024), in float64."""
     x = g.astype(np.float64) / np.linalg.norm(g)
     transposed = x.shape[0] > x.shape[1]
     x = x.T if transposed else x
@@ -310,9 +310,9 @@ def newton_schulz(g: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("structure", MODELS)
-def test_muon_orthogonalises_each_layers_matrix_on_its_own(structure):
+def test_muon_orthogonalises_the_matrix_of_each_layer_separately(structure):
     g = gradients_of(structure)
-    # Layers as different as can be: one that dwarfed the others would show if they shared a norm.
+    # One layer is much larger than the others, which would have an effect if the layers shared a norm.
     g = jax.tree_util.tree_map_with_path(
         lambda path, x: (
             x * 10.0 ** np.arange(LAYERS).reshape(-1, *[1] * (x.ndim - 1)).astype(np.float32)
@@ -350,7 +350,7 @@ PROJECTIONS = {  # inputs and outputs of kernels, written out here and not read 
 
 @pytest.mark.parametrize("relative", [False, True])
 def test_adafactor_treats_each_layer_as_optax_treats_its_matrix(relative):
-    """One layer's spike leaves the others alone, and the heads of a kernel are factored as one axis."""
+    """A spike in one layer does not change the others, and the heads of a kernel are factored as one axis."""
     model = replace(MODELS["decoder"], width=128, heads=4, mlp_width=160, vocabulary=136)
     params = random_params(model)
     random = np.random.default_rng(0)
@@ -369,7 +369,7 @@ def test_adafactor_treats_each_layer_as_optax_treats_its_matrix(relative):
         return made, state
 
     def single(tree) -> dict[str, np.ndarray]:
-        """Each layer of each leaf alone, projections as matrices."""
+        """Returns each layer of each leaf separately, projections as matrices."""
         found = {}
         for path, leaf in by_path(tree).items():
             layers = enumerate(leaf) if depth_of(path) == "layers" else [("", leaf)]

@@ -1,4 +1,4 @@
-"""The same numbers as transformers, both ways, for random models of odd shapes of every family and head."""
+"""Equality with transformers in both directions, for random models with odd shapes of every family and head."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.parity
 
 VOCABULARY, T = 41, 13
-# Keys of transformers' configs: three heads, sizes that are no powers of two.
+# Keys of transformers' configs: three heads, sizes that are not powers of two.
 WIDE: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3}
 WIDE |= {"intermediate_size": 20, "max_position_embeddings": 16}
 DECODER = WIDE | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "num_key_value_heads": 3, "head_dim": 10}
@@ -164,13 +164,13 @@ MEMBERS = [
     for family, (_, heads, shapes) in FAMILIES.items()
     for head in heads
     for shape in shapes
-    if head in heads[:2] or shape == next(iter(shapes))  # every shape for two heads, one for the others
+    if head in heads[:2] or shape == next(iter(shapes))  # all shapes for two heads, one shape for the others
 ]
 LOGITS = ("logits", "prediction_logits", "pooler_output")
 
 
 def their_model(family: str, head: str, shape: str) -> Any:
-    """A random model, no weight at a special initial value (zeros, ones), so that none can go unnoticed."""
+    """Returns a random model without weights at a special initial value (0 or 1), which could hide errors."""
     base, _, shapes = FAMILIES[family]
     config = getattr(transformers, f"{'Gemma3Text' if family == 'Gemma3' else family}Config")(**base | shapes[shape])
     config._attn_implementation = "eager"
@@ -184,7 +184,7 @@ def their_model(family: str, head: str, shape: str) -> Any:
 
 
 def batch(config: Any, left: bool) -> dict[str, np.ndarray]:
-    """Rows of 13, 7 and 1 tokens, padded right or left; the padding token stands nowhere else."""
+    """Returns rows of 13, 7 and 1 tokens, padded right or left; other tokens are never the padding token."""
     random = np.random.default_rng(0)
     padding = config.pad_token_id if config.pad_token_id is not None else 0
     tokens = random.integers(6, VOCABULARY, (3, T))
@@ -265,7 +265,7 @@ def test_both_ways(tmp_path, family, head, shape):
     model = their_model(family, head, shape)
     model.save_pretrained(tmp_path / "theirs")
     lm = jaxlm.load(tmp_path / "theirs")
-    # DeBERTa alone gives padding nothing to see, and by `left` padding is the first token.
+    # Only DeBERTa hides all keys from padding, and with `left` padding is the first token.
     for left in (False, True)[: 1 if (family, head) == ("DebertaV2", "ForSequenceClassification") else 2]:
         assert_same(model, lm, head, left)
     if head == "ForSequenceClassification":  # without a mask, as a user may call it
@@ -275,10 +275,10 @@ def test_both_ways(tmp_path, family, head, shape):
         np.testing.assert_allclose(lm(ids).logits, theirs, atol=1e-4, rtol=1e-4)
     jaxlm.save(lm, tmp_path / "ours")
     assert tensors(tmp_path / "ours") == tensors(tmp_path / "theirs")
-    kept, said = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("theirs", "ours"))
-    assert {name: said[name] for name in kept} == kept
+    theirs, ours = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("theirs", "ours"))
+    assert {name: ours[name] for name in theirs} == theirs
 
-    # And as transformers reads a model that never was its own.
+    # Transformers also reads a model that it did not save.
     origin = lm.origin._replace(names={}, dtypes={})
     other = jaxlm.LM(lm.config, lm.module, jax.tree.map(lambda leaf: leaf * 0.5, lm.params), origin=origin)
     jaxlm.save(other, tmp_path / "new")
@@ -299,9 +299,9 @@ BY_LENGTH = {
 @pytest.mark.parametrize("old", [False, True], ids=["rope_parameters", "rope_scaling"])
 @pytest.mark.parametrize("kind", BY_LENGTH)
 def test_rotary_positions_that_depend_on_the_length(tmp_path, kind, old):
-    """Rows without padding, before and beyond the trained length: for others transformers takes the longest of all."""
-    said, more = BY_LENGTH[kind]
-    config = transformers.LlamaConfig(**DECODER | more, rope_parameters=said)
+    """Rows without padding, within and beyond the trained length: with padding, transformers uses the longest row."""
+    rope, more = BY_LENGTH[kind]
+    config = transformers.LlamaConfig(**DECODER | more, rope_parameters=rope)
     config._attn_implementation = "eager"
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config).eval()
@@ -360,8 +360,8 @@ SITES = [
 
 
 @pytest.mark.parametrize(("family", "head"), SITES)
-def test_dropout_is_at_the_sites_of_transformers(monkeypatch, tmp_path, family, head):
-    """Every site in training, as its rate and the number of its entries, the same in both; rates come back as keys."""
+def test_dropout_has_the_sites_of_transformers(monkeypatch, tmp_path, family, head):
+    """Rates and sizes of all dropout sites in training are equal; rates are converted back to keys."""
     base, _, shapes = FAMILIES[family]
     base = base | next(iter(shapes.values())) | {k: n for k, n in ONE_LAYER.items() if k in base or "num_d" in k}
     config = getattr(transformers, f"{family}Config")(**base | DROPOUT[family] | {"pad_token_id": 1})

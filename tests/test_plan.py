@@ -191,10 +191,10 @@ def test_the_verb_says_what_does_not_fit():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ((), "plan takes a config first: jaxlm plan CONFIG"),
+        ((), "plan requires a config: jaxlm plan CONFIG"),
         (("configs/quickstart.py", "--topology", "v5x:2x2"), "unknown chip"),
-        (("configs/quickstart.py", "--topology", "v5e:3x3"), "a shape that there is not; there are v5e: 1x1 2x2"),
-        (("configs/quickstart.py", "--topology"), "not of the form CHIP:SHAPE"),
+        (("configs/quickstart.py", "--topology", "v5e:3x3"), "a shape that does not exist; choose from v5e: 1x1 2x2"),
+        (("configs/quickstart.py", "--topology"), "does not have the form CHIP:SHAPE"),
         (("configs/gpt2_124m.py", "--mesh.data", "3"), "do not multiply to the 1 devices"),
         (("configs/trec.py",), "--init"),
     ],
@@ -233,4 +233,4 @@ def test_the_batch_goes_over_the_slices():
     """What is exchanged most stays on the fast network within a slice."""
     done = subprocess.run([sys.executable, "-c", SLICES], cwd=ROOT, env=os.environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "is not divided by the 2 slices, between which it must go" in done.stdout
+    assert "is not a multiple of the 2 slices that it is split across" in done.stdout

@@ -1,4 +1,4 @@
-"""What a plan stands on: the table of chips, counted and closed products, and what is read off a compiled program."""
+"""The parts of a plan: the table of chips, counts of matrix products, and the analysis of compiled programs."""
 
 from __future__ import annotations
 
@@ -70,12 +70,12 @@ def test_a_chip_is_found_by_its_device_kind(kind, name):
 def test_no_two_chips_have_a_device_kind_in_common_and_unknown_ones_are_reported():
     kinds = [kind for chip in chips.CHIPS for kind in chip.kinds]
     assert len(kinds) == len(set(kinds))
-    assert "the peak of 'NVIDIA X1' is not known" in chips.without_rates("NVIDIA X1", "gpu")
-    assert not chips.without_rates("cpu", "cpu") and not chips.without_rates("Tesla T4", "gpu")
+    assert "the peak rate of 'NVIDIA X1' is unknown" in chips.unknown_chip_warning("NVIDIA X1", "gpu")
+    assert not chips.unknown_chip_warning("cpu", "cpu") and not chips.unknown_chip_warning("Tesla T4", "gpu")
 
 
 @pytest.mark.parametrize(
-    ("dtype", "precision", "platform", "said"),
+    ("dtype", "precision", "platform", "part"),
     [
         ("float32", "default", "tpu", "one pass of bfloat16"),
         ("float32", "default", "gpu", "TensorFloat32"),
@@ -85,18 +85,18 @@ def test_no_two_chips_have_a_device_kind_in_common_and_unknown_ones_are_reported
         ("bfloat16", "default", "tpu", ""),
     ],
 )
-def test_what_products_of_float32_are_is_reported(dtype, precision, platform, said):
-    sentence = chips.precision_of(dtype, precision, platform)
-    assert said in sentence and bool(said) == bool(sentence)
+def test_reduced_precision_of_float32_products_is_reported(dtype, precision, platform, part):
+    sentence = chips.float32_warning(dtype, precision, platform)
+    assert part in sentence and bool(part) == bool(sentence)
 
 
 @pytest.mark.parametrize("chip", chips.CHIPS, ids=lambda chip: chip.name)
-def test_each_constant_has_a_source_and_a_likely_value(chip):
+def test_each_constant_has_a_source_and_a_plausible_value(chip):
     assert all(constant.source and constant.unit in str(constant) for constant in chip.constants.values())
     assert 2e13 < chip.flops.value < 3e15 and 1e10 <= chip.link.value < 1e12
     assert 7 * 2**30 < chip.hbm.value < 200 * 2**30 and 2e11 < chip.bandwidth.value < 1e13
     assert bool(chip.dimensions) == bool(chip.pod) and (not chip.libtpu or chip.dimensions)
-    # No chip has much more arithmetic for each byte of memory traffic than another of its time.
+    # The ratio of arithmetic to memory bandwidth is similar on all chips.
     assert 60 < chip.flops.value / chip.bandwidth.value < 600
 
 
@@ -109,39 +109,39 @@ def test_each_constant_has_a_source_and_a_likely_value(chip):
         ("7x:4x4x4", "7x", (4, 4, 4)),
     ],
 )
-def test_a_topology_is_read(name, chip, shape):
-    found, of = chips.parse(name)
-    assert (found.name, of) == (chip, shape)
+def test_a_topology_is_parsed(name, chip, shape):
+    found, found_shape = chips.parse_topology(name)
+    assert (found.name, found_shape) == (chip, shape)
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("v5e-16", "CHIP:SHAPE"),
         ("v5x:4x4", "perhaps you meant 'v5"),
-        ("v5e:3x3", "there are v5e: 1x1 2x2"),
-        ("v5e:0x4", "there are v5e:"),
-        ("v5e:4x4x4", "there are v5e:"),
+        ("v5e:3x3", "choose from v5e: 1x1 2x2"),
+        ("v5e:0x4", "choose from v5e:"),
+        ("v5e:4x4x4", "choose from v5e:"),
         ("v5p:4x4", "multiples of 4"),
         ("v4:16x16x32", "at most 4,096 chips"),
     ],
 )
-def test_an_unknown_topology_is_refused_with_those_that_there_are(name, said):
-    with pytest.raises(UserError, match=said):
-        chips.topology(name)
+def test_an_unknown_topology_raises_an_error_with_the_known_ones(name, message):
+    with pytest.raises(UserError, match=message):
+        chips.topology_devices(name)
 
 
 def test_without_libtpu_a_topology_names_the_extra(monkeypatch):
     monkeypatch.setattr(chips, "find_spec", lambda name: None)
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
     with pytest.raises(UserError, match=r"pip install 'jaxlm\[plan\]'"):
-        chips.topology("v5e:2x2")
+        chips.topology_devices("v5e:2x2")
 
 
-def test_rings_close_where_chips_are_many_enough():
-    assert chips.rings(*chips.parse("v5e:8x16")) == (False, True)
-    assert chips.rings(*chips.parse("v5p:4x4x8")) == (True, True, True)
-    assert chips.rings(*chips.parse("v5p:2x2x4")) == (False, False, False)
+def test_links_form_rings_with_enough_chips():
+    assert chips.rings(*chips.parse_topology("v5e:8x16")) == (False, True)
+    assert chips.rings(*chips.parse_topology("v5p:4x4x8")) == (True, True, True)
+    assert chips.rings(*chips.parse_topology("v5p:2x2x4")) == (False, False, False)
 
 
 # ---- products
@@ -181,7 +181,7 @@ def test_products_inside_others_are_counted_as_often_as_they_run():
     assert counted(own, (4, 4)) == SQUARE and counted(loss(own), (4, 4)) == 3 * SQUARE
 
 
-def test_a_while_loop_is_counted_where_its_turns_are_known():
+def test_a_while_loop_is_counted_if_its_number_of_trips_is_known():
     loop = lambda most: (
         lambda x: jax.lax.while_loop(lambda s: s[0] < most(x), lambda s: (s[0] + 2, s[1] @ s[1]), (1, x))[1]
     )
@@ -192,7 +192,7 @@ def test_a_while_loop_is_counted_where_its_turns_are_known():
     assert counted(still, (4, 4)) == 0
 
 
-def test_what_each_device_does_is_counted_for_all():
+def test_products_of_each_device_are_counted_for_all_devices():
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("a", "b"))
     each = jax.shard_map(lambda x: x @ x.T, mesh=mesh, in_specs=P("a", None), out_specs=P("a", None), check_vma=False)
     assert counted(each, (8, 3)) == 8 * (2 * 4 * 4 * 3)  # the four devices along b do the same
@@ -256,6 +256,23 @@ def of_gradient(model: ModelConfig, loss, *batch, remat="none") -> int:
     )
 
 
+def recomputed(model, rows, length, source_length=None, *, remat="full", blocks=False):
+    """Returns the FLOPs that the backward pass adds to `flops.closed(...).step` by recomputing.
+
+    "elementwise" recomputes no product, "dots" recomputes attention, "full" recomputes the layers. The last product of
+    a layer is recomputed only if a norm follows it.
+    """
+    if remat in ("none", "elementwise"):
+        return 0
+    forward = flops.model_flops(model, rows, length, source_length, heads={}, blocks=blocks)
+    if remat == "dots":
+        return forward.attention
+    entries = model.layers * (length if source_length is None else source_length) * model.F
+    if model.structure == "encoder_decoder":
+        entries += (model.decoder_layers or model.layers) * length * model.decoder_config.F
+    return forward.layers - (2 * rows * entries * model.width if model.norm_place == "pre" else 0)
+
+
 def array(*shape, dtype=jnp.int32):
     return jax.ShapeDtypeStruct(shape, dtype)
 
@@ -275,12 +292,12 @@ def causal(module, params, batch):
 @pytest.mark.parametrize("remat", ["none", "elementwise", "dots", "full"])
 def test_products_of_a_decoder_are_those_of_the_formula(model, T, remat):
     batch = packed(2, T) if model.types else {k: v for k, v in packed(2, T).items() if k != "types_BT"}
-    expected = flops.closed(model, 2, T, blocks=True).step + flops.recomputed(model, 2, T, remat=remat, blocks=True)
+    expected = flops.model_flops(model, 2, T, blocks=True).step + recomputed(model, 2, T, remat=remat, blocks=True)
     assert of_gradient(model, causal, batch, remat=remat) == expected
 
 
 def test_by_convention_all_queries_meet_all_keys():
-    whole, blocks = (flops.closed(DECODER, 2, 200, blocks=blocks) for blocks in (False, True))
+    whole, blocks = (flops.model_flops(DECODER, 2, 200, blocks=blocks) for blocks in (False, True))
     assert whole.attention == 2 * 2 * (2 * 24 * 200 * 200) * 3
     assert blocks.attention < 0.7 * whole.attention and blocks.projections == whole.projections
     # PaLM, appendix B: 6 N + 12 L H C T for each token, N without the embeddings, but with the head.
@@ -297,10 +314,10 @@ def test_only_predicted_positions_pass_the_vocabulary():
     def loss(module, params, batch):
         return sum(total for name, (total, _) in task.losses(module, params, batch, None)[0].items() if "loss" in name)
 
-    closed = flops.closed(BERT, 2, 32, heads={"masked_lm": task.predictions, "next_sentence": 4})
+    closed = flops.model_flops(BERT, 2, 32, heads={"masked_lm": task.predictions, "next_sentence": 4})
     assert task.predictions < 32 and of_gradient(BERT, loss, batch) == closed.step
-    assert of_gradient(BERT, loss, batch, remat="full") == closed.step + flops.recomputed(BERT, 2, 32)
-    assert flops.recomputed(BERT, 2, 32) == closed.layers  # the last norm of each layer needs all of it
+    assert of_gradient(BERT, loss, batch, remat="full") == closed.step + recomputed(BERT, 2, 32)
+    assert recomputed(BERT, 2, 32) == closed.layers  # the last norm of each layer needs all of it
 
 
 @pytest.mark.parametrize("model", [ALBERT, DEBERTA, MODERN], ids=["albert", "deberta", "modernbert"])
@@ -310,8 +327,8 @@ def test_products_of_other_encoders_are_those_of_the_formula(model, remat):
         x_BPD = apply(module, params, tokens_BT)[:, :5]
         return sum(apply(module, params, x_BPD, method=head).sum() for head in model.heads_on_top)
 
-    expected = flops.closed(model, 2, 16, heads=dict.fromkeys(model.heads_on_top, 5)).step
-    assert of_gradient(model, loss, array(2, 16), remat=remat) == expected + flops.recomputed(model, 2, 16, remat=remat)
+    expected = flops.model_flops(model, 2, 16, heads=dict.fromkeys(model.heads_on_top, 5)).step
+    assert of_gradient(model, loss, array(2, 16), remat=remat) == expected + recomputed(model, 2, 16, remat=remat)
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
@@ -321,10 +338,10 @@ def test_products_of_an_encoder_decoder_are_those_of_the_formula(remat):
         return cross_entropy(apply(module, params, x_BTD, method="lm"), tokens_BT, weights_BT)[0]
 
     batch = array(2, 20), array(2, 12), array(2, 12, dtype=jnp.float32)
-    expected = flops.closed(T5, 2, 12, 20).step + flops.recomputed(T5, 2, 12, 20, remat=remat)
+    expected = flops.model_flops(T5, 2, 12, 20).step + recomputed(T5, 2, 12, 20, remat=remat)
     assert of_gradient(T5, loss, *batch, remat=remat) == expected
     with pytest.raises(ValueError, match="source_length"):
-        flops.closed(T5, 2, 12)
+        flops.model_flops(T5, 2, 12)
 
 
 # ---- compiled programs
@@ -338,15 +355,15 @@ def mesh():
 
 
 def compiled(function, mesh, **arguments) -> hlo.Program:
-    """The program of a function of arrays given as NAME=(shape, spec)."""
-    placed = {
+    """Returns the program of a function of the arrays NAME=(shape, spec)."""
+    shapes = {
         name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
         for name, (shape, spec) in arguments.items()
     }
-    return hlo.read(jax.jit(function).lower(**placed).compile().as_text())
+    return hlo.parse(jax.jit(function).lower(**shapes).compile().as_text())
 
 
-def test_collectives_in_a_scan_are_counted_for_each_turn(mesh):
+def test_collectives_in_a_scan_are_counted_for_each_trip(mesh):
     def forward(up_LDF, down_LFD, x_BD):
         def layer(x_BD, kernels):
             with jax.named_scope("Block/mlp/up"):
@@ -367,9 +384,9 @@ def test_collectives_in_a_scan_are_counted_for_each_turn(mesh):
     assert one.operand_bytes == one.result_bytes == one.sent_bytes == B * D * 4
     assert sorted(map(sorted, one.groups)) == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert hlo.purpose(one.op_name) == "layers mlp/down"
-    expected = hlo.Sum(LAYERS, *[LAYERS * B * D * 4] * 3)
+    expected = hlo.CollectiveTotals(LAYERS, *[LAYERS * B * D * 4] * 3)
     assert hlo.by_kind([one]) == {"all-reduce": expected} and hlo.by_purpose([one]) == {"layers mlp/down": expected}
-    # Each layer reads its own kernels once; the scan slices them, and does not read the others.
+    # Each layer reads only its own kernels, which the scan slices.
     kernels = LAYERS * 2 * D * F // 2 * 4
     assert kernels <= hlo.hbm_bytes(program) < 8 * kernels
 
@@ -420,7 +437,7 @@ def test_each_kind_of_collective_is_found(kind, mesh):
         ("mesh['x'=8] {'x':(2)2}", [[0, 2], [1, 3], [4, 6], [5, 7]]),
     ],
 )
-def test_groups_are_read_in_each_way_of_writing_them(text, groups):
+def test_groups_are_parsed_in_each_format(text, groups):
     rest = f", channel_id=1, replica_groups={text}, use_global_device_ids=true, to_apply=%add"
     assert [list(group) for group in hlo._groups(rest, "all-reduce", 8)] == groups
 
@@ -487,8 +504,8 @@ ASYNC = ASYNC.replace("STATE", "(s32[]{:T(128)}, f32[16,64]{1,0}, bf16[8,64]{1,0
 ASYNC = ASYNC.replace("OP_NAME", "jit(step)/transpose(jvp(Transformer))/decoder/while/body/Block/mlp/up/dot_general")
 
 
-def test_tpu_programs_are_seen_through():
-    program = hlo.read(ASYNC)
+def test_asynchronous_collectives_of_tpu_programs_are_counted_once():
+    program = hlo.parse(ASYNC)
     assert program.loops == (hlo.Loop("while.1", "body", 5),)  # from 2 to 12 by 2; both are constants outside
     gather, scatter = hlo.collectives(program)
     assert (gather.kind, gather.times, gather.operand_bytes, gather.result_bytes) == ("all-gather", 5, 1024, 2048)
@@ -506,26 +523,26 @@ def test_tpu_programs_are_seen_through():
     assert "async-collective-start" not in moves  # from VMEM; the end of the pair writes
 
 
-def test_a_text_that_is_no_program_is_refused():
+def test_a_text_without_a_program_raises_an_error():
     with pytest.raises(ValueError, match="ENTRY"):
-        hlo.read("HloModule empty\n")
+        hlo.parse("HloModule empty\n")
 
 
-def test_slices_and_updates_in_place_count_for_what_they_touch(mesh):
+def test_slices_and_updates_in_place_count_with_their_own_size(mesh):
     one = Mesh(np.array(jax.devices()[:1]), ("x",))
 
     def scan(table_NM):
         return jax.lax.scan(lambda c, row_M: (c, jnp.sin(row_M)), 0, table_NM)[1]
 
     program = compiled(scan, one, table_NM=((1000, 1024), P()))
-    # Each row is read and written once; a whole table in each turn would be a thousand times as much.
+    # Each row is read and written once. The whole table in each trip would be a thousand times as much.
     table = 1000 * 1024 * 4
     assert 2 * table <= hlo.hbm_bytes(program) < 8 * table
-    assert hlo.collectives(program) == [] and hlo.estimated_cycles(program) is None
+    assert hlo.collectives(program) == []
 
 
 @pytest.mark.parametrize(
-    ("op_name", "said"),
+    ("op_name", "expected"),
     [
         (
             "jit(step)/jvp(Transformer)/Transformer.decode/decoder/decoder._scan/while/body/closed_call/Block/attention/query/dot_general",
@@ -545,21 +562,21 @@ def test_slices_and_updates_in_place_count_for_what_they_touch(mesh):
         ("", "unnamed"),
     ],
 )
-def test_names_say_what_a_collective_serves(op_name, said):
-    assert hlo.purpose(op_name) == said
+def test_the_purpose_of_a_collective_follows_from_its_name(op_name, expected):
+    assert hlo.purpose(op_name) == expected
 
 
-def test_reading_takes_time_in_proportion_to_the_text():
+def test_parsing_takes_time_proportional_to_the_text():
     """Four times the text takes four times as long; sixteen times would be quadratic."""
     before, entry, rest = ASYNC.partition("ENTRY")
 
     def seconds(count: int) -> float:
         more = "".join(f"  %negate.{n} = f32[16,64]{{1,0:T(8,128)}} negate(%a)\n" for n in range(count))
         text = before + entry + rest.replace("  ROOT", more + "  ROOT")
-        begun = time.process_time()
-        found = hlo.read(text)
+        start = time.process_time()
+        found = hlo.parse(text)
         assert len(hlo.moves(found)) > count and len(hlo.collectives(found)) == 2
-        return time.process_time() - begun
+        return time.process_time() - start
 
     assert min(seconds(20_000) for _ in range(2)) / min(seconds(5_000) for _ in range(3)) < 10
 
@@ -590,15 +607,15 @@ assert all(one.group_size == 2 for one in found if one.kind != "collective-permu
 assert sums["all-gather"].times >= 2 * 5 and sums["all-reduce"].times >= 2 * 5, sums
 gathers = [one for one in found if one.kind == "all-gather" and one.times == 5]
 assert {(one.operand_bytes, one.result_bytes) for one in gathers} == {(256 * 512 // 2, 256 * 512)}, gathers
-assert 0 < hlo.hbm_bytes(program) < 1e9 and hlo.estimated_cycles(program) > 0
-print("well")
+assert 0 < hlo.hbm_bytes(program) < 1e9
+print("done")
 """
 
 
 @pytest.mark.long
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is not installed (pip install 'jaxlm[plan]')")
-def test_the_tpu_compiler_is_there_twice_at_once():
+def test_two_processes_use_the_tpu_compiler_at_once():
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false", "XLA_FLAGS": ""}
     start = lambda: subprocess.Popen([sys.executable, "-c", ON_TPU], env=env, stdout=-1, stderr=-1, text=True)
     ended = [(*process.communicate(timeout=300), process.returncode) for process in [start(), start()]]
-    assert ended == [("well\n", "", 0)] * 2
+    assert ended == [("done\n", "", 0)] * 2

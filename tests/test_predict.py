@@ -38,7 +38,7 @@ from jaxlm.data.tokenizers import tokenizer as tokenizers
 from jaxlm.lm import LM
 from jaxlm.nn.transformer import Transformer
 from jaxlm.run import folder
-from jaxlm.run.evaluate import task_of
+from jaxlm.run.trained_model import task_of
 from jaxlm.tasks import make_task, prepare
 
 ROOT = Path(__file__).parent.parent
@@ -85,8 +85,8 @@ def squad(*questions: dict[str, Any], context: str = TEXT) -> str:
     return json.dumps({"data": [{"title": title, **article} for title in "abc"]})
 
 
-def question(text: str, start: Any, asked: str = "what is good", **more: Any) -> dict[str, Any]:
-    return {"id": "1", "question": asked, "answers": [{"text": text, "answer_start": start}], **more}
+def question(text: str, start: Any, wording: str = "what is good", **more: Any) -> dict[str, Any]:
+    return {"id": "1", "question": wording, "answers": [{"text": text, "answer_start": start}], **more}
 
 
 LABELS = ["pos", "neg"] * 10
@@ -152,11 +152,11 @@ DATA: dict[str, tuple[str, str, str, list[str], list[str]]] = {
     ),
     "numbers and text": (
         *("Classification", "x.jsonl", lines(*[{"text": TEXT, "label": x} for x in [1, "a"] * 5]), []),
-        ["'label'", "numbers (x.jsonl:", "text (x.jsonl:", "one kind"],
+        ["'label'", "numbers (x.jsonl:", "text (x.jsonl:", "one type"],
     ),
     "numbers and truth": (
         *("Classification", "x.jsonl", lines(*[{"text": TEXT, "label": x} for x in [1, True] * 5]), []),
-        ["numbers (x.jsonl:", "true or false (x.jsonl:", "one kind"],
+        ["numbers (x.jsonl:", "true or false (x.jsonl:", "one type"],
     ),
     "NaN in json": (
         *("Classification", "x.jsonl", lines(*ROWS, ROWS[0] | {"label": float("nan")}), []),
@@ -172,11 +172,11 @@ DATA: dict[str, tuple[str, str, str, list[str], list[str]]] = {
     ),
     "a list as a class": (
         *("Classification", "x.jsonl", lines(*ROWS, ROWS[0] | {"label": ["pos"]}), []),
-        ["x.jsonl:21", "list ['pos']", "no label", "--task.label"],
+        ["x.jsonl:21", "list ['pos']", "not a label", "--task.label"],
     ),
     "an object as classes": (
         *("Classification", "x.jsonl", lines(*ROWS, ROWS[0] | {"label": {"a": 1}}), ["--task.problem", "multi_label"]),
-        ["x.jsonl:21", "dict {'a': 1}", "no label"],
+        ["x.jsonl:21", "dict {'a': 1}", "not a label"],
     ),
     "fractions as classes": (
         *("Classification", "x.csv", table([0.5, 1.5, 2.0] * 6), []),
@@ -184,11 +184,11 @@ DATA: dict[str, tuple[str, str, str, list[str], list[str]]] = {
     ),
     "too many classes": (
         *("Classification", "x.csv", table(list(range(10_000))), []),
-        ["different values in", "'0'", "most_classes is 1,000", "--task.problem regression", "--task.most-classes"],
+        ["different values in", "'0'", "max_classes is 1,000", "--task.problem regression", "--task.max-classes"],
     ),
     "one class": (
         *("Classification", "x.csv", table(["pos"] * 20), []),
-        ["'label'", "one label alone, 'pos'", "nothing to tell apart"],
+        ["'label'", "only the label 'pos'", "needs several"],
     ),
     "no class in any row": (
         *("Classification", "x.jsonl", lines(*[{"text": TEXT, "label": []}] * 20), ["--task.problem", "multi_label"]),
@@ -228,16 +228,16 @@ DATA: dict[str, tuple[str, str, str, list[str], list[str]]] = {
     ),
     "three texts": (
         *("Classification", "x.csv", table(LABELS), ["--task.text", "a", "b", "c"]),
-        ["names 3 columns", "the two of a pair"],
+        ["has 3 columns", "or two for a pair"],
     ),
     "columns missing in conll": (
         *("Tagging", "x.conll", conll(*[NAMED] * 4) + "the\tB-PER\ngood\n\n", []),
-        ["x.conll:94", "'good' has 1 columns, line 1 2", "a token, its tag last"],
+        ["x.conll:94", "'good' has 1 columns, line 1 has 2", "a token, its tag last"],
     ),
     "no tags in conll": ("Tagging", "x.conll", "the\nfilm\n\n", [], ["x.conll:1", "no column 'tags'", "'tokens'"]),
     "a tag without a scheme": (
         *("Tagging", "x.conll", conll(*[NAMED] * 4, [("the", "PERSON")]), []),
-        ["x.conll:93", "'PERSON' has no mark", "'B-PER'", "--task.scheme"],
+        ["x.conll:93", "'PERSON' has no prefix", "'B-PER'", "--task.scheme"],
     ),
     "a tag of another scheme": (
         *("Tagging", "x.conll", conll(*[NAMED] * 4, [("the", "S-PER")]), ["--task.scheme", "IOB2"]),
@@ -258,11 +258,11 @@ DATA: dict[str, tuple[str, str, str, list[str], list[str]]] = {
     "nothing but O": ("Tagging", "x.conll", conll(*[PLAIN] * 4), [], ["'tags'", "no tag but O", "nothing to learn"]),
     "an answer elsewhere": (
         *("QuestionAnswering", "x.json", squad(question("film", 13), question("film", 14)), ["--data.format", "squad"]),
-        ["x.json:2", "'film' does not stand at 14", "'ilm '", "--task.wrong-offsets drop"],
+        ["x.json:2", "'film' is not at character 14 of its text", "'ilm '", "--task.wrong-offsets drop"],
     ),
     "an answer before the text": (
         *("QuestionAnswering", "x.json", squad(question("film", -3)), ["--data.format", "squad"]),
-        ["x.json:1", "'film' does not stand at -3"],
+        ["x.json:1", "'film' is not at character -3"],
     ),
     "an empty answer": (
         *("QuestionAnswering", "x.json", squad(question("", 13)), ["--data.format", "squad"]),
@@ -295,7 +295,7 @@ DATA: dict[str, tuple[str, str, str, list[str], list[str]]] = {
         "x.jsonl",
         lines({"question": "a", "context": TEXT, "answers": {"text": ["film", "plot"], "answer_start": [13]}}),
         [],
-        ["x.jsonl:1", "two lists of one length"],
+        ["x.jsonl:1", "two lists of the same length"],
     ),
     "a place that is a word": (
         "QuestionAnswering",
@@ -307,9 +307,9 @@ DATA: dict[str, tuple[str, str, str, list[str], list[str]]] = {
     "a question as long as the row": (
         "QuestionAnswering",
         "x.json",
-        squad(question("film", 13, asked=TEXT)),
+        squad(question("film", 13, wording=TEXT)),
         ["--data.format", "squad", "--data.length", "16", "--task.stride", "4"],
-        ["data.length 16 leaves 0 tokens", "task.stride 4", "task.most_question"],
+        ["data.length 16 leaves 0 tokens", "task.stride 4", "task.max_question_tokens"],
     ),
     "a stride as long as the row": (
         "QuestionAnswering",
@@ -352,7 +352,7 @@ DATA: dict[str, tuple[str, str, str, list[str], list[str]]] = {
     ),
     "bounds the wrong way": (
         *("Similarity", "x.jsonl", lines(*[PAIR] * 6), ["--task.lowest", "5"]),
-        ["task.lowest is 5.0, task.highest 1.0", "must be larger"],
+        ["task.lowest is 5.0 and task.highest 1.0", "must be larger"],
     ),
 }
 
@@ -485,7 +485,7 @@ def test_odd_data_that_means_something(here, name):
     run = RunConfig(MODEL, task, data, TokenizerConfig(train="characters"))
     found = prepare(run, None, lambda _: None)
     assert labels is None or found.labels == labels
-    said = make_task(run, found.tokenizer, found.labels).balance(found.train)
+    said = make_task(run, found.tokenizer, found.labels).describe_labels(found.train)
     assert words in said and said.count("I- tags") == words.count("I- tags"), said
     if name == "answers left out":
         assert found.rows["rows"] == 6 and found.rows["dropped"] == 3
@@ -545,10 +545,10 @@ def runs(tmp_path_factory) -> Path:
 
 
 STARTS = {
-    "nothing there": ("gone", ["gone is no folder"]),
+    "nothing there": ("gone", ["gone is not a folder"]),
     "an empty folder": ("{runs}/empty", ["empty has no config.json"]),
     "an unfinished run": ("{runs}/unfinished", ["unfinished", "no export yet"]),
-    "no tokenizer": ("{runs}/mute", ["mute holds no tokenizer", "--tokenizer.path"]),
+    "no tokenizer": ("{runs}/mute", ["mute has no tokenizer", "--tokenizer.path"]),
     "an encoder-decoder": ("{runs}/encoder_decoder", ["encoder-decoder", "start from another"]),
 }
 
@@ -564,7 +564,7 @@ def test_bad_weights_to_start_from(here, runs, capsys, name):
 
 # What is given on the command line, files there are, and what the message must say.
 VERBS: dict[str, tuple[list[str], dict[str, str | bytes], list[str]]] = {
-    "predict nothing there": (["predict", "gone", "x.csv"], {}, ["gone is no folder"]),
+    "predict nothing there": (["predict", "gone", "x.csv"], {}, ["gone is not a folder"]),
     "predict an empty folder": (["predict", "{runs}/empty", "x.csv"], {}, ["empty has no config.json"]),
     "predict an unfinished run": (["predict", "{runs}/unfinished", "x.csv"], {}, ["no export yet"]),
     "predict no tokenizer": (["predict", "{runs}/mute", "x.csv"], {"x.csv": "text\na\n"}, ["no tokenizer"]),
@@ -573,12 +573,12 @@ VERBS: dict[str, tuple[list[str], dict[str, str | bytes], list[str]]] = {
     "flags first": (
         ["predict", "--output", "o.csv", "{runs}/class", "good.csv"],
         {},
-        ["a model and a file first", "jaxlm predict RUN_OR_FOLDER FILE"],
+        ["requires a model and a file", "jaxlm predict MODEL FILE"],
     ),
     "the path of training": (
         ["predict", "{runs}/class", "good.csv", "--data.path", "x.csv"],
         {},
-        ["--data.path", "of training", "behind the model"],
+        ["--data.path", "applies to training", "after the model"],
     ),
     "the length of training": (
         ["predict", "{runs}/class", "good.csv", "--data.length", "8"],
@@ -658,7 +658,7 @@ VERBS: dict[str, tuple[list[str], dict[str, str | bytes], list[str]]] = {
     "a question as long as the row": (
         ["predict", "{runs}/answers", "x.csv"],
         {"x.csv": f"question,context\n{TEXT} {TEXT},{TEXT}\n"},
-        ["leaves 0 tokens", "task.stride 4", "task.most_question"],
+        ["leaves 0 tokens", "task.stride 4", "task.max_question_tokens"],
     ),
     "evaluate an empty file": (["evaluate", "{runs}/class", "x.csv"], {"x.csv": ""}, ["no row", "at least one"]),
     "evaluate without labels": (
@@ -689,7 +689,7 @@ VERBS: dict[str, tuple[list[str], dict[str, str | bytes], list[str]]] = {
     "evaluate a wrong answer": (
         ["evaluate", "{runs}/answers", "x.json"],
         {"x.json": squad(question("film", 14))},
-        ["x.json:1", "does not stand at 14", "--task.wrong-offsets drop"],
+        ["x.json:1", "is not at character 14", "--task.wrong-offsets drop"],
     ),
     "evaluate when all is dropped": (
         ["evaluate", "{runs}/answers", "x.json", "--task.wrong-offsets", "drop"],
@@ -869,8 +869,8 @@ EXAMPLES: dict[str, tuple[str, Any, dict[str, Any], list[str]]] = {
     "half a pair": ("pairs", ["a"], {"task": Similarity()}, ["1 texts", "text_a, text_b"]),
     "a question alone": ("answers", ["a"], {"task": QuestionAnswering(stride=4)}, ["1 texts", "question, context"]),
     "another column": ("class", ["a", {"words": "b"}], {}, ["example:2", "'text'", "'words'"]),
-    "a task of another head": ("class", ["a"], {"task": Tagging()}, ["reads the head tokens", "has classes"]),
-    "a task without predictions": ("class", ["a"], {"task": CausalLM()}, ["CausalLM makes no predictions"]),
+    "a task of another head": ("class", ["a"], {"task": Tagging()}, ["requires the head tokens", "has classes"]),
+    "a task without predictions": ("class", ["a"], {"task": CausalLM()}, ["CausalLM does not predict examples"]),
     "options with many outputs": ("class", [CHOICE], {"task": MultipleChoice()}, ["one output", "neg, pos"]),
     "too long": ("class", ["a"], {"length": 65}, ["65", "64 positions"]),
     "no rows in a batch": ("class", ["a"], {"batch": 0}, ["batch is 0", "from 1 to"]),
@@ -934,7 +934,7 @@ def test_a_full_disk_leaves_nothing_behind(here, runs):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_ENABLE_COMPILATION_CACHE": "0"}
     done = subprocess.run(command, cwd=here, capture_output=True, text=True, env=env)
     assert done.returncode == 1, done.stderr
-    assert "o.csv cannot be written: File too large; make room" in only_error(done.stderr)
+    assert "o.csv cannot be written: File too large; free disk space" in only_error(done.stderr)
     assert not list(here.glob("o.csv*"))
 
 

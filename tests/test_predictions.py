@@ -1,4 +1,4 @@
-"""What predictions hold, what is said of texts that were cut, and what Python users may give."""
+"""The fields of predictions, the warnings for truncated texts, and the inputs that Python users may give."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from jaxlm.config import Chat, Decoding, MaskedLM, check_task
 from jaxlm.data.batches import Batches
 from jaxlm.data.formats.lines import Place
 from jaxlm.data.tokenizers import tokenizer as tokenizers
-from jaxlm.errors import in_python
+from jaxlm.errors import to_python_names
 from jaxlm.lm import LM, with_task
 from jaxlm.nn.transformer import Transformer
-from jaxlm.run.evaluate import task_for
+from jaxlm.run.trained_model import task_for
 from jaxlm.tasks import TASKS, metrics
 from jaxlm.tasks.cells import Records
 
@@ -44,7 +44,7 @@ MODEL = ModelConfig(
     structure="encoder", heads_on_top=(), vocabulary=120, max_length=64, width=16, layers=1, heads=2, types=2
 )
 TOKENIZER = tokenizers.train([TEXT, "U.S. 's , . - a b c d"], TokenizerConfig(train="wordpiece"), 110)
-LONG = len(TOKENIZER.frame([TEXT])[0][0])  # tokens of the text
+LONG = len(TOKENIZER.encode_with_special_tokens([TEXT])[0][0])  # tokens of the text
 NAMES = ("no", "so", "yes")
 HEADS: dict[str, tuple[Any, dict[str, Any]]] = {
     "class": (Classification(text=("review",)), {"heads_on_top": ("classes",), "labels": NAMES}),
@@ -52,7 +52,7 @@ HEADS: dict[str, tuple[Any, dict[str, Any]]] = {
     "number": (Classification(problem="regression"), {"heads_on_top": ("classes",), "labels": ("score",)}),
     "tags": (Tagging(), {"heads_on_top": ("tokens",), "labels": ("O", "B-PER", "I-PER")}),
     "speech": (Tagging(), {"heads_on_top": ("tokens",), "labels": ("DET", "NOUN")}),
-    "answers": (QuestionAnswering(stride=4, most_question=4), {"heads_on_top": ("span",)}),
+    "answers": (QuestionAnswering(stride=4, max_question_tokens=4), {"heads_on_top": ("span",)}),
     "choice": (MultipleChoice(first=1), {"heads_on_top": ("classes",), "labels": ("score",)}),
     "pairs": (Similarity(lowest=1, highest=5), {}),
 }
@@ -66,7 +66,7 @@ def model(name: str, length: int = 16) -> LM:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Programs that compile fast."""
+    """Compiles programs without optimisation, which is faster."""
     monkeypatch.setattr(jax, "jit", jit)
 
 
@@ -81,7 +81,7 @@ def test_a_model_carries_its_task_its_columns_and_its_length(tmp_path):
         assert found.trained == (HEADS["class"][0], 16)
         rows = [{"review": TEXT, "text": 7}]
         assert jaxlm.predict(found, rows) == jaxlm.predict(found, [TEXT]) == jaxlm.predict(found, rows, length=16)
-    assert jaxlm.load(tmp_path / "export", head="tokens", say=lambda _: None).trained is None
+    assert jaxlm.load(tmp_path / "export", head="tokens", log=lambda _: None).trained is None
     assert jaxlm.load(tmp_path / "export", head="classes").trained is not None
     (tmp_path / "export" / "jaxlm_task.json").unlink()
     assert jaxlm.load(tmp_path / "export").trained is None
@@ -117,7 +117,7 @@ def test_a_task_that_is_not_registered_is_named():
 
 
 def test_errors_in_python_name_arguments():
-    assert in_python("set --data.eval-path, a--b or --no-x y") == "set data.eval_path, a--b or no_x y"
+    assert to_python_names("set --data.eval-path, a--b or --no-x y") == "set data.eval_path, a--b or no_x y"
     with pytest.raises(UserError) as error:
         jaxlm.predict(model("class"), [{"words": "a"}])
     assert "choose with task.text" in str(error.value) and "--" not in str(error.value)
@@ -131,8 +131,8 @@ def test_probabilities_are_of_every_class(name):
     lm, task = model(name), HEADS[name][0]
     rows = [{"question": "the", "options": ["good", "bad", "film"]}] if name == "choice" else ["the film", "bad", ""]
     plain = jaxlm.predict(lm, rows)
-    told = jaxlm.predict(lm, rows, probabilities=True, top_k=2)
-    for row, before in zip(told, plain):
+    predictions = jaxlm.predict(lm, rows, probabilities=True, top_k=2)
+    for row, before in zip(predictions, plain):
         p = row["probabilities"]
         assert {key: row[key] for key in before} == before
         assert list(p) == ([1, 2, 3] if name == "choice" else list(NAMES))
@@ -144,9 +144,9 @@ def test_probabilities_are_of_every_class(name):
             assert row["prediction"] == ranked[0] and row["confidence"] == pytest.approx(p[ranked[0]])
             assert sum(p.values()) == pytest.approx(1)
     if name == "class":
-        ids = np.array([TOKENIZER.frame(["the film"])[0][0]])
+        ids = np.array([TOKENIZER.encode_with_special_tokens(["the film"])[0][0]])
         expected = jax.nn.softmax(lm(ids).logits[0])
-        np.testing.assert_allclose(list(told[0]["probabilities"].values()), expected, rtol=1e-4)
+        np.testing.assert_allclose(list(predictions[0]["probabilities"].values()), expected, rtol=1e-4)
     assert task is HEADS[name][0]
 
 
@@ -158,9 +158,9 @@ def test_tasks_without_classes_have_no_probabilities(name):
 
 
 def test_similarity_is_in_the_units_of_the_labels():
-    [told] = jaxlm.predict(model("pairs"), [("the film", "bad")])
+    [prediction] = jaxlm.predict(model("pairs"), [("the film", "bad")])
     [cosine] = jaxlm.predict(model("pairs"), [("the film", "bad")], task=Similarity())
-    assert told["prediction"] == pytest.approx(1 + 4 * cosine["prediction"], abs=1e-5)
+    assert prediction["prediction"] == pytest.approx(1 + 4 * cosine["prediction"], abs=1e-5)
     rows = [{"text_a": "the film", "text_b": b, "label": label} for b, label in (("bad", 1), ("film", 5), ("is", 2))]
     scores = jaxlm.evaluate(model("pairs"), rows)
     other = jaxlm.evaluate(model("pairs"), [row | {"label": (row["label"] - 1) / 4} for row in rows], Similarity())
@@ -205,19 +205,19 @@ def test_a_title_that_is_no_text_is_a_sentence(title):
 
 def test_running_text_is_divided_into_words():
     text = "Bob's U.S. trip (2,000 km) - well-known: @ann #x https://a.b/c?d don't."
-    [told] = jaxlm.predict(model("tags", 48), [text])
-    assert told["words"] == [
+    [prediction] = jaxlm.predict(model("tags", 48), [text])
+    assert prediction["words"] == [
         "Bob", "'s", "U.S.", "trip", "(", "2,000", "km", ")", "-", "well-known", ":", "@ann", "#x", "https://a.b/c?d",
         "don", "'t", ".",
     ]  # fmt: skip
-    assert len(told["prediction"]) == len(told["words"])
+    assert len(prediction["prediction"]) == len(prediction["words"])
 
 
 def test_a_list_of_words_in_a_text_is_a_list():
-    told = jaxlm.predict(model("tags"), [{"tokens": "['the', 'U.S. film']"}, {"tokens": '["a", "b"]'}])
-    assert [row["words"] for row in told] == [["the", "U.S. film"], ["a", "b"]]
-    [told] = jaxlm.predict(model("tags"), ["[he laughs] the film [and ends]"])
-    assert told["words"][:3] == ["[", "he", "laughs"]
+    predictions = jaxlm.predict(model("tags"), [{"tokens": "['the', 'U.S. film']"}, {"tokens": '["a", "b"]'}])
+    assert [row["words"] for row in predictions] == [["the", "U.S. film"], ["a", "b"]]
+    [prediction] = jaxlm.predict(model("tags"), ["[he laughs] the film [and ends]"])
+    assert prediction["words"][:3] == ["[", "he", "laughs"]
 
 
 @pytest.mark.parametrize("given", ["the film, was (very) good", ["the", "film", "was", "very", "good"]])
@@ -231,35 +231,35 @@ def test_entities_have_their_characters_and_scores(given):
     n = len(record["tokens"])
     tags = np.array([1, 2, *[0] * (n - 3), 1])
     confidence = np.linspace(0.5, 0.9, n)
-    told = task.predict(record, [[{"words_BT": np.arange(n), "tags_BT": tags, "confidence_BT": confidence}]])
-    assert told["words"] == record["tokens"] and told["confidence"] == pytest.approx(0.5)
+    prediction = task.predict(record, [[{"words_BT": np.arange(n), "tags_BT": tags, "confidence_BT": confidence}]])
+    assert prediction["words"] == record["tokens"] and prediction["confidence"] == pytest.approx(0.5)
     last = len(text) - 4 if isinstance(given, str) is False else text.index("good")
-    assert told["entities"] == [
+    assert prediction["entities"] == [
         {"type": "PER", "text": "the film", "start": 0, "end": 8, "score": pytest.approx(confidence[:2].mean())},
         {"type": "PER", "text": "good", "start": last, "end": last + 4, "score": pytest.approx(0.9)},
     ]
 
 
 def test_tags_that_mark_no_span_have_no_entities():
-    [told] = jaxlm.predict(model("speech"), [["the", "film"]])
-    assert set(told) == {"prediction", "confidence", "words"} and set(told["prediction"]) <= {"DET", "NOUN"}
+    [prediction] = jaxlm.predict(model("speech"), [["the", "film"]])
+    assert set(prediction) == {"prediction", "confidence", "words"} and set(prediction["prediction"]) <= {"DET", "NOUN"}
     rows = [{"tokens": ["the", "film"], "tags": ["det", "noun"]}]
-    right = np.mean([a == b for a, b in zip(told["prediction"], ("DET", "NOUN"))])
+    right = np.mean([a == b for a, b in zip(prediction["prediction"], ("DET", "NOUN"))])
     assert jaxlm.evaluate(model("speech"), rows)["accuracy"] == right
 
 
 def test_answers_have_their_characters():
     rows = [{"context": TEXT, "question": "what film"}, {"context": "", "question": "the"}]
     for task in (None, QuestionAnswering(stride=4, unanswerable=False)):
-        for row, told in zip(rows, jaxlm.predict(model("answers"), rows, task=task)):
-            if told["prediction"]:
-                assert row["context"][told["start"] : told["end"]] == told["prediction"]
+        for row, prediction in zip(rows, jaxlm.predict(model("answers"), rows, task=task)):
+            if prediction["prediction"]:
+                assert row["context"][prediction["start"] : prediction["end"]] == prediction["prediction"]
             else:
-                assert told["start"] is None and told["end"] is None
+                assert prediction["start"] is None and prediction["end"] is None
 
 
 def test_csv_has_a_column_for_each_value(tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxlm.__main__._process", lambda: None)
+    monkeypatch.setattr("jaxlm.__main__._configure_process", lambda: None)
     (tmp_path / "x.jsonl").write_text('{"text": "the film", "tokens": "the film, bad", "review": "a"}\n')
     table = {}
     for name, flags in (("class", ["--probabilities", "--top-k", "2"]), ("classes", []), ("tags", [])):
@@ -272,8 +272,8 @@ def test_csv_has_a_column_for_each_value(tmp_path, monkeypatch):
         *given, "probability_no", "probability_so", "probability_yes", "top_1", "top_1_probability", "top_2",
         "top_2_probability",
     ]  # fmt: skip
-    told = jaxlm.predict(model("classes"), ["the film"])[0]["prediction"]
-    assert table["classes"]["prediction"] == ",".join(told)
+    predictions = jaxlm.predict(model("classes"), ["the film"])[0]["prediction"]
+    assert table["classes"]["prediction"] == ",".join(predictions)
     assert table["tags"]["words"] == "the film , bad" and len(table["tags"]["prediction"].split(" ")) == 4
     json.loads(table["tags"]["entities"])
     assert main(["evaluate", str(tmp_path / "class"), str(tmp_path / "x.jsonl"), "--probabilities"]) == 2
@@ -302,7 +302,7 @@ def count(name: str, rows: list[Any], capsys) -> str:
             "answers",
             {"context": TEXT, "question": "the good bad film plot"},
             {"context": TEXT, "question": "the"},
-            ["1 of 3 questions is longer than 4 tokens", "has 5", "task.most_question"],
+            ["1 of 3 questions is longer than 4 tokens", "has 5", "task.max_question_tokens"],
         ),
         (
             "choice",
@@ -314,26 +314,26 @@ def count(name: str, rows: list[Any], capsys) -> str:
     ],
 )
 def test_texts_that_are_cut_are_counted(name, long, short, words, capsys):
-    said = count(name, [short, long, short], capsys)
-    assert all(word in said for word in words) and said.count("\n") == bool(words), said
+    printed = count(name, [short, long, short], capsys)
+    assert all(word in printed for word in words) and printed.count("\n") == bool(words), printed
     assert count(name, [short], capsys) == ""
 
 
 def test_training_counts_what_is_cut_of_both_sides():
-    made = tokenizers.train([TEXT], TokenizerConfig(train="bpe"), 300, ended=True)
-    task = TASKS[Seq2Seq](Seq2Seq(), 8, 0, made).replaced(source_length=12, start=0)
+    made = tokenizers.train([TEXT], TokenizerConfig(train="bpe"), 300, add_eos=True)
+    task = TASKS[Seq2Seq](Seq2Seq(), 8, 0, made).replace_fields(source_length=12, start=0)
     texts = ["the", TEXT, "the film"]
     records = [{"source": source, "label": (target,)} for source in texts for target in texts]
     examples = task.examples(Records(records, []), True)
-    whole = [len(ids) for ids, _ in made.frame(texts)]
+    whole = [len(ids) for ids, _ in made.encode_with_special_tokens(texts)]
     assert examples.truncation("S") == (3, 9, 12, whole[1]) and examples.truncation("T") == (3, 9, 8, whole[1])
-    lines = task.truncated(Batches(examples, 2, 8, 4, 0, 12))
+    lines = task.truncation_warnings(Batches(examples, 2, 8, 4, 0, 12))
     assert [line.split(";")[0].split(" (")[0] for line in lines] == [
         "3 of 9 targets are longer than 8 tokens and were cut",
         "3 of 9 sources are longer than 12 tokens and were cut",
     ]
     assert sorted(set(examples.true_lengths.tolist())) == sorted(set(whole))
-    task = task.replaced(source_length=None)  # as in a decoder, whose prompt loses its beginning
+    task = task.replace_fields(source_length=None)  # as in a decoder, whose prompt loses its beginning
     assert task.examples(Records(records, []), True).truncation("T").cut >= 5
 
 
@@ -350,13 +350,13 @@ def test_lengths_of_the_report_are_those_before_cutting():
 @pytest.mark.parametrize("windows", ["mean", "max"])
 def test_long_texts_are_read_through_windows(windows):
     lm, task = model("class"), Classification(text=("review",), windows=windows, stride=4)
-    [told] = jaxlm.predict(lm, [TEXT], task=task, probabilities=True)
+    [prediction] = jaxlm.predict(lm, [TEXT], task=task, probabilities=True)
     ids = TOKENIZER.encode(TEXT)
     room = 14
     starts = [start for start in range(0, len(ids), room - 4) if start == 0 or start + 4 < len(ids)]
-    logits = [lm(np.array([TOKENIZER.wrap(ids[s : s + room])[0]])).logits[0] for s in starts]
+    logits = [lm(np.array([TOKENIZER.add_special_tokens(ids[s : s + room])[0]])).logits[0] for s in starts]
     whole = getattr(np, windows)(logits, axis=0)
-    np.testing.assert_allclose(list(told["probabilities"].values()), jax.nn.softmax(whole), rtol=1e-4)
+    np.testing.assert_allclose(list(prediction["probabilities"].values()), jax.nn.softmax(whole), rtol=1e-4)
     short = jaxlm.predict(lm, ["the film"], task=task)
     assert short[0]["confidence"] == pytest.approx(jaxlm.predict(lm, ["the film"])[0]["confidence"], abs=1e-5)
     usual = replace(task, stride=0)  # a quarter of the 14 tokens that a window holds
@@ -370,9 +370,9 @@ def test_long_texts_are_read_through_windows(windows):
 
 
 def test_windows_that_cannot_be():
-    with pytest.raises(UserError, match="stride 14 in common"):
+    with pytest.raises(UserError, match=r"overlap by task\.stride 14"):
         jaxlm.predict(model("class"), ["the"], task=Classification(text=("review",), windows="mean", stride=14))
-    with pytest.raises(UserError, match="not for pairs"):
+    with pytest.raises(UserError, match="pairs of texts have no windows"):
         check_task(Classification(text=("a", "b"), windows="mean"))
 
 
@@ -422,7 +422,9 @@ def test_classes_are_scored_as_scikit_learn_does(capsys):
 
     random = np.random.default_rng(0)
     true, found = random.integers(3, size=(2, 50))
-    by_class = metrics.of_classes(true[:, None] == np.arange(4), found[:, None] == np.arange(4), ("a", "b", "c", "d"))
+    by_class = metrics.per_class_scores(
+        true[:, None] == np.arange(4), found[:, None] == np.arange(4), ("a", "b", "c", "d")
+    )
     theirs = precision_recall_fscore_support(true, found, labels=range(4), zero_division=0)
     for n, scores in enumerate(by_class.values()):
         assert [scores[key] for key in ("precision", "recall", "f1", "support")] == pytest.approx(
@@ -473,8 +475,8 @@ def test_examples_in_the_forms_of_python():
         Frame(),
     )
     for form in forms:
-        told = jaxlm.predict(lm, form, length=np.int64(16), batch=np.int32(4))
-        assert [row["prediction"] for row in told] == [row["prediction"] for row in expected]
+        predictions = jaxlm.predict(lm, form, length=np.int64(16), batch=np.int32(4))
+        assert [row["prediction"] for row in predictions] == [row["prediction"] for row in expected]
     rows = [{"review": "the film", "label": np.str_("no")}, {"review": "bad", "label": "so"}]
     assert jaxlm.evaluate(lm, iter(rows)) == jaxlm.evaluate(lm, tuple(rows))
     words = jaxlm.predict(model("tags"), [np.array(["the", "film"])])

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def verb(monkeypatch):
-    """`verb(body)`: a verb `try` that runs the body."""
+    """Returns `verb(body)`, which defines a verb `try` that runs the body."""
 
     def add(body):
         monkeypatch.setitem(VERBS, "try", lambda argv, signals: body(signals) or 0)
@@ -44,7 +44,7 @@ def test_a_signal_ends_a_verb_with_its_code(verb, capsys, body, number):
     assert main(["try"]) == 128 + number
     assert f"stopped by {signal.Signals(number).name}" in capsys.readouterr().err
     assert main(["train", "x"]) == 143
-    assert "stopped before there was anything new to save" in capsys.readouterr().err
+    assert "stopped before there was anything to save" in capsys.readouterr().err
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
 
 
@@ -62,7 +62,7 @@ def test_a_step_loop_saves_before_it_ends(verb, capfd, number):
     assert "saving after this step" in said and "stopped at step 1 of 2 and saved" in said
 
 
-def test_an_interrupt_that_became_an_error_of_another_kind(verb, capsys):
+def test_an_interrupt_that_became_another_error(verb, capsys):
     def wrapped(signals: process.Signals) -> None:
         raise_and_swallow(signal.SIGTERM)
         raise RuntimeError("INTERNAL: CpuCallback error: KeyboardInterrupt")
@@ -77,7 +77,7 @@ def run(words: str, shell: str, **options) -> subprocess.CompletedProcess:
     return subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment, **options)
 
 
-# The words, what the shell does with the streams, the exit code, and what is printed on what is left.
+# The arguments, the redirection in the shell, the exit code, and the output on the streams that are left.
 STREAMS = {
     "a full output": ("--help", ">/dev/full", 1, "No space left"),
     "a closed output": ("--help", ">&-", 0, ""),

@@ -74,7 +74,7 @@ def numeric(hint) -> list[tuple[type, list]]:
 
 @pytest.mark.parametrize(("name", "field"), FIELDS)
 def test_a_field_of_numbers_has_a_range(name, field):
-    for kind, limits in numeric(ranges.hints(KINDS[name])[field]):
+    for kind, limits in numeric(ranges.field_types(KINDS[name])[field]):
         assert any(isinstance(limit, ranges.Range) for limit in limits), f"{name}.{field}: {kind.__name__} has no Range"
 
 
@@ -86,16 +86,16 @@ def with_value(name: str, field: str, value: object) -> object:
 @pytest.mark.parametrize("name", KINDS)
 def test_a_field_takes_its_values_and_refuses_all_others(name):
     """What is accepted is of the field's type and in its range; all else is a UserError that names the field."""
-    for field, hint in ranges.hints(KINDS[name]).items():
+    for field, hint in ranges.field_types(KINDS[name]).items():
         for kind, value in VALUES.items():
             config = with_value(name, field, value)
             try:
                 ranges.check_fields(config, "here.")
             except UserError as error:
-                said = str(error)
-                assert said.startswith(f"here.{field} is ") and "; it must be " in said and len(said) < 700, (
+                message = str(error)
+                assert message.startswith(f"here.{field} is ") and "; it must be " in message and len(message) < 700, (
                     kind,
-                    said,
+                    message,
                 )
                 continue
             now = getattr(config, field)
@@ -133,7 +133,7 @@ MESSAGES = {
         "optimizer.beta1 is 2; it must be at least 0 and below 1",
     ),
     "below": (dict(seed=-1), "seed is -1; it must be at least 0"),
-    "a float": (dict(steps=1000.0), "steps is 1000.0; it must be a whole number, at least 1"),
+    "a float": (dict(steps=1000.0), "steps is 1000.0; it must be an integer, at least 1"),
     "huge": (dict(batch=2**63), "batch is 9223372036854775808; it must be at least 1 and at most 2,147,483,647"),
     "special": (
         dict(mesh=MeshConfig(fsdp=0)),
@@ -146,7 +146,7 @@ MESSAGES = {
         "task is <class 'jaxlm.config.task.CausalLM'>; it must be the config of a task",
     ),
     "a pattern": (dict(data=configs.DataConfig(boundary="(")), "data.boundary is '('; it must be a valid regular"),
-    "no column": (dict(task=configs.Classification(text=())), "task.text is (); it must be not empty"),
+    "no column": (dict(task=configs.Classification(text=())), "task.text is (); it must be non-empty"),
     "nested": (
         dict(task=configs.Seq2Seq(decoding=Decoding(beams=0))),
         "task.decoding.beams is 0; it must be at least",
@@ -164,8 +164,8 @@ def test_a_message_names_the_field_the_value_and_the_limit(name):
 
 
 def test_a_task_alone_is_checked():
-    with pytest.raises(UserError, match=r"task\.most_classes is 1; it must be at least 2"):
-        check_task(configs.Classification(most_classes=1))
+    with pytest.raises(UserError, match=r"task\.max_classes is 1; it must be at least 2"):
+        check_task(configs.Classification(max_classes=1))
 
 
 class Unshowable:
@@ -186,4 +186,4 @@ class Unshowable:
     ids=["integer", "list", "dict", "object", "text", "deep"],
 )
 def test_any_value_can_be_shown(value, text):
-    assert ranges.shown(value) == text
+    assert ranges.short_repr(value) == text

@@ -1,4 +1,4 @@
-"""The report: every picture and the page are there, whatever a run left behind."""
+"""The report: the page and all pictures are written, whatever is in the folder of a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jaxlm.errors import RunError, UserError
-from jaxlm.reports import pictures, report
+from jaxlm.reports import charts, metrics, pictures, report
 from jaxlm.reports.report import Bars, Heatmap, Histogram, Table
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -68,7 +68,7 @@ class Outline(HTMLParser):
         ({"eval/recall@1": 0.1, "eval/recall@5": 0.3, "eval/mrr": 0.2}, {"recall", "mrr"}),
     ],
 )
-def test_every_metric_has_its_picture(tmp_path, evaluation, more):
+def test_every_metric_has_a_picture(tmp_path, evaluation, more):
     rows = [training(step, accuracy=0.3, masked_lm_loss=2.5) for step in range(1, 61)]
     rows += [{"step": step, **evaluation} for step in (30, 60)]
     paths = report.curves(rows, tmp_path)
@@ -76,7 +76,7 @@ def test_every_metric_has_its_picture(tmp_path, evaluation, more):
     assert all(path.read_bytes().startswith(PNG) for path in paths)
 
 
-def test_what_a_run_cost_has_its_pictures(tmp_path):
+def test_costs_of_a_run_have_pictures(tmp_path):
     times = {"step_ms_p50": 10.0, "step_ms_p90": 11.0, "step_ms_p99": 20.0}
     cost = {**times, "mfu": 0.4, "data_share": 0.01, "memory_bytes": 6 * 10**10}
     rows = [training(step, **cost) for step in range(1, 61)]
@@ -88,7 +88,7 @@ def test_what_a_run_cost_has_its_pictures(tmp_path):
     assert {path.stem for path in report.curves(rows, tmp_path)} == ALWAYS | {"process_memory_bytes"}
 
 
-def test_the_page_is_whole(tmp_path):
+def test_the_page_is_complete(tmp_path):
     rows = [training(step) for step in range(1, 50)]
     rows += [{"step": step, "eval/loss": 4 - step / 50, "eval/accuracy": step / 100} for step in (20, 40)]
     folder = write_metrics(tmp_path, rows)
@@ -103,18 +103,18 @@ def test_the_page_is_whole(tmp_path):
     assert not outline.all("script") and not outline.all("link") and "http" not in page and "@import" not in page
     assert {attributes["scope"] for attributes in outline.all("th")} == {"row", "col"}
     assert "<strong>3.200</strong>" in page and "<strong>40.00 %</strong>" in page and "<strong>3.600" not in page
-    assert "a &amp; b" in page and "&lt;1" in page and "&quot;steps&quot;: 49" in page
-    assert report.write(folder, {}, {}, None).read_text() != page  # written over
+    assert "a &amp; b" in page and "&lt;1" in page and "&#34;steps&#34;: 49" in page
+    assert report.write(folder, {}, {}, None).read_text() != page  # overwritten
 
 
-def test_a_nasty_sample_stays_text(tmp_path):
+def test_html_in_a_sample_is_escaped(tmp_path):
     sample = "</pre><script>alert(1)</script> & \x00\x1b[31m \ud800 end"
     page = report.write(write_metrics(tmp_path, []), {"x": "<script>"}, {"<b>": "<script>"}, sample).read_text()
     assert not Outline(page).all("script") and "&lt;/pre&gt;&lt;script&gt;alert(1)" in page
     assert "\x00" not in page and "\x1b" not in page
 
 
-def test_a_torn_last_line_is_ignored_and_any_other_refused(tmp_path):
+def test_an_incomplete_last_line_is_ignored_and_any_other_raises_an_error(tmp_path):
     rows = [training(1), training(2)]
     assert report.read_metrics(write_metrics(tmp_path, rows)) == rows
     assert report.read_metrics(write_metrics(tmp_path, rows, '{"step": 3, "lo')) == rows
@@ -134,24 +134,24 @@ def test_nothing_measured(tmp_path, exists):
 def test_one_point(tmp_path):
     rows = [training(1), {"step": 1, "eval/loss": 3.0, "eval/perplexity": 20.0}]
     page = report.write(write_metrics(tmp_path, rows), {}, {}, None).read_text()
-    assert len(Outline(page).all("img")) == 1  # the loss; the rest stands in the table
+    assert len(Outline(page).all("img")) == 1  # the loss; the table has the rest
 
 
 def test_a_log_axis_leaves_out_zeros():
     rows = [training(1), training(2, grad_norm=0.0), training(3)]
-    chart = next(c for c in report._charts(rows) if c.name == "grad_norm")
+    chart = next(c for c in charts.charts_of_rows(rows) if c.name == "grad_norm")
     assert chart.series[0].steps.tolist() == [1, 3]
 
 
-def test_what_is_not_finite_is_skipped(tmp_path):
+def test_values_that_are_not_finite_are_skipped(tmp_path):
     rows = [training(step, loss=math.nan if step % 2 else 3.0, grad_norm=step % 2 and math.inf) for step in range(1, 9)]
     rows += [{"step": 8, "eval/loss": math.nan, "eval/perplexity": math.inf}]
     folder = write_metrics(tmp_path, rows)
     page = report.write(folder, {}, {}, None).read_text()
     assert {path.stem for path in (folder / "report").iterdir()} == ALWAYS - {"grad_norm"}
-    steps, values = report._points(rows, "loss")
+    steps, values = metrics.points(rows, "loss")
     assert steps.tolist() == [2, 4, 6, 8] and values.tolist() == [3.0] * 4
-    assert ">nan<" in page  # the table tells it
+    assert ">nan<" in page  # the table shows it
 
 
 def test_smoothing_keeps_a_constant_and_does_not_lag():
@@ -163,7 +163,7 @@ def test_smoothing_keeps_a_constant_and_does_not_lag():
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "texts"),
     [
         ([0, 0.5, 1], ["0", "0.5", "1.0"]),
         ([5000, 12500], ["5,000", "12,500"]),
@@ -171,8 +171,8 @@ def test_smoothing_keeps_a_constant_and_does_not_lag():
         ([0.0001], ["0.0001"]),
     ],
 )
-def test_ticks_are_readable(values, said):
-    assert pictures.readable(values) == said
+def test_ticks_are_readable(values, texts):
+    assert pictures.readable(values) == texts
 
 
 def test_matplotlib_is_imported_only_to_draw_and_pyplot_never(tmp_path):
@@ -202,29 +202,29 @@ assert "matplotlib" in sys.modules and "matplotlib.pyplot" not in sys.modules
         ("ner/loss", ("ner", "", "loss", "part_loss"), "0.500"),
         ("bits_per_byte", ("", "", "bits per byte", "bits_per_byte"), "0.500"),
         ("cola/matthews", ("cola", "", "Matthews", "correlation"), "0.500"),
-        ("nobody/knows_this", ("", "", "nobody/knows_this", "nobody/knows_this"), "0.500"),
+        ("my/unknown_metric", ("", "", "my/unknown_metric", "my/unknown_metric"), "0.500"),
     ],
 )
-def test_a_name_tells_what_a_metric_is(name, metric, cell):
-    assert report._metric(name) == metric and report.number(name, 0.5) == cell
+def test_a_name_is_parsed_into_its_metric(name, metric, cell):
+    assert metrics.parse_name(name) == metric and metrics.number(name, 0.5) == cell
 
 
-def test_every_kind_of_metric_has_its_family():
-    assert {kind.family for kind in report.KINDS.values()} | {"part_loss"} == set(report.SCORE_FAMILIES)
+def test_every_kind_of_metric_has_a_family():
+    assert {kind.family for kind in metrics.METRIC_KINDS.values()} | {"part_loss"} == set(metrics.SCORE_FAMILIES)
 
 
-def test_labels_of_curves_leave_out_what_the_title_says():
-    def said(*names: str) -> tuple[str, list[str]]:
+def test_labels_of_curves_do_not_repeat_the_title():
+    def title_and_labels(*names: str) -> tuple[str, list[str]]:
         rows = [{"step": step, **{f"eval/{name}": 0.5 for name in names}} for step in (1, 2)]
-        chart = report._charts(rows)[0]
+        chart = charts.charts_of_rows(rows)[0]
         return chart.title, [series.label for series in chart.series]
 
-    assert said("f1") == ("F1", ["held-out"])
-    assert said("ner/f1") == ("F1 (ner)", ["held-out"])
-    assert said("ner/f1", "pos/f1") == ("F1", ["ner", "pos"])
-    assert said("ner/f1", "ner/recall") == ("F1, recall (ner)", ["F1", "recall"])
-    assert said("ner/macro_f1", "squad/exact") == ("F1, exact match", ["ner macro F1", "squad exact match"])
-    assert said("accuracy", "next_sentence_accuracy") == ("Accuracy", ["accuracy", "next sentence"])
+    assert title_and_labels("f1") == ("F1", ["held-out"])
+    assert title_and_labels("ner/f1") == ("F1 (ner)", ["held-out"])
+    assert title_and_labels("ner/f1", "pos/f1") == ("F1", ["ner", "pos"])
+    assert title_and_labels("ner/f1", "ner/recall") == ("F1, recall (ner)", ["F1", "recall"])
+    assert title_and_labels("ner/macro_f1", "squad/exact") == ("F1, exact match", ["ner macro F1", "squad exact match"])
+    assert title_and_labels("accuracy", "next_sentence_accuracy") == ("Accuracy", ["accuracy", "next sentence"])
 
 
 def test_the_best_error_is_the_lowest(tmp_path):
@@ -239,9 +239,9 @@ def test_captions_give_the_configured_peak_and_the_last_value(tmp_path):
     rows = [training(step, learning_rate=4e-5 / step, loss=float(step)) for step in range(1, 101)]
     rows += [{"step": step, "eval/accuracy": 0.5} for step in (50, 100)]
     page = report.write(write_metrics(tmp_path, rows), {"optimizer": {"rate": 5e-5}}, {}, None).read_text()
-    assert "peak 5e-5, last 4e-7" in page  # the warm-up reached it between two lines of the log
+    assert "peak 5e-5, last 4e-7" in page  # the warm-up reached the peak between two rows of the log
     assert "<figcaption>training 100</figcaption>" in page
-    assert "<figcaption>held-out 50.0 %</figcaption>" in page and "<strong>" not in page  # nothing is best of equals
+    assert "<figcaption>held-out 50.0 %</figcaption>" in page and "<strong>" not in page  # all are equal
 
 
 # Sections
@@ -254,36 +254,36 @@ def confusion(n: int, seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("picture", "said"),
+    ("picture", "parts"),
     [
-        (Heatmap("One", np.array([[7]]), ("only",)), ["100.0 % of 7 are right", "blue is right"]),
+        (Heatmap("One", np.array([[7]]), ("only",)), ["100.0 % of 7 are correct", "blue cells are correct"]),
         (
             Heatmap("Two", np.array([[8, 2], [1, 9]]), ("no", "yes")),
-            ["85.0 % of 20", "no taken for yes, 2 of 10 (20.0 %)"],
+            ["85.0 % of 20", "no predicted as yes, 2 of 10 (20.0 %)"],
         ),
         (Heatmap("Unseen", np.array([[3, 0], [0, 0]]), ("a", "b")), ["100.0 % of 3"]),
-        (Heatmap("Large", 10**7 * confusion(12), tuple("abcdefghijkl")), ["are right"]),
-        (Heatmap("Many", confusion(150), tuple(f"class {i}" for i in range(150))), ["130 others merged"]),
+        (Heatmap("Large", 10**7 * confusion(12), tuple("abcdefghijkl")), ["are correct"]),
+        (Heatmap("Many", confusion(150), tuple(f"class {i}" for i in range(150))), ["130 others are merged"]),
         (Heatmap("Strange", confusion(7), STRANGE), ["#0: \u2068体育\u2069; #1: ", "#2: aaa", "#5: an empty name"]),
         (Bars("F1", ("PER", "LOC"), (91.25, 88.0), "F1 (%)"), ["PER 91.2; LOC 88.0."]),
         (Bars("F1", tuple("abcd"), (1, 2, math.nan, 6), "n"), ["Mean 3; highest 6 (d), lowest 1 (a). –: no value."]),
         (Bars("Signs", STRANGE, (-0.5, 0.5, 0, 1, 2, 3, 4), "score"), ["lowest -0.500 (\u2068体育\u2069)", "#3: aaa"]),
         (Bars("Zeros", ("a",), (0.0,), "score"), ["a 0."]),
         (Bars("Many", tuple(map(str, range(99))), tuple(map(float, range(99))), "n"), ["first 30 of 99"]),
-        (Histogram("Some", np.array([1, 2, 3, 9]), "tokens", 3), ["4 in all: median 2.5", "limit of 3: 1 (25 %)."]),
+        (Histogram("Some", np.array([1, 2, 3, 9]), "tokens", 3), ["4 values: median 2.5", "limit of 3: 1 (25 %)."]),
         (Histogram("All", np.arange(500), "tokens", 499.0), ["limit of 499: none."]),
-        (Histogram("Far", np.array([1, 2, 3]), "tokens", 512.0), ["none. The limit lies outside"]),
-        (Histogram("Equal", np.full(5, 0.25), "score", None), ["5 in all: median 0.250"]),
+        (Histogram("Far", np.array([1, 2, 3]), "tokens", 512.0), ["none. The limit is outside"]),
+        (Histogram("Equal", np.full(5, 0.25), "score", None), ["5 values: median 0.250"]),
         (Histogram("One", np.array([7]), "tokens", 7), ["none."]),
-        (Histogram("Zeros", np.zeros(3), "tokens", None), ["largest 0."]),
+        (Histogram("Zeros", np.zeros(3), "tokens", None), ["maximum 0."]),
         (Histogram("Tail", np.r_[np.arange(1, 400), 10**6], "tokens", 64), ["The 1 above 495 are not drawn"]),
-        (Histogram("Holes", np.array([1.5, math.nan, math.inf, 2.5]), "score", None), ["2 in all"]),
+        (Histogram("Holes", np.array([1.5, math.nan, math.inf, 2.5]), "score", None), ["2 values"]),
     ],
     ids=lambda value: value.title if hasattr(value, "title") else "",
 )
-def test_a_picture_and_its_caption(tmp_path, picture, said):
+def test_a_picture_and_its_caption(tmp_path, picture, parts):
     caption = pictures.draw(picture, tmp_path / "x.png")
-    assert all(words in caption for words in said), caption
+    assert all(part in caption for part in parts), caption
     png = (tmp_path / "x.png").read_bytes()
     assert png.startswith(PNG) and int.from_bytes(png[16:20], "big") == 1104  # 4.6 inches, as wide as the curves
 
@@ -299,7 +299,7 @@ def test_a_picture_and_its_caption(tmp_path, picture, said):
         Histogram("Nothing", np.array([math.nan]), "tokens", None),
     ],
 )
-def test_nothing_to_draw_is_said(tmp_path, picture):
+def test_an_empty_picture_is_reported(tmp_path, picture):
     assert pictures.draw(picture, tmp_path / "x.png") is None and not list(tmp_path.iterdir())
     page = report.write(tmp_path, {}, {}, None, [picture]).read_text()
     assert "Nothing: nothing to show." in page and not Outline(page).all("img")
@@ -307,7 +307,7 @@ def test_nothing_to_draw_is_said(tmp_path, picture):
 
 def test_merging_keeps_every_example_and_the_large_classes():
     counts = np.diag([5, 0, 9, 1, 7]) + 1
-    merged = pictures._merged(counts, np.array([0, 2, 4]))
+    merged = pictures._merge_classes(counts, np.array([0, 2, 4]))
     assert merged.sum() == counts.sum() and merged.tolist() == [[6, 1, 1, 2], [1, 10, 1, 2], [1, 1, 8, 2], [2, 2, 2, 5]]
 
 
@@ -315,20 +315,20 @@ def test_a_row_and_its_largest_share_have_the_strongest_colour():
     shades = pictures._shades(np.array([[0.9, 0.1], [0.0, 1.0]]), merged=False)
     assert shades.min() >= 0 and shades[1, 0].tolist() == [1, 1, 1]
     assert shades.sum(-1).argmin(1).tolist() == [0, 1]
-    assert shades[0, 0, 2] > shades[0, 0, 0] and shades[0, 1, 0] > shades[0, 1, 2]  # blue right, rust wrong
+    assert shades[0, 0, 2] > shades[0, 0, 0] and shades[0, 1, 0] > shades[0, 1, 2]  # blue is correct, rust is wrong
 
 
-def test_the_limit_divides_no_bar():
+def test_the_limit_is_an_edge_of_a_bar():
     for low, high, limit in ((0, 384, 384), (0, 1000, 128), (17, 90, 55), (3, 3, 3)):
         edges = pictures._edges(low, high, limit + 0.5)
         assert limit + 0.5 in edges and edges[0] <= low - 0.5 and edges[-1] >= high + 0.5 and len(edges) <= 43
 
 
 def test_sections_come_in_order_after_the_curves(tmp_path):
-    note = "what the rows are"
+    note = "a note on the rows"
     sections = [
         Heatmap("Confusion", confusion(3), ("a", "b", "c")),
-        Bars("Loss", ("x",), (1.0,), "n"),  # its file must not be that of the curve
+        Bars("Loss", ("x",), (1.0,), "n"),  # its file must not overwrite that of the curve
         Table("Mistakes", ("text", "true", "confidence"), [["<b>شعر</b> & co", "a\nb", "99.1 %"]], note),
         Histogram("Lengths", np.arange(9), "tokens", 8),
         Table("No mistakes", ("text", "true"), [], ""),
@@ -338,7 +338,7 @@ def test_sections_come_in_order_after_the_curves(tmp_path):
     outline = Outline(page)
     alts = [image["alt"] for image in outline.all("img")]
     assert [alt.split(" by step")[0] for alt in alts][:4] == ["Loss", "Confusion", "Loss", "Lengths"]
-    assert len(alts) == 7 and alts[4].startswith("Learning rate")  # what the machine did comes last
+    assert len(alts) == 7 and alts[4].startswith("Learning rate")  # charts of the machine come last
     assert len(list((tmp_path / "report").glob("*.png"))) == 7
     marks = [">Curves<", ">Details<", 'alt="Confusion"', 'alt="Loss"', ">Mistakes<", 'alt="Lengths"', ">No mistakes<"]
     marks += [">Sample<", ">Optimizer and machine<", 'alt="Gradient norm']
@@ -356,12 +356,12 @@ def test_sections_come_in_order_after_the_curves(tmp_path):
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        (Heatmap("M", np.ones((2, 3)), ("a", "b")), r"counts \[2, 3\] of 2 names; give \[2, 2\]"),
-        (Bars("M", ("a", "b"), (1.0,), "n"), "1 values of 2 names; give one for each"),
+        (Heatmap("M", np.ones((2, 3)), ("a", "b")), r"2 names and counts of shape \[2, 3\]; give \[2, 2\]"),
+        (Bars("M", ("a", "b"), (1.0,), "n"), "2 names and 1 values; give one value for each name"),
         (Table("M", ("a", "b"), [["1"]], ""), "has 1 cells; give 2"),
     ],
 )
-def test_sections_that_do_not_add_up_are_refused(tmp_path, section, message):
+def test_sections_with_inconsistent_lengths_raise_an_error(tmp_path, section, message):
     with pytest.raises(ValueError, match=message):
         report.write(tmp_path, {}, {}, None, [section])
 
@@ -369,7 +369,7 @@ def test_sections_that_do_not_add_up_are_refused(tmp_path, section, message):
 # Single pictures, for notebooks and scripts
 
 
-def written(folder: Path, steps: int, **more: float) -> Path:
+def write_run(folder: Path, steps: int, **more: float) -> Path:
     folder.mkdir()
     return write_metrics(
         folder, [training(step, **more) for step in range(1, steps + 1)] + [{"step": steps, "eval/f1": 0.5}]
@@ -377,55 +377,58 @@ def written(folder: Path, steps: int, **more: float) -> Path:
 
 
 def test_a_curve_and_a_comparison(tmp_path):
-    runs = {name: written(tmp_path / name, steps) for name, steps in (("one", 50), ("two", 20))}
+    runs = {name: write_run(tmp_path / name, steps) for name, steps in (("one", 50), ("two", 20))}
     assert report.curve(runs["one"]).title == "Loss"
-    both = report.compared(runs, "loss")
+    both = report.comparison(runs, "loss")
     assert [series.label for series in both.series] == ["one", "two"] and both.last == 50
     assert both.title == "Loss, training" and len({series.color for series in both.series}) == 2
-    held_out = report.compared(runs, "eval/f1")
+    held_out = report.comparison(runs, "eval/f1")
     assert held_out.title == "F1, held-out" and held_out.percent and all(series.held_out for series in held_out.series)
 
 
 @pytest.mark.parametrize(
-    ("ask", "message"),
+    ("call", "message"),
     [
         (lambda folder: report.curve(folder, "los"), "no picture 'los'; perhaps you meant 'loss'"),
-        (lambda folder: report.curve(folder / "none"), "no picture 'loss'; nothing is measured there yet"),
-        (lambda folder: report.compared({"a": folder}, "eval/f2"), "no metric 'eval/f2'; perhaps you meant 'eval/f1'"),
-        (lambda folder: report.compared({}), "0 runs cannot be compared in one picture; give 1 to 8"),
+        (lambda folder: report.curve(folder / "none"), "no picture 'loss'; nothing has been logged there yet"),
+        (
+            lambda folder: report.comparison({"a": folder}, "eval/f2"),
+            "no metric 'eval/f2'; perhaps you meant 'eval/f1'",
+        ),
+        (lambda folder: report.comparison({}), "0 runs cannot be compared in one picture; give 1 to 8"),
         (lambda folder: report.save(Table("T", ("a",), [["b"]], ""), folder / "t.png"), "ends in .html"),
         (lambda folder: report.save(Histogram("H", np.zeros(0), "u", None), folder / "h.png"), "nothing to show"),
         (lambda folder: report.mesh({"tensor": 3}), "mlp 2048, which the mesh splits 3 ways"),
     ],
 )
-def test_what_cannot_be_shown_is_said(tmp_path, ask, message):
+def test_errors_name_the_remedy(tmp_path, call, message):
     with pytest.raises(UserError, match=message):
-        ask(written(tmp_path / "run", 5))
+        call(write_run(tmp_path / "run", 5))
 
 
 def test_pictures_show_themselves_in_a_notebook(tmp_path):
-    said = {"prediction": "yes", "confidence": 0.9}, {"prediction": "no", "confidence": 0.6}
-    matrix = report.confusion(["yes", "yes"], said)
+    predictions = {"prediction": "yes", "confidence": 0.9}, {"prediction": "no", "confidence": 0.6}
+    matrix = report.confusion(["yes", "yes"], predictions)
     assert matrix.names == ("no", "yes") and matrix.counts.tolist() == [[0, 0], [1, 1]]
     data, look = matrix._repr_mimebundle_()
     assert data["image/png"].startswith(PNG) and look["image/png"]["alt"].startswith("Confusion matrix: 50.0 % of 2")
     assert report.save(matrix, tmp_path / "matrix.png").read_bytes().startswith(PNG)
-    table = report.told_wrong(["a <b>", "c"], ["yes", "yes"], said)
+    table = report.misclassified(["a <b>", "c"], ["yes", "yes"], predictions)
     assert table.rows == [["c", "yes", "no", "60.0%"]]
     html = table._repr_mimebundle_()[0]["text/html"]
     assert Outline(html).all("table") and report.save(table, tmp_path / "t.html").read_text().count(html) == 1
 
 
-def test_masked_tokens_have_their_fates():
+def test_masked_text_shows_what_happened_to_each_token():
     class Words:
         mask = 4
 
         def pieces(self, ids):
             return [("[CLS]", "the", "fox", "<den>", "[MASK]")[i] for i in ids]
 
-    told = report.masked(Words(), [0, 1, 2, 3], [0, 1, 4, 1], [False, True, True, True])
-    assert told.fates == ["", "kept", "masked", "random"]
-    page = Outline(html := told._repr_mimebundle_()[0]["text/html"])
+    text = report.masked_text(Words(), [0, 1, 2, 3], [0, 1, 4, 1], [False, True, True, True])
+    assert text.fates == ["", "kept", "masked", "random"]
+    page = Outline(html := text._repr_mimebundle_()[0]["text/html"])
     assert [tag["class"] for tag in page.all("span") if "class" in tag][-3:] == [
         "chip kept",
         "chip masked",
@@ -437,7 +440,7 @@ def test_masked_tokens_have_their_fates():
 @pytest.mark.parametrize(
     "sizes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 8}, {"data": 4, "context": 2}], ids=str
 )
-def test_a_mesh_shows_what_its_devices_hold(sizes):
+def test_a_mesh_shows_the_parts_of_its_devices(sizes):
     import jax
 
     from jaxlm.config import MeshConfig
@@ -448,25 +451,25 @@ def test_a_mesh_shows_what_its_devices_hold(sizes):
     mesh = sharding.make_mesh(MeshConfig(**{"data": 1, **sizes}))
     places = {device.id: n for n, device in enumerate(mesh.devices.flat)}
     full = lambda cut, size: slice(*cut.indices(size)[:2])
-    for axes, of, held in (
-        (("width", "mlp"), shape, shown.held),
+    for axes, of, parts in (
+        (("width", "mlp"), shape, shown.parts),
         (("batch",), (rows,), [(cut,) for cut in shown.rows]),
     ):
         truth = jax.sharding.NamedSharding(mesh, sharding.spec(axes)).devices_indices_map(of)
         for device, cuts in truth.items():
-            assert tuple(full(cut, size) for cut, size in zip(cuts, of)) == held[places[device.id]]
+            assert tuple(full(cut, size) for cut, size in zip(cuts, of)) == parts[places[device.id]]
     assert shown.grid[0] * shown.grid[1] == 8 and shown._repr_mimebundle_()[0]["image/png"].startswith(PNG)
 
 
 def test_attention_is_drawn_and_must_fit():
     weights = np.full((2, 3), 1 / 3)
-    picture = report.Attention("Cross-attention", weights, ("Ein", "Hund"), ("a", "dog", "."))
-    assert "Ein looks at a, 33%" in picture._repr_mimebundle_()[1]["image/png"]["alt"]
+    picture = pictures.AttentionMap("Cross-attention", weights, ("Ein", "Hund"), ("a", "dog", "."))
+    assert "Ein attends to a, 33%" in picture._repr_mimebundle_()[1]["image/png"]["alt"]
     with pytest.raises(ValueError, match="weights"):
         picture._replace(read=("a",))._repr_mimebundle_()
 
 
-def test_cross_attention_is_that_of_a_translation(tmp_path):
+def test_cross_attention_of_a_translation(tmp_path):
     import jax
 
     from jaxlm.config import ModelConfig, TokenizerConfig
@@ -474,7 +477,7 @@ def test_cross_attention_is_that_of_a_translation(tmp_path):
     from jaxlm.lm import LM
     from jaxlm.nn.transformer import Transformer, init
 
-    words = tokenizer.train(["a dog and a cat"] * 9, TokenizerConfig(train="characters"), 40, ended=True)
+    words = tokenizer.train(["a dog and a cat"] * 9, TokenizerConfig(train="characters"), 40, add_eos=True)
     sizes = {"vocabulary": 40, "width": 16, "layers": 2, "heads": 2, "max_length": 32}
     config = ModelConfig(**sizes, structure="encoder_decoder", start_token=0)
     module = Transformer(config)
@@ -486,26 +489,26 @@ def test_cross_attention_is_that_of_a_translation(tmp_path):
     np.testing.assert_allclose(picture.weights_TS.sum(1), 1, rtol=1e-5)
     with pytest.raises(UserError, match="layer is 2; the decoder has 2"):
         report.attention(lm, "a dog", "a cat", layer=2)
-    with pytest.raises(UserError, match="is of an encoder-decoder"):
+    with pytest.raises(UserError, match="requires an encoder-decoder"):
         report.attention(LM(ModelConfig(**sizes), module, None, words), "a", "b")
 
 
-def test_a_script_is_left_alone_by_a_live_picture(tmp_path, capsys):
+def test_a_live_curve_does_nothing_in_a_script(tmp_path, capsys):
     with report.live(tmp_path):
-        print("said", file=sys.stderr)
-    assert capsys.readouterr().err == "said\n"
+        print("output", file=sys.stderr)
+    assert capsys.readouterr().err == "output\n"
 
 
-def test_a_live_picture_keeps_the_last_state_also_after_an_error(tmp_path, monkeypatch):
-    seen = []
+def test_a_live_curve_keeps_its_last_state_after_an_error(tmp_path, monkeypatch):
+    outputs = []
 
     class Handle:
         def __init__(self, first):
-            self.n = len(seen)
-            seen.append(first)
+            self.n = len(outputs)
+            outputs.append(first)
 
         def update(self, new, raw=False):
-            seen[self.n] = new
+            outputs[self.n] = new
 
     display = lambda first, raw, display_id: Handle(first)
     shell = type("Shell", (), {"kernel": True})()
@@ -518,11 +521,11 @@ def test_a_live_picture_keeps_the_last_state_also_after_an_error(tmp_path, monke
         print("data  a few rows", file=sys.stderr)
         for step in (1, 2):
             print(f"\r\x1b[Kstep {step}", end="", file=sys.stderr)
-        written(tmp_path / "run", 7)
+        write_run(tmp_path / "run", 7)
         raise RunError("gone")
-    chart, text = seen
+    chart, text = outputs
     assert chart.title == "Loss" and chart.last == 7 and text == {"text/plain": "data  a few rows\nstep 2"}
 
 
-def test_hardware_is_said():
+def test_hardware_is_described():
     assert "no accelerator" in report.hardware() and "slowly" in report.hardware()

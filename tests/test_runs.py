@@ -1,4 +1,4 @@
-"""Runs that are killed, moved to other devices, damaged or starved end as if nothing had happened, or say what did.
+"""Runs that are killed, moved to other devices, damaged or out of disk space end the same, or report the reason.
 
 Every run here is tiny.  "The same" means byte for byte: weights, optimizer state, export, and the losses of the log.
 """
@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flags import xla_flags
 
 from jaxlm import CausalLM, DataConfig, ModelConfig, OptimizerConfig, RunConfig, TokenizerConfig
 from jaxlm.__main__ import main, one_device_per_core
@@ -39,13 +40,13 @@ from jaxlm.run.measure import MEASURED
 from jaxlm.run.optimizer import make_optimizer
 from jaxlm.run.step import TrainState
 
-# TensorStore's words when one array of a checkpoint fails; `jaxlm.__main__` keeps them from the terminal.
+# The message of TensorStore when one array of a checkpoint fails, which `jaxlm.__main__` hides.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def swept_up():
-    """No later file hears of them either."""
+    """Raises none of them in a later test file either."""
     yield
     gc.collect()
 
@@ -64,7 +65,7 @@ def write_text(folder: Path, seed: int = 0) -> Path:
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory) -> Path:
-    """A folder with text.txt and the cache of all runs here."""
+    """A folder with text.txt and the cache of all runs of this file."""
     folder = tmp_path_factory.mktemp("runs")
     write_text(folder)
     return folder
@@ -76,7 +77,7 @@ def private_cache(place, monkeypatch, no_pictures):
 
 
 def a_run(place: Path, workdir: Path, **more: Any) -> RunConfig:
-    """12 steps; lines of the log, evaluations and checkpoints at steps that are out of step with each other."""
+    """12 steps, with different intervals of log lines, evaluations and checkpoints."""
     values = {
         "model": MODEL,
         "task": CausalLM(),
@@ -97,19 +98,19 @@ def a_run(place: Path, workdir: Path, **more: Any) -> RunConfig:
 
 
 def stop_after(steps: int):
-    """A `stop` that asks to leave after so many steps."""
+    """Returns a `stop` that ends a run after so many steps."""
     left = iter(range(steps - 1))
     return lambda: next(left, None) is None
 
 
 def losses(folder: Path) -> list[dict[str, float]]:
-    """The log without what depends on the clock and the machine."""
+    """Returns the log without values that depend on the clock and the machine."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{name: x for name, x in row.items() if name not in MEASURED} for row in rows]
 
 
 def tensors(folder: Path) -> dict[str, bytes]:
-    """All of the last checkpoint, and the export, as bytes."""
+    """Returns the last checkpoint and the export, as bytes."""
     import orbax.checkpoint as ocp
 
     manager = ocp.CheckpointManager((folder / "checkpoints").absolute())
@@ -128,7 +129,7 @@ def assert_same(ours: Path, theirs: Path) -> None:
 
 @pytest.fixture(scope="module")
 def alone(place, tmp_path_factory) -> Path:
-    """A run on one device that nobody disturbed."""
+    """An uninterrupted run on one device."""
     with pytest.MonkeyPatch.context() as patch:
         made = sharding.make_mesh
         patch.setattr(sharding, "make_mesh", lambda c, some=None: made(c, some or jax.devices()[:1]))
@@ -142,7 +143,7 @@ def alone(place, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("after", [pytest.param((1,), marks=pytest.mark.long), (5, 2, 3)], ids=str)
-def test_a_run_that_is_stopped_goes_on_to_the_same_end(place, alone, tmp_path, devices, after):
+def test_a_stopped_run_resumes_to_the_same_end(place, alone, tmp_path, devices, after):
     run = a_run(place, tmp_path / "run")
     for steps in after:
         with pytest.raises(Stopped, match=f"stopped at step .* of {run.steps}"):
@@ -152,8 +153,8 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_end(place, alone, tmp_path, d
 
 
 @pytest.mark.parametrize("source", ["the seed", "weights"])
-def test_a_run_that_trains_a_part_resumes_to_the_same_end(place, alone, tmp_path, devices, source):
-    """Checkpoints leave out what is frozen: it comes from where it came from, and must be the same."""
+def test_a_run_with_frozen_parameters_resumes_to_the_same_end(place, alone, tmp_path, devices, source):
+    """Checkpoints omit frozen parameters: they are read from their source again, and must be the same."""
     frozen = {"optimizer": OptimizerConfig(rate=1e-2, beta2=0.99, freeze="all_but_heads")}
     given = tmp_path / "given"
     if source == "weights":
@@ -171,7 +172,7 @@ def test_a_run_that_trains_a_part_resumes_to_the_same_end(place, alone, tmp_path
         given_tensors = safetensors.read(given)
         changed = {name: np.asarray(x) + np.float32("wte" in name) for name, x in given_tensors.items()}
         safetensors.write(changed, given / "model.safetensors", {"format": "pt"})
-        with pytest.raises(UserError, match=f"does not train are not those .* give --init {re.escape(str(given))} the"):
+        with pytest.raises(UserError, match=f"frozen parameters differ .* --init {re.escape(str(given))}, or"):
             fit(run)
         shutil.rmtree(given)
         shutil.move(tmp_path / "away", given)
@@ -182,7 +183,7 @@ def test_a_run_that_trains_a_part_resumes_to_the_same_end(place, alone, tmp_path
     assert lm.config.layers == 2
 
 
-def test_an_interrupt_waits_for_the_step_and_the_same_call_goes_on(place, alone, tmp_path, devices):
+def test_an_interrupt_waits_for_the_step_and_the_same_call_resumes(place, alone, tmp_path, devices):
     run, steps = a_run(place, tmp_path / "run"), iter(range(4))
 
     def stop() -> bool:
@@ -198,7 +199,7 @@ def test_an_interrupt_waits_for_the_step_and_the_same_call_goes_on(place, alone,
     assert_same(tmp_path / "run", alone)
 
 
-def test_a_program_with_its_own_way_with_interrupts_keeps_it(place, tmp_path, monkeypatch, devices):
+def test_the_interrupt_handler_of_a_program_is_kept(place, tmp_path, monkeypatch, devices):
     heard = []
     before = signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
     try:
@@ -208,7 +209,7 @@ def test_a_program_with_its_own_way_with_interrupts_keeps_it(place, tmp_path, mo
     assert heard == [signal.SIGINT] * 2
 
 
-def test_what_a_run_leaves(alone):
+def test_the_files_of_a_finished_run(alone):
     rows = losses(alone)
     assert [row["step"] for row in rows] == [4, 6, 8, 12, 12]
     speed = {"tokens_per_second", "examples_per_second"}
@@ -230,7 +231,7 @@ def test_what_a_run_leaves(alone):
 
 
 def read_events(folder: Path) -> list[Any]:
-    """The events of all files of a folder; a record is length, its checksum, data, its checksum (TFRecord)."""
+    """Returns the events of all files of a folder; a record is length, checksum, data, checksum (TFRecord)."""
     from tensorboardX.proto.event_pb2 import Event
 
     events = []
@@ -243,7 +244,7 @@ def read_events(folder: Path) -> list[Any]:
     return events
 
 
-def test_tensorboard_shows_what_the_log_says(alone):
+def test_tensorboard_has_the_values_of_the_log(alone):
     points = {}
     for event in read_events(alone / "tensorboard"):
         for value in event.summary.value:
@@ -253,16 +254,16 @@ def test_tensorboard_shows_what_the_log_says(alone):
     assert points == pytest.approx(logged, rel=1e-6)
 
 
-def test_a_finished_run_says_so(place, alone, devices, capsys):
+def test_a_finished_run_is_reported(place, alone, devices, capsys):
     before = {f: f.stat().st_mtime_ns for f in alone.rglob("*") if f.is_file() and f.name != "config.json"}
     lm = fit(a_run(place, alone))
-    assert "is finished, at step 12; nothing is left to do" in capsys.readouterr().err
+    assert "is already finished, at step 12; nothing is left to do" in capsys.readouterr().err
     assert before == {f: f.stat().st_mtime_ns for f in alone.rglob("*") if f.is_file() and f.name != "config.json"}
     assert lm.config.width == MODEL.width
 
 
 def test_a_finished_run_keeps_its_export(place, alone, tmp_path, devices, no_pictures, capsys):
-    """Its checkpoints are of no use any more; it is finished without them, also where its report was removed."""
+    """It needs no checkpoints, and is finished without them, even where its report was removed."""
     run = a_run(place, tmp_path / "run", keep_checkpoints=False)
     fit(run)
     kept = {path.name for path in (tmp_path / "run").iterdir()}
@@ -272,7 +273,7 @@ def test_a_finished_run_keeps_its_export(place, alone, tmp_path, devices, no_pic
     (tmp_path / "run" / "report.html").unlink()
     capsys.readouterr()
     fit(run)
-    assert "is finished, at step 12; nothing is left to do" in capsys.readouterr().err
+    assert "is already finished, at step 12; nothing is left to do" in capsys.readouterr().err
 
 
 def test_the_last_line_is_a_mean_over_as_many_steps_as_the_others(place, tmp_path, devices):
@@ -297,7 +298,7 @@ def test_the_log_is_cut_to_the_restored_step(place, alone, tmp_path, devices):
     assert losses(tmp_path / "run") == losses(alone)
 
 
-def test_weights_that_are_given_stay_the_callers(place, alone, tmp_path, devices):
+def test_given_weights_are_not_donated(place, alone, tmp_path, devices):
     import jaxlm
 
     lm = jaxlm.load(alone)
@@ -324,7 +325,7 @@ SLOW = [(a, b) for a in MESHES for b in MESHES if "8" in a + b and a != b and (a
 
 
 @pytest.mark.parametrize(("before", "after"), [*FAST, *(pytest.param(*pair, marks=pytest.mark.long) for pair in SLOW)])
-def test_a_run_goes_on_on_other_devices(place, alone, tmp_path, devices, before, after):
+def test_a_run_resumes_on_other_devices(place, alone, tmp_path, devices, before, after):
     for name, stop in ((before, stop_after(6)), (after, lambda: False)):
         n, mesh = MESHES[name]
         devices(n)
@@ -344,7 +345,7 @@ def test_a_run_goes_on_on_other_devices(place, alone, tmp_path, devices, before,
 
 
 def stopped_copy(place: Path, folder: Path, steps: int = 7) -> RunConfig:
-    """A run with the checkpoints 6 (the best) and 7 and, but for those that were let go, 3."""
+    """A run with checkpoints 6 (the best) and 7; the others were removed."""
     run = a_run(place, folder)
     with pytest.raises(Stopped):
         fit(run, stop=stop_after(steps))
@@ -377,9 +378,9 @@ DAMAGE = {
 }
 
 
-def restored(folder: Path, say=print) -> tuple[int, Any] | None:
-    """The newest whole checkpoint of a run folder: its step, and its leaves as bytes."""
-    checkpoints = Checkpoints(folder / "checkpoints", 2, say)
+def restored(folder: Path, log=print) -> tuple[int, Any] | None:
+    """Returns the step of the newest valid checkpoint of a run folder, and its leaves as bytes."""
+    checkpoints = Checkpoints(folder / "checkpoints", 2, log)
     found = checkpoints.restore(shapes_of_a_run())
     checkpoints.close()
     if found is None:
@@ -388,7 +389,7 @@ def restored(folder: Path, say=print) -> tuple[int, Any] | None:
 
 
 def shapes_of_a_run() -> TrainState:
-    """Shapes of the state of `a_run`, on one device."""
+    """Returns the shapes of the state of `a_run`, on one device."""
     run = a_run(Path(), Path())
     shapes = jax.eval_shape(partial(init, Transformer(run.model)), jax.random.key(0))
     opt_state = jax.eval_shape(make_optimizer(run.optimizer, run.steps, shapes).init, shapes)
@@ -398,8 +399,8 @@ def shapes_of_a_run() -> TrainState:
 
 
 @pytest.mark.parametrize("damage", ["flipped", *(pytest.param(d, marks=pytest.mark.long) for d in list(DAMAGE)[1:])])
-def test_a_damaged_checkpoint_is_never_taken_for_a_whole_one(stopped, tmp_path, damage):
-    """Each file in turn: the run resumes from the very same state or, with a message, from the checkpoint before."""
+def test_a_damaged_checkpoint_is_never_restored(stopped, tmp_path, damage):
+    """Each file in turn: the run resumes from the same state or, with a message, from the checkpoint before."""
     whole = restored(stopped)
     shutil.copytree(stopped, tmp_path / "whole")
     shutil.rmtree(tmp_path / "whole" / "checkpoints" / "7")
@@ -433,7 +434,7 @@ def test_a_best_checkpoint_whose_score_is_damaged(stopped, tmp_path):
     assert "checkpoint 6 is corrupt" in said[0]
 
 
-def test_a_run_goes_on_from_the_checkpoint_before_a_corrupt_one(place, alone, stopped, tmp_path, devices, capsys):
+def test_a_run_resumes_from_the_checkpoint_before_a_corrupt_one(place, alone, stopped, tmp_path, devices, capsys):
     folder = tmp_path / "run"
     shutil.copytree(stopped, folder)
     for file in (folder / "checkpoints" / "7" / "state" / "d").iterdir():
@@ -445,7 +446,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_corrupt_one(place, alone, st
     assert_same(folder, alone)
 
 
-def test_a_run_whose_checkpoints_are_all_corrupt_starts_anew(place, alone, stopped, tmp_path, devices, capsys):
+def test_a_run_with_only_corrupt_checkpoints_starts_again(place, alone, stopped, tmp_path, devices, capsys):
     folder = tmp_path / "run"
     shutil.copytree(stopped, folder)
     for step in ("6", "7"):
@@ -454,13 +455,13 @@ def test_a_run_whose_checkpoints_are_all_corrupt_starts_anew(place, alone, stopp
     fit(a_run(place, folder))
     said = capsys.readouterr().err
     assert "checkpoint 7 is corrupt" in said and "checkpoint 6 is corrupt" in said
-    assert "no whole checkpoint is left" in said and "resuming" not in said
+    assert "no valid checkpoint is left" in said and "resuming" not in said
     assert_same(folder, alone)
 
 
 @pytest.mark.parametrize("n", [1, 8])
-def test_a_checkpoint_holds_the_state_as_it_was_although_its_buffers_are_donated(tmp_path, n):
-    """Checkpoints are written while the next steps overwrite the state in place; all of them come back whole."""
+def test_a_checkpoint_has_the_saved_state_although_its_buffers_are_donated(tmp_path, n):
+    """Checkpoints are written while the next steps overwrite the state in place; all of them are valid."""
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:n])
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     layout = TrainState(sharding.replicated(mesh), {"a": rows, "b": sharding.replicated(mesh)}, (), None)
@@ -490,7 +491,7 @@ def test_a_checkpoint_holds_the_state_as_it_was_although_its_buffers_are_donated
     assert not (tmp_path / "corrupt").exists()
 
 
-def test_a_checkpoint_that_may_not_be_read_is_no_corrupt_one(stopped, tmp_path, monkeypatch):
+def test_a_checkpoint_without_read_permission_is_not_corrupt(stopped, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     shutil.copytree(stopped, folder)
     checkpoints = Checkpoints(folder / "checkpoints", 2)
@@ -504,7 +505,7 @@ def test_a_checkpoint_that_may_not_be_read_is_no_corrupt_one(stopped, tmp_path, 
     assert not (folder / "corrupt").exists()
 
 
-def test_parameters_are_restored_without_what_the_optimizer_keeps(tmp_path):
+def test_parameters_are_restored_without_the_optimizer_state(tmp_path):
     said = []
     state = TrainState(jnp.int32(3), {"a": {"b": jnp.arange(6.0)}}, {"m": jnp.ones(6)}, jnp.zeros(2, jnp.uint32))
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
@@ -519,7 +520,7 @@ def test_parameters_are_restored_without_what_the_optimizer_keeps(tmp_path):
     values["checksums"][1] += 1
     notes.write_text(json.dumps(values))
     assert checkpoints.restore_params(like.params, 3) is None
-    assert "the best, is corrupt" in said[0]
+    assert "the best checkpoint, " in said[0]
     checkpoints.close()
 
 
@@ -543,7 +544,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(place, tmp_path, devices, rate):
         assert all(np.isfinite(x).all() for x in floats)
 
 
-# Whose folder it is
+# Folders of other runs
 
 OTHERS = {
     "model": {"model": dataclasses.replace(MODEL, width=16)},
@@ -577,14 +578,14 @@ def changed(run: RunConfig, change: dict[str, Any]) -> RunConfig:
 def test_a_folder_of_another_run_is_refused(place, stopped, name):
     run = changed(a_run(place, stopped), OTHERS[name])
     before = (stopped / "config.json").read_bytes()
-    with pytest.raises(UserError, match=rf"holds another run(.|\n)*{name.split('.')[0]}.* \| ") as raised:
+    with pytest.raises(UserError, match=rf"contains another run(.|\n)*{name.split('.')[0]}.* \| ") as raised:
         open_run_dir(run, stopped)
     assert "--workdir" in str(raised.value)
     assert (stopped / "config.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_what_may_differ(place, stopped, name):
+def test_fields_that_may_differ(place, stopped, name):
     assert open_run_dir(changed(a_run(place, stopped), SAME[name]), stopped)
 
 
@@ -595,14 +596,14 @@ def test_data_may_move_but_not_change(place, alone, stopped, tmp_path, devices):
     moved.mkdir()
     write_text(moved, seed=1)
     run = a_run(place, folder, data=DataConfig(path=str(moved / "text.txt"), length=32))
-    with pytest.raises(UserError, match=r"data of other content.*[0-9a-f]{16} there, [0-9a-f]{16} now"):
+    with pytest.raises(UserError, match=r"data with other content.*[0-9a-f]{16}, but now it is [0-9a-f]{16};"):
         fit(run)
     write_text(moved)
     fit(run)
     assert_same(folder, alone)
 
 
-def test_a_run_that_took_no_step_is_in_nobodys_way(place, tmp_path):
+def test_a_run_without_steps_is_replaced(place, tmp_path):
     run = a_run(place, tmp_path / "run")
     assert not open_run_dir(run, tmp_path / "run")
     begin(run, tmp_path / "run", "0" * 16)
@@ -641,7 +642,7 @@ def config(place) -> Path:
 def start(config: Path, workdir: Path, *arguments: str, **options: Any) -> subprocess.Popen:
     """train.py on one device, with its output as text."""
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "XLA_FLAGS": xla_flags(1),
         "JAXLM_CACHE": str(config.parent / "cache"),
     }
     command = [sys.executable, str(TRAIN), str(config), "--workdir", str(workdir), *arguments]
@@ -649,7 +650,7 @@ def start(config: Path, workdir: Path, *arguments: str, **options: Any) -> subpr
 
 
 def wait_for(process: subprocess.Popen, sign: str) -> str:
-    """What the process says up to and with the line that holds `sign`."""
+    """Returns the output of the process up to and including the line with `sign`."""
     said = ""
     for line in process.stderr:
         said += line
@@ -659,7 +660,7 @@ def wait_for(process: subprocess.Popen, sign: str) -> str:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
-def test_a_signal_saves_and_the_same_command_goes_on(config, place, tmp_path, number):
+def test_a_signal_saves_and_the_same_command_resumes(config, place, tmp_path, number):
     steps = ("--steps", "400", "--checkpoint-every", "1000")
     process = start(config, tmp_path / "run", *steps)
     wait_for(process, "step 8/")
@@ -676,7 +677,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(config, place, tmp_path, nu
 
 
 @pytest.mark.long
-def test_a_signal_before_the_first_step_leaves_at_once(config, tmp_path):
+def test_a_signal_before_the_first_step_ends_the_run_at_once(config, tmp_path):
     for sign in ("data  ", "run  "):
         process = start(config, tmp_path / "run")
         wait_for(process, sign)
@@ -687,7 +688,7 @@ def test_a_signal_before_the_first_step_leaves_at_once(config, tmp_path):
 
 @pytest.mark.long
 def test_killed_at_twenty_moments(config, place, tmp_path):
-    """SIGKILL while it compiles, trains, writes checkpoints, evaluates, exports: the end is the same."""
+    """SIGKILL while it compiles, trains, writes checkpoints, evaluates or exports does not change the result."""
     steps = ("--steps", "120", "--checkpoint-every", "5", "--eval-every", "12", "--log-every", "7")
     process = start(config, tmp_path / "alone", *steps)
     begun = time.monotonic()
@@ -695,8 +696,8 @@ def test_killed_at_twenty_moments(config, place, tmp_path):
     whole = time.monotonic() - begun
     assert process.returncode == 0, said
     draw, kills, reached = random.Random(1), 0, []
-    # So long after so many lines that hold this: by the clock, before the first step, among steps and checkpoints
-    # (mostly), and after the last step, where it exports.
+    # Delays after a number of lines with a text: by the clock, before the first step, mostly between steps and
+    # checkpoints, and after the last step, during the export.
     train = lambda: ("step ", draw.randint(1, 5), 0.4)
     moments = [lambda: ("", 0, whole), train, train, train, lambda: ("run  ", 1, 2.0)]
     moments += [train, train, train, lambda: ("step 120/", 1, 2.0), train]
@@ -725,12 +726,12 @@ def test_killed_at_twenty_moments(config, place, tmp_path):
     assert_same(tmp_path / "run", tmp_path / "alone")
 
 
-# Nowhere to write
+# Full and read-only disks
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A folder on a disk of its own of 4 MiB."""
+    """A folder on a separate disk of 4 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True)
@@ -743,7 +744,7 @@ def small_disk(tmp_path):
 @pytest.mark.parametrize(
     "left", [pytest.param(0, marks=pytest.mark.long), 1 << 16, pytest.param(1 << 18, marks=pytest.mark.long)]
 )
-def test_a_full_disk_ends_the_run_and_the_checkpoint_before_stays(
+def test_a_full_disk_ends_the_run_and_the_last_checkpoint_stays(
     config, place, alone, stopped, small_disk, tmp_path, devices, left
 ):
     folder, ballast = small_disk / "run", small_disk / "ballast"
@@ -753,7 +754,7 @@ def test_a_full_disk_ends_the_run_and_the_checkpoint_before_stays(
     said = process.communicate(timeout=120)[1]
     assert process.returncode == 1, said
     assert "Traceback" not in said and said.count("error: ") == 1, said
-    assert ("the disk is full" in said or "No space left" in said) and "make room" in said
+    assert ("the disk is full" in said or "No space left" in said) and "free disk space" in said
     assert {path.name for path in (folder / "checkpoints").iterdir()} >= {"6", "7"}
     ballast.unlink()
     fit(a_run(place, folder))
@@ -783,8 +784,8 @@ def test_a_disk_that_cannot_be_written(config, small_disk, capsys):
         ("--xla_force_host_platform_device_count=4", MeshConfig(-1, 2), 2, "8"),
     ],
 )
-def test_a_mesh_of_several_axes_has_two_threads_a_device(monkeypatch, flags, mesh, cores, threads):
-    """With one, collectives over two axes can wait for each other for ever; and never fewer than there are cores."""
+def test_a_mesh_with_several_axes_has_two_threads_per_device(monkeypatch, flags, mesh, cores, threads):
+    """With one, collectives over two axes can deadlock. There are at least as many threads as cores."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
     monkeypatch.setenv("XLA_FLAGS", flags)
     monkeypatch.setenv("NPROC", "")  # so that it is put back

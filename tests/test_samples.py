@@ -37,33 +37,33 @@ def test_captions_are_parallel_right_and_apart(tmp_path):
         for name in ("train", "val", "test")
     }
     assert [len(rows) for rows in parts.values()] == [4000, 50, 50]
-    told = {row["en"]: row["de"] for rows in parts.values() for row in rows}
-    assert len(told) == 4100
-    for english, german in told.items():
+    german_of = {row["en"]: row["de"] for rows in parts.values() for row in rows}
+    assert len(german_of) == 4100
+    for english, german in german_of.items():
         assert english.endswith(".") and german.endswith(".") and german[0].isupper() and "  " not in german
         assert ("has " in english) == (" hat " in german)  # second, also where the place comes first
         if english.startswith(("In ", "On ", "At ")):
             place = german.split(" ein")[0].split()  # place and verb come before whoever it is
-            assert place[-1] in {*samples._DOES.values(), *samples._IS.values(), "hat"}
+            assert place[-1] in {*samples._VERBS["does"].values(), *samples._VERBS["is"].values(), "hat"}
 
 
 def test_more_captions_than_there_are_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(
         samples, "_caption", lambda draw: draw.choice([("A dog.", "Ein Hund."), ("A cat.", "Eine Katze.")])
     )
-    with pytest.raises(UserError, match="1 and twice 1 captions are more than there are; ask for fewer"):
+    with pytest.raises(UserError, match="3 captions are more than can be generated; request fewer"):
         samples.captions(tmp_path, train=1, held_out=1)
 
 
 @pytest.mark.parametrize(
     ("noun", "case", "adjective", "expected"),
     [
-        (samples._WHO[0], 0, {"old": "alt"}, ("an old man", "ein alter Mann")),
-        (samples._WHO[1], 0, {"tired": "müde"}, ("a tired woman", "eine müde Frau")),
-        (samples._WHO[2], 0, {"small": "klein"}, ("a small child", "ein kleines Kind")),
-        (samples._WHAT[0], 2, {"red": "rot"}, ("a red ball", "einen roten Ball")),
-        (samples._WHAT[1], 2, {"new": "neu"}, ("a new book", "ein neues Buch")),
-        (samples._WHAT[2], 2, {"blue": "blau"}, ("a blue bag", "eine blaue Tasche")),
+        (samples._PEOPLE[0], 0, {"old": "alt"}, ("an old man", "ein alter Mann")),
+        (samples._PEOPLE[1], 0, {"tired": "müde"}, ("a tired woman", "eine müde Frau")),
+        (samples._PEOPLE[2], 0, {"small": "klein"}, ("a small child", "ein kleines Kind")),
+        (samples._THINGS[0], 2, {"red": "rot"}, ("a red ball", "einen roten Ball")),
+        (samples._THINGS[1], 2, {"new": "neu"}, ("a new book", "ein neues Buch")),
+        (samples._THINGS[2], 2, {"blue": "blau"}, ("a blue bag", "eine blaue Tasche")),
     ],
 )
 def test_german_is_declined(noun, case, adjective, expected):
@@ -80,7 +80,7 @@ def test_topics_are_tested_on_what_was_not_trained(tmp_path):
     parts = [samples.rows(folder / f"{name}.csv") for name in ("train", "test")]
     assert [len(rows) for rows in parts] == [144, 96]
     named = [{word for row in rows for word in row["text"].strip(".").split()} for rows in parts]
-    things = {thing for kind in samples._THINGS.values() for thing in kind}
+    things = {thing for kind in samples._TOPICS.values() for thing in kind}
     assert len(things) == 40 and not (named[0] & named[1] & things) and things <= named[0] | named[1]
     assert all(f"the {thing}" in text.lower() for thing in things)  # the articles have them all
 
@@ -102,13 +102,13 @@ def test_a_bert_loads_here_and_is_left_alone(tmp_path):
 def test_without_a_network_it_is_said_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     for fetch in (samples.imdb, samples.multi30k, samples.wikitext):
-        with pytest.raises(UserError, match=r"fix the network.*file of your own.*JAXLM_TINY=1"):
+        with pytest.raises(UserError, match=r"check the network.*your own file.*JAXLM_TINY=1"):
             fetch(tmp_path / "data")
 
 
 def test_a_table_is_divided_by_class(tmp_path):
     path = samples.reviews(tmp_path / "reviews.csv", count=200)
-    train, test = (samples.rows(part) for part in samples.divided(path, share=0.25))
+    train, test = (samples.rows(part) for part in samples.split(path, share=0.25))
     assert sorted(map(str, train + test)) == sorted(map(str, samples.rows(path)))
     count = lambda rows: sum(row["label"] == "positive" for row in rows)
     assert len(test) == 50 and abs(count(test) - count(train) / 3) <= 1

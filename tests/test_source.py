@@ -157,11 +157,11 @@ def test_missing_and_empty_paths(tmp_path):
     (tmp_path / "train.csv").write_text("text\n")
     assert "perhaps you meant 'train.csv'" in refused(tmp_path / "trian.csv")
     assert "nor a folder" in refused(tmp_path / "nowhere" / "x.txt")
-    assert "holds no document (rows 0)" in refused(tmp_path / "train.csv")
+    assert "contains no documents (rows 0)" in refused(tmp_path / "train.csv")
     (tmp_path / "blank.txt").write_text("\n  \n")
-    assert "holds no document" in refused(tmp_path / "blank.txt")
+    assert "contains no documents" in refused(tmp_path / "blank.txt")
     (tmp_path / "folder").mkdir()
-    assert "holds no files" in refused(tmp_path / "folder")
+    assert "contains no files" in refused(tmp_path / "folder")
 
 
 def test_broken_tables(tmp_path):
@@ -175,9 +175,9 @@ def test_broken_tables(tmp_path):
         ("x.jsonl", b'{"text": [1]}', "x.jsonl:1: column 'text' holds list [1], not text"),
         ("x.jsonl", b'{"text": "a"}\n{"text": ', "x.jsonl:2: not a JSON object (Expecting value"),
         ("x.json", b"[1]", "x.json:1: not a JSON object (a int)"),
-        ("x.csv", b"text,b\n1,2\n\n1,2,3\n", "x.csv:4: the row has 3 fields, the header 2 (text, b)"),
+        ("x.csv", b"text,b\n1,2\n\n1,2,3\n", "x.csv:4: the row has 3 fields, the header has 2 (text, b)"),
         ("x.csv", b'text,b\n"1"x,2\n', "x.csv:2: ',' expected after"),
-        ("x.parquet", b"PAR0", "x.parquet is no readable parquet file"),
+        ("x.parquet", b"PAR0", "x.parquet is not a readable parquet file"),
         ("x.txt.gz", b"plain", "x.txt.gz is not a whole gzip file"),
         ("x.txt.gz", gzip.compress(b"plain text")[:-4], "x.txt.gz is not a whole gzip file"),
     ]:
@@ -185,7 +185,7 @@ def test_broken_tables(tmp_path):
         assert message in refused(tmp_path / name), name
     assert "the columns are 'n', 'text'" in refused(write(tmp_path / "y.parquet", ["a"]), text="body")
     (tmp_path / "x.txt").write_text("a")
-    assert "data.boundary '(' is no regular expression" in refused(
+    assert "data.boundary '(' is not a regular expression" in refused(
         tmp_path / "x.txt", documents="boundary", boundary="("
     )
 
@@ -299,21 +299,21 @@ def test_rows_of_every_shape(tmp_path, name, content, choices, expected):
     [
         # A file that ends in the middle of a row.
         ("x.csv", b'a,b\n1,2\n3,"four\nfive', {}, "x.csv:3: unexpected end of data; correct the quotes of this row"),
-        ("x.csv", b"a,b\n1,2\n3", {}, "x.csv:3: the row has 1 fields, the header 2 (a, b); correct the row"),
-        ("x.tsv", b"1\t2\n3", {"columns": ("a", "b")}, "x.tsv:2: the row has 1 fields, data.columns 2 (a, b)"),
+        ("x.csv", b"a,b\n1,2\n3", {}, "x.csv:3: the row has 1 fields, the header has 2 (a, b); correct the row"),
+        ("x.tsv", b"1\t2\n3", {"columns": ("a", "b")}, "x.tsv:2: the row has 1 fields, data.columns has 2 (a, b)"),
         ("x.jsonl", b'{"a": 1}\n{"a": "tw', {}, "x.jsonl:2: not a JSON object (Unterminated string"),
         ("x.jsonl", b'{"a": 1}\n{"a": 2', {}, "x.jsonl:2: not a JSON object (Expecting ',' delimiter, column 8)"),
         # conll
-        ("x.conll", b"a O\nb\n", {}, "x.conll:2: the line 'b' has 1 columns, line 1 2; correct it: a token, its tag"),
-        ("x.conll", b"\na O\n\nb c O", {}, "x.conll:4: the line 'b c O' has 3 columns, line 2 2"),
+        ("x.conll", b"a O\nb\n", {}, "x.conll:2: the line 'b' has 1 columns, line 1 has 2; correct it: a token,"),
+        ("x.conll", b"\na O\n\nb c O", {}, "x.conll:4: the line 'b c O' has 3 columns, line 2 has 2"),
         ("x.conll", b"a\tO\n\tO", {}, "x.conll:2: the token of the line '\\tO' is empty"),
         ("x.conll", b"a\tO\nb\t", {}, "x.conll:2: the tag of the line 'b\\t' is empty"),
         ("x.conll", b"a O\n\nb O\n\xff O", {}, "x.conll:3: column 'tokens' is not UTF-8"),
         # squad
-        ("x.json", squad(QUESTION)[:-9], {}, "x.json:1: the JSON breaks at column"),
+        ("x.json", squad(QUESTION)[:-9], {}, "x.json:1: invalid JSON at column"),
         ("x.jsonl", squad(QUESTION)[:150], {"format": "jsonl"}, "set --data.format squad"),
-        ("x", squad(QUESTION)[:-30], {"format": "squad"}, "x:1: the JSON breaks at column"),
-        ("x", b'{"data":\n [', {"format": "squad"}, "x:2: the JSON breaks at column 3, character 11 of 11 (Expect"),
+        ("x", squad(QUESTION)[:-30], {"format": "squad"}, "x:1: invalid JSON at column"),
+        ("x", b'{"data":\n [', {"format": "squad"}, "x:2: invalid JSON at column 3, character 11 of 11 (Expect"),
         ("x", b"[]", {"format": "squad"}, "x: the file is a list, not an object; correct it: data[].paragraphs[]."),
         ("x", b"{}", {"format": "squad"}, "x: the file has no 'data'"),
         ("x", b'{"data": [3]}', {"format": "squad"}, "x: data[0] is a whole number, not an object"),
@@ -323,18 +323,18 @@ def test_rows_of_every_shape(tmp_path, name, content, choices, expected):
             "'answer_start' of data[0].paragraphs[0].qas[0].answers[0] is true or false, not a whole number"),
         # pattern
         ("x.txt", b"A:b c\n\n? d", {"pattern": TREC}, "x.txt:3: the line '? d' does not match data.pattern '(?P<l"),
-        ("x.txt", b"a", {"pattern": "("}, "data.pattern '(' is no regular expression: missing )"),
+        ("x.txt", b"a", {"pattern": "("}, "data.pattern '(' is not a regular expression: missing )"),
         ("x.txt", b"a", {"pattern": "(.)"}, "data.pattern '(.)' has no named group"),
-        ("x.txt", b"a", {"pattern": TREC, "documents": "file"}, "data.pattern is of lines, data.documents is 'file'"),
+        ("x.txt", b"a", {"pattern": TREC, "documents": "file"}, "data.pattern applies to lines, but data.documents is"),
         # charset
-        ("x.txt", b"a", {"encoding": "klingon"}, "data.encoding 'klingon' is no encoding that"),
-        ("x.txt", b"a", {"encoding": "hex"}, "data.encoding 'hex' is no encoding that"),
-        ("x.txt", b"a", {"encoding": "a\0"}, "data.encoding 'a\\x00' is no encoding that"),
-        ("x.txt", b"a", {"encoding": "utf-16"}, "x.txt:1: the text behind line 0 is not utf-16 (truncated data)"),
+        ("x.txt", b"a", {"encoding": "klingon"}, "data.encoding 'klingon' is not an encoding that"),
+        ("x.txt", b"a", {"encoding": "hex"}, "data.encoding 'hex' is not an encoding that"),
+        ("x.txt", b"a", {"encoding": "a\0"}, "data.encoding 'a\\x00' is not an encoding that"),
+        ("x.txt", b"a", {"encoding": "utf-16"}, "x.txt:1: the text after line 0 is not utf-16 (truncated data)"),
         ("x.csv", b"a\nb\n\x81", {"encoding": "cp1252"}, "x.csv:3: byte 81 is not cp1252 (character maps to"),
         ("x.txt", b"a\n\xff", {"encoding": "ascii", "documents": "file"}, "x.txt:2: byte ff is not ascii"),
         ("x.txt", b"a\n\xff", {"pattern": "(?P<text>.)"}, "x.txt:2: column 'text' is not UTF-8; convert the data"),
-        ("x.jsonl", b'{"a": "\\n", "b": [{"c": "\\n\\ud800"}]}', {}, "x.jsonl:1: column 'b' holds half a surrogate"),
+        ("x.jsonl", b'{"a": "\\n", "b": [{"c": "\\n\\ud800"}]}', {}, "x.jsonl:1: column 'b' holds a lone surrogate"),
     ],
 )  # fmt: skip
 def test_what_no_reader_takes(tmp_path, name, content, choices, message):
@@ -439,7 +439,7 @@ def test_tfds_without_tensorflow(tmp_path, monkeypatch):
     assert "tfds:imdb_reviews/nothing cannot be opened" in refused("tfds:imdb_reviews/nothing")
     for name in ("glue/sst2", "cnn_dailymail"):
         message = refused(f"tfds:{name}")
-        assert "needs TensorFlow" in message and "file_format='array_record'" in message
+        assert "requires TensorFlow" in message and "file_format='array_record'" in message
     assert fingerprint("tfds:imdb_reviews") == fingerprint("tfds:imdb_reviews/plain_text")
     assert "tensorflow" not in sys.modules
 
@@ -459,4 +459,4 @@ def test_arrays_of_tfds_become_plain_values():
         "label": np.int64(3),
         "nested": {"starts": np.array([4, 5])},
     }
-    assert source._unicode(row, []) == {"tokens": ["a", "\u00e9"], "label": 3, "nested": {"starts": [4, 5]}}
+    assert source._decode(row, []) == {"tokens": ["a", "\u00e9"], "label": 3, "nested": {"starts": [4, 5]}}

@@ -1,4 +1,4 @@
-"""Names from outside stay in their folder; files and folders appear whole; one process at a time holds a lock."""
+"""Untrusted names stay in their folder, writes are atomic, and one process at a time holds a lock."""
 
 from __future__ import annotations
 
@@ -13,24 +13,23 @@ from pathlib import Path
 
 import pytest
 
-from jaxlm import LM, DataConfig, UserError, save
-from jaxlm.data import corpus
+from jaxlm import LM, UserError, save
 from jaxlm.run.folder import RowWriter
 from jaxlm.storage import disk
 
 REFUSED = {
-    "parent": ("../x", "holds '..'"),
-    "parent below": ("a/../../x", "holds '..'"),
-    "only parent": ("..", "holds '..'"),
-    "backslashes": ("..\\x", "holds '..'"),
+    "parent": ("../x", "contains '..'"),
+    "parent below": ("a/../../x", "contains '..'"),
+    "only parent": ("..", "contains '..'"),
+    "backslashes": ("..\\x", "contains '..'"),
     "absolute": ("/etc/x", "absolute"),
     "network share": ("\\\\host\\x", "absolute"),
     "drive": ("C:\\x", "absolute"),
     "drive with a slash": ("c:/x", "absolute"),
     "drive alone": ("C:", "absolute"),
     "zero byte": ("a\0b", "zero byte"),
-    "overlong": ("a/" + "x" * 256, "more than 255 bytes"),
-    "overlong in bytes": ("é" * 128, "more than 255 bytes"),
+    "overlong": ("a/" + "x" * 256, "longer than 255 bytes"),
+    "overlong in bytes": ("é" * 128, "longer than 255 bytes"),
     "empty": ("", "names no file"),
     "the folder": ("./", "names no file"),
 }
@@ -40,13 +39,13 @@ REFUSED = {
 def test_names_that_leave_their_folder_are_refused(tmp_path, name):
     given, message = REFUSED[name]
     with pytest.raises(UserError, match=message):
-        disk.inside(tmp_path, given)
+        disk.path_inside(tmp_path, given)
 
 
 @pytest.mark.parametrize("name", ["x", "a/b.txt", ".hidden", "a..b", "...", "a:b", "é" * 127, "a b/c#?.txt"])
 def test_other_names_are_below_the_folder(tmp_path, name):
-    assert disk.inside(tmp_path, name) == tmp_path / name
-    assert disk.inside(tmp_path / "new", name) == tmp_path / "new" / name
+    assert disk.path_inside(tmp_path, name) == tmp_path / name
+    assert disk.path_inside(tmp_path / "new", name) == tmp_path / "new" / name
 
 
 def test_links_may_not_lead_out(tmp_path):
@@ -56,13 +55,13 @@ def test_links_may_not_lead_out(tmp_path):
         (place / "x").write_text(place.name)
     for name, target in {"out": other, "up": "..", "in": "x", "loop": "loop"}.items():
         (folder / name).symlink_to(target)
-    assert disk.inside(folder, "in") == folder / "in"
+    assert disk.path_inside(folder, "in") == folder / "in"
     for name in ("out", "out/x", "up", "up/other/x"):
         with pytest.raises(UserError, match="is a link to"):
-            disk.inside(folder, name)
-    assert disk.inside(folder, "out/x", also=(other,)).read_text() == "other"
+            disk.path_inside(folder, name)
+    assert disk.path_inside(folder, "out/x", also=(other,)).read_text() == "other"
     (tmp_path / "link").symlink_to(folder)
-    assert disk.inside(tmp_path / "link", "x").read_text() == "folder"
+    assert disk.path_inside(tmp_path / "link", "x").read_text() == "folder"
 
 
 def test_nothing_is_written_to_an_address(tmp_path, monkeypatch):
@@ -74,15 +73,15 @@ def test_nothing_is_written_to_an_address(tmp_path, monkeypatch):
         "folder": lambda: save(lm, address),
         "output": lambda: RowWriter(f"{address}.csv"),
         "JAXLM_CACHE": disk.cache_folder,
-        "data.cache": lambda: corpus.cache_folder(DataConfig(cache=address)),
+        "data.cache": lambda: disk.cache_folder(address),
     }
     for what, write in writers.items():
-        with pytest.raises(UserError, match=f"{what} is 'gs://bucket/.*an address; choose a path of this machine"):
+        with pytest.raises(UserError, match=f"{what} is 'gs://bucket/.*an address; choose a local path"):
             write()
     assert not [*tmp_path.iterdir()]
 
 
-def test_a_file_appears_whole_and_leaves_others_alone(tmp_path):
+def test_a_file_is_written_atomically_and_leaves_others_alone(tmp_path):
     theirs = [
         tmp_path / name for name in ("x.csv.part", "x.part", "x.csv.tmp", "x.csv.old", f"x.csv.{os.getpid()}.tmp")
     ]
@@ -100,24 +99,24 @@ def test_a_file_appears_whole_and_leaves_others_alone(tmp_path):
     assert not any(disk.is_temporary(file.name) for file in [path, *theirs])
 
 
-def test_a_file_that_appears_meanwhile_is_kept_and_nothing_is_lost(tmp_path):
+def test_a_file_that_appears_meanwhile_is_kept_and_no_content_is_lost(tmp_path):
     path = tmp_path / "x.csv"
-    with pytest.raises(UserError, match="written by someone else") as told, disk.atomic_file(path, False) as file:
+    with pytest.raises(UserError, match="written by another process") as message, disk.atomic_file(path, False) as file:
         file.write_text("ours")
         path.write_text("theirs")
-    assert path.read_text() == "theirs" and Path(str(told.value).rpartition(" ")[2]).read_text() == "ours"
+    assert path.read_text() == "theirs" and Path(str(message.value).rpartition(" ")[2]).read_text() == "ours"
 
 
-def test_a_link_stays_and_the_file_behind_it_is_written(tmp_path):
-    (tmp_path / "there").mkdir()
+def test_a_link_stays_and_its_target_is_written(tmp_path):
+    (tmp_path / "target").mkdir()
     for name, overwrite in (("x", True), ("y", False)):
-        (tmp_path / name).symlink_to(tmp_path / "there" / name)
+        (tmp_path / name).symlink_to(tmp_path / "target" / name)
         with disk.atomic_file(tmp_path / name, overwrite) as temporary:
             temporary.write_text("new")
-        assert (tmp_path / name).is_symlink() and (tmp_path / "there" / name).read_text() == "new"
+        assert (tmp_path / name).is_symlink() and (tmp_path / "target" / name).read_text() == "new"
 
 
-def test_a_folder_appears_whole_and_leaves_others_alone(tmp_path):
+def test_a_folder_is_written_atomically_and_leaves_others_alone(tmp_path):
     folder = tmp_path / "model"
     for name in ("model.part", "model.old", "model.tmp"):
         (tmp_path / name).mkdir()
@@ -167,10 +166,10 @@ def test_a_lock_names_its_holder_and_ends_with_it(tmp_path):
 
 
 @pytest.mark.parametrize("alive", [True, False])
-def test_a_holder_on_another_machine_is_known_by_its_signs_of_life(tmp_path, monkeypatch, alive):
-    """As on a file system whose locks end at the machine."""
-    monkeypatch.setattr(disk, "SILENCE", 1.0)
-    monkeypatch.setattr(disk, "BEAT", 0.1)
+def test_a_holder_on_another_machine_is_known_by_its_heartbeats(tmp_path, monkeypatch, alive):
+    """Like a file system that does not share its locks between machines."""
+    monkeypatch.setattr(disk, "LOCK_TIMEOUT", 1.0)
+    monkeypatch.setattr(disk, "HEARTBEAT", 0.1)
     file = tmp_path / disk.LOCK
     file.write_text(json.dumps({"process": 7, "host": "far", "since": "2026-01-01 00:00:00 UTC", "machine": "another"}))
     ended = threading.Event()
@@ -198,7 +197,7 @@ def test_a_holder_on_another_machine_is_known_by_its_signs_of_life(tmp_path, mon
             thread.join()
 
 
-def test_a_file_that_is_no_lock_is_left_alone(tmp_path):
+def test_a_file_that_is_not_a_lock_is_left_alone(tmp_path):
     file = tmp_path / disk.LOCK
     file.write_text("mine")
     with pytest.raises(UserError, match="is not a lock file"), disk.lock(file, "x", "y"):
@@ -206,19 +205,19 @@ def test_a_file_that_is_no_lock_is_left_alone(tmp_path):
     assert file.read_text() == "mine"
 
 
-def test_a_hash_sees_every_byte(tmp_path):
+def test_a_hash_depends_on_every_byte(tmp_path):
     file, size = tmp_path / "x", 3 * disk._PART + 5
     content = bytearray(size)
-    seen = set()
-    for place in (None, 0, disk._PART - 1, disk._PART, size // 2, size - 1):
-        if place is not None:
-            content[place] ^= 1
+    hashes = set()
+    for changed in (None, 0, disk._PART - 1, disk._PART, size // 2, size - 1):
+        if changed is not None:
+            content[changed] ^= 1
         file.write_bytes(content)
         os.utime(file, ns=(0, 0))
-        seen.add(disk.content_hash(file))
-    assert len(seen) == 6
+        hashes.add(disk.content_hash(file))
+    assert len(hashes) == 6
     file.write_bytes(content + b"\0")
-    assert disk.content_hash(file) not in seen
+    assert disk.content_hash(file) not in hashes
     (tmp_path / "y").write_bytes(b"")
     assert len(disk.content_hash(tmp_path / "y")) == 64
     os.mkfifo(tmp_path / "pipe")
@@ -239,7 +238,7 @@ def test_predictions_leave_other_files_alone(tmp_path):
     with pytest.raises(KeyError), RowWriter(str(tmp_path / "p.csv")) as writer:
         writer.write({"text": "a"}, {"prediction": "b"})
         raise KeyError
-    with pytest.raises(UserError, match="written by someone else"), RowWriter(str(tmp_path / "q.csv")) as writer:
+    with pytest.raises(UserError, match="written by another process"), RowWriter(str(tmp_path / "q.csv")) as writer:
         writer.write({"text": "a"}, {"prediction": "b"})
         (tmp_path / "q.csv").write_text("theirs")
     assert (tmp_path / "q.csv").read_text() == "theirs" and not (tmp_path / "p.csv").exists()

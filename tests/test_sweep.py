@@ -1,4 +1,4 @@
-"""Sweeps, several tasks on one body, and a task of one's own: what is built on fine-tuning."""
+"""Sweeps, runs of several tasks, and a user-defined task."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ MODEL = ModelConfig(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A table of texts, one of tagged words, a tokenizer's text, and a config over the table."""
+    """A table of texts, one of tagged words, a text for the tokenizer, and a config that uses the table."""
     folder = tmp_path_factory.mktemp("tables")
     random = np.random.default_rng(0)
     words = ["good", "bad", "film", "plot", "rome", "oslo", "in", "a"]
@@ -75,7 +75,7 @@ TRIALS = [
 
 
 def cells(markdown: str) -> list[list[str]]:
-    """The cells of a table, without the line below its head."""
+    """Returns the cells of a table, without the line below its head."""
     lines = [[cell.strip() for cell in line.strip("| ").split("|")] for line in markdown.splitlines()]
     assert all(set(cell) == {"-"} for cell in lines.pop(1))
     return lines
@@ -91,7 +91,7 @@ def test_the_table_has_means_and_deviations_over_seeds_best_first():
     assert len({len(line) for line in table(TRIALS, "accuracy").splitlines()}) == 1  # columns stand below each other
 
 
-def test_the_single_runs_stand_in_a_table_and_the_best_of_the_best_fields_is_found():
+def test_single_runs_have_a_table_and_the_best_run_of_the_best_fields_is_found():
     assert cells(single_runs(TRIALS, "accuracy")) == [
         ["run", "step", "accuracy", "loss"],
         ["c", "5", "0.9000", "3.0000"],
@@ -113,14 +113,14 @@ def test_the_single_runs_stand_in_a_table_and_the_best_of_the_best_fields_is_fou
         ({"optimizer.final": "-1"}, r"optimizer\.final--1"),
     ],
 )
-def test_no_shell_has_to_quote_the_name_of_a_folder(fields, name):
+def test_the_name_of_a_folder_needs_no_quotes(fields, name):
     assert re.fullmatch(name, folder_of(fields)) and len(folder_of(fields)) < 200
     others = [{key: f"{value}{end}" for key, value in fields.items()} for end in (" ", "=", "/", "ä")]
     assert len({folder_of(some) for some in (fields, *others)}) == 5
 
 
 @pytest.mark.long
-def test_a_sweep_ends_in_one_table_and_goes_on_where_it_was_left(folder, capsys):
+def test_a_sweep_ends_in_one_table_and_resumes(folder, capsys):
     command = ["train", str(folder / "tiny.py"), "--sweep", "optimizer.rate=1e-3,1e14", "seed=0,1"]
     assert main(command) == 0
     said = capsys.readouterr()
@@ -132,7 +132,7 @@ def test_a_sweep_ends_in_one_table_and_goes_on_where_it_was_left(folder, capsys)
     kept = sorted(path.name for path in (folder / "run").iterdir() if path.is_dir())
     assert len(kept) == 4 and "optimizer.rate-1e-3_seed-0" in kept
     assert not any((folder / "run" / name / "checkpoints").exists() for name in kept if "1e-3" in name)
-    # One summary, that of the best run, and the command that trains it alone.
+    # One summary, of the best run, and the command that trains it alone.
     assert (said.out + said.err).count("held-out accuracy") == 1
     command_alone = said.out.splitlines()[-1].split()
     assert command_alone[-2].startswith("--seed=") and command_alone[-1] == f"--workdir={folder / 'run'}-best"
@@ -145,7 +145,7 @@ MISTAKES = {
     "no fields": ([], "--sweep has no fields"),
     "no value": (["seed"], "--sweep has 'seed'; give FIELD=VALUE,VALUE"),
     "an empty value": (["seed=0,,1"], "give FIELD=VALUE,VALUE"),
-    "twice": (["seed=0", "seed=1"], "names 'seed' twice"),
+    "twice": (["seed=0", "seed=1"], "has 'seed' twice"),
     "a value twice": (["seed=0,1,0"], "has seed=0 twice"),
 }
 
@@ -183,7 +183,7 @@ def test_rows_are_mixed_by_weight_and_are_a_function_of_the_step(folder):
     for step in (37, 3, 250):
         for name, value in again.batch_at(step).items():
             np.testing.assert_array_equal(value, batches.batch_at(step)[name])
-    # Each task's rows are those that it has alone, in their order.
+    # The rows of each task are the same, in the same order, as in a run of that task only.
     alone = task.parts["mood"].batches(prepared.train["mood"], 1, run.data.length, run.seed)
     rows = [row for n in range(10) for row in zip(*[batches.batch_at(n)[f] for f in ("tokens_BT", "mood.weights_BE")])]
     of_mood = [tokens for tokens, weights in rows if weights.any()]
@@ -191,10 +191,10 @@ def test_rows_are_mixed_by_weight_and_are_a_function_of_the_step(folder):
         np.testing.assert_array_equal(tokens, alone.batch_at(n)["tokens_BT"][0])
 
 
-def test_each_head_learns_from_its_own_examples_alone(folder):
+def test_each_head_learns_only_from_its_own_examples(folder):
     run = two_tasks(folder)
     task, _, batches = made(run)
-    module = task.module(jaxlm.nn.transformer.Transformer)(task.configured(MODEL))
+    module = task.module(jaxlm.nn.transformer.Transformer)(task.configure(MODEL))
     params = init(module, jax.random.key(0))
     batch = {name: np.asarray(value) for name, value in batches.batch_at(0).items()}
     assert batch["mood.weights_BE"].any() and batch["names.weights_BT"].any()
@@ -225,10 +225,16 @@ def test_several_tasks_train_export_and_predict(folder, tmp_path):
 
 
 WRONG = {
-    "a name": (lambda parts: {"Mood!": parts["mood"]}, "a name is of small letters"),
-    "a language model": (lambda parts: {"a": Part(jaxlm.CausalLM(), DataConfig(path="x"))}, "a part is a task over"),
+    "a name": (lambda parts: {"Mood!": parts["mood"]}, "names consist of lower-case letters"),
+    "a language model": (
+        lambda parts: {"a": Part(jaxlm.CausalLM(), DataConfig(path="x"))},
+        "parts are tasks with labels",
+    ),
     "no path": (lambda parts: {"a": Part(Tagging(), DataConfig())}, "data.path of the part 'a' is empty"),
-    "some weights": (lambda parts: parts | {"a": replace(parts["mood"], weight=2.0)}, "give all one, or none"),
+    "some weights": (
+        lambda parts: parts | {"a": replace(parts["mood"], weight=2.0)},
+        "give every part a weight, or none",
+    ),
     "a column": (
         lambda parts: parts | {"mood": replace(parts["mood"], task=Classification(text=("spam",)))},
         r"mood: .*texts.jsonl:1: there is no column 'spam'",
@@ -244,8 +250,8 @@ def test_mistakes_in_several_tasks(folder, tmp_path, name):
         jaxlm.fit(replace(run, task=MultiTask(change(run.task.parts))))
 
 
-def test_a_task_of_ones_own_is_one_file_and_one_config(folder, tmp_path, monkeypatch, capsys):
-    """The example of the documents word for word, with a tiny model in place of weights to start from."""
+def test_a_user_defined_task_is_one_file_and_one_config(folder, tmp_path, monkeypatch, capsys):
+    """The example in docs/your_task.md, unchanged, with a tiny model instead of pretrained weights."""
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     [task] = [block for block in blocks if "class StarsTask" in block]
     [config] = [block for block in blocks if "task=Stars()" in block]
@@ -276,12 +282,12 @@ def test_a_task_of_ones_own_is_one_file_and_one_config(folder, tmp_path, monkeyp
     assert len(told) == 60 and {row["prediction"] for row in told} <= {1, 2, 3, 4, 5}
     jaxlm.config.TASK_CONFIGS.pop("Stars")
     assert main(predict) == 2
-    assert "the task is Stars, which is not one of jaxlm's; give its config by --config" in capsys.readouterr().err
+    assert "the task is Stars, which is not a built-in task; give its config with --config" in capsys.readouterr().err
     sys.modules.pop("stars")
 
 
-def test_a_model_given_needs_no_config_of_its_own(folder, tmp_path):
-    """`fit(run, model=lm)` in a notebook: head and labels are those of the task, dropout that of the run."""
+def test_a_given_model_needs_no_model_config(folder, tmp_path):
+    """`fit(run, model=lm)` takes head and labels from the task, and dropout from the run."""
     params = init(jaxlm.nn.transformer.Transformer(MODEL), jax.random.key(0))
     tokenizer = jaxlm.data.tokenizers.tokenizer.load(folder / "tokenizer")
     lm = jaxlm.LM(MODEL, jaxlm.nn.transformer.Transformer(MODEL), params, tokenizer)
@@ -292,5 +298,5 @@ def test_a_model_given_needs_no_config_of_its_own(folder, tmp_path):
     tuned = jaxlm.fit(run, model=lm)
     assert (tuned.config.heads_on_top, tuned.config.labels) == (("classes",), ("no", "yes"))
     assert (tuned.config.dropout, tuned.config.attention_dropout) == (0.25, 0.25)
-    with pytest.raises(UserError, match=r"the config names the model; set --model\.dropout instead"):
+    with pytest.raises(UserError, match=r"the config defines the model; set --model\.dropout instead"):
         replace(run, model=MODEL).check()

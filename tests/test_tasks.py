@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from jaxlm.config import CausalLM, MaskedLM, ModelConfig
 from jaxlm.data.batches import Batches
 from jaxlm.data.corpus import Corpus
-from jaxlm.data.corrupt import mask_tokens, words
+from jaxlm.data.corrupt import mask_tokens, word_groups
 from jaxlm.errors import UserError
 from jaxlm.nn.losses import accuracy, cross_entropy
 from jaxlm.nn.transformer import Transformer, apply
@@ -189,7 +189,7 @@ def test_masking_keeps_its_bound_and_leaves_out_what_it_must(data):
     choosable = np.array(data.draw(st.lists(st.booleans(), min_size=n, max_size=n)))
     continues = np.array(data.draw(st.lists(st.booleans(), min_size=n, max_size=n)))
     rate = data.draw(st.floats(0.01, 0.99))
-    groups = words(continues, choosable)
+    groups = word_groups(continues, choosable)
     assert ((groups >= 0) == choosable).all()
     tokens = np.arange(100, 100 + n)
     random = np.random.default_rng(data.draw(st.integers(0, 1 << 30)))

@@ -215,10 +215,10 @@ def test_special_tokens_named_beside(tmp_path):
 
 def test_files_that_cannot_be_read(tmp_path):
     fails("there is no tokenizer file or folder", load, tmp_path / "nothing")
-    fails("holds no tokenizer.json, .model, .spm, vocab.txt or vocab.json", load, tmp_path)
+    fails("contains no tokenizer.json, .model, .spm, vocab.txt or vocab.json", load, tmp_path)
     for name, content in {"tokenizer.json": "{", "x.model": "junk", "vocab.txt": "no unknown"}.items():
         (tmp_path / name).write_text(content)
-        fails("has no line [UNK]" if name == "vocab.txt" else "is no readable tokenizer", load, tmp_path / name)
+        fails("has no line [UNK]" if name == "vocab.txt" else "is not a valid tokenizer", load, tmp_path / name)
     (tmp_path / "tokenizer_config.json").write_text("[")
     fails("tokenizer_config.json is not JSON", load, tmp_path / "vocab.txt")
 
@@ -262,13 +262,13 @@ def test_transformers_loads_what_was_saved(kind, tmp_path):
 @pytest.mark.parametrize("kind", LOSSLESS)
 @pytest.mark.parametrize(("begun", "ended"), [(True, False), (False, True), (True, True)])
 def test_transformers_frames_texts_as_the_trained_tokenizer_does(kind, begun, ended, tmp_path):
-    tokenizer = train([TEXT], TokenizerConfig(train=kind), 600, begun=begun, ended=ended)
+    tokenizer = train([TEXT], TokenizerConfig(train=kind), 600, add_bos=begun, add_eos=ended)
     tokenizer.save(tmp_path)
     theirs = transformers().AutoTokenizer.from_pretrained(tmp_path)
     for text in ("import the module", "", "a</s>b <s>"):
-        assert theirs(text)["input_ids"] == tokenizer.frame([text])[0][0]
-        assert theirs(text, "x")["input_ids"] == tokenizer.frame([text], ["x"])[0][0]
-    ids = tokenizer.frame(["a"])[0][0]
+        assert theirs(text)["input_ids"] == tokenizer.encode_with_special_tokens([text])[0][0]
+        assert theirs(text, "x")["input_ids"] == tokenizer.encode_with_special_tokens([text], ["x"])[0][0]
+    ids = tokenizer.encode_with_special_tokens(["a"])[0][0]
     assert (ids[0] == tokenizer.bos, ids[-1] == tokenizer.eos) == (begun, ended)
     assert tokenizer.prefix == [tokenizer.bos] * begun
 
@@ -305,10 +305,13 @@ def test_a_mask_takes_the_space_before_it_where_its_flags_say_so(tmp_path):
 @pytest.mark.parametrize("use", ["encode", "frame", "encode_batch", "encode_offsets", "a pair"])
 def test_half_a_surrogate_pair_is_refused(use):
     tokenizer, text = trained("wordpiece"), "a \ud83d b"
-    uses = {"encode": lambda: tokenizer.encode(text), "a pair": lambda: tokenizer.frame(["a"], [text])}
+    uses = {
+        "encode": lambda: tokenizer.encode(text),
+        "a pair": lambda: tokenizer.encode_with_special_tokens(["a"], [text]),
+    }
     many = lambda: getattr(tokenizer, use)(["a", text])
-    fails("has half a surrogate pair, '\\ud83d', at character 2; give well-formed Unicode", uses.get(use, many))
-    fails("a text is a int, 3; give strings", tokenizer.encode_batch, ["a", 3])
+    fails("has a lone surrogate, '\\ud83d', at character 2; give well-formed Unicode", uses.get(use, many))
+    fails("a text is of type int, 3; give strings", tokenizer.encode_batch, ["a", 3])
 
 
 # What the released checkpoints of a family hold, made small: the class, the file, how sentencepiece is trained, what is
@@ -418,7 +421,9 @@ def same(a: Tokenizer, b: Tokenizer, texts=TRICKY) -> None:
     assert (a.size, special_ids(a)) == (b.size, special_ids(b))
     for x, y in ((a, b), (a.target, b.target)):
         assert x.encode_batch(texts) == y.encode_batch(texts)
-        assert x.frame(texts) == y.frame(texts) and x.frame(texts, texts) == y.frame(texts, texts)
+        assert x.encode_with_special_tokens(texts) == y.encode_with_special_tokens(
+            texts
+        ) and x.encode_with_special_tokens(texts, texts) == y.encode_with_special_tokens(texts, texts)
         assert list(map(x.decode, x.encode_batch(texts))) == list(map(y.decode, y.encode_batch(texts)))
 
 
@@ -447,9 +452,9 @@ def test_families_frame_texts(family, tmp_path):
     tokenizer, row = load(checkpoint(family, tmp_path)), FAMILIES[family]
     assert special_ids(tokenizer) == row.special
     a, b = "import the module", "of this"
-    assert tokenizer.frame([a, ""]) == [framed(tokenizer, row.single, A=text) for text in (a, "")]
-    assert tokenizer.frame([a], [b]) == [framed(tokenizer, row.pair, A=a, B=b)]
-    assert tokenizer.decode(tokenizer.frame([a])[0][0]) == a
+    assert tokenizer.encode_with_special_tokens([a, ""]) == [framed(tokenizer, row.single, A=text) for text in (a, "")]
+    assert tokenizer.encode_with_special_tokens([a], [b]) == [framed(tokenizer, row.pair, A=a, B=b)]
+    assert tokenizer.decode(tokenizer.encode_with_special_tokens([a])[0][0]) == a
     spelled = tokenizer.encode(" ".join(tokenizer.special.values()), split_special_tokens=True)
     assert not set(spelled) & set(special_ids(tokenizer)) - {tokenizer.unk}
 
@@ -493,7 +498,9 @@ ROBERTA = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 def test_byte_pairs_of_roberta_and_bart(name, tmp_path):
     tokenizer = load(byte_pairs(tmp_path, *ROBERTA, **({"tokenizer_class": name} if name else {})))
     assert special_ids(tokenizer) == [0, 2, 1, 3, 0, 2, 4]
-    assert tokenizer.frame(["a"], ["b"]) == [framed(tokenizer, "<s> A </s> </s> B </s>", A="a", B="b")]
+    assert tokenizer.encode_with_special_tokens(["a"], ["b"]) == [
+        framed(tokenizer, "<s> A </s> </s> B </s>", A="a", B="b")
+    ]
     assert tokenizer.encode("the module") == [i + 1 for i in trained("byte_bpe").encode("the module")]
     spaced = load(byte_pairs(tmp_path, *ROBERTA, tokenizer_class="RobertaTokenizer", add_prefix_space=True))
     assert spaced.encode("the module") == tokenizer.encode(" the module")
@@ -504,9 +511,9 @@ def test_byte_pairs_of_roberta_and_bart(name, tmp_path):
 def test_byte_pairs_of_gpt2_and_qwen(tmp_path):
     gpt2 = load(byte_pairs(tmp_path, "<|endoftext|>", tokenizer_class="GPT2Tokenizer"))
     assert special_ids(gpt2) == [0, 0, None, 0, None, None, None]
-    assert gpt2.frame(["a"], ["b"]) == [framed(gpt2, "A B:1", A="a", B="b")]
+    assert gpt2.encode_with_special_tokens(["a"], ["b"]) == [framed(gpt2, "A B:1", A="a", B="b")]
     opt = load(byte_pairs(tmp_path, "<|endoftext|>", tokenizer_class="GPT2Tokenizer", add_bos_token=True))
-    assert opt.frame(["a"]) == [framed(opt, "<|endoftext|> A", A="a")]
+    assert opt.encode_with_special_tokens(["a"]) == [framed(opt, "<|endoftext|> A", A="a")]
     added = {"598": {"content": "<|im_start|>", "special": True}, "597": {"content": "<think>", "special": False}}
     config = {"tokenizer_class": "Qwen2Tokenizer", "bos_token": None, "added_tokens_decoder": added}
     qwen = load(byte_pairs(tmp_path, "<|endoftext|>", additional_special_tokens=["<|im_start|>", "<|x|>"], **config))
@@ -534,7 +541,9 @@ def test_word_pieces_by_their_settings(tmp_path):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
         tokenizer = load(tmp_path)
         assert (tokenizer.encode(a), tokenizer.encode(b)) == ids
-        assert tokenizer.frame([a], [b]) == [framed(tokenizer, "[CLS] A [SEP] B:1 [SEP]:1", A=a, B=b)]
+        assert tokenizer.encode_with_special_tokens([a], [b]) == [
+            framed(tokenizer, "[CLS] A [SEP] B:1 [SEP]:1", A=a, B=b)
+        ]
         assert special_ids(tokenizer) == [None, None, 0, 1, 2, 3, 4]
         tokenizer.save(tmp_path / "saved")
         same(load(tmp_path / "saved"), tokenizer, [a, b])
@@ -580,7 +589,9 @@ def test_marian_numbers_the_pieces_of_both_sides(tmp_path):
             pieces = theirs.encode(text, out_type=str)
             expected = [ids.get(piece, 1) for piece in pieces]
             assert side.encode(text, split_special_tokens=True) == expected
-            assert side.frame([text], split_special_tokens=True) == [([*expected, 0], [0] * (len(expected) + 1))]
+            assert side.encode_with_special_tokens([text], split_special_tokens=True) == [
+                ([*expected, 0], [0] * (len(expected) + 1))
+            ]
             if 1 not in expected:
                 assert tokenizer.decode(expected) == side.decode(expected) == theirs.decode(pieces)
     assert 1 in tokenizer.encode("import") and max(tokenizer.encode("import")) < tokenizer.size
@@ -608,8 +619,10 @@ def test_marian_with_a_vocabulary_for_each_side(tmp_path):
 def test_languages_stand_around_source_and_target(family, tmp_path):
     tokenizer = load(checkpoint(family, tmp_path, src_lang="de_DE", tgt_lang="ro_RO"))
     template = FAMILIES[family].single
-    assert tokenizer.frame(["a"]) == [framed(tokenizer, template.replace("en_XX", "de_DE"), A="a")]
-    assert tokenizer.target.frame(["a"]) == [framed(tokenizer, template.replace("en_XX", "ro_RO"), A="a")]
+    assert tokenizer.encode_with_special_tokens(["a"]) == [framed(tokenizer, template.replace("en_XX", "de_DE"), A="a")]
+    assert tokenizer.target.encode_with_special_tokens(["a"]) == [
+        framed(tokenizer, template.replace("en_XX", "ro_RO"), A="a")
+    ]
     assert tokenizer.target.target is tokenizer.target and tokenizer.target.backend is tokenizer.backend
     fails("no language 'xx_XX'", load, checkpoint(family, tmp_path, tgt_lang="xx_XX"))
 
@@ -662,15 +675,15 @@ def test_long_pairs_are_cut_as_tokenizers_cuts_them(kind, texts, length):
     theirs.enable_truncation(length)
     firsts, seconds = [a for a, _ in texts], [b for _, b in texts]
     rows = [(row.ids, row.type_ids) for row in theirs.encode_batch(texts)]
-    assert tokenizer.frame(firsts, seconds, max_length=length) == rows
+    assert tokenizer.encode_with_special_tokens(firsts, seconds, max_length=length) == rows
     rows = [(row.ids, row.type_ids) for row in theirs.encode_batch(firsts)]
-    assert tokenizer.frame(firsts, max_length=length) == rows
+    assert tokenizer.encode_with_special_tokens(firsts, max_length=length) == rows
     assert tokenizer.backend.truncation is None
 
 
 def test_frames_that_cannot_be():
     bert = trained("wordpiece")
-    assert [len(ids) for ids, _ in bert.frame(["the module"], max_length=3)] == [3]
+    assert [len(ids) for ids, _ in bert.encode_with_special_tokens(["the module"], max_length=3)] == [3]
     fails("max_length is 2; with special tokens a text has at least 3 tokens", bert.frame, ["the"], None, 2)
     fails("max_length is 3; with special tokens a text has at least 4 tokens", bert.frame, ["the"], ["a"], 3)
     fails("there are 1 texts and 2 pairs", bert.frame, ["the"], ["a", "b"])
@@ -694,7 +707,7 @@ def test_a_tokenizer_json_says_its_frame_unless_its_class_does(said, model, fram
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
     (tmp_path / "config.json").write_text(json.dumps(model))
     tokenizer = load(tmp_path)
-    assert tokenizer.frame(["the"]) == [framed(tokenizer, frame, A="the")]
+    assert tokenizer.encode_with_special_tokens(["the"]) == [framed(tokenizer, frame, A="the")]
     assert special_ids(tokenizer) == [2, 3, 0, 1, None, None, None]
 
 
@@ -711,14 +724,14 @@ def test_damaged_partners(tmp_path):
     marian(tmp_path)
     for name, content, message in (
         ("vocab.json", "{}", "has no pieces"),
-        ("vocab.json", '{"</s>": 0, "<unk>": 1, "<pad>": 1}', "two pieces of one id"),
+        ("vocab.json", '{"</s>": 0, "<unk>": 1, "<pad>": 1}', "two pieces with one id"),
         ("vocab.json", '{"</s>": 0, "<unk>": 1, "<pad>": 900000000}', "ids up to 900000000"),
         ("vocab.json", '{"</s>": 0, "<unk>": "1"}', "'<unk>': '1'"),
         ("vocab.json", '{"a": 0}', "has no </s>, <pad>, <unk>"),
-        ("vocab.json", "[]", "holds a list, not an object"),
-        ("source.spm", "", "has 0 pieces and none for the unknown"),
-        ("tokenizer_config.json", '{"eos_token": {}}', "has the token {}; it must be a text"),
-        ("tokenizer_config.json", '"x"', "holds a str, not an object"),
+        ("vocab.json", "[]", "contains a list, not an object"),
+        ("source.spm", "", "has 0 pieces and no unknown token"),
+        ("tokenizer_config.json", '{"eos_token": {}}', "has the token {}; it must be a string"),
+        ("tokenizer_config.json", '"x"', "contains a str, not an object"),
         ("tokenizer_config.json", "[" * 100_000, "is nested deeper than"),
     ):
         before = (tmp_path / name).read_bytes()
@@ -731,7 +744,7 @@ def test_damaged_partners(tmp_path):
         fails(f"there is no {tmp_path / name}", load, tmp_path)
         (tmp_path / name).write_bytes(before)
     fails(
-        "that of a XLMRobertaTokenizer with",
+        "but that of a XLMRobertaTokenizer begins with",
         load,
         checkpoint("t5", tmp_path / "a", tokenizer_class="XLMRobertaTokenizer"),
     )
@@ -770,7 +783,7 @@ def test_damaged_files_load_or_are_refused(kind, where, what, data, tmp_path):
         return
     for text in [*HARD, *TRICKY]:
         assert all(0 <= i < tokenizer.size for i in tokenizer.encode(text))
-        tokenizer.decode(tokenizer.frame([text], [text], max_length=20)[0][0])
+        tokenizer.decode(tokenizer.encode_with_special_tokens([text], [text], max_length=20)[0][0])
 
 
 def test_a_damaged_table_of_normal_forms_is_refused(tmp_path):
@@ -832,7 +845,7 @@ def agrees(tokenizer: Tokenizer, theirs, texts: list[str]) -> None:
         options = dict(truncation=length is not None, max_length=length, return_token_type_ids=True)
         for pairs in (None, others) if fast or length is None else (None,):
             rows = theirs(texts, pairs, **options)
-            ours = tokenizer.frame(texts, pairs, max_length=length)
+            ours = tokenizer.encode_with_special_tokens(texts, pairs, max_length=length)
             assert rows["input_ids"] == [ids for ids, _ in ours]
             assert not fast or rows["token_type_ids"] == [kinds for _, kinds in ours]
 
@@ -886,7 +899,9 @@ def test_families_are_those_of_the_converters(family, tmp_path):
             assert tokenizer.encode(text) == row.ids, text
     for pair in (("a", "b"), ("a",)):
         row = theirs.encode(*pair)
-        assert tokenizer.frame(["a"], ["b"] if len(pair) == 2 else None) == [(row.ids, row.type_ids)]
+        assert tokenizer.encode_with_special_tokens(["a"], ["b"] if len(pair) == 2 else None) == [
+            (row.ids, row.type_ids)
+        ]
 
 
 @pytest.mark.parity
@@ -944,7 +959,7 @@ def test_marian_is_that_of_transformers(separate, tmp_path):
         theirs = transformers().AutoTokenizer.from_pretrained(tmp_path / folder)
         agrees(tokenizer, theirs, texts)
         rows = theirs(text_target=texts, truncation=True, max_length=9)["input_ids"]
-        assert rows == [ids for ids, _ in tokenizer.target.frame(texts, max_length=9)]
+        assert rows == [ids for ids, _ in tokenizer.target.encode_with_special_tokens(texts, max_length=9)]
         for ids in tokenizer.encode_batch(texts):
             assert tokenizer.decode(ids).strip() == theirs.decode(ids, skip_special_tokens=True)
 
@@ -955,7 +970,9 @@ def test_languages_are_those_of_transformers(family, tmp_path):
     tokenizer = load(checkpoint(family, tmp_path, src_lang="de_DE", tgt_lang="ro_RO"))
     theirs = transformers().AutoTokenizer.from_pretrained(tmp_path)
     agrees(tokenizer, theirs, PLAIN)
-    assert theirs(text_target=PLAIN)["input_ids"] == [ids for ids, _ in tokenizer.target.frame(PLAIN)]
+    assert theirs(text_target=PLAIN)["input_ids"] == [
+        ids for ids, _ in tokenizer.target.encode_with_special_tokens(PLAIN)
+    ]
 
 
 @pytest.mark.parity
@@ -1131,9 +1148,9 @@ def test_files_that_contradict_each_other(name, tmp_path):
     texts = [*WORDS, *(f"the {mark} module{mark}the [E1]x" for mark in marks)]
     for text in texts:
         ids = theirs(text)["input_ids"]
-        assert tokenizer.frame([text])[0][0] == ids, text
+        assert tokenizer.encode_with_special_tokens([text])[0][0] == ids, text
         assert tokenizer.decode(ids) == theirs.decode(ids, skip_special_tokens=True), text
-    assert [ids for ids, _ in tokenizer.frame(texts, texts)] == theirs(texts, texts)["input_ids"]
+    assert [ids for ids, _ in tokenizer.encode_with_special_tokens(texts, texts)] == theirs(texts, texts)["input_ids"]
 
 
 odd = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=4) | st.just("\ud83d")
@@ -1188,7 +1205,7 @@ def test_wrong_values_in_json_files_are_refused_or_read(kind, data, tmp_path):
     except UserError as error:
         assert len(str(error)) < 1000
         return
-    ids = tokenizer.frame(["the module [MASK] x"], ["é"], max_length=20)[0][0]
+    ids = tokenizer.encode_with_special_tokens(["the module [MASK] x"], ["é"], max_length=20)[0][0]
     assert all(0 <= i < tokenizer.size for i in ids)
     tokenizer.decode(ids)
     tokenizer.save(tmp_path / "saved")
@@ -1229,7 +1246,7 @@ def test_json_files_of_llama_are_read_as_in_transformers(options, model_type, tm
     texts = ["the module", " the", "  the", "</s> the", "the </s>the</s> a", "<s>[INST] the [/INST]", "\nthe"]
     for text in texts:
         ids = theirs(text)["input_ids"]
-        assert tokenizer.frame([text])[0][0] == ids, text
+        assert tokenizer.encode_with_special_tokens([text])[0][0] == ids, text
         assert tokenizer.decode(ids) == theirs.decode(ids, skip_special_tokens=True), text
     tokenizer.save(tmp_path / "saved")
     same(load(tmp_path / "saved"), tokenizer, texts)

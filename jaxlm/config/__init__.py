@@ -1,26 +1,26 @@
-"""A run is data: frozen dataclasses, checked before anything is compiled.
+"""Configs: frozen dataclasses that describe a run and are checked before anything is compiled.
 
-`RunConfig` is all that `fit` needs to know.  The comment behind a field is its `--help`.  Nothing here imports JAX, so
-that a command line can be refused within a second.
+`RunConfig` is the complete input of `fit`.  The comment on a field is its help text in `--help`.  This package does not
+import JAX, so that an invalid command line is reported within a second.
 
 run            RunConfig, OptimizerConfig and MeshConfig
-model          ModelConfig, the architecture
+model          ModelConfig: the architecture
 task           the config of each task
 data           DataConfig, CleaningConfig and TokenizerConfig
-decoding       Decoding, how texts are generated
-ranges         what fields may hold
-serialisation  configs as JSON
+decoding       Decoding: options of text generation
+ranges         types and ranges of fields
+serialisation  conversion to and from JSON
 python_files   config files
-flags          the fields of a config as flags of the command line
-arguments      checks of what Python users give to public functions
+flags          command-line flags for the fields of a config
+arguments      checks of the arguments of public functions
 """
 
 from jaxlm.config.data import CleaningConfig, DataConfig, Format, TokenizerConfig
-from jaxlm.config.decoding import MOST_TEXTS, Decoding
+from jaxlm.config.decoding import MAX_TEXTS, Decoding
 from jaxlm.config.model import (
     DROPOUT_SITES,
     ENCODER_BIASES,
-    MOST_LAYERS,
+    MAX_LAYERS,
     Activation,
     Bias,
     Head,

@@ -1,4 +1,4 @@
-"""Checks of what Python users give to generation, encoding and likelihoods: models, lists and token ids."""
+"""Checks of the arguments of generation, encoding and likelihoods: models, lists and token ids."""
 
 from __future__ import annotations
 
@@ -7,75 +7,80 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from jaxlm.config.ranges import shown
+from jaxlm.config.ranges import short_repr
 from jaxlm.errors import UserError
 
 
-def check_model(name: str, given: Any) -> None:
-    """Raises UserError for what is no model, by its parts: `lm` imports the modules that call this."""
-    if not all(hasattr(given, part) for part in ("config", "module", "params", "programs")):
-        raise UserError(f"{name} is {shown(given)}; give what jaxlm.load or jaxlm.fit returns")
+def check_model(name: str, value: Any) -> None:
+    """Raises UserError if a value is not a model, judged by its attributes.
+
+    `isinstance` is not available here: `jaxlm.lm` imports the modules that call this function.
+    """
+    if not all(hasattr(value, attribute) for attribute in ("config", "module", "params", "programs")):
+        raise UserError(f"{name} is {short_repr(value)}; give what jaxlm.load or jaxlm.fit returns")
 
 
-def listed(name: str, given: Any, of: str) -> Iterable[Any]:
-    """Returns what the user gave, if it is several things in an order.
+def check_list(name: str, value: Any, entries: str) -> Iterable[Any]:
+    """Returns a value if it is an ordered collection.
 
     Args:
-      name: of the argument.
-      given: a list, an array, a generator or a Series, for example.
-      of: what its entries must be, such as "texts", for the message.
+      name: name of the argument, for the message.
+      value: a list, an array, a generator or a pandas Series, for example.
+      entries: the required kind of entries, such as "texts", for the message.
 
     Raises:
-      UserError: for one text, a path, a mapping, a set, a DataFrame, and what cannot be iterated over.
+      UserError: for a single string, a path, a mapping, a set, a DataFrame, or a value that is not iterable.
     """
-    if isinstance(given, (str, bytes)):
-        kind = "string" if isinstance(given, str) else "bytes"
-        raise UserError(f"{name} is one {kind}, {shown(given)}; give a list of {of}")
-    if isinstance(given, os.PathLike):
-        raise UserError(f"{name} is the path {os.fspath(given)!r}; read the file, and give a list of {of}")
-    if hasattr(given, "to_dict") and hasattr(given, "columns"):
-        raise UserError(f"{name} is a {type(given).__name__}; give the list in one of its columns")
-    unordered = isinstance(given, (Mapping, set, frozenset))
-    if unordered or not isinstance(given, Iterable) or getattr(given, "ndim", 1) == 0:
-        raise UserError(f"{name} is {shown(given)}, of type {type(given).__name__}; give a list of {of}")
-    return given
+    if isinstance(value, (str, bytes)):
+        kind = "one string" if isinstance(value, str) else "one bytes object"
+        raise UserError(f"{name} is {kind}, {short_repr(value)}; give a list of {entries}")
+    if isinstance(value, os.PathLike):
+        raise UserError(f"{name} is the path {os.fspath(value)!r}; read the file and give a list of {entries}")
+    if hasattr(value, "to_dict") and hasattr(value, "columns"):
+        raise UserError(f"{name} is a {type(value).__name__}; give one of its columns as a list")
+    unordered = isinstance(value, (Mapping, set, frozenset))
+    if unordered or not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0:
+        raise UserError(f"{name} is {short_repr(value)}, of type {type(value).__name__}; give a list of {entries}")
+    return value
 
 
-def token_ids(name: str, given: Any) -> list[int]:
-    """Returns token ids, given in any type of whole numbers.
+def token_ids(name: str, value: Any) -> list[int]:
+    """Returns token ids as a list of Python integers.
 
     Args:
-      name: what they are, for the message.
-      given: a list, a one-dimensional array or another iterable of whole numbers.
+      name: description of the ids, for the message.
+      value: a list, a one-dimensional array or another iterable of integers.
 
     Raises:
-      UserError: for anything else, such as floats or texts.
+      UserError: for anything else, such as a string or floats.
     """
-    wanted = "give a text, or a list of token ids" if name.startswith(("a prompt", "pair")) else "give token ids"
-    if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Iterable) or getattr(given, "ndim", 1) != 1:
-        raise UserError(f"{name} is {shown(given)}, of type {type(given).__name__}; {wanted}")
-    ids = given.tolist() if hasattr(given, "tolist") else list(given)  # of an array
+    remedy = "give a string or a list of token ids" if name.startswith(("a prompt", "pair")) else "give token ids"
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable) or getattr(value, "ndim", 1) != 1:
+        raise UserError(f"{name} is {short_repr(value)}, of type {type(value).__name__}; {remedy}")
+    ids = value.tolist() if hasattr(value, "tolist") else list(value)  # arrays have tolist
     for token in ids:
         if isinstance(token, bool) or not hasattr(token, "__index__"):
-            raise UserError(f"{name} holds {shown(token)}, of type {type(token).__name__}; {wanted}, whole numbers")
+            raise UserError(
+                f"{name} contains {short_repr(token)}, of type {type(token).__name__}; {remedy}, which are integers"
+            )
     try:
         return [operator.index(token) for token in ids]
-    except TypeError:  # an array of a NumPy float, which has the method
-        raise UserError(f"{name} is {shown(given)}; {wanted}, whole numbers") from None
+    except TypeError:  # an array of a NumPy float has the method, but it raises
+        raise UserError(f"{name} is {short_repr(value)}; {remedy}, which are integers") from None
 
 
-def stop_ids(given: Any, vocabulary: int) -> list[int]:
-    """Returns the argument stop_tokens as sorted ids.
+def stop_ids(value: Any, vocabulary: int) -> list[int]:
+    """Returns the argument `stop_tokens` as sorted, unique ids.
 
     Args:
-      given: token ids in any order, also as a set.
+      value: token ids in any order; a set is accepted too.
       vocabulary: number of tokens of the model.
 
     Raises:
-      UserError: for what are no token ids, and for one that the model does not have.
+      UserError: if the value is not a collection of token ids, or an id is outside the vocabulary.
     """
-    ids = token_ids("stop_tokens", sorted(given, key=str) if isinstance(given, (set, frozenset)) else given)
-    strange = [token for token in ids if not 0 <= token < vocabulary]
-    if strange:
-        raise UserError(f"stop_tokens has {shown(strange[0])}; ids go from 0 to {vocabulary - 1}")
+    ids = token_ids("stop_tokens", sorted(value, key=str) if isinstance(value, (set, frozenset)) else value)
+    invalid = [token for token in ids if not 0 <= token < vocabulary]
+    if invalid:
+        raise UserError(f"stop_tokens contains {short_repr(invalid[0])}; ids must be from 0 to {vocabulary - 1}")
     return sorted(set(ids))

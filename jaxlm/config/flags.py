@@ -1,4 +1,4 @@
-"""Flags of the command line: the fields of a config, with their ranges in `--help`, and remedies for unknown ones."""
+"""Command-line flags for the fields of a config, with ranges in `--help` and suggestions for unknown flags."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Annotated, Any
 
 import tyro
 
-from jaxlm.config.ranges import Config, hints, limits
+from jaxlm.config.ranges import Config, describe_range, field_types
 from jaxlm.errors import UserError
 
-# What other tools call a flag, and what it is called here.  The first name that a verb has is suggested.
+# Names of flags in other tools -> flags of this library.  The first one that the command has is suggested.
 _ALIASES: dict[str, tuple[str, ...]] = {
     "lr learning-rate peak-lr": ("optimizer.rate",),
     "wd weight-decay": ("optimizer.weight-decay",),
@@ -64,7 +64,7 @@ _ALIASES: dict[str, tuple[str, ...]] = {
     "random-seed": ("seed",),
 }
 _SUGGESTED = {alias: names for aliases, names in _ALIASES.items() for alias in aliases.split()}
-_RESUMES = ("resume", "resume-from-checkpoint", "resume-from", "continue")
+_RESUME_FLAGS = ("resume", "resume-from-checkpoint", "resume-from", "continue")
 
 
 def parse(
@@ -74,21 +74,24 @@ def parse(
     *,
     hidden: Collection[str] = (),
     why_hidden: str = "",
-    description: str | None = "Overrides of the config; the defaults shown are what it says.",
+    description: str | None = "Flags override the config; the defaults shown are its values.",
 ) -> Any:
-    """Returns `default` with the fields that the flags give.
+    """Parses command-line flags into a copy of a config.
 
     Args:
-      default: a dataclass with a value for each field, `tyro.MISSING` where the flags must give one.
-      flags: words such as `["--data.path", "x.txt"]`.
-      prog: the command, for `--help`.
-      hidden: fields that the command has no use for, such as "data.eval_path".
-      why_hidden: why, and what to do, for the message about such a flag.
-      description: what `--help` begins with; None: the docstring of the dataclass.
+      default: a dataclass with a value for each field, or `tyro.MISSING` for a required one.
+      flags: command-line words such as `["--data.path", "x.txt"]`.
+      prog: name of the command, for `--help`.
+      hidden: fields that the command does not use, such as "data.eval_path".
+      why_hidden: the reason and the remedy, for the message about a hidden flag.
+      description: first paragraph of `--help`; None: the docstring of the dataclass.
+
+    Returns:
+      A copy of `default` with the values of the flags.
 
     Raises:
-      UserError: for a hidden flag, and for one that has another name here.
-      SystemExit: after `--help`, and for what tyro refuses.
+      UserError: for a hidden flag, or a flag that has a different name here.
+      SystemExit: after `--help`, and for flags that tyro rejects.
     """
     _check_names(default, flags, {name.replace("_", "-") for name in hidden}, why_hidden)
     with _annotated(default, set(hidden)):
@@ -103,21 +106,21 @@ def parse(
 
 
 def names(config: Any, prefix: str = "") -> list[str]:
-    """Returns the flags of a dataclass, without the dashes in front: `batch`, `data.eval-path` ..."""
-    found = []
+    """Returns the flags of a dataclass without the leading dashes: `batch`, `data.eval-path` ..."""
+    flags = []
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), f"{prefix}{field.name.replace('_', '-')}"
         if not dataclasses.is_dataclass(value) or isinstance(value, type):
-            found.append(name)
+            flags.append(name)
         elif "OmitArgPrefixes" in str(field.type):
-            found += names(value, prefix)
+            flags += names(value, prefix)
         else:
-            found += names(value, f"{name}.")
-    return found
+            flags += names(value, f"{name}.")
+    return flags
 
 
 def _check_names(default: Any, flags: list[str], hidden: set[str], why_hidden: str) -> None:
-    """Raises UserError for a flag that is known under another name, or that means nothing here."""
+    """Raises UserError for a hidden flag, or a flag that has a different name here."""
     known = names(default)
     for flag in flags:
         name = flag[2:].partition("=")[0].replace("_", "-") if flag.startswith("--") else ""
@@ -125,8 +128,8 @@ def _check_names(default: Any, flags: list[str], hidden: set[str], why_hidden: s
             raise UserError(f"--{name} {why_hidden}")
         if not name or name in known or re.sub(r"(^|\.)no-", r"\1", name) in known:
             continue
-        if name in _RESUMES and "workdir" in known:
-            raise UserError(f"there is no --{name}; the same command, with the same --workdir, resumes the run")
+        if name in _RESUME_FLAGS and "workdir" in known:
+            raise UserError(f"there is no --{name}; the same command with the same --workdir resumes the run")
         same = [other for other in known if other.rpartition(".")[2] == name and other not in hidden]
         near = [other for other in _SUGGESTED.get(name, ()) if other in known and other not in hidden] or same
         if near:
@@ -135,32 +138,32 @@ def _check_names(default: Any, flags: list[str], hidden: set[str], why_hidden: s
 
 @contextmanager
 def _annotated(default: Any, hidden: set[str]) -> Iterator[None]:
-    """While the block runs, the types of the fields are what tyro is to see.
+    """Temporarily replaces the field types of the configs by the types that tyro reads.
 
-    These are the class of the task and of the model that `default` has, not those of all that there are; the range of
-    each number; and nothing of hidden fields.
+    A nested config gets the class of its value in `default`, not the union of all possible classes; a number gets its
+    range as metavar; hidden fields are suppressed.
     """
-    before: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    originals: list[tuple[dict[str, Any], dict[str, Any]]] = []
 
     def annotate(config: Any, prefix: str) -> None:
         kind = type(config)
         if not issubclass(kind, Config):
             return
-        before.append((kind.__annotations__, dict(kind.__annotations__)))
-        for name, hint in hints(kind).items():
+        originals.append((kind.__annotations__, dict(kind.__annotations__)))
+        for name, hint in field_types(kind).items():
             value = getattr(config, name)
             if dataclasses.is_dataclass(value) and not isinstance(value, type):
                 annotate(value, f"{prefix}{name}.")
-                shown: Any = hint if hasattr(hint, "__metadata__") else type(value)
+                visible: Any = hint if hasattr(hint, "__metadata__") else type(value)
             else:
-                words = limits(hint)
-                shown = Annotated[hint, tyro.conf.arg(metavar=words)] if words else hint
-            suppressed = Annotated[shown, tyro.conf.Suppress] if f"{prefix}{name}" in hidden else shown
-            kind.__annotations__[name] = suppressed
+                metavar = describe_range(hint)
+                visible = Annotated[hint, tyro.conf.arg(metavar=metavar)] if metavar else hint
+            is_hidden = f"{prefix}{name}" in hidden
+            kind.__annotations__[name] = Annotated[visible, tyro.conf.Suppress] if is_hidden else visible
 
     annotate(default, "")
     try:
         yield
     finally:
-        for annotations, was in reversed(before):
-            annotations |= was
+        for annotations, original in reversed(originals):
+            annotations |= original

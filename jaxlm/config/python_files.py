@@ -1,4 +1,4 @@
-"""Config files: Python files with a function `config()` that returns a RunConfig."""
+"""Config files: Python files that define a function `config()`, which returns a RunConfig."""
 
 from __future__ import annotations
 
@@ -12,46 +12,49 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.config import RunConfig, check_task
-from jaxlm.config.ranges import check_fields, shown
-from jaxlm.errors import UserError, perhaps
+from jaxlm.config.ranges import check_fields, short_repr
+from jaxlm.errors import UserError, suggestion
 
 _ROOT = Path(__file__).parents[1]
-# The project's own configs: of a wheel, or of the repository.
-_OWN = _ROOT / "configs" if (_ROOT / "configs").is_dir() else _ROOT.parent / "configs"
+# The configs that come with jaxlm: inside an installed wheel, or at the top of the repository.
+_BUILT_IN = _ROOT / "configs" if (_ROOT / "configs").is_dir() else _ROOT.parent / "configs"
 
 
-def own() -> list[str]:
-    """Returns the names of the project's own configs, such as `quickstart`."""
-    return sorted(file.stem for file in _OWN.glob("*.py"))
+def built_in_names() -> list[str]:
+    """Returns the names of the configs that come with jaxlm, such as `quickstart`."""
+    return sorted(file.stem for file in _BUILT_IN.glob("*.py"))
 
 
 def read(file: Path, words: list[str] | None = None) -> RunConfig:
-    """Returns what the `config(*words)` of a file returns, with a run folder named after the file and the words.
+    """Calls the function `config` of a config file.
 
     Args:
-      file: a Python file, or the name of one of the project's own configs.
-      words: the arguments of its function `config`.
+      file: a Python file, or the name of a config that comes with jaxlm.
+      words: arguments of the function `config`.
+
+    Returns:
+      The RunConfig; if its `workdir` is empty, it is set to `runs/` and the name of the file and the words.
 
     Raises:
-      UserError: where there is no such file, where it does not run to its end, or where it returns something else than
-        a RunConfig whose fields are of their types and in their ranges.
+      UserError: if there is no such file, it fails, or it returns anything but a RunConfig with valid fields.
     """
-    words, file = words or [], _found(file)
-    with _faults_of(file):
+    words, file = words or [], _find(file)
+    with _user_errors(file):
         config = runpy.run_path(str(file)).get("config")
     if not callable(config):
         raise UserError(f"{file} has no function config(); define one that returns a RunConfig")
     try:
         signature(config).bind(*words)
-    except ValueError:  # of a built-in class
+    except ValueError:  # a built-in class has no signature
         raise UserError(f"{file} has no function config(); define one that returns a RunConfig") from None
     except TypeError:
-        takes = str(signature(config))
-        raise UserError(f"{file} has config{takes}, which does not take {words}; give what it takes") from None
-    with _faults_of(file):
+        raise UserError(
+            f"{file} defines config{signature(config)}, which does not accept the arguments {words}; correct them"
+        ) from None
+    with _user_errors(file):
         run: Any = config(*words)
     if not isinstance(run, RunConfig):
-        raise UserError(f"{file}: config() returns {shown(run)}; it must return a RunConfig")
+        raise UserError(f"{file}: config() returns {short_repr(run)}; it must return a RunConfig")
     try:
         check_fields(run)
         check_task(run.task)
@@ -60,21 +63,21 @@ def read(file: Path, words: list[str] | None = None) -> RunConfig:
     return run if run.workdir else dataclasses.replace(run, workdir="runs/" + "-".join([file.stem, *words]))
 
 
-def _found(file: Path) -> Path:
-    """The file itself, or the project's own config of that name."""
-    named = _OWN / f"{file}.py"
-    if not file.is_file() and named.parent == _OWN and named.is_file():
-        return named
+def _find(file: Path) -> Path:
+    """Returns the file itself, or the built-in config of that name."""
+    built_in = _BUILT_IN / f"{file}.py"
+    if not file.is_file() and built_in.parent == _BUILT_IN and built_in.is_file():
+        return built_in
     if not file.is_file():
-        files = file.parent.glob("*.py") if file.suffix == ".py" else _OWN.glob("*.py")
+        files = file.parent.glob("*.py") if file.suffix == ".py" else _BUILT_IN.glob("*.py")
         known = [path.name if file.suffix == ".py" else path.stem for path in files]
-        raise UserError(f"there is no config {file}" + (perhaps(file.name, known) if known else ""))
+        raise UserError(f"there is no config {file}" + (suggestion(file.name, known) if known else ""))
     return file
 
 
 @contextmanager
-def _faults_of(file: Path) -> Iterator[None]:
-    """Raises a UserError, with the line of the file, in place of whatever a config file raises."""
+def _user_errors(file: Path) -> Iterator[None]:
+    """Converts any exception that a config file raises to a UserError that names the line."""
     try:
         yield
     except KeyboardInterrupt:
@@ -83,18 +86,18 @@ def _faults_of(file: Path) -> Iterator[None]:
         raise UserError(f"{file}: {error}") from None
     except SyntaxError as error:
         where = error.filename if error.filename and Path(error.filename) != file else file
-        line = "" if error.lineno is None else f", line {error.lineno}"  # a null byte has none
+        line = "" if error.lineno is None else f", line {error.lineno}"  # there is none for a null byte
         raise UserError(f"{where}{line}: {error.msg}; correct the syntax") from None
     except BaseException as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
         where = f"{file}, line {lines[-1]}" if lines else f"{file}"
-        what = f"{type(error).__name__}: {_text_of(error)}".rstrip(": ")
+        what = f"{type(error).__name__}: {_message(error)}".rstrip(": ")
         remedy = "install the module" if isinstance(error, ModuleNotFoundError) else "correct the config"
         raise UserError(f"{where} raises {what}; {remedy}") from None
 
 
-def _text_of(error: BaseException) -> str:
-    """The text of an exception in one line of at most 300 characters; none where it has none, or cannot be asked."""
+def _message(error: BaseException) -> str:
+    """Returns the message of an exception in one line of at most 300 characters, or "" if `str` fails."""
     try:
         return " ".join(str(error).split())[:300]
     except Exception:

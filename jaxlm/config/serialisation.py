@@ -1,4 +1,4 @@
-"""Configs as plain JSON values, and back."""
+"""Conversion of configs to plain JSON values and back."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ import json
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
-from jaxlm.config.ranges import Config, hints
+from jaxlm.config.ranges import Config, field_types
 from jaxlm.config.task import TASK_CONFIGS
-from jaxlm.errors import UserError, perhaps
+from jaxlm.errors import UserError, suggestion
 
 
 def to_json(config: Any) -> dict[str, Any]:
-    """Returns a config as plain JSON values; that of a task in it has its kind under `kind`.
+    """Converts a config to plain JSON values; `from_json` is the inverse.
 
-    `from_json` is the inverse.
+    Returns:
+      A dict with the fields of the config; the dict of a nested task names its class under "kind".
     """
     return json.loads(json.dumps(_values(config)))
 
 
 def task_to_json(task: Any) -> dict[str, Any]:
-    """Returns the config of a task as plain JSON values, with its kind.  `task_from_json` is the inverse."""
+    """Converts the config of a task to plain JSON values with its class under "kind"; see `task_from_json`."""
     return {"kind": type(task).__name__, **to_json(task)}
 
 
@@ -30,38 +31,42 @@ def _values(value: Any) -> Any:
         return {name: _values(inner) for name, inner in value.items()}
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return value
-    made = {field.name: _values(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Config) and hints(type(value)).get("task") is Any:
-        made["task"] = {"kind": type(value.task).__name__, **made["task"]}  # type: ignore[attr-defined]
-    return made
+    values = {field.name: _values(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Config) and field_types(type(value)).get("task") is Any:
+        values["task"] = {"kind": type(value.task).__name__, **values["task"]}  # type: ignore[attr-defined]
+    return values
 
 
 def task_from_json(values: dict[str, Any]) -> Any:
-    """Returns the config of a task from `task_to_json`'s values.  Raises UserError for a kind that is not known."""
-    own = {name: value for name, value in values.items() if name != "kind"}
+    """Restores the config of a task from the values of `task_to_json`.
+
+    Raises:
+      UserError: if no task of that name is registered, or a field is unknown.
+    """
+    fields = {name: value for name, value in values.items() if name != "kind"}
     if values["kind"] not in TASK_CONFIGS:
-        raise UserError(f"the task is {values['kind']}, which is not one of jaxlm's; give its config by --config")
-    return from_json(TASK_CONFIGS[values["kind"]], own)
+        raise UserError(f"the task is {values['kind']}, which is not a built-in task; give its config with --config")
+    return from_json(TASK_CONFIGS[values["kind"]], fields)
 
 
 def from_json(kind: type, values: dict[str, Any]) -> Any:
-    """Returns the dataclass `kind` from `to_json`'s values.
+    """Restores a config of the class `kind` from the values of `to_json`.
 
     Raises:
       UserError: for a field that `kind` does not have.
     """
     fields = {f.name: f for f in dataclasses.fields(kind)}
-    types = hints(kind) if issubclass(kind, Config) else {}
-    made = {}
+    types = field_types(kind) if issubclass(kind, Config) else {}
+    restored = {}
     for name, value in values.items():
         if name not in fields:
-            raise UserError(f"{kind.__name__} has no field {name!r}{perhaps(name, fields)}")
-        made[name] = _of_type(types.get(name), value)
-    return kind(**made)
+            raise UserError(f"{kind.__name__} has no field {name!r}{suggestion(name, fields)}")
+        restored[name] = _restore(types.get(name), value)
+    return kind(**restored)
 
 
-def _of_type(hint: Any, value: Any) -> Any:
-    """Returns the value of a field as its type has it."""
+def _restore(hint: Any, value: Any) -> Any:
+    """Converts the JSON value of a field to the type of the field."""
     if isinstance(value, list):
         return tuple(value)
     if not isinstance(value, dict):
@@ -69,14 +74,14 @@ def _of_type(hint: Any, value: Any) -> Any:
     if hint is Any:
         return task_from_json(value)
     if get_origin(hint) is dict:
-        return {name: _of_type(get_args(hint)[1], inner) for name, inner in value.items()}
+        return {name: _restore(get_args(hint)[1], inner) for name, inner in value.items()}
     choices = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     kinds = [choice for choice in choices if isinstance(choice, type) and issubclass(choice, Config)]
     return from_json(kinds[0], value) if kinds else value
 
 
 def difference(ours: Any, theirs: Any, prefix: str = "") -> list[str]:
-    """Dotted fields in which two `to_json` values differ, as lines `field: ours | theirs`."""
+    """Returns the dotted fields in which two `to_json` values differ, as lines `field: ours | theirs`."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
         names = sorted(ours.keys() | theirs.keys())
         return [line for n in names for line in difference(ours.get(n), theirs.get(n), f"{prefix}.{n}".lstrip("."))]

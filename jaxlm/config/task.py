@@ -1,7 +1,7 @@
-"""What a run learns: the config of each task.
+"""The config of each task.
 
-A config class has two checks: `check` of its own fields, and `check_model` of the model that a run gives it.  The
-dataclass of a user's own task may derive from `TaskConfig` too, and need not.
+A config class has two checks: `check` for its fields, and `check_model` for the model of the run.  The config of a
+user's own task may derive from `TaskConfig`, but any dataclass works.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from jaxlm.config.data import DataConfig
 from jaxlm.config.decoding import Decoding
 from jaxlm.config.model import Head, ModelConfig
 from jaxlm.config.ranges import (
-    MOST,
+    MAX_INT,
     Config,
     Count,
     Name,
@@ -28,7 +28,7 @@ from jaxlm.config.ranges import (
     Share,
     ShareBelowOne,
     check_fields,
-    shown,
+    short_repr,
 )
 from jaxlm.errors import UserError
 
@@ -51,72 +51,68 @@ __all__ = [
     "Tagging",
 ]
 TagScheme = Literal["auto", "IOB1", "IOB2", "IOBES", "BILOU", "IO", "none"]
-Integer = Annotated[int, Range(-MOST, MOST)]
-AtLeastOne = Annotated[float, Range(1, MOST)]
+Integer = Annotated[int, Range(-MAX_INT, MAX_INT)]
+AtLeastOne = Annotated[float, Range(1, MAX_INT)]
 OpenShare = Annotated[float, Range(1e-6, 1, below=True)]
 Names = Annotated[tuple[Name, ...], NotEmpty()]
-Used = tuple[str, str, tuple[Any, ...]]  # a field, the field that decides about it, its values that use the field
+Used = tuple[str, str, tuple[Any, ...]]  # a field, another field, and the values of that one which use the first
 
 
 class TaskConfig(Config):
-    """Base of the configs of tasks."""
+    """Base class of task configs."""
 
-    heads: ClassVar[tuple[Head, ...] | None] = None  # that the model must have; None: one that depends on the labels
-    structure: ClassVar[str] = ""  # that the model must have, of a task with `heads`; empty: any
-    has_label_head: ClassVar[bool] = True  # whether the outputs of the task's head have names of the data
-    used: ClassVar[tuple[Used, ...]] = ()  # fields that mean something only beside others
+    heads: ClassVar[tuple[Head, ...] | None] = None  # required output heads; None: one that depends on the labels
+    structure: ClassVar[str] = ""  # required model structure, for a task with `heads`; empty: any
+    has_label_head: ClassVar[bool] = True  # whether the task has a head with outputs named by the data
+    used: ClassVar[tuple[Used, ...]] = ()  # fields that only have an effect for some values of another field
 
     def check(self) -> None:
-        """Raises UserError where fields are out of their range or contradict each other."""
+        """Raises UserError if fields are out of range or contradict each other."""
         check_fields(self, "task.")
         for name, other, values in self.used:
             value, default = getattr(self, name), type(self).__dataclass_fields__[name].default  # type: ignore[attr-defined]
             if getattr(self, other) not in values and value != default:
                 raise UserError(
-                    f"task.{name} is {value!r}, which means nothing where task.{other} is {getattr(self, other)}; "
+                    f"task.{name} is {value!r}, which has no effect if task.{other} is {getattr(self, other)}; "
                     f"leave it out, or set task.{other} to {' or '.join(map(str, values))}"
                 )
 
     def check_model(self, run: RunConfig, model: ModelConfig) -> None:
-        """Raises UserError where a model cannot do the task."""
+        """Raises UserError if the model cannot be trained on the task."""
         check_reader(self, model)
 
 
 def check_reader(task: Any, model: ModelConfig) -> None:
-    """Raises UserError where a task that reads the states of an encoder or a decoder is given an encoder-decoder."""
+    """Raises UserError if the model is an encoder-decoder, for tasks that read the hidden states of a single stack."""
     if model.structure == "encoder_decoder":
         raise UserError(
-            f"{type(task).__name__} reads the states of an encoder or a decoder; the model is an "
-            f"encoder-decoder: start from another"
+            f"{type(task).__name__} reads the hidden states of an encoder or a decoder, but the model is an "
+            f"encoder-decoder; start from another model"
         )
 
 
 @dataclass(frozen=True)
 class CausalLM(TaskConfig):
-    """Predict each token from those before it."""
+    """Predict each token from the tokens before it."""
 
     heads: ClassVar[tuple[Head, ...]] = ("lm",)
     structure: ClassVar[str] = "decoder"
     has_label_head: ClassVar[bool] = False
 
-    label_smoothing: ShareBelowOne = 0.0  # share of the target spread evenly over the vocabulary
-    stream: bool = True  # rows are cut from all documents concatenated (GPT-2); else documents are packed whole
-    stride: Count = 0  # evaluation windows advance by this many tokens, each counted once; 0: by the whole length
+    label_smoothing: ShareBelowOne = 0.0  # probability spread evenly over the vocabulary
+    stream: bool = True  # cut rows from the concatenated documents (GPT-2); false: pack whole documents
+    stride: Count = 0  # step of the evaluation windows in tokens; each token is counted once; 0: the row length
 
     def check_model(self, run: RunConfig, model: ModelConfig) -> None:
-        """Raises UserError where the model is no decoder, or evaluation windows advance by more than their length."""
-        if model.structure != self.structure or "lm" not in model.heads_on_top:
-            raise UserError(
-                f"CausalLM needs a decoder with the 'lm' head, not a(n) {model.structure} with "
-                f"{model.heads_on_top}; change model.structure and model.heads_on_top"
-            )
+        """Raises UserError if the model is not a decoder, or the stride exceeds the row length."""
+        _check_architecture(self, model)
         if not 0 <= self.stride <= run.data.length:
             raise UserError(f"task.stride is {self.stride}; it must be between 0 and {run.data.length}")
 
 
 @dataclass(frozen=True)
 class MaskedLM(TaskConfig):
-    """Predict tokens that are masked, other ones in every epoch (Devlin et al. 2019)."""
+    """Predict masked tokens; each epoch masks different tokens (Devlin et al. 2019)."""
 
     structure: ClassVar[str] = "encoder"
     has_label_head: ClassVar[bool] = False
@@ -126,72 +122,70 @@ class MaskedLM(TaskConfig):
         ("short_rate", "next_sentence", (True,)),
     )
 
-    label_smoothing: ShareBelowOne = 0.0  # share of the target spread evenly over the vocabulary
-    mask_rate: OpenShare = 0.15  # share of the tokens that are predicted: 80% masked, 10% random, 10% kept
-    whole_words: bool = False  # choose whole words, not single tokens
-    full_sentences: bool = True  # fill a row with the sentences that follow (Liu et al. 2019); False: of one document
-    next_sentence: bool = False  # pair each text with its continuation or, half of the time, another; predict which
-    sentences: Literal["line", "punctuation"] = "line"  # what a sentence is, for pairs
-    short_rate: Share = 0.1  # share of the pairs aimed at a random shorter length
+    label_smoothing: ShareBelowOne = 0.0  # probability spread evenly over the vocabulary
+    mask_rate: OpenShare = 0.15  # fraction of the tokens to predict: 80% masked, 10% random, 10% unchanged
+    whole_words: bool = False  # mask whole words instead of single tokens
+    full_sentences: bool = True  # fill rows across documents (Liu et al. 2019); false: one document per example
+    next_sentence: bool = False  # also predict whether the second text of a pair continues the first; half do
+    sentences: Literal["line", "punctuation"] = "line"  # what ends a sentence, for next_sentence
+    short_rate: Share = 0.1  # fraction of the pairs with a shorter target length, chosen at random
 
     @property
     def heads(self) -> tuple[Head, ...]:  # type: ignore[override]
-        """The heads that the model must have."""
+        """Output heads that the task requires."""
         return ("masked_lm", "next_sentence") if self.next_sentence else ("masked_lm",)
 
     def check_model(self, run: RunConfig, model: ModelConfig) -> None:
-        """Raises UserError where the model is no encoder with the heads of the task."""
-        if model.structure != self.structure or not set(self.heads) <= set(model.heads_on_top):
-            raise UserError(
-                f"MaskedLM needs an encoder with the heads {self.heads}, not a(n) {model.structure} with "
-                f"{model.heads_on_top}; change model.structure and model.heads_on_top"
-            )
+        """Raises UserError if the model is not an encoder with the required heads, or lacks token types."""
+        _check_architecture(self, model)
         if self.next_sentence and model.types < 2:
-            raise UserError(f"model.types is {model.types}; next_sentence needs 2, one for each text of a pair")
+            raise UserError(
+                f"model.types is {model.types}; next_sentence needs at least 2, one for each text of a pair"
+            )
 
 
 @dataclass(frozen=True)
 class SpanCorruption(TaskConfig):
-    """Write what was taken out of a text, span by span, as T5 was pre-trained (Raffel et al. 2020, section 3.1.4).
+    """Generate the spans that were removed from a text, as in T5's pre-training (Raffel et al. 2020, section 3.1.4).
 
-    `data.length` is of the source; a row of targets is as long as such a source needs.
+    `data.length` is the row length of the sources; the row length of the targets follows from it.
     """
 
     heads: ClassVar[tuple[Head, ...]] = ("lm",)
     structure: ClassVar[str] = "encoder_decoder"
     has_label_head: ClassVar[bool] = False
-    sentences: ClassVar[str] = "whole"  # a document is not divided
+    sentences: ClassVar[str] = "whole"  # documents are not split
 
-    rate: OpenShare = 0.15  # share of the tokens that is taken out
-    span: AtLeastOne = 3.0  # mean length of what is taken out at a place
+    rate: OpenShare = 0.15  # fraction of the tokens to remove
+    span: AtLeastOne = 3.0  # mean span length in tokens
 
     def check_model(self, run: RunConfig, model: ModelConfig) -> None:
-        """Raises UserError where the model is no encoder-decoder that can write."""
+        """Raises UserError if the model is not an encoder-decoder with the head lm and a start token."""
         _check_denoiser(self, model)
 
 
 @dataclass(frozen=True)
 class Infilling(TaskConfig):
-    """Restore a text from one with gaps, and with its sentences in another order, as BART was pre-trained (Lewis et al.
-    2020, section 2.2)."""
+    """Restore a text with removed spans and shuffled sentences, as in BART's pre-training (Lewis et al. 2020, section
+    2.2)."""
 
     heads: ClassVar[tuple[Head, ...]] = ("lm",)
     structure: ClassVar[str] = "encoder_decoder"
     has_label_head: ClassVar[bool] = False
 
-    rate: OpenShare = 0.3  # share of the tokens that is taken out
-    span: AtLeastOne = 3.0  # mean of the gaps' lengths, Poisson's; a gap of any length, also of none, is one mask token
-    sentences: Literal["line", "punctuation"] = "punctuation"  # what a sentence is
+    rate: OpenShare = 0.3  # fraction of the tokens to remove
+    span: AtLeastOne = 3.0  # mean of the Poisson distribution of span lengths; each span becomes one mask token
+    sentences: Literal["line", "punctuation"] = "punctuation"  # what ends a sentence
     permute: bool = True  # shuffle the sentences
 
     def check_model(self, run: RunConfig, model: ModelConfig) -> None:
-        """Raises UserError where the model is no encoder-decoder that can write."""
+        """Raises UserError if the model is not an encoder-decoder with the head lm and a start token."""
         _check_denoiser(self, model)
 
 
 @dataclass(frozen=True)
 class Classification(TaskConfig):
-    """Tell what a text, or a pair of texts, is: one class, any number of them, or a number."""
+    """Classify a text or a pair of texts: one class, any number of classes, or a number (regression)."""
 
     used: ClassVar[tuple[Used, ...]] = (
         ("class_weights", "problem", ("single_label", "multi_label")),
@@ -201,50 +195,50 @@ class Classification(TaskConfig):
         ("stride", "windows", ("mean", "max")),
     )
 
-    problem: Literal["single_label", "multi_label", "regression"] = "single_label"  # one class, any of them, a number
-    text: Names = ("text",)  # column of the text, or the two columns of a pair
-    label: Name = "label"  # column of what is to be predicted; several classes in a list, or divided by separator
-    separator: Name = ","  # between several classes in a column of text
-    names: tuple[Name, ...] = ()  # of the classes, in the order of the outputs; empty: those found in the training part
-    most_classes: Annotated[int, Range(2, MOST)] = 1000  # more are taken for a column of numbers or texts, and refused
-    class_weights: Literal["none", "balanced"] = "none"  # balanced: a rare class weighs as much as a frequent one
-    label_smoothing: ShareBelowOne = 0.0  # share of the target spread evenly over the classes
-    windows: Literal["none", "mean", "max"] = "none"  # cut long texts, or read them by windows: mean or max of logits
-    stride: Count = 0  # tokens that two windows have in common; 0: a quarter of what a window holds
+    problem: Literal["single_label", "multi_label", "regression"] = "single_label"  # one class, several, a number
+    text: Names = ("text",)  # column of the text, or two columns for a pair
+    label: Name = "label"  # column of the label; several classes as a list or joined by separator
+    separator: Name = ","  # separator between several classes in a string
+    names: tuple[Name, ...] = ()  # class names in output order; empty: the classes in the training data
+    max_classes: Annotated[int, Range(2, MAX_INT)] = 1000  # maximum number of classes; more indicate a wrong column
+    class_weights: Literal["none", "balanced"] = "none"  # balanced: every class has the same total weight
+    label_smoothing: ShareBelowOne = 0.0  # probability spread evenly over the classes
+    windows: Literal["none", "mean", "max"] = "none"  # long texts: truncate, or pool the logits of windows
+    stride: Count = 0  # overlap of two windows in tokens; 0: a quarter of a window
 
     def check(self) -> None:
-        """Raises UserError where fields are out of their range or contradict each other."""
+        """Raises UserError if fields are out of range or contradict each other."""
         super().check()
         if len(self.text) not in (1, 2):
-            raise UserError(f"task.text names {len(self.text)} columns; give one, or the two of a pair")
+            raise UserError(f"task.text has {len(self.text)} columns; give one, or two for a pair")
         if self.windows != "none" and len(self.text) == 2:
-            raise UserError(f"task.windows is {self.windows!r}, which is for one text and not for pairs; leave it out")
+            raise UserError(f"task.windows is {self.windows!r}, but pairs of texts have no windows; leave it out")
 
 
 @dataclass(frozen=True)
 class Tagging(TaskConfig):
-    """Tell what each word is a part of, such as a name (Tjong Kim Sang & De Meulder 2003)."""
+    """Tag each word, as in named-entity recognition (Tjong Kim Sang & De Meulder 2003)."""
 
-    tokens: Name = "tokens"  # column of the words, a list
-    tags: Name = "tags"  # column of their tags, a list
-    scheme: TagScheme = "auto"  # how tags mark spans; auto: as they show; IO: by the type alone; none: tags are classes
-    names: tuple[Name, ...] = ()  # of the tags, in the order of the outputs; for tags that are numbers, from 0
+    tokens: Name = "tokens"  # column with a list of words
+    tags: Name = "tags"  # column with a list of tags, one per word
+    scheme: TagScheme = "auto"  # tagging scheme; auto: inferred from the tags; IO: types only; none: no spans
+    names: tuple[Name, ...] = ()  # tag names in output order, for tags given as numbers from 0
 
 
 @dataclass(frozen=True)
 class QuestionAnswering(TaskConfig):
-    """Find the answer to a question in a text, or that there is none (Rajpurkar et al. 2016, 2018)."""
+    """Find the answer to a question in a text, or detect that there is none (Rajpurkar et al. 2016, 2018)."""
 
-    stride: Count = 128  # tokens that two windows over a long text have in common
-    most_question: Positive = 64  # tokens of a question that are kept
-    longest_answer: Positive = 30  # tokens of an answer that is given
+    stride: Count = 128  # overlap of two windows over a long text, in tokens
+    max_question_tokens: Positive = 64  # maximum length of a question in tokens; longer ones are truncated
+    max_answer_tokens: Positive = 30  # maximum length of a predicted answer in tokens
     unanswerable: bool = True  # whether a question may have no answer (SQuAD 2.0)
-    wrong_offsets: Literal["refuse", "drop"] = "refuse"  # questions whose answer is not at its offset
+    wrong_offsets: Literal["refuse", "drop"] = "refuse"  # how to handle answers that are not at their offset
 
 
 @dataclass(frozen=True)
 class Similarity(TaskConfig):
-    """Vectors of texts, the nearer the more alike the texts are (Reimers & Gurevych 2019)."""
+    """Embed texts so that similar texts have similar vectors (Reimers & Gurevych 2019)."""
 
     used: ClassVar[tuple[Used, ...]] = (
         ("lowest", "objective", ("cosine",)),
@@ -252,80 +246,80 @@ class Similarity(TaskConfig):
         ("temperature", "objective", ("contrastive",)),
     )
 
-    objective: Literal["cosine", "contrastive"] = "cosine"  # match scores of pairs, or find a pair among other texts
-    text: tuple[Name, Name] = ("text_a", "text_b")  # columns of a pair
-    label: Name = "label"  # column of its score, for objective=cosine
-    lowest: Number = 0.0  # score that means a cosine of 0
-    highest: Number = 1.0  # score that means a cosine of 1
-    temperature: Annotated[float, Range(1e-6, MOST)] = 0.05  # divides the cosines, for objective=contrastive
+    objective: Literal["cosine", "contrastive"] = "cosine"  # regress scores of pairs, or identify pairs in a batch
+    text: tuple[Name, Name] = ("text_a", "text_b")  # the two columns of a pair
+    label: Name = "label"  # column of the score, for objective=cosine
+    lowest: Number = 0.0  # score that corresponds to a cosine of 0
+    highest: Number = 1.0  # score that corresponds to a cosine of 1
+    temperature: Annotated[float, Range(1e-6, MAX_INT)] = 0.05  # divisor of the cosines, for objective=contrastive
 
     def check(self) -> None:
-        """Raises UserError where fields are out of their range or contradict each other."""
+        """Raises UserError if fields are out of range or contradict each other."""
         super().check()
         if not self.lowest < self.highest:
-            raise UserError(f"task.lowest is {self.lowest}, task.highest {self.highest}; the second must be larger")
+            raise UserError(f"task.lowest is {self.lowest} and task.highest {self.highest}; highest must be larger")
 
 
 @dataclass(frozen=True)
 class MultipleChoice(TaskConfig):
-    """Choose the answer to a question among several (Zellers et al. 2018)."""
+    """Choose the answer to a question from several options (Zellers et al. 2018)."""
 
     question: Name = "question"  # column of the question
-    options: Names = ("options",)  # columns of the options, or one with a list of them
-    label: Name = "label"  # column of the right one: its number, counted from `first`, its letter A, B ..., or its text
+    options: Names = ("options",)  # columns of the options, or one column with a list of options
+    label: Name = "label"  # column of the answer: a number counted from `first`, a letter A, B ..., or a text
     first: Integer = 0  # number of the first option
 
 
 @dataclass(frozen=True)
 class Seq2Seq(TaskConfig):
-    """Write a text for a text (Sutskever et al. 2014): a translation, a summary, an answer.
+    """Generate a target text from a source text (Sutskever et al. 2014): translation, summarisation, answering.
 
-    An encoder-decoder reads the source in its encoder.  A decoder reads it first and learns what comes after it alone.
+    An encoder-decoder encodes the source.  A decoder reads it as a prefix and is trained on the target only.
     """
 
     has_label_head: ClassVar[bool] = False
 
-    source: Name = "source"  # column of the text that is read, or an entry of one, such as "translation.en"
-    target: Name = "target"  # column of the text, or a list of texts as good as each other, that is to be written
-    references: tuple[str, ...] = ()  # columns of further texts as good as the target, which count in the scores
-    prefix: str = ""  # put before each source, such as "translate English to German: "
-    suffix: str = ""  # put after each source, such as " TL;DR:"
-    source_length: Count = 0  # tokens of the sources in a row of an encoder-decoder; 0: as many as data.length
-    scored_as: Literal["translation", "summary", "answer"] = "translation"  # BLEU and chrF, ROUGE, or exact match
-    empty: Literal["refuse", "drop"] = "refuse"  # rows with an empty source or target
-    label_smoothing: ShareBelowOne = 0.0  # share of the target spread evenly over the vocabulary
-    generated: Count = 0  # held-out texts that are generated for scores, the first of them; 0: all
-    decoding: Decoding = field(default_factory=lambda: Decoding(temperature=0.0))  # how texts are generated
+    source: Name = "source"  # column of the source text, or a nested entry such as "translation.en"
+    target: Name = "target"  # column of the target text, or of a list of equivalent target texts
+    references: tuple[str, ...] = ()  # columns of additional reference texts for scoring
+    prefix: str = ""  # prepended to each source, such as "translate English to German: "
+    suffix: str = ""  # appended to each source, such as " TL;DR:"
+    source_length: Count = 0  # row length of an encoder-decoder's sources in tokens; 0: data.length
+    scored_as: Literal["translation", "summary", "answer"] = "translation"  # BLEU and chrF; ROUGE; or exact match
+    empty: Literal["refuse", "drop"] = "refuse"  # how to handle rows with an empty source or target
+    label_smoothing: ShareBelowOne = 0.0  # probability spread evenly over the vocabulary
+    generated: Count = 0  # number of held-out texts to generate for scoring; 0: all
+    decoding: Decoding = field(default_factory=lambda: Decoding(temperature=0.0))  # options of text generation
 
     def check(self) -> None:
-        """Raises UserError where fields are out of their range or contradict each other."""
+        """Raises UserError if fields are out of range or contradict each other."""
         super().check()
         _check_decoding(self.decoding)
 
     def check_model(self, run: RunConfig, model: ModelConfig) -> None:
-        """Every structure can be trained on pairs of texts."""
+        """Accepts every model: any structure can be trained on pairs of texts."""
 
 
 @dataclass(frozen=True)
 class Chat(TaskConfig):
-    """Answer in a conversation: the assistant's messages alone are learned (instruction tuning; Ouyang et al. 2022,
-    section 3.5)."""
+    """Instruction tuning: generate the assistant's messages of a conversation; only these are trained on (Ouyang et al.
+    2022, section 3.5)."""
 
     has_label_head: ClassVar[bool] = False
 
-    messages: str = "messages"  # column of lists of {"role": ..., "content": ...} or {"from": ..., "value": ...}
-    question: str = ""  # in place of messages, the column of the user's message
-    answer: str = ""  # and that of what the assistant answers
-    system: str = ""  # the system message of each conversation
+    messages: str = "messages"  # column with lists of {"role": ..., "content": ...} or {"from": ..., "value": ...}
+    question: str = ""  # column of the user's message, instead of messages
+    answer: str = ""  # column of the assistant's answer, used with question
+    system: str = ""  # system message of every conversation
     template: str = ""  # Jinja source of the chat template; empty: the tokenizer's own
-    last_alone: bool = False  # of several answers only the last one is learned
-    compared: Pattern = ""  # regular expression of the part of an answer that scores compare; empty: the whole
-    label_smoothing: ShareBelowOne = 0.0  # share of the target spread evenly over the vocabulary
-    generated: Count = 100  # held-out answers that are generated for scores, the first of them; 0: all
-    decoding: Decoding = field(default_factory=lambda: Decoding(temperature=0.0))  # how answers are generated
+    last_answer_only: bool = False  # train on the last answer of each conversation only
+    compared: Pattern = ""  # regular expression for the part of an answer to compare in scores; empty: all
+    label_smoothing: ShareBelowOne = 0.0  # probability spread evenly over the vocabulary
+    generated: Count = 100  # number of held-out answers to generate for scoring; 0: all
+    decoding: Decoding = field(default_factory=lambda: Decoding(temperature=0.0))  # options of text generation
 
     def check(self) -> None:
-        """Raises UserError where fields are out of their range or contradict each other."""
+        """Raises UserError if fields are out of range or contradict each other."""
         super().check()
         _check_decoding(self.decoding)
         if self.answer and not self.question:
@@ -336,22 +330,22 @@ class Chat(TaskConfig):
 
 @dataclass(frozen=True)
 class Part(Config):
-    """One of several tasks, with data of its own."""
+    """One of several tasks, with its own data."""
 
     task: Any  # Classification, Tagging, QuestionAnswering, Similarity or MultipleChoice
-    data: DataConfig  # its length is that of the run
-    weight: NotNegative = 0.0  # its share of the rows is this by the sum of all; 0 for all: by how many rows each has
+    data: DataConfig  # `length` is ignored: that of the run applies
+    weight: NotNegative = 0.0  # relative share of the rows; 0 for every part: in proportion to the sizes
 
     def check(self, name: str) -> None:
-        """Raises UserError where the name or the task cannot be that of a part, or its data are missing."""
+        """Raises UserError if the name or the task is not valid for a part, or data.path is empty."""
         if (
             not re.fullmatch(r"[a-z][a-z0-9_]*", name)
             or isinstance(self.task, MultiTask)
             or not getattr(self.task, "has_label_head", True)
         ):
             raise UserError(
-                f"task.parts has {name!r}, a {type(self.task).__name__}; a name is of small letters, and a part is a "
-                f"task over records such as Classification"
+                f"task.parts has {name!r}, a {type(self.task).__name__}; names consist of lower-case letters, "
+                f"digits and underscores, and parts are tasks with labels such as Classification"
             )
         if not self.data.path:
             raise UserError(f"the data.path of the part {name!r} is empty; give a file, a folder, a glob or tfds:NAME")
@@ -360,44 +354,53 @@ class Part(Config):
 
 @dataclass(frozen=True)
 class MultiTask(TaskConfig):
-    """Several tasks at once, on one body with a head for each (Liu et al. 2019)."""
+    """Several tasks with a shared body and one head per task (Liu et al. 2019)."""
 
-    parts: dict[str, Part]  # by name, which scores and exports bear
+    parts: dict[str, Part]  # tasks by name; scores and exports use the names
 
     def check(self) -> None:
-        """Raises UserError where the parts are no tasks with a head each, or their weights contradict each other."""
+        """Raises UserError if a part is invalid, or only some of the parts have a weight."""
         super().check()
         for name, part in self.parts.items():
             part.check(name)
         if not self.parts or len({part.weight > 0 for part in self.parts.values()}) > 1:
-            raise UserError("task.parts is empty, or some parts have a weight and some none; give all one, or none")
+            raise UserError("task.parts is empty, or only some parts have a weight; give every part a weight, or none")
 
 
 def _check_decoding(decoding: Decoding) -> None:
     decoding.check("task.decoding.")
     if decoding.n_best > 1:
-        raise UserError(f"task.decoding.n_best is {decoding.n_best}; a task writes one text for each: set 1")
+        raise UserError(f"task.decoding.n_best is {decoding.n_best}; a task generates one text per example: set 1")
+
+
+def _check_architecture(task: TaskConfig, model: ModelConfig) -> None:
+    if model.structure != task.structure or not set(task.heads or ()) <= set(model.heads_on_top):
+        raise UserError(
+            f"{type(task).__name__} needs a(n) {task.structure} with the heads {task.heads}, not a(n) "
+            f"{model.structure} with {model.heads_on_top}; change model.structure and model.heads_on_top"
+        )
 
 
 def _check_denoiser(task: TaskConfig, model: ModelConfig) -> None:
     if model.structure != task.structure or model.heads_on_top != ("lm",) or model.start_token is None:
         raise UserError(
             f"{type(task).__name__} needs an encoder-decoder with the head lm and a start token, not a(n) "
-            f"{model.structure} with {model.heads_on_top} and start_token {model.start_token}"
+            f"{model.structure} with {model.heads_on_top} and start_token {model.start_token}; use another model"
         )
 
 
 def check_task(task: Any) -> None:
-    """Raises UserError where a task is no task's config, or its fields are out of range or contradict each other."""
+    """Raises UserError if a value is not the config of a task, or its fields are invalid."""
     if not dataclasses.is_dataclass(task) or isinstance(task, type):
         known = ", ".join(sorted(TASK_CONFIGS))
         raise UserError(
-            f"task is {shown(task)}; it must be the config of a task, such as CausalLM(): {known}, or your own"
+            f"task is {short_repr(task)}; it must be the config of a task, such as CausalLM(); known: {known}, "
+            f"or your own"
         )
     if isinstance(task, TaskConfig):
         task.check()
-    elif isinstance(task, Config):  # the class of a user's own task may be any dataclass
+    elif isinstance(task, Config):  # the config of a user's own task may be any dataclass
         check_fields(task, "task.")
 
 
-TASK_CONFIGS: dict[str, type] = {}  # name in config.json -> its dataclass; `jaxlm.tasks.register` adds to it
+TASK_CONFIGS: dict[str, type] = {}  # name in config.json -> dataclass; filled by `jaxlm.tasks.register`

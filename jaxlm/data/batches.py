@@ -1,7 +1,7 @@
-"""`batch_at(step)`: random access to packed batches, so that resuming needs the step alone.
+"""Random access to packed batches by step, so a run can resume from the step alone.
 
-Everything here is a pure function of (examples, sizes, seed, step): prefetching and the number of hosts cannot change
-what a step sees.
+A batch is a pure function of (examples, sizes, seed, step): it depends neither on prefetching nor on the number of
+hosts.
 """
 
 from __future__ import annotations
@@ -16,44 +16,44 @@ import numpy as np
 
 from jaxlm.data.pack import Rows, pack
 
-Features = dict[str, Any]  # arrays of one example, or of a batch
-Batch = dict[str, Any]  # the same fields as arrays of NumPy or JAX
+Features = dict[str, Any]  # NumPy arrays of one example, or of a batch
+Batch = dict[str, Any]  # fields of a batch, as NumPy or JAX arrays
 
 
 class Epoch(NamedTuple):
-    """The units of one pass over the data: how long each is, and what it holds.
+    """The units of one pass over the data.
 
-    A unit is what rows never divide: one example, or several that belong together, such as the texts of a pair, which
-    do not see each other.  `features(i)` are the features of each example of unit i.
+    A unit is never split across rows.  It consists of one example, or of several related ones that do not attend to
+    each other, such as the texts of a pair.  `features(i)` returns the features of each example of unit i.
 
-    A feature's name ends in the axes that it has in a batch.  `labels_BT` of an example of n tokens is an array [n];
-    `labels_BE` is one value for the whole example, `labels_BEN` an array [N].  Of an encoder-decoder, what ends in T is
-    of the decoder, and `source_tokens_BS` are the tokens that the encoder reads.
+    The name of a feature ends in its axes in a batch: for an example of n tokens, `labels_BT` is an array [n];
+    `labels_BE` is one value per example, and `labels_BEN` an array [N].  For an encoder-decoder, axis T belongs to the
+    decoder, and `source_tokens_BS` are the input tokens of the encoder.
     """
 
-    lengths: np.ndarray  # [number of units], tokens
+    lengths: np.ndarray  # [number of units], length in tokens
     features: Callable[[int], list[Features]]
-    counts: np.ndarray | None = None  # [number of units], examples in each; None: one
-    source_lengths: np.ndarray | None = None  # [number of units], tokens of the sources, where there are some
+    counts: np.ndarray | None = None  # [number of units], number of examples; None: one per unit
+    source_lengths: np.ndarray | None = None  # [number of units], length of the sources in tokens, if any
 
 
 class Examples(Protocol):
-    """What a task makes of its data: epoch n's units, a pure function of n.  None asks for evaluation."""
+    """The examples of a task."""
 
     fields: Mapping[str, type]  # name in a batch -> dtype
     labels: int  # size of the axis N of several labels
-    # Where they differ from those of text, also:
-    # inputs: Mapping[str, type], what a front end reads of each position; the first gives the length of an example.
-    # axes: Mapping[str, int], sizes of further axes, by their letters.
+    # Optional attributes, for inputs other than text:
+    # inputs: Mapping[str, type], fields that a front end reads; the first one determines the length of an example.
+    # axes: Mapping[str, int], sizes of additional axes by their letters.
 
     def epoch(self, n: int | None) -> Epoch:
-        """The units of epoch n, or those of evaluation."""
+        """Returns the units of epoch n, a pure function of n; None: the units of evaluation."""
 
 
 class Batches:
-    """Batches of `rows` packed rows: in training endless and shuffled anew in each epoch, in evaluation one pass.
+    """Batches of packed rows: an endless sequence, shuffled in each epoch, for training; one pass for evaluation.
 
-    An epoch's rows follow those of the one before it, so that no row is dropped where a batch does not divide an epoch.
+    A batch may contain the last rows of an epoch and the first of the next one, so no row is dropped.
     """
 
     reads_state = False
@@ -67,56 +67,69 @@ class Batches:
         seed: int | None,
         source_length: int | None = None,
     ):
-        """`max_examples`: the most examples in a row E.  `seed`: of the shuffling; None: evaluation, each unit once.
-        `source_length`: tokens of sources in a row, where there are some."""
+        """Defines the batches.
+
+        Args:
+          examples: the examples of a task.
+          rows: rows per batch B.
+          length: tokens per row T.
+          max_examples: maximum number of examples per row E.
+          seed: seed of the shuffling; None: evaluation, each unit once.
+          source_length: tokens of the sources per row S, for an encoder-decoder.
+        """
         self.examples, self.rows, self.length, self.max_examples, self.seed = examples, rows, length, max_examples, seed
         self.source_length = source_length
-        self._epoch_starts = [0]  # index of each epoch's first row, as far as it is known
+        self._epoch_starts = [0]  # index of the first row of each epoch so far
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
 
     @property
     def _inputs(self) -> Mapping[str, type]:
-        """What a front end reads of each position: name in a batch -> dtype."""
+        """Fields that a front end reads: name in a batch -> dtype."""
         return getattr(self.examples, "inputs", {"tokens_BT": np.int32})
 
     def __len__(self) -> int:
-        """Number of batches in one epoch, the last one filled up with padding."""
+        """Returns the number of batches in one epoch; the last one may have rows of padding."""
         return -(-self.rows_in_epoch // self.rows)
 
     @property
     def rows_in_epoch(self) -> int:
-        """Number of rows that the first epoch fills; later ones fill as many, or one or two more or less."""
+        """Number of rows of the first epoch; later epochs may have slightly more or fewer."""
         return len(self._epoch(0)[1].starts) - 1
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each unit of the first epoch."""
+        """Length of each unit of the first epoch, in tokens."""
         return self._epoch(0)[0].lengths
 
     @property
     def true_lengths(self) -> np.ndarray:
-        """Tokens of each example before any was cut, where the examples know them; else those of each unit."""
+        """Length of each example before truncation, if the examples have this attribute; else of each unit."""
         return getattr(self.examples, "true_lengths", self.lengths)
 
     def batch_at(self, step: int, rows: Iterable[int] | None = None) -> Features:
-        """The fields of batch `step`: [B, T] for tokens, [B, E] for examples; `segments_BT` 0 is padding.
+        """Returns a batch.
 
-        rows: those that are made, the others being left as padding; None: all.
+        Args:
+          step: number of the batch, from 0.
+          rows: indices of the rows to fill; the others are padding.  None: all.
+
+        Returns:
+          The fields: [B, T] for tokens, [B, E] for examples; `segments_BT` is 0 for padding.
         """
-        batch = self.nothing()
+        batch = self.empty_batch()
         for b in range(self.rows) if rows is None else rows:
-            found = self._row(step * self.rows + b)
-            if found is not None:
-                epoch, units = found
+            row = self._row(step * self.rows + b)
+            if row is not None:
+                epoch, units = row
                 _fill(batch, b, [epoch.features(i) for i in units], next(iter(self._inputs)))
         return batch
 
     def batch(self, step: int, state: Any, rows: Iterable[int] | None = None) -> Features:
-        """`batch_at(step, rows)`, whatever the training state."""
+        """Returns `batch_at(step, rows)`; the training state is not used."""
         return self.batch_at(step, rows)
 
-    def nothing(self) -> Features:
-        """A batch of padding."""
+    def empty_batch(self) -> Features:
+        """Returns a batch of padding."""
         sides = ("{}_BT", "source_{}_BS") if self.source_length is not None else ("{}_BT",)
         names = [side.format(name) for side in sides for name in ("segments", "positions")]
         names += ["source_tokens_BS"] * (len(sides) - 1)
@@ -130,7 +143,7 @@ class Batches:
         return {name: np.zeros(shape(name), dtype) for name, dtype in fields.items()}
 
     def units_at(self, step: int) -> list[list[tuple[int, int]]]:
-        """For each row of an evaluation's batch the units in it, and how many examples each has."""
+        """Returns, for each row of an evaluation batch, the index of each unit and its number of examples."""
         rows = []
         for index in range(step * self.rows, (step + 1) * self.rows):
             epoch, units = self._row(index) or (None, [])
@@ -138,7 +151,7 @@ class Batches:
         return rows
 
     def _row(self, index: int) -> tuple[Epoch, list[int]] | None:
-        """The units of the row with this index, counted over all epochs; None past the end of an evaluation."""
+        """Returns the units of a row, counted over all epochs; None beyond the end of an evaluation."""
         n = 0
         while True:
             if n + 1 == len(self._epoch_starts):
@@ -153,33 +166,33 @@ class Batches:
         return epoch, rows.examples[rows.starts[r] : rows.starts[r + 1]].tolist()
 
     def _make_epoch(self, n: int) -> tuple[Epoch, Rows]:
-        """The units of epoch n and their rows: units are shuffled, packed, and the rows shuffled."""
+        """Shuffles the units of epoch n, packs them, and shuffles the rows."""
         if self.seed is None:
             epoch = self.examples.epoch(None)
-            return epoch, self._packed(epoch, np.arange(len(epoch.lengths)))
+            return epoch, self._pack(epoch, np.arange(len(epoch.lengths)))
         epoch = self.examples.epoch(n)
         random = np.random.default_rng((self.seed, n, 0))
         order = random.permutation(len(epoch.lengths))
-        packed = self._packed(epoch, order)
+        packed = self._pack(epoch, order)
         shuffled = random.permutation(len(packed.starts) - 1)
         sizes = np.diff(packed.starts)[shuffled]
         starts = np.concatenate([[0], np.cumsum(sizes)])
-        # The units of row r of the new order: those of row shuffled[r] of the old one.
+        # Row r of the new order has the units of row shuffled[r] of the old order.
         index = np.repeat(packed.starts[:-1][shuffled] - starts[:-1], sizes) + np.arange(starts[-1])
         return epoch, Rows(order[packed.examples[index]], starts)
 
-    def _packed(self, epoch: Epoch, order: np.ndarray) -> Rows:
-        """Rows of the units in this order, which they are numbered by."""
+    def _pack(self, epoch: Epoch, order: np.ndarray) -> Rows:
+        """Packs the units in this order into rows, which contain indices into `order`."""
         counts = None if epoch.counts is None else epoch.counts[order]
-        beside = None
+        sources = None
         if self.source_length is not None:
             assert epoch.source_lengths is not None
-            beside = epoch.source_lengths[order], self.source_length
-        return pack(epoch.lengths[order], self.length, self.max_examples, counts=counts, beside=beside)
+            sources = epoch.source_lengths[order], self.source_length
+        return pack(epoch.lengths[order], self.length, self.max_examples, counts=counts, sources=sources)
 
 
 def _fill(batch: Features, b: int, units: list[list[Features]], inputs: str) -> None:
-    """Writes the examples of row b one after the other; each is as long as its feature `inputs`."""
+    """Writes the examples of row b one after another; the length of each is that of its feature `inputs`."""
     start, source_start, e = 0, 0, 0
     for group, examples in enumerate(units, start=1):
         for features in examples:
@@ -201,36 +214,44 @@ def _fill(batch: Features, b: int, units: list[list[Features]], inputs: str) -> 
 
 
 class BatchSource(Protocol):
-    """Where the batches of a run come from: `Batches`, or another with the same methods."""
+    """Source of the batches of a run: `Batches`, or any object with the same methods."""
 
-    reads_state: bool  # whether a batch depends on the training state, as what a model has just written does
+    reads_state: bool  # whether batches depend on the training state, such as texts that the model generates
 
     def batch(self, step: int, state: Any, rows: Iterable[int] | None = None) -> Features:
         """Returns the batch of a step.
 
         Args:
-          step: from 0.
-          state: the training state before the step; None where the source does not read it.
-          rows: those that are made, the others being left as padding; None: all.
+          step: number of the step, from 0.
+          state: the training state before the step; None if `reads_state` is False.
+          rows: indices of the rows to fill; the others are padding.  None: all.
         """
 
 
-def fed(
+def iterate_batches(
     source: BatchSource, start: int, stop: int, state: Callable[[], Any], rows: Iterable[int] | None = None
 ) -> Iterator[Features]:
-    """Yields the batches of the steps from `start` to `stop - 1`: ahead of time, unless they depend on the state."""
+    """Returns an iterator over the batches of steps `start` to `stop - 1`.
+
+    Args:
+      source: the source of the batches.
+      start: the first step.
+      stop: the step after the last one.
+      state: returns the current training state; only called if the source reads it.  Otherwise batches are prefetched.
+      rows: indices of the rows to fill; None: all.
+    """
     if source.reads_state:
         return (source.batch(step, state(), rows) for step in range(start, stop))
     return prefetch(lambda step: source.batch(step, None, rows), start, stop)
 
 
 def prefetch(batch_at: Callable[[int], Features], start: int, stop: int, ahead: int = 4) -> Iterator[Features]:
-    """`batch_at(start)` to `batch_at(stop - 1)`, made ahead of time by another thread."""
+    """Yields `batch_at(start)` to `batch_at(stop - 1)`, computed up to `ahead` steps in advance by another thread."""
     with ThreadPoolExecutor(1) as pool:
-        waiting: deque[Future[Features]] = deque()
+        pending: deque[Future[Features]] = deque()
         for step in range(start, stop):
-            waiting.append(pool.submit(batch_at, step))
-            if len(waiting) > ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            pending.append(pool.submit(batch_at, step))
+            if len(pending) > ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()

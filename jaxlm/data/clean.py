@@ -1,4 +1,4 @@
-"""What is done to the text of a row before it is a document; each choice counts what it changed or dropped."""
+"""Cleaning of the text of a row before it becomes a document. Every option counts what it changed or dropped."""
 
 from __future__ import annotations
 
@@ -13,22 +13,27 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # category Cc w
 
 
 def clean(text: str, cleaning: CleaningConfig, seen: set[bytes], report: Counter) -> str | None:
-    """The cleaned text, or None where the row is dropped.
+    """Returns the cleaned text, or None if the row is dropped.
 
-    Changes come first (unicode, control, whitespace, in that order), then what is blank, too short or too long (in
-    characters) or an exact duplicate is dropped.  `seen` holds the digests of the rows kept so far, `report` counts
-    rows under "changed: CHOICE" and "dropped: CHOICE"; both grow in place.
+    Changes are made first, in the order unicode, control, whitespace. Then blank rows, rows that are too short or too
+    long, and exact duplicates are dropped.
+
+    Args:
+      text: the text of the row.
+      cleaning: the options; lengths are in characters.
+      seen: digests of the rows kept so far; updated in place.
+      report: numbers of rows under "changed: OPTION" and "dropped: OPTION"; updated in place.
 
     >>> clean(" a  b ", CleaningConfig(whitespace=True), set(), Counter())
     'a b'
     """
 
-    def change(choice: str, changed: str) -> str:
-        report[f"changed: {choice}"] += changed != text
+    def change(option: str, changed: str) -> str:
+        report[f"changed: {option}"] += changed != text
         return changed
 
-    def drop(choice: str) -> str | None:
-        report[f"dropped: {choice}"] += 1
+    def drop(option: str) -> str | None:
+        report[f"dropped: {option}"] += 1
         return None
 
     if cleaning.unicode != "none":
@@ -44,7 +49,7 @@ def clean(text: str, cleaning: CleaningConfig, seen: set[bytes], report: Counter
     if 0 < cleaning.max_characters < len(text):
         return drop("max_characters")
     if cleaning.duplicates:
-        # 16 bytes for each row, not the row: two different rows collide with probability below rows^2 / 2^129.
+        # Stores 16 bytes per row instead of the row. Different rows collide with probability below rows^2 / 2^129.
         digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
         if digest in seen:
             return drop("duplicates")

@@ -1,4 +1,4 @@
-"""Corruption of text for denoising objectives: pure functions of (tokens, random generator)."""
+"""Corruption of token sequences for denoising objectives: pure functions of (tokens, random generator)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,22 @@ def mask_tokens(
     mask: int,
     vocabulary: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """BERT's masking (Devlin et al. 2019, section 3.1): the corrupted tokens [T] and which are predicted [T] bool.
+    """Masks tokens as in BERT (Devlin et al. 2019, section 3.1).
 
-    `groups_T` numbers the groups that are chosen as a whole, from 0: single tokens, or words; -1 is never chosen.
-    Groups are drawn until `rate` of the choosable tokens, rounded, at least one, are chosen; a group that would exceed
-    this is passed over, so that the number is a bound.  Of the chosen, 80% become `mask`, 10% a random token below
-    `vocabulary`, 10% stay.
+    Random groups are selected until a fraction `rate` of the maskable tokens, at least one token, is reached; a group
+    that would exceed this number is skipped.  Of the selected tokens, 80% become `mask`, 10% become a random token, and
+    10% stay unchanged.
+
+    Args:
+      tokens_T: token ids.
+      groups_T: group of each token, from 0; a group, such as a word, is masked as a whole.  -1: never masked.
+      random: the random generator.
+      rate: fraction of the maskable tokens to select.
+      mask: id of the mask token.
+      vocabulary: random tokens are below this id.
+
+    Returns:
+      The corrupted tokens [T], and which tokens are to be predicted [T], bool.
     """
     budget = max(1, round(rate * int((groups_T >= 0).sum())))
     sizes = np.bincount(groups_T[groups_T >= 0])
@@ -42,8 +52,15 @@ def mask_tokens(
     return corrupted_T, predicted_T
 
 
-def words(continues_T: np.ndarray, choosable_T: np.ndarray) -> np.ndarray:
-    """Groups [T] of whole words: a token that continues a word belongs to the group of the one before it.
+def word_groups(continues_T: np.ndarray, choosable_T: np.ndarray) -> np.ndarray:
+    """Returns the groups of `mask_tokens` for whole words: a token that continues a word joins the preceding group.
+
+    Args:
+      continues_T: whether each token continues the word of the preceding one, bool.
+      choosable_T: whether each token may be masked, bool.
+
+    Returns:
+      The group of each token [T]; -1 for tokens that may not be masked.
 
     >>> words(np.array([0, 0, 1, 0], bool), np.array([0, 1, 1, 1], bool)).tolist()
     [-1, 0, 0, 1]
@@ -53,7 +70,12 @@ def words(continues_T: np.ndarray, choosable_T: np.ndarray) -> np.ndarray:
 
 
 def corrupted_lengths(length: int, rate: float, span: float) -> tuple[int, int]:
-    """Tokens of the source and of the target that `corrupt_spans` makes of `length` tokens, at least 2, end included.
+    """Returns the lengths of the source and the target that `corrupt_spans` returns, including the end token.
+
+    Args:
+      length: length of the text in tokens, at least 2.
+      rate: fraction of the tokens to remove.
+      span: mean span length in tokens.
 
     >>> corrupted_lengths(9, rate=0.3, span=1.5)
     (9, 6)
@@ -66,10 +88,21 @@ def corrupted_lengths(length: int, rate: float, span: float) -> tuple[int, int]:
 def corrupt_spans(
     tokens_T: np.ndarray, random: np.random.Generator, *, rate: float, span: float, sentinels: np.ndarray, end: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """T5's objective (Raffel et al. 2020, section 3.1.4): (source, target) of a text of at least 2 tokens.
+    """Removes random spans from a text, as in T5's pre-training (Raffel et al. 2020, section 3.1.4).
 
-    In the source each span taken out is replaced by a sentinel of its own; the target is each sentinel and what stood
-    there.  The text begins with what is kept and ends with what is taken out; both are divided at random.
+    In the source, each removed span is replaced by a different sentinel.  The target consists of the sentinels, each
+    followed by its span.  The text always begins with a kept span and ends with a removed one.
+
+    Args:
+      tokens_T: token ids, at least 2.
+      random: the random generator.
+      rate: fraction of the tokens to remove.
+      span: mean span length in tokens.
+      sentinels: ids of the sentinels, in the order of use.
+      end: id appended to both source and target.
+
+    Returns:
+      The source and the target, whose lengths are `corrupted_lengths`.
 
     >>> random, how = np.random.default_rng(0), {"rate": 0.4, "span": 2, "sentinels": np.array([90]), "end": 99}
     >>> a, b = corrupt_spans(np.arange(1, 6), random, **how)
@@ -79,48 +112,57 @@ def corrupt_spans(
     n = len(tokens_T)
     source, target = corrupted_lengths(n, rate, span)
     spans = (source + target - 2 - n) // 2
-    kept, taken = (_divided(size, spans, random) for size in (source - 1 - spans, target - 1 - spans))
-    is_taken_T = np.repeat(np.tile([False, True], spans), np.stack([kept, taken], 1).ravel())
-    # A span that begins is a sentinel, for the side that does not hold it.
-    begins_T = np.diff(is_taken_T, prepend=True)
-    number_T = np.cumsum(begins_T & is_taken_T)
+    kept, removed = (_random_sizes(size, spans, random) for size in (source - 1 - spans, target - 1 - spans))
+    is_removed_T = np.repeat(np.tile([False, True], spans), np.stack([kept, removed], 1).ravel())
+    # The first token of a span becomes a sentinel on the side that does not contain the span.
+    is_first_T = np.diff(is_removed_T, prepend=True)
+    number_T = np.cumsum(is_first_T & is_removed_T)
     sides = []
-    for held_T, sentinel_T in (
-        (~is_taken_T, sentinels[np.maximum(number_T - 1, 0)]),
-        (is_taken_T, sentinels[np.minimum(number_T, spans - 1)]),
+    for is_copied_T, sentinel_T in (
+        (~is_removed_T, sentinels[np.maximum(number_T - 1, 0)]),
+        (is_removed_T, sentinels[np.minimum(number_T, spans - 1)]),
     ):
-        there_T = held_T | begins_T
-        sides.append(np.append(np.where(held_T, tokens_T, sentinel_T)[there_T], end))
+        sides.append(np.append(np.where(is_copied_T, tokens_T, sentinel_T)[is_copied_T | is_first_T], end))
     return sides[0], sides[1]
 
 
-def _divided(size: int, parts: int, random: np.random.Generator) -> np.ndarray:
-    """`size` in `parts` of at least 1, each way as likely."""
+def _random_sizes(size: int, parts: int, random: np.random.Generator) -> np.ndarray:
+    """Splits `size` into `parts` sizes of at least 1, uniformly at random."""
     cuts = np.sort(random.permutation(size - 1)[: parts - 1]) + 1
     return np.diff(np.concatenate([[0], cuts, [size]]))
 
 
 def infill(tokens_T: np.ndarray, random: np.random.Generator, *, rate: float, span: float, mask: int) -> np.ndarray:
-    """BART's text infilling (Lewis et al. 2020, section 2.2): gaps of a Poisson number of tokens become one mask.
+    """Replaces random spans by one mask token each, as in BART's text infilling (Lewis et al. 2020, section 2.2).
 
-    Gaps of no tokens insert a mask; those that would make the text longer than it was are left out.
+    Spans of length 0 insert a mask token; those that would make the result longer than the text are omitted.
+
+    Args:
+      tokens_T: token ids.
+      random: the random generator.
+      rate: fraction of the tokens to remove.
+      span: mean of the Poisson distribution of span lengths.
+      mask: id of the mask token.
+
+    Returns:
+      The corrupted tokens, at most T.
     """
     n, left = len(tokens_T), round(rate * len(tokens_T))
-    gaps: list[int] = []
+    spans: list[int] = []
     while left > 0:
-        gap = min(int(random.poisson(span)), left)
-        gaps.append(gap)
-        left -= gap
-    inserted = min(gaps.count(0), sum(gaps) - sum(gap > 0 for gap in gaps))
-    longer = [gap for gap in gaps if gap]
-    kept = n - sum(longer)
-    # Gaps lie between kept tokens: places 0 to kept, in order, so that they do not overlap.
-    places = np.sort(random.integers(0, kept + 1, len(longer)))
+        size = min(int(random.poisson(span)), left)
+        spans.append(size)
+        left -= size
+    inserted = min(spans.count(0), sum(spans) - sum(size > 0 for size in spans))
+    removing = [size for size in spans if size]
+    kept = n - sum(removing)
+    # Each span is placed before one of the kept tokens or at the end, in order, so spans do not overlap.
+    places = np.sort(random.integers(0, kept + 1, len(removing)))
     out: list[np.ndarray] = []
-    start = taken = 0
-    for place, gap in zip(places.tolist(), longer):
-        out += [tokens_T[start : place + taken], np.array([mask])]
-        taken += gap
-        start = place + taken
+    start = removed = 0
+    for place, size in zip(places.tolist(), removing):
+        out += [tokens_T[start : place + removed], np.array([mask])]
+        removed += size
+        start = place + removed
     corrupted = np.concatenate([*out, tokens_T[start:]]).astype(tokens_T.dtype)
     return np.insert(corrupted, np.sort(random.integers(0, len(corrupted) + 1, inserted)), mask)

@@ -1,4 +1,4 @@
-"""Which documents of a text are held out: a sample by a hash of their content, or the last."""
+"""Splits documents into training and held-out data, by a sample of content hashes or by position."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from typing import NamedTuple
 import numpy as np
 
 PIECE = 1 << 16  # characters of a document that are sampled together
-Texts = Callable[[], Iterator[str]]  # reads the documents from the first one on, each time that it is called
+Texts = Callable[[], Iterator[str]]  # each call reads the documents from the first one
 
 
 class Holdout(NamedTuple):
-    """What divides documents into two parts.
+    """A rule that splits documents into training and held-out data.
 
-    hashes: of the documents that are held out; None: all behind the first `cut` bytes are.
-    divide: whether the document that crosses the cut is divided there; else it belongs to the first part.
+    Attributes:
+      hashes: hashes of the held-out documents. None: everything after the first `cut` bytes is held out.
+      cut: number of bytes of training data.
+      divide: whether the document that crosses the cut is divided there. Otherwise it is training data.
+      seed: seed of the hashes.
     """
 
     hashes: frozenset[int] | None
@@ -36,7 +39,7 @@ class Holdout(NamedTuple):
                 yield _divide(text, self.cut - start)[0]
 
     def held_out(self, texts: Iterable[str]) -> Iterator[str]:
-        """Yields the documents that `train` leaves, in order."""
+        """Yields the held-out documents, in order."""
         if self.hashes is not None:
             yield from (text for text in texts if content_hash(text, self.seed) in self.hashes)
             return
@@ -48,24 +51,24 @@ class Holdout(NamedTuple):
 
 
 def content_hash(text: str, seed: int) -> int:
-    """Returns 63 bits that depend on a document and a seed alone, whatever stands around it."""
+    """Returns a hash of 63 bits that depends only on the document and the seed."""
     digest = hashlib.blake2b(text.encode(), digest_size=8, key=str(seed).encode()).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def choose(texts: Iterable[str], fraction: float, seed: int, *, sampled: bool, divide: bool) -> Holdout:
-    """Returns how documents are divided so that about `fraction` of their bytes is held out.
+    """Returns a rule that holds out about `fraction` of the bytes of the documents.
 
-    Documents are taken in the order of their hashes, so that equal ones come into the same part.  One that would hold
-    out twice as much as asked for is passed over.  Where that
-    leaves none, the end of the text is held out or, where documents stay whole, the smallest one.
+    Documents are chosen in the order of their hashes, so equal documents are in the same part. A document is skipped if
+    it would make the held-out part more than twice as large as requested. If every document is skipped, the end of the
+    text is held out or, if documents must not be divided, the smallest document.
 
     Args:
       texts: the documents.
-      fraction: share of the bytes, above 0 and below 1.
-      seed: of the hashes.
-      sampled: whether documents are sampled; else the last ones are held out, as befits a text in order.
-      divide: whether a document may be divided, where the last ones are held out.
+      fraction: fraction of the bytes to hold out, above 0 and below 1.
+      seed: seed of the hashes.
+      sampled: whether to sample documents. Otherwise the last ones are held out, which suits a text in sequence.
+      divide: whether a document may be divided when the last ones are held out.
     """
     hashes, sizes = [], []
     for text in texts:
@@ -78,22 +81,22 @@ def choose(texts: Iterable[str], fraction: float, seed: int, *, sampled: bool, d
     ordered, index = np.unique(np.array(hashes, np.int64), return_inverse=True)
     bytes_of = np.bincount(index, np.array(sizes, np.float64), len(ordered)) if sizes else np.zeros(0)
     chosen: list[int] = []
-    held = 0.0
+    held_out = 0.0
     for content, size in zip(ordered.tolist(), bytes_of.tolist()):
-        if held >= fraction * total or len(chosen) == len(ordered) - 1:
+        if held_out >= fraction * total or len(chosen) == len(ordered) - 1:
             break
-        if held + size <= 2 * fraction * total:
+        if held_out + size <= 2 * fraction * total:
             chosen.append(content)
-            held += size
+            held_out += size
     if not chosen and not divide and len(ordered) > 1:
-        chosen = [int(ordered[bytes_of.argmin()])]  # too few for a share near the one asked for
+        chosen = [int(ordered[bytes_of.argmin()])]  # too few documents to come near `fraction`
     return Holdout(frozenset(chosen), 0, False, seed) if chosen else last
 
 
 def sample(texts: Texts, characters: int, seed: int = 0) -> Iterator[str]:
-    """Yields all documents where they have at most so many characters together; else a sample of their pieces.
+    """Yields all documents if they have at most `characters` characters in total, otherwise a sample of pieces.
 
-    Pieces are chosen by their hashes, so that they come from all over the text, and are yielded in order.
+    Pieces are chosen by their hashes, so they come from all parts of the text. They are yielded in order.
     """
     total = sum(len(text) for text in texts())
     if total <= characters:
@@ -117,6 +120,6 @@ def _spans(texts: Iterable[str]) -> Iterator[tuple[str, int, int]]:
 
 
 def _divide(text: str, cut: int) -> tuple[str, str]:
-    """Two parts of a text, divided at byte `cut` or, inside a character, before that character."""
+    """Divides a text at byte `cut` or, if that is inside a character, before the character."""
     head = text.encode()[:cut].decode(errors="ignore")
     return head, text[len(head) :]

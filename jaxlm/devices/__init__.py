@@ -1,8 +1,8 @@
-"""Processes, hosts and chips: what a run is computed on.
+"""Processes, hosts and chips of a run.
 
-hosts     many hosts in one run
+hosts     runs of several hosts
 sharding  the mesh, and the table from logical axes to mesh axes
-chips     the rates of chips, and the topologies of TPUs
+chips     rates and memory of chips, and topologies of TPUs
 programs  the compiled functions of one model
-process   standard streams, and signals that end a command
+process   standard streams and signals
 """

@@ -1,7 +1,7 @@
-"""What the chips can do, each constant with its source; and the topologies of TPUs that need not be there.
+"""The rates and memory of chips, each constant with its source, and the topologies of TPUs.
 
-All constants are of one JAX device.  That is a whole chip on v4 and v5p (two cores work as one, "megacore"), v5e and
-v6e, half a chip on TPU7x (each of its two dies is a device), and one GPU.
+All constants are those of one JAX device: a whole chip on v4 and v5p (two cores as one "megacore"), v5e and v6e, half a
+chip on v2, v3 and TPU7x, and one GPU.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
-from jaxlm.errors import RunError, UserError, perhaps
+from jaxlm.errors import RunError, UserError, suggestion
 
 
 class Constant(NamedTuple):
-    """A value, its unit, and where it is written."""
+    """A value, its unit, and its source."""
 
     value: float
     unit: str
@@ -29,174 +29,109 @@ class Constant(NamedTuple):
 
 
 class Chip(NamedTuple):
-    """What one JAX device of a kind can do.
-
-    kinds: what `device.device_kind` says.  flops: products in bfloat16, dense; in float16 where there are none (Volta,
-    Turing).  hbm: memory; usable: what the compiler
-    lets a program have of it, where that is known.  link: of ICI one link's share of the device, one way; of NVLink all
-    of a GPU's, one way.  dimensions: of the torus of links; 0 where a switch connects all devices.
-    """
+    """The rates and the memory of one JAX device."""
 
     name: str
-    kinds: tuple[str, ...]
-    flops: Constant
-    hbm: Constant
-    usable: Constant | None
-    bandwidth: Constant
-    link: Constant
-    dimensions: int
+    kinds: tuple[str, ...]  # values of `device.device_kind`
+    flops: Constant  # dense matrix products in bfloat16, or in float16 on chips without bfloat16 (Volta, Turing)
+    hbm: Constant  # memory
+    usable: Constant | None  # memory that the compiler lets a program use, if known
+    bandwidth: Constant  # of the memory
+    link: Constant  # one direction of the device's share of an ICI link, or of all NVLink links of a GPU
+    dimensions: int  # of the torus of links; 0 if a switch connects all devices
     devices_per_chip: int = 1
-    pod: int = 0  # most chips of a TPU that are connected by ICI
-    libtpu: str = ""  # what libtpu calls it in the name of a topology
-    options: tuple[tuple[str, str], ...] = ()  # of libtpu, without which a device would not be what it is in JAX
+    pod: int = 0  # maximum number of TPU chips that are connected by ICI
+    libtpu: str = ""  # name of the chip in libtpu's topologies
+    options: tuple[tuple[str, str], ...] = ()  # libtpu options with which its devices are the same as JAX's
 
     @property
     def constants(self) -> dict[str, Constant]:
-        """Every constant by what it is, for a plan to print."""
-        named = {
+        """All constants with their labels, for a plan to print."""
+        labelled = {
             "bfloat16 products": self.flops,
             "memory": self.hbm,
             "memory that a program may use": self.usable,
             "memory bandwidth": self.bandwidth,
             "link, one way": self.link,
         }
-        return {name: constant for name, constant in named.items() if constant is not None}
+        return {label: constant for label, constant in labelled.items() if constant is not None}
 
 
 _BOOK = "How to Scale Your Model, chapter 2, TPU Specs"  # Austin et al. 2025, jax-ml.github.io/scaling-book
 _COMPILER = "libtpu 0.0.52, where it refuses a program that is too large"
+_IRONWOOD = (
+    "Google Cloud TPU documentation, page TPU7x (Ironwood), half of the chip: 1,200 GB/s over 6 links and both ways"
+)
+_JOUPPI = "Jouppi et al. 2020, A domain-specific supercomputer for training deep neural networks, half of a link"
+
+_SPARSE = ", half of the figure with sparsity"
+_FP16 = ", in float16: the chip has no products in bfloat16"
 
 
-def _flops(tera: float, source: str) -> Constant:
-    return Constant(tera * 1e12, "FLOP/s", source)
-
-
-def _hbm(gib: float, source: str) -> Constant:
-    return Constant(gib * 2**30, "bytes", source)
-
-
-def _rate(giga: float, source: str) -> Constant:
-    return Constant(giga * 1e9, "bytes/s", source)
-
-
-def _docs(page: str) -> str:
-    return f"Google Cloud TPU documentation, page {page}"
-
-
-def _sheet(name: str) -> str:
-    return f"NVIDIA {name} datasheet"
-
-
-_HALF = f"{_docs('TPU7x (Ironwood)')}, half of the chip"
-_LINKS = "Jouppi et al. 2020, A domain-specific supercomputer for training deep neural networks, half of a link"
+def _tpu(
+    name: str,
+    kinds: tuple[str, ...],
+    page: str,
+    tera: float,
+    gib: float,
+    usable: float | None,
+    giga: float,
+    link: float,
+    link_source: str,
+    dimensions: int,
+    pod: int,
+    devices: int,
+    libtpu: str,
+) -> Chip:
+    """Returns a TPU. A chip with two devices gives each half of its rates and memory."""
+    half = ", half of the chip" if devices == 2 else ""
+    source = f"Google Cloud TPU documentation, page {page}{half}"
+    return Chip(
+        name=name,
+        kinds=kinds,
+        flops=Constant(tera / devices * 1e12, "FLOP/s", source),
+        hbm=Constant(gib / devices * 2**30, "bytes", source),
+        usable=Constant(usable * 2**30, "bytes", _COMPILER) if usable else None,
+        bandwidth=Constant(giga / devices * 1e9, "bytes/s", source),
+        link=Constant(link * 1e9, "bytes/s", link_source),
+        dimensions=dimensions,
+        devices_per_chip=devices,
+        pod=pod,
+        libtpu=libtpu,
+        # Without this option, libtpu has two devices for each v4 chip.
+        options=(("chip_config_name", "megacore"),) if name == "v4" else (),
+    )
 
 
 def _gpu(
     name: str, kinds: tuple[str, ...], tera: float, gib: float, giga: float, link: float, sheet: str, note: str = ""
 ) -> Chip:
-    """A GPU; `link` is in GB/s both ways, as NVIDIA gives it."""
-    source = _sheet(sheet)
+    """Returns a GPU."""
+    source = f"NVIDIA {sheet} datasheet"
     return Chip(
         name=name,
         kinds=kinds,
-        flops=_flops(tera, source + note),
-        hbm=_hbm(gib, source),
+        flops=Constant(tera * 1e12, "FLOP/s", source + note),
+        hbm=Constant(gib * 2**30, "bytes", source),
         usable=None,
-        bandwidth=_rate(giga, source),
-        link=_rate(link / 2, f"{source}: {link:,.0f} GB/s both ways"),
+        bandwidth=Constant(giga * 1e9, "bytes/s", source),
+        link=Constant(link / 2 * 1e9, "bytes/s", f"{source}: {link:,.0f} GB/s both ways"),
         dimensions=0,
     )
 
 
-_SPARSE = ", half of the figure with sparsity"
-_FP16 = ", in float16: the chip has no products in bfloat16"
+# fmt: off
 CHIPS = (
-    Chip(
-        name="v2",
-        kinds=("TPU v2",),
-        flops=_flops(45 / 2, f"{_docs('TPU v2')}, half of the chip"),
-        hbm=_hbm(16 / 2, f"{_docs('TPU v2')}, half of the chip"),
-        usable=None,
-        bandwidth=_rate(700 / 2, f"{_docs('TPU v2')}, half of the chip"),
-        link=_rate(496 / 8 / 2, _LINKS),
-        dimensions=2,
-        devices_per_chip=2,
-        pod=256,
-    ),
-    Chip(
-        name="v3",
-        kinds=("TPU v3",),
-        flops=_flops(123 / 2, f"{_docs('TPU v3')}, half of the chip"),
-        hbm=_hbm(32 / 2, f"{_docs('TPU v3')}, half of the chip"),
-        usable=None,
-        bandwidth=_rate(900 / 2, f"{_docs('TPU v3')}, half of the chip"),
-        link=_rate(656 / 8 / 2, _LINKS),
-        dimensions=2,
-        devices_per_chip=2,
-        pod=1024,
-    ),
-    Chip(
-        name="v4",
-        kinds=("TPU v4",),
-        flops=_flops(275, _docs("TPU v4")),
-        hbm=_hbm(32, _docs("TPU v4")),
-        usable=_hbm(30.75, _COMPILER),
-        bandwidth=_rate(1200, _docs("TPU v4")),
-        link=_rate(45, _BOOK),
-        dimensions=3,
-        pod=4096,
-        libtpu="v4",
-        options=(("chip_config_name", "megacore"),),  # by default libtpu gives two devices a chip
-    ),
-    Chip(
-        name="v5e",
-        kinds=("TPU v5 lite", "TPU v5e"),
-        flops=_flops(197, _docs("TPU v5e")),
-        hbm=_hbm(16, _docs("TPU v5e")),
-        usable=_hbm(15.75, _COMPILER),
-        bandwidth=_rate(819, _docs("TPU v5e")),
-        link=_rate(45, _BOOK),
-        dimensions=2,
-        pod=256,
-        libtpu="v5e",
-    ),
-    Chip(
-        name="v5p",
-        kinds=("TPU v5", "TPU v5p"),
-        flops=_flops(459, _docs("TPU v5p")),
-        hbm=_hbm(95, _docs("TPU v5p")),
-        usable=_hbm(95.73, _COMPILER),
-        bandwidth=_rate(2765, _docs("TPU v5p")),
-        link=_rate(90, _BOOK),
-        dimensions=3,
-        pod=8960,
-        libtpu="v5p",
-    ),
-    Chip(
-        name="v6e",
-        kinds=("TPU v6 lite", "TPU v6e"),
-        flops=_flops(918, _docs("TPU v6e")),
-        hbm=_hbm(32, _docs("TPU v6e")),
-        usable=_hbm(31.24, _COMPILER),
-        bandwidth=_rate(1638, _docs("TPU v6e")),
-        link=_rate(90, _BOOK),
-        dimensions=2,
-        pod=256,
-        libtpu="v6e",
-    ),
-    Chip(
-        name="7x",
-        kinds=("TPU7x",),
-        flops=_flops(2307 / 2, _HALF),
-        hbm=_hbm(192 / 2, _HALF),
-        usable=_hbm(94.74, _COMPILER),
-        bandwidth=_rate(7380 / 2, _HALF),
-        link=_rate(1200 / 12 / 2, f"{_HALF}: 1,200 GB/s over 6 links and both ways"),
-        dimensions=3,
-        devices_per_chip=2,
-        pod=9216,
-        libtpu="tpu7x",
-    ),
+    # Name, kinds, page of the documentation, TFLOP/s and GiB of the chip, usable GiB of a device, GB/s of the chip's
+    # memory, GB/s of a device's link in one direction, its source, dimensions, chips of a pod, devices, name in libtpu.
+    _tpu("v2", ("TPU v2",), "TPU v2", 45, 16, None, 700, 496 / 8 / 2, _JOUPPI, 2, 256, 2, ""),
+    _tpu("v3", ("TPU v3",), "TPU v3", 123, 32, None, 900, 656 / 8 / 2, _JOUPPI, 2, 1024, 2, ""),
+    _tpu("v4", ("TPU v4",), "TPU v4", 275, 32, 30.75, 1200, 45, _BOOK, 3, 4096, 1, "v4"),
+    _tpu("v5e", ("TPU v5 lite", "TPU v5e"), "TPU v5e", 197, 16, 15.75, 819, 45, _BOOK, 2, 256, 1, "v5e"),
+    _tpu("v5p", ("TPU v5", "TPU v5p"), "TPU v5p", 459, 95, 95.73, 2765, 90, _BOOK, 3, 8960, 1, "v5p"),
+    _tpu("v6e", ("TPU v6 lite", "TPU v6e"), "TPU v6e", 918, 32, 31.24, 1638, 90, _BOOK, 2, 256, 1, "v6e"),
+    _tpu("7x", ("TPU7x",), "TPU7x (Ironwood)", 2307, 192, 94.74, 7380, 1200 / 12 / 2, _IRONWOOD, 3, 9216, 2, "tpu7x"),
+    # Name, kinds, TFLOP/s, GiB, GB/s of memory, GB/s of all links in both directions, datasheet, note on the TFLOP/s.
     _gpu("A100-40", ("NVIDIA A100-SXM4-40GB", "A100-SXM4-40GB"), 312, 40, 1555, 600, "A100"),
     _gpu("A100-80", ("NVIDIA A100-SXM4-80GB", "A100-SXM4-80GB"), 312, 80, 2039, 600, "A100"),
     _gpu("A100-PCIe-40", ("NVIDIA A100-PCIE-40GB", "A100-PCIE-40GB"), 312, 40, 1555, 64, "A100"),
@@ -223,52 +158,51 @@ CHIPS = (
     _gpu("V100-PCIe-32", ("Tesla V100-PCIE-32GB",), 112, 32, 900, 32, "V100", _FP16),
     _gpu("V100S", ("Tesla V100S-PCIE-32GB",), 130, 32, 1134, 32, "V100", _FP16),
 )
+# fmt: on
 TPUS = {chip.name: chip for chip in CHIPS if chip.libtpu}
 _OTHER_NAMES = {"tpu7x": "7x", "v7x": "7x", "v5litepod": "v5e"}
 
-# What can be rented, and single chips.  libtpu takes other shapes too, and divides by zero on some.
+# The shapes that can be rented, and single chips. libtpu accepts other shapes too, and divides by zero on some of them.
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_SMALL = ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4")  # of three dimensions, below a cube of 4x4x4
+_SMALL = ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4")  # in three dimensions, smaller than a cube of 4x4x4
 
 
 def find(kind: str) -> Chip | None:
-    """The chip whose `device.device_kind` this is; None for those that are not in the table (CPUs, other GPUs)."""
+    """Returns the chip with this `device.device_kind`, or None if it is not in the table (CPUs, other GPUs)."""
     return next((chip for chip in CHIPS if kind in chip.kinds), None)
 
 
-def without_rates(kind: str, platform: str) -> str:
-    """Returns a sentence for the log where an accelerator is not in the table, else an empty text."""
+def unknown_chip_warning(kind: str, platform: str) -> str:
+    """Returns a log message if an accelerator is not in the table, else an empty string."""
     if platform == "cpu" or find(kind):
         return ""
     return (
-        f"the peak of {kind!r} is not known, so that no share of it (MFU) is shown; "
-        f"known are {', '.join(chip.name for chip in CHIPS)}"
+        f"the peak rate of {kind!r} is unknown, so the log has no MFU; "
+        f"known chips: {', '.join(chip.name for chip in CHIPS)}"
     )
 
 
-# What a product of float32 matrices is on a device at the default precision of XLA, by the device's platform.
+# How each platform multiplies float32 matrices at XLA's default precision, and at high precision.
 _DEFAULT_FLOAT32 = {
     "tpu": "in one pass of bfloat16 (8 bits)",
-    "gpu": "in TensorFloat32 (11 bits) where there are units for it",
+    "gpu": "in TensorFloat32 (11 bits), if the device supports it",
 }
+_HIGH_FLOAT32 = {"tpu": "in three passes of bfloat16 (about 16 bits)", "gpu": _DEFAULT_FLOAT32["gpu"]}
 
 
-def precision_of(dtype: str, precision: str, platform: str) -> str:
-    """Returns a sentence for the log about products of float32 matrices, where they are not float32; else nothing."""
+def float32_warning(dtype: str, precision: str, platform: str) -> str:
+    """Returns a log message if float32 matrices are not multiplied in float32, else an empty string."""
     if dtype != "float32" or platform not in _DEFAULT_FLOAT32 or precision == "highest":
         return ""
-    how = _DEFAULT_FLOAT32[platform] if precision == "default" else _HIGH_FLOAT32[platform]
+    method = _DEFAULT_FLOAT32[platform] if precision == "default" else _HIGH_FLOAT32[platform]
     return (
-        f"compute_dtype is float32, and products of matrices are computed {how} on this {platform.upper()}; "
+        f"compute_dtype is float32, but matrices are multiplied {method} on this {platform.upper()}; "
         f"set --matmul-precision highest for float32"
     )
 
 
-_HIGH_FLOAT32 = {"tpu": "in three passes of bfloat16 (about 16 bits)", "gpu": _DEFAULT_FLOAT32["gpu"]}
-
-
-def known() -> list[str]:
-    """What topologies there are, a line for each kind of TPU."""
+def supported_topologies() -> list[str]:
+    """Returns one line for each kind of TPU, with the shapes of its topologies."""
     lines = []
     for chip in TPUS.values():
         cubes = f"or multiples of 4 in all three, at most {chip.pod:,} chips, such as 4x4x8"
@@ -277,41 +211,59 @@ def known() -> list[str]:
     return lines
 
 
-def parse(name: str) -> tuple[Chip, tuple[int, ...]]:
-    """The chip and the shape, in chips, of a topology such as `v5e:4x4`.  Raises UserError where there is none."""
-    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name.strip().lower())
-    every = "\n  ".join(known())
-    if not found:
-        raise UserError(f"the topology {name!r} is not of the form CHIP:SHAPE, such as v5e:4x4; there are:\n  {every}")
-    chip = TPUS.get(_OTHER_NAMES.get(found[1], found[1]))
+def parse_topology(name: str) -> tuple[Chip, tuple[int, ...]]:
+    """Parses a topology such as `v5e:4x4`.
+
+    Args:
+        name: CHIP:SHAPE.
+
+    Returns:
+        The chip, and the shape in chips.
+
+    Raises:
+        UserError: if the topology does not exist.
+    """
+    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name.strip().lower())
+    topologies = "\n  ".join(supported_topologies())
+    if not match:
+        raise UserError(
+            f"the topology {name!r} does not have the form CHIP:SHAPE, such as v5e:4x4; choose from:\n  {topologies}"
+        )
+    chip = TPUS.get(_OTHER_NAMES.get(match[1], match[1]))
     if chip is None:
-        raise UserError(f"the topology {name!r} is of an unknown chip{perhaps(found[1], TPUS)}; there are:\n  {every}")
-    shape = tuple(int(size) for size in found[2].split("x"))
+        raise UserError(
+            f"the topology {name!r} has an unknown chip{suggestion(match[1], TPUS)}; choose from:\n  {topologies}"
+        )
+    shape = tuple(int(size) for size in match[2].split("x"))
     small = _FLAT if chip.dimensions == 2 else _SMALL
-    turned = {tuple(sorted(int(size) for size in s.split("x"))) for s in small}
+    permutations = {tuple(sorted(int(size) for size in s.split("x"))) for s in small}
     cubes = chip.dimensions == len(shape) == 3 and all(size and size % 4 == 0 for size in shape)
-    if len(shape) != chip.dimensions or not (tuple(sorted(shape)) in turned or cubes) or math.prod(shape) > chip.pod:
-        own = next(line for line in known() if line.startswith(f"{chip.name}:"))
-        raise UserError(f"the topology {name!r} has a shape that there is not; there are {own}")
+    is_known = tuple(sorted(shape)) in permutations or cubes
+    if len(shape) != chip.dimensions or not is_known or math.prod(shape) > chip.pod:
+        own = next(line for line in supported_topologies() if line.startswith(f"{chip.name}:"))
+        raise UserError(f"the topology {name!r} has a shape that does not exist; choose from {own}")
     return chip, shape
 
 
 def rings(chip: Chip, shape: tuple[int, ...]) -> tuple[bool, ...]:
-    """Whether the links of each dimension close to a ring, in which a collective may send both ways (source: as TPU
-    Networking in chapter 2 of How to Scale Your Model): of 16 chips on v5e and v6e, of whole cubes on the others."""
+    """Returns for each dimension whether its links form a ring, on which a collective can send in both directions.
+
+    That is the case for 16 chips on v5e and v6e, and for whole cubes on the others (How to Scale Your Model, chapter 2,
+    TPU Networking).
+    """
     if chip.dimensions == 2:
         return tuple(size == 16 for size in shape)
     return (all(size % 4 == 0 for size in shape),) * len(shape)
 
 
-# What a program that plans for a TPU sets, before JAX looks for devices.  Without the first, it would look for a TPU
-# here; without the second it warns that it cannot read, without a TPU, what an earlier plan left in the cache.
-SETTINGS: dict[str, Any] = {"jax_platforms": "cpu", "jax_enable_compilation_cache": False}
-_LOADING = {  # read when libtpu is loaded
-    "TPU_SKIP_MDS_QUERY": "1",  # ask no server of Google Cloud what machine this is
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # of a machine; any will do, and without it and the next libtpu complains
+# A program that plans for a TPU has to set these before JAX looks for devices. Without the first, JAX looks for a local
+# TPU. Without the second, it warns that it cannot load cached programs of an earlier plan.
+PLANNING_SETTINGS: dict[str, Any] = {"jax_platforms": "cpu", "jax_enable_compilation_cache": False}
+_LIBTPU_VARIABLES = {  # read when libtpu is loaded
+    "TPU_SKIP_MDS_QUERY": "1",  # do not ask the metadata server of Google Cloud about this machine
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any machine; libtpu requires this and the next one
     "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no lock: other processes of this machine may plan, or train, at the same time
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no lock, so other processes may plan or train at the same time
     "TPU_STDERR_LOG_LEVEL": "3",
     "TPU_MIN_LOG_LEVEL": "3",
 }
@@ -319,8 +271,8 @@ _LOADING = {  # read when libtpu is loaded
 
 @contextmanager
 def _loading() -> Iterator[None]:
-    """Sets what libtpu reads when it is loaded, unless the user has, and leaves the environment as it was."""
-    added = {name: value for name, value in _LOADING.items() if name not in os.environ}
+    """Sets the variables that libtpu reads, unless the user has set them, and restores the environment afterwards."""
+    added = {name: value for name, value in _LIBTPU_VARIABLES.items() if name not in os.environ}
     os.environ.update(added)
     try:
         yield
@@ -329,26 +281,36 @@ def _loading() -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def topology(name: str) -> list[Any]:
-    """The devices of a TPU topology such as `v5e:4x4`, for the TPU's compiler; no TPU is needed, nor looked for.
+def topology_devices(name: str) -> list[Any]:
+    """Returns the devices of a TPU topology for the TPU compiler. No TPU is required.
 
-    In libtpu's order: host by host, each a square of 2 x 2 chips; on TPU7x the two devices of a chip are neighbours.
-    Raises UserError for an unknown topology, and where libtpu is not installed.
+    Args:
+        name: a topology such as `v5e:4x4`.
+
+    Returns:
+        The devices in libtpu's order: host by host, each with a square of 2 x 2 chips. On TPU7x the two devices of a
+        chip are neighbours.
+
+    Raises:
+        UserError: for an unknown topology, and if libtpu is not installed.
+        RunError: if libtpu does not return the topology.
     """
-    chip, shape = parse(name)
+    chip, shape = parse_topology(name)
     if not os.environ.get("TPU_LIBRARY_PATH") and find_spec("libtpu") is None:
         raise UserError(
-            f"the topology {name!r} needs the TPU's compiler, and libtpu is not installed; "
+            f"the topology {name!r} requires the TPU compiler, and libtpu is not installed; "
             f"install it with pip install 'jaxlm[plan]' (Linux only)"
         )
     from jax.errors import JaxRuntimeError
     from jax.experimental import topologies
 
-    said = f"{chip.libtpu}:{'x'.join(map(str, shape))}"
+    libtpu_name = f"{chip.libtpu}:{'x'.join(map(str, shape))}"
     try:
         with _loading():
-            found = topologies.get_topology_desc(platform="tpu", topology_name=said, **dict(chip.options)).devices
+            options = dict(chip.options)
+            devices = topologies.get_topology_desc(platform="tpu", topology_name=libtpu_name, **options).devices
     except JaxRuntimeError as error:
-        raise RunError(f"libtpu does not give the topology {said}: {error}") from error
-    assert len(found) == math.prod(shape) * chip.devices_per_chip, f"{said} has {len(found)} devices"
-    return list(found)
+        raise RunError(f"libtpu does not return the topology {libtpu_name}: {error}") from error
+    expected = math.prod(shape) * chip.devices_per_chip
+    assert len(devices) == expected, f"{libtpu_name} has {len(devices)} devices, not {expected}"
+    return list(devices)

@@ -1,7 +1,7 @@
-"""Many hosts in one run: how they find each other, what they tell each other, and how they end together.
+"""Runs of several hosts: how they find each other, exchange values, and exit together.
 
-A host is a process of JAX.  The files of a run lie where all hosts see them.  A single host is the case of one: nothing
-here then waits, copies or starts anything.
+A host is a process of JAX. All hosts can read the files of a run. On a single host, the functions of this module return
+at once: they do not wait, copy or start anything.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from jaxlm.errors import RunError, UserError
 Value = TypeVar("Value")
 
 TIMEOUT = 60  # seconds that hosts wait for each other at the start
-HEARTBEAT = 60  # seconds of silence after which a host counts as lost, where no connection tells it sooner
-BEAT = 3  # seconds between two signs of life, by which the others know which host was lost
-PART = 1 << 28  # bytes of a leaf that are gathered at once, beside the leaf itself
+HEARTBEAT_TIMEOUT = 60  # seconds without a heartbeat after which a host is lost, unless a connection breaks earlier
+HEARTBEAT_INTERVAL = 3  # seconds between two heartbeats that show the other hosts which host was lost
+MAX_GATHER_BYTES = 1 << 28  # bytes of a leaf that are gathered or sent at once
 
-# How the backends, their networks and the coordination service say that the other end is gone.
-_GONE = (
+# Parts of the error messages that mean that another host is gone, from backends, networks and the coordination service.
+_LOST_HOST_MESSAGES = (
     "Gloo ",
     "NCCL ",
     "Connection closed by peer",
@@ -55,50 +55,55 @@ _GONE = (
 
 
 class Rendezvous(NamedTuple):
-    """A process of a run: where the coordinator of all is, how many there are, which one this is.  None: as the
-    environment says, which JAX reads."""
+    """The address of a run's coordinator, and the place of this process. JAX finds values that are None itself."""
 
-    coordinator: str | None = None
-    processes: int | None = None
-    process: int | None = None
+    coordinator: str | None = None  # HOST:PORT
+    processes: int | None = None  # number of processes
+    process: int | None = None  # index of this process
 
 
-class _Ends:
-    """How this process is to end, where it belongs to many."""
+class _State:
+    """The state of this process as one of several hosts."""
 
     joined: Rendezvous | None = None
-    met: bool = False  # whether all came
-    leaving: int | None = None  # the exit code, once that is known
-    hook: Any = None  # kept from the garbage collector
+    connected: bool = False  # whether all hosts have joined
+    exit_code: int | None = None  # set when this process exits
+    abort_handler: Any = None  # a reference, so that it is not garbage-collected
 
 
 # Finding each other
 
 
-def place(environment: Mapping[str, str]) -> Rendezvous | None:
-    """Where this process stands among others, by its environment; None where it is alone.
+def find_rendezvous(environment: Mapping[str, str]) -> Rendezvous | None:
+    """Returns the place of this process among the hosts of a run, or None if it is the only one.
 
-    JAXLM_COORDINATOR=host:port, of the host with JAXLM_PROCESS=0; JAXLM_PROCESSES and JAXLM_PROCESS.  Without them what
-    Slurm's srun, Open MPI's mpirun and Cloud TPU set.  JAXLM_PROCESSES=1 keeps a process alone.  Raises UserError where
-    they contradict each other.
+    The place comes from JAXLM_COORDINATOR=host:port (of the host with JAXLM_PROCESS=0), JAXLM_PROCESSES and
+    JAXLM_PROCESS, or else from the variables of Slurm's srun, Open MPI's mpirun and Cloud TPU. With JAXLM_PROCESSES=1 a
+    process is always the only one.
+
+    Args:
+        environment: the environment variables.
+
+    Raises:
+        UserError: if the variables are incomplete or invalid.
     """
     names = ("JAXLM_COORDINATOR", "JAXLM_PROCESSES", "JAXLM_PROCESS")
-    given = {name: environment[name] for name in names if environment.get(name)}
-    if given.get("JAXLM_PROCESSES") == "1":
+    variables = {name: environment[name] for name in names if environment.get(name)}
+    if variables.get("JAXLM_PROCESSES") == "1":
         return None
-    if given:
-        if missing := [name for name in names if name not in given]:
-            raise UserError(f"{', '.join(given)} is set, {', '.join(missing)} is not; give all three or none")
-        address, count, number = given.values()
+    if variables:
+        if missing := [name for name in names if name not in variables]:
+            raise UserError(f"{', '.join(variables)} is set, {', '.join(missing)} is not; give all three or none")
+        address, count, index = variables.values()
         _, colon, port = address.rpartition(":")
         if not colon or not port.isdigit() or int(port) >= 1 << 16:
             raise UserError(f"JAXLM_COORDINATOR is {address!r}; give HOST:PORT, a free port of the host of process 0")
-        if not count.isdigit() or not number.isdigit() or int(number) >= int(count):
+        if not count.isdigit() or not index.isdigit() or int(index) >= int(count):
             raise UserError(
-                f"JAXLM_PROCESS is {number!r} of JAXLM_PROCESSES {count!r}; give numbers, the first from 0 to one less "
+                f"JAXLM_PROCESS is {index!r} of JAXLM_PROCESSES {count!r}; give numbers, the first from 0 to one less "
                 f"than the second"
             )
-        return Rendezvous(address, int(count), int(number))
+        return Rendezvous(address, int(count), int(index))
     tasks = environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS")
     if "SLURM_STEP_NODELIST" in environment and "SLURM_PROCID" in environment and tasks != "1":
         return Rendezvous(None, int(tasks) if tasks else None)
@@ -108,21 +113,25 @@ def place(environment: Mapping[str, str]) -> Rendezvous | None:
 
 
 def _in_pod(environment: Mapping[str, str]) -> bool:
-    """Whether this is, or may be, one of several hosts of a Cloud TPU."""
+    """Returns whether this is, or may be, one of several hosts of a Cloud TPU."""
     if environment.get("JAX_PLATFORMS") == "cpu":
         return False
-    named = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
-    if named or environment.get("MEGASCALE_NUM_SLICES"):
-        return "," in (named or "") or environment.get("MEGASCALE_NUM_SLICES", "1") != "1"
-    # A TPU VM asks the server of its metadata, which JAX does.
+    hostnames = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
+    if hostnames or environment.get("MEGASCALE_NUM_SLICES"):
+        return "," in (hostnames or "") or environment.get("MEGASCALE_NUM_SLICES", "1") != "1"
+    # On a TPU VM, JAX asks the metadata server.
     chips = (found for pattern in ("accel[0-9]*", "vfio/[0-9]*") for found in Path("/dev").glob(pattern))
     return any(chips) and "TPU_SKIP_MDS_QUERY" not in environment and importlib.util.find_spec("libtpu") is not None
 
 
 def join(where: Rendezvous | None) -> None:
-    """Connects this process with the others of its run; for the command line, before JAX looks for devices.
+    """Connects this process to the other hosts of its run. Call it before JAX looks for devices.
 
-    Raises UserError where they do not all come within JAXLM_TIMEOUT seconds (60).
+    Args:
+        where: the place of this process, as `find_rendezvous` returns it. None: do nothing.
+
+    Raises:
+        UserError: if not all hosts join within JAXLM_TIMEOUT seconds (default: 60).
     """
     if where is None:
         return
@@ -132,49 +141,49 @@ def join(where: Rendezvous | None) -> None:
     if where.coordinator and where.process == 0:
         _check_free(where.coordinator)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.config.update("jax_enable_preemption_service", False)  # `agreed` does it, at the next step
-    _Ends.joined = where
-    _hook_aborts()
+    jax.config.update("jax_enable_preemption_service", False)  # `agree_on_stop` handles preemption
+    _State.joined = where
+    _handle_aborts()
     failed: list[Exception] = []
 
     def connect() -> None:
-        how: dict[str, Any] = {"cluster_detection_method": "deactivate"} if where.coordinator else {}
+        options: dict[str, Any] = {"cluster_detection_method": "deactivate"} if where.coordinator else {}
         try:
             jax.distributed.initialize(
                 *where,
-                initialization_timeout=int(seconds) + 60,  # JAX ends the process then, without a word for its user
-                heartbeat_timeout_seconds=HEARTBEAT,
-                shutdown_timeout_seconds=HEARTBEAT,
-                **how,
+                initialization_timeout=int(seconds) + 60,  # at this timeout JAX ends the process without a message
+                heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
+                shutdown_timeout_seconds=HEARTBEAT_TIMEOUT,
+                **options,
             )
         except Exception as error:
             failed.append(error)
 
-    # In a thread of its own: the call cannot be interrupted.
+    # In a thread, because the call cannot be interrupted.
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
     thread.join(int(seconds))
-    address = where.coordinator or _state("coordinator_address") or "the address that JAX found"
-    fix = "JAXLM_COORDINATOR" if where.coordinator else "the environment that the scheduler gives (or JAXLM_...)"
-    if failed and where == Rendezvous() and "should be defined" in str(failed[0]):  # a TPU VM that is no part of a pod
-        _Ends.joined = None
+    address = where.coordinator or _jax_state("coordinator_address") or "the address that JAX found"
+    fix = "JAXLM_COORDINATOR" if where.coordinator else "the variables of the scheduler (or JAXLM_...)"
+    if failed and where == Rendezvous() and "should be defined" in str(failed[0]):  # a TPU VM outside of a pod
+        _State.joined = None
         return
     if failed:
-        raise UserError(f"the hosts cannot meet at {address}: {str(failed[0])[:300]}; fix {fix}")
+        raise UserError(f"the hosts cannot connect to {address}: {str(failed[0])[:300]}; fix {fix}")
     if thread.is_alive():
-        me = "this host" if where.process is None else f"host {where.process}"
-        of = f" of {where.processes}" if where.processes else ""
-        if _answers(address):
-            what = f"{me}{of} waited {seconds} s at {address}, and not all hosts came; start all"
+        host = "this host" if where.process is None else f"host {where.process}"
+        host += f" of {where.processes}" if where.processes else ""
+        if _is_listening(address):
+            problem = f"{host} waited {seconds} s at {address}, and not all hosts came; start all hosts"
         else:
-            what = f"{me}{of} found no coordinator at {address} in {seconds} s; start host 0 there"
-        raise UserError(f"{what}, fix {fix}, or wait longer with JAXLM_TIMEOUT")
-    _Ends.met = True
+            problem = f"{host} found no coordinator at {address} in {seconds} s; start host 0 there"
+        raise UserError(f"{problem}, fix {fix}, or wait longer with JAXLM_TIMEOUT")
+    _State.connected = True
     if jax.process_count() > 2:
-        threading.Thread(target=_beat, daemon=True).start()
+        threading.Thread(target=_send_heartbeats, daemon=True).start()
 
 
-def _answers(address: str) -> bool:
+def _is_listening(address: str) -> bool:
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=3).close()
@@ -184,13 +193,13 @@ def _answers(address: str) -> bool:
 
 
 def _check_free(coordinator: str) -> None:
-    """Raises UserError where this host cannot listen at the coordinator's port, which JAX does not survive."""
+    """Raises UserError if this host cannot listen at the coordinator's port, which would crash JAX."""
     port = int(coordinator.rpartition(":")[2])
-    family, every = (socket.AF_INET6, "::") if socket.has_dualstack_ipv6() else (socket.AF_INET, "")
+    family, any_address = (socket.AF_INET6, "::") if socket.has_dualstack_ipv6() else (socket.AF_INET, "")
     with socket.socket(family) as server:
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            server.bind((every, port))
+            server.bind((any_address, port))
         except OSError as error:
             raise UserError(
                 f"host 0 cannot be the coordinator at {coordinator}: {error.strerror}; give JAXLM_COORDINATOR another "
@@ -198,8 +207,8 @@ def _check_free(coordinator: str) -> None:
             ) from None
 
 
-def _state(name: str) -> Any:
-    """What JAX knows of the connection, which it has no public name for; None where it does not say."""
+def _jax_state(name: str) -> Any:
+    """Returns a private value of JAX's distributed state, or None if it does not exist."""
     with suppress(ImportError, AttributeError):
         from jax._src import distributed
 
@@ -207,45 +216,52 @@ def _state(name: str) -> Any:
     return None
 
 
-def _beat() -> None:
-    """Signs of life, as long as there is anybody to see them."""
-    client, n = _state("client"), 0
+def _send_heartbeats() -> None:
+    """Sends heartbeats until the coordination service is gone."""
+    client, n = _jax_state("client"), 0
     with suppress(Exception):
         while client is not None:
             client.key_value_set(f"jaxlm/beat/{jax.process_index()}", str(n := n + 1), allow_overwrite=True)
-            time.sleep(BEAT)
+            time.sleep(HEARTBEAT_INTERVAL)
 
 
-# Telling each other
+# Exchanging values
 
 
 def is_first() -> bool:
-    """Whether this host is the one that logs, reports and exports."""
+    """Returns whether this is host 0, which logs, reports and exports."""
     return jax.process_index() == 0
 
 
-def told(value: Any) -> list[Any]:
-    """The JSON value of each host, on all of them."""
+def gather_json(value: Any) -> list[Any]:
+    """Returns the JSON values of all hosts, on each of them."""
     from jax.experimental import multihost_utils
 
     if jax.process_count() == 1:
         return [value]
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.int32(len(data)))
-    room = 1 << int(sizes.max()).bit_length()  # few sizes, few programs
-    rows = multihost_utils.process_allgather(np.pad(data, (0, room - len(data))))
+    padded = 1 << int(sizes.max()).bit_length()  # a power of 2, so that few programs are compiled
+    rows = multihost_utils.process_allgather(np.pad(data, (0, padded - len(data))))
     return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes)]
 
 
-def first(make: Callable[[], Value]) -> Value:
-    """What host 0 makes, a JSON value, on all hosts, which wait for it.  Its UserError or RunError is that of all."""
+def run_on_first(make: Callable[[], Value]) -> Value:
+    """Calls `make` on host 0 and returns its result on all hosts, which wait for it.
+
+    Args:
+        make: a function that returns a JSON value.
+
+    Raises:
+        UserError, RunError: those of host 0, on all hosts.
+    """
     if jax.process_count() == 1:
         return make()
-    return _value(told(_outcome(make) if is_first() else None)[0])
+    return _value(gather_json(_outcome(make) if is_first() else None)[0])
 
 
 def _outcome(make: Callable[[], Any]) -> dict[str, Any]:
-    """What a host makes, or its error, as a JSON value."""
+    """Returns the result of `make`, or its error, as a JSON value."""
     try:
         return {"value": make()}
     except (UserError, RunError) as error:
@@ -258,30 +274,37 @@ def _value(outcome: dict[str, Any]) -> Any:
     return outcome["value"]
 
 
-def after_first(make: Callable[[], Value]) -> Value:
-    """What each host makes for itself: the others after host 0, to find what it left in the caches."""
-    made: list[Value] = []
-    first(lambda: made.append(make()))
-    return made[0] if made else make()
+def run_on_first_then_others(make: Callable[[], Value]) -> Value:
+    """Calls `make` on host 0 and then on the other hosts, which find the results of host 0 in the caches.
+
+    Returns the result of each host on that host.
+    """
+    result: list[Value] = []
+    run_on_first(lambda: result.append(make()))
+    return result[0] if result else make()
 
 
 @contextmanager
-def first_holds(hold: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
-    """Holds what host 0 holds while the block runs on all hosts, which wait for it.  Its errors are those of all."""
+def context_on_first(hold: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """Enters a context on host 0 only, while the block runs on all hosts. Its errors are raised on all hosts."""
     with ExitStack() as stack:
-        first(lambda: stack.enter_context(hold()))
+        run_on_first(lambda: stack.enter_context(hold()))
         yield
 
 
-def agree(run: RunConfig) -> None:
-    """Raises UserError, with what differs, where hosts have other configs or versions than host 0."""
+def check_same_run(run: RunConfig) -> None:
+    """Checks that all hosts have the same config and versions.
+
+    Raises:
+        UserError: with the differences, if a host differs from host 0.
+    """
     if jax.process_count() == 1:
         return
     versions = {"jaxlm": jaxlm.__version__, "jax": jax.__version__, "source": _source()}
-    host_0, *others = told({"run": to_json(run), "version": versions})
+    host_0, *others = gather_json({"run": to_json(run), "version": versions})
     for k, other in enumerate(others, start=1):
-        if differ := difference(host_0, other):
-            lines = "\n".join(f"  {line}" for line in differ)
+        if differences := difference(host_0, other):
+            lines = "\n".join(f"  {line}" for line in differences)
             raise UserError(
                 f"hosts 0 and {k} of {jax.process_count()} do not have the same run; they differ in (host 0 | host "
                 f"{k}):\n{lines}\ngive all hosts the same command, config and code"
@@ -289,7 +312,7 @@ def agree(run: RunConfig) -> None:
 
 
 def _source() -> str:
-    """16 hexadecimal digits of the code of this package."""
+    """Returns a hash of the Python files of this package, as 16 hexadecimal digits."""
     digest = hashlib.sha256()
     top = Path(__file__).parents[1]
     for file in sorted(top.rglob("*.py")):
@@ -297,35 +320,46 @@ def _source() -> str:
     return digest.hexdigest()[:16]
 
 
-def agreed(stop: Callable[[], bool]) -> Callable[[], bool]:
-    """`stop`, to be asked after each step, as an answer that all hosts have after the same step.
+def agree_on_stop(stop: Callable[[], bool]) -> Callable[[], bool]:
+    """Returns a function that is called after each step, and returns True on all hosts after the same step.
 
-    Of many hosts it is yes one step after any of them said so: what they said is summed on their devices, behind the
-    step that is in progress, and looked at when the next one is.
+    Args:
+        stop: returns whether this host has to stop.
+
+    Returns:
+        `stop` itself on a single host. On several hosts, a function that returns True one step after `stop` returned
+        True on any of them: the answers are reduced on the devices, after the step that is in progress, and are read
+        when the next step is in progress.
     """
     if jax.process_count() == 1:
         return stop
     devices = jax.devices()
     layout = NamedSharding(Mesh(np.array(devices), ("all",)), PartitionSpec("all"))
-    whole = NamedSharding(layout.mesh, PartitionSpec())
-    some = jax.jit(lambda asked: asked.max(), out_shardings=whole)
-    said: list[jax.Array] = []
+    replicated = NamedSharding(layout.mesh, PartitionSpec())
+    any_host = jax.jit(lambda answers: answers.max(), out_shardings=replicated)
+    pending: list[jax.Array] = []
 
-    def ask() -> bool:
-        mine = np.full(1, stop(), np.int32)
-        said.append(some(jax.make_array_from_callback((len(devices),), layout, lambda _: mine)))
-        if devices[0].platform == "cpu":  # as in `fit`: programs must not queue up there
-            said[-1].block_until_ready()
-        return len(said) > 1 and bool(said.pop(0))
+    def agreed_stop() -> bool:
+        answer = np.full(1, stop(), np.int32)
+        pending.append(any_host(jax.make_array_from_callback((len(devices),), layout, lambda _: answer)))
+        if devices[0].platform == "cpu":  # as in `fit`: programs must not queue up on the CPU
+            pending[-1].block_until_ready()
+        return len(pending) > 1 and bool(pending.pop(0))
 
-    return ask
+    return agreed_stop
 
 
 # Arrays
 
 
-def spread(x: Any, layout: Sharding, *, may_alias: bool | None = None) -> jax.Array:
-    """An array that every host has, laid out over the devices of all.  may_alias: False for a copy."""
+def shard(x: Any, layout: Sharding, *, may_alias: bool | None = None) -> jax.Array:
+    """Shards an array that every host has over the devices of all hosts.
+
+    Args:
+        x: the array, the same on all hosts.
+        layout: the sharding of the result.
+        may_alias: False for a copy, as for `jax.device_put`.
+    """
     if layout.is_fully_addressable:
         return jax.device_put(x, layout, may_alias=may_alias)
     if isinstance(x, jax.Array) and x.sharding == layout:
@@ -334,39 +368,39 @@ def spread(x: Any, layout: Sharding, *, may_alias: bool | None = None) -> jax.Ar
     return jax.make_array_from_callback(x.shape, layout, lambda index: x[index])
 
 
-def whole(tree: Any) -> Any:
-    """The tree with what lies on devices of several hosts gathered into each one's memory, leaf by leaf."""
-    return jax.tree.map(_gathered, tree)
+def gather(tree: Any) -> Any:
+    """Gathers arrays that are sharded over several hosts into the memory of each host, leaf by leaf."""
+    return jax.tree.map(_gather, tree)
 
 
-def fetched(tree: Any) -> Any:
-    """Returns the tree as NumPy arrays; every host gets the whole of an array that several hosts share."""
-    return jax.device_get(whole(tree))
+def to_numpy(tree: Any) -> Any:
+    """Returns the tree as NumPy arrays, gathered if they are sharded over several hosts."""
+    return jax.device_get(gather(tree))
 
 
-def _gathered(x: Any) -> Any:
+def _gather(x: Any) -> Any:
     if not isinstance(x, jax.Array) or x.is_fully_addressable:
         return x
     if x.is_fully_replicated:
         return np.asarray(x.addressable_data(0))
-    gather = lambda part: np.asarray(_copies(_everywhere(x))(part).addressable_data(0))
-    if x.nbytes <= PART or x.shape[0] == 1:
+    gather = lambda part: np.asarray(_copy_to(_replicated(x))(part).addressable_data(0))
+    if x.nbytes <= MAX_GATHER_BYTES or x.shape[0] == 1:
         return gather(x)
-    # A stack of layers need not fit on any one device.
-    rows = max(1, x.shape[0] * PART // x.nbytes)
+    # A stack of layers may be too large for one device.
+    rows = max(1, x.shape[0] * MAX_GATHER_BYTES // x.nbytes)
     return np.concatenate([gather(x[start : start + rows]) for start in range(0, x.shape[0], rows)])
 
 
-def first_reads(tree: Any, make: Callable[[Any], Value]) -> Value:
-    """Returns on all hosts the JSON value that `make` returns on host 0; the other hosts wait for it.
+def read_on_first(tree: Any, make: Callable[[Any], Value]) -> Value:
+    """Calls `make` on host 0 with arrays of all hosts, and returns its result on all hosts, which wait for it.
 
-    An array on devices of several hosts is gathered when host 0 reads it: the whole array, or one entry of its first
-    axis. No host has more than that in its memory.
+    An array that is sharded over several hosts is gathered when host 0 reads it: the whole array, or one entry of its
+    first axis. No host has more than that in its memory.
 
     Args:
         tree: the arrays, the same on all hosts.
-        make: takes a tree of objects with the shape and dtype of the arrays. `leaf[i]` reads an entry of the first
-            axis, `np.asarray(leaf)` the whole array.
+        make: a function that returns a JSON value. Its argument is a tree of objects with the shape and dtype of the
+            arrays: `leaf[i]` reads an entry of the first axis, `np.asarray(leaf)` the whole array.
 
     Raises:
         UserError, RunError: those of host 0, on all hosts.
@@ -378,67 +412,67 @@ def first_reads(tree: Any, make: Callable[[Any], Value]) -> Value:
     def read(leaf: int, row: int | None) -> Any:
         x = leaves[leaf]
         if row is None or not isinstance(x, jax.Array) or x.is_fully_addressable:
-            return _gathered(x) if row is None else x[row]
-        return np.asarray(_row_of(_everywhere(x))(x, np.int32(row)).addressable_data(0))
+            return _gather(x) if row is None else x[row]
+        return np.asarray(_row_of(_replicated(x))(x, np.int32(row)).addressable_data(0))
 
     if is_first():
 
-        def ask(leaf: int, row: int | None) -> Any:
-            told({"read": [leaf, row]})
+        def request(leaf: int, row: int | None) -> Any:
+            gather_json({"read": [leaf, row]})
             return read(leaf, row)
 
-        asked = jax.tree.unflatten(structure, [_Asked(x.shape, x.dtype, partial(ask, i)) for i, x in enumerate(leaves)])
-        return _value(told(_outcome(lambda: make(asked)))[0])
-    while "read" in (said := told(None)[0]):
-        read(*said["read"])
-    return _value(said)
+        remote = [_RemoteArray(x.shape, x.dtype, partial(request, i)) for i, x in enumerate(leaves)]
+        return _value(gather_json(_outcome(lambda: make(jax.tree.unflatten(structure, remote))))[0])
+    while "read" in (message := gather_json(None)[0]):
+        read(*message["read"])
+    return _value(message)
 
 
 @dataclass(frozen=True, eq=False)
-class _Asked:
-    """An array on several hosts: `ask(row)` gathers an entry of its first axis, `ask(None)` the whole array."""
+class _RemoteArray:
+    """An array on several hosts: `read(row)` gathers an entry of its first axis, `read(None)` the whole array."""
 
     shape: tuple[int, ...]
     dtype: Any
-    ask: Callable[[int | None], Any]
+    read: Callable[[int | None], Any]
 
     def __getitem__(self, row: Any) -> Any:
-        return self.ask(int(row))
+        return self.read(int(row))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(self.ask(None), dtype)
+        return np.asarray(self.read(None), dtype)
 
 
-def passed_on(tree: Any, like: Any) -> Any:
-    """Returns arrays that host 0 has in its memory on the devices of all hosts.
+def shard_from_first(tree: Any, like: Any) -> Any:
+    """Shards arrays in the memory of host 0 over the devices of all hosts.
 
     Args:
         tree: the arrays; None on the other hosts.
         like: their shapes, dtypes and shardings, `jax.ShapeDtypeStruct`s.
     """
     leaves, structure = jax.tree.flatten(like)
-    given = jax.tree.leaves(tree) if is_first() else [np.zeros(leaf.shape, leaf.dtype) for leaf in leaves]
-    passed = [spread(_passed_on(x), leaf.sharding) for x, leaf in zip(given, leaves, strict=True)]
-    return jax.tree.unflatten(structure, passed)
+    arrays = jax.tree.leaves(tree) if is_first() else [np.zeros(leaf.shape, leaf.dtype) for leaf in leaves]
+    sharded = [shard(_broadcast(x), leaf.sharding) for x, leaf in zip(arrays, leaves, strict=True)]
+    return jax.tree.unflatten(structure, sharded)
 
 
-def _passed_on(x: np.ndarray) -> np.ndarray:
-    """Returns an array of host 0, byte for byte: a sum would make 0 of -0."""
+def _broadcast(x: np.ndarray) -> np.ndarray:
+    """Returns the array of host 0 on all hosts. It is sent as bytes, since a sum would turn -0 into 0."""
     from jax.experimental import multihost_utils
 
     content = np.frombuffer(np.ascontiguousarray(x).tobytes(), np.uint8)
-    parts = [content[start : start + PART] for start in range(0, len(content), PART)]
-    passed = [np.asarray(multihost_utils.broadcast_one_to_all(part)) for part in parts]
-    return np.frombuffer(b"".join(part.tobytes() for part in passed), x.dtype).reshape(x.shape)
+    parts = [content[start : start + MAX_GATHER_BYTES] for start in range(0, len(content), MAX_GATHER_BYTES)]
+    received = [np.asarray(multihost_utils.broadcast_one_to_all(part)) for part in parts]
+    return np.frombuffer(b"".join(part.tobytes() for part in received), x.dtype).reshape(x.shape)
 
 
-def _everywhere(x: jax.Array) -> NamedSharding:
+def _replicated(x: jax.Array) -> NamedSharding:
     assert isinstance(x.sharding, NamedSharding)
     return NamedSharding(x.sharding.mesh, PartitionSpec())
 
 
 @functools.lru_cache(maxsize=8)
-def _copies(layout: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+def _copy_to(layout: NamedSharding) -> Callable[[jax.Array], jax.Array]:
     return jax.jit(lambda x: x, out_shardings=layout)
 
 
@@ -447,107 +481,112 @@ def _row_of(layout: NamedSharding) -> Callable[[jax.Array, np.int32], jax.Array]
     return jax.jit(lambda x, row: x[row], out_shardings=layout)
 
 
-# Ending together
+# Exiting together
 
 
-class Lost(RunError):  # noqa: N818 - as the others of `errors`, named for what happened
-    """Another host is gone."""
+class HostLost(RunError):  # noqa: N818 - named like the other exceptions in `errors`
+    """Another host was lost."""
 
 
-def is_loss(error: BaseException | None) -> bool:
-    """Whether an error means that another host is gone."""
+def is_host_loss(error: BaseException | None) -> bool:
+    """Returns whether an error means that another host was lost."""
     return (
         error is not None
         and not isinstance(error, UserError)
         and jax.process_count() > 1
-        and (isinstance(error, Lost) or any(sign in str(error) for sign in _GONE))
+        and (isinstance(error, HostLost) or any(text in str(error) for text in _LOST_HOST_MESSAGES))
     )
 
 
-def watched(body: Callable[..., Value]) -> Callable[..., Value]:
-    """The function, raising Lost where another host is gone while it runs."""
+def detect_lost_hosts(body: Callable[..., Value]) -> Callable[..., Value]:
+    """Wraps a function so that it raises Lost if another host is lost while it runs."""
 
     @functools.wraps(body)
     def run(*args: Any, **named: Any) -> Value:
         try:
             return body(*args, **named)
         except Exception as error:
-            if isinstance(error, Lost) or not is_loss(error):
+            if isinstance(error, HostLost) or not is_host_loss(error):
                 raise
-            raise Lost(_loss(_lost_hosts())) from error
+            raise HostLost(_loss(_lost_hosts())) from error
 
     return run
 
 
 def _loss(lost: list[int]) -> str:
-    who = f"host{'s' * (len(lost) > 1)} {', '.join(map(str, lost))}" if lost else "another host"
+    name = f"host{'s' * (len(lost) > 1)} {', '.join(map(str, lost))}" if lost else "another host"
     return (
-        f"{who} of {jax.process_count()} {'were' if len(lost) > 1 else 'was'} lost, and a run needs all of its hosts; "
-        f"see what {who} said; the same command on any number of hosts resumes from the last checkpoint"
+        f"{name} of {jax.process_count()} {'were' if len(lost) > 1 else 'was'} lost, and a run needs all of its hosts; "
+        f"see the output of {name}; the same command on any number of hosts resumes from the last checkpoint"
     )
 
 
 def _lost_hosts() -> list[int]:
-    """The hosts that are gone, as far as can be found out."""
-    count, me = jax.process_count(), jax.process_index()
+    """Returns the hosts that are known to be lost."""
+    count, own = jax.process_count(), jax.process_index()
     if count == 2:
-        return [1 - me]
-    client = _state("client")
+        return [1 - own]
+    client = _jax_state("client")
     try:
         before = dict(client.key_value_dir_get("jaxlm/beat/"))
-        time.sleep(3 * BEAT)
+        time.sleep(3 * HEARTBEAT_INTERVAL)
         after = dict(client.key_value_dir_get("jaxlm/beat/"))
-    except Exception:  # host 0 has the service that is asked
-        return [0] if me else []
-    still = {int(name.rpartition("/")[2]) for name in before if after.get(name) == before[name]}
-    return sorted(still - {me})
+    except Exception:  # the coordination service runs on host 0
+        return [0] if own else []
+    silent = {int(name.rpartition("/")[2]) for name in before if after.get(name) == before[name]}
+    return sorted(silent - {own})
 
 
-def _hook_aborts() -> None:
-    """JAX's own threads end the process by abort() when they hear that another host is gone, with words for JAX's
-    developers.  Then ours are the last ones, and the exit code is that of a fault of the run.
+def _handle_aborts() -> None:
+    """Installs a handler for SIGABRT that prints an error message and sets the exit code.
 
-    In place of Python's `signal`, whose handlers would not run before the end.
+    JAX's threads call abort() when another host is lost, with a message for JAX's developers. The handler is installed
+    with C's `signal`, because a handler of Python's `signal` would not run before the process ends.
     """
-    if _Ends.hook is not None:
+    if _State.abort_handler is not None:
         return
 
-    def aborted(_: int) -> None:
-        if _Ends.leaving is None and _Ends.met:
-            # Nobody answers questions any more, but for the door.
-            first_is_gone = not is_first() and not _answers(_state("coordinator_address") or "")
-            others = {0, 1} - {jax.process_index()} if jax.process_count() == 2 else {0} if first_is_gone else set()
-            os.write(2, f"\nerror: {_loss([*others])}\n".encode())
-        os._exit(RunError.exit_code if _Ends.leaving is None else _Ends.leaving)
+    def on_abort(_: int) -> None:
+        if _State.exit_code is None and _State.connected:
+            # The coordination service may be gone; whether its port is open can still be checked.
+            first_is_lost = not is_first() and not _is_listening(_jax_state("coordinator_address") or "")
+            lost = {0, 1} - {jax.process_index()} if jax.process_count() == 2 else {0} if first_is_lost else set()
+            os.write(2, f"\nerror: {_loss([*lost])}\n".encode())
+        os._exit(RunError.exit_code if _State.exit_code is None else _State.exit_code)
 
-    _Ends.hook = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted)
+    _State.abort_handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(on_abort)
     libc = ctypes.CDLL(None)
     libc.signal.argtypes, libc.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
-    libc.signal(signal.SIGABRT, ctypes.cast(_Ends.hook, ctypes.c_void_p))
+    libc.signal(signal.SIGABRT, ctypes.cast(_State.abort_handler, ctypes.c_void_p))
 
 
-def leave(code: int, error: BaseException | None = None) -> int:
-    """The exit code; of one of many hosts ends the process with it, when the others had their time to leave too.
+def exit_process(code: int, error: BaseException | None = None) -> int:
+    """Returns the exit code of a single host. On one of several hosts, ends the process with it.
 
-    What the interpreter would do at its end waits for the others, for minutes where one is gone.
+    The process does not exit through the interpreter, because its exit handlers wait for the other hosts, for minutes
+    if one of them is lost.
+
+    Args:
+        code: the exit code.
+        error: the error that ends the command, if any.
     """
-    if _Ends.joined is None:
+    if _State.joined is None:
         return code
-    _Ends.leaving = code
+    _State.exit_code = code
     sys.stdout.flush()
     sys.stderr.flush()
-    if isinstance(error, Lost):
-        # The others find out who is gone from the service of host 0.
-        time.sleep(0 if jax.process_count() == 2 or not is_first() else 4 * BEAT)
-    elif _Ends.met:
+    if isinstance(error, HostLost):
+        # Host 0 waits, since the others ask its service which host was lost.
+        time.sleep(0 if jax.process_count() == 2 or not is_first() else 4 * HEARTBEAT_INTERVAL)
+    elif _State.connected:
         shutdown = threading.Thread(target=jax.distributed.shutdown, daemon=True)
         shutdown.start()
         shutdown.join(10)
     os._exit(code)
 
 
-def leave_by(error: Exception) -> None:
-    """Of one of many hosts, ends the process with the traceback of an error that nobody expected."""
-    if _Ends.joined is not None:
+def exit_with_traceback(error: Exception) -> None:
+    """On one of several hosts, prints the traceback of an unexpected error and ends the process."""
+    if _State.joined is not None:
         traceback.print_exception(error)
-        leave(RunError.exit_code, error)
+        exit_process(RunError.exit_code, error)

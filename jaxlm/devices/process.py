@@ -1,4 +1,4 @@
-"""What a command needs of its process: standard streams that can be written, and signals that end it in order."""
+"""Standard streams and signals of the process of a command."""
 
 from __future__ import annotations
 
@@ -12,53 +12,53 @@ from contextlib import contextmanager
 
 from jaxlm.errors import RunError
 
-_PIPE_CLOSED = 141  # as shells have it: 128 + SIGPIPE
+_PIPE_CLOSED = 141  # 128 + SIGPIPE, as in shells
 
 
 class Signals:
-    """The SIGTERM and SIGINT that came to a command.
+    """The SIGTERM and SIGINT signals that a command received.
 
-    Before `stop` is called for the first time there is nothing to save, and a signal ends the command at once, by a
-    KeyboardInterrupt.  From then on the command saves after its step and ends by itself.  A second signal of the same
-    kind ends the process at once, at any time.
+    Before the first call of `stop` there is nothing to save, and a signal ends the command at once with a
+    KeyboardInterrupt. Afterwards the command saves after its current step and then ends. A second signal of the same
+    kind always ends the process at once.
     """
 
     def __init__(self) -> None:
-        self.came: list[int] = []
+        self.received: list[int] = []
         self._saving = False
 
     def stop(self) -> bool:
-        """Returns whether a signal came; a step loop calls this after each step."""
+        """Returns whether the command received a signal. A training loop calls this after each step."""
         self._saving = True
-        return bool(self.came)
+        return bool(self.received)
 
     @property
     def code(self) -> int:
-        """The exit code of a command that a signal ended: 128 and the number of the signal, as shells have it."""
-        return 128 + (self.came[0] if self.came else signal.SIGINT)
+        """The exit code of a command that a signal ended: 128 plus the number of the signal, as in shells."""
+        return 128 + (self.received[0] if self.received else signal.SIGINT)
 
     @property
     def name(self) -> str:
         """SIGTERM or SIGINT."""
-        return signal.Signals(self.came[0] if self.came else signal.SIGINT).name
+        return signal.Signals(self.received[0] if self.received else signal.SIGINT).name
 
     def handle(self, number: int, _: object) -> None:
-        """Takes a signal."""
+        """Handles a signal."""
         signal.signal(number, signal.SIG_DFL)
-        # First, since a callback of JAX may swallow the exception: the command still ends with the code of the signal.
-        self.came.append(number)
+        # Before the exception, which a callback of JAX may swallow: the exit code depends only on `received`.
+        self.received.append(number)
         if not self._saving:
             raise KeyboardInterrupt
-        # print() must not be called where it may have been interrupted.
+        # A signal may interrupt print(), so a handler must not call it.
         os.write(2, b"\nsaving after this step; a second signal ends the run at once, without saving\n")
 
 
 @contextmanager
-def interrupts_wait() -> Iterator[None]:
-    """Lets an interrupt from the keyboard wait until the block ends.
+def delay_interrupts() -> Iterator[None]:
+    """Delays a keyboard interrupt until the end of the block.
 
-    For imports: a callback of JAX in the garbage collector would swallow its exception, and an extension module that
-    is being loaded would turn it into another one.
+    Imports use this: a callback of JAX in the garbage collector swallows a KeyboardInterrupt, and the import of an
+    extension module turns it into another exception.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
@@ -71,23 +71,23 @@ def interrupts_wait() -> Iterator[None]:
 
 
 @contextmanager
-def signals() -> Iterator[Signals]:
-    """Yields the signals that come while the block runs; outside of the main thread, which gets none, always none."""
-    found = Signals()
+def catch_signals() -> Iterator[Signals]:
+    """Collects the signals that arrive while the block runs. Outside of the main thread there are none."""
+    received = Signals()
     if threading.current_thread() is not threading.main_thread():
-        yield found
+        yield received
         return
-    before = {number: signal.signal(number, found.handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, received.handle) for number in (signal.SIGTERM, signal.SIGINT)}
     hook = sys.unraisablehook
 
-    def quiet(what: sys.UnraisableHookArgs) -> None:
-        """Prints nothing of an interrupt that a callback of the garbage collector swallowed: `came` has it."""
-        if not isinstance(what.exc_value, KeyboardInterrupt):
-            hook(what)
+    def hide_interrupts(unraisable: sys.UnraisableHookArgs) -> None:
+        """Does not print an interrupt that a callback of the garbage collector swallowed, since `received` has it."""
+        if not isinstance(unraisable.exc_value, KeyboardInterrupt):
+            hook(unraisable)
 
-    sys.unraisablehook = quiet
+    sys.unraisablehook = hide_interrupts
     try:
-        yield found
+        yield received
     finally:
         sys.unraisablehook = hook
         for number, handler in before.items():
@@ -95,7 +95,7 @@ def signals() -> Iterator[Signals]:
 
 
 def open_streams() -> None:
-    """Opens what is closed of standard input, output and error, so that no file gets their numbers."""
+    """Opens standard input, output and error if they are closed, so that no other file gets their descriptors."""
     while True:
         number = os.open(os.devnull, os.O_RDWR)
         if number > 2:
@@ -106,27 +106,27 @@ def open_streams() -> None:
             _discard(name)
 
 
-def flushed(code: int) -> int:
-    """Returns the exit code of a command whose output was written to its end; another where it cannot be written."""
+def flush_output(code: int) -> int:
+    """Flushes the standard streams and returns `code`, or the exit code for lost output if that fails."""
     for name in ("stdout", "stderr"):
         try:
             getattr(sys, name).flush()
         except OSError as error:
             _discard(name)
-            code = code or output_lost(error)
+            code = code or report_lost_output(error)
     return code
 
 
-def output_lost(error: OSError) -> int:
-    """Returns the exit code for a standard stream that cannot be written: the reader is gone, or the disk is full."""
+def report_lost_output(error: OSError) -> int:
+    """Returns the exit code for a standard stream that cannot be written, after a message unless the pipe is closed."""
     if error.errno == errno.EPIPE:
         return _PIPE_CLOSED
-    report(f"error: the output cannot be written: {error.strerror}; make room, then give the command again")
+    print_error(f"error: the output cannot be written: {error.strerror}; free some space, then run the command again")
     return RunError.exit_code
 
 
-def report(message: str) -> None:
-    """Prints a line to standard error, where somebody still reads it."""
+def print_error(message: str) -> None:
+    """Prints a line to standard error, unless its pipe is closed."""
     try:
         print(message, file=sys.stderr, flush=True)
     except OSError:
@@ -134,5 +134,5 @@ def report(message: str) -> None:
 
 
 def _discard(name: str) -> None:
-    """Sends what is printed from now on to nowhere: the interpreter would raise when it flushes a stream at its end."""
+    """Discards all further output of a stream; otherwise the interpreter raises an error when it exits."""
     setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115

@@ -1,7 +1,7 @@
-"""The compiled functions of one model, with a bound.
+"""A bounded cache of the compiled functions of a model.
 
-Each kernel of a compiled function takes memory mappings, of which Linux lets a process have 65,530.  So compiled
-functions are kept by the model that they serve, and are freed together with it.
+Each kernel of a compiled function uses memory mappings, and Linux limits a process to 65,530 of them. So each model
+keeps its own compiled functions, which are freed together with it.
 """
 
 from __future__ import annotations
@@ -11,32 +11,35 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any
 
-MOST = 32  # functions that a model keeps; the one that was used least recently is dropped for a new one
+MAX_PROGRAMS = 32  # functions of a model; a new one replaces the least recently used one
 
 
 class Programs:
-    """Maps (make, arguments) to the function that `make(*arguments)` returned, for the `most` last used ones.
+    """Maps (make, arguments) to the function that `make(*arguments)` returned, for the last used functions.
 
-    Models that are derived from each other (`dataclasses.replace`) share one, so the arguments have to name all that a
-    function depends on, the module above all.  A function must not refer to the model: both could then be freed by the
-    garbage collector alone.
+    Models that are derived from each other (`dataclasses.replace`) share one cache, so the arguments must include
+    everything that a function depends on, such as the module. A function must not refer to the model, because then only
+    the garbage collector could free both.
+
+    Args:
+        max_programs: number of functions that are kept.
     """
 
-    def __init__(self, most: int = MOST):
-        self._most = most
-        self._made: OrderedDict[Hashable, Any] = OrderedDict()
+    def __init__(self, max_programs: int = MAX_PROGRAMS):
+        self._max_programs = max_programs
+        self._functions: OrderedDict[Hashable, Any] = OrderedDict()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self._made)
+        return len(self._functions)
 
     def get(self, make: Callable[..., Any], *arguments: Hashable) -> Any:
-        """Returns `make(*arguments)`, which is called once for equal arguments as long as its result is kept."""
+        """Returns `make(*arguments)`, which is called again only after its result was dropped from the cache."""
         key = make, arguments
         with self._lock:
-            if key not in self._made:
-                self._made[key] = make(*arguments)
-            self._made.move_to_end(key)
-            while len(self._made) > self._most:
-                self._made.popitem(last=False)
-            return self._made[key]
+            if key not in self._functions:
+                self._functions[key] = make(*arguments)
+            self._functions.move_to_end(key)
+            while len(self._functions) > self._max_programs:
+                self._functions.popitem(last=False)
+            return self._functions[key]

@@ -1,4 +1,4 @@
-"""Known models: their sizes, and the formats in which the world keeps them.  A member is a table and nothing else."""
+"""Families of models: published sizes, and conversion to and from the formats of Hugging Face. Each is one table."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
-from jaxlm.config import MOST_LAYERS, Head, ModelConfig, from_json, to_json
-from jaxlm.config.ranges import MOST
-from jaxlm.errors import UserError, perhaps
+from jaxlm.config import MAX_LAYERS, Head, ModelConfig, from_json, to_json
+from jaxlm.config.ranges import MAX_INT
+from jaxlm.errors import UserError, suggestion
 from jaxlm.families import (
     albert,
     bart,
@@ -66,33 +66,50 @@ FAMILIES: dict[str, Family] = {  # by `model_type` of config.json
 PRESETS: dict[str, ModelConfig] = transformer.PRESETS | {
     name: preset for family in FAMILIES.values() for name, preset in family.presets.items()
 }
-Asked = str | tuple[Head, ...]  # a head or several, or "none" or "encoder"
-OWN = "jaxlm"  # the `model_type` of our own format, for models that no family can say
+HeadChoice = str | tuple[Head, ...]  # one or several heads, "none" or "encoder"
+OWN = "jaxlm"  # the `model_type` of our format, for models that no family supports
 
 
 class Origin(NamedTuple):
-    """How a model lay in the folder that it came from, so that saving it writes what was read."""
+    """The files from which a model was loaded, so that saving the model writes the same files.
 
-    config: dict[str, Any]  # config.json
-    heads: tuple[Head, ...] | None = ()  # those that the folder is of; None: others than were asked for
-    names: Mapping[str, str] = {}  # tensor of the file -> its name in the family's rules
-    dtypes: Mapping[str, np.dtype] = {}  # of each tensor of the file
-    buffers: Mapping[str, np.ndarray] = {}  # tensors that the model does not need
+    Attributes:
+        config: the values of config.json.
+        heads: the heads in the folder; None: other heads than the requested ones.
+        names: name of each tensor in the file -> its name in the family's rules.
+        dtypes: dtype of each tensor in the file.
+        buffers: tensors that the model does not need.
+    """
+
+    config: dict[str, Any]
+    heads: tuple[Head, ...] | None = ()
+    names: Mapping[str, str] = {}
+    dtypes: Mapping[str, np.dtype] = {}
+    buffers: Mapping[str, np.ndarray] = {}
 
 
 class Opened(NamedTuple):
-    """A folder that was looked at, and found to hold what its config.json says."""
+    """A model's folder with a config.json that matches its tensors, which are not read yet.
 
-    kind: str  # model_type
+    Attributes:
+        kind: the `model_type`.
+        family: the conversion table.
+        config: the model's config.
+        tensors: tensors by their names in the family's rules; they are read on access.
+        origin: the files of the folder.
+        fresh: paths of the leaves of a new head, which the folder does not contain.
+    """
+
+    kind: str
     family: Family
     config: ModelConfig
-    tensors: dict[str, Any]  # under the names of the family's rules; read when they are asked for
+    tensors: dict[str, Any]
     origin: Origin
-    fresh: tuple[str, ...]  # leaves of a new head, which it does not hold
+    fresh: tuple[str, ...]
 
 
 class Loaded(NamedTuple):
-    """What a folder holds; `fresh` are the leaves of a new head, which it does not hold."""
+    """A loaded model; `fresh` are the paths of randomly initialised leaves, which the folder does not contain."""
 
     config: ModelConfig
     params: dict[str, Any]
@@ -101,32 +118,42 @@ class Loaded(NamedTuple):
 
 
 def load(folder: Path, *, dtype: Any = None, mesh: Any = None, **how: Any) -> Loaded:
-    """The model in a folder, its parameters as JAX arrays.  `how` and errors are those of `look`.
+    """Loads the model in a folder, with its parameters as JAX arrays.
 
-    dtype: of the parameters; None: each as it is stored.  mesh: where they go, read in slices; None: the first device.
+    Args:
+        folder: the folder.
+        dtype: dtype of the parameters; None: as stored.
+        mesh: the mesh over which the parameters are sharded; None: the first device.
+        **how: further arguments of `open_folder`.
+
+    Raises:
+        UserError: as in `open_folder`.
     """
-    found = look(folder, **how)
-    params = place(found.family, found.config, found.tensors, dtype, mesh, found.fresh)
-    return Loaded(found.config, params, found.origin, found.fresh)
+    opened = open_folder(folder, **how)
+    params = place(opened.family, opened.config, opened.tensors, dtype, mesh, opened.fresh)
+    return Loaded(opened.config, params, opened.origin, opened.fresh)
 
 
-def look(
-    folder: Path, *, head: Asked | None = None, labels: tuple[str, ...] | None = None, module: Any = None
+def open_folder(
+    folder: Path, *, head: HeadChoice | None = None, labels: tuple[str, ...] | None = None, module: Any = None
 ) -> Opened:
-    """What a folder with `config.json` and safetensors holds, without reading its tensors.
+    """Opens a folder with `config.json` and safetensors, and checks it, without reading its tensors.
 
-    head: what to read off the hidden states (a tuple for several heads), "none", or "encoder" for an encoder-decoder's
-    encoder; None: what the tensors and `architectures` say.  A head that the folder lacks is randomly initialised.
-    labels: names of its outputs.
-    module: a user's own class of module, of which the folder was saved.
+    Args:
+        folder: the folder.
+        head: the head, a tuple of heads, "none", or "encoder" for the encoder of an encoder-decoder; None: as the
+            tensors and `architectures` determine. A head that the folder lacks will be randomly initialised.
+        labels: the names of the outputs of the head.
+        module: the user's class of module with which the model was saved.
 
-    Raises UserError for an unknown `model_type` and for tensors that are not exactly those of the model.
+    Raises:
+        UserError: if the `model_type` is unknown, or if the tensors do not match the model.
     """
     folder = Path(folder)
     hf = read_config(folder / "config.json")
     kind = str(hf.get("model_type"))
     if kind not in FAMILIES and kind != OWN:
-        raise UserError(f"config.json has model_type {kind!r}, unknown{perhaps(kind, [*FAMILIES, OWN])}")
+        raise UserError(f"config.json has model_type {kind!r}, unknown{suggestion(kind, [*FAMILIES, OWN])}")
     stored = safetensors.read(folder)
     refuse_quantised(folder, hf, stored)
     if kind == OWN:
@@ -139,21 +166,21 @@ def look(
     try:
         config.check()
     except UserError as error:
-        raise UserError(f"{folder / 'config.json'} describes a model that cannot be: {error}") from None
+        raise UserError(f"{folder / 'config.json'} describes an impossible model: {error}") from None
     _check_size(config, stored)
-    config, found = _with_heads(family, config, hf, stored, head)
-    fresh = _check(family, config, found.tensors, head, _has_other_outputs(family, hf, head))
+    config, canonical = _with_heads(family, config, hf, stored, head)
+    fresh = _check(family, config, canonical.tensors, head, _has_other_outputs(family, hf, head))
     idle = convert.idle(family, config)
-    aside = found.buffers | {name: stored[name] for name, ours in found.names.items() if ours in idle}
-    as_it_was = head is None or convert.heads(family, config) in _architectures(hf)
+    buffers = canonical.buffers | {name: stored[name] for name, ours in canonical.names.items() if ours in idle}
+    same_heads = head is None or convert.heads(family, config) in _architectures(hf)
     origin = Origin(
         hf,
-        config.heads_on_top if as_it_was else None,
-        found.names,
+        config.heads_on_top if same_heads else None,
+        canonical.names,
         {name: np.dtype(stored[name].dtype) for name in stored},
-        {name: np.array(tensor) for name, tensor in aside.items()},
+        {name: np.array(tensor) for name, tensor in buffers.items()},
     )
-    return Opened(kind, family, config, found.tensors, origin, fresh)
+    return Opened(kind, family, config, canonical.tensors, origin, fresh)
 
 
 def save(
@@ -167,13 +194,20 @@ def save(
     max_shard_bytes: int = 5_000_000_000,
     module: Any = None,
 ) -> str:
-    """Writes `config.json` and safetensors in the first format that can say what the model computes, for transformers'
-    `AutoModel` to load as it is; else in our own.  Returns the format's `model_type`.
+    """Writes `config.json` and safetensors, and returns the `model_type` of the format.
 
-    origin: where the model came from: its format, names, dtypes and further keys of config.json are kept.  dtype: of
-    all tensors; None: as they were stored, or are.  module: a user's own class of module.  extra: further keys of
-    config.json, such as bos_token_id.  Fields that matter in training alone (dropout, initial weights) are written
-    where the format has a place for them.
+    The format is the first one that can represent the model, so that transformers' `AutoModel` loads it, else our own.
+    Fields that affect only training (dropout, initial weights) are written if the format supports them.
+
+    Args:
+        config: the model's config.
+        params: the parameters.
+        folder: the folder.
+        origin: the files from which the model was loaded; their format, names, dtypes and other keys are kept.
+        dtype: dtype of all tensors; None: as in `origin`, else as in `params`.
+        extra: additional keys of config.json, such as bos_token_id.
+        max_shard_bytes: maximum size of a file.
+        module: the user's class of module, if the model has one.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -182,18 +216,20 @@ def save(
         kind = before
     else:
         kinds = [] if module else [*([before] if before in FAMILIES else []), *FAMILIES]
-        kind = next((kind for kind in kinds if convert.says(FAMILIES[kind], config)), OWN)
+        kind = next((kind for kind in kinds if convert.can_represent(FAMILIES[kind], config)), OWN)
     family = _own_family(config, module) if kind == OWN else FAMILIES[kind]
-    kept = origin if kind == before else None
-    named = _named_for_file(family, config, convert.to_hf(family, config, params), kept, dtype)
-    values = _config_values(kind, family, config, kept)
-    if kept is None or not kept.names:
-        # Unsaid, these would take the family's ids in transformers, which need not be in this vocabulary.
+    source = origin if kind == before else None
+    named = _named_for_file(family, config, convert.to_hf(family, config, params), source, dtype)
+    values = _config_values(kind, family, config, source)
+    if source is None or not source.names:
+        # Without these keys transformers would use the family's default ids, which may not be in this vocabulary.
         values = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")) | (extra or {}) | values
-    # Every version of transformers reads the second name; newer ones write the first.
-    name = "dtype" if kept and "dtype" in kept.config else "torch_dtype"
-    if kept is None or name not in kept.config or any(kept.dtypes.get(n) != x.dtype for n, x in named.items()):
-        floats = [tensor.dtype for tensor in named.values() if tensor.dtype.name in FLOATS]  # others are buffers
+    # All versions of transformers read the second name; newer versions write the first.
+    name = "dtype" if source and "dtype" in source.config else "torch_dtype"
+    if source is None or name not in source.config or any(source.dtypes.get(n) != x.dtype for n, x in named.items()):
+        floats = [
+            tensor.dtype for tensor in named.values() if tensor.dtype.name in FLOATS
+        ]  # other dtypes belong to buffers
         values[name] = str(max(floats, key=lambda dtype: dtype.itemsize))
     safetensors.write_sharded(named, folder, max_shard_bytes=max_shard_bytes)
     _write_config(values, folder / "config.json")
@@ -201,11 +237,11 @@ def save(
 
 
 def _config_values(kind: str, family: Family, config: ModelConfig, origin: Origin | None) -> dict[str, Any]:
-    """The keys of config.json: as they were, where they say what the model still is."""
+    """Returns the values of config.json; those of `origin` are kept if they still describe the model."""
     before = origin.config if origin else {}
     if kind == OWN:
-        of_own: dict[str, Any] = {"model": to_json(config), "module": family.module and family.module.__name__}
-        return {**before, "model_type": kind, **of_own}
+        own: dict[str, Any] = {"model": to_json(config), "module": family.module and family.module.__name__}
+        return {**before, "model_type": kind, **own}
     same_heads = origin is not None and origin.heads == config.heads_on_top
     values: dict[str, Any] = {} if _same(family, before, config) else family.config_to_hf(config)
     if not same_heads or "architectures" not in before:
@@ -216,38 +252,44 @@ def _config_values(kind: str, family: Family, config: ModelConfig, origin: Origi
 
 
 def _same(family: Family, hf: dict[str, Any], config: ModelConfig) -> bool:
-    """Whether a config.json says what the model computes."""
-    alike = {name: getattr(config, name) for name in ("heads_on_top", "structure", "tied_embeddings", "decoder_tokens")}
+    """Returns whether a config.json describes the computation of a model."""
+    common = {
+        name: getattr(config, name) for name in ("heads_on_top", "structure", "tied_embeddings", "decoder_tokens")
+    }
     if convert.heads(family, config) is None:
         return False
     try:
-        return convert.seen(dataclasses.replace(_config(family, hf), **alike)) == convert.seen(config)
+        return convert.inference_config(dataclasses.replace(_config(family, hf), **common)) == convert.inference_config(
+            config
+        )
     except UserError:
         return False
 
 
-def known(head: Asked, config: ModelConfig, family: Family) -> tuple[Head, ...]:
-    """The heads on top that `head` asks for.  Raises UserError where the family has none such."""
+def check_head(head: HeadChoice, config: ModelConfig, family: Family) -> tuple[Head, ...]:
+    """Returns the heads that `head` requests; raises UserError if the family does not support them."""
     if head in ("none", "encoder"):
         if head == "encoder" and config.structure != "encoder_decoder":
             raise UserError(
-                f"head is 'encoder', but the model is a(n) {config.structure}; give 'none' for hidden states"
+                f"head is 'encoder', but the model is a(n) {config.structure}; use 'none' for hidden states"
             )
         return ()
     if family.encoder and config.structure == "encoder":
-        raise UserError(f"head is {head!r}, but the model is an encoder alone; give 'none' for hidden states")
+        raise UserError(f"head is {head!r}, but the model has only an encoder; use 'none' for hidden states")
     asked: Any = (head,) if isinstance(head, str) else head
     if asked not in family.heads:
         names = {one for heads in family.heads for one in heads} | {"none"}
-        raise UserError(f"head is {' and '.join(asked)!r}, which this model cannot have{perhaps(asked[-1], names)}")
+        raise UserError(
+            f"head is {' and '.join(asked)!r}, which this model does not support{suggestion(asked[-1], names)}"
+        )
     return asked
 
 
 def _config(family: Family, hf: dict[str, Any]) -> ModelConfig:
-    """The config with its labels, but without heads."""
-    for key, value in hf.items():  # before anything is made for each layer or label
-        if ("layer" in key or "label" in key) and isinstance(value, int) and value > MOST_LAYERS:
-            raise UserError(f"config.json has {key} {value}; at most {MOST_LAYERS:,} are known: fetch the file again")
+    """Returns the config with labels, but without heads."""
+    for key, value in hf.items():  # before anything is allocated for each layer or label
+        if ("layer" in key or "label" in key) and isinstance(value, int) and value > MAX_LAYERS:
+            raise UserError(f"config.json has {key} {value}; the limit is {MAX_LAYERS:,}: download the file again")
     _check_types(family, hf)
     try:
         config = family.config_from_hf(hf)
@@ -257,14 +299,14 @@ def _config(family: Family, hf: dict[str, Any]) -> ModelConfig:
         raise
     except (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
         raise UserError(
-            f"config.json holds a value that its family cannot have: {type(error).__name__}: {error}; "
-            f"fix it, or fetch the file again"
+            f"config.json contains an invalid value for its family: {type(error).__name__}: {error}; "
+            f"correct it, or download the file again"
         ) from error
 
 
 def _labels_from_hf(hf: JsonObject) -> tuple[str, ...]:
-    """The labels by their numbers, from `id2label` or the number of labels; none where neither is there."""
-    count = hf.integer("num_labels", hf.integer("_num_labels", 0, 0, MOST_LAYERS), 0, MOST_LAYERS)
+    """Returns the labels from `id2label` or from the number of labels; empty if both keys are missing."""
+    count = hf.integer("num_labels", hf.integer("_num_labels", 0, 0, MAX_LAYERS), 0, MAX_LAYERS)
     named = hf.values.get("id2label") or [f"LABEL_{i}" for i in range(count)]
     if isinstance(named, dict) and all(key.isdecimal() and len(key) < 20 for key in named):
         named = [named[number] for number in sorted(named, key=int)]
@@ -274,8 +316,10 @@ def _labels_from_hf(hf: JsonObject) -> tuple[str, ...]:
 
 
 def _check_types(family: Family, hf: dict[str, Any]) -> None:
-    """Raises UserError where a value of config.json is not of the type that the family writes under its key; null, and
-    keys that the family does not write, are left alone."""
+    """Raises UserError if a value of config.json has another type than the family writes for its key.
+
+    Null values, and keys that the family does not write, are not checked.
+    """
     if not family.presets:
         return
     for key, example in family.config_to_hf(next(iter(family.presets.values()))).items():
@@ -284,16 +328,16 @@ def _check_types(family: Family, hf: dict[str, Any]) -> None:
             continue
         fits = type(value) is type(example) or (number and type(value) in (int, float))
         if isinstance(example, list):
-            fits = isinstance(value, (list, str))  # DeBERTa's pos_att_type is either
+            fits = isinstance(value, (list, str))  # DeBERTa's pos_att_type can be both
         if number and fits:
-            fits = abs(value) <= MOST and (type(value) is int or type(example) is float or value.is_integer())
+            fits = abs(value) <= MAX_INT and (type(value) is int or type(example) is float or value.is_integer())
         if not fits:
             raise model_files.wrong_value("config.json", key, value, _KINDS[type(example)])
 
 
 _KINDS = {
-    int: f"an integer of at most {MOST:,}",
-    float: f"a number of at most {MOST:,}",
+    int: f"an integer of at most {MAX_INT:,}",
+    float: f"a number of at most {MAX_INT:,}",
     bool: "true or false",
     str: "a string",
     list: "a list",
@@ -303,7 +347,7 @@ _KINDS = {
 
 def _labels(config: ModelConfig) -> dict[str, Any]:
     labels = config.labels
-    if "span" in config.heads_on_top and len(labels) != 2:  # transformers counts start and end by them
+    if "span" in config.heads_on_top and len(labels) != 2:  # transformers uses their number for start and end
         labels = ModelConfig().labels
     elif not {"classes", "tokens"} & set(config.heads_on_top):
         return {}
@@ -314,20 +358,20 @@ def _labels(config: ModelConfig) -> dict[str, Any]:
 
 
 def _with_heads(
-    family: Family, config: ModelConfig, hf: dict[str, Any], stored: Mapping[str, Any], head: Asked | None
+    family: Family, config: ModelConfig, hf: dict[str, Any], stored: Mapping[str, Any], head: HeadChoice | None
 ) -> tuple[ModelConfig, convert.Canonical]:
-    """The config with its heads, and the file's tensors under the names of the rules.
+    """Returns the config with heads, and the tensors of the file by their names in the rules.
 
-    Where none is asked for, the heads are those whose tensors the file holds; `architectures` decides where tensors do
-    not tell.  Published files are not always those of the class that they name: bert-base-uncased says BertForMaskedLM
-    and holds the next-sentence head too.
+    If no head is requested, the tensors determine the heads, and `architectures` decides in ambiguous cases.
+    Published files do not always match the class in `architectures`: bert-base-uncased has BertForMaskedLM there, but
+    also contains the next-sentence head.
     """
-    if head is None and hf["model_type"] == OWN:  # our own format names them
+    if head is None and hf["model_type"] == OWN:  # our format contains them
         return config, convert.canonical(family, config, stored)
     named = _architectures(hf)
     if family.encoder and not named and not any(name.startswith("decoder.") for name in stored):
         config = dataclasses.replace(config, structure="encoder")
-    on_top = None if head is None else known(head, config, family)
+    on_top = None if head is None else check_head(head, config, family)
     if head == "encoder" or (family.encoder and family.encoder in named):
         config = dataclasses.replace(config, structure="encoder")
     if not family.ties:
@@ -336,40 +380,40 @@ def _with_heads(
         config = dataclasses.replace(config, tied_embeddings=tied)
     config = _with_decoder_tokens(family, config, stored)
     if "id2label" not in hf and config.labels == ModelConfig().labels:
-        config = _labelled(family, config, stored)
+        config = _with_labels(family, config, stored)
     if on_top is not None:
         config = dataclasses.replace(config, heads_on_top=on_top)
         return config, convert.canonical(family, config, stored)
 
-    def misfit(config: ModelConfig) -> int:
-        found = {name: tuple(x.shape) for name, x in convert.canonical(family, config, stored).tensors.items()}
-        return len(convert.difference(convert.hf_shapes(family, config), found))
+    def mismatches(config: ModelConfig) -> int:
+        shapes = {name: tuple(x.shape) for name, x in convert.canonical(family, config, stored).tensors.items()}
+        return len(convert.difference(convert.hf_shapes(family, config), shapes))
 
     named_first = sorted(family.heads, key=lambda heads: family.heads[heads] not in named)
     if config.structure == "encoder" and family.encoder:
         named_first = [()]
     configs = [dataclasses.replace(config, heads_on_top=heads) for heads in named_first]
-    config = next((config for config in configs if not misfit(config)), None) or min(configs, key=misfit)
+    config = next((config for config in configs if not mismatches(config)), None) or min(configs, key=mismatches)
     return config, convert.canonical(family, config, stored)
 
 
 def _architectures(hf: dict[str, Any]) -> list[Any]:
-    """The classes of transformers that config.json names."""
+    """Returns the classes of transformers in config.json."""
     named = hf.get("architectures") or []
     return named if isinstance(named, list) else [named]
 
 
-_OUTPUTS = {"classes", "tokens", "span"}  # heads that some families store under one name
+_OUTPUTS = {"classes", "tokens", "span"}  # heads for which some families use the same names of tensors
 
 
-def _has_other_outputs(family: Family, hf: dict[str, Any], head: Asked | None) -> bool:
-    """Whether config.json names a class of transformers with outputs of another kind than those of `head`."""
+def _has_other_outputs(family: Family, hf: dict[str, Any], head: HeadChoice | None) -> bool:
+    """Returns whether the class of transformers in config.json has another kind of outputs than `head`."""
     theirs = [set(heads) & _OUTPUTS for heads, name in family.heads.items() if name in _architectures(hf)]
     return head in _OUTPUTS and any(theirs) and not any(head in outputs for outputs in theirs)
 
 
 def _with_decoder_tokens(family: Family, config: ModelConfig, stored: Mapping[str, Any]) -> ModelConfig:
-    """Whether an untied encoder-decoder has two tables of tokens, which its tensors tell."""
+    """Returns the config with `decoder_tokens` set if an untied encoder-decoder has two different token embeddings."""
     pair = (convert.DECODER_TOKENS, family.copies.get(convert.DECODER_TOKENS, ""))
     names = [name if name in stored else name.removeprefix(family.prefix) for name in pair]
     if config.tied_embeddings or not all(name in stored for name in names):
@@ -377,8 +421,8 @@ def _with_decoder_tokens(family: Family, config: ModelConfig, stored: Mapping[st
     return dataclasses.replace(config, decoder_tokens=not convert.equal(*(stored[name] for name in names)))
 
 
-def _labelled(family: Family, config: ModelConfig, stored: Mapping[str, Any]) -> ModelConfig:
-    """As many labels as the tensors have outputs, where config.json does not name them."""
+def _with_labels(family: Family, config: ModelConfig, stored: Mapping[str, Any]) -> ModelConfig:
+    """Returns the config with a label for each output in the tensors, if config.json has no labels."""
     for rule in family.rules:
         if rule.ours in ("classes_head/out/kernel", "tokens_head/out/kernel") and rule.hf in stored:
             shape = stored[rule.hf].shape
@@ -387,29 +431,26 @@ def _labelled(family: Family, config: ModelConfig, stored: Mapping[str, Any]) ->
 
 
 def _check_size(config: ModelConfig, stored: Mapping[str, Any]) -> None:
-    """Raises UserError where config.json speaks of another size of model altogether, before shapes are made of it."""
-    there = sum(math.prod(tensor.shape) for tensor in stored.values())
-    said = max(config.vocabulary, config.width, config.F, config.heads * config.C, config.W) * config.width
-    if said <= 16 * there + 10_000_000:
+    """Raises UserError if config.json describes a much larger model than the file, before shapes are computed."""
+    actual = sum(math.prod(tensor.shape) for tensor in stored.values())
+    expected = max(config.vocabulary, config.width, config.F, config.heads * config.C, config.W) * config.width
+    if expected <= 16 * actual + 10_000_000:
         body = dataclasses.replace(config, heads_on_top=())
-        said = sum(math.prod(shape) for shape in convert.tree_shapes(body).values())
-    if said > 16 * there + 10_000_000:
+        expected = sum(math.prod(shape) for shape in convert.tree_shapes(body).values())
+    if expected > 16 * actual + 10_000_000:
         raise UserError(
-            f"config.json describes {said:,} parameters or more, the file holds {there:,}; "
-            f"give the weights that belong to it"
+            f"config.json describes at least {expected:,} parameters, but the file contains {actual:,}; "
+            f"use the weights that belong to it"
         )
 
 
 def _check(
-    family: Family, config: ModelConfig, tensors: dict[str, Any], head: Asked | None, other_outputs: bool
+    family: Family, config: ModelConfig, tensors: dict[str, Any], head: HeadChoice | None, other_outputs: bool
 ) -> tuple[str, ...]:
-    """Returns the paths of leaves to be initialised randomly: those of `head` that `tensors` lacks.
+    """Returns the paths of leaves to initialise randomly: the leaves of `head` that `tensors` lacks.
 
-    Tensors of other heads are removed from `tensors` where a head is given.
-
-    other_outputs: whether the outputs stored under the names of this head's outputs belong to another head.
-
-    Raises UserError where the tensors do not fit.
+    If a head is requested, tensors of other heads are removed from `tensors`. `other_outputs` is whether the stored
+    outputs with the names of this head's outputs belong to another head. Raises UserError if the tensors do not match.
     """
     expected = convert.hf_shapes(family, config)
     fresh: set[str] = set()
@@ -428,11 +469,11 @@ def _check(
                 for name in names:
                     expected.pop(name, None)
                     tensors.pop(name, None)
-    convert.refuse(expected, {name: tuple(x.shape) for name, x in tensors.items()}, "tensors of the file")
+    convert.check_shapes(expected, {name: tuple(x.shape) for name, x in tensors.items()}, "tensors of the file")
     wrong = sorted(f"{name} {x.dtype}" for name, x in tensors.items() if np.dtype(x.dtype).name not in FLOATS)
     if wrong:
         raise UserError(
-            f"these tensors are not of {', '.join(FLOATS)}: {', '.join(wrong[:5])}; store them in one of them"
+            f"these tensors have unsupported dtypes: {', '.join(wrong[:5])}; convert them to one of {', '.join(FLOATS)}"
         )
     return tuple(sorted(fresh))
 
@@ -440,19 +481,21 @@ def _check(
 def _named_for_file(
     family: Family, config: ModelConfig, tensors: dict[str, Pending], origin: Origin | None, dtype: Any
 ) -> dict[str, Pending]:
-    """The tensors under the names and in the dtypes that they had, else as transformers writes them: those of a bare
-    body without prefix."""
+    """Returns the tensors with the names and dtypes in `origin`, else as transformers writes them.
+
+    Transformers omits the prefix of a model without a head.
+    """
     bare = convert.heads(family, config) == family.heads.get(())
     names = {name.removeprefix(family.prefix if bare else ""): name for name in tensors}
     dtypes: Mapping[str, np.dtype] = {}
     buffers: Mapping[str, np.ndarray] = {}
     if origin is not None:
-        of = {name: written for written, name in origin.names.items()}
+        written_names = {name: written for written, name in origin.names.items()}
         if origin.heads == config.heads_on_top:
             kept = {written: name for written, name in origin.names.items() if name in tensors}
-            names = kept | {written: name for written, name in names.items() if name not in of}
+            names = kept | {written: name for written, name in names.items() if name not in written_names}
             buffers = origin.buffers
-        dtypes = {written: origin.dtypes[of[name]] for written, name in names.items() if name in of}
+        dtypes = {w: origin.dtypes[written_names[name]] for w, name in names.items() if name in written_names}
 
     def in_dtype(tensor: Pending, kind: Any) -> Pending:
         return Pending(tensor.shape, np.dtype(kind), lambda: tensor.make().astype(kind, copy=False))
@@ -464,31 +507,30 @@ def _named_for_file(
 def _own(hf: dict[str, Any], folder: Path, module: Any) -> tuple[Family, ModelConfig]:
     path, name = folder / "config.json", module and module.__name__
     if not isinstance(hf.get("model"), dict):
-        raise UserError(f"{path} of model_type {OWN!r} has no 'model'; save the model again")
+        raise UserError(f"{path} has the model_type {OWN!r} but no 'model'; save the model again")
     if hf.get("module") != name:
-        raise UserError(f"{path} is of the module {hf.get('module')}, not {name}; give that class to load as `module`")
+        raise UserError(f"{path} belongs to the module {hf.get('module')}, not {name}; pass that class as `module`")
     config = from_json(ModelConfig, hf["model"])
     config.check()
     return _own_family(config, module), config
 
 
 def _own_family(config: ModelConfig, module: Any = None) -> Family:
-    """Our own format: leaves under their paths."""
-    every: tuple[Head, ...] = get_args(Head)
+    """Returns the family of our own format, in which the names of tensors are the paths of leaves."""
+    all_heads: tuple[Head, ...] = get_args(Head)
     if config.structure != "encoder":
-        every = ("lm", "classes")
+        all_heads = ("lm", "classes")
     paths = set(convert.tree_shapes(config, module))
-    for head in () if module else every:
+    for head in () if module else all_heads:
         if head != "lm" or config.width == config.W:
             paths |= set(convert.tree_shapes(dataclasses.replace(config, heads_on_top=(head,))))
-    heads = {(head,): OWN for head in every} | {(): OWN, config.heads_on_top: OWN}
+    heads = {(head,): OWN for head in all_heads} | {(): OWN, config.heads_on_top: OWN}
     rules = tuple(Rule(path, path) for path in sorted(paths))
     return Family({}, rules, heads, "", lambda hf: config, lambda config: {}, module=module)
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Returns the values of a `config.json`.  Raises UserError where it is no JSON object in a regular file of its
-    folder."""
+    """Returns the values of a `config.json`; raises UserError if it is not a JSON object in a regular file."""
     if model_files.locate(path.parent, path.name) is None:
         raise UserError(f"{path} cannot be read (No such file or directory); give a folder with config.json")
     return model_files.read_object(path)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from jaxlm.config import ModelConfig
 from jaxlm.families import bert
-from jaxlm.hub.convert import ACTIVATIONS, Family, Key, attention, keyed, norm, projection
+from jaxlm.hub.convert import ACTIVATIONS, Family, Key, attention, key_conversion, norm, projection
 
 _FIXED = bert.FIXED | {"mlp_out_dropout": 0.0}
 _OWN = ("hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
-_FROM_HF, _TO_HF = keyed(
+_FROM_HF, _TO_HF = key_conversion(
     keys=(
         *(key for key in bert.KEYS if key.hf not in _OWN),
         Key("hidden_act", "activation", "gelu_new", ACTIVATIONS),
@@ -63,7 +63,7 @@ FAMILY = Family(
         *norm(_LAYER + "full_layer_layer_norm", _OURS + "mlp_norm"),
         *projection("albert.pooler", "pooled_head/dense"),
         *bert.vocabulary("predictions.dense", "predictions.LayerNorm", "predictions.decoder", "predictions.bias"),
-        *projection("sop_classifier.classifier", "next_sentence_head"),  # sentence order: 1 if they are swapped
+        *projection("sop_classifier.classifier", "next_sentence_head"),  # sentence order: 1 means swapped
         *projection("albert.pooler", "classes_head/dense"),
         *projection("classifier", "classes_head/out"),
         *bert.TOKENS,

@@ -1,11 +1,11 @@
-"""BART (Lewis et al. 2020) and mBART (Liu et al. 2020), whose norms come first."""
+"""BART (Lewis et al. 2020) and mBART (Liu et al. 2020), in which the norms come first."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from jaxlm.config import ENCODER_BIASES, ModelConfig
-from jaxlm.hub.convert import ACTIVATIONS, Family, Key, Rule, attention, keyed, norm, one_row, projection
+from jaxlm.hub.convert import ACTIVATIONS, Family, Key, Rule, attention, key_conversion, norm, one_row, projection
 
 FIXED: dict[str, Any] = {
     "structure": "encoder_decoder",
@@ -42,13 +42,13 @@ KEYS = (
 )
 ONLY = {"is_encoder_decoder": True}
 _START = Key("decoder_start_token_id", "start_token", 2)
-_FROM_HF, _TO_HF = keyed((*KEYS, _START), FIXED, ONLY)
-# A decoder of mBART begins with the language, which is no fixed token.
-_MBART_FROM_HF, _MBART_TO_HF = keyed(KEYS, FIXED | {"norm_place": "pre"}, ONLY)
+_FROM_HF, _TO_HF = key_conversion((*KEYS, _START), FIXED, ONLY)
+# A decoder of mBART starts with the token of the language, so there is no fixed start token.
+_MBART_FROM_HF, _MBART_TO_HF = key_conversion(KEYS, FIXED | {"norm_place": "pre"}, ONLY)
 
 
 _OWN = "decoder_embeddings/tokens"
-# An untied model has three tables of tokens, of which it reads two.
+# An untied model has three token embeddings, but uses only two of them.
 TOKENS = (
     Rule("model.shared.weight", "embeddings/tokens", unless=_OWN),
     Rule("model.shared.weight", "embeddings/tokens", where=_OWN, idle=True),

@@ -1,11 +1,11 @@
-"""BERT (Devlin et al. 2019) and the smaller ones of Turc et al. (2019)."""
+"""BERT (Devlin et al. 2019) and the smaller models of Turc et al. (2019)."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from jaxlm.config import ENCODER_BIASES, ModelConfig
-from jaxlm.hub.convert import ACTIVATIONS, Family, Key, Rule, attention, keyed, norm, projection
+from jaxlm.hub.convert import ACTIVATIONS, Family, Key, Rule, attention, key_conversion, norm, projection
 
 FIXED: dict[str, Any] = {
     "structure": "encoder",
@@ -62,16 +62,16 @@ KEYS = (
     Key("initializer_range", "initial_std", 0.02),
 )
 ONLY = {"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"}
-_FROM_HF, _TO_HF = keyed(KEYS, FIXED, ONLY)
+_FROM_HF, _TO_HF = key_conversion(KEYS, FIXED, ONLY)
 
 
 def with_types(hf: dict[str, Any]) -> dict[str, Any]:
-    """The keys, but never 0 types, which the format cannot say."""
+    """Returns the keys with at least 1 type, since the format does not support 0 types."""
     return hf | {"type_vocab_size": max(1, hf["type_vocab_size"])}
 
 
 def embeddings(hf: str) -> tuple[Rule, ...]:
-    """The embeddings, named `hf` in the file."""
+    """Returns the rules for the embeddings with the prefix `hf`."""
     return (
         Rule(f"{hf}.word_embeddings.weight", "embeddings/tokens"),
         Rule(f"{hf}.position_embeddings.weight", "embeddings/positions"),
@@ -81,7 +81,7 @@ def embeddings(hf: str) -> tuple[Rule, ...]:
 
 
 def layers(hf: str, projections: tuple[str, str, str] = ("query", "key", "value")) -> tuple[Rule, ...]:
-    """The encoder's layers, named `hf` in the file."""
+    """Returns the rules for the layers of the encoder with the prefix `hf`."""
     query, key, value = (f"self.{name}" for name in projections)
     return (
         *attention(f"{hf}.attention.", "encoder/layers/attention", query, key, value, "output.dense"),
@@ -93,7 +93,7 @@ def layers(hf: str, projections: tuple[str, str, str] = ("query", "key", "value"
 
 
 def vocabulary(transform: str, transform_norm: str, decoder: str, bias: str) -> tuple[Rule, ...]:
-    """The masked LM head, by its names in the file."""
+    """Returns the rules for the masked LM head with these names."""
     kernel, ours = "masked_lm_head/vocabulary/kernel", "masked_lm_head/vocabulary/bias"
     rules = (
         *projection(transform, "masked_lm_head/transform"),
@@ -102,12 +102,12 @@ def vocabulary(transform: str, transform_norm: str, decoder: str, bias: str) -> 
     )
     if bias == f"{decoder}.bias":
         return (*rules, Rule(bias, ours))
-    # Of an untied model transformers computes with the decoder's bias, and keeps the other beside it.
+    # In an untied model, transformers computes with the decoder's bias, but stores both.
     untied = (Rule(f"{decoder}.bias", ours, where=kernel), Rule(bias, ours, where=kernel, idle=True))
     return (*rules, Rule(bias, ours, unless=kernel), *untied)
 
 
-# The heads of one linear layer have the same names in all families of this kind.
+# Heads with one linear layer have the same names in all families of this kind.
 TOKENS = projection("classifier", "tokens_head/out")
 SPAN = projection("qa_outputs", "span_head/out")
 RENAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
@@ -133,7 +133,7 @@ FAMILY = Family(
     heads={
         ("masked_lm", "next_sentence"): "BertForPreTraining",
         ("masked_lm",): "BertForMaskedLM",
-        ("masked_lm", "pooled"): "BertForMaskedLM",  # has no pooler of its own, leaves one in the file alone
+        ("masked_lm", "pooled"): "BertForMaskedLM",  # this class has no pooler, but ignores one in the file
         ("next_sentence",): "BertForNextSentencePrediction",
         ("classes",): "BertForSequenceClassification",
         ("tokens",): "BertForTokenClassification",

@@ -1,4 +1,4 @@
-"""DeBERTa v2 and v3 (He et al. 2021): an encoder whose attention has terms of content and relative position."""
+"""DeBERTa v2 and v3 (He et al. 2021): an encoder whose attention has terms for content and relative position."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from jaxlm.config import ModelConfig
-from jaxlm.errors import UserError, perhaps
+from jaxlm.errors import UserError, suggestion
 from jaxlm.families import bert
 from jaxlm.hub.convert import (
     ACTIVATIONS,
@@ -15,15 +15,15 @@ from jaxlm.hub.convert import (
     Rule,
     bias_heads_out,
     conv_width_last,
-    keyed,
+    key_conversion,
     linear_heads_out,
     norm,
     projection,
 )
 
 _FIXED = bert.FIXED | {"classes_activation": "gelu"}
-_DEFAULTS = {"type_vocab_size": 0, "layer_norm_eps": 1e-7}  # where they are others than BERT's
-_FROM_HF, _TO_HF = keyed(
+_DEFAULTS = {"type_vocab_size": 0, "layer_norm_eps": 1e-7}  # defaults that differ from BERT's
+_FROM_HF, _TO_HF = key_conversion(
     keys=(
         *(
             key._replace(default=_DEFAULTS.get(key.hf, key.default))
@@ -44,11 +44,11 @@ def _config_from_hf(hf: dict[str, Any]) -> ModelConfig:
     for name in ("embedding_size", "pooler_hidden_size"):
         if hf.get(name, hf.get("hidden_size")) != hf.get("hidden_size"):
             raise UserError(
-                f"config.json has {name} {hf[name]}; only that of hidden_size is known: choose another model"
+                f"config.json has {name} {hf[name]}; only the value of hidden_size is supported: choose another model"
             )
     config, pooler = _FROM_HF(hf), hf.get("pooler_hidden_act", "gelu")
     if pooler not in ACTIVATIONS:
-        raise UserError(f"config.json has pooler_hidden_act {pooler!r}{perhaps(str(pooler), ACTIVATIONS)}")
+        raise UserError(f"config.json has pooler_hidden_act {pooler!r}{suggestion(str(pooler), ACTIVATIONS)}")
     relative, length = hf.get("relative_attention", False), hf.get("max_relative_positions", -1)
     terms = hf.get("pos_att_type") or ()
     terms = tuple(terms.lower().split("|") if isinstance(terms, str) else terms)
@@ -63,13 +63,13 @@ def _config_from_hf(hf: dict[str, Any]) -> ModelConfig:
         "relative_norm": "layer_norm" in hf.get("norm_rel_ebd", "none"),
         "classes_activation": ACTIVATIONS[pooler],
     }
-    if terms and not relative:  # their number scales the scores all the same
+    if terms and not relative:  # their number still scales the scores
         fields["attention_scale"] = (config.C * (1 + len(terms))) ** -0.5
     return dataclasses.replace(config, **fields)
 
 
 def _idle_terms(config: ModelConfig) -> int:
-    """How many terms the scale of the scores counts, where there are none."""
+    """Returns the number of terms in the scale of the scores if the terms themselves are not computed."""
     return 0 if config.attention_scale is None else round(config.attention_scale**-2 / config.C) - 1
 
 
@@ -151,13 +151,13 @@ FAMILY = Family(
     prefix="deberta.",
     config_from_hf=_config_from_hf,
     config_to_hf=_config_to_hf,
-    # The second is of no effect where attention is not relative.
+    # The second one has no effect without relative attention.
     buffers=("deberta.embeddings.position_ids", "deberta.encoder.LayerNorm.*", "mask_predictions.*"),
     copies={
         "cls.predictions.decoder.weight": "deberta.embeddings.word_embeddings.weight",
         "cls.predictions.decoder.bias": "cls.predictions.bias",
     },
-    # The head of a config with `legacy` false computes the same, and has other names.
+    # With `legacy` false, the head computes the same but has other names.
     naming={"legacy": True},
     renames=bert.RENAMES
     | {

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from jaxlm.config import ModelConfig
 from jaxlm.families import bert
-from jaxlm.hub.convert import ACTIVATIONS, Family, Key, attention, keyed, norm, projection
+from jaxlm.hub.convert import ACTIVATIONS, Family, Key, attention, key_conversion, norm, projection
 
 _FIXED = bert.FIXED | {"types": 0, "norm_epsilon": 1e-12, "classes_activation": "relu"}
 _FIXED |= {"attention_out_dropout": 0.0}
 
-_FROM_HF, _TO_HF = keyed(
+_FROM_HF, _TO_HF = key_conversion(
     keys=(
         Key("vocab_size", "vocabulary"),
         Key("max_position_embeddings", "max_length", 512),
@@ -26,7 +26,7 @@ _FROM_HF, _TO_HF = keyed(
         Key("initializer_range", "initial_std", 0.02),
     ),
     fixed=_FIXED,
-    only={},  # positions that were set to sinusoids lie in the file like others
+    only={},  # sinusoidal positions are stored like learned ones
 )
 
 _LAYER, _OURS = "distilbert.transformer.layer.{i}.", "encoder/layers/"

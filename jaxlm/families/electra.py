@@ -1,5 +1,5 @@
-"""ELECTRA (Clark et al. 2020): BERT with narrower embeddings, trained to tell replaced tokens from those that stood
-there; the generator that makes the replacements is a masked LM."""
+"""ELECTRA (Clark et al. 2020): BERT with narrower embeddings, trained to detect replaced tokens; the generator of the
+replacements is a masked LM."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from typing import Any
 
 from jaxlm.config import ModelConfig
 from jaxlm.families import bert, roberta
-from jaxlm.hub.convert import Family, Key, Rule, keyed, norm, projection
+from jaxlm.hub.convert import Family, Key, Rule, key_conversion, norm, projection
 
 _FIXED = bert.FIXED | {"transform_activation": "gelu", "classes_activation": "gelu"}
-_FROM_HF, _TO_HF = keyed((roberta.TWICE, *bert.KEYS, Key("embedding_size", "embedding_width", 128)), _FIXED, bert.ONLY)
+_FROM_HF, _TO_HF = key_conversion(
+    (roberta.TWICE, *bert.KEYS, Key("embedding_size", "embedding_width", 128)), _FIXED, bert.ONLY
+)
 
 
 def _config_from_hf(hf: dict[str, Any]) -> ModelConfig:
     config = _FROM_HF(hf)
-    # As wide as the model, they have no projection.
+    # Embeddings with the width of the model have no projection.
     return dataclasses.replace(config, embedding_width=None) if config.width == config.W else config
 
 

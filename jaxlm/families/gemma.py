@@ -1,5 +1,6 @@
-"""Gemma 1, 2 and 3, text (Gemma Team 2024, 2025): a Llama with scaled embeddings and norms that scale by 1 + s; then
-norms around each sub-layer, soft caps (2), normalised queries and keys (3), and local layers among global ones."""
+"""Gemma 1, 2 and 3 for text (Gemma Team 2024, 2025): a Llama with scaled embeddings and norms that scale by 1 + s.
+
+Gemma 2 adds norms around each sublayer, soft caps and local layers, Gemma 3 normalised queries and keys."""
 
 from __future__ import annotations
 
@@ -8,17 +9,17 @@ from typing import Any
 
 from jaxlm.config import ModelConfig
 from jaxlm.families import llama
-from jaxlm.hub.convert import ACTIVATIONS, Family, Key, keyed, norm
+from jaxlm.hub.convert import ACTIVATIONS, Family, Key, key_conversion, norm
 
 _FIXED = llama.FIXED | {"norm": "rmsnorm_plus_one", "scale_embeddings": True}
 _KEYS = (*llama.KEYS, Key("tie_word_embeddings", "tied_embeddings", True))
 _LAYER, _OURS = "model.layers.{i}.", "decoder/layers/"
-# Files of the first Gemma say "gelu" and mean the approximation by tanh.
+# Files of the first Gemma contain "gelu" for the approximation with tanh.
 _FIRST = Key("hidden_act", "activation", "gelu_pytorch_tanh", {**ACTIVATIONS, "gelu": "gelu_tanh"})
 _NEXT = Key("hidden_activation", "activation", "gelu_pytorch_tanh", ACTIVATIONS)
 _ONLY = {"use_bidirectional_attention": False}
-_FIRST_FROM_HF, _FIRST_TO_HF = keyed((*_KEYS, _FIRST), _FIXED, _ONLY)
-_NEXT_FROM_HF, _NEXT_TO_HF = keyed((*_KEYS, _NEXT), _FIXED | {"norm_place": "sandwich"}, _ONLY)
+_FIRST_FROM_HF, _FIRST_TO_HF = key_conversion((*_KEYS, _FIRST), _FIXED, _ONLY)
+_NEXT_FROM_HF, _NEXT_TO_HF = key_conversion((*_KEYS, _NEXT), _FIXED | {"norm_place": "sandwich"}, _ONLY)
 
 
 def _gemma_from_hf(hf: dict[str, Any]) -> ModelConfig:
@@ -27,8 +28,8 @@ def _gemma_from_hf(hf: dict[str, Any]) -> ModelConfig:
 
 
 def _gemma_to_hf(config: ModelConfig) -> dict[str, Any]:
-    said = _FIRST_TO_HF(config) | llama.one_rotary_to_hf(config) | {"attention_bias": "out" in config.biases}
-    return said | {"hidden_act": "gelu_pytorch_tanh" if config.activation == "gelu_tanh" else said["hidden_act"]}
+    values = _FIRST_TO_HF(config) | llama.one_rotary_to_hf(config) | {"attention_bias": "out" in config.biases}
+    return values | {"hidden_act": "gelu_pytorch_tanh" if config.activation == "gelu_tanh" else values["hidden_act"]}
 
 
 def _next_from_hf(hf: dict[str, Any], kinds: list[str], cap: float | None, logit_cap: float | None) -> ModelConfig:
@@ -46,14 +47,14 @@ def _next_from_hf(hf: dict[str, Any], kinds: list[str], cap: float | None, logit
 
 def _next_to_hf(config: ModelConfig) -> dict[str, Any]:
     scale = config.C**-0.5 if config.attention_scale is None else config.attention_scale
-    said = {
+    values = {
         "query_pre_attn_scalar": round(scale**-2),
         "attn_logit_softcapping": config.attention_cap or None,
         "final_logit_softcapping": config.logit_cap or None,
         "sliding_window": config.window,
         "attention_bias": "out" in config.biases,
     }
-    return _NEXT_TO_HF(config) | llama.kinds_to_hf(config) | said
+    return _NEXT_TO_HF(config) | llama.kinds_to_hf(config) | values
 
 
 def _gemma2_from_hf(hf: dict[str, Any]) -> ModelConfig:
@@ -62,11 +63,11 @@ def _gemma2_from_hf(hf: dict[str, Any]) -> ModelConfig:
 
 
 def _gemma3_from_hf(hf: dict[str, Any]) -> ModelConfig:
-    every = hf.get("sliding_window_pattern", 6)
-    kinds = ["local" if (i + 1) % every else "global" for i in range(hf.get("num_hidden_layers", 26))]
+    period = hf.get("sliding_window_pattern", 6)
+    kinds = ["local" if (i + 1) % period else "global" for i in range(hf.get("num_hidden_layers", 26))]
     rotary = llama.two_rotaries_from_hf(hf, ("rope_theta", 1e6), ("rope_local_base_freq", 10000.0))
     config = _next_from_hf(hf, kinds, None, None)
-    # A cap of the scores is named in its files, and used by nobody.
+    # Its files contain a cap of the scores, which no implementation uses.
     return dataclasses.replace(config, attention_cap=0.0, query_key_norm=True, **rotary)
 
 

@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al. 2019) and, of the same architecture, GPT-3 (Brown et al. 2020)."""
+"""GPT-2 (Radford et al. 2019) and GPT-3 (Brown et al. 2020), which has the same architecture."""
 
 from __future__ import annotations
 
@@ -6,7 +6,16 @@ import dataclasses
 from typing import Any
 
 from jaxlm.config import ModelConfig
-from jaxlm.hub.convert import ACTIVATIONS, Family, Key, Rule, conv_heads_in, conv_query_key_value, keyed, linear
+from jaxlm.hub.convert import (
+    ACTIVATIONS,
+    Family,
+    Key,
+    Rule,
+    conv_heads_in,
+    conv_query_key_value,
+    key_conversion,
+    linear,
+)
 
 _FIXED: dict[str, Any] = {
     "structure": "decoder",
@@ -28,7 +37,7 @@ def _gpt2(layers: int, width: int, heads: int) -> ModelConfig:
 
 
 def _gpt3(layers: int, width: int, heads: int, head_width: int) -> ModelConfig:
-    """A row of table 2.1.  Attention is dense: the paper's alternating sparse pattern changes no parameter."""
+    """Returns a row of table 2.1. Attention is dense; the alternating sparse pattern of the paper has no parameters."""
     published = _FIXED | {"vocabulary": 50257, "max_length": 2048, "activation": "gelu_tanh"}
     return ModelConfig(**published, layers=layers, width=width, heads=heads, head_width=head_width)
 
@@ -41,14 +50,14 @@ PRESETS = {
     "gpt3-small": _gpt3(12, 768, 12, 64),
     "gpt3-medium": _gpt3(24, 1024, 16, 64),
     "gpt3-large": _gpt3(24, 1536, 16, 96),
-    "gpt3-xl": _gpt3(24, 2048, 24, 128),  # the paper's heads are wider than the model together
+    "gpt3-xl": _gpt3(24, 2048, 24, 128),  # in the paper, the heads together are wider than the model
     "gpt3-2.7b": _gpt3(32, 2560, 32, 80),
     "gpt3-6.7b": _gpt3(32, 4096, 32, 128),
     "gpt3-13b": _gpt3(40, 5140, 40, 128),  # 5140 as printed
     "gpt3-175b": _gpt3(96, 12288, 96, 128),
 }
 
-_FROM_HF, _TO_HF = keyed(
+_FROM_HF, _TO_HF = key_conversion(
     keys=(
         Key("vocab_size", "vocabulary"),
         Key("n_positions", "max_length"),
@@ -66,7 +75,7 @@ _FROM_HF, _TO_HF = keyed(
         Key("scale_attn_by_inverse_layer_idx", "scale_by_layer", False),
     ),
     fixed=_FIXED,
-    # Scores are float32 here, so that reorder_and_upcast_attn changes nothing.
+    # Scores are always float32, so that reorder_and_upcast_attn has no effect.
     only={"add_cross_attention": False},
 )
 

@@ -1,5 +1,5 @@
-"""Llama 1 to 3 (Touvron et al. 2023) and its likes: Mistral (a window), Qwen2 (biases of queries, keys and values),
-Qwen3 (normalised queries and keys), SmolLM (a Llama)."""
+"""Llama 1 to 3 (Touvron et al. 2023) and models with small changes: Mistral (a window), Qwen2 (biases of queries, keys
+and values), Qwen3 (normalised queries and keys). SmolLM is a Llama."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 from typing import Any, get_args
 
 from jaxlm.config import ModelConfig, RotaryScaling
-from jaxlm.config.ranges import MOST
+from jaxlm.config.ranges import MAX_INT
 from jaxlm.errors import UserError
 from jaxlm.hub.convert import (
     ACTIVATIONS,
@@ -16,7 +16,7 @@ from jaxlm.hub.convert import (
     Key,
     Rule,
     attention,
-    keyed,
+    key_conversion,
     linear,
     norm,
     projection,
@@ -51,61 +51,61 @@ KEYS = (
 )
 _ACTIVATION = Key("hidden_act", "activation", "silu", ACTIVATIONS)
 _TIED = Key("tie_word_embeddings", "tied_embeddings", False)
-_FROM_HF, _TO_HF = keyed((*KEYS, _ACTIVATION, _TIED), FIXED, {})
+_FROM_HF, _TO_HF = key_conversion((*KEYS, _ACTIVATION, _TIED), FIXED, {})
 
-# Numbers that a scaling reads as `rotary_low` and `rotary_high`, by their keys.
+# Keys of `rotary_low` and `rotary_high` for each scaling.
 _ENDS = {"llama3": ("low_freq_factor", "high_freq_factor"), "yarn": ("beta_slow", "beta_fast")}
 _SCALINGS = ("default", *(kind for kind in get_args(RotaryScaling) if kind != "none"))
 
 
-def rotary_from_hf(said: JsonObject, longest: int = 2048, trained: int | None = None) -> dict[str, Any]:
-    """Fields from what `rope_scaling` or `rope_parameters` says.
+def rotary_from_hf(rope: JsonObject, longest: int = 2048, trained: int | None = None) -> dict[str, Any]:
+    """Returns the config fields for the values of `rope_scaling` or `rope_parameters`.
 
-    longest, trained: the file's max_position_embeddings and original_max_position_embeddings.
+    `longest` and `trained` are the file's max_position_embeddings and original_max_position_embeddings.
     """
-    name = "rope_type" if "rope_type" in said else "type"
-    kind = said.text(name, "default", ("su", *_SCALINGS))
-    kind = "longrope" if kind == "su" else kind  # its first name
+    name = "rope_type" if "rope_type" in rope else "type"
+    kind = rope.text(name, "default", ("su", *_SCALINGS))
+    kind = "longrope" if kind == "su" else kind  # its older name
     if kind == "default":
         return {}
-    own: int = said.integer("original_max_position_embeddings", longest, 1, MOST)
+    own: int = rope.integer("original_max_position_embeddings", longest, 1, MAX_INT)
     trained = trained or own
-    factor = said.number("factor", longest / trained, 1e-6, 1e9)
+    factor = rope.number("factor", longest / trained, 1e-6, 1e9)
     fields: dict[str, Any] = {"rotary_scaling": kind, "rotary_factor": factor}
     if kind == "linear":
         return fields
     fields["rotary_length"] = longest if kind == "dynamic" else trained
     if kind in _ENDS:
         low, high = _ENDS[kind]
-        fields["rotary_low"] = said.number(low, 1.0, 1e-6, 1e9)
-        fields["rotary_high"] = said.number(high, 32.0, 1e-6, 1e9)
+        fields["rotary_low"] = rope.number(low, 1.0, 1e-6, 1e9)
+        fields["rotary_high"] = rope.number(high, 32.0, 1e-6, 1e9)
     if kind == "yarn":
-        fields["rotary_truncate"] = said.boolean("truncate", True)
+        fields["rotary_truncate"] = rope.boolean("truncate", True)
     if kind == "longrope":
-        fields |= {f"rotary_{end}": _factors(said, f"{end}_factor") for end in ("short", "long")}
+        fields |= {f"rotary_{end}": _factors(rope, f"{end}_factor") for end in ("short", "long")}
     if kind in ("yarn", "longrope"):
-        fields["rotary_attention"] = said.number("attention_factor", 0.0, 0, 1e9) or _attention_factor(said, fields)
+        fields["rotary_attention"] = rope.number("attention_factor", 0.0, 0, 1e9) or _attention_factor(rope, fields)
     return fields
 
 
-def _factors(said: JsonObject, key: str) -> tuple[float, ...]:
-    listed = said.values.get(key)
-    if not isinstance(listed, list) or not listed:
-        raise said.wrong(key, "a list of a number for each pair of a head")
-    numbers = JsonObject({str(i): number for i, number in enumerate(listed)}, f"{said.source}: {key}")
+def _factors(rope: JsonObject, key: str) -> tuple[float, ...]:
+    values = rope.values.get(key)
+    if not isinstance(values, list) or not values:
+        raise rope.wrong(key, "a list of a number for each pair of a head")
+    numbers = JsonObject({str(i): number for i, number in enumerate(values)}, f"{rope.source}: {key}")
     return tuple(numbers.number(i, 1.0, 1e-6, 1e9) for i in numbers.values)
 
 
-def _attention_factor(said: JsonObject, fields: dict[str, Any]) -> float:
-    """The factor of queries and keys, where the file does not give it: by the papers, from the stretching."""
+def _attention_factor(rope: JsonObject, fields: dict[str, Any]) -> float:
+    """Returns the default factor of queries and keys, as the papers compute it from the scaling."""
     factor = fields["rotary_factor"]
     if factor <= 1:
         return 1.0
     if fields["rotary_scaling"] == "longrope":
         return math.sqrt(1 + math.log(factor) / math.log(max(2, fields["rotary_length"])))
-    grown = lambda scale: 1.0 + 0.1 * scale * math.log(factor)
-    whole, each = (said.number(key, 0.0, -1e9, 1e9) for key in ("mscale", "mscale_all_dim"))
-    return grown(whole) / grown(each) if whole and each else grown(1.0)
+    attention = lambda scale: 1.0 + 0.1 * scale * math.log(factor)
+    scale, all_dim = (rope.number(key, 0.0, -1e9, 1e9) for key in ("mscale", "mscale_all_dim"))
+    return attention(scale) / attention(all_dim) if scale and all_dim else attention(1.0)
 
 
 def rotary_to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -113,88 +113,89 @@ def rotary_to_hf(config: ModelConfig) -> dict[str, Any]:
     kind = config.rotary_scaling
     if kind == "none":
         return {"rope_type": "default"}
-    said: dict[str, Any] = {"rope_type": kind, "factor": config.rotary_factor}
+    rope: dict[str, Any] = {"rope_type": kind, "factor": config.rotary_factor}
     if kind in _ENDS:
-        said |= dict(zip(_ENDS[kind], (config.rotary_low, config.rotary_high)))
-    if kind not in ("linear", "dynamic"):  # the latter's is max_position_embeddings
-        said["original_max_position_embeddings"] = config.rotary_length
+        rope |= dict(zip(_ENDS[kind], (config.rotary_low, config.rotary_high)))
+    if kind not in ("linear", "dynamic"):  # dynamic uses max_position_embeddings
+        rope["original_max_position_embeddings"] = config.rotary_length
     if kind == "longrope":
-        said |= {"short_factor": list(config.rotary_short), "long_factor": list(config.rotary_long)}
+        rope |= {"short_factor": list(config.rotary_short), "long_factor": list(config.rotary_long)}
     if kind in ("yarn", "longrope"):
-        said["attention_factor"] = config.rotary_attention
+        rope["attention_factor"] = config.rotary_attention
     if kind == "yarn" and not config.rotary_truncate:
-        said["truncate"] = False
-    return said
+        rope["truncate"] = False
+    return rope
 
 
-def _scaled(hf: dict[str, Any]) -> tuple[JsonObject, int, int | None]:
-    """What a config.json says of positions, and its two lengths."""
-    of = JsonObject(hf, "config.json")
-    said = of.object("rope_scaling")
-    said = said if said.values else of.object("rope_parameters")
-    # Phi-3, and some older files of others, have the trained length beside the scaling.
-    trained = of.integer("original_max_position_embeddings", 0, 1, MOST)
-    return said, of.integer("max_position_embeddings", 2048, 1, MOST), trained or None
+def _rope_settings(hf: dict[str, Any]) -> tuple[JsonObject, int, int | None]:
+    """Returns the settings of rotary positions in a config.json, and its two lengths."""
+    config = JsonObject(hf, "config.json")
+    rope = config.object("rope_scaling")
+    rope = rope if rope.values else config.object("rope_parameters")
+    # Phi-3, and some older files of other models, have the trained length outside this object.
+    trained = config.integer("original_max_position_embeddings", 0, 1, MAX_INT)
+    return rope, config.integer("max_position_embeddings", 2048, 1, MAX_INT), trained or None
 
 
-def _check_whole(hf: dict[str, Any], *said: JsonObject) -> None:
-    """Raises UserError where only a part of each head is rotated."""
-    if any(given.get("partial_rotary_factor") not in (None, 1.0) for given in (hf, *(one.values for one in said))):
-        raise UserError("config.json has a partial_rotary_factor; only 1.0 is known: choose another model")
+def _check_full_rotation(hf: dict[str, Any], *rope: JsonObject) -> None:
+    """Raises UserError if only a part of each head is rotated."""
+    if any(values.get("partial_rotary_factor") not in (None, 1.0) for values in (hf, *(one.values for one in rope))):
+        raise UserError("config.json has a partial_rotary_factor; only 1.0 is supported: choose another model")
 
 
 def one_rotary_from_hf(hf: dict[str, Any], base: float = 10000.0) -> dict[str, Any]:
-    """Fields from `rope_parameters`, or from `rope_theta` and `rope_scaling` in older files, which win over them."""
-    said, longest, trained = _scaled(hf)
-    _check_whole(hf, said)
-    theta = said.number("rope_theta", JsonObject(hf, "config.json").number("rope_theta", base, 1e-6, 1e14), 1e-6, 1e14)
-    return {"rotary_base": theta, **rotary_from_hf(said, longest, trained)}
+    """Returns the config fields from `rope_theta` and `rope_scaling`, or else from `rope_parameters`."""
+    rope, longest, trained = _rope_settings(hf)
+    _check_full_rotation(hf, rope)
+    theta = rope.number("rope_theta", JsonObject(hf, "config.json").number("rope_theta", base, 1e-6, 1e14), 1e-6, 1e14)
+    return {"rotary_base": theta, **rotary_from_hf(rope, longest, trained)}
 
 
 def one_rotary_to_hf(config: ModelConfig) -> dict[str, Any]:
-    """The inverse of `one_rotary_from_hf`, in both ways of saying it."""
-    said = rotary_to_hf(config)
-    scaling = None if said == {"rope_type": "default"} else said
+    """The inverse of `one_rotary_from_hf`; writes both sets of keys."""
+    rope = rotary_to_hf(config)
+    scaling = None if rope == {"rope_type": "default"} else rope
     return {
         "rope_theta": config.rotary_base,
         "rope_scaling": scaling,
-        "rope_parameters": said | {"rope_theta": config.rotary_base},
+        "rope_parameters": rope | {"rope_theta": config.rotary_base},
     }
 
 
 def two_rotaries_from_hf(
     hf: dict[str, Any], of_global: tuple[str, float], of_local: tuple[str, float]
 ) -> dict[str, Any]:
-    """Fields of models whose local layers turn otherwise: from `rope_parameters`, or older keys and their defaults."""
-    of = JsonObject(hf, "config.json")
-    whole, local = (of.object("rope_parameters").object(kind) for kind in ("full_attention", "sliding_attention"))
-    _check_whole(hf, whole, local)
+    """Returns the config fields of models with other angles in local layers, from `rope_parameters` or older keys."""
+    config = JsonObject(hf, "config.json")
+    full, local = (config.object("rope_parameters").object(kind) for kind in ("full_attention", "sliding_attention"))
+    _check_full_rotation(hf, full, local)
     if local.text("rope_type", "default") != "default":
         raise UserError(
-            f"config.json scales the rotary positions of local layers, by {local.values}; only global ones can be"
+            f"config.json scales the rotary positions of local layers, by {local.values}; only those of global layers "
+            f"can be scaled: choose another model"
         )
 
-    def base(said: JsonObject, key: str, default: float) -> float:
-        return said.number("rope_theta", of.number(key, default, 1e-6, 1e14), 1e-6, 1e14)
+    def base(rope: JsonObject, key: str, default: float) -> float:
+        return rope.number("rope_theta", config.number(key, default, 1e-6, 1e14), 1e-6, 1e14)
 
-    longest = of.integer("max_position_embeddings", 8192, 1, MOST)
+    longest = config.integer("max_position_embeddings", 8192, 1, MAX_INT)
     return {
-        "rotary_base": base(whole, *of_global),
+        "rotary_base": base(full, *of_global),
         "local_rotary_base": base(local, *of_local),
-        **rotary_from_hf(whole if "rope_type" in whole else of.object("rope_scaling"), longest),
+        **rotary_from_hf(full if "rope_type" in full else config.object("rope_scaling"), longest),
     }
 
 
 def two_rotaries_to_hf(config: ModelConfig, of_global: str, of_local: str) -> dict[str, Any]:
-    """The inverse of `two_rotaries_from_hf`, in both ways of saying it."""
+    """The inverse of `two_rotaries_from_hf`; writes both sets of keys."""
     local = config.rotary_base if config.local_rotary_base is None else config.local_rotary_base
-    said = rotary_to_hf(config)
+    rope = rotary_to_hf(config)
     return {
         of_global: config.rotary_base,
         of_local: local,
-        "rope_scaling": None if said == {"rope_type": "default"} else said,
+        "rope_scaling": None if rope == {"rope_type": "default"} else rope,
         "rope_parameters": {
-            "full_attention": said | {"rope_theta": config.rotary_base},
+            "full_attention": rope | {"rope_theta": config.rotary_base},
             "sliding_attention": {"rope_type": "default", "rope_theta": local},
         },
     }
@@ -204,12 +205,12 @@ _KINDS = {"full_attention": "global", "sliding_attention": "local"}
 
 
 def kinds_from_hf(hf: dict[str, Any], default: list[str]) -> dict[str, Any]:
-    """`layer_kinds` from `layer_types`, or from what older files mean."""
+    """Returns `layer_kinds` from `layer_types`; `default` are the kinds for files without this key."""
     kinds = hf.get("layer_types")
     if kinds is None:
         return {"layer_kinds": shortest(default) if default else ()}
     if not isinstance(kinds, list) or not set(kinds) <= _KINDS.keys() or len(kinds) != len(default):
-        raise UserError(f"config.json has layer_types {kinds}; known are {len(default)} of {list(_KINDS)}")
+        raise UserError(f"config.json has layer_types {kinds}; it must have {len(default)} of {list(_KINDS)}")
     return {"layer_kinds": shortest([_KINDS[kind] for kind in kinds])}
 
 
@@ -220,7 +221,7 @@ def kinds_to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def attention_biases(hf: dict[str, Any]) -> dict[str, Any]:
-    """`biases` from `attention_bias`."""
+    """Returns `biases` from `attention_bias`."""
     return {"biases": ("query_key_value", "out") if hf.get("attention_bias") else ()}
 
 
@@ -231,8 +232,8 @@ def _llama_from_hf(hf: dict[str, Any]) -> ModelConfig:
 
 
 def _llama_to_hf(config: ModelConfig) -> dict[str, Any]:
-    said = {"attention_bias": "out" in config.biases, "mlp_bias": "mlp" in config.biases}
-    return _TO_HF(config) | one_rotary_to_hf(config) | said
+    biases = {"attention_bias": "out" in config.biases, "mlp_bias": "mlp" in config.biases}
+    return _TO_HF(config) | one_rotary_to_hf(config) | biases
 
 
 def _mistral_from_hf(hf: dict[str, Any]) -> ModelConfig:
@@ -259,9 +260,9 @@ def _qwen_from_hf(hf: dict[str, Any]) -> ModelConfig:
 def _qwen_to_hf(config: ModelConfig) -> dict[str, Any]:
     local = "local" in config.layer_kinds
     kinds = kinds_to_hf(config)
-    said = {"use_sliding_window": local, "sliding_window": config.window if local else None}
-    said["max_window_layers"] = [*kinds["layer_types"], "sliding_attention"].index("sliding_attention")
-    return _TO_HF(config) | one_rotary_to_hf(config) | kinds | said
+    windows = {"use_sliding_window": local, "sliding_window": config.window if local else None}
+    windows["max_window_layers"] = [*kinds["layer_types"], "sliding_attention"].index("sliding_attention")
+    return _TO_HF(config) | one_rotary_to_hf(config) | kinds | windows
 
 
 def _qwen2_from_hf(hf: dict[str, Any]) -> ModelConfig:
@@ -328,18 +329,18 @@ FAMILY = Family(
 )
 
 
-def _like(name: str, presets: dict[str, ModelConfig], from_hf: Any, to_hf: Any) -> Family:
+def _variant(name: str, presets: dict[str, ModelConfig], from_hf: Any, to_hf: Any) -> Family:
     heads = {head: f"{name}{class_.removeprefix('Llama')}" for head, class_ in FAMILY.heads.items()}
     return FAMILY._replace(presets=presets, heads=heads, config_from_hf=from_hf, config_to_hf=to_hf)
 
 
-MISTRAL = _like(
+MISTRAL = _variant(
     "Mistral",
     {"mistral-7b": _llama(32, 4096, 14336, 32, 8, layer_kinds=("local",), window=4096, max_length=32768)},
     _mistral_from_hf,
     _mistral_to_hf,
 )
-QWEN_2 = _like(
+QWEN_2 = _variant(
     "Qwen2",
     {
         "qwen2.5-0.5b": _llama(24, 896, 4864, 14, 2, **_QWEN_2 | {"tied_embeddings": True}),
@@ -348,7 +349,7 @@ QWEN_2 = _like(
     _qwen2_from_hf,
     _qwen_to_hf,
 )
-QWEN_3 = _like(
+QWEN_3 = _variant(
     "Qwen3",
     {
         "qwen3-0.6b": _llama(28, 1024, 3072, 16, 8, **_QWEN_3 | {"tied_embeddings": True}),

@@ -1,15 +1,15 @@
-"""Marian and the translation models of OPUS-MT (Junczys-Dowmunt et al. 2018): a BART with sinusoids, as in the original
-Transformer, and without a norm of the embeddings."""
+"""Marian and the translation models of OPUS-MT (Junczys-Dowmunt et al. 2018): a BART with sinusoidal positions and
+without a norm of the embeddings."""
 
 from __future__ import annotations
 
 import dataclasses
 
 from jaxlm.families import bart
-from jaxlm.hub.convert import Key, keyed
+from jaxlm.hub.convert import Key, key_conversion
 
 _START = Key("decoder_start_token_id", "start_token", 58100)
-_FROM_HF, _TO_HF = keyed(
+_FROM_HF, _TO_HF = key_conversion(
     keys=(*bart.KEYS, _START),
     fixed=bart.FIXED | {"positions": "sinusoidal", "position_offset": 0, "embedding_norm": False},
     only=bart.ONLY | {"share_encoder_decoder_embeddings": True},

@@ -1,4 +1,4 @@
-"""ModernBERT (Warner et al. 2024): rotary positions, global and local layers in turn, gated MLPs, no biases."""
+"""ModernBERT (Warner et al. 2024): rotary positions, alternating global and local layers, gated MLPs, no biases."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jaxlm.hub.convert import (
     Rule,
     bias_query_key_value,
     halves,
-    keyed,
+    key_conversion,
     linear_gate_up,
     linear_heads_in,
     linear_query_key_value,
@@ -38,7 +38,7 @@ _FIXED: dict[str, Any] = {
     "mlp_out_dropout": 0.0,
 }
 
-_FROM_HF, _TO_HF = keyed(
+_FROM_HF, _TO_HF = key_conversion(
     keys=(
         Key("vocab_size", "vocabulary"),
         Key("max_position_embeddings", "max_length", 8192),
@@ -73,13 +73,13 @@ _BIASES: dict[str, tuple[Bias, ...]] = {  # key of config.json -> our biases
 def _config_from_hf(hf: dict[str, Any]) -> ModelConfig:
     config = _FROM_HF(hf)
     scaling = JsonObject(hf, "config.json").object("rope_scaling").values
-    if scaling.get("rope_type", scaling.get("type", "default")) != "default":  # holds for local layers too
+    if scaling.get("rope_type", scaling.get("type", "default")) != "default":  # it would also apply to local layers
         raise UserError(
             f"config.json scales the rotary positions of all layers, by rope_scaling {scaling}; only those of global "
             f"layers can be scaled, by rope_parameters: choose another model"
         )
-    every = hf.get("global_attn_every_n_layers", 3)
-    kinds = ["local" if i % every else "global" for i in range(config.layers)]
+    period = hf.get("global_attn_every_n_layers", 3)
+    kinds = ["local" if i % period else "global" for i in range(config.layers)]
     return dataclasses.replace(
         config,
         biases=(*(bias for key, biases in _BIASES.items() if hf.get(key, False) for bias in biases), "classes"),
@@ -90,11 +90,11 @@ def _config_from_hf(hf: dict[str, Any]) -> ModelConfig:
 
 
 def _config_to_hf(config: ModelConfig) -> dict[str, Any]:
-    said = _TO_HF(config) | {key: set(biases) <= set(config.biases) for key, biases in _BIASES.items()}
+    values = _TO_HF(config) | {key: set(biases) <= set(config.biases) for key, biases in _BIASES.items()}
     rotary = llama.two_rotaries_to_hf(config, "global_rope_theta", "local_rope_theta")
-    # rope_scaling would hold for local layers too; rope_parameters has that of global ones.
+    # rope_scaling would also apply to local layers; rope_parameters contains the scaling of global layers.
     rotary |= {"local_attention": 2 * (config.window - 1), "rope_scaling": None}
-    return said | llama.kinds_to_hf(config) | rotary
+    return values | llama.kinds_to_hf(config) | rotary
 
 
 def _modernbert(layers: int, width: int, mlp_width: int) -> ModelConfig:

@@ -1,5 +1,5 @@
-"""RoBERTa (Liu et al. 2019) and XLM-RoBERTa (Conneau et al. 2020): BERT with positions that pass over padding, and a
-classifier with a projection of its own."""
+"""RoBERTa (Liu et al. 2019) and XLM-RoBERTa (Conneau et al. 2020): BERT with positions that skip padding, and a
+classifier with a separate projection."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 
 from jaxlm.config import ModelConfig
 from jaxlm.families import bert
-from jaxlm.hub.convert import Family, Key, keyed, projection
+from jaxlm.hub.convert import Family, Key, key_conversion, projection
 
 _FIXED = bert.FIXED | {"transform_activation": "gelu"}
-TWICE = Key("classifier_dropout", "classes_input_dropout", None)  # before the classifier's projection too
-_FROM_HF, _TO_HF = keyed((TWICE, *bert.KEYS), _FIXED, bert.ONLY)
+TWICE = Key("classifier_dropout", "classes_input_dropout", None)  # also before the classifier's projection
+_FROM_HF, _TO_HF = key_conversion((TWICE, *bert.KEYS), _FIXED, bert.ONLY)
 
 
 def _config_from_hf(hf: dict[str, Any]) -> ModelConfig:
-    # Tokens are at 1 + padding_token and up, padding itself is at padding_token.
+    # Positions of tokens start at 1 + padding_token; padding has the position padding_token.
     config, padding = _FROM_HF(hf), hf.get("pad_token_id", 1)
     return dataclasses.replace(
         config, padding_token=padding, position_offset=padding + 1, max_length=config.max_length - padding - 1
@@ -24,8 +24,8 @@ def _config_from_hf(hf: dict[str, Any]) -> ModelConfig:
 
 
 def _config_to_hf(config: ModelConfig) -> dict[str, Any]:
-    said = bert.with_types(_TO_HF(config))
-    return said | {
+    values = bert.with_types(_TO_HF(config))
+    return values | {
         "max_position_embeddings": config.max_length + config.position_offset,
         "pad_token_id": max(0, config.position_offset - 1),
     }

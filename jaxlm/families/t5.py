@@ -1,4 +1,4 @@
-"""T5 (Raffel et al. 2020), T5 v1.1, Flan-T5 and mT5 (Xue et al. 2021), and the encoder alone."""
+"""T5 (Raffel et al. 2020), T5 v1.1, Flan-T5 and mT5 (Xue et al. 2021), also without the decoder."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import dataclasses
 from typing import Any
 
 from jaxlm.config import ModelConfig
-from jaxlm.errors import UserError, perhaps
-from jaxlm.hub.convert import ACTIVATIONS, Family, Key, Rule, attention, keyed, linear, norm, projection
+from jaxlm.errors import UserError, suggestion
+from jaxlm.hub.convert import ACTIVATIONS, Family, Key, Rule, attention, key_conversion, linear, norm, projection
 
 _FIXED: dict[str, Any] = {
     "structure": "encoder_decoder",
@@ -24,7 +24,7 @@ _FIXED: dict[str, Any] = {
     "final_dropout": None,
 }
 
-_FROM_HF, _TO_HF = keyed(
+_FROM_HF, _TO_HF = key_conversion(
     keys=(
         Key("vocab_size", "vocabulary"),
         Key("n_positions", "max_length", 512),
@@ -51,17 +51,17 @@ def _from_hf(hf: dict[str, Any], mlp: str) -> ModelConfig:
     gate, _, activation = hf.get("feed_forward_proj", mlp).rpartition("-")
     if gate not in ("", "gated") or activation not in ACTIVATIONS:
         raise UserError(
-            f"config.json has feed_forward_proj {hf['feed_forward_proj']!r}{perhaps(activation, ACTIVATIONS)}"
+            f"config.json has feed_forward_proj {hf['feed_forward_proj']!r}{suggestion(activation, ACTIVATIONS)}"
         )
-    # "gated-gelu" has always meant the approximation by tanh.
+    # "gated-gelu" is the approximation with tanh.
     activation = "gelu_new" if (gate, activation) == ("gated", "gelu") else activation
-    alone = "T5EncoderModel" in str(hf.get("architectures"))
-    said: dict[str, Any] = {"feed_forward": gate or "dense", "activation": ACTIVATIONS[activation]}
-    return dataclasses.replace(config, structure="encoder" if alone else "encoder_decoder", **said)
+    encoder_only = "T5EncoderModel" in str(hf.get("architectures"))
+    values: dict[str, Any] = {"feed_forward": gate or "dense", "activation": ACTIVATIONS[activation]}
+    return dataclasses.replace(config, structure="encoder" if encoder_only else "encoder_decoder", **values)
 
 
 def _t5_from_hf(hf: dict[str, Any]) -> ModelConfig:
-    # v1.1, whose files say that embeddings are not tied, does without the scale.
+    # v1.1 does not scale; its files define untied embeddings.
     scaled = hf.get("scale_decoder_outputs", hf.get("tie_word_embeddings", True))
     return dataclasses.replace(_from_hf(hf, "relu"), scale_logits=scaled)
 
@@ -76,14 +76,14 @@ def _mt5_to_hf(config: ModelConfig) -> dict[str, Any]:
     if config.feed_forward == "gated":
         activation = "gated-gelu" if config.activation == "gelu_tanh" else f"gated-{activation}"
     start = 0 if config.start_token is None else config.start_token
-    said = {"feed_forward_proj": activation, "is_encoder_decoder": True, "decoder_start_token_id": start}
+    values = {"feed_forward_proj": activation, "is_encoder_decoder": True, "decoder_start_token_id": start}
     if config.decoder_layers is None:
-        said["num_decoder_layers"] = config.layers
-    return _TO_HF(config) | said | {"tie_word_embeddings": config.tied_embeddings}
+        values["num_decoder_layers"] = config.layers
+    return _TO_HF(config) | values | {"tie_word_embeddings": config.tied_embeddings}
 
 
 def _t5_to_hf(config: ModelConfig) -> dict[str, Any]:
-    # Older readers tell both the scale and the tie by the one key.
+    # Older readers derive both the scale and the tying from one key.
     return _mt5_to_hf(config) | {
         "tie_word_embeddings": config.scale_logits,
         "scale_decoder_outputs": config.scale_logits,
@@ -139,7 +139,7 @@ FAMILY = Family(
     prefix="",
     config_from_hf=_t5_from_hf,
     config_to_hf=_t5_to_hf,
-    # The last was written by mistake: cross-attention has no positions.
+    # Published files contain this tensor by mistake: cross-attention has no positions.
     buffers=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
     copies={
         "encoder.embed_tokens.weight": "shared.weight",

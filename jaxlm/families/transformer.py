@@ -1,7 +1,7 @@
-"""The encoder-decoder of Vaswani et al. (2017), table 3, and a tiny one of the same kind.
+"""The encoder-decoder of Vaswani et al. (2017), table 3, and a tiny model of the same kind.
 
-No other format has the first two: they are saved in jaxlm's own.  The tiny one begins its targets with a token and has
-a bias of the logits, as Marian's models do, and is saved as one of them.
+No family supports the first two, which are saved in jaxlm's own format. The tiny model has a start token and a bias of
+the logits like Marian's models, and is saved as one of them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ def _transformer(width: int, heads: int, dropout: float, **fields: Any) -> Model
     shared: dict[str, Any] = {
         "structure": "encoder_decoder",
         "heads_on_top": ("lm",),
-        "vocabulary": 37000,  # of English-German
+        "vocabulary": 37000,  # for English-German
         "layers": 6,
         "activation": "relu",
         "norm_place": "post",
@@ -30,7 +30,7 @@ def _transformer(width: int, heads: int, dropout: float, **fields: Any) -> Model
 PRESETS = {
     "transformer-base": _transformer(512, 8, 0.1),
     "transformer-big": _transformer(1024, 16, 0.3),
-    # Of Wu et al. (2021), "Good for misconceived reasons", for Multi30k.
+    # From Wu et al. (2021), "Good for misconceived reasons", for Multi30k.
     "transformer-tiny": _transformer(
         128, 4, 0.3, layers=4, mlp_width=256, vocabulary=10000, start_token=0, biases=(*ENCODER_BIASES, "lm")
     ),

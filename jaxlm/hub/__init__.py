@@ -1,10 +1,10 @@
-"""Checkpoints from outside.
+"""Checkpoints in the formats of Hugging Face.
 
-convert       two-way tables of the names of tensors: import, export, and the report of what does not fit
-safetensors   folders of safetensors files
-model_files   small files of a model's folder
-pooling       how sentence-transformers' files declare embeddings
-quantization  quantised checkpoints, which are refused by name
-place         tensors of files to the shards that need them
-download      models of the Hugging Face hub, as local folders
+convert       two-way conversion tables: import, export, and reports of missing and unexpected tensors
+safetensors   reading and writing folders of safetensors files
+model_files   reading the small files of a model's folder
+pooling       the embedding settings of sentence-transformers
+quantization  detection of quantised checkpoints, which are refused
+place         loading of tensors onto devices, shard by shard
+download      downloads from the Hugging Face hub
 """

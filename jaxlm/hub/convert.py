@@ -1,7 +1,8 @@
-"""A family is a two-way table: from it follow import, export, the strict report of what does not fit, and the tests.
+"""Two-way conversion between the files of Hugging Face and our parameters and configs.
 
-A `Rule` ties a tensor of a file to leaves of our parameter tree; its `Layout` is a pair of functions, inverse of each
-other.  A `Key` does the same for `config.json` and `ModelConfig`.
+A `Family` is a table from which import, export and the report of missing and unexpected tensors are derived. A `Rule`
+maps a tensor of a file to leaves of the parameter tree; its `Layout` is a pair of inverse functions. A `Key` maps a key
+of `config.json` to a field of `ModelConfig`.
 """
 
 from __future__ import annotations
@@ -15,22 +16,22 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxlm.config import DROPOUT_SITES, Head, ModelConfig
-from jaxlm.errors import UserError, perhaps
+from jaxlm.errors import UserError, suggestion
 from jaxlm.hub.safetensors import Pending
 
 
 class Layout(NamedTuple):
-    """How one layer's tensor lies in the file and in ours: pure moves of entries, inverse of each other.
+    """A pair of inverse functions between a tensor of the file and our arrays, for one layer; they only move entries.
 
-    to_ours(config, tensor) gives one array, or a tuple of them for a rule that splits; to_hf(config, *arrays) joins.
+    `to_ours(config, tensor)` returns an array, or a tuple of arrays; `to_hf(config, *arrays)` returns the tensor.
     """
 
     to_ours: Callable[..., Any]
     to_hf: Callable[..., np.ndarray]
 
 
-# Shapes are in the letters of `jaxlm.nn`, I and O for what a projection reads and writes: ours <-> the file.  H stands
-# for K in keys and values.  "linear" is torch's Linear, stored [O, I]; "conv" is GPT-2's Conv1D, stored [I, O].
+# Comments give shapes in the letters of `jaxlm.nn`, as ours <-> file; I and O are inputs and outputs of a projection,
+# and H is K for keys and values. "linear" is torch's Linear, stored as [O, I]; "conv" is GPT-2's Conv1D, [I, O].
 same = Layout(lambda config, x: x, lambda config, x: x)
 linear = Layout(lambda config, x: x.T, lambda config, x: x.T)  # [I, O] <-> [O, I]
 linear_heads_out = Layout(  # [D, H, C] <-> [HC, D]
@@ -79,10 +80,20 @@ one_row = Layout(lambda config, x: x[0], lambda config, x: x[None])  # [V] <-> [
 
 
 class Rule(NamedTuple):
-    """A tensor of the file and the leaves that it holds, `{i}` in `hf` being the stacked layer axis of ours.
+    """A tensor of the file and the leaves that it contains.
 
-    It applies where all of `ours`, and the leaf `where` if named, exist in the parameter tree, and the leaf `unless`
-    does not, so that one table serves every choice.
+    The rule applies if all leaves in `ours`, and the leaf `where`, if given, are in the parameter tree, and the leaf
+    `unless` is not, so that one table covers all variants of a model.
+
+    Attributes:
+        hf: the name of the tensor; `{i}` is the index along the stacked layer axis of the leaves.
+        ours: the path of the leaf, or of several leaves.
+        layout: the conversion.
+        where: a leaf that must exist.
+        unless: a leaf that must not exist.
+        first: the first layer with this tensor; the leaf is 1, without effect, in earlier layers.
+        idle: whether transformers stores this tensor but computes with another one for the same leaf. Idle tensors are
+            written, but not read.
     """
 
     hf: str
@@ -90,37 +101,37 @@ class Rule(NamedTuple):
     layout: Layout = same
     where: str | None = None
     unless: str | None = None
-    first: int = 0  # the first layer that has it; a leaf's rows before are of no effect, and 1
-    idle: bool = False  # transformers keeps the tensor and computes with another of the same leaf: written, not read
+    first: int = 0
+    idle: bool = False
 
     @property
     def leaves(self) -> tuple[str, ...]:
-        """The leaves that it holds."""
+        """The paths of the leaves."""
         return (self.ours,) if isinstance(self.ours, str) else self.ours
 
     def config(self, config: ModelConfig) -> ModelConfig:
-        """The config as the stack of its leaves has it."""
-        return config.of_decoder if self.leaves[0].startswith("decoder/") else config
+        """Returns the config of the stack to which the leaves belong."""
+        return config.decoder_config if self.leaves[0].startswith("decoder/") else config
 
     def names(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[int, str]:
-        """Its tensors in the file, by layer where there is `{i}`, else one under 0."""
+        """Returns the names of the tensors in the file by layer; without `{i}`, a single name with the key 0."""
         if "{i}" not in self.hf:
             return {0: self.hf}
         return {i: self.hf.format(i=i) for i in range(self.first, shapes[self.leaves[0]][0])}
 
 
 def projection(hf: str, ours: str, kernel: Layout = linear, bias: Layout = same) -> tuple[Rule, Rule]:
-    """A Linear of torch."""
+    """Returns the rules for a Linear of torch."""
     return Rule(f"{hf}.weight", f"{ours}/kernel", kernel), Rule(f"{hf}.bias", f"{ours}/bias", bias)
 
 
 def norm(hf: str, ours: str) -> tuple[Rule, Rule]:
-    """A norm, with the bias if it has one."""
+    """Returns the rules for a norm with an optional bias."""
     return Rule(f"{hf}.weight", f"{ours}/scale"), Rule(f"{hf}.bias", f"{ours}/bias")
 
 
 def attention(hf: str, ours: str, query: str, key: str, value: str, out: str) -> tuple[Rule, ...]:
-    """The projections of an attention, by their names after `hf`."""
+    """Returns the rules for the projections of an attention; their names in the file follow the prefix `hf`."""
     inputs = ((query, "query"), (key, "key"), (value, "value"))
     return (
         *(
@@ -133,43 +144,71 @@ def attention(hf: str, ours: str, query: str, key: str, value: str, out: str) ->
 
 
 class Family(NamedTuple):
-    """A file format: how it says a config and its tensors.  Tensor names are those of a model with a head."""
+    """A file format: the conversion of configs and tensors.
+
+    Attributes:
+        presets: configs of published models by name.
+        rules: the conversion of tensors, with the names in a model with a head.
+        heads: supported sets of heads -> the class of transformers; the empty tuple is the model without a head.
+        prefix: prefix of the names of all tensors below the head; files of a model without a head omit it.
+        config_from_hf: converts the values of config.json, except heads and labels, which are common to all families.
+        config_to_hf: the inverse of `config_from_hf`.
+        buffers: names of tensors that a file may contain but a model does not need; * matches anything.
+        copies: tensors that repeat another tensor if the model ties them -> that other tensor.
+        renames: suffixes of names in old files -> current suffixes.
+        encoder: the class of transformers for the encoder of an encoder-decoder without its decoder.
+        ties: whether config.json defines if embeddings are tied; otherwise the tensors do.
+        naming: keys of config.json with which transformers names tensors as in the rules.
+        module: the class of the Linen module; None: Transformer.
+    """
 
     presets: dict[str, ModelConfig]
     rules: tuple[Rule, ...]
-    heads: dict[tuple[Head, ...], str]  # head sets that the format has -> its class in transformers; (): the body
-    prefix: str  # of the body's tensors; files may leave it out, and do where there is only a body
-    config_from_hf: Callable[[dict[str, Any]], ModelConfig]  # all but heads and labels, which are read alike for all
+    heads: dict[tuple[Head, ...], str]
+    prefix: str
+    config_from_hf: Callable[[dict[str, Any]], ModelConfig]
     config_to_hf: Callable[[ModelConfig], dict[str, Any]]
-    buffers: tuple[str, ...] = ()  # tensors that a file may hold and a model does not need; * is anything
-    copies: Mapping[str, str] = {}  # tensors that repeat another where the model ties them -> that other
-    renames: Mapping[str, str] = {}  # endings of names in old files -> those of today
-    encoder: str | None = None  # class in transformers of the encoder alone
-    ties: bool = True  # whether config.json tells if embeddings are tied; else the tensors do
-    naming: Mapping[str, Any] = {}  # keys of config.json that say that tensors are named as in the rules
-    module: Any = None  # the class of Linen module that computes it; None: Transformer
+    buffers: tuple[str, ...] = ()
+    copies: Mapping[str, str] = {}
+    renames: Mapping[str, str] = {}
+    encoder: str | None = None
+    ties: bool = True
+    naming: Mapping[str, Any] = {}
+    module: Any = None
 
 
 def to_ours(family: Family, config: ModelConfig, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameter tree, numpy arrays in the file's dtype.  Raises UserError where the tensors are not exactly those
-    of `config`: missing, unexpected, or of another shape."""
-    refuse(hf_shapes(family, config), {name: tuple(x.shape) for name, x in tensors.items()}, "tensors of the file")
+    """Returns the parameter tree as NumPy arrays in the dtypes of the file.
+
+    Raises:
+        UserError: if tensors are missing, are unexpected, or have another shape than `config` requires.
+    """
+    check_shapes(
+        hf_shapes(family, config), {name: tuple(x.shape) for name, x in tensors.items()}, "tensors of the file"
+    )
     return nested({path: reader.read(config, tensors) for path, reader in readers(family, config).items()})
 
 
 class Reader(NamedTuple):
-    """Reads one leaf, or a part of it, from the tensors of a file."""
+    """Reads one leaf, or a part of it, from the tensors of a file.
+
+    Attributes:
+        rule: the rule for the leaf.
+        which: index of the leaf in `rule.leaves`.
+        names: names of the tensors, by layer.
+        shape: shape of the leaf.
+    """
 
     rule: Rule
-    which: int  # of the rule's leaves
+    which: int
     names: dict[int, str]
     shape: tuple[int, ...]
 
     def read(self, config: ModelConfig, tensors: Mapping[str, Any], index: Any = (), dtype: Any = None) -> np.ndarray:
-        """The leaf at `index` (slices), in `dtype`, or the file's.  No more than one tensor is read at a time."""
+        """Returns the slices `index` of the leaf in `dtype`, or in the file's dtype; it reads one tensor at a time."""
         index = (*index, *[slice(None)] * (len(self.shape) - len(index)))
-        kept = dtype or next((tensors[name].dtype for name in self.names.values()), np.dtype(np.float32))
-        leaf = np.empty([len(range(n)[part]) for n, part in zip(self.shape, index, strict=True)], kept)
+        leaf_dtype = dtype or next((tensors[name].dtype for name in self.names.values()), np.dtype(np.float32))
+        leaf = np.empty([len(range(n)[part]) for n, part in zip(self.shape, index, strict=True)], leaf_dtype)
         if "{i}" not in self.rule.hf:
             self._fill(leaf, config, tensors[self.names[0]], index)
             return leaf
@@ -181,73 +220,84 @@ class Reader(NamedTuple):
         return leaf
 
     def _fill(self, part: np.ndarray, config: ModelConfig, tensor: Any, index: tuple[slice, ...]) -> None:
-        """Copies from a tensor, which is read no further than it is indexed."""
+        """Copies from a tensor; only the indexed entries are read."""
         mapped = hasattr(tensor, "release")
-        found = self.rule.layout.to_ours(self.rule.config(config), tensor.view() if mapped else np.asarray(tensor))
-        part[...] = (found[self.which] if isinstance(self.rule.ours, tuple) else found)[index]
+        arrays = self.rule.layout.to_ours(self.rule.config(config), tensor.view() if mapped else np.asarray(tensor))
+        part[...] = (arrays[self.which] if isinstance(self.rule.ours, tuple) else arrays)[index]
         if mapped:
             tensor.release()
 
 
 def readers(family: Family, config: ModelConfig) -> dict[str, Reader]:
-    """Path of each leaf of the parameter tree -> what reads it."""
+    """Returns the reader of each leaf of the parameter tree by path."""
     shapes = tree_shapes(config, family.module)
-    found: dict[str, Reader] = {}
+    result: dict[str, Reader] = {}
     for rule in _applying(family.rules, shapes):
         if not rule.idle:
-            found |= {p: Reader(rule, which, rule.names(shapes), shapes[p]) for which, p in enumerate(rule.leaves)}
-    return found
+            result |= {p: Reader(rule, which, rule.names(shapes), shapes[p]) for which, p in enumerate(rule.leaves)}
+    return result
 
 
 def sources(family: Family, config: ModelConfig) -> dict[str, str]:
-    """Path of each leaf -> the tensor that it is read from, `{i}` being the layer."""
+    """Returns the name of the tensor that each leaf is read from, by path; `{i}` is the layer."""
     return {path: reader.rule.hf for path, reader in readers(family, config).items()}
 
 
 def idle(family: Family, config: ModelConfig) -> set[str]:
-    """The file's tensors that are written and not read."""
+    """Returns the names of the tensors that are written, but not read."""
     shapes = tree_shapes(config, family.module)
     return {name for rule in _applying(family.rules, shapes) if rule.idle for name in rule.names(shapes).values()}
 
 
 def to_hf(family: Family, config: ModelConfig, params: Mapping[str, Any]) -> dict[str, Pending]:
-    """The file's tensors, each made when it is written.  Raises UserError where `params` is not of `config`."""
+    """Returns the tensors of the file, which are computed when they are written.
+
+    Raises:
+        UserError: if `params` do not have the shapes that `config` requires.
+    """
     shapes, leaves = tree_shapes(config, family.module), flat(params)
-    refuse(shapes, {path: tuple(leaf.shape) for path, leaf in leaves.items()}, "parameters")
+    check_shapes(shapes, {path: tuple(leaf.shape) for path, leaf in leaves.items()}, "parameters")
     expected, tensors = hf_shapes(family, config), dict[str, Pending]()
     for rule in _applying(family.rules, shapes):
         parts = [leaves[path] for path in rule.leaves]
         for i, name in rule.names(shapes).items():
-            make = partial(_joined, rule, config, parts, i)
+            make = partial(_join_layer, rule, config, parts, i)
             tensors[name] = Pending(expected[name], np.dtype(parts[0].dtype), make)
     return tensors
 
 
-def _joined(rule: Rule, config: ModelConfig, leaves: list[Any], layer: int) -> np.ndarray:
+def _join_layer(rule: Rule, config: ModelConfig, leaves: list[Any], layer: int) -> np.ndarray:
     return rule.layout.to_hf(
         rule.config(config), *(np.asarray(leaf[layer] if "{i}" in rule.hf else leaf) for leaf in leaves)
     )
 
 
 class Canonical(NamedTuple):
-    """A file's tensors under the names of its family's rules."""
+    """The tensors of a file by their names in the family's rules.
+
+    Attributes:
+        tensors: tensors by their names in the rules.
+        names: name in the file -> name in the rules; for a copy, the name of its original.
+        buffers: tensors that the family declares as buffers, by their names in the file.
+    """
 
     tensors: dict[str, Any]
-    names: dict[str, str]  # name in the file -> the rules' name; of a copy, that of its original
-    buffers: dict[str, Any]  # what the family declares as such, by its name in the file
+    names: dict[str, str]
+    buffers: dict[str, Any]
 
 
 def canonical(family: Family, config: ModelConfig, tensors: Mapping[str, Any]) -> Canonical:
-    """Renames the tensors, and sets aside what the family declares as buffer or copy.
+    """Renames the tensors of a file, and separates buffers and copies.
 
-    Raises UserError for two tensors of one name, and for a copy that differs from its original.
+    Raises:
+        UserError: if two tensors have the same name, or if a copy differs from its original.
     """
     shapes = tree_shapes(config, family.module)
     rules = _applying(family.rules, shapes)
     expected = {name for rule in rules for name in rule.names(shapes).values()}
     buffer = any_of(family.buffers)
     known = any_of([*(rule.hf for rule in family.rules), *family.copies])
-    found = Canonical({}, {}, {})
+    result = Canonical({}, {}, {})
     for written, tensor in tensors.items():
         name = written
         for old, new in family.renames.items():
@@ -255,55 +305,61 @@ def canonical(family: Family, config: ModelConfig, tensors: Mapping[str, Any]) -
         full = family.prefix + name
         name = full if known.fullmatch(full) or buffer.fullmatch(full) else name
         if buffer.fullmatch(name) and name not in expected:
-            found.buffers[written] = tensor
+            result.buffers[written] = tensor
             continue
-        if name in found.tensors:
-            raise UserError(f"two tensors stand for {name}, one of them {written}; remove one from the file")
-        found.tensors[name], found.names[written] = tensor, name
-    vocabulary = ("lm_head/kernel", "masked_lm_head/vocabulary/kernel")  # of an untied model no copies
+        if name in result.tensors:
+            raise UserError(f"the file contains {name} twice, once as {written}; remove one of them from the file")
+        result.tensors[name], result.names[written] = tensor, name
+    vocabulary = ("lm_head/kernel", "masked_lm_head/vocabulary/kernel")  # not copies in an untied model
     own = set() if config.tied_embeddings else {rule.hf for rule in family.rules if rule.ours in vocabulary}
     for copy, original in family.copies.items():
-        if copy in found.tensors and copy not in expected and copy not in own:
-            tensor = found.tensors.pop(copy)
-            # A writer that drops shared memory may have kept either name.
-            if not equal(tensor, found.tensors.setdefault(original, tensor)):
+        if copy in result.tensors and copy not in expected and copy not in own:
+            tensor = result.tensors.pop(copy)
+            # A writer that stores shared memory once may have kept either name.
+            if not equal(tensor, result.tensors.setdefault(original, tensor)):
                 raise UserError(
-                    f"{copy} differs from {original}, of which it is a copy in this model; remove one from the file, "
-                    f"or set tie_word_embeddings to false in config.json if the model keeps both"
+                    f"{copy} differs from {original}, but must be a copy of it in this model; remove one of them, "
+                    f"or set tie_word_embeddings to false in config.json if the model has both"
                 )
-            found.names.update({written: original for written, name in found.names.items() if name == copy})
-    return found
+            result.names.update({written: original for written, name in result.names.items() if name == copy})
+    return result
 
 
 def any_of(names: Iterable[str]) -> re.Pattern[str]:
-    """Matches each of the names, `{i}` being any number and `*` anything."""
+    """Returns a pattern that matches each of the names; `{i}` matches any number, and `*` anything."""
     parts = (re.escape(name).replace(r"\{i\}", r"\d+").replace(r"\*", ".*") for name in names)
     return re.compile("|".join(parts) or "(?!)")
 
 
 def equal(a: Any, b: Any) -> bool:
-    """Whether two tensors hold the same bytes, read a part at a time."""
+    """Returns whether two tensors have the same bytes; they are read in chunks."""
     if a is b or tuple(a.shape) != tuple(b.shape) or not a.shape:
         return a is b or (tuple(a.shape) == tuple(b.shape) and np.asarray(a).tobytes() == np.asarray(b).tobytes())
     return all(a[i : i + 1024].tobytes() == b[i : i + 1024].tobytes() for i in range(0, a.shape[0], 1024))
 
 
-MOST_LINES = 40  # of a message about weights and a config that do not belong to each other
+MAX_LINES = 40  # in a message about weights that do not match the config
 
 
-def refuse(expected: Mapping[str, tuple], found: Mapping[str, tuple], what: str) -> None:
-    """Raises UserError that lists both sides, names and shapes, `MOST_LINES` of them, unless they are equal."""
+def check_shapes(expected: Mapping[str, tuple], found: Mapping[str, tuple], what: str) -> None:
+    """Raises UserError with the differences of two dicts from names to shapes, unless they are equal.
+
+    Args:
+        expected: the shapes that the config requires.
+        found: the actual shapes.
+        what: the kind of arrays, for the message.
+    """
     if lines := difference(expected, found):
-        more = [f"... and {len(lines) - MOST_LINES:,} more"] if len(lines) > MOST_LINES else []
+        more = [f"... and {len(lines) - MAX_LINES:,} more"] if len(lines) > MAX_LINES else []
         raise UserError(
-            f"the {what} do not fit the model config (- missing, + unexpected), {len(lines)} lines:\n  "
-            + "\n  ".join(lines[:MOST_LINES] + more)
-            + "\nchange the config, or give the weights that belong to it"
+            f"the {what} do not match the model config (- missing, + unexpected), {len(lines)} lines:\n  "
+            + "\n  ".join(lines[:MAX_LINES] + more)
+            + "\nchange the config, or use the weights that belong to it"
         )
 
 
 def difference(expected: Mapping[str, tuple], found: Mapping[str, tuple]) -> list[str]:
-    """`- name shape` for what is missing, `+ name shape` for what is unexpected, sorted by name."""
+    """Returns lines `- name shape` for missing and `+ name shape` for unexpected names, sorted by name."""
     sides = [(name, "-", shape) for name, shape in expected.items() - found.items()]
     sides += [(name, "+", shape) for name, shape in found.items() - expected.items()]
     return [
@@ -314,27 +370,27 @@ def difference(expected: Mapping[str, tuple], found: Mapping[str, tuple]) -> lis
 
 @lru_cache
 def tree_shapes(config: ModelConfig, module: Any = None) -> dict[str, tuple[int, ...]]:
-    """Path -> shape of each leaf of the parameter tree of `module(config)`, by default a Transformer's."""
-    import jax  # here, so that presets can be listed without it
+    """Returns the shape of each leaf of the parameters of `module(config)` by path; None: a Transformer."""
+    import jax  # not at the top, so that listing presets does not import it
 
     from jaxlm.nn import transformer
 
-    made = (module or transformer.Transformer)(config)
-    tree = jax.eval_shape(lambda: transformer.init(made, jax.random.key(0)))
+    instance = (module or transformer.Transformer)(config)
+    tree = jax.eval_shape(lambda: transformer.init(instance, jax.random.key(0)))
     return {path: leaf.shape for path, leaf in flat(tree).items()}
 
 
 def hf_shapes(family: Family, config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of each tensor of the file.  Raises ValueError for a leaf that no rule holds."""
-    shapes, held = tree_shapes(config, family.module), set[str]()
+    """Returns the shape of each tensor of the file by name; raises ValueError if a leaf has no rule."""
+    shapes, covered = tree_shapes(config, family.module), set[str]()
     expected: dict[str, tuple[int, ...]] = {}
     for rule in _applying(family.rules, shapes):
-        held.update(rule.leaves)
-        # One False, seen as the whole leaf (of one layer): the layout itself tells the shape, without its memory.
+        covered.update(rule.leaves)
+        # A broadcast scalar has the shape of the leaf (of one layer) without its memory; the layout converts the shape.
         layer = [np.broadcast_to(np.False_, shapes[path][1 if "{i}" in rule.hf else 0 :]) for path in rule.leaves]
         expected |= dict.fromkeys(rule.names(shapes).values(), rule.layout.to_hf(rule.config(config), *layer).shape)
-    if missing := shapes.keys() - held:
-        raise ValueError(f"no rule holds {sorted(missing)}; add one to the family's table")
+    if missing := shapes.keys() - covered:
+        raise ValueError(f"there is no rule for {sorted(missing)}; add one to the family's table")
     return expected
 
 
@@ -347,7 +403,7 @@ def _applying(rules: tuple[Rule, ...], shapes: Mapping[str, Any]) -> Iterator[Ru
 
 
 def flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Path -> leaf of a tree of dictionaries."""
+    """Returns the leaves of a tree of dictionaries by path."""
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
         leaves |= flat(value, f"{above}{key}/") if isinstance(value, Mapping) else {above + key: value}
@@ -355,7 +411,7 @@ def flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 
 
 def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `flat`."""
+    """Returns the tree of dictionaries for leaves by path; the inverse of `flat`."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
         *above, last = path.split("/")
@@ -367,7 +423,7 @@ def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 
 REQUIRED = object()
-# What transformers calls an activation; the first name of each is the one that is written.
+# Name of an activation in transformers -> ours; the first name for each is the one that is written.
 ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
@@ -379,13 +435,19 @@ ACTIVATIONS = {
 }
 
 
-# Fields that are None where they are as another field, whatever way the file says it.
+# Fields -> the field that they default to: if both are equal in a file, the first is set to None.
 _FOLLOWING = {"decoder_heads": "heads", "decoder_mlp_width": "mlp_width", **dict.fromkeys(DROPOUT_SITES, "dropout")}
 
 
 class Key(NamedTuple):
-    """A key of `config.json`, the field that it says, transformers' value where it is absent, and, for a closed choice,
-    the format's values -> ours."""
+    """A key of `config.json`.
+
+    Attributes:
+        hf: the key.
+        ours: the field of ModelConfig.
+        default: the default of transformers if the key is missing.
+        values: for a closed choice, the format's values -> ours.
+    """
 
     hf: str
     ours: str
@@ -393,33 +455,39 @@ class Key(NamedTuple):
     values: Mapping[Any, Any] | None = None
 
 
-def keyed(
+def key_conversion(
     keys: tuple[Key, ...], fixed: Mapping[str, Any], only: Mapping[str, Any]
 ) -> tuple[Callable[[dict[str, Any]], ModelConfig], Callable[[ModelConfig], dict[str, Any]]]:
-    """`config_from_hf` and `config_to_hf` of a format that says a config key by key.
+    """Returns `config_from_hf` and `config_to_hf` for a format that converts key by key.
 
-    fixed: the fields of ModelConfig that the format cannot say.  only: the keys of which we know one value.
-    Where two keys say one field, they must agree.
+    If two keys correspond to one field, they must agree.
+
+    Args:
+        keys: the keys.
+        fixed: values of the fields of ModelConfig that the format does not contain.
+        only: keys for which only one value is supported.
     """
 
     def from_hf(hf: dict[str, Any]) -> ModelConfig:
         for name, value in only.items():
             if hf.get(name) not in (None, value):
-                raise UserError(f"config.json has {name} {hf[name]!r}; only {value!r} is known: choose another model")
+                raise UserError(
+                    f"config.json has {name} {hf[name]!r}; only {value!r} is supported: choose another model"
+                )
         fields: dict[str, Any] = {}
         for key in keys:
             value = hf.get(key.hf, key.default)
             if value is REQUIRED:
-                raise UserError(f"config.json has no {key.hf!r}; add it, or fetch the file again")
+                raise UserError(f"config.json has no {key.hf!r}; add it, or download the file again")
             if key.values is not None:
-                known = [ours for theirs, ours in key.values.items() if theirs == value]
-                if not known:
-                    raise UserError(f"config.json has {key.hf} {value!r}{perhaps(str(value), map(str, key.values))}")
-                value = known[0]
+                matches = [ours for theirs, ours in key.values.items() if theirs == value]
+                if not matches:
+                    raise UserError(f"config.json has {key.hf} {value!r}{suggestion(str(value), map(str, key.values))}")
+                value = matches[0]
             if key.hf in hf and fields.setdefault(key.ours, value) != value:
                 raise UserError(
-                    f"config.json has {key.hf} {value!r}, where another key for the same says {fields[key.ours]!r}; "
-                    f"only equal ones are known: choose another model"
+                    f"config.json has {key.hf} {value!r}, but a related key has {fields[key.ours]!r}; "
+                    f"only equal values are supported: choose another model"
                 )
             fields.setdefault(key.ours, value)
         for name, other in _FOLLOWING.items():
@@ -432,12 +500,12 @@ def keyed(
         for key in keys:
             value = getattr(config, key.ours)
             if value is None and key.ours in DROPOUT_SITES and key.default is not None:
-                value = config.dropout  # a key of which null says nothing
+                value = config.dropout  # null has no meaning for this key
             if key.values is not None:
                 names = [theirs for theirs, ours in key.values.items() if ours == value]
                 if not names:
                     raise UserError(
-                        f"the format cannot say {key.ours} {value!r}{perhaps(str(value), key.values.values())}"
+                        f"the format does not support {key.ours} {value!r}{suggestion(str(value), key.values.values())}"
                     )
                 value = names[0]
             hf[key.hf] = value
@@ -447,7 +515,7 @@ def keyed(
 
 
 def resolved(config: ModelConfig) -> ModelConfig:
-    """The config with the sizes that it leaves to others spelled out."""
+    """Returns the config with explicit values for the sizes that default to other fields."""
     kinds = config.layer_kinds
     sizes: dict[str, Any] = {
         "kv_heads": config.K,
@@ -465,47 +533,51 @@ def resolved(config: ModelConfig) -> ModelConfig:
 
 
 def shortest(kinds: list[Any]) -> tuple[Any, ...]:
-    """The shortest beginning of `kinds` that gives them all when it is repeated."""
+    """Returns the shortest prefix of `kinds` that gives the whole list when repeated."""
     return next(
         tuple(kinds[:n]) for n in range(1, len(kinds) + 1) if all(k == kinds[i % n] for i, k in enumerate(kinds))
     )
 
 
-DECODER_TOKENS = (
-    "model.decoder.embed_tokens.weight"  # by which an encoder-decoder's file tells its own from shared ones
-)
+DECODER_TOKENS = "model.decoder.embed_tokens.weight"  # shows whether the decoder has its own token embeddings
 
 
-def says(family: Family, config: ModelConfig) -> bool:
-    """Whether the format can say what the model computes: `config` comes back from it, but for what inference does not
-    see.  Dropout and initial weights are written where the format has a place for them, and may be lost."""
+def can_represent(family: Family, config: ModelConfig) -> bool:
+    """Returns whether the format can represent the computation of a model.
+
+    This is the case if `config` survives the conversion, except for fields that do not affect inference, such as
+    dropout and the initial weights, which may be lost.
+    """
     if heads(family, config) is None:
         return False
     try:
-        said = family.config_from_hf(family.config_to_hf(config) | {"architectures": [heads(family, config)]})
-        said = dataclasses.replace(said, heads_on_top=config.heads_on_top)
-        if DECODER_TOKENS in family.copies and not config.tied_embeddings:  # tensors tell
-            said = dataclasses.replace(said, decoder_tokens=config.decoder_tokens)
-        said.check()
-    except UserError:  # such as heads that do not divide the width, in a format that cannot say a head width
+        back = family.config_from_hf(family.config_to_hf(config) | {"architectures": [heads(family, config)]})
+        back = dataclasses.replace(back, heads_on_top=config.heads_on_top)
+        if DECODER_TOKENS in family.copies and not config.tied_embeddings:  # read from the tensors
+            back = dataclasses.replace(back, decoder_tokens=config.decoder_tokens)
+        back.check()
+        if not family.ties:  # read from the tensors
+            back = dataclasses.replace(back, tied_embeddings=config.tied_embeddings)
+    except UserError:  # for example, a head width that the format cannot represent
         return False
-    return seen(said if family.ties else dataclasses.replace(said, tied_embeddings=config.tied_embeddings)) == seen(
-        config
-    )
+    return inference_config(back) == inference_config(config)
 
 
 def heads(family: Family, config: ModelConfig) -> str | None:
-    """The class in transformers with the config's heads, or None."""
+    """Returns the class of transformers with the heads of the config, or None."""
     if family.encoder and config.structure == "encoder":
         return None if config.heads_on_top else family.encoder
     return next((name for had, name in family.heads.items() if set(had) == set(config.heads_on_top)), None)
 
 
-def seen(config: ModelConfig) -> ModelConfig:
-    """The config with nothing but what inference computes by, so that equal ones compute alike."""
+def inference_config(config: ModelConfig) -> ModelConfig:
+    """Returns the config with defaults for all fields that do not affect inference.
+
+    Two models with equal results compute the same function of their parameters.
+    """
     config, on_top = resolved(config), set(config.heads_on_top)
     rotary, scaling = config.positions == "rotary", config.rotary_scaling
-    unseen = {  # fields -> whether they are of no effect
+    unused = {  # fields -> whether they have no effect
         ("dropout", "attention_dropout", *DROPOUT_SITES, "labels", "start_token"): True,
         ("initial_std", "initial_by_inputs", "scale_residual_init"): True,
         ("max_length",): config.positions != "learned",
@@ -538,5 +610,5 @@ def seen(config: ModelConfig) -> ModelConfig:
     }
     biases = tuple(sorted(bias for bias in config.biases if not no_bias.get(bias)))
     plain = dataclasses.asdict(ModelConfig())
-    fields = {name: plain[name] for names, without in unseen.items() if without for name in names}
+    fields = {name: plain[name] for names, no_effect in unused.items() if no_effect for name in names}
     return dataclasses.replace(config, biases=biases, **fields)

@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub, as local folders.  Only data comes: no pickle is asked for, no code is run."""
+"""Downloads models from the Hugging Face hub. It downloads no pickles and runs no code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from jaxlm.errors import UserError
 from jaxlm.hub import safetensors
 
-# `*` matches slashes too.  Folders whose names begin with a digit are the modules of a sentence-transformers model.
+# `*` also matches slashes. Folders with names that start with a digit are modules of sentence-transformers.
 _SMALL = ["*.json", "*.txt", "*.model", "*.spm", "*.jinja"]
 _WANTED = [*_SMALL, safetensors.WEIGHTS, "*/" + safetensors.WEIGHTS]
 _UNWANTED = "[!0-9]*/*"
@@ -19,35 +19,41 @@ _UNWANTED = "[!0-9]*/*"
 def fetch(
     name: str | Path, *, revision: str | None = None, cache_dir: str | Path | None = None, offline: bool = False
 ) -> Path:
-    """The folder of a model: `name` itself if it is one, else of the hub's model of that name, such as `gpt2` or
-    `google-t5/t5-small`, downloaded unless it is in the cache.
+    """Returns the local folder of a model, and downloads the model unless it is in the cache.
 
-    Of its weights come only those that `safetensors.read` reads.  revision: a branch, tag or commit.  cache_dir and
-    offline: in place of HF_HUB_CACHE and HF_HUB_OFFLINE, which are obeyed, as are HF_HOME, HF_ENDPOINT and HF_TOKEN.
-    Without a network the cache serves as well.
+    Only the weights that `safetensors.read` reads are downloaded. The environment variables of the hub (HF_HOME,
+    HF_HUB_CACHE, HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN) apply. Without a network connection, the cache is used.
 
-    Raises UserError where there is no such folder, model or revision, where the hub asks for a login, where neither it
-    nor the cache can give the model, and where its weights are pickled; OSError as it comes from a full disk.
+    Args:
+        name: a local folder, or the name of a model on the hub, such as `gpt2` or `google-t5/t5-small`.
+        revision: a branch, tag or commit.
+        cache_dir: overrides HF_HUB_CACHE.
+        offline: overrides HF_HUB_OFFLINE.
+
+    Raises:
+        UserError: if there is no such folder, model or revision, if the hub requires a login, if the model is neither
+            reachable nor in the cache, or if its weights are pickled.
+        OSError: if the disk is full.
     """
     if os.path.isdir(name):
         return Path(name)
     if os.path.exists(name):
-        raise UserError(f"{name} is a file; give the folder that holds it, or the name of a model of the hub")
+        raise UserError(f"{name} is a file; give its folder, or the name of a model on the hub")
     folder = _snapshot(str(name), revision, cache_dir, offline, _WANTED)
     if (folder / safetensors.WEIGHTS).exists():
         return folder
-    commit = folder.name  # whatever else comes must be of the same
+    commit = folder.name  # further files must come from the same commit
     if (folder / safetensors.INDEX).exists():
         shards = sorted(set(safetensors.index(folder).values()))
-        whole = all((folder / shard).exists() for shard in shards)
-        return folder if whole else _snapshot(str(name), commit, cache_dir, offline, shards)
+        complete = all((folder / shard).exists() for shard in shards)
+        return folder if complete else _snapshot(str(name), commit, cache_dir, offline, shards)
     if not offline and (error := _pickled(str(name), commit)):
         raise error
     return folder
 
 
 def fetch_tokenizer(name: str) -> Path:
-    """The folder of a tokenizer of the hub, as in `fetch`, without the weights beside it."""
+    """Returns the local folder of a tokenizer from the hub, like `fetch`, without weights."""
     return _snapshot(name, None, None, False, _SMALL)
 
 
@@ -63,7 +69,7 @@ def _snapshot(name: str, revision: str | None, cache_dir: str | Path | None, off
             allow_patterns=files,
             ignore_patterns=_UNWANTED,
         )
-    except Exception as error:  # the errors of the network are those of another library in each major version
+    except Exception as error:  # each major version raises the network errors of a different library
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(_reason(name, revision, offline, error)) from error
@@ -73,14 +79,14 @@ def _snapshot(name: str, revision: str | None, cache_dir: str | Path | None, off
 def _pickled(name: str, commit: str) -> UserError | None:
     from huggingface_hub import constants, model_info
 
-    with suppress(Exception):  # without a network the reader says what is missing
+    with suppress(Exception):  # without a network, the reader reports the missing files
         files = [file.rfilename for file in model_info(name, revision=commit).siblings or []]
-        return safetensors.pickled(f"{constants.ENDPOINT}/{name}", [file for file in files if "/" not in file])
+        return safetensors.pickle_error(f"{constants.ENDPOINT}/{name}", [file for file in files if "/" not in file])
     return None
 
 
 def _reason(name: str, revision: str | None, offline: bool, error: Exception) -> str:
-    """Value, limit and remedy of an error of the hub's library."""
+    """Returns the message for an error of the hub's library."""
     from huggingface_hub import constants, errors
 
     chain: list[BaseException] = [error]
@@ -91,21 +97,23 @@ def _reason(name: str, revision: str | None, offline: bool, error: Exception) ->
     page = f"{constants.ENDPOINT}/{name}"
     login = "log in with `hf auth login`, or set HF_TOKEN"
     if isinstance(error, errors.HFValidationError):
-        return f"{name!r} is no folder, and cannot be the name of a model of the hub; give one of the two"
+        return f"{name!r} is not a folder and not a valid name of a model on the hub; give one of the two"
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{page} has no revision {revision!r}; give one of its branches, tags or commits"
     if isinstance(error, errors.GatedRepoError) or status == 403:
-        return f"{page} is not open to everyone (HTTP status {status}); ask for access on that page, and {login}"
+        return f"{page} has restricted access (HTTP status {status}); request access on that page, and {login}"
     if status in (401, 404):
-        return f"{name} is no folder, and {page} no model, or a private one; correct the name, or {login}"
+        return f"{name} is not a folder, and {page} does not exist or is private; correct the name, or {login}"
     if status is not None:
-        return f"{page} cannot be fetched: the hub answers with HTTP status {status}; try later, or give a local folder"
+        return f"{page} cannot be downloaded: the hub returned HTTP status {status}; try later, or give a local folder"
     if offline or any(isinstance(cause, errors.OfflineModeIsEnabled) for cause in chain):
-        return f"{name} is no folder, and offline mode finds no whole copy of {page} in the cache; download it before"
+        return (
+            f"{name} is not a folder, and the cache has no complete copy of {page} for offline mode; download it first"
+        )
     if isinstance(error, OSError) and error.filename:
-        return f"{page} cannot be kept in the cache ({error}); set HF_HOME to a folder that can be written"
+        return f"{page} cannot be stored in the cache ({error}); set HF_HOME to a writable folder"
     why = f"{type(chain[-1]).__name__}: {chain[-1]}"
     return (
-        f"{name} is no folder, and {page} is not in the cache and cannot be reached ({why}); fix the network, set "
-        f"HF_ENDPOINT to a mirror, or give a folder that was downloaded elsewhere"
+        f"{name} is not a folder, and {page} is not in the cache and cannot be reached ({why}); fix the network, set "
+        f"HF_ENDPOINT to a mirror, or give a folder that was downloaded on another machine"
     )

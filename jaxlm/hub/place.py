@@ -1,4 +1,4 @@
-"""Tensors of files straight into the shards that need them, a part at a time."""
+"""Loads tensors from files onto devices: each shard is read from the slices of tensors that it consists of."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jaxlm.hub.convert import Family, flat, nested, readers, tree_shapes
 from jaxlm.nn import parameters
 from jaxlm.nn.transformer import Transformer, init
 
-CHUNK = 1 << 25  # bytes of a shard that are read before they go to its device
+CHUNK = 1 << 25  # bytes of a shard that are read before they are copied to its device
 
 
 def place(
@@ -29,16 +29,23 @@ def place(
     mesh: jax.sharding.Mesh | None = None,
     fresh: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """The parameter tree as JAX arrays, each shard read from the slices of the file's tensors that it consists of.
+    """Returns the parameter tree as JAX arrays on their devices.
 
-    dtype: of the parameters; None: as stored.  mesh: where they go, by the table of parameters; None: the first device.
-    fresh: paths of leaves that are drawn anew.  Beyond the shards themselves the host holds one tensor, or `CHUNK`.
+    In addition to the shards, the host memory holds at most one tensor, or `CHUNK` bytes.
+
+    Args:
+        family: the conversion table.
+        config: the model's config.
+        tensors: the tensors of the file by the names in the table.
+        dtype: dtype of the parameters; None: as stored.
+        mesh: the mesh for the shardings of the table of parameters; None: the first device.
+        fresh: paths of leaves to initialise randomly.
     """
-    layouts = {path: _layout(path, shape, mesh) for path, shape in tree_shapes(config, family.module).items()}
-    stored = {path: layout for path, layout in layouts.items() if path not in fresh}
+    shardings = {path: _sharding(path, shape, mesh) for path, shape in tree_shapes(config, family.module).items()}
+    stored = {path: target for path, target in shardings.items() if path not in fresh}
     leaves = read_leaves(family, config, tensors, dtype, stored)
     if fresh:
-        leaves |= _drawn(family, config, {path: layouts[path] for path in fresh}, dtype)
+        leaves |= _init_leaves(family, config, {path: shardings[path] for path in fresh}, dtype)
     return nested(leaves)
 
 
@@ -47,26 +54,26 @@ def read_leaves(
     config: ModelConfig,
     tensors: Mapping[str, Any],
     dtype: Any,
-    layouts: Mapping[str, jax.sharding.Sharding],
+    shardings: Mapping[str, jax.sharding.Sharding],
 ) -> dict[str, jax.Array]:
-    """The leaves of these paths as JAX arrays, read as in `place`; other leaves are not read."""
+    """Returns the leaves with the paths in `shardings` as JAX arrays with these shardings; see `place`."""
     leaves: dict[str, jax.Array] = {}
-    for path, read in readers(family, config).items():
-        if path in layouts:
-            kind = np.dtype(dtype or next((tensors[name].dtype for name in read.names.values()), np.float32))
-            part = partial(read.read, config, tensors, dtype=kind)
-            leaves[path] = _array(part, read.shape, kind, layouts[path])
+    for path, reader in readers(family, config).items():
+        if path in shardings:
+            kind = np.dtype(dtype or next((tensors[name].dtype for name in reader.names.values()), np.float32))
+            read = partial(reader.read, config, tensors, dtype=kind)
+            leaves[path] = _array(read, reader.shape, kind, shardings[path])
     return leaves
 
 
-def _give_back() -> None:
-    """Hands the kernel what the C library keeps of freed parts: by default up to 300 MB of holes between the shards."""
+def _trim_memory() -> None:
+    """Returns freed memory from the C library to the kernel; glibc would keep up to 300 MB between the shards."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):  # glibc
         libc.malloc_trim(0)
 
 
-def _layout(path: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh | None) -> jax.sharding.Sharding:
+def _sharding(path: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh | None) -> jax.sharding.Sharding:
     row = parameters.find(path)
     if mesh is None or row is None:
         return SingleDeviceSharding(jax.local_devices()[0]) if mesh is None else sharding.replicated(mesh)
@@ -74,29 +81,29 @@ def _layout(path: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh | None) -
 
 
 def _array(
-    read: Callable[..., np.ndarray], shape: tuple[int, ...], dtype: np.dtype, layout: jax.sharding.Sharding
+    read: Callable[..., np.ndarray], shape: tuple[int, ...], dtype: np.dtype, target: jax.sharding.Sharding
 ) -> jax.Array:
     parts: dict[Any, list[jax.Device]] = {}
-    for device, index in layout.addressable_devices_indices_map(shape).items():
+    for device, index in target.addressable_devices_indices_map(shape).items():
         spans = tuple(slice(*part.indices(n)) for part, n in zip(index or (), shape))
         parts.setdefault(tuple((span.start, span.stop) for span in spans), []).append(device)
     arrays = []
     for bounds, devices in parts.items():
         for device in devices:
             arrays.append(_shard(read, bounds, dtype, device))
-            _give_back()
-    return jax.make_array_from_single_device_arrays(shape, layout, arrays)
+            _trim_memory()
+    return jax.make_array_from_single_device_arrays(shape, target, arrays)
 
 
 def _shard(
     read: Callable[..., np.ndarray], bounds: tuple[tuple[int, int], ...], dtype: np.dtype, device: jax.Device
 ) -> jax.Array:
-    """A shard on its device, read by rows of its first axis."""
+    """Returns a shard on its device, read in chunks of rows."""
     spans = tuple(slice(*bound) for bound in bounds)
     size = [stop - start for start, stop in bounds]
     row = math.prod(size[1:]) * dtype.itemsize
     if not size or size[0] * row <= CHUNK:
-        # Waited for, as below: parts that wait in line would each hold their memory.
+        # Wait, as below, because each pending transfer would keep its host memory.
         return jax.device_put(read(index=spans), device).block_until_ready()
     rows = max(1, CHUNK // row)
     with jax.default_device(device):
@@ -114,11 +121,11 @@ def _put(shard: jax.Array, part: jax.Array, start: int) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(shard, part, start, 0)
 
 
-def _drawn(
-    family: Family, config: ModelConfig, layouts: dict[str, jax.sharding.Sharding], dtype: Any
+def _init_leaves(
+    family: Family, config: ModelConfig, shardings: dict[str, jax.sharding.Sharding], dtype: Any
 ) -> dict[str, jax.Array]:
     def draw(key: jax.Array) -> dict[str, jax.Array]:
         drawn = flat(init((family.module or Transformer)(config), key))
-        return {path: drawn[path].astype(dtype or drawn[path].dtype) for path in layouts}
+        return {path: drawn[path].astype(dtype or drawn[path].dtype) for path in shardings}
 
-    return jax.jit(draw, out_shardings=layouts)(jax.random.key(0))
+    return jax.jit(draw, out_shardings=shardings)(jax.random.key(0))

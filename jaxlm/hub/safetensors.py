@@ -1,7 +1,7 @@
-"""Folders of safetensors files: read tensor by tensor, written in one file or in shards.
+"""Folders of safetensors files: read tensor by tensor, written as one file or as shards.
 
-A file is the length of a JSON header (8 bytes, little-endian), the header (name -> dtype, shape, place), and the bytes
-of the tensors, C order, without gaps: https://github.com/huggingface/safetensors#format.  Nothing in it can run code.
+A file consists of the length of a JSON header (8 bytes, little-endian), the header (name -> dtype, shape, offsets), and
+the bytes of the tensors in C order without gaps: https://github.com/huggingface/safetensors#format. It has no code.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ import ml_dtypes
 import numpy as np
 
 from jaxlm.errors import UserError
-from jaxlm.hub.model_files import check_inside, opened
+from jaxlm.hub.model_files import check_inside, open_file
 from jaxlm.storage import disk
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _PICKLED = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_DTYPES = {  # in the order in which the format's own writer places them, last first: so all lie aligned
+_DTYPES = {  # files store tensors in the reverse of this order, as the reference writer does, so that all are aligned
     "BOOL": np.dtype(np.bool),
     "U8": np.dtype(np.uint8),
     "I8": np.dtype(np.int8),
@@ -52,25 +52,25 @@ _DTYPES = {  # in the order in which the format's own writer places them, last f
     "U64": np.dtype(np.uint64),
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
-_JSON_LIMIT = 100_000_000  # bytes; the format's own limit for a header
-_CHUNK = 1 << 22  # bytes: as fast as one read of the whole, measured, and little beside any model
-_SHORT = reprlib.Repr()  # for values of files, which may be as long as the file
+_JSON_LIMIT = 100_000_000  # bytes; the format's limit for a header
+_CHUNK = 1 << 22  # bytes; measured to be as fast as one large read
+_SHORT = reprlib.Repr()  # for values from files, which can be as long as the file
 _SHORT.maxstring = _SHORT.maxother = 200
 
 
 class Stored:
-    """A tensor of a file, mapped into memory: its bytes are read where they are touched, and count until released."""
+    """A memory-mapped tensor of a file. Its bytes are read on access, and stay in memory until released."""
 
     def __init__(self, file: mmap.mmap, start: int, shape: tuple[int, ...], dtype: np.dtype) -> None:
         self.shape, self.dtype = shape, dtype
         self._file, self._start = file, start
 
     def view(self) -> np.ndarray:
-        """All of it, read-only, as it lies in the file: transposing, splitting and indexing read nothing."""
+        """Returns a read-only view of the tensor; transposing, splitting and indexing it read no bytes."""
         return np.ndarray(self.shape, self.dtype, self._file, self._start)
 
     def release(self) -> None:
-        """Gives the memory of what was read back to the system, where it can; views stay valid and read anew."""
+        """Frees the memory of the bytes that were read, if the system supports it. Views stay valid."""
         self._release(0, math.prod(self.shape) * self.dtype.itemsize)
 
     def __getitem__(self, index: Any) -> np.ndarray:
@@ -81,13 +81,13 @@ class Stored:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if copy is False:
-            raise ValueError("a stored tensor becomes an array by a copy; view() makes none")
+            raise ValueError("converting a stored tensor to an array copies it; use view() to avoid a copy")
         array = np.empty(self.shape, self.dtype)
         to, source = _bytes(array), _bytes(self.view())
         for start in range(0, source.size, _CHUNK):
             stop = min(start + _CHUNK, source.size)
             to[start:stop] = source[start:stop]
-            self._release(start, stop)  # at once, or the tensor would be in memory twice
+            self._release(start, stop)  # immediately, so that the tensor is not in memory twice
         return array if dtype is None else array.astype(dtype, copy=False)
 
     def _release(self, start: int, stop: int) -> None:
@@ -98,7 +98,7 @@ class Stored:
 
 
 class Pending(NamedTuple):
-    """A tensor that is made when it is written, so that a model need not be in memory twice."""
+    """A tensor that is computed when it is written, so that a model is not in memory twice."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -106,15 +106,16 @@ class Pending(NamedTuple):
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """Size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def read(folder: Path) -> Mapping[str, Stored]:
-    """The tensors of `model.safetensors`, or of the shards that `model.safetensors.index.json` names.
+    """Returns the tensors of `model.safetensors`, or of the shards in `model.safetensors.index.json`, by name.
 
-    Raises UserError for a folder without safetensors (pickled weights are refused), a file that cannot be read or does
-    not keep to the format in every point, and an index that does not tell the truth.
+    Raises:
+        UserError: if the folder has no safetensors files (pickled weights are refused), if a file cannot be read or
+            violates the format, or if the index does not match the shards.
     """
     folder = Path(folder)
     if os.path.lexists(folder / WEIGHTS):
@@ -125,20 +126,22 @@ def read(folder: Path) -> Mapping[str, Stored]:
     for file in sorted(set(files.values())):
         if not os.path.exists(folder / file):
             raise UserError(
-                f"{folder / INDEX} names {_some([file])}, which is not in the folder; fetch the missing shard"
+                f"{folder / INDEX} lists {_list([file])}, which is not in the folder; download the missing shard"
             )
     shards = {file: _open(folder / file) for file in sorted(set(files.values()))}
     wrong = {name for name, file in files.items() if name not in shards[file]}
     wrong |= {name for file, shard in shards.items() for name in shard if files.get(name) != file}
     if wrong:
-        raise UserError(f"{folder / INDEX} and its shards disagree on where {_some(wrong)} is; fetch both again")
+        raise UserError(
+            f"{folder / INDEX} and its shards disagree about the file of {_list(wrong)}; download both again"
+        )
     return MappingProxyType({name: shards[file][name] for name, file in files.items()})
 
 
 def index(folder: Path) -> dict[str, str]:
-    """Tensor name -> file name, from the index of a folder.  Raises UserError where it is none or leads elsewhere."""
+    """Returns tensor name -> file name from the index of a folder; raises UserError if the index is invalid."""
     path = Path(folder) / INDEX
-    with opened(path) as file:
+    with open_file(path) as file:
         check_inside(path, path.parent)
         try:
             files = _json(file.read(_JSON_LIMIT)).get("weight_map")
@@ -146,32 +149,44 @@ def index(folder: Path) -> dict[str, str]:
                 raise ValueError(f"weight_map is {_SHORT.repr(files)}")
         except (ValueError, RecursionError) as error:
             reason = f"is not an index with a 'weight_map' from tensors to files: {error}"
-            raise UserError(f"{path} {reason}; fetch the file again") from error
+            raise UserError(f"{path} {reason}; download the file again") from error
     for name in sorted(set(files.values())):
-        # By name, not by resolved path: the hub's cache keeps files as links that lead out of the folder.
+        # The check uses names, not resolved paths: files in the hub's cache are links to files outside the folder.
         if Path(name).name != name or not name.endswith(".safetensors") or not name.isprintable():
             shown = _SHORT.repr(name)
-            raise UserError(f"{path} names {shown}; a shard is a .safetensors file of the same folder: fix the index")
+            raise UserError(f"{path} lists {shown}; a shard is a .safetensors file of the same folder: fix the index")
     return files
 
 
-def pickled(where: object, names: Iterable[str]) -> UserError | None:
-    """What to say of a folder or repository, without safetensors, if its files have weights in pickles."""
+def pickle_error(where: object, names: Iterable[str]) -> UserError | None:
+    """Returns the error for a folder or repository that has only pickled weights, or None if it has none.
+
+    Args:
+        where: the folder or repository, for the message.
+        names: the names of its files.
+    """
     names = list(names)
-    found = {name for pattern in _PICKLED for name in fnmatch.filter(names, pattern)}
-    if not found:
+    matches = {name for pattern in _PICKLED for name in fnmatch.filter(names, pattern)}
+    if not matches:
         return None
     return UserError(
-        f"{where} has only pickled weights ({_some(found)}), which can run code when they are read; "
-        f"get {WEIGHTS}: from the model's hub page, or where torch is installed and the source is trusted by "
+        f"{where} has only pickled weights ({_list(matches)}), which can run code when they are read; "
+        f"get {WEIGHTS}: from the model's hub page, or, if torch is installed and you trust the source, with "
         f"transformers' AutoModel.from_pretrained(folder).save_pretrained(folder)"
     )
 
 
 def write(tensors: Mapping[str, np.ndarray | Pending], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes one file, which appears whole or not at all.  transformers wants to read `{"format": "pt"}` in it.
+    """Writes one file atomically.
 
-    Raises UserError for a dtype that the format does not know, and OSError as it comes, from a full disk perhaps.
+    Args:
+        tensors: tensors by name.
+        path: the file.
+        metadata: metadata of the header; None: `{"format": "pt"}`, which transformers requires.
+
+    Raises:
+        UserError: if the format does not support the dtype of a tensor.
+        OSError: if the file system fails.
     """
     with disk.atomic_file(path) as temporary:
         _save({name: _pending(name, tensor) for name, tensor in tensors.items()}, temporary, metadata)
@@ -180,11 +195,18 @@ def write(tensors: Mapping[str, np.ndarray | Pending], path: Path, metadata: Map
 def write_sharded(
     tensors: Mapping[str, np.ndarray | Pending], folder: Path, *, max_shard_bytes: int = 5_000_000_000
 ) -> None:
-    """Writes `model.safetensors`, or where that would be larger than `max_shard_bytes` shards and their index, in place
-    of whatever weights the folder had.
+    """Writes `model.safetensors`, or shards and their index, and removes other weights from the folder.
 
-    Until all is written the folder stays as it was.  A tensor larger than the limit has a shard of its own.  Raises as
-    `write` does.
+    The folder changes only after all files are written.
+
+    Args:
+        tensors: tensors by name.
+        folder: the folder, which must exist.
+        max_shard_bytes: maximum size of a file; a tensor that is larger gets its own shard.
+
+    Raises:
+        UserError: if the format does not support the dtype of a tensor.
+        OSError: if the file system fails.
     """
     pending = {name: _pending(name, tensor) for name, tensor in sorted(tensors.items())}
     shards = _split(pending, max_shard_bytes)
@@ -203,8 +225,9 @@ def write_sharded(
             with open(temporaries[-1], "wb") as file:
                 file.write((json.dumps(values, indent=2, sort_keys=True) + "\n").encode())
             for temporary in temporaries:
-                disk.flush(temporary)  # from here on the folder changes
-            (folder / INDEX).unlink(missing_ok=True)  # first: no index may join shards of two models
+                disk.flush(temporary)
+            # The folder changes from here on. The old index goes first: it must never refer to new shards.
+            (folder / INDEX).unlink(missing_ok=True)
     for path in folder.iterdir():
         if path not in paths and (path.name in (WEIGHTS, INDEX) or _SHARD.fullmatch(path.name)):
             path.unlink()
@@ -214,34 +237,34 @@ def _no_weights(folder: Path) -> UserError:
     try:
         names = os.listdir(folder)
     except FileNotFoundError:
-        there = "no such folder"
+        content = "no such folder"
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-        there = str(error)
+        content = str(error)
     else:
-        if refused := pickled(folder, names):
-            return refused
-        there = _some(names) or "it is empty"
-    return UserError(f"{folder} has no weights: neither {WEIGHTS} nor {INDEX} ({there}); add them")
+        if refusal := pickle_error(folder, names):
+            return refusal
+        content = _list(names) or "it is empty"
+    return UserError(f"{folder} has no weights: neither {WEIGHTS} nor {INDEX} ({content}); add them")
 
 
 def _open(path: Path) -> dict[str, Stored]:
-    """The tensors of a file, in its order, once all that its header says is known to be true."""
-    with opened(path) as file:
+    """Returns the tensors of a file, in its order, after a check of the complete header."""
+    with open_file(path) as file:
         check_inside(path, path.parent)
         size = os.fstat(file.fileno()).st_size
         try:
-            places = _places(path, file, size)
+            entries = _entries(path, file, size)
             mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
         except UserError:
             raise
         except (ValueError, RecursionError) as error:
             reason = f"is truncated or corrupt: {error}"
-            raise UserError(f"{path} ({size:,} bytes) {reason}; fetch the file again") from error
-    return {name: Stored(mapped, begin, shape, dtype) for name, (begin, _, shape, dtype) in places.items()}
+            raise UserError(f"{path} ({size:,} bytes) {reason}; download the file again") from error
+    return {name: Stored(mapped, begin, shape, dtype) for name, (begin, _, shape, dtype) in entries.items()}
 
 
-class _Place(NamedTuple):
-    """Of a tensor in its file: the bytes from `begin` to `end` are an array of this shape and dtype."""
+class _Entry(NamedTuple):
+    """The entry of a tensor: the bytes [begin, end) of the file are an array of this shape and dtype."""
 
     begin: int
     end: int
@@ -249,66 +272,66 @@ class _Place(NamedTuple):
     dtype: np.dtype
 
 
-def _places(path: Path, file: BinaryIO, size: int) -> dict[str, _Place]:
-    """From the header, all of it checked.  Raises ValueError, and RecursionError where its JSON is too deep."""
+def _entries(path: Path, file: BinaryIO, size: int) -> dict[str, _Entry]:
+    """Returns the entries of a header; raises ValueError if it is invalid, RecursionError if it is nested too deep."""
     length = int.from_bytes(file.read(8), "little")
-    if length > (most := min(max(size - 8, 0), _JSON_LIMIT)):
-        raise ValueError(f"its header would have {length:,} bytes, of at most {most:,}")
+    if length > (limit := min(max(size - 8, 0), _JSON_LIMIT)):
+        raise ValueError(f"its header has a length of {length:,} bytes, more than {limit:,}")
     header = _json(file.read(length))
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        raise ValueError(f"__metadata__ is {_SHORT.repr(metadata)}, not strings by name")
-    places = {name: _place(path, name, entry, 8 + length) for name, entry in header.items()}
-    places = dict(sorted(places.items(), key=lambda item: item[1][:2]))
+        raise ValueError(f"__metadata__ is {_SHORT.repr(metadata)}, not an object of strings")
+    entries = {name: _entry(path, name, entry, 8 + length) for name, entry in header.items()}
+    entries = dict(sorted(entries.items(), key=lambda item: item[1][:2]))
     end = 8 + length
-    for name, place in places.items():
-        if place.begin != end:
-            raise ValueError(f"{_SHORT.repr(name)} begins at byte {place.begin:,} of the file, not at {end:,}")
-        end = place.end
+    for name, entry in entries.items():
+        if entry.begin != end:
+            raise ValueError(f"{_SHORT.repr(name)} begins at byte {entry.begin:,} of the file, not at {end:,}")
+        end = entry.end
     if end != size:
         raise ValueError(f"its tensors end at byte {end:,} of the file")
-    return places
+    return entries
 
 
-def _place(path: Path, name: str, entry: Any, start: int) -> _Place:
-    """From a tensor's entry in the header; its offsets count from `start`."""
+def _entry(path: Path, name: str, entry: Any, start: int) -> _Entry:
+    """Returns the checked entry of a tensor in the header; its offsets are relative to `start`."""
     shown = _SHORT.repr(name)
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{shown} is {_SHORT.repr(entry)}, not dtype, shape and data_offsets")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(code, str) or code not in _DTYPES:
-        known = f"known: {', '.join(_DTYPES)}; convert it to one of them where the file was made"
+        known = f"known: {', '.join(_DTYPES)}; convert the file to one of them"
         raise UserError(f"{path} has {shown} in dtype {_SHORT.repr(code)}; {known}")
     width = _DTYPES[code].itemsize
-    # numpy's limits, before the product: one of many large numbers takes forever.
-    if not _counts(shape) or len(shape) > 64 or math.prod(n or 1 for n in shape) * width >= 2**63:
+    # The limits of NumPy are checked before the product, which can take forever for many large numbers.
+    if not _are_sizes(shape) or len(shape) > 64 or math.prod(n or 1 for n in shape) * width >= 2**63:
         raise ValueError(f"{shown} has shape {_SHORT.repr(shape)}, not the sizes of at most 64 axes in memory")
-    if not _counts(offsets) or len(offsets) != 2:
+    if not _are_sizes(offsets) or len(offsets) != 2:
         raise ValueError(f"{shown} has data_offsets {_SHORT.repr(offsets)}, not a begin and an end")
     begin, end = offsets
     if end - begin != math.prod(shape) * width:
-        raise ValueError(f"{shown} has {end - begin:,} bytes, {code} {shape} takes {math.prod(shape) * width:,}")
-    return _Place(start + begin, start + end, tuple(shape), _DTYPES[code])
+        raise ValueError(f"{shown} has {end - begin:,} bytes, {code} {shape} requires {math.prod(shape) * width:,}")
+    return _Entry(start + begin, start + end, tuple(shape), _DTYPES[code])
 
 
-def _counts(values: Any) -> bool:
+def _are_sizes(values: Any) -> bool:
     return isinstance(values, list) and all(type(n) is int and 0 <= n < 2**63 for n in values)
 
 
 def _json(text: bytes) -> dict[str, Any]:
-    """The object.  Raises ValueError, and RecursionError where it is too deep."""
+    """Parses an object; raises ValueError if it is invalid, RecursionError if it is nested too deep."""
     values = json.loads(text.decode(), object_pairs_hook=_unique)
     if not isinstance(values, dict):
-        raise ValueError(f"it holds a {type(values).__name__}, not an object")
+        raise ValueError(f"it contains a {type(values).__name__}, not an object")
     return values
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict[str, Any]()
     for key, value in pairs:
-        key.encode()  # raises for half a surrogate pair, which JSON can write and nothing can print
+        key.encode()  # raises for an unpaired surrogate, which JSON can contain but which cannot be printed
         if key in values:
-            raise ValueError(f"{_SHORT.repr(key)} stands there twice")
+            raise ValueError(f"it contains {_SHORT.repr(key)} twice")
         values[key] = value
     return values
 
@@ -317,12 +340,14 @@ def _pending(name: str, tensor: np.ndarray | Pending) -> Pending:
     pending = tensor if isinstance(tensor, Pending) else Pending(tensor.shape, tensor.dtype, lambda: tensor)
     pending = pending._replace(dtype=np.dtype(pending.dtype))
     if pending.dtype not in _CODES:
-        raise UserError(f"{name} has dtype {pending.dtype}, which safetensors has not; known: {', '.join(_DTYPES)}")
+        raise UserError(
+            f"{name} has dtype {pending.dtype}, which safetensors does not support; known: {', '.join(_DTYPES)}"
+        )
     return pending
 
 
 def _split(tensors: Mapping[str, Pending], limit: int) -> list[dict[str, Pending]]:
-    """In their order, as many in each shard as it holds: the same shards as transformers makes."""
+    """Fills shards with tensors in order, which gives the same shards as transformers."""
     shards, open_shard, size = list[dict[str, Pending]](), dict[str, Pending](), 0
     for name, tensor in tensors.items():
         if tensor.size > limit:
@@ -337,8 +362,8 @@ def _split(tensors: Mapping[str, Pending], limit: int) -> list[dict[str, Pending
 
 
 def _save(tensors: Mapping[str, Pending], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    places = {code: place for place, code in enumerate(_DTYPES)}
-    order = sorted(tensors, key=lambda name: (-places[_CODES[tensors[name].dtype]], name))
+    ranks = {code: rank for rank, code in enumerate(_DTYPES)}
+    order = sorted(tensors, key=lambda name: (-ranks[_CODES[tensors[name].dtype]], name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"} if metadata is None else dict(metadata)}
     end = 0
     for name in order:
@@ -350,23 +375,24 @@ def _save(tensors: Mapping[str, Pending], path: Path, metadata: Mapping[str, str
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            file.write(_bytes(_made(name, tensors[name])))  # no name for it here: it goes before the next is made
+            file.write(
+                _bytes(_compute(name, tensors[name]))
+            )  # without a variable, so that it is freed before the next one
 
 
-def _made(name: str, tensor: Pending) -> np.ndarray:
+def _compute(name: str, tensor: Pending) -> np.ndarray:
     array = np.asarray(tensor.make(), order="C")
     if (array.shape, array.dtype) != (tuple(tensor.shape), tensor.dtype):
-        raise ValueError(f"{name} is {array.dtype} {array.shape}, was to be {tensor.dtype} {tensor.shape}")
+        raise ValueError(f"{name} is {array.dtype} {array.shape}, expected {tensor.dtype} {tensor.shape}")
     return array
 
 
 def _bytes(array: np.ndarray) -> Any:
-    """The memory of a C-contiguous array."""
+    """Returns the memory of a C-contiguous array."""
     return array.reshape(-1).view(np.uint8)
 
 
-def _some(names: Iterable[str], most: int = 8) -> str:
+def _list(names: Iterable[str], limit: int = 8) -> str:
     names = sorted(names)
-    return ", ".join(name[:200] for name in names[:most]) + (
-        f" and {len(names) - most:,} more" if len(names) > most else ""
-    )
+    more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
+    return ", ".join(name[:200] for name in names[:limit]) + more

@@ -1,11 +1,12 @@
-"""What a trained model is used for: texts, likelihoods and vectors.
+"""Using trained models: texts, likelihoods and embeddings.
 
 generate             texts from prompts
 decode               the compiled programs of generation
-beam, speculative    other ways to choose tokens
-generation_defaults  what a checkpoint declares about generation
+beam, speculative    beam search and speculative decoding
+generation_defaults  the generation settings of a checkpoint
 prompts              files of prompts, and files of their texts
 likelihood           log-probabilities of texts
 lm_eval              a model for lm-evaluation-harness
-encode               vectors of texts
+encode               embeddings of texts
+packing              rows of examples, and batches in flight
 """

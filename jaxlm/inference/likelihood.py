@@ -1,58 +1,58 @@
-"""How likely a model finds texts: log-probabilities of continuations, the perplexity of whole texts, and what a masked
-language model puts in blanks."""
+"""Likelihoods: log-probabilities of continuations, the perplexity of texts, and predictions for masked tokens."""
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 
-from jaxlm.config.arguments import check_model, listed, token_ids
-from jaxlm.config.ranges import Name, Positive, argument, shown
-from jaxlm.data.pack import pack
+from jaxlm.config.arguments import check_list, check_model, token_ids
+from jaxlm.config.ranges import Name, Positive, check_argument, short_repr
 from jaxlm.data.tokenizers.tokenizer import check_text
-from jaxlm.devices import hosts
-from jaxlm.devices.sharding import spec, ways
 from jaxlm.errors import UserError
-from jaxlm.inference.encode import SHORTEST, mesh_of, params_of
 from jaxlm.inference.generate import start_of
+from jaxlm.inference.packing import (
+    PackedBatch,
+    check_batch_tokens,
+    chunks,
+    inference_params,
+    pack_batches,
+    row_length,
+    run_ahead,
+    shard_rows,
+)
 from jaxlm.nn.losses import bits_per_byte, token_log_probs
 from jaxlm.nn.transformer import Transformer, apply
 
 if TYPE_CHECKING:
     from jaxlm.lm import LM
 
-ROW = 2048  # tokens of a row, at the most, where a model that could take more is not asked for more
+MAX_LENGTH = 2048  # tokens in a row of `perplexity`, unless the caller sets more
 WINDOW = 1 << 12  # examples that are packed together
 TEXTS = 1 << 8  # texts that are tokenized together
-STATES = 256  # hidden states whose logits are in memory at once
+STATES = 256  # hidden states that have their logits in memory at the same time
 
-Text = str | Sequence[int]  # or its ids, used as given
+Text = str | Sequence[int]  # a text, or its token ids
 
 
 class Likelihood(NamedTuple):
-    """What a model says of a continuation."""
+    """The likelihood of a continuation under a model."""
 
-    log_probability: float  # of all its tokens, in nats: the sum over them
-    is_greedy: bool  # whether each of them is the likeliest one: greedy decoding would write it
-    tokens: int
+    log_probability: float  # sum over its tokens, in nats
+    is_greedy: bool  # whether greedy decoding would generate it: each token is the most likely one
+    tokens: int  # number of its tokens
 
 
 class _Example(NamedTuple):
-    """Tokens [T], what follows each of them [T], how many of the last ones count, and what an encoder reads [S]."""
-
-    tokens: np.ndarray
-    labels: np.ndarray
-    counted: int
-    source: np.ndarray | None = None
+    tokens: np.ndarray  # [T]
+    labels: np.ndarray  # [T], the token after each one
+    scored: int  # number of labels that are scored, the last ones
+    source: np.ndarray | None = None  # [S], tokens for the encoder
 
 
 def log_likelihoods(
@@ -63,57 +63,73 @@ def log_likelihoods(
     too_long: Literal["refuse", "truncate"] = "refuse",
     batch_tokens: int | None = None,
 ) -> list[Likelihood]:
-    """How likely each continuation is behind its context, in order.
+    """Returns the likelihood of each continuation given its context, in order.
 
-    pairs: (context, continuation), each a text or token ids that are used as given.  A decoder's context begins with
-    what the tokenizer's own frame puts before a text, such as BOS; an empty one is BOS, since something has to be read.
-    They are tokenized joined, and spaces at the end of the context count for the continuation, as it would have been
-    written (and as lm-evaluation-harness has it).  An encoder-decoder reads the
-    context in its encoder, framed as always, and the continuation in its decoder, behind its start token and what the
-    frame puts before a text (the language of mBART-50), without an end token.
+    A decoder reads both in one row. Strings are tokenized together, and spaces at the end of the context belong to the
+    continuation, as in a whole text (and in lm-evaluation-harness). The context begins with the tokens that the
+    tokenizer adds at the beginning of a text, such as BOS; an empty context is BOS.
 
-    length: tokens of a row; None: the model's positions.  too_long: what happens to a pair that is longer: it is an
-    error, or the context loses its beginning.  batch_tokens: places in a batch; None: what suits the machine.  How
-    pairs are batched changes nothing but rounding.
+    An encoder-decoder reads the context, with its special tokens, in the encoder. Its decoder reads the start token and
+    the tokens that the tokenizer adds at the beginning of a target (the language of mBART-50), then the continuation.
+    No end token is scored.
 
-    Raises UserError for a model without the head lm, a continuation without tokens or longer than a row, and a context
-    without tokens where the tokenizer has no BOS.
+    Args:
+        lm: the model.
+        pairs: (context, continuation), each a string, or token ids that are used as they are.
+        length: tokens in a row; None: the model's positions.
+        too_long: for a pair that exceeds `length`, "refuse" raises an error and "truncate" removes the beginning of the
+            context.
+        batch_tokens: tokens in a batch, padding included, at least one row; None: 512 for each core on CPU, 16,384 on
+            accelerators. It changes results by rounding only.
+
+    Raises:
+        UserError: for a model without an lm head, a continuation that is empty or exceeds a row, and an empty context
+            where the tokenizer has no BOS.
     """
     check_model("lm", lm)
-    argument("too_long", too_long, Literal["refuse", "truncate"])
-    pairs = listed("pairs", pairs, "pairs (context, continuation)")
+    check_argument("too_long", too_long, Literal["refuse", "truncate"])
+    pairs = check_list("pairs", pairs, "pairs (context, continuation)")
     limit = _limit(lm, length)
     examples = (_pair(lm, n, pair, limit, too_long) for n, pair in enumerate(pairs))
-    return list(_scored(lm, examples, batch_tokens))
+    return list(_score(lm, examples, batch_tokens))
 
 
 def fill(lm: LM, text: str, *, blank: str = "[MASK]", most: int = 5) -> list[list[tuple[str, float]]]:
-    """The likeliest tokens for each blank in a text, each with its probability, the likeliest first.
+    """Returns the most likely tokens for each blank of a text, with their probabilities, the most likely first.
 
-    Of the model's first head, masked_lm.  Each blank is asked for alone, the others staying blank.  Raises UserError
-    for a model without that head or a mask token, and for a text without a blank or longer than its positions.
+    The model predicts each blank while the others stay masked.
+
+    Args:
+        lm: a model with the head masked_lm as its first one.
+        text: a text with at least one blank.
+        blank: the string that marks a blank.
+        most: number of tokens for each blank.
+
+    Raises:
+        UserError: for a model without that head or without a mask token, and for a text that has no blank or exceeds
+            the model's positions.
     """
     check_model("lm", lm)
-    blank, most = argument("blank", blank, Name), argument("most", most, Positive)
+    blank, most = check_argument("blank", blank, Name), check_argument("most", most, Positive)
     if lm.config.heads_on_top[:1] != ("masked_lm",) or _tokenizer(lm).mask is None:
-        raise UserError(f"blanks are filled by the head masked_lm, the model has {', '.join(lm.config.heads_on_top)}")
+        raise UserError(f"fill requires the head masked_lm, the model has {', '.join(lm.config.heads_on_top)}")
     check_text(text)
-    # The tokenizer finds its own mask token, so that the token's flags hold: RoBERTa's takes the space before it.
-    (tokens, _), *_ = _tokenizer(lm).frame(
+    # The tokenizer finds the mask token itself and applies its flags: RoBERTa's mask includes the space before it.
+    (tokens, _), *_ = _tokenizer(lm).encode_with_special_tokens(
         [text.replace(blank, _tokenizer(lm).special["mask"])], split_special_tokens=False
     )
-    places = [place for place, token in enumerate(tokens) if token == _tokenizer(lm).mask]
-    if not places:
-        raise UserError(f"the text {text!r:.40} has no {blank}; put one where a word is wanted")
+    positions = [position for position, token in enumerate(tokens) if token == _tokenizer(lm).mask]
+    if not positions:
+        raise UserError(f"the text {text!r:.40} has no {blank}; put one where a word is missing")
     logits_BTV = lm(jnp.array([tokens], jnp.int32)).logits
-    assert logits_BTV is not None  # the head is there
+    assert logits_BTV is not None  # the model has the head
     logits_TV = np.asarray(logits_BTV[0], np.float64)[:, : lm.vocabulary]
-    found = []
-    for logits_V in logits_TV[places]:
+    filled = []
+    for logits_V in logits_TV[positions]:
         p_V = np.exp(logits_V - logits_V.max())
         best = np.argsort(-p_V, kind="stable")[:most]
-        found.append([(_tokenizer(lm).pieces([i])[0], float(p_V[i] / p_V.sum())) for i in best])
-    return found
+        filled.append([(_tokenizer(lm).pieces([i])[0], float(p_V[i] / p_V.sum())) for i in best])
+    return filled
 
 
 def perplexity(
@@ -124,53 +140,63 @@ def perplexity(
     stride: int | None = None,
     batch_tokens: int | None = None,
 ) -> dict[str, float]:
-    """How well a decoder predicts texts, over all their tokens.
+    """Returns the perplexity of a decoder on texts, over all their tokens.
 
-    perplexity: e to the loss; loss: nats per token; bits_per_byte: the same per byte of UTF-8, so that models with
-    other tokenizers compare; tokens: that were predicted; bytes: theirs.
+    Each text begins with the tokens that the tokenizer adds at the beginning of a text, such as BOS. Where it adds none
+    (GPT-2), the first token of a text is read and not predicted, as in transformers' loss. A text that exceeds a row is
+    read in windows of `length` tokens that move by `stride`. Each token is scored in the first window that has it.
 
-    Every text begins with what the tokenizer's own frame puts before it, such as BOS.  Where that is nothing (GPT-2),
-    the first token of a text is read and not predicted, as in transformers' loss.  A text longer than
-    a row is read in windows of `length` that move by `stride`, each token counted in the first window that has it.
-    length: None: the model's positions, 2048 at the most.  stride: None: `length`, so that windows do not overlap; a
-    smaller one gives tokens more of a context, and takes longer.
+    Args:
+        lm: a decoder with an lm head.
+        texts: one text, or any iterable of texts, read as a stream.
+        length: tokens in a row; None: the model's positions, 2048 at most.
+        stride: tokens between the starts of windows; None: `length`, without overlap. A smaller stride gives tokens
+            more context and takes longer.
+        batch_tokens: as for `log_likelihoods`.
 
-    Raises UserError for a model that is no decoder with the head lm, an empty text, and a text of no prediction at all.
+    Returns:
+        loss: nats per token. perplexity: exp(loss). bits_per_byte: the loss in bits per byte of UTF-8, which is
+        comparable between tokenizers. tokens, bytes: the number of predicted tokens and of their bytes.
+
+    Raises:
+        UserError: for a model that is not a decoder with an lm head, an empty text, and texts without any predicted
+            token.
     """
     check_model("lm", lm)
     if not isinstance(texts, str):
-        texts = listed("texts", texts, "strings")
-    stride = argument("stride", stride, int | None)
+        texts = check_list("texts", texts, "strings")
+    stride = check_argument("stride", stride, int | None)
     if lm.config.structure != "decoder":
-        raise UserError(f"perplexity is of a decoder, the model is a(n) {lm.config.structure}; see log_likelihoods")
-    limit = _limit(lm, length) if length is not None else min(ROW, _limit(lm, None))
+        raise UserError(f"perplexity requires a decoder, the model is a(n) {lm.config.structure}; see log_likelihoods")
+    limit = _limit(lm, length) if length is not None else min(MAX_LENGTH, _limit(lm, None))
     if stride is not None and not 1 <= stride <= limit:
         raise UserError(f"stride is {stride}; it must be from 1 to the {limit} tokens of a row")
     size = 0
 
     def windows() -> Iterator[_Example]:
         nonlocal size
-        stream = enumerate([texts] if isinstance(texts, str) else texts)
-        while some := list(islice(stream, TEXTS)):
+        for some in chunks(enumerate([texts] if isinstance(texts, str) else texts), TEXTS):
             for n, text in some:
                 if not isinstance(text, str) or not text:
-                    raise UserError(f"text {n} is {text!r:.40}; give strings that are not empty")
+                    raise UserError(f"text {n} is {text!r:.40}; give non-empty strings")
                 check_text(text)
-            own = [text for _, text in some]
-            size += sum(len(text.encode()) for text in own)
-            if not _tokenizer(lm).prefix:  # the first token of a text is not predicted, so its bytes do not count
-                size -= sum(len(text[:end].encode()) for text, end in zip(own, _tokenizer(lm).first_ends(own)))
-            for ids in _tokenizer(lm).encode_batch(own):
-                tokens = np.array(_tokenizer(lm).begun(ids), np.int32)
-                for start, counted, end in _windows(len(tokens) - 1, limit, stride or limit):
-                    yield _Example(tokens[start:end], tokens[start + 1 : end + 1], end - counted)
+            batch = [text for _, text in some]
+            size += sum(len(text.encode()) for text in batch)
+            if not _tokenizer(lm).prefix:  # the first token of a text is not predicted, and its bytes are not counted
+                size -= sum(
+                    len(text[:end].encode()) for text, end in zip(batch, _tokenizer(lm).first_token_ends(batch))
+                )
+            for ids in _tokenizer(lm).encode_batch(batch):
+                tokens = np.array(_tokenizer(lm).with_prefix(ids), np.int32)
+                for start, scored, end in _windows(len(tokens) - 1, limit, stride or limit):
+                    yield _Example(tokens[start:end], tokens[start + 1 : end + 1], end - scored)
 
     total, tokens = 0.0, 0
-    for found in _scored(lm, windows(), batch_tokens):
-        total -= found.log_probability
-        tokens += found.tokens
+    for likelihood in _score(lm, windows(), batch_tokens):
+        total -= likelihood.log_probability
+        tokens += likelihood.tokens
     if not tokens:
-        raise UserError("the texts have no token that could be predicted; give at least one of two tokens")
+        raise UserError("the texts have no token that could be predicted; give a text of at least two tokens")
     loss = total / tokens
     return {
         "perplexity": math.exp(min(loss, 700)),
@@ -182,29 +208,31 @@ def perplexity(
 
 
 def _windows(count: int, length: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """Windows over `count` predictions: start, the first one that counts, end; as those of a causal task's evaluation.
+    """Yields windows over `count` predictions, as (start, first scored prediction, end).
+
+    The windows are those of a causal task's evaluation.
 
     >>> list(_windows(7, length=4, stride=2))
     [(0, 0, 4), (2, 4, 6), (3, 6, 7)]
     """
-    counted, end = 0, min(length, count)
-    while counted < count:
-        yield counted if stride == length else max(0, end - length), counted, end
-        counted, end = end, min(end + stride, count)
+    scored, end = 0, min(length, count)
+    while scored < count:
+        yield scored if stride == length else max(0, end - length), scored, end
+        scored, end = end, min(end + stride, count)
 
 
 def _limit(lm: LM, length: int | None) -> int:
-    """Tokens of a row.  Raises UserError for a model that predicts no next token."""
+    """Returns the tokens in a row. Raises UserError for a model that does not predict the next token."""
     config = lm.config
     if config.structure == "encoder" or "lm" not in config.heads_on_top:
         heads = ", ".join(config.heads_on_top) or "none"
         raise UserError(
-            f"the model is a(n) {config.structure} with the heads: {heads}; a likelihood takes the head lm: load one "
-            f"that has it"
+            f"the model is a(n) {config.structure} with the heads: {heads}; likelihoods require the head lm: load a "
+            f"model with it"
         )
     if length is None:
         return config.max_length
-    length = argument("length", length, Positive)
+    length = check_argument("length", length, Positive)
     config.check_length(length)
     return length
 
@@ -216,162 +244,135 @@ def _tokenizer(lm: LM) -> Any:
 
 
 def _pair(lm: LM, n: int, pair: tuple[Text, Text], limit: int, too_long: str) -> _Example:
-    """The example of pair n."""
+    """Returns the example of pair n."""
     try:
         context, continuation = () if isinstance(pair, str) else pair
     except (TypeError, ValueError):
-        raise UserError(f"pair {n} is {shown(pair)}; give (context, continuation)") from None
+        raise UserError(f"pair {n} is {short_repr(pair)}; give (context, continuation)") from None
     context, continuation = (
         text if isinstance(text, str) else token_ids(f"pair {n}", text) for text in (context, continuation)
     )
     split = lm.config.structure == "encoder_decoder"
     before, after = _split_ids(lm, context, continuation) if split else _joined_ids(lm, context, continuation)
-    begin = [start_of(lm)] if split else []  # what the decoder reads before the continuation
+    begin = [start_of(lm)] if split else []  # tokens of the decoder before the continuation
     if split and isinstance(continuation, str):
         begin += _tokenizer(lm).target.prefix
     if not len(after):
-        raise UserError(f"pair {n}: the continuation {continuation!r:.40} has no token; give at least one")
+        raise UserError(f"pair {n}: the continuation {continuation!r:.40} has no tokens; give at least one")
     if not len(before):
-        raise UserError(f"pair {n}: the context has no token, and there is no BOS; give a context")
+        raise UserError(f"pair {n}: the context has no tokens and the tokenizer has no BOS; give a context")
     ids = np.concatenate([before, after]).astype(np.int64)
-    strange = ids[(ids < 0) | (ids >= lm.config.vocabulary)]
-    if len(strange):
-        raise UserError(f"pair {n} has token {strange[0]}; ids go from 0 to {lm.config.vocabulary - 1}")
+    invalid = ids[(ids < 0) | (ids >= lm.config.vocabulary)]
+    if len(invalid):
+        raise UserError(f"pair {n} has token {invalid[0]}; ids go from 0 to {lm.config.vocabulary - 1}")
     room = limit if split else limit + 1 - len(after)
     needs = max(len(before), len(begin) + len(after) - 1) if split else len(ids) - 1
     if needs > limit and (too_long == "refuse" or len(after) > limit):
-        remedy = "shorten it" if len(after) > limit else "shorten it, or give too_long='truncate'"
-        raise UserError(f"pair {n} takes {needs} tokens of a row, more than {limit}; {remedy}")
+        remedy = "shorten it" if len(after) > limit else "shorten it, or set too_long='truncate'"
+        raise UserError(f"pair {n} requires {needs} tokens in a row, more than {limit}; {remedy}")
     before_S, after_T = np.array(before[-room:], np.int32), np.array(after, np.int32)
     if split:
-        read_T = np.array([*begin, *after_T], np.int32)
-        return _Example(read_T[:-1], read_T[1:], len(after), before_S)
+        ids = np.array([*begin, *after_T], np.int32)
+        return _Example(ids[:-1], ids[1:], len(after), before_S)
     ids = np.concatenate([before_S, after_T])
     return _Example(ids[:-1], ids[1:], len(after))
 
 
 def _joined_ids(lm: LM, context: Text, continuation: Text) -> tuple[Sequence[int], Sequence[int]]:
-    """Ids of a context and of what follows it, in one row."""
+    """Returns the ids of a context and of its continuation for one row of a decoder."""
     if not (isinstance(context, str) and isinstance(continuation, str)):
-        whole = [_tokenizer(lm).begun(_tokenizer(lm).encode(context)) if isinstance(context, str) else context]
-        whole += [_tokenizer(lm).encode(continuation) if isinstance(continuation, str) else continuation]
-        return whole[0], whole[1]
+        before = _tokenizer(lm).with_prefix(_tokenizer(lm).encode(context)) if isinstance(context, str) else context
+        return before, _tokenizer(lm).encode(continuation) if isinstance(continuation, str) else continuation
     cut = len(context.rstrip())
     before = _tokenizer(lm).encode(context[:cut])
     whole_ids = _tokenizer(lm).encode(context + continuation)
-    return _tokenizer(lm).begun(before), whole_ids[len(before) :]
+    return _tokenizer(lm).with_prefix(before), whole_ids[len(before) :]
 
 
 def _split_ids(lm: LM, context: Text, continuation: Text) -> tuple[Sequence[int], Sequence[int]]:
-    """Ids of what the encoder reads, and of what the decoder is to write."""
-    before = _tokenizer(lm).frame([context])[0][0] if isinstance(context, str) else context
+    """Returns the ids for the encoder, and the ids that the decoder should predict."""
+    before = _tokenizer(lm).encode_with_special_tokens([context])[0][0] if isinstance(context, str) else context
     after = _tokenizer(lm).target.encode(continuation) if isinstance(continuation, str) else continuation
     return before, after
 
 
-# Batches.
+def _score(lm: LM, examples: Iterable[_Example], batch_tokens: int | None) -> Iterator[Likelihood]:
+    """Yields the likelihood of the scored labels of each example, in order."""
+    batch_tokens = check_batch_tokens(batch_tokens)
+    program, params = lm.programs.get(_program, lm.module), inference_params(lm)
+    likelihoods: dict[int, Likelihood] = {}
+    n = 0
+
+    def batches() -> Iterator[tuple[tuple[int, list[_Example], PackedBatch], Any]]:
+        first = 0
+        for window in chunks(examples, WINDOW):
+            for batch, inputs in _batches(lm, window, batch_tokens):
+                yield (first, window, batch), inputs
+            first += len(window)
+
+    for (first, window, batch), (log_BT, greedy_BT) in run_ahead(lambda inputs: program(params, *inputs), batches()):
+        for i, b, start in zip(batch.examples.tolist(), batch.rows, batch.starts):
+            end = start + len(window[i].tokens)
+            scored = np.s_[b, end - window[i].scored : end]
+            total = float(log_BT[scored].sum(dtype=np.float64))
+            likelihoods[first + i] = Likelihood(total, bool(greedy_BT[scored].all()), window[i].scored)
+        while n in likelihoods:
+            yield likelihoods.pop(n)
+            n += 1
 
 
-def _scored(lm: LM, examples: Iterable[_Example], batch_tokens: int | None) -> Iterator[Likelihood]:
-    """The likelihood of what counts of each example, in order."""
-    batch_tokens = argument("batch_tokens", batch_tokens, Positive | None)
-    if batch_tokens is None:
-        batch_tokens = 512 * (os.cpu_count() or 1) if jax.default_backend() == "cpu" else 1 << 14
-    program, params, mesh = lm.programs.get(_program, lm.module), params_of(lm), mesh_of(lm)
-    parts = 1 if mesh is None else ways(mesh, "batch")
-    stream = iter(examples)
-    while window := list(islice(stream, WINDOW)):
-        found: dict[int, Likelihood] = {}
-        for rows, T, S in _rows(window):
-            most = max(1, batch_tokens // max(T, S))
-            for first in range(0, len(rows), most):
-                some = rows[first : first + most]
-                count = -(-min(most, 1 << (len(some) - 1).bit_length()) // parts) * parts
-                inputs = _laid_out(window, some, count, T, S)
-                if mesh is not None:
-                    inputs = jax.device_put(inputs, NamedSharding(mesh, spec(("batch",), mesh.axis_names)))
-                log_BT, likeliest_BT = hosts.fetched(program(params, *inputs))
-                for b, row in enumerate(some):
-                    end = 0
-                    for i in row:
-                        end += len(window[i].tokens)
-                        here = slice(end - window[i].counted, end)
-                        total = float(log_BT[b, here].sum(dtype=np.float64))
-                        found[i] = Likelihood(total, bool(likeliest_BT[b, here].all()), window[i].counted)
-        yield from (found[i] for i in range(len(window)))
+def _batches(lm: LM, examples: list[_Example], batch_tokens: int) -> Iterator[tuple[PackedBatch, tuple[Any, ...]]]:
+    """Yields batches with their tokens, segments, positions, labels, is_scored [B, T] and tokens, segments [B, S].
 
-
-def _rows(examples: list[_Example]) -> Iterator[tuple[list[list[int]], int, int]]:
-    """Rows, each of some examples, with the tokens T of a row and S of its source: few lengths, powers of two.
-
-    Examples of a decoder share rows; those with a source have a row of their own.
+    Examples of a decoder share rows. An example with a source has a row to itself.
     """
-    size = lambda n: max(SHORTEST, 1 << (n - 1).bit_length())
-    if examples[0].source is not None:
-        of_size: dict[tuple[int, int], list[list[int]]] = {}
-        for i, example in enumerate(examples):
-            assert example.source is not None
-            of_size.setdefault((size(len(example.tokens)), size(len(example.source))), []).append([i])
-        yield from ((rows, T, S) for (T, S), rows in sorted(of_size.items()))
-        return
     lengths = np.array([len(example.tokens) for example in examples])
-    left = np.arange(len(examples))
-    while len(left):
-        T = size(int(lengths[left].max()))
-        packed = pack(lengths[left], T, T)
-        rows = [left[packed.examples[a:b]].tolist() for a, b in zip(packed.starts, packed.starts[1:])]
-        # Rows of T hold an example longer than T / 2, and shorter ones where it leaves room.
-        here = [row for row in rows if T == SHORTEST or lengths[row].max() > T // 2]
-        left = np.setdiff1d(left, np.concatenate(here))
-        yield here, T, 0
-
-
-def _laid_out(examples: list[_Example], rows: list[list[int]], count: int, T: int, S: int) -> tuple[np.ndarray, ...]:
-    """tokens, segments, positions, labels [B, T], counted [B, T] and, of an encoder, tokens, segments [B, S]."""
-    fields = np.zeros((4, count, T), np.int32)
-    counted_BT = np.zeros((count, T), bool)
-    sources = np.zeros((2, count, S), np.int32)
-    for b, row in enumerate(rows):
-        end = 0
-        for segment, i in enumerate(row, start=1):
-            example, start = examples[i], end
-            end += len(example.tokens)
-            fields[0, b, start:end], fields[1, b, start:end] = example.tokens, segment
-            fields[2, b, start:end], fields[3, b, start:end] = np.arange(end - start), example.labels
-            counted_BT[b, end - example.counted : end] = True
-            if example.source is not None:
-                sources[0, b, : len(example.source)], sources[1, b, : len(example.source)] = example.source, 1
-    return (*fields, counted_BT, *(sources if S else ()))
+    sources = [example.source for example in examples]
+    source_lengths = np.array([0 if source is None else row_length(len(source)) for source in sources])
+    for S in np.unique(source_lengths).tolist():
+        max_examples = (lambda T: 1) if S else (lambda T: T)
+        for batch in pack_batches(lm, lengths * (source_lengths == S), batch_tokens, max_examples, S):
+            some = [examples[i] for i in batch.examples]
+            is_scored = [np.arange(len(one.tokens)) >= len(one.tokens) - one.scored for one in some]
+            columns = [one.tokens for one in some], [one.labels for one in some], is_scored
+            segments_BT, positions_BT, tokens_BT, labels_BT, is_scored_BT = batch.to_rows(*columns)
+            inputs = [tokens_BT, segments_BT, positions_BT, labels_BT, is_scored_BT.astype(bool)]
+            if S:
+                source = batch._replace(shape=(batch.shape[0], S)).to_rows([one.source for one in some])
+                inputs += [source[2], source[0]]
+            yield batch, shard_rows(lm, tuple(inputs))
 
 
 def _program(module: Transformer) -> Any:
-    """Returns the compiled program, which `LM.programs` keeps:
-    rows to the log-probability of each label that counts, and whether it is the likeliest."""
+    """Returns the compiled program, which `LM.programs` keeps.
+
+    Its results are, for each scored label of the rows, the log-probability and whether it is the most likely token.
+    """
 
     @jax.jit
-    def program(params, tokens_BT, segments_BT, positions_BT, labels_BT, counted_BT, *source):
-        read: list[Any] = [tokens_BT, segments_BT, positions_BT]
+    def program(params, tokens_BT, segments_BT, positions_BT, labels_BT, is_scored_BT, *source):
+        inputs: list[Any] = [tokens_BT, segments_BT, positions_BT]
         if source:
             source_BS, source_segments_BS = source
-            read = [source_BS, source_segments_BS, jnp.broadcast_to(jnp.arange(source_BS.shape[1]), source_BS.shape)]
-            read += [None, tokens_BT, segments_BT, positions_BT]
-        x_BTD = apply(module, params, *read)
-        # Only what counts goes through the vocabulary, some states at a time: the logits of all would fill the memory.
-        order_BT = jnp.argsort(~counted_BT, axis=1, stable=True)
+            source_positions_BS = jnp.broadcast_to(jnp.arange(source_BS.shape[1]), source_BS.shape)
+            inputs = [source_BS, source_segments_BS, source_positions_BS, None, *inputs]
+        x_BTD = apply(module, params, *inputs)
+        # Logits are computed for scored labels only, and in chunks: the logits of all states would fill the memory.
+        order_BT = jnp.argsort(~is_scored_BT, axis=1, stable=True)
         B, T = tokens_BT.shape
         n = min(T, max(1, STATES // B))
         rows_B1 = jnp.arange(B)[:, None]
 
-        def some(k: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            here_BN = jax.lax.dynamic_slice_in_dim(order_BT, k * n, n, 1)
-            x_BND = jnp.take_along_axis(x_BTD, here_BN[..., None], 1)
-            labels_BN = jnp.take_along_axis(labels_BT, here_BN, 1)
-            log_BN, tokens_BN = token_log_probs(partial(apply, module, method="lm"), params, x_BND, labels_BN)
-            likeliest_BN = tokens_BN == labels_BN
-            log_BT, likeliest_BT = found
-            return log_BT.at[rows_B1, here_BN].set(log_BN), likeliest_BT.at[rows_B1, here_BN].set(likeliest_BN)
+        def score_chunk(k: jax.Array, results: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            chunk_BN = jax.lax.dynamic_slice_in_dim(order_BT, k * n, n, 1)
+            x_BND = jnp.take_along_axis(x_BTD, chunk_BN[..., None], 1)
+            labels_BN = jnp.take_along_axis(labels_BT, chunk_BN, 1)
+            log_BN, best_BN = token_log_probs(partial(apply, module, method="lm"), params, x_BND, labels_BN)
+            log_BT, greedy_BT = results
+            greedy_BT = greedy_BT.at[rows_B1, chunk_BN].set(best_BN == labels_BN)
+            return log_BT.at[rows_B1, chunk_BN].set(log_BN), greedy_BT
 
-        chunks = -(-counted_BT.sum(1).max() // n)
-        return jax.lax.fori_loop(0, chunks, some, (jnp.zeros((B, T), jnp.float32), jnp.zeros((B, T), bool)))
+        n_chunks = -(-is_scored_BT.sum(1).max() // n)
+        return jax.lax.fori_loop(0, n_chunks, score_chunk, (jnp.zeros((B, T), jnp.float32), jnp.zeros((B, T), bool)))
 
     return program

@@ -1,8 +1,8 @@
-"""A jaxlm model in lm-evaluation-harness (Gao et al.), the extra `eval`: hundreds of benchmarks of language models.
+"""jaxlm models in lm-evaluation-harness (Gao et al.), the extra `eval`: hundreds of benchmarks of language models.
 
     python -m jaxlm.inference.lm_eval run --model jaxlm --model_args path=RUN_OR_FOLDER --tasks hellaswag,wikitext
 
-takes what `lm_eval` takes, and knows the model "jaxlm" beside its own; `lm_eval` itself finds no models outside itself.
+accepts the arguments of `lm_eval` and adds the model "jaxlm", which `lm_eval` itself does not find.
 In Python: `lm_eval.simple_evaluate(model=jaxlm.inference.lm_eval.Harness("FOLDER"), tasks=[...])`.
 """
 
@@ -26,25 +26,32 @@ try:
     from lm_eval.api.registry import register_model
     from lm_eval.models.utils import normalize_gen_kwargs
 except ImportError as error:
-    missing = f"lm-evaluation-harness is not there ({error}); install it: pip install 'jaxlm[eval]'"
+    missing = f"lm-evaluation-harness is not installed ({error}); install it: pip install 'jaxlm[eval]'"
     if __name__ == "__main__":
         sys.exit(f"error: {missing}")
     raise UserError(missing) from None
 
-# What a task may say of sampling, by the names of `Decoding`; the harness hands on what it does not know.
+# Sampling settings of a task with the names of `Decoding`; the harness passes on settings that it does not handle.
 SAMPLING = ("top_k", "top_p", "min_p", "repetition_penalty", "length_penalty", "seed")
 
 
 @register_model("jaxlm")
 class Harness(LM):
-    """What the harness asks of a model, by `log_likelihoods` and `generate`.
+    """The model interface of the harness, by `log_likelihoods` and `generate`.
 
-    path: a run, a folder in Hugging Face's format, or a hub name.  add_bos_token: whether texts begin with the
-    tokenizer's BOS; None: as the tokenizer's own frame has it, as with the harness' own models.  max_length: tokens of
-    a row; None: the model's positions.  batch_tokens: places in a batch; the harness' batch_size, max_batch_size and
-    device say nothing here.
+    Longer contexts are truncated at their beginning, as by the harness' own models.
 
-    Longer contexts lose their beginning, as with the harness' own models.
+    Args:
+        path: a run, a folder in Hugging Face's format, or a hub name.
+        dtype: dtype of the parameters.
+        add_bos_token: whether texts begin with the tokenizer's BOS; None: as the tokenizer adds special tokens, like
+            the harness' own models.
+        max_length: tokens in a row; None: the model's positions.
+        max_gen_toks: maximum number of new tokens where a task does not set it.
+        batch_tokens: tokens in a batch, padding included.
+        batch_size: ignored, like max_batch_size and device.
+        max_batch_size: ignored.
+        device: ignored.
     """
 
     def __init__(
@@ -64,30 +71,30 @@ class Harness(LM):
         if loaded.tokenizer is None:
             raise UserError("the model has no tokenizer; load it from a folder with one")
         first = loaded.tokenizer.eos if loaded.tokenizer.bos is None else loaded.tokenizer.bos
-        self.begin = [] if first is None else [first]  # what an empty context is
+        self.begin = [] if first is None else [first]  # replaces an empty context
         if add_bos_token is not None:
-            loaded = dataclasses.replace(loaded, tokenizer=loaded.tokenizer.framed_with(bos=add_bos_token))
+            loaded = dataclasses.replace(loaded, tokenizer=loaded.tokenizer.with_bos(bos=add_bos_token))
         self.lm, self.max_gen_toks = loaded, max_gen_toks
         self.rows: dict[str, Any] = {"length": max_length, "batch_tokens": batch_tokens}
-        self.chats: dict[str, list[int]] = {}  # text of a chat -> its ids, which the text does not tell
+        self.chats: dict[str, list[int]] = {}  # text of a chat -> its ids, which the text does not determine
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        """Log-probability in nats of each continuation behind its context, and whether it is the greedy one."""
+        """Returns the log-probability in nats of each continuation, and whether greedy decoding generates it."""
         pairs = [(self._context(context), continuation) for context, continuation in (r.args for r in requests)]
-        found = log_likelihoods(self.lm, pairs, too_long="truncate", **self.rows)
-        return [(one.log_probability, one.is_greedy) for one in found]
+        likelihoods = log_likelihoods(self.lm, pairs, too_long="truncate", **self.rows)
+        return [(one.log_probability, one.is_greedy) for one in likelihoods]
 
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-        """Log-probability in nats of each text behind BOS, else EOS, by the harness' windows.
+        """Returns the log-probability in nats of each text after BOS, else EOS, over the harness' windows.
 
-        Its own models also predict a BOS behind the BOS where transformers' tokenizer writes one, as Llama's does.
+        The harness' own models also predict a second BOS where the tokenizer of transformers adds one, such as Llama's.
         """
         tokenizer = self.lm.tokenizer
         assert tokenizer is not None
         if self.lm.config.structure == "encoder_decoder":
-            raise UserError("an encoder-decoder gives no likelihood of a text alone; choose other tasks")
+            raise UserError("an encoder-decoder has no likelihood of a text without a source; choose other tasks")
         if not self.begin:
-            raise UserError("the tokenizer has neither BOS nor EOS, one of which begins a text; choose other tasks")
+            raise UserError("the tokenizer has neither BOS nor EOS to begin a text; choose other tasks")
         length = self.rows["length"] or self.lm.config.max_length
         windows, bounds = [], [0]
         for ids in tokenizer.encode_batch([request.args[0] for request in requests]):
@@ -98,16 +105,16 @@ class Harness(LM):
         return [sum(each[a:b]) for a, b in zip(bounds, bounds[1:])]
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        """The text that follows each context, up to the first of the task's stop texts; greedy unless it says else."""
-        alike: dict[str, list[int]] = {}  # requests with the same choices
+        """Returns the continuation of each context up to the first stop text; greedy unless the task sets sampling."""
+        groups: dict[str, list[int]] = {}  # settings -> requests
         for n, request in enumerate(requests):
-            alike.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(n)
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(n)
         texts = [""] * len(requests)
-        for said, places in alike.items():
-            choices = normalize_gen_kwargs(json.loads(said), self.max_gen_toks)
-            prompts: list[Any] = [self._context(requests[n].args[0]) for n in places]
-            # What the harness calls a greedy task has temperature 0 by now.
-            found = generate(
+        for settings, numbers in groups.items():
+            choices = normalize_gen_kwargs(json.loads(settings), self.max_gen_toks)
+            prompts: list[Any] = [self._context(requests[n].args[0]) for n in numbers]
+            # `normalize_gen_kwargs` has set temperature 0 for greedy tasks.
+            continuations = generate(
                 self.lm,
                 prompts,
                 max_new_tokens=choices["max_gen_toks"],
@@ -116,34 +123,36 @@ class Harness(LM):
                 too_long="truncate",
                 **{name: choices[name] for name in SAMPLING if name in choices},
             )
-            for n, text in zip(places, found, strict=True):
+            for n, text in zip(numbers, continuations, strict=True):
                 texts[n] = text
         return texts
 
     def _context(self, text: str) -> str | list[int]:
-        """A context as jaxlm takes it: ids of a chat, and of an empty context."""
+        """Returns a context for jaxlm: token ids for a chat and for an empty context, else the text."""
         both = self.lm.config.structure == "encoder_decoder"
         return self.chats.get(text) or (text if text or both else self.begin)
 
-    # Chats, which --apply_chat_template asks for.
+    # Chats, for --apply_chat_template.
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The text of a chat; whoever asks for its likelihood, or an answer, gets that of the ids behind it."""
+        """Returns the text of a chat; later requests with this text use the token ids of the chat."""
         if not add_generation_prompt:
-            raise UserError("a task begins the assistant's answer (gen_prefix), which jaxlm has no templates for")
+            raise UserError(
+                "a task has a gen_prefix, the beginning of an answer, which is not supported; choose other tasks"
+            )
         assert self.lm.tokenizer is not None
         text = rendering.render(self.lm.tokenizer, chat_history, add_generation_prompt=True)
         self.chats[text] = rendering.prompt(self.lm.tokenizer, chat_history)
         return text
 
     def chat_template(self, chat_template: bool | str = False) -> str:
-        """The Jinja source of the template that is in use."""
+        """Returns the Jinja source of the template."""
         assert self.lm.tokenizer is not None
         return rendering.templates(self.lm.tokenizer).get("default", "")
 
     @property
     def tokenizer_name(self) -> str:
-        """What tells tokenizers and templates apart, where requests are cached."""
+        """A hash of the tokenizer's files, which distinguishes tokenizers and templates in the harness' cache."""
         assert self.lm.tokenizer is not None
         files = sorted(self.lm.tokenizer.files.items())
         return hashlib.sha256(b"".join(name.encode() + content for name, content in files)).hexdigest()[:16]

@@ -1,6 +1,6 @@
-"""Speculative decoding (Leviathan et al. 2023): a small model drafts several tokens, the large one checks them at once.
+"""Speculative decoding (Leviathan et al. 2023): a small model drafts tokens, and the large one checks several at once.
 
-What comes out is distributed exactly as if the large model had drawn each token itself; greedily, it is the same text.
+The texts have exactly the distribution of the large model. With greedy decoding they are the same.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from jaxlm.inference.decode import (
     Rules,
     State,
     draw,
-    known,
-    place,
-    placed,
+    insert,
+    mask_unknown,
     prefill,
     restrict,
+    shard_state,
     uniform,
     weights,
     write,
@@ -29,16 +29,19 @@ from jaxlm.inference.decode import (
 from jaxlm.nn.transformer import Transformer, apply
 
 DRAFTED = 4  # tokens that are drafted at once
-DRAFT, ACCEPT, CORRECT = 1, 2, 3  # what a random number is for
+DRAFT, ACCEPT, CORRECT = 1, 2, 3  # uses of a random number
 
 
 def speculative(module: Transformer, draft: Transformer) -> DecodePrograms:
-    """Like `decode.programs`, of a model and its draft: parameters and caches are pairs of the two's, and `n` of
-    `advance` counts rounds, each of 1 to `DRAFTED` + 1 tokens."""
+    """Returns the programs of `decode.programs` for a model with a draft.
+
+    Parameters and caches are pairs, of the model and the draft. `n` of `advance` is the number of rounds, each of which
+    adds 1 to `DRAFTED` + 1 tokens.
+    """
     return DecodePrograms(
         jax.jit(partial(_prefill, module, draft), static_argnames=("length", "scored")),
         jax.jit(partial(_advance, module, draft), donate_argnums=1),
-        jax.jit(place, donate_argnums=0),
+        jax.jit(insert, donate_argnums=0),
     )
 
 
@@ -58,31 +61,31 @@ def _advance(module: Transformer, draft: Transformer, params: Any, state: State,
     def step(carry: tuple[jax.Array, State]) -> tuple[jax.Array, State]:
         return carry[0] + 1, _round(module, draft, params, carry[1], rules)
 
-    return placed(module, jax.lax.while_loop(running, step, (jnp.int32(0), state))[1])
+    return shard_state(module, jax.lax.while_loop(running, step, (jnp.int32(0), state))[1])
 
 
 def _round(module: Transformer, draft: Transformer, params: Any, state: State, rules: Rules) -> State:
     B, caches = len(state.lengths_B), state.caches
     own, drafts = caches[0], caches[1]
     rows_B, begin_B = jnp.arange(B), state.lengths_B
-    share_BV = lambda logits_BV: _normalised(weights(logits_BV, rules))
-    number = lambda i, use: uniform(state.keys_B2, begin_B - state.begun_B + i, use)
+    share_BV = lambda logits_BV: _normalise(weights(logits_BV, rules))
+    number = lambda i, use: uniform(state.keys_B2, begin_B - state.prompt_lengths_B + i, use)
 
-    # q: the draft's probabilities.  Its first step reads the last two tokens, since it never read the last one that it
-    # drafted itself, if that was accepted.
+    # q: probabilities of the draft. Its first step reads the last two tokens, since it has not read the last token that
+    # it drafted in the previous round.
     tokens_BT, q = state.tokens_BT, []
     for i in range(DRAFTED):
         at = jnp.maximum(begin_B[:, None] + jnp.arange(i - 2 if i == 0 else i - 1, i), 0)
         x, drafts = _read(draft, params[1], tokens_BT, at, drafts)
-        logits_BV = known(apply(draft, params[1], x[:, -1], method="lm"), rules)
+        logits_BV = mask_unknown(apply(draft, params[1], x[:, -1], method="lm"), rules)
         so_far = state._replace(lengths_B=begin_B + i)
         q.append(share_BV(restrict(logits_BV, tokens_BT, so_far, rules)))
         tokens_BT = tokens_BT.at[rows_B, begin_B + i].set(draw(q[i], number(i, DRAFT)), mode="drop")
 
-    # p: the model's, of the same tokens and of the one behind them.
+    # p: probabilities of the model, for the same tokens and the one after them.
     x, own = _read(module, params[0], tokens_BT, begin_B[:, None] + jnp.arange(-1, DRAFTED), own)
-    logits_BTV = known(apply(module, params[0], x, method="lm"), rules)
-    going_B = jnp.ones(B, bool)
+    logits_BTV = mask_unknown(apply(module, params[0], x, method="lm"), rules)
+    accepting_B = jnp.ones(B, bool)
     state = state._replace(caches=(own, drafts))  # type: ignore[arg-type]
     for i in range(DRAFTED + 1):
         so_far = state._replace(lengths_B=begin_B + i)
@@ -95,16 +98,16 @@ def _round(module: Transformer, draft: Transformer, params: Any, state: State, r
             left_BV = jnp.maximum(p_BV - q[i], 0)
             left_BV = jnp.where(left_BV.sum(-1, keepdims=True) > 0, left_BV, p_BV)
         tokens_B = jnp.where(accepted_B, drafted_B, draw(left_BV, number(i, CORRECT)))
-        state = write(state, tokens_B, logits_BTV[:, i], rules, going_B)
-        going_B &= accepted_B
+        state = write(state, tokens_B, logits_BTV[:, i], rules, accepting_B)
+        accepting_B &= accepted_B
     return state
 
 
 def _read(module: Transformer, params: Any, tokens_BT: jax.Array, at: jax.Array, caches: Any) -> tuple[Any, Any]:
-    """Hidden states of the tokens at these positions, and the caches with them."""
-    read = jnp.take_along_axis(tokens_BT, at, 1, mode="clip")
-    return apply(module, params, read, at, caches, method="decode_cached")
+    """Returns the hidden states of the tokens at these positions, and the caches after reading them."""
+    tokens = jnp.take_along_axis(tokens_BT, at, 1, mode="clip")
+    return apply(module, params, tokens, at, caches, method="decode_cached")
 
 
-def _normalised(weights_BV: jax.Array) -> jax.Array:
+def _normalise(weights_BV: jax.Array) -> jax.Array:
     return weights_BV / weights_BV.sum(-1, keepdims=True)

@@ -1,17 +1,17 @@
-"""The Transformer, as Linen modules that a reader can follow in one sitting.
+"""The Transformer as Linen modules, and the functions around it.
 
 transformer  the stacked Transformer: encoder, decoder, or both
 layers       projections, norms, the MLP, dropout
-attention    self and cross attention, grouped queries, local, relative, cached
+attention    self-attention and cross-attention, with grouped queries, windows and caches
 kernels      fused attention over packed rows
 positions    learned, sinusoidal, rotary and relative positions
-heads        what is read off the last hidden states
-losses       each returns (sum, weight)
-nodes        what may stand in the place of a dense array, such as a low-rank update
-parameters   the one table that knows the parameters
+heads        outputs computed from the last hidden states
+losses       losses and metrics as pairs (sum, weight)
+nodes        parameters in another form than a dense array, such as a low-rank update
+parameters   the table of parameters: logical axes, weight decay, depth
 flops        counts of floating-point operations
 
-In tensor code a name carries its shape, in these letters:
+In tensor code the suffix of a name is its shape, in these letters:
 
     B  rows of a batch          D  model width             V  vocabulary
     T  positions (queries)      H  attention heads         L  layers

@@ -13,19 +13,19 @@ import jax.numpy as jnp
 
 from jaxlm.config import ModelConfig
 from jaxlm.devices.sharding import Placement
-from jaxlm.nn.kernels import chip_of, choose, fused
+from jaxlm.nn.kernels import backend_of, choose, fused
 from jaxlm.nn.layers import Dropout, Linear, Norm, query_std, residual_std
 from jaxlm.nn.positions import Distances, RotaryAngles, rotate
 
-BLOCK = 64  # queries, at the least, in a block of causal attention
-MASKED = -1e30  # finite, so that a padding row with nothing to attend to gives numbers, not NaN
+BLOCK = 64  # minimum number of queries in a block of causal attention
+MASKED = -1e30  # finite, so that a row without visible keys gives numbers instead of NaN
 
 
 class Cache(NamedTuple):
-    """Keys and values of one layer's earlier tokens, or of its context.
+    """Keys and values of the earlier tokens of one layer, or of its context.
 
-    Of S slots, s holds the latest position p with p mod S = s, so that slots need no labels: a cache as long as the
-    text holds all of it, a shorter one its end, as far back as a local layer sees.
+    Slot s of S holds the latest position p with p mod S = s, so that slots need no labels. A cache as long as the text
+    holds the whole text; a shorter cache, for the window of a local layer, holds its end.
     """
 
     k_BKSC: jax.Array
@@ -33,31 +33,36 @@ class Cache(NamedTuple):
 
 
 class AttentionInputs(NamedTuple):
-    """What a layer's queries may see, and how far away it is: the same for all layers of a kind.
+    """Masks and positions of attention, shared by all layers of a kind.
 
-    mask_BTS: True where query t may see key s.  causal: the mask hides later positions of the row.
-    segments: of queries and keys, where these, `causal` and `window` say all that the mask says.
-    turns, bias_BHTS, distances: rotary, T5's and DeBERTa's positions, where the model has them; B may be 1.
-    kept_BS: of keys that are to be cached, the position for each slot; B may be 1.
-    slot_turns: where turns depend on the length of the sequence, those of the slots of the cache: it keeps keys that
-    are not turned, and they are turned when they are read.
+    Attributes:
+        mask_BTS: True where query t attends to key s.
+        causal: whether the mask hides later positions of the row.
+        segments: segments of queries and keys, if they, `causal` and `window` fully define the mask; else None.
+        window: the width of local attention; None for global attention.
+        rotary: rotary angles of the queries and keys; B may be 1.
+        bias_BHTS: T5's relative positions; B may be 1.
+        distances: DeBERTa's relative positions.
+        slot_positions_BS: the position to store in each slot of a new cache; B may be 1. None: no cache is created.
+        cache_rotary: rotary angles of the slots of the cache, if the angles depend on the length of the sequence. The
+            cache then stores keys before rotation, and they are rotated when they are read.
     """
 
     mask_BTS: jax.Array
     causal: bool = False
     segments: tuple[jax.Array, jax.Array] | None = None
     window: int | None = None
-    turns: RotaryAngles | None = None
+    rotary: RotaryAngles | None = None
     bias_BHTS: jax.Array | None = None
     distances: Distances | None = None
-    kept_BS: jax.Array | None = None
-    slot_turns: RotaryAngles | None = None
+    slot_positions_BS: jax.Array | None = None
+    cache_rotary: RotaryAngles | None = None
 
 
 def cache_positions(positions_BT: jax.Array, S: int) -> jax.Array:
-    """[B, T, S], the position that each slot of a cache holds for a query at `positions_BT`; below 0: none yet.
+    """Returns the position in each of S slots of a cache for queries at `positions_BT`, [B, T, S]; below 0: empty.
 
-    With 4 slots, and the token at position 5 just written: 4, 5, 2, 3.
+    For example, with 4 slots and a query at position 5: 4, 5, 2, 3.
     """
     return positions_BT[..., None] - (positions_BT[..., None] - jnp.arange(S)) % S
 
@@ -65,29 +70,33 @@ def cache_positions(positions_BT: jax.Array, S: int) -> jax.Array:
 def self_mask(
     segments_BT: jax.Array, causal: bool, window: int | None = None, prefix_BT: jax.Array | None = None
 ) -> jax.Array:
-    """[B, T, T], True where query t may see key s: the same example of the row, if causal not later unless key s is of
-    the prefix, and less than `window` places away."""
+    """Returns the mask of self-attention [B, T, T]: True where query t attends to key s.
+
+    Both must be in the same example, and less than `window` positions apart. If `causal`, key s must not be after query
+    t, unless it is in the prefix (`prefix_BT` > 0).
+    """
     mask_BTS = cross_mask(segments_BT, segments_BT)
     T = jnp.arange(segments_BT.shape[1])
     if causal:
-        seen_BTS = (T[:, None] >= T)[None]
-        mask_BTS &= seen_BTS if prefix_BT is None else seen_BTS | (prefix_BT[:, None] > 0)
+        visible_BTS = (T[:, None] >= T)[None]
+        mask_BTS &= visible_BTS if prefix_BT is None else visible_BTS | (prefix_BT[:, None] > 0)
     if window is not None:
         mask_BTS &= jnp.abs(T[:, None] - T) < window
     return mask_BTS
 
 
 def cross_mask(segments_BT: jax.Array, segments_BS: jax.Array) -> jax.Array:
-    """[B, T, S], True where query t and key s belong to the same example.
+    """Returns the mask of cross-attention [B, T, S]: True where query t and key s are in the same example.
 
-    Padding (segment 0) is seen by nobody.  What it sees itself is read nowhere; as in transformers, it sees all others.
+    No query attends to padding (segment 0). Queries in padding attend to all other keys, as in transformers; their
+    outputs are never read.
     """
     q_BT1, k_B1S = segments_BT[:, :, None], segments_BS[:, None, :]
     return ((q_BT1 == k_B1S) | (q_BT1 == 0)) & (k_B1S > 0)
 
 
 class Scores(NamedTuple):
-    """What is done to the products of queries and keys before the softmax."""
+    """Operations on the products of queries and keys before the softmax: scale, bias, then a soft cap."""
 
     scale: float
     cap: float = 0.0
@@ -104,10 +113,19 @@ def dot_product_attention(
     *,
     causal: bool = False,
 ) -> jax.Array:
-    """`softmax(q k scale) v` [B, T, H, C]: each of the K key-value heads serves H / K query heads.
+    """Returns `softmax(q k scale) v` [B, T, H, C]; each of the K key-value heads serves H / K query heads.
 
-    Scores and softmax are float32, whatever the dtype of the products.  `causal` promises that key s is masked from
-    query t < s; blocks of queries then read only the keys up to their end, which saves up to half of the work.
+    Scores and softmax are float32 for every dtype of the products.
+
+    Args:
+        q_BTHC: queries.
+        k_BSKC: keys.
+        v_BSKC: values.
+        mask_BTS: True where query t attends to key s.
+        scores: scale, cap and bias of the scores; None: the scale 1 / sqrt(C).
+        dropout: applied to the exponentials of the scores.
+        causal: whether the mask hides all keys s > t. Blocks of queries then read only the keys up to their end, which
+            saves up to half of the work.
     """
     scores = scores or Scores(1 / math.sqrt(q_BTHC.shape[-1]))
     T, block = q_BTHC.shape[1], max(BLOCK, -(-q_BTHC.shape[1] // 8))
@@ -117,9 +135,9 @@ def dot_product_attention(
     for start in range(0, T, block):
         q, s = slice(start, min(start + block, T)), slice(start + block)
         bias = None if scores.bias_BHTS is None else scores.bias_BHTS[:, :, q, s]
-        these = scores._replace(bias_BHTS=bias)
-        seen = _heads_first(k_BSKC[:, s], v_BSKC[:, s])
-        out.append(_attend(q_BTHC[:, q], *seen, mask_BTS[:, q, s], these, dropout)[0])
+        block_scores = scores._replace(bias_BHTS=bias)
+        kv_BKSC = _heads_first(k_BSKC[:, s], v_BSKC[:, s])
+        out.append(_attend(q_BTHC[:, q], *kv_BKSC, mask_BTS[:, q, s], block_scores, dropout)[0])
     return jnp.concatenate(out, axis=1)
 
 
@@ -128,17 +146,17 @@ def _heads_first(k_BSKC: jax.Array, v_BSKC: jax.Array) -> tuple[jax.Array, jax.A
 
 
 def _attend(
-    q_BTHC: jax.Array, k_BKSC: jax.Array, v_BKSC: jax.Array, mask_BTS: jax.Array, how: Scores, dropout: Callable
+    q_BTHC: jax.Array, k_BKSC: jax.Array, v_BKSC: jax.Array, mask_BTS: jax.Array, scores: Scores, dropout: Callable
 ) -> tuple[jax.Array, jax.Array]:
-    """The attended values [B, T, H, C], and the weights [B, H, T, S]."""
+    """Returns the attended values [B, T, H, C] and the weights [B, H, T, S]."""
     B, T, H, C = q_BTHC.shape
     K, S = k_BKSC.shape[1], k_BKSC.shape[2]
-    q_BKGTC = (q_BTHC * how.scale).reshape(B, T, K, H // K, C).transpose(0, 2, 3, 1, 4)
+    q_BKGTC = (q_BTHC * scores.scale).reshape(B, T, K, H // K, C).transpose(0, 2, 3, 1, 4)
     scores_BKGTS = jnp.einsum("BKGTC,BKSC->BKGTS", q_BKGTC, k_BKSC, preferred_element_type=jnp.float32)
-    if how.bias_BHTS is not None:
-        scores_BKGTS += how.bias_BHTS.reshape(-1, K, H // K, T, S)
-    if how.cap:
-        scores_BKGTS = how.cap * jnp.tanh(scores_BKGTS / how.cap)
+    if scores.bias_BHTS is not None:
+        scores_BKGTS += scores.bias_BHTS.reshape(-1, K, H // K, T, S)
+    if scores.cap:
+        scores_BKGTS = scores.cap * jnp.tanh(scores_BKGTS / scores.cap)
     scores_BKGTS += jnp.where(mask_BTS, 0.0, MASKED)[:, None, None]
     # The softmax's division comes last, on [T, C] instead of [T, S].
     exps_BKGTS = jnp.exp(scores_BKGTS - jax.lax.stop_gradient(scores_BKGTS.max(-1, keepdims=True)))
@@ -149,8 +167,8 @@ def _attend(
     return out_BTHC, (exps_BKGTS / sums_BKGT1).reshape(B, H, T, S)
 
 
-def _written(cache: Cache, k_BTKC: jax.Array, v_BTKC: jax.Array, positions_BT: jax.Array) -> Cache:
-    """The cache with the keys and values of the tokens at these positions."""
+def _write_cache(cache: Cache, k_BTKC: jax.Array, v_BTKC: jax.Array, positions_BT: jax.Array) -> Cache:
+    """Returns the cache after writing the keys and values of the tokens at these positions."""
     rows_B1, slots_BT = jnp.arange(len(positions_BT))[:, None], positions_BT % cache.k_BKSC.shape[2]
     return Cache(
         cache.k_BKSC.at[rows_B1, :, slots_BT].set(k_BTKC),
@@ -158,39 +176,46 @@ def _written(cache: Cache, k_BTKC: jax.Array, v_BTKC: jax.Array, positions_BT: j
     )
 
 
-def _turned(cache: Cache, sight: AttentionInputs) -> Cache:
-    """The cache with the keys as queries read them."""
-    if sight.slot_turns is None:
+def _rotate_cache(cache: Cache, inputs: AttentionInputs) -> Cache:
+    """Returns the cache with rotated keys."""
+    if inputs.cache_rotary is None:
         return cache
-    k_BSKC = rotate(cache.k_BKSC.transpose(0, 2, 1, 3), sight.slot_turns)
+    k_BSKC = rotate(cache.k_BKSC.transpose(0, 2, 1, 3), inputs.cache_rotary)
     return cache._replace(k_BKSC=k_BSKC.transpose(0, 2, 1, 3))
 
 
 class Attention(nn.Module):
-    """Multi-head attention of `x` over itself, or over `context` in cross-attention."""
+    """Multi-head self-attention, or cross-attention over `context`."""
 
     config: ModelConfig
     constrain: Placement
     dtype: Any = jnp.float32
-    kernel: str = "auto"  # or xla, splash, cudnn: see `kernels`
+    kernel: str = "auto"  # auto, xla, splash or cudnn: see `kernels`
 
     @nn.compact
     def __call__(
         self,
         x_BTD: jax.Array,
         layer: jax.Array | int,
-        sight: AttentionInputs,
+        inputs: AttentionInputs,
         positions_BT: jax.Array,
         context: jax.Array | Cache | None = None,
         cache: Cache | None = None,
         weights: bool = False,
     ) -> tuple[jax.Array, Cache | None, jax.Array | None]:
-        """The attended values [B, T, D]; the cache, where one was given or is kept; where asked for, the attention
-        weights [B, H, T, S].
+        """Returns the output of attention, the cache, and the attention weights.
 
-        layer: the layer's number, from 0.
-        context: what cross-attention reads [B, S, D], or the keys and values that were kept of it.
-        cache: of the earlier tokens; this call's are added before it is read.
+        Args:
+            x_BTD: hidden states.
+            layer: index of the layer, from 0.
+            inputs: masks and positions.
+            positions_BT: position of each token in its example.
+            context: for cross-attention, hidden states of the context [B, S, D], or their cached keys and values.
+            cache: keys and values of earlier tokens; those of this call are written before attention reads it.
+            weights: whether to return the attention weights.
+
+        Returns:
+            The output [B, T, D]; the updated or new cache, or None; the weights [B, H, T, S], or None.
         """
         config = self.config
         biased = "query_key_value" in config.biases
@@ -201,79 +226,85 @@ class Attention(nn.Module):
         q_BTHC = query(x_BTD)
         if config.query_key_norm:
             q_BTHC = Norm(config, self.dtype, name="query_norm")(q_BTHC)
-        if sight.turns is not None:
-            q_BTHC = rotate(q_BTHC, sight.turns)
+        if inputs.rotary is not None:
+            q_BTHC = rotate(q_BTHC, inputs.rotary)
         if config.scale_by_layer:
             q_BTHC = (q_BTHC / (jnp.asarray(layer, jnp.float32) + 1)).astype(q_BTHC.dtype)
         q_BTHC = self.constrain(q_BTHC, ("batch", "length", "heads", "head_width"))
         if isinstance(context, Cache):
             cache = context
         else:
-            source = x_BTD if context is None else context
-            k_BSKC, v_BSKC = key(source), value(source)
+            context_BSD = x_BTD if context is None else context
+            k_BSKC, v_BSKC = key(context_BSD), value(context_BSD)
             if config.query_key_norm:
                 k_BSKC = Norm(config, self.dtype, name="key_norm")(k_BSKC)
-            unturned_BSKC = k_BSKC
-            if sight.turns is not None:
-                k_BSKC = rotate(k_BSKC, sight.turns)
+            unrotated_BSKC = k_BSKC
+            if inputs.rotary is not None:
+                k_BSKC = rotate(k_BSKC, inputs.rotary)
             k_BSKC = self.constrain(k_BSKC, ("batch", "keys", "kv_heads", "head_width"))
             v_BSKC = self.constrain(v_BSKC, ("batch", "keys", "kv_heads", "head_width"))
             if cache is not None:
-                late = sight.slot_turns is not None
-                cache = _written(cache, unturned_BSKC if late else k_BSKC, v_BSKC, positions_BT)
+                rotate_late = inputs.cache_rotary is not None
+                cache = _write_cache(cache, unrotated_BSKC if rotate_late else k_BSKC, v_BSKC, positions_BT)
         scale = 1 / math.sqrt(config.C) if config.attention_scale is None else config.attention_scale
-        bias_BHTS = sight.bias_BHTS
-        if sight.distances is not None and config.relative_terms:
+        bias_BHTS = inputs.bias_BHTS
+        if inputs.distances is not None and config.relative_terms:
             scale = 1 / math.sqrt(config.C * (1 + len(config.relative_terms)))
             if not config.relative_shared:
                 query = heads("relative_query", config.heads) if "p2c" in config.relative_terms else query
                 key = heads("relative_key", config.K) if "c2p" in config.relative_terms else key
-            bias_BHTS = scale * self._disentangled(q_BTHC, k_BSKC, sight.distances, query, key)
+            bias_BHTS = scale * self._disentangled(q_BTHC, k_BSKC, inputs.distances, query, key)
         scores = Scores(scale, config.attention_cap, bias_BHTS)
         dropout = Dropout(config.attention_dropout, name="dropout")
         weights_BHTS = None
         if cache is not None:
-            out_BTHC, weights_BHTS = _attend(q_BTHC, *_turned(cache, sight), sight.mask_BTS, scores, dropout)
+            out_BTHC, weights_BHTS = _attend(q_BTHC, *_rotate_cache(cache, inputs), inputs.mask_BTS, scores, dropout)
         elif weights:
-            out_BTHC, weights_BHTS = _attend(q_BTHC, *_heads_first(k_BSKC, v_BSKC), sight.mask_BTS, scores, dropout)
+            out_BTHC, weights_BHTS = _attend(q_BTHC, *_heads_first(k_BSKC, v_BSKC), inputs.mask_BTS, scores, dropout)
         else:
-            out_BTHC = self._whole(q_BTHC, k_BSKC, v_BSKC, sight, scores, dropout)
-        if sight.kept_BS is not None:
-            kept = lambda x_BSKC: jnp.take_along_axis(x_BSKC, sight.kept_BS[..., None, None], 1)
-            keys_BSKC = k_BSKC if sight.slot_turns is None else unturned_BSKC
-            cache = Cache(*_heads_first(kept(keys_BSKC), kept(v_BSKC)))
+            out_BTHC = self._attend_rows(q_BTHC, k_BSKC, v_BSKC, inputs, scores, dropout)
+        if inputs.slot_positions_BS is not None:
+            select = lambda x_BSKC: jnp.take_along_axis(x_BSKC, inputs.slot_positions_BS[..., None, None], 1)
+            keys_BSKC = k_BSKC if inputs.cache_rotary is None else unrotated_BSKC
+            cache = Cache(*_heads_first(select(keys_BSKC), select(v_BSKC)))
         biased = "out" in config.biases
         out = Linear((config.width,), residual_std(config), biased, contract=2, dtype=self.dtype, name="out")
         return out(out_BTHC), cache, weights_BHTS if weights else None
 
-    def _whole(
+    def _attend_rows(
         self,
         q_BTHC: jax.Array,
         k_BSKC: jax.Array,
         v_BSKC: jax.Array,
-        sight: AttentionInputs,
+        inputs: AttentionInputs,
         scores: Scores,
         dropout: Dropout,
     ) -> jax.Array:
-        """The attended values of whole rows, by the fastest kernel that can."""
+        """Returns the attended values of rows without a cache, from the fastest kernel that supports them."""
         mesh = self.constrain.mesh
-        asked = {"cap": scores.cap, "bias": scores.bias_BHTS is not None, "prefix": sight.segments is None}
-        dropped = dropout.bytes and self.has_rng("dropout")
-        kernel = choose(chip_of(mesh), mesh, q_BTHC, k_BSKC, wanted=self.kernel, dropout=bool(dropped), **asked)
+        features = {"cap": scores.cap, "bias": scores.bias_BHTS is not None, "prefix": inputs.segments is None}
+        drops = dropout.bytes and self.has_rng("dropout")
+        kernel = choose(backend_of(mesh), mesh, q_BTHC, k_BSKC, wanted=self.kernel, dropout=bool(drops), **features)
         if kernel == "xla":
-            # Blocks of a length that is split would lie on some of the devices alone.
-            blocks = sight.causal and self.constrain.ways("length") == 1
-            return dot_product_attention(q_BTHC, k_BSKC, v_BSKC, sight.mask_BTS, scores, dropout, causal=blocks)
-        assert sight.segments is not None
-        inputs = q_BTHC, k_BSKC, v_BSKC, *sight.segments
+            # With a sharded length, each block of queries would be on only some of the devices.
+            blocks = inputs.causal and self.constrain.ways("length") == 1
+            return dot_product_attention(q_BTHC, k_BSKC, v_BSKC, inputs.mask_BTS, scores, dropout, causal=blocks)
+        assert inputs.segments is not None
+        qkv_and_segments = q_BTHC, k_BSKC, v_BSKC, *inputs.segments
         return fused(
-            kernel, mesh, *inputs, causal=sight.causal, window=sight.window, scale=scores.scale, cap=scores.cap
+            kernel,
+            mesh,
+            *qkv_and_segments,
+            causal=inputs.causal,
+            window=inputs.window,
+            scale=scores.scale,
+            cap=scores.cap,
         )
 
     def _disentangled(
         self, q_BTHC: jax.Array, k_BSHC: jax.Array, distances: Distances, query: Callable, key: Callable
     ) -> jax.Array:
-        """DeBERTa's terms of content and relative position [B, H, T, S], unscaled (He et al. 2021, equation 4)."""
+        """Returns DeBERTa's bias for relative positions [B, H, T, S], unscaled (He et al. 2021, equation 4)."""
         embeddings_RD = Dropout(self.config.dropout, name="relative_dropout")(distances.embeddings_RD)
         terms: Any = 0.0
         if "c2p" in self.config.relative_terms:
@@ -285,4 +316,4 @@ class Attention(nn.Module):
         return terms
 
 
-MIXERS: dict[str, Any] = {"attention": Attention}  # by `ModelConfig.mixer`; the signature is Attention's
+MIXERS: dict[str, Any] = {"attention": Attention}  # by `ModelConfig.mixer`; each entry has Attention's signature

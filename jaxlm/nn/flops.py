@@ -1,14 +1,14 @@
-"""How many floating-point operations the matrix products of a program take: counted in its jaxpr, and by a formula.
+"""Floating-point operations (FLOPs) of the matrix products of a program: counted in its jaxpr, or by a formula.
 
-A product of [M, K] with [K, N] takes 2 M N K operations.  Nothing else is counted: element by element work is a small
-part of a Transformer's, and no use of a chip's peak, which is that of its products.
+A product of [M, K] with [K, N] takes 2 M N K FLOPs. Elementwise operations are not counted: they are a small part of a
+Transformer, and a chip's peak rate is that of its matrix products.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax.extend import core
@@ -16,27 +16,28 @@ from jax.extend import core
 from jaxlm.config import ModelConfig
 from jaxlm.nn.layers import FEED_FORWARDS
 
-# ---- counted
+# Counts
 
 
 def count(jaxpr: core.ClosedJaxpr | core.Jaxpr) -> int:
-    """Operations of all matrix products and convolutions of a jaxpr, exactly, over all devices.
+    """Returns the exact FLOPs of all matrix products and convolutions of a jaxpr, over all devices.
 
-    Scanned bodies count as often as they run, recomputed ones (remat) each time, of a condition's branches the largest;
-    what `shard_map` does on each device counts for all of them; a Pallas kernel's body counts for each step of its
-    grid, also where the kernel skips one, so that the count of a kernel is a bound from above.
+    The body of a scan counts once per iteration, and recomputed operations (remat) count each time. Of the branches of
+    a condition, the largest counts. The body of `shard_map` counts for all devices. The body of a Pallas kernel counts
+    for each step of its grid, including skipped steps, so that the count of a kernel is an upper bound.
 
-    Raises ValueError for products in a while loop whose number of turns is not written in the jaxpr, and in a grid of
-    unknown size.
+    Raises:
+        ValueError: if a while loop with products has an unknown number of iterations, or if a Pallas kernel with
+            products has a grid of unknown size.
 
     >>> count(jax.make_jaxpr(jnp.matmul)(jnp.ones((2, 3)), jnp.ones((3, 5))))
     60
     """
     plain: Any = jaxpr.jaxpr if hasattr(jaxpr, "jaxpr") else jaxpr
-    return sum(_count(equation) for equation in plain.eqns)
+    return sum(_count_equation(equation) for equation in plain.eqns)
 
 
-def _count(equation: Any) -> int:
+def _count_equation(equation: Any) -> int:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
@@ -52,82 +53,91 @@ def _count(equation: Any) -> int:
     if name == "cond":
         return max(count(branch) for branch in params["branches"])
     if name == "while":
-        inside, asked = count(params["body_jaxpr"]), count(params["cond_jaxpr"])
-        turns = _turns(equation) if inside or asked else 0
-        return turns * inside + (turns + 1) * asked
+        body, condition = count(params["body_jaxpr"]), count(params["cond_jaxpr"])
+        iterations = _iterations(equation) if body or condition else 0
+        return iterations * body + (iterations + 1) * condition
     if name == "shard_map":
-        axes = params.get("newly_manual_axes", params.get("manual_axes"))  # the second in other versions of JAX
+        axes = params.get(
+            "newly_manual_axes", params.get("manual_axes")
+        )  # the second key is used by other versions of JAX
         return math.prod(params["mesh"].shape[axis] for axis in axes) * count(params["jaxpr"])
     if name == "pallas_call":
-        inside, grid = count(params["jaxpr"]), params["grid_mapping"].grid
-        if inside and not all(isinstance(size, int) for size in grid):
+        body, grid = count(params["jaxpr"]), params["grid_mapping"].grid
+        if body and not all(isinstance(size, int) for size in grid):
             raise ValueError(f"the grid {grid} of a Pallas kernel with products is not known before it runs")
-        return inside and inside * math.prod(grid)
-    # Calls of all kinds (jit, remat, custom_jvp_call, custom_vjp_call ...): once.
+        return body and body * math.prod(grid)
+    # All kinds of calls (jit, remat, custom_jvp_call, custom_vjp_call ...) count once.
     return sum(count(value) for value in params.values() if isinstance(value, (core.ClosedJaxpr, core.Jaxpr)))
 
 
-def _turns(equation: Any) -> int:
-    """Of a while loop that counts one number up by a constant to a constant, as `fori_loop` does."""
+def _iterations(equation: Any) -> int:
+    """Returns the number of iterations of a while loop that increments a counter to a constant, like `fori_loop`."""
     params = equation.params
-    of_condition, of_body = params["cond_nconsts"], params["body_nconsts"]
-    state = equation.invars[of_condition + of_body :]
+    condition_consts, body_consts = params["cond_nconsts"], params["body_nconsts"]
+    state = equation.invars[condition_consts + body_consts :]
     condition, body = params["cond_jaxpr"].jaxpr, params["body_jaxpr"].jaxpr
-    given = dict(zip(condition.invars, [*equation.invars[:of_condition], *state]))
-    counted = condition.invars[of_condition:]
+    inputs = dict(zip(condition.invars, [*equation.invars[:condition_consts], *state]))
+    counters = condition.invars[condition_consts:]
 
     def number(value: Any) -> int | None:
-        value = value if isinstance(value, core.Literal) else given.get(value)
+        value = value if isinstance(value, core.Literal) else inputs.get(value)
         kind = getattr(getattr(value, "aval", None), "dtype", np.dtype(bool)).kind
         return int(value.val) if isinstance(value, core.Literal) and kind in "iu" else None
 
     if len(condition.eqns) == 1 and condition.eqns[0].primitive.name == "lt":
         low, high = condition.eqns[0].invars
         start, end = number(low), number(high)
-        if low in counted and start is not None and end is not None:
-            place = counted.index(low)
-            before, after = body.invars[of_body + place], body.outvars[place]
-            made = next((e for e in body.eqns if after in e.outvars and e.primitive.name == "add"), None)
-            steps = [number(v) or 0 for v in made.invars if isinstance(v, core.Literal)] if made else []
-            # The limit may be a part of the state: then the body must hand it on as it is.
-            fixed = isinstance(high, core.Literal) or high not in counted
-            fixed = fixed or body.invars[of_body + counted.index(high)] is body.outvars[counted.index(high)]
-            if made and before in made.invars and steps and steps[0] > 0 and fixed:
+        if low in counters and start is not None and end is not None:
+            index = counters.index(low)
+            before, after = body.invars[body_consts + index], body.outvars[index]
+            add = next((e for e in body.eqns if after in e.outvars and e.primitive.name == "add"), None)
+            steps = [number(v) or 0 for v in add.invars if isinstance(v, core.Literal)] if add else []
+            # If the limit is part of the state, the body must return it unchanged.
+            fixed = isinstance(high, core.Literal) or high not in counters
+            fixed = fixed or body.invars[body_consts + counters.index(high)] is body.outvars[counters.index(high)]
+            if add and before in add.invars and steps and steps[0] > 0 and fixed:
                 return max(0, -((start - end) // steps[0]))
     raise ValueError(
-        "a while loop with products turns a number of times that its jaxpr does not tell; write it as jax.lax.scan, or "
-        "as a fori_loop between constants"
+        "a while loop with products has a number of iterations that is not in its jaxpr; write it as jax.lax.scan, or "
+        "as a fori_loop with constant bounds"
     )
 
 
-# ---- by a formula
+# Formula
 
 
 class Forward(NamedTuple):
-    """Operations of one forward pass, by part."""
+    """FLOPs of one forward pass, by part.
 
-    embeddings: int  # projection of narrow embeddings (ALBERT), convolution beside the first layer (DeBERTa v2)
-    projections: int  # of the layers: queries, keys, values, outputs, MLP
-    attention: int  # of the layers: scores and weighted values
+    Attributes:
+        embeddings: projection of narrow embeddings (ALBERT) and convolution of the embeddings (DeBERTa v2).
+        projections: queries, keys, values, outputs and MLPs of the layers.
+        attention: scores and weighted values of the layers.
+        heads: heads.
+    """
+
+    embeddings: int
+    projections: int
+    attention: int
     heads: int
 
     @property
     def layers(self) -> int:
-        """Of the scanned layers."""
+        """FLOPs of the layers."""
         return self.projections + self.attention
 
     @property
     def total(self) -> int:
-        """All of the forward pass."""
+        """FLOPs of the forward pass."""
         return sum(self)
 
     @property
     def step(self) -> int:
-        """Forward and backward: each product has two more in its gradient, for its two factors."""
+        """FLOPs of forward and backward pass: the gradient of each product consists of two products."""
         return 3 * self.total
 
 
-def closed(
+def model_flops(
     config: ModelConfig,
     rows: int,
     length: int,
@@ -136,69 +146,49 @@ def closed(
     heads: Mapping[str, int] | None = None,
     blocks: bool = False,
 ) -> Forward:
-    """Operations of a batch of `rows` by the sizes of the model; `.step` is one training step, all parameters trained.
+    """Returns the FLOPs of a batch from the sizes of the model; `.step` is a training step of all parameters.
 
-    With N entries in the projections that a token passes, the step is 6 N per token plus attention, 12 H C S per query
-    and layer: the "model FLOPs" of PaLM (Chowdhery et al. 2022, appendix B), of which the model FLOPs utilisation is
-    the share of the peak.  By this convention all queries meet all keys, T x S, also where attention is causal or
-    local, padding counts, lookups in tables of embeddings do not, and neither does what is recomputed.
+    With N entries in the matrices that multiply each token, the step takes 6 N FLOPs per token, plus 12 H C S per query
+    and layer for attention: the "model FLOPs" of PaLM (Chowdhery et al. 2022, appendix B), from which the model FLOPs
+    utilisation is computed. By this convention attention counts T x S pairs even if it is causal or local, padding
+    counts, and embedding lookups and recomputation do not count.
 
-    length, source_length: tokens in a row; of an encoder-decoder those of the decoder and of the encoder.
-    heads: how many positions of a row pass each head; all pass `lm` where nothing is said.
-    blocks: count causal attention as `dot_product_attention` computes it, by blocks of queries that read no later keys
-    than their last, instead.
+    Args:
+        config: the model's config.
+        rows: number of rows.
+        length: number of tokens in a row; in an encoder-decoder, in a row of the decoder.
+        source_length: number of tokens in a row of the encoder of an encoder-decoder.
+        heads: number of positions in a row to which each head is applied; None: all positions for `lm`.
+        blocks: whether to count causal attention as `dot_product_attention` computes it, in blocks of queries that read
+            no keys after their end.
     """
     D, T, S, whole = config.width, length, source_length, config
     if heads is None:
         heads = {"lm": T} if "lm" in config.heads_on_top else {}
     both = config.structure == "encoder_decoder"
     if both and S is None:
-        raise ValueError("an encoder-decoder needs source_length, the tokens of its encoder's rows")
+        raise ValueError("an encoder-decoder requires source_length, the number of tokens in a row of its encoder")
     narrow = config.W * D if config.embedding_width else 0
-    embedded = narrow * (T + (S or 0) if both else T) + T * config.conv_width * D * D
+    embeddings = narrow * (T + (S or 0) if both else T) + T * config.conv_width * D * D
     projections = attention = 0
     if config.structure != "decoder":
         tokens = S if both and S is not None else T
         projections += config.layers * tokens * (_attention_entries(config) + _mlp_entries(config))
-        attention += config.layers * _attended(config, tokens, tokens, tokens * tokens)
+        attention += config.layers * _attention_products(config, tokens, tokens, tokens * tokens)
     if config.structure != "encoder":
-        layers, config = (config.decoder_layers if both else None) or config.layers, config.of_decoder
+        layers, config = (config.decoder_layers if both else None) or config.layers, config.decoder_config
         projections += layers * T * (_attention_entries(config) + _mlp_entries(config))
-        attention += layers * _attended(config, T, T, _causal_pairs(T) if blocks else T * T)
+        attention += layers * _attention_products(config, T, T, _causal_pairs(T) if blocks else T * T)
         if both and S is not None:
             queries, keys = 2 * D * config.heads * config.C, 2 * D * config.K * config.C
             projections += layers * (queries * T + keys * S)
-            attention += layers * _attended(config, T, S, T * S, relative=False)
+            attention += layers * _attention_products(config, T, S, T * S, relative=False)
     config = whole
-    on_top = sum(positions * _head_entries(config, head) for head, positions in heads.items())
+    head_entries = sum(positions * _head_entries(config, head) for head, positions in heads.items())
     relative = _relative_entries(config)
-    return Forward(2 * rows * embedded, 2 * (rows * projections + relative), 2 * rows * attention, 2 * rows * on_top)
-
-
-def recomputed(
-    config: ModelConfig,
-    rows: int,
-    length: int,
-    source_length: int | None = None,
-    *,
-    remat: Literal["none", "elementwise", "dots", "full"] = "full",
-    blocks: bool = False,
-) -> int:
-    """Operations that a training step adds to `closed(...).step` where the backward pass recomputes.
-
-    elementwise: none.  dots: attention; the products with weights are kept.  full: the layers, but for the last product
-    of each where no norm follows it, since its result is then needed nowhere.
-    """
-    if remat in ("none", "elementwise"):
-        return 0
-    forward = closed(config, rows, length, source_length, heads={}, blocks=blocks)
-    if remat == "dots":
-        return forward.attention
-    entries = config.layers * (length if source_length is None else source_length) * config.F
-    if config.structure == "encoder_decoder":
-        entries += (config.decoder_layers or config.layers) * length * config.of_decoder.F
-    last = 2 * rows * entries * config.width if config.norm_place == "pre" else 0
-    return forward.layers - last
+    return Forward(
+        2 * rows * embeddings, 2 * (rows * projections + relative), 2 * rows * attention, 2 * rows * head_entries
+    )
 
 
 def _attention_entries(config: ModelConfig) -> int:
@@ -209,8 +199,8 @@ def _mlp_entries(config: ModelConfig) -> int:
     return config.width * config.F * FEED_FORWARDS[config.feed_forward].matrices
 
 
-def _attended(config: ModelConfig, T: int, S: int, pairs: int, relative: bool = True) -> int:
-    """Scores and weighted values of one layer, and DeBERTa's products with the embeddings of distances."""
+def _attention_products(config: ModelConfig, T: int, S: int, pairs: int, relative: bool = True) -> int:
+    """Returns the scores and weighted values of one layer, and DeBERTa's products with embeddings of distances."""
     products = 2 * config.heads * config.C * pairs
     if relative and config.relative == "disentangled":
         R = 2 * (config.relative_buckets or config.relative_distance)
@@ -220,11 +210,11 @@ def _attended(config: ModelConfig, T: int, S: int, pairs: int, relative: bool = 
 
 
 def _relative_entries(config: ModelConfig) -> int:
-    """DeBERTa's projections of the embeddings of distances: in every layer, for the batch once."""
+    """Returns DeBERTa's projections of embeddings of distances: once per layer and batch."""
     if config.relative != "disentangled":
         return 0
     R = 2 * (config.relative_buckets or config.relative_distance)
-    heads = {"c2p": config.K, "p2c": config.heads}  # distances go through the keys' projection, or the queries'
+    heads = {"c2p": config.K, "p2c": config.heads}  # the projection of distances is that of keys, or of queries
     return config.layers * R * config.width * config.C * sum(heads[term] for term in config.relative_terms)
 
 
@@ -238,7 +228,7 @@ def _causal_pairs(T: int) -> int:
 
 
 def _head_entries(config: ModelConfig, head: str) -> int:
-    """Entries of the kernels that a position passes."""
+    """Returns the number of entries of the head's matrices."""
     D, N = config.width, len(config.labels)
     shared = D * D if config.shared_transform else 0
     entries = {

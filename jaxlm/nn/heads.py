@@ -1,4 +1,4 @@
-"""What is read off the last hidden states.  A head takes hidden states at the positions that its task needs."""
+"""Heads: outputs computed from the last hidden states at the positions that a task needs."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from jaxlm.nn.layers import ACTIVATIONS, Dropout, Linear, Norm, initial
 from jaxlm.nn.nodes import array
 
 
-class Vocabulary(nn.Module):
-    """Logits [B, T, V] or [B, V] over the vocabulary, float32: by the token embedding where it is tied, else by its own
-    kernel."""
+class VocabularyHead(nn.Module):
+    """Float32 logits [B, T, V] or [B, V], from the token embeddings if they are tied, else from a separate kernel."""
 
     config: ModelConfig
     constrain: Placement
@@ -42,14 +41,14 @@ class Vocabulary(nn.Module):
 
 
 def _transform(config: ModelConfig, x_BTD: jax.Array, width: int, dtype: Any) -> jax.Array:
-    """A projection to `width`, activation and norm (Devlin et al. 2019): parts of the module that calls."""
+    """Applies a projection to `width`, activation and norm (Devlin et al. 2019), as submodules of the caller."""
     bias = "transform" in config.biases
     x_BTD = Linear((width,), config.matrix_std, bias, dtype=dtype, name="transform")(x_BTD)
     return Norm(config, dtype, name="norm")(ACTIVATIONS[config.transform_activation or config.activation](x_BTD))
 
 
 class Transform(nn.Module):
-    """The transform of a model that has one before several heads (ModernBERT)."""
+    """A transform that several heads share (ModernBERT)."""
 
     config: ModelConfig
     dtype: Any = jnp.float32
@@ -59,8 +58,8 @@ class Transform(nn.Module):
         return _transform(self.config, x_BTD, self.config.width, self.dtype)
 
 
-class MaskedLM(nn.Module):
-    """BERT's masked language model head: a transform, unless the model shares one, then the vocabulary."""
+class MaskedLMHead(nn.Module):
+    """BERT's masked language model head: a transform, unless heads share one, then logits over the vocabulary."""
 
     config: ModelConfig
     constrain: Placement
@@ -70,12 +69,12 @@ class MaskedLM(nn.Module):
     def __call__(self, x_BTD: jax.Array, embedding_VW: jax.Array) -> jax.Array:
         if not self.config.shared_transform:
             x_BTD = _transform(self.config, x_BTD, self.config.W, self.dtype)
-        vocabulary = Vocabulary(self.config, self.constrain, bias=True, dtype=self.dtype, name="vocabulary")
+        vocabulary = VocabularyHead(self.config, self.constrain, bias=True, dtype=self.dtype, name="vocabulary")
         return vocabulary(x_BTD, embedding_VW)
 
 
-class Pooled(nn.Module):
-    """An example's vector [..., D] from the hidden state of its first token: a projection and tanh (BERT)."""
+class PooledHead(nn.Module):
+    """A vector [..., D] for each example, from the hidden state of its first token: a projection and tanh (BERT)."""
 
     config: ModelConfig
     dtype: Any = jnp.float32
@@ -86,9 +85,8 @@ class Pooled(nn.Module):
         return ACTIVATIONS["tanh"](dense(x_BED))
 
 
-class Classes(nn.Module):
-    """Logits [..., N], float32, of an example from the state that stands for it: after a projection and activation
-    where the model has them."""
+class ClassesHead(nn.Module):
+    """Float32 logits [..., N] for each example, from one hidden state; some models first apply a dense layer."""
 
     config: ModelConfig
     dtype: Any = jnp.float32
@@ -106,12 +104,12 @@ class Classes(nn.Module):
         return out(dropout(x_BED)).astype(jnp.float32)
 
 
-class PerToken(nn.Module):
-    """Logits [..., n], float32, of each token."""
+class PerTokenHead(nn.Module):
+    """Float32 logits [..., outputs] for each token."""
 
     config: ModelConfig
     outputs: int
-    rate: float  # of dropout
+    rate: float  # dropout rate
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -120,8 +118,8 @@ class PerToken(nn.Module):
         return Linear((self.outputs,), self.config.matrix_std, dtype=self.dtype, name="out")(x_BTD).astype(jnp.float32)
 
 
-class Replaced(nn.Module):
-    """Logits [...], float32, that a token was replaced: ELECTRA's discriminator (Clark et al. 2020)."""
+class ReplacedHead(nn.Module):
+    """Float32 logits [...]: whether a token was replaced, as in ELECTRA's discriminator (Clark et al. 2020)."""
 
     config: ModelConfig
     dtype: Any = jnp.float32

@@ -1,10 +1,10 @@
-"""Fused attention over packed rows: kernels that never write the scores [B, H, T, S] to memory, one for each backend.
+"""Fused attention over packed rows: one kernel per backend that never writes the scores [B, H, T, S] to memory.
 
-splash, on TPUs: JAX's own Pallas kernel.  It skips the blocks that the causal mask or the window hides.
-cudnn, on NVIDIA's GPUs: cuDNN's kernel.  It skips what the causal mask hides; all other masks are handed to it whole.
+splash, on TPUs: JAX's Pallas kernel. It skips the blocks that the causal mask or the window hides.
+cudnn, on NVIDIA GPUs: cuDNN's kernel. It skips the blocks that the causal mask hides; other masks are passed as arrays.
 
-Both compute the softmax block by block as they go and recompute it in the backward pass (FlashAttention, Dao et al.
-2022).  The memory of splash grows with the length; that of cudnn, for the mask of 16 bits [B, T, S], with its square.
+Both compute the softmax in blocks and recompute it in the backward pass (FlashAttention, Dao et al. 2022). The memory
+of splash is linear in the length. The memory of cudnn is quadratic, because of a 16-bit mask [B, T, S].
 """
 
 from __future__ import annotations
@@ -22,18 +22,20 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlm.devices.sharding import RULES
 
-KERNELS = {"tpu": "splash", "cuda": "cudnn"}  # of each platform; the others have none
-MULTIPLE = {"splash": 128, "cudnn": 2}  # of lengths, on each device; others are padded
-BLOCKS = (512, 384, 256, 128)  # positions that splash works on at once: the first that divides the length
-CONTEXT = "context"  # the mesh axis that queries are split over by position, where there is one
-RESIDUALS = "attention"  # what a policy of `jax.checkpoint` may call splash's output and sums, to keep them
+KERNELS = {"tpu": "splash", "cuda": "cudnn"}  # by platform; other platforms have none
+MULTIPLE = {"splash": 128, "cudnn": 2}  # lengths on each device are padded to a multiple of this
+BLOCKS = (512, 384, 256, 128)  # block sizes of splash; the first that divides the length is used
+CONTEXT = "context"  # the mesh axis over which queries are sharded by position
+RESIDUALS = "attention"  # the name of splash's output and sums in policies of `jax.checkpoint`
 
 
-class Chip(NamedTuple):
-    """What a program runs on: cpu, tpu, cuda or rocm, and of TPUs the version, of NVIDIA's GPUs the compute capability.
+class Backend(NamedTuple):
+    """The hardware that a program runs on. For example, a TPU v5e is ("tpu", 5.0), an H100 is ("cuda", 9.0).
 
-    A TPU v5e is ("tpu", 5.0), an H100 ("cuda", 9.0).  devices: how many a program may be spread over without a mesh
-    that says how.
+    Attributes:
+        platform: cpu, tpu, cuda or rocm.
+        generation: the version of a TPU, or the compute capability of an NVIDIA GPU.
+        devices: number of devices over which a program without a mesh may be sharded.
     """
 
     platform: str
@@ -41,41 +43,51 @@ class Chip(NamedTuple):
     devices: int = 1
 
 
-def chip_of(mesh: Mesh | None) -> Chip:
-    """The chip that a program for this mesh runs on; without one, on some of all devices."""
-    chip = _kind(jax.devices()[0] if mesh is None else mesh.devices.flat[0])
-    return chip._replace(devices=len(jax.devices())) if mesh is None and chip.platform in KERNELS else chip
+def backend_of(mesh: Mesh | None) -> Backend:
+    """Returns the backend of a mesh; without a mesh, the backend of all devices."""
+    backend = _backend(jax.devices()[0] if mesh is None else mesh.devices.flat[0])
+    return backend._replace(devices=len(jax.devices())) if mesh is None and backend.platform in KERNELS else backend
 
 
-def _kind(device: Any) -> Chip:
+def _backend(device: Any) -> Backend:
     if device.platform == "tpu":
         number = re.search(r"\d+", device.device_kind)  # "TPU v5 lite", "TPU7x"
-        return Chip("tpu", float(number[0]) if number else 0.0)
+        return Backend("tpu", float(number[0]) if number else 0.0)
     if device.platform in ("gpu", "cuda", "rocm"):
         amd = device.platform == "rocm" or "amd" in device.device_kind.lower()
-        return Chip("rocm") if amd else Chip("cuda", float(getattr(device, "compute_capability", 0.0)))
-    return Chip(device.platform)
+        return Backend("rocm") if amd else Backend("cuda", float(getattr(device, "compute_capability", 0.0)))
+    return Backend(device.platform)
 
 
-def choose(chip: Chip, mesh: Mesh | None, q_BTHC: Any, k_BSKC: Any, *, wanted: str = "auto", **asked: Any) -> str:
-    """The kernel for an attention: splash, cudnn, or xla, which is the caller's own.
+def choose(
+    backend: Backend, mesh: Mesh | None, q_BTHC: Any, k_BSKC: Any, *, wanted: str = "auto", **features: Any
+) -> str:
+    """Returns the kernel for an attention: splash, cudnn, or xla, which the caller implements.
 
-    wanted: auto, or one of these.  Where the chip's own or the wanted kernel cannot serve it, that is said on stderr,
-    once for each reason; short rows are left to XLA without a word.  asked: the rest of the keywords of `why_not`.
+    If the kernel cannot be used, the reason is printed to stderr, once for each reason. With "auto", short rows use XLA
+    without a message.
+
+    Args:
+        backend: the hardware.
+        mesh: the mesh, if there is one.
+        q_BTHC: queries, or their shape and dtype.
+        k_BSKC: keys, or their shape and dtype.
+        wanted: "auto" (the kernel of the backend) or the name of a kernel.
+        **features: the other keyword arguments of `why_not`.
     """
-    kernel = KERNELS.get(chip.platform, "xla") if wanted == "auto" else wanted
+    kernel = KERNELS.get(backend.platform, "xla") if wanted == "auto" else wanted
     if kernel == "xla" or (wanted == "auto" and min(q_BTHC.shape[1], k_BSKC.shape[1]) < MULTIPLE[kernel]):
         return "xla"
-    reason = why_not(kernel, chip, mesh, q_BTHC, k_BSKC, **asked)
+    reason = why_not(kernel, backend, mesh, q_BTHC, k_BSKC, **features)
     if reason is None:
         return kernel
-    _say(f"attention is XLA's, not the kernel {kernel}: {reason}")
+    _print_once(f"attention uses XLA instead of the kernel {kernel}: {reason}")
     return "xla"
 
 
 def why_not(
     kernel: str,
-    chip: Chip,
+    backend: Backend,
     mesh: Mesh | None,
     q_BTHC: Any,
     k_BSKC: Any,
@@ -86,61 +98,72 @@ def why_not(
     prefix: bool = False,
     weights: bool = False,
 ) -> str | None:
-    """Why this kernel cannot serve an attention of these queries and keys (arrays, or their shapes and dtypes).
+    """Returns the reason why a kernel cannot compute an attention, or None if it can.
 
-    cap: of the scores, 0 for none.  bias: whether something is added to the scores.  dropout: whether weights are
-    dropped.  prefix: whether a prefix sees all of itself.  weights: whether the attention weights are asked for.
-    None: it can.
+    Args:
+        kernel: splash or cudnn.
+        backend: the hardware.
+        mesh: the mesh, if there is one.
+        q_BTHC: queries, or their shape and dtype.
+        k_BSKC: keys, or their shape and dtype.
+        cap: soft cap of the scores; 0: none.
+        bias: whether there is a bias of the scores.
+        dropout: whether there is dropout of the weights.
+        prefix: whether the mask is not defined by segments, causality and window, as with a prefix.
+        weights: whether the attention weights are requested.
     """
     B, T, H, C = q_BTHC.shape
     _, S, K, _ = k_BSKC.shape
     dtype, cudnn = jnp.dtype(q_BTHC.dtype).name, kernel == "cudnn"
     rows, heads, _ = _axes(mesh)
     B_ways, H_ways = _ways(mesh, rows), _ways(mesh, heads)
-    widest = 256 if chip.generation >= 9 else 128
-    home = {name: platform for platform, name in KERNELS.items()}[kernel]
-    for holds, reason in (
-        (chip.platform != home, f"it is for {home}, and this runs on {chip.platform}"),
+    max_width = 256 if backend.generation >= 9 else 128
+    platform = {name: platform for platform, name in KERNELS.items()}[kernel]
+    for applies, reason in (
+        (backend.platform != platform, f"it requires {platform}, and this program runs on {backend.platform}"),
         (
-            not cudnn and mesh is None and chip.devices > 1,
-            f"the model does not say on which of {chip.devices} devices it lies: load it with mesh=, or build its "
-            f"module with Placement(mesh)",
+            not cudnn and mesh is None and backend.devices > 1,
+            f"the model has no mesh for the {backend.devices} devices: load it with mesh=, or create its module with "
+            f"Placement(mesh)",
         ),
-        (weights, "the attention weights are asked for, which it never holds"),
-        (bias, "a bias by relative position is added to the scores, for which it has no place"),
-        (dropout, "weights are dropped, which it cannot do: a model.attention_dropout of 0 is faster"),
-        (prefix, "tokens of a prefix see all of it, and its masks are causal or full"),
+        (weights, "it does not support returning attention weights"),
+        (bias, "it does not support a bias of the scores, which relative positions need"),
+        (dropout, "it does not support dropout: a model.attention_dropout of 0 is faster"),
+        (prefix, "it supports only causal and full masks, not the mask of a prefix"),
         # Below this a block is mostly padding, and the scores are small.
         (min(T, S) < MULTIPLE[kernel], f"there are fewer than {MULTIPLE[kernel]} positions"),
-        (bool(B % B_ways), f"its rows are not a multiple of {B_ways}, the ways that the mesh splits them"),
-        (bool(H % H_ways or K % H_ways), f"{H} heads and {K} key-value heads do not both divide by {H_ways} devices"),
         (
-            not cudnn and dtype not in ("float32", "bfloat16"),
-            f"it computes in float32 or bfloat16, and these are {dtype}",
+            bool(B % B_ways),
+            f"{B} rows are not a multiple of {B_ways}, the number of devices that they are sharded over",
         ),
-        (not cudnn and chip.generation < 4 and dtype == "bfloat16", "TPUs before v4 run it in float32 alone"),
-        (cudnn and bool(cap), f"it has no cap of scores, and model.attention_cap is {cap}"),
+        (
+            bool(H % H_ways or K % H_ways),
+            f"{H} heads and {K} key-value heads are not both multiples of {H_ways} devices",
+        ),
+        (not cudnn and dtype not in ("float32", "bfloat16"), f"it supports float32 and bfloat16, not {dtype}"),
+        (not cudnn and backend.generation < 4 and dtype == "bfloat16", "TPUs before v4 support only float32"),
+        (cudnn and bool(cap), f"it does not support a soft cap, and model.attention_cap is {cap}"),
         (
             cudnn and dtype not in ("float16", "bfloat16"),
-            f"it computes in 16 bits, and these are {dtype}: compute_dtype bfloat16 is faster",
+            f"it supports float16 and bfloat16, not {dtype}: compute_dtype bfloat16 is faster",
         ),
         (
-            cudnn and chip.generation < 8,
-            f"it needs a GPU of compute capability 8.0 (A100), and this is {chip.generation}",
+            cudnn and backend.generation < 8,
+            f"it requires a GPU of compute capability 8.0 (A100) or above, and this one has {backend.generation}",
         ),
         (
-            cudnn and C not in range(8, widest + 1, 8),
-            f"heads must be a multiple of 8 wide, at most {widest}; these are {C}",
+            cudnn and C not in range(8, max_width + 1, 8),
+            f"the head width must be a multiple of 8 and at most {max_width}, and it is {C}",
         ),
     ):
-        if holds:
+        if applies:
             return reason
     return None
 
 
 @cache
-def _say(sentence: str) -> None:
-    print(sentence, file=sys.stderr)
+def _print_once(message: str) -> None:
+    print(message, file=sys.stderr)
 
 
 def fused(
@@ -158,36 +181,49 @@ def fused(
     cap: float = 0.0,
     interpret: bool = False,
 ) -> jax.Array:
-    """`softmax(q k scale) v` [B, T, H, C] by the kernel splash or cudnn, where `why_not` has nothing to say against it.
+    """Returns `softmax(q k scale) v` [B, T, H, C] from a fused kernel; `why_not` must return None for it.
 
-    Query t sees key s if their segments are equal, if `causal` s <= t, and |t - s| < window.  Each of the K key-value
-    heads serves H / K query heads.  Padding (segment 0) sees padding: it gives finite numbers, which nobody should
-    read; nor should those of a query of whose segment there is no key.
-    mesh: rows are split over its axes of the batch, heads over those of the heads, and queries, not keys, over the axis
-    `context` where it has one.  interpret: run splash on a CPU, for tests.
+    Query t attends to key s if their segments are equal, s <= t if `causal`, and |t - s| < window. Each of the K
+    key-value heads serves H / K query heads. The outputs of padding (segment 0), and of queries without any key in
+    their segment, are finite but meaningless.
+
+    Args:
+        kernel: splash or cudnn.
+        mesh: rows are sharded over its batch axes, heads over its head axes, and queries, but not keys, over the axis
+            `context`.
+        q_BTHC: queries.
+        k_BSKC: keys.
+        v_BSKC: values.
+        segments_BT: segments of the queries.
+        segments_BS: segments of the keys.
+        causal: whether queries attend to no later keys.
+        window: the width of local attention; None: global attention.
+        scale: factor of the scores.
+        cap: soft cap of the scores, for splash; 0: none.
+        interpret: whether to run splash on CPU, for tests.
     """
     T = q_BTHC.shape[1]
     rows, heads, length = _axes(mesh)
     parts = _ways(mesh, length)
-    q_BTHC, segments_BT = (_padded(x, parts * MULTIPLE[kernel]) for x in (q_BTHC, segments_BT))
-    k_BSKC, v_BSKC, segments_BS = (_padded(x, MULTIPLE[kernel]) for x in (k_BSKC, v_BSKC, segments_BS))
+    q_BTHC, segments_BT = (_pad(x, parts * MULTIPLE[kernel]) for x in (q_BTHC, segments_BT))
+    k_BSKC, v_BSKC, segments_BS = (_pad(x, MULTIPLE[kernel]) for x in (k_BSKC, v_BSKC, segments_BS))
     if window is not None and window >= max(q_BTHC.shape[1], k_BSKC.shape[1]):
         window = None
     plan = plan_spec = None
-    alike = not causal and window is None  # then all parts of the queries have the same plan, else each its own
+    uniform = not causal and window is None  # then all shards of the queries have the same plan
     if kernel == "splash":
-        planned = q_BTHC.shape[1] // parts if alike else q_BTHC.shape[1]
-        heads_here = q_BTHC.shape[2] // _ways(mesh, heads)
-        plan = _plan(planned, k_BSKC.shape[1], heads_here, causal, window, cap, 1 if alike else parts, interpret)
+        plan_length = q_BTHC.shape[1] // parts if uniform else q_BTHC.shape[1]
+        local_heads = q_BTHC.shape[2] // _ways(mesh, heads)
+        plan = _plan(plan_length, k_BSKC.shape[1], local_heads, causal, window, cap, 1 if uniform else parts, interpret)
         attend = partial(_splash, scale=scale)
     else:
         attend = partial(_cudnn, causal=causal, window=window, scale=scale, parts=parts)
     if mesh is not None and mesh.size > 1:
         if plan is not None:
-            plan_spec = plan.manual_sharding_spec(NamedSharding(mesh, P(None, None if alike else length)))
+            plan_spec = plan.manual_sharding_spec(NamedSharding(mesh, P(None, None if uniform else length)))
         q_spec, k_spec = P(rows, length, heads), P(rows, None, heads)
         specs = (plan_spec, q_spec, k_spec, k_spec, P(rows, length), P(rows))
-        # The kernels do not say over which axes their outputs vary, so that this cannot be checked.
+        # The kernels do not declare over which axes their outputs vary, so that this cannot be checked.
         attend = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=q_spec, check_vma=False)
     return attend(plan, q_BTHC, k_BSKC, v_BSKC, segments_BT, segments_BS)[:, :T]
 
@@ -211,9 +247,9 @@ def _splash(
 
 @lru_cache(maxsize=64)
 def _plan(T: int, S: int, H: int, causal: bool, window: int | None, cap: float, parts: int, interpret: bool) -> Any:
-    """Splash attention for these shapes: which blocks it visits, as NumPy arrays, so that no trace owns them.
+    """Returns splash attention for these shapes. Its block masks are NumPy arrays, independent of any trace.
 
-    Half a second at 8,192 positions and 5 at 32,768, hence the cache.
+    This takes 0.5 s for 8,192 positions and 5 s for 32,768, hence the cache.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
@@ -266,9 +302,9 @@ def _cudnn(
     T, S = jnp.arange(q_BTHC.shape[1]), jnp.arange(k_BSKC.shape[1])
     if parts > 1:
         T += jax.lax.axis_index(CONTEXT) * q_BTHC.shape[1]
-    if causal and parts > 1:  # cuDNN counts queries from 0
+    if causal and parts > 1:  # cuDNN numbers the queries of a shard from 0
         mask_BTS &= T[:, None] >= S
-    if window is not None:  # cuDNN's own windows go with no mask before 9.10.2, and with causal ones alone
+    if window is not None:  # cuDNN's windows require causal masks, and allow no other mask before version 9.10.2
         mask_BTS &= jnp.abs(T[:, None] - S) < window
     return jax.nn.dot_product_attention(
         q_BTHC,
@@ -281,18 +317,18 @@ def _cudnn(
     )
 
 
-def _padded(x_BT: jax.Array, multiple: int) -> jax.Array:
-    """With zeros behind, so that its length is a multiple; as segments these are padding."""
+def _pad(x_BT: jax.Array, multiple: int) -> jax.Array:
+    """Returns x padded with zeros to a multiple of a length; in segments, zeros are padding."""
     missing = -x_BT.shape[1] % multiple
     return jnp.pad(x_BT, ((0, 0), (0, missing)) + ((0, 0),) * (x_BT.ndim - 2)) if missing else x_BT
 
 
 def _axes(mesh: Mesh | None) -> tuple[tuple[str, ...], tuple[str, ...], str | None]:
-    """The mesh axes that rows, heads and the positions of queries are split over."""
+    """Returns the mesh axes over which rows, heads and positions of queries are sharded."""
     if mesh is None:
         return (), (), None
-    here = lambda logical: tuple(axis for axis in RULES[logical] if axis in mesh.shape)
-    return here("batch"), here("heads"), CONTEXT if mesh.shape.get(CONTEXT, 1) > 1 else None
+    axes = lambda logical: tuple(axis for axis in RULES[logical] if axis in mesh.shape)
+    return axes("batch"), axes("heads"), CONTEXT if mesh.shape.get(CONTEXT, 1) > 1 else None
 
 
 def _ways(mesh: Mesh | None, axes: tuple[str, ...] | str | None) -> int:

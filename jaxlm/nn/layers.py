@@ -1,6 +1,6 @@
-"""Projections, norms, the MLP, dropout: what blocks are made of.
+"""Projections, norms, MLPs, dropout and convolution: the parts of a layer.
 
-Parameters are float32; products run in the compute dtype `dtype`; norms run in float32.
+Parameters are float32. Products are computed in `dtype`, norms in float32.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from jaxlm.nn.nodes import array, dot, parameter
 
 
 def _elementwise(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
-    """Returns the function, computed in float32 and rounded once to the dtype of its argument, with its derivative.
+    """Returns the function computed in float32, and rounded once to the dtype of its argument, like its derivative.
 
-    In bfloat16 the terms of most activations cancel: gelu would be wrong by 45% at -3.  The backward pass keeps one
+    In bfloat16 the terms of most activations cancel: gelu would have an error of 45% at -3. The backward pass keeps one
     array, the derivative, in the dtype of the argument.
     """
 
@@ -40,7 +40,7 @@ def _elementwise(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Ar
 
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": _elementwise(lambda x: x * (0.5 + 0.5 * jax.lax.erf(x * math.sqrt(0.5)))),  # on CPU faster than by erfc
+    "gelu": _elementwise(lambda x: x * (0.5 + 0.5 * jax.lax.erf(x * math.sqrt(0.5)))),  # faster on CPU than with erfc
     "gelu_tanh": _elementwise(lambda x: jax.nn.gelu(x, approximate=True)),
     "relu": jax.nn.relu,
     "silu": _elementwise(jax.nn.silu),
@@ -49,9 +49,9 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class Linear(nn.Module):
-    """`x[..., I...] @ kernel[I..., O...] + bias[O...]`, where I are x's last `contract` axes, O is `features`.
+    """`x[..., I...] @ kernel[I..., O...] + bias[O...]`; I are the last `contract` axes of x, O is `features`.
 
-    std: of the initial kernel; None: 1 / sqrt(inputs).
+    `std` is the standard deviation of the initial kernel; None: 1 / sqrt(number of inputs).
     """
 
     features: tuple[int, ...]
@@ -93,17 +93,17 @@ class Norm(nn.Module):
 
 
 class Dropout(nn.Module):
-    """Zeroes a share `rate` of the entries, where the caller gives a `dropout` key; scales up the others.
+    """Sets a fraction `rate` of the entries to 0 and scales the others, if there is a `dropout` key.
 
-    One random byte decides an entry, a quarter of the random bits that `jax.random.bernoulli` draws: on CPU and TPU
-    these are a visible part of a small model's step.  The rate is thereby rounded to 1/256, the scale follows it.
+    Each entry uses one random byte, a quarter of the random bits of `jax.random.bernoulli`, which take a measurable
+    part of a small model's step on CPU and TPU. The rate is therefore rounded to a multiple of 1/256.
     """
 
     rate: float
 
     @property
     def bytes(self) -> int:
-        """Of 256, those that drop an entry."""
+        """The number of the 256 values of a byte that drop an entry."""
         return round(self.rate * 256)
 
     @nn.compact
@@ -117,23 +117,23 @@ class Dropout(nn.Module):
 
 
 class MLP(nn.Module):
-    """Position-wise feed-forward layer (Vaswani et al. 2017, section 3.3): an entry of `FEED_FORWARDS`.
+    """A position-wise feed-forward layer (Vaswani et al. 2017, section 3.3).
 
-    Every entry has these fields and this signature.
+    All entries of `FEED_FORWARDS` have the same fields and signature.
     """
 
     config: ModelConfig
     constrain: Placement
     dtype: Any = jnp.float32
 
-    matrices: ClassVar[int] = 2  # that a token passes, each of D x F
+    matrices: ClassVar[int] = 2  # number of matrices of D x F
     gated: ClassVar[bool] = False
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, tokens_BT: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Returns the output [B, T, D], and auxiliary losses: of each, by its name, the sum over the tokens.
+        """Returns the output [B, T, D] and auxiliary losses by name, each summed over the tokens.
 
-        tokens_BT: False for padding.
+        `tokens_BT` is False for padding.
         """
         config = self.config
         activation = ACTIVATIONS[config.activation]
@@ -150,7 +150,7 @@ class MLP(nn.Module):
 
 
 class GatedMLP(MLP):
-    """A feed-forward layer whose activation multiplies a second projection (GLU; Shazeer 2020)."""
+    """A feed-forward layer with a gate: the activation multiplies a second projection (GLU; Shazeer 2020)."""
 
     matrices: ClassVar[int] = 3
     gated: ClassVar[bool] = True
@@ -160,7 +160,7 @@ FEED_FORWARDS: dict[str, Any] = {"dense": MLP, "gated": GatedMLP}  # by `ModelCo
 
 
 class Convolution(nn.Module):
-    """A convolution over the neighbours of each token in its example, added to `y` and normalised (DeBERTa v2)."""
+    """A convolution over neighbouring tokens of an example, added to `y_BTD` and normalised (DeBERTa v2)."""
 
     config: ModelConfig
     dtype: Any = jnp.float32
@@ -168,11 +168,11 @@ class Convolution(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array, y_BTD: jax.Array, segments_BT: jax.Array) -> jax.Array:
         config, (_, T, D) = self.config, x_BTD.shape
-        size, reach = config.conv_width, config.conv_width // 2
+        size, padding = config.conv_width, config.conv_width // 2
         kernel = array(self, "kernel", initial(config, size * D), (size, D, D))
         bias_D = array(self, "bias", nn.initializers.zeros, (D,))
-        around = lambda x: jnp.pad(x, [(0, 0), (reach, reach)] + [(0, 0)] * (x.ndim - 2))
-        x, segments = around(x_BTD.astype(self.dtype)), around(segments_BT)
+        pad = lambda x: jnp.pad(x, [(0, 0), (padding, padding)] + [(0, 0)] * (x.ndim - 2))
+        x, segments = pad(x_BTD.astype(self.dtype)), pad(segments_BT)
         out_BTD = jnp.broadcast_to(bias_D.astype(self.dtype), x_BTD.shape)
         for n in range(size):
             same_BT = (segments[:, n : n + T] == segments_BT) & (segments_BT > 0)
@@ -182,20 +182,22 @@ class Convolution(nn.Module):
 
 
 def initial(config: ModelConfig, inputs: int) -> nn.initializers.Initializer:
-    """The initial distribution of a matrix, or a table, whose outputs sum over so many inputs."""
+    """Returns the initial distribution of a matrix or a table with `inputs` terms in each output."""
     return nn.initializers.normal(1 / math.sqrt(inputs) if config.matrix_std is None else config.matrix_std)
 
 
 def query_std(config: ModelConfig) -> float | None:
-    """Initial deviation of projections to queries, by which scores have unit variance at first also where nothing
-    divides them by sqrt(head width) (Raffel et al. 2020)."""
+    """Returns the initial standard deviation of query projections.
+
+    Initial scores have unit variance even if they are not divided by sqrt(head width) (Raffel et al. 2020).
+    """
     if config.matrix_std is not None or config.attention_scale is None:
         return config.matrix_std
     return 1 / (config.attention_scale * math.sqrt(config.width * config.C))
 
 
 def residual_std(config: ModelConfig) -> float | None:
-    """Initial deviation of projections that write to the residual stream (Radford et al. 2019, section 2.3)."""
+    """Returns the initial standard deviation of projections to the residual stream (Radford et al. 2019, 2.3)."""
     if config.matrix_std is None or not config.scale_residual_init:
         return config.matrix_std
     return config.matrix_std / math.sqrt(2 * config.layers)

@@ -1,4 +1,4 @@
-"""Losses.  Each returns (sum, weight): sums are added over micro-batches, devices and hosts and divided once."""
+"""Losses. Each returns (sum, weight); both are added over micro-batches, devices and hosts, and divided once."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ import jax
 import jax.numpy as jnp
 
 Sum = tuple[jax.Array, jax.Array]  # a sum over examples or tokens, and the weight to divide it by
-Losses = tuple[dict[str, Sum], dict[str, jax.Array]]  # of a batch; and what is kept of its examples, in evaluation
+Losses = tuple[dict[str, Sum], dict[str, jax.Array]]  # of a batch; and outputs for each example, for evaluation
 
 
 def cross_entropy(
     logits_BTV: jax.Array, labels_BT: jax.Array, weights_BT: jax.Array, label_smoothing: float = 0.0
 ) -> Sum:
-    """Negative log-likelihood of the labels in nats, summed with weights, and the sum of the weights.
+    """Returns the weighted sum of the negative log-likelihoods of the labels, in nats, and the sum of the weights.
 
-    With smoothing e the target is 1 - e on the label plus e spread evenly over the vocabulary (Szegedy et al. 2016).
+    With label smoothing e, the target is 1 - e for the label, plus e spread evenly over the vocabulary (Szegedy et al.
+    2016).
     """
     logits_BTV = logits_BTV.astype(jnp.float32)
     log_normaliser_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
@@ -31,16 +32,17 @@ def cross_entropy(
 
 
 def accuracy(logits_BTV: jax.Array, labels_BT: jax.Array, weights_BT: jax.Array) -> Sum:
-    """Weighted number of labels whose logit no other exceeds, and the sum of the weights."""
+    """Returns the weighted number of labels with the largest logit, and the sum of the weights."""
     label_logit_BT = _label_logits(logits_BTV, labels_BT)
     return ((label_logit_BT >= logits_BTV.max(-1)) * weights_BT).sum(), weights_BT.sum()
 
 
 def bits_per_byte(nats: float, size: int) -> float:
-    """Returns the bits that a model needs for a byte of a text, which compares across tokenizers.
+    """Returns bits per byte of text, which is comparable across tokenizers.
 
-    nats: negative log-likelihood of the text's own tokens.  BOS and EOS around a document have no bytes, and what they
-    cost is no part of it.  size: bytes of the text in UTF-8.
+    Args:
+        nats: negative log-likelihood of the tokens of the text, without BOS and EOS, which have no bytes.
+        size: number of bytes of the text in UTF-8.
     """
     return nats / math.log(2) / size
 
@@ -54,15 +56,22 @@ def chunked_cross_entropy(
     label_smoothing: float = 0.0,
     parts: int = 1,
 ) -> tuple[Sum, Sum]:
-    """`cross_entropy` and `accuracy` of the logits `logits_of(params, x_BTD)`, which are never in memory as a whole.
+    """Returns `cross_entropy` and `accuracy` of the logits `logits_of(params, x_BTD)`, computed in chunks.
 
-    They are computed in so many parts of T, one after the other, and where there is a gradient, that of each part
-    right behind its loss: the backward pass finds it made, and computes no logits anew.
+    The chunks are computed one after the other, so that the logits are never all in memory. The forward pass computes
+    the gradient of each chunk right after its loss, so that the backward pass recomputes no logits.
 
-    logits_of: a function that closes over no arrays.  params: all that it reads.
+    Args:
+        logits_of: a function that closes over no arrays.
+        params: all parameters that `logits_of` reads.
+        x_BTD: hidden states.
+        labels_BT: labels.
+        weights_BT: weights of the labels.
+        label_smoothing: as in `cross_entropy`.
+        parts: number of chunks along T.
     """
-    apart = partial(_apart, parts)
-    total, hits = _summed(logits_of, label_smoothing, params, *map(apart, (x_BTD, labels_BT, weights_BT)))
+    split = partial(_split, parts)
+    total, hits = _chunked_sums(logits_of, label_smoothing, params, *map(split, (x_BTD, labels_BT, weights_BT)))
     weight = weights_BT.sum()
     return (total, weight), (jax.lax.stop_gradient(hits), weight)
 
@@ -74,17 +83,17 @@ def token_log_probs(
     labels_BT: jax.Array,
     parts: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the log-probability of each label, float32 [B, T], in nats, and the likeliest token, int32 [B, T].
+    """Returns the log-probability of each label, float32 [B, T], in nats, and the most likely token, int32 [B, T].
 
-    The logits `logits_of(params, x_BTD)` are never in memory as a whole: they are computed in so many parts of T, one
-    after the other, and the backward pass computes those of each part again.
+    The logits are computed in chunks, one after the other, so that they are never all in memory. The backward pass
+    recomputes them.
 
     Args:
-      logits_of: a function that closes over no arrays.
-      params: all that it reads.
-      x_BTD: hidden states.
-      labels_BT: a token for each of them.
-      parts: number of parts.
+        logits_of: a function from parameters and hidden states to logits, which closes over no arrays.
+        params: all parameters that `logits_of` reads.
+        x_BTD: hidden states.
+        labels_BT: a token for each hidden state.
+        parts: number of chunks along T.
     """
 
     def part(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -95,54 +104,56 @@ def token_log_probs(
 
     if parts == 1:
         return part((x_BTD, labels_BT))
-    found = jax.lax.map(jax.checkpoint(part), (_apart(parts, x_BTD), _apart(parts, labels_BT)))
+    outputs = jax.lax.map(jax.checkpoint(part), (_split(parts, x_BTD), _split(parts, labels_BT)))
     B, T = labels_BT.shape
-    log_BT, likeliest_BT = (jnp.moveaxis(x, 0, 2).reshape(B, -1)[:, :T] for x in found)
-    return log_BT, likeliest_BT
+    log_probs_BT, best_BT = (jnp.moveaxis(x, 0, 2).reshape(B, -1)[:, :T] for x in outputs)
+    return log_probs_BT, best_BT
 
 
-def _apart(parts: int, x_BT: jax.Array) -> jax.Array:
-    """[parts, B, T / parts, ...]: part i has every parts-th position, so that where the length is split over devices
-    each has some of every part."""
+def _split(parts: int, x_BT: jax.Array) -> jax.Array:
+    """Returns [parts, B, T / parts, ...]: part i has positions i, i + parts, ...
+
+    If the length is sharded, each device then has positions of every part.
+    """
     B, T = x_BT.shape[:2]
     size = -(-T // parts)
-    filled = jnp.pad(x_BT, [(0, 0), (0, size * parts - T)] + [(0, 0)] * (x_BT.ndim - 2))
-    return jnp.moveaxis(filled.reshape(B, size, parts, *x_BT.shape[2:]), 2, 0)
+    padded = jnp.pad(x_BT, [(0, 0), (0, size * parts - T)] + [(0, 0)] * (x_BT.ndim - 2))
+    return jnp.moveaxis(padded.reshape(B, size, parts, *x_BT.shape[2:]), 2, 0)
 
 
 def _label_logits(logits_BTV: jax.Array, labels_BT: jax.Array) -> jax.Array:
-    """The logit of each label [B, T].
+    """Returns the logit of each label [B, T].
 
-    It is found by comparison, not by indexing: its gradient is then a product, not a scatter, which XLA runs several
-    times faster on CPU and shards without gathering the vocabulary.
+    A comparison replaces indexing, because its gradient is a product and not a scatter: XLA computes it several times
+    faster on CPU, and shards it without gathering the vocabulary.
     """
     is_label_BTV = labels_BT[..., None] == jnp.arange(logits_BTV.shape[-1])
     return jnp.where(is_label_BTV, logits_BTV, 0).sum(-1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _summed(logits_of: Any, smoothing: float, params: Any, x: Any, labels: Any, weights: Any) -> Any:
-    """The sums over all parts [parts, B, T, ...] of the loss and of the hits."""
+def _chunked_sums(logits_of: Any, smoothing: float, params: Any, x: Any, labels: Any, weights: Any) -> Any:
+    """Returns the sums of the loss and of the hits over inputs [parts, B, T, ...]."""
 
     def part(sums: Any, inputs: Any) -> Any:
-        loss, hits = _of_part(logits_of, smoothing, params, *inputs)
+        loss, hits = _part_loss(logits_of, smoothing, params, *inputs)
         return (sums[0] + loss, sums[1] + hits), None
 
     return jax.lax.scan(part, (jnp.float32(0), jnp.float32(0)), (x, labels, weights))[0]
 
 
-def _of_part(logits_of: Any, smoothing: float, params: Any, x_BTD: Any, labels_BT: Any, weights_BT: Any) -> Any:
+def _part_loss(logits_of: Any, smoothing: float, params: Any, x_BTD: Any, labels_BT: Any, weights_BT: Any) -> Any:
     logits_BTV = logits_of(params, x_BTD)
     loss = cross_entropy(logits_BTV, labels_BT, weights_BT, smoothing)[0]
     return loss, jax.lax.stop_gradient(accuracy(logits_BTV, labels_BT, weights_BT)[0])
 
 
-def _summed_forward(logits_of: Any, smoothing: float, params: Any, x: Any, labels: Any, weights: Any) -> Any:
+def _chunked_sums_forward(logits_of: Any, smoothing: float, params: Any, x: Any, labels: Any, weights: Any) -> Any:
     def part(carry: Any, inputs: Any) -> Any:
         x_BTD, *rest = inputs
-        loss_of = lambda params, x_BTD: _of_part(logits_of, smoothing, params, x_BTD, *rest)
-        loss, pull, hits = jax.vjp(loss_of, params, x_BTD, has_aux=True)
-        by_params, by_x_BTD = pull(jnp.float32(1))
+        loss_of = lambda params, x_BTD: _part_loss(logits_of, smoothing, params, x_BTD, *rest)
+        loss, backward, hits = jax.vjp(loss_of, params, x_BTD, has_aux=True)
+        by_params, by_x_BTD = backward(jnp.float32(1))
         total, all_hits, sums = carry
         return (total + loss, all_hits + hits, jax.tree.map(jnp.add, sums, by_params)), by_x_BTD
 
@@ -151,20 +162,24 @@ def _summed_forward(logits_of: Any, smoothing: float, params: Any, x: Any, label
     return (total, hits), (by_params, by_x)
 
 
-def _summed_backward(logits_of: Any, smoothing: float, kept: Any, given: Any) -> Any:
-    by_params, by_x = jax.tree.map(lambda g: (g * given[0]).astype(g.dtype), kept)
+def _chunked_sums_backward(logits_of: Any, smoothing: float, residuals: Any, gradients: Any) -> Any:
+    by_params, by_x = jax.tree.map(lambda g: (g * gradients[0]).astype(g.dtype), residuals)
     return by_params, by_x, None, None
 
 
-_summed.defvjp(_summed_forward, _summed_backward)
+_chunked_sums.defvjp(_chunked_sums_forward, _chunked_sums_backward)
 
 
 def binary_cross_entropy(
     logits_BEN: jax.Array, labels_BEN: jax.Array, weights_BE: jax.Array, positive_N: jax.Array | None = None
 ) -> Sum:
-    """Negative log-likelihood in nats of N independent yes-or-no labels (0 or 1), their mean for each example.
+    """Returns the weighted sum over examples of the mean loss of N independent binary labels, and the weights' sum.
 
-    positive_N: weight of each label where it is 1, as `pos_weight` of torch's BCEWithLogitsLoss; None: 1.
+    Args:
+        logits_BEN: logits.
+        labels_BEN: 0 or 1.
+        weights_BE: weights of the examples.
+        positive_N: weight of each label if it is 1, like `pos_weight` of torch's BCEWithLogitsLoss; None: 1.
     """
     logits_BEN = logits_BEN.astype(jnp.float32)
     loss_BEN = jax.nn.softplus(logits_BEN) - labels_BEN * logits_BEN
@@ -174,5 +189,5 @@ def binary_cross_entropy(
 
 
 def squared_error(values_BE: jax.Array, labels_BE: jax.Array, weights_BE: jax.Array) -> Sum:
-    """Square of the difference, summed with weights, and the sum of the weights."""
+    """Returns the weighted sum of squared differences, and the sum of the weights."""
     return ((values_BE.astype(jnp.float32) - labels_BE) ** 2 * weights_BE).sum(), weights_BE.sum()

@@ -1,8 +1,8 @@
-"""Parameter nodes: what may stand in the place of a dense array in a tree of parameters.
+"""Parameter nodes: parameters in another form than a dense array, such as a low-rank update or quantised values.
 
-A node is a dataclass of arrays that makes the dense array, or multiplies by it.  `Linear` multiplies by nodes, other
-modules read them by `dense`; so at most one matrix of one layer exists densely, also in the backward pass.  Nodes
-compose: an array of a node may be a node itself.
+A node is a dataclass of arrays that can compute the dense array, or multiply by it. `Linear` multiplies by nodes; other
+modules convert them with `dense`. At most one dense matrix of one layer exists at a time, also in the backward pass.
+Nodes can be nested: an array of a node may itself be a node.
 """
 
 from __future__ import annotations
@@ -19,14 +19,18 @@ Axes = tuple[str | None, ...]  # the logical axis of each dimension
 
 
 class Node(ABC):
-    """Base of parameter nodes; a subclass is declared by `@node`.
+    """Base class of parameter nodes; subclasses use the decorator `@node`.
 
-    In a stack of layers each array of a node has the leading layer axis, and `materialize` is called without it.
+    In a stack of layers each array of a node has a leading layer axis, but `materialize` receives the arrays of one
+    layer, without this axis.
+
+    Attributes:
+        trained: names of the arrays that are trained.
+        arrays: names of all arrays, set by `@node`.
     """
 
-    trained: ClassVar[tuple[str, ...]] = ()  # names of the arrays that are trained
-
-    arrays: ClassVar[tuple[str, ...]] = ()  # names of all arrays; `node` fills it in
+    trained: ClassVar[tuple[str, ...]] = ()
+    arrays: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def materialize(self) -> jax.Array:
@@ -38,25 +42,25 @@ class Node(ABC):
 
     @abstractmethod
     def axes(self, axes: Axes, inputs: int) -> dict[str, tuple[Axes, int]]:
-        """Returns for each array its logical axes, and how many of them, after "layers", a projection contracts.
+        """Returns for each array its logical axes, and the number of axes after "layers" that a projection contracts.
 
         Args:
-          axes: those of the dense array.
-          inputs: the same of the dense array; 0 for what is not a projection.
+            axes: logical axes of the dense array.
+            inputs: number of contracted axes of the dense array; 0 if it is not a projection.
         """
 
 
 def input_axes(axes: Axes, inputs: int) -> slice:
-    """Returns where the contracted axes of a projection are among its axes; the first one of what is no projection."""
+    """Returns the slice of the contracted axes of a projection; for other parameters, the first axis."""
     first = int(axes[0] == "layers")
     return slice(first, first + max(inputs, 1))
 
 
 @dataclass_transform(frozen_default=True)
 def node(kind: Any) -> Any:
-    """Declares a class of nodes: a frozen dataclass whose fields are arrays, or nodes, or `static` values.
+    """Turns a class into a parameter node: a frozen dataclass with fields that are arrays, nodes or `static` values.
 
-    In the paths of parameters the name of an array follows that of the node, as in `mlp/up/kernel/base`.
+    The path of an array is the path of the node and the name of its field, such as `mlp/up/kernel/base`.
     """
     kind = dataclasses.dataclass(frozen=True, eq=False)(kind)
     static = [field.name for field in dataclasses.fields(kind) if field.metadata.get("static")]
@@ -66,14 +70,14 @@ def node(kind: Any) -> Any:
     jax.tree_util.register_pytree_with_keys(
         kind,
         lambda value: (list(zip(keys, values(value, arrays))), values(value, static)),
-        lambda kept, children: kind(**dict(zip(arrays, children)), **dict(zip(static, kept))),
+        lambda static_values, children: kind(**dict(zip(arrays, children)), **dict(zip(static, static_values))),
         lambda value: (values(value, arrays), values(value, static)),
     )
     return kind
 
 
 def static(default: Any = dataclasses.MISSING) -> Any:
-    """Returns a field of a node that is no array but a Python value, for each of which programs are compiled."""
+    """Returns a field for a Python value instead of an array; a program is compiled for each value."""
     return dataclasses.field(default=default, metadata={"static": True})
 
 
@@ -83,7 +87,7 @@ def is_node(value: Any) -> bool:
 
 
 def dense(value: Any) -> jax.Array:
-    """Returns an array as it is, and the dense array of a node."""
+    """Returns the dense array of a node; an array is returned unchanged."""
     return value.materialize() if isinstance(value, Node) else value
 
 
@@ -95,9 +99,9 @@ def dot(x: jax.Array, kernel: Any, contract: int, dtype: Any) -> jax.Array:
 
 
 def parameter(module: nn.Module, name: str, init: Any, shape: tuple[int, ...]) -> Any:
-    """Returns a float32 parameter of a module, or the node in its place."""
-    found: Any = module.get_variable("params", name)
-    return found if is_node(found) else module.param(name, init, shape, jnp.float32)
+    """Returns a float32 parameter of a module, or the node that replaces it."""
+    value: Any = module.get_variable("params", name)
+    return value if is_node(value) else module.param(name, init, shape, jnp.float32)
 
 
 def array(module: nn.Module, name: str, init: Any, shape: tuple[int, ...]) -> jax.Array:
@@ -109,7 +113,7 @@ def _product(contract: int, dtype: Any, kernel: Any, x: jax.Array) -> jax.Array:
     return jnp.tensordot(x.astype(dtype), kernel.materialize().astype(dtype), axes=contract)
 
 
-# The backward pass computes the dense array again, so that none is kept for each layer from the forward pass.
+# The backward pass recomputes the dense array, so that the forward pass keeps none of them.
 _dot = jax.custom_vjp(_product, nondiff_argnums=(0, 1))
 
 
@@ -117,8 +121,8 @@ def _dot_forward(contract: int, dtype: Any, kernel: Any, x: jax.Array) -> tuple[
     return _product(contract, dtype, kernel, x), (kernel, x)
 
 
-def _dot_backward(contract: int, dtype: Any, kept: Any, gradient: jax.Array) -> Any:
-    return jax.vjp(lambda kernel, x: _product(contract, dtype, kernel, x), *kept)[1](gradient)
+def _dot_backward(contract: int, dtype: Any, residuals: Any, gradient: jax.Array) -> Any:
+    return jax.vjp(lambda kernel, x: _product(contract, dtype, kernel, x), *residuals)[1](gradient)
 
 
 _dot.defvjp(_dot_forward, _dot_backward)

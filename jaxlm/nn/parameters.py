@@ -1,7 +1,7 @@
-"""The one table that knows the parameters: logical axes, whether weight decay applies, and depth.
+"""The table of parameters: logical axes, weight decay, and depth.
 
-Sharding, weight decay, layer-wise rates, freezing and Muon's matrices read this table.  Every leaf of a parameter tree
-matches exactly one row; a leaf without a row is an error that names it.
+Sharding, weight decay, layer-wise rates, freezing and Muon use this table. Every leaf of a parameter tree must match
+exactly one row.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from jaxlm.nn.nodes import is_node
 
 
 class Parameter(NamedTuple):
-    """One row: which leaves, and what is known of them.
+    """A row of the table.
 
-    axes: the logical axis of each dimension; None is never split.
-    decays: whether weight decay applies (biases and norms: no).
-    depth: "embeddings" lie below the first layer, "layers" are stacked along the first axis, "head" lies above.
-    inputs: how many of the axes after "layers" a projection contracts; 0 for what is not a projection.
+    Attributes:
+        path: regular expression for the paths of the leaves.
+        axes: the logical axis of each dimension; None is never sharded.
+        decays: whether weight decay applies; it does not apply to biases and norms.
+        depth: "embeddings" are below the first layer, "layers" are stacked along the first axis, "head" is above them.
+        inputs: number of axes after "layers" that a projection contracts; 0 if the parameter is not a projection.
     """
 
     path: str
@@ -79,12 +81,12 @@ TABLE = (
     Parameter(rf"({_DENSE}|{_OUT})/bias", (None,), False, "head"),
 )
 
-PARTS = ("muon", "adam")  # labels of `optax.partition`, keys in the states of its parts
+PARTS = ("muon", "adam")  # labels of `optax.partition`, and keys in its state
 
 
 @cache
 def find(path: str) -> Parameter | None:
-    """The row of a path such as `decoder/layers/mlp/up/kernel`, or None."""
+    """Returns the row for a path such as `decoder/layers/mlp/up/kernel`, or None."""
     rows = [row for row in TABLE if re.fullmatch(row.path, path)]
     if len(rows) > 1:
         raise ValueError(f"{path} matches {len(rows)} rows of the parameter table: {[row.path for row in rows]}")
@@ -92,46 +94,47 @@ def find(path: str) -> Parameter | None:
 
 
 def path_of(key_path: tuple[Any, ...]) -> str:
-    """`a/b/c` from the dictionary keys of a JAX key path, less what an optimizer's state puts before a parameter's."""
+    """Returns `a/b/c` from the dictionary keys of a JAX key path, without the keys that an optimizer's state adds."""
     keys = [key.key for key in key_path if isinstance(key, jax.tree_util.DictKey)]
     return "/".join(key for key in keys if key not in PARTS)
 
 
 def by_path(tree: Any) -> dict[str, Any]:
-    """The leaves of a parameter tree by their paths, such as `embeddings/tokens`."""
+    """Returns the leaves of a parameter tree by path, such as `embeddings/tokens`."""
     return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def _own(path: str, dimensions: int) -> Parameter | None:
-    """The row of a user's own module, in a layer or outside, that is called `own` or `own_...`: not split, decays as
-    usual."""
+def _user_row(path: str, dimensions: int) -> Parameter | None:
+    """Returns the row for a user's module named `own` or `own_...`: never sharded, weight decay for matrices."""
     if not any(part.split("_")[0] == "own" for part in path.split("/")):
         return None
     stacked = bool(re.match(_LAYER + "/", path))
     axes = ("layers",) * stacked + (None,) * (dimensions - stacked)
-    below = bool(re.match(_EMBEDDINGS + "/", path))
-    return Parameter(path, axes, dimensions - stacked > 1, "layers" if stacked else "embeddings" if below else "head")
+    embedding = bool(re.match(_EMBEDDINGS + "/", path))
+    return Parameter(
+        path, axes, dimensions - stacked > 1, "layers" if stacked else "embeddings" if embedding else "head"
+    )
 
 
 def rows(params: Any) -> Any:
-    """The tree of rows of a parameter tree.  Raises ValueError for a leaf that no row, or more than one, describes."""
+    """Returns the row for each leaf of a parameter tree; raises ValueError if a leaf does not match exactly one."""
 
-    def row(key_path: tuple[Any, ...], leaf: Any) -> Any:
+    def find_row(key_path: tuple[Any, ...], leaf: Any) -> Any:
         path = path_of(key_path)
         dimensions = None if is_node(leaf) else leaf.ndim
-        found = find(path) or _own(path, dimensions or 0)
-        if found is None or dimensions not in (None, len(found.axes)):
+        row = find(path) or _user_row(path, dimensions or 0)
+        if row is None or dimensions not in (None, len(row.axes)):
             raise ValueError(
                 f"parameter {path} {getattr(leaf, 'shape', '')} has no row in jaxlm.nn.parameters.TABLE; "
-                f"add one that says its axes, decay and depth"
+                f"add one with its axes, decay and depth"
             )
-        return _rows_of_node(leaf, found) if is_node(leaf) else found
+        return _rows_of_node(leaf, row) if is_node(leaf) else row
 
-    return jax.tree_util.tree_map_with_path(row, params, is_leaf=is_node)
+    return jax.tree_util.tree_map_with_path(find_row, params, is_leaf=is_node)
 
 
 def _rows_of_node(value: Any, row: Parameter) -> Any:
-    """The node with a row in the place of each of its arrays."""
+    """Returns a node with rows instead of arrays."""
     if not is_node(value):
         return value if value is None else row
     inner = {
@@ -142,18 +145,18 @@ def _rows_of_node(value: Any, row: Parameter) -> Any:
 
 
 def is_row(value: Any) -> bool:
-    """Whether a value is a row of the table; `rows` has them as leaves."""
+    """Returns whether a value is a row of the table, a leaf of the tree that `rows` returns."""
     return isinstance(value, Parameter)
 
 
 def rows_by_path(params: Any) -> dict[str, Parameter]:
-    """The rows of a parameter tree by the paths of its leaves."""
-    found = jax.tree_util.tree_leaves_with_path(rows(params), is_leaf=is_row)
-    return {path_of(path): row for path, row in found}
+    """Returns the rows of a parameter tree by the paths of its leaves."""
+    leaves = jax.tree_util.tree_leaves_with_path(rows(params), is_leaf=is_row)
+    return {path_of(path): row for path, row in leaves}
 
 
 def trained_in_nodes(params: Any, others: bool = True) -> Any:
-    """For each leaf whether it is trained: in a node what the node names, outside of nodes all or none (`others`)."""
+    """Returns a tree of bools: whether each leaf is trained. In a node, the node decides; elsewhere, `others`."""
 
     def of(value: Any, trained: bool) -> Any:
         if not is_node(value):
@@ -165,16 +168,16 @@ def trained_in_nodes(params: Any, others: bool = True) -> Any:
 
 
 def split(params: Any, trained: Any) -> tuple[Any, Any]:
-    """The trained leaves and the frozen ones, each tree with None in the place of the others.
+    """Returns the tree of the trained leaves and the tree of the frozen leaves; other leaves are None.
 
-    trained: the tree with a bool for each leaf.  `joined` is the inverse.
+    `trained` is a tree with a bool for each leaf. `join` is the inverse.
     """
-    some = lambda wanted: jax.tree.map(lambda leaf, is_trained: leaf if is_trained == wanted else None, params, trained)
-    return some(True), some(False)
+    select = lambda value: jax.tree.map(lambda leaf, is_trained: leaf if is_trained == value else None, params, trained)
+    return select(True), select(False)
 
 
-def joined(trained: Any, frozen: Any) -> Any:
-    """The whole tree of the parts that `split` made; frozen: None where nothing is."""
+def join(trained: Any, frozen: Any) -> Any:
+    """Returns the tree that `split` divided; `frozen` is None if all leaves are trained."""
     if frozen is None:
         return trained
     return jax.tree.map(lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda leaf: leaf is None)

@@ -1,7 +1,7 @@
-"""How order enters: learned, sinusoidal, rotary or relative positions.
+"""Position encodings: sinusoidal, rotary and relative. Learned ones are in `transformer.Embeddings`.
 
-Positions are those inside the example, not in the row, so that packed examples see what they would see alone.  Two
-tokens of one example are as far apart in the row as in the example, so that distances can be taken in the row.
+Positions count within the example, not within the row, so that packed examples compute the same as single ones. The
+distance between two tokens of one example is the same in the row, so relative positions can use row positions.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from jaxlm.nn.nodes import array
 
 
 class RotaryAngles(NamedTuple):
-    """By how much rotary positions turn each pair of a head: sines and cosines [B, T, 1, C / 2], float32."""
+    """Sines and cosines of the rotation of each pair in a head [B, T, 1, C / 2], float32."""
 
     sin_BT1c: jax.Array
     cos_BT1c: jax.Array
 
 
 class Distances(NamedTuple):
-    """DeBERTa's relative positions: an embedding for each distance, and which one lies between query t and key s.
+    """DeBERTa's relative positions: embeddings of distances, and the row of the embedding for query t and key s.
 
-    rows_TS: row R / 2 + d of the embeddings is that of the distance d = t - s, or of its bucket.
+    Row R / 2 + d belongs to the distance d = t - s, or to its bucket.
     """
 
     embeddings_RD: jax.Array
@@ -37,61 +37,66 @@ class Distances(NamedTuple):
 
 
 def sinusoidal(positions_BT: jax.Array, width: int, base: float) -> jax.Array:
-    """Fixed embeddings [B, T, width]: sines, then cosines of `positions / base^(2i / width)` (Vaswani et al. 2017,
-    section 3.5, in the order of its own code and of Marian: the two halves are not interleaved)."""
+    """Returns fixed embeddings [B, T, width]: sines, then cosines of `positions / base^(2i / width)`.
+
+    Vaswani et al. 2017, section 3.5, in the order of its own code and of Marian: the two halves are not interleaved.
+    """
     angles = positions_BT[..., None].astype(jnp.float32) * jnp.asarray(_frequencies(width, base))
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
 
 
-BY_LENGTH = ("dynamic", "longrope")  # scalings by which turns depend on the length of the sequence
+BY_LENGTH = ("dynamic", "longrope")  # scalings with angles that depend on the length of the sequence
 
 
-def turns(positions_BT: jax.Array, config: ModelConfig, kind: str, lengths_BT: jax.Array | None = None) -> RotaryAngles:
-    """The turns of rotary positions (Su et al. 2021) in the layers of a kind, global or local.
+def rotary_angles(
+    positions_BT: jax.Array, config: ModelConfig, kind: str, lengths_BT: jax.Array | None = None
+) -> RotaryAngles:
+    """Returns the angles of rotary positions (Su et al. 2021).
 
-    lengths_BT: [B, T or 1], the length of each token's sequence, which the scalings of `BY_LENGTH` depend on.
+    Args:
+        positions_BT: positions in the example.
+        config: the model's config.
+        kind: the kind of layer, "global" or "local".
+        lengths_BT: length of the sequence of each token, [B, T] or [B, 1]; required for the scalings in `BY_LENGTH`.
     """
     own = kind == "local" and config.local_rotary_base is not None
     frequencies: Any = _frequencies(config.C, config.local_rotary_base if own else config.rotary_base)  # type: ignore[arg-type]
     if not own and config.rotary_scaling in BY_LENGTH:
         assert lengths_BT is not None
-        frequencies = _stretched_by_length(frequencies, config, lengths_BT[..., None, None])
+        frequencies = _scale_frequencies_by_length(frequencies, config, lengths_BT[..., None, None])
     elif not own:
-        frequencies = _stretched(frequencies, config)
+        frequencies = _scale_frequencies(frequencies, config)
     angles = positions_BT[..., None, None].astype(jnp.float32) * jnp.asarray(frequencies)
     factor = 1.0 if own else config.rotary_attention
     return RotaryAngles(jnp.sin(angles) * factor, jnp.cos(angles) * factor)
 
 
-def rotate(x_BTHC: jax.Array, turns: RotaryAngles) -> jax.Array:
-    """Turns the pairs (i, i + C/2) of each head.
-
-    The halves convention is that of Hugging Face's Llama files, so that no weights need permuting.
-    """
+def rotate(x_BTHC: jax.Array, angles: RotaryAngles) -> jax.Array:
+    """Rotates the pairs (i, i + C/2) of each head, the order of Hugging Face's Llama files."""
     a, b = jnp.split(x_BTHC.astype(jnp.float32), 2, -1)
-    sin, cos = turns
+    sin, cos = angles
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTHC.dtype)
 
 
 def _frequencies(width: int, base: float) -> np.ndarray:
-    """`base^(-2i / width)` for i in [0, width / 2), float32."""
+    """Returns `base^(-2i / width)` for i in [0, width / 2), float32."""
     return (1.0 / np.float32(base) ** (np.arange(0, width, 2, dtype=np.float32) / np.float32(width))).astype(np.float32)
 
 
-def _stretched(frequencies: Any, config: ModelConfig) -> Any:
-    """Frequencies for sequences longer than those of the training.
+def _scale_frequencies(frequencies: Any, config: ModelConfig) -> Any:
+    """Returns frequencies for sequences longer than the training sequences.
 
-    linear: all divided by the factor (Chen et al. 2023).  llama3, yarn: what turns rarely over the trained length is
-    divided, what turns often is left, with a ramp between: over the turns (Llama 3.1), or over the index of the pair
-    (Peng et al. 2023, "NTK by parts").
+    linear: all frequencies are divided by the factor (Chen et al. 2023). llama3, yarn: low frequencies are divided,
+    high frequencies are unchanged, with a linear ramp between them, over the number of rotations in the trained length
+    (Llama 3.1) or over the index of the pair (Peng et al. 2023, "NTK by parts").
     """
     if config.rotary_scaling == "none":
         return frequencies
     if config.rotary_scaling == "linear":
         return frequencies / np.float32(config.rotary_factor)
     if config.rotary_scaling == "llama3":
-        turned = config.rotary_length * frequencies / (2 * math.pi)
-        kept = (turned - config.rotary_low) / (config.rotary_high - config.rotary_low)
+        rotations = config.rotary_length * frequencies / (2 * math.pi)
+        share = (rotations - config.rotary_low) / (config.rotary_high - config.rotary_low)
     else:
         pair = lambda n: len(frequencies) * math.log(config.rotary_length / (n * 2 * math.pi), config.rotary_base)
         last = 2 * len(frequencies) - 1
@@ -99,17 +104,17 @@ def _stretched(frequencies: Any, config: ModelConfig) -> Any:
         if config.rotary_truncate:
             first, end = math.floor(first), math.ceil(end)
         first, end = max(first, 0), min(end, last)
-        kept = 1 - (np.arange(len(frequencies)) - first) / (end - first or 0.001)
-    kept = np.clip(kept, 0, 1).astype(np.float32)
-    return kept * frequencies + (1 - kept) * frequencies / np.float32(config.rotary_factor)
+        share = 1 - (np.arange(len(frequencies)) - first) / (end - first or 0.001)
+    share = np.clip(share, 0, 1).astype(np.float32)
+    return share * frequencies + (1 - share) * frequencies / np.float32(config.rotary_factor)
 
 
-def _stretched_by_length(frequencies: np.ndarray, config: ModelConfig, lengths_BT11: jax.Array) -> jax.Array:
-    """Frequencies [B, T, 1, c] for the lengths of sequences.
+def _scale_frequencies_by_length(frequencies: np.ndarray, config: ModelConfig, lengths_BT11: jax.Array) -> jax.Array:
+    """Returns frequencies [B, T, 1, c] that depend on the lengths of the sequences.
 
-    dynamic: beyond the trained length the base grows with the length, so that the slowest pair turns as far as it did
-    over the trained one ("NTK-aware", Peng et al. 2023, appendix B.1).  longrope: each pair has a divisor of its own,
-    and another one in sequences beyond the trained length (Ding et al. 2024).
+    dynamic: beyond the trained length the base grows with the length, so that the slowest pair rotates by the same
+    angle as over the trained length ("NTK-aware", Peng et al. 2023, appendix B.1). longrope: each pair has one divisor
+    up to the trained length and another one beyond it (Ding et al. 2024).
     """
     if config.rotary_scaling == "longrope":
         divisors = (np.asarray(given, np.float32) for given in (config.rotary_short, config.rotary_long))
@@ -117,27 +122,29 @@ def _stretched_by_length(frequencies: np.ndarray, config: ModelConfig, lengths_B
         return jnp.where(lengths_BT11 > config.rotary_length, long, short)
     share = jnp.maximum(lengths_BT11, config.rotary_length).astype(jnp.float32) / config.rotary_length
     growth = config.rotary_factor * share - (config.rotary_factor - 1)
-    # base^(-2i / C) with the base times growth^(C / (C - 2)).
+    # This is base^(-2i / C) with the base multiplied by growth^(C / (C - 2)).
     i = jnp.arange(len(frequencies), dtype=jnp.float32)
     return jnp.asarray(frequencies) * growth ** -(2 * i / max(config.C - 2, 1))
 
 
 class Buckets(nn.Module):
-    """T5's relative positions: a bias for each head and bucket of distances, the same in all layers of a stack
-    (Raffel et al. 2020, section 2.1): near distances have a bucket each, farther ones share them."""
+    """T5's relative positions: a bias for each head and bucket of distances, shared by all layers of a stack.
+
+    Each near distance has its own bucket; farther distances share buckets (Raffel et al. 2020, section 2.1).
+    """
 
     config: ModelConfig
     causal: bool
 
     @nn.compact
     def __call__(self, positions_BT: jax.Array, positions_BS: jax.Array) -> jax.Array:
-        """What is added to the scores [B, H, T, S]."""
+        """Returns the bias of the scores [B, H, T, S]."""
         config = self.config
         shape = (config.relative_buckets, config.heads)
         table_RH = array(self, "buckets", initial(config, config.width), shape)
         distances_BTS = positions_BS[:, None, :] - positions_BT[:, :, None]
         far = config.relative_distance
-        # By a table of NumPy's, since a logarithm at the edge of a bucket must round alike on every backend.
+        # The table is computed in NumPy, because a logarithm at a bucket's edge must round alike on every backend.
         bucket_of = jnp.asarray(self._bucket(np.arange(-far, far + 1)))
         return table_RH[bucket_of[jnp.clip(distances_BTS, -far, far) + far]].transpose(0, 3, 1, 2)
 
@@ -155,7 +162,7 @@ class Buckets(nn.Module):
 
 
 class Disentangled(nn.Module):
-    """DeBERTa's embeddings of distances, one table for all layers (He et al. 2021)."""
+    """DeBERTa's embeddings of distances, one table shared by all layers (He et al. 2021)."""
 
     config: ModelConfig
 
@@ -173,7 +180,7 @@ class Disentangled(nn.Module):
         return Distances(embeddings_RD, jnp.asarray(np.clip(middle + distances_TS, 0, 2 * middle - 1)))
 
     def _bucket(self, distances: np.ndarray) -> np.ndarray:
-        """Distances up to half of the buckets are told apart, farther ones on a logarithmic scale."""
+        """Returns distances up to half of the buckets unchanged, and farther ones on a logarithmic scale."""
         half, size = self.config.relative_buckets // 2, np.abs(distances)
         far = np.log(np.maximum(size, half).astype(np.float32) / np.float32(half))
         far /= np.log(np.float32((self.config.relative_distance - 1) / half))

@@ -1,8 +1,7 @@
 """The stacked Transformer: encoder, decoder, or both, from the closed choices of `ModelConfig`.
 
-Layers of a stack live in one leaf with a leading layer axis and are scanned, so that compile time does not grow with
-depth.
-`constrain(x, logical_axes)` pins an activation to the mesh; without one it does nothing.
+Each parameter of a stack is one leaf with a leading layer axis. The layers are scanned, so that compile time does not
+grow with depth. `constrain(x, logical_axes)` shards an activation over the mesh, if there is one.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.config import ModelConfig
 from jaxlm.devices.sharding import Placement
-from jaxlm.errors import UserError, perhaps
+from jaxlm.errors import UserError, suggestion
 from jaxlm.nn.attention import MIXERS, Attention, AttentionInputs, Cache, cache_positions, cross_mask, self_mask
-from jaxlm.nn.heads import Classes, MaskedLM, PerToken, Pooled, Replaced, Transform, Vocabulary
+from jaxlm.nn.heads import ClassesHead, MaskedLMHead, PerTokenHead, PooledHead, ReplacedHead, Transform, VocabularyHead
 from jaxlm.nn.kernels import RESIDUALS
 from jaxlm.nn.layers import FEED_FORWARDS, Convolution, Dropout, Linear, Norm
 from jaxlm.nn.nodes import array
-from jaxlm.nn.positions import BY_LENGTH, Buckets, Disentangled, sinusoidal, turns
+from jaxlm.nn.positions import BY_LENGTH, Buckets, Disentangled, rotary_angles, sinusoidal
 
-# What costs little beside the memory that its result would take until the backward pass: it is computed again there.
+# Operations that cost little compared with the memory of their results: the backward pass recomputes them.
 _ELEMENTWISE = {
     "abs", "add", "add_any", "and", "bitcast_convert_type", "broadcast_in_dim", "concatenate",
     "convert_element_type", "copy", "cos", "div", "eq", "erf", "exp", "expand_dims", "ge", "gt", "integer_pow",
@@ -38,45 +37,53 @@ _ELEMENTWISE = {
 }  # fmt: skip
 
 
-def _kept_but_elementwise(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Whether the backward pass keeps an operation's result: of products, sums, random bits and kernels."""
+def _save_all_but_elementwise(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A policy of `jax.checkpoint` that saves the results of products, sums, random bits and kernels."""
     return primitive.name not in _ELEMENTWISE
 
 
+_POLICIES = jax.checkpoint_policies
+# The policy of `jax.checkpoint` for each value of `RunConfig.remat` except "auto": what is kept for the backward pass.
 REMAT = {
-    "elementwise": _kept_but_elementwise,
-    "full": None,  # keep nothing but the layer's input
-    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(  # that input goes to the host's memory
+    "none": _POLICIES.everything_saveable,
+    "elementwise": _save_all_but_elementwise,
+    # Products with weights, and the output of a fused attention kernel.
+    "dots": _POLICIES.save_from_both_policies(
+        _POLICIES.dots_with_no_batch_dims_saveable, _POLICIES.save_only_these_names(RESIDUALS)
+    ),
+    "full": _POLICIES.nothing_saveable,  # only the input of each layer
+    "offload": _POLICIES.save_and_offload_only_these_names(  # only that input, in the memory of the host
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=["layer"],
         offload_src="device",
         offload_dst="pinned_host",
     ),
-    "dots": jax.checkpoint_policies.save_from_both_policies(  # keep products with weights, and what a kernel attended
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(RESIDUALS),
-    ),
 }
 
 
 class Embeddings(nn.Module):
-    """Token, position and type embeddings, summed: [B, T, D]; an entry of `FRONT_ENDS`.
+    """The sum of token, position and type embeddings [B, T, D]; an entry of `FRONT_ENDS`.
 
-    Every entry has the fields `config` and `dtype`, says the name of its field in a batch, and is called with that
-    field, positions and types.  A decoder beside an encoder may have no tokens of its own (`shared`): it is handed the
-    encoder's.
+    Every entry has the fields `config` and `dtype`, and the class attribute `field`, the name of its input in a batch.
+    It is called with that input, positions and types.
+
+    Attributes:
+        config: the model's config.
+        dtype: dtype of the output.
+        shared: whether the caller passes the token embeddings: the decoder of an encoder-decoder may use the encoder's.
+        rows: number of token embeddings; None: the size of the vocabulary.
     """
 
     config: ModelConfig
     dtype: Any = jnp.float32
     shared: bool = False
-    rows: int | None = None  # of the table of tokens; None: the vocabulary
+    rows: int | None = None
 
     field: ClassVar[str] = "tokens_BT"
 
     @staticmethod
     def blank(config: ModelConfig, B: int, T: int) -> jax.Array:
-        """Returns the field of a batch of so many rows and positions, of zeros."""
+        """Returns zeros of the shape of `field` in a batch with B rows of T positions."""
         return jnp.zeros((B, T), jnp.int32)
 
     def setup(self) -> None:
@@ -121,11 +128,13 @@ FRONT_ENDS: dict[str, Any] = {"tokens": Embeddings}  # by `ModelConfig.front_end
 
 
 class SequenceInputs(NamedTuple):
-    """What a stack reads beside hidden states.
+    """The inputs of a stack in addition to hidden states.
 
-    segments_BT: the example that each position is of, from 1; 0 for padding.  positions_BT: the place in the example.
-    mask_BTS: False where query t may not see key s, beside what segments and causality say; None: all else is seen.
-    prefix_BT: 1 for tokens that all of their example see (`config.prefix_lm`).
+    Attributes:
+        segments_BT: number of each token's example in the row, from 1; 0 for padding.
+        positions_BT: position of each token in its example.
+        mask_BTS: an additional mask, False where query t must not attend to key s; None: no additional mask.
+        prefix_BT: 1 for tokens of the prefix, which the whole example attends to (`config.prefix_lm`).
     """
 
     segments_BT: jax.Array
@@ -135,9 +144,12 @@ class SequenceInputs(NamedTuple):
 
 
 class Caches(NamedTuple):
-    """What a decoder keeps of earlier tokens, and of its context.
+    """The caches of a decoder.
 
-    own, cross: of each layer.  context_segments_BS: 0 for padding of the context.
+    Attributes:
+        own: the cache of self-attention for each layer.
+        cross: the cache of cross-attention for each layer.
+        context_segments_BS: segments of the context, 0 for padding.
     """
 
     own: tuple[Cache, ...]
@@ -145,11 +157,14 @@ class Caches(NamedTuple):
     context_segments_BS: jax.Array | None = None
 
 
-class Keep(NamedTuple):
-    """What is to be cached of a call over whole prompts.
+class CacheSpec(NamedTuple):
+    """The caches that `prefill` creates.
 
-    lengths_B: tokens of each prompt, the rest of its row being padding.  length: slots of a cache.
-    ahead: most tokens that later calls decode at once; the cache of a local layer has slots for its window and those.
+    Attributes:
+        lengths_B: number of tokens in each prompt; the rest of the row is padding.
+        length: number of slots.
+        ahead: maximum number of tokens in a later call of `decode_cached`. The cache of a local layer has slots for
+            its window plus these tokens.
     """
 
     lengths_B: jax.Array
@@ -158,10 +173,12 @@ class Keep(NamedTuple):
 
 
 class LayerOutputs(NamedTuple):
-    """What a layer gives beside its hidden states.
+    """The outputs of a layer in addition to hidden states.
 
-    attention_BHTS, cross_attention_BHTS: weights over the row and over the context, where they are asked for.
-    losses: auxiliary losses, by name, each a sum over the tokens.
+    Attributes:
+        attention_BHTS: weights of self-attention, if requested.
+        cross_attention_BHTS: weights of cross-attention, if requested.
+        losses: auxiliary losses by name, each summed over the tokens.
     """
 
     attention_BHTS: jax.Array | None
@@ -169,46 +186,54 @@ class LayerOutputs(NamedTuple):
     losses: dict[str, jax.Array]
 
 
-def chosen(table: dict[str, Any], name: str, field: str) -> Any:
-    """Returns the entry of a table of modules that a field of the model's config names.
+def lookup(table: dict[str, Any], name: str, field: str) -> Any:
+    """Returns the entry `name` of a table of modules.
 
     Raises:
-      UserError: where there is none.
+        UserError: if there is no such entry; the message contains the config's `field`.
     """
     if name not in table:
-        raise UserError(f"model.{field} is {name!r}{perhaps(name, table)}")
+        raise UserError(f"model.{field} is {name!r}{suggestion(name, table)}")
     return table[name]
 
 
 class Block(nn.Module):
-    """One layer: attention, cross-attention where there is a context, and the MLP, each with its residual."""
+    """One layer: attention, cross-attention if there is a context, and the MLP, each with a residual connection."""
 
     config: ModelConfig
     constrain: Placement
     dtype: Any = jnp.float32
-    inside: bool = False  # whether attention weights are returned
-    kernel: str = "auto"  # of attention
+    weights: bool = False  # whether to return attention weights
+    kernel: str = "auto"  # for attention
 
     @nn.compact
     def __call__(
         self,
         x_BTD: jax.Array,
         layer: jax.Array | int,
-        sight: AttentionInputs,
+        inputs: AttentionInputs,
         positions_BT: jax.Array,
         context: jax.Array | Cache | None = None,
-        context_sight: AttentionInputs | None = None,
+        context_inputs: AttentionInputs | None = None,
         cache: Cache | None = None,
         tokens_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[Cache | None, Cache | None], LayerOutputs]:
-        """`layer` is the layer's number, from 0; `tokens_BT` is False for padding, where that is known.
+        """Returns the hidden states, the caches of self-attention and cross-attention, and the other outputs.
 
-        Returned are also its caches, of itself and of the context.
+        Args:
+            x_BTD: hidden states.
+            layer: index of the layer, from 0.
+            inputs: masks and positions of self-attention.
+            positions_BT: position of each token in its example.
+            context: hidden states of the context [B, S, D], or their cached keys and values.
+            context_inputs: masks of cross-attention.
+            cache: the cache of self-attention.
+            tokens_BT: False for padding; None: unknown.
         """
         config = self.config
         parts = {"config": config, "constrain": self.constrain, "dtype": self.dtype}
-        seen: dict[str, jax.Array | None] = {"attention": None, "cross_attention": None}
-        kept: dict[str, Cache | None] = {"attention": None, "cross_attention": None}
+        weights: dict[str, jax.Array | None] = {"attention": None, "cross_attention": None}
+        caches: dict[str, Cache | None] = {"attention": None, "cross_attention": None}
 
         def residual(x: jax.Array, name: str, sublayer: Callable[[jax.Array], jax.Array]) -> jax.Array:
             rate = config.rate("mlp_out_dropout" if name == "mlp" else "attention_out_dropout")
@@ -226,45 +251,48 @@ class Block(nn.Module):
             return self.constrain(x, ("batch", "between", None))
 
         def attend(
-            name: str, sight: AttentionInputs, context: Any, cache: Cache | None
+            name: str, inputs: AttentionInputs, context: Any, cache: Cache | None
         ) -> Callable[[jax.Array], jax.Array]:
-            mixer = Attention if name == "cross_attention" else chosen(MIXERS, config.mixer, "mixer")
+            mixer = Attention if name == "cross_attention" else lookup(MIXERS, config.mixer, "mixer")
 
             def sublayer(x: jax.Array) -> jax.Array:
                 attention = mixer(**parts, kernel=self.kernel, name=name)
-                x, kept[name], seen[name] = attention(x, layer, sight, positions_BT, context, cache, self.inside)
+                x, caches[name], weights[name] = attention(x, layer, inputs, positions_BT, context, cache, self.weights)
                 return x
 
             return sublayer
 
-        x_BTD = residual(x_BTD, "attention", attend("attention", sight, None, cache))
+        x_BTD = residual(x_BTD, "attention", attend("attention", inputs, None, cache))
         if context is not None:
-            assert context_sight is not None
-            x_BTD = residual(x_BTD, "cross_attention", attend("cross_attention", context_sight, context, None))
+            assert context_inputs is not None
+            x_BTD = residual(x_BTD, "cross_attention", attend("cross_attention", context_inputs, context, None))
         losses: dict[str, jax.Array] = {}
         if tokens_BT is None:
             tokens_BT = jnp.ones(x_BTD.shape[:2], bool)
 
         def feed_forward(x: jax.Array) -> jax.Array:
-            x, found = chosen(FEED_FORWARDS, config.feed_forward, "feed_forward")(**parts, name="mlp")(x, tokens_BT)
-            losses.update(found)
+            mlp = lookup(FEED_FORWARDS, config.feed_forward, "feed_forward")(**parts, name="mlp")
+            x, auxiliary = mlp(x, tokens_BT)
+            losses.update(auxiliary)
             return x
 
         x_BTD = residual(x_BTD, "mlp", feed_forward)
         return (
             x_BTD,
-            (kept["attention"], kept["cross_attention"]),
-            LayerOutputs(seen["attention"], seen["cross_attention"], losses),
+            (caches["attention"], caches["cross_attention"]),
+            LayerOutputs(weights["attention"], weights["cross_attention"], losses),
         )
 
 
 class Stack(nn.Module):
-    """The blocks of an encoder or a decoder, and the last norm where the norms come first.
+    """The layers of an encoder or a decoder, and the final norm if the norms come first.
 
-    Without caches the layers are scanned, a round of `layer_kinds` in each turn; with them, or to keep them, they are
-    unrolled, so that each layer updates its own cache in place.  Where the collections `states` or `weights` may be
-    written, they get the hidden states of the embeddings and of every layer [L + 1, B, T, D], and all layers'
-    `LayerOutputs`; `losses` gets the auxiliary losses, summed over the layers.
+    Without caches the layers are scanned, one cycle of `layer_kinds` in each iteration. With caches the layers are
+    unrolled, so that each layer updates its cache in place.
+
+    If the collection `states` is mutable, the stack stores the hidden states of the embeddings and of every layer in it
+    [L + 1, B, T, D]. If `weights` is mutable, the stack stores the `LayerOutputs` of all layers in it. The auxiliary
+    losses, summed over the layers, go to `losses`.
     """
 
     config: ModelConfig
@@ -283,18 +311,18 @@ class Stack(nn.Module):
         segments_BT: jax.Array | None,
         positions_BT: jax.Array,
         context_BSD: jax.Array | None = None,
-        context_sight: AttentionInputs | None = None,
+        context_inputs: AttentionInputs | None = None,
         caches: Caches | None = None,
-        keep: Keep | None = None,
+        keep: CacheSpec | None = None,
         prefix_BT: jax.Array | None = None,
         mask_BTS: jax.Array | None = None,
     ) -> tuple[jax.Array, Caches | None]:
         kinds = self.config.layer_kinds
-        sights = self._sights(segments_BT, positions_BT, caches, keep, prefix_BT, mask_BTS)
-        # A module of its own, so that a layer is a plain function of its parameters.
-        inside = self.is_mutable_collection("weights")
-        block = Block(self.config, self.constrain, self.dtype, inside, self.kernel, parent=None)
-        stacked = self._parameters(block, x_BTD, sights[kinds[0]], positions_BT, context_BSD, context_sight)
+        attention_inputs = self._attention_inputs(segments_BT, positions_BT, caches, keep, prefix_BT, mask_BTS)
+        # Without a parent, so that a layer is a plain function of its parameters.
+        weights = self.is_mutable_collection("weights")
+        block = Block(self.config, self.constrain, self.dtype, weights, self.kernel, parent=None)
+        stacked = self._parameters(block, x_BTD, attention_inputs[kinds[0]], positions_BT, context_BSD, context_inputs)
 
         def run(
             kind: str,
@@ -305,13 +333,13 @@ class Stack(nn.Module):
             context: jax.Array | Cache | None = context_BSD,
             cache: Cache | None = None,
         ) -> tuple[jax.Array, tuple[Cache | None, Cache | None], LayerOutputs]:
-            """Layer number n, which is of this kind."""
+            """Applies layer n, which has this kind."""
             rngs = None if key is None else {"dropout": key}
             x = checkpoint_name(x, "layer")
             tokens_BT = None if segments_BT is None else segments_BT > 0
-            inputs = (x, n, sights[kind], positions_BT, context, context_sight, cache, tokens_BT)
-            done: Any = block.apply({"params": params}, *inputs, rngs=rngs)
-            return done
+            inputs = (x, n, attention_inputs[kind], positions_BT, context, context_inputs, cache, tokens_BT)
+            outputs: Any = block.apply({"params": params}, *inputs, rngs=rngs)
+            return outputs
 
         if caches is None and keep is None:
             return self._scan(run, stacked, x_BTD, segments_BT), None
@@ -320,58 +348,59 @@ class Stack(nn.Module):
             own = None if caches is None else caches.own[n]
             context = context_BSD if caches is None or caches.cross is None else caches.cross[n]
             params = self._of_layer(stacked, n)
-            x_BTD, filled, _ = run(kinds[n % len(kinds)], x_BTD, n, params, context=context, cache=own)
-            updated.append(filled)
+            x_BTD, layer_caches, _ = run(kinds[n % len(kinds)], x_BTD, n, params, context=context, cache=own)
+            updated.append(layer_caches)
         owns, crosses = zip(*updated)
         return self._last_norm(x_BTD), Caches(owns, crosses if crosses[0] is not None else None)
 
     def _scan(self, run: Callable, stacked: Any, x_BTD: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
         config, kinds = self.config, self.config.layer_kinds
-        if self.remat != "none":
-            # Unrolled wholly, XLA would find the recomputed values in the forward pass, and keep them.
-            barred = self.unroll >= self.layers // len(kinds) and self.remat != "elementwise"
-            run = jax.checkpoint(run, policy=REMAT[self.remat], prevent_cse=barred, static_argnums=0)  # type: ignore
+        policy = REMAT[self.remat]
+        if policy is not _POLICIES.everything_saveable:
+            # In a fully unrolled stack XLA would reuse the values of the forward pass, and so keep them.
+            prevent_cse = self.unroll >= self.layers // len(kinds) and self.remat != "elementwise"
+            run = jax.checkpoint(run, policy=policy, prevent_cse=prevent_cse, static_argnums=0)  # type: ignore
         with_states = self.is_mutable_collection("states")
         keys = jax.random.split(self.make_rng("dropout"), self.layers) if self.has_rng("dropout") else None
-        apart = isinstance(stacked, tuple)  # see `layers_apart`: then nothing is scanned
-        # Parameters that layers share are looked up by the layer's number, those of its own are scanned over.
-        look_up = self._shares or apart
-        each = ((np if apart else jnp).arange(self.layers), None if look_up else stacked, keys)
-        some = lambda tree, part: jax.tree.map(lambda leaf: leaf[part], tree)
+        unstacked = isinstance(stacked, tuple)  # by `unstack_layers`: then no layer is scanned
+        # Shared parameters are indexed by the layer's number; other parameters are scanned over.
+        index = self._shares or unstacked
+        layers = ((np if unstacked else jnp).arange(self.layers), None if index else stacked, keys)
+        select = lambda tree, part: jax.tree.map(lambda leaf: leaf[part], tree)
 
-        def turn(x: jax.Array, layers: Any) -> tuple[jax.Array, Any]:
-            """A round of kinds, the first of them, or all rounds."""
-            found = []
+        def apply_layers(x: jax.Array, layers: Any) -> tuple[jax.Array, Any]:
+            """Applies layers, of which the first has the first kind."""
+            outputs = []
             for j in range(len(layers[0])):
-                n, params, key = some(layers, j)
+                n, params, key = select(layers, j)
                 kind = kinds[j % len(kinds)]
-                x, _, inside = run(kind, x, n, self._of_layer(stacked, n) if look_up else params, key)
-                found.append((x if with_states else None, inside))
-            return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
+                x, _, output = run(kind, x, n, self._of_layer(stacked, n) if index else params, key)
+                outputs.append((x if with_states else None, output))
+            return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
-        first_BTD, found = x_BTD, []
+        first_BTD, outputs = x_BTD, []
         if config.conv_width and segments_BT is not None:
-            # The first layer, and beside it the convolution, before the others.
-            x_BTD, (_, inside) = turn(x_BTD, some(each, np.s_[:1]))
+            # The convolution reads the embeddings and is added to the output of the first layer.
+            x_BTD, (_, output) = apply_layers(x_BTD, select(layers, np.s_[:1]))
             x_BTD = Convolution(config, self.dtype, name="conv")(first_BTD, x_BTD, segments_BT)
-            found.append((x_BTD[None] if with_states else None, inside))
-            each = some(each, np.s_[1:])
-        turns, rest = divmod(len(each[0]), len(kinds)) if not apart else (0, len(each[0]))
-        whole = turns * len(kinds)
-        if turns:
-            rounds = jax.tree.map(lambda leaf: leaf[:whole].reshape(turns, len(kinds), *leaf.shape[1:]), each)
-            x_BTD, out = jax.lax.scan(turn, x_BTD, rounds, unroll=min(self.unroll, turns))
-            found.append(jax.tree.map(lambda leaf: leaf.reshape(whole, *leaf.shape[2:]), out))
+            outputs.append((x_BTD[None] if with_states else None, output))
+            layers = select(layers, np.s_[1:])
+        cycles, rest = divmod(len(layers[0]), len(kinds)) if not unstacked else (0, len(layers[0]))
+        scanned = cycles * len(kinds)
+        if cycles:
+            xs = jax.tree.map(lambda leaf: leaf[:scanned].reshape(cycles, len(kinds), *leaf.shape[1:]), layers)
+            x_BTD, output = jax.lax.scan(apply_layers, x_BTD, xs, unroll=min(self.unroll, cycles))
+            outputs.append(jax.tree.map(lambda leaf: leaf.reshape(scanned, *leaf.shape[2:]), output))
         if rest:
-            x_BTD, out = turn(x_BTD, some(each, np.s_[whole:]))
-            found.append(out)
+            x_BTD, output = apply_layers(x_BTD, select(layers, np.s_[scanned:]))
+            outputs.append(output)
         x_BTD = self._last_norm(x_BTD)
-        states, inside = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *found)
+        states, output = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *outputs)
         if with_states:
-            # The last are those after the last norm, as in transformers.
+            # The last states are those after the final norm, as in transformers.
             self.sow("states", "states", jnp.concatenate([first_BTD[None], states[:-1], x_BTD[None]]))
-        self.sow("weights", "weights", inside)
-        for name, loss_L in inside.losses.items():
+        self.sow("weights", "weights", output)
+        for name, loss_L in output.losses.items():
             self.sow("losses", name, loss_L.sum())
         return x_BTD
 
@@ -380,53 +409,53 @@ class Stack(nn.Module):
         return (self.config.distinct_layers or self.layers) < self.layers
 
     def _of_layer(self, stacked: Any, n: Any) -> Any:
-        """The parameters of layer n, its own or those that it shares with its neighbours."""
+        """Returns the parameters of layer n, which neighbouring layers may share."""
         row = n
         if self._shares:
             share = self.layers / (self.config.distinct_layers or self.layers)
-            rows = [int(i / share) for i in range(self.layers)]  # as transformers rounds, if it is no whole number
+            rows = [int(i / share) for i in range(self.layers)]  # rounded as in transformers
             row = rows[n] if isinstance(n, (int, np.integer)) else jnp.asarray(rows)[n]
         return (
             stacked[row] if isinstance(stacked, tuple) else jax.tree.map(lambda leaf: jnp.asarray(leaf)[row], stacked)
         )
 
     def _parameters(self, block: Block, *inputs: Any) -> Any:
-        """The layers' parameters, stacked along the first axis of each leaf."""
+        """Returns the parameters of the layers, stacked along the first axis of each leaf."""
         if not self.is_initializing():
             return self.variables["params"]["layers"]
 
         def make(key: jax.Array) -> Any:
-            x, sight, *rest = inputs
-            one = lambda key: block.init(key, x, 0, sight, *rest)["params"]
-            return jax.vmap(one)(jax.random.split(key, self.config.distinct_layers or self.layers))
+            x, *rest = inputs
+            init_layer = lambda key: block.init(key, x, 0, *rest)["params"]
+            return jax.vmap(init_layer)(jax.random.split(key, self.config.distinct_layers or self.layers))
 
         return self.param("layers", make)
 
-    def _sights(
+    def _attention_inputs(
         self,
         segments_BT: jax.Array | None,
         positions_BT: jax.Array,
         caches: Caches | None,
-        keep: Keep | None,
+        keep: CacheSpec | None,
         prefix_BT: jax.Array | None,
-        given_BTS: jax.Array | None,
+        extra_mask_BTS: jax.Array | None,
     ) -> dict[str, AttentionInputs]:
-        """What the layers of each kind see, of the row or of the caches; and what they keep."""
+        """Returns the attention inputs for each kind of layer."""
         config = self.config
         bias_BHTS = distances = lengths_BT = None
         if config.rotary_scaling in BY_LENGTH:
             lengths_BT = self._lengths(segments_BT, positions_BT, caches, keep)
         if config.relative == "buckets":
-            here_BT = positions_S = jnp.arange(positions_BT.shape[1])[None]
+            queries_BT = keys_BS = jnp.arange(positions_BT.shape[1])[None]
             if caches is not None:
-                here_BT, positions_S = positions_BT, jnp.arange(caches.own[0].k_BKSC.shape[2])[None]
-            bias_BHTS = Buckets(config, self.causal, name="relative")(here_BT, positions_S)
+                queries_BT, keys_BS = positions_BT, jnp.arange(caches.own[0].k_BKSC.shape[2])[None]
+            bias_BHTS = Buckets(config, self.causal, name="relative")(queries_BT, keys_BS)
         elif config.relative == "disentangled":
             distances = Disentangled(config, name="relative")(positions_BT.shape[1])
-        sights: dict[str, AttentionInputs] = {}
+        inputs_by_kind: dict[str, AttentionInputs] = {}
         for kind in sorted(set(config.layer_kinds)):
             window = config.window if kind == "local" else None
-            kept_BS = segments = None
+            slot_positions_BS = segments = None
             if caches is not None:
                 first = config.layer_kinds.index(kind)
                 slots_BTS = cache_positions(positions_BT, caches.own[min(first, self.layers - 1)].k_BKSC.shape[2])
@@ -437,29 +466,30 @@ class Stack(nn.Module):
                 assert segments_BT is not None
                 mask_BTS = self_mask(segments_BT, self.causal, window, prefix_BT)
                 segments = None if prefix_BT is not None else (segments_BT, segments_BT)
-                if given_BTS is not None:
-                    mask_BTS, segments = mask_BTS & given_BTS, None
+                if extra_mask_BTS is not None:
+                    mask_BTS, segments = mask_BTS & extra_mask_BTS, None
             if keep is not None:
-                # Distances of relative positions are those of slots, so that these keep all.
+                # Relative positions use the numbers of slots as positions, so their caches hold the whole text.
                 short = window is not None and config.relative == "none"
                 slots = min(keep.length, window + keep.ahead - 1) if short and window else keep.length
-                kept_BS = jnp.maximum(cache_positions(keep.lengths_B[:, None] - 1, slots)[:, 0], 0)
-            angles = slot_turns = None
+                slot_positions_BS = jnp.maximum(cache_positions(keep.lengths_B[:, None] - 1, slots)[:, 0], 0)
+            rotary = cache_rotary = None
             if config.positions == "rotary":
-                angles = turns(positions_BT, config, kind, lengths_BT)
+                rotary = rotary_angles(positions_BT, config, kind, lengths_BT)
                 if lengths_BT is not None and (caches is not None or keep is not None):
-                    # The last query's: those before it in this call read the same keys, under the same turns.
-                    slot_turns = turns(positions_BT if caches is None else slots_BTS[:, -1], config, kind, lengths_BT)
+                    # All queries of a call use the angles for its last query.
+                    slots_BS = positions_BT if caches is None else slots_BTS[:, -1]
+                    cache_rotary = rotary_angles(slots_BS, config, kind, lengths_BT)
             causal = self.causal and caches is None and prefix_BT is None
-            sights[kind] = AttentionInputs(
-                mask_BTS, causal, segments, window, angles, bias_BHTS, distances, kept_BS, slot_turns
+            inputs_by_kind[kind] = AttentionInputs(
+                mask_BTS, causal, segments, window, rotary, bias_BHTS, distances, slot_positions_BS, cache_rotary
             )
-        return sights
+        return inputs_by_kind
 
     def _lengths(
-        self, segments_BT: jax.Array | None, positions_BT: jax.Array, caches: Caches | None, keep: Keep | None
+        self, segments_BT: jax.Array | None, positions_BT: jax.Array, caches: Caches | None, keep: CacheSpec | None
     ) -> jax.Array:
-        """[B, T or 1], the length of the sequence that each token is of, as far as it is known by now."""
+        """Returns the current length of the sequence of each token, [B, T] or [B, 1]."""
         if caches is not None:
             return positions_BT.max(1, keepdims=True) + 1
         if keep is not None:
@@ -476,10 +506,10 @@ class Stack(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Embeddings, the stacks that `config.structure` names, and the heads on top.
+    """Embeddings, one or two stacks as in `config.structure`, and heads.
 
-    Inputs default to one example a row without padding: segments of 1, positions from 0, types of 0.
-    Methods return hidden states [B, T, D]; heads are methods of their own, applied where a task needs them.
+    By default, a row holds one example without padding: segments are 1, positions start at 0, types are 0. Most methods
+    return hidden states [B, T, D]. Heads are separate methods, which tasks apply to the hidden states that they need.
     """
 
     config: ModelConfig
@@ -488,16 +518,16 @@ class Transformer(nn.Module):
     remat: str = "none"
     unroll: int = 1
     kernel: str = "auto"
-    precision: str = "default"  # of products of float32 matrices, as `jax.default_matmul_precision` names it
+    precision: str = "default"  # for products of float32 matrices, a value of `jax.default_matmul_precision`
 
     def setup(self) -> None:
         config, on_top = self.config, set(self.config.heads_on_top)
         parts = {"config": config, "constrain": self.constrain, "dtype": self.dtype}
         how = parts | {"remat": self.remat, "unroll": self.unroll, "kernel": self.kernel}
-        self.embeddings = chosen(FRONT_ENDS, config.front_end, "front_end")(config, self.dtype)
+        self.embeddings = lookup(FRONT_ENDS, config.front_end, "front_end")(config, self.dtype)
         if config.structure != "decoder":
             self.encoder = Stack(**how, layers=config.layers)
-        how["config"] = config.of_decoder
+        how["config"] = config.decoder_config
         if config.structure != "encoder":
             second = config.structure == "encoder_decoder"
             layers = (second and config.decoder_layers) or config.layers
@@ -506,21 +536,21 @@ class Transformer(nn.Module):
                 own = config.decoder_vocabulary
                 self.decoder_embeddings = Embeddings(config, self.dtype, shared=not config.decoder_tokens, rows=own)
         if "lm" in on_top:
-            self.lm_head = Vocabulary(**parts, bias="lm" in config.biases)
+            self.lm_head = VocabularyHead(**parts, bias="lm" in config.biases)
         if "masked_lm" in on_top:
-            self.masked_lm_head = MaskedLM(**parts)
+            self.masked_lm_head = MaskedLMHead(**parts)
         if {"pooled", "next_sentence"} & on_top:
-            self.pooled_head = Pooled(config, self.dtype)
+            self.pooled_head = PooledHead(config, self.dtype)
         if "next_sentence" in on_top:
             self.next_sentence_head = Linear((2,), config.matrix_std, dtype=self.dtype)
         if "classes" in on_top:
-            self.classes_head = Classes(config, self.dtype)
+            self.classes_head = ClassesHead(config, self.dtype)
         if "tokens" in on_top:
-            self.tokens_head = PerToken(config, len(config.labels), config.rate("tokens_dropout"), self.dtype)
+            self.tokens_head = PerTokenHead(config, len(config.labels), config.rate("tokens_dropout"), self.dtype)
         if "span" in on_top:
-            self.span_head = PerToken(config, 2, config.rate("span_dropout"), self.dtype)
+            self.span_head = PerTokenHead(config, 2, config.rate("span_dropout"), self.dtype)
         if "replaced" in on_top:
-            self.replaced_head = Replaced(config, self.dtype)
+            self.replaced_head = ReplacedHead(config, self.dtype)
         if config.shared_transform and {"masked_lm", "classes", "tokens"} & on_top:
             self.transform_head = Transform(config, self.dtype)
 
@@ -533,16 +563,16 @@ class Transformer(nn.Module):
         mask_BTS: jax.Array | None = None,
         prefix_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, SequenceInputs]:
-        """The first hidden states [B, T, D], of an encoder-decoder the encoder's, and what `stack` reads beside them.
+        """Returns the first hidden states [B, T, D] and the other inputs of `stack`; see `SequenceInputs`.
 
-        tokens_BT: what the front end reads.
+        In an encoder-decoder they belong to the encoder. `tokens_BT` is the input of the front end.
         """
         segments_BT, positions_BT = self._defaults(tokens_BT, segments_BT, positions_BT)
         x_BTD = self.embeddings(tokens_BT, positions_BT, types_BT)
         return x_BTD, SequenceInputs(segments_BT, positions_BT, mask_BTS, prefix_BT)
 
     def stack(self, x_BTD: jax.Array, inputs: SequenceInputs) -> jax.Array:
-        """The last hidden states [B, T, D] of a decoder, or of the encoder, from the first."""
+        """Returns the last hidden states [B, T, D] of the encoder, or of the decoder if there is no encoder."""
         stack = self.decoder if self.config.structure == "decoder" else self.encoder
         named: dict[str, Any] = {"prefix_BT": inputs.prefix_BT, "mask_BTS": inputs.mask_BTS}
         return stack(x_BTD, inputs.segments_BT, inputs.positions_BT, **named)[0]
@@ -555,7 +585,7 @@ class Transformer(nn.Module):
         types_BT: jax.Array | None = None,
         mask_BTS: jax.Array | None = None,
     ) -> jax.Array:
-        """Hidden states of the encoder."""
+        """Returns the last hidden states [B, T, D] of the encoder."""
         return self.stack(*self.embed(tokens_BT, segments_BT, positions_BT, types_BT, mask_BTS))
 
     def decode(
@@ -569,39 +599,44 @@ class Transformer(nn.Module):
         prefix_BT: jax.Array | None = None,
         mask_BTS: jax.Array | None = None,
     ) -> jax.Array:
-        """Hidden states of the decoder; `context_BSD` is what the encoder gave, the rest is as in `SequenceInputs`."""
+        """Returns the last hidden states [B, T, D] of the decoder.
+
+        `context_BSD` is the output of the encoder; `SequenceInputs` describes the other arguments.
+        """
         segments_BT, positions_BT = self._defaults(tokens_BT, segments_BT, positions_BT)
         x_BTD = self._decoder_embeddings(tokens_BT, positions_BT, types_BT)
-        context_sight, _ = _across(segments_BT, context_BSD, context_segments_BS)
+        context_inputs, _ = _cross_attention_inputs(segments_BT, context_BSD, context_segments_BS)
         named: dict[str, Any] = {"prefix_BT": prefix_BT, "mask_BTS": mask_BTS}
-        return self.decoder(x_BTD, segments_BT, positions_BT, context_BSD, context_sight, **named)[0]
+        return self.decoder(x_BTD, segments_BT, positions_BT, context_BSD, context_inputs, **named)[0]
 
     def prefill(
         self,
         tokens_BT: jax.Array,
-        keep: Keep,
+        keep: CacheSpec,
         context_BSD: jax.Array | None = None,
         context_segments_BS: jax.Array | None = None,
     ) -> tuple[jax.Array, Caches]:
-        """Like `decode`, for prompts padded on the right, with the caches that `decode_cached` continues from."""
+        """Like `decode`, for prompts padded on the right; also returns caches for `decode_cached`."""
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-        segments_BT = jnp.ones_like(tokens_BT)  # a prompt sees none of the padding behind it
+        segments_BT = jnp.ones_like(tokens_BT)  # causality hides the padding on the right
         x_BTD = self._decoder_embeddings(tokens_BT, positions_BT, None)
-        context_sight, context_segments_BS = _across(segments_BT, context_BSD, context_segments_BS, keep=True)
+        context_inputs, context_segments_BS = _cross_attention_inputs(
+            segments_BT, context_BSD, context_segments_BS, keep=True
+        )
         prefix_BT = positions_BT < keep.lengths_B[:, None] if self.config.prefix_lm else None
         x_BTD, caches = self.decoder(
-            x_BTD, segments_BT, positions_BT, context_BSD, context_sight, keep=keep, prefix_BT=prefix_BT
+            x_BTD, segments_BT, positions_BT, context_BSD, context_inputs, keep=keep, prefix_BT=prefix_BT
         )
         assert caches is not None
         return x_BTD, caches._replace(context_segments_BS=context_segments_BS)
 
     def decode_cached(self, tokens_BT: jax.Array, positions_BT: jax.Array, caches: Caches) -> tuple[jax.Array, Caches]:
-        """Like `decode`, for tokens at `positions_BT` of sequences whose earlier tokens are in the caches."""
+        """Like `decode`, for tokens at `positions_BT`; the earlier tokens of the sequences are in the caches."""
         x_BTD = self._decoder_embeddings(tokens_BT, positions_BT, None)
-        context_sight = None
+        context_inputs = None
         if caches.context_segments_BS is not None:
-            context_sight = AttentionInputs(cross_mask(jnp.ones_like(tokens_BT), caches.context_segments_BS))
-        x_BTD, updated = self.decoder(x_BTD, None, positions_BT, None, context_sight, caches)
+            context_inputs = AttentionInputs(cross_mask(jnp.ones_like(tokens_BT), caches.context_segments_BS))
+        x_BTD, updated = self.decoder(x_BTD, None, positions_BT, None, context_inputs, caches)
         assert updated is not None
         return x_BTD, caches._replace(own=updated.own)
 
@@ -625,8 +660,10 @@ class Transformer(nn.Module):
         prefix_BT: jax.Array | None = None,
         mask_BTS: jax.Array | None = None,
     ) -> jax.Array:
-        """Hidden states [B, T, D] of the last stack; an encoder-decoder reads `target_tokens_BT` in its decoder, and
-        `mask_BTS` is its encoder's."""
+        """Returns the last hidden states [B, T, D].
+
+        In an encoder-decoder, `target_*` are the inputs of the decoder, and `mask_BTS` applies to the encoder.
+        """
         if self.config.structure != "encoder_decoder":
             return self.stack(*self.embed(tokens_BT, segments_BT, positions_BT, types_BT, mask_BTS, prefix_BT))
         if target_tokens_BT is None:
@@ -641,40 +678,40 @@ class Transformer(nn.Module):
         )
 
     def lm(self, x_BTD: jax.Array) -> jax.Array:
-        """Logits [B, T, V] of the next token."""
+        """Returns logits [B, T, V] of the next token."""
         config = self.config
         if config.scale_logits:
             x_BTD = x_BTD * config.width**-0.5
-        read = self.decoder_embeddings if config.decoder_tokens else self.embeddings
-        logits_BTV = self.lm_head(x_BTD, read.tokens)
+        embeddings = self.decoder_embeddings if config.decoder_tokens else self.embeddings
+        logits_BTV = self.lm_head(x_BTD, embeddings.tokens)
         return config.logit_cap * jnp.tanh(logits_BTV / config.logit_cap) if config.logit_cap else logits_BTV
 
     def masked_lm(self, x_BTD: jax.Array) -> jax.Array:
-        """Logits [B, T, V] of the token that stood at each position."""
+        """Returns logits [B, T, V] of the original token at each position."""
         return self.masked_lm_head(self._transformed(x_BTD), self.embeddings.tokens)
 
     def pooled(self, x_BED: jax.Array) -> jax.Array:
-        """Vectors [B, E, D] of examples, from the hidden states of their first tokens."""
+        """Returns vectors [B, E, D] of examples, from the hidden states of their first tokens."""
         return self.pooled_head(x_BED)
 
     def next_sentence(self, x_BED: jax.Array) -> jax.Array:
-        """Logits [B, E, 2]: 0 the second text follows the first, 1 it does not; from the first tokens' states."""
+        """Returns logits [B, E, 2] from the states of first tokens: 0 if the second text follows the first, else 1."""
         return self.next_sentence_head(self.pooled(x_BED)).astype(jnp.float32)
 
     def classes(self, x_BED: jax.Array) -> jax.Array:
-        """Logits [B, E, N] of the labels, from the states that stand for the examples (`config.classes_from`)."""
+        """Returns logits [B, E, N] of the labels, from one hidden state per example (`config.classes_from`)."""
         return self.classes_head(self._transformed(x_BED))
 
     def tokens(self, x_BTD: jax.Array) -> jax.Array:
-        """Logits [B, T, N] of each token's label."""
+        """Returns logits [B, T, N] of the label of each token."""
         return self.tokens_head(self._transformed(x_BTD))
 
     def span(self, x_BTD: jax.Array) -> jax.Array:
-        """Logits [B, T, 2] that the answer starts, and that it ends, at each token."""
+        """Returns logits [B, T, 2] of the start and the end of the answer at each token."""
         return self.span_head(x_BTD)
 
     def replaced(self, x_BTD: jax.Array) -> jax.Array:
-        """Logits [B, T] that each token is not the one that stood there."""
+        """Returns logits [B, T]: whether each token differs from the original one."""
         return self.replaced_head(x_BTD)
 
     def _transformed(self, x: jax.Array) -> jax.Array:
@@ -686,70 +723,72 @@ class Transformer(nn.Module):
         if segments_BT is None:
             segments_BT = jnp.ones(tokens_BT.shape[:2], jnp.int32)
         if positions_BT is None and self.config.padding_token is not None:
-            counted_BT = tokens_BT != self.config.padding_token
-            positions_BT = jnp.cumsum(counted_BT, 1) * counted_BT - 1
+            is_token_BT = tokens_BT != self.config.padding_token
+            positions_BT = jnp.cumsum(is_token_BT, 1) * is_token_BT - 1
         elif positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape[:2])
         return segments_BT, positions_BT
 
     def initialise(self, tokens_BT: jax.Array) -> None:
-        """Touches every parameter once; for `init`."""
+        """Uses every parameter once; for `init`."""
         x_BTD = self(tokens_BT, target_tokens_BT=jnp.zeros(tokens_BT.shape[:2], jnp.int32))
         for head in self.config.heads_on_top:
             getattr(self, head)(x_BTD)
 
 
-def _across(
+def _cross_attention_inputs(
     segments_BT: jax.Array, context_BSD: jax.Array | None, context_segments_BS: jax.Array | None, keep: bool = False
 ) -> tuple[AttentionInputs | None, jax.Array | None]:
-    """Returns what cross-attention reads beside a context, and the context's segments; None where there is no context.
+    """Returns the inputs of cross-attention and the segments of the context; None without a context.
 
-    keep: whether the keys and values of the context are to be cached.
+    `keep` requests a cache of the keys and values of the context.
     """
     if context_BSD is None:
         return None, None
     if context_segments_BS is None:
         context_segments_BS = jnp.ones(context_BSD.shape[:2], jnp.int32)
     segments = segments_BT, context_segments_BS
-    kept_BS = jnp.arange(context_BSD.shape[1])[None] if keep else None
-    return AttentionInputs(cross_mask(*segments), segments=segments, kept_BS=kept_BS), context_segments_BS
+    slot_positions_BS = jnp.arange(context_BSD.shape[1])[None] if keep else None
+    return AttentionInputs(
+        cross_mask(*segments), segments=segments, slot_positions_BS=slot_positions_BS
+    ), context_segments_BS
 
 
 def init(module: Transformer, key: jax.Array) -> dict[str, Any]:
-    """Initial parameters, float32.  Under `jax.eval_shape` it gives their shapes for free."""
-    module = module.clone(constrain=Placement(), kernel="xla")  # the one row of zeros divides no mesh
-    front_end = chosen(FRONT_ENDS, module.config.front_end, "front_end")
+    """Returns initial float32 parameters. `jax.eval_shape` of this function computes only their shapes."""
+    module = module.clone(constrain=Placement(), kernel="xla")  # the batch has one row, which cannot be sharded
+    front_end = lookup(FRONT_ENDS, module.config.front_end, "front_end")
     return module.init(key, front_end.blank(module.config, 1, 2), method="initialise")["params"]
 
 
 def apply(
     module: Transformer, params: Any, *inputs: Any, method: Any = "__call__", key: jax.Array | None = None, **named: Any
 ) -> Any:
-    """`module.method(*inputs, **named)` with these parameters; `key` turns dropout on."""
+    """Returns `module.method(*inputs, **named)` with these parameters; with a `key`, dropout is enabled."""
     rngs = None if key is None else {"dropout": key}
     with _precision(module):
         return module.apply({"params": params}, *inputs, method=method, rngs=rngs, **named)
 
 
 def _precision(module: Transformer) -> AbstractContextManager[Any]:
-    """The precision of the module's products; the default leaves JAX's own setting alone."""
+    """Returns a context for the precision of products; "default" keeps the setting of JAX."""
     return nullcontext() if module.precision == "default" else jax.default_matmul_precision(module.precision)
 
 
-def layers_apart(params: Any) -> Any:
-    """The same parameters with a tuple of layers in place of each stack, which a `Transformer` unrolls.
+def unstack_layers(params: Any) -> Any:
+    """Returns the parameters with a tuple of layers in place of each stack, which a `Transformer` unrolls.
 
-    On CPU, XLA copies stacked parameters before a scan and each layer's out of the stack, in every call: a seventh of
-    the time at 1,024 tokens of a small model.  Apart, they are read where they lie.
+    On CPU, XLA copies stacked parameters before a scan, and each layer out of the stack, in every call: a seventh of
+    the time for 1,024 tokens and a small model. Separate layers need no copies.
     """
 
     layer = lambda stacked, n: jax.tree.map(lambda leaf: leaf[n], stacked)
-    cut = lambda stacked: tuple(layer(stacked, n) for n in range(len(jax.tree.leaves(stacked)[0])))
-    stacks = {name: part | {"layers": cut(part["layers"])} for name, part in params.items() if "layers" in part}
+    unstack = lambda stacked: tuple(layer(stacked, n) for n in range(len(jax.tree.leaves(stacked)[0])))
+    stacks = {name: part | {"layers": unstack(part["layers"])} for name, part in params.items() if "layers" in part}
     return params | stacks
 
 
 def count_parameters(config: ModelConfig) -> int:
-    """Number of parameters, heads included, without making any."""
+    """Returns the number of parameters, including heads, without allocating any."""
     shapes = jax.eval_shape(lambda: init(Transformer(config), jax.random.key(0)))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))

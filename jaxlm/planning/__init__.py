@@ -1,6 +1,6 @@
-"""What a model and a run would need, before the run.
+"""The resources that a model and a run require, before the run.
 
-plan     the step of a run, compiled ahead of time for other chips
-hlo      what a compiled program does: its collectives, and the bytes that it moves
+plan     compiles the step of a run ahead of time for other chips
+hlo      collectives and memory traffic of a compiled program
 inspect  a table of a model's parameters
 """

@@ -1,4 +1,4 @@
-"""What a model is made of: its parameters as a table, and the tensors of the file that they are read from."""
+"""Tables of a model's parameters, with the tensors of the file that they are read from."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from jaxlm.devices import sharding
 from jaxlm.families import FAMILIES, OWN, Opened
 from jaxlm.hub import convert
 from jaxlm.nn import parameters
-from jaxlm.reports.report import Table
+from jaxlm.reports.tables import Table
 
 
 class TensorRow(NamedTuple):
-    """A parameter: its place in the tree, what it is, and where in the file it lies."""
+    """A parameter: its path in the tree, its shape, dtype and logical axes, and its tensor in the file."""
 
     path: str
     shape: tuple[int, ...]
@@ -33,8 +33,8 @@ class TensorRow(NamedTuple):
         return math.prod(self.shape)
 
 
-def of_folder(found: Opened) -> list[TensorRow]:
-    """The parameters of a folder, in the dtypes in which they are stored."""
+def rows_of_folder(found: Opened) -> list[TensorRow]:
+    """Returns the parameters of a folder, with the dtypes of the file."""
     readers = convert.readers(found.family, found.config)
     prefix = found.family.prefix
     bare = not any(name.startswith(prefix) for name in found.origin.names)
@@ -49,24 +49,37 @@ def of_folder(found: Opened) -> list[TensorRow]:
 
 
 def of_config(config: ModelConfig) -> tuple[str, list[TensorRow]]:
-    """The parameters that a config makes, and the format in which they would be saved."""
-    kind = next((kind for kind, family in FAMILIES.items() if convert.says(family, config)), OWN)
+    """Returns the format in which a model with this config is saved, and its parameters."""
+    kind = next((kind for kind, family in FAMILIES.items() if convert.can_represent(family, config)), OWN)
     sources = {} if kind == OWN else convert.sources(FAMILIES[kind], config)
     shapes = convert.tree_shapes(config)
     return kind, [_row(path, shape, "float32", sources.get(path, path)) for path, shape in shapes.items()]
 
 
-def of_model(config: ModelConfig, mesh: Mapping[str, int] | None = None) -> str:
-    """What `jaxlm inspect` says of a config, and where a mesh of these sizes would put it."""
+def describe_config(config: ModelConfig, mesh: Mapping[str, int] | None = None) -> str:
+    """Returns the output of `jaxlm inspect` for a config.
+
+    Args:
+        config: the config of a model.
+        mesh: sizes of the axes of a mesh, by name. If set, the table has the sharding of each parameter.
+
+    Raises:
+        UserError: if the config is invalid, or if the mesh does not divide a parameter or replicates a large one.
+    """
     config.check()
     kind, rows = of_config(config)
     return f"{summary(config, kind)}\n\n{table(rows, mesh)}"
 
 
-def placed(config: ModelConfig, mesh: Mapping[str, int]) -> Table:
-    """Where a mesh of these sizes puts the parameters of a config, as a table for a report or a notebook.
+def sharding_table(config: ModelConfig, mesh: Mapping[str, int]) -> Table:
+    """Returns how a mesh shards the parameters of a config, as a table for a report or a notebook.
 
-    Raises UserError where such a mesh does not divide a parameter, or leaves a large one whole.
+    Args:
+        config: the config of a model.
+        mesh: sizes of the axes of the mesh, by name.
+
+    Raises:
+        UserError: if the config is invalid, or if the mesh does not divide a parameter or replicates a large one.
     """
     config.check()
     rows = of_config(config)[1]
@@ -74,15 +87,15 @@ def placed(config: ModelConfig, mesh: Mapping[str, int]) -> Table:
     for row in rows:
         sharding.check(mesh, row.axes, row.shape, row.path)
         shape = " x ".join(f"{size:,}" for size in row.shape)
-        lines.append([row.path, shape, _over(row), f"{row.size * _bytes(row.dtype) // _ways(row, mesh):,}"])
+        lines.append([row.path, shape, _mesh_axes(row), f"{row.size * _entry_bytes(row.dtype) // _parts(row, mesh):,}"])
     head = ("parameter", "shape", "axes of the mesh", "bytes on each device")
-    return Table("Where the parameters lie", head, lines, "; ".join([*_sums(rows), *_on_each(rows, mesh)]) + ".")
+    return Table("Where the parameters lie", head, lines, "; ".join([*_totals(rows), *_per_device(rows, mesh)]) + ".")
 
 
-def _over(row: TensorRow) -> str:
-    """The axes of the mesh that each axis of a parameter is split over."""
-    over = ("+".join(part if isinstance(part, tuple) else (part or "-",)) for part in sharding.spec(row.axes))
-    return ", ".join(over)
+def _mesh_axes(row: TensorRow) -> str:
+    """Returns the axes of the mesh that split each axis of a parameter."""
+    axes = ("+".join(part if isinstance(part, tuple) else (part or "-",)) for part in sharding.spec(row.axes))
+    return ", ".join(axes)
 
 
 def _row(path: str, shape: tuple[int, ...], dtype: str, tensor: str) -> TensorRow:
@@ -91,22 +104,27 @@ def _row(path: str, shape: tuple[int, ...], dtype: str, tensor: str) -> TensorRo
 
 
 def table(rows: Iterable[TensorRow], mesh: Mapping[str, int] | None = None) -> str:
-    """Columns: path, shape, dtype, logical axes, entries, tensor of the file; then the sums.
+    """Returns a table as text: path, shape, dtype, logical axes, entries and tensor of each parameter, then totals.
 
-    mesh: sizes of its axes; beside the logical axes then stand those of the mesh, and the bytes on each device.  Raises
-    UserError where such a mesh does not divide a parameter, or leaves a large one whole.
+    Args:
+        rows: the parameters.
+        mesh: sizes of the axes of a mesh, by name. If set, there are two more columns, with the axes of the mesh and
+            the bytes on each device.
+
+    Raises:
+        UserError: if the mesh does not divide a parameter, or replicates a large one.
     """
     rows = list(rows)
     head = ["parameter", "shape", "dtype", "axes", "entries", "tensor of the file"]
     lines = [head[:4] + ["mesh", "bytes on each"] * bool(mesh) + head[4:]]
     for row in rows:
         axes = ", ".join(axis or "-" for axis in row.axes)
-        where = []
+        placement = []
         if mesh:
             sharding.check(mesh, row.axes, row.shape, row.path)
-            where = [_over(row), f"{row.size * _bytes(row.dtype) // _ways(row, mesh):,}"]
+            placement = [_mesh_axes(row), f"{row.size * _entry_bytes(row.dtype) // _parts(row, mesh):,}"]
         shape = " x ".join(map(str, row.shape))
-        lines.append([row.path, shape, row.dtype, axes, *where, f"{row.size:,}", row.tensor])
+        lines.append([row.path, shape, row.dtype, axes, *placement, f"{row.size:,}", row.tensor])
     numbers = {lines[0].index(name) for name in ("entries", "bytes on each") if name in lines[0]}
     widths = [max(len(line[column]) for line in lines) for column in range(len(head) - 1 + 2 * bool(mesh))]
     text = []
@@ -116,43 +134,43 @@ def table(rows: Iterable[TensorRow], mesh: Mapping[str, int] | None = None) -> s
             for i, (cell, width) in enumerate(zip(line, widths))
         ]
         text.append("  ".join([*cells, line[-1]]).rstrip())
-    return "\n".join([*text, "", *_sums(rows), *_on_each(rows, mesh)])
+    return "\n".join([*text, "", *_totals(rows), *_per_device(rows, mesh)])
 
 
-def _ways(row: TensorRow, mesh: Mapping[str, int]) -> int:
-    """Parts that the mesh splits a parameter into."""
+def _parts(row: TensorRow, mesh: Mapping[str, int]) -> int:
+    """Returns the number of parts that the mesh splits a parameter into."""
     return math.prod(sharding.ways_of(mesh, axis) for axis in row.axes)
 
 
-def _on_each(rows: list[TensorRow], mesh: Mapping[str, int] | None) -> list[str]:
+def _per_device(rows: list[TensorRow], mesh: Mapping[str, int] | None) -> list[str]:
     if not mesh:
         return []
-    each = sum(row.size * _bytes(row.dtype) // _ways(row, mesh) for row in rows)
-    said = ", ".join(f"{name} {size}" for name, size in mesh.items() if size > 1)
-    return [f"on each of {math.prod(mesh.values()):,} devices ({said}): {each / 1e6:,.1f} MB as stored"]
+    size = sum(row.size * _entry_bytes(row.dtype) // _parts(row, mesh) for row in rows)
+    axes = ", ".join(f"{name} {ways}" for name, ways in mesh.items() if ways > 1)
+    return [f"on each of {math.prod(mesh.values()):,} devices ({axes}): {size / 1e6:,.1f} MB as stored"]
 
 
-def _sums(rows: list[TensorRow]) -> list[str]:
-    sums: dict[str, int] = {}
+def _totals(rows: list[TensorRow]) -> list[str]:
+    sizes: dict[str, int] = {}
     for row in rows:
-        found = parameters.find(row.path)
-        depth = found.depth if found else "head"
-        sums[depth] = sums.get(depth, 0) + row.size
-    total = sum(sums.values())
-    bytes_ = sum(row.size * _bytes(row.dtype) for row in rows)
-    parts = ", ".join(f"{depth} {size:,}" for depth, size in sums.items())
-    return [f"{total:,} parameters ({parts}), {bytes_ / 1e6:,.1f} MB as stored, {4 * total / 1e6:,.1f} MB in float32"]
+        entry = parameters.find(row.path)
+        depth = entry.depth if entry else "head"
+        sizes[depth] = sizes.get(depth, 0) + row.size
+    total = sum(sizes.values())
+    stored = sum(row.size * _entry_bytes(row.dtype) for row in rows)
+    parts = ", ".join(f"{depth} {size:,}" for depth, size in sizes.items())
+    return [f"{total:,} parameters ({parts}), {stored / 1e6:,.1f} MB as stored, {4 * total / 1e6:,.1f} MB in float32"]
 
 
-def _bytes(dtypes: str) -> int:
-    """Of an entry, in the widest of a leaf's dtypes."""
-    import ml_dtypes  # noqa: F401  numpy learns bfloat16 by this import
+def _entry_bytes(dtypes: str) -> int:
+    """Returns the bytes of an entry in the widest of a parameter's dtypes."""
+    import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy
 
     return max(np.dtype(dtype).itemsize for dtype in dtypes.split())
 
 
 def summary(config: ModelConfig, kind: str) -> str:
-    """One line: the format, the stacks and their sizes, and the heads."""
+    """Returns one line with the format, the structure and sizes of a model, and its heads."""
     family = FAMILIES.get(kind)
     name = (family and convert.heads(family, config)) or "no class of transformers"
     return (
@@ -162,16 +180,26 @@ def summary(config: ModelConfig, kind: str) -> str:
     )
 
 
-def target(
+def describe(
     name: str, head: str | None = None, revision: str | None = None, mesh: Mapping[str, int] | None = None
 ) -> str:
-    """What `jaxlm inspect` says of a folder, a run or a hub name.  Raises UserError as `jaxlm.load` does."""
+    """Returns the output of `jaxlm inspect` for a folder, a run or a hub name.
+
+    Args:
+        name: a folder in Hugging Face format, the folder of a run, or a name on the Hugging Face Hub.
+        head: the head on top, as for `jaxlm.load`.
+        revision: the revision of a hub name.
+        mesh: sizes of the axes of a mesh, by name. If set, the table has the sharding of each parameter.
+
+    Raises:
+        UserError: as `jaxlm.load`, and if the mesh does not divide a parameter or replicates a large one.
+    """
     from jaxlm.lm import find
 
     run = Path(name) / "config.json"
-    if run.is_file() and "run" in (said := families.read_config(run)) and not (run.parent / "export").exists():
-        return of_model(from_json(RunConfig, said["run"]).model, mesh)  # nothing is exported yet
-    found = families.look(find(name, revision=revision), head=head)
-    aside = sorted(found.origin.buffers)
-    more = [f"not needed by the model, kept for saving: {', '.join(aside)}"] if aside else []
-    return "\n".join([summary(found.config, found.kind), "", table(of_folder(found), mesh), *more])
+    if run.is_file() and "run" in (content := families.read_config(run)) and not (run.parent / "export").exists():
+        return describe_config(from_json(RunConfig, content["run"]).model, mesh)  # the run has no export yet
+    found = families.open_folder(find(name, revision=revision), head=head)
+    unused = sorted(found.origin.buffers)
+    more = [f"not used by the model, kept for saving: {', '.join(unused)}"] if unused else []
+    return "\n".join([summary(found.config, found.kind), "", table(rows_of_folder(found), mesh), *more])

@@ -77,8 +77,8 @@ class Plan:
     counted_flops: int = 0  # counted in the jaxpr of a step without recomputation
     formula_flops: int = 0  # of the same step by the closed formula
     hbm_bytes: int = 0  # read and written in a step, an estimate
-    collectives: dict[str, hlo.Sum] = field(default_factory=dict)
-    purposes: dict[str, hlo.Sum] = field(default_factory=dict)
+    collectives: dict[str, hlo.CollectiveTotals] = field(default_factory=dict)
+    purposes: dict[str, hlo.CollectiveTotals] = field(default_factory=dict)
     roofline: Roofline | None = None
     compile_seconds: float = 0.0
     refused: str = ""  # why the compiler refused the program
@@ -119,7 +119,7 @@ def plan(run: RunConfig, topology: str = "", name: str = "") -> Plan:
     Raises:
       UserError: for a mesh that does not fit the devices, and for an unknown topology.
     """
-    devices = chips.topology(topology) if topology else jax.devices()
+    devices = chips.topology_devices(topology) if topology else jax.devices()
     resolved = resolve_config(run, sharding.make_mesh(run.mesh, devices))
     run, mesh, device_kind = resolved.run, resolved.mesh, devices[0].device_kind
     assembly, batch, chip = assemble(resolved), batch_shapes(resolved), chips.find(device_kind)
@@ -151,11 +151,11 @@ def plan(run: RunConfig, topology: str = "", name: str = "") -> Plan:
         known |= {"refused": refused, "largest": largest or _largest(traced.jaxpr)}
         return Plan(**known, compile_seconds=time.monotonic() - begun)
     known["compile_seconds"] = time.monotonic() - begun
-    memory, program = compiled.memory_analysis(), hlo.read(text)
+    memory, program = compiled.memory_analysis(), hlo.parse(text)
     collectives, moved = hlo.collectives(program), hlo.hbm_bytes(program)
     roofline = None
     if chip is not None:
-        shape = chips.parse(topology)[1] if topology else ()
+        shape = chips.parse_topology(topology)[1] if topology else ()
         network = sum(one.sent_bytes * one.times / _rate(one, mesh, chip, shape) for one in collectives)
         roofline = Roofline(known["flops"] / mesh.size / chip.flops.value, moved / chip.bandwidth.value, network)
     return Plan(
@@ -259,7 +259,7 @@ def _largest(jaxpr: Any, n: int = 3) -> tuple[str, ...]:
 # Search
 
 
-def fitting(run: RunConfig, topology: str, name: str = "", say: Any = lambda line: None) -> list[Plan]:
+def fitting(run: RunConfig, topology: str, name: str = "", log: Any = lambda line: None) -> list[Plan]:
     """Returns the plan of the largest batch that fits for each remat policy, the fastest first.
 
     The batch size doubles from the smallest that the mesh divides. The speed is tokens per second by the sequential
@@ -269,29 +269,29 @@ def fitting(run: RunConfig, topology: str, name: str = "", say: Any = lambda lin
       run: the config; its `batch` and `remat` are not used.
       topology: such as `v5e:4x4`; empty: the devices of this machine.
       name: of the config, for printing.
-      say: prints a line about each plan.
+      log: prints a line about each plan.
 
     Returns:
       The plans; an empty list where the smallest batch does not fit.
     """
-    devices = chips.topology(topology) if topology else jax.devices()
+    devices = chips.topology_devices(topology) if topology else jax.devices()
     least = sharding.ways(sharding.make_mesh(run.mesh, devices), "batch") * run.accumulate
     found: list[Plan] = []
     for remat in ("elementwise", "dots", "full"):
         batch, tried = least, 0
         best: Plan | None = None
         while (one := plan(replace(run, batch=batch, remat=remat), topology, name)).fits:
-            say(f"remat {remat:11} batch {batch:6,}: {_gib(one.used_bytes)} fits")
+            log(f"remat {remat:11} batch {batch:6,}: {_gib(one.used_bytes)} fits")
             best, tried, batch = one, tried + 1, batch * 2
             if not one.limit_bytes or tried == 12:
                 break
         else:
-            say(f"remat {remat:11} batch {batch:6,}: {one.refused or _gib(one.used_bytes)}, does not fit")
+            log(f"remat {remat:11} batch {batch:6,}: {one.refused or _gib(one.used_bytes)}, does not fit")
             # Search between the last batch that fitted and twice its size.
             step = (batch - best.batch) // 2 if best else 0
             while best and step >= least and step >= best.batch // 8:
                 one = plan(replace(run, batch=best.batch + step, remat=remat), topology, name)
-                say(f"remat {remat:11} batch {one.batch:6,}: {'fits' if one.fits else 'does not fit'}")
+                log(f"remat {remat:11} batch {one.batch:6,}: {'fits' if one.fits else 'does not fit'}")
                 best, step = (one if one.fits else best), step // 2
         found += [best] if best else []
     speed = lambda one: one.tokens / one.roofline.sequential if one.roofline else one.batch
@@ -438,7 +438,7 @@ def _of_limit(plan: Plan) -> str:
     )
 
 
-def _first(found: dict[str, hlo.Sum], n: int) -> Iterable[tuple[str, hlo.Sum]]:
+def _first(found: dict[str, hlo.CollectiveTotals], n: int) -> Iterable[tuple[str, hlo.CollectiveTotals]]:
     return list(found.items())[:n]
 
 

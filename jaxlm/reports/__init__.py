@@ -1,5 +1,11 @@
 """The page of a run, and its plots.
 
-report    the page, and what a task can show on it
-pictures  each plot as one PNG
+report     the page, and all functions for notebooks and scripts
+notebook   single pictures and tables: curves, confusion, attention, meshes
+live       a curve that is redrawn while a run trains
+charts     the charts of a run, from its log
+metrics    the log, and the name, family and format of each metric
+tables     tables of text, and masked text
+pictures   each plot as one PNG
+rendering  HTML from the templates and style sheets in templates/
 """

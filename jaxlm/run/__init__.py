@@ -1,18 +1,19 @@
-"""A run from its config to its export.
+"""Training runs, from the config to the exported model.
 
-fit          the run from beginning to end: resolve, set up, loop, finish
-resolve      what a config leaves open, checked once
-config_only  a run resolved without its data, for plans
-weights      the weights that it starts from
-training     the run that is set up, and what is done between steps
-export       its model in Hugging Face's format
-finish       its scores, report and summary
-assembly     the model, its state and its step on a mesh
-step         (TrainState, Batch) -> (TrainState, metrics)
-optimizer    the optax chain
-checkpoint   Orbax, with checksums
-measure      how fast the steps are
-folder       the run folder
-evaluate     every example once, in the order of the data
-sweep        many runs of one config
+fit            trains a run: resolve, set up, loop, finish
+resolve        decides what a config leaves open, and checks it once
+config_only    resolves a run without its data, for plans
+trained_model  resolves a trained model and its task, for prediction and evaluation
+weights        reads the weights that a run starts from
+training       a run in progress, and the work between its steps
+export         writes the model in Hugging Face format
+finish         writes scores, report and summary
+assembly       the model, the state and the step on a mesh
+step           (TrainState, Batch) -> (TrainState, metrics)
+optimizer      the optax chain
+checkpoint     checkpoints with Orbax and checksums
+measure        speed and memory of the steps
+folder         the files of a run folder
+evaluate       evaluation and prediction, over every example once
+sweep          many runs of one config
 """

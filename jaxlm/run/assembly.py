@@ -76,7 +76,7 @@ class TrainStep:
 
 
 def remat_of(run: RunConfig, mesh: Mesh) -> str:
-    """Returns what the backward pass recomputes on this mesh: a key of `REMAT`, or "none".
+    """Returns what the backward pass recomputes on this mesh: a key of `REMAT`.
 
     An accelerator recomputes elementwise operations faster than it reads their results from memory; a CPU does not.
     """
@@ -158,7 +158,7 @@ def closed_flops(task: Task, config: ModelConfig, rows: int, fields: Mapping[str
     # `flops.closed` counts the pooled vector with the next-sentence head, which reads it.
     below = {"pooled"} if "next_sentence" in config.heads_on_top else set()
     heads: dict[str, int] = {head: each.get(head, length) for head in config.heads_on_top if head not in below}
-    return flops.closed(config, rows, length, source, heads=heads, blocks=blocks).step
+    return flops.model_flops(config, rows, length, source, heads=heads, blocks=blocks).step
 
 
 def check_rows(run: RunConfig, mesh: Mesh) -> None:
@@ -195,7 +195,7 @@ def shard_batch(mesh: Mesh, batch: Batch, k: int) -> Batch:
     def shard(name: str, x: np.ndarray) -> jax.Array:
         padded = np.concatenate([x, np.zeros((more, *x.shape[1:]), x.dtype)]) if more else x
         micro = padded.reshape(k, -1, *x.shape[1:])
-        return hosts.spread(micro, sharding.batch_sharding(mesh, name, micro.shape))
+        return hosts.shard(micro, sharding.batch_sharding(mesh, name, micro.shape))
 
     return {name: shard(name, x) for name, x in batch.items()}
 

@@ -1,4 +1,4 @@
-"""Checkpoints by Orbax: written asynchronously, restored on any topology, never taken for whole when they are not."""
+"""Checkpoints with Orbax: written asynchronously, restored on any topology, verified by checksums."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ from jaxlm.devices import hosts
 from jaxlm.errors import RunError
 from jaxlm.run.step import TrainState
 
+_MISMATCH = "its content does not match its checksums"
+
 
 @jax.jit
 def checksums(tree: Any) -> jax.Array:
-    """One uint32 for each leaf, which changes when any bit of it does.
+    """Returns a checksum of each leaf, [leaves] uint32, which changes with any bit of the leaf.
 
-    A sum modulo 2^32 of the entries' bits, each times an odd number of its own: exact in any order of summation, so it
-    is the same on every topology.
+    It is the sum modulo 2^32 of the bits of each entry times an odd number that depends on the index. The sum is exact
+    in any order, and so the same on every topology.
     """
 
     def checksum(leaf: jax.Array) -> jax.Array:
@@ -40,100 +42,121 @@ def checksums(tree: Any) -> jax.Array:
 
 
 def checksums_of(tree: Any) -> list[int]:
-    """Returns the `checksums` of a tree as numbers of Python's."""
+    """Returns the `checksums` of a tree as Python integers."""
     return [int(x) for x in np.asarray(checksums(tree))]
 
 
 @jax.jit
 def finite(tree: Any) -> jax.Array:
-    """Whether no entry of any leaf is infinite or not a number."""
+    """Returns whether all entries of all leaves are finite, as a bool array []."""
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
 class Checkpoints:
-    """The checkpoints of a run: the last `keep`, and the one with the best held-out score."""
+    """The checkpoints of a run: the last few, and the one with the best held-out score."""
 
-    def __init__(self, folder: Path, keep: int, say: Callable[[str], None] = print, alone: bool = False):
-        """alone: of many hosts this one alone reads and writes them, whole; the states are in its memory."""
+    def __init__(self, folder: Path, keep: int, log: Callable[[str], None] = print, alone: bool = False):
+        """Opens the checkpoints in a folder, and sets aside those with damaged scores.
+
+        Args:
+          folder: is created where it does not exist.
+          keep: number of the last checkpoints to keep.
+          log: prints a line.
+          alone: whether only this host of several reads and writes checkpoints, with whole states in its memory.
+
+        Raises:
+          RunError: where the folder cannot be read or written.
+        """
         import orbax.checkpoint as ocp
         from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-        self._ocp, self._say, self.folder = ocp, say, folder.absolute()
-        self._first = (lambda make: make()) if alone else hosts.first
+        self._ocp, self._say, self.folder = ocp, log, folder.absolute()
+        self._first = (lambda make: make()) if alone else hosts.run_on_first
         self._processes = 1 if alone else jax.process_count()
-        me = jax.process_index()
-        self._hosts = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}) if alone else None
+        this = jax.process_index()
+        options = ocp.options.MultiprocessingOptions(primary_host=this, active_processes={this})
+        self._hosts: dict[str, Any] = {"multiprocessing_options": options} if alone else {}
         if alone:
             with self._faults():
-                self.folder.mkdir(parents=True, exist_ok=True)  # which Orbax does for all hosts alone
-        best = BestN(get_metric_fn=_worth, reverse=False, n=1, keep_checkpoints_without_metrics=False)
+                self.folder.mkdir(parents=True, exist_ok=True)  # Orbax creates it only for all hosts together
+        best = BestN(get_metric_fn=_best_score, reverse=False, n=1, keep_checkpoints_without_metrics=False)
         self._open = lambda: ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=AnyPreservationPolicy([LatestN(keep), best]),
-                best_fn=_worth,
+                best_fn=_best_score,
                 best_mode="max",
                 cleanup_tmp_directories=True,
                 create=not alone,
-                **({} if self._hosts is None else {"multiprocessing_options": self._hosts}),
+                **self._hosts,
             ),
         )
-        # The manager reads all scores when it is made, and fails where one cannot be read.
+        # The constructor of the manager reads all scores, and fails where one is damaged.
         with self._faults():
-            self._first(self._clear)
+            self._first(self._move_damaged)
             self._manager = self._open()
 
-    def _clear(self) -> None:
-        """Moves checkpoints away whose score cannot be read."""
+    def _move_damaged(self) -> None:
+        """Moves checkpoints with damaged scores away."""
         for file in self.folder.glob("[0-9]*/metrics/metrics"):
             step = file.parent.parent.name
             try:
-                _worth(json.loads(file.read_text()))
+                _best_score(json.loads(file.read_text()))
             except (ValueError, KeyError, TypeError) as error:
-                if step.isdigit():  # others are half written; the manager clears them away
+                if step.isdigit():  # the manager removes the others, which are incomplete
                     self._move_away(int(step), error)
 
     def save(self, state: TrainState, metrics: dict[str, float] | None, notes: Any = None) -> None:
-        """Starts to write a state; the highest `metrics["best"]` is the best.  Raises RunError on a full disk.
+        """Starts to write a state without its frozen part, which does not change.
 
-        The frozen part is left out: it does not change.
+        Args:
+          state: the state, at a step that has no checkpoint yet.
+          metrics: the scores of the state; the checkpoint with the highest `metrics["best"]` is kept. None: no scores.
+          notes: JSON values that `restore` returns with the state.
 
-        notes: JSON values that come back with the state.
+        Raises:
+          RunError: where the folder cannot be written, such as on a full disk.
         """
         args, state = self._ocp.args, state._replace(frozen=None)
-        notes = json.loads(json.dumps(notes))  # a copy: they are written while the caller continues
-        whole = _all_checksums(state, notes)
-        with self._faults(), _unwarned():
+        notes = json.loads(json.dumps(notes))  # a copy, because the caller continues while they are written
+        sums = _all_checksums(state, notes)
+        with self._faults(), _without_warning():
             self._manager.save(
                 int(state.step),
                 args=args.Composite(
-                    state=args.StandardSave(state), notes=args.JsonSave({"checksums": whole, "notes": notes})
+                    state=args.StandardSave(state), notes=args.JsonSave({"checksums": sums, "notes": notes})
                 ),
                 metrics=metrics,
             )
 
     def wait(self) -> None:
-        """Until all that was saved is on disk.  Raises RunError where that failed."""
+        """Waits until all checkpoints are on disk; raises RunError where one could not be written."""
         with self._faults():
             self._manager.wait_until_finished()
 
     def last(self) -> int | None:
-        """The step of the newest checkpoint."""
+        """Returns the step of the newest checkpoint; None without checkpoints."""
         return self._manager.latest_step()
 
     def best(self) -> int | None:
-        """The step of the checkpoint with the best held-out score; the newest where none was evaluated."""
-        steps = self._manager.best_step()
-        return self.last() if steps is None else steps
+        """Returns the step of the checkpoint with the best held-out score; the newest where none was evaluated."""
+        step = self._manager.best_step()
+        return self.last() if step is None else step
 
     def restore(self, like: Any, step: int | None = None) -> tuple[Any, Any] | None:
-        """The state of `step`, or of the newest whole checkpoint, and its notes; None where there is none.
+        """Returns the state and the notes of a checkpoint.
 
-        Its frozen part is None.
+        A corrupt checkpoint is reported and moved to `corrupt/`, and the one before it is restored instead.
 
-        `like`: a tree of `jax.ShapeDtypeStruct` with the shardings wanted here, whatever they were when it was saved.
-        A corrupt checkpoint is set aside under `corrupt/`, said, and the one before it is taken.  Raises RunError where
-        a checkpoint may well be whole but cannot be read here.
+        Args:
+          like: the state as a tree of `jax.ShapeDtypeStruct`, with the shardings to restore to.
+          step: the step of the checkpoint; None: the newest.
+
+        Returns:
+          The state, with None as its frozen part, and the notes; None where no checkpoint is left.
+
+        Raises:
+          RunError: where a checkpoint cannot be read for another reason, and for a corrupt one on several hosts.
         """
         like = like._replace(frozen=None)
         while (found := self.last() if step is None else step) is not None:
@@ -145,62 +168,71 @@ class Checkpoints:
                 state, notes = restored["state"], restored["notes"]["notes"]
                 if _all_checksums(state, notes) == restored["notes"]["checksums"]:
                     return state, notes
-                fault: Exception = ValueError("its content does not match its checksums")
+                fault: Exception = ValueError(_MISMATCH)
             except Exception as error:
-                if "RESOURCE_EXHAUSTED" in str(error):
-                    raise
-                if any(sign in str(error) for sign in ("PERMISSION_DENIED", "Permission denied", "Input/output error")):
-                    place = self.folder / str(found)
-                    raise RunError(f"{place} cannot be read: {_first_line(error)}; free it, then try again") from error
-                if hosts.is_loss(error):
-                    raise
-                if self._processes > 1:  # the others may have read their parts, and wait for this host
-                    with suppress(OSError):  # or it is moved already
-                        self._move_away(found, error)
-                    raise RunError(
-                        f"checkpoint {found} is corrupt ({_first_line(error)}); it is moved to {self._corrupt}; "
-                        f"give the same command again, which resumes from the one before it"
-                    ) from error
+                self._raise_unless_corrupt(found, error)
                 fault = error
-            # Whatever a damaged file makes the reader raise, the run resumes from the checkpoint before it.
+            # Any error of a damaged file has the same remedy: the run resumes from the checkpoint before it.
             self._set_aside(found, fault)
             step = None
         return None
 
-    def restore_params(self, like: Any, step: int) -> Any | None:
-        """Returns the parameters alone of the checkpoint of `step`, without what the optimizer keeps.
+    def _raise_unless_corrupt(self, step: int, error: Exception) -> None:
+        """Raises an error after which this host must not restore an older checkpoint by itself."""
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise error
+        if any(sign in str(error) for sign in ("PERMISSION_DENIED", "Permission denied", "Input/output error")):
+            raise RunError(
+                f"{self.folder / str(step)} cannot be read: {_first_line(error)}; fix the permissions or the disk, "
+                f"then run the same command again"
+            ) from error
+        if hosts.is_host_loss(error):
+            raise error
+        if self._processes > 1:  # the others may have read their parts, and wait for this host
+            with suppress(OSError):  # another host may have moved it
+                self._move_away(step, error)
+            raise RunError(
+                f"checkpoint {step} is corrupt ({_first_line(error)}); it is moved to {self._corrupt}; run the same "
+                f"command again to resume from the one before it"
+            ) from error
 
-        like: their shapes and shardings.  None where the checkpoint is corrupt, which is reported, and it stays.
+    def restore_params(self, like: Any, step: int) -> Any | None:
+        """Returns the parameters of a checkpoint, without the state of the optimizer.
+
+        Args:
+          like: the parameters as a tree of `jax.ShapeDtypeStruct`, with the shardings to restore to.
+          step: the step of the checkpoint.
+
+        Returns:
+          The parameters; None where the checkpoint is corrupt, which is reported. It is not moved.
 
         Raises:
-          Exception: what Orbax raises where memory is short, and on several hosts whatever it raises.
+          Exception: from Orbax, where memory is exhausted; on several hosts, any exception from Orbax.
         """
         ocp = self._ocp
         try:
-            wanted = {"params": like}
+            tree = {"params": like}
             args = ocp.args.PyTreeRestore(
-                wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
+                tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True
             )
-            of_hosts: dict[str, Any] = {} if self._hosts is None else {"multiprocessing_options": self._hosts}
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**of_hosts), **of_hosts) as reader:
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**self._hosts), **self._hosts) as reader:
                 params = reader.restore(self.folder / str(step) / "state", args=args)["params"]
             file = self.folder / str(step) / "notes" / "metadata"
-            whole = json.loads(file.read_text())["checksums"]
-            found = checksums_of(params)
-            if found == whole[1 : 1 + len(found)]:  # behind that of the step
+            expected, sums = json.loads(file.read_text())["checksums"], checksums_of(params)
+            if sums == expected[1 : 1 + len(sums)]:  # the first is the checksum of the step
                 return params
-            fault: Exception = ValueError("its content does not match its checksums")
+            fault: Exception = ValueError(_MISMATCH)
         except Exception as error:
-            if "RESOURCE_EXHAUSTED" in str(error) or self._processes > 1:  # others may wait for this host
+            if "RESOURCE_EXHAUSTED" in str(error) or self._processes > 1:  # other hosts may wait for this one
                 raise
             fault = error
-        self._say(f"checkpoint {step}, the best, is corrupt ({_first_line(fault)}); the last weights are exported")
+        self._say(f"the best checkpoint, {step}, is corrupt ({_first_line(fault)}); the last weights are exported")
         return None
 
     def close(self) -> None:
-        """Waits for what is being written, as `wait` does, and ends the threads behind it."""
-        if hosts.is_loss(sys.exception()):
-            return  # what is being written needs all hosts
+        """Waits as `wait` does, and ends the threads that write."""
+        if hosts.is_host_loss(sys.exception()):
+            return  # writing requires all hosts
         with self._faults():
             self._manager.close()
 
@@ -209,121 +241,126 @@ class Checkpoints:
             self._manager.close()
             self._first(lambda: self._move_away(step, error))
             self._manager = self._open()
-        before = self.last()
-        self._say("no whole checkpoint is left" if before is None else f"trying checkpoint {before}, the one before it")
+        last = self.last()
+        self._say("no valid checkpoint is left" if last is None else f"trying checkpoint {last}, the one before it")
 
     def _move_away(self, step: int, error: Exception) -> None:
-        place = self._corrupt / str(step)
-        place.parent.mkdir(exist_ok=True)
+        path = self._corrupt / str(step)
+        path.parent.mkdir(exist_ok=True)
         copies = 1
-        while os.path.lexists(place):  # an earlier one of the same step stays
+        while os.path.lexists(path):  # an earlier corrupt checkpoint of the same step
             copies += 1
-            place = self._corrupt / f"{step}-{copies}"
-        self._say(f"checkpoint {step} is corrupt ({_first_line(error)}); it is moved to {place}")
-        (self.folder / str(step)).rename(place)
+            path = self._corrupt / f"{step}-{copies}"
+        self._say(f"checkpoint {step} is corrupt ({_first_line(error)}); it is moved to {path}")
+        (self.folder / str(step)).rename(path)
 
     @property
     def _corrupt(self) -> Path:
-        """Returns the folder that corrupt checkpoints are moved to."""
+        """The folder that corrupt checkpoints are moved to."""
         return self.folder.parent / "corrupt"
 
     @contextmanager
     def _faults(self) -> Iterator[None]:
-        """Turns what fails while writing into one message."""
+        """Raises errors of writing as RunError with one message."""
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:
-            if hosts.is_loss(error):
+            if hosts.is_host_loss(error):
                 raise
             reason = "the disk is full" if _is_full(error) else _first_line(error)
             raise RunError(
                 f"the checkpoint in {self.folder} could not be written: {reason}; earlier checkpoints are kept; "
-                f"make room or free the folder, then give the same command again"
+                f"free disk space or fix the permissions, then run the same command again"
             ) from error
 
 
 class OfFirstHost:
-    """The checkpoints of many hosts that do not see each other's folders, as `Checkpoints` has them.
+    """The checkpoints of several hosts without a shared folder; its methods are those of `Checkpoints`.
 
-    Host 0 gathers the whole state into its memory to write it, and passes on what it reads.
+    Host 0 gathers the whole state in its memory to write it, and sends each host its part when it reads one.
     """
 
-    def __init__(self, folder: Path, keep: int, say: Callable[[str], None] = print):
+    def __init__(self, folder: Path, keep: int, log: Callable[[str], None] = print):
         self._own: Checkpoints | None = None
 
-        def make() -> None:
-            self._own = Checkpoints(folder, keep, say, alone=True)
+        def open_checkpoints() -> None:
+            self._own = Checkpoints(folder, keep, log, alone=True)
 
-        hosts.first(make)
+        hosts.run_on_first(open_checkpoints)
 
     @property
     def _of_first(self) -> Checkpoints:
+        """The checkpoints, on host 0 only."""
         assert self._own is not None
         return self._own
 
     def save(self, state: TrainState, metrics: dict[str, float] | None, notes: Any = None) -> None:
-        """As `Checkpoints.save`."""
+        """See `Checkpoints.save`."""
 
-        def write(asked: Any) -> None:
-            self._of_first.save(jax.tree.map(np.asarray, asked), metrics, notes)
+        def write(gathered: Any) -> None:
+            self._of_first.save(jax.tree.map(np.asarray, gathered), metrics, notes)
 
-        hosts.first_reads(state._replace(frozen=None), write)
+        hosts.read_on_first(state._replace(frozen=None), write)
 
     def wait(self) -> None:
-        """As `Checkpoints.wait`."""
-        hosts.first(lambda: self._of_first.wait())
+        """See `Checkpoints.wait`."""
+        hosts.run_on_first(lambda: self._of_first.wait())
 
     def last(self) -> int | None:
-        """As `Checkpoints.last`."""
-        return hosts.first(lambda: self._of_first.last())
+        """See `Checkpoints.last`."""
+        return hosts.run_on_first(lambda: self._of_first.last())
 
     def best(self) -> int | None:
-        """As `Checkpoints.best`."""
-        return hosts.first(lambda: self._of_first.best())
+        """See `Checkpoints.best`."""
+        return hosts.run_on_first(lambda: self._of_first.best())
 
     def restore(self, like: Any, step: int | None = None) -> tuple[Any, Any] | None:
-        """As `Checkpoints.restore`."""
-        found: list[Any] = []
+        """See `Checkpoints.restore`."""
         like = like._replace(frozen=None)
+        state: Any = None  # stays None on other hosts than the first
 
         def read() -> dict[str, Any] | None:
+            nonlocal state
             restored = self._of_first.restore(_empty(like), step)
-            found.extend(restored or ())
-            return None if restored is None else {"notes": restored[1]}
+            if restored is None:
+                return None
+            state, notes = restored
+            return {"notes": notes}
 
-        read_there = hosts.first(read)
-        return None if read_there is None else (hosts.passed_on(found[0] if found else None, like), read_there["notes"])
+        reply = hosts.run_on_first(read)
+        return None if reply is None else (hosts.shard_from_first(state, like), reply["notes"])
 
     def restore_params(self, like: Any, step: int) -> Any | None:
-        """As `Checkpoints.restore_params`."""
-        found: list[Any] = []
+        """See `Checkpoints.restore_params`."""
+        params: Any = None  # stays None on other hosts than the first
 
         def read() -> bool:
-            found.append(self._of_first.restore_params(_empty(like), step))
-            return found[0] is not None
+            nonlocal params
+            params = self._of_first.restore_params(_empty(like), step)
+            return params is not None
 
-        return hosts.passed_on(found[0] if found else None, like) if hosts.first(read) else None
+        return hosts.shard_from_first(params, like) if hosts.run_on_first(read) else None
 
     def close(self) -> None:
-        """As `Checkpoints.close`, without waiting for other hosts."""
+        """Closes as `Checkpoints.close` does, without waiting for other hosts."""
         if self._own is not None:
             self._own.close()
 
 
 def _empty(like: Any) -> Any:
-    """Returns arrays in memory of the shapes and dtypes of `like`."""
+    """Returns NumPy arrays with the shapes and dtypes of `like`."""
     return jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
 
 
 @contextmanager
-def _unwarned() -> Iterator[None]:
-    """Without Orbax's warning that a checkpoint has no score: it is only evaluated once in a while."""
-    keep, logger = lambda record: "tracked_metric" not in record.getMessage(), logging.getLogger("absl")
-    logger.addFilter(keep)
+def _without_warning() -> Iterator[None]:
+    """Hides the warning of Orbax about a checkpoint without scores: not every checkpoint is evaluated."""
+    is_other, logger = lambda record: "tracked_metric" not in record.getMessage(), logging.getLogger("absl")
+    logger.addFilter(is_other)
     try:
         yield
     finally:
-        logger.removeFilter(keep)
+        logger.removeFilter(is_other)
 
 
 def _all_checksums(state: Any, notes: Any) -> list[int]:
@@ -338,5 +375,5 @@ def _first_line(error: Exception) -> str:
     return next((line[:200] for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _worth(metrics: dict[str, float]) -> float:
+def _best_score(metrics: dict[str, float]) -> float:
     return metrics["best"]

@@ -14,7 +14,7 @@ from jaxlm.config import ModelConfig, MultiTask, RunConfig
 from jaxlm.data.corpus import Corpus
 from jaxlm.devices import sharding
 from jaxlm.errors import UserError
-from jaxlm.families import PRESETS, look
+from jaxlm.families import PRESETS, open_folder
 from jaxlm.lm import find
 from jaxlm.nn.transformer import Transformer
 from jaxlm.run.resolve import ResolvedModel, with_dropout
@@ -45,7 +45,7 @@ def resolve_config(run: RunConfig, mesh: Mesh) -> ResolvedModel:
     run = replace(run, model=config, init="", dropout=None, data=data, examples=0, epochs=0.0)
     run.check()
     task = make_task(run, PlaceholderTokenizer(config.vocabulary), _labels(run, config))  # type: ignore[arg-type]
-    task, config = task.bound(config), task.configured(config)
+    task, config = task.bind(config), task.configure(config)
     return ResolvedModel(run, mesh, task, config, task.module(Transformer))
 
 
@@ -54,7 +54,7 @@ def _model_of_init(run: RunConfig) -> ModelConfig:
         raise UserError(
             "the config starts from the weights that --init names; give a model, or a preset, such as --init bert-base"
         )
-    return with_dropout(PRESETS.get(run.init) or look(find(run.init)).config, run.dropout)
+    return with_dropout(PRESETS.get(run.init) or open_folder(find(run.init)).config, run.dropout)
 
 
 def _labels(run: RunConfig, config: ModelConfig) -> Any:
@@ -72,7 +72,7 @@ def batch_shapes(resolved: ResolvedModel) -> dict[str, jax.ShapeDtypeStruct]:
         shape = (run.accumulate, len(x) // run.accumulate, *x.shape[1:])
         return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding.batch_sharding(resolved.mesh, name, shape))
 
-    return {name: shape_of(name, x) for name, x in batches.nothing().items()}
+    return {name: shape_of(name, x) for name, x in batches.empty_batch().items()}
 
 
 def _empty_part(task: Task) -> Any:
@@ -109,6 +109,6 @@ class PlaceholderTokenizer:
         found = re.fullmatch(r"<extra_id_(\d+)>", name)
         return self.size - 1 - int(found[1]) if found and int(found[1]) < SENTINELS else None
 
-    def room(self, length: int, pair: bool) -> int:
+    def max_text_tokens(self, length: int, pair: bool) -> int:
         """Returns the number of tokens in a row that are left next to [CLS] and one or two [SEP]."""
         return length - 3 if pair else length - 2

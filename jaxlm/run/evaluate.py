@@ -1,87 +1,81 @@
-"""Evaluation and prediction: every example of the data exactly once, in the order of the data."""
+"""Evaluation and prediction: each example of the data exactly once, in the order of the data."""
 
 from __future__ import annotations
 
-import dataclasses
 import sys
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxlm import config
-from jaxlm.config import MeshConfig
 from jaxlm.config.arguments import check_model
 from jaxlm.data.batches import prefetch
 from jaxlm.data.formats.lines import Place, Row
-from jaxlm.devices import hosts, sharding
-from jaxlm.errors import UserError, in_python, python_names
+from jaxlm.errors import UserError, to_python_names, with_python_names
 from jaxlm.hub.pooling import Pooling
-from jaxlm.inference.encode import mesh_of, params_of
-from jaxlm.inference.generation_defaults import written_by
+from jaxlm.inference.packing import chunks, divisible_rows, inference_params, run_ahead
 from jaxlm.lm import LM
 from jaxlm.nn.transformer import Transformer
 from jaxlm.run.assembly import shard_batch
+from jaxlm.run.resolve import ResolvedModel
 from jaxlm.run.step import make_eval_step
+from jaxlm.run.trained_model import resolve_model, task_for
 from jaxlm.tasks import TASKS, cells, given, labels, metrics
 from jaxlm.tasks.cells import Record, Records
 from jaxlm.tasks.records import RecordTask, Truncation
 from jaxlm.tasks.task import EvalResult
 
-WINDOW = 4096  # records that are predicted at once
-TOKENS = 4096  # places in a batch
-MOST_ROWS = 2**16  # in a batch
-AHEAD = 8  # batches that wait on an accelerator; more would fill its memory
-Step = Callable[[Any, Any], Any]  # what `make_eval_step` makes, jitted
+WINDOW = 4096  # rows of data that are predicted together
+TOKENS = 4096  # tokens in a batch, padding included
+MAX_ROWS = 2**16  # rows in a batch
+Step = Callable[[Any, Any], Any]  # a jitted step of `make_eval_step`
 
 
 def run_eval(eval_step: Step, params: Any, batches: Any, put: Callable, rows: list[int] | None = None) -> EvalResult:
-    """Runs over all batches.  `put` lays a batch on the mesh.  `rows`: those of a batch that this host makes.
+    """Runs an evaluation step over all batches.
 
-    Sums and weights are added over batches in float64 and divided once, so that the size of a batch does not show.
-    Outputs come back in the order of the units, however they were packed.  An accelerator has up to `AHEAD` batches at
-    a time, so that it does not wait while the results of one are fetched.
+    Losses and weights are summed over batches in float64 and divided once, so that the batch size does not change the
+    result.
+
+    Args:
+        eval_step: the compiled step.
+        params: the parameters.
+        batches: the batches of a task, in evaluation.
+        put: shards a batch over the mesh, as one micro-batch.
+        rows: the rows of a batch that this host makes; None: all.
+
+    Returns:
+        The sums of losses and weights, and the outputs of each unit, in the order of the units.
     """
     totals: dict[str, tuple[float, float]] = {}
     outputs: dict[int, list[dict[str, np.ndarray]]] = {}
-    waiting: deque[tuple[int, Any, Any]] = deque()
 
-    def fetch() -> None:
-        step, segments, results = waiting.popleft()
-        losses, arrays = hosts.fetched(results)
+    def evaluate_batch(batch: Any) -> tuple[Any, Any, Any]:
+        losses, arrays = eval_step(params, batch)
+        return losses, arrays, batch["segments_BT"] if arrays else ()
+
+    placed = (put(batch, 1) for batch in prefetch(partial(batches.batch_at, rows=rows), 0, len(batches)))
+    for step, (losses, arrays, segments_1BT) in run_ahead(evaluate_batch, enumerate(placed)):
         for name, (value, weight) in losses.items():
             total = totals.get(name, (0.0, 0.0))
             totals[name] = total[0] + float(value), total[1] + float(weight)
         if arrays:
-            segments_BT = segments if rows is None else hosts.fetched(segments)[0]
-            outputs.update(_apart(arrays, segments_BT, batches.units_at(step)))
-
-    for step, batch in enumerate(prefetch(partial(batches.batch_at, rows=rows), 0, len(batches))):
-        laid = put(batch, 1)
-        segments = (batch if rows is None else laid).get("segments_BT")
-        waiting.append((step, segments, eval_step(params, laid)))
-        # On several CPU devices, steps in a queue can deadlock: each waits for the threads of another.
-        if len(waiting) >= (1 if jax.default_backend() == "cpu" else AHEAD):
-            fetch()
-    while waiting:
-        fetch()
+            outputs.update(_split_outputs(arrays, segments_1BT[0], batches.units_at(step)))
     return EvalResult(totals, [outputs[i] for i in sorted(outputs)])
 
 
-def _apart(
+def _split_outputs(
     arrays: dict[str, np.ndarray], segments_BT: np.ndarray, units: list[list[tuple[int, int]]]
 ) -> dict[int, list[dict[str, np.ndarray]]]:
-    """The outputs of a batch, [B, E, ...] and [B, T, ...], for each unit and each example in it."""
-    found: dict[int, list[dict[str, np.ndarray]]] = {}
+    """Returns for each unit of a batch the outputs of its examples, from arrays [B, E, ...] and [B, T, ...]."""
+    outputs: dict[int, list[dict[str, np.ndarray]]] = {}
     for b, row in enumerate(units):
-        bounds = np.searchsorted(_closed(segments_BT[b]), np.arange(1, sum(n for _, n in row) + 2))
+        bounds = np.searchsorted(_ascending(segments_BT[b]), np.arange(1, sum(n for _, n in row) + 2))
         e = 0
         for unit, count in row:
-            found[unit] = [
+            outputs[unit] = [
                 {
                     name: array[b, bounds[e + k] : bounds[e + k + 1]]
                     if name.rpartition("_")[2][1] == "T"
@@ -91,26 +85,26 @@ def _apart(
                 for k in range(count)
             ]
             e += count
-    return found
+    return outputs
 
 
-def _closed(segments_T: np.ndarray) -> np.ndarray:
-    """Segments in ascending order, with the padding at the end counted as one more."""
+def _ascending(segments_T: np.ndarray) -> np.ndarray:
+    """Returns the segments with the padding at the end numbered as one more segment."""
     return np.where(segments_T == 0, segments_T.max(initial=0) + 1, segments_T)
 
 
-# A model on new data
+# Models on new data
 
 
-def _say(line: str) -> None:
+def _warn(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def _say_in_python(line: str) -> None:
-    print(in_python(line), file=sys.stderr)
+def _warn_in_python(line: str) -> None:
+    print(to_python_names(line), file=sys.stderr)
 
 
-@python_names
+@with_python_names
 def predict(
     lm: LM,
     examples: Iterable[Any],
@@ -121,35 +115,36 @@ def predict(
     probabilities: bool = False,
     top_k: int = 0,
 ) -> list[Row]:
-    """Returns the prediction for each example, in order: a dict with `prediction` and, but for numbers, `confidence`.
+    """Returns the prediction for each example, in order.
 
-    Tagging adds `words` and, where tags mark spans, `entities` with their characters and scores; question answering
-    adds the characters `start` and `end` of the answer in the text.
+    Labels among the columns are not read. Warnings on stderr report how many examples were truncated.
 
     Args:
       lm: the model.
-      examples: texts; for pairs, tuples of two; for tagging, texts or lists of words; or dicts with the columns that
-        the task names.
-      task: such as `Classification()`; None: the one that the model was trained for, else what its head is for.
-      length: tokens in a row, and the most that an example has; None: as in training, else 512 or as many as the model
-        has positions.
+      examples: texts; for pairs, tuples of two; for tagging, texts or lists of words; or dicts with the task's columns.
+      task: the config of a task, such as `Classification()`; None: the task that the model was trained for, else the
+        task of its head.
+      length: tokens in a row, and the maximum of an example; None: as in training, else 512 or the model's positions.
       batch: rows in a batch.
-      probabilities: adds `probabilities`, that of each class (or option) by its name.
-      top_k: adds `top`, so many likeliest classes with their probabilities; 0: not.
+      probabilities: whether to add `probabilities`, the probability of each class (or option) by its name.
+      top_k: number of most likely classes in `top`, with their probabilities; 0: no `top`.
 
-    Labels among the columns are not read.  A line on standard error counts the examples that were cut.
+    Returns:
+      A dict for each example, with `prediction` and, unless it is a number, `confidence`. Tagging adds `words` and,
+      where tags mark spans, `entities` with their characters and scores. Question answering adds the characters `start`
+      and `end` of the answer in the text.
 
     Raises:
-      UserError: for a model without a head for the task, and for an example that is not what the task reads.
+      UserError: for a model without a head for the task, and for an example that the task cannot read.
     """
     check_model("the model", lm)
     task = task_for(lm, task)
-    rows = given.examples(examples, task)
-    classes: dict[str, Any] = {"probabilities": probabilities, "top_k": top_k}
-    return [told for _, told in predicted(lm, rows, task, length, batch, **classes, say=_say_in_python)]
+    rows = given.example_rows(examples, task)
+    options: dict[str, Any] = {"probabilities": probabilities, "top_k": top_k, "warn": _warn_in_python}
+    return [prediction for _, prediction in predict_rows(lm, rows, task, length, batch, **options)]
 
 
-def predicted(
+def predict_rows(
     lm: LM,
     rows: Iterable[tuple[Place, Row]],
     task: Any,
@@ -158,48 +153,56 @@ def predicted(
     *,
     probabilities: bool = False,
     top_k: int = 0,
-    say: Callable[[str], None] = _say,
+    warn: Callable[[str], None] = _warn,
 ) -> Iterator[tuple[Row, Row]]:
-    """Yields each row with its prediction, in order, as a stream: no more than WINDOW rows are in memory.
+    """Yields each row of data with its prediction, in order. At most WINDOW rows are in memory.
 
-    say: takes the warnings, which name flags of the command line, as do the errors; the rest is as in `predict`.
+    Args:
+      lm: the model.
+      rows: pairs of a place, for error messages, and a row.
+      task: as for `predict`, and so are the other arguments.
+      length: tokens in a row.
+      batch: rows in a batch.
+      probabilities: whether to add the probabilities of all classes.
+      top_k: number of most likely classes to add.
+      warn: called with each warning; errors and warnings name flags of the command line.
     """
-    made = _made(lm, task, length)
+    resolved = resolve_model(lm, task, length)
+    bound: Any = resolved.task
     if not isinstance(probabilities, (bool, np.bool_)):
-        raise UserError(f"probabilities is {cells.shown(probabilities)}; it must be True or False")
-    most = given.size(top_k, "top_k") or 0
-    if most < 0:
-        raise UserError(f"top_k is {most}; it must be at least 1, or 0 for none")
-    if (probabilities or most) and not made.classes:
+        raise UserError(f"probabilities is {cells.short_repr(probabilities)}; it must be True or False")
+    top_k = given.optional_int(top_k, "top_k") or 0
+    if top_k < 0:
+        raise UserError(f"top_k is {top_k}; it must be at least 1, or 0 for none")
+    if (probabilities or top_k) and not bound.classes:
         raise UserError(
-            f"{type(task).__name__} gives no probabilities of classes; leave out --probabilities and --top-k"
+            f"{type(task).__name__} predicts no probabilities of classes; remove --probabilities and --top-k"
         )
-    rows = iter(rows)
-    cut: dict[str, Truncation] = {}
-    while some := list(islice(rows, WINDOW)):
-        records = [_unlabelled(made, row, place) for place, row in some]
-        told, _ = _seen(lm, made, records, batch, cut)
-        for (_, row), record, prediction in zip(some, records, told):
-            names = made.class_names(record) if probabilities or most else ()
-            yield row, _public(prediction, names, probabilities, most)
-    _warn_of_cuts(made, cut, say)
+    truncations: dict[str, Truncation] = {}
+    for window in chunks(rows, WINDOW):
+        records = [_read_unlabelled(bound, row, place) for place, row in window]
+        predictions, _ = _evaluate(lm, resolved, records, batch, truncations)
+        for (_, row), record, prediction in zip(window, records, predictions):
+            names = bound.class_names(record) if probabilities or top_k else ()
+            yield row, _public(prediction, names, probabilities, top_k)
+    _warn_of_truncation(bound, truncations, warn)
 
 
 def _public(prediction: Row, names: Sequence[Any], probabilities: bool, top_k: int) -> Row:
-    """A prediction without what is for scores alone, and with the probabilities of classes that were asked for."""
-    told = {name: value for name, value in prediction.items() if not name.startswith("_")}
+    """Returns a prediction without its private fields and with the requested probabilities of classes."""
+    public = {name: value for name, value in prediction.items() if not name.startswith("_")}
     if not names:
-        return told
+        return public
     p_N = prediction["_probabilities"]
     if probabilities:
-        told["probabilities"] = dict(zip(names, p_N.tolist()))
+        public["probabilities"] = dict(zip(names, p_N.tolist()))
     if top_k:
         best = np.argsort(-p_N, kind="stable")[:top_k]
-        told["top"] = [{"label": names[i], "probability": float(p_N[i])} for i in best]
-    return told
+        public["top"] = [{"label": names[i], "probability": float(p_N[i])} for i in best]
+    return public
 
 
-@python_names
+@with_python_names
 def evaluate(
     lm: LM,
     rows: Iterable[tuple[Place, Row] | Row],
@@ -207,174 +210,106 @@ def evaluate(
     length: int | None = None,
     batch: int | None = None,
 ) -> dict[str, float]:
-    """Returns the task's scores, and its loss, over rows that have labels; the rest is as in `predict`.
-
-    `examples` counts the rows, `dropped` those beside them that the task leaves out; `precision/NAME`, `recall/NAME`
-    and `f1/NAME` are those of a class, or of a type of span.
+    """Returns the task's scores and its loss over rows with labels.
 
     Args:
-      rows: dicts with the columns that the task names, each alone or behind its place, as `source.rows` gives them.
+      lm: the model.
+      rows: dicts with the task's columns, each alone or after its place, as `source.rows` yields them.
+      task: as for `predict`, and so are `length` and `batch`.
+      length: tokens in a row.
+      batch: rows in a batch.
+
+    Returns:
+      The scores by name. `examples` is the number of rows, `dropped` the number of further rows that the task leaves
+      out. `precision/NAME`, `recall/NAME` and `f1/NAME` are those of a class, or of a type of span.
 
     Raises:
-      UserError: where there are none, for a row without a label, and for a label that the model does not know.
+      UserError: where there are no rows, for a row without a label, and for a label that the model does not have.
     """
     check_model("the model", lm)
-    return scored(lm, given.labelled(rows), task_for(lm, task), length, batch, _say_in_python)
+    return evaluate_rows(lm, given.labelled_rows(rows), task_for(lm, task), length, batch, _warn_in_python)
 
 
-def scored(
+def evaluate_rows(
     lm: LM,
     rows: Iterable[tuple[Place, Row]],
     task: Any,
     length: int | None = None,
     batch: int | None = None,
-    say: Callable[[str], None] = _say,
+    warn: Callable[[str], None] = _warn,
 ) -> dict[str, float]:
-    """Returns what `evaluate` does; its errors, and the warnings that `say` takes, name flags of the command line."""
-    made = _made(lm, task, length)
+    """Returns the scores of `evaluate`. Errors, and the warnings passed to `warn`, name flags of the command line."""
+    resolved = resolve_model(lm, task, length)
+    bound: Any = resolved.task
     part, dropped = Records([], []), 0
     for place, row in rows:
-        record = made.read(made.task, row, place)
+        record = bound.read(bound.task, row, place)
         if record is None:
             dropped += 1
             continue
-        made.labelled(made.task, row, record, place)
+        bound.require_label(bound.task, row, record, place)
         part.records.append(record)
         part.places.append(place)
     if not part.records:
         raise UserError(f"there is no row to score{f', {dropped:,} are dropped' if dropped else ''}; give at least one")
-    part = labels.to_outputs(type(made), made.task, part, made.labels)
-    cut: dict[str, Truncation] = {}
-    found, means = _seen(lm, made, part.records, batch, cut)
-    _warn_of_cuts(made, cut, say)
-    if warning := made.warning(part, found):
-        say(f"warning: {warning}")
+    part = labels.to_outputs(type(bound), bound.task, part, bound.labels)
+    truncations: dict[str, Truncation] = {}
+    predictions, means = _evaluate(lm, resolved, part.records, batch, truncations)
+    _warn_of_truncation(bound, truncations, warn)
+    if warning := bound.warning(part, predictions):
+        warn(f"warning: {warning}")
     counts = {"examples": len(part.records)} | ({"dropped": dropped} if dropped else {})
-    by_class = metrics.by_name(made.by_class(part, found))
-    return {**counts, **means, **made.score(part.records, found), **by_class}
+    by_class = metrics.flatten_per_class(bound.by_class(part, predictions))
+    return {**counts, **means, **bound.score(part.records, predictions), **by_class}
 
 
-def _warn_of_cuts(task: RecordTask, cut: dict[str, Truncation], say: Callable[[str], None]) -> None:
-    for line in task.cut_lines(cut):
-        say(f"warning: {line.replace('--data.length', '--length')}")
+def _warn_of_truncation(task: RecordTask, truncations: dict[str, Truncation], warn: Callable[[str], None]) -> None:
+    for line in task.truncation_lines(truncations):
+        warn(f"warning: {line.replace('--data.length', '--length')}")
 
 
-def beside(rows: Iterable[tuple[Place, Row]], task: Any) -> list[str]:
-    """Lines that belong beside the scores of `evaluate`, such as sacreBLEU's signature."""
+def score_notes(rows: Iterable[tuple[Place, Row]], task: Any) -> list[str]:
+    """Returns lines to print with the scores of `evaluate`, such as the signature of sacreBLEU."""
     kind = TASKS[type(task)]
     records = (kind.read(task, row, place) for place, row in rows)
-    return kind.beside(task, [record for record in records if record is not None])
+    return kind.score_notes(task, [record for record in records if record is not None])
 
 
-def _seen(
-    lm: LM, task: RecordTask, records: list[Record], rows: int | None, cut: dict[str, Truncation]
+def _evaluate(
+    lm: LM, resolved: ResolvedModel, records: list[Record], rows: int | None, truncations: dict[str, Truncation]
 ) -> tuple[list[Row], dict[str, float]]:
-    """The prediction for each record, and the means of the losses; what was cut is added to `cut`, by its side."""
-    rows = given.size(rows, "batch")
-    if rows is not None and not 1 <= rows <= MOST_ROWS:
-        raise UserError(f"batch is {rows}; it must be from 1 to {MOST_ROWS:,}")
-    mesh = mesh_of(lm)
-    ways = 1 if mesh is None else sharding.ways(mesh, "batch")
-    rows = -(-(rows or max(1, TOKENS // task.length)) // ways) * ways  # the size of a batch does not show
+    """Returns the prediction for each record and the means of the losses; adds to `truncations`."""
+    task: Any = resolved.task
+    rows = given.optional_int(rows, "batch")
+    if rows is not None and not 1 <= rows <= MAX_ROWS:
+        raise UserError(f"batch is {rows}; it must be from 1 to {MAX_ROWS:,}")
+    rows = divisible_rows(lm, rows or max(1, TOKENS // task.length))
     batches = task.batches(Records(records, []), rows, task.length, None)
-    for side, found in task.truncation(batches.examples, lm, records).items():
-        cut[side] = cut[side] + found if side in cut else found
-    put = partial(shard_batch, mesh or sharding.make_mesh(MeshConfig(1), jax.local_devices()[:1]))
-    step = lm.programs.get(_eval_step, lm.module, type(task), task.task, task.length, task.labels, task.pooling.modes)
-    return task.tell(lm, lambda batches: run_eval(step, params_of(lm), batches, put), batches, records)
+    for side, counts in task.truncation(batches.examples, lm, records).items():
+        truncations[side] = truncations[side] + counts if side in truncations else counts
+    put = partial(shard_batch, resolved.mesh)
+    kind: Any = type(task)
+    step = lm.programs.get(_eval_step, lm.module, kind, task.task, task.length, task.labels, task.pooling.modes)
+    return task.predict_records(
+        lm, lambda batches: run_eval(step, inference_params(lm), batches, put), batches, records
+    )
 
 
 def _eval_step(
     module: Transformer, kind: Any, task: Any, length: int, labels: tuple[str, ...], modes: tuple[Any, ...]
 ) -> Step:
-    """Returns the compiled step, which `LM.programs` keeps; what a task computes does not depend on its tokenizer."""
-    made = kind(task, length, 0, None, labels).replaced(pooling=Pooling(modes))
-    return jax.jit(make_eval_step(made, module))
+    """Returns the jitted step, which `LM.programs` keeps; it does not depend on the tokenizer of the task."""
+    bound = kind(task, length, 0, None, labels).replace_fields(pooling=Pooling(modes))
+    return jax.jit(make_eval_step(bound, module))
 
 
-def _made(lm: LM, task: Any, length: int | None) -> RecordTask:
-    kind = TASKS.get(type(task))
-    if kind is None or not issubclass(kind, RecordTask):
-        raise UserError(f"{type(task).__name__} makes no predictions of examples; give a task such as Classification()")
-    if lm.tokenizer is None:
-        raise UserError("the model has no tokenizer; load it from a folder with one, or give it one")
-    if kind.head is not None and kind.head not in lm.config.heads_on_top:
-        heads = ", ".join(lm.config.heads_on_top) or "none"
-        raise UserError(f"{type(task).__name__} reads the head {kind.head}, the model has {heads}; fine-tune it")
-    problem = "regression" if isinstance(task, config.MultipleChoice) else getattr(task, "problem", "multi_label")
-    one = problem == "regression"  # a task of one output; of several labels there may be any number
-    if kind.head == "classes" and problem != "multi_label" and one != (len(lm.config.labels) == 1):
-        raise UserError(
-            f"{type(task).__name__} reads {'one output' if one else 'several outputs'}, the model has "
-            f"{', '.join(lm.config.labels)}; give the task that it was trained for"
-        )
-    length = given.size(length, "length")
-    if length is None and lm.trained:
-        length = lm.trained.length
-    if length is not None and length < 2:
-        raise UserError(f"length is {length}; a row needs at least 2 tokens")
-    if length is not None:
-        lm.config.check_length(length)
-    outputs = labels.named_outputs(task, lm.config.labels) if kind.head else ()
-    made = kind(task, length or min(512, lm.config.position_limit or 512), 0, lm.tokenizer, outputs)
-    return made.bound(lm.config, lm.pooling)
-
-
-def task_for(lm: LM, task: Any = None) -> Any:
-    """Returns the task to do with a model: the one given, else the one that it was trained for, else what its head is
-    for.
-
-    Raises UserError for what is no task, and for a model that was trained for a task that is not registered.
-    """
-    if task is not None and (not dataclasses.is_dataclass(task) or isinstance(task, type)):
-        raise UserError(f"the task is {cells.shown(task)}; give the config of one, such as Classification()")
-    if task is not None:
-        return task
-    trained = lm.trained
-    if trained is None:
-        return task_of(lm)
-    kind = TASKS.get(type(trained.task))
-    if isinstance(trained.task, str):
-        raise UserError(
-            f"the model was trained for the task {trained.task}, which is not one of jaxlm's; register it, or give the "
-            f"task (at the command line its config, with --config)"
-        )
-    if kind is not None and issubclass(kind, RecordTask) and (kind.head is None or kind.head in lm.config.heads_on_top):
-        return trained.task
-    return task_of(lm)
-
-
-def task_of(lm: LM) -> Any:
-    """Returns what a model's head is for, as its config.json says."""
-    heads, said = lm.config.heads_on_top, lm.origin.config if lm.origin else {}
-    if any(str(name).endswith("ForMultipleChoice") for name in said.get("architectures") or ()):
-        return config.MultipleChoice()
-    if "classes" in heads:
-        usual = "regression" if len(lm.config.labels) == 1 else "single_label"
-        said_so = str(said.get("problem_type")).removesuffix("_classification")
-        problem: Any = said_so if said_so in ("multi_label", "regression") else usual
-        return config.Classification(problem=problem)
-    if "tokens" in heads:
-        return config.Tagging()
-    if "span" in heads:
-        return config.QuestionAnswering(stride=min(128, lm.config.max_length // 4))
-    if "lm" in heads and lm.config.structure == "encoder_decoder":
-        return config.Seq2Seq(decoding=written_by(lm))
-    if lm.pooling is not None or (not heads and lm.config.structure == "encoder"):
-        return config.Similarity()
-    raise UserError(
-        f"the model has the heads: {', '.join(heads) or 'none'}; classes, tokens or span would tell something of an "
-        f"example: fine-tune it first"
-    )
-
-
-def _unlabelled(task: RecordTask, row: Row, place: Place) -> Record:
-    """The record of a row, read without its label: a prediction is not held up by one that is new, or a -1."""
+def _read_unlabelled(task: RecordTask, row: Row, place: Place) -> Record:
+    """Returns the record of a row, read without its label, which may be unknown, or -1 for none."""
     label = next(
         (getattr(task.task, name) for name in ("label", "tags", "target") if hasattr(task.task, name)), "answers"
     )
     without = {label: None} if label in row and label not in getattr(task.task, "text", ()) else {}
     record = task.read(task.task, row | without, place)
     if record is None:
-        raise UserError(f"{place}: the row is one that the task leaves out; fix it")
+        raise UserError(f"{place}: the task leaves this row out; fix it")
     return record

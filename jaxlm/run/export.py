@@ -1,8 +1,7 @@
-"""The export of a run: its model in Hugging Face's format, for several tasks one for each."""
+"""Exports the model of a run in Hugging Face format; a run of several tasks exports one model per task."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,29 +15,34 @@ from jaxlm.tasks.task import Task
 
 
 def export(lm: LM, task: Task, folder: Path) -> tuple[LM, str]:
-    """Writes the model, for several tasks one for each, and returns the first of them and the name of the format."""
+    """Writes the model of a run, or one model per task.
+
+    Args:
+      lm: the model of the run.
+      task: decides which models are exported, and into which subfolders.
+      folder: is replaced as a whole.
+
+    Returns:
+      The first exported model, and the name of its format.
+    """
 
     def write(params: Any) -> str:
         exported = task.exports(with_params(lm, params))
         with disk.atomic_folder(folder, overwrite=True) as new:
-            for name, (one, alone) in exported.items():
-                assert alone.origin is not None  # as `origin` has it
-                alone = replace(alone, origin=_with_keys(alone.origin, one.config_keys))
-                kind = save(alone, new / name)
-                _name_class(new / name, one)
+            for name, (own_task, own_lm) in exported.items():
+                assert own_lm.origin is not None  # set by `weights.origin`
+                origin = own_lm.origin._replace(config={**own_lm.origin.config, **own_task.config_keys})
+                kind = save(replace(own_lm, origin=origin), new / name)
+                _rename_class(new / name, own_task)
         return kind
 
-    kind = hosts.first_reads(lm.params, write)
+    kind = hosts.read_on_first(lm.params, write)
     return next(iter(task.exports(lm).values()))[1], kind
 
 
-def _with_keys(origin: families.Origin, keys: Mapping[str, Any]) -> families.Origin:
-    return origin._replace(config={**origin.config, **keys})
-
-
-def _name_class(folder: Path, task: Task) -> None:
-    """Names the class of transformers that does the task, where another has the same tensors."""
+def _rename_class(folder: Path, task: Task) -> None:
+    """Writes the class of transformers for the task into config.json, where several classes have the same tensors."""
     if task.exported_as:
         values = families.read_config(folder / "config.json")
-        named = [task.exported_as.get(name, name) for name in values.get("architectures", [])]
-        write_json(folder / "config.json", values | {"architectures": named})
+        architectures = [task.exported_as.get(name, name) for name in values.get("architectures", [])]
+        write_json(folder / "config.json", values | {"architectures": architectures})

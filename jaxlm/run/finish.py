@@ -1,4 +1,4 @@
-"""The end of a run: its scores, its report, its summary, and a sample of what its model writes."""
+"""Writes the scores, the report and the summary of a run at its end, with a sample of generated text."""
 
 from __future__ import annotations
 
@@ -13,100 +13,103 @@ from jaxlm.lm import LM
 from jaxlm.reports import report
 from jaxlm.run.folder import SUMMARY, drop_steps, duration, write_json
 from jaxlm.run.resolve import ResolvedRun
-from jaxlm.run.training import Training, packing, say, size
+from jaxlm.run.training import Training, data_line, log, packing, size
 from jaxlm.storage import disk
-from jaxlm.tasks.metrics import by_name
+from jaxlm.tasks.metrics import flatten_per_class
 
 
-def finish(training: Training, lm: LM, kind: str, begun: float, summary: bool) -> LM:
-    """Writes scores, report and summary of a run that has ended, and returns its model.
+def finish(training: Training, lm: LM, kind: str, start: float, summary: bool) -> LM:
+    """Writes scores, report and summary of a run that has ended.
 
     Args:
       training: the run, with the scores of its best weights.
-      lm: the model that was exported.
+      lm: the exported model.
       kind: the name of the format of the export.
-      begun: when the run began, by the monotonic clock.
-      summary: whether the summary is printed.
+      start: when the run started, by the monotonic clock.
+      summary: whether to print the summary.
+
+    Returns:
+      `lm`.
     """
-    resolved, run, folder = training.resolved, training.run, training.place.folder
-    task, data, found, scores = resolved.task, resolved.data, training.found, training.scores
-    by_class = {} if found is None else by_name(task.by_class(data.held_out, found))
-    if found is not None and (warning := task.warning(data.held_out, found)):
-        say(f"warning   {warning}")
+    resolved, run, folder = training.resolved, training.run, training.run_folder.folder
+    task, data, result, scores = resolved.task, resolved.data, training.result, training.scores
+    by_class = {} if result is None else flatten_per_class(task.by_class(data.held_out, result))
+    if result is not None and (warning := task.warning(data.held_out, result)):
+        log(f"warning   {warning}")
     step = int(training.state.step)
-    hosts.first(lambda: write_json(folder / "scores.json", {"step": step, **scores, **by_class}))
+    hosts.run_on_first(lambda: write_json(folder / "scores.json", {"step": step, **scores, **by_class}))
     if training.history and max(training.history) < training.before:
-        best = resolved.best
-        say(f"warning   no {best} was as good as that of the weights that the run started from, which --init names")
-    since = f" since step {training.started:,}" if training.started else ""
-    facts = {
-        "time": duration(time.monotonic() - begun) + since,
-        "data": f"{data.train.said} to train on; {data.held_out.said} held out",
-    }
-    facts |= {"started from": run.init} if run.init else {}
-    facts |= packing(run, resolved.train)
-    if cut := task.truncated(resolved.train):
-        facts["length"] = "; ".join(cut)
-    sample, sections = _sample(lm, run), _sections(resolved, found)
-    mesh = resolved.mesh
-    text = hosts.first(lambda: _report(run, folder, lm, scores, kind, step, facts, mesh, sections, sample))
+        log(f"warning   the weights of --init had a better {resolved.best} than any checkpoint of this run")
+    facts = _scores_and_size(training, lm) | _facts(training, start)
+    sample, sections = _sample(lm, run), _sections(resolved, result)
+
+    def write_report() -> str:
+        report.write(folder, to_json(run), facts, sample, sections)
+        text = _summary(facts, sample, kind, folder)
+        disk.write(folder / SUMMARY, text + "\n")
+        return text
+
+    text = hosts.run_on_first(write_report)
     if summary:
-        say(text)
+        log(text)
     if not run.keep_checkpoints:
-        hosts.first(lambda: drop_steps(folder / "checkpoints"))
-    training.place.send()
+        hosts.run_on_first(lambda: drop_steps(folder / "checkpoints"))
+    training.run_folder.send()
     return lm
 
 
-def _sections(resolved: ResolvedRun, found: Any) -> list[report.Section]:
-    """What the report shows beside curves."""
-    if found is None:
+def _scores_and_size(training: Training, lm: LM) -> dict[str, str]:
+    """Returns the first lines of the summary: scores, their step, parameters and devices."""
+    step, mesh = f"{int(training.state.step):,}", training.resolved.mesh
+    scores = {
+        f"held-out {report.metric_label(name)}": report.format_score(name, value)
+        for name, value in training.scores.items()
+    }
+    return scores | {
+        "step": f"{step}, the best of the run" if training.run.eval_every else step,
+        "parameters": f"{size(lm.params):,}",
+        "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
+    }
+
+
+def _facts(training: Training, start: float) -> dict[str, str]:
+    """Returns further lines of the summary: time, data, initial weights, packing and truncation."""
+    run, resolved = training.run, training.resolved
+    since = f" since step {training.started:,}" if training.started else ""
+    facts = {"time": duration(time.monotonic() - start) + since, "data": data_line(resolved.data)}
+    facts |= {"started from": run.init} if run.init else {}
+    facts |= packing(run, resolved.train)
+    if truncated := resolved.task.truncation_warnings(resolved.train):
+        facts["length"] = "; ".join(truncated)
+    return facts
+
+
+def _sections(resolved: ResolvedRun, result: Any) -> list[report.Section]:
+    """Returns the sections of the report in addition to the curves."""
+    if result is None:
         return []
     batches = resolved.train
     lengths = report.Histogram("Tokens of an example", batches.true_lengths, "tokens", float(batches.length))
-    return [*resolved.task.sections(resolved.data.held_out, found), lengths]
+    return [*resolved.task.sections(resolved.data.held_out, result), lengths]
 
 
-def _report(
-    run: RunConfig,
-    folder: Path,
-    lm: LM,
-    scores: dict[str, float],
-    export: str,
-    step: int,
-    further: dict[str, str],
-    mesh: Any,
-    sections: list[report.Section],
-    sample: str | None,
-) -> str:
-    """Writes report.html and summary.txt; returns the summary: the figures, a sample and where the files are."""
-    facts = {f"held-out {report.words(name)}": report.fact(name, value) for name, value in scores.items()}
-    facts |= {
-        "of step": f"{step:,}, the best of the run" if run.eval_every else f"{step:,}",
-        "parameters": f"{size(lm.params):,}",
-        "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
-        **further,
-    }
+def _summary(facts: dict[str, str], sample: str | None, kind: str, folder: Path) -> str:
+    """Returns the summary: the facts, the sample and the paths of export and report."""
     width = max(24, *map(len, facts))
     lines = [f"{name:>{width}}  {value}" for name, value in facts.items()]
     if sample is not None:
         lines.append(f"\n{'a sample':-^60}\n{sample}\n{'':-^60}")
-    lines.append(f"\nmodel ({export} format)  {folder / 'export'}\nreport  {folder / 'report.html'}")
-    text = "\n".join(lines)
-    disk.write(folder / SUMMARY, text + "\n")
-    report.write(folder, to_json(run), facts, sample, sections)
-    return text
+    lines.append(f"\nmodel ({kind} format)  {folder / 'export'}\nreport  {folder / 'report.html'}")
+    return "\n".join(lines)
 
 
 def _sample(lm: LM, run: RunConfig) -> str | None:
-    """Returns a text that a decoder writes after the run's prompt, prompt included."""
-    if not isinstance(run.task, CausalLM) or not run.sample_tokens:
+    """Returns the run's prompt and a text that a decoder generates after it; None for other models."""
+    if not isinstance(run.task, CausalLM) or not run.sample_tokens or lm.tokenizer is None:
         return None
-    if lm.tokenizer is None:
+    max_new = lm.config.max_length - len(lm.tokenizer.encode(run.sample_prompt)) - 1
+    tokens = min(run.sample_tokens, max_new) if lm.config.positions in ("learned", "rotary") else run.sample_tokens
+    if tokens < 1 or (lm.tokenizer.bos is None and not run.sample_prompt):
         return None
-    room = lm.config.max_length - len(lm.tokenizer.encode(run.sample_prompt)) - 1
-    new = min(run.sample_tokens, room) if lm.config.positions in ("learned", "rotary") else run.sample_tokens
-    if new < 1 or (lm.tokenizer.bos is None and not run.sample_prompt):
-        return None
-    decoding = Decoding(max_new_tokens=new, temperature=0.7, top_p=0.95, seed=run.seed)
+    decoding = Decoding(max_new_tokens=tokens, temperature=0.7, top_p=0.95, seed=run.seed)
     return run.sample_prompt + generate(lm, [run.sample_prompt], decoding)[0]

@@ -1,4 +1,4 @@
-"""The whole story of a run, read downward: resolve, set up, loop, finish."""
+"""A run from beginning to end: resolve, set up, loop, finish."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from jaxlm.config import RunConfig
-from jaxlm.config.ranges import argument, shown
+from jaxlm.config.ranges import check_argument, short_repr
 from jaxlm.data.corpus import Prepared
 from jaxlm.devices import hosts, sharding
 from jaxlm.errors import Interrupted, Stopped, UserError
@@ -23,54 +23,55 @@ from jaxlm.nn.transformer import Transformer
 from jaxlm.run.finish import finish
 from jaxlm.run.folder import finished_at, labels_of, open_run_dir
 from jaxlm.run.resolve import ResolvedRun, resolve, with_model
-from jaxlm.run.training import Training, say, set_up
+from jaxlm.run.training import Training, log, set_up
 from jaxlm.storage import buckets
 
 
 def _interruptible(body: Callable[..., LM]) -> Callable[..., LM]:
-    """`fit`, ended by an interrupt (Ctrl-C, the stop button of a notebook) as by `stop`: after a whole step, and saved.
+    """Makes `fit` treat an interrupt (Ctrl-C, the stop button of a notebook) like `stop`: it saves after a whole step.
 
-    An exception in the middle of a step would leave half of one.  Until the first step is done there is nothing to
-    save, and an interrupt is what it always is; as is a second one.  Where the program has its own way with SIGINT, as
-    `jaxlm train` has, and in other threads than the main one, which do not hear of it, nothing changes.
+    An exception in the middle of a step would leave a state that is half updated. Before the first step there is
+    nothing to save, and an interrupt raises KeyboardInterrupt as usual; so does a second interrupt. Nothing changes
+    where the program has its own handler of SIGINT, as `jaxlm train` has, nor in threads other than the main one, which
+    receive no signals.
     """
 
     @functools.wraps(body)
     def run(*args: Any, stop: Callable[[], bool] = lambda: False, **named: Any) -> LM:
         if not callable(stop):
-            raise UserError(f"stop is {shown(stop)}; it must be a function without arguments that returns a bool")
-        before = signal.getsignal(signal.SIGINT)
-        ours = before is signal.default_int_handler and threading.current_thread() is threading.main_thread()
-        came: list[int] = []
+            raise UserError(f"stop is {short_repr(stop)}; it must be a function without arguments that returns a bool")
+        previous = signal.getsignal(signal.SIGINT)
+        is_default = previous is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+        received: list[int] = []
 
         def handle(number: int, _: Any) -> None:
-            signal.signal(number, before)
-            came.append(number)
-            # print() must not be called where it may have been interrupted.
-            os.write(2, b"\nsaving after this step; a second interrupt does not wait for it\n")
+            signal.signal(number, previous)
+            received.append(number)
+            # The signal may have interrupted print(), which must not be called again then.
+            os.write(2, b"\nsaving after this step; interrupt again to stop without saving\n")
 
-        def asked() -> bool:
-            if ours and not came and signal.getsignal(signal.SIGINT) is before:
+        def is_stopping() -> bool:
+            if is_default and not received and signal.getsignal(signal.SIGINT) is previous:
                 signal.signal(signal.SIGINT, handle)
-            return bool(came) or stop()
+            return bool(received) or stop()
 
         try:
-            lm = body(*args, stop=asked, **named)
+            lm = body(*args, stop=is_stopping, **named)
         except Stopped as end:
-            if came:
+            if received:
                 raise Interrupted(end) from None
             raise
         finally:
-            if ours:
-                signal.signal(signal.SIGINT, before)
-        if came:
-            raise Interrupted("the run ended before it heard of the interrupt; the same call gives its model")
+            if is_default:
+                signal.signal(signal.SIGINT, previous)
+        if received:
+            raise Interrupted("the run ended before it could stop; make the same call again to get its model")
         return lm
 
     return run
 
 
-@hosts.watched
+@hosts.detect_lost_hosts
 @_interruptible
 def fit(
     run: RunConfig,
@@ -80,60 +81,70 @@ def fit(
     stop: Callable[[], bool] = lambda: False,
     summary: bool = True,
 ) -> LM:
-    """Trains, evaluates, exports and reports `run`, or resumes where its folder says that it stopped.
+    """Trains, evaluates, exports and reports a run, or resumes it from the last checkpoint in its folder.
 
-    model: weights to start from, instead of `run.init`, and the class of the module, which may be your own.
-    data: what to read, instead of `run.data`.
-    stop: asked after each step; True, on any host, saves the state and raises Stopped on all.  So does an interrupt
-    from the keyboard, which raises Interrupted, a KeyboardInterrupt.
-    summary: whether the figures of the finished run are printed; summary.txt in its folder has them in any case.
+    Each of several hosts calls this with the same arguments. The parameters of the returned model are sharded over the
+    devices of all hosts, so that all hosts must call its functions together.
 
-    Returns the model with the best held-out score; of several tasks, that of the first.  Raises UserError for a mistake
-    in the config or the data, before anything is compiled, and RunError for a fault of the run: a loss that is not
-    finite, a disk that is full, a host that is gone.  Each of many hosts calls this with the same arguments.  The
-    parameters of the returned model are sharded over the devices of all hosts, so all call its functions together.
+    Args:
+      run: the config of the run.
+      model: a model whose weights the run starts from, instead of `run.init`, and whose module it trains, which may be
+        of a user-defined class.
+      data: prepared data, instead of `run.data`.
+      stop: called after each step. Where it returns True on any host, all hosts save the state and raise Stopped. An
+        interrupt from the keyboard does the same, but raises Interrupted, a KeyboardInterrupt.
+      summary: whether to print the summary of the finished run; summary.txt in its folder always contains it.
+
+    Returns:
+      The model with the best held-out score; for several tasks, the model of the first task.
+
+    Raises:
+      UserError: for a mistake in the config or the data, before anything is compiled.
+      RunError: for a fault of the run: a loss that is not finite, a full disk, a lost host.
+      Stopped: where `stop` ended the run early, after its state was saved.
+      Interrupted: where an interrupt did.
     """
-    argument("run", run, RunConfig)
-    argument("model", model, LM | None)
-    argument("data", data, Prepared | None)
-    argument("summary", summary, bool)
-    begun = time.monotonic()
+    check_argument("run", run, RunConfig)
+    check_argument("model", model, LM | None)
+    check_argument("data", data, Prepared | None)
+    check_argument("summary", summary, bool)
+    start = time.monotonic()
     if model is not None:
         run = with_model(run, model)
     run.check()
-    hosts.agree(run)
-    buckets.forget()
-    with buckets.RunFolder(run.workdir or "runs/unnamed").opened() as place:
+    hosts.check_same_run(run)
+    buckets.forget_downloads()
+    with buckets.RunFolder(run.workdir or "runs/unnamed").opened() as run_folder:
         mesh = sharding.make_mesh(run.mesh)
-        resuming = hosts.first(lambda: open_run_dir(run, place.folder))
+        resuming = hosts.run_on_first(lambda: open_run_dir(run, run_folder.folder))
         resolved = resolve(
             run,
             mesh=mesh,
             model=model,
             data=data,
-            resumed_labels=labels_of(place.folder) if resuming else None,
+            resumed_labels=labels_of(run_folder.folder) if resuming else None,
             resuming=resuming,
-            say=say,
+            log=log,
         )
-        training = set_up(resolved, place, model is not None, resuming)
+        training = set_up(resolved, run_folder, model is not None, resuming)
         if training is None:
-            return _finished(resolved, place.folder)
-        del resolved  # whose weights keep the files of a checkpoint open
+            return _finished(resolved, run_folder.folder)
+        del resolved  # its weights keep the files of a checkpoint open
         with training:
-            ended = loop(training, hosts.agreed(stop))
+            ended = loop(training, hosts.agree_on_stop(stop))
             lm, kind = training.end(ended)
-        return finish(training, lm, kind, begun, summary)
+        return finish(training, lm, kind, start, summary)
 
 
 def loop(training: Training, stop: Callable[[], bool]) -> bool:
-    """Trains from the step that the run is at, until the last one, until patience ends, or until it is asked to stop.
+    """Trains from the current step to the last one, or until patience runs out or `stop` returns True.
 
     Args:
       training: the run, set up.
-      stop: asked after each step.
+      stop: called after each step.
 
     Returns:
-      Whether the run has ended; False where it was asked to stop before.
+      Whether the run has ended; False where `stop` returned True before.
     """
     run, t = training.run, training
     on_cpu = t.resolved.mesh.devices.flat[0].platform == "cpu"
@@ -143,14 +154,14 @@ def loop(training: Training, stop: Callable[[], bool]) -> bool:
             t.state, metrics = t.parts.train_step(t.state, batch)
         t.journal.add(metrics)
         if on_cpu:
-            # Steps that queue up on several CPU devices wait for each other's threads for ever.
+            # Queued steps on several CPU devices can deadlock: each waits for the threads of another.
             jax.block_until_ready(metrics)
         t.trace.after(step, metrics)
         ending, stopping = step == run.steps, stop()
         logging = ending or step % run.log_every == 0
         evaluating = ending or bool(run.eval_every and step % run.eval_every == 0)
         saving = evaluating or stopping or step % t.checkpoint_every == 0
-        # Once in a while the device is waited for, and what it counted is looked at.
+        # Only these steps wait for the device, to read its metrics.
         if logging or saving:
             t.check(step, state_too=saving)
         if logging:
@@ -161,14 +172,14 @@ def loop(training: Training, stop: Callable[[], bool]) -> bool:
             t.save(evaluating)
         if stopping or ending:
             return ending
-    return True  # it was at its end before
+    return True  # no step was left
 
 
 def _finished(resolved: ResolvedRun, folder: Path) -> LM:
-    """Returns the model of a run that was finished before."""
-    last = hosts.first(lambda: finished_at(folder))
-    say(f"the run in {folder} is finished, at step {last:,}; nothing is left to do")
+    """Returns the model of a run that was finished by an earlier call."""
+    last = hosts.run_on_first(lambda: finished_at(folder))
+    log(f"the run in {folder} is already finished, at step {last:,}; nothing is left to do")
     task, kind = resolved.task, resolved.kind
-    own = None if kind is Transformer or task.folders != ("",) else kind
+    module = None if kind is Transformer or task.folders != ("",) else kind
     mesh = resolved.mesh if jax.process_count() == 1 else None
-    return load(folder / "export" / task.folders[0], compute_dtype=resolved.run.compute_dtype, module=own, mesh=mesh)
+    return load(folder / "export" / task.folders[0], compute_dtype=resolved.run.compute_dtype, module=module, mesh=mesh)

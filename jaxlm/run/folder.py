@@ -1,4 +1,4 @@
-"""A run folder explains itself: whose run it is, what was logged, and how far it has come."""
+"""The folder of a run: its config, its log and its progress; and files of predicted rows."""
 
 from __future__ import annotations
 
@@ -21,37 +21,44 @@ from jaxlm.errors import RunError, UserError
 from jaxlm.hub import model_files
 from jaxlm.storage import disk
 
-# What may change between two starts of the same run.
+# Fields that may differ when the same run is resumed.
 FREE = {"mesh", "remat", "attention", "unroll", "log_every", "eval_every", "checkpoint_every", "keep", "workdir"}
 FREE |= {"keep_checkpoints", "sample_prompt", "sample_tokens", "profile"}
-FREE_DATA = ("path", "eval_path", "cache")  # the content is compared, not the place
-SUMMARY = "summary.txt"  # what a finished run printed at the end
+FREE_DATA = ("path", "eval_path", "cache")  # the content of the data is compared instead of the path
+SUMMARY = "summary.txt"  # the summary that a finished run printed
 
 
 def open_run_dir(run: RunConfig, folder: Path) -> bool:
-    """Makes the folder, and finds whether this run has begun in it: whether there is a log or a checkpoint.
+    """Creates the folder of a run where it does not exist.
 
-    Raises UserError for a folder that cannot be written, or that holds another run (model, task, data, tokenizer,
-    optimizer, batch, seed or steps differ; both sides shown), or files that no run made.  A run that never took a step
-    is in nobody's way.
+    Args:
+      run: the config.
+      folder: the folder of the run.
+
+    Returns:
+      Whether this run has started in the folder, which then contains a log or a checkpoint.
+
+    Raises:
+      UserError: where the folder cannot be written, contains files that are not from a run, or contains another run
+        (its model, task, data, tokenizer, optimizer, batch, seed or steps differ) that has made a step.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=folder).close()
     except OSError as error:
         raise _cannot_be_written(folder, error) from None
-    theirs = _read(folder)
-    ours = lambda name: name == disk.LOCK or disk.is_temporary(name)
-    if theirs is None and not all(ours(path.name) for path in folder.iterdir()):
-        raise UserError(f"{folder} is not empty and holds no run; choose another --workdir")
-    if theirs is None or not _has_begun(folder):
+    stored = _read(folder)
+    is_own = lambda name: name == disk.LOCK or disk.is_temporary(name)
+    if stored is None and not all(is_own(path.name) for path in folder.iterdir()):
+        raise UserError(f"{folder} is not empty and contains no run; choose another --workdir")
+    if stored is None or not _has_started(folder):
         return False
-    differ = difference(_identity(to_json(run)), _identity(theirs["run"]))
-    if differ:
-        lines = "\n".join(f"  {line}" for line in differ)
+    differences = difference(_identity(to_json(run)), _identity(stored["run"]))
+    if differences:
+        lines = "\n".join(f"  {line}" for line in differences)
         raise UserError(
-            f"{folder} holds another run; they differ in (this run | the run there):\n{lines}\n"
-            f"choose another --workdir, or give the fields that it was started with"
+            f"{folder} contains another run, with other fields (this run | the run in the folder):\n{lines}\n"
+            f"choose another --workdir, or use the fields that it was started with"
         )
     return True
 
@@ -59,33 +66,40 @@ def open_run_dir(run: RunConfig, folder: Path) -> bool:
 def begin(run: RunConfig, folder: Path, fingerprint: str, labels: Any = (), weights: Path | None = None) -> None:
     """Writes config.json.
 
-    labels: names of the outputs of the head.  weights: the folder that `run.init` names, where it is there.  Raises
-    UserError where the run in a claimed folder has begun on data of other content, or is finished and began from other
-    weights.
+    Args:
+      run: the config as the user gave it.
+      folder: the folder of the run, checked by `open_run_dir`.
+      fingerprint: of the content of the data.
+      labels: names of the outputs of the head.
+      weights: the folder of `run.init`, where it exists.
+
+    Raises:
+      UserError: where the run in the folder was started with other data, or is finished and was started from other
+        weights.
     """
-    theirs = _read(folder) if _has_begun(folder) else None
-    if theirs is not None and theirs["data"] != fingerprint:
+    stored = _read(folder) if _has_started(folder) else None
+    if stored is not None and stored["data"] != fingerprint:
         raise UserError(
-            f"{folder} holds a run on data of other content: its fingerprint is {theirs['data']} there, {fingerprint} "
-            f"now; give the data it was started with, or another --workdir"
+            f"{folder} contains a run on data with other content: its fingerprint is {stored['data']}, but now it is "
+            f"{fingerprint}; use the data that the run was started with, or choose another --workdir"
         )
-    if theirs is None:
+    if stored is None:
         content = model_files.fingerprint(weights) if weights else None
     else:
-        content = theirs.get("weights")
+        content = stored.get("weights")
         # An unfinished run resumes from its checkpoint and does not read these weights.
         finished = finished_at(folder) is not None
         if finished and content and weights and model_files.fingerprint(weights) != content:
             raise UserError(
-                f"{folder} holds a finished run that began from other weights: those in {weights} have changed since; "
-                f"choose another --workdir, or give the weights it was started with"
+                f"{folder} contains a finished run that started from other weights: those in {weights} have changed "
+                f"since; choose another --workdir, or restore the weights"
             )
     known = {"data": fingerprint, "labels": labels, "weights": content, "jaxlm": jaxlm.__version__}
     write_json(folder / "config.json", {"run": to_json(run), **known})
 
 
 def _read(folder: Path) -> dict[str, Any] | None:
-    """What `begin` wrote, or None."""
+    """Returns the content of config.json, as `begin` writes it; None where it is missing or damaged."""
     try:
         values = model_files.read_object(folder / "config.json")
     except UserError:
@@ -95,10 +109,10 @@ def _read(folder: Path) -> dict[str, Any] | None:
 
 
 def run_of(folder: str | Path) -> RunConfig | None:
-    """Returns the config of the run in a folder, as it was given; None where there is no run.
+    """Returns the config of the run in a folder, as the user gave it; None where the folder contains no run.
 
     Raises:
-        UserError: where it is not as this version writes it.
+      UserError: where the config is not one that this version reads.
     """
     if (values := _read(Path(folder))) is None:
         return None
@@ -107,36 +121,35 @@ def run_of(folder: str | Path) -> RunConfig | None:
         check_fields(run)
         check_task(run.task)
     except (UserError, TypeError, AttributeError, KeyError) as error:
-        why = str(error) if isinstance(error, UserError) else "a value is of another type"
+        why = str(error) if isinstance(error, UserError) else "a value has the wrong type"
         raise UserError(
-            f"{folder}/config.json is not the config of a run ({why}); correct it, or give the export"
+            f"{folder}/config.json is not a config of a run ({why}); correct it, or use the run's export instead"
         ) from None
     return run
 
 
 def labels_of(folder: Path) -> tuple[str, ...] | dict[str, tuple[str, ...]] | None:
-    """Returns the names of the outputs of the head of the run in a folder, of several tasks by the part's name; None
-    where they are not known."""
+    """Returns the names of the outputs of the head of a run, or of the head of each of its tasks; None if unknown."""
     labels = (_read(folder) or {}).get("labels")
     if isinstance(labels, dict):
-        return {name: found for name, part in labels.items() if (found := _names(part))} or None
+        return {task: names for task, part in labels.items() if (names := _names(part))} or None
     return _names(labels)
 
 
 def _names(labels: Any) -> tuple[str, ...] | None:
-    names = isinstance(labels, list) and all(isinstance(name, str) for name in labels)
-    return tuple(labels) if labels and names else None
+    is_valid = isinstance(labels, list) and all(isinstance(name, str) for name in labels)
+    return tuple(labels) if labels and is_valid else None
 
 
-def _has_begun(folder: Path) -> bool:
+def _has_started(folder: Path) -> bool:
     log = folder / "metrics.jsonl"
     return any((folder / "checkpoints").glob("[0-9]*")) or (log.exists() and log.stat().st_size > 0)
 
 
 def finished_at(folder: Path) -> int | None:
-    """Returns the last step of a run that has begun in a folder, where the run is finished; None where it is not.
+    """Returns the last step of the finished run in a folder; None where it is not finished.
 
-    A finished run has a report.  Should someone have removed that, it has scores and, usually, no checkpoints.
+    A finished run has a report. Where the report was deleted, it has scores and usually no checkpoints.
     """
     scores = folder / "scores.json"
     if not scores.exists() or not ((folder / "report.html").exists() or not _steps(folder / "checkpoints")):
@@ -146,7 +159,7 @@ def finished_at(folder: Path) -> int | None:
 
 
 def drop_steps(checkpoints: Path) -> None:
-    """Removes the checkpoints of a run, and their folder where nothing else is in it."""
+    """Removes the checkpoints of a run, and their folder if nothing else is in it."""
     for step in _steps(checkpoints):
         shutil.rmtree(step)
     with suppress(OSError):
@@ -158,7 +171,7 @@ def _steps(checkpoints: Path) -> list[Path]:
 
 
 def _whole_lines(log: Path) -> list[tuple[str, int]]:
-    """The lines of a log and their steps, without those that a kill or a full disk left torn."""
+    """Returns the lines of a log and their steps, without lines that were only partly written."""
     lines = log.read_text(errors="replace").splitlines(keepends=True) if log.exists() else []
     return [(line, step) for line in lines if (step := _step_of(line)) is not None]
 
@@ -172,41 +185,47 @@ def write_json(file: Path, values: Any) -> None:
 
 
 def _cannot_be_written(path: Path, error: OSError) -> UserError | RunError:
-    if error.errno in disk.FULL:
-        return RunError(f"{path} cannot be written: {error.strerror}; make room, then give the same command again")
-    return UserError(f"{path} cannot be written: {error.strerror}; choose another --workdir, or free this one")
+    if error.errno in disk.DISK_FULL:
+        return RunError(f"{path} cannot be written: {error.strerror}; free disk space, then run the command again")
+    return UserError(f"{path} cannot be written: {error.strerror}; choose another --workdir, or fix its permissions")
 
 
 def _identity(run: dict[str, Any]) -> dict[str, Any]:
-    kept = {name: value for name, value in run.items() if name not in FREE}
-    kept["data"] = {name: value for name, value in run["data"].items() if name not in FREE_DATA}
-    return kept
+    """Returns the fields that must not change when a run is resumed."""
+    fixed = {name: value for name, value in run.items() if name not in FREE}
+    fixed["data"] = {name: value for name, value in run["data"].items() if name not in FREE_DATA}
+    return fixed
 
 
 class RunLog:
-    """Writes metrics.jsonl, TensorBoard events and the progress line.  Resuming cuts what came after `step`.
-
-    Raises RunError where the disk is full.
-    """
+    """Writes metrics.jsonl, TensorBoard events and the progress line; raises RunError where the disk is full."""
 
     def __init__(self, folder: Path, step: int, steps: int):
+        """Opens the log, and removes the lines after `step`.
+
+        Args:
+          folder: the folder of the run.
+          step: the step from which the run starts or resumes.
+          steps: number of steps of the run.
+        """
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import SessionLog
 
         self._file, self._steps, self._rewriting = folder / "metrics.jsonl", steps, False
         self._started, self._first = time.monotonic(), step
-        # A torn line is after every checkpoint.  A run that starts anew evaluates its first weights anew, as step 0.
-        kept = [line for line, logged in _whole_lines(self._file) if step and logged <= step]
+        # A run that starts again also evaluates its first weights again, as step 0. An incomplete line can be dropped:
+        # it was written after every checkpoint.
+        lines = [line for line, logged in _whole_lines(self._file) if step and logged <= step]
         with self._faults():
-            disk.write(self._file, "".join(kept))
+            disk.write(self._file, "".join(lines))
             (folder / "tensorboard").mkdir(exist_ok=True)
-            # SummaryWriter would write from a thread, where a full disk ends nothing but the thread.
+            # SummaryWriter writes in a thread, where the error of a full disk would be lost.
             self._events = EventsWriter(str(folder / "tensorboard" / "events"))
-            # Tells TensorBoard to forget what an earlier start wrote of the steps that come again.
+            # This makes TensorBoard discard the events of steps that are repeated.
             self._event(step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """One line of metrics.jsonl and one point of each TensorBoard curve."""
+        """Writes a line of metrics.jsonl and a point of each TensorBoard curve."""
         from tensorboardX.summary import scalar
 
         with self._faults():
@@ -227,12 +246,12 @@ class RunLog:
             yield
         except OSError as error:
             raise RunError(
-                f"the log in {self._file.parent} cannot be written: {error.strerror}; make room, then give the same "
-                f"command again"
+                f"the log in {self._file.parent} cannot be written: {error.strerror}; free disk space, then run the "
+                f"same command again"
             ) from error
 
     def progress(self, step: int, values: dict[str, float]) -> None:
-        """Where the run stands: rewritten in place on a terminal, a line of its own elsewhere."""
+        """Prints the progress: rewrites the line on a terminal, and prints a new line elsewhere."""
         seconds = (time.monotonic() - self._started) / max(1, step - self._first) * (self._steps - step)
         line = (
             f"step {step:,}/{self._steps:,}  loss {values['loss']:.4f}  rate {values['learning_rate']:.2e}  "
@@ -251,7 +270,7 @@ class RunLog:
 
 
 def _step_of(line: str) -> int | None:
-    """Returns the step of a line of metrics.jsonl; None for a line that is torn or damaged."""
+    """Returns the step of a line of metrics.jsonl; None for a line that is incomplete or damaged."""
     with suppress(UserError):
         values = model_files.parse_object(line.encode(), "metrics.jsonl") if line.endswith("}\n") else {}
         return values["step"] if isinstance(values.get("step"), int) else None
@@ -259,34 +278,42 @@ def _step_of(line: str) -> int | None:
 
 
 class NoLog:
-    """The log of the hosts beside the first: none."""
+    """The log of all hosts except the first, which writes nothing."""
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     progress = write
 
     def close(self) -> None:
-        """Nothing."""
+        """Does nothing."""
 
 
 def duration(seconds: float) -> str:
-    """`1:02:03` or `2:03`."""
+    """Returns a time as `1:02:03` or `2:03`, rounded up to seconds."""
     minutes, seconds = divmod(math.ceil(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 class RowWriter:
-    """Writes rows with what was predicted of them to a csv or jsonl file, which appears when it is whole; or to the
-    standard output, as csv.  In csv a list of names is one cell, divided by `separator`, and probabilities and the
-    likeliest classes have columns of their own.
+    """Writes rows and their predictions to a csv or jsonl file, or as csv to standard output; a context.
 
-    Raises UserError for a file of another kind, or one that exists; for a row with other columns than the first in a
-    csv file; and at the end where there was no row.
+    The file appears under its name when it is complete. In csv, a list of names is one cell; probabilities and the most
+    probable classes have their own columns.
+
+    Raises:
+      UserError: for a file with another suffix, a file that exists, a row of a csv file with other columns than the
+        first row, and at the end where no row was written.
     """
 
     def __init__(self, file: str, separator: str = " "):
+        """Checks the file.
+
+        Args:
+          file: a path that ends in .csv or .jsonl; empty: standard output.
+          separator: between the names of a list, in csv.
+        """
         self._separator = separator
         self._path = disk.local(file, "output") if file else None
         if self._path and self._path.suffix not in (".csv", ".jsonl"):
@@ -296,33 +323,33 @@ class RowWriter:
         self._count = 0
 
     def _check_new(self) -> None:
-        if self._path and self._path.exists():  # it may be what is read
+        if self._path and self._path.exists():  # it may be the input
             raise UserError(f"output is '{self._path}', which exists; move it away, or choose another --output")
 
     def __enter__(self) -> RowWriter:
         self._file: TextIO = sys.stdout
         self._open = ExitStack()
         if self._path:
-            with ExitStack() as opened, self._faults():
-                lock = disk.lock_beside(self._path)
-                opened.enter_context(disk.lock(lock, str(self._path), "choose another --output"))
-                self._check_new()  # once more: the process that held the lock may have written it
-                temporary = opened.enter_context(disk.atomic_file(self._path, overwrite=False))
-                self._file = opened.enter_context(open(temporary, "w", newline="", encoding="utf-8"))
-                self._open = opened.pop_all()
+            with ExitStack() as stack, self._faults():
+                lock = disk.lock_path(self._path)
+                stack.enter_context(disk.lock(lock, str(self._path), "choose another --output"))
+                self._check_new()  # again, because the process that had the lock may have written it
+                temporary = stack.enter_context(disk.atomic_file(self._path, overwrite=False))
+                self._file = stack.enter_context(open(temporary, "w", newline="", encoding="utf-8"))
+                self._open = stack.pop_all()
         self._csv = csv.writer(self._file, lineterminator="\n")
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if self._path is None:
-            self._file.flush()  # here, not when the interpreter ends: the reader may have gone
-        empty = UserError("there is no row to tell something of; give at least one")
+            self._file.flush()  # raises here, rather than at exit, where the reader has closed the output
+        empty = UserError("the file has no row; give at least one")
         failure = empty if error is None and not self._count else error
         try:
             with self._faults():
                 self._open.__exit__(type(failure) if failure else None, failure, trace)
         except (UserError, RunError):
-            if failure is None:  # otherwise the first failure is the one to report
+            if failure is None:  # otherwise the first failure is reported
                 raise
         if failure is empty:
             raise empty
@@ -334,50 +361,56 @@ class RowWriter:
         except OSError as error:
             if self._path is None:
                 raise
-            raise disk.cannot_be_written(self._path, error, "--output") from None
+            raise disk.write_error(self._path, error, "--output") from None
 
-    def write(self, row: dict[str, Any], told: dict[str, Any]) -> None:
-        """Writes a row; a new column whose name the file has already gets the suffix `_new`."""
+    def write(self, row: dict[str, Any], prediction: dict[str, Any]) -> None:
+        """Writes a row.
+
+        Args:
+          row: the columns of the input.
+          prediction: further columns; a name that the row already has gets the suffix `_new`.
+        """
         self._count += 1
-        whole = dict(row)
+        values = dict(row)
         as_json = self._path is not None and self._path.suffix == ".jsonl"
-        for name, value in (told if as_json else _flat(told, self._separator)).items():
-            while name in whole:
+        for name, value in (prediction if as_json else _flatten(prediction, self._separator)).items():
+            while name in values:
                 name += "_new"
-            whole[name] = value
+            values[name] = value
         with self._faults():
-            self._write(whole, len(row))
+            self._write(values, len(row))
 
-    def _write(self, whole: dict[str, Any], given: int) -> None:
-        """A row, of which the first columns were given and the others told."""
+    def _write(self, values: dict[str, Any], inputs: int) -> None:
+        """Writes a row whose first `inputs` columns are from the input."""
         if self._path and self._path.suffix == ".jsonl":
-            self._file.write(json.dumps(whole, ensure_ascii=False, default=_plain) + "\n")
+            self._file.write(json.dumps(values, ensure_ascii=False, default=_plain) + "\n")
             return
         if self._count == 1:
-            self._columns = list(whole)
+            self._columns = list(values)
             self._csv.writerow(self._columns)
-        if whole.keys() != set(self._columns):
+        if values.keys() != set(self._columns):
+            columns = ", ".join(self._columns)
             raise UserError(
-                f"row {self._count:,} has the columns {', '.join(whole)}, the first one {', '.join(self._columns)}; "
-                f"in csv all have the same: give --output FILE.jsonl"
+                f"row {self._count:,} has the columns {', '.join(values)}, but the first row has {columns}; "
+                f"all rows of a csv file need the same columns; use --output FILE.jsonl"
             )
         cells = {
-            name: f"{value:.6g}" if n >= given and isinstance(value, float) else _cell(value)
-            for n, (name, value) in enumerate(whole.items())
+            name: f"{value:.6g}" if n >= inputs and isinstance(value, float) else _cell(value)
+            for n, (name, value) in enumerate(values.items())
         }
         self._csv.writerow([cells[name] for name in self._columns])
 
 
-def _flat(told: dict[str, Any], separator: str) -> dict[str, Any]:
-    """A prediction with a plain value for each column, where there is a way."""
+def _flatten(prediction: dict[str, Any], separator: str) -> dict[str, Any]:
+    """Returns a prediction with one value per column, as far as possible."""
     flat: dict[str, Any] = {}
-    for name, value in told.items():
+    for name, value in prediction.items():
         if name == "probabilities":
             flat |= {f"probability_{label}": p for label, p in value.items()}
         elif name == "top":
-            for n, one in enumerate(value, start=1):
-                flat |= {f"top_{n}": one["label"], f"top_{n}_probability": one["probability"]}
-        elif isinstance(value, list) and all(isinstance(one, str) and one and separator not in one for one in value):
+            for n, item in enumerate(value, start=1):
+                flat |= {f"top_{n}": item["label"], f"top_{n}_probability": item["probability"]}
+        elif isinstance(value, list) and all(isinstance(x, str) and x and separator not in x for x in value):
             flat[name] = separator.join(value)
         else:
             flat[name] = value
@@ -391,5 +424,5 @@ def _cell(value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON has no form for: arrays and numbers of NumPy, and the rest as text."""
+    """Returns a value that JSON has no form for as lists and numbers, or as text."""
     return value.tolist() if hasattr(value, "tolist") else str(value)

@@ -1,4 +1,4 @@
-"""What the steps of a run cost: time, the share of the chips' peak, memory, waiting for data; and a trace of some."""
+"""Measures the steps of a run: time, FLOPs utilisation, memory and waiting for data; traces some of them."""
 
 from __future__ import annotations
 
@@ -19,163 +19,190 @@ from jaxlm.devices import chips
 Batch = TypeVar("Batch")
 
 PERCENTILES = (50, 90, 99)
-# Fields of a line of the log that depend on the clock and the machine: two runs that are the same differ in these.
+# Fields of a line of the log that depend on the clock and the machine, and so differ between two equal runs.
 SPEEDS = ("tokens_per_second", "examples_per_second", "mfu")
 TIMES = tuple(f"step_ms_p{n}" for n in PERCENTILES)
 MEASURED = (*SPEEDS, *TIMES, "data_share", "memory_bytes", "process_memory_bytes")
-UNTRACED = 3  # steps of a start before its trace begins: the first compiles, the next fill caches
+UNTRACED = 3  # steps before a trace starts: the first compiles, the next fill caches
 
 
 class _Step(NamedTuple):
-    asked: float  # when the loop began to wait for the batch
-    given: float  # when it had it
-    since: float  # beyond which its time does not reach back
-    made: Any  # what is there once the step is done
+    requested: float  # when the loop began to wait for the batch
+    received: float  # when the loop had the batch
+    resumed: float  # end of the last pause
+    result: Any  # an array that is ready when the step is done
 
 
 class Meter:
-    """The cost of the steps since the last line of a log.
+    """Measures the steps since the last line of the log.
 
-    On accelerators the loop hands steps over long before they are done, and must not wait for them.  So a thread of its
-    own waits for the result of each step in turn, which takes no time of the loop's, and notes when it was there.  A
-    step's time is that between its end and the end of the one before it.  Data cost what the loop waited for a batch
-    after the device had finished all steps before it; while the device is busy, waiting costs nothing.
-
-    carried: what `carried` of an earlier process of the run returned, so that a checkpoint may cut a line.
+    On accelerators the loop dispatches steps long before they are done, and must not wait for them. A thread therefore
+    waits for the result of each step and records the time. The time of a step is the time between its end and the end
+    of the step before it. Waiting for data is the time that the loop waited for a batch while the device had nothing
+    left to do; waiting while the device is busy costs nothing.
     """
 
-    def __init__(self, mesh: jax.sharding.Mesh, flops: int = 0, carried: dict[str, Any] | None = None):
-        """flops: of the model in a step, over all devices; 0: no utilisation is told."""
-        carried = carried or {}
+    def __init__(self, mesh: jax.sharding.Mesh, flops: int = 0, state: dict[str, Any] | None = None):
+        """Starts the thread.
+
+        Args:
+          mesh: the devices of the run.
+          flops: model FLOPs of a step over all devices; 0: no utilisation is reported.
+          state: `state()` of an earlier process of the run, which the next line continues.
+        """
+        state = state or {}
         self._mesh, self._flops = mesh, flops
-        self._begun = time.monotonic() - carried.get("seconds", 0.0)
-        self._lost: float = carried.get("lost", 0.0)
-        self._took: list[float] = [*carried.get("took", ())]
-        self._since = time.monotonic()  # of the last pause
-        self._asked = self._given = self._since
-        self._first, self._unseen, self._seen = True, 0, Condition()
+        self._start = time.monotonic() - state.get("seconds", 0.0)
+        self._data_seconds: float = state.get("lost", 0.0)
+        self._step_seconds: list[float] = [*state.get("took", ())]
+        self._resumed = time.monotonic()
+        self._requested = self._received = self._resumed
+        self._first, self._pending, self._changed = True, 0, Condition()
         self._steps: SimpleQueue[_Step | None] = SimpleQueue()
         Thread(target=self._watch, daemon=True).start()
 
     @property
     def seconds(self) -> float:
-        """Since the last line, pauses left out."""
-        return time.monotonic() - self._begun
+        """Seconds since the last line, without pauses."""
+        return time.monotonic() - self._start
 
     def fed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The batches; how long each lets the loop wait is noted."""
+        """Yields the batches, and records how long the loop waits for each."""
         while True:
-            self._asked = time.monotonic()
+            self._requested = time.monotonic()
             try:
                 batch = next(batches)
             except StopIteration:
                 return
-            self._given = time.monotonic()
+            self._received = time.monotonic()
             yield batch
 
-    def stepped(self, made: Any) -> None:
-        """A step was handed over; `made` is an array that is there when it is done, and that no later step takes."""
-        with self._seen:
-            self._unseen += 1
-        self._steps.put(_Step(self._asked, self._given, self._since, made))
+    def record_step(self, result: Any) -> None:
+        """Records that a step was dispatched.
 
-    def paused(self, seconds: float) -> None:
-        """The loop has done something else for so long, up to now, after all steps were done."""
-        self._begun += seconds
-        self._since = time.monotonic()
+        Args:
+          result: an array that is ready when the step is done, and whose buffer no later step is given.
+        """
+        with self._changed:
+            self._pending += 1
+        self._steps.put(_Step(self._requested, self._received, self._resumed, result))
+
+    def record_pause(self, seconds: float) -> None:
+        """Records that the loop has just done something else for so many seconds, with no step in flight."""
+        self._start += seconds
+        self._resumed = time.monotonic()
 
     def line(self, steps: int) -> dict[str, float]:
-        """What the log says of the steps since its last line, so many, of which all are done; the next line begins."""
+        """Returns the measurements since the last line of the log, and begins the next line.
+
+        Args:
+          steps: number of steps since the last line, which are all done.
+        """
         self._wait()
         seconds = self.seconds
         values = {}
         chip = chips.find(self._mesh.devices.flat[0].device_kind)
         if self._flops and chip is not None:
             values["mfu"] = self._flops * steps / (seconds * self._mesh.size * chip.flops.value)
-        values |= percentiles(self._took)
-        values["data_share"] = self._lost / seconds
+        values |= percentiles(self._step_seconds)
+        values["data_share"] = self._data_seconds / seconds
         values |= memory(self._mesh.local_devices)
-        self._begun, self._lost, self._took = time.monotonic(), 0.0, []
+        self._start, self._data_seconds, self._step_seconds = time.monotonic(), 0.0, []
         return values
 
-    def carried(self) -> dict[str, Any]:
-        """What a checkpoint keeps, as JSON values; all steps are done."""
+    def state(self) -> dict[str, Any]:
+        """Returns the measurements since the last line as JSON values, for a checkpoint; all steps are done."""
         self._wait()
-        return {"seconds": self.seconds, "lost": self._lost, "took": list(self._took)}
+        return {"seconds": self.seconds, "lost": self._data_seconds, "took": list(self._step_seconds)}
 
     def close(self) -> None:
         """Ends the thread."""
         self._steps.put(None)
 
     def _watch(self) -> None:
-        before = 0.0  # when the step before this was done
+        previous_end = 0.0
         while (step := self._steps.get()) is not None:
-            with suppress(Exception):  # the loop hears of it too, when it looks at the result
-                jax.block_until_ready(step.made)
-            done = time.monotonic()
-            with self._seen:
-                if not self._first:  # which compiles
-                    self._took.append(done - max(before, step.since))
-                self._lost += max(0.0, step.given - max(step.asked, before))
-                self._first, before = False, done
-                self._unseen -= 1
-                self._seen.notify_all()
+            with suppress(Exception):  # the loop raises it too, when it reads the result
+                jax.block_until_ready(step.result)
+            end = time.monotonic()
+            with self._changed:
+                if not self._first:  # the first step compiles
+                    self._step_seconds.append(end - max(previous_end, step.resumed))
+                self._data_seconds += max(0.0, step.received - max(step.requested, previous_end))
+                self._first, previous_end = False, end
+                self._pending -= 1
+                self._changed.notify_all()
 
     def _wait(self) -> None:
-        with self._seen:
-            self._seen.wait_for(lambda: not self._unseen)
+        with self._changed:
+            self._changed.wait_for(lambda: not self._pending)
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:
-    """Of the times of steps, in milliseconds; none where there are no times."""
+    """Returns the percentiles of step times, in milliseconds, by their name in the log; empty without times.
+
+    Args:
+      seconds: the time of each step.
+    """
     if not len(seconds):
         return {}
     return dict(zip(TIMES, (1000 * np.percentile(seconds, PERCENTILES)).tolist()))
 
 
 def memory(devices: Sequence[Any]) -> dict[str, int]:
-    """The most that any of these devices held since the process began, where the platform knows; else, which is no
-    measure of a device, the most that the process held in the memory of the host."""
-    stats = [device.memory_stats() or {} for device in devices]
-    peaks = [found["peak_bytes_in_use"] for found in stats if "peak_bytes_in_use" in found]
+    """Returns the peak memory since the process started, in bytes.
+
+    Returns:
+      `memory_bytes`, the largest peak of a device, where the platform reports it; else `process_memory_bytes`, the peak
+      of the process in the memory of the host; else nothing.
+    """
+    all_stats = [device.memory_stats() or {} for device in devices]
+    peaks = [stats["peak_bytes_in_use"] for stats in all_stats if "peak_bytes_in_use" in stats]
     if peaks:
         return {"memory_bytes": max(peaks)}
     try:
         import resource
-    except ImportError:  # Windows has none
+    except ImportError:  # on Windows
         return {}
     unit = 1 if sys.platform == "darwin" else 1024
     return {"process_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
 
 
 class Trace:
-    """Traces some steps of a run into a folder that TensorBoard (with xprof's plugin) opens.
+    """Traces some steps of a run into a folder that TensorBoard, with the plugin of xprof, can open.
 
-    It begins after the first steps of a start, which compile, unless too few would be left.
+    The trace starts after the first steps of this process, which compile, unless too few steps would be left.
     """
 
     def __init__(self, folder: Path, count: int, started: int, steps: int):
-        """count: how many steps; 0: none.  started, steps: made before this start, and the run's last."""
+        """Chooses the steps.
+
+        Args:
+          folder: where the trace is written.
+          count: number of steps to trace; 0: none.
+          started: number of steps made before this process.
+          steps: number of steps of the run.
+        """
         count = min(count, steps - started)
-        self._folder, self._on = folder, False
+        self._folder, self._running = folder, False
         self._first = started + 1 + min(UNTRACED, steps - started - count)
         self._last = self._first + count - 1
 
-    def before(self, step: int, waiting_for: Any) -> None:
-        """Begins before the first step of the trace, once `waiting_for` is there, so that it holds whole steps."""
+    def before(self, step: int, state: Any) -> None:
+        """Starts the trace before its first step, once `state` is ready, so that the trace contains whole steps."""
         if step == self._first <= self._last:
-            jax.block_until_ready(waiting_for)
+            jax.block_until_ready(state)
             jax.profiler.start_trace(str(self._folder))
-            self._on = True
+            self._running = True
 
-    def after(self, step: int, waiting_for: Any) -> None:
-        """Ends where this was the last step of the trace, once it is done."""
-        if self._on and step >= self._last:
-            jax.block_until_ready(waiting_for)
+    def after(self, step: int, result: Any) -> None:
+        """Ends the trace after its last step, once `result` is ready."""
+        if self._running and step >= self._last:
+            jax.block_until_ready(result)
             self.close()
 
     def close(self) -> None:
-        """Writes what there is, where a run ends early."""
-        if self._on:
-            self._on = False
+        """Writes the trace so far, where a run ends early."""
+        if self._running:
+            self._running = False
             jax.profiler.stop_trace()

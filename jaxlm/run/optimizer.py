@@ -1,8 +1,9 @@
-"""The optax chain of a run: clip, precondition, decay, layer-wise rates, schedule."""
+"""The optax chain of a run: clipping, preconditioning, weight decay, layer-wise rates and schedule."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,11 +14,17 @@ import optax
 from jaxlm.config import OptimizerConfig
 from jaxlm.nn import parameters
 
-_SMALLEST_FACTORED = 128  # Adafactor keeps whole second moments of matrices with a smaller side, as optax does
+_MIN_FACTORED = 128  # Adafactor does not factor the second moments of matrices with a smaller side, as in optax
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate as a function of the step: linear warm-up, then what `config.schedule` says, to `config.final`."""
+    """Returns the learning rate as a function of the step: linear warm-up, then the decay that `config.schedule` names.
+
+    Args:
+      config: its `rate` is the peak, and `final` the fraction of it at the end; `warmup` is a number of steps, or,
+        below 1, a fraction of all steps.
+      steps: number of steps of the run.
+    """
     warmup = round(config.warmup * steps) if config.warmup < 1 else round(config.warmup)
     rest, last = max(1, steps - warmup), config.rate * config.final
     peak = max(1, warmup)
@@ -33,16 +40,23 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
             [rest - decay],
         ),
     }[config.schedule]()
-    # The first step already moves: warm-up rises from rate / (warmup + 1), not from 0.
+    # Warm-up starts at rate / (warmup + 1) instead of 0, so that the first step changes the parameters.
     rise = optax.linear_schedule(config.rate / (warmup + 1), config.rate, warmup)
     return optax.join_schedules([rise, after], [warmup]) if warmup else after
 
 
 def rates(config: OptimizerConfig, params: Any) -> Any:
-    """For each leaf the factor of its learning rate: a float, or one for each layer of a stacked leaf [L, 1, ...].
+    """Returns the factor of the learning rate for each leaf.
 
-    With layer decay d and L layers the head has 1, layer l of 1..L has d^(L + 1 - l), the embeddings d^(L + 1).
-    What is frozen has 0.
+    With layer decay d and L layers, it is 1 for the heads, d^(L + 1 - l) for layer l = 1..L, and d^(L + 1) for the
+    embeddings. It is 0 for frozen parameters.
+
+    Args:
+      config: its `layer_decay`, `freeze` and `freeze_layers`.
+      params: all parameters of the model, arrays or shapes.
+
+    Returns:
+      A tree of float32 arrays: scalars, or [L, 1, ...] for the leaves of stacked layers.
     """
 
     def rate(row: parameters.Parameter, leaf: Any) -> np.ndarray:
@@ -66,35 +80,43 @@ def rates(config: OptimizerConfig, params: Any) -> Any:
 
 
 def trained(config: OptimizerConfig, params: Any) -> Any:
-    """Returns for each leaf whether the run trains it, at least in one layer.
+    """Returns for each leaf whether the run trains it, in at least one layer.
 
     Args:
+      config: its `freeze` and `freeze_layers`.
       params: all parameters of the model, arrays or shapes.
+
+    Returns:
+      A tree of bools.
     """
-    moves = jax.tree.map(lambda factor: bool(np.any(factor)), rates(config, params))
-    return jax.tree.map(lambda may, factor: may and factor, parameters.trained_in_nodes(params), moves)
+    has_rate = jax.tree.map(lambda factor: bool(np.any(factor)), rates(config, params))
+    return jax.tree.map(lambda in_node, own: in_node and own, parameters.trained_in_nodes(params), has_rate)
 
 
 def make_optimizer(config: OptimizerConfig, steps: int, params: Any) -> optax.GradientTransformation:
-    """Returns the chain for the trained part of a parameter tree, as `parameters.split` makes it of `trained`.
-
-    The norm of the gradient before clipping is in the chain's state, under `grad_norm`.
+    """Returns the optimizer of a run.
 
     Args:
+      config: the optimizer.
+      steps: number of steps of the run.
       params: all parameters of the model, arrays or shapes.
+
+    Returns:
+      A transformation of the trained part of the parameters, as `parameters.split` returns it with `trained`. Its state
+      has the norm of the gradient before clipping, under `grad_norm`.
     """
-    chosen = trained(config, params)
-    factor, _ = parameters.split(rates(config, params), chosen)
-    params, _ = parameters.split(params, chosen)
+    is_trained = trained(config, params)
+    factor, _ = parameters.split(rates(config, params), is_trained)
+    params, _ = parameters.split(params, is_trained)
     decays = jax.tree.map(lambda row: row.decays, parameters.rows(params), is_leaf=parameters.is_row)
     partly_frozen = any(np.any(f == 0) and np.any(f) for f in jax.tree.leaves(factor))
     parts = [
-        # Rows of a stacked leaf that are frozen neither move nor count in the norm.
+        # Frozen layers of a stacked leaf do not change and do not count in the norm.
         _scale(jax.tree.map(np.sign, factor)) if partly_frozen else optax.identity(),
         optax.snapshot("grad_norm", optax.tree.norm),
         optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
         _direction(config, params),
-        _in_proportion(params) if config.relative else optax.identity(),
+        _scale_by_parameter_rms(params) if config.relative else optax.identity(),
         optax.add_decayed_weights(config.weight_decay, decays) if config.weight_decay else optax.identity(),
         _scale(factor) if any(np.any(f != 1) for f in jax.tree.leaves(factor)) else optax.identity(),
         optax.scale_by_learning_rate(make_schedule(config, steps)),
@@ -103,77 +125,79 @@ def make_optimizer(config: OptimizerConfig, steps: int, params: Any) -> optax.Gr
 
 
 def _direction(config: OptimizerConfig, params: Any) -> optax.GradientTransformation:
-    """How a gradient becomes a direction of about unit size in each entry."""
-    kind = None if config.momentum_dtype == "float32" else jnp.bfloat16
-    adam = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon, mu_dtype=kind)
+    """Returns the transformation of a gradient into a direction whose entries are about 1 in size."""
+    momentum_dtype = None if config.momentum_dtype == "float32" else jnp.bfloat16
+    adam = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon, mu_dtype=momentum_dtype)
     if config.name == "adamw":
         return adam
     if config.name == "lion":
-        return optax.scale_by_lion(config.beta1, config.beta2, mu_dtype=kind)
+        return optax.scale_by_lion(config.beta1, config.beta2, mu_dtype=momentum_dtype)
     if config.name == "adafactor":
         return _adafactor(params)
 
-    # Muon orthogonalises the matrices of the layers, each layer on its own; Adam has the rest (Jordan et al. 2024).
-    # Scaled by 0.2 sqrt(max(inputs, outputs)), so that its updates are as large as Adam's (Liu et al. 2025).
+    return _muon(config, params, adam, momentum_dtype)
+
+
+def _muon(
+    config: OptimizerConfig, params: Any, adam: optax.GradientTransformation, momentum_dtype: Any
+) -> optax.GradientTransformation:
+    """Returns Muon for the matrices of the layers, each layer by itself, and Adam for the rest (Jordan et al. 2024).
+
+    The factor 0.2 sqrt(max(inputs, outputs)) makes its updates as large as those of Adam (Liu et al. 2025).
+    """
+
     def dimensions(row: parameters.Parameter) -> optax.contrib.MuonDimensionNumbers | None:
         if not row.inputs:
             return None
         axes = range(1, len(row.axes))
         return optax.contrib.MuonDimensionNumbers(tuple(axes[: row.inputs]), tuple(axes[row.inputs :]))
 
+    for_rows = partial(jax.tree.map, is_leaf=parameters.is_row)
     rows = parameters.rows(params)
-    muon = optax.chain(
-        optax.contrib.scale_by_muon(
-            beta=config.beta1,
-            mu_dtype=kind,
-            weight_dimension_numbers=lambda tree: jax.tree.map(
-                dimensions, parameters.rows(tree), is_leaf=parameters.is_row
-            ),
-        ),
-        _scale(
-            jax.tree.map(
-                lambda row, leaf: 0.2 * max(_matrix(row, leaf)) ** 0.5, rows, params, is_leaf=parameters.is_row
-            )
-        ),
+    orthogonalise = optax.contrib.scale_by_muon(
+        beta=config.beta1,
+        mu_dtype=momentum_dtype,
+        weight_dimension_numbers=lambda tree: for_rows(dimensions, parameters.rows(tree)),
     )
-    labels = jax.tree.map(lambda row: "muon" if row.inputs else "adam", rows, is_leaf=parameters.is_row)
-    return optax.partition({"muon": muon, "adam": adam}, labels)
+    size = for_rows(lambda row, leaf: 0.2 * max(_matrix(row, leaf)) ** 0.5, rows, params)
+    labels = for_rows(lambda row: "muon" if row.inputs else "adam", rows)
+    return optax.partition({"muon": optax.chain(orthogonalise, _scale(size)), "adam": adam}, labels)
 
 
 class _LayerStates(NamedTuple):
     """Optimizer states of single parameters.
 
-    leaves: the parameter tree with a state in place of each leaf; that of a stacked leaf has a leading axis L.
+    leaves: the parameter tree with a state in place of each leaf; the state of a stacked leaf has a leading axis L.
     """
 
     leaves: Any
 
 
 def _adafactor(params: Any) -> optax.GradientTransformation:
-    """Returns Adafactor's direction, which treats each layer of a stacked leaf as a parameter of its own.
+    """Returns the direction of Adafactor, for which each layer of a stacked leaf is a separate parameter.
 
-    A projection is factored as the matrix from its inputs to its outputs: [D, H, C] as [D, H C].  The root mean square
-    of an update is clipped to 1 over one layer of one parameter (Shazeer and Stern 2018, algorithm 4).
+    A projection is factored as the matrix from its inputs to its outputs: [D, H, C] as [D, H C]. The root mean square
+    of the update of one layer of one parameter is clipped to 1 (Shazeer and Stern 2018, algorithm 4).
     """
     rows = parameters.rows(params)
     structure: Any = jax.tree.structure(rows, is_leaf=parameters.is_row)
 
     def matrix_view(row: parameters.Parameter, leaf: Any) -> tuple[tuple[int, ...], optax.GradientTransformation]:
-        """Returns the shape in which the moments of one layer are kept, and the transformation."""
+        """Returns the shape of the moments of one layer, and the transformation."""
         shape = leaf.shape[row.depth == "layers" :]
         matrix = _matrix(row, leaf) if row.inputs else shape
-        factored = len(matrix) > 1 and sorted(matrix)[-2] >= _SMALLEST_FACTORED
-        # Moments that are not factored keep the axes of the parameter, and so its sharding.
-        direction = optax.scale_by_factored_rms(factored, min_dim_size_to_factor=_SMALLEST_FACTORED)
+        factored = len(matrix) > 1 and sorted(matrix)[-2] >= _MIN_FACTORED
+        # Moments that are not factored have the axes of the parameter, and so its sharding.
+        direction = optax.scale_by_factored_rms(factored, min_dim_size_to_factor=_MIN_FACTORED)
         return matrix if factored else shape, optax.chain(direction, optax.clip_by_block_rms(1.0))
 
     def per_layer(method: str, row: parameters.Parameter, *arguments: Any) -> Any:
         """Applies `init` or `update` to one leaf; the first and last arguments are arrays of the parameter's shape."""
         shape, transformation = matrix_view(row, arguments[-1])
         stacked = row.depth == "layers"
-        viewed = lambda x: x.reshape(*x.shape[:stacked], *shape) if isinstance(x, jax.Array) else x
+        reshape = lambda x: x.reshape(*x.shape[:stacked], *shape) if isinstance(x, jax.Array) else x
         apply: Callable[..., Any] = getattr(transformation, method)
-        return (jax.vmap(apply) if stacked else apply)(*map(viewed, arguments))
+        return (jax.vmap(apply) if stacked else apply)(*map(reshape, arguments))
 
     def init(params: Any) -> _LayerStates:
         leaf_state = lambda row, p: p if isinstance(p, optax.MaskedNode) else per_layer("init", row, p)
@@ -193,36 +217,38 @@ def _adafactor(params: Any) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def _in_proportion(params: Any) -> optax.GradientTransformation:
-    """Multiplies each tensor's direction by the root mean square of its entries, 1e-3 at the least (Shazeer and Stern
-    2018, algorithm 4); of stacked layers each by its own."""
+def _scale_by_parameter_rms(params: Any) -> optax.GradientTransformation:
+    """Multiplies the direction of each layer of each parameter by the parameter's root mean square, at least 1e-3.
+
+    Source: Shazeer and Stern 2018, algorithm 4.
+    """
     rows = parameters.rows(params)
 
     def update(updates: Any, params: Any) -> Any:
-        def scaled(row: parameters.Parameter, u: Any, p: Any) -> Any:
+        def scale(row: parameters.Parameter, u: Any, p: Any) -> Any:
             if isinstance(u, optax.MaskedNode):
                 return u
             axes = tuple(range(row.depth == "layers", p.ndim))
             return u * jnp.maximum(jnp.sqrt(jnp.square(p).mean(axes, keepdims=True)), 1e-3)
 
-        return jax.tree.map(scaled, rows, updates, params, is_leaf=parameters.is_row)
+        return jax.tree.map(scale, rows, updates, params, is_leaf=parameters.is_row)
 
     return optax.stateless(update)
 
 
 def _matrix(row: parameters.Parameter, leaf: Any) -> tuple[int, int]:
-    """Numbers of inputs and outputs of a layer's projection."""
+    """Returns the numbers of inputs and outputs of the projection in one layer."""
     shape = leaf.shape[1:]
     return int(np.prod(shape[: row.inputs])), int(np.prod(shape[row.inputs :]))
 
 
 def _scale(factors: Any) -> optax.GradientTransformation:
-    """Multiplies each leaf by its factor, which broadcasts; leaves that a partition masks stay masked."""
+    """Multiplies each leaf by its factor, which broadcasts; leaves that are masked by a partition stay masked."""
 
     def update(updates: Any, params: Any) -> Any:
         del params
-        masked = lambda leaf: isinstance(leaf, optax.MaskedNode)
-        return jax.tree.map(lambda u, f: u if masked(u) else u * f, updates, factors, is_leaf=masked)
+        is_masked = lambda leaf: isinstance(leaf, optax.MaskedNode)
+        return jax.tree.map(lambda u, f: u if is_masked(u) else u * f, updates, factors, is_leaf=is_masked)
 
     return optax.stateless(update)
 

@@ -13,9 +13,9 @@ from jax.sharding import Mesh
 
 from jaxlm import families
 from jaxlm.config import DROPOUT_SITES, ModelConfig, RunConfig
-from jaxlm.data.corpus import Corpus, Prepared, capped
+from jaxlm.data.corpus import Corpus, Prepared, sample_documents
 from jaxlm.devices import hosts, sharding
-from jaxlm.errors import UserError, perhaps
+from jaxlm.errors import UserError, suggestion
 from jaxlm.hub.convert import tree_shapes
 from jaxlm.hub.download import fetch_tokenizer
 from jaxlm.lm import LM, find, has_tokenizer
@@ -70,7 +70,7 @@ def resolve(
     data: Prepared | None = None,
     resumed_labels: Labels | None = None,
     resuming: bool = False,
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> ResolvedRun:
     """Reads the data, tokenizer and weights that a run names, and returns the run with everything they decide.
 
@@ -81,7 +81,7 @@ def resolve(
       data: prepared data, instead of `run.data`.
       resumed_labels: the names of the head's outputs, of a run that resumes.
       resuming: whether the run folder contains a state of this run.
-      say: prints a line for the person who watches the run.
+      log: prints a line for the person who watches the run.
 
     Returns:
       The resolved run.
@@ -97,17 +97,17 @@ def resolve(
     known = resumed_labels if resuming else known_labels(run, model)
     if data is None:
         own_tokenizer = model.tokenizer if model and not run.tokenizer.path else None
-        data = hosts.after_first(lambda: prepare(run, own_tokenizer, say, known))
+        data = hosts.run_on_first_then_others(lambda: prepare(run, own_tokenizer, log, known))
     else:
-        data = with_labels(run, data, known, say)
+        data = with_labels(run, data, known, log)
     uncapped = len(data.held_out.tokens) if isinstance(data.held_out, Corpus) else 0
     if uncapped:
-        data = data._replace(held_out=capped(data.held_out, run.eval_tokens, data.tokenizer))
+        data = data._replace(held_out=sample_documents(data.held_out, run.eval_tokens, data.tokenizer))
     task = make_task(run, data.tokenizer, data.labels)
     if run.best and run.best not in (*task.scores, "loss"):
-        raise UserError(f"best is {run.best!r}{perhaps(run.best, [*task.scores, 'loss'])}")
+        raise UserError(f"best is {run.best!r}{suggestion(run.best, [*task.scores, 'loss'])}")
     weights = weights_of(given, model, task, data.labels, resuming)
-    task, config = bound(run, weights, task, data.train)
+    task, config = bind_task(run, weights, task, data.train)
     train = task.batches(data.train, run.batch, run.data.length, run.seed)
     run = sized(run, config, train)
     train.rows = run.batch
@@ -149,8 +149,8 @@ def with_model(run: RunConfig, model: LM | None) -> RunConfig:
     heads = getattr(run.task, "heads", None)
     if model is None and run.init and heads is not None:
         folder = find(run.init)
-        _check_structure(run.task, families.look(folder).config)
-        config = families.look(folder, head=heads).config
+        _check_structure(run.task, families.open_folder(folder).config)
+        config = families.open_folder(folder, head=heads).config
     elif model is not None:
         config = model.config
     else:
@@ -172,11 +172,11 @@ def _check_structure(task: Any, model: ModelConfig) -> None:
         )
 
 
-def bound(run: RunConfig, weights: Weights | None, task: Task, train: Any) -> tuple[Task, ModelConfig]:
+def bind_task(run: RunConfig, weights: Weights | None, task: Task, train: Any) -> tuple[Task, ModelConfig]:
     """Returns the task bound to the run's model and training data, and the model with the changes of the task."""
     config = run.model or (with_dropout(weights.config, run.dropout) if weights else None)
     assert config is not None  # `RunConfig.check` requires `model` or `init`
-    return task.bound(config, weights.pooling if weights else None, train), task.configured(config)
+    return task.bind(config, weights.pooling if weights else None, train), task.configure(config)
 
 
 def with_dropout(config: ModelConfig, rate: float | None) -> ModelConfig:
@@ -208,4 +208,4 @@ def check_model(run: RunConfig) -> None:
     This runs before the data are read: their tokenizer would be reported as the cause otherwise.
     """
     if run.init and run.model is not None:
-        check_fits(tree_shapes(families.look(find(run.init)).config), tree_shapes(run.model))
+        check_fits(tree_shapes(families.open_folder(find(run.init)).config), tree_shapes(run.model))

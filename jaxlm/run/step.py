@@ -21,53 +21,53 @@ Objective = Callable[[Any, Batch, jax.Array], Summed]
 
 
 class TrainState(NamedTuple):
-    """All that changes from step to step, and what the steps read beside it; arrays only."""
+    """The arrays that a step reads and, except for `key` and `frozen`, replaces."""
 
-    step: jax.Array  # int32, updates made
-    params: Any  # those that are trained, with None in the place of the others
+    step: jax.Array  # int32, number of updates made
+    params: Any  # the trained parameters, with None in place of the others
     opt_state: Any
-    key: jax.Array  # uint32 [2], of dropout; never advanced: step n uses fold_in(key, n)
-    frozen: Any = None  # the parameters that are not trained, as `parameters.split` has them; None: there are none
+    key: jax.Array  # uint32 [2], for dropout; constant: step n uses fold_in(key, n)
+    frozen: Any = None  # the other parameters, as `parameters.split` returns them; None: all are trained
 
     @property
     def model(self) -> Any:
         """All parameters of the model."""
-        return parameters.joined(self.params, self.frozen)
+        return parameters.join(self.params, self.frozen)
 
 
 class Gradient(Protocol):
-    """How the gradient of a batch is computed: `summed_gradient`, or another with the same signature."""
+    """The signature of a function that computes the gradient of a batch, such as `summed_gradient`."""
 
     def __call__(self, objective: Objective, params: Any, batch: Batch, key: jax.Array) -> tuple[Summed, Any]:
-        """Returns what the objective returns, summed over the batch, and its gradient.
+        """Returns the results of the objective, summed over the batch, and its gradient.
 
         Args:
-          objective: (params, rows [b, ...] of the batch, key) -> (what is minimised, (sum, weight) of each loss).  Its
-            values over disjoint rows add up to that of the batch.
+          objective: (params, rows [b, ...] of the batch, key) -> (minimised value, (sum, weight) of each loss). The
+            value for the whole batch is the sum of the values for its rows.
           params: the trained parameters.
-          batch: fields [k, B / k, ...]: k micro-batches.
-          key: of dropout.
+          batch: fields [k, B / k, ...] of k micro-batches.
+          key: for dropout.
         """
 
 
 def summed_gradient(objective: Objective, params: Any, batch: Batch, key: jax.Array) -> tuple[Summed, Any]:
-    """Returns the objective of a batch and its gradient, both summed over the micro-batches: see `Gradient`."""
+    """Returns the results of the objective and its gradient, both summed over the micro-batches; see `Gradient`."""
     k = leading(batch)
 
-    def share(micro: Batch, i: jax.Array) -> tuple[Summed, Any]:
+    def micro_gradient(micro: Batch, i: jax.Array) -> tuple[Summed, Any]:
         return jax.value_and_grad(objective, has_aux=True)(params, micro, jax.random.fold_in(key, i))
 
     first = jax.tree.map(lambda x: x[0], batch), jnp.int32(0)
     if k == 1:
-        return share(*first)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(share, *first))
-    add = lambda sums, inputs: (jax.tree.map(jnp.add, sums, share(*inputs)), None)
+        return micro_gradient(*first)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(micro_gradient, *first))
+    add = lambda sums, inputs: (jax.tree.map(jnp.add, sums, micro_gradient(*inputs)), None)
     sums, _ = jax.lax.scan(add, zeros, (batch, jnp.arange(k)))
     return sums
 
 
 def leading(batch: Batch) -> int:
-    """Returns the size of the first axis of a batch's fields."""
+    """Returns the size of the first axis of the fields of a batch."""
     return next(iter(batch.values())).shape[0]
 
 
@@ -78,10 +78,21 @@ def make_train_step(
     schedule: optax.Schedule,
     gradient: Gradient = summed_gradient,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Returns one update of `optimizer` by a batch whose fields are [k, B / k, ...]: k micro-batches.
+    """Returns the function of one update: (state, batch) -> (state, metrics).
 
-    What is minimised is, for each loss, its sum over all k micro-batches divided by its weight in all of them, so that
-    k micro-batches give the update of one batch k times as large, however ragged the padding.
+    It minimises, for each loss, the sum over all k micro-batches divided by the weight of all k. So k micro-batches
+    give the same update as one batch with all of their rows, however the padding is distributed.
+
+    Args:
+      task: computes the losses.
+      module: the model.
+      optimizer: for the trained parameters; its state has `grad_norm`.
+      schedule: the learning rate, for the metrics.
+      gradient: computes the gradient of a batch.
+
+    Returns:
+      A pure function of a state and a batch whose fields are [k, B / k, ...]. Its metrics are scalars: loss, the mean
+      of each loss where there are several, learning_rate, grad_norm, tokens and examples.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -89,8 +100,8 @@ def make_train_step(
         tokens = sum((batch[name] > 0).sum() for name in ("segments_BT", "source_segments_BS") if name in batch)
 
         def objective(params: Any, micro: Batch, key: jax.Array) -> Summed:
-            losses, _ = task.losses(module, parameters.joined(params, state.frozen), micro, key)
-            # What blocks add is a mean over the tokens.
+            losses, _ = task.losses(module, parameters.join(params, state.frozen), micro, key)
+            # The auxiliary losses of blocks are means over the tokens.
             auxiliary = dict.fromkeys((name for name in losses if name.startswith("auxiliary/")), tokens)
             means = (losses[name][0] / jnp.maximum(total, 1) for name, total in (totals | auxiliary).items())
             return sum(means, jnp.float32(0)), losses
@@ -100,7 +111,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics = {
             **({name: s / jnp.maximum(w, 1) for name, (s, w) in losses.items()} if len(losses) > 1 else {}),
-            "loss": loss,  # all that is minimised
+            "loss": loss,  # the minimised value
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "grad_norm": optax.tree.get(opt_state, "grad_norm"),
             "tokens": tokens,
@@ -113,7 +124,10 @@ def make_train_step(
 
 
 def make_eval_step(task: Task, module: Transformer) -> Callable[[Any, Batch], Losses]:
-    """Of a batch [1, B, ...] sums and weights, to be added over batches, and what the task keeps of its examples."""
+    """Returns the function that evaluates one batch [1, B, ...].
+
+    It returns the (sum, weight) of each loss, to be added over batches, and the arrays that the task keeps per example.
+    """
 
     def eval_step(params: Any, batch: Batch) -> Losses:
         return task.losses(module, params, jax.tree.map(lambda x: x[0], batch), None)

@@ -1,4 +1,4 @@
-"""A run that is set up: its state, its compiled steps, its log, its checkpoints; and what is done between steps."""
+"""A run in progress: its state, compiled steps, log and checkpoints, and the work between steps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import jax
 import numpy as np
 
 from jaxlm.config import RunConfig
-from jaxlm.data.batches import Batch, fed
+from jaxlm.data.batches import Batch, iterate_batches
+from jaxlm.data.corpus import Prepared
 from jaxlm.devices import chips, hosts
 from jaxlm.errors import RunError, Stopped
 from jaxlm.lm import LM, find, with_params
@@ -33,32 +34,33 @@ from jaxlm.run.weights import check_fits, check_frozen, origin, start_from, weig
 from jaxlm.storage import buckets
 
 
-def say(message: str) -> None:
-    """Prints one line for the person who watches the run, from its first host."""
+def log(message: str) -> None:
+    """Prints a line to standard error, on the first host only."""
     if hosts.is_first():
-        # On a terminal the line of progress, which is rewritten in place, makes room.
+        # On a terminal this replaces the progress line, which is rewritten in place.
         print(f"\r\x1b[K{message}" if sys.stderr.isatty() else message, file=sys.stderr, flush=True)
 
 
 class Journal:
-    """The lines of the log: metrics of steps, which stay on the device until a line is written or a state saved.
+    """Collects the metrics of steps, and writes them to the log.
 
-    A checkpoint between two lines carries along what is not yet in one, so that the next line is the same after it.
+    Metrics stay on the device until a line is written or a state is saved. A checkpoint stores the metrics that are not
+    yet in a line, so that a resumed run writes the same next line.
     """
 
     def __init__(self, log: RunLog | NoLog, meter: Meter, log_every: int, notes: dict[str, Any]):
         self.log, self.meter, self._log_every = log, meter, log_every
         self.unlogged: list[Any] = notes.get("unlogged", [])
-        self.logged: list[dict[str, float]] = notes.get("logged", [])  # of the steps of the last line
+        self.logged: list[dict[str, float]] = notes.get("logged", [])  # metrics of the steps of the last line
 
     def add(self, metrics: dict[str, jax.Array]) -> None:
-        """Takes the metrics of a step that was handed over to the device."""
-        self.meter.stepped(metrics["loss"])
+        """Adds the metrics of a step that was dispatched."""
+        self.meter.record_step(metrics["loss"])
         self.unlogged.append(metrics)
 
     def write_line(self, step: int) -> None:
         """Writes the line of a step."""
-        # The last line may have few steps of its own, and is a mean over as many as the others.
+        # The last line of a run may follow after few steps; its window is as long as that of the other lines.
         window = (self.logged + self.unlogged)[-max(self._log_every, len(self.unlogged)) :]
         values = _averaged(window, self.unlogged, self.meter.seconds) | self.meter.line(len(self.unlogged))
         self.log.write(step, values)
@@ -69,23 +71,24 @@ class Journal:
         """Writes the line of an evaluation."""
         self.log.write(step, {f"eval/{name}": value for name, value in scores.items()})
 
-    def carried(self) -> dict[str, Any]:
-        """Returns what a checkpoint carries along, as JSON values."""
-        return {"unlogged": self.unlogged, "logged": self.logged, **self.meter.carried()}
+    def state(self) -> dict[str, Any]:
+        """Returns the metrics that a checkpoint stores, as JSON values."""
+        return {"unlogged": self.unlogged, "logged": self.logged, **self.meter.state()}
 
 
 class Training:
-    """A run that is set up; closed as a context.
+    """A run in progress; a context that closes its log and its checkpoints.
 
-    state: the newest.  model: without parameters.  history: what each evaluation was worth, the larger the better.
-    before: what the weights were worth that the run started from.  scores, found: those of the last evaluation, and
-    what the task found in it.
+    state: after the last step.  model: the model without parameters.
+    history: the score of each evaluation that selects checkpoints; larger is better.
+    before: the same score of the weights that the run started from.
+    scores, result: all scores of the last evaluation, and the outputs that the task kept.
     """
 
     def __init__(
         self,
         resolved: ResolvedRun,
-        place: buckets.RunFolder,
+        run_folder: buckets.RunFolder,
         parts: Assembly,
         checkpoints: Checkpoints | OfFirstHost,
         state: TrainState,
@@ -93,21 +96,21 @@ class Training:
         model: LM,
     ):
         run, mesh = resolved.run, resolved.mesh
-        self.resolved, self.run, self.place, self.parts, self.checkpoints = resolved, run, place, parts, checkpoints
-        self.state, self.model, self.started = state, model, int(state.step)
+        self.resolved, self.run, self.run_folder, self.parts = resolved, run, run_folder, parts
+        self.checkpoints, self.state, self.model, self.started = checkpoints, state, model, int(state.step)
         self.history: list[float] = notes.get("history", [])
         self.before: float = notes.get("before", -math.inf)
         self.frozen_sums = None if state.frozen is None else checksums_of(state.frozen)
         self.checkpoint_every = run.checkpoint_every or max(1, run.steps // 10)
         self.scores: dict[str, float] = {}
-        self.found: Any = None
-        self._put = partial(shard_batch, mesh)
+        self.result: Any = None
+        self._shard = partial(shard_batch, mesh)
         self._rows = local_rows(mesh, run.batch, run.accumulate)
         self._held_out_rows = local_rows(mesh, run.batch // run.accumulate, 1)
         self._eval_step = jax.jit(make_eval_step(resolved.task, parts.module))
-        self.trace = Trace(place.folder / "profile", run.profile, self.started, run.steps)
-        log = RunLog(place.folder, self.started, run.steps) if hosts.is_first() else NoLog()
-        self.journal = Journal(log, Meter(mesh, _flops(resolved), notes), run.log_every, notes)
+        self.trace = Trace(run_folder.folder / "profile", run.profile, self.started, run.steps)
+        run_log = RunLog(run_folder.folder, self.started, run.steps) if hosts.is_first() else NoLog()
+        self.journal = Journal(run_log, Meter(mesh, _flops(resolved), notes), run.log_every, notes)
 
     def __enter__(self) -> Self:
         return self
@@ -119,194 +122,229 @@ class Training:
             self.journal.log.close()
         finally:
             self.checkpoints.close()
-            self.place.send()
+            self.run_folder.send()
 
     def batches(self) -> Iterator[tuple[int, Batch]]:
-        """Yields each step that is left, from 1, and its batch on the mesh."""
+        """Yields the number of each step that is left, counted from 1, and its batch on the mesh."""
         end = self.started if self.is_stale else self.run.steps
-        batches = fed(self.resolved.train, self.started, end, lambda: self.state, self._rows)
+        batches = iterate_batches(self.resolved.train, self.started, end, lambda: self.state, self._rows)
         for step, batch in enumerate(self.journal.meter.fed(batches), self.started + 1):
-            yield step, self._put(batch, self.run.accumulate)
+            yield step, self._shard(batch, self.run.accumulate)
 
     def check(self, step: int, state_too: bool) -> None:
-        """Raises RunError where a loss, or an entry of the state, is not finite."""
-        self.journal.unlogged = _finite(jax.device_get(self.journal.unlogged), step, self.checkpoints)
+        """Fetches the metrics of the last steps.
+
+        Args:
+          step: the last step.
+          state_too: whether to check the state as well.
+
+        Raises:
+          RunError: where a loss, a gradient norm or an entry of the state is not finite.
+        """
+        self.journal.unlogged = _finite_metrics(jax.device_get(self.journal.unlogged), step, self.checkpoints)
         if state_too and not finite(self.state):
-            raise _diverged("a weight is not finite", step, self.journal.unlogged[-1], self.checkpoints)
+            raise _divergence("a weight is not finite", step, self.journal.unlogged[-1], self.checkpoints)
 
     def score(self, params: Any) -> tuple[dict[str, float], Any]:
-        """Returns the scores of parameters on the held-out data, and what the task found."""
+        """Returns the scores of parameters on the held-out data, and the outputs that the task keeps."""
         resolved = self.resolved
-        run_over = lambda batches: run_eval(self._eval_step, params, batches, self._put, self._held_out_rows)
+        run_over = lambda batches: run_eval(self._eval_step, params, batches, self._shard, self._held_out_rows)
         model = with_params(self.model, params)
         return resolved.task.measure(model, run_over, resolved.held_out, resolved.data.held_out)
 
     def worth(self, scores: dict[str, float]) -> float:
-        """Returns the score by which checkpoints are compared: the larger the better."""
+        """Returns the score that selects checkpoints; larger is better."""
         return -scores["loss"] if self.resolved.best == "loss" else scores[self.resolved.best]
 
     def score_start(self) -> None:
-        """Scores the weights that the run starts from."""
+        """Evaluates the weights that the run starts from."""
         scores = self.score(self.state.model)[0]
         self.before = self.worth(scores)
         self.journal.write_scores(0, scores)
-        say(_score_line(0, self.run.steps, scores))
+        log(_score_line(0, self.run.steps, scores))
 
     def evaluate(self, step: int) -> bool:
-        """Scores the state, and returns whether the run ends, since its patience does."""
+        """Evaluates the state, and returns whether the run ends early because its patience has run out."""
         began = time.monotonic()
-        self.scores, self.found = self.score(self.state.model)
+        self.scores, self.result = self.score(self.state.model)
         self.journal.write_scores(step, self.scores)
-        self.journal.meter.paused(time.monotonic() - began)
+        self.journal.meter.record_pause(time.monotonic() - began)
         if not np.isfinite(self.scores["loss"]):
-            what = f"the held-out loss is {self.scores['loss']:.4g}"
-            raise _diverged(what, step, self.last_metrics, self.checkpoints)
+            fault = f"the held-out loss is {self.scores['loss']:.4g}"
+            raise _divergence(fault, step, self.last_metrics, self.checkpoints)
         worth = self.worth(self.scores)
         is_best = worth > max([self.before, *self.history])
         self.history.append(worth)
-        say(_score_line(step, self.run.steps, self.scores, is_best))
+        log(_score_line(step, self.run.steps, self.scores, is_best))
         if self.is_stale and step < self.run.steps:
             patience = self.run.patience
-            say(f"no better {self.resolved.best} in {patience} evaluations: the run ends at step {step:,}")
+            log(f"no better {self.resolved.best} in {patience} evaluations; the run ends at step {step:,}")
         return self.is_stale
 
     @property
     def last_metrics(self) -> dict[str, float]:
-        """The metrics of the newest step that was looked at."""
+        """The metrics of the last step that was fetched."""
         return (self.journal.logged + self.journal.unlogged)[-1]
 
     @property
     def is_stale(self) -> bool:
-        """Whether the last `patience` evaluations were no better than one before them."""
+        """Whether none of the last `patience` evaluations was better than the best before them."""
         patience, history = self.run.patience, self.history
         return bool(patience) and len(history) > patience and max(history[-patience:]) <= max(history[:-patience])
 
     def save(self, evaluated: bool) -> None:
-        """Starts to write a checkpoint, with the scores where the state was evaluated."""
-        notes: dict[str, Any] = {"history": self.history, **self.journal.carried()}
+        """Starts to write a checkpoint.
+
+        Args:
+          evaluated: whether `scores` are those of this state.
+        """
+        notes: dict[str, Any] = {"history": self.history, **self.journal.state()}
         notes |= {} if math.isinf(self.before) else {"before": self.before}
         notes |= {} if self.frozen_sums is None else {"frozen": self.frozen_sums}
         self.checkpoints.save(self.state, self.scores | {"best": self.history[-1]} if evaluated else None, notes)
-        self.place.send()  # of what is whole by now
+        self.run_folder.send()  # earlier checkpoints, which are complete by now
 
     def end(self, ended: bool) -> tuple[LM, str]:
-        """Exports the best weights, and returns their model and the name of the format.
+        """Exports the best weights.
 
         Args:
-          ended: whether the run has ended.
+          ended: whether the run has ended, rather than been stopped.
+
+        Returns:
+          The model with the best weights, and the name of the format of the export.
 
         Raises:
-          Stopped: where it has not.
+          Stopped: where the run has not ended.
         """
         self.checkpoints.wait()
         step, best_step = int(self.state.step), self.checkpoints.best()
         if best_step is not None and best_step != step:
-            # What the optimizer keeps is not needed any more, and makes room for the other parameters.
+            # The optimizer's state is no longer needed; deleting it makes room for the other parameters.
             jax.tree.map(lambda leaf: leaf.delete(), self.state.opt_state)
             self.state = self.state._replace(opt_state=None)
             params = self.checkpoints.restore_params(self.parts.like.params, best_step)
             if params is not None:
                 self.state = self.state._replace(step=jax.numpy.int32(best_step), params=params)
                 self.scores = {}
-        lm, kind = export(with_params(self.model, self.state.model), self.resolved.task, self.place.folder / "export")
+        lm, kind = export(
+            with_params(self.model, self.state.model), self.resolved.task, self.run_folder.folder / "export"
+        )
         if not ended:
             raise Stopped(
                 f"stopped at step {step:,} of {self.run.steps:,} and saved; the same command resumes from here"
             )
         if not self.scores:
-            self.scores, self.found = self.score(self.state.model)
+            self.scores, self.result = self.score(self.state.model)
         return lm, kind
 
 
-def set_up(resolved: ResolvedRun, place: buckets.RunFolder, model_given: bool, resuming: bool) -> Training | None:
-    """Returns the run with its state on the devices, at the step of its newest checkpoint; None where it is finished.
+def set_up(resolved: ResolvedRun, run_folder: buckets.RunFolder, model_given: bool, resuming: bool) -> Training | None:
+    """Creates or restores the state of a run on the devices.
 
     Args:
       resolved: the run.
-      place: its folder, which becomes that of this run.
-      model_given: whether the weights are those of a model, not of `run.init`.
-      resuming: whether the folder holds a state of this run.
+      run_folder: its folder.
+      model_given: whether the run starts from the weights of a model rather than those of `run.init`.
+      resuming: whether the folder contains a state of this run.
+
+    Returns:
+      The run at the step of its newest checkpoint; None where it is finished.
+
+    Raises:
+      UserError: where the weights do not fit the model, or the folder contains another run.
     """
-    run, data, weights, folder = resolved.run, resolved.data, resolved.weights, place.folder
-    # Shapes first, so that every array is created on its devices.
+    run, data, weights, folder = resolved.run, resolved.data, resolved.weights, run_folder.folder
+    # Shapes and shardings come first, so that every array is created on its own devices.
     parts = assemble(resolved)
     if weights is not None:
         shapes = {path: leaf.shape for path, leaf in parameters.by_path(parts.like.model).items()}
         check_fits(weights.shapes, shapes)
-    # All that the user could have got wrong is looked at; the folder is this run's from here on.
-    of_init = find(run.init) if run.init and not model_given and weights is not None else None
-    hosts.first(lambda: begin(resolved.given, folder, data.fingerprint, data.labels, of_init))
-    if resuming and hosts.first(lambda: finished_at(folder)) is not None:
+    # All of the user's input is valid, so the folder belongs to this run from here on.
+    init_folder = find(run.init) if run.init and not model_given and weights is not None else None
+    hosts.run_on_first(lambda: begin(resolved.given, folder, data.fingerprint, data.labels, init_folder))
+    if resuming and hosts.run_on_first(lambda: finished_at(folder)) is not None:
         return None
-    # The copies of a folder at an address are each host's own.
-    keeps: type[Checkpoints | OfFirstHost] = Checkpoints
-    if place.address and jax.process_count() > 1:
-        keeps = OfFirstHost
-    checkpoints = keeps(folder / "checkpoints", run.keep, say)
+    # Each host has its own copy of a folder at an address, so only the first one writes checkpoints.
+    is_copy = run_folder.address and jax.process_count() > 1
+    checkpoints: Checkpoints | OfFirstHost = (OfFirstHost if is_copy else Checkpoints)(
+        folder / "checkpoints", run.keep, log
+    )
     restored, notes = checkpoints.restore(parts.like) or (None, {})
     state = _state(resolved, parts, restored, notes)
-    hosts.first(lambda: (folder / "report.html").unlink(missing_ok=True))  # it exists in finished runs alone
+    hosts.run_on_first(lambda: (folder / "report.html").unlink(missing_ok=True))  # only finished runs have one
     files: dict[str, Any] = {"files": weights.files, "pooling": weights.pooling} if weights else {}
-    own_module = parts.module.clone(remat="none", unroll=1)  # what training alone needs
+    own_module = parts.module.clone(remat="none", unroll=1)  # these only serve training
     model = LM(resolved.model, own_module, None, data.tokenizer, origin(run, weights), **files)
-    # The weights keep the files of a checkpoint open.
-    training = Training(dataclasses.replace(resolved, weights=None), place, parts, checkpoints, state, notes, model)
-    _say_start(training)
+    resolved = dataclasses.replace(resolved, weights=None)  # they keep the files of a checkpoint open
+    training = Training(resolved, run_folder, parts, checkpoints, state, notes, model)
+    _print_start(training)
     if weights is not None and not training.started and run.eval_every:
         training.score_start()
     return training
 
 
 def _state(resolved: ResolvedRun, parts: Assembly, restored: TrainState | None, notes: dict[str, Any]) -> TrainState:
-    """Returns the state that a run begins with: the one restored, or one of its weights, or of its seed."""
+    """Returns the state that a run starts from: restored, with given weights, or randomly initialised."""
     key = jax.random.key_data(jax.random.key(resolved.run.seed))
     like, draw, weights = parts.like, partial(parts.draw, key), resolved.weights
     if weights is None and (restored is None or like.frozen is not None):
         weights = weights_of(resolved.given, None, resolved.task, resolved.data.labels, False)
     if restored is not None and like.frozen is None:
         return restored
-    if restored is not None:  # checkpoints leave what is frozen where it came from
+    if restored is not None:  # checkpoints do not contain frozen parameters
         frozen = start_from(weights, like.frozen, draw, lambda _: None)
         check_frozen(frozen, notes["frozen"], resolved.run.init)
         return restored._replace(frozen=frozen)
     if weights is None:
         return parts.first_state(key)
-    return parts.state_of(start_from(weights, like.model, draw, say), key)
+    return parts.state_of(start_from(weights, like.model, draw, log), key)
 
 
 def _score_line(step: int, steps: int, scores: Mapping[str, float], is_best: bool = False) -> str:
-    """Returns a line of the console with the held-out scores of a step; those of a run stand below each other.
+    """Returns the printed line with the held-out scores of a step; the columns of a run's lines are aligned.
 
-    is_best: whether no evaluation before was as good.
+    Args:
+      step: the step.
+      steps: number of steps of the run.
+      scores: by name.
+      is_best: whether no earlier evaluation was as good.
     """
-    values = "  ".join(f"{report.words(name)} {report.fact(name, value):>8}" for name, value in scores.items())
+    values = "  ".join(
+        f"{report.metric_label(name)} {report.format_score(name, value):>8}" for name, value in scores.items()
+    )
     width = len(f"{steps:,}")
     return f"scores    step {step:>{width},}/{steps:,}  {values}{'  best so far' if is_best else ''}"
 
 
-def _finite(metrics: list[dict[str, Any]], step: int, checkpoints: Checkpoints | OfFirstHost) -> list[dict[str, float]]:
-    """The metrics of the last steps, up to `step`, as numbers.  Raises RunError where a loss is not finite."""
+def _finite_metrics(
+    metrics: list[dict[str, Any]], step: int, checkpoints: Checkpoints | OfFirstHost
+) -> list[dict[str, float]]:
+    """Returns the metrics of the last steps, up to `step`, as floats; raises RunError where a loss is not finite."""
     for n, values in enumerate(metrics, start=step - len(metrics) + 1):
         if not (np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])):
-            raise _diverged(f"the loss is {values['loss']:.4g}", n, values, checkpoints)
+            raise _divergence(f"the loss is {values['loss']:.4g}", n, values, checkpoints)
     return [{name: float(value) for name, value in values.items()} for values in metrics]
 
 
-def _diverged(what: str, step: int, values: dict[str, Any], checkpoints: Checkpoints | OfFirstHost) -> RunError:
+def _divergence(fault: str, step: int, values: dict[str, Any], checkpoints: Checkpoints | OfFirstHost) -> RunError:
+    """Returns the error of a run with a value that is not finite."""
     checkpoints.wait()
-    good = checkpoints.last()
+    last = checkpoints.last()
     return RunError(
-        f"{what} at step {step:,}; learning rate {values['learning_rate']:.3g}, "
+        f"{fault} at step {step:,}; learning rate {values['learning_rate']:.3g}, "
         f"gradient norm {values['grad_norm']:.4g}; all must be finite; "
-        + ("no checkpoint was saved yet" if good is None else f"the last good checkpoint is step {good:,}")
+        + ("no checkpoint was saved yet" if last is None else f"the last good checkpoint is step {last:,}")
         + "; lower --optimizer.rate, raise --optimizer.warmup or lower --optimizer.clip, in a new --workdir"
     )
 
 
 def _averaged(window: list[dict[str, float]], steps: list[dict[str, float]], seconds: float) -> dict[str, float]:
-    """A line of the log: means over a window, and tokens and examples a second, padding not counted.
+    """Returns the values of a line of the log: means, and tokens and examples per second without padding.
 
-    steps: those since the last line, which took so many seconds.
+    Args:
+      window: metrics of the steps of the means.
+      steps: metrics of the steps since the last line.
+      seconds: time of these steps.
     """
     means = {name: sum(values[name] for values in window) / len(window) for name in window[0]}
     speed = {f"{name}_per_second": sum(values[name] for values in steps) / seconds for name in ("tokens", "examples")}
@@ -315,49 +353,56 @@ def _averaged(window: list[dict[str, float]], steps: list[dict[str, float]], sec
 
 
 def _flops(resolved: ResolvedRun) -> int:
-    """Returns the model FLOPs of a step; 0 where no utilisation follows from them: the peak of a chip is that of
-    products in bfloat16, and the formula assumes that all parameters are trained."""
+    """Returns the model FLOPs of a step; 0 where the utilisation is undefined.
+
+    The peak of a chip is for products in bfloat16, and the formula assumes that all parameters are trained.
+    """
     run = resolved.run
     frozen = run.optimizer.freeze != "none" or run.optimizer.freeze_layers
     if run.compute_dtype != "bfloat16" or frozen:
         return 0
-    return closed_flops(resolved.task, resolved.model, run.batch, resolved.train.nothing())
+    return closed_flops(resolved.task, resolved.model, run.batch, resolved.train.empty_batch())
 
 
-def _say_start(training: Training) -> None:
-    """Prints what the run is about to do."""
+def data_line(data: Prepared) -> str:
+    """Returns the sizes of the training and the held-out data, for printing."""
+    return f"{data.train.summary} to train on, {data.held_out.summary} held out"
+
+
+def _print_start(training: Training) -> None:
+    """Prints the data, the model, the devices and the settings of a run before its first step."""
     resolved, run, mesh = training.resolved, training.run, training.resolved.mesh
     data, task, device = resolved.data, resolved.task, mesh.devices.flat[0]
     rows = ", ".join(f"{count:,} {name}" for name, count in data.rows.items())
-    say(f"data      {rows}; {data.train.said} to train on, {data.held_out.said} held out")
+    log(f"data      {rows}; {data_line(data)}")
     split = ", ".join(f"{name} {ways}" for name, ways in mesh.shape.items() if ways > 1)
     on = f"{mesh.size} {device.platform} device(s)" + (f", mesh: {split}" if split else "")
-    say(f"model     {size(training.parts.like.model):,} parameters on {on}")
-    if unknown := chips.without_rates(device.device_kind, device.platform):
-        say(f"chip      {unknown}")
-    if products := chips.precision_of(run.compute_dtype, run.matmul_precision, device.platform):
-        say(f"precision {products}")
-    say(f"run       {run.steps:,} steps of {run.batch} x {run.data.length} tokens, in {training.place.folder}")
+    log(f"model     {size(training.parts.like.model):,} parameters on {on}")
+    if unknown := chips.unknown_chip_warning(device.device_kind, device.platform):
+        log(f"chip      {unknown}")
+    if products := chips.float32_warning(run.compute_dtype, run.matmul_precision, device.platform):
+        log(f"precision {products}")
+    log(f"run       {run.steps:,} steps of {run.batch} x {run.data.length} tokens, in {training.run_folder.folder}")
     for name, value in packing(run, resolved.train).items():
-        say(f"{name:9} {value}")
+        log(f"{name:9} {value}")
     if training.started:
-        say(f"resuming  at step {training.started:,}")
+        log(f"resuming  at step {training.started:,}")
     if resolved.uncapped and len(data.held_out.tokens) < resolved.uncapped:
         shown = f"{len(data.held_out.tokens):,} of {resolved.uncapped:,}"
-        say(f"eval      on {shown} held-out tokens (--eval-tokens 0: all)")
-    if balance := task.balance(data.train):
-        say(f"labels    {balance}")
-    for line in task.truncated(resolved.train):
-        say(f"length    {line}")
+        log(f"eval      on {shown} held-out tokens (--eval-tokens 0: all)")
+    if balance := task.describe_labels(data.train):
+        log(f"labels    {balance}")
+    for line in task.truncation_warnings(resolved.train):
+        log(f"length    {line}")
 
 
 def packing(run: RunConfig, batches: Any) -> dict[str, str]:
-    """How full the rows are, of a run over examples."""
+    """Returns how well examples fill the rows of a batch, for printing; empty for a run that counts in steps."""
     if not run.examples and not run.epochs:
         return {}
     units, rows = len(batches.lengths), batches.rows_in_epoch
     filled = batches.lengths.sum() / (rows * run.data.length)
-    return {"packing": f"{units / rows * run.batch:.1f} examples in an update; {filled:.0%} of the places hold tokens"}
+    return {"packing": f"{units / rows * run.batch:.1f} examples per update; {filled:.0%} of the positions hold tokens"}
 
 
 def size(shapes: Any) -> int:

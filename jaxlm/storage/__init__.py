@@ -1,6 +1,6 @@
-"""Files: on this machine, in archives, and at addresses.
+"""Local files, archives and buckets.
 
-disk      names from outside, atomic writing, locks, and hashes of content
-archives  which entries of zip and tar files may be read
+disk      untrusted names, atomic writes, locks and content hashes
+archives  entries of zip and tar files, and the links between them
 buckets   data, weights and run folders at addresses such as gs://bucket/name
 """

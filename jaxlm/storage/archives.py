@@ -1,4 +1,4 @@
-"""Entries of archives (zip, tar): which of them may be read, and where links among them lead."""
+"""Entries of zip and tar archives: which of them may be read, and the targets of links."""
 
 from __future__ import annotations
 
@@ -8,57 +8,57 @@ from typing import Any
 
 from jaxlm.errors import UserError
 
-_LINKS = 40  # links in a row, as Linux has it
+_MAX_LINKS = 40  # consecutive links, as in Linux
 
 
 def entry_of(storage: Any, name: str) -> str:
-    """Returns the entry that holds the content of an entry: itself, or the one that a link in the archive leads to.
+    """Returns the name of the entry that holds the content of an entry, after following links in the archive.
 
     Args:
-        storage: a file system of fsspec; any but those of archives has no links of this kind.
-        name: the name of the entry in it.
+        storage: an fsspec file system; if it is not an archive, `name` is returned unchanged.
+        name: the name of the entry.
 
     Raises:
-        UserError: for a link that leads out of the archive, to a folder or to nothing, and for a device or a pipe.
+        UserError: if a link points outside the archive, to a folder or to a missing entry, or if the entry is a device
+            or a pipe.
     """
-    storage = getattr(storage, "fs", None) or storage  # of a cache in front of the archive
-    kind_of = _of_tar if hasattr(storage, "tar") else _of_zip if hasattr(storage, "zip") else None
-    if kind_of is None:
+    storage = getattr(storage, "fs", None) or storage  # unwrap a cache in front of the archive
+    read_entry = _tar_entry if hasattr(storage, "tar") else _zip_entry if hasattr(storage, "zip") else None
+    if read_entry is None:
         return name
-    found = name
-    for _ in range(_LINKS):
-        kind, target = kind_of(storage, found)
+    current = name
+    for _ in range(_MAX_LINKS):
+        kind, target = read_entry(storage, current)
         if kind == "file":
-            return found
+            return current
         if kind != "link":
-            raise UserError(f"the entry {name!r} of the archive is a {kind}, not a file; leave it out of the archive")
-        found = posixpath.normpath(target)
-        if target.startswith("/") or found == ".." or found.startswith("../"):
+            raise UserError(f"the archive entry {name!r} is a {kind}, not a file; remove it from the archive")
+        current = posixpath.normpath(target)
+        if target.startswith("/") or current == ".." or current.startswith("../"):
             raise UserError(
-                f"the entry {name!r} of the archive is a link to {target!r}, outside of the archive; put the file "
-                f"itself there"
+                f"the archive entry {name!r} is a link to {target!r}, outside the archive; replace it with the file"
             )
-    raise UserError(f"the entry {name!r} of the archive is a link that leads back to itself; put the file itself there")
+    raise UserError(f"the archive entry {name!r} is a link to itself; replace it with the file")
 
 
-def _of_tar(storage: Any, name: str) -> tuple[str, str]:
-    """Returns the kind of an entry, and where a link leads, from the top of the archive."""
+def _tar_entry(storage: Any, name: str) -> tuple[str, str]:
+    """Returns the kind of an entry, and the target of a link as a path from the root of the archive."""
     known = storage.index.get(name) if isinstance(storage.index, dict) else None
     try:
         member = storage.tar.getmember(known[2] if known else name)
     except KeyError:
-        return "link to nothing", ""
+        return "link to a missing entry", ""
     if member.issym() or member.islnk():
-        beside = posixpath.dirname(name) if member.issym() else ""
-        return "link", posixpath.join(beside, member.linkname)
+        parent = posixpath.dirname(name) if member.issym() else ""
+        return "link", posixpath.join(parent, member.linkname)
     return "file" if member.isreg() else "folder" if member.isdir() else "device or pipe", ""
 
 
-def _of_zip(storage: Any, name: str) -> tuple[str, str]:
+def _zip_entry(storage: Any, name: str) -> tuple[str, str]:
     try:
         member = storage.zip.getinfo(name)
     except KeyError:
-        return "link to nothing", ""
+        return "link to a missing entry", ""
     mode = member.external_attr >> 16
     if stat.S_ISLNK(mode):
         target = storage.zip.read(member).decode(errors="surrogateescape")

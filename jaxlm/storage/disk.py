@@ -1,15 +1,14 @@
-"""Files and folders of this machine: names from outside, atomic writing, locks, and hashes of content.
+"""Local files and folders: untrusted names, atomic writes, locks, and content hashes.
 
-    inside         a name that comes from outside (an archive, a bucket, an index file), as a path below a folder
-    atomic_file    writes a file that appears whole or not at all
-    write          the same for a content that is in memory
-    atomic_folder  the same for a folder
-    lock           one process at a time for a run folder or an output, on any host that sees its lock file
-    content_hash   a hash of every byte of a file
-    cache_folder   where this machine keeps what can be made again
+    path_inside    resolves an untrusted name (from an archive, a bucket or an index file) below a folder
+    atomic_file    writes a file completely or not at all
+    write          writes text or bytes with `atomic_file`
+    atomic_folder  writes a folder completely or not at all
+    lock           gives one process at a time a run folder or an output, across all hosts that share the file system
+    content_hash   hashes every byte of a file
+    cache_folder   returns the folder for data that can be computed or downloaded again
 
-A temporary name is chosen at random for each writing and is never used by two of them, so that whatever has another
-name belongs to the user and is left alone.
+Each write uses a new random temporary name. All other files belong to the user and are never touched.
 """
 
 from __future__ import annotations
@@ -37,118 +36,129 @@ from jaxlm.errors import RunError, UserError
 
 try:
     import fcntl
-except ImportError:  # Windows: signs of life alone tell whether a lock is held
+except ImportError:  # Windows: only heartbeats show whether a process holds a lock
     fcntl = None  # type: ignore[assignment]
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # how a disk, a quota or a limit says that no more fits
-LOCK = ".jaxlm-lock"  # the lock file of a folder, in it; the end of the name of other lock files
-BEAT = 5.0  # seconds between two signs of life of the holder of a lock
-SILENCE = 30.0  # seconds without a sign of life after which a holder on another machine counts as dead
-_NAME = 255  # bytes that a file system takes for a name
-_PART = 1 << 24  # bytes that are hashed at once, by one thread
-_TICK = 3.0  # seconds, more than between two ticks of any file system's clock
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # error numbers of a full disk, a quota and a file size limit
+LOCK = ".jaxlm-lock"  # name of the lock file in a folder, and suffix of the names of other lock files
+HEARTBEAT = 5.0  # seconds between two heartbeats of the process that holds a lock
+LOCK_TIMEOUT = 30.0  # seconds without a heartbeat after which a holder on another machine counts as dead
+_MAX_NAME = 255  # bytes in a file name
+_PART = 1 << 24  # bytes in each part that one thread hashes
+_TICK = 3.0  # seconds; longer than the resolution of the time stamps of any file system
 _TEMPORARY = re.compile(r"\..*\.[0-9a-f]{16}\.tmp", re.DOTALL)
 _DRIVE = re.compile(r"[A-Za-z]:")
 
 
-def cache_folder() -> Path:
-    """Returns $JAXLM_CACHE, else ~/.cache/jaxlm."""
+def cache_folder(chosen: str = "") -> Path:
+    """Returns the folder for what can be computed or downloaded again.
+
+    Args:
+        chosen: the value of `data.cache`. Empty: $JAXLM_CACHE, else ~/.cache/jaxlm.
+
+    Raises:
+        UserError: if the folder is an address.
+    """
+    if chosen:
+        return local(chosen, "data.cache")
     return local(os.environ.get("JAXLM_CACHE") or Path.home() / ".cache" / "jaxlm", "JAXLM_CACHE")
 
 
 def local(path: str | os.PathLike[str], what: str) -> Path:
-    """Returns a path where something is to be written, which is on this machine.
+    """Returns a path for writing, after a check that it is local.
 
     Args:
         path: the path.
-        what: the field or argument that names it.
+        what: the name of the field or argument that holds the path, for the error message.
 
     Raises:
-        UserError: for an address such as gs://bucket/name, which as a path would be a folder `gs:`.
+        UserError: if `path` is an address such as gs://bucket/name, which would create a folder named `gs:`.
     """
     if "://" in os.fspath(path):
-        raise UserError(f"{what} is {os.fspath(path)!r}, an address; choose a path of this machine, and copy it there")
+        raise UserError(f"{what} is {os.fspath(path)!r}, an address; choose a local path, and copy the output there")
     return Path(path)
 
 
-# Names from outside
+# Untrusted names
 
 
-def inside(folder: str | os.PathLike[str], name: str, also: tuple[Path, ...] = ()) -> Path:
-    """Returns `folder / name` for a name that comes from outside, once it is known to lie in the folder.
+def path_inside(folder: str | os.PathLike[str], name: str, also: tuple[Path, ...] = ()) -> Path:
+    """Returns `folder / name` for an untrusted name, after a check that the path is inside the folder.
 
     Args:
-        folder: the folder, which may not exist yet.
-        name: a relative path: an entry of an archive, a key of a bucket, a file that an index names.
-        also: further folders to which symbolic links may lead.
+        folder: the folder, which need not exist yet.
+        name: a relative path: an entry of an archive, a key in a bucket, or a file name from an index.
+        also: additional folders that symbolic links may point into.
 
     Raises:
-        UserError: for an absolute name, a drive letter, `..`, a zero byte, a part of more than
-            255 bytes, the folder itself, and a symbolic link that leads out of the folder.
+        UserError: if the name is absolute, is empty, is the folder itself, contains a drive letter, `..`, a zero byte
+            or a part longer than 255 bytes, or resolves through a symbolic link to a path outside the folder.
     """
-    refused = lambda why: UserError(f"{name[:200]!r} {why}; a name must be of a file in {folder}: correct its source")
+    refused = lambda why: UserError(
+        f"{name[:200]!r} {why}; a name must refer to a file in {folder}: correct its source"
+    )
     if "\0" in name:
-        raise refused("holds a zero byte")
+        raise refused("contains a zero byte")
     parts = [part for part in re.split(r"[/\\]", name) if part not in ("", ".")]
     if name.startswith(("/", "\\")) or (_DRIVE.match(name) and name[2:3] in ("", "/", "\\")):
         raise refused("is an absolute path")
     if ".." in parts:
-        raise refused("holds '..'")
+        raise refused("contains '..'")
     if not parts:
         raise refused("names no file")
-    if any(len(os.fsencode(part)) > _NAME for part in parts):
-        raise refused(f"has a part of more than {_NAME} bytes")
+    if any(len(os.fsencode(part)) > _MAX_NAME for part in parts):
+        raise refused(f"has a part longer than {_MAX_NAME} bytes")
     path = Path(folder) / name
     try:
         tops = [os.path.realpath(top) for top in (folder, *also)]
         resolved = os.path.realpath(path)
-    except (OSError, ValueError) as error:  # a link to itself; a name that the file system cannot have
+    except (OSError, ValueError) as error:  # a link to itself, or a name that the file system rejects
         raise refused(f"cannot be resolved ({error})") from None
     if not any(os.path.commonpath([top, resolved]) == top for top in tops):
-        raise refused(f"is a link to {resolved}, outside of its folder")
+        raise refused(f"is a link to {resolved}, outside its folder")
     return path
 
 
 # Writing
 
 
-def cannot_be_written(path: str | os.PathLike[str], error: OSError, choice: str) -> UserError | RunError:
-    """Returns the error of the library for an error of the file system in writing `path`: RunError for a full disk.
+def write_error(path: str | os.PathLike[str], error: OSError, choice: str) -> UserError | RunError:
+    """Returns the error to raise after the file system failed to write `path`: RunError if the disk is full.
 
     Args:
-        path: what was to be written.
-        error: the error of the file system.
-        choice: what the user may choose in its place, such as "--output".
+        path: the file or folder.
+        error: the error from the file system.
+        choice: the argument that the user can change, such as "--output".
     """
-    kind, room = (RunError, "make room, or ") if error.errno in FULL else (UserError, "")
+    kind, room = (RunError, "free disk space, or ") if error.errno in DISK_FULL else (UserError, "")
     return kind(f"{path} cannot be written: {error.strerror}; {room}choose another {choice}")
 
 
 def is_temporary(name: str) -> bool:
-    """Returns whether a file or folder has a name that `atomic_file` or `atomic_folder` chose."""
+    """Returns whether `name` is a temporary name from `atomic_file` or `atomic_folder`."""
     return bool(_TEMPORARY.fullmatch(name))
 
 
 def flush(file: Path) -> None:
-    """Waits until the content of a file is on the disk."""
+    """Blocks until the content of a file is on disk."""
     with open(file, "rb+") as stream:
         os.fsync(stream.fileno())
 
 
 @contextmanager
 def atomic_file(path: str | os.PathLike[str], overwrite: bool = True) -> Iterator[Path]:
-    """Yields a temporary path in the same folder, which becomes `path` if the block ends without an exception.
+    """Yields a temporary path in the same folder, and renames it to `path` if the block ends without an exception.
 
     Args:
-        path: the file to write.
-        overwrite: whether a file that exists is replaced.  Otherwise a file that appears while the block runs stays,
-            and what the block wrote is kept under its temporary name, which the error gives.
+        path: the file to write. If it is a symbolic link, its target is replaced.
+        overwrite: whether to replace an existing file. If False and the file exists when the block ends, that file
+            stays, and the new content stays under its temporary name, which the error message contains.
 
     Raises:
-        UserError: where the file exists at the end and may not be replaced.
-        OSError: as the file system raises it.
+        UserError: if the file exists when the block ends and `overwrite` is False.
+        OSError: if the file system fails.
     """
-    path = Path(os.path.realpath(path))  # of a link, the file behind it is replaced
+    path = Path(os.path.realpath(path))
     temporary = _temporary(path)
     try:
         yield temporary
@@ -156,17 +166,17 @@ def atomic_file(path: str | os.PathLike[str], overwrite: bool = True) -> Iterato
         if overwrite:
             os.replace(temporary, path)
         elif not _rename_new(temporary, path):
-            kept, temporary = temporary, _temporary(path)
-            raise UserError(f"{path} was written by someone else in the meantime; what was to be written is in {kept}")
+            unused, temporary = temporary, _temporary(path)
+            raise UserError(f"{path} was written by another process in the meantime; the new content is in {unused}")
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write(path: str | os.PathLike[str], content: bytes | str) -> None:
-    """Writes a file, which appears whole or not at all; text in UTF-8, with `?` for what is no character.
+    """Writes a file atomically. Text is encoded in UTF-8, with `?` for unpaired surrogates.
 
     Raises:
-        OSError: as the file system raises it.
+        OSError: if the file system fails.
     """
     with atomic_file(path) as temporary:
         temporary.write_bytes(content.encode(errors="replace") if isinstance(content, str) else content)
@@ -174,24 +184,24 @@ def write(path: str | os.PathLike[str], content: bytes | str) -> None:
 
 @contextmanager
 def atomic_folder(folder: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
-    """Yields an empty temporary folder, which becomes `folder` if the block ends without an exception.
+    """Yields an empty temporary folder, and renames it to `folder` if the block ends without an exception.
 
     Args:
-        folder: the folder to write; it may exist if it is empty.
-        overwrite: whether a folder that is not empty is replaced.
+        folder: the folder to write. If it is a symbolic link, its target is replaced. An existing empty folder is fine.
+        overwrite: whether to replace a folder that is not empty.
 
     Raises:
-        UserError: where the folder exists, is not empty, and may not be replaced.
-        OSError: as the file system raises it.
+        UserError: if the folder is not empty and `overwrite` is False.
+        OSError: if the file system fails.
     """
-    folder = Path(os.path.realpath(folder))  # of a link, the folder behind it is replaced
+    folder = Path(os.path.realpath(folder))
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(folder)
     temporary.mkdir()
     try:
         yield temporary
         try:
-            os.rename(temporary, folder)  # also onto an empty folder
+            os.rename(temporary, folder)  # also replaces an empty folder
         except OSError:
             if not folder.is_dir():
                 raise
@@ -208,7 +218,7 @@ def _temporary(path: Path) -> Path:
 
 
 def _rename_new(source: Path, path: Path) -> bool:
-    """Renames a file to a name that nothing has; returns False where something has it."""
+    """Renames a file, and returns whether the new name was free."""
     try:
         os.link(source, path)
     except FileExistsError:
@@ -228,71 +238,71 @@ def _replace_folder(new: Path, folder: Path) -> None:
     except OSError:
         os.rename(old, folder)
         raise
-    for place, *_ in os.walk(old):  # a folder without permissions cannot be emptied
+    for path, *_ in os.walk(old):  # without permissions a folder cannot be emptied
         with suppress(OSError):
-            os.chmod(place, 0o700)
+            os.chmod(path, 0o700)
     shutil.rmtree(old, ignore_errors=True)
 
 
 # Locks
 
 
-def lock_beside(path: str | os.PathLike[str]) -> Path:
-    """Returns the lock file of an output that is no folder yet: a hidden file in the same folder."""
+def lock_path(path: str | os.PathLike[str]) -> Path:
+    """Returns the path of the lock file for an output that is not an existing folder: a hidden file next to it."""
     path = Path(os.path.realpath(path))
     return path.with_name(f".{os.fsdecode(os.fsencode(path.name)[:200])}{LOCK}")
 
 
 @contextmanager
 def lock(file: Path, what: str, remedy: str) -> Iterator[None]:
-    """Holds a lock file while the block runs; it is removed at the end.
+    """Holds a lock file while the block runs, and removes it at the end.
 
-    The file says which process holds it, on which host, since when.  On one machine, and on file systems that share
-    their locks, the system's own lock (flock) decides, which ends with its process.  Otherwise the holder's signs of
-    life do: it touches the file every 5 seconds, and a file whose time does not change for 30 seconds is taken over.
-    Clocks of two machines are never compared.
+    The file contains the process, the host and the start time of its holder. On one machine, and on file systems with
+    shared locks, `flock` decides, which ends with its process. Otherwise heartbeats decide: the holder touches the file
+    every 5 seconds, and another process takes over a file that does not change for 30 seconds. The clocks of two
+    machines are never compared.
 
     Args:
         file: the lock file.
-        what: what is locked, to begin a message.
-        remedy: what else the user may do, to end it.
+        what: the name of the locked output, with which the error message begins.
+        remedy: an alternative for the user, with which the error message ends.
 
     Raises:
-        UserError: where another process holds the lock, or where the file is not one that this function wrote.
-        OSError: as the file system raises it.
+        UserError: if another process holds the lock, or if the file is not a lock file of this library.
+        OSError: if the file system fails.
     """
-    descriptor = _acquired(file, what, remedy)
+    descriptor = _acquire(file, what, remedy)
     ended = threading.Event()
-    beating = threading.Thread(target=_beat, args=(descriptor, ended), daemon=True)
-    beating.start()
+    thread = threading.Thread(target=_send_heartbeats, args=(descriptor, ended), daemon=True)
+    thread.start()
     try:
         yield
     finally:
         ended.set()
-        beating.join()
+        thread.join()
         with suppress(OSError):
             if os.path.samestat(os.stat(file), os.fstat(descriptor)):
-                os.unlink(file)  # before the lock ends: whoever opened the file sees that it is gone
+                os.unlink(file)  # before the lock ends, so that a process that has opened the file can detect it
         os.close(descriptor)
 
 
-def _acquired(file: Path, what: str, remedy: str) -> int:
-    """Returns the descriptor of a lock file that this process holds from now on."""
+def _acquire(file: Path, what: str, remedy: str) -> int:
+    """Acquires a lock file and returns its descriptor."""
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         taken = False
         try:
             ours, certain = _flock(descriptor)
-            owner = owner_in(os.pread(descriptor, 4096, 0), file)
-            # The machine's own lock is free: a holder of this machine is dead.
+            owner = parse_owner(os.pread(descriptor, 4096, 0), file)
+            # If flock succeeds, a holder on this machine must be dead.
             dead = certain and owner.get("machine") == machine()
-            if not ours or (owner and not dead and shows_life(lambda: _touched(file), what, owner)):
+            if not ours or (owner and not dead and is_alive(lambda: _modified(file), what, owner)):
                 raise lock_error(what, owner, remedy)
-            with suppress(FileNotFoundError):  # or the holder ended and removed the file: try again
+            with suppress(FileNotFoundError):  # the holder has ended and removed the file: try again
                 taken = os.path.samestat(os.stat(file), os.fstat(descriptor))
             if taken:
                 os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, json.dumps(facts()).encode(), 0)
+                os.pwrite(descriptor, json.dumps(lock_facts()).encode(), 0)
                 return descriptor
         finally:
             if not taken:
@@ -300,7 +310,7 @@ def _acquired(file: Path, what: str, remedy: str) -> int:
 
 
 def _flock(descriptor: int) -> tuple[bool, bool]:
-    """Tries to take the system's lock: whether no other process has it, and whether the system can tell."""
+    """Tries flock; returns whether no other process holds it, and whether the file system supports it."""
     if fcntl is None:
         return True, False
     try:
@@ -310,57 +320,60 @@ def _flock(descriptor: int) -> tuple[bool, bool]:
     return True, True
 
 
-def facts() -> dict[str, Any]:
-    """Returns what a lock says of its holder, this process."""
+def lock_facts() -> dict[str, Any]:
+    """Returns the content of a lock file that this process holds."""
     since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
     return {"process": os.getpid(), "host": socket.gethostname(), "since": since, "machine": machine()}
 
 
 @lru_cache
 def machine() -> str:
-    """Returns what tells this machine, since its start, from others."""
+    """Returns an identifier of this machine since its last boot."""
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return socket.gethostname()
 
 
-def owner_in(content: bytes, file: str | os.PathLike[str]) -> dict[str, Any]:
-    """Returns the facts in the content of a lock file; nothing where it is new.
+def parse_owner(content: bytes, file: str | os.PathLike[str]) -> dict[str, Any]:
+    """Returns the facts in the content of a lock file; an empty dict if the file is new.
 
     Raises:
-        UserError: where it is another kind of file.
+        UserError: if it is not a lock file of this library.
     """
     if not content:
         return {}
     with suppress(ValueError, RecursionError):
-        found = json.loads(content)
-        if isinstance(found, dict) and facts().keys() <= found.keys():
-            return found
-    raise UserError(f"{file} is not a lock file that jaxlm wrote; move it away")
+        owner = json.loads(content)
+        if isinstance(owner, dict) and lock_facts().keys() <= owner.keys():
+            return owner
+    raise UserError(f"{file} is not a lock file of jaxlm; move it away")
 
 
 def lock_error(what: str, owner: dict[str, Any], remedy: str) -> UserError:
-    """Returns the error of a lock that another process holds."""
+    """Returns the error to raise if another process holds a lock."""
     process, host, since = (owner.get(name, "?") for name in ("process", "host", "since"))
     return UserError(
         f"{what} is held by process {process} on host {host} since {since}; wait until it ends, or {remedy}"
     )
 
 
-def shows_life(state: Callable[[], Any], what: str, owner: dict[str, Any]) -> bool:
-    """Returns whether the holder of a lock on another machine changes its `state` within `SILENCE` seconds.
+def is_alive(state: Callable[[], Any], what: str, owner: dict[str, Any]) -> bool:
+    """Returns whether the holder of a lock on another machine sends a heartbeat within `LOCK_TIMEOUT` seconds.
 
-    A state of None means that the lock is gone.
+    Args:
+        state: returns a value that changes with each heartbeat, or None if the lock file is gone.
+        what: the name of the locked output, for the message on stderr.
+        owner: the facts about the holder, for that message.
     """
     print(
-        f"{what} was last held by process {owner['process']} on host {owner['host']}; waiting up to {SILENCE:.0f} s "
-        f"for a sign of life",
+        f"{what} was last held by process {owner['process']} on host {owner['host']}; waiting up to "
+        f"{LOCK_TIMEOUT:.0f} s for a heartbeat",
         file=sys.stderr,
         flush=True,
     )
-    end, before = time.monotonic() + SILENCE, state()
+    end, before = time.monotonic() + LOCK_TIMEOUT, state()
     while time.monotonic() < end:
-        time.sleep(min(1.0, BEAT / 5))
+        time.sleep(min(1.0, HEARTBEAT / 5))
         if (now := state()) is None:
             return False
         if now != before:
@@ -368,15 +381,15 @@ def shows_life(state: Callable[[], Any], what: str, owner: dict[str, Any]) -> bo
     return False
 
 
-def _touched(file: Path) -> int | None:
-    """Returns the time of a file; to open it asks a network file system for the present one."""
+def _modified(file: Path) -> int | None:
+    """Returns the modification time of a file; opening it makes a network file system refresh it."""
     with suppress(FileNotFoundError), open(file, "rb") as stream:
         return os.fstat(stream.fileno()).st_mtime_ns
     return None
 
 
-def _beat(descriptor: int, ended: threading.Event) -> None:
-    while not ended.wait(BEAT):
+def _send_heartbeats(descriptor: int, ended: threading.Event) -> None:
+    while not ended.wait(HEARTBEAT):
         with suppress(OSError):
             os.utime(descriptor)
 
@@ -385,12 +398,12 @@ def _beat(descriptor: int, ended: threading.Event) -> None:
 
 
 def content_hash(file: str | os.PathLike[str]) -> str:
-    """Returns 64 hexadecimal digits, a SHA-256 tree hash of every byte of a file.
+    """Returns a SHA-256 tree hash of every byte of a file, as 64 hexadecimal digits.
 
-    Parts of 16 MiB are hashed in threads.  A process reads a file once, unless its size, times or inode change.
+    Threads hash parts of 16 MiB. The hash is cached in the process until the size, times or inode of the file change.
 
     Raises:
-        OSError: where the file cannot be read, or is no regular file.
+        OSError: if the file cannot be read, or is not a regular file.
     """
     with open(file, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as stream:
         state = os.fstat(stream.fileno())
@@ -398,13 +411,13 @@ def content_hash(file: str | os.PathLike[str]) -> str:
         raise OSError(errno.EINVAL, "not a regular file", os.fspath(file))
     identity = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
     path = os.path.realpath(file)
-    # Two changes within one tick of the file system's clock leave the same times.
+    # Two changes within the resolution of the time stamps leave the same times.
     recent = abs(time.time() - state.st_ctime) < _TICK
-    return _read_hash(path, identity) if recent else _remembered_hash(path, identity)
+    return _read_hash(path, identity) if recent else _cached_hash(path, identity)
 
 
 @lru_cache(maxsize=1 << 16)
-def _remembered_hash(path: str, identity: tuple[int, ...]) -> str:
+def _cached_hash(path: str, identity: tuple[int, ...]) -> str:
     return _read_hash(path, identity)
 
 

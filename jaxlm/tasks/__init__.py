@@ -1,4 +1,16 @@
-"""Tasks: what examples are made of the data, what is minimised, what is scored.  One small class each."""
+"""Tasks: how examples are built from data, which loss is minimised, how predictions are scored.
+
+task             the protocol `Task`, and `register`
+records          `RecordTask` and `HeadTask`, the bases of tasks over rows of a table
+classification, tagging, question_answering, multiple_choice, similarity    tasks that read the logits of a head
+generation, seq2seq, chat    tasks whose prediction is a text
+pretraining, denoising       tasks over running text
+multi_task       several tasks with one body
+reading, given, cells        records from files, examples from Python, values of columns
+labels, tags     which output of a head a label is, and how tags mark spans
+states           hidden states and losses of packed batches
+metrics          scores
+"""
 
 from __future__ import annotations
 
@@ -22,62 +34,74 @@ from jaxlm.tasks.task import TASKS, Task, register
 
 __all__ = ["TASKS", "best_of", "columns_of", "make_task", "prepare", "register", "with_labels"]
 
-for _module in pkgutil.iter_modules(__path__):  # each task registers itself, as a user's does
+for _module in pkgutil.iter_modules(__path__):  # each module registers its tasks, as a user's module does
     importlib.import_module(f"{__name__}.{_module.name}")
 
 
 def prepare(
     run: RunConfig,
     tokenizer: Tokenizer | None,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     known: Labels | None = None,
 ) -> Prepared:
-    """Returns what a run reads.
+    """Returns the data of a run.
 
     Args:
-      tokenizer: in place of the run's.
-      say: takes lines for the person who watches the run.
-      known: names of the outputs of the head that the run starts from, of several tasks by the part's name; None: the
-        head is new, and the data has them.
+      run: the run.
+      tokenizer: replaces the tokenizer of the run.
+      log: prints a line of progress.
+      known: the names of the outputs of the head that the run starts from, for several tasks by the name of the part;
+        None if the head is randomly initialised and the data define its outputs.
 
     Raises:
-      UserError: for bad data, and for labels that the head does not have.
+      UserError: for invalid data, and for labels that the head does not have.
     """
     kind = TASKS[type(run.task)]
     if kind is TaskMixture:
-        return with_labels(run, multi_task.prepare(run, TASKS, tokenizer, say), known, say)
+        return with_labels(run, multi_task.prepare(run, TASKS, tokenizer, log), known, log)
     if issubclass(kind, RecordTask):
-        return reading.prepare(run, kind, tokenizer, say, known if isinstance(known, tuple) else None)
-    return corpus.prepare(run, say, tokenizer)
+        return reading.prepare(run, kind, tokenizer, log, known if isinstance(known, tuple) else None)
+    return corpus.prepare(run, log, tokenizer)
 
 
-def with_labels(run: RunConfig, data: Prepared, known: Labels | None, say: Callable[[str], None]) -> Prepared:
-    """Returns data that was prepared without a head with its labels as the head that the run starts from names them."""
+def with_labels(run: RunConfig, data: Prepared, known: Labels | None, log: Callable[[str], None]) -> Prepared:
+    """Returns data that was prepared without a head, with the label names of the head that the run starts from."""
     kind = TASKS[type(run.task)]
     if kind is TaskMixture and isinstance(known, Mapping):
-        return multi_task.with_labels(run, data, TASKS, known, say)
+        return multi_task.with_labels(run, data, TASKS, known, log)
     if not isinstance(known, tuple) or not issubclass(kind, RecordTask):
         return data
-    names, train, held_out = labels.agreed(kind, run.task, data.train, data.train, data.held_out, known, say)
+    names, train, held_out = labels.align_labels(kind, run.task, data.train, data.train, data.held_out, known, log)
     return data._replace(train=train, held_out=held_out, labels=names)
 
 
 def columns_of(task: Any, labelled: bool) -> Columns | None:
-    """Returns the columns that a task reads, of rows whose labels are read too or not; None: any may be read."""
+    """Returns the columns that a task reads, or None if it may read any column.
+
+    Args:
+      task: the config of the task.
+      labelled: whether the labels are read too.
+    """
     kind = TASKS.get(type(task))
     return kind.columns(task, labelled) if kind is not None and issubclass(kind, RecordTask) else None
 
 
-def best_of(run: RunConfig) -> str:
-    """The score by which the run's best checkpoint is chosen."""
+def best_score_of(run: RunConfig) -> str:
+    """Returns the name of the score that selects the best checkpoint of the run."""
     kind = TASKS[type(run.task)]
     return run.best or (make_task(run, None).best if issubclass(kind, (RecordTask, TaskMixture)) else kind.scores[0])
 
 
 def make_task(run: RunConfig, tokenizer: Tokenizer | None, outputs: Any = ()) -> Task:
-    """Returns the task of a run.  outputs: names of those of its head; of several tasks, of each task's head.
+    """Returns the task of a run.
 
-    Raises UserError where the tokenizer lacks a token that the task needs.
+    Args:
+      run: the run.
+      tokenizer: the tokenizer of the run.
+      outputs: the names of the outputs of the head, for several tasks by the name of the part.
+
+    Raises:
+      UserError: if the tokenizer lacks a token that the task needs.
     """
     if isinstance(run.task, config.MultiTask):
         make = lambda name, part: make_task(replace(run, task=part.task), tokenizer, outputs.get(name, ()))

@@ -1,8 +1,7 @@
-"""Denoising: an encoder-decoder restores what was taken out of a text, as T5 and BART were pre-trained."""
+"""Denoising: an encoder-decoder restores a corrupted text, as in the pre-training of T5 and BART."""
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -22,13 +21,16 @@ from jaxlm.hub.pooling import Pooling
 from jaxlm.lm import LM
 from jaxlm.nn.losses import Losses
 from jaxlm.nn.transformer import Transformer
-from jaxlm.tasks.pretraining import EVALUATION, TRAINING
-from jaxlm.tasks.states import hidden, word_losses
-from jaxlm.tasks.task import EvalResult, Task, register
+from jaxlm.tasks.pretraining import epoch_seed
+from jaxlm.tasks.states import hidden_states, token_losses
+from jaxlm.tasks.task import EvalResult, Task, perplexity, register
 
 
 class DenoisingTask(Task):
-    """Base: a piece of text is corrupted anew in each epoch, and how long it is then is known before."""
+    """Base of denoising tasks.
+
+    Each epoch corrupts a piece of text in a different way, and the length of the result is known beforehand.
+    """
 
     head, scores = "lm", ("loss", "accuracy")
     start: int
@@ -41,41 +43,38 @@ class DenoisingTask(Task):
     @property
     @abstractmethod
     def longest(self) -> int:
-        """Tokens of the longest piece of text whose source fits a row."""
+        """The number of tokens of the longest piece of text whose source fits in a row."""
 
     @abstractmethod
     def lengths(self, n: int) -> tuple[int, int]:
-        """Tokens, at the most, of source and target of a piece of n tokens."""
+        """Returns the maximum lengths of source and target of a piece of n tokens."""
 
     @abstractmethod
-    def corrupted(self, corpus: Corpus, span: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Source and target of a span [start, end) of a corpus."""
+    def corrupt(self, corpus: Corpus, span: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Returns source and target of a span [start, end) of a corpus."""
 
-    def bound(self, model: ModelConfig, pooling: Pooling | None = None, part: Any = None) -> Self:
-        assert model.start_token is not None  # as `RunConfig.check` has it
-        return super().bound(model, pooling, part).replaced(start=model.start_token)
+    def bind(self, model: ModelConfig, pooling: Pooling | None = None, part: Any = None) -> Self:
+        assert model.start_token is not None  # `RunConfig.check` requires it
+        return super().bind(model, pooling, part).replace_fields(start=model.start_token)
 
     def examples(self, corpus: Corpus, training: bool) -> NoisyExamples:
         return NoisyExamples(self, corpus, training)
 
     def batches(self, part: Corpus, rows: int, length: int, seed: int | None) -> Batches:
-        """`length` is of the sources; that of the targets follows."""
+        """As in the base class; `length` is that of the sources, and determines that of the targets."""
         target_length = self.lengths(self.longest)[1]
         return Batches(self.examples(part, seed is not None), rows, target_length, self.max_examples, seed, length)
 
-    def weights(self, batch: Batch) -> dict[str, jax.Array]:
-        return {"loss": batch["weights_BT"].sum()}
-
     def losses(self, module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> Losses:
-        x_BTD, auxiliary = hidden(module, params, batch, key)
-        found = word_losses(module, params, x_BTD, batch["labels_BT"], batch["weights_BT"])
-        return found if key is None else {"loss": found["loss"], **auxiliary}, {}
+        x_BTD, auxiliary = hidden_states(module, params, batch, key)
+        losses = token_losses(module, params, x_BTD, batch["labels_BT"], batch["weights_BT"])
+        return losses if key is None else {"loss": losses["loss"], **auxiliary}, {}
 
     def measure(
         self, lm: LM, run_eval: Callable[[Any], EvalResult], batches: Batches, part: Corpus
     ) -> tuple[dict[str, float], Any]:
         means = run_eval(batches).means
-        return {"loss": means["loss"], "perplexity": math.exp(min(means["loss"], 700)), **means}, None
+        return {"loss": means["loss"], "perplexity": perplexity(means["loss"]), **means}, None
 
 
 class SpanCorruptionTask(DenoisingTask):
@@ -104,10 +103,10 @@ class SpanCorruptionTask(DenoisingTask):
     def lengths(self, n: int) -> tuple[int, int]:
         return corrupted_lengths(n, self.task.rate, self.task.span)
 
-    def corrupted(self, corpus: Corpus, span: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    def corrupt(self, corpus: Corpus, span: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         tokens_T = corpus.tokens[slice(*span)].astype(np.int32)
-        how: dict[str, Any] = {"rate": self.task.rate, "span": self.task.span, "end": ending(self.tokenizer)}
-        return corrupt_spans(tokens_T, random, sentinels=self.sentinels, **how)
+        options: dict[str, Any] = {"rate": self.task.rate, "span": self.task.span, "end": end_token(self.tokenizer)}
+        return corrupt_spans(tokens_T, random, sentinels=self.sentinels, **options)
 
 
 class InfillingTask(DenoisingTask):
@@ -128,13 +127,13 @@ class InfillingTask(DenoisingTask):
 
     @property
     def longest(self) -> int:
-        return self.tokenizer.room(self.length, pair=False)
+        return self.tokenizer.max_text_tokens(self.length, pair=False)
 
     def lengths(self, n: int) -> tuple[int, int]:
-        around = self.length - self.longest
-        return n + around, n + around
+        special = self.length - self.longest
+        return n + special, n + special
 
-    def corrupted(self, corpus: Corpus, span: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    def corrupt(self, corpus: Corpus, span: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         tokens_T = corpus.tokens[slice(*span)].astype(np.int32)
         first, last = np.searchsorted(corpus.sentences, span)
         cuts = [cut for cut in (corpus.sentences[first:last] - span[0]).tolist() if cut]
@@ -142,13 +141,13 @@ class InfillingTask(DenoisingTask):
         order = random.permutation(len(parts)) if self.task.permute else range(len(parts))
         moved_T = np.concatenate([parts[i] for i in order])
         source_T = infill(moved_T, random, rate=self.task.rate, span=self.task.span, mask=self.mask)
-        framed = (self.tokenizer.wrap(side.tolist())[0] for side in (source_T, tokens_T))
-        source, target = (np.array(ids, np.int32) for ids in framed)
+        with_special = (self.tokenizer.add_special_tokens(side.tolist())[0] for side in (source_T, tokens_T))
+        source, target = (np.array(ids, np.int32) for ids in with_special)
         return source, target
 
 
 class NoisyExamples:
-    """Pieces of documents, each corrupted anew in each epoch."""
+    """Pieces of documents, with a different corruption in each epoch."""
 
     fields: Mapping[str, type] = {"labels_BT": np.int32, "weights_BT": np.float32}
     labels = 0
@@ -159,21 +158,21 @@ class NoisyExamples:
         starts, ends = [], []
         for start, end in zip(corpus.bounds.tolist(), corpus.bounds.tolist()[1:]):
             cuts = [*range(start, end, longest), end]
-            if len(cuts) > 2 and cuts[-1] - cuts[-2] < 2:  # a single token can lose nothing
+            if len(cuts) > 2 and cuts[-1] - cuts[-2] < 2:  # a single token cannot be corrupted
                 cuts[-2] -= 1
             starts += cuts[:-1]
             ends += cuts[1:]
-        there = np.diff(np.stack([starts, ends]), axis=0)[0] >= 2
-        self.spans = np.stack([starts, ends], 1)[there].reshape(-1, 2)
+        spans = np.array([starts, ends], np.int64).T.reshape(-1, 2)
+        self.spans = spans[spans[:, 1] - spans[:, 0] >= 2]
 
     def epoch(self, n: int | None) -> Epoch:
-        seed: tuple[int, ...] = (self.task.seed, TRAINING, n or 0) if self.training else (self.task.seed, EVALUATION)
-        sizes, of = np.unique(self.spans[:, 1] - self.spans[:, 0], return_inverse=True)
-        lengths = np.array([self.task.lengths(size) for size in sizes.tolist()], np.int64).reshape(-1, 2)[of]
+        seed = epoch_seed(self.task.seed, self.training, n)
+        sizes, inverse = np.unique(self.spans[:, 1] - self.spans[:, 0], return_inverse=True)
+        lengths = np.array([self.task.lengths(size) for size in sizes.tolist()], np.int64).reshape(-1, 2)[inverse]
         return Epoch(lengths[:, 1], partial(self._features, seed), None, lengths[:, 0])
 
     def _features(self, seed: tuple[int, ...], i: int) -> list[Features]:
-        source, target = self.task.corrupted(self.corpus, self.spans[i], np.random.default_rng((*seed, i)))
+        source, target = self.task.corrupt(self.corpus, self.spans[i], np.random.default_rng((*seed, i)))
         return [
             {
                 "source_tokens_BS": source,
@@ -185,19 +184,19 @@ class NoisyExamples:
 
 
 def sentinels(tokenizer: Tokenizer) -> np.ndarray:
-    """The ids of <extra_id_0>, <extra_id_1> ..., as many as there are."""
-    found: list[int] = []
-    while (token := tokenizer.backend.token_to_id(f"<extra_id_{len(found)}>")) is not None:
-        found.append(token)
-    return np.array(found, np.int32)
+    """Returns the ids of the tokens <extra_id_0>, <extra_id_1> and so on."""
+    ids: list[int] = []
+    while (token := tokenizer.backend.token_to_id(f"<extra_id_{len(ids)}>")) is not None:
+        ids.append(token)
+    return np.array(ids, np.int32)
 
 
-def ending(tokenizer: Tokenizer) -> int:
-    """The token after a text.  Raises UserError where there is none."""
-    found = tokenizer.eos if tokenizer.eos is not None else tokenizer.sep
-    if found is None:
+def end_token(tokenizer: Tokenizer) -> int:
+    """Returns the token that ends a text.  Raises UserError if the tokenizer has none."""
+    token = tokenizer.eos if tokenizer.eos is not None else tokenizer.sep
+    if token is None:
         raise UserError("the tokenizer has no token for the end of a text (eos or sep); give one that has")
-    return found
+    return token
 
 
 register(config.SpanCorruption, SpanCorruptionTask)

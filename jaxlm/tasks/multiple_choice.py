@@ -1,4 +1,4 @@
-"""Which of several options answers a question."""
+"""Multiple choice: which of several options answers a question."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import config
-from jaxlm.config.ranges import shown
+from jaxlm.config.ranges import short_repr
 from jaxlm.data.batches import Batch, Features
 from jaxlm.data.formats.lines import Place, Row
 from jaxlm.data.formats.rows import Columns
@@ -23,19 +23,21 @@ from jaxlm.nn.transformer import Transformer
 from jaxlm.reports.report import Section, mistakes
 from jaxlm.tasks.cells import Record, Records, column, listed, text_of
 from jaxlm.tasks.records import HeadTask, Outputs, add_special_tokens
-from jaxlm.tasks.states import of_examples
+from jaxlm.tasks.states import example_states
 from jaxlm.tasks.task import register
 
 
 class MultipleChoiceTask(HeadTask):
-    """`config.MultipleChoice`, by the head "classes" with one output: the score of an option.
+    """`config.MultipleChoice`, with one output of the head "classes": the score of an option.
 
-    A unit is a question's options, each an example `question, option` of its own; the softmax is over the unit.
+    A unit contains the options of a question, each as an example `question, option`; the softmax is over the unit.
     """
 
     head = "classes"
     classes = True
-    cut: Mapping[str, tuple[str, str]] = {"T": ("questions", "raise --data.length, which holds all options of one")}
+    remedies: Mapping[str, tuple[str, str]] = {
+        "T": ("questions", "raise --data.length, which includes all options of a question")
+    }
     fields: Mapping[str, Any] = {"labels_BE": np.float32, "groups_BE": np.int32}
     exported_as: Mapping[str, str] = {
         f"{family}ForSequenceClassification": f"{family}ForMultipleChoice" for family in ("Bert", "Albert", "DebertaV2")
@@ -53,7 +55,7 @@ class MultipleChoiceTask(HeadTask):
             options = listed(column(row, task.options[0], place, "--task.options"), task.options[0], place)
             if not isinstance(options, (list, tuple)) or not all(isinstance(option, str) for option in options):
                 raise UserError(
-                    f"{place}: column {task.options[0]!r} holds {shown(options)}, not a list of texts; fix it"
+                    f"{place}: column {task.options[0]!r} holds {short_repr(options)}, not a list of texts; fix it"
                 )
         else:
             options = [text_of(row, name, place, "--task.options") for name in task.options]
@@ -61,7 +63,9 @@ class MultipleChoiceTask(HeadTask):
             raise UserError(f"{place}: there are {len(options)} options; a choice needs at least 2: fix it")
         record: Record = {"question": text_of(row, task.question, place, "--task.question"), "options": list(options)}
         value = row.get(task.label)
-        return record if value is None or value == "" else record | {"label": _number(value, options, task, place)}
+        return (
+            record if value is None or value == "" else record | {"label": _option_index(value, options, task, place)}
+        )
 
     @classmethod
     def names(cls, task: config.MultipleChoice, part: Records) -> tuple[str, ...]:
@@ -71,7 +75,7 @@ class MultipleChoiceTask(HeadTask):
     def texts(cls, record: Record) -> Iterable[str]:
         return [record["question"], *record["options"]]
 
-    def balance(self, part: Records) -> str:
+    def describe_labels(self, part: Records) -> str:
         counts = Counter(record["label"] for record in part.records)
         return ", ".join(f"option {self.task.first + n} right {counts[n]:,} times" for n in sorted(counts))
 
@@ -83,8 +87,8 @@ class MultipleChoiceTask(HeadTask):
                     f"a question has {n} options, a row of data.length {self.length} takes {self.max_examples}; "
                     f"raise the length"
                 )
-            made = add_special_tokens(self.tokenizer, [record["question"]] * n, record["options"], self.length // n)
-            yield [[features | {"labels_BE": np.float32(record.get("label") == i)} for i, features in enumerate(made)]]
+            pairs = add_special_tokens(self.tokenizer, [record["question"]] * n, record["options"], self.length // n)
+            yield [[features | {"labels_BE": np.float32(record.get("label") == i)} for i, features in enumerate(pairs)]]
 
     def weights(self, batch: Batch) -> dict[str, jax.Array]:
         return {"loss": batch["labels_BE"].sum()}
@@ -92,8 +96,8 @@ class MultipleChoiceTask(HeadTask):
     def logits(
         self, module: Transformer, params: Any, x_BTD: jax.Array, batch: Batch, key: jax.Array | None
     ) -> jax.Array:
-        x_BED = of_examples(x_BTD, batch, module.config.classes_from)
-        return self.read_off(module, params, x_BED, key)[..., 0]
+        x_BED = example_states(x_BTD, batch, module.config.classes_from)
+        return self.apply_head(module, params, x_BED, key)[..., 0]
 
     def loss(self, logits: jax.Array, batch: Batch, training: bool) -> Sum:
         groups_BE, labels_BE = batch["groups_BE"], batch["labels_BE"]
@@ -105,12 +109,17 @@ class MultipleChoiceTask(HeadTask):
         return {"logits_BE": logits}
 
     def predict(self, record: Record, outputs: Outputs) -> Row:
-        logits_O = np.array([float(found["logits_BE"]) for found in outputs[0]])
+        logits_O = np.array([float(arrays["logits_BE"]) for arrays in outputs[0]])
         p_O = np.exp(logits_O - logits_O.max())
         best = int(p_O.argmax())
-        said = {"prediction": self.task.first + best, "option": record["options"][best]}
         p_O /= p_O.sum()
-        return said | {"confidence": float(p_O[best]), "_index": best, "_probabilities": p_O}
+        return {
+            "prediction": self.task.first + best,
+            "option": record["options"][best],
+            "confidence": float(p_O[best]),
+            "_index": best,
+            "_probabilities": p_O,
+        }
 
     def class_names(self, record: Record) -> Sequence[int]:
         return range(self.task.first, self.task.first + len(record["options"]))
@@ -125,32 +134,32 @@ class MultipleChoiceTask(HeadTask):
             for r, p in zip(part.records, predictions)
             if r["label"] != p["_index"]
         ]
-        what = "held-out questions are answered wrong"
+        what = "held-out questions have a wrong answer"
         return [mistakes(("question", "true", "predicted"), wrong, len(part.records), what)]
 
 
-def _number(value: Any, options: Sequence[str], task: config.MultipleChoice, place: Place) -> int:
-    """Which option a label means, counted from 0."""
+def _option_index(value: Any, options: Sequence[str], task: config.MultipleChoice, place: Place) -> int:
+    """Returns the index of the option that a label means, from 0."""
     number: float = -1
     if isinstance(value, str) and len(value) == 1 and value.isalpha():
         number = string.ascii_uppercase.find(value.upper())
     elif not isinstance(value, bool):
         with suppress(TypeError, ValueError, OverflowError):
             number = float(value) - task.first
-    found = {int(number)} if number in range(len(options)) else set()
+    matches = {int(number)} if number in range(len(options)) else set()
     if isinstance(value, str) and value in options:
-        found.add(list(options).index(value))
-    if len(found) > 1:
+        matches.add(list(options).index(value))
+    if len(matches) > 1:
         raise UserError(
-            f"{place}: column {task.label!r} holds {shown(value)}, which is the text of one option and the number or "
-            f"letter of another; write the labels as {'numbers' if value.isalpha() else 'letters'}"
+            f"{place}: column {task.label!r} holds {short_repr(value)}, which is the text of one option and the number "
+            f"or letter of another; write the labels as {'numbers' if value.isalpha() else 'letters'}"
         )
-    if not found:
+    if not matches:
         raise UserError(
-            f"{place}: column {task.label!r} holds {shown(value)}, which is none of {len(options)} options: give a "
-            f"number from {task.first}, a letter from A, or the text of one"
+            f"{place}: column {task.label!r} holds {short_repr(value)}, which is none of {len(options)} options: give "
+            f"a number from {task.first}, a letter from A, or the text of one"
         )
-    return found.pop()
+    return matches.pop()
 
 
 register(config.MultipleChoice, MultipleChoiceTask)

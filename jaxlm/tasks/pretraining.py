@@ -14,20 +14,25 @@ import numpy as np
 from jaxlm import config
 from jaxlm.data.batches import Batch, Batches, Epoch, Features
 from jaxlm.data.corpus import Corpus
-from jaxlm.data.corrupt import mask_tokens, words
+from jaxlm.data.corrupt import mask_tokens, word_groups
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.lm import LM
 from jaxlm.nn.losses import Losses, accuracy, bits_per_byte, cross_entropy
 from jaxlm.nn.transformer import Transformer, apply
-from jaxlm.tasks.states import hidden, word_losses, word_scores
-from jaxlm.tasks.task import EvalResult, Task, register
+from jaxlm.tasks.states import hidden_states, token_losses, token_scores
+from jaxlm.tasks.task import EvalResult, Task, perplexity, register
 
-TRAINING, EVALUATION = 0, 1  # first word of the seeds below, so that no evaluation repeats a training draw
+TRAINING, EVALUATION = 0, 1  # part of the seeds, so that evaluation and training draw different numbers
+
+
+def epoch_seed(seed: int, training: bool, n: int | None) -> tuple[int, ...]:
+    """Returns the seed of epoch n of training, or the one seed of evaluation."""
+    return (seed, TRAINING, n or 0) if training else (seed, EVALUATION)
 
 
 class CausalLMTask(Task):
-    """Each token is predicted from those before it."""
+    """`config.CausalLM`: predicts each token from the tokens before it."""
 
     head, scores = "lm", ("loss", "accuracy")
 
@@ -36,51 +41,52 @@ class CausalLMTask(Task):
     ):
         self.task, self.length, self.seed = task, length, seed
         self.max_examples = 2 if task.stream else max(2, length // 8)
-        # Tokens that stand around documents, which have no bytes.
+        # The tokens before and after documents, which have no bytes.
         self.frame = [] if tokenizer is None else [i for i in (tokenizer.bos, tokenizer.eos) if i is not None]
-        # One token begins and ends documents (GPT-2): each has it in front, and whole documents are to end with it.
-        one = tokenizer is not None and tokenizer.eos is not None and tokenizer.eos == tokenizer.bos
-        self.end = tokenizer.eos if one and not task.stream else None
+        # If one token both begins and ends documents (GPT-2), the corpus has it only before each document, and the end
+        # of a whole document is predicted too.
+        same = tokenizer is not None and tokenizer.eos is not None and tokenizer.eos == tokenizer.bos
+        self.end = tokenizer.eos if same and not task.stream else None
 
     def examples(self, corpus: Corpus, training: bool) -> CausalExamples:
         return CausalExamples(self, corpus, training)
 
-    def weights(self, batch: Batch) -> dict[str, jax.Array]:
-        return {"loss": batch["weights_BT"].sum()}
-
     def losses(self, module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> Losses:
-        x_BTD, auxiliary = hidden(module, params, batch, key)
+        x_BTD, auxiliary = hidden_states(module, params, batch, key)
         labels_BT, weights_BT = batch["labels_BT"], batch["weights_BT"]
         if key is not None:
-            found = word_losses(module, params, x_BTD, labels_BT, weights_BT, self.task.label_smoothing)
-            return {"loss": found["loss"], **auxiliary}, {}
-        log_BT, likeliest_BT = word_scores(module, params, x_BTD, labels_BT)
-        summed = lambda x_BT, weights_BT: ((x_BT * weights_BT).sum(), weights_BT.sum())
-        found = {"loss": summed(-log_BT, weights_BT), "accuracy": summed(likeliest_BT == labels_BT, weights_BT)}
+            losses = token_losses(module, params, x_BTD, labels_BT, weights_BT, self.task.label_smoothing)
+            return {"loss": losses["loss"], **auxiliary}, {}
+        log_BT, best_BT = token_scores(module, params, x_BTD, labels_BT)
+        weighted_sum = lambda x_BT, weights_BT: ((x_BT * weights_BT).sum(), weights_BT.sum())
+        losses = {
+            "loss": weighted_sum(-log_BT, weights_BT),
+            "accuracy": weighted_sum(best_BT == labels_BT, weights_BT),
+        }
         if self.frame:
-            found["text_loss"] = summed(-log_BT, weights_BT * ~jnp.isin(labels_BT, jnp.array(self.frame)))
-        return found, {}
+            losses["text_loss"] = weighted_sum(-log_BT, weights_BT * ~jnp.isin(labels_BT, jnp.array(self.frame)))
+        return losses, {}
 
     def measure(
         self, lm: LM, run_eval: Callable[[Any], EvalResult], batches: Batches, part: Corpus
     ) -> tuple[dict[str, float], Any]:
-        seen = run_eval(batches)
-        means = seen.means
+        result = run_eval(batches)
+        means = result.means
         return {
             "loss": means["loss"],
-            "perplexity": math.exp(min(means["loss"], 700)),
-            "bits_per_byte": bits_per_byte(seen.losses.get("text_loss", seen.losses["loss"])[0], part.bytes),
+            "perplexity": perplexity(means["loss"]),
+            "bits_per_byte": bits_per_byte(result.losses.get("text_loss", result.losses["loss"])[0], part.bytes),
             "accuracy": means["accuracy"],
         }, None
 
 
 class CausalExamples:
-    """Spans of text, and for each position the token that comes next.
+    """Spans of text, with the next token as the label of each position.
 
-    A text of n tokens has n - 1 predictions, and one of its end where the tokenizer has one token for both ends.  In a
-    stream all documents are one text.  Training cuts each text into
-    spans of the row length, from a place that differs in each epoch.  Evaluation moves windows of the row length by
-    `stride` and counts in each the predictions that no window before it had.
+    A text of n tokens has n - 1 predictions, and one more, of its end, if the tokenizer has one token for both ends.
+    In a stream, all documents are one text.  Training splits each text into spans of the row length, at an offset that
+    in a stream differs between epochs.  Evaluation moves windows of the row length by `stride`, and in each window
+    counts the predictions that no earlier window contains.
     """
 
     fields: Mapping[str, type] = {"labels_BT": np.int32, "weights_BT": np.float32}
@@ -96,22 +102,22 @@ class CausalExamples:
         offset = 0
         if self.training and self.task.task.stream:
             offset = int(np.random.default_rng((self.task.seed, TRAINING, n or 0)).integers(T))
-        more = int(self.task.end is not None)
-        ends_of = zip(self.texts, self.texts[1:] + more)
-        spans = [_spans(a, b - 1, T, stride, offset) for a, b in ends_of if b - a > 1 + more]
+        extra = int(self.task.end is not None)
+        bounds = zip(self.texts, self.texts[1:] + extra)
+        spans = [_spans(a, b - 1, T, stride, offset) for a, b in bounds if b - a > 1 + extra]
         starts, counted, ends = np.concatenate(spans or [np.zeros((0, 3), np.int64)]).T
         return Epoch(ends - starts, partial(self._features, starts, counted, ends))
 
     def _features(self, starts: np.ndarray, counted: np.ndarray, ends: np.ndarray, i: int) -> list[Features]:
         tokens = self.corpus.tokens[starts[i] : ends[i] + 1].astype(np.int32)
-        if len(tokens) <= ends[i] - starts[i]:  # of the last document: others are followed by the next one's beginning
+        if len(tokens) <= ends[i] - starts[i]:  # the last document; others are followed by the first token of the next
             tokens = np.append(tokens, np.int32(self.task.end or 0))
         weights = np.arange(starts[i], ends[i]) >= counted[i]
         return [{"tokens_BT": tokens[:-1], "labels_BT": tokens[1:], "weights_BT": weights.astype(np.float32)}]
 
 
 def _spans(start: int, end: int, length: int, stride: int, offset: int) -> np.ndarray:
-    """Windows over the predictions [start, end), as rows (start, first one counted, end) [n, 3].
+    """Returns windows over the predictions [start, end), as rows (start, first counted prediction, end) [n, 3].
 
     >>> _spans(0, 7, length=4, stride=2, offset=0).tolist()
     [[0, 0, 4], [2, 4, 6], [3, 6, 7]]
@@ -119,13 +125,13 @@ def _spans(start: int, end: int, length: int, stride: int, offset: int) -> np.nd
     first = min(start + (offset or length), end)
     ends = np.concatenate([[first], np.minimum(np.arange(first + stride, end + stride, stride), end)])
     counted = np.concatenate([[start], ends[:-1]])
-    # A window is as long as the row allows, but in training, where stride is the length, has nothing counted before.
+    # In evaluation a window starts before its first counted prediction, so that it fills the row.
     starts = counted if stride == length else np.maximum(start, ends - length)
     return np.stack([starts, counted, ends], 1)
 
 
 class MaskedLMTask(Task):
-    """Masked tokens are predicted from all others; with `next_sentence`, also whether two texts belong together."""
+    """`config.MaskedLM`: predicts masked tokens, and with `next_sentence` whether two texts are consecutive."""
 
     head, scores = "masked_lm", ("loss", "accuracy")
 
@@ -142,7 +148,7 @@ class MaskedLMTask(Task):
         self.task, self.length, self.seed, self.tokenizer = task, length, seed, tokenizer
         self.mask: int = special["mask"]
         self.max_examples = max(4, length // 16)
-        # A bound on the predictions in a row: each example has its share rounded, or at least one.
+        # An upper bound for a row: each example has its rounded share of predictions, and at least one.
         self.predictions = min(length, math.ceil(task.mask_rate * length) + self.max_examples)
 
     def examples(self, corpus: Corpus, training: bool) -> MaskedExamples:
@@ -153,22 +159,22 @@ class MaskedLMTask(Task):
         return totals | ({"next_sentence_loss": batch["weights_BE"].sum()} if self.task.next_sentence else {})
 
     def losses(self, module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> Losses:
-        x_BTD, auxiliary = hidden(module, params, batch, key)
-        # Only the masked positions, a sixth of all, go through the vocabulary.
+        x_BTD, auxiliary = hidden_states(module, params, batch, key)
+        # Only the masked positions, about a sixth, need logits.
         chosen_BP = jnp.argsort(batch["weights_BT"] == 0, axis=1, stable=True)[:, : self.predictions]
         take = lambda field_BT: jnp.take_along_axis(field_BT, chosen_BP, axis=1)
         x_BPD = jnp.take_along_axis(x_BTD, chosen_BP[..., None], axis=1)
         labels = take(batch["labels_BT"]), take(batch["weights_BT"])
         smoothing = self.task.label_smoothing if key is not None else 0.0
-        said = word_losses(module, params, x_BPD, *labels, smoothing, "masked_lm")
-        found = {f"masked_lm_{name}": value for name, value in said.items()}
+        masked = token_losses(module, params, x_BPD, *labels, smoothing, "masked_lm")
+        losses = {f"masked_lm_{name}": value for name, value in masked.items()}
         if self.task.next_sentence:
             x_BED = jnp.take_along_axis(x_BTD, batch["starts_BE"][..., None], axis=1)
             logits_BE2 = apply(module, params, x_BED, method="next_sentence")
             labels = batch["labels_BE"], batch["weights_BE"]
-            found["next_sentence_loss"] = cross_entropy(logits_BE2, *labels)
-            found["next_sentence_accuracy"] = accuracy(logits_BE2, *labels)
-        return found | auxiliary, {}
+            losses["next_sentence_loss"] = cross_entropy(logits_BE2, *labels)
+            losses["next_sentence_accuracy"] = accuracy(logits_BE2, *labels)
+        return losses | auxiliary, {}
 
     def measure(
         self, lm: LM, run_eval: Callable[[Any], EvalResult], batches: Batches, part: Corpus
@@ -176,14 +182,14 @@ class MaskedLMTask(Task):
         means = run_eval(batches).means
         return {
             "loss": means["masked_lm_loss"] + means.get("next_sentence_loss", 0.0),
-            "perplexity": math.exp(min(means["masked_lm_loss"], 700)),
+            "perplexity": perplexity(means["masked_lm_loss"]),
             "accuracy": means["masked_lm_accuracy"],
             **means,
         }, None
 
 
 class MaskedExamples:
-    """`[CLS] a [SEP]`, or pairs `[CLS] a [SEP] b [SEP]`, masked anew in each epoch."""
+    """Texts `[CLS] a [SEP]` or pairs `[CLS] a [SEP] b [SEP]`, with a different mask in each epoch."""
 
     fields: Mapping[str, type]
     labels = 0
@@ -194,7 +200,7 @@ class MaskedExamples:
         self.fields = fields | ({"labels_BE": np.int32} if task.task.next_sentence else {})
 
     def epoch(self, n: int | None) -> Epoch:
-        seed: tuple[int, ...] = (self.task.seed, TRAINING, n or 0) if self.training else (self.task.seed, EVALUATION)
+        seed = epoch_seed(self.task.seed, self.training, n)
         if self.task.task.next_sentence:
             random = np.random.default_rng(seed)
             spans = _pairs(self.corpus, self.task.length - 3, self.task.task.short_rate, random)
@@ -210,7 +216,7 @@ class MaskedExamples:
 
     @cached_property
     def full_sentences(self) -> tuple[np.ndarray, np.ndarray]:
-        """Spans of sentences that follow each other [n, 2], and their lengths with all special tokens [n]."""
+        """Spans of consecutive sentences [n, 2], and their lengths including special tokens [n]."""
         return _full_sentences(self.corpus, self.task.length)
 
     def _features(self, seed: tuple[int, ...], spans: np.ndarray, i: int) -> list[Features]:
@@ -220,7 +226,7 @@ class MaskedExamples:
         if self.task.task.full_sentences and not self.task.task.next_sentence:
             inner = _starts_inside(self.corpus.bounds, *spans[i]) - spans[i, 0]
             a = np.insert(a, inner, np.int32(tokenizer.sep))  # type: ignore[arg-type]
-            inner = inner + np.arange(1, len(inner) + 1)  # behind [CLS] and the separators before
+            inner = inner + np.arange(1, len(inner) + 1)  # after [CLS] and the earlier separators
         tokens = np.concatenate([[tokenizer.cls], a, [tokenizer.sep]])
         types = np.zeros(len(tokens), np.int32)
         features: Features = {}
@@ -234,7 +240,7 @@ class MaskedExamples:
         continues = tokenizer.continues[tokens] if self.task.task.whole_words else np.zeros(len(tokens), bool)
         corrupted, predicted = mask_tokens(
             tokens,
-            words(continues, choosable),
+            word_groups(continues, choosable),
             np.random.default_rng((*seed, i)),
             rate=self.task.task.mask_rate,
             mask=self.task.mask,
@@ -250,16 +256,16 @@ class MaskedExamples:
 
 
 def _pieces(start: int, end: int, length: int) -> np.ndarray:
-    """[start, end) in pieces of at most `length` [n, 2]."""
+    """Returns [start, end) in pieces of at most `length` tokens, as rows (start, end) [n, 2]."""
     starts = np.arange(start, end, length)
     return np.stack([starts, np.minimum(starts + length, end)], 1)
 
 
 def _full_sentences(corpus: Corpus, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Spans of whole sentences that fill rows of `length` tokens, and their lengths, special tokens included.
+    """Returns spans of whole sentences that fill rows of `length` tokens, and their lengths including special tokens.
 
-    As RoBERTa's FULL-SENTENCES (Liu et al. 2019, section 4.2): a span continues in the next document, with a separator
-    between the two.  A sentence that is longer than a row is cut.
+    As in RoBERTa's FULL-SENTENCES (Liu et al. 2019, section 4.2), a span continues in the next document, after a
+    separator.  A sentence that is longer than a row is split.
     """
     firsts = set(corpus.bounds[:-1].tolist())
     spans: list[tuple[int, int, int]] = []
@@ -279,23 +285,23 @@ def _full_sentences(corpus: Corpus, length: int) -> tuple[np.ndarray, np.ndarray
         end, used = b, used + separator + b - a
     if end > start:
         spans.append((start, end, used))
-    found = np.array(spans, np.int64).reshape(-1, 3)
-    return found[:, :2], found[:, 2]
+    rows = np.array(spans, np.int64).reshape(-1, 3)
+    return rows[:, :2], rows[:, 2]
 
 
 def _starts_inside(bounds: np.ndarray, start: int, end: int) -> np.ndarray:
-    """Returns where documents begin inside a span, its own start excepted."""
+    """Returns the starts of documents inside a span, without the start of the span."""
     first, last = np.searchsorted(bounds, [start, end], side="right")
     inside = np.unique(bounds[first:last])
     return inside[inside < end]
 
 
 def _pairs(corpus: Corpus, length: int, short_rate: float, random: np.random.Generator) -> np.ndarray:
-    """Pairs of texts for next-sentence prediction, as token spans (a start, a end, b start, b end, label) [n, 5].
+    """Returns pairs of texts for next-sentence prediction, as rows (a start, a end, b start, b end, label) [n, 5].
 
-    As BERT's own data were made: sentences of a document are gathered up to a target length and divided at random;
-    half of the time (label 1) the second part is replaced by sentences of another document, and those that it would
-    have had are used for the next pair.  Together a pair has at most `length` tokens.
+    As for the original BERT, sentences of a document are collected up to a target length and split at random.  With
+    probability 1/2 (label 1), sentences of another document replace the second part, whose sentences are then used for
+    the next pair.  A pair has at most `length` tokens.
     """
     bounds, documents = corpus.sentences.tolist(), corpus.documents.tolist()
     count = len(documents) - 1
@@ -308,7 +314,7 @@ def _pairs(corpus: Corpus, length: int, short_rate: float, random: np.random.Gen
             while end < last and bounds[end] - bounds[s] < target:
                 end += 1
             if end == last and end - s == 1 and (s > documents[d] or count == 1):
-                break  # a single sentence is left, and it was already the end of a pair's text
+                break  # a single sentence is left, which the previous pair already contains
             divide = s + 1 if end - s == 1 else s + int(random.integers(1, end - s))
             a = [bounds[s], bounds[divide]]
             other = count > 1 and (end - s == 1 or random.random() < 0.5)
@@ -329,10 +335,10 @@ def _pairs(corpus: Corpus, length: int, short_rate: float, random: np.random.Gen
 
 
 def _trim(a: list[int], b: list[int], length: int, random: np.random.Generator) -> None:
-    """Shortens the longer of two spans, at either end, until both together have at most `length` tokens."""
+    """Shortens the longer of two spans, in place and at random ends, until both together fit in `length` tokens."""
     while (excess := a[1] - a[0] + b[1] - b[0] - length) > 0:
         longer, shorter = (a, b) if a[1] - a[0] > b[1] - b[0] else (b, a)
-        # Cut to the other's length first, then one token of each in turn: as cutting one by one, in fewer rounds.
+        # Cut to the length of the other first: this equals cutting one token at a time, in fewer iterations.
         cut = max(1, min(excess, (longer[1] - longer[0]) - (shorter[1] - shorter[0])))
         front = int(random.binomial(cut, 0.5))
         longer[0] += front

@@ -1,4 +1,4 @@
-"""Records from files: read, split, their labels found, and what a task needs to read a row."""
+"""Records from files: reads them, splits off a validation part, and finds the labels and the tokenizer."""
 
 from __future__ import annotations
 
@@ -27,44 +27,50 @@ def prepare(
     run: RunConfig,
     kind: type[RecordTask],
     tokenizer: Tokenizer | None,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     known: tuple[str, ...] | None = None,
 ) -> Prepared:
-    """Reads the records of a run, splits off a validation part where none is given, and finds the labels.
+    """Reads the records of a run, splits off a validation part if the run has none, and finds the labels.
 
-    known: names of the outputs of the head that the run starts from, where it has one.
+    Args:
+      run: the run.
+      kind: the class of its task.
+      tokenizer: replaces the tokenizer of the run.
+      log: prints a line of progress.
+      known: the names of the outputs of the head that the run starts from, if it has one.
 
-    Raises UserError for bad data, with file and line.
+    Raises:
+      UserError: for invalid data, with file and line.
     """
     data, counts = run.data, Counter[str]()
     read = lambda path, target, split: load(kind, run, path, target, split, counts)
     train = whole = read(data.path, data.target_path, data.split)
-    if given := source.held_out(data):
-        held_out = read(*given)
+    if files := source.held_out_paths(data):
+        held_out = read(*files)
     else:
         train, held_out = split(kind, run.task, train, data.eval_fraction, data.eval_seed)
     for part, name, path in ((train, "training", data.path), (held_out, "held-out", data.eval_path or data.path)):
         if not part.records:
             found = ", ".join(f"{count:,} {what}" for what, count in counts.items()) or "0 rows"
             raise UserError(f"no {name} example is left of {path} ({found}); give more, or set --data.eval-path")
-    # A part that is split off by lot may have the only rows with a label.
-    names, train, held_out = labels.agreed(kind, run.task, whole, train, held_out, known, say)
+    # The labels are those of `whole`, because the only rows with a label may have been split off.
+    names, train, held_out = labels.align_labels(kind, run.task, whole, train, held_out, known, log)
     fingerprint = hashlib.sha256()
     for path in (data.path, data.target_path, data.eval_path, data.eval_target_path):
         fingerprint.update(source.fingerprint(path).encode() if path else b"")
-    told = asdict(replace(data, path="", target_path="", eval_path="", eval_target_path="", cache=""))
-    fingerprint.update(json.dumps(told, sort_keys=True).encode())
+    options = asdict(replace(data, path="", target_path="", eval_path="", eval_target_path="", cache=""))
+    fingerprint.update(json.dumps(options, sort_keys=True).encode())
     if tokenizer is None and run.tokenizer.path:
         tokenizer = tokenizers.load(run.tokenizer.path, run.tokenizer.split_special_tokens)
     if tokenizer is None:
-        tokenizer = _trained(run, kind, train, say)  # which follows from the data and the config
+        tokenizer = _train_tokenizer(run, kind, train, log)  # follows from the data and the config
     else:
         fingerprint.update(tokenizers.fingerprint(tokenizer).encode())
     return Prepared(tokenizer, train, held_out, dict(counts), fingerprint.hexdigest()[:16], names)
 
 
 def load(kind: type[RecordTask], run: RunConfig, path: str, target_path: str, split: str, counts: Counter) -> Records:
-    """All records of a path, each with its label."""
+    """Returns all records of a path, each with its label; `counts` counts the rows and the dropped records."""
     part = Records([], [])
     columns = kind.columns(run.task, run.data.label_from == "column")
     for place, row in source.rows(path, run.data, split, counts, target_path, columns):
@@ -72,29 +78,37 @@ def load(kind: type[RecordTask], run: RunConfig, path: str, target_path: str, sp
         if record is None:
             counts["dropped"] += 1
             continue
-        kind.labelled(run.task, row, record, place)
+        kind.require_label(run.task, row, record, place)
         part.records.append(record)
         part.places.append(place)
-    kind.settle(run.task, part, ())
+    kind.finalize_labels(run.task, part, ())
     return part
 
 
 def split(kind: type[RecordTask], task: Any, part: Records, share: float, seed: int) -> tuple[Records, Records]:
-    """Training and validation parts: `share` of each stratum, or of the groups, chosen at random, in their order."""
+    """Returns a training part and a validation part, both in the order of the data.
+
+    Args:
+      kind: the class of the task.
+      task: its config.
+      part: the records.
+      share: the fraction of each stratum, or of the groups if there are several, that is chosen for validation.
+      seed: of the random choice.
+    """
     random = np.random.default_rng((seed, 1))
     chosen = np.zeros(len(part.records), bool)
     groups = [kind.group(task, record) for record in part.records]
     if len(set(groups)) > 1:
         names = sorted(set(groups), key=str)
         count = min(max(1, round(share * len(names))), len(names) - 1)
-        held = {names[i] for i in random.permutation(len(names))[:count]}
-        chosen[:] = [group in held for group in groups]
+        selected = {names[i] for i in random.permutation(len(names))[:count]}
+        chosen[:] = [group in selected for group in groups]
     else:
         strata: dict[Hashable, list[int]] = {}
         for i, record in enumerate(part.records):
             strata.setdefault(kind.stratum(task, record), []).append(i)
         for _, members in sorted(strata.items(), key=lambda item: str(item[0])):
-            # The rounding is by lot, so that rare classes together have their share; one of each stays to be learned.
+            # Random rounding gives rare classes together their share; one record of each remains for training.
             count = min(int(share * len(members) + random.random()), len(members) - 1)
             chosen[random.permutation(members)[:count]] = True
         if not chosen.any() and len(chosen) > 1:
@@ -106,10 +120,10 @@ def split(kind: type[RecordTask], task: Any, part: Records, share: float, seed: 
     return sides[0], sides[1]
 
 
-def _trained(run: RunConfig, kind: type[RecordTask], part: Records, say: Callable[[str], None]) -> Tokenizer:
+def _train_tokenizer(run: RunConfig, kind: type[RecordTask], part: Records, log: Callable[[str], None]) -> Tokenizer:
     assert run.model is not None
-    say(f"training a {run.tokenizer.train} tokenizer of {run.model.vocabulary:,} tokens")
-    texts, targets = (chain.from_iterable(map(some, part.records)) for some in (kind.texts, kind.target_texts))
+    log(f"training a {run.tokenizer.train} tokenizer of {run.model.vocabulary:,} tokens")
+    texts, targets = (chain.from_iterable(map(get, part.records)) for get in (kind.texts, kind.target_texts))
     if run.tokenizer.separate:
         if run.model.structure != "encoder_decoder" or not run.model.decoder_tokens:
             raise UserError(
@@ -117,5 +131,7 @@ def _trained(run: RunConfig, kind: type[RecordTask], part: Records, say: Callabl
                 "encoder-decoder"
             )
         return tokenizers.train_both(texts, targets, run.tokenizer, (run.model.vocabulary, run.model.V))
-    begun, ended = run.model.structure == "decoder", run.model.structure == "encoder_decoder"
-    return tokenizers.train(chain(texts, targets), run.tokenizer, run.model.vocabulary, begun=begun, ended=ended)
+    add_bos, add_eos = (run.model.structure == structure for structure in ("decoder", "encoder_decoder"))
+    return tokenizers.train(
+        chain(texts, targets), run.tokenizer, run.model.vocabulary, add_bos=add_bos, add_eos=add_eos
+    )

@@ -1,5 +1,8 @@
-"""A text for a text: translations, summaries, answers.  An encoder-decoder reads the source in its encoder; a decoder
-reads it before the target, and what it reads is not learned."""
+"""Sequence to sequence: translations, summaries, answers.
+
+An encoder-decoder reads the source in its encoder.  A decoder reads the source before the target, and only the target
+has a loss.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxlm import config
-from jaxlm.config.ranges import shown
+from jaxlm.config.ranges import short_repr
 from jaxlm.data.batches import Features
 from jaxlm.data.formats.lines import Place, Row
 from jaxlm.data.formats.rows import Columns
@@ -17,31 +20,31 @@ from jaxlm.errors import UserError
 from jaxlm.reports.report import Section
 from jaxlm.tasks import metrics
 from jaxlm.tasks.cells import Record, Records, cell, column
-from jaxlm.tasks.generation import UNREAD, GenerationTask, table_of_texts
-from jaxlm.tasks.records import add_special_tokens, stand_in
+from jaxlm.tasks.generation import PROMPT_REMEDY, GenerationTask, table_of_texts
+from jaxlm.tasks.records import add_special_tokens, placeholder_token
 from jaxlm.tasks.task import register
 
-_SCORE: dict[str, tuple[tuple[str, ...], Callable[..., dict[str, float]]]] = {
-    "translation": (("bleu", "chrf"), metrics.translation),
-    "summary": (("rouge1", "rouge2", "rougeL", "rougeLsum"), metrics.summaries),
-    "answer": (("exact", "f1"), metrics.answers),
+_SCORES: dict[str, tuple[tuple[str, ...], Callable[..., dict[str, float]]]] = {
+    "translation": (("bleu", "chrf"), metrics.translation_scores),
+    "summary": (("rouge1", "rouge2", "rougeL", "rougeLsum"), metrics.summary_scores),
+    "answer": (("exact", "f1"), metrics.answer_scores),
 }
 
 
 class Seq2SeqTask(GenerationTask):
-    """`config.Seq2Seq`, by the head "lm"."""
+    """`config.Seq2Seq`, with the head "lm"."""
 
-    cut: Mapping[str, tuple[str, str]] = {
+    remedies: Mapping[str, tuple[str, str]] = {
         "T": ("targets", "raise --data.length"),
         "S": ("sources", "raise --task.source-length"),
-        **UNREAD,
+        **PROMPT_REMEDY,
     }
     task: config.Seq2Seq
 
     def __init__(self, *parts: Any):
         super().__init__(*parts)
-        self.scores = _SCORE[self.task.scored_as][0]
-        self.decoding, self.scored = self.task.decoding, self.task.generated
+        self.scores = _SCORES[self.task.scored_as][0]
+        self.decoding, self.max_scored = self.task.decoding, self.task.generated
 
     @classmethod
     def columns(cls, task: config.Seq2Seq, labelled: bool) -> Columns:
@@ -53,11 +56,11 @@ class Seq2SeqTask(GenerationTask):
         record: Record = {"source": _text(column(row, task.source, place, "--task.source"), place, task.source)}
         value = cell(row, task.target)
         if value is not None:
-            several = [*value] if isinstance(value, (list, tuple, np.ndarray)) else [value]
-            # A row may have fewer references, but a column that is not there is a mistake.
+            targets = [*value] if isinstance(value, (list, tuple, np.ndarray)) else [value]
+            # A reference may be empty, but its column must exist.
             references = (column(row, name, place, "--task.references") for name in task.references)
-            several += [text for text in references if text]
-            record["label"] = tuple(_text(text, place, task.target) for text in several)
+            targets += [text for text in references if text]
+            record["label"] = tuple(_text(text, place, task.target) for text in targets)
         sides = {task.source: (record["source"],), task.target: record.get("label", ("-",))}
         for name, texts in sides.items():
             if not any(text.strip() for text in texts):
@@ -67,7 +70,7 @@ class Seq2SeqTask(GenerationTask):
         return record
 
     @classmethod
-    def labelled(cls, task: config.Seq2Seq, row: Row, record: Record, place: Place) -> None:
+    def require_label(cls, task: config.Seq2Seq, row: Row, record: Record, place: Place) -> None:
         if "label" not in record:
             column(row, task.target, place, "--task.target")
             raise UserError(f"{place}: the row has no text in column {task.target!r}; give one, or leave the row out")
@@ -84,43 +87,40 @@ class Seq2SeqTask(GenerationTask):
         return [ids for ids, _ in self._prompts(records)]
 
     def _prompts(self, records: Sequence[Record]) -> list[tuple[list[int], int]]:
-        """The tokens that are read for each record, and how many were cut."""
+        """Returns the prompt tokens of each record, and the number of tokens that were cut."""
         texts = [self.task.prefix + record["source"] + self.task.suffix for record in records]
         if self.source_length is None:
             encoded = self.tokenizer.encode_batch(texts)
-            return [(self.tokenizer.begun(ids) or [stand_in(self.tokenizer)], 0) for ids in encoded]
-        # The end of a source is kept where it is cut: a model has never read one without.
-        return [
-            (made["tokens_BT"], made["cut"])
-            for made in add_special_tokens(self.tokenizer, texts, None, self.source_length)
-        ]
+            return [(self.tokenizer.with_prefix(ids) or [placeholder_token(self.tokenizer)], 0) for ids in encoded]
+        # A truncated source keeps its end token, because models are trained on sources with one.
+        sources = add_special_tokens(self.tokenizer, texts, None, self.source_length)
+        return [(features["tokens_BT"], features["cut"]) for features in sources]
 
     def answers(self, records: Sequence[Record]) -> list[list[int]]:
-        """The tokens that are to be written for each record."""
+        """Returns the target tokens of each record."""
         return [ids for ids, _ in self._answers(records)]
 
     def _answers(self, records: Sequence[Record]) -> list[tuple[list[int], int]]:
-        """The tokens that are to be written for each record, and how many were cut."""
+        """Returns the target tokens of each record, and the number of tokens that were cut."""
         texts = [record["label"][0] if record.get("label") else "" for record in records]
         if self.source_length is None:
             room = self.length - 1
-            each = self.tokenizer.target.encode_batch(texts)
-            return [([*ids[:room], self.end], max(0, len(ids) - room)) for ids in each]
-        whole = [ids or [self.end] for ids, _ in self.tokenizer.target.frame(texts)]
-        cut = self.tokenizer.target.frame(texts, max_length=self.length)
-        return [(ids or [self.end], max(0, len(full) - len(ids))) for full, (ids, _) in zip(whole, cut)]
+            encoded = self.tokenizer.target.encode_batch(texts)
+            return [([*ids[:room], self.end], max(0, len(ids) - room)) for ids in encoded]
+        full = [ids or [self.end] for ids, _ in self.tokenizer.target.encode_with_special_tokens(texts)]
+        truncated = self.tokenizer.target.encode_with_special_tokens(texts, max_length=self.length)
+        return [(ids or [self.end], max(0, len(whole) - len(ids))) for whole, (ids, _) in zip(full, truncated)]
 
     def features(self, records: Sequence[Record], training: bool) -> Iterator[list[list[Features]]]:
-        make = self._one_stack if self.source_length is None else self._two_stacks
         for (prompt, prompt_cut), (answer, answer_cut) in zip(self._prompts(records), self._answers(records)):
             if self.source_length is None:
-                beyond = max(0, len(prompt) + min(len(answer), self.length) - self.length - 1)
-                yield [[make(prompt, answer) | {"cut": beyond + answer_cut}]]
+                excess = max(0, len(prompt) + min(len(answer), self.length) - self.length - 1)
+                yield [[self._one_stack(prompt, answer) | {"cut": excess + answer_cut}]]
             else:
-                yield [[make(prompt, answer) | {"cut": answer_cut, "source_cut": prompt_cut}]]
+                yield [[self._two_stacks(prompt, answer) | {"cut": answer_cut, "source_cut": prompt_cut}]]
 
     def _two_stacks(self, source: list[int], target: list[int]) -> Features:
-        """The source for the encoder; for the decoder the target, moved right behind the start token."""
+        """Returns the source for the encoder, and for the decoder the target shifted right after the start token."""
         target = target[: self.length]
         first = target[-1] if self.start is None else self.start
         return {
@@ -131,42 +131,44 @@ class Seq2SeqTask(GenerationTask):
         }
 
     def _one_stack(self, prompt: list[int], answer: list[int]) -> Features:
-        """The prompt and the answer in one text, of which the answer is learned; the prompt loses its beginning where
-        both are too long together."""
+        """Returns the prompt and the answer as one text, with a loss on the answer.
+
+        The prompt loses its beginning if both together exceed the length of a row.
+        """
         answer = answer[: self.length]
         prompt = prompt[-(self.length + 1 - len(answer)) :]
         tokens = np.array([*prompt, *answer], np.int32)
-        learned = np.arange(1, len(tokens)) >= len(prompt)
-        made = {"tokens_BT": tokens[:-1], "labels_BT": tokens[1:], "weights_BT": learned.astype(np.float32)}
+        weights = (np.arange(1, len(tokens)) >= len(prompt)).astype(np.float32)
+        features = {"tokens_BT": tokens[:-1], "labels_BT": tokens[1:], "weights_BT": weights}
         if "prefix_BT" in self.fields:
-            made["prefix_BT"] = (np.arange(len(tokens) - 1) < len(prompt)).astype(np.int32)
-        return made
+            features["prefix_BT"] = (np.arange(len(tokens) - 1) < len(prompt)).astype(np.int32)
+        return features
 
     def score(self, records: Sequence[Record], predictions: Sequence[Row]) -> dict[str, float]:
         texts = [prediction["prediction"] for prediction in predictions]
-        return _SCORE[self.task.scored_as][1]([record["label"] for record in records], texts)
+        return _SCORES[self.task.scored_as][1]([record["label"] for record in records], texts)
 
     @classmethod
-    def beside(cls, task: config.Seq2Seq, records: Sequence[Record]) -> list[str]:
-        """sacreBLEU's signatures of a translation's scores."""
+    def score_notes(cls, task: config.Seq2Seq, records: Sequence[Record]) -> list[str]:
+        """Returns sacreBLEU's signatures of the scores of translations."""
         if task.scored_as != "translation" or not records:
             return []
-        said = metrics.translation_signatures([record["label"] for record in records])
-        return [f"{name}: {signature}" for name, signature in said.items()]
+        signatures = metrics.translation_signatures([record["label"] for record in records])
+        return [f"{name}: {signature}" for name, signature in signatures.items()]
 
     def sections(self, part: Records, predictions: Sequence[Row]) -> list[Section]:
-        both = list(zip(part.records, predictions))
-        rows = ([record["source"], " | ".join(record["label"]), told["prediction"]] for record, told in both)
-        note = "; ".join(["The first of the held-out part", *self.beside(self.task, [record for record, _ in both])])
+        records = part.records[: len(predictions)]
+        rows = ([r["source"], " | ".join(r["label"]), p["prediction"]] for r, p in zip(records, predictions))
+        note = "; ".join(["The first of the held-out part", *self.score_notes(self.task, records)])
         return [table_of_texts("Generated texts", ("source", "reference", "generated"), rows, f"{note}.")]
 
 
 def _text(value: Any, place: Place, name: str) -> str:
-    """The text in a cell; of a list of sentences, these joined."""
+    """Returns the text in a cell, or the sentences in it joined by spaces."""
     if isinstance(value, (list, tuple, np.ndarray)) and all(isinstance(part, str) for part in value):
         return " ".join(value)
     if value is not None and not isinstance(value, str):
-        raise UserError(f"{place}: column {name!r} holds {type(value).__name__} {shown(value)}, not text")
+        raise UserError(f"{place}: column {name!r} holds {type(value).__name__} {short_repr(value)}, not text")
     return value or ""
 
 

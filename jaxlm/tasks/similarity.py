@@ -1,4 +1,4 @@
-"""Vectors of texts that lie as near as the texts are alike."""
+"""Similarity: vectors of texts whose cosine is the similarity of the texts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import config
-from jaxlm.config.ranges import shown
+from jaxlm.config.ranges import short_repr
 from jaxlm.data.batches import Batch, Features
 from jaxlm.data.formats.lines import Place, Row
 from jaxlm.data.formats.rows import Columns
@@ -20,22 +20,26 @@ from jaxlm.nn.losses import Sum, squared_error
 from jaxlm.nn.transformer import Transformer
 from jaxlm.tasks import metrics
 from jaxlm.tasks.cells import Record, text_of
-from jaxlm.tasks.labels import number_of
+from jaxlm.tasks.labels import parse_number
 from jaxlm.tasks.records import HeadTask, Outputs, add_special_tokens
-from jaxlm.tasks.states import of_examples
+from jaxlm.tasks.states import example_states
 from jaxlm.tasks.task import register
 
 
 class SimilarityTask(HeadTask):
-    """`config.Similarity`.  A unit is the two texts of a pair, which do not see each other; the first is labelled.
+    """`config.Similarity`.
 
-    cosine: the squared difference of the pair's cosine and its score (Reimers & Gurevych 2019).
-    contrastive: cross-entropy of the text that belongs to the first, among the second texts of all pairs of the batch,
-    over all devices (van den Oord et al. 2018).  Micro-batches do not see each other.
+    A unit contains the two texts of a pair, which do not attend to each other; the first has the label.  Objectives:
+
+    cosine: the squared difference of the cosine of a pair and its score (Reimers & Gurevych 2019).
+    contrastive: the cross-entropy of the right second text among those of all pairs of the micro-batch, over all
+    devices (van den Oord et al. 2018).
     """
 
     head = None
-    cut: Mapping[str, tuple[str, str]] = {"T": ("pairs", "raise --data.length, which holds both texts of a pair")}
+    remedies: Mapping[str, tuple[str, str]] = {
+        "T": ("pairs", "raise --data.length, which includes both texts of a pair")
+    }
     task: config.Similarity
 
     def __init__(self, *parts: Any):
@@ -57,10 +61,10 @@ class SimilarityTask(HeadTask):
             return record | {"label": 1.0}
         if value is None or value == "":
             return record
-        label = number_of(value, place, task.label)
+        label = parse_number(value, place, task.label)
         if not math.isfinite(label) or not task.lowest <= label <= task.highest:
             raise UserError(
-                f"{place}: column {task.label!r} holds {shown(value)}; a score must lie in {task.lowest:g} to "
+                f"{place}: column {task.label!r} holds {short_repr(value)}; a score must be from {task.lowest:g} to "
                 f"{task.highest:g}: set --task.lowest and --task.highest"
             )
         return record | {"label": (label - task.lowest) / (task.highest - task.lowest)}
@@ -71,24 +75,24 @@ class SimilarityTask(HeadTask):
 
     def features(self, records: Sequence[Record], training: bool) -> Iterator[list[list[Features]]]:
         texts = [text for record in records for text in record["texts"]]
-        made = add_special_tokens(self.tokenizer, texts, None, self.length // 2)
+        features = add_special_tokens(self.tokenizer, texts, None, self.length // 2)
         for record in records:
             pair = []
             for first in (True, False):
                 label = np.float32(record.get("label", 0) if first else 0)
-                pair.append(next(made) | {"labels_BE": label, "weights_BE": np.float32(first)})
+                pair.append(next(features) | {"labels_BE": label, "weights_BE": np.float32(first)})
             yield [pair]
 
     def logits(
         self, module: Transformer, params: Any, x_BTD: jax.Array, batch: Batch, key: jax.Array | None
     ) -> jax.Array:
-        """Vectors [B, E, D] of Euclidean length 1."""
-        parts = [of_examples(x_BTD, batch, mode) for mode in self.pooling.modes]
+        """Returns vectors [B, E, D] of Euclidean length 1."""
+        parts = [example_states(x_BTD, batch, mode) for mode in self.pooling.modes]
         v_BED = jnp.concatenate(parts, -1).astype(jnp.float32)
         return v_BED * jax.lax.rsqrt(jnp.maximum((v_BED**2).sum(-1, keepdims=True), 1e-24))
 
     def loss(self, logits: jax.Array, batch: Batch, training: bool) -> Sum:
-        second_BED = jnp.roll(logits, -1, axis=1)  # the pair's other text
+        second_BED = jnp.roll(logits, -1, axis=1)  # the other text of the pair
         if self.cosine:
             return squared_error((logits * second_BED).sum(-1), batch["labels_BE"], batch["weights_BE"])
         D = logits.shape[-1]
@@ -102,26 +106,23 @@ class SimilarityTask(HeadTask):
         return {"vector_BED": logits}
 
     def predict(self, record: Record, outputs: Outputs) -> Row:
-        """The score of the pair in the units of the label column; for the objective contrastive, which has none, the
-        cosine."""
-        a_D, b_D = (found["vector_BED"] for found in outputs[0])
+        """Returns the score of the pair in the units of the label column, or the cosine (objective "contrastive")."""
+        a_D, b_D = (arrays["vector_BED"] for arrays in outputs[0])
         cosine = float(a_D @ b_D)
         score = self.task.lowest + cosine * (self.task.highest - self.task.lowest) if self.cosine else cosine
         return {"prediction": score, "_cosine": cosine, "_vectors": (a_D, b_D)}
 
     def score(self, records: Sequence[Record], predictions: Sequence[Row]) -> dict[str, float]:
         if self.cosine:
-            return metrics.number([r["label"] for r in records], [p["_cosine"] for p in predictions])
+            return metrics.regression_scores([r["label"] for r in records], [p["_cosine"] for p in predictions])
         if not records:
-            return metrics.retrieval([])
+            return metrics.retrieval_scores([])
         queries_ND, texts_ND = (np.array([p["_vectors"][side] for p in predictions]) for side in (0, 1))
-        # A text that occurs in several pairs is one text, and right for each of them.
-        _, kept, of_N = np.unique([r["texts"][1] for r in records], return_index=True, return_inverse=True)
-        ranks = [
-            metrics.ranks(queries_ND[some : some + 1024] @ texts_ND[kept].T, of_N[some : some + 1024])
-            for some in range(0, len(of_N), 1024)
-        ]
-        return metrics.retrieval(np.concatenate(ranks))
+        # A text that occurs in several pairs is one document, which is right for each of them.
+        _, unique, of_query_N = np.unique([r["texts"][1] for r in records], return_index=True, return_inverse=True)
+        chunks = (slice(start, start + 1024) for start in range(0, len(of_query_N), 1024))
+        ranks = [metrics.ranks(queries_ND[chunk] @ texts_ND[unique].T, of_query_N[chunk]) for chunk in chunks]
+        return metrics.retrieval_scores(np.concatenate(ranks))
 
 
 register(config.Similarity, SimilarityTask)

@@ -1,4 +1,4 @@
-"""What tasks read of a packed batch: hidden states of its tokens, and the state that stands for each example."""
+"""Hidden states of a packed batch, the state that represents each example, and losses over the vocabulary."""
 
 from __future__ import annotations
 
@@ -14,19 +14,27 @@ from jaxlm.inference.encode import pool
 from jaxlm.nn.losses import Sum, accuracy, chunked_cross_entropy, cross_entropy, token_log_probs
 from jaxlm.nn.transformer import FRONT_ENDS, Transformer, apply
 
-MOST_LOGITS = 1 << 26  # on each device at once; more are computed in parts, one after the other
-_MODES = {"first": "cls", "last": "lasttoken", "mean": "mean"}  # of `ModelConfig.classes_from`, as pooling names them
+MAX_LOGITS = 1 << 26  # on each device at once; more are computed in parts, one after the other
+_MODES = {"first": "cls", "last": "lasttoken", "mean": "mean"}  # values of `ModelConfig.classes_from` -> pooling modes
 
 
-def hidden(module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, dict[str, Sum]]:
-    """Hidden states [B, T, D] of a packed batch, of an encoder-decoder the decoder's; and in training the auxiliary
-    losses of its blocks, as `auxiliary/NAME`.
+def hidden_states(
+    module: Transformer, params: Any, batch: Batch, key: jax.Array | None
+) -> tuple[jax.Array, dict[str, Sum]]:
+    """Returns the last hidden states of a packed batch, and in training the auxiliary losses of the layers.
 
-    key: of dropout; None in evaluation.
+    Args:
+      module: the model.
+      params: its parameters.
+      batch: the batch.
+      key: for dropout; None in evaluation.
+
+    Returns:
+      Hidden states [B, T, D], those of the decoder if the model has both; and sums and weights as `auxiliary/NAME`.
     """
     field = FRONT_ENDS[module.config.front_end].field
     inputs: tuple[Any, ...] = batch[field], batch["segments_BT"], batch["positions_BT"]
-    named: dict[str, Any] = {"key": key, **({} if key is None else {"mutable": ["losses"]})}
+    options: dict[str, Any] = {"key": key, **({} if key is None else {"mutable": ["losses"]})}
     segments = [batch["segments_BT"]]
     if "source_tokens_BS" in batch:
         source = batch["source_tokens_BS"], batch["source_segments_BS"], batch["source_positions_BS"]
@@ -34,21 +42,21 @@ def hidden(module: Transformer, params: Any, batch: Batch, key: jax.Array | None
         segments.append(source[1])
     else:
         inputs = (*inputs, batch.get("types_BT"))
-        named["prefix_BT"] = batch.get("prefix_BT")
-    found = apply(module, params, *inputs, **named)
+        options["prefix_BT"] = batch.get("prefix_BT")
+    result = apply(module, params, *inputs, **options)
     if key is None:
-        return found, {}
-    x_BTD, sown = found
-    tokens = sum((some > 0).sum() for some in segments)
+        return result, {}
+    x_BTD, sown = result
+    tokens = sum((ids > 0).sum() for ids in segments)
     stacks = jax.tree.leaves_with_path(sown.get("losses", {}))
     losses: dict[str, Sum] = {}
-    for key_path, value in stacks:  # stack / name / place in the tuple that sow makes
+    for key_path, value in stacks:  # stack / name / index in the tuple that `sow` stores
         name = f"auxiliary/{key_path[1].key}"
         losses[name] = losses[name][0] + value if name in losses else value, tokens
     return x_BTD, losses
 
 
-def word_losses(
+def token_losses(
     module: Transformer,
     params: Any,
     x_BTD: jax.Array,
@@ -57,44 +65,63 @@ def word_losses(
     label_smoothing: float = 0.0,
     method: str = "lm",
 ) -> dict[str, Sum]:
-    """Loss and accuracy of the words that a head over the vocabulary, a method of the module, says at each place."""
+    """Returns the loss and the accuracy of a head over the vocabulary, as sums and weights.
+
+    Args:
+      module: the model.
+      params: its parameters.
+      x_BTD: hidden states.
+      labels_BT: the token to predict at each position.
+      weights_BT: the weight of each position.
+      label_smoothing: the share of the probability that is spread over the vocabulary.
+      method: the method of the module that applies the head.
+    """
     parts = _parts(module, *labels_BT.shape)
     if parts == 1:
         logits_BTV = apply(module, params, x_BTD, method=method)
-        found = cross_entropy(logits_BTV, labels_BT, weights_BT, label_smoothing)
-        return {"loss": found, "accuracy": accuracy(logits_BTV, labels_BT, weights_BT)}
+        loss = cross_entropy(logits_BTV, labels_BT, weights_BT, label_smoothing)
+        return {"loss": loss, "accuracy": accuracy(logits_BTV, labels_BT, weights_BT)}
     head = _head(module, params, method)
     loss, hits = chunked_cross_entropy(*head, x_BTD, labels_BT, weights_BT, label_smoothing, parts)
     return {"loss": loss, "accuracy": hits}
 
 
-def word_scores(
+def token_scores(
     module: Transformer, params: Any, x_BTD: jax.Array, labels_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The log-probability of each label by the head lm, and the likeliest token: `losses.token_log_probs`."""
+    """Returns the log-probability of each label and the most likely tokens, by the head "lm" (`token_log_probs`)."""
     return token_log_probs(*_head(module, params, "lm"), x_BTD, labels_BT, _parts(module, *labels_BT.shape))
 
 
 def _parts(module: Transformer, B: int, T: int) -> int:
-    """Number of parts in which logits [B, T, V] are computed."""
+    """Returns the number of parts in which logits [B, T, V] are computed."""
     ways = module.constrain.ways
     entries = B * T * module.config.vocabulary // (ways("batch") * ways("length") * ways("vocabulary"))
-    parts = min(T, max(1, -(-entries // MOST_LOGITS)))
-    # Rather some more parts than padding.
+    parts = min(T, max(1, -(-entries // MAX_LOGITS)))
+    # More parts are better than padding.
     return next((n for n in range(parts, 2 * parts) if T % (n * ways("length")) == 0), parts)
 
 
 def _head(module: Transformer, params: Any, method: str) -> tuple[Callable[[Any, jax.Array], jax.Array], Any]:
-    """The function from parameters and states to logits, and the parameters that it reads."""
+    """Returns the function from parameters and hidden states to logits, and the parameters that it reads."""
     heads = {name: part for name, part in params.items() if name not in ("encoder", "decoder")}
     return partial(apply, module, method=method), heads
 
 
-def of_examples(x_BTD: jax.Array, batch: Batch, where: str) -> jax.Array:
-    """The state [B, E, D] of each example's first token, or its last, or their mean; zeros where there is none."""
+def example_states(x_BTD: jax.Array, batch: Batch, where: str) -> jax.Array:
+    """Returns the state [B, E, D] that represents each example.
+
+    Args:
+      x_BTD: hidden states.
+      batch: the batch, with `segments_BT`, `positions_BT` and `weights_BE`.
+      where: "first" or "last" token, "mean", or another mode of pooling.
+
+    Returns:
+      The states; zeros for examples that a row does not have.
+    """
     E = batch["weights_BE"].shape[1]
     mode = _MODES.get(where, where)
     x_BED = pool(mode, x_BTD, batch["segments_BT"], batch["positions_BT"], E).astype(x_BTD.dtype)
     # The maximum over no tokens is -inf.
-    there_BE = jnp.arange(E) < batch["segments_BT"].max(-1, keepdims=True)
-    return jnp.where(there_BE[..., None], x_BED, 0)
+    exists_BE = jnp.arange(E) < batch["segments_BT"].max(-1, keepdims=True)
+    return jnp.where(exists_BE[..., None], x_BED, 0)

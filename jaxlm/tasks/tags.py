@@ -1,14 +1,14 @@
-"""Schemes by which the tags of words mark spans, and tags that mark none.
+"""How the tags of words mark spans.
 
-    spans    a mark before a type, as in B-PER: IOB1, IOB2, IOBES (also BIOES, BMES) and BILOU (also BILUO)
-    suffixed a mark behind a type, as in PER-B
-    untyped  a mark alone: B, I, O, and the further marks of these schemes
-    inside   a type alone (PER) in a span, O outside of spans
-    classes  every tag is a class of its own, such as a part of speech
+    spans    a marker before a type, as in B-PER: IOB1, IOB2, IOBES (also BIOES, BMES) and BILOU (also BILUO)
+    suffixed a marker after a type, as in PER-B
+    untyped  a marker without a type: B, I, O, and the other markers of these schemes
+    inside   a type without a marker (PER) in a span, O outside of spans
+    classes  each tag is a class, such as a part of speech
 
-All but the last are read as spans by one rule, that of conlleval.pl (Tjong Kim Sang 2000): any order of tags means
-something, and a tag that continues a span behind O or behind another type begins one.  Marks may be small letters, and
-one of - _ : | / may stand between mark and type.
+All kinds except the last are read as spans by the rule of conlleval.pl (Tjong Kim Sang 2000): every sequence of tags is
+valid, and a tag that continues a span after O or after another type begins a new span.  Markers may be lower case, and
+the separator of marker and type may be one of - _ : | /
 """
 
 from __future__ import annotations
@@ -19,87 +19,100 @@ from typing import NamedTuple
 
 from jaxlm.tasks import metrics
 
-# Marks of all schemes, as those of IOBES: M is the middle, L the last, U the unit and W the whole.
-_MARKS = {"B": "B", "I": "I", "E": "E", "S": "S", "M": "I", "L": "E", "U": "S", "W": "S"}
-LETTERS = {"IOB1": "BI", "IOB2": "BI", "IOBES": "BIES", "BILOU": "BILU"}  # scheme -> its marks
+# Marker of any scheme -> the marker in IOBES: M is the middle, L the last, U the unit and W the whole.
+_MARKERS = {"B": "B", "I": "I", "E": "E", "S": "S", "M": "I", "L": "E", "U": "S", "W": "S"}
+SCHEMES = {**metrics.SCHEMES, "BILOU": "BILU"}  # scheme -> its markers
 OUTSIDE = "O"
-_TYPED = re.compile(r"(?P<mark>[BIESMLUW])[-_:|/](?P<type>.+)", re.IGNORECASE | re.DOTALL)
-_SUFFIXED = re.compile(r"(?P<type>.+)[-_:|/](?P<mark>[BIESMLUW])", re.IGNORECASE | re.DOTALL)
+_TYPED = re.compile(r"(?P<marker>[BIESMLUW])[-_:|/](?P<type>.+)", re.IGNORECASE | re.DOTALL)
+_SUFFIXED = re.compile(r"(?P<type>.+)[-_:|/](?P<marker>[BIESMLUW])", re.IGNORECASE | re.DOTALL)
 
 
 class Span(NamedTuple):
-    """Words [first, last] that are a thing of one type; the type is "" where tags name none."""
+    """A span of words [first, last]; the type is "" if the tags have no types."""
 
     type: str
     first: int
     last: int
 
 
-def kind_of(tags: Iterable[str]) -> str:
-    """Returns which of the kinds in the module's text these tags, of a whole data set or of a head, are of; or "mixed"
-    where some have marks and others have none."""
+def tag_kind(tags: Iterable[str]) -> str:
+    """Returns the kind of the tags of a data set or a head, as listed in the module's docstring.
+
+    The kind is "mixed" if some tags have markers and others do not.
+    """
     tags = set(tags)
     inside = {tag for tag in tags if not is_outside(tag)}
-    outside = inside != tags
+    has_outside = inside != tags
     letters = {tag.upper() for tag in inside}
-    if inside and letters <= set(_MARKS) and (outside or letters & {"B", "I"}):
+    if inside and letters <= set(_MARKERS) and (has_outside or letters & {"B", "I"}):
         return "untyped"
-    marked = {tag for tag in inside if is_marked(tag)}
-    if marked == inside:
+    typed = {tag for tag in inside if has_marker(tag)}
+    if typed == inside:
         return "spans"
-    suffixed = {_parsed(tag, "suffixed")[0] for tag in inside if _SUFFIXED.fullmatch(tag)}
-    if all(map(_SUFFIXED.fullmatch, inside)) and "B" in suffixed and suffixed & {"I", "E"}:
+    suffixes = {_parse(tag, "suffixed")[0] for tag in inside if _SUFFIXED.fullmatch(tag)}
+    if all(map(_SUFFIXED.fullmatch, inside)) and "B" in suffixes and suffixes & {"I", "E"}:
         return "suffixed"
     begun, continued = (
-        {_parsed(tag, "spans")[1] for tag in marked if tag[0].upper() in some} for some in ("B", "IMEL")
+        {_parse(tag, "spans")[1] for tag in typed if tag[0].upper() in letters} for letters in ("B", "IMEL")
     )
-    if not outside and not begun & continued:
+    if not has_outside and not begun & continued:
         return "classes"
-    return "mixed" if marked else "inside"
+    return "mixed" if typed else "inside"
 
 
-def kind_of_head(names: Sequence[str]) -> str:
-    """Returns the kind of the tags that a head tells apart.  Names without a mark beside others with one, such as
-    [CLS] or X, mark no span."""
-    kind = kind_of(names)
+def head_kind(names: Sequence[str]) -> str:
+    """Returns the kind of the tags that a head predicts.
+
+    If only some names have markers, the others, such as [CLS] or X, mark no span.
+    """
+    kind = tag_kind(names)
     return "spans" if kind == "mixed" else kind
 
 
 def is_outside(tag: str) -> bool:
-    """Returns whether a tag stands for no span."""
+    """Returns whether a tag means that the word is in no span."""
     return tag.upper() == OUTSIDE
 
 
-def are_bracketed(tags: Iterable[str]) -> bool:
-    """Returns whether tags open and close spans by brackets, as (PER* and *) of CoNLL-2005 and 2012 do."""
+def use_brackets(tags: Iterable[str]) -> bool:
+    """Returns whether the tags open and close spans by brackets, as (PER* and *) in CoNLL-2005 and 2012."""
     tags = set(tags)
-    opened = any(tag.startswith("(") and "*" in tag for tag in tags)
-    return opened and any(tag.endswith("*)") and not tag.startswith("(") for tag in tags)
+    opens = any(tag.startswith("(") and "*" in tag for tag in tags)
+    return opens and any(tag.endswith("*)") and not tag.startswith("(") for tag in tags)
 
 
-def is_marked(tag: str) -> bool:
-    """Returns whether a tag is a mark and a type, as B-PER is."""
+def has_marker(tag: str) -> bool:
+    """Returns whether a tag is a marker and a type, such as B-PER."""
     return _TYPED.fullmatch(tag) is not None
 
 
-def other(tags: Iterable[str], scheme: str) -> str | None:
-    """Returns the first tag that a scheme of `LETTERS` does not have, typed or untyped; None where there is none."""
-    letters = LETTERS[scheme]
-    fits = lambda tag: is_outside(tag) or (tag[:1].upper() in letters and (len(tag) == 1 or is_marked(tag)))
-    return next((tag for tag in tags if not tag or not fits(tag)), None)
+def find_invalid(tags: Iterable[str], scheme: str) -> str | None:
+    """Returns the first tag that is not in a scheme of `SCHEMES`, with or without types, or None."""
+    markers = SCHEMES[scheme]
+    is_valid = lambda tag: is_outside(tag) or (tag[:1].upper() in markers and (len(tag) == 1 or has_marker(tag)))
+    return next((tag for tag in tags if not tag or not is_valid(tag)), None)
 
 
 def iob2(tags: Sequence[str], kind: str) -> list[str]:
-    """Returns the tags of a sentence, of a kind that marks spans, in IOB2; untyped ones as B- and I-."""
-    marked = [OUTSIDE if mark is None else f"{mark}-{type_}" for mark, type_ in (_parsed(tag, kind) for tag in tags)]
+    """Returns the tags of a sentence, of a kind that marks spans, in IOB2; tags without types as B- and I-.
+
+    >>> iob2(["I-PER", "I-PER", "B-PER", "I-LOC", "O"], "spans")
+    ['B-PER', 'I-PER', 'B-PER', 'B-LOC', 'O']
+    """
+    parsed = [OUTSIDE if marker is None else f"{marker}-{type_}" for marker, type_ in (_parse(t, kind) for t in tags)]
     return [
-        tag if tag == OUTSIDE else f"{'B' if metrics.begins(before, tag) else 'I'}-{tag[2:]}"
-        for before, tag in zip([OUTSIDE, *marked], marked)
+        tag if tag == OUTSIDE else f"{'B' if _begins(before, tag) else 'I'}-{tag[2:]}"
+        for before, tag in zip([OUTSIDE, *parsed], parsed)
     ]
 
 
+def _begins(before: str, tag: str) -> bool:
+    """Returns whether a tag other than O begins a span after the tag `before` (conlleval.pl)."""
+    return tag[0] in "BS" or before[0] in "OES" or before[2:] != tag[2:]
+
+
 def spans(tags: Sequence[str]) -> list[Span]:
-    """Returns the spans that tags in IOB2 mark, in order."""
+    """Returns the spans of a sentence with tags in IOB2, in order."""
     found: list[Span] = []
     for n, tag in enumerate(tags):
         if tag[0] == "B":
@@ -109,39 +122,45 @@ def spans(tags: Sequence[str]) -> list[Span]:
     return found
 
 
-def writer(names: Sequence[str], kind: str) -> Callable[[Sequence[str]], list[str | None]]:
-    """Returns a function from tags in IOB2 to the tags of a head of a kind: for each word the mark that says most
-    among those which the head has for the type, and None for a type that the head does not have."""
-    by: dict[tuple[str | None, str], str] = {}
-    for name in names:
-        mark, type_ = _parsed(name, kind)
-        if mark is not None or is_outside(name):
-            by.setdefault((mark, type_), name)
+def tag_writer(names: Sequence[str], kind: str) -> Callable[[Sequence[str]], list[str | None]]:
+    """Returns a function that converts the tags of a sentence from IOB2 to the tags of a head.
 
-    def written(tags: Sequence[str]) -> list[str | None]:
-        found = []
+    A word gets the most specific marker that the head has for its type, and None if the head does not have the type.
+
+    Args:
+      names: the tags of the head.
+      kind: their kind.
+    """
+    name_of: dict[tuple[str | None, str], str] = {}
+    for name in names:
+        marker, type_ = _parse(name, kind)
+        if marker is not None or is_outside(name):
+            name_of.setdefault((marker, type_), name)
+
+    def write(tags: Sequence[str]) -> list[str | None]:
+        converted = []
         for tag, after in zip(tags, [*tags[1:], OUTSIDE]):
             begins, ends, type_ = tag[0] == "B", after[0] != "I", tag[2:]
-            marks = {(True, True): "SBI", (True, False): "BI", (False, True): "EI", (False, False): "I"}[begins, ends]
-            of_type = (by[mark, type_] for mark in marks if (mark, type_) in by)
-            found.append(by.get((None, "")) if tag == OUTSIDE else next(of_type, None))
-        return found
+            markers = {(True, True): "SBI", (True, False): "BI", (False, True): "EI", (False, False): "I"}[begins, ends]
+            of_type = (name_of[marker, type_] for marker in markers if (marker, type_) in name_of)
+            converted.append(name_of.get((None, "")) if tag == OUTSIDE else next(of_type, None))
+        return converted
 
-    return written
+    return write
 
 
-def retyped(tags: Sequence[str], type_of: Mapping[str, str]) -> list[str]:
-    """Returns tags in IOB2 with other names of their types."""
+def rename_types(tags: Sequence[str], type_of: Mapping[str, str]) -> list[str]:
+    """Returns tags in IOB2 with each type replaced by its entry in `type_of`."""
     return [tag if tag == OUTSIDE else f"{tag[:2]}{type_of[tag[2:]]}" for tag in tags]
 
 
-def _parsed(tag: str, kind: str) -> tuple[str | None, str]:
-    """The mark of a tag, as IOBES has it, and its type; None and "" outside of spans."""
+def _parse(tag: str, kind: str) -> tuple[str | None, str]:
+    """Returns the marker of a tag, as in IOBES, and its type; None and "" outside of spans."""
     if is_outside(tag):
         return None, ""
     if kind == "inside":
         return "I", tag
     if kind == "untyped":
-        return _MARKS[tag.upper()], ""
-    found = (_SUFFIXED if kind == "suffixed" else _TYPED).fullmatch(tag)
-    return (_MARKS[found["mark"].upper()], found["type"]) if found else (None, "")
+        return _MARKERS[tag.upper()], ""
+    match = (_SUFFIXED if kind == "suffixed" else _TYPED).fullmatch(tag)
+    return (_MARKERS[match["marker"].upper()], match["type"]) if match else (None, "")

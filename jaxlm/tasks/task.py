@@ -1,8 +1,9 @@
-"""What a run asks of a task.  Every task is a class below this one, and says what differs."""
+"""The protocol of tasks.  Each task is a subclass of `Task` that defines what differs."""
 
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABCMeta, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Self
@@ -20,146 +21,165 @@ from jaxlm.reports.report import Section
 
 
 class EvalResult(NamedTuple):
-    """What an evaluation saw: sums and weights over all batches, and the outputs of each unit's examples, in order."""
+    """The result of an evaluation: the sum and weight of each loss over all batches, and the outputs in input order.
+
+    `outputs` holds for each unit the outputs of each of its examples.
+    """
 
     losses: dict[str, tuple[float, float]]
     outputs: list[list[dict[str, np.ndarray]]]
 
     @property
     def means(self) -> dict[str, float]:
-        """Sums by weights; 0 where there was nothing to weigh."""
+        """The sums divided by the weights; 0 if the weight is 0."""
         return {name: total / weight if weight else 0.0 for name, (total, weight) in self.losses.items()}
 
 
-class _Immutable(ABCMeta):
-    """The class of classes whose objects do not change once they are made."""
+def perplexity(loss: float) -> float:
+    """Returns exp(loss), without overflow."""
+    return math.exp(min(loss, 700))
 
-    def __call__(cls, *args: Any, **named: Any) -> Any:
-        made = super().__call__(*args, **named)
-        made.__dict__["_made"] = True
-        return made
+
+class _Immutable(ABCMeta):
+    """The metaclass of classes whose objects cannot be changed after `__init__`."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        instance = super().__call__(*args, **kwargs)
+        instance.__dict__["_initialised"] = True
+        return instance
 
 
 class Task(metaclass=_Immutable):
-    """From a part of the data to batches, losses and scores.
+    """Turns a part of the data into batches, losses and scores.
 
-    A task never changes: `bound` and `replaced` return another.
+    A task is immutable: `bind` and `replace_fields` return a new one.
     """
 
-    head: Any = None  # of the model, that it reads; None: hidden states
-    scores: tuple[str, ...] = ("loss",)  # by the first the best checkpoint is chosen; higher is better, but for "loss"
+    head: Any = None  # name of the head of the model that the task reads; None: it reads hidden states
+    scores: tuple[str, ...] = ("loss",)  # the first selects the best checkpoint; higher is better, except for "loss"
     max_examples: int  # examples in a row E
-    source_length: int | None = None  # tokens of the sources in a row S; None: there are no sources
-    config_keys: Mapping[str, Any] = {}  # what the exported config.json says of the task
-    exported_as: Mapping[str, str] = {}  # class of transformers -> one for the same tensors that does this task
-    pooling = Pooling()  # of vectors, where the task reads them
+    source_length: int | None = None  # tokens of the sources in a row S; None: the task has no sources
+    config_keys: Mapping[str, Any] = {}  # entries of the exported config.json that describe the task
+    exported_as: Mapping[str, str] = {}  # class of transformers -> the class with the same tensors for this task
+    pooling = Pooling()  # how vectors are computed, if the task reads them
 
     @property
     def best(self) -> str:
-        """The score by which the best checkpoint is chosen."""
+        """The name of the score that selects the best checkpoint."""
         return self.scores[0]
 
     @abstractmethod
     def examples(self, part: Any, training: bool) -> Examples:
-        """The examples of a part of the data."""
+        """Returns the examples of a part of the data."""
 
     def batches(self, part: Any, rows: int, length: int, seed: int | None) -> Any:
-        """Batches of a part of the data: for training; or, where there is no seed, for evaluation."""
+        """Returns the batches of a part of the data, for training, or for evaluation if `seed` is None."""
         return Batches(self.examples(part, seed is not None), rows, length, self.max_examples, seed, self.source_length)
 
     @abstractmethod
     def losses(self, module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> Losses:
-        """Sums and weights over one micro-batch [B, ...]; and, in evaluation, what is kept of its examples.
+        """Returns sums and weights over one micro-batch [B, ...], and in evaluation the outputs of its examples.
 
-        key: for dropout; None in evaluation.
+        Args:
+          module: the model.
+          params: its parameters.
+          batch: the micro-batch.
+          key: for dropout; None in evaluation.
         """
 
-    @abstractmethod
     def weights(self, batch: Batch) -> dict[str, jax.Array]:
-        """Those of the `losses` that are minimised, and what each is divided by: its weight in all micro-batches."""
+        """Returns the weights of the `losses` that are minimised, by default of "loss".
+
+        The step divides each of these losses by the sum of its weights over all micro-batches.
+        """
+        return {"loss": batch["weights_BT" if "weights_BT" in batch else "weights_BE"].sum()}
 
     @abstractmethod
     def measure(
         self, lm: LM, run_eval: Callable[[Any], EvalResult], batches: Any, part: Any
     ) -> tuple[dict[str, float], Any]:
-        """The scores of a part of the data, and the predictions that they are of, where there are some.
+        """Returns the scores of a part of the data, and the predictions, or None if the task has none.
 
-        lm: the model that is measured.  see: runs it over all batches.
+        Args:
+          lm: the model.
+          run_eval: runs the model on all batches.
+          batches: the batches of the part.
+          part: the part of the data.
         """
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if "_made" in self.__dict__:
+        if "_initialised" in self.__dict__:
             raise AttributeError(
-                f"a task does not change: set {name} in `__init__`, or return self.replaced({name}=...)"
+                f"a task does not change: set {name} in `__init__`, or return self.replace_fields({name}=...)"
             )
         super().__setattr__(name, value)
 
-    def replaced(self, **changes: Any) -> Self:
-        """Returns the task with other values of some attributes."""
-        made = copy.copy(self)
-        made.__dict__.update(changes)
-        return made
+    def replace_fields(self, **changes: Any) -> Self:
+        """Returns a copy of the task with new values of some attributes."""
+        task = copy.copy(self)
+        task.__dict__.update(changes)
+        return task
 
-    def bound(self, model: ModelConfig, pooling: Pooling | None = None, part: Any = None) -> Self:
-        """Returns the task as it reads a model and data: with all that its features and losses depend on.
+    def bind(self, model: ModelConfig, pooling: Pooling | None = None, part: Any = None) -> Self:
+        """Returns the task with everything that its features and losses take from the model and the data.
 
         Args:
-          model: before `configured`.
-          pooling: how the model makes vectors, where it declares that.
-          part: the training part of the data; None: the task is not trained.
+          model: the config of the model, before `configure`.
+          pooling: how the model computes vectors, if it declares that.
+          part: the training part of the data; None if the task is not trained.
 
         Raises:
-          UserError: where the task does not go with the model.
+          UserError: if the task cannot be used with the model.
         """
-        return self if pooling is None else self.replaced(pooling=pooling)
+        return self if pooling is None else self.replace_fields(pooling=pooling)
 
-    def configured(self, model: ModelConfig) -> ModelConfig:
-        """Returns the model with the head that the task reads."""
+    def configure(self, model: ModelConfig) -> ModelConfig:
+        """Returns the config of the model with the head that the task reads."""
         return model
 
     def module(self, kind: type[Transformer]) -> type[Transformer]:
-        """The class of the model."""
+        """Returns the class of the model."""
         return kind
 
     @property
     def folders(self) -> tuple[str, ...]:
-        """The folders below `export/` that `exports` fills, the first being that of the model that a run returns."""
+        """The folders below `export/` that `exports` fills; a run returns the model in the first."""
         return ("",)
 
     def exports(self, lm: LM) -> dict[str, tuple[Task, LM]]:
-        """What is exported, by the folder below `export/`, and the task that it is for."""
+        """Returns for each folder below `export/` the model to write, and its task."""
         return {"": (self, lm)}
 
-    def balance(self, part: Any) -> str | None:
-        """What the labels of the training part are, in a line."""
+    def describe_labels(self, part: Any) -> str | None:
+        """Returns a line that describes the labels of the training part."""
         return None
 
-    def truncated(self, batches: Any) -> list[str]:
-        """Returns a line for each kind of text that was cut to fit the rows of some batches."""
+    def truncation_warnings(self, batches: Any) -> list[str]:
+        """Returns a line for each kind of text that was truncated to fit the rows of the batches."""
         return []
 
     def by_class(self, part: Any, predictions: Any) -> dict[str, dict[str, float]]:
-        """Returns for each class, where there are some, its precision, recall, F1 and support (examples of it)."""
+        """Returns the precision, recall, F1 and support (number of examples) of each class, if there are classes."""
         return {}
 
     def warning(self, part: Any, predictions: Any) -> str | None:
-        """Returns a line about predictions that are all the same, where they should not be."""
+        """Returns a warning if all predictions are the same and the labels are not."""
         return None
 
     def sections(self, part: Any, predictions: Any) -> list[Section]:
-        """Pictures and tables of the report."""
+        """Returns plots and tables for the report."""
         return []
 
 
-TASKS: dict[type, Any] = {}  # the dataclass of a task's fields -> its class
+TASKS: dict[type, Any] = {}  # config of a task -> its class
 
 
 def register(kind: type, task: type[Task]) -> None:
-    """Makes a task known to configs, run folders and the command line.
+    """Makes a task available to configs, run folders and the command line.
 
     Args:
       kind: the dataclass of the task's fields.
-      task: what the task does.
+      task: the task, which is constructed with these fields.
     """
     TASKS[kind] = task
     TASK_CONFIGS[kind.__name__] = kind

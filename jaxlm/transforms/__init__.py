@@ -1,7 +1,7 @@
-"""Changes of a model's parameters.
+"""Transformations of a model's parameters.
 
-low_rank    low-rank updates of frozen matrices
+low_rank    low-rank updates of frozen matrices (LoRA)
 masked      arrays with some entries fixed at zero
-quantized   arrays in eight bits
-vocabulary  another number of tokens
+quantized   8-bit arrays
+vocabulary  resized vocabularies
 """

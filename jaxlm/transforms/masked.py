@@ -10,10 +10,10 @@ from jaxlm.nn import nodes
 
 @nodes.node
 class Masked(nodes.Node):
-    """`values * mask`: what the mask leaves out is zero and stays so."""
+    """`values * mask`: entries where the mask is False are zero and stay zero in training."""
 
     values: jax.Array
-    mask: jax.Array  # bool, of the same shape
+    mask: jax.Array  # bool, the same shape
 
     trained = ("values",)
 
@@ -22,5 +22,5 @@ class Masked(nodes.Node):
         return jnp.where(self.mask, nodes.dense(self.values), 0)
 
     def axes(self, axes: nodes.Axes, inputs: int) -> dict[str, tuple[nodes.Axes, int]]:
-        """Returns those of the dense array, for both."""
+        """Returns the axes of the dense array for values and mask."""
         return {"values": (axes, inputs), "mask": (axes, 0)}

@@ -1,4 +1,4 @@
-"""The number of tokens that a model has rows for."""
+"""Resizing of the vocabulary of a model."""
 
 from __future__ import annotations
 
@@ -14,57 +14,57 @@ from jaxlm.nn import parameters
 
 
 def resize(lm: LM, size: int | None = None, target_size: int | None = None) -> LM:
-    """Returns the model with another number of rows for tokens: in the embeddings, the heads over tokens, their biases.
+    """Returns the model with another number of tokens: in the embeddings, the heads over tokens and their biases.
 
-    Each new row is the mean of the old ones (Hewitt 2021), which changes the probabilities of the old tokens least;
-    `resize_token_embeddings` of transformers draws around the same mean.  A smaller size drops rows at the end.
-    Everything else, and the tokenizer, stays as it is.
+    Each new row is the mean of the old rows (Hewitt 2021), which changes the probabilities of the old tokens least.
+    `resize_token_embeddings` of transformers samples around the same mean. A smaller size drops rows at the end.
 
     Args:
         lm: the model.
-        size: the new number of rows; None: the tokens of the tokenizer.
-        target_size: that of the decoder, where it has a table of its own; None: the tokens of the target's tokenizer.
+        size: the new number of tokens; None: that of the tokenizer.
+        target_size: the new number of tokens of the decoder, where it has its own table; None: that of the target's
+            tokenizer.
 
     Returns:
         A new model; `lm` is unchanged.
 
     Raises:
-        UserError: for a size below 1 or, where there is a tokenizer, below its tokens, and for a target_size of a model
-            with one table.
+        UserError: for a size below 1 or, where the model has a tokenizer, below its number of tokens, and for a
+            target_size of a model with one table.
 
     Source: Hewitt, "Initializing New Word Embeddings for Pretrained Language Models", 2021.
     """
-    config, apart = lm.config, bool(lm.config.decoder_vocabulary)
-    if target_size is not None and not apart:
-        raise UserError(f"target_size is {target_size}, but the model has one table of tokens; leave it out")
+    config, has_target = lm.config, bool(lm.config.decoder_vocabulary)
+    if target_size is not None and not has_target:
+        raise UserError(f"target_size is {target_size}, but the model has one table of tokens; remove it")
     tokens, target_tokens = (lm.tokenizer.size, lm.tokenizer.target.size) if lm.tokenizer else (0, 0)
     rows = _size("size", size, tokens, config.vocabulary)
-    target_rows = _size("target_size", target_size, target_tokens, config.V) if apart else rows
+    target_rows = _size("target_size", target_size, target_tokens, config.V) if has_target else rows
 
-    def resized(key_path: tuple[Any, ...], leaf: jax.Array, row: parameters.Parameter) -> jax.Array:
+    def resize_leaf(key_path: tuple[Any, ...], leaf: jax.Array, row: parameters.Parameter) -> jax.Array:
         if "vocabulary" not in row.axes:
             return leaf
         source = parameters.path_of(key_path) == "embeddings/tokens"
-        return _with_rows(leaf, row.axes.index("vocabulary"), rows if source else target_rows)
+        return _resize_axis(leaf, row.axes.index("vocabulary"), rows if source else target_rows)
 
-    params = jax.tree_util.tree_map_with_path(resized, lm.params, parameters.rows(lm.params))
-    config = dataclasses.replace(config, vocabulary=rows, decoder_vocabulary=target_rows if apart else None)
+    params = jax.tree_util.tree_map_with_path(resize_leaf, lm.params, parameters.rows(lm.params))
+    config = dataclasses.replace(config, vocabulary=rows, decoder_vocabulary=target_rows if has_target else None)
     module = lm.module.clone(config=config)
     return dataclasses.replace(lm, config=config, module=module, params=params)
 
 
 def _size(name: str, given: int | None, tokens: int, rows: int) -> int:
-    """The number of rows that is asked for, checked; `tokens` are those of the tokenizer, 0 without one."""
+    """Returns the valid number of rows; `tokens` is the size of the tokenizer, 0 without one."""
     if given is None:
         return tokens or rows
     if isinstance(given, bool) or not hasattr(given, "__index__") or given < max(1, tokens):
-        least = f"{tokens}, the tokens of the tokenizer" if tokens else "1"
-        raise UserError(f"{name} is {given!r}; it must be a whole number, at least {least}")
+        minimum = f"{tokens}, the tokens of the tokenizer" if tokens else "1"
+        raise UserError(f"{name} is {given!r}; it must be a whole number, at least {minimum}")
     return int(given)
 
 
-def _with_rows(leaf: jax.Array, axis: int, rows: int) -> jax.Array:
-    """The array with `rows` entries along an axis: the first ones, and then their mean."""
+def _resize_axis(leaf: jax.Array, axis: int, rows: int) -> jax.Array:
+    """Returns the array with `rows` entries along an axis: the first ones, then their mean."""
     count = leaf.shape[axis]
     if rows <= count:
         return jax.lax.slice_in_dim(leaf, 0, rows, axis=axis)

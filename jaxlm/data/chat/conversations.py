@@ -1,4 +1,4 @@
-"""Conversations as lists of messages: the forms in which they come, checked, and made one."""
+"""Conversations as lists of messages: checks the supported formats and converts them to one."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.errors import UserError, perhaps
+from jaxlm.errors import UserError, suggestion
 
 Messages = Sequence[Mapping[str, Any]]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-MORE_ROLES = ("observation", "function", "ipython", "model", "context")  # that some templates have
-DEPTH = 64  # lists and dicts within one another
-BITS = 4096  # of a whole number; Python writes no more than 4,300 digits
-# Who speaks in conversations of ShareGPT's form, {"from": ..., "value": ...}, as published data names them.
+MORE_ROLES = ("observation", "function", "ipython", "model", "context")  # supported by some templates
+DEPTH = 64  # maximum depth of nested lists and dicts
+BITS = 4096  # maximum size of an integer; Python prints no more than 4,300 digits
+# Roles of the speakers in published data sets in the format of ShareGPT, {"from": ..., "value": ...}.
 _SHAREGPT = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model", "function_call"), "assistant"),
     **dict.fromkeys(("tool", "function", "observation", "function_response", "tool_response"), "tool"),
     **{role: role for role in ("system", "developer")},
 }
-_THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # names of the same thing, the first that is set counts
+_THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # synonyms; the first one that is set is used
 
 
 def plain_data(value: Any, what: str, depth: int = 0) -> Any:
-    """Returns the value as plain data: what JSON holds, without methods that a sandbox would have to know.
+    """Returns the value as plain data: the types of JSON, without methods that a template could call.
 
     Args:
-        value: texts, numbers, None, lists, tuples, mappings, NumPy's numbers and arrays, dataclasses, pydantic models.
-        what: what the value is, for messages.
-        depth: of the value in what it was taken from.
+        value: str, numbers, None, lists, tuples, mappings, NumPy numbers and arrays, dataclasses, pydantic models.
+        what: name of the value, for error messages.
+        depth: nesting depth of the value.
 
     Raises:
-        UserError: for anything else, for a text with half of a surrogate pair, and for deep nesting.
+        UserError: the value has another type, half of a surrogate pair in a string, or too deep nesting.
     """
     if depth > DEPTH:
-        raise UserError(f"{what} has more than {DEPTH} lists and dicts within one another; give flatter data")
+        raise UserError(f"{what} has lists and dicts nested more than {DEPTH} deep; give flatter data")
     if value is None or isinstance(value, (bool, np.bool_)):
         return value if value is None else bool(value)
     if isinstance(value, str):
@@ -49,7 +49,7 @@ def plain_data(value: Any, what: str, depth: int = 0) -> Any:
         if half:
             raise UserError(
                 f"{what} has half of a surrogate pair, U+{ord(half[0]):04X}, at character {half.start()} of "
-                f"{text[:40].encode('ascii', 'backslashreplace').decode()!r}; take it out"
+                f"{text[:40].encode('ascii', 'backslashreplace').decode()!r}; remove it"
             )
         return text
     if isinstance(value, (int, np.integer)):
@@ -64,31 +64,31 @@ def plain_data(value: Any, what: str, depth: int = 0) -> Any:
         value = value.model_dump()
     if isinstance(value, Mapping):
         if odd := next((key for key in value if not isinstance(key, str)), None):
-            raise UserError(f"{what} has the key {odd!r:.40}; give keys that are text")
+            raise UserError(f"{what} has the key {odd!r:.40}; keys must be strings")
         return {plain_data(key, what): plain_data(item, what, depth + 1) for key, item in value.items()}
     if isinstance(value, (list, tuple, np.ndarray)):
         return [plain_data(item, what, depth + 1) for item in value]
-    raise UserError(f"{what} is not plain data ({type(value).__name__} {value!r:.40}); give what JSON can hold")
+    raise UserError(f"{what} is not plain data ({type(value).__name__} {value!r:.40}); give types that JSON supports")
 
 
-def checked(messages: Any, where: str = "messages") -> list[dict[str, Any]]:
-    """Returns the messages of a conversation: each a dict with a "role", and mostly "content".
+def check_messages(messages: Any, where: str = "messages") -> list[dict[str, Any]]:
+    """Returns the messages of a conversation, each a dict with a "role" and usually "content".
 
-    Messages of ShareGPT's form (`from` and `value`) get roles. Thoughts are known by all their names, as in
-    transformers: those under "reasoning_content", "thinking" or "reasoning" are also the first, and the second unless
-    it is there. What is None is left out.
+    Messages in the format of ShareGPT (`from` and `value`) are converted. Reasoning under any of the names
+    "reasoning_content", "thinking" and "reasoning" is stored under the first of them and, as in transformers, also
+    under the second unless that is set. Fields that are None are removed.
 
     Args:
-        messages: the messages; see `plain_data` for what they may be made of.
-        where: what holds them, for messages of errors.
+        messages: the messages; for the supported types see `plain_data`.
+        where: name of the conversation, for error messages.
 
     Raises:
-        UserError: for what is no such list, or an unknown form or speaker.
+        UserError: the value is not a list of messages, or has an unknown format or speaker.
     """
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, (Sequence, np.ndarray)):
-        raise UserError(f"{where} is {messages!r:.60}; give a list of dicts, at least one")
+        raise UserError(f"{where} is {messages!r:.60}; give a list of dicts, with at least one")
     if not len(messages):
-        raise UserError(f"{where} is {[]}; give a list of dicts, at least one")
+        raise UserError(f"{where} is {[]}; give a list of dicts, with at least one")
     return [_message(plain_data(one, f"message {n}"), f"message {n}") for n, one in enumerate(messages)]
 
 
@@ -107,7 +107,7 @@ def _message(message: Any, what: str) -> dict[str, Any]:
 def _from_sharegpt(message: dict[str, Any], what: str) -> dict[str, Any]:
     speaker = message["from"]
     if speaker not in _SHAREGPT:
-        raise UserError(f"{what} is from {speaker!r}{perhaps(speaker, _SHAREGPT)}; rename it")
+        raise UserError(f"{what} is from {speaker!r}{suggestion(speaker, _SHAREGPT)}; rename it")
     rest = {name: value for name, value in message.items() if name not in ("from", "value")}
     content = message.get("value", rest.pop("content", None))
     if speaker == "function_call" and (calls := _calls(content)):
@@ -116,7 +116,7 @@ def _from_sharegpt(message: dict[str, Any], what: str) -> dict[str, Any]:
 
 
 def _calls(content: Any) -> list[dict[str, Any]]:
-    """Returns the calls of tools that a text spells as JSON; [] where it spells none."""
+    """Returns the tool calls in a text of JSON; [] if the text is anything else."""
     try:
         found = json.loads(content)
     except (TypeError, ValueError, RecursionError):
@@ -128,26 +128,26 @@ def _calls(content: Any) -> list[dict[str, Any]]:
 
 
 def text_of(content: Any) -> str:
-    """Returns the text of a message's content, which may be a list of parts."""
+    """Returns the text in the content of a message, which may be a list of parts."""
     if isinstance(content, list):
         return "".join(part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str))
     return content if isinstance(content, str) else ""
 
 
 def with_plain_content(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the messages with one text for a list of parts, as a template reads them that knows no parts.
+    """Returns the messages with lists of parts joined to one text, for templates that do not support parts.
 
     Raises:
-        UserError: for a part that is no text.
+        UserError: a part is not text.
     """
-    made = []
+    plain = []
     for n, message in enumerate(messages):
         content = message.get("content")
         if isinstance(content, list) and all(isinstance(part, dict) and "type" in part for part in content):
             if odd := next((part for part in content if not isinstance(part.get("text"), str)), None):
                 raise UserError(
-                    f"message {n} has a part {odd['type']!r:.40}, but the chat template reads text; give text"
+                    f"message {n} has a part {odd['type']!r:.40}, but the chat template reads only text; give text"
                 )
             message = {**message, "content": text_of(content)}
-        made.append(message)
-    return made
+        plain.append(message)
+    return plain

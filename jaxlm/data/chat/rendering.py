@@ -1,9 +1,9 @@
-"""Chats to text and to token ids, by the template that a tokenizer brings along.
+"""Renders chats to text and token ids with the chat template of a tokenizer.
 
-A template is Jinja source, in chat_template.jinja or in tokenizer_config.json beside the vocabulary. It runs as
-transformers runs it: sandboxed, with the same settings, filters and functions, so a chat is the same text here and
-there. It comes from a stranger, so it runs in a process of its own with limits of time and memory
-(`template_process`), and it is known of each character whether the template or a user wrote it (`template_text`).
+A template is Jinja source in the files of the tokenizer, chat_template.jinja or tokenizer_config.json. It is run as in
+transformers, in a sandbox with the same settings, filters and functions, so the text is the same. Templates are
+untrusted, so they run in a separate process with limits of time and memory (`template_process`). For each character, it
+is recorded whether the template or a user wrote it (`template_text`).
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jaxlm.data.chat import conversations, template_process, tokens
 from jaxlm.data.chat.conversations import Messages
 from jaxlm.data.chat.tokens import Rendered, Span
-from jaxlm.errors import UserError, perhaps
+from jaxlm.errors import UserError, suggestion
 
 if TYPE_CHECKING:
     from jaxlm.data.tokenizers.tokenizer import Tokenizer
 
-SOURCE = 1_000_000  # characters of a template
+SOURCE = 1_000_000  # maximum length of a template, in characters
 _PICKS_PARTS = re.compile(r"content['\"]?\]?\s*\|\s*(selectattr|rejectattr|map)")
 _FOR, _IN = re.compile(r"for\s"), re.compile(r"\sin\s")
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _HALF = re.compile("[\ud800-\udfff]")
-_WINDOW = 512  # conversations that are rendered and encoded at once
+_WINDOW = 512  # number of conversations that are rendered and encoded together
 
 
 def render(
@@ -40,31 +40,31 @@ def render(
     tools: Sequence[Mapping[str, Any]] | None = None,
     **variables: Any,
 ) -> str:
-    """Returns the text of a chat, to be read.
+    """Returns the text of a chat, for people to read.
 
-    Give a model the ids of `prompt` or `encode`: the text alone does not show which of its special tokens the template
-    wrote and which stood in a message.
+    As input of a model, use the ids of `prompt` or `encode`: the text alone does not show whether a special token was
+    written by the template or is part of a message.
 
     Args:
-        tokenizer: has the templates, and the special tokens that they name.
-        messages: dicts with a "role", one of `conversations.ROLES` or one that the template names, and mostly
-            "content"; or with "from" and "value", as in ShareGPT. Thoughts of the assistant under "reasoning_content",
-            "reasoning" or "thinking" are known by the names that templates read.
-        add_generation_prompt: end with the words that begin the assistant's next message.
-        template: Jinja source, or the name of one of the tokenizer's templates; None: its default, or with tools
-            "tool_use".
-        tools: descriptions (JSON schemas) of what the assistant may call.
-        variables: what else the template reads, such as enable_thinking=False.
+        tokenizer: a tokenizer with chat templates and the special tokens that they use.
+        messages: dicts with a "role", one of `conversations.ROLES` or one that the template names, and usually
+            "content"; or with "from" and "value", as in ShareGPT. Reasoning of the assistant can have the name
+            "reasoning_content", "reasoning" or "thinking".
+        add_generation_prompt: append the text that begins the assistant's next message.
+        template: Jinja source, or the name of one of the tokenizer's templates. None: "tool_use" if there are tools and
+            the tokenizer has it, otherwise "default".
+        tools: descriptions (JSON schemas) of the tools that the assistant can call.
+        variables: other variables of the template, such as enable_thinking=False.
 
     Raises:
-        UserError: where there is no template, for messages that are not such dicts or that the template refuses, and
-            for a template that fails or needs more time, memory or characters than the limits.
-        RunError: where the process that renders does not start.
+        UserError: there is no template, the messages are invalid or rejected by the template, or the template fails or
+            exceeds the limits of time, memory or characters.
+        RunError: the rendering process does not start.
     """
     use = _template(tokenizer, template, tools)
     chat = _chat(tokenizer, use, messages, tools, variables)
-    (found,) = _rendered(use, [{**chat, "renderings": [[len(chat["messages"]), add_generation_prompt]]}])
-    return found[0].text
+    (renderings,) = _render(use, [{**chat, "renderings": [[len(chat["messages"]), add_generation_prompt]]}])
+    return renderings[0].text
 
 
 def prompt(
@@ -75,15 +75,15 @@ def prompt(
     tools: Sequence[Mapping[str, Any]] | None = None,
     **variables: Any,
 ) -> list[int]:
-    """Returns the ids [T] of a chat up to where the assistant's next message begins: a prompt for `jaxlm.generate`.
+    """Returns the ids [T] of a chat up to the beginning of the assistant's next message, a prompt for `jaxlm.generate`.
 
-    Control tokens (added tokens of the tokenizer, marked as special or not) that the template writes have their ids.
-    Those in messages, tools and variables are encoded like other text, whatever the template does with it, so no user
-    can end a message or speak as another. (transformers takes them for tokens, unless it is called with
-    sanitize_control_tokens, which keeps fewer of them out.) Added tokens that are words or white space are no control
-    tokens.
+    Control tokens (added tokens of the tokenizer, special or not) that the template writes are encoded as their ids.
+    The same strings in messages, tools and variables are encoded like other text, whatever the template does with them,
+    so users cannot end a message or write in the name of another role. (transformers encodes them as control tokens
+    unless sanitize_control_tokens is set, which recognises fewer of them.) Added tokens that are words or white space
+    are not control tokens.
 
-    Args and errors are those of `render`.
+    For the arguments and exceptions see `render`.
     """
     return next(prompts(tokenizer, [messages], template=template, tools=tools, **variables))
 
@@ -96,12 +96,12 @@ def prompts(
     tools: Sequence[Mapping[str, Any]] | None = None,
     **variables: Any,
 ) -> Iterator[list[int]]:
-    """Yields the `prompt` of each of many chats; rendering and encoding them together is faster."""
+    """Yields the `prompt` of each chat; faster than separate calls, because chats are processed together."""
     use = _template(tokenizer, template, tools)
-    made = (_chat(tokenizer, use, messages, tools, variables) for messages in chats)
-    jobs = ({**chat, "renderings": [[len(chat["messages"]), True]]} for chat in made)
-    while some := list(islice(jobs, _WINDOW)):
-        texts = [found[0] for found in _rendered(use, some)]
+    plain = (_chat(tokenizer, use, messages, tools, variables) for messages in chats)
+    jobs = ({**chat, "renderings": [[len(chat["messages"]), True]]} for chat in plain)
+    while window := list(islice(jobs, _WINDOW)):
+        texts = [renderings[0] for renderings in _render(use, window)]
         yield from (ids for ids, _ in tokens.encode(tokenizer, use.source, texts))
 
 
@@ -114,20 +114,20 @@ def encode(
     only_last: bool = False,
     **variables: Any,
 ) -> tuple[list[int], list[bool]]:
-    """Returns the ids of a chat [T], and which of them the assistant says [T]: the loss is there.
+    """Returns the ids [T] of a chat, and which of them are in the assistant's answers [T], where the loss is computed.
 
-    What the assistant says is what stands in the template's `{% generation %}` blocks. In a template without them it
-    is what an assistant's message adds to the text behind the prompt for it, its end token included and white space
-    behind that not. A token that begins before an answer and ends in it belongs to it, as in transformers.
+    Answers are the text in the template's `{% generation %}` blocks. If the template has no such blocks, an answer is
+    the text that a message of the assistant adds to the prompt for it, up to and including its end token. A token that
+    begins before an answer and ends inside it belongs to the answer, as in transformers.
 
     Args:
-        tokenizer, messages, template, tools, variables: as in `render`.
-        only_last: of several answers only the last one counts.
+        tokenizer, messages, template, tools, variables: see `render`.
+        only_last: use only the last answer.
 
     Raises:
-        UserError: as `render`, and where a template without `{% generation %}` writes earlier messages in another way
-            once later ones follow, so that an answer is not found.
-        RunError: as `render`.
+        UserError: see `render`. Also raised if a template without `{% generation %}` renders earlier messages
+            differently once later ones follow, so that an answer cannot be found.
+        RunError: see `render`.
     """
     more = {"template": template, "tools": tools, "only_last": only_last, **variables}
     return next(encode_all(tokenizer, [messages], **more))
@@ -142,43 +142,52 @@ def encode_all(
     only_last: bool = False,
     **variables: Any,
 ) -> Iterator[tuple[list[int], list[bool]]]:
-    """Yields the `encode` of each of many chats; rendering and encoding them together is faster."""
+    """Yields the `encode` of each chat; faster than separate calls, because chats are processed together."""
     use = _template(tokenizer, template, tools)
-    marked = _GENERATION.search(use.source) is not None
-    made = (_chat(tokenizer, use, messages, tools, variables) for messages in chats)
-    while some := list(islice(made, _WINDOW)):
-        answers = [[] if marked else _answers(chat["messages"], only_last) for chat in some]
-        for chat, places in zip(some, answers):
-            pairs = ([[place, True], [place + 1, False]] for place in places)
+    has_blocks = _GENERATION.search(use.source) is not None
+    plain = (_chat(tokenizer, use, messages, tools, variables) for messages in chats)
+    while window := list(islice(plain, _WINDOW)):
+        answers = [[] if has_blocks else _answers(chat["messages"], only_last) for chat in window]
+        for chat, indices in zip(window, answers):
+            pairs = ([[index, True], [index + 1, False]] for index in indices)
             chat["renderings"] = [[len(chat["messages"]), False], *chain.from_iterable(pairs)]
         texts = []
-        for places, found in zip(answers, _rendered(use, some)):
-            text = found[0] if marked else _with_answers(tokenizer, use, places, found)
+        for indices, renderings in zip(answers, _render(use, window)):
+            text = renderings[0] if has_blocks else _with_answers(tokenizer, use, indices, renderings)
             texts.append(text._replace(answers=text.answers[-1:]) if only_last else text)
         yield from tokens.encode(tokenizer, use.source, texts)
 
 
 def _answers(messages: Sequence[Mapping[str, Any]], only_last: bool) -> list[int]:
-    places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
-    return places[-1:] if only_last else places
+    """Returns the indices of the messages of the assistant."""
+    indices = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    return indices[-1:] if only_last else indices
 
 
-def _with_answers(tokenizer: Tokenizer, use: _Template, places: Sequence[int], found: Sequence[Rendered]) -> Rendered:
-    """Returns the text with the bounds of what each message of the assistant added to it."""
-    whole, others = found[0], found[1:]
+def _with_answers(
+    tokenizer: Tokenizer, use: _Template, indices: Sequence[int], renderings: Sequence[Rendered]
+) -> Rendered:
+    """Returns the whole chat with the spans of the answers.
+
+    Args:
+        tokenizer, use: the tokenizer and the template.
+        indices: indices of the messages of the assistant.
+        renderings: the whole chat, then for each answer the chat up to its beginning and up to its end.
+    """
+    whole, parts = renderings[0], renderings[1:]
     answers: list[Span] = []
-    for place, before, after in zip(places, others[::2], others[1::2]):
+    for index, before, after in zip(indices, parts[::2], parts[1::2]):
         if not (whole.text.startswith(after.text) and after.text.startswith(before.text)):
-            alone = "learn the last answer alone (only_last=True, --task.last-alone), or " if place < places[-1] else ""
+            last = "train on the last answer only (only_last=True, --task.last-answer-only), or "
             raise UserError(
-                f"the chat template {use.name} has no {{% generation %}} and writes messages in another way once "
-                f"others follow, so that the answer in message {place} cannot be found; {alone}put the answer of the "
-                f"template between {{% generation %}} and {{% endgeneration %}}, and give that as template= "
-                f"(--task.template)"
+                f"the chat template {use.name} has no {{% generation %}} and renders messages differently once others "
+                f"follow, so that the answer in message {index} cannot be found; {last if index < indices[-1] else ''}"
+                f"enclose the answer in the template in {{% generation %}} and {{% endgeneration %}}, and give this as "
+                f"template= (--task.template)"
             )
         start, end = len(before.text), len(after.text)
         control = tokens.control_pattern(tokenizer, use.source)
-        written = max([start, *(user for _, user in after.users)])  # what is behind that, the template wrote
+        written = max([start, *(user for _, user in after.users)])  # the template wrote all text after this position
         closing = [match.end() for match in control.finditer(after.text, written)]
         if closing and not after.text[closing[-1] :].strip():
             end = closing[-1]
@@ -186,11 +195,11 @@ def _with_answers(tokenizer: Tokenizer, use: _Template, places: Sequence[int], f
     return whole._replace(answers=answers)
 
 
-# What a template is given.
+# Inputs of a template.
 
 
 class _Template(NamedTuple):
-    name: str  # for messages
+    name: str  # for error messages
     source: str
 
 
@@ -202,16 +211,16 @@ def _chat(
     variables: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Returns a job for `template_process`, without its renderings."""
-    plain = conversations.checked(messages)
-    for place, message in enumerate(plain):
+    plain = conversations.check_messages(messages)
+    for index, message in enumerate(plain):
         role = message["role"]
-        if not _is_known(tokenizer, use, role):
-            # Most templates leave out a message of a role that they do not know, and say nothing.
-            raise UserError(f"message {place} has the role {role!r}{perhaps(role, conversations.ROLES)}; rename it")
+        if not _supports_role(tokenizer, use, role):
+            # Most templates ignore messages with an unknown role, without an error.
+            raise UserError(f"message {index} has the role {role!r}{suggestion(role, conversations.ROLES)}; rename it")
     if not _reads_parts(use.source):
         plain = conversations.with_plain_content(plain)
-    listed = isinstance(tools, Sequence) and all(isinstance(tool, Mapping) for tool in tools)
-    if tools is not None and not listed:
+    are_schemas = isinstance(tools, Sequence) and all(isinstance(tool, Mapping) for tool in tools)
+    if tools is not None and not are_schemas:
         raise UserError(f"tools= is {tools!r:.60}; give a list of descriptions (JSON schemas), each a dict")
     more = {name: conversations.plain_data(value, f"the variable {name}") for name, value in variables.items()}
     given = {"tools": conversations.plain_data(tools, "tools"), "documents": None, **more}
@@ -222,9 +231,9 @@ def _chat(
 
 @lru_cache(maxsize=32)
 def _reads_parts(source: str) -> bool:
-    """Returns whether a template loops over a content that is a list of parts, or picks from it.
+    """Returns whether a template reads contents that are lists of parts, in a loop or with a filter.
 
-    It takes time in proportion to the source, whatever a stranger wrote there.
+    The run time is linear in the length of the source, for any source.
     """
     for statement in source.split("%"):
         begin = _FOR.search(statement)
@@ -234,60 +243,67 @@ def _reads_parts(source: str) -> bool:
     return _PICKS_PARTS.search(source) is not None
 
 
-def _is_known(tokenizer: Tokenizer, use: _Template, role: str) -> bool:
-    """Returns whether a template has a role: it compares with it, or a token such as <|observation|> is made of it."""
+def _supports_role(tokenizer: Tokenizer, use: _Template, role: str) -> bool:
+    """Returns whether a role is a standard one, is named in the template, or has a token such as <|observation|>."""
     if role in conversations.ROLES or re.search(rf"""["']{re.escape(role)}["']""", use.source):
         return True
     added = tokenizer.backend.get_added_tokens_decoder().values()
     return role in conversations.MORE_ROLES and any(role in token.content for token in added)
 
 
-def _template(tokenizer: Tokenizer, asked: str | None, tools: Any) -> _Template:
-    """Returns the template to use. Raises UserError where there is none."""
-    if asked is not None and not isinstance(asked, str):
-        raise UserError(f"template= is {asked!r:.60}; give Jinja source, or the name of a template of the tokenizer")
+def _template(tokenizer: Tokenizer, requested: str | None, tools: Any) -> _Template:
+    """Returns the template to use. Raises UserError if there is none."""
+    if requested is not None and not isinstance(requested, str):
+        raise UserError(f"template= is {requested!r:.60}; give Jinja source or the name of a template of the tokenizer")
     known = templates(tokenizer)
-    if asked is None:
+    if requested is None:
         name = "tool_use" if tools is not None and "tool_use" in known else "default"
+        if not known:
+            raise UserError(
+                "the tokenizer has no chat template; add chat_template.jinja to its files, or give one with template= "
+                "(--task.template)"
+            )
         if name not in known:
-            remedy = f"name one of: {', '.join(sorted(known))}" if known else "add chat_template.jinja beside its files"
-            which = "default chat" if known else "chat"
-            raise UserError(f"the tokenizer has no {which} template; {remedy}, by template= (--task.template)")
+            raise UserError(
+                f"the tokenizer has no default chat template; choose one of {', '.join(sorted(known))} with template= "
+                f"(--task.template)"
+            )
         source = known[name]
     else:
-        name, source = (asked if asked in known else "that was given"), known.get(asked, asked)
+        name, source = (requested if requested in known else "given as template="), known.get(requested, requested)
     if len(source) > SOURCE:
         raise UserError(f"the chat template {name} has {len(source):,} characters, more than {SOURCE:,}; shorten it")
-    if source == asked and source.isidentifier():
-        remedy = perhaps(source, known) if known else "; it has none: give Jinja source"
+    if source == requested and source.isidentifier():
+        remedy = suggestion(source, known) if known else "; it has none: give Jinja source"
         raise UserError(f"the tokenizer has no chat template {source!r}{remedy}")
     return _Template(repr(name) if name in known else name, source)
 
 
 def templates(tokenizer: Tokenizer) -> dict[str, str]:
-    """The tokenizer's chat templates: name -> Jinja source; the usual one is "default".
+    """Returns the chat templates of a tokenizer, name -> Jinja source; the usual one is named "default".
 
-    Raises UserError for a file that holds none.
+    Raises:
+        UserError: a file does not contain a template.
     """
-    said: Any
+    field: Any
     try:
         config = json.loads(tokenizer.files.get("tokenizer_config.json", b"{}"))
-        said = config.get("chat_template") or {}
-        if isinstance(said, list):
-            said = {one["name"]: one["template"] for one in said}
-        found = dict(said) if isinstance(said, dict) else {"default": said}
-        for file, content in tokenizer.files.items():  # they come before what is said in tokenizer_config.json
+        field = config.get("chat_template") or {}
+        if isinstance(field, list):
+            field = {one["name"]: one["template"] for one in field}
+        found = dict(field) if isinstance(field, dict) else {"default": field}
+        for file, content in tokenizer.files.items():  # these override tokenizer_config.json
             if file == "chat_template.jinja":
                 found["default"] = content.decode()
             elif file.startswith("additional_chat_templates/"):
                 found[file.rpartition("/")[2].removesuffix(".jinja")] = content.decode()
         wrong = next((source for source in found.values() if not isinstance(source, str)), None)
         if wrong is not None:
-            raise TypeError(f"{wrong!r:.40} is no text")
+            raise TypeError(f"{wrong!r:.40} is not a string")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
-            f"the tokenizer's chat_template is none ({type(error).__name__}: {error}); give Jinja source, or a list of "
-            f"objects with name and template"
+            f"the tokenizer's chat_template is invalid ({type(error).__name__}: {error}); give Jinja source, or a list "
+            f"of objects with name and template"
         ) from None
     return found
 
@@ -295,11 +311,11 @@ def templates(tokenizer: Tokenizer) -> dict[str, str]:
 # Rendering.
 
 
-def _rendered(use: _Template, jobs: Sequence[dict[str, Any]]) -> Iterator[list[Rendered]]:
-    """Yields the renderings of each job. Raises UserError for a problem with a template, or what it was given."""
+def _render(use: _Template, jobs: Sequence[dict[str, Any]]) -> Iterator[list[Rendered]]:
+    """Yields the renderings of each job. Raises UserError for a problem with the template or its inputs."""
     for result in template_process.render(jobs):
         if isinstance(result, template_process.Problem):
-            raise UserError(_sentence(use, result))
+            raise UserError(_message(use, result))
         if any(not text.isascii() and _HALF.search(text) for text, _, _ in result):
             raise UserError(f"the chat template {use.name} writes half of a surrogate pair; correct it")
         yield [Rendered(text, _spans(users), _spans(answers)) for text, users, answers in result]
@@ -309,18 +325,18 @@ def _spans(bounds: Sequence[int]) -> list[Span]:
     return list(zip(bounds[::2], bounds[1::2]))
 
 
-def _sentence(use: _Template, problem: template_process.Problem) -> str:
+def _message(use: _Template, problem: template_process.Problem) -> str:
     other = "correct it, or give another template="
     limits = template_process
-    says = {
-        "syntax": f"is no Jinja template ({problem.detail}); correct it",
-        "refused": f"refuses these messages: {problem.detail}; give messages that it takes",
-        "recursion": f"calls itself without end, or is nested too deeply; {other}",
+    messages = {
+        "syntax": f"is not a valid Jinja template ({problem.detail}); correct it",
+        "refused": f"rejects these messages: {problem.detail}; give messages that it accepts",
+        "recursion": f"recurses endlessly or is nested too deeply; {other}",
         "memory": f"needs more memory than {limits.MEMORY >> 20} MiB; {other}",
-        "characters": f"makes a text of more than {limits.CHARACTERS:,} characters; {other}",
+        "characters": f"generates more than {limits.CHARACTERS:,} characters; {other}",
         "fails": f"fails on these messages ({problem.detail}); correct them, or give another template=",
         "time": f"takes more than {limits.SECONDS:g} s of processor time; {other}",
-        "silent": f"gave no text for {limits.SILENCE:g} s; {other}",
-        "stopped": f"ended the process that renders it ({problem.detail}); {other}",
+        "silent": f"produced no output for {limits.SILENCE:g} s; {other}",
+        "stopped": f"terminated the process that renders it ({problem.detail}); {other}",
     }
-    return f"the chat template {use.name} {says[problem.kind]}"
+    return f"the chat template {use.name} {messages[problem.kind]}"

@@ -1,6 +1,6 @@
-"""Renders chat templates in a process of their own, which is started when it is needed and lives on.
+"""Renders chat templates in a separate process, which is started on first use and then reused.
 
-See `template_worker` for what the process does, and for its limits.
+`template_worker` is the code of the process; it sets the limits.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 
 from jaxlm.errors import RunError
 
-SECONDS = 5.0  # of processor time that one rendering may take
-MEMORY = 512 << 20  # bytes of addresses that the process may have
-CHARACTERS = 10_000_000  # that a template may write
-SILENCE = 60.0  # seconds that the process may be silent, whatever the reason
-BATCH = 256  # jobs that are sent at once
-# The package's own __init__ would import JAX; the process needs three modules of it.
+SECONDS = 5.0  # maximum processor time of one rendering
+MEMORY = 512 << 20  # maximum size of the address space of the process, in bytes
+CHARACTERS = 10_000_000  # maximum length of one rendering
+SILENCE = 60.0  # maximum seconds without output of the process
+BATCH = 256  # number of jobs that are sent together
+# The process needs only three modules of jaxlm. It replaces jaxlm/__init__.py, which imports JAX, by an empty module.
 _START = """
 import json, sys, types
 sys.path[:], folder, memory = json.loads(sys.argv[1])
@@ -37,18 +37,18 @@ template_worker.main(memory)
 
 
 class Problem(NamedTuple):
-    """What is wrong with a template, or with the messages that it was given."""
+    """A problem with a template or with its messages."""
 
-    kind: str  # syntax, refused, recursion, memory, characters, fails, time, stopped
+    kind: str  # syntax, refused, recursion, memory, characters, fails, time, silent, stopped
     detail: str
 
 
-class _Ended(Exception):  # noqa: N818 - it is caught here
-    """The process is no more."""
+class _Ended(Exception):  # noqa: N818 - caught in this module
+    """The process has ended."""
 
 
 class _Process:
-    """One process, and how to speak to it."""
+    """A process that renders templates."""
 
     def __init__(self) -> None:
         self.owner = os.getpid()
@@ -68,18 +68,18 @@ class _Process:
         self.input, self.output, self.rest = self.process.stdin, self.process.stdout, b""
         self.waiting = selectors.DefaultSelector()
         self.waiting.register(self.output, selectors.EVENT_READ)
-        with self.process.stderr as errors:  # nobody reads them later
+        with self.process.stderr as errors:  # the error stream is read only at the start
             try:
                 self.line()
             except _Ended:
                 self.end()
-                said = (errors.read() or b"").decode(errors="replace").strip().rpartition("\n")[2]
+                reason = (errors.read() or b"").decode(errors="replace").strip().rpartition("\n")[2]
                 raise RunError(
-                    f"the process for chat templates does not start ({said[:300]}); reinstall jinja2"
+                    f"the process for chat templates does not start ({reason[:300]}); reinstall jinja2"
                 ) from None
 
     def send(self, lines: Sequence[bytes]) -> None:
-        """Sends jobs. Raises _Ended where the process is no more."""
+        """Sends jobs. Raises _Ended if the process has ended."""
         try:
             rest = memoryview(b"\n".join((str(len(lines)).encode(), *lines)) + b"\n")
             while rest:
@@ -88,7 +88,7 @@ class _Process:
             raise _Ended from None
 
     def line(self) -> bytes:
-        """Returns the next line. Raises _Ended where there is none, or none comes."""
+        """Returns the next line of the output. Raises _Ended if the process ends or produces no output in time."""
         while True:
             line, end, rest = self.rest.partition(b"\n")
             if end:
@@ -105,10 +105,10 @@ class _Process:
             self.rest = b"".join(parts)
 
     def end(self) -> int:
-        """Ends the process, and returns its exit code."""
-        for end in (self.waiting, self.input, self.output):
-            end.close()
-        if self.owner != os.getpid():  # it is the parent's
+        """Ends the process and returns its exit code."""
+        for resource in (self.waiting, self.input, self.output):
+            resource.close()
+        if self.owner != os.getpid():  # this is a fork, and the process belongs to the parent
             self.process.returncode = 0
             return 0
         self.process.kill()
@@ -120,7 +120,7 @@ _current: list[_Process] = []
 
 
 def _process() -> _Process:
-    if _current and _current[0].owner != os.getpid():  # a fork has its parent's, which it cannot share
+    if _current and _current[0].owner != os.getpid():  # a fork cannot use the process of its parent
         _end()
     if not _current:
         _current.append(_Process())
@@ -143,23 +143,24 @@ if hasattr(os, "register_at_fork"):
 
 
 def render(jobs: Sequence[dict[str, Any]]) -> Iterator[list[Any] | Problem]:
-    """Yields for each job its renderings, or the problem with it; see `template_worker.render`."""
+    """Yields the renderings of each job, or the problem with it; see `template_worker.render`."""
     limits = {"seconds": SECONDS, "characters": CHARACTERS}
     for first in range(0, len(jobs), BATCH):
         with _lock:
             lines = [json.dumps(job | limits).encode() for job in jobs[first : first + BATCH]]
-            results = list(_answered(lines))
+            results = list(_results(lines))
         yield from results
 
 
-def _answered(lines: list[bytes]) -> Iterator[list[Any] | Problem]:
-    waiting = lines
-    while waiting:
+def _results(lines: list[bytes]) -> Iterator[list[Any] | Problem]:
+    """Yields the results of jobs. If a job ends the process, the jobs after it run in a new one."""
+    pending = lines
+    while pending:
         process = _process()
         count = 0
         try:
-            process.send(waiting)
-            for _ in waiting:
+            process.send(pending)
+            for _ in pending:
                 result = json.loads(process.line())
                 count += 1
                 yield result["rendered"] if "rendered" in result else Problem(*result["problem"])
@@ -173,8 +174,8 @@ def _answered(lines: list[bytes]) -> Iterator[list[Any] | Problem]:
                 yield Problem("silent", "")
             else:
                 yield Problem("stopped", f"exit code {code}")
-            waiting = waiting[count + 1 :]
-        except BaseException:  # an interrupt in the middle of an answer: what comes next would belong to it
+            pending = pending[count + 1 :]
+        except BaseException:  # after an interrupt, the rest of the results would be read as those of the next jobs
             _current.clear()
             process.end()
             raise

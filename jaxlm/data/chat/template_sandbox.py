@@ -1,7 +1,7 @@
-"""The Jinja environment of chat templates: transformers' settings, filters and functions, on texts with an origin.
+"""The Jinja environment of chat templates: settings, filters and functions of transformers, on strings with an origin.
 
-Every string that a template meets is a `template_text.Text`: its constants, what users wrote, and what filters,
-functions and `~` make of them. It is used in the process of `template_worker`, which bounds time and memory.
+Every string in a template is a `template_text.Text`: constants, text written by users, and results of filters,
+functions and `~`. The environment is used in the process of `template_worker`, which limits time and memory.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from jaxlm.data.chat.template_text import (
     user_number,
 )
 
-# These look at the characters of a text by functions of Python that do not know `Text`.
+# Filters that process the characters of a text with functions of Python that do not support `Text`.
 _DERIVED = {"e", "escape", "filesizeformat", "float", "forceescape", "int", "pprint", "round", "striptags", "title"}
 _DERIVED |= {"truncate", "urlencode", "urlize", "wordcount", "wordwrap", "xmlattr"}
 
@@ -41,24 +41,24 @@ class RefusedError(Exception):
     """The template called raise_exception."""
 
 
-class Generation(Extension):
-    """`{% generation %} ... {% endgeneration %}`: what the assistant says."""
+class GenerationBlock(Extension):
+    """Adds `{% generation %} ... {% endgeneration %}`, which encloses an answer of the assistant."""
 
     tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Any) -> Any:
-        """Parses the block."""
+        """Returns the syntax tree of the block."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("marked"), [], [], body).set_lineno(line)
+        return nodes.CallBlock(self.call_method("enclose"), [], [], body).set_lineno(line)
 
-    def marked(self, caller: Any) -> Text:
-        """Returns the text of the block between marks."""
+    def enclose(self, caller: Any) -> Text:
+        """Returns the text of the block, enclosed in marks."""
         return concat((ANSWER_BEGINS, caller(), ANSWER_ENDS))
 
 
 class _Compiler(CodeGenerator):
-    """Jinja's compiler, whose constants are texts, and whose `~` makes one."""
+    """Jinja's compiler, changed so that constants and results of `~` are of type `Text`."""
 
     def visit_Const(self, node: nodes.Const, frame: Frame) -> None:
         value = node.as_const(frame.eval_ctx)
@@ -69,7 +69,7 @@ class _Compiler(CodeGenerator):
             super().visit_Const(node, frame)
 
     def visit_Getitem(self, node: nodes.Getitem, frame: Frame) -> None:
-        if isinstance(node.arg, nodes.Const) and type(node.arg.value) is str:  # a name needs no origin
+        if isinstance(node.arg, nodes.Const) and type(node.arg.value) is str:  # names have no origin
             self.write("environment.getitem(")
             self.visit(node.node, frame)
             self.write(f", {node.arg.value!r})")
@@ -77,7 +77,7 @@ class _Compiler(CodeGenerator):
             super().visit_Getitem(node, frame)
 
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
-        self.write("environment.joined((")
+        self.write("environment.join((")
         for part in node.nodes:
             self.visit(part, frame)
             self.write(", ")
@@ -85,17 +85,19 @@ class _Compiler(CodeGenerator):
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """The environment of one template, as transformers sets it up."""
+    """The environment of one template, configured as in transformers."""
 
     code_generator_class = _Compiler
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[Generation, loopcontrols])
+        super().__init__(
+            trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[GenerationBlock, loopcontrols]
+        )
         self.texts: dict[str, Text] = {}
-        self.now = datetime.now()  # one for all renderings of a chat
+        self.now = datetime.now()  # the same for all renderings of a chat
         self.concat = concat  # type: ignore[assignment,method-assign]
-        kind = lambda name: _derived if name in _DERIVED else _typed
-        self.filters = {name: kind(name)(function) for name, function in self.filters.items()}
+        wrap = lambda name: _derive if name in _DERIVED else _as_text
+        self.filters = {name: wrap(name)(function) for name, function in self.filters.items()}
         self.filters["tojson"] = tojson
         self.globals |= {
             "raise_exception": raise_exception,
@@ -104,26 +106,29 @@ class Sandbox(ImmutableSandboxedEnvironment):
             "namespace": _Names,
         }
 
-    def strftime_now(self, form: str) -> Text:
-        """Returns the date and time of the renderings."""
-        text = self.now.strftime(plain_of(form))
-        return from_user(text) if has_user(form) else Text(text)
+    def strftime_now(self, format: str) -> Text:
+        """Returns the date and time of the renderings in a format of strftime."""
+        text = self.now.strftime(plain_of(format))
+        return from_user(text) if has_user(format) else Text(text)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        """Returns whether a template may read an attribute; those of a user's number would be plain numbers."""
+        """Returns whether a template can read an attribute.
+
+        Attributes of numbers from a user are not readable, because they would be plain numbers without an origin.
+        """
         return not isinstance(obj, (Integer, Real)) and super().is_safe_attribute(obj, attr, value)
 
-    def joined(self, parts: Iterable[Any]) -> Text:
-        """Returns what `~` makes of its parts."""
+    def join(self, parts: Iterable[Any]) -> Text:
+        """Returns the result of `~`."""
         return concat([str(part) for part in parts])
 
-    def call(self, context: Any, function: Any, *args: Any, **named: Any) -> Any:
-        """Calls a function for the template."""
-        return _text(super().call(context, function, *args, **named))
+    def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
+        """Calls a function of the template and returns its result; strings become `Text`."""
+        return _text(super().call(context, function, *args, **kwargs))
 
 
 def concat(parts: Iterable[str]) -> Text:
-    """Returns one text of several."""
+    """Returns the concatenation of texts."""
     return Text("").join(parts)
 
 
@@ -131,21 +136,21 @@ def _text(value: Any) -> Any:
     return Text(value) if type(value) is str else value
 
 
-def _typed(function: Callable) -> Callable:
+def _as_text(function: Callable) -> Callable:
     @wraps(function)
-    def run(*args: Any, **named: Any) -> Any:
-        return _text(function(*args, **named))
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return _text(function(*args, **kwargs))
 
     return run
 
 
-def _derived(function: Callable) -> Callable:
-    """Returns the filter with plain strings for arguments: what comes out is a user's if part of what went in is."""
+def _derive(function: Callable) -> Callable:
+    """Wraps a filter of plain strings: the whole result is text of a user if any argument contains text of a user."""
 
     @wraps(function)
-    def run(*args: Any, **named: Any) -> Any:
-        value = function(*map(plain_of, args), **plain_of(named))
-        if not has_user(args) and not has_user(named):
+    def run(*args: Any, **kwargs: Any) -> Any:
+        value = function(*map(plain_of, args), **plain_of(kwargs))
+        if not has_user(args) and not has_user(kwargs):
             return _text(value)
         if isinstance(value, Markup):
             return Markup(hide(str.__str__(value)))
@@ -155,11 +160,11 @@ def _derived(function: Callable) -> Callable:
 
 
 class _Names(Namespace):
-    """Jinja's namespace, but without names that lead into Python."""
+    """Jinja's namespace without names that begin with an underscore."""
 
-    def __init__(*given: Any, **named: Any) -> None:
-        self, *more = given
-        values = dict(*more, **named)
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        self, *more = args
+        values = dict(*more, **kwargs)
         for name in values:
             _check_name(name)
         Namespace.__init__(self, values)
@@ -171,26 +176,26 @@ class _Names(Namespace):
 
 def _check_name(name: Any) -> None:
     if isinstance(name, str) and name.startswith("_"):
-        raise RefusedError(f"a namespace of the template has no {name!r}")
+        raise RefusedError(f"a namespace of the template cannot have the name {name!r}")
 
 
 class _Dict:
-    def __call__(self, *given: Any, **named: Any) -> dict:
-        return dict(*given, **named)
+    def __call__(self, *args: Any, **kwargs: Any) -> dict:
+        return dict(*args, **kwargs)
 
-    def fromkeys(self, *given: Any) -> dict:
-        return dict.fromkeys(*given)
+    def fromkeys(self, *args: Any) -> dict:
+        return dict.fromkeys(*args)
 
 
 def raise_exception(message: Any) -> None:
-    """Ends a rendering with a message of the template."""
+    """Ends a rendering with an error message of the template."""
     raise RefusedError(str(plain_of(message)))
 
 
 def tojson(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> Text:
-    """Returns JSON as `json.dumps` writes it (Jinja's own filter would escape the signs of HTML)."""
+    """Returns JSON as written by `json.dumps`; Jinja's own filter would also escape for HTML."""
     between, colon = separators or (", " if indent is None else ",", ": ")
     step = indent if indent is None or isinstance(indent, str) else " " * indent
     pieces: list[str] = []
@@ -198,7 +203,7 @@ def tojson(
     def string(text: str) -> str:
         if not has_user(text):
             return json.dumps(plain_of(text), ensure_ascii=ensure_ascii)
-        # Character by character, so that each keeps its origin.
+        # Encode each character separately to keep its origin.
         parts = ((char, json.dumps(plain_of(char), ensure_ascii=ensure_ascii)[1:-1]) for char in Text(text))
         return '"' + "".join(hide(plain) if has_user(char) else plain for char, plain in parts) + '"'
 

@@ -1,10 +1,10 @@
-"""Strings and numbers of a chat template that remember which of their characters a user wrote.
+"""Strings and numbers of a chat template that record which of their characters a user wrote.
 
-A `Text` holds two strings of the same length. As a `str` it holds its data, in which each character of a user is
-replaced by a hidden character of a plane of Unicode that has no characters; beside that it holds the plain string. All
-that a template asks of a text (comparisons, `in`, `split`, `lower`, ...) is answered by the plain string. Whatever
-copies the data without asking, in C or in Jinja, copies the hidden characters, so the origin of a character is never
-lost: a mistake here can make a comparison wrong, but it cannot turn the text of a user into the template's own.
+A `Text` consists of two strings of the same length. The value of the `str` is its data, in which each character written
+by a user is replaced by a hidden character from an unassigned plane of Unicode. The attribute `_plain` is the plain
+string. Methods that inspect the text (comparisons, `in`, `split`, `lower`, ...) use the plain string. Code that copies
+the data directly, in C or in Jinja, copies the hidden characters, so the origin of a character is never lost: an error
+in this module can make a comparison wrong, but cannot turn text of a user into text of the template.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 _HIDDEN = re.compile("[\U00040000-\U000dffff]")
-HIDDEN_RUN = re.compile("[\U00040000-\U000dffff]+")  # what a user wrote, in data
-# Planes 0 to 3 and 14 to 16 are in use. They are hidden in planes 4 to 10; what stands in one of the unused planes 4 to
-# 13 is hidden in plane 13, where it is not told apart from others of the same place. Plane 12 is for marks.
+HIDDEN_RUN = re.compile("[\U00040000-\U000dffff]+")  # text written by a user, in data
+# Planes 0 to 3 and 14 to 16 are assigned and are mapped to planes 4 to 10. The unassigned planes 4 to 13 are all mapped
+# to plane 13, so their characters cannot be restored. Plane 12 contains the marks.
 _PLANES = {0: 4, 1: 5, 2: 6, 3: 7, 14: 8, 15: 9, 16: 10}
 _HIDE = bytes(_PLANES.get(plane, 13) for plane in range(256))
 _REVEAL = bytes({hidden: plane for plane, hidden in _PLANES.items()}.get(plane, plane) for plane in range(256))
-_ESCAPES = re.compile(r"%[^%a-zA-Z]*(\([^)]*\))?[^%a-zA-Z]*a")  # "%a" spells hidden characters in ASCII
-ANSWER_BEGINS, ANSWER_ENDS = "\U000c0000", "\U000c0001"  # marks around what the assistant says
+_ESCAPES = re.compile(r"%[^%a-zA-Z]*(\([^)]*\))?[^%a-zA-Z]*a")  # "%a" escapes hidden characters to ASCII
+ANSWER_BEGINS, ANSWER_ENDS = "\U000c0000", "\U000c0001"  # marks around an answer of the assistant
 
 
 def _with_planes(text: str, planes: bytes) -> str:
@@ -32,21 +32,21 @@ def _with_planes(text: str, planes: bytes) -> str:
 
 
 def hide(plain: str) -> str:
-    """Returns the data of a plain string all of whose characters a user wrote."""
+    """Returns the data of a plain string that was written entirely by a user."""
     return _with_planes(plain, _HIDE)
 
 
 def reveal(data: str) -> str:
-    """Returns the plain string of some data."""
+    """Returns the plain string of data."""
     return data if data.isascii() or not _HIDDEN.search(data) else _with_planes(data, _REVEAL)
 
 
 class Text(str):
-    """A string of a template; see the module.
+    """A string of a template that records the origin of its characters; see the docstring of the module.
 
     Args:
-        data: the string with hidden characters where a user wrote them.
-        plain: the same string without hidden characters; None: what `data` hides.
+        data: the string, with hidden characters for those written by a user.
+        plain: the plain string; None: derived from `data`.
     """
 
     __slots__ = ("_plain",)
@@ -57,10 +57,10 @@ class Text(str):
         self._plain = reveal(str.__str__(data)) if plain is None else plain
         return self
 
-    def encode(self, *args: Any, **named: Any) -> bytes:
+    def encode(self, *args: Any, **kwargs: Any) -> bytes:
         if has_user(self):
-            raise TypeError("a text of a message has no bytes here")  # they would not say who wrote them
-        return self._plain.encode(*args, **named)
+            raise TypeError("text of a message cannot be encoded")  # bytes would not record the origin
+        return self._plain.encode(*args, **kwargs)
 
     def __str__(self) -> str:
         return self
@@ -151,16 +151,16 @@ class Text(str):
         return user_data(table) if any(map(has_user, args)) else table
 
     def _parts(self, parts: Iterable[str], between: int | None) -> list[Any]:
-        """Returns the parts of the plain string as texts; None characters between them are white space."""
-        found, place = [], 0
+        """Returns parts of the plain string as texts; `between`: length of the separator, None for white space."""
+        found, position = [], 0
         for part in parts:
-            place = place if between is not None else self._plain.index(part, place)
-            found.append(Text(str.__getitem__(self, slice(place, place + len(part))), part))
-            place += len(part) + (between or 0)
+            position = position if between is not None else self._plain.index(part, position)
+            found.append(Text(str.__getitem__(self, slice(position, position + len(part))), part))
+            position += len(part) + (between or 0)
         return found
 
     def _like(self, plain: str) -> Text:
-        """Returns the text of what a change of its characters, each by itself, made of the plain string."""
+        """Returns the text for `plain`, the plain string after each character was changed on its own."""
         if not has_user(self):
             return Text(plain, plain)
         if len(plain) != len(self):
@@ -179,13 +179,14 @@ def _define(names: str, make: Callable[[Any], Callable]) -> None:
         setattr(Text, name, method)
 
 
-def _measure(method: Any) -> Callable:
-    # The plain strings have the answer.
+def _inspect(method: Any) -> Callable:
+    """Applies the method to the plain strings."""
     return lambda self, *args: method(self._plain, *map(plain_of, args))
 
 
-def _place(method: Any) -> Callable:
-    # What depends on lengths and places alone is done to data and plain string in the same way.
+def _arrange(method: Any) -> Callable:
+    """Applies the method to the data and the plain string; its result depends only on lengths and positions."""
+
     def run(self: Text, *args: Any) -> Any:
         plain = method(self._plain, *map(plain_of, args))
         return plain if plain is NotImplemented else Text(method(self, *args), plain)
@@ -194,46 +195,49 @@ def _place(method: Any) -> Callable:
 
 
 def _change(method: Any) -> Callable:
+    """Applies a method that changes each character on its own."""
     return lambda self, *args: self._like(method(self._plain, *map(plain_of, args)))
 
 
 def _derive(method: Any) -> Callable:
-    def run(self: Text, *args: Any, **named: Any) -> Text:
-        plain = method(self._plain, *map(plain_of, args), **named)
+    """Applies the method to the plain strings; the whole result is text of a user if any of the inputs is."""
+
+    def run(self: Text, *args: Any, **kwargs: Any) -> Text:
+        plain = method(self._plain, *map(plain_of, args), **kwargs)
         return from_user(plain) if any(map(has_user, (self, *args))) else Text(plain, plain)
 
     return run
 
 
-_define("__contains__ __lt__ __le__ __gt__ __ge__ count endswith find index rfind rindex", _measure)
-_define("startswith isalnum isalpha isascii isdecimal isdigit isidentifier islower isnumeric isprintable", _measure)
-_define("isspace istitle isupper", _measure)
-_define("__getitem__ __mul__ __rmul__ center ljust rjust", _place)
+_define("__contains__ __lt__ __le__ __gt__ __ge__ count endswith find index rfind rindex", _inspect)
+_define("startswith isalnum isalpha isascii isdecimal isdigit isidentifier islower isnumeric isprintable", _inspect)
+_define("isspace istitle isupper", _inspect)
+_define("__getitem__ __mul__ __rmul__ center ljust rjust", _arrange)
 _define("capitalize casefold lower swapcase title upper", _change)
 _define("expandtabs translate zfill", _derive)
 
 
 class Integer(int):
-    """A whole number that a user gave, or that was computed from one: its digits are the user's."""
+    """An integer from a user, or computed from one: its digits are text of a user."""
 
 
 class Real(float):
-    """The same for a number with a fraction."""
+    """A float from a user, or computed from a number of a user."""
 
 
 def _numbers(kind: Any, base: Any) -> None:
     arithmetic = "add radd sub rsub mul rmul truediv rtruediv floordiv rfloordiv mod rmod pow rpow neg pos abs round"
 
-    def sticky(method: Any) -> Callable:
+    def keep_origin(method: Any) -> Callable:
         def run(self: Any, *args: Any) -> Any:
             return user_number(method(self, *args))
 
         return run
 
     for name in arithmetic.split():
-        setattr(kind, f"__{name}__", sticky(getattr(base, f"__{name}__")))
+        setattr(kind, f"__{name}__", keep_origin(getattr(base, f"__{name}__")))
     kind.__repr__ = kind.__str__ = lambda self: from_user(base.__repr__(self))
-    kind.__format__ = lambda self, how: from_user(base.__format__(self, plain_of(how)))
+    kind.__format__ = lambda self, spec: from_user(base.__format__(self, plain_of(spec)))
 
 
 _numbers(Integer, int)
@@ -241,19 +245,19 @@ _numbers(Real, float)
 
 
 def user_number(value: Any) -> Any:
-    """Returns a number as one of a user; other values as they are."""
+    """Returns a number as a number from a user, and other values unchanged."""
     if type(value) is int:
         return Integer(value)
     return Real(value) if type(value) is float else value
 
 
 def from_user(plain: str) -> Text:
-    """Returns a text all of whose characters a user wrote."""
+    """Returns a text that was written entirely by a user."""
     return Text(hide(plain), plain)
 
 
 def user_data(value: Any) -> Any:
-    """Returns plain data (what JSON holds) in which all strings and numbers, those in keys too, are a user's."""
+    """Returns plain data (the types of JSON) with all strings and numbers, including keys, marked as a user's."""
     if type(value) is str:
         return from_user(value)
     if type(value) is dict:
@@ -262,7 +266,7 @@ def user_data(value: Any) -> Any:
 
 
 def plain_of(value: Any) -> Any:
-    """Returns a value of a template with plain strings and numbers in it, in lists, tuples and dicts too."""
+    """Returns a value of a template with plain strings and numbers, also inside lists, tuples and dicts."""
     kind = type(value)
     if kind is Text:
         return value._plain
@@ -278,7 +282,7 @@ def plain_of(value: Any) -> Any:
 
 
 def has_user(value: Any) -> bool:
-    """Returns whether a value of a template has something of a user in it."""
+    """Returns whether a value of a template contains text or numbers from a user."""
     if isinstance(value, str):
         return not str.isascii(value) and _HIDDEN.search(str.__str__(value)) is not None
     if isinstance(value, dict):

@@ -1,9 +1,9 @@
-"""The process that renders chat templates, which come from strangers, within limits.
+"""The process that renders untrusted chat templates within limits.
 
-It reads jobs from its standard input and writes results to its standard output: lines of JSON, first the number of jobs
-in a line of its own. It ends with its input, so it does not outlive the process that started it. The time of a
-rendering is bounded by a timer of the kernel that ends the process, as nothing in Python stops a long operation in C;
-memory, files and processes are bounded by limits of the kernel. It imports nothing heavy.
+It reads the number of jobs and then the jobs, as lines of JSON, from its standard input, and writes a line of JSON per
+job to its standard output. It ends when its input ends, so it does not outlive the process that started it. A timer of
+the kernel ends the process if a rendering takes too long, because Python cannot interrupt a long operation in C. Limits
+of the kernel apply to memory, files and processes. The process imports only light modules.
 """
 
 from __future__ import annotations
@@ -26,54 +26,54 @@ import jinja2.debug
 from jaxlm.data.chat.template_sandbox import RefusedError, Sandbox, concat
 from jaxlm.data.chat.template_text import ANSWER_BEGINS, ANSWER_ENDS, HIDDEN_RUN, Text, from_user, user_data
 
-_KINDS = {"Text": "str", "Integer": "int", "Real": "float"}  # as the author of a template knows them
+_KINDS = {"Text": "str", "Integer": "int", "Real": "float"}  # names of types for error messages
 _MARK = re.compile(f"[{ANSWER_BEGINS}{ANSWER_ENDS}]")
 READY = b"ready\n"  # the first line of the output
-# The names that templates read in messages are no text of a user.
+# Names of fields in messages; all other names are text of a user.
 _FIELDS = ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content", "thinking", "reasoning")
 
 
 class _TooLongError(Exception):
-    """The text of a template has more characters than it may."""
+    """The text of a rendering exceeds the maximum number of characters."""
 
 
 def limit(memory: int) -> None:
-    """Limits what this process may have, where the system knows how to."""
+    """Limits the resources of this process, as far as the system supports it; `memory` is in bytes."""
     try:
         import resource
     except ImportError:
         return
     limits = {"RLIMIT_AS": memory, "RLIMIT_NOFILE": 3, "RLIMIT_FSIZE": 0, "RLIMIT_CORE": 0, "RLIMIT_NPROC": 0}
-    for name, most in limits.items():
+    for name, maximum in limits.items():
         try:
             kind = getattr(resource, name)
             _, hard = resource.getrlimit(kind)
-            most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-            resource.setrlimit(kind, (most, most))
-        except (AttributeError, OSError, ValueError):  # not on this system
+            maximum = maximum if hard == resource.RLIM_INFINITY else min(maximum, hard)
+            resource.setrlimit(kind, (maximum, maximum))
+        except (AttributeError, OSError, ValueError):  # not supported by the system
             continue
 
 
-def _time(seconds: float) -> None:
+def _set_timer(seconds: float) -> None:
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_PROF, seconds)  # SIGPROF ends the process
 
 
 @lru_cache(maxsize=32)
-def _compiled(source: str) -> tuple[Sandbox, jinja2.Template]:
+def _compile(source: str) -> tuple[Sandbox, jinja2.Template]:
     sandbox = Sandbox()
     return sandbox, sandbox.from_string(source)
 
 
 def _message(message: dict[str, Any], roles: Sequence[str]) -> dict[str, Any]:
-    made = {(name if name in _FIELDS else from_user(name)): user_data(value) for name, value in message.items()}
+    marked = {(name if name in _FIELDS else from_user(name)): user_data(value) for name, value in message.items()}
     if message["role"] in roles:
-        made["role"] = Text(message["role"], message["role"])
-    return made
+        marked["role"] = Text(message["role"], message["role"])
+    return marked
 
 
-def _rendered(template: jinja2.Template, names: dict[str, Any], characters: int) -> list[Any]:
-    """Returns the plain text, the bounds of what users wrote in it, and the bounds of answers, each in one list."""
+def _render(template: jinja2.Template, names: dict[str, Any], characters: int) -> list[Any]:
+    """Returns the plain text, a list of the bounds of text written by users, and a list of the bounds of answers."""
     pieces, size = [], 0
     for piece in template.generate(names):
         pieces.append(piece)
@@ -86,7 +86,7 @@ def _rendered(template: jinja2.Template, names: dict[str, Any], characters: int)
 
 
 def _without_marks(data: str, plain: str) -> tuple[str, str, list[int]]:
-    """Returns data and plain string without the marks of answers, and the bounds of the answers."""
+    """Returns data and plain string without the marks around answers, and the bounds of the answers."""
     marks = list(_MARK.finditer(data))
     if not marks:
         return data, plain, []
@@ -101,26 +101,26 @@ def _without_marks(data: str, plain: str) -> tuple[str, str, list[int]]:
 
 
 def render(job: dict[str, Any]) -> dict[str, Any]:
-    """Returns the renderings of a job, or the problem with it: its kind and a detail.
+    """Returns {"rendered": renderings} of a job, or {"problem": [kind, detail]}.
 
     Args:
-        job: `source` of the template, `messages`, `roles` (those that are no text of a user), `special`
-            (names of the tokenizer's special tokens), `given` (other
-            variables), `seconds` (of processor time that one rendering may take), `characters` (that it may write), and
-            `renderings`: pairs of the number of messages and add_generation_prompt.
+        job: a dict with `source` (the template), `messages`, `roles` (role names that are not text of a user),
+            `special` (special tokens by variable name), `given` (other variables), `seconds` (maximum processor time of
+            one rendering), `characters` (maximum length of one rendering), and `renderings` (pairs of the number of
+            messages and add_generation_prompt).
     """
     try:
-        _time(job["seconds"])
-        sandbox, template = _compiled(job["source"])
+        _set_timer(job["seconds"])
+        sandbox, template = _compile(job["source"])
         sandbox.now = datetime.now()
         messages = [_message(message, job["roles"]) for message in job["messages"]]
         names: dict[str, Any] = {name: Text(token, token) for name, token in job["special"].items()}
         names |= {name: user_data(value) for name, value in job["given"].items()}
         found = []
         for count, prompt in job["renderings"]:
-            _time(job["seconds"])
+            _set_timer(job["seconds"])
             names |= {"messages": messages[:count], "add_generation_prompt": prompt}
-            found.append(_rendered(template, names, job["characters"]))
+            found.append(_render(template, names, job["characters"]))
         return {"rendered": found}
     except jinja2.TemplateSyntaxError as error:
         return _problem("syntax", f"line {error.lineno}: {error}")
@@ -132,11 +132,11 @@ def render(job: dict[str, Any]) -> dict[str, Any]:
         return _problem("memory", "")
     except _TooLongError:
         return _problem("characters", "")
-    except Exception as error:  # it is a stranger's program, and may fail in any way
-        told = re.sub("'(Text|Integer|Real)'", lambda kind: repr(_KINDS[kind[1]]), str.__str__(str(error)))
-        return _problem("fails", f"{type(error).__name__}: {told}")
+    except Exception as error:  # an untrusted program can fail in any way
+        message = re.sub("'(Text|Integer|Real)'", lambda kind: repr(_KINDS[kind[1]]), str.__str__(str(error)))
+        return _problem("fails", f"{type(error).__name__}: {message}")
     finally:
-        _time(0)
+        _set_timer(0)
 
 
 def _problem(kind: str, detail: str) -> dict[str, Any]:
@@ -144,9 +144,9 @@ def _problem(kind: str, detail: str) -> dict[str, Any]:
 
 
 def main(memory: int) -> None:
-    """Serves until the input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt from the keyboard is for the parent
-    warnings.simplefilter("ignore")  # nobody reads the error stream while the process lives
+    """Processes jobs until the input ends; `memory` is the limit of the address space in bytes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles interrupts from the keyboard
+    warnings.simplefilter("ignore")  # the error stream is closed while jobs run
     example = "{{ '\\n' ~ messages | tojson }}{{ strftime_now('%Y') }}{{ missing.part }}"
     warm = {
         "source": example,
@@ -158,7 +158,7 @@ def main(memory: int) -> None:
         "characters": 99,
     }
     render({**warm, "renderings": [[0, True]]})
-    # Filters and methods import these when they are used, and then no file can be opened any more.
+    # Filters and methods import these modules on first use, when the process can no longer open files.
     import html  # noqa: F401
     import pprint  # noqa: F401
     import textwrap  # noqa: F401
@@ -168,7 +168,7 @@ def main(memory: int) -> None:
     read, out = sys.stdin.buffer, sys.stdout.fileno()
     _write(out, READY)
     while count := read.readline():
-        jobs = [read.readline() for _ in range(int(count))]  # all of them, so that the parent need not read yet
+        jobs = [read.readline() for _ in range(int(count))]  # read all first: the parent sends all before it reads
         for job in jobs:
             try:
                 line = json.dumps(render(json.loads(job)))

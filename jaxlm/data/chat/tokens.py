@@ -1,4 +1,4 @@
-"""Ids of rendered chats, in which no character of a user becomes part of a control token."""
+"""Encodes rendered chats so that no character written by a user becomes part of a control token."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from jaxlm.data.tokenizers.tokenizer import Tokenizer
 
 Span = tuple[int, int]  # characters [start, end)
-_STAND_IN = 0xD0000  # the first of the characters that stand for control tokens, in a plane that Unicode does not use
+_STAND_IN = 0xD0000  # first of the characters that replace control tokens, in an unassigned plane of Unicode
 _UNUSED = re.compile("[\U000d0000-\U000dffff]")
 _LETTER, _SIGN = re.compile(r"\w"), re.compile(r"[^\w\s]")
 
 
 class Rendered(NamedTuple):
-    """The text of a chat, what users wrote in it, and what the assistant says in it, in order."""
+    """The text of a chat, with the spans written by users and the spans of the assistant's answers, in order."""
 
     text: str
     users: list[Span]
@@ -32,22 +32,32 @@ class Rendered(NamedTuple):
 class _Control(NamedTuple):
     """The control tokens of a tokenizer, and two ways to encode.
 
-    Every added token is one, special or not, but for those of white space alone, which are common in source code, and
-    for words: those of letters and digits alone that are not special, have no role and are not in the template.
+    All added tokens are control tokens, special or not, except white space, which is common in source code, and words.
+    A word is a token of letters and digits that is not special, has no role and does not occur in the template.
+
+    Attributes:
+        contents: id -> text.
+        strips: id -> whether the token includes white space before it, and after it.
+        pattern: matches control tokens in text that the template wrote.
+        exact: tokenizer that recognises all control tokens, as transformers does.
+        stand_ins: text -> the character that replaces it.
+        guarded: tokenizer that recognises only the replacement characters as control tokens.
+        unknown: id of the token for unknown characters.
+        normalized: whether text is normalized before some of the control tokens are matched.
     """
 
-    contents: dict[int, str]  # id -> text
-    strips: dict[int, tuple[bool, bool]]  # id -> whether white space before, and behind, belongs to it
-    pattern: re.Pattern[str]  # finds them in text of the template
-    exact: tokenizers.Tokenizer  # takes all of them for tokens, as transformers does
-    stand_ins: dict[str, str]  # text -> the character that stands for it
-    guarded: tokenizers.Tokenizer  # takes for tokens the characters that stand for them alone
-    unknown: int | None  # id of what the vocabulary does not have
-    normalized: bool  # whether normal forms are made before some of them are found
+    contents: dict[int, str]
+    strips: dict[int, tuple[bool, bool]]
+    pattern: re.Pattern[str]
+    exact: tokenizers.Tokenizer
+    stand_ins: dict[str, str]
+    guarded: tokenizers.Tokenizer
+    unknown: int | None
+    normalized: bool
 
 
 def control_pattern(tokenizer: Tokenizer, source: str) -> re.Pattern[str]:
-    """Returns what finds the control tokens of a tokenizer in text that a template wrote."""
+    """Returns a pattern that matches the control tokens of a tokenizer in text written by the template `source`."""
     return _control(tokenizer, source).pattern
 
 
@@ -95,7 +105,7 @@ def _unknown(described: dict) -> int | None:
 
 
 def _rename(described: dict, names: dict[str, str]) -> None:
-    """Gives control tokens other names in the description of a tokenizer, so that no text of a user spells one."""
+    """Renames control tokens in the description of a tokenizer, in place, so that no text of a user matches them."""
     for token in described["added_tokens"]:
         if token["content"] in names:
             token |= {"content": names[token["content"]], "normalized": False, "single_word": False, "special": True}
@@ -113,25 +123,30 @@ def _rename(described: dict, names: dict[str, str]) -> None:
 
 
 def encode(tokenizer: Tokenizer, source: str, chats: Sequence[Rendered]) -> list[tuple[list[int], list[bool]]]:
-    """Returns the ids [T] of each chat, and which of them the assistant says [T].
+    """Returns the ids [T] of each chat, and which of them are in the assistant's answers [T].
 
-    The ids are those of transformers, unless one of them would be a control token with a character of a user in it.
-    Then the control tokens that the template wrote are kept, and all other text is encoded without control tokens.
+    The ids are the same as in transformers, unless a control token would contain a character written by a user. In this
+    case the control tokens written by the template are kept, and all other text is encoded without control tokens.
+
+    Args:
+        tokenizer: the tokenizer.
+        source: the template that rendered the chats.
+        chats: the rendered chats.
     """
     control = _control(tokenizer, source)
     found = []
     encodings = control.exact.encode_batch([chat.text for chat in chats], add_special_tokens=False)
     for chat, encoding in zip(chats, encodings):
-        places = list(_places(control, chat, encoding))
-        if any(place.of_user for place in places) or _is_lost(control, chat, places):
-            found.append(_guarded(control, chat))
+        matches = list(_matches(control, chat, encoding))
+        if any(match.of_user for match in matches) or _is_lost(control, chat, matches):
+            found.append(_encode_guarded(control, chat))
         else:
             found.append((encoding.ids, _in_answers(encoding.offsets, chat.answers)))
     return found
 
 
-class _Place(NamedTuple):
-    """A control token in a text: its id, its characters [start, end), and whether a user wrote one of them."""
+class _Match(NamedTuple):
+    """A control token in a text: its id, its characters [start, end), and whether a user wrote any of them."""
 
     token: int
     start: int
@@ -139,65 +154,65 @@ class _Place(NamedTuple):
     of_user: bool
 
 
-def _places(control: _Control, chat: Rendered, encoding: tokenizers.Encoding) -> Iterator[_Place]:
-    """Yields the control tokens of an encoding, without the white space around them that belongs to them."""
+def _matches(control: _Control, chat: Rendered, encoding: tokenizers.Encoding) -> Iterator[_Match]:
+    """Yields the control tokens of an encoding, without the surrounding white space that they include."""
     ends = [end for _, end in chat.users]
     for token, (start, end) in zip(encoding.ids, encoding.offsets):
         if token not in control.contents:
             continue
         if token == control.unknown and chat.text[start:end] != control.contents[token]:
-            continue  # a character that the vocabulary does not have
-        before, behind = control.strips[token]
+            continue  # an unknown character
+        before, after = control.strips[token]
         if before and not control.contents[token][0].isspace():
             start = end - len(chat.text[start:end].lstrip())
-        if behind and not control.contents[token][-1].isspace():
+        if after and not control.contents[token][-1].isspace():
             end = start + len(chat.text[start:end].rstrip())
-        n = bisect_right(ends, start)  # the first text of a user that ends behind the start
-        yield _Place(token, start, end, n < len(ends) and chat.users[n][0] < end)
+        n = bisect_right(ends, start)  # the first span of a user that ends after the start
+        yield _Match(token, start, end, n < len(ends) and chat.users[n][0] < end)
 
 
-def _of_template(control: _Control, chat: Rendered) -> list[_Place]:
-    """Returns the control tokens that the template wrote, as they are found where users write harmless text."""
+def _of_template(control: _Control, chat: Rendered) -> list[_Match]:
+    """Returns the control tokens that the template wrote, found with harmless text in place of text of users."""
     bounds = [0, *(bound for span in chat.users for bound in span), len(chat.text)]
     parts = [chat.text[start:end] for start, end in zip(bounds, bounds[1:])]
     parts[1::2] = [_SIGN.sub(".", _LETTER.sub("x", part)) for part in parts[1::2]]
     harmless = chat._replace(text=(text := "".join(parts)))
-    places = _places(control, harmless, control.exact.encode(text, add_special_tokens=False))
-    return [place for place in places if not place.of_user]
+    matches = _matches(control, harmless, control.exact.encode(text, add_special_tokens=False))
+    return [match for match in matches if not match.of_user]
 
 
-def _is_lost(control: _Control, chat: Rendered, places: Sequence[_Place]) -> bool:
-    """Returns whether a user's text takes a control token from the template.
+def _is_lost(control: _Control, chat: Rendered, matches: Sequence[_Match]) -> bool:
+    """Returns whether the text of a user prevents a control token of the template from being recognised.
 
-    A character that combines with the one before it does, where normal forms are made before such a token is found.
+    A combining character does so if the text is normalized before the token is matched.
     """
-    return control.normalized and not chat.text.isascii() and not set(_of_template(control, chat)) <= set(places)
+    return control.normalized and not chat.text.isascii() and not set(_of_template(control, chat)) <= set(matches)
 
 
-def _guarded(control: _Control, chat: Rendered) -> tuple[list[int], list[bool]]:
-    """`encode` of one chat, in which the template's control tokens are found where no user wrote anything."""
+def _encode_guarded(control: _Control, chat: Rendered) -> tuple[list[int], list[bool]]:
+    """Returns `encode` of one chat, with control tokens only where the template wrote them."""
     text = _UNUSED.sub("\ufffd", chat.text)
     tokens = _of_template(control, chat)
     parts: list[str] = []
-    olds, news = [0], [0]  # places of the old text, and where they are in the new one
+    olds, news = [0], [0]  # positions in the old text, and the corresponding ones in the new text
     for token, start, end, _ in tokens:
         parts += [text[olds[-1] : start], control.stand_ins[control.contents[token]]]
         olds.append(end)
         news.append(news[-1] + len(parts[-2]) + 1)
     parts.append(text[olds[-1] :])
 
-    def moved(place: int) -> int:
-        n = bisect_right(olds, place) - 1
-        inside = news[n] + place - olds[n]
-        return inside if n + 1 == len(news) else min(inside, news[n + 1] - 1)
+    def new_position(old: int) -> int:
+        n = bisect_right(olds, old) - 1
+        position = news[n] + old - olds[n]
+        return position if n + 1 == len(news) else min(position, news[n + 1] - 1)
 
     encoding = control.guarded.encode("".join(parts), add_special_tokens=False)
-    answers = [(moved(start), moved(end)) for start, end in chat.answers]
+    answers = [(new_position(start), new_position(end)) for start, end in chat.answers]
     return encoding.ids, _in_answers(encoding.offsets, answers)
 
 
 def _in_answers(offsets: Sequence[Span], answers: Sequence[Span]) -> list[bool]:
-    """Returns for each token whether a part of it is in an answer, as in transformers."""
+    """Returns for each token whether any part of it is in an answer, as in transformers."""
     found, n = [], 0
     for start, end in offsets:
         while n < len(answers) and start >= answers[n][1]:

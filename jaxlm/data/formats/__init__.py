@@ -1,13 +1,13 @@
-"""Readers of data files: each format as a stream of rows with their places.
+"""Readers of data files. Each reads a format as a stream of rows with their places.
 
 rows         the table of formats
-lines        text files, unpacked, decoded and divided into lines
+lines        text files: decompression, decoding, splitting into lines
 tables       csv and tsv
 json_rows    JSON and JSON lines
 columnar     Parquet
-conll        tokens on lines
-squad        questions of SQuAD's JSON
+conll        one token per line
+squad        the JSON of SQuAD
 tfds         tensorflow-datasets, without TensorFlow
-literals     lists and objects that a table holds as text
-class_names  names that a data set's metadata gives to integers
+literals     lists and objects that a table contains as text
+class_names  class names for integer labels from metadata
 """

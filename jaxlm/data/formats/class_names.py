@@ -1,7 +1,7 @@
-"""Names of classes that a data set's own metadata gives to integers: `ClassLabel` of Hugging Face's datasets.
+"""Class names for integer labels from the metadata of a data set (`ClassLabel` of the library datasets).
 
-They stand in the schema of a parquet file, and for other files in `dataset_info.json` or in the head of `README.md`
-beside them or one folder above.
+They are in the schema of a parquet file. For other files they are in `dataset_info.json` or in the front matter of
+`README.md`, in the same folder or the folder above.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from typing import Any
 from jaxlm.data.formats.lines import Place, Row
 from jaxlm.errors import UserError
 
-Names = dict[str, tuple[str, ...]]  # of a column, or an entry of one such as `answers.label`
-_LARGEST = 1 << 24  # bytes of a metadata file that is read
+Names = dict[str, tuple[str, ...]]  # column, or entry of one such as `answers.label` -> class names
+_MAX_BYTES = 1 << 24  # size of the largest metadata file that is read
 
 
 def of_schema(metadata: dict[bytes, bytes] | None) -> Names:
-    """Returns the names in the metadata of a parquet schema."""
+    """Returns the class names in the metadata of a parquet schema."""
     try:
-        told = json.loads((metadata or {}).get(b"huggingface", b"{}"))
-        return of_features(told["info"]["features"])
+        info = json.loads((metadata or {}).get(b"huggingface", b"{}"))
+        return of_features(info["info"]["features"])
     except (ValueError, RecursionError, TypeError, KeyError):
         return {}
 
 
 def of_object(value: dict[str, Any]) -> Names:
-    """Returns the names that a JSON object gives beside its rows: in `features`, or in `names` for the column label."""
+    """Returns the class names in a JSON object with rows: in `features`, or in `names` for the column label."""
     if found := of_features(value.get("features")):
         return found
     names = _names({"names": value.get("names")})
     return {"label": names} if names else {}
 
 
-def beside(file: Path) -> Names:
-    """Returns the names that the metadata files beside a file, or one folder above, give."""
+def of_file(file: Path) -> Names:
+    """Returns the class names in the metadata files in the folder of a file, or in the folder above."""
     return next((found for folder in file.absolute().parents[:2] if (found := _of_folder(folder))), {})
 
 
@@ -47,20 +47,20 @@ def _of_folder(folder: Path) -> Names:
     for name, read in (("dataset_info.json", json.loads), ("dataset_infos.json", json.loads), ("README.md", _card)):
         path = folder / name
         try:
-            if not path.is_file() or path.stat().st_size > _LARGEST:
+            if not path.is_file() or path.stat().st_size > _MAX_BYTES:
                 continue
-            told = read(path.read_text(encoding="utf-8"))
+            content = read(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             continue
-        several = told.values() if isinstance(told, dict) and "features" not in told else [told]
-        for info in several:
+        infos = content.values() if isinstance(content, dict) and "features" not in content else [content]
+        for info in infos:
             if isinstance(info, dict) and (found := of_features(info.get("features"))):
                 return found
     return {}
 
 
 def _card(text: str) -> Any:
-    """What the head of a data set's card says, `dataset_info`: one, or the first of several."""
+    """Returns `dataset_info` from the front matter of a dataset card, or the first one if there are several."""
     import yaml
 
     if not text.startswith("---"):
@@ -75,7 +75,7 @@ def _card(text: str) -> Any:
 
 
 def of_features(features: Any, prefix: str = "") -> Names:
-    """Returns the names in a description of features: as JSON has it, or as the head of a card has it."""
+    """Returns the class names in a description of features, in the form of JSON or of a dataset card."""
     if isinstance(features, list):  # a card: [{name: label, dtype: {class_label: {names: {"0": neg}}}}]
         features = {one.get("name"): one for one in features if isinstance(one, dict)}
     found: Names = {}
@@ -91,7 +91,7 @@ def of_features(features: Any, prefix: str = "") -> Names:
 
 
 def _inner(feature: Any) -> Any:
-    """What a list is of, through any number of lists."""
+    """Returns the feature of the items, if a feature is a list (of lists)."""
     for _ in range(8):
         if isinstance(feature, list) and len(feature) == 1:
             feature = feature[0]
@@ -119,34 +119,35 @@ def _names(feature: Any) -> tuple[str, ...]:
     return found if len(set(found)) == len(found) else ()
 
 
-def named(row: Row, names: Names, place: Place) -> Row:
-    """Returns a row with the names in place of the integers; -1, which stands for no label, becomes None.
+def substitute(row: Row, names: Names, place: Place) -> Row:
+    """Replaces integers by class names in a row, in place, and returns it; -1, which means no label, becomes None.
 
     Raises:
-      UserError: for an integer without a name.
+      UserError: with the place, for an integer without a class name.
     """
     for column, classes in names.items():
         first, *rest = column.split(".")
         if first in row:
-            row[first] = _named(row[first], rest, classes, column, place)
+            row[first] = _substitute(row[first], rest, classes, column, place)
     return row
 
 
-def _named(value: Any, path: list[str], classes: tuple[str, ...], column: str, place: Place) -> Any:
+def _substitute(value: Any, path: list[str], classes: tuple[str, ...], column: str, place: Place) -> Any:
     if path and isinstance(value, dict):
-        rest = {path[0]: _named(value[path[0]], path[1:], classes, column, place)} if path[0] in value else {}
+        rest = {path[0]: _substitute(value[path[0]], path[1:], classes, column, place)} if path[0] in value else {}
         return {**value, **rest}
     if isinstance(value, Iterable) and not isinstance(value, (str, bytes, dict)):
-        return [_named(item, path, classes, column, place) for item in value]
+        return [_substitute(item, path, classes, column, place) for item in value]
     digits = isinstance(value, str) and value not in classes and re.fullmatch(r"-?\d{1,9}", value.strip())
-    if digits or (isinstance(value, float) and value.is_integer()):  # of a table; of integers beside missing ones
+    # Tables contain integers as text, and columns with missing values contain them as floats.
+    if digits or (isinstance(value, float) and value.is_integer()):
         value = int(value)
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         return value
     number = value.__index__()
     if not -1 <= number < len(classes):
         raise UserError(
-            f"{place}: column {column!r} holds {number}, and the data set's metadata names {len(classes)} classes "
-            f"({', '.join(classes[:5])}{' ...' * (len(classes) > 5)}); correct the row or the metadata"
+            f"{place}: column {column!r} contains {number}, but the metadata of the data set has {len(classes)} "
+            f"classes ({', '.join(classes[:5])}{' ...' * (len(classes) > 5)}); correct the row or the metadata"
         )
     return None if number < 0 else classes[number]

@@ -1,7 +1,8 @@
-"""Parquet files, read in batches of rows.
+"""Reads Parquet files in batches of rows.
 
-Only the columns that a task reads are read, where the file has them all.  Values that Python has no type for, such as a
-date of the year 10000 or nanoseconds, become the text that Arrow prints; decimals and durations become numbers.
+If the file has all columns that a task requires, only the columns of the task are read. Values for which Python has no
+type, such as dates after the year 9999 or nanoseconds, become text as printed by Arrow. Decimals and durations become
+numbers.
 """
 
 from __future__ import annotations
@@ -13,64 +14,64 @@ from pathlib import Path
 from typing import IO, Any
 
 from jaxlm.data.formats import class_names
-from jaxlm.data.formats.lines import Place, Row, other_kind
+from jaxlm.data.formats.lines import Place, Row, binary_format
 from jaxlm.errors import UserError
 
-_ROWS = 1024  # in a batch
+_ROWS = 1024  # per batch
 
 
 def rows(
     file: Path, stream: IO[bytes], needed: tuple[str, ...], optional: tuple[str, ...], with_names: bool
 ) -> Iterator[tuple[Place, Row]]:
-    """Yields each row with its number.
+    """Yields each row with its number as the place.
 
     Args:
-      file: the file's name.
-      stream: its bytes.
-      needed: the columns, or entries of some such as `translation.de`, that are read; () for all.
-      optional: those that are read if they are there.
-      with_names: whether integers become the names that the schema's metadata gives them.
+      file: the name of the file.
+      stream: the contents of the file.
+      needed: the required columns, or entries of columns such as `translation.de`; () for all.
+      optional: columns that are read if they exist.
+      with_names: whether integers are replaced by the class names in the metadata of the schema.
 
     Raises:
-      UserError: for a file that cannot be read, with the column where one is at fault.
+      UserError: the file cannot be read. The message names the column if the error is in a single one.
     """
     import pyarrow
     import pyarrow.parquet
 
     if not stream.seekable() or file.suffix.lower() != ".parquet":
-        stream = io.BytesIO(stream.read())  # the table of contents stands at the end
+        stream = io.BytesIO(stream.read())  # random access is needed, because the metadata is at the end of the file
     number = 0
     try:
         table = pyarrow.parquet.ParquetFile(stream)
         schema = table.schema_arrow
-        complete = needed and all(_tops(schema.names, (name,)) for name in needed)
-        tops = _tops(schema.names, (*needed, *optional)) if complete else None
-        if twice := next((name for name in tops or schema.names if schema.names.count(name) > 1), ""):
-            raise UserError(f"{file} has the column {twice!r} twice; rename one of them, or leave it out")
-        names = class_names.of_schema(schema.metadata) or class_names.beside(file) if with_names else {}
-        for batch in table.iter_batches(batch_size=_ROWS, columns=tops):
+        complete = needed and all(_select(schema.names, (name,)) for name in needed)
+        selected = _select(schema.names, (*needed, *optional)) if complete else None
+        if twice := next((name for name in selected or schema.names if schema.names.count(name) > 1), ""):
+            raise UserError(f"{file} has the column {twice!r} twice; rename or remove one of them")
+        names = class_names.of_schema(schema.metadata) or class_names.of_file(file) if with_names else {}
+        for batch in table.iter_batches(batch_size=_ROWS, columns=selected):
             columns = {name: _values(file, name, batch.column(n)) for n, name in enumerate(batch.schema.names)}
             for cells in zip(*columns.values()) if columns else [()] * batch.num_rows:
                 number += 1
                 place = Place(str(file), number)
-                yield place, class_names.named(dict(zip(columns, cells)), names, place)
+                yield place, class_names.substitute(dict(zip(columns, cells)), names, place)
     except (pyarrow.ArrowException, OSError) as error:
         stream.seek(0)
         first = stream.read(512)
-        if not first.startswith(b"PAR1") and (found := other_kind(first)):
+        if not first.startswith(b"PAR1") and (found := binary_format(first)):
             raise UserError(f"{file} is {found}") from None
-        column = _unreadable(stream)
+        column = _unreadable_column(stream)
         if column:
             raise UserError(
-                f"{file}: column {column!r} cannot be read ({error!s:.200}); write it again, or leave it out"
+                f"{file}: column {column!r} cannot be read ({error!s:.200}); write it again or remove it"
             ) from None
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        after = f" behind row {number}" if number else ""
-        raise UserError(f"{file} is no readable parquet file{after} ({reason:.200}); write it again") from None
+        after = f" after row {number}" if number else ""
+        raise UserError(f"{file} is not a readable parquet file{after} ({reason:.200}); write it again") from None
 
 
-def _unreadable(stream: IO[bytes]) -> str:
-    """The first column that cannot be read alone; "" where it is not one column that is at fault."""
+def _unreadable_column(stream: IO[bytes]) -> str:
+    """Returns the first column that cannot be read on its own; "" if the error is not in a single column."""
     import pyarrow
     import pyarrow.parquet
 
@@ -85,13 +86,13 @@ def _unreadable(stream: IO[bytes]) -> str:
     return ""
 
 
-def _tops(names: list[str], wanted: tuple[str, ...]) -> list[str]:
-    """The columns that are wanted, or of which an entry is."""
-    return [name for name in names if any(one == name or one.startswith(f"{name}.") for one in wanted)]
+def _select(names: list[str], requested: tuple[str, ...]) -> list[str]:
+    """Returns the columns that are requested as a whole or by an entry."""
+    return [name for name in names if any(one == name or one.startswith(f"{name}.") for one in requested)]
 
 
 def _values(file: Path, name: str, column: Any) -> list[Any]:
-    """The values of a column; text that is not UTF-8 holds lone surrogates."""
+    """Returns the values of a column; text is returned as bytes."""
     import pyarrow
 
     error: Exception | None = None
@@ -99,27 +100,26 @@ def _values(file: Path, name: str, column: Any) -> list[Any]:
         try:
             plain = _plain_type(column.type, as_text)
             return (column if plain.equals(column.type) else column.cast(plain)).to_pylist()
-        except (pyarrow.ArrowException, ValueError, OverflowError, TypeError, KeyError) as reason:  # KeyError: of zones
+        except (pyarrow.ArrowException, ValueError, OverflowError, TypeError, KeyError) as reason:  # KeyError: zones
             error = reason
     raise UserError(
-        f"{file}: column {name!r} of type {column.type} cannot be read ({error!s:.100}); write it as text, or "
-        f"leave it out"
+        f"{file}: column {name!r} of type {column.type} cannot be read ({error!s:.100}); write it as text or remove it"
     )
 
 
 def _plain_type(kind: Any, as_text: bool) -> Any:
-    """The type as which the values of an Arrow type have a Python type: bytes for text; text for dates, if asked."""
+    """Returns an Arrow type that converts to Python values: bytes for text, and text for dates if `as_text`."""
     import pyarrow
     from pyarrow import types
 
     plain = partial(_plain_type, as_text=as_text)
     if types.is_string(kind):
-        return pyarrow.binary()  # decoded with the row: to_pylist() cannot say where text is not UTF-8
+        return pyarrow.binary()  # decoded with the row, because to_pylist() does not locate text that is not UTF-8
     if types.is_large_string(kind) or types.is_string_view(kind):
         return pyarrow.large_binary()
     if types.is_dictionary(kind):
         return plain(kind.value_type)
-    # Python's dates have no nanoseconds, and end with the year 9999.
+    # Python's dates have no nanoseconds and end with the year 9999.
     nanoseconds = (types.is_timestamp(kind) or types.is_time64(kind)) and kind.unit == "ns"
     if nanoseconds or (as_text and types.is_temporal(kind) and not types.is_duration(kind)):
         return pyarrow.string()

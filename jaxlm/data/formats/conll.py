@@ -1,17 +1,17 @@
-"""Files of the CoNLL shared tasks: a token and its columns on each line, a blank line between sentences.
+"""Reads the formats of the CoNLL shared tasks: a token and its columns on each line, a blank line between sentences.
 
-Columns are divided by tabs, or by blanks where the lines have no tabs.  Which of them holds what follows from the
-beginning of the file, unless `data.columns` names them in their order:
+Columns are separated by tabs, or by spaces if the lines have no tabs. The meaning of the columns is detected from the
+beginning of the file, unless `data.columns` names them in order:
 
-    10 columns divided by tabs, the first one counting    CoNLL-U: id, tokens, lemma, upos, xpos, feats, head, deprel,
-                                                          deps, misc; tags is upos
-    a comment `# global.columns = ID FORM ...`            CoNLL-U Plus: those columns; FORM is tokens, tags the last one
-    a column that counts the tokens                       left out; what stands before it is the document's
-    the first column holds tags, the last one does not    tags first, as in the MIT corpora
-    all others                                            tokens first, tags last
+    10 columns separated by tabs, the first one counts    CoNLL-U: id, tokens, lemma, upos, xpos, feats, head, deprel,
+    the tokens                                            deps, misc; the tags are upos
+    a comment `# global.columns = ID FORM ...`            CoNLL-U Plus: these columns; FORM is tokens, tags the last one
+    a column that counts the tokens                       skipped, with the columns before it
+    the first column has tags, the last one does not      tags first, as in the MIT corpora
+    otherwise                                             tokens first, tags last
 
-Comment lines (`#`), `-DOCSTART-` lines, words that stand for several tokens (`1-2`) and tokens that the text does not
-have (`1.1`) are left out (https://universaldependencies.org/format.html, ext-format.html).
+Comment lines (`#`), `-DOCSTART-` lines, multiword tokens (`1-2`) and empty nodes (`1.1`) are skipped
+(https://universaldependencies.org/format.html, ext-format.html).
 """
 
 from __future__ import annotations
@@ -23,77 +23,91 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from jaxlm.config import DataConfig
-from jaxlm.data.formats.lines import BLANKS, Place, Row, head_of, lines, note, shown
+from jaxlm.data.formats.lines import BLANKS, Place, Row, head_of, note, quote, read_lines
 from jaxlm.errors import UserError
 
 CONLL_U = ("id", "tokens", "lemma", "upos", "xpos", "feats", "head", "deprel", "deps", "misc")
 _TAG = re.compile(r"O|(?:[BIESLUM]|IO)-\S+|[BIESLUM]")
 _GLOBAL = re.compile(r"#\s*global\.columns\s*=\s*(\S.*?)\s*")
-_MANY = 10  # lines that all have one number of words: a text has not
-_NO_TOKEN = re.compile(r"\d+[-.]\d+")  # the id of a word of several tokens, or of an empty node
+_MIN_LINES = 10  # this many lines with the same number of words are not running text
+_NO_TOKEN = re.compile(r"\d+[-.]\d+")  # the id of a multiword token or an empty node
 
 
-class Layout(NamedTuple):
-    """How a file stands in columns."""
+class ConllColumns(NamedTuple):
+    """The columns of a file.
 
-    columns: int  # how many there are
-    first: int  # the line that has so many
-    names: dict[str, int]  # of a row's columns, where each stands
-    counter: int | None  # the column that counts the tokens
-    tags: frozenset[str]  # what stands last in the lines that begin with no "#"
-    tabs: bool  # whether tabs divide the columns
+    Attributes:
+      width: number of columns.
+      first: number of the first line with this many columns.
+      names: name -> index of each column that is read.
+      counter: index of the column that counts the tokens.
+      tags: values of the last column, in lines that do not begin with "#".
+      tabs: whether columns are separated by tabs.
+    """
+
+    width: int
+    first: int
+    names: dict[str, int]
+    counter: int | None
+    tags: frozenset[str]
+    tabs: bool
 
 
 def rows(file: Path, stream: IO[bytes], data: DataConfig) -> Iterator[tuple[Place, Row]]:
-    """Yields each sentence with the place of its first line: lists of str of one length, by the columns' names."""
-    first, source = head_of(lines(file, stream, data))
-    layout = layout_of(file, first, data)
+    """Yields each sentence with the place of its first line, as lists of str of equal length.
+
+    Raises:
+      UserError: with the place, for a line with another number of columns or with an empty token or tag.
+    """
+    first, source = head_of(read_lines(file, stream, data))
+    columns = columns_of(file, first, data)
     begin, block = 0, list[list[str]]()
     for number, line in enumerate(source, start=1):
         if not line.strip(BLANKS) or line.startswith("-DOCSTART-"):
             if block:
-                yield Place(str(file), begin), _row(layout, block)
+                yield Place(str(file), begin), _row(columns, block)
             block = []
             continue
-        fields = _fields(line, layout.tabs)
-        if _is_comment(line, fields, layout, bool(block)):
+        fields = _fields(line, columns.tabs)
+        if _is_comment(line, fields, columns, bool(block)):
             continue
-        _check(file, number, line, fields, layout)
-        if layout.counter is not None and _NO_TOKEN.fullmatch(fields[layout.counter]):
+        _check(file, number, line, fields, columns)
+        if columns.counter is not None and _NO_TOKEN.fullmatch(fields[columns.counter]):
             continue
         begin = begin if block else number
         block.append(fields)
     if block:
-        yield Place(str(file), begin), _row(layout, block)
+        yield Place(str(file), begin), _row(columns, block)
 
 
-def layout_of(file: Path, first: list[str], data: DataConfig) -> Layout:
-    """Returns the layout of a file that begins with these lines."""
+def columns_of(file: Path, first: list[str], data: DataConfig) -> ConllColumns:
+    """Returns the columns of a file that begins with these lines."""
     tabs = any("\t" in line.strip(BLANKS) for line in first if not line.startswith("#"))
     sentences, numbers = _sentences(first, tabs)
     plain = [fields for sentence in sentences for fields in sentence if not fields[0].startswith("#")]
     some = plain or [fields for sentence in sentences for fields in sentence]
-    columns = len(some[0]) if some else 0
+    width = len(some[0]) if some else 0
     begin = next((n for fields, n in numbers if fields == some[0]), 0) if some else 0
     tags = frozenset(fields[-1] for fields in plain)
-    bodies = [[f for f in sentence if len(f) == columns and not f[0].startswith("#")] for sentence in sentences]
-    layout = Layout(columns, begin, {}, _index(columns, [body for body in bodies if body]), tags, tabs)
-    told = _GLOBAL.fullmatch(first[0].strip(BLANKS)) if first else None
-    plus = told[1].lower().split() if told and not data.columns else []
-    if plus and len(plus) == columns and "form" in plus:
-        note(f"{file}: CoNLL-U Plus; the column tags is {plus[-1]}, and there are {', '.join(plus)}")
-        names = {name: n for n, name in enumerate(plus)} | {"tokens": plus.index("form"), "tags": columns - 1}
-        return layout._replace(names=names, counter=plus.index("id") if "id" in plus else None)
-    return layout._replace(names=_names(file, layout, some, data))
+    bodies = [[f for f in sentence if len(f) == width and not f[0].startswith("#")] for sentence in sentences]
+    columns = ConllColumns(width, begin, {}, _counter(width, [body for body in bodies if body]), tags, tabs)
+    declared = _GLOBAL.fullmatch(first[0].strip(BLANKS)) if first else None
+    plus = declared[1].lower().split() if declared and not data.columns else []
+    if plus and len(plus) == width and "form" in plus:
+        note(f"{file}: CoNLL-U Plus with the columns {', '.join(plus)}; tags is {plus[-1]}")
+        names = {name: n for n, name in enumerate(plus)} | {"tokens": plus.index("form"), "tags": width - 1}
+        return columns._replace(names=names, counter=plus.index("id") if "id" in plus else None)
+    return columns._replace(names=_names(file, columns, some, data))
 
 
 def looks_tagged(first: list[str], certain: bool = True) -> bool:
-    """Returns whether lines are of a file with tagged tokens.
+    """Returns whether a file that begins with these lines contains tagged tokens.
 
     Args:
-      first: the first lines of a file.
-      certain: whether the file might be another one, so that nearly all lines must have one number of columns, and
-        tags as of names or a column that counts; else tabs, or one number of words in many lines, are enough.
+      first: the first lines of the file.
+      certain: require strong evidence, because the file may have another format: nearly all lines have the same number
+        of columns, and there is a column of named-entity tags or one that counts the tokens. Otherwise tabs, or the
+        same number of words in many lines, are sufficient.
     """
     tabs = any("\t" in line.strip(BLANKS) for line in first if not line.startswith("#"))
     sentences, _ = _sentences(first, tabs)
@@ -107,13 +121,13 @@ def looks_tagged(first: list[str], certain: bool = True) -> bool:
     if len(same) < 0.9 * len(found):
         return False
     if not certain:
-        return len(same) == len(found) and (tabs or (len(found) >= _MANY and len(sentences) > 1))
-    counted = _index(columns, [[f for f in s if len(f) == columns and f[0][:1] != "#"] for s in sentences])
-    return counted is not None or any(_are_tags([fields[side] for fields in same]) for side in (0, -1))
+        return len(same) == len(found) and (tabs or (len(found) >= _MIN_LINES and len(sentences) > 1))
+    counter = _counter(columns, [[f for f in s if len(f) == columns and f[0][:1] != "#"] for s in sentences])
+    return counter is not None or any(_are_tags([fields[side] for fields in same]) for side in (0, -1))
 
 
 def _sentences(first: list[str], tabs: bool) -> tuple[list[list[list[str]]], list[tuple[list[str], int]]]:
-    """The fields of the lines of each sentence, and of each line with its number."""
+    """Returns the fields of each line by sentence, and the fields of each line with its number."""
     sentences: list[list[list[str]]] = [[]]
     numbers = []
     for number, line in enumerate(first, start=1):
@@ -131,29 +145,29 @@ def _fields(line: str, tabs: bool) -> list[str]:
     return re.split("[ \t]+", line.strip(BLANKS))
 
 
-def _index(columns: int, sentences: list[list[list[str]]]) -> int | None:
-    """The column that counts the tokens, of every sentence or of all of them; None where there is none."""
-    lines_in_all = sum(map(len, sentences))
-    # A column beside one other may hold the tokens: a sentence of numbers in their order is rare, if it is long.
-    if columns < 2 or not sentences or (columns == 2 and (lines_in_all < 3 or lines_in_all == len(sentences))):
+def _counter(columns: int, sentences: list[list[list[str]]]) -> int | None:
+    """Returns the column that counts the tokens, in each sentence or in the whole file; None if there is none."""
+    total = sum(map(len, sentences))
+    # With two columns, the first one may contain the tokens; a short sentence may consist of consecutive numbers.
+    if columns < 2 or not sentences or (columns == 2 and (total < 3 or total == len(sentences))):
         return None
-    if lines_in_all == len(sentences) and columns > 2:  # of one token each
+    if total == len(sentences) and columns > 2:  # one token per sentence
         return 0 if all(sentence[0][0] in ("0", "1") for sentence in sentences) else None
-    last = (columns - 1,) if columns > 2 and lines_in_all > 2 else ()
+    last = (columns - 1,) if columns > 2 and total > 2 else ()
     for column in (*range(min(columns - 1, 4)), *last):
         ids = [[fields[column] for fields in sentence] for sentence in sentences]
-        if _is_counter(ids, sure=columns == 2 or column in last):
+        if _is_counter(ids, strict=columns == 2 or column in last):
             return column
     return None
 
 
-def _is_counter(ids: list[list[str]], sure: bool) -> bool:
-    """Whether ids of the tokens of sentences count them, from 0 or 1; or, unless it must be sure, rise in each."""
-    everything = [name for sentence in ids for name in sentence]
+def _is_counter(ids: list[list[str]], strict: bool) -> bool:
+    """Returns whether ids count the tokens from 0 or 1 or, if not `strict`, increase in each sentence."""
+    all_ids = [name for sentence in ids for name in sentence]
     for start in (0, 1):
-        if all(_counts(sentence, start) for sentence in ids) or _counts(everything, start):
+        if all(_counts(sentence, start) for sentence in ids) or _counts(all_ids, start):
             return True
-    if sure:
+    if strict:
         return False
     plain = [[name for name in sentence if not _NO_TOKEN.fullmatch(name)] for sentence in ids]
     if not all(re.fullmatch(r"\d{1,9}", name) for sentence in plain for name in sentence):
@@ -170,60 +184,60 @@ def _are_tags(values: list[str]) -> bool:
     return "O" in values and all(_TAG.fullmatch(value) for value in values)
 
 
-def _names(file: Path, layout: Layout, some: list[list[str]], data: DataConfig) -> dict[str, int]:
-    """The columns of a row, and where each stands in a line."""
-    columns, index = layout.columns, layout.counter
+def _names(file: Path, columns: ConllColumns, some: list[list[str]], data: DataConfig) -> dict[str, int]:
+    """Returns name -> index of the columns to read."""
+    width, counter = columns.width, columns.counter
     if data.columns:
-        if len(data.columns) > columns and columns:
+        if len(data.columns) > width and width:
             raise UserError(
-                f"{Place(str(file), layout.first)}: the line has {columns} columns, data.columns names "
-                f"{len(data.columns)} ({', '.join(data.columns)}); name at most {columns} with --data.columns"
+                f"{Place(str(file), columns.first)}: the line has {width} columns, data.columns names "
+                f"{len(data.columns)} ({', '.join(data.columns)}); name at most {width} with --data.columns"
             )
         return {name: n for n, name in enumerate(data.columns)}
-    if columns == len(CONLL_U) and index == 0 and layout.tabs:
-        note(f"{file}: CoNLL-U; the column tags is upos, and there are {', '.join(CONLL_U)}")
+    if width == len(CONLL_U) and counter == 0 and columns.tabs:
+        note(f"{file}: CoNLL-U with the columns {', '.join(CONLL_U)}; tags is upos")
         return {name: n for n, name in enumerate(CONLL_U)} | {"tags": CONLL_U.index("upos")}
-    same = [fields for fields in some if len(fields) == columns]
-    first, last = 0 if index is None else index + 1, columns - 1
-    if index == last:
+    same = [fields for fields in some if len(fields) == width]
+    first, last = 0 if counter is None else counter + 1, width - 1
+    if counter == last:
         first, last = 0, last - 1
-    if index is not None:
-        tags = f", tags column {last + 1}" if last > first else ""
+    if counter is not None:
+        tags = f", tags is column {last + 1}" if last > first else ""
         note(
-            f"{file}: column {index + 1} of {columns} counts the tokens; tokens is column {first + 1}{tags} "
-            f"(--data.columns names them otherwise)"
+            f"{file}: column {counter + 1} of {width} counts the tokens; tokens is column {first + 1}{tags} "
+            f"(change this with --data.columns)"
         )
-    elif columns > 1 and _are_tags([fields[0] for fields in same]) and not _are_tags([fields[-1] for fields in same]):
-        note(f"{file}: the tags stand before the tokens (--data.columns names the columns otherwise)")
+    elif width > 1 and _are_tags([fields[0] for fields in same]) and not _are_tags([fields[-1] for fields in same]):
+        note(f"{file}: the first column contains the tags, the last one the tokens (change this with --data.columns)")
         first, last = last, first
     return {"tokens": first} if first == last else {"tokens": first, "tags": last}
 
 
-def _is_comment(line: str, fields: list[str], layout: Layout, inside: bool) -> bool:
-    """Whether a line is a comment, and no token that begins with "#": `inside` a sentence or at its beginning."""
+def _is_comment(line: str, fields: list[str], columns: ConllColumns, inside: bool) -> bool:
+    """Returns whether a line is a comment, not a token that begins with "#"; `inside`: the sentence has begun."""
     if not line.startswith("#"):
         return False
-    if len(fields) != layout.columns:
+    if len(fields) != columns.width:
         return not inside or line[1:2] in ("", *BLANKS)
-    if not layout.tags and not layout.tabs:  # there are comments alone
+    if not columns.tags and not columns.tabs:  # all lines begin with "#"
         return line[1:2] == " "
-    # Of as many columns by chance: `# id 7 domain=en` above `the _ _ O` (MultiCoNER).
+    # A comment may happen to have the same number of columns: `# id 7 domain=en` above `the _ _ O` (MultiCoNER).
     last = fields[-1]
-    return line[1:2] == " " and not inside and last not in layout.tags and not _TAG.fullmatch(last)
+    return line[1:2] == " " and not inside and last not in columns.tags and not _TAG.fullmatch(last)
 
 
-def _check(file: Path, number: int, line: str, fields: list[str], layout: Layout) -> None:
+def _check(file: Path, number: int, line: str, fields: list[str], columns: ConllColumns) -> None:
     place = Place(str(file), number)
-    if len(fields) != layout.columns:
+    if len(fields) != columns.width:
         raise UserError(
-            f"{place}: the line {shown(line)} has {len(fields)} columns, line {layout.first} {layout.columns}; "
-            f"correct it: a token, its tag last, tabs or spaces between, and blank lines between texts"
+            f"{place}: the line {quote(line)} has {len(fields)} columns, line {columns.first} has {columns.width}; "
+            f"correct it: a token, its tag last, tabs or spaces between them, and blank lines between sentences"
         )
-    for name, column in layout.names.items():
+    for name, column in columns.names.items():
         if not fields[column]:
             kind = {"tokens": "token", "tags": "tag"}.get(name, name)
-            raise UserError(f"{place}: the {kind} of the line {shown(line)} is empty; give both, divided by a tab")
+            raise UserError(f"{place}: the {kind} of the line {quote(line)} is empty; give both, separated by a tab")
 
 
-def _row(layout: Layout, block: list[list[str]]) -> Row:
-    return {name: [fields[column] for fields in block] for name, column in layout.names.items()}
+def _row(columns: ConllColumns, block: list[list[str]]) -> Row:
+    return {name: [fields[column] for fields in block] for name, column in columns.names.items()}

@@ -1,11 +1,11 @@
-"""Files as text: unpacked, decoded, and divided into lines by one rule for every reader.
+"""Reads files as text: decompresses and decodes them, and splits them into lines by one rule for all readers.
 
-A line ends at a line feed, at a carriage return with a line feed behind it, or at a carriage return alone, wherever it
-stands; nothing else ends one: a form feed, U+0085 and U+2028 are text.  A byte-order mark is no part of the text.
+A line ends at a line feed, a carriage return followed by a line feed, or a single carriage return. No other character
+ends a line: form feeds, U+0085 and U+2028 are text. A byte-order mark is not part of the text.
 
-Text is decoded by `data.encoding`, unless a file begins with the byte-order mark of UTF-16 or UTF-32.  Bytes that are
-not UTF-8 become lone surrogates (PEP 383) until `source.rows` sees the whole row: so every format has one rule for
-them, `cleaning.encoding`.
+Text is decoded with `data.encoding`, unless the file begins with the byte-order mark of UTF-16 or UTF-32. Bytes that
+are not UTF-8 become lone surrogates (PEP 383). `source.rows` handles them for complete rows, so the rule
+`cleaning.encoding` is the same for all formats.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from jaxlm.errors import UserError
 
 Row = dict[str, Any]
 
-BLANKS = " \t\r\n\v\f"  # a space outside ASCII is text: it may be all of a token
-HEAD = 1 << 20  # characters at the beginning of a file from which its shape is found
-_PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
+BLANKS = " \t\r\n\v\f"  # spaces outside ASCII are text, because a token may consist of one
+HEAD = 1 << 20  # characters at the beginning of a file that are used to detect its dialect
+_COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 _FIRST_BYTES = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -39,32 +39,34 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-_NO_TEXT = {
-    b"PK\x03\x04": "a zip archive (or a workbook or document of an office program, which are zip archives); unpack it, "
-    "or save the table as csv",
+_BINARY = {
+    b"PK\x03\x04": "a zip archive (or an office document, which is one); unpack it, or save the table as csv",
     b"%PDF-": "a PDF document; save its text as a text file",
     b"PAR1\x15": "a parquet file; set --data.format parquet",
-    b"ARROW1\0\0": "an Arrow file; write it as parquet",
-    b"\xff\xff\xff\xff": "an Arrow file, or no text; write a data set that was saved to disk with its to_parquet",
-    b"version https://git-lfs": "a pointer of Git LFS, and not the data; fetch the data with `git lfs pull`",
-    b"\xd0\xcf\x11\xe0": "a workbook or document of an office program; save the table as csv",
-    b"\x04\x22\x4d\x18": "an lz4 file; unpack it",
-    b"\x1f\x9d": "a file packed by compress; unpack it",
+    b"ARROW1\0\0": "an Arrow file; save it as parquet",
+    b"\xff\xff\xff\xff": "an Arrow file or another binary file; if it was written by save_to_disk, save the data set "
+    "with to_parquet",
+    b"version https://git-lfs": "a Git LFS pointer instead of the data; download the data with `git lfs pull`",
+    b"\xd0\xcf\x11\xe0": "an office document; save the table as csv",
+    b"\x04\x22\x4d\x18": "an lz4 file; decompress it",
+    b"\x1f\x9d": "a file compressed by compress; decompress it",
     b"7z\xbc\xaf": "a 7z archive; unpack it",
-    b"SQLite format 3\0": "a database; write the table as csv",
-    **{
-        bytes([0x80, n]): "a pickle, which may run code when it is read; write the table as parquet"
-        for n in range(2, 6)
-    },
-    b"\x93NUMPY": "an array of NumPy; write the table as parquet or csv",
-    b"\x89HDF\r\n": "an HDF5 file; write the table as parquet",
+    b"SQLite format 3\0": "a database; save the table as csv",
+    **{bytes([0x80, n]): "a pickle, which can run code when loaded; save the table as parquet" for n in range(2, 6)},
+    b"\x93NUMPY": "a NumPy array; save the table as parquet or csv",
+    b"\x89HDF\r\n": "an HDF5 file; save the table as parquet",
 }
-_BLOCK = 512  # bytes of the head of an archive by tar
-_ESCAPED = re.compile("[\udc80-\udcff]")  # how PEP 383 writes a byte that cannot be decoded
+_BLOCK = 512  # bytes of a tar header
+_ESCAPED = re.compile("[\udc80-\udcff]")  # represents a byte that cannot be decoded (PEP 383)
 
 
 class Place(NamedTuple):
-    """Where a row begins: `line` counts from 1, in lines of a text file and in rows of parquet, SQuAD and tfds."""
+    """The position of a row.
+
+    Attributes:
+      file: path of the file, or name of the data set.
+      line: number of the row's first line in text files, number of the row in parquet, SQuAD and tfds; from 1.
+    """
 
     file: str
     line: int
@@ -74,45 +76,45 @@ class Place(NamedTuple):
 
 
 @cache
-def note(sentence: str) -> None:
-    """Prints what was found out about a file to the standard error, once in a process."""
-    print(sentence, file=sys.stderr, flush=True)
+def note(message: str) -> None:
+    """Prints a message about a file to the standard error, once per process."""
+    print(message, file=sys.stderr, flush=True)
 
 
 def suffix_of(file: Path) -> str:
-    """Returns the suffix of a file in small letters, without that of its compression."""
+    """Returns the suffix of a file in lower case, ignoring the suffix of its compression."""
     name = file.name.lower()
-    for packed in _PACKED:
-        name = name.removesuffix(packed)
+    for compressed in _COMPRESSED:
+        name = name.removesuffix(compressed)
     return Path(name).suffix
 
 
 @contextmanager
-def opened(file: Path) -> Iterator[IO[bytes]]:
-    """Yields the bytes of a file, decompressed, as a stream with `peek`.
+def open_file(file: Path) -> Iterator[IO[bytes]]:
+    """Yields the decompressed bytes of a file as a stream with `peek`.
 
-    A file is decompressed where its name or its first bytes say so.
+    The compression is detected from the suffix or the first bytes.
 
     Raises:
-      UserError: for a file that cannot be read or decompressed.
+      UserError: the file cannot be read or decompressed.
     """
-    kind = _PACKED.get(file.suffix.lower(), "")
+    kind = _COMPRESSED.get(file.suffix.lower(), "")
     try:
         with open(file, "rb") as raw:
             first = raw.peek(8)
             kind = next((name for mark, name in _FIRST_BYTES.items() if first.startswith(mark)), kind)
-            with _decompressed(kind, raw) as stream:
+            with _decompress(kind, raw) as stream:
                 yield stream
     except (gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError) as error:
-        raise UserError(f"{file} is not a whole {kind} file ({error}); unpack or copy it again") from None
+        raise UserError(f"{file} is not a whole {kind} file ({error}); decompress or copy it again") from None
     except OSError as error:
-        if kind and error.errno is None:  # of bz2 and pyarrow
-            raise UserError(f"{file} is not a whole {kind} file ({error}); unpack or copy it again") from None
-        raise UserError(f"{file} cannot be read: {error.strerror or error}; check the file and its rights") from None
+        if kind and error.errno is None:  # raised by bz2 and pyarrow
+            raise UserError(f"{file} is not a whole {kind} file ({error}); decompress or copy it again") from None
+        raise UserError(f"{file} cannot be read: {error.strerror or error}; check its permissions") from None
 
 
-def _decompressed(kind: str, raw: IO[bytes]) -> Any:
-    """A stream of the decompressed bytes, as a context manager."""
+def _decompress(kind: str, raw: IO[bytes]) -> Any:
+    """Returns a stream of the decompressed bytes, which is a context manager."""
     if kind == "zstd":
         import pyarrow
 
@@ -122,7 +124,7 @@ def _decompressed(kind: str, raw: IO[bytes]) -> Any:
 
 
 class _Readable(io.RawIOBase):
-    """A stream of pyarrow as one of the standard library."""
+    """Adapts a stream of pyarrow to `io.RawIOBase`."""
 
     def __init__(self, stream: Any):
         self._stream = stream
@@ -137,10 +139,10 @@ class _Readable(io.RawIOBase):
 
 
 def encoding_of(file: Path, stream: IO[bytes], data: DataConfig) -> str:
-    """Returns the codec of a text file: that of its byte-order mark, or `data.encoding`.
+    """Returns the codec of a text file, from its byte-order mark or `data.encoding`.
 
     Raises:
-      UserError: for an encoding that Python does not have, and for a file that is no text.
+      UserError: Python has no such encoding, or the file is not text.
     """
     name = data.encoding
     try:
@@ -148,11 +150,11 @@ def encoding_of(file: Path, stream: IO[bytes], data: DataConfig) -> str:
         "a".encode(codec, "surrogateescape")
     except (LookupError, ValueError):
         raise UserError(
-            f"data.encoding {name!r} is no encoding that Python has a codec for; "
+            f"data.encoding {name!r} is not an encoding that Python supports; "
             f"set --data.encoding to one, such as utf-8, cp1252, iso-8859-1 or utf-16"
         ) from None
     first = cast("Any", stream).peek(_BLOCK)[:_BLOCK]
-    if found := other_kind(first):
+    if found := binary_format(first):
         raise UserError(f"{file} is {found}")
     if codec in ("utf-8", "utf-8-sig", "utf-16", "utf-32"):
         for mark, found in _MARKS:
@@ -163,22 +165,26 @@ def encoding_of(file: Path, stream: IO[bytes], data: DataConfig) -> str:
         if max(zeros) > 0.4 and min(zeros) < 0.1:
             which = "utf-16-le" if zeros[1] > zeros[0] else "utf-16-be"
             raise UserError(
-                f"{file} has a zero byte in every second place, as {which} has, and data.encoding is {name!r}; "
+                f"every second byte of {file} is zero, as in {which}, but data.encoding is {name!r}; "
                 f"set --data.encoding {which}"
             )
     return codec
 
 
-def other_kind(first: bytes) -> str:
-    """Returns what a file that begins with these bytes is, and the remedy, where it is no text; else ""."""
-    for mark, found in _NO_TEXT.items():
+def binary_format(first: bytes) -> str:
+    """Returns the name of the binary format that begins with these bytes, and the remedy; "" if none is recognised."""
+    for mark, found in _BINARY.items():
         if first.startswith(mark) and (mark != b"PK\x03\x04" or b"\0" in first):
             return found
     return "a tar archive; unpack it" if first[257:262] == b"ustar" else ""
 
 
-def lines(file: Path, stream: IO[bytes], data: DataConfig) -> Iterator[str]:
-    """Yields the lines of a text file with their ends, without a byte-order mark."""
+def read_lines(file: Path, stream: IO[bytes], data: DataConfig) -> Iterator[str]:
+    """Yields the lines of a text file with their line ends, without a byte-order mark.
+
+    Raises:
+      UserError: the file is not text, or not in the encoding.
+    """
     encoding = encoding_of(file, stream, data)
     text = io.TextIOWrapper(stream, encoding=encoding, errors="surrogateescape", newline="")
     number = 0
@@ -186,25 +192,26 @@ def lines(file: Path, stream: IO[bytes], data: DataConfig) -> Iterator[str]:
         for number, line in enumerate(text, start=1):
             if number == 1:
                 line = line.removeprefix("\ufeff")
-            yield checked(line, encoding, Place(str(file), number))
-    except UnicodeError as error:  # also where UTF-16 has no byte-order mark
+            _check_encoding(line, encoding, Place(str(file), number))
+            yield line
+    except UnicodeError as error:  # also raised for UTF-16 without a byte-order mark
         reason = getattr(error, "reason", error)
         raise UserError(
-            f"{Place(str(file), number + 1)}: the text behind line {number} is not {encoding} ({reason}); "
+            f"{Place(str(file), number + 1)}: the text after line {number} is not {encoding} ({reason}); "
             f"correct the data, or set --data.encoding to its encoding"
         ) from None
     finally:
         if not stream.closed:
-            text.close()  # and the stream: it is read once
+            text.close()  # and with it the stream, which is read only once
 
 
-def whole(file: Path, stream: IO[bytes], data: DataConfig) -> str:
+def read_text(file: Path, stream: IO[bytes], data: DataConfig) -> str:
     """Returns the text of a file with its line ends, without a byte-order mark."""
-    return "".join(lines(file, stream, data))
+    return "".join(read_lines(file, stream, data))
 
 
-def checked(text: str, encoding: str, place: Place) -> str:
-    """Returns a line as it is.  Raises UserError where it is not in an encoding; that of UTF-8 is found out later."""
+def _check_encoding(text: str, encoding: str, place: Place) -> None:
+    """Raises UserError for a line that is not in the encoding; UTF-8 is checked later, for complete rows."""
     if encoding not in ("utf-8", "utf-8-sig") and (broken := _ESCAPED.search(text)):
         byte = bytes([ord(broken[0]) - 0xDC00])
         try:
@@ -216,22 +223,21 @@ def checked(text: str, encoding: str, place: Place) -> str:
             f"{place}: byte {byte.hex()} is not {encoding}{reason}; "
             f"correct the data, or set --data.encoding to its encoding"
         )
-    return text
 
 
-def without_end(line: str) -> str:
+def strip_line_end(line: str) -> str:
     """Returns a line without its line end."""
     return line.removesuffix("\n").removesuffix("\r")
 
 
-def shown(line: str) -> str:
-    """Returns the beginning of a line as a message shows it."""
-    line = without_end(line)
+def quote(line: str) -> str:
+    """Returns the beginning of a line, quoted for a message."""
+    line = strip_line_end(line)
     return repr(line if len(line) <= 80 else line[:77] + "...")
 
 
 def head_of(source: Iterator[str]) -> tuple[list[str], Iterator[str]]:
-    """Returns the first lines, about HEAD characters, and an iterator over all lines."""
+    """Returns the first lines, about HEAD characters in total, and an iterator over all lines."""
     from itertools import chain
 
     first: list[str] = []

@@ -1,9 +1,9 @@
-"""Lists and objects that a table holds as text: as pandas and NumPy print them, as Python and JSON write them.
+"""Parses lists and objects that a table contains as text: as printed by pandas and NumPy, or in Python or JSON syntax.
 
     ['good', 'funny']    ["good", "funny"]    ['good' 'funny']    [1, 1, 0]    [1. 1. 0.]    ('a', 'b')    {'a', 'b'}
     array(['good', 'funny'], dtype=object)    tensor([1, 0])    [{'role': 'user', 'content': 'Hi'}]
 
-Nothing is evaluated: strings, numbers, truth values and nothing are all that a list may hold.
+No text is evaluated. Items can be strings, numbers, booleans, null, lists and objects.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-_MOST_NESTED = 32  # lists in lists
+_MAX_DEPTH = 32  # of nested lists
 _SPACE = re.compile(r"[\s,]*")
 _STRING = re.compile(r"""[bBuU]?('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")""", re.DOTALL)
 _NUMBER = re.compile(r"[+-]?(?:\d{1,400}\.?\d{0,400}|\.\d{1,400})(?:[eE][+-]?\d{1,4})?(?![\w.])")
@@ -23,25 +23,27 @@ _ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|x[0-9a-fA-F]{2}|\r\n|.
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "a": "\a", "v": "\v", "0": "\0", "\n": "", "/": "/"}
 _ESCAPES |= {"\\": "\\", "'": "'", '"': '"', "\r": "", "\r\n": ""}
 _NAMES = r"np\.\w+|numpy\.\w+|array|list|tuple|set|frozenset|deque|dict_keys|dict_values|Index|tensor|Array"
-_CALL = re.compile(rf"(?:{_NAMES})\(\s*")  # around a list or, in NumPy 2, an item
+_CALL = re.compile(rf"(?:{_NAMES})\(\s*")  # encloses a list or, in NumPy 2, an item
 _FIRST = r"""(?:[bBuU]?['"]|[+-]?\.?\d|[\[({\])}]|array\(|np\.|(?:True|true|False|false|None|null|nan|NaN)\b)"""
 _BEGINS = re.compile(rf"\s*(?:{_CALL.pattern})?([\[({{])\s*{_FIRST}")
 _QUOTED = re.compile(rf"""\s*(?:{_CALL.pattern})?\[\s*['"]""")
 _NUMBERS = r"\s*[+-]?[\d.]+\s*,[\s\d.,+-]*"  # two or more
-# Tuples and sets of texts or numbers, in a notation that labels do not use.
+# Tuples and sets of strings or numbers, in a notation that labels do not use.
 _COLLECTION = re.compile(rf"""\s*(?:{_CALL.pattern})?[({{](?:['"].*|{_NUMBERS})[)}}]\)?\s*""", re.DOTALL)
-_EMPTY = re.compile(r"\s*(?:set|frozenset)\(\)\s*")  # which have no items between brackets
+_EMPTY = re.compile(r"\s*(?:set|frozenset)\(\)\s*")  # empty sets, which are printed without inner brackets
 _CLOSES = {"[": "]", "(": ")", "{": "}"}
 
 
 class NotALiteralError(ValueError):
-    """A text that begins like a list or an object and is none."""
+    """The text begins like a list or an object but is not valid."""
 
 
 def looks_listed(text: str, brackets: str = "[({") -> bool:
-    """Whether a text begins and ends as a list or an object in one of the brackets; one that is none is broken.
+    """Returns whether a text begins and ends like a list or an object, whether or not it is valid.
 
-    A printed tuple or set counts as a list with any `brackets`.
+    Args:
+      text: the text.
+      brackets: opening brackets to accept. Printed tuples and sets are always accepted.
     """
     begins = _BEGINS.match(text)
     if _EMPTY.fullmatch(text) or _COLLECTION.fullmatch(text):
@@ -50,36 +52,37 @@ def looks_listed(text: str, brackets: str = "[({") -> bool:
 
 
 def parse(text: str) -> Any:
-    """Returns the list or object that a text is the print of: of lists, dicts, str, int, float, bool and None.
+    """Returns the list or object that a text represents, built from list, dict, str, int, float, bool and None.
 
     Args:
-      text: as in the table above; items are divided by commas, or as NumPy does it by blanks.
+      text: in one of the forms at the top of this module; items are separated by commas or, as in NumPy, by spaces.
 
     Raises:
-      NotALiteralError: for any other text, with the reason.
+      NotALiteralError: the text is not valid; the message gives the reason.
     """
     if _EMPTY.fullmatch(text):
         return []
-    value, end = _value(text, _skipped(text, 0), 0)
+    value, end = _value(text, skip_space(text, 0), 0)
     if text[end:].strip():
-        raise NotALiteralError(f"there is more behind its end: {text[end:].strip()!r:.40}")
+        raise NotALiteralError(f"there is more text after its end: {text[end:].strip()!r:.40}")
     return value
 
 
-def _skipped(text: str, at: int) -> int:
+def skip_space(text: str, at: int) -> int:
+    """Returns the position of the first character from `at` on that is neither white space nor a comma."""
     found = _SPACE.match(text, at)
     return found.end() if found else at
 
 
 def _value(text: str, at: int, depth: int) -> tuple[Any, int]:
-    """The value that begins at a character, and where it ends."""
-    if depth > _MOST_NESTED:
-        raise NotALiteralError(f"more than {_MOST_NESTED} lists are in each other")
+    """Returns the value that begins at a position, and the position of its end."""
+    if depth > _MAX_DEPTH:
+        raise NotALiteralError(f"lists are nested more than {_MAX_DEPTH} deep")
     if text[at : at + 1] in _CLOSES and at < len(text):
         return (_object if text[at] == "{" else _list)(text, at, depth)
     if found := _STRING.match(text, at):
-        value = _ESCAPE.sub(_unescaped, found[1][1:-1])
-        # JSON writes a character beyond U+FFFF as a pair of surrogates.
+        value = _ESCAPE.sub(_unescape, found[1][1:-1])
+        # JSON escapes a character above U+FFFF as a pair of surrogates.
         return value.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass"), found.end()
     if found := _NUMBER.match(text, at):
         number = found[0]
@@ -95,41 +98,41 @@ def _value(text: str, at: int, depth: int) -> tuple[Any, int]:
     if found and found[0] in _WORDS:
         return _WORDS[found[0]], found.end()
     if text.startswith("...", at):
-        raise NotALiteralError("NumPy shortened it with '...' when it was written")
-    raise NotALiteralError(f"{text[at : at + 40]!r} is neither a quoted text nor a number" if text[at:] else "it ends")
+        raise NotALiteralError("NumPy abbreviated it with '...' when it was written")
+    raise NotALiteralError(f"{text[at : at + 40]!r} is neither a string nor a number" if text[at:] else "it ends")
 
 
 def _list(text: str, at: int, depth: int) -> tuple[list[Any], int]:
     closes, items = _CLOSES[text[at]], []
-    at = _skipped(text, at + 1)
+    at = skip_space(text, at + 1)
     while text[at : at + 1] != closes:
         if at >= len(text):
             raise NotALiteralError(f"it does not end with {closes!r}")
         item, end = _value(text, at, depth + 1)
         items.append(item)
-        at = _skipped(text, end)
+        at = skip_space(text, end)
         if at == end and text[at : at + 1] != closes:
-            raise NotALiteralError(f"{text[at : at + 20]!r} stands right behind an item")
+            raise NotALiteralError(f"{text[at : at + 20]!r} follows an item without a separator")
     return items, at + 1
 
 
 def _object(text: str, at: int, depth: int) -> tuple[Any, int]:
-    """A dict, or the list of a set's items."""
+    """Returns a dict, or the items of a set as a list."""
     items: dict[str, Any] = {}
-    begin, at = at, _skipped(text, at + 1)
+    begin, at = at, skip_space(text, at + 1)
     while text[at : at + 1] != "}":
         name, end = _value(text, at, depth + 1)
-        end = _skipped(text, end)
+        end = skip_space(text, end)
         if text[end : end + 1] != ":":
             if items:
                 raise NotALiteralError(f"{text[at : at + 20]!r} has no value")
             return _list(text, begin, depth)
-        items[str(name)], end = _value(text, _skipped(text, end + 1), depth + 1)
-        at = _skipped(text, end)
+        items[str(name)], end = _value(text, skip_space(text, end + 1), depth + 1)
+        at = skip_space(text, end)
     return items, at + 1
 
 
-def _unescaped(found: re.Match[str]) -> str:
+def _unescape(found: re.Match[str]) -> str:
     code = found[1]
     if code[0] in "uUx" and len(code) > 1:
         number = int(code[1:], 16)

@@ -1,4 +1,4 @@
-"""Questions of SQuAD's JSON, 1.1 and 2.0 (Rajpurkar et al. 2016, 2018): a row for each question."""
+"""Reads the JSON of SQuAD 1.1 and 2.0 (Rajpurkar et al. 2016, 2018), with one row per question."""
 
 from __future__ import annotations
 
@@ -22,28 +22,36 @@ _NAMES = {
 
 
 def is_squad(value: Any) -> bool:
-    """Whether a JSON value is a file of SQuAD: its first article has paragraphs."""
+    """Returns whether a JSON value has the structure of SQuAD: its first article has paragraphs."""
     articles = value.get("data") if isinstance(value, dict) else None
     first = articles[0] if isinstance(articles, list) and articles else None
     return isinstance(first, dict) and isinstance(first.get("paragraphs"), list)
 
 
-def rows_of(file: Path, whole: Any) -> Iterator[tuple[Place, Row]]:
-    """Yields each question of a file with its number; `whole` is the file's JSON value."""
+def rows(file: Path, content: Any) -> Iterator[tuple[Place, Row]]:
+    """Yields each question of a file with its number as the place.
+
+    Args:
+      file: the name of the file.
+      content: its JSON value.
+
+    Raises:
+      UserError: a member of the JSON value is missing or has the wrong type.
+    """
     number = 0
-    for articles, article in _members(file, "the file", whole, "data"):
+    for articles, article in _members(file, "the file", content, "data"):
         title = _member(file, articles, article, "title", str, "")
         for paragraphs, paragraph in _members(file, articles, article, "paragraphs"):
             context = _member(file, paragraphs, paragraph, "context", str)
             for path, question in _members(file, paragraphs, paragraph, "qas"):
                 number += 1
-                asked = _member(file, path, question, "question", str)
+                text = _member(file, path, question, "question", str)
                 name = question.get("id")  # a number in some files
                 row = {
                     "id": str(number if name is None else name),
                     "title": title,
                     "context": context,
-                    "question": asked,
+                    "question": text,
                 }
                 if "answers" in question:
                     answers = list(_members(file, path, question, "answers"))
@@ -56,7 +64,7 @@ def rows_of(file: Path, whole: Any) -> Iterator[tuple[Place, Row]]:
 
 
 def _member(file: Path, path: str, value: Any, name: str, kind: type, default: Any = None) -> Any:
-    """The member `name` of the JSON object `value`, which stands at `path` of a SQuAD file."""
+    """Returns the member `name` of the JSON object `value` at `path` of a SQuAD file."""
     if not isinstance(value, dict):
         raise UserError(f"{file}: {path} is {_NAMES[type(value)]}, not an object; {_SHAPE}")
     if name not in value:
@@ -64,12 +72,12 @@ def _member(file: Path, path: str, value: Any, name: str, kind: type, default: A
             raise UserError(f"{file}: {path} has no {name!r}; {_SHAPE}")
         return default
     found = type(value[name])
-    if found is not kind:  # and not isinstance: true is no number
+    if found is not kind:  # not isinstance, because bool is a subclass of int
         raise UserError(f"{file}: {name!r} of {path} is {_NAMES[found]}, not {_NAMES[kind]}; {_SHAPE}")
     return value[name]
 
 
 def _members(file: Path, path: str, value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """(path, item) of each item of the list `name`."""
+    """Yields (path, item) for each item of the list `name`."""
     for i, item in enumerate(_member(file, path, value, name, list)):
         yield f"{name}[{i}]" if path == "the file" else f"{path}.{name}[{i}]", item

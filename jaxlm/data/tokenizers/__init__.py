@@ -1,6 +1,6 @@
-"""Tokenizers: load, train, save.
+"""Tokenizers: loading, training, saving.
 
-tokenizer     text to ids and back
-vocabularies  the files in which checkpoints store vocabularies
-pieces        sentencepiece models
+tokenizer     conversion of text to token ids and back; training
+vocabularies  readers of the tokenizer files of checkpoints
+pieces        conversion of sentencepiece models
 """

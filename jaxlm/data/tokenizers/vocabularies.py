@@ -1,9 +1,9 @@
-"""The files that checkpoints keep their vocabulary in, each read into a `tokenizers.Tokenizer`.
+"""Readers of the tokenizer files of checkpoints: each returns a `tokenizers.Tokenizer`.
 
-A tokenizer.json says all about itself.  The older files hold pieces and little more.  What the tokenizer class of
-transformers knew beside them, such as the ids before the first piece or the special tokens around a text, stands here
-in one table, `KINDS`.  sentencepiece itself, which made the data that the models were trained on, says what is right
-where classes of transformers differ from it.
+A tokenizer.json is complete.  The older files contain little more than the pieces; the rest, such as the ids before the
+first piece or the special tokens around a text, is defined by the tokenizer classes of transformers and listed in one
+table here, `TOKENIZER_SPECS`.  Where these classes and sentencepiece differ, this module follows sentencepiece, which
+the models were trained with.
 """
 
 from __future__ import annotations
@@ -16,37 +16,37 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jaxlm.data.tokenizers.pieces import CONTROL, UNKNOWN, Piece, parsed, pieces_of, translated
+from jaxlm.data.tokenizers.pieces import CONTROL, UNKNOWN, Piece, convert, list_pieces, parse_model
 from jaxlm.errors import UserError
 from jaxlm.hub import model_files
 
 if TYPE_CHECKING:
     import tokenizers
 
-_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
-_BESIDE = (*_SETTINGS, "added_tokens.json", "chat_template.jinja", "chat_template.json")
+_CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+_COMPANIONS = (*_CONFIG_FILES, "added_tokens.json", "chat_template.jinja", "chat_template.json")
 _SENTENCEPIECE = ("tokenizer.model", "sentencepiece.bpe.model", "spiece.model", "spm.model")
 _MARIAN = ("source.spm", "target.spm", "vocab.json", "target_vocab.json")
-# Beside a tokenizer.json all are kept: older readers take the vocabulary that it was made of.
-_FILES = tuple(dict.fromkeys(("tokenizer.json", *_BESIDE, *_SENTENCEPIECE, *_MARIAN, "merges.txt", "vocab.txt")))
-_FIRST = ("tokenizer.json", "*.spm", *_SENTENCEPIECE, "*.model", "vocab.txt", "vocab.json")
+# All of these are saved with a tokenizer.json: older programs read the vocabulary files that it was made from.
+_ALL_FILES = ("tokenizer.json", *_COMPANIONS, *_SENTENCEPIECE, *_MARIAN, "merges.txt", "vocab.txt")
+_SEARCH_ORDER = ("tokenizer.json", "*.spm", *_SENTENCEPIECE, "*.model", "vocab.txt", "vocab.json")
 
-ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # as transformers numbers those that it adds
-# The types of what these files may say.
-_BOOL, _TEXT, _TOKEN = ((bool,), "true or false"), ((str,), "a text"), ((str, dict), "a token")
-_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # in the order in which transformers adds them
+# Types of the fields of these files.
+_BOOL, _TEXT, _TOKEN = ((bool,), "true or false"), ((str,), "a string"), ((str, dict), "a token")
+_FIELD_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     **dict.fromkeys(("do_lower_case", "strip_accents", "tokenize_chinese_chars", "keep_accents"), _BOOL),
     **dict.fromkeys(("add_bos_token", "add_eos_token", "add_prefix_space", "split_special_tokens", "legacy"), _BOOL),
     **dict.fromkeys(("clean_up_tokenization_spaces", "separate_vocabs", "split_by_punct"), _BOOL),
     **dict.fromkeys(("tokenizer_class", "src_lang", "tgt_lang"), _TEXT),
-    "extra_ids": ((int,), "a whole number"),
+    "extra_ids": ((int,), "an integer"),
     "model_max_length": ((int, float), "a number"),
     "added_tokens_decoder": ((dict,), "an object"),
     **dict.fromkeys([f"{role}_token" for role in ROLES], _TOKEN),
     **dict.fromkeys(("additional_special_tokens", "extra_special_tokens"), ((list, dict), "a list of tokens")),
 }
-# What a special token is called where neither a file nor a class says so, the likeliest name first.
-_USUAL = {
+# Names of special tokens if neither a file nor a class defines them, the most likely name first.
+_COMMON_NAMES = {
     "bos": ("<s>", "<bos>", "<|endoftext|>"),
     "eos": ("</s>", "<eos>", "<|endoftext|>"),
     "pad": ("<pad>", "[PAD]"),
@@ -57,20 +57,19 @@ _USUAL = {
 }
 
 
-class Kind(NamedTuple):
-    """What a tokenizer class of transformers knows that no file beside the vocabulary says."""
+class TokenizerSpec(NamedTuple):
+    """Properties of a tokenizer class of transformers that the vocabulary files do not contain."""
 
-    name: str  # the class
+    name: str  # name of the class
     special: Mapping[str, str]  # role -> token
-    # Around a text $A and a pair $A $B; ":1" is token type 1.  None: what add_bos_token and add_eos_token say.
-    frame: tuple[str, str] | None
-    settings: Mapping[str, Any] = MappingProxyType({})  # what tokenizer_config.json may set, as it is otherwise
-    # Of sentencepiece: these ids come first, in place of the file's own first `skip` pieces, and those last.
-    head: tuple[str, ...] = ()
+    # Templates of the special tokens around a text $A and a pair $A $B; ":1" is token type 1.
+    frame: tuple[str, str] | None  # None: determined by add_bos_token and add_eos_token
+    settings: Mapping[str, Any] = MappingProxyType({})  # defaults of the settings in tokenizer_config.json
+    head: tuple[str, ...] = ()  # sentencepiece: first tokens, which replace the first `skip` pieces of the file
     skip: int = 0
-    tail: tuple[str, ...] = ()
-    words: str = ""  # of byte pairs: the expression that finds words, if it is not GPT-2's
-    mask_strips: bool = False  # whether the mask token takes the space before it where no file says its flags
+    tail: tuple[str, ...] = ()  # sentencepiece: last tokens
+    words: str = ""  # byte-level BPE: regular expression that matches words; empty: GPT-2's
+    mask_strips: bool = False  # whether the mask token absorbs the space before it, if no file declares its flags
 
 
 _BERT = {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask": "[MASK]"}
@@ -83,7 +82,7 @@ _DOUBLED = ("cls $A sep", "cls $A sep sep $B sep")
 _FLAGS = {"add_bos_token": False, "add_eos_token": False}
 _LLAMA = {"bos": "<s>", "eos": "</s>", "unk": "<unk>"}
 _LLAMA_SETTINGS = {**_FLAGS, "add_bos_token": True, "add_prefix_space": True, "legacy": False}
-_CLASSLESS = ("mistral", "mixtral")  # types of models for which transformers reads the files whatever class they name
+_CLASS_IGNORED = ("mistral", "mixtral")  # model types for which transformers ignores the tokenizer class
 _LANGUAGES = {"src_lang": "en_XX", "tgt_lang": None}
 _FAIRSEQ = ("<s>", "<pad>", "</s>", "<unk>")
 _MBART = (
@@ -100,62 +99,66 @@ _QWEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# Under each tokenizer class and model type, in lower-case letters and digits, without "Tokenizer" and "Fast".
-KINDS: dict[str, Kind] = {
+# Keys: tokenizer classes and model types in lower-case letters and digits, without "Tokenizer" and "Fast".
+TOKENIZER_SPECS: dict[str, TokenizerSpec] = {
     **dict.fromkeys(
         ("bert", "distilbert", "electra"),
-        Kind(
+        TokenizerSpec(
             "BertTokenizer", _BERT, _TYPED,
             {"do_lower_case": None, "strip_accents": None, "tokenize_chinese_chars": True},
         ),
     ),
-    **dict.fromkeys(("roberta", "bart"), Kind("RobertaTokenizer", _ROBERTA, _DOUBLED, {"add_prefix_space": False})),
-    "xlmroberta": Kind("XLMRobertaTokenizer", _ROBERTA, _DOUBLED, head=_FAIRSEQ, skip=3, tail=("<mask>",)),
-    "camembert": Kind(
+    **dict.fromkeys(
+        ("roberta", "bart"), TokenizerSpec("RobertaTokenizer", _ROBERTA, _DOUBLED, {"add_prefix_space": False})
+    ),
+    "xlmroberta": TokenizerSpec("XLMRobertaTokenizer", _ROBERTA, _DOUBLED, head=_FAIRSEQ, skip=3, tail=("<mask>",)),
+    "camembert": TokenizerSpec(
         "CamembertTokenizer", _ROBERTA, _DOUBLED,
         head=("<s>NOTUSED", "<pad>", "</s>NOTUSED", "<unk>", "<unk>NOTUSED"), skip=1, tail=("<mask>",),
         mask_strips=True,
     ),
-    "mbart": Kind(
+    "mbart": TokenizerSpec(
         "MBartTokenizer", _ROBERTA, ("$A eos lang", "$A $B eos lang"), _LANGUAGES,
         head=_FAIRSEQ, skip=3, tail=(*_MBART, "<mask>"), mask_strips=True,
     ),
-    "mbart50": Kind(
+    "mbart50": TokenizerSpec(
         "MBart50Tokenizer", {role: token for role, token in _ROBERTA.items() if role != "bos"},
         ("lang $A eos", "lang $A $B eos"), _LANGUAGES, head=_FAIRSEQ, skip=3, tail=(*_MBART, *_MBART50, "<mask>"),
         mask_strips=True,
     ),
-    "albert": Kind(
+    "albert": TokenizerSpec(
         "AlbertTokenizer", _BERT | {"bos": "[CLS]", "eos": "[SEP]", "unk": "<unk>", "pad": "<pad>"}, _TYPED,
         {"do_lower_case": True, "keep_accents": False},
     ),
-    "debertav2": Kind(
+    "debertav2": TokenizerSpec(
         "DebertaV2Tokenizer", _BERT | {"bos": "[CLS]", "eos": "[SEP]"}, _TYPED, {"do_lower_case": False},
         tail=("[MASK]",),
     ),
-    **dict.fromkeys(("t5", "mt5", "umt5"), Kind("T5Tokenizer", _T5, ("$A eos", "$A eos $B eos"), {"extra_ids": 100})),
-    "marian": Kind("MarianTokenizer", _T5, ("$A eos", "$A $B eos"), {"separate_vocabs": False}),
     **dict.fromkeys(
-        ("mistral", "mixtral"), Kind("LlamaTokenizer", _LLAMA, None, _LLAMA_SETTINGS | {"legacy": True})
+        ("t5", "mt5", "umt5"), TokenizerSpec("T5Tokenizer", _T5, ("$A eos", "$A eos $B eos"), {"extra_ids": 100})
     ),
-    "llama": Kind("LlamaTokenizer", _LLAMA, None, _LLAMA_SETTINGS),
+    "marian": TokenizerSpec("MarianTokenizer", _T5, ("$A eos", "$A $B eos"), {"separate_vocabs": False}),
+    **dict.fromkeys(
+        ("mistral", "mixtral"), TokenizerSpec("LlamaTokenizer", _LLAMA, None, _LLAMA_SETTINGS | {"legacy": True})
+    ),
+    "llama": TokenizerSpec("LlamaTokenizer", _LLAMA, None, _LLAMA_SETTINGS),
     **dict.fromkeys(
         ("gemma", "gemma2", "gemma3", "gemma3text"),
-        Kind("GemmaTokenizer", _GEMMA, None, {**_FLAGS, "add_bos_token": True}),
+        TokenizerSpec("GemmaTokenizer", _GEMMA, None, {**_FLAGS, "add_bos_token": True}),
     ),
-    "gpt2": Kind(
+    "gpt2": TokenizerSpec(
         "GPT2Tokenizer", {"bos": _END, "eos": _END, "unk": _END}, None, {**_FLAGS, "add_prefix_space": False}
     ),
     **dict.fromkeys(
         ("qwen2", "qwen2moe", "qwen3", "qwen3moe"),
-        Kind(
+        TokenizerSpec(
             "Qwen2Tokenizer", {"eos": _END, "unk": _END, "pad": _END}, None, {**_FLAGS, "add_prefix_space": False},
             words=_QWEN,
         ),
     ),
 }  # fmt: skip
-# Where no file names a class: the first of these whose special tokens the vocabulary has, else the last.
-_OF_FILE = {
+# Candidates if no file names a class: the first one with special tokens in the vocabulary, else the last.
+_DEFAULT_SPECS = {
     "sentencepiece.bpe.model": ("xlmroberta",),
     "spiece.model": ("albert", "t5"),
     "spm.model": ("debertav2",),
@@ -164,178 +167,188 @@ _OF_FILE = {
 }
 
 
-class Read(NamedTuple):
-    """A tokenizer as its files say it."""
+class ParsedTokenizer(NamedTuple):
+    """A tokenizer as defined by its files."""
 
     backend: tokenizers.Tokenizer
-    kind: Kind | None
-    files: dict[str, bytes]  # name -> content, for `save`
+    spec: TokenizerSpec | None
+    files: dict[str, bytes]  # name -> content, to be saved again
     special: Mapping[str, str | None] = MappingProxyType({})  # role -> token
-    # What a tokenizer_config.json says with which transformers needs no tokenizer.json; empty: it needs one.
+    # Fields of a tokenizer_config.json that makes a tokenizer.json unnecessary in transformers; empty: it is necessary.
     config: Mapping[str, Any] = MappingProxyType({})
-    divide: tokenizers.Tokenizer | None = None  # makes the pieces whose ids `backend` knows; None: `backend` does both
-    split_special_tokens: bool = False  # whether special tokens that are written in a text are spelled
-    clean_up: bool = False  # whether decoding takes the space before punctuation away
-    # What encodes target texts, where that is not what encodes sources: another tokenizer (Marian), another frame
-    # (mBART).
-    target: Read | tokenizers.processors.PostProcessor | None = None
+    segmenter: tokenizers.Tokenizer | None = None  # segments texts, if `backend` only maps pieces to ids
+    split_special_tokens: bool = False  # whether special tokens written in a text are split like other text
+    clean_up: bool = False  # whether decoding removes the space before punctuation
+    # For target texts, if they are encoded differently: another tokenizer (Marian) or another frame (mBART).
+    target: ParsedTokenizer | tokenizers.processors.PostProcessor | None = None
 
 
 @contextmanager
-def readable(what: object) -> Iterator[None]:
-    """Turns whatever the libraries raise for what they cannot parse into a UserError about the file `what`."""
+def wrap_errors(file: object) -> Iterator[None]:
+    """Converts the errors that libraries raise while they parse a file to a UserError that names the file."""
     try:
         yield
     except UserError:
         raise
-    except BaseException as error:  # a panic of Rust is a PanicException, which is no Exception
+    except BaseException as error:  # a Rust panic is a PanicException, which is not an Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = str(error).strip()[:200] or type(error).__name__
-        raise UserError(f"{what} is no readable tokenizer ({reason}); copy it and the files beside it again") from None
+        raise UserError(f"{file} is not a valid tokenizer ({reason}); copy it and its companion files again") from None
 
 
 def find(path: Path) -> Path:
-    """The file to begin with: `path`, or the best one of a folder.  Raises UserError where there is none."""
+    """Returns the main tokenizer file at a path: the file itself, or the most complete one of a folder.
+
+    Raises:
+      UserError: if there is none.
+    """
     if path.is_file():
         return path
     if not path.is_dir():
         raise UserError(f"there is no tokenizer file or folder {str(path)!r}; set --tokenizer.path")
-    file = next((file for pattern in _FIRST for file in sorted(path.glob(pattern)) if file.is_file()), None)
+    file = next((file for pattern in _SEARCH_ORDER for file in sorted(path.glob(pattern)) if file.is_file()), None)
     if file is None:
         raise UserError(
-            f"the folder {path} holds no tokenizer.json, .model, .spm, vocab.txt or vocab.json; "
+            f"the folder {path} contains no tokenizer.json, .model, .spm, vocab.txt or vocab.json; "
             f"set --tokenizer.path to a folder or file with a tokenizer"
         )
     model_files.check_inside(file, path)
     return file
 
 
-def read(file: Path) -> Read:
-    """The tokenizer of a file and of those beside it.  Raises UserError, or what a library raises: see `readable`."""
-    said: dict[str, Any] = {}
-    for name in reversed(_SETTINGS):  # the first of them wins
-        said |= _typed(_object(file.with_name(name)), file.with_name(name))
-    model = _object(file.with_name("config.json"))
+def read(file: Path) -> ParsedTokenizer:
+    """Reads a tokenizer from a file and the other tokenizer files in its folder.
+
+    Raises:
+      UserError: for invalid files.  Libraries raise other exceptions for some of them: see `wrap_errors`.
+    """
+    config: dict[str, Any] = {}
+    for name in reversed(_CONFIG_FILES):  # the first one takes precedence
+        config |= _check_types(_read_object(file.with_name(name)), file.with_name(name))
+    model = _read_object(file.with_name("config.json"))
     reader = _read_merges if file.name.endswith("vocab.json") else _READERS.get(file.suffix, _read_json)
     whole = reader is _read_json
-    found = reader(file, said, _kind(said, model, whole))
+    found = reader(file, config, _named_spec(config, model, whole))
 
-    kept = _contents(file, _FILES if whole else _BESIDE)
-    if _key(model.get("model_type")) in _CLASSLESS:  # needed to read the files again
-        kept["config.json"] = json.dumps({"model_type": model["model_type"]}).encode()
+    files = _read_files(file, _ALL_FILES if whole else _COMPANIONS)
+    if _key(model.get("model_type")) in _CLASS_IGNORED:  # needed to read the files again
+        files["config.json"] = json.dumps({"model_type": model["model_type"]}).encode()
     for template in model_files.locate_all(file.parent, "additional_chat_templates/*.jinja"):
-        kept[f"additional_chat_templates/{template.name}"] = model_files.read_bytes(template)
-    unnamed = found.config and _key(said.get("tokenizer_class")) not in KINDS
-    if unnamed and "tokenizer_config.json" in kept and found.kind is not _likely(file, found.backend.get_vocab()):
-        # config.json alone said the class, and it stays with the model.
-        kept["tokenizer_config.json"] = json.dumps(
-            {**found.config, **said, "tokenizer_class": found.config["tokenizer_class"]}, indent=2
+        files[f"additional_chat_templates/{template.name}"] = model_files.read_bytes(template)
+    unnamed = found.config and _key(config.get("tokenizer_class")) not in TOKENIZER_SPECS
+    if unnamed and "tokenizer_config.json" in files and found.spec is not _guess_spec(file, found.backend.get_vocab()):
+        # Only config.json, which is not saved with the tokenizer, named the class.
+        files["tokenizer_config.json"] = json.dumps(
+            {**found.config, **config, "tokenizer_class": found.config["tokenizer_class"]}, indent=2
         ).encode()
 
-    tokens = special(found.backend, said, found.kind)
-    added = {} if whole else _object(file.with_name("added_tokens.json"))
+    tokens = special_tokens(found.backend, config, found.spec)
+    added = {} if whole else _read_object(file.with_name("added_tokens.json"))
     target = found.target
     for part in (found, target):
-        if isinstance(part, Read):
+        if isinstance(part, ParsedTokenizer):
             if not whole:
-                _make_special(part.backend, found.kind, tokens)
-            declared = _add(part.backend, said, tokens, added)
-            around = _frame(part.backend, said, found.kind, tokens, whole)
+                _mark_special(part.backend, found.spec, tokens)
+            declared = _add_declared(part.backend, config, tokens, added)
+            target_frame = _set_frames(part.backend, config, found.spec, tokens, whole)
             if part is found and not whole:
-                _check(part.backend, declared, file)
+                _check_ids(part.backend, declared, file)
     return found._replace(
-        files=kept | found.files,
+        files=files | found.files,
         special=tokens,
-        target=target or around,
-        split_special_tokens=bool(said.get("split_special_tokens")),
-        clean_up=_cleans_up(found, said),
+        target=target or target_frame,
+        split_special_tokens=bool(config.get("split_special_tokens")),
+        clean_up=_cleans_up_spaces(found, config),
     )
 
 
-def _kind(said: Mapping[str, Any], model: Mapping[str, Any], whole: bool) -> Kind | None:
-    """The kind that the files name: by the class, else by the type of the model in config.json.
+def _named_spec(config: Mapping[str, Any], model: Mapping[str, Any], whole: bool) -> TokenizerSpec | None:
+    """Returns the spec of the class that the files name, else of the model type in config.json.
 
-    `whole`: of a tokenizer.json, where an unknown class declares nothing.
+    `whole`: whether there is a tokenizer.json; then an unknown class has no spec, whatever the model type.
     """
     model_type = model.get("model_type")
-    names = [said.get("tokenizer_class"), model.get("tokenizer_class"), model_type]
-    if _key(model_type) in _CLASSLESS:
+    names = [config.get("tokenizer_class"), model.get("tokenizer_class"), model_type]
+    if _key(model_type) in _CLASS_IGNORED:
         names = [None if whole else model_type]
     elif whole:
         names = [name for name in names[:2] if name][:1] or [None if _key(model_type) == "llama" else model_type]
-    return next((KINDS[_key(name)] for name in names if _key(name) in KINDS), None)
+    return next((TOKENIZER_SPECS[_key(name)] for name in names if _key(name) in TOKENIZER_SPECS), None)
 
 
-def _cleans_up(found: Read, said: Mapping[str, Any]) -> bool:
-    """Whether decoding takes the space before punctuation away, as transformers does, but not for byte pairs."""
+def _cleans_up_spaces(found: ParsedTokenizer, config: Mapping[str, Any]) -> bool:
+    """Returns whether decoding removes the space before punctuation; like transformers, never for BPE by default."""
     from tokenizers import models
 
     forced = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
-    wanted = bool(said.get("clean_up_tokenization_spaces"))
-    return wanted and (bool(said.get(forced)) or not isinstance(found.backend.model, models.BPE))
+    enabled = bool(config.get("clean_up_tokenization_spaces"))
+    return enabled and (bool(config.get(forced)) or not isinstance(found.backend.model, models.BPE))
 
 
-def _typed(said: dict[str, Any], file: Path) -> dict[str, Any]:
-    """The settings in a file.  Raises UserError for one of another type than it has to have; null is none."""
-    for name, value in said.items():
-        wanted = _TYPES.get(name)
-        if wanted is None or value is None:
+def _check_types(config: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Returns the settings of a file.  Raises UserError if one is of the wrong type; null counts as absent."""
+    for name, value in config.items():
+        if name not in _FIELD_TYPES or value is None:
             continue
-        kinds, what = wanted
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise UserError(f"{file} has {name} {value!r:.60}; it must be {what}: correct it")
-    tokens: list[Any] = [said.get(f"{role}_token") for role in ROLES]
+        types, description = _FIELD_TYPES[name]
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            raise UserError(f"{file} has {name} {value!r:.60}; it must be {description}: correct it")
+    tokens: list[Any] = [config.get(f"{role}_token") for role in ROLES]
     for name in ("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder"):
-        tokens += said[name].values() if isinstance(said.get(name), dict) else said.get(name) or []
+        tokens += config[name].values() if isinstance(config.get(name), dict) else config.get(name) or []
     for token in tokens:
         content = token.get("content") if isinstance(token, dict) else token
         flags = token.values() if isinstance(token, dict) else ()
         if token is not None and not (isinstance(content, str) and all(isinstance(f, str | bool) for f in flags)):
             raise UserError(
-                f"{file} has the token {token!r:.60}; it must be a text, or an object with content and flags"
+                f"{file} has the token {token!r:.60}; it must be a string, or an object with content and flags"
             )
-    for i in said.get("added_tokens_decoder") or {}:
+    for i in config.get("added_tokens_decoder") or {}:
         if not (i.isascii() and i.isdigit() and int(i[:12]) < 1 << 31):
-            raise UserError(f"{file} has an added token with the id {i!r:.40}; ids are whole numbers from 0 on")
-    return said
+            raise UserError(f"{file} has an added token with the id {i!r:.40}; ids must be integers from 0: correct it")
+    return config
 
 
-def _settings(kind: Kind | None, said: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a class as the files say; null says nothing."""
-    known = kind.settings if kind else _FLAGS
-    return {name: usual if said.get(name) is None else said[name] for name, usual in known.items()}
+def _spec_settings(spec: TokenizerSpec | None, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings of a class with the values of the files; null stands for the default."""
+    defaults = spec.settings if spec else _FLAGS
+    return {name: default if config.get(name) is None else config[name] for name, default in defaults.items()}
 
 
 def _key(name: str | None) -> str:
     return re.sub("tokenizer|fast|[^a-z0-9]", "", (name or "").lower())
 
 
-def _likely(file: Path, pieces: Container[str]) -> Kind | None:
-    """The kind of a vocabulary that no file names."""
-    kinds = [KINDS[name] for name in _OF_FILE.get(file.name, ())]
-    fitting = [kind for kind in kinds if all(token in pieces for token in kind.special.values())]
-    return next(iter(fitting + kinds[-1:]), None)
+def _guess_spec(file: Path, pieces: Container[str]) -> TokenizerSpec | None:
+    """Returns the most likely spec of a vocabulary if no file names a class."""
+    specs = [TOKENIZER_SPECS[name] for name in _DEFAULT_SPECS.get(file.name, ())]
+    matching = [spec for spec in specs if all(token in pieces for token in spec.special.values())]
+    return next(iter(matching + specs[-1:]), None)
 
 
-def _object(file: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty where there is no file."""
+def _read_object(file: Path) -> dict[str, Any]:
+    """Returns the JSON object in a file; empty if there is no file."""
     found = model_files.locate(file.parent, file.name)
     return {} if found is None else model_files.read_object(found)
 
 
 def _ids(file: Path) -> dict[str, int]:
-    """piece -> id, as a vocab.json holds them."""
-    ids = _object(file)
+    """Returns piece -> id from a vocab.json."""
+    ids = _read_object(file)
     wrong = next((piece for piece, i in ids.items() if type(i) is not int or i < 0), None)
     if not ids or wrong is not None or len(set(ids.values())) < len(ids):
-        what = "no pieces" if not ids else "two pieces of one id" if wrong is None else f"{wrong!r}: {ids[wrong]!r}"
-        raise UserError(f"{file} has {what}; it must give each piece an id of its own, from 0 on; copy it again")
+        fault = "no pieces" if not ids else "two pieces with one id" if wrong is None else f"{wrong!r}: {ids[wrong]!r}"
+        raise UserError(f"{file} has {fault}; each piece must have a different id, from 0; copy the file again")
     return ids
 
 
-def size_of(ids: Mapping[str, int]) -> int:
-    """The largest id + 1.  Raises UserError where ids are so far apart that tables over them would fill the memory."""
+def vocabulary_size(ids: Mapping[str, int]) -> int:
+    """Returns the largest id + 1.
+
+    Raises:
+      UserError: if the ids are so sparse that tables over them would fill the memory.
+    """
     size = max(ids.values(), default=-1) + 1
     if not 0 < size <= 2 * len(ids) + 1000:
         raise UserError(
@@ -345,83 +358,83 @@ def size_of(ids: Mapping[str, int]) -> int:
     return size
 
 
-def _contents(file: Path, names: Iterable[str]) -> dict[str, bytes]:
-    """What is in those of these files that lie beside a file."""
+def _read_files(file: Path, names: Iterable[str]) -> dict[str, bytes]:
+    """Returns the contents of the files of these names in the folder of a file; missing ones are left out."""
     found = {name: model_files.locate(file.parent, name) for name in names}
     return {name: model_files.read_bytes(path) for name, path in found.items() if path is not None}
 
 
-def _partner(file: Path, name: str) -> Path:
-    partner = file.with_name(name)
-    if not partner.is_file():
-        raise UserError(f"{file} needs {name}, and there is no {partner}; put {name} beside it")
-    return partner
+def _companion(file: Path, name: str) -> Path:
+    companion = file.with_name(name)
+    if not companion.is_file():
+        raise UserError(f"{file} requires {name}, but there is no {companion}; put {name} in the same folder")
+    return companion
 
 
-def _content(token: Any) -> str | None:
-    """A token as it stands in a JSON file: a string, or an object with its flags."""
+def _token_text(token: Any) -> str | None:
+    """Returns the text of a token in a JSON file: a string, or an object with flags."""
     return token["content"] if isinstance(token, dict) else token
 
 
-def special(
-    backend: tokenizers.Tokenizer, said: Mapping[str, Any] = MappingProxyType({}), kind: Kind | None = None
+def special_tokens(
+    backend: tokenizers.Tokenizer, config: Mapping[str, Any] = MappingProxyType({}), spec: TokenizerSpec | None = None
 ) -> dict[str, str | None]:
-    """role -> token: as a file says, else as the class does, else a usual name that the vocabulary has."""
+    """Returns role -> token: from a file, else from the class, else a common name that the vocabulary has."""
     tokens = {}
     for role in ROLES:
-        usual = next((name for name in _USUAL[role] if backend.token_to_id(name) is not None), None)
-        tokens[role] = _content(said.get(f"{role}_token", kind.special.get(role) if kind else usual))
+        common = next((name for name in _COMMON_NAMES[role] if backend.token_to_id(name) is not None), None)
+        tokens[role] = _token_text(config.get(f"{role}_token", spec.special.get(role) if spec else common))
     return tokens
 
 
-def _add(
+def _add_declared(
     backend: tokenizers.Tokenizer,
-    said: Mapping[str, Any],
+    config: Mapping[str, Any],
     tokens: Mapping[str, str | None],
     added: Mapping[str, int],
 ) -> dict[str, int]:
-    """Adds the tokens that files beside the vocabulary declare; gives the ids that they declare.
+    """Adds the tokens that companion files declare, and returns token -> declared id.
 
-    New ones get the next ids in the order in which transformers numbers them: by declared id, then those with a role,
-    then the others.  The flags of a token are those of added_tokens_decoder, else those of the vocabulary's own file,
-    else those of its role.  `added`: the content of added_tokens.json.
+    New tokens get the next ids in the order that transformers uses: first by declared id, then those with a role, then
+    the others.  The flags of a token come from added_tokens_decoder, else from the vocabulary file, else from its role.
+    `added` is the content of added_tokens.json.
     """
     roles = {token for token in tokens.values() if token}
-    declared = {int(i): token for i, token in (said.get("added_tokens_decoder") or {}).items()}
+    declared = {int(i): token for i, token in (config.get("added_tokens_decoder") or {}).items()}
     flagged = {token["content"] for token in declared.values()}
     for token, i in added.items():
         declared.setdefault(i, {"content": token, "special": token in tokens.values()})
-    there = {token.content for token in backend.get_added_tokens_decoder().values()}
+    existing = {token.content for token in backend.get_added_tokens_decoder().values()}
     for _, token in sorted(declared.items()):
-        if token["content"] not in there or token["content"] in flagged:
+        if token["content"] not in existing or token["content"] in flagged:
             special = token["content"] in roles or bool(token.get("special"))
             backend.add_tokens([_added_token(token, special)])
-    there |= {token["content"] for token in declared.values()}
-    more: list[Any] = [said[f"{role}_token"] for role in ROLES if said.get(f"{role}_token")]
-    named = [value for name, value in said.items() if name.endswith("_token") and name[:-6] not in ROLES]
-    more += [value for value in named if isinstance(value, str)]  # of one model, such as image_token
-    for others in (said.get("additional_special_tokens"), said.get("extra_special_tokens")):
+    existing |= {token["content"] for token in declared.values()}
+    more: list[Any] = [config[f"{role}_token"] for role in ROLES if config.get(f"{role}_token")]
+    named = [value for name, value in config.items() if name.endswith("_token") and name[:-6] not in ROLES]
+    more += [value for value in named if isinstance(value, str)]  # model-specific ones, such as image_token
+    for others in (config.get("additional_special_tokens"), config.get("extra_special_tokens")):
         more += others.values() if isinstance(others, dict) else others or []
     for token in more:
-        if (name := _content(token)) and name not in there:
-            there.add(name)
+        if (name := _token_text(token)) and name not in existing:
+            existing.add(name)
             backend.add_tokens([_added_token(token, True)])
     return {token["content"]: i for i, token in declared.items()}
 
 
-def _make_special(backend: tokenizers.Tokenizer, kind: Kind | None, tokens: Mapping[str, str | None]) -> None:
-    """Makes the tokens with a role special tokens, with the flags that the class gives them.
+def _mark_special(backend: tokenizers.Tokenizer, spec: TokenizerSpec | None, tokens: Mapping[str, str | None]) -> None:
+    """Marks the tokens with a role as special tokens, with the flags of the class.
 
-    Some sentencepiece models have them as symbols of the user's, such as Gemma's <mask>.
+    In some sentencepiece models they are user-defined symbols, such as Gemma's <mask>.
     """
     for role, token in tokens.items():
         if token and backend.token_to_id(token) is not None:
-            strips = role == "mask" and bool(kind and kind.mask_strips)
+            strips = role == "mask" and bool(spec and spec.mask_strips)
             backend.add_tokens([_added_token({"content": token, "lstrip": strips}, True)])
 
 
 def _added_token(token: Any, special: bool) -> tokenizers.AddedToken:
-    """A token that a file declares, by its name or by an object with flags."""
+    """Converts a token from a JSON file, a string or an object with flags."""
     from tokenizers import AddedToken
 
     if not isinstance(token, dict):
@@ -430,59 +443,65 @@ def _added_token(token: Any, special: bool) -> tokenizers.AddedToken:
     return AddedToken(token["content"], **{"normalized": not special, **flags, "special": special})
 
 
-def _check(backend: tokenizers.Tokenizer, declared: Mapping[str, int], file: Path) -> None:
-    """Raises UserError where the files beside a vocabulary give a token another id than it has."""
+def _check_ids(backend: tokenizers.Tokenizer, declared: Mapping[str, int], file: Path) -> None:
+    """Raises UserError if the companion files declare another id for a token than the vocabulary."""
     for token, i in declared.items():
         if backend.token_to_id(token) != i:
             raise UserError(
-                f"{token!r} has the id {backend.token_to_id(token)} by {file} and {i} by the files beside it; "
+                f"{token!r} has the id {backend.token_to_id(token)} in {file} and {i} in its companion files; "
                 f"they belong to different tokenizers: copy all files of one"
             )
 
 
-def _frame(
+def _set_frames(
     backend: tokenizers.Tokenizer,
-    said: Mapping[str, Any],
-    kind: Kind | None,
+    config: Mapping[str, Any],
+    spec: TokenizerSpec | None,
     tokens: Mapping[str, str | None],
     whole: bool,
 ) -> tokenizers.processors.PostProcessor | None:
-    """Sets what stands around a text; gives what stands around a target text.
+    """Sets the special tokens around a text, and returns those around a target text.
 
-    It is the frame of the class, where that has one.  Else a tokenizer.json (`whole`) says it alone, and beside the
+    They are the frame of the class, if it has one.  Otherwise a tokenizer.json (`whole`) defines them, and for the
     older files add_bos_token and add_eos_token do.
     """
-    settings, target = _settings(kind, said), None
-    wanted = kind is not None and backend.post_processor is None
-    if kind and kind.frame:
-        frame, wanted = kind.frame, True
+    settings, target = _spec_settings(spec, config), None
+    replace = spec is not None and backend.post_processor is None
+    if spec and spec.frame:
+        frame, replace = spec.frame, True
     else:
-        wanted = not whole and (wanted or any(said.get(flag) is not None for flag in _FLAGS))
+        replace = not whole and (replace or any(config.get(flag) is not None for flag in _FLAGS))
         bos, eos = (settings[f"add_{role}_token"] and tokens[role] is not None for role in ("bos", "eos"))
-        frame = frame_of(bool(bos), bool(eos))
+        frame = bos_eos_frame(bool(bos), bool(eos))
     if "src_lang" in settings:
-        wanted = wanted or said.get("src_lang") is not None
-        source, into = settings["src_lang"], settings["tgt_lang"] or settings["src_lang"]
-        for language in (source, into):
+        replace = replace or config.get("src_lang") is not None
+        source_language, target_language = settings["src_lang"], settings["tgt_lang"] or settings["src_lang"]
+        for language in (source_language, target_language):
             if backend.token_to_id(language) is None:
                 raise UserError(f"the vocabulary has no language {language!r}; correct src_lang and tgt_lang")
-        target = processor(backend, frame, {**tokens, "lang": into})
-        tokens = {**tokens, "lang": source}
-    if wanted and (around := processor(backend, frame, tokens)):
-        backend.post_processor = around
+        target = _make_processor(backend, frame, {**tokens, "lang": target_language})
+        tokens = {**tokens, "lang": source_language}
+    if replace:
+        set_frame(backend, frame, tokens)
     return target
 
 
-def frame_of(bos: bool, eos: bool) -> tuple[str, str]:
-    """A `Kind.frame` with BOS before each text, EOS after it, both or neither."""
+def bos_eos_frame(bos: bool, eos: bool) -> tuple[str, str]:
+    """Returns a `TokenizerSpec.frame` with BOS before each text, EOS after it, both or neither."""
     single = f"{'bos ' * bos}$A{' eos' * eos}"
     return single, f"{single} {'bos:1 ' * bos}$B:1{' eos:1' * eos}"
 
 
-def processor(
+def set_frame(backend: tokenizers.Tokenizer, frame: tuple[str, str], tokens: Mapping[str, str | None]) -> None:
+    """Makes a tokenizer add the special tokens of a `TokenizerSpec.frame`, if its vocabulary has all of them."""
+    if processor := _make_processor(backend, frame, tokens):
+        backend.post_processor = processor
+
+
+def _make_processor(
     backend: tokenizers.Tokenizer, frame: tuple[str, str], tokens: Mapping[str, str | None]
 ) -> tokenizers.processors.PostProcessor | None:
-    """A `Kind.frame` with the tokens of a vocabulary; None where it lacks one of them."""
+    """Returns a post-processor for a `TokenizerSpec.frame`; None if the vocabulary lacks one of its tokens."""
     from tokenizers import processors
 
     roles = set(re.findall("[a-z]+", " ".join(frame)))
@@ -495,98 +514,98 @@ def processor(
     return processors.TemplateProcessing(single=single, pair=pair, special_tokens=list(named.items()))
 
 
-def _read_json(file: Path, said: Mapping[str, Any], kind: Kind | None) -> Read:
+def _read_json(file: Path, config: Mapping[str, Any], spec: TokenizerSpec | None) -> ParsedTokenizer:
     from tokenizers import Tokenizer
 
     text = file.read_text(encoding="utf-8")
     if re.search(r'"continuing_subword_prefix"\s*:\s*"[^"]', text):
-        # tokenizers 0.23 reads beyond its memory, and may end the process, for merges that lack the prefix.
+        # tokenizers 0.23 reads out of bounds, and may crash the process, if merges lack the prefix.
         model = json.loads(text)["model"]
         prefix, merges = model["continuing_subword_prefix"], model.get("merges", [])
         rights = (merge.partition(" ")[2] if isinstance(merge, str) else merge[1] for merge in merges)
         if not all(right.startswith(prefix) for right in rights):
             raise UserError(f"{file} has the continuing_subword_prefix {prefix!r}, its merges do not; copy it again")
-    if kind is not None:
-        text = json.dumps(_with_settings(json.loads(text), kind, said))
-    return Read(Tokenizer.from_str(text), kind, {"tokenizer.json": file.read_bytes()})
+    if spec is not None:
+        text = json.dumps(_apply_settings(json.loads(text), spec, config))
+    return ParsedTokenizer(Tokenizer.from_str(text), spec, {"tokenizer.json": file.read_bytes()})
 
 
-def _with_settings(described: dict[str, Any], kind: Kind, said: Mapping[str, Any]) -> dict[str, Any]:
-    """A tokenizer.json with the settings of tokenizer_config.json, which win as in transformers.
+def _apply_settings(state: dict[str, Any], spec: TokenizerSpec, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a tokenizer.json with the settings of tokenizer_config.json, which take precedence as in transformers.
 
-    BERT's class makes its normalizer from its settings, those over bytes the space before the first word, and both
-    have a default where nothing is said.  For the classes over sentencepiece a setting changes something where it is
-    said.  Unlike transformers 5, what has no setting stays as in tokenizer.json, such as SmolLM's rule for digits.
+    BERT's class always builds its normalizer from its settings, and byte-level classes set the prefix space; absent
+    settings have defaults.  For sentencepiece classes, absent settings change nothing.  Unlike transformers 5, this
+    keeps all parts of tokenizer.json without a setting, such as SmolLM's rule for digits.
     """
-    model = described.get("model") or {}
-    if kind.name == "BertTokenizer" and model.get("type", "WordPiece") == "WordPiece":
-        settings = _settings(kind, said)
-        described["normalizer"] = {
+    model = state.get("model") or {}
+    if spec.name == "BertTokenizer" and model.get("type", "WordPiece") == "WordPiece":
+        settings = _spec_settings(spec, config)
+        state["normalizer"] = {
             "type": "BertNormalizer",
             "clean_text": True,
             "handle_chinese_chars": settings["tokenize_chinese_chars"],
             "strip_accents": settings["strip_accents"],
             "lowercase": True if settings["do_lower_case"] is None else settings["do_lower_case"],
         }
-        described["pre_tokenizer"] = {"type": "BertPreTokenizer"}
-        return described
-    if "legacy" in kind.settings and "ByteLevel" not in json.dumps(described.get("pre_tokenizer")):
-        return described if said.get("legacy") else _llama(described, said)
-    prefix = said.get("add_prefix_space")
-    if kind.settings.get("add_prefix_space") is False:
+        state["pre_tokenizer"] = {"type": "BertPreTokenizer"}
+        return state
+    if "legacy" in spec.settings and "ByteLevel" not in json.dumps(state.get("pre_tokenizer")):
+        return state if config.get("legacy") else _llama_components(state, config)
+    prefix = config.get("add_prefix_space")
+    if spec.settings.get("add_prefix_space") is False:
         prefix = bool(prefix)
-    if "add_prefix_space" in kind.settings and prefix is not None:
+    if "add_prefix_space" in spec.settings and prefix is not None:
         for part in ("normalizer", "pre_tokenizer", "decoder"):
-            described[part] = _with_prefix(described.get(part), prefix)
-    dropped = {"Lowercase"} if said.get("do_lower_case") is False else set()
-    if "keep_accents" in kind.settings and said.get("keep_accents"):
+            state[part] = _set_prefix_space(state.get(part), prefix)
+    dropped = {"Lowercase"} if config.get("do_lower_case") is False else set()
+    if "keep_accents" in spec.settings and config.get("keep_accents"):
         dropped |= {"NFKD", "StripAccents"}
-    if "do_lower_case" in kind.settings:
-        described["normalizer"] = _without(described.get("normalizer"), dropped)
-        if said.get("do_lower_case"):
-            described["normalizer"] = _sequence("normalizers", {"type": "Lowercase"}, described["normalizer"])
-    return described
+    if "do_lower_case" in spec.settings:
+        state["normalizer"] = _remove_members(state.get("normalizer"), dropped)
+        if config.get("do_lower_case"):
+            state["normalizer"] = _sequence("normalizers", {"type": "Lowercase"}, state["normalizer"])
+    return state
 
 
-def _llama(described: dict[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
-    """A tokenizer.json of Llama's class, which older versions of transformers wrote with other steps."""
-    prefix = said.get("add_prefix_space") is not False
+def _llama_components(state: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a tokenizer.json with the current steps of Llama's class; older versions of transformers wrote others."""
+    prefix = config.get("add_prefix_space") is not False
     metaspace = {"replacement": "\u2581", "prepend_scheme": "first" if prefix else "never", "split": False}
     steps: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}]
     steps += [{"type": "ByteFallback"}, {"type": "Fuse"}]
     steps += [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * prefix
-    return described | {
+    return state | {
         "normalizer": None,
         "pre_tokenizer": {"type": "Metaspace", **metaspace},
         "decoder": {"type": "Sequence", "decoders": steps},
     }
 
 
-def _parts(component: Any, name: str) -> list[dict[str, Any]]:
-    """The members of a component of a tokenizer.json, which is a sequence, one member or null."""
+def _members(component: Any, name: str) -> list[dict[str, Any]]:
+    """Returns the members of a component of a tokenizer.json, which is a sequence, one member or null."""
     if component is None:
         return []
     return component[name] if component.get("type") == "Sequence" else [component]
 
 
 def _sequence(name: str, *components: Any) -> dict[str, Any] | None:
-    """The component of a tokenizer.json that applies these, one after the other; None for none."""
-    members = [member for component in components for member in _parts(component, name)]
+    """Returns one component of a tokenizer.json that applies these in order; None if there are none."""
+    members = [member for component in components for member in _members(component, name)]
     return {"type": "Sequence", name: members} if len(members) > 1 else next(iter(members), None)
 
 
-def _without(component: Any, kinds: set[str]) -> Any:
-    """A normalizer without its members of some types."""
-    return _sequence("normalizers", *(m for m in _parts(component, "normalizers") if m.get("type") not in kinds))
+def _remove_members(component: Any, types: set[str]) -> Any:
+    """Returns a normalizer without its members of the given types."""
+    return _sequence("normalizers", *(m for m in _members(component, "normalizers") if m.get("type") not in types))
 
 
-def _with_prefix(component: Any, prefix: bool) -> Any:
-    """A component of a tokenizer.json that does, or does not, put a space before the first word."""
+def _set_prefix_space(component: Any, prefix: bool) -> Any:
+    """Returns a component of a tokenizer.json that does, or does not, put a space before the first word."""
     if not isinstance(component, dict):
         return component
     for name in ("normalizers", "pretokenizers", "decoders"):
         if isinstance(component.get(name), list):
-            return component | {name: [_with_prefix(member, prefix) for member in component[name]]}
+            return component | {name: [_set_prefix_space(member, prefix) for member in component[name]]}
     if component.get("type") == "ByteLevel":
         return component | {"add_prefix_space": prefix}
     if component.get("type") == "Metaspace" and (component.get("prepend_scheme", "always") == "never") == prefix:
@@ -594,18 +613,18 @@ def _with_prefix(component: Any, prefix: bool) -> Any:
     return component
 
 
-def _read_wordpiece(file: Path, said: Mapping[str, Any], kind: Kind | None) -> Read:
+def _read_wordpiece(file: Path, config: Mapping[str, Any], spec: TokenizerSpec | None) -> ParsedTokenizer:
     from tokenizers import models
 
     pieces = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    unk = _content(said.get("unk_token")) or "[UNK]"
+    unk = _token_text(config.get("unk_token")) or "[UNK]"
     if unk not in pieces:
-        raise UserError(f"{file} has no line {unk}; a WordPiece vocabulary holds one piece a line, {unk} among them")
-    settings = _settings(KINDS["bert"], said)
+        raise UserError(f"{file} has no line {unk}; a WordPiece vocabulary has one piece per line, including {unk}")
+    settings = _spec_settings(TOKENIZER_SPECS["bert"], config)
     lowercase = settings["do_lower_case"]
     if lowercase is None:
         cased = any(p != p.lower() for p in pieces if not (p.startswith("[") and p.endswith("]")))
-        lowercase = "tokenizer_class" in said or not cased  # a class of transformers that is not told does it
+        lowercase = "tokenizer_class" in config or not cased  # the default of transformers' class
     ids = {piece: i for i, piece in enumerate(pieces)}
     backend = wordpiece(
         models.WordPiece(ids, unk_token=unk, max_input_chars_per_word=100),
@@ -613,13 +632,20 @@ def _read_wordpiece(file: Path, said: Mapping[str, Any], kind: Kind | None) -> R
         settings["strip_accents"],
         settings["tokenize_chinese_chars"],
     )
-    return Read(backend, kind or _likely(file, ids), {"vocab.txt": file.read_bytes()})
+    return ParsedTokenizer(backend, spec or _guess_spec(file, ids), {"vocab.txt": file.read_bytes()})
 
 
 def wordpiece(
     model: tokenizers.models.Model, lowercase: bool, strip_accents: bool | None = None, chinese: bool = True
 ) -> tokenizers.Tokenizer:
-    """Words as BERT divides them (Devlin et al. 2019); accents go with upper case unless it is said."""
+    """Returns a tokenizer that splits words like BERT (Devlin et al. 2019).
+
+    Args:
+      model: the WordPiece model.
+      lowercase: whether to convert texts to lower case.
+      strip_accents: whether to remove accents; None: as lowercase.
+      chinese: whether to split texts around Chinese characters.
+    """
     from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 
     backend = Tokenizer(model)
@@ -629,25 +655,30 @@ def wordpiece(
     return backend
 
 
-def _read_merges(file: Path, said: Mapping[str, Any], kind: Kind | None) -> Read:
+def _read_merges(file: Path, config: Mapping[str, Any], spec: TokenizerSpec | None) -> ParsedTokenizer:
     from tokenizers import Regex, models, normalizers, pre_tokenizers
 
-    merges = _partner(file, file.name.replace("vocab.json", "merges.txt"))
+    merges = _companion(file, file.name.replace("vocab.json", "merges.txt"))
     lines = merges.read_text(encoding="utf-8").split("\n")
     halves = (line.partition(" ") for line in lines if line and not line.startswith("#version"))
     ids = _ids(file)
-    kind = kind or _likely(file, ids)
-    prefix = _settings(kind, said).get("add_prefix_space", False)
+    spec = spec or _guess_spec(file, ids)
+    prefix = _spec_settings(spec, config).get("add_prefix_space", False)
     backend = byte_level(models.BPE(ids, [(a, b) for a, _, b in halves]), prefix)
-    if kind and kind.words:
-        cut = pre_tokenizers.Split(Regex(kind.words), "isolated")
+    if spec and spec.words:
+        cut = pre_tokenizers.Split(Regex(spec.words), "isolated")
         spell = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=False)
         backend.normalizer, backend.pre_tokenizer = normalizers.NFC(), pre_tokenizers.Sequence([cut, spell])
-    return Read(backend, kind, {"vocab.json": file.read_bytes(), "merges.txt": merges.read_bytes()})
+    return ParsedTokenizer(backend, spec, {"vocab.json": file.read_bytes(), "merges.txt": merges.read_bytes()})
 
 
 def byte_level(model: tokenizers.models.Model, prefix: bool = False) -> tokenizers.Tokenizer:
-    """Words and bytes as GPT-2 divides them (Radford et al. 2019); `prefix`: with a space before the text."""
+    """Returns a tokenizer that splits words into bytes like GPT-2 (Radford et al. 2019).
+
+    Args:
+      model: the BPE model.
+      prefix: whether to add a space before the text.
+    """
     from tokenizers import Tokenizer, decoders, pre_tokenizers
 
     backend = Tokenizer(model)
@@ -656,63 +687,61 @@ def byte_level(model: tokenizers.models.Model, prefix: bool = False) -> tokenize
     return backend
 
 
-def _read_sentencepiece(file: Path, said: Mapping[str, Any], kind: Kind | None) -> Read:
+def _read_sentencepiece(file: Path, config: Mapping[str, Any], spec: TokenizerSpec | None) -> ParsedTokenizer:
     model = file.read_bytes()
-    proto = parsed(model)
-    kind = kind or _likely(file, {piece.piece for piece in proto.pieces})
+    proto = parse_model(model)
+    spec = spec or _guess_spec(file, {piece.piece for piece in proto.pieces})
     name = file.name if file.name in _SENTENCEPIECE else "tokenizer.model"
-    if kind is None:
-        return Read(translated(proto, pieces_of(proto), lossless=True), kind, {name: model})
-    settings = _settings(kind, said)
-    return Read(
-        translated(proto, _arranged(proto, kind, settings), settings), kind, {name: model}, config=_config(kind)
-    )
+    if spec is None:
+        return ParsedTokenizer(convert(proto, lossless=True), spec, {name: model})
+    settings = _spec_settings(spec, config)
+    backend = convert(proto, _arrange_pieces(proto, spec, settings), settings)
+    return ParsedTokenizer(backend, spec, {name: model}, config=_spec_config(spec))
 
 
-def _config(kind: Kind) -> dict[str, Any]:
-    return {"tokenizer_class": kind.name, **kind.settings}
+def _spec_config(spec: TokenizerSpec) -> dict[str, Any]:
+    return {"tokenizer_class": spec.name, **spec.settings}
 
 
-def _read_marian(file: Path, said: Mapping[str, Any], kind: Kind | None) -> Read:
-    """sentencepiece divides a text, by a model for each side; vocab.json numbers the pieces of both."""
+def _read_marian(file: Path, config: Mapping[str, Any], spec: TokenizerSpec | None) -> ParsedTokenizer:
+    """Reads a Marian tokenizer: one sentencepiece model per side; vocab.json has the ids of the pieces of both."""
     from tokenizers import AddedToken, Tokenizer, models
 
-    kind = KINDS["marian"]
-    numbers = _partner(file, "vocab.json")
-    targets = _partner(file, "target_vocab.json") if _settings(kind, said)["separate_vocabs"] else numbers
+    spec = TOKENIZER_SPECS["marian"]
+    numbers = _companion(file, "vocab.json")
+    targets = _companion(file, "target_vocab.json") if _spec_settings(spec, config)["separate_vocabs"] else numbers
     sides = []
     for spm, vocabulary in (("source.spm", numbers), ("target.spm", targets)):
         ids = {piece.replace("\u2581", " "): i for piece, i in _ids(vocabulary).items()}
-        if lacks := sorted(set(kind.special.values()) - ids.keys()):
-            raise UserError(f"{vocabulary} has no {', '.join(lacks)}; a Marian vocabulary needs them: copy it again")
-        proto = parsed(_partner(file, spm).read_bytes())
-        divide = translated(proto, pieces_of(proto))
-        # The language to translate into, which users write before the text.
-        divide.add_tokens([AddedToken(p, normalized=False) for p in ids if re.fullmatch(">>.+<<", p)])
-        backend = Tokenizer(models.WordLevel(ids, unk_token=kind.special["unk"]))
-        backend.decoder = divide.decoder
-        sides.append(Read(backend, kind, {}, divide=divide))
-    return sides[0]._replace(files=_contents(file, _MARIAN), config=_config(kind), target=sides[1])
+        if missing := sorted(set(spec.special.values()) - ids.keys()):
+            raise UserError(f"{vocabulary} has no {', '.join(missing)}; a Marian vocabulary needs them: copy it again")
+        segmenter = convert(parse_model(_companion(file, spm).read_bytes()))
+        # The tokens of target languages, which users write before the text.
+        segmenter.add_tokens([AddedToken(p, normalized=False) for p in ids if re.fullmatch(">>.+<<", p)])
+        backend = Tokenizer(models.WordLevel(ids, unk_token=spec.special["unk"]))
+        backend.decoder = segmenter.decoder
+        sides.append(ParsedTokenizer(backend, spec, {}, segmenter=segmenter))
+    return sides[0]._replace(files=_read_files(file, _MARIAN), config=_spec_config(spec), target=sides[1])
 
 
-def _arranged(proto: Any, kind: Kind, settings: Mapping[str, Any]) -> list[Piece]:
-    """The pieces of a model by the ids that a class of transformers gives them."""
-    pieces = pieces_of(proto)
-    if kind.head:
-        replaced = pieces[: kind.skip]
-        if [piece.type for piece in replaced] != [UNKNOWN, CONTROL, CONTROL][: kind.skip]:
+def _arrange_pieces(proto: Any, spec: TokenizerSpec, settings: Mapping[str, Any]) -> list[Piece]:
+    """Returns the pieces of a model in the order of their ids in a class of transformers."""
+    pieces = list_pieces(proto)
+    if spec.head:
+        replaced = pieces[: spec.skip]
+        if [piece.type for piece in replaced] != [UNKNOWN, CONTROL, CONTROL][: spec.skip]:
             raise UserError(
-                f"this sentencepiece model begins with {[piece.text for piece in replaced]}, that of a {kind.name} "
-                f"with {['<unk>', '<s>', '</s>'][: kind.skip]}; correct tokenizer_class or model_type"
+                f"this sentencepiece model begins with {[piece.text for piece in replaced]}, but that of a {spec.name} "
+                f"begins with {['<unk>', '<s>', '</s>'][: spec.skip]}; correct tokenizer_class or model_type"
             )
-        first = [Piece(token, 0.0, UNKNOWN if token == kind.special["unk"] else CONTROL) for token in kind.head]
-        pieces = first + pieces[kind.skip :]
+        first = [Piece(token, 0.0, UNKNOWN if token == spec.special["unk"] else CONTROL) for token in spec.head]
+        pieces = first + pieces[spec.skip :]
     extra = settings.get("extra_ids", 0)
     if type(extra) is not int or not 0 <= extra <= 10_000:
-        raise UserError(f"extra_ids is {extra!r}; it must be a number from 0 to 10000: correct tokenizer_config.json")
-    last = [*kind.tail, *(f"<extra_id_{i}>" for i in reversed(range(extra)))]
-    there = {piece.text for piece in pieces}
-    return pieces + [Piece(token, 0.0, CONTROL) for token in last if token not in there]
+        raise UserError(f"extra_ids is {extra!r}; it must be an integer from 0 to 10000: correct tokenizer_config.json")
+    last = [*spec.tail, *(f"<extra_id_{i}>" for i in reversed(range(extra)))]
+    existing = {piece.text for piece in pieces}
+    return pieces + [Piece(token, 0.0, CONTROL) for token in last if token not in existing]
 
 
 _READERS = {".txt": _read_wordpiece, ".model": _read_sentencepiece, ".spm": _read_marian}
