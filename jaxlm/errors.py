@@ -73,8 +73,8 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     """Returns a suggestion to append to a message about an unknown name.
 
     Returns:
-        `"; perhaps you meant 'x'"` for the known name most similar to `name`, or the sorted list of known names if
-        none is similar.
+      `"; perhaps you meant 'x'"` for the known name most similar to `name`, or the sorted list of known names if
+      none is similar.
     """
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1)

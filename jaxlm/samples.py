@@ -157,7 +157,7 @@ def captions(folder: StrPath, train: int = 1500, held_out: int = 100, seed: int 
     translation has to reorder words. No caption is in more than one file.
 
     Raises:
-        UserError: there are not enough different captions.
+      UserError: there are not enough different captions.
     """
     draw, seen = random.Random(seed), set()
     folder = Path(folder)
@@ -334,12 +334,12 @@ def split(path: StrPath, share: float = 0.1, seed: int = 0) -> tuple[Path, Path]
     """Splits the shuffled rows of a csv file into NAME.train.csv and NAME.test.csv, stratified by the last column.
 
     Args:
-        path: the csv file.
-        share: fraction of the rows in the test data.
-        seed: seed of the order.
+      path: the csv file.
+      share: fraction of the rows in the test data.
+      seed: seed of the order.
 
     Returns:
-        The paths of the training and test data.
+      The paths of the training and test data.
     """
     path = Path(path)
     with open(path, newline="", encoding="utf-8") as file:
@@ -367,14 +367,14 @@ def bert(folder: StrPath, texts: Iterable[str], vocabulary: int = 300, seed: int
     """Writes a small BERT with random weights and a WordPiece tokenizer trained on the texts, unless it exists.
 
     Args:
-        folder: the folder of the model; unchanged if it already contains a model.
-        texts: training data of the tokenizer.
-        vocabulary: number of tokens.
-        seed: seed of the weights.
-        sizes: fields of `ModelConfig` that replace the defaults of 2 layers with width 128.
+      folder: the folder of the model; unchanged if it already contains a model.
+      texts: training data of the tokenizer.
+      vocabulary: number of tokens.
+      seed: seed of the weights.
+      sizes: fields of `ModelConfig` that replace the defaults of 2 layers with width 128.
 
     Raises:
-        UserError: the vocabulary is larger than the number of pieces in the texts.
+      UserError: the vocabulary is larger than the number of pieces in the texts.
     """
     import jax
 
@@ -401,7 +401,7 @@ def download(repository: str, name: str) -> Path:
     """Returns the path of a file of a data set on the Hugging Face hub, which is cached.
 
     Raises:
-        UserError: the file is not in the cache and cannot be downloaded.
+      UserError: the file is not in the cache and cannot be downloaded.
     """
     from huggingface_hub import hf_hub_download
 

@@ -29,20 +29,20 @@ def pack(
     far apart in a shuffled order do not share a row. Each unit is in exactly one row.
 
     Args:
-        lengths: tokens of each unit, [N].
-        length: tokens in a row.
-        max_examples: maximum number of examples in a row.
-        window: number of units that are packed together.
-        counts: number of examples in each unit, [N]; None: one.
-        sources: lengths on a second side, such as the sources of an encoder-decoder, [N], and the tokens that a row has
-            there.
+      lengths: tokens of each unit, [N].
+      length: tokens in a row.
+      max_examples: maximum number of examples in a row.
+      window: number of units that are packed together.
+      counts: number of examples in each unit, [N]; None: one.
+      sources: lengths on a second side, such as the sources of an encoder-decoder, [N], and the tokens that a row has
+        there.
 
     >>> rows = pack(np.array([5, 3, 4, 2]), length=8, max_examples=3)
     >>> [rows.examples[a:b].tolist() for a, b in zip(rows.starts, rows.starts[1:])]
     [[0, 1], [2, 3]]
 
     Raises:
-        ValueError: a unit is empty, is longer than a row, or has too many examples.
+      ValueError: a unit is empty, is longer than a row, or has too many examples.
     """
     counts = np.ones(len(lengths), np.int64) if counts is None else counts
     for sizes, row_length in ((lengths, length), sources or (lengths, length)):

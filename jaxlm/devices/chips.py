@@ -215,13 +215,13 @@ def parse_topology(name: str) -> tuple[Chip, tuple[int, ...]]:
     """Parses a topology such as `v5e:4x4`.
 
     Args:
-        name: CHIP:SHAPE.
+      name: CHIP:SHAPE.
 
     Returns:
-        The chip, and the shape in chips.
+      The chip, and the shape in chips.
 
     Raises:
-        UserError: if the topology does not exist.
+      UserError: if the topology does not exist.
     """
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name.strip().lower())
     topologies = "\n  ".join(supported_topologies())
@@ -285,15 +285,15 @@ def topology_devices(name: str) -> list[Any]:
     """Returns the devices of a TPU topology for the TPU compiler. No TPU is required.
 
     Args:
-        name: a topology such as `v5e:4x4`.
+      name: a topology such as `v5e:4x4`.
 
     Returns:
-        The devices in libtpu's order: host by host, each with a square of 2 x 2 chips. On TPU7x the two devices of a
-        chip are neighbours.
+      The devices in libtpu's order: host by host, each with a square of 2 x 2 chips. On TPU7x the two devices of a
+      chip are neighbours.
 
     Raises:
-        UserError: for an unknown topology, and if libtpu is not installed.
-        RunError: if libtpu does not return the topology.
+      UserError: for an unknown topology, and if libtpu is not installed.
+      RunError: if libtpu does not return the topology.
     """
     chip, shape = parse_topology(name)
     if not os.environ.get("TPU_LIBRARY_PATH") and find_spec("libtpu") is None:

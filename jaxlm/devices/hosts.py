@@ -82,10 +82,10 @@ def find_rendezvous(environment: Mapping[str, str]) -> Rendezvous | None:
     process is always the only one.
 
     Args:
-        environment: the environment variables.
+      environment: the environment variables.
 
     Raises:
-        UserError: if the variables are incomplete or invalid.
+      UserError: if the variables are incomplete or invalid.
     """
     names = ("JAXLM_COORDINATOR", "JAXLM_PROCESSES", "JAXLM_PROCESS")
     variables = {name: environment[name] for name in names if environment.get(name)}
@@ -128,10 +128,10 @@ def join(where: Rendezvous | None) -> None:
     """Connects this process to the other hosts of its run. Call it before JAX looks for devices.
 
     Args:
-        where: the place of this process, as `find_rendezvous` returns it. None: do nothing.
+      where: the place of this process, as `find_rendezvous` returns it. None: do nothing.
 
     Raises:
-        UserError: if not all hosts join within JAXLM_TIMEOUT seconds (default: 60).
+      UserError: if not all hosts join within JAXLM_TIMEOUT seconds (default: 60).
     """
     if where is None:
         return
@@ -250,10 +250,10 @@ def run_on_first(make: Callable[[], Value]) -> Value:
     """Calls `make` on host 0 and returns its result on all hosts, which wait for it.
 
     Args:
-        make: a function that returns a JSON value.
+      make: a function that returns a JSON value.
 
     Raises:
-        UserError, RunError: those of host 0, on all hosts.
+      UserError, RunError: those of host 0, on all hosts.
     """
     if jax.process_count() == 1:
         return make()
@@ -296,7 +296,7 @@ def check_same_run(run: RunConfig) -> None:
     """Checks that all hosts have the same config and versions.
 
     Raises:
-        UserError: with the differences, if a host differs from host 0.
+      UserError: with the differences, if a host differs from host 0.
     """
     if jax.process_count() == 1:
         return
@@ -324,12 +324,12 @@ def agree_on_stop(stop: Callable[[], bool]) -> Callable[[], bool]:
     """Returns a function that is called after each step, and returns True on all hosts after the same step.
 
     Args:
-        stop: returns whether this host has to stop.
+      stop: returns whether this host has to stop.
 
     Returns:
-        `stop` itself on a single host. On several hosts, a function that returns True one step after `stop` returned
-        True on any of them: the answers are reduced on the devices, after the step that is in progress, and are read
-        when the next step is in progress.
+      `stop` itself on a single host. On several hosts, a function that returns True one step after `stop` returned
+      True on any of them: the answers are reduced on the devices, after the step that is in progress, and are read
+      when the next step is in progress.
     """
     if jax.process_count() == 1:
         return stop
@@ -356,9 +356,9 @@ def shard(x: Any, layout: Sharding, *, may_alias: bool | None = None) -> jax.Arr
     """Shards an array that every host has over the devices of all hosts.
 
     Args:
-        x: the array, the same on all hosts.
-        layout: the sharding of the result.
-        may_alias: False for a copy, as for `jax.device_put`.
+      x: the array, the same on all hosts.
+      layout: the sharding of the result.
+      may_alias: False for a copy, as for `jax.device_put`.
     """
     if layout.is_fully_addressable:
         return jax.device_put(x, layout, may_alias=may_alias)
@@ -398,12 +398,12 @@ def read_on_first(tree: Any, make: Callable[[Any], Value]) -> Value:
     first axis. No host has more than that in its memory.
 
     Args:
-        tree: the arrays, the same on all hosts.
-        make: a function that returns a JSON value. Its argument is a tree of objects with the shape and dtype of the
-            arrays: `leaf[i]` reads an entry of the first axis, `np.asarray(leaf)` the whole array.
+      tree: the arrays, the same on all hosts.
+      make: a function that returns a JSON value. Its argument is a tree of objects with the shape and dtype of the
+        arrays: `leaf[i]` reads an entry of the first axis, `np.asarray(leaf)` the whole array.
 
     Raises:
-        UserError, RunError: those of host 0, on all hosts.
+      UserError, RunError: those of host 0, on all hosts.
     """
     if jax.process_count() == 1:
         return make(tree)
@@ -447,8 +447,8 @@ def shard_from_first(tree: Any, like: Any) -> Any:
     """Shards arrays in the memory of host 0 over the devices of all hosts.
 
     Args:
-        tree: the arrays; None on the other hosts.
-        like: their shapes, dtypes and shardings, `jax.ShapeDtypeStruct`s.
+      tree: the arrays; None on the other hosts.
+      like: their shapes, dtypes and shardings, `jax.ShapeDtypeStruct`s.
     """
     leaves, structure = jax.tree.flatten(like)
     arrays = jax.tree.leaves(tree) if is_first() else [np.zeros(leaf.shape, leaf.dtype) for leaf in leaves]
@@ -567,8 +567,8 @@ def exit_process(code: int, error: BaseException | None = None) -> int:
     if one of them is lost.
 
     Args:
-        code: the exit code.
-        error: the error that ends the command, if any.
+      code: the exit code.
+      error: the error that ends the command, if any.
     """
     if _State.joined is None:
         return code

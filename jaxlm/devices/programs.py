@@ -22,7 +22,7 @@ class Programs:
     the garbage collector could free both.
 
     Args:
-        max_programs: number of functions that are kept.
+      max_programs: number of functions that are kept.
     """
 
     def __init__(self, max_programs: int = MAX_PROGRAMS):

@@ -46,11 +46,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     goes across the slices.
 
     Args:
-        config: sizes of the axes. At most one is -1, which is inferred from the number of devices.
-        devices: the devices, or None for all devices of JAX.
+      config: sizes of the axes. At most one is -1, which is inferred from the number of devices.
+      devices: the devices, or None for all devices of JAX.
 
     Raises:
-        UserError: if the product of the sizes is not the number of devices, or if the slices do not divide the axis.
+      UserError: if the product of the sizes is not the number of devices, or if the slices do not divide the axis.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = axis_sizes(config, len(devices))
@@ -80,7 +80,7 @@ def axis_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
     """Returns the size of each mesh axis for a number of devices.
 
     Raises:
-        UserError: if the product of the sizes is not the number of devices.
+      UserError: if the product of the sizes is not the number of devices.
     """
     configured = dataclasses.asdict(config)
     sizes = {name: configured[name] for name in AXES}
@@ -101,8 +101,8 @@ def spec(axes: tuple[str | None, ...], names: Sequence[str] = AXES) -> Partition
     """Returns the partition of an array.
 
     Args:
-        axes: the logical axis of each dimension, or None for a dimension that is not split.
-        names: the axes of the mesh; other axes in the rules are ignored.
+      axes: the logical axis of each dimension, or None for a dimension that is not split.
+      names: the axes of the mesh; other axes in the rules are ignored.
     """
     mesh_axes = lambda axis: tuple(name for name in RULES[axis] if name in names)
     return PartitionSpec(*[(mesh_axes(axis) or None) if axis else None for axis in axes])
@@ -112,13 +112,13 @@ def check(sizes: Mapping[str, int], axes: tuple[str | None, ...], shape: tuple[i
     """Checks that a mesh divides a parameter.
 
     Args:
-        sizes: sizes of the axes of the mesh, by name.
-        axes: the logical axis of each dimension of the parameter.
-        shape: the shape of the parameter.
-        name: its name in error messages.
+      sizes: sizes of the axes of the mesh, by name.
+      axes: the logical axis of each dimension of the parameter.
+      shape: the shape of the parameter.
+      name: its name in error messages.
 
     Raises:
-        UserError: if the mesh does not divide a dimension, or if a large parameter would be replicated.
+      UserError: if the mesh does not divide a dimension, or if a large parameter would be replicated.
     """
     parts = 1
     for axis, size in zip(axes, shape, strict=True):
@@ -153,9 +153,9 @@ def batch_sharding(mesh: Mesh, field: str, shape: tuple[int, ...] | None = None)
     """Returns the sharding of a field of a batch: rows and length are split, micro-batches are not.
 
     Args:
-        mesh: the mesh.
-        field: the name of the field, which ends in the letters of its axes, such as `tokens_BT`.
-        shape: [k, B / k, ...] with k micro-batches. If set, a length that the mesh does not divide is not split.
+      mesh: the mesh.
+      field: the name of the field, which ends in the letters of its axes, such as `tokens_BT`.
+      shape: [k, B / k, ...] with k micro-batches. If set, a length that the mesh does not divide is not split.
     """
     letters = field.rpartition("_")[2]
     axes = [LETTERS.get(letter) for letter in letters]

@@ -74,11 +74,11 @@ class Origin(NamedTuple):
     """The files from which a model was loaded, so that saving the model writes the same files.
 
     Attributes:
-        config: the values of config.json.
-        heads: the heads in the folder; None: other heads than the requested ones.
-        names: name of each tensor in the file -> its name in the family's rules.
-        dtypes: dtype of each tensor in the file.
-        buffers: tensors that the model does not need.
+      config: the values of config.json.
+      heads: the heads in the folder; None: other heads than the requested ones.
+      names: name of each tensor in the file -> its name in the family's rules.
+      dtypes: dtype of each tensor in the file.
+      buffers: tensors that the model does not need.
     """
 
     config: dict[str, Any]
@@ -92,12 +92,12 @@ class Opened(NamedTuple):
     """A model's folder with a config.json that matches its tensors, which are not read yet.
 
     Attributes:
-        kind: the `model_type`.
-        family: the conversion table.
-        config: the model's config.
-        tensors: tensors by their names in the family's rules; they are read on access.
-        origin: the files of the folder.
-        fresh: paths of the leaves of a new head, which the folder does not contain.
+      kind: the `model_type`.
+      family: the conversion table.
+      config: the model's config.
+      tensors: tensors by their names in the family's rules; they are read on access.
+      origin: the files of the folder.
+      fresh: paths of the leaves of a new head, which the folder does not contain.
     """
 
     kind: str
@@ -121,13 +121,13 @@ def load(folder: Path, *, dtype: Any = None, mesh: Any = None, **how: Any) -> Lo
     """Loads the model in a folder, with its parameters as JAX arrays.
 
     Args:
-        folder: the folder.
-        dtype: dtype of the parameters; None: as stored.
-        mesh: the mesh over which the parameters are sharded; None: the first device.
-        **how: further arguments of `open_folder`.
+      folder: the folder.
+      dtype: dtype of the parameters; None: as stored.
+      mesh: the mesh over which the parameters are sharded; None: the first device.
+      **how: further arguments of `open_folder`.
 
     Raises:
-        UserError: as in `open_folder`.
+      UserError: as in `open_folder`.
     """
     opened = open_folder(folder, **how)
     params = place(opened.family, opened.config, opened.tensors, dtype, mesh, opened.fresh)
@@ -140,14 +140,14 @@ def open_folder(
     """Opens a folder with `config.json` and safetensors, and checks it, without reading its tensors.
 
     Args:
-        folder: the folder.
-        head: the head, a tuple of heads, "none", or "encoder" for the encoder of an encoder-decoder; None: as the
-            tensors and `architectures` determine. A head that the folder lacks will be randomly initialised.
-        labels: the names of the outputs of the head.
-        module: the user's class of module with which the model was saved.
+      folder: the folder.
+      head: the head, a tuple of heads, "none", or "encoder" for the encoder of an encoder-decoder; None: as the
+        tensors and `architectures` determine. A head that the folder lacks will be randomly initialised.
+      labels: the names of the outputs of the head.
+      module: the user's class of module with which the model was saved.
 
     Raises:
-        UserError: if the `model_type` is unknown, or if the tensors do not match the model.
+      UserError: if the `model_type` is unknown, or if the tensors do not match the model.
     """
     folder = Path(folder)
     hf = read_config(folder / "config.json")
@@ -200,14 +200,14 @@ def save(
     Fields that affect only training (dropout, initial weights) are written if the format supports them.
 
     Args:
-        config: the model's config.
-        params: the parameters.
-        folder: the folder.
-        origin: the files from which the model was loaded; their format, names, dtypes and other keys are kept.
-        dtype: dtype of all tensors; None: as in `origin`, else as in `params`.
-        extra: additional keys of config.json, such as bos_token_id.
-        max_shard_bytes: maximum size of a file.
-        module: the user's class of module, if the model has one.
+      config: the model's config.
+      params: the parameters.
+      folder: the folder.
+      origin: the files from which the model was loaded; their format, names, dtypes and other keys are kept.
+      dtype: dtype of all tensors; None: as in `origin`, else as in `params`.
+      extra: additional keys of config.json, such as bos_token_id.
+      max_shard_bytes: maximum size of a file.
+      module: the user's class of module, if the model has one.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -86,14 +86,14 @@ class Rule(NamedTuple):
     `unless` is not, so that one table covers all variants of a model.
 
     Attributes:
-        hf: the name of the tensor; `{i}` is the index along the stacked layer axis of the leaves.
-        ours: the path of the leaf, or of several leaves.
-        layout: the conversion.
-        where: a leaf that must exist.
-        unless: a leaf that must not exist.
-        first: the first layer with this tensor; the leaf is 1, without effect, in earlier layers.
-        idle: whether transformers stores this tensor but computes with another one for the same leaf. Idle tensors are
-            written, but not read.
+      hf: the name of the tensor; `{i}` is the index along the stacked layer axis of the leaves.
+      ours: the path of the leaf, or of several leaves.
+      layout: the conversion.
+      where: a leaf that must exist.
+      unless: a leaf that must not exist.
+      first: the first layer with this tensor; the leaf is 1, without effect, in earlier layers.
+      idle: whether transformers stores this tensor but computes with another one for the same leaf. Idle tensors are
+        written, but not read.
     """
 
     hf: str
@@ -147,19 +147,19 @@ class Family(NamedTuple):
     """A file format: the conversion of configs and tensors.
 
     Attributes:
-        presets: configs of published models by name.
-        rules: the conversion of tensors, with the names in a model with a head.
-        heads: supported sets of heads -> the class of transformers; the empty tuple is the model without a head.
-        prefix: prefix of the names of all tensors below the head; files of a model without a head omit it.
-        config_from_hf: converts the values of config.json, except heads and labels, which are common to all families.
-        config_to_hf: the inverse of `config_from_hf`.
-        buffers: names of tensors that a file may contain but a model does not need; * matches anything.
-        copies: tensors that repeat another tensor if the model ties them -> that other tensor.
-        renames: suffixes of names in old files -> current suffixes.
-        encoder: the class of transformers for the encoder of an encoder-decoder without its decoder.
-        ties: whether config.json defines if embeddings are tied; otherwise the tensors do.
-        naming: keys of config.json with which transformers names tensors as in the rules.
-        module: the class of the Linen module; None: Transformer.
+      presets: configs of published models by name.
+      rules: the conversion of tensors, with the names in a model with a head.
+      heads: supported sets of heads -> the class of transformers; the empty tuple is the model without a head.
+      prefix: prefix of the names of all tensors below the head; files of a model without a head omit it.
+      config_from_hf: converts the values of config.json, except heads and labels, which are common to all families.
+      config_to_hf: the inverse of `config_from_hf`.
+      buffers: names of tensors that a file may contain but a model does not need; * matches anything.
+      copies: tensors that repeat another tensor if the model ties them -> that other tensor.
+      renames: suffixes of names in old files -> current suffixes.
+      encoder: the class of transformers for the encoder of an encoder-decoder without its decoder.
+      ties: whether config.json defines if embeddings are tied; otherwise the tensors do.
+      naming: keys of config.json with which transformers names tensors as in the rules.
+      module: the class of the Linen module; None: Transformer.
     """
 
     presets: dict[str, ModelConfig]
@@ -181,7 +181,7 @@ def to_ours(family: Family, config: ModelConfig, tensors: Mapping[str, Any]) -> 
     """Returns the parameter tree as NumPy arrays in the dtypes of the file.
 
     Raises:
-        UserError: if tensors are missing, are unexpected, or have another shape than `config` requires.
+      UserError: if tensors are missing, are unexpected, or have another shape than `config` requires.
     """
     check_shapes(
         hf_shapes(family, config), {name: tuple(x.shape) for name, x in tensors.items()}, "tensors of the file"
@@ -193,10 +193,10 @@ class Reader(NamedTuple):
     """Reads one leaf, or a part of it, from the tensors of a file.
 
     Attributes:
-        rule: the rule for the leaf.
-        which: index of the leaf in `rule.leaves`.
-        names: names of the tensors, by layer.
-        shape: shape of the leaf.
+      rule: the rule for the leaf.
+      which: index of the leaf in `rule.leaves`.
+      names: names of the tensors, by layer.
+      shape: shape of the leaf.
     """
 
     rule: Rule
@@ -253,7 +253,7 @@ def to_hf(family: Family, config: ModelConfig, params: Mapping[str, Any]) -> dic
     """Returns the tensors of the file, which are computed when they are written.
 
     Raises:
-        UserError: if `params` do not have the shapes that `config` requires.
+      UserError: if `params` do not have the shapes that `config` requires.
     """
     shapes, leaves = tree_shapes(config, family.module), flat(params)
     check_shapes(shapes, {path: tuple(leaf.shape) for path, leaf in leaves.items()}, "parameters")
@@ -276,9 +276,9 @@ class Canonical(NamedTuple):
     """The tensors of a file by their names in the family's rules.
 
     Attributes:
-        tensors: tensors by their names in the rules.
-        names: name in the file -> name in the rules; for a copy, the name of its original.
-        buffers: tensors that the family declares as buffers, by their names in the file.
+      tensors: tensors by their names in the rules.
+      names: name in the file -> name in the rules; for a copy, the name of its original.
+      buffers: tensors that the family declares as buffers, by their names in the file.
     """
 
     tensors: dict[str, Any]
@@ -290,7 +290,7 @@ def canonical(family: Family, config: ModelConfig, tensors: Mapping[str, Any]) -
     """Renames the tensors of a file, and separates buffers and copies.
 
     Raises:
-        UserError: if two tensors have the same name, or if a copy differs from its original.
+      UserError: if two tensors have the same name, or if a copy differs from its original.
     """
     shapes = tree_shapes(config, family.module)
     rules = _applying(family.rules, shapes)
@@ -345,9 +345,9 @@ def check_shapes(expected: Mapping[str, tuple], found: Mapping[str, tuple], what
     """Raises UserError with the differences of two dicts from names to shapes, unless they are equal.
 
     Args:
-        expected: the shapes that the config requires.
-        found: the actual shapes.
-        what: the kind of arrays, for the message.
+      expected: the shapes that the config requires.
+      found: the actual shapes.
+      what: the kind of arrays, for the message.
     """
     if lines := difference(expected, found):
         more = [f"... and {len(lines) - MAX_LINES:,} more"] if len(lines) > MAX_LINES else []
@@ -443,10 +443,10 @@ class Key(NamedTuple):
     """A key of `config.json`.
 
     Attributes:
-        hf: the key.
-        ours: the field of ModelConfig.
-        default: the default of transformers if the key is missing.
-        values: for a closed choice, the format's values -> ours.
+      hf: the key.
+      ours: the field of ModelConfig.
+      default: the default of transformers if the key is missing.
+      values: for a closed choice, the format's values -> ours.
     """
 
     hf: str
@@ -463,9 +463,9 @@ def key_conversion(
     If two keys correspond to one field, they must agree.
 
     Args:
-        keys: the keys.
-        fixed: values of the fields of ModelConfig that the format does not contain.
-        only: keys for which only one value is supported.
+      keys: the keys.
+      fixed: values of the fields of ModelConfig that the format does not contain.
+      only: keys for which only one value is supported.
     """
 
     def from_hf(hf: dict[str, Any]) -> ModelConfig:

@@ -25,15 +25,15 @@ def fetch(
     HF_HUB_CACHE, HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN) apply. Without a network connection, the cache is used.
 
     Args:
-        name: a local folder, or the name of a model on the hub, such as `gpt2` or `google-t5/t5-small`.
-        revision: a branch, tag or commit.
-        cache_dir: overrides HF_HUB_CACHE.
-        offline: overrides HF_HUB_OFFLINE.
+      name: a local folder, or the name of a model on the hub, such as `gpt2` or `google-t5/t5-small`.
+      revision: a branch, tag or commit.
+      cache_dir: overrides HF_HUB_CACHE.
+      offline: overrides HF_HUB_OFFLINE.
 
     Raises:
-        UserError: if there is no such folder, model or revision, if the hub requires a login, if the model is neither
-            reachable nor in the cache, or if its weights are pickled.
-        OSError: if the disk is full.
+      UserError: if there is no such folder, model or revision, if the hub requires a login, if the model is neither
+        reachable nor in the cache, or if its weights are pickled.
+      OSError: if the disk is full.
     """
     if os.path.isdir(name):
         return Path(name)

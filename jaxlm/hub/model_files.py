@@ -35,12 +35,12 @@ def locate(folder: str | os.PathLike[str], name: str | os.PathLike[str]) -> Path
     """Returns the path of a regular file in a folder, or None if there is no file with this name.
 
     Args:
-        folder: the folder, which may be a link.
-        name: the name of the file, or its path below the folder.
+      folder: the folder, which may be a link.
+      name: the name of the file, or its path below the folder.
 
     Raises:
-        UserError: if the name or a link points outside the folder, or if it is not a regular file. Links from a
-            snapshot in the hub's cache to the blobs of the same repository are allowed.
+      UserError: if the name or a link points outside the folder, or if it is not a regular file. Links from a
+        snapshot in the hub's cache to the blobs of the same repository are allowed.
     """
     path = Path(folder) / name
     try:
@@ -60,7 +60,7 @@ def fingerprint(folder: Path) -> str:
     """Returns a hash of the files of a model's folder, except hidden files and documentation, as 16 hexadecimal digits.
 
     Raises:
-        UserError: if a file cannot be read.
+      UserError: if a file cannot be read.
     """
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*")):
@@ -78,7 +78,7 @@ def locate_all(folder: str | os.PathLike[str], *patterns: str) -> list[Path]:
     """Returns the sorted regular files of a folder that match any of the glob patterns.
 
     Raises:
-        UserError: as in `locate`.
+      UserError: as in `locate`.
     """
     try:
         found = {path for pattern in patterns for path in Path(folder).glob(pattern)}
@@ -92,8 +92,8 @@ def check_inside(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -
     """Checks that a path, after following all links, is inside a folder.
 
     Raises:
-        UserError: if it is outside, except for links from a snapshot in the hub's cache to the blobs of the same
-            repository.
+      UserError: if it is outside, except for links from a snapshot in the hub's cache to the blobs of the same
+        repository.
     """
     try:
         root, real = (Path(os.path.realpath(given)) for given in (folder, path))
@@ -113,7 +113,7 @@ def open_file(path: Path) -> Iterator[BinaryIO]:
     """Opens a regular file for reading bytes.
 
     Raises:
-        UserError: if it is not a regular file, or if opening it, or reading it in the block, fails.
+      UserError: if it is not a regular file, or if opening it, or reading it in the block, fails.
     """
     try:
         # Without O_NONBLOCK, opening a named pipe would wait for a writer.
@@ -131,7 +131,7 @@ def read_bytes(path: Path, *, limit: int = MAX_BYTES) -> bytes:
     """Returns the content of a regular file of at most `limit` bytes.
 
     Raises:
-        UserError: if the file is larger, is not a regular file, or cannot be read.
+      UserError: if the file is larger, is not a regular file, or cannot be read.
     """
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -144,7 +144,7 @@ def read_text(path: Path, *, limit: int = MAX_BYTES) -> str:
     """Returns the text of a regular file in UTF-8, without a byte order mark.
 
     Raises:
-        UserError: as in `read_bytes`, or if the file is not UTF-8.
+      UserError: as in `read_bytes`, or if the file is not UTF-8.
     """
     return decode(read_bytes(path, limit=limit), path)
 
@@ -163,7 +163,7 @@ def decode(content: bytes, source: object) -> str:
     """Returns the text of a file's content in UTF-8, without a byte order mark; `source` is its name for errors.
 
     Raises:
-        UserError: if it is not UTF-8.
+      UserError: if it is not UTF-8.
     """
     try:
         return content.decode("utf-8-sig")
@@ -179,8 +179,8 @@ def parse_json(content: bytes, source: object) -> Any:
     NaN and infinities are accepted, since files of models have them in unused keys.
 
     Raises:
-        UserError: if it is not JSON in UTF-8, contains an integer with thousands of digits or an unpaired surrogate,
-            or is nested deeper than `MAX_DEPTH`.
+      UserError: if it is not JSON in UTF-8, contains an integer with thousands of digits or an unpaired surrogate,
+        or is nested deeper than `MAX_DEPTH`.
     """
     text = decode(content, source)
     try:
@@ -218,8 +218,8 @@ class JsonObject:
     `source`, the key, the value and the rule.
 
     Attributes:
-        values: the values.
-        source: the name of the file and the parent key, for error messages.
+      values: the values.
+      source: the name of the file and the parent key, for error messages.
     """
 
     values: dict[str, Any]

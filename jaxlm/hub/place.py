@@ -34,12 +34,12 @@ def place(
     In addition to the shards, the host memory holds at most one tensor, or `CHUNK` bytes.
 
     Args:
-        family: the conversion table.
-        config: the model's config.
-        tensors: the tensors of the file by the names in the table.
-        dtype: dtype of the parameters; None: as stored.
-        mesh: the mesh for the shardings of the table of parameters; None: the first device.
-        fresh: paths of leaves to initialise randomly.
+      family: the conversion table.
+      config: the model's config.
+      tensors: the tensors of the file by the names in the table.
+      dtype: dtype of the parameters; None: as stored.
+      mesh: the mesh for the shardings of the table of parameters; None: the first device.
+      fresh: paths of leaves to initialise randomly.
     """
     shardings = {path: _sharding(path, shape, mesh) for path, shape in tree_shapes(config, family.module).items()}
     stored = {path: target for path, target in shardings.items() if path not in fresh}

@@ -58,8 +58,8 @@ def read_pooling(folder: str | Path) -> Pooling | None:
     """Returns the embedding settings of a model's folder, or None if it has no `modules.json`.
 
     Raises:
-        UserError: if a file is invalid, or if the modules are not Transformer, Pooling, Dense and Normalize, in this
-            order.
+      UserError: if a file is invalid, or if the modules are not Transformer, Pooling, Dense and Normalize, in this
+        order.
     """
     folder = Path(folder)
     modules = _modules(folder)

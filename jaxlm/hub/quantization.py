@@ -37,12 +37,12 @@ def refuse_quantised(folder: object, hf: Mapping[str, Any], stored: Mapping[str,
     into dequantised weights.
 
     Args:
-        folder: the folder of the checkpoint, for the message.
-        hf: the values of its config.json.
-        stored: its tensors by name, with `dtype`.
+      folder: the folder of the checkpoint, for the message.
+      hf: the values of its config.json.
+      stored: its tensors by name, with `dtype`.
 
     Raises:
-        UserError: if weights are packed or in FP8; the message names the quantisation and a way to get other weights.
+      UserError: if weights are packed or in FP8; the message names the quantisation and a way to get other weights.
     """
     packed = [name for name, x in stored.items() if np.dtype(x.dtype).name not in FLOATS and _WEIGHT.fullmatch(name)]
     if not packed:

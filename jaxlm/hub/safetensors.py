@@ -114,8 +114,8 @@ def read(folder: Path) -> Mapping[str, Stored]:
     """Returns the tensors of `model.safetensors`, or of the shards in `model.safetensors.index.json`, by name.
 
     Raises:
-        UserError: if the folder has no safetensors files (pickled weights are refused), if a file cannot be read or
-            violates the format, or if the index does not match the shards.
+      UserError: if the folder has no safetensors files (pickled weights are refused), if a file cannot be read or
+        violates the format, or if the index does not match the shards.
     """
     folder = Path(folder)
     if os.path.lexists(folder / WEIGHTS):
@@ -162,8 +162,8 @@ def pickle_error(where: object, names: Iterable[str]) -> UserError | None:
     """Returns the error for a folder or repository that has only pickled weights, or None if it has none.
 
     Args:
-        where: the folder or repository, for the message.
-        names: the names of its files.
+      where: the folder or repository, for the message.
+      names: the names of its files.
     """
     names = list(names)
     matches = {name for pattern in _PICKLED for name in fnmatch.filter(names, pattern)}
@@ -180,13 +180,13 @@ def write(tensors: Mapping[str, np.ndarray | Pending], path: Path, metadata: Map
     """Writes one file atomically.
 
     Args:
-        tensors: tensors by name.
-        path: the file.
-        metadata: metadata of the header; None: `{"format": "pt"}`, which transformers requires.
+      tensors: tensors by name.
+      path: the file.
+      metadata: metadata of the header; None: `{"format": "pt"}`, which transformers requires.
 
     Raises:
-        UserError: if the format does not support the dtype of a tensor.
-        OSError: if the file system fails.
+      UserError: if the format does not support the dtype of a tensor.
+      OSError: if the file system fails.
     """
     with disk.atomic_file(path) as temporary:
         _save({name: _pending(name, tensor) for name, tensor in tensors.items()}, temporary, metadata)
@@ -200,13 +200,13 @@ def write_sharded(
     The folder changes only after all files are written.
 
     Args:
-        tensors: tensors by name.
-        folder: the folder, which must exist.
-        max_shard_bytes: maximum size of a file; a tensor that is larger gets its own shard.
+      tensors: tensors by name.
+      folder: the folder, which must exist.
+      max_shard_bytes: maximum size of a file; a tensor that is larger gets its own shard.
 
     Raises:
-        UserError: if the format does not support the dtype of a tensor.
-        OSError: if the file system fails.
+      UserError: if the format does not support the dtype of a tensor.
+      OSError: if the file system fails.
     """
     pending = {name: _pending(name, tensor) for name, tensor in sorted(tensors.items())}
     shards = _split(pending, max_shard_bytes)

@@ -125,12 +125,12 @@ def prefill(
     """Returns the state after reading the prompts.
 
     Args:
-        module: the model.
-        params: its parameters.
-        prompts: what to read.
-        length: number of tokens that the rows and caches have room for.
-        scored: whether log-probabilities are stored.
-        ahead: maximum number of tokens that a later call reads at once.
+      module: the model.
+      params: its parameters.
+      prompts: what to read.
+      length: number of tokens that the rows and caches have room for.
+      scored: whether log-probabilities are stored.
+      ahead: maximum number of tokens that a later call reads at once.
     """
     encoded: tuple[Any, ...] = ()
     if prompts.source_BS is not None:
@@ -215,11 +215,11 @@ def write(
     """Returns the state with one more token in each row that has not ended and, where it is given, is in `writable_B`.
 
     Args:
-        state: the state.
-        tokens_B: the new tokens.
-        logits_BV: logits that the log-probabilities are computed from.
-        rules: names the stop tokens.
-        writable_B: rows that may get a token; None: all.
+      state: the state.
+      tokens_B: the new tokens.
+      logits_BV: logits that the log-probabilities are computed from.
+      rules: names the stop tokens.
+      writable_B: rows that may get a token; None: all.
     """
     B, T = state.tokens_BT.shape
     grows_B = ~state.done_B if writable_B is None else ~state.done_B & writable_B
@@ -247,10 +247,10 @@ def restrict(logits_BV: jax.Array, tokens_BT: jax.Array, state: State, rules: Ru
     """Returns the logits [B, V] after the rules on single tokens, with -inf for tokens that must not come next.
 
     Args:
-        logits_BV: logits of the model.
-        tokens_BT: the rows so far; those of a beam or a draft may differ from the state's.
-        state: read for `prompt_lengths_B`, `lengths_B` and `limits_B`.
-        rules: the rules.
+      logits_BV: logits of the model.
+      tokens_BT: the rows so far; those of a beam or a draft may differ from the state's.
+      state: read for `prompt_lengths_B`, `lengths_B` and `limits_B`.
+      rules: the rules.
     """
     V = logits_BV.shape[-1]
     rows_B1, new_B = jnp.arange(len(logits_BV))[:, None], state.lengths_B - state.prompt_lengths_B

@@ -44,15 +44,15 @@ def encode(
     encoder-decoder, the encoder is used. Batch sizes and the other texts change an embedding by rounding only.
 
     Args:
-        lm: the model.
-        texts: any iterable of strings, read as a stream. A text longer than the declared limit, or the model's limit
-            where none is declared, is truncated at its end. A text without tokens has the embedding 0.
-        batch_tokens: tokens in a batch, padding included, at least one row; None: 512 for each core on CPU, 16,384 on
-            accelerators.
-        normalize: whether embeddings are divided by their Euclidean norm; None: as declared.
+      lm: the model.
+      texts: any iterable of strings, read as a stream. A text longer than the declared limit, or the model's limit
+        where none is declared, is truncated at its end. A text without tokens has the embedding 0.
+      batch_tokens: tokens in a batch, padding included, at least one row; None: 512 for each core on CPU, 16,384 on
+        accelerators.
+      normalize: whether embeddings are divided by their Euclidean norm; None: as declared.
 
     Raises:
-        UserError: for texts that are not strings, a model without a tokenizer, and a decoder without declared pooling.
+      UserError: for texts that are not strings, a model without a tokenizer, and a decoder without declared pooling.
     """
     check_model("lm", lm)
     texts = check_list("texts", texts, "strings")
@@ -167,11 +167,11 @@ def pool(mode: str, x_BTD: jax.Array, segments_BT: jax.Array, positions_BT: jax.
     """Returns one vector [B, E, D] for each text: the maximum, or a weighted sum, of the hidden states of its tokens.
 
     Args:
-        mode: a pooling mode of `jaxlm.hub.pooling`.
-        x_BTD: hidden states of packed rows.
-        segments_BT: which text of its row a token belongs to, from 1; 0 is padding.
-        positions_BT: the position of a token in its text.
-        E: maximum number of texts in a row.
+      mode: a pooling mode of `jaxlm.hub.pooling`.
+      x_BTD: hidden states of packed rows.
+      segments_BT: which text of its row a token belongs to, from 1; 0 is padding.
+      positions_BT: the position of a token in its text.
+      E: maximum number of texts in a row.
     """
     if mode == "max":
         B, _, D = x_BTD.shape

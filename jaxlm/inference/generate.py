@@ -87,24 +87,24 @@ def generate(
     """Returns the continuation of each prompt, or the output of an encoder-decoder for it.
 
     Args:
-        lm: the model.
-        prompts: strings, which get the special tokens that the model expects, or lists of token ids, which are used as
-            they are.
-        decoding: the settings of generation; None: those of the checkpoint's generation_config.json, which are printed
-            on stderr, and `Decoding()` where it has none.
-        stop_tokens: a text ends before the first of these tokens; None: those of the model; (): none.
-        return_tokens: whether to return lists of token ids instead of strings.
-        details: whether to return a `Generation` for each text.
-        draft: a smaller model with the same tokens, for speculative decoding: faster, with the same distribution of
-            texts. It cannot be combined with beams.
-        **choices: fields of `Decoding` by name, such as `temperature=0.7`; they override `decoding`.
+      lm: the model.
+      prompts: strings, which get the special tokens that the model expects, or lists of token ids, which are used as
+        they are.
+      decoding: the settings of generation; None: those of the checkpoint's generation_config.json, which are printed
+        on stderr, and `Decoding()` where it has none.
+      stop_tokens: a text ends before the first of these tokens; None: those of the model; (): none.
+      return_tokens: whether to return lists of token ids instead of strings.
+      details: whether to return a `Generation` for each text.
+      draft: a smaller model with the same tokens, for speculative decoding: faster, with the same distribution of
+        texts. It cannot be combined with beams.
+      **choices: fields of `Decoding` by name, such as `temperature=0.7`; they override `decoding`.
 
     Returns:
-        One text for each prompt, or a list of texts where n_best is above 1.
+      One text for each prompt, or a list of texts where n_best is above 1.
 
     Raises:
-        UserError: where a setting is out of its range, a prompt is empty, has ids outside the vocabulary or leaves too
-            few positions, or the model cannot generate.
+      UserError: where a setting is out of its range, a prompt is empty, has ids outside the vocabulary or leaves too
+        few positions, or the model cannot generate.
     """
     check_model("lm", lm)
     prompts = [*check_list("prompts", prompts, "prompts")]
@@ -131,13 +131,13 @@ def generate_in_order(
     """Yields the n_best texts of each prompt in the order of the prompts, each as soon as it is complete.
 
     Args:
-        lm: the model.
-        prompts: as for `generate`.
-        decoding: the settings of generation.
-        stop_tokens: as for `generate`.
-        scored: whether log-probabilities are computed.
-        draft: as for `generate`.
-        done: number of prompts to skip, from the first one on.
+      lm: the model.
+      prompts: as for `generate`.
+      decoding: the settings of generation.
+      stop_tokens: as for `generate`.
+      scored: whether log-probabilities are computed.
+      draft: as for `generate`.
+      done: number of prompts to skip, from the first one on.
     """
     stops = stops_of(lm) if stop_tokens is None else stop_ids(stop_tokens, lm.config.V)
     pending = [request for request in requests(lm, prompts, decoding) if request.number >= done]

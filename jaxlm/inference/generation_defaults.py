@@ -85,11 +85,11 @@ def read_defaults(own: bytes | None, config: Mapping[str, Any]) -> GenerationDef
     """Returns the defaults of a checkpoint.
 
     Args:
-        own: the content of its generation_config.json; None: it has none.
-        config: the values of its config.json, where older checkpoints have their settings.
+      own: the content of its generation_config.json; None: it has none.
+      config: the values of its config.json, where older checkpoints have their settings.
 
     Raises:
-        UserError: a value has a wrong type or is out of its range.
+      UserError: a value has a wrong type or is out of its range.
     """
     parsed: dict[str, Any] = {} if own is None else model_files.parse_object(own, FILE)
     # A config.json without model_type was written by jaxlm, and its max_length is the model's.
@@ -185,12 +185,12 @@ def merge_settings(decoding: Decoding | None, given: Mapping[str, Any], defaults
     """Returns the settings of generation.
 
     Args:
-        decoding: settings that only `given` overrides; None: the defaults of the checkpoint.
-        given: fields of `Decoding` by name.
-        defaults: the checkpoint's; those that contradict `given` are dropped.
+      decoding: settings that only `given` overrides; None: the defaults of the checkpoint.
+      given: fields of `Decoding` by name.
+      defaults: the checkpoint's; those that contradict `given` are dropped.
 
     Raises:
-        UserError: a name that `Decoding` does not have.
+      UserError: a name that `Decoding` does not have.
     """
     fields = [field.name for field in dataclasses.fields(Decoding)]
     for name in given:

@@ -74,17 +74,17 @@ def log_likelihoods(
     No end token is scored.
 
     Args:
-        lm: the model.
-        pairs: (context, continuation), each a string, or token ids that are used as they are.
-        length: tokens in a row; None: the model's positions.
-        too_long: for a pair that exceeds `length`, "refuse" raises an error and "truncate" removes the beginning of the
-            context.
-        batch_tokens: tokens in a batch, padding included, at least one row; None: 512 for each core on CPU, 16,384 on
-            accelerators. It changes results by rounding only.
+      lm: the model.
+      pairs: (context, continuation), each a string, or token ids that are used as they are.
+      length: tokens in a row; None: the model's positions.
+      too_long: for a pair that exceeds `length`, "refuse" raises an error and "truncate" removes the beginning of the
+        context.
+      batch_tokens: tokens in a batch, padding included, at least one row; None: 512 for each core on CPU, 16,384 on
+        accelerators. It changes results by rounding only.
 
     Raises:
-        UserError: for a model without an lm head, a continuation that is empty or exceeds a row, and an empty context
-            where the tokenizer has no BOS.
+      UserError: for a model without an lm head, a continuation that is empty or exceeds a row, and an empty context
+        where the tokenizer has no BOS.
     """
     check_model("lm", lm)
     check_argument("too_long", too_long, Literal["refuse", "truncate"])
@@ -100,14 +100,14 @@ def fill(lm: LM, text: str, *, blank: str = "[MASK]", most: int = 5) -> list[lis
     The model predicts each blank while the others stay masked.
 
     Args:
-        lm: a model with the head masked_lm as its first one.
-        text: a text with at least one blank.
-        blank: the string that marks a blank.
-        most: number of tokens for each blank.
+      lm: a model with the head masked_lm as its first one.
+      text: a text with at least one blank.
+      blank: the string that marks a blank.
+      most: number of tokens for each blank.
 
     Raises:
-        UserError: for a model without that head or without a mask token, and for a text that has no blank or exceeds
-            the model's positions.
+      UserError: for a model without that head or without a mask token, and for a text that has no blank or exceeds
+        the model's positions.
     """
     check_model("lm", lm)
     blank, most = check_argument("blank", blank, Name), check_argument("most", most, Positive)
@@ -147,20 +147,20 @@ def perplexity(
     read in windows of `length` tokens that move by `stride`. Each token is scored in the first window that has it.
 
     Args:
-        lm: a decoder with an lm head.
-        texts: one text, or any iterable of texts, read as a stream.
-        length: tokens in a row; None: the model's positions, 2048 at most.
-        stride: tokens between the starts of windows; None: `length`, without overlap. A smaller stride gives tokens
-            more context and takes longer.
-        batch_tokens: as for `log_likelihoods`.
+      lm: a decoder with an lm head.
+      texts: one text, or any iterable of texts, read as a stream.
+      length: tokens in a row; None: the model's positions, 2048 at most.
+      stride: tokens between the starts of windows; None: `length`, without overlap. A smaller stride gives tokens
+        more context and takes longer.
+      batch_tokens: as for `log_likelihoods`.
 
     Returns:
-        loss: nats per token. perplexity: exp(loss). bits_per_byte: the loss in bits per byte of UTF-8, which is
-        comparable between tokenizers. tokens, bytes: the number of predicted tokens and of their bytes.
+      loss: nats per token. perplexity: exp(loss). bits_per_byte: the loss in bits per byte of UTF-8, which is
+      comparable between tokenizers. tokens, bytes: the number of predicted tokens and of their bytes.
 
     Raises:
-        UserError: for a model that is not a decoder with an lm head, an empty text, and texts without any predicted
-            token.
+      UserError: for a model that is not a decoder with an lm head, an empty text, and texts without any predicted
+        token.
     """
     check_model("lm", lm)
     if not isinstance(texts, str):

@@ -42,16 +42,16 @@ class Harness(LM):
     Longer contexts are truncated at their beginning, as by the harness' own models.
 
     Args:
-        path: a run, a folder in Hugging Face's format, or a hub name.
-        dtype: dtype of the parameters.
-        add_bos_token: whether texts begin with the tokenizer's BOS; None: as the tokenizer adds special tokens, like
-            the harness' own models.
-        max_length: tokens in a row; None: the model's positions.
-        max_gen_toks: maximum number of new tokens where a task does not set it.
-        batch_tokens: tokens in a batch, padding included.
-        batch_size: ignored, like max_batch_size and device.
-        max_batch_size: ignored.
-        device: ignored.
+      path: a run, a folder in Hugging Face's format, or a hub name.
+      dtype: dtype of the parameters.
+      add_bos_token: whether texts begin with the tokenizer's BOS; None: as the tokenizer adds special tokens, like
+        the harness' own models.
+      max_length: tokens in a row; None: the model's positions.
+      max_gen_toks: maximum number of new tokens where a task does not set it.
+      batch_tokens: tokens in a batch, padding included.
+      batch_size: ignored, like max_batch_size and device.
+      max_batch_size: ignored.
+      device: ignored.
     """
 
     def __init__(

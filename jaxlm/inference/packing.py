@@ -46,7 +46,7 @@ class PackedBatch(NamedTuple):
         """Returns int32 arrays [2 + len(columns), B, T]: segments, positions and the columns; 0 is padding.
 
         Args:
-            columns: each has the values of the N examples' tokens, in the order of `examples`.
+          columns: each has the values of the N examples' tokens, in the order of `examples`.
         """
         n, position = _number(np.array([len(values) for values in columns[0]]))
         filled = np.zeros((2 + len(columns), *self.shape), np.int32)
@@ -90,11 +90,11 @@ def pack_batches(
     A row of T tokens has an example longer than T / 2, and shorter ones in the space left. Empty examples are skipped.
 
     Args:
-        lm: the model; its mesh divides the number of rows.
-        lengths: tokens of each example, [N].
-        batch_tokens: tokens in a batch, padding included; at least one row.
-        max_examples: the maximum number of examples in a row of T tokens, as a function of T.
-        source_length: tokens in a row of the encoder, if its rows are longer.
+      lm: the model; its mesh divides the number of rows.
+      lengths: tokens of each example, [N].
+      batch_tokens: tokens in a batch, padding included; at least one row.
+      max_examples: the maximum number of examples in a row of T tokens, as a function of T.
+      source_length: tokens in a row of the encoder, if its rows are longer.
     """
     left = np.flatnonzero(lengths)
     while len(left):
@@ -143,11 +143,11 @@ def run_ahead(program: Callable[[Any], Any], batches: Iterable[tuple[Item, Any]]
     can deadlock, each waiting for the threads of another.
 
     Args:
-        program: called with the inputs of a batch.
-        batches: (tag, inputs); the tag is returned with the results.
+      program: called with the inputs of a batch.
+      batches: (tag, inputs); the tag is returned with the results.
 
     Yields:
-        (tag, results), the results as NumPy arrays.
+      (tag, results), the results as NumPy arrays.
     """
     waiting: deque[tuple[Item, Callable[[], Any]]] = deque()
     fetch: Callable[[], Any]

@@ -36,16 +36,16 @@ class AttentionInputs(NamedTuple):
     """Masks and positions of attention, shared by all layers of a kind.
 
     Attributes:
-        mask_BTS: True where query t attends to key s.
-        causal: whether the mask hides later positions of the row.
-        segments: segments of queries and keys, if they, `causal` and `window` fully define the mask; else None.
-        window: the width of local attention; None for global attention.
-        rotary: rotary angles of the queries and keys; B may be 1.
-        bias_BHTS: T5's relative positions; B may be 1.
-        distances: DeBERTa's relative positions.
-        slot_positions_BS: the position to store in each slot of a new cache; B may be 1. None: no cache is created.
-        cache_rotary: rotary angles of the slots of the cache, if the angles depend on the length of the sequence. The
-            cache then stores keys before rotation, and they are rotated when they are read.
+      mask_BTS: True where query t attends to key s.
+      causal: whether the mask hides later positions of the row.
+      segments: segments of queries and keys, if they, `causal` and `window` fully define the mask; else None.
+      window: the width of local attention; None for global attention.
+      rotary: rotary angles of the queries and keys; B may be 1.
+      bias_BHTS: T5's relative positions; B may be 1.
+      distances: DeBERTa's relative positions.
+      slot_positions_BS: the position to store in each slot of a new cache; B may be 1. None: no cache is created.
+      cache_rotary: rotary angles of the slots of the cache, if the angles depend on the length of the sequence. The
+        cache then stores keys before rotation, and they are rotated when they are read.
     """
 
     mask_BTS: jax.Array
@@ -118,14 +118,14 @@ def dot_product_attention(
     Scores and softmax are float32 for every dtype of the products.
 
     Args:
-        q_BTHC: queries.
-        k_BSKC: keys.
-        v_BSKC: values.
-        mask_BTS: True where query t attends to key s.
-        scores: scale, cap and bias of the scores; None: the scale 1 / sqrt(C).
-        dropout: applied to the exponentials of the scores.
-        causal: whether the mask hides all keys s > t. Blocks of queries then read only the keys up to their end, which
-            saves up to half of the work.
+      q_BTHC: queries.
+      k_BSKC: keys.
+      v_BSKC: values.
+      mask_BTS: True where query t attends to key s.
+      scores: scale, cap and bias of the scores; None: the scale 1 / sqrt(C).
+      dropout: applied to the exponentials of the scores.
+      causal: whether the mask hides all keys s > t. Blocks of queries then read only the keys up to their end, which
+        saves up to half of the work.
     """
     scores = scores or Scores(1 / math.sqrt(q_BTHC.shape[-1]))
     T, block = q_BTHC.shape[1], max(BLOCK, -(-q_BTHC.shape[1] // 8))
@@ -206,16 +206,16 @@ class Attention(nn.Module):
         """Returns the output of attention, the cache, and the attention weights.
 
         Args:
-            x_BTD: hidden states.
-            layer: index of the layer, from 0.
-            inputs: masks and positions.
-            positions_BT: position of each token in its example.
-            context: for cross-attention, hidden states of the context [B, S, D], or their cached keys and values.
-            cache: keys and values of earlier tokens; those of this call are written before attention reads it.
-            weights: whether to return the attention weights.
+          x_BTD: hidden states.
+          layer: index of the layer, from 0.
+          inputs: masks and positions.
+          positions_BT: position of each token in its example.
+          context: for cross-attention, hidden states of the context [B, S, D], or their cached keys and values.
+          cache: keys and values of earlier tokens; those of this call are written before attention reads it.
+          weights: whether to return the attention weights.
 
         Returns:
-            The output [B, T, D]; the updated or new cache, or None; the weights [B, H, T, S], or None.
+          The output [B, T, D]; the updated or new cache, or None; the weights [B, H, T, S], or None.
         """
         config = self.config
         biased = "query_key_value" in config.biases

@@ -27,8 +27,8 @@ def count(jaxpr: core.ClosedJaxpr | core.Jaxpr) -> int:
     for each step of its grid, including skipped steps, so that the count of a kernel is an upper bound.
 
     Raises:
-        ValueError: if a while loop with products has an unknown number of iterations, or if a Pallas kernel with
-            products has a grid of unknown size.
+      ValueError: if a while loop with products has an unknown number of iterations, or if a Pallas kernel with
+        products has a grid of unknown size.
 
     >>> count(jax.make_jaxpr(jnp.matmul)(jnp.ones((2, 3)), jnp.ones((3, 5))))
     60
@@ -110,10 +110,10 @@ class Forward(NamedTuple):
     """FLOPs of one forward pass, by part.
 
     Attributes:
-        embeddings: projection of narrow embeddings (ALBERT) and convolution of the embeddings (DeBERTa v2).
-        projections: queries, keys, values, outputs and MLPs of the layers.
-        attention: scores and weighted values of the layers.
-        heads: heads.
+      embeddings: projection of narrow embeddings (ALBERT) and convolution of the embeddings (DeBERTa v2).
+      projections: queries, keys, values, outputs and MLPs of the layers.
+      attention: scores and weighted values of the layers.
+      heads: heads.
     """
 
     embeddings: int
@@ -154,13 +154,13 @@ def model_flops(
     counts, and embedding lookups and recomputation do not count.
 
     Args:
-        config: the model's config.
-        rows: number of rows.
-        length: number of tokens in a row; in an encoder-decoder, in a row of the decoder.
-        source_length: number of tokens in a row of the encoder of an encoder-decoder.
-        heads: number of positions in a row to which each head is applied; None: all positions for `lm`.
-        blocks: whether to count causal attention as `dot_product_attention` computes it, in blocks of queries that read
-            no keys after their end.
+      config: the model's config.
+      rows: number of rows.
+      length: number of tokens in a row; in an encoder-decoder, in a row of the decoder.
+      source_length: number of tokens in a row of the encoder of an encoder-decoder.
+      heads: number of positions in a row to which each head is applied; None: all positions for `lm`.
+      blocks: whether to count causal attention as `dot_product_attention` computes it, in blocks of queries that read
+        no keys after their end.
     """
     D, T, S, whole = config.width, length, source_length, config
     if heads is None:

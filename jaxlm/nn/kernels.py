@@ -33,9 +33,9 @@ class Backend(NamedTuple):
     """The hardware that a program runs on. For example, a TPU v5e is ("tpu", 5.0), an H100 is ("cuda", 9.0).
 
     Attributes:
-        platform: cpu, tpu, cuda or rocm.
-        generation: the version of a TPU, or the compute capability of an NVIDIA GPU.
-        devices: number of devices over which a program without a mesh may be sharded.
+      platform: cpu, tpu, cuda or rocm.
+      generation: the version of a TPU, or the compute capability of an NVIDIA GPU.
+      devices: number of devices over which a program without a mesh may be sharded.
     """
 
     platform: str
@@ -68,12 +68,12 @@ def choose(
     without a message.
 
     Args:
-        backend: the hardware.
-        mesh: the mesh, if there is one.
-        q_BTHC: queries, or their shape and dtype.
-        k_BSKC: keys, or their shape and dtype.
-        wanted: "auto" (the kernel of the backend) or the name of a kernel.
-        **features: the other keyword arguments of `why_not`.
+      backend: the hardware.
+      mesh: the mesh, if there is one.
+      q_BTHC: queries, or their shape and dtype.
+      k_BSKC: keys, or their shape and dtype.
+      wanted: "auto" (the kernel of the backend) or the name of a kernel.
+      **features: the other keyword arguments of `why_not`.
     """
     kernel = KERNELS.get(backend.platform, "xla") if wanted == "auto" else wanted
     if kernel == "xla" or (wanted == "auto" and min(q_BTHC.shape[1], k_BSKC.shape[1]) < MULTIPLE[kernel]):
@@ -101,16 +101,16 @@ def why_not(
     """Returns the reason why a kernel cannot compute an attention, or None if it can.
 
     Args:
-        kernel: splash or cudnn.
-        backend: the hardware.
-        mesh: the mesh, if there is one.
-        q_BTHC: queries, or their shape and dtype.
-        k_BSKC: keys, or their shape and dtype.
-        cap: soft cap of the scores; 0: none.
-        bias: whether there is a bias of the scores.
-        dropout: whether there is dropout of the weights.
-        prefix: whether the mask is not defined by segments, causality and window, as with a prefix.
-        weights: whether the attention weights are requested.
+      kernel: splash or cudnn.
+      backend: the hardware.
+      mesh: the mesh, if there is one.
+      q_BTHC: queries, or their shape and dtype.
+      k_BSKC: keys, or their shape and dtype.
+      cap: soft cap of the scores; 0: none.
+      bias: whether there is a bias of the scores.
+      dropout: whether there is dropout of the weights.
+      prefix: whether the mask is not defined by segments, causality and window, as with a prefix.
+      weights: whether the attention weights are requested.
     """
     B, T, H, C = q_BTHC.shape
     _, S, K, _ = k_BSKC.shape
@@ -188,19 +188,19 @@ def fused(
     their segment, are finite but meaningless.
 
     Args:
-        kernel: splash or cudnn.
-        mesh: rows are sharded over its batch axes, heads over its head axes, and queries, but not keys, over the axis
-            `context`.
-        q_BTHC: queries.
-        k_BSKC: keys.
-        v_BSKC: values.
-        segments_BT: segments of the queries.
-        segments_BS: segments of the keys.
-        causal: whether queries attend to no later keys.
-        window: the width of local attention; None: global attention.
-        scale: factor of the scores.
-        cap: soft cap of the scores, for splash; 0: none.
-        interpret: whether to run splash on CPU, for tests.
+      kernel: splash or cudnn.
+      mesh: rows are sharded over its batch axes, heads over its head axes, and queries, but not keys, over the axis
+        `context`.
+      q_BTHC: queries.
+      k_BSKC: keys.
+      v_BSKC: values.
+      segments_BT: segments of the queries.
+      segments_BS: segments of the keys.
+      causal: whether queries attend to no later keys.
+      window: the width of local attention; None: global attention.
+      scale: factor of the scores.
+      cap: soft cap of the scores, for splash; 0: none.
+      interpret: whether to run splash on CPU, for tests.
     """
     T = q_BTHC.shape[1]
     rows, heads, length = _axes(mesh)

@@ -41,8 +41,8 @@ def bits_per_byte(nats: float, size: int) -> float:
     """Returns bits per byte of text, which is comparable across tokenizers.
 
     Args:
-        nats: negative log-likelihood of the tokens of the text, without BOS and EOS, which have no bytes.
-        size: number of bytes of the text in UTF-8.
+      nats: negative log-likelihood of the tokens of the text, without BOS and EOS, which have no bytes.
+      size: number of bytes of the text in UTF-8.
     """
     return nats / math.log(2) / size
 
@@ -62,13 +62,13 @@ def chunked_cross_entropy(
     the gradient of each chunk right after its loss, so that the backward pass recomputes no logits.
 
     Args:
-        logits_of: a function that closes over no arrays.
-        params: all parameters that `logits_of` reads.
-        x_BTD: hidden states.
-        labels_BT: labels.
-        weights_BT: weights of the labels.
-        label_smoothing: as in `cross_entropy`.
-        parts: number of chunks along T.
+      logits_of: a function that closes over no arrays.
+      params: all parameters that `logits_of` reads.
+      x_BTD: hidden states.
+      labels_BT: labels.
+      weights_BT: weights of the labels.
+      label_smoothing: as in `cross_entropy`.
+      parts: number of chunks along T.
     """
     split = partial(_split, parts)
     total, hits = _chunked_sums(logits_of, label_smoothing, params, *map(split, (x_BTD, labels_BT, weights_BT)))
@@ -89,11 +89,11 @@ def token_log_probs(
     recomputes them.
 
     Args:
-        logits_of: a function from parameters and hidden states to logits, which closes over no arrays.
-        params: all parameters that `logits_of` reads.
-        x_BTD: hidden states.
-        labels_BT: a token for each hidden state.
-        parts: number of chunks along T.
+      logits_of: a function from parameters and hidden states to logits, which closes over no arrays.
+      params: all parameters that `logits_of` reads.
+      x_BTD: hidden states.
+      labels_BT: a token for each hidden state.
+      parts: number of chunks along T.
     """
 
     def part(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -176,10 +176,10 @@ def binary_cross_entropy(
     """Returns the weighted sum over examples of the mean loss of N independent binary labels, and the weights' sum.
 
     Args:
-        logits_BEN: logits.
-        labels_BEN: 0 or 1.
-        weights_BE: weights of the examples.
-        positive_N: weight of each label if it is 1, like `pos_weight` of torch's BCEWithLogitsLoss; None: 1.
+      logits_BEN: logits.
+      labels_BEN: 0 or 1.
+      weights_BE: weights of the examples.
+      positive_N: weight of each label if it is 1, like `pos_weight` of torch's BCEWithLogitsLoss; None: 1.
     """
     logits_BEN = logits_BEN.astype(jnp.float32)
     loss_BEN = jax.nn.softplus(logits_BEN) - labels_BEN * logits_BEN

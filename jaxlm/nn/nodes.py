@@ -25,8 +25,8 @@ class Node(ABC):
     layer, without this axis.
 
     Attributes:
-        trained: names of the arrays that are trained.
-        arrays: names of all arrays, set by `@node`.
+      trained: names of the arrays that are trained.
+      arrays: names of all arrays, set by `@node`.
     """
 
     trained: ClassVar[tuple[str, ...]] = ()
@@ -45,8 +45,8 @@ class Node(ABC):
         """Returns for each array its logical axes, and the number of axes after "layers" that a projection contracts.
 
         Args:
-            axes: logical axes of the dense array.
-            inputs: number of contracted axes of the dense array; 0 if it is not a projection.
+          axes: logical axes of the dense array.
+          inputs: number of contracted axes of the dense array; 0 if it is not a projection.
         """
 
 

@@ -20,11 +20,11 @@ class Parameter(NamedTuple):
     """A row of the table.
 
     Attributes:
-        path: regular expression for the paths of the leaves.
-        axes: the logical axis of each dimension; None is never sharded.
-        decays: whether weight decay applies; it does not apply to biases and norms.
-        depth: "embeddings" are below the first layer, "layers" are stacked along the first axis, "head" is above them.
-        inputs: number of axes after "layers" that a projection contracts; 0 if the parameter is not a projection.
+      path: regular expression for the paths of the leaves.
+      axes: the logical axis of each dimension; None is never sharded.
+      decays: whether weight decay applies; it does not apply to biases and norms.
+      depth: "embeddings" are below the first layer, "layers" are stacked along the first axis, "head" is above them.
+      inputs: number of axes after "layers" that a projection contracts; 0 if the parameter is not a projection.
     """
 
     path: str

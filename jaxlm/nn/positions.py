@@ -54,10 +54,10 @@ def rotary_angles(
     """Returns the angles of rotary positions (Su et al. 2021).
 
     Args:
-        positions_BT: positions in the example.
-        config: the model's config.
-        kind: the kind of layer, "global" or "local".
-        lengths_BT: length of the sequence of each token, [B, T] or [B, 1]; required for the scalings in `BY_LENGTH`.
+      positions_BT: positions in the example.
+      config: the model's config.
+      kind: the kind of layer, "global" or "local".
+      lengths_BT: length of the sequence of each token, [B, T] or [B, 1]; required for the scalings in `BY_LENGTH`.
     """
     own = kind == "local" and config.local_rotary_base is not None
     frequencies: Any = _frequencies(config.C, config.local_rotary_base if own else config.rotary_base)  # type: ignore[arg-type]

@@ -68,10 +68,10 @@ class Embeddings(nn.Module):
     It is called with that input, positions and types.
 
     Attributes:
-        config: the model's config.
-        dtype: dtype of the output.
-        shared: whether the caller passes the token embeddings: the decoder of an encoder-decoder may use the encoder's.
-        rows: number of token embeddings; None: the size of the vocabulary.
+      config: the model's config.
+      dtype: dtype of the output.
+      shared: whether the caller passes the token embeddings: the decoder of an encoder-decoder may use the encoder's.
+      rows: number of token embeddings; None: the size of the vocabulary.
     """
 
     config: ModelConfig
@@ -131,10 +131,10 @@ class SequenceInputs(NamedTuple):
     """The inputs of a stack in addition to hidden states.
 
     Attributes:
-        segments_BT: number of each token's example in the row, from 1; 0 for padding.
-        positions_BT: position of each token in its example.
-        mask_BTS: an additional mask, False where query t must not attend to key s; None: no additional mask.
-        prefix_BT: 1 for tokens of the prefix, which the whole example attends to (`config.prefix_lm`).
+      segments_BT: number of each token's example in the row, from 1; 0 for padding.
+      positions_BT: position of each token in its example.
+      mask_BTS: an additional mask, False where query t must not attend to key s; None: no additional mask.
+      prefix_BT: 1 for tokens of the prefix, which the whole example attends to (`config.prefix_lm`).
     """
 
     segments_BT: jax.Array
@@ -147,9 +147,9 @@ class Caches(NamedTuple):
     """The caches of a decoder.
 
     Attributes:
-        own: the cache of self-attention for each layer.
-        cross: the cache of cross-attention for each layer.
-        context_segments_BS: segments of the context, 0 for padding.
+      own: the cache of self-attention for each layer.
+      cross: the cache of cross-attention for each layer.
+      context_segments_BS: segments of the context, 0 for padding.
     """
 
     own: tuple[Cache, ...]
@@ -161,10 +161,10 @@ class CacheSpec(NamedTuple):
     """The caches that `prefill` creates.
 
     Attributes:
-        lengths_B: number of tokens in each prompt; the rest of the row is padding.
-        length: number of slots.
-        ahead: maximum number of tokens in a later call of `decode_cached`. The cache of a local layer has slots for
-            its window plus these tokens.
+      lengths_B: number of tokens in each prompt; the rest of the row is padding.
+      length: number of slots.
+      ahead: maximum number of tokens in a later call of `decode_cached`. The cache of a local layer has slots for
+        its window plus these tokens.
     """
 
     lengths_B: jax.Array
@@ -176,9 +176,9 @@ class LayerOutputs(NamedTuple):
     """The outputs of a layer in addition to hidden states.
 
     Attributes:
-        attention_BHTS: weights of self-attention, if requested.
-        cross_attention_BHTS: weights of cross-attention, if requested.
-        losses: auxiliary losses by name, each summed over the tokens.
+      attention_BHTS: weights of self-attention, if requested.
+      cross_attention_BHTS: weights of cross-attention, if requested.
+      losses: auxiliary losses by name, each summed over the tokens.
     """
 
     attention_BHTS: jax.Array | None
@@ -190,7 +190,7 @@ def lookup(table: dict[str, Any], name: str, field: str) -> Any:
     """Returns the entry `name` of a table of modules.
 
     Raises:
-        UserError: if there is no such entry; the message contains the config's `field`.
+      UserError: if there is no such entry; the message contains the config's `field`.
     """
     if name not in table:
         raise UserError(f"model.{field} is {name!r}{suggestion(name, table)}")
@@ -221,14 +221,14 @@ class Block(nn.Module):
         """Returns the hidden states, the caches of self-attention and cross-attention, and the other outputs.
 
         Args:
-            x_BTD: hidden states.
-            layer: index of the layer, from 0.
-            inputs: masks and positions of self-attention.
-            positions_BT: position of each token in its example.
-            context: hidden states of the context [B, S, D], or their cached keys and values.
-            context_inputs: masks of cross-attention.
-            cache: the cache of self-attention.
-            tokens_BT: False for padding; None: unknown.
+          x_BTD: hidden states.
+          layer: index of the layer, from 0.
+          inputs: masks and positions of self-attention.
+          positions_BT: position of each token in its example.
+          context: hidden states of the context [B, S, D], or their cached keys and values.
+          context_inputs: masks of cross-attention.
+          cache: the cache of self-attention.
+          tokens_BT: False for padding; None: unknown.
         """
         config = self.config
         parts = {"config": config, "constrain": self.constrain, "dtype": self.dtype}

@@ -152,10 +152,10 @@ def parse(text: str) -> Program:
     """Parses the text of a compiled program.
 
     Args:
-        text: the text, `compiled.as_text()`.
+      text: the text, `compiled.as_text()`.
 
     Raises:
-        ValueError: if no computation is marked as the entry.
+      ValueError: if no computation is marked as the entry.
     """
     computations: dict[str, Computation] = {}
     entry, current = "", None

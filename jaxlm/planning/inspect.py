@@ -60,11 +60,11 @@ def describe_config(config: ModelConfig, mesh: Mapping[str, int] | None = None) 
     """Returns the output of `jaxlm inspect` for a config.
 
     Args:
-        config: the config of a model.
-        mesh: sizes of the axes of a mesh, by name. If set, the table has the sharding of each parameter.
+      config: the config of a model.
+      mesh: sizes of the axes of a mesh, by name. If set, the table has the sharding of each parameter.
 
     Raises:
-        UserError: if the config is invalid, or if the mesh does not divide a parameter or replicates a large one.
+      UserError: if the config is invalid, or if the mesh does not divide a parameter or replicates a large one.
     """
     config.check()
     kind, rows = of_config(config)
@@ -75,11 +75,11 @@ def sharding_table(config: ModelConfig, mesh: Mapping[str, int]) -> Table:
     """Returns how a mesh shards the parameters of a config, as a table for a report or a notebook.
 
     Args:
-        config: the config of a model.
-        mesh: sizes of the axes of the mesh, by name.
+      config: the config of a model.
+      mesh: sizes of the axes of the mesh, by name.
 
     Raises:
-        UserError: if the config is invalid, or if the mesh does not divide a parameter or replicates a large one.
+      UserError: if the config is invalid, or if the mesh does not divide a parameter or replicates a large one.
     """
     config.check()
     rows = of_config(config)[1]
@@ -107,12 +107,12 @@ def table(rows: Iterable[TensorRow], mesh: Mapping[str, int] | None = None) -> s
     """Returns a table as text: path, shape, dtype, logical axes, entries and tensor of each parameter, then totals.
 
     Args:
-        rows: the parameters.
-        mesh: sizes of the axes of a mesh, by name. If set, there are two more columns, with the axes of the mesh and
-            the bytes on each device.
+      rows: the parameters.
+      mesh: sizes of the axes of a mesh, by name. If set, there are two more columns, with the axes of the mesh and
+        the bytes on each device.
 
     Raises:
-        UserError: if the mesh does not divide a parameter, or replicates a large one.
+      UserError: if the mesh does not divide a parameter, or replicates a large one.
     """
     rows = list(rows)
     head = ["parameter", "shape", "dtype", "axes", "entries", "tensor of the file"]
@@ -186,13 +186,13 @@ def describe(
     """Returns the output of `jaxlm inspect` for a folder, a run or a hub name.
 
     Args:
-        name: a folder in Hugging Face format, the folder of a run, or a name on the Hugging Face Hub.
-        head: the head on top, as for `jaxlm.load`.
-        revision: the revision of a hub name.
-        mesh: sizes of the axes of a mesh, by name. If set, the table has the sharding of each parameter.
+      name: a folder in Hugging Face format, the folder of a run, or a name on the Hugging Face Hub.
+      head: the head on top, as for `jaxlm.load`.
+      revision: the revision of a hub name.
+      mesh: sizes of the axes of a mesh, by name. If set, the table has the sharding of each parameter.
 
     Raises:
-        UserError: as `jaxlm.load`, and if the mesh does not divide a parameter or replicates a large one.
+      UserError: as `jaxlm.load`, and if the mesh does not divide a parameter or replicates a large one.
     """
     from jaxlm.lm import find
 

@@ -17,11 +17,11 @@ def curves(rows: list[dict[str, Any]], folder: Path) -> list[Path]:
     """Draws one PNG into `folder` for each quantity that has finite values.
 
     Args:
-        rows: the rows of the log, as `read_metrics` returns them.
-        folder: where the PNGs are written.
+      rows: the rows of the log, as `read_metrics` returns them.
+      folder: where the PNGs are written.
 
     Returns:
-        The paths of the PNGs.
+      The paths of the PNGs.
     """
     charts = charts_of_rows(rows)
     paths = png_paths(charts, Path(folder))
@@ -43,8 +43,8 @@ def charts_of_rows(rows: list[dict[str, Any]], config: Mapping[str, Any] | None 
     """Returns the charts of the results (loss, then each family of held-out metrics), then those of the machine.
 
     Args:
-        rows: the rows of the log.
-        config: the config of the run as JSON values. Its learning rate is the peak in the caption.
+      rows: the rows of the log.
+      config: the config of the run as JSON values. Its learning rate is the peak in the caption.
     """
     families: dict[str, list[str]] = {"loss": ["loss"]}
     for key in held_out_keys(rows):

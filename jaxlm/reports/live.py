@@ -25,8 +25,8 @@ def live(folder: Path | str, name: str = "loss") -> Iterator[None]:
     also if the block raises an error. In a script this does nothing: a run prints its own progress.
 
     Args:
-        folder: the folder of the run, which need not exist yet.
-        name: name of the chart, as for `curve`.
+      folder: the folder of the run, which need not exist yet.
+      name: name of the chart, as for `curve`.
     """
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     if not hasattr(shell, "kernel"):

@@ -82,7 +82,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     An incomplete last line, which a killed process leaves behind, is ignored.
 
     Raises:
-        RunError: if any other line is not JSON.
+      RunError: if any other line is not JSON.
     """
     path = Path(folder) / "metrics.jsonl"
     lines = path.read_bytes().splitlines() if path.exists() else []

@@ -24,14 +24,14 @@ def save(picture: Picture | Table | MaskedText, path: Path | str) -> Path:
     """Writes a picture as a PNG, or a table or a masked text as an HTML page.
 
     Args:
-        picture: what is written.
-        path: the file, with the suffix .png or .html.
+      picture: what is written.
+      path: the file, with the suffix .png or .html.
 
     Returns:
-        The path.
+      The path.
 
     Raises:
-        UserError: if the path has another suffix, or if there is nothing to show.
+      UserError: if the path has another suffix, or if there is nothing to show.
     """
     path = disk.local(path, "path")
     suffix = ".html" if isinstance(picture, (Table, MaskedText)) else ".png"
@@ -57,11 +57,11 @@ def curve(folder: Path | str, name: str = "loss") -> Chart:
     """Returns a chart of the report of the run in `folder`.
 
     Args:
-        folder: the folder of the run.
-        name: name of the chart, such as `loss`, `accuracy` or `learning_rate`.
+      folder: the folder of the run.
+      name: name of the chart, such as `loss`, `accuracy` or `learning_rate`.
 
     Raises:
-        UserError: if the run has no such chart.
+      UserError: if the run has no such chart.
     """
     charts = {chart.name: chart for chart in charts_of_run(Path(folder))}
     if name not in charts:
@@ -74,11 +74,11 @@ def comparison(runs: Mapping[str, Path | str], name: str = "loss") -> Chart:
     """Returns one metric of several runs in one chart.
 
     Args:
-        runs: label -> folder of the run, at most 8.
-        name: the key in `metrics.jsonl`: `loss` is the training loss, `eval/loss` the held-out loss.
+      runs: label -> folder of the run, at most 8.
+      name: the key in `metrics.jsonl`: `loss` is the training loss, `eval/loss` the held-out loss.
 
     Raises:
-        UserError: if a run did not log the metric, or if there are too many runs.
+      UserError: if a run did not log the metric, or if there are too many runs.
     """
     colors = [color for pair in COLORS for color in pair]
     if not 0 < len(runs) <= len(colors):
@@ -125,11 +125,11 @@ def masked_text(
     """Returns a text before and after masking, in colour.
 
     Args:
-        tokenizer: the tokenizer of the ids.
-        before_T: token ids before masking.
-        after_T: token ids after masking.
-        predicted_T: which tokens are to be predicted.
-        title: the title above the text.
+      tokenizer: the tokenizer of the ids.
+      before_T: token ids before masking.
+      after_T: token ids after masking.
+      predicted_T: which tokens are to be predicted.
+      title: the title above the text.
     """
     before, after = (tuple(tokenizer.pieces(ids)) for ids in (before_T, after_T))
     return MaskedText(title, before, after, tuple(map(bool, predicted_T)), tokenizer.pieces([tokenizer.mask])[0])
@@ -139,14 +139,14 @@ def attention(lm: Any, source: str, target: str, layer: int = -1, head: int | No
     """Returns the cross-attention of an encoder-decoder from the tokens of `target` to the tokens of `source`.
 
     Args:
-        lm: an encoder-decoder with a tokenizer.
-        source: the text that the encoder reads.
-        target: the text that the decoder writes.
-        layer: a layer of the decoder, counted from 0, or from the end if negative.
-        head: one of its heads. None: the mean of all heads.
+      lm: an encoder-decoder with a tokenizer.
+      source: the text that the encoder reads.
+      target: the text that the decoder writes.
+      layer: a layer of the decoder, counted from 0, or from the end if negative.
+      head: one of its heads. None: the mean of all heads.
 
     Raises:
-        UserError: for another kind of model, and for a layer or a head that does not exist.
+      UserError: for another kind of model, and for a layer or a head that does not exist.
     """
     if lm.config.structure != "encoder_decoder" or lm.config.start_token is None or lm.tokenizer is None:
         raise UserError(
@@ -182,13 +182,13 @@ def mesh(
     """Returns the devices of a mesh, the part of a weight that each holds, and its rows of a batch.
 
     Args:
-        sizes: sizes of the axes of the mesh (`jaxlm.devices.sharding.AXES`), 1 for an axis that is not named.
-        axes: the logical axes of the weight, which `jaxlm.devices.sharding.RULES` maps to the mesh.
-        shape: the shape of the weight.
-        rows: number of rows of the batch.
+      sizes: sizes of the axes of the mesh (`jaxlm.devices.sharding.AXES`), 1 for an axis that is not named.
+      axes: the logical axes of the weight, which `jaxlm.devices.sharding.RULES` maps to the mesh.
+      shape: the shape of the weight.
+      rows: number of rows of the batch.
 
     Raises:
-        UserError: if the mesh does not divide the weight or the rows.
+      UserError: if the mesh does not divide the weight or the rows.
     """
     sizes = {name: sizes.get(name, 1) for name in sharding.AXES}
     sharding.check(sizes, axes, shape, "the weight")

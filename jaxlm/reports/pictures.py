@@ -130,14 +130,14 @@ def draw(picture: Picture, path: Path) -> str | None:
     """Draws a picture as a PNG.
 
     Args:
-        picture: what is drawn.
-        path: the file. Its folder is created.
+      picture: what is drawn.
+      path: the file. Its folder is created.
 
     Returns:
-        The caption, or None if there is nothing to draw; then no file is written.
+      The caption, or None if there is nothing to draw; then no file is written.
 
     Raises:
-        ValueError: if the names and the numbers of the picture do not have the same length.
+      ValueError: if the names and the numbers of the picture do not have the same length.
     """
     png, caption = _png(picture, captioned=False)
     if caption is not None:

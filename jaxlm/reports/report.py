@@ -142,17 +142,17 @@ def write(
     """Writes `folder/report.html` and the PNGs in `folder/report/` from `folder/metrics.jsonl`.
 
     Args:
-        folder: the folder of the run.
-        config: the resolved config, as `config.to_json` returns it.
-        facts: the key facts in order, such as `{"held-out bits per byte": "1.62"}`.
-        sample: generated text, or None.
-        sections: what the task adds in order, such as its confusion matrix.
+      folder: the folder of the run.
+      config: the resolved config, as `config.to_json` returns it.
+      facts: the key facts in order, such as `{"held-out bits per byte": "1.62"}`.
+      sample: generated text, or None.
+      sections: what the task adds in order, such as its confusion matrix.
 
     Returns:
-        The path of the page.
+      The path of the page.
 
     Raises:
-        ValueError: if the names and the numbers of a section do not have the same length.
+      ValueError: if the names and the numbers of a section do not have the same length.
     """
     folder = Path(folder)
     rows = read_metrics(folder)

@@ -38,7 +38,7 @@ class Table(NamedTuple):
         """The columns: short ones keep their width, long ones share the rest of the page.
 
         Raises:
-            ValueError: if a row does not have one cell for each column.
+          ValueError: if a row does not have one cell for each column.
         """
         wrong = next((row for row in self.rows if len(row) != len(self.head)), None)
         if wrong is not None:
@@ -104,11 +104,11 @@ def mistakes(
     """Returns the table of the most confident mistakes.
 
     Args:
-        head: names of the columns, without that of the confidence, which is the last one.
-        wrong: (confidence, cells) of each mistake.
-        count: number of all predictions.
-        what: how the note ends, after "3 of 20": "examples are predicted wrong".
-        max_rows: number of rows at most.
+      head: names of the columns, without that of the confidence, which is the last one.
+      wrong: (confidence, cells) of each mistake.
+      count: number of all predictions.
+      what: how the note ends, after "3 of 20": "examples are predicted wrong".
+      max_rows: number of rows at most.
     """
     ordered = sorted(wrong, key=lambda row: -row[0])[:max_rows]
     cut = lambda text: text if len(text) <= MAX_CELL_CHARACTERS else f"{text[:MAX_CELL_CHARACTERS]} ..."

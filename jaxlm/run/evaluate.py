@@ -40,14 +40,14 @@ def run_eval(eval_step: Step, params: Any, batches: Any, put: Callable, rows: li
     result.
 
     Args:
-        eval_step: the compiled step.
-        params: the parameters.
-        batches: the batches of a task, in evaluation.
-        put: shards a batch over the mesh, as one micro-batch.
-        rows: the rows of a batch that this host makes; None: all.
+      eval_step: the compiled step.
+      params: the parameters.
+      batches: the batches of a task, in evaluation.
+      put: shards a batch over the mesh, as one micro-batch.
+      rows: the rows of a batch that this host makes; None: all.
 
     Returns:
-        The sums of losses and weights, and the outputs of each unit, in the order of the units.
+      The sums of losses and weights, and the outputs of each unit, in the order of the units.
     """
     totals: dict[str, tuple[float, float]] = {}
     outputs: dict[int, list[dict[str, np.ndarray]]] = {}

@@ -15,12 +15,12 @@ def entry_of(storage: Any, name: str) -> str:
     """Returns the name of the entry that holds the content of an entry, after following links in the archive.
 
     Args:
-        storage: an fsspec file system; if it is not an archive, `name` is returned unchanged.
-        name: the name of the entry.
+      storage: an fsspec file system; if it is not an archive, `name` is returned unchanged.
+      name: the name of the entry.
 
     Raises:
-        UserError: if a link points outside the archive, to a folder or to a missing entry, or if the entry is a device
-            or a pipe.
+      UserError: if a link points outside the archive, to a folder or to a missing entry, or if the entry is a device
+        or a pipe.
     """
     storage = getattr(storage, "fs", None) or storage  # unwrap a cache in front of the archive
     read_entry = _tar_entry if hasattr(storage, "tar") else _zip_entry if hasattr(storage, "zip") else None

@@ -61,12 +61,12 @@ def download(address: str) -> str:
     """Downloads a file, a folder or a glob, and returns the local path of the copy.
 
     Args:
-        address: an address; a local path is returned unchanged.
+      address: an address; a local path is returned unchanged.
 
     Raises:
-        UserError: if no file exists there, if the storage needs a package that is not installed, or if a file name
-            would leave the folder of the copy.
-        RunError: if the storage fails.
+      UserError: if no file exists there, if the storage needs a package that is not installed, or if a file name
+        would leave the folder of the copy.
+      RunError: if the storage fails.
     """
     if not is_address(address):
         return address
@@ -118,7 +118,7 @@ class RunFolder:
         """Locks the folder for this run on all hosts, and downloads the content of a bucket.
 
         Raises:
-            UserError: if another run holds the lock, or if the folder cannot be created.
+          UserError: if another run holds the lock, or if the folder cannot be created.
         """
         with hosts.context_on_first(self._lock):
             self.bring()

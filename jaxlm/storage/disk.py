@@ -54,10 +54,10 @@ def cache_folder(chosen: str = "") -> Path:
     """Returns the folder for what can be computed or downloaded again.
 
     Args:
-        chosen: the value of `data.cache`. Empty: $JAXLM_CACHE, else ~/.cache/jaxlm.
+      chosen: the value of `data.cache`. Empty: $JAXLM_CACHE, else ~/.cache/jaxlm.
 
     Raises:
-        UserError: if the folder is an address.
+      UserError: if the folder is an address.
     """
     if chosen:
         return local(chosen, "data.cache")
@@ -68,11 +68,11 @@ def local(path: str | os.PathLike[str], what: str) -> Path:
     """Returns a path for writing, after a check that it is local.
 
     Args:
-        path: the path.
-        what: the name of the field or argument that holds the path, for the error message.
+      path: the path.
+      what: the name of the field or argument that holds the path, for the error message.
 
     Raises:
-        UserError: if `path` is an address such as gs://bucket/name, which would create a folder named `gs:`.
+      UserError: if `path` is an address such as gs://bucket/name, which would create a folder named `gs:`.
     """
     if "://" in os.fspath(path):
         raise UserError(f"{what} is {os.fspath(path)!r}, an address; choose a local path, and copy the output there")
@@ -86,13 +86,13 @@ def path_inside(folder: str | os.PathLike[str], name: str, also: tuple[Path, ...
     """Returns `folder / name` for an untrusted name, after a check that the path is inside the folder.
 
     Args:
-        folder: the folder, which need not exist yet.
-        name: a relative path: an entry of an archive, a key in a bucket, or a file name from an index.
-        also: additional folders that symbolic links may point into.
+      folder: the folder, which need not exist yet.
+      name: a relative path: an entry of an archive, a key in a bucket, or a file name from an index.
+      also: additional folders that symbolic links may point into.
 
     Raises:
-        UserError: if the name is absolute, is empty, is the folder itself, contains a drive letter, `..`, a zero byte
-            or a part longer than 255 bytes, or resolves through a symbolic link to a path outside the folder.
+      UserError: if the name is absolute, is empty, is the folder itself, contains a drive letter, `..`, a zero byte
+        or a part longer than 255 bytes, or resolves through a symbolic link to a path outside the folder.
     """
     refused = lambda why: UserError(
         f"{name[:200]!r} {why}; a name must refer to a file in {folder}: correct its source"
@@ -126,9 +126,9 @@ def write_error(path: str | os.PathLike[str], error: OSError, choice: str) -> Us
     """Returns the error to raise after the file system failed to write `path`: RunError if the disk is full.
 
     Args:
-        path: the file or folder.
-        error: the error from the file system.
-        choice: the argument that the user can change, such as "--output".
+      path: the file or folder.
+      error: the error from the file system.
+      choice: the argument that the user can change, such as "--output".
     """
     kind, room = (RunError, "free disk space, or ") if error.errno in DISK_FULL else (UserError, "")
     return kind(f"{path} cannot be written: {error.strerror}; {room}choose another {choice}")
@@ -150,13 +150,13 @@ def atomic_file(path: str | os.PathLike[str], overwrite: bool = True) -> Iterato
     """Yields a temporary path in the same folder, and renames it to `path` if the block ends without an exception.
 
     Args:
-        path: the file to write. If it is a symbolic link, its target is replaced.
-        overwrite: whether to replace an existing file. If False and the file exists when the block ends, that file
-            stays, and the new content stays under its temporary name, which the error message contains.
+      path: the file to write. If it is a symbolic link, its target is replaced.
+      overwrite: whether to replace an existing file. If False and the file exists when the block ends, that file
+        stays, and the new content stays under its temporary name, which the error message contains.
 
     Raises:
-        UserError: if the file exists when the block ends and `overwrite` is False.
-        OSError: if the file system fails.
+      UserError: if the file exists when the block ends and `overwrite` is False.
+      OSError: if the file system fails.
     """
     path = Path(os.path.realpath(path))
     temporary = _temporary(path)
@@ -176,7 +176,7 @@ def write(path: str | os.PathLike[str], content: bytes | str) -> None:
     """Writes a file atomically. Text is encoded in UTF-8, with `?` for unpaired surrogates.
 
     Raises:
-        OSError: if the file system fails.
+      OSError: if the file system fails.
     """
     with atomic_file(path) as temporary:
         temporary.write_bytes(content.encode(errors="replace") if isinstance(content, str) else content)
@@ -187,12 +187,12 @@ def atomic_folder(folder: str | os.PathLike[str], overwrite: bool = False) -> It
     """Yields an empty temporary folder, and renames it to `folder` if the block ends without an exception.
 
     Args:
-        folder: the folder to write. If it is a symbolic link, its target is replaced. An existing empty folder is fine.
-        overwrite: whether to replace a folder that is not empty.
+      folder: the folder to write. If it is a symbolic link, its target is replaced. An existing empty folder is fine.
+      overwrite: whether to replace a folder that is not empty.
 
     Raises:
-        UserError: if the folder is not empty and `overwrite` is False.
-        OSError: if the file system fails.
+      UserError: if the folder is not empty and `overwrite` is False.
+      OSError: if the file system fails.
     """
     folder = Path(os.path.realpath(folder))
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -263,13 +263,13 @@ def lock(file: Path, what: str, remedy: str) -> Iterator[None]:
     machines are never compared.
 
     Args:
-        file: the lock file.
-        what: the name of the locked output, with which the error message begins.
-        remedy: an alternative for the user, with which the error message ends.
+      file: the lock file.
+      what: the name of the locked output, with which the error message begins.
+      remedy: an alternative for the user, with which the error message ends.
 
     Raises:
-        UserError: if another process holds the lock, or if the file is not a lock file of this library.
-        OSError: if the file system fails.
+      UserError: if another process holds the lock, or if the file is not a lock file of this library.
+      OSError: if the file system fails.
     """
     descriptor = _acquire(file, what, remedy)
     ended = threading.Event()
@@ -338,7 +338,7 @@ def parse_owner(content: bytes, file: str | os.PathLike[str]) -> dict[str, Any]:
     """Returns the facts in the content of a lock file; an empty dict if the file is new.
 
     Raises:
-        UserError: if it is not a lock file of this library.
+      UserError: if it is not a lock file of this library.
     """
     if not content:
         return {}
@@ -361,9 +361,9 @@ def is_alive(state: Callable[[], Any], what: str, owner: dict[str, Any]) -> bool
     """Returns whether the holder of a lock on another machine sends a heartbeat within `LOCK_TIMEOUT` seconds.
 
     Args:
-        state: returns a value that changes with each heartbeat, or None if the lock file is gone.
-        what: the name of the locked output, for the message on stderr.
-        owner: the facts about the holder, for that message.
+      state: returns a value that changes with each heartbeat, or None if the lock file is gone.
+      what: the name of the locked output, for the message on stderr.
+      owner: the facts about the holder, for that message.
     """
     print(
         f"{what} was last held by process {owner['process']} on host {owner['host']}; waiting up to "
@@ -403,7 +403,7 @@ def content_hash(file: str | os.PathLike[str]) -> str:
     Threads hash parts of 16 MiB. The hash is cached in the process until the size, times or inode of the file change.
 
     Raises:
-        OSError: if the file cannot be read, or is not a regular file.
+      OSError: if the file cannot be read, or is not a regular file.
     """
     with open(file, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as stream:
         state = os.fstat(stream.fileno())

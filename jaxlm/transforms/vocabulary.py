@@ -20,17 +20,17 @@ def resize(lm: LM, size: int | None = None, target_size: int | None = None) -> L
     `resize_token_embeddings` of transformers samples around the same mean. A smaller size drops rows at the end.
 
     Args:
-        lm: the model.
-        size: the new number of tokens; None: that of the tokenizer.
-        target_size: the new number of tokens of the decoder, where it has its own table; None: that of the target's
-            tokenizer.
+      lm: the model.
+      size: the new number of tokens; None: that of the tokenizer.
+      target_size: the new number of tokens of the decoder, where it has its own table; None: that of the target's
+        tokenizer.
 
     Returns:
-        A new model; `lm` is unchanged.
+      A new model; `lm` is unchanged.
 
     Raises:
-        UserError: for a size below 1 or, where the model has a tokenizer, below its number of tokens, and for a
-            target_size of a model with one table.
+      UserError: for a size below 1 or, where the model has a tokenizer, below its number of tokens, and for a
+        target_size of a model with one table.
 
     Source: Hewitt, "Initializing New Word Embeddings for Pretrained Language Models", 2021.
     """

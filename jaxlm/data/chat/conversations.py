@@ -32,12 +32,12 @@ def plain_data(value: Any, what: str, depth: int = 0) -> Any:
     """Returns the value as plain data: the types of JSON, without methods that a template could call.
 
     Args:
-        value: str, numbers, None, lists, tuples, mappings, NumPy numbers and arrays, dataclasses, pydantic models.
-        what: name of the value, for error messages.
-        depth: nesting depth of the value.
+      value: str, numbers, None, lists, tuples, mappings, NumPy numbers and arrays, dataclasses, pydantic models.
+      what: name of the value, for error messages.
+      depth: nesting depth of the value.
 
     Raises:
-        UserError: the value has another type, half of a surrogate pair in a string, or too deep nesting.
+      UserError: the value has another type, half of a surrogate pair in a string, or too deep nesting.
     """
     if depth > DEPTH:
         raise UserError(f"{what} has lists and dicts nested more than {DEPTH} deep; give flatter data")
@@ -79,11 +79,11 @@ def check_messages(messages: Any, where: str = "messages") -> list[dict[str, Any
     under the second unless that is set. Fields that are None are removed.
 
     Args:
-        messages: the messages; for the supported types see `plain_data`.
-        where: name of the conversation, for error messages.
+      messages: the messages; for the supported types see `plain_data`.
+      where: name of the conversation, for error messages.
 
     Raises:
-        UserError: the value is not a list of messages, or has an unknown format or speaker.
+      UserError: the value is not a list of messages, or has an unknown format or speaker.
     """
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, (Sequence, np.ndarray)):
         raise UserError(f"{where} is {messages!r:.60}; give a list of dicts, with at least one")
@@ -138,7 +138,7 @@ def with_plain_content(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any
     """Returns the messages with lists of parts joined to one text, for templates that do not support parts.
 
     Raises:
-        UserError: a part is not text.
+      UserError: a part is not text.
     """
     plain = []
     for n, message in enumerate(messages):

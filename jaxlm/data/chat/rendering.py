@@ -46,20 +46,20 @@ def render(
     written by the template or is part of a message.
 
     Args:
-        tokenizer: a tokenizer with chat templates and the special tokens that they use.
-        messages: dicts with a "role", one of `conversations.ROLES` or one that the template names, and usually
-            "content"; or with "from" and "value", as in ShareGPT. Reasoning of the assistant can have the name
-            "reasoning_content", "reasoning" or "thinking".
-        add_generation_prompt: append the text that begins the assistant's next message.
-        template: Jinja source, or the name of one of the tokenizer's templates. None: "tool_use" if there are tools and
-            the tokenizer has it, otherwise "default".
-        tools: descriptions (JSON schemas) of the tools that the assistant can call.
-        variables: other variables of the template, such as enable_thinking=False.
+      tokenizer: a tokenizer with chat templates and the special tokens that they use.
+      messages: dicts with a "role", one of `conversations.ROLES` or one that the template names, and usually
+        "content"; or with "from" and "value", as in ShareGPT. Reasoning of the assistant can have the name
+        "reasoning_content", "reasoning" or "thinking".
+      add_generation_prompt: append the text that begins the assistant's next message.
+      template: Jinja source, or the name of one of the tokenizer's templates. None: "tool_use" if there are tools and
+        the tokenizer has it, otherwise "default".
+      tools: descriptions (JSON schemas) of the tools that the assistant can call.
+      variables: other variables of the template, such as enable_thinking=False.
 
     Raises:
-        UserError: there is no template, the messages are invalid or rejected by the template, or the template fails or
-            exceeds the limits of time, memory or characters.
-        RunError: the rendering process does not start.
+      UserError: there is no template, the messages are invalid or rejected by the template, or the template fails or
+        exceeds the limits of time, memory or characters.
+      RunError: the rendering process does not start.
     """
     use = _template(tokenizer, template, tools)
     chat = _chat(tokenizer, use, messages, tools, variables)
@@ -121,13 +121,13 @@ def encode(
     begins before an answer and ends inside it belongs to the answer, as in transformers.
 
     Args:
-        tokenizer, messages, template, tools, variables: see `render`.
-        only_last: use only the last answer.
+      tokenizer, messages, template, tools, variables: see `render`.
+      only_last: use only the last answer.
 
     Raises:
-        UserError: see `render`. Also raised if a template without `{% generation %}` renders earlier messages
-            differently once later ones follow, so that an answer cannot be found.
-        RunError: see `render`.
+      UserError: see `render`. Also raised if a template without `{% generation %}` renders earlier messages
+        differently once later ones follow, so that an answer cannot be found.
+      RunError: see `render`.
     """
     more = {"template": template, "tools": tools, "only_last": only_last, **variables}
     return next(encode_all(tokenizer, [messages], **more))
@@ -170,9 +170,9 @@ def _with_answers(
     """Returns the whole chat with the spans of the answers.
 
     Args:
-        tokenizer, use: the tokenizer and the template.
-        indices: indices of the messages of the assistant.
-        renderings: the whole chat, then for each answer the chat up to its beginning and up to its end.
+      tokenizer, use: the tokenizer and the template.
+      indices: indices of the messages of the assistant.
+      renderings: the whole chat, then for each answer the chat up to its beginning and up to its end.
     """
     whole, parts = renderings[0], renderings[1:]
     answers: list[Span] = []
@@ -283,7 +283,7 @@ def templates(tokenizer: Tokenizer) -> dict[str, str]:
     """Returns the chat templates of a tokenizer, name -> Jinja source; the usual one is named "default".
 
     Raises:
-        UserError: a file does not contain a template.
+      UserError: a file does not contain a template.
     """
     field: Any
     try:

@@ -45,8 +45,8 @@ class Text(str):
     """A string of a template that records the origin of its characters; see the docstring of the module.
 
     Args:
-        data: the string, with hidden characters for those written by a user.
-        plain: the plain string; None: derived from `data`.
+      data: the string, with hidden characters for those written by a user.
+      plain: the plain string; None: derived from `data`.
     """
 
     __slots__ = ("_plain",)

@@ -104,10 +104,10 @@ def render(job: dict[str, Any]) -> dict[str, Any]:
     """Returns {"rendered": renderings} of a job, or {"problem": [kind, detail]}.
 
     Args:
-        job: a dict with `source` (the template), `messages`, `roles` (role names that are not text of a user),
-            `special` (special tokens by variable name), `given` (other variables), `seconds` (maximum processor time of
-            one rendering), `characters` (maximum length of one rendering), and `renderings` (pairs of the number of
-            messages and add_generation_prompt).
+      job: a dict with `source` (the template), `messages`, `roles` (role names that are not text of a user),
+        `special` (special tokens by variable name), `given` (other variables), `seconds` (maximum processor time of
+        one rendering), `characters` (maximum length of one rendering), and `renderings` (pairs of the number of
+        messages and add_generation_prompt).
     """
     try:
         _set_timer(job["seconds"])

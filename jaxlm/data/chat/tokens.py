@@ -36,14 +36,14 @@ class _Control(NamedTuple):
     A word is a token of letters and digits that is not special, has no role and does not occur in the template.
 
     Attributes:
-        contents: id -> text.
-        strips: id -> whether the token includes white space before it, and after it.
-        pattern: matches control tokens in text that the template wrote.
-        exact: tokenizer that recognises all control tokens, as transformers does.
-        stand_ins: text -> the character that replaces it.
-        guarded: tokenizer that recognises only the replacement characters as control tokens.
-        unknown: id of the token for unknown characters.
-        normalized: whether text is normalized before some of the control tokens are matched.
+      contents: id -> text.
+      strips: id -> whether the token includes white space before it, and after it.
+      pattern: matches control tokens in text that the template wrote.
+      exact: tokenizer that recognises all control tokens, as transformers does.
+      stand_ins: text -> the character that replaces it.
+      guarded: tokenizer that recognises only the replacement characters as control tokens.
+      unknown: id of the token for unknown characters.
+      normalized: whether text is normalized before some of the control tokens are matched.
     """
 
     contents: dict[int, str]
@@ -129,9 +129,9 @@ def encode(tokenizer: Tokenizer, source: str, chats: Sequence[Rendered]) -> list
     case the control tokens written by the template are kept, and all other text is encoded without control tokens.
 
     Args:
-        tokenizer: the tokenizer.
-        source: the template that rendered the chats.
-        chats: the rendered chats.
+      tokenizer: the tokenizer.
+      source: the template that rendered the chats.
+      chats: the rendered chats.
     """
     control = _control(tokenizer, source)
     found = []
