@@ -302,7 +302,7 @@ def test_a_mask_takes_the_space_before_it_where_its_flags_say_so(tmp_path):
     same(load(tmp_path / "saved"), strips, ["the <mask> module"])
 
 
-@pytest.mark.parametrize("use", ["encode", "frame", "encode_batch", "encode_offsets", "a pair"])
+@pytest.mark.parametrize("use", ["encode", "encode_with_special_tokens", "encode_batch", "encode_offsets", "a pair"])
 def test_half_a_surrogate_pair_is_refused(use):
     tokenizer, text = trained("wordpiece"), "a \ud83d b"
     uses = {
@@ -684,9 +684,21 @@ def test_long_pairs_are_cut_as_tokenizers_cuts_them(kind, texts, length):
 def test_frames_that_cannot_be():
     bert = trained("wordpiece")
     assert [len(ids) for ids, _ in bert.encode_with_special_tokens(["the module"], max_length=3)] == [3]
-    fails("max_length is 2; with special tokens a text has at least 3 tokens", bert.frame, ["the"], None, 2)
-    fails("max_length is 3; with special tokens a text has at least 4 tokens", bert.frame, ["the"], ["a"], 3)
-    fails("there are 1 texts and 2 pairs", bert.frame, ["the"], ["a", "b"])
+    fails(
+        "max_length is 2; with special tokens a text has at least 3 tokens",
+        bert.encode_with_special_tokens,
+        ["the"],
+        None,
+        2,
+    )
+    fails(
+        "max_length is 3; with special tokens a text has at least 4 tokens",
+        bert.encode_with_special_tokens,
+        ["the"],
+        ["a"],
+        3,
+    )
+    fails("there are 1 texts and 2 pairs", bert.encode_with_special_tokens, ["the"], ["a", "b"])
 
 
 @pytest.mark.parametrize(
