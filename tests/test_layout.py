@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib
 import inspect
+import json
 import re
 import runpy
 import subprocess
@@ -189,6 +191,26 @@ def test_every_config_is_sound(file, tmp_path, monkeypatch):
     run.check()
     assert from_json(jaxlm.RunConfig, to_json(run)) == run
     assert f"python train.py configs/{file.name}" in ast.get_docstring(ast.parse(file.read_text()))
+
+
+def code_of(file: Path) -> str:
+    """The Python code of a script, or of the cells of a notebook without their magic lines."""
+    if file.suffix == ".py":
+        return file.read_text()
+    cells = [cell for cell in json.loads(file.read_text())["cells"] if cell["cell_type"] == "code"]
+    code = "\n".join(text for text in map("".join, (cell["source"] for cell in cells)) if not text.startswith("%%"))
+    return re.sub(r"^(\s*)%.*$", r"\1pass", code, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "file", [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "notebooks").glob("*.ipynb")], ids=lambda file: file.name
+)
+def test_benchmarks_and_notebooks_import_what_exists(file):
+    for node in ast.walk(ast.parse(code_of(file))):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "jaxlm":
+            module = importlib.import_module(node.module)
+            missing = [a.name for a in node.names if not hasattr(module, a.name)]
+            assert not [name for name in missing if f"{node.module}.{name}" not in MODULES], missing
 
 
 @pytest.mark.parametrize("name", [name for name in jaxlm.__all__ if inspect.isfunction(getattr(jaxlm, name))])
