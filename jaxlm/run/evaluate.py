@@ -22,7 +22,7 @@ from jaxlm.run.assembly import shard_batch
 from jaxlm.run.resolve import ResolvedModel
 from jaxlm.run.step import make_eval_step
 from jaxlm.run.trained_model import resolve_model, task_for
-from jaxlm.tasks import TASKS, cells, given, labels, metrics
+from jaxlm.tasks import TASKS, cells, input_rows, labels, metrics
 from jaxlm.tasks.cells import Record, Records
 from jaxlm.tasks.records import RecordTask, Truncation
 from jaxlm.tasks.task import EvalResult
@@ -139,7 +139,7 @@ def predict(
     """
     check_model("the model", lm)
     task = task_for(lm, task)
-    rows = given.example_rows(examples, task)
+    rows = input_rows.example_rows(examples, task)
     options: dict[str, Any] = {"probabilities": probabilities, "top_k": top_k, "warn": _warn_in_python}
     return [prediction for _, prediction in predict_rows(lm, rows, task, length, batch, **options)]
 
@@ -171,7 +171,7 @@ def predict_rows(
     bound: Any = resolved.task
     if not isinstance(probabilities, (bool, np.bool_)):
         raise UserError(f"probabilities is {cells.short_repr(probabilities)}; it must be True or False")
-    top_k = given.optional_int(top_k, "top_k") or 0
+    top_k = input_rows.optional_int(top_k, "top_k") or 0
     if top_k < 0:
         raise UserError(f"top_k is {top_k}; it must be at least 1, or 0 for none")
     if (probabilities or top_k) and not bound.classes:
@@ -227,7 +227,7 @@ def evaluate(
       UserError: where there are no rows, for a row without a label, and for a label that the model does not have.
     """
     check_model("the model", lm)
-    return evaluate_rows(lm, given.labelled_rows(rows), task_for(lm, task), length, batch, _warn_in_python)
+    return evaluate_rows(lm, input_rows.labelled_rows(rows), task_for(lm, task), length, batch, _warn_in_python)
 
 
 def evaluate_rows(
@@ -280,7 +280,7 @@ def _evaluate(
 ) -> tuple[list[Row], dict[str, float]]:
     """Returns the prediction for each record and the means of the losses; adds to `truncations`."""
     task: Any = resolved.task
-    rows = given.optional_int(rows, "batch")
+    rows = input_rows.optional_int(rows, "batch")
     if rows is not None and not 1 <= rows <= MAX_ROWS:
         raise UserError(f"batch is {rows}; it must be from 1 to {MAX_ROWS:,}")
     rows = divisible_rows(lm, rows or max(1, TOKENS // task.length))

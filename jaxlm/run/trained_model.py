@@ -14,7 +14,7 @@ from jaxlm.errors import UserError
 from jaxlm.inference.generation_defaults import prediction_decoding
 from jaxlm.lm import LM
 from jaxlm.run.resolve import ResolvedModel
-from jaxlm.tasks import TASKS, cells, given, labels
+from jaxlm.tasks import TASKS, cells, input_rows, labels
 from jaxlm.tasks.records import RecordTask
 
 
@@ -47,7 +47,7 @@ def resolve_model(lm: LM, task: Any, length: int | None = None) -> ResolvedModel
             f"{type(task).__name__} requires {'one output' if one else 'several outputs'}, the model has "
             f"{', '.join(lm.config.labels)}; use the task that it was trained for"
         )
-    length = given.optional_int(length, "length")
+    length = input_rows.optional_int(length, "length")
     if length is None and lm.trained:
         length = lm.trained.length
     if length is not None and length < 2:
