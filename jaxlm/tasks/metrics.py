@@ -290,7 +290,7 @@ def exact_f1(answers: Sequence[str], prediction: str) -> tuple[float, float]:
     `normalised` words, and F1 compares multisets of them.  Without words in the answer or the prediction, F1 is the
     exact match.  True answers without words are ignored; if there are no others, the right prediction is "".
 
-    Raises UserError if `answer_scores` is a string.
+    Raises UserError if `answers` is a string.
     """
     if isinstance(answers, str):  # the loop would read its letters as answers
         raise UserError(f"the answers {answers!r} are one string; give a list of strings, empty for no answer")

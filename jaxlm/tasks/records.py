@@ -187,7 +187,7 @@ class RecordTask(Task):
     # The methods below are the same for all tasks.
 
     def bind(self, model: ModelConfig, pooling: Pooling | None = None, part: Any = None) -> Self:
-        """As `Task.bound`; the tokenizer then refuses tokens that the model has no embedding for."""
+        """As `Task.bind`; the tokenizer then refuses tokens that the model has no embedding for."""
         task = super().bind(model, pooling, part)
         if not isinstance(self.tokenizer, Tokenizer):  # a plan has a placeholder
             return task
