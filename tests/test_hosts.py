@@ -311,7 +311,7 @@ from jaxlm.run.fit import fit
 from jaxlm.inference.likelihood import log_likelihoods
 from tiny import config
 
-hosts.join(hosts.place(os.environ))
+hosts.join(hosts.find_rendezvous(os.environ))
 found = []
 for name in ("causal", "classes"):
     run = replace(config(name), workdir=f"{sys.argv[1]}/{name}", mesh=MeshConfig(data=1, fsdp=2), steps=2)
@@ -359,7 +359,7 @@ def kilobytes(name):
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1])
 
-hosts.join(hosts.place(os.environ))
+hosts.join(hosts.find_rendezvous(os.environ))
 mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2))
 config = ModelConfig(vocabulary=512, max_length=32, width=768, layers=12, heads=8)
 module = Transformer(config, sharding.Placement(mesh))
@@ -374,7 +374,7 @@ params = jax.tree_util.tree_map_with_path(ones, jax.eval_shape(lambda: init(modu
 lm = LM(config, module, params, None, families.Origin({}, None))
 Path("/proc/self/clear_refs").write_text("5")
 before = kilobytes("VmRSS")
-hosts.first_reads(params, lambda some: save(with_params(lm, some), sys.argv[1]))
+hosts.read_on_first(params, lambda some: save(with_params(lm, some), sys.argv[1]))
 size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 print(f"{(kilobytes('VmHWM') - before) / 1024:.0f} MB above, of a model of {size / 2**20:.0f} MB", file=sys.stderr)
 """

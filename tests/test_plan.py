@@ -212,7 +212,7 @@ from jaxlm.devices import chips, sharding
 from jaxlm.config import MeshConfig
 from jaxlm.errors import UserError
 
-for name, value in chips.SETTINGS.items():
+for name, value in chips.PLANNING_SETTINGS.items():
     jax.config.update(name, value)
 with chips._loading():
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2", num_slices=2).devices

@@ -585,7 +585,7 @@ ON_TPU = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from jaxlm.devices import chips; from jaxlm.planning import hlo
-devices = chips.topology("v5e:2x2")
+devices = chips.topology_devices("v5e:2x2")
 assert chips.find(devices[0].device_kind).name == "v5e" and len(devices) == 4
 mesh = Mesh(np.array(devices).reshape(2, 2), ("fsdp", "tensor"))
 on = lambda *spec: NamedSharding(mesh, P(*spec))
@@ -597,7 +597,7 @@ def loss(kernels, x):
     return (jax.lax.scan(layer, x, kernels)[0].astype(jnp.float32) ** 2).sum()
 shape = lambda size, *spec: jax.ShapeDtypeStruct(size, jnp.bfloat16, sharding=on(*spec))
 kernels = shape((5, 256, 512), None, "fsdp", "tensor"), shape((5, 512, 256), None, "tensor", "fsdp")
-program = hlo.read(jax.jit(jax.grad(loss)).lower(kernels, shape((512, 256), "fsdp", None)).compile().as_text())
+program = hlo.parse(jax.jit(jax.grad(loss)).lower(kernels, shape((512, 256), "fsdp", None)).compile().as_text())
 assert program.devices == 4, program.devices
 assert [loop.trips for loop in program.loops] == [5, 5], program.loops
 found = hlo.collectives(program)
