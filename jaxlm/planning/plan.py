@@ -227,7 +227,7 @@ def _refusal(message: str) -> tuple[str, tuple[str, ...]]:
     if used:
         refused = f"it needs {used[1]} of {used[2]}"
     elif temporaries:
-        refused = f"its temporaries need {temporaries[1]} of {temporaries[2]}"
+        refused = f"it needs {temporaries[1]} for temporaries alone, of {temporaries[2]}"
     else:
         refused = message.splitlines()[0][:200]
     largest = []
