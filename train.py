@@ -9,4 +9,5 @@ signal.signal(signal.SIGINT, signal.SIG_DFL)
 from jaxlm.__main__ import main  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    sys.argv.insert(1, "train")
+    sys.exit(main())

@@ -458,7 +458,7 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
       SystemExit: after `--help`, and for flags that do not exist.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    is_process, argv = argv is None, sys.argv[1:] if argv is None else argv
     process.open_streams()
     with process.catch_signals() as signals:
         try:
@@ -469,7 +469,10 @@ def main(argv: list[str] | None = None) -> int:
             raise SystemExit(process.flush_output(end.code if isinstance(end.code, int) else 2)) from None
         if signals.received and not code:  # a callback of JAX swallowed the exception
             code, error = _report_interrupt(argv, signals)
-        return hosts.exit_process(process.flush_output(code), error)
+        code = hosts.exit_process(process.flush_output(code), error)
+        if signals.received and is_process:
+            os._exit(code)  # the interpreter may crash at its exit while a thread of JAX still compiles
+        return code
 
 
 def _run_verb(argv: list[str], signals: process.Signals) -> tuple[int, BaseException | None]:
