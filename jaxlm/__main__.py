@@ -499,7 +499,7 @@ def _run_verb(argv: list[str], signals: process.Signals) -> tuple[int, BaseExcep
         )
         return RunError.exit_code, error
     except Exception as error:
-        if signals.received:  # XLA wraps an interrupt in an error of its own
+        if signals.received:  # XLA wraps an interrupt in its own error
             return _report_interrupt(argv, signals)
         if "RESOURCE_EXHAUSTED" not in str(error):
             hosts.exit_with_traceback(error)

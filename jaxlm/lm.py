@@ -356,7 +356,7 @@ def load(
       compute_dtype: of the arithmetic; None: the same as `dtype`.
       matmul_precision: of products of float32 matrices: default, high or highest. By default a TPU computes them in one
         pass of bfloat16 and a GPU in TensorFloat32; highest is float32.
-      mesh: devices to shard the parameters over, each of which reads its own slices; None: the first device.
+      mesh: devices to shard the parameters over; each device reads only its slices. None: the first device.
       module: a class derived from `Transformer` that the parameters in the folder belong to.
       revision: branch, tag or commit of a hub name; None: its main branch.
       offline: whether to use only files that were downloaded before.

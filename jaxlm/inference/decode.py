@@ -35,7 +35,7 @@ class Rules(NamedTuple):
     begin_N: tokens that a text does not begin with (after `first`, where it is forced), filled up with NO_TOKEN.
     min_new, min_length: minimum number of tokens before a stop token, without and with the prompt.
     first: the forced token after a prompt of one token.
-    last_N: tokens of which one is forced at the length limit, filled up with NO_TOKEN.
+    last_N: at the length limit one of these tokens is forced; filled up with NO_TOKEN.
     """
 
     vocabulary: Array

@@ -381,7 +381,7 @@ def rows_of(
     draft: LM | None = None,
     check_every: int = 0,
 ) -> Iterator[TokenRow]:
-    """Yields each text when it ends; with `check_every`, also the incomplete texts after each so many tokens."""
+    """Yields each text when it ends; with `check_every`, also the incomplete texts every `check_every` tokens."""
     if not pending:
         return
     if not (decoding.max_new_tokens or decoding.max_length):

@@ -60,7 +60,7 @@ class GenerationDefaults(NamedTuple):
 
     choices: fields of `Decoding`.
     eos: tokens that end a text.
-    forced_eos: tokens of which one must end the longest text.
+    forced_eos: one of these tokens must end a text of the maximum length.
     suppressed, begin_suppressed: tokens that never occur, and that do not begin a text.
     forbidden: sequences that never occur.
     bos: the token at the beginning of a text.

@@ -63,7 +63,7 @@ def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 
 def row_length(tokens: int) -> int:
-    """Returns the length of a row that an example of so many tokens is packed into: a power of two."""
+    """Returns the length of the row for an example with this number of tokens: a power of two."""
     return max(MIN_LENGTH, 1 << (tokens - 1).bit_length())
 
 

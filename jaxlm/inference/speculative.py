@@ -35,8 +35,8 @@ DRAFT, ACCEPT, CORRECT = 1, 2, 3  # uses of a random number
 def speculative(module: Transformer, draft: Transformer) -> DecodePrograms:
     """Returns the programs of `decode.programs` for a model with a draft.
 
-    Parameters and caches are pairs, of the model and the draft. `n` of `advance` is the number of rounds, each of which
-    adds 1 to `DRAFTED` + 1 tokens.
+    Parameters and caches are pairs: (model, draft). `n` of `advance` is the number of rounds; a round adds 1 to
+    `DRAFTED` + 1 tokens.
     """
     return DecodePrograms(
         jax.jit(partial(_prefill, module, draft), static_argnames=("length", "scored")),

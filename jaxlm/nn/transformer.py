@@ -369,7 +369,7 @@ class Stack(nn.Module):
         select = lambda tree, part: jax.tree.map(lambda leaf: leaf[part], tree)
 
         def apply_layers(x: jax.Array, layers: Any) -> tuple[jax.Array, Any]:
-            """Applies layers, of which the first has the first kind."""
+            """Applies consecutive layers; the first one has the first kind of the model."""
             outputs = []
             for j in range(len(layers[0])):
                 n, params, key = select(layers, j)

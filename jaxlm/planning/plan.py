@@ -161,7 +161,7 @@ def plan(run: RunConfig, topology: str = "", name: str = "") -> Plan:
     return Plan(
         **known,
         arguments_bytes=memory.argument_size_in_bytes,
-        # A result that does not reuse the buffer of an argument needs memory of its own.
+        # A result that does not reuse the buffer of an argument needs new memory.
         temporary_bytes=memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
         hbm_bytes=moved,
         collectives=hlo.by_kind(collectives),
@@ -327,7 +327,7 @@ def as_text(plan: Plan) -> str:
     lines += [
         "",
         "matrix products of a step, all devices",
-        f"  {plan.flops / 1e12:,.4g} TFLOP, of which the model needs {plan.model_flops / 1e12:,.4g} (no recomputation, "
+        f"  {plan.flops / 1e12:,.4g} TFLOP; the model needs {plan.model_flops / 1e12:,.4g} (no recomputation, "
         "all queries to all keys)",
         f"  counted without recomputation: {plan.counted_flops:,}, {same}{more}",
     ]

@@ -104,7 +104,7 @@ def mistakes(
     """Returns the table of the most confident mistakes.
 
     Args:
-      head: names of the columns, without that of the confidence, which is the last one.
+      head: names of the columns except the last one, which is the confidence.
       wrong: (confidence, cells) of each mistake.
       count: number of all predictions.
       what: how the note ends, after "3 of 20": "examples are predicted wrong".

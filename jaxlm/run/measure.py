@@ -88,7 +88,7 @@ class Meter:
         self._steps.put(_Step(self._requested, self._received, self._resumed, result))
 
     def record_pause(self, seconds: float) -> None:
-        """Records that the loop has just done something else for so many seconds, with no step in flight."""
+        """Records a pause of the loop, in seconds, during which no step was in flight."""
         self._start += seconds
         self._resumed = time.monotonic()
 

@@ -502,7 +502,7 @@ def ranks(similarities_NM: ArrayLike, of_query_N: ArrayLike) -> np.ndarray:
     ranks, but sorts each row, which is about 100 times slower for 20,000 documents.
 
     Args:
-      similarities_NM: of each query and document.  Rows are independent, so many queries can be ranked in parts.
+      similarities_NM: of each query and document.  The queries can be ranked in parts.
       of_query_N: the column of each query's right document.
 
     Raises:
