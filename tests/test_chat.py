@@ -365,7 +365,7 @@ def nested(depth: int):
         ([{"role": "user", "content": {1: "a"}}], "message 0 has the key 1; keys must be strings"),
         (
             [{"role": "user", "content": "a\ud83d"}],
-            r"half of a surrogate pair, U\+D83D, at character 1 of 'a",
+            r"a lone surrogate, U\+D83D, at character 1 of 'a",
         ),
         ([{"role": "user", "content": nested(99)}], "message 0 has lists and dicts nested more than 64 deep"),
         ([{"role": "user", "content": nested(9999)}], "message 0 has lists and dicts nested more than 64 deep"),
@@ -490,8 +490,8 @@ def test_the_process_of_templates_opens_no_files_and_knows_no_secrets(monkeypatc
     ("given", "message"),
     [
         ({"template": 3}, "template= is 3; give Jinja source"),
-        ({"template": "{{ '\\ud800' }}"}, "writes half of a surrogate pair; correct it"),
-        ({"template": "\ud800"}, "half of a surrogate pair"),
+        ({"template": "{{ '\\ud800' }}"}, "writes a lone surrogate; correct it"),
+        ({"template": "\ud800"}, "a lone surrogate"),
         ({"tools": "x"}, "tools= is 'x'; give a list of descriptions"),
         ({"tools": [3]}, "tools= is .3.; give a list of descriptions"),
         ({"x": object()}, "the variable x is not plain data"),

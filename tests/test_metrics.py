@@ -770,10 +770,10 @@ NAN = [0.0, math.nan, math.inf, 1.0]
         (lambda: metrics.regression_scores([[1], [1, 2]], [0, 1]), r"labels hold a value that is not a number"),
         (
             lambda: metrics.classification_scores([0], [2], ["a", "b"]),
-            r"predictions hold 2; classes are whole numbers from 0 to 1",
+            r"predictions hold 2; classes are integers from 0 to 1",
         ),
-        (lambda: metrics.classification_scores([-1], [0], ["a", "b"]), r"labels hold -1; classes are whole numbers"),
-        (lambda: metrics.confusion([0.5], [0], 2), r"labels hold 0.5; classes are whole numbers from 0 to 1; correct"),
+        (lambda: metrics.classification_scores([-1], [0], ["a", "b"]), r"labels hold -1; classes are integers"),
+        (lambda: metrics.confusion([0.5], [0], 2), r"labels hold 0.5; classes are integers from 0 to 1; correct"),
         (lambda: metrics.multi_label_scores([[1, 0]], [[0.3, 0]]), r"predictions hold 0.3; .*compare with a threshold"),
         (lambda: metrics.multi_label_scores([[2]], [[1]]), r"labels hold 2"),
         (

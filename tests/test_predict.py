@@ -180,7 +180,7 @@ DATA: dict[str, tuple[str, str, str, list[str], list[str]]] = {
     ),
     "fractions as classes": (
         *("Classification", "x.csv", table([0.5, 1.5, 2.0] * 6), []),
-        ["3 different values", "not all whole numbers", "--task.problem regression", "--task.names"],
+        ["3 different values", "not all integers", "--task.problem regression", "--task.names"],
     ),
     "too many classes": (
         *("Classification", "x.csv", table(list(range(10_000))), []),
@@ -302,7 +302,7 @@ DATA: dict[str, tuple[str, str, str, list[str], list[str]]] = {
         "x.jsonl",
         lines({"question": "a", "context": TEXT, "answers": {"text": ["film"], "answer_start": ["x"]}}),
         [],
-        ["x.jsonl:1", "'film' at 'x'", "whole number"],
+        ["x.jsonl:1", "'film' at 'x'", "an integer"],
     ),
     "a question as long as the row": (
         "QuestionAnswering",
@@ -414,7 +414,7 @@ ODD: dict[str, tuple[Any, str, str, dict[str, Any], tuple[str, ...] | None, str]
         *(Classification(), "x.csv", table([10, 2, 0, 1] * 5), {}),
         *(("0", "1", "2", "10"), ", 10 4 ("),
     ),
-    "whole numbers as floats": (
+    "integers as floats": (
         *(Classification(), "x.jsonl", lines(*[{"text": TEXT, "label": x} for x in [0.0, 1.0] * 5]), {}),
         *(("0", "1"), "0 4"),
     ),
@@ -873,7 +873,7 @@ EXAMPLES: dict[str, tuple[str, Any, dict[str, Any], list[str]]] = {
     "a task without predictions": ("class", ["a"], {"task": CausalLM()}, ["CausalLM does not predict examples"]),
     "options with many outputs": ("class", [CHOICE], {"task": MultipleChoice()}, ["one output", "neg, pos"]),
     "too long": ("class", ["a"], {"length": 65}, ["65", "64 positions"]),
-    "no rows in a batch": ("class", ["a"], {"batch": 0}, ["batch is 0", "from 1 to"]),
+    "no rows in a batch": ("class", ["a"], {"batch": 0}, ["batch is 0", "at least 1 and at most 65,536"]),
 }
 
 

@@ -470,7 +470,7 @@ def test_questions_and_answers_are_conversations():
         ({"messages": {"role": "user", "content": "x"}}, "not a list of"),
         ({"conversations": []}, "column 'conversations' holds [], not a list of"),
         ({"conversations": [{"from": "humn", "value": "x"}]}, "message 0 is from 'humn'; perhaps you meant 'human'"),
-        ({"messages": [{"role": "user", "content": "a\ud83d"}]}, "half of a surrogate pair, U+D83D"),
+        ({"messages": [{"role": "user", "content": "a\ud83d"}]}, "a lone surrogate, U+D83D"),
     ],
 )
 def test_what_is_no_conversation(row, message):

@@ -316,11 +316,11 @@ def test_rows_of_every_shape(tmp_path, name, content, choices, expected):
         ("x", b'{"data":\n [', {"format": "squad"}, "x:2: invalid JSON at column 3, character 11 of 11 (Expect"),
         ("x", b"[]", {"format": "squad"}, "x: the file is a list, not an object; correct it: data[].paragraphs[]."),
         ("x", b"{}", {"format": "squad"}, "x: the file has no 'data'"),
-        ("x", b'{"data": [3]}', {"format": "squad"}, "x: data[0] is a whole number, not an object"),
+        ("x", b'{"data": [3]}', {"format": "squad"}, "x: data[0] is an integer, not an object"),
         ("x", squad(QUESTION, {}), {"format": "squad"}, "x: data[0].paragraphs[0].qas[1] has no 'question'"),
         ("x", squad(context=None), {"format": "squad"}, "'context' of data[0].paragraphs[0] is null, not a string"),
         ("x", squad({"question": "?", "answers": [{"text": "a", "answer_start": True}]}), {"format": "squad"},
-            "'answer_start' of data[0].paragraphs[0].qas[0].answers[0] is true or false, not a whole number"),
+            "'answer_start' of data[0].paragraphs[0].qas[0].answers[0] is true or false, not an integer"),
         # pattern
         ("x.txt", b"A:b c\n\n? d", {"pattern": TREC}, "x.txt:3: the line '? d' does not match data.pattern '(?P<l"),
         ("x.txt", b"a", {"pattern": "("}, "data.pattern '(' is not a regular expression: missing )"),

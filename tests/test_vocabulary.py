@@ -125,7 +125,7 @@ def test_resize_takes_the_size_of_the_tokenizer(tmp_path):
     again = jaxlm.load(tmp_path / "larger")
     assert again.config.vocabulary == lm.tokenizer.size and again.tokens(BEYOND).size
     for size in (ROWS, 0, -1, 2.5, True, "40"):
-        with pytest.raises(UserError, match=r"size is .*; it must be (an integer|a whole number), at least"):
+        with pytest.raises(UserError, match=r"size is .*; it must be an integer, at least"):
             jaxlm.resize(lm, size)
     with pytest.raises(UserError, match="target_size is 9, but the model has one table"):
         jaxlm.resize(lm, 80, 9)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
 
 from jaxlm.config.arguments import check_model
+from jaxlm.config.ranges import Count, Range, check_argument
 from jaxlm.data.batches import prefetch
 from jaxlm.data.formats.lines import Place, Row
 from jaxlm.errors import UserError, to_python_names, with_python_names
@@ -22,14 +23,14 @@ from jaxlm.run.assembly import shard_batch
 from jaxlm.run.resolve import ResolvedModel
 from jaxlm.run.step import make_eval_step
 from jaxlm.run.trained_model import resolve_model, task_for
-from jaxlm.tasks import TASKS, cells, input_rows, labels, metrics
+from jaxlm.tasks import TASKS, input_rows, labels, metrics
 from jaxlm.tasks.cells import Record, Records
 from jaxlm.tasks.records import RecordTask, Truncation
 from jaxlm.tasks.task import EvalResult
 
 WINDOW = 4096  # rows of data that are predicted together
 TOKENS = 4096  # tokens in a batch, padding included
-MAX_ROWS = 2**16  # rows in a batch
+Rows = Annotated[int, Range(1, 2**16)]  # of a batch
 Step = Callable[[Any, Any], Any]  # a jitted step of `make_eval_step`
 
 
@@ -169,11 +170,8 @@ def predict_rows(
     """
     resolved = resolve_model(lm, task, length)
     bound: Any = resolved.task
-    if not isinstance(probabilities, (bool, np.bool_)):
-        raise UserError(f"probabilities is {cells.short_repr(probabilities)}; it must be True or False")
-    top_k = input_rows.optional_int(top_k, "top_k") or 0
-    if top_k < 0:
-        raise UserError(f"top_k is {top_k}; it must be at least 1, or 0 for none")
+    check_argument("probabilities", probabilities, bool)
+    top_k = check_argument("top_k", top_k, Count)
     if (probabilities or top_k) and not bound.classes:
         raise UserError(
             f"{type(task).__name__} predicts no probabilities of classes; remove --probabilities and --top-k"
@@ -280,9 +278,7 @@ def _evaluate(
 ) -> tuple[list[Row], dict[str, float]]:
     """Returns the prediction for each record and the means of the losses; adds to `truncations`."""
     task: Any = resolved.task
-    rows = input_rows.optional_int(rows, "batch")
-    if rows is not None and not 1 <= rows <= MAX_ROWS:
-        raise UserError(f"batch is {rows}; it must be from 1 to {MAX_ROWS:,}")
+    rows = check_argument("batch", rows, Rows | None)
     rows = divisible_rows(lm, rows or max(1, TOKENS // task.length))
     batches = task.batches(Records(records, []), rows, task.length, None)
     for side, counts in task.truncation(batches.examples, lm, records).items():

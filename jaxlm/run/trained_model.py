@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 
 from jaxlm import config
 from jaxlm.config import DataConfig, MeshConfig, RunConfig
+from jaxlm.config.ranges import MAX_INT, Range, check_argument
 from jaxlm.devices import sharding
 from jaxlm.errors import UserError
 from jaxlm.inference.generation_defaults import prediction_decoding
 from jaxlm.lm import LM
 from jaxlm.run.resolve import ResolvedModel
-from jaxlm.tasks import TASKS, cells, input_rows, labels
+from jaxlm.tasks import TASKS, cells, labels
 from jaxlm.tasks.records import RecordTask
+
+Length = Annotated[int, Range(2, MAX_INT)]  # tokens in a row
 
 
 def resolve_model(lm: LM, task: Any, length: int | None = None) -> ResolvedModel:
@@ -47,11 +50,9 @@ def resolve_model(lm: LM, task: Any, length: int | None = None) -> ResolvedModel
             f"{type(task).__name__} requires {'one output' if one else 'several outputs'}, the model has "
             f"{', '.join(lm.config.labels)}; use the task that it was trained for"
         )
-    length = input_rows.optional_int(length, "length")
+    length = check_argument("length", length, Length | None)
     if length is None and lm.trained:
         length = lm.trained.length
-    if length is not None and length < 2:
-        raise UserError(f"length is {length}; a row needs at least 2 tokens")
     if length is not None:
         lm.config.check_length(length)
     outputs = labels.output_names(task, lm.config.labels) if kind.head else ()

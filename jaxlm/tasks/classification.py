@@ -177,7 +177,7 @@ class ClassificationTask(HeadTask):
                 )
         if numeric and any(not float(label).is_integer() for label in first):
             raise UserError(
-                f"column {task.label!r} has {values}, not all whole numbers; to predict them as numbers, set "
+                f"column {task.label!r} has {values}, not all integers; to predict them as numbers, set "
                 f"--task.problem regression; if they are classes, name them all with --task.names"
             )
         return tuple(sorted(first, key=(lambda name: (float(name), name)) if numeric else str))

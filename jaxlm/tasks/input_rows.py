@@ -44,13 +44,6 @@ def labelled_rows(given: Any) -> Iterator[tuple[Place, Row]]:
         yield place, row
 
 
-def optional_int(value: Any, name: str) -> int | None:
-    """Returns a whole number, or None.  Raises UserError for other values."""
-    if value is None or (isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.bool_))):
-        return None if value is None else int(value)
-    raise UserError(f"{name} is {short_repr(value)}; it must be a whole number, or None")
-
-
 def _records(given: Any) -> Any:
     """Returns the rows of a DataFrame, which would iterate over its columns, and any other value unchanged."""
     return given.to_dict("records") if hasattr(given, "to_dict") and hasattr(given, "columns") else given

@@ -202,12 +202,12 @@ def _class_pairs(labels_N: ArrayLike, predictions_N: ArrayLike, count: int) -> t
     _check_shapes(labels_N, predictions_N)
     for classes_N, what in ((labels_N, "labels"), (predictions_N, "predictions")):
         if (odd := _odd_class(classes_N, count)) is not None:
-            raise UserError(f"{what} hold {odd:g}; classes are whole numbers from 0 to {count - 1}; correct them")
+            raise UserError(f"{what} hold {odd:g}; classes are integers from 0 to {count - 1}; correct them")
     return labels_N.astype(np.int64), predictions_N.astype(np.int64)
 
 
 def _odd_class(classes_N: np.ndarray, count: int) -> float | None:
-    """Returns the first value that is not a whole number from 0 to count - 1, or None."""
+    """Returns the first value that is not an integer from 0 to count - 1, or None."""
     odd = classes_N[(classes_N < 0) | (classes_N >= count) | (classes_N % 1 != 0)]
     return float(odd[0]) if len(odd) else None
 

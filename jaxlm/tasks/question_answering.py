@@ -238,7 +238,7 @@ def _answers(value: Any, place: Place) -> list[tuple[str, int]]:
         if not isinstance(text, str) or not isinstance(start, (int, np.integer)) or isinstance(start, bool):
             raise UserError(
                 f"{place}: an answer is {short_repr(text)} at {short_repr(start)}; give its text, and its first "
-                f"character as a whole number"
+                f"character as an integer"
             )
     return list(zip(texts, map(int, starts)))
 

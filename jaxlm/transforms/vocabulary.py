@@ -59,7 +59,7 @@ def _size(name: str, given: int | None, tokens: int, rows: int) -> int:
         return tokens or rows
     if isinstance(given, bool) or not hasattr(given, "__index__") or given < max(1, tokens):
         minimum = f"{tokens}, the tokens of the tokenizer" if tokens else "1"
-        raise UserError(f"{name} is {given!r}; it must be a whole number, at least {minimum}")
+        raise UserError(f"{name} is {given!r}; it must be an integer, at least {minimum}")
     return int(given)
 
 

@@ -37,7 +37,7 @@ def plain_data(value: Any, what: str, depth: int = 0) -> Any:
       depth: nesting depth of the value.
 
     Raises:
-      UserError: the value has another type, half of a surrogate pair in a string, or too deep nesting.
+      UserError: the value has another type, a lone surrogate in a string, or too deep nesting.
     """
     if depth > DEPTH:
         raise UserError(f"{what} has lists and dicts nested more than {DEPTH} deep; give flatter data")
@@ -48,7 +48,7 @@ def plain_data(value: Any, what: str, depth: int = 0) -> Any:
         half = None if text.isascii() else re.search("[\ud800-\udfff]", text)
         if half:
             raise UserError(
-                f"{what} has half of a surrogate pair, U+{ord(half[0]):04X}, at character {half.start()} of "
+                f"{what} has a lone surrogate, U+{ord(half[0]):04X}, at character {half.start()} of "
                 f"{text[:40].encode('ascii', 'backslashreplace').decode()!r}; remove it"
             )
         return text

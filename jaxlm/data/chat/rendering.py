@@ -317,7 +317,7 @@ def _render(use: _Template, jobs: Sequence[dict[str, Any]]) -> Iterator[list[Ren
         if isinstance(result, template_process.Problem):
             raise UserError(_message(use, result))
         if any(not text.isascii() and _HALF.search(text) for text, _, _ in result):
-            raise UserError(f"the chat template {use.name} writes half of a surrogate pair; correct it")
+            raise UserError(f"the chat template {use.name} writes a lone surrogate; correct it")
         yield [Rendered(text, _spans(users), _spans(answers)) for text, users, answers in result]
 
 

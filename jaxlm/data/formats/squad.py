@@ -14,7 +14,7 @@ _NAMES = {
     dict: "an object",
     list: "a list",
     str: "a string",
-    int: "a whole number",
+    int: "an integer",
     float: "a number",
     bool: "true or false",
     type(None): "null",
