@@ -391,7 +391,7 @@ def masked() -> LM:
 
 def test_blanks_are_filled_by_the_likeliest_tokens():
     lm = masked()
-    found = fill(lm, "the [MASK] fox jumps over a [MASK]", most=3)
+    found = fill(lm, "the [MASK] fox jumps over a [MASK]", top_k=3)
     ids = [lm.tokenizer.encode(part) for part in ("the", "fox jumps over a")]
     tokens = [lm.tokenizer.cls, *ids[0], lm.tokenizer.mask, *ids[1], lm.tokenizer.mask, lm.tokenizer.sep]
     p_TV = np.asarray(jax.nn.softmax(lm(np.array([tokens])).logits[0, :, : lm.vocabulary]))

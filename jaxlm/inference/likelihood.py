@@ -94,7 +94,7 @@ def log_likelihoods(
     return list(_score(lm, examples, batch_tokens))
 
 
-def fill(lm: LM, text: str, *, blank: str = "[MASK]", most: int = 5) -> list[list[tuple[str, float]]]:
+def fill(lm: LM, text: str, *, blank: str = "[MASK]", top_k: int = 5) -> list[list[tuple[str, float]]]:
     """Returns the most likely tokens for each blank of a text, with their probabilities, the most likely first.
 
     The model predicts each blank while the others stay masked.
@@ -103,14 +103,14 @@ def fill(lm: LM, text: str, *, blank: str = "[MASK]", most: int = 5) -> list[lis
       lm: a model with the head masked_lm as its first one.
       text: a text with at least one blank.
       blank: the string that marks a blank.
-      most: number of tokens for each blank.
+      top_k: number of tokens for each blank.
 
     Raises:
       UserError: for a model without that head or without a mask token, and for a text that has no blank or exceeds
         the model's positions.
     """
     check_model("lm", lm)
-    blank, most = check_argument("blank", blank, Name), check_argument("most", most, Positive)
+    blank, top_k = check_argument("blank", blank, Name), check_argument("top_k", top_k, Positive)
     if lm.config.heads_on_top[:1] != ("masked_lm",) or _tokenizer(lm).mask is None:
         raise UserError(f"fill requires the head masked_lm, the model has {', '.join(lm.config.heads_on_top)}")
     check_text(text)
@@ -127,7 +127,7 @@ def fill(lm: LM, text: str, *, blank: str = "[MASK]", most: int = 5) -> list[lis
     filled = []
     for logits_V in logits_TV[positions]:
         p_V = np.exp(logits_V - logits_V.max())
-        best = np.argsort(-p_V, kind="stable")[:most]
+        best = np.argsort(-p_V, kind="stable")[:top_k]
         filled.append([(_tokenizer(lm).pieces([i])[0], float(p_V[i] / p_V.sum())) for i in best])
     return filled
 
