@@ -51,7 +51,7 @@ LOADS = {
     "many labels": ("", {"head": "classes", "labels": 10**12}, "at most 1,000,000"),
     "half a label": ("", {"head": "classes", "labels": 2.5}, "labels is 2.5; it must be an integer"),
     "labels in a text": ("", {"head": "classes", "labels": "ab"}, "labels is 'ab'"),
-    "labels that are numbers": ("", {"head": "classes", "labels": [1, 2]}, "each entry a string"),
+    "labels that are numbers": ("", {"head": "classes", "labels": [1, 2]}, "each entry a non-empty string"),
     "a label twice": ("", {"head": "classes", "labels": ["a", "a"]}, "each name once"),
     "empty labels": ("", {"head": "classes", "labels": []}, "at least one name"),
     "mesh": ("", {"mesh": jaxlm.MeshConfig()}, "it must be of type Mesh, or None"),

@@ -147,6 +147,10 @@ MESSAGES = {
     ),
     "a pattern": (dict(data=configs.DataConfig(boundary="(")), "data.boundary is '('; it must be a valid regular"),
     "no column": (dict(task=configs.Classification(text=())), "task.text is (); it must be non-empty"),
+    "a column without its tuple": (
+        dict(task=configs.Classification(text="review")),
+        "task.text is 'review'; it must be a non-empty tuple, each entry a non-empty string",
+    ),
     "nested": (
         dict(task=configs.Seq2Seq(decoding=Decoding(beams=0))),
         "task.decoding.beams is 0; it must be at least",

@@ -243,8 +243,11 @@ def describe_type(hint: Any) -> str:
     """Returns a description of a type and its range, such as "an integer, at least 1"."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        limits = [str(limit) for limit in inner[1:] if hasattr(limit, "allows")]
-        return ", ".join([describe_type(inner[0]), *filter(None, limits)])
+        text = describe_type(inner[0])
+        if any(isinstance(limit, NotEmpty) for limit in inner[1:]):
+            text = text.replace("a ", "a non-empty ", 1)
+        limits = [str(limit) for limit in inner[1:] if isinstance(limit, (Range, Regex))]
+        return ", ".join([text, *filter(None, limits)])
     if origin is Literal:
         return f"one of {', '.join(map(repr, inner))}"
     if origin is tuple and len(inner) == 2 and inner[1] is Ellipsis:
