@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compiled import random_params
+from random_params import random_params
 
 import jaxlm
 from jaxlm import CausalLM, DataConfig, Infilling, MaskedLM, RunConfig, SpanCorruption, UserError

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from compiled import jit, random_params
+from random_params import random_params
 
 from jaxlm import CausalLM, MeshConfig, ModelConfig, UserError
 from jaxlm.data.batches import Epoch
@@ -88,7 +88,7 @@ def test_a_custom_mixer_packs_and_is_causal():
     model = dataclasses.replace(TINY, mixer="mean")
     params, batch = random_params(model), packed()
     assert parameters.rows_by_path(params)["decoder/layers/attention/own_value/kernel"].axes == ("layers", None, None)
-    run = jit(partial(apply, Transformer(model)))
+    run = jax.jit(partial(apply, Transformer(model)))
     whole = run(params, batch["tokens_BT"], batch["segments_BT"], batch["positions_BT"])
     single = run(params, batch["tokens_BT"][:, 5:9])
     np.testing.assert_allclose(whole[:, 5:9], single, atol=1e-5)  # packed = unpacked
@@ -107,7 +107,7 @@ def training(model: ModelConfig, gradient=summed_gradient):
     optimizer = optax.chain(optax.snapshot("grad_norm", optax.tree.norm), optax.sgd(0.1))
     params = random_params(model)
     state = TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key_data(jax.random.key(0)))
-    return jit(make_train_step(task, Transformer(model), optimizer, lambda _: 0.1, gradient)), state
+    return jax.jit(make_train_step(task, Transformer(model), optimizer, lambda _: 0.1, gradient)), state
 
 
 @pytest.mark.parametrize("k", [1, 2])
@@ -125,7 +125,7 @@ def test_an_auxiliary_loss_is_a_mean_over_tokens_and_is_minimised(k):
         assert set(losses) == {"loss", "auxiliary/balance"} and losses["auxiliary/balance"][1] is not None
         return losses["loss"][0] / losses["loss"][1] + losses["auxiliary/balance"][0] / tokens
 
-    value, gradient = jit(jax.value_and_grad(objective))(state.params)
+    value, gradient = jax.jit(jax.value_and_grad(objective))(state.params)
     np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
     assert 0 < metrics["auxiliary/balance"] < metrics["loss"]
     expected = jax.tree.map(lambda p, g: p - 0.1 * g, state.params, gradient)
@@ -251,7 +251,7 @@ def test_a_custom_front_end_packs_shards_and_counts(patches, devices):
     batches = task.batches(None, 2, 12, None)
     batch = batches.batch_at(0)
     assert batch["patches_BTM"].shape == (2, 12, 6) and "tokens_BT" not in batch and len(batches) == 1
-    run = jit(lambda params, batch: task.losses(Transformer(patches), params, batch, None)[0]["loss"])
+    run = jax.jit(lambda params, batch: task.losses(Transformer(patches), params, batch, None)[0]["loss"])
     loss, weight = run(params, batch)
     single = task.replace_fields(max_examples=1).batches(None, 5, 7, None).batch_at(0)  # one example per row
     assert single["segments_BT"].max() == 1 and weight == 5

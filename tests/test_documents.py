@@ -30,8 +30,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import pytest
-from compiled import jit, random_params
 from flags import xla_flags
+from random_params import random_params
 
 import jaxlm
 from jaxlm import LM, TokenizerConfig
@@ -279,7 +279,6 @@ def reader(request, things, tmp_path, monkeypatch, no_pictures, capsys, devices)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_CACHE", str(things / "hub"))
     monkeypatch.setenv("JAXLM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(jax, "jit", jit)
     tasks = dict(jaxlm.config.TASK_CONFIGS)
     yield Reader(request.param, capsys, devices)
     for name in {path.stem for path in Path.cwd().glob("*.py")}:

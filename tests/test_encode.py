@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from compiled import jit, random_params
+from random_params import random_params
 
 from jaxlm import UserError
 from jaxlm.config import MeshConfig, ModelConfig, TokenizerConfig
@@ -40,12 +40,6 @@ def texts_of(n: int, most: int = 60) -> list[str]:
 TEXTS = ["", *texts_of(40), " ".join([SENTENCE] * 20)]
 
 
-@pytest.fixture(autouse=True)
-def fast_compiles(monkeypatch, request):
-    if "minilm" not in request.fixturenames:
-        monkeypatch.setattr(jax, "jit", jit)
-
-
 @pytest.fixture(scope="module")
 def tokenizer():
     return tokenizers.train([SENTENCE] * 4, TokenizerConfig(train="wordpiece"), vocabulary=90)
@@ -64,7 +58,7 @@ def states(lm: LM, texts: list[str], max_length: int = 128) -> list[np.ndarray]:
     tokens_BT = np.array([row + [0] * (T - len(row)) for row in rows])
     segments_BT = np.array([[1] * len(row) + [0] * (T - len(row)) for row in rows])
     method = "encode" if lm.config.structure == "encoder_decoder" else "__call__"
-    x_BTD = jit(lambda *inputs: apply(lm.module, *inputs, method=method))(lm.params, tokens_BT, segments_BT)
+    x_BTD = jax.jit(lambda *inputs: apply(lm.module, *inputs, method=method))(lm.params, tokens_BT, segments_BT)
     return [np.asarray(x_TD)[: len(row)] for x_TD, row in zip(x_BTD, rows)]
 
 

@@ -72,8 +72,8 @@ def member(name: str, heads: tuple, shape: dict) -> ModelConfig:
 
 def random_params(config: ModelConfig, dtype: type = np.float32) -> dict:
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: transformer.init(transformer.Transformer(config), jax.random.key(0)))
-    params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(dtype), shapes)
+    draw = lambda shape: rng.normal(size=shape).astype(dtype)
+    params = convert.nested({path: draw(shape) for path, shape in convert.tree_shapes(config).items()})
     if not config.first_norm:  # the first layer's norm has no effect, and is not in the file
         params["encoder"]["layers"]["attention_norm"]["scale"][0] = 1
     return params

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import pytest
-from compiled import jit, random_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_params import random_params
 
 import jaxlm
 from jaxlm import (
@@ -204,7 +204,7 @@ class Compiled(NamedTuple):
 def compiled(case: str, model: str) -> Compiled:
     config, params = model_of(model, CASES[case].labels)
     task, module = task_of(case, model), Transformer(config)
-    return Compiled(task, module, params, jit(make_eval_step(task, module)))
+    return Compiled(task, module, params, jax.jit(make_eval_step(task, module)))
 
 
 @lru_cache
@@ -216,7 +216,7 @@ def gradient(case: str, model: str):
         total, weight = task.losses(module, params, batch, None)[0]["loss"]
         return total, weight
 
-    return jit(jax.value_and_grad(loss, has_aux=True))
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
 def put(batch, k):
@@ -379,7 +379,7 @@ def on_devices(case: str, n: int, batch: dict[str, np.ndarray], gradients: bool)
         losses, outputs = make_eval_step(task, module)(params, batch)
         return losses["loss"][0], (losses, outputs)
 
-    return jax.device_get(jit(jax.value_and_grad(loss, has_aux=True) if gradients else loss)(params, laid))
+    return jax.device_get(jax.jit(jax.value_and_grad(loss, has_aux=True) if gradients else loss)(params, laid))
 
 
 QUICK = {("class", 2, False), ("tagging", 2, False), ("questions", 2, False), ("choice", 2, False)}
@@ -466,7 +466,7 @@ def test_the_state_of_an_example_is_the_one_that_a_call_reads(model):
     task, records = compiled("class", model).task, drawn("class", LENGTHS)
     batches, found = seen("class", model, records)
     [[[example]]] = task.features(records[3:4], False)
-    alone = jit(lambda params, tokens: lm.apply(params, tokens).logits)(params, np.array([example["tokens_BT"]]))
+    alone = jax.jit(lambda params, tokens: lm.apply(params, tokens).logits)(params, np.array([example["tokens_BT"]]))
     close(outputs_of(batches, found)[3][0][0]["logits_BEN"], alone[0], rtol=1e-4)
 
 
@@ -520,7 +520,7 @@ def test_balanced_weights_and_smoothing_are_for_training_alone():
     plain = -p[np.arange(6), labels]
     smooth = 0.7 * plain - 0.3 * p.mean(-1)
     for training, expected in ((True, smooth), (False, plain)):
-        loss = jit(lambda logits, batch, training=training: task.loss(logits, batch, training))(logits, batch)
+        loss = jax.jit(lambda logits, batch, training=training: task.loss(logits, batch, training))(logits, batch)
         close(loss, ((expected * weights).sum(), weights.sum()))
 
 
@@ -534,7 +534,7 @@ def test_balanced_weights_of_several_labels_are_those_of_torch():
     batch = Batches(task.examples(part, True), 1, T, 6, None).batch_at(0)
     logits = np.random.default_rng(0).standard_normal((1, 6, 3)).astype(np.float32)
     for training, weights in ((True, [2 / 4, 5 / 1, 4 / 2]), (False, [1, 1, 1])):
-        loss = jit(lambda logits, batch, training=training: task.loss(logits, batch, training))(logits, batch)
+        loss = jax.jit(lambda logits, batch, training=training: task.loss(logits, batch, training))(logits, batch)
         theirs = torch.nn.BCEWithLogitsLoss(pos_weight=torch.tensor(weights), reduction="sum")
         labels = torch.tensor(batch["labels_BEN"][0])
         close(loss, (theirs(torch.tensor(logits[0]), labels).item() / 3, 6), rtol=1e-5)
@@ -865,7 +865,7 @@ def test_vectors_by_any_pooling(mode):
     task = task_of("cosine").replace_fields(pooling=Pooling((mode,)))
     batch = batches_of(task, drawn("cosine", LENGTHS)).batch_at(0)
     loss = lambda params: task.losses(module, params, batch, jax.random.key(0))[0]["loss"][0]
-    value, grads = jit(jax.value_and_grad(loss))(params)
+    value, grads = jax.jit(jax.value_and_grad(loss))(params)
     assert np.isfinite(value)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
 
@@ -876,7 +876,7 @@ def test_two_hundred_classes():
     task = TASKS[Classification](Classification(), T, 0, tokenizer("wordpiece"), names)
     records = records_of("class", [{"text": words(np.random.default_rng(i), 3), "label": names[i]} for i in range(200)])
     batches = batches_of(task, records)
-    found = run_eval(jit(make_eval_step(task, Transformer(config))), params, batches, put)
+    found = run_eval(jax.jit(make_eval_step(task, Transformer(config))), params, batches, put)
     told = task.predictions(records, batches, found.outputs)
     logits = [unit[0][0]["logits_BEN"] for unit in outputs_of(batches, found)]
     assert [row["prediction"] for row in told] == [names[x.argmax()] for x in logits]
@@ -1040,7 +1040,6 @@ def quick(tmp_path_factory):
         made = sharding.make_mesh
         patch.setattr(sharding, "make_mesh", lambda config, some=None: made(config, some or jax.devices()[:1]))
         patch.setattr(report, "write", lambda folder, *_: (folder / "report.html").touch())
-        patch.setattr(jax, "jit", jit)
         patch.setenv("JAXLM_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 
@@ -1244,7 +1243,7 @@ def test_losses_are_those_of_transformers(case, tmp_path):
     lm = jaxlm.load(tmp_path, head=task_of(case).head)
     task, records = task_of(case), drawn(case, LENGTHS)
     batches = batches_of(task, records)
-    found = run_eval(jit(make_eval_step(task, lm.module)), lm.params, batches, put)
+    found = run_eval(jax.jit(make_eval_step(task, lm.module)), lm.params, batches, put)
     with torch.no_grad():
         expected = sum(their_loss(model, case, unit) for units in task.features(records, False) for unit in units)
     assert found.losses["loss"][0] == pytest.approx(expected, rel=1e-4)

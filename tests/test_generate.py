@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from compiled import jit, random_params
+from random_params import random_params
 
 import jaxlm
 from jaxlm.__main__ import main
@@ -41,11 +41,6 @@ TEXT = "the quick brown fox jumps over a lazy dog\n"
 NEW = 12
 
 
-@pytest.fixture(autouse=True)
-def fast_compiles(monkeypatch):
-    monkeypatch.setattr(jax, "jit", jit)
-
-
 @lru_cache
 def tokenizer():
     return tokenizers.train([TEXT], TokenizerConfig(train="characters"), 48, add_bos=True)
@@ -68,7 +63,7 @@ def before(row: list[int], stops) -> list[int]:
 @lru_cache
 def forward(name: str):
     module = Transformer(MODELS[name])
-    return jit(lambda params, tokens: apply(module, params, apply(module, params, tokens), method="lm"))
+    return jax.jit(lambda params, tokens: apply(module, params, apply(module, params, tokens), method="lm"))
 
 
 @lru_cache
@@ -160,7 +155,7 @@ def test_draws_follow_the_probabilities(name):
         logits_BV = jax.numpy.broadcast_to(jax.numpy.asarray(LOGITS[order], np.float32), (n, 6))
         return choose(logits_BV, jax.random.uniform(key, n), rules)
 
-    counts = np.bincount(np.asarray(jit(draw)(jax.random.key(0))), minlength=6)
+    counts = np.bincount(np.asarray(jax.jit(draw)(jax.random.key(0))), minlength=6)
     expected = n * (np.array(left) / np.sum(left))[order]
     allowed = expected > 0
     assert not counts[~allowed].any()
@@ -173,7 +168,7 @@ def test_draws_from_a_large_vocabulary_follow_the_probabilities():
     random = np.random.default_rng(0)
     p = random.exponential(size=1000) * (np.arange(1000) % 384 < 200)
     n = 200_000
-    one = jit(lambda u: jax.vmap(lambda u: draw(jax.numpy.asarray(p, np.float32)[None], u[None])[0])(u))
+    one = jax.jit(lambda u: jax.vmap(lambda u: draw(jax.numpy.asarray(p, np.float32)[None], u[None])[0])(u))
     counts = np.bincount(np.asarray(one(random.random(n, np.float32))), minlength=1000)
     expected = n * p / p.sum()
     assert not counts[p == 0].any()

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from compiled import jit, random_params
+from random_params import random_params
 
 import jaxlm
 from jaxlm import Decoding, MeshConfig, ModelConfig
@@ -47,11 +47,6 @@ STRATEGIES = {
     "beams": {"temperature": 0.0, "beams": 3, "n_best": 2},
     "rules": {"temperature": 0.0, "repetition_penalty": 1.4, "min_new_tokens": 3},
 }
-
-
-@pytest.fixture(autouse=True)
-def fast_compiles(monkeypatch):
-    monkeypatch.setattr(jax, "jit", jit)
 
 
 @lru_cache

@@ -7,10 +7,8 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
-from compiled import jit
 
 import jaxlm
 from jaxlm.inference.generate import stops_of
@@ -56,11 +54,6 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "marian": ("Marian", "MTModel", SEQ2SEQ | {"decoder_start_token_id": 1, "bad_words_ids": [[1]]}),
 }
 SAID = ("forced_eos_token_id", "forced_bos_token_id", "bad_words_ids")
-
-
-@pytest.fixture(autouse=True)
-def fast_compiles(monkeypatch):
-    monkeypatch.setattr(jax, "jit", jit)
 
 
 @lru_cache

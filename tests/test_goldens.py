@@ -8,10 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
-from compiled import jit
 
 import jaxlm
 from jaxlm.hub import safetensors
@@ -52,11 +50,6 @@ def inputs(config: dict[str, Any]) -> dict[str, np.ndarray]:
 def goldens() -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     with np.load(GOLDENS) as arrays:
         return json.loads(arrays["models"].tobytes()), {name: arrays[name] for name in arrays.files if "/" in name}
-
-
-@pytest.fixture(autouse=True)
-def fast_compiles(monkeypatch):
-    monkeypatch.setattr(jax, "jit", jit)
 
 
 def cases() -> list[Any]:

@@ -7,7 +7,7 @@ import json
 
 import numpy as np
 import pytest
-from compiled import random_params
+from random_params import random_params
 
 import jaxlm
 from jaxlm import LM, families

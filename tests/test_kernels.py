@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compiled import jit
 from jax.sharding import Mesh
 
 from jaxlm.nn import kernels
@@ -64,7 +63,7 @@ def read(attend, segments_BT, g_BTHC):
         (_, (out_BTHC, outputs_BTHC)), grads = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(*qkv)
         return out_BTHC, outputs_BTHC, grads
 
-    return jit(both)
+    return jax.jit(both)
 
 
 def xla(q, k, v, *, segments_BT, causal, window, scale, cap):

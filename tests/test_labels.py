@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from compiled import jit, random_params
+from random_params import random_params
 
 import jaxlm
 from jaxlm import (
@@ -312,7 +312,6 @@ def quick(monkeypatch):
     mesh = sharding.make_mesh
     monkeypatch.setattr(sharding, "make_mesh", lambda config, some=None: mesh(config, some or jax.devices()[:1]))
     monkeypatch.setattr(report, "write", lambda folder, *_: (folder / "report.html").touch())
-    monkeypatch.setattr(jax, "jit", jit)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in FAST else pytest.mark.long) for name in CASES])

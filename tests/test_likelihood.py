@@ -9,7 +9,7 @@ from functools import lru_cache
 import jax
 import numpy as np
 import pytest
-from compiled import jit, random_params
+from random_params import random_params
 
 import jaxlm
 from jaxlm.config import CausalLM, ModelConfig, TokenizerConfig
@@ -35,11 +35,6 @@ DECODERS = ("gpt2", "rotary", "window")
 TEXT = "the quick brown fox jumps over a lazy dog\n"
 
 
-@pytest.fixture(autouse=True)
-def fast_compiles(monkeypatch):
-    monkeypatch.setattr(jax, "jit", jit)
-
-
 @lru_cache
 def tokenizer():
     return tokenizers.train([TEXT], TokenizerConfig(train="characters"), 48, add_bos=True)
@@ -57,7 +52,7 @@ def forward(name: str):
     def logits(params, *read):
         return apply(module, params, apply(module, params, *read), method="lm")
 
-    return jit(logits)
+    return jax.jit(logits)
 
 
 def alone(name: str, context: list[int], continuation: list[int]) -> likelihood.Likelihood:

@@ -9,9 +9,8 @@ import sys
 import warnings
 from functools import lru_cache
 
-import jax
 import pytest
-from compiled import jit, random_params
+from random_params import random_params
 
 import jaxlm
 from jaxlm.config import ModelConfig, TokenizerConfig
@@ -64,11 +63,6 @@ CHATML = (
     "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
 )
-
-
-@pytest.fixture(autouse=True)
-def fast_compiles(monkeypatch):
-    monkeypatch.setattr(jax, "jit", jit)
 
 
 @lru_cache

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compiled import jit, random_params
+from random_params import random_params
 
 import jaxlm
 from jaxlm import LM, UserError, families
@@ -35,11 +35,6 @@ BART = dataclasses.replace(PRESETS["bart-base"], **SMALL)
 T5 = dataclasses.replace(PRESETS["t5-small"], **SMALL, head_width=8)
 TOKENS = np.array([[5, 6, 7, 8, 9], [10, 11, 12, 0, 0]])
 MASK = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
-
-
-@pytest.fixture(autouse=True)
-def fast_compiles(monkeypatch):
-    monkeypatch.setattr(jax, "jit", jit)
 
 
 def saved(folder: Path, config: ModelConfig) -> Path:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compiled import random_params
+from random_params import random_params
 
 import jaxlm
 from jaxlm import Classification, DataConfig, Decoding, ModelConfig, OptimizerConfig, RunConfig, TokenizerConfig

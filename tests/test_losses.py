@@ -9,7 +9,6 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compiled import jit
 
 from jaxlm.config import MeshConfig
 from jaxlm.devices import sharding
@@ -46,7 +45,7 @@ def test_chunks_equal_the_whole(parts, smoothing):
         (loss, weight), _ = of(params, x_BTD, *given[1:])
         return 3 * loss / weight  # the incoming gradient is not 1
 
-    gradients = jit(
+    gradients = jax.jit(
         jax.grad(
             partial(mean, partial(chunked_cross_entropy, logits_of, label_smoothing=smoothing, parts=parts)), (0, 1)
         )
@@ -59,12 +58,12 @@ def test_chunks_equal_the_whole(parts, smoothing):
 def test_log_probabilities_in_chunks(parts):
     params, x_BTD, labels_BT, weights_BT = inputs()
     log_BTV = jax.nn.log_softmax(logits_of(params, x_BTD))
-    log_BT, likeliest_BT = jit(partial(token_log_probs, logits_of, parts=parts))(params, x_BTD, labels_BT)
+    log_BT, likeliest_BT = jax.jit(partial(token_log_probs, logits_of, parts=parts))(params, x_BTD, labels_BT)
     close(log_BT, jnp.take_along_axis(log_BTV, labels_BT[..., None], 2)[..., 0])
     np.testing.assert_array_equal(likeliest_BT, log_BTV.argmax(-1))
     # The gradient of a function of the log-probabilities, such as a preference loss.
     some = lambda log_BT: jax.nn.sigmoid((log_BT * weights_BT).sum(1)).sum()
-    found = jit(jax.grad(lambda *of: some(token_log_probs(logits_of, *of, labels_BT, parts)[0]), (0, 1)))
+    found = jax.jit(jax.grad(lambda *of: some(token_log_probs(logits_of, *of, labels_BT, parts)[0]), (0, 1)))
     whole = lambda params, x: jnp.take_along_axis(jax.nn.log_softmax(logits_of(params, x)), labels_BT[..., None], 2)[
         ..., 0
     ]
@@ -102,6 +101,6 @@ def test_chunks_on_a_mesh(sizes):
     names = ("x_BTD", "labels_BT", "weights_BT")
     laid = [jax.device_put(x[None], sharding.batch_sharding(mesh, name))[0] for name, x in zip(names, given)]
     loss = lambda of, params, x, *rest: of(params, x, *rest)[0][0]
-    split = jit(jax.value_and_grad(partial(loss, partial(chunked_cross_entropy, placed, parts=3)), (0, 1)))
+    split = jax.jit(jax.value_and_grad(partial(loss, partial(chunked_cross_entropy, placed, parts=3)), (0, 1)))
     expected = jax.value_and_grad(partial(loss, partial(whole, smoothing=0.0)), (0, 1))(params, *given)
     jax.tree.map(close, split(jax.tree.map(jnp.asarray, params), *laid), expected)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compiled import jit, random_params
+from random_params import random_params
 
 from jaxlm.config import CausalLM, MaskedLM, MeshConfig, ModelConfig, OptimizerConfig
 from jaxlm.devices import sharding
@@ -43,12 +43,17 @@ MODELS = {
     "deberta": replace(PRESETS["deberta-v3-base"], **SMALL, relative_buckets=4, relative_distance=8, conv_width=3),
 }
 CAUSAL = [name for name, model in MODELS.items() if model.structure != "encoder"]
-QUICK = ("gpt2", "qwen3", "t5", "deberta")  # the other models take part in the slow tests of the marked suite
+QUICK = ("gpt2", "bert", "qwen3", "t5")  # the other models take part in the slow tests of the marked suite
 B, T = 4, 16
 SHORT = 7  # length of single sequences; a packed row holds two of them
 
 
-@pytest.fixture(scope="module", params=MODELS)
+def marked(*values: Any) -> Any:
+    """The values as a parameter, in the marked suite if the first, a model, is not quick."""
+    return pytest.param(*values, marks=() if values[0] in QUICK else pytest.mark.long)
+
+
+@pytest.fixture(scope="module", params=map(marked, MODELS))
 def name(request) -> str:
     return request.param
 
@@ -127,7 +132,7 @@ def hidden(name: str):
         target = (tokens, segments, positions) if module.config.structure == "encoder_decoder" else ()
         return apply(module, params, tokens, segments, positions, types, *target)
 
-    return jit(states)
+    return jax.jit(states)
 
 
 @lru_cache
@@ -143,7 +148,7 @@ def gradient(name: str, dtype=jnp.float32, **choices):
         (_, losses), grads = jax.value_and_grad(objective, has_aux=True)(params, batch)
         return losses, grads
 
-    return jit(both)
+    return jax.jit(both)
 
 
 @lru_cache
@@ -168,7 +173,7 @@ def test_a_decoder_is_causal_and_an_encoder_attends_to_all(model, params):
         along = lambda direction: jax.jvp(states, (params["embeddings"]["tokens"],), (direction,))[1]
         return jax.vmap(along)(directions)
 
-    derivative_STD = jit(derivatives)(params, directions)
+    derivative_STD = jax.jit(derivatives)(params, directions)
     sees_TS = (np.asarray(derivative_STD) != 0).any(-1).T
     expected = np.ones((SHORT, SHORT), bool)
     if model.layer_kinds == ("local",):  # each layer extends the reach by its window
@@ -214,10 +219,8 @@ def test_padding_changes_nothing_and_gets_no_gradient(name, model, params):
 
 
 REMATS = [{"remat": "full"}, {"remat": "dots", "unroll": 2}, {"remat": "offload"}, {"remat": "elementwise"}]
-# Two models have all of them, each of the others has one.
-REMATTED = [
-    (name, REMATS[n]) for at, name in enumerate(MODELS) for n in (range(4) if name in ("gpt2", "bart") else [at % 4])
-]
+# GPT-2 has all of them, each other model has one.
+REMATTED = [marked(name, REMATS[n % 4]) for n, name in enumerate(MODELS)] + [("gpt2", REMATS[n]) for n in (1, 2, 3)]
 
 
 @pytest.mark.parametrize(("name", "choices"), REMATTED, ids=str)
@@ -241,7 +244,7 @@ def one_step(model: ModelConfig, params, batch, accumulate: int, mesh: jax.shard
     like = with_shardings(jax.eval_shape(first_state, params), mesh)
     state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)._replace(params=params, key=key)
     state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, like))
-    step = jit(make_train_step(task_of(model), module, optimizer, make_schedule(SETTINGS, 10)))
+    step = jax.jit(make_train_step(task_of(model), module, optimizer, make_schedule(SETTINGS, 10)))
     return step(state, shard_batch(mesh, batch, accumulate))
 
 
@@ -273,11 +276,6 @@ def assert_is_the_reference_step(name: str, step) -> None:
 
 
 ONE = partial(sharding.make_mesh, MeshConfig(1))
-
-
-def marked(*values: Any) -> Any:
-    """The values as a parameter, in the marked suite if the first, a model, is not quick."""
-    return pytest.param(*values, marks=() if values[0] in QUICK else pytest.mark.long)
 
 
 @pytest.mark.parametrize("name", list(map(marked, MODELS)))
@@ -328,20 +326,20 @@ def test_every_mesh_makes_the_step_of_one_device(name, sizes):
     jax.tree.map(partial(np.testing.assert_allclose, atol=2e-6, rtol=1e-4), single(name), step)
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", list(map(marked, CAUSAL)))
 def test_cached_decoding_equals_uncached(name):
     model, params = MODELS[name], params_of(name)
     module = Transformer(model)
     tokens = np.random.default_rng(0).integers(0, model.vocabulary, (2, SHORT), dtype=np.int32)
     context = ()
     if model.structure == "encoder_decoder":
-        context = (jit(partial(apply, module, method="encode"))(params, tokens),)
+        context = (jax.jit(partial(apply, module, method="encode"))(params, tokens),)
     whole = np.asarray(hidden(name)(params, tokens))
-    decode = jit(partial(apply, module, method="decode_cached"))
+    decode = jax.jit(partial(apply, module, method="decode_cached"))
     # Prompts of 3 and 2 tokens, padded on the right, then one token at a time.
     lengths = np.array([3, 2])
     prompts = np.where(np.arange(6) < lengths[:, None], np.pad(tokens, ((0, 0), (0, 3)))[:, :6], 1)
-    fill = jit(lambda *inputs: apply(module, *inputs[:2], CacheSpec(inputs[2], 10), *inputs[3:], method="prefill"))
+    fill = jax.jit(lambda *inputs: apply(module, *inputs[:2], CacheSpec(inputs[2], 10), *inputs[3:], method="prefill"))
     first, caches = fill(params, prompts, lengths, *context)
     slots = [cache.k_BKSC.shape[2] for cache in caches.own]
     kinds = [model.layer_kinds[n % len(model.layer_kinds)] for n in range(len(slots))]
@@ -354,7 +352,7 @@ def test_cached_decoding_equals_uncached(name):
         np.testing.assert_allclose(np.asarray(one)[:, 0], whole[[0, 1], at], atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "mistral", "t5"])
+@pytest.mark.parametrize("name", list(map(marked, ["gpt2", "mistral", "t5"])))
 def test_several_tokens_at_once_equal_one_at_a_time(name):
     """As in speculative decoding: some of the tokens are replaced later."""
     model, params = MODELS[name], params_of(name)
@@ -362,11 +360,11 @@ def test_several_tokens_at_once_equal_one_at_a_time(name):
     tokens = np.random.default_rng(0).integers(0, model.vocabulary, (2, SHORT), dtype=np.int32)
     context = ()
     if model.structure == "encoder_decoder":
-        context = (jit(partial(apply, module, method="encode"))(params, tokens),)
+        context = (jax.jit(partial(apply, module, method="encode"))(params, tokens),)
     whole = np.asarray(hidden(name)(params, tokens))
-    decode = jit(partial(apply, module, method="decode_cached"))
-    fill = jit(lambda *inputs: apply(module, *inputs[:2], CacheSpec(inputs[2], 10, 3), *inputs[3:], method="prefill"))
-    _, caches = fill(params, tokens[:, :2], np.array([2, 2]), *context)
+    decode = jax.jit(partial(apply, module, method="decode_cached"))
+    fill = lambda *inputs: apply(module, *inputs[:2], CacheSpec(inputs[2], 10, 3), *inputs[3:], method="prefill")
+    _, caches = jax.jit(fill)(params, tokens[:, :2], np.array([2, 2]), *context)
     at = lambda n: np.broadcast_to(np.arange(n, n + 3), (2, 3))
     _, caches = decode(params, tokens[:, 2:5] + np.array([0, 1, 1]), at(2), caches)  # two of these tokens are replaced
     for n in (3, 4):
@@ -388,7 +386,7 @@ def test_dropout_is_off_without_a_key_and_unbiased_with_one():
     x = np.ones((64, 250), np.float32)
     layer = Dropout(0.25)
     np.testing.assert_array_equal(layer.apply({}, x), x)
-    dropped = np.asarray(jit(lambda key: layer.apply({}, x, rngs={"dropout": key}))(jax.random.key(0)))
+    dropped = np.asarray(jax.jit(lambda key: layer.apply({}, x, rngs={"dropout": key}))(jax.random.key(0)))
     assert abs((dropped == 0).mean() - 0.25) < 0.02
     np.testing.assert_allclose(dropped.mean(), 1, atol=0.02)
     assert np.unique(dropped).size == 2
@@ -396,7 +394,7 @@ def test_dropout_is_off_without_a_key_and_unbiased_with_one():
 
 def test_initial_weights_have_their_standard_deviation():
     model = MODELS["gpt2"]
-    params = jit(partial(init, Transformer(model)))(jax.random.key(1))
+    params = jax.jit(partial(init, Transformer(model)))(jax.random.key(1))
     layers = params["decoder"]["layers"]
     residual = {"attention/out": layers["attention"]["out"], "mlp/down": layers["mlp"]["down"]}
     for where, leaf in residual.items():
@@ -413,7 +411,7 @@ def test_initial_weights_of_t5_depend_on_the_number_of_inputs():
     """States and scores start with unit variance. With small weights all scores are equal, which slows learning."""
     small = {"vocabulary": 300, "width": 48, "layers": 3, "heads": 4, "head_width": 16, "mlp_width": 96}
     model = replace(PRESETS["t5-v1.1-small"], decoder_layers=2, **small)
-    params = jit(partial(init, Transformer(model)))(jax.random.key(0))
+    params = jax.jit(partial(init, Transformer(model)))(jax.random.key(0))
     layer = params["decoder"]["layers"]
     inputs = {"query": 48 * 16, "key": 48, "value": 48, "out": 4 * 16}
     for name, of_each in inputs.items():

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from compiled import jit, random_params
 from flags import OPTIMIZED
+from random_params import random_params
 
 import jaxlm
 from jaxlm import CausalLM, MeshConfig, ModelConfig, OptimizerConfig, TokenizerConfig
@@ -78,7 +78,7 @@ def merged(params):
 def hidden(model, params):
     module = Transformer(model)
     named = {"target_tokens_BT": TOKENS_BT[:, ::-1]} if model.structure == "encoder_decoder" else {}
-    return jit(partial(apply, module))(params, TOKENS_BT, **named)
+    return jax.jit(partial(apply, module))(params, TOKENS_BT, **named)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -153,7 +153,7 @@ def test_a_step_trains_what_a_node_names(kind):
     params = projections(random_params(model), KINDS[kind])
     chosen = parameters.trained_in_nodes(params)
     step, state, batch = training(model, params, chosen)
-    new, metrics = jit(step)(state, batch)
+    new, metrics = jax.jit(step)(state, batch)
     assert np.isfinite(metrics["loss"])
     same = jax.tree.map(lambda a, b: np.array_equal(a, b), state.model, new.model)
     for path, is_trained in parameters.by_path(chosen).items():
@@ -178,7 +178,7 @@ def test_pruned_entries_stay_zero_over_steps():
     params = projections(random_params(model), masked)
     step, state, batch = training(model, params, parameters.trained_in_nodes(params))
     for _ in range(3):
-        state, _ = jit(step)(state, batch)
+        state, _ = jax.jit(step)(state, batch)
     for before, after in zip(*(jax.tree.leaves(p, is_leaf=nodes.is_node) for p in (params, state.model))):
         if nodes.is_node(after):
             assert not np.any(np.asarray(after.materialize())[~np.asarray(before.mask)])

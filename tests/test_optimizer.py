@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from compiled import jit, random_params
+from random_params import random_params
 
 from jaxlm.config import MeshConfig, ModelConfig, OptimizerConfig
 from jaxlm.devices import sharding
@@ -63,7 +63,7 @@ def updates(config: OptimizerConfig, structure: str, *gradients, steps: int = 10
             made.append(update)
         return made, state
 
-    made, state = jit(run)(*map(part, (params, *gradients)))
+    made, state = jax.jit(run)(*map(part, (params, *gradients)))
     zeros = {path: np.zeros_like(leaf) for path, leaf in by_path(params).items()}
     return [zeros | by_path(u) for u in made], state
 
@@ -247,7 +247,7 @@ SCHEDULES = {
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedules_follow_their_formulas(name, warmup):
     schedule = make_schedule(OptimizerConfig(rate=2.0, schedule=name, warmup=warmup, final=0.25), 100)
-    values = np.asarray(jit(jax.vmap(schedule))(np.arange(101)))
+    values = np.asarray(jax.jit(jax.vmap(schedule))(np.arange(101)))
     rise = 2.0 * (1 + 10 * np.arange(10) / 10) / 11  # the first step is not lost
     np.testing.assert_allclose(values[:10], rise, rtol=1e-6)
     assert values[0] == pytest.approx(2 / 11)
@@ -291,7 +291,7 @@ def test_every_optimizer_learns_and_keeps_dtypes(name):
         update, state = optimizer.update(gradient, state, params)
         return (optax.apply_updates(params, update), state), value
 
-    train = jit(lambda params: jax.lax.scan(step, (params, optimizer.init(params)), None, 30))
+    train = jax.jit(lambda params: jax.lax.scan(step, (params, optimizer.init(params)), None, 30))
     (trained, _), losses = train(params)
     assert losses[-1] < 0.7 * losses[0], losses
     same = lambda a, b: a.dtype == b.dtype and a.shape == b.shape
@@ -377,8 +377,8 @@ def test_adafactor_treats_each_layer_as_optax_treats_its_matrix(relative):
             found |= {f"{path} {n}": x.reshape(view(x.shape)) if view else x for n, x in layers}
         return found
 
-    made, state = jit(partial(run, optimizer))(params, gradients)
-    expected, _ = jit(partial(run, reference))(single(params), [single(g) for g in gradients])
+    made, state = jax.jit(partial(run, optimizer))(params, gradients)
+    expected, _ = jax.jit(partial(run, reference))(single(params), [single(g) for g in gradients])
     for update, other in zip(made, expected, strict=True):
         for name, value in single(update).items():
             np.testing.assert_allclose(value, other[name], rtol=2e-4, atol=1e-7, err_msg=name)

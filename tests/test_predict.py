@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from compiled import random_params
+from random_params import random_params
 
 import jaxlm
 from jaxlm import (

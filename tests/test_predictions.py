@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from compiled import jit, random_params
+from random_params import random_params
 
 import jaxlm
 from jaxlm import (
@@ -62,12 +62,6 @@ def model(name: str, length: int = 16) -> LM:
     task, fields = HEADS[name]
     config = replace(MODEL, **fields)
     return with_task(LM(config, Transformer(config), random_params(config), TOKENIZER), task, length)
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Compiles programs without optimisation, which is faster."""
-    monkeypatch.setattr(jax, "jit", jit)
 
 
 # What a model was trained for

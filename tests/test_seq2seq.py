@@ -11,7 +11,7 @@ from functools import lru_cache, partial
 import jax
 import numpy as np
 import pytest
-from compiled import jit, random_params
+from random_params import random_params
 
 from jaxlm import Chat, DataConfig, Decoding, Seq2Seq, TokenizerConfig, UserError
 from jaxlm.data import source
@@ -91,7 +91,7 @@ def compiled(model: str):
     def loss(params, batch):
         return task.losses(module, params, batch, None)[0]["loss"]
 
-    return task, params, jit(make_eval_step(task, module)), jit(jax.value_and_grad(loss, has_aux=True))
+    return task, params, jax.jit(make_eval_step(task, module)), jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
 def batches_of(task, some):

@@ -10,9 +10,9 @@ import jax
 import numpy as np
 import optax
 import pytest
-from compiled import jit, random_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_params import random_params
 
 from jaxlm.config import CausalLM, MaskedLM, ModelConfig
 from jaxlm.data.batches import Batches
@@ -133,7 +133,7 @@ ENCODER = ModelConfig(**TINY, structure="encoder", heads_on_top=("masked_lm", "n
 @lru_cache
 def compiled_eval_step(length: int, stride: int, stream: bool):
     task = causal(length, stride=stride, stream=stream)
-    return task, jit(make_eval_step(task, Transformer(DECODER)))
+    return task, jax.jit(make_eval_step(task, Transformer(DECODER)))
 
 
 def scores(task, eval_step, params, corpus, length: int, rows: int = 3):
@@ -147,7 +147,7 @@ def test_evaluation_equals_a_forward_pass_over_the_whole_text():
     corpus = corpus_of([[26]])
     tokens = corpus.tokens.astype(np.int32)
     hidden = lambda params, x: apply(module, params, apply(module, params, x), method="lm")
-    forward = jit(hidden)
+    forward = jax.jit(hidden)
     log_p = np.asarray(jax.device_get(forward(params, tokens[None, :-1])), np.float64)[0]
     log_p -= np.log(np.exp(log_p).sum(-1, keepdims=True))
     nats = -log_p[np.arange(25), tokens[1:]]
@@ -323,10 +323,10 @@ def test_gathered_predictions_give_the_loss_of_all_positions():
         pair_logits = apply(module, params, starts, method="next_sentence")
         return logits, pair_logits
 
-    logits, pair_logits = jax.device_get(jit(dense)(params, batch))
-    found = jax.device_get(jit(lambda p, b: task.losses(module, p, b, None)[0])(params, batch))
+    logits, pair_logits = jax.device_get(jax.jit(dense)(params, batch))
+    found = jax.device_get(jax.jit(lambda p, b: task.losses(module, p, b, None)[0])(params, batch))
     losses = optax.softmax_cross_entropy_with_integer_labels
-    cross = lambda logits, labels, weights: float((jit(losses)(logits, labels) * weights).sum())
+    cross = lambda logits, labels, weights: float((jax.jit(losses)(logits, labels) * weights).sum())
     expected = {
         "masked_lm_loss": cross(logits, batch["labels_BT"], batch["weights_BT"]),
         "masked_lm_accuracy": ((logits.argmax(-1) == batch["labels_BT"]) * batch["weights_BT"]).sum(),
@@ -435,11 +435,11 @@ def drawn(seed: int = 0):
 
 def test_cross_entropy_is_what_optax_and_its_definition_say():
     logits, labels, weights = drawn()
-    loss, weight = jit(cross_entropy)(logits, labels, weights)
+    loss, weight = jax.jit(cross_entropy)(logits, labels, weights)
     log_p = logits.astype(np.float64) - np.log(np.exp(logits.astype(np.float64)).sum(-1, keepdims=True))
     by_hand = -np.take_along_axis(log_p, labels[..., None], -1)[..., 0]
     np.testing.assert_allclose(loss, (by_hand * weights).sum(), rtol=1e-5)
-    by_optax = jit(optax.softmax_cross_entropy_with_integer_labels)(logits, labels)
+    by_optax = jax.jit(optax.softmax_cross_entropy_with_integer_labels)(logits, labels)
     np.testing.assert_allclose(loss, (np.asarray(by_optax) * weights).sum(), rtol=1e-5)
     np.testing.assert_allclose(weight, weights.sum(), rtol=1e-6)
 
@@ -452,34 +452,34 @@ def test_label_smoothing_is_what_torch_defines(smoothing):
     target = np.full(log_p.shape, smoothing / V)
     np.put_along_axis(target, labels[..., None], 1 - smoothing + smoothing / V, -1)
     expected = (-(target * log_p).sum(-1) * weights).sum()
-    loss, _ = jit(partial(cross_entropy, label_smoothing=smoothing))(logits, labels, weights)
+    loss, _ = jax.jit(partial(cross_entropy, label_smoothing=smoothing))(logits, labels, weights)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
 def test_without_weight_there_is_no_loss_and_no_nan():
     logits, labels, weights = drawn()
-    both = jit(jax.value_and_grad(lambda x: cross_entropy(x, labels, weights * 0, 0.1)[0]))
+    both = jax.jit(jax.value_and_grad(lambda x: cross_entropy(x, labels, weights * 0, 0.1)[0]))
     loss, gradient = both(logits)
     assert loss == 0
     assert not np.any(gradient)
-    value, weight = jit(accuracy)(logits, labels, weights * 0)
+    value, weight = jax.jit(accuracy)(logits, labels, weights * 0)
     assert (value, weight) == (0, 0)
-    huge, _ = jit(cross_entropy)(logits * 1e4, labels, weights)
+    huge, _ = jax.jit(cross_entropy)(logits * 1e4, labels, weights)
     assert np.isfinite(huge)
 
 
 def test_bfloat16_logits_are_summed_in_float32():
     logits, labels, weights = drawn()
     rounded = logits.astype(jax.numpy.bfloat16)
-    loss, _ = jit(cross_entropy)(rounded, labels, weights)
-    exact, _ = jit(cross_entropy)(rounded.astype(np.float32), labels, weights)
+    loss, _ = jax.jit(cross_entropy)(rounded, labels, weights)
+    exact, _ = jax.jit(cross_entropy)(rounded.astype(np.float32), labels, weights)
     assert loss.dtype == np.float32
     np.testing.assert_allclose(loss, exact, rtol=1e-6)
 
 
 def test_accuracy_counts_the_likeliest():
     logits, labels, weights = drawn()
-    value, weight = jit(accuracy)(logits, labels, weights)
+    value, weight = jax.jit(accuracy)(logits, labels, weights)
     np.testing.assert_allclose(value, ((logits.argmax(-1) == labels) * weights).sum(), rtol=1e-6)
     np.testing.assert_allclose(weight, weights.sum(), rtol=1e-6)
-    assert jit(accuracy)(logits, logits.argmax(-1), np.ones_like(weights))[0] == weights.size
+    assert jax.jit(accuracy)(logits, logits.argmax(-1), np.ones_like(weights))[0] == weights.size

@@ -11,10 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
-from compiled import jit
 from test_tokenizer import byte_pairs, checkpoint, marian, trained
 
 import jaxlm
@@ -134,11 +132,6 @@ CASES: dict[str, Case] = {
     "marian": (marian, "MarianMTModel", SEQ2SEQ),
 }
 TEXTS = ["import the module", "The name of the file 12", "return None", "of this"]
-
-
-@pytest.fixture(autouse=True)
-def fast_compiles(monkeypatch):
-    monkeypatch.setattr(jax, "jit", jit)
 
 
 @lru_cache

@@ -7,7 +7,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from compiled import jit, random_params
+from random_params import random_params
 
 import jaxlm
 from jaxlm.config import Classification, ModelConfig, TokenizerConfig
@@ -21,11 +21,6 @@ from jaxlm.nn.transformer import Transformer
 TEXT = "the quick brown fox jumps over a lazy dog\n"
 TINY = {"width": 16, "heads": 2, "layers": 1, "max_length": 32}
 ROWS = 30  # of the model; the tokenizer has more
-
-
-@pytest.fixture(autouse=True)
-def fast_compiles(monkeypatch):
-    monkeypatch.setattr(jax, "jit", jit)
 
 
 def model(rows: int = ROWS, kind: str = "characters", **fields) -> LM:

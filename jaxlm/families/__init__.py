@@ -520,10 +520,11 @@ def _own_family(config: ModelConfig, module: Any = None) -> Family:
     all_heads: tuple[Head, ...] = get_args(Head)
     if config.structure != "encoder":
         all_heads = ("lm", "classes")
-    paths = set(convert.tree_shapes(config, module))
-    for head in () if module else all_heads:
-        if head != "lm" or config.width == config.W:
-            paths |= set(convert.tree_shapes(dataclasses.replace(config, heads_on_top=(head,))))
+    if not module:
+        usable = tuple(head for head in all_heads if head != "lm" or config.width == config.W)
+        paths = convert.tree_shapes(dataclasses.replace(config, heads_on_top=usable))
+    else:
+        paths = convert.tree_shapes(config, module)
     heads = {(head,): OWN for head in all_heads} | {(): OWN, config.heads_on_top: OWN}
     rules = tuple(Rule(path, path) for path in sorted(paths))
     return Family({}, rules, heads, "", lambda hf: config, lambda config: {}, module=module)

@@ -368,9 +368,17 @@ def difference(expected: Mapping[str, tuple], found: Mapping[str, tuple]) -> lis
     ]
 
 
-@lru_cache
 def tree_shapes(config: ModelConfig, module: Any = None) -> dict[str, tuple[int, ...]]:
     """Returns the shape of each leaf of the parameters of `module(config)` by path; None: a Transformer."""
+    if module:
+        return _traced_shapes(config, module)
+    # Configs that name a default size share a trace, and so do cycles of kinds of layers.
+    full = resolved(config)
+    return _traced_shapes(dataclasses.replace(full, layer_kinds=shortest(list(full.layer_kinds))), None)
+
+
+@lru_cache
+def _traced_shapes(config: ModelConfig, module: Any) -> dict[str, tuple[int, ...]]:
     import jax  # not at the top, so that listing presets does not import it
 
     from jaxlm.nn import transformer

@@ -197,6 +197,19 @@ def _identity(run: dict[str, Any]) -> dict[str, Any]:
     return fixed
 
 
+@contextmanager
+def _without_torch() -> Iterator[None]:
+    """Hides torch from an import: where it is installed, tensorboardX loads it, which takes seconds, without need."""
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
+
+
 class RunLog:
     """Writes metrics.jsonl, TensorBoard events and the progress line; raises RunError where the disk is full."""
 
@@ -208,8 +221,9 @@ class RunLog:
           step: the step from which the run starts or resumes.
           steps: number of steps of the run.
         """
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import SessionLog
+        with _without_torch():
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import SessionLog
 
         self._file, self._steps, self._rewriting = folder / "metrics.jsonl", steps, False
         self._started, self._first = time.monotonic(), step
