@@ -40,7 +40,7 @@ CASES = {  # preset, task, kind of tokenizer
     "t5": ("t5-small", SpanCorruption(), "unigram"),
     "bart": ("bart-base", Infilling(), "unigram"),
 }
-FAST = ("bert", "gpt2", "t5")
+FAST = ("bert",)
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +111,7 @@ def test_a_model_in_memory_is_pre_trained_further_with_its_own_tokenizer(text, t
         np.testing.assert_array_equal(np.asarray(after), np.asarray(leaf, np.float32), err_msg=path)
 
 
+@pytest.mark.long
 def test_a_task_starts_from_the_adapted_model(text, tmp_path, no_pictures, capsys):
     """The whole way, by ready configs: adapt.py, then finetune_csv.py from its run folder."""
     from jaxlm.__main__ import main

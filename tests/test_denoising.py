@@ -115,7 +115,8 @@ def _restored(source, target, tokenizer) -> str:
     return tokenizer.decode([t for token in source.tolist()[:-1] for t in taken.get(token, [token])])
 
 
-@pytest.mark.parametrize("name", ["t5", pytest.param("bart", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["t5", "bart"])
 def test_a_run_learns_and_exports(name, tmp_path):
     lm = jaxlm.fit(run_of(name, tmp_path))
     scores = json.loads((tmp_path / "run" / "scores.json").read_text())

@@ -287,8 +287,8 @@ def reader(request, things, tmp_path, monkeypatch, no_pictures, capsys, devices)
     jaxlm.config.TASK_CONFIGS.update(tasks)
 
 
-# A newcomer's pages; the others take minutes.
-FIRST = ("README.md", "first_run.md", "extending.md", "your_task.md", "index.md", "install.md")
+# The pages for those who change the library; the others take minutes.
+FIRST = ("extending.md", "your_task.md", "index.md", "install.md")
 READ = [pytest.param(page, id=page.name, marks=() if page.name in FIRST else pytest.mark.long) for page in PAGES]
 
 

@@ -1007,10 +1007,7 @@ TOYS = {
     "choice": Toy(MultipleChoice(), toy_choice, 0.9, 0.6),
 }
 LITTLE = {"initial_std": 0.1, "vocabulary": 70, "width": 32, "mlp_width": 64, "max_length": 48, "heads_on_top": ()}
-TRAINED = [
-    pytest.param(n, marks=() if n in ("class", "tagging", "questions", "contrastive") else pytest.mark.long)
-    for n in TOYS
-]
+TRAINED = [pytest.param(n, marks=() if n in ("class", "questions") else pytest.mark.long) for n in TOYS]
 
 
 def toy_run(name: str, data: Path, workdir: Path) -> RunConfig:

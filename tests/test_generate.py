@@ -400,6 +400,7 @@ def test_sources_are_framed_and_answers_are_of_the_target():
     assert generate(lm, ["the fox"], beams=2, n_best=2, **choices)[0] != [text]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not STORIES.is_dir(), reason="needs ../shared/models/stories260k")
 def test_a_real_llama_tells_its_story_among_others(monkeypatch):
     lm, story = load(STORIES), STORIES.with_suffix(".txt").read_text().removesuffix("\n")
@@ -492,7 +493,8 @@ def test_texts_have_their_exact_probabilities(monkeypatch, name, drafted):
     assert chi_square < free + 5 * np.sqrt(2 * free) + 1
 
 
-@pytest.mark.parametrize("name", ["gpt2", pytest.param("rotary", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("name", MODELS)
 def test_a_draft_changes_no_greedy_text(name):
     lm = lm_of(name)
     other = LM(MODELS["gpt2"], Transformer(MODELS["gpt2"]), random_params(MODELS["gpt2"], std=0.4), tokenizer())
@@ -601,10 +603,13 @@ def test_the_verb_continues_prompts(folder, capsys):
     assert capsys.readouterr().out == f"the{a}\nthe{b}\n"
     assert main(["generate", "model", *VERB]) == 0
     assert capsys.readouterr().out == generate(lm_of("gpt2"), [""], **choices)[0] + "\n"
+
+
+@pytest.mark.long
+def test_the_verb_takes_a_draft(folder, capsys):
     assert main(["generate", "model", "--draft", "model", "--prompt", "the", *VERB[:2], "--temperature", "0"]) == 0
-    assert (
-        capsys.readouterr().out == "the" + generate(lm_of("gpt2"), ["the"], max_new_tokens=6, temperature=0)[0] + "\n"
-    )
+    (text,) = generate(lm_of("gpt2"), ["the"], max_new_tokens=6, temperature=0)
+    assert capsys.readouterr().out == f"the{text}\n"
 
 
 def test_a_terminal_sees_the_text_as_it_comes(folder, capsys, monkeypatch):

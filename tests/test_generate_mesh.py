@@ -73,7 +73,7 @@ def on_mesh(name: str, mesh: str) -> LM:
 
 ALL = {(name, strategy, mesh) for name in MODELS for strategy in STRATEGIES for mesh in MESHES}
 QUICK = {("decoder", "greedy", "fsdp, tensor and context"), ("encoder-decoder", "beams", "fsdp, tensor and context")}
-QUICK |= {("decoder", strategy, "three devices") for strategy in STRATEGIES}
+QUICK |= {("decoder", "sampling", "three devices")}
 CASES = [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.long) for case in sorted(ALL)]
 
 
@@ -86,8 +86,9 @@ def test_a_mesh_changes_no_text(name, strategy, mesh):
         assert jaxlm.generate(on_mesh(name, mesh), PROMPTS[1:2], **choices) == expected[1:2]
 
 
-@pytest.mark.parametrize("mesh", ["three devices", pytest.param("fsdp, tensor and context", marks=pytest.mark.long)])
-@pytest.mark.parametrize("strategy", ["greedy", pytest.param("sampling", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("mesh", ["three devices", "fsdp, tensor and context"])
+@pytest.mark.parametrize("strategy", ["greedy", "sampling"])
 def test_a_mesh_changes_no_drafted_text(strategy, mesh):
     lm, split = lm_of("decoder"), on_mesh("decoder", mesh)
     choices = {"max_new_tokens": 8, "return_tokens": True, **STRATEGIES[strategy]}

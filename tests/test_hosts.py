@@ -75,6 +75,22 @@ def place(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def alone(place, tmp_path_factory):
+    """`alone(*arguments)`: the folder of a run in one process, which is made once for all tests of this file."""
+    runs: dict[tuple[Any, ...], Path] = {}
+
+    def run(*arguments: Any, devices: int = 2) -> Path:
+        if (key := (devices, *arguments)) not in runs:
+            folder = tmp_path_factory.mktemp("alone")
+            command = (TRAIN, place / "tiny.py", *arguments, "--workdir", folder / "run")
+            Host(place, command, {}, folder / "output.txt", devices).wait(0)
+            runs[key] = folder / "run"
+        return runs[key]
+
+    return run
+
+
 class Host:
     """A Python process with its standard error in a file."""
 
@@ -280,21 +296,20 @@ TASKS = {"causal": (), "classes": ("classes",), "pairs": ("pairs",)}  # the last
     ],
     ids=lambda x: " ".join(x) or "data" if isinstance(x, tuple) else x,
 )
-def test_two_processes_train_as_one(start, tmp_path, task, mesh):
+def test_two_processes_train_as_one(start, alone, tmp_path, task, mesh):
     arguments = (*TASKS[task], *mesh)
-    (one,) = start(1, *arguments, "--workdir", tmp_path / "one", devices=2)
-    one.wait(0)
+    one = alone(*arguments)
     first, second = start(2, *arguments, "--workdir", tmp_path / "two")
     assert "on 2 cpu device(s)" in first.wait(0)
     assert second.wait(0) == ""
-    assert_alike(tmp_path / "two", tmp_path / "one", rel=1e-6)
-    ours, theirs = tensors(tmp_path / "two"), tensors(tmp_path / "one")
+    assert_alike(tmp_path / "two", one, rel=1e-6)
+    ours, theirs = tensors(tmp_path / "two"), tensors(one)
     assert ours.keys() == theirs.keys()
     for name in ours:
         np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-6, atol=1e-6, err_msg=name)
     names = lambda folder: sorted(path.relative_to(folder).parts[:2] for path in folder.rglob("*") if path.is_file())
     without = lambda folder: [parts for parts in names(folder) if parts[0] not in ("checkpoints", "tensorboard")]
-    assert without(tmp_path / "two") == without(tmp_path / "one")
+    assert without(tmp_path / "two") == without(one)
     assert len(list((tmp_path / "two" / "tensorboard").iterdir())) == 1  # only of the first host
 
 
@@ -393,42 +408,38 @@ def test_no_host_has_the_whole_model_in_memory_to_write_it(start, place, tmp_pat
 
 
 @pytest.mark.long
-def test_two_processes_at_an_address_train_as_one(start, tmp_path):
+def test_two_processes_at_an_address_train_as_one(start, alone, tmp_path):
     """Each process has its own copy. The run at the address is resumed by two processes and by one."""
     mesh = ("--mesh.data", "1", "--mesh.fsdp", "2")
-    (one,) = start(1, *mesh, "--workdir", tmp_path / "one", devices=2)
-    one.wait(0)
+    one = alone(*mesh)
     bucket = tmp_path / "bucket" / "run"
     more = (*mesh, "--workdir", f"file://{bucket}")
     first, second = start(2, *more)
     first.wait(0)
     assert second.wait(0) == ""
-    assert_alike(bucket, tmp_path / "one", rel=1e-6)
+    assert_alike(bucket, one, rel=1e-6)
     names = lambda folder, part: sorted(path.name for path in (folder / part).iterdir())
     for part in ("checkpoints", "export"):
-        assert names(bucket, part) == names(tmp_path / "one", part)
+        assert names(bucket, part) == names(one, part)
     for count, devices in ((2, 1), (1, 2)):
         shutil.rmtree(bucket / "checkpoints" / "12")
         (bucket / "report.html").unlink()
         again = start(count, *more, devices=devices)
         assert "resuming  at step 9\n" in again[0].wait(0)
-        assert_alike(bucket, tmp_path / "one", rel=1e-6)
+        assert_alike(bucket, one, rel=1e-6)
         for other in again[1:]:
             assert other.wait(0) == ""
 
 
 @pytest.mark.long
-def test_two_processes_start_from_weights_and_know_when_they_are_done(start, tmp_path):
-    (one,) = start(1, "--workdir", tmp_path / "weights")
-    one.wait(0)
-    begin = ("--init", tmp_path / "weights" / "export")
-    (one,) = start(1, *begin, "--workdir", tmp_path / "one", devices=2)
-    one.wait(0)
+def test_two_processes_start_from_weights_and_know_when_they_are_done(start, alone, tmp_path):
+    begin = ("--init", alone() / "export")
+    one = alone(*begin)
     for output in ("held-out loss", "is already finished, at step 12; nothing is left to do"):
         first, second = start(2, *begin, "--workdir", tmp_path / "two")
         assert output in first.wait(0)
         second.wait(0)
-    assert_alike(tmp_path / "two", tmp_path / "one", rel=1e-6)
+    assert_alike(tmp_path / "two", one, rel=1e-6)
 
 
 @pytest.mark.long
@@ -471,10 +482,8 @@ def test_a_signal_to_one_stops_all_at_the_same_step(start, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_host_ends_the_other_and_any_number_of_hosts_resumes(start, tmp_path, victim):
-    (one,) = start(1, *STEPS, "--workdir", tmp_path / "alone", devices=2)
-    one.wait(0)
+@pytest.mark.parametrize(("victim", "resuming"), [(0, (1, 4)), (1, (2,))])
+def test_a_killed_host_ends_the_other_and_any_number_of_hosts_resumes(start, alone, tmp_path, victim, resuming):
     both = start(2, *STEPS, "--workdir", tmp_path / "run")
     both[0].wait_for("step 65/")
     both[victim].process.send_signal(signal.SIGKILL)
@@ -484,7 +493,7 @@ def test_a_killed_host_ends_the_other_and_any_number_of_hosts_resumes(start, tmp
     assert f"error: host {victim} of 2 was lost" in output and "the same command" in output
     reached = max(int(path.name) for path in (tmp_path / "run" / "checkpoints").glob("[0-9]*") if path.name.isdigit())
     assert 50 <= reached < 150
-    for count in (1, 2, 4):
+    for count in resuming:
         folder = tmp_path / f"again-{count}"
         shutil.copytree(tmp_path / "run", folder)
         again = start(count, *STEPS, "--workdir", folder)
@@ -492,7 +501,7 @@ def test_a_killed_host_ends_the_other_and_any_number_of_hosts_resumes(start, tmp
         assert f"resuming  at step {reached}\n" in output and "corrupt" not in output
         for other in again[1:]:
             other.wait(0)
-        assert_alike(folder, tmp_path / "alone", rel=1e-4)
+        assert_alike(folder, alone(*STEPS), rel=1e-4)
 
 
 @pytest.mark.long

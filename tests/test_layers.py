@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
+from random_params import random_params
 
 from jaxlm.config import ModelConfig, Remat, RunConfig
 from jaxlm.errors import UserError
@@ -68,27 +69,28 @@ def test_rotary_angles_that_depend_on_the_length_are_the_same_cached_and_packed(
         rotary_base=30.0, rotary_scaling=scaling, **ROTARY[scaling],
     )  # fmt: skip
     module = Transformer(config)
-    params = jax.tree.map(
-        lambda leaf: leaf + 0.3 * jax.random.normal(jax.random.key(1), leaf.shape), init(module, jax.random.key(0))
-    )
-    tokens_BT = jax.random.randint(jax.random.key(2), (2, 12), 0, 11)
+    params = jax.tree.map(jnp.asarray, random_params(config, std=0.3))
+    tokens_BT = np.random.default_rng(2).integers(0, 11, (2, 12))
     alone = jax.jit(partial(apply, module))
-    whole = lambda row, length: alone(params, tokens_BT[row : row + 1, :length])[0, -1]
-    lengths_B = jnp.array([3, 5])
-    x_BTD, caches = apply(module, params, tokens_BT[:, :5], CacheSpec(lengths_B, 12), method="prefill")
+    whole = lambda row, length: np.asarray(alone(params, tokens_BT[row : row + 1, :length]))[0, -1]
+    lengths_B = np.array([3, 5])
+    prefill = lambda params, tokens: apply(
+        module, params, tokens, CacheSpec(jnp.asarray(lengths_B), 12), method="prefill"
+    )
+    x_BTD, caches = jax.jit(prefill)(params, tokens_BT[:, :5])
     for row, length in enumerate((3, 5)):
-        np.testing.assert_allclose(x_BTD[row, length - 1], whole(row, length), atol=1e-5)
+        np.testing.assert_allclose(np.asarray(x_BTD)[row, length - 1], whole(row, length), atol=1e-5)
     step = jax.jit(
         lambda tokens_B1, at_B1, caches: apply(module, params, tokens_B1, at_B1, caches, method="decode_cached")
     )
     for n in range(7):  # the trained length is within this range
         at_B = lengths_B + n
-        x_B1D, caches = step(tokens_BT[jnp.arange(2), at_B][:, None], at_B[:, None], caches)
+        x_B1D, caches = step(tokens_BT[np.arange(2), at_B][:, None], at_B[:, None], caches)
         for row in range(2):
-            np.testing.assert_allclose(x_B1D[row, 0], whole(row, int(at_B[row]) + 1), atol=1e-5)
-    packed_1T = jnp.concatenate([tokens_BT[:1, :9], tokens_BT[1:, :4]], 1)
-    segments_1T, positions_1T = jnp.array([[1] * 9 + [2] * 4]), jnp.array([[*range(9), *range(4)]])
-    x_1TD = apply(module, params, packed_1T, segments_1T, positions_1T)
+            np.testing.assert_allclose(np.asarray(x_B1D)[row, 0], whole(row, int(at_B[row]) + 1), atol=1e-5)
+    packed_1T = np.concatenate([tokens_BT[:1, :9], tokens_BT[1:, :4]], 1)
+    segments_1T, positions_1T = np.array([[1] * 9 + [2] * 4]), np.array([[*range(9), *range(4)]])
+    x_1TD = np.asarray(alone(params, packed_1T, segments_1T, positions_1T))
     np.testing.assert_allclose(x_1TD[0, 8], whole(0, 9), atol=1e-5)
     np.testing.assert_allclose(x_1TD[0, 12], whole(1, 4), atol=1e-5)
 

@@ -372,6 +372,7 @@ def test_memory_above_the_shards(tmp_path, devices, dtype, way):
     assert above < largest + 200e6
 
 
+@pytest.mark.long
 def test_the_documents_put_a_head_of_ones_own_on_a_body(tmp_path, monkeypatch, no_pictures):
     [code] = [block for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "class WithOwnHead" in block]
     assert len(code.strip().splitlines()) < 30

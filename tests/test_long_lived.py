@@ -66,6 +66,7 @@ def run_in(folder: Path, workdir: Path, seed: int = 0) -> RunConfig:
     )
 
 
+@pytest.mark.long
 def test_decoders_that_are_dropped_leave_no_functions(tmp_path):
     config = ModelConfig(vocabulary=32, max_length=32, width=8, layers=1, heads=2)
     jaxlm.save(LM(config, Transformer(config), random_params(config), None), tmp_path / "model")

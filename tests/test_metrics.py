@@ -802,6 +802,7 @@ def test_libraries_of_scores_are_imported_only_to_score():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "score",
     [

@@ -162,8 +162,8 @@ def test_a_step_trains_what_a_node_names(kind):
     assert not [path for path in inner if path.endswith(("/base", "/mask", "/base/values", "/scales"))]
     # The gradient is that of the dense model, by the chain rule.
     loss = lambda params: step_loss(model, params, batch)
-    of_nodes = jax.grad(lambda part: loss(parameters.join(part, state.frozen)))(state.params)
-    of_dense = jax.grad(loss)(merged(params))
+    of_nodes = jax.jit(jax.grad(lambda part: loss(parameters.join(part, state.frozen))))(state.params)
+    of_dense = jax.jit(jax.grad(loss))(merged(params))
     pulled = jax.vjp(lambda part: merged(parameters.join(part, state.frozen)), state.params)[1](of_dense)[0]
     jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5, rtol=1e-3), of_nodes, pulled)
 
@@ -205,7 +205,10 @@ def plain() -> tuple[Any, int]:
     return params, step_memory(params)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=pytest.mark.long if kind in ("low-rank", "quantized") else ()) for kind in KINDS],
+)
 def test_no_dense_copy_of_the_stack_is_made(kind, plain):
     """A compiled step takes no more temporary memory than one whose matrices are frozen arrays, except for the arrays
     of the nodes; XLA on CPU copies stacked arrays of any kind before a scan, forward and backward."""

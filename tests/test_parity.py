@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -280,7 +281,7 @@ def test_both_ways(tmp_path, family, head, shape):
 
     # Transformers also reads a model that it did not save.
     origin = lm.origin._replace(names={}, dtypes={})
-    other = jaxlm.LM(lm.config, lm.module, jax.tree.map(lambda leaf: leaf * 0.5, lm.params), origin=origin)
+    other = replace(lm, params=jax.tree.map(lambda leaf: leaf * 0.5, lm.params), tokenizer=None, origin=origin)
     jaxlm.save(other, tmp_path / "new")
     again, report = type(model).from_pretrained(tmp_path / "new", output_loading_info=True, attn_implementation="eager")
     assert not any(report.values()), report

@@ -152,7 +152,7 @@ def test_a_stopped_run_resumes_to_the_same_end(place, alone, tmp_path, devices, 
     assert_same(tmp_path / "run", alone)
 
 
-@pytest.mark.parametrize("source", ["the seed", "weights"])
+@pytest.mark.parametrize("source", [pytest.param("the seed", marks=pytest.mark.long), "weights"])
 def test_a_run_with_frozen_parameters_resumes_to_the_same_end(place, alone, tmp_path, devices, source):
     """Checkpoints omit frozen parameters: they are read from their source again, and must be the same."""
     frozen = {"optimizer": OptimizerConfig(rate=1e-2, beta2=0.99, freeze="all_but_heads")}

@@ -250,6 +250,7 @@ def test_mistakes_in_several_tasks(folder, tmp_path, name):
         jaxlm.fit(replace(run, task=MultiTask(change(run.task.parts))))
 
 
+@pytest.mark.long
 def test_a_user_defined_task_is_one_file_and_one_config(folder, tmp_path, monkeypatch, capsys):
     """The example in docs/your_task.md, unchanged, with a tiny model instead of pretrained weights."""
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
@@ -286,6 +287,7 @@ def test_a_user_defined_task_is_one_file_and_one_config(folder, tmp_path, monkey
     sys.modules.pop("stars")
 
 
+@pytest.mark.long
 def test_a_given_model_needs_no_model_config(folder, tmp_path):
     """`fit(run, model=lm)` takes head and labels from the task, and dropout from the run."""
     params = init(jaxlm.nn.transformer.Transformer(MODEL), jax.random.key(0))

@@ -338,6 +338,9 @@ def equal(a: Any, b: Any) -> bool:
     return all(a[i : i + 1024].tobytes() == b[i : i + 1024].tobytes() for i in range(0, a.shape[0], 1024))
 
 
+# Fields that affect only training.
+TRAINING_FIELDS = ("dropout", "attention_dropout", *DROPOUT_SITES)
+TRAINING_FIELDS += ("initial_std", "initial_by_inputs", "scale_residual_init")
 MAX_LINES = 40  # in a message about weights that do not match the config
 
 
@@ -372,9 +375,10 @@ def tree_shapes(config: ModelConfig, module: Any = None) -> dict[str, tuple[int,
     """Returns the shape of each leaf of the parameters of `module(config)` by path; None: a Transformer."""
     if module:
         return _traced_shapes(config, module)
-    # Configs that name a default size share a trace, and so do cycles of kinds of layers.
-    full = resolved(config)
-    return _traced_shapes(dataclasses.replace(full, layer_kinds=shortest(list(full.layer_kinds))), None)
+    # Configs whose parameters have the same shapes for a simple reason share a trace.
+    full, plain = resolved(config), ModelConfig()
+    same = {name: getattr(plain, name) for name in TRAINING_FIELDS}
+    return _traced_shapes(dataclasses.replace(full, layer_kinds=shortest(list(full.layer_kinds)), **same), None)
 
 
 @lru_cache
@@ -586,8 +590,7 @@ def inference_config(config: ModelConfig) -> ModelConfig:
     config, on_top = resolved(config), set(config.heads_on_top)
     rotary, scaling = config.positions == "rotary", config.rotary_scaling
     unused = {  # fields -> whether they have no effect
-        ("dropout", "attention_dropout", *DROPOUT_SITES, "labels", "start_token"): True,
-        ("initial_std", "initial_by_inputs", "scale_residual_init"): True,
+        (*TRAINING_FIELDS, "labels", "start_token"): True,
         ("max_length",): config.positions != "learned",
         ("position_offset", "padding_token"): config.positions != "learned",
         ("rotary_base",): not rotary and config.positions != "sinusoidal",
