@@ -117,6 +117,7 @@ def _restored(source, target, tokenizer) -> str:
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["t5", "bart"])
+@pytest.mark.usefixtures("devices", "no_pictures")
 def test_a_run_learns_and_exports(name, tmp_path):
     lm = jaxlm.fit(run_of(name, tmp_path))
     scores = json.loads((tmp_path / "run" / "scores.json").read_text())

@@ -302,16 +302,8 @@ def start(tmp_path):
 
 
 @pytest.fixture
-def quick(monkeypatch):
-    """Programs that compile fast, and no pictures."""
-    import jax
-
-    from jaxlm.devices import sharding
-    from jaxlm.reports import report
-
-    mesh = sharding.make_mesh
-    monkeypatch.setattr(sharding, "make_mesh", lambda config, some=None: mesh(config, some or jax.devices()[:1]))
-    monkeypatch.setattr(report, "write", lambda folder, *_: (folder / "report.html").touch())
+def quick(devices, no_pictures):
+    """Runs on one device without pictures."""
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in FAST else pytest.mark.long) for name in CASES])

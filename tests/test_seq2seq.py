@@ -496,6 +496,7 @@ def test_conversations_of_other_forms():
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("devices", "no_pictures")
 def test_a_chat_run_answers_and_exports_its_template(tmp_path):
     import jaxlm
     from jaxlm import OptimizerConfig, RunConfig

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -195,18 +196,19 @@ def test_each_head_learns_only_from_its_own_examples(folder):
     run = two_tasks(folder)
     task, _, batches = made(run)
     module = task.module(jaxlm.nn.transformer.Transformer)(task.configure(MODEL))
-    params = init(module, jax.random.key(0))
+    params = jax.jit(partial(init, module))(jax.random.key(0))
     batch = {name: np.asarray(value) for name, value in batches.batch_at(0).items()}
     assert batch["mood.weights_BE"].any() and batch["names.weights_BT"].any()
     loss = lambda params, name: task.losses(module, params, batch, None)[0][f"{name}/loss"][0]
     for name, other in (("mood", "names"), ("names", "mood")):
         grads = jax.jit(jax.grad(loss), static_argnums=1)(params, name)
-        size = lambda head, grads=grads: sum(float(abs(leaf).sum()) for leaf in jax.tree.leaves(grads[head]))
+        size = lambda head, grads=grads: sum(abs(np.asarray(leaf)).sum() for leaf in jax.tree.leaves(grads[head]))
         assert size(f"own_{name}") > 0
         assert size(f"own_{other}") == 0
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("devices", "no_pictures")
 def test_several_tasks_train_export_and_predict(folder, tmp_path):
     run = replace(two_tasks(folder), workdir=str(tmp_path / "run"))
     assert from_json(RunConfig, to_json(run)) == run
@@ -288,6 +290,7 @@ def test_a_user_defined_task_is_one_file_and_one_config(folder, tmp_path, monkey
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("devices", "no_pictures")
 def test_a_given_model_needs_no_model_config(folder, tmp_path):
     """`fit(run, model=lm)` takes head and labels from the task, and dropout from the run."""
     params = init(jaxlm.nn.transformer.Transformer(MODEL), jax.random.key(0))
