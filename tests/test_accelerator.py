@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FILE = ROOT / "benchmarks" / "accelerator.py"
-# Packages that such an image may lack; those of WITH_TRANSFORMERS are installed with transformers.
+# Such an image may lack the packages of MISSING. Those of WITH_TRANSFORMERS are installed with transformers.
 MISSING = ["tensorflow_datasets", "array_record", "grain", "tyro", "sentencepiece", "pyarrow", "seqeval", "sacrebleu"]
 MISSING += ["rouge_score", "sklearn", "matplotlib", "tensorboardX", "jinja2"]
 WITH_TRANSFORMERS = ["tokenizers", "safetensors", "huggingface_hub", "torch", "transformers"]
@@ -37,8 +37,8 @@ sys.meta_path[:] = [Without if finder is PathFinder else finder for finder in sy
 
 
 @pytest.fixture
-def without(tmp_path):
-    """`without(names)`: an environment without these packages."""
+def environment_without(tmp_path):
+    """Return `environment_without(names)`, which returns an environment without these packages."""
 
     def environment(names: list[str]) -> dict[str, str]:
         (tmp_path / "sitecustomize.py").write_text(WITHOUT.format(missing=set(names)))
@@ -60,7 +60,7 @@ def run(environment: dict[str, str], *arguments: str, seconds: float = 60) -> su
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds, cwd="/")
 
 
-def test_the_library_trains_and_generates_with_jax_flax_and_optax_alone(without):
+def test_the_library_trains_and_generates_with_jax_flax_and_optax_alone(environment_without):
     names = [
         "run.assembly",
         "tasks",
@@ -74,57 +74,57 @@ def test_the_library_trains_and_generates_with_jax_flax_and_optax_alone(without)
         "planning.plan",
     ]
     code = "import jaxlm; " + "; ".join(f"import jaxlm.{name}" for name in names)
-    environment = without(MISSING + WITH_TRANSFORMERS)
+    environment = environment_without(MISSING + WITH_TRANSFORMERS)
     environment["PYTHONPATH"] += os.pathsep + str(ROOT)
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert not done.returncode, done.stderr
-    done = subprocess.run([sys.executable, "-c", "import tyro"], env=environment, capture_output=True, text=True)
-    assert "No module named 'tyro'" in done.stderr  # the packages are really missing
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert not result.returncode, result.stderr
+    result = subprocess.run([sys.executable, "-c", "import tyro"], env=environment, capture_output=True, text=True)
+    assert "No module named 'tyro'" in result.stderr  # the packages are really missing
 
 
 @pytest.mark.long
 @pytest.mark.parity
-def test_the_whole_benchmark_at_a_tiny_size(without, tmp_path):
+def test_the_whole_benchmark_runs_at_a_tiny_size(environment_without, tmp_path):
     out = tmp_path / "out.json"
-    done = run(without(MISSING), "--tiny", "--out", str(out), "--minutes", "20", seconds=1300)
-    assert not done.returncode, done.stderr
+    result = run(environment_without(MISSING), "--tiny", "--out", str(out), "--minutes", "20", seconds=1300)
+    assert not result.returncode, result.stderr
     results = json.loads(out.read_text())
-    assert not results["ended"], done.stdout
+    assert not results["ended"], result.stdout
     for name in ("gpt2", "bert", "llama"):
         found = results["summary"][name]
         assert found["ratio"] == found["jaxlm"]["tokens_per_second"] / found["torch"]["tokens_per_second"]
         assert found["jaxlm"]["parameters"] == found["torch"]["parameters"]
-        # With random tokens and weights the loss is the logarithm of the vocabulary; then the batch is memorised.
-        assert all(2 < found[side]["loss"] < math.log(256) + 0.2 for side in ("jaxlm", "torch"))
+        # The loss of random tokens and weights is the logarithm of the vocabulary. Then the batch is memorised.
+        assert all(2 < found[implementation]["loss"] < math.log(256) + 0.2 for implementation in ("jaxlm", "torch"))
         assert len(results["parts"][name]) == 2 and {"jaxlm", "torch"} <= found.keys()
-    assert [one["prompts"] for one in results["summary"]["decode"]] == [1, 16]
-    assert all(one["times_bound"] > 0 for one in results["summary"]["decode"])
-    rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert [row["prompts"] for row in results["summary"]["decode"]] == [1, 16]
+    assert all(row["times_bound"] > 0 for row in results["summary"]["decode"])
+    rows = [line for line in result.stdout.splitlines() if line.startswith("| ")]
     assert len(rows) == 2 + 6 + 2 + 2
     assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {10, 6}
 
 
-def test_a_part_without_time_left_is_stopped_and_reported(without, tmp_path):
+def test_a_part_without_time_left_is_stopped_and_reported(environment_without, tmp_path):
     out = tmp_path / "out.json"
-    done = run(without(MISSING), "--tiny", "--only", "gpt2", "--out", str(out), "--minutes", "0.02")
-    assert done.returncode == 1  # there are no results
+    result = run(environment_without(MISSING), "--tiny", "--only", "gpt2", "--out", str(out), "--minutes", "0.02")
+    assert result.returncode == 1  # there are no results
     ended = json.loads(out.read_text())["ended"]
     assert ended["gpt2"].startswith("cut off after")
-    assert f"gpt2: {ended['gpt2']}" in done.stdout.splitlines()[-4:]
+    assert f"gpt2: {ended['gpt2']}" in result.stdout.splitlines()[-4:]
 
 
-def test_a_machine_without_an_accelerator_raises_an_error(without):
-    done = run(without([*MISSING, "torch"]), "--only", "gpt2")
-    assert done.returncode == 2 and "there is no accelerator here; --tiny" in done.stderr
+def test_a_machine_without_an_accelerator_raises_an_error(environment_without):
+    result = run(environment_without([*MISSING, "torch"]), "--only", "gpt2")
+    assert result.returncode == 2 and "there is no accelerator here; --tiny" in result.stderr
 
 
-def test_an_unknown_part_raises_an_error(without):
-    done = run(without(MISSING), "--only", "gpt3")
-    assert done.returncode == 2 and "give some of gpt2,bert,llama,decode" in done.stderr
+def test_an_unknown_part_raises_an_error(environment_without):
+    result = run(environment_without(MISSING), "--only", "gpt3")
+    assert result.returncode == 2 and "give some of gpt2,bert,llama,decode" in result.stderr
 
 
-def test_the_summary_of_the_results(benchmark):
-    ours = [
+def test_the_summary_contains_ratios_utilisation_and_bounds(benchmark):
+    jaxlm_rows = [
         {"batch": 8, "length": 4, "remat": "none", "attention": "auto", "unroll": 1, **more}
         for more in (
             {"tokens_per_second": 50.0, "flops_per_token": 6.0},
@@ -144,7 +144,7 @@ def test_the_summary_of_the_results(benchmark):
                 {"products": 960.0, "size": 2},
                 {"copies": 200.0, "size": 3},
             ],
-            "gpt2": ours,
+            "gpt2": jaxlm_rows,
             "gpt2 torch": [{"batch": 4, "length": 4, "attention": "sdpa", "tokens_per_second": 64.0}],
             "decode": [{"prompts": 1, "tokens_per_second": 1.0, "step_seconds": 1.0, "step_bytes": 50.0}],
         },

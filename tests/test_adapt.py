@@ -24,7 +24,7 @@ from jaxlm.nn.transformer import Transformer
 ROOT = Path(__file__).parent.parent
 TEXT = [f"Line {n} is here. It speaks of {n * n} things! Does it? Yes, the {n % 7} of them." for n in range(120)]
 SMALL = {"vocabulary": 320, "max_length": 64, "width": 16, "layers": 2, "heads": 2, "mlp_width": 24}
-STILL = OptimizerConfig(rate=0.0, schedule="constant")  # the weights stay what they were
+FROZEN = OptimizerConfig(rate=0.0, schedule="constant")  # the weights do not change
 CASES = {  # preset, task, kind of tokenizer
     "bert": ("bert-base", MaskedLM(), "wordpiece"),
     "bert with pairs": ("bert-base", MaskedLM(next_sentence=True), "wordpiece"),
@@ -45,7 +45,7 @@ FAST = ("bert",)
 
 @pytest.fixture(autouse=True)
 def one_device(devices):
-    """Eight devices would compile longer; tests/test_load.py measures the memory of eight."""
+    """Uses one device, since eight compile longer. tests/test_load.py measures the memory of eight."""
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def text(tmp_path_factory) -> Path:
 
 
 def checkpoint(folder: Path, preset: str, kind: str) -> tuple[Path, LM]:
-    """A folder with a model of the family, its body alone where the family has such files, and that model as read."""
+    """Saves a model of the family, an encoder without a head, and returns its folder and the loaded model."""
     config = PRESETS[next(name for name in PRESETS if name.startswith(preset))]
     small = SMALL | {"kv_heads": 1 if config.kv_heads else None, "head_width": 8 if config.head_width else None}
     small |= {"embedding_width": 8} if config.embedding_width else {}
@@ -73,13 +73,13 @@ def checkpoint(folder: Path, preset: str, kind: str) -> tuple[Path, LM]:
 @pytest.mark.parametrize(
     "name", [case if case in FAST else pytest.param(case, marks=pytest.mark.long) for case in CASES]
 )
-def test_any_checkpoint_is_pre_trained_further(name, text, tmp_path, no_pictures, capsys):
-    """At a rate of 0 the body that comes out is the one that went in; heads that it lacks are drawn, and reported."""
+def test_pre_training_of_any_checkpoint_is_continued(name, text, tmp_path, no_plots, capsys):
+    """At a rate of 0 the body does not change. Missing heads are randomly initialised, and reported."""
     preset, task, kind = CASES[name]
     folder, lm = checkpoint(tmp_path / "given", preset, kind)
     data = DataConfig(path=str(text), documents="file", length=32, cache=str(tmp_path / "cache"))
     run = RunConfig(
-        model=None, task=task, data=data, optimizer=STILL, batch=4, steps=2, init=str(folder),
+        model=None, task=task, data=data, optimizer=FROZEN, batch=4, steps=2, init=str(folder),
         workdir=str(tmp_path / "adapt"), sample_tokens=0,
     )  # fmt: skip
     adapted = jaxlm.fit(run)
@@ -97,12 +97,12 @@ def test_any_checkpoint_is_pre_trained_further(name, text, tmp_path, no_pictures
     assert config["model_type"] == json.loads((folder / "config.json").read_text())["model_type"]
 
 
-def test_a_model_in_memory_is_pre_trained_further_with_its_own_tokenizer(text, tmp_path, no_pictures):
-    """Its head is added, its dtype is lifted to float32, and it stays the caller's."""
+def test_pre_training_of_a_model_in_memory_is_continued_with_its_tokenizer(text, tmp_path, no_plots):
+    """The result has the head of the task and the dtype float32. The model of the caller does not change."""
     _, lm = checkpoint(tmp_path / "given", "bert-base", "wordpiece")
     lm = replace(lm, params=jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), lm.params))
     data = DataConfig(path=str(text), documents="file", length=32, cache=str(tmp_path / "cache"))
-    run = RunConfig(None, MaskedLM(), data, optimizer=STILL, batch=4, steps=1, workdir=str(tmp_path / "adapt"))
+    run = RunConfig(None, MaskedLM(), data, optimizer=FROZEN, batch=4, steps=1, workdir=str(tmp_path / "adapt"))
     adapted = jaxlm.fit(run, model=lm)
     assert adapted.config.heads_on_top == ("masked_lm",)
     for path, leaf in parameters.by_path(lm.params).items():
@@ -112,8 +112,8 @@ def test_a_model_in_memory_is_pre_trained_further_with_its_own_tokenizer(text, t
 
 
 @pytest.mark.long
-def test_a_task_starts_from_the_adapted_model(text, tmp_path, no_pictures, capsys):
-    """The whole way, by ready configs: adapt.py, then finetune_csv.py from its run folder."""
+def test_a_task_starts_from_the_adapted_model(text, tmp_path, no_plots, capsys):
+    """The configs run sequentially: adapt.py, then finetune_csv.py from the folder of its run."""
     from jaxlm.__main__ import main
 
     folder, _ = checkpoint(tmp_path / "given", "bert-base", "wordpiece")
@@ -128,10 +128,10 @@ def test_a_task_starts_from_the_adapted_model(text, tmp_path, no_pictures, capsy
 
 
 REFUSED = {
-    "an encoder by the next token": ("bert-base", "wordpiece", CausalLM(), ("configs/adapt.py masked",)),
-    "a decoder by masked words": ("gpt2", "bpe", MaskedLM(), ("configs/adapt.py causal",)),
-    "T5 by masked words": ("t5-small", "unigram", MaskedLM(), ("configs/adapt.py spans or infilling",)),
-    "RoBERTa by pairs": (
+    "an encoder with next tokens": ("bert-base", "wordpiece", CausalLM(), ("configs/adapt.py masked",)),
+    "a decoder with masked words": ("gpt2", "bpe", MaskedLM(), ("configs/adapt.py causal",)),
+    "T5 with masked words": ("t5-small", "unigram", MaskedLM(), ("configs/adapt.py spans or infilling",)),
+    "RoBERTa with pairs": (
         "roberta-base",
         "wordpiece",
         MaskedLM(next_sentence=True),
@@ -150,7 +150,7 @@ def test_a_task_of_another_kind_of_model_is_refused(name, text, tmp_path):
     assert all(word in str(error.value) for word in words)
 
 
-def test_a_config_with_a_model_of_its_own_names_every_leaf_that_does_not_fit(text, tmp_path):
+def test_the_message_names_every_parameter_that_does_not_fit_the_model_config(text, tmp_path):
     folder, lm = checkpoint(tmp_path / "given", "bert-base", "wordpiece")
     model = replace(lm.config, width=24, vocabulary=400, heads_on_top=("masked_lm",))
     run = RunConfig(model, MaskedLM(), DataConfig(path=str(text), length=32), init=str(folder))

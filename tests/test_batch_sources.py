@@ -1,4 +1,4 @@
-"""Batches from a source: it may read the training state, and then is asked between steps, for each step once."""
+"""Batches from a source. A source that reads the training state is called between steps, once for each step."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from jaxlm.tasks.pretraining import CausalLMTask
 from jaxlm.tasks.task import TASKS
 
 
-class Recorded:
-    """A source that reads the state, and records which one each step was given."""
+class RecordingSource:
+    """A source that reads the state, and records the steps of its arguments."""
 
     reads_state = True
 
     def __init__(self, source):
-        self.source, self.seen = source, []
+        self.source, self.calls = source, []
 
     def batch(self, step, state, rows=None):
-        self.seen.append((step, int(state.step)))
+        self.calls.append((step, int(state.step)))
         batch = self.source.batch(step, None, rows)
-        # What is learned depends on the weights, as text that the model has written does.
+        # The weights of the loss depend on the parameters, as generated text does.
         keep = 1 + int(1000 * abs(float(np.asarray(state.params["embeddings"]["tokens"]).sum()))) % 7
         return batch | {"weights_BT": batch["weights_BT"] * (np.arange(batch["weights_BT"].shape[1]) % 8 < keep)}
 
@@ -35,7 +35,7 @@ class Recorded:
         return len(self.source)
 
 
-def run_of(folder, name, **more):
+def run_config(folder, name, **more):
     (folder / "text.txt").write_text("".join(f"line {n} of a text about {n * n}\n" for n in range(200)))
     return RunConfig(
         model=ModelConfig(vocabulary=64, max_length=32, width=16, layers=1, heads=2),
@@ -54,35 +54,35 @@ def run_of(folder, name, **more):
 
 @pytest.fixture
 def sources(monkeypatch):
-    """Training batches of CausalLM come from `Recorded` sources, which are listed."""
-    made = []
+    """Returns a list of the sources of training batches, which are `RecordingSource`s for CausalLM."""
+    recorded_sources = []
 
     class OnPolicy(CausalLMTask):
         def batches(self, part, rows, length, seed):
             source = super().batches(part, rows, length, seed)
             if seed is None:
                 return source
-            made.append(Recorded(source))
-            return made[-1]
+            recorded_sources.append(RecordingSource(source))
+            return recorded_sources[-1]
 
     monkeypatch.setitem(TASKS, CausalLM, OnPolicy)
     register(CausalLM, OnPolicy)
-    return made
+    return recorded_sources
 
 
-def test_a_source_that_reads_the_state_is_asked_between_steps(sources, tmp_path, monkeypatch, devices, no_pictures):
+def test_a_source_that_reads_the_state_is_called_between_steps(sources, tmp_path, monkeypatch, devices, no_plots):
     monkeypatch.setenv("JAXLM_CACHE", str(tmp_path / "cache"))
-    whole = fit(run_of(tmp_path, "whole"))
-    assert sources[-1].seen == [(step, step) for step in range(6)]
+    whole = fit(run_config(tmp_path, "whole"))
+    assert sources[-1].calls == [(step, step) for step in range(6)]
     count = iter(range(3))
     with pytest.raises(Stopped):
-        fit(run_of(tmp_path, "parts"), stop=lambda: next(count) == 2)
-    parts = fit(run_of(tmp_path, "parts"))
-    assert sources[-1].seen == [(step, step) for step in range(3, 6)]
+        fit(run_config(tmp_path, "parts"), stop=lambda: next(count) == 2)
+    parts = fit(run_config(tmp_path, "parts"))
+    assert sources[-1].calls == [(step, step) for step in range(3, 6)]
     np.testing.assert_array_equal(parts.params["embeddings"]["tokens"], whole.params["embeddings"]["tokens"])
 
 
-def test_a_source_that_does_not_is_asked_ahead_of_time():
+def test_a_source_that_does_not_read_the_state_is_called_ahead_of_time():
     class Plain:
         reads_state = False
 

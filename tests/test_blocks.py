@@ -62,12 +62,12 @@ class Balanced(nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def tables(monkeypatch):
+def register_layers(monkeypatch):
     monkeypatch.setitem(MIXERS, "mean", MeanOfEarlier)
     monkeypatch.setitem(FEED_FORWARDS, "balanced", Balanced)
 
 
-def packed() -> dict[str, np.ndarray]:
+def packed_batch() -> dict[str, np.ndarray]:
     tokens = np.random.default_rng(0).integers(1, 32, (2, 16)).astype(np.int32)
     segments = np.zeros((2, 16), np.int32)
     positions, start = np.zeros((2, 16), np.int32), 0
@@ -84,25 +84,25 @@ def packed() -> dict[str, np.ndarray]:
     }
 
 
-def test_a_custom_mixer_packs_and_is_causal():
+def test_a_custom_mixer_supports_packing_and_is_causal():
     model = dataclasses.replace(TINY, mixer="mean")
-    params, batch = random_params(model), packed()
+    params, batch = random_params(model), packed_batch()
     assert parameters.rows_by_path(params)["decoder/layers/attention/own_value/kernel"].axes == ("layers", None, None)
     run = jax.jit(partial(apply, Transformer(model)))
     whole = run(params, batch["tokens_BT"], batch["segments_BT"], batch["positions_BT"])
     single = run(params, batch["tokens_BT"][:, 5:9])
     np.testing.assert_allclose(whole[:, 5:9], single, atol=1e-5)  # packed = unpacked
-    of_embedding = lambda table: run(
+    states_of = lambda table: run(
         params | {"embeddings": params["embeddings"] | {"positions": table}}, jnp.array([[1, 2, 3]])
     )
     changed = params["embeddings"]["positions"].copy()
     changed[2, 0] += 1
-    before, after = of_embedding(params["embeddings"]["positions"]), of_embedding(changed)
+    before, after = states_of(params["embeddings"]["positions"]), states_of(changed)
     np.testing.assert_array_equal(before[:, :2], after[:, :2])  # the third token changes nothing before it
     assert np.abs(before[:, 2] - after[:, 2]).max() > 1e-3
 
 
-def training(model: ModelConfig, gradient=summed_gradient):
+def make_step(model: ModelConfig, gradient=summed_gradient):
     task = CausalLMTask(CausalLM(), 16, 0, None, ())
     optimizer = optax.chain(optax.snapshot("grad_norm", optax.tree.norm), optax.sgd(0.1))
     params = random_params(model)
@@ -113,11 +113,11 @@ def training(model: ModelConfig, gradient=summed_gradient):
 @pytest.mark.parametrize("k", [1, 2])
 def test_an_auxiliary_loss_is_a_mean_over_tokens_and_is_minimised(k):
     model = dataclasses.replace(TINY, feed_forward="balanced")
-    step, state = training(model)
-    batch = {name: x.reshape(k, 2 // k, *x.shape[1:]) for name, x in packed().items()}
+    step, state = make_step(model)
+    batch = {name: x.reshape(k, 2 // k, *x.shape[1:]) for name, x in packed_batch().items()}
     new, metrics = step(state, batch)
-    # Computed directly: the squares of the whole batch, summed over layers and tokens, divided by the tokens.
-    task, flat = CausalLMTask(CausalLM(), 16, 0, None, ()), packed()
+    # The expected loss is the sum of squares over the layers and tokens of the whole batch, divided by the tokens.
+    task, flat = CausalLMTask(CausalLM(), 16, 0, None, ()), packed_batch()
 
     def objective(params):
         losses, _ = task.losses(Transformer(model), params, flat, jax.random.key(0))
@@ -134,10 +134,10 @@ def test_an_auxiliary_loss_is_a_mean_over_tokens_and_is_minimised(k):
     assert "auxiliary/balance" not in evaluated
 
 
-def test_padding_counts_in_no_auxiliary_loss():
+def test_auxiliary_losses_exclude_padding():
     model = dataclasses.replace(TINY, feed_forward="balanced")
-    step, state = training(model)
-    batch = packed()
+    step, state = make_step(model)
+    batch = packed_batch()
     more = batch | {"tokens_BT": np.where(batch["segments_BT"] > 0, batch["tokens_BT"], 7)}
     losses = [
         step(state, {name: x[None] for name, x in some.items()})[1]["auxiliary/balance"] for some in (batch, more)
@@ -146,26 +146,26 @@ def test_padding_counts_in_no_auxiliary_loss():
 
 
 def per_row_gradient(limit: float):
-    """Returns a custom gradient function: it clips the gradient of each row to a norm and adds the rows."""
+    """Returns a custom gradient function, which clips the gradient of each row to a norm and adds the rows."""
 
     def gradient(objective, params, batch, key):
         rows = jax.tree.map(lambda x: x.reshape(-1, 1, *x.shape[2:]), batch)
         one = lambda row: jax.value_and_grad(objective, has_aux=True)(params, row, key)
 
-        def clipped(row):
+        def clip(row):
             summed, grads = one(row)
             scale = jnp.minimum(1, limit / optax.tree.norm(grads))
             return summed, jax.tree.map(lambda g: g * scale, grads)
 
-        return jax.tree.map(lambda x: x.sum(0), jax.lax.map(clipped, rows))
+        return jax.tree.map(lambda x: x.sum(0), jax.lax.map(clip, rows))
 
     return gradient
 
 
-def test_the_gradient_is_an_argument():
-    batch = {name: x[None] for name, x in packed().items()}
+def test_the_gradient_function_is_an_argument():
+    batch = {name: x[None] for name, x in packed_batch().items()}
     (plain, state), (same, _), (clipped, _) = (
-        training(TINY, gradient) for gradient in (summed_gradient, per_row_gradient(1e9), per_row_gradient(0.01))
+        make_step(TINY, gradient) for gradient in (summed_gradient, per_row_gradient(1e9), per_row_gradient(0.01))
     )
     (a, of_a), (b, of_b), (c, of_c) = (step(state, batch) for step in (plain, same, clipped))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), a.params, b.params)
@@ -213,11 +213,11 @@ class PatchExamples:
 
     def epoch(self, n):
         random = np.random.default_rng(0)
-        made = [
+        examples = [
             {"patches_BTM": random.standard_normal((length, Patches.M)).astype(np.float32), "labels_BE": length % 2}
             for length in (5, 4, 3, 7, 2)
         ]
-        return Epoch(np.array([len(one["patches_BTM"]) for one in made]), lambda i: [made[i]])
+        return Epoch(np.array([len(one["patches_BTM"]) for one in examples]), lambda i: [examples[i]])
 
 
 class PatchTask(Task):
@@ -246,7 +246,7 @@ def patches(monkeypatch) -> ModelConfig:
     return dataclasses.replace(TINY, structure="encoder", heads_on_top=("classes",), front_end="patches")
 
 
-def test_a_custom_front_end_packs_shards_and_counts(patches, devices):
+def test_a_custom_front_end_supports_packing_sharding_and_flop_counts(patches, devices):
     task, params = PatchTask(), random_params(patches)
     batches = task.batches(None, 2, 12, None)
     batch = batches.batch_at(0)
@@ -267,20 +267,20 @@ def test_a_custom_front_end_packs_shards_and_counts(patches, devices):
 @pytest.mark.parametrize("structure", ["decoder", "encoder"])
 def test_embedding_and_stack_are_separate(structure):
     model = dataclasses.replace(TINY, structure=structure, heads_on_top=())
-    params, batch, module = random_params(model), packed(), Transformer(model)
+    params, batch, module = random_params(model), packed_batch(), Transformer(model)
     inputs = batch["tokens_BT"], batch["segments_BT"], batch["positions_BT"]
-    x_BTD, beside = apply(module, params, *inputs, method="embed")
-    np.testing.assert_array_equal(apply(module, params, x_BTD, beside, method="stack"), apply(module, params, *inputs))
-    by_x_BTD = jax.grad(lambda x: apply(module, params, x, beside, method="stack")[0, 4].sum())(x_BTD)
+    x_BTD, extra = apply(module, params, *inputs, method="embed")
+    np.testing.assert_array_equal(apply(module, params, x_BTD, extra, method="stack"), apply(module, params, *inputs))
+    by_x_BTD = jax.grad(lambda x: apply(module, params, x, extra, method="stack")[0, 4].sum())(x_BTD)
     gradients = np.abs(by_x_BTD).max(-1)
     assert (gradients[0, :5] > 0).all() and not gradients[0, 5:].any() and not gradients[1].any()
 
 
 @pytest.mark.parametrize("structure", ["decoder", "encoder"])
 def test_a_mask_is_an_input(structure):
-    """A mask hides keys in addition to segments and causality; a mask of ones changes nothing."""
+    """A mask hides keys in addition to segments and causality. A mask of ones has no effect."""
     model = dataclasses.replace(TINY, structure=structure, heads_on_top=())
-    params, batch, module = random_params(model), packed(), Transformer(model)
+    params, batch, module = random_params(model), packed_batch(), Transformer(model)
     inputs = batch["tokens_BT"], batch["segments_BT"], batch["positions_BT"]
     run = lambda mask_BTS: apply(module, params, *inputs, mask_BTS=mask_BTS)
     ones = np.ones((2, 16, 16), bool)

@@ -49,16 +49,16 @@ def test_only_changed_files_are_downloaded_again(memory, monkeypatch):
     memory.pipe("/data/a.txt", b"one")
     memory.pipe("/data/b.txt", b"two")
     folder = Path(buckets.download("memory://data"))
-    fetched = []
+    downloads = []
     get_file = type(memory).get_file
     monkeypatch.setattr(
-        type(memory), "get_file", lambda self, a, b, **k: fetched.append(a) or get_file(self, a, b, **k)
+        type(memory), "get_file", lambda self, a, b, **k: downloads.append(a) or get_file(self, a, b, **k)
     )
     memory.pipe("/data/b.txt", b"three")
     memory.rm_file("/data/a.txt")
     buckets.download.cache_clear()
     assert Path(buckets.download("memory://data")) == folder
-    assert fetched == ["/data/b.txt"]
+    assert downloads == ["/data/b.txt"]
     assert sorted(file.name for file in source.list_files(str(folder))) == ["b.txt"]
 
 
@@ -68,7 +68,7 @@ def test_a_model_at_an_address_is_checked_at_each_load(memory):
         assert (buckets.model("memory://model") / "config.json").read_bytes() == content
 
 
-def tiny(folder: Path, workdir: str) -> RunConfig:
+def tiny_config(folder: Path, workdir: str) -> RunConfig:
     return RunConfig(
         model=ModelConfig(vocabulary=40, max_length=16, width=8, layers=1, heads=1),
         task=CausalLM(),
@@ -89,13 +89,13 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
-@pytest.mark.usefixtures("no_pictures", "devices")
+@pytest.mark.usefixtures("no_plots", "devices")
 def test_a_run_at_an_address_resumes_on_another_machine(tmp_path, monkeypatch):
-    """After a stop the folder is in the bucket; a machine without the copy finishes the run as if uninterrupted."""
+    """After a stop the bucket contains the folder. A machine without the copy finishes the run with the same result."""
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 60)
-    jaxlm.fit(tiny(tmp_path, str(tmp_path / "plain")))
+    jaxlm.fit(tiny_config(tmp_path, str(tmp_path / "plain")))
     bucket = tmp_path / "bucket" / "run"
-    run = tiny(tmp_path, f"file://{bucket}")
+    run = tiny_config(tmp_path, f"file://{bucket}")
     calls = []
     with pytest.raises(jaxlm.errors.Stopped):
         jaxlm.fit(run, stop=lambda: calls.append(1) or len(calls) == 3)
@@ -122,14 +122,14 @@ def test_a_run_at_an_address_resumes_on_another_machine(tmp_path, monkeypatch):
         ("s3://bucket/a.txt", "pip install s3fs"),
     ],
 )
-def test_mistakes(address, message, memory):
+def test_invalid_addresses_are_refused(address, message, memory):
     if address.startswith("s3") and find_spec("s3fs"):
         pytest.skip("s3fs is installed")
     with pytest.raises(UserError, match=message):
         source.list_files(address)
 
 
-def test_errors_of_the_storage_become_one_message(monkeypatch, memory):
+def test_errors_of_the_storage_are_reported_in_one_message(monkeypatch, memory):
     def refuse(self, *_, **__):
         raise PermissionError("anonymous caller does not have storage.objects.list access")
 
@@ -143,7 +143,7 @@ def test_errors_of_the_storage_become_one_message(monkeypatch, memory):
 ESCAPES = ["../x.txt", "a/../../x.txt", "/x.txt", "..\\x.txt", "C:\\x.txt", f"{'y' * 300}.txt"]
 
 
-def packed(file: Path, entries: dict[str, bytes]) -> str:
+def write_archive(file: Path, entries: dict[str, bytes]) -> str:
     """Writes an archive, and returns the scheme of its address."""
     if file.suffix == ".zip":
         with zipfile.ZipFile(file, "w") as archive:
@@ -162,7 +162,7 @@ def packed(file: Path, entries: dict[str, bytes]) -> str:
 @pytest.mark.parametrize("name", ESCAPES, ids=lambda name: name[:12])
 def test_an_archive_writes_nothing_outside_its_copy(tmp_path, suffix, name):
     file = tmp_path / f"data{suffix}"
-    kind = packed(file, {"fine.txt": b"fine\n", name: b"evil\n"})
+    kind = write_archive(file, {"fine.txt": b"fine\n", name: b"evil\n"})
     for path in ("", "*", "*.txt", "**"):
         before = {path for path in tmp_path.rglob("*") if path.is_file()}
         try:
@@ -194,7 +194,7 @@ LINKS = {
 
 
 @pytest.mark.parametrize("name", LINKS)
-def test_links_in_archives_stay_in_them(tmp_path, name):
+def test_links_out_of_archives_are_refused(tmp_path, name):
     kind, target, message = LINKS[name]
     (tmp_path / "secret").write_text("secret")
     with tarfile.open(tmp_path / "data.tar", "w") as archive:
@@ -216,7 +216,7 @@ def test_links_in_archives_stay_in_them(tmp_path, name):
 
 
 @pytest.mark.parametrize(("target", "message"), [("../../secret", "outside the archive"), ("a.txt", "")])
-def test_links_in_zips_stay_in_them(tmp_path, target, message):
+def test_links_out_of_zip_files_are_refused(tmp_path, target, message):
     with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
         archive.writestr("a.txt", "a\n")
         link = zipfile.ZipInfo("link.txt")
@@ -240,8 +240,8 @@ def test_conflicting_names_are_refused(tmp_path, entries):
 
 
 @pytest.mark.parametrize("cache", ["", "simplecache::"])
-def test_globs_keep_folders_apart(tmp_path, cache):
-    kind = packed(tmp_path / "data.zip", {"de/a.txt": b"de\n", "en/a.txt": b"en\n", "en/b.csv": b"text\n"})
+def test_globs_keep_folders_separate(tmp_path, cache):
+    kind = write_archive(tmp_path / "data.zip", {"de/a.txt": b"de\n", "en/a.txt": b"en\n", "en/b.csv": b"text\n"})
     found = source.list_files(f"{cache}{kind}://*/*.txt::{tmp_path}/data.zip")
     assert [file.read_text() for file in found] == ["de\n", "en\n"]
 
@@ -250,7 +250,7 @@ def test_a_changed_archive_is_read_again(tmp_path):
     """The new content has the same name, size and time."""
     file = tmp_path / "data.tar"
     for content in (b"one\n", b"two\n"):
-        packed(file, {"a.txt": content})
+        write_archive(file, {"a.txt": content})
         os.utime(file, ns=(0, 0))
         buckets.download.cache_clear()
         assert [file.read_bytes() for file in source.list_files(f"tar://a.txt::{file}")] == [content]
@@ -270,8 +270,8 @@ def test_a_damaged_copy_is_downloaded_again(memory, damage):
 # Run folders
 
 
-def test_files_of_the_user_in_a_run_folder_stay(memory, tmp_path):
-    """Files added before and during the run, also in its subfolders, and a downloaded file that the user changes."""
+def test_files_of_the_user_in_a_run_folder_are_kept(memory, tmp_path):
+    """The user adds files before and during the run, also in its subfolders, and changes a downloaded file."""
     memory.pipe("/b/run/notes.md", b"before")
     memory.pipe("/b/run/old.json", b"of the run")
     run = buckets.RunFolder("memory://b/run")
@@ -299,21 +299,23 @@ def test_files_of_the_user_in_a_run_folder_stay(memory, tmp_path):
 
 def test_only_new_files_are_uploaded_and_downloaded(memory, monkeypatch):
     memory.pipe("/b/run/a.txt", b"a")
-    copied = []
+    transfers = []
     for name in ("get_file", "put_file"):
         real = getattr(type(memory), name)
         monkeypatch.setattr(
-            type(memory), name, lambda self, a, b, real=real, **k: copied.append(Path(b).name) or real(self, a, b, **k)
+            type(memory),
+            name,
+            lambda self, a, b, real=real, **k: transfers.append(Path(b).name) or real(self, a, b, **k),
         )
     run = buckets.RunFolder("memory://b/run")
     with run.opened():
         (run.folder / "new.txt").write_text("new")
         run.send()
         run.send()
-    assert copied[1:] == ["new.txt"]
+    assert transfers[1:] == ["new.txt"]
     with run.opened():
         run.send()
-    assert len(copied) == 2
+    assert len(transfers) == 2
 
 
 def test_a_run_at_an_address_is_locked(memory, monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""Templates as published models have them: the text and ids of transformers, and no control token from a message."""
+"""Chat templates of published models yield the text and ids of transformers. Messages add no control tokens."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import time
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_chat import make_tokenizer, spell, transformers_tokenizer
+from test_chat import decode, make_tokenizer, transformers_tokenizer
 
 from jaxlm.data.chat import rendering
 from jaxlm.data.tokenizers.tokenizer import load
 from jaxlm.errors import UserError
 
-# Each has the constructs of the family that it is named after, in fewer words.
+# Each template has the constructs of the model family in its name, in a shorter form.
 QWEN = """\
 {%- if tools %}
     {{- '<|im_start|>system\\n' }}
@@ -183,7 +183,7 @@ CONTROL += (
 )
 CONTROL += " <start_of_turn> <end_of_turn>"
 TOOLS = [{"type": "function", "function": {"name": "sum", "parameters": {"type": "object", "é": [1, 2.5, None]}}}]
-CALLED = [
+TOOL_CHAT = [
     {"role": "user", "content": "2 + 3?"},
     {
         "role": "assistant",
@@ -197,7 +197,7 @@ CALLED = [
 
 @pytest.fixture(scope="module", params=["special", "ordinary"])
 def tokenizer(request, tmp_path_factory):
-    """A tokenizer whose control tokens are marked as special, or are not, as those of some checkpoints."""
+    """Return a tokenizer whose control tokens are special tokens, or ordinary tokens as in some checkpoints."""
     from tokenizers import AddedToken
 
     folder = tmp_path_factory.mktemp("tokenizer")
@@ -216,8 +216,8 @@ def controls(tokenizer, ids) -> list[str]:
     return [added[i].content for i in ids if i in added and added[i].content.strip()]
 
 
-def talk(name: str, user: str, assistant: str, system: str = "Be brief.") -> list[dict]:
-    """Two turns; some templates take no system message."""
+def two_turns(name: str, user: str, assistant: str, system: str = "Be brief.") -> list[dict]:
+    """Return two turns. Some templates accept no system message."""
     first = [] if name == "gemma" else [{"role": "system", "content": system}]
     turn = [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
     return [*first, *turn, *turn]
@@ -228,21 +228,21 @@ HARMLESS = ["Why, 3 < 4?", " a\n\nb ", "naïve 😀 |> <b>", "[x] {y}", "a </thi
 
 @pytest.mark.parity
 @pytest.mark.parametrize("name", sorted(TEMPLATES))
-def test_chats_of_published_templates_are_those_of_transformers(name, tokenizer):
+def test_chats_of_published_templates_equal_those_of_transformers(name, tokenizer):
     other, template = transformers_tokenizer(tokenizer.folder), TEMPLATES[name] + "{% generation %}{% endgeneration %}"
-    chats = [talk(name, one, two) for one in HARMLESS for two in HARMLESS[:2]]
-    chats.append(talk(name, "why", "<think>\nhm\n</think>\n\nso" if name in ("qwen", "deepseek") else "so"))
+    chats = [two_turns(name, one, two) for one in HARMLESS for two in HARMLESS[:2]]
+    chats.append(two_turns(name, "why", "<think>\nhm\n</think>\n\nso" if name in ("qwen", "deepseek") else "so"))
     if name in ("qwen", "llama"):
-        chats.append(CALLED)
+        chats.append(TOOL_CHAT)
     for messages in chats:
         for tools in (None, TOOLS) if name in ("qwen", "llama", "mistral") else (None,):
             for prompt in (False, True):
-                asked = {"chat_template": template, "add_generation_prompt": prompt, "tools": tools}
-                text = other.apply_chat_template(messages, tokenize=False, **asked)
+                options = {"chat_template": template, "add_generation_prompt": prompt, "tools": tools}
+                text = other.apply_chat_template(messages, tokenize=False, **options)
                 assert rendering.render(tokenizer, messages, prompt, template=template, tools=tools) == text
                 if "think>" in messages[-1]["content"]:
-                    continue  # of the ids, transformers takes some of the message for control tokens
-                expected = other.apply_chat_template(messages, **asked)["input_ids"]
+                    continue  # transformers reads parts of this message as control tokens
+                expected = other.apply_chat_template(messages, **options)["input_ids"]
                 if prompt:
                     assert rendering.prompt(tokenizer, messages, template=template, tools=tools) == expected
                 else:
@@ -252,7 +252,7 @@ def test_chats_of_published_templates_are_those_of_transformers(name, tokenizer)
 @pytest.mark.parity
 @pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "thinking"])
 @pytest.mark.parametrize("name", ["qwen", "harmony"])
-def test_thoughts_by_any_name_are_those_of_transformers(name, field, tokenizer):
+def test_thoughts_in_any_field_equal_those_of_transformers(name, field, tokenizer):
     messages = [{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "5", field: "Add them."}]
     other, template = transformers_tokenizer(tokenizer.folder), TEMPLATES[name]
     expected = other.apply_chat_template(messages, chat_template=template)["input_ids"]
@@ -263,7 +263,7 @@ def test_thoughts_by_any_name_are_those_of_transformers(name, field, tokenizer):
         "harmony": "<|channel|>analysis<|message|>Add them.<|end|>"
         "<|start|>assistant<|channel|>final<|message|>5<|return|>",
     }
-    assert spell(tokenizer, ids, is_answer) == answers[name]
+    assert decode(tokenizer, ids, is_answer) == answers[name]
 
 
 PARTS = [
@@ -294,10 +294,12 @@ COMMON = {"max_examples": 30, "deadline": None, "suppress_health_check": [Health
 @given(user=ATTACK, assistant=ATTACK, system=ATTACK)
 def test_no_message_adds_a_control_token_to_a_published_template(name, tokenizer, user, assistant, system):
     if name == "harmony":
-        assistant = assistant.replace("<|channel|>", "")  # which the template refuses
-    use = lambda *words: controls(tokenizer, rendering.prompt(tokenizer, talk(name, *words), template=TEMPLATES[name]))
+        assistant = assistant.replace("<|channel|>", "")  # the template rejects this token
+    use = lambda *words: controls(
+        tokenizer, rendering.prompt(tokenizer, two_turns(name, *words), template=TEMPLATES[name])
+    )
     found, innocent = use(user, assistant, system), use("a", "b", "c")
-    if name == "qwen":  # it writes thoughts again that it finds in a message
+    if name == "qwen":  # the template writes the thoughts of a message again
         thoughts = lambda tokens: [token for token in tokens if token not in ("<think>", "</think>")]
         found, innocent = thoughts(found), thoughts(innocent)
     assert found == innocent
@@ -336,13 +338,13 @@ OPERATIONS += [
 
 @settings(**COMMON)
 @given(st.lists(st.sampled_from(OPERATIONS), max_size=4), ATTACK, st.sampled_from(["", "'<|' ~ ", "'<|im_end' ~ "]))
-def test_no_operations_of_a_template_make_a_control_token(tokenizer, operations, text, before):
+def test_operations_of_a_template_add_no_control_tokens(tokenizer, operations, text, before):
     expression = " | ".join([f"({before}messages[0].content ~ x_token)", *operations])
     template = "{{ '<|im_start|>' }}{{ " + expression + " }}{{ '<|im_end|>' }}"
     messages = [{"role": "user", "content": text}]
     try:
         ids, _ = rendering.encode(tokenizer, messages, template=template, x_token=text)
-    except UserError as error:  # operations that do not fit each other, as in Jinja
+    except UserError as error:  # some operations cannot follow others, as in Jinja
         assert "fails on these messages" in str(error)
     else:
         assert controls(tokenizer, ids) == ["<|im_start|>", "<|im_end|>"]
@@ -350,18 +352,18 @@ def test_no_operations_of_a_template_make_a_control_token(tokenizer, operations,
 
 def test_names_of_tools_and_other_variables_become_no_control_tokens(tokenizer):
     forged = [{"type": "function", "function": {"name": "<|im_end|>", "<|im_end|>": ["<|im_start|>"]}}]
-    innocent = rendering.prompt(tokenizer, CALLED, template=QWEN, tools=TOOLS)
+    innocent = rendering.prompt(tokenizer, TOOL_CHAT, template=QWEN, tools=TOOLS)
     calls = [{"function": {"name": "<|im_end|>", "arguments": '"<|im_start|>"'}, "type": "function"}]
-    messages = [CALLED[0], {**CALLED[1], "tool_calls": calls}, *CALLED[2:]]
+    messages = [TOOL_CHAT[0], {**TOOL_CHAT[1], "tool_calls": calls}, *TOOL_CHAT[2:]]
     assert controls(tokenizer, rendering.prompt(tokenizer, messages, template=QWEN, tools=forged)) == controls(
         tokenizer, innocent
     )
     template = "{{ bos_token }}{{ eos_token }}{{ other_token }}"
-    ids = rendering.prompt(tokenizer, CALLED, template=template, bos_token="<|im_end|>", other_token="<|im_end|>")
+    ids = rendering.prompt(tokenizer, TOOL_CHAT, template=template, bos_token="<|im_end|>", other_token="<|im_end|>")
     assert controls(tokenizer, ids) == ["</s>"]
 
 
-def test_a_role_forges_no_control_token(tokenizer):
+def test_a_role_adds_no_control_token(tokenizer):
     template = "{{ '<|' + messages[0].role + '|>' }}{% if messages[0].role == 'im_end' %}{% endif %}"
     forged, usual = ([{"role": role, "content": ""}] for role in ("im_end", "user"))
     assert controls(tokenizer, rendering.prompt(tokenizer, forged, template=template)) == []
@@ -370,8 +372,8 @@ def test_a_role_forges_no_control_token(tokenizer):
 
 @pytest.mark.parametrize("normalized", [False, True])
 @pytest.mark.parametrize("kind", ["prefix", "compatible"])
-def test_the_control_tokens_are_those_that_harmless_messages_get(kind, normalized, tmp_path):
-    """Also where tokens are found in normal forms, words among them have a role, and a user combines characters."""
+def test_messages_do_not_change_the_control_tokens(kind, normalized, tmp_path):
+    """This also holds if tokens match after normalization, if a token is a word, and if a user combines characters."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     letters = pre_tokenizers.ByteLevel.alphabet()
@@ -399,12 +401,20 @@ def test_the_control_tokens_are_those_that_harmless_messages_get(kind, normalize
         assert use(content) == harmless, content
 
 
-def test_numbers_of_users_leave_no_digits_of_the_template(tokenizer):
-    for way in ("n.real", "n.numerator", "n | attr('real')", "'{0.real}'.format(n)", "n | round(0, 'ceil') | int"):
-        template = "{{ '<|' }}{{ " + way + " }}{{ '|>' }}"
+def test_digits_of_user_numbers_do_not_belong_to_the_template(tokenizer):
+    for expression in (
+        "n.real",
+        "n.numerator",
+        "n | attr('real')",
+        "'{0.real}'.format(n)",
+        "n | round(0, 'ceil') | int",
+    ):
+        template = "{{ '<|' }}{{ " + expression + " }}{{ '|>' }}"
         (found,) = rendering._render(use := rendering._template(tokenizer, template, None), [job(tokenizer, use, n=5)])
         text, users, _ = found[0]
-        assert not any(char == "5" for at, char in enumerate(text) if not any(a <= at < b for a, b in users)), way
+        assert not any(
+            char == "5" for position, char in enumerate(text) if not any(a <= position < b for a, b in users)
+        ), expression
 
 
 def job(tokenizer, use, **variables) -> dict:
@@ -412,13 +422,13 @@ def job(tokenizer, use, **variables) -> dict:
     return {**chat, "renderings": [[1, True]]}
 
 
-def test_looking_at_a_template_takes_no_time(tokenizer):
-    """A stranger's template is looked at outside of the process that has limits, too."""
-    begun = time.monotonic()
+def test_the_analysis_of_a_template_is_fast(tokenizer):
+    """The analysis of an untrusted template also runs outside the process that has limits."""
+    start = time.monotonic()
     rendering.render(tokenizer, [{"role": "user", "content": "a"}], template="for x in " * 100_000)
-    assert time.monotonic() - begun < 20
+    assert time.monotonic() - start < 20
 
 
-@pytest.mark.parametrize("way", ["(messages[0].content | e).unescape()", "('<b>a' | safe).striptags()"])
-def test_methods_that_import_something_work_where_no_file_can_be_opened(tokenizer, way):
-    assert rendering.render(tokenizer, [{"role": "user", "content": "a"}], template="{{ " + way + " }}") == "a"
+@pytest.mark.parametrize("expression", ["(messages[0].content | e).unescape()", "('<b>a' | safe).striptags()"])
+def test_methods_with_imports_work_without_access_to_files(tokenizer, expression):
+    assert rendering.render(tokenizer, [{"role": "user", "content": "a"}], template="{{ " + expression + " }}") == "a"

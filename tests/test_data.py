@@ -1,4 +1,4 @@
-"""Rows hold every example once, batches are a function of the step, and tokenized text is made once."""
+"""Rows contain every example once, batches are a function of the step, and text is tokenized once."""
 
 from __future__ import annotations
 
@@ -45,29 +45,29 @@ def test_each_example_is_in_one_row_that_it_fits(lengths, length, max_examples, 
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_little_of_a_row_is_padding(seed):
+def test_rows_contain_little_padding(seed):
     random = np.random.default_rng(seed)
     for lengths in (random.integers(1, 129, 5000), 1 + random.geometric(1 / 14, 5000).clip(max=127)):
         rows = len(pack(lengths, 128, 128).starts) - 1
         assert lengths.sum() / (rows * 128) > 0.97
-        # Best fit decreasing needs at most 11/9 of the fewest possible rows, and some (Johnson 1973).
+        # Best fit decreasing requires at most 11/9 of the minimum number of rows, plus a constant (Johnson 1973).
         assert rows <= 11 / 9 * -(-lengths.sum() // 128) + 4
 
 
 def test_many_examples_are_packed_fast():
     lengths = np.random.default_rng(0).integers(1, 60, 100_000)
-    begun = time.process_time()
+    start = time.process_time()
     pack(lengths, 512, 64)
-    assert time.process_time() - begun < 5
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize("lengths", [[3, 0], [9], [-1]], ids=str)
-def test_examples_that_fit_no_row_are_refused(lengths):
+def test_examples_that_fit_no_row_raise_an_error(lengths):
     with pytest.raises(ValueError, match="do not fit rows of 8"):
         pack(np.array(lengths), 8, 4)
 
 
-def test_no_examples_are_no_rows():
+def test_no_examples_make_no_rows():
     assert pack(np.zeros(0, np.int64), 8, 4).starts.tolist() == [0]
 
 
@@ -75,7 +75,7 @@ def test_no_examples_are_no_rows():
 
 
 class Numbered:
-    """Examples of random lengths whose tokens tell epoch and number: 1000 x epoch + number."""
+    """Examples of random lengths. Each token of an example is 1000 x epoch + number of the example."""
 
     fields = {"labels_BE": np.int32}
     labels = 0
@@ -84,32 +84,32 @@ class Numbered:
         self.lengths = np.random.default_rng(count).integers(1, 9, count)
 
     def epoch(self, n: int | None) -> Epoch:
-        lengths = self.lengths if n is None else np.roll(self.lengths, n)  # as some tasks draw other lengths
+        lengths = self.lengths if n is None else np.roll(self.lengths, n)  # some tasks draw new lengths in each epoch
         return Epoch(lengths, lambda i: [{"tokens_BT": np.full(lengths[i], 1000 * (n or 0) + i), "labels_BE": i}])
 
 
-def training(seed: int = 3) -> Batches:
+def training_batches(seed: int = 3) -> Batches:
     return Batches(Numbered(), rows=4, length=16, max_examples=5, seed=seed)
 
 
-def same(a, b) -> None:
+def assert_same(a, b) -> None:
     assert a.keys() == b.keys()
     for name in a:
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
 def test_a_batch_is_a_function_of_the_step():
-    batches = training()
+    batches = training_batches()
     forward = [batches.batch_at(step) for step in range(40)]
     for step in np.random.default_rng(0).permutation(40):
-        same(batches.batch_at(int(step)), forward[step])
-    same(training().batch_at(39), forward[39])  # without the 39 before it
-    same(training().batch_at(17), forward[17])
-    assert any(np.any(forward[0][f] != training(seed=4).batch_at(0)[f]) for f in forward[0])
+        assert_same(batches.batch_at(int(step)), forward[step])
+    assert_same(training_batches().batch_at(39), forward[39])  # without the batches before it
+    assert_same(training_batches().batch_at(17), forward[17])
+    assert any(np.any(forward[0][f] != training_batches(seed=4).batch_at(0)[f]) for f in forward[0])
 
 
-def test_in_training_each_epoch_has_every_example_once_and_follows_the_last():
-    batches = training()
+def test_training_epochs_are_consecutive_and_contain_every_example_once():
+    batches = training_batches()
     rows = [len(batches._make_epoch(n)[1].starts) - 1 for n in range(5)]
     assert sum(rows[:3]) % 4  # the batches do not divide the epochs
     seen = []
@@ -129,7 +129,7 @@ def test_in_training_each_epoch_has_every_example_once_and_follows_the_last():
     assert orders[0] != orders[1] != orders[2]
 
 
-def test_evaluation_has_every_example_once_and_padding_at_the_end():
+def test_evaluation_contains_every_example_once_and_padding_at_the_end():
     batches = Batches(Numbered(), rows=4, length=16, max_examples=5, seed=None)
     seen, padding = [], []
     for step in range(len(batches)):
@@ -143,25 +143,25 @@ def test_evaluation_has_every_example_once_and_padding_at_the_end():
         assert not value.any()
 
 
-def test_a_row_says_where_its_examples_stand():
-    batch = training().batch_at(2)
+def test_a_batch_contains_the_positions_of_its_examples():
+    batch = training_batches().batch_at(2)
     assert {n: x.dtype for n, x in batch.items()} == {
         **dict.fromkeys(("tokens_BT", "segments_BT", "positions_BT", "labels_BE", "starts_BE"), np.dtype("int32")),
         "weights_BE": np.dtype("float32"),
     }
     for b in range(4):
         for e in range(int(batch["weights_BE"][b].sum())):
-            here = np.flatnonzero(batch["segments_BT"][b] == e + 1)
-            assert here[0] == batch["starts_BE"][b, e]
-            assert here.tolist() == list(range(here[0], here[0] + len(here)))
-            assert batch["positions_BT"][b, here].tolist() == list(range(len(here)))
-            assert set(batch["tokens_BT"][b, here] % 1000) == {batch["labels_BE"][b, e]}
+            positions = np.flatnonzero(batch["segments_BT"][b] == e + 1)
+            assert positions[0] == batch["starts_BE"][b, e]
+            assert positions.tolist() == list(range(positions[0], positions[0] + len(positions)))
+            assert batch["positions_BT"][b, positions].tolist() == list(range(len(positions)))
+            assert set(batch["tokens_BT"][b, positions] % 1000) == {batch["labels_BE"][b, e]}
 
 
-def test_prefetch_gives_the_same_in_order_and_leaves_no_thread():
-    batches = training()
+def test_prefetch_yields_the_same_batches_in_order_and_leaves_no_thread():
+    batches = training_batches()
     for step, batch in enumerate(prefetch(batches.batch_at, 5, 12), start=5):
-        same(batch, training().batch_at(step))
+        assert_same(batch, training_batches().batch_at(step))
     assert step == 11
     before = threading.active_count()
     calls: list[int] = []
@@ -179,15 +179,15 @@ def test_prefetch_gives_the_same_in_order_and_leaves_no_thread():
     assert len(calls) < 10
 
 
-def test_an_error_of_the_data_reaches_the_caller():
+def test_prefetch_raises_an_error_of_the_data():
     def broken(step: int):
         if step == 2:
             raise UserError("row 2 is bad")
         return {}
 
-    got = []
+    batches = []
     with pytest.raises(UserError, match="row 2 is bad"):
-        got.extend(prefetch(broken, 0, 10))
+        batches.extend(prefetch(broken, 0, 10))
     assert threading.active_count() < 20
 
 
@@ -197,7 +197,7 @@ TEXT = "".join(f"line {i} of a text, naïve or 😀\n" for i in range(200))
 QUIET = lambda message: None
 
 
-def a_run(folder: Path, text: str | None = TEXT, **data) -> RunConfig:
+def make_run(folder: Path, text: str | None = TEXT, **data) -> RunConfig:
     if text is not None:
         (folder / "text.txt").write_bytes(text.encode())
     return RunConfig(
@@ -216,32 +216,32 @@ def documents_of(prepared, corpus: Corpus) -> list[str]:
     return [prepared.tokenizer.decode(corpus.tokens[a:b]) for a, b in zip(bounds, bounds[1:])]
 
 
-def equal(a: Corpus, b: Corpus) -> None:
+def assert_equal(a: Corpus, b: Corpus) -> None:
     for x, y in zip(a, b):
         np.testing.assert_array_equal(x, y)
 
 
-def test_tokenized_text_is_found_again(tmp_path):
-    run, said = a_run(tmp_path), []
-    first = prepare(run, said.append)
-    assert said == [
+def test_tokenized_text_is_read_from_the_cache(tmp_path):
+    run, messages = make_run(tmp_path), []
+    first = prepare(run, messages.append)
+    assert messages == [
         "training a characters tokenizer of 80 tokens",
         "tokenizing the train text",
         "tokenizing the held-out text",
     ]
-    again = prepare(run, said.append)
-    assert len(said) == 3
-    equal(first.train, again.train)
-    equal(first.held_out, again.held_out)
+    again = prepare(run, messages.append)
+    assert len(messages) == 3
+    assert_equal(first.train, again.train)
+    assert_equal(first.held_out, again.held_out)
     assert again.rows == first.rows == {"rows": 200, "documents": 200}
     assert again.fingerprint == first.fingerprint
     assert again.tokenizer.size == first.tokenizer.size
-    # Neither the place of the data nor the length of a row is part of it.
+    # The key of the entry contains neither the path of the data nor the length of a row.
     (tmp_path / "elsewhere").mkdir()
-    moved = a_run(tmp_path / "elsewhere", length=7)
+    moved = make_run(tmp_path / "elsewhere", length=7)
     moved = dataclasses.replace(moved, data=dataclasses.replace(moved.data, cache=run.data.cache))
-    prepare(moved, said.append)
-    assert len(said) == 3
+    prepare(moved, messages.append)
+    assert len(messages) == 3
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
@@ -259,20 +259,20 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_tokenized_text_is_made_anew_when_what_it_is_made_of_changes(tmp_path, name):
-    run, said = a_run(tmp_path), []
+def test_text_is_tokenized_again_if_an_input_changes(tmp_path, name):
+    run, messages = make_run(tmp_path), []
     prepare(run, QUIET)
-    prepare(CHANGES[name](run), said.append)
-    assert said
+    prepare(CHANGES[name](run), messages.append)
+    assert messages
 
 
-def _replaced(file: Path, make: Callable[[Path], None]) -> None:
+def _replace(file: Path, make: Callable[[Path], None]) -> None:
     file.unlink()
     make(file)
 
 
-def _swapped(file: Path) -> None:
-    """Exchanges a file with another one of the entry."""
+def _swap(file: Path) -> None:
+    """Exchange the contents of a file and of another file of the entry."""
     other = next(f for f in sorted(file.parent.iterdir(), reverse=True) if f.is_file() and f != file)
     content = file.read_bytes()
     file.write_bytes(other.read_bytes())
@@ -286,50 +286,50 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "halved": lambda file: os.truncate(file, file.stat().st_size // 2),
     "longer": lambda file: file.write_bytes(file.read_bytes() + b"\0"),
     "one bit": lambda file: file.write_bytes(bytes([(content := file.read_bytes())[0] ^ 1]) + content[1:]),
-    "swapped": _swapped,
+    "swapped": _swap,
     "missing": Path.unlink,
-    "no JSON": lambda file: file.write_text("[1, 2]" if file.suffix == ".json" else "{}"),
+    "wrong JSON type": lambda file: file.write_text("[1, 2]" if file.suffix == ".json" else "{}"),
     "null": lambda file: file.write_text("null"),
     "deep": lambda file: file.write_text("[" * 100_000),
-    "a folder": lambda file: _replaced(file, Path.mkdir),
-    "a pipe": lambda file: _replaced(file, os.mkfifo),
-    "a link to nothing": lambda file: _replaced(file, lambda path: path.symlink_to("gone")),
-    "a link to itself": lambda file: _replaced(file, lambda path: path.symlink_to(path.name)),
+    "a folder": lambda file: _replace(file, Path.mkdir),
+    "a pipe": lambda file: _replace(file, os.mkfifo),
+    "a broken link": lambda file: _replace(file, lambda path: path.symlink_to("gone")),
+    "a link to itself": lambda file: _replace(file, lambda path: path.symlink_to(path.name)),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_entry_is_made_again_with_a_line(tmp_path, damage):
-    """Each damage to each file of an entry; its times and those of the data stay the same."""
-    run = a_run(tmp_path, TEXT[:1500])
+def test_a_damaged_entry_is_rebuilt_with_a_message(tmp_path, damage):
+    """Each damage is applied to each file of an entry. The times of the file and of the data stay the same."""
+    run = make_run(tmp_path, TEXT[:1500])
     first = prepare(run, QUIET)
     (entry,) = (tmp_path / "cache").iterdir()
     names = [file.relative_to(entry) for file in sorted(entry.rglob("*")) if file.is_file()]
     assert len(names) >= 12
     for name in names:
-        times, said = os.stat(entry / name), list[str]()
+        times, messages = os.stat(entry / name), list[str]()
         DAMAGE[damage](entry / name)
         if (entry / name).is_file():
             os.utime(entry / name, ns=(times.st_atime_ns, times.st_mtime_ns))
-        again = prepare(run, said.append)
-        assert str(entry) in said[0] and "damaged" in said[0] and said[0].endswith("tokenizing again"), name
-        equal(first.train, again.train)
-        equal(first.held_out, again.held_out)
+        again = prepare(run, messages.append)
+        assert str(entry) in messages[0] and "damaged" in messages[0] and messages[0].endswith("tokenizing again"), name
+        assert_equal(first.train, again.train)
+        assert_equal(first.held_out, again.held_out)
         assert again.rows == first.rows and again.tokenizer.size == first.tokenizer.size
-        prepare(run, said.append)
-        assert "tokenizing the held-out text" in said[-1]  # nothing was said the second time
+        prepare(run, messages.append)
+        assert "tokenizing the held-out text" in messages[-1]  # the second call adds no message
     assert [*(tmp_path / "cache").iterdir()] == [entry]
 
 
 @pytest.mark.parametrize("make", [lambda path: path.write_text("x"), lambda path: path.symlink_to("gone"), Path.mkdir])
-def test_an_entry_that_is_none_is_made_again(tmp_path, make):
-    run, said = a_run(tmp_path), []
+def test_an_invalid_entry_is_rebuilt(tmp_path, make):
+    run, messages = make_run(tmp_path), []
     first = prepare(run, QUIET)
     (entry,) = (tmp_path / "cache").iterdir()
     shutil.rmtree(entry)
     make(entry)
-    equal(first.train, prepare(run, said.append).train)
-    assert "damaged" in said[0]
+    assert_equal(first.train, prepare(run, messages.append).train)
+    assert "damaged" in messages[0]
 
 
 @settings(deadline=None, max_examples=25)
@@ -337,23 +337,24 @@ def test_an_entry_that_is_none_is_made_again(tmp_path, make):
     st.text(st.sampled_from("ab \n\u00e9\u20ac\U0001f600"), min_size=30, max_size=60),
     st.floats(0.1, 0.9),
 )
-def test_a_file_is_cut_at_the_byte_and_no_byte_is_lost(tmp_path_factory, text, fraction):
+def test_a_file_is_split_at_the_byte_and_no_byte_is_lost(tmp_path_factory, text, fraction):
     folder = tmp_path_factory.mktemp("cut")
-    run = a_run(folder, text, documents="file", eval_fraction=fraction)
+    run = make_run(folder, text, documents="file", eval_fraction=fraction)
     size = len(text.encode())
     prepared = prepare(run, QUIET)
     assert prepared.train.bytes + prepared.held_out.bytes == size
     cut = round(size * (1 - fraction))
     assert cut - 3 <= prepared.train.bytes <= cut  # a character of up to four bytes is not divided
-    learnt = set(text.encode()[:cut].decode(errors="ignore"))
-    shown = "".join(c if c in learnt else "" for c in text)  # the tokenizer has seen the training part alone
-    assert text_of(prepared, prepared.train) + text_of(prepared, prepared.held_out) == shown
+    vocabulary = set(text.encode()[:cut].decode(errors="ignore"))
+    # The tokenizer is trained on the training part alone.
+    expected = "".join(c if c in vocabulary else "" for c in text)
+    assert text_of(prepared, prepared.train) + text_of(prepared, prepared.held_out) == expected
 
 
-def test_documents_stay_whole_at_the_cut(tmp_path):
+def test_documents_stay_whole_at_the_split(tmp_path):
     lines = [f"{'x' * (i % 7)} line {i}" for i in range(50)]
     for fraction in (0.1, 0.33, 0.5):
-        run = a_run(tmp_path, "\n".join(lines) + "\n", eval_choice="last", eval_fraction=fraction)
+        run = make_run(tmp_path, "\n".join(lines) + "\n", eval_choice="last", eval_fraction=fraction)
         prepared = prepare(run, QUIET)
         train, held_out = (documents_of(prepared, c) for c in (prepared.train, prepared.held_out))
         assert train + held_out == lines
@@ -362,25 +363,26 @@ def test_documents_stay_whole_at_the_cut(tmp_path):
         assert prepared.held_out.bytes <= fraction * total < prepared.held_out.bytes + 20
 
 
-def test_documents_are_wrapped_and_sentences_are_bare(tmp_path):
-    prepared = prepare(a_run(tmp_path), QUIET)
+def test_documents_have_special_tokens_and_sentences_have_none(tmp_path):
+    prepared = prepare(make_run(tmp_path), QUIET)
     tokenizer = prepared.tokenizer
     first = prepared.train.tokens[slice(*prepared.train.bounds[:2])]
     assert first[0] == tokenizer.bos
     assert first[-1] == tokenizer.eos
     text = "One here. Two there! Three?\nOne more. And on.\n" * 20
     task = MaskedLM(next_sentence=True, sentences="punctuation")
-    run = dataclasses.replace(a_run(tmp_path, text, eval_choice="last"), task=task)
+    run = dataclasses.replace(make_run(tmp_path, text, eval_choice="last"), task=task)
     prepared = prepare(run, QUIET)
     corpus = prepared.train
     sentences = [prepared.tokenizer.decode(corpus.tokens[a:b]) for a, b in zip(corpus.sentences, corpus.sentences[1:])]
-    assert sentences[:5] == ["One here.", " Two there!", " Three?", "One more.", " And on."]  # nothing is lost between
+    # No text is lost between sentences.
+    assert sentences[:5] == ["One here.", " Two there!", " Three?", "One more.", " And on."]
     assert corpus.documents[:3].tolist() == [0, 3, 5]
 
 
 @pytest.mark.parametrize("split", [None, True, False])
-def test_special_tokens_in_documents_are_text_unless_they_are_asked_for(tmp_path, split):
-    run = a_run(tmp_path, "a line with </s> in it\n" * 90)
+def test_special_tokens_in_documents_are_text_unless_splitting_is_disabled(tmp_path, split):
+    run = make_run(tmp_path, "a line with </s> in it\n" * 90)
     tokenizer = dataclasses.replace(run.tokenizer, split_special_tokens=split)
     run = dataclasses.replace(run, tokenizer=tokenizer)
     prepared = prepare(run, QUIET)
@@ -390,20 +392,20 @@ def test_special_tokens_in_documents_are_text_unless_they_are_asked_for(tmp_path
     assert prepared.tokenizer.split_special_tokens == bool(split)  # for prompts and tables
 
 
-def test_held_out_data_of_its_own(tmp_path):
+def test_held_out_data_may_have_its_own_path(tmp_path):
     (tmp_path / "other.txt").write_text("a line of text\n")
-    prepared = prepare(a_run(tmp_path, eval_path=str(tmp_path / "other.txt")), QUIET)
+    prepared = prepare(make_run(tmp_path, eval_path=str(tmp_path / "other.txt")), QUIET)
     assert documents_of(prepared, prepared.held_out) == ["a line of text"]
     assert text_of(prepared, prepared.train) == TEXT.replace("\n", "")
 
 
-def test_too_little_text_and_too_small_a_vocabulary_are_said(tmp_path):
+def test_too_little_text_and_too_small_a_vocabulary_raise_an_error(tmp_path):
     with pytest.raises(UserError, match=r"there is no held-out text in .*give more text"):
-        prepare(a_run(tmp_path, "one line only\n"), QUIET)
-    small = dataclasses.replace(a_run(tmp_path), model=ModelConfig(vocabulary=8))
+        prepare(make_run(tmp_path, "one line only\n"), QUIET)
+    small = dataclasses.replace(make_run(tmp_path), model=ModelConfig(vocabulary=8))
     with pytest.raises(UserError, match=r"vocabulary is 8; .* --model.vocabulary \d+"):
         prepare(small, QUIET)
-    assert not list((tmp_path / "cache").iterdir())  # nothing half made stays
+    assert not list((tmp_path / "cache").iterdir())  # no incomplete entry is left
 
 
 def _prepare_in_process(run: RunConfig, start, results) -> None:
@@ -412,8 +414,8 @@ def _prepare_in_process(run: RunConfig, start, results) -> None:
     results.put((np.asarray(prepared.train.tokens).tolist(), prepared.rows))
 
 
-def test_two_processes_may_build_at_once(tmp_path):
-    run = a_run(tmp_path)
+def test_two_processes_may_tokenize_at_once(tmp_path):
+    run = make_run(tmp_path)
     spawn = multiprocessing.get_context("spawn")
     start, results = spawn.Barrier(2), spawn.Queue()
     processes = [spawn.Process(target=_prepare_in_process, args=(run, start, results)) for _ in range(2)]
@@ -424,20 +426,20 @@ def test_two_processes_may_build_at_once(tmp_path):
         process.join()
     assert [process.exitcode for process in processes] == [0, 0]
     assert a == b
-    assert len(list((tmp_path / "cache").iterdir())) == 1  # no half of one is left over
+    assert len(list((tmp_path / "cache").iterdir())) == 1  # no incomplete entry is left
 
 
-def test_a_slower_process_takes_what_the_faster_one_made(tmp_path, monkeypatch):
-    """The same race, decided: another process finishes between this one's last file and its rename."""
-    run, rename = a_run(tmp_path), Path.rename
+def test_a_slower_process_uses_the_entry_of_a_faster_one(tmp_path, monkeypatch):
+    """This is the same race in a fixed order. Another process finishes just before the rename of this one."""
+    run, rename = make_run(tmp_path), Path.rename
 
-    def overtaken(path: Path, target: Path):
+    def rename_after_another_process(path: Path, target: Path):
         monkeypatch.setattr(Path, "rename", rename)
         aside = rename(path, path.with_suffix(".aside"))
         prepare(run, QUIET)
         return rename(rename(aside, path), target)
 
-    monkeypatch.setattr(Path, "rename", overtaken)
+    monkeypatch.setattr(Path, "rename", rename_after_another_process)
     prepared = prepare(run, QUIET)
     assert text_of(prepared, prepared.train)
     assert len(list((tmp_path / "cache").iterdir())) == 1

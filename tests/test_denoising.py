@@ -1,4 +1,4 @@
-"""Span corruption and infilling: what is taken out can be put back; lengths are known before; runs end to end."""
+"""Span corruption and infilling: the text can be restored, the lengths can be computed, and runs learn."""
 
 from __future__ import annotations
 
@@ -22,35 +22,35 @@ SENTINELS = -1 - np.arange(200)
 
 @settings(deadline=None)
 @given(st.integers(2, 400), st.floats(0.01, 0.95), st.floats(1, 12), st.integers(0, 2**32 - 1))
-def test_what_is_taken_out_can_be_put_back(n, rate, span, seed):
+def test_the_text_can_be_restored_from_source_and_target(n, rate, span, seed):
     tokens = 1000 + np.arange(n)
     random = np.random.default_rng(seed)
     source, target = corrupt_spans(tokens, random, rate=rate, span=span, sentinels=SENTINELS, end=END)
     assert (len(source), len(target)) == corrupted_lengths(n, rate, span)
     assert source[-1] == target[-1] == END
-    taken: dict[int, list[int]] = {}
+    spans: dict[int, list[int]] = {}
     for token in target[:-1].tolist():
         if token < 0:
-            taken[token] = spans = []
+            spans[token] = span_tokens = []
         else:
-            spans.append(token)
-    restored = [t for token in source[:-1].tolist() for t in (taken[token] if token < 0 else [token])]
+            span_tokens.append(token)
+    restored = [t for token in source[:-1].tolist() for t in (spans[token] if token < 0 else [token])]
     assert restored == tokens.tolist()
-    assert list(taken) == SENTINELS[: len(taken)].tolist() and all(taken.values())
+    assert list(spans) == SENTINELS[: len(spans)].tolist() and all(spans.values())
 
 
 @settings(deadline=None)
 @given(st.integers(1, 400), st.floats(0.01, 0.9), st.floats(1, 12), st.integers(0, 2**32 - 1))
-def test_infilling_takes_its_share_and_makes_nothing_longer(n, rate, span, seed):
+def test_infilling_masks_its_fraction_and_lengthens_no_text(n, rate, span, seed):
     tokens = 1000 + np.arange(n)
     source = infill(tokens, np.random.default_rng(seed), rate=rate, span=span, mask=MASK)
-    kept = source[source != MASK]
+    remaining = source[source != MASK]
     assert len(source) <= n
-    assert len(kept) == n - round(rate * n) and (np.diff(kept) > 0).all()
+    assert len(remaining) == n - round(rate * n) and (np.diff(remaining) > 0).all()
 
 
-def test_shares_are_those_of_the_papers():
-    """T5: 15% in spans of 3; 568 tokens become 512 and 114.  BART: 30%, gaps of 3 on average."""
+def test_rates_are_those_of_the_papers():
+    """T5 corrupts 15% in spans of 3: 568 tokens become 512 and 114. BART masks 30% in gaps of 3 on average."""
     assert corrupted_lengths(568, 0.15, 3.0) == (512, 114)
     random = np.random.default_rng(0)
     gaps = [(infill(np.arange(1000), random, rate=0.3, span=3.0, mask=MASK) == MASK).sum() for _ in range(50)]
@@ -71,7 +71,7 @@ def run_of(name: str, folder, **fields) -> RunConfig:
     model, task, tokenizer = RUNS[name]
     (folder / "text.txt").write_text("\n".join(TEXT))
     data = DataConfig(path=str(folder / "text.txt"), length=40, cache=str(folder / "cache"))
-    kept = {
+    settings_of_run = {
         "model": model,
         "task": task,
         "data": data,
@@ -79,7 +79,7 @@ def run_of(name: str, folder, **fields) -> RunConfig:
         "batch": 8,
         "steps": 4,
     }
-    return RunConfig(**kept | {"workdir": str(folder / "run")} | fields)
+    return RunConfig(**settings_of_run | {"workdir": str(folder / "run")} | fields)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -97,27 +97,27 @@ def test_batches_hold_sources_and_targets_of_one_text(name, tmp_path):
         for e in range(1, first["segments_BT"][b].max() + 1):
             source = first["source_tokens_BS"][b][first["source_segments_BS"][b] == e]
             target = first["labels_BT"][b][first["segments_BT"][b] == e]
-            text = data.tokenizer.decode(target) if name == "bart" else _restored(source, target, data.tokenizer)
+            text = data.tokenizer.decode(target) if name == "bart" else _restore(source, target, data.tokenizer)
             assert any(text in line for line in TEXT), text
-    seen = sum(int(batches.batch_at(n)["segments_BT"].max(1).sum()) for n in range(len(batches)))
-    assert seen >= len(task.examples(data.train, True).spans)
+    count = sum(int(batches.batch_at(n)["segments_BT"].max(1).sum()) for n in range(len(batches)))
+    assert count >= len(task.examples(data.train, True).spans)
 
 
-def _restored(source, target, tokenizer) -> str:
+def _restore(source, target, tokenizer) -> str:
     from jaxlm.tasks.denoising import sentinels
 
-    marks, taken = set(sentinels(tokenizer).tolist()), {}
+    sentinel_ids, spans = set(sentinels(tokenizer).tolist()), {}
     for token in target.tolist()[:-1]:
-        if token in marks:
-            taken[token] = spans = []
+        if token in sentinel_ids:
+            spans[token] = span_tokens = []
         else:
-            spans.append(token)
-    return tokenizer.decode([t for token in source.tolist()[:-1] for t in taken.get(token, [token])])
+            span_tokens.append(token)
+    return tokenizer.decode([t for token in source.tolist()[:-1] for t in spans.get(token, [token])])
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["t5", "bart"])
-@pytest.mark.usefixtures("devices", "no_pictures")
+@pytest.mark.usefixtures("devices", "no_plots")
 def test_a_run_learns_and_exports(name, tmp_path):
     lm = jaxlm.fit(run_of(name, tmp_path))
     scores = json.loads((tmp_path / "run" / "scores.json").read_text())
@@ -141,7 +141,7 @@ def test_a_run_learns_and_exports(name, tmp_path):
         ("t5", {"tokenizer": TokenizerConfig(sentinels=400)}, "tokenizer.sentinels is 400"),
     ],
 )
-def test_bad_input(name, fields, message, tmp_path):
+def test_bad_input_is_refused(name, fields, message, tmp_path):
     with pytest.raises(UserError) as error:
         jaxlm.fit(run_of(name, tmp_path, **fields))
     assert message in str(error.value)

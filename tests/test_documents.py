@@ -1,14 +1,13 @@
-"""Every shell and Python block of README.md and of docs/ does what it says.
+"""The tests run every shell and Python block of README.md and of docs/.
 
-A page is read from top to bottom, and its blocks run in that order in one folder, as a reader would give them: there
-lie the files that the blocks name, a cache of the hub with tiny models under the names of the real ones, and nothing
-else.  A block runs word for word, but for what stands in three tables here: flags behind a command that make a run
-small (SMALLER), commands that run elsewhere, with the reason (ELSEWHERE), and commands that take minutes (LONG).  What
-is in no table and is no command that this file knows is an error, so that nothing is left out in silence.
+The blocks of a page run in their order in one folder. The folder has the files that the blocks name, and no others. A
+cache of the hub has tiny models under the names of the real ones. A block runs unchanged, with the exceptions of three
+tables: SMALL_FLAGS has flags that make a run small, SKIPPED has commands that do not run here, with the reason, and
+LONG has commands that take minutes. An unknown command is an error, so that no command is skipped without notice.
 
-Where a block of `text` follows a shell block, it is what the command says: all of it, in this order, `...` standing for
-anything.  One that begins with `error:` is of a command that fails.  A Python block that begins with `# NAME.py` is a
-file of that name.
+If a block of `text` follows a shell block, the commands must print all of it, in this order. `...` stands for any text.
+If the text begins with `error:`, the last command must fail. A Python block that begins with `# NAME.py` is a file of
+that name.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 TINY = "--model.width 16 --model.layers 1 --model.heads 2"
-SMALLER = {  # what a command matches -> flags that are put behind it; of two for the same field the last counts
+SMALL_FLAGS = {  # pattern of a command -> flags that follow it; the last of two flags for the same field counts
     "train.py": "--epochs 0 --steps 2 --log-every 1 --sample-tokens 4",
     "quickstart|shakespeare|bert_pretrain|translate|gpt2_124m|mine|small_bert": TINY,
     "quickstart": "--model.vocabulary 360 --data.length 64 --batch 32 --task.stride 0",
@@ -54,36 +53,36 @@ SMALLER = {  # what a command matches -> flags that are put behind it; of two fo
     "translate": "--model.vocabulary 340 --task.generated 2 --task.decoding.max-new-tokens 4 --task.decoding.beams 2",
     "llama|gpt2_124m|mine": "--batch 8 --data.length 32 --model.vocabulary 408",
     "llama": f"{TINY} --model.kv-heads 2 --model.head-width 8 --model.mlp-width 16",
-    "fsdp 8 --mesh.tensor 2": "--mesh.fsdp 4",  # eight devices are here
+    "fsdp 8 --mesh.tensor 2": "--mesh.fsdp 4",  # the tests have eight devices
     "gpt2_124m": "--task.stride 0",
     "plan configs/gpt3": "--model.layers 2",
 }
-ELSEWHERE = {  # what a command, or a Python block, matches -> why it does not run here
-    r"^python3 -m venv|pip install": "installs; .ci/run does",
-    r"^source ": "the tests run in an environment that is active",
-    r"^srun ": "Slurm is not here; tests/test_hosts.py has what it sets",
-    r"^\S*python -m pytest": "these tests",
-    r"^jaxlm plan .* --fit": "compiles a program for each batch, which takes long; tests/test_plan.py has the search",
-    r"^python -m sphinx": "half a minute; .ci/run does",
-    r"class WithOwnHead": "tests/test_load.py runs this block, and looks at what comes out",
-    r"^python -m jaxlm\.inference\.lm_eval": "needs the extra [eval] and downloads; tests/test_lm_eval.py has it",
+SKIPPED = {  # pattern of a command or a Python block -> why it does not run here
+    r"^python3 -m venv|pip install": "installs packages; .ci/run does the same",
+    r"^source ": "the tests run in an active environment",
+    r"^srun ": "requires Slurm; tests/test_hosts.py sets its variables",
+    r"^\S*python -m pytest": "runs these tests",
+    r"^jaxlm plan .* --fit": "compiles a program for each batch; tests/test_plan.py tests the search",
+    r"^python -m sphinx": "takes half a minute; .ci/run does the same",
+    r"class WithOwnHead": "tests/test_load.py runs this block and tests its result",
+    r"^python -m jaxlm\.inference\.lm_eval": "requires the extra [eval] and downloads; tests/test_lm_eval.py tests it",
 }
-MODEL = {"generate": "decoder", "evaluate": "decoder"}  # verb or config -> what MODEL stands for there; else an encoder
-FAILED = ("error:", "Unrecognized options")  # how the text behind a block begins whose last command fails
-LONG = r"^jaxlm plan|JAXLM_PROCESS=|--sweep"  # commands that take minutes, or processes of their own
+MODEL = {"generate": "decoder", "evaluate": "decoder"}  # verb -> the model that MODEL stands for; an encoder for others
+FAILURES = ("error:", "Unrecognized options")  # the first words of the output if the last command of a block fails
+LONG = r"^jaxlm plan|JAXLM_PROCESS=|--sweep"  # commands that take minutes, or start processes
 
 
 class Block(NamedTuple):
     """A block of a page."""
 
-    line: int  # where it begins
+    line: int  # the number of its first line
     language: str
     text: str
-    printed: str = ""  # what the page says that it prints
+    output: str = ""  # the output that the page shows
 
 
 def blocks_of(page: Path) -> list[Block]:
-    """The fenced blocks of a page.  Fails for one whose language is none of those that are known."""
+    """Returns the fenced blocks of a page. Fails for a block in an unknown language."""
     found: list[Block] = []
     fence = re.compile(r"^```(\S*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
     text = page.read_text()
@@ -91,10 +90,10 @@ def blocks_of(page: Path) -> list[Block]:
     for match in fence.finditer(text):
         line, language = text.count("\n", 0, match.start()) + 1, match[1]
         assert language in ("bash", "python", "text", "") or language.startswith("{"), (
-            f"{page.name}:{line}: {language!r} is no language that the tests run; say bash, python or text"
+            f"{page.name}:{line}: {language!r} is not a language that the tests run; use bash, python or text"
         )
         if language == "text" and found and found[-1].language == "bash" and not text[end : match.start()].strip():
-            found[-1] = found[-1]._replace(printed=match[2])
+            found[-1] = found[-1]._replace(output=match[2])
         else:
             found.append(Block(line, language, match[2]))
         end = match.end()
@@ -102,7 +101,7 @@ def blocks_of(page: Path) -> list[Block]:
 
 
 def commands_of(block: str) -> list[list[str]]:
-    """The words of each command of a shell block."""
+    """Returns the words of each command of a shell block."""
     found: list[list[str]] = []
     for line in block.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
@@ -113,7 +112,7 @@ def commands_of(block: str) -> list[list[str]]:
     return found
 
 
-# What the blocks name
+# Files and models that the blocks name
 
 
 WORDS = re.findall("[a-z]{2,}", (ROOT / "README.md").read_text().lower())[:300] + ["good", "bad"] * 20
@@ -139,8 +138,8 @@ def lines(count: int, seed: int) -> list[str]:
 
 
 def write_files(folder: Path) -> None:
-    """The data that the blocks name."""
-    write = lambda name, some: (folder / name).write_text("".join(f"{line}\n" for line in some))
+    """Writes the data that the blocks name."""
+    write = lambda name, rows: (folder / name).write_text("".join(f"{line}\n" for line in rows))
     rows = [(text, 5 if "good" in text else 1 if "bad" in text else 3) for text in lines(80, 0)]
     for name in ("reviews.csv", "test.csv"):
         write(name, ["review,stars", *(f"{text},{stars}" for text, stars in rows)])
@@ -164,74 +163,74 @@ def write_files(folder: Path) -> None:
 
 
 def write_models(folder: Path, hub: Path) -> None:
-    """Tiny models with the names of real ones: those of the hub in its cache, as its library lays them out."""
-    made = {}
+    """Writes tiny models with the names of real ones. Models of the hub have the layout of its cache."""
+    models = {}
     for name, (preset, kind) in MODELS.items():
-        if (preset, kind) not in made:
+        if (preset, kind) not in models:
             tokenizer = tokenizers.train(lines(300, 9), TokenizerConfig(train=kind), 400 if "byte" in kind else 200)
             small = {"vocabulary": tokenizer.size, "width": 16, "layers": 2, "heads": 2, "mlp_width": 24}
             config = dataclasses.replace(PRESETS[preset], max_length=256, **small)
             config = dataclasses.replace(config, kv_heads=1, head_width=8) if "llama" in preset else config
-            made[preset, kind] = LM(config, Transformer(config), random_params(config), tokenizer)
+            models[preset, kind] = LM(config, Transformer(config), random_params(config), tokenizer)
         target = folder / name
         if "-" in name or "/" in name or name == "gpt2":
             cached = hub / f"models--{name.replace('/', '--')}"
             target = cached / "snapshots" / ("0" * 40)
             (cached / "refs").mkdir(parents=True)
             (cached / "refs" / "main").write_text("0" * 40)
-        jaxlm.save(made[preset, kind], target)
+        jaxlm.save(models[preset, kind], target)
         if "instruct" in name:
             (target / "chat_template.jinja").write_text(CHAT)
 
 
 @pytest.fixture(scope="module")
-def things(tmp_path_factory) -> Path:
-    """A folder with all that the blocks name, which each page gets a copy of."""
+def page_files(tmp_path_factory) -> Path:
+    """Returns a folder with the files and models that the blocks name. Each page uses a copy of it."""
     folder = tmp_path_factory.mktemp("documents")
-    write_models(folder / "here", folder / "hub")
-    write_files(folder / "here")
-    shutil.copytree(ROOT / "configs", folder / "here" / "configs", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "train.py", folder / "here")
+    write_models(folder / "files", folder / "hub")
+    write_files(folder / "files")
+    shutil.copytree(ROOT / "configs", folder / "files" / "configs", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "train.py", folder / "files")
     return folder
 
 
-class Reader:
-    """Gives the blocks of a page, one after the other, in a folder."""
+class Runner:
+    """Runs the blocks of a page sequentially in the current folder."""
 
     def __init__(self, page: Path, capsys: pytest.CaptureFixture[str], devices: Any):
         self.page, self.capsys, self.devices = page, capsys, devices
         tokens = np.array([[5, 6, 7, 8], [9, 10, 11, 12]])
-        # What a Python block may take as given.
+        # Names that a Python block may use.
         self.names: dict[str, Any] = {"__name__": "__main__", "tokens_BT": tokens, "mask_BT": np.ones_like(tokens)}
         self.names["mesh"] = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
 
-    def read(self, block: Block) -> None:
-        where = f"{self.page.name}:{block.line}"
+    def run_block(self, block: Block) -> None:
+        location = f"{self.page.name}:{block.line}"
         name = re.match(r"# ([\w/]+\.py)\n", block.text)
         if block.language == "python" and name:
             Path(name[1]).parent.mkdir(exist_ok=True)
             Path(name[1]).write_text(block.text)
-        elif block.language == "python" and not elsewhere(block.text):
-            exec(compile("\n" * block.line + block.text, where, "exec"), self.names)
+        elif block.language == "python" and not is_skipped(block.text):
+            exec(compile("\n" * block.line + block.text, location, "exec"), self.names)
         elif block.language == "bash":
             *before, last = commands_of(block.text)
-            said = "".join(self.give(command, where) for command in before)
-            said += self.give(last, where, fails=block.printed.startswith(FAILED))
-            told, at = " ".join(said.split()), 0
-            for part in block.printed.split("..."):
+            output = "".join(self.run_command(command, location) for command in before)
+            output += self.run_command(last, location, fails=block.output.startswith(FAILURES))
+            text, position = " ".join(output.split()), 0
+            for part in block.output.split("..."):
                 part = " ".join(part.split())
-                assert part in told[at:], f"{where} does not say {part!r} but:\n{said}"
-                at = told.index(part, at) + len(part)
+                assert part in text[position:], f"{location} does not print {part!r} but:\n{output}"
+                position = text.index(part, position) + len(part)
 
-    def give(self, words: list[str], where: str, fails: bool = False) -> str:
-        """Runs a command, unless it runs elsewhere, and returns what it says."""
+    def run_command(self, words: list[str], location: str, fails: bool = False) -> str:
+        """Runs a command, unless it is in a table, and returns its output."""
         line = " ".join(words)
-        if elsewhere(line) or re.search(LONG, line):
+        if is_skipped(line) or re.search(LONG, line):
             return ""
-        if words[:2] == ["python", "-c"]:  # sees the devices that there are, not those of the tests
-            alone = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-            return subprocess.run([sys.executable, *words[1:]], env=alone, capture_output=True, text=True).stdout
-        environment, arguments = understood(words, where)
+        if words[:2] == ["python", "-c"]:  # prints the devices of the machine, not those of the tests
+            variables = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+            return subprocess.run([sys.executable, *words[1:]], env=variables, capture_output=True, text=True).stdout
+        environment, arguments = parse_command(words, location)
         self.devices(8 if "--mesh.fsdp" in arguments else 1)
         with pytest.MonkeyPatch.context() as patch:
             for name, value in environment.items():
@@ -240,17 +239,17 @@ class Reader:
                 code = main(arguments)
             except SystemExit as end:  # --help
                 code = end.code
-        said = "".join(self.capsys.readouterr())
-        assert code in ((1, 2) if fails else (0,)), f"{where}: {line} ends with {code}:\n{said}"
-        return said
+        output = "".join(self.capsys.readouterr())
+        assert code in ((1, 2) if fails else (0,)), f"{location}: {line} ends with {code}:\n{output}"
+        return output
 
 
-def elsewhere(text: str) -> bool:
-    return any(re.search(some, text, re.MULTILINE) for some in ELSEWHERE)
+def is_skipped(text: str) -> bool:
+    return any(re.search(pattern, text, re.MULTILINE) for pattern in SKIPPED)
 
 
-def understood(words: list[str], where: str) -> tuple[dict[str, str], list[str]]:
-    """What a command sets in the environment, and the arguments of `jaxlm` that it stands for, small ones."""
+def parse_command(words: list[str], location: str) -> tuple[dict[str, str], list[str]]:
+    """Returns the environment variables of a command, and its arguments of `jaxlm` for a small run."""
     line = " ".join(words)
     environment = {}
     while "=" in words[0]:
@@ -261,78 +260,84 @@ def understood(words: list[str], where: str) -> tuple[dict[str, str], list[str]]
             arguments = ["train"] * ("train.py" in program) + words[len(program) :]
             break
     else:
-        raise AssertionError(f"{where}: nobody has told the tests how to run {line!r}")
+        raise AssertionError(f"{location}: the tests have no rule to run {line!r}")
     if arguments[0] in ("train", "plan"):
-        arguments += [flag for some, flags in SMALLER.items() if re.search(some, line) for flag in flags.split()]
+        arguments += [
+            flag for pattern, flags in SMALL_FLAGS.items() if re.search(pattern, line) for flag in flags.split()
+        ]
     model = MODEL.get(arguments[0], "encoder")
     return environment, [model if word == "MODEL" else word for word in arguments]
 
 
 @pytest.fixture
-def reader(request, things, tmp_path, monkeypatch, no_pictures, capsys, devices) -> Iterator[Reader]:
+def runner(request, page_files, tmp_path, monkeypatch, no_plots, capsys, devices) -> Iterator[Runner]:
     from huggingface_hub import constants
 
-    shutil.copytree(things / "here", tmp_path / "here")
-    monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.syspath_prepend(tmp_path / "here")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(things / "hub"))
+    shutil.copytree(page_files / "files", tmp_path / "files")
+    monkeypatch.chdir(tmp_path / "files")
+    monkeypatch.syspath_prepend(tmp_path / "files")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(page_files / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("HF_HUB_CACHE", str(things / "hub"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(page_files / "hub"))
     monkeypatch.setenv("JAXLM_CACHE", str(tmp_path / "cache"))
     tasks = dict(jaxlm.config.TASK_CONFIGS)
-    yield Reader(request.param, capsys, devices)
+    yield Runner(request.param, capsys, devices)
     for name in {path.stem for path in Path.cwd().glob("*.py")}:
         sys.modules.pop(name, None)
     jaxlm.config.TASK_CONFIGS.clear()
     jaxlm.config.TASK_CONFIGS.update(tasks)
 
 
-# The pages for those who change the library; the others take minutes.
-FIRST = ("extending.md", "your_task.md", "index.md", "install.md")
-READ = [pytest.param(page, id=page.name, marks=() if page.name in FIRST else pytest.mark.long) for page in PAGES]
+# These pages are for developers of the library. The other pages take minutes.
+FAST_PAGES = ("extending.md", "your_task.md", "index.md", "install.md")
+PAGE_CASES = [
+    pytest.param(page, id=page.name, marks=() if page.name in FAST_PAGES else pytest.mark.long) for page in PAGES
+]
 
 
-@pytest.mark.parametrize("reader", READ, indirect=True)
-def test_the_blocks_of_a_page_do_what_it_says(reader):
-    for block in blocks_of(reader.page):
-        reader.read(block)
+@pytest.mark.parametrize("runner", PAGE_CASES, indirect=True)
+def test_the_blocks_of_a_page_have_the_output_of_the_page(runner):
+    for block in blocks_of(runner.page):
+        runner.run_block(block)
 
 
-def long_ones() -> list[Any]:
-    """The commands that take minutes, each once, with a page that it is on."""
+def long_commands() -> list[Any]:
+    """Returns the commands that take minutes, each once, with a page that has it."""
     found = {}
     for page in PAGES:
         for block in blocks_of(page):
             for command in commands_of(block.text) if block.language == "bash" else ():
-                if re.search(LONG, " ".join(command)) and not elsewhere(" ".join(command)):
+                if re.search(LONG, " ".join(command)) and not is_skipped(" ".join(command)):
                     found.setdefault(" ".join(command), pytest.param(page, command, id=f"{page.name}:{block.line}"))
     return list(found.values())
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("reader", "command"), long_ones(), indirect=["reader"])
-def test_what_takes_minutes(reader, command):
-    environment, arguments = understood(command, reader.page.name)
+@pytest.mark.parametrize(("runner", "command"), long_commands(), indirect=["runner"])
+def test_long_commands_succeed(runner, command):
+    environment, arguments = parse_command(command, runner.page.name)
     if arguments[0] == "plan":
         pytest.importorskip("libtpu")
     count = int(environment.get("JAXLM_PROCESSES", 1))
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        place = f"localhost:{free.getsockname()[1]}"
-    # The TPU's compiler refuses the flags of the CPU's.
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        address = f"localhost:{server.getsockname()[1]}"
+    # The compiler of the TPU refuses the flags of the CPU.
     flags = "--xla_force_host_platform_device_count=1" if arguments[0] == "plan" else xla_flags(1)
     settings = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
-    begun = []
+    processes = []
     for n in range(count):
-        told = {"JAXLM_COORDINATOR": place, "JAXLM_PROCESS": f"{n}", "JAXLM_PROCESSES": f"{count}"} if count > 1 else {}
+        variables = (
+            {"JAXLM_COORDINATOR": address, "JAXLM_PROCESS": f"{n}", "JAXLM_PROCESSES": f"{count}"} if count > 1 else {}
+        )
         command = [sys.executable, "-m", "jaxlm", *arguments]
-        begun.append(subprocess.Popen(command, env=settings | told, stderr=subprocess.PIPE, text=True))
+        processes.append(subprocess.Popen(command, env=settings | variables, stderr=subprocess.PIPE, text=True))
     try:
-        for process in begun:
-            said = process.communicate(timeout=600)[1]
-            assert process.returncode == 0, said
+        for process in processes:
+            output = process.communicate(timeout=600)[1]
+            assert process.returncode == 0, output
     finally:
-        for process in begun:
+        for process in processes:
             process.kill()
 
 
@@ -340,30 +345,30 @@ LINKED = [*PAGES, *sorted((ROOT / "docs" / "reference").glob("*.md")), ROOT / "C
 
 
 @pytest.mark.parametrize("page", LINKED, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_links_lead_somewhere(page):
+def test_links_have_a_target(page):
     prose = re.sub(r"^```.*?^```$|`[^`\n]*`", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     for link in re.findall(r"\]\(([^)\s]+)\)", prose):
         if not re.match(r"https?://|mailto:", link):
             path, _, anchor = link.partition("#")
             target = page.parent / path if path else page
-            assert target.exists(), f"{page.name} links to {link}, which is not there"
+            assert target.exists(), f"{page.name} links to {link}, which does not exist"
             assert not anchor or anchor in anchors(target), (
                 f"{page.name} links to {link}; {target.name} has no such heading"
             )
 
 
 def anchors(page: Path) -> set[str]:
-    """Those of the headings of a page, as GitHub and MyST make them."""
+    """Returns the anchors of the headings of a page, as GitHub and MyST generate them."""
     titles = re.findall(
         r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL), re.M
     )
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-def test_what_is_no_command_that_is_known_is_an_error(tmp_path):
+def test_unknown_commands_and_languages_are_an_error(tmp_path):
     for words in (["curl", "https://example.org"], ["python", "other.py"], ["jaxlmx"]):
-        with pytest.raises(AssertionError, match="nobody has told the tests how to run"):
-            understood(words, "here")
+        with pytest.raises(AssertionError, match="the tests have no rule to run"):
+            parse_command(words, "here")
     (tmp_path / "page.md").write_text("```console\n$ jaxlm\n```\n")
-    with pytest.raises(AssertionError, match="'console' is no language that the tests run"):
+    with pytest.raises(AssertionError, match="'console' is not a language that the tests run"):
         blocks_of(tmp_path / "page.md")

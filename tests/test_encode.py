@@ -29,12 +29,12 @@ WORDS = SENTENCE.split()
 TINY = {"width": 16, "layers": 2, "heads": 2, "initial_std": 0.2}
 ENCODER = TINY | {"structure": "encoder", "heads_on_top": (), "types": 2, "norm_place": "post"}
 CAUSAL = TINY | {"structure": "decoder", "positions": "rotary"}
-BOTH = TINY | {"structure": "encoder_decoder"}
+SEQ2SEQ = TINY | {"structure": "encoder_decoder"}
 
 
-def texts_of(n: int, most: int = 60) -> list[str]:
+def texts_of(n: int, max_words: int = 60) -> list[str]:
     random = np.random.default_rng(0)
-    return [" ".join(random.choice(WORDS, size)) for size in random.integers(1, most, n)]
+    return [" ".join(random.choice(WORDS, size)) for size in random.integers(1, max_words, n)]
 
 
 TEXTS = ["", *texts_of(40), " ".join([SENTENCE] * 20)]
@@ -45,14 +45,14 @@ def tokenizer():
     return tokenizers.train([SENTENCE] * 4, TokenizerConfig(train="wordpiece"), vocabulary=90)
 
 
-def make(tokenizer, fields=ENCODER, pooling=None, max_length=128) -> LM:
+def make_lm(tokenizer, fields=ENCODER, pooling=None, max_length=128) -> LM:
     config = ModelConfig(**fields, vocabulary=tokenizer.size, max_length=max_length)
     params = jax.tree.map(jax.numpy.asarray, random_params(config))
     return LM(config, Transformer(config), params, tokenizer, pooling=pooling)
 
 
 def states(lm: LM, texts: list[str], max_length: int = 128) -> list[np.ndarray]:
-    """The hidden states [n, D] of each text, with one text in each row."""
+    """Returns the hidden states [n, D] of each text, with one text in each row."""
     rows = [ids for ids, _ in lm.tokenizer.encode_with_special_tokens(texts, max_length=max_length)]
     T = max(map(len, rows))
     tokens_BT = np.array([row + [0] * (T - len(row)) for row in rows])
@@ -62,7 +62,7 @@ def states(lm: LM, texts: list[str], max_length: int = 128) -> list[np.ndarray]:
     return [np.asarray(x_TD)[: len(row)] for x_TD, row in zip(x_BTD, rows)]
 
 
-def close(ours, theirs) -> None:
+def assert_close(ours, theirs) -> None:
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
 
 
@@ -76,32 +76,32 @@ NUMPY = {
 }
 
 
-@pytest.mark.parametrize("fields", [ENCODER, CAUSAL, BOTH], ids=["encoder", "decoder", "encoder-decoder"])
-def test_packed_is_alone_in_every_mode(tokenizer, fields):
-    lm = make(tokenizer, fields, Pooling(tuple(MODES)))
-    alone = [np.concatenate([NUMPY[mode](x_TD) for mode in MODES]) for x_TD in states(lm, TEXTS)]
+@pytest.mark.parametrize("fields", [ENCODER, CAUSAL, SEQ2SEQ], ids=["encoder", "decoder", "encoder-decoder"])
+def test_packing_changes_no_embedding_in_any_mode(tokenizer, fields):
+    lm = make_lm(tokenizer, fields, Pooling(tuple(MODES)))
+    expected = [np.concatenate([NUMPY[mode](x_TD) for mode in MODES]) for x_TD in states(lm, TEXTS)]
     ours = encode(lm, TEXTS)
     assert ours.shape == (len(TEXTS), len(MODES) * 16) and ours.dtype == np.float32
-    close(ours, alone)
+    assert_close(ours, expected)
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 200, 5000])
-def test_neither_batches_nor_order_change_an_embedding(tokenizer, batch_tokens):
-    lm = make(tokenizer)
+def test_batch_size_and_order_change_no_embedding(tokenizer, batch_tokens):
+    lm = make_lm(tokenizer)
     order = np.random.default_rng(1).permutation(len(TEXTS))
     shuffled = encode(lm, (TEXTS[i] for i in order), batch_tokens=batch_tokens)
-    close(shuffled, encode(lm, TEXTS)[order])
+    assert_close(shuffled, encode(lm, TEXTS)[order])
 
 
-def test_windows_of_a_stream(tokenizer, monkeypatch):
-    lm = make(tokenizer)
+def test_windows_change_no_embedding(tokenizer, monkeypatch):
+    lm = make_lm(tokenizer)
     whole = encode(lm, TEXTS)
     monkeypatch.setattr(encoding, "WINDOW", 7)
-    close(encode(lm, iter(TEXTS)), whole)
+    assert_close(encode(lm, iter(TEXTS)), whole)
 
 
-def test_rows_are_full_and_of_few_shapes(tokenizer):
-    batches = list(encoding._batches(make(tokenizer), Pooling(), texts_of(2000), 1024))
+def test_rows_are_full_and_have_few_shapes(tokenizer):
+    batches = list(encoding._batches(make_lm(tokenizer), Pooling(), texts_of(2000), 1024))
     tokens = sum(int((inputs[1] > 0).sum()) for _, inputs in batches)
     shapes = [batch.shape for batch, _ in batches]
     assert [inputs[0].shape for _, inputs in batches] == shapes
@@ -110,49 +110,49 @@ def test_rows_are_full_and_of_few_shapes(tokenizer):
     assert {T for _, T in shapes} <= {64, 128} and max(B * T for B, T in shapes) == 1024 and len(set(shapes)) <= 4
 
 
-def test_rows_over_a_mesh(tokenizer):
-    lm = make(tokenizer)
+def test_a_mesh_changes_no_embedding(tokenizer):
+    lm = make_lm(tokenizer)
     mesh = sharding.make_mesh(MeshConfig())
-    spread = jax.device_put(lm.params, sharding.replicated(mesh))
+    params = jax.device_put(lm.params, sharding.replicated(mesh))
     module = lm.module.clone(constrain=sharding.Placement(mesh))
-    close(encode(dataclasses.replace(lm, params=spread, module=module), TEXTS), encode(lm, TEXTS))
+    assert_close(encode(dataclasses.replace(lm, params=params, module=module), TEXTS), encode(lm, TEXTS))
 
 
-def test_after_the_pooling(tokenizer):
+def test_dense_layers_normalization_and_truncation_follow_the_pooling(tokenizer):
     random = np.random.default_rng(2)
     dense = (
         Dense(random.standard_normal((16, 5), np.float32), random.standard_normal(5, np.float32), "tanh"),
         Dense(random.standard_normal((5, 4), np.float32), None, None),
     )
-    lm = make(tokenizer, pooling=Pooling(("mean",), dense, normalize=True, truncate=3))
+    lm = make_lm(tokenizer, pooling=Pooling(("mean",), dense, normalize=True, truncate=3))
     mean = np.array([x_TD.mean(0) for x_TD in states(lm, TEXTS)])
     whole = np.tanh(mean @ dense[0].kernel_DO + dense[0].bias_O) @ dense[1].kernel_DO
     unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)
-    close(encode(lm, TEXTS, normalize=False), whole[:, :3])
-    close(encode(lm, TEXTS), unit(whole)[:, :3])
-    close(encode(lm, TEXTS, normalize=True), unit(whole[:, :3]))
+    assert_close(encode(lm, TEXTS, normalize=False), whole[:, :3])
+    assert_close(encode(lm, TEXTS), unit(whole)[:, :3])
+    assert_close(encode(lm, TEXTS, normalize=True), unit(whole[:, :3]))
 
 
-def test_default_is_the_mean(tokenizer):
-    lm = make(tokenizer)
-    close(encode(lm, TEXTS), [x_TD.mean(0) for x_TD in states(lm, TEXTS)])
+def test_the_default_pooling_is_the_mean(tokenizer):
+    lm = make_lm(tokenizer)
+    assert_close(encode(lm, TEXTS), [x_TD.mean(0) for x_TD in states(lm, TEXTS)])
 
 
 @pytest.mark.parametrize("declared, model, remaining", [(None, 24, 24), (10, 128, 10), (500, 24, 24)])
 def test_long_texts_are_truncated(tokenizer, declared, model, remaining):
-    lm = make(tokenizer, pooling=Pooling(max_length=declared), max_length=model)
-    close(encode(lm, [TEXTS[-1]]), [states(lm, [TEXTS[-1]], remaining)[0].mean(0)])
+    lm = make_lm(tokenizer, pooling=Pooling(max_length=declared), max_length=model)
+    assert_close(encode(lm, [TEXTS[-1]]), [states(lm, [TEXTS[-1]], remaining)[0].mean(0)])
 
 
-def test_case_and_prompt(tokenizer):
-    lm = make(tokenizer, pooling=Pooling(lowercase=True, prompt="The dog "))
-    close(encode(lm, ["RAN Far"]), encode(make(tokenizer), ["the dog ran far"]))
+def test_prompt_and_text_are_lowercased(tokenizer):
+    lm = make_lm(tokenizer, pooling=Pooling(lowercase=True, prompt="The dog "))
+    assert_close(encode(lm, ["RAN Far"]), encode(make_lm(tokenizer), ["the dog ran far"]))
 
 
-def test_nothing_in_nothing_out(tokenizer):
-    assert encode(make(tokenizer), []).shape == (0, 16)
-    unframed = tokenizers.train([SENTENCE] * 4, TokenizerConfig(train="characters"), vocabulary=30)
-    causal = make(unframed, CAUSAL, Pooling(("lasttoken",)))
+def test_empty_inputs_have_empty_or_zero_embeddings(tokenizer):
+    assert encode(make_lm(tokenizer), []).shape == (0, 16)
+    characters = tokenizers.train([SENTENCE] * 4, TokenizerConfig(train="characters"), vocabulary=30)
+    causal = make_lm(characters, CAUSAL, Pooling(("lasttoken",)))
     assert not encode(causal, ["", ""]).any() and encode(causal, ["", "cat"])[1].any()
 
 
@@ -170,12 +170,12 @@ def test_nothing_in_nothing_out(tokenizer):
 def test_mistakes_are_refused(tokenizer, change, texts, message):
     options = {key: change.pop(key) for key in ("batch_tokens",) if key in change}
     with pytest.raises(UserError, match=message):
-        encode(dataclasses.replace(make(tokenizer), **change), texts, **options)
+        encode(dataclasses.replace(make_lm(tokenizer), **change), texts, **options)
 
 
-def test_a_decoder_must_say_how(tokenizer):
+def test_a_decoder_requires_a_pooling_mode(tokenizer):
     with pytest.raises(UserError, match="lasttoken"):
-        encode(make(tokenizer, CAUSAL), ["a cat"])
+        encode(make_lm(tokenizer, CAUSAL), ["a cat"])
 
 
 # Files
@@ -232,7 +232,7 @@ OLD = dict.fromkeys(MODES.values(), False)
         ({"config_sentence_transformers.json": {"truncate_dim": 64}}, Pooling(truncate=64)),
     ],
 )
-def test_files_say_how_to_pool(tmp_path, files, declared):
+def test_files_define_the_pooling(tmp_path, files, declared):
     assert read_pooling(write(tmp_path, SIMPLE | files)) == declared
 
 
@@ -262,12 +262,12 @@ def test_unsupported_files_are_refused(tmp_path, files, message):
         read_pooling(write(tmp_path, SIMPLE | files))
 
 
-def test_a_missing_pooling_file(tmp_path):
+def test_a_missing_pooling_file_is_refused(tmp_path):
     with pytest.raises(UserError, match="1_Pooling"):
         read_pooling(write(tmp_path, {"modules.json": SIMPLE["modules.json"]}))
 
 
-def test_without_files(tmp_path):
+def test_a_folder_without_files_has_no_pooling(tmp_path):
     assert read_pooling(tmp_path) is None and read_files(tmp_path) == {}
 
 
@@ -278,7 +278,7 @@ def write_dense(folder: Path, **config) -> Path:
     return folder
 
 
-def test_dense_is_read(tmp_path):
+def test_a_dense_module_is_read(tmp_path):
     [dense] = read_pooling(write_dense(tmp_path, activation_function="torch.nn.modules.linear.Identity")).dense
     assert dense.kernel_DO.tolist() == [[0, 3], [1, 4], [2, 5]] and dense.bias_O.tolist() == [1, 1]
     assert dense.activation is None
@@ -298,7 +298,7 @@ def test_unsupported_dense_modules_are_refused(tmp_path, config, message):
         read_pooling(write_dense(tmp_path, **config))
 
 
-def test_carried_files_say_the_same(tmp_path):
+def test_copied_files_define_the_same_pooling(tmp_path):
     write(tmp_path / "a", {"sentence_bert_config.json": {"max_seq_length": 9}, "config.json": {}, "README.md": ""})
     (write_dense(tmp_path / "a") / "2_Dense" / "pytorch_model.bin").touch()
     for name, content in read_files(tmp_path / "a").items():
@@ -310,7 +310,7 @@ def test_carried_files_say_the_same(tmp_path):
     assert read_pooling(tmp_path / "b").max_length == 9
 
 
-# A real model
+# A trained model
 
 
 @pytest.fixture(scope="module")
@@ -327,8 +327,8 @@ def pairs():
         return [line.rstrip("\n").split("\t") for line in lines]
 
 
-def test_stsb_test(minilm, pairs):
-    """These are also the values of sentence-transformers."""
+def test_the_score_on_stsb_is_that_of_sentence_transformers(minilm, pairs):
+    """The expected score is that of sentence-transformers."""
     stats = pytest.importorskip("scipy.stats")
     lm = load(minilm)
     first, second = (encode(lm, [pair[column] for pair in pairs]) for column in (5, 6))
@@ -337,7 +337,7 @@ def test_stsb_test(minilm, pairs):
 
 
 @pytest.mark.parity
-def test_same_as_transformers(minilm):
+def test_embeddings_equal_those_of_transformers(minilm):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     texts = ["", *texts_of(60), " ".join([SENTENCE] * 20)]
@@ -348,11 +348,11 @@ def test_same_as_transformers(minilm):
         states = model(**batch).last_hidden_state
     mask = batch["attention_mask"][..., None].float()
     mean = (states * mask).sum(1) / mask.sum(1)
-    close(encode(load(minilm), texts), torch.nn.functional.normalize(mean, dim=1).numpy())
+    assert_close(encode(load(minilm), texts), torch.nn.functional.normalize(mean, dim=1).numpy())
 
 
 @pytest.mark.parity
-@pytest.mark.filterwarnings("ignore")  # of what sentence-transformers has renamed
+@pytest.mark.filterwarnings("ignore")  # sentence-transformers warns about renamed names
 @pytest.mark.parametrize(
     "modes, dense, normalize, max_length",
     [
@@ -361,7 +361,9 @@ def test_same_as_transformers(minilm):
         ("weightedmean", ("GELU", 9), False, 50),
     ],
 )
-def test_same_as_sentence_transformers_both_ways(minilm, tmp_path, modes, dense, normalize, max_length):
+def test_embeddings_equal_those_of_sentence_transformers_in_both_directions(
+    minilm, tmp_path, modes, dense, normalize, max_length
+):
     theirs = pytest.importorskip("sentence_transformers")
     models = pytest.importorskip("sentence_transformers.models")
     from torch import nn
@@ -372,11 +374,11 @@ def test_same_as_sentence_transformers_both_ways(minilm, tmp_path, modes, dense,
         parts.append(models.Dense(width, dense[1], activation_function=getattr(nn, dense[0])()))
     if normalize:
         parts.append(models.Normalize())
-    made = theirs.SentenceTransformer(modules=parts, device="cpu")
-    made.save(str(tmp_path / "theirs"))
-    expected = made.encode(TEXTS, show_progress_bar=False)
+    model = theirs.SentenceTransformer(modules=parts, device="cpu")
+    model.save(str(tmp_path / "theirs"))
+    expected = model.encode(TEXTS, show_progress_bar=False)
     lm = load(tmp_path / "theirs")
-    close(encode(lm, TEXTS), expected)
+    assert_close(encode(lm, TEXTS), expected)
     save(lm, tmp_path / "ours")
     again = theirs.SentenceTransformer(str(tmp_path / "ours"), device="cpu")
     np.testing.assert_array_equal(again.encode(TEXTS, show_progress_bar=False), expected)

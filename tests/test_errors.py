@@ -1,4 +1,4 @@
-"""A mistake of the user ends with code 2 and one message (value, limit, remedy), before anything is compiled."""
+"""A mistake of the user leads to exit code 2 and one message (value, limit, remedy), before anything is compiled."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def config():
 
 @pytest.fixture
 def cwd(tmp_path, monkeypatch) -> Path:
-    """A folder with a config, data of many kinds, and other files."""
+    """Returns a folder with a config, data of many kinds, and other files."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("JAXLM_CACHE", str(tmp_path / "cache"))
     (tmp_path / "tiny.py").write_text(CONFIG.format(model="", task="CausalLM()"))
@@ -61,7 +61,7 @@ def cwd(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-# The flags, and the words that the message must contain: the value, the limit, the remedy.
+# The flags, and the words that the message must contain: the value, the limit and the remedy.
 MISTAKES = {
     "missing config": (["tony.py"], ["no config tony.py", "perhaps you meant 'tiny.py'"]),
     "missing name": (["quikstart"], ["no config quikstart", "perhaps you meant 'quickstart'"]),
@@ -97,7 +97,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_in_a_run(cwd, capsys, monkeypatch, name):
+def test_a_mistake_in_a_run_is_one_error(cwd, capsys, monkeypatch, name):
     arguments, words = MISTAKES[name]
     import jax
 
@@ -111,7 +111,7 @@ def test_a_mistake_in_a_run(cwd, capsys, monkeypatch, name):
     assert not (cwd / "run" / "config.json").exists()
 
 
-# Messages of tyro, in a frame.
+# tyro prints these messages in a frame.
 USAGE = {
     "unknown field": (["tiny.py", "--model.widht", "32"], ["--model.widht", "--model.width"]),
     "unknown choice": (["tiny.py", "--optimizer.name", "adam"], ["adam", "adamw"]),
@@ -121,11 +121,11 @@ USAGE = {
 
 
 @pytest.mark.parametrize("name", USAGE)
-def test_a_mistake_in_the_command(cwd, capsys, name):
+def test_a_mistake_in_the_command_is_reported(cwd, capsys, name):
     arguments, words = USAGE[name]
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as error:
         main(["train", *arguments])
-    assert ended.value.code == 2
+    assert error.value.code == 2
     printed = capsys.readouterr().err
     assert all(word in printed for word in words), printed
 
@@ -135,26 +135,29 @@ VERBS = {
     "no folder": (["generate", "gone"], ["gone is not a folder"]),
     "no model": (["generate", "foreign"], ["foreign", "config.json"]),
     "no export": (["generate", "unfinished"], ["unfinished", "no export yet"]),
-    "nothing to inspect": (["inspect", "gone"], ["gone is not a folder"]),
-    "no model to inspect": (["inspect", "foreign"], ["foreign", "config.json"]),
+    "inspect a missing folder": (["inspect", "gone"], ["gone is not a folder"]),
+    "inspect a folder without a model": (["inspect", "foreign"], ["foreign", "config.json"]),
     "inspect a config": (["inspect", "tony.py"], ["no config tony.py", "'tiny.py'"]),
-    "convert nothing": (["convert", "gone", "new"], ["gone is not a folder"]),
-    "convert onto files": (["convert", "model", "foreign"], ["foreign exists and is not empty", "set overwrite"]),
-    "shards of nothing": (["convert", "model", "new", "--shard-gb", "0"], ["shard_gb is 0.0", "above 0"]),
+    "convert a missing folder": (["convert", "gone", "new"], ["gone is not a folder"]),
+    "convert into a folder with files": (
+        ["convert", "model", "foreign"],
+        ["foreign exists and is not empty", "set overwrite"],
+    ),
+    "shards of zero bytes": (["convert", "model", "new", "--shard-gb", "0"], ["shard_gb is 0.0", "above 0"]),
     "no weights": (["convert", "model", "new"], ["model has no weights", "model.safetensors"]),
     "pickled weights": (["inspect", "pickled"], ["only pickled weights (pytorch_model.bin)", "save_pretrained"]),
 }
 
 
 @pytest.mark.parametrize("name", VERBS)
-def test_a_mistake_in_a_verb(cwd, capsys, name):
+def test_a_mistake_in_a_verb_is_one_error(cwd, capsys, name):
     arguments, words = VERBS[name]
     assert main(arguments) == 2
     printed = capsys.readouterr().err
     assert len(re.findall(r"^error: ", printed, re.MULTILINE)) == 1 and all(word in printed for word in words), printed
 
 
-def test_init_that_does_not_fit_and_a_corrected_command(cwd, capsys, devices, no_pictures):
+def test_weights_that_do_not_fit_are_refused_and_a_corrected_command_succeeds(cwd, capsys, devices, no_plots):
     """The message shows both shapes. The corrected command can use the folder of the refused one."""
     assert main(["train", "tiny.py"]) == 0
     capsys.readouterr()
@@ -171,20 +174,20 @@ def test_init_that_does_not_fit_and_a_corrected_command(cwd, capsys, devices, no
     assert re.search(r"seed: 1 \| 0\nchoose another --workdir", capsys.readouterr().err)
 
 
-def test_help_explains_every_field_at_once():
+def test_help_explains_every_field():
     command = [sys.executable, "train.py", "configs/quickstart.py", "--help"]
-    help_ = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=None)
-    assert help_.returncode == 0
-    text = re.sub(r"[│╭╮╰╯─]", "", help_.stdout)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=None)
+    assert result.returncode == 0
+    text = re.sub(r"[│╭╮╰╯─]", "", result.stdout)
     options = re.split(r"\n\s*(?=--|-h)", text)[1:]
-    explained = {}
+    explanations = {}
     for option in options:
         name = re.match(r"--[\w.-]+", option)
         if name:
             body = option.split("\n", 1)[1] if "\n" in option else ""
-            explained[name[0]] = re.sub(r"\(default:.*", "", body, flags=re.DOTALL).strip()
-    assert len(explained) > 70
-    assert [name for name, words in explained.items() if len(words) < 4] == []
+            explanations[name[0]] = re.sub(r"\(default:.*", "", body, flags=re.DOTALL).strip()
+    assert len(explanations) > 70
+    assert [name for name, words in explanations.items() if len(words) < 4] == []
 
 
 KINDS = [

@@ -37,7 +37,7 @@ SHAPES = {
     "wide": ODD | {"mlp_width": 7, "activation": "relu"},
     "untied": ODD | {"tied_embeddings": False},
 }
-IN_EVERY_SHAPE = ("bert", "llama", "t5")  # in the default run; the other families only in the odd shape
+IN_EVERY_SHAPE = ("bert", "llama", "t5")  # the default run tests the other families only in the odd shape
 MEMBERS = [
     pytest.param(
         name,
@@ -110,25 +110,25 @@ def bert_folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("name", "heads"), PUBLISHED)
-def test_published_parameter_counts(name, heads):
+def test_presets_have_the_published_numbers_of_parameters(name, heads):
     config = dataclasses.replace(PRESETS[name], heads_on_top=heads)
     assert transformer.count_parameters(config) == PUBLISHED[name, heads]
 
 
 @pytest.mark.parametrize("name", ROUNDED)
-def test_rounded_parameter_counts(name):
+def test_presets_are_close_to_the_rounded_numbers_of_parameters(name):
     count, tolerance = ROUNDED[name]
     assert transformer.count_parameters(PRESETS[name]) == pytest.approx(count, rel=tolerance)
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_are_sound(name):
+def test_presets_are_valid(name):
     PRESETS[name].check()
 
 
 @pytest.mark.parametrize(("name", "heads", "shape"), MEMBERS)
 def test_round_trip_is_exact(tmp_path, name, heads, shape):
-    """Ours -> file -> ours preserves every parameter, file -> ours -> file every byte."""
+    """Saving and loading preserves every parameter, and loading and saving preserves every byte."""
     config = member(name, heads, shape)
     params = random_params(config)
     extra = {"pad_token_id": 1}
@@ -146,8 +146,8 @@ def test_round_trip_is_exact(tmp_path, name, heads, shape):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_random_file_comes_back_exactly(name):
-    """HF -> ours -> HF for random tensors, in every supported dtype."""
+def test_a_random_file_is_converted_exactly(name):
+    """Conversion from the HF format and back is exact for random tensors in every supported dtype."""
     config = member(name, next(iter(FAMILIES[name].heads)), ODD)
     family, rng = FAMILIES[name], np.random.default_rng(0)
     for dtype in (np.float32, np.float16, ml_dtypes.bfloat16):
@@ -158,7 +158,7 @@ def test_random_file_comes_back_exactly(name):
 
 
 def test_layouts_match_the_file():
-    """With integers: head h of query is the h-th block of outputs; Conv1D is [in, out], Linear [out, in]."""
+    """Head h of query is the h-th block of outputs. Conv1D is [in, out], and Linear is [out, in]."""
     config = ModelConfig(width=4, heads=2)
     x_4_12 = np.arange(48).reshape(4, 12)
     query, key, value = convert.conv_query_key_value.to_ours(config, x_4_12)
@@ -193,15 +193,15 @@ def test_models_without_a_family_are_saved_in_our_own_format(tmp_path, config):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_family_of_each_preset(name):
-    """The computation decides, not the name: gpt3-small is a gpt2, gpt3-xl (wider heads) is not."""
+def test_each_preset_has_the_format_of_its_family(name):
+    """The computation determines the family: gpt3-small is a gpt2, but gpt3-xl with its wider heads is not."""
     supported = {kind for kind, family in FAMILIES.items() if convert.can_represent(family, PRESETS[name])}
-    homes = {kind for kind, family in FAMILIES.items() if name in family.presets}
-    own = name in ("gpt3-xl", "gpt3-13b", "transformer-base", "transformer-big")
-    assert homes <= supported if not own else not supported
+    families = {kind for kind, family in FAMILIES.items() if name in family.presets}
+    without_family = name in ("gpt3-xl", "gpt3-13b", "transformer-base", "transformer-big")
+    assert families <= supported if not without_family else not supported
 
 
-def test_training_fields_do_not_decide_the_format(tmp_path):
+def test_training_fields_do_not_determine_the_format(tmp_path):
     config = dataclasses.replace(member("gpt2", ("lm",), ODD), scale_residual_init=False, dropout=0.3, initial_std=0.5)
     assert save(config, random_params(config), tmp_path) == "gpt2"
     loaded = load(tmp_path)[0]
@@ -209,7 +209,7 @@ def test_training_fields_do_not_decide_the_format(tmp_path):
         0.3,
         0.5,
         True,
-    )  # the format does not support the last
+    )  # the format does not support the last field
 
 
 def test_config_contains_the_keys_of_transformers(gpt2_folder):
@@ -249,11 +249,11 @@ def test_names_without_prefix_and_buffers_are_read(gpt2_folder):
     assert same_tree(load(gpt2_folder)[1], params)
 
 
-def test_old_names_and_understated_heads_are_read(bert_folder):
+def test_old_names_and_heads_missing_from_architectures_are_read(bert_folder):
     """bert-base-uncased has gamma and beta, and more heads than in its `architectures`."""
     config, params, *_ = load(bert_folder)
 
-    def age(tensors):
+    def use_old_names(tensors):
         for name in list(tensors):
             old = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
             tensors[old] = tensors.pop(name)
@@ -261,7 +261,7 @@ def test_old_names_and_understated_heads_are_read(bert_folder):
         tensors["cls.predictions.decoder.weight"] = tensors["bert.embeddings.word_embeddings.weight"]
         tensors["cls.predictions.decoder.bias"] = tensors["cls.predictions.bias"]
 
-    edit(bert_folder, age)
+    edit(bert_folder, use_old_names)
     values = json.loads((bert_folder / "config.json").read_text())
     for architectures in (["BertForMaskedLM"], None):
         (bert_folder / "config.json").write_text(json.dumps(values | {"architectures": architectures}))
@@ -282,7 +282,7 @@ def test_tensors_determine_an_untied_head(tmp_path, architectures):
     assert same_tree(leaves, params)
 
 
-def test_a_copy_may_replace_its_original(gpt2_folder):
+def test_a_copy_of_a_tied_tensor_may_replace_it(gpt2_folder):
     params = load(gpt2_folder)[1]
     edit(gpt2_folder, lambda tensors: tensors.update({"lm_head.weight": tensors.pop("transformer.wte.weight")}))
     assert same_tree(load(gpt2_folder)[1], params)
@@ -294,8 +294,8 @@ def test_a_copy_that_differs_is_refused(gpt2_folder):
         load(gpt2_folder)
 
 
-def test_the_idle_bias_of_an_untied_bert_is_kept(tmp_path):
-    """transformers computes with the decoder's bias, and stores another one."""
+def test_the_unused_bias_of_an_untied_bert_is_kept(tmp_path):
+    """transformers computes with the decoder's bias, and also stores another bias."""
     config = member("bert", ("masked_lm",), SHAPES["untied"])
     save(config, random_params(config), tmp_path / "first")
     edit(tmp_path / "first", lambda tensors: tensors.update({"cls.predictions.bias": np.ones(17, np.float32)}))
@@ -312,13 +312,13 @@ def test_two_names_of_one_tensor_are_refused(bert_folder):
         load(bert_folder)
 
 
-def test_differences_are_listed_on_both_sides_sorted(gpt2_folder):
-    def spoil(tensors):
+def test_missing_and_unexpected_tensors_are_listed_in_order(gpt2_folder):
+    def damage(tensors):
         del tensors["transformer.h.1.ln_1.bias"]
         tensors["transformer.h.0.mlp.c_fc.weight"] = tensors["transformer.h.0.mlp.c_fc.weight"].T
         tensors["spam.weight"] = np.zeros((2, 12), np.float32)
 
-    edit(gpt2_folder, spoil)
+    edit(gpt2_folder, damage)
     with pytest.raises(UserError) as error:
         load(gpt2_folder)
     assert [line.strip() for line in str(error.value).splitlines()[1:-1]] == [
@@ -337,7 +337,7 @@ def test_parameters_of_another_config_are_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_leaf_without_rule_is_named():
+def test_the_error_for_a_leaf_without_a_rule_names_it():
     config = member("gpt2", ("lm",), ODD)
     family = FAMILIES["gpt2"]
     family = family._replace(rules=tuple(rule for rule in family.rules if rule.ours != "embeddings/positions"))

@@ -1,6 +1,6 @@
-"""Files as others write them: every encoding, line end, delimiter, layout and container gives the rows that it holds.
+"""Files of other programs: every encoding, line end, delimiter, layout and container is read.
 
-The values are those that the writers of the formats put in (csv, json, pandas, pyarrow, the CoNLL tasks' own examples).
+The expected values are those that the writers of the formats wrote (csv, json, pandas, pyarrow, the CoNLL tasks).
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from jaxlm.tasks import TASKS, columns_of
 from jaxlm.tasks.reading import load
 
 
-def rows(path: Path, needed: Columns | None = None, **choices) -> list[dict]:
-    return [row for _, row in source.rows(str(path), DataConfig(**choices), "train", columns=needed)]
+def rows(path: Path, needed: Columns | None = None, **fields) -> list[dict]:
+    return [row for _, row in source.rows(str(path), DataConfig(**fields), "train", columns=needed)]
 
 
-def wrong(path: Path, needed: Columns | None = None, **choices) -> str:
+def error_message(path: Path, needed: Columns | None = None, **fields) -> str:
     with pytest.raises(UserError) as error:
-        rows(path, needed, **choices)
+        rows(path, needed, **fields)
     assert "Traceback" not in str(error.value)
     return str(error.value)
 
 
-def loaded(path: Path, task, **choices):
-    """The records of a task, and the names of its labels."""
-    run = RunConfig(model=None, task=task, init="x", data=DataConfig(path=str(path), **choices))
+def load_records(path: Path, task, **fields):
+    """Returns the records of a task, and the names of its labels."""
+    run = RunConfig(model=None, task=task, init="x", data=DataConfig(path=str(path), **fields))
     kind = TASKS[type(task)]
     part = load(kind, run, str(path), "", "train", Counter())
     names = kind.names(task, part)
@@ -58,20 +58,20 @@ LINES = ["first", "", "two\x0cparts", "three\x85\u2028parts", "last"]
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
-def test_one_rule_for_lines_in_every_reader(tmp_path, end, mark):
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+def test_every_reader_splits_lines_alike(tmp_path, end, bom):
     texts = [line for line in LINES if line]
-    text = mark + end.join([*LINES, ""]).encode()
+    text = bom + end.join([*LINES, ""]).encode()
     (tmp_path / "a.txt").write_bytes(text)
     assert [row["text"] for row in rows(tmp_path / "a.txt")] == texts
     assert prompt_files.read(str(tmp_path / "a.txt")) == LINES
     pairs = source.rows(str(tmp_path / "a.txt"), DataConfig(), "", target_path=str(tmp_path / "a.txt"))
     assert [row["target"] for _, row in pairs] == texts
-    (tmp_path / "a.csv").write_bytes(mark + end.join(["text,n", *(f'"{line}",1' for line in texts)]).encode())
+    (tmp_path / "a.csv").write_bytes(bom + end.join(["text,n", *(f'"{line}",1' for line in texts)]).encode())
     assert [row["text"] for row in rows(tmp_path / "a.csv")] == texts
-    (tmp_path / "a.jsonl").write_bytes(mark + end.join(json.dumps({"text": line}) for line in texts).encode())
+    (tmp_path / "a.jsonl").write_bytes(bom + end.join(json.dumps({"text": line}) for line in texts).encode())
     assert [row["text"] for row in rows(tmp_path / "a.jsonl")] == texts
-    (tmp_path / "a.conll").write_bytes(mark + end.join(["a\tO", "b\tB-x", "", "c\tO"]).encode())
+    (tmp_path / "a.conll").write_bytes(bom + end.join(["a\tO", "b\tB-x", "", "c\tO"]).encode())
     assert [row["tags"] for row in rows(tmp_path / "a.conll")] == [["O", "B-x"], ["O"]]
     blocks = rows(tmp_path / "a.txt", documents="blank_line")
     assert [row["text"] for row in blocks] == ["first", end.join(texts[1:])]
@@ -79,7 +79,7 @@ def test_one_rule_for_lines_in_every_reader(tmp_path, end, mark):
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp1252", "latin-1", "shift_jis"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_encodings_by_name_and_by_mark(tmp_path, encoding, end):
+def test_encodings_have_a_name_or_a_byte_order_mark(tmp_path, encoding, end):
     word = "naïve" if encoding != "shift_jis" else "表"
     for name, text in {
         "x.txt": f"{word}{end}b",
@@ -92,7 +92,7 @@ def test_encodings_by_name_and_by_mark(tmp_path, encoding, end):
             assert rows(tmp_path / name)[0]["text"] == word
         else:
             assert (
-                f"--data.encoding {encoding if 'utf' in encoding else ''}".strip() in wrong(tmp_path / name)
+                f"--data.encoding {encoding if 'utf' in encoding else ''}".strip() in error_message(tmp_path / name)
                 or len(text) < 20
             )
 
@@ -119,14 +119,14 @@ TABLES = [
 
 
 @pytest.mark.parametrize(("content", "expected", "message"), TABLES)
-def test_csv_as_others_write_it(tmp_path, capsys, content, expected, message):
+def test_csv_files_of_other_programs_are_read(tmp_path, capsys, content, expected, message):
     (tmp_path / "X.CSV").write_bytes(content)
     assert rows(tmp_path / "X.CSV") == expected
     printed = capsys.readouterr().err
     assert message in printed and len(printed.splitlines()) == bool(message)
 
 
-def test_tsv_that_is_quoted_as_csv(tmp_path, capsys):
+def test_quoted_tsv_files_are_read(tmp_path, capsys):
     """pandas and csv writers quote a field with a quote, also in a tsv file."""
     cells = [("['it\\'s', \"so\"]", "a"), ("b", "c")]
     stream = io.StringIO(newline="")
@@ -137,7 +137,7 @@ def test_tsv_that_is_quoted_as_csv(tmp_path, capsys):
     assert rows(tmp_path / "x.tsv", format="tsv")[0]["text"] == '"[\'it\\\'s\', ""so""]"'
     task = Classification(problem="multi_label", label="text", text=("label",))
     with pytest.raises(UserError, match=r"a list in quotes; read the file with --data\.format quoted_tsv"):
-        loaded(tmp_path / "x.tsv", task, format="tsv")
+        load_records(tmp_path / "x.tsv", task, format="tsv")
 
 
 @given(st.lists(st.tuples(st.text(), st.text()), min_size=1), st.sampled_from(",;\t|"))
@@ -153,23 +153,23 @@ def test_csv_round_trip_with_every_delimiter(tmp_path_factory, cells, delimiter)
     assert [tuple(row.values()) for row in rows(file)] == cells
 
 
-def test_tables_that_are_refused(tmp_path):
+def test_bad_tables_are_refused(tmp_path):
     file = tmp_path / "x.csv"
     file.write_text("I liked it,1\nnot at all,0\n")
-    part = Columns(("text", "label"))
+    needed = Columns(("text", "label"))
     with pytest.raises(UserError, match=r"--data\.columns"):
-        loaded(file, Classification())
+        load_records(file, Classification())
     with pytest.raises(UserError, match=r"--data\.columns"):
         list(source.documents(str(file), DataConfig(), "", Counter()))
-    assert [row["label"] for row in rows(file, part, columns=("text", "label"))] == ["1", "0"]
+    assert [row["label"] for row in rows(file, needed, columns=("text", "label"))] == ["1", "0"]
     file.write_text("a,a\n1,2\n")
-    assert "x.csv:1: the header has the column 'a' twice" in wrong(file)
+    assert "x.csv:1: the header has the column 'a' twice" in error_message(file)
     file.write_text("text,label\n" + "x" * 300_000 + ",1\n")
     assert len(rows(file)[0]["text"]) == 300_000
-    # Bytes that are wrong in a column that nobody reads.
+    # The file has invalid bytes in a column that is not read.
     file.write_bytes(b"text,label,note\na,1,\xff\n")
-    assert rows(file, part)[0]["text"] == "a"
-    assert "column 'note' is not UTF-8" in wrong(file)
+    assert rows(file, needed)[0]["text"] == "a"
+    assert "column 'note' is not UTF-8" in error_message(file)
 
 
 # JSON
@@ -182,7 +182,7 @@ ALPACA = [{"instruction": "Add", "input": "1 2", "output": "3"}, {"instruction":
 @pytest.mark.parametrize(
     "wrap", [lambda x: x, lambda x: {"version": "1", "data": x}, lambda x: {"train": x, "test": x[:1]}]
 )
-def test_json_files_that_are_one_value(tmp_path, indent, name, wrap):
+def test_a_json_file_may_be_one_value(tmp_path, indent, name, wrap):
     value = wrap(ALPACA)
     (tmp_path / name).write_text(json.dumps(value, indent=indent))
     if name == "x.jsonl" and isinstance(value, dict):
@@ -193,7 +193,7 @@ def test_json_files_that_are_one_value(tmp_path, indent, name, wrap):
     assert rows(tmp_path / "y.jsonl") == ALPACA
 
 
-def test_tables_that_pandas_writes_as_json(tmp_path):
+def test_json_tables_of_pandas_are_read(tmp_path):
     pandas = pytest.importorskip("pandas")
     table = pandas.DataFrame({"text": ["a", "b"], "label": [1, 0]})
     expected = table.to_dict("records")
@@ -207,7 +207,7 @@ def test_tables_that_pandas_writes_as_json(tmp_path):
     assert list(rows(tmp_path / "x.json")[0]) == ["messages"]
     (tmp_path / "x.jsonl").write_text('{"text": NaN, "label": "a"}\n')
     with pytest.raises(UserError, match=r"x\.jsonl:1: column 'text' holds float nan, not text"):
-        loaded(tmp_path / "x.jsonl", Classification())
+        load_records(tmp_path / "x.jsonl", Classification())
 
 
 DIGITS, NESTED = "9" * 5000, "[" * 100_000 + "]" * 100_000
@@ -223,7 +223,7 @@ DIGITS, NESTED = "9" * 5000, "[" * 100_000 + "]" * 100_000
         {"features": {"label": {"names": ["b", "1"], "_type": "ClassLabel"}}, "data": [{"text": "a", "label": 1}]},
     ],
 )
-def test_rows_in_a_json_object(tmp_path, value):
+def test_rows_of_a_json_object_are_found(tmp_path, value):
     (tmp_path / "x.json").write_text(json.dumps(value))
     [row] = rows(tmp_path / "x.json", columns_of(Classification(), labelled=True))
     assert {name: str(cell) for name, cell in row.items()} == {"text": "a", "label": "1"}
@@ -238,21 +238,23 @@ def test_rows_in_a_json_object(tmp_path, value):
         ("x.json", '{{"data": [{{"paragraphs": [{{"context":\n {}}}]}}]}}'),
     ],
 )
-def test_json_that_python_cannot_hold(tmp_path, name, text, value):
+def test_json_beyond_the_limits_of_python_is_refused(tmp_path, name, text, value):
     (tmp_path / name).write_text(text.format(value))
-    message = wrong(tmp_path / name)
+    message = error_message(tmp_path / name)
     assert f"{name}:" in message and ("4,300 digits" in message or "too many nested" in message)
 
 
-def test_text_that_is_not_in_the_encoding_that_is_named(tmp_path):
+def test_a_wrong_encoding_is_refused(tmp_path):
     (tmp_path / "x.csv").write_bytes(b"text,label\na,1\n")
     for encoding in ("utf-16", "utf-32", "utf-16-le"):
-        assert f"x.csv:1: the text after line 0 is not {encoding}" in wrong(tmp_path / "x.csv", encoding=encoding)
+        assert f"x.csv:1: the text after line 0 is not {encoding}" in error_message(
+            tmp_path / "x.csv", encoding=encoding
+        )
 
 
-def test_half_a_surrogate_pair(tmp_path):
+def test_a_lone_surrogate_is_refused(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"text": "\\ud83d\\ude00"}\n{"text": "a\\ud83d"}\n')
-    assert "x.jsonl:2: column 'text' holds a lone surrogate, '\\ud83d'" in wrong(tmp_path / "x.jsonl")
+    assert "x.jsonl:2: column 'text' holds a lone surrogate, '\\ud83d'" in error_message(tmp_path / "x.jsonl")
 
 
 # CoNLL
@@ -287,7 +289,7 @@ LAYOUTS = [
 ]
 
 
-def test_words_of_sentences_in_tables(tmp_path):
+def test_sentences_are_read_from_tables_of_words(tmp_path):
     tagging = columns_of(Tagging(), labelled=True)
     (tmp_path / "x.tsv").write_text("EU\tB-ORG\nis\tO\n\nJo\tB-PER\nran\tO\n")
     assert [row["tokens"] for row in rows(tmp_path / "x.tsv", tagging)] == [["EU", "is"], ["Jo", "ran"]]
@@ -298,7 +300,7 @@ def test_words_of_sentences_in_tables(tmp_path):
     assert [row["tokens"] for row in rows(tmp_path / "lists.tsv", tagging)] == ["EU is", "Jo"]
     (tmp_path / "x.csv").write_text("Word,Tag\n" + "EU,B-ORG\nis,O\n" * 40)
     with pytest.raises(UserError, match="each of the 80 rows holds one token"):
-        loaded(tmp_path / "x.csv", Tagging(tokens="Word", tags="Tag"))
+        load_records(tmp_path / "x.csv", Tagging(tokens="Word", tags="Tag"))
 
 
 @pytest.mark.parametrize("name", ["x.conll", "x.txt", "x", "X.CONLLU"])
@@ -311,18 +313,18 @@ def test_columns_of_conll_files_are_found(tmp_path, name, text, tokens, tags):
     assert [row["tags"] for row in found] == [text.split() for text in tags]
 
 
-def test_columns_of_conll_files_are_chosen(tmp_path):
+def test_columns_of_conll_files_can_be_named(tmp_path):
     (tmp_path / "x.conll").write_text(CONLL_U)
     names = ("id", "tokens", "lemma", "tags")
     found = rows(tmp_path / "x.conll", columns=names)
     assert list(found[0]) == list(names) and found[0]["lemma"] == ["ir", "nosotros", "mar"]
     assert rows(tmp_path / "x.conll")[0]["xpos"] == ["V", "P", "N"]
-    assert "x.conll:2: the line has 10 columns, data.columns names 11" in wrong(
+    assert "x.conll:2: the line has 10 columns, data.columns names 11" in error_message(
         tmp_path / "x.conll", columns=("a",) * 11
     )
 
 
-def test_text_that_is_no_conll_stays_text(tmp_path):
+def test_text_that_is_not_conll_is_read_as_text(tmp_path):
     (tmp_path / "x.txt").write_text("a O\nb O\n")
     assert rows(tmp_path / "x.txt", columns_of(Classification(), labelled=False)) == [{"text": "a O"}, {"text": "b O"}]
     (tmp_path / "y").write_text('"text"\tlabel\na\t1\n')
@@ -364,19 +366,19 @@ UNUSED = {
 
 
 @pytest.mark.parametrize("kind", UNUSED)
-def test_unused_columns_of_parquet_are_no_matter(tmp_path, kind):
+def test_unused_columns_of_parquet_are_not_read(tmp_path, kind):
     file = parquet(tmp_path / "x.parquet", words=["a"], label=["b"], other=UNUSED[kind])
     task = Classification(text=("words",))
     assert rows(file, columns_of(task, labelled=True)) == [{"words": "a", "label": "b"}]
     if kind in ("text", "dictionary", "zone"):
-        assert "column 'other'" in wrong(file)
+        assert "column 'other'" in error_message(file)
     else:
         assert str(rows(file)[0]["other"]) == {"year 10000": "10000-01-01", "duration": str(2**62 + 1)}.get(
             kind, str(rows(file)[0]["other"])
         )
 
 
-def test_names_of_classes_in_the_files_own_metadata(tmp_path):
+def test_names_of_classes_are_read_from_the_metadata_of_the_file(tmp_path):
     file = parquet(
         tmp_path / "x.parquet",
         names=True,
@@ -392,11 +394,13 @@ def test_names_of_classes_in_the_files_own_metadata(tmp_path):
         {"label": None, "tags": ["B-x"], "old": None, "inner": None},
     ]
     assert [{name: row[name] for name in expected[0]} for row in rows(file)] == expected
-    # Numbers stay numbers where they count.
+    # Labels that are numbers of options stay numbers.
     choice = MultipleChoice(question="text", options=("text", "text"))
     assert [row["label"] for row in rows(file, columns_of(choice, labelled=True))] == [1, 0, -1]
     bad = parquet(tmp_path / "y.parquet", names=True, label=[2])
-    assert "y.parquet:1: column 'label' contains 2, but the metadata of the data set has 2 classes" in wrong(bad)
+    assert "y.parquet:1: column 'label' contains 2, but the metadata of the data set has 2 classes" in error_message(
+        bad
+    )
 
 
 CARD = """---
@@ -426,7 +430,7 @@ dataset_info:
     ],
 )
 @pytest.mark.parametrize("folder", [".", "data"])
-def test_names_of_classes_beside_json_lines(tmp_path, name, text, folder):
+def test_names_of_classes_are_read_from_other_files_of_the_folder(tmp_path, name, text, folder):
     (tmp_path / name).write_text(text)
     (tmp_path / folder).mkdir(exist_ok=True)
     (tmp_path / folder / "train.jsonl").write_text('{"text": "a", "label": 1, "tags": [0, 1]}\n')
@@ -457,7 +461,7 @@ LISTS = [
 
 
 @pytest.mark.parametrize(("text", "value"), LISTS)
-def test_lists_that_pandas_and_numpy_print(text, value):
+def test_lists_that_pandas_and_numpy_print_are_parsed(text, value):
     assert literals.looks_listed(text) and literals.parse(text) == value
 
 
@@ -473,13 +477,13 @@ json_values = st.recursive(
 
 
 @given(st.lists(json_values) | st.dictionaries(st.text(), json_values))
-def test_literals_are_what_python_and_json_print(value):
+def test_literals_that_python_and_json_print_are_parsed(value):
     assert literals.parse(repr(value)) == value
     assert literals.parse(json.dumps(value)) == value
 
 
 @given(st.text(alphabet="[](){}'\",: 01aeE.\\x\n-") | st.text())
-def test_literals_of_any_text_are_refused_or_read(text):
+def test_any_text_is_refused_or_parsed_as_a_literal(text):
     with suppress(literals.NotALiteralError):
         assert literals.parse(text) is None or isinstance(literals.parse(text), list | dict | str | int | float | bool)
 
@@ -505,20 +509,20 @@ NAMED = Classification(problem="multi_label", names=("a", "b", "c"))
         (MULTI, ["[True, False]", "[False, False]"], [("LABEL_0",), ()], ("LABEL_0", "LABEL_1")),
         (NAMED, ["[0, 2]", "[1]"], [("a", "c"), ("b",)], ("a", "b", "c")),
         (MULTI, ["[0, 1]", "[2]", "[0]"], [("0", "1"), ("2",), ("0",)], ("0", "1", "2")),
-        (MULTI, ["a|b", "c"], [("a|b",), ("c",)], ("a|b", "c")),  # nothing says that | divides
+        (MULTI, ["a|b", "c"], [("a|b",), ("c",)], ("a|b", "c")),  # | is not the separator
         (Classification(), ["(a)", "b (c)", "(1, 2-x)"], ["(a)", "b (c)", "(1, 2-x)"], ("(1, 2-x)", "(a)", "b (c)")),
         (MULTI, ["good,funny", "good"], [("good", "funny"), ("good",)], ("funny", "good")),
         (Classification(names=("neg", "pos")), ["1", "0", "1"], ["pos", "neg", "pos"], ("neg", "pos")),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
-def test_lists_of_classes(tmp_path, task, labels, expected, names, kind):
+def test_lists_of_classes_are_read(tmp_path, task, labels, expected, names, kind):
     file = table(tmp_path / "x.csv", labels)
     if kind == "jsonl":
         values = [literals.parse(label) if label[0] == "[" else label for label in labels]
         file = tmp_path / "x.jsonl"
         file.write_text("\n".join(json.dumps({"text": "x", "label": value}) for value in values))
-    part, found = loaded(file, task)
+    part, found = load_records(file, task)
     assert [record["label"] for record in part.records] == expected
     assert found == names
 
@@ -548,58 +552,58 @@ def test_lists_of_classes(tmp_path, task, labels, expected, names, kind):
         (NAMED, ["[1, 1, 0, 0]"], "x.csv:2: column 'label' holds 4 values of 0 and 1, and there are 3 classes"),
     ],
 )
-def test_lists_of_classes_that_are_refused(tmp_path, task, labels, message):
+def test_bad_lists_of_classes_are_refused(tmp_path, task, labels, message):
     with pytest.raises(UserError) as error:
-        loaded(table(tmp_path / "x.csv", labels), task)
+        load_records(table(tmp_path / "x.csv", labels), task)
     assert message in str(error.value)
 
 
 @pytest.mark.parametrize("tokens", ["['EU', 'rejects']", '["EU", "rejects"]', "['EU' 'rejects']", "EU rejects"])
-def test_lists_of_tokens_in_csv(tmp_path, tokens):
+def test_lists_of_tokens_are_read_from_csv(tmp_path, tokens):
     with open(tmp_path / "x.csv", "w", newline="") as stream:
         csv.writer(stream).writerows([("tokens", "tags"), (tokens, "['B-ORG', 'O']")])
-    part, names = loaded(tmp_path / "x.csv", Tagging())
+    part, names = load_records(tmp_path / "x.csv", Tagging())
     assert part.records[0]["tokens"] == ["EU", "rejects"] and names == ("O", "B-ORG", "I-ORG")
 
 
-def test_lists_and_objects_of_other_tasks_in_csv(tmp_path):
+def test_lists_and_objects_of_other_tasks_are_read_from_csv(tmp_path):
     with open(tmp_path / "x.csv", "w", newline="") as stream:
         answers = str({"text": np.array(["b"], object), "answer_start": np.array([2], np.int32)})
         csv.writer(stream).writerows(
             [("context", "question", "answers", "options", "label"), ("a b", "Who?", answers, "['x', 'y']", "1")]
         )
-    assert loaded(tmp_path / "x.csv", QuestionAnswering())[0].records[0]["label"] == [("b", 2)]
-    assert loaded(tmp_path / "x.csv", MultipleChoice())[0].records[0]["options"] == ["x", "y"]
+    assert load_records(tmp_path / "x.csv", QuestionAnswering())[0].records[0]["label"] == [("b", 2)]
+    assert load_records(tmp_path / "x.csv", MultipleChoice())[0].records[0]["options"] == ["x", "y"]
 
 
 # Shapes of data
 
 
-def test_labels_from_folders_and_files(tmp_path):
+def test_labels_are_names_of_folders_or_files(tmp_path):
     for name in ("pos/a.txt", "pos/b.txt", "neg/c.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(f"text of {name}\nsecond line\n")
     for path in (tmp_path, tmp_path / "*" / "*.txt"):
-        part, names = loaded(path, Classification(), label_from="folder", documents="file")
+        part, names = load_records(path, Classification(), label_from="folder", documents="file")
         assert [record["label"] for record in part.records] == ["neg", "pos", "pos"] and names == ("neg", "pos")
-    part, names = loaded(tmp_path, Classification(), label_from="folder", limit=3)
+    part, names = load_records(tmp_path, Classification(), label_from="folder", limit=3)
     assert [record["label"] for record in part.records] == ["neg", "pos", "neg"]
-    part, names = loaded(tmp_path, Classification(), label_from="file")
+    part, names = load_records(tmp_path, Classification(), label_from="file")
     assert names == ("a", "b", "c") and len(part.records) == 6
     (tmp_path / "pos" / "a.txt").rename(tmp_path / "pos" / "a.jsonl")
     (tmp_path / "pos" / "a.jsonl").write_text('{"text": "a", "label": 1}')
     with pytest.raises(UserError, match=r"leave out --data\.label-from"):
-        loaded(tmp_path, Classification(), label_from="folder")
+        load_records(tmp_path, Classification(), label_from="folder")
 
 
-def test_limit_and_references(tmp_path):
+def test_rows_are_limited_and_have_references(tmp_path):
     file = tmp_path / "x.csv"
     file.write_text("source,target,b,c\n1,x,y,\n2,x,y,z\n3,x,,\n")
-    part, _ = loaded(file, Seq2Seq(references=("b", "c")), limit=2)
+    part, _ = load_records(file, Seq2Seq(references=("b", "c")), limit=2)
     assert [record["label"] for record in part.records] == [("x", "y"), ("x", "y", "z")]
     assert len(rows(file, limit=5)) == 3
     with pytest.raises(UserError, match=r"x\.csv:2: there is no column 'd'.*--task\.references"):
-        loaded(file, Seq2Seq(references=("b", "d")))
+        load_records(file, Seq2Seq(references=("b", "d")))
 
 
 # Containers
@@ -612,22 +616,22 @@ def zstd(content: bytes) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-PACKED = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd}
+COMPRESSORS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd}
 
 
-@pytest.mark.parametrize("suffix", PACKED)
-def test_compressed_files(tmp_path, suffix):
+@pytest.mark.parametrize("suffix", COMPRESSORS)
+def test_compressed_files_are_read(tmp_path, suffix):
     content = "".join(f"text {n}, \u00fc\n" for n in range(5000)).encode()
-    packed = PACKED[suffix](content)
+    compressed = COMPRESSORS[suffix](content)
     for name in (f"x.txt{suffix}", f"X.TXT{suffix.upper()}", "x.txt", "x"):
-        (tmp_path / name).write_bytes(packed)
+        (tmp_path / name).write_bytes(compressed)
         assert len(rows(tmp_path / name)) == 5000
-    for broken in (packed[: len(packed) // 2], b"plain text", packed[:20] + b"\0" * 40):
+    for broken in (compressed[: len(compressed) // 2], b"plain text", compressed[:20] + b"\0" * 40):
         (tmp_path / f"y.txt{suffix}").write_bytes(broken)
-        assert f"y.txt{suffix} is not a whole" in wrong(tmp_path / f"y.txt{suffix}")
+        assert f"y.txt{suffix} is not a whole" in error_message(tmp_path / f"y.txt{suffix}")
     table = pyarrow.table({"text": ["a"]})
     pyarrow.parquet.write_table(table, tmp_path / "z.parquet")
-    (tmp_path / f"z.parquet{suffix}").write_bytes(PACKED[suffix]((tmp_path / "z.parquet").read_bytes()))
+    (tmp_path / f"z.parquet{suffix}").write_bytes(COMPRESSORS[suffix]((tmp_path / "z.parquet").read_bytes()))
     (tmp_path / "z").write_bytes((tmp_path / "z.parquet").read_bytes())
     assert rows(tmp_path / f"z.parquet{suffix}") == rows(tmp_path / "z") == [{"text": "a"}]
 
@@ -635,7 +639,7 @@ def test_compressed_files(tmp_path, suffix):
 @pytest.mark.parametrize(
     "name", ["x.csv", "x.jsonl", "x.json", "x.txt", "x.conll", "x.tsv", "x.parquet", "x.txt.gz", "x"]
 )
-def test_empty_files(tmp_path, name):
+def test_empty_files_have_no_rows(tmp_path, name):
     (tmp_path / name).write_bytes(b"")
     try:
         assert rows(tmp_path / name) == []
@@ -654,19 +658,19 @@ def test_empty_files(tmp_path, name):
         b"h\0e\0l\0l\0o\0 \0y\0o\0u\0",
     ],
 )
-def test_files_that_are_no_text(tmp_path, content):
+def test_binary_files_are_refused(tmp_path, content):
     (tmp_path / "x.csv").write_bytes(content)
-    assert "x.csv " in wrong(tmp_path / "x.csv")
+    assert "x.csv " in error_message(tmp_path / "x.csv")
 
 
-def test_a_folder_of_a_data_set_with_its_metadata(tmp_path):
+def test_files_of_metadata_are_not_data(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "dataset_info.json").write_text("{}")
     (tmp_path / "README.md").write_text("# x\n")
     assert rows(tmp_path) == [{"text": "a"}]
 
 
-def test_names_of_classes_of_tables_and_floats(tmp_path):
+def test_names_of_classes_replace_texts_and_floats(tmp_path):
     features = {"features": {"label": {"names": ["neg", "pos"], "_type": "ClassLabel"}}}
     (tmp_path / "dataset_info.json").write_text(json.dumps(features))
     (tmp_path / "x.csv").write_text("text,label\na,1\nb,neg\nc,-1\n")
@@ -675,12 +679,12 @@ def test_names_of_classes_of_tables_and_floats(tmp_path):
     assert [row["label"] for row in rows(tmp_path / "x.jsonl")] == ["pos", "neg", None]
 
 
-def test_parquet_columns_that_are_ambiguous_or_unreadable(tmp_path):
+def test_ambiguous_or_unreadable_parquet_columns_are_refused(tmp_path):
     text, number = pyarrow.array(["a"]), pyarrow.array([0])
     twice = pyarrow.Table.from_arrays([text, number, number], ["text", "label", "label"])
     pyarrow.parquet.write_table(twice, tmp_path / "x.parquet")
-    assert "the column 'label' twice" in wrong(tmp_path / "x.parquet")
+    assert "the column 'label' twice" in error_message(tmp_path / "x.parquet")
     zone = pyarrow.array([0], pyarrow.timestamp("us", "No/Where"))
-    assert "column 'd' of type" in wrong(parquet(tmp_path / "y.parquet", text=text, d=zone))
+    assert "column 'd' of type" in error_message(parquet(tmp_path / "y.parquet", text=text, d=zone))
     (tmp_path / "z.parquet").write_text("version https://git-lfs.github.com/spec/v1\n")
-    assert "git lfs pull" in wrong(tmp_path / "z.parquet")
+    assert "git lfs pull" in error_message(tmp_path / "z.parquet")

@@ -1,4 +1,4 @@
-"""Generation with a cache equals generation without one, samples from the right distribution, stops; LM round trips."""
+"""Cached generation equals uncached generation, samples follow their distribution, and saved models load unchanged."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def prompts() -> list[list[int]]:
     return [random.integers(0, tokenizer().size, n).tolist() for n in (3, 9, 32 - NEW)]
 
 
-def before(row: list[int], stops) -> list[int]:
+def cut_at_stop(row: list[int], stops) -> list[int]:
     return row[: next((n for n, token in enumerate(row) if token in stops), NEW)]
 
 
@@ -78,75 +78,75 @@ def uncached_greedy(name: str) -> list[list[int]]:
     return [row[-NEW:] for row in rows]
 
 
-def continued(name: str, given, lm=None, **choices):
+def generate_tokens(name: str, inputs, lm=None, **choices):
     choices = {"max_new_tokens": NEW, "stop_tokens": (), "return_tokens": True} | choices
-    return generate(lm or lm_of(name), given, **choices)
+    return generate(lm or lm_of(name), inputs, **choices)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_greedy_is_the_likeliest_token_of_a_full_forward_pass(name):
-    """Also where prompt and continuation fill all positions."""
+def test_greedy_search_equals_the_argmax_of_a_full_forward_pass(name):
+    """This also holds if prompt and continuation fill all positions."""
     expected = uncached_greedy(name)
     assert len({tuple(row) for row in expected}) == 3
     assert max(len(set(row)) for row in expected) > 3
-    assert continued(name, prompts(), temperature=0) == expected
-    for prompt, row in zip(prompts(), expected):  # alone as among others
-        assert continued(name, [prompt], temperature=0) == [row]
-    assert continued(name, prompts(), temperature=0, max_new_tokens=5) == [row[:5] for row in expected]
+    assert generate_tokens(name, prompts(), temperature=0) == expected
+    for prompt, row in zip(prompts(), expected):  # a prompt alone equals the prompt in a batch
+        assert generate_tokens(name, [prompt], temperature=0) == [row]
+    assert generate_tokens(name, prompts(), temperature=0, max_new_tokens=5) == [row[:5] for row in expected]
 
 
-def test_the_likeliest_alone_are_greedy():
+def test_sampling_from_one_token_is_greedy():
     expected = uncached_greedy("gpt2")
-    assert continued("gpt2", prompts(), top_k=1) == expected
-    assert continued("gpt2", prompts(), top_p=1e-6) == expected
-    assert continued("gpt2", prompts(), temperature=1e-4) == expected
+    assert generate_tokens("gpt2", prompts(), top_k=1) == expected
+    assert generate_tokens("gpt2", prompts(), top_p=1e-6) == expected
+    assert generate_tokens("gpt2", prompts(), temperature=1e-4) == expected
 
 
-def test_a_seed_gives_the_same_again_and_mates_do_not_matter():
+def test_a_seed_is_reproducible_and_other_prompts_have_no_effect():
     a, b, c = prompts()
-    first = continued("gpt2", [a, b, c], seed=1)
-    assert continued("gpt2", [a, b, c], seed=1) == first
-    assert continued("gpt2", [a, b, c], seed=2) != first
-    assert continued("gpt2", [a, c, b], seed=1)[0] == first[0]
-    assert continued("gpt2", [a], seed=1) == first[:1]
-    same = continued("gpt2", [a, a, a], seed=1)
+    first = generate_tokens("gpt2", [a, b, c], seed=1)
+    assert generate_tokens("gpt2", [a, b, c], seed=1) == first
+    assert generate_tokens("gpt2", [a, b, c], seed=2) != first
+    assert generate_tokens("gpt2", [a, c, b], seed=1)[0] == first[0]
+    assert generate_tokens("gpt2", [a], seed=1) == first[:1]
+    same = generate_tokens("gpt2", [a, a, a], seed=1)
     assert same[0] == first[0]
-    assert len({tuple(row) for row in same}) == 3  # the same prompt twice is continued in two ways
+    assert len({tuple(row) for row in same}) == 3  # equal prompts have different continuations
 
 
-def test_ids_beyond_the_tokenizer_are_never_drawn():
+def test_ids_beyond_the_tokenizer_are_never_sampled():
     assert tokenizer().size < 48
     for seed in range(3):
-        rows = continued("gpt2", prompts(), temperature=100.0, seed=seed)
+        rows = generate_tokens("gpt2", prompts(), temperature=100.0, seed=seed)
         assert max(max(row) for row in rows) < tokenizer().size
-    rows = continued("gpt2", prompts(), temperature=100.0, top_k=48)
+    rows = generate_tokens("gpt2", prompts(), temperature=100.0, top_k=48)
     assert max(max(row) for row in rows) < tokenizer().size
 
 
 LOGITS = np.log(np.array([0.4, 0.25, 0.15, 0.1, 0.06, 0.04]))
-PICKS = {  # choices -> the probabilities that they leave
+PICKS = {  # settings -> the probabilities that remain
     "plain": ({}, [0.4, 0.25, 0.15, 0.1, 0.06, 0.04]),
     "hot": ({"temperature": 2.0}, np.sqrt([0.4, 0.25, 0.15, 0.1, 0.06, 0.04])),
     "cold": ({"temperature": 0.5}, np.square([0.4, 0.25, 0.15, 0.1, 0.06, 0.04])),
     "top 3": ({"top_k": 3}, [0.4, 0.25, 0.15, 0, 0, 0]),
-    "top 9 is all": ({"top_k": 9}, [0.4, 0.25, 0.15, 0.1, 0.06, 0.04]),
-    "0.7 needs three": ({"top_p": 0.7}, [0.4, 0.25, 0.15, 0, 0, 0]),
-    "0.64 needs two": ({"top_p": 0.64}, [0.4, 0.25, 0, 0, 0, 0]),
-    "all but rounding": ({"top_p": 1.0}, [0.4, 0.25, 0.15, 0.1, 0.06, 0.04]),
-    "a fifth of the most likely": ({"min_p": 0.2}, [0.4, 0.25, 0.15, 0.1, 0, 0]),
+    "top 9 keeps all": ({"top_k": 9}, [0.4, 0.25, 0.15, 0.1, 0.06, 0.04]),
+    "top p 0.7 keeps three": ({"top_p": 0.7}, [0.4, 0.25, 0.15, 0, 0, 0]),
+    "top p 0.64 keeps two": ({"top_p": 0.64}, [0.4, 0.25, 0, 0, 0, 0]),
+    "top p 1 keeps all": ({"top_p": 1.0}, [0.4, 0.25, 0.15, 0.1, 0.06, 0.04]),
+    "min p 0.2": ({"min_p": 0.2}, [0.4, 0.25, 0.15, 0.1, 0, 0]),
     "no filter": ({"top_k": None, "top_p": None, "min_p": None}, [0.4, 0.25, 0.15, 0.1, 0.06, 0.04]),
     # The first of the two most likely tokens (8/13, 5/13) reaches 0.6.
-    "both": ({"top_k": 2, "top_p": 0.6}, [1, 0, 0, 0, 0, 0]),
-    # Squared and normalised the first two have 0.6 and 0.23: 0.7 needs both.
-    # The two that top-p leaves have 0.4 and 0.25: both are at least half as likely as the first.
-    "all three": ({"top_k": 4, "top_p": 0.7, "min_p": 0.5}, [0.4, 0.25, 0, 0, 0, 0]),
-    "cold and 0.7": ({"temperature": 0.5, "top_p": 0.7}, [0.16, 0.0625, 0, 0, 0, 0]),
+    "top k and top p": ({"top_k": 2, "top_p": 0.6}, [1, 0, 0, 0, 0, 0]),
+    # Top-p keeps two tokens, 0.4 and 0.25. Both are at least half as likely as the first.
+    "top k, top p and min p": ({"top_k": 4, "top_p": 0.7, "min_p": 0.5}, [0.4, 0.25, 0, 0, 0, 0]),
+    # Squared and normalised, the first two have 0.61 and 0.24: top-p 0.7 keeps both.
+    "cold and top p 0.7": ({"temperature": 0.5, "top_p": 0.7}, [0.16, 0.0625, 0, 0, 0, 0]),
 }
 
 
 @pytest.mark.parametrize("name", PICKS)
 def test_draws_follow_the_probabilities(name):
-    choices, left = PICKS[name]
+    choices, remaining = PICKS[name]
     rules = Rules(6, np.array([], np.int32), **{"temperature": 1.0, "top_k": 6, "top_p": 1.0, "min_p": 0.0} | choices)
     order = np.array([3, 0, 5, 1, 4, 2])  # the most likely one is not the first
     n = 20_000
@@ -156,7 +156,7 @@ def test_draws_follow_the_probabilities(name):
         return choose(logits_BV, jax.random.uniform(key, n), rules)
 
     counts = np.bincount(np.asarray(jax.jit(draw)(jax.random.key(0))), minlength=6)
-    expected = n * (np.array(left) / np.sum(left))[order]
+    expected = n * (np.array(remaining) / np.sum(remaining))[order]
     allowed = expected > 0
     assert not counts[~allowed].any()
     chi_square = ((counts[allowed] - expected[allowed]) ** 2 / expected[allowed]).sum()
@@ -164,12 +164,12 @@ def test_draws_follow_the_probabilities(name):
 
 
 def test_draws_from_a_large_vocabulary_follow_the_probabilities():
-    """Also from several blocks of tokens, some of them without weight."""
+    """The vocabulary has several blocks of tokens, and some tokens have probability 0."""
     random = np.random.default_rng(0)
     p = random.exponential(size=1000) * (np.arange(1000) % 384 < 200)
     n = 200_000
-    one = jax.jit(lambda u: jax.vmap(lambda u: draw(jax.numpy.asarray(p, np.float32)[None], u[None])[0])(u))
-    counts = np.bincount(np.asarray(one(random.random(n, np.float32))), minlength=1000)
+    sample = jax.jit(lambda u: jax.vmap(lambda u: draw(jax.numpy.asarray(p, np.float32)[None], u[None])[0])(u))
+    counts = np.bincount(np.asarray(sample(random.random(n, np.float32))), minlength=1000)
     expected = n * p / p.sum()
     assert not counts[p == 0].any()
     chi_square = ((counts - expected)[p > 0] ** 2 / expected[p > 0]).sum()
@@ -181,20 +181,20 @@ def test_a_continuation_ends_before_the_first_stop_token():
     expected = uncached_greedy("gpt2")
     late = next(token for token in expected[1] if token != expected[1][0])
     for stops in ([late], [late, expected[0][0]], {expected[2][-1]}):
-        found = continued("gpt2", prompts(), temperature=0, stop_tokens=stops)
-        assert found == [before(row, stops) for row in expected]
-    # None is the tokenizer's end token, () is none at all.
+        found = generate_tokens("gpt2", prompts(), temperature=0, stop_tokens=stops)
+        assert found == [cut_at_stop(row, stops) for row in expected]
+    # None stands for the tokenizer's end token, and () for no stop token.
     lm = replace(lm_of("gpt2"), tokenizer=copy.copy(tokenizer()))
     lm.tokenizer.eos = late
     greedy = partial(generate, lm, prompts(), max_new_tokens=NEW, temperature=0, return_tokens=True)
-    assert greedy() == [before(row, [late]) for row in expected]
+    assert greedy() == [cut_at_stop(row, [late]) for row in expected]
     assert len(greedy()[1]) < NEW
     assert greedy(stop_tokens=()) == expected
     lm.tokenizer.eos = None
     assert greedy() == expected
 
 
-def test_strings_begin_with_bos_and_ids_are_used_as_given():
+def test_strings_begin_with_bos_and_ids_are_used_unchanged():
     lm, tokens = lm_of("gpt2"), tokenizer()
     ids = tokens.encode("the fox")
     choices = {"max_new_tokens": NEW, "temperature": 0, "stop_tokens": ()}
@@ -210,7 +210,7 @@ def test_strings_begin_with_bos_and_ids_are_used_as_given():
 
 
 def test_prompts_of_any_length_share_few_programs(monkeypatch):
-    """A new program is compiled only where a length passes a power of two."""
+    """A new program is compiled only if a length exceeds a power of two."""
     lm = LM(model := replace(MODELS["rotary"], max_length=1024, layers=1), Transformer(model), random_params(model))
     run = lm.programs.get(generation.programs, lm.module)
     greedy = partial(generate, lm, max_new_tokens=12, temperature=0, return_tokens=True)
@@ -223,32 +223,32 @@ def test_prompts_of_any_length_share_few_programs(monkeypatch):
     assert run.advance._cache_size() == 6  # one for sampling, one for sampling from some tokens
 
 
-def test_room_grows_with_the_text(monkeypatch):
+def test_the_cache_grows_with_the_text(monkeypatch):
     lm = replace(
         lm_of("rotary"), config=(model := replace(MODELS["rotary"], **LOCAL, max_length=64)), module=Transformer(model)
     )
-    expected = continued("rotary", prompts(), temperature=0, max_new_tokens=44, lm=lm)
+    expected = generate_tokens("rotary", prompts(), temperature=0, max_new_tokens=44, lm=lm)
     monkeypatch.setattr(generation, "MIN_ROOM", 32)
     for rows in (1, 2, 8):
         monkeypatch.setattr(generation, "MAX_ROWS", rows)
-        assert continued("rotary", prompts(), temperature=0, max_new_tokens=44, lm=lm) == expected
+        assert generate_tokens("rotary", prompts(), temperature=0, max_new_tokens=44, lm=lm) == expected
 
 
 def test_many_prompts_are_decoded_continuously(monkeypatch):
-    """When a text ends, the next prompt takes its row; texts are in the order of their prompts."""
+    """If a text ends, the next prompt takes its row. Texts are in the order of their prompts."""
     monkeypatch.setattr(generation, "MAX_ROWS", 3)
     monkeypatch.setattr(generation, "CHECK_EVERY", 2)
     lm, end = lm_of("rotary"), uncached_greedy("rotary")[0][3]
-    expected = [before(row, [end]) for row in uncached_greedy("rotary")]
+    expected = [cut_at_stop(row, [end]) for row in uncached_greedy("rotary")]
     assert len({len(row) for row in expected}) > 1
-    found = continued("rotary", prompts() * 5, temperature=0, stop_tokens=[end])
+    found = generate_tokens("rotary", prompts() * 5, temperature=0, stop_tokens=[end])
     assert found == expected * 5
     many = [*prompts(), *prompts()]
-    draws = continued("rotary", many, seed=3, stop_tokens=[end])
+    draws = generate_tokens("rotary", many, seed=3, stop_tokens=[end])
     monkeypatch.setattr(generation, "MAX_ROWS", 8)
-    assert continued("rotary", many, seed=3, stop_tokens=[end]) == draws
+    assert generate_tokens("rotary", many, seed=3, stop_tokens=[end]) == draws
     monkeypatch.setattr(generation, "MAX_ROWS", 2)
-    texts = continued("rotary", prompts(), seed=3, stop_tokens=[end], n_best=3)
+    texts = generate_tokens("rotary", prompts(), seed=3, stop_tokens=[end], n_best=3)
     assert [len({tuple(row) for row in several}) for several in texts] == [3, 3, 3]
     assert [several[0] for several in texts] == draws[:3]
     assert lm.vocabulary > max(max(row, default=0) for several in texts for row in several)
@@ -277,50 +277,50 @@ def test_forbidden_texts_are_never_generated():
         found = generate(lm, prompts(), forbidden=forbidden, **choices)
         assert found != whole
         assert not any(text in one for text in forbidden for one in found)
-    before_it = generate(lm, prompts(), forbidden=(pair,), **choices)[0]
-    assert before_it[:3] == whole[0][:3]  # the first of two letters alone is not forbidden
+    without_pair = generate(lm, prompts(), forbidden=(pair,), **choices)[0]
+    assert without_pair[:3] == whole[0][:3]  # the first of two letters alone is not forbidden
 
 
-def test_no_stop_token_comes_before_the_least_length():
+def test_no_stop_token_is_generated_before_the_minimum_length():
     expected = uncached_greedy("gpt2")
     stops = [expected[0][0]]
-    assert continued("gpt2", prompts(), temperature=0, stop_tokens=stops)[0] == []
-    found = continued("gpt2", prompts(), temperature=0, stop_tokens=stops, min_new_tokens=5)
+    assert generate_tokens("gpt2", prompts(), temperature=0, stop_tokens=stops)[0] == []
+    found = generate_tokens("gpt2", prompts(), temperature=0, stop_tokens=stops, min_new_tokens=5)
     assert all(len(row) >= 5 and stops[0] not in row for row in found)
 
 
-def test_repetition_is_made_less_likely():
+def test_the_repetition_penalty_changes_the_logits_of_earlier_tokens():
     """Keskar et al. 2019: positive logits are divided, negative ones multiplied."""
     lm = lm_of("gpt2")
     rows = [list(prompt) for prompt in prompts()]
     for _ in range(NEW):
         for row in rows:
             logits = np.array(lm(np.array([row])).logits)[0, -1, : tokenizer().size]
-            there = np.array(sorted(set(row)))
-            logits[there] = np.where(logits[there] < 0, logits[there] * 1.5, logits[there] / 1.5)
+            earlier = np.array(sorted(set(row)))
+            logits[earlier] = np.where(logits[earlier] < 0, logits[earlier] * 1.5, logits[earlier] / 1.5)
             row.append(int(logits.argmax()))
     expected = [row[-NEW:] for row in rows]
     assert expected != uncached_greedy("gpt2")
-    assert continued("gpt2", prompts(), temperature=0, repetition_penalty=1.5) == expected
+    assert generate_tokens("gpt2", prompts(), temperature=0, repetition_penalty=1.5) == expected
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_details_are_the_models_own_log_probabilities(beams):
+def test_details_contain_the_log_probabilities_of_the_model(beams):
     lm = lm_of("gpt2")
     choices = {"temperature": 2.0, "top_k": 5} if beams == 1 else {"beams": 3, "n_best": 2}
-    generations = continued("gpt2", prompts(), details=True, **choices)
+    generations = generate_tokens("gpt2", prompts(), details=True, **choices)
     for prompt, several in zip(prompts(), generations if beams > 1 else [[one] for one in generations]):
         for one in several:
             logits = np.asarray(lm(np.array([prompt + one.tokens])).logits)[0, len(prompt) - 1 : -1, : lm.vocabulary]
-            own = np.asarray(jax.nn.log_softmax(logits))[np.arange(NEW), one.tokens]
-            np.testing.assert_allclose(one.log_probs, own, atol=2e-5)
-            np.testing.assert_allclose(one.score, sum(own) / (1 if beams == 1 else NEW), atol=1e-5)
+            expected = np.asarray(jax.nn.log_softmax(logits))[np.arange(NEW), one.tokens]
+            np.testing.assert_allclose(one.log_probs, expected, atol=2e-5)
+            np.testing.assert_allclose(one.score, sum(expected) / (1 if beams == 1 else NEW), atol=1e-5)
             assert one.text == tokenizer().decode(one.tokens)
     if beams > 1:
         assert all(first.score >= second.score for first, second in generations)
 
 
-def test_beams_find_what_all_texts_hold():
+def test_a_wide_beam_search_finds_the_most_probable_text():
     """A beam for each prefix makes the search exhaustive."""
     lm = small(0)
     all_texts = probabilities(lm, [1, 3], 3, lambda p: p)
@@ -331,7 +331,7 @@ def test_beams_find_what_all_texts_hold():
     np.testing.assert_allclose(np.exp(generations[0].score), all_texts[tuple(generations[0].tokens)], rtol=1e-4)
 
 
-def test_a_stream_is_the_text_in_pieces():
+def test_a_stream_yields_the_text_in_pieces():
     lm, choices = lm_of("gpt2"), {"max_new_tokens": NEW, "temperature": 0, "stop_tokens": ()}
     (whole,) = generate(lm, ["the"], **choices)
     pieces = list(jaxlm.stream(lm, "the", **choices))
@@ -346,19 +346,19 @@ def test_a_stream_is_the_text_in_pieces():
     assert list(jaxlm.stream(lm, "the", beams=3, max_new_tokens=5)) == [found]
 
 
-def test_a_prompt_that_is_too_long_loses_its_beginning(capsys):
+def test_a_long_prompt_is_truncated_at_its_beginning(capsys):
     long = [1, 2, 3, *prompts()[2]]
-    found = continued("gpt2", [long, prompts()[0]], temperature=0, too_long="truncate")
+    found = generate_tokens("gpt2", [long, prompts()[0]], temperature=0, too_long="truncate")
     assert found == [uncached_greedy("gpt2")[n] for n in (2, 0)]
     assert "1 of 2 prompts, of up to 23 tokens, are truncated to 20" in capsys.readouterr().err
 
 
 # Encoder-decoders.
 
-BOTH = {"vocabulary": 32, "width": 16, "layers": 2, "heads": 2, "start_token": 1, "mlp_width": 32}
+SIZES = {"vocabulary": 32, "width": 16, "layers": 2, "heads": 2, "start_token": 1, "mlp_width": 32}
 SEQ2SEQ = {
-    "t5": replace(PRESETS["t5-small"], **BOTH, head_width=8, relative_buckets=8, relative_distance=12),
-    "bart": replace(PRESETS["bart-base"], **BOTH, max_length=40, tied_embeddings=False),
+    "t5": replace(PRESETS["t5-small"], **SIZES, head_width=8, relative_buckets=8, relative_distance=12),
+    "bart": replace(PRESETS["bart-base"], **SIZES, max_length=40, tied_embeddings=False),
 }
 
 
@@ -366,9 +366,9 @@ SEQ2SEQ = {
 @pytest.mark.parametrize(
     "drafted", [pytest.param(False, id="plain"), pytest.param(True, id="drafted", marks=pytest.mark.long)]
 )
-def test_an_encoder_decoder_answers_as_without_a_cache(name, drafted):
+def test_a_cached_encoder_decoder_equals_an_uncached_one(name, drafted):
     model = SEQ2SEQ[name]
-    std = {"t5": 0.5, "bart": 0.1}[name]  # at which texts differ
+    std = {"t5": 0.5, "bart": 0.1}[name]  # with these standard deviations texts differ
     lm = LM(model, Transformer(model), random_params(model, std))
     expected = []
     for source in prompts():
@@ -389,20 +389,20 @@ def test_an_encoder_decoder_answers_as_without_a_cache(name, drafted):
         assert generate(lm, prompts(), beams=1, **choices) == expected
 
 
-def test_sources_are_framed_and_answers_are_of_the_target():
+def test_sources_are_encoded_with_special_tokens():
     model = SEQ2SEQ["t5"]
     lm = LM(model, Transformer(model), random_params(model, std=0.5), tokenizer())
-    framed = tokenizer().encode_with_special_tokens(["the fox"])[0][0]
+    ids = tokenizer().encode_with_special_tokens(["the fox"])[0][0]
     choices = {"max_new_tokens": NEW, "temperature": 0}
     (text,) = generate(lm, ["the fox"], **choices)
-    (tokens,) = generate(lm, [framed], return_tokens=True, **choices)
+    (tokens,) = generate(lm, [ids], return_tokens=True, **choices)
     assert text == tokenizer().decode(tokens)
     assert generate(lm, ["the fox"], beams=2, n_best=2, **choices)[0] != [text]
 
 
 @pytest.mark.long
 @pytest.mark.skipif(not STORIES.is_dir(), reason="needs ../shared/models/stories260k")
-def test_a_real_llama_tells_its_story_among_others(monkeypatch):
+def test_a_trained_llama_generates_its_story_in_a_batch(monkeypatch):
     lm, story = load(STORIES), STORIES.with_suffix(".txt").read_text().removesuffix("\n")
     greedy = partial(generate, lm, max_new_tokens=256, temperature=0)
     found = greedy(["", "Once upon a time, there was a dog", "", "Tim"])
@@ -413,7 +413,7 @@ def test_a_real_llama_tells_its_story_among_others(monkeypatch):
     assert "".join(jaxlm.stream(lm, "", max_new_tokens=256, temperature=0)) == story
 
 
-# Exactness in distribution, by a model of so few tokens that all texts can be counted.
+# Exact distributions: the vocabulary is so small that all texts can be enumerated.
 
 SMALL = {"vocabulary": 5, "width": 8, "layers": 1, "heads": 2, "max_length": 16}
 
@@ -425,17 +425,17 @@ def small(seed: int, **fields) -> LM:
     return LM(model, Transformer(model), params)
 
 
-def probabilities(lm: LM, prompt: list[int], new: int, left) -> dict[tuple[int, ...], float]:
-    """The probability of each text of so many tokens; `left` filters the probabilities of one token."""
+def probabilities(lm: LM, prompt: list[int], new: int, filter_p) -> dict[tuple[int, ...], float]:
+    """Returns the probability of each text of `new` tokens. `filter_p` filters the probabilities of one token."""
     texts = {(): 1.0}
     for _ in range(new):
         rows = np.array([[*prompt, *text] for text in texts], np.int32)
         p = np.float64(jax.nn.softmax(np.asarray(lm(rows).logits)[:, -1].astype(np.float64)))
         texts = {
-            (*text, token): before * share
-            for (text, before), row in zip(texts.items(), p)
-            for token, share in enumerate(left(row / row.sum()))
-            if share > 0
+            (*text, token): text_p * token_p
+            for (text, text_p), row in zip(texts.items(), p)
+            for token, token_p in enumerate(filter_p(row / row.sum()))
+            if token_p > 0
         }
     return texts
 
@@ -456,7 +456,7 @@ def warm(p):
     return p**0.5 / (p**0.5).sum()
 
 
-def often(p):
+def min_p(p):
     allowed = np.where(p >= 0.5 * p.max(), p, 0)
     return allowed / allowed.sum()
 
@@ -465,7 +465,7 @@ DISTRIBUTIONS = {
     "plain": ({}, lambda p: p),
     "top_k": ({"top_k": 2}, top_2),
     "top_p": ({"top_p": 0.8}, nucleus),
-    "min_p": ({"min_p": 0.5}, often),
+    "min_p": ({"min_p": 0.5}, min_p),
     "temperature": ({"temperature": 2.0}, warm),
     "temperature and top_k": ({"temperature": 2.0, "top_k": 2}, lambda p: top_2(warm(p))),
 }
@@ -477,13 +477,13 @@ DISTRIBUTIONS = {
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
 def test_texts_have_their_exact_probabilities(monkeypatch, name, drafted):
     monkeypatch.setattr(generation, "MAX_ROWS", 1000)
-    choices, left = DISTRIBUTIONS[name]
+    choices, filter_p = DISTRIBUTIONS[name]
     lm, draft = small(0), small(1) if drafted else None
-    expected = probabilities(lm, [1, 3], 3, left)
+    expected = probabilities(lm, [1, 3], 3, filter_p)
     assert abs(sum(expected.values()) - 1) < 1e-5
     n = 4000
-    several = partial(generate, lm, [[1, 3]] * 4, max_new_tokens=3, n_best=n // 4, return_tokens=True, draft=draft)
-    rows = [row for drawn in several(**choices) for row in drawn]
+    sample = partial(generate, lm, [[1, 3]] * 4, max_new_tokens=3, n_best=n // 4, return_tokens=True, draft=draft)
+    rows = [row for samples in sample(**choices) for row in samples]
     counts: dict = {}
     for row in rows:
         counts[tuple(row)] = counts.get(tuple(row), 0) + 1
@@ -498,12 +498,12 @@ def test_texts_have_their_exact_probabilities(monkeypatch, name, drafted):
 def test_a_draft_changes_no_greedy_text(name):
     lm = lm_of(name)
     other = LM(MODELS["gpt2"], Transformer(MODELS["gpt2"]), random_params(MODELS["gpt2"], std=0.4), tokenizer())
-    for draft in (lm, other):  # always right, and mostly wrong
-        assert continued(name, prompts(), temperature=0, draft=draft) == uncached_greedy(name)
-        assert continued(name, prompts(), temperature=0, max_new_tokens=1, draft=draft) == [
+    for draft in (lm, other):  # the first draft is always right, and the second one mostly wrong
+        assert generate_tokens(name, prompts(), temperature=0, draft=draft) == uncached_greedy(name)
+        assert generate_tokens(name, prompts(), temperature=0, max_new_tokens=1, draft=draft) == [
             row[:1] for row in uncached_greedy(name)
         ]
-    many = continued(name, prompts() * 14, temperature=0, draft=other)
+    many = generate_tokens(name, prompts() * 14, temperature=0, draft=other)
     assert many == uncached_greedy(name) * 14
 
 
@@ -526,13 +526,19 @@ MISTAKES = {
     ),
     "too long": (lambda lm: generate(lm, [[1] * 40], max_new_tokens=1), "exceed .* shorten it to 31, or"),
     "no room": (lambda lm: generate(lm, [[1]], max_new_tokens=32), "max_new_tokens is 32; .* at most 31"),
-    "unknown": (lambda lm: generate(lm, [[1]], max_tokens=3), "'max_tokens' is not a choice .* 'max_new_tokens'"),
-    "kind": (lambda lm: generate(lm, [[1]], top_k="5"), "top_k is '5'; it must be an integer"),
+    "unknown setting": (
+        lambda lm: generate(lm, [[1]], max_tokens=3),
+        "'max_tokens' is not a choice .* 'max_new_tokens'",
+    ),
+    "wrong type": (lambda lm: generate(lm, [[1]], top_k="5"), "top_k is '5'; it must be an integer"),
     "min_p": (lambda lm: generate(lm, [[1]], min_p=1.0), "min_p is 1.0; it must be at least 0 and below 1"),
-    "least": (lambda lm: generate(lm, [[1]], min_new_tokens=9, max_new_tokens=8), "min_new_tokens is 9; .* from 0"),
+    "min_new_tokens": (
+        lambda lm: generate(lm, [[1]], min_new_tokens=9, max_new_tokens=8),
+        "min_new_tokens is 9; .* from 0",
+    ),
     "beams": (lambda lm: generate(lm, [[1]], beams=33), "beams is 33, more than the 32 tokens"),
     "no beams": (lambda lm: generate(lm, [[1]], beams=0), "beams is 0; it must be at least 1"),
-    "beams that draw": (
+    "beams with sampling": (
         lambda lm: generate(lm, [[1]], beams=2, top_p=0.5),
         "top_p is 0.5, but beam search does not sample",
     ),
@@ -572,14 +578,14 @@ def test_mistakes_are_refused(name):
         call(lm_of("gpt2"))
 
 
-def test_without_a_tokenizer_ids_give_ids():
+def test_ids_are_generated_without_a_tokenizer():
     found = generate(
         replace(lm_of("gpt2"), tokenizer=None), prompts(), max_new_tokens=NEW, temperature=0, return_tokens=True
     )
     assert [len(row) for row in found] == [NEW] * 3
 
 
-# The verb.
+# The command `generate`.
 
 
 @pytest.fixture
@@ -590,73 +596,73 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-VERB = ["--max-new-tokens", "6", "--top-k", "4"]
+OPTIONS = ["--max-new-tokens", "6", "--top-k", "4"]
 
 
-def test_the_verb_continues_prompts(folder, capsys):
+def test_the_command_continues_prompts(folder, capsys):
     choices = {"max_new_tokens": 6, "top_k": 4}
-    assert main(["generate", "model", "--prompt", "the", "quick", *VERB]) == 0
+    assert main(["generate", "model", "--prompt", "the", "quick", *OPTIONS]) == 0
     texts = generate(lm_of("gpt2"), ["the", "quick"], **choices)
     assert capsys.readouterr().out == f"the{texts[0]}\nquick{texts[1]}\n"
-    assert main(["generate", "model", "--prompt", "the", "--n-best", "2", *VERB]) == 0
+    assert main(["generate", "model", "--prompt", "the", "--n-best", "2", *OPTIONS]) == 0
     ((a, b),) = generate(lm_of("gpt2"), ["the"], n_best=2, **choices)
     assert capsys.readouterr().out == f"the{a}\nthe{b}\n"
-    assert main(["generate", "model", *VERB]) == 0
+    assert main(["generate", "model", *OPTIONS]) == 0
     assert capsys.readouterr().out == generate(lm_of("gpt2"), [""], **choices)[0] + "\n"
 
 
 @pytest.mark.long
-def test_the_verb_takes_a_draft(folder, capsys):
-    assert main(["generate", "model", "--draft", "model", "--prompt", "the", *VERB[:2], "--temperature", "0"]) == 0
+def test_the_command_accepts_a_draft(folder, capsys):
+    assert main(["generate", "model", "--draft", "model", "--prompt", "the", *OPTIONS[:2], "--temperature", "0"]) == 0
     (text,) = generate(lm_of("gpt2"), ["the"], max_new_tokens=6, temperature=0)
     assert capsys.readouterr().out == f"the{text}\n"
 
 
-def test_a_terminal_sees_the_text_as_it_comes(folder, capsys, monkeypatch):
+def test_a_terminal_receives_the_text_in_pieces(folder, capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    assert main(["generate", "model", "--prompt", "the", *VERB]) == 0
+    assert main(["generate", "model", "--prompt", "the", *OPTIONS]) == 0
     (text,) = generate(lm_of("gpt2"), ["the"], max_new_tokens=6, top_k=4)
     assert capsys.readouterr().out == f"the{text}\n"
 
 
-def test_a_file_of_prompts_is_gone_on_with(folder, capsys, monkeypatch):
+def test_an_interrupted_file_of_prompts_is_resumed(folder, capsys, monkeypatch):
     monkeypatch.setattr(generation, "MAX_ROWS", 2)
-    command = ["generate", "model", "--file", "prompts.txt", *VERB]
+    command = ["generate", "model", "--file", "prompts.txt", *OPTIONS]
     assert main([*command, "--output", "out.jsonl"]) == 0
     rows = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
-    given = (folder / "prompts.txt").read_text().splitlines()
-    assert [row["prompt"] for row in rows] == given
-    assert [row["text"] for row in rows] == generate(lm_of("gpt2"), given, max_new_tokens=6, top_k=4)
+    prompt_lines = (folder / "prompts.txt").read_text().splitlines()
+    assert [row["prompt"] for row in rows] == prompt_lines
+    assert [row["text"] for row in rows] == generate(lm_of("gpt2"), prompt_lines, max_new_tokens=6, top_k=4)
     whole = (folder / "out.jsonl").read_bytes()
     assert main(command) == 0
     assert capsys.readouterr().out.encode() == whole
 
-    # Stopped while the fourth row was written.
+    # The command was stopped while it wrote the fourth row.
     lines = whole.splitlines(keepends=True)
     (folder / "out.jsonl").write_bytes(b"".join(lines[:3]) + lines[3][:5])
     assert main([*command, "--output", "out.jsonl"]) == 0
     assert (folder / "out.jsonl").read_bytes() == whole
     assert "out.jsonl already has 3 of 9 rows" in capsys.readouterr().err
-    monkeypatch.setattr(jaxlm, "load", lambda *_: pytest.fail("there is nothing to do"))
+    monkeypatch.setattr(jaxlm, "load", lambda *_: pytest.fail("no row is left to generate"))
     assert main([*command, "--output", "out.jsonl"]) == 0
     monkeypatch.undo()
     monkeypatch.chdir(folder)
 
-    def refused(arguments, *words):
+    def assert_refused(arguments, *words):
         capsys.readouterr()
         assert main(arguments) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and all(word in error for word in words), error
         assert (folder / "out.jsonl").read_bytes() == whole
 
-    refused(
+    assert_refused(
         [*command, "--output", "out.jsonl", "--seed", "5"],
         "was written with other settings",
         "seed: 5 | 0",
         "choose another --output",
     )
     save(replace(lm_of("gpt2"), params=random_params(lm_of("gpt2").config, std=0.3)), "model", overwrite=True)
-    refused(
+    assert_refused(
         [*command, "--output", "out.jsonl"],
         "was written with other settings",
         "model_hash: ",
@@ -664,38 +670,40 @@ def test_a_file_of_prompts_is_gone_on_with(folder, capsys, monkeypatch):
     )
     save(lm_of("gpt2"), "model", overwrite=True)
     (folder / "model").rename(folder / "moved")
-    assert main(["generate", "moved", *command[2:], "--output", "out.jsonl"]) == 0  # identified by its content
+    assert main(["generate", "moved", *command[2:], "--output", "out.jsonl"]) == 0  # its content identifies the model
     (folder / "moved").rename(folder / "model")
     with disk.lock(disk.lock_path(folder / "out.jsonl"), "it", "wait"):
-        refused([*command, "--output", "out.jsonl"], "out.jsonl is held by process", "choose another --output")
+        assert_refused([*command, "--output", "out.jsonl"], "out.jsonl is held by process", "choose another --output")
     choices = (folder / "out.jsonl.choices.json").read_text()
     for damaged in ("[]", "{", "[" * 9000, "3" * 9000, ""):
         (folder / "out.jsonl.choices.json").write_text(damaged)
-        refused([*command, "--output", "out.jsonl"], "out.jsonl.choices.json was not written by generate")
+        assert_refused([*command, "--output", "out.jsonl"], "out.jsonl.choices.json was not written by generate")
     (folder / "out.jsonl.choices.json").write_text(choices)
-    (folder / "prompts.txt").write_text("\n".join(["of another", *given[1:]]))
-    refused([*command, "--output", "out.jsonl"], "out.jsonl:1", "'the the'", "'of another'", "choose another --output")
-    (folder / "prompts.txt").write_text("\n".join(given[:2]))
-    refused([*command, "--output", "out.jsonl"], "out.jsonl:3", "has none there")
-    for strange in (b'{"prompt": ' + b"[" * 9000 + b"\n", b"[1]\n", b"9" * 9000 + b"\n", b"\xff\n", b"\r\n"):
-        (folder / "out.jsonl").write_bytes(whole := strange)
-        refused([*command, "--output", "out.jsonl"], "out.jsonl:1 is not a row of generate")
+    (folder / "prompts.txt").write_text("\n".join(["of another", *prompt_lines[1:]]))
+    assert_refused(
+        [*command, "--output", "out.jsonl"], "out.jsonl:1", "'the the'", "'of another'", "choose another --output"
+    )
+    (folder / "prompts.txt").write_text("\n".join(prompt_lines[:2]))
+    assert_refused([*command, "--output", "out.jsonl"], "out.jsonl:3", "has none there")
+    for content in (b'{"prompt": ' + b"[" * 9000 + b"\n", b"[1]\n", b"9" * 9000 + b"\n", b"\xff\n", b"\r\n"):
+        (folder / "out.jsonl").write_bytes(whole := content)
+        assert_refused([*command, "--output", "out.jsonl"], "out.jsonl:1 is not a row of generate")
     (folder / "out.jsonl.choices.json").unlink()
-    refused([*command, "--output", "out.jsonl"], "'out.jsonl', which exists and was not written by generate")
+    assert_refused([*command, "--output", "out.jsonl"], "'out.jsonl', which exists and was not written by generate")
 
 
-def test_an_output_without_a_row_takes_other_choices(folder, capsys):
+def test_an_output_without_rows_accepts_other_settings(folder, capsys):
     """A refused command leaves a settings file but no rows."""
     command = ["generate", "model", "--file", "prompts.txt", "--output", "out.jsonl"]
     assert main([*command, "--max-new-tokens", "40"]) == 2
     assert "set at most 31" in capsys.readouterr().err
-    assert main([*command, *VERB]) == 0
+    assert main([*command, *OPTIONS]) == 0
     assert len((folder / "out.jsonl").read_text().splitlines()) == len(
         (folder / "prompts.txt").read_text().splitlines()
     )
 
 
-VERB_MISTAKES = {
+COMMAND_MISTAKES = {
     "temperature": (["--temperature", "-1"], "temperature is -1.0; it must be at least 0"),
     "both": (["--prompt", "a", "--file", "prompts.txt"], "--file replaces --prompt"),
     "no file": (["--file", "gone.txt"], "gone.txt cannot be read: No such file"),
@@ -710,18 +718,18 @@ VERB_MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("name", VERB_MISTAKES)
+@pytest.mark.parametrize("name", COMMAND_MISTAKES)
 def test_mistakes_of_the_command_are_refused(folder, capsys, name):
     (folder / "empty.txt").touch()
     (folder / "latin.txt").write_bytes(b"na\xefve\n")
-    arguments, message = VERB_MISTAKES[name]
+    arguments, message = COMMAND_MISTAKES[name]
     assert main(["generate", "model", *arguments]) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and "Traceback" not in printed.err
     assert message in printed.err[printed.err.index("error: ") :]
 
 
-# LM: from a folder, to a folder.
+# Loading and saving models.
 
 SAVED = {
     "gpt2": replace(MODELS["gpt2"], mlp_width=64),
@@ -732,7 +740,7 @@ SAVED = {
 
 
 @pytest.mark.parametrize("kind", SAVED)
-def test_a_saved_model_is_loaded_as_it_was(tmp_path, kind):
+def test_a_saved_model_is_loaded_unchanged(tmp_path, kind):
     model = SAVED[kind]
     lm = LM(model, Transformer(model), random_params(model), tokenizer())
     assert save(lm, tmp_path / "model") == kind
@@ -766,7 +774,7 @@ def test_a_model_without_tokenizer_and_a_run_folder_are_loaded(tmp_path):
     assert again.vocabulary == 48
 
 
-def test_bfloat16_is_a_choice_when_loading(tmp_path):
+def test_the_compute_dtype_is_set_when_loading(tmp_path):
     save(lm_of("gpt2"), tmp_path / "model")
     lm = load(tmp_path / "model", compute_dtype="bfloat16")
     output = lm(np.array(prompts()[0])[None])
@@ -775,7 +783,7 @@ def test_bfloat16_is_a_choice_when_loading(tmp_path):
     assert {leaf.dtype for leaf in jax.tree.leaves(lm.params)} == {np.dtype("float32")}
 
 
-ODD = {
+INVALID_FOLDERS = {
     "missing": (lambda folder: folder / "nowhere", "is not a folder and not a valid name of a model on the hub"),
     "a file": (lambda folder: folder / "file", "is a file; give its folder"),
     "empty": (lambda folder: folder / "empty", "has no config.json"),
@@ -786,8 +794,8 @@ ODD = {
 }
 
 
-@pytest.mark.parametrize("name", ODD)
-def test_odd_folders_are_refused(tmp_path, name):
+@pytest.mark.parametrize("name", INVALID_FOLDERS)
+def test_invalid_folders_are_refused(tmp_path, name):
     (tmp_path / "file").touch()
     gpt2 = json.dumps({"model_type": "gpt2"})
     (tmp_path / "empty").mkdir()
@@ -796,12 +804,12 @@ def test_odd_folders_are_refused(tmp_path, name):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "config.json").write_text(text)
     (tmp_path / "unknown" / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
-    path, message = ODD[name]
+    path, message = INVALID_FOLDERS[name]
     with pytest.raises(UserError, match=message):
         load(path(tmp_path))
 
 
-def test_the_public_face():
+def test_the_public_names_exist():
     assert set(jaxlm.__all__) <= set(dir(jaxlm))
     assert jaxlm.load is load
     assert jaxlm.generate is generate

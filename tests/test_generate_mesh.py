@@ -35,7 +35,7 @@ MODELS = {
     "decoder": ModelConfig(**TINY),
     "encoder-decoder": ModelConfig(**TINY, structure="encoder_decoder", start_token=0),
 }
-MESHES = {  # on 8 devices, but for the second, which no power of two fills
+MESHES = {  # the first mesh has 8 devices, and the second one has 3, which is not a power of two
     "fsdp, tensor and context": MeshConfig(data=1, fsdp=2, tensor=2, context=2),
     "three devices": MeshConfig(data=3),
 }
@@ -57,15 +57,15 @@ def lm_of(name: str) -> LM:
 
 @lru_cache
 def on_mesh(name: str, mesh: str) -> LM:
-    """The same model with its parameters on a mesh, which `LM` passes to the module."""
+    """Returns the same model with its parameters on a mesh, which `LM` passes to the module."""
     config = MESHES[mesh]
     devices = jax.devices()[: 3 if config.data == 3 else 8]
-    made = sharding.make_mesh(config, devices)
+    device_mesh = sharding.make_mesh(config, devices)
 
     def put(key_path, leaf):
         path = parameters.path_of(key_path)
         row = parameters.find(path)
-        return jax.device_put(leaf, sharding.sharding(made, row.axes, leaf.shape, path))
+        return jax.device_put(leaf, sharding.sharding(device_mesh, row.axes, leaf.shape, path))
 
     lm = lm_of(name)
     return replace(lm, params=jax.tree_util.tree_map_with_path(put, lm.params), programs=Programs())
@@ -89,13 +89,13 @@ def test_a_mesh_changes_no_text(name, strategy, mesh):
 @pytest.mark.long
 @pytest.mark.parametrize("mesh", ["three devices", "fsdp, tensor and context"])
 @pytest.mark.parametrize("strategy", ["greedy", "sampling"])
-def test_a_mesh_changes_no_drafted_text(strategy, mesh):
+def test_a_mesh_changes_no_text_with_a_draft(strategy, mesh):
     lm, split = lm_of("decoder"), on_mesh("decoder", mesh)
     choices = {"max_new_tokens": 8, "return_tokens": True, **STRATEGIES[strategy]}
     assert jaxlm.generate(split, PROMPTS, draft=split, **choices) == jaxlm.generate(lm, PROMPTS, draft=lm, **choices)
 
 
-def test_a_stream_and_continuous_rows_on_a_mesh(monkeypatch):
+def test_a_mesh_changes_no_stream_and_no_continuous_batch(monkeypatch):
     lm, split = lm_of("decoder"), on_mesh("decoder", "three devices")
     choices = {"max_new_tokens": 12, "seed": 1}
     assert "".join(jaxlm.stream(split, "the", **choices)) == jaxlm.generate(lm, ["the"], **choices)[0]
@@ -105,18 +105,18 @@ def test_a_stream_and_continuous_rows_on_a_mesh(monkeypatch):
     assert tokens(split) == tokens(lm)
 
 
-def test_a_model_carries_the_mesh_of_its_parameters():
+def test_a_model_has_the_mesh_of_its_parameters():
     split = on_mesh("decoder", "three devices")
     assert split.module.constrain.mesh.size == 3
     alone = with_params(split, jax.device_put(lm_of("decoder").params, jax.devices()[2]))
     assert [*alone.module.constrain.mesh.devices.flat] == [jax.devices()[2]]
-    assert lm_of("decoder").module.constrain.mesh is None  # of NumPy arrays nothing is known
+    assert lm_of("decoder").module.constrain.mesh is None  # NumPy arrays have no mesh
     tokens_BT = np.array([PROMPTS[0]])  # one row, which three devices do not divide
     ours, theirs = split(tokens_BT).logits, lm_of("decoder")(tokens_BT).logits
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
-def test_splash_is_refused_where_the_devices_are_not_known(monkeypatch, capsys):
+def test_splash_is_refused_if_the_mesh_is_unknown(monkeypatch, capsys):
     shape = jax.ShapeDtypeStruct((4, 256, 4, 64), "bfloat16")
     assert "load it with mesh=" in why_not("splash", Backend("tpu", 5.0, devices=4), None, shape, shape)
     assert why_not("splash", Backend("tpu", 5.0), None, shape, shape) is None
@@ -236,6 +236,6 @@ LOWERS = """
 def test_inference_lowers_for_four_tpu_chips():
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "XLA_FLAGS": ""}
     command = [sys.executable, "-c", textwrap.dedent(LOWERS)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("all lower\n"), done.stdout
+    process = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, env=environment)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.endswith("all lower\n"), process.stdout

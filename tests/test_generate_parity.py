@@ -27,7 +27,7 @@ SEQ2SEQ: dict[str, Any] = {"vocab_size": VOCABULARY, "d_model": 24, "max_positio
 SEQ2SEQ |= {"encoder_layers": 2, "decoder_layers": 3, "encoder_attention_heads": 3, "decoder_attention_heads": 3}
 SEQ2SEQ |= {"encoder_ffn_dim": 20, "decoder_ffn_dim": 20, "eos_token_id": STOP, "pad_token_id": 1}
 SEQ2SEQ |= {"decoder_start_token_id": STOP, "bos_token_id": 0, "forced_eos_token_id": STOP}
-SEQ2SEQ |= {"tie_word_embeddings": False}  # tied, they repeat one token
+SEQ2SEQ |= {"tie_word_embeddings": False}  # models with tied embeddings repeat one token
 T5 = {"vocab_size": VOCABULARY, "d_model": 24, "d_kv": 5, "num_heads": 3, "d_ff": 20, "num_layers": 2}
 T5 |= {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 10}
 T5 |= {"eos_token_id": STOP, "pad_token_id": 0, "decoder_start_token_id": 0}
@@ -53,14 +53,14 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mbart": ("MBart", "ForConditionalGeneration", SEQ2SEQ | {"decoder_start_token_id": 5, "forced_bos_token_id": 7}),
     "marian": ("Marian", "MTModel", SEQ2SEQ | {"decoder_start_token_id": 1, "bad_words_ids": [[1]]}),
 }
-SAID = ("forced_eos_token_id", "forced_bos_token_id", "bad_words_ids")
+GENERATION_KEYS = ("forced_eos_token_id", "forced_bos_token_id", "bad_words_ids")
 
 
 @lru_cache
 def pair(name: str, folder: str) -> tuple[Any, jaxlm.LM]:
-    """A random model with well separated logits, in transformers and in jaxlm."""
+    """Returns a random model with well separated logits, in transformers and in jaxlm."""
     family, head, fields = MODELS[name]
-    own = {key: value for key, value in fields.items() if key not in SAID}
+    own = {key: value for key, value in fields.items() if key not in GENERATION_KEYS}
     config = getattr(transformers, f"{'Gemma3Text' if family == 'Gemma3' else family}Config")(**own)
     config._attn_implementation = "eager"
     torch.manual_seed(0)
@@ -69,11 +69,11 @@ def pair(name: str, folder: str) -> tuple[Any, jaxlm.LM]:
     for n, parameter in (*model.named_parameters(), *model.named_buffers()):
         fixed = "inv_freq" in n or (family == "Marian" and "embed_positions" in n)
         if parameter.dtype == torch.float32 and parameter.dim() and not fixed:
-            # At these deviations texts differ, and do not repeat one token from the start.
+            # With these standard deviations texts differ, and do not repeat one token from the start.
             small = "bias" in n or (not normed and any(part in n for part in ("embed_tokens", "shared", "wte")))
             parameter.data = torch.randn_like(parameter) * (0.1 if small else 0.8)
             parameter.data += float(normed and "norm.weight" in n)
-    for key in SAID:
+    for key in GENERATION_KEYS:
         setattr(model.generation_config, key, fields.get(key))
     model.save_pretrained(folder)
     return model, jaxlm.load(folder)
@@ -90,8 +90,8 @@ def prompts() -> list[list[int]]:
     return [random.integers(6, VOCABULARY, n).tolist() for n in (9, 3, 1, 14)]
 
 
-def theirs(model: Any, rows: list[list[int]], **choices: Any) -> list[list[int]]:
-    """New tokens up to the stop token, of rows in one batch with the padding that transformers requires."""
+def transformers_tokens(model: Any, rows: list[list[int]], **choices: Any) -> list[list[int]]:
+    """Returns the new tokens up to the stop token, for rows in one batch with the padding of transformers."""
     both, width = model.config.is_encoder_decoder, max(map(len, rows))
     left = 0 if both else 1
     padding = model.config.pad_token_id
@@ -110,19 +110,21 @@ def theirs(model: Any, rows: list[list[int]], **choices: Any) -> list[list[int]]
 def assert_same(model: Any, lm: jaxlm.LM, hf: dict[str, Any], padded: bool = True, **ours: Any) -> None:
     n = hf.get("num_return_sequences", 1)
     choices = {"max_new_tokens": NEW, "temperature": 0.0, "return_tokens": True} | ours
-    expected = [theirs(model, [prompt], **hf) for prompt in prompts()]  # alone
+    expected = [transformers_tokens(model, [prompt], **hf) for prompt in prompts()]  # alone
     found = jaxlm.generate(lm, prompts(), **choices)
     found = found if n > 1 else [[row] for row in found]
     assert found == expected
     assert len({tuple(row) for rows in expected for row in rows}) > 2
     if n == 1:
         if padded:
-            assert theirs(model, prompts(), **hf) == [row for (row,) in expected]  # transformers' own batch, padded
+            assert transformers_tokens(model, prompts(), **hf) == [
+                row for (row,) in expected
+            ]  # transformers' own batch, padded
         assert jaxlm.generate(lm, prompts()[:1], **choices) == expected[0]
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_greedy(folder, name):
+def test_greedy_search_equals_that_of_transformers(folder, name):
     model, lm = pair(name, str(folder / name))
     assert stops_of(lm) == [STOP]
     assert_same(model, lm, {})
@@ -130,12 +132,12 @@ def test_greedy(folder, name):
 
 FEW = ("gpt2", "gemma3", "t5", "bart")
 BEAMS = [(3, 1.0, 1), (4, 0.3, 2), (2, 2.0, 2)]
-# Few models with all settings; the others, whose search is the same and whose caches differ, with one.
+# Few models are tested with all settings. The others have the same search but other caches, and one setting.
 SEARCHES = [(name, *s) for n, name in enumerate(MODELS) for s in (BEAMS if name in FEW else [BEAMS[n % 3]])]
 
 
 @pytest.mark.parametrize(("name", "beams", "penalty", "best"), SEARCHES)
-def test_beam_search(folder, name, beams, penalty, best):
+def test_beam_search_equals_that_of_transformers(folder, name, beams, penalty, best):
     model, lm = pair(name, str(folder / name))
     hf = {"num_beams": beams, "length_penalty": penalty, "num_return_sequences": best}
     assert_same(model, lm, hf, beams=beams, length_penalty=penalty, n_best=best)
@@ -144,7 +146,7 @@ def test_beam_search(folder, name, beams, penalty, best):
 @pytest.mark.parametrize("name", ("gpt2", "bart"))
 @pytest.mark.parametrize("early", [True, "never"])
 @pytest.mark.parametrize("penalty", [1.5, 0.3, -0.5])
-def test_early_stopping(folder, name, early, penalty):
+def test_early_stopping_equals_that_of_transformers(folder, name, early, penalty):
     model, lm = pair(name, str(folder / name))
     hf = {"num_beams": 3, "length_penalty": penalty, "num_return_sequences": 2, "early_stopping": early}
     assert_same(model, lm, hf, beams=3, length_penalty=penalty, n_best=2, early_stopping=early)
@@ -154,7 +156,7 @@ def test_early_stopping(folder, name, early, penalty):
 @pytest.mark.parametrize(("n", "beams"), [(1, 1), (2, 1), (3, 1), (50, 1), (2, 3)])
 def test_no_ngram_is_repeated(folder, name, n, beams):
     model, lm = pair(name, str(folder / name))
-    # In a batch transformers takes padding for a part of the n-grams.
+    # In a batch, transformers includes padding in the n-grams.
     hf = {"no_repeat_ngram_size": n, "num_beams": beams}
     assert_same(model, lm, hf, padded=False, no_repeat_ngram_size=n, beams=beams, temperature=0.0)
 
@@ -180,7 +182,7 @@ FILES["beams"] |= {"no_repeat_ngram_size": 3, "max_length": 30}
 
 @pytest.mark.parametrize("name", FEW)
 @pytest.mark.parametrize("file", FILES)
-def test_the_checkpoints_own_choices_are_the_defaults(folder, name, file):
+def test_the_settings_of_the_checkpoint_are_the_defaults(folder, name, file):
     """`generate` without settings equals `model.generate()` with the same generation_config.json."""
     model, lm = pair(name, str(folder / name))
     own = {"eos_token_id": STOP, "pad_token_id": model.config.pad_token_id, "decoder_start_token_id": None} | FILES[

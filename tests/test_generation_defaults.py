@@ -1,4 +1,4 @@
-"""The generation settings of a checkpoint are checked, are the defaults, and are overridden by the caller's."""
+"""The generation settings of a checkpoint are checked and are the defaults. The caller's settings override them."""
 
 from __future__ import annotations
 
@@ -20,25 +20,30 @@ def read(values, config=None) -> GenerationDefaults:
     return read_defaults(None if values is None else json.dumps(values).encode(), config or {})
 
 
-NOTHING = [None, {}, {"eos_token_id": 5, "transformers_version": "5.0", "_from_model_config": True}, {"top_k": None}]
+NO_SETTINGS = [
+    None,
+    {},
+    {"eos_token_id": 5, "transformers_version": "5.0", "_from_model_config": True},
+    {"top_k": None},
+]
 
 
-@pytest.mark.parametrize("values", NOTHING, ids=str)
-def test_a_checkpoint_that_names_no_choice_changes_nothing(values):
+@pytest.mark.parametrize("values", NO_SETTINGS, ids=str)
+def test_a_checkpoint_without_settings_changes_nothing(values):
     defaults = read(values)
     assert merge_settings(None, {}, defaults) == Decoding() and not list(describe_defaults(defaults))
     assert merge_settings(None, {"top_p": 0.5}, defaults) == Decoding(top_p=0.5)
 
 
-def test_beams():
-    choices = dict(beams=4, length_penalty=2.0, early_stopping=True, no_repeat_ngram_size=3, max_length=142)
-    assert merge_settings(None, {}, read(BART)) == Decoding(temperature=0.0, min_length=56, **choices)
+def test_settings_of_beam_search_are_read():
+    settings = dict(beams=4, length_penalty=2.0, early_stopping=True, no_repeat_ngram_size=3, max_length=142)
+    assert merge_settings(None, {}, read(BART)) == Decoding(temperature=0.0, min_length=56, **settings)
     assert (read(BART).eos, read(BART).forced_bos, read(BART).forced_eos) == ((2,), 0, (2,))
 
 
-def test_sampling_is_transformers_own():
+def test_sampling_has_the_defaults_of_transformers():
     decoding = merge_settings(None, {}, read(LLAMA))
-    assert decoding == Decoding(temperature=0.6, top_p=0.9, top_k=50, max_length=4096)  # 50 where a file names no top_k
+    assert decoding == Decoding(temperature=0.6, top_p=0.9, top_k=50, max_length=4096)  # 50 if a file names no top_k
     assert merge_settings(None, {}, read(LLAMA | {"top_k": 0})).top_k == 0
     assert merge_settings(None, {}, read({"temperature": 0.6, "top_p": 0.9})) == Decoding(
         temperature=0.0
@@ -46,56 +51,60 @@ def test_sampling_is_transformers_own():
     assert merge_settings(None, {}, read({"do_sample": True})) == Decoding(top_k=50)
 
 
-def test_an_older_checkpoint_has_its_choices_in_config_json():
+def test_settings_of_an_older_checkpoint_are_in_config_json():
     config = {"model_type": "bart", **BART}
     assert merge_settings(None, {}, read(None, config)).beams == 4
-    assert (
-        merge_settings(None, {}, read({"eos_token_id": 7}, config)) == Decoding()
-    )  # as transformers: one file or the other
+    # As in transformers, the settings come from one file only.
+    assert merge_settings(None, {}, read({"eos_token_id": 7}, config)) == Decoding()
     assert read({"eos_token_id": 7}, config).eos == (7,) and read({}, config).eos == (2,)
-    assert merge_settings(None, {}, read(None, {"max_length": 1024})) == Decoding()  # jaxlm's own file: of the model
+    # In a config.json of jaxlm, max_length is the length of the model, not a generation setting.
+    assert merge_settings(None, {}, read(None, {"max_length": 1024})) == Decoding()
 
 
-GIVEN = {
+OVERRIDES = {
     "max_new_tokens": (BART, {"max_new_tokens": 20}, {"max_length": 0, "max_new_tokens": 20, "min_length": 56}),
-    "least length": (BART, {"min_new_tokens": 3}, {"min_length": 0, "min_new_tokens": 3}),
+    "min_new_tokens": (BART, {"min_new_tokens": 3}, {"min_length": 0, "min_new_tokens": 3}),
     "short texts": (
         {"min_new_tokens": 9, "max_new_tokens": 99},
         {"max_new_tokens": 5},
         {"min_new_tokens": 5, "max_new_tokens": 5},
     ),
     "sampling": (BART, {"temperature": 0.7}, {"beams": 1, "temperature": 0.7, "no_repeat_ngram_size": 3}),
-    "top-p of greedy texts": ({"no_repeat_ngram_size": 3}, {"top_p": 0.9}, {"temperature": 1.0, "top_p": 0.9}),
+    "top-p for a greedy checkpoint": ({"no_repeat_ngram_size": 3}, {"top_p": 0.9}, {"temperature": 1.0, "top_p": 0.9}),
     "greedy": (BART, {"temperature": 0.0}, {"beams": 4, "temperature": 0.0}),
-    "beams of sampled texts": (LLAMA, {"beams": 3}, {"beams": 3, "temperature": 0.0, "top_p": 1.0, "top_k": 0}),
+    "beams for sampled texts": (
+        LLAMA,
+        {"beams": 3},
+        {"beams": 3, "temperature": 0.0, "top_p": 1.0, "top_k": 0},
+    ),
     "one beam": (BART | {"num_return_sequences": 3}, {"beams": 1}, {"beams": 1, "n_best": 1, "temperature": 0.0}),
     "fewer beams": (BART | {"num_return_sequences": 3}, {"beams": 2}, {"beams": 2, "n_best": 2}),
-    "greedy of several draws": (LLAMA | {"num_return_sequences": 3}, {"temperature": 0.0}, {"n_best": 1}),
+    "greedy with several sequences": (LLAMA | {"num_return_sequences": 3}, {"temperature": 0.0}, {"n_best": 1}),
     "NumPy": (BART, {"beams": np.int64(2), "length_penalty": np.float32(0.5)}, {"beams": 2, "length_penalty": 0.5}),
 }
 
 
-@pytest.mark.parametrize("name", GIVEN)
-def test_what_is_given_wins(name):
-    values, given, expected = GIVEN[name]
-    decoding = merge_settings(None, given, read(values))
+@pytest.mark.parametrize("name", OVERRIDES)
+def test_arguments_override_the_checkpoint(name):
+    values, arguments, expected = OVERRIDES[name]
+    decoding = merge_settings(None, arguments, read(values))
     decoding.check()
     assert {field: getattr(decoding, field) for field in expected} == expected
 
 
-def test_a_decoding_is_used_as_it_is():
+def test_a_decoding_is_used_unchanged():
     assert merge_settings(Decoding(beams=2, temperature=0.0), {"seed": 3}, read(BART)) == Decoding(
         beams=2, temperature=0.0, seed=3
     )
     with pytest.raises(UserError, match="perhaps you meant 'temperature'"):
         merge_settings(None, {"temprature": 1}, read(BART))
-    for given, message in (
+    for arguments, message in (
         ({"beams": "a"}, "beams is 'a'"),
         ({"top_k": None}, "top_k is None"),
         ({"n_best": 10**6}, "10,000"),
     ):
         with pytest.raises(UserError, match=message):
-            merge_settings(None, given, read(BART))
+            merge_settings(None, arguments, read(BART))
 
 
 def test_used_and_ignored_settings_are_reported():
@@ -130,7 +139,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("key", WRONG)
-def test_a_malformed_file_is_refused_with_a_sentence(key):
+def test_malformed_values_are_refused(key):
     for value in WRONG[key]:
         with pytest.raises(UserError, match=f"{key} is"):
             read({key: value})
@@ -139,6 +148,6 @@ def test_a_malformed_file_is_refused_with_a_sentence(key):
 @pytest.mark.parametrize(
     "content", [b"[]", b"{", b"\xff", b'"a"', b'{"a": ' + b"[" * 3000 + b"]" * 3000 + b"}", b"9" * 5000]
 )
-def test_what_is_no_object_is_refused(content):
+def test_files_that_contain_no_object_are_refused(content):
     with pytest.raises(UserError, match=r"generation_config\.json"):
         read_defaults(content, {})

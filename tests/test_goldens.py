@@ -1,4 +1,4 @@
-"""Stored outputs of transformers for tiny models of every family and head: see goldens/."""
+"""Compares tiny models of every family and head with the stored outputs of transformers in goldens/."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ GOLDENS = Path(__file__).parent / "goldens" / "families.npz"
 T = 9
 
 
-def drawn(name: str, shape: list[int]) -> np.ndarray:
-    """Returns a tensor that depends only on its name: the same on every machine."""
+def draw_tensor(name: str, shape: list[int]) -> np.ndarray:
+    """Returns a tensor that depends only on its name and is equal on every machine."""
     random = np.random.RandomState(zlib.crc32(name.encode()))
     return (0.3 * random.standard_normal(shape)).astype(np.float32)
 
@@ -28,22 +28,22 @@ def write(folder: Path, config: dict[str, Any], tensors: dict[str, list[int]]) -
     """Writes a folder in the format of Hugging Face."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    safetensors.write({name: drawn(name, shape) for name, shape in tensors.items()}, folder / safetensors.WEIGHTS)
+    safetensors.write({name: draw_tensor(name, shape) for name, shape in tensors.items()}, folder / safetensors.WEIGHTS)
 
 
 def inputs(config: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Returns two rows, the second one padded; for an encoder-decoder, also the inputs of its decoder."""
+    """Returns two rows, and the inputs of the decoder of an encoder-decoder. The second row is padded."""
     random = np.random.RandomState(0)
     mask = (np.arange(T) < np.array([[T], [5]])).astype(np.int64)
     padding, end = config.get("pad_token_id") or 0, config.get("eos_token_id")
     tokens = random.randint(6, config["vocab_size"], (2, T))
     if config.get("is_encoder_decoder"):
         tokens[[0, 1], [T - 1, 4]] = end
-    given = {"tokens_BT": np.where(mask, tokens, padding), "mask_BT": mask}
+    arrays = {"tokens_BT": np.where(mask, tokens, padding), "mask_BT": mask}
     classes = "ForSequenceClassification" in config["architectures"][0]
     if config.get("is_encoder_decoder") and not classes and "Encoder" not in config["architectures"][0]:
-        given["target_tokens_BT"] = random.randint(6, config["vocab_size"], (2, 7))
-    return given
+        arrays["target_tokens_BT"] = random.randint(6, config["vocab_size"], (2, 7))
+    return arrays
 
 
 @cache
@@ -53,22 +53,22 @@ def goldens() -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 def cases() -> list[Any]:
-    """The classes of transformers; those after the first of a family are in the marked suite."""
+    """Returns the classes of transformers. All except the first class of a family have the mark `long`."""
     models = goldens()[0] if GOLDENS.exists() else {}
     first = {model["config"]["model_type"]: name for name, model in reversed(models.items())}
     return [pytest.param(name, marks=() if name in first.values() else pytest.mark.long) for name in models]
 
 
 @pytest.mark.parametrize("name", cases())
-def test_as_transformers(tmp_path, name):
+def test_outputs_equal_those_of_transformers(tmp_path, name):
     models, arrays = goldens()
     write(tmp_path / "model", **models[name])
     lm = jaxlm.load(tmp_path / "model")
-    given = inputs(models[name]["config"])
+    model_inputs = inputs(models[name]["config"])
     if lm.config.structure != "encoder_decoder":
-        given.pop("target_tokens_BT", None)
-    out = lm(**given)
-    real = given["mask_BT"] > 0
+        model_inputs.pop("target_tokens_BT", None)
+    out = lm(**model_inputs)
+    is_token = model_inputs["mask_BT"] > 0
     found = {"last_hidden_state": out.hidden_BTD, "logits": out.logits, "prediction_logits": out.logits}
     if lm.config.heads_on_top == ("span",):
         found |= {"start_logits": out.logits[..., 0], "end_logits": out.logits[..., 1]}
@@ -77,13 +77,13 @@ def test_as_transformers(tmp_path, name):
         expected = arrays.get(f"{name}/{output}")
         if expected is None:
             continue
-        array, rows = np.asarray(array), real if expected.shape[:2] == real.shape else np.s_[:]
+        array, rows = np.asarray(array), is_token if expected.shape[:2] == is_token.shape else np.s_[:]
         np.testing.assert_allclose(array[rows], expected[rows], atol=1e-4, rtol=1e-4, err_msg=output)
         compared += 1
     assert compared
 
 
-def test_every_family_has_one():
+def test_every_family_has_a_stored_output():
     from jaxlm.families import FAMILIES
 
     assert {model["config"]["model_type"] for model in goldens()[0].values()} == set(FAMILIES)

@@ -57,12 +57,12 @@ def config(task="causal"):
         batch=8, steps=12, log_every=4, checkpoint_every=3, eval_every=6, sample_tokens=0, keep_checkpoints=True,
     )
 """
-GONE_WITHIN = 120  # seconds in which the other hosts must notice that a host is lost
+MAX_DETECTION_SECONDS = 120  # the other hosts must detect a lost host within this time
 
 
 @pytest.fixture(scope="session")
-def place(tmp_path_factory) -> Path:
-    """A folder with a config, its data, and the cache of all runs of this file."""
+def data_dir(tmp_path_factory) -> Path:
+    """Returns a folder with a config, its data, and the cache of all runs of this file."""
     folder = tmp_path_factory.mktemp("hosts")
     draw = random.Random(0)
     words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "sleeps"]
@@ -76,15 +76,15 @@ def place(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def alone(place, tmp_path_factory):
-    """`alone(*arguments)`: the folder of a run in one process, which is made once for all tests of this file."""
+def run_alone(data_dir, tmp_path_factory):
+    """`run_alone(*arguments)` returns the folder of a run in one process, which is executed once for all tests."""
     runs: dict[tuple[Any, ...], Path] = {}
 
     def run(*arguments: Any, devices: int = 2) -> Path:
         if (key := (devices, *arguments)) not in runs:
             folder = tmp_path_factory.mktemp("alone")
-            command = (TRAIN, place / "tiny.py", *arguments, "--workdir", folder / "run")
-            Host(place, command, {}, folder / "output.txt", devices).wait(0)
+            command = (TRAIN, data_dir / "tiny.py", *arguments, "--workdir", folder / "run")
+            Host(data_dir, command, {}, folder / "output.txt", devices).wait(0)
             runs[key] = folder / "run"
         return runs[key]
 
@@ -94,12 +94,12 @@ def alone(place, tmp_path_factory):
 class Host:
     """A Python process with its standard error in a file."""
 
-    def __init__(self, place: Path, command: tuple[Any, ...], environment: dict[str, str], file: Path, devices: int):
+    def __init__(self, data_dir: Path, command: tuple[Any, ...], environment: dict[str, str], file: Path, devices: int):
         self.file = file
         settings = {
             "XLA_FLAGS": xla_flags(devices),
             "JAX_PLATFORMS": "cpu",
-            "JAXLM_CACHE": str(place / "cache"),
+            "JAXLM_CACHE": str(data_dir / "cache"),
         }
         command = (sys.executable, *map(str, command))
         with open(file, "w") as stderr:
@@ -110,11 +110,11 @@ class Host:
     def output(self) -> str:
         return self.file.read_text()
 
-    def wait_for(self, sign: str, seconds: float = 120) -> None:
+    def wait_for(self, text: str, seconds: float = 120) -> None:
         end = time.monotonic() + seconds
-        while sign not in self.output():
+        while text not in self.output():
             code = self.process.poll()
-            assert code is None and time.monotonic() < end, f"{code} before it printed {sign!r}:\n{self.output()}"
+            assert code is None and time.monotonic() < end, f"{code} before it printed {text!r}:\n{self.output()}"
             time.sleep(0.01)
 
     def wait(self, code: int, seconds: float = 240) -> str:
@@ -127,8 +127,8 @@ class Host:
 
 
 @pytest.fixture
-def start(place, tmp_path):
-    """`start(n, *arguments)`: n hosts of a run, or of another script, which are killed after the test."""
+def start(data_dir, tmp_path):
+    """`start(n, *arguments)` starts n hosts of a run or of another script. They are killed after the test."""
     started: list[Host] = []
 
     def start(
@@ -138,14 +138,14 @@ def start(place, tmp_path):
         own: dict[int, tuple[str, ...]] | None = None,
         script: Path | None = None,
     ) -> list[Host]:
-        address, some = f"localhost:{free_port()}", []
-        command = (TRAIN, place / "tiny.py") if script is None else (script,)
+        address, new = f"localhost:{free_port()}", []
+        command = (TRAIN, data_dir / "tiny.py") if script is None else (script,)
         for n in range(count):
             variables = {"JAXLM_COORDINATOR": address, "JAXLM_PROCESSES": str(count), "JAXLM_PROCESS": str(n)}
             file = tmp_path / f"output-{len(started)}.txt"
-            some.append(Host(place, (*command, *arguments, *(own or {}).get(n, ())), variables, file, devices))
-            started.append(some[-1])
-        return some
+            new.append(Host(data_dir, (*command, *arguments, *(own or {}).get(n, ())), variables, file, devices))
+            started.append(new[-1])
+        return new
 
     yield start
     for host in started:
@@ -180,19 +180,19 @@ def assert_alike(ours: Path, theirs: Path, rel: float) -> None:
     assert scores[0] == pytest.approx(scores[1], rel=rel)
 
 
-# The place of a process
+# The rendezvous of a process
 
 
 ADDRESS = {"JAXLM_COORDINATOR": "10.0.0.1:1234", "JAXLM_PROCESSES": "4", "JAXLM_PROCESS": "3"}
 SRUN = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_STEP_NODELIST": "n[1-8]", "SLURM_PROCID": "5"}
-PLACES = {
+RENDEZVOUS = {
     "alone": ({}, None),
     "given": (ADDRESS, hosts.Rendezvous("10.0.0.1:1234", 4, 3)),
     "given one": ({"JAXLM_PROCESSES": "1"}, None),
     "srun": (SRUN, hosts.Rendezvous(None, 8)),
     "srun of one task": (SRUN | {"SLURM_STEP_NUM_TASKS": "1"}, None),
     "sbatch without srun": ({name: SRUN[name] for name in SRUN if "STEP" not in name}, None),
-    "srun kept alone": (SRUN | {"JAXLM_PROCESSES": "1"}, None),
+    "srun of separate processes": (SRUN | {"JAXLM_PROCESSES": "1"}, None),
     "given in srun": (SRUN | ADDRESS, hosts.Rendezvous("10.0.0.1:1234", 4, 3)),
     "mpirun": (
         {"OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:1", "OMPI_COMM_WORLD_SIZE": "2"},
@@ -206,10 +206,10 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("name", PLACES)
-def test_the_place_of_a_process(name):
-    environment, place = PLACES[name]
-    assert hosts.find_rendezvous(environment) == place
+@pytest.mark.parametrize("name", RENDEZVOUS)
+def test_the_environment_determines_the_rendezvous(name):
+    environment, expected = RENDEZVOUS[name]
+    assert hosts.find_rendezvous(environment) == expected
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_the_place_of_a_process(name):
         ({"JAXLM_COORDINATOR": "10.0.0.1"}, "JAXLM_COORDINATOR is '10.0.0.1'; give HOST:PORT"),
     ],
 )
-def test_invalid_places_raise_an_error(change, message):
+def test_invalid_addresses_raise_an_error(change, message):
     with pytest.raises(UserError, match=message):
         hosts.find_rendezvous(ADDRESS | change)
 
@@ -252,23 +252,23 @@ def test_rows_of_some_devices_are_those_that_the_batch_is_sharded_to(monkeypatch
     rows, k = 14, 2
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=1), jax.devices()[:4])
     batch = {"tokens_BT": np.arange(1, rows * 8 + 1, dtype=np.int32).reshape(rows, 8)}
-    there = set(mesh.devices.flat[2:])
+    local_devices = set(mesh.devices.flat[2:])
     layout = sharding.batch_sharding(mesh, "B")
-    places = {d: i for d, i in layout.devices_indices_map((k, 8)).items() if d in there}
-    monkeypatch.setattr(type(layout), "addressable_devices_indices_map", lambda *_: places)
-    here = local_rows(mesh, rows, k)
+    indices = {d: i for d, i in layout.devices_indices_map((k, 8)).items() if d in local_devices}
+    monkeypatch.setattr(type(layout), "addressable_devices_indices_map", lambda *_: indices)
+    local = local_rows(mesh, rows, k)
     monkeypatch.undo()
-    assert here == [4, 5, 6, 7, 12, 13]  # micro-batches are rows 0 to 7 and 8 to 15; the last two rows are padding
+    assert local == [4, 5, 6, 7, 12, 13]  # micro-batches are rows 0 to 7 and 8 to 15; the last two rows are padding
     part = {"tokens_BT": np.zeros_like(batch["tokens_BT"])}
-    part["tokens_BT"][here] = batch["tokens_BT"][here]
+    part["tokens_BT"][local] = batch["tokens_BT"][local]
     shards = [shard_batch(mesh, some, k)["tokens_BT"].addressable_shards for some in (part, batch)]
     for ours, theirs in zip(*shards, strict=True):
         assert ours.device == theirs.device
-        if ours.device in there:
+        if ours.device in local_devices:
             np.testing.assert_array_equal(ours.data, theirs.data)
 
 
-def test_some_rows_of_a_batch_are_those_of_the_whole():
+def test_a_part_of_a_batch_has_the_rows_of_the_whole_batch():
     corpus = Corpus(np.arange(500, dtype=np.uint16), np.array([0, 200, 500]), np.array([0, 1, 2]), 500)
     task = CausalLMTask(CausalLM(), 16, 0, None, ())
     batches = Batches(task.examples(corpus, True), 6, 16, task.max_examples, 0)
@@ -279,7 +279,7 @@ def test_some_rows_of_a_batch_are_those_of_the_whole():
             assert not some[name][[0, 2, 3, 5]].any()
 
 
-# Several processes train like one
+# Several processes train as one
 
 TASKS = {"causal": (), "classes": ("classes",), "pairs": ("pairs",)}  # the last one evaluates by generation
 
@@ -296,9 +296,9 @@ TASKS = {"causal": (), "classes": ("classes",), "pairs": ("pairs",)}  # the last
     ],
     ids=lambda x: " ".join(x) or "data" if isinstance(x, tuple) else x,
 )
-def test_two_processes_train_as_one(start, alone, tmp_path, task, mesh):
+def test_two_processes_train_as_one(start, run_alone, tmp_path, task, mesh):
     arguments = (*TASKS[task], *mesh)
-    one = alone(*arguments)
+    one = run_alone(*arguments)
     first, second = start(2, *arguments, "--workdir", tmp_path / "two")
     assert "on 2 cpu device(s)" in first.wait(0)
     assert second.wait(0) == ""
@@ -310,7 +310,7 @@ def test_two_processes_train_as_one(start, alone, tmp_path, task, mesh):
     names = lambda folder: sorted(path.relative_to(folder).parts[:2] for path in folder.rglob("*") if path.is_file())
     without = lambda folder: [parts for parts in names(folder) if parts[0] not in ("checkpoints", "tensorboard")]
     assert without(tmp_path / "two") == without(one)
-    assert len(list((tmp_path / "two" / "tensorboard").iterdir())) == 1  # only of the first host
+    assert len(list((tmp_path / "two" / "tensorboard").iterdir())) == 1  # only the first host writes events
 
 
 USE = """
@@ -345,12 +345,12 @@ if hosts.is_first():
 
 
 @pytest.mark.long
-def test_two_processes_use_the_model_that_they_trained_together(start, place, tmp_path):
-    (place / "use.py").write_text(USE)
+def test_two_processes_use_the_model_that_they_trained_together(start, data_dir, tmp_path):
+    (data_dir / "use.py").write_text(USE)
     found = {}
     for count in (1, 2):
         folder = tmp_path / str(count)
-        for host in start(count, folder, devices=2 // count, script=place / "use.py"):
+        for host in start(count, folder, devices=2 // count, script=data_dir / "use.py"):
             host.wait(0)
         found[count] = json.loads((folder / "found.json").read_text())
     texts = lambda values: [value for value in values if not isinstance(value, float)]
@@ -396,9 +396,9 @@ print(f"{(kilobytes('VmHWM') - before) / 1024:.0f} MB above, of a model of {size
 
 
 @pytest.mark.long
-def test_no_host_has_the_whole_model_in_memory_to_write_it(start, place, tmp_path):
-    (place / "memory.py").write_text(MEMORY)
-    for host in start(2, tmp_path / "export", script=place / "memory.py"):
+def test_no_host_requires_memory_for_the_whole_model_to_save_it(start, data_dir, tmp_path):
+    (data_dir / "memory.py").write_text(MEMORY)
+    for host in start(2, tmp_path / "export", script=data_dir / "memory.py"):
         output = re.search(r"(\d+) MB above, of a model of (\d+) MB", host.wait(0))
         assert output is not None
         above, size = map(int, output.groups())
@@ -408,10 +408,10 @@ def test_no_host_has_the_whole_model_in_memory_to_write_it(start, place, tmp_pat
 
 
 @pytest.mark.long
-def test_two_processes_at_an_address_train_as_one(start, alone, tmp_path):
-    """Each process has its own copy. The run at the address is resumed by two processes and by one."""
+def test_two_processes_at_an_address_train_as_one(start, run_alone, tmp_path):
+    """Each process has its own copy. Two processes resume the run at the address, and then one process."""
     mesh = ("--mesh.data", "1", "--mesh.fsdp", "2")
-    one = alone(*mesh)
+    one = run_alone(*mesh)
     bucket = tmp_path / "bucket" / "run"
     more = (*mesh, "--workdir", f"file://{bucket}")
     first, second = start(2, *more)
@@ -432,9 +432,9 @@ def test_two_processes_at_an_address_train_as_one(start, alone, tmp_path):
 
 
 @pytest.mark.long
-def test_two_processes_start_from_weights_and_know_when_they_are_done(start, alone, tmp_path):
-    begin = ("--init", alone() / "export")
-    one = alone(*begin)
+def test_two_processes_start_from_weights_and_detect_a_finished_run(start, run_alone, tmp_path):
+    begin = ("--init", run_alone() / "export")
+    one = run_alone(*begin)
     for output in ("held-out loss", "is already finished, at step 12; nothing is left to do"):
         first, second = start(2, *begin, "--workdir", tmp_path / "two")
         assert output in first.wait(0)
@@ -443,7 +443,7 @@ def test_two_processes_start_from_weights_and_know_when_they_are_done(start, alo
 
 
 @pytest.mark.long
-def test_a_corrupt_checkpoint_ends_both_and_the_previous_one_is_resumed(start, tmp_path):
+def test_a_corrupt_checkpoint_ends_both_hosts_and_the_previous_one_is_resumed(start, tmp_path):
     more = ("--workdir", tmp_path / "run", "--mesh.data", "1", "--mesh.fsdp", "2")
     for host in start(2, *more):
         host.wait(0)
@@ -466,7 +466,7 @@ STEPS = ("--steps", "150", "--checkpoint-every", "10", "--eval-every", "50", "--
 
 
 @pytest.mark.long
-def test_a_signal_to_one_stops_all_at_the_same_step(start, tmp_path):
+def test_a_signal_to_one_host_stops_all_hosts_at_the_same_step(start, tmp_path):
     more = ("--workdir", tmp_path / "run", "--steps", "2000", "--checkpoint-every", "1000", "--eval-every", "0")
     first, second = start(2, *more)
     first.wait_for("step 8/")
@@ -483,12 +483,12 @@ def test_a_signal_to_one_stops_all_at_the_same_step(start, tmp_path):
 
 @pytest.mark.long
 @pytest.mark.parametrize(("victim", "resuming"), [(0, (1, 4)), (1, (2,))])
-def test_a_killed_host_ends_the_other_and_any_number_of_hosts_resumes(start, alone, tmp_path, victim, resuming):
+def test_a_killed_host_ends_the_other_and_any_number_of_hosts_resumes(start, run_alone, tmp_path, victim, resuming):
     both = start(2, *STEPS, "--workdir", tmp_path / "run")
     both[0].wait_for("step 65/")
     both[victim].process.send_signal(signal.SIGKILL)
     begin = time.monotonic()
-    output = both[1 - victim].wait(1, GONE_WITHIN)
+    output = both[1 - victim].wait(1, MAX_DETECTION_SECONDS)
     print(f"host {1 - victim} ended {time.monotonic() - begin:.1f} s after host {victim} was killed")
     assert f"error: host {victim} of 2 was lost" in output and "the same command" in output
     reached = max(int(path.name) for path in (tmp_path / "run" / "checkpoints").glob("[0-9]*") if path.name.isdigit())
@@ -501,7 +501,7 @@ def test_a_killed_host_ends_the_other_and_any_number_of_hosts_resumes(start, alo
         assert f"resuming  at step {reached}\n" in output and "corrupt" not in output
         for other in again[1:]:
             other.wait(0)
-        assert_alike(folder, alone(*STEPS), rel=1e-4)
+        assert_alike(folder, run_alone(*STEPS), rel=1e-4)
 
 
 @pytest.mark.long
@@ -510,7 +510,7 @@ def test_the_other_hosts_report_which_host_was_lost(start, tmp_path):
     three[0].wait_for("step 20/")
     three[1].process.send_signal(signal.SIGKILL)
     for host in (three[0], three[2]):
-        assert "error: host 1 of 3 was lost" in host.wait(1, GONE_WITHIN)
+        assert "error: host 1 of 3 was lost" in host.wait(1, MAX_DETECTION_SECONDS)
 
 
 # Errors before the start
@@ -526,35 +526,35 @@ def test_hosts_with_different_configs_do_not_start(start, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_coordinator_that_cannot_be_reached(start, place, tmp_path, monkeypatch):
+def test_an_unreachable_coordinator_is_reported(start, data_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("JAXLM_TIMEOUT", "3")
     address = f"localhost:{free_port()}"
     variables = {"JAXLM_COORDINATOR": address, "JAXLM_PROCESSES": "2", "JAXLM_PROCESS": "1"}
-    command = (TRAIN, place / "tiny.py", "--workdir", tmp_path / "run")
+    command = (TRAIN, data_dir / "tiny.py", "--workdir", tmp_path / "run")
     begin = time.monotonic()
-    second = Host(place, command, variables, tmp_path / "second.txt", 1)
+    second = Host(data_dir, command, variables, tmp_path / "second.txt", 1)
     output = second.wait(2, 60)
     assert time.monotonic() - begin < 40
     assert f"error: host 1 of 2 found no coordinator at {address} in 3 s; start host 0 there, fix JAXLM_COORD" in output
     assert "JAXLM_TIMEOUT" in output and output.count("\n") == 1
 
 
-def test_a_host_that_does_not_come(place, tmp_path, monkeypatch):
+def test_a_missing_host_is_reported(data_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("JAXLM_TIMEOUT", "3")
     address = f"localhost:{free_port()}"
     variables = {"JAXLM_COORDINATOR": address, "JAXLM_PROCESSES": "2", "JAXLM_PROCESS": "0"}
-    command = (TRAIN, place / "tiny.py", "--workdir", tmp_path / "run")
-    output = Host(place, command, variables, tmp_path / "first.txt", 1).wait(2, 60)
+    command = (TRAIN, data_dir / "tiny.py", "--workdir", tmp_path / "run")
+    output = Host(data_dir, command, variables, tmp_path / "first.txt", 1).wait(2, 60)
     assert f"error: host 0 of 2 waited 3 s at {address}, and not all hosts came; start all" in output
 
 
-def test_a_coordinator_whose_port_is_taken(place, tmp_path, monkeypatch):
+def test_a_coordinator_port_in_use_is_reported(data_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("JAXLM_TIMEOUT", "3")
-    with socket.socket(socket.AF_INET6) as taken:
-        taken.bind(("::", 0))
-        taken.listen()
-        address = f"localhost:{taken.getsockname()[1]}"
+    with socket.socket(socket.AF_INET6) as listener:
+        listener.bind(("::", 0))
+        listener.listen()
+        address = f"localhost:{listener.getsockname()[1]}"
         variables = {"JAXLM_COORDINATOR": address, "JAXLM_PROCESSES": "2", "JAXLM_PROCESS": "0"}
-        command = (TRAIN, place / "tiny.py", "--workdir", tmp_path / "run")
-        output = Host(place, command, variables, tmp_path / "first.txt", 1).wait(2, 60)
+        command = (TRAIN, data_dir / "tiny.py", "--workdir", tmp_path / "run")
+        output = Host(data_dir, command, variables, tmp_path / "first.txt", 1).wait(2, 60)
     assert f"error: host 0 cannot be the coordinator at {address}: Address already in use; give JAXLM_COORD" in output

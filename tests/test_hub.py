@@ -73,7 +73,7 @@ MIXED = {  # unordered dtypes, unusual names, no elements, no axes, views
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (1,), (5, 3), (2, 3, 4, 5)], ids=str)
-def test_what_is_written_is_read_and_is_what_the_formats_own_package_writes(tmp_path, dtype, shape):
+def test_a_file_is_read_exactly_and_equals_the_file_of_safetensors(tmp_path, dtype, shape):
     x = random(shape, dtype)
     write({"x": x, "y": x}, tmp_path / WEIGHTS)
     found = read(tmp_path)
@@ -83,7 +83,7 @@ def test_what_is_written_is_read_and_is_what_the_formats_own_package_writes(tmp_
     assert (tmp_path / WEIGHTS).read_bytes() == theirs
 
 
-def test_many_dtypes_names_and_views_in_one_file(tmp_path):
+def test_a_file_may_have_many_dtypes_names_and_views(tmp_path):
     write(MIXED, tmp_path / WEIGHTS, metadata={"über": "\n"})
     assert all_bits(read(tmp_path)) == all_bits(MIXED)
     theirs = dict(reference.deserialize((tmp_path / WEIGHTS).read_bytes()))
@@ -93,12 +93,12 @@ def test_many_dtypes_names_and_views_in_one_file(tmp_path):
         assert file.metadata() == {"über": "\n"}
 
 
-def test_an_empty_file_is_a_file(tmp_path):
+def test_a_file_may_have_no_tensors(tmp_path):
     write({}, tmp_path / WEIGHTS)
     assert dict(read(tmp_path)) == {}
 
 
-def test_a_view_costs_nothing_and_cannot_be_written_to(tmp_path):
+def test_a_view_is_read_only_and_outlives_a_release(tmp_path):
     x = random((4, 6))
     write({"x": x}, tmp_path / WEIGHTS)
     stored = read(tmp_path)["x"]
@@ -124,7 +124,7 @@ def test_tensors_outlive_their_file(tmp_path):
     assert all_bits(found) == all_bits(MIXED)
 
 
-def test_a_system_that_takes_no_memory_back_reads_the_same(tmp_path, monkeypatch):
+def test_a_system_without_madvise_reads_the_same(tmp_path, monkeypatch):
     monkeypatch.delattr(mmap, "MADV_DONTNEED", raising=False)
     write(MIXED, tmp_path / WEIGHTS)
     assert all_bits(read(tmp_path)) == all_bits(MIXED)
@@ -143,7 +143,7 @@ def test_shards_are_those_of_transformers(tmp_path_factory, sizes, limit):
         max_shard_size=limit,
         filename_pattern="model{suffix}.safetensors",
     )
-    shards = {name for name, held in theirs.filename_to_tensors.items() if held} or {WEIGHTS}
+    shards = {name for name, members in theirs.filename_to_tensors.items() if members} or {WEIGHTS}
     if len(theirs.filename_to_tensors) > 1:
         index = json.loads((folder / INDEX).read_text())
         assert index == {"metadata": theirs.metadata, "weight_map": theirs.tensor_to_filename}
@@ -151,7 +151,7 @@ def test_shards_are_those_of_transformers(tmp_path_factory, sizes, limit):
     assert {path.name for path in folder.iterdir()} == shards
 
 
-def test_a_model_replaces_whatever_weights_a_folder_had(tmp_path):
+def test_a_model_replaces_all_weights_of_a_folder(tmp_path):
     (tmp_path / "config.json").touch()
     one, few, many = ({f"{i}": random((n, 10))} | {"x": random((3, 10))} for i, n in enumerate((1, 2, 3)))
     for tensors, limit, files in ((one, 1000, 1), (few, 120, 3), (many, 1, 3), (one, 1000, 1), (many, 1, 3)):
@@ -165,8 +165,8 @@ def full_disk(*_):
 
 
 FAILURES = {
-    "interrupted": (KeyboardInterrupt, "by hand"),
-    "not as announced": (ValueError, r"z is float32 \(3,\), expected float32 \(2,\)"),
+    "interrupted": (KeyboardInterrupt, "manually"),
+    "another shape": (ValueError, r"z is float32 \(3,\), expected float32 \(2,\)"),
     "full disk": (OSError, "No space left"),
     "dtype": (UserError, "z has dtype complex128, which safetensors does not support; known: BOOL"),
 }
@@ -176,15 +176,15 @@ FAILURES = {
 @pytest.mark.parametrize("before", [None, 10**9, 1])
 @pytest.mark.parametrize("failure", FAILURES)
 def test_a_model_is_written_atomically(tmp_path, monkeypatch, failure, before, limit):
-    def interrupted():
-        raise KeyboardInterrupt("by hand")
+    def interrupt():
+        raise KeyboardInterrupt("manually")
 
     if before is not None:
         write_sharded(MIXED, tmp_path, max_shard_bytes=before)
     before_write = tree(tmp_path)
     z = {
-        "interrupted": Pending((2,), np.dtype(np.float32), interrupted),
-        "not as announced": Pending((2,), np.dtype(np.float32), lambda: np.zeros(3, np.float32)),
+        "interrupted": Pending((2,), np.dtype(np.float32), interrupt),
+        "another shape": Pending((2,), np.dtype(np.float32), lambda: np.zeros(3, np.float32)),
         "full disk": random((2,)),
         "dtype": np.zeros(2, np.complex128),
     }[failure]
@@ -198,16 +198,16 @@ def test_a_model_is_written_atomically(tmp_path, monkeypatch, failure, before, l
         assert error.value.errno == errno.ENOSPC
 
 
-def test_tensors_are_made_one_at_a_time(tmp_path):
-    alive = []
+def test_tensors_are_created_one_at_a_time(tmp_path):
+    created = []
 
-    def make(i):
-        alive.append(i)
+    def create(i):
+        created.append(i)
         return np.full(2, i, np.float32)
 
-    tensors = {f"{i}": Pending((2,), np.dtype(np.float32), partial(make, i)) for i in range(4)}
+    tensors = {f"{i}": Pending((2,), np.dtype(np.float32), partial(create, i)) for i in range(4)}
     write_sharded(tensors, tmp_path, max_shard_bytes=16)
-    assert alive == [0, 1, 2, 3]
+    assert created == [0, 1, 2, 3]
     assert [np.asarray(x).tolist() for x in read(tmp_path).values()] == [[i, i] for i in range(4)]
 
 
@@ -238,8 +238,8 @@ CORRUPT = {
     "deep": (file(b'{"x":' * 100_000), "recursion"),
     "deep lists": (file(b"[" * 100_000), "recursion"),
     "many digits": (file(b'{"x":' + b"1" * 5000 + b"}"), "4300 digits"),
-    "twice": (file(b'{"x":%b,"x":%b}' % ((json.dumps(F32).encode(),) * 2)), "it contains 'x' twice"),
-    "field twice": (file(b'{"x":{"dtype":"F32","dtype":"F32"}}'), "it contains 'dtype' twice"),
+    "duplicate name": (file(b'{"x":%b,"x":%b}' % ((json.dumps(F32).encode(),) * 2)), "it contains 'x' twice"),
+    "duplicate field": (file(b'{"x":{"dtype":"F32","dtype":"F32"}}'), "it contains 'dtype' twice"),
     "NaN": (file({"x": float("nan")}), "'x' is nan, not dtype, shape and data_offsets"),
     "null": (file({"x": None}), "'x' is None, not"),
     "field missing": (file({"x": {"dtype": "F32", "shape": [2]}}), "'x' is {'dtype': 'F32', 'shape': "),
@@ -268,16 +268,16 @@ CORRUPT = {
     "overlap": (file({"x": F32, "y": F32}, bytes(16)), "'y' begins at byte 130 of the file, not at 138"),
     "hole": (file({"x": LATER}, bytes(16)), "'x' begins at byte .* of the file, not at"),
     "data missing": (file({"x": F32, "y": LATER}, bytes(15)), "tensors end at byte"),
-    "data left": (file({"x": F32}, bytes(9)), "tensors end at byte"),
-    "data of nobody": (file({}), "tensors end at byte 10 of the file"),
+    "data after the tensors": (file({"x": F32}, bytes(9)), "tensors end at byte"),
+    "data without tensors": (file({}), "tensors end at byte 10 of the file"),
 }
 
 
-STRICTER = {"twice", "field unknown", "many axes"}  # cases that the reference package accepts
+STRICTER = {"duplicate name", "field unknown", "many axes"}  # cases that the reference package accepts
 
 
 @pytest.mark.parametrize("case", CORRUPT)
-def test_corrupt_files_are_refused_and_the_message_says_why(tmp_path, case):
+def test_corrupt_files_are_refused_and_the_message_gives_the_reason(tmp_path, case):
     content, reason = CORRUPT[case]
     (tmp_path / WEIGHTS).write_bytes(content)
     message = rf"{WEIGHTS} \({len(content):,} bytes\) is truncated or corrupt: .*{reason}.*; download the file again"
@@ -290,7 +290,7 @@ def test_corrupt_files_are_refused_and_the_message_says_why(tmp_path, case):
 
 
 @pytest.mark.parametrize("dtype", ["F4", "F6_E2M3", "f32", "I128", "", None, 3, ["F32"], "x" * 10**6])
-def test_other_dtypes_are_named(tmp_path, dtype):
+def test_the_message_names_an_unsupported_dtype(tmp_path, dtype):
     (tmp_path / WEIGHTS).write_bytes(file({"x": F32 | {"dtype": dtype}}))
     with pytest.raises(
         UserError, match=rf"has 'x' in dtype {re.escape(repr(dtype))[:40]}.*known: BOOL, .*convert the file"
@@ -298,7 +298,7 @@ def test_other_dtypes_are_named(tmp_path, dtype):
         read(tmp_path)
 
 
-def test_every_cut_and_every_addition_is_noticed(tmp_path):
+def test_truncated_and_extended_files_are_refused(tmp_path):
     path = tmp_path / WEIGHTS
     write(MIXED, path)
     whole = path.read_bytes()
@@ -309,37 +309,37 @@ def test_every_cut_and_every_addition_is_noticed(tmp_path):
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, INDEX])
-def test_what_is_not_a_regular_file_is_refused(tmp_path, monkeypatch, name):
+def test_a_path_that_is_not_a_regular_file_is_refused(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)  # the path of a socket must be short
     path = tmp_path / name
 
-    def refused(message):
+    def check_refusal(message):
         with pytest.raises(UserError, match=message):
             read(tmp_path)
         path.unlink()
 
     os.mkfifo(name)
-    refused("is not a regular file")
+    check_refusal("is not a regular file")
     with socket.socket(socket.AF_UNIX) as end:
         end.bind(name)
-        refused("cannot be read")
+        check_refusal("cannot be read")
     path.symlink_to("/dev/zero")
-    refused("is not a regular file")
+    check_refusal("is not a regular file")
     path.symlink_to("absent")
-    refused(r"cannot be read \(No such file")
+    check_refusal(r"cannot be read \(No such file")
     path.symlink_to(path)
-    refused("cannot be read")
+    check_refusal("cannot be read")
     path.touch()
     with monkeypatch.context() as patch:
         patch.setattr(os, "open", lambda *_: (_ for _ in ()).throw(PermissionError(errno.EACCES, "Permission denied")))
-        refused(r"cannot be read \(Permission denied\)")
+        check_refusal(r"cannot be read \(Permission denied\)")
     path.mkdir()
     with pytest.raises(UserError, match=r"cannot be read \(Is a directory\)"):
         read(tmp_path)
 
 
 @pytest.mark.parametrize("folder", ["file", "file/below", "x" * 300, "nul\0"])
-def test_what_is_not_a_folder_is_refused(tmp_path, folder):
+def test_a_path_that_is_not_a_folder_is_refused(tmp_path, folder):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=f"has no weights: neither {WEIGHTS} nor {INDEX} .*; add them"):
         read(tmp_path / folder)
@@ -355,15 +355,17 @@ CODES = st.sampled_from(["BOOL", "U8", "F16", "BF16", "F32", "I64", "F8_E4M3", "
 
 
 @st.composite
-def spoilt_files(draw) -> bytes:
+def altered_files(draw) -> bytes:
     """Draws a file with some bytes changed, removed or added, or with a wrong header."""
     whole = safetensors.numpy.save({name: MIXED[name] for name in ("a", "b.2", "ä", "none")}, {"format": "pt"})
     start = 8 + int.from_bytes(whole[:8], "little")
     header, data = json.loads(whole[8:start]), whole[start:]
     if draw(st.booleans()):
         raw = bytearray(whole)
-        for at, byte in draw(st.lists(st.tuples(st.integers(0, len(whole) - 1), st.integers(0, 255)), max_size=4)):
-            raw[at] = byte
+        for position, byte in draw(
+            st.lists(st.tuples(st.integers(0, len(whole) - 1), st.integers(0, 255)), max_size=4)
+        ):
+            raw[position] = byte
         return bytes(raw[: draw(st.integers(0, len(raw)) | st.just(len(raw)))]) + draw(st.just(b"") | st.binary())
     for _ in range(draw(st.integers(1, 3))):
         name = draw(st.sampled_from(sorted(header)) | st.text(max_size=3))
@@ -378,8 +380,8 @@ def spoilt_files(draw) -> bytes:
 
 
 @settings(deadline=None, max_examples=1000)
-@given(spoilt_files())
-def test_a_spoilt_file_is_refused_or_read_as_the_formats_own_package_reads_it(tmp_path_factory, content):
+@given(altered_files())
+def test_an_altered_file_is_refused_or_read_as_safetensors_reads_it(tmp_path_factory, content):
     folder = tmp_path_factory.getbasetemp()
     (folder / WEIGHTS).write_bytes(content)
     try:
@@ -400,7 +402,7 @@ def test_a_spoilt_file_is_refused_or_read_as_the_formats_own_package_reads_it(tm
 
 @settings(deadline=None, max_examples=500)
 @given(st.data())
-def test_a_spoilt_index_is_refused_or_true(tmp_path_factory, data):
+def test_an_altered_index_is_refused_or_correct(tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp() / "index"
     if not folder.exists():
         folder.mkdir()
@@ -410,8 +412,10 @@ def test_a_spoilt_index_is_refused_or_true(tmp_path_factory, data):
     names, files = st.sampled_from(sorted(MIXED)) | st.text(max_size=3), st.sampled_from(sorted(os.listdir(folder)))
     if data.draw(st.booleans()):
         raw = bytearray(whole)
-        for at, byte in data.draw(st.lists(st.tuples(st.integers(0, len(whole) - 1), st.integers(0, 255)), max_size=3)):
-            raw[at] = byte
+        for position, byte in data.draw(
+            st.lists(st.tuples(st.integers(0, len(whole) - 1), st.integers(0, 255)), max_size=3)
+        ):
+            raw[position] = byte
         content = bytes(raw[: data.draw(st.integers(0, len(raw)) | st.just(len(raw)))])
     else:
         odd = st.sampled_from(["..", "/", ".safetensors", "a\0.safetensors", "x" * 300 + ".safetensors"])
@@ -429,7 +433,7 @@ def test_a_spoilt_index_is_refused_or_true(tmp_path_factory, data):
         assert all_bits(found).items() <= all_bits(MIXED).items()
 
 
-def test_a_tensor_that_two_shards_hold_is_refused(tmp_path):
+def test_a_tensor_in_two_shards_is_refused(tmp_path):
     write({"x": random((2,))}, tmp_path / "a.safetensors")
     write({"x": random((3,)), "y": random((1,))}, tmp_path / "b.safetensors")
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}))
@@ -486,25 +490,25 @@ for work in (write, view, copy, index, transposed):
 
 
 @pytest.mark.long
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is Linux's to tell")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux reports the peak of a process")
 def test_a_model_is_read_and_written_in_the_memory_of_its_largest_tensor(tmp_path):
-    done = subprocess.run([sys.executable, "-c", MEMORY, tmp_path], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    peaks = {label: float(mib) for label, mib in map(str.split, done.stdout.splitlines())}
-    print(f"a file of 1,024 MiB, tensors of 64 MiB; MiB more at the peak: {peaks}")
+    result = subprocess.run([sys.executable, "-c", MEMORY, tmp_path], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    peaks = {label: float(mib) for label, mib in map(str.split, result.stdout.splitlines())}
+    print(f"a file of 1,024 MiB, tensors of 64 MiB; increase of the peak in MiB: {peaks}")
     assert (tmp_path / WEIGHTS).stat().st_size > 1 << 30
     # In units of tensors: allocated memory, and mapped bytes of the file.
-    made = {"write": 1, "view": 0, "copy": 1, "index": 0.5, "transposed": 1}
+    allocated = {"write": 1, "view": 0, "copy": 1, "index": 0.5, "transposed": 1}
     mapped = {"view": 1, "index": 1, "transposed": 1}
     for label, peak in peaks.items():
-        assert peak < 64 * (made[label] + mapped.get(label, 0)) + 16, label
+        assert peak < 64 * (allocated[label] + mapped.get(label, 0)) + 16, label
 
 
 # The hub
 
 
 class Hub(ThreadingHTTPServer):
-    """A hub for huggingface_hub, with models `name -> revision -> file -> content`; the first revision is main."""
+    """Serves models, `name -> revision -> file -> content`, to huggingface_hub. The first revision is main."""
 
     def __init__(self, models: dict[str, dict[str, dict[str, bytes]]]) -> None:
         super().__init__(("127.0.0.1", 0), HubRequest)
@@ -512,7 +516,7 @@ class Hub(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
-    def fetched(self) -> set[str]:
+    def fetched_files(self) -> set[str]:
         """Returns the files that were sent since the last call, and checks that none was sent twice."""
         sent, self.sent = self.sent, []
         assert len(set(sent)) == len(sent)
@@ -530,19 +534,19 @@ class HubRequest(BaseHTTPRequestHandler):
             return self.answer(503)
         if name is None:
             return self.answer(404, {"X-Error-Code": "RepoNotFound"})
-        what, _, rest = f"{path}/".partition(f"{name}/")[2].strip("/").partition("/")
+        endpoint, _, rest = f"{path}/".partition(f"{name}/")[2].strip("/").partition("/")
         revisions = self.server.models[name]
         commits = {commit(name, revision): revision for revision in revisions}
-        asked, _, file = rest.partition("/")
-        revision = commits.get(asked, asked) or next(iter(revisions))
+        reference, _, file = rest.partition("/")
+        revision = commits.get(reference, reference) or next(iter(revisions))
         revision = next(iter(revisions)) if revision == "main" else revision
         if revision not in revisions:
             return self.answer(404, {"X-Error-Code": "RevisionNotFound"})
         files = revisions[revision]
-        if what == "tree":
+        if endpoint == "tree":
             entries = [{"type": "file", "path": p, "size": len(c), "oid": f"{len(c):040}"} for p, c in files.items()]
             return self.answer(200, content=json.dumps(entries).encode())
-        if what != "resolve":
+        if endpoint != "resolve":
             siblings = [{"rfilename": file} for file in files]
             values = {"id": name, "sha": commit(name, revision), "siblings": siblings}
             return self.answer(200, content=json.dumps(values).encode())
@@ -587,7 +591,7 @@ MODELS = {
     "org/pickled": {"main": OTHERS | SMALL},
     "org/words": {"main": SMALL},
     "org/gated": {"main": SMALL},
-    "org/lies": {"main": {INDEX: b'{"weight_map": {"a": "../b.safetensors"}}'}},
+    "org/outside": {"main": {INDEX: b'{"weight_map": {"a": "../b.safetensors"}}'}},
     "org/broken": {},
 }
 FETCH = """
@@ -610,16 +614,16 @@ def hub():
     server.server_close()
 
 
-def ask(home: Path, url: str, *names, **environment: str) -> list[str]:
-    """Returns the folders or errors from a new process with this cache and hub, which are fixed at its start."""
-    asked = [(name, {}) if isinstance(name, str) else name for name in names]
-    own = {name: value for name, value in os.environ.items() if not re.match("HF_|HUGGING|.*_proxy$", name, re.I)}
-    own |= {"HF_HOME": str(home), "HF_ENDPOINT": url, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    own |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*"} | environment
-    command = [sys.executable, "-c", FETCH, json.dumps(asked)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=own, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return list(map(json.loads, done.stdout.splitlines()))
+def fetch_in_process(home: Path, url: str, *names, **environment: str) -> list[str]:
+    """Returns the folders or errors that a new process prints, since a process reads its cache and hub at its start."""
+    requests = [(name, {}) if isinstance(name, str) else name for name in names]
+    variables = {name: value for name, value in os.environ.items() if not re.match("HF_|HUGGING|.*_proxy$", name, re.I)}
+    variables |= {"HF_HOME": str(home), "HF_ENDPOINT": url, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    variables |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*"} | environment
+    command = [sys.executable, "-c", FETCH, json.dumps(requests)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=variables, timeout=60)
+    assert result.returncode == 0, result.stderr
+    return list(map(json.loads, result.stdout.splitlines()))
 
 
 def deep_tree(folder: str) -> dict[str, bytes]:
@@ -627,8 +631,8 @@ def deep_tree(folder: str) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
-def test_a_model_comes_once_and_without_what_nobody_reads(hub, tmp_path):
-    wanted = {
+def test_a_model_is_downloaded_once_and_without_unused_files(hub, tmp_path):
+    expected = {
         "org/model": SMALL | MODULES | {WEIGHTS: b"weights"},
         "small": SMALL | {WEIGHTS: b"weights of small"},
         "org/sharded": SHARDED | {"config.json": b"{}"},
@@ -636,37 +640,37 @@ def test_a_model_comes_once_and_without_what_nobody_reads(hub, tmp_path):
         "org/words": SMALL,
     }
     unknown = "org/pickled"  # not in the cache
-    outside = f"{unknown} is not a folder, and the cache has no complete copy of"
-    with socket.socket() as nobody:
-        nobody.bind(("127.0.0.1", 0))  # a port without a listener
-        nowhere = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+    not_cached = f"{unknown} is not a folder, and the cache has no complete copy of"
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # a port without a listener
+        no_hub = f"http://127.0.0.1:{unused.getsockname()[1]}"
         hub.sent.clear()
-        *folders, again = ask(tmp_path, hub.url, *wanted, "small")
-        assert list(map(deep_tree, folders)) == list(wanted.values())
+        *folders, again = fetch_in_process(tmp_path, hub.url, *expected, "small")
+        assert list(map(deep_tree, folders)) == list(expected.values())
         assert again == folders[1]
-        assert hub.fetched() == {f"{name}/{file}" for name in wanted for file in wanted[name]}
+        assert hub.fetched_files() == {f"{name}/{file}" for name in expected for file in expected[name]}
 
         offline = [("small", {"offline": True}), (unknown, {"offline": True})]
-        *again, refused, small, refused_too = ask(tmp_path, nowhere, *wanted, unknown, *offline)
+        *again, refused, small, refused_too = fetch_in_process(tmp_path, no_hub, *expected, unknown, *offline)
         assert (again, small) == (folders, folders[1])
-        assert re.match(f"refused: {unknown} is not a folder, and {nowhere}/{unknown} .* cannot be reached", refused)
-        assert re.match(f"refused: {outside}", refused_too)
+        assert re.match(f"refused: {unknown} is not a folder, and {no_hub}/{unknown} .* cannot be reached", refused)
+        assert re.match(f"refused: {not_cached}", refused_too)
 
-        *again, refused = ask(tmp_path, hub.url, *wanted, unknown, HF_HUB_OFFLINE="1")
+        *again, refused = fetch_in_process(tmp_path, hub.url, *expected, unknown, HF_HUB_OFFLINE="1")
         assert again == folders
-        assert re.match(f"refused: {outside}", refused)
-        assert not hub.fetched()
+        assert re.match(f"refused: {not_cached}", refused)
+        assert not hub.fetched_files()
 
 
-def test_revisions_and_a_cache_elsewhere(hub, tmp_path):
+def test_revisions_and_another_cache_are_supported(hub, tmp_path):
     first, second = (commit("org/model", revision) for revision in ("first", "v2"))
     revisions = [{"revision": revision} for revision in ("v2", second, first, "main")]
-    *folders, elsewhere = ask(
+    *folders, other = fetch_in_process(
         tmp_path / "home", hub.url, *(("org/model", r) for r in revisions), ("small", {"cache_dir": f"{tmp_path}/here"})
     )
     assert [Path(folder).name for folder in folders] == [second, second, first, first]
     assert [Path(folder, WEIGHTS).read_bytes() for folder in folders] == [b"others"] * 2 + [b"weights"] * 2
-    assert Path(elsewhere).is_relative_to(tmp_path / "here")
+    assert Path(other).is_relative_to(tmp_path / "here")
 
 
 def test_errors_of_the_hub_have_a_remedy(hub, tmp_path):
@@ -675,7 +679,7 @@ def test_errors_of_the_hub_have_a_remedy(hub, tmp_path):
         "org/gated": f"{hub.url}/org/gated has restricted access .*403.*request access .*`hf auth login`",
         "org/broken": f"{hub.url}/org/broken cannot be downloaded: the hub returned HTTP status 503; try later",
         "org/pickled": rf"{hub.url}/org/pickled has only pickled weights \(pytorch_model.bin, rng.pth\)",
-        "org/lies": r"lists '../b.safetensors'; a shard is a .safetensors file of the same folder",
+        "org/outside": r"lists '../b.safetensors'; a shard is a .safetensors file of the same folder",
         "a/b/c": "'a/b/c' is not a folder and not a valid name of a model",
         "./model": "'./model' is not a folder and not a valid name of a model",
         "": "'' is not a folder and not a valid name",
@@ -683,14 +687,14 @@ def test_errors_of_the_hub_have_a_remedy(hub, tmp_path):
         "x" * 300: "is not a folder and not a valid name",
     }
     hub.sent.clear()
-    answers = ask(tmp_path, hub.url, *refusals, ("small", {"revision": "v9"}))
+    answers = fetch_in_process(tmp_path, hub.url, *refusals, ("small", {"revision": "v9"}))
     refusals["revision"] = f"{hub.url}/small has no revision 'v9'; give one of its branches, tags or commits"
     for answer, message in zip(answers, refusals.values()):
         assert re.match(f"refused: .*{message}", answer)
-    assert not {name for name in hub.fetched() if re.search(r"\.(bin|pth|safetensors)$", name)}
+    assert not {name for name in hub.fetched_files() if re.search(r"\.(bin|pth|safetensors)$", name)}
 
 
-def test_a_local_folder_is_itself(tmp_path, monkeypatch):
+def test_a_local_folder_is_not_downloaded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "small").mkdir()
     assert fetch("small") == Path("small")
@@ -712,7 +716,7 @@ def test_a_local_folder_is_itself(tmp_path, monkeypatch):
         ),
     ],
 )
-def test_faults_on_the_way(monkeypatch, error, kind, message):
+def test_errors_during_a_download_have_a_message(monkeypatch, error, kind, message):
     def fail(*_, **__):
         raise error
 

@@ -38,7 +38,7 @@ def test_every_parameter_has_a_line(folder, capsys):
     assert f"{count_parameters(MODEL):,} parameters" in output
     assert (
         len(inspect.rows_of_folder(families.open_folder(folder))) == output.count("float32") - 1
-    )  # the last one is in the totals
+    )  # the last occurrence is in the totals
 
 
 def test_a_randomly_initialised_head_is_reported(folder, capsys):
@@ -50,7 +50,7 @@ def test_a_randomly_initialised_head_is_reported(folder, capsys):
     )
 
 
-def test_a_preset_a_config_and_a_run_that_has_no_export_yet(tmp_path, capsys):
+def test_presets_configs_and_runs_without_an_export_are_described(tmp_path, capsys):
     assert main(["inspect", "gpt2-xl"]) == 0
     assert "1,557,611,200 parameters" in capsys.readouterr().out
     run = RunConfig(model=MODEL)
@@ -77,10 +77,10 @@ def test_convert_changes_dtype_head_and_shards(folder, tmp_path, capsys):
     assert "embeddings.word_embeddings.weight" in safetensors.read(new)
 
 
-def test_the_sharding_of_parameters_is_a_table():
+def test_the_sharding_of_parameters_is_printed_as_a_table():
     mesh = {"data": 1, "fsdp": 4, "context": 1, "tensor": 2}
     table = inspect.sharding_table(MODEL, mesh)
     rows = {row[0]: row[1:] for row in table.rows}
     assert rows["encoder/layers/attention/query/kernel"] == ["2 x 16 x 2 x 8", "-, fsdp, tensor, -", "256"]
-    whole = inspect.describe_config(MODEL, mesh)
-    assert all(" ".join(row[-1:]) in whole for row in table.rows) and "on each of 8 devices" in table.note
+    output = inspect.describe_config(MODEL, mesh)
+    assert all(" ".join(row[-1:]) in output for row in table.rows) and "on each of 8 devices" in table.note

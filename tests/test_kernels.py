@@ -1,4 +1,4 @@
-"""Fused attention equals XLA's: splash in the interpreter of Pallas, on one device and on meshes, and on a TPU."""
+"""Fused attention equals that of XLA: splash in the interpreter of Pallas, on one device, on meshes and on a TPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from jaxlm.nn.attention import Scores, cross_mask, dot_product_attention, self_m
 from jaxlm.nn.kernels import Backend, backend_of, choose, fused, why_not
 
 B, T, C = 2, 256, 64
-# Lengths of the examples in each row: three examples and padding; one example that fills its row.
+# Lengths of the examples in each row: three examples and padding, and one example that fills its row.
 LENGTHS = ((100, 90, 40), (T,))
 MESHES = {
     "data2_tensor2": {"data": 2, "fsdp": 1, "tensor": 2},
@@ -33,8 +33,8 @@ TPU, H100, T4 = Backend("tpu", 5.0), Backend("cuda", 9.0), Backend("cuda", 7.5)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _blocks_are_small():
-    """Gives short rows several blocks: hidden, partly visible and fully visible ones."""
+def _small_blocks():
+    """Small blocks give short rows hidden, partly visible and fully visible blocks."""
     before, kernels.BLOCKS = kernels.BLOCKS, (128,)
     yield
     kernels.BLOCKS = before
@@ -51,8 +51,8 @@ def draw(*shapes: tuple[int, ...], dtype=jnp.float32) -> list[jax.Array]:
     return [jnp.asarray(random.standard_normal(shape), dtype) for shape in shapes]
 
 
-def read(attend, segments_BT, g_BTHC):
-    """Returns the outputs, with zeros for padding, and the gradients by queries, keys and values."""
+def outputs_and_gradients(attend, segments_BT, g_BTHC):
+    """Returns the outputs, with zeros for padding, and the gradients with respect to queries, keys and values."""
 
     def loss(q_BTHC, k_BSKC, v_BSKC):
         out_BTHC = attend(q_BTHC, k_BSKC, v_BSKC)
@@ -79,16 +79,16 @@ def assert_same(ours, theirs, tolerance: float):
         np.testing.assert_allclose(one, other, atol=tolerance * max(np.abs(other).max(), 1), rtol=0)
 
 
-def check(causal, window, H, K, cap, dtype="float32", C=C, mesh=None, T=T, lengths=LENGTHS, scale=0.2):
+def check_splash(causal, window, H, K, cap, dtype="float32", C=C, mesh=None, T=T, lengths=LENGTHS, scale=0.2):
     qkv = draw((B, T, H, C), (B, T, K, C), (B, T, K, C), dtype=dtype)
     (g_BTHC,) = draw((B, T, H, C))
     segments_BT = segments(lengths, T)
     options = {"causal": causal, "window": window, "scale": scale, "cap": cap}
     assert why_not("splash", TPU, mesh, *qkv[:2], cap=cap) is None
     splash = lambda q, k, v: fused("splash", mesh, q, k, v, segments_BT, segments_BT, **options, interpret=True)
-    ours = read(splash, segments_BT, g_BTHC)(*qkv)
+    ours = outputs_and_gradients(splash, segments_BT, g_BTHC)(*qkv)
     assert ours[0].dtype == dtype
-    theirs = read(partial(xla, segments_BT=segments_BT, **options), segments_BT, g_BTHC)(*qkv)
+    theirs = outputs_and_gradients(partial(xla, segments_BT=segments_BT, **options), segments_BT, g_BTHC)(*qkv)
     assert_same(ours, theirs, 1e-5 if dtype == "float32" else 2e-2)
 
 
@@ -102,7 +102,7 @@ QUICK = [
 
 @pytest.mark.parametrize("causal, window, H, K, cap, dtype", QUICK)
 def test_splash_equals_xla(causal, window, H, K, cap, dtype):
-    check(causal, window, H, K, cap, dtype)
+    check_splash(causal, window, H, K, cap, dtype)
 
 
 @pytest.mark.long
@@ -112,34 +112,36 @@ def test_splash_equals_xla(causal, window, H, K, cap, dtype):
 @pytest.mark.parametrize("window", [None, 30])
 @pytest.mark.parametrize("causal", [True, False])
 def test_splash_equals_xla_everywhere(causal, window, H, K, cap, dtype):
-    check(causal, window, H, K, cap, dtype)
+    check_splash(causal, window, H, K, cap, dtype)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("window", [1, 128, 200, T, T + 1])
 @pytest.mark.parametrize("causal", [True, False])
-def test_windows_of_any_width(causal, window):
-    check(causal, window, 2, 2, 0.0)
+def test_splash_supports_windows_of_any_width(causal, window):
+    check_splash(causal, window, 2, 2, 0.0)
 
 
 @pytest.mark.parametrize("C", [20, pytest.param(128, marks=pytest.mark.long)])
-def test_heads_of_any_width(C):
-    check(True, None, 2, 2, 0.0, C=C)
+def test_splash_supports_heads_of_any_width(C):
+    check_splash(True, None, 2, 2, 0.0, C=C)
 
 
-def test_rows_of_any_length():
-    check(True, None, 2, 2, 0.0, T=200, lengths=((90, 60), (200,)))
+def test_splash_supports_rows_of_any_length():
+    check_splash(True, None, 2, 2, 0.0, T=200, lengths=((90, 60), (200,)))
 
 
-def test_cross_attention():
-    """Targets attend to the source of their example; the lengths are not multiples of the block size."""
+def test_splash_cross_attention_equals_xla():
+    """Targets attend to the source of their example. The lengths are not multiples of the block size."""
     T, S = 130, 200
     q_BTHC, k_BSKC, v_BSKC, g_BTHC = draw((B, T, 2, C), (B, S, 1, C), (B, S, 1, C), (B, T, 2, C))
     segments_BT, segments_BS = segments(((50, 60), (130,)), T), segments(((120, 80), (90,)), S)
     splash = partial(fused, "splash", None, causal=False, scale=0.2, interpret=True)
-    ours = read(lambda q, k, v: splash(q, k, v, segments_BT, segments_BS), segments_BT, g_BTHC)
+    ours = outputs_and_gradients(lambda q, k, v: splash(q, k, v, segments_BT, segments_BS), segments_BT, g_BTHC)
     mask_BTS = cross_mask(segments_BT, segments_BS)
-    theirs = read(lambda q, k, v: dot_product_attention(q, k, v, mask_BTS, Scores(0.2)), segments_BT, g_BTHC)
+    theirs = outputs_and_gradients(
+        lambda q, k, v: dot_product_attention(q, k, v, mask_BTS, Scores(0.2)), segments_BT, g_BTHC
+    )
     assert_same(ours(q_BTHC, k_BSKC, v_BSKC), theirs(q_BTHC, k_BSKC, v_BSKC), 1e-5)
 
 
@@ -161,23 +163,23 @@ LONG_MESHES = [(name, causal, window) for name in MESHES for causal in (True, Fa
         *(pytest.param(*case, marks=pytest.mark.long) for case in LONG_MESHES),
     ],
 )
-def test_a_mesh_changes_nothing(name, causal, window):
-    check(causal, window, 4, 2, 5.0, mesh=mesh_of(name))
+def test_splash_on_a_mesh_equals_xla(name, causal, window):
+    check_splash(causal, window, 4, 2, 5.0, mesh=mesh_of(name))
 
 
-def test_long_rows_are_planned_once_and_small():
+def test_the_plan_of_long_rows_is_small_and_made_once():
     shape = (8192, 8192, 32, True, 1024, 0.0, 1, False)
     jax.jit(lambda: len(jax.tree.leaves(kernels._plan(*shape)))).trace()
     plan = kernels._plan(*shape)
     leaves = jax.tree.leaves(plan)
     assert plan is kernels._plan(*shape)
-    assert all(isinstance(leaf, np.ndarray) for leaf in leaves), "a trace owns it"
+    assert all(isinstance(leaf, np.ndarray) for leaf in leaves), "a leaf belongs to a trace"
     assert sum(leaf.nbytes for leaf in leaves) < 1 << 20
 
 
 @pytest.mark.parametrize("mesh", [None, "fsdp2_tensor2_context2"])
 @pytest.mark.parametrize("causal, window", [(True, None), (False, None), (True, 30), (False, 30)])
-def test_cudnn_gets_the_right_masks(causal, window, mesh, monkeypatch):
+def test_cudnn_receives_the_right_masks(causal, window, mesh, monkeypatch):
     """Computes the call to cuDNN with XLA instead."""
     theirs = partial(jax.nn.dot_product_attention, implementation="xla")
     features = lambda *qkv, implementation, **options: theirs(*qkv, **options)
@@ -187,8 +189,8 @@ def test_cudnn_gets_the_right_masks(causal, window, mesh, monkeypatch):
     segments_BT = segments(((30, 20), (T,)), T)
     mesh = mesh and mesh_of(mesh)
     cudnn = lambda q, k, v: fused("cudnn", mesh, q, k, v, segments_BT, segments_BT, **options)
-    ours = read(cudnn, segments_BT, g_BTHC)(q_BTHC, k_BSKC, v_BSKC)
-    theirs = read(partial(xla, segments_BT=segments_BT, **options, cap=0.0), segments_BT, g_BTHC)
+    ours = outputs_and_gradients(cudnn, segments_BT, g_BTHC)(q_BTHC, k_BSKC, v_BSKC)
+    theirs = outputs_and_gradients(partial(xla, segments_BT=segments_BT, **options, cap=0.0), segments_BT, g_BTHC)
     assert_same(ours, theirs(q_BTHC, k_BSKC, v_BSKC), 1e-5)
 
 
@@ -206,8 +208,10 @@ def test_cudnn_equals_xla_on_a_gpu(causal, window, T, lengths, H, K, C):
     if reason := why_not("cudnn", backend, None, *qkv[:2]):
         assert C > 128, reason
         pytest.skip(reason)
-    ours = read(lambda q, k, v: fused("cudnn", None, q, k, v, segments_BT, segments_BT, **options), segments_BT, g_BTHC)
-    theirs = read(partial(xla, segments_BT=segments_BT, **options, cap=0.0), segments_BT, g_BTHC)
+    ours = outputs_and_gradients(
+        lambda q, k, v: fused("cudnn", None, q, k, v, segments_BT, segments_BT, **options), segments_BT, g_BTHC
+    )
+    theirs = outputs_and_gradients(partial(xla, segments_BT=segments_BT, **options, cap=0.0), segments_BT, g_BTHC)
     with jax.default_matmul_precision("highest"):
         expected = theirs(*(x.astype(jnp.float32) for x in qkv))
     assert "fmha" in ours.lower(*qkv).compile().as_text()
@@ -272,8 +276,8 @@ COMPILES = """
 def test_splash_compiles_for_a_tpu():
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "XLA_FLAGS": ""}
     command = [sys.executable, "-c", textwrap.dedent(COMPILES)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, env=environment)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, env=environment)
+    assert process.returncode == 0, process.stderr
 
 
 def like(H: int = 4, K: int = 2, C: int = 64, T: int = 256, dtype=jnp.bfloat16, B: int = B) -> tuple:
@@ -302,18 +306,18 @@ def like(H: int = 4, K: int = 2, C: int = 64, T: int = 256, dtype=jnp.bfloat16, 
         ("cudnn", T4, {"dtype": jnp.float16}, {}, "this one has 7.5"),
     ],
 )
-def test_why_not(kernel, backend, sizes, features, message):
+def test_unsupported_kernels_have_a_reason(kernel, backend, sizes, features, message):
     reason = why_not(kernel, backend, None, *like(**sizes), **features)
     assert reason is None if message is None else message in reason
 
 
 @pytest.mark.parametrize("sizes, message", [({"B": 3}, "multiple of 2"), ({"K": 1}, "1 key-value heads"), ({}, None)])
-def test_why_not_on_a_mesh(sizes, message):
+def test_unsupported_kernels_on_a_mesh_have_a_reason(sizes, message):
     reason = why_not("splash", TPU, mesh_of("data2_tensor2"), *like(**sizes))
     assert reason is None if message is None else message in reason
 
 
-def test_choosing(capsys):
+def test_a_kernel_is_chosen_and_reported(capsys):
     kernels._print_once.cache_clear()
     assert choose(TPU, None, *like()) == "splash"
     assert choose(H100, None, *like()) == "cudnn"
@@ -336,6 +340,6 @@ def test_choosing(capsys):
         ({"platform": "gpu", "device_kind": "AMD Instinct MI300X", "compute_capability": "gfx942"}, Backend("rocm")),
     ],
 )
-def test_backends(device, backend):
+def test_a_device_has_a_backend(device, backend):
     assert backend_of(SimpleNamespace(devices=np.array([SimpleNamespace(**device)]))) == backend
     assert backend_of(None) == backend_of(mesh_of("context2")) == Backend("cpu")

@@ -1,4 +1,4 @@
-"""Which output of a head each label means: fine-tuning continues from the head of the weights, in its order."""
+"""The output of a head for each label: fine-tuning continues from the head of the weights, in its order."""
 
 from __future__ import annotations
 
@@ -44,22 +44,22 @@ WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "a
 NLI = ("entailment", "neutral", "contradiction")
 
 
-# Which name a label means
+# Names of labels
 
 
 @pytest.mark.parametrize(
     ("found", "names", "expected"),
     [
-        (["b", "a"], "a b c", "b a"),  # names as they are, some of them
+        (["b", "a"], "a b c", "b a"),  # some of the names, unchanged
         (["Entailment", "NEUTRAL "], " ".join(NLI), "entailment neutral"),
         (["not entailment", "Not-Neutral"], "not_entailment not_neutral", "not_entailment not_neutral"),
         (["0", "2"], " ".join(NLI), "entailment contradiction"),
         (["LABEL_1", "label_0"], " ".join(NLI), "neutral entailment"),
         (["1", "0"], "LABEL_0 LABEL_1", "LABEL_1 LABEL_0"),
         (["false", "true"], "LABEL_0 LABEL_1", "LABEL_0 LABEL_1"),
-        (["1", "5"], "1 2 3 4 5", "1 5"),  # the names are numbers: these are names
+        (["1", "5"], "1 2 3 4 5", "1 5"),  # the names are numbers, so the labels are names
         (["0", "1"], "1 2 3", None),
-        (["1", "2"], "1_star 2_stars 3_stars", None),  # the second is not 1
+        (["1", "2"], "1_star 2_stars 3_stars", None),  # the label 1 is not the second name
         (["0", "3"], " ".join(NLI), None),
         (["neg", "pos"], "LABEL_0 LABEL_1", None),
         (["0", "00"], " ".join(NLI), None),
@@ -72,7 +72,7 @@ NLI = ("entailment", "neutral", "contradiction")
         (["9" * 5000], " ".join(NLI), None),
     ],
 )
-def test_labels_mean_outputs(found, names, expected):
+def test_labels_match_names_of_outputs(found, names, expected):
     name_of = labels.match_labels(found, names.split())
     assert name_of == (None if expected is None else dict(zip(found, expected.split())))
 
@@ -82,22 +82,22 @@ NAMED = Classification(names=("b", "a"))
 
 
 @pytest.mark.parametrize(
-    ("task", "given", "outputs", "expected"),
+    ("task", "values", "outputs", "expected"),
     [
-        (NAMED, [0, 1], ("a", "b"), ["b", "a"]),  # the names say what numbers mean, as they did in training
+        (NAMED, [0, 1], ("a", "b"), ["b", "a"]),  # the names define the numbers, as in training
         (NAMED, ["c", "b"], ("a", "b", "c"), ["c", "b"]),
         (NAMED, ["b"], ("LABEL_0", "LABEL_1"), ["b"]),
         (replace(MULTI, names=("b", "a")), [[1, 0], [0, 0]], ("a", "b"), [("b",), ()]),
         (MULTI, [[1, 0, 0], [0, 1, 1]], ("a", "b", "c"), [("a",), ("b", "c")]),
         (MULTI, [[True, False, True]], ("a", "b", "c"), [("a", "c")]),
         (MULTI, [[1, 0, 0, 0]], ("a", "b", "c"), None),
-        (MULTI, [[0, 1]], ("a", "b", "c"), [("a", "b")]),  # numbers of classes
+        (MULTI, [[0, 1]], ("a", "b", "c"), [("a", "b")]),  # class numbers
     ],
 )
-def test_labels_of_other_data_mean_what_they_meant_in_training(task, given, outputs, expected):
+def test_labels_of_other_data_mean_the_same_as_in_training(task, values, outputs, expected):
     kind = TASKS[Classification]
-    places = [Place("rows", n) for n in range(len(given))]
-    part = Records([kind.read(task, {"text": "x", "label": label}, places[0]) for label in given], places)
+    places = [Place("rows", n) for n in range(len(values))]
+    part = Records([kind.read(task, {"text": "x", "label": label}, places[0]) for label in values], places)
     outputs = labels.output_names(task, outputs)
     if expected is None:
         with pytest.raises(UserError):
@@ -111,7 +111,7 @@ def test_lists_of_0_and_1_have_a_value_for_each_output():
     kind = TASKS[Classification]
     places = [Place("rows", n) for n in range(3)]
     part = Records([kind.read(MULTI, {"text": "x", "label": [1, 0, 0]}, place) for place in places], places)
-    kind.finalize_labels(MULTI, part, ())  # as reading does
+    kind.finalize_labels(MULTI, part, ())  # reading a data set calls this too
     with pytest.raises(UserError, match="holds 3 values of 0 and 1, and there are 4 classes"):
         labels.align_labels(kind, MULTI, part, part, Records([], []), ("a", "b", "c", "d"))
 
@@ -161,7 +161,7 @@ def test_schemes_mark_the_same_spans(kind, tags):
         ("untyped", "b i o b", [("", 0, 1), ("", 3, 3)]),
     ],
 )
-def test_kinds_of_tags(kind, tags, spans):
+def test_tags_have_the_expected_kind(kind, tags, spans):
     tags = tags.split()
     assert schemes.tag_kind(tags) == kind
     if spans is not None:
@@ -171,10 +171,10 @@ def test_kinds_of_tags(kind, tags, spans):
 HEADS = {
     "IOB2": ("O", "B-PER", "I-PER", "B-LOC", "I-LOC"),
     "IO": ("O", "LOC", "PER"),
-    "inside marks": ("O", "I-LOC", "I-PER"),
+    "I- tags": ("O", "I-LOC", "I-PER"),
     "IOBES": ("S-PER", "B-PER", "I-PER", "E-PER", "O", "S-LOC", "B-LOC", "I-LOC", "E-LOC"),
     "BILOU": ("U-PER", "B-PER", "I-PER", "L-PER", "O", "U-LOC", "B-LOC", "I-LOC", "L-LOC"),
-    "more": ("[CLS]", "O", "B-PER", "I-PER", "B-LOC", "I-LOC", "X"),
+    "other tags too": ("[CLS]", "O", "B-PER", "I-PER", "B-LOC", "I-LOC", "X"),
 }
 
 
@@ -184,18 +184,18 @@ def test_tags_of_the_data_become_those_of_the_head(head, data):
     names = HEADS[head]
     record = TASKS[Tagging].read(Tagging(), {"tokens": list("abcde"), "tags": data.split()}, Place("rows", 1))
     part = Records([record], [Place("rows", 1)])
-    [fitted] = TASKS[Tagging].map_labels(Tagging(), [part], names)
-    tags = fitted.records[0]["label"]
+    [mapped_part] = TASKS[Tagging].map_labels(Tagging(), [part], names)
+    tags = mapped_part.records[0]["label"]
     assert set(tags) <= set(names)
     kind = schemes.head_kind(names)
     assert [tuple(s) for s in schemes.spans(schemes.iob2(tags, kind))] == [("PER", 0, 1), ("LOC", 3, 3)]
-    [again] = TASKS[Tagging].map_labels(Tagging(), [fitted], names)
+    [again] = TASKS[Tagging].map_labels(Tagging(), [mapped_part], names)
     assert again.records[0]["label"] == tags
     if head == "BILOU":
         assert tags == ["B-PER", "L-PER", "O", "U-LOC", "O"]
 
 
-def tagged(*sentences: str, **fields: Any) -> tuple[Tagging, Records]:
+def tagging_records(*sentences: str, **fields: Any) -> tuple[Tagging, Records]:
     task = Tagging(**fields)
     rows = [{"tokens": sentence.split(), "tags": sentence.split()} for sentence in sentences]
     rows = [row | {"tags": [int(tag) if tag.isdigit() else tag for tag in row["tags"]]} for row in rows]
@@ -219,20 +219,21 @@ def tagged(*sentences: str, **fields: Any) -> tuple[Tagging, Records]:
         ("0 1", {"names": ("NOUN", "VERB")}, "NOUN VERB", "accuracy"),
     ],
 )
-def test_outputs_for_tags_of_any_kind(sentence, fields, names, scores):
-    task, part = tagged(sentence, **fields)
+def test_tags_of_any_kind_have_outputs(sentence, fields, names, scores):
+    task, part = tagging_records(sentence, **fields)
     kind = TASKS[Tagging]
     found, train, _ = labels.align_labels(kind, task, part, part, Records([], []), None)
     assert found == tuple(names.split())
-    made = kind(task, 16, 0, None, found)
-    assert made.scores[0] == scores
-    right = [{"prediction": record["label"]} for record in train.records]
-    assert made.score(train.records, right)[scores] == 1.0
-    made.describe_labels(train), made.sections(train, [row | {"confidence": 1.0} for row in right])
+    trained_task = kind(task, 16, 0, None, found)
+    assert trained_task.scores[0] == scores
+    correct = [{"prediction": record["label"]} for record in train.records]
+    assert trained_task.score(train.records, correct)[scores] == 1.0
+    trained_task.describe_labels(train)
+    trained_task.sections(train, [row | {"confidence": 1.0} for row in correct])
 
 
 def test_numbers_without_names_are_refused():
-    task, part = tagged("0 1 2")
+    task, part = tagging_records("0 1 2")
     with pytest.raises(UserError, match=r"'tags' holds numbers, 0, 1, 2 .*--task.names"):
         TASKS[Tagging].names(task, part)
 
@@ -244,36 +245,45 @@ ENCODER = ModelConfig(
 )
 
 
-def text(random: np.random.Generator) -> str:
+def random_text(random: np.random.Generator) -> str:
     return " ".join(random.choice(WORDS, 6))
 
 
 def class_row(random: np.random.Generator, names: Any = NLI) -> dict[str, Any]:
-    return {"text": text(random), "label": names[random.integers(len(names))]}
+    return {"text": random_text(random), "label": names[random.integers(len(names))]}
 
 
 def tags_row(random: np.random.Generator, names: Any) -> dict[str, Any]:
-    return {"tokens": text(random).split(), "tags": [names[i] for i in random.integers(len(names), size=6)]}
+    return {"tokens": random_text(random).split(), "tags": [names[i] for i in random.integers(len(names), size=6)]}
 
 
-def several_row(random: np.random.Generator) -> dict[str, Any]:
-    return {"text": text(random), "label": [name for name in ("a", "b", "c") if random.random() < 0.5]}
+def multi_label_row(random: np.random.Generator) -> dict[str, Any]:
+    return {"text": random_text(random), "label": [name for name in ("a", "b", "c") if random.random() < 0.5]}
 
 
 def choice_row(random: np.random.Generator) -> dict[str, Any]:
-    return {"question": text(random), "options": [text(random), text(random)], "label": int(random.integers(2))}
+    return {
+        "question": random_text(random),
+        "options": [random_text(random), random_text(random)],
+        "label": int(random.integers(2)),
+    }
 
 
 TINY = {"vocabulary": 80, "max_length": 32, "width": 16, "layers": 1, "heads": 2, "mlp_width": 24}
 ORDER = ("O", "I-PER", "B-PER", "I-LOC", "B-LOC")
-CASES: dict[str, tuple[Any, str, tuple[str, ...], Any]] = {  # the task, its head, the names of the head, a row
+CASES: dict[str, tuple[Any, str, tuple[str, ...], Any]] = {  # the task, its head, the names of the outputs, a row
     "classes in another order": (Classification(), "classes", NLI, class_row),
     "tags in another order": (Tagging(), "tokens", ORDER, lambda random: tags_row(random, sorted(ORDER))),
-    "numbers": (Classification(), "classes", ("LABEL_0", "LABEL_1", "LABEL_2"), lambda r: class_row(r, (2, 0, 1))),
-    "other letters": (Classification(), "classes", NLI, lambda r: class_row(r, [name.title() for name in NLI])),
-    "several": (Classification(problem="multi_label"), "classes", ("c", "a", "b"), several_row),
-    "fewer": (Classification(), "classes", NLI, lambda random: class_row(random, NLI[1:])),
-    "a scheme of the head's": (
+    "numbers as labels": (
+        Classification(),
+        "classes",
+        ("LABEL_0", "LABEL_1", "LABEL_2"),
+        lambda r: class_row(r, (2, 0, 1)),
+    ),
+    "capital letters": (Classification(), "classes", NLI, lambda r: class_row(r, [name.title() for name in NLI])),
+    "several labels": (Classification(problem="multi_label"), "classes", ("c", "a", "b"), multi_label_row),
+    "fewer labels": (Classification(), "classes", NLI, lambda random: class_row(random, NLI[1:])),
+    "another scheme of tags": (
         *(Tagging(), "tokens", ("O", "U-A", "B-A", "L-A", "I-A")),
         lambda random: tags_row(random, ("O", "B-A", "I-A")),
     ),
@@ -284,10 +294,10 @@ FAST = ("classes in another order", "tags in another order")
 
 @pytest.fixture
 def start(tmp_path):
-    """A function that saves a model with a head, and makes a run that continues from it."""
+    """Returns a function that saves a model with a head and returns a run that continues from it, and the rows."""
     tokenizer = tokenizers.train(WORDS, TokenizerConfig(train="wordpiece"), ENCODER.vocabulary)
 
-    def made(task: Any, head: str, names: tuple[str, ...], row: Any, **fields: Any) -> tuple[RunConfig, list[Any]]:
+    def make_run(task: Any, head: str, names: tuple[str, ...], row: Any, **fields: Any) -> tuple[RunConfig, list[Any]]:
         config = replace(ENCODER, heads_on_top=(head,), labels=names)
         jaxlm.save(LM(config, Transformer(config), random_params(config), tokenizer), tmp_path / "model")
         random = np.random.default_rng(0)
@@ -298,16 +308,16 @@ def start(tmp_path):
         run = RunConfig(None, task, data, optimizer=optimizer, batch=4, steps=1, init=str(tmp_path / "model"))
         return replace(run, workdir=str(tmp_path / "run"), **fields), rows
 
-    return made
+    return make_run
 
 
 @pytest.fixture
-def quick(devices, no_pictures):
-    """Runs on one device without pictures."""
+def quick(devices, no_plots):
+    """Uses one device and draws no plots."""
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in FAST else pytest.mark.long) for name in CASES])
-def test_predictions_survive_a_step_that_changes_nothing(name, start, quick):
+def test_predictions_do_not_change_in_a_step_of_a_tiny_rate(name, start, quick):
     task, _, names, _ = CASES[name]
     run, rows = start(*CASES[name])
     before = jaxlm.predict(jaxlm.load(run.init), rows, task=task, length=32)
@@ -316,7 +326,7 @@ def test_predictions_survive_a_step_that_changes_nothing(name, start, quick):
     for model in (lm, jaxlm.load(run.workdir)):
         after = jaxlm.predict(model, rows, task=task, length=32)
         assert [row["prediction"] for row in after] == [row["prediction"] for row in before]
-    assert len({str(row["prediction"]) for row in before}) > 1  # or nothing would have been shown
+    assert len({str(row["prediction"]) for row in before}) > 1  # otherwise the comparison would be trivial
     scores = jaxlm.evaluate(lm, rows, task, length=32)
     assert scores["examples"] == len(rows)
 
@@ -337,7 +347,7 @@ def test_other_labels_are_refused_with_both_sets(start, names, row, words):
     assert not (Path(run.workdir) / "config.json").exists()
 
 
-def test_a_new_head_is_drawn_where_it_is_asked_for(start, quick):
+def test_new_head_initialises_the_head_randomly(start, quick):
     run, _ = start(Classification(), "classes", ("a", "b", "c"), class_row, new_head=True)
     lm = fit(run)
     assert lm.config.labels == ("contradiction", "entailment", "neutral")
@@ -346,7 +356,7 @@ def test_a_new_head_is_drawn_where_it_is_asked_for(start, quick):
     assert same == {"dense": True, "out": False}
 
 
-def test_names_that_are_given_name_the_outputs_of_a_head_without_names(start):
+def test_given_names_name_the_outputs_of_a_head_without_names(start):
     run, _ = start(Classification(names=NLI), "classes", ("LABEL_0", "LABEL_1", "LABEL_2"), class_row)
     from jaxlm.run.weights import known_labels
     from jaxlm.tasks import prepare
@@ -359,19 +369,19 @@ def test_names_that_are_given_name_the_outputs_of_a_head_without_names(start):
     assert prepare(other, tokenizer, lambda _: None, NLI).labels == NLI
 
 
-def several(start, parts: dict[str, tuple[Any, Any]], head: str, names: tuple[str, ...], **fields: Any):
-    """A run of several tasks from weights with this head, and the rows of each part."""
+def multi_task_run(start, parts: dict[str, tuple[Any, Any]], head: str, names: tuple[str, ...], **fields: Any):
+    """Returns a run of several tasks from weights with this head, and the rows of each part."""
     first = next(iter(parts.values()))
     run, _ = start(first[0], head, names, first[1], **fields)
     rows: dict[str, list[Any]] = {}
-    of_parts: dict[str, Part] = {}
+    parts_by_name: dict[str, Part] = {}
     for seed, (name, (task, row)) in enumerate(parts.items()):
         random = np.random.default_rng(seed)
         rows[name] = [row(random) for _ in range(40)]
         path = Path(run.init).parent / f"{name}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows[name]))
-        of_parts[name] = Part(task, DataConfig(path=str(path)))
-    return replace(run, task=MultiTask(of_parts)), rows
+        parts_by_name[name] = Part(task, DataConfig(path=str(path)))
+    return replace(run, task=MultiTask(parts_by_name)), rows
 
 
 def other_row(random: np.random.Generator) -> dict[str, Any]:
@@ -381,11 +391,11 @@ def other_row(random: np.random.Generator) -> dict[str, Any]:
 @pytest.mark.parametrize("from_python", [False, True])
 def test_a_part_of_several_tasks_keeps_the_head_of_the_weights(start, quick, capsys, from_python):
     parts = {"nli": (Classification(), class_row), "letters": (Classification(), other_row)}
-    run, rows = several(start, parts, "classes", NLI)
-    given = jaxlm.load(run.init)
-    before = jaxlm.predict(given, rows["nli"], task=Classification(), length=32)
+    run, rows = multi_task_run(start, parts, "classes", NLI)
+    model = jaxlm.load(run.init)
+    before = jaxlm.predict(model, rows["nli"], task=Classification(), length=32)
     if from_python:
-        fit(replace(run, init=""), model=given)
+        fit(replace(run, init=""), model=model)
     else:
         fit(run)
     lines = capsys.readouterr().err.splitlines()
@@ -413,7 +423,7 @@ def test_a_part_of_several_tasks_keeps_the_head_of_the_weights(start, quick, cap
 )
 @pytest.mark.long
 def test_parts_of_every_kind_keep_the_head_of_the_weights(start, quick, capsys, head, names, parts):
-    run, rows = several(start, parts, head, names)
+    run, rows = multi_task_run(start, parts, head, names)
     fit(run)
     lines = capsys.readouterr().err.splitlines()
     for name, (task, _) in parts.items():
@@ -428,15 +438,15 @@ def test_parts_of_every_kind_keep_the_head_of_the_weights(start, quick, capsys, 
 
 def test_parts_without_the_labels_of_the_head_are_refused_with_both_sets(start):
     parts = {"letters": (Classification(), other_row), "ner": (Tagging(), lambda random: tags_row(random, ORDER))}
-    run, _ = several(start, parts, "classes", NLI)
+    run, _ = multi_task_run(start, parts, "classes", NLI)
     with pytest.raises(UserError, match=r"letters: the head of the weights .* 3 outputs, .*needs 2: x, y.*--new-head"):
         fit(run)
 
 
-def test_new_heads_of_several_tasks_are_drawn_where_they_are_asked_for(start, quick):
-    run, _ = several(start, {"letters": (Classification(), other_row)}, "classes", NLI, new_head=True)
+def test_new_head_initialises_the_heads_of_several_tasks_randomly(start, quick):
+    run, _ = multi_task_run(start, {"letters": (Classification(), other_row)}, "classes", NLI, new_head=True)
     returned = fit(replace(run, matmul_precision="highest", attention="xla"))
-    assert (returned.module.precision, returned.module.kernel) == ("highest", "xla")  # what they were trained with
+    assert (returned.module.precision, returned.module.kernel) == ("highest", "xla")  # the settings of the training
     lm, old = jaxlm.load(Path(run.workdir) / "export" / "letters"), jaxlm.load(run.init).params["classes_head"]
     assert lm.config.labels == ("x", "y")
     assert np.allclose(old["dense"]["kernel"], lm.params["classes_head"]["dense"]["kernel"])
@@ -445,16 +455,16 @@ def test_new_heads_of_several_tasks_are_drawn_where_they_are_asked_for(start, qu
 @pytest.mark.long
 def test_a_run_of_several_tasks_from_a_head_resumes(start, quick):
     parts = {"nli": (Classification(), class_row), "letters": (Classification(), other_row)}
-    run, _ = several(start, parts, "classes", NLI)
+    run, _ = multi_task_run(start, parts, "classes", NLI)
     run = replace(run, steps=4, checkpoint_every=2, optimizer=OptimizerConfig(rate=1e-3))
     fit(run)
-    cut = replace(run, workdir=run.workdir + "_cut")
-    stopped: list[bool] = []
+    interrupted = replace(run, workdir=run.workdir + "_cut")
+    calls: list[bool] = []
     with pytest.raises(Stopped):
-        fit(cut, stop=lambda: stopped.append(True) or len(stopped) > 2)
-    fit(cut)
+        fit(interrupted, stop=lambda: calls.append(True) or len(calls) > 2)
+    fit(interrupted)
     for name in parts:
-        whole, resumed = (jaxlm.load(Path(where) / "export" / name) for where in (run.workdir, cut.workdir))
+        whole, resumed = (jaxlm.load(Path(r.workdir) / "export" / name) for r in (run, interrupted))
         assert whole.config == resumed.config
         for one, other in zip(jax.tree.leaves(whole.params), jax.tree.leaves(resumed.params)):
             np.testing.assert_array_equal(one, other)
@@ -466,13 +476,13 @@ def test_weights_that_changed_since_a_run_began_are_refused(start, quick):
     weights = Path(run.init) / "model.safetensors"
     content = weights.read_bytes()
     os.utime(weights, ns=(0, 0))
-    fit(run)  # of another time, but of the same content
+    fit(run)  # the time differs, but the content is the same
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(
         UserError, match=r"finished run that started from other weights: those in .*model have changed.*--workdir"
     ):
         fit(run)
-    (Path(run.workdir) / "scores.json").rename(Path(run.workdir) / "no.json")  # not finished, as far as one can see
+    (Path(run.workdir) / "scores.json").rename(Path(run.workdir) / "no.json")  # the run looks unfinished
     fit(run)  # resumes from its checkpoint
     (Path(run.workdir) / "no.json").unlink()
     with pytest.raises(UserError, match="finished run that started from other weights"):
@@ -489,8 +499,8 @@ def test_weights_that_changed_since_a_run_began_are_refused(start, quick):
         ("tokens", ("y", "x"), Classification(), lambda random: class_row(random, ("x", "y"))),
     ],
 )
-def test_a_head_of_another_kind_is_not_taken_for_it(start, quick, capsys, monkeypatch, head, names, task, row):
-    """BERT stores both as classifier.weight, here with as many outputs."""
+def test_a_head_of_another_kind_is_not_reused(start, quick, capsys, monkeypatch, head, names, task, row):
+    """BERT stores both heads as classifier.weight, here with the same number of outputs."""
     monkeypatch.setitem(globals(), "ENCODER", replace(PRESETS["bert-base"], **TINY))
     run, _ = start(task, head, names, row)
     assert "classifier.weight" in safetensors.read(Path(run.init))
@@ -515,7 +525,7 @@ ENCODERS = (
 
 @pytest.mark.parametrize("preset", ENCODERS)
 @pytest.mark.parametrize(("head", "other"), [("classes", "tokens"), ("tokens", "classes")])
-def test_outputs_of_another_head_are_drawn_in_every_family(tmp_path, preset, head, other):
+def test_outputs_of_another_head_are_initialised_randomly_in_every_family(tmp_path, preset, head, other):
     config = replace(PRESETS[preset], **TINY, heads_on_top=(head,))
     jaxlm.save(LM(config, Transformer(config), random_params(config)), tmp_path / "model")
     assert f"{other}_head/out/kernel" in families.open_folder(tmp_path / "model", head=other).fresh

@@ -62,8 +62,8 @@ ROTARY = {
 
 
 @pytest.mark.parametrize("scaling", ROTARY)
-def test_rotary_angles_that_depend_on_the_length_are_the_same_cached_and_packed(scaling):
-    """The model has one layer: caches of further layers depend on the length at the time of writing."""
+def test_rotary_angles_that_depend_on_the_length_are_equal_with_caches_and_packing(scaling):
+    """The model has one layer, because caches of further layers depend on the length at the time of writing."""
     config = ModelConfig(
         vocabulary=11, max_length=32, width=8, heads=2, layers=1, mlp_width=8, positions="rotary", rotary_length=6,
         rotary_base=30.0, rotary_scaling=scaling, **ROTARY[scaling],
@@ -139,7 +139,7 @@ def test_each_kind_of_remat_in_the_config_has_a_policy():
 
 
 def test_by_default_accelerators_keep_only_products_and_random_bits():
-    D = 128  # scores have their heads before the length, and do not count
+    D = 128  # scores have their heads before the length, and are not counted
     kept = {remat: kept_bytes(remat) for remat in ("none", "elementwise", "full")}
     # In bfloat16: the layer's input, queries, keys, values, attended values, two outputs, four of the MLP; masks.
     assert kept["full"] == 2 * D

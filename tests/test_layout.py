@@ -1,4 +1,4 @@
-"""The layout: which module imports which, what `import jaxlm` loads, and where each value has its one home."""
+"""The layout: the imports between modules, the modules that `import jaxlm` loads, and one definition of each value."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ ROOT = Path(__file__).parent.parent
 FILES = {f: f.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for f in (ROOT / "jaxlm").rglob("*.py")}
 MODULES = {name.removesuffix(".__init__"): file for file, name in FILES.items()}
 
-ORDER = (  # of packages, and of the modules beside them: each imports only from those before it, and from itself
+# The order of the packages and of the modules outside them. Each imports only from itself and from those before it.
+ORDER = (
     "errors",
     "config",
     "devices",
@@ -44,8 +45,8 @@ ORDER = (  # of packages, and of the modules beside them: each imports only from
 PLACE = {part: place for place, part in enumerate(ORDER)}
 
 
-def imported(file: Path) -> set[str]:
-    """Modules of jaxlm that a file imports when it runs, inside functions too, but for annotations alone."""
+def imported_modules(file: Path) -> set[str]:
+    """Return the modules of jaxlm that a file imports at run time, also inside functions, but not for annotations."""
     tree = ast.parse(file.read_text())
     skipped = {
         node
@@ -62,8 +63,8 @@ def imported(file: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file} imports by a relative name"
-            whole = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= {name if name in MODULES else node.module for name in whole}
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else node.module for name in names}
     return {name for name in found if name.split(".")[0] == "jaxlm"}
 
 
@@ -72,13 +73,13 @@ def test_imports_go_in_one_direction():
         if module == "jaxlm":
             continue
         own = module.split(".")[1]
-        for other in imported(file) - {"jaxlm"}:
+        for other in imported_modules(file) - {"jaxlm"}:
             part = other.split(".")[1]
             assert PLACE[part] <= PLACE[own], f"{module} imports {other}, which comes later in ORDER"
 
 
-def test_parts_import_each_other_without_a_circle():
-    waiting = {module: imported(file) - {"jaxlm", module} for module, file in MODULES.items()}
+def test_imports_have_no_cycle():
+    waiting = {module: imported_modules(file) - {"jaxlm", module} for module, file in MODULES.items()}
     while waiting:
         free = [module for module, needs in waiting.items() if not needs & waiting.keys()]
         assert free, f"these import each other in a circle: {sorted(waiting)}"
@@ -86,11 +87,11 @@ def test_parts_import_each_other_without_a_circle():
             del waiting[module]
 
 
-def test_every_part_has_its_place():
+def test_the_order_contains_every_part():
     assert {module.split(".")[1] for module in MODULES if module != "jaxlm"} == set(PLACE)
 
 
-def test_few_modules_stand_beside_the_packages():
+def test_few_modules_are_outside_the_packages():
     assert len([module for module, file in MODULES.items() if file.parent == ROOT / "jaxlm"]) <= 5
 
 
@@ -138,49 +139,49 @@ PLAIN = "import jax, flax.linen, optax"
 
 
 def python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    result = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
-def test_import_is_light():
+def test_import_loads_no_heavy_packages():
     code = f"import sys, jaxlm; print([name for name in {FORBIDDEN} if name in sys.modules])"
     assert python(code).strip() == "[]"
 
 
 def test_import_loads_nothing_beyond_jax_flax_and_optax():
-    """What the import costs is then that of its own modules; benchmarks/startup.py has the seconds."""
+    """The cost of the import is then that of its own modules. benchmarks/startup.py measures the seconds."""
     code = f"import sys; {PLAIN}; plain = set(sys.modules); import jaxlm; print(*(set(sys.modules) - plain))"
     packages = {module.split(".")[0] for module in python(code).split()}
     plain = set(python(f"import sys; {PLAIN}; print(*sys.modules)").split())
     assert packages - plain - sys.stdlib_module_names == {"jaxlm"}
 
 
-def test_no_module_is_named_for_nothing():
-    nothing = re.compile(r"(^|[._])(utils?|helpers?|common|misc|tools?|base)$")
-    assert not [module for module in MODULES if nothing.search(module)]
+def test_no_module_has_a_meaningless_name():
+    pattern = re.compile(r"(^|[._])(utils?|helpers?|common|misc|tools?|base)$")
+    assert not [module for module in MODULES if pattern.search(module)]
 
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 250
 
 
-def test_the_documents_count_the_lines_of_each_family():
+def test_the_documents_state_the_number_of_lines_of_each_family():
     page = (ROOT / "docs" / "families.md").read_text()
-    counted = dict(re.findall(r"^\| `(\w+)` \|.*\| (\d+) \|$", page, re.MULTILINE))
+    documented = dict(re.findall(r"^\| `(\w+)` \|.*\| (\d+) \|$", page, re.MULTILINE))
     files = {file.stem: file for file in (ROOT / "jaxlm" / "families").glob("*.py")}
     lines = {name: str(len(file.read_text().splitlines())) for name, file in files.items()}
-    assert counted == {name: lines[name] for name in lines if name not in ("__init__", "transformer")}
+    assert documented == {name: lines[name] for name in lines if name not in ("__init__", "transformer")}
 
 
-def test_the_version_has_one_home():
+def test_the_version_is_defined_once():
     version = re.escape(jaxlm.__version__)
-    homes = [f for f in [*FILES, ROOT / "pyproject.toml"] if re.search(rf"""["']{version}["']""", f.read_text())]
-    assert homes == [ROOT / "jaxlm" / "__init__.py"]
+    files = [f for f in [*FILES, ROOT / "pyproject.toml"] if re.search(rf"""["']{version}["']""", f.read_text())]
+    assert files == [ROOT / "jaxlm" / "__init__.py"]
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.py")), ids=lambda f: f.stem)
-def test_every_config_is_sound(file, tmp_path, monkeypatch):
+def test_every_config_is_valid(file, tmp_path, monkeypatch):
     monkeypatch.setenv("JAXLM_CACHE", str(tmp_path))
     run = runpy.run_path(str(file))["config"]()
     assert isinstance(run, jaxlm.RunConfig)
@@ -194,7 +195,7 @@ def test_every_config_is_sound(file, tmp_path, monkeypatch):
 
 
 def code_of(file: Path) -> str:
-    """The Python code of a script, or of the cells of a notebook without their magic lines."""
+    """Return the Python code of a script, or of the cells of a notebook without their magic lines."""
     if file.suffix == ".py":
         return file.read_text()
     cells = [cell for cell in json.loads(file.read_text())["cells"] if cell["cell_type"] == "code"]
@@ -205,7 +206,7 @@ def code_of(file: Path) -> str:
 @pytest.mark.parametrize(
     "file", [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "notebooks").glob("*.ipynb")], ids=lambda file: file.name
 )
-def test_benchmarks_and_notebooks_import_what_exists(file):
+def test_all_imports_of_benchmarks_and_notebooks_exist(file):
     for node in ast.walk(ast.parse(code_of(file))):
         if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "jaxlm":
             module = importlib.import_module(node.module)
@@ -222,7 +223,7 @@ def test_public_functions_document_arguments_results_and_errors(name):
     assert re.search("^(Returns|Yields)", text, re.MULTILINE) and "\nRaises:\n" in text
 
 
-# Words that must not come back: programs print, report and return; arrays are sharded or stored; runs resume.
+# Words that must not occur. Programs print, report and return, arrays are sharded or stored, and runs resume.
 WORDS = (
     "tell(?:s|ing)?",
     "told",
@@ -255,6 +256,6 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("file", TEXTS, ids=lambda file: str(file.relative_to(ROOT)))
-def test_words_that_must_not_come_back(file):
+def test_rejected_words_do_not_occur(file):
     found = re.findall(rf"^.*\b(?:{'|'.join(WORDS)})\b.*$", file.read_text(), re.MULTILINE | re.IGNORECASE)
     assert not found, found

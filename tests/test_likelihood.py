@@ -22,14 +22,16 @@ from jaxlm.lm import LM
 from jaxlm.nn.transformer import Transformer, apply
 
 TINY = {"vocabulary": 48, "width": 16, "layers": 2, "heads": 2, "max_length": 80}
-BOTH = {**TINY, "structure": "encoder_decoder", "start_token": 0}
+ENCODER_DECODER = {**TINY, "structure": "encoder_decoder", "start_token": 0}
 MODELS = {
     "gpt2": ModelConfig(**TINY),
     "rotary": ModelConfig(
         **TINY, positions="rotary", kv_heads=1, norm="rmsnorm", feed_forward="gated", tied_embeddings=False
     ),
     "window": ModelConfig(**TINY, positions="rotary", layer_kinds=("local", "global"), window=4),
-    "both": ModelConfig(**BOTH, positions="none", relative="buckets", norm="rmsnorm", biases=(), scale_logits=True),
+    "encoder-decoder": ModelConfig(
+        **ENCODER_DECODER, positions="none", relative="buckets", norm="rmsnorm", biases=(), scale_logits=True
+    ),
 }
 DECODERS = ("gpt2", "rotary", "window")
 TEXT = "the quick brown fox jumps over a lazy dog\n"
@@ -49,24 +51,24 @@ def lm_of(name: str) -> LM:
 def forward(name: str):
     module = Transformer(MODELS[name])
 
-    def logits(params, *read):
-        return apply(module, params, apply(module, params, *read), method="lm")
+    def logits(params, *tokens):
+        return apply(module, params, apply(module, params, *tokens), method="lm")
 
     return jax.jit(logits)
 
 
-def alone(name: str, context: list[int], continuation: list[int]) -> likelihood.Likelihood:
-    """The likelihood by one pass over one pair, log-probabilities in NumPy."""
+def reference(name: str, context: list[int], continuation: list[int]) -> likelihood.Likelihood:
+    """Returns the likelihood from one pass over one pair, with log-probabilities in NumPy."""
     padded = lambda ids: np.array([[*ids, *[0] * (80 - len(ids))]], np.int32)  # so that one program is compiled
-    there = lambda ids: padded([1] * len(ids))
-    if name == "both":
-        read = [0, *continuation[:-1]]
-        inputs = (padded(context), there(context), None, None, padded(read), there(read))
+    mask = lambda ids: padded([1] * len(ids))
+    if name == "encoder-decoder":
+        tokens = [0, *continuation[:-1]]
+        inputs = (padded(context), mask(context), None, None, padded(tokens), mask(tokens))
         logits = np.asarray(forward(name)(lm_of(name).params, *inputs)[0], np.float64)[: len(continuation)]
     else:
-        read = [*context, *continuation[:-1]]
-        logits = np.asarray(forward(name)(lm_of(name).params, padded(read))[0], np.float64)
-        logits = logits[len(context) - 1 : len(read)]
+        tokens = [*context, *continuation[:-1]]
+        logits = np.asarray(forward(name)(lm_of(name).params, padded(tokens))[0], np.float64)
+        logits = logits[len(context) - 1 : len(tokens)]
     log = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     total = log[np.arange(len(continuation)), continuation].sum()
     return likelihood.Likelihood(total, (log.argmax(-1) == continuation).all(), len(continuation))
@@ -74,11 +76,11 @@ def alone(name: str, context: list[int], continuation: list[int]) -> likelihood.
 
 def pairs(count: int = 30) -> list[tuple[list[int], list[int]]]:
     random = np.random.default_rng(0)
-    draw = lambda most: random.integers(4, tokenizer().size, random.integers(1, most)).tolist()
+    draw = lambda max_length: random.integers(4, tokenizer().size, random.integers(1, max_length)).tolist()
     return [(draw(60), draw(20)) for _ in range(count)]
 
 
-def same(found, expected) -> None:
+def assert_same(found, expected) -> None:
     assert [(f.tokens, f.is_greedy) for f in found] == [(e.tokens, e.is_greedy) for e in expected]
     np.testing.assert_allclose(
         [f.log_probability for f in found], [e.log_probability for e in expected], rtol=1e-5, atol=1e-4
@@ -89,63 +91,66 @@ def same(found, expected) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_likelihood_is_that_of_a_pass_over_the_pair_alone(name):
-    same(log_likelihoods(lm_of(name), pairs()), [alone(name, *pair) for pair in pairs()])
+def test_a_likelihood_is_that_of_one_pass_over_the_pair(name):
+    assert_same(log_likelihoods(lm_of(name), pairs()), [reference(name, *pair) for pair in pairs()])
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_what_greedy_decoding_writes_is_greedy(name):
-    context, written = pairs()[0][0], []
+def test_a_greedy_continuation_is_reported_as_greedy(name):
+    context, continuation = pairs()[0][0], []
     for _ in range(4):
-        best = max(range(48), key=lambda token: alone(name, context, [*written, token]).log_probability)
-        written.append(best)
-    other = [*written[:-1], (written[-1] + 1) % 48]
-    assert [f.is_greedy for f in log_likelihoods(lm_of(name), [(context, written), (context, other)])] == [True, False]
+        best = max(range(48), key=lambda token: reference(name, context, [*continuation, token]).log_probability)
+        continuation.append(best)
+    other = [*continuation[:-1], (continuation[-1] + 1) % 48]
+    assert [f.is_greedy for f in log_likelihoods(lm_of(name), [(context, continuation), (context, other)])] == [
+        True,
+        False,
+    ]
 
 
-@pytest.mark.parametrize("name", ["gpt2", "both"])
+@pytest.mark.parametrize("name", ["gpt2", "encoder-decoder"])
 def test_batches_do_not_change_likelihoods(name):
     expected = log_likelihoods(lm_of(name), pairs())
     for batch_tokens in (1, 200, 1 << 12):
-        same(log_likelihoods(lm_of(name), pairs(), batch_tokens=batch_tokens), expected)
+        assert_same(log_likelihoods(lm_of(name), pairs(), batch_tokens=batch_tokens), expected)
     order = np.random.default_rng(1).permutation(30)
-    same(log_likelihoods(lm_of(name), [pairs()[i] for i in order]), [expected[i] for i in order])
-    same(log_likelihoods(lm_of(name), iter(pairs()[:7])), expected[:7])
+    assert_same(log_likelihoods(lm_of(name), [pairs()[i] for i in order]), [expected[i] for i in order])
+    assert_same(log_likelihoods(lm_of(name), iter(pairs()[:7])), expected[:7])
 
 
-def test_pairs_in_many_windows(monkeypatch):
+def test_windows_do_not_change_likelihoods(monkeypatch):
     expected = log_likelihoods(lm_of("gpt2"), pairs())
     monkeypatch.setattr(likelihood, "WINDOW", 7)
     monkeypatch.setattr(likelihood, "STATES", 3)
-    same(log_likelihoods(replace(lm_of("gpt2"), programs=Programs()), pairs()), expected)
+    assert_same(log_likelihoods(replace(lm_of("gpt2"), programs=Programs()), pairs()), expected)
 
 
 def test_few_programs_are_compiled():
     lm = replace(lm_of("gpt2"), programs=Programs())
     log_likelihoods(lm, pairs(200), batch_tokens=256)
-    assert lm.programs.get(likelihood._program, lm.module)._cache_size() <= 5  # rows of 64 and of 128, 1 to 4 of them
+    assert lm.programs.get(likelihood._program, lm.module)._cache_size() <= 5  # 1 to 4 rows of 64 and of 128 tokens
 
 
-def test_a_mesh_changes_nothing(devices):
+def test_a_mesh_does_not_change_likelihoods(devices):
     lm = lm_of("gpt2")
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]).reshape(2, 2, 1), ("data", "fsdp", "tensor"))
     from jaxlm.devices import sharding
 
     params = jax.device_put(lm.params, sharding.replicated(mesh))
     split = LM(lm.config, Transformer(lm.config, sharding.Placement(mesh)), params, lm.tokenizer)
-    same(log_likelihoods(split, pairs()), log_likelihoods(lm, pairs()))
+    assert_same(log_likelihoods(split, pairs()), log_likelihoods(lm, pairs()))
 
 
-def test_texts_begin_with_bos_and_are_tokenized_joined():
+def test_texts_begin_with_bos_and_are_tokenized_together():
     lm, token = lm_of("gpt2"), tokenizer()
     assert token.bos is not None
-    expected = [alone("gpt2", [token.bos, *token.encode("the quick")], token.encode(" brown"))]
-    for context, continuation in (("the quick", " brown"), ("the quick ", "brown")):  # the space is of the word
-        same(log_likelihoods(lm, [(context, continuation)]), expected)
-    same(log_likelihoods(lm, [("", "fox")]), [alone("gpt2", [token.bos], token.encode("fox"))])
+    expected = [reference("gpt2", [token.bos, *token.encode("the quick")], token.encode(" brown"))]
+    for context, continuation in (("the quick", " brown"), ("the quick ", "brown")):  # the space belongs to the word
+        assert_same(log_likelihoods(lm, [(context, continuation)]), expected)
+    assert_same(log_likelihoods(lm, [("", "fox")]), [reference("gpt2", [token.bos], token.encode("fox"))])
     ids = ([token.bos, *token.encode("the quick")], token.encode(" brown"))
-    same(log_likelihoods(lm, [ids, (np.array(ids[0]), np.array(ids[1]))]), expected * 2)
-    same(log_likelihoods(lm, [("the quick", ids[1])]), expected)
+    assert_same(log_likelihoods(lm, [ids, (np.array(ids[0]), np.array(ids[1]))]), expected * 2)
+    assert_same(log_likelihoods(lm, [("the quick", ids[1])]), expected)
 
 
 def test_joined_tokens_are_those_of_the_whole_text():
@@ -158,32 +163,34 @@ def test_joined_tokens_are_those_of_the_whole_text():
 
 
 def test_an_encoder_decoder_reads_the_context_in_its_encoder():
-    framed = tokenizers.train([TEXT], TokenizerConfig(train="characters"), 48)
-    lm = replace(lm_of("both"), tokenizer=framed)
-    expected = alone("both", framed.encode_with_special_tokens(["the quick"])[0][0], framed.encode("brown"))
-    same(log_likelihoods(lm, [("the quick", "brown")]), [expected])
+    characters = tokenizers.train([TEXT], TokenizerConfig(train="characters"), 48)
+    lm = replace(lm_of("encoder-decoder"), tokenizer=characters)
+    expected = reference(
+        "encoder-decoder", characters.encode_with_special_tokens(["the quick"])[0][0], characters.encode("brown")
+    )
+    assert_same(log_likelihoods(lm, [("the quick", "brown")]), [expected])
 
 
-def test_a_long_context_loses_its_beginning():
+def test_a_long_context_is_truncated_at_its_beginning():
     random = np.random.default_rng(0).integers(4, 30, 100).tolist()
     with pytest.raises(UserError, match=r"pair 0 requires 99 tokens in a row, more than 80; .*too_long='truncate'"):
         log_likelihoods(lm_of("gpt2"), [(random[:90], random[90:])])
     for length in (None, 40):
         cut = random[90 - ((length or 80) + 1 - 10) : 90]
         found = log_likelihoods(lm_of("gpt2"), [(random[:90], random[90:])], length=length, too_long="truncate")
-        same(found, [alone("gpt2", cut, random[90:])])
+        assert_same(found, [reference("gpt2", cut, random[90:])])
     source, target = random[:90], random[90:]
-    found = log_likelihoods(lm_of("both"), [(source, target)], too_long="truncate")
-    same(found, [alone("both", source[-80:], target)])
-    assert log_likelihoods(lm_of("rotary"), [(source, target)], length=128)[0].tokens == 10  # it has no last position
+    found = log_likelihoods(lm_of("encoder-decoder"), [(source, target)], too_long="truncate")
+    assert_same(found, [reference("encoder-decoder", source[-80:], target)])
+    assert log_likelihoods(lm_of("rotary"), [(source, target)], length=128)[0].tokens == 10  # without limit
 
 
 # Texts.
 
 
-def test_perplexity_is_that_of_one_pass_where_the_text_fits():
+def test_perplexity_is_that_of_one_pass_if_the_text_fits():
     lm, ids = lm_of("gpt2"), tokenizer().encode(TEXT)
-    expected = alone("gpt2", [tokenizer().bos], ids)
+    expected = reference("gpt2", [tokenizer().bos], ids)
     found = perplexity(lm, TEXT)
     assert found["tokens"] == len(ids) and found["bytes"] == len(TEXT.encode())
     assert found["loss"] == pytest.approx(-expected.log_probability / len(ids), rel=1e-5)
@@ -194,14 +201,14 @@ def test_perplexity_is_that_of_one_pass_where_the_text_fits():
         assert perplexity(lm, TEXT, length=length, stride=stride)["loss"] == pytest.approx(found["loss"], rel=1e-5)
 
 
-def test_bytes_of_a_token_that_is_not_predicted_do_not_count():
+def test_bytes_of_a_token_that_is_not_predicted_are_not_counted():
     bare = tokenizer().with_bos(bos=False)
     lm, texts = replace(lm_of("gpt2"), tokenizer=bare), [TEXT, "the quick", "the"]
     found = perplexity(lm, texts)
-    divided = [bare.encode_offsets([text])[0] for text in texts]
-    nats = [-alone("gpt2", ids[:1], ids[1:]).log_probability for ids, _ in divided if len(ids) > 1]
-    size = sum(len(text[offsets[0][1] :].encode()) for text, (_, offsets) in zip(texts, divided))
-    assert found["tokens"] == sum(len(ids) - 1 for ids, _ in divided) and found["bytes"] == size
+    encodings = [bare.encode_offsets([text])[0] for text in texts]
+    nats = [-reference("gpt2", ids[:1], ids[1:]).log_probability for ids, _ in encodings if len(ids) > 1]
+    size = sum(len(text[offsets[0][1] :].encode()) for text, (_, offsets) in zip(texts, encodings))
+    assert found["tokens"] == sum(len(ids) - 1 for ids, _ in encodings) and found["bytes"] == size
     assert 0 < size < sum(len(text.encode()) for text in texts)
     assert found["bits_per_byte"] == pytest.approx(sum(nats) / math.log(2) / size, rel=1e-5)
 
@@ -215,7 +222,7 @@ def test_perplexity_is_the_sum_over_windows(name, length, stride):
     end, counted = min(T, len(ids) - 1), 0
     while counted < len(ids) - 1:
         start = counted if stride in (None, T) else max(0, end - T)
-        total += alone(name, ids[start : counted + 1], ids[counted + 1 : end + 1]).log_probability
+        total += reference(name, ids[start : counted + 1], ids[counted + 1 : end + 1]).log_probability
         counted, end = end, min(end + (stride or T), len(ids) - 1)
     found = perplexity(lm_of(name), text, length=length, stride=stride)
     assert found["tokens"] == len(ids) - 1
@@ -235,7 +242,7 @@ def test_windows_are_those_of_a_causal_task():
                 assert all(0 <= start <= counted < end <= start + length for start, counted, end in windows)
 
 
-def test_texts_add_up_however_they_come():
+def test_the_losses_of_texts_add_up_for_each_batch_size():
     lm, texts = lm_of("rotary"), [TEXT * n for n in (1, 3, 2)] + ["fox", "dog jumps"]
     each = [perplexity(lm, text) for text in texts]
     whole = perplexity(lm, texts)
@@ -252,7 +259,7 @@ def test_without_bos_the_first_token_is_not_predicted():
     lm, ids = replace(lm_of("gpt2"), tokenizer=bare), bare.encode(TEXT)
     found = perplexity(lm, TEXT)
     assert found["tokens"] == found["bytes"] == len(ids) - 1  # a character is a token
-    expected = alone("gpt2", ids[:1], ids[1:])
+    expected = reference("gpt2", ids[:1], ids[1:])
     assert found["loss"] == pytest.approx(-expected.log_probability / (len(ids) - 1), rel=1e-5)
     assert perplexity(lm, ["f", TEXT])["loss"] == pytest.approx(found["loss"])
     with pytest.raises(UserError, match="no token that could be predicted"):
@@ -261,7 +268,7 @@ def test_without_bos_the_first_token_is_not_predicted():
         log_likelihoods(lm, [("", "fox")])
 
 
-# What is refused.
+# Errors.
 
 
 @pytest.mark.parametrize(
@@ -309,23 +316,27 @@ def test_models_that_have_no_likelihood_are_refused():
     with pytest.raises(UserError, match="perplexity requires a decoder"):
         perplexity(lm, "a")
     with pytest.raises(UserError, match=r"perplexity requires a decoder.*see log_likelihoods"):
-        perplexity(lm_of("both"), "a")
+        perplexity(lm_of("encoder-decoder"), "a")
     with pytest.raises(UserError, match="no tokenizer"):
         perplexity(replace(lm_of("gpt2"), tokenizer=None), "a")
     with pytest.raises(UserError, match="names no start token of its decoder"):
-        log_likelihoods(replace(lm_of("both"), config=replace(MODELS["both"], start_token=None)), [("a", "b")])
-    same(log_likelihoods(replace(lm_of("gpt2"), tokenizer=None), pairs(3)), log_likelihoods(lm_of("gpt2"), pairs(3)))
+        log_likelihoods(
+            replace(lm_of("encoder-decoder"), config=replace(MODELS["encoder-decoder"], start_token=None)), [("a", "b")]
+        )
+    assert_same(
+        log_likelihoods(replace(lm_of("gpt2"), tokenizer=None), pairs(3)), log_likelihoods(lm_of("gpt2"), pairs(3))
+    )
 
 
-# At the command line.
+# The command line.
 
 
-def shown(capsys) -> dict[str, float]:
+def printed_values(capsys) -> dict[str, float]:
     lines = [line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
     return {name.strip().replace(" ", "_"): float(value.replace(",", "")) for name, value in lines}
 
 
-def test_the_verb_evaluate_prints_the_perplexity_of_a_file(tmp_path, capsys, monkeypatch):
+def test_the_command_evaluate_prints_the_perplexity_of_a_file(tmp_path, capsys, monkeypatch):
     from jaxlm import __main__ as command
 
     monkeypatch.setattr(command, "_configure_process", lambda: None)
@@ -333,18 +344,18 @@ def test_the_verb_evaluate_prints_the_perplexity_of_a_file(tmp_path, capsys, mon
     (tmp_path / "text.txt").write_text(TEXT * 3)
     assert command.main(["evaluate", str(tmp_path / "model"), str(tmp_path / "text.txt")]) == 0
     lines = [TEXT.rstrip("\n")] * 3  # each line is a document
-    assert shown(capsys) == pytest.approx(perplexity(lm_of("gpt2"), lines), abs=1e-4)
+    assert printed_values(capsys) == pytest.approx(perplexity(lm_of("gpt2"), lines), abs=1e-4)
     more = ["--length", "20", "--task.stride", "5", "--data.documents", "file"]
     assert command.main(["evaluate", str(tmp_path / "model"), str(tmp_path / "text.txt"), *more]) == 0
-    assert shown(capsys) == pytest.approx(perplexity(lm_of("gpt2"), TEXT * 3, length=20, stride=5), abs=1e-4)
+    assert printed_values(capsys) == pytest.approx(perplexity(lm_of("gpt2"), TEXT * 3, length=20, stride=5), abs=1e-4)
     assert command.main(["predict", str(tmp_path / "model"), str(tmp_path / "text.txt")]) == 2
     assert "classes, tokens or span" in capsys.readouterr().err
     (tmp_path / "empty.txt").write_text("\n")
     assert command.main(["evaluate", str(tmp_path / "model"), str(tmp_path / "empty.txt")]) == 2
-    assert CausalLM().stride == 0  # by the whole length
+    assert CausalLM().stride == 0  # 0 stands for the whole length
 
 
-# As in transformers.
+# Equality with transformers.
 
 
 @pytest.mark.parity
@@ -367,8 +378,8 @@ def test_likelihoods_are_those_of_transformers(family, tmp_path):
     for (context, continuation), found in zip(given, log_likelihoods(lm, given)):
         with torch.no_grad():
             if config.is_encoder_decoder:
-                read = torch.tensor([[model.generation_config.decoder_start_token_id or 0, *continuation[:-1]]])
-                logits = model(torch.tensor([context]), decoder_input_ids=read).logits[0]
+                tokens = torch.tensor([[model.generation_config.decoder_start_token_id or 0, *continuation[:-1]]])
+                logits = model(torch.tensor([context]), decoder_input_ids=tokens).logits[0]
             else:
                 logits = model(torch.tensor([context + continuation])).logits[0, len(context) - 1 : -1]
         log = logits.log_softmax(-1)
@@ -378,27 +389,27 @@ def test_likelihoods_are_those_of_transformers(family, tmp_path):
 
 
 @lru_cache
-def masked() -> LM:
+def masked_lm() -> LM:
     words = tokenizers.train([TEXT * 9], TokenizerConfig(train="wordpiece"), 56)
     config = ModelConfig(**TINY | {"vocabulary": 64}, structure="encoder", heads_on_top=("masked_lm",), types=2)
     return LM(config, Transformer(config), random_params(config), words)
 
 
-def test_blanks_are_filled_by_the_likeliest_tokens():
-    lm = masked()
+def test_blanks_are_filled_with_the_most_likely_tokens():
+    lm = masked_lm()
     found = fill(lm, "the [MASK] fox jumps over a [MASK]", top_k=3)
     ids = [lm.tokenizer.encode(part) for part in ("the", "fox jumps over a")]
     tokens = [lm.tokenizer.cls, *ids[0], lm.tokenizer.mask, *ids[1], lm.tokenizer.mask, lm.tokenizer.sep]
     p_TV = np.asarray(jax.nn.softmax(lm(np.array([tokens])).logits[0, :, : lm.vocabulary]))
-    for blank, place in zip(found, (len(ids[0]) + 1, len(tokens) - 2), strict=True):
-        best = np.argsort(-p_TV[place])[:3]
+    for blank, position in zip(found, (len(ids[0]) + 1, len(tokens) - 2), strict=True):
+        best = np.argsort(-p_TV[position])[:3]
         assert [piece for piece, _ in blank] == lm.tokenizer.pieces(best)
-        np.testing.assert_allclose([p for _, p in blank], p_TV[place][best], rtol=1e-4)
+        np.testing.assert_allclose([p for _, p in blank], p_TV[position][best], rtol=1e-4)
 
 
 def test_a_text_without_a_blank_and_a_model_without_a_mask_are_refused():
     with pytest.raises(UserError, match=r"has no \[MASK\]; put one where a word is missing"):
-        fill(masked(), "the fox")
-    lm = replace(masked(), config=replace(masked().config, heads_on_top=("classes",)))
+        fill(masked_lm(), "the fox")
+    lm = replace(masked_lm(), config=replace(masked_lm().config, heads_on_top=("classes",)))
     with pytest.raises(UserError, match="fill requires the head masked_lm, the model has classes"):
         fill(lm, "the [MASK]")

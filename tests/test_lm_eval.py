@@ -1,4 +1,4 @@
-"""lm-evaluation-harness runs a jaxlm model on local tasks, and its scores are those computed by hand."""
+"""lm-evaluation-harness runs a jaxlm model on local tasks, and its scores equal those of a manual computation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jaxlm.inference.likelihood import log_likelihoods
 from jaxlm.lm import LM
 from jaxlm.nn.transformer import Transformer
 
-with warnings.catch_warnings():  # of libraries that it brings along
+with warnings.catch_warnings():  # of its dependencies
     warnings.simplefilter("ignore")
     harness = pytest.importorskip("lm_eval", reason="lm-evaluation-harness, the extra eval, is not installed")
     from lm_eval.tasks import TaskManager
@@ -51,7 +51,7 @@ doc_to_text: ""
 doc_to_target: "{{text}}"
 metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}, {metric: bits_per_byte}]
 """,
-    "written": """
+    "generation": """
 output_type: generate_until
 doc_to_text: "{{question}}"
 doc_to_target: "{{answer}}"
@@ -73,7 +73,7 @@ def lm() -> LM:
 
 @pytest.fixture
 def tasks(tmp_path, monkeypatch):
-    """A folder with the tasks and their data."""
+    """Returns a folder with the tasks and their data."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -86,14 +86,14 @@ def tasks(tmp_path, monkeypatch):
     return tmp_path
 
 
-def scored(model: Harness, tasks, name: str, **more):
+def evaluate_task(model: Harness, tasks, name: str, **options):
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
-    found = harness.simple_evaluate(model=model, tasks=[name], task_manager=manager, bootstrap_iters=0, **more)
+    found = harness.simple_evaluate(model=model, tasks=[name], task_manager=manager, bootstrap_iters=0, **options)
     return found["results"][name], found["samples"][name]
 
 
-def test_multiple_choice_is_that_of_the_likelihoods(tasks):
-    scores, samples = scored(Harness(lm()), tasks, "choice")
+def test_scores_of_multiple_choice_are_those_of_the_likelihoods(tasks):
+    scores, samples = evaluate_task(Harness(lm()), tasks, "choice")
     right = by_length = 0
     for row, sample in zip(CHOICES, samples):
         found = log_likelihoods(lm(), [(row["question"], f" {choice}") for choice in row["choices"]])
@@ -106,11 +106,11 @@ def test_multiple_choice_is_that_of_the_likelihoods(tasks):
     assert scores["acc_norm,none"] == pytest.approx(by_length / 3)
 
 
-def test_perplexity_is_that_of_the_harness_windows(tasks):
-    scores, _ = scored(Harness(lm()), tasks, "rolling")
-    total, token = 0.0, lm().tokenizer
+def test_perplexity_is_that_of_the_windows_of_the_harness(tasks):
+    scores, _ = evaluate_task(Harness(lm()), tasks, "rolling")
+    total, tokenizer = 0.0, lm().tokenizer
     for text in (row["text"] for row in TEXTS):
-        ids = [token.bos, *token.encode(text)]
+        ids = [tokenizer.bos, *tokenizer.encode(text)]
         for counted in range(1, len(ids), 64):
             end = min(counted + 64, len(ids))
             start = max(0, end - 65)
@@ -122,74 +122,80 @@ def test_perplexity_is_that_of_the_harness_windows(tasks):
 
 
 def test_texts_are_those_of_generate(tasks):
-    _, samples = scored(Harness(lm()), tasks, "written")
+    _, samples = evaluate_task(Harness(lm()), tasks, "generation")
     questions = [row["question"] for row in CHOICES]
     expected = jaxlm.generate(lm(), questions, max_new_tokens=8, temperature=0.0, stop=("q",))
     assert [sample["resps"][0][0] for sample in samples] == expected and any(expected)
     assert not any("q" in text for text in expected)
 
 
-def test_chats_are_given_as_ids(tasks):
-    token = lm().tokenizer
-    chatty = LM(CONFIG, lm().module, lm().params, tokenizers.Tokenizer(token.backend, token.special, FILES))
-    _, samples = scored(Harness(chatty), tasks, "choice", apply_chat_template=True)
+def test_chats_are_passed_as_token_ids(tasks):
+    tokenizer = lm().tokenizer
+    chat_model = LM(CONFIG, lm().module, lm().params, tokenizers.Tokenizer(tokenizer.backend, tokenizer.special, FILES))
+    _, samples = evaluate_task(Harness(chat_model), tasks, "choice", apply_chat_template=True)
     for row, sample in zip(CHOICES, samples):
-        ids = jaxlm.data.chat.rendering.prompt(chatty.tokenizer, [{"role": "user", "content": row["question"]}])
-        assert ids.count(token.eos) == 1
-        found = log_likelihoods(chatty, [(ids, token.encode(choice)) for choice in row["choices"]])
+        ids = jaxlm.data.chat.rendering.prompt(chat_model.tokenizer, [{"role": "user", "content": row["question"]}])
+        assert ids.count(tokenizer.eos) == 1
+        found = log_likelihoods(chat_model, [(ids, tokenizer.encode(choice)) for choice in row["choices"]])
         assert [r[0] for r in sample["filtered_resps"]] == pytest.approx([f.log_probability for f in found], rel=1e-6)
 
 
 FILES = {"tokenizer_config.json": json.dumps({"chat_template": CHATML}).encode()}
 
 
-class Asked:
+class Request:
     def __init__(self, *args):
         self.args = args
 
 
-def test_add_bos_token():
-    token, given = lm().tokenizer, [Asked("the fox", " jumps"), Asked("", "the")]
+def test_the_bos_token_is_optional():
+    tokenizer, requests = lm().tokenizer, [Request("the fox", " jumps"), Request("", "the")]
     expected = [
-        ([token.bos, *token.encode("the fox")], token.encode(" jumps")),
-        ([token.bos], token.encode("the")),
+        ([tokenizer.bos, *tokenizer.encode("the fox")], tokenizer.encode(" jumps")),
+        ([tokenizer.bos], tokenizer.encode("the")),
     ]
-    same = lambda found: (
+    is_equal = lambda found: (
         [value for one in found for value in one[:2]]
         == pytest.approx([value for one in log_likelihoods(lm(), expected) for value in one[:2]], rel=1e-5)
     )
-    assert same(Harness(lm()).loglikelihood(given))
+    assert is_equal(Harness(lm()).loglikelihood(requests))
     expected[0] = (expected[0][0][1:], expected[0][1])
     bare = Harness(lm(), add_bos_token=False)
-    assert same(bare.loglikelihood(given))
+    assert is_equal(bare.loglikelihood(requests))
     assert lm().tokenizer.bos is not None
 
 
-def test_long_contexts_lose_their_beginning():
+def test_long_contexts_are_truncated_at_the_beginning():
     text = TEXT * 5
-    found = Harness(lm()).loglikelihood([Asked(text, "the fox")])
+    found = Harness(lm()).loglikelihood([Request(text, "the fox")])
     ids = lm().tokenizer.encode(text + "the fox")[-65:]
-    (expected,) = log_likelihoods(lm(), [(ids[:-8], ids[-8:])])  # with the line end, a space of the context
+    (expected,) = log_likelihoods(
+        lm(), [(ids[:-8], ids[-8:])]
+    )  # the line end of the context belongs to the continuation
     assert found[0][0] == pytest.approx(expected.log_probability)
-    assert Harness(lm()).generate_until([Asked(text, {"until": ["\n"], "max_gen_toks": 4})])
+    assert Harness(lm()).generate_until([Request(text, {"until": ["\n"], "max_gen_toks": 4})])
 
 
-def test_what_the_harness_cannot_have_is_refused():
+def test_requests_without_support_are_refused():
     with pytest.raises(UserError, match="no tokenizer"):
         Harness(LM(CONFIG, lm().module, lm().params))
     with pytest.raises(UserError, match="gen_prefix"):
         Harness(lm()).apply_chat_template([], add_generation_prompt=False)
 
 
-def test_the_command_knows_the_model(tasks):
+def test_the_command_has_the_model_jaxlm(tasks):
     jaxlm.save(lm(), tasks / "model")
     command = ["run", "--model", "jaxlm", "--model_args", f"path={tasks / 'model'}", "--tasks", "choice"]
     command += ["--include_path", str(tasks), "--output_path", str(tasks / "out")]
-    done = subprocess.run([sys.executable, "-m", "jaxlm.inference.lm_eval", *command], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (written,) = (tasks / "out").rglob("results*.json")
-    expected, _ = scored(Harness(lm()), tasks, "choice")
-    assert json.loads(written.read_text())["results"]["choice"]["acc,none"] == expected["acc,none"]
+    process = subprocess.run(
+        [sys.executable, "-m", "jaxlm.inference.lm_eval", *command], capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
+    (path,) = (tasks / "out").rglob("results*.json")
+    expected, _ = evaluate_task(Harness(lm()), tasks, "choice")
+    assert json.loads(path.read_text())["results"]["choice"]["acc,none"] == expected["acc,none"]
     command[4] = f"path={tasks / 'nothing'}"
-    done = subprocess.run([sys.executable, "-m", "jaxlm.inference.lm_eval", *command], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: ")
+    process = subprocess.run(
+        [sys.executable, "-m", "jaxlm.inference.lm_eval", *command], capture_output=True, text=True
+    )
+    assert process.returncode == 2 and process.stderr.splitlines()[-1].startswith("error: ")

@@ -1,4 +1,4 @@
-"""Loading, calling and saving models, and the memory that this takes."""
+"""Loading, calling and saving models, and the memory that this requires."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ TOKENS = np.array([[5, 6, 7, 8, 9], [10, 11, 12, 0, 0]])
 MASK = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
 
 
-def saved(folder: Path, config: ModelConfig) -> Path:
+def save_random_model(folder: Path, config: ModelConfig) -> Path:
     jaxlm.save(LM(config, Transformer(config), random_params(config)), folder)
     return folder
 
 
 @pytest.fixture
 def bert(tmp_path) -> Path:
-    return saved(tmp_path / "bert", BERT)
+    return save_random_model(tmp_path / "bert", BERT)
 
 
 def test_a_mask_is_segments_of_0_and_1(bert):
@@ -57,7 +57,7 @@ def test_a_mask_is_segments_of_0_and_1(bert):
         lm(TOKENS, MASK, segments_BT=MASK)
 
 
-def test_the_call_is_the_pure_function_jitted(bert):
+def test_a_call_equals_the_pure_function(bert):
     lm = jaxlm.load(bert, head="none")
     out = lm.apply(lm.params, TOKENS, MASK)
     np.testing.assert_allclose(lm(TOKENS, MASK).hidden_BTD, out.hidden_BTD, atol=1e-5)
@@ -66,7 +66,7 @@ def test_the_call_is_the_pure_function_jitted(bert):
     assert jax.tree.structure(grads) == jax.tree.structure(lm.params)
 
 
-def test_states_and_attentions_on_request(bert):
+def test_states_and_attentions_are_returned_on_request(bert):
     lm = jaxlm.load(bert, head="none")
     out = lm(TOKENS, MASK, states=True, attentions=True)
     assert out.encoder.states_LBTD.shape == (3, 2, 5, 16)
@@ -78,19 +78,19 @@ def test_states_and_attentions_on_request(bert):
     assert out.decoder is None and lm(TOKENS, states=True).encoder.attention_LBHTS is None
 
 
-def test_an_encoder_decoder_shows_both_stacks(tmp_path):
-    lm = jaxlm.load(saved(tmp_path / "bart", BART))
+def test_an_encoder_decoder_returns_both_stacks(tmp_path):
+    lm = jaxlm.load(save_random_model(tmp_path / "bart", BART))
     out = lm(TOKENS, MASK, target_tokens_BT=TOKENS[:, :4], states=True, attentions=True)
     assert out.logits.shape == (2, 4, 48) and out.hidden_BTD.shape == (2, 4, 16)
     assert out.encoder.states_LBTD.shape == (3, 2, 5, 16)
     assert out.decoder.cross_attention_LBHTS.shape == (2, 2, 2, 4, 5)
     # By default, the decoder reads the input of the encoder after its start token.
-    moved = np.concatenate([np.full((2, 1), 2), TOKENS[:, :-1]], 1)
-    np.testing.assert_allclose(lm(TOKENS, MASK).logits, lm(TOKENS, MASK, target_tokens_BT=moved).logits, atol=1e-5)
+    shifted = np.concatenate([np.full((2, 1), 2), TOKENS[:, :-1]], 1)
+    np.testing.assert_allclose(lm(TOKENS, MASK).logits, lm(TOKENS, MASK, target_tokens_BT=shifted).logits, atol=1e-5)
 
 
-def test_an_encoder_alone(tmp_path):
-    folder = saved(tmp_path / "t5", T5)
+def test_the_encoder_of_an_encoder_decoder_is_loaded_alone(tmp_path):
+    folder = save_random_model(tmp_path / "t5", T5)
     whole, alone = jaxlm.load(folder), jaxlm.load(folder, head="encoder")
     assert alone.config.structure == "encoder" and "decoder" not in alone.params
     states = whole(TOKENS, target_tokens_BT=TOKENS, states=True).encoder.states_LBTD[-1]
@@ -101,18 +101,18 @@ def test_an_encoder_alone(tmp_path):
     np.testing.assert_array_equal(again(TOKENS).hidden_BTD, alone(TOKENS).hidden_BTD)
 
 
-def test_a_new_head_is_made_and_said(bert):
-    said: list[str] = []
-    lm = jaxlm.load(bert, head="classes", labels=["no", "yes", "perhaps"], log=said.append)
+def test_a_new_head_is_initialized_and_reported(bert):
+    messages: list[str] = []
+    lm = jaxlm.load(bert, head="classes", labels=["no", "yes", "perhaps"], log=messages.append)
     assert lm(TOKENS, MASK).logits.shape == (2, 3)
     assert lm.config.labels == ("no", "yes", "perhaps")
-    [line] = said
+    [line] = messages
     assert "classes_head/out/kernel" in line and "classes_head/dense" not in line  # the file contains BERT's pooler
     assert np.asarray(lm.params["classes_head"]["out"]["kernel"]).std() == pytest.approx(0.02, rel=0.5)
     assert "masked_lm_head" not in lm.params
 
 
-def test_a_classifier_is_no_encoder_of_sentences(bert, tmp_path):
+def test_files_of_sentence_transformers_are_not_saved_with_a_new_head(bert, tmp_path):
     """Files of sentence-transformers are saved with the body, but not with a new head."""
     pooling = {"modules.json": b"[]", "1_Pooling/config.json": b"{}"}
     for head, kept in (("none", True), ("pooled", True), ("masked_lm", True), ("classes", False), ("tokens", False)):
@@ -121,7 +121,7 @@ def test_a_classifier_is_no_encoder_of_sentences(bert, tmp_path):
         assert [(tmp_path / head / name).exists() for name in pooling] == [kept, kept]
 
 
-def test_labels_come_back(bert, tmp_path):
+def test_labels_are_saved_and_loaded(bert, tmp_path):
     lm = jaxlm.load(bert, head="tokens", labels=["O", "B-PER"], log=lambda _: None)
     jaxlm.save(lm, tmp_path / "tagger")
     values = json.loads((tmp_path / "tagger" / "config.json").read_text())
@@ -130,7 +130,7 @@ def test_labels_come_back(bert, tmp_path):
     assert jaxlm.load(tmp_path / "tagger").config.labels == ("O", "B-PER")
 
 
-def test_dtypes_of_memory_of_arithmetic_and_of_the_file(bert, tmp_path):
+def test_parameters_computation_and_file_have_separate_dtypes(bert, tmp_path):
     half = jaxlm.load(bert, dtype="bfloat16")
     assert {leaf.dtype for leaf in jax.tree.leaves(half.params)} == {jnp.dtype("bfloat16")}
     assert half(TOKENS).hidden_BTD.dtype == jnp.bfloat16
@@ -149,7 +149,7 @@ def test_dtypes_of_memory_of_arithmetic_and_of_the_file(bert, tmp_path):
         jaxlm.load(bert, dtype="bf16")
 
 
-def test_unknown_keys_and_files_go_along(bert, tmp_path):
+def test_unknown_keys_and_files_are_kept(bert, tmp_path):
     values = json.loads((bert / "config.json").read_text())
     values |= {"gradient_checkpointing": False, "_name_or_path": "x"}
     (bert / "config.json").write_text(json.dumps(values))
@@ -176,8 +176,8 @@ def test_names_of_the_file_are_kept(bert, tmp_path):
     np.testing.assert_array_equal(new["cls.predictions.decoder.weight"], new["embeddings.word_embeddings.weight"])
 
 
-def test_a_mesh_gives_each_device_its_slices(tmp_path):
-    folder = saved(tmp_path / "llama", LLAMA)
+def test_each_device_of_a_mesh_has_its_slices(tmp_path):
+    folder = save_random_model(tmp_path / "llama", LLAMA)
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=8))
     whole, split = jaxlm.load(folder), jaxlm.load(folder, mesh=mesh)
     kernel = split.params["decoder"]["layers"]["mlp"]["up"]["kernel"]
@@ -187,7 +187,7 @@ def test_a_mesh_gives_each_device_its_slices(tmp_path):
     assert (tmp_path / "again" / safetensors.WEIGHTS).read_bytes() == (folder / safetensors.WEIGHTS).read_bytes()
 
 
-def test_large_leaves_arrive_in_parts(bert, monkeypatch):
+def test_large_leaves_are_transferred_in_parts(bert, monkeypatch):
     from jaxlm.hub import place
 
     whole = jaxlm.load(bert)
@@ -205,7 +205,7 @@ def test_large_models_are_written_in_shards(bert, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, jaxlm.load(tmp_path / "shards").params, lm.params)
 
 
-def test_a_destination_is_kept_unless_told_otherwise(bert, tmp_path):
+def test_a_folder_is_kept_without_overwrite(bert, tmp_path):
     lm = jaxlm.load(bert)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("x")
@@ -220,20 +220,20 @@ def test_a_destination_is_kept_unless_told_otherwise(bert, tmp_path):
         jaxlm.save(lm, bert / "config.json" / "new")
 
 
-def test_only_what_a_save_made_is_removed(bert, tmp_path):
-    """Folders with names that other programs and earlier versions use for temporary and old folders stay."""
+def test_only_folders_of_a_save_are_removed(bert, tmp_path):
+    """Folders with names that other programs and earlier versions use for temporary and old folders are kept."""
     lm = jaxlm.load(bert)
     theirs = [tmp_path / name for name in ("model.old", "model.part", "model.tmp")]
-    for place in theirs:
-        place.mkdir()
-        (place / "thesis.txt").write_text("x")
+    for folder in theirs:
+        folder.mkdir()
+        (folder / "thesis.txt").write_text("x")
     for _ in range(2):
         jaxlm.save(lm, tmp_path / "model", overwrite=True)
-    assert all((place / "thesis.txt").exists() for place in theirs)
+    assert all((folder / "thesis.txt").exists() for folder in theirs)
     assert set(tmp_path.iterdir()) == {bert, tmp_path / "model", *theirs}
 
 
-def test_a_run_and_the_present_folder_are_not_overwritten(bert, tmp_path, monkeypatch):
+def test_a_run_and_the_current_folder_are_not_overwritten(bert, tmp_path, monkeypatch):
     lm = jaxlm.load(bert)
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(UserError, match="contains a run, which would be lost"):
@@ -253,7 +253,7 @@ def test_one_process_at_a_time_writes_a_model(bert, tmp_path):
     assert set(tmp_path.iterdir()) == {bert, tmp_path / "model"}
 
 
-def test_a_write_that_is_cut_off_leaves_no_half_model(bert, tmp_path, monkeypatch):
+def test_an_interrupted_save_leaves_no_incomplete_model(bert, tmp_path, monkeypatch):
     lm = jaxlm.load(bert)
     jaxlm.save(lm, tmp_path / "there")
     before = (tmp_path / "there" / safetensors.WEIGHTS).read_bytes()
@@ -280,13 +280,13 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes(bert, name):
+def test_mistakes_are_refused(bert, name):
     call, message = MISTAKES[name]
     with pytest.raises(UserError, match=message):
         call(jaxlm.load(bert), bert)
 
 
-def test_a_long_list_of_tensors_that_do_not_fit_is_cut():
+def test_a_long_list_of_tensor_mismatches_is_truncated():
     with pytest.raises(UserError) as error:
         convert.check_shapes({f"layer.{n:03}.weight": (2, 3) for n in range(100)}, {}, "weights")
     lines = str(error.value).splitlines()
@@ -337,10 +337,10 @@ print(status("VmHWM") - before - own, own)
     "devices, dtype, way",
     [*((n, dtype, "load") for n in (1, 8) for dtype in ("float32", "bfloat16")), (8, "bfloat16", "init")],
 )
-def test_memory_above_the_shards(tmp_path, devices, dtype, way):
-    """For a model of about 1 GB, reading takes its shards, the largest tensor and at most 200 MB of memory.
+def test_loading_requires_little_memory_above_the_shards(tmp_path, devices, dtype, way):
+    """Loading a model of about 1 GB requires memory for its shards, the largest tensor and at most 200 MB.
 
-    The parameters of a run that starts from it are float32: twice as large as a file in bfloat16.
+    The parameters of a run that starts from it are float32, and twice as large as a file in bfloat16.
     """
     config = ModelConfig(**{**dataclasses.asdict(LLAMA), "width": 1024, "heads": 16, "kv_heads": 8, "mlp_width": 4096})
     config = dataclasses.replace(config, layers=14 if dtype == "float32" else 28, vocabulary=32768)
@@ -357,7 +357,7 @@ def test_memory_above_the_shards(tmp_path, devices, dtype, way):
     (tmp_path / "config.json").write_text(json.dumps(values))
     size = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
     assert size > 0.9e9
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", MEASURE, str(tmp_path), way],
         cwd=ROOT,
         env={"PATH": "/usr/bin", "JAX_PLATFORMS": "cpu", "HOME": str(tmp_path)}
@@ -365,15 +365,15 @@ def test_memory_above_the_shards(tmp_path, devices, dtype, way):
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr
-    above, own = map(int, done.stdout.split())
+    assert process.returncode == 0, process.stderr
+    above, own = map(int, process.stdout.split())
     largest = max(int(np.prod(shape)) * chunk.dtype.itemsize for shape in shapes.values())
     print(f"{way}, {devices} devices, {size / 1e9:.2f} GB of {dtype}: {above / 1e6:.0f} MB above {own / 1e6:.0f} MB")
     assert above < largest + 200e6
 
 
 @pytest.mark.long
-def test_the_documents_put_a_head_of_ones_own_on_a_body(tmp_path, monkeypatch, no_pictures):
+def test_the_documentation_adds_a_custom_head_to_a_body(tmp_path, monkeypatch, no_plots):
     [code] = [block for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "class WithOwnHead" in block]
     assert len(code.strip().splitlines()) < 30
     text = "the quick brown fox jumps over a lazy dog\n" * 50
@@ -389,14 +389,14 @@ def test_the_documents_put_a_head_of_ones_own_on_a_body(tmp_path, monkeypatch, n
     again, run = names["again"], names["run"]
     assert set(again.params) == {"embeddings", "encoder", "own_head"}
     assert again(TOKENS).logits.shape == (2, 5, tokenizer.size)
-    moved = jnp.abs(again.params["embeddings"]["tokens"] - lm.params["embeddings"]["tokens"]).max()
-    assert 0 < moved < 3 * 3 * run.optimizer.rate  # three steps from the loaded weights
+    change = jnp.abs(again.params["embeddings"]["tokens"] - lm.params["embeddings"]["tokens"]).max()
+    assert 0 < change < 3 * 3 * run.optimizer.rate  # three steps from the loaded weights
     with pytest.raises(UserError, match="belongs to the module WithOwnHead, not None"):
         jaxlm.load("runs/own")
 
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason="needs ../shared/models/stories260k")
-def test_a_real_llama_tells_its_story():
+def test_a_trained_llama_generates_its_story():
     lm = jaxlm.load(STORIES)
     [text] = jaxlm.generate(lm, [""], max_new_tokens=256, temperature=0)
     assert text == STORIES.with_suffix(".txt").read_text().removesuffix("\n")

@@ -1,6 +1,6 @@
 """Processes that load, use and drop many models keep none of their compiled functions.
 
-Each kernel takes memory mappings, of which Linux lets a process have 65,530; XLA crashes when they are used up.
+Each kernel requires memory mappings. Linux limits a process to 65,530 of them, and XLA crashes beyond this limit.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from jaxlm.run.fit import fit
 ROWS = [
     {"text": text, "label": label} for text, label in (("a cab", "x"), ("bad", "y"), ("dab", "x"), ("ace", "y")) * 5
 ]
-MOST = 10  # mappings that a model may leave; one that keeps its functions leaves 200 to 600
+MAX_MAPPINGS = 10  # per model; a model that keeps its functions leaves 200 to 600 mappings
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux alone lists the mappings")
+pytestmark = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists the mappings")
 
 
 def mappings() -> int:
@@ -36,8 +36,8 @@ def mappings() -> int:
         return sum(1 for _ in file)
 
 
-def left_by(use: Callable[[int], Any], count: int, first: int = 3) -> float:
-    """Returns the mappings that a use leaves on average, after the first ones, and prints them."""
+def mappings_per_use(use: Callable[[int], Any], count: int, first: int = 3) -> float:
+    """Returns the mean number of mappings that a use leaves after the first uses, and prints the totals."""
     for n in range(first):
         use(n)
     before = mappings()
@@ -48,7 +48,7 @@ def left_by(use: Callable[[int], Any], count: int, first: int = 3) -> float:
     return (after - before) / (count - first)
 
 
-def run_in(folder: Path, workdir: Path, seed: int = 0) -> RunConfig:
+def run_config(folder: Path, workdir: Path, seed: int = 0) -> RunConfig:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     model = ModelConfig(
         structure="encoder", heads_on_top=(), vocabulary=32, max_length=16, width=8, layers=1, heads=2, dropout=0.0
@@ -70,22 +70,22 @@ def run_in(folder: Path, workdir: Path, seed: int = 0) -> RunConfig:
 def test_decoders_that_are_dropped_leave_no_functions(tmp_path):
     config = ModelConfig(vocabulary=32, max_length=32, width=8, layers=1, heads=2)
     jaxlm.save(LM(config, Transformer(config), random_params(config), None), tmp_path / "model")
-    alive: list[Any] = []
+    references: list[Any] = []
 
     def use(n: int) -> None:
         lm = jaxlm.load(tmp_path / "model")
         jaxlm.generate(lm, [[1, 2, 3]], Decoding(max_new_tokens=2, temperature=0.0), return_tokens=True)
-        alive.append(weakref.ref(lm.programs))
+        references.append(weakref.ref(lm.programs))
 
-    assert left_by(use, 8) < MOST
+    assert mappings_per_use(use, 8) < MAX_MAPPINGS
     gc.collect()
-    assert not any(one() for one in alive)
+    assert not any(one() for one in references)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("count", [24])
 def test_runs_that_are_evaluated_leave_no_functions(tmp_path, devices, count):
-    fit(run_in(tmp_path, tmp_path / "run"), summary=False)
+    fit(run_config(tmp_path, tmp_path / "run"), summary=False)
 
     def use(n: int) -> None:
         lm = jaxlm.load(tmp_path / "run")
@@ -93,20 +93,20 @@ def test_runs_that_are_evaluated_leave_no_functions(tmp_path, devices, count):
         jaxlm.predict(lm, ROWS)
         jaxlm.encode(lm, ["bad"])
 
-    assert left_by(use, count) < MOST
+    assert mappings_per_use(use, count) < MAX_MAPPINGS
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("count", [12])
 def test_runs_of_a_sweep_leave_no_functions(tmp_path, devices, count):
     fields = [{"seed": str(n)} for n in range(count)]
-    left = left_by(
+    left = mappings_per_use(
         lambda n: sweep.sweep(
             [fields[n]],
             tmp_path / "sweep",
-            lambda _, folder: fit(run_in(tmp_path, folder, n), summary=False),
+            lambda _, folder: fit(run_config(tmp_path, folder, n), summary=False),
             "accuracy",
         ),
         count,
     )
-    assert left < MOST
+    assert left < MAX_MAPPINGS

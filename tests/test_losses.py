@@ -15,7 +15,7 @@ from jaxlm.devices import sharding
 from jaxlm.nn.losses import accuracy, chunked_cross_entropy, cross_entropy, token_log_probs
 
 B, T, D, V = 4, 12, 8, 48
-close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+assert_close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
 
 
 def inputs():
@@ -29,17 +29,17 @@ def logits_of(params, x_BTD):
     return x_BTD @ params["kernel_DV"] + params["bias_V"]
 
 
-def whole(params, x_BTD, labels_BT, weights_BT, smoothing):
+def unchunked(params, x_BTD, labels_BT, weights_BT, smoothing):
     logits_BTV = logits_of(params, x_BTD)
     return cross_entropy(logits_BTV, labels_BT, weights_BT, smoothing), accuracy(logits_BTV, labels_BT, weights_BT)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("parts", [1, 3, 5, 12])  # 5 does not divide the length
-def test_chunks_equal_the_whole(parts, smoothing):
+def test_chunked_losses_equal_unchunked_losses(parts, smoothing):
     params, *given = inputs()
     found = chunked_cross_entropy(logits_of, params, *given, smoothing, parts)
-    jax.tree.map(close, found, whole(params, *given, smoothing))
+    jax.tree.map(assert_close, found, unchunked(params, *given, smoothing))
 
     def mean(of, params, x_BTD):
         (loss, weight), _ = of(params, x_BTD, *given[1:])
@@ -50,25 +50,25 @@ def test_chunks_equal_the_whole(parts, smoothing):
             partial(mean, partial(chunked_cross_entropy, logits_of, label_smoothing=smoothing, parts=parts)), (0, 1)
         )
     )
-    expected = jax.grad(partial(mean, partial(whole, smoothing=smoothing)), (0, 1))(params, given[0])
-    jax.tree.map(close, gradients(params, given[0]), expected)
+    expected = jax.grad(partial(mean, partial(unchunked, smoothing=smoothing)), (0, 1))(params, given[0])
+    jax.tree.map(assert_close, gradients(params, given[0]), expected)
 
 
 @pytest.mark.parametrize("parts", [1, 3, 5, 12])
-def test_log_probabilities_in_chunks(parts):
+def test_chunked_log_probabilities_equal_unchunked_ones(parts):
     params, x_BTD, labels_BT, weights_BT = inputs()
     log_BTV = jax.nn.log_softmax(logits_of(params, x_BTD))
-    log_BT, likeliest_BT = jax.jit(partial(token_log_probs, logits_of, parts=parts))(params, x_BTD, labels_BT)
-    close(log_BT, jnp.take_along_axis(log_BTV, labels_BT[..., None], 2)[..., 0])
-    np.testing.assert_array_equal(likeliest_BT, log_BTV.argmax(-1))
+    log_BT, most_likely_BT = jax.jit(partial(token_log_probs, logits_of, parts=parts))(params, x_BTD, labels_BT)
+    assert_close(log_BT, jnp.take_along_axis(log_BTV, labels_BT[..., None], 2)[..., 0])
+    np.testing.assert_array_equal(most_likely_BT, log_BTV.argmax(-1))
     # The gradient of a function of the log-probabilities, such as a preference loss.
     some = lambda log_BT: jax.nn.sigmoid((log_BT * weights_BT).sum(1)).sum()
     found = jax.jit(jax.grad(lambda *of: some(token_log_probs(logits_of, *of, labels_BT, parts)[0]), (0, 1)))
-    whole = lambda params, x: jnp.take_along_axis(jax.nn.log_softmax(logits_of(params, x)), labels_BT[..., None], 2)[
-        ..., 0
-    ]
-    expected = jax.grad(lambda *of: some(whole(*of)), (0, 1))(params, x_BTD)
-    jax.tree.map(close, found(params, x_BTD), expected)
+    unchunked = lambda params, x: jnp.take_along_axis(
+        jax.nn.log_softmax(logits_of(params, x)), labels_BT[..., None], 2
+    )[..., 0]
+    expected = jax.grad(lambda *of: some(unchunked(*of)), (0, 1))(params, x_BTD)
+    jax.tree.map(assert_close, found(params, x_BTD), expected)
 
 
 def largest(jaxpr) -> int:
@@ -84,23 +84,23 @@ def test_no_array_holds_the_logits_of_all_positions(primitive):
     loss = lambda params, x: chunked_cross_entropy(logits_of, params, x, *given[1:], 0.1, 4)[0][0]
     if primitive == "log-probabilities":
         loss = lambda params, x: (token_log_probs(logits_of, params, x, given[1], 4)[0] ** 2).sum()
-    made = largest(jax.make_jaxpr(jax.value_and_grad(loss, (0, 1)))(params, given[0]).jaxpr)
-    assert made == max(B * T // 4 * V, D * V, B * T * D)
+    size = largest(jax.make_jaxpr(jax.value_and_grad(loss, (0, 1)))(params, given[0]).jaxpr)
+    assert size == max(B * T // 4 * V, D * V, B * T * D)
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2, 1), (1, 2, 1, 4), (2, 1, 2, 2)], ids=str)
-def test_chunks_on_a_mesh(sizes):
-    """Rows, length and vocabulary are sharded; the number of chunks divides the positions of each device."""
+def test_chunked_losses_on_a_mesh_equal_unchunked_losses(sizes):
+    """Rows, length and vocabulary are sharded. The number of chunks divides the positions of each device."""
     mesh = sharding.make_mesh(MeshConfig(*sizes), jax.devices()[:8])
     constrain = sharding.Placement(mesh)
 
-    def placed(params, x_BTD):
+    def sharded_logits(params, x_BTD):
         return constrain(logits_of(params, x_BTD), ("batch", "length", "vocabulary"))
 
     params, *given = inputs()
     names = ("x_BTD", "labels_BT", "weights_BT")
-    laid = [jax.device_put(x[None], sharding.batch_sharding(mesh, name))[0] for name, x in zip(names, given)]
+    sharded = [jax.device_put(x[None], sharding.batch_sharding(mesh, name))[0] for name, x in zip(names, given)]
     loss = lambda of, params, x, *rest: of(params, x, *rest)[0][0]
-    split = jax.jit(jax.value_and_grad(partial(loss, partial(chunked_cross_entropy, placed, parts=3)), (0, 1)))
-    expected = jax.value_and_grad(partial(loss, partial(whole, smoothing=0.0)), (0, 1))(params, *given)
-    jax.tree.map(close, split(jax.tree.map(jnp.asarray, params), *laid), expected)
+    split = jax.jit(jax.value_and_grad(partial(loss, partial(chunked_cross_entropy, sharded_logits, parts=3)), (0, 1)))
+    expected = jax.value_and_grad(partial(loss, partial(unchunked, smoothing=0.0)), (0, 1))(params, *given)
+    jax.tree.map(assert_close, split(jax.tree.map(jnp.asarray, params), *sharded), expected)

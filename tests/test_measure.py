@@ -28,18 +28,18 @@ PEAK = 1e12
 
 
 @pytest.fixture(autouse=True)
-def alone(monkeypatch, devices, no_pictures, tmp_path):
+def private_cache(monkeypatch, devices, no_plots, tmp_path):
     monkeypatch.setenv("JAXLM_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
-def known(monkeypatch):
+def known_chip(monkeypatch):
     """The devices are chips whose peak is `PEAK`."""
     chip = chips.CHIPS[0]._replace(flops=chips.Constant(PEAK, "FLOP/s", "this test"))
     monkeypatch.setattr(chips, "find", lambda kind: chip)
 
 
-def a_run(folder: Path, **more: Any) -> RunConfig:
+def make_run(folder: Path, **more: Any) -> RunConfig:
     text = folder / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog\n" * 120)
     values = {
@@ -57,32 +57,32 @@ def a_run(folder: Path, **more: Any) -> RunConfig:
     return RunConfig(**values | more)
 
 
-def lines(run: RunConfig) -> list[dict[str, float]]:
+def log_rows(run: RunConfig) -> list[dict[str, float]]:
     rows = [json.loads(line) for line in (Path(run.workdir) / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if "loss" in row]
 
 
 def test_each_row_has_the_costs_of_its_steps(tmp_path):
-    run = a_run(tmp_path)
+    run = make_run(tmp_path)
     start = time.monotonic()
     fit(run)
-    took = 1000 * (time.monotonic() - start)
-    for row in lines(run):
+    elapsed = 1000 * (time.monotonic() - start)
+    for row in log_rows(run):
         assert set(MEASURED) - row.keys() == {"mfu", "memory_bytes"}  # unknown for a CPU
-        assert 0 < row["step_ms_p50"] <= row["step_ms_p90"] <= row["step_ms_p99"] < took
+        assert 0 < row["step_ms_p50"] <= row["step_ms_p90"] <= row["step_ms_p99"] < elapsed
         assert 0 <= row["data_share"] <= 1
         assert 1 << 26 < row["process_memory_bytes"] < 1 << 40
         assert row["examples_per_second"] > 0
 
 
-def test_the_utilisation_is_model_flops_over_time_and_peak(tmp_path, known):
-    run = a_run(tmp_path)
+def test_the_utilisation_is_model_flops_over_time_and_peak(tmp_path, known_chip):
+    run = make_run(tmp_path)
     fit(run)
     D, L, V, T, rows = 32, 2, 64, 32, 8
     weights = L * 12 * D * D + D * V  # per layer: 4 D x D around attention, 2 D x 4 D in the MLP
     step = rows * T * (6 * weights + 12 * L * D * T)  # Chowdhery et al. 2022, appendix B
     assert step == flops.model_flops(MODEL, rows, T).step
-    for row in lines(run):
+    for row in log_rows(run):
         # Almost all rows are full, so the number of tokens is proportional to the time.
         per_second = row["mfu"] * PEAK / step * rows * T
         assert per_second == pytest.approx(row["tokens_per_second"], rel=0.3)
@@ -91,23 +91,23 @@ def test_the_utilisation_is_model_flops_over_time_and_peak(tmp_path, known):
 @pytest.mark.parametrize(
     "more", [{"compute_dtype": "float32"}, {"optimizer": OptimizerConfig(freeze="embeddings")}], ids=str
 )
-def test_no_utilisation_for_another_dtype_or_frozen_parameters(tmp_path, known, more):
-    run = a_run(tmp_path, steps=4, **more)
+def test_no_utilisation_is_logged_for_another_dtype_or_frozen_parameters(tmp_path, known_chip, more):
+    run = make_run(tmp_path, steps=4, **more)
     fit(run)
-    assert all("mfu" not in row for row in lines(run))
+    assert all("mfu" not in row for row in log_rows(run))
 
 
 def test_a_row_continues_after_a_checkpoint_in_its_middle(tmp_path, monkeypatch):
-    run = a_run(tmp_path, steps=8, log_every=8)
+    run = make_run(tmp_path, steps=8, log_every=8)
     left = iter(range(3))
     with pytest.raises(Stopped):
         fit(run, stop=lambda: next(left, None) is None)
     carried = []
-    monkeypatch.setattr(training_module, "Meter", lambda *given: carried.append(given[2]) or Meter(*given))
+    monkeypatch.setattr(training_module, "Meter", lambda *arguments: carried.append(arguments[2]) or Meter(*arguments))
     fit(run)
     (notes,) = carried
     assert len(notes["took"]) == 3 and notes["seconds"] > sum(notes["took"]) > 0  # the first step compiled
-    (row,) = lines(run)
+    (row,) = log_rows(run)
     assert row["tokens_per_second"] < 8 * 8 * 32 / notes["seconds"]  # includes the time before the checkpoint
 
 
@@ -118,12 +118,12 @@ def test_a_row_includes_the_carried_measurements():
     assert line["step_ms_p50"] == 500 and line["data_share"] == pytest.approx(0.25, rel=1e-2)
 
 
-def step_of(meter: Meter, made: Any) -> None:
+def record_step(meter: Meter, result: Any) -> None:
     next(meter.fed(iter([0])))
-    meter.record_step(made)
+    meter.record_step(result)
 
 
-class Later:
+class PendingResult:
     """A result that is ready when the test sets its event."""
 
     def __init__(self):
@@ -145,14 +145,14 @@ def test_the_loop_never_waits_and_data_time_is_idle_time_of_the_device(monkeypat
         now[0] += seconds
         yield 0
 
-    def done(result: Later, at: float) -> None:
+    def done(result: PendingResult, at: float) -> None:
         now[0] = at
         before = meter._pending
         result.event.set()
         while meter._pending == before:
             time.sleep(0.001)
 
-    results = [Later() for _ in range(4)]
+    results = [PendingResult() for _ in range(4)]
     next(meter.fed(batch(1)))  # 0 to 1: the device is idle
     meter.record_step(results[0])
     next(meter.fed(batch(1)))  # 1 to 2: the device is busy until 3
@@ -182,8 +182,8 @@ def test_a_failed_step_does_not_end_the_thread():
             raise RuntimeError("out of memory")
 
     meter = Meter(make_mesh(RunConfig().mesh))
-    step_of(meter, Failing())
-    step_of(meter, jax.numpy.ones(3))
+    record_step(meter, Failing())
+    record_step(meter, jax.numpy.ones(3))
     assert len(meter.state()["took"]) == 1
     meter.close()
 
@@ -194,13 +194,13 @@ def test_memory_is_the_maximum_over_devices_if_known():
     assert measure.memory([SimpleNamespace(memory_stats=lambda: None)]).keys() == {"process_memory_bytes"}
 
 
-def test_percentiles():
+def test_percentiles_are_in_milliseconds():
     assert measure.percentiles(np.arange(101) / 1000) == {"step_ms_p50": 50, "step_ms_p90": 90, "step_ms_p99": 99}
     assert measure.percentiles([]) == {}
 
 
-def test_a_trace_for_tensorboard(tmp_path):
-    run = a_run(tmp_path, profile=2)
+def test_a_trace_is_written_for_tensorboard(tmp_path):
+    run = make_run(tmp_path, profile=2)
     fit(run)
     (trace,) = (tmp_path / "run" / "profile").rglob("*.xplane.pb")
     data = trace.read_bytes()
@@ -218,16 +218,16 @@ def test_a_trace_for_tensorboard(tmp_path):
         (2, 9, 9, []),
     ],
 )
-def test_which_steps_are_traced(monkeypatch, tmp_path, count, started, steps, traced):
-    on: list[bool] = []
-    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: on.append(True))
-    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: on.pop())
+def test_the_middle_steps_are_traced(monkeypatch, tmp_path, count, started, steps, traced):
+    active: list[bool] = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: active.append(True))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: active.pop())
     trace, traced_steps = Trace(tmp_path, count, started, steps), []
     for step in range(started + 1, steps + 1):
         trace.before(step, ())
-        traced_steps += [step] * len(on)
+        traced_steps += [step] * len(active)
         trace.after(step, ())
-    assert traced_steps == traced and not on
+    assert traced_steps == traced and not active
 
 
 def test_a_trace_is_written_if_the_run_ends_early(monkeypatch, tmp_path):
@@ -243,4 +243,4 @@ def test_a_trace_is_written_if_the_run_ends_early(monkeypatch, tmp_path):
 
 def test_a_negative_profile_raises_an_error(tmp_path):
     with pytest.raises(UserError, match="profile is -1; it must be at least 0"):
-        a_run(tmp_path, profile=-1).check()
+        make_run(tmp_path, profile=-1).check()

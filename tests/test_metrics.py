@@ -1,5 +1,4 @@
-"""Scores against scikit-learn, scipy, seqeval, sacrebleu and rouge-score; against definitions computed in another way
-where these have none."""
+"""Scores compared with scikit-learn, scipy, seqeval, sacrebleu and rouge-score, or with independent definitions."""
 
 from __future__ import annotations
 
@@ -27,25 +26,25 @@ from jaxlm.tasks import metrics, tagging
 from jaxlm.tasks import tags as schemes
 
 
-def close(scores: dict[str, float], expected: dict[str, float]) -> None:
+def check_close(scores: dict[str, float], expected: dict[str, float]) -> None:
     assert scores.keys() == expected.keys()
     assert scores == pytest.approx(expected, rel=1e-12, abs=1e-12)
-    plain(scores)
+    check_finite(scores)
 
 
-def plain(scores: dict[str, float]) -> None:
+def check_finite(scores: dict[str, float]) -> None:
     assert all(type(value) is float and math.isfinite(value) for value in scores.values())
     json.dumps(scores, allow_nan=False)
 
 
-def quiet(reference: Callable, *arguments, **more):
-    """What a library says, without what it says beside."""
+def call_quietly(reference: Callable, *arguments, **options):
+    """Returns the result of a library function and ignores its warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return reference(*arguments, **more)
+        return reference(*arguments, **options)
 
 
-# Classes.
+# Classification.
 
 
 @st.composite
@@ -56,24 +55,24 @@ def two_columns(draw, values):
 
 @settings(deadline=None)
 @given(st.data(), st.integers(1, 5))
-def test_classes_are_scored_as_sklearn_does(data, count):
+def test_classification_scores_equal_those_of_sklearn(data, count):
     labels, predictions = data.draw(two_columns(st.integers(0, count - 1)))
     expected = {
         "accuracy": sklearn.metrics.accuracy_score(labels, predictions),
         "macro_f1": sklearn.metrics.f1_score(labels, predictions, average="macro", zero_division=0.0),
-        "matthews": quiet(sklearn.metrics.matthews_corrcoef, labels, predictions),
+        "matthews": call_quietly(sklearn.metrics.matthews_corrcoef, labels, predictions),
     }
     if count == 2:
         expected["f1"] = sklearn.metrics.f1_score(labels, predictions, zero_division=0.0)
-    close(metrics.classification_scores(labels, predictions, [str(c) for c in range(count)]), expected)
+    check_close(metrics.classification_scores(labels, predictions, [str(c) for c in range(count)]), expected)
     table = metrics.confusion(labels, predictions, count)
-    assert (table == quiet(sklearn.metrics.confusion_matrix, labels, predictions, labels=range(count))).all()
+    assert (table == call_quietly(sklearn.metrics.confusion_matrix, labels, predictions, labels=range(count))).all()
     assert table.dtype == np.int64
 
 
-def test_classes_in_figures():
+def test_scores_of_classes_have_known_values():
     scores = metrics.classification_scores([0, 0, 1, 1, 1], [0, 1, 1, 1, 0], ["no", "yes"])
-    close(scores, {"accuracy": 0.6, "f1": 2 / 3, "macro_f1": (1 / 2 + 2 / 3) / 2, "matthews": 1 / 6})
+    check_close(scores, {"accuracy": 0.6, "f1": 2 / 3, "macro_f1": (1 / 2 + 2 / 3) / 2, "matthews": 1 / 6})
     assert metrics.confusion([0, 0, 1, 1, 1], [0, 1, 1, 1, 0], 2).tolist() == [[1, 1], [1, 2]]
 
 
@@ -89,28 +88,30 @@ def test_classes_in_figures():
         ([0, 1], [0, 0], 0.5, 0, 1 / 3),
     ],
 )
-def test_what_is_undefined_is_zero(labels, predictions, accuracy, f1, macro_f1):
+def test_undefined_scores_are_zero(labels, predictions, accuracy, f1, macro_f1):
     expected = {"accuracy": accuracy, "f1": f1, "macro_f1": macro_f1, "matthews": 0.0}
-    close(metrics.classification_scores(labels, predictions, ["a", "b"]), expected)
+    check_close(metrics.classification_scores(labels, predictions, ["a", "b"]), expected)
 
 
-def test_macro_f1_is_over_classes_that_occur():
+def test_macro_f1_averages_classes_that_occur():
     assert metrics.classification_scores([0, 1], [0, 1], list("abcde"))["macro_f1"] == 1.0
     assert metrics.classification_scores([0, 1], [0, 4], list("abcde"))["macro_f1"] == pytest.approx(1 / 3)
 
 
-def test_as_many_classes_as_examples():
-    close(metrics.classification_scores(range(99), range(99), [""] * 99), {"accuracy": 1, "macro_f1": 1, "matthews": 1})
+def test_there_may_be_one_class_per_example():
+    check_close(
+        metrics.classification_scores(range(99), range(99), [""] * 99), {"accuracy": 1, "macro_f1": 1, "matthews": 1}
+    )
 
 
-def test_confusion_of_nothing_and_of_missing_classes():
+def test_confusion_counts_missing_classes_as_zero():
     assert metrics.confusion([], [], 3).tolist() == [[0] * 3] * 3
     assert metrics.confusion([2], [0], 3).tolist() == [[0, 0, 0], [0, 0, 0], [1, 0, 0]]
     assert metrics.confusion([0, 0], [0, 0], 1).tolist() == [[2]]  # scikit-learn warns of a single class
 
 
-def test_scores_of_each_class():
-    """Both forms of labels, a class that does not occur, a single class, and no examples."""
+def test_per_class_scores_have_known_values():
+    """Tests both forms of labels, a class that does not occur, a single class, and no examples."""
     expected = {
         "a": {"precision": 1 / 2, "recall": 1 / 2, "f1": 1 / 2, "support": 2},
         "b": {"precision": 1 / 2, "recall": 1.0, "f1": 2 / 3, "support": 1},
@@ -124,47 +125,47 @@ def test_scores_of_each_class():
         assert {name: pytest.approx(values) for name, values in expected.items()} == scores
         assert all(type(values["support"]) is int for values in scores.values())
         json.dumps(scores)
-    alone = metrics.per_class_scores([[True], [False]], [[True], [True]], ["a"])
-    assert alone == {"a": {"precision": 0.5, "recall": 1.0, "f1": pytest.approx(2 / 3), "support": 1}}
-    for nothing in ([], np.zeros((0, 1))):
-        assert metrics.per_class_scores(nothing, nothing, ["a"])["a"] == expected["d"]
+    single = metrics.per_class_scores([[True], [False]], [[True], [True]], ["a"])
+    assert single == {"a": {"precision": 0.5, "recall": 1.0, "f1": pytest.approx(2 / 3), "support": 1}}
+    for empty in ([], np.zeros((0, 1))):
+        assert metrics.per_class_scores(empty, empty, ["a"])["a"] == expected["d"]
 
 
 @settings(deadline=None)
 @given(st.data(), st.integers(1, 12), st.integers(1, 5))
-def test_several_classes_are_scored_as_sklearn_does(data, n, count):
+def test_multi_label_scores_equal_those_of_sklearn(data, n, count):
     cells = st.lists(st.lists(st.integers(0, 1), min_size=count, max_size=count), min_size=n, max_size=n)
     labels, predictions = np.array(data.draw(cells)), np.array(data.draw(cells))
-    # A second column without any 1 makes of one column several for sklearn; it adds a class of F1 0.
+    # sklearn needs two columns for a multi-label problem. The second column has no 1 and adds a class with an F1 of 0.
     wide = [np.pad(x, ((0, 0), (0, int(count == 1)))) for x in (labels, predictions)]
     expected = {
         "accuracy": np.mean([(a == b).all() for a, b in zip(labels, predictions)]),
         "micro_f1": sklearn.metrics.f1_score(*wide, average="micro", zero_division=0.0),
         "macro_f1": sklearn.metrics.f1_score(*wide, average="macro", zero_division=0.0) * (1 + (count == 1)),
     }
-    close(metrics.multi_label_scores(labels, predictions), expected)
-    close(metrics.multi_label_scores(labels.astype(bool), predictions.astype(np.float32)), expected)
+    check_close(metrics.multi_label_scores(labels, predictions), expected)
+    check_close(metrics.multi_label_scores(labels.astype(bool), predictions.astype(np.float32)), expected)
 
 
-def test_several_classes_of_nothing_and_without_any():
-    nothing = {"accuracy": 0.0, "micro_f1": 0.0, "macro_f1": 0.0}
-    close(metrics.multi_label_scores([], []), nothing)
-    close(metrics.multi_label_scores(np.zeros((0, 3)), []), nothing)
-    close(metrics.multi_label_scores([[0, 0]], [[0, 0]]), {**nothing, "accuracy": 1.0})
-    close(metrics.multi_label_scores([[1, 0]], [[1, 0]]), {"accuracy": 1.0, "micro_f1": 1.0, "macro_f1": 0.5})
+def test_multi_label_scores_of_empty_labels_are_defined():
+    zeros = {"accuracy": 0.0, "micro_f1": 0.0, "macro_f1": 0.0}
+    check_close(metrics.multi_label_scores([], []), zeros)
+    check_close(metrics.multi_label_scores(np.zeros((0, 3)), []), zeros)
+    check_close(metrics.multi_label_scores([[0, 0]], [[0, 0]]), {**zeros, "accuracy": 1.0})
+    check_close(metrics.multi_label_scores([[1, 0]], [[1, 0]]), {"accuracy": 1.0, "micro_f1": 1.0, "macro_f1": 0.5})
 
 
-# Numbers.
+# Regression.
 
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 
 @settings(deadline=None, max_examples=300)
 @given(two_columns(st.floats(-100, 100, width=16) | st.integers(0, 3)))
-def test_numbers_are_scored_as_scipy_does(columns):
+def test_regression_scores_equal_those_of_scipy(columns):
     labels, predictions = columns
-    pearson = quiet(lambda: scipy.stats.pearsonr(*columns).statistic) if len(labels) > 1 else math.nan
-    spearman = quiet(lambda: scipy.stats.spearmanr(*columns).statistic) if len(labels) > 1 else math.nan
+    pearson = call_quietly(lambda: scipy.stats.pearsonr(*columns).statistic) if len(labels) > 1 else math.nan
+    spearman = call_quietly(lambda: scipy.stats.spearmanr(*columns).statistic) if len(labels) > 1 else math.nan
     expected = {
         "pearson": 0.0 if math.isnan(pearson) else pearson,
         "spearman": 0.0 if math.isnan(spearman) else spearman,
@@ -172,14 +173,14 @@ def test_numbers_are_scored_as_scipy_does(columns):
     }
     scores = metrics.regression_scores(labels, predictions)
     assert scores == pytest.approx(expected, abs=1e-9)
-    plain(scores)
+    check_finite(scores)
 
 
 @settings(deadline=None, max_examples=300)
 @given(two_columns(FLOATS | st.sampled_from([0.0, -0.0, 1.0, 1.0000001, 1e-45, -3.4e38])))
-def test_no_number_of_float32_gives_a_warning_or_nan(columns):
+def test_no_float32_value_causes_a_warning_or_nan(columns):
     scores = metrics.regression_scores(np.array(columns[0], np.float32), columns[1])
-    plain(scores)
+    check_finite(scores)
     assert -1 <= scores["pearson"] <= 1 and -1 <= scores["spearman"] <= 1 and scores["mse"] >= 0
 
 
@@ -190,19 +191,19 @@ def test_no_number_of_float32_gives_a_warning_or_nan(columns):
         ([2], [1], 1),
         ([1, 2, 3], [2, 2, 2], 2 / 3),  # a constant prediction
         ([2, 2, 2], [1, 2, 3], 2 / 3),
-        ([0.1] * 10, [0.1] * 10, 0),  # whose mean is not exactly 0.1
+        ([0.1] * 10, [0.1] * 10, 0),  # the mean is not exactly 0.1
         ([1, 2], [1e15, 1e15], (1e15 - 1.5) ** 2 + 0.25),
     ],
 )
-def test_no_correlation_with_a_constant(labels, predictions, mse):
-    close(metrics.regression_scores(labels, predictions), {"pearson": 0.0, "spearman": 0.0, "mse": mse})
+def test_correlation_with_a_constant_is_zero(labels, predictions, mse):
+    check_close(metrics.regression_scores(labels, predictions), {"pearson": 0.0, "spearman": 0.0, "mse": mse})
 
 
-def test_numbers_that_differ_by_rounding_alone_are_constant():
+def test_numbers_that_differ_only_by_rounding_are_constant():
     assert metrics.regression_scores([1, 2, 3], [1, 1 + 2**-52, 1])["pearson"] == 0.0
 
 
-def test_a_monotone_map_keeps_ranks():
+def test_spearman_of_a_monotone_function_is_1():
     scores = metrics.regression_scores([1, 2, 3, 4], [1, 10, 100, 1000])
     assert scores["spearman"] == pytest.approx(1.0) and scores["pearson"] < 0.9
 
@@ -214,8 +215,8 @@ TYPES = ("PER", "LOC", "B-I", "_", "-")
 
 
 @st.composite
-def tagged(draw, scheme):
-    """Two taggings of the same tokens, in any order of tags that the scheme has."""
+def taggings(draw, scheme):
+    """Draws two taggings of the same tokens, with the tags of the scheme in any order."""
     tags = ["O", *(f"{letter}-{kind}" for letter in LETTERS[scheme] for kind in TYPES)]
     lengths = draw(st.lists(st.integers(0, 8), min_size=1, max_size=5))
     some = st.sampled_from(tags[: draw(st.integers(1, len(tags)))])
@@ -224,22 +225,22 @@ def tagged(draw, scheme):
 
 def seqeval_scores(tags, predictions):
     score = {name: getattr(seqeval.metrics, f"{name}_score") for name in ("f1", "precision", "recall")}
-    scores = {name: quiet(f, tags, predictions, zero_division=0) for name, f in score.items()}
+    scores = {name: call_quietly(f, tags, predictions, zero_division=0) for name, f in score.items()}
     scores["accuracy"] = seqeval.metrics.accuracy_score(tags, predictions) if any(map(len, tags)) else 0.0
-    report = quiet(seqeval.metrics.classification_report, tags, predictions, output_dict=True, zero_division=0)
-    of_type = {"precision": "precision", "recall": "recall", "f1-score": "f1", "support": "support"}
+    report = call_quietly(seqeval.metrics.classification_report, tags, predictions, output_dict=True, zero_division=0)
+    names = {"precision": "precision", "recall": "recall", "f1-score": "f1", "support": "support"}
     by_type = {
-        kind: {of_type[name]: value for name, value in values.items()}
+        kind: {names[name]: value for name, value in values.items()}
         for kind, values in report.items()
         if not kind.endswith(" avg")
     }
     return scores, by_type
 
 
-def like_seqeval(tags, predictions, scheme):
+def check_span_scores(tags, predictions, scheme):
     scores, by_type = metrics.span_scores(tags, predictions, scheme)
     expected, expected_by_type = seqeval_scores(tags, predictions)
-    close(scores, expected)
+    check_close(scores, expected)
     assert list(by_type) == sorted(expected_by_type)
     for kind, values in by_type.items():
         assert values == pytest.approx(expected_by_type[kind], abs=1e-12)
@@ -248,19 +249,19 @@ def like_seqeval(tags, predictions, scheme):
 
 @settings(deadline=None, max_examples=200)
 @given(st.data(), st.sampled_from(sorted(LETTERS)))
-def test_entities_are_scored_as_seqeval_does(data, scheme):
-    like_seqeval(*data.draw(tagged(scheme)), scheme)
+def test_span_scores_equal_those_of_seqeval(data, scheme):
+    check_span_scores(*data.draw(taggings(scheme)), scheme)
 
 
 @pytest.mark.parametrize("scheme", sorted(LETTERS))
-def test_thousands_of_random_sentences(scheme):
+def test_span_scores_of_random_sentences_equal_those_of_seqeval(scheme):
     rng = np.random.default_rng(len(scheme))
     tags = np.array(["O", *(f"{letter}-{kind}" for letter in LETTERS[scheme] for kind in ("X", "Y"))])
     for _ in range(20):
         lengths = rng.integers(0, 9, 150)
         true = [rng.choice(tags, n).tolist() for n in lengths]
         found = [[t if rng.random() < 0.7 else str(rng.choice(tags)) for t in sentence] for sentence in true]
-        like_seqeval(true, found, scheme)
+        check_span_scores(true, found, scheme)
         for sentence in true:
             assert get_entities(schemes.iob2(sentence, "spans")) == get_entities(sentence)
 
@@ -268,15 +269,15 @@ def test_thousands_of_random_sentences(scheme):
 @settings(deadline=None, max_examples=300)
 @given(st.data(), st.sampled_from(sorted(LETTERS)))
 def test_iob2_keeps_the_entities(data, scheme):
-    tags, predictions = data.draw(tagged(scheme))
-    converted = [[schemes.iob2(sentence, "spans") for sentence in side] for side in (tags, predictions)]
+    tags, predictions = data.draw(taggings(scheme))
+    converted = [[schemes.iob2(sentence, "spans") for sentence in column] for column in (tags, predictions)]
     for sentence, new in zip(tags, converted[0]):
         assert get_entities(new) == get_entities(sentence)
         assert tagging._count_repaired(new, "spans") == 0 and schemes.iob2(new, "spans") == new
         changed = sum(a[0] == "I" and b[0] == "B" for a, b in zip(sentence, new))
         assert tagging._count_repaired(sentence, "spans") == changed
-        begun = {first for _, first, _ in get_entities(sentence)}
-        assert begun == {place for place, tag in enumerate(new) if tag[0] == "B"}
+        starts = {first for _, first, _ in get_entities(sentence)}
+        assert starts == {i for i, tag in enumerate(new) if tag[0] == "B"}
     scores, by_type = metrics.span_scores(tags, predictions, scheme)
     new_scores, new_by_type = metrics.span_scores(*converted, "IOB2")
     assert by_type == new_by_type
@@ -289,20 +290,20 @@ def test_iob2_keeps_the_entities(data, scheme):
         ("I-A I-A B-A I-B O I-B", "B-A I-A B-A B-B O B-B", 3),
         ("O I-A I-A B-A I-B", "O B-A I-A B-A B-B", 2),
         ("S-A B-A E-A B-B I-B E-B O", "B-A B-A I-A B-B I-B I-B O", 0),
-        ("E-A E-A I-A S-A I-A B-A E-B", "B-A B-A B-A B-A B-A B-A B-B", 2),  # I- tags alone are counted
+        ("E-A E-A I-A S-A I-A B-A E-B", "B-A B-A B-A B-A B-A B-A B-B", 2),  # only I- tags are counted
         ("", "", 0),
     ],
 )
-def test_iob2_in_tags(tags, new, repaired):
+def test_iob2_converts_every_scheme(tags, new, repaired):
     assert schemes.iob2(tags.split(), "spans") == new.split()
     assert tagging._count_repaired(tags.split(), "spans") == repaired
 
 
-def test_entities_in_figures():
+def test_span_scores_have_known_values():
     tags = [["B-PER", "I-PER", "O", "B-LOC"], ["O"], []]
     predictions = [["B-PER", "I-PER", "O", "B-PER"], ["I-LOC"], []]
     scores, by_type = metrics.span_scores(tags, predictions, "IOB2")
-    close(scores, {"f1": 2 / 5, "precision": 1 / 3, "recall": 1 / 2, "accuracy": 3 / 5})
+    check_close(scores, {"f1": 2 / 5, "precision": 1 / 3, "recall": 1 / 2, "accuracy": 3 / 5})
     assert by_type == {
         "LOC": {"f1": 0.0, "precision": 0.0, "recall": 0.0, "support": 1},
         "PER": {"f1": pytest.approx(2 / 3), "precision": 0.5, "recall": 1.0, "support": 1},
@@ -315,13 +316,13 @@ def test_an_entity_ends_with_its_sentence():
 
 
 @pytest.mark.parametrize("tags", [[], [[]], [["O", "O"]]])
-def test_no_entities(tags):
+def test_scores_without_entities_are_zero(tags):
     scores, by_type = metrics.span_scores(tags, tags, "IOB2")
-    close(scores, {"f1": 0.0, "precision": 0.0, "recall": 0.0, "accuracy": float(tags == [["O", "O"]])})
+    check_close(scores, {"f1": 0.0, "precision": 0.0, "recall": 0.0, "accuracy": float(tags == [["O", "O"]])})
     assert by_type == {}
 
 
-def test_sentences_may_be_tuples_and_arrays():
+def test_sentences_may_be_tuples_or_arrays():
     tags = [("B-X", "O"), np.array(["I-X", "B-X"])]
     assert metrics.span_scores(tags, tags, "IOB1")[1]["X"]["support"] == 3
 
@@ -345,7 +346,7 @@ def test_tags_of_another_scheme_are_refused():
         metrics.span_scores([[3]], [["O"]], "IOB2")
 
 
-def test_sentences_of_other_lengths_are_refused():
+def test_sentences_of_different_lengths_are_refused():
     with pytest.raises(UserError, match=r"1 sentences with tags, 2 with predictions; give as many"):
         metrics.span_scores([["O"]], [["O"], ["O"]], "IOB2")
     with pytest.raises(UserError, match=r"sentence 1 has 1 tags, 2 predictions; give one"):
@@ -356,11 +357,11 @@ def test_sentences_of_other_lengths_are_refused():
 
 
 def words(text: str) -> list[str]:
-    """SQuAD's words of an answer: by characters, no regular expression."""
-    kept = [c for c in text.lower() if not (c.isascii() and unicodedata.category(c)[0] in "PS")]
+    """Returns the words of an answer as SQuAD defines them, without regular expressions."""
+    characters = [c for c in text.lower() if not (c.isascii() and unicodedata.category(c)[0] in "PS")]
     found, run = [], ""
-    for c in [*kept, " "]:
-        if c.isalnum():  # of what \w matches only the underscore is missing, which is punctuation
+    for c in [*characters, " "]:
+        if c.isalnum():  # \w matches the underscore too, but it is punctuation
             run += c
         else:
             found.append(" " if run in ("a", "an", "the") else run)
@@ -369,25 +370,25 @@ def words(text: str) -> list[str]:
     return "".join(found).split()
 
 
-def f1_of(gold: list[str], said: list[str]) -> float:
-    if not gold or not said:
-        return float(gold == said)
+def f1_of(gold: list[str], prediction: list[str]) -> float:
+    if not gold or not prediction:
+        return float(gold == prediction)
     left, shared = list(gold), 0
-    for word in said:
+    for word in prediction:
         if word in left:
             left.remove(word)
             shared += 1
     if not shared:
         return 0.0
-    precision, recall = shared / len(said), shared / len(gold)
+    precision, recall = shared / len(prediction), shared / len(gold)
     return 2 * precision * recall / (precision + recall)
 
 
 def squad_reference(answers: list[str], prediction: str) -> tuple[float, float]:
     gold = [words(answer) for answer in answers]
     gold = [answer for answer in gold if answer] or [[]]
-    said = words(prediction)
-    return max(float(answer == said) for answer in gold), max(f1_of(answer, said) for answer in gold)
+    predicted = words(prediction)
+    return max(float(answer == predicted) for answer in gold), max(f1_of(answer, predicted) for answer in gold)
 
 
 PIECES = [
@@ -434,45 +435,45 @@ TEXTS = st.lists(st.sampled_from(PIECES), max_size=6).map("".join) | st.text(max
 
 @settings(deadline=None, max_examples=1000)
 @given(TEXTS)
-def test_texts_are_normalised_as_squad_does(text):
+def test_texts_are_normalised_as_in_squad(text):
     assert metrics.normalised(text) == " ".join(words(text))
 
 
 @settings(deadline=None, max_examples=500)
 @given(st.lists(st.tuples(st.lists(TEXTS, max_size=3), TEXTS), max_size=6))
-def test_answers_are_scored_as_squad_does(questions):
+def test_answers_are_scored_as_in_squad(questions):
     answers, predictions = [a for a, _ in questions], [p for _, p in questions]
     each = [squad_reference(*question) for question in questions]
     np.testing.assert_allclose([metrics.exact_f1(*question) for question in questions], each, rtol=1e-12)
     expected = {"exact": 0.0, "f1": 0.0}
     if each:
         expected = dict(zip(("exact", "f1"), np.mean(each, 0)))
-    having = [scores for scores, a in zip(each, answers) if a]
-    silent = [scores for scores, a in zip(each, answers) if not a]
-    if having and silent:
-        expected["has_answer_exact"], expected["has_answer_f1"] = np.mean(having, 0)
-        expected["no_answer_exact"], no_answer_f1 = np.mean(silent, 0)
+    answerable = [scores for scores, a in zip(each, answers) if a]
+    unanswerable = [scores for scores, a in zip(each, answers) if not a]
+    if answerable and unanswerable:
+        expected["has_answer_exact"], expected["has_answer_f1"] = np.mean(answerable, 0)
+        expected["no_answer_exact"], no_answer_f1 = np.mean(unanswerable, 0)
         assert expected["no_answer_exact"] == no_answer_f1
-    close(metrics.squad_scores(answers, predictions), expected)
+    check_close(metrics.squad_scores(answers, predictions), expected)
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("The  Cat's\tA-Team.", "cats ateam"),  # punctuation goes before articles
+        ("The  Cat's\tA-Team.", "cats ateam"),  # punctuation is removed before articles
         ("a-n", ""),
         ("a.", ""),
         ("theatre an", "theatre"),
         ("the the a", ""),
         ("?!", ""),
-        ("“a”", "“ ”"),  # these are not ASCII: they stay, and bound a word
+        ("“a”", "“ ”"),  # these quotes are not ASCII: they remain and end a word
         ("l'été à Nîmes", "lété à nîmes"),
         ("x\u00a0y\u3000z", "x y z"),
         ("A_N", ""),
         ("", ""),
     ],
 )
-def test_normalised(text, expected):
+def test_normalised_texts_have_known_values(text, expected):
     assert metrics.normalised(text) == expected == " ".join(words(text))
 
 
@@ -480,7 +481,7 @@ def test_normalised(text, expected):
     ("answers", "prediction", "exact", "f1"),
     [
         (["the cat"], "Cat.", 1, 1),
-        (["cat cat dog"], "cat cat cat", 0, 2 / 3),  # a word counts as often as both have it
+        (["cat cat dog"], "cat cat cat", 0, 2 / 3),  # a word counts as often as it occurs in both
         (["cat dog"], "dog cat", 0, 1),
         (["cat", "cat dog mouse"], "dog mouse", 0, 0.8),
         (["cat"], "", 0, 0),
@@ -493,21 +494,21 @@ def test_normalised(text, expected):
         (["!", "a"], "cat", 0, 0),
     ],
 )
-def test_exact_and_f1(answers, prediction, exact, f1):
+def test_exact_and_f1_have_known_values(answers, prediction, exact, f1):
     assert metrics.exact_f1(answers, prediction) == pytest.approx((exact, f1))
     assert squad_reference(answers, prediction) == pytest.approx((exact, f1))
 
 
-def test_squad_in_figures():
+def test_squad_scores_have_known_values():
     scores = metrics.squad_scores([["cat"], ["cat dog"], []], ["cat", "dog", "mouse"])
     parts = {"has_answer_exact": 1 / 2, "has_answer_f1": 5 / 6, "no_answer_exact": 0.0}
-    close(scores, {"exact": 1 / 3, "f1": 5 / 9, **parts})
-    close(metrics.squad_scores([[]], [""]), {"exact": 1.0, "f1": 1.0})
-    close(metrics.squad_scores([["the"], []], ["", ""]), {"exact": 1.0, "f1": 1.0, **dict.fromkeys(parts, 1.0)})
-    close(metrics.squad_scores([], []), {"exact": 0.0, "f1": 0.0})
+    check_close(scores, {"exact": 1 / 3, "f1": 5 / 9, **parts})
+    check_close(metrics.squad_scores([[]], [""]), {"exact": 1.0, "f1": 1.0})
+    check_close(metrics.squad_scores([["the"], []], ["", ""]), {"exact": 1.0, "f1": 1.0, **dict.fromkeys(parts, 1.0)})
+    check_close(metrics.squad_scores([], []), {"exact": 0.0, "f1": 0.0})
 
 
-def test_answers_of_other_shapes_are_refused():
+def test_answers_of_wrong_shapes_are_refused():
     with pytest.raises(UserError, match=r"2 questions, 1 predictions; give one for each"):
         metrics.squad_scores([["a"], []], ["a"])
     with pytest.raises(UserError, match=r"the answers 'cat' are one string; give a list"):
@@ -521,44 +522,44 @@ FRACTIONS = st.sampled_from([0.0, 0.25, 0.5, 1.0])
 
 @settings(deadline=None, max_examples=500)
 @given(st.lists(st.tuples(st.integers(-3, 3) | FLOATS, FRACTIONS, st.sampled_from([0.0, 1.0])), min_size=1))
-def test_no_threshold_is_better(questions):
-    margins, answered, silent = (np.array(column) for column in zip(*questions))
+def test_the_best_threshold_maximises_the_score(questions):
+    margins, answered, unanswered = (np.array(column) for column in zip(*questions))
 
     def mean(threshold: float) -> float:
-        return float(np.where(margins >= threshold, answered, silent).mean())
+        return float(np.where(margins >= threshold, answered, unanswered).mean())
 
-    threshold, best = metrics.best_threshold(margins, answered, silent)
-    plain({"threshold": threshold, "best": best})
-    assert best == mean(threshold) == max(map(mean, [*margins, math.inf]))  # every way to part them
+    threshold, best = metrics.best_threshold(margins, answered, unanswered)
+    check_finite({"threshold": threshold, "best": best})
+    assert best == mean(threshold) == max(map(mean, [*margins, math.inf]))  # every possible threshold
     larger = margins[margins > threshold]
-    assert all(mean(margin) < best for margin in larger)  # of the best it answers least
+    assert all(mean(margin) < best for margin in larger)  # the highest of the best thresholds
     assert threshold in margins or ((margins < threshold).all() and mean(math.inf) == best)
 
 
-def test_the_threshold_is_that_of_the_official_sweep():
-    """Without equal margins: the definition of SQuAD 2.0's sweep, question by question."""
+def test_the_threshold_equals_that_of_the_official_sweep():
+    """Computes the sweep of SQuAD 2.0 question by question, with distinct margins."""
     rng = np.random.default_rng(0)
     for n in (1, 2, 50):
         margins = rng.normal(size=n)
         has = rng.random(n) < 0.5
-        answered, silent = np.where(has, rng.integers(0, 5, n) / 4, 0.0), np.where(has, 0.0, 1.0)
-        now = best = silent.sum()
+        answered, unanswered = np.where(has, rng.integers(0, 5, n) / 4, 0.0), np.where(has, 0.0, 1.0)
+        score = best = unanswered.sum()
         threshold = None
         for i in sorted(range(n), key=lambda i: -margins[i]):
-            now += answered[i] if has[i] else -1
-            if now > best:
-                best, threshold = now, margins[i]
-        found = metrics.best_threshold(margins, answered, silent)
+            score += answered[i] if has[i] else -1
+            if score > best:
+                best, threshold = score, margins[i]
+        found = metrics.best_threshold(margins, answered, unanswered)
         assert found[1] == pytest.approx(best / n)
         assert found[0] == (margins.max() + 1 if threshold is None else threshold)
 
 
-def test_thresholds_in_figures():
+def test_thresholds_have_known_values():
     assert metrics.best_threshold([3, 2, 1], [1, 0, 1], [0, 1, 0]) == (3.0, pytest.approx(2 / 3))
     assert metrics.best_threshold([3, 2, 1], [1, 1, 1], [0, 0, 0]) == (1.0, 1.0)
     assert metrics.best_threshold([3, 2, 1], [0, 0, 0], [1, 1, 1]) == (4.0, 1.0)
     assert metrics.best_threshold([1e30], [0], [1]) == (np.nextafter(1e30, np.inf), 1.0)
-    assert metrics.best_threshold([1, 1], [1, 0], [0, 1]) == (2.0, 0.5)  # nothing parts them
+    assert metrics.best_threshold([1, 1], [1, 0], [0, 1]) == (2.0, 0.5)  # no threshold separates them
     assert metrics.best_threshold([], [], []) == (0.0, 0.0)
 
 
@@ -570,11 +571,11 @@ LINES = st.lists(st.sampled_from(WORDS), max_size=9).map(" ".join)
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.lists(LINES, min_size=2, max_size=2), LINES), min_size=1, max_size=6))
-def test_texts_are_scored_as_sacrebleu_and_rouge_score_do(examples):
+def test_text_scores_equal_those_of_sacrebleu_and_rouge_score(examples):
     references, texts = [list(r) for r, _ in examples], [t for _, t in examples]
     streams = [list(column) for column in zip(*references)]
     bleu, chrf = sacrebleu.corpus_bleu(texts, streams), sacrebleu.corpus_chrf(texts, streams)
-    close(metrics.translation_scores(references, texts), {"bleu": min(bleu.score, 100.0), "chrf": chrf.score})
+    check_close(metrics.translation_scores(references, texts), {"bleu": min(bleu.score, 100.0), "chrf": chrf.score})
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL", "rougeLsum"], use_stemmer=True)
     each = [
         [{k: s.fmeasure for k, s in scorer.score(right, text).items()} for right in some]
@@ -582,52 +583,54 @@ def test_texts_are_scored_as_sacrebleu_and_rouge_score_do(examples):
     ]
     expected = {k: float(np.mean([max(s[k] for s in scores) for scores in each])) for k in scorer.rouge_types}
     if any(c.isascii() and c.isalnum() for right in streams for text in right for c in text):
-        close(metrics.summary_scores(references, texts), expected)
+        check_close(metrics.summary_scores(references, texts), expected)
 
 
-def test_one_reference_of_each_text_needs_no_list():
+def test_a_single_reference_needs_no_list():
     references, texts = ["the cat sat on a mat", "hello there"], ["a cat sat on the mat", "hello world"]
     for score in (metrics.translation_scores, metrics.summary_scores, metrics.answer_scores):
-        close(score(references, texts), score([[right] for right in references], texts))
+        check_close(score(references, texts), score([[right] for right in references], texts))
     assert metrics.translation_signatures(references) == metrics.translation_signatures([[r] for r in references])
 
 
-def test_texts_may_have_other_numbers_of_references():
+def test_texts_may_have_different_numbers_of_references():
     references, texts = [["x y z w", "the cat sat on the mat"], ["hello there world"]], ["the cat sat on the mat", "hi"]
     streams = [["x y z w", "hello there world"], ["the cat sat on the mat", None]]
     expected = {
         "bleu": sacrebleu.corpus_bleu(texts, streams).score,
         "chrf": sacrebleu.corpus_chrf(texts, streams).score,
     }
-    close(metrics.translation_scores(references, texts), expected)
+    check_close(metrics.translation_scores(references, texts), expected)
     assert metrics.summary_scores(references, texts)["rouge1"] == 0.5
-    close(metrics.answer_scores(references, texts), {"exact": 0.5, "f1": 0.5})
+    check_close(metrics.answer_scores(references, texts), {"exact": 0.5, "f1": 0.5})
 
 
-def test_translation_in_figures():
-    """By the definitions: "a b c d e" against "a b c d f" has 4/5, 3/4, 2/3 and 1/2 of its n-grams right."""
+def test_translation_scores_have_known_values():
+    """By definition, 4/5, 3/4, 2/3 and 1/2 of the n-grams of "a b c d e" are correct for "a b c d f"."""
     scores = metrics.translation_scores(["a b c d f"], ["a b c d e"])
     assert scores["bleu"] == pytest.approx(100 * (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25)
-    rates = [4 / 5, 3 / 4, 2 / 3, 1 / 2, 0]  # of the characters abcde, without spaces; as many in either
+    rates = [4 / 5, 3 / 4, 2 / 3, 1 / 2, 0]  # of the characters abcde, without spaces; both texts have the same length
     assert scores["chrf"] == pytest.approx(100 * np.mean(rates))
     short = metrics.translation_scores(["a b c d e f g h"], ["a b c d"])["bleu"]
-    assert short == pytest.approx(100 * math.exp(1 - 8 / 4))  # all right, but brief
+    assert short == pytest.approx(100 * math.exp(1 - 8 / 4))  # every n-gram is correct, but the text is short
 
 
-def test_summaries_in_figures():
+def test_summary_scores_have_known_values():
     scores = metrics.summary_scores(["the cats sat quietly"], ["a cat sat quietly there"])
-    close(scores, {"rouge1": 2 * 3 / 9, "rouge2": 2 * 2 / 7, "rougeL": 2 * 3 / 9, "rougeLsum": 2 * 3 / 9})
-    turned = metrics.summary_scores(["one two three\nfour five six"], ["four five six\none two three"])
-    assert turned["rougeL"] == 0.5 and turned["rougeLsum"] == 1.0  # sentences in another order
+    check_close(scores, {"rouge1": 2 * 3 / 9, "rouge2": 2 * 2 / 7, "rougeL": 2 * 3 / 9, "rougeLsum": 2 * 3 / 9})
+    reordered = metrics.summary_scores(["one two three\nfour five six"], ["four five six\none two three"])
+    assert reordered["rougeL"] == 0.5 and reordered["rougeLsum"] == 1.0  # sentences in another order
 
 
-def test_answers_in_figures():
+def test_answer_scores_have_known_values():
     references = [["the cat"], ["cat dog mouse", "a mouse"], ["five"]]
-    close(metrics.answer_scores(references, ["Cat.", "mouse dog", ""]), {"exact": 1 / 3, "f1": (1 + 4 / 5 + 0) / 3})
+    check_close(
+        metrics.answer_scores(references, ["Cat.", "mouse dog", ""]), {"exact": 1 / 3, "f1": (1 + 4 / 5 + 0) / 3}
+    )
 
 
 @pytest.mark.parametrize("text", ["the quick brown fox jumps", "word"])
-def test_the_right_text_is_perfect_and_another_scores_nothing(text):
+def test_the_reference_has_a_perfect_score_and_another_text_scores_zero(text):
     assert metrics.translation_scores([text], [text])["chrf"] == 100.0
     if " " in text:
         assert metrics.translation_scores([text], [text])["bleu"] == 100.0
@@ -640,15 +643,15 @@ def test_the_right_text_is_perfect_and_another_scores_nothing(text):
     assert metrics.translation_scores([""], [text]) == {"bleu": 0.0, "chrf": 0.0}
 
 
-def test_no_texts():
-    close(metrics.translation_scores([], []), {"bleu": 0.0, "chrf": 0.0})
-    close(metrics.summary_scores([], []), dict.fromkeys(("rouge1", "rouge2", "rougeL", "rougeLsum"), 0.0))
-    close(metrics.answer_scores([], []), {"exact": 0.0, "f1": 0.0})
-    close(metrics.translation_scores([""], [""]), {"bleu": 0.0, "chrf": 0.0})
+def test_scores_of_no_texts_are_zero():
+    check_close(metrics.translation_scores([], []), {"bleu": 0.0, "chrf": 0.0})
+    check_close(metrics.summary_scores([], []), dict.fromkeys(("rouge1", "rouge2", "rougeL", "rougeLsum"), 0.0))
+    check_close(metrics.answer_scores([], []), {"exact": 0.0, "f1": 0.0})
+    check_close(metrics.translation_scores([""], [""]), {"bleu": 0.0, "chrf": 0.0})
     assert metrics.summary_scores([""], [""])["rouge1"] == 0.0
 
 
-def test_chinese_has_words_of_its_own():
+def test_chinese_has_a_tokenizer_of_its_own():
     references, texts = ["猫坐在垫子上。"], ["猫坐在垫子里。"]
     assert metrics.translation_scores(references, texts, tokenize="zh")["bleu"] == pytest.approx(
         sacrebleu.corpus_bleu(texts, [references], tokenize="zh").score
@@ -656,7 +659,7 @@ def test_chinese_has_words_of_its_own():
     assert metrics.translation_signatures(references, "zh")["bleu"].startswith("nrefs:1|case:mixed|eff:no|tok:zh|")
 
 
-def test_signatures():
+def test_signatures_name_the_settings_of_sacrebleu():
     version = f"version:{sacrebleu.__version__}"
     assert metrics.translation_signatures(["a", ["b", "c"]]) == {
         "bleu": f"nrefs:var|case:mixed|eff:no|tok:13a|smooth:exp|{version}",
@@ -677,12 +680,12 @@ def test_signatures():
         ([["a", 3]], ["a"], "text 0 or its reference is 3; give strings"),
     ],
 )
-def test_texts_that_do_not_fit_their_references_are_refused(score, references, texts, message):
+def test_references_that_do_not_match_the_texts_are_refused(score, references, texts, message):
     with pytest.raises(UserError, match=message):
         score(references, texts)
 
 
-def test_what_generated_texts_cannot_be_scored_by_is_refused():
+def test_unknown_tokenizers_and_unscorable_references_are_refused():
     with pytest.raises(UserError, match="BLEU has no tokenizer '13b'; perhaps you meant '13a'"):
         metrics.translation_scores(["a"], ["a"], tokenize="13b")
     with pytest.raises(UserError, match=r"no letter from a to z and no digit \('猫坐在.*chrF"):
@@ -696,21 +699,21 @@ def test_what_generated_texts_cannot_be_scored_by_is_refused():
 
 @settings(deadline=None)
 @given(st.data(), st.integers(1, 8), st.integers(1, 12))
-def test_ranks_are_those_of_scipy(data, n, m):
+def test_ranks_equal_those_of_scipy(data, n, m):
     row = st.lists(st.integers(0, 4), min_size=m, max_size=m)
     similarities = np.array(data.draw(st.lists(row, min_size=n, max_size=n)), np.float32) / 4
     right = data.draw(st.lists(st.integers(0, m - 1), min_size=n, max_size=n))
     found = metrics.ranks(similarities, right)
     worst = scipy.stats.rankdata(-similarities, method="max", axis=1)
     assert found.tolist() == worst[np.arange(n), right].tolist() and found.dtype == np.int64
-    cut = n // 2  # some queries at a time
+    cut = n // 2  # compute some of the queries
     parts = [metrics.ranks(similarities[:cut], right[:cut]), metrics.ranks(similarities[cut:], right[cut:])]
     assert np.concatenate(parts).tolist() == found.tolist()
     expected = {f"recall@{k}": np.mean([r <= k for r in found.tolist()]) for k in (1, 5, 10)}
-    close(metrics.retrieval_scores(found), {"mrr": np.mean([1 / r for r in found.tolist()]), **expected})
+    check_close(metrics.retrieval_scores(found), {"mrr": np.mean([1 / r for r in found.tolist()]), **expected})
 
 
-def test_the_mean_reciprocal_rank_is_that_of_sklearn():
+def test_the_mean_reciprocal_rank_equals_that_of_sklearn():
     rng = np.random.default_rng(0)
     similarities, right = rng.normal(size=(40, 15)), rng.integers(0, 15, 40)
     mrr = sklearn.metrics.label_ranking_average_precision_score(np.eye(15, dtype=int)[right], similarities)
@@ -721,25 +724,25 @@ def test_the_mean_reciprocal_rank_is_that_of_sklearn():
         assert scores[f"recall@{k}"] == pytest.approx(top)
 
 
-def test_a_model_of_constants_finds_nothing():
+def test_constant_similarities_have_the_worst_rank():
     assert metrics.ranks(np.ones((3, 7)), [0, 3, 6]).tolist() == [7, 7, 7]
     assert metrics.ranks([[0.0, -0.0, -math.inf]], [2]).tolist() == [3]
 
 
-def test_ranks_in_figures():
+def test_ranks_have_known_values():
     assert metrics.ranks([[0.9, 0.5, 0.5], [0.1, 0.2, 0.3]], [1, 2]).tolist() == [3, 1]
-    close(
+    check_close(
         metrics.retrieval_scores([1, 2, 6, 20]),
         {"mrr": 103 / 240, "recall@1": 0.25, "recall@5": 0.5, "recall@10": 0.75},
     )
 
 
-def test_nothing_to_retrieve():
+def test_retrieval_scores_without_queries_are_zero():
     assert metrics.ranks([], []).tolist() == metrics.ranks(np.zeros((0, 4)), []).tolist() == []
-    close(metrics.retrieval_scores([]), {"mrr": 0.0, "recall@1": 0.0, "recall@5": 0.0, "recall@10": 0.0})
+    check_close(metrics.retrieval_scores([]), {"mrr": 0.0, "recall@1": 0.0, "recall@5": 0.0, "recall@10": 0.0})
 
 
-# What no score can be computed from.
+# Invalid input.
 
 NAN = [0.0, math.nan, math.inf, 1.0]
 
@@ -791,12 +794,12 @@ NAN = [0.0, math.nan, math.inf, 1.0]
         (lambda: metrics.retrieval_scores([1, 0]), r"there is a rank 0; the best rank is 1"),
     ],
 )
-def test_what_no_score_can_be_computed_from_is_refused(score, message):
+def test_invalid_input_is_refused(score, message):
     with pytest.raises(UserError, match=message):
         score()
 
 
-def test_libraries_of_scores_are_imported_only_to_score():
+def test_libraries_of_scores_are_imported_only_for_scores():
     libraries = {"sklearn", "scipy.stats", "seqeval", "sacrebleu", "rouge_score"}
     code = f"import sys, jaxlm.tasks.metrics; assert not {libraries} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -813,6 +816,6 @@ def test_libraries_of_scores_are_imported_only_to_score():
         "summary_scores(['a'], ['b'])",
     ],
 )
-def test_the_libraries_themselves_warn_of_nothing(score):
+def test_the_libraries_print_no_warnings(score):
     code = f"import jaxlm.tasks.metrics; jaxlm.tasks.metrics.{score}"
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)

@@ -43,17 +43,17 @@ MODELS = {
     "deberta": replace(PRESETS["deberta-v3-base"], **SMALL, relative_buckets=4, relative_distance=8, conv_width=3),
 }
 CAUSAL = [name for name, model in MODELS.items() if model.structure != "encoder"]
-QUICK = ("gpt2", "bert", "qwen3", "t5")  # the other models take part in the slow tests of the marked suite
+QUICK = ("gpt2", "bert", "qwen3", "t5")  # the tests of the other models are marked long
 B, T = 4, 16
-SHORT = 7  # length of single sequences; a packed row holds two of them
+SHORT = 7  # length of single sequences; a packed row contains two of them
 
 
-def marked(*values: Any) -> Any:
-    """The values as a parameter, in the marked suite if the first, a model, is not quick."""
+def mark_long(*values: Any) -> Any:
+    """Returns the values as a parameter, marked long if the first value, a model, is not in QUICK."""
     return pytest.param(*values, marks=() if values[0] in QUICK else pytest.mark.long)
 
 
-@pytest.fixture(scope="module", params=map(marked, MODELS))
+@pytest.fixture(scope="module", params=map(mark_long, MODELS))
 def name(request) -> str:
     return request.param
 
@@ -121,7 +121,7 @@ def task_of(model: ModelConfig):
 
 
 @lru_cache
-def hidden(name: str):
+def hidden_states(name: str):
     """Returns a compiled function from (params, tokens, segments, positions, types) to hidden states.
 
     In an encoder-decoder the source is also the target.
@@ -158,7 +158,7 @@ def reference(name: str):
 
 
 def test_a_decoder_is_causal_and_an_encoder_attends_to_all(model, params):
-    """Checks the derivatives of the state at each position by the embedding of each token."""
+    """Checks the derivatives of the state at each position with respect to the embedding of each token."""
     tokens = np.arange(10, 10 + SHORT)[None]
     directions = np.zeros((SHORT, model.vocabulary, model.W), np.float32)
     directions[np.arange(SHORT), tokens[0]] = np.random.default_rng(0).standard_normal((SHORT, model.W))
@@ -174,17 +174,17 @@ def test_a_decoder_is_causal_and_an_encoder_attends_to_all(model, params):
         return jax.vmap(along)(directions)
 
     derivative_STD = jax.jit(derivatives)(params, directions)
-    sees_TS = (np.asarray(derivative_STD) != 0).any(-1).T
+    attends_TS = (np.asarray(derivative_STD) != 0).any(-1).T
     expected = np.ones((SHORT, SHORT), bool)
     if model.layer_kinds == ("local",):  # each layer extends the reach by its window
         expected = np.tri(SHORT, k=0) > np.tri(SHORT, k=-1 - model.layers * (model.window - 1))
-    np.testing.assert_array_equal(sees_TS, expected if model.structure == "encoder" else np.tril(expected))
+    np.testing.assert_array_equal(attends_TS, expected if model.structure == "encoder" else np.tril(expected))
 
 
-def test_packed_equals_padded(name, model, params):
+def test_packed_examples_equal_padded_ones(name, model, params):
     batch = packed_batch(model)
     inputs = [batch[f] for f in ("tokens_BT", "segments_BT", "positions_BT", "types_BT")]
-    packed = np.asarray(hidden(name)(params, *inputs))
+    packed = np.asarray(hidden_states(name)(params, *inputs))
     examples = [(b, e) for b in range(B) for e in range(1, batch["segments_BT"][b].max() + 1)]
     assert len(examples) > B
     for chunk in (examples[i : i + B] for i in range(0, len(examples), B)):  # one example per row
@@ -194,24 +194,24 @@ def test_packed_equals_padded(name, model, params):
             for field, x in zip(single, inputs):
                 field[row, : here.sum()] = x[b, here]
             single[1][row, : here.sum()] = 1
-        states = np.asarray(hidden(name)(params, *single))
+        states = np.asarray(hidden_states(name)(params, *single))
         for row, (b, e) in enumerate(chunk):
             here = batch["segments_BT"][b] == e
             np.testing.assert_allclose(packed[b, here], states[row, : here.sum()], atol=2e-5, rtol=1e-4)
 
 
-def test_packed_equals_unpadded(name, model, params):
+def test_packed_examples_equal_unpadded_ones(name, model, params):
     tokens = np.random.default_rng(0).integers(0, model.vocabulary, (2, SHORT), dtype=np.int32)
-    single = hidden(name)(params, tokens)
+    single = hidden_states(name)(params, tokens)
     fields = np.zeros((4, B, T), np.int32)
     fields[0, 0, : 2 * SHORT] = tokens.ravel()
     fields[1, 0, : 2 * SHORT] = np.repeat([1, 2], SHORT)
     fields[2, 0, : 2 * SHORT] = np.tile(np.arange(SHORT), 2)
-    packed = np.asarray(hidden(name)(params, *fields))[0, : 2 * SHORT].reshape(single.shape)
+    packed = np.asarray(hidden_states(name)(params, *fields))[0, : 2 * SHORT].reshape(single.shape)
     np.testing.assert_allclose(packed, single, atol=2e-5, rtol=1e-4)
 
 
-def test_padding_changes_nothing_and_gets_no_gradient(name, model, params):
+def test_padding_has_no_effect_and_no_gradient(name, model, params):
     batch = packed_batch(model)
     batch["tokens_BT"] = np.where(batch["segments_BT"] > 0, batch["tokens_BT"], 5)
     losses, grads = jax.device_get(gradient(name)(params, batch))
@@ -219,11 +219,13 @@ def test_padding_changes_nothing_and_gets_no_gradient(name, model, params):
 
 
 REMATS = [{"remat": "full"}, {"remat": "dots", "unroll": 2}, {"remat": "offload"}, {"remat": "elementwise"}]
-# GPT-2 has all of them, each other model has one.
-REMATTED = [marked(name, REMATS[n % 4]) for n, name in enumerate(MODELS)] + [("gpt2", REMATS[n]) for n in (1, 2, 3)]
+# GPT-2 is tested with all of them, and each other model with one.
+REMAT_CASES = [mark_long(name, REMATS[n % 4]) for n, name in enumerate(MODELS)] + [
+    ("gpt2", REMATS[n]) for n in (1, 2, 3)
+]
 
 
-@pytest.mark.parametrize(("name", "choices"), REMATTED, ids=str)
+@pytest.mark.parametrize(("name", "choices"), REMAT_CASES, ids=str)
 def test_remat_and_unrolling_change_no_gradient(name, choices):
     chosen = gradient(name, **choices)(params_of(name), packed_batch(MODELS[name]))
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-3), reference(name), chosen)
@@ -278,7 +280,7 @@ def assert_is_the_reference_step(name: str, step) -> None:
 ONE = partial(sharding.make_mesh, MeshConfig(1))
 
 
-@pytest.mark.parametrize("name", list(map(marked, MODELS)))
+@pytest.mark.parametrize("name", list(map(mark_long, MODELS)))
 def test_micro_batches_equal_the_large_batch(name):
     model = MODELS[name]
     step = one_step(model, params_of(name), packed_batch(model), 4, ONE(jax.devices()[:1]))
@@ -286,12 +288,12 @@ def test_micro_batches_equal_the_large_batch(name):
 
 
 MESHES = [(1, 2, 3), (4, 1, 1), (2, 2, 1), (1, 4, 1), (2, 1, 3)]
-SHARDED = [marked(name, MESHES[0]) for name in MODELS]
+SHARDED = [mark_long(name, MESHES[0]) for name in MODELS]
 SHARDED += [pytest.param(name, MESHES[1 + n % 4], marks=pytest.mark.long) for n, name in enumerate(MODELS)]
 
 
 @pytest.mark.parametrize(("name", "sizes"), SHARDED, ids=str)
-def test_sharded_equals_unsharded(name, sizes):
+def test_a_sharded_step_equals_an_unsharded_one(name, sizes):
     count = int(np.prod(sizes))
     if len(jax.devices()) < count:
         pytest.skip(f"needs {count} devices")
@@ -307,36 +309,36 @@ SHAPES = [
     pytest.param(name, sizes, marks=() if sizes in SOME.get(name, ()) else pytest.mark.long)
     for name in EIGHT
     for sizes in POWERS
-    if name == "bert" or sizes[3] == 2 or sizes in SOME.get(name, ())  # the others only with all axes
+    if name == "bert" or sizes[3] == 2 or sizes in SOME.get(name, ())  # the other models only with context 2
 ]
 
 
 @lru_cache
-def single(name: str):
+def single_device_step(name: str):
     model = EIGHT[name]
     return jax.device_get(one_step(model, random_params(model), packed_batch(model, 8), 1, ONE(jax.devices()[:1])))
 
 
 @pytest.mark.parametrize(("name", "sizes"), SHAPES, ids=str)
-def test_every_mesh_makes_the_step_of_one_device(name, sizes):
+def test_a_step_on_every_mesh_equals_the_step_on_one_device(name, sizes):
     """The meshes have the axes data x fsdp x tensor x context."""
     model = EIGHT[name]
     mesh = sharding.make_mesh(MeshConfig(*sizes), jax.devices()[:8])
     step = jax.device_get(one_step(model, random_params(model), packed_batch(model, 8), 1, mesh))
-    jax.tree.map(partial(np.testing.assert_allclose, atol=2e-6, rtol=1e-4), single(name), step)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=2e-6, rtol=1e-4), single_device_step(name), step)
 
 
-@pytest.mark.parametrize("name", list(map(marked, CAUSAL)))
-def test_cached_decoding_equals_uncached(name):
+@pytest.mark.parametrize("name", list(map(mark_long, CAUSAL)))
+def test_cached_decoding_equals_uncached_decoding(name):
     model, params = MODELS[name], params_of(name)
     module = Transformer(model)
     tokens = np.random.default_rng(0).integers(0, model.vocabulary, (2, SHORT), dtype=np.int32)
     context = ()
     if model.structure == "encoder_decoder":
         context = (jax.jit(partial(apply, module, method="encode"))(params, tokens),)
-    whole = np.asarray(hidden(name)(params, tokens))
+    whole = np.asarray(hidden_states(name)(params, tokens))
     decode = jax.jit(partial(apply, module, method="decode_cached"))
-    # Prompts of 3 and 2 tokens, padded on the right, then one token at a time.
+    # The prompts have 3 and 2 tokens and padding on the right. Then one token is decoded at a time.
     lengths = np.array([3, 2])
     prompts = np.where(np.arange(6) < lengths[:, None], np.pad(tokens, ((0, 0), (0, 3)))[:, :6], 1)
     fill = jax.jit(lambda *inputs: apply(module, *inputs[:2], CacheSpec(inputs[2], 10), *inputs[3:], method="prefill"))
@@ -352,16 +354,16 @@ def test_cached_decoding_equals_uncached(name):
         np.testing.assert_allclose(np.asarray(one)[:, 0], whole[[0, 1], at], atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", list(map(marked, ["gpt2", "mistral", "t5"])))
-def test_several_tokens_at_once_equal_one_at_a_time(name):
-    """As in speculative decoding: some of the tokens are replaced later."""
+@pytest.mark.parametrize("name", list(map(mark_long, ["gpt2", "mistral", "t5"])))
+def test_decoding_several_tokens_at_once_equals_one_at_a_time(name):
+    """As in speculative decoding, some of the tokens are replaced later."""
     model, params = MODELS[name], params_of(name)
     module = Transformer(model)
     tokens = np.random.default_rng(0).integers(0, model.vocabulary, (2, SHORT), dtype=np.int32)
     context = ()
     if model.structure == "encoder_decoder":
         context = (jax.jit(partial(apply, module, method="encode"))(params, tokens),)
-    whole = np.asarray(hidden(name)(params, tokens))
+    whole = np.asarray(hidden_states(name)(params, tokens))
     decode = jax.jit(partial(apply, module, method="decode_cached"))
     fill = lambda *inputs: apply(module, *inputs[:2], CacheSpec(inputs[2], 10, 3), *inputs[3:], method="prefill")
     _, caches = jax.jit(fill)(params, tokens[:, :2], np.array([2, 2]), *context)
@@ -372,7 +374,7 @@ def test_several_tokens_at_once_equal_one_at_a_time(name):
         np.testing.assert_allclose(np.asarray(chunk), whole[:, n : n + 3], atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", list(map(marked, MODELS)))
+@pytest.mark.parametrize("name", list(map(mark_long, MODELS)))
 def test_bfloat16_compute_keeps_float32_parameters_and_loss(name):
     losses, grads = gradient(name, dtype=jnp.bfloat16)(params_of(name), packed_batch(MODELS[name]))
     for n, (value, _) in losses.items():
@@ -402,7 +404,7 @@ def test_initial_weights_have_their_standard_deviation():
     for leaf in (layers["attention"]["query"]["kernel"], layers["mlp"]["up"]["kernel"], params["embeddings"]["tokens"]):
         np.testing.assert_allclose(np.std(leaf), 0.02, rtol=0.1)
     kernel = np.asarray(layers["mlp"]["up"]["kernel"])
-    assert np.abs(kernel[0] - kernel[1]).min() > 0  # layers differ
+    assert np.abs(kernel[0] - kernel[1]).min() > 0  # the layers differ
     assert not np.any(layers["mlp"]["up"]["bias"])
     assert np.all(np.asarray(layers["mlp_norm"]["scale"]) == 1)
 
@@ -414,9 +416,11 @@ def test_initial_weights_of_t5_depend_on_the_number_of_inputs():
     params = jax.jit(partial(init, Transformer(model)))(jax.random.key(0))
     layer = params["decoder"]["layers"]
     inputs = {"query": 48 * 16, "key": 48, "value": 48, "out": 4 * 16}
-    for name, of_each in inputs.items():
+    for name, inverse_variance in inputs.items():
         for kind in ("attention", "cross_attention"):
-            np.testing.assert_allclose(np.std(layer[kind][name]["kernel"]), of_each**-0.5, rtol=0.1, err_msg=name)
+            np.testing.assert_allclose(
+                np.std(layer[kind][name]["kernel"]), inverse_variance**-0.5, rtol=0.1, err_msg=name
+            )
     np.testing.assert_allclose(np.std(layer["mlp"]["down"]["kernel"]), 96**-0.5, rtol=0.1)
     np.testing.assert_allclose(np.std(params["lm_head"]["kernel"]), 48**-0.5, rtol=0.1)
     np.testing.assert_allclose(np.std(params["embeddings"]["tokens"]), 1.0, rtol=0.1)
@@ -430,9 +434,9 @@ def test_every_preset_has_a_row_for_each_parameter():
 
 
 def test_a_length_that_the_mesh_does_not_divide_is_not_sharded():
-    """For example, the length of the targets in denoising, which the user does not choose."""
+    """An example is the length of the targets in denoising, which the user does not set."""
     mesh = sharding.make_mesh(MeshConfig(1, 1, 2, 4), jax.devices()[:8])
-    of = lambda field, *shape: tuple(sharding.batch_sharding(mesh, field, shape).spec)
-    assert of("tokens_BT", 1, 4, 57) == (None, ("data", "fsdp"), None)
-    assert of("tokens_BT", 1, 4, 56) == (None, ("data", "fsdp"), "context")
-    assert of("labels_BEN", 1, 4, 8, 8) == (None, ("data", "fsdp"), None, None)
+    spec_of = lambda field, *shape: tuple(sharding.batch_sharding(mesh, field, shape).spec)
+    assert spec_of("tokens_BT", 1, 4, 57) == (None, ("data", "fsdp"), None)
+    assert spec_of("tokens_BT", 1, 4, 56) == (None, ("data", "fsdp"), "context")
+    assert spec_of("labels_BEN", 1, 4, 8, 8) == (None, ("data", "fsdp"), None, None)

@@ -1,4 +1,4 @@
-"""Small files of model folders, which are untrusted: valid files are used, others are refused."""
+"""Small files of model folders are untrusted: valid files are used, and invalid files are refused."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from jaxlm.hub.quantization import refuse_quantised
 from jaxlm.nn.transformer import Transformer, init
 
 
-def deep(levels: int, inner: str = "1") -> str:
+def nested_list(levels: int, inner: str = "1") -> str:
     return "[" * levels + inner + "]" * levels
 
 
@@ -33,8 +33,8 @@ def deep(levels: int, inner: str = "1") -> str:
     "content, message",
     [
         (b'{"a": ' + b"9" * 5000 + b"}", "thousands of digits"),
-        (f'{{"a": {deep(3000)}}}'.encode(), "nested deeper than 64"),
-        (f'{{"a": {deep(100)}}}'.encode(), "nested deeper than 64"),
+        (f'{{"a": {nested_list(3000)}}}'.encode(), "nested deeper than 64"),
+        (f'{{"a": {nested_list(100)}}}'.encode(), "nested deeper than 64"),
         (("{" + '"a":{' * 3000 + "}" * 3001).encode(), "nested deeper than 64"),
         (b'{"a": "\xff"}', "not UTF-8 .*at byte 7"),
         ('{"a": 1}'.encode("utf-16"), "not UTF-8"),
@@ -70,7 +70,7 @@ def test_a_file_that_is_not_regular_is_refused_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["loop", "../secret", "/etc/hostname", "gone"])
-def test_a_name_that_cannot_be_or_leads_outside_is_refused(tmp_path, name):
+def test_an_unreadable_name_and_a_link_outside_the_folder_are_refused(tmp_path, name):
     folder = tmp_path / "model"
     folder.mkdir()
     (tmp_path / "secret").write_text("s")
@@ -81,11 +81,11 @@ def test_a_name_that_cannot_be_or_leads_outside_is_refused(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "a/" * 3000, "nul\0", "absent"])
-def test_a_name_that_no_file_can_have_is_absent(tmp_path, name):
+def test_a_name_that_no_file_can_have_is_missing(tmp_path, name):
     assert model_files.locate(tmp_path, name) is None
 
 
-def test_links_may_lead_within_the_folder_and_from_a_snapshot_to_its_blobs(tmp_path):
+def test_links_within_the_folder_and_from_a_snapshot_to_its_blobs_are_followed(tmp_path):
     repository = tmp_path / "models--a--b"
     snapshot = repository / "snapshots" / "0123"
     (snapshot / "1_Pooling").mkdir(parents=True)
@@ -101,11 +101,11 @@ def test_links_may_lead_within_the_folder_and_from_a_snapshot_to_its_blobs(tmp_p
     assert model_files.locate(snapshot / "1_Pooling", "config.json")
     with pytest.raises(UserError, match="points outside"):
         model_files.locate(snapshot, "secret.json")
-    (tmp_path / "linked").symlink_to(snapshot)  # a link of the user to the folder
+    (tmp_path / "linked").symlink_to(snapshot)  # a user may link to the folder
     assert model_files.locate(tmp_path / "linked", "config.json")
 
 
-def test_values_are_taken_by_type_and_range():
+def test_values_are_checked_by_type_and_range():
     values = {"n": 3, "x": 0.5, "yes": True, "s": "a", "null": None, "list": ["a", "b"], "ids": [1, 2], "o": {"k": 1}}
     found = JsonObject(values, "config.json")
     assert (found.integer("n", None), found.number("n", None), found.number("x", None)) == (3, 3.0, 0.5)
@@ -116,7 +116,7 @@ def test_values_are_taken_by_type_and_range():
     assert found.object("o").integer("k", 0) == 1 and found.object("null").values == {}
     assert "n" in found and "null" not in found and "absent" not in found
     huge = JsonObject({"a": 10**400, "b": float("nan"), "c": float("inf"), "d": "x" * 10**6, "e": True}, "config.json")
-    for take, key in [
+    for read, key in [
         *((huge.integer, key) for key in "abcde"),
         *((huge.number, key) for key in "abcde"),
         *((huge.object, key) for key in "abcde"),
@@ -127,7 +127,7 @@ def test_values_are_taken_by_type_and_range():
         *((huge.integers, key) for key in "bcde"),
     ]:
         with pytest.raises(UserError, match=rf"^config.json: {key} is .*; it must be ") as caught:
-            take(key, *([None] if take not in (huge.object, huge.objects, huge.texts, huge.integers) else []))
+            read(key, *([None] if read not in (huge.object, huge.objects, huge.texts, huge.integers) else []))
         assert len(str(caught.value)) < 400
     with pytest.raises(UserError, match="n is 3; it must be an integer from 4 to 5"):
         found.integer("n", None, 4, 5)
@@ -162,19 +162,19 @@ HOSTILE = [None, True, -1, 0, 10**400, float("nan"), float("inf"), 1e300, "", "x
 HOSTILE += [[1], ["x"], [None], {"a": 1}, [[[]]], "-1", 0.5, 2**63]
 
 
-def places(value: object, above: tuple = ()) -> list[tuple]:
+def value_paths(value: object, above: tuple = ()) -> list[tuple]:
     """Returns the paths of all values in a JSON value, including itself."""
     found = [above]
     for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-        found += places(inner, (*above, key))
+        found += value_paths(inner, (*above, key))
     return found
 
 
-def replaced(value: object, path: tuple, new: object) -> object:
+def replace_value(value: object, path: tuple, new: object) -> object:
     if not path:
         return new
     copy = dict(value) if isinstance(value, dict) else list(value)  # type: ignore[call-overload]
-    copy[path[0]] = replaced(copy[path[0]], path[1:], new)
+    copy[path[0]] = replace_value(copy[path[0]], path[1:], new)
     return copy
 
 
@@ -190,9 +190,9 @@ def test_no_value_of_sentence_transformers_files_ends_in_a_traceback(tmp_path):
     safetensors.write({"linear.weight": np.ones((4, 8), np.float32)}, tmp_path / "2_Dense" / "model.safetensors")
     assert read_pooling(tmp_path).prompt == "q: " and len(read_files(tmp_path)) == 6
     for name, whole in SENTENCE.items():
-        for path in places(whole):
+        for path in value_paths(whole):
             for value in HOSTILE:
-                (tmp_path / name).write_text(json.dumps(replaced(whole, path, value)))
+                (tmp_path / name).write_text(json.dumps(replace_value(whole, path, value)))
                 for read in (read_pooling, read_files) if name == "modules.json" else (read_pooling,):
                     try:
                         read(tmp_path)
@@ -201,7 +201,7 @@ def test_no_value_of_sentence_transformers_files_ends_in_a_traceback(tmp_path):
         (tmp_path / name).write_text(json.dumps(whole))
 
 
-def test_links_that_lead_outside_are_not_followed_into_exports(tmp_path):
+def test_links_outside_the_folder_are_not_copied_into_exports(tmp_path):
     (tmp_path / "outside").mkdir()
     write(tmp_path / "outside", {"config.json": {"secret": 1}, "secret.json": {"secret": 1}})
     for name in (
@@ -251,8 +251,8 @@ JSON = st.recursive(
 def test_random_values_of_sentence_transformers_files_do_not_end_in_a_traceback(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("model")
     name = data.draw(st.sampled_from(sorted(SENTENCE)))
-    path = data.draw(st.sampled_from(places(SENTENCE[name])))
-    write(folder, SENTENCE | {name: replaced(SENTENCE[name], path, data.draw(JSON))})
+    path = data.draw(st.sampled_from(value_paths(SENTENCE[name])))
+    write(folder, SENTENCE | {name: replace_value(SENTENCE[name], path, data.draw(JSON))})
     with contextlib.suppress(UserError):
         read_pooling(folder)
 
@@ -262,10 +262,10 @@ def test_no_value_of_config_json_ends_in_a_traceback(kind):
     family = FAMILIES[kind]
     config = family.config_to_hf(next(iter(family.presets.values())))
     whole = {"model_type": kind, "architectures": ["X"], "id2label": {"0": "a", "1": "b"}, **config}
-    for path in places(whole)[1:]:
+    for path in value_paths(whole)[1:]:
         for value in HOSTILE:
             try:
-                families._config(family, replaced(whole, path, value)).check()
+                families._config(family, replace_value(whole, path, value)).check()
             except UserError as error:
                 assert len(str(error)) < 6000
 
@@ -304,7 +304,7 @@ def test_the_error_for_a_malformed_config_contains_key_value_and_rule(tmp_path, 
             families.open_folder(tmp_path)
 
 
-PACKED = {
+QUANTISED = {
     "FP8 in blocks of 128 x 128": (
         {"quant_method": "fp8", "weight_block_size": [128, 128]},
         {"q_proj.weight": ml_dtypes.float8_e4m3fn, "q_proj.weight_scale_inv": np.float32},
@@ -328,9 +328,9 @@ PACKED = {
 }
 
 
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("name", QUANTISED)
 def test_a_quantised_checkpoint_is_refused(tmp_path, name):
-    settings, tensors = PACKED[name]
+    settings, tensors = QUANTISED[name]
     safetensors.write(
         {f"model.layers.0.self_attn.{n}": np.zeros((2, 2), kind) for n, kind in tensors.items()},
         tmp_path / safetensors.WEIGHTS,

@@ -40,7 +40,7 @@ TOKENS_BT = np.random.default_rng(0).integers(1, 48, (2, 12)).astype(np.int32)
 
 
 def projections(params, make):
-    """The parameters with `make(leaf, row, n)` in place of each projection."""
+    """Returns the parameters with `make(leaf, row, n)` in place of each projection."""
     rows = parameters.rows_by_path(params)
     paths = sorted(path for path, row in rows.items() if row.inputs)
 
@@ -69,8 +69,8 @@ KINDS = {
 }
 
 
-def merged(params):
-    """The dense parameters, each layer's on its own."""
+def merge(params):
+    """Returns the dense parameters, merged separately for each layer."""
     whole = lambda leaf: jax.vmap(lambda node: node.materialize())(leaf) if nodes.is_node(leaf) else leaf
     return jax.tree.map(whole, params, is_leaf=nodes.is_node)
 
@@ -83,40 +83,40 @@ def hidden(model, params):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", MODELS)
-def test_merged_is_unmerged(name, kind):
+def test_a_merged_model_equals_the_unmerged_one(name, kind):
     model = MODELS[name]
     dense = random_params(model)
     params = projections(dense, KINDS[kind])
     found = hidden(model, params)
-    np.testing.assert_allclose(found, hidden(model, merged(params)), atol=2e-5)
-    assert np.abs(found - hidden(model, dense)).max() > 1e-3  # the nodes do something
+    np.testing.assert_allclose(found, hidden(model, merge(params)), atol=2e-5)
+    assert np.abs(found - hidden(model, dense)).max() > 1e-3  # the nodes have an effect
     if name == "decoder":
         np.testing.assert_allclose(hidden(model, unstack_layers(params)), found, atol=2e-5)
 
 
-def test_nodes_stand_in_every_place():
-    """Also in place of embeddings, norms and heads, which read them as dense arrays."""
+def test_nodes_may_replace_every_array():
+    """Nodes may also replace embeddings, norms and heads, which read them as dense arrays."""
     model = dataclasses.replace(MODELS["decoder"], tied_embeddings=False)
     dense = random_params(model)
     params = jax.tree.map(lambda leaf: Masked(leaf, jnp.arange(leaf.size).reshape(leaf.shape) % 3 > 0), dense)
     logits = lambda params: apply(Transformer(model), params, hidden(model, params), method="lm")
-    np.testing.assert_allclose(logits(params), logits(merged_everywhere(params)), atol=2e-5)
+    np.testing.assert_allclose(logits(params), logits(merge_all(params)), atol=2e-5)
 
 
-def merged_everywhere(params):
+def merge_all(params):
     return jax.tree.map(lambda node: node.materialize(), params, is_leaf=nodes.is_node)
 
 
-def test_generation_knows_nothing_of_nodes():
+def test_generation_with_nodes_equals_generation_with_merged_arrays():
     lm = LM(MODELS["decoder"], Transformer(MODELS["decoder"]), None, None)
     params = projections(random_params(lm.config), KINDS["low-rank over quantized"])
     tokenizer = tokenizers.train(["abcdefghijklmnopqrstuvwxyz "] * 4, TokenizerConfig(train="characters"), 48)
-    of = lambda params: dataclasses.replace(lm, params=params, tokenizer=tokenizer)
-    write = lambda params: jaxlm.generate(of(params), ["abc", "d"], max_new_tokens=8, temperature=0)
-    assert write(params) == write(merged(params))
+    with_params = lambda params: dataclasses.replace(lm, params=params, tokenizer=tokenizer)
+    generate = lambda params: jaxlm.generate(with_params(params), ["abc", "d"], max_new_tokens=8, temperature=0)
+    assert generate(params) == generate(merge(params))
 
 
-def test_a_new_update_changes_nothing_and_names_its_paths():
+def test_a_new_low_rank_update_has_no_effect_and_has_axes():
     params = random_params(MODELS["decoder"])
     new = add_low_rank(params, r"decoder/layers/attention/(query|out)/kernel", 4, jax.random.key(1))
     np.testing.assert_allclose(hidden(MODELS["decoder"], new), hidden(MODELS["decoder"], params), atol=1e-6)
@@ -129,8 +129,8 @@ def test_a_new_update_changes_nothing_and_names_its_paths():
         add_low_rank(params, "nothing", 4, jax.random.key(1))
 
 
-def training(model, params, chosen, batch=TOKENS_BT):
-    """A step by SGD-like settings over the leaves of `params` that are chosen, and its first state."""
+def make_step(model, params, chosen, batch=TOKENS_BT):
+    """Returns a step that trains the chosen leaves of `params`, its first state, and its batch."""
     settings = OptimizerConfig(rate=0.1, schedule="constant", warmup=0, weight_decay=0.0)
     part, frozen = parameters.split(params, chosen)
     optimizer = optax.chain(optax.snapshot("grad_norm", optax.tree.norm), optax.adam(0.1))
@@ -148,11 +148,11 @@ def training(model, params, chosen, batch=TOKENS_BT):
 
 
 @pytest.mark.parametrize("kind", ["low-rank", "masked", "low-rank over quantized"])
-def test_a_step_trains_what_a_node_names(kind):
+def test_a_step_trains_the_arrays_that_a_node_names(kind):
     model = MODELS["decoder"]
     params = projections(random_params(model), KINDS[kind])
     chosen = parameters.trained_in_nodes(params)
-    step, state, batch = training(model, params, chosen)
+    step, state, batch = make_step(model, params, chosen)
     new, metrics = jax.jit(step)(state, batch)
     assert np.isfinite(metrics["loss"])
     same = jax.tree.map(lambda a, b: np.array_equal(a, b), state.model, new.model)
@@ -163,9 +163,9 @@ def test_a_step_trains_what_a_node_names(kind):
     # The gradient is that of the dense model, by the chain rule.
     loss = lambda params: step_loss(model, params, batch)
     of_nodes = jax.jit(jax.grad(lambda part: loss(parameters.join(part, state.frozen))))(state.params)
-    of_dense = jax.jit(jax.grad(loss))(merged(params))
-    pulled = jax.vjp(lambda part: merged(parameters.join(part, state.frozen)), state.params)[1](of_dense)[0]
-    jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5, rtol=1e-3), of_nodes, pulled)
+    of_dense = jax.jit(jax.grad(loss))(merge(params))
+    expected = jax.vjp(lambda part: merge(parameters.join(part, state.frozen)), state.params)[1](of_dense)[0]
+    jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5, rtol=1e-3), of_nodes, expected)
 
 
 def step_loss(model, params, batch):
@@ -176,7 +176,7 @@ def step_loss(model, params, batch):
 def test_pruned_entries_stay_zero_over_steps():
     model = MODELS["decoder"]
     params = projections(random_params(model), masked)
-    step, state, batch = training(model, params, parameters.trained_in_nodes(params))
+    step, state, batch = make_step(model, params, parameters.trained_in_nodes(params))
     for _ in range(3):
         state, _ = jax.jit(step)(state, batch)
     for before, after in zip(*(jax.tree.leaves(p, is_leaf=nodes.is_node) for p in (params, state.model))):
@@ -189,9 +189,9 @@ DEEP = ModelConfig(vocabulary=32, width=128, layers=12, heads=2, max_length=16)
 
 
 def step_memory(params) -> int:
-    """Bytes of temporary memory of a step that trains the factors and the scales of norms."""
+    """Returns the bytes of temporary memory of a step that trains the factors and the scales of norms."""
     trained = lambda path, leaf: parameters.path_of(path).endswith(("/a", "/b", "norm/scale"))
-    step, state, batch = training(
+    step, state, batch = make_step(
         DEEP, params, jax.tree_util.tree_map_with_path(trained, params), np.ones((1, 8), np.int32)
     )
     compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile(OPTIMIZED)
@@ -200,7 +200,7 @@ def step_memory(params) -> int:
 
 @pytest.fixture(scope="module")
 def plain() -> tuple[Any, int]:
-    """Parameters without nodes, and the memory of their step."""
+    """Returns parameters without nodes, and the memory of their step."""
     params = jax.tree.map(jnp.asarray, random_params(DEEP))
     return params, step_memory(params)
 
@@ -210,15 +210,15 @@ def plain() -> tuple[Any, int]:
     [pytest.param(kind, marks=pytest.mark.long if kind in ("low-rank", "quantized") else ()) for kind in KINDS],
 )
 def test_no_dense_copy_of_the_stack_is_made(kind, plain):
-    """A compiled step takes no more temporary memory than one whose matrices are frozen arrays, except for the arrays
-    of the nodes; XLA on CPU copies stacked arrays of any kind before a scan, forward and backward."""
+    """A compiled step requires no more temporary memory than one whose matrices are frozen arrays, except for the
+    arrays of the nodes. On CPU, XLA copies stacked arrays of any kind before a scan, forward and backward."""
     params, memory = projections(plain[0], KINDS[kind]), plain[1]
     matrices = lambda params: [leaf for leaf in jax.tree.leaves(params["decoder"]["layers"]) if leaf.ndim > 2]
     dense, of_nodes = (sum(leaf.nbytes for leaf in matrices(tree)) for tree in (plain[0], params))
     assert (found := step_memory(params)) < memory + 2 * (of_nodes - dense) + 0.25 * dense, (found, memory)
 
 
-def test_the_arrays_of_a_node_lie_on_a_mesh():
+def test_the_arrays_of_a_node_are_sharded():
     model = dataclasses.replace(MODELS["decoder"], width=32, vocabulary=64)
     mesh = sharding.make_mesh(MeshConfig(1, 2, 2), jax.devices()[:4])
     params = add_low_rank(random_params(model), ".*/kernel", 4, jax.random.key(0))
@@ -230,14 +230,14 @@ def test_the_arrays_of_a_node_lie_on_a_mesh():
     assert specs["decoder/layers/mlp/up/kernel/b"] == P(None, None, "tensor")
 
 
-def test_a_checkpoint_leaves_the_frozen_part_where_it_is(tmp_path):
+def test_a_checkpoint_omits_the_frozen_part(tmp_path):
     params = add_low_rank(
         jax.tree.map(jnp.asarray, random_params(MODELS["decoder"])), ".*/kernel", 2, jax.random.key(0)
     )
     of_adapters = parameters.trained_in_nodes(params, others=False)
     paths = [path for path, is_trained in parameters.by_path(of_adapters).items() if is_trained]
     assert paths and all(path.endswith(("/a", "/b")) for path in paths)
-    _, state, _ = training(MODELS["decoder"], params, of_adapters)
+    _, state, _ = make_step(MODELS["decoder"], params, of_adapters)
     checkpoints = Checkpoints(tmp_path / "checkpoints", 1)
     checkpoints.save(state, None, {"note": 1})
     checkpoints.wait()
@@ -253,7 +253,7 @@ def test_a_checkpoint_leaves_the_frozen_part_where_it_is(tmp_path):
 def test_a_train_step_shares_the_frozen_part():
     model = MODELS["decoder"]
     params = add_low_rank(random_params(model), ".*/kernel", 2, jax.random.key(0))
-    step, state, batch = training(model, params, parameters.trained_in_nodes(params))
+    step, state, batch = make_step(model, params, parameters.trained_in_nodes(params))
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     compiled = TrainStep(step, jax.tree.map(lambda _: one, state), one)
     state = jax.tree.map(jnp.array, state)
@@ -264,10 +264,10 @@ def test_a_train_step_shares_the_frozen_part():
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
 
 
-def test_eight_bits_are_within_half_a_step():
+def test_quantization_errors_are_at_most_half_a_step():
     array = np.random.default_rng(0).standard_normal((3, 8, 2, 4)).astype(np.float32)
     array[1, :, 0, 1] = 0
-    made = quantize(jnp.asarray(array))
-    assert isinstance(made, Quantized) and made.values.dtype == np.int8 and made.scales.shape == (3, 1, 2, 4)
-    assert np.all(np.abs(made.materialize() - array) <= 0.5 * np.asarray(made.scales) + 1e-7)
-    assert not np.any(np.asarray(made.materialize())[1, :, 0, 1])
+    node = quantize(jnp.asarray(array))
+    assert isinstance(node, Quantized) and node.values.dtype == np.int8 and node.scales.shape == (3, 1, 2, 4)
+    assert np.all(np.abs(node.materialize() - array) <= 0.5 * np.asarray(node.scales) + 1e-7)
+    assert not np.any(np.asarray(node.materialize())[1, :, 0, 1])

@@ -57,19 +57,19 @@ def updates(config: OptimizerConfig, structure: str, *gradients, steps: int = 10
     part = lambda tree: parameters.split(tree, chosen)[0]
 
     def run(params, *gradients):
-        state, made = optimizer.init(params), []
+        state, results = optimizer.init(params), []
         for g in gradients:
             update, state = optimizer.update(g, state, params)
-            made.append(update)
-        return made, state
+            results.append(update)
+        return results, state
 
-    made, state = jax.jit(run)(*map(part, (params, *gradients)))
+    results, state = jax.jit(run)(*map(part, (params, *gradients)))
     zeros = {path: np.zeros_like(leaf) for path, leaf in by_path(params).items()}
-    return [zeros | by_path(u) for u in made], state
+    return [zeros | by_path(u) for u in results], state
 
 
 def depth_of(path: str) -> str:
-    """Written out here, instead of read from the table that is tested."""
+    """Returns the part of the model with this path, without the tested table."""
     if path.split("/")[0] in ("embeddings", "decoder_embeddings"):
         return "embeddings"
     return "layers" if "/layers/" in path else "head"
@@ -86,7 +86,7 @@ DECAYING = [*((name, "encoder") for name in NAMES), ("adamw", "decoder"), ("adam
 
 
 @pytest.mark.parametrize(("name", "structure"), DECAYING)
-def test_decay_shrinks_weights_and_leaves_out_biases_and_norms(name, structure):
+def test_weight_decay_excludes_biases_and_norms(name, structure):
     config = OptimizerConfig(name=name, rate=0.1, weight_decay=0.5, schedule="constant", warmup=0)
     zero = jax.tree.map(np.zeros_like, params_of(structure))
     ((found,), _) = updates(config, structure, zero)
@@ -106,8 +106,8 @@ def test_gradients_are_clipped_to_their_global_norm():
 
 
 @pytest.mark.parametrize("structure", MODELS)
-def test_each_layer_has_its_rate(structure):
-    """1 for the head, d^(L + 1 - l) for layer l of 1..L, d^(L + 1) for embeddings: for gradient and weight decay."""
+def test_each_layer_has_its_own_rate(structure):
+    """Rates and decay are scaled by 1 for the head, d^(L + 1 - l) for layer l of 1..L and d^(L + 1) for embeddings."""
     d, g = 0.7, gradients_of(structure)
     ((plain,), _) = updates(replace(SGD, weight_decay=1e-6), structure, g)
     ((decayed,), _) = updates(replace(SGD, weight_decay=1e-6, layer_decay=d), structure, g)
@@ -139,43 +139,44 @@ def test_relative_updates_are_proportional_to_their_parameter(structure):
         np.testing.assert_allclose(found[path], expected, rtol=1e-4, atol=1e-7, err_msg=path)
 
 
-FROZEN = {  # settings -> how many of the layers, and whether the embeddings, stand still
+FROZEN = {  # settings -> number of frozen layers
     "embeddings": ({"freeze": "embeddings"}, 0),
     "two layers": ({"freeze_layers": 2}, 2),
     "all layers": ({"freeze_layers": LAYERS}, LAYERS),
     "all but heads": ({"freeze": "all_but_heads"}, LAYERS),
     "a layer, with layer-wise rates": ({"freeze_layers": 1, "layer_decay": 0.5}, 1),
-    "a layer, in proportion": ({"freeze_layers": 1, "relative": True}, 1),
+    "a layer, with relative updates": ({"freeze_layers": 1, "relative": True}, 1),
 }
 
 
-def assert_frozen(config: OptimizerConfig, structure: str, still: int) -> None:
+def assert_frozen(config: OptimizerConfig, structure: str, frozen_layers: int) -> None:
     gradients = [gradients_of(structure, seed) for seed in range(2)]
-    made, state = updates(config, structure, *gradients)
+    results, state = updates(config, structure, *gradients)
     trained = []
     for path, g in by_path(gradients[1]).items():
-        parts = {"embeddings": np.s_[:0], "layers": np.s_[still:], "head": np.s_[:]}
-        moving = np.zeros(g.shape, bool)
-        moving[parts[depth_of(path)]] = True
+        parts = {"embeddings": np.s_[:0], "layers": np.s_[frozen_layers:], "head": np.s_[:]}
+        is_trained = np.zeros(g.shape, bool)
+        is_trained[parts[depth_of(path)]] = True
         p = by_path(params_of(structure))[path]
-        for update in made:
-            np.testing.assert_array_equal((p + update[path])[~moving], p[~moving], err_msg=path)  # to the last bit
+        for update in results:
+            # Frozen parameters are equal to the last bit.
+            np.testing.assert_array_equal((p + update[path])[~is_trained], p[~is_trained], err_msg=path)
             assert np.all(np.isfinite(update[path]))
-            assert np.any(update[path]) == moving.any(), path
-            if depth_of(path) == "layers" and moving.any():
-                moved = np.abs(update[path]).reshape(LAYERS, -1).max(1) > 0
-                np.testing.assert_array_equal(moved, np.arange(LAYERS) >= still, err_msg=path)
-        trained.append(g[moving])
+            assert np.any(update[path]) == is_trained.any(), path
+            if depth_of(path) == "layers" and is_trained.any():
+                is_changed = np.abs(update[path]).reshape(LAYERS, -1).max(1) > 0
+                np.testing.assert_array_equal(is_changed, np.arange(LAYERS) >= frozen_layers, err_msg=path)
+        trained.append(g[is_trained])
     norm = math.sqrt(sum(np.square(g, dtype=np.float64).sum() for g in trained))
     np.testing.assert_allclose(optax.tree.get(state, "grad_norm"), norm, rtol=1e-5)
 
     # One moment for each trained leaf, and none for a frozen one.
-    kept = [parameters.path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+    state_paths = [parameters.path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
     for path in by_path(gradients[0]):
-        moves = depth_of(path) == "head" or (depth_of(path) == "layers" and still < LAYERS)
-        assert (path in kept) == moves, path
+        has_state = depth_of(path) == "head" or (depth_of(path) == "layers" and frozen_layers < LAYERS)
+        assert (path in state_paths) == has_state, path
         if config.name == "adamw":
-            assert kept.count(path) == 2 * moves, path
+            assert state_paths.count(path) == 2 * has_state, path
 
 
 @pytest.mark.parametrize(
@@ -183,9 +184,9 @@ def assert_frozen(config: OptimizerConfig, structure: str, still: int) -> None:
     # All cases for an encoder, and one for each other structure.
     [*(("encoder", case) for case in FROZEN), *((name, "all but heads") for name in MODELS if name != "encoder")],
 )
-def test_frozen_parameters_do_not_change_or_count_or_have_state(structure, case):
-    settings, still = FROZEN[case]
-    assert_frozen(OptimizerConfig(schedule="constant", warmup=0, **settings), structure, still)
+def test_frozen_parameters_do_not_change_and_have_no_state(structure, case):
+    settings, frozen_layers = FROZEN[case]
+    assert_frozen(OptimizerConfig(schedule="constant", warmup=0, **settings), structure, frozen_layers)
 
 
 @pytest.mark.parametrize("name", NAMES[1:])
@@ -204,39 +205,39 @@ def test_moments_are_sharded_like_their_parameters(structure, name, freeze_layer
     optimizer = make_optimizer(config, 10, params)
     part, frozen = parameters.split(params, trained(config, params))
     state = jax.eval_shape(lambda part: TrainState(0, part, optimizer.init(part), 0, frozen), part)
-    laid = with_shardings(state, mesh)
-    split = {path: leaf.sharding.spec for path, leaf in parameters.by_path(laid.model).items()}
+    sharded = with_shardings(state, mesh)
+    split = {path: leaf.sharding.spec for path, leaf in parameters.by_path(sharded.model).items()}
     assert split["embeddings/tokens"] == jax.sharding.PartitionSpec("tensor", "fsdp")
     moments = 0
-    for key_path, leaf in jax.tree_util.tree_leaves_with_path(laid.opt_state):
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(sharded.opt_state):
         path = parameters.path_of(key_path)
         if path in split and leaf.shape == parameters.by_path(params)[path].shape:
             assert leaf.sharding.spec == split[path], (path, key_path)
             moments += 1
         elif math.prod(leaf.shape) > 128 * LAYERS * 2:
-            raise AssertionError(f"{key_path} {leaf.shape} lies whole on every device")
-    if name != "adafactor":  # which keeps factors of them
+            raise AssertionError(f"{key_path} {leaf.shape} is not sharded")
+    if name != "adafactor":  # Adafactor keeps factors of the moments
         assert moments >= len(jax.tree.leaves(part))
 
 
-def test_frozen_gradients_do_not_count_in_clipping():
+def test_clipping_excludes_gradients_of_frozen_parameters():
     g = gradients_of("decoder")
-    loud = g | {"embeddings": jax.tree.map(lambda x: x * 1e6, g["embeddings"])}
-    loud = jax.tree_util.tree_map_with_path(
+    scaled = g | {"embeddings": jax.tree.map(lambda x: x * 1e6, g["embeddings"])}
+    scaled = jax.tree_util.tree_map_with_path(
         lambda path, x: (
             x * 1e6 ** (np.arange(LAYERS) < 1).reshape(-1, *[1] * (x.ndim - 1))
             if depth_of(parameters.path_of(path)) == "layers"
             else x
         ),
-        loud,
+        scaled,
     )
     config = replace(SGD, clip=1.0, freeze_layers=1)
-    ((quiet,), _), ((found,), _) = updates(config, "decoder", g), updates(config, "decoder", loud)
-    for path in quiet:
-        np.testing.assert_array_equal(found[path], quiet[path], err_msg=path)
+    ((expected,), _), ((found,), _) = updates(config, "decoder", g), updates(config, "decoder", scaled)
+    for path in expected:
+        np.testing.assert_array_equal(found[path], expected[path], err_msg=path)
 
 
-# 100 steps, 10 of warm-up, peak 2, last 0.5 = a quarter.
+# There are 100 steps with 10 of warm-up. The peak is 2, and the last rate is 0.5, a quarter of it.
 SCHEDULES = {
     "constant": lambda step: 2.0,
     "linear": lambda step: 2.0 + (0.5 - 2.0) * (step - 10) / 90,
@@ -251,7 +252,7 @@ SCHEDULES = {
 def test_schedules_follow_their_formulas(name, warmup):
     schedule = make_schedule(OptimizerConfig(rate=2.0, schedule=name, warmup=warmup, final=0.25), 100)
     values = np.asarray(jax.jit(jax.vmap(schedule))(np.arange(101)))
-    rise = 2.0 * (1 + 10 * np.arange(10) / 10) / 11  # the first step is not lost
+    rise = 2.0 * (1 + 10 * np.arange(10) / 10) / 11  # the rate of the first step is not 0
     np.testing.assert_allclose(values[:10], rise, rtol=1e-6)
     assert values[0] == pytest.approx(2 / 11)
     np.testing.assert_allclose(values[10:], [SCHEDULES[name](step) for step in range(10, 101)], rtol=1e-6)
@@ -339,13 +340,13 @@ def test_muon_orthogonalises_the_matrix_of_each_layer_separately(structure):
                 singular = np.linalg.svd(newton_schulz(matrix), compute_uv=False)
                 assert singular.max() < 1.3
                 matrices += 1
-        else:  # Adam's first step: the sign
+        else:  # the first step of Adam is the sign of the gradient
             np.testing.assert_allclose(found[path], -np.sign(leaf), rtol=1e-4, atol=1e-4, err_msg=path)
     assert matrices >= 6 * LAYERS
 
 
 ADAFACTOR = OptimizerConfig(name="adafactor", rate=1.0, schedule="constant", warmup=0, weight_decay=0, clip=0)
-PROJECTIONS = {  # inputs and outputs of kernels, written out here and not read from the table that is tested
+PROJECTIONS = {  # inputs and outputs of kernels, without the tested table
     **dict.fromkeys(("query", "key", "value"), lambda shape: (shape[0], math.prod(shape[1:]))),
     "out": lambda shape: (math.prod(shape[:-1]), shape[-1]),
 }
@@ -366,13 +367,13 @@ def test_adafactor_treats_each_layer_as_optax_treats_its_matrix(relative):
     reference = optax.adafactor(1.0, multiply_by_parameter_scale=relative)
 
     def run(optimizer, params, gradients):
-        state, made = optimizer.init(params), []
+        state, results = optimizer.init(params), []
         for g in gradients:
             update, state = optimizer.update(g, state, params)
-            made.append(update)
-        return made, state
+            results.append(update)
+        return results, state
 
-    def single(tree) -> dict[str, np.ndarray]:
+    def split_layers(tree) -> dict[str, np.ndarray]:
         """Returns each layer of each leaf separately, projections as matrices."""
         found = {}
         for path, leaf in by_path(tree).items():
@@ -381,11 +382,11 @@ def test_adafactor_treats_each_layer_as_optax_treats_its_matrix(relative):
             found |= {f"{path} {n}": x.reshape(view(x.shape)) if view else x for n, x in layers}
         return found
 
-    made, state = jax.jit(partial(run, optimizer))(params, gradients)
-    expected, _ = jax.jit(partial(run, reference))(single(params), [single(g) for g in gradients])
-    for update, other in zip(made, expected, strict=True):
-        for name, value in single(update).items():
+    results, state = jax.jit(partial(run, optimizer))(params, gradients)
+    expected, _ = jax.jit(partial(run, reference))(split_layers(params), [split_layers(g) for g in gradients])
+    for update, other in zip(results, expected, strict=True):
+        for name, value in split_layers(update).items():
             np.testing.assert_allclose(value, other[name], rtol=2e-4, atol=1e-7, err_msg=name)
     kernels = [leaf.size for path, leaf in by_path(params).items() if path.endswith("kernel")]
     kept = sum(leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(state) if "kernel" in str(path))
-    assert kept < 0.05 * sum(kernels)  # rows and columns, not entries
+    assert kept < 0.05 * sum(kernels)  # the state has rows and columns, and not entries

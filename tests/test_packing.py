@@ -1,4 +1,4 @@
-"""Batches for inference: each example is in one place, and results come back in order however they are computed."""
+"""Batches for inference: each example occurs once, and the results keep the order of the batches."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from jaxlm.inference.packing import MIN_LENGTH, THREADS, chunks, pack_batches, r
 
 
 def model(parts: int):
-    """What `pack_batches` reads of a model on a mesh that splits rows into so many parts."""
+    """Returns the attributes that `pack_batches` reads of a model whose mesh splits rows into this number of parts."""
     return SimpleNamespace(module=SimpleNamespace(constrain=SimpleNamespace(ways=lambda axis: parts)))
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.data())
-def test_rows_have_each_example_once(data):
+def test_rows_contain_each_example_once(data):
     lengths = np.array(data.draw(st.lists(st.integers(0, 300), min_size=1, max_size=40)))
     batch_tokens, parts = data.draw(st.integers(1, 1000)), data.draw(st.sampled_from([1, 2, 3]))
     max_examples = data.draw(st.integers(1, 9))
@@ -34,33 +34,34 @@ def test_rows_have_each_example_once(data):
         assert values_BT.shape == (B, T) and B % parts == 0 and segments_BT.max() <= max_examples
         assert T == MIN_LENGTH or all(lengths[batch.examples[batch.rows == b]].max() > T // 2 for b in batch.rows)
         for i, b, slot, start in zip(batch.examples, batch.rows, batch.slots, batch.starts):
-            (at,) = np.nonzero(segments_BT[b] == slot + 1)
-            assert at.tolist() == list(range(start, start + lengths[i]))
-            assert (values_BT[b, at] == columns[i]).all() and (positions_BT[b, at] == np.arange(lengths[i])).all()
+            (indices,) = np.nonzero(segments_BT[b] == slot + 1)
+            assert indices.tolist() == list(range(start, start + lengths[i]))
+            assert (values_BT[b, indices] == columns[i]).all()
+            assert (positions_BT[b, indices] == np.arange(lengths[i])).all()
             seen.append(int(i))
         assert (segments_BT > 0).sum() == lengths[batch.examples].sum() and not values_BT[segments_BT == 0].any()
     assert sorted(seen) == np.flatnonzero(lengths).tolist()
 
 
-def test_lengths_of_rows_and_chunks():
+def test_rows_and_chunks_have_the_expected_lengths():
     assert [row_length(n) for n in (1, 64, 65, 128, 129)] == [64, 64, 128, 128, 256]
     assert list(chunks(iter(range(5)), 2)) == [[0, 1], [2, 3], [4]] and list(chunks([], 2)) == []
 
 
 @pytest.mark.parametrize("devices", [1, 2])
-def test_results_come_back_in_order(devices):
-    """On one CPU device several batches run at the same time, on several one after the other."""
+def test_results_keep_the_order_of_the_batches(devices):
+    """On one CPU device several batches run at the same time. On several devices they run sequentially."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), ("data",))
-    place = lambda n: jax.device_put(np.full(devices, n, np.float32), NamedSharding(mesh, PartitionSpec("data")))
-    together = threading.Barrier(THREADS)
+    put = lambda n: jax.device_put(np.full(devices, n, np.float32), NamedSharding(mesh, PartitionSpec("data")))
+    barrier = threading.Barrier(THREADS)
 
     def program(x):
         if devices == 1:
-            together.wait(60)
+            barrier.wait(60)
         return x * 2
 
     count = 4 * THREADS
-    results = list(run_ahead(program, ((n, place(n)) for n in range(count))))
+    results = list(run_ahead(program, ((n, put(n)) for n in range(count))))
     assert [n for n, _ in results] == list(range(count))
     assert all(isinstance(x, np.ndarray) and (x == 2 * n).all() for n, x in results)
 

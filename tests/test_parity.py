@@ -1,4 +1,4 @@
-"""Equality with transformers in both directions, for random models with odd shapes of every family and head."""
+"""Random models of every family and head, with odd shapes, equal those of transformers in both directions."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ MEMBERS = [
 LOGITS = ("logits", "prediction_logits", "pooler_output")
 
 
-def their_model(family: str, head: str, shape: str) -> Any:
+def transformers_model(family: str, head: str, shape: str) -> Any:
     """Returns a random model without weights at a special initial value (0 or 1), which could hide errors."""
     base, _, shapes = FAMILIES[family]
     config = getattr(transformers, f"{'Gemma3Text' if family == 'Gemma3' else family}Config")(**base | shapes[shape])
@@ -185,7 +185,7 @@ def their_model(family: str, head: str, shape: str) -> Any:
 
 
 def batch(config: Any, left: bool) -> dict[str, np.ndarray]:
-    """Returns rows of 13, 7 and 1 tokens, padded right or left; other tokens are never the padding token."""
+    """Returns rows of 13, 7 and 1 tokens, with padding on the right or left. No other token is the padding token."""
     random = np.random.default_rng(0)
     padding = config.pad_token_id if config.pad_token_id is not None else 0
     tokens = random.integers(6, VOCABULARY, (3, T))
@@ -218,7 +218,7 @@ def assert_same(model: Any, lm: jaxlm.LM, head: str, left: bool) -> None:
         )
     ours = lm(inputs["input_ids"], **named, states=True, attentions=True)
 
-    def same(found: Any, expected: Any, real: np.ndarray, what: str) -> None:
+    def assert_close(found: Any, expected: Any, real: np.ndarray, what: str) -> None:
         found, expected = np.asarray(found), expected.numpy()
         assert found.shape == expected.shape, what
         if found.shape[:2] == real.shape:
@@ -226,32 +226,32 @@ def assert_same(model: Any, lm: jaxlm.LM, head: str, left: bool) -> None:
         np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4, err_msg=what)
 
     if "start_logits" in theirs:
-        same(ours.logits[..., 0], theirs.start_logits, target_real, "start")
-        same(ours.logits[..., 1], theirs.end_logits, target_real, "end")
+        assert_close(ours.logits[..., 0], theirs.start_logits, target_real, "start")
+        assert_close(ours.logits[..., 1], theirs.end_logits, target_real, "end")
     for name in LOGITS:
         if theirs.get(name) is not None and (name != "pooler_output" or lm.config.heads_on_top == ("pooled",)):
-            same(ours.logits, theirs[name], target_real, name)
+            assert_close(ours.logits, theirs[name], target_real, name)
     if "last_hidden_state" in theirs:
-        same(ours.hidden_BTD, theirs.last_hidden_state, target_real, "hidden")
+        assert_close(ours.hidden_BTD, theirs.last_hidden_state, target_real, "hidden")
     stacks = {"": (ours.encoder or ours.decoder, real)}
     if ours.encoder and ours.decoder:
         stacks = {"encoder_": (ours.encoder, real), "decoder_": (ours.decoder, target_real)}
-    for stack, (inside, there) in stacks.items():
+    for stack, (inside, mask) in stacks.items():
         states, weights = theirs[f"{stack}hidden_states"], theirs[f"{stack}attentions"]
         assert inside.states_LBTD.shape[0] == len(states)
         for layer, state in enumerate(states):
-            same(inside.states_LBTD[layer], state, there, f"{stack}state {layer}")
+            assert_close(inside.states_LBTD[layer], state, mask, f"{stack}state {layer}")
         for layer, weight in enumerate(weights):
-            same(
+            assert_close(
                 np.asarray(inside.attention_LBHTS[layer]).transpose(0, 2, 1, 3),
                 weight.transpose(1, 2),
-                there,
+                mask,
                 f"{stack}attention {layer}",
             )
     if ours.encoder and ours.decoder:
         for layer, weight in enumerate(theirs.cross_attentions):
             found = np.asarray(ours.decoder.cross_attention_LBHTS[layer]).transpose(0, 2, 1, 3)
-            same(found, weight.transpose(1, 2), target_real, f"cross {layer}")
+            assert_close(found, weight.transpose(1, 2), target_real, f"cross {layer}")
 
 
 def tensors(folder: Path) -> dict[str, tuple]:
@@ -262,11 +262,11 @@ def tensors(folder: Path) -> dict[str, tuple]:
 
 
 @pytest.mark.parametrize(("family", "head", "shape"), MEMBERS)
-def test_both_ways(tmp_path, family, head, shape):
-    model = their_model(family, head, shape)
+def test_models_are_equal_in_both_directions(tmp_path, family, head, shape):
+    model = transformers_model(family, head, shape)
     model.save_pretrained(tmp_path / "theirs")
     lm = jaxlm.load(tmp_path / "theirs")
-    # Only DeBERTa hides all keys from padding, and with `left` padding is the first token.
+    # Only DeBERTa masks all keys for padding, and with `left` the first token is padding.
     for left in (False, True)[: 1 if (family, head) == ("DebertaV2", "ForSequenceClassification") else 2]:
         assert_same(model, lm, head, left)
     if head == "ForSequenceClassification":  # without a mask, as a user may call it
@@ -299,8 +299,8 @@ BY_LENGTH = {
 
 @pytest.mark.parametrize("old", [False, True], ids=["rope_parameters", "rope_scaling"])
 @pytest.mark.parametrize("kind", BY_LENGTH)
-def test_rotary_positions_that_depend_on_the_length(tmp_path, kind, old):
-    """Rows without padding, within and beyond the trained length: with padding, transformers uses the longest row."""
+def test_rotary_positions_that_depend_on_the_length_are_equal(tmp_path, kind, old):
+    """Lengths are within and beyond the trained length. With padding, transformers would use the longest length."""
     rope, more = BY_LENGTH[kind]
     config = transformers.LlamaConfig(**DECODER | more, rope_parameters=rope)
     config._attn_implementation = "eager"
@@ -362,7 +362,7 @@ SITES = [
 
 @pytest.mark.parametrize(("family", "head"), SITES)
 def test_dropout_has_the_sites_of_transformers(monkeypatch, tmp_path, family, head):
-    """Rates and sizes of all dropout sites in training are equal; rates are converted back to keys."""
+    """Rates and sizes of all dropout sites in training are equal. Rates are converted back to keys."""
     base, _, shapes = FAMILIES[family]
     base = base | next(iter(shapes.values())) | {k: n for k, n in ONE_LAYER.items() if k in base or "num_d" in k}
     config = getattr(transformers, f"{family}Config")(**base | DROPOUT[family] | {"pad_token_id": 1})
@@ -389,7 +389,7 @@ def test_dropout_has_the_sites_of_transformers(monkeypatch, tmp_path, family, he
     lm = jaxlm.load(tmp_path)
     ours: list[tuple[float, int]] = []
 
-    def recorded(next_function: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    def record_dropout(next_function: Any, args: Any, kwargs: Any, context: Any) -> Any:
         if isinstance(context.module, Dropout) and context.module.rate and context.module.has_rng("dropout"):
             ours.append((context.module.rate, args[0].size))
         return next_function(*args, **kwargs)
@@ -402,7 +402,7 @@ def test_dropout_has_the_sites_of_transformers(monkeypatch, tmp_path, family, he
             lm.module, params, x_BTD[:, :1] if method == "classes" else x_BTD, method=method, key=key
         )
 
-    with flax.linen.intercept_methods(recorded):
+    with flax.linen.intercept_methods(record_dropout):
         jax.eval_shape(forward, lm.params, jax.random.key(0))
     assert sorted(ours) == sorted(theirs)
     written = jaxlm.families.FAMILIES[config.model_type].config_to_hf(lm.config)

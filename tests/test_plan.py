@@ -1,4 +1,4 @@
-"""Plans: any config without its data, the memory and the products that they tell of, and the verb."""
+"""Plans: any config without its data, the reported memory and FLOPs, and the verb."""
 
 from __future__ import annotations
 
@@ -24,7 +24,11 @@ from jaxlm.run.config_only import batch_shapes, resolve_config
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
-STARTS = {"chat_sft": "gpt2", "finetune_t5": "t5-small", "summarize_scitldr": "bart-base"}  # the others: an encoder
+STARTS = {
+    "chat_sft": "gpt2",
+    "finetune_t5": "t5-small",
+    "summarize_scitldr": "bart-base",
+}  # other configs start from an encoder
 QUICK = {"t5_pretrain", "translate_multi30k", "multi_task", "shakespeare_char", "trec"}
 needs_libtpu = pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu, of the [plan] extra, is not installed")
 
@@ -37,13 +41,13 @@ def config_of(name: str) -> RunConfig:
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.long) for n in CONFIGS])
 def test_every_config_has_a_plan_without_its_data(name):
-    """And the products of its step, counted, are those of the formula, but for poolings and optimizers."""
+    """The counted FLOPs of its step equal those of the formula, except in poolings and optimizers."""
     run = replace(config_of(name), batch=8, accumulate=1, mesh=MeshConfig())
     resolved = resolve_config(run, sharding.make_mesh(run.mesh, jax.devices()[:8]))
     found = plan._model_flops(resolved, batch_shapes(resolved))
     counted, formula, by_convention = found["counted_flops"], found["formula_flops"], found["model_flops"]
-    own = run.optimizer.name == "muon"  # orthogonalises by products
-    assert formula <= counted < formula * (1.5 if own else 1.05)
+    is_muon = run.optimizer.name == "muon"  # its matrix products orthogonalise the updates
+    assert formula <= counted < formula * (1.5 if is_muon else 1.05)
     assert by_convention >= formula
     if run.optimizer.name != "muon" and type(run.task).__name__ in ("CausalLM", "SpanCorruption", "Seq2Seq", "Chat"):
         assert counted == formula
@@ -62,76 +66,76 @@ TINY = RunConfig(
     ("mesh", "parts"), [(MeshConfig(8), 1), (MeshConfig(1, 4, 2), 8), (MeshConfig(2, 2, 1, 2), 2)], ids=str
 )
 def test_memory_is_that_of_the_shards(mesh, parts):
-    made = plan.plan(replace(TINY, mesh=mesh), name="tiny")
-    assert made.devices == 8 and made.fits and made.roofline is None
-    assert made.optimizer_bytes >= 2 * made.parameter_bytes
+    result = plan.plan(replace(TINY, mesh=mesh), name="tiny")
+    assert result.devices == 8 and result.fits and result.roofline is None
+    assert result.optimizer_bytes >= 2 * result.parameter_bytes
     leaves = parameters.by_path(assemble(resolve_config(TINY, one_device())).like.params)
     whole = sum(4 * leaf.size for leaf in leaves.values())
     vectors = sum(4 * leaf.size for path, leaf in leaves.items() if "norm" in path or "bias" in path)
-    assert whole / parts <= made.parameter_bytes <= whole / parts + vectors
-    state = made.parameter_bytes + made.optimizer_bytes
-    assert state < made.arguments_bytes < state + 50_000
-    assert made.temporary_bytes > 0 and made.hbm_bytes > state
-    assert made.collectives and made.purposes
-    assert made.counted_flops == made.formula_flops == made.flops
-    said = json.loads(json.dumps(plan.as_json(made)))
-    facts, memory, *_ = plan.as_pictures(said)
-    assert dict(facts.rows)["parameters"] == f"{made.parameters:,}"
+    assert whole / parts <= result.parameter_bytes <= whole / parts + vectors
+    state = result.parameter_bytes + result.optimizer_bytes
+    assert state < result.arguments_bytes < state + 50_000
+    assert result.temporary_bytes > 0 and result.hbm_bytes > state
+    assert result.collectives and result.purposes
+    assert result.counted_flops == result.formula_flops == result.flops
+    output = json.loads(json.dumps(plan.as_json(result)))
+    facts, memory, *_ = plan.as_pictures(output)
+    assert dict(facts.rows)["parameters"] == f"{result.parameters:,}"
     parts = dict(zip(memory.names, memory.values))
-    assert parts["parameters"] * 2**20 == made.parameter_bytes and memory.unit == "MiB"
-    page = plan.as_text(made)
-    assert "the rates of cpu are unknown" in page and f"{made.parameters:,} parameters" in page
+    assert parts["parameters"] * 2**20 == result.parameter_bytes and memory.unit == "MiB"
+    page = plan.as_text(result)
+    assert "the rates of cpu are unknown" in page and f"{result.parameters:,} parameters" in page
 
 
 def one_device() -> jax.sharding.Mesh:
     return sharding.make_mesh(MeshConfig(1), jax.devices()[:1])
 
 
-def test_recomputing_is_counted_but_is_none_of_the_models():
-    made = {remat: plan.plan(replace(TINY, remat=remat)) for remat in ("none", "full")}
-    assert made["full"].flops > made["none"].flops
-    assert made["full"].model_flops == made["none"].model_flops
-    assert made["full"].counted_flops == made["none"].flops
+def test_recomputation_adds_to_flops_but_not_to_model_flops():
+    plans = {remat: plan.plan(replace(TINY, remat=remat)) for remat in ("none", "full")}
+    assert plans["full"].flops > plans["none"].flops
+    assert plans["full"].model_flops == plans["none"].model_flops
+    assert plans["full"].counted_flops == plans["none"].flops
 
 
-def test_what_is_here_is_compiled_for_what_is_here(monkeypatch):
-    """With the rates of a chip, the roofline by hand."""
+def test_a_plan_without_a_topology_is_for_the_local_devices(monkeypatch):
+    """If the rates of the chip are known, the roofline equals its manual computation."""
     chip = chips.TPUS["v5e"]._replace(dimensions=0)
     monkeypatch.setattr(chips, "find", lambda kind: chip)
-    made = plan.plan(TINY)
-    assert made.roofline is not None
-    assert made.roofline.compute == pytest.approx(made.flops / 8 / 197e12)
-    assert made.roofline.memory == pytest.approx(made.hbm_bytes / 819e9)
-    assert made.roofline.network == pytest.approx(sum(one.sent_bytes for one in made.collectives.values()) / 45e9)
-    assert made.roofline.overlapped == max(made.roofline) and made.roofline.sequential == pytest.approx(
-        sum(made.roofline)
+    result = plan.plan(TINY)
+    assert result.roofline is not None
+    assert result.roofline.compute == pytest.approx(result.flops / 8 / 197e12)
+    assert result.roofline.memory == pytest.approx(result.hbm_bytes / 819e9)
+    assert result.roofline.network == pytest.approx(sum(one.sent_bytes for one in result.collectives.values()) / 45e9)
+    assert result.roofline.overlapped == max(result.roofline) and result.roofline.sequential == pytest.approx(
+        sum(result.roofline)
     )
-    seconds = made.roofline.sequential
-    assert made.utilisation(seconds, 197e12) == pytest.approx(made.model_flops / 8 / 197e12 / seconds)
-    page = plan.as_text(made)
+    seconds = result.roofline.sequential
+    assert result.utilisation(seconds, 197e12) == pytest.approx(result.model_flops / 8 / 197e12 / seconds)
+    page = plan.as_text(result)
     assert "MFU" in page and "Google Cloud TPU documentation" in page
 
 
-def test_a_plan_that_does_not_fit_says_what_to_change(monkeypatch):
+def test_a_plan_that_does_not_fit_has_a_remedy(monkeypatch):
     small = chips.TPUS["v5e"]._replace(usable=chips.Constant(100_000, "bytes", "this test"), dimensions=0)
     monkeypatch.setattr(chips, "find", lambda kind: small)
-    made = plan.plan(TINY)
-    assert not made.fits
-    page = plan.as_text(made)
+    result = plan.plan(TINY)
+    assert not result.fits
+    page = plan.as_text(result)
     assert "does not fit, by" in page and "--remat full" in page
     assert plan.fitting(TINY, "") == []
 
 
 @pytest.mark.long
 def test_the_largest_batch_that_fits_is_found(monkeypatch):
-    told = []
+    messages = []
     limit = plan.plan(replace(TINY, batch=64, remat="full")).used_bytes
-    some = chips.TPUS["v5e"]._replace(usable=chips.Constant(limit, "bytes", "this test"), dimensions=0)
-    monkeypatch.setattr(chips, "find", lambda kind: some)
-    found = plan.fitting(TINY, "", "tiny", told.append)
+    chip = chips.TPUS["v5e"]._replace(usable=chips.Constant(limit, "bytes", "this test"), dimensions=0)
+    monkeypatch.setattr(chips, "find", lambda kind: chip)
+    found = plan.fitting(TINY, "", "tiny", messages.append)
     assert found and all(one.fits for one in found)
     assert max(one.batch for one in found if one.remat == "full") >= 64
-    assert any("does not fit" in line for line in told)
+    assert any("does not fit" in line for line in messages)
 
 
 REFUSAL = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used \
@@ -147,13 +151,13 @@ REFUSAL = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of mem
 """
 
 
-def test_what_a_compiler_refuses_is_said():
+def test_a_refusal_of_the_compiler_is_summarised():
     refused, largest = plan._refusal(REFUSAL)
     assert refused == "it needs 929.12G of 95.74G"
     assert largest == ("3.50G bf16[24,2048,49152] gradients of decoder/layers mlp/up",)
 
 
-def verb(*words: str, **variables: str) -> subprocess.CompletedProcess:
+def run_verb(*words: str, **variables: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "jaxlm", "plan", *words]
     environment = os.environ | {"XLA_FLAGS": ""} | variables
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -170,26 +174,28 @@ def test_a_missing_compiler_names_the_extra(monkeypatch):
 @needs_libtpu
 def test_the_verb_plans_for_a_tpu():
     small = ("--model.width", "128", "--model.layers", "2", "--batch", "8", "--data.length", "64")
-    done = verb("configs/shakespeare_char.py", "--topology", "v5e:2x2", *small, "--json", "--compute-dtype", "bfloat16")
-    assert done.returncode == 0, done.stderr
-    made = json.loads(done.stdout)
-    assert made["kind"] == "TPU v5 lite" and made["devices"] == 4 and made["fits"]
-    assert made["roofline"]["overlapped"]["mfu"] >= made["roofline"]["sequential"]["mfu"] > 0
-    assert made["collectives"]["all-reduce"]["times"] > 0
-    assert done.stderr == ""
+    process = run_verb(
+        "configs/shakespeare_char.py", "--topology", "v5e:2x2", *small, "--json", "--compute-dtype", "bfloat16"
+    )
+    assert process.returncode == 0, process.stderr
+    result = json.loads(process.stdout)
+    assert result["kind"] == "TPU v5 lite" and result["devices"] == 4 and result["fits"]
+    assert result["roofline"]["overlapped"]["mfu"] >= result["roofline"]["sequential"]["mfu"] > 0
+    assert result["collectives"]["all-reduce"]["times"] > 0
+    assert process.stderr == ""
 
 
 @pytest.mark.long
 @needs_libtpu
-def test_the_verb_says_what_does_not_fit():
-    done = verb("configs/gpt2_124m.py", "--topology", "v5e:1x1", "--remat", "none", "--batch", "256")
-    assert done.returncode == 1, done.stderr
+def test_the_verb_reports_what_does_not_fit():
+    process = run_verb("configs/gpt2_124m.py", "--topology", "v5e:1x1", "--remat", "none", "--batch", "256")
+    assert process.returncode == 1, process.stderr
     for part in ("does not fit: it needs", "over all devices, bfloat16[12,256,1024,3072]", "remedy: --remat full"):
-        assert part in done.stdout
+        assert part in process.stdout
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ((), "plan requires a config: jaxlm plan CONFIG"),
         (("configs/quickstart.py", "--topology", "v5x:2x2"), "unknown chip"),
@@ -200,9 +206,9 @@ def test_the_verb_says_what_does_not_fit():
     ],
     ids=str,
 )
-def test_mistakes_are_told(words, said):
-    done = verb(*words)
-    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
+def test_mistakes_are_reported(words, message):
+    process = run_verb(*words)
+    assert process.returncode == 2 and message in process.stderr and "Traceback" not in process.stderr, process.stderr
 
 
 SLICES = """
@@ -229,10 +235,10 @@ except UserError as error:
 
 @pytest.mark.long
 @needs_libtpu
-def test_the_batch_goes_over_the_slices():
-    """What is exchanged most stays on the fast network within a slice."""
-    done = subprocess.run(
+def test_the_batch_is_split_across_the_slices():
+    """The largest exchanges stay on the fast network within a slice."""
+    process = subprocess.run(
         [sys.executable, "-c", SLICES], cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr
-    assert "is not a multiple of the 2 slices that it is split across" in done.stdout
+    assert process.returncode == 0, process.stderr
+    assert "is not a multiple of the 2 slices that it is split across" in process.stdout

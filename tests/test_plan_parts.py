@@ -131,7 +131,7 @@ def test_an_unknown_topology_raises_an_error_with_the_known_ones(name, message):
         chips.topology_devices(name)
 
 
-def test_without_libtpu_a_topology_names_the_extra(monkeypatch):
+def test_without_libtpu_the_error_names_the_extra(monkeypatch):
     monkeypatch.setattr(chips, "find_spec", lambda name: None)
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
     with pytest.raises(UserError, match=r"pip install 'jaxlm\[plan\]'"):
@@ -144,58 +144,60 @@ def test_links_form_rings_with_enough_chips():
     assert chips.rings(*chips.parse_topology("v5p:2x2x4")) == (False, False, False)
 
 
-# ---- products
+# ---- matrix products
 
 
-def counted(function, *shapes, dtype=jnp.float32):
+def count_flops(function, *shapes, dtype=jnp.float32):
     return flops.count(jax.make_jaxpr(function)(*[jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]))
 
 
 def test_products_are_counted_by_their_sizes():
-    assert counted(jnp.matmul, (2, 3), (3, 5)) == 2 * 2 * 3 * 5
-    assert counted(partial(jnp.einsum, "bij,bjk->bik"), (7, 2, 3), (7, 3, 5)) == 7 * 2 * 2 * 3 * 5
-    assert counted(lambda x: (x * x).sum() + jnp.exp(x), (4, 4)) == 0
+    assert count_flops(jnp.matmul, (2, 3), (3, 5)) == 2 * 2 * 3 * 5
+    assert count_flops(partial(jnp.einsum, "bij,bjk->bik"), (7, 2, 3), (7, 3, 5)) == 7 * 2 * 2 * 3 * 5
+    assert count_flops(lambda x: (x * x).sum() + jnp.exp(x), (4, 4)) == 0
     convolve = partial(jax.lax.conv_general_dilated, window_strides=(1,), padding="VALID")
-    assert counted(convolve, (2, 6, 10), (4, 6, 3)) == 2 * (2 * 4 * 8) * (6 * 3)
+    assert count_flops(convolve, (2, 6, 10), (4, 6, 3)) == 2 * (2 * 4 * 8) * (6 * 3)
     grouped = partial(convolve, feature_group_count=2)
-    assert counted(grouped, (2, 6, 10), (4, 3, 3)) == 2 * (2 * 4 * 8) * (3 * 3)
+    assert count_flops(grouped, (2, 6, 10), (4, 3, 3)) == 2 * (2 * 4 * 8) * (3 * 3)
 
 
 SQUARE = 2 * 4**3  # operations of [4, 4] @ [4, 4]
 
 
-def test_products_inside_others_are_counted_as_often_as_they_run():
+def test_products_in_loops_and_calls_are_counted_for_each_execution():
     once = lambda x: x @ x
-    turn = lambda x, _: (x @ x, None)
-    assert counted(jax.jit(once), (4, 4)) == SQUARE
-    assert counted(lambda x: jax.lax.scan(turn, x, None, length=7)[0], (4, 4)) == 7 * SQUARE
-    assert counted(lambda x: jax.lax.fori_loop(0, 5, lambda _, y: y @ y, x), (4, 4)) == 5 * SQUARE
-    assert counted(lambda x: jax.lax.cond(x.sum() > 0, lambda y: y @ y @ y, lambda y: y @ y, x), (4, 4)) == 2 * SQUARE
-    # For each of the two factors of the product there is one in the gradient.
+    body = lambda x, _: (x @ x, None)
+    assert count_flops(jax.jit(once), (4, 4)) == SQUARE
+    assert count_flops(lambda x: jax.lax.scan(body, x, None, length=7)[0], (4, 4)) == 7 * SQUARE
+    assert count_flops(lambda x: jax.lax.fori_loop(0, 5, lambda _, y: y @ y, x), (4, 4)) == 5 * SQUARE
+    assert (
+        count_flops(lambda x: jax.lax.cond(x.sum() > 0, lambda y: y @ y @ y, lambda y: y @ y, x), (4, 4)) == 2 * SQUARE
+    )
+    # The gradient has one product for each of the two factors.
     loss = lambda f: jax.grad(lambda x: f(x).sum())
-    assert counted(loss(once), (4, 4)) == 3 * SQUARE
+    assert count_flops(loss(once), (4, 4)) == 3 * SQUARE
     twice = lambda x: jnp.sin(x @ x) @ x
-    assert counted(loss(jax.checkpoint(twice)), (4, 4)) == counted(loss(twice), (4, 4)) + SQUARE
-    own = jax.custom_vjp(once)
-    own.defvjp(lambda x: (x @ x, x), lambda x, g: (g @ x + x @ g,))
-    assert counted(own, (4, 4)) == SQUARE and counted(loss(own), (4, 4)) == 3 * SQUARE
+    assert count_flops(loss(jax.checkpoint(twice)), (4, 4)) == count_flops(loss(twice), (4, 4)) + SQUARE
+    custom = jax.custom_vjp(once)
+    custom.defvjp(lambda x: (x @ x, x), lambda x, g: (g @ x + x @ g,))
+    assert count_flops(custom, (4, 4)) == SQUARE and count_flops(loss(custom), (4, 4)) == 3 * SQUARE
 
 
 def test_a_while_loop_is_counted_if_its_number_of_trips_is_known():
-    loop = lambda most: (
-        lambda x: jax.lax.while_loop(lambda s: s[0] < most(x), lambda s: (s[0] + 2, s[1] @ s[1]), (1, x))[1]
+    loop = lambda limit: (
+        lambda x: jax.lax.while_loop(lambda s: s[0] < limit(x), lambda s: (s[0] + 2, s[1] @ s[1]), (1, x))[1]
     )
-    assert counted(loop(lambda x: 8), (4, 4)) == 4 * SQUARE
+    assert count_flops(loop(lambda x: 8), (4, 4)) == 4 * SQUARE
     with pytest.raises(ValueError, match="while loop with products"):
-        counted(loop(lambda x: x.sum().astype(int)), (4, 4))
-    still = lambda x: jax.lax.while_loop(lambda y: y.sum() < 3, lambda y: y + 1, x)
-    assert counted(still, (4, 4)) == 0
+        count_flops(loop(lambda x: x.sum().astype(int)), (4, 4))
+    without_products = lambda x: jax.lax.while_loop(lambda y: y.sum() < 3, lambda y: y + 1, x)
+    assert count_flops(without_products, (4, 4)) == 0
 
 
 def test_products_of_each_device_are_counted_for_all_devices():
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("a", "b"))
     each = jax.shard_map(lambda x: x @ x.T, mesh=mesh, in_specs=P("a", None), out_specs=P("a", None), check_vma=False)
-    assert counted(each, (8, 3)) == 8 * (2 * 4 * 4 * 3)  # the four devices along b do the same
+    assert count_flops(each, (8, 3)) == 8 * (2 * 4 * 4 * 3)  # the four devices along b do the same
 
 
 def test_a_kernel_is_counted_for_each_step_of_its_grid():
@@ -211,7 +213,7 @@ def test_a_kernel_is_counted_for_each_step_of_its_grid():
         out_specs=block(4),
         interpret=True,
     )
-    assert counted(product, (16, 8), (8, 8)) == 2 * 16 * 8 * 8
+    assert count_flops(product, (16, 8), (8, 8)) == 2 * 16 * 8 * 8
 
 
 SIZES = {"vocabulary": 97, "max_length": 256, "width": 24, "layers": 3, "heads": 4, "mlp_width": 40}
@@ -248,15 +250,15 @@ T5 = ModelConfig(
 )
 
 
-def of_gradient(model: ModelConfig, loss, *batch, remat="none") -> int:
-    """Products in the gradient of `loss(module, params, *batch)`, and in its value."""
+def gradient_flops(model: ModelConfig, loss, *batch, remat="none") -> int:
+    """Returns the FLOPs of the value and the gradient of `loss(module, params, *batch)`."""
     params = jax.eval_shape(lambda: init(Transformer(model), jax.random.key(0)))
     return flops.count(
         jax.make_jaxpr(jax.value_and_grad(partial(loss, Transformer(model, remat=remat))))(params, *batch)
     )
 
 
-def recomputed(model, rows, length, source_length=None, *, remat="full", blocks=False):
+def recomputed_flops(model, rows, length, source_length=None, *, remat="full", blocks=False):
     """Returns the FLOPs that the backward pass adds to `flops.closed(...).step` by recomputing.
 
     "elementwise" recomputes no product, "dots" recomputes attention, "full" recomputes the layers. The last product of
@@ -277,7 +279,7 @@ def array(*shape, dtype=jnp.int32):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def packed(B, T):
+def packed_batch(B, T):
     fields = {name: array(B, T) for name in ("tokens_BT", "segments_BT", "positions_BT", "labels_BT", "types_BT")}
     return fields | {"weights_BT": array(B, T, dtype=jnp.float32)}
 
@@ -291,33 +293,35 @@ def causal(module, params, batch):
 @pytest.mark.parametrize("T", [17, 200])
 @pytest.mark.parametrize("remat", ["none", "elementwise", "dots", "full"])
 def test_products_of_a_decoder_are_those_of_the_formula(model, T, remat):
-    batch = packed(2, T) if model.types else {k: v for k, v in packed(2, T).items() if k != "types_BT"}
-    expected = flops.model_flops(model, 2, T, blocks=True).step + recomputed(model, 2, T, remat=remat, blocks=True)
-    assert of_gradient(model, causal, batch, remat=remat) == expected
+    batch = packed_batch(2, T) if model.types else {k: v for k, v in packed_batch(2, T).items() if k != "types_BT"}
+    expected = flops.model_flops(model, 2, T, blocks=True).step + recomputed_flops(
+        model, 2, T, remat=remat, blocks=True
+    )
+    assert gradient_flops(model, causal, batch, remat=remat) == expected
 
 
-def test_by_convention_all_queries_meet_all_keys():
+def test_by_convention_all_queries_attend_to_all_keys():
     whole, blocks = (flops.model_flops(DECODER, 2, 200, blocks=blocks) for blocks in (False, True))
     assert whole.attention == 2 * 2 * (2 * 24 * 200 * 200) * 3
     assert blocks.attention < 0.7 * whole.attention and blocks.projections == whole.projections
-    # PaLM, appendix B: 6 N + 12 L H C T for each token, N without the embeddings, but with the head.
+    # PaLM, appendix B: 6 N + 12 L H C T for each token. N includes the head but not the embeddings.
     entries = 3 * (4 * 24 * 24 + 2 * 24 * 40) + 24 * 97
     assert whole.step == 2 * 200 * (6 * entries + 12 * 3 * 24 * 200)
 
 
-def test_only_predicted_positions_pass_the_vocabulary():
+def test_only_predicted_positions_are_counted_in_the_head():
     tokenizer = SimpleNamespace(cls=0, sep=1, mask=2)
     task = MaskedLMTask(config.MaskedLM(next_sentence=True), 32, 0, tokenizer)
-    batch = packed(2, 32) | {"starts_BE": array(2, 4), "labels_BE": array(2, 4)}
+    batch = packed_batch(2, 32) | {"starts_BE": array(2, 4), "labels_BE": array(2, 4)}
     batch["weights_BE"] = array(2, 4, dtype=jnp.float32)
 
     def loss(module, params, batch):
         return sum(total for name, (total, _) in task.losses(module, params, batch, None)[0].items() if "loss" in name)
 
     closed = flops.model_flops(BERT, 2, 32, heads={"masked_lm": task.predictions, "next_sentence": 4})
-    assert task.predictions < 32 and of_gradient(BERT, loss, batch) == closed.step
-    assert of_gradient(BERT, loss, batch, remat="full") == closed.step + recomputed(BERT, 2, 32)
-    assert recomputed(BERT, 2, 32) == closed.layers  # the last norm of each layer needs all of it
+    assert task.predictions < 32 and gradient_flops(BERT, loss, batch) == closed.step
+    assert gradient_flops(BERT, loss, batch, remat="full") == closed.step + recomputed_flops(BERT, 2, 32)
+    assert recomputed_flops(BERT, 2, 32) == closed.layers  # a norm follows the last product of each layer
 
 
 @pytest.mark.parametrize("model", [ALBERT, DEBERTA, MODERN], ids=["albert", "deberta", "modernbert"])
@@ -328,7 +332,9 @@ def test_products_of_other_encoders_are_those_of_the_formula(model, remat):
         return sum(apply(module, params, x_BPD, method=head).sum() for head in model.heads_on_top)
 
     expected = flops.model_flops(model, 2, 16, heads=dict.fromkeys(model.heads_on_top, 5)).step
-    assert of_gradient(model, loss, array(2, 16), remat=remat) == expected + recomputed(model, 2, 16, remat=remat)
+    assert gradient_flops(model, loss, array(2, 16), remat=remat) == expected + recomputed_flops(
+        model, 2, 16, remat=remat
+    )
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
@@ -338,8 +344,8 @@ def test_products_of_an_encoder_decoder_are_those_of_the_formula(remat):
         return cross_entropy(apply(module, params, x_BTD, method="lm"), tokens_BT, weights_BT)[0]
 
     batch = array(2, 20), array(2, 12), array(2, 12, dtype=jnp.float32)
-    expected = flops.model_flops(T5, 2, 12, 20).step + recomputed(T5, 2, 12, 20, remat=remat)
-    assert of_gradient(T5, loss, *batch, remat=remat) == expected
+    expected = flops.model_flops(T5, 2, 12, 20).step + recomputed_flops(T5, 2, 12, 20, remat=remat)
+    assert gradient_flops(T5, loss, *batch, remat=remat) == expected
     with pytest.raises(ValueError, match="source_length"):
         flops.model_flops(T5, 2, 12)
 
@@ -354,7 +360,7 @@ def mesh():
     return Mesh(np.array(jax.devices()).reshape(4, 2), ("fsdp", "tensor"))
 
 
-def compiled(function, mesh, **arguments) -> hlo.Program:
+def compile_program(function, mesh, **arguments) -> hlo.Program:
     """Returns the program of a function of the arrays NAME=(shape, spec)."""
     shapes = {
         name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
@@ -377,7 +383,7 @@ def test_collectives_in_a_scan_are_counted_for_each_trip(mesh):
         return jax.lax.scan(layer, x_BD, (up_LDF, down_LFD))[0]
 
     shape = {"up_LDF": ((LAYERS, D, F), P(None, None, "tensor")), "down_LFD": ((LAYERS, F, D), P(None, "tensor", None))}
-    program = compiled(forward, mesh, **shape, x_BD=((B, D), P()))
+    program = compile_program(forward, mesh, **shape, x_BD=((B, D), P()))
     assert program.devices == 8 and [loop.trips for loop in program.loops] == [LAYERS]
     (one,) = hlo.collectives(program)
     assert (one.kind, one.times, one.group_size) == ("all-reduce", LAYERS, 2)
@@ -391,7 +397,7 @@ def test_collectives_in_a_scan_are_counted_for_each_trip(mesh):
     assert kernels <= hlo.hbm_bytes(program) < 8 * kernels
 
 
-EACH = {
+COLLECTIVES = {
     "all-gather": (lambda x: jax.lax.all_gather(x, "fsdp", tiled=True), P("fsdp"), 4, 1024, 4096, 3 * 1024),
     "all-reduce": (lambda x: jax.lax.psum(x, "fsdp"), P(), 4, 4096, 4096, 2 * 3 * 1024),
     "reduce-scatter": (lambda x: jax.lax.psum_scatter(x, "fsdp", tiled=True), P(), 4, 4096, 1024, 3 * 1024),
@@ -407,15 +413,15 @@ EACH = {
 }
 
 
-@pytest.mark.parametrize("kind", EACH)
+@pytest.mark.parametrize("kind", COLLECTIVES)
 def test_each_kind_of_collective_is_found(kind, mesh):
-    function, spec, size, operand, result, sent = EACH[kind]
+    function, spec, size, operand, result, sent = COLLECTIVES[kind]
 
-    def turns(x):
+    def loop(x):
         body = jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=P(None, "tensor"), check_vma=False)
         return jax.lax.fori_loop(0, 3, lambda _, y: y + body(x + y.sum()).sum(), x)
 
-    found = [one for one in hlo.collectives(compiled(turns, mesh, x=((32, 32), P()))) if one.kind == kind]
+    found = [one for one in hlo.collectives(compile_program(loop, mesh, x=((32, 32), P()))) if one.kind == kind]
     one = max(found, key=lambda one: one.operand_bytes)
     assert (one.times, one.group_size) == (3, size)
     assert (one.operand_bytes, one.result_bytes, one.sent_bytes) == (operand, result, sent)
@@ -506,7 +512,7 @@ ASYNC = ASYNC.replace("OP_NAME", "jit(step)/transpose(jvp(Transformer))/decoder/
 
 def test_asynchronous_collectives_of_tpu_programs_are_counted_once():
     program = hlo.parse(ASYNC)
-    assert program.loops == (hlo.Loop("while.1", "body", 5),)  # from 2 to 12 by 2; both are constants outside
+    assert program.loops == (hlo.Loop("while.1", "body", 5),)  # from 2 to 12 in steps of 2
     gather, scatter = hlo.collectives(program)
     assert (gather.kind, gather.times, gather.operand_bytes, gather.result_bytes) == ("all-gather", 5, 1024, 2048)
     assert (scatter.kind, scatter.times, scatter.operand_bytes, scatter.result_bytes) == (
@@ -517,10 +523,10 @@ def test_asynchronous_collectives_of_tpu_programs_are_counted_once():
     )
     assert hlo.purpose(scatter.op_name) == "gradients of decoder/layers mlp/up"
     moves = {move.name: (move.read, move.written, move.times) for move in hlo.moves(program)}
-    assert moves["copy-start"] == (1024, 0, 1) and "copy-done" not in moves  # into VMEM
+    assert moves["copy-start"] == (1024, 0, 1) and "copy-done" not in moves  # this copy is to VMEM
     assert moves["scattered"] == (4096, 0, 5)
     assert moves["done"] == (16, 16, 1)
-    assert "async-collective-start" not in moves  # from VMEM; the end of the pair writes
+    assert "async-collective-start" not in moves  # it reads VMEM, and the end of the pair writes
 
 
 def test_a_text_without_a_program_raises_an_error():
@@ -528,13 +534,13 @@ def test_a_text_without_a_program_raises_an_error():
         hlo.parse("HloModule empty\n")
 
 
-def test_slices_and_updates_in_place_count_with_their_own_size(mesh):
+def test_slices_and_updates_in_place_are_counted_with_their_own_size(mesh):
     one = Mesh(np.array(jax.devices()[:1]), ("x",))
 
     def scan(table_NM):
         return jax.lax.scan(lambda c, row_M: (c, jnp.sin(row_M)), 0, table_NM)[1]
 
-    program = compiled(scan, one, table_NM=((1000, 1024), P()))
+    program = compile_program(scan, one, table_NM=((1000, 1024), P()))
     # Each row is read and written once. The whole table in each trip would be a thousand times as much.
     table = 1000 * 1024 * 4
     assert 2 * table <= hlo.hbm_bytes(program) < 8 * table
@@ -567,7 +573,7 @@ def test_the_purpose_of_a_collective_follows_from_its_name(op_name, expected):
 
 
 def test_parsing_takes_time_proportional_to_the_text():
-    """Four times the text takes four times as long; sixteen times would be quadratic."""
+    """Parsing four times the text takes about four times as long, and not sixteen times."""
     before, entry, rest = ASYNC.partition("ENTRY")
 
     def seconds(count: int) -> float:
@@ -603,7 +609,7 @@ assert [loop.trips for loop in program.loops] == [5, 5], program.loops
 found = hlo.collectives(program)
 sums = hlo.by_kind(found)
 assert all(one.group_size == 2 for one in found if one.kind != "collective-permute")
-# Forward, each layer gathers two kernels over fsdp, and adds up its result over tensor.
+# In the forward pass, each layer gathers two kernels over fsdp and adds up its result over tensor.
 assert sums["all-gather"].times >= 2 * 5 and sums["all-reduce"].times >= 2 * 5, sums
 gathers = [one for one in found if one.kind == "all-gather" and one.times == 5]
 assert {(one.operand_bytes, one.result_bytes) for one in gathers} == {(256 * 512 // 2, 256 * 512)}, gathers
@@ -617,5 +623,5 @@ print("done")
 def test_two_processes_use_the_tpu_compiler_at_once():
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false", "XLA_FLAGS": ""}
     start = lambda: subprocess.Popen([sys.executable, "-c", ON_TPU], env=env, stdout=-1, stderr=-1, text=True)
-    ended = [(*process.communicate(timeout=300), process.returncode) for process in [start(), start()]]
-    assert ended == [("done\n", "", 0)] * 2
+    results = [(*process.communicate(timeout=300), process.returncode) for process in [start(), start()]]
+    assert results == [("done\n", "", 0)] * 2

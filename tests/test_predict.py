@@ -1,5 +1,8 @@
-"""Fine-tuning, prediction and evaluation at the command line: bad input of every kind ends with one message (value,
-limit, remedy) and exit code 2, and loses nothing; odd input that means something is told what it is."""
+"""Bad and unusual input of fine-tuning, prediction and evaluation at the command line.
+
+Bad input of every kind leads to one error message (value, limit, remedy) and exit code 2, and changes no file. Unusual
+but valid input is accepted, and the output describes it.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ import os
 import re
 import subprocess
 import sys
-from functools import partial
+from collections.abc import Iterator
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +71,12 @@ def config(kind="Classification"):
 
 
 def lines(*rows: Any) -> str:
-    """Rows as json lines."""
+    """Returns the rows as JSON lines."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def table(labels: list[Any]) -> str:
-    """A csv file with these labels."""
+    """Returns the text of a csv file with these labels."""
     return "text,label\n" + "".join(f"{TEXT},{label}\n" for label in labels)
 
 
@@ -99,22 +103,22 @@ GOOD = {"text": ["film"], "answer_start": [13]}
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch) -> Path:
-    """A folder with a config and good data, that is worked in."""
+def cwd(tmp_path, monkeypatch) -> Path:
+    """Returns the working directory, which has a config and valid data."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.py").write_text(CONFIG)
     (tmp_path / "good.csv").write_text(table(LABELS))
     return tmp_path
 
 
-# What a run is trained on: the task, the file and what it holds, further flags; and what the message must say.
+# Training data: the task, the file name, its content, further flags, and the words that the message must contain.
 DATA: dict[str, tuple[str, str, str, list[str], list[str]]] = {
     "empty file": ("Classification", "x.csv", "", [], ["x.csv", "no training example", "give more"]),
-    "a column twice": (
+    "a duplicate column": (
         *("Classification", "x.csv", table(LABELS).replace("text,label", "label,label"), []),
         ["x.csv:1", "'label' twice", "rename"],
     ),
-    "all dropped": (
+    "only rows that are dropped": (
         "QuestionAnswering",
         "x.json",
         squad(question("film", 14)),
@@ -145,7 +149,13 @@ DATA: dict[str, tuple[str, str, str, list[str], list[str]]] = {
     ),
     "an empty cell": ("Classification", "x.csv", table([*LABELS, ""]), [], ["x.csv:22", "no label", "leave the row"]),
     "a blank cell": ("Classification", "x.csv", table([*LABELS, "  "]), [], ["x.csv:22", "no label", "leave the row"]),
-    "null": ("Classification", "x.jsonl", lines(*ROWS, ROWS[0] | {"label": None}), [], ["x.jsonl:21", "no label"]),
+    "a label that is null": (
+        "Classification",
+        "x.jsonl",
+        lines(*ROWS, ROWS[0] | {"label": None}),
+        [],
+        ["x.jsonl:21", "no label"],
+    ),
     "a missing key": (
         *("Classification", "x.jsonl", lines(*ROWS, {"text": TEXT}), []),
         ["x.jsonl:21", "no column 'label'", "'text'", "--task.label"],
@@ -154,7 +164,7 @@ DATA: dict[str, tuple[str, str, str, list[str], list[str]]] = {
         *("Classification", "x.jsonl", lines(*[{"text": TEXT, "label": x} for x in [1, "a"] * 5]), []),
         ["'label'", "numbers (x.jsonl:", "text (x.jsonl:", "one type"],
     ),
-    "numbers and truth": (
+    "numbers and booleans": (
         *("Classification", "x.jsonl", lines(*[{"text": TEXT, "label": x} for x in [1, True] * 5]), []),
         ["numbers (x.jsonl:", "true or false (x.jsonl:", "one type"],
     ),
@@ -198,11 +208,11 @@ DATA: dict[str, tuple[str, str, str, list[str], list[str]]] = {
         *("Classification", "x.csv", table([*LABELS, ""]), ["--task.problem", "multi_label"]),
         ["x.csv:22", "no label", "an empty list or the separator ','"],
     ),
-    "a name that is not there": (
+    "a label that is not in the names": (
         *("Classification", "x.csv", table(LABELS), ["--task.names", "pos", "other"]),
         ["x.csv:", "'neg'", "--task.names pos, other", "add it"],
     ),
-    "a name twice": (
+    "a duplicate name": (
         *("Classification", "x.csv", table(LABELS), ["--task.names", "pos", "neg", "pos"]),
         ["a name twice", "pos, neg, pos"],
     ),
@@ -247,7 +257,7 @@ DATA: dict[str, tuple[str, str, str, list[str], list[str]]] = {
         *("Tagging", "x.jsonl", lines(*[{"tokens": ["the"], "tags": [0]}] * 4), []),
         ["'tags' holds numbers, 0", "--task.names O B-PER I-PER"],
     ),
-    "tags that are no tags": (
+    "tags that are fractions": (
         *("Tagging", "x.jsonl", lines(*[{"tokens": ["the"], "tags": [0.5]}] * 4), []),
         ["x.jsonl:1", "'tags' holds [0.5]", "not a list of texts", "--task.tags"],
     ),
@@ -255,12 +265,12 @@ DATA: dict[str, tuple[str, str, str, list[str], list[str]]] = {
         *("Tagging", "x.jsonl", lines({"tokens": ["the", "film"], "tags": ["O"]}), []),
         ["x.jsonl:1", "2 tokens and 1 tags", "a tag for each"],
     ),
-    "nothing but O": ("Tagging", "x.conll", conll(*[PLAIN] * 4), [], ["'tags'", "no tag but O", "nothing to learn"]),
-    "an answer elsewhere": (
+    "no tag but O": ("Tagging", "x.conll", conll(*[PLAIN] * 4), [], ["'tags'", "no tag but O", "nothing to learn"]),
+    "an answer at another position": (
         *("QuestionAnswering", "x.json", squad(question("film", 13), question("film", 14)), ["--data.format", "squad"]),
         ["x.json:2", "'film' is not at character 14 of its text", "'ilm '", "--task.wrong-offsets drop"],
     ),
-    "an answer before the text": (
+    "an answer at a negative position": (
         *("QuestionAnswering", "x.json", squad(question("film", -3)), ["--data.format", "squad"]),
         ["x.json:1", "'film' is not at character -3"],
     ),
@@ -268,7 +278,7 @@ DATA: dict[str, tuple[str, str, str, list[str], list[str]]] = {
         *("QuestionAnswering", "x.json", squad(question("", 13)), ["--data.format", "squad"]),
         ["x.json:1", "is empty", "fix it"],
     ),
-    "no answer though there must be": (
+    "no answer where one is required": (
         "QuestionAnswering",
         "x.json",
         squad(question("film", 13), question("film", 13, is_impossible=True)),
@@ -279,25 +289,25 @@ DATA: dict[str, tuple[str, str, str, list[str], list[str]]] = {
         *("QuestionAnswering", "x.jsonl", lines({"question": "a", "context": "b"}), []),
         ["x.jsonl:1", "no 'answers'", "'question', 'context'", "empty lists"],
     ),
-    "answers of another form": (
+    "answers in another format": (
         *("QuestionAnswering", "x.jsonl", lines({"question": "a", "context": "b", "answers": ["b"]}), []),
         ["x.jsonl:1", "['b']", "'text' and 'answer_start'", "two lists"],
     ),
-    "answers that are no lists": (
+    "answers that are not lists": (
         "QuestionAnswering",
         "x.jsonl",
         lines({"question": "a", "context": TEXT, "answers": {"text": "film", "answer_start": 13}}),
         [],
         ["x.jsonl:1", "'text': 'film'", "two lists"],
     ),
-    "more answers than places": (
+    "more answers than positions": (
         "QuestionAnswering",
         "x.jsonl",
         lines({"question": "a", "context": TEXT, "answers": {"text": ["film", "plot"], "answer_start": [13]}}),
         [],
         ["x.jsonl:1", "two lists of the same length"],
     ),
-    "a place that is a word": (
+    "a position that is a word": (
         "QuestionAnswering",
         "x.jsonl",
         lines({"question": "a", "context": TEXT, "answers": {"text": ["film"], "answer_start": ["x"]}}),
@@ -318,15 +328,15 @@ DATA: dict[str, tuple[str, str, str, list[str], list[str]]] = {
         ["--data.format", "squad", "--task.stride", "40"],
         ["data.length 32 leaves", "task.stride 40", "lower task.stride"],
     ),
-    "an option that is not there": (
+    "a label beyond the options": (
         *("MultipleChoice", "x.jsonl", lines(*[CHOICE] * 6, CHOICE | {"label": 2}), []),
         ["x.jsonl:7", "holds 2", "2 options", "a number from 0, a letter from A"],
     ),
-    "half an option": (
+    "a label that is a fraction": (
         *("MultipleChoice", "x.jsonl", lines(*[CHOICE] * 6, CHOICE | {"label": 1.5}), []),
         ["x.jsonl:7", "holds 1.5", "2 options"],
     ),
-    "a label that means two options": (
+    "an ambiguous label": (
         *("MultipleChoice", "x.jsonl", lines(CHOICE | {"options": ["1", "2"], "label": "1"}), []),
         ["x.jsonl:1", "'1'", "the text of one option and the number or letter of another", "as letters"],
     ),
@@ -338,11 +348,11 @@ DATA: dict[str, tuple[str, str, str, list[str], list[str]]] = {
         *("MultipleChoice", "x.jsonl", lines(CHOICE | {"options": "good"}), []),
         ["x.jsonl:1", "'good'", "not a list of texts"],
     ),
-    "more options than fit": (
+    "too many options": (
         *("MultipleChoice", "x.jsonl", lines(*[CHOICE | {"options": list("abcdefghij")}] * 6), []),
         ["10 options", "data.length 32 takes 8", "raise the length"],
     ),
-    "a score outside": (
+    "a score outside the range": (
         *("Similarity", "x.jsonl", lines(*[PAIR] * 6, PAIR | {"label": 4.2}), []),
         ["x.jsonl:7", "4.2", "0 to 1", "--task.highest"],
     ),
@@ -350,30 +360,30 @@ DATA: dict[str, tuple[str, str, str, list[str], list[str]]] = {
         *("Similarity", "x.jsonl", lines(*[PAIR] * 6, PAIR | {"label": float("nan")}), []),
         ["x.jsonl:7", "nan", "0 to 1"],
     ),
-    "bounds the wrong way": (
+    "bounds in the wrong order": (
         *("Similarity", "x.jsonl", lines(*[PAIR] * 6), ["--task.lowest", "5"]),
         ["task.lowest is 5.0 and task.highest 1.0", "must be larger"],
     ),
 }
 
 
-def only_error(said: str) -> str:
-    """The one message there is."""
-    assert len(re.findall(r"^error: ", said, re.MULTILINE)) == 1 and "Traceback" not in said, said
-    return said[said.index("error: ") :]
+def only_error(output: str) -> str:
+    """Returns the error message of the output, which must be the only one."""
+    assert len(re.findall(r"^error: ", output, re.MULTILINE)) == 1 and "Traceback" not in output, output
+    return output[output.index("error: ") :]
 
 
 @pytest.mark.parametrize("name", DATA)
-def test_bad_data_to_train_on(here, capsys, monkeypatch, name):
+def test_bad_training_data_is_an_error_before_anything_is_compiled(cwd, capsys, monkeypatch, name):
     kind, file, content, flags, words = DATA[name]
     import jax
 
     monkeypatch.setattr(jax, "jit", lambda *_, **__: pytest.fail("something is compiled"))
-    (here / file).write_text(content)
+    (cwd / file).write_text(content)
     assert main(["train", "tiny.py", kind, "--data.path", file, *flags]) == 2
     message = only_error(capsys.readouterr().err)
     assert all(word in message for word in words), message
-    assert not (here / "run" / "config.json").exists() and (here / file).read_text() == content
+    assert not (cwd / "run" / "config.json").exists() and (cwd / file).read_text() == content
 
 
 HELD_OUT = {
@@ -388,7 +398,7 @@ HELD_OUT = {
         *("Classification", "jsonl", lines(*[{"text": TEXT, "label": ["a", "b"]}] * 8)),
         *(lines({"text": TEXT, "label": ["a", "z"]}), ["e.jsonl:1", "'z'", "a, b"]),
     ),
-    "a type of span": (
+    "a type of entity": (
         *("Tagging", "conll", conll(*[NAMED] * 4), conll([("the", "B-LOC")])),
         ["e.conll:1", "'B-LOC'", "B-PER, I-PER, O", "--task.names"],
     ),
@@ -397,10 +407,10 @@ HELD_OUT = {
 
 
 @pytest.mark.parametrize("name", HELD_OUT)
-def test_a_label_in_the_held_out_part_alone(here, capsys, name):
+def test_bad_held_out_data_is_an_error(cwd, capsys, name):
     kind, suffix, train, held_out, words = HELD_OUT[name]
-    (here / f"x.{suffix}").write_text(train)
-    (here / f"e.{suffix}").write_text(held_out)
+    (cwd / f"x.{suffix}").write_text(train)
+    (cwd / f"e.{suffix}").write_text(held_out)
     flags = ["--task.problem", "multi_label"] if suffix == "jsonl" else []
     paths = ["--data.path", f"x.{suffix}", "--data.eval-path", f"e.{suffix}"]
     assert main(["train", "tiny.py", kind, *paths, *flags]) == 2
@@ -408,8 +418,9 @@ def test_a_label_in_the_held_out_part_alone(here, capsys, name):
     assert all(word in message for word in words), message
 
 
-# Odd data that means something: what is found, and what is said of it.
-ODD: dict[str, tuple[Any, str, str, dict[str, Any], tuple[str, ...] | None, str]] = {
+# Unusual but valid data: the task, the file name, its content, fields of the data config, the labels, and a part
+# of the description.
+UNUSUAL: dict[str, tuple[Any, str, str, dict[str, Any], tuple[str, ...] | None, str]] = {
     "numbers in order": (
         *(Classification(), "x.csv", table([10, 2, 0, 1] * 5), {}),
         *(("0", "1", "2", "10"), ", 10 4 ("),
@@ -418,19 +429,19 @@ ODD: dict[str, tuple[Any, str, str, dict[str, Any], tuple[str, ...] | None, str]
         *(Classification(), "x.jsonl", lines(*[{"text": TEXT, "label": x} for x in [0.0, 1.0] * 5]), {}),
         *(("0", "1"), "0 4"),
     ),
-    "truth": (
+    "booleans": (
         *(Classification(), "x.jsonl", lines(*[{"text": TEXT, "label": x} for x in [True, False] * 5]), {}),
         *(("false", "true"), "true 4"),
     ),
-    "names of any letters": (
+    "names in any script": (
         *(Classification(), "x.jsonl", lines(*[{"text": TEXT, "label": x} for x in ["a, b", "é|ü", "中文"] * 4]), {}),
         *(("a, b", "é|ü", "中文"), "中文 4"),
     ),
-    "names in an order": (
+    "names in a given order": (
         *(Classification(names=("pos", "neg", "other")), "x.csv", table(LABELS), {}),
         *(("pos", "neg", "other"), "other 0 (0.0%)"),
     ),
-    "fractions that are named": (
+    "fractions that are names": (
         *(Classification(names=("0.5", "1.5")), "x.csv", table([0.5, 1.5] * 8), {}),
         *(("0.5", "1.5"), "0.5 7"),
     ),
@@ -438,7 +449,7 @@ ODD: dict[str, tuple[Any, str, str, dict[str, Any], tuple[str, ...] | None, str]
         *(Classification(problem="multi_label"), "x.csv", table(['" b , a"', "a", '","', '"a,,a"'] * 4), {}),
         *(("a", "b"), "a "),
     ),
-    "several classes of numbers": (
+    "several classes that are numbers": (
         *(
             Classification(problem="multi_label"),
             "x.jsonl",
@@ -446,7 +457,7 @@ ODD: dict[str, tuple[Any, str, str, dict[str, Any], tuple[str, ...] | None, str]
         ),
         *({"eval_fraction": 0.3}, ("3", "4"), "3 2"),
     ),
-    "a type of span in one sentence": (
+    "types of entities in one sentence each": (
         *(Tagging(), "x.conll", conll(*[NAMED] * 3, *[[*PLAIN, ("a", f"B-{x}")] for x in "ABCDEFGH"])),
         *({"eval_fraction": 0.5}, ("O", *(f"{b}-{x}" for x in [*"ABCDEFGH", "PER"] for b in "BI")), "words; spans: "),
     ),
@@ -458,11 +469,11 @@ ODD: dict[str, tuple[Any, str, str, dict[str, Any], tuple[str, ...] | None, str]
         *(Tagging(scheme="IOB1"), "x.conll", conll(*[[*PLAIN, ("the", "I-PER")]] * 5), {}),
         *(("O", "B-PER", "I-PER"), "PER 4"),
     ),
-    "answers left out": (
+    "dropped answers": (
         *(QuestionAnswering(wrong_offsets="drop"), "x.json", squad(question("film", 13), question("film", 14))),
         *({"format": "squad"}, None, "2 questions with an answer, 0 without"),
     ),
-    "plausible answers are none": (
+    "plausible answers to impossible questions": (
         *(QuestionAnswering(), "x.json", squad(question("film", 13, is_impossible=True), question("film", 13))),
         *({"format": "squad"}, None, "2 questions with an answer, 2 without"),
     ),
@@ -477,21 +488,21 @@ ODD: dict[str, tuple[Any, str, str, dict[str, Any], tuple[str, ...] | None, str]
 }
 
 
-@pytest.mark.parametrize("name", ODD)
-def test_odd_data_that_means_something(here, name):
-    task, file, content, fields, labels, words = ODD[name]
-    (here / file).write_text(content)
-    data = DataConfig(path=file, **{"length": LENGTH, "cache": str(here / "cache"), **fields})
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_data_is_accepted_and_described(cwd, name):
+    task, file, content, fields, labels, words = UNUSUAL[name]
+    (cwd / file).write_text(content)
+    data = DataConfig(path=file, **{"length": LENGTH, "cache": str(cwd / "cache"), **fields})
     run = RunConfig(MODEL, task, data, TokenizerConfig(train="characters"))
-    found = prepare(run, None, lambda _: None)
-    assert labels is None or found.labels == labels
-    said = make_task(run, found.tokenizer, found.labels).describe_labels(found.train)
-    assert words in said and said.count("I- tags") == words.count("I- tags"), said
-    if name == "answers left out":
-        assert found.rows["rows"] == 6 and found.rows["dropped"] == 3
+    prepared = prepare(run, None, lambda _: None)
+    assert labels is None or prepared.labels == labels
+    description = make_task(run, prepared.tokenizer, prepared.labels).describe_labels(prepared.train)
+    assert words in description and description.count("I- tags") == words.count("I- tags"), description
+    if name == "dropped answers":
+        assert prepared.rows["rows"] == 6 and prepared.rows["dropped"] == 3
 
 
-# A model to start from
+# Models
 
 
 def tokenizer() -> Any:
@@ -524,9 +535,17 @@ KINDS: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {  # task, model,
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_load() -> Iterator[None]:
+    """Loads each folder once, so that all commands for a model share its compiled programs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jaxlm, "load", lru_cache(jaxlm.load))
+        yield
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """Folders of finished runs, of one each kind, and folders that are none."""
+    """Returns a folder with one finished run of each kind, and with folders that have no export or no tokenizer."""
     top = tmp_path_factory.mktemp("runs")
     for name, (task, fields, data) in KINDS.items():
         (top / name).mkdir()
@@ -545,7 +564,7 @@ def runs(tmp_path_factory) -> Path:
 
 
 STARTS = {
-    "nothing there": ("gone", ["gone is not a folder"]),
+    "a missing folder": ("gone", ["gone is not a folder"]),
     "an empty folder": ("{runs}/empty", ["empty has no config.json"]),
     "an unfinished run": ("{runs}/unfinished", ["unfinished", "no export yet"]),
     "no tokenizer": ("{runs}/mute", ["mute has no tokenizer", "--tokenizer.path"]),
@@ -554,46 +573,50 @@ STARTS = {
 
 
 @pytest.mark.parametrize("name", STARTS)
-def test_bad_weights_to_start_from(here, runs, capsys, name):
+def test_bad_initial_weights_are_an_error(cwd, runs, capsys, name):
     init, words = STARTS[name]
-    (here / "start.py").write_text(re.sub(r"model=.*,\n", "model=None,\n", CONFIG).replace('train="wordpiece"', ""))
+    (cwd / "start.py").write_text(re.sub(r"model=.*,\n", "model=None,\n", CONFIG).replace('train="wordpiece"', ""))
     assert main(["train", "start.py", "--init", init.format(runs=runs)]) == 2
     message = only_error(capsys.readouterr().err)
     assert all(word in message for word in words), message
 
 
-# What is given on the command line, files there are, and what the message must say.
+# The arguments, the files of the working directory, and the words that the message must contain.
 VERBS: dict[str, tuple[list[str], dict[str, str | bytes], list[str]]] = {
-    "predict nothing there": (["predict", "gone", "x.csv"], {}, ["gone is not a folder"]),
-    "predict an empty folder": (["predict", "{runs}/empty", "x.csv"], {}, ["empty has no config.json"]),
-    "predict an unfinished run": (["predict", "{runs}/unfinished", "x.csv"], {}, ["no export yet"]),
-    "predict no tokenizer": (["predict", "{runs}/mute", "x.csv"], {"x.csv": "text\na\n"}, ["no tokenizer"]),
-    "predict no head": (["predict", "{runs}/encoder", "x.csv"], {}, ["masked_lm", "fine-tune it"]),
-    "predict a language model": (["predict", "{runs}/decoder", "x.csv"], {}, ["heads: lm", "fine-tune it"]),
+    "predict with a missing folder": (["predict", "gone", "x.csv"], {}, ["gone is not a folder"]),
+    "predict with an empty folder": (["predict", "{runs}/empty", "x.csv"], {}, ["empty has no config.json"]),
+    "predict with an unfinished run": (["predict", "{runs}/unfinished", "x.csv"], {}, ["no export yet"]),
+    "predict without a tokenizer": (["predict", "{runs}/mute", "x.csv"], {"x.csv": "text\na\n"}, ["no tokenizer"]),
+    "predict without a head": (["predict", "{runs}/encoder", "x.csv"], {}, ["masked_lm", "fine-tune it"]),
+    "predict with a language model": (["predict", "{runs}/decoder", "x.csv"], {}, ["heads: lm", "fine-tune it"]),
     "flags first": (
         ["predict", "--output", "o.csv", "{runs}/class", "good.csv"],
         {},
         ["requires a model and a file", "jaxlm predict MODEL FILE"],
     ),
-    "the path of training": (
+    "a path for training": (
         ["predict", "{runs}/class", "good.csv", "--data.path", "x.csv"],
         {},
         ["--data.path", "applies to training", "after the model"],
     ),
-    "the length of training": (
+    "a length for training": (
         ["predict", "{runs}/class", "good.csv", "--data.length", "8"],
         {},
         ["--data.length", "--length"],
     ),
-    "predict no file": (["predict", "{runs}/class", "god.csv"], {}, ["'god.csv'", "perhaps you meant 'good.csv'"]),
+    "predict a missing file": (
+        ["predict", "{runs}/class", "god.csv"],
+        {},
+        ["'god.csv'", "perhaps you meant 'good.csv'"],
+    ),
     "predict an empty file": (["predict", "{runs}/class", "x.csv"], {"x.csv": ""}, ["no row", "at least one"]),
-    "predict a header": (["predict", "{runs}/class", "x.csv"], {"x.csv": "text,label\n"}, ["no row"]),
-    "predict no row to a file": (
+    "predict a file with only a header": (["predict", "{runs}/class", "x.csv"], {"x.csv": "text,label\n"}, ["no row"]),
+    "predict no row into a file": (
         ["predict", "{runs}/class", "x.csv", "--output", "o.csv"],
         {"x.csv": "text,label\n"},
         ["no row"],
     ),
-    "predict other columns": (
+    "predict a file with other columns": (
         ["predict", "{runs}/class", "x.csv"],
         {"x.csv": "words,label\na,b\n"},
         ["x.csv:2", "no column 'text'", "'words', 'label'", "--task.text"],
@@ -603,7 +626,7 @@ VERBS: dict[str, tuple[list[str], dict[str, str | bytes], list[str]]] = {
         {"x.txt": "the film\n"},
         ["x.txt:1", "'tokens'", "'text'", "--task.tokens"],
     ),
-    "predict not UTF-8": (
+    "predict a file that is not UTF-8": (
         ["predict", "{runs}/class", "x.csv"],
         {"x.csv": b"text\nna\xefve\n"},
         ["x.csv:2", "not UTF-8", "--data.encoding"],
@@ -613,22 +636,22 @@ VERBS: dict[str, tuple[list[str], dict[str, str | bytes], list[str]]] = {
         {"x.csv": "text\n" + "the film\n" * 5000 + '"a,b\n'},
         ["x.csv:5002", "unexpected end"],
     ),
-    "output of another kind": (
+    "output in another format": (
         ["predict", "{runs}/class", "good.csv", "--output", "o.txt"],
         {},
         ["'o.txt'", ".csv or .jsonl"],
     ),
-    "output nowhere": (
+    "output in a missing folder": (
         ["predict", "{runs}/class", "good.csv", "--output", "gone/o.csv"],
         {},
         ["gone/o.csv cannot be written", "No such file", "--output"],
     ),
-    "output onto a file": (
+    "output to an existing file": (
         ["predict", "{runs}/class", "good.csv", "--output", "x.csv"],
         {"x.csv": "precious\n"},
         ["'x.csv', which exists", "choose another --output"],
     ),
-    "output onto its own input": (
+    "output to the input": (
         ["predict", "{runs}/class", "good.csv", "--output", "good.csv"],
         {},
         ["'good.csv', which exists"],
@@ -638,13 +661,17 @@ VERBS: dict[str, tuple[list[str], dict[str, str | bytes], list[str]]] = {
         {"x.jsonl": lines({"text": "a"}, {"text": "b", "id": 1})},
         ["row 2", "text, id", "--output FILE.jsonl"],
     ),
-    "longer than the model": (
+    "a length beyond the model": (
         ["predict", "{runs}/class", "good.csv", "--length", "65"],
         {},
         ["length is 65", "64 positions", "lower it"],
     ),
-    "no length": (["predict", "{runs}/class", "good.csv", "--length", "-1"], {}, ["length is -1", "at least 2"]),
-    "no batch": (["predict", "{runs}/class", "good.csv", "--batch", "-1"], {}, ["batch is -1", "at least 1"]),
+    "a negative length": (
+        ["predict", "{runs}/class", "good.csv", "--length", "-1"],
+        {},
+        ["length is -1", "at least 2"],
+    ),
+    "a negative batch": (["predict", "{runs}/class", "good.csv", "--batch", "-1"], {}, ["batch is -1", "at least 1"]),
     "classes as a number": (
         ["predict", "{runs}/class", "good.csv", "--task.problem", "regression"],
         {},
@@ -676,7 +703,7 @@ VERBS: dict[str, tuple[list[str], dict[str, str | bytes], list[str]]] = {
         {"x.csv": table(["pos", "pso"])},
         ["x.csv:3", "'pso'", "perhaps you meant 'pos'", "leave the row out"],
     ),
-    "evaluate a new label of several": (
+    "evaluate a new label among several": (
         ["evaluate", "{runs}/classes", "x.csv"],
         {"x.csv": table(["a", '"a,z"'])},
         ["x.csv:3", "'z'", "a, b"],
@@ -691,7 +718,7 @@ VERBS: dict[str, tuple[list[str], dict[str, str | bytes], list[str]]] = {
         {"x.json": squad(question("film", 14))},
         ["x.json:1", "is not at character 14", "--task.wrong-offsets drop"],
     ),
-    "evaluate when all is dropped": (
+    "evaluate when all rows are dropped": (
         ["evaluate", "{runs}/answers", "x.json", "--task.wrong-offsets", "drop"],
         {"x.json": squad(question("film", 14))},
         ["no row to score", "3 are dropped"],
@@ -705,29 +732,29 @@ VERBS: dict[str, tuple[list[str], dict[str, str | bytes], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", VERBS)
-def test_a_mistake_in_predict_or_evaluate(here, runs, capsys, name):
-    arguments, given, words = VERBS[name]
-    for file, content in given.items():
-        (here / file).write_bytes(content if isinstance(content, bytes) else content.encode())
-    before = {path: path.read_bytes() for path in here.iterdir()}
+def test_a_mistake_in_predict_or_evaluate_is_one_error(cwd, runs, capsys, name):
+    arguments, files, words = VERBS[name]
+    for file, content in files.items():
+        (cwd / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    before = {path: path.read_bytes() for path in cwd.iterdir()}
     assert main([word.format(runs=runs) for word in arguments]) == 2
     message = only_error(capsys.readouterr().err)
     assert all(word in message for word in words), message
-    assert {path: path.read_bytes() for path in here.iterdir()} == before  # nothing lost, nothing left behind
+    assert {path: path.read_bytes() for path in cwd.iterdir()} == before  # no file is changed, removed or added
 
 
-# What is told, of files that are odd but whole: the run, the file, what it holds, and a row of what comes out.
-TOLD: dict[str, tuple[str, str, str, list[dict[str, Any]]]] = {
+# Predictions for unusual but valid files: the run, the file name, its content, and values of the rows of the output.
+OUTPUTS: dict[str, tuple[str, str, str, list[dict[str, Any]]]] = {
     "no label": ("class", "x.csv", "text\nthe film\n", [{"text": "the film", "prediction": str}]),
-    "a label that is new": ("class", "x.csv", table(["other", ""]), [{"label": "other"}, {"label": ""}]),
-    "a label of another form": ("class", "x.jsonl", lines({"text": "a", "label": [1]}), [{"label": "[1]"}]),
+    "a new label": ("class", "x.csv", table(["other", ""]), [{"label": "other"}, {"label": ""}]),
+    "a label of another type": ("class", "x.jsonl", lines({"text": "a", "label": [1]}), [{"label": "[1]"}]),
     "no text": ("class", "x.csv", 'text,id\n,1\n"  ",2\n\u200b,3\n', [{"id": "1"}, {"id": "2"}, {"id": "3"}]),
-    "a text beyond the row": ("class", "x.csv", f"text\n{' '.join([TEXT] * 99)}\n", [{"prediction": str}]),
+    "a text longer than the row": ("class", "x.csv", f"text\n{' '.join([TEXT] * 99)}\n", [{"prediction": str}]),
     "quotes, commas and line ends": (
         *("class", "x.csv", 'text,n\n"a ""b"", c\nd",1\n'),
         [{"text": 'a "b", c\nd', "n": "1"}],
     ),
-    "columns that clash": (
+    "columns with the names of predictions": (
         *("class", "x.csv", "text,prediction,prediction_new\nthe film,a,b\n"),
         [{"prediction": "a", "prediction_new": "b", "prediction_new_new": str, "confidence": str}],
     ),
@@ -750,7 +777,7 @@ TOLD: dict[str, tuple[str, str, str, list[dict[str, Any]]]] = {
         *("answers", "x.csv", "question,context,id\nwhat,the film,1\n,the film,2\nwhat,,3\n"),
         [{"id": "1"}, {"id": "2"}, {"id": "3", "prediction": ""}],
     ),
-    "answers that do not stand there": (
+    "answers at wrong positions": (
         *("answers", "x.json", squad(question("film", 14))),
         [{"title": "a"}, {"title": "b"}, {"title": "c"}],
     ),
@@ -758,49 +785,49 @@ TOLD: dict[str, tuple[str, str, str, list[dict[str, Any]]]] = {
         *("choices", "x.jsonl", lines({k: v for k, v in CHOICE.items() if k != "label"})),
         [{"prediction": str, "option": str}],
     ),
-    "a label that is no option": ("choices", "x.jsonl", lines(CHOICE | {"label": -1}), [{"label": "-1"}]),
-    "a score outside": ("pairs", "x.jsonl", lines(PAIR | {"label": 7}), [{"label": "7"}]),
+    "a label that is not an option": ("choices", "x.jsonl", lines(CHOICE | {"label": -1}), [{"label": "-1"}]),
+    "a score outside the range": ("pairs", "x.jsonl", lines(PAIR | {"label": 7}), [{"label": "7"}]),
 }
 
 
-@pytest.mark.parametrize("name", TOLD)
-def test_what_is_told(here, runs, capsys, name):
-    """To the standard output and to both kinds of file, each with what was given."""
-    run, file, content, rows = TOLD[name]
-    (here / file).write_text(content)
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_predictions_are_written_to_the_standard_output_and_to_files(cwd, runs, capsys, name):
+    """Each output has the columns of the input, then the predictions."""
+    run, file, content, rows = OUTPUTS[name]
+    (cwd / file).write_text(content)
     command = ["predict", str(runs / run), file]
     assert main(command) == main([*command, "--output", "o.csv"]) == main([*command, "--output", "o.jsonl"]) == 0
-    said = capsys.readouterr()
-    assert said.out == (here / "o.csv").read_text()
-    # Each of the three says how many texts were cut, and nothing else.
+    printed = capsys.readouterr()
+    assert printed.out == (cwd / "o.csv").read_text()
+    # Each of the three commands reports the number of truncated texts, and nothing else.
     assert all(
-        re.fullmatch(r"warning: .* longer than \d+ tokens and (was|were) cut .*", x) for x in said.err.splitlines()
+        re.fullmatch(r"warning: .* longer than \d+ tokens and (was|were) cut .*", x) for x in printed.err.splitlines()
     )
-    with open(here / "o.csv", newline="") as stream:
-        found = list(csv.DictReader(stream))
-    assert len(found) == len(rows)
-    for row, expected in zip(found, rows):
+    with open(cwd / "o.csv", newline="") as stream:
+        csv_rows = list(csv.DictReader(stream))
+    assert len(csv_rows) == len(rows)
+    for row, expected in zip(csv_rows, rows):
         for column, value in expected.items():
             assert row[column] if value is str else row[column] == value
-    whole = [json.loads(line) for line in (here / "o.jsonl").read_text().splitlines()]
-    assert [list(row) for row in whole] == [list(whole[0])] * len(whole) or "order" in name
-    for row, same in zip(whole, found):
-        assert set(row) == set(same)
+    json_rows = [json.loads(line) for line in (cwd / "o.jsonl").read_text().splitlines()]
+    assert [list(row) for row in json_rows] == [list(json_rows[0])] * len(json_rows) or "order" in name
+    for row, csv_row in zip(json_rows, csv_rows):
+        assert set(row) == set(csv_row)
         if isinstance(row.get("confidence"), float):
-            assert float(same["confidence"]) == pytest.approx(row["confidence"], rel=1e-5)
+            assert float(csv_row["confidence"]) == pytest.approx(row["confidence"], rel=1e-5)
 
 
-def test_json_lines_may_differ_in_their_columns(here, runs):
-    (here / "x.jsonl").write_text(lines({"text": "a"}, {"text": "b", "prediction": None, "more": [{"é": 1}]}))
+def test_json_lines_may_differ_in_their_columns(cwd, runs):
+    (cwd / "x.jsonl").write_text(lines({"text": "a"}, {"text": "b", "prediction": None, "more": [{"é": 1}]}))
     assert main(["predict", str(runs / "class"), "x.jsonl", "--output", "o.jsonl"]) == 0
-    first, second = map(json.loads, (here / "o.jsonl").read_text().splitlines())
+    first, second = map(json.loads, (cwd / "o.jsonl").read_text().splitlines())
     assert list(first) == ["text", "prediction", "confidence"]
     assert list(second) == ["text", "prediction", "more", "prediction_new", "confidence"]
-    assert second["more"] == [{"é": 1}] and "é" in (here / "o.jsonl").read_text()
+    assert second["more"] == [{"é": 1}] and "é" in (cwd / "o.jsonl").read_text()
 
 
-def test_parquet_keeps_its_values(here, runs):
-    """Lists, bytes, dates and large numbers come out as they are."""
+def test_values_of_parquet_files_are_unchanged(cwd, runs):
+    """The output has the same lists, texts, dates and large numbers as the input."""
     import datetime
 
     import pyarrow
@@ -813,63 +840,68 @@ def test_parquet_keeps_its_values(here, runs):
         "number": [2**60 + 1, None],
         "price": [1234567.891, 0.1],
     }
-    pyarrow.parquet.write_table(pyarrow.table(columns), here / "x.parquet")
+    pyarrow.parquet.write_table(pyarrow.table(columns), cwd / "x.parquet")
     assert main(["predict", str(runs / "class"), "x.parquet", "--output", "o.csv"]) == 0
-    with open(here / "o.csv", newline="") as stream:
+    with open(cwd / "o.csv", newline="") as stream:
         first, second = csv.DictReader(stream)
     assert first["vector"] == "[1.5, 2.25]" and first["number"] == str(2**60 + 1) and second["number"] == ""
     assert second["text"] == "naïve" and first["price"] == "1234567.891" and first["day"] == "2020-01-02 00:00:00"
 
     words = {"tokens": [["the", "film"], ["a"]], "tags": [["B-PER", "O"], ["O"]]}
-    pyarrow.parquet.write_table(pyarrow.table(words), here / "y.parquet")
+    pyarrow.parquet.write_table(pyarrow.table(words), cwd / "y.parquet")
     assert main(["evaluate", str(runs / "tags"), "y.parquet"]) == 0
 
 
-def test_lines_are_read_as_in_training(here, runs, capsys):
-    """A suffix that says nothing does not undo the pattern, or the label would be read as text."""
-    (here / "new.test").write_bytes("NUM:date Wann ist M\xe4rz ?\nLOC:city Where ?\n".encode("latin-1"))
+def test_lines_are_read_as_in_training(cwd, runs, capsys):
+    """An unknown suffix does not replace the pattern of training, which separates the label from the text."""
+    (cwd / "new.test").write_bytes("NUM:date Wann ist M\xe4rz ?\nLOC:city Where ?\n".encode("latin-1"))
     assert main(["predict", str(runs / "lines"), "new.test"]) == 0
     first, second = csv.DictReader(capsys.readouterr().out.splitlines())
     assert first["text"] == "Wann ist März ?" and first["label"] == "NUM" and second["text"] == "Where ?"
     assert main(["evaluate", str(runs / "lines"), "new.test"]) == 0
-    (here / "new.jsonl").write_text(lines({"text": "März"}))  # a suffix that says something does
+    (cwd / "new.jsonl").write_text(lines({"text": "März"}))  # a known suffix replaces it
     assert main(["predict", str(runs / "lines"), "new.jsonl"]) == 0
     assert "März," in capsys.readouterr().out
 
 
-def test_a_model_of_no_format_yet_keeps_what_its_task_is(tmp_path):
-    """transformers, and `task_of`, go by problem_type."""
+def test_a_model_without_a_format_keeps_its_problem_type(tmp_path):
+    """transformers and `task_of` read problem_type."""
     lm = model(heads_on_top=("classes",), labels=("a", "b"))
-    said = families.Origin({"problem_type": "multi_label_classification"}, heads=None)
-    jaxlm.save(dataclasses.replace(lm, origin=said), tmp_path / "export")
+    origin = families.Origin({"problem_type": "multi_label_classification"}, heads=None)
+    jaxlm.save(dataclasses.replace(lm, origin=origin), tmp_path / "export")
     assert task_of(jaxlm.load(tmp_path / "export")) == Classification(problem="multi_label")
 
 
-def test_evaluation_counts_what_it_drops(here, runs, capsys):
-    """And gives the same figures in Python, from rows with or without their places."""
+def test_evaluation_reports_the_number_of_dropped_rows(cwd, runs, capsys):
+    """In Python, rows that come from no file have the same loss."""
     content = squad(question("film", 13), question("film", 14))
-    (here / "x.json").write_text(content)
+    (cwd / "x.json").write_text(content)
     assert main(["evaluate", str(runs / "answers"), "x.json", "--task.wrong-offsets", "drop"]) == 0
-    said = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    said = {name.strip(): float(value) for name, value in said.items()}
-    assert said["examples"] == 3 and said["dropped"] == 3
+    printed = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    printed = {name.strip(): float(value) for name, value in printed.items()}
+    assert printed["examples"] == 3 and printed["dropped"] == 3
 
     lm = jaxlm.load(runs / "answers")
     rows = [{"question": "what is good", "context": TEXT, "answers": GOOD}] * 3
     scores = jaxlm.evaluate(lm, rows, QuestionAnswering(stride=4), length=LENGTH)
-    assert "dropped" not in scores and scores["loss"] == pytest.approx(said["loss"], abs=1e-4)
+    assert "dropped" not in scores and scores["loss"] == pytest.approx(printed["loss"], abs=1e-4)
 
 
 EXAMPLES: dict[str, tuple[str, Any, dict[str, Any], list[str]]] = {
     "one text": ("class", "a text", {}, ["one string", "'a text'", "a list"]),
     "one row": ("class", {"text": "a"}, {}, ["of type dict", "a list"]),
     "a number": ("class", [5], {}, ["5", "a text, a tuple of texts, or a dict"]),
-    "nothing": ("class", ["a", None], {}, ["None"]),
+    "None": ("class", ["a", None], {}, ["None"]),
     "a pair": ("class", [("a", "b")], {}, ["2 texts", "Classification(text=('a', 'b'))"]),
-    "half a pair": ("pairs", ["a"], {"task": Similarity()}, ["1 texts", "text_a, text_b"]),
-    "a question alone": ("answers", ["a"], {"task": QuestionAnswering(stride=4)}, ["1 texts", "question, context"]),
+    "one text of a pair": ("pairs", ["a"], {"task": Similarity()}, ["1 texts", "text_a, text_b"]),
+    "a question without its context": (
+        "answers",
+        ["a"],
+        {"task": QuestionAnswering(stride=4)},
+        ["1 texts", "question, context"],
+    ),
     "another column": ("class", ["a", {"words": "b"}], {}, ["example:2", "'text'", "'words'"]),
-    "a task of another head": ("class", ["a"], {"task": Tagging()}, ["requires the head tokens", "has classes"]),
+    "a task with another head": ("class", ["a"], {"task": Tagging()}, ["requires the head tokens", "has classes"]),
     "a task without predictions": ("class", ["a"], {"task": CausalLM()}, ["CausalLM does not predict examples"]),
     "options with many outputs": ("class", [CHOICE], {"task": MultipleChoice()}, ["one output", "neg, pos"]),
     "too long": ("class", ["a"], {"length": 65}, ["65", "64 positions"]),
@@ -878,29 +910,31 @@ EXAMPLES: dict[str, tuple[str, Any, dict[str, Any], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_a_mistake_in_an_example(runs, name):
-    run, examples, choices, words = EXAMPLES[name]
+def test_a_mistake_in_an_example_is_an_error(runs, name):
+    run, examples, arguments, words = EXAMPLES[name]
     with pytest.raises(UserError) as raised:
-        jaxlm.predict(jaxlm.load(runs / run), examples, **choices)
+        jaxlm.predict(jaxlm.load(runs / run), examples, **arguments)
     assert all(word in str(raised.value) for word in words), raised.value
 
 
-def test_examples_may_be_given_in_many_ways(runs):
+def test_examples_may_have_many_forms(runs):
     lm = jaxlm.load(runs / "class")
     assert jaxlm.predict(lm, []) == []
-    ways = [["the film", ""], iter(["the film", ""]), [{"text": "the film", "label": "new"}, {"text": None}]]
-    first, *others = [jaxlm.predict(lm, way, length=LENGTH) for way in ways]
+    forms = [["the film", ""], iter(["the film", ""]), [{"text": "the film", "label": "new"}, {"text": None}]]
+    first, *others = [jaxlm.predict(lm, form, length=LENGTH) for form in forms]
     assert first == others[0] == others[1] and first[0]["prediction"] in ("neg", "pos")
     pair = jaxlm.predict(lm, [("the", "film")], task=Classification(text=("a", "b")), length=LENGTH)
     assert pair == jaxlm.predict(lm, [{"a": "the", "b": "film"}], task=Classification(text=("a", "b")), length=LENGTH)
     tags = jaxlm.load(runs / "tags")
-    same = jaxlm.predict(tags, ["the film", ["the", "film"], {"tokens": np.array(["the", "film"])}], length=LENGTH)
-    assert same[0] == same[1] == same[2] and len(same[0]["prediction"]) == 2
+    predictions = jaxlm.predict(
+        tags, ["the film", ["the", "film"], {"tokens": np.array(["the", "film"])}], length=LENGTH
+    )
+    assert predictions[0] == predictions[1] == predictions[2] and len(predictions[0]["prediction"]) == 2
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_the_size_of_a_batch_does_not_show(here, runs, capsys, rows):
-    (here / "x.csv").write_text(table(LABELS))
+def test_predictions_do_not_depend_on_the_batch_size(cwd, runs, capsys, rows):
+    (cwd / "x.csv").write_text(table(LABELS))
     command = ["predict", str(runs / "class"), "x.csv"]
     assert main(command) == main([*command, "--batch", str(rows)]) == 0
     found = list(csv.DictReader(capsys.readouterr().out.splitlines()))
@@ -910,48 +944,48 @@ def test_the_size_of_a_batch_does_not_show(here, runs, capsys, rows):
         assert float(one["confidence"]) == pytest.approx(float(other["confidence"]), abs=1e-5)
 
 
-def predict_elsewhere(run: Path, file: Path, *more: str, after: str = "") -> list[str]:
+def predict_command(run: Path, file: Path, *more: str, after: str = "") -> list[str]:
     command = "import sys; from jaxlm.__main__ import main; code = main(sys.argv[1:])"
     return [sys.executable, "-c", f"{command}{after}; sys.exit(code)", "predict", str(run), str(file), *more]
 
 
-def test_whoever_reads_may_stop(here, runs):
-    """`jaxlm predict ... | head -1` ends as other commands do, and says nothing."""
-    (here / "x.csv").write_text("text\n" + "the film\n" * 20_000)
+def test_the_reader_of_the_output_may_stop(cwd, runs):
+    """`jaxlm predict ... | head -1` ends as other commands do, and prints no message."""
+    (cwd / "x.csv").write_text("text\n" + "the film\n" * 20_000)
     run = partial(subprocess.Popen, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    with run(predict_elsewhere(runs / "class", here / "x.csv")) as process:
+    with run(predict_command(runs / "class", cwd / "x.csv")) as process:
         assert process.stdout and process.stderr
         assert process.stdout.readline() == "text,prediction,confidence\n"
         process.stdout.close()
         assert process.stderr.read() == "" and process.wait() == 141
 
 
-def test_a_full_disk_leaves_nothing_behind(here, runs):
-    """RLIMIT_FSIZE stands for the disk."""
-    (here / "x.csv").write_text("text\n" + "the film\n" * 2_000)
-    command = predict_elsewhere(runs / "class", here / "x.csv", "--output", "o.csv")
+def test_a_full_disk_leaves_no_output_file(cwd, runs):
+    """RLIMIT_FSIZE simulates a full disk."""
+    (cwd / "x.csv").write_text("text\n" + "the film\n" * 2_000)
+    command = predict_command(runs / "class", cwd / "x.csv", "--output", "o.csv")
     command[2] = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); {command[2]}"
     env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_ENABLE_COMPILATION_CACHE": "0"}
-    done = subprocess.run(command, cwd=here, capture_output=True, text=True, env=env)
-    assert done.returncode == 1, done.stderr
-    assert "o.csv cannot be written: File too large; free disk space" in only_error(done.stderr)
-    assert not list(here.glob("o.csv*"))
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=env)
+    assert result.returncode == 1, result.stderr
+    assert "o.csv cannot be written: File too large; free disk space" in only_error(result.stderr)
+    assert not list(cwd.glob("o.csv*"))
 
 
 @pytest.mark.long
-def test_rows_are_predicted_as_a_stream(here, runs):
-    """Three times the rows take no more memory."""
+def test_rows_are_predicted_as_a_stream(cwd, runs):
+    """Three times as many rows require no more memory."""
     if not Path("/proc/self/status").exists():
-        pytest.skip("the peak is read from /proc")
+        pytest.skip("the test reads the peak of memory from /proc")
     peaks = []
     for count in (20_000, 60_000):
-        file = here / f"{count}.csv"
+        file = cwd / f"{count}.csv"
         file.write_text("text,more\n" + f"{TEXT},{'-' * 4000}\n" * count)
         after = (
-            "; print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"  # ru_maxrss is the parent's too
+            "; print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"  # ru_maxrss includes the parent
         )
-        command = predict_elsewhere(runs / "class", file, "--output", str(file.with_suffix(".jsonl")), after=after)
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-        peaks.append(int(done.stdout) / 1024)
+        command = predict_command(runs / "class", file, "--output", str(file.with_suffix(".jsonl")), after=after)
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        peaks.append(int(result.stdout) / 1024)
         assert len(file.with_suffix(".jsonl").read_text().splitlines()) == count
-    assert peaks[1] < peaks[0] + 80, peaks  # MiB, of the 153 that the further rows have; the allocator varies by 40
+    assert peaks[1] < peaks[0] + 80, peaks  # MiB; the further rows have 153, the allocator varies by 40

@@ -44,7 +44,7 @@ MODEL = ModelConfig(
     structure="encoder", heads_on_top=(), vocabulary=120, max_length=64, width=16, layers=1, heads=2, types=2
 )
 TOKENIZER = tokenizers.train([TEXT, "U.S. 's , . - a b c d"], TokenizerConfig(train="wordpiece"), 110)
-LONG = len(TOKENIZER.encode_with_special_tokens([TEXT])[0][0])  # tokens of the text
+LONG = len(TOKENIZER.encode_with_special_tokens([TEXT])[0][0])  # number of tokens of the text
 NAMES = ("no", "so", "yes")
 HEADS: dict[str, tuple[Any, dict[str, Any]]] = {
     "class": (Classification(text=("review",)), {"heads_on_top": ("classes",), "labels": NAMES}),
@@ -64,10 +64,10 @@ def model(name: str, length: int = 16) -> LM:
     return with_task(LM(config, Transformer(config), random_params(config), TOKENIZER), task, length)
 
 
-# What a model was trained for
+# The task of a model
 
 
-def test_a_model_carries_its_task_its_columns_and_its_length(tmp_path):
+def test_a_model_stores_its_task_its_columns_and_its_length(tmp_path):
     lm = model("class")
     jaxlm.save(lm, tmp_path / "export")
     jaxlm.save(jaxlm.load(tmp_path / "export"), tmp_path / "again")
@@ -81,7 +81,7 @@ def test_a_model_carries_its_task_its_columns_and_its_length(tmp_path):
     assert jaxlm.load(tmp_path / "export").trained is None
 
 
-def test_the_task_of_a_run_whose_export_has_no_note(tmp_path):
+def test_an_export_without_a_task_file_has_the_task_of_its_run(tmp_path):
     from jaxlm.run import folder
 
     run = RunConfig(None, Classification(text=("review",)), DataConfig(path="x", length=24), init="y")
@@ -92,25 +92,25 @@ def test_the_task_of_a_run_whose_export_has_no_note(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "note",
+    "content",
     ["", "[]", "{}", '{"task": 3, "length": 8}', '{"task": {"kind": "Tagging", "tags": 3}, "length": 8}',
      '{"task": {"kind": "Tagging", "gone": 3}, "length": 8}', '{"task": {"kind": "Tagging"}, "length": true}',
      "[" * 5000],
 )  # fmt: skip
-def test_a_broken_note_is_refused(note):
-    lm = replace(model("tags"), files={"jaxlm_task.json": note.encode()})
+def test_a_broken_task_file_is_refused(content):
+    lm = replace(model("tags"), files={"jaxlm_task.json": content.encode()})
     with pytest.raises(UserError, match=r"jaxlm_task\.json"):
         jaxlm.predict(lm, ["a"])
 
 
-def test_a_task_that_is_not_registered_is_named():
+def test_the_message_names_a_task_that_is_not_registered():
     lm = replace(model("tags"), files={"jaxlm_task.json": b'{"task": {"kind": "Stars"}, "length": 8}'})
     with pytest.raises(UserError, match=r"trained for the task Stars.*register it"):
         jaxlm.predict(lm, ["a"])
     assert task_for(lm, Tagging()) == Tagging()
 
 
-def test_errors_in_python_name_arguments():
+def test_errors_in_python_name_arguments_instead_of_flags():
     assert to_python_names("set --data.eval-path, a--b or --no-x y") == "set data.eval_path, a--b or no_x y"
     with pytest.raises(UserError) as error:
         jaxlm.predict(model("class"), [{"words": "a"}])
@@ -121,7 +121,7 @@ def test_errors_in_python_name_arguments():
 
 
 @pytest.mark.parametrize("name", ["class", "classes", "choice"])
-def test_probabilities_are_of_every_class(name):
+def test_every_class_has_a_probability(name):
     lm, task = model(name), HEADS[name][0]
     rows = [{"question": "the", "options": ["good", "bad", "film"]}] if name == "choice" else ["the film", "bad", ""]
     plain = jaxlm.predict(lm, rows)
@@ -146,9 +146,9 @@ def test_probabilities_are_of_every_class(name):
 
 @pytest.mark.parametrize("name", ["number", "tags", "answers", "pairs"])
 def test_tasks_without_classes_have_no_probabilities(name):
-    for choice in ({"probabilities": True}, {"top_k": 1}):
+    for option in ({"probabilities": True}, {"top_k": 1}):
         with pytest.raises(UserError, match="no probabilities of classes"):
-            jaxlm.predict(model(name), [], **choice)
+            jaxlm.predict(model(name), [], **option)
 
 
 def test_similarity_is_in_the_units_of_the_labels():
@@ -164,7 +164,7 @@ def test_similarity_is_in_the_units_of_the_labels():
 @pytest.mark.parametrize(
     "label", ["9" * 60, 10**60, 10**400, 10**5000, "x", [1], float("nan")], ids=lambda label: type(label).__name__
 )
-def test_a_label_that_is_no_score_is_a_sentence(label):
+def test_a_label_that_is_not_a_score_is_a_user_error(label):
     with pytest.raises(UserError, match="column 'label' holds"):
         jaxlm.evaluate(model("pairs"), [{"text_a": "a", "text_b": "b", "label": label}])
 
@@ -185,19 +185,19 @@ def test_a_label_that_is_no_score_is_a_sentence(label):
     ],
     ids=lambda value: value if isinstance(value, str) else "row",
 )
-def test_numbers_of_many_digits_are_a_sentence(name, row):
+def test_numbers_of_many_digits_are_a_user_error(name, row):
     with pytest.raises(UserError, match="example:1: "):
         jaxlm.evaluate(model(name), [row])
 
 
 @pytest.mark.parametrize("title", [7, ["a"], {"a": 1}])
-def test_a_title_that_is_no_text_is_a_sentence(title):
+def test_a_title_that_is_not_a_string_is_a_user_error(title):
     row = {"context": "the film", "question": "what", "title": title}
     with pytest.raises(UserError, match="column 'title' holds"):
         jaxlm.predict(model("answers"), [row])
 
 
-def test_running_text_is_divided_into_words():
+def test_text_is_split_into_words():
     text = "Bob's U.S. trip (2,000 km) - well-known: @ann #x https://a.b/c?d don't."
     [prediction] = jaxlm.predict(model("tags", 48), [text])
     assert prediction["words"] == [
@@ -207,34 +207,34 @@ def test_running_text_is_divided_into_words():
     assert len(prediction["prediction"]) == len(prediction["words"])
 
 
-def test_a_list_of_words_in_a_text_is_a_list():
+def test_a_string_with_a_list_of_words_is_read_as_a_list():
     predictions = jaxlm.predict(model("tags"), [{"tokens": "['the', 'U.S. film']"}, {"tokens": '["a", "b"]'}])
     assert [row["words"] for row in predictions] == [["the", "U.S. film"], ["a", "b"]]
     [prediction] = jaxlm.predict(model("tags"), ["[he laughs] the film [and ends]"])
     assert prediction["words"][:3] == ["[", "he", "laughs"]
 
 
-@pytest.mark.parametrize("given", ["the film, was (very) good", ["the", "film", "was", "very", "good"]])
-def test_entities_have_their_characters_and_scores(given):
+@pytest.mark.parametrize("tokens", ["the film, was (very) good", ["the", "film", "was", "very", "good"]])
+def test_entities_have_character_positions_and_scores(tokens):
     task = TASKS[Tagging](Tagging(), 16, 0, TOKENIZER, HEADS["tags"][1]["labels"])
-    record = task.read(Tagging(), {"tokens": given}, Place("rows", 1))
-    text = given if isinstance(given, str) else " ".join(given)
+    record = task.read(Tagging(), {"tokens": tokens}, Place("rows", 1))
+    text = tokens if isinstance(tokens, str) else " ".join(tokens)
     assert [text[s : s + len(w)] for w, s in zip(record["tokens"], record.get("starts", ()))] == [
-        *(record["tokens"] if isinstance(given, str) else ())
+        *(record["tokens"] if isinstance(tokens, str) else ())
     ]
     n = len(record["tokens"])
     tags = np.array([1, 2, *[0] * (n - 3), 1])
     confidence = np.linspace(0.5, 0.9, n)
     prediction = task.predict(record, [[{"words_BT": np.arange(n), "tags_BT": tags, "confidence_BT": confidence}]])
     assert prediction["words"] == record["tokens"] and prediction["confidence"] == pytest.approx(0.5)
-    last = len(text) - 4 if isinstance(given, str) is False else text.index("good")
+    last = len(text) - 4 if isinstance(tokens, str) is False else text.index("good")
     assert prediction["entities"] == [
         {"type": "PER", "text": "the film", "start": 0, "end": 8, "score": pytest.approx(confidence[:2].mean())},
         {"type": "PER", "text": "good", "start": last, "end": last + 4, "score": pytest.approx(0.9)},
     ]
 
 
-def test_tags_that_mark_no_span_have_no_entities():
+def test_tags_without_spans_have_no_entities():
     [prediction] = jaxlm.predict(model("speech"), [["the", "film"]])
     assert set(prediction) == {"prediction", "confidence", "words"} and set(prediction["prediction"]) <= {"DET", "NOUN"}
     rows = [{"tokens": ["the", "film"], "tags": ["det", "noun"]}]
@@ -242,7 +242,7 @@ def test_tags_that_mark_no_span_have_no_entities():
     assert jaxlm.evaluate(model("speech"), rows)["accuracy"] == right
 
 
-def test_answers_have_their_characters():
+def test_answers_have_character_positions():
     rows = [{"context": TEXT, "question": "what film"}, {"context": "", "question": "the"}]
     for task in (None, QuestionAnswering(stride=4, unanswerable=False)):
         for row, prediction in zip(rows, jaxlm.predict(model("answers"), rows, task=task)):
@@ -261,9 +261,9 @@ def test_csv_has_a_column_for_each_value(tmp_path, monkeypatch):
         out = tmp_path / f"{name}.csv"
         assert main(["predict", str(tmp_path / name), str(tmp_path / "x.jsonl"), "--output", str(out), *flags]) == 0
         [table[name]] = csv.DictReader(out.read_text().splitlines())
-    given = ["text", "tokens", "review", "prediction", "confidence"]
+    input_columns = ["text", "tokens", "review", "prediction", "confidence"]
     assert list(table["class"]) == [
-        *given, "probability_no", "probability_so", "probability_yes", "top_1", "top_1_probability", "top_2",
+        *input_columns, "probability_no", "probability_so", "probability_yes", "top_1", "top_1_probability", "top_2",
         "top_2_probability",
     ]  # fmt: skip
     predictions = jaxlm.predict(model("classes"), ["the film"])[0]["prediction"]
@@ -273,10 +273,10 @@ def test_csv_has_a_column_for_each_value(tmp_path, monkeypatch):
     assert main(["evaluate", str(tmp_path / "class"), str(tmp_path / "x.jsonl"), "--probabilities"]) == 2
 
 
-# What is cut
+# Truncation
 
 
-def count(name: str, rows: list[Any], capsys) -> str:
+def warning_text(name: str, rows: list[Any], capsys) -> str:
     capsys.readouterr()
     jaxlm.predict(model(name), rows)
     return capsys.readouterr().err
@@ -304,34 +304,34 @@ def count(name: str, rows: list[Any], capsys) -> str:
             {"question": "the", "options": ["a", "b"]},
             ["1 of 3 questions is longer than 8 tokens", f"has {LONG + 2}"],
         ),
-        ("tags", TEXT, "the film", []),  # which are divided and not cut
+        ("tags", TEXT, "the film", []),  # long lists of words are split, not truncated
     ],
 )
-def test_texts_that_are_cut_are_counted(name, long, short, words, capsys):
-    printed = count(name, [short, long, short], capsys)
+def test_truncated_texts_are_counted(name, long, short, words, capsys):
+    printed = warning_text(name, [short, long, short], capsys)
     assert all(word in printed for word in words) and printed.count("\n") == bool(words), printed
-    assert count(name, [short], capsys) == ""
+    assert warning_text(name, [short], capsys) == ""
 
 
-def test_training_counts_what_is_cut_of_both_sides():
-    made = tokenizers.train([TEXT], TokenizerConfig(train="bpe"), 300, add_eos=True)
-    task = TASKS[Seq2Seq](Seq2Seq(), 8, 0, made).replace_fields(source_length=12, start=0)
+def test_training_counts_truncated_sources_and_targets():
+    tokenizer = tokenizers.train([TEXT], TokenizerConfig(train="bpe"), 300, add_eos=True)
+    task = TASKS[Seq2Seq](Seq2Seq(), 8, 0, tokenizer).replace_fields(source_length=12, start=0)
     texts = ["the", TEXT, "the film"]
     records = [{"source": source, "label": (target,)} for source in texts for target in texts]
     examples = task.examples(Records(records, []), True)
-    whole = [len(ids) for ids, _ in made.encode_with_special_tokens(texts)]
-    assert examples.truncation("S") == (3, 9, 12, whole[1]) and examples.truncation("T") == (3, 9, 8, whole[1])
+    lengths = [len(ids) for ids, _ in tokenizer.encode_with_special_tokens(texts)]
+    assert examples.truncation("S") == (3, 9, 12, lengths[1]) and examples.truncation("T") == (3, 9, 8, lengths[1])
     lines = task.truncation_warnings(Batches(examples, 2, 8, 4, 0, 12))
     assert [line.split(";")[0].split(" (")[0] for line in lines] == [
         "3 of 9 targets are longer than 8 tokens and were cut",
         "3 of 9 sources are longer than 12 tokens and were cut",
     ]
-    assert sorted(set(examples.true_lengths.tolist())) == sorted(set(whole))
-    task = task.replace_fields(source_length=None)  # as in a decoder, whose prompt loses its beginning
+    assert sorted(set(examples.true_lengths.tolist())) == sorted(set(lengths))
+    task = task.replace_fields(source_length=None)  # a decoder truncates the beginning of its prompt
     assert task.examples(Records(records, []), True).truncation("T").cut >= 5
 
 
-def test_lengths_of_the_report_are_those_before_cutting():
+def test_lengths_of_the_report_are_those_before_truncation():
     task = TASKS[Classification](Classification(), 16, 0, TOKENIZER, NAMES)
     records = [{"texts": (text,), "label": "no"} for text in ("the", TEXT, "the film")]
     batches = Batches(task.examples(Records(records, []), True), 2, 16, 4, 0)
@@ -342,28 +342,28 @@ def test_lengths_of_the_report_are_those_before_cutting():
 
 
 @pytest.mark.parametrize("windows", ["mean", "max"])
-def test_long_texts_are_read_through_windows(windows):
+def test_long_texts_are_read_in_windows(windows):
     lm, task = model("class"), Classification(text=("review",), windows=windows, stride=4)
     [prediction] = jaxlm.predict(lm, [TEXT], task=task, probabilities=True)
     ids = TOKENIZER.encode(TEXT)
-    room = 14
-    starts = [start for start in range(0, len(ids), room - 4) if start == 0 or start + 4 < len(ids)]
-    logits = [lm(np.array([TOKENIZER.add_special_tokens(ids[s : s + room])[0]])).logits[0] for s in starts]
-    whole = getattr(np, windows)(logits, axis=0)
-    np.testing.assert_allclose(list(prediction["probabilities"].values()), jax.nn.softmax(whole), rtol=1e-4)
+    window = 14
+    starts = [start for start in range(0, len(ids), window - 4) if start == 0 or start + 4 < len(ids)]
+    logits = [lm(np.array([TOKENIZER.add_special_tokens(ids[s : s + window])[0]])).logits[0] for s in starts]
+    pooled = getattr(np, windows)(logits, axis=0)
+    np.testing.assert_allclose(list(prediction["probabilities"].values()), jax.nn.softmax(pooled), rtol=1e-4)
     short = jaxlm.predict(lm, ["the film"], task=task)
     assert short[0]["confidence"] == pytest.approx(jaxlm.predict(lm, ["the film"])[0]["confidence"], abs=1e-5)
-    usual = replace(task, stride=0)  # a quarter of the 14 tokens that a window holds
-    assert jaxlm.predict(lm, [TEXT], task=usual) == jaxlm.predict(lm, [TEXT], task=replace(task, stride=3))
-    made = TASKS[Classification](task, 16, 0, TOKENIZER, NAMES)
+    default = replace(task, stride=0)  # the default is a quarter of the 14 tokens of a window
+    assert jaxlm.predict(lm, [TEXT], task=default) == jaxlm.predict(lm, [TEXT], task=replace(task, stride=3))
+    built_task = TASKS[Classification](task, 16, 0, TOKENIZER, NAMES)
     records = [{"texts": (text,), "label": "so"} for text in (TEXT, "the film")]
-    examples = made.examples(Records(records, []), True)
+    examples = built_task.examples(Records(records, []), True)
     assert examples.record_of.tolist() == [0] * len(starts) + [1]
     assert {examples.of(n, ["labels_BE"])[0]["labels_BE"].item() for n in range(len(starts))} == {1}
     assert not examples.truncation("T").cut
 
 
-def test_windows_that_cannot_be():
+def test_impossible_windows_are_refused():
     with pytest.raises(UserError, match=r"overlap by task\.stride 14"):
         jaxlm.predict(model("class"), ["the"], task=Classification(text=("review",), windows="mean", stride=14))
     with pytest.raises(UserError, match="pairs of texts have no windows"):
@@ -389,7 +389,7 @@ def test_windows_that_cannot_be():
         (Seq2Seq(decoding=Decoding(temperature=1.0, n_best=2)), "task.decoding.n_best is 2"),
     ],
 )
-def test_fields_without_a_meaning_are_refused(task, words):
+def test_fields_without_an_effect_are_refused(task, words):
     with pytest.raises(UserError) as error:
         check_task(task)
     assert words in str(error.value)
@@ -404,14 +404,14 @@ def test_fields_without_a_meaning_are_refused(task, words):
         MaskedLM(next_sentence=True, short_rate=0.5),
     ],
 )
-def test_fields_with_a_meaning_are_taken(task):
+def test_fields_with_an_effect_are_accepted(task):
     check_task(task)
 
 
 # Scores of classes
 
 
-def test_classes_are_scored_as_scikit_learn_does(capsys):
+def test_scores_of_classes_equal_those_of_scikit_learn(capsys):
     from sklearn.metrics import precision_recall_fscore_support
 
     random = np.random.default_rng(0)
@@ -430,7 +430,7 @@ def test_classes_are_scored_as_scikit_learn_does(capsys):
     assert np.mean([scores[f"f1/{name}"] for name in NAMES]) == pytest.approx(scores["macro_f1"])
 
 
-def test_predictions_of_one_class_are_a_warning(capsys):
+def test_predictions_of_a_single_class_cause_a_warning(capsys):
     lm = model("class")
     lm.params["classes_head"]["out"]["bias"] = np.array([0, 99, 0], np.float32)
     rows = [{"review": text, "label": label} for text, label in zip(TEXT.split(), NAMES)]
@@ -440,11 +440,11 @@ def test_predictions_of_one_class_are_a_warning(capsys):
     assert "warning" not in capsys.readouterr().err
 
 
-# What Python users give
+# Arguments of Python users
 
 
 class Frame:
-    """What pandas has of a DataFrame, as far as it matters: iterating gives the names of columns."""
+    """Imitates a DataFrame of pandas. An iteration over it returns the names of columns."""
 
     columns = ("review",)
 
@@ -456,7 +456,7 @@ class Frame:
         return [{"review": "the film"}, {"review": "bad"}]
 
 
-def test_examples_in_the_forms_of_python():
+def test_examples_may_have_the_usual_python_types():
     lm = model("class")
     expected = jaxlm.predict(lm, ["the film", "bad"])
     forms = (
@@ -479,7 +479,7 @@ def test_examples_in_the_forms_of_python():
 
 @pytest.mark.parametrize("verb", ["predict", "evaluate"])
 @pytest.mark.parametrize(
-    "given",
+    "examples",
     [
         None,
         3,
@@ -496,25 +496,25 @@ def test_examples_in_the_forms_of_python():
         [Path("x")],
     ],
 )
-def test_other_examples_are_a_sentence(verb, given):
+def test_other_examples_are_a_user_error(verb, examples):
     with pytest.raises(UserError, match=r"give|choose"):
-        getattr(jaxlm, verb)(model("class"), given)
+        getattr(jaxlm, verb)(model("class"), examples)
 
 
 @pytest.mark.parametrize(
-    "choice",
+    "option",
     [{"length": 8.0}, {"length": True}, {"length": "8"}, {"batch": 1.5}, {"batch": False}, {"batch": 10**18},
      {"probabilities": "yes"},
      {"top_k": -1},
      {"top_k": "2"}, {"task": "Classification"}, {"task": Classification}, {"task": 3}],
 )  # fmt: skip
-def test_other_choices_are_a_sentence(choice):
-    with pytest.raises(UserError, match=next(iter(choice))):
-        jaxlm.predict(model("class"), ["a"], **choice)
+def test_invalid_options_are_a_user_error(option):
+    with pytest.raises(UserError, match=next(iter(option))):
+        jaxlm.predict(model("class"), ["a"], **option)
 
 
 @pytest.mark.parametrize("lm", ["runs/x", None, Path("runs/x"), {}])
-def test_what_is_no_model_is_a_sentence(lm):
+def test_an_object_that_is_not_a_model_is_a_user_error(lm):
     for verb in (jaxlm.predict, jaxlm.evaluate):
         with pytest.raises(UserError, match=r"jaxlm\.load"):
             verb(lm, ["a"])

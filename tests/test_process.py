@@ -31,7 +31,7 @@ def verb(monkeypatch):
 
 
 def raise_and_swallow(number: int) -> None:
-    """A signal whose exception is lost, as in a callback of C++ code."""
+    """Raise a signal whose exception is lost, as in a callback of C++ code."""
     with contextlib.suppress(KeyboardInterrupt):
         signal.raise_signal(number)
 
@@ -58,42 +58,42 @@ def test_a_step_loop_saves_before_it_ends(verb, capfd, number):
 
     verb(loop)
     assert main(["train", "x"]) == 143
-    said = capfd.readouterr().err
-    assert "saving after this step" in said and "stopped at step 1 of 2 and saved" in said
+    output = capfd.readouterr().err
+    assert "saving after this step" in output and "stopped at step 1 of 2 and saved" in output
 
 
-def test_an_interrupt_that_became_another_error(verb, capsys):
-    def wrapped(signals: process.Signals) -> None:
+def test_an_interrupt_that_became_another_error_has_the_code_of_the_signal(verb, capsys):
+    def raise_other_error(signals: process.Signals) -> None:
         raise_and_swallow(signal.SIGTERM)
         raise RuntimeError("INTERNAL: CpuCallback error: KeyboardInterrupt")
 
-    verb(wrapped)
+    verb(raise_other_error)
     assert main(["try"]) == 143 and "Traceback" not in capsys.readouterr().err
 
 
-def run(words: str, shell: str, **options) -> subprocess.CompletedProcess:
-    command = f"{sys.executable} -m jaxlm {words} {shell}"
+def run(arguments: str, shell: str, **options) -> subprocess.CompletedProcess:
+    command = f"{sys.executable} -m jaxlm {arguments} {shell}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment, **options)
 
 
-# The arguments, the redirection in the shell, the exit code, and the output on the streams that are left.
+# The arguments, the redirection in the shell, the exit code, and the expected words on stderr.
 STREAMS = {
     "a full output": ("--help", ">/dev/full", 1, "No space left"),
     "a closed output": ("--help", ">&-", 0, ""),
     "full errors": ("train nothing", "2>/dev/full", 2, ""),
     "closed errors": ("train nothing", "2>&-", 2, ""),
     "closed input and output": ("train nothing", "<&- >&-", 2, "there is no config nothing"),
-    "a reader that is gone": ("train quickstart --help", "| true; exit ${PIPESTATUS[0]}", 141, ""),
+    "a closed pipe": ("train quickstart --help", "| true; exit ${PIPESTATUS[0]}", 141, ""),
 }
 
 
 @pytest.mark.parametrize("name", STREAMS)
-def test_streams_that_cannot_be_written(tmp_path, name):
-    words, shell, code, message = STREAMS[name]
-    ended = run(words, shell, cwd=tmp_path)
-    assert ended.returncode == code and "Traceback" not in ended.stderr, ended.stderr
-    assert message in ended.stderr and "Exception ignored" not in ended.stderr, ended.stderr
+def test_unwritable_streams_cause_no_traceback(tmp_path, name):
+    arguments, shell, code, message = STREAMS[name]
+    result = run(arguments, shell, cwd=tmp_path)
+    assert result.returncode == code and "Traceback" not in result.stderr, result.stderr
+    assert message in result.stderr and "Exception ignored" not in result.stderr, result.stderr
 
 
 CONFIG = """
@@ -110,7 +110,7 @@ def config():
 
 @pytest.mark.long
 @pytest.mark.parametrize("seconds", [5, 8, 12])
-def test_a_run_ends_with_143_at_any_moment(tmp_path, seconds):
+def test_a_stopped_run_ends_with_143_at_any_moment(tmp_path, seconds):
     (tmp_path / "mine.py").write_text(CONFIG)
     (tmp_path / "text.txt").write_text("to be or not to be\n" * 2000)
     command = [sys.executable, "-m", "jaxlm", "train", "mine.py"]
@@ -118,5 +118,5 @@ def test_a_run_ends_with_143_at_any_moment(tmp_path, seconds):
     running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment)
     time.sleep(seconds)
     running.send_signal(signal.SIGTERM)
-    said = running.communicate(timeout=300)[1]
-    assert running.returncode == 143 and "\nstopped " in f"\n{said}" and "Traceback" not in said, said
+    output = running.communicate(timeout=300)[1]
+    assert running.returncode == 143 and "\nstopped " in f"\n{output}" and "Traceback" not in output, output

@@ -1,4 +1,4 @@
-"""Every field of every config has a range in its type, and whatever else it is given is refused with one sentence."""
+"""Every field of every config has a range in its type, and any other value is refused with one message."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KINDS = {
     for kind in vars(configs).values()
     if isinstance(kind, type) and issubclass(kind, ranges.Config) and kind not in (ranges.Config, configs.TaskConfig)
 }
-MADE = {  # of those that cannot be made of nothing
+EXAMPLES = {  # configs with required fields
     "Part": lambda: configs.Part(configs.Classification(), configs.DataConfig(path="x")),
     "MultiTask": lambda: configs.MultiTask({"a": configs.Part(configs.Classification(), configs.DataConfig(path="x"))}),
 }
@@ -41,9 +41,9 @@ VALUES = {
     "thousands of digits": 10**5000,
     "a huge float": 1e308,
     "text": "seven",
-    "no text": "",
+    "empty text": "",
     "NUL": "a\0b",
-    "half a surrogate pair": "\ud800",
+    "a lone surrogate": "\ud800",
     "None": None,
     "true": True,
     "a path": Path("seven"),
@@ -62,30 +62,30 @@ VALUES = {
 }
 
 
-def numeric(hint) -> list[tuple[type, list]]:
-    """The kinds of numbers in a type, each with its ranges."""
+def number_types(hint) -> list[tuple[type, list]]:
+    """Returns the types of numbers in a type hint, each with its ranges."""
     if get_origin(hint) is Annotated:
         inner, *limits = get_args(hint)
-        return [(inner, limits)] if inner in (int, float) else numeric(inner)
+        return [(inner, limits)] if inner in (int, float) else number_types(inner)
     if hint in (int, float):
         return [(hint, [])]
-    return [found for part in get_args(hint) for found in numeric(part)]
+    return [found for part in get_args(hint) for found in number_types(part)]
 
 
 @pytest.mark.parametrize(("name", "field"), FIELDS)
 def test_a_field_of_numbers_has_a_range(name, field):
-    for kind, limits in numeric(ranges.field_types(KINDS[name])[field]):
+    for kind, limits in number_types(ranges.field_types(KINDS[name])[field]):
         assert any(isinstance(limit, ranges.Range) for limit in limits), f"{name}.{field}: {kind.__name__} has no Range"
 
 
 def with_value(name: str, field: str, value: object) -> object:
-    made = MADE[name]() if name in MADE else KINDS[name]()
-    return dataclasses.replace(made, **{field: value})
+    config = EXAMPLES[name]() if name in EXAMPLES else KINDS[name]()
+    return dataclasses.replace(config, **{field: value})
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_field_takes_its_values_and_refuses_all_others(name):
-    """What is accepted is of the field's type and in its range; all else is a UserError that names the field."""
+def test_a_field_accepts_its_values_and_refuses_all_others(name):
+    """An accepted value has the type and the range of its field. Other values raise an error that names the field."""
     for field, hint in ranges.field_types(KINDS[name]).items():
         for kind, value in VALUES.items():
             config = with_value(name, field, value)
@@ -98,16 +98,20 @@ def test_a_field_takes_its_values_and_refuses_all_others(name):
                     message,
                 )
                 continue
-            now = getattr(config, field)
-            if hint is Any:  # a task, which `check_task` looks at
+            new_value = getattr(config, field)
+            if hint is Any:  # a task, which `check_task` checks
                 continue
-            for number, limits in numeric(hint):
-                if isinstance(now, (int, float)) and not isinstance(now, bool):
-                    assert math.isfinite(now) and type(now) in (int, number), (field, kind, now)
-                    assert all(low.allows(now) for low in limits if isinstance(low, ranges.Range)), (field, kind, now)
-            assert not isinstance(now, (np.generic, Path, list)), (field, kind, now)
+            for number, limits in number_types(hint):
+                if isinstance(new_value, (int, float)) and not isinstance(new_value, bool):
+                    assert math.isfinite(new_value) and type(new_value) in (int, number), (field, kind, new_value)
+                    assert all(limit.allows(new_value) for limit in limits if isinstance(limit, ranges.Range)), (
+                        field,
+                        kind,
+                        new_value,
+                    )
+            assert not isinstance(new_value, (np.generic, Path, list)), (field, kind, new_value)
             if kind in ("NaN", "infinity", "minus infinity", "NumPy NaN", "an object", "thousands of digits"):
-                raise AssertionError(f"{field} takes {kind}")
+                raise AssertionError(f"{field} accepts {kind}")
 
 
 @pytest.mark.parametrize(
@@ -121,7 +125,7 @@ def test_a_field_takes_its_values_and_refuses_all_others(name):
         (RunConfig(dropout=np.float16(0.5)), "dropout=0.5"),
     ],
 )
-def test_values_of_numpy_and_pathlib_become_plain_ones(config, value):
+def test_values_of_numpy_and_pathlib_become_values_of_python(config, value):
     ranges.check_fields(config)
     assert value in repr(config)
 
@@ -167,7 +171,7 @@ def test_a_message_names_the_field_the_value_and_the_limit(name):
     assert message in str(error.value)
 
 
-def test_a_task_alone_is_checked():
+def test_a_task_without_a_run_is_checked():
     with pytest.raises(UserError, match=r"task\.max_classes is 1; it must be at least 2"):
         check_task(configs.Classification(max_classes=1))
 
@@ -189,5 +193,5 @@ class Unshowable:
     ],
     ids=["integer", "list", "dict", "object", "text", "deep"],
 )
-def test_any_value_can_be_shown(value, text):
+def test_every_value_has_a_short_text(value, text):
     assert ranges.short_repr(value) == text

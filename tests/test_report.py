@@ -1,4 +1,4 @@
-"""The report: the page and all pictures are written, whatever is in the folder of a run."""
+"""The report: the page and all plots are written for every content of a run folder."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ PNG = b"\x89PNG\r\n\x1a\n"
 ALWAYS = {"loss", "learning_rate", "grad_norm", "tokens_per_second"}
 
 
-def training(step: int, **more: float) -> dict[str, float]:
+def training_row(step: int, **values: float) -> dict[str, float]:
     row = {"step": step, "loss": 9 / step**0.2, "learning_rate": 1e-3 / step, "grad_norm": 1 / step}
-    return row | {"tokens_per_second": 1.25e6, "examples_per_second": 2000.0} | more
+    return row | {"tokens_per_second": 1.25e6, "examples_per_second": 2000.0} | values
 
 
 def write_metrics(folder: Path, rows: list[dict], tail: str = "") -> Path:
@@ -31,7 +31,7 @@ def write_metrics(folder: Path, rows: list[dict], tail: str = "") -> Path:
 
 
 class Outline(HTMLParser):
-    """Tags with their attributes; fails where an end tag does not close the last open one."""
+    """Collects tags with their attributes. Fails if an end tag does not close the last open tag."""
 
     def __init__(self, page: str):
         super().__init__()
@@ -68,28 +68,28 @@ class Outline(HTMLParser):
         ({"eval/recall@1": 0.1, "eval/recall@5": 0.3, "eval/mrr": 0.2}, {"recall", "mrr"}),
     ],
 )
-def test_every_metric_has_a_picture(tmp_path, evaluation, more):
-    rows = [training(step, accuracy=0.3, masked_lm_loss=2.5) for step in range(1, 61)]
+def test_every_metric_has_a_plot(tmp_path, evaluation, more):
+    rows = [training_row(step, accuracy=0.3, masked_lm_loss=2.5) for step in range(1, 61)]
     rows += [{"step": step, **evaluation} for step in (30, 60)]
     paths = report.curves(rows, tmp_path)
     assert {path.stem for path in paths} == ALWAYS | more == {path.stem for path in tmp_path.iterdir()}
     assert all(path.read_bytes().startswith(PNG) for path in paths)
 
 
-def test_costs_of_a_run_have_pictures(tmp_path):
+def test_costs_of_a_run_have_plots(tmp_path):
     times = {"step_ms_p50": 10.0, "step_ms_p90": 11.0, "step_ms_p99": 20.0}
     cost = {**times, "mfu": 0.4, "data_share": 0.01, "memory_bytes": 6 * 10**10}
-    rows = [training(step, **cost) for step in range(1, 61)]
+    rows = [training_row(step, **cost) for step in range(1, 61)]
     paths = report.curves(rows, tmp_path)
     assert {path.stem for path in paths} == ALWAYS | {"mfu", "step_ms", "data_share", "memory_bytes"}
     page = report.write(write_metrics(tmp_path, rows), {}, {}, None).read_text()
     assert "median 40.0 %" in page and "median 10 ms" in page and "60 GB" in page
-    rows = [training(step, process_memory_bytes=step) for step in (1, 2)]
+    rows = [training_row(step, process_memory_bytes=step) for step in (1, 2)]
     assert {path.stem for path in report.curves(rows, tmp_path)} == ALWAYS | {"process_memory_bytes"}
 
 
 def test_the_page_is_complete(tmp_path):
-    rows = [training(step) for step in range(1, 50)]
+    rows = [training_row(step) for step in range(1, 50)]
     rows += [{"step": step, "eval/loss": 4 - step / 50, "eval/accuracy": step / 100} for step in (20, 40)]
     folder = write_metrics(tmp_path, rows)
     path = report.write(folder, {"steps": 49}, {"held-out loss": "3.2", "a & b": "<1"}, "once upon\na time")
@@ -115,7 +115,7 @@ def test_html_in_a_sample_is_escaped(tmp_path):
 
 
 def test_an_incomplete_last_line_is_ignored_and_any_other_raises_an_error(tmp_path):
-    rows = [training(1), training(2)]
+    rows = [training_row(1), training_row(2)]
     assert report.read_metrics(write_metrics(tmp_path, rows)) == rows
     assert report.read_metrics(write_metrics(tmp_path, rows, '{"step": 3, "lo')) == rows
     with pytest.raises(RunError, match=r"line 3 .*remove that line"):
@@ -123,7 +123,7 @@ def test_an_incomplete_last_line_is_ignored_and_any_other_raises_an_error(tmp_pa
 
 
 @pytest.mark.parametrize("exists", [True, False])
-def test_nothing_measured(tmp_path, exists):
+def test_a_run_without_metrics_has_a_page(tmp_path, exists):
     if exists:
         write_metrics(tmp_path, [])
     page = report.write(tmp_path, {}, {}, None).read_text()
@@ -131,20 +131,22 @@ def test_nothing_measured(tmp_path, exists):
     Outline(page)
 
 
-def test_one_point(tmp_path):
-    rows = [training(1), {"step": 1, "eval/loss": 3.0, "eval/perplexity": 20.0}]
+def test_metrics_with_one_point_are_in_the_table(tmp_path):
+    rows = [training_row(1), {"step": 1, "eval/loss": 3.0, "eval/perplexity": 20.0}]
     page = report.write(write_metrics(tmp_path, rows), {}, {}, None).read_text()
     assert len(Outline(page).all("img")) == 1  # the loss; the table has the rest
 
 
-def test_a_log_axis_leaves_out_zeros():
-    rows = [training(1), training(2, grad_norm=0.0), training(3)]
+def test_a_log_axis_omits_zeros():
+    rows = [training_row(1), training_row(2, grad_norm=0.0), training_row(3)]
     chart = next(c for c in charts.charts_of_rows(rows) if c.name == "grad_norm")
     assert chart.series[0].steps.tolist() == [1, 3]
 
 
 def test_values_that_are_not_finite_are_skipped(tmp_path):
-    rows = [training(step, loss=math.nan if step % 2 else 3.0, grad_norm=step % 2 and math.inf) for step in range(1, 9)]
+    rows = [
+        training_row(step, loss=math.nan if step % 2 else 3.0, grad_norm=step % 2 and math.inf) for step in range(1, 9)
+    ]
     rows += [{"step": 8, "eval/loss": math.nan, "eval/perplexity": math.inf}]
     folder = write_metrics(tmp_path, rows)
     page = report.write(folder, {}, {}, None).read_text()
@@ -236,7 +238,7 @@ def test_the_best_error_is_the_lowest(tmp_path):
 
 
 def test_captions_give_the_configured_peak_and_the_last_value(tmp_path):
-    rows = [training(step, learning_rate=4e-5 / step, loss=float(step)) for step in range(1, 101)]
+    rows = [training_row(step, learning_rate=4e-5 / step, loss=float(step)) for step in range(1, 101)]
     rows += [{"step": step, "eval/accuracy": 0.5} for step in (50, 100)]
     page = report.write(write_metrics(tmp_path, rows), {"optimizer": {"rate": 5e-5}}, {}, None).read_text()
     assert "peak 5e-5, last 4e-7" in page  # the warm-up reached the peak between two rows of the log
@@ -281,7 +283,7 @@ def confusion(n: int, seed: int = 0) -> np.ndarray:
     ],
     ids=lambda value: value.title if hasattr(value, "title") else "",
 )
-def test_a_picture_and_its_caption(tmp_path, picture, parts):
+def test_a_plot_has_a_fixed_width_and_a_caption(tmp_path, picture, parts):
     caption = pictures.draw(picture, tmp_path / "x.png")
     assert all(part in caption for part in parts), caption
     png = (tmp_path / "x.png").read_bytes()
@@ -299,7 +301,7 @@ def test_a_picture_and_its_caption(tmp_path, picture, parts):
         Histogram("Nothing", np.array([math.nan]), "tokens", None),
     ],
 )
-def test_an_empty_picture_is_reported(tmp_path, picture):
+def test_an_empty_plot_is_reported(tmp_path, picture):
     assert pictures.draw(picture, tmp_path / "x.png") is None and not list(tmp_path.iterdir())
     page = report.write(tmp_path, {}, {}, None, [picture]).read_text()
     assert "Nothing: nothing to show." in page and not Outline(page).all("img")
@@ -311,7 +313,7 @@ def test_merging_keeps_every_example_and_the_large_classes():
     assert merged.sum() == counts.sum() and merged.tolist() == [[6, 1, 1, 2], [1, 10, 1, 2], [1, 1, 8, 2], [2, 2, 2, 5]]
 
 
-def test_a_row_and_its_largest_share_have_the_strongest_colour():
+def test_the_largest_fraction_of_a_row_has_the_darkest_colour():
     shades = pictures._shades(np.array([[0.9, 0.1], [0.0, 1.0]]), merged=False)
     assert shades.min() >= 0 and shades[1, 0].tolist() == [1, 1, 1]
     assert shades.sum(-1).argmin(1).tolist() == [0, 1]
@@ -324,7 +326,7 @@ def test_the_limit_is_an_edge_of_a_bar():
         assert limit + 0.5 in edges and edges[0] <= low - 0.5 and edges[-1] >= high + 0.5 and len(edges) <= 43
 
 
-def test_sections_come_in_order_after_the_curves(tmp_path):
+def test_sections_follow_the_curves_in_order(tmp_path):
     note = "a note on the rows"
     sections = [
         Heatmap("Confusion", confusion(3), ("a", "b", "c")),
@@ -333,7 +335,7 @@ def test_sections_come_in_order_after_the_curves(tmp_path):
         Histogram("Lengths", np.arange(9), "tokens", 8),
         Table("No mistakes", ("text", "true"), [], ""),
     ]
-    rows = [training(step) for step in range(1, 5)]
+    rows = [training_row(step) for step in range(1, 5)]
     page = report.write(write_metrics(tmp_path, rows), {}, {}, "a sample", sections).read_text()
     outline = Outline(page)
     alts = [image["alt"] for image in outline.all("img")]
@@ -342,10 +344,10 @@ def test_sections_come_in_order_after_the_curves(tmp_path):
     assert len(list((tmp_path / "report").glob("*.png"))) == 7
     marks = [">Curves<", ">Details<", 'alt="Confusion"', 'alt="Loss"', ">Mistakes<", 'alt="Lengths"', ">No mistakes<"]
     marks += [">Sample<", ">Optimizer and machine<", 'alt="Gradient norm']
-    places = [
+    positions = [
         page.index(mark, page.index(">Curves<") if "Loss" not in mark else page.index(">Details<")) for mark in marks
     ]
-    assert places == sorted(places)
+    assert positions == sorted(positions)
     assert "&lt;b&gt;شعر&lt;/b&gt; &amp; co" in page and "<b>" not in page and note in page and "<p>None.</p>" in page
     cells = outline.all("td")
     assert [cell["data-name"] for cell in cells] == ["text", "true", "confidence"]
@@ -366,17 +368,17 @@ def test_sections_with_inconsistent_lengths_raise_an_error(tmp_path, section, me
         report.write(tmp_path, {}, {}, None, [section])
 
 
-# Single pictures, for notebooks and scripts
+# Single plots, for notebooks and scripts
 
 
-def write_run(folder: Path, steps: int, **more: float) -> Path:
+def write_run(folder: Path, steps: int, **values: float) -> Path:
     folder.mkdir()
     return write_metrics(
-        folder, [training(step, **more) for step in range(1, steps + 1)] + [{"step": steps, "eval/f1": 0.5}]
+        folder, [training_row(step, **values) for step in range(1, steps + 1)] + [{"step": steps, "eval/f1": 0.5}]
     )
 
 
-def test_a_curve_and_a_comparison(tmp_path):
+def test_a_curve_shows_one_run_and_a_comparison_several(tmp_path):
     runs = {name: write_run(tmp_path / name, steps) for name, steps in (("one", 50), ("two", 20))}
     assert report.curve(runs["one"]).title == "Loss"
     both = report.comparison(runs, "loss")
@@ -406,12 +408,14 @@ def test_errors_name_the_remedy(tmp_path, call, message):
         call(write_run(tmp_path / "run", 5))
 
 
-def test_pictures_show_themselves_in_a_notebook(tmp_path):
+def test_a_notebook_displays_plots_and_tables(tmp_path):
     predictions = {"prediction": "yes", "confidence": 0.9}, {"prediction": "no", "confidence": 0.6}
     matrix = report.confusion(["yes", "yes"], predictions)
     assert matrix.names == ("no", "yes") and matrix.counts.tolist() == [[0, 0], [1, 1]]
-    data, look = matrix._repr_mimebundle_()
-    assert data["image/png"].startswith(PNG) and look["image/png"]["alt"].startswith("Confusion matrix: 50.0 % of 2")
+    data, metadata = matrix._repr_mimebundle_()
+    assert data["image/png"].startswith(PNG) and metadata["image/png"]["alt"].startswith(
+        "Confusion matrix: 50.0 % of 2"
+    )
     assert report.save(matrix, tmp_path / "matrix.png").read_bytes().startswith(PNG)
     table = report.misclassified(["a <b>", "c"], ["yes", "yes"], predictions)
     assert table.rows == [["c", "yes", "no", "60.0%"]]
@@ -419,7 +423,7 @@ def test_pictures_show_themselves_in_a_notebook(tmp_path):
     assert Outline(html).all("table") and report.save(table, tmp_path / "t.html").read_text().count(html) == 1
 
 
-def test_masked_text_shows_what_happened_to_each_token():
+def test_masked_text_shows_the_change_of_each_token():
     class Words:
         mask = 4
 
@@ -447,21 +451,21 @@ def test_a_mesh_shows_the_parts_of_its_devices(sizes):
     from jaxlm.devices import sharding
 
     shape, rows = (32, 64), 16
-    shown = report.mesh(sizes, shape=shape, rows=rows)
+    plot = report.mesh(sizes, shape=shape, rows=rows)
     mesh = sharding.make_mesh(MeshConfig(**{"data": 1, **sizes}))
-    places = {device.id: n for n, device in enumerate(mesh.devices.flat)}
+    positions = {device.id: n for n, device in enumerate(mesh.devices.flat)}
     full = lambda cut, size: slice(*cut.indices(size)[:2])
     for axes, of, parts in (
-        (("width", "mlp"), shape, shown.parts),
-        (("batch",), (rows,), [(cut,) for cut in shown.rows]),
+        (("width", "mlp"), shape, plot.parts),
+        (("batch",), (rows,), [(cut,) for cut in plot.rows]),
     ):
-        truth = jax.sharding.NamedSharding(mesh, sharding.spec(axes)).devices_indices_map(of)
-        for device, cuts in truth.items():
-            assert tuple(full(cut, size) for cut, size in zip(cuts, of)) == parts[places[device.id]]
-    assert shown.grid[0] * shown.grid[1] == 8 and shown._repr_mimebundle_()[0]["image/png"].startswith(PNG)
+        expected = jax.sharding.NamedSharding(mesh, sharding.spec(axes)).devices_indices_map(of)
+        for device, cuts in expected.items():
+            assert tuple(full(cut, size) for cut, size in zip(cuts, of)) == parts[positions[device.id]]
+    assert plot.grid[0] * plot.grid[1] == 8 and plot._repr_mimebundle_()[0]["image/png"].startswith(PNG)
 
 
-def test_attention_is_drawn_and_must_fit():
+def test_attention_is_drawn_and_its_shape_is_checked():
     weights = np.full((2, 3), 1 / 3)
     picture = pictures.AttentionMap("Cross-attention", weights, ("Ein", "Hund"), ("a", "dog", "."))
     assert "Ein attends to a, 33%" in picture._repr_mimebundle_()[1]["image/png"]["alt"]
@@ -469,7 +473,7 @@ def test_attention_is_drawn_and_must_fit():
         picture._replace(read=("a",))._repr_mimebundle_()
 
 
-def test_cross_attention_of_a_translation(tmp_path):
+def test_cross_attention_of_a_translation_is_computed(tmp_path):
     import jax
 
     from jaxlm.config import ModelConfig, TokenizerConfig

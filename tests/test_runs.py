@@ -1,6 +1,7 @@
-"""Runs that are killed, moved to other devices, damaged or out of disk space end the same, or report the reason.
+"""Runs that are killed, moved to other devices or damaged have the same result, or report the reason.
 
-Every run here is tiny.  "The same" means byte for byte: weights, optimizer state, export, and the losses of the log.
+Every run in this file is tiny. The weights, the optimizer state, the export and the losses in the log are equal in
+each byte.
 """
 
 from __future__ import annotations
@@ -40,13 +41,13 @@ from jaxlm.run.measure import MEASURED
 from jaxlm.run.optimizer import make_optimizer
 from jaxlm.run.step import TrainState
 
-# The message of TensorStore when one array of a checkpoint fails, which `jaxlm.__main__` hides.
+# TensorStore prints a message if one array of a checkpoint fails. `jaxlm.__main__` hides this message.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def swept_up():
-    """Raises none of them in a later test file either."""
+def collect_garbage():
+    """Collects garbage, so that no later test file prints this message."""
     yield
     gc.collect()
 
@@ -64,24 +65,24 @@ def write_text(folder: Path, seed: int = 0) -> Path:
 
 
 @pytest.fixture(scope="session")
-def place(tmp_path_factory) -> Path:
-    """A folder with text.txt and the cache of all runs of this file."""
+def data_dir(tmp_path_factory) -> Path:
+    """Returns a folder with text.txt and the cache of all runs of this file."""
     folder = tmp_path_factory.mktemp("runs")
     write_text(folder)
     return folder
 
 
 @pytest.fixture(autouse=True)
-def private_cache(place, monkeypatch, no_pictures):
-    monkeypatch.setenv("JAXLM_CACHE", str(place / "cache"))
+def private_cache(data_dir, monkeypatch, no_plots):
+    monkeypatch.setenv("JAXLM_CACHE", str(data_dir / "cache"))
 
 
-def a_run(place: Path, workdir: Path, **more: Any) -> RunConfig:
-    """12 steps, with different intervals of log lines, evaluations and checkpoints."""
+def run_config(data_dir: Path, workdir: Path, **more: Any) -> RunConfig:
+    """Returns the config of 12 steps, with different intervals of log lines, evaluations and checkpoints."""
     values = {
         "model": MODEL,
         "task": CausalLM(),
-        "data": DataConfig(path=str(place / "text.txt"), length=32),
+        "data": DataConfig(path=str(data_dir / "text.txt"), length=32),
         "tokenizer": TokenizerConfig(train="characters"),
         "optimizer": OptimizerConfig(rate=1e-2, beta2=0.99),
         "mesh": MeshConfig(),
@@ -89,7 +90,7 @@ def a_run(place: Path, workdir: Path, **more: Any) -> RunConfig:
         "steps": 12,
         "log_every": 4,
         "checkpoint_every": 3,
-        "keep_checkpoints": True,  # they are compared
+        "keep_checkpoints": True,  # the tests compare them
         "eval_every": 6,
         "sample_tokens": 0,
         "workdir": str(workdir),
@@ -98,7 +99,7 @@ def a_run(place: Path, workdir: Path, **more: Any) -> RunConfig:
 
 
 def stop_after(steps: int):
-    """Returns a `stop` that ends a run after so many steps."""
+    """Returns a `stop` function that ends a run after this number of steps."""
     left = iter(range(steps - 1))
     return lambda: next(left, None) is None
 
@@ -128,39 +129,39 @@ def assert_same(ours: Path, theirs: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def alone(place, tmp_path_factory) -> Path:
-    """An uninterrupted run on one device."""
+def reference(data_dir, tmp_path_factory) -> Path:
+    """Returns the folder of an uninterrupted run on one device."""
     with pytest.MonkeyPatch.context() as patch:
-        made = sharding.make_mesh
-        patch.setattr(sharding, "make_mesh", lambda c, some=None: made(c, some or jax.devices()[:1]))
-        patch.setenv("JAXLM_CACHE", str(place / "cache"))
-        folder = tmp_path_factory.mktemp("alone") / "run"
-        fit(a_run(place, folder))
+        make_mesh = sharding.make_mesh
+        patch.setattr(sharding, "make_mesh", lambda c, some=None: make_mesh(c, some or jax.devices()[:1]))
+        patch.setenv("JAXLM_CACHE", str(data_dir / "cache"))
+        folder = tmp_path_factory.mktemp("reference") / "run"
+        fit(run_config(data_dir, folder))
     return folder
 
 
 # Stopped and resumed
 
 
-@pytest.mark.parametrize("after", [pytest.param((1,), marks=pytest.mark.long), (5, 2, 3)], ids=str)
-def test_a_stopped_run_resumes_to_the_same_end(place, alone, tmp_path, devices, after):
-    run = a_run(place, tmp_path / "run")
-    for steps in after:
+@pytest.mark.parametrize("stops", [pytest.param((1,), marks=pytest.mark.long), (5, 2, 3)], ids=str)
+def test_a_resumed_run_has_the_same_result(data_dir, reference, tmp_path, devices, stops):
+    run = run_config(data_dir, tmp_path / "run")
+    for steps in stops:
         with pytest.raises(Stopped, match=f"stopped at step .* of {run.steps}"):
             fit(run, stop=stop_after(steps))
     fit(run)
-    assert_same(tmp_path / "run", alone)
+    assert_same(tmp_path / "run", reference)
 
 
 @pytest.mark.parametrize("source", [pytest.param("the seed", marks=pytest.mark.long), "weights"])
-def test_a_run_with_frozen_parameters_resumes_to_the_same_end(place, alone, tmp_path, devices, source):
-    """Checkpoints omit frozen parameters: they are read from their source again, and must be the same."""
+def test_a_resumed_run_with_frozen_parameters_has_the_same_result(data_dir, reference, tmp_path, devices, source):
+    """Checkpoints omit frozen parameters. A resumed run reads them from their source, and they must be equal."""
     frozen = {"optimizer": OptimizerConfig(rate=1e-2, beta2=0.99, freeze="all_but_heads")}
     given = tmp_path / "given"
     if source == "weights":
-        shutil.copytree(alone / "export", given)
+        shutil.copytree(reference / "export", given)
         frozen |= {"init": str(given), "model": None}
-    run = a_run(place, tmp_path / "run", **frozen)
+    run = run_config(data_dir, tmp_path / "run", **frozen)
     with pytest.raises(Stopped):
         fit(run, stop=stop_after(5))
     fit(dataclasses.replace(run, workdir=str(tmp_path / "whole")))
@@ -179,12 +180,12 @@ def test_a_run_with_frozen_parameters_resumes_to_the_same_end(place, alone, tmp_
     lm = fit(run)
     assert_same(tmp_path / "run", tmp_path / "whole")
     size = lambda folder: sum(f.stat().st_size for f in (folder / "checkpoints" / "12" / "state").rglob("*"))
-    assert size(tmp_path / "run") < 0.25 * size(alone)
+    assert size(tmp_path / "run") < 0.25 * size(reference)
     assert lm.config.layers == 2
 
 
-def test_an_interrupt_waits_for_the_step_and_the_same_call_resumes(place, alone, tmp_path, devices):
-    run, steps = a_run(place, tmp_path / "run"), iter(range(4))
+def test_an_interrupt_waits_for_the_step_and_the_same_call_resumes(data_dir, reference, tmp_path, devices):
+    run, steps = run_config(data_dir, tmp_path / "run"), iter(range(4))
 
     def stop() -> bool:
         if next(steps, None) == 3:
@@ -196,42 +197,42 @@ def test_an_interrupt_waits_for_the_step_and_the_same_call_resumes(place, alone,
         fit(run, stop=stop)
     assert signal.getsignal(signal.SIGINT) is before
     fit(run)
-    assert_same(tmp_path / "run", alone)
+    assert_same(tmp_path / "run", reference)
 
 
-def test_the_interrupt_handler_of_a_program_is_kept(place, tmp_path, monkeypatch, devices):
-    heard = []
-    before = signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
+def test_the_interrupt_handler_of_a_program_is_kept(data_dir, tmp_path, monkeypatch, devices):
+    signals = []
+    before = signal.signal(signal.SIGINT, lambda number, _: signals.append(number))
     try:
-        fit(a_run(place, tmp_path / "run", steps=2), stop=lambda: signal.raise_signal(signal.SIGINT))
+        fit(run_config(data_dir, tmp_path / "run", steps=2), stop=lambda: signal.raise_signal(signal.SIGINT))
     finally:
         signal.signal(signal.SIGINT, before)
-    assert heard == [signal.SIGINT] * 2
+    assert signals == [signal.SIGINT] * 2
 
 
-def test_the_files_of_a_finished_run(alone):
-    rows = losses(alone)
+def test_a_finished_run_has_its_files(reference):
+    rows = losses(reference)
     assert [row["step"] for row in rows] == [4, 6, 8, 12, 12]
     speed = {"tokens_per_second", "examples_per_second"}
-    for line in (alone / "metrics.jsonl").read_text().splitlines():
+    for line in (reference / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
         if "loss" in row:
             assert row.keys() >= {"step", "loss", "learning_rate", "grad_norm"} | speed
             assert list(row)[:2] == ["step", "loss"]
         else:
             assert row.keys() == {"step", "eval/loss", "eval/perplexity", "eval/bits_per_byte", "eval/accuracy"}
-    assert (alone / "report.html").stat().st_size > 1000
-    assert {"config.json", "model.safetensors"} <= {f.name for f in (alone / "export").iterdir()}
-    kept = {path.name for path in (alone / "checkpoints").iterdir()}
+    assert (reference / "report.html").stat().st_size > 1000
+    assert {"config.json", "model.safetensors"} <= {f.name for f in (reference / "export").iterdir()}
+    kept = {path.name for path in (reference / "checkpoints").iterdir()}
     assert {"9", "12"} <= kept <= {"6", "9", "12"}
-    assert sorted(path.name for path in alone.iterdir()) == [
+    assert sorted(path.name for path in reference.iterdir()) == [
         "checkpoints", "config.json", "export", "metrics.jsonl", "report", "report.html", "scores.json", "summary.txt",
         "tensorboard",
     ]  # fmt: skip
 
 
 def read_events(folder: Path) -> list[Any]:
-    """Returns the events of all files of a folder; a record is length, checksum, data, checksum (TFRecord)."""
+    """Returns the events of all files of a folder. A TFRecord consists of length, checksum, data and checksum."""
     from tensorboardX.proto.event_pb2 import Event
 
     events = []
@@ -244,31 +245,31 @@ def read_events(folder: Path) -> list[Any]:
     return events
 
 
-def test_tensorboard_has_the_values_of_the_log(alone):
+def test_tensorboard_has_the_values_of_the_log(reference):
     points = {}
-    for event in read_events(alone / "tensorboard"):
+    for event in read_events(reference / "tensorboard"):
         for value in event.summary.value:
             points[event.step, value.tag] = value.simple_value
-    rows = [json.loads(line) for line in (alone / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (reference / "metrics.jsonl").read_text().splitlines()]
     logged = {(row["step"], name): x for row in rows for name, x in row.items() if name != "step"}
     assert points == pytest.approx(logged, rel=1e-6)
 
 
-def test_a_finished_run_is_reported(place, alone, devices, capsys):
-    before = {f: f.stat().st_mtime_ns for f in alone.rglob("*") if f.is_file() and f.name != "config.json"}
-    lm = fit(a_run(place, alone))
+def test_a_finished_run_is_reported(data_dir, reference, devices, capsys):
+    before = {f: f.stat().st_mtime_ns for f in reference.rglob("*") if f.is_file() and f.name != "config.json"}
+    lm = fit(run_config(data_dir, reference))
     assert "is already finished, at step 12; nothing is left to do" in capsys.readouterr().err
-    assert before == {f: f.stat().st_mtime_ns for f in alone.rglob("*") if f.is_file() and f.name != "config.json"}
+    assert before == {f: f.stat().st_mtime_ns for f in reference.rglob("*") if f.is_file() and f.name != "config.json"}
     assert lm.config.width == MODEL.width
 
 
-def test_a_finished_run_keeps_its_export(place, alone, tmp_path, devices, no_pictures, capsys):
-    """It needs no checkpoints, and is finished without them, even where its report was removed."""
-    run = a_run(place, tmp_path / "run", keep_checkpoints=False)
+def test_a_finished_run_keeps_its_export(data_dir, reference, tmp_path, devices, no_plots, capsys):
+    """A finished run requires no checkpoints, even if its report was removed."""
+    run = run_config(data_dir, tmp_path / "run", keep_checkpoints=False)
     fit(run)
     kept = {path.name for path in (tmp_path / "run").iterdir()}
-    assert kept == {path.name for path in alone.iterdir()} - {"checkpoints", "report"}  # no pictures
-    for file in (alone / "export").iterdir():
+    assert kept == {path.name for path in reference.iterdir()} - {"checkpoints", "report"}  # no plots
+    for file in (reference / "export").iterdir():
         assert (tmp_path / "run" / "export" / file.name).read_bytes() == file.read_bytes()
     (tmp_path / "run" / "report.html").unlink()
     capsys.readouterr()
@@ -276,35 +277,35 @@ def test_a_finished_run_keeps_its_export(place, alone, tmp_path, devices, no_pic
     assert "is already finished, at step 12; nothing is left to do" in capsys.readouterr().err
 
 
-def test_the_last_line_is_a_mean_over_as_many_steps_as_the_others(place, tmp_path, devices):
-    by_step = a_run(place, tmp_path / "each", log_every=1, eval_every=0)
+def test_all_log_lines_are_means_over_the_same_number_of_steps(data_dir, tmp_path, devices):
+    by_step = run_config(data_dir, tmp_path / "each", log_every=1, eval_every=0)
     fit(by_step)
     each = [row["loss"] for row in losses(tmp_path / "each") if "loss" in row]
-    run = a_run(place, tmp_path / "run", log_every=5, eval_every=0)
+    run = run_config(data_dir, tmp_path / "run", log_every=5, eval_every=0)
     with pytest.raises(Stopped):
-        fit(run, stop=stop_after(11))  # what the last line needs of the line before it comes back with the state
+        fit(run, stop=stop_after(11))  # the state has what the last line needs of the previous line
     fit(run)
     lines = [row["loss"] for row in losses(tmp_path / "run") if "loss" in row]
     assert lines == pytest.approx([np.mean(each[0:5]), np.mean(each[5:10]), np.mean(each[7:12])])
 
 
-def test_the_log_is_cut_to_the_restored_step(place, alone, tmp_path, devices):
-    run = a_run(place, tmp_path / "run")
+def test_the_log_is_truncated_at_the_restored_step(data_dir, reference, tmp_path, devices):
+    run = run_config(data_dir, tmp_path / "run")
     with pytest.raises(Stopped):
         fit(run, stop=stop_after(5))
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
         file.write('{"step": 8, "loss": 1.0}\n{"step": 12, "lo')
     fit(run)
-    assert losses(tmp_path / "run") == losses(alone)
+    assert losses(tmp_path / "run") == losses(reference)
 
 
-def test_given_weights_are_not_donated(place, alone, tmp_path, devices):
+def test_weights_of_a_given_model_are_not_donated(data_dir, reference, tmp_path, devices):
     import jaxlm
 
-    lm = jaxlm.load(alone)
+    lm = jaxlm.load(reference)
     before = jax.tree.map(np.array, lm.params)
     with pytest.raises(Stopped):
-        fit(a_run(place, tmp_path / "run"), model=lm, stop=stop_after(1))
+        fit(run_config(data_dir, tmp_path / "run"), model=lm, stop=stop_after(1))
     jax.tree.map(np.testing.assert_array_equal, lm.params, before)
 
 
@@ -326,17 +327,17 @@ PAIRS = [pytest.param(*pair, marks=pytest.mark.long if n else ()) for n, pair in
 
 
 @pytest.mark.parametrize(("before", "after"), PAIRS)
-def test_a_run_resumes_on_other_devices(place, alone, tmp_path, devices, before, after):
+def test_a_run_resumes_on_other_devices(data_dir, reference, tmp_path, devices, before, after):
     for name, stop in ((before, stop_after(6)), (after, lambda: False)):
         n, mesh = MESHES[name]
         devices(n)
-        run = a_run(place, tmp_path / "run", mesh=mesh)
+        run = run_config(data_dir, tmp_path / "run", mesh=mesh)
         if name == before:
             with pytest.raises(Stopped):
                 fit(run, stop=stop)
         else:
             fit(run)
-    ours, theirs = losses(tmp_path / "run"), losses(alone)
+    ours, theirs = losses(tmp_path / "run"), losses(reference)
     assert [row["step"] for row in ours] == [row["step"] for row in theirs]
     for a, b in zip(ours, theirs, strict=True):
         assert a == pytest.approx(b, rel=1e-4)
@@ -345,53 +346,53 @@ def test_a_run_resumes_on_other_devices(place, alone, tmp_path, devices, before,
 # Damage
 
 
-def stopped_copy(place: Path, folder: Path, steps: int = 7) -> RunConfig:
-    """A run with checkpoints 6 (the best) and 7; the others were removed."""
-    run = a_run(place, folder)
+def run_and_stop(data_dir: Path, folder: Path, steps: int = 7) -> RunConfig:
+    """Stops a run with checkpoints 6 (the best) and 7, and returns its config. The other checkpoints were removed."""
+    run = run_config(data_dir, folder)
     with pytest.raises(Stopped):
         fit(run, stop=stop_after(steps))
     return run
 
 
 @pytest.fixture(scope="module")
-def stopped(place, tmp_path_factory) -> Path:
+def stopped_run(data_dir, tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        made = sharding.make_mesh
-        patch.setattr(sharding, "make_mesh", lambda c, some=None: made(c, some or jax.devices()[:1]))
-        patch.setenv("JAXLM_CACHE", str(place / "cache"))
+        make_mesh = sharding.make_mesh
+        patch.setattr(sharding, "make_mesh", lambda c, some=None: make_mesh(c, some or jax.devices()[:1]))
+        patch.setenv("JAXLM_CACHE", str(data_dir / "cache"))
         folder = tmp_path_factory.mktemp("stopped") / "run"
-        stopped_copy(place, folder)
+        run_and_stop(data_dir, folder)
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["6", "7"]
     return folder
 
 
-def flip(file: Path) -> None:
+def flip_bit(file: Path) -> None:
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 0x10
     file.write_bytes(data)
 
 
 DAMAGE = {
-    "flipped": flip,
+    "flipped": flip_bit,
     "truncated": lambda file: os.truncate(file, file.stat().st_size // 2),
     "emptied": lambda file: os.truncate(file, 0),
     "deleted": Path.unlink,
 }
 
 
-def restored(folder: Path, log=print) -> tuple[int, Any] | None:
+def restore_newest(folder: Path, log=print) -> tuple[int, Any] | None:
     """Returns the step of the newest valid checkpoint of a run folder, and its leaves as bytes."""
     checkpoints = Checkpoints(folder / "checkpoints", 2, log)
-    found = checkpoints.restore(shapes_of_a_run())
+    found = checkpoints.restore(state_shapes())
     checkpoints.close()
     if found is None:
         return None
     return int(found[0].step), (found[1], [np.asarray(x).tobytes() for x in jax.tree.leaves(found[0])])
 
 
-def shapes_of_a_run() -> TrainState:
-    """Returns the shapes of the state of `a_run`, on one device."""
-    run = a_run(Path(), Path())
+def state_shapes() -> TrainState:
+    """Returns the shapes of the state of `run_config`, on one device."""
+    run = run_config(Path(), Path())
     shapes = jax.eval_shape(partial(init, Transformer(run.model)), jax.random.key(0))
     opt_state = jax.eval_shape(make_optimizer(run.optimizer, run.steps, shapes).init, shapes)
     state = TrainState(jax.ShapeDtypeStruct((), "int32"), shapes, opt_state, jax.ShapeDtypeStruct((2,), "uint32"))
@@ -400,69 +401,71 @@ def shapes_of_a_run() -> TrainState:
 
 
 @pytest.mark.parametrize("damage", ["flipped", *(pytest.param(d, marks=pytest.mark.long) for d in list(DAMAGE)[1:])])
-def test_a_damaged_checkpoint_is_never_restored(stopped, tmp_path, damage):
-    """Each file in turn: the run resumes from the same state or, with a message, from the checkpoint before."""
-    whole = restored(stopped)
-    shutil.copytree(stopped, tmp_path / "whole")
+def test_a_damaged_checkpoint_is_never_restored(stopped_run, tmp_path, damage):
+    """For each damaged file, the same state or, with a message, the previous checkpoint is restored."""
+    whole = restore_newest(stopped_run)
+    shutil.copytree(stopped_run, tmp_path / "whole")
     shutil.rmtree(tmp_path / "whole" / "checkpoints" / "7")
-    before = restored(tmp_path / "whole")
+    before = restore_newest(tmp_path / "whole")
     assert whole[0] == 7 and before[0] == 6
-    top = stopped / "checkpoints" / "7"
+    top = stopped_run / "checkpoints" / "7"
     files = [f.relative_to(top) for f in sorted(top.rglob("*")) if f.is_file() and f.stat().st_size]
-    fallen = []
+    fallbacks = []
     for n, file in enumerate(files):
         folder = tmp_path / str(n)
-        shutil.copytree(stopped, folder)
+        shutil.copytree(stopped_run, folder)
         DAMAGE[damage](folder / "checkpoints" / "7" / file)
-        said = []
-        found = restored(folder, said.append)
+        messages = []
+        found = restore_newest(folder, messages.append)
         assert found in (whole, before), file
-        assert bool(said) == (found == before), (file, said)
-        if said:
-            fallen.append(file.parts[:2])
-            assert "checkpoint 7 is corrupt" in said[0] and "checkpoint 6" in said[1]
+        assert bool(messages) == (found == before), (file, messages)
+        if messages:
+            fallbacks.append(file.parts[:2])
+            assert "checkpoint 7 is corrupt" in messages[0] and "checkpoint 6" in messages[1]
             assert (folder / "corrupt" / "7").is_dir()
-    assert ("state", "d") in fallen  # where the tensors are
+    assert ("state", "d") in fallbacks  # this folder contains the tensors
 
 
-def test_a_best_checkpoint_whose_score_is_damaged(stopped, tmp_path):
+def test_a_best_checkpoint_with_a_damaged_score_is_corrupt(stopped_run, tmp_path):
     folder = tmp_path / "run"
-    shutil.copytree(stopped, folder)
+    shutil.copytree(stopped_run, folder)
     for file in (folder / "checkpoints" / "6" / "metrics").iterdir():
         file.write_text("{")
-    said = []
-    assert restored(folder, said.append)[0] == 7
-    assert "checkpoint 6 is corrupt" in said[0]
+    messages = []
+    assert restore_newest(folder, messages.append)[0] == 7
+    assert "checkpoint 6 is corrupt" in messages[0]
 
 
-def test_a_run_resumes_from_the_checkpoint_before_a_corrupt_one(place, alone, stopped, tmp_path, devices, capsys):
+def test_a_run_resumes_from_the_checkpoint_before_a_corrupt_one(
+    data_dir, reference, stopped_run, tmp_path, devices, capsys
+):
     folder = tmp_path / "run"
-    shutil.copytree(stopped, folder)
+    shutil.copytree(stopped_run, folder)
     for file in (folder / "checkpoints" / "7" / "state" / "d").iterdir():
-        flip(file)
-    fit(a_run(place, folder))
-    said = capsys.readouterr().err
-    assert "checkpoint 7 is corrupt" in said and "resuming  at step 6" in said
-    assert " since step 6\n" in said  # the time of the report
-    assert_same(folder, alone)
+        flip_bit(file)
+    fit(run_config(data_dir, folder))
+    output = capsys.readouterr().err
+    assert "checkpoint 7 is corrupt" in output and "resuming  at step 6" in output
+    assert " since step 6\n" in output  # the report contains the time since this step
+    assert_same(folder, reference)
 
 
-def test_a_run_with_only_corrupt_checkpoints_starts_again(place, alone, stopped, tmp_path, devices, capsys):
+def test_a_run_with_only_corrupt_checkpoints_starts_again(data_dir, reference, stopped_run, tmp_path, devices, capsys):
     folder = tmp_path / "run"
-    shutil.copytree(stopped, folder)
+    shutil.copytree(stopped_run, folder)
     for step in ("6", "7"):
         for file in (folder / "checkpoints" / step / "state" / "d").iterdir():
-            flip(file)
-    fit(a_run(place, folder))
-    said = capsys.readouterr().err
-    assert "checkpoint 7 is corrupt" in said and "checkpoint 6 is corrupt" in said
-    assert "no valid checkpoint is left" in said and "resuming" not in said
-    assert_same(folder, alone)
+            flip_bit(file)
+    fit(run_config(data_dir, folder))
+    output = capsys.readouterr().err
+    assert "checkpoint 7 is corrupt" in output and "checkpoint 6 is corrupt" in output
+    assert "no valid checkpoint is left" in output and "resuming" not in output
+    assert_same(folder, reference)
 
 
 @pytest.mark.parametrize("n", [1, 8])
 def test_a_checkpoint_has_the_saved_state_although_its_buffers_are_donated(tmp_path, n):
-    """Checkpoints are written while the next steps overwrite the state in place; all of them are valid."""
+    """Checkpoints are written while the next steps overwrite the state in place. All checkpoints are valid."""
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:n])
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     layout = TrainState(sharding.replicated(mesh), {"a": rows, "b": sharding.replicated(mesh)}, (), None)
@@ -492,9 +495,9 @@ def test_a_checkpoint_has_the_saved_state_although_its_buffers_are_donated(tmp_p
     assert not (tmp_path / "corrupt").exists()
 
 
-def test_a_checkpoint_without_read_permission_is_not_corrupt(stopped, tmp_path, monkeypatch):
+def test_a_checkpoint_without_read_permission_is_not_corrupt(stopped_run, tmp_path, monkeypatch):
     folder = tmp_path / "run"
-    shutil.copytree(stopped, folder)
+    shutil.copytree(stopped_run, folder)
     checkpoints = Checkpoints(folder / "checkpoints", 2)
 
     def refuse(*_: Any, **__: Any) -> None:
@@ -502,26 +505,26 @@ def test_a_checkpoint_without_read_permission_is_not_corrupt(stopped, tmp_path, 
 
     monkeypatch.setattr(checkpoints._manager, "restore", refuse)
     with pytest.raises(RunError, match=r"7 cannot be read: PERMISSION_DENIED"):
-        checkpoints.restore(shapes_of_a_run())
+        checkpoints.restore(state_shapes())
     assert not (folder / "corrupt").exists()
 
 
 def test_parameters_are_restored_without_the_optimizer_state(tmp_path):
-    said = []
+    messages = []
     state = TrainState(jnp.int32(3), {"a": {"b": jnp.arange(6.0)}}, {"m": jnp.ones(6)}, jnp.zeros(2, jnp.uint32))
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-    checkpoints = Checkpoints(tmp_path / "checkpoints", 2, said.append)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 2, messages.append)
     checkpoints.save(state, {"best": 1.0})
     checkpoints.wait()
     found = checkpoints.restore_params(like.params, 3)
-    assert found is not None, said
+    assert found is not None, messages
     np.testing.assert_array_equal(found["a"]["b"], state.params["a"]["b"])
     notes = tmp_path / "checkpoints" / "3" / "notes" / "metadata"
     values = json.loads(notes.read_text())
     values["checksums"][1] += 1
     notes.write_text(json.dumps(values))
     assert checkpoints.restore_params(like.params, 3) is None
-    assert "the best checkpoint, " in said[0]
+    assert "the best checkpoint, " in messages[0]
     checkpoints.close()
 
 
@@ -529,14 +532,14 @@ def test_parameters_are_restored_without_the_optimizer_state(tmp_path):
 
 
 @pytest.mark.parametrize("rate", [1e14])
-def test_a_loss_that_is_not_finite_ends_the_run(place, tmp_path, devices, rate):
+def test_a_loss_that_is_not_finite_ends_the_run(data_dir, tmp_path, devices, rate):
     optimizer = OptimizerConfig(rate=rate, warmup=0)
-    run = a_run(place, tmp_path / "run", checkpoint_every=1, optimizer=optimizer, log_every=100)
+    run = run_config(data_dir, tmp_path / "run", checkpoint_every=1, optimizer=optimizer, log_every=100)
     with pytest.raises(RunError, match=r"at step \d+; learning rate \S+e\+\d+, gradient norm .*finite") as raised:
         fit(run)
     message = str(raised.value)
     assert "--optimizer.rate" in message and "--workdir" in message
-    found = restored(tmp_path / "run")
+    found = restore_newest(tmp_path / "run")
     if found is None:
         assert "no checkpoint was saved yet" in message
     else:
@@ -570,47 +573,47 @@ SAME = {
 }
 
 
-def changed(run: RunConfig, change: dict[str, Any]) -> RunConfig:
+def change_fields(run: RunConfig, change: dict[str, Any]) -> RunConfig:
     parts = {n: dataclasses.replace(getattr(run, n), **v) if isinstance(v, dict) else v for n, v in change.items()}
     return dataclasses.replace(run, **parts)
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_a_folder_of_another_run_is_refused(place, stopped, name):
-    run = changed(a_run(place, stopped), OTHERS[name])
-    before = (stopped / "config.json").read_bytes()
+def test_a_folder_of_another_run_is_refused(data_dir, stopped_run, name):
+    run = change_fields(run_config(data_dir, stopped_run), OTHERS[name])
+    before = (stopped_run / "config.json").read_bytes()
     with pytest.raises(UserError, match=rf"contains another run(.|\n)*{name.split('.')[0]}.* \| ") as raised:
-        open_run_dir(run, stopped)
+        open_run_dir(run, stopped_run)
     assert "--workdir" in str(raised.value)
-    assert (stopped / "config.json").read_bytes() == before
+    assert (stopped_run / "config.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_fields_that_may_differ(place, stopped, name):
-    assert open_run_dir(changed(a_run(place, stopped), SAME[name]), stopped)
+def test_some_fields_may_differ(data_dir, stopped_run, name):
+    assert open_run_dir(change_fields(run_config(data_dir, stopped_run), SAME[name]), stopped_run)
 
 
-def test_data_may_move_but_not_change(place, alone, stopped, tmp_path, devices):
+def test_data_may_move_but_not_change(data_dir, reference, stopped_run, tmp_path, devices):
     folder = tmp_path / "run"
-    shutil.copytree(stopped, folder)
-    moved = tmp_path / "elsewhere"
-    moved.mkdir()
-    write_text(moved, seed=1)
-    run = a_run(place, folder, data=DataConfig(path=str(moved / "text.txt"), length=32))
+    shutil.copytree(stopped_run, folder)
+    new_folder = tmp_path / "elsewhere"
+    new_folder.mkdir()
+    write_text(new_folder, seed=1)
+    run = run_config(data_dir, folder, data=DataConfig(path=str(new_folder / "text.txt"), length=32))
     with pytest.raises(UserError, match=r"data with other content.*[0-9a-f]{16}, but now it is [0-9a-f]{16};"):
         fit(run)
-    write_text(moved)
+    write_text(new_folder)
     fit(run)
-    assert_same(folder, alone)
+    assert_same(folder, reference)
 
 
-def test_a_run_without_steps_is_replaced(place, tmp_path):
-    run = a_run(place, tmp_path / "run")
+def test_a_run_without_steps_is_replaced(data_dir, tmp_path):
+    run = run_config(data_dir, tmp_path / "run")
     assert not open_run_dir(run, tmp_path / "run")
     begin(run, tmp_path / "run", "0" * 16)
     (tmp_path / "run" / "checkpoints").mkdir()
     (tmp_path / "run" / "metrics.jsonl").touch()
-    other = changed(run, OTHERS["model"])
+    other = change_fields(run, OTHERS["model"])
     assert not open_run_dir(other, tmp_path / "run")
     begin(other, tmp_path / "run", "1" * 16)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["run"]["model"]["width"] == 16
@@ -635,13 +638,13 @@ def config():
 
 
 @pytest.fixture(scope="session")
-def config(place) -> Path:
-    (place / "tiny.py").write_text(CONFIG)
-    return place / "tiny.py"
+def config(data_dir) -> Path:
+    (data_dir / "tiny.py").write_text(CONFIG)
+    return data_dir / "tiny.py"
 
 
 def start(config: Path, workdir: Path, *arguments: str, **options: Any) -> subprocess.Popen:
-    """train.py on one device, with its output as text."""
+    """Starts train.py on one device, with its output as text."""
     environment = os.environ | {
         "XLA_FLAGS": xla_flags(1),
         "JAXLM_CACHE": str(config.parent / "cache"),
@@ -650,26 +653,26 @@ def start(config: Path, workdir: Path, *arguments: str, **options: Any) -> subpr
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, **options)
 
 
-def wait_for(process: subprocess.Popen, sign: str) -> str:
-    """Returns the output of the process up to and including the line with `sign`."""
-    said = ""
+def wait_for(process: subprocess.Popen, text: str) -> str:
+    """Returns the output of the process up to and including the line with `text`."""
+    output = ""
     for line in process.stderr:
-        said += line
-        if sign in line:
-            return said
-    raise AssertionError(f"ended with {process.wait()} before it said {sign!r}:\n{said}")
+        output += line
+        if text in line:
+            return output
+    raise AssertionError(f"ended with {process.wait()} before it printed {text!r}:\n{output}")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
-def test_a_signal_saves_and_the_same_command_resumes(config, place, tmp_path, number):
+def test_a_signal_saves_and_the_same_command_resumes(config, data_dir, tmp_path, number):
     steps = ("--steps", "400", "--checkpoint-every", "1000")
     process = start(config, tmp_path / "run", *steps)
     wait_for(process, "step 8/")
     process.send_signal(number)
-    said = process.communicate(timeout=60)[1]
-    assert process.returncode == 143, said
-    assert "saving after this step" in said and "of 400 and saved; the same command resumes from here" in said
-    assert "Traceback" not in said
+    output = process.communicate(timeout=60)[1]
+    assert process.returncode == 143, output
+    assert "saving after this step" in output and "of 400 and saved; the same command resumes from here" in output
+    assert "Traceback" not in output
     (step,) = (int(path.name) for path in (tmp_path / "run" / "checkpoints").glob("[0-9]*") if int(path.name) % 6)
     process = start(config, tmp_path / "run", *steps)
     assert f"resuming  at step {step}\n" in wait_for(process, "resuming")
@@ -679,52 +682,52 @@ def test_a_signal_saves_and_the_same_command_resumes(config, place, tmp_path, nu
 
 @pytest.mark.long
 def test_a_signal_before_the_first_step_ends_the_run_at_once(config, tmp_path):
-    for sign in ("data  ", "run  "):
+    for text in ("data  ", "run  "):
         process = start(config, tmp_path / "run")
-        wait_for(process, sign)
+        wait_for(process, text)
         process.send_signal(signal.SIGTERM)
-        said = process.communicate(timeout=60)[1]
-        assert process.returncode == 143 and "Traceback" not in said, said
+        output = process.communicate(timeout=60)[1]
+        assert process.returncode == 143 and "Traceback" not in output, output
 
 
 @pytest.mark.long
-def test_killed_at_ten_moments(config, place, tmp_path):
-    """SIGKILL while it compiles, trains, writes checkpoints, evaluates or exports does not change the result."""
+def test_a_run_that_is_killed_ten_times_has_the_same_result(config, data_dir, tmp_path):
+    """SIGKILL during compilation, training, checkpointing, evaluation or export does not change the result."""
     steps = ("--steps", "120", "--checkpoint-every", "5", "--eval-every", "12", "--log-every", "7")
-    process = start(config, tmp_path / "alone", *steps)
-    begun = time.monotonic()
-    said = process.communicate(timeout=300)[1]
-    whole = time.monotonic() - begun
-    assert process.returncode == 0, said
+    process = start(config, tmp_path / "reference", *steps)
+    start_time = time.monotonic()
+    output = process.communicate(timeout=300)[1]
+    duration = time.monotonic() - start_time
+    assert process.returncode == 0, output
     draw, kills, reached = random.Random(1), 0, []
-    # Delays after a number of lines with a text: by the clock, before the first step, mostly between steps and
-    # checkpoints, and after the last step, during the export.
+    # Each kill waits for a number of lines with a text, and then for a random time. The kills are at any time, before
+    # the first step, mostly between steps and checkpoints, and during the export after the last step.
     train = lambda: ("step ", draw.randint(1, 5), 0.4)
-    moments = [lambda: ("", 0, whole), train, train, train, lambda: ("run  ", 1, 2.0)]
+    moments = [lambda: ("", 0, duration), train, train, train, lambda: ("run  ", 1, 2.0)]
     moments += [train, train, train, lambda: ("step 120/", 1, 2.0), train]
     while kills < len(moments):
         process = start(config, tmp_path / "run", *steps)
-        sign, lines, most = moments[kills % len(moments)]()
+        text, lines, max_delay = moments[kills % len(moments)]()
         while lines and (line := process.stderr.readline()):
             assert "corrupt" not in line and "Traceback" not in line, line
-            lines -= sign in line
-        time.sleep(draw.uniform(0, most))
+            lines -= text in line
+        time.sleep(draw.uniform(0, max_delay))
         process.kill()
-        said = process.communicate()[1]
-        assert "corrupt" not in said and "Traceback" not in said, said
-        if process.returncode != -signal.SIGKILL:  # it was at its end: again from the beginning
+        output = process.communicate()[1]
+        assert "corrupt" not in output and "Traceback" not in output, output
+        if process.returncode != -signal.SIGKILL:  # the run ended before the kill: start again
             assert process.returncode == 0
-            assert_same(tmp_path / "run", tmp_path / "alone")
+            assert_same(tmp_path / "run", tmp_path / "reference")
             shutil.rmtree(tmp_path / "run")
             continue
         kills += 1
         names = [path.name for path in (tmp_path / "run" / "checkpoints").glob("*")]
         reached.append((max((int(name) for name in names if name.isdigit()), default=0), len(names)))
     process = start(config, tmp_path / "run", *steps)
-    said = process.communicate(timeout=300)[1]
-    assert process.returncode == 0 and "corrupt" not in said, said
-    print("newest checkpoint, and number of them with half ones, after each kill:", reached)
-    assert_same(tmp_path / "run", tmp_path / "alone")
+    output = process.communicate(timeout=300)[1]
+    assert process.returncode == 0 and "corrupt" not in output, output
+    print("newest checkpoint, and number of complete and incomplete checkpoints, after each kill:", reached)
+    assert_same(tmp_path / "run", tmp_path / "reference")
 
 
 # Full and read-only disks
@@ -732,48 +735,48 @@ def test_killed_at_ten_moments(config, place, tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A folder on a separate disk of 4 MiB."""
+    """Mounts a separate disk of 4 MiB on a folder."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True)
-    if made.returncode:
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True)
+    if mount.returncode:
         pytest.skip("only root may mount a small disk")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.mark.parametrize(
-    "left", [pytest.param(0, marks=pytest.mark.long), 1 << 16, pytest.param(1 << 18, marks=pytest.mark.long)]
+    "free_bytes", [pytest.param(0, marks=pytest.mark.long), 1 << 16, pytest.param(1 << 18, marks=pytest.mark.long)]
 )
 def test_a_full_disk_ends_the_run_and_the_last_checkpoint_stays(
-    config, place, alone, stopped, small_disk, tmp_path, devices, left
+    config, data_dir, reference, stopped_run, small_disk, tmp_path, devices, free_bytes
 ):
-    folder, ballast = small_disk / "run", small_disk / "ballast"
-    shutil.copytree(stopped, folder)
-    ballast.write_bytes(b"\0" * (shutil.disk_usage(small_disk).free - left))
+    folder, filler = small_disk / "run", small_disk / "ballast"
+    shutil.copytree(stopped_run, folder)
+    filler.write_bytes(b"\0" * (shutil.disk_usage(small_disk).free - free_bytes))
     process = start(config, folder)
-    said = process.communicate(timeout=120)[1]
-    assert process.returncode == 1, said
-    assert "Traceback" not in said and said.count("error: ") == 1, said
-    assert ("the disk is full" in said or "No space left" in said) and "free disk space" in said
+    output = process.communicate(timeout=120)[1]
+    assert process.returncode == 1, output
+    assert "Traceback" not in output and output.count("error: ") == 1, output
+    assert ("the disk is full" in output or "No space left" in output) and "free disk space" in output
     assert {path.name for path in (folder / "checkpoints").iterdir()} >= {"6", "7"}
-    ballast.unlink()
-    fit(a_run(place, folder))
-    assert_same(folder, alone)
+    filler.unlink()
+    fit(run_config(data_dir, folder))
+    assert_same(folder, reference)
 
 
-def test_a_folder_that_cannot_be_written(config, tmp_path, capsys):
+def test_a_workdir_below_a_file_is_refused(config, tmp_path, capsys):
     (tmp_path / "file").touch()
     assert main(["train", str(config), "--workdir", str(tmp_path / "file" / "run")]) == 2
-    said = capsys.readouterr().err
-    assert "cannot be written: Not a directory; choose another --workdir" in said and said.count("\n") == 1
+    output = capsys.readouterr().err
+    assert "cannot be written: Not a directory; choose another --workdir" in output and output.count("\n") == 1
 
 
-def test_a_disk_that_cannot_be_written(config, small_disk, capsys):
+def test_a_read_only_disk_is_refused(config, small_disk, capsys):
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     assert main(["train", str(config), "--workdir", str(small_disk / "run")]) == 2
-    said = capsys.readouterr().err
-    assert "Read-only file system; choose another --workdir" in said and said.count("\n") == 1
+    output = capsys.readouterr().err
+    assert "Read-only file system; choose another --workdir" in output and output.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -786,10 +789,10 @@ def test_a_disk_that_cannot_be_written(config, small_disk, capsys):
     ],
 )
 def test_a_mesh_with_several_axes_has_two_threads_per_device(monkeypatch, flags, mesh, cores, threads):
-    """With one, collectives over two axes can deadlock. There are at least as many threads as cores."""
+    """With one thread, collectives over two axes can deadlock. There are at least as many threads as cores."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
     monkeypatch.setenv("XLA_FLAGS", flags)
-    monkeypatch.setenv("NPROC", "")  # so that it is put back
+    monkeypatch.setenv("NPROC", "")  # monkeypatch restores the variable after the test
     monkeypatch.delenv("NPROC")
     one_device_per_core([RunConfig(MODEL, batch=8, mesh=mesh)])
     assert os.environ.get("NPROC") == threads

@@ -1,4 +1,4 @@
-"""Texts for texts: what holds of every architecture that writes, then files, scores and bad input."""
+"""Text-to-text tasks: properties of every generative architecture, then files, scores, conversations and bad input."""
 
 from __future__ import annotations
 
@@ -43,28 +43,28 @@ MODELS = {
     "prefix": replace(PRESETS["gpt2"], **SMALL, prefix_lm=True),
     "separate": replace(PRESETS["t5-small"], **SMALL, start_token=0, decoder_tokens=True, decoder_vocabulary=V - 10),
 }
-TWO = [name for name, model in MODELS.items() if model.structure == "encoder_decoder"]
+ENCODER_DECODERS = [name for name, model in MODELS.items() if model.structure == "encoder_decoder"]
 close = partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-4)
 
 
 @lru_cache
-def tokenizer(ended: bool):
+def tokenizer(add_eos: bool):
     random = np.random.default_rng(0)
     texts = [" ".join(random.choice(WORDS, 12)) for _ in range(40)]
-    return tokenizers.train(texts, TokenizerConfig(train="bpe"), V, add_eos=ended)
+    return tokenizers.train(texts, TokenizerConfig(train="bpe"), V, add_eos=add_eos)
 
 
 @lru_cache
-def apart():
-    """A tokenizer of sources, with another of targets."""
+def separate_tokenizers():
+    """Returns a tokenizer of sources, with another tokenizer of targets."""
     random = np.random.default_rng(0)
-    text = [" ".join(random.choice(WORDS, 12)) for _ in range(40)]
-    how = TokenizerConfig(train="bpe", separate=True)
-    return tokenizers.train_both(text, [line.upper() for line in text], how, (V, V - 10))
+    sources = [" ".join(random.choice(WORDS, 12)) for _ in range(40)]
+    config = TokenizerConfig(train="bpe", separate=True)
+    return tokenizers.train_both(sources, [line.upper() for line in sources], config, (V, V - 10))
 
 
 def tokenizer_of(model: str):
-    return apart() if model == "separate" else tokenizer(model in TWO)
+    return separate_tokenizers() if model == "separate" else tokenizer(model in ENCODER_DECODERS)
 
 
 def task_of(model: str, length: int = T, **fields) -> Seq2SeqTask:
@@ -94,64 +94,64 @@ def compiled(model: str):
     return task, params, jax.jit(make_eval_step(task, module)), jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
-def batches_of(task, some):
-    return task.batches(Records(some, []), ROWS, task.length, None)
+def batches_of(task, records):
+    return task.batches(Records(records, []), ROWS, task.length, None)
 
 
-def put(batch, k):
+def split_rows(batch, k):
     return {name: x.reshape(k, -1, *x.shape[1:]) for name, x in batch.items()}
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_packed_equals_alone(model):
+def test_losses_of_packed_examples_equal_those_of_single_examples(model):
     task, params, step, _ = compiled(model)
-    some = records(LENGTHS)
-    batches = batches_of(task, some)
-    assert batches.rows_in_epoch < len(some)  # some do share rows
-    together = run_eval(step, params, batches, put).losses
-    alone = [run_eval(step, params, batches_of(task, [record]), put).losses for record in some]
+    examples = records(LENGTHS)
+    batches = batches_of(task, examples)
+    assert batches.rows_in_epoch < len(examples)  # some examples share rows
+    together = run_eval(step, params, batches, split_rows).losses
+    separate = [run_eval(step, params, batches_of(task, [record]), split_rows).losses for record in examples]
     for name, total in together.items():
-        close(total, np.sum([one[name] for one in alone], 0))
+        close(total, np.sum([losses[name] for losses in separate], 0))
 
 
 QUICK = ("t5", "gpt2", "prefix")
 
 
 @pytest.mark.parametrize("model", [pytest.param(m, marks=() if m in QUICK else pytest.mark.long) for m in MODELS])
-def test_no_example_sees_another(model):
-    """By the gradient of one example's loss by the embedding of each token, sources included, all of them different."""
+def test_no_example_attends_to_another(model):
+    """Uses the gradient of one example's loss by the embedding of each token. All tokens, also of sources, differ."""
     task, params, _, gradient = compiled(model)
     batch = dict(batches_of(task, records(LENGTHS)).batch_at(0))
     batch["tokens_BT"] = np.arange(ROWS * T, dtype=np.int32).reshape(ROWS, T)
     sides = {"tokens_BT": "segments_BT"}
-    if model in TWO:
+    if model in ENCODER_DECODERS:
         batch["source_tokens_BS"] = ROWS * T + np.arange(ROWS * S, dtype=np.int32).reshape(ROWS, S)
         sides["source_tokens_BS"] = "source_segments_BS"
     for b in range(ROWS):
         for e in range(1, int(batch["segments_BT"][b].max()) + 1):
             own = {side: (np.arange(ROWS) == b)[:, None] & (batch[of] == e) for side, of in sides.items()}
-            alone = batch | {"weights_BT": batch["weights_BT"] * own["tokens_BT"].astype(np.float32)}
-            grads = gradient(params, alone)[1]
+            single = batch | {"weights_BT": batch["weights_BT"] * own["tokens_BT"].astype(np.float32)}
+            grads = gradient(params, single)[1]
             for side in sides:
-                apart = side == "tokens_BT" and MODELS[model].decoder_tokens
-                table = "decoder_embeddings" if apart else "embeddings"
+                is_separate = side == "tokens_BT" and MODELS[model].decoder_tokens
+                table = "decoder_embeddings" if is_separate else "embeddings"
                 by_VD = grads[table]["tokens"]
-                if MODELS[model].tied_embeddings and apart == MODELS[model].decoder_tokens:
-                    by_VD = by_VD - head_part(model, params, alone, table)  # which reads every token alike
+                if MODELS[model].tied_embeddings and is_separate == MODELS[model].decoder_tokens:
+                    by_VD = by_VD - head_part(model, params, single, table)  # the head reads every token
                 by_token = np.asarray(by_VD)[batch[side]]
                 assert np.abs(by_token[~own[side]]).max(initial=0) < 1e-6
                 assert np.abs(by_token[own[side]]).max() > 1e-6
 
 
 def head_part(model: str, params, batch, table: str):
-    """The gradient by the embeddings where the head reads them."""
+    """Returns the gradient by the embeddings in the head."""
     task = task_of(model)
     module = Transformer(MODELS[model])
 
     def loss(embeddings_VD):
         x_BTD = jax.lax.stop_gradient(states(module, params, batch))
-        there = params | {table: params[table] | {"tokens": embeddings_VD}}
-        return task.losses_from_states(module, there, x_BTD, batch, None)[0]["loss"][0]
+        changed = params | {table: params[table] | {"tokens": embeddings_VD}}
+        return task.losses_from_states(module, changed, x_BTD, batch, None)[0]["loss"][0]
 
     return jax.grad(loss)(params[table]["tokens"])
 
@@ -163,25 +163,25 @@ def states(module, params, batch):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_a_decoder_learns_the_target_alone(model):
-    """Each target token, the end included, is counted once; what a decoder reads before it is not."""
+def test_only_the_target_has_weights(model):
+    """Each target token and the end token are counted once. The tokens before the target are not counted."""
     task = task_of(model)
-    some = records(LENGTHS)
-    batch = batches_of(task, some).batch_at(0)
-    answers = task.answers(some)
+    examples = records(LENGTHS)
+    batch = batches_of(task, examples).batch_at(0)
+    answers = task.answers(examples)
     assert all(answer[-1] == task.end for answer in answers)
     assert batch["weights_BT"].sum() <= sum(map(len, answers))
     for b in range(ROWS):
         for e in range(1, int(batch["segments_BT"][b].max()) + 1):
             learned = (batch["segments_BT"][b] == e) & (batch["weights_BT"][b] > 0)
             assert batch["labels_BT"][b][learned].tolist() in answers
-    if model in TWO:
-        firsts = batch["tokens_BT"][(batch["positions_BT"] == 0) & (batch["segments_BT"] > 0)]
-        assert set(firsts.tolist()) == {task.end if task.start is None else task.start}
+    if model in ENCODER_DECODERS:
+        first_tokens = batch["tokens_BT"][(batch["positions_BT"] == 0) & (batch["segments_BT"] > 0)]
+        assert set(first_tokens.tolist()) == {task.end if task.start is None else task.start}
 
 
-def learned_from(task, model: str, batch):
-    """[B, T], whether the loss has a gradient by the hidden state that the head reads at each place."""
+def has_gradient(task, model: str, batch):
+    """Returns whether the loss has a gradient by the hidden state at each position, as [B, T]."""
     module, params = Transformer(MODELS[model]), compiled(model)[1]
 
     def loss(x_BTD):
@@ -191,19 +191,19 @@ def learned_from(task, model: str, batch):
 
 
 @pytest.mark.parametrize("model", ["gpt2", "llama", "prefix"])
-def test_a_prompt_gets_no_gradient(model):
+def test_a_prompt_has_no_gradient(model):
     task = task_of(model, label_smoothing=0.1)
-    some = records(LENGTHS)
-    batch = batches_of(task, some).batch_at(0)
-    learned_BT = learned_from(task, model, batch)
+    examples = records(LENGTHS)
+    batch = batches_of(task, examples).batch_at(0)
+    learned_BT = has_gradient(task, model, batch)
     assert (learned_BT == (batch["weights_BT"] > 0)).all()
-    answers = task.answers(some)
+    answers = task.answers(examples)
     for b in range(ROWS):
         for e in range(1, int(batch["segments_BT"][b].max()) + 1):
             assert batch["labels_BT"][b][learned_BT[b] & (batch["segments_BT"][b] == e)].tolist() in answers
 
 
-def test_a_prefix_sees_all_of_itself_and_nothing_of_what_follows():
+def test_a_prefix_attends_to_the_whole_prefix_and_to_no_later_token():
     task, params, _, _ = compiled("prefix")
     module = Transformer(MODELS["prefix"])
     batch = dict(batches_of(task, records([(6, 1)])).batch_at(0))
@@ -212,8 +212,8 @@ def test_a_prefix_sees_all_of_itself_and_nothing_of_what_follows():
     assert 6 <= prompt < T and (np.diff(batch["prefix_BT"][0]) <= 0).all()
 
     def state(embeddings_VD, t):
-        there = params | {"embeddings": params["embeddings"] | {"tokens": embeddings_VD}}
-        return states(module, there, batch)[0, t].sum()
+        changed = params | {"embeddings": params["embeddings"] | {"tokens": embeddings_VD}}
+        return states(module, changed, batch)[0, t].sum()
 
     by_token = lambda t: np.abs(jax.grad(state)(params["embeddings"]["tokens"], t))[batch["tokens_BT"][0]].max(-1)
     first, later = by_token(0), by_token(prompt)
@@ -222,26 +222,26 @@ def test_a_prefix_sees_all_of_itself_and_nothing_of_what_follows():
 
 
 @pytest.mark.parametrize("model", ["prefix", "separate", "marian"])
-def test_what_is_written_is_what_the_packed_batch_would_say(model):
-    """Greedily generated texts, as targets, are the likeliest tokens of every place of a packed batch."""
+def test_generated_tokens_are_the_most_likely_tokens_of_a_packed_batch(model):
+    """Greedily generated texts, as targets, are the most likely token at every position of a packed batch."""
     config, task, params = MODELS[model], task_of(model, 64), compiled(model)[1]
     lm = LM(config, Transformer(config), params, task.tokenizer)
     prompts = task.prompts(records(LENGTHS))
     decoding = Decoding(temperature=0.0, max_new_tokens=7)
     found = generate(lm, prompts, decoding, stop_tokens=(), return_tokens=True)
     make = task._one_stack if task.source_length is None else task._two_stacks
-    made = [make(prompt, ids) for prompt, ids in zip(prompts, found)]
+    examples = [make(prompt, ids) for prompt, ids in zip(prompts, found)]
 
-    class Made:
+    class Examples:
         fields, labels = task.fields, 0
 
         def epoch(self, n):
-            lengths = lambda name: np.array([len(one[name]) for one in made])
+            lengths = lambda name: np.array([len(example[name]) for example in examples])
             sources = None if task.source_length is None else lengths("source_tokens_BS")
-            return Epoch(lengths("tokens_BT"), lambda i: [made[i]], None, sources)
+            return Epoch(lengths("tokens_BT"), lambda i: [examples[i]], None, sources)
 
-    batches = Batches(Made(), ROWS, 64, task.max_examples, None, task.source_length)
-    assert batches.rows_in_epoch < len(made)
+    batches = Batches(Examples(), ROWS, 64, task.max_examples, None, task.source_length)
+    assert batches.rows_in_epoch < len(examples)
     for step in range(len(batches)):
         batch = batches.batch_at(step)
         logits_BTV = apply(lm.module, params, states(lm.module, params, batch), method="lm")
@@ -251,8 +251,8 @@ def test_what_is_written_is_what_the_packed_batch_would_say(model):
         assert (np.asarray(logits_BTV + limit_V).argmax(-1) == batch["labels_BT"])[learned].all()
 
 
-def test_separate_vocabularies_come_back(tmp_path):
-    tokenizer = apart()
+def test_separate_vocabularies_are_saved_and_loaded(tmp_path):
+    tokenizer = separate_tokenizers()
     assert (tokenizer.size, tokenizer.target.size) == (V, V - 10)
     tokenizer.save(tmp_path)
     again = tokenizers.load(tmp_path)
@@ -270,15 +270,15 @@ def test_texts_longer_than_the_positions_are_refused_before_the_run():
         task.bind(MODELS["gpt2"])
 
 
-def test_long_texts_are_cut_and_keep_their_end():
+def test_long_texts_are_truncated_and_keep_their_end():
     long = records([(60, 60)])
     for model in ("t5", "gpt2"):
         task = task_of(model, label_smoothing=0.1)
-        [[[made]]] = task.features(long, True)
-        assert len(made["tokens_BT"]) == T == len(made["labels_BT"])
+        [[[example]]] = task.features(long, True)
+        assert len(example["tokens_BT"]) == T == len(example["labels_BT"])
         if model == "t5":
-            assert len(made["source_tokens_BS"]) == S and made["source_tokens_BS"][-1] == task.end
-        assert made["labels_BT"][-1] == task.end
+            assert len(example["source_tokens_BS"]) == S and example["source_tokens_BS"][-1] == task.end
+        assert example["labels_BT"][-1] == task.end
 
 
 def write(folder, name, lines):
@@ -287,7 +287,7 @@ def write(folder, name, lines):
     return str(folder / name)
 
 
-def test_aligned_files(tmp_path):
+def test_aligned_files_are_read_as_rows(tmp_path):
     a = write(tmp_path, "a.en.gz", ["one", "", "three words here", "four"])
     b = write(tmp_path, "a.de", ["eins", "", "drei Wörter hier", "vier"])
     data = DataConfig(path=a, text="source", target_path=b)
@@ -300,7 +300,7 @@ def test_aligned_files(tmp_path):
     assert [place.line for place, _ in rows] == [1, 3, 4]
 
 
-def test_files_of_different_lengths_say_where_they_part(tmp_path):
+def test_files_of_different_lengths_are_refused_with_the_first_different_line(tmp_path):
     random = np.random.default_rng(0)
     sizes = random.integers(1, 60, 40)
     a = write(tmp_path, "a", ["x" * n for n in sizes])
@@ -321,7 +321,7 @@ def test_files_of_different_lengths_say_where_they_part(tmp_path):
         ({"source": "a", "target": ["b", 3]}, {}, "holds int 3, not text"),
     ],
 )
-def test_bad_rows(row, fields, message):
+def test_bad_rows_are_refused(row, fields, message):
     with pytest.raises(UserError) as error:
         Seq2SeqTask.read(Seq2Seq(**fields), row, Place("rows", 1))
     assert message in str(error.value)
@@ -329,7 +329,7 @@ def test_bad_rows(row, fields, message):
         assert Seq2SeqTask.read(Seq2Seq(empty="drop"), row, Place("rows", 1)) is None
 
 
-def test_sentences_and_several_targets():
+def test_sentences_are_joined_and_targets_are_not():
     record = Seq2SeqTask.read(Seq2Seq(), {"source": ["One.", "Two."], "target": ["a", "b"]}, Place("rows", 1))
     assert record == {"source": "One. Two.", "label": ("a", "b")}
 
@@ -337,22 +337,22 @@ def test_sentences_and_several_targets():
 NESTED = {"id": 1, "translation": {"en": "a fox", "de": "ein Fuchs"}}
 
 
-def test_entries_of_a_column():
-    """As the translations of the hub's data sets are."""
+def test_a_dot_names_an_entry_of_a_column():
+    """Data sets of translations on the hub have such columns."""
     read = lambda **fields: Seq2SeqTask.read(Seq2Seq(**fields), NESTED, Place("rows", 1))
     both = {"source": "a fox", "label": ("ein Fuchs",)}
     assert read(source="translation.en", target="translation.de") == both
     assert read(source="translation.en", target="translation.yo") == {"source": "a fox"}
-    empty = {"translation": {"en": None}}  # is there, and has no text
+    empty = {"translation": {"en": None}}  # the entry exists and has no text
     with pytest.raises(UserError, match=r"column 'translation.en' is empty"):
         Seq2SeqTask.read(Seq2Seq(source="translation.en"), empty, Place("rows", 1))
     with pytest.raises(UserError, match=r"no column 'translation.fr'.* are 'id', 'translation.en', 'translation.de'"):
         read(source="translation.fr")
 
 
-@pytest.mark.filterwarnings("ignore")  # tfds and what it imports warn of themselves
+@pytest.mark.filterwarnings("ignore")  # tfds and its imports print warnings
 @pytest.mark.parametrize("nested", [False, True])
-def test_translations_of_tfds(nested, tmp_path):
+def test_translations_of_tfds_are_read(nested, tmp_path):
     tfds = pytest.importorskip("tensorflow_datasets")
     pair = tfds.features.Translation(("en", "yo"))
     rows = [{"en": "good morning", "yo": "ẹ káàárọ̀"}, {"en": "thank you", "yo": "ẹ ṣé"}]
@@ -372,8 +372,8 @@ def test_translations_of_tfds(nested, tmp_path):
 
     builder = TinyPairs(data_dir=tmp_path, file_format="array_record")
     builder.download_and_prepare()
-    before = "translation." if nested else ""
-    task = Seq2Seq(source=f"{before}en", target=f"{before}yo")
+    prefix = "translation." if nested else ""
+    task = Seq2Seq(source=f"{prefix}en", target=f"{prefix}yo")
     found = source.rows(str(builder.data_path), DataConfig(text=task.source), "train")
     records = [Seq2SeqTask.read(task, row, place) for place, row in found]
     assert sorted(record["label"][0] for record in records) == sorted(row["yo"] for row in rows)
@@ -406,54 +406,54 @@ def chat_of(length: int = 80, **fields) -> ChatTask:
     return task.bind(MODELS["llama"])
 
 
-def test_what_the_assistant_says_is_learned_alone():
+def test_only_the_answers_of_the_assistant_have_weights():
     task = chat_of()
     read = [ChatTask.read(Chat(), row, Place("rows", n)) for n, row in enumerate(TALKS)]
     words = task.tokenizer
-    for record, said in zip(read, (["a dog"], ["lazy</s>dog", "Anna sleeps"])):
-        [[[made]]] = list(task.features([record], True))
-        learned = made["labels_BT"][made["weights_BT"] > 0].tolist()
-        assert words.decode(learned) == "".join(said)
-        assert learned.count(words.eos) == len(said) and learned[-1] == words.eos
+    for record, answers in zip(read, (["a dog"], ["lazy</s>dog", "Anna sleeps"])):
+        [[[example]]] = list(task.features([record], True))
+        learned = example["labels_BT"][example["weights_BT"] > 0].tolist()
+        assert words.decode(learned) == "".join(answers)
+        assert learned.count(words.eos) == len(answers) and learned[-1] == words.eos
     [[[last]]] = list(chat_of(last_answer_only=True).features(read[1:], True))
     assert words.decode(last["labels_BT"][last["weights_BT"] > 0]) == "Anna sleeps"
-    [[[cut]]] = list(chat_of(8).features(read[1:], True))
-    assert len(cut["tokens_BT"]) == 8 and cut["labels_BT"][-1] == words.encode("\n")[-1]
+    [[[truncated]]] = list(chat_of(8).features(read[1:], True))
+    assert len(truncated["tokens_BT"]) == 8 and truncated["labels_BT"][-1] == words.encode("\n")[-1]
 
 
 @pytest.mark.parametrize("last_answer_only", [False, True])
-def test_no_word_but_the_assistants_gets_a_gradient(last_answer_only):
+def test_only_the_answers_of_the_assistant_have_gradients(last_answer_only):
     task = chat_of(last_answer_only=last_answer_only)
     read = [ChatTask.read(Chat(), row, Place("rows", n)) for n, row in enumerate(TALKS)]
     batch = task.batches(Records(read, []), len(read), task.length, None).batch_at(0)
-    learned_BT = learned_from(task, "llama", batch)
+    learned_BT = has_gradient(task, "llama", batch)
     assert (learned_BT == (batch["weights_BT"] > 0)).all()
-    said = {"a dog", "Anna sleeps"} if last_answer_only else {"a dog", "lazy</s>dogAnna sleeps"}
+    answers = {"a dog", "Anna sleeps"} if last_answer_only else {"a dog", "lazy</s>dogAnna sleeps"}
     in_talk = lambda n: learned_BT & (batch["segments_BT"] == n)
     talks = range(1, batch["segments_BT"].max() + 1)
     learned = [labels_T[of_T].tolist() for n in talks for labels_T, of_T in zip(batch["labels_BT"], in_talk(n))]
-    assert {task.tokenizer.decode(ids) for ids in learned} == said
+    assert {task.tokenizer.decode(ids) for ids in learned} == answers
 
 
 def test_a_prompt_ends_where_the_answer_begins():
     task = chat_of()
     read = [ChatTask.read(Chat(), row, Place("rows", n)) for n, row in enumerate(TALKS)]
     for record, prompt in zip(read, task.prompts(read)):
-        [[[made]]] = list(task.features([record], True))
-        whole = [made["tokens_BT"][0], *made["labels_BT"]]
+        [[[example]]] = list(task.features([record], True))
+        whole = [example["tokens_BT"][0], *example["labels_BT"]]
         assert whole[: len(prompt)] == prompt
         assert task.tokenizer.decode(whole[len(prompt) :]).startswith(record["label"])
     assert task.stop_tokens == (task.tokenizer.eos,)
-    asked = ChatTask.read(Chat(), {"messages": TALKS[0]["messages"][:1]}, Place("rows", 1))
-    assert "label" not in asked and task.prompts([asked]) == task.prompts(read[:1])
+    question = ChatTask.read(Chat(), {"messages": TALKS[0]["messages"][:1]}, Place("rows", 1))
+    assert "label" not in question and task.prompts([question]) == task.prompts(read[:1])
 
 
 def test_questions_and_answers_are_conversations():
     task = Chat(question="q", answer="a", system="quick", compared=r"#### (\S+)")
     record = ChatTask.read(task, {"q": "the", "a": "so #### 12"}, Place("rows", 1))
     assert [message["role"] for message in record["messages"]] == ["system", "user", "assistant"]
-    made = ChatTask(task, 40, 0, tokenizer(False), ())
-    assert made.score([record] * 2, [{"prediction": "#### 3 or #### 12"}, {"prediction": "12"}])["exact"] == 0.5
+    chat_task = ChatTask(task, 40, 0, tokenizer(False), ())
+    assert chat_task.score([record] * 2, [{"prediction": "#### 3 or #### 12"}, {"prediction": "12"}])["exact"] == 0.5
 
 
 @pytest.mark.parametrize(
@@ -473,31 +473,39 @@ def test_questions_and_answers_are_conversations():
         ({"messages": [{"role": "user", "content": "a\ud83d"}]}, "a lone surrogate, U+D83D"),
     ],
 )
-def test_what_is_no_conversation(row, message):
+def test_invalid_conversations_are_refused(row, message):
     with pytest.raises(UserError) as error:
         ChatTask.read(Chat(), row, Place("rows", 1))
     assert message in str(error.value)
 
 
-def test_conversations_of_other_forms():
-    spoken = [{"from": "human", "value": "the"}, {"from": "gpt", "value": "dog"}]
-    same = [{"role": "user", "content": "the"}, {"role": "assistant", "content": "dog"}]
-    first = [{"role": "system", "content": "quick"}]
+def test_conversations_of_other_formats_are_read():
+    sharegpt = [{"from": "human", "value": "the"}, {"from": "gpt", "value": "dog"}]
+    messages = [{"role": "user", "content": "the"}, {"role": "assistant", "content": "dog"}]
+    system = [{"role": "system", "content": "quick"}]
     read = lambda row: ChatTask.read(Chat(), row, Place("rows", 1))
-    expected = {"messages": same, "label": "dog"}
-    assert read({"conversations": spoken}) == read({"conversation": spoken}) == read({"messages": spoken}) == expected
-    assert read({"messages": json.dumps(same)}) == read({"messages": np.array(same)}) == expected
-    assert read({"conversations": spoken, "system": "quick"})["messages"] == first + same
-    assert read({"conversations": [{"from": "system", "value": "quick"}, *spoken]})["messages"] == first + same
-    parts = [same[0], {"role": "assistant", "content": [{"type": "text", "text": "do"}, {"type": "text", "text": "g"}]}]
+    expected = {"messages": messages, "label": "dog"}
+    assert (
+        read({"conversations": sharegpt})
+        == read({"conversation": sharegpt})
+        == read({"messages": sharegpt})
+        == expected
+    )
+    assert read({"messages": json.dumps(messages)}) == read({"messages": np.array(messages)}) == expected
+    assert read({"conversations": sharegpt, "system": "quick"})["messages"] == system + messages
+    assert read({"conversations": [{"from": "system", "value": "quick"}, *sharegpt]})["messages"] == system + messages
+    parts = [
+        messages[0],
+        {"role": "assistant", "content": [{"type": "text", "text": "do"}, {"type": "text", "text": "g"}]},
+    ]
     assert read({"messages": parts})["label"] == "dog"
-    made = list(chat_of().features([read({"messages": parts}), read({"conversations": spoken})], True))
-    assert (made[0][0][0]["tokens_BT"] == made[1][0][0]["tokens_BT"]).all()
+    examples = list(chat_of().features([read({"messages": parts}), read({"conversations": sharegpt})], True))
+    assert (examples[0][0][0]["tokens_BT"] == examples[1][0][0]["tokens_BT"]).all()
 
 
 @pytest.mark.long
-@pytest.mark.usefixtures("devices", "no_pictures")
-def test_a_chat_run_answers_and_exports_its_template(tmp_path):
+@pytest.mark.usefixtures("devices", "no_plots")
+def test_a_chat_run_learns_answers_and_exports_its_template(tmp_path):
     import jaxlm
     from jaxlm import OptimizerConfig, RunConfig
 
@@ -519,5 +527,5 @@ def test_a_chat_run_answers_and_exports_its_template(tmp_path):
     assert scores["exact"] > 0.9
     lm = jaxlm.load(tmp_path / "run")
     assert rendering.render(lm.tokenizer, [{"role": "user", "content": "x"}]) == "<s>user\nx</s>\n"
-    [told] = jaxlm.predict(lm, [{"q": "the fox"}], task=run.task)
-    assert told["prediction"] == "fox"
+    [row] = jaxlm.predict(lm, [{"q": "the fox"}], task=run.task)
+    assert row["prediction"] == "fox"

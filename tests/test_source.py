@@ -1,4 +1,4 @@
-"""Documents are the same from every format, cleaning counts what it does, and every mistake has a message."""
+"""Every format yields the same documents, cleaning counts its changes, and every mistake has an error message."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def read(path: Path | str, report: Counter | None = None, **choices) -> list[str
     return list(documents(str(path), data, data.split, Counter() if report is None else report))
 
 
-def refused(path: Path | str, **choices) -> str:
+def error_message(path: Path | str, **choices) -> str:
     with pytest.raises(UserError) as error:
         read(path, **choices)
     return str(error.value)
 
 
 def write(path: Path, texts: list[str]) -> Path:
-    """Texts as a table in the format of the suffix, with a second column."""
+    """Write the texts as a table in the format of the suffix, with a second column."""
     kind = Path(path.name.removesuffix(".gz")).suffix
     if kind == ".csv":
         stream = io.StringIO(newline="")
@@ -57,26 +57,26 @@ def write(path: Path, texts: list[str]) -> Path:
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
-@pytest.mark.parametrize("packed", ["", ".gz"])
-def test_every_format_gives_the_same_documents(tmp_path, suffix, packed):
+@pytest.mark.parametrize("compression", ["", ".gz"])
+def test_every_format_yields_the_same_documents(tmp_path, suffix, compression):
     report = Counter()
-    assert read(write(tmp_path / f"data{suffix}{packed}", TEXTS), report) == TEXTS
+    assert read(write(tmp_path / f"data{suffix}{compression}", TEXTS), report) == TEXTS
     assert report["rows"] == report["documents"] == len(TEXTS)
 
 
-def test_tsv_takes_quotes_as_they_are(tmp_path):
+def test_quotes_in_tsv_files_are_text(tmp_path):
     (tmp_path / "data.tsv").write_text('text\tlabel\n"a quote that never ends\t0\nb\t1\n')
     assert read(tmp_path / "data.tsv") == ['"a quote that never ends', "b"]
 
 
-def test_rows_know_their_place(tmp_path):
+def test_rows_have_line_numbers(tmp_path):
     found = list(rows(str(write(tmp_path / "data.csv", TEXTS[:3])), DataConfig(), "train"))
     assert [place.line for place, _ in found] == [2, 3, 5]  # the second row has two lines
     assert found[0][1] == {"n": "0", "text": TEXTS[0]}
 
 
 @given(st.text())
-def test_a_file_is_one_document_unchanged(tmp_path_factory, text):
+def test_a_file_is_one_unchanged_document(tmp_path_factory, text):
     file = tmp_path_factory.mktemp("data") / "x.txt"
     file.write_bytes(text.encode())
     text = text.removeprefix("\ufeff")
@@ -84,7 +84,7 @@ def test_a_file_is_one_document_unchanged(tmp_path_factory, text):
         assert read(file, documents="file") == [text]
 
 
-def test_plain_text_is_divided_as_asked(tmp_path):
+def test_plain_text_is_divided_by_lines_blank_lines_or_boundaries(tmp_path):
     (tmp_path / "x.txt").write_bytes(b"\xef\xbb\xbfzero\r\n= A =\n a\n\n\nb\r\nc\n= B =")
     assert read(tmp_path / "x.txt") == ["zero", "= A =", " a", "b", "c", "= B ="]
     assert read(tmp_path / "x.txt", documents="blank_line") == ["zero\r\n= A =\n a", "b\r\nc\n= B ="]
@@ -92,7 +92,7 @@ def test_plain_text_is_divided_as_asked(tmp_path):
     assert divided == ["zero", "= A =\n a\nb\r\nc", "= B ="]
 
 
-def test_folders_and_globs_come_in_sorted_order(tmp_path):
+def test_files_of_folders_and_globs_are_sorted(tmp_path):
     for name in ("b.txt", "a.txt", "sub/c.txt", ".hidden.txt", "README.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
@@ -101,7 +101,7 @@ def test_folders_and_globs_come_in_sorted_order(tmp_path):
     assert read(f"{tmp_path}/*.md") == ["README.md"]
 
 
-def test_cleaning_does_and_counts_what_it_says(tmp_path):
+def test_cleaning_applies_and_counts_each_choice(tmp_path):
     (tmp_path / "x.txt").write_text("ﬁne\x07\n a  b \na b\nabcdefghijk\nx\n")
     report = Counter()
     choices = {"unicode": "NFKC", "control": True, "whitespace": True, "duplicates": True}
@@ -120,12 +120,12 @@ def test_cleaning_does_and_counts_what_it_says(tmp_path):
 
 
 @given(st.text())
-def test_without_choices_cleaning_changes_nothing(text):
+def test_cleaning_without_choices_changes_nothing(text):
     blank = not text or text.isspace()
     assert clean(text, CleaningConfig(), set(), Counter()) == (None if blank else text)
 
 
-def test_rows_that_are_not_utf8(tmp_path):
+def test_rows_that_are_not_utf8_raise_an_error_or_are_cleaned(tmp_path):
     for name, content in {
         "x.txt": b"good\nb\xffd\nlast",
         "x.csv": b"text\ngood\nb\xffd\nlast",
@@ -134,16 +134,16 @@ def test_rows_that_are_not_utf8(tmp_path):
         file = tmp_path / name
         file.write_bytes(content)
         line = 3 if name == "x.csv" else 2
-        assert f"{name}:{line}: column 'text' is not UTF-8" in refused(file)
+        assert f"{name}:{line}: column 'text' is not UTF-8" in error_message(file)
         report = Counter()
         assert read(file, report, cleaning={"encoding": "drop"}) == ["good", "last"]
         assert report["dropped: encoding"] == 1
         assert read(file, report, cleaning={"encoding": "replace"}) == ["good", "b\ufffdd", "last"]
         assert report["changed: encoding"] == 1
-    assert "x.txt:2: " in refused(tmp_path / "x.txt", documents="file")
+    assert "x.txt:2: " in error_message(tmp_path / "x.txt", documents="file")
 
 
-def test_fingerprint_follows_content_and_not_place(tmp_path):
+def test_the_fingerprint_depends_on_content_and_not_on_the_path(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "x.txt").write_text("same")
@@ -153,18 +153,18 @@ def test_fingerprint_follows_content_and_not_place(tmp_path):
     assert a != fingerprint(str(tmp_path / "b"))
 
 
-def test_missing_and_empty_paths(tmp_path):
+def test_missing_and_empty_paths_raise_an_error(tmp_path):
     (tmp_path / "train.csv").write_text("text\n")
-    assert "perhaps you meant 'train.csv'" in refused(tmp_path / "trian.csv")
-    assert "nor a folder" in refused(tmp_path / "nowhere" / "x.txt")
-    assert "contains no documents (rows 0)" in refused(tmp_path / "train.csv")
+    assert "perhaps you meant 'train.csv'" in error_message(tmp_path / "trian.csv")
+    assert "nor a folder" in error_message(tmp_path / "nowhere" / "x.txt")
+    assert "contains no documents (rows 0)" in error_message(tmp_path / "train.csv")
     (tmp_path / "blank.txt").write_text("\n  \n")
-    assert "contains no documents" in refused(tmp_path / "blank.txt")
+    assert "contains no documents" in error_message(tmp_path / "blank.txt")
     (tmp_path / "folder").mkdir()
-    assert "contains no files" in refused(tmp_path / "folder")
+    assert "contains no files" in error_message(tmp_path / "folder")
 
 
-def test_broken_tables(tmp_path):
+def test_broken_tables_raise_an_error(tmp_path):
     for name, content, message in [
         (
             "x.csv",
@@ -182,10 +182,10 @@ def test_broken_tables(tmp_path):
         ("x.txt.gz", gzip.compress(b"plain text")[:-4], "x.txt.gz is not a whole gzip file"),
     ]:
         (tmp_path / name).write_bytes(content)
-        assert message in refused(tmp_path / name), name
-    assert "the columns are 'n', 'text'" in refused(write(tmp_path / "y.parquet", ["a"]), text="body")
+        assert message in error_message(tmp_path / name), name
+    assert "the columns are 'n', 'text'" in error_message(write(tmp_path / "y.parquet", ["a"]), text="body")
     (tmp_path / "x.txt").write_text("a")
-    assert "data.boundary '(' is not a regular expression" in refused(
+    assert "data.boundary '(' is not a regular expression" in error_message(
         tmp_path / "x.txt", documents="boundary", boundary="("
     )
 
@@ -200,23 +200,23 @@ def squad(*questions, **paragraph) -> bytes:
     return json.dumps({"version": "2", "data": [{"title": "T", "paragraphs": paragraphs}]}).encode()
 
 
-def asked(**members) -> dict:
-    """The row of QUESTION."""
+def question_row(**members) -> dict:
+    """Return the row of QUESTION, with these members replaced."""
     texts = {"id": "q", "title": "T", "context": "Al was here", "question": "Who?"}
     return {**texts, "answers": {"text": ["Al"], "answer_start": [0]}, "is_impossible": False, **members}
 
 
-def tagged(tokens: str, tags: str) -> dict:
+def tagged_row(tokens: str, tags: str) -> dict:
     return {"tokens": tokens.split(), "tags": tags.split()}
 
 
 def table(path: Path | str, **choices) -> list:
-    """(line, row) of every row."""
+    """Return (line, row) of every row."""
     data = DataConfig(cleaning=CleaningConfig(**choices.pop("cleaning", {})), **choices)
     return [(place.line, row) for place, row in rows(str(path), data, data.split)]
 
 
-def packed(content: list) -> bytes:
+def parquet_bytes(content: list) -> bytes:
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     sink = io.BytesIO()
     parquet.write_table(pyarrow.Table.from_pylist(content), sink)
@@ -229,13 +229,13 @@ NESTED = {"tokens": ["a", "ü"], "tags": [0, 1], "answers": {"text": ["ü"], "an
 @pytest.mark.parametrize(
     ("name", "content", "choices", "expected"),
     [
-        # A format holds for every file of the path, whatever its name.
+        # A format applies to every file of the path, whatever its name is.
         ("x.data", b"text\na\n", {"format": "csv"}, [(2, {"text": "a"})]),
         ("x.csv", b'text\n"a\n', {"format": "tsv"}, [(2, {"text": '"a'})]),
-        # Without its time, so that two processes give the case one name.
+        # mtime=0 makes the bytes constant, so that all processes of pytest use the same test id.
         ("x.gz", gzip.compress(b'{"text": "a"}', mtime=0), {"format": "jsonl"}, [(1, {"text": "a"})]),
         ("x.csv", b"a,b\n", {"format": "text"}, [(1, {"text": "a,b"})]),
-        ("x", lambda: packed([NESTED]), {"format": "parquet"}, [(1, NESTED)]),
+        ("x", lambda: parquet_bytes([NESTED]), {"format": "parquet"}, [(1, NESTED)]),
         # conll
         ("x.conll", b"a\tO\nb c\tB-x\n\t\n\n d\tO ", {}, [
             (1, {"tokens": ["a", "b c"], "tags": ["O", "B-x"]}), (5, {"tokens": ["d"], "tags": ["O"]}),
@@ -244,21 +244,23 @@ NESTED = {"tokens": ["a", "ü"], "tags": [0, 1], "answers": {"text": ["ü"], "an
             (1, {"tokens": ["a", "b\xa0"], "tags": ["O", "B"]}),
         ]),
         ("x.iob", b"-DOCSTART- -X- O\n\na N O\n\n-DOCSTART- -X- O\n\nb N B\n-DOCSTART- -X- O\nc N O\n", {}, [
-            (3, tagged("a", "O")), (7, tagged("b", "B")), (9, tagged("c", "O")),
+            (3, tagged_row("a", "O")), (7, tagged_row("b", "B")), (9, tagged_row("c", "O")),
         ]),
         ("x.txt", b"a\nb\n\nc\n", {"format": "conll"}, [(1, {"tokens": ["a", "b"]}), (4, {"tokens": ["c"]})]),
         ("x.conll", b"\n \n", {}, []),
         # squad
-        ("x.json", squad(QUESTION), {"format": "squad"}, [(1, asked())]),
+        ("x.json", squad(QUESTION), {"format": "squad"}, [(1, question_row())]),
         ("x.json", b"\xef\xbb\xbf" + squad(QUESTION, {**QUESTION, "id": 7, "is_impossible": True, "answers": []}),
             {"format": "squad"},
-            [(1, asked()), (2, asked(id="7", is_impossible=True, answers={"text": [], "answer_start": []}))]),
+            [(1, question_row()), (2, question_row(
+                id="7", is_impossible=True, answers={"text": [], "answer_start": []}))]),
         ("x.json", b'{"data": [{"paragraphs": [{"context": "c", "qas": [{"question": "Who?"}]}]}]}',
             {"format": "squad"},
             [(1, {"id": "1", "title": "", "context": "c", "question": "Who?", "is_impossible": False})]),
-        ("x.jsonl", squad(), {"format": "jsonl"}, [(1, json.loads(squad()))]),  # who says so gets it as it stands
-        ("x.json", squad(QUESTION), {}, [(1, asked())]),
-        ("x.json", json.dumps(json.loads(squad(QUESTION)), indent=1).encode(), {}, [(1, asked())]),
+        # The explicit format disables the detection of squad.
+        ("x.jsonl", squad(), {"format": "jsonl"}, [(1, json.loads(squad()))]),
+        ("x.json", squad(QUESTION), {}, [(1, question_row())]),
+        ("x.json", json.dumps(json.loads(squad(QUESTION)), indent=1).encode(), {}, [(1, question_row())]),
         # columns
         ("x.csv", b'a,"b\nc",d\n\n1,2,3,4\n', {"columns": ("x", "y")}, [
             (1, {"x": "a", "y": "b\nc"}), (4, {"x": "1", "y": "2"}),
@@ -275,21 +277,21 @@ NESTED = {"tokens": ["a", "ü"], "tags": [0, 1], "answers": {"text": ["ü"], "an
         ("x.csv", "ü\nö".encode("latin-1"), {"encoding": "latin-1"}, [(2, {"ü": "ö"})]),
         # The last byte of this character is a backslash.
         ("x.jsonl", '{"a": "表"}'.encode("shift_jis"), {"encoding": "shift_jis"}, [(1, {"a": "表"})]),
-        ("x.conll", "ü O".encode("latin-1"), {"encoding": "latin-1"}, [(1, tagged("ü", "O"))]),
-        ("x.json", squad(QUESTION), {"encoding": "ascii", "format": "squad"}, [(1, asked())]),
+        ("x.conll", "ü O".encode("latin-1"), {"encoding": "latin-1"}, [(1, tagged_row("ü", "O"))]),
+        ("x.json", squad(QUESTION), {"encoding": "ascii", "format": "squad"}, [(1, question_row())]),
         ("x.txt", b"\xef\xbb\xbfa", {"encoding": "utf_8_sig"}, [(1, {"text": "a"})]),
-        # Strings that are not Unicode, in lists and objects too.
+        # Strings that are not Unicode, also in lists and objects.
         ("x.jsonl", json.dumps(NESTED).encode(), {}, [(1, NESTED)]),
         ("x.jsonl", b'{"a": [["\xff"], {"b\xff": "\\ud800"}]}', {"cleaning": {"encoding": "replace"}},
             [(1, {"a": [["\ufffd"], {"b\ufffd": "\ufffd"}]})]),
         ("x.conll", b"a O\n\n\xff O\n\nb O", {"cleaning": {"encoding": "drop"}}, [
-            (1, tagged("a", "O")), (5, tagged("b", "O")),
+            (1, tagged_row("a", "O")), (5, tagged_row("b", "O")),
         ]),
-        ("x.parquet", lambda: packed([{"a": [b"\xc3\xbc", b"\xff"]}]), {"cleaning": {"encoding": "replace"}},
+        ("x.parquet", lambda: parquet_bytes([{"a": [b"\xc3\xbc", b"\xff"]}]), {"cleaning": {"encoding": "replace"}},
             [(1, {"a": ["ü", "\ufffd"]})]),
     ],
 )  # fmt: skip
-def test_rows_of_every_shape(tmp_path, name, content, choices, expected):
+def test_rows_of_every_format_are_read(tmp_path, name, content, choices, expected):
     (tmp_path / name).write_bytes(content() if callable(content) else content)
     assert table(tmp_path / name, **choices) == expected
 
@@ -337,14 +339,14 @@ def test_rows_of_every_shape(tmp_path, name, content, choices, expected):
         ("x.jsonl", b'{"a": "\\n", "b": [{"c": "\\n\\ud800"}]}', {}, "x.jsonl:1: column 'b' holds a lone surrogate"),
     ],
 )  # fmt: skip
-def test_what_no_reader_takes(tmp_path, name, content, choices, message):
+def test_invalid_files_and_choices_raise_an_error(tmp_path, name, content, choices, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError) as error:
         table(tmp_path / name, **choices)
     assert message in str(error.value)
 
 
-def test_rows_are_a_stream(tmp_path):
+def test_rows_are_streamed(tmp_path):
     for name, content in {
         "x.conll": b"a O\n\nb\n",
         "x.csv": b'a,b\n1,2\n"',
@@ -353,21 +355,21 @@ def test_rows_are_a_stream(tmp_path):
     }.items():
         (tmp_path / name).write_bytes(content)
         found = rows(str(tmp_path / name), DataConfig(), "train")
-        next(found)  # comes before the broken row is looked at
+        next(found)  # returns before the broken row is read
         with pytest.raises(UserError):
             next(found)
 
 
-def test_a_format_holds_for_the_whole_path(tmp_path):
+def test_a_format_applies_to_the_whole_path(tmp_path):
     (tmp_path / "a.part").write_text("a O\n")
     (tmp_path / "b.part.gz").write_bytes(gzip.compress(b"b O\n"))
-    both = [(1, tagged("a", "O")), (1, tagged("b", "O"))]
+    both = [(1, tagged_row("a", "O")), (1, tagged_row("b", "O"))]
     assert table(tmp_path, format="conll") == both
     assert table(f"{tmp_path}/*.part*", format="conll") == both
 
 
 @given(st.lists(st.lists(st.tuples(*[st.text("aü-\xa0\u3000\x85#", min_size=1)] * 2), min_size=1)))
-def test_conll_round_trip(tmp_path_factory, texts):
+def test_conll_files_round_trip(tmp_path_factory, texts):
     file = tmp_path_factory.mktemp("data") / "x.conll"
     file.write_text("\n".join("".join(f"{token}\t{tag}\n" for token, tag in text) for text in texts), newline="\n")
     found = [list(zip(row["tokens"], row["tags"], strict=True)) for _, row in table(file)]
@@ -394,7 +396,7 @@ def test_conll_round_trip(tmp_path_factory, texts):
         ("scitldr_a/dev.jsonl.gz", {}, 619, 1, {}),
     ],
 )  # fmt: skip
-def test_data_sets_as_they_are_given_out(name, choices, count, line, first):
+def test_published_data_sets_are_read(name, choices, count, line, first):
     if not (SHARED / name).exists():
         pytest.skip(f"shared data {name} is not here")
     found = table(SHARED / name, **choices)
@@ -408,8 +410,8 @@ def test_data_sets_as_they_are_given_out(name, choices, count, line, first):
             assert row["context"].startswith(text, start)
 
 
-@pytest.mark.filterwarnings("ignore")  # tfds and what it imports warn of themselves
-def test_tfds_without_tensorflow(tmp_path, monkeypatch):
+@pytest.mark.filterwarnings("ignore")  # tfds and its dependencies raise warnings
+def test_tfds_data_sets_are_read_without_tensorflow(tmp_path, monkeypatch):
     tfds = pytest.importorskip("tensorflow_datasets")
 
     class TinyLines(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -431,20 +433,20 @@ def test_tfds_without_tensorflow(tmp_path, monkeypatch):
     folder = str(builder.data_path)
     assert sorted(read(folder)) == ["a", "c", "naïve"]
     assert len(read(folder, split="train[:2]")) == 2
-    assert f"{folder} has no split 'trian'; perhaps you meant 'train'" in refused(folder, split="trian")
-    assert "the columns are 'text'" in refused(folder, text="body")
+    assert f"{folder} has no split 'trian'; perhaps you meant 'train'" in error_message(folder, split="trian")
+    assert "the columns are 'text'" in error_message(folder, text="body")
 
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    assert "tfds has no data set 'imdb_reviws'; perhaps you meant 'imdb_reviews'" in refused("tfds:imdb_reviws")
-    assert "tfds:imdb_reviews/nothing cannot be opened" in refused("tfds:imdb_reviews/nothing")
+    assert "tfds has no data set 'imdb_reviws'; perhaps you meant 'imdb_reviews'" in error_message("tfds:imdb_reviws")
+    assert "tfds:imdb_reviews/nothing cannot be opened" in error_message("tfds:imdb_reviews/nothing")
     for name in ("glue/sst2", "cnn_dailymail"):
-        message = refused(f"tfds:{name}")
+        message = error_message(f"tfds:{name}")
         assert "requires TensorFlow" in message and "file_format='array_record'" in message
     assert fingerprint("tfds:imdb_reviews") == fingerprint("tfds:imdb_reviews/plain_text")
     assert "tensorflow" not in sys.modules
 
 
-def test_heavy_libraries_are_imported_where_used():
+def test_heavy_libraries_are_imported_only_on_use():
     heavy = "{'pyarrow', 'tensorflow_datasets', 'sentencepiece', 'tokenizers'}"
     code = f"import sys, jaxlm.data.source, jaxlm.data.tokenizers.tokenizer; print({heavy} & set(sys.modules))"
     done = subprocess.run(

@@ -17,7 +17,7 @@ from jaxlm import LM, UserError, save
 from jaxlm.run.folder import RowWriter
 from jaxlm.storage import disk
 
-REFUSED = {
+INVALID_NAMES = {
     "parent": ("../x", "contains '..'"),
     "parent below": ("a/../../x", "contains '..'"),
     "only parent": ("..", "contains '..'"),
@@ -35,24 +35,24 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_names_that_leave_their_folder_are_refused(tmp_path, name):
-    given, message = REFUSED[name]
+@pytest.mark.parametrize("name", INVALID_NAMES)
+def test_names_outside_the_folder_raise_an_error(tmp_path, name):
+    path, message = INVALID_NAMES[name]
     with pytest.raises(UserError, match=message):
-        disk.path_inside(tmp_path, given)
+        disk.path_inside(tmp_path, path)
 
 
 @pytest.mark.parametrize("name", ["x", "a/b.txt", ".hidden", "a..b", "...", "a:b", "é" * 127, "a b/c#?.txt"])
-def test_other_names_are_below_the_folder(tmp_path, name):
+def test_valid_names_are_below_the_folder(tmp_path, name):
     assert disk.path_inside(tmp_path, name) == tmp_path / name
     assert disk.path_inside(tmp_path / "new", name) == tmp_path / "new" / name
 
 
-def test_links_may_not_lead_out(tmp_path):
+def test_links_to_other_folders_raise_an_error(tmp_path):
     folder, other = tmp_path / "folder", tmp_path / "other"
-    for place in (folder, other):
-        place.mkdir()
-        (place / "x").write_text(place.name)
+    for parent in (folder, other):
+        parent.mkdir()
+        (parent / "x").write_text(parent.name)
     for name, target in {"out": other, "up": "..", "in": "x", "loop": "loop"}.items():
         (folder / name).symlink_to(target)
     assert disk.path_inside(folder, "in") == folder / "in"
@@ -75,13 +75,13 @@ def test_nothing_is_written_to_an_address(tmp_path, monkeypatch):
         "JAXLM_CACHE": disk.cache_folder,
         "data.cache": lambda: disk.cache_folder(address),
     }
-    for what, write in writers.items():
-        with pytest.raises(UserError, match=f"{what} is 'gs://bucket/.*an address; choose a local path"):
+    for field, write in writers.items():
+        with pytest.raises(UserError, match=f"{field} is 'gs://bucket/.*an address; choose a local path"):
             write()
     assert not [*tmp_path.iterdir()]
 
 
-def test_a_file_is_written_atomically_and_leaves_others_alone(tmp_path):
+def test_a_file_is_written_atomically_without_changes_to_other_files(tmp_path):
     theirs = [
         tmp_path / name for name in ("x.csv.part", "x.part", "x.csv.tmp", "x.csv.old", f"x.csv.{os.getpid()}.tmp")
     ]
@@ -99,7 +99,7 @@ def test_a_file_is_written_atomically_and_leaves_others_alone(tmp_path):
     assert not any(disk.is_temporary(file.name) for file in [path, *theirs])
 
 
-def test_a_file_that_appears_meanwhile_is_kept_and_no_content_is_lost(tmp_path):
+def test_a_file_of_another_process_is_kept_and_no_content_is_lost(tmp_path):
     path = tmp_path / "x.csv"
     with pytest.raises(UserError, match="written by another process") as message, disk.atomic_file(path, False) as file:
         file.write_text("ours")
@@ -116,7 +116,7 @@ def test_a_link_stays_and_its_target_is_written(tmp_path):
         assert (tmp_path / name).is_symlink() and (tmp_path / "target" / name).read_text() == "new"
 
 
-def test_a_folder_is_written_atomically_and_leaves_others_alone(tmp_path):
+def test_a_folder_is_written_atomically_without_changes_to_other_folders(tmp_path):
     folder = tmp_path / "model"
     for name in ("model.part", "model.old", "model.tmp"):
         (tmp_path / name).mkdir()
@@ -166,8 +166,8 @@ def test_a_lock_names_its_holder_and_ends_with_it(tmp_path):
 
 
 @pytest.mark.parametrize("alive", [True, False])
-def test_a_holder_on_another_machine_is_known_by_its_heartbeats(tmp_path, monkeypatch, alive):
-    """Like a file system that does not share its locks between machines."""
+def test_a_lock_holder_on_another_machine_is_recognised_by_its_heartbeats(tmp_path, monkeypatch, alive):
+    """The file imitates a file system that does not share its locks between machines."""
     monkeypatch.setattr(disk, "LOCK_TIMEOUT", 1.0)
     monkeypatch.setattr(disk, "HEARTBEAT", 0.1)
     file = tmp_path / disk.LOCK
@@ -197,7 +197,7 @@ def test_a_holder_on_another_machine_is_known_by_its_heartbeats(tmp_path, monkey
             thread.join()
 
 
-def test_a_file_that_is_not_a_lock_is_left_alone(tmp_path):
+def test_a_file_that_is_not_a_lock_is_not_changed(tmp_path):
     file = tmp_path / disk.LOCK
     file.write_text("mine")
     with pytest.raises(UserError, match="is not a lock file"), disk.lock(file, "x", "y"):
@@ -209,9 +209,9 @@ def test_a_hash_depends_on_every_byte(tmp_path):
     file, size = tmp_path / "x", 3 * disk._PART + 5
     content = bytearray(size)
     hashes = set()
-    for changed in (None, 0, disk._PART - 1, disk._PART, size // 2, size - 1):
-        if changed is not None:
-            content[changed] ^= 1
+    for position in (None, 0, disk._PART - 1, disk._PART, size // 2, size - 1):
+        if position is not None:
+            content[position] ^= 1
         file.write_bytes(content)
         os.utime(file, ns=(0, 0))
         hashes.add(disk.content_hash(file))
@@ -225,7 +225,7 @@ def test_a_hash_depends_on_every_byte(tmp_path):
         disk.content_hash(tmp_path / "pipe")
 
 
-def test_predictions_leave_other_files_alone(tmp_path):
+def test_predictions_are_written_without_changes_to_other_files(tmp_path):
     theirs = [tmp_path / name for name in ("o.csv.part", "o.part", "o.csv.tmp")]
     for file in theirs:
         file.write_text("mine")

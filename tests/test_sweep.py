@@ -40,7 +40,7 @@ MODEL = ModelConfig(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A table of texts, one of tagged words, a text for the tokenizer, and a config that uses the table."""
+    """Returns a folder with a table of texts, a file of tagged words, a tokenizer, and a config that uses the table."""
     folder = tmp_path_factory.mktemp("tables")
     random = np.random.default_rng(0)
     words = ["good", "bad", "film", "plot", "rome", "oslo", "in", "a"]
@@ -60,7 +60,7 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def test_combinations():
+def test_a_sweep_has_every_combination_of_values():
     assert combinations([]) == [{}]
     assert combinations(["a.b=1,2", "seed=0,1"]) == [
         {"a.b": "1", "seed": "0"}, {"a.b": "1", "seed": "1"}, {"a.b": "2", "seed": "0"}, {"a.b": "2", "seed": "1"},
@@ -82,14 +82,14 @@ def cells(markdown: str) -> list[list[str]]:
     return lines
 
 
-def test_the_table_has_means_and_deviations_over_seeds_best_first():
+def test_the_table_has_means_and_standard_deviations_over_seeds_best_first():
     assert cells(table(TRIALS, "accuracy")) == [
         ["fields", "runs", "accuracy", "loss"],
         ["rate=2", "2, 1 failed", "0.9000", "3.0000"],
         ["rate=1", "2", "0.6000 ± 0.1414", "1.5000 ± 0.7071"],
     ]
     assert cells(table(TRIALS, "loss"))[1][0] == "rate=1"
-    assert len({len(line) for line in table(TRIALS, "accuracy").splitlines()}) == 1  # columns stand below each other
+    assert len({len(line) for line in table(TRIALS, "accuracy").splitlines()}) == 1  # columns are aligned
 
 
 def test_single_runs_have_a_table_and_the_best_run_of_the_best_fields_is_found():
@@ -114,28 +114,28 @@ def test_single_runs_have_a_table_and_the_best_run_of_the_best_fields_is_found()
         ({"optimizer.final": "-1"}, r"optimizer\.final--1"),
     ],
 )
-def test_the_name_of_a_folder_needs_no_quotes(fields, name):
+def test_the_name_of_a_folder_requires_no_quotes(fields, name):
     assert re.fullmatch(name, folder_of(fields)) and len(folder_of(fields)) < 200
     others = [{key: f"{value}{end}" for key, value in fields.items()} for end in (" ", "=", "/", "ä")]
-    assert len({folder_of(some) for some in (fields, *others)}) == 5
+    assert len({folder_of(values) for values in (fields, *others)}) == 5
 
 
 @pytest.mark.long
-def test_a_sweep_ends_in_one_table_and_resumes(folder, capsys):
+def test_a_sweep_writes_one_table_and_resumes(folder, capsys):
     command = ["train", str(folder / "tiny.py"), "--sweep", "optimizer.rate=1e-3,1e14", "seed=0,1"]
     assert main(command) == 0
-    said = capsys.readouterr()
+    printed = capsys.readouterr()
     lines = (folder / "run" / "sweep.md").read_text().splitlines()
     assert re.match(r"\| optimizer.rate=1e-3 +\| 2 ", lines[2]) and "2 failed" in lines[3]
-    assert lines[5].startswith("| run ") and len(lines) == 11  # and the single runs
-    assert lines[2] in said.out and lines[7] in said.out
-    assert "the loss is" in said.out or "not finite" in said.out
-    kept = sorted(path.name for path in (folder / "run").iterdir() if path.is_dir())
-    assert len(kept) == 4 and "optimizer.rate-1e-3_seed-0" in kept
-    assert not any((folder / "run" / name / "checkpoints").exists() for name in kept if "1e-3" in name)
-    # One summary, of the best run, and the command that trains it alone.
-    assert (said.out + said.err).count("held-out accuracy") == 1
-    command_alone = said.out.splitlines()[-1].split()
+    assert lines[5].startswith("| run ") and len(lines) == 11  # the file ends with a table of single runs
+    assert lines[2] in printed.out and lines[7] in printed.out
+    assert "the loss is" in printed.out or "not finite" in printed.out
+    folders = sorted(path.name for path in (folder / "run").iterdir() if path.is_dir())
+    assert len(folders) == 4 and "optimizer.rate-1e-3_seed-0" in folders
+    assert not any((folder / "run" / name / "checkpoints").exists() for name in folders if "1e-3" in name)
+    # The output has one summary, that of the best run, and the command that trains it alone.
+    assert (printed.out + printed.err).count("held-out accuracy") == 1
+    command_alone = printed.out.splitlines()[-1].split()
     assert command_alone[-2].startswith("--seed=") and command_alone[-1] == f"--workdir={folder / 'run'}-best"
     assert command_alone[-3] == "--optimizer.rate=1e-3" and str(folder / "tiny.py") in command_alone
     assert main(["train", str(folder / "tiny.py"), "--sweep", "optimizer.rate=1e-3", "seed=0,1"]) == 0
@@ -146,20 +146,20 @@ MISTAKES = {
     "no fields": ([], "--sweep has no fields"),
     "no value": (["seed"], "--sweep has 'seed'; give FIELD=VALUE,VALUE"),
     "an empty value": (["seed=0,,1"], "give FIELD=VALUE,VALUE"),
-    "twice": (["seed=0", "seed=1"], "has 'seed' twice"),
-    "a value twice": (["seed=0,1,0"], "has seed=0 twice"),
+    "a duplicate field": (["seed=0", "seed=1"], "has 'seed' twice"),
+    "a duplicate value": (["seed=0,1,0"], "has seed=0 twice"),
 }
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_in_a_sweep(folder, name, capsys):
+def test_mistakes_in_a_sweep_are_reported(folder, name, capsys):
     words, message = MISTAKES[name]
     assert main(["train", str(folder / "tiny.py"), "--sweep", *words]) == 2
     assert message in capsys.readouterr().err
 
 
 def two_tasks(folder: Path, **weights: float) -> RunConfig:
-    parts = {  # the first of them is not the first by name
+    parts = {  # the first part is not the first by name
         "names": Part(Tagging(), DataConfig(path=str(folder / "names.conll")), weights.get("names", 0.0)),
         "mood": Part(Classification(), DataConfig(path=str(folder / "texts.jsonl")), weights.get("mood", 0.0)),
     }
@@ -169,7 +169,7 @@ def two_tasks(folder: Path, **weights: float) -> RunConfig:
     )  # fmt: skip
 
 
-def made(run: RunConfig):
+def build_task(run: RunConfig):
     prepared = prepare(run, None, lambda _: None)
     task = make_task(run, prepared.tokenizer, prepared.labels)
     return task, prepared, task.batches(prepared.train, run.batch, run.data.length, run.seed)
@@ -177,24 +177,24 @@ def made(run: RunConfig):
 
 def test_rows_are_mixed_by_weight_and_are_a_function_of_the_step(folder):
     run = two_tasks(folder, mood=3.0, names=1.0)
-    task, prepared, batches = made(run)
+    task, prepared, batches = build_task(run)
     mood = sum((batches.batch_at(n)["mood.weights_BE"].sum(1) > 0).sum() for n in range(100))
     assert mood == pytest.approx(600, abs=15)
-    again = made(run)[2]
+    again = build_task(run)[2]
     for step in (37, 3, 250):
         for name, value in again.batch_at(step).items():
             np.testing.assert_array_equal(value, batches.batch_at(step)[name])
     # The rows of each task are the same, in the same order, as in a run of that task only.
     alone = task.parts["mood"].batches(prepared.train["mood"], 1, run.data.length, run.seed)
     rows = [row for n in range(10) for row in zip(*[batches.batch_at(n)[f] for f in ("tokens_BT", "mood.weights_BE")])]
-    of_mood = [tokens for tokens, weights in rows if weights.any()]
-    for n, tokens in enumerate(of_mood):
+    mood_tokens = [tokens for tokens, weights in rows if weights.any()]
+    for n, tokens in enumerate(mood_tokens):
         np.testing.assert_array_equal(tokens, alone.batch_at(n)["tokens_BT"][0])
 
 
 def test_each_head_learns_only_from_its_own_examples(folder):
     run = two_tasks(folder)
-    task, _, batches = made(run)
+    task, _, batches = build_task(run)
     module = task.module(jaxlm.nn.transformer.Transformer)(task.configure(MODEL))
     params = jax.jit(partial(init, module))(jax.random.key(0))
     batch = {name: np.asarray(value) for name, value in batches.batch_at(0).items()}
@@ -208,7 +208,7 @@ def test_each_head_learns_only_from_its_own_examples(folder):
 
 
 @pytest.mark.long
-@pytest.mark.usefixtures("devices", "no_pictures")
+@pytest.mark.usefixtures("devices", "no_plots")
 def test_several_tasks_train_export_and_predict(folder, tmp_path):
     run = replace(two_tasks(folder), workdir=str(tmp_path / "run"))
     assert from_json(RunConfig, to_json(run)) == run
@@ -223,11 +223,13 @@ def test_several_tasks_train_export_and_predict(folder, tmp_path):
     rows = list(source.rows(str(folder / "texts.jsonl"), DataConfig(), ""))
     assert jaxlm.evaluate(mood, rows, Classification())["accuracy"] > 0.6
     assert len(jaxlm.predict(names, ["good film in rome"])[0]["prediction"]) == 4
-    assert jaxlm.fit(run).config.labels == lm.config.labels  # finished: the first part's again, not the first by name
+    assert (
+        jaxlm.fit(run).config.labels == lm.config.labels
+    )  # a finished run returns the first part again, not the first by name
 
 
 WRONG = {
-    "a name": (lambda parts: {"Mood!": parts["mood"]}, "names consist of lower-case letters"),
+    "an invalid name": (lambda parts: {"Mood!": parts["mood"]}, "names consist of lower-case letters"),
     "a language model": (
         lambda parts: {"a": Part(jaxlm.CausalLM(), DataConfig(path="x"))},
         "parts are tasks with labels",
@@ -237,7 +239,7 @@ WRONG = {
         lambda parts: parts | {"a": replace(parts["mood"], weight=2.0)},
         "give every part a weight, or none",
     ),
-    "a column": (
+    "a missing column": (
         lambda parts: parts | {"mood": replace(parts["mood"], task=Classification(text=("spam",)))},
         r"mood: .*texts.jsonl:1: there is no column 'spam'",
     ),
@@ -245,7 +247,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_mistakes_in_several_tasks(folder, tmp_path, name):
+def test_mistakes_in_several_tasks_are_reported(folder, tmp_path, name):
     change, message = WRONG[name]
     run = replace(two_tasks(folder), workdir=str(tmp_path / "run"))
     with pytest.raises(UserError, match=message):
@@ -253,7 +255,7 @@ def test_mistakes_in_several_tasks(folder, tmp_path, name):
 
 
 @pytest.mark.long
-def test_a_user_defined_task_is_one_file_and_one_config(folder, tmp_path, monkeypatch, capsys):
+def test_a_user_defined_task_requires_one_file_and_one_config(folder, tmp_path, monkeypatch, capsys):
     """The example in docs/your_task.md, unchanged, with a tiny model instead of pretrained weights."""
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     [task] = [block for block in blocks if "class StarsTask" in block]
@@ -281,8 +283,8 @@ def test_a_user_defined_task_is_one_file_and_one_config(folder, tmp_path, monkey
     capsys.readouterr()
     predict = ["predict", "run", str(folder / "texts.jsonl"), "--output", "predictions.jsonl"]
     assert main([*predict, "--config", "config.py"]) == 0
-    told = [json.loads(line) for line in Path("predictions.jsonl").read_text().splitlines()]
-    assert len(told) == 60 and {row["prediction"] for row in told} <= {1, 2, 3, 4, 5}
+    predictions = [json.loads(line) for line in Path("predictions.jsonl").read_text().splitlines()]
+    assert len(predictions) == 60 and {row["prediction"] for row in predictions} <= {1, 2, 3, 4, 5}
     jaxlm.config.TASK_CONFIGS.pop("Stars")
     assert main(predict) == 2
     assert "the task is Stars, which is not a built-in task; give its config with --config" in capsys.readouterr().err
@@ -290,9 +292,9 @@ def test_a_user_defined_task_is_one_file_and_one_config(folder, tmp_path, monkey
 
 
 @pytest.mark.long
-@pytest.mark.usefixtures("devices", "no_pictures")
-def test_a_given_model_needs_no_model_config(folder, tmp_path):
-    """`fit(run, model=lm)` takes head and labels from the task, and dropout from the run."""
+@pytest.mark.usefixtures("devices", "no_plots")
+def test_a_run_with_a_model_requires_no_model_config(folder, tmp_path):
+    """`fit(run, model=lm)` uses the head and the labels of the task, and the dropout of the run."""
     params = init(jaxlm.nn.transformer.Transformer(MODEL), jax.random.key(0))
     tokenizer = jaxlm.data.tokenizers.tokenizer.load(folder / "tokenizer")
     lm = jaxlm.LM(MODEL, jaxlm.nn.transformer.Transformer(MODEL), params, tokenizer)

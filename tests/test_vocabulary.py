@@ -1,4 +1,4 @@
-"""Models and tokenizers of different sizes: refused wherever ids enter, and made equal by `resize`."""
+"""Models and tokenizers of different sizes: every function refuses ids without a row, and `resize` makes them equal."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from jaxlm.nn.transformer import Transformer
 
 TEXT = "the quick brown fox jumps over a lazy dog\n"
 TINY = {"width": 16, "heads": 2, "layers": 1, "max_length": 32}
-ROWS = 30  # of the model; the tokenizer has more
+ROWS = 30  # the rows of the model, fewer than the tokens of the tokenizer
 
 
 def model(rows: int = ROWS, kind: str = "characters", **fields) -> LM:
-    words = tokenizers.train([TEXT * 9 + "XYZ"], TokenizerConfig(train=kind), 60)
+    tokenizer = tokenizers.train([TEXT * 9 + "XYZ"], TokenizerConfig(train=kind), 60)
     config = ModelConfig(**TINY, vocabulary=rows, **fields)
-    return LM(config, Transformer(config), random_params(config), words)
+    return LM(config, Transformer(config), random_params(config), tokenizer)
 
 
 DECODER = {"structure": "decoder", "heads_on_top": ("lm",)}
@@ -63,14 +63,14 @@ def test_a_token_without_a_row_is_refused(name):
     lm = model(kind=kind, **fields) if kind == "characters" else model(8, kind, **fields)
     with pytest.raises(UserError) as error:
         use(lm)
-    said = str(error.value)
-    assert str(lm.config.vocabulary) in said and "jaxlm.resize(lm" in said
+    message = str(error.value)
+    assert str(lm.config.vocabulary) in message and "jaxlm.resize(lm" in message
     if "call" not in name:
-        assert str(lm.tokenizer.size) in said
+        assert str(lm.tokenizer.size) in message
 
 
-def test_texts_of_known_tokens_pass():
-    """Also of a tokenizer with more tokens, as a checkpoint has that was given an unused [PAD]."""
+def test_texts_of_known_tokens_are_accepted():
+    """The tokenizer may have more tokens than the model, for example an unused [PAD]."""
     lm = model(**DECODER)
     assert lm.tokenizer.size > ROWS
     assert lm([[4, 5]]).logits.shape == (1, 2, ROWS)
@@ -111,7 +111,7 @@ def test_new_rows_are_the_mean_of_the_old_ones(name, tied):
     jax.tree.map(np.testing.assert_array_equal, smaller.params, lm.params)
 
 
-def test_resize_takes_the_size_of_the_tokenizer(tmp_path):
+def test_resize_uses_the_size_of_the_tokenizer(tmp_path):
     lm = model(**DECODER)
     larger = jaxlm.resize(lm)
     assert larger.config.vocabulary == larger.tokenizer.size == lm.tokenizer.size
@@ -128,7 +128,7 @@ def test_resize_takes_the_size_of_the_tokenizer(tmp_path):
 
 @pytest.mark.parity
 @pytest.mark.parametrize("family", ["Bert", "GPT2", "T5", "Bart"])
-def test_resizing_is_that_of_transformers(family, tmp_path):
+def test_resized_models_agree_with_transformers(family, tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     from test_parity import FAMILIES, SEQ2SEQ
 
@@ -141,8 +141,8 @@ def test_resizing_is_that_of_transformers(family, tmp_path):
     theirs.resize_token_embeddings(50)
     ours = type(theirs).from_pretrained(tmp_path / "b").eval()
     tokens = torch.tensor([[3, 4, 40]])
-    more = {"decoder_input_ids": tokens} if config.is_encoder_decoder else {}
+    decoder_inputs = {"decoder_input_ids": tokens} if config.is_encoder_decoder else {}
     with torch.no_grad():
-        found, expected = (one(tokens, **more).logits for one in (ours, theirs))
+        found, expected = (model(tokens, **decoder_inputs).logits for model in (ours, theirs))
     assert found.shape == expected.shape and ours.config.vocab_size == 50
-    torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-3)  # transformers draws around the mean
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-3)  # transformers draws new rows around the mean

@@ -378,7 +378,8 @@ def tree_shapes(config: ModelConfig, module: Any = None) -> dict[str, tuple[int,
     # Configs whose parameters have the same shapes for a simple reason share a trace.
     full, plain = resolved(config), ModelConfig()
     same = {name: getattr(plain, name) for name in TRAINING_FIELDS}
-    return _traced_shapes(dataclasses.replace(full, layer_kinds=shortest(list(full.layer_kinds)), **same), None)
+    same |= {"layer_kinds": shortest(list(full.layer_kinds)), "distinct_layers": config.distinct_layers}
+    return _traced_shapes(dataclasses.replace(full, **same), None)
 
 
 @lru_cache

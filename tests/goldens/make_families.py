@@ -25,7 +25,7 @@ def main() -> None:
     arrays, models = {}, {}
     for family, (_, heads, shapes) in test_parity.FAMILIES.items():
         for head in heads:
-            model = test_parity.their_model(family, head, next(iter(shapes)))
+            model = test_parity.transformers_model(family, head, next(iter(shapes)))
             with tempfile.TemporaryDirectory() as folder:
                 model.save_pretrained(folder)
                 stored = safetensors.read(Path(folder)).items()
