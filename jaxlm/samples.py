@@ -21,6 +21,7 @@ import json
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -390,7 +391,8 @@ def bert(folder: StrPath, texts: Iterable[str], vocabulary: int = 300, seed: int
     words = tokenizer.train(texts, TokenizerConfig(train="wordpiece", lowercase=True), vocabulary)
     config = replace(PRESETS["bert-tiny"], heads_on_top=("masked_lm",), vocabulary=vocabulary, max_length=128)
     module = Transformer(replace(config, **sizes))
-    save(LM(module.config, module, init(module, jax.random.key(seed)), words), folder)
+    params = jax.jit(partial(init, module))(jax.random.key(seed))
+    save(LM(module.config, module, params, words), folder)
     return folder
 
 

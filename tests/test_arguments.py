@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from random_params import random_params
 
 import jaxlm
 from jaxlm import ModelConfig, RunConfig, TokenizerConfig, UserError
@@ -24,7 +25,7 @@ CONFIG = ModelConfig(vocabulary=64, max_length=16, width=16, layers=1, heads=2)
 @pytest.fixture(scope="module")
 def lm() -> LM:
     module = Transformer(CONFIG)
-    params = module.init(jax.random.key(0), np.zeros((1, 4), np.int32))["params"]
+    params = random_params(CONFIG)
     tokenizer = train(["to be or not to be"], TokenizerConfig(train="characters"), 16, add_bos=True)
     return LM(CONFIG, module, params, tokenizer)
 
@@ -170,10 +171,11 @@ def test_inference_refuses_invalid_arguments(lm, name):
 def test_prompts_are_ids_of_any_integer_type(lm):
     """A prompt may be a list of NumPy integers or a row of an array."""
     greedy = {"temperature": np.float32(0), "max_new_tokens": np.int64(3), "seed": np.uint8(1), "return_tokens": True}
-    expected = jaxlm.generate(lm, [[1, 2, 3]], **greedy)
+    expected = jaxlm.generate(lm, [[1, 2, 3]], stop_tokens=(), **greedy)
+    assert 60 not in expected[0] and len(expected[0]) == 3
     ids = np.array([[1, 2, 3]])
     for prompts in (ids.astype(np.uint8), ids.astype(np.uint64), [ids[0].astype(np.int16)], [tuple(ids[0])]):
-        assert jaxlm.generate(lm, prompts, **greedy) == expected
+        assert jaxlm.generate(lm, prompts, stop_tokens=(), **greedy) == expected
     assert jaxlm.generate(lm, iter([[1, 2, 3]]), stop_tokens=np.array([60]), **greedy) == expected
 
 

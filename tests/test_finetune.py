@@ -266,7 +266,7 @@ def test_packed_equals_unpacked_in_any_order(case, model):
     assert all(0 <= prediction.get("confidence", 1) <= 1.00001 for prediction in predicted)
 
 
-@pytest.mark.parametrize(("case", "model"), table(INDEPENDENT, ("class", "questions")))
+@pytest.mark.parametrize(("case", "model"), table(INDEPENDENT, ()))
 def test_the_loss_of_an_example_depends_on_its_own_tokens_alone(case, model):
     """The gradient of the loss of one unit is zero at the embeddings of all other tokens. All tokens differ."""
     task, _, params, _ = compile_case(case, model)
@@ -1015,7 +1015,7 @@ TOYS = {
     "choice": Toy(MultipleChoice(), toy_choice, 0.9, 0.6),
 }
 TOY_SIZES = {"initial_std": 0.1, "vocabulary": 70, "width": 32, "mlp_width": 64, "max_length": 48, "heads_on_top": ()}
-TOY_NAMES = [pytest.param(n, marks=() if n in ("class", "questions") else pytest.mark.long) for n in TOYS]
+TOY_NAMES = [pytest.param(n, marks=() if n == "class" else pytest.mark.long) for n in TOYS]
 
 
 def toy_run(name: str, data: Path, workdir: Path) -> RunConfig:

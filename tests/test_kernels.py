@@ -100,7 +100,9 @@ QUICK = [
 ]
 
 
-@pytest.mark.parametrize("causal, window, H, K, cap, dtype", QUICK)
+@pytest.mark.parametrize(
+    "causal, window, H, K, cap, dtype", [QUICK[0], *(pytest.param(*case, marks=pytest.mark.long) for case in QUICK[1:])]
+)
 def test_splash_equals_xla(causal, window, H, K, cap, dtype):
     check_splash(causal, window, H, K, cap, dtype)
 

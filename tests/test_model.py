@@ -48,9 +48,9 @@ B, T = 4, 16
 SHORT = 7  # length of single sequences; a packed row contains two of them
 
 
-def mark_long(*values: Any) -> Any:
-    """Returns the values as a parameter, marked long if the first value, a model, is not in QUICK."""
-    return pytest.param(*values, marks=() if values[0] in QUICK else pytest.mark.long)
+def mark_long(*values: Any, fast: tuple[str, ...] = QUICK) -> Any:
+    """Returns the values as a parameter, marked long if the first value, a model, is not in `fast`."""
+    return pytest.param(*values, marks=() if values[0] in fast else pytest.mark.long)
 
 
 @pytest.fixture(scope="module", params=map(mark_long, MODELS))
@@ -280,7 +280,7 @@ def assert_is_the_reference_step(name: str, step) -> None:
 ONE = partial(sharding.make_mesh, MeshConfig(1))
 
 
-@pytest.mark.parametrize("name", list(map(mark_long, MODELS)))
+@pytest.mark.parametrize("name", [mark_long(name, fast=("gpt2", "t5")) for name in MODELS])
 def test_micro_batches_equal_the_large_batch(name):
     model = MODELS[name]
     step = one_step(model, params_of(name), packed_batch(model), 4, ONE(jax.devices()[:1]))
@@ -288,7 +288,7 @@ def test_micro_batches_equal_the_large_batch(name):
 
 
 MESHES = [(1, 2, 3), (4, 1, 1), (2, 2, 1), (1, 4, 1), (2, 1, 3)]
-SHARDED = [mark_long(name, MESHES[0]) for name in MODELS]
+SHARDED = [mark_long(name, MESHES[0], fast=("qwen3", "t5")) for name in MODELS]
 SHARDED += [pytest.param(name, MESHES[1 + n % 4], marks=pytest.mark.long) for n, name in enumerate(MODELS)]
 
 
@@ -304,7 +304,7 @@ def test_a_sharded_step_equals_an_unsharded_one(name, sizes):
 WIDE = {"width": 32, "heads": 8, "kv_heads": None, "head_width": None, "mlp_width": 32}
 EIGHT = {name: replace(MODELS[name], **WIDE) for name in ("bert", "qwen3", "mistral", "t5", "bart", "deberta")}
 POWERS = [tuple(1 << n for n in powers) for powers in product(range(4), repeat=4) if sum(powers) == 3]
-SOME = {"bert": [(1, 2, 2, 2)], "qwen3": [(2, 1, 2, 2)], "t5": [(1, 2, 1, 4)]}
+SOME = {"bert": [(1, 2, 2, 2)]}
 SHAPES = [
     pytest.param(name, sizes, marks=() if sizes in SOME.get(name, ()) else pytest.mark.long)
     for name in EIGHT
@@ -374,7 +374,7 @@ def test_decoding_several_tokens_at_once_equals_one_at_a_time(name):
         np.testing.assert_allclose(np.asarray(chunk), whole[:, n : n + 3], atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", list(map(mark_long, MODELS)))
+@pytest.mark.parametrize("name", [mark_long(name, fast=("gpt2", "t5")) for name in MODELS])
 def test_bfloat16_compute_keeps_float32_parameters_and_loss(name):
     losses, grads = gradient(name, dtype=jnp.bfloat16)(params_of(name), packed_batch(MODELS[name]))
     for n, (value, _) in losses.items():

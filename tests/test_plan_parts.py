@@ -290,7 +290,7 @@ def causal(module, params, batch):
 
 
 @pytest.mark.parametrize("model", [DECODER, LLAMA], ids=["gpt2", "llama"])
-@pytest.mark.parametrize("T", [17, 200])
+@pytest.mark.parametrize("T", [17, pytest.param(200, marks=pytest.mark.long)])
 @pytest.mark.parametrize("remat", ["none", "elementwise", "dots", "full"])
 def test_products_of_a_decoder_are_those_of_the_formula(model, T, remat):
     batch = packed_batch(2, T) if model.types else {k: v for k, v in packed_batch(2, T).items() if k != "types_BT"}
@@ -325,7 +325,7 @@ def test_only_predicted_positions_are_counted_in_the_head():
 
 
 @pytest.mark.parametrize("model", [ALBERT, DEBERTA, MODERN], ids=["albert", "deberta", "modernbert"])
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", ["none", pytest.param("dots", marks=pytest.mark.long), "full"])
 def test_products_of_other_encoders_are_those_of_the_formula(model, remat):
     def loss(module, params, tokens_BT):
         x_BPD = apply(module, params, tokens_BT)[:, :5]

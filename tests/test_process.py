@@ -88,7 +88,12 @@ STREAMS = {
 }
 
 
-@pytest.mark.parametrize("name", STREAMS)
+FAST = ("a full output", "closed input and output")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in FAST else pytest.mark.long) for name in STREAMS]
+)
 def test_unwritable_streams_cause_no_traceback(tmp_path, name):
     arguments, shell, code, message = STREAMS[name]
     result = run(arguments, shell, cwd=tmp_path)

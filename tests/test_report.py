@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -485,7 +486,7 @@ def test_cross_attention_of_a_translation_is_computed(tmp_path):
     sizes = {"vocabulary": 40, "width": 16, "layers": 2, "heads": 2, "max_length": 32}
     config = ModelConfig(**sizes, structure="encoder_decoder", start_token=0)
     module = Transformer(config)
-    lm = LM(config, module, init(module, jax.random.key(0)), words)
+    lm = LM(config, module, jax.jit(partial(init, module))(jax.random.key(0)), words)
     picture = report.attention(lm, "a dog", "a cat", layer=0)
     assert picture.read == ("a", "_", "d", "o", "g", "</s>") and picture.written[-1] == "</s>"
     heads = [report.attention(lm, "a dog", "a cat", layer=-2, head=n).weights_TS for n in (0, 1)]

@@ -221,7 +221,10 @@ def test_a_prefix_attends_to_the_whole_prefix_and_to_no_later_token():
     assert later[: prompt + 1].min() > 1e-6 and later[prompt + 1 :].max(initial=0) == 0
 
 
-@pytest.mark.parametrize("model", ["prefix", "separate", "marian"])
+@pytest.mark.parametrize(
+    "model",
+    ["prefix", pytest.param("separate", marks=pytest.mark.long), pytest.param("marian", marks=pytest.mark.long)],
+)
 def test_generated_tokens_are_the_most_likely_tokens_of_a_packed_batch(model):
     """Greedily generated texts, as targets, are the most likely token at every position of a packed batch."""
     config, task, params = MODELS[model], task_of(model, 64), compiled(model)[1]
