@@ -1169,6 +1169,7 @@ def test_predictions_do_not_depend_on_labels(train_toy, name):
         assert [row["prediction"] for row in jaxlm.predict(lm, rows, task=task)] == ["London", ""]
 
 
+@pytest.mark.long
 def test_a_resumed_run_equals_an_uninterrupted_run(train_toy, toys, tmp_path):
     """The runs have the same best checkpoint, the same early stop and the same scores."""
     uninterrupted, run = train_toy("class"), toy_run("class", toys, tmp_path / "run")

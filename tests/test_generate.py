@@ -295,7 +295,8 @@ def test_the_repetition_penalty_changes_the_logits_of_earlier_tokens():
     rows = [list(prompt) for prompt in prompts()]
     for _ in range(NEW):
         for row in rows:
-            logits = np.array(lm(np.array([row])).logits)[0, -1, : tokenizer().size]
+            padded = np.array([row + [0] * (32 - len(row))], np.int32)
+            logits = np.array(forward("gpt2")(lm.params, padded))[0, len(row) - 1, : tokenizer().size]
             earlier = np.array(sorted(set(row)))
             logits[earlier] = np.where(logits[earlier] < 0, logits[earlier] * 1.5, logits[earlier] / 1.5)
             row.append(int(logits.argmax()))

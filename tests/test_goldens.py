@@ -52,11 +52,15 @@ def goldens() -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         return json.loads(arrays["models"].tobytes()), {name: arrays[name] for name in arrays.files if "/" in name}
 
 
+FAST = ("bert", "deberta-v2", "modernbert", "gpt2", "llama", "gemma2", "t5", "bart")
+
+
 def cases() -> list[Any]:
-    """Returns the classes of transformers. All except the first class of a family have the mark `long`."""
+    """Returns the classes of transformers. All except the first classes of some families have the mark `long`."""
     models = goldens()[0] if GOLDENS.exists() else {}
     first = {model["config"]["model_type"]: name for name, model in reversed(models.items())}
-    return [pytest.param(name, marks=() if name in first.values() else pytest.mark.long) for name in models]
+    fast = {first.get(name) for name in FAST}
+    return [pytest.param(name, marks=() if name in fast else pytest.mark.long) for name in models]
 
 
 @pytest.mark.parametrize("name", cases())

@@ -284,15 +284,15 @@ def test_a_part_of_a_batch_has_the_rows_of_the_whole_batch():
 TASKS = {"causal": (), "classes": ("classes",), "pairs": ("pairs",)}  # the last one evaluates by generation
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("task", "mesh"),
     [
         ("causal", ()),
-        pytest.param("causal", ("--mesh.data", "1", "--mesh.fsdp", "2"), marks=pytest.mark.long),
-        pytest.param("causal", ("--mesh.data", "1", "--mesh.tensor", "2"), marks=pytest.mark.long),
-        pytest.param("classes", (), marks=pytest.mark.long),
-        pytest.param("classes", ("--mesh.data", "1", "--mesh.fsdp", "2"), marks=pytest.mark.long),
-        pytest.param("pairs", ("--mesh.data", "1", "--mesh.fsdp", "2"), marks=pytest.mark.long),
+        ("causal", ("--mesh.data", "1", "--mesh.fsdp", "2")),
+        ("causal", ("--mesh.data", "1", "--mesh.tensor", "2")),
+        ("classes", ("--mesh.data", "1", "--mesh.fsdp", "2")),
+        ("pairs", ("--mesh.data", "1", "--mesh.fsdp", "2")),
     ],
     ids=lambda x: " ".join(x) or "data" if isinstance(x, tuple) else x,
 )

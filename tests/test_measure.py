@@ -89,7 +89,12 @@ def test_the_utilisation_is_model_flops_over_time_and_peak(tmp_path, known_chip)
 
 
 @pytest.mark.parametrize(
-    "more", [{"compute_dtype": "float32"}, {"optimizer": OptimizerConfig(freeze="embeddings")}], ids=str
+    "more",
+    [
+        {"compute_dtype": "float32"},
+        pytest.param({"optimizer": OptimizerConfig(freeze="embeddings")}, marks=pytest.mark.long),
+    ],
+    ids=str,
 )
 def test_no_utilisation_is_logged_for_another_dtype_or_frozen_parameters(tmp_path, known_chip, more):
     run = make_run(tmp_path, steps=4, **more)

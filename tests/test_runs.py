@@ -400,7 +400,8 @@ def state_shapes() -> TrainState:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one), state)
 
 
-@pytest.mark.parametrize("damage", ["flipped", *(pytest.param(d, marks=pytest.mark.long) for d in list(DAMAGE)[1:])])
+@pytest.mark.long
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_checkpoint_is_never_restored(stopped_run, tmp_path, damage):
     """For each damaged file, the same state or, with a message, the previous checkpoint is restored."""
     whole = restore_newest(stopped_run)
@@ -745,9 +746,8 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-@pytest.mark.parametrize(
-    "free_bytes", [pytest.param(0, marks=pytest.mark.long), 1 << 16, pytest.param(1 << 18, marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("free_bytes", [0, 1 << 16, 1 << 18])
 def test_a_full_disk_ends_the_run_and_the_last_checkpoint_stays(
     config, data_dir, reference, stopped_run, small_disk, tmp_path, devices, free_bytes
 ):
