@@ -123,6 +123,20 @@ def test_presets_are_close_to_the_rounded_numbers_of_parameters(name):
     assert transformer.count_parameters(PRESETS[name]) == pytest.approx(count, rel=tolerance)
 
 
+@pytest.mark.parametrize("name", ["bart", "t5", "albert", "modernbert", "gpt2"])
+def test_shapes_are_those_of_the_initial_parameters(name):
+    """Also where a config omits default sizes, and the encoder and the decoder have different numbers of layers."""
+    config = member(name, next(iter(FAMILIES[name].heads)), ODD | {"layers": 3})
+    more = {"decoder_layers": 2} if config.structure == "encoder_decoder" else {}
+    for changes in (more, {"dropout": 0.3, "mlp_width": None}, {"mlp_width": 14}):
+        changed = dataclasses.replace(config, **changes)
+        params = jax.eval_shape(
+            lambda config=changed: transformer.init(transformer.Transformer(config), jax.random.key(0))
+        )
+        expected = {path: leaf.shape for path, leaf in convert.flat(params).items()}
+        assert convert.tree_shapes(changed) == expected
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_valid(name):
     PRESETS[name].check()
