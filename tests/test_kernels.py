@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -17,9 +18,14 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from jaxlm.nn import kernels
+from jaxlm.config import CausalLM, ModelConfig, OptimizerConfig
+from jaxlm.nn import attention, kernels
 from jaxlm.nn.attention import Scores, cross_mask, dot_product_attention, self_mask
 from jaxlm.nn.kernels import Backend, backend_of, choose, fused, why_not
+from jaxlm.nn.transformer import Transformer, init
+from jaxlm.run.optimizer import make_optimizer
+from jaxlm.run.step import TrainState, make_train_step
+from jaxlm.tasks.pretraining import CausalLMTask
 
 B, T, C = 2, 256, 64
 # Lengths of the examples in each row: three examples and padding, and one example that fills its row.
@@ -238,6 +244,83 @@ def test_cudnn_lowers_for_a_gpu(mesh, monkeypatch):
     traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, k, k, segments_BT)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "__cudnn$fmhaScaleBias" in text and "__cudnn$fmhaScaleBiasSoftmaxBackward" in text.replace("Dropout", "")
+
+
+WHOLE_ROWS = [  # causal, window, T, mesh
+    (True, None, 256, None),
+    pytest.param(True, 30, 250, None, marks=pytest.mark.long),
+    pytest.param(False, None, 250, None, marks=pytest.mark.long),
+    pytest.param(True, None, 256, "fsdp2_tensor2_context2", marks=pytest.mark.long),
+]
+
+
+@pytest.mark.parametrize("causal, window, T, mesh", WHOLE_ROWS)
+def test_splash_without_segments_equals_splash_with_one_segment(causal, window, T, mesh):
+    options = {"causal": causal, "window": window, "scale": 0.2, "interpret": True}
+    qkv = draw((B, T, 4, C), (B, T, 2, C), (B, T, 2, C))
+    (g_BTHC,) = draw((B, T, 4, C))
+    ones_BT, mesh = jnp.ones((B, T), jnp.int32), mesh and mesh_of(mesh)
+    outputs = lambda segments_BT: outputs_and_gradients(
+        lambda q, k, v: fused("splash", mesh, q, k, v, segments_BT, segments_BT, **options), ones_BT, g_BTHC
+    )
+    assert_same(outputs(None)(*qkv), outputs(ones_BT)(*qkv), 1e-5)
+
+
+@pytest.mark.parametrize("mesh", [None, "fsdp2_tensor2_context2"])
+@pytest.mark.parametrize("causal, window", [(True, None), (False, None), (True, 30), (False, 30)])
+def test_cudnn_without_segments_equals_cudnn_with_one_segment(causal, window, mesh, monkeypatch):
+    """Computes the call to cuDNN with XLA instead."""
+    calls = []
+
+    def attend(*qkv, implementation, **options):
+        calls.append(options)
+        return dot_product_attention_of_jax(*qkv, implementation="xla", **options)
+
+    dot_product_attention_of_jax = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
+    options = {"causal": causal, "window": window, "scale": 0.2}
+    qkv, ones_BT = draw((B, 62, 4, 8), (B, 62, 2, 8), (B, 62, 2, 8)), jnp.ones((B, 62), jnp.int32)
+    mesh = mesh and mesh_of(mesh)
+    ours, theirs = (fused("cudnn", mesh, *qkv, of, of, **options) for of in (None, ones_BT))
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    needs_mask = (mesh is not None and causal) or (window is not None and not causal)
+    assert ("mask" in calls[0]) == needs_mask and "mask" in calls[-1]
+
+
+def step_for_a_gpu(monkeypatch, length: int, stream: bool, remat: str = "none") -> str:
+    """Returns the program of a train step, lowered for a GPU. Compiling and running it requires one."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91200)
+    monkeypatch.setattr(attention, "backend_of", lambda mesh: H100)
+    model = ModelConfig(vocabulary=40, max_length=length, width=64, layers=2, heads=2, mlp_width=96)
+    task = CausalLMTask(CausalLM(stream=stream), length, 0, None)
+    module = Transformer(model, dtype=jnp.bfloat16, remat=remat)
+    shapes = jax.eval_shape(partial(init, module), jax.random.key(0))
+    optimizer = make_optimizer(OptimizerConfig(), 10, shapes)
+    state = jax.eval_shape(
+        lambda params: TrainState(jnp.int32(0), params, optimizer.init(params), jnp.zeros(2, jnp.uint32)), shapes
+    )
+    fields = {"tokens_BT": jnp.int32, "segments_BT": jnp.int32, "positions_BT": jnp.int32, "labels_BT": jnp.int32}
+    batch = {name: jax.ShapeDtypeStruct((1, 4, length), dtype) for name, dtype in fields.items()}
+    batch["weights_BT"] = jax.ShapeDtypeStruct((1, 4, length), jnp.float32)
+    step = make_train_step(task, module, optimizer, lambda _: 1e-3)
+    return jax.jit(step).trace(state, batch).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_train_step_on_a_gpu_makes_a_mask_only_for_packed_rows(stream, monkeypatch):
+    text = step_for_a_gpu(monkeypatch, 48, stream)
+    assert "__cudnn$fmhaSoftmax" in text if stream else "__cudnn$fmhaScaleBiasSoftmax" in text
+    assert bool(re.search(r"tensor<([0-9]+x)*48x48x", text)) != stream
+
+
+@pytest.mark.parametrize("remat, forward", [("none", 1), ("elementwise", 1), ("dots", 1), ("full", 2)])
+def test_only_full_recomputation_runs_the_kernel_twice(remat, forward, monkeypatch):
+    """The layers are scanned, so that each call is in the program once."""
+    text = step_for_a_gpu(monkeypatch, 48, True, remat)
+    assert text.count('"__cudnn$fmhaSoftmax"') + text.count("@__cudnn$fmhaSoftmax(") == forward
+    assert text.count("__cudnn$fmhaSoftmaxBackward") == 1
 
 
 COMPILES = """

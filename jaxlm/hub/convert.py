@@ -339,8 +339,10 @@ def equal(a: Any, b: Any) -> bool:
 
 
 # Fields that affect only training.
-TRAINING_FIELDS = ("dropout", "attention_dropout", *DROPOUT_SITES)
-TRAINING_FIELDS += ("initial_std", "initial_by_inputs", "scale_residual_init")
+TRAINING_FIELDS = (
+    *("dropout", "attention_dropout", *DROPOUT_SITES),
+    *("initial_std", "initial_by_inputs", "scale_residual_init"),
+)
 MAX_LINES = 40  # in a message about weights that do not match the config
 
 

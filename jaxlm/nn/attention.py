@@ -36,9 +36,10 @@ class AttentionInputs(NamedTuple):
     """Masks and positions of attention, shared by all layers of a kind.
 
     Attributes:
-      mask_BTS: True where query t attends to key s.
+      mask_BTS: True where query t attends to key s; B may be 1.
       causal: whether the mask hides later positions of the row.
-      segments: segments of queries and keys, if they, `causal` and `window` fully define the mask; else None.
+      segments: segments of queries and keys, if they, `causal` and `window` fully define the mask; else None. Segments
+        that are None themselves mean that each row is one example.
       window: the width of local attention; None for global attention.
       rotary: rotary angles of the queries and keys; B may be 1.
       bias_BHTS: T5's relative positions; B may be 1.
@@ -50,7 +51,7 @@ class AttentionInputs(NamedTuple):
 
     mask_BTS: jax.Array
     causal: bool = False
-    segments: tuple[jax.Array, jax.Array] | None = None
+    segments: tuple[jax.Array | None, jax.Array | None] | None = None
     window: int | None = None
     rotary: RotaryAngles | None = None
     bias_BHTS: jax.Array | None = None

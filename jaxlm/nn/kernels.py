@@ -29,6 +29,17 @@ CONTEXT = "context"  # the mesh axis over which queries are sharded by position
 RESIDUALS = "attention"  # the name of splash's output and sums in policies of `jax.checkpoint`
 
 
+_save_named = jax.checkpoint_policies.save_only_these_names(RESIDUALS)
+
+
+def save_attention(primitive: Any, *inputs: Any, **parameters: Any) -> Any:
+    """A policy of `jax.checkpoint` that saves the output and the sums of each fused kernel, and nothing else.
+
+    JAX names no output of cuDNN's kernel, so it is found by its primitive.
+    """
+    return primitive.name.startswith("dot_product_attention_fwd") or _save_named(primitive, *inputs, **parameters)
+
+
 class Backend(NamedTuple):
     """The hardware that a program runs on. For example, a TPU v5e is ("tpu", 5.0), an H100 is ("cuda", 9.0).
 
@@ -172,8 +183,8 @@ def fused(
     q_BTHC: jax.Array,
     k_BSKC: jax.Array,
     v_BSKC: jax.Array,
-    segments_BT: jax.Array,
-    segments_BS: jax.Array,
+    segments_BT: jax.Array | None,
+    segments_BS: jax.Array | None,
     *,
     causal: bool,
     window: int | None = None,
@@ -194,8 +205,8 @@ def fused(
       q_BTHC: queries.
       k_BSKC: keys.
       v_BSKC: values.
-      segments_BT: segments of the queries.
-      segments_BS: segments of the keys.
+      segments_BT: segments of the queries; None: each row is one segment, and the kernel reads no mask.
+      segments_BS: segments of the keys; None: as above.
       causal: whether queries attend to no later keys.
       window: the width of local attention; None: global attention.
       scale: factor of the scores.
@@ -205,8 +216,13 @@ def fused(
     T = q_BTHC.shape[1]
     rows, heads, length = _axes(mesh)
     parts = _ways(mesh, length)
-    q_BTHC, segments_BT = (_pad(x, parts * MULTIPLE[kernel]) for x in (q_BTHC, segments_BT))
-    k_BSKC, v_BSKC, segments_BS = (_pad(x, MULTIPLE[kernel]) for x in (k_BSKC, v_BSKC, segments_BS))
+    if segments_BT is None or segments_BS is None:
+        segments_BT = segments_BS = None
+        if not causal and k_BSKC.shape[1] % MULTIPLE[kernel]:  # causality hides the padding of keys
+            segments_BT, segments_BS = (jnp.ones(x.shape[:2], jnp.int32) for x in (q_BTHC, k_BSKC))
+    pad_queries, pad_keys = partial(_pad, multiple=parts * MULTIPLE[kernel]), partial(_pad, multiple=MULTIPLE[kernel])
+    q_BTHC, segments_BT = jax.tree.map(pad_queries, (q_BTHC, segments_BT))
+    k_BSKC, v_BSKC, segments_BS = jax.tree.map(pad_keys, (k_BSKC, v_BSKC, segments_BS))
     if window is not None and window >= max(q_BTHC.shape[1], k_BSKC.shape[1]):
         window = None
     plan = plan_spec = None
@@ -233,15 +249,15 @@ def _splash(
     q_BTHC: jax.Array,
     k_BSKC: jax.Array,
     v_BSKC: jax.Array,
-    segments_BT: jax.Array,
-    segments_BS: jax.Array,
+    segments_BT: jax.Array | None,
+    segments_BS: jax.Array | None,
     *,
     scale: float,
 ) -> jax.Array:
     from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
 
     heads_first = lambda x_BTHC: x_BTHC.transpose(0, 2, 1, 3)
-    segments = SegmentIds(segments_BT, segments_BS)
+    segments = None if segments_BT is None or segments_BS is None else SegmentIds(segments_BT, segments_BS)
     return heads_first(jax.vmap(plan)(heads_first(q_BTHC * scale), heads_first(k_BSKC), heads_first(v_BSKC), segments))
 
 
@@ -290,15 +306,23 @@ def _cudnn(
     q_BTHC: jax.Array,
     k_BSKC: jax.Array,
     v_BSKC: jax.Array,
-    segments_BT: jax.Array,
-    segments_BS: jax.Array,
+    segments_BT: jax.Array | None,
+    segments_BS: jax.Array | None,
     *,
     causal: bool,
     window: int | None,
     scale: float,
     parts: int,
 ) -> jax.Array:
-    mask_BTS = segments_BT[:, :, None] == segments_BS[:, None, :]
+    options: dict[str, Any] = {"scale": scale, "implementation": "cudnn", "is_causal": causal and parts == 1}
+    if segments_BT is None or segments_BS is None:
+        if window is None and (parts == 1 or not causal):
+            return jax.nn.dot_product_attention(q_BTHC, k_BSKC, v_BSKC, **options)
+        if causal and window is not None and parts == 1:
+            return jax.nn.dot_product_attention(q_BTHC, k_BSKC, v_BSKC, local_window_size=(window - 1, 0), **options)
+        mask_BTS = jnp.ones((1, q_BTHC.shape[1], k_BSKC.shape[1]), bool)
+    else:
+        mask_BTS = segments_BT[:, :, None] == segments_BS[:, None, :]
     T, S = jnp.arange(q_BTHC.shape[1]), jnp.arange(k_BSKC.shape[1])
     if parts > 1:
         T += jax.lax.axis_index(CONTEXT) * q_BTHC.shape[1]
@@ -306,15 +330,7 @@ def _cudnn(
         mask_BTS &= T[:, None] >= S
     if window is not None:  # cuDNN's windows require causal masks, and allow no other mask before version 9.10.2
         mask_BTS &= jnp.abs(T[:, None] - S) < window
-    return jax.nn.dot_product_attention(
-        q_BTHC,
-        k_BSKC,
-        v_BSKC,
-        mask=mask_BTS[:, None],
-        scale=scale,
-        is_causal=causal and parts == 1,
-        implementation="cudnn",
-    )
+    return jax.nn.dot_product_attention(q_BTHC, k_BSKC, v_BSKC, mask=mask_BTS[:, None], **options)
 
 
 def _pad(x_BT: jax.Array, multiple: int) -> jax.Array:

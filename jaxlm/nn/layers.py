@@ -166,8 +166,10 @@ class Convolution(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, y_BTD: jax.Array, segments_BT: jax.Array) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, y_BTD: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
         config, (_, T, D) = self.config, x_BTD.shape
+        if segments_BT is None:  # each row is one example
+            segments_BT = jnp.ones((1, T), jnp.int32)
         size, padding = config.conv_width, config.conv_width // 2
         kernel = array(self, "kernel", initial(config, size * D), (size, D, D))
         bias_D = array(self, "bias", nn.initializers.zeros, (D,))

@@ -22,7 +22,7 @@ from jaxlm.devices.sharding import Placement
 from jaxlm.errors import UserError, suggestion
 from jaxlm.nn.attention import MIXERS, Attention, AttentionInputs, Cache, cache_positions, cross_mask, self_mask
 from jaxlm.nn.heads import ClassesHead, MaskedLMHead, PerTokenHead, PooledHead, ReplacedHead, Transform, VocabularyHead
-from jaxlm.nn.kernels import RESIDUALS
+from jaxlm.nn.kernels import save_attention
 from jaxlm.nn.layers import FEED_FORWARDS, Convolution, Dropout, Linear, Norm
 from jaxlm.nn.nodes import array
 from jaxlm.nn.positions import BY_LENGTH, Buckets, Disentangled, rotary_angles, sinusoidal
@@ -48,9 +48,7 @@ REMAT = {
     "none": _POLICIES.everything_saveable,
     "elementwise": _save_all_but_elementwise,
     # Products with weights, and the output of a fused attention kernel.
-    "dots": _POLICIES.save_from_both_policies(
-        _POLICIES.dots_with_no_batch_dims_saveable, _POLICIES.save_only_these_names(RESIDUALS)
-    ),
+    "dots": _POLICIES.save_from_both_policies(_POLICIES.dots_with_no_batch_dims_saveable, save_attention),
     "full": _POLICIES.nothing_saveable,  # only the input of each layer
     "offload": _POLICIES.save_and_offload_only_these_names(  # only that input, in the memory of the host
         names_which_can_be_saved=[],
@@ -131,13 +129,14 @@ class SequenceInputs(NamedTuple):
     """The inputs of a stack in addition to hidden states.
 
     Attributes:
-      segments_BT: number of each token's example in the row, from 1; 0 for padding.
+      segments_BT: number of each token's example in the row, from 1; 0 for padding. None: each row is one example,
+        without padding, or for a decoder with padding on the right, which causality hides.
       positions_BT: position of each token in its example.
       mask_BTS: an additional mask, False where query t must not attend to key s; None: no additional mask.
       prefix_BT: 1 for tokens of the prefix, which the whole example attends to (`config.prefix_lm`).
     """
 
-    segments_BT: jax.Array
+    segments_BT: jax.Array | None
     positions_BT: jax.Array
     mask_BTS: jax.Array | None = None
     prefix_BT: jax.Array | None = None
@@ -379,7 +378,7 @@ class Stack(nn.Module):
             return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
         first_BTD, outputs = x_BTD, []
-        if config.conv_width and segments_BT is not None:
+        if config.conv_width:
             # The convolution reads the embeddings and is added to the output of the first layer.
             x_BTD, (_, output) = apply_layers(x_BTD, select(layers, np.s_[:1]))
             x_BTD = Convolution(config, self.dtype, name="conv")(first_BTD, x_BTD, segments_BT)
@@ -463,8 +462,9 @@ class Stack(nn.Module):
                 if window is not None:
                     mask_BTS &= slots_BTS > positions_BT[:, :, None] - window
             else:
-                assert segments_BT is not None
-                mask_BTS = self_mask(segments_BT, self.causal, window, prefix_BT)
+                # One row of the mask serves all rows that are one example each; the kernels need no mask for them.
+                one_BT = jnp.ones((1, positions_BT.shape[1]), jnp.int32)
+                mask_BTS = self_mask(one_BT if segments_BT is None else segments_BT, self.causal, window, prefix_BT)
                 segments = None if prefix_BT is not None else (segments_BT, segments_BT)
                 if extra_mask_BTS is not None:
                     mask_BTS, segments = mask_BTS & extra_mask_BTS, None
@@ -494,7 +494,8 @@ class Stack(nn.Module):
             return positions_BT.max(1, keepdims=True) + 1
         if keep is not None:
             return keep.lengths_B[:, None]
-        assert segments_BT is not None
+        if segments_BT is None:
+            return jnp.full((1, 1), positions_BT.shape[1])
         count = segments_BT.shape[1] + 1
         last = lambda positions_T, segments_T: jax.ops.segment_max(positions_T, segments_T, count)[segments_T]
         return jax.vmap(last)(positions_BT, segments_BT) + 1
@@ -508,8 +509,9 @@ class Stack(nn.Module):
 class Transformer(nn.Module):
     """Embeddings, one or two stacks as in `config.structure`, and heads.
 
-    By default, a row holds one example without padding: segments are 1, positions start at 0, types are 0. Most methods
-    return hidden states [B, T, D]. Heads are separate methods, which tasks apply to the hidden states that they need.
+    By default, a row holds one example without padding: there are no segments, positions start at 0, types are 0. Most
+    methods return hidden states [B, T, D]. Heads are separate methods, which tasks apply to the hidden states that they
+    need.
     """
 
     config: ModelConfig
@@ -567,7 +569,7 @@ class Transformer(nn.Module):
 
         In an encoder-decoder they belong to the encoder. `tokens_BT` is the input of the front end.
         """
-        segments_BT, positions_BT = self._defaults(tokens_BT, segments_BT, positions_BT)
+        positions_BT = self._positions(tokens_BT, positions_BT)
         x_BTD = self.embeddings(tokens_BT, positions_BT, types_BT)
         return x_BTD, SequenceInputs(segments_BT, positions_BT, mask_BTS, prefix_BT)
 
@@ -603,9 +605,9 @@ class Transformer(nn.Module):
 
         `context_BSD` is the output of the encoder; `SequenceInputs` describes the other arguments.
         """
-        segments_BT, positions_BT = self._defaults(tokens_BT, segments_BT, positions_BT)
+        positions_BT = self._positions(tokens_BT, positions_BT)
         x_BTD = self._decoder_embeddings(tokens_BT, positions_BT, types_BT)
-        context_inputs, _ = _cross_attention_inputs(segments_BT, context_BSD, context_segments_BS)
+        context_inputs, _ = _cross_attention_inputs(tokens_BT, segments_BT, context_BSD, context_segments_BS)
         named: dict[str, Any] = {"prefix_BT": prefix_BT, "mask_BTS": mask_BTS}
         return self.decoder(x_BTD, segments_BT, positions_BT, context_BSD, context_inputs, **named)[0]
 
@@ -618,14 +620,13 @@ class Transformer(nn.Module):
     ) -> tuple[jax.Array, Caches]:
         """Like `decode`, for prompts padded on the right; also returns caches for `decode_cached`."""
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-        segments_BT = jnp.ones_like(tokens_BT)  # causality hides the padding on the right
         x_BTD = self._decoder_embeddings(tokens_BT, positions_BT, None)
         context_inputs, context_segments_BS = _cross_attention_inputs(
-            segments_BT, context_BSD, context_segments_BS, keep=True
+            tokens_BT, None, context_BSD, context_segments_BS, keep=True
         )
         prefix_BT = positions_BT < keep.lengths_B[:, None] if self.config.prefix_lm else None
         x_BTD, caches = self.decoder(
-            x_BTD, segments_BT, positions_BT, context_BSD, context_inputs, keep=keep, prefix_BT=prefix_BT
+            x_BTD, None, positions_BT, context_BSD, context_inputs, keep=keep, prefix_BT=prefix_BT
         )
         assert caches is not None
         return x_BTD, caches._replace(context_segments_BS=context_segments_BS)
@@ -717,17 +718,14 @@ class Transformer(nn.Module):
     def _transformed(self, x: jax.Array) -> jax.Array:
         return self.transform_head(x) if self.config.shared_transform else x
 
-    def _defaults(
-        self, tokens_BT: jax.Array, segments_BT: jax.Array | None, positions_BT: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array]:
-        if segments_BT is None:
-            segments_BT = jnp.ones(tokens_BT.shape[:2], jnp.int32)
+    def _positions(self, tokens_BT: jax.Array, positions_BT: jax.Array | None) -> jax.Array:
+        """Returns the given positions, by default those of rows of one example."""
         if positions_BT is None and self.config.padding_token is not None:
             is_token_BT = tokens_BT != self.config.padding_token
             positions_BT = jnp.cumsum(is_token_BT, 1) * is_token_BT - 1
         elif positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape[:2])
-        return segments_BT, positions_BT
+        return positions_BT
 
     def initialise(self, tokens_BT: jax.Array) -> None:
         """Uses every parameter once; for `init`."""
@@ -737,7 +735,11 @@ class Transformer(nn.Module):
 
 
 def _cross_attention_inputs(
-    segments_BT: jax.Array, context_BSD: jax.Array | None, context_segments_BS: jax.Array | None, keep: bool = False
+    tokens_BT: jax.Array,
+    segments_BT: jax.Array | None,
+    context_BSD: jax.Array | None,
+    context_segments_BS: jax.Array | None,
+    keep: bool = False,
 ) -> tuple[AttentionInputs | None, jax.Array | None]:
     """Returns the inputs of cross-attention and the segments of the context; None without a context.
 
@@ -747,7 +749,7 @@ def _cross_attention_inputs(
         return None, None
     if context_segments_BS is None:
         context_segments_BS = jnp.ones(context_BSD.shape[:2], jnp.int32)
-    segments = segments_BT, context_segments_BS
+    segments = jnp.ones_like(tokens_BT) if segments_BT is None else segments_BT, context_segments_BS
     slot_positions_BS = jnp.arange(context_BSD.shape[1])[None] if keep else None
     return AttentionInputs(
         cross_mask(*segments), segments=segments, slot_positions_BS=slot_positions_BS

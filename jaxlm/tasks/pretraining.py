@@ -40,7 +40,8 @@ class CausalLMTask(Task):
         self, task: config.CausalLM, length: int, seed: int, tokenizer: Tokenizer, labels: tuple[str, ...] = ()
     ):
         self.task, self.length, self.seed = task, length, seed
-        self.max_examples = 2 if task.stream else max(2, length // 8)
+        # The rows of a stream hold one span each, so that attention needs no mask of segments.
+        self.max_examples = 1 if task.stream else max(2, length // 8)
         # The tokens before and after documents, which have no bytes.
         self.frame = [] if tokenizer is None else [i for i in (tokenizer.bos, tokenizer.eos) if i is not None]
         # If one token both begins and ends documents (GPT-2), the corpus has it only before each document, and the end
@@ -52,7 +53,7 @@ class CausalLMTask(Task):
         return CausalExamples(self, corpus, training)
 
     def losses(self, module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> Losses:
-        x_BTD, auxiliary = hidden_states(module, params, batch, key)
+        x_BTD, auxiliary = hidden_states(module, params, batch, key, one_example=self.max_examples == 1)
         labels_BT, weights_BT = batch["labels_BT"], batch["weights_BT"]
         if key is not None:
             losses = token_losses(module, params, x_BTD, labels_BT, weights_BT, self.task.label_smoothing)

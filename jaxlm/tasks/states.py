@@ -19,7 +19,7 @@ _MODES = {"first": "cls", "last": "lasttoken", "mean": "mean"}  # values of `Mod
 
 
 def hidden_states(
-    module: Transformer, params: Any, batch: Batch, key: jax.Array | None
+    module: Transformer, params: Any, batch: Batch, key: jax.Array | None, one_example: bool = False
 ) -> tuple[jax.Array, dict[str, Sum]]:
     """Returns the last hidden states of a packed batch, and in training the auxiliary losses of the layers.
 
@@ -28,12 +28,14 @@ def hidden_states(
       params: its parameters.
       batch: the batch.
       key: for dropout; None in evaluation.
+      one_example: whether each row holds one example from its start, with padding only after it. A decoder then needs
+        no mask but the causal one.
 
     Returns:
       Hidden states [B, T, D], those of the decoder if the model has both; and sums and weights as `auxiliary/NAME`.
     """
     field = FRONT_ENDS[module.config.front_end].field
-    inputs: tuple[Any, ...] = batch[field], batch["segments_BT"], batch["positions_BT"]
+    inputs: tuple[Any, ...] = batch[field], None if one_example else batch["segments_BT"], batch["positions_BT"]
     options: dict[str, Any] = {"key": key, **({} if key is None else {"mutable": ["losses"]})}
     segments = [batch["segments_BT"]]
     if "source_tokens_BS" in batch:
