@@ -16,7 +16,7 @@ from random_params import random_params
 
 from jaxlm.config import ModelConfig, Remat, RunConfig
 from jaxlm.errors import UserError
-from jaxlm.nn.layers import ACTIVATIONS
+from jaxlm.nn.layers import ACTIVATIONS, float32_einsum
 from jaxlm.nn.transformer import REMAT, CacheSpec, Transformer, apply, init
 from jaxlm.run import assembly
 
@@ -93,6 +93,28 @@ def test_rotary_angles_that_depend_on_the_length_are_equal_with_caches_and_packi
     x_1TD = np.asarray(alone(params, packed_1T, segments_1T, positions_1T))
     np.testing.assert_allclose(x_1TD[0, 8], whole(0, 9), atol=1e-5)
     np.testing.assert_allclose(x_1TD[0, 12], whole(1, 4), atol=1e-5)
+
+
+@pytest.mark.parametrize("spec", ["BTD,VD->BTV", "BKGTC,BKSC->BKGTS", "BKGTS,BKSC->BKGTC", "BTHC,RHC->BHTR"])
+def test_products_with_float32_results_have_the_gradients_of_float32_products(spec):
+    random, sizes = np.random.default_rng(0), dict(zip("BTDVKGCSHR", (2, 3, 8, 5, 2, 2, 4, 6, 2, 7)))
+    inputs, output = spec.split("->")
+    draw = lambda axes: random.standard_normal([sizes[axis] for axis in axes], np.float32)
+    a, b, g = map(draw, (*inputs.split(","), output))
+    rounded = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
+    exact = lambda a, b: jnp.einsum(spec, a, b, precision="highest")
+    expected, pull = jax.vjp(exact, *(x.astype(np.float32) for x in rounded))
+    found, pull_rounded = jax.vjp(partial(float32_einsum, spec), *rounded)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    for one, other in zip(pull_rounded(g), pull(g)):
+        assert one.dtype == jnp.bfloat16
+        np.testing.assert_allclose(one.astype(np.float32), other, rtol=0.03, atol=0.05)
+    # The gradient of a float32 parameter is the sum of products of rounded operands, and is not rounded itself.
+    by_b = jax.vjp(partial(float32_einsum, spec), rounded[0], b)[1](g)[1]
+    expected = jax.vjp(exact, rounded[0].astype(np.float32), b)[1](g.astype(jnp.bfloat16).astype(np.float32))[1]
+    assert by_b.dtype == jnp.float32
+    np.testing.assert_allclose(by_b, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_invalid_configs_are_refused():

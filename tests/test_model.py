@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import product
@@ -381,6 +382,15 @@ def test_bfloat16_compute_keeps_float32_parameters_and_loss(name):
             assert value.dtype == jnp.float32
             np.testing.assert_allclose(reference(name)[0][n][0], value, rtol=0.05)
     assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_products_of_a_bfloat16_step_have_bfloat16_operands(name):
+    """Also those of the backward pass, whose gradients of scores and logits are float32. The step is only lowered."""
+    step = gradient(name, dtype=jnp.bfloat16).lower(params_of(name), packed_batch(MODELS[name])).as_text()
+    products = re.findall(r"dot_general .*: \(tensor<([^>]*)>, tensor<([^>]*)>\)", step)
+    assert len(products) > 9
+    assert {operand.rpartition("x")[2] for pair in products for operand in pair} == {"bf16"}
 
 
 def test_dropout_is_off_without_a_key_and_unbiased_with_one():

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxlm.config import ModelConfig
 from jaxlm.devices.sharding import Placement
 from jaxlm.nn.kernels import backend_of, choose, fused
-from jaxlm.nn.layers import Dropout, Linear, Norm, query_std, residual_std
+from jaxlm.nn.layers import Dropout, Linear, Norm, float32_einsum, query_std, residual_std
 from jaxlm.nn.positions import Distances, RotaryAngles, rotate
 
 BLOCK = 64  # minimum number of queries in a block of causal attention
@@ -153,7 +153,7 @@ def _attend(
     B, T, H, C = q_BTHC.shape
     K, S = k_BKSC.shape[1], k_BKSC.shape[2]
     q_BKGTC = (q_BTHC * scores.scale).reshape(B, T, K, H // K, C).transpose(0, 2, 3, 1, 4)
-    scores_BKGTS = jnp.einsum("BKGTC,BKSC->BKGTS", q_BKGTC, k_BKSC, preferred_element_type=jnp.float32)
+    scores_BKGTS = float32_einsum("BKGTC,BKSC->BKGTS", q_BKGTC, k_BKSC)
     if scores.bias_BHTS is not None:
         scores_BKGTS += scores.bias_BHTS.reshape(-1, K, H // K, T, S)
     if scores.cap:
@@ -163,7 +163,7 @@ def _attend(
     exps_BKGTS = jnp.exp(scores_BKGTS - jax.lax.stop_gradient(scores_BKGTS.max(-1, keepdims=True)))
     sums_BKGT1 = exps_BKGTS.sum(-1, keepdims=True)
     weights_BKGTS = dropout(exps_BKGTS).astype(v_BKSC.dtype)
-    out_BKGTC = jnp.einsum("BKGTS,BKSC->BKGTC", weights_BKGTS, v_BKSC, preferred_element_type=jnp.float32) / sums_BKGT1
+    out_BKGTC = float32_einsum("BKGTS,BKSC->BKGTC", weights_BKGTS, v_BKSC) / sums_BKGT1
     out_BTHC = out_BKGTC.transpose(0, 3, 1, 2, 4).reshape(B, T, H, C).astype(v_BKSC.dtype)
     return out_BTHC, (exps_BKGTS / sums_BKGT1).reshape(B, H, T, S)
 
@@ -309,10 +309,10 @@ class Attention(nn.Module):
         embeddings_RD = Dropout(self.config.dropout, name="relative_dropout")(distances.embeddings_RD)
         terms: Any = 0.0
         if "c2p" in self.config.relative_terms:
-            scores_BHTR = jnp.einsum("BTHC,RHC->BHTR", q_BTHC, key(embeddings_RD), preferred_element_type=jnp.float32)
+            scores_BHTR = float32_einsum("BTHC,RHC->BHTR", q_BTHC, key(embeddings_RD))
             terms += jnp.take_along_axis(scores_BHTR, distances.rows_TS[None, None], -1)
         if "p2c" in self.config.relative_terms:
-            scores_BHSR = jnp.einsum("BSHC,RHC->BHSR", k_BSHC, query(embeddings_RD), preferred_element_type=jnp.float32)
+            scores_BHSR = float32_einsum("BSHC,RHC->BHSR", k_BSHC, query(embeddings_RD))
             terms += jnp.take_along_axis(scores_BHSR, distances.rows_TS.T[None, None], -1).swapaxes(-1, -2)
         return terms
 

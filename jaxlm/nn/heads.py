@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxlm.config import ModelConfig
 from jaxlm.devices.sharding import Placement
-from jaxlm.nn.layers import ACTIVATIONS, Dropout, Linear, Norm, initial
+from jaxlm.nn.layers import ACTIVATIONS, Dropout, Linear, Norm, float32_einsum, initial
 from jaxlm.nn.nodes import array
 
 
@@ -29,12 +29,8 @@ class VocabularyHead(nn.Module):
             kernel_VD = embedding_VD
         else:
             kernel_VD = array(self, "kernel", initial(config, x_BTD.shape[-1]), (V, x_BTD.shape[-1]))
-        logits_BTV = jnp.einsum(
-            "...D,VD->...V",
-            x_BTD.astype(self.dtype),
-            kernel_VD.astype(self.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        axes = "BT"[: x_BTD.ndim - 1]
+        logits_BTV = float32_einsum(f"{axes}D,VD->{axes}V", x_BTD.astype(self.dtype), kernel_VD)
         if self.bias:
             logits_BTV += array(self, "bias", nn.initializers.zeros, (V,))
         return self.constrain(logits_BTV, ("batch", *("length",) * (logits_BTV.ndim - 2), "vocabulary"))

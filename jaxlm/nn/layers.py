@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -46,6 +47,44 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": _elementwise(jax.nn.silu),
     "tanh": _elementwise(jnp.tanh),
 }
+
+
+def float32_einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Returns `jnp.einsum(spec, a, b)` in float32, for products whose operands are in the dtype of `a`.
+
+    The backward pass also multiplies in the dtype of `a`, with float32 sums. By default JAX multiplies the float32
+    gradient, for which accelerators need at least twice the time and the memory.
+
+    Args:
+      spec: two operands and a result without "..."; each index of an operand is in the other operand or the result.
+      a: the first operand.
+      b: the second operand; if it is float32, so is its gradient, unrounded.
+    """
+    if a.dtype == jnp.float32:
+        return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+    return _rounded_einsum(spec, a, b)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rounded_einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(spec, a, b.astype(a.dtype), preferred_element_type=jnp.float32)
+
+
+def _rounded_einsum_forward(spec: str, a: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _rounded_einsum(spec, a, b), (a, b)
+
+
+def _rounded_einsum_backward(spec: str, operands: tuple[jax.Array, jax.Array], gradient: jax.Array) -> Any:
+    (a, b), (inputs, output) = operands, spec.split("->")
+    of_a, of_b = inputs.split(",")
+    gradient = gradient.astype(a.dtype)
+    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    by_a = product(f"{output},{of_b}->{of_a}", gradient, b.astype(a.dtype))
+    by_b = product(f"{output},{of_a}->{of_b}", gradient, a)
+    return by_a.astype(a.dtype), by_b.astype(b.dtype)
+
+
+_rounded_einsum.defvjp(_rounded_einsum_forward, _rounded_einsum_backward)
 
 
 class Linear(nn.Module):

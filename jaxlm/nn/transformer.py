@@ -96,7 +96,7 @@ class Embeddings(nn.Module):
         if config.embedding_norm:
             self.norm = Norm(config)
         if config.embedding_width is not None:
-            self.project = Linear((config.width,), config.matrix_std)
+            self.project = Linear((config.width,), config.matrix_std, dtype=self.dtype)
         self.dropout = Dropout(config.rate("embedding_dropout"))
 
     def __call__(
@@ -129,17 +129,20 @@ class SequenceInputs(NamedTuple):
     """The inputs of a stack in addition to hidden states.
 
     Attributes:
-      segments_BT: number of each token's example in the row, from 1; 0 for padding. None: each row is one example,
-        without padding, or for a decoder with padding on the right, which causality hides.
+      segments_BT: number of each token's example in the row, from 1; 0 for padding. None: each row is one example
+        without padding.
       positions_BT: position of each token in its example.
       mask_BTS: an additional mask, False where query t must not attend to key s; None: no additional mask.
       prefix_BT: 1 for tokens of the prefix, which the whole example attends to (`config.prefix_lm`).
+      one_example: whether each row is one example, with padding only after it. Causality hides this padding, so that
+        the attention of a decoder reads no segments.
     """
 
     segments_BT: jax.Array | None
     positions_BT: jax.Array
     mask_BTS: jax.Array | None = None
     prefix_BT: jax.Array | None = None
+    one_example: bool = False
 
 
 class Caches(NamedTuple):
@@ -315,9 +318,11 @@ class Stack(nn.Module):
         keep: CacheSpec | None = None,
         prefix_BT: jax.Array | None = None,
         mask_BTS: jax.Array | None = None,
+        one_example: bool = False,
     ) -> tuple[jax.Array, Caches | None]:
         kinds = self.config.layer_kinds
-        attention_inputs = self._attention_inputs(segments_BT, positions_BT, caches, keep, prefix_BT, mask_BTS)
+        masks = prefix_BT, mask_BTS, one_example
+        attention_inputs = self._attention_inputs(segments_BT, positions_BT, caches, keep, *masks)
         # Without a parent, so that a layer is a plain function of its parameters.
         weights = self.is_mutable_collection("weights")
         block = Block(self.config, self.constrain, self.dtype, weights, self.kernel, parent=None)
@@ -438,12 +443,15 @@ class Stack(nn.Module):
         keep: CacheSpec | None,
         prefix_BT: jax.Array | None,
         extra_mask_BTS: jax.Array | None,
+        one_example: bool,
     ) -> dict[str, AttentionInputs]:
         """Returns the attention inputs for each kind of layer."""
         config = self.config
         bias_BHTS = distances = lengths_BT = None
         if config.rotary_scaling in BY_LENGTH:
             lengths_BT = self._lengths(segments_BT, positions_BT, caches, keep)
+        if one_example and self.causal:
+            segments_BT = None
         if config.relative == "buckets":
             queries_BT = keys_BS = jnp.arange(positions_BT.shape[1])[None]
             if caches is not None:
@@ -564,6 +572,7 @@ class Transformer(nn.Module):
         types_BT: jax.Array | None = None,
         mask_BTS: jax.Array | None = None,
         prefix_BT: jax.Array | None = None,
+        one_example: bool = False,
     ) -> tuple[jax.Array, SequenceInputs]:
         """Returns the first hidden states [B, T, D] and the other inputs of `stack`; see `SequenceInputs`.
 
@@ -571,12 +580,12 @@ class Transformer(nn.Module):
         """
         positions_BT = self._positions(tokens_BT, positions_BT)
         x_BTD = self.embeddings(tokens_BT, positions_BT, types_BT)
-        return x_BTD, SequenceInputs(segments_BT, positions_BT, mask_BTS, prefix_BT)
+        return x_BTD, SequenceInputs(segments_BT, positions_BT, mask_BTS, prefix_BT, one_example)
 
     def stack(self, x_BTD: jax.Array, inputs: SequenceInputs) -> jax.Array:
         """Returns the last hidden states [B, T, D] of the encoder, or of the decoder if there is no encoder."""
         stack = self.decoder if self.config.structure == "decoder" else self.encoder
-        named: dict[str, Any] = {"prefix_BT": inputs.prefix_BT, "mask_BTS": inputs.mask_BTS}
+        named = {name: getattr(inputs, name) for name in ("prefix_BT", "mask_BTS", "one_example")}
         return stack(x_BTD, inputs.segments_BT, inputs.positions_BT, **named)[0]
 
     def encode(
@@ -660,13 +669,15 @@ class Transformer(nn.Module):
         target_positions_BT: jax.Array | None = None,
         prefix_BT: jax.Array | None = None,
         mask_BTS: jax.Array | None = None,
+        one_example: bool = False,
     ) -> jax.Array:
-        """Returns the last hidden states [B, T, D].
+        """Returns the last hidden states [B, T, D]; `SequenceInputs` describes the inputs.
 
         In an encoder-decoder, `target_*` are the inputs of the decoder, and `mask_BTS` applies to the encoder.
         """
         if self.config.structure != "encoder_decoder":
-            return self.stack(*self.embed(tokens_BT, segments_BT, positions_BT, types_BT, mask_BTS, prefix_BT))
+            inputs = tokens_BT, segments_BT, positions_BT, types_BT, mask_BTS, prefix_BT, one_example
+            return self.stack(*self.embed(*inputs))
         if target_tokens_BT is None:
             raise ValueError("an encoder-decoder needs target_tokens_BT, the tokens that its decoder reads")
         context_BSD = self.encode(tokens_BT, segments_BT, positions_BT, types_BT, mask_BTS)

@@ -35,7 +35,7 @@ def hidden_states(
       Hidden states [B, T, D], those of the decoder if the model has both; and sums and weights as `auxiliary/NAME`.
     """
     field = FRONT_ENDS[module.config.front_end].field
-    inputs: tuple[Any, ...] = batch[field], None if one_example else batch["segments_BT"], batch["positions_BT"]
+    inputs: tuple[Any, ...] = batch[field], batch["segments_BT"], batch["positions_BT"]
     options: dict[str, Any] = {"key": key, **({} if key is None else {"mutable": ["losses"]})}
     segments = [batch["segments_BT"]]
     if "source_tokens_BS" in batch:
@@ -44,7 +44,7 @@ def hidden_states(
         segments.append(source[1])
     else:
         inputs = (*inputs, batch.get("types_BT"))
-        options["prefix_BT"] = batch.get("prefix_BT")
+        options |= {"prefix_BT": batch.get("prefix_BT"), "one_example": one_example}
     result = apply(module, params, *inputs, **options)
     if key is None:
         return result, {}
