@@ -50,6 +50,8 @@ def pack(
             raise ValueError(f"example lengths from {sizes.min()} to {sizes.max()} do not fit rows of {row_length}")
     if len(counts) and counts.max() > max_examples:
         raise ValueError(f"a unit has {counts.max()} examples, a row at most {max_examples}")
+    if max_examples == 1:
+        return Rows(np.arange(len(lengths)), np.arange(len(lengths) + 1))
     order, starts = [], [0]
     for first in range(0, len(lengths), window):
         part = slice(first, first + window)

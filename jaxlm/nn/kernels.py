@@ -1,10 +1,11 @@
-"""Fused attention over packed rows: one kernel per backend that never writes the scores [B, H, T, S] to memory.
+"""Fused attention: one kernel per backend that never writes the scores [B, H, T, S] to memory.
 
 splash, on TPUs: JAX's Pallas kernel. It skips the blocks that the causal mask or the window hides.
 cudnn, on NVIDIA GPUs: cuDNN's kernel. It skips the blocks that the causal mask hides; other masks are passed as arrays.
 
 Both compute the softmax in blocks and recompute it in the backward pass (FlashAttention, Dao et al. 2022). The memory
-of splash is linear in the length. The memory of cudnn is quadratic, because of a 16-bit mask [B, T, S].
+of splash is linear in the length. So is that of cudnn for rows of one example; for packed rows it is quadratic, because
+of a 16-bit mask [B, T, S].
 """
 
 from __future__ import annotations
