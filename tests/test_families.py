@@ -462,6 +462,9 @@ def test_a_model_that_diverged_can_be_read(tmp_path):
     assert all(np.isnan(leaf).all() for leaf in jax.tree.leaves(load(tmp_path)[1]))
 
 
+EVERY_VALUE = ("bert", "deberta-v2", "modernbert", "gpt2", "llama", "gemma3_text", "t5", "bart")
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("name", FAMILIES)
 def test_any_config_is_read_or_refused(tmp_path, name):
@@ -470,7 +473,9 @@ def test_any_config_is_read_or_refused(tmp_path, name):
     save(config, random_params(config), tmp_path, origin=Origin({"model_type": name}))
     path = tmp_path / "config.json"
     good = json.loads(path.read_text())
-    odd = (None, True, 0, -1, 3, 10**9, 10**30, 1e400, "x", [1], {"factor": 2})
+    odd = (
+        (None, True, 0, -1, 3, 10**9, 10**30, 1e400, "x", [1], {"factor": 2}) if name in EVERY_VALUE else (None, 3, "x")
+    )
     keys = [*good, "rope_scaling", "rope_parameters", "layer_types", "id2label", "num_labels", "architectures"]
     for key, value in itertools.product(dict.fromkeys(keys), odd):
         path.write_text(json.dumps(good | {key: value}))
