@@ -70,6 +70,7 @@ def sources(monkeypatch):
     return recorded_sources
 
 
+@pytest.mark.long
 def test_a_source_that_reads_the_state_is_called_between_steps(sources, tmp_path, monkeypatch, devices, no_plots):
     monkeypatch.setenv("JAXLM_CACHE", str(tmp_path / "cache"))
     whole = fit(run_config(tmp_path, "whole"))

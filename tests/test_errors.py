@@ -157,6 +157,7 @@ def test_a_mistake_in_a_verb_is_one_error(cwd, capsys, name):
     assert len(re.findall(r"^error: ", printed, re.MULTILINE)) == 1 and all(word in printed for word in words), printed
 
 
+@pytest.mark.long
 def test_weights_that_do_not_fit_are_refused_and_a_corrected_command_succeeds(cwd, capsys, devices, no_plots):
     """The message shows both shapes. The corrected command can use the folder of the refused one."""
     assert main(["train", "tiny.py"]) == 0

@@ -223,6 +223,7 @@ def test_prompts_of_any_length_share_few_programs(monkeypatch):
     assert run.advance._cache_size() == 6  # one for sampling, one for sampling from some tokens
 
 
+@pytest.mark.long
 def test_the_cache_grows_with_the_text(monkeypatch):
     lm = replace(
         lm_of("rotary"), config=(model := replace(MODELS["rotary"], **LOCAL, max_length=64)), module=Transformer(model)

@@ -388,7 +388,8 @@ def other_row(random: np.random.Generator) -> dict[str, Any]:
     return class_row(random, ("x", "y"))
 
 
-@pytest.mark.parametrize("from_python", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("from_python", [False, True])
 def test_a_part_of_several_tasks_keeps_the_head_of_the_weights(start, quick, capsys, from_python):
     parts = {"nli": (Classification(), class_row), "letters": (Classification(), other_row)}
     run, rows = multi_task_run(start, parts, "classes", NLI)
@@ -492,14 +493,12 @@ def test_weights_that_changed_since_a_run_began_are_refused(start, quick):
         fit(run)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("head", "names", "task", "row"),
     [
         ("classes", ("b", "a"), Tagging(scheme="none"), lambda random: tags_row(random, ("a", "b"))),
-        pytest.param(
-            *("tokens", ("y", "x"), Classification(), lambda random: class_row(random, ("x", "y"))),
-            marks=pytest.mark.long,
-        ),
+        ("tokens", ("y", "x"), Classification(), lambda random: class_row(random, ("x", "y"))),
     ],
 )
 def test_a_head_of_another_kind_is_not_reused(start, quick, capsys, monkeypatch, head, names, task, row):

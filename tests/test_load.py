@@ -395,6 +395,7 @@ def test_the_documentation_adds_a_custom_head_to_a_body(tmp_path, monkeypatch, n
         jaxlm.load("runs/own")
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not STORIES.is_dir(), reason="needs ../shared/models/stories260k")
 def test_a_trained_llama_generates_its_story():
     lm = jaxlm.load(STORIES)

@@ -102,6 +102,7 @@ def test_no_utilisation_is_logged_for_another_dtype_or_frozen_parameters(tmp_pat
     assert all("mfu" not in row for row in log_rows(run))
 
 
+@pytest.mark.long
 def test_a_row_continues_after_a_checkpoint_in_its_middle(tmp_path, monkeypatch):
     run = make_run(tmp_path, steps=8, log_every=8)
     left = iter(range(3))
@@ -204,6 +205,7 @@ def test_percentiles_are_in_milliseconds():
     assert measure.percentiles([]) == {}
 
 
+@pytest.mark.long
 def test_a_trace_is_written_for_tensorboard(tmp_path):
     run = make_run(tmp_path, profile=2)
     fit(run)

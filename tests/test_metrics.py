@@ -160,7 +160,7 @@ def test_multi_label_scores_of_empty_labels_are_defined():
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 @given(two_columns(st.floats(-100, 100, width=16) | st.integers(0, 3)))
 def test_regression_scores_equal_those_of_scipy(columns):
     labels, predictions = columns
@@ -176,7 +176,7 @@ def test_regression_scores_equal_those_of_scipy(columns):
     check_finite(scores)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 @given(two_columns(FLOATS | st.sampled_from([0.0, -0.0, 1.0, 1.0000001, 1e-45, -3.4e38])))
 def test_no_float32_value_causes_a_warning_or_nan(columns):
     scores = metrics.regression_scores(np.array(columns[0], np.float32), columns[1])
@@ -247,7 +247,7 @@ def check_span_scores(tags, predictions, scheme):
     json.dumps(by_type, allow_nan=False)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=80)
 @given(st.data(), st.sampled_from(sorted(LETTERS)))
 def test_span_scores_equal_those_of_seqeval(data, scheme):
     check_span_scores(*data.draw(taggings(scheme)), scheme)
@@ -266,7 +266,7 @@ def test_span_scores_of_random_sentences_equal_those_of_seqeval(scheme):
             assert get_entities(schemes.iob2(sentence, "spans")) == get_entities(sentence)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 @given(st.data(), st.sampled_from(sorted(LETTERS)))
 def test_iob2_keeps_the_entities(data, scheme):
     tags, predictions = data.draw(taggings(scheme))
@@ -433,13 +433,13 @@ PIECES += [
 TEXTS = st.lists(st.sampled_from(PIECES), max_size=6).map("".join) | st.text(max_size=12)
 
 
-@settings(deadline=None, max_examples=1000)
+@settings(deadline=None, max_examples=300)
 @given(TEXTS)
 def test_texts_are_normalised_as_in_squad(text):
     assert metrics.normalised(text) == " ".join(words(text))
 
 
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=200)
 @given(st.lists(st.tuples(st.lists(TEXTS, max_size=3), TEXTS), max_size=6))
 def test_answers_are_scored_as_in_squad(questions):
     answers, predictions = [a for a, _ in questions], [p for _, p in questions]
@@ -520,7 +520,7 @@ def test_answers_of_wrong_shapes_are_refused():
 FRACTIONS = st.sampled_from([0.0, 0.25, 0.5, 1.0])
 
 
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=200)
 @given(st.lists(st.tuples(st.integers(-3, 3) | FLOATS, FRACTIONS, st.sampled_from([0.0, 1.0])), min_size=1))
 def test_the_best_threshold_maximises_the_score(questions):
     margins, answered, unanswered = (np.array(column) for column in zip(*questions))

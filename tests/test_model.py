@@ -435,6 +435,7 @@ def test_initial_weights_of_t5_depend_on_the_number_of_inputs():
     np.testing.assert_allclose(np.std(params["embeddings"]["tokens"]), 1.0, rtol=0.1)
 
 
+@pytest.mark.long
 def test_every_preset_has_a_row_for_each_parameter():
     for model in {replace(preset, **SMALL, kv_heads=None) for preset in PRESETS.values()}:
         parameters.rows(jax.eval_shape(partial(init, Transformer(model)), jax.random.key(0)))

@@ -98,6 +98,7 @@ def one_device() -> jax.sharding.Mesh:
     return sharding.make_mesh(MeshConfig(1), jax.devices()[:1])
 
 
+@pytest.mark.long
 def test_recomputation_adds_to_flops_but_not_to_model_flops():
     plans = {remat: plan.plan(replace(TINY, remat=remat)) for remat in ("none", "full")}
     assert plans["full"].flops > plans["none"].flops

@@ -323,10 +323,10 @@ MESHES = {
 }
 # Each mesh writes the checkpoint of one run, and reads that of another.
 CYCLE = ("8 data", "1", "8 fsdp", "4 data", "2 fsdp", "4 mixed", "2 data", "8 data")
-PAIRS = [pytest.param(*pair, marks=pytest.mark.long if n else ()) for n, pair in enumerate(zip(CYCLE, CYCLE[1:]))]
 
 
-@pytest.mark.parametrize(("before", "after"), PAIRS)
+@pytest.mark.long
+@pytest.mark.parametrize(("before", "after"), list(zip(CYCLE, CYCLE[1:])))
 def test_a_run_resumes_on_other_devices(data_dir, reference, tmp_path, devices, before, after):
     for name, stop in ((before, stop_after(6)), (after, lambda: False)):
         n, mesh = MESHES[name]

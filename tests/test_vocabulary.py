@@ -81,8 +81,10 @@ def test_texts_of_known_tokens_are_accepted():
         lm(np.array([[1.0]]))
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("name", ["decoder", "encoder", "encoder_decoder", "two tables"])
+@pytest.mark.parametrize(
+    ("name", "tied"),
+    [("decoder", True), ("decoder", False), ("encoder", True), ("encoder_decoder", False), ("two tables", True)],
+)
 def test_new_rows_are_the_mean_of_the_old_ones(name, tied):
     fields = {
         "decoder": DECODER | {"tied_embeddings": tied},
