@@ -252,6 +252,25 @@ SCHEDULES = {
 }
 
 
+def test_muon_splits_the_layers_over_the_devices():
+    """The updates are those of one device, for a part of the work on each device."""
+    params, gradients = params_of("encoder"), gradients_of("encoder")
+    mesh = sharding.make_mesh(MeshConfig(data=LAYERS), jax.devices()[:LAYERS])
+    whole = sharding.replicated(mesh)
+    config = OptimizerConfig(name="muon", schedule="constant", warmup=0)
+
+    def flops_and_updates(optimizer):
+        update = lambda gradients, state: optimizer.update(gradients, state, params)
+        inputs = gradients, optimizer.init(params)
+        program = jax.jit(update, in_shardings=whole, out_shardings=whole).lower(*inputs).compile()
+        return program.cost_analysis()["flops"], program(*jax.device_put(inputs, whole))[0]
+
+    flops, found = flops_and_updates(make_optimizer(config, 10, params, mesh))
+    all_flops, expected = flops_and_updates(make_optimizer(config, 10, params))
+    assert flops < 0.6 * all_flops
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), found, expected)
+
+
 @pytest.mark.parametrize("warmup", [0.1, 10])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedules_follow_their_formulas(name, warmup):

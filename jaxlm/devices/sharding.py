@@ -108,6 +108,15 @@ def spec(axes: tuple[str | None, ...], names: Sequence[str] = AXES) -> Partition
     return PartitionSpec(*[(mesh_axes(axis) or None) if axis else None for axis in axes])
 
 
+def split_layers(mesh: Mesh, x_L: jax.Array) -> jax.Array:
+    """Shards the layers of a stacked array [L, ...] over the axes of the mesh that divide their number."""
+    names: tuple[str, ...] = ()
+    for name, size in mesh.shape.items():
+        if size > 1 and x_L.shape[0] % (size * math.prod(mesh.shape[other] for other in names)) == 0:
+            names += (name,)
+    return jax.lax.with_sharding_constraint(x_L, NamedSharding(mesh, PartitionSpec(names))) if names else x_L
+
+
 def check(sizes: Mapping[str, int], axes: tuple[str | None, ...], shape: tuple[int, ...], name: str) -> None:
     """Checks that a mesh divides a parameter.
 

@@ -111,7 +111,7 @@ def assemble(resolved: ResolvedModel) -> Assembly:
     )
     shapes = jax.eval_shape(partial(init, module), jax.random.key(0))
     schedule = make_schedule(run.optimizer, run.steps)
-    optimizer, is_trained = make_optimizer(run.optimizer, run.steps, shapes), trained(run.optimizer, shapes)
+    optimizer, is_trained = make_optimizer(run.optimizer, run.steps, shapes, mesh), trained(run.optimizer, shapes)
     all_trained = all(jax.tree.leaves(is_trained))
 
     def state_of(params: Any, key: jax.Array) -> TrainState:

@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from jaxlm.config import OptimizerConfig
+from jaxlm.devices import sharding
 from jaxlm.nn import parameters
 
 _MIN_FACTORED = 128  # Adafactor does not factor the second moments of matrices with a smaller side, as in optax
@@ -93,13 +95,16 @@ def trained(config: OptimizerConfig, params: Any) -> Any:
     return jax.tree.map(lambda in_node, own: in_node and own, parameters.trained_in_nodes(params), has_rate)
 
 
-def make_optimizer(config: OptimizerConfig, steps: int, params: Any) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimizerConfig, steps: int, params: Any, mesh: Mesh | None = None
+) -> optax.GradientTransformation:
     """Returns the optimizer of a run.
 
     Args:
       config: the optimizer.
       steps: number of steps of the run.
       params: all parameters of the model, arrays or shapes.
+      mesh: the mesh over which Muon splits the layers; None: each device computes the updates of all layers.
 
     Returns:
       A transformation of the trained part of the parameters, as `parameters.split` returns it with `trained`. Its state
@@ -115,7 +120,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, params: Any) -> optax.Gr
         _scale(jax.tree.map(np.sign, factor)) if partly_frozen else optax.identity(),
         optax.snapshot("grad_norm", optax.tree.norm),
         optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
-        _direction(config, params),
+        _direction(config, params, mesh),
         _scale_by_parameter_rms(params) if config.relative else optax.identity(),
         optax.add_decayed_weights(config.weight_decay, decays) if config.weight_decay else optax.identity(),
         _scale(factor) if any(np.any(f != 1) for f in jax.tree.leaves(factor)) else optax.identity(),
@@ -124,7 +129,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, params: Any) -> optax.Gr
     return optax.chain(*parts)
 
 
-def _direction(config: OptimizerConfig, params: Any) -> optax.GradientTransformation:
+def _direction(config: OptimizerConfig, params: Any, mesh: Mesh | None) -> optax.GradientTransformation:
     """Returns the transformation of a gradient into a direction whose entries are about 1 in size."""
     momentum_dtype = None if config.momentum_dtype == "float32" else jnp.bfloat16
     adam = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon, mu_dtype=momentum_dtype)
@@ -135,15 +140,16 @@ def _direction(config: OptimizerConfig, params: Any) -> optax.GradientTransforma
     if config.name == "adafactor":
         return _adafactor(params)
 
-    return _muon(config, params, adam, momentum_dtype)
+    return _muon(config, params, adam, momentum_dtype, mesh)
 
 
 def _muon(
-    config: OptimizerConfig, params: Any, adam: optax.GradientTransformation, momentum_dtype: Any
+    config: OptimizerConfig, params: Any, adam: optax.GradientTransformation, momentum_dtype: Any, mesh: Mesh | None
 ) -> optax.GradientTransformation:
     """Returns Muon for the matrices of the layers, each layer by itself, and Adam for the rest (Jordan et al. 2024).
 
-    The factor 0.2 sqrt(max(inputs, outputs)) makes its updates as large as those of Adam (Liu et al. 2025).
+    The factor 0.2 sqrt(max(inputs, outputs)) makes its updates as large as those of Adam (Liu et al. 2025). Each device
+    orthogonalises some of the layers: otherwise all devices of a data-parallel run would do the same work.
     """
 
     def dimensions(row: parameters.Parameter) -> optax.contrib.MuonDimensionNumbers | None:
@@ -161,7 +167,9 @@ def _muon(
     )
     size = for_rows(lambda row, leaf: 0.2 * max(_matrix(row, leaf)) ** 0.5, rows, params)
     labels = for_rows(lambda row: "muon" if row.inputs else "adam", rows)
-    return optax.partition({"muon": optax.chain(orthogonalise, _scale(size)), "adam": adam}, labels)
+    split = (lambda leaf: leaf) if mesh is None else partial(sharding.split_layers, mesh)
+    split_updates = optax.stateless(lambda updates, _: jax.tree.map(split, updates))
+    return optax.partition({"muon": optax.chain(split_updates, orthogonalise, _scale(size)), "adam": adam}, labels)
 
 
 class _LayerStates(NamedTuple):
