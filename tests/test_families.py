@@ -128,7 +128,8 @@ def test_shapes_are_those_of_the_initial_parameters(name):
     """Also where a config omits default sizes, and the encoder and the decoder have different numbers of layers."""
     config = member(name, next(iter(FAMILIES[name].heads)), ODD | {"layers": 3})
     more = {"decoder_layers": 2} if config.structure == "encoder_decoder" else {}
-    for changes in (more, {"dropout": 0.3, "mlp_width": None}, {"mlp_width": 14}):
+    unequal = {"decoder_heads": 4, "decoder_mlp_width": 14} if name == "bart" else {}
+    for changes in (more, unequal, {"dropout": 0.3, "mlp_width": None}, {"mlp_width": 14}):
         changed = dataclasses.replace(config, **changes)
         params = jax.eval_shape(
             lambda config=changed: transformer.init(transformer.Transformer(config), jax.random.key(0))
