@@ -15,7 +15,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(devices
 os.environ.setdefault("NPROC", "16")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "jaxlm" / "tests"))
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the threads of torch in several workers would wait for each other
+os.environ.setdefault("MKL_NUM_THREADS", "1")  # the threads of torch in several workers would wait for each other
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the name of a missing folder is not requested from the hub
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 # Tracing creates many objects and few cycles. Frequent garbage collections take a tenth of the time of the tests.
