@@ -7,7 +7,7 @@ import pytest
 
 from jaxlm import CausalLM, DataConfig, ModelConfig, OptimizerConfig, RunConfig, TokenizerConfig, fit
 from jaxlm.data.batches import iterate_batches
-from jaxlm.errors import Stopped
+from jaxlm.errors import Stopped, UserError
 from jaxlm.tasks import register
 from jaxlm.tasks.pretraining import CausalLMTask
 from jaxlm.tasks.task import TASKS
@@ -98,3 +98,24 @@ def test_a_source_that_does_not_read_the_state_is_called_ahead_of_time():
         5,
         6,
     ]
+
+
+def test_more_examples_in_a_row_than_the_task_declares_are_refused(tmp_path, monkeypatch, devices, no_plots):
+    """A stream's rows hold one example, so that its model would let the second example attend to the first."""
+
+    class Packed(CausalLMTask):
+        def batches(self, part, rows, length, seed):
+            source = super().batches(part, rows, length, seed)
+            batch = source.batch
+
+            def packed_batch(step, state, rows=None):
+                fields = batch(step, state, rows)
+                return fields | {"segments_BT": np.where(np.arange(length) < 9, fields["segments_BT"], 2)}
+
+            source.batch = packed_batch if seed is not None else batch
+            return source
+
+    monkeypatch.setitem(TASKS, CausalLM, Packed)
+    monkeypatch.setenv("JAXLM_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(UserError, match="step 1 has a row with 2 examples, and the task has max_examples 1; return"):
+        fit(run_config(tmp_path, "run"))

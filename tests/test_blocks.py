@@ -103,7 +103,7 @@ def test_a_custom_mixer_supports_packing_and_is_causal():
 
 
 def make_step(model: ModelConfig, gradient=summed_gradient):
-    task = CausalLMTask(CausalLM(), 16, 0, None, ())
+    task = CausalLMTask(CausalLM(stream=False), 16, 0, None, ())
     optimizer = optax.chain(optax.snapshot("grad_norm", optax.tree.norm), optax.sgd(0.1))
     params = random_params(model)
     state = TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key_data(jax.random.key(0)))
@@ -117,7 +117,7 @@ def test_an_auxiliary_loss_is_a_mean_over_tokens_and_is_minimised(k):
     batch = {name: x.reshape(k, 2 // k, *x.shape[1:]) for name, x in packed_batch().items()}
     new, metrics = step(state, batch)
     # The expected loss is the sum of squares over the layers and tokens of the whole batch, divided by the tokens.
-    task, flat = CausalLMTask(CausalLM(), 16, 0, None, ()), packed_batch()
+    task, flat = CausalLMTask(CausalLM(stream=False), 16, 0, None, ()), packed_batch()
 
     def objective(params):
         losses, _ = task.losses(Transformer(model), params, flat, jax.random.key(0))

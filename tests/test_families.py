@@ -125,7 +125,7 @@ def test_presets_are_close_to_the_rounded_numbers_of_parameters(name):
 
 @pytest.mark.parametrize("name", ["bart", "t5", "albert", "modernbert", "gpt2"])
 def test_shapes_are_those_of_the_initial_parameters(name):
-    """Also where a config omits default sizes, and the encoder and the decoder have different numbers of layers."""
+    """Shapes do not depend on fields that affect only training, and configs that differ otherwise share none."""
     config = member(name, next(iter(FAMILIES[name].heads)), ODD | {"layers": 3})
     more = {"decoder_layers": 2} if config.structure == "encoder_decoder" else {}
     unequal = {"decoder_heads": 4, "decoder_mlp_width": 14} if name == "bart" else {}

@@ -287,6 +287,16 @@ def test_cudnn_without_segments_equals_cudnn_with_one_segment(causal, window, me
     assert ("mask" in calls[0]) == needs_mask and "mask" in calls[-1]
 
 
+def test_a_window_of_whole_rows_needs_no_mask_on_a_gpu(monkeypatch):
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91200)
+    q, k = (jax.ShapeDtypeStruct((B, 48, heads, 64), jnp.bfloat16) for heads in (4, 2))
+    attend = lambda q, k, v: fused("cudnn", None, q, k, v, None, None, causal=True, window=30, scale=0.2)
+    text = jax.jit(attend).trace(q, k, k).lower(lowering_platforms=("cuda",)).as_text()
+    assert "__cudnn$fmhaSoftmax" in text and "48x48x" not in text and "\\22sliding_window_length\\22: 30" in text
+
+
 def step_for_a_gpu(monkeypatch, length: int, stream: bool, remat: str = "none") -> str:
     """Returns the program of a train step, lowered for a GPU. Compiling and running it requires one."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn

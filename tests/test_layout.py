@@ -157,6 +157,24 @@ def test_import_loads_nothing_beyond_jax_flax_and_optax():
     assert packages - plain - sys.stdlib_module_names == {"jaxlm"}
 
 
+def test_a_run_does_not_import_torch(tmp_path):
+    """TensorBoard's writer would import it where it is installed. A program may still import it afterwards."""
+    (tmp_path / "torch.py").write_text("raise RuntimeError('torch is imported')")
+    code = f"""
+import pathlib, sys
+sys.path.insert(0, {str(tmp_path)!r})
+from jaxlm.run.folder import RunLog
+log = RunLog(pathlib.Path({str(tmp_path)!r}), 0, 1)
+log.write(1, {{"loss": 2.0}})
+log.close()
+try:
+    import torch
+except RuntimeError as error:
+    print(error)
+"""
+    assert "torch is imported" in python(code)
+
+
 def test_no_module_has_a_meaningless_name():
     pattern = re.compile(r"(^|[._])(utils?|helpers?|common|misc|tools?|base)$")
     assert not [module for module in MODULES if pattern.search(module)]

@@ -118,7 +118,7 @@ def task_of(model: ModelConfig):
     if model.structure == "encoder":
         pairs = "next_sentence" in model.heads_on_top
         return MaskedLMTask(MaskedLM(next_sentence=pairs), T, 0, special).replace_fields(predictions=T)
-    return CausalLMTask(CausalLM(), T, 0, special)
+    return CausalLMTask(CausalLM(stream=False), T, 0, special)  # several examples in a row
 
 
 @lru_cache

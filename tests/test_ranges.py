@@ -153,7 +153,8 @@ MESSAGES = {
     "no column": (dict(task=configs.Classification(text=())), "task.text is (); it must be non-empty"),
     "a column without its tuple": (
         dict(task=configs.Classification(text="review")),
-        "task.text is 'review'; it must be a non-empty tuple, each entry a non-empty string",
+        "task.text is 'review'; it must be a non-empty tuple, each entry a non-empty string; "
+        "perhaps you meant ('review',)",
     ),
     "nested": (
         dict(task=configs.Seq2Seq(decoding=Decoding(beams=0))),

@@ -262,7 +262,9 @@ def describe_type(hint: Any) -> str:
 
 
 def _suggestion(value: Any, hint: Any) -> str:
-    """Suggests the closest choice for a misspelt one."""
+    """Suggests the closest choice for a misspelt one, and a tuple for its only entry."""
+    if isinstance(value, str) and not unmet_requirement((value,), hint):
+        return f"; perhaps you meant {short_repr((value,))}"
     choices = get_args(hint) if get_origin(hint) is Literal else ()
     return suggestion(value, map(str, choices)) if choices and isinstance(value, str) and value.isprintable() else ""
 

@@ -377,12 +377,9 @@ def tree_shapes(config: ModelConfig, module: Any = None) -> dict[str, tuple[int,
     """Returns the shape of each leaf of the parameters of `module(config)` by path; None: a Transformer."""
     if module:
         return _traced_shapes(config, module)
-    # Configs whose parameters have the same shapes for a simple reason share a trace. The default sizes of a decoder
-    # depend on those of its encoder, so that they stay as they are.
-    full, plain = config if config.structure == "encoder_decoder" else resolved(config), ModelConfig()
-    same = {name: getattr(plain, name) for name in TRAINING_FIELDS}
-    same |= {"layer_kinds": shortest(list(full.layer_kinds)), "distinct_layers": config.distinct_layers}
-    return _traced_shapes(dataclasses.replace(full, **same), None)
+    plain = ModelConfig()
+    same = {name: getattr(plain, name) for name in TRAINING_FIELDS}  # configs that differ only in these share a trace
+    return _traced_shapes(dataclasses.replace(config, **same), None)
 
 
 @lru_cache

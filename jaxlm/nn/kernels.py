@@ -36,7 +36,7 @@ _save_named = jax.checkpoint_policies.save_only_these_names(RESIDUALS)
 def save_attention(primitive: Any, *inputs: Any, **parameters: Any) -> Any:
     """A policy of `jax.checkpoint` that saves the output and the sums of each fused kernel, and nothing else.
 
-    JAX names no output of cuDNN's kernel, so it is found by its primitive.
+    JAX gives the output of cuDNN's kernel no name, so the policy finds it by its primitive.
     """
     return primitive.name.startswith("dot_product_attention_fwd") or _save_named(primitive, *inputs, **parameters)
 
@@ -315,15 +315,13 @@ def _cudnn(
     scale: float,
     parts: int,
 ) -> jax.Array:
-    options: dict[str, Any] = {"scale": scale, "implementation": "cudnn", "is_causal": causal and parts == 1}
-    if segments_BT is None or segments_BS is None:
-        if window is None and (parts == 1 or not causal):
-            return jax.nn.dot_product_attention(q_BTHC, k_BSKC, v_BSKC, **options)
-        if causal and window is not None and parts == 1:
-            return jax.nn.dot_product_attention(q_BTHC, k_BSKC, v_BSKC, local_window_size=(window - 1, 0), **options)
-        mask_BTS = jnp.ones((1, q_BTHC.shape[1], k_BSKC.shape[1]), bool)
-    else:
+    attend = partial(jax.nn.dot_product_attention, scale=scale, is_causal=causal and parts == 1, implementation="cudnn")
+    if segments_BT is not None and segments_BS is not None:
         mask_BTS = segments_BT[:, :, None] == segments_BS[:, None, :]
+    elif parts == 1 if causal else window is None:  # cuDNN applies causality, and windows that are causal
+        return attend(q_BTHC, k_BSKC, v_BSKC, local_window_size=None if window is None else (window - 1, 0))
+    else:
+        mask_BTS = jnp.ones((1, q_BTHC.shape[1], k_BSKC.shape[1]), bool)
     T, S = jnp.arange(q_BTHC.shape[1]), jnp.arange(k_BSKC.shape[1])
     if parts > 1:
         T += jax.lax.axis_index(CONTEXT) * q_BTHC.shape[1]
@@ -331,7 +329,7 @@ def _cudnn(
         mask_BTS &= T[:, None] >= S
     if window is not None:  # cuDNN's windows require causal masks, and allow no other mask before version 9.10.2
         mask_BTS &= jnp.abs(T[:, None] - S) < window
-    return jax.nn.dot_product_attention(q_BTHC, k_BSKC, v_BSKC, mask=mask_BTS[:, None], **options)
+    return attend(q_BTHC, k_BSKC, v_BSKC, mask=mask_BTS[:, None])
 
 
 def _pad(x_BT: jax.Array, multiple: int) -> jax.Array:

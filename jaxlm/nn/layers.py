@@ -53,7 +53,8 @@ def float32_einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """Returns `jnp.einsum(spec, a, b)` in float32, for products whose operands are in the dtype of `a`.
 
     The backward pass also multiplies in the dtype of `a`, with float32 sums. By default JAX multiplies the float32
-    gradient, for which accelerators need at least twice the time and the memory.
+    gradient, for which accelerators need at least twice the time and the memory. Forward-mode derivatives exist only if
+    `a` is float32.
 
     Args:
       spec: two operands and a result without "..."; each index of an operand is in the other operand or the result.

@@ -183,9 +183,6 @@ def predict_rows(
         for (_, row), record, prediction in zip(window, records, predictions):
             names = bound.class_names(record) if probabilities or top_k else ()
             yield row, _public(prediction, names, probabilities, top_k)
-        # The rows of this window must not be in memory while the next one is read.
-        window.clear()
-        del records, predictions
     _warn_of_truncation(bound, truncations, warn)
 
 

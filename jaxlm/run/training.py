@@ -18,7 +18,7 @@ from jaxlm.config import RunConfig
 from jaxlm.data.batches import Batch, iterate_batches
 from jaxlm.data.corpus import Prepared
 from jaxlm.devices import chips, hosts
-from jaxlm.errors import RunError, Stopped
+from jaxlm.errors import RunError, Stopped, UserError
 from jaxlm.lm import LM, find, with_params
 from jaxlm.nn import parameters
 from jaxlm.reports import report
@@ -125,10 +125,21 @@ class Training:
             self.run_folder.send()
 
     def batches(self) -> Iterator[tuple[int, Batch]]:
-        """Yields the number of each step that is left, counted from 1, and its batch on the mesh."""
+        """Yields the number of each step that is left, counted from 1, and its batch on the mesh.
+
+        Raises:
+          UserError: if a batch has more examples in a row than the task declares.
+        """
         end = self.started if self.is_stale else self.run.steps
         batches = iterate_batches(self.resolved.train, self.started, end, lambda: self.state, self._rows)
+        max_examples = self.resolved.task.max_examples
         for step, batch in enumerate(self.journal.meter.fed(batches), self.started + 1):
+            # A task whose rows hold one example uses no mask of segments.
+            if (count := int(batch["segments_BT"].max())) > max_examples:
+                raise UserError(
+                    f"the batch of step {step:,} has a row with {count} examples, and the task has max_examples "
+                    f"{max_examples}; return fewer examples in a row, or raise max_examples of the task"
+                )
             yield step, self._shard(batch, self.run.accumulate)
 
     def check(self, step: int, state_too: bool) -> None:

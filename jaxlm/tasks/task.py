@@ -57,7 +57,7 @@ class Task(metaclass=_Immutable):
 
     head: Any = None  # name of the head of the model that the task reads; None: it reads hidden states
     scores: tuple[str, ...] = ("loss",)  # the first selects the best checkpoint; higher is better, except for "loss"
-    max_examples: int  # examples in a row E
+    max_examples: int  # maximum number of examples in a row E; if it is 1, a decoder may omit the mask of segments
     source_length: int | None = None  # tokens of the sources in a row S; None: the task has no sources
     config_keys: Mapping[str, Any] = {}  # entries of the exported config.json that describe the task
     exported_as: Mapping[str, str] = {}  # class of transformers -> the class with the same tensors for this task
