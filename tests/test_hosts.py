@@ -505,10 +505,11 @@ def test_a_killed_host_ends_the_other_and_any_number_of_hosts_resumes(start, run
 
 
 @pytest.mark.long
-def test_the_other_hosts_report_which_host_was_lost(start, tmp_path):
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGSTOP])  # a stopped host keeps its connections
+def test_the_other_hosts_report_which_host_was_lost(start, tmp_path, signal_number):
     three = start(3, *STEPS, "--workdir", tmp_path / "run", "--batch", "9")
     three[0].wait_for("step 20/")
-    three[1].process.send_signal(signal.SIGKILL)
+    three[1].process.send_signal(signal_number)
     for host in (three[0], three[2]):
         assert "error: host 1 of 3 was lost" in host.wait(1, MAX_DETECTION_SECONDS)
 

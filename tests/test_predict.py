@@ -980,7 +980,7 @@ def test_rows_are_predicted_as_a_stream(cwd, runs):
     peaks = []
     for count in (20_000, 60_000):
         file = cwd / f"{count}.csv"
-        file.write_text("text,more\n" + f"{TEXT},{'-' * 4000}\n" * count)
+        file.write_text("text,more\n" + f"{TEXT},{'-' * 12_000}\n" * count)
         after = (
             "; print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"  # ru_maxrss includes the parent
         )
@@ -988,4 +988,4 @@ def test_rows_are_predicted_as_a_stream(cwd, runs):
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         peaks.append(int(result.stdout) / 1024)
         assert len(file.with_suffix(".jsonl").read_text().splitlines()) == count
-    assert peaks[1] < peaks[0] + 80, peaks  # MiB; the further rows have 153, the allocator varies by 40
+    assert peaks[1] < peaks[0] + 150, peaks  # MiB; the further rows have 460, the allocator varies by 110

@@ -18,12 +18,12 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -67,6 +67,7 @@ class _State:
 
     joined: Rendezvous | None = None
     connected: bool = False  # whether all hosts have joined
+    silent: ClassVar[list[int]] = []  # the hosts that have sent no heartbeat recently
     exit_code: int | None = None  # set when this process exits
     abort_handler: Any = None  # a reference, so that it is not garbage-collected
 
@@ -217,12 +218,30 @@ def _jax_state(name: str) -> Any:
 
 
 def _send_heartbeats() -> None:
-    """Sends heartbeats until the coordination service is gone."""
+    """Sends heartbeats until the coordination service is gone, and learns which hosts send none.
+
+    Host 0 compares the heartbeats and publishes the silent hosts, so that each host reads one value instead of all.
+    """
     client, n = _jax_state("client"), 0
+    beats: dict[str, tuple[str, float]] = {}  # key of a host -> its last heartbeat, and when it was first seen
     with suppress(Exception):
         while client is not None:
             client.key_value_set(f"jaxlm/beat/{jax.process_index()}", str(n := n + 1), allow_overwrite=True)
+            if is_first():
+                now = time.monotonic()
+                for key, beat in client.key_value_dir_get("jaxlm/beat/"):
+                    if beats.get(key, ("", 0))[0] != beat:
+                        beats[key] = beat, now
+                silent = [key for key, (_, seen) in beats.items() if now - seen > 4 * HEARTBEAT_INTERVAL]
+                client.key_value_set("jaxlm/silent", json.dumps(_hosts_of(silent)), allow_overwrite=True)
+            with suppress(jax.errors.JaxRuntimeError):  # host 0 has not published any yet
+                _State.silent = json.loads(client.key_value_try_get("jaxlm/silent"))
             time.sleep(HEARTBEAT_INTERVAL)
+
+
+def _hosts_of(keys: Iterable[str]) -> list[int]:
+    """Returns the numbers of the hosts whose heartbeats have these keys."""
+    return sorted(int(key.rpartition("/")[2]) for key in keys)
 
 
 # Exchanging values
@@ -533,8 +552,7 @@ def _lost_hosts() -> list[int]:
         after = dict(client.key_value_dir_get("jaxlm/beat/"))
     except Exception:  # the coordination service runs on host 0
         return [0] if own else []
-    silent = {int(name.rpartition("/")[2]) for name in before if after.get(name) == before[name]}
-    return sorted(silent - {own})
+    return [host for host in _hosts_of(key for key in before if after.get(key) == before[key]) if host != own]
 
 
 def _handle_aborts() -> None:
@@ -550,8 +568,9 @@ def _handle_aborts() -> None:
         if _State.exit_code is None and _State.connected:
             # The coordination service may be gone; whether its port is open can still be checked.
             first_is_lost = not is_first() and not _is_listening(_jax_state("coordinator_address") or "")
-            lost = {0, 1} - {jax.process_index()} if jax.process_count() == 2 else {0} if first_is_lost else set()
-            os.write(2, f"\nerror: {_loss([*lost])}\n".encode())
+            own = jax.process_index()
+            lost = [1 - own] if jax.process_count() == 2 else [0] if first_is_lost else _State.silent
+            os.write(2, f"\nerror: {_loss([host for host in lost if host != own])}\n".encode())
         os._exit(RunError.exit_code if _State.exit_code is None else _State.exit_code)
 
     _State.abort_handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(on_abort)

@@ -208,6 +208,7 @@ class Placement:
     """Constrains the sharding of a model's activations."""
 
     mesh: Mesh | None = None  # the mesh of the model, which can have one device; None: unknown, nothing is constrained
+    whole: tuple[str, ...] = ()  # logical axes that are not split: those of a function of one group (`nn/groups.py`)
 
     def __call__(self, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
         """Returns `x` with the sharding of these logical axes."""
@@ -221,8 +222,8 @@ class Placement:
         fewer_parts = {"between": "length", "length": None, "batch": None}
         while axis in fewer_parts and size % self.ways(axis):
             axis = fewer_parts[axis]
-        return axis
+        return None if axis in self.whole else axis
 
     def ways(self, axis: str) -> int:
         """Returns the number of parts that a logical axis is split into."""
-        return 1 if self.mesh is None else ways(self.mesh, axis)
+        return 1 if self.mesh is None or axis in self.whole else ways(self.mesh, axis)

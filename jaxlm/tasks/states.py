@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxlm.data.batches import Batch
 from jaxlm.inference.encode import pool
+from jaxlm.nn.groups import Groups
 from jaxlm.nn.losses import Sum, accuracy, chunked_cross_entropy, cross_entropy, token_log_probs
 from jaxlm.nn.transformer import FRONT_ENDS, Transformer, apply
 
@@ -83,8 +84,11 @@ def token_losses(
         logits_BTV = apply(module, params, x_BTD, method=method)
         loss = cross_entropy(logits_BTV, labels_BT, weights_BT, label_smoothing)
         return {"loss": loss, "accuracy": accuracy(logits_BTV, labels_BT, weights_BT)}
-    head = _head(module, params, method)
-    loss, hits = chunked_cross_entropy(*head, x_BTD, labels_BT, weights_BT, label_smoothing, parts)
+    groups = Groups(module.constrain, *labels_BT.shape)
+    logits_of, head = _head(module.clone(constrain=groups.inside), params, method)
+    losses = partial(chunked_cross_entropy, logits_of, label_smoothing=label_smoothing, parts=parts)
+    sums = groups.map(losses, head, x_BTD, labels_BT, weights_BT)
+    loss, hits = jax.tree.map(lambda x_G: x_G.sum(0), sums)
     return {"loss": loss, "accuracy": hits}
 
 
@@ -92,7 +96,14 @@ def token_scores(
     module: Transformer, params: Any, x_BTD: jax.Array, labels_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the log-probability of each label and the most likely tokens, by the head "lm" (`token_log_probs`)."""
-    return token_log_probs(*_head(module, params, "lm"), x_BTD, labels_BT, _parts(module, *labels_BT.shape))
+    parts = _parts(module, *labels_BT.shape)
+    if parts == 1:
+        return token_log_probs(*_head(module, params, "lm"), x_BTD, labels_BT)
+    groups = Groups(module.constrain, *labels_BT.shape)
+    logits_of, head = _head(module.clone(constrain=groups.inside), params, "lm")
+    scores = groups.map(partial(token_log_probs, logits_of, parts=parts), head, x_BTD, labels_BT)
+    log_probs_BT, best_BT = map(groups.merge, scores)
+    return log_probs_BT, best_BT
 
 
 def _parts(module: Transformer, B: int, T: int) -> int:
