@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 
 import jax
@@ -10,9 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.config import MeshConfig
+from jaxlm.config import MeshConfig, ModelConfig
 from jaxlm.devices import sharding
+from jaxlm.nn import parameters
 from jaxlm.nn.losses import accuracy, chunked_cross_entropy, cross_entropy, token_log_probs
+from jaxlm.nn.transformer import Transformer, init
+from jaxlm.tasks import states
 
 B, T, D, V = 4, 12, 8, 48
 assert_close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
@@ -104,3 +108,43 @@ def test_chunked_losses_on_a_mesh_equal_unchunked_losses(sizes):
     split = jax.jit(jax.value_and_grad(partial(loss, partial(chunked_cross_entropy, sharded_logits, parts=3)), (0, 1)))
     expected = jax.value_and_grad(partial(loss, partial(unchunked, smoothing=0.0)), (0, 1))(params, *given)
     jax.tree.map(assert_close, split(jax.tree.map(jnp.asarray, params), *sharded), expected)
+
+
+def collectives(program: str) -> dict[str, int]:
+    """Returns the number of collectives of each kind on arrays that are as large as the head."""
+    kinds = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+    large = {kind: re.findall(rf"= (.*?) {kind}(?:-start)?\(", program) for kind in kinds}
+    return {kind: sum(f"[{V}," in shape for shape in shapes) for kind, shapes in large.items()}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("sizes", [(1, 8, 1, 1), (2, 2, 2, 1), (2, 1, 1, 4)], ids=str)
+def test_the_head_is_gathered_once_and_its_gradient_is_reduced_once(monkeypatch, sizes, tied, dtype):
+    """Chunked losses on a mesh equal those of one device, and no chunk communicates an array as large as the head."""
+    config = ModelConfig(vocabulary=V, max_length=T, width=D, layers=1, heads=2, tied_embeddings=tied)
+    params = init(Transformer(config), jax.random.key(0))
+    _, x_BTD, labels_BT, weights_BT = (np.concatenate([x, x]) if n else None for n, x in enumerate(inputs()))
+    x_BTD = jnp.asarray(x_BTD, dtype)
+    mesh = sharding.make_mesh(MeshConfig(*sizes), jax.devices()[:8])
+    place = lambda leaf, row: jax.device_put(leaf, sharding.sharding(mesh, row.axes, leaf.shape, row.path))
+    sharded = jax.tree.map(place, params, parameters.rows(params))
+
+    def both(module, params, x_BTD):
+        losses = states.token_losses(module, params, x_BTD, labels_BT, weights_BT)
+        scores_BT, most_likely_BT = states.token_scores(module, params, x_BTD, labels_BT)
+        return losses["loss"][0] + (scores_BT * weights_BT).sum() / 2, (losses, scores_BT, most_likely_BT)
+
+    step = lambda module: jax.jit(jax.value_and_grad(partial(both, module), (0, 1), has_aux=True))
+    whole = step(Transformer(config, dtype=jnp.dtype(dtype)))(params, x_BTD)
+    monkeypatch.setattr(states, "MAX_LOGITS", 2 * B * T * V // 8 // 3)
+    module = Transformer(config, sharding.Placement(mesh), dtype=jnp.dtype(dtype))
+    assert states._parts(module, 2 * B, T) == 3
+    compiled = step(module).lower(sharded, x_BTD).compile()
+    rounded = {"atol": 2e-2, "rtol": 2e-2} if dtype == "bfloat16" else {}
+    as_float = lambda x: np.asarray(x, np.float32)
+    jax.tree.map(lambda a, b: assert_close(as_float(a), as_float(b), **rounded), compiled(sharded, x_BTD), whole)
+    # The loss and the scores gather the head once each, and reduce its gradient once each.
+    found = collectives(compiled.as_text())
+    assert found["all-gather"] <= 2 * (mesh.shape["fsdp"] > 1) and found["all-to-all"] == 0, found
+    assert found["all-reduce"] + found["reduce-scatter"] <= 2, found

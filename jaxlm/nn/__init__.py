@@ -6,6 +6,7 @@ attention    self-attention and cross-attention, with grouped queries, windows a
 kernels      fused attention over packed rows
 positions    learned, sinusoidal, rotary and relative positions
 heads        outputs computed from the last hidden states
+groups       the positions of a batch in groups, each with a copy of the parameters of a head
 losses       losses and metrics as pairs (sum, weight)
 nodes        parameters in another form than a dense array, such as a low-rank update
 parameters   the table of parameters: logical axes, weight decay, depth
@@ -19,4 +20,5 @@ In tensor code the suffix of a name is its shape, in these letters:
     E  examples in a row        G  heads per key-value head
     F  MLP width                C  head width              R  relative distances
     W  embedding width          c  pairs in a head         N  labels
+    M  groups of positions
 """

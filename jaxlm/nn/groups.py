@@ -21,10 +21,10 @@ from jaxlm.nn.nodes import is_node
 
 
 class Groups:
-    """The positions [B, T] of a batch in G groups: each has the rows and the length of one part of the mesh.
+    """The positions [B, T] of a batch in M groups: each has the rows and the length of one part of the mesh.
 
     Attributes:
-      size: number of groups, G.
+      size: number of groups, M.
       inside: the placement of the activations of one group, whose rows and length are not split.
     """
 
@@ -40,7 +40,7 @@ class Groups:
         self.inside = dataclasses.replace(placement, whole=whole)
 
     def map(self, function: Callable[..., Any], params: Any, x_BTD: jax.Array, *arrays_BT: jax.Array) -> Any:
-        """Returns the results [G, ...] of `function(params, x_BTD, *arrays_BT)` for the positions of each group.
+        """Returns the results [M, ...] of `function(params, x_BTD, *arrays_BT)` for the positions of each group.
 
         Each group has a copy of the parameters. The devices exchange matrices in the dtype of `x_BTD`, and their
         gradients in the dtype of the parameters.
@@ -62,10 +62,10 @@ class Groups:
         arrays = map(self._split, (x_BTD, *arrays_BT))
         return jax.vmap(function, spmd_axis_name=self._names)(copies, *arrays)
 
-    def merge(self, x_GBT: jax.Array) -> jax.Array:
-        """Returns an array [B, T, ...] from the parts of the groups [G, B / rows, T / lengths, ...]."""
-        _, b, t, *rest = x_GBT.shape
-        x = jnp.moveaxis(x_GBT.reshape(self._rows, self._lengths, b, t, *rest), 1, 2)
+    def merge(self, x_MBT: jax.Array) -> jax.Array:
+        """Returns an array [B, T, ...] from the parts of the groups [M, B / rows, T / lengths, ...]."""
+        _, b, t, *rest = x_MBT.shape
+        x = jnp.moveaxis(x_MBT.reshape(self._rows, self._lengths, b, t, *rest), 1, 2)
         return x.reshape(self._rows * b, self._lengths * t, *rest)
 
     def _split(self, x_BT: jax.Array) -> jax.Array:
@@ -75,7 +75,7 @@ class Groups:
         return x.reshape(self.size, b, t, *rest)
 
     def _copy(self, leaf: jax.Array, axes: tuple[str | None, ...], dtype: Any) -> jax.Array:
-        """Returns the copies [G, ...] of a parameter with these logical axes, rounded to `dtype` if there is one."""
+        """Returns the copies [M, ...] of a parameter with these logical axes, rounded to `dtype` if there is one."""
         assert self._mesh is not None
         others = [name for name in self._mesh.axis_names if name not in self._names]
         gathered = spec(axes, others)

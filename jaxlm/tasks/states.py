@@ -88,7 +88,7 @@ def token_losses(
     logits_of, head = _head(module.clone(constrain=groups.inside), params, method)
     losses = partial(chunked_cross_entropy, logits_of, label_smoothing=label_smoothing, parts=parts)
     sums = groups.map(losses, head, x_BTD, labels_BT, weights_BT)
-    loss, hits = jax.tree.map(lambda x_G: x_G.sum(0), sums)
+    loss, hits = jax.tree.map(lambda x_M: x_M.sum(0), sums)
     return {"loss": loss, "accuracy": hits}
 
 
