@@ -44,7 +44,9 @@ def mask_tokens(
                 left -= int(sizes[group])
             if not left:
                 break
-    predicted_T = np.isin(groups_T, chosen)
+    is_chosen = np.zeros(len(sizes) + 1, bool)  # the last entry is for the group -1
+    is_chosen[chosen] = True
+    predicted_T = is_chosen[groups_T]
     fate_T = random.random(len(tokens_T))
     noise_T = random.integers(0, vocabulary, len(tokens_T))
     corrupted_T = np.where(predicted_T & (fate_T < 0.8), mask, tokens_T)
@@ -62,7 +64,7 @@ def word_groups(continues_T: np.ndarray, choosable_T: np.ndarray) -> np.ndarray:
     Returns:
       The group of each token [T]; -1 for tokens that may not be masked.
 
-    >>> words(np.array([0, 0, 1, 0], bool), np.array([0, 1, 1, 1], bool)).tolist()
+    >>> word_groups(np.array([0, 0, 1, 0], bool), np.array([0, 1, 1, 1], bool)).tolist()
     [-1, 0, 0, 1]
     """
     starts_T = choosable_T & ~(continues_T & np.concatenate([[False], choosable_T[:-1]]))
