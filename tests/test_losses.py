@@ -119,14 +119,15 @@ def collectives(program: str) -> dict[str, int]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("sizes", [(1, 8, 1, 1), (2, 2, 2, 1), (2, 1, 1, 4)], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 8, 1, 1), (2, 2, 2, 1), (2, 1, 1, 4), (8,)], ids=str)  # (8,): only "fsdp"
 def test_the_head_is_gathered_once_and_its_gradient_is_reduced_once(monkeypatch, sizes, tied, dtype):
     """Chunked losses on a mesh equal those of one device, and no chunk communicates an array as large as the head."""
     config = ModelConfig(vocabulary=V, max_length=T, width=D, layers=1, heads=2, tied_embeddings=tied)
     params = init(Transformer(config), jax.random.key(0))
     _, x_BTD, labels_BT, weights_BT = (np.concatenate([x, x]) if n else None for n, x in enumerate(inputs()))
     x_BTD = jnp.asarray(x_BTD, dtype)
-    mesh = sharding.make_mesh(MeshConfig(*sizes), jax.devices()[:8])
+    devices = jax.devices()[:8]
+    mesh = sharding.make_mesh(MeshConfig(*sizes), devices) if sizes[1:] else jax.sharding.Mesh(devices, "fsdp")
     place = lambda leaf, row: jax.device_put(leaf, sharding.sharding(mesh, row.axes, leaf.shape, row.path))
     sharded = jax.tree.map(place, params, parameters.rows(params))
 

@@ -35,7 +35,8 @@ class Groups:
         self._rows, self._lengths = ways.get("batch", 1), ways.get("length", 1)
         self.size = self._rows * self._lengths
         self._mesh = placement.mesh
-        self._names = tuple(name for axis in ways if ways[axis] > 1 for name in RULES[axis])
+        split = (name for axis in ways for name in RULES[axis])
+        self._names = tuple(name for name in split if self._mesh and self._mesh.shape.get(name, 1) > 1)
         whole = tuple(axis for axis, names in RULES.items() if set(names) & set(self._names))
         self.inside = dataclasses.replace(placement, whole=whole)
 
