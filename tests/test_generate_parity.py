@@ -126,12 +126,17 @@ def assert_same(model: Any, lm: jaxlm.LM, hf: dict[str, Any], padded: bool = Tru
     expected = [transformers_tokens(model, [prompt], **hf) for prompt in prompts()]  # alone
     found = jaxlm.generate(lm, prompts(), **choices)
     found = found if n > 1 else [[row] for row in found]
-    for prompt, rows, expected_rows in zip(prompts(), found, expected, strict=True):
-        for row, expected_row in zip(rows, expected_rows, strict=True):
-            if row != expected_row:  # two texts have the same score, up to rounding
-                assert len(row) == len(expected_row) and hf.get("num_beams", 1) > 1
-                score = log_probability(model, prompt, row)
-                assert score == pytest.approx(log_probability(model, prompt, expected_row), abs=2e-4)
+    pairs = [
+        (prompt, *texts)
+        for prompt, *rows in zip(prompts(), found, expected, strict=True)
+        for texts in zip(*rows, strict=True)
+    ]
+    # Two beams may have the same score up to rounding, and then the better one depends on the processor.
+    ties = [pair for pair in pairs if pair[1] != pair[2]]
+    assert len(ties) <= (n if hf.get("num_beams", 1) > 1 else 0), ties
+    for prompt, *texts in ties:
+        ours_score, their_score = (log_probability(model, prompt, text) for text in texts)
+        assert len(texts[0]) == len(texts[1]) and abs(ours_score - their_score) < 2e-4, texts
     assert len({tuple(row) for rows in expected for row in rows}) > 2
     if n == 1:
         if padded:

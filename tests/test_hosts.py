@@ -505,13 +505,14 @@ def test_a_killed_host_ends_the_other_and_any_number_of_hosts_resumes(start, run
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGSTOP])  # a stopped host keeps its connections
-def test_the_other_hosts_report_which_host_was_lost(start, tmp_path, signal_number):
+def test_the_other_hosts_report_which_host_was_lost(start, tmp_path, signal_number, victim):
     three = start(3, *STEPS, "--workdir", tmp_path / "run", "--batch", "9")
     three[0].wait_for("step 20/")
-    three[1].process.send_signal(signal_number)
-    for host in (three[0], three[2]):
-        assert "error: host 1 of 3 was lost" in host.wait(1, MAX_DETECTION_SECONDS)
+    three[victim].process.send_signal(signal_number)
+    for host in three[:victim] + three[victim + 1 :]:
+        assert f"error: host {victim} of 3 was lost" in host.wait(1, MAX_DETECTION_SECONDS)
 
 
 # Errors before the start

@@ -18,12 +18,12 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -67,7 +67,8 @@ class _State:
 
     joined: Rendezvous | None = None
     connected: bool = False  # whether all hosts have joined
-    silent: ClassVar[list[int]] = []  # the hosts that have sent no heartbeat recently
+    silent: tuple[int, ...] = ()  # the hosts that have sent no heartbeat recently
+    last_reply: float = 0.0  # time of the last reply of host 0 to a heartbeat
     exit_code: int | None = None  # set when this process exits
     abort_handler: Any = None  # a reference, so that it is not garbage-collected
 
@@ -218,30 +219,26 @@ def _jax_state(name: str) -> Any:
 
 
 def _send_heartbeats() -> None:
-    """Sends heartbeats until the coordination service is gone, and learns which hosts send none.
+    """Sends heartbeats until the coordination service is gone, and reads which hosts send none.
 
-    Host 0 compares the heartbeats and publishes the silent hosts, so that each host reads one value instead of all.
+    Host 0 compares the heartbeats and publishes the silent hosts, so that the other hosts read one value each.
     """
     client, n = _jax_state("client"), 0
-    beats: dict[str, tuple[str, float]] = {}  # key of a host -> its last heartbeat, and when it was first seen
+    beats: dict[str, tuple[str, float]] = {}  # key of a host -> its last heartbeat, and when host 0 first read it
     with suppress(Exception):
         while client is not None:
             client.key_value_set(f"jaxlm/beat/{jax.process_index()}", str(n := n + 1), allow_overwrite=True)
+            _State.last_reply = now = time.monotonic()
             if is_first():
-                now = time.monotonic()
                 for key, beat in client.key_value_dir_get("jaxlm/beat/"):
                     if beats.get(key, ("", 0))[0] != beat:
                         beats[key] = beat, now
-                silent = [key for key, (_, seen) in beats.items() if now - seen > 4 * HEARTBEAT_INTERVAL]
-                client.key_value_set("jaxlm/silent", json.dumps(_hosts_of(silent)), allow_overwrite=True)
+                silent = [key for key, (_, read) in beats.items() if now - read > 3 * HEARTBEAT_INTERVAL]
+                numbers = sorted(int(key.rpartition("/")[2]) for key in silent)
+                client.key_value_set("jaxlm/silent", json.dumps(numbers), allow_overwrite=True)
             with suppress(jax.errors.JaxRuntimeError):  # host 0 has not published any yet
-                _State.silent = json.loads(client.key_value_try_get("jaxlm/silent"))
+                _State.silent = tuple(json.loads(client.key_value_try_get("jaxlm/silent")))
             time.sleep(HEARTBEAT_INTERVAL)
-
-
-def _hosts_of(keys: Iterable[str]) -> list[int]:
-    """Returns the numbers of the hosts whose heartbeats have these keys."""
-    return sorted(int(key.rpartition("/")[2]) for key in keys)
 
 
 # Exchanging values
@@ -518,7 +515,7 @@ def is_host_loss(error: BaseException | None) -> bool:
 
 
 def detect_lost_hosts(body: Callable[..., Value]) -> Callable[..., Value]:
-    """Wraps a function so that it raises Lost if another host is lost while it runs."""
+    """Wraps a function so that it raises HostLost if another host is lost while it runs."""
 
     @functools.wraps(body)
     def run(*args: Any, **named: Any) -> Value:
@@ -527,7 +524,7 @@ def detect_lost_hosts(body: Callable[..., Value]) -> Callable[..., Value]:
         except Exception as error:
             if isinstance(error, HostLost) or not is_host_loss(error):
                 raise
-            raise HostLost(_loss(_lost_hosts())) from error
+            raise HostLost(_loss(_wait_for_lost_hosts())) from error
 
     return run
 
@@ -542,17 +539,24 @@ def _loss(lost: list[int]) -> str:
 
 def _lost_hosts() -> list[int]:
     """Returns the hosts that are known to be lost."""
-    count, own = jax.process_count(), jax.process_index()
-    if count == 2:
+    own = jax.process_index()
+    if jax.process_count() == 2:
         return [1 - own]
-    client = _jax_state("client")
-    try:
-        before = dict(client.key_value_dir_get("jaxlm/beat/"))
-        time.sleep(3 * HEARTBEAT_INTERVAL)
-        after = dict(client.key_value_dir_get("jaxlm/beat/"))
-    except Exception:  # the coordination service runs on host 0
-        return [0] if own else []
-    return [host for host in _hosts_of(key for key in before if after.get(key) == before[key]) if host != own]
+    # First the published hosts: when host 1 is lost, host 0 ends too, perhaps before host 2 reports the loss.
+    if lost := [host for host in _State.silent if host != own]:
+        return lost
+    # Host 0 runs the coordination service. A host that is stopped still accepts connections, but does not reply.
+    silence = time.monotonic() - _State.last_reply
+    first_is_lost = silence > 3 * HEARTBEAT_INTERVAL or not _is_listening(_jax_state("coordinator_address") or "")
+    return [0] if own and first_is_lost else []
+
+
+def _wait_for_lost_hosts() -> list[int]:
+    """Returns the hosts that are lost, as soon as they are known, or an empty list after several heartbeats."""
+    end = time.monotonic() + 6 * HEARTBEAT_INTERVAL
+    while not (lost := _lost_hosts()) and time.monotonic() < end:
+        time.sleep(0.5)
+    return lost
 
 
 def _handle_aborts() -> None:
@@ -566,11 +570,7 @@ def _handle_aborts() -> None:
 
     def on_abort(_: int) -> None:
         if _State.exit_code is None and _State.connected:
-            # The coordination service may be gone; whether its port is open can still be checked.
-            first_is_lost = not is_first() and not _is_listening(_jax_state("coordinator_address") or "")
-            own = jax.process_index()
-            lost = [1 - own] if jax.process_count() == 2 else [0] if first_is_lost else _State.silent
-            os.write(2, f"\nerror: {_loss([host for host in lost if host != own])}\n".encode())
+            os.write(2, f"\nerror: {_loss(_lost_hosts())}\n".encode())
         os._exit(RunError.exit_code if _State.exit_code is None else _State.exit_code)
 
     _State.abort_handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(on_abort)
