@@ -5,7 +5,7 @@
 Measured in November 2026 with Python 3.11 and seed 0:
 
 Hardware         2 CPU cores
-Time             3 min 14 s to 4 min 10 s in total, depending on other load, with eight evaluations
+Time             3 min 4 s to 4 min 10 s in total, depending on other load, with eight evaluations
 Score            1.7439 bits per byte on the held-out last tenth.  xz -9e with the training part as context needs 1.41,
                  because the documentation repeats long passages word for word.
 

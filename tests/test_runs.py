@@ -797,3 +797,19 @@ def test_a_mesh_with_several_axes_has_two_threads_per_device(monkeypatch, flags,
     one_device_per_core([RunConfig(MODEL, batch=8, mesh=mesh)])
     assert os.environ.get("NPROC") == threads
     assert os.environ["XLA_FLAGS"] == (flags or "--xla_force_host_platform_device_count=8")
+
+
+def test_the_remaining_time_excludes_the_compilation_of_the_first_steps(tmp_path, monkeypatch, capsys):
+    from jaxlm.run import folder
+
+    clock = [0.0]
+    monkeypatch.setattr(folder.time, "monotonic", lambda: clock[0])
+    log = folder.RunLog(tmp_path, 0, 100)
+    values = {"loss": 1.0, "learning_rate": 0.1, "tokens_per_second": 5.0}
+    for now, step, more in ((30, 10, {"step_ms_p50": 1000.0}), (50, 20, {"step_ms_p50": 1000.0})):
+        clock[0] = float(now)
+        log.progress(step, values | more)
+    log.close()
+    lines = capsys.readouterr().err.splitlines()
+    # At first the median step of 1 s counts, then 2 s per step with evaluations, but without the first 30 s.
+    assert lines[0].endswith("1:30 left") and lines[1].endswith("2:40 left")

@@ -226,7 +226,7 @@ class RunLog:
             from tensorboardX.proto.event_pb2 import SessionLog
 
         self._file, self._steps, self._rewriting = folder / "metrics.jsonl", steps, False
-        self._started, self._first = time.monotonic(), step
+        self._start, self._first, self._has_progress = time.monotonic(), step, False  # of the estimate of time
         # A run that starts again also evaluates its first weights again, as step 0. An incomplete line can be dropped:
         # it was written after every checkpoint.
         lines = [line for line, logged in _whole_lines(self._file) if step and logged <= step]
@@ -266,7 +266,12 @@ class RunLog:
 
     def progress(self, step: int, values: dict[str, float]) -> None:
         """Prints the progress: rewrites the line on a terminal, and prints a new line elsewhere."""
-        seconds = (time.monotonic() - self._started) / max(1, step - self._first) * (self._steps - step)
+        now = time.monotonic()
+        step_seconds = (now - self._start) / max(1, step - self._first)
+        if not self._has_progress:  # the first steps include compilation, the others do not
+            step_seconds = values.get("step_ms_p50", 1000 * step_seconds) / 1000
+            self._start, self._first, self._has_progress = now, step, True
+        seconds = step_seconds * (self._steps - step)
         line = (
             f"step {step:,}/{self._steps:,}  loss {values['loss']:.4f}  rate {values['learning_rate']:.2e}  "
             f"{values['tokens_per_second']:,.0f} tokens/s  "
