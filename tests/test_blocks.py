@@ -16,6 +16,7 @@ from random_params import random_params
 
 from jaxlm import CausalLM, MeshConfig, ModelConfig, UserError
 from jaxlm.data.batches import Epoch
+from jaxlm.data.joined import join
 from jaxlm.devices.sharding import make_mesh
 from jaxlm.nn import parameters
 from jaxlm.nn.attention import MIXERS
@@ -217,7 +218,8 @@ class PatchExamples:
             {"patches_BTM": random.standard_normal((length, Patches.M)).astype(np.float32), "labels_BE": length % 2}
             for length in (5, 4, 3, 7, 2)
         ]
-        return Epoch(np.array([len(one["patches_BTM"]) for one in examples]), lambda i: [examples[i]])
+        features = lambda units: join([examples[i] for i in units], lengths_of="patches_BTM")
+        return Epoch(np.array([len(one["patches_BTM"]) for one in examples]), features)
 
 
 class PatchTask(Task):

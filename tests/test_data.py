@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import multiprocessing
 import os
 import shutil
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from hypothesis import strategies as st
 from jaxlm.config import CleaningConfig, DataConfig, MaskedLM, ModelConfig, RunConfig, TokenizerConfig
 from jaxlm.data.batches import Batches, Epoch, prefetch
 from jaxlm.data.corpus import Corpus, prepare
+from jaxlm.data.joined import join
 from jaxlm.data.pack import pack
 from jaxlm.errors import UserError
 
@@ -42,6 +45,23 @@ def test_each_example_is_in_one_row_that_it_fits(lengths, length, max_examples, 
         assert 1 <= len(inside) <= max_examples
         assert sum(lengths[i] for i in inside) <= length
         assert len(set(inside // window)) == 1
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 20), max_size=100), st.integers(20, 40), st.integers(1, 6), st.integers(1, 3))
+def test_packing_is_best_fit_decreasing(lengths, length, max_examples, count):
+    """The reference places one unit after another into the row with the least space that suffices."""
+    max_examples += count - 1
+    rows: list[list[int]] = []
+    for size in sorted(lengths, reverse=True):
+        suitable = [row for row in rows if length - sum(row) >= size and (len(row) + 1) * count <= max_examples]
+        if suitable:
+            min(suitable, key=lambda row: length - sum(row)).append(size)
+        else:
+            rows.append([size])
+    found = pack(np.array(lengths, np.int64), length, max_examples, counts=np.full(len(lengths), count))
+    sums = [sum(lengths[i] for i in found.examples[a:b]) for a, b in zip(found.starts, found.starts[1:])]
+    assert sorted(sums) == sorted(map(sum, rows))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -85,7 +105,8 @@ class Numbered:
 
     def epoch(self, n: int | None) -> Epoch:
         lengths = self.lengths if n is None else np.roll(self.lengths, n)  # some tasks draw new lengths in each epoch
-        return Epoch(lengths, lambda i: [{"tokens_BT": np.full(lengths[i], 1000 * (n or 0) + i), "labels_BE": i}])
+        example = lambda i: {"tokens_BT": np.full(lengths[i], 1000 * (n or 0) + i), "labels_BE": i}
+        return Epoch(lengths, lambda units: join([example(i) for i in units]))
 
 
 def training_batches(seed: int = 3) -> Batches:
@@ -106,6 +127,64 @@ def test_a_batch_is_a_function_of_the_step():
     assert_same(training_batches().batch_at(39), forward[39])  # without the batches before it
     assert_same(training_batches().batch_at(17), forward[17])
     assert any(np.any(forward[0][f] != training_batches(seed=4).batch_at(0)[f]) for f in forward[0])
+
+
+def test_a_resumed_run_builds_no_earlier_epoch():
+    batches = training_batches()
+    expected = [batches.batch_at(step) for step in range(100)]
+    resumed, built = training_batches(), []
+    resumed.resume(json.loads(json.dumps(batches.progress())))
+    make = resumed._make_epoch
+    resumed._make_epoch = lambda n: built.append(n) or make(n)
+    for step in (90, 91, 99):
+        assert_same(resumed.batch_at(step), expected[step])
+    assert min(built) > 10
+
+
+def test_the_next_epoch_is_built_ahead_by_another_thread():
+    batches, threads = training_batches(), {}
+    make = batches._make_epoch
+    batches._make_epoch = lambda n: threads.setdefault(n, threading.current_thread()) and make(n)
+    rows = batches.rows_in_epoch
+    batches.fill([(0, 0)])
+    assert list(threads) == [0]
+    batches.fill([(rows - 1, 0)])
+    while 1 not in batches._epochs:
+        time.sleep(0.001)
+    batches._epochs[1].result()
+    assert threads[0] is threading.main_thread() is not threads[1]
+    evaluation = Batches(Numbered(), rows=4, length=16, max_examples=5, seed=None)
+    for step in range(len(evaluation)):
+        evaluation.batch_at(step)
+    assert list(evaluation._epochs) == [0]
+
+
+def test_an_error_in_an_epoch_built_ahead_is_raised_where_the_epoch_begins():
+    batches = training_batches()
+    make = batches._make_epoch
+
+    def broken(n: int):
+        if n == 1:
+            raise UserError("epoch 1 is bad")
+        return make(n)
+
+    batches._make_epoch = broken
+    rows = batches.rows_in_epoch
+    batches.fill([(rows - 1, 0)])
+    with pytest.raises(UserError, match="epoch 1 is bad"):
+        batches.fill([(rows, 0)])
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_threads_share_batches(seed):
+    make = lambda: Batches(Numbered(), rows=4, length=16, max_examples=5, seed=seed)
+    alone = make()
+    expected = [alone.batch_at(step) for step in range(30)]
+    for _ in range(5):
+        shared = make()
+        with ThreadPoolExecutor(8) as pool:
+            for step, batch in enumerate(pool.map(shared.batch_at, range(30))):
+                assert_same(batch, expected[step])
 
 
 def test_training_epochs_are_consecutive_and_contain_every_example_once():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ from hypothesis import strategies as st
 
 import jaxlm
 from jaxlm import DataConfig, Infilling, RunConfig, SpanCorruption, TokenizerConfig, UserError
-from jaxlm.data.corrupt import corrupt_spans, corrupted_lengths, infill
+from jaxlm.data.corpus import Corpus
+from jaxlm.data.corrupt import Draws, corrupt_spans, corrupted_lengths, infill
 from jaxlm.families import PRESETS
 from jaxlm.tasks import make_task, prepare
+from jaxlm.tasks.denoising import NoisyExamples
 
 MASK, END = -5, -1000
 SENTINELS = -1 - np.arange(200)
@@ -24,8 +27,9 @@ SENTINELS = -1 - np.arange(200)
 @given(st.integers(2, 400), st.floats(0.01, 0.95), st.floats(1, 12), st.integers(0, 2**32 - 1))
 def test_the_text_can_be_restored_from_source_and_target(n, rate, span, seed):
     tokens = 1000 + np.arange(n)
-    random = np.random.default_rng(seed)
-    source, target = corrupt_spans(tokens, random, rate=rate, span=span, sentinels=SENTINELS, end=END)
+    draws, options = Draws((seed,), np.array([0])), {"sentinels": SENTINELS, "end": END}
+    texts = corrupt_spans(tokens, np.array([n]), draws, rate=rate, span=span, **options)
+    source, target = (text.tokens for text in texts)
     assert (len(source), len(target)) == corrupted_lengths(n, rate, span)
     assert source[-1] == target[-1] == END
     spans: dict[int, list[int]] = {}
@@ -43,18 +47,52 @@ def test_the_text_can_be_restored_from_source_and_target(n, rate, span, seed):
 @given(st.integers(1, 400), st.floats(0.01, 0.9), st.floats(1, 12), st.integers(0, 2**32 - 1))
 def test_infilling_masks_its_fraction_and_lengthens_no_text(n, rate, span, seed):
     tokens = 1000 + np.arange(n)
-    source = infill(tokens, np.random.default_rng(seed), rate=rate, span=span, mask=MASK)
+    draws = Draws((seed,), np.array([0]))
+    source = infill(tokens, np.array([n]), draws, rate=rate, span=span, mask=MASK).tokens
     remaining = source[source != MASK]
     assert len(source) <= n
     assert len(remaining) == n - round(rate * n) and (np.diff(remaining) > 0).all()
 
 
+@settings(deadline=None)
+@given(st.lists(st.integers(2, 60), min_size=1, max_size=9), st.floats(0.05, 0.9), st.floats(1, 6))
+def test_texts_are_corrupted_alike_alone_and_together(lengths, rate, span):
+    """The draws of a text depend on its number alone."""
+    lengths = np.array(lengths)
+    starts = np.cumsum(lengths) - lengths
+    corruptions = (
+        lambda *texts: corrupt_spans(*texts, rate=rate, span=span, sentinels=SENTINELS, end=END),
+        lambda *texts: (infill(*texts, rate=rate, span=span, mask=MASK),),
+    )
+    for corrupt in corruptions:
+        together = corrupt(np.arange(lengths.sum()), lengths, Draws((7,), 100 + np.arange(len(lengths))))
+        for n, (start, length) in enumerate(zip(starts, lengths)):
+            alone = corrupt(np.arange(start, start + length), lengths[n : n + 1], Draws((7,), np.array([100 + n])))
+            for one, all_texts in zip(alone, together):
+                end = all_texts.lengths[: n + 1].sum()
+                assert one.tokens.tolist() == all_texts.tokens[end - all_texts.lengths[n] : end].tolist()
+
+
+def test_documents_of_any_length_become_pieces_without_single_tokens():
+    class Longest5(SimpleNamespace):
+        longest = 5
+
+    for sizes in ([5, 1, 6, 1, 11, 2], [1], [16], [6, 6, 1, 1], [0, 5, 0, 1, 7]):
+        offsets = np.cumsum([0, *sizes])
+        corpus = Corpus(np.zeros(sum(sizes), np.uint16), offsets, np.arange(len(offsets)), 1)
+        spans = NoisyExamples(Longest5(), corpus, True).spans.tolist()
+        assert all(2 <= end - start <= 5 for start, end in spans)
+        covered = [n for start, end in spans for n in range(start, end)]
+        expected = [n for a, b in zip(offsets, offsets[1:]) if b - a > 1 for n in range(a, b)]
+        assert covered == expected
+
+
 def test_rates_are_those_of_the_papers():
     """T5 corrupts 15% in spans of 3: 568 tokens become 512 and 114. BART masks 30% in gaps of 3 on average."""
     assert corrupted_lengths(568, 0.15, 3.0) == (512, 114)
-    random = np.random.default_rng(0)
-    gaps = [(infill(np.arange(1000), random, rate=0.3, span=3.0, mask=MASK) == MASK).sum() for _ in range(50)]
-    assert 90 < np.mean(gaps) < 110
+    lengths, draws = np.full(50, 1000), Draws((0,), np.arange(50))
+    gaps = (infill(np.arange(50_000), lengths, draws, rate=0.3, span=3.0, mask=MASK).tokens == MASK).sum() / 50
+    assert 90 < gaps < 110
 
 
 TEXT = [f"Line {n} is here. It speaks of {n * n} things! Does it? Yes, the {n % 7} of them." for n in range(300)]

@@ -481,7 +481,7 @@ def test_the_loss_of_tags_is_over_the_first_token_of_each_word():
     again, found = evaluate_records("tagging", "bert", records)
     expected = count = 0
     for n, outputs in enumerate(found.outputs):
-        [example], [features] = outputs, again.examples.of(n, ["words_BT"])
+        [example], [features] = outputs, again.examples.joined(np.array([n]), ["words_BT"]).split()
         firsts = features["words_BT"] >= 0
         expected -= np.log(example["confidence_BT"][firsts]).sum()
         count += firsts.sum()
@@ -511,10 +511,10 @@ def test_balanced_weights_and_smoothing_apply_to_training_alone():
     records = records_of("class", [{"text": "a", "label": label} for label in ("no", "no", "no", "so", "yes", "yes")])
     part = Records(records, [])
     task = task.bind(MODELS["bert"], part=part)
-    features = [task.examples(part, training).epoch(0).features for training in (True, False)]
+    features = [task.examples(part, training).epoch(0).features(np.arange(6)).features for training in (True, False)]
     # The formula of scikit-learn is rows / (classes x rows of the class).
-    close([features[0](i)[0]["weights_BE"] for i in range(6)], [2 / 3] * 3 + [2] + [1] * 2)
-    close([features[1](i)[0]["weights_BE"] for i in range(6)], [1] * 6)
+    close(features[0]["weights_BE"], [2 / 3] * 3 + [2] + [1] * 2)
+    close(features[1]["weights_BE"], [1] * 6)
     logits = np.random.default_rng(0).standard_normal((1, 6, 3)).astype(np.float32)
     batch = Batches(task.examples(part, True), 1, T, 6, None).batch_at(0)
     labels, weights = batch["labels_BE"][0], batch["weights_BE"][0]

@@ -102,7 +102,7 @@ def rows(found: Corpus, length: int, **fields) -> list[list[int]]:
     tokenizer = SimpleNamespace(cls=1, sep=2, mask=3, size=1000, continues=np.zeros(1000, bool))
     task = MaskedLMTask(config.MaskedLM(**fields), length, 0, tokenizer)
     epoch = task.examples(found, False).epoch(None)
-    features = [epoch.features(i)[0] for i in range(len(epoch.lengths))]
+    features = epoch.features(np.arange(len(epoch.lengths))).split()
     assert [len(row["labels_BT"]) for row in features] == epoch.lengths.tolist()
     for row in features:
         assert not row["weights_BT"][row["labels_BT"] < 10].any()  # no special token is predicted

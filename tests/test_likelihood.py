@@ -236,7 +236,7 @@ def test_windows_are_those_of_a_causal_task():
         for length in range(1, 8):
             for stride in range(1, length + 1):
                 windows = list(_windows(count, length, stride))
-                assert windows == list(map(tuple, _spans(0, count, length, stride, 0).tolist()))
+                assert windows == list(map(tuple, _spans(np.array([0]), np.array([count]), length, stride, 0).tolist()))
                 covered = [n for _, counted, end in windows for n in range(counted, end)]
                 assert covered == list(range(count))
                 assert all(0 <= start <= counted < end <= start + length for start, counted, end in windows)

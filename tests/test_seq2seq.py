@@ -18,6 +18,7 @@ from jaxlm.data import source
 from jaxlm.data.batches import Batches, Epoch
 from jaxlm.data.chat import rendering
 from jaxlm.data.formats.lines import Place
+from jaxlm.data.joined import join
 from jaxlm.data.tokenizers import tokenizer as tokenizers
 from jaxlm.families import PRESETS
 from jaxlm.inference.generate import generate
@@ -242,7 +243,7 @@ def test_generated_tokens_are_the_most_likely_tokens_of_a_packed_batch(model):
         def epoch(self, n):
             lengths = lambda name: np.array([len(example[name]) for example in examples])
             sources = None if task.source_length is None else lengths("source_tokens_BS")
-            return Epoch(lengths("tokens_BT"), lambda i: [examples[i]], None, sources)
+            return Epoch(lengths("tokens_BT"), lambda units: join([examples[i] for i in units]), None, sources)
 
     batches = Batches(Examples(), ROWS, 64, task.max_examples, None, task.source_length)
     assert batches.rows_in_epoch < len(examples)

@@ -17,7 +17,7 @@ from random_params import random_params
 from jaxlm.config import CausalLM, MaskedLM, ModelConfig
 from jaxlm.data.batches import Batches
 from jaxlm.data.corpus import Corpus
-from jaxlm.data.corrupt import mask_tokens, word_groups
+from jaxlm.data.corrupt import Draws, mask_tokens, word_groups
 from jaxlm.errors import UserError
 from jaxlm.nn.losses import accuracy, cross_entropy
 from jaxlm.nn.transformer import Transformer, apply
@@ -54,7 +54,7 @@ def test_every_prediction_is_counted_once(data):
     end = start + data.draw(st.integers(1, 60))
     offset = data.draw(st.integers(0, T - 1)) if stride == T else 0
     counted = []
-    for a, first, b in _spans(start, end, T, stride, offset):
+    for a, first, b in _spans(np.array([start]), np.array([end]), T, stride, offset):
         assert start <= a <= first < b <= end
         assert b - a <= T
         if stride < T:  # after the first window, each prediction has at least T - stride tokens
@@ -71,8 +71,7 @@ def predictions(examples, n: int | None) -> list[tuple[int, int]]:
     """Returns (token, label) of every counted prediction of an epoch."""
     epoch = examples.epoch(n)
     found = []
-    for i, length in enumerate(epoch.lengths):
-        [features] = epoch.features(i)
+    for length, features in zip(epoch.lengths, epoch.features(np.arange(len(epoch.lengths))).split()):
         assert {len(features[f]) for f in ("tokens_BT", "labels_BT", "weights_BT")} == {length}
         counted = features["weights_BT"] > 0
         found += zip(features["tokens_BT"][counted].tolist(), features["labels_BT"][counted].tolist())
@@ -196,8 +195,8 @@ def test_masking_respects_its_rate_and_its_excluded_tokens(data):
     groups = word_groups(continues, choosable)
     assert ((groups >= 0) == choosable).all()
     tokens = np.arange(100, 100 + n)
-    random = np.random.default_rng(data.draw(st.integers(0, 1 << 30)))
-    corrupted, predicted = mask_tokens(tokens, groups, random, rate=rate, mask=3, vocabulary=V)
+    draws = Draws((data.draw(st.integers(0, 1 << 30)),), np.array([0]))
+    corrupted, predicted = mask_tokens(tokens, groups, np.array([n]), draws, rate=rate, mask=3, vocabulary=V)
     assert predicted.sum() <= max(1, round(rate * choosable.sum()))
     if not continues.any():
         assert predicted.sum() == min(choosable.sum(), max(1, round(rate * choosable.sum())))
@@ -208,9 +207,9 @@ def test_masking_respects_its_rate_and_its_excluded_tokens(data):
 
 
 def test_80_percent_of_the_chosen_tokens_are_masked_10_are_random_and_10_are_unchanged():
-    random, n = np.random.default_rng(0), 200_000
+    n, draws = 200_000, Draws((0,), np.array([0]))
     tokens = np.full(n, 1000)
-    corrupted, predicted = mask_tokens(tokens, np.arange(n), random, rate=0.15, mask=3, vocabulary=500)
+    corrupted, predicted = mask_tokens(tokens, np.arange(n), np.array([n]), draws, rate=0.15, mask=3, vocabulary=500)
     chosen = corrupted[predicted]
     assert len(chosen) == 30_000
     for fraction, count in ((0.8, (chosen == 3).sum()), (0.1, (chosen == 1000).sum())):
@@ -227,6 +226,47 @@ def test_80_percent_of_the_chosen_tokens_are_masked_10_are_random_and_10_are_unc
     assert abs(np.flatnonzero(predicted).mean() / n - 0.5) < 0.01
 
 
+@settings(deadline=None)
+@given(st.lists(st.lists(st.integers(1, 6), max_size=20), min_size=1, max_size=8), st.floats(0.01, 0.99))
+def test_words_are_selected_in_order_while_they_fit(words_of_texts, rate):
+    """The reference selects one word after another in each text alone."""
+    lengths = np.array([1 + sum(words) for words in words_of_texts])
+    first = np.cumsum(lengths) - lengths
+    sizes = [size for words in words_of_texts for size in words]
+    groups = np.insert(np.repeat(np.arange(len(sizes)), sizes), first - np.arange(len(first)), -1)
+    draws = Draws((1,), np.arange(len(lengths)))
+    _, predicted = mask_tokens(np.zeros(len(groups), int), groups, lengths, draws, rate=rate, mask=1, vocabulary=V)
+    for n, sizes in enumerate(words_of_texts):
+        starts = np.cumsum([1, *sizes])[:-1]
+        keys = draws.words(np.full(len(sizes), n), 2 * starts)
+        left, expected = max(1, round(rate * sum(sizes))), []
+        for word in np.argsort(keys):
+            if sizes[word] <= left:
+                expected.append(word)
+                left -= sizes[word]
+        found = np.flatnonzero(predicted[first[n] : first[n] + lengths[n]])
+        assert sorted(found) == sorted(starts[word] + i for word in expected for i in range(sizes[word]))
+
+
+def test_texts_are_masked_independently_of_each_other():
+    """Each position of each text is selected equally often, and two texts have different masks."""
+    lengths, rounds = np.full(64, 20), 200
+    counts = np.zeros((64, 20))
+    same = 0
+    for n in range(rounds):
+        draws = Draws((n,), np.arange(64))
+        tokens = np.zeros(lengths.sum(), int)
+        _, predicted = mask_tokens(tokens, np.arange(len(tokens)), lengths, draws, rate=0.2, mask=1, vocabulary=V)
+        predicted = predicted.reshape(64, 20)
+        assert (predicted.sum(1) == 4).all()
+        counts += predicted
+        same += (predicted[1:] == predicted[:-1]).all(1).sum()
+    expected = rounds * 0.2
+    chi_square = ((counts - expected) ** 2 / (expected * 0.8)).sum()
+    assert abs(chi_square - counts.size * 0.95) < 6 * math.sqrt(2 * counts.size)  # 4 of 20 without replacement
+    assert same < 63 * rounds / 4845 + 12  # there are 4,845 choices
+
+
 def masked_task(length: int = 32, seed: int = 5, **settings) -> MaskedLMTask:
     return MaskedLMTask(MaskedLM(**settings), length, seed, TOKENIZER)
 
@@ -236,7 +276,7 @@ DOCUMENTS = [[5, 9, 3], [40], [12, 12], [1], [7, 3, 8, 20], [2, 2, 2]]
 
 def all_features(examples, n: int | None):
     epoch = examples.epoch(n)
-    return [epoch.features(i)[0] for i in range(len(epoch.lengths))]
+    return epoch.features(np.arange(len(epoch.lengths))).split()
 
 
 @pytest.mark.parametrize("options", [{}, {"whole_words": True}, {"next_sentence": True, "short_rate": 0.5}], ids=str)
@@ -245,10 +285,11 @@ def test_masked_examples_depend_only_on_seed_epoch_and_number(options):
     make = lambda seed=5, training=True: masked_task(seed=seed, **options).examples(corpus, training)
     first = all_features(make(), 2)
     epoch = make().epoch(2)
-    for i in np.random.default_rng(0).permutation(len(first)):  # in any order, from a new object
-        [found] = epoch.features(int(i))
-        assert found.keys() == first[i].keys()
-        assert all(np.array_equal(found[f], first[i][f]) for f in found)
+    random = np.random.default_rng(0)
+    for units in np.array_split(random.permutation(len(first)), 4):  # in any order and number, from a new object
+        for i, found in zip(units, epoch.features(units).split(), strict=True):
+            assert found.keys() == first[i].keys()
+            assert all(np.array_equal(found[f], first[i][f]) for f in found)
     weights = lambda features: np.concatenate([f["weights_BT"] for f in features])
     for features in (all_features(make(), 3), all_features(make(seed=6), 2), all_features(make(training=False), None)):
         a, b = weights(first), weights(features)
@@ -265,8 +306,7 @@ def test_masked_examples_keep_special_tokens_labels_and_types(options):
     examples = masked_task(**options).examples(corpus, training=True)
     for n in range(5):
         epoch = examples.epoch(n)
-        for i, length in enumerate(epoch.lengths):
-            [features] = epoch.features(i)
+        for length, features in zip(epoch.lengths, all_features(examples, n)):
             labels, predicted = features["labels_BT"], features["weights_BT"] > 0
             assert len(labels) == len(features["tokens_BT"]) == length <= 32
             special = np.isin(labels, [1, 2])

@@ -6,17 +6,19 @@ hosts.
 
 from __future__ import annotations
 
+import threading
+from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
+from itertools import groupby
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from jaxlm.data.joined import Features, Joined, axes_of, number_within, offsets
 from jaxlm.data.pack import Rows, pack
 
-Features = dict[str, Any]  # NumPy arrays of one example, or of a batch
 Batch = dict[str, Any]  # fields of a batch, as NumPy or JAX arrays
 
 
@@ -24,7 +26,8 @@ class Epoch(NamedTuple):
     """The units of one pass over the data.
 
     A unit is never split across rows.  It consists of one example, or of several related ones that do not attend to
-    each other, such as the texts of a pair.  `features(i)` returns the features of each example of unit i.
+    each other, such as the texts of a pair.  `features(units)` returns the joined features of the examples of several
+    units [U] in this order.
 
     The name of a feature ends in its axes in a batch: for an example of n tokens, `labels_BT` is an array [n];
     `labels_BE` is one value per example, and `labels_BEN` an array [N].  For an encoder-decoder, axis T belongs to the
@@ -32,7 +35,7 @@ class Epoch(NamedTuple):
     """
 
     lengths: np.ndarray  # [number of units], length in tokens
-    features: Callable[[int], list[Features]]
+    features: Callable[[np.ndarray], Joined]
     counts: np.ndarray | None = None  # [number of units], number of examples; None: one per unit
     source_lengths: np.ndarray | None = None  # [number of units], length of the sources in tokens, if any
 
@@ -43,7 +46,7 @@ class Examples(Protocol):
     fields: Mapping[str, type]  # name in a batch -> dtype
     labels: int  # size of the axis N of several labels
     # Optional attributes, for inputs other than text:
-    # inputs: Mapping[str, type], fields that a front end reads; the first one determines the length of an example.
+    # inputs: Mapping[str, type], fields that a front end reads.
     # axes: Mapping[str, int], sizes of additional axes by their letters.
 
     def epoch(self, n: int | None) -> Epoch:
@@ -79,8 +82,9 @@ class Batches:
         """
         self.examples, self.rows, self.length, self.max_examples, self.seed = examples, rows, length, max_examples, seed
         self.source_length = source_length
-        self._epoch_starts = [0]  # index of the first row of each epoch so far
-        self._epoch = lru_cache(maxsize=2)(self._make_epoch)
+        self.epoch_starts = [0]  # index of the first row of each epoch so far
+        self._epochs: dict[int, Future[tuple[Epoch, Rows]]] = {}  # at most two
+        self._lock = threading.Lock()
 
     @property
     def _inputs(self) -> Mapping[str, type]:
@@ -116,12 +120,19 @@ class Batches:
         Returns:
           The fields: [B, T] for tokens, [B, E] for examples; `segments_BT` is 0 for padding.
         """
+        return self.fill((step * self.rows + b, b) for b in (range(self.rows) if rows is None else rows))
+
+    def fill(self, rows: Iterable[tuple[int, int]]) -> Features:
+        """Returns a batch in which some rows are filled.
+
+        Args:
+          rows: the index of each row, counted over all epochs, and its place in the batch.
+        """
         batch = self.empty_batch()
-        for b in range(self.rows) if rows is None else rows:
-            row = self._row(step * self.rows + b)
-            if row is not None:
-                epoch, units = row
-                _fill(batch, b, [epoch.features(i) for i in units], next(iter(self._inputs)))
+        for epoch, found in groupby(((*self._find(index), b) for index, b in rows), lambda row: row[0]):
+            if epoch is not None:
+                units, places = zip(*((units, b) for _, units, b in found))
+                _write(batch, self._epoch(epoch)[0], units, places)
         return batch
 
     def batch(self, step: int, state: Any, rows: Iterable[int] | None = None) -> Features:
@@ -146,24 +157,54 @@ class Batches:
         """Returns, for each row of an evaluation batch, the index of each unit and its number of examples."""
         rows = []
         for index in range(step * self.rows, (step + 1) * self.rows):
-            epoch, units = self._row(index) or (None, [])
-            rows.append([(i, 1 if epoch is None or epoch.counts is None else int(epoch.counts[i])) for i in units])
+            n, units = self._find(index)
+            counts = None if n is None else self._epoch(n)[0].counts
+            rows.append([(i, 1 if counts is None else int(counts[i])) for i in units.tolist()])
         return rows
 
-    def _row(self, index: int) -> tuple[Epoch, list[int]] | None:
-        """Returns the units of a row, counted over all epochs; None beyond the end of an evaluation."""
-        n = 0
-        while True:
-            if n + 1 == len(self._epoch_starts):
-                self._epoch_starts.append(self._epoch_starts[n] + len(self._epoch(n)[1].starts) - 1)
-            if index < self._epoch_starts[n + 1]:
-                break
-            if self.seed is None:
-                return None
-            n = max(n + 1, int(np.searchsorted(self._epoch_starts, index, side="right")) - 1)
-        epoch, rows = self._epoch(n)
-        r = index - self._epoch_starts[n]
-        return epoch, rows.examples[rows.starts[r] : rows.starts[r + 1]].tolist()
+    def progress(self) -> Any:
+        """Returns what `resume` needs so that it does not build earlier epochs again, as a JSON value."""
+        return self.epoch_starts
+
+    def resume(self, progress: Any) -> None:
+        """Continues from the `progress` of equal batches."""
+        self.epoch_starts = progress
+
+    def _find(self, index: int) -> tuple[int | None, np.ndarray]:
+        """Returns the epoch and the units of a row, counted over all epochs; (None, []) beyond an evaluation."""
+        starts = self.epoch_starts
+        while index >= starts[-1]:
+            if self.seed is None and len(starts) == 2:
+                return None, np.zeros(0, np.int64)
+            n = len(starts) - 1
+            rows_in_epoch = len(self._epoch(n)[1].starts) - 1
+            with self._lock:
+                if len(starts) == n + 1:  # no other thread was faster
+                    starts.append(starts[n] + rows_in_epoch)
+        n = bisect_right(starts, index) - 1
+        rows, r = self._epoch(n)[1], index - starts[n]
+        if self.seed is not None and 4 * r > 3 * len(rows.starts) and n + 1 not in self._epochs:
+            # The thread does not delay the end of the program, which may not need the next epoch.
+            threading.Thread(target=self._start_epoch, args=(n + 1,), daemon=True).start()
+        return n, rows.examples[rows.starts[r] : rows.starts[r + 1]]
+
+    def _epoch(self, n: int) -> tuple[Epoch, Rows]:
+        """Returns the units of epoch n and their rows; builds them unless another thread does."""
+        return self._start_epoch(n).result()
+
+    def _start_epoch(self, n: int) -> Future[tuple[Epoch, Rows]]:
+        """Builds epoch n unless it exists or another thread builds it; an error is raised by the result."""
+        with self._lock:
+            existing = self._epochs.pop(n, None)
+            self._epochs[n] = future = existing or Future()
+            for other in list(self._epochs)[:-2]:  # the last two that were used are kept
+                del self._epochs[other]
+        if existing is None:
+            try:
+                future.set_result(self._make_epoch(n))
+            except BaseException as error:
+                future.set_exception(error)
+        return future
 
     def _make_epoch(self, n: int) -> tuple[Epoch, Rows]:
         """Shuffles the units of epoch n, packs them, and shuffles the rows."""
@@ -191,32 +232,74 @@ class Batches:
         return pack(epoch.lengths[order], self.length, self.max_examples, counts=counts, sources=sources)
 
 
-def _fill(batch: Features, b: int, units: list[list[Features]], inputs: str) -> None:
-    """Writes the examples of row b one after another; the length of each is that of its feature `inputs`."""
-    start, source_start, e = 0, 0, 0
-    for group, examples in enumerate(units, start=1):
-        for features in examples:
-            end = start + len(features[inputs])
-            source_end = source_start + len(features.get("source_tokens_BS", ()))
-            places = {"T": np.s_[b, start:end], "S": np.s_[b, source_start:source_end]}
-            batch["segments_BT"][places["T"]] = e + 1
-            batch["positions_BT"][places["T"]] = np.arange(end - start)
-            if "source_tokens_BS" in batch:
-                batch["source_segments_BS"][places["S"]] = e + 1
-                batch["source_positions_BS"][places["S"]] = np.arange(source_end - source_start)
-            if "starts_BE" in batch:
-                batch["starts_BE"][b, e], batch["weights_BE"][b, e] = start, 1
-            if "groups_BE" in batch:
-                batch["groups_BE"][b, e] = group
-            for name, value in features.items():
-                batch[name][places.get(name.rpartition("_")[2][1], (b, e))] = value
-            start, source_start, e = end, source_end, e + 1
+def _write(batch: Features, epoch: Epoch, units: Sequence[np.ndarray], places: Sequence[int]) -> None:
+    """Writes the examples of several units into each of several rows of a batch, one after another.
+
+    Args:
+      batch: the batch, changed in place.
+      epoch: the units.
+      units: indices of the units of each row.
+      places: the row in the batch of each entry of `units`.
+    """
+    unit_U = np.concatenate(units)
+    row_U = np.repeat(np.array(places, np.int64), [len(of_row) for of_row in units])
+    joined = epoch.features(unit_U)
+    counts_U = np.ones(len(unit_U), np.int64) if epoch.counts is None else epoch.counts[unit_U]
+    row_X = np.repeat(row_U, counts_U)  # X: the examples of all rows
+    number_X = number_within(row_X)
+    tokens, starts_X = _write_positions(batch, "segments_BT", "positions_BT", row_X, number_X, joined.lengths)
+    sources: Any = None
+    if joined.source_lengths is not None:
+        names = "source_segments_BS", "source_positions_BS"
+        sources, _ = _write_positions(batch, *names, row_X, number_X, joined.source_lengths)
+    if "starts_BE" in batch:
+        batch["starts_BE"][row_X, number_X], batch["weights_BE"][row_X, number_X] = starts_X, 1
+    if "groups_BE" in batch:
+        batch["groups_BE"][row_X, number_X] = np.repeat(number_within(row_U) + 1, counts_U)
+    for name, values in joined.features.items():
+        field, side = batch[name], {"T": tokens, "S": sources}.get(axes_of(name)[1])
+        if side is None:
+            field[row_X, number_X] = values
+        else:
+            field.reshape(-1, *field.shape[2:])[side] = values
+
+
+def _write_positions(
+    batch: Features, segments: str, positions: str, row_X: np.ndarray, number_X: np.ndarray, lengths_X: np.ndarray
+) -> tuple[np.ndarray | slice, np.ndarray]:
+    """Writes the segments and positions of examples of some rows.
+
+    Args:
+      batch: the batch, changed in place.
+      segments: the name of the field of segments.
+      positions: the name of the field of positions.
+      row_X: the row of each example.
+      number_X: its number in the row, from 0.
+      lengths_X: its length.
+
+    Returns:
+      The place of each token in the fields, with rows and positions as one axis, and the start of each example in its
+      row.
+    """
+    bounds = offsets(lengths_X)
+    total, size = int(bounds[-1]), batch[segments].shape[1]
+    first_X = np.maximum.accumulate(np.where(number_X == 0, bounds[:-1], 0))  # the first token of the example's row
+    starts_X = bounds[:-1] - first_X
+    within = np.arange(total) - np.repeat(bounds[:-1], lengths_X)
+    tokens: np.ndarray | slice = np.repeat(row_X * size + starts_X, lengths_X) + within
+    if total == batch[segments].size and (np.diff(row_X) >= 0).all():
+        tokens = slice(None)  # all rows are full, in order
+    batch[segments].reshape(-1)[tokens] = np.repeat(number_X + 1, lengths_X)
+    batch[positions].reshape(-1)[tokens] = within
+    return tokens, starts_X
 
 
 class BatchSource(Protocol):
     """Source of the batches of a run: `Batches`, or any object with the same methods."""
 
     reads_state: bool  # whether batches depend on the training state, such as texts that the model generates
+    # Optional methods: `progress()` returns a JSON value, which each checkpoint stores, and `resume(progress)` receives
+    # the value of the checkpoint from which a run resumes.
 
     def batch(self, step: int, state: Any, rows: Iterable[int] | None = None) -> Features:
         """Returns the batch of a step.

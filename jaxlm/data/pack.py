@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right, insort
+from bisect import bisect_left, insort
 from typing import NamedTuple
 
 import numpy as np
+
+from jaxlm.data.joined import offsets
 
 
 class Rows(NamedTuple):
@@ -52,52 +54,69 @@ def pack(
         raise ValueError(f"a unit has {counts.max()} examples, a row at most {max_examples}")
     if max_examples == 1:
         return Rows(np.arange(len(lengths)), np.arange(len(lengths) + 1))
-    order, starts = [], [0]
+    units, units_in_row = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for first in range(0, len(lengths), window):
         part = slice(first, first + window)
         if sources is None:
-            rows = _pack_window(lengths[part], counts[part], length, max_examples)
+            packed = _pack_window(lengths[part], counts[part], length, max_examples)
         else:
             both = np.stack([lengths[part], sources[0][part]], 1)
-            rows = _pack_two_sides(both, counts[part], np.array([length, sources[1]]), max_examples)
-        for row in rows:
-            order += [first + i for i in row]
-            starts.append(len(order))
-    return Rows(np.array(order, np.int64), np.array(starts, np.int64))
+            packed = _pack_two_sides(both, counts[part], np.array([length, sources[1]]), max_examples)
+        units.append(first + packed[0])
+        units_in_row.append(packed[1])
+    return Rows(np.concatenate(units), offsets(np.concatenate(units_in_row)))
 
 
-def _pack_window(lengths: np.ndarray, counts: np.ndarray, length: int, max_examples: int) -> list[list[int]]:
-    rows: list[list[int]] = []
-    n_examples: list[int] = []  # in each row
+def _pack_window(
+    lengths: np.ndarray, counts: np.ndarray, length: int, max_examples: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the units in the order of their rows, and the number of units in each row.
+
+    Units of the same length and number of examples are placed together, and so are rows with the same space left, so
+    that the time depends on the number of different lengths rather than that of units.
+    """
     largest = int(counts.max(initial=1))  # a row without room for this many more examples is closed
-    spaces = [0] * (length + 1)  # number of open rows with each space left
-    with_space: list[list[int]] = [[] for _ in range(length + 1)]
-    open_spaces: list[int] = []  # the spaces left in open rows, sorted
-    for i in np.argsort(-lengths, kind="stable").tolist():
-        size = int(lengths[i])
-        at = bisect_right(open_spaces, size - 1)
-        if at == len(open_spaces):
-            rows.append([i])
-            n_examples.append(0)
-            row, space = len(rows) - 1, length - size
-        else:
-            space = open_spaces[at]
-            row = with_space[space].pop()
-            spaces[space] -= 1
-            if not spaces[space]:
-                del open_spaces[at]
-            rows[row].append(i)
-            space -= size
-        n_examples[row] += int(counts[i])
-        if space and n_examples[row] + largest <= max_examples:
-            with_space[space].append(row)
-            spaces[space] += 1
-            if spaces[space] == 1:
-                insort(open_spaces, space)
-    return rows
+    open_rows: dict[int, dict[int, np.ndarray]] = {}  # rows by space left and number of examples
+    spaces: list[int] = []  # the keys of `open_rows`, sorted
+    n_rows = 0
+    order = np.lexsort((-counts, -lengths))
+    row_of = np.empty(len(order), np.int64)  # of each unit, in this order
+    is_new = np.diff(lengths[order], prepend=0) != 0
+    is_new[1:] |= np.diff(counts[order]) != 0
+    bounds = [*np.flatnonzero(is_new).tolist(), len(order)]
+    for first, last in zip(bounds, bounds[1:]):
+        size, count = int(lengths[order[first]]), int(counts[order[first]])
+        while first < last:
+            at = bisect_left(spaces, size)
+            is_open = at < len(spaces)
+            space = spaces[at] if is_open else length
+            examples, rows = open_rows[space].popitem() if is_open else (0, np.zeros(0, np.int64))
+            # A row with room for several of the units is the best one for each of them.
+            per_row = min(space // size, (max_examples - largest - examples) // count + 1)
+            needed = -(-(last - first) // per_row)
+            if not is_open:
+                rows, n_rows = np.arange(n_rows, n_rows + needed), n_rows + needed
+            elif needed < len(rows):
+                open_rows[space][examples] = rows[needed:]
+            elif not open_rows[space]:
+                del open_rows[space], spaces[at]
+            end = min(last, first + per_row * len(rows))
+            row_of[first:end] = np.repeat(rows[:needed], per_row)[: end - first]
+            filled, rest = divmod(end - first, per_row)
+            for n_units, group in ((per_row, rows[:filled]), (rest, rows[filled:needed])):
+                space_left, n_examples = space - n_units * size, examples + n_units * count
+                if n_units and len(group) and space_left and n_examples + largest <= max_examples:
+                    if space_left not in open_rows:
+                        insort(spaces, space_left)
+                    groups = open_rows.setdefault(space_left, {})
+                    groups[n_examples] = np.concatenate([groups[n_examples], group]) if n_examples in groups else group
+            first = end
+    return order[np.argsort(row_of, kind="stable")], np.bincount(row_of, minlength=n_rows)
 
 
-def _pack_two_sides(sizes: np.ndarray, counts: np.ndarray, length: np.ndarray, max_examples: int) -> list[list[int]]:
+def _pack_two_sides(
+    sizes: np.ndarray, counts: np.ndarray, length: np.ndarray, max_examples: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Packs like `_pack_window` units of `sizes` [N, 2] into rows of `length` [2].
 
     The units with the largest share of a row, on either side, come first. Each goes into the open row with the smallest
@@ -129,4 +148,4 @@ def _pack_two_sides(sizes: np.ndarray, counts: np.ndarray, length: np.ndarray, m
             n -= 1  # the row is closed, and the last open one replaces it
             for values in (left, right, shares, index):
                 values[at] = values[n]
-    return rows
+    return np.array([i for row in rows for i in row], np.int64), np.array([len(row) for row in rows], np.int64)

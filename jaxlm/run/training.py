@@ -102,6 +102,8 @@ class Training:
         self.before: float = notes.get("before", -math.inf)
         self.frozen_sums = None if state.frozen is None else checksums_of(state.frozen)
         self.checkpoint_every = run.checkpoint_every or max(1, run.steps // 10)
+        if "batches" in notes:
+            resolved.train.resume(notes["batches"])
         self.scores: dict[str, float] = {}
         self.result: Any = None
         self._shard = partial(shard_batch, mesh)
@@ -212,6 +214,8 @@ class Training:
         notes: dict[str, Any] = {"history": self.history, **self.journal.state()}
         notes |= {} if math.isinf(self.before) else {"before": self.before}
         notes |= {} if self.frozen_sums is None else {"frozen": self.frozen_sums}
+        source = self.resolved.train
+        notes |= {"batches": source.progress()} if hasattr(source, "progress") else {}
         self.checkpoints.save(self.state, self.scores | {"best": self.history[-1]} if evaluated else None, notes)
         self.run_folder.send()  # earlier checkpoints, which are complete by now
 

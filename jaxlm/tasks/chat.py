@@ -14,9 +14,9 @@ import numpy as np
 from jaxlm import config
 from jaxlm.config import ModelConfig
 from jaxlm.config.ranges import short_repr
-from jaxlm.data.batches import Features
 from jaxlm.data.chat import conversations, rendering
 from jaxlm.data.formats.lines import Place, Row
+from jaxlm.data.joined import Features
 from jaxlm.errors import UserError
 from jaxlm.hub.pooling import Pooling
 from jaxlm.lm import LM

@@ -12,16 +12,17 @@ import numpy as np
 
 from jaxlm import config
 from jaxlm.config import ModelConfig
-from jaxlm.data.batches import Batch, Batches, Epoch, Features
+from jaxlm.data.batches import Batch, Batches, Epoch
 from jaxlm.data.corpus import Corpus
-from jaxlm.data.corrupt import corrupt_spans, corrupted_lengths, infill
+from jaxlm.data.corrupt import Draws, Texts, corrupt_spans, corrupted_lengths, infill, shuffle
+from jaxlm.data.joined import Features, Joined, bounds_inside, number_within, offsets, ranges
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.hub.pooling import Pooling
 from jaxlm.lm import LM
 from jaxlm.nn.losses import Losses
 from jaxlm.nn.transformer import Transformer
-from jaxlm.tasks.pretraining import epoch_seed
+from jaxlm.tasks.pretraining import epoch_seed, pieces
 from jaxlm.tasks.states import hidden_states, token_losses
 from jaxlm.tasks.task import EvalResult, Task, perplexity, register
 
@@ -50,8 +51,8 @@ class DenoisingTask(Task):
         """Returns the maximum lengths of source and target of a piece of n tokens."""
 
     @abstractmethod
-    def corrupt(self, corpus: Corpus, span: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Returns source and target of a span [start, end) of a corpus."""
+    def corrupt(self, corpus: Corpus, spans: np.ndarray, draws: Draws) -> tuple[Texts, Texts]:
+        """Returns the sources and the targets of spans of a corpus, rows (start, end) [n, 2]."""
 
     def bind(self, model: ModelConfig, pooling: Pooling | None = None, part: Any = None) -> Self:
         assert model.start_token is not None  # `RunConfig.check` requires it
@@ -103,10 +104,10 @@ class SpanCorruptionTask(DenoisingTask):
     def lengths(self, n: int) -> tuple[int, int]:
         return corrupted_lengths(n, self.task.rate, self.task.span)
 
-    def corrupt(self, corpus: Corpus, span: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        tokens_T = corpus.tokens[slice(*span)].astype(np.int32)
+    def corrupt(self, corpus: Corpus, spans: np.ndarray, draws: Draws) -> tuple[Texts, Texts]:
+        texts = _texts(corpus, spans)
         options: dict[str, Any] = {"rate": self.task.rate, "span": self.task.span, "end": end_token(self.tokenizer)}
-        return corrupt_spans(tokens_T, random, sentinels=self.sentinels, **options)
+        return corrupt_spans(*texts, draws, sentinels=self.sentinels, **options)
 
 
 class InfillingTask(DenoisingTask):
@@ -124,6 +125,9 @@ class InfillingTask(DenoisingTask):
                 "or load BART's"
             )
         self.mask: int = gaps[0]
+        text = -1  # a placeholder
+        framed = tokenizer.add_special_tokens([text])[0]
+        self.frame = framed[: framed.index(text)], framed[framed.index(text) + 1 :]
 
     @property
     def longest(self) -> int:
@@ -133,17 +137,37 @@ class InfillingTask(DenoisingTask):
         special = self.length - self.longest
         return n + special, n + special
 
-    def corrupt(self, corpus: Corpus, span: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        tokens_T = corpus.tokens[slice(*span)].astype(np.int32)
-        first, last = np.searchsorted(corpus.sentences, span)
-        cuts = [cut for cut in (corpus.sentences[first:last] - span[0]).tolist() if cut]
-        parts = np.split(tokens_T, cuts)
-        order = random.permutation(len(parts)) if self.task.permute else range(len(parts))
-        moved_T = np.concatenate([parts[i] for i in order])
-        source_T = infill(moved_T, random, rate=self.task.rate, span=self.task.span, mask=self.mask)
-        with_special = (self.tokenizer.add_special_tokens(side.tolist())[0] for side in (source_T, tokens_T))
-        source, target = (np.array(ids, np.int32) for ids in with_special)
-        return source, target
+    def corrupt(self, corpus: Corpus, spans: np.ndarray, draws: Draws) -> tuple[Texts, Texts]:
+        texts = _texts(corpus, spans)
+        moved = _texts(corpus, _permuted_sentences(corpus, spans, draws)) if self.task.permute else texts
+        sources = infill(moved.tokens, texts.lengths, draws, rate=self.task.rate, span=self.task.span, mask=self.mask)
+        return self._with_special_tokens(sources), self._with_special_tokens(texts)
+
+    def _with_special_tokens(self, texts: Texts) -> Texts:
+        before, after = self.frame
+        lengths = texts.lengths + len(before) + len(after)
+        tokens = np.zeros(lengths.sum(), np.int32)
+        starts = offsets(lengths)
+        tokens[starts[:-1, None] + np.arange(len(before))] = before
+        tokens[starts[1:, None] - np.arange(len(after), 0, -1)] = after
+        tokens[ranges(starts[:-1] + len(before), texts.lengths)] = texts.tokens
+        return Texts(tokens, lengths)
+
+
+def _texts(corpus: Corpus, spans: np.ndarray) -> Texts:
+    """Returns the tokens of spans of a corpus."""
+    lengths = spans[:, 1] - spans[:, 0]
+    return Texts(np.asarray(corpus.tokens)[ranges(spans[:, 0], lengths)].astype(np.int32), lengths)
+
+
+def _permuted_sentences(corpus: Corpus, spans: np.ndarray, draws: Draws) -> np.ndarray:
+    """Returns the sentences in each span, in random order, as rows (start, end) [n, 2]."""
+    bounds, counts = bounds_inside(corpus.sentences, spans)
+    starts = np.insert(bounds, offsets(counts)[:-1], spans[:, 0])
+    ends = np.insert(bounds, offsets(counts)[1:], spans[:, 1])
+    text = np.repeat(np.arange(len(spans)), counts + 1)
+    order = shuffle(draws.words(text, 4 * number_within(text) + 3), counts + 1).items
+    return np.stack([starts, ends], 1)[order]
 
 
 class NoisyExamples:
@@ -154,15 +178,11 @@ class NoisyExamples:
 
     def __init__(self, task: DenoisingTask, corpus: Corpus, training: bool):
         self.task, self.corpus, self.training = task, corpus, training
-        longest = task.longest
-        starts, ends = [], []
-        for start, end in zip(corpus.bounds.tolist(), corpus.bounds.tolist()[1:]):
-            cuts = [*range(start, end, longest), end]
-            if len(cuts) > 2 and cuts[-1] - cuts[-2] < 2:  # a single token cannot be corrupted
-                cuts[-2] -= 1
-            starts += cuts[:-1]
-            ends += cuts[1:]
-        spans = np.array([starts, ends], np.int64).T.reshape(-1, 2)
+        spans = pieces(corpus.bounds, task.longest)
+        # A single token cannot be corrupted; the piece before it in the same document leaves it another one.
+        follows = (spans[:, 1] - spans[:, 0] < 2) & ~np.isin(spans[:, 0], corpus.bounds)
+        spans[follows, 0] -= 1
+        spans[np.flatnonzero(follows) - 1, 1] -= 1
         self.spans = spans[spans[:, 1] - spans[:, 0] >= 2]
 
     def epoch(self, n: int | None) -> Epoch:
@@ -171,16 +191,19 @@ class NoisyExamples:
         lengths = np.array([self.task.lengths(size) for size in sizes.tolist()], np.int64).reshape(-1, 2)[inverse]
         return Epoch(lengths[:, 1], partial(self._features, seed), None, lengths[:, 0])
 
-    def _features(self, seed: tuple[int, ...], i: int) -> list[Features]:
-        source, target = self.task.corrupt(self.corpus, self.spans[i], np.random.default_rng((*seed, i)))
-        return [
-            {
-                "source_tokens_BS": source,
-                "tokens_BT": np.concatenate([[self.task.start], target[:-1]]).astype(np.int32),
-                "labels_BT": target,
-                "weights_BT": np.ones(len(target), np.float32),
-            }
-        ]
+    def _features(self, seed: tuple[int, ...], units: np.ndarray) -> Joined:
+        sources, targets = self.task.corrupt(self.corpus, self.spans[units], Draws(seed, units))
+        starts = offsets(targets.lengths)[:-1]
+        inputs = np.empty_like(targets.tokens)
+        inputs[1:] = targets.tokens[:-1]
+        inputs[starts] = self.task.start
+        features: Features = {
+            "source_tokens_BS": sources.tokens,
+            "tokens_BT": inputs,
+            "labels_BT": targets.tokens,
+            "weights_BT": np.ones(len(inputs), np.float32),
+        }
+        return Joined(targets.lengths, features, sources.lengths)
 
 
 def sentinels(tokenizer: Tokenizer) -> np.ndarray:

@@ -12,8 +12,9 @@ import numpy as np
 
 from jaxlm import config
 from jaxlm.config import ModelConfig, RunConfig
-from jaxlm.data.batches import Batch, Batches, Features
+from jaxlm.data.batches import Batch, Batches
 from jaxlm.data.corpus import Prepared
+from jaxlm.data.joined import Features
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.hub.pooling import Pooling
@@ -111,9 +112,8 @@ class TaskMixture(Task):
 
         Evaluation batches have the same fields as training batches.
         """
-        part_rows = 1 if seed is not None else rows
         by_part = {
-            name: Batches(examples, part_rows, length, self.parts[name].max_examples, seed)
+            name: Batches(examples, rows, length, self.parts[name].max_examples, seed)
             for name, examples in self.examples(part, seed is not None).items()
         }
         if seed is None:
@@ -209,6 +209,15 @@ class MixedBatches:
         """As `Batches.true_lengths`."""
         return np.concatenate([part.true_lengths for part in self.parts.values()])
 
+    def progress(self) -> Any:
+        """Returns `Batches.progress` of each part."""
+        return {name: part.progress() for name, part in self.parts.items()}
+
+    def resume(self, progress: Any) -> None:
+        """Continues from the `progress` of equal batches."""
+        for name, part in self.parts.items():
+            part.resume(progress[name])
+
     def empty_batch(self) -> Features:
         """Returns a batch of padding."""
         return _empty(self.parts, self.rows)
@@ -219,14 +228,18 @@ class MixedBatches:
 
     def batch_at(self, step: int, rows: Iterable[int] | None = None) -> Features:
         """Returns the fields of batch `step`, as `Batches.batch_at` does."""
-        batch = _empty(self.parts, self.rows)
         names = list(self.parts)
+        chosen: dict[str, list[tuple[int, int]]] = {name: [] for name in names}
         for b in range(self.rows) if rows is None else rows:
             repeat, position = divmod(step * self.rows + b, len(self._pattern))
             k = self._pattern[position]
-            row = self.parts[names[k]].batch_at(int(repeat * self._counts[k] + self._before[position, k]))
-            for field, value in row.items():
-                batch[_full_name(names[k], field)][b] = value[0]
+            chosen[names[k]].append((int(repeat * self._counts[k] + self._before[position, k]), b))
+        batch: Features = {}
+        for name, part in self.parts.items():
+            for field, value in part.fill(chosen[name]).items():
+                full_name = _full_name(name, field)
+                # The tasks fill different rows of the fields that they share.
+                batch[full_name] = batch[full_name] + value if full_name in batch else value
         return batch
 
 

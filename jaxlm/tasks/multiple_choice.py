@@ -14,9 +14,10 @@ import numpy as np
 
 from jaxlm import config
 from jaxlm.config.ranges import short_repr
-from jaxlm.data.batches import Batch, Features
+from jaxlm.data.batches import Batch
 from jaxlm.data.formats.lines import Place, Row
 from jaxlm.data.formats.rows import Columns
+from jaxlm.data.joined import Features
 from jaxlm.errors import UserError
 from jaxlm.nn.losses import Sum
 from jaxlm.nn.transformer import Transformer

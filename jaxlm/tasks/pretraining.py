@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import config
-from jaxlm.data.batches import Batch, Batches, Epoch, Features
+from jaxlm.data.batches import Batch, Batches, Epoch
 from jaxlm.data.corpus import Corpus
-from jaxlm.data.corrupt import mask_tokens, word_groups
+from jaxlm.data.corrupt import Draws, mask_tokens, word_groups
+from jaxlm.data.joined import Features, Joined, bounds_inside, number_within, offsets, ranges
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.lm import LM
@@ -104,31 +105,44 @@ class CausalExamples:
         if self.training and self.task.task.stream:
             offset = int(np.random.default_rng((self.task.seed, TRAINING, n or 0)).integers(T))
         extra = int(self.task.end is not None)
-        bounds = zip(self.texts, self.texts[1:] + extra)
-        spans = [_spans(a, b - 1, T, stride, offset) for a, b in bounds if b - a > 1 + extra]
-        starts, counted, ends = np.concatenate(spans or [np.zeros((0, 3), np.int64)]).T
-        return Epoch(ends - starts, partial(self._features, starts, counted, ends))
+        starts, ends = self.texts[:-1], self.texts[1:] + extra - 1
+        spans = _spans(starts[ends > starts], ends[ends > starts], T, stride, offset)
+        return Epoch(spans[:, 2] - spans[:, 0], partial(self._features, spans))
 
-    def _features(self, starts: np.ndarray, counted: np.ndarray, ends: np.ndarray, i: int) -> list[Features]:
-        tokens = self.corpus.tokens[starts[i] : ends[i] + 1].astype(np.int32)
-        if len(tokens) <= ends[i] - starts[i]:  # the last document; others are followed by the first token of the next
-            tokens = np.append(tokens, np.int32(self.task.end or 0))
-        weights = np.arange(starts[i], ends[i]) >= counted[i]
-        return [{"tokens_BT": tokens[:-1], "labels_BT": tokens[1:], "weights_BT": weights.astype(np.float32)}]
+    def _features(self, spans: np.ndarray, units: np.ndarray) -> Joined:
+        starts, counted, ends = spans[units].T
+        lengths, corpus = ends - starts, np.asarray(self.corpus.tokens)
+        place = ranges(starts, lengths)
+        labels = corpus.take(place + 1, mode="clip").astype(np.int32)
+        if self.task.end is not None:  # the last document; others are followed by the first token of the next
+            labels[place + 1 == len(corpus)] = self.task.end
+        weights = (place >= np.repeat(counted, lengths)).astype(np.float32)
+        features = {"tokens_BT": corpus[place].astype(np.int32), "labels_BT": labels, "weights_BT": weights}
+        return Joined(lengths, features)
 
 
-def _spans(start: int, end: int, length: int, stride: int, offset: int) -> np.ndarray:
-    """Returns windows over the predictions [start, end), as rows (start, first counted prediction, end) [n, 3].
+def _spans(starts: np.ndarray, ends: np.ndarray, length: int, stride: int, offset: int) -> np.ndarray:
+    """Returns windows over the predictions of several texts, as rows (start, first counted prediction, end) [n, 3].
 
-    >>> _spans(0, 7, length=4, stride=2, offset=0).tolist()
+    Args:
+      starts: the first prediction of each text.
+      ends: the end of its predictions; no text is empty.
+      length: length of a window.
+      stride: predictions between the ends of windows.
+      offset: length of the first window; 0: `length`.
+
+    >>> _spans(np.array([0]), np.array([7]), length=4, stride=2, offset=0).tolist()
     [[0, 0, 4], [2, 4, 6], [3, 6, 7]]
     """
-    first = min(start + (offset or length), end)
-    ends = np.concatenate([[first], np.minimum(np.arange(first + stride, end + stride, stride), end)])
-    counted = np.concatenate([[start], ends[:-1]])
+    firsts = np.minimum(starts + (offset or length), ends)
+    counts = 1 - (firsts - ends) // stride
+    text = np.repeat(np.arange(len(starts)), counts)
+    number = ranges(np.zeros_like(counts), counts)
+    window_ends = np.minimum(firsts[text] + number * stride, ends[text])
+    counted = np.where(number == 0, starts[text], firsts[text] + (number - 1) * stride)
     # In evaluation a window starts before its first counted prediction, so that it fills the row.
-    starts = counted if stride == length else np.maximum(start, ends - length)
-    return np.stack([starts, counted, ends], 1)
+    window_starts = counted if stride == length else np.maximum(starts[text], window_ends - length)
+    return np.stack([window_starts, counted, window_ends], 1)
 
 
 class MaskedLMTask(Task):
@@ -209,9 +223,7 @@ class MaskedExamples:
         elif self.task.task.full_sentences:
             spans, lengths = self.full_sentences
         else:
-            texts = zip(self.corpus.bounds, self.corpus.bounds[1:])
-            pieces = [_pieces(a, b, self.task.length - 2) for a, b in texts if b > a]
-            spans = np.concatenate(pieces or [np.zeros((0, 2), np.int64)])
+            spans = pieces(self.corpus.bounds, self.task.length - 2)
             lengths = spans[:, 1] - spans[:, 0] + 2
         return Epoch(lengths, partial(self._features, seed, spans))
 
@@ -220,46 +232,57 @@ class MaskedExamples:
         """Spans of consecutive sentences [n, 2], and their lengths including special tokens [n]."""
         return _full_sentences(self.corpus, self.task.length)
 
-    def _features(self, seed: tuple[int, ...], spans: np.ndarray, i: int) -> list[Features]:
-        tokenizer, corpus = self.task.tokenizer, self.corpus.tokens
-        a = corpus[spans[i, 0] : spans[i, 1]].astype(np.int32)
-        inner = np.zeros(0, np.int64)
-        if self.task.task.full_sentences and not self.task.task.next_sentence:
-            inner = _starts_inside(self.corpus.bounds, *spans[i]) - spans[i, 0]
-            a = np.insert(a, inner, np.int32(tokenizer.sep))  # type: ignore[arg-type]
-            inner = inner + np.arange(1, len(inner) + 1)  # after [CLS] and the earlier separators
-        tokens = np.concatenate([[tokenizer.cls], a, [tokenizer.sep]])
-        types = np.zeros(len(tokens), np.int32)
-        features: Features = {}
-        if self.task.task.next_sentence:
-            b = corpus[spans[i, 2] : spans[i, 3]].astype(np.int32)
-            tokens = np.concatenate([tokens, b, [tokenizer.sep]])
-            types = np.repeat([0, 1], [len(a) + 2, len(b) + 1]).astype(np.int32)
-            features["labels_BE"] = spans[i, 4]
-        choosable = np.ones(len(tokens), bool)
-        choosable[[0, len(a) + 1, -1, *inner]] = False
-        continues = tokenizer.continues[tokens] if self.task.task.whole_words else np.zeros(len(tokens), bool)
+    def _features(self, seed: tuple[int, ...], spans: np.ndarray, units: np.ndarray) -> Joined:
+        task, tokenizer, corpus = self.task.task, self.task.tokenizer, np.asarray(self.corpus.tokens)
+        cls, sep = np.int32(tokenizer.cls), np.int32(tokenizer.sep)  # type: ignore[arg-type]
+        first, second, inner = spans[units, :2], None, np.zeros(0, np.int64)
+        sizes = first[:, 1] - first[:, 0]  # of [CLS] a [SEP], without the special tokens
+        if task.next_sentence:
+            second = spans[units, 2:4]
+        elif task.full_sentences:
+            inner, separators = bounds_inside(self.corpus.bounds, first)
+            sizes = sizes + separators
+        lengths = sizes + 2 if second is None else sizes + second[:, 1] - second[:, 0] + 3
+        starts = offsets(lengths)[:-1]
+        # Everything that is not a special token is text, in order.
+        tokens, is_text = np.full(lengths.sum(), sep), np.ones(lengths.sum(), bool)
+        tokens[starts] = cls
+        ends = starts + lengths - 1
+        features: Features = {"types_BT": np.zeros(len(tokens), np.int32)}
+        is_text[starts] = is_text[starts + sizes + 1] = is_text[ends] = False
+        texts = first if second is None else np.stack([first, second], 1).reshape(-1, 2)
+        if len(inner):
+            # Separator k of a text follows its [CLS], the tokens before it and k other separators.
+            text = np.repeat(np.arange(len(units)), separators)
+            is_text[starts[text] + 1 + inner - first[text, 0] + number_within(text)] = False
+        tokens[is_text] = corpus[ranges(texts[:, 0], texts[:, 1] - texts[:, 0])]
+        if second is not None:
+            features["types_BT"][ranges(starts + sizes + 2, ends - starts - sizes - 1)] = 1
+            features["labels_BE"] = spans[units, 4]
+        continues = tokenizer.continues[tokens] if task.whole_words else np.zeros(len(tokens), bool)
         corrupted, predicted = mask_tokens(
             tokens,
-            word_groups(continues, choosable),
-            np.random.default_rng((*seed, i)),
-            rate=self.task.task.mask_rate,
+            word_groups(continues, is_text),
+            lengths,
+            Draws(seed, units),
+            rate=task.mask_rate,
             mask=self.task.mask,
             vocabulary=tokenizer.size,
         )
-        features |= {
-            "tokens_BT": corrupted,
-            "types_BT": types,
-            "labels_BT": tokens,
-            "weights_BT": predicted.astype(np.float32),
-        }
-        return [features]
+        features |= {"tokens_BT": corrupted, "labels_BT": tokens, "weights_BT": predicted.astype(np.float32)}
+        return Joined(lengths, features)
 
 
-def _pieces(start: int, end: int, length: int) -> np.ndarray:
-    """Returns [start, end) in pieces of at most `length` tokens, as rows (start, end) [n, 2]."""
-    starts = np.arange(start, end, length)
-    return np.stack([starts, np.minimum(starts + length, end)], 1)
+def pieces(bounds: np.ndarray, length: int) -> np.ndarray:
+    """Returns the texts between bounds in pieces of at most `length` tokens, as rows (start, end) [n, 2].
+
+    >>> pieces(np.array([0, 5, 5, 7]), 4).tolist()
+    [[0, 4], [4, 5], [5, 7]]
+    """
+    counts = -(-np.diff(bounds) // length)
+    text = np.repeat(np.arange(len(counts)), counts)
+    starts = bounds[:-1][text] + number_within(text) * length
+    return np.stack([starts, np.minimum(starts + length, bounds[1:][text])], 1)
 
 
 def _full_sentences(corpus: Corpus, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -288,13 +311,6 @@ def _full_sentences(corpus: Corpus, length: int) -> tuple[np.ndarray, np.ndarray
         spans.append((start, end, used))
     rows = np.array(spans, np.int64).reshape(-1, 3)
     return rows[:, :2], rows[:, 2]
-
-
-def _starts_inside(bounds: np.ndarray, start: int, end: int) -> np.ndarray:
-    """Returns the starts of documents inside a span, without the start of the span."""
-    first, last = np.searchsorted(bounds, [start, end], side="right")
-    inside = np.unique(bounds[first:last])
-    return inside[inside < end]
 
 
 def _pairs(corpus: Corpus, length: int, short_rate: float, random: np.random.Generator) -> np.ndarray:

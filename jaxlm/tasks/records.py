@@ -20,6 +20,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple, Self
 
@@ -27,9 +28,10 @@ import jax
 import numpy as np
 
 from jaxlm.config import ModelConfig
-from jaxlm.data.batches import Batch, Epoch, Features
+from jaxlm.data.batches import Batch, Epoch
 from jaxlm.data.formats.lines import Place, Row
 from jaxlm.data.formats.rows import Columns
+from jaxlm.data.joined import Features, Joined, axes_of, offsets, ranges
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 from jaxlm.errors import UserError, suggestion
 from jaxlm.hub.pooling import Pooling
@@ -236,11 +238,13 @@ class RecordTask(Task):
 
     def predictions(self, records: Sequence[Record], batches: Any, outputs: Sequence[Any]) -> list[Row]:
         """Returns the prediction for each record, in order, from the outputs of each unit."""
+        if not records:
+            return []
         examples = batches.examples
         by_record: list[Outputs] = [[] for _ in records]
-        for unit, unit_outputs in enumerate(outputs):
-            features = examples.of(unit, examples.predict_fields)
-            by_record[examples.record_of[unit]].append([a | b for a, b in zip(unit_outputs, features)])
+        features = iter(examples.joined(np.arange(len(outputs)), examples.predict_fields).split())
+        for n, unit_outputs in zip(examples.record_of, outputs):
+            by_record[n].append([arrays | next(features) for arrays in unit_outputs])
         return [self.predict(record, outputs) for record, outputs in zip(records, by_record)]
 
     def predict_records(
@@ -360,21 +364,23 @@ class RecordExamples:
         self._lengths = {side: np.array(rows, np.int64).reshape(-1, 3) for side, rows in lengths.items()}
         self.record_of, self.counts = np.array(record_of, np.int64), np.array(counts, np.int64)
         ends = lambda name: np.cumsum([0, *map(len, columns.get(name, ()))], dtype=np.int64)
-        # The offset of each example's tokens, on both sides, and of each unit's examples.
-        self._starts = {"T": ends("tokens_BT"), "S": ends("source_tokens_BS")}
-        self._examples = np.concatenate([[0], np.cumsum(self.counts)])
+        # The offset of each example's tokens, on each side, and of each unit's examples.
+        self._starts = {"T": ends("tokens_BT")}
+        if "source_tokens_BS" in columns:
+            self._starts["S"] = ends("source_tokens_BS")
+        self._examples = offsets(self.counts)
         self._columns = {name: _flat(name, column) for name, column in columns.items()}
 
     def epoch(self, n: int | None) -> Epoch:
         lengths = lambda side: np.diff(self._starts[side][self._examples])
-        sources = lengths("S") if "source_tokens_BS" in self._columns else None
-        return Epoch(lengths("T"), self._features, self.counts, sources)
+        sources = lengths("S") if "S" in self._starts else None
+        names = [name for name in self._columns if name not in self.predict_fields]
+        return Epoch(lengths("T"), partial(self.joined, names=names), self.counts, sources)
 
     @property
     def true_lengths(self) -> np.ndarray:
         """The length of each example before truncation; for an encoder-decoder, targets and then sources."""
-        sides = [self._lengths["T"]] + [self._lengths["S"]] * ("source_tokens_BS" in self._columns)
-        return np.concatenate([rows[:, 2] for rows in sides])
+        return np.concatenate([self._lengths[side][:, 2] for side in self._starts])
 
     @property
     def max_cut(self) -> int:
@@ -387,17 +393,13 @@ class RecordExamples:
         limit, longest = cut[:, 1:].max(axis=0, initial=0).tolist()
         return Truncation(len(np.unique(cut[:, 0])), self.records, limit, longest)
 
-    def of(self, i: int, names: Iterable[str]) -> list[Features]:
-        """Returns the named features of each example of unit i."""
-
-        def feature(name: str, e: int) -> Any:
-            starts = self._starts.get(name.rpartition("_")[2][1])
-            return self._columns[name][e if starts is None else slice(starts[e], starts[e + 1])]
-
-        return [{name: feature(name, e) for name in names} for e in range(self._examples[i], self._examples[i + 1])]
-
-    def _features(self, i: int) -> list[Features]:
-        return self.of(i, [name for name in self._columns if name not in self.predict_fields])
+    def joined(self, units: np.ndarray, names: Iterable[str]) -> Joined:
+        """Returns the named features of the examples of several units."""
+        examples = ranges(self._examples[units], self.counts[units])
+        lengths = {side: self._lengths[side][examples, 1] for side in self._starts}
+        places = {side: ranges(starts[examples], lengths[side]) for side, starts in self._starts.items()}
+        features = {name: self._columns[name][places.get(axes_of(name)[1], examples)] for name in names}
+        return Joined(lengths["T"], features, lengths.get("S"))
 
 
 def _flat(name: str, column: list[Any]) -> np.ndarray:

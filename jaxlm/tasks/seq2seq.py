@@ -13,9 +13,9 @@ import numpy as np
 
 from jaxlm import config
 from jaxlm.config.ranges import short_repr
-from jaxlm.data.batches import Features
 from jaxlm.data.formats.lines import Place, Row
 from jaxlm.data.formats.rows import Columns
+from jaxlm.data.joined import Features
 from jaxlm.errors import UserError
 from jaxlm.reports.report import Section
 from jaxlm.tasks import metrics

@@ -13,10 +13,11 @@ import numpy as np
 
 from jaxlm import config
 from jaxlm.config.ranges import short_repr
-from jaxlm.data.batches import Batch, Features
+from jaxlm.data.batches import Batch
 from jaxlm.data.formats import literals
 from jaxlm.data.formats.lines import Place, Row
 from jaxlm.data.formats.rows import Columns
+from jaxlm.data.joined import Features
 from jaxlm.errors import UserError
 from jaxlm.nn.losses import Sum, cross_entropy
 from jaxlm.reports.report import Bars, Section, mistakes
