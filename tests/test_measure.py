@@ -119,9 +119,11 @@ def test_a_row_continues_after_a_checkpoint_in_its_middle(tmp_path, monkeypatch)
 
 def test_a_row_includes_the_carried_measurements():
     meter = Meter(make_mesh(RunConfig().mesh), 0, {"seconds": 1000.0, "lost": 250.0, "took": [0.5] * 9})
-    line = meter.line(9)
+    record_step(meter, jax.numpy.ones(3))
+    seconds, line = meter.line(10)
     meter.close()
     assert line["step_ms_p50"] == 500 and line["data_share"] == pytest.approx(0.25, rel=1e-2)
+    assert seconds == pytest.approx(1000, rel=1e-2)
 
 
 def record_step(meter: Meter, result: Any) -> None:
@@ -145,7 +147,6 @@ def test_the_loop_never_waits_and_data_time_is_idle_time_of_the_device(monkeypat
     now = [0.0]
     monkeypatch.setattr(measure, "time", SimpleNamespace(monotonic=lambda: now[0]))
     meter = Meter(make_mesh(RunConfig().mesh))
-    took = meter._step_seconds
 
     def batch(seconds: float):
         now[0] += seconds
@@ -170,9 +171,9 @@ def test_the_loop_never_waits_and_data_time_is_idle_time_of_the_device(monkeypat
     next(meter.fed(batch(5)))  # 4 to 9: the device was busy until 5
     meter.record_step(results[2])
     done(results[2], 11)
-    assert took == [2, 6]  # without the first step, which compiles
-    line = meter.line(3)
-    assert line["step_ms_p50"] == 4000 and line["data_share"] == pytest.approx((1 + 4) / 11)
+    assert [times.seconds for times in meter._done] == [None, 2, 6]  # the first step compiles
+    seconds, line = meter.line(3)
+    assert seconds == 11 and line["step_ms_p50"] == 4000 and line["data_share"] == pytest.approx((1 + 4) / 11)
     now[0] = 21
     meter.record_pause(10)  # an evaluation
     next(meter.fed(batch(1)))

@@ -34,12 +34,14 @@ from jaxlm.devices import sharding
 from jaxlm.errors import RunError, Stopped, UserError
 from jaxlm.hub import safetensors
 from jaxlm.nn.transformer import Transformer, init
+from jaxlm.run import fit as fit_module
 from jaxlm.run.checkpoint import Checkpoints
 from jaxlm.run.fit import fit
 from jaxlm.run.folder import begin, open_run_dir
 from jaxlm.run.measure import MEASURED
 from jaxlm.run.optimizer import make_optimizer
 from jaxlm.run.step import TrainState
+from jaxlm.run.training import Journal
 
 # TensorStore prints a message if one array of a checkpoint fails. `jaxlm.__main__` hides this message.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -182,6 +184,27 @@ def test_a_resumed_run_with_frozen_parameters_has_the_same_result(data_dir, refe
     size = lambda folder: sum(f.stat().st_size for f in (folder / "checkpoints" / "12" / "state").rglob("*"))
     assert size(tmp_path / "run") < 0.25 * size(reference)
     assert lm.config.layers == 2
+
+
+@pytest.mark.parametrize("every", [{}, {"log_every": 1}, {"log_every": 5, "checkpoint_every": 4}], ids=str)
+def test_lines_are_the_same_if_written_during_the_next_step(data_dir, reference, tmp_path, monkeypatch, devices, every):
+    """On an accelerator, the line of a step is written after the next step was dispatched. The run is stopped once."""
+    monkeypatch.setitem(fit_module.LAG, "cpu", 1)
+    written, order = [], []
+    write, dispatch = Journal.write_line, Journal.add
+    monkeypatch.setattr(
+        Journal, "write_line", lambda self, step, later=0: written.append(later) or write(self, step, later)
+    )
+    monkeypatch.setattr(Journal, "add", lambda self, metrics: order.append(len(written)) or dispatch(self, metrics))
+    run = run_config(data_dir, tmp_path / "run", **every)
+    with pytest.raises(Stopped):
+        fit(run, stop=stop_after(5))
+    fit(run)
+    assert set(written) == {0, 1} and order == sorted(order)
+    steps = [row["step"] for row in losses(tmp_path / "run") if "loss" in row]
+    assert steps == sorted({*range(run.log_every, 13, run.log_every), 12})
+    if not every:
+        assert_same(tmp_path / "run", reference)
 
 
 def test_an_interrupt_waits_for_the_step_and_the_same_call_resumes(data_dir, reference, tmp_path, devices):

@@ -312,8 +312,13 @@ class BatchSource(Protocol):
 
 
 def iterate_batches(
-    source: BatchSource, start: int, stop: int, state: Callable[[], Any], rows: Iterable[int] | None = None
-) -> Iterator[Features]:
+    source: BatchSource,
+    start: int,
+    stop: int,
+    state: Callable[[], Any],
+    rows: Iterable[int] | None = None,
+    place: Callable[[int, Features], Any] = lambda step, batch: batch,
+) -> Iterator[Any]:
     """Returns an iterator over the batches of steps `start` to `stop - 1`.
 
     Args:
@@ -322,10 +327,11 @@ def iterate_batches(
       stop: the step after the last one.
       state: returns the current training state; only called if the source reads it.  Otherwise batches are prefetched.
       rows: indices of the rows to fill; None: all.
+      place: returns what is yielded for a step and its batch, such as the batch on the devices; also prefetched.
     """
     if source.reads_state:
-        return (source.batch(step, state(), rows) for step in range(start, stop))
-    return prefetch(lambda step: source.batch(step, None, rows), start, stop)
+        return (place(step, source.batch(step, state(), rows)) for step in range(start, stop))
+    return prefetch(lambda step: place(step, source.batch(step, None, rows)), start, stop)
 
 
 def prefetch(batch_at: Callable[[int], Features], start: int, stop: int, ahead: int = 4) -> Iterator[Features]:

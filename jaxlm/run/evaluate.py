@@ -57,7 +57,7 @@ def run_eval(eval_step: Step, params: Any, batches: Any, put: Callable, rows: li
         losses, arrays = eval_step(params, batch)
         return losses, arrays, batch["segments_BT"] if arrays else ()
 
-    placed = (put(batch, 1) for batch in prefetch(partial(batches.batch_at, rows=rows), 0, len(batches)))
+    placed = prefetch(lambda step: put(batches.batch_at(step, rows), 1), 0, len(batches))
     for step, (losses, arrays, segments_1BT) in run_ahead(evaluate_batch, enumerate(placed)):
         for name, (value, weight) in losses.items():
             total = totals.get(name, (0.0, 0.0))

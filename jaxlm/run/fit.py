@@ -26,6 +26,8 @@ from jaxlm.run.resolve import ResolvedRun, resolve, with_model
 from jaxlm.run.training import Training, log, set_up
 from jaxlm.storage import buckets
 
+LAG = {"cpu": 0}  # platform -> steps that are dispatched before the line of a step is written; 1 for accelerators
+
 
 def _interruptible(body: Callable[..., LM]) -> Callable[..., LM]:
     """Makes `fit` treat an interrupt (Ctrl-C, the stop button of a notebook) like `stop`: it saves after a whole step.
@@ -147,25 +149,30 @@ def loop(training: Training, stop: Callable[[], bool]) -> bool:
       Whether the run has ended; False where `stop` returned True before.
     """
     run, t = training.run, training
-    on_cpu = t.resolved.mesh.devices.flat[0].platform == "cpu"
+    platform = t.resolved.mesh.devices.flat[0].platform
+    lag = LAG.get(platform, 1)
+    unwritten: list[int] = []  # steps whose line is due
     for step, batch in t.batches():
         t.trace.before(step, t.state.step)
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             t.state, metrics = t.parts.train_step(t.state, batch)
         t.journal.add(metrics)
-        if on_cpu:
+        if platform == "cpu":
             # Queued steps on several CPU devices can deadlock: each waits for the threads of another.
             jax.block_until_ready(metrics)
         t.trace.after(step, metrics)
         ending, stopping = step == run.steps, stop()
-        logging = ending or step % run.log_every == 0
         evaluating = ending or bool(run.eval_every and step % run.eval_every == 0)
         saving = evaluating or stopping or step % t.checkpoint_every == 0
-        # Only these steps wait for the device, to read its metrics.
-        if logging or saving:
-            t.check(step, state_too=saving)
-        if logging:
-            t.journal.write_line(step)
+        if ending or step % run.log_every == 0:
+            unwritten.append(step)
+        # Only these steps wait for the device: to read the metrics of an earlier step, or the state.
+        while unwritten and (saving or unwritten[0] + lag <= step):
+            due = unwritten.pop(0)
+            t.check(due, state_too=False, later=step - due)
+            t.journal.write_line(due, later=step - due)
+        if saving:
+            t.check(step, state_too=True)
         if evaluating:
             ending = t.evaluate(step) or ending
         if saving:

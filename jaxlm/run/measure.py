@@ -33,6 +33,12 @@ class _Step(NamedTuple):
     result: Any  # an array that is ready when the step is done
 
 
+class _Times(NamedTuple):
+    seconds: float | None  # time of the step; None: it compiled
+    waited: float  # seconds that the device waited for data
+    end: float  # when the step was done
+
+
 class Meter:
     """Measures the steps since the last line of the log.
 
@@ -53,18 +59,13 @@ class Meter:
         state = state or {}
         self._mesh, self._flops = mesh, flops
         self._start = time.monotonic() - state.get("seconds", 0.0)
-        self._data_seconds: float = state.get("lost", 0.0)
-        self._step_seconds: list[float] = [*state.get("took", ())]
+        self._carried: dict[str, Any] = state
+        self._dispatched, self._done = 0, list[_Times]()  # steps of this process since the last line
         self._resumed = time.monotonic()
         self._requested = self._received = self._resumed
         self._first, self._pending, self._changed = True, 0, Condition()
         self._steps: SimpleQueue[_Step | None] = SimpleQueue()
         Thread(target=self._watch, daemon=True).start()
-
-    @property
-    def seconds(self) -> float:
-        """Seconds since the last line, without pauses."""
-        return time.monotonic() - self._start
 
     def fed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Yields the batches, and records how long the loop waits for each."""
@@ -85,6 +86,7 @@ class Meter:
         """
         with self._changed:
             self._pending += 1
+            self._dispatched += 1
         self._steps.put(_Step(self._requested, self._received, self._resumed, result))
 
     def record_pause(self, seconds: float) -> None:
@@ -92,28 +94,39 @@ class Meter:
         self._start += seconds
         self._resumed = time.monotonic()
 
-    def line(self, steps: int) -> dict[str, float]:
-        """Returns the measurements since the last line of the log, and begins the next line.
+    def line(self, steps: int, later: int = 0) -> tuple[float, dict[str, float]]:
+        """Returns the seconds and the measurements since the last line of the log, and begins the next line.
 
         Args:
-          steps: number of steps since the last line, which are all done.
+          steps: number of steps since the last line; waits until they are done.
+          later: number of steps that were dispatched after them.
         """
-        self._wait()
-        seconds = self.seconds
-        values = {}
+        self._wait(later)
+        with self._changed:
+            count = self._dispatched - later
+            line, self._done, self._dispatched = self._done[:count], self._done[count:], later
+        end = line[-1].end
+        measured, start = self._measured(line, end), self._start
+        self._start, self._carried = end, {}
+        values, seconds = {}, end - start
         chip = chips.find(self._mesh.devices.flat[0].device_kind)
         if self._flops and chip is not None:
             values["mfu"] = self._flops * steps / (seconds * self._mesh.size * chip.flops.value)
-        values |= percentiles(self._step_seconds)
-        values["data_share"] = self._data_seconds / seconds
+        values |= percentiles(measured["took"])
+        values["data_share"] = measured["lost"] / seconds
         values |= memory(self._mesh.local_devices)
-        self._start, self._data_seconds, self._step_seconds = time.monotonic(), 0.0, []
-        return values
+        return seconds, values
 
     def state(self) -> dict[str, Any]:
         """Returns the measurements since the last line as JSON values, for a checkpoint; all steps are done."""
         self._wait()
-        return {"seconds": self.seconds, "lost": self._data_seconds, "took": list(self._step_seconds)}
+        return self._measured(self._done, time.monotonic())
+
+    def _measured(self, line: list[_Times], end: float) -> dict[str, Any]:
+        """Returns the seconds until `end`, those that the device waited for data, and the time of each step."""
+        lost = self._carried.get("lost", 0.0) + sum(times.waited for times in line)
+        took = [*self._carried.get("took", ()), *(times.seconds for times in line if times.seconds is not None)]
+        return {"seconds": end - self._start, "lost": lost, "took": took}
 
     def close(self) -> None:
         """Ends the thread."""
@@ -126,16 +139,16 @@ class Meter:
                 jax.block_until_ready(step.result)
             end = time.monotonic()
             with self._changed:
-                if not self._first:  # the first step compiles
-                    self._step_seconds.append(end - max(previous_end, step.resumed))
-                self._data_seconds += max(0.0, step.received - max(step.requested, previous_end))
+                seconds = None if self._first else end - max(previous_end, step.resumed)  # the first step compiles
+                waited = max(0.0, step.received - max(step.requested, previous_end))
+                self._done.append(_Times(seconds, waited, end))
                 self._first, previous_end = False, end
                 self._pending -= 1
                 self._changed.notify_all()
 
-    def _wait(self) -> None:
+    def _wait(self, later: int = 0) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: not self._pending)
+            self._changed.wait_for(lambda: self._pending <= later)
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:

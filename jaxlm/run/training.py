@@ -58,14 +58,22 @@ class Journal:
         self.meter.record_step(metrics["loss"])
         self.unlogged.append(metrics)
 
-    def write_line(self, step: int) -> None:
-        """Writes the line of a step."""
+    def write_line(self, step: int, later: int = 0) -> None:
+        """Writes the line of a step.
+
+        Args:
+          step: the step.
+          later: number of steps that were added after it.
+        """
+        end = len(self.unlogged) - later
+        steps, rest = self.unlogged[:end], self.unlogged[end:]
         # The last line of a run may follow after few steps; its window is as long as that of the other lines.
-        window = (self.logged + self.unlogged)[-max(self._log_every, len(self.unlogged)) :]
-        values = _averaged(window, self.unlogged, self.meter.seconds) | self.meter.line(len(self.unlogged))
+        window = (self.logged + steps)[-max(self._log_every, len(steps)) :]
+        seconds, measurements = self.meter.line(len(steps), later)
+        values = _averaged(window, steps, seconds) | measurements
         self.log.write(step, values)
         self.log.progress(step, values)
-        self.unlogged, self.logged = [], self.unlogged
+        self.unlogged, self.logged = rest, steps
 
     def write_scores(self, step: int, scores: dict[str, float]) -> None:
         """Writes the line of an evaluation."""
@@ -133,28 +141,35 @@ class Training:
           UserError: if a batch has more examples in a row than the task declares.
         """
         end = self.started if self.is_stale else self.run.steps
-        batches = iterate_batches(self.resolved.train, self.started, end, lambda: self.state, self._rows)
-        max_examples = self.resolved.task.max_examples
-        for step, batch in enumerate(self.journal.meter.fed(batches), self.started + 1):
-            # A task whose rows hold one example uses no mask of segments.
-            if (count := int(batch["segments_BT"].max())) > max_examples:
-                raise UserError(
-                    f"the batch of step {step:,} has a row with {count} examples, and the task has max_examples "
-                    f"{max_examples}; return fewer examples in a row, or raise max_examples of the task"
-                )
-            yield step, self._shard(batch, self.run.accumulate)
+        read_state = lambda: self.state
+        batches = iterate_batches(self.resolved.train, self.started, end, read_state, self._rows, self._place)
+        yield from enumerate(self.journal.meter.fed(batches), self.started + 1)
 
-    def check(self, step: int, state_too: bool) -> None:
-        """Fetches the metrics of the last steps.
+    def _place(self, index: int, batch: Batch) -> Batch:
+        """Returns a batch on the mesh, as micro-batches."""
+        max_examples = self.resolved.task.max_examples
+        # A task whose rows hold one example uses no mask of segments.
+        if (count := int(batch["segments_BT"].max())) > max_examples:
+            raise UserError(
+                f"the batch of step {index + 1:,} has a row with {count} examples, and the task has max_examples "
+                f"{max_examples}; return fewer examples in a row, or raise max_examples of the task"
+            )
+        return self._shard(batch, self.run.accumulate)
+
+    def check(self, step: int, state_too: bool, later: int = 0) -> None:
+        """Fetches the metrics of the steps up to a step.
 
         Args:
-          step: the last step.
+          step: the step.
           state_too: whether to check the state as well.
+          later: number of steps that were dispatched after it, whose metrics are not fetched.
 
         Raises:
           RunError: where a loss, a gradient norm or an entry of the state is not finite.
         """
-        self.journal.unlogged = _finite_metrics(jax.device_get(self.journal.unlogged), step, self.checkpoints)
+        end = len(self.journal.unlogged) - later
+        fetched = jax.device_get(self.journal.unlogged[:end])
+        self.journal.unlogged[:end] = _finite_metrics(fetched, step, self.checkpoints)
         if state_too and not finite(self.state):
             raise _divergence("a weight is not finite", step, self.journal.unlogged[-1], self.checkpoints)
 
