@@ -569,7 +569,7 @@ _FLAGS = {
   --sweep FIELD=A,B ...   train every combination of these values, each in its own folder""",
     "plan": """\
   --field value     change a field of the config, such as --batch 64
-  --topology NAME   chips and their arrangement, such as v5e:4x4; not set: the devices of this machine
+  --topology NAME   chips and their number, such as v5e:4x4 or H100:8; not set: the devices of this machine
   --fit             find the largest batch that fits into memory for each remat policy, and plan the fastest
   --json            print the plan as JSON""",
 }

@@ -203,6 +203,31 @@ def test_the_verb_reports_what_does_not_fit():
         assert part in process.stdout
 
 
+def gpu_environment() -> dict[str, str]:
+    """Returns the environment with JAX's plugin for CUDA, from the folder in JAXLM_GPU_COMPILER or installed."""
+    folder = os.environ.get("JAXLM_GPU_COMPILER", "")
+    if not folder and not find_spec("jax_cuda12_plugin") and not find_spec("jax_cuda13_plugin"):
+        pytest.skip("JAX's plugin for CUDA, of the [plan-gpu] extra, is not installed")
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH", "")]))}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("chip", ["H100:2", "A100-80:1", "B200:1", "L4:1"])
+def test_the_verb_plans_for_a_gpu(chip):
+    """The plan needs neither a GPU nor cuDNN; attention is cuDNN's."""
+    small = ("--model.width", "128", "--model.layers", "2", "--model.heads", "2", "--batch", "8")
+    options = ("--topology", chip, *small, "--json", "--compute-dtype", "bfloat16")
+    process = run_verb("configs/shakespeare_char.py", *options, **gpu_environment())
+    assert process.returncode == 0, process.stderr
+    assert "attention uses XLA" not in process.stderr
+    result = json.loads(process.stdout)
+    assert result["kind"].startswith("NVIDIA") and result["devices"] == int(chip[-1]) and result["fits"]
+    assert result["roofline"]["sequential"]["mfu"] > 0
+    assert 0 < result["flops"] < 1.1 * result["counted_flops"]
+    assert sum(result["traffic"].values()) == result["hbm_bytes"] > 0
+    assert (result["collectives"].get("all-reduce", {"times": 0})["times"] > 0) == (chip == "H100:2")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -1,4 +1,4 @@
-"""The rates and memory of chips, each constant with its source, and the topologies of TPUs.
+"""The rates and memory of chips, each constant with its source, and the topologies of TPUs and GPUs.
 
 All constants are those of one JAX device: a whole chip on v4 and v5p (two cores as one "megacore"), v5e and v6e, half a
 chip on v2, v3 and TPU7x, and one GPU.
@@ -28,6 +28,17 @@ class Constant(NamedTuple):
         return f"{self.value:,.4g} {self.unit} ({self.source})"
 
 
+class Processor(NamedTuple):
+    """What XLA must know about a GPU to compile for it."""
+
+    capability: tuple[int, int]  # the compute capability
+    count: int  # multiprocessors
+    units: int  # float32 units of a multiprocessor
+    shared_kib: int  # shared memory of a multiprocessor
+    cache_mib: float  # L2 cache
+    gigahertz: float  # clock rate
+
+
 class Chip(NamedTuple):
     """The rates and the memory of one JAX device."""
 
@@ -43,6 +54,7 @@ class Chip(NamedTuple):
     pod: int = 0  # maximum number of TPU chips that are connected by ICI
     libtpu: str = ""  # name of the chip in libtpu's topologies
     options: tuple[tuple[str, str], ...] = ()  # libtpu options with which its devices are the same as JAX's
+    processor: Processor | None = None  # of a GPU that XLA can compile for without having one
 
     @property
     def constants(self) -> dict[str, Constant]:
@@ -63,6 +75,8 @@ _IRONWOOD = (
     "Google Cloud TPU documentation, page TPU7x (Ironwood), half of the chip: 1,200 GB/s over 6 links and both ways"
 )
 _JOUPPI = "Jouppi et al. 2020, A domain-specific supercomputer for training deep neural networks, half of a link"
+
+_PREALLOCATED = "JAX documentation, GPU memory allocation: three quarters, unless XLA_PYTHON_CLIENT_MEM_FRACTION is set"
 
 _SPARSE = ", half of the figure with sparsity"
 _FP16 = ", in float16: the chip has no products in bfloat16"
@@ -104,7 +118,15 @@ def _tpu(
 
 
 def _gpu(
-    name: str, kinds: tuple[str, ...], tera: float, gib: float, giga: float, link: float, sheet: str, note: str = ""
+    name: str,
+    kinds: tuple[str, ...],
+    tera: float,
+    gib: float,
+    giga: float,
+    link: float,
+    sheet: str,
+    note: str = "",
+    processor: Processor | None = None,
 ) -> Chip:
     """Returns a GPU."""
     source = f"NVIDIA {sheet} datasheet"
@@ -113,12 +135,21 @@ def _gpu(
         kinds=kinds,
         flops=Constant(tera * 1e12, "FLOP/s", source + note),
         hbm=Constant(gib * 2**30, "bytes", source),
-        usable=None,
+        usable=Constant(gib * 2**30 * 3 / 4, "bytes", _PREALLOCATED),
         bandwidth=Constant(giga * 1e9, "bytes/s", source),
         link=Constant(link / 2 * 1e9, "bytes/s", f"{source}: {link:,.0f} GB/s both ways"),
         dimensions=0,
+        processor=processor,
     )
 
+
+# Compute capability, multiprocessors, their float32 units and KiB of shared memory, MiB of L2 cache, GHz: from
+# NVIDIA's architecture white papers and the CUDA programming guide.
+_A100 = Processor((8, 0), 108, 64, 164, 40, 1.41)
+_H100 = Processor((9, 0), 132, 128, 228, 50, 1.98)
+_B200 = Processor((10, 0), 148, 128, 228, 126.5, 1.965)
+_L4 = Processor((8, 9), 58, 128, 100, 48, 2.04)
+_L40S = Processor((8, 9), 142, 128, 100, 96, 2.52)
 
 # fmt: off
 CHIPS = (
@@ -132,22 +163,22 @@ CHIPS = (
     _tpu("v6e", ("TPU v6 lite", "TPU v6e"), "TPU v6e", 918, 32, 31.24, 1638, 90, _BOOK, 2, 256, 1, "v6e"),
     _tpu("7x", ("TPU7x",), "TPU7x (Ironwood)", 2307, 192, 94.74, 7380, 1200 / 12 / 2, _IRONWOOD, 3, 9216, 2, "tpu7x"),
     # Name, kinds, TFLOP/s, GiB, GB/s of memory, GB/s of all links in both directions, datasheet, note on the TFLOP/s.
-    _gpu("A100-40", ("NVIDIA A100-SXM4-40GB", "A100-SXM4-40GB"), 312, 40, 1555, 600, "A100"),
-    _gpu("A100-80", ("NVIDIA A100-SXM4-80GB", "A100-SXM4-80GB"), 312, 80, 2039, 600, "A100"),
+    _gpu("A100-40", ("NVIDIA A100-SXM4-40GB", "A100-SXM4-40GB"), 312, 40, 1555, 600, "A100", processor=_A100),
+    _gpu("A100-80", ("NVIDIA A100-SXM4-80GB", "A100-SXM4-80GB"), 312, 80, 2039, 600, "A100", processor=_A100),
     _gpu("A100-PCIe-40", ("NVIDIA A100-PCIE-40GB", "A100-PCIE-40GB"), 312, 40, 1555, 64, "A100"),
     _gpu("A100-PCIe-80", ("NVIDIA A100 80GB PCIe", "NVIDIA A100-PCIE-80GB"), 312, 80, 1935, 64, "A100"),
-    _gpu("H100", ("NVIDIA H100 80GB HBM3",), 989, 80, 3350, 900, "H100", f", SXM{_SPARSE}"),
+    _gpu("H100", ("NVIDIA H100 80GB HBM3",), 989, 80, 3350, 900, "H100", f", SXM{_SPARSE}", processor=_H100),
     _gpu("H100-PCIe", ("NVIDIA H100 PCIe",), 756, 80, 2000, 128, "H100", f", PCIe{_SPARSE}"),
     _gpu("H100-NVL", ("NVIDIA H100 NVL",), 835, 94, 3900, 600, "H100", f", NVL{_SPARSE}"),
-    _gpu("H200", ("NVIDIA H200",), 989, 141, 4800, 900, "H200", f", SXM{_SPARSE}"),
+    _gpu("H200", ("NVIDIA H200",), 989, 141, 4800, 900, "H200", f", SXM{_SPARSE}", processor=_H100),
     _gpu("H200-NVL", ("NVIDIA H200 NVL",), 835, 141, 4800, 900, "H200", f", NVL{_SPARSE}"),
     _gpu("GH200", ("NVIDIA GH200 480GB", "NVIDIA GH200 120GB"), 990, 96, 4000, 900, "GH200", _SPARSE),
     _gpu("GH200-144", ("NVIDIA GH200 144G HBM3e",), 990, 144, 4900, 900, "GH200", _SPARSE),
-    _gpu("B200", ("NVIDIA B200",), 2250, 180, 8000, 1800, "DGX B200", f", an eighth{_SPARSE}"),
+    _gpu("B200", ("NVIDIA B200",), 2250, 180, 8000, 1800, "DGX B200", f", an eighth{_SPARSE}", processor=_B200),
     _gpu("GB200", ("NVIDIA GB200",), 2500, 186, 8000, 1800, "GB200 NVL72", f", a GPU's share{_SPARSE}"),
-    _gpu("L4", ("NVIDIA L4",), 121, 24, 300, 64, "L4", _SPARSE),
+    _gpu("L4", ("NVIDIA L4",), 121, 24, 300, 64, "L4", _SPARSE, processor=_L4),
     _gpu("L40", ("NVIDIA L40",), 181, 48, 864, 64, "L40"),
-    _gpu("L40S", ("NVIDIA L40S",), 362, 48, 864, 64, "L40S"),
+    _gpu("L40S", ("NVIDIA L40S",), 362, 48, 864, 64, "L40S", processor=_L40S),
     _gpu("A10", ("NVIDIA A10",), 125, 24, 600, 64, "A10"),
     _gpu("A10G", ("NVIDIA A10G",), 70, 24, 600, 64, "A10G"),
     _gpu("A30", ("NVIDIA A30",), 165, 24, 933, 64, "A30"),
@@ -160,6 +191,8 @@ CHIPS = (
 )
 # fmt: on
 TPUS = {chip.name: chip for chip in CHIPS if chip.libtpu}
+GPUS = {chip.name.lower(): chip for chip in CHIPS if chip.processor}
+_MOST_GPUS = 8  # of a machine, connected by NVLink or PCIe
 _OTHER_NAMES = {"tpu7x": "7x", "v7x": "7x", "v5litepod": "v5e"}
 
 # The shapes that can be rented, and single chips. libtpu accepts other shapes too, and divides by zero on some of them.
@@ -208,14 +241,14 @@ def supported_topologies() -> list[str]:
         cubes = f"or multiples of 4 in all three, at most {chip.pod:,} chips, such as 4x4x8"
         shapes = " ".join(_FLAT) if chip.dimensions == 2 else f"{' '.join(_SMALL)} {cubes}"
         lines.append(f"{chip.name}: {shapes}")
-    return lines
+    return [*lines, *(f"{chip.name}: 1 to {_MOST_GPUS}" for chip in GPUS.values())]
 
 
 def parse_topology(name: str) -> tuple[Chip, tuple[int, ...]]:
-    """Parses a topology such as `v5e:4x4`.
+    """Parses a topology such as `v5e:4x4` or `H100:8`.
 
     Args:
-      name: CHIP:SHAPE.
+      name: CHIP:SHAPE; the shape of GPUs is their number.
 
     Returns:
       The chip, and the shape in chips.
@@ -223,18 +256,27 @@ def parse_topology(name: str) -> tuple[Chip, tuple[int, ...]]:
     Raises:
       UserError: if the topology does not exist.
     """
-    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name.strip().lower())
+    match = re.fullmatch(r"([\w-]+):(\d+(?:x\d+)*)", name.strip().lower())
     topologies = "\n  ".join(supported_topologies())
     if not match:
         raise UserError(
-            f"the topology {name!r} does not have the form CHIP:SHAPE, such as v5e:4x4; choose from:\n  {topologies}"
+            f"the topology {name!r} does not have the form CHIP:SHAPE, such as v5e:4x4 or H100:8; choose from:\n  "
+            f"{topologies}"
         )
-    chip = TPUS.get(_OTHER_NAMES.get(match[1], match[1]))
+    known = TPUS | GPUS
+    chip = known.get(_OTHER_NAMES.get(match[1], match[1]))
     if chip is None:
         raise UserError(
-            f"the topology {name!r} has an unknown chip{suggestion(match[1], TPUS)}; choose from:\n  {topologies}"
+            f"the topology {name!r} has an unknown chip{suggestion(match[1], known)}; choose from:\n  {topologies}"
         )
     shape = tuple(int(size) for size in match[2].split("x"))
+    if chip.processor is not None:
+        if len(shape) != 1 or not 1 <= shape[0] <= _MOST_GPUS:
+            raise UserError(
+                f"the topology {name!r} has the shape {match[2]}; choose a number of GPUs from 1 to {_MOST_GPUS}, such "
+                f"as {chip.name}:{_MOST_GPUS}"
+            )
+        return chip, shape
     small = _FLAT if chip.dimensions == 2 else _SMALL
     permutations = {tuple(sorted(int(size) for size in s.split("x"))) for s in small}
     cubes = chip.dimensions == len(shape) == 3 and all(size and size % 4 == 0 for size in shape)
@@ -256,8 +298,8 @@ def rings(chip: Chip, shape: tuple[int, ...]) -> tuple[bool, ...]:
     return (all(size % 4 == 0 for size in shape),) * len(shape)
 
 
-# A program that plans for a TPU has to set these before JAX looks for devices. Without the first, JAX looks for a local
-# TPU. Without the second, it warns that it cannot load cached programs of an earlier plan.
+# A program that plans for other chips has to set these before JAX looks for devices. Without the first, JAX looks for
+# chips of this machine. Without the second, it warns that it cannot load cached programs of an earlier plan.
 PLANNING_SETTINGS: dict[str, Any] = {"jax_platforms": "cpu", "jax_enable_compilation_cache": False}
 _LIBTPU_VARIABLES = {  # read when libtpu is loaded
     "TPU_SKIP_MDS_QUERY": "1",  # do not ask the metadata server of Google Cloud about this machine
@@ -282,35 +324,82 @@ def _loading() -> Iterator[None]:
 
 
 def topology_devices(name: str) -> list[Any]:
-    """Returns the devices of a TPU topology for the TPU compiler. No TPU is required.
+    """Returns the devices of a topology for the compiler of the chips. No such chip is required.
 
     Args:
-      name: a topology such as `v5e:4x4`.
+      name: a topology such as `v5e:4x4` or `H100:8`.
 
     Returns:
-      The devices in libtpu's order: host by host, each with a square of 2 x 2 chips. On TPU7x the two devices of a
-      chip are neighbours.
+      The devices. Those of a TPU are in libtpu's order: host by host, each with a square of 2 x 2 chips. On TPU7x the
+      two devices of a chip are neighbours.
 
     Raises:
-      UserError: for an unknown topology, and if libtpu is not installed.
-      RunError: if libtpu does not return the topology.
+      UserError: for an unknown topology, and if the compiler is not installed.
+      RunError: if the compiler does not return the topology.
     """
-    chip, shape = parse_topology(name)
-    if not os.environ.get("TPU_LIBRARY_PATH") and find_spec("libtpu") is None:
-        raise UserError(
-            f"the topology {name!r} requires the TPU compiler, and libtpu is not installed; "
-            f"install it with pip install 'jaxlm[plan]' (Linux only)"
-        )
     from jax.errors import JaxRuntimeError
     from jax.experimental import topologies
 
-    libtpu_name = f"{chip.libtpu}:{'x'.join(map(str, shape))}"
+    chip, shape = parse_topology(name)
+    if chip.processor is not None:
+        check_gpu_compiler(name)
+        source, platform, options = "XLA", "cuda", _gpu_options(chip, chip.processor, shape[0])
+    else:
+        if not os.environ.get("TPU_LIBRARY_PATH") and find_spec("libtpu") is None:
+            raise UserError(
+                f"the topology {name!r} requires the TPU compiler, and libtpu is not installed; "
+                f"install it with pip install 'jaxlm[plan]' (Linux only)"
+            )
+        source, platform = "libtpu", "tpu"
+        options = {"topology_name": f"{chip.libtpu}:{'x'.join(map(str, shape))}", **dict(chip.options)}
     try:
         with _loading():
-            options = dict(chip.options)
-            devices = topologies.get_topology_desc(platform="tpu", topology_name=libtpu_name, **options).devices
+            devices = topologies.get_topology_desc(platform=platform, **options).devices
     except JaxRuntimeError as error:
-        raise RunError(f"libtpu does not return the topology {libtpu_name}: {error}") from error
+        raise RunError(f"{source} does not return the topology {name}: {error}") from error
     expected = math.prod(shape) * chip.devices_per_chip
-    assert len(devices) == expected, f"{libtpu_name} has {len(devices)} devices, not {expected}"
+    assert len(devices) == expected, f"{name} has {len(devices)} devices, not {expected}"
     return list(devices)
+
+
+def check_gpu_compiler(name: str) -> None:
+    """Raises UserError if JAX's compiler for NVIDIA GPUs is not installed, which the topology `name` requires."""
+    plugins = ("jax_cuda13_plugin", "jax_cuda12_plugin")
+    if not any(find_spec(plugin) for plugin in plugins):
+        raise UserError(
+            f"the topology {name!r} requires JAX's compiler for NVIDIA GPUs, which is not installed; install it with "
+            f"pip install 'jaxlm[plan-gpu]' (Linux only)"
+        )
+
+
+def _gpu_options(chip: Chip, processor: Processor, count: int) -> dict[str, str]:
+    """Returns the description of GPUs that XLA needs to compile for them (its message GpuTargetConfigProto)."""
+    major, minor = processor.capability
+    shared = processor.shared_kib * 1024
+    extension = " feature_extension: ACCELERATED_FEATURES" if major >= 9 else ""
+    fields = {
+        "threads_per_block_limit": 1024,
+        "threads_per_warp": 32,
+        "shared_memory_per_block": 48 * 1024,
+        "shared_memory_per_block_optin": shared - 1024,
+        "shared_memory_per_core": shared,
+        "threads_per_core_limit": 1536 if processor.capability in ((8, 6), (8, 9)) else 2048,
+        "core_count": processor.count,
+        "fpus_per_core": processor.units,
+        "block_dim_limit_x": 2**31 - 1,
+        "block_dim_limit_y": 65535,
+        "block_dim_limit_z": 65535,
+        "registers_per_core_limit": 65536,
+        "registers_per_block_limit": 65536,
+        "memory_bandwidth": int(chip.bandwidth.value),
+        "l2_cache_size": int(processor.cache_mib * 2**20),
+        "clock_rate_ghz": processor.gigahertz,
+        "device_memory_size": int(chip.hbm.value),
+    }
+    info = " ".join(f"{field}: {value}" for field, value in fields.items())
+    capability = f"cuda_compute_capability {{ major: {major} minor: {minor}{extension} }}"
+    config = (
+        f'gpu_device_info {{ {info} {capability} }} platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 12 }} '
+        f'runtime_version {{ major: 12 minor: 8 }} device_description_str: "{chip.kinds[0]}"'
+    )
+    return {"topology_name": chip.name, "target_config": config, "topology": f"1x1x{count}"}

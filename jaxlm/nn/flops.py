@@ -66,8 +66,27 @@ def _count_equation(equation: Any) -> int:
         if body and not all(isinstance(size, int) for size in grid):
             raise ValueError(f"the grid {grid} of a Pallas kernel with products is not known before it runs")
         return body and body * math.prod(grid)
+    if name.startswith("dot_product_attention_"):  # cuDNN's kernel
+        return _count_cudnn(equation)
     # All kinds of calls (jit, remat, custom_jvp_call, custom_vjp_call ...) count once.
     return sum(count(value) for value in params.values() if isinstance(value, (core.ClosedJaxpr, core.Jaxpr)))
+
+
+_CUDNN_CAUSAL = ("CAUSAL", "PADDING_CAUSAL")  # mask types of cuDNN's kernel
+_CUDNN_BTHC = 0  # a layout
+
+
+def _count_cudnn(equation: Any) -> int:
+    """Returns the FLOPs of cuDNN's attention; a causal mask leaves the pairs of a triangle.
+
+    The forward pass has the products for the scores and the output. The backward pass computes the scores again, and
+    the gradients of the weights, queries, keys and values.
+    """
+    q, k, params = equation.invars[0].aval.shape, equation.invars[1].aval.shape, equation.params
+    B, T, H, C = q if params["layout"] == _CUDNN_BTHC else (q[0], q[2], q[1], q[3])
+    S = k[1] if params["layout"] == _CUDNN_BTHC else k[2]
+    pairs = T * (T + 1) // 2 if params["mask_type"].name in _CUDNN_CAUSAL and T == S else T * S
+    return (4 if equation.primitive.name.startswith("dot_product_attention_fwd") else 10) * B * H * C * pairs
 
 
 def _iterations(equation: Any) -> int:

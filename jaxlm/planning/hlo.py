@@ -639,9 +639,13 @@ def moves(program: Program) -> list[Move]:
     return result
 
 
-def hbm_bytes(program: Program) -> int:
-    """Returns the estimated HBM traffic of a whole step on one device, in bytes."""
-    return sum((move.read + move.written) * move.times for move in moves(program))
+def traffic(program: Program) -> dict[str, int]:
+    """Returns the estimated HBM traffic of a whole step on one device for each `purpose`, in bytes, largest first."""
+    sums: dict[str, int] = {}
+    for move in moves(program):
+        what = purpose(move.op_name)
+        sums[what] = sums.get(what, 0) + (move.read + move.written) * move.times
+    return dict(sorted(sums.items(), key=lambda item: -item[1]))
 
 
 def _in_hbm(arrays: Iterable[Buffer]) -> int:

@@ -1,8 +1,9 @@
 """What a run needs on chips that this machine does not have: its own step, compiled for them ahead of time.
 
-The step of `assembly.assemble` is lowered from shapes and compiled by the compiler of the chips; for TPUs this is
-libtpu, which runs without a TPU. The compiled program gives memory and collectives, the jaxpr gives the operations, and
-a roofline of three rates of the chip gives a lower bound of the time of a step.
+The step of `assembly.assemble` is lowered from shapes and compiled by the compiler of the chips: libtpu, which runs
+without a TPU, or JAX's plugin for CUDA, which runs without a GPU. The compiled program gives memory, memory traffic and
+collectives, the jaxpr gives the operations, and a roofline of three rates of the chip gives a lower bound of the time
+of a step.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import jax
 import numpy as np
@@ -31,6 +34,7 @@ from jaxlm.run.config_only import batch_shapes, resolve_config
 from jaxlm.run.resolve import ResolvedModel
 
 GIB = 2**30
+CUDNN_VERSION = 91200  # of a planned GPU: 9.12
 
 
 class Roofline(NamedTuple):
@@ -77,6 +81,7 @@ class Plan:
     counted_flops: int = 0  # counted in the jaxpr of a step without recomputation
     formula_flops: int = 0  # of the same step by the closed formula
     hbm_bytes: int = 0  # read and written in a step, an estimate
+    traffic: dict[str, int] = field(default_factory=dict)  # the same by purpose, in descending order
     collectives: dict[str, hlo.CollectiveTotals] = field(default_factory=dict)
     purposes: dict[str, hlo.CollectiveTotals] = field(default_factory=dict)
     roofline: Roofline | None = None
@@ -139,11 +144,13 @@ def plan(run: RunConfig, topology: str = "", name: str = "") -> Plan:
         "limit_bytes": int((chip.usable or chip.hbm).value) if chip else 0,
         "constants": {what: str(constant) for what, constant in (chip.constants if chip else {}).items()},
     }
-    traced = assembly.train_step.trace(assembly.like, batch)
+    with _absent_gpu(devices[0]) if topology else nullcontext():
+        traced = assembly.train_step.trace(assembly.like, batch)
+        lowered = traced.lower()
     known |= _model_flops(resolved, batch) | {"flops": flops.count(traced.jaxpr)}
     begun = time.monotonic()
     try:
-        compiled, text = _compiled(traced.lower(), for_tpu=bool(topology))
+        compiled, text = _compiled(lowered, for_tpu=devices[0].platform == "tpu")
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -152,7 +159,8 @@ def plan(run: RunConfig, topology: str = "", name: str = "") -> Plan:
         return Plan(**known, compile_seconds=time.monotonic() - begun)
     known["compile_seconds"] = time.monotonic() - begun
     memory, program = compiled.memory_analysis(), hlo.parse(text)
-    collectives, moved = hlo.collectives(program), hlo.hbm_bytes(program)
+    collectives, traffic = hlo.collectives(program), hlo.traffic(program)
+    moved = sum(traffic.values())
     roofline = None
     if chip is not None:
         shape = chips.parse_topology(topology)[1] if topology else ()
@@ -164,10 +172,35 @@ def plan(run: RunConfig, topology: str = "", name: str = "") -> Plan:
         # A result that does not reuse the buffer of an argument needs new memory.
         temporary_bytes=memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
         hbm_bytes=moved,
+        traffic=traffic,
         collectives=hlo.by_kind(collectives),
         purposes=hlo.by_purpose(collectives),
         roofline=roofline,
     )
+
+
+@contextmanager
+def _absent_gpu(device: Any) -> Iterator[None]:
+    """Makes JAX assume cuDNN and the GPU of a topology, where it would look for those of this machine.
+
+    It checks whether cuDNN's attention supports a case while it traces the case. For TPUs nothing changes.
+    """
+    if device.platform == "tpu":
+        yield
+        return
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    capability = tuple(int(number) for number in device.compute_capability.split("."))
+    numbers = lambda text: tuple(int(number) for number in text.split("."))
+    assumed = {
+        "check_cudnn_version": lambda: CUDNN_VERSION,
+        "check_compute_capability": lambda least: capability >= numbers(least),
+        "is_cuda_compute_capability_equal": lambda exact: capability == numbers(exact),
+    }
+    with ExitStack() as stack:
+        for name, function in assumed.items():
+            stack.enter_context(patch.object(cudnn, name, function))
+        yield
 
 
 def _compiled(lowered: Any, for_tpu: bool) -> tuple[Any, str]:
@@ -336,6 +369,10 @@ def as_text(plan: Plan) -> str:
         lines += [f"  {_mb(one.sent_bytes)}  {one.times:7,} x {kind}" for kind, one in plan.collectives.items()]
         lines += ["  by purpose"]
         lines += [f"  {_mb(one.sent_bytes)}  {one.times:7,} x {what}" for what, one in _first(plan.purposes, 8)]
+    if plan.traffic:
+        shares = list(plan.traffic.items())[:8]
+        lines += ["", "memory traffic of a step, each device, an estimate"]
+        lines += [f"  {_gib(size)}  {size / plan.hbm_bytes:6.1%}  {what}" for what, size in shares]
     if plan.roofline is not None:
         lines += ["", *_rooflines(plan)]
     elif not plan.refused:
