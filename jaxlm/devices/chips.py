@@ -32,7 +32,7 @@ class Processor(NamedTuple):
     """What XLA must know about a GPU to compile for it."""
 
     capability: tuple[int, int]  # the compute capability
-    count: int  # multiprocessors
+    cores: int  # multiprocessors
     units: int  # float32 units of a multiprocessor
     shared_kib: int  # shared memory of a multiprocessor
     cache_mib: float  # L2 cache
@@ -384,7 +384,7 @@ def _gpu_options(chip: Chip, processor: Processor, count: int) -> dict[str, str]
         "shared_memory_per_block_optin": shared - 1024,
         "shared_memory_per_core": shared,
         "threads_per_core_limit": 1536 if processor.capability in ((8, 6), (8, 9)) else 2048,
-        "core_count": processor.count,
+        "core_count": processor.cores,
         "fpus_per_core": processor.units,
         "block_dim_limit_x": 2**31 - 1,
         "block_dim_limit_y": 65535,

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from jaxlm.config import ModelConfig
 from jaxlm.devices.sharding import Placement
+from jaxlm.nn.fusion import keep_apart
 from jaxlm.nn.nodes import array, dot, parameter
 
 
@@ -23,7 +24,8 @@ def _elementwise(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Ar
     """Returns the function computed in float32, and rounded once to the dtype of its argument, like its derivative.
 
     In bfloat16 the terms of most activations cancel: gelu would have an error of 45% at -3. The backward pass keeps one
-    array, the derivative, in the dtype of the argument.
+    array, the derivative, in the dtype of the argument. On a GPU the derivative is computed from the argument alone:
+    XLA would otherwise store what the function and the derivative have in common, in float32.
     """
 
     @jax.custom_jvp
@@ -33,9 +35,10 @@ def _elementwise(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Ar
     @rounded.defjvp
     def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
         (x,), (tangent,) = primals, tangents
-        wide = x.astype(jnp.float32)
-        y, slope = jax.jvp(function, (wide,), (jnp.ones_like(wide),))
-        return y.astype(x.dtype), slope.astype(x.dtype) * tangent
+        wide = keep_apart(x).astype(jnp.float32)
+        _, slope = jax.jvp(function, (wide,), (jnp.ones_like(wide),))
+        y = function(x.astype(jnp.float32)).astype(x.dtype)
+        return y, slope.astype(x.dtype) * tangent
 
     return rounded
 
@@ -122,9 +125,11 @@ class Norm(nn.Module):
         config, D = self.config, x_BTD.shape[-1]
         centred, plus_one = config.norm == "layernorm", config.norm == "rmsnorm_plus_one"
         x = x_BTD.astype(jnp.float32)
-        if centred:
-            x -= x.mean(-1, keepdims=True)
-        x *= jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + config.norm_epsilon)
+        # The backward pass on a GPU reads these two numbers of each position, rather than computing them again in each
+        # of its kernels, one of which then stores a float32 array.
+        mean_BT1 = keep_apart(x.mean(-1, keepdims=True)) if centred else 0.0
+        variance_BT1 = jnp.square(x - mean_BT1).mean(-1, keepdims=True)
+        x = (x - mean_BT1) * keep_apart(jax.lax.rsqrt(variance_BT1 + config.norm_epsilon))
         init = nn.initializers.zeros if plus_one else nn.initializers.ones
         x *= plus_one + array(self, "scale", init, (D,))
         if centred and "norm" in config.biases:

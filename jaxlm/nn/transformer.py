@@ -20,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxlm.config import ModelConfig
 from jaxlm.devices.sharding import Placement
 from jaxlm.errors import UserError, suggestion
+from jaxlm.nn import fusion
 from jaxlm.nn.attention import MIXERS, Attention, AttentionInputs, Cache, cache_positions, cross_mask, self_mask
 from jaxlm.nn.heads import ClassesHead, MaskedLMHead, PerTokenHead, PooledHead, ReplacedHead, Transform, VocabularyHead
 from jaxlm.nn.kernels import save_attention
@@ -33,7 +34,7 @@ _ELEMENTWISE = {
     "convert_element_type", "copy", "cos", "div", "eq", "erf", "exp", "expand_dims", "ge", "gt", "integer_pow",
     "iota", "le", "log", "logistic", "lt", "max", "min", "mul", "ne", "neg", "not", "or", "pow", "reshape", "rsqrt",
     "select_n", "sharding_constraint", "sign", "sin", "slice", "split", "sqrt", "square", "squeeze", "sub", "tanh",
-    "transpose",
+    "transpose", fusion.PRIMITIVE,
 }  # fmt: skip
 
 

@@ -10,12 +10,16 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.data.batches import Batch
+from jaxlm.devices import chips
 from jaxlm.inference.encode import pool
 from jaxlm.nn.groups import Groups
 from jaxlm.nn.losses import Sum, accuracy, chunked_cross_entropy, cross_entropy, token_log_probs
 from jaxlm.nn.transformer import FRONT_ENDS, Transformer, apply
 
-MAX_LOGITS = 1 << 26  # on each device at once; more are computed in parts, one after the other
+# On each device at once; more are computed in parts, one after the other. Each part reads and writes the gradient of
+# the head, so that a device with more than 16 GiB computes larger parts: float32 logits in 1/64 of its memory.
+MAX_LOGITS = 1 << 26
+_SHARE_OF_LOGITS = 64
 _MODES = {"first": "cls", "last": "lasttoken", "mean": "mean"}  # values of `ModelConfig.classes_from` -> pooling modes
 
 
@@ -110,9 +114,16 @@ def _parts(module: Transformer, B: int, T: int) -> int:
     """Returns the number of parts in which logits [B, T, V] are computed."""
     ways = module.constrain.ways
     entries = B * T * module.config.vocabulary // (ways("batch") * ways("length") * ways("vocabulary"))
-    parts = min(T, max(1, -(-entries // MAX_LOGITS)))
+    parts = min(T, max(1, -(-entries // _max_logits(module))))
     # More parts are better than padding.
     return next((n for n in range(parts, 2 * parts) if T % (n * ways("length")) == 0), parts)
+
+
+def _max_logits(module: Transformer) -> int:
+    """Returns the number of logits that a device of the model's mesh computes at once."""
+    mesh = module.constrain.mesh
+    chip = chips.find((jax.devices() if mesh is None else mesh.devices.flat)[0].device_kind)
+    return MAX_LOGITS if chip is None else max(MAX_LOGITS, int(chip.hbm.value) // 4 // _SHARE_OF_LOGITS)
 
 
 def _head(module: Transformer, params: Any, method: str) -> tuple[Callable[[Any, jax.Array], jax.Array], Any]:
