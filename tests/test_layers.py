@@ -16,6 +16,7 @@ from random_params import random_params
 
 from jaxlm.config import ModelConfig, Remat, RunConfig
 from jaxlm.errors import UserError
+from jaxlm.nn.fusion import keep_apart
 from jaxlm.nn.layers import ACTIVATIONS, float32_einsum
 from jaxlm.nn.transformer import REMAT, CacheSpec, Transformer, apply, init
 from jaxlm.run import assembly
@@ -171,7 +172,7 @@ def test_by_default_accelerators_keep_only_products_and_random_bits():
 
 def test_remat_and_unrolling_depend_on_the_device():
     mesh = lambda platform: SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]))
-    run, deep = RunConfig(), ModelConfig(layers=24)
+    run, deep = RunConfig(), ModelConfig(layers=36)
     assert [assembly.remat_of(run, mesh(on)) for on in ("cpu", "gpu", "tpu")] == ["none", "elementwise", "elementwise"]
     assert assembly.remat_of(RunConfig(remat="full"), mesh("gpu")) == "full"
     found = [
@@ -179,3 +180,19 @@ def test_remat_and_unrolling_depend_on_the_device():
     ]
     assert found == [1, 1, 12, 4, 1, 1]
     assert assembly.unroll_of(RunConfig(unroll=2), deep, mesh("gpu")) == 2
+
+
+# What XLA computes together
+
+PLATFORMS = ("cpu", "tpu", "cuda")
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_keeping_values_apart_changes_no_derivative_and_needs_a_gpu(name):
+    x_BF = jnp.asarray(np.random.default_rng(0).standard_normal((3, 8)), jnp.float32)
+    double = lambda x: 2 * keep_apart(x) ** 2
+    np.testing.assert_array_equal(jax.jacfwd(double)(x_BF), jax.jacrev(double)(x_BF))
+    np.testing.assert_array_equal(jax.vmap(jax.grad(lambda x: double(x).sum()))(x_BF), 4 * x_BF)
+    step = jax.jit(jax.value_and_grad(lambda x: ACTIVATIONS[name](x).sum()))
+    barriers = {on: step.trace(x_BF).lower(lowering_platforms=(on,)).as_text().count("barrier") for on in PLATFORMS}
+    assert barriers == {"cpu": 0, "tpu": 0, "cuda": 0 if name == "relu" else 1}

@@ -13,9 +13,17 @@ import numpy as np
 import pytest
 
 from jaxlm.config import MeshConfig, ModelConfig
-from jaxlm.devices import sharding
+from jaxlm.devices import chips, sharding
 from jaxlm.nn import parameters
-from jaxlm.nn.losses import accuracy, chunked_cross_entropy, cross_entropy, token_log_probs
+from jaxlm.nn.layers import float32_einsum
+from jaxlm.nn.losses import (
+    _log_normaliser_in_one_pass,
+    accuracy,
+    chunked_cross_entropy,
+    cross_entropy,
+    log_normaliser,
+    token_log_probs,
+)
 from jaxlm.nn.transformer import Transformer, init
 from jaxlm.tasks import states
 
@@ -57,6 +65,55 @@ def test_chunked_losses_equal_unchunked_losses(parts, smoothing):
     )
     expected = jax.jit(jax.grad(partial(mean, partial(unchunked, smoothing=smoothing)), (0, 1)))(params, given[0])
     jax.tree.map(assert_close, gradients(params, given[0]), expected)
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0, 1e30])
+def test_the_normaliser_in_one_pass_equals_logsumexp(scale):
+    """The version for GPUs, run on this device."""
+    logits_BV = scale * np.random.default_rng(0).standard_normal((50, 301)).astype(np.float32)
+    logits_BV[0], logits_BV[1, :200], logits_BV[2, 7] = -np.inf, -np.inf, np.nan
+    found, expected = jax.jit(_log_normaliser_in_one_pass)(logits_BV), jax.nn.logsumexp(logits_BV, -1)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    finite = jnp.asarray(logits_BV[3:])
+    gradient = lambda function: jax.jit(jax.grad(lambda x: (function(x) * jnp.arange(47)).sum()))(finite)
+    # The error of a gradient is that of float32 for a result of several hundred.
+    expected = gradient(partial(jax.nn.logsumexp, axis=-1))
+    np.testing.assert_allclose(gradient(log_normaliser), expected, rtol=3e-5, atol=2e-5)
+    direction = jnp.ones_like(finite)
+    np.testing.assert_allclose(jax.jvp(log_normaliser, (finite,), (direction,))[1], 1, rtol=3e-5)
+
+
+def test_a_gpu_reads_the_logits_of_a_loss_once():
+    like = jax.ShapeDtypeStruct((8, 512), jnp.float32)
+    text = {on: jax.jit(log_normaliser).trace(like).lower(lowering_platforms=(on,)).as_text() for on in ("cuda", "cpu")}
+    assert {on: program.count("stablehlo.reduce(") for on, program in text.items()} == {"cuda": 1, "cpu": 2}
+
+
+def test_the_matrix_of_a_head_is_rounded_once_and_its_gradient_is_not():
+    """In a loop, each part would read it in float32. Its gradient is that of float32 sums."""
+    params, x_BTD, labels_BT, weights_BT = inputs()
+    logits_of = lambda params, x: float32_einsum("BTD,DV->BTV", x, params["kernel_DV"]) + params["bias_V"]
+    loss = lambda params, parts: chunked_cross_entropy(logits_of, params, x, labels_BT, weights_BT, 0.0, parts)[0][0]
+    x = jnp.asarray(x_BTD, jnp.bfloat16)
+    grads = [jax.jit(jax.grad(partial(loss, parts=parts)))(params) for parts in (1, 3)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *grads)
+    kernel = np.asarray(grads[1]["kernel_DV"])
+    assert kernel.dtype == np.float32 and (kernel != kernel.astype(jnp.bfloat16).astype(np.float32)).any()
+    text = jax.jit(jax.grad(partial(loss, parts=3))).lower(params).as_text()
+    body = text[text.index("stablehlo.while") :]
+    assert f"tensor<{D}x{V}xbf16>" in text[: text.index("stablehlo.while")]
+    assert body.count(f"(tensor<{D}x{V}xbf16>) -> tensor<{D}x{V}xf32>") >= 1  # which the compiler removes
+
+
+def test_larger_devices_compute_more_logits_at_once(monkeypatch):
+    module = Transformer(ModelConfig(vocabulary=1 << 16, layers=1, heads=1, width=8))
+    parts = {}
+    for name, chip in chips.TPUS.items() | chips.GPUS.items():
+        monkeypatch.setattr(chips, "find", lambda kind, chip=chip: chip)
+        parts[name] = states._parts(module, 32, 1024)
+    monkeypatch.setattr(chips, "find", lambda kind: None)
+    assert parts["v5e"] == states._parts(module, 32, 1024) == 32  # 2^31 logits, 2^26 in each part
+    assert (parts["v6e"], parts["a100-40"], parts["h100"]) == (16, 16, 8)
 
 
 @pytest.mark.parametrize("parts", [1, 3, 5, 12])

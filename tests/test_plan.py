@@ -228,6 +228,50 @@ def test_the_verb_plans_for_a_gpu(chip):
     assert (result["collectives"].get("all-reduce", {"times": 0})["times"] > 0) == (chip == "H100:2")
 
 
+TRAFFIC = """
+import math, runpy
+from dataclasses import replace
+import jax
+from jaxlm.devices import chips
+from jaxlm.planning import hlo, plan
+
+for name, value in chips.PLANNING_SETTINGS.items():
+    jax.config.update(name, value)
+run = runpy.run_path("configs/gpt2_124m.py")["config"]()
+run = replace(run, batch=8, remat="auto", model=replace(run.model, layers=4))
+texts, compiled = [], plan._compiled
+def keep(lowered, for_tpu):
+    program, text = compiled(lowered, for_tpu)
+    texts.append(text)
+    return program, text
+plan._compiled = keep
+plan.plan(run, "H100:1")
+program = hlo.parse(texts[0])
+shapes = {move.name: computation[move.name].shape for move in hlo.moves(program)
+          for computation in program.computations.values() if move.name in computation}
+float32 = [shape for shape in shapes.values() if shape.startswith("f32[")]
+entries = [math.prod(map(int, shape[4:shape.index("]")].split(",") if shape[4] != "]" else ())) for shape in float32]
+tokens, hidden, head = 8 * 1024, 4 * 768, 50304 * 768
+parts = next(loop.trips for loop in program.loops if loop.trips)
+print(parts, tokens * hidden in entries, tokens * 768 in entries)
+# Logits are written once and read twice, and their gradient is written and read twice, in half of the bytes.
+logits = 4 * tokens * 50304
+loss = sum(size for what, size in hlo.traffic(program).items() if "loss" in what or "lm_head" in what)
+print(loss / logits)
+"""
+
+
+@pytest.mark.long
+def test_a_step_on_a_gpu_stores_no_large_float32_array_and_reads_the_logits_twice():
+    environment = os.environ | {"XLA_FLAGS": ""} | gpu_environment()
+    command = [sys.executable, "-c", TRAFFIC]
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    first, second = process.stdout.splitlines()
+    assert first == "2 False False"  # parts of the loss, float32 arrays [B, T, F] and [B, T, D]
+    assert 4 < float(second) < 6.5
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
