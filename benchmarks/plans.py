@@ -1,6 +1,6 @@
-"""Plans large runs with the TPU compiler, without TPUs, and writes benchmarks/PLANS.md.
+"""Plans runs with the compilers of TPUs and GPUs, without either, and writes benchmarks/PLANS.md.
 
-    python benchmarks/plans.py [NAME ...]        requires the [plan] extra; minutes per plan on two CPU cores
+    python benchmarks/plans.py [NAME ...]        requires the extras [plan] and [plan-gpu]; minutes per plan on two cores
 
 NAME is an entry of the first column.  Without names, all plans are made.  The other rows are kept.
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 from jaxlm.planning.plan import GIB
 
 COLAB = "--init bert-base --compute-dtype bfloat16 --data.length 128"
+NO_DROPOUT = "--model.dropout 0 --model.attention-dropout 0 --model.mlp-dropout 0"
 PLANS = {
     # name: (config, topology, further flags)
     "GPT-3 175B": ("gpt3_175b", "v5p:8x8x8", ""),
@@ -28,6 +29,9 @@ PLANS = {
     "T5 v1.1 XXL": ("t5_xxl", "v5p:4x4x4", ""),
     "BERT-base, fine-tuned (Colab)": ("finetune_csv", "v5e:1x1", f"{COLAB} --remat full --batch 2560"),
     "the same, no rematerialisation": ("finetune_csv", "v5e:1x1", f"{COLAB} --remat none --batch 128"),
+    "GPT-2 124M on a GPU": ("gpt2_124m", "H100:1", "--remat auto --batch 32"),
+    "BERT-large on a GPU": ("bert_large", "H100:1", f"--remat auto --batch 64 {NO_DROPOUT}"),
+    "Llama 3.1 8B on GPUs": ("llama_8b", "H100:8", "--batch 40"),
 }  # fmt: skip
 HEAD = (
     "plan", "command", "rows", "remat", "state", "temporaries", "total", "available", "MFU, overlapped",
@@ -36,8 +40,9 @@ HEAD = (
 FILE = Path(__file__).with_name("PLANS.md")
 TEXT = """# Plans
 
-Memory and predicted speed of large runs on TPUs, as reported by `jaxlm plan`. It compiles the same step that `fit`
-would run with the TPU compiler, libtpu {libtpu}, on a machine without a TPU. Bytes are per device. MFU is predicted by
+Memory and predicted speed of runs on TPUs and GPUs, as reported by `jaxlm plan`. It compiles the same step that `fit`
+would run with the TPU compiler, libtpu {libtpu}, or JAX's plugin for CUDA, on a machine without TPUs and GPUs. Bytes are
+per device. MFU is predicted by
 a roofline model, once with full overlap of matrix products, memory and network, and once without overlap; the MFU of a
 run is expected between the two. None of these plans has been run. `python benchmarks/plans.py` regenerates this page.
 

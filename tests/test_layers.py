@@ -18,6 +18,7 @@ from jaxlm.config import ModelConfig, Remat, RunConfig
 from jaxlm.errors import UserError
 from jaxlm.nn.fusion import keep_apart
 from jaxlm.nn.layers import ACTIVATIONS, float32_einsum
+from jaxlm.nn.positions import Buckets
 from jaxlm.nn.transformer import REMAT, CacheSpec, Transformer, apply, init
 from jaxlm.run import assembly
 
@@ -180,6 +181,25 @@ def test_remat_and_unrolling_depend_on_the_device():
     ]
     assert found == [1, 1, 12, 4, 1, 1]
     assert assembly.unroll_of(RunConfig(unroll=2), deep, mesh("gpu")) == 2
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_buckets_of_consecutive_positions_are_those_of_given_positions(causal):
+    """In values and gradients; the gradient of the former scatters one value per distance, not per pair."""
+    config = ModelConfig(heads=3, relative="buckets", relative_buckets=8, relative_distance=12)
+    buckets, T = Buckets(config, causal), 29
+    params = buckets.init(jax.random.key(0), T)
+    positions_BT = jnp.broadcast_to(jnp.arange(T), (2, T))
+    weights_HTS = np.random.default_rng(0).standard_normal((3, T, T), np.float32)
+    loss = lambda params, *more: (buckets.apply(params, T, *more)[0] * weights_HTS).sum()
+    np.testing.assert_array_equal(buckets.apply(params, T)[0], buckets.apply(params, T, positions_BT)[1])
+    ours, theirs = (jax.tree.leaves(jax.grad(loss)(params, *more))[0] for more in ((), (positions_BT,)))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    scatters = lambda *more: re.findall(
+        r"\(tensor<[0-9x]+xf32>, tensor<[0-9x]+xi32>, tensor<([0-9x]+)xf32>\)",
+        jax.jit(jax.grad(loss)).lower(params, *more).as_text(),
+    )
+    assert scatters() == [f"{2 * T - 1}x3"] and scatters(positions_BT) != scatters()
 
 
 # What XLA computes together

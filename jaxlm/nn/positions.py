@@ -137,16 +137,24 @@ class Buckets(nn.Module):
     causal: bool
 
     @nn.compact
-    def __call__(self, positions_BT: jax.Array, positions_BS: jax.Array) -> jax.Array:
-        """Returns the bias of the scores [B, H, T, S]."""
+    def __call__(self, S: int, positions_BT: jax.Array | None = None) -> jax.Array:
+        """Returns the bias of the scores [B, H, T, S].
+
+        Args:
+          S: number of keys, at positions 0 to S - 1.
+          positions_BT: positions of the queries; None: those of the keys, and B is 1.
+        """
         config = self.config
         shape = (config.relative_buckets, config.heads)
         table_RH = array(self, "buckets", initial(config, config.width), shape)
-        distances_BTS = positions_BS[:, None, :] - positions_BT[:, :, None]
         far = config.relative_distance
         # The table is computed in NumPy, because a logarithm at a bucket's edge must round alike on every backend.
-        bucket_of = jnp.asarray(self._bucket(np.arange(-far, far + 1)))
-        return table_RH[bucket_of[jnp.clip(distances_BTS, -far, far) + far]].transpose(0, 3, 1, 2)
+        bucket_of = self._bucket(np.arange(-far, far + 1))
+        clip = lambda distances: distances.clip(-far, far) + far
+        if positions_BT is None:
+            return _along_diagonals(table_RH[bucket_of[clip(np.arange(1 - S, S))]].T, S)[None]
+        distances_BTS = jnp.arange(S) - positions_BT[:, :, None]
+        return table_RH[jnp.asarray(bucket_of)[clip(distances_BTS)]].transpose(0, 3, 1, 2)
 
     def _bucket(self, distances: np.ndarray) -> np.ndarray:
         count, offset = self.config.relative_buckets, np.zeros_like(distances)
@@ -159,6 +167,23 @@ class Buckets(nn.Module):
         far = np.log(np.maximum(distances, 1).astype(np.float32) / near)
         far = near + (far / np.float32(math.log(self.config.relative_distance / near)) * (count - near)).astype(int)
         return offset + np.where(distances < near, distances, np.minimum(far, count - 1))
+
+
+def _along_diagonals(values_HR: jax.Array, S: int) -> jax.Array:
+    """Returns a matrix [H, S, S] whose entry (t, s) is that of the distance s - t.
+
+    The rows are shifted by reshaping, so that the gradient is a sum along the diagonals rather than a scatter of S * S
+    values for each head.
+
+    Args:
+      values_HR: the values of the distances 1 - S to S - 1.
+      S: number of positions.
+    """
+    H, R = values_HR.shape
+    rows_HN = jnp.broadcast_to(values_HR[:, None], (H, S, R)).reshape(H, S * R)
+    # Rows of R values, read as rows of R + 1, start one value later each: row n starts at distance 1 - S + n.
+    rows_HSR = jnp.pad(rows_HN, ((0, 0), (0, S))).reshape(H, S, R + 1)
+    return rows_HSR[:, ::-1, :S]
 
 
 class Disentangled(nn.Module):

@@ -454,10 +454,9 @@ class Stack(nn.Module):
         if one_example and self.causal:
             segments_BT = None
         if config.relative == "buckets":
-            queries_BT = keys_BS = jnp.arange(positions_BT.shape[1])[None]
-            if caches is not None:
-                queries_BT, keys_BS = positions_BT, jnp.arange(caches.own[0].k_BKSC.shape[2])[None]
-            bias_BHTS = Buckets(config, self.causal, name="relative")(queries_BT, keys_BS)
+            # The tokens of an example are consecutive.
+            places = (positions_BT.shape[1],) if caches is None else (caches.own[0].k_BKSC.shape[2], positions_BT)
+            bias_BHTS = Buckets(config, self.causal, name="relative")(*places)
         elif config.relative == "disentangled":
             distances = Disentangled(config, name="relative")(positions_BT.shape[1])
         inputs_by_kind: dict[str, AttentionInputs] = {}

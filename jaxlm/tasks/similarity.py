@@ -93,12 +93,15 @@ class SimilarityTask(HeadTask):
         return v_BED * jax.lax.rsqrt(jnp.maximum((v_BED**2).sum(-1, keepdims=True), 1e-24))
 
     def loss(self, logits: jax.Array, batch: Batch, training: bool) -> Sum:
-        second_BED = jnp.roll(logits, -1, axis=1)  # the other text of the pair
+        # The two texts of a pair follow each other, so the examples of a row are pairs.
+        _, E, D = logits.shape
+        first_BED, second_BED = logits[:, 0 : E - 1 : 2], logits[:, 1:E:2]
+        weights_BE = batch["weights_BE"][:, 0 : E - 1 : 2]
         if self.cosine:
-            return squared_error((logits * second_BED).sum(-1), batch["labels_BE"], batch["weights_BE"])
-        D = logits.shape[-1]
-        weights_P = batch["weights_BE"].reshape(-1)
-        cosines_PQ = jnp.einsum("PD,QD->PQ", logits.reshape(-1, D), second_BED.reshape(-1, D), precision="highest")
+            labels_BE = batch["labels_BE"][:, 0 : E - 1 : 2]
+            return squared_error((first_BED * second_BED).sum(-1), labels_BE, weights_BE)
+        weights_P = weights_BE.reshape(-1)
+        cosines_PQ = jnp.einsum("PD,QD->PQ", first_BED.reshape(-1, D), second_BED.reshape(-1, D), precision="highest")
         scores_PQ = jnp.where(weights_P > 0, cosines_PQ / self.task.temperature, -1e30)
         loss_P = jax.nn.logsumexp(scores_PQ, axis=-1) - jnp.diagonal(scores_PQ)
         return jnp.where(weights_P > 0, loss_P, 0).sum(), weights_P.sum()
