@@ -1,6 +1,6 @@
 """Plans runs with the compilers of TPUs and GPUs, without either, and writes benchmarks/PLANS.md.
 
-    python benchmarks/plans.py [NAME ...]        requires the extras [plan] and [plan-gpu]; minutes per plan on two cores
+    python benchmarks/plans.py [NAME ...]        requires the extras [plan] and [plan-gpu]; minutes per plan
 
 NAME is an entry of the first column.  Without names, all plans are made.  The other rows are kept.
 """
@@ -41,10 +41,10 @@ FILE = Path(__file__).with_name("PLANS.md")
 TEXT = """# Plans
 
 Memory and predicted speed of runs on TPUs and GPUs, as reported by `jaxlm plan`. It compiles the same step that `fit`
-would run with the TPU compiler, libtpu {libtpu}, or JAX's plugin for CUDA, on a machine without TPUs and GPUs. Bytes are
-per device. MFU is predicted by
-a roofline model, once with full overlap of matrix products, memory and network, and once without overlap; the MFU of a
-run is expected between the two. None of these plans has been run. `python benchmarks/plans.py` regenerates this page.
+would run with the TPU compiler, libtpu {libtpu}, or JAX's plugin for CUDA, on a machine without TPUs and GPUs. Bytes
+are per device. MFU is predicted by a roofline model, once with full overlap of matrix products, memory and network, and
+once without overlap; the MFU of a run is expected between the two. None of these plans has been run.
+`python benchmarks/plans.py` regenerates this page.
 
 Compiled on {date} with jax {jax}.
 

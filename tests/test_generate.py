@@ -46,6 +46,13 @@ def tokenizer():
     return tokenizers.train([TEXT], TokenizerConfig(train="characters"), 48, add_bos=True)
 
 
+SIZES = {"vocabulary": 32, "width": 16, "layers": 2, "heads": 2, "start_token": 1, "mlp_width": 32}
+SEQ2SEQ = {
+    "t5": replace(PRESETS["t5-small"], **SIZES, head_width=8, relative_buckets=8, relative_distance=12),
+    "bart": replace(PRESETS["bart-base"], **SIZES, max_length=40, tied_embeddings=False),
+}
+
+
 @lru_cache
 def lm_of(name: str) -> LM:
     return LM(MODELS[name], Transformer(MODELS[name]), random_params(MODELS[name], std=0.5), tokenizer())
@@ -255,6 +262,25 @@ def test_many_prompts_are_decoded_continuously(monkeypatch):
     assert lm.vocabulary > max(max(row, default=0) for several in texts for row in several)
 
 
+@pytest.mark.parametrize("name", [*MODELS, *SEQ2SEQ])
+def test_a_program_of_more_rows_than_prompts_generates_the_same_texts(name, monkeypatch):
+    """On a GPU, one prompt is decoded in two rows."""
+    model = SEQ2SEQ.get(name)
+    lm = lm_of(name) if model is None else LM(model, Transformer(model), random_params(model, 0.3))
+    choices = {"max_new_tokens": NEW, "return_tokens": True, "stop_tokens": (), "details": True}
+    texts = lambda: [
+        [(text.tokens, text.log_probs) for text in generate(lm, given, **choices, **more)]
+        for given in (prompts()[:1], prompts()[:2])
+        for more in ({"temperature": 0}, {"temperature": 1.0, "seed": 3}, {"temperature": 0, "beams": 2})
+    ]
+    expected = texts()
+    monkeypatch.setattr(generation, "MIN_DECODED_ROWS", {"cpu": 3})
+    found = texts()
+    for ours, theirs in zip(found, expected):
+        assert [tokens for tokens, _ in ours] == [tokens for tokens, _ in theirs]
+        np.testing.assert_allclose([p for _, p in ours], [p for _, p in theirs], rtol=1e-5)
+
+
 def test_a_text_ends_before_a_stop_text():
     lm, choices = lm_of("gpt2"), {"max_new_tokens": NEW, "temperature": 0, "stop_tokens": ()}
     whole = generate(lm, prompts(), **choices)
@@ -356,12 +382,6 @@ def test_a_long_prompt_is_truncated_at_its_beginning(capsys):
 
 
 # Encoder-decoders.
-
-SIZES = {"vocabulary": 32, "width": 16, "layers": 2, "heads": 2, "start_token": 1, "mlp_width": 32}
-SEQ2SEQ = {
-    "t5": replace(PRESETS["t5-small"], **SIZES, head_width=8, relative_buckets=8, relative_distance=12),
-    "bart": replace(PRESETS["bart-base"], **SIZES, max_length=40, tied_embeddings=False),
-}
 
 
 @pytest.mark.parametrize("name", SEQ2SEQ)

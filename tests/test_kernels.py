@@ -399,6 +399,7 @@ def like(H: int = 4, K: int = 2, C: int = 64, T: int = 256, dtype=jnp.bfloat16, 
         ("cudnn", H100, {"C": 20}, {}, "multiple of 8"),
         ("cudnn", Backend("cuda", 8.0), {"C": 256}, {}, "at most 128"),
         ("cudnn", T4, {"dtype": jnp.float16}, {}, "this one has 7.5"),
+        ("cudnn", H100._replace(has_cudnn=False), {}, {}, r"JAX does not find: pip install 'jaxlm[gpu]'"),
     ],
 )
 def test_unsupported_kernels_have_a_reason(kernel, backend, sizes, features, message):
@@ -431,7 +432,10 @@ def test_a_kernel_is_chosen_and_reported(capsys):
     [
         ({"platform": "tpu", "device_kind": "TPU v5 lite"}, Backend("tpu", 5.0)),
         ({"platform": "tpu", "device_kind": "TPU7x"}, Backend("tpu", 7.0)),
-        ({"platform": "gpu", "device_kind": "NVIDIA H100 80GB HBM3", "compute_capability": "9.0"}, H100),
+        (
+            {"platform": "gpu", "device_kind": "NVIDIA H100 80GB HBM3", "compute_capability": "9.0"},
+            H100._replace(has_cudnn=False),
+        ),
         ({"platform": "gpu", "device_kind": "AMD Instinct MI300X", "compute_capability": "gfx942"}, Backend("rocm")),
     ],
 )

@@ -272,6 +272,52 @@ def test_a_step_on_a_gpu_stores_no_large_float32_array_and_reads_the_logits_twic
     assert 4 < float(second) < 6.5
 
 
+DECODING = """
+import jax, jax.numpy as jnp, numpy as np
+from functools import partial
+from jax.sharding import SingleDeviceSharding
+from jaxlm.config import ModelConfig
+from jaxlm.devices import chips
+from jaxlm.inference import decode, generate
+from jaxlm.nn.transformer import Transformer, init, unstack_layers
+from jaxlm.planning import hlo
+
+for name, value in chips.PLANNING_SETTINGS.items():
+    jax.config.update(name, value)
+place = SingleDeviceSharding(chips.topology_devices("H100:1")[0])
+model = ModelConfig(vocabulary=32000, width=1024, layers=3, heads=16, kv_heads=4, mlp_width=4096, feed_forward="gated",
+                    norm="rmsnorm", positions="rotary", biases=(), activation="silu", max_length=512)
+module = Transformer(model, dtype=jnp.bfloat16)
+put = lambda leaf, dtype=None: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=place)
+shapes = jax.eval_shape(lambda key: unstack_layers(init(module, key)), jax.random.key(0))
+params = jax.tree.map(lambda leaf: put(leaf, jnp.bfloat16), shapes)
+B = generate.MIN_DECODED_ROWS["cuda"]
+row = lambda *shape: jax.ShapeDtypeStruct((B, *shape), jnp.int32, sharding=place)
+prompts = decode.Prompts(row(32), row(), row(), np.uint32(0), row(2))
+state = jax.tree.map(put, jax.eval_shape(partial(decode.prefill, module, length=512), params, prompts))
+rules = decode.Rules(np.int32(32000), np.array([2], np.int32))
+program = hlo.parse(decode.programs(module).advance.lower(params, state, rules, np.int32(9)).compile().as_text())
+body = max((program.computations[loop.body] for loop in program.loops), key=len)
+cache = 2 * state.caches.own[0].k_BKSC.size
+copies = [one for one in body.values() if one.opcode in ("copy", "transpose") and one.buffers[0].bytes >= cache]
+kernels = sum(one.opcode in ("fusion", "copy", "custom-call") for one in body.values())
+read = sum(move.read for move in hlo.moves(program) if move.name in body)
+weights = sum(leaf.size * 2 for leaf in jax.tree.leaves(params))
+print(len(copies), kernels, read / weights)
+"""
+
+
+@pytest.mark.long
+def test_a_token_s_step_on_a_gpu_copies_no_cache_and_reads_each_weight_once():
+    environment = os.environ | {"XLA_FLAGS": ""} | gpu_environment()
+    command = [sys.executable, "-c", DECODING]
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    copies, kernels, read = process.stdout.split()
+    assert copies == "0" and int(kernels) < 3 * 18 + 30  # 16 of each layer
+    assert float(read) < 1.2
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -234,8 +234,14 @@ def _open(folder: Path) -> Corpus:
     file = folder / "tokens.bin"
     # An empty file cannot be memory-mapped.
     tokens = np.memmap(file, facts["dtype"], "r") if file.stat().st_size else np.zeros(0, facts["dtype"])
-    arrays = {name: np.load(folder / f"{name}.npy") for name in ("sentences", "documents", "document_bytes")}
+    arrays = {name: _map(folder / f"{name}.npy") for name in ("sentences", "documents", "document_bytes")}
     return Corpus(tokens=tokens, bytes=facts["bytes"], **arrays)
+
+
+def _map(file: Path) -> np.ndarray:
+    """Returns an array that is read from its file where it is used."""
+    found = np.load(file, mmap_mode="r")
+    return found if found.size else np.array(found)
 
 
 def sample_documents(corpus: Corpus, tokens: int, tokenizer: Tokenizer) -> Corpus:

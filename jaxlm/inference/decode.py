@@ -101,12 +101,14 @@ class DecodePrograms(NamedTuple):
     advance(params, state, rules, n) -> State, with up to n more tokens in each row.
     insert(state, rows_R, other) -> State, with rows of another state; row numbers past the end are ignored.
     grow(state, length=) -> State, with room for longer texts.
+    repeat(state, rows=) -> State, with more rows, which repeat the last one and have ended.
     """
 
     prefill: Any
     advance: Any
     insert: Any
     grow: Any = None
+    repeat: Any = None
 
 
 def programs(module: Transformer) -> DecodePrograms:
@@ -116,6 +118,7 @@ def programs(module: Transformer) -> DecodePrograms:
         jax.jit(partial(_advance, module), donate_argnums=1),
         jax.jit(insert, donate_argnums=0),
         jax.jit(partial(grow, module), static_argnames="length"),
+        jax.jit(repeat, static_argnames="rows"),
     )
 
 
@@ -161,6 +164,13 @@ def shard_state(module: Transformer, state: State) -> State:
 def insert(state: State, rows_R: jax.Array, other: State) -> State:
     """Returns the state with the rows of another one at rows_R; row numbers past the end are ignored."""
     return jax.tree.map(lambda old, new: old.at[rows_R].set(new, mode="drop"), state, other)
+
+
+def repeat(state: State, *, rows: int) -> State:
+    """Returns the state with `rows` rows; those after the given ones repeat the last one and have ended."""
+    more = rows - len(state.done_B)
+    wide = jax.tree.map(lambda x: jnp.pad(x, [(0, more)] + [(0, 0)] * (x.ndim - 1), mode="edge"), state)
+    return wide._replace(done_B=wide.done_B | (jnp.arange(rows) >= rows - more))
 
 
 def grow(module: Transformer, state: State, *, length: int) -> State:

@@ -22,6 +22,7 @@ from jaxlm.inference.decode import NO_TOKEN, Prompts, Rules, programs
 from jaxlm.inference.generation_defaults import defaults_of, merge_settings, report
 from jaxlm.inference.packing import chunks, divisible_rows, inference_params
 from jaxlm.inference.speculative import DRAFTED, speculative
+from jaxlm.nn.kernels import backend_of
 
 if TYPE_CHECKING:
     from jaxlm.lm import LM
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 MIN_LENGTH = 32  # lengths are rounded up to this or a power of two
 MIN_ROOM = 64  # initial length of the caches where prompts are shorter; it is doubled when it is used up
 MAX_ROWS = 32  # texts that are decoded at the same time
+# Rows of a program that decodes, by platform; 1 elsewhere. On a GPU, XLA copies the caches of one row and computes some
+# products elementwise: a step of Llama-3.2-1B has 368 kernels, but 268 for two rows (benchmarks/RESULTS.md).
+MIN_DECODED_ROWS = {"cuda": 2}
 CHECK_EVERY = 16  # tokens between two checks for ended texts, where some may end before others
 STREAM_EVERY = 4  # tokens in a piece of a stream
 
@@ -430,6 +434,8 @@ def _decode(
         run, params = lm.programs.get(speculative, lm.module, draft.module), (params, inference_params(draft))
         length = max_length = _bucket(max(limit_of(lm, request, decoding) for request in pending) + DRAFTED)
     B = divisible_rows(lm, min(len(pending), MAX_ROWS))
+    if draft is None:
+        B = max(B, MIN_DECODED_ROWS.get(backend_of(lm.module.constrain.mesh).platform, 1))
     # Without requests to add or stop texts to find, all rows are decoded to their end in one call.
     longest = max(limit_of(lm, request, decoding) - len(request.tokens) for request in pending)
     n = check_every or (CHECK_EVERY if len(pending) > B or decoding.stop else longest)
@@ -450,7 +456,7 @@ def _decode(
             length = max(length, needed)
             new_rows = run.prefill(params, prompts_of(lm, added, pending, decoding), length=length, scored=scored)
             if state is None:
-                state = new_rows
+                state = new_rows if len(new_rows.lengths_B) >= B else run.repeat(new_rows, rows=B)
             else:
                 at = np.array(free + [B] * (len(new_rows.lengths_B) - len(free)), np.int32)
                 state = run.insert(state, at, new_rows)

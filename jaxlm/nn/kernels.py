@@ -48,11 +48,13 @@ class Backend(NamedTuple):
       platform: cpu, tpu, cuda or rocm.
       generation: the version of a TPU, or the compute capability of an NVIDIA GPU.
       devices: number of devices over which a program without a mesh may be sharded.
+      has_cudnn: whether JAX finds the library cuDNN.
     """
 
     platform: str
     generation: float = 0.0
     devices: int = 1
+    has_cudnn: bool = True
 
 
 def backend_of(mesh: Mesh | None) -> Backend:
@@ -67,8 +69,20 @@ def _backend(device: Any) -> Backend:
         return Backend("tpu", float(number[0]) if number else 0.0)
     if device.platform in ("gpu", "cuda", "rocm"):
         amd = device.platform == "rocm" or "amd" in device.device_kind.lower()
-        return Backend("rocm") if amd else Backend("cuda", float(getattr(device, "compute_capability", 0.0)))
+        if amd:
+            return Backend("rocm")
+        return Backend("cuda", float(getattr(device, "compute_capability", 0.0)), has_cudnn=_has_cudnn())
     return Backend(device.platform)
+
+
+def _has_cudnn() -> bool:
+    """Returns whether JAX finds cuDNN; its attention would otherwise raise an error."""
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    try:
+        return bool(fused_attention_stablehlo.check_cudnn_version())
+    except (AttributeError, RuntimeError):
+        return False
 
 
 def choose(
@@ -154,6 +168,7 @@ def why_not(
         ),
         (not cudnn and dtype not in ("float32", "bfloat16"), f"it supports float32 and bfloat16, not {dtype}"),
         (not cudnn and backend.generation < 4 and dtype == "bfloat16", "TPUs before v4 support only float32"),
+        (cudnn and not backend.has_cudnn, "it requires cuDNN, which JAX does not find: pip install 'jaxlm[gpu]'"),
         (cudnn and bool(cap), f"it does not support a soft cap, and model.attention_cap is {cap}"),
         (
             cudnn and dtype not in ("float16", "bfloat16"),
