@@ -7,21 +7,32 @@ import hashlib
 import json
 import os
 import re
-from collections import Counter
+import shutil
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxlm.config import RunConfig
-from jaxlm.data import holdout, source
+from jaxlm.data import holdout, source, spool
+from jaxlm.data.joined import offsets
 from jaxlm.data.tokenizers import tokenizer as tokenizers
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.hub import model_files
 from jaxlm.storage import disk
 
+_PARTIAL = ".partial"  # suffix of the folder of an unfinished entry
+_FILES = ("tokens.bin", "sentence_sizes.bin", "document_sizes.bin", "document_bytes.bin")  # of an unfinished corpus
+_PROGRESS = "progress.json"  # how much of each of them is valid
+THREADS = 3  # chunks of text that are tokenized at once
+SECONDS_BETWEEN_LINES, SECONDS_BETWEEN_SAVES = 15, 15  # of the progress of a long text
 _CHECKSUMS = "checksums.json"  # size and hash of every other file of a cache entry
 _FORMAT = 5  # version of the file formats; a new number invalidates all cache entries
 # How documents are split into sentences; the sentences contain all of the document, including white space.
@@ -108,12 +119,27 @@ def prepare(run: RunConfig, log: Callable[[str], None] = print, tokenizer: Token
 def _build(
     run: RunConfig, tokenizer: Tokenizer | None, sentences: str | None, folder: Path, log: Callable[[str], None]
 ) -> None:
-    """Writes the cache entry `folder` atomically; replaces a damaged one."""
+    """Writes the cache entry `folder` atomically; replaces a damaged one.
+
+    The work is done in a folder next to it, in which a later call continues after a crash. Another process that needs
+    the same entry at the same time works in a temporary folder; either result can be used.
+    """
     if os.path.lexists(folder) and not folder.is_dir():
         folder.unlink()
-    # If another process writes the same entry at the same time, either result can be used.
-    with disk.atomic_folder(folder, overwrite=True) as new:
-        _build_in(run, tokenizer, sentences, new, log)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = folder.with_name(f"{folder.name}{_PARTIAL}")
+    with ExitStack() as stack:
+        new = stack.enter_context(disk.atomic_folder(folder, overwrite=True))
+        try:
+            stack.enter_context(disk.lock(disk.lock_path(work), str(work), "wait for the other process"))
+        except UserError:
+            work = new / "work"
+        try:
+            _build_in(run, tokenizer, sentences, work, new, log)
+        except UserError:  # another call would need other data or settings
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+        shutil.rmtree(work)
         checksums = {file.relative_to(new).as_posix(): _checksum(file) for file in _entry_files(new)}
         (new / _CHECKSUMS).write_text(json.dumps(checksums))
 
@@ -144,22 +170,30 @@ def _checksum(file: Path) -> list[int | str]:
 
 
 def _build_in(
-    run: RunConfig, tokenizer: Tokenizer | None, sentences: str | None, folder: Path, log: Callable[[str], None]
+    run: RunConfig,
+    tokenizer: Tokenizer | None,
+    sentences: str | None,
+    work: Path,
+    folder: Path,
+    log: Callable[[str], None],
 ) -> None:
-    """Writes tokenizer/, train/, held_out/ and rows.json."""
+    """Writes tokenizer/, train/, held_out/ and rows.json into `folder`; unfinished files are in `work`."""
     assert run.model is not None
-    data, rows = run.data, Counter[str]()
-    read = lambda report=None: source.documents(data.path, data, data.split, Counter() if report is None else report)
+    data = run.data
+    # Several passes read the documents; the data itself is read once.
+    documents = spool.write(work / "texts", lambda rows: source.documents(data.path, data, data.split, rows))
     if separate := source.held_out_paths(data):
-        train = read
+        train: Callable[[], Iterator[str]] = lambda: iter(documents)
         held_out = lambda: source.documents(separate[0], data, separate[2], Counter())
     else:
         options: dict[str, Any] = {"sampled": data.eval_choice == "sampled", "divide": data.documents == "file"}
-        chosen = holdout.choose(read(), data.eval_fraction, data.eval_seed, **options)
+        chosen = holdout.choose(documents, data.eval_fraction, data.eval_seed, **options)
         if options["sampled"] and chosen.hashes is None:
             log("there are too few documents for a sample; the end of the text is held out")
-        train = lambda report=None: chosen.train(read(report))
-        held_out = lambda: chosen.held_out(read())
+        train = lambda: chosen.train(documents)
+        held_out = lambda: chosen.held_out(documents)
+    if (work / "tokenizer").exists():  # of an earlier call
+        tokenizer = tokenizers.load(str(work / "tokenizer"))
     if tokenizer is None:
         log(f"training a {run.tokenizer.train} tokenizer of {run.model.vocabulary:,} tokens")
         texts = holdout.sample(train, run.tokenizer.max_training_characters)
@@ -179,54 +213,164 @@ def _build_in(
                 f"and start from it with --init FOLDER"
             )
         raise UserError(f"the tokenizer has {size} tokens, but model.vocabulary is {run.model.vocabulary}; {remedy}")
+    if not (work / "tokenizer").exists():
+        with disk.atomic_folder(work / "tokenizer") as new:
+            tokenizer.save(str(new))
     split = None if sentences is None else _SENTENCES[sentences]
-    for name, texts in {"train": train(rows), "held_out": held_out()}.items():
-        log(f"tokenizing the {name.replace('_', '-')} text")
-        corpus = _write(texts, tokenizer, split, folder / name, run.tokenizer.split_special_tokens is not False)
-        if not len(corpus.tokens):
+    for name, texts in {"train": train(), "held_out": held_out()}.items():
+        what = f"tokenizing the {name.replace('_', '-')} text"
+        log(what)
+        progress = _Progress(what, documents.bytes if name == "train" else 0, log)
+        unsplit = run.tokenizer.split_special_tokens is not False
+        if not _tokenize(texts, tokenizer, split, work / name, unsplit, progress).tokens:
             raise UserError(
                 f"there is no {name.replace('_', '-')} text in {data.eval_path or data.path}; "
                 f"give more text, --data.eval-path, or another --data.eval-fraction than {data.eval_fraction}"
             )
-    tokenizer.save(str(folder / "tokenizer"))
-    (folder / "rows.json").write_text(json.dumps(rows))
+    for name in ("train", "held_out"):
+        _finish(work / name, folder / name, _dtype(tokenizer))
+    shutil.copytree(work / "tokenizer", folder / "tokenizer")
+    (folder / "rows.json").write_text(json.dumps(documents.rows))
 
 
-def _write(
+class _Progress:
+    """Prints the speed and the remaining time of a long text, a few times per minute."""
+
+    def __init__(self, what: str, size: int, log: Callable[[str], None]):
+        self._what, self._size, self._log = what, size, log
+        self._start = self._printed = time.monotonic()
+        self._done_before: int | None = None
+
+    def report(self, done: int, tokens: int) -> None:
+        """Prints a line, unless the last one is recent.
+
+        Args:
+          done: bytes of the text that are tokenized.
+          tokens: their tokens.
+        """
+        now = time.monotonic()
+        if self._done_before is None:
+            self._done_before = done  # an earlier call made these
+        if now - self._printed < SECONDS_BETWEEN_LINES:
+            return
+        self._printed = now
+        speed = (done - self._done_before) / (now - self._start)
+        left = max(0, self._size - done) / speed if speed and self._size else 0
+        of = f" of {self._size / 1e6:,.0f}" if self._size else ""
+        remaining = f", {int(left // 60)}:{int(left % 60):02} left" if left else ""
+        self._log(f"{self._what}: {done / 1e6:,.0f}{of} MB, {tokens:,} tokens, {speed / 1e6:.1f} MB/s{remaining}")
+
+
+class _Sizes(NamedTuple):
+    """What the files of an unfinished corpus contain, in entries."""
+
+    tokens: int = 0
+    sentences: int = 0
+    documents: int = 0
+    bytes: int = 0  # of the text
+    texts: int = 0  # documents read, including those without tokens
+
+
+def _tokenize(
     texts: Iterable[str],
     tokenizer: Tokenizer,
     split: Callable[[str], list[str]] | None,
     folder: Path,
     split_special_tokens: bool,
-) -> Corpus:
-    """Tokenizes documents in chunks and writes the files of a corpus.
+    progress: _Progress,
+) -> _Sizes:
+    """Tokenizes documents in chunks, several at once, and writes the files of an unfinished corpus.
 
     Documents that are not split into sentences get the tokenizer's BOS and EOS, so that models learn where texts begin
     and end.  Sentences get no special tokens; the task adds them.
+
+    Args:
+      texts: the documents.
+      tokenizer: the tokenizer.
+      split: splits a document into sentences; None: each is one.
+      folder: folder of the files, which a call after a crash continues.
+      split_special_tokens: as in `Tokenizer.encode`.
+      progress: prints the progress.
+
+    Returns:
+      What the files contain.
     """
-    folder.mkdir(parents=True)
-    dtype = np.uint16 if tokenizer.size <= 1 << 16 else np.uint32
-    sentence_sizes: list[int] = []
-    document_sizes: list[int] = []
-    document_bytes: list[int] = []
+    dtype = _dtype(tokenizer)
     before = [] if tokenizer.bos is None else [tokenizer.bos]
     after = [] if tokenizer.eos in (None, tokenizer.bos) else [tokenizer.eos]
-    with open(folder / "tokens.bin", "wb") as file:
-        for chunk in _chunks(texts, characters=1 << 20):
-            documents = [[text] if split is None else [s for s in split(text) if s.strip()] for text in chunk]
-            sentences = [sentence for document in documents for sentence in document]
-            encoded = tokenizer.encode_batch(sentences, split_special_tokens)
-            if split is None:
-                encoded = [before + ids + after for ids in encoded]
-            sentence_sizes += map(len, encoded)
-            document_sizes += [len(document) for document in documents if document]
-            document_bytes += [len(text.encode()) for text, document in zip(chunk, documents) if document]
-            file.write(np.array([i for ids in encoded for i in ids], dtype).tobytes())
-    np.save(folder / "sentences.npy", np.cumsum([0, *sentence_sizes]))
-    np.save(folder / "documents.npy", np.cumsum([0, *document_sizes]))
-    np.save(folder / "document_bytes.npy", np.array(document_bytes, np.int64))
-    (folder / "facts.json").write_text(json.dumps({"bytes": sum(document_bytes), "dtype": np.dtype(dtype).name}))
-    return _open(folder)
+
+    def encode(chunk: list[str]) -> tuple[list[str], list[np.ndarray]]:
+        documents = [[text] if split is None else [s for s in split(text) if s.strip()] for text in chunk]
+        sentences = [sentence for document in documents for sentence in document]
+        encoded = tokenizer.encode_batch(sentences, split_special_tokens)
+        if split is None:
+            encoded = [before + ids + after for ids in encoded]
+        sizes = np.fromiter(map(len, encoded), np.int64, len(encoded))
+        tokens = np.fromiter(chain.from_iterable(encoded), dtype, int(sizes.sum()))
+        lengths = np.array([len(document) for document in documents if document], np.int64)
+        contents = [len(text.encode()) for text, document in zip(chunk, documents) if document]
+        return chunk, [tokens, sizes, lengths, np.array(contents, np.int64)]
+
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = folder / _PROGRESS
+    done = _Sizes(**json.loads(facts.read_text())) if facts.exists() else _Sizes()
+    bytes_of = lambda done: [done.tokens * dtype.itemsize, 8 * done.sentences, 8 * done.documents, 8 * done.documents]
+    if not all((folder / name).exists() for name in _FILES):
+        done = _Sizes()
+    with ExitStack() as stack:
+        files = [stack.enter_context(open(folder / name, "ab")) for name in _FILES]
+        for file, size in zip(files, bytes_of(done)):
+            file.truncate(size)  # what was written after the progress was saved
+
+        def save() -> None:
+            for file in files:
+                file.flush()
+                os.fsync(file.fileno())
+            disk.write(facts, json.dumps(done._asdict()))
+
+        saved = time.monotonic()
+        for chunk, arrays in _map_ahead(encode, _chunks(islice(texts, done.texts, None), characters=1 << 20)):
+            for file, array in zip(files, arrays):
+                file.write(array.tobytes())
+            added = len(arrays[0]), len(arrays[1]), len(arrays[2]), int(arrays[3].sum()), len(chunk)
+            done = _Sizes(*map(sum, zip(done, added)))
+            progress.report(done.bytes, done.tokens)
+            if time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
+                save()
+                saved = time.monotonic()
+        save()
+    return done
+
+
+def _finish(work: Path, folder: Path, dtype: np.dtype) -> None:
+    """Moves the files of a tokenized corpus into its folder, in their final form."""
+    folder.mkdir(parents=True)
+    shutil.move(work / _FILES[0], folder / _FILES[0])
+    sentence_sizes, document_sizes, document_bytes = (np.fromfile(work / name, np.int64) for name in _FILES[1:])
+    np.save(folder / "sentences.npy", offsets(sentence_sizes))
+    np.save(folder / "documents.npy", offsets(document_sizes))
+    np.save(folder / "document_bytes.npy", document_bytes)
+    (folder / "facts.json").write_text(json.dumps({"bytes": int(document_bytes.sum()), "dtype": dtype.name}))
+
+
+def _dtype(tokenizer: Tokenizer) -> np.dtype:
+    """Returns the smallest dtype of its tokens."""
+    return np.dtype(np.uint16 if tokenizer.size <= 1 << 16 else np.uint32)
+
+
+def _map_ahead(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """Yields `function(item)` for each item in order, computed by a few threads for the next items.
+
+    The tokenizer itself uses all cores; meanwhile another thread converts the previous result.
+    """
+    with ThreadPoolExecutor(THREADS) as pool:
+        pending: deque[Any] = deque()
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > THREADS:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 def _open(folder: Path) -> Corpus:

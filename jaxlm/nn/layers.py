@@ -127,9 +127,9 @@ class Norm(nn.Module):
         x = x_BTD.astype(jnp.float32)
         # The backward pass on a GPU reads these two numbers of each position, rather than computing them again in each
         # of its kernels, one of which then stores a float32 array.
-        mean_BT1 = keep_for_derivative(x.mean(-1, keepdims=True)) if centred else 0.0
-        variance_BT1 = jnp.square(x - mean_BT1).mean(-1, keepdims=True)
-        x = (x - mean_BT1) * keep_for_derivative(jax.lax.rsqrt(variance_BT1 + config.norm_epsilon))
+        if centred:
+            x -= keep_for_derivative(x.mean(-1, keepdims=True))
+        x *= keep_for_derivative(jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + config.norm_epsilon))
         init = nn.initializers.zeros if plus_one else nn.initializers.ones
         x *= plus_one + array(self, "scale", init, (D,))
         if centred and "norm" in config.biases:
