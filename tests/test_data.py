@@ -6,6 +6,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import threading
 import time
@@ -18,12 +19,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxlm.config import CleaningConfig, DataConfig, MaskedLM, ModelConfig, RunConfig, TokenizerConfig
+from jaxlm.config import CausalLM, CleaningConfig, DataConfig, MaskedLM, ModelConfig, RunConfig, TokenizerConfig
+from jaxlm.data import corpus as corpus_module
+from jaxlm.data import source
 from jaxlm.data.batches import Batches, Epoch, prefetch
 from jaxlm.data.corpus import Corpus, prepare
 from jaxlm.data.joined import join
 from jaxlm.data.pack import pack
+from jaxlm.data.tokenizers.tokenizer import Tokenizer
 from jaxlm.errors import UserError
+from jaxlm.storage import disk
 
 # Packing.
 
@@ -322,6 +327,104 @@ def test_tokenized_text_is_read_from_the_cache(tmp_path):
     prepare(moved, messages.append)
     assert len(messages) == 3
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def count_reads(monkeypatch) -> list[str]:
+    """Returns a list that grows with each read of the data."""
+    reads: list[str] = []
+    documents = source.documents
+    monkeypatch.setattr(source, "documents", lambda path, *rest: reads.append(path) or documents(path, *rest))
+    return reads
+
+
+class CrashError(Exception):
+    """Ends a call like a killed process: nothing is saved or removed."""
+
+
+@pytest.mark.parametrize("crash", [0, 1, 5, 30])
+@pytest.mark.parametrize("task", [CausalLM(), MaskedLM(next_sentence=True)], ids=["whole", "sentences"])
+def test_tokenizing_continues_after_a_crash(tmp_path, monkeypatch, task, crash):
+    run = dataclasses.replace(make_run(tmp_path, TEXT * 4), task=task, tokenizer=TokenizerConfig(train="wordpiece"))
+    run = dataclasses.replace(run, model=ModelConfig(vocabulary=200))
+    expected = prepare(run, QUIET)
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, cache=str(tmp_path / "other")))
+    monkeypatch.setattr(corpus_module, "CHUNK", 500)
+    monkeypatch.setattr(corpus_module, "SECONDS_BETWEEN_SAVES", 0)
+    reads, encoded = count_reads(monkeypatch), []
+    encode = Tokenizer.encode_batch
+
+    def interrupted(self, texts, *rest):
+        if len(encoded) == crash:
+            raise CrashError
+        encoded.append(texts)
+        return encode(self, texts, *rest)
+
+    monkeypatch.setattr(corpus_module, "THREADS", 1)
+    monkeypatch.setattr(Tokenizer, "encode_batch", interrupted)
+    with pytest.raises(CrashError):
+        prepare(run, QUIET)
+    (left,) = (tmp_path / "other").iterdir()
+    assert left.name.endswith(".partial") and reads == [run.data.path]
+    monkeypatch.setattr(Tokenizer, "encode_batch", lambda self, *rest: encoded.append(rest[0]) or encode(self, *rest))
+    messages: list[str] = []
+    again = prepare(run, messages.append)
+    assert_equal(again.train, expected.train)
+    assert_equal(again.held_out, expected.held_out)
+    assert again.rows == expected.rows and again.tokenizer.size == expected.tokenizer.size
+    assert reads == [run.data.path] and not any("training" in line for line in messages)
+    # At most the chunks in flight are tokenized twice.
+    text = sum(len(text) for chunk in encoded for text in chunk)
+    assert text <= sum(corpus.bytes for corpus in (again.train, again.held_out)) + 3 * 1000
+    assert [path.name for path in (tmp_path / "other").iterdir()] == [left.name.removesuffix(".partial")]
+
+
+@pytest.mark.parametrize("damage", ["longer", "missing", "shorter"])
+def test_unfinished_files_that_differ_from_their_record_are_not_used(tmp_path, monkeypatch, damage):
+    run = make_run(tmp_path)
+    expected = prepare(run, QUIET)
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, cache=str(tmp_path / "other")))
+    finish = corpus_module._finish
+    monkeypatch.setattr(corpus_module, "_finish", lambda *_: (_ for _ in ()).throw(CrashError))
+    with pytest.raises(CrashError):
+        prepare(run, QUIET)
+    (tokens,) = (tmp_path / "other").glob("*.partial/train/tokens.bin")
+    {
+        "longer": lambda: tokens.write_bytes(tokens.read_bytes() + b"123"),
+        "missing": tokens.unlink,
+        "shorter": lambda: tokens.write_bytes(tokens.read_bytes()[:-4]),
+    }[damage]()
+    monkeypatch.setattr(corpus_module, "_finish", finish)
+    again = prepare(run, QUIET)
+    assert_equal(again.train, expected.train)
+    assert_equal(again.held_out, expected.held_out)
+
+
+def test_a_mistake_in_the_data_leaves_no_unfinished_files(tmp_path):
+    run = dataclasses.replace(make_run(tmp_path), model=ModelConfig(vocabulary=5))
+    with pytest.raises(UserError):
+        prepare(run, QUIET)
+    assert not [*(tmp_path / "cache").iterdir()]
+
+
+def test_an_entry_that_another_process_writes_is_written_apart(tmp_path, monkeypatch):
+    run = make_run(tmp_path)
+    expected = prepare(run, QUIET)
+    (entry,) = (tmp_path / "cache").iterdir()
+    shutil.rmtree(entry)
+    locked = lambda *_: (_ for _ in ()).throw(UserError("another process holds the lock"))
+    monkeypatch.setattr(disk, "lock", locked)
+    assert_equal(prepare(run, QUIET).train, expected.train)
+    assert [*(tmp_path / "cache").iterdir()] == [entry]
+
+
+def test_the_progress_of_a_long_text_is_printed(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus_module, "CHUNK", 1000)
+    monkeypatch.setattr(corpus_module, "SECONDS_BETWEEN_LINES", 0)
+    messages: list[str] = []
+    prepare(make_run(tmp_path), messages.append)
+    lines = [line for line in messages if line.startswith("tokenizing the train text: ")]
+    assert len(lines) >= 5
+    assert all(re.search(r": 0 of 0 MB, [0-9,]+ tokens, [0-9.]+ MB/s(, 0:00 left)?$", line) for line in lines), lines
 
 
 CHANGES = {

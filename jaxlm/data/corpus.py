@@ -31,6 +31,7 @@ from jaxlm.storage import disk
 _PARTIAL = ".partial"  # suffix of the folder of an unfinished entry
 _FILES = ("tokens.bin", "sentence_sizes.bin", "document_sizes.bin", "document_bytes.bin")  # of an unfinished corpus
 _PROGRESS = "progress.json"  # how much of each of them is valid
+CHUNK = 1 << 20  # characters that are tokenized at once
 THREADS = 3  # chunks of text that are tokenized at once
 SECONDS_BETWEEN_LINES, SECONDS_BETWEEN_SAVES = 15, 15  # of the progress of a long text
 _CHECKSUMS = "checksums.json"  # size and hash of every other file of a cache entry
@@ -315,10 +316,11 @@ def _tokenize(
     facts = folder / _PROGRESS
     done = _Sizes(**json.loads(facts.read_text())) if facts.exists() else _Sizes()
     bytes_of = lambda done: [done.tokens * dtype.itemsize, 8 * done.sentences, 8 * done.documents, 8 * done.documents]
-    if not all((folder / name).exists() for name in _FILES):
+    paths = [folder / name for name in _FILES]
+    if not all(path.exists() and path.stat().st_size >= size for path, size in zip(paths, bytes_of(done))):
         done = _Sizes()
     with ExitStack() as stack:
-        files = [stack.enter_context(open(folder / name, "ab")) for name in _FILES]
+        files = [stack.enter_context(open(path, "ab")) for path in paths]
         for file, size in zip(files, bytes_of(done)):
             file.truncate(size)  # what was written after the progress was saved
 
@@ -329,7 +331,7 @@ def _tokenize(
             disk.write(facts, json.dumps(done._asdict()))
 
         saved = time.monotonic()
-        for chunk, arrays in _map_ahead(encode, _chunks(islice(texts, done.texts, None), characters=1 << 20)):
+        for chunk, arrays in _map_ahead(encode, _chunks(islice(texts, done.texts, None), CHUNK)):
             for file, array in zip(files, arrays):
                 file.write(array.tobytes())
             added = len(arrays[0]), len(arrays[1]), len(arrays[2]), int(arrays[3].sum()), len(chunk)
