@@ -1,6 +1,6 @@
 """Measures training and decoding on one GPU or TPU, and compares with torch + transformers on the same GPU.
 
-    python benchmarks/accelerator.py [--out FILE] [--minutes M] [--only gpt2,bert,llama,decode] [--tiny]
+    python benchmarks/accelerator.py [--out FILE] [--minutes M] [--only gpt2,bert,llama,decode] [--profile] [--tiny]
 
 Requires only jax, flax, optax and orbax.  If torch with CUDA and transformers are installed, they are measured too.
 
@@ -19,8 +19,9 @@ counts only the masked positions, as jaxlm computes them; transformers computes 
 
 Every part runs in a separate process with exclusive use of the device, for its share of the --minutes; later parts get
 the remaining time.  A part that exceeds its time keeps its results so far.  --out is rewritten after each result.
---tiny makes everything very small to test the script on any machine; its numbers are meaningless.  The script prints a
-line for each result, and at the end, or when it is stopped:
+--profile traces three steps of the best setting of each implementation, and lists the 20 kernels with the largest share
+of the device's time.  --tiny makes everything very small to test the script on any machine; its numbers are
+meaningless.  The script prints a line for each result, and at the end, or when it is stopped:
 
     DATE, one DEVICE, driver D; jax A, jaxlib B, flax C, torch D, transformers E
     products in bfloat16 X TFLOP/s (N x N), P % of the known peak; copies Y GB/s, P % of the known bandwidth
@@ -62,6 +63,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parent.parent
 STEPS, WARM_UP = 24, 3  # timed steps of a setting, and warmup steps
+TRACED, PROFILED = 3, 0.75  # steps in a profile, and the share of a part's time before it
 MAX_SECONDS = 6.0  # maximum seconds of the timed steps; slow settings run fewer steps
 PROMPTS, PROMPT, NEW = (1, 16), 32, 128
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers")
@@ -165,8 +167,8 @@ def device_side(report: Callable[..., None], tiny: bool, seconds: float) -> None
         report(copies=rate(more, jnp.zeros(n // 4, jnp.float32), 2.0 * n), size=n)
 
 
-def train_side(name: str, report: Callable[..., None], tiny: bool, seconds: float) -> None:
-    """Trains with jaxlm and searches for faster settings until the time is over."""
+def train_side(name: str, report: Callable[..., None], tiny: bool, seconds: float, profile: bool) -> None:
+    """Trains with jaxlm and searches for faster settings until the time is over; then profiles the best one."""
     import jax
     import numpy as np
 
@@ -178,7 +180,7 @@ def train_side(name: str, report: Callable[..., None], tiny: bool, seconds: floa
     from jaxlm.run.resolve import ResolvedModel
     from jaxlm.tasks import make_task
 
-    end = time.monotonic() + seconds
+    end = time.monotonic() + seconds * (PROFILED if profile else 1)
     case, config = case_of(name, tiny)
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
@@ -194,8 +196,8 @@ def train_side(name: str, report: Callable[..., None], tiny: bool, seconds: floa
     task = make_task(run, special)
     state: Any = None
 
-    def attempt(setting: dict[str, Any]) -> dict[str, Any]:
-        """Measures a setting; `refused` is the reason if it does not run."""
+    def attempt(setting: dict[str, Any], traced: str | None = None) -> dict[str, Any]:
+        """Measures a setting, or writes a trace of it; `refused` is the reason if it does not run."""
         nonlocal state
         start = time.monotonic()
         given = random_batch(case, config, setting["batch"])
@@ -214,6 +216,12 @@ def train_side(name: str, report: Callable[..., None], tiny: bool, seconds: floa
             warm = time.monotonic()
             state, metrics = compiled(state, None, batch)  # no frozen parameters
             jax.block_until_ready(metrics)
+        if traced is not None:
+            with jax.profiler.trace(traced):
+                for _ in range(TRACED):
+                    state, metrics = compiled(state, None, batch)
+                jax.block_until_ready(metrics)
+            return {}
         steps = max(4, min(STEPS, int((0.5 if tiny else MAX_SECONDS) / (time.monotonic() - warm))))
         meter = Meter(mesh)
         started = time.monotonic()
@@ -222,7 +230,7 @@ def train_side(name: str, report: Callable[..., None], tiny: bool, seconds: floa
             meter.record_step(metrics["loss"])
         loss = float(metrics["loss"])
         step_seconds = (time.monotonic() - started) / steps
-        line = meter.line(steps)
+        _, line = meter.line(steps)
         meter.close()
         assert np.isfinite(loss), f"the loss is {loss}"
         tokens = setting["batch"] * case.length
@@ -255,16 +263,15 @@ def train_side(name: str, report: Callable[..., None], tiny: bool, seconds: floa
         report(**result)
         return None if "refused" in costs else costs
 
-    best: dict[str, Any] = {"batch": case.rows, "remat": "none", "attention": "auto", "unroll": 1}
+    # First what `fit` would choose.
+    best: dict[str, Any] = {"batch": case.rows, "remat": "auto", "attention": "auto", "unroll": 0}
     cost = None
     for smaller in ({}, {"remat": "dots"}, {"remat": "full"}, {"batch": max(1, case.rows // 4)}, {"batch": 1}):
         best |= smaller
         if cost := measure(best):
             break
     # Then try one change after another, the most promising first, and keep the better setting.
-    unrolled = config.layers if config.layers <= 12 else 4
     moves: list[Callable[[], dict[str, Any]]] = [
-        lambda: {"unroll": unrolled},
         lambda: {"batch": 2 * best["batch"]},
         lambda: {"batch": 2 * best["batch"]},
         lambda: {"remat": "dots", "batch": 2 * best["batch"]},
@@ -281,6 +288,38 @@ def train_side(name: str, report: Callable[..., None], tiny: bool, seconds: floa
         new = measure(setting)
         if new and new["tokens_per_second"] > cost["tokens_per_second"]:
             best, cost = setting, new
+    if profile and cost:
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                attempt(best, folder)
+                report(kernels=traced_kernels(Path(folder)), of=setting_of(case._asdict() | best))
+            except Exception as error:
+                report(kernels=[], of=reason(error))
+
+
+def traced_kernels(folder: Path) -> list[tuple[str, float]]:
+    """Returns the kernels in a trace of JAX and the share of each in the time of all, the largest first.
+
+    The trace of a CPU has none: only GPUs and TPUs report what they run.
+    """
+    import jax
+
+    times: dict[str, float] = {}
+    for file in folder.rglob("*.xplane.pb"):
+        for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
+            if plane.name.startswith("/device:"):
+                for line in plane.lines:
+                    if line.name.startswith("Stream") or line.name == "XLA Ops":
+                        for event in line.events:
+                            times[event.name] = times.get(event.name, 0.0) + event.duration_ns
+    return largest_shares(times)
+
+
+def largest_shares(times: dict[str, float]) -> list[tuple[str, float]]:
+    """Returns the 20 largest entries, as shares of the sum of all."""
+    total = sum(times.values())
+    ordered = sorted(times.items(), key=lambda item: -item[1])[:20]
+    return [(name, value / total) for name, value in ordered]
 
 
 def _entries(state: Any) -> int | None:
@@ -289,8 +328,8 @@ def _entries(state: Any) -> int | None:
     return None if state is None else sum(leaf.size for leaf in jax.tree.leaves(state.model))
 
 
-def torch_side(name: str, report: Callable[..., None], tiny: bool, seconds: float) -> None:
-    """Trains the same model with torch and transformers."""
+def torch_side(name: str, report: Callable[..., None], tiny: bool, seconds: float, profile: bool) -> None:
+    """Trains the same model with torch and transformers; then profiles the best setting."""
     import torch
     import transformers
 
@@ -299,7 +338,7 @@ def torch_side(name: str, report: Callable[..., None], tiny: bool, seconds: floa
     on = "cuda" if torch.cuda.is_available() else "cpu"
     if on == "cpu" and not tiny:
         return report(refused="torch sees no CUDA device")
-    end = time.monotonic() + seconds
+    end = time.monotonic() + seconds * (PROFILED if profile else 1)
     case, ours = case_of(name, tiny)
     masked = ours.structure == "encoder"
     transformers.logging.set_verbosity_error()
@@ -310,7 +349,7 @@ def torch_side(name: str, report: Callable[..., None], tiny: bool, seconds: floa
     fields = {**FAMILIES[case.kind].config_to_hf(ours), **special}
     kind = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
 
-    def attempt(rows: int, attention: str) -> dict[str, Any]:
+    def attempt(rows: int, attention: str, traced: bool = False) -> dict[str, Any]:
         torch._dynamo.reset()
         gc.collect()
         if on == "cuda":
@@ -342,6 +381,13 @@ def torch_side(name: str, report: Callable[..., None], tiny: bool, seconds: floa
         for _ in range(WARM_UP):
             start = time.monotonic()
             step().item()
+        if traced:
+            with torch.profiler.profile() as found:
+                for _ in range(TRACED):
+                    step().item()
+            kernels = (event for event in found.key_averages() if "CUDA" in str(event.device_type))
+            times = {event.key: float(event.self_device_time_total) for event in kernels}
+            return {"kernels": largest_shares(times), "of": f"{rows} x {case.length}, {attention}"}
         steps = max(4, min(STEPS, int((0.5 if tiny else MAX_SECONDS) / (time.monotonic() - start))))
         # The device records the end of each step, so that no step waits for the host.
         events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)] if on == "cuda" else []
@@ -371,10 +417,11 @@ def torch_side(name: str, report: Callable[..., None], tiny: bool, seconds: floa
         return costs
 
     longest, best = 0.0, 0.0
+    fastest: tuple[int, str] | None = None
 
     def measure(rows: int, attention: str) -> float:
         """Measures and reports a setting; returns its tokens per second, or 0 if it does not run."""
-        nonlocal longest, best
+        nonlocal longest, best, fastest
         start = time.monotonic()
         if start + longest > end:
             return 0.0
@@ -385,21 +432,27 @@ def torch_side(name: str, report: Callable[..., None], tiny: bool, seconds: floa
         gc.collect()
         longest = max(longest, time.monotonic() - start)
         report(batch=rows, length=case.length, attention=attention, **costs)
-        best = max(best, costs.get("tokens_per_second", 0.0))
-        return costs.get("tokens_per_second", 0.0)
+        speed = costs.get("tokens_per_second", 0.0)
+        if speed > best:
+            best, fastest = speed, (rows, attention)
+        return speed
 
     rows = case.rows
     while rows > 1 and not measure(rows, "sdpa") and time.monotonic() + longest < end:
         rows //= 2
-    if tiny:
-        return
-    if find_spec("flash_attn"):
-        measure(rows, "flash_attention_2")
-    larger = rows
-    while (before := best) and measure(larger := 2 * larger, "sdpa") > before:
-        pass
-    if larger == 2 * rows and rows > 1:
-        measure(rows // 2, "sdpa")
+    if not tiny:
+        if find_spec("flash_attn"):
+            measure(rows, "flash_attention_2")
+        larger = rows
+        while (before := best) and measure(larger := 2 * larger, "sdpa") > before:
+            pass
+        if larger == 2 * rows and rows > 1:
+            measure(rows // 2, "sdpa")
+    if profile and fastest:
+        try:
+            report(**attempt(*fastest, traced=True))
+        except Exception as error:
+            report(kernels=[], of=reason(error))
 
 
 def decode_side(report: Callable[..., None], tiny: bool, seconds: float) -> None:
@@ -453,7 +506,7 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {message.splitlines()[0][:300]}"
 
 
-def work(part: str, tiny: bool, seconds: float) -> None:
+def work(part: str, tiny: bool, seconds: float, profile: bool) -> None:
     """Runs a part in its own process; prints a line of JSON for each result."""
 
     def report(**result: Any) -> None:
@@ -461,9 +514,9 @@ def work(part: str, tiny: bool, seconds: float) -> None:
 
     name, _, side = part.partition(" ")
     if side:
-        torch_side(name, report, tiny, seconds)
+        torch_side(name, report, tiny, seconds, profile)
     elif name in CASES:
-        train_side(name, report, tiny, seconds)
+        train_side(name, report, tiny, seconds, profile)
     else:
         {"device": device_side, "decode": decode_side}[name](report, tiny, seconds)
 
@@ -471,7 +524,7 @@ def work(part: str, tiny: bool, seconds: float) -> None:
 # ---- the main process
 
 
-def findings(part: str, tiny: bool, seconds: float, ended: list[str]) -> Iterator[dict[str, Any]]:
+def findings(part: str, tiny: bool, seconds: float, profile: bool, ended: list[str]) -> Iterator[dict[str, Any]]:
     """Yields the results of a part as they arrive; appends a line to `ended` if it fails or exceeds its time."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
     if part.endswith("torch"):  # jaxlm only provides the model's config there
@@ -479,6 +532,7 @@ def findings(part: str, tiny: bool, seconds: float, ended: list[str]) -> Iterato
     else:  # this process has the device exclusively
         environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     command = [sys.executable, str(Path(__file__)), "--work", part, "--seconds", str(seconds), *["--tiny"] * tiny]
+    command += ["--profile"] * profile
     with tempfile.TemporaryFile("w+") as complaints:
         process = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=complaints, text=True, start_new_session=True
@@ -611,6 +665,11 @@ def page(results: dict[str, Any]) -> str:
         times = f"{one['times_bound']:.2f}" if one["times_bound"] else ""
         cells = (str(one["prompts"]), f"{one['tokens_per_second']:,.0f}", f"{1000 * one['step_seconds']:.3f} ms")
         lines.append(f"| {' | '.join((*cells, bound, times))} |")
+    for part, found in results["parts"].items():
+        for one in found:
+            if one.get("kernels"):
+                lines += ["", f"{part}, {one['of']}: the kernels with the largest share of the device's time", ""]
+                lines += [*_head("kernel", "share"), *(f"| {name} | {share(part)} |" for name, part in one["kernels"])]
     return "\n".join([*lines, "", *(f"{part}: {why}" for part, why in results["ended"].items())]).rstrip()
 
 
@@ -632,6 +691,11 @@ def line_of(part: str, result: dict[str, Any]) -> str:
         return "  ".join(
             f"{name} {value:.4g}" if isinstance(value, float) else f"{value}" for name, value in result.items()
         )
+    if "kernels" in result:
+        kernels = len(result["kernels"])
+        return f"profile of {result['of']}: " + (
+            f"{kernels} kernels" if kernels else "no device trace can be made here"
+        )
     if "batch" in result:
         speed = result.get("refused") or f"{result['tokens_per_second']:,.0f} tokens/s"
         compiling = f", compiled in {result['compile_seconds']:.0f} s" if "compile_seconds" in result else ""
@@ -644,6 +708,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="file for the results, as JSON")
     parser.add_argument("--minutes", type=float, default=9.0, help="maximum time of all parts together")
     parser.add_argument("--only", default="", help="some of gpt2,bert,llama,decode")
+    parser.add_argument("--profile", action="store_true", help="also lists the kernels that take most of a step")
     parser.add_argument(
         "--tiny", action="store_true", help="makes everything very small, to test this script on any machine"
     )
@@ -651,7 +716,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=0.0, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:
-        work(arguments.work, arguments.tiny, arguments.seconds)
+        work(arguments.work, arguments.tiny, arguments.seconds, arguments.profile)
         return 0
     known = [*CASES, "decode"]
     wanted = arguments.only.split(",") if arguments.only else known
@@ -690,7 +755,7 @@ def main() -> int:
             seconds = left * SHARES[part] / sum(SHARES[later] for later in parts[n:])
             ended: list[str] = []
             part_results = results["parts"].setdefault(part, [])
-            for one in findings(part, arguments.tiny, seconds, ended):
+            for one in findings(part, arguments.tiny, seconds, arguments.profile, ended):
                 part_results.append(one)
                 print(f"{part}: {line_of(part, one)}", flush=True)
                 write_results()

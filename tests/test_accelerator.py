@@ -104,6 +104,15 @@ def test_the_whole_benchmark_runs_at_a_tiny_size(environment_without, tmp_path):
     assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {10, 6}
 
 
+@pytest.mark.long
+def test_a_profile_needs_a_device_that_reports_its_kernels(environment_without, tmp_path):
+    out = tmp_path / "out.json"
+    result = run(environment_without(MISSING), "--tiny", "--profile", "--only", "gpt2", "--out", str(out))
+    assert result.returncode == 0, result.stderr
+    assert "no device trace can be made here" in result.stdout
+    assert json.loads(out.read_text())["parts"]["gpt2"][-1]["kernels"] == []
+
+
 def test_a_part_without_time_left_is_stopped_and_reported(environment_without, tmp_path):
     out = tmp_path / "out.json"
     result = run(environment_without(MISSING), "--tiny", "--only", "gpt2", "--out", str(out), "--minutes", "0.02")
@@ -146,6 +155,7 @@ def test_the_summary_contains_ratios_utilisation_and_bounds(benchmark):
             ],
             "gpt2": jaxlm_rows,
             "gpt2 torch": [{"batch": 4, "length": 4, "attention": "sdpa", "tokens_per_second": 64.0}],
+            "bert": [{"kernels": [["fusion", 0.625], ["gemm", 0.375]], "of": "8 x 4"}],
             "decode": [{"prompts": 1, "tokens_per_second": 1.0, "step_seconds": 1.0, "step_bytes": 50.0}],
         },
     }
@@ -156,5 +166,6 @@ def test_the_summary_contains_ratios_utilisation_and_bounds(benchmark):
     assert found["decode"][0]["bound_seconds"] == 0.25 and found["decode"][0]["times_bound"] == 4
     text = benchmark.page(results)
     assert "| gpt2 | jaxlm | 8 x 4, remat none, attention auto, unroll 1 | 80 | 1.0 to 2.0 ms | 40.0% | 50.0% |" in text
+    assert "bert, 8 x 4: the kernels" in text and "| fusion | 62.5% |" in text
     assert "one a chip, driver 570; jax 0.11" in text and "80% of the known peak" in text
     assert text.endswith("llama: cut off after 9 s")
