@@ -26,6 +26,7 @@ from jaxlm.data.batches import Batches, Epoch, prefetch
 from jaxlm.data.corpus import Corpus, prepare
 from jaxlm.data.joined import join
 from jaxlm.data.pack import pack
+from jaxlm.data.tokenizers import tokenizer as tokenizers
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.storage import disk
@@ -625,3 +626,122 @@ def test_a_slower_process_uses_the_entry_of_a_faster_one(tmp_path, monkeypatch):
     prepared = prepare(run, QUIET)
     assert text_of(prepared, prepared.train)
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+# Token ids that another program wrote.
+
+IDS = np.random.default_rng(0).integers(10, 50, 1000).astype(np.uint16)
+
+
+def write_ids(folder: Path, kind: str, ids: np.ndarray = IDS) -> Path:
+    if kind == "npy":
+        np.save(folder / "ids.npy", ids.astype(np.int64))
+        return folder / "ids.npy"
+    header = np.zeros(256 if kind == "llm.c" else 0, np.int32)
+    if len(header):
+        header[:3] = 20240520, 1, len(ids)
+    (folder / "ids.bin").write_bytes(header.tobytes() + ids.astype(np.uint16).tobytes())
+    return folder / "ids.bin"
+
+
+def run_of_ids(folder: Path, path: Path, **data) -> RunConfig:
+    """Returns a run with a tokenizer of 64 tokens, whose first ids are special tokens."""
+    tokenizer = folder / "tokenizer"
+    if not tokenizer.exists():
+        text = "".join(chr(97 + n % 26) + chr(65 + n % 24) + " \n.,!?" for n in range(200))
+        (folder / "letters.txt").write_text(text)
+        letters = DataConfig(path=str(folder / "letters.txt"), cache=str(folder / "letters"))
+        run = RunConfig(model=ModelConfig(vocabulary=64), data=letters, tokenizer=TokenizerConfig(train="characters"))
+        prepare(run, QUIET).tokenizer.save(str(tokenizer))
+    return RunConfig(
+        model=ModelConfig(vocabulary=64),
+        data=DataConfig(path=str(path), cache=str(folder / "cache"), format="tokens", **data),
+        tokenizer=TokenizerConfig(path=str(tokenizer)),
+    )
+
+
+@pytest.mark.parametrize("kind", ["npy", "nanoGPT", "llm.c"])
+def test_token_ids_are_read(tmp_path, kind):
+    run = run_of_ids(tmp_path, write_ids(tmp_path, kind))
+    prepared = prepare(run, QUIET)
+    train, held_out = prepared.train, prepared.held_out
+    np.testing.assert_array_equal(np.concatenate([train.tokens, held_out.tokens]), IDS)
+    assert len(held_out.tokens) == 100 and train.tokens.dtype == np.uint16
+    assert held_out.bytes == len(prepared.tokenizer.decode(IDS[900:]).encode())
+    messages: list[str] = []
+    assert_equal(prepare(run, messages.append).train, train)
+    assert messages == []
+
+
+@pytest.mark.parametrize("choice", ["sampled", "last"])
+def test_documents_of_token_ids_are_held_out_as_a_whole(tmp_path, choice):
+    run = run_of_ids(tmp_path, tmp_path / "ids", eval_choice=choice)
+    tokenizer = tokenizers.load(run.tokenizer.path)
+    mark = tokenizer.bos if tokenizer.bos is not None else tokenizer.eos
+    ids = IDS.copy()
+    ids[np.random.default_rng(1).choice(1000, 40, replace=False)] = mark
+    (tmp_path / "ids").mkdir()
+    for n, part in enumerate(np.split(ids, [300, 301, 700])):
+        write_ids(tmp_path / "ids", "npy", part).rename(tmp_path / "ids" / f"{n}.npy")
+    prepared = prepare(run, QUIET)
+    documents = [
+        tuple(corpus.tokens[a:b].tolist())
+        for corpus in (prepared.train, prepared.held_out)
+        for a, b in zip(corpus.bounds, corpus.bounds[1:])
+    ]
+    assert sorted(token for document in documents for token in document) == sorted(ids.tolist())
+    at = 0 if tokenizer.bos is not None else -1
+    assert all(
+        document.count(mark) <= 1 and mark not in document[1 + at : len(document) + at] for document in documents
+    )
+    assert 0.03 < len(prepared.held_out.tokens) / 1000 < 0.25
+    if choice == "last":
+        np.testing.assert_array_equal(np.concatenate([prepared.train.tokens, prepared.held_out.tokens]), ids)
+
+
+def test_held_out_token_ids_may_have_their_own_path(tmp_path):
+    run = run_of_ids(tmp_path, write_ids(tmp_path, "nanoGPT"), eval_path=str(write_ids(tmp_path, "npy", IDS[:77])))
+    prepared = prepare(run, QUIET)
+    assert (len(prepared.train.tokens), len(prepared.held_out.tokens)) == (1000, 77)
+
+
+WRONG_IDS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "odd": (lambda path: path.write_bytes(b"123"), "3 bytes, and each id has two"),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-2]), "announces version 1 and 1,000 ids"),
+    "large": (lambda path: path.write_bytes(np.array([1, 64], np.uint16).tobytes()), "holds the token id 64"),
+    "empty": (lambda path: path.write_bytes(b""), "no train tokens|no held-out tokens"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_IDS)
+def test_files_that_are_not_token_ids_raise_an_error(tmp_path, name):
+    damage, message = WRONG_IDS[name]
+    path = write_ids(tmp_path, "llm.c")
+    damage(path)
+    with pytest.raises(UserError, match=message):
+        prepare(run_of_ids(tmp_path, path), QUIET)
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.ones(5, np.float32), "holds float32"),
+        (np.ones((5, 2), np.int32), r"holds int32 \(5 x 2\)"),
+        (np.array([3, -1]), "holds the token id -1"),
+    ],
+    ids=["floats", "a table", "negative"],
+)
+def test_arrays_that_are_not_token_ids_raise_an_error(tmp_path, array, message):
+    np.save(tmp_path / "ids.npy", array)
+    with pytest.raises(UserError, match=message):
+        prepare(run_of_ids(tmp_path, tmp_path / "ids.npy"), QUIET)
+
+
+def test_token_ids_need_their_tokenizer_and_a_task_that_reads_them(tmp_path):
+    run = run_of_ids(tmp_path, write_ids(tmp_path, "npy"))
+    with pytest.raises(UserError, match="requires the tokenizer that wrote the ids"):
+        prepare(dataclasses.replace(run, tokenizer=TokenizerConfig()), QUIET)
+    with pytest.raises(UserError, match="MaskedLM splits text into sentences; give text"):
+        prepare(dataclasses.replace(run, task=MaskedLM()), QUIET)
+    with pytest.raises(UserError, match="this task reads text"):
+        next(source.rows(run.data.path, run.data, ""))

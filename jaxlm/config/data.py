@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from jaxlm.config.ranges import MAX_INT, Config, Count, Name, Pattern, Range, Seed, Share
 
-Format = Literal["suffix", "text", "csv", "tsv", "quoted_tsv", "jsonl", "parquet", "conll", "squad"]
+Format = Literal["suffix", "text", "csv", "tsv", "quoted_tsv", "jsonl", "parquet", "conll", "squad", "tokens"]
 Characters = Annotated[int, Range(1, 10**15)]
 
 

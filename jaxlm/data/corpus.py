@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxlm.config import RunConfig
+from jaxlm.config import DataConfig, RunConfig
 from jaxlm.data import holdout, source, spool
+from jaxlm.data.formats import tokens
 from jaxlm.data.joined import offsets
 from jaxlm.data.tokenizers import tokenizer as tokenizers
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
@@ -136,13 +137,94 @@ def _build(
         except UserError:
             work = new / "work"
         try:
-            _build_in(run, tokenizer, sentences, work, new, log)
+            if run.data.format == "tokens":
+                _build_from_tokens(run, tokenizer, sentences, new, log)
+            else:
+                _build_in(run, tokenizer, sentences, work, new, log)
         except UserError:  # another call would need other data or settings
             shutil.rmtree(work, ignore_errors=True)
             raise
-        shutil.rmtree(work)
+        shutil.rmtree(work, ignore_errors=True)
         checksums = {file.relative_to(new).as_posix(): _checksum(file) for file in _entry_files(new)}
         (new / _CHECKSUMS).write_text(json.dumps(checksums))
+
+
+def _build_from_tokens(
+    run: RunConfig, tokenizer: Tokenizer | None, sentences: str | None, folder: Path, log: Callable[[str], None]
+) -> None:
+    """Writes the files of an entry from token ids that another program wrote.
+
+    A document begins with the tokenizer's BOS token, or ends with its EOS token if that is another one. Without such
+    tokens, each file is a document.
+    """
+    assert run.model is not None
+    data = run.data
+    if tokenizer is None or sentences is not None:
+        raise UserError(
+            "data.format is 'tokens', which requires the tokenizer that wrote the ids: give --tokenizer.path"
+            if tokenizer is None
+            else f"data.format is 'tokens', and {type(run.task).__name__} splits text into sentences; give text"
+        )
+    parts = {"train": _token_documents(data.path, tokenizer, run.model.vocabulary)}
+    if separate := source.held_out_paths(data):
+        parts["held_out"] = _token_documents(separate[0], tokenizer, run.model.vocabulary)
+    else:
+        parts = dict(zip(("train", "held_out"), _hold_out_tokens(parts["train"], data)))
+    dtype = _dtype(tokenizer)
+    for name, documents in parts.items():
+        log(f"copying the {name.replace('_', '-')} tokens")
+        if not documents:
+            raise UserError(f"there are no {name.replace('_', '-')} tokens in {data.eval_path or data.path}; give more")
+        (folder / name).mkdir(parents=True)
+        with open(folder / name / "tokens.bin", "wb") as file:
+            for document in documents:
+                file.write(document.astype(dtype).tobytes())
+        contents = np.zeros(len(documents), np.int64)
+        if name == "held_out":  # only the score of held-out text needs its size in bytes
+            contents[:] = [len(tokenizer.decode(document).encode()) for document in documents]
+        np.save(folder / name / "sentences.npy", offsets(np.array([len(document) for document in documents])))
+        np.save(folder / name / "documents.npy", np.arange(len(documents) + 1))
+        np.save(folder / name / "document_bytes.npy", contents)
+        (folder / name / "facts.json").write_text(json.dumps({"bytes": int(contents.sum()), "dtype": dtype.name}))
+    tokenizer.save(str(folder / "tokenizer"))
+    (folder / "rows.json").write_text(json.dumps({"documents": sum(map(len, parts.values()))}))
+
+
+def _hold_out_tokens(documents: list[np.ndarray], data: DataConfig) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Returns the documents to train on and those to hold out; a single document is divided."""
+    sizes, fraction = [len(document) for document in documents], data.eval_fraction
+    if len(documents) == 1:
+        parts = np.split(documents[0], [round(sizes[0] * (1 - fraction))])
+        return [part for part in parts[:1] if len(part)], [part for part in parts[1:] if len(part)]
+    hashes = [holdout.content_hash(document.tobytes(), data.eval_seed) for document in documents]
+    chosen = holdout.choose_hashes(hashes, sizes, fraction) if data.eval_choice == "sampled" else set()
+    if chosen:
+        is_held_out = [content in chosen for content in hashes]
+    else:  # the last documents, at least one
+        is_held_out = (np.cumsum(sizes) > sum(sizes) * (1 - fraction)).tolist()
+        is_held_out[:1] = [False]
+    choose = lambda held: [document for document, is_held in zip(documents, is_held_out) if is_held == held]
+    return choose(False), choose(True)
+
+
+def _token_documents(path: str, tokenizer: Tokenizer, vocabulary: int) -> list[np.ndarray]:
+    """Returns the documents in files of token ids, without copying them."""
+    found: list[np.ndarray] = []
+    for file in source.list_files(path):
+        ids = tokens.read(file)
+        for start in range(0, len(ids), CHUNK):
+            chunk = ids[start : start + CHUNK]
+            if not 0 <= chunk.min() <= chunk.max() < min(vocabulary, tokenizer.size):
+                wrong = chunk.min() if chunk.min() < 0 else chunk.max()
+                raise UserError(
+                    f"{file} holds the token id {wrong:,}; the tokenizer has {tokenizer.size:,} tokens, and "
+                    f"model.vocabulary is {vocabulary:,}: give the tokenizer that wrote the file"
+                )
+        begins = tokenizer.bos is not None
+        mark = tokenizer.bos if begins else tokenizer.eos
+        cuts = np.zeros(0, np.int64) if mark is None else np.flatnonzero(ids == mark) + (not begins)
+        found += [part for part in np.split(ids, cuts) if len(part)]
+    return found
 
 
 def _find_damage(folder: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -50,9 +50,10 @@ class Holdout(NamedTuple):
                 yield _divide(text, self.cut - start)[1]
 
 
-def content_hash(text: str, seed: int) -> int:
+def content_hash(content: str | bytes, seed: int) -> int:
     """Returns a hash of 63 bits that depends only on the document and the seed."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8, key=str(seed).encode()).digest()
+    content = content.encode() if isinstance(content, str) else content
+    digest = hashlib.blake2b(content, digest_size=8, key=str(seed).encode()).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
@@ -78,19 +79,44 @@ def choose(texts: Iterable[str], fraction: float, seed: int, *, sampled: bool, d
     last = Holdout(None, round(total * (1 - fraction)), divide, seed)
     if not sampled:
         return last
-    ordered, index = np.unique(np.array(hashes, np.int64), return_inverse=True)
-    bytes_of = np.bincount(index, np.array(sizes, np.float64), len(ordered)) if sizes else np.zeros(0)
-    chosen: list[int] = []
+    chosen = choose_hashes(hashes, sizes, fraction)
+    if not chosen and not divide and len(set(hashes)) > 1:
+        chosen = {smallest(hashes, sizes)}  # too few documents to come near `fraction`
+    return Holdout(frozenset(chosen), 0, False, seed) if chosen else last
+
+
+def choose_hashes(hashes: Sequence[int], sizes: Sequence[int], fraction: float) -> set[int]:
+    """Returns the hashes of documents with about `fraction` of the total size, in the order of their hashes.
+
+    Args:
+      hashes: the hash of each document.
+      sizes: its size.
+      fraction: the fraction to choose; a document is skipped if the result would be more than twice as large.
+    """
+    ordered, sizes_of = _by_hash(hashes, sizes)
+    total = sum(sizes)
+    chosen: set[int] = set()
     held_out = 0.0
-    for content, size in zip(ordered.tolist(), bytes_of.tolist()):
+    for content, size in zip(ordered.tolist(), sizes_of.tolist()):
         if held_out >= fraction * total or len(chosen) == len(ordered) - 1:
             break
         if held_out + size <= 2 * fraction * total:
-            chosen.append(content)
+            chosen.add(content)
             held_out += size
-    if not chosen and not divide and len(ordered) > 1:
-        chosen = [int(ordered[bytes_of.argmin()])]  # too few documents to come near `fraction`
-    return Holdout(frozenset(chosen), 0, False, seed) if chosen else last
+    return chosen
+
+
+def smallest(hashes: Sequence[int], sizes: Sequence[int]) -> int:
+    """Returns the hash whose documents are the smallest together."""
+    ordered, sizes_of = _by_hash(hashes, sizes)
+    return int(ordered[sizes_of.argmin()])
+
+
+def _by_hash(hashes: Sequence[int], sizes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the different hashes in ascending order, and the total size of the documents of each."""
+    ordered, index = np.unique(np.array(hashes, np.int64), return_inverse=True)
+    weights = np.array(sizes, np.float64)
+    return ordered, np.bincount(index, weights, len(ordered)) if len(sizes) else np.zeros(0)
 
 
 def sample(texts: Texts, characters: int, seed: int = 0) -> Iterator[str]:

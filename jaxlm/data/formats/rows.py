@@ -7,6 +7,7 @@
     parquet  .parquet .pq              read in batches
     conll    .conll .conllu .iob .bio  a token and its columns on each line, blank lines between sentences
     squad    (data.format)             JSON of SQuAD 1.1 and 2.0, one row per question; the whole file is read at once
+    tokens   (data.format)             token ids, which have no rows: see `tokens`
     text     .txt, other               plain text, split by `data.documents`, its lines parsed by `data.pattern`
 
 Suffixes are not case-sensitive and may be followed by .gz, .bz2, .xz or .zst. A file with the suffix of plain text or
@@ -224,10 +225,20 @@ def _blocks(file: Path, stream: IO[bytes], data: DataConfig) -> Iterator[tuple[i
 
 
 _Reader = Callable[[Path, IO[bytes], DataConfig, tuple[str, ...]], Iterator[tuple[Place, Row]]]
+
+
+def _refuse_tokens(file: Path) -> Iterator[tuple[Place, Row]]:
+    raise UserError(
+        f"{file} is a file of token ids, because data.format is 'tokens'; this task reads text: give text, or another "
+        f"--data.format"
+    )
+
+
 _READERS: dict[str, _Reader] = {
     "text": _text_rows,
     "csv": lambda file, stream, data, needed: tables.rows(file, stream, data, "csv", needed),
     "tsv": lambda file, stream, data, needed: tables.rows(file, stream, data, "tsv", needed),
+    "tokens": lambda file, *_: _refuse_tokens(file),
     "quoted_tsv": lambda file, stream, data, needed: tables.rows(file, stream, data, "quoted_tsv", needed),
     "jsonl": json_rows.rows,
     "conll": lambda file, stream, data, needed: conll.rows(file, stream, data),
