@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from jaxlm.data.joined import Features, Joined, axes_of, number_within, offsets
+from jaxlm.data.joined import Features, Joined, axes_of, number_within, offsets, ranges
 from jaxlm.data.pack import Rows, pack
 
 Batch = dict[str, Any]  # fields of a batch, as NumPy or JAX arrays
@@ -150,7 +150,7 @@ class Batches:
         sizes = {"B": self.rows, "T": self.length, "E": self.max_examples, "N": self.examples.labels}
         sizes |= getattr(self.examples, "axes", {})
         sizes["S"] = self.source_length or 0
-        shape = lambda name: tuple(sizes[axis] for axis in name.rpartition("_")[2])
+        shape = lambda name: tuple(sizes[axis] for axis in axes_of(name))
         return {name: np.zeros(shape(name), dtype) for name, dtype in fields.items()}
 
     def units_at(self, step: int) -> list[list[tuple[int, int]]]:
@@ -203,6 +203,8 @@ class Batches:
             try:
                 future.set_result(self._make_epoch(n))
             except BaseException as error:
+                with self._lock:
+                    self._epochs.pop(n, None)  # a later call builds it again
                 future.set_exception(error)
         return future
 
@@ -217,10 +219,9 @@ class Batches:
         packed = self._pack(epoch, order)
         shuffled = random.permutation(len(packed.starts) - 1)
         sizes = np.diff(packed.starts)[shuffled]
-        starts = np.concatenate([[0], np.cumsum(sizes)])
         # Row r of the new order has the units of row shuffled[r] of the old order.
-        index = np.repeat(packed.starts[:-1][shuffled] - starts[:-1], sizes) + np.arange(starts[-1])
-        return epoch, Rows(order[packed.examples[index]], starts)
+        index = ranges(packed.starts[:-1][shuffled], sizes)
+        return epoch, Rows(order[packed.examples[index]], offsets(sizes))
 
     def _pack(self, epoch: Epoch, order: np.ndarray) -> Rows:
         """Packs the units in this order into rows, which contain indices into `order`."""

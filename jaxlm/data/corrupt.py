@@ -277,7 +277,7 @@ def _random_sizes(totals_X: np.ndarray, parts_X: np.ndarray, draws: Draws, seque
     x = np.repeat(np.arange(len(gaps_X)), gaps_X)
     order = shuffle(draws.words(x, 2 * number_within(x) + sequence), gaps_X)
     chosen = order.items[order.ranks < (parts_X - 1)[order.examples]]
-    # Gap g of a total lies before its entry g + 1.
+    # Gap g of a total is the one before its entry g + 1.
     starts_part = np.zeros(int(totals_X.sum()) + 1, bool)
     starts_part[chosen + x[chosen] + 1] = True
     starts_part[offsets(totals_X)] = True

@@ -7,6 +7,7 @@ kernels      fused attention over packed rows
 positions    learned, sinusoidal, rotary and relative positions
 heads        outputs computed from the last hidden states
 groups       the positions of a batch in groups, each with a copy of the parameters of a head
+fusion       values that XLA does not compute together on a GPU
 losses       losses and metrics as pairs (sum, weight)
 nodes        parameters in another form than a dense array, such as a low-rank update
 parameters   the table of parameters: logical axes, weight decay, depth

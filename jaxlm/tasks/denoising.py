@@ -126,8 +126,9 @@ class InfillingTask(DenoisingTask):
             )
         self.mask: int = gaps[0]
         text = -1  # a placeholder
-        framed = tokenizer.add_special_tokens([text])[0]
-        self.frame = framed[: framed.index(text)], framed[framed.index(text) + 1 :]
+        with_special = tokenizer.add_special_tokens([text])[0]
+        at = with_special.index(text)
+        self.special = with_special[:at], with_special[at + 1 :]  # before and after a text
 
     @property
     def longest(self) -> int:
@@ -144,7 +145,7 @@ class InfillingTask(DenoisingTask):
         return self._with_special_tokens(sources), self._with_special_tokens(texts)
 
     def _with_special_tokens(self, texts: Texts) -> Texts:
-        before, after = self.frame
+        before, after = self.special
         lengths = texts.lengths + len(before) + len(after)
         tokens = np.zeros(lengths.sum(), np.int32)
         starts = offsets(lengths)

@@ -9,5 +9,6 @@ conll        one token per line
 squad        the JSON of SQuAD
 tfds         tensorflow-datasets, without TensorFlow
 literals     lists and objects that a table contains as text
+tokens       token ids that another program wrote
 class_names  class names for integer labels from metadata
 """

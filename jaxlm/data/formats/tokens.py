@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxlm.errors import UserError
 
-_HEADER = 1024  # bytes: 256 integers of 32 bits, of which the first three are these and the number of tokens
+_HEADER = 1024  # bytes: 256 integers of 32 bits; the first three are the next two and the number of tokens
 _MAGIC, _VERSION = 20240520, 1
 
 
