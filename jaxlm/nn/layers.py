@@ -125,8 +125,8 @@ class Norm(nn.Module):
         config, D = self.config, x_BTD.shape[-1]
         centred, plus_one = config.norm == "layernorm", config.norm == "rmsnorm_plus_one"
         x = x_BTD.astype(jnp.float32)
-        # The backward pass on a GPU reads these two numbers of each position. If each of its kernels computed them again,
-        # one of the kernels would store a float32 array.
+        # The backward pass on a GPU reads these two numbers of each position. If each of its kernels computed them
+        # again, one of the kernels would store a float32 array.
         if centred:
             x -= keep_for_derivative(x.mean(-1, keepdims=True))
         x *= keep_for_derivative(jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + config.norm_epsilon))
