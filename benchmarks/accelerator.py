@@ -272,6 +272,12 @@ def train_side(name: str, report: Callable[..., None], tiny: bool, seconds: floa
             break
     # Then try one change after another, the most promising first, and keep the better setting.
     moves: list[Callable[[], dict[str, Any]]] = [
+        # For packed rows, the kernel that reads segments instead of a mask.
+        *(
+            [lambda: {"attention": "triton"}]
+            if config.structure == "encoder" and jax.default_backend() == "gpu"
+            else []
+        ),
         lambda: {"batch": 2 * best["batch"]},
         lambda: {"batch": 2 * best["batch"]},
         lambda: {"remat": "dots", "batch": 2 * best["batch"]},

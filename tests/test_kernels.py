@@ -113,6 +113,31 @@ def test_splash_equals_xla(causal, window, H, K, cap, dtype):
     check_splash(causal, window, H, K, cap, dtype)
 
 
+TRITON = [  # causal, H, K, C, T, lengths, dtype, mesh
+    (True, 4, 2, 64, 256, LENGTHS, "float32", None),
+    (False, 2, 2, 40, 200, ((100, 60), (200,)), "float32", None),
+    (True, 2, 1, 128, 128, ((30, 20), (128,)), "bfloat16", None),
+    (False, 4, 4, 32, 256, LENGTHS, "float32", "data2_tensor2"),
+]
+
+
+@pytest.mark.parametrize(
+    "causal, H, K, C, T, lengths, dtype, mesh",
+    [TRITON[0], *(pytest.param(*case, marks=pytest.mark.long) for case in TRITON[1:])],
+)
+def test_triton_equals_xla(causal, H, K, C, T, lengths, dtype, mesh):
+    qkv = draw((B, T, H, C), (B, T, K, C), (B, T, K, C), dtype=dtype)
+    (g_BTHC,) = draw((B, T, H, C))
+    segments_BT, mesh = segments(lengths, T), mesh and mesh_of(mesh)
+    options = {"causal": causal, "window": None, "scale": 0.2}
+    assert why_not("triton", H100, mesh, *qkv[:2]) is None
+    triton = lambda q, k, v: fused("triton", mesh, q, k, v, segments_BT, segments_BT, **options, interpret=True)
+    ours = outputs_and_gradients(triton, segments_BT, g_BTHC)(*qkv)
+    assert ours[0].dtype == dtype
+    theirs = outputs_and_gradients(partial(xla, segments_BT=segments_BT, cap=0.0, **options), segments_BT, g_BTHC)
+    assert_same(ours, theirs(*qkv), 1e-5 if dtype == "float32" else 2e-2)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("cap", [0.0, 5.0])
@@ -205,7 +230,7 @@ def test_cudnn_receives_the_right_masks(causal, window, mesh, monkeypatch):
 @pytest.mark.parametrize("H, K, C", [(2, 2, 64), (4, 2, 128), (4, 1, 256), (2, 2, 40)])
 @pytest.mark.parametrize("T, lengths", [(T, LENGTHS), (61, ((30, 20), (61,)))])
 @pytest.mark.parametrize("causal, window", [(True, None), (False, None), (True, 30), (False, 30)])
-def test_cudnn_equals_xla_on_a_gpu(causal, window, T, lengths, H, K, C):
+def test_kernels_equal_xla_on_a_gpu(causal, window, T, lengths, H, K, C):
     """Compares with XLA in float32. Requires a GPU: JAX_PLATFORMS=cuda pytest tests/test_kernels.py -k on_a_gpu."""
     if jax.default_backend() != "gpu":
         pytest.skip("there is no GPU here")
@@ -216,14 +241,17 @@ def test_cudnn_equals_xla_on_a_gpu(causal, window, T, lengths, H, K, C):
     if reason := why_not("cudnn", backend, None, *qkv[:2]):
         assert C > 128, reason
         pytest.skip(reason)
-    ours = outputs_and_gradients(
-        lambda q, k, v: fused("cudnn", None, q, k, v, segments_BT, segments_BT, **options), segments_BT, g_BTHC
-    )
     theirs = outputs_and_gradients(partial(xla, segments_BT=segments_BT, **options, cap=0.0), segments_BT, g_BTHC)
     with jax.default_matmul_precision("highest"):
         expected = theirs(*(x.astype(jnp.float32) for x in qkv))
-    assert "fmha" in ours.lower(*qkv).compile().as_text()
-    assert_same(ours(*qkv), expected, 2e-2)
+    for kernel, name in (("cudnn", "fmha"), ("triton", "mha_forward")):
+        if why_not(kernel, backend, None, *qkv[:2], window=window is not None) is None:
+            attend = partial(fused, kernel, None)
+            ours = outputs_and_gradients(
+                lambda *qkv, attend=attend: attend(*qkv, segments_BT, segments_BT, **options), segments_BT, g_BTHC
+            )
+            assert name in ours.lower(*qkv).compile().as_text()
+            assert_same(ours(*qkv), expected, 2e-2)
 
 
 @pytest.mark.parametrize("mesh", [None, "data2_tensor2", "fsdp2_tensor2_context2"])
@@ -297,7 +325,7 @@ def test_a_window_of_whole_rows_needs_no_mask_on_a_gpu(monkeypatch):
     assert "__cudnn$fmhaSoftmax" in text and "48x48x" not in text and "\\22sliding_window_length\\22: 30" in text
 
 
-def step_for_a_gpu(monkeypatch, length: int, stream: bool, remat: str = "none") -> str:
+def step_for_a_gpu(monkeypatch, length: int, stream: bool, remat: str = "none", kernel: str = "auto") -> str:
     """Returns the program of a train step, lowered for a GPU. Compiling and running it requires one."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
@@ -305,7 +333,7 @@ def step_for_a_gpu(monkeypatch, length: int, stream: bool, remat: str = "none") 
     monkeypatch.setattr(attention, "backend_of", lambda mesh: H100)
     model = ModelConfig(vocabulary=40, max_length=length, width=64, layers=2, heads=2, mlp_width=96)
     task = CausalLMTask(CausalLM(stream=stream), length, 0, None)
-    module = Transformer(model, dtype=jnp.bfloat16, remat=remat)
+    module = Transformer(model, dtype=jnp.bfloat16, remat=remat, kernel=kernel)
     shapes = jax.eval_shape(partial(init, module), jax.random.key(0))
     optimizer = make_optimizer(OptimizerConfig(), 10, shapes)
     state = jax.eval_shape(
@@ -331,6 +359,17 @@ def test_only_full_recomputation_runs_the_kernel_twice(remat, forward, monkeypat
     text = step_for_a_gpu(monkeypatch, 48, True, remat)
     assert text.count('"__cudnn$fmhaSoftmax"') + text.count("@__cudnn$fmhaSoftmax(") == forward
     assert text.count("__cudnn$fmhaSoftmaxBackward") == 1
+
+
+@pytest.mark.parametrize("remat, forward", [("none", 1), ("elementwise", 1), ("dots", 1), ("full", 2)])
+def test_triton_needs_no_mask_for_packed_rows(remat, forward, monkeypatch):
+    """In a train step, which is only traced here: JAX compiles such a kernel for the GPU that it finds."""
+    monkeypatch.setattr(
+        jax.stages.Traced, "lower", lambda traced, **_: SimpleNamespace(as_text=lambda: str(traced.jaxpr))
+    )
+    text = step_for_a_gpu(monkeypatch, 128, False, remat, "triton")
+    assert text.count("name=mha_forward") == forward and text.count("name=mha_backward") == 1
+    assert "dot_product_attention" not in text
 
 
 COMPILES = """
@@ -399,6 +438,13 @@ def like(H: int = 4, K: int = 2, C: int = 64, T: int = 256, dtype=jnp.bfloat16, 
         ("cudnn", H100, {"C": 20}, {}, "multiple of 8"),
         ("cudnn", Backend("cuda", 8.0), {"C": 256}, {}, "at most 128"),
         ("cudnn", T4, {"dtype": jnp.float16}, {}, "this one has 7.5"),
+        ("triton", H100, {"dtype": jnp.float32, "T": 200}, {}, None),
+        ("triton", TPU, {}, {}, "it requires cuda, and this program runs on tpu"),
+        ("triton", T4, {}, {}, "this one has 7.5"),
+        ("triton", H100, {"T": 64}, {}, "fewer than 128 positions"),
+        ("triton", H100, {"C": 256}, {}, "at most 128"),
+        ("triton", H100, {}, {"cap": 50.0}, "model.attention_cap is 50.0"),
+        ("triton", H100, {}, {"window": True}, "--attention cudnn"),
         ("cudnn", H100._replace(has_cudnn=False), {}, {}, r"JAX does not find: pip install 'jaxlm[gpu]'"),
     ],
 )

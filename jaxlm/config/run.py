@@ -85,7 +85,7 @@ class RunConfig(Config):
     # "offload" is "full" with the layer inputs, from which all else is recomputed, in host memory.
     # "auto" is "elementwise" (norms, activations, softmax, masks), which repeats no product, and "none" on CPU.
     remat: Remat = "auto"  # what backward recomputes: nothing; elementwise operations; all but products; all
-    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"  # kernel; auto: splash on TPU, cudnn on GPU, or XLA
+    attention: Literal["auto", "xla", "splash", "cudnn", "triton"] = "auto"  # kernel; auto: splash on TPU, cudnn on GPU
     # By device: on GPU all layers of a model with up to 12, otherwise 4; on TPU and CPU 1.
     unroll: Unroll = 0  # layers per iteration of the layer loop; larger values run faster and compile longer
     log_every: Positive = 10  # steps between lines of metrics.jsonl

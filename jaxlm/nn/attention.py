@@ -191,7 +191,7 @@ class Attention(nn.Module):
     config: ModelConfig
     constrain: Placement
     dtype: Any = jnp.float32
-    kernel: str = "auto"  # auto, xla, splash or cudnn: see `kernels`
+    kernel: str = "auto"  # auto, xla, splash, cudnn or triton: see `kernels`
 
     @nn.compact
     def __call__(
@@ -284,6 +284,7 @@ class Attention(nn.Module):
         """Returns the attended values of rows without a cache, from the fastest kernel that supports them."""
         mesh = self.constrain.mesh
         features = {"cap": scores.cap, "bias": scores.bias_BHTS is not None, "prefix": inputs.segments is None}
+        features["window"] = inputs.window is not None
         drops = dropout.bytes and self.has_rng("dropout")
         kernel = choose(backend_of(mesh), mesh, q_BTHC, k_BSKC, wanted=self.kernel, dropout=bool(drops), **features)
         if kernel == "xla":

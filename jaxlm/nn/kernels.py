@@ -1,11 +1,15 @@
-"""Fused attention: one kernel per backend that never writes the scores [B, H, T, S] to memory.
+"""Fused attention: kernels that never write the scores [B, H, T, S] to memory.
 
-splash, on TPUs: JAX's Pallas kernel. It skips the blocks that the causal mask or the window hides.
-cudnn, on NVIDIA GPUs: cuDNN's kernel. It skips the blocks that the causal mask hides; other masks are passed as arrays.
+| kernel | device     | packed rows                   | also                                    | "auto"        |
+| ------ | ---------- | ----------------------------- | --------------------------------------- | ------------- |
+| splash | TPU        | reads segments                | windows, caps, sharded lengths          | on TPUs       |
+| cudnn  | NVIDIA GPU | reads a 16-bit mask [B, T, S] | windows, sharded lengths, widths to 256 | on such GPUs  |
+| triton | NVIDIA GPU | reads segments                | float32                                 | never         |
 
-Both compute the softmax in blocks and recompute it in the backward pass (FlashAttention, Dao et al. 2022). The memory
-of splash is linear in the length. So is that of cudnn for rows of one example; for packed rows it is quadratic, because
-of a 16-bit mask [B, T, S].
+They compute the softmax in blocks, recompute it in the backward pass (FlashAttention, Dao et al. 2022), and skip the
+blocks that the causal mask hides; splash also those outside of the window. Their memory is linear in the length, except
+that of cudnn for packed rows. splash and triton are Pallas kernels of JAX. triton repeats the keys and values of
+grouped queries, and has not been timed on a GPU. `why_not` has the conditions of each.
 """
 
 from __future__ import annotations
@@ -23,8 +27,9 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlm.devices.sharding import RULES
 
-KERNELS = {"tpu": "splash", "cuda": "cudnn"}  # by platform; other platforms have none
-MULTIPLE = {"splash": 128, "cudnn": 2}  # lengths on each device are padded to a multiple of this
+KERNELS = {"tpu": "splash", "cuda": "cudnn"}  # of "auto", by platform; other platforms have none
+PLATFORMS = {"splash": "tpu", "cudnn": "cuda", "triton": "cuda"}
+MULTIPLE = {"splash": 128, "cudnn": 2, "triton": 128}  # lengths on each device are padded to a multiple of this
 BLOCKS = (512, 384, 256, 128)  # block sizes of splash; the first that divides the length is used
 CONTEXT = "context"  # the mesh axis over which queries are sharded by position
 RESIDUALS = "attention"  # the name of splash's output and sums in policies of `jax.checkpoint`
@@ -36,9 +41,12 @@ _save_named = jax.checkpoint_policies.save_only_these_names(RESIDUALS)
 def save_attention(primitive: Any, *inputs: Any, **parameters: Any) -> Any:
     """A policy of `jax.checkpoint` that saves the output and the sums of each fused kernel, and nothing else.
 
-    JAX gives the output of cuDNN's kernel no name, so the policy finds it by its primitive.
+    JAX gives the outputs of cudnn and triton no name, so the policy finds them by their functions.
     """
-    return primitive.name.startswith("dot_product_attention_fwd") or _save_named(primitive, *inputs, **parameters)
+    called = parameters["call_jaxpr"].eqns if primitive.name == "custom_vjp_call" else ()
+    is_triton = any(equation.params.get("name") == "mha" for equation in called)
+    is_cudnn = primitive.name.startswith("dot_product_attention_fwd")
+    return is_triton or is_cudnn or _save_named(primitive, *inputs, **parameters)
 
 
 class Backend(NamedTuple):
@@ -88,7 +96,7 @@ def _has_cudnn() -> bool:
 def choose(
     backend: Backend, mesh: Mesh | None, q_BTHC: Any, k_BSKC: Any, *, wanted: str = "auto", **features: Any
 ) -> str:
-    """Returns the kernel for an attention: splash, cudnn, or xla, which the caller implements.
+    """Returns the kernel for an attention: splash, cudnn, triton, or xla, which the caller implements.
 
     If the kernel cannot be used, the reason is printed to stderr, once for each reason. With "auto", short rows use XLA
     without a message.
@@ -123,11 +131,12 @@ def why_not(
     dropout: bool = False,
     prefix: bool = False,
     weights: bool = False,
+    window: bool = False,
 ) -> str | None:
     """Returns the reason why a kernel cannot compute an attention, or None if it can.
 
     Args:
-      kernel: splash or cudnn.
+      kernel: splash, cudnn or triton.
       backend: the hardware.
       mesh: the mesh, if there is one.
       q_BTHC: queries, or their shape and dtype.
@@ -137,14 +146,15 @@ def why_not(
       dropout: whether there is dropout of the weights.
       prefix: whether the mask is not defined by segments, causality and window, as with a prefix.
       weights: whether the attention weights are requested.
+      window: whether the attention is local.
     """
     B, T, H, C = q_BTHC.shape
     _, S, K, _ = k_BSKC.shape
-    dtype, cudnn = jnp.dtype(q_BTHC.dtype).name, kernel == "cudnn"
-    rows, heads, _ = _axes(mesh)
+    dtype, splash, cudnn, triton = jnp.dtype(q_BTHC.dtype).name, *(kernel == name for name in PLATFORMS)
+    rows, heads, length = _axes(mesh)
     B_ways, H_ways = _ways(mesh, rows), _ways(mesh, heads)
-    max_width = 256 if backend.generation >= 9 else 128
-    platform = {name: platform for platform, name in KERNELS.items()}[kernel]
+    max_width = 256 if cudnn and backend.generation >= 9 else 128
+    platform = PLATFORMS[kernel]
     for applies, reason in (
         (backend.platform != platform, f"it requires {platform}, and this program runs on {backend.platform}"),
         (
@@ -166,20 +176,23 @@ def why_not(
             bool(H % H_ways or K % H_ways),
             f"{H} heads and {K} key-value heads are not both multiples of {H_ways} devices",
         ),
-        (not cudnn and dtype not in ("float32", "bfloat16"), f"it supports float32 and bfloat16, not {dtype}"),
-        (not cudnn and backend.generation < 4 and dtype == "bfloat16", "TPUs before v4 support only float32"),
+        (splash and dtype not in ("float32", "bfloat16"), f"it supports float32 and bfloat16, not {dtype}"),
+        (splash and backend.generation < 4 and dtype == "bfloat16", "TPUs before v4 support only float32"),
+        (triton and window, "it does not support local attention: --attention cudnn does"),
+        (triton and T != S, f"it requires as many keys as queries, and there are {S} and {T}"),
+        (triton and _ways(mesh, length) > 1, "it does not support a sharded length: --attention cudnn does"),
         (cudnn and not backend.has_cudnn, "it requires cuDNN, which JAX does not find: pip install 'jaxlm[gpu]'"),
-        (cudnn and bool(cap), f"it does not support a soft cap, and model.attention_cap is {cap}"),
+        (not splash and bool(cap), f"it does not support a soft cap, and model.attention_cap is {cap}"),
         (
             cudnn and dtype not in ("float16", "bfloat16"),
             f"it supports float16 and bfloat16, not {dtype}: compute_dtype bfloat16 is faster",
         ),
         (
-            cudnn and backend.generation < 8,
+            not splash and backend.generation < 8,
             f"it requires a GPU of compute capability 8.0 (A100) or above, and this one has {backend.generation}",
         ),
         (
-            cudnn and C not in range(8, max_width + 1, 8),
+            not splash and C not in range(8, max_width + 1, 8),
             f"the head width must be a multiple of 8 and at most {max_width}, and it is {C}",
         ),
     ):
@@ -215,7 +228,7 @@ def fused(
     their segment, are finite but meaningless.
 
     Args:
-      kernel: splash or cudnn.
+      kernel: splash, cudnn or triton.
       mesh: rows are sharded over its batch axes, heads over its head axes, and queries, but not keys, over the axis
         `context`.
       q_BTHC: queries.
@@ -227,7 +240,7 @@ def fused(
       window: the width of local attention; None: global attention.
       scale: factor of the scores.
       cap: soft cap of the scores, for splash; 0: none.
-      interpret: whether to run splash on CPU, for tests.
+      interpret: whether to run splash or triton on CPU, for tests.
     """
     T = q_BTHC.shape[1]
     rows, heads, length = _axes(mesh)
@@ -248,6 +261,8 @@ def fused(
         local_heads = q_BTHC.shape[2] // _ways(mesh, heads)
         plan = _plan(plan_length, k_BSKC.shape[1], local_heads, causal, window, cap, 1 if uniform else parts, interpret)
         attend = partial(_splash, scale=scale)
+    elif kernel == "triton":
+        attend = partial(_triton, causal=causal, scale=scale, interpret=interpret)
     else:
         attend = partial(_cudnn, causal=causal, window=window, scale=scale, parts=parts)
     if mesh is not None and mesh.size > 1:
@@ -315,6 +330,25 @@ def _plan(T: int, S: int, H: int, causal: bool, window: int | None, cap: float, 
 
 def _block(length: int) -> int:
     return next(block for block in BLOCKS if length % block == 0)
+
+
+def _triton(
+    _: None,
+    q_BTHC: jax.Array,
+    k_BSKC: jax.Array,
+    v_BSKC: jax.Array,
+    segments_BT: jax.Array | None,
+    _segments_BS: jax.Array | None,
+    *,
+    causal: bool,
+    scale: float,
+    interpret: bool,
+) -> jax.Array:
+    from jax.experimental.pallas.ops.gpu.attention import mha
+
+    repeat = lambda x_BSKC: jnp.repeat(x_BSKC, q_BTHC.shape[2] // x_BSKC.shape[2], axis=2)
+    options = {"sm_scale": scale, "causal": causal, "interpret": interpret}
+    return mha(q_BTHC, repeat(k_BSKC), repeat(v_BSKC), segments_BT, **options)
 
 
 def _cudnn(
