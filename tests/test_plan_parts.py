@@ -175,6 +175,19 @@ def test_the_products_of_cudnn_are_counted(causal, monkeypatch):
     assert flops.count(jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(q, k, k)) == 14 * B * H * C * pairs
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_products_of_triton_are_counted(causal):
+    from jax.experimental.pallas.ops.gpu.attention import mha
+
+    B, T, H, C = 2, 256, 4, 32
+    attend = lambda q, k, v: mha(q, k, v, None, causal=causal)
+    q = jax.ShapeDtypeStruct((B, T, H, C), jnp.bfloat16)
+    pairs = T * (T + 1) // 2 if causal else T * T
+    assert flops.count(jax.make_jaxpr(attend)(q, q, q)) == 4 * B * H * C * pairs
+    loss = lambda q, k, v: attend(q, k, v).astype(jnp.float32).sum()
+    assert flops.count(jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(q, q, q)) == 18 * B * H * C * pairs
+
+
 def count_flops(function, *shapes, dtype=jnp.float32):
     return flops.count(jax.make_jaxpr(function)(*[jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]))
 

@@ -61,6 +61,8 @@ def _count_equation(equation: Any) -> int:
             "newly_manual_axes", params.get("manual_axes")
         )  # the second key is used by other versions of JAX
         return math.prod(params["mesh"].shape[axis] for axis in axes) * count(params["jaxpr"])
+    if name == "pallas_call" and params.get("name") in _TRITON:
+        return _count_triton(equation)
     if name == "pallas_call":
         body, grid = count(params["jaxpr"]), params["grid_mapping"].grid
         if body and not all(isinstance(size, int) for size in grid):
@@ -87,6 +89,22 @@ def _count_cudnn(equation: Any) -> int:
     S = k[1] if params["layout"] == _CUDNN_BTHC else k[2]
     pairs = T * (T + 1) // 2 if params["mask_type"].name in _CUDNN_CAUSAL and T == S else T * S
     return (4 if equation.primitive.name.startswith("dot_product_attention_fwd") else 10) * B * H * C * pairs
+
+
+# FLOPs of the kernels of JAX's attention for GPUs, for each pair of positions and each channel. The backward pass
+# computes the scores and the gradient of the weights twice: for the queries, and for the keys and values.
+_TRITON = {"mha_forward": 4, "mha_backward": 14}
+
+
+def _count_triton(equation: Any) -> int:
+    """Returns the FLOPs of a kernel of JAX's attention for GPUs; a causal mask leaves the pairs of a triangle."""
+    (B, T, H, C), params = equation.invars[0].aval.shape, equation.params
+    try:
+        count(params["jaxpr"])
+        pairs = T * equation.invars[1].aval.shape[1]
+    except ValueError:  # the loops of a causal kernel end at a block that depends on the query
+        pairs = T * (T + 1) // 2
+    return _TRITON[params["name"]] * B * H * C * pairs
 
 
 def _iterations(equation: Any) -> int:
