@@ -17,7 +17,7 @@ from random_params import random_params
 from jaxlm.config import CausalLM, MaskedLM, ModelConfig
 from jaxlm.data.batches import Batches
 from jaxlm.data.corpus import Corpus
-from jaxlm.data.corrupt import Draws, mask_tokens, word_groups
+from jaxlm.data.corrupt import Draws, mask_tokens, shuffle, word_groups
 from jaxlm.errors import UserError
 from jaxlm.nn.losses import accuracy, cross_entropy
 from jaxlm.nn.transformer import Transformer, apply
@@ -246,6 +246,23 @@ def test_words_are_selected_in_order_while_they_fit(words_of_texts, rate):
                 left -= sizes[word]
         found = np.flatnonzero(predicted[first[n] : first[n] + lengths[n]])
         assert sorted(found) == sorted(starts[word] + i for word in expected for i in range(sizes[word]))
+
+
+def test_the_order_of_items_does_not_depend_on_other_examples():
+    """Few or many examples, and examples with too many items for one word of a sort."""
+    words = np.random.default_rng(0).integers(0, 2**64, 60, np.uint64)
+    alone = shuffle(words, np.array([60])).items
+    assert sorted(alone) == list(range(60))
+    for before, after in ((0, 5), (7, 1), (1 << 14, 0)):
+        others = np.random.default_rng(1).integers(0, 2**64, before + after, np.uint64)
+        counts = np.concatenate([np.ones(before, int), [60], np.ones(after, int)])
+        order = shuffle(np.concatenate([others[:before], words, others[before:]]), counts)
+        assert (order.items[before : before + 60] - before).tolist() == alone.tolist()
+    many = np.random.default_rng(2).integers(0, 2**64, 1 << 20, np.uint64)
+    counts = np.concatenate([[60], [1 << 20], np.ones(1 << 12, int)])
+    order = shuffle(np.concatenate([words, many, many[: 1 << 12]]), counts)
+    assert order.items[:60].tolist() == alone.tolist()
+    assert sorted(order.items.tolist()) == list(range(counts.sum()))
 
 
 def test_texts_are_masked_independently_of_each_other():

@@ -74,11 +74,14 @@ def shuffle(words: np.ndarray, counts_X: np.ndarray) -> Order:
     """
     example = np.repeat(np.arange(len(counts_X)), counts_X)
     within = number_within(example)
-    # The example, the random bits and the number of the item in one word: its order is unique, and sorting is fast.
-    low = np.uint64((1 << int(counts_X.max(initial=1)).bit_length()) - 1)
-    high = np.uint64(len(counts_X).bit_length())
-    keys = (example.astype(np.uint64) << (np.uint64(64) - high)) | ((words >> high) & ~low)
-    in_example = (np.sort(keys | within.astype(np.uint64)) & low).astype(np.int64)
+    # The example, half of its random word and the number of the item in one word: sorting these is fast, and the order
+    # of an example does not depend on the others.
+    low, high = int(counts_X.max(initial=1)).bit_length(), len(counts_X).bit_length()
+    if low + high > 32:
+        in_example = within[np.lexsort((within, words >> np.uint64(32), example))]
+    else:
+        keys = (example << (32 + low)).astype(np.uint64) | (words >> np.uint64(32) << np.uint64(low))
+        in_example = (np.sort(keys | within.astype(np.uint64)) & np.uint64((1 << low) - 1)).astype(np.int64)
     return Order(in_example + np.repeat(offsets(counts_X)[:-1], counts_X), example, within)
 
 
