@@ -147,6 +147,9 @@ def write_files(folder: Path) -> None:
     for part, seed in (("train", 2), ("val", 3), ("test", 4), ("new", 5)):
         write(f"{part}.en", lines(60 if part == "train" else 8, seed))
         write(f"{part}.de", [line.upper() for line in lines(60 if part == "train" else 8, seed)])
+    (folder / "fineweb").mkdir()
+    for part in ("train", "val"):
+        (np.arange(2000) % 250).astype(np.uint16).tofile(folder / "fineweb" / f"fineweb_{part}_0.bin")
     kinds = ["NUM:dist How far", "HUM:ind Who", "LOC:city Where"]
     write("TREC.train", [f"{kinds[n % 3]} is {line} ?" for n, line in enumerate(lines(60, 6))])
     for name in ("input.txt", "text.txt", "texts.txt", "corpus.txt"):
