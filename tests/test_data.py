@@ -20,9 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxlm.config import CausalLM, CleaningConfig, DataConfig, MaskedLM, ModelConfig, RunConfig, TokenizerConfig
-from jaxlm.data import corpus as corpus_module
-from jaxlm.data import source
-from jaxlm.data.batches import Batches, Epoch, prefetch
+from jaxlm.data import source, tokenizing
+from jaxlm.data.ahead import prefetch
+from jaxlm.data.batches import Batches, Epoch
 from jaxlm.data.corpus import Corpus, prepare
 from jaxlm.data.joined import join
 from jaxlm.data.pack import pack
@@ -245,7 +245,7 @@ def test_a_batch_contains_the_positions_of_its_examples():
 
 def test_prefetch_yields_the_same_batches_in_order_and_leaves_no_thread():
     batches = training_batches()
-    for step, batch in enumerate(prefetch(batches.batch_at, 5, 12), start=5):
+    for step, batch in enumerate(prefetch(batches.batch_at, range(5, 12)), start=5):
         assert_same(batch, training_batches().batch_at(step))
     assert step == 11
     before = threading.active_count()
@@ -256,7 +256,7 @@ def test_prefetch_yields_the_same_batches_in_order_and_leaves_no_thread():
         time.sleep(0.01)
         return {}
 
-    abandoned = prefetch(slow, 0, 10_000)
+    abandoned = prefetch(slow, range(10_000))
     next(abandoned)
     assert threading.active_count() == before + 1
     abandoned.close()
@@ -272,7 +272,7 @@ def test_prefetch_raises_an_error_of_the_data():
 
     batches = []
     with pytest.raises(UserError, match="row 2 is bad"):
-        batches.extend(prefetch(broken, 0, 10))
+        batches.extend(prefetch(broken, range(10)))
     assert threading.active_count() < 20
 
 
@@ -349,8 +349,8 @@ def test_tokenizing_continues_after_a_crash(tmp_path, monkeypatch, task, crash):
     run = dataclasses.replace(run, model=ModelConfig(vocabulary=200))
     expected = prepare(run, QUIET)
     run = dataclasses.replace(run, data=dataclasses.replace(run.data, cache=str(tmp_path / "other")))
-    monkeypatch.setattr(corpus_module, "CHUNK", 500)
-    monkeypatch.setattr(corpus_module, "SECONDS_BETWEEN_SAVES", 0)
+    monkeypatch.setattr(tokenizing, "CHUNK", 500)
+    monkeypatch.setattr(tokenizing, "SECONDS_BETWEEN_SAVES", 0)
     reads, encoded = count_reads(monkeypatch), []
     encode = Tokenizer.encode_batch
 
@@ -360,7 +360,7 @@ def test_tokenizing_continues_after_a_crash(tmp_path, monkeypatch, task, crash):
         encoded.append(texts)
         return encode(self, texts, *rest)
 
-    monkeypatch.setattr(corpus_module, "THREADS", 1)
+    monkeypatch.setattr(tokenizing, "THREADS", 1)
     monkeypatch.setattr(Tokenizer, "encode_batch", interrupted)
     with pytest.raises(CrashError):
         prepare(run, QUIET)
@@ -384,8 +384,8 @@ def test_unfinished_files_that_differ_from_their_record_are_not_used(tmp_path, m
     run = make_run(tmp_path)
     expected = prepare(run, QUIET)
     run = dataclasses.replace(run, data=dataclasses.replace(run.data, cache=str(tmp_path / "other")))
-    finish = corpus_module._finish
-    monkeypatch.setattr(corpus_module, "_finish", lambda *_: (_ for _ in ()).throw(CrashError))
+    finish = tokenizing.finish
+    monkeypatch.setattr(tokenizing, "finish", lambda *_: (_ for _ in ()).throw(CrashError))
     with pytest.raises(CrashError):
         prepare(run, QUIET)
     (tokens,) = (tmp_path / "other").glob("*.partial/train/tokens.bin")
@@ -394,7 +394,7 @@ def test_unfinished_files_that_differ_from_their_record_are_not_used(tmp_path, m
         "missing": tokens.unlink,
         "shorter": lambda: tokens.write_bytes(tokens.read_bytes()[:-4]),
     }[damage]()
-    monkeypatch.setattr(corpus_module, "_finish", finish)
+    monkeypatch.setattr(tokenizing, "finish", finish)
     again = prepare(run, QUIET)
     assert_equal(again.train, expected.train)
     assert_equal(again.held_out, expected.held_out)
@@ -419,8 +419,8 @@ def test_an_entry_that_another_process_writes_is_written_apart(tmp_path, monkeyp
 
 
 def test_the_progress_of_a_long_text_is_printed(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus_module, "CHUNK", 1000)
-    monkeypatch.setattr(corpus_module, "SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr(tokenizing, "CHUNK", 1000)
+    monkeypatch.setattr(tokenizing, "SECONDS_BETWEEN_LINES", 0)
     messages: list[str] = []
     prepare(make_run(tmp_path), messages.append)
     lines = [line for line in messages if line.startswith("tokenizing the train text: ")]

@@ -230,6 +230,15 @@ def test_the_verb_plans_for_a_gpu(chip, kernel):
     assert (result["collectives"].get("all-reduce", {"times": 0})["times"] > 0) == (chip == "H100:2")
 
 
+def run_with_gpu_compiler(program: str) -> str:
+    """Returns the output of a Python program that can compile for GPUs."""
+    environment = os.environ | {"XLA_FLAGS": ""} | gpu_environment()
+    command = [sys.executable, "-c", program]
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
 TRAFFIC = """
 import math, runpy
 from dataclasses import replace
@@ -265,11 +274,7 @@ print(loss / logits)
 
 @pytest.mark.long
 def test_a_step_on_a_gpu_stores_no_large_float32_array_and_reads_the_logits_twice():
-    environment = os.environ | {"XLA_FLAGS": ""} | gpu_environment()
-    command = [sys.executable, "-c", TRAFFIC]
-    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    first, second = process.stdout.splitlines()
+    first, second = run_with_gpu_compiler(TRAFFIC).splitlines()
     assert first == "2 False False"  # parts of the loss, float32 arrays [B, T, F] and [B, T, D]
     assert 4 < float(second) < 6.5
 
@@ -310,12 +315,8 @@ print(len(copies), kernels, read / weights)
 
 
 @pytest.mark.long
-def test_a_token_s_step_on_a_gpu_copies_no_cache_and_reads_each_weight_once():
-    environment = os.environ | {"XLA_FLAGS": ""} | gpu_environment()
-    command = [sys.executable, "-c", DECODING]
-    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    copies, kernels, read = process.stdout.split()
+def test_a_decoding_step_on_a_gpu_copies_no_cache_and_reads_each_weight_once():
+    copies, kernels, read = run_with_gpu_compiler(DECODING).split()
     assert copies == "0" and int(kernels) < 3 * 18 + 30  # 16 of each layer
     assert float(read) < 1.2
 

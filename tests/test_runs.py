@@ -30,6 +30,7 @@ from flags import xla_flags
 from jaxlm import CausalLM, DataConfig, ModelConfig, OptimizerConfig, RunConfig, TokenizerConfig
 from jaxlm.__main__ import main, one_device_per_core
 from jaxlm.config import MeshConfig
+from jaxlm.data.batches import Batches
 from jaxlm.devices import sharding
 from jaxlm.errors import RunError, Stopped, UserError
 from jaxlm.hub import safetensors
@@ -153,6 +154,18 @@ def test_a_resumed_run_has_the_same_result(data_dir, reference, tmp_path, device
             fit(run, stop=stop_after(steps))
     fit(run)
     assert_same(tmp_path / "run", reference)
+
+
+def test_a_resumed_run_knows_where_its_epochs_start(data_dir, tmp_path, devices, monkeypatch):
+    """So it builds no earlier epoch; an epoch of this run has about 25 batches, and this one continues in the third."""
+    run = run_config(data_dir, tmp_path / "run", steps=60, eval_every=60, checkpoint_every=60)
+    with pytest.raises(Stopped):
+        fit(run, stop=stop_after(55))
+    built, make = [], Batches._make_epoch
+    monkeypatch.setattr(Batches, "_make_epoch", lambda self, n: built.append((self.seed, n)) or make(self, n))
+    fit(run)
+    epochs = [n for seed, n in built if seed is not None]
+    assert epochs and min(epochs) >= 1
 
 
 @pytest.mark.parametrize("source", [pytest.param("the seed", marks=pytest.mark.long), "weights"])

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from itertools import groupby
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from jaxlm.data.ahead import prefetch
 from jaxlm.data.joined import Features, Joined, axes_of, number_within, offsets, ranges
 from jaxlm.data.pack import Rows, pack
 
@@ -91,6 +91,10 @@ class Batches:
         """Fields that a front end reads: name in a batch -> dtype."""
         return getattr(self.examples, "inputs", {"tokens_BT": np.int32})
 
+    def __bool__(self) -> bool:
+        """Returns whether there is an example."""
+        return len(self.lengths) > 0
+
     def __len__(self) -> int:
         """Returns the number of batches in one epoch; the last one may have rows of padding."""
         return -(-self.rows_in_epoch // self.rows)
@@ -103,7 +107,7 @@ class Batches:
     @property
     def lengths(self) -> np.ndarray:
         """Length of each unit of the first epoch, in tokens."""
-        return self._epoch(0)[0].lengths
+        return self.examples.epoch(None if self.seed is None else 0).lengths
 
     @property
     def true_lengths(self) -> np.ndarray:
@@ -332,16 +336,4 @@ def iterate_batches(
     """
     if source.reads_state:
         return (place(step, source.batch(step, state(), rows)) for step in range(start, stop))
-    return prefetch(lambda step: place(step, source.batch(step, None, rows)), start, stop)
-
-
-def prefetch(batch_at: Callable[[int], Features], start: int, stop: int, ahead: int = 4) -> Iterator[Features]:
-    """Yields `batch_at(start)` to `batch_at(stop - 1)`, computed up to `ahead` steps in advance by another thread."""
-    with ThreadPoolExecutor(1) as pool:
-        pending: deque[Future[Features]] = deque()
-        for step in range(start, stop):
-            pending.append(pool.submit(batch_at, step))
-            if len(pending) > ahead:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+    return prefetch(lambda step: place(step, source.batch(step, None, rows)), range(start, stop))

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlm.devices.sharding import RULES, Placement, spec
 from jaxlm.nn import parameters
-from jaxlm.nn.nodes import is_node
+from jaxlm.nn.nodes import is_matrix, is_node
 
 
 class Groups:
@@ -56,7 +56,7 @@ class Groups:
             return jax.tree.map(lambda x: x[None], function(params, x_BTD, *arrays_BT))
 
         def copy(value: Any, rows: Any) -> Any:
-            dtype = None if is_node(value) or value.ndim < 2 else x_BTD.dtype
+            dtype = x_BTD.dtype if is_matrix(value) else None
             return jax.tree.map(lambda leaf, row: self._copy(leaf, row.axes, dtype), value, rows)
 
         copies = jax.tree.map(copy, params, parameters.rows(params), is_leaf=is_node)

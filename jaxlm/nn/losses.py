@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlm.nn.nodes import is_node
+from jaxlm.nn.nodes import is_matrix, is_node
 
 Sum = tuple[jax.Array, jax.Array]  # a sum over examples or tokens, and the weight to divide it by
 Losses = tuple[dict[str, Sum], dict[str, jax.Array]]  # of a batch; and outputs for each example, for evaluation
@@ -183,7 +183,6 @@ def _rounded(params: Any, dtype: Any) -> Any:
 
     Where a loop rounds them itself, it reads all of them in float32 in each iteration.
     """
-    is_matrix = lambda value: not is_node(value) and value.ndim > 1
     return jax.tree.map(lambda value: value.astype(dtype) if is_matrix(value) else value, params, is_leaf=is_node)
 
 

@@ -91,6 +91,11 @@ def dense(value: Any) -> jax.Array:
     return value.materialize() if isinstance(value, Node) else value
 
 
+def is_matrix(value: Any) -> bool:
+    """Returns whether a parameter is an array that products round to their dtype, unlike biases and scales."""
+    return not is_node(value) and value.ndim > 1
+
+
 def dot(x: jax.Array, kernel: Any, contract: int, dtype: Any) -> jax.Array:
     """Returns `x[..., I...] @ kernel[I..., O...]`, computed in `dtype`; I are the last `contract` axes of x."""
     if isinstance(kernel, Node):

@@ -12,12 +12,11 @@ import math
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import jax
 import numpy as np
@@ -197,10 +196,14 @@ def _absent_gpu(device: Any) -> Iterator[None]:
         "check_compute_capability": lambda least: capability >= numbers(least),
         "is_cuda_compute_capability_equal": lambda exact: capability == numbers(exact),
     }
-    with ExitStack() as stack:
-        for name, function in assumed.items():
-            stack.enter_context(patch.object(cudnn, name, function))
+    found = {name: getattr(cudnn, name) for name in assumed}
+    for name, function in assumed.items():
+        setattr(cudnn, name, function)
+    try:
         yield
+    finally:
+        for name, function in found.items():
+            setattr(cudnn, name, function)
 
 
 def _compiled(lowered: Any, for_tpu: bool) -> tuple[Any, str]:

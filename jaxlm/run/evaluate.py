@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxlm.config.arguments import check_model
 from jaxlm.config.ranges import Count, Range, check_argument
-from jaxlm.data.batches import prefetch
+from jaxlm.data.ahead import prefetch
 from jaxlm.data.formats.lines import Place, Row
 from jaxlm.errors import UserError, to_python_names, with_python_names
 from jaxlm.hub.pooling import Pooling
@@ -57,7 +57,7 @@ def run_eval(eval_step: Step, params: Any, batches: Any, put: Callable, rows: li
         losses, arrays = eval_step(params, batch)
         return losses, arrays, batch["segments_BT"] if arrays else ()
 
-    placed = prefetch(lambda step: put(batches.batch_at(step, rows), 1), 0, len(batches))
+    placed = prefetch(lambda step: put(batches.batch_at(step, rows), 1), range(len(batches)))
     for step, (losses, arrays, segments_1BT) in run_ahead(evaluate_batch, enumerate(placed)):
         for name, (value, weight) in losses.items():
             total = totals.get(name, (0.0, 0.0))

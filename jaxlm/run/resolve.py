@@ -113,7 +113,7 @@ def resolve(
     train.rows = run.batch
     held_out = task.batches(data.held_out, run.batch // run.accumulate, run.data.length, None)
     for part, batches in (("training", train), ("held-out", held_out)):
-        if not len(batches):
+        if not batches:  # without packing an epoch, which a resumed run may not need
             raise UserError(f"the {part} data contain too little for one example of the task; give more")
     kind = task.module(Transformer if model is None else type(model.module))
     return ResolvedRun(run, mesh, task, config, kind, given, data, weights, train, held_out, uncapped)
