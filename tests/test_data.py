@@ -135,6 +135,18 @@ def test_a_batch_is_a_function_of_the_step():
     assert any(np.any(forward[0][f] != training_batches(seed=4).batch_at(0)[f]) for f in forward[0])
 
 
+def test_full_rows_are_filled_in_any_order():
+    class Full(Numbered):
+        def __init__(self):
+            self.lengths = np.full(12, 8)
+
+    batches = Batches(Full(), rows=3, length=16, max_examples=2, seed=0)
+    rows = [batches.fill([(index, 0)]) for index in range(3)]
+    found = batches.fill([(0, 2), (1, 0), (2, 1)])
+    for index, place in enumerate((2, 0, 1)):
+        assert_same({name: x[place] for name, x in found.items()}, {name: x[0] for name, x in rows[index].items()})
+
+
 def test_a_resumed_run_builds_no_earlier_epoch():
     batches = training_batches()
     expected = [batches.batch_at(step) for step in range(100)]

@@ -10,6 +10,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from random_params import random_params
@@ -21,6 +22,7 @@ from jaxlm.data.tokenizers import tokenizer as tokenizers
 from jaxlm.errors import UserError
 from jaxlm.families import PRESETS
 from jaxlm.hub import convert
+from jaxlm.inference import decode
 from jaxlm.inference import generate as generation
 from jaxlm.inference.decode import Rules, choose, draw
 from jaxlm.inference.generate import generate
@@ -260,6 +262,15 @@ def test_many_prompts_are_decoded_continuously(monkeypatch):
     assert [len({tuple(row) for row in several}) for several in texts] == [3, 3, 3]
     assert [several[0] for several in texts] == draws[:3]
     assert lm.vocabulary > max(max(row, default=0) for several in texts for row in several)
+
+
+def test_added_rows_have_ended():
+    """Otherwise a program would run to their end where only the given rows are stopped."""
+    field = jnp.arange(4).reshape(2, 2)
+    state = decode.State(field, None, *jnp.zeros((3, 2), int), jnp.array([False, False]), field, {"cache": field})
+    more = decode.repeat(state, rows=5)
+    assert more.done_B.tolist() == [False, False, True, True, True]
+    assert more.caches["cache"].tolist() == [[0, 1], [2, 3], [2, 3], [2, 3], [2, 3]]
 
 
 @pytest.mark.parametrize("name", [*MODELS, *SEQ2SEQ])

@@ -17,7 +17,7 @@ from random_params import random_params
 from jaxlm.config import ModelConfig, Remat, RunConfig
 from jaxlm.errors import UserError
 from jaxlm.nn.fusion import keep_apart
-from jaxlm.nn.layers import ACTIVATIONS, float32_einsum
+from jaxlm.nn.layers import ACTIVATIONS, Norm, float32_einsum
 from jaxlm.nn.positions import Buckets
 from jaxlm.nn.transformer import REMAT, CacheSpec, Transformer, apply, init
 from jaxlm.run import assembly
@@ -181,6 +181,18 @@ def test_remat_and_unrolling_depend_on_the_device():
     ]
     assert found == [1, 1, 12, 4, 1, 1]
     assert assembly.unroll_of(RunConfig(unroll=2), deep, mesh("gpu")) == 2
+
+
+@pytest.mark.parametrize("norm, numbers", [("layernorm", 2), ("rmsnorm", 1)])
+def test_the_derivative_of_a_norm_reads_its_numbers_on_a_gpu(norm, numbers):
+    """The mean and the scale of each position; the forward pass alone keeps nothing apart."""
+    layer, x_BTD = Norm(ModelConfig(norm=norm)), jnp.ones((2, 3, 8))
+    params = layer.init(jax.random.key(0), x_BTD)
+    lowered = lambda function: jax.jit(function).trace(params).lower(lowering_platforms=("cuda",)).as_text()
+    forward = lambda params: layer.apply(params, x_BTD).sum()
+    backward = jax.grad(lambda params, x: layer.apply(params, x).sum(), (0, 1))
+    assert lowered(forward).count("optimization_barrier") == 0
+    assert lowered(lambda params: backward(params, x_BTD)).count("optimization_barrier") == numbers
 
 
 @pytest.mark.parametrize("causal", [True, False])

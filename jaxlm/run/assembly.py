@@ -89,7 +89,7 @@ def unroll_of(run: RunConfig, config: ModelConfig, mesh: Mesh) -> int:
     """Returns the number of layers in one iteration of the loop over layers on this mesh.
 
     A loop copies what each iteration keeps for the backward pass. On an H100, GPT-2 trains a third faster with all 12
-    layers in one iteration than with 1, and a step of BERT-large moves 221 instead of 319 GiB with 24 rather than 4
+    layers in one iteration than with 1, and a step of BERT-large moves a third less memory with 24 rather than 4
     (benchmarks/RESULTS.md). More layers take long to compile.
     """
     if run.unroll:
