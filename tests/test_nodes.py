@@ -20,15 +20,16 @@ from jaxlm.data.tokenizers import tokenizer as tokenizers
 from jaxlm.devices import sharding
 from jaxlm.lm import LM
 from jaxlm.nn import nodes, parameters
+from jaxlm.nn.low_rank import LowRank
+from jaxlm.nn.masked import Masked
+from jaxlm.nn.quantized import Quantized, quantize
 from jaxlm.nn.transformer import Transformer, apply, unstack_layers
 from jaxlm.run.assembly import TrainStep, with_shardings
 from jaxlm.run.checkpoint import Checkpoints
 from jaxlm.run.optimizer import make_schedule
 from jaxlm.run.step import TrainState, make_train_step
 from jaxlm.tasks.pretraining import CausalLMTask
-from jaxlm.transforms.low_rank import LowRank, add_low_rank
-from jaxlm.transforms.masked import Masked
-from jaxlm.transforms.quantized import Quantized, quantize
+from jaxlm.transforms.low_rank import add_low_rank
 
 TINY = {"vocabulary": 48, "width": 16, "layers": 3, "heads": 2, "max_length": 32, "initial_std": 0.2}
 MODELS = {
@@ -271,3 +272,14 @@ def test_quantization_errors_are_at_most_half_a_step():
     assert isinstance(node, Quantized) and node.values.dtype == np.int8 and node.scales.shape == (3, 1, 2, 4)
     assert np.all(np.abs(node.materialize() - array) <= 0.5 * np.asarray(node.scales) + 1e-7)
     assert not np.any(np.asarray(node.materialize())[1, :, 0, 1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_model_has_the_merged_arrays(kind, tmp_path):
+    model = MODELS["decoder"]
+    lm = LM(model, Transformer(model), projections(random_params(model), KINDS[kind]))
+    jaxlm.save(lm, tmp_path / "model")
+    for found, expected in zip(
+        jax.tree.leaves(jaxlm.load(tmp_path / "model").params), jax.tree.leaves(merge(lm.params))
+    ):
+        np.testing.assert_allclose(found, expected, atol=1e-6)

@@ -18,6 +18,7 @@ import numpy as np
 from jaxlm.config import DROPOUT_SITES, Head, ModelConfig
 from jaxlm.errors import UserError, suggestion
 from jaxlm.hub.safetensors import Pending
+from jaxlm.nn import nodes, parameters
 
 
 class Layout(NamedTuple):
@@ -250,26 +251,29 @@ def idle(family: Family, config: ModelConfig) -> set[str]:
 
 
 def to_hf(family: Family, config: ModelConfig, params: Mapping[str, Any]) -> dict[str, Pending]:
-    """Returns the tensors of the file, which are computed when they are written.
+    """Returns the tensors of the file, which are computed when they are written; nodes are written as dense arrays.
 
     Raises:
       UserError: if `params` do not have the shapes that `config` requires.
     """
     shapes, leaves = tree_shapes(config, family.module), flat(params)
-    check_shapes(shapes, {path: tuple(leaf.shape) for path, leaf in leaves.items()}, "parameters")
+    arrays = {path: nodes.dense_like(leaf, parameters.is_stacked(path)) for path, leaf in leaves.items()}
+    check_shapes(shapes, {path: tuple(array.shape) for path, array in arrays.items()}, "parameters")
     expected, tensors = hf_shapes(family, config), dict[str, Pending]()
     for rule in _applying(family.rules, shapes):
         parts = [leaves[path] for path in rule.leaves]
         for i, name in rule.names(shapes).items():
             make = partial(_join_layer, rule, config, parts, i)
-            tensors[name] = Pending(expected[name], np.dtype(parts[0].dtype), make)
+            tensors[name] = Pending(expected[name], np.dtype(arrays[rule.leaves[0]].dtype), make)
     return tensors
 
 
 def _join_layer(rule: Rule, config: ModelConfig, leaves: list[Any], layer: int) -> np.ndarray:
-    return rule.layout.to_hf(
-        rule.config(config), *(np.asarray(leaf[layer] if "{i}" in rule.hf else leaf) for leaf in leaves)
-    )
+    if "{i}" in rule.hf:
+        array: Callable[[Any], Any] = partial(nodes.of_layer, layer=layer)
+    else:  # jaxlm's own format stores stacked arrays
+        array = nodes.dense_layers if parameters.is_stacked(rule.leaves[0]) else nodes.dense
+    return rule.layout.to_hf(rule.config(config), *(np.asarray(array(leaf)) for leaf in leaves))
 
 
 class Canonical(NamedTuple):

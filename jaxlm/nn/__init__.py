@@ -9,7 +9,10 @@ heads        outputs computed from the last hidden states
 groups       the positions of a batch in groups, each with a copy of the parameters of a head
 fusion       values that XLA does not compute together on a GPU
 losses       losses and metrics as pairs (sum, weight)
-nodes        parameters in another form than a dense array, such as a low-rank update
+nodes        parameters in another form than a dense array
+low_rank     the node of low-rank updates (LoRA)
+masked       the node of arrays with some entries fixed at zero
+quantized    the node of integers with scales
 parameters   the table of parameters: logical axes, weight decay, depth
 flops        counts of floating-point operations
 

@@ -91,6 +91,21 @@ def dense(value: Any) -> jax.Array:
     return value.materialize() if isinstance(value, Node) else value
 
 
+def of_layer(value: Any, layer: int) -> jax.Array:
+    """Returns the dense array of one layer of a stacked array or node."""
+    return dense(jax.tree.map(lambda leaf: leaf[layer], value))
+
+
+def dense_layers(value: Any) -> jax.Array:
+    """Returns the dense array of a stacked array or node, [L, ...], computed layer by layer."""
+    return jax.lax.map(dense, value) if is_node(value) else value
+
+
+def dense_like(value: Any, stacked: bool) -> Any:
+    """Returns an object with the shape and the dtype of the dense array; `stacked`: its first axis is the layer."""
+    return jax.eval_shape(dense_layers if stacked else dense, value) if is_node(value) else value
+
+
 def is_matrix(value: Any) -> bool:
     """Returns whether a parameter is an array that products round to their dtype, unlike biases and scales."""
     return not is_node(value) and value.ndim > 1

@@ -93,6 +93,11 @@ def find(path: str) -> Parameter | None:
     return rows[0] if rows else None
 
 
+def is_stacked(path: str) -> bool:
+    """Returns whether the first axis of the parameter at a path is the layer."""
+    return bool(re.match(_LAYER + "/", path))
+
+
 def path_of(key_path: tuple[Any, ...]) -> str:
     """Returns `a/b/c` from the dictionary keys of a JAX key path, without the keys that an optimizer's state adds."""
     keys = [key.key for key in key_path if isinstance(key, jax.tree_util.DictKey)]
@@ -108,7 +113,7 @@ def _user_row(path: str, dimensions: int) -> Parameter | None:
     """Returns the row for a user's module named `own` or `own_...`: never sharded, weight decay for matrices."""
     if not any(part.split("_")[0] == "own" for part in path.split("/")):
         return None
-    stacked = bool(re.match(_LAYER + "/", path))
+    stacked = is_stacked(path)
     axes = ("layers",) * stacked + (None,) * (dimensions - stacked)
     embedding = bool(re.match(_EMBEDDINGS + "/", path))
     return Parameter(

@@ -1,7 +1,5 @@
 """Transformations of a model's parameters.
 
-low_rank    low-rank updates of frozen matrices (LoRA)
-masked      arrays with some entries fixed at zero
-quantized   8-bit arrays
+low_rank    addition of low-rank updates to projections (LoRA)
 vocabulary  resized vocabularies
 """
