@@ -1,5 +1,5 @@
 """Transformations of a model's parameters.
 
-low_rank    addition of low-rank updates to projections (LoRA)
+adapters    low-rank updates of projections (LoRA): added, trained, merged, removed
 vocabulary  resized vocabularies
 """
