@@ -33,6 +33,7 @@ with _interrupts_wait():
     from jaxlm.lm import LM, load, save
     from jaxlm.run.evaluate import evaluate, predict
     from jaxlm.run.fit import fit
+    from jaxlm.transforms.adapters import add_adapter, merge, remove_adapters
     from jaxlm.transforms.vocabulary import resize
 
 __all__ = [
@@ -50,12 +51,15 @@ __all__ = [
     "Stopped",
     "TokenizerConfig",
     "UserError",
+    "add_adapter",
     "encode",
     "evaluate",
     "fit",
     "generate",
     "load",
+    "merge",
     "predict",
+    "remove_adapters",
     "resize",
     "save",
     "stream",

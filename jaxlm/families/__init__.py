@@ -171,16 +171,20 @@ def open_folder(
       UserError: if the `model_type` is unknown, if the tensors do not match the model, or if an adapter does not match
         its base.
     """
-    base, found_adapters = _adapters(Path(folder), adapters)
-    folder = next((one.folder for one in reversed(found_adapters) if (one.folder / "config.json").exists()), base)
+    given = Path(folder)
+    folder, found_adapters = _adapters(given, adapters)
     hf = read_config(folder / "config.json")
-    if head is None and found_adapters and folder == base:
+    described = [one.folder for one in found_adapters if (one.folder / "config.json").exists()]
+    for adapter_folder in described:
+        values = read_config(adapter_folder / "config.json")
+        hf = hf | {key: values[key] for key in _OF_ADAPTER if key in values}
+    if head is None and found_adapters and not described:  # as PEFT writes them
         head = found_adapters[-1].head
     kind = str(hf.get("model_type"))
     if kind not in FAMILIES and kind != OWN:
         raise UserError(f"config.json has model_type {kind!r}, unknown{suggestion(kind, [*FAMILIES, OWN])}")
-    stored: Mapping[str, Any] = safetensors.read(base)
-    refuse_quantised(base, hf, stored)
+    stored: Mapping[str, Any] = safetensors.read(folder)
+    refuse_quantised(folder, hf, stored)
     if kind == OWN:
         family, config = _own(hf, folder, module)
     else:
@@ -206,17 +210,22 @@ def open_folder(
         canonical.names,
         {name: np.dtype(stored[name].dtype) for name in stored},
         {name: np.array(tensor) for name, tensor in buffers.items()},
-        found_adapters[0].base if found_adapters and not adapters else str(base.resolve()),
+        found_adapters[0].base if peft.is_adapter(given) and not merge else str(given.resolve()),
     )
     tensors, updates = canonical.tensors, []
     for adapter in found_adapters:
-        updates.append(peft.canonical_updates(family, config, adapter, tensors))
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        updates.append(peft.canonical_updates(family, config, adapter, shapes))
         if merge:
             merged = {name: peft.Merged(tensors[name], x, adapter.transposed) for name, x in updates[-1].items()}
             tensors = tensors | merged
     own = {canonical.names[name] for adapter in found_adapters for name in adapter.saved if name in canonical.names}
     adapted = [path for path, x in convert.readers(family, config).items() if own & {*x.names.values()}]
     return Opened(kind, family, config, tensors, origin, fresh, () if merge else tuple(updates), tuple(sorted(adapted)))
+
+
+# Keys of config.json that an adapter may change: its task, its labels, and in jaxlm's own format its heads.
+_OF_ADAPTER = ("architectures", "id2label", "label2id", "problem_type", "model")
 
 
 def base_of(folder: Path) -> Path:
@@ -241,7 +250,8 @@ def _adapters(folder: Path, more: Sequence[Path]) -> tuple[Path, list[peft.Adapt
         except UserError as error:
             raise UserError(
                 f"the base of the adapter in {adapter.folder} cannot be found: {error}; correct "
-                f"base_model_name_or_path in {peft.CONFIG}, or load it with jaxlm.load(base, adapter={str(adapter.folder)!r})"
+                f"base_model_name_or_path in {peft.CONFIG}, or load it with "
+                f"jaxlm.load(base, adapter={str(adapter.folder)!r})"
             ) from None
     return folder, [*adapters, *map(peft.read, more)]
 

@@ -219,7 +219,7 @@ def _in_new_head(family: Family, name: str) -> bool:
 
 
 def canonical_updates(
-    family: Family, config: ModelConfig, adapter: Adapter, shapes: Mapping[str, Any]
+    family: Family, config: ModelConfig, adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Factors]:
     """Returns the updates of an adapter by the names of the tensors in the family's rules.
 
@@ -227,7 +227,7 @@ def canonical_updates(
       family: the conversion table.
       config: the config of the base.
       adapter: the adapter.
-      shapes: the tensors of the base, or their shapes, by their names in the rules.
+      shapes: shapes of the tensors of the base by their names in the rules.
 
     Raises:
       UserError: if the base has no such tensors, or has other shapes.
@@ -235,14 +235,15 @@ def canonical_updates(
     updates: dict[str, Factors] = {}
     strange: list[str] = []
     for module, factors in adapter.updates.items():
-        names = [f"{prefix}{module}{end}" for prefix in ("", family.prefix) for end in (".weight", "")]
-        name = next((name for name in names if name in shapes), None)
+        stacked = module.rpartition(".")[0]  # jaxlm's own format stores all layers in one tensor
+        names = [f"{prefix}{module}.weight" for prefix in ("", family.prefix)]
+        name = next((name for name in names if name in shapes), module if stacked in shapes else None)
         inputs, outputs = factors.a_RI.shape[1], factors.b_OR.shape[0]
         expected = (inputs, outputs) if adapter.transposed else (outputs, inputs)
         if name is None:
             strange.append(f"{module} [{outputs}, {inputs}], which the base does not have")
-        elif len(shapes[name].shape) == 2 and tuple(shapes[name].shape) != expected:
-            strange.append(f"{module} {list(expected)}, where the base has {list(shapes[name].shape)}")
+        elif name in shapes and shapes[name] != expected:
+            strange.append(f"{module} {list(expected)}, where the base has {list(shapes[name])}")
         else:
             updates[name] = factors
     if strange:
