@@ -196,7 +196,7 @@ def test_a_run_starts_from_the_merged_weights_of_an_adapter(data_dir, base_run, 
 
 def test_an_adapter_requires_initial_weights(data_dir, tmp_path, devices, monkeypatch):
     monkeypatch.setenv("JAXLM_CACHE", str(data_dir / "cache"))
-    with pytest.raises(UserError, match="adapter.rank is 2, but the run has no initial weights to adapt; .* --init"):
+    with pytest.raises(UserError, match=r"adapter.rank is 2, but the run has no initial weights to adapt; .* --init"):
         fit(run_config(data_dir, tmp_path / "run", adapter=AdapterConfig(2)))
 
 
@@ -211,7 +211,7 @@ def test_adapters_of_other_bases_are_refused(tmp_path):
     with pytest.raises(UserError, match=message):
         jaxlm.add_adapter(jaxlm.load(tmp_path / "other"), tmp_path / "adapter")
     write_base("bert", tmp_path / "bert")
-    with pytest.raises(UserError, match="down_proj .*, which the base does not have and .* more; give the model"):
+    with pytest.raises(UserError, match=r"down_proj .*, which the base does not have and .* more; give the model"):
         jaxlm.load(tmp_path / "bert", adapter=tmp_path / "adapter")
 
 
@@ -262,6 +262,6 @@ def test_several_magnitudes_are_not_one_adapter(tmp_path):
     both = jaxlm.add_adapter(jaxlm.add_adapter(base, tmp_path / "0"), tmp_path / "0")
     with pytest.raises(UserError, match=r"save jaxlm.merge\(lm\) instead"):
         jaxlm.save(both, tmp_path / "both")
-    with pytest.raises(UserError, match="weight is 0.5, but .* has magnitudes"):
+    with pytest.raises(UserError, match=r"weight is 0.5, but .* has magnitudes"):
         jaxlm.add_adapter(base, tmp_path / "0", weight=0.5)
     assert nodes.is_node(both.params["decoder"]["layers"]["mlp"]["up"]["kernel"])
