@@ -1,7 +1,7 @@
 """Weights of 8 or 4 bits with scales: integers, levels of a normal distribution (QLoRA) or 8-bit floats.
 
-The inputs of each output are divided into groups of consecutive inputs. Each group has a scale. With one group, there is
-one scale for each output.
+The inputs of each output are divided into groups of consecutive inputs. Each group has a scale. With one group, there
+is one scale for each output.
 """
 
 from __future__ import annotations
@@ -167,8 +167,8 @@ def quantize(
     grouped = split_groups(array, axis, inputs, group)
     scales, zeros = find_scales(grouped, axis + 1, weights, symmetric)
     values = round_to_values(grouped, scales, zeros, weights)
-    squeeze = lambda x: None if x is None else jnp.squeeze(x, axis + 1)
-    return Quantized(values.reshape(array.shape), squeeze(scales), squeeze(zeros), None, first, inputs)
+    zeros = None if zeros is None else jnp.squeeze(zeros, axis + 1)
+    return Quantized(values.reshape(array.shape), jnp.squeeze(scales, axis + 1), zeros, None, first, inputs)
 
 
 def split_groups(array: Any, axis: int, inputs: int, group: int) -> Any:
