@@ -5,6 +5,7 @@ lm = jaxlm.load("runs/quickstart")                    # load a run, or a model i
 jaxlm.generate(lm, ["The"], max_new_tokens=20)        # continue prompts
 jaxlm.encode(lm, ["a text", "another"])               # embed texts, pooled as the checkpoint declares
 jaxlm.predict(lm, ["a text", "another"])              # predict with a fine-tuned model, with confidences
+jaxlm.quantize(lm, "int4")                            # weights of 8 or 4 bits
 jaxlm.save(lm, "folder")                              # write a model that transformers can load
 """
 
@@ -34,6 +35,7 @@ with _interrupts_wait():
     from jaxlm.run.evaluate import evaluate, predict
     from jaxlm.run.fit import fit
     from jaxlm.transforms.adapters import add_adapter, merge, remove_adapters
+    from jaxlm.transforms.quantization import quantize
     from jaxlm.transforms.vocabulary import resize
 
 __all__ = [
@@ -59,6 +61,7 @@ __all__ = [
     "load",
     "merge",
     "predict",
+    "quantize",
     "remove_adapters",
     "resize",
     "save",

@@ -139,8 +139,9 @@ def load(folder: Path, *, dtype: Any = None, mesh: Any = None, **how: Any) -> Lo
     """
     opened = open_folder(folder, merge=False, **how)
     params = place(opened.family, opened.config, opened.tensors, dtype, mesh, opened.fresh)
+    base_format = peft.read_base_format(opened.origin.config, folder)
     for updates in opened.updates:
-        params = peft.add_updates(opened.family, opened.config, params, updates)
+        params = peft.add_updates(opened.family, opened.config, params, updates, base_format=base_format)
     params = put(params, dtype, mesh) if opened.updates else params
     return Loaded(opened.config, params, opened.origin, opened.fresh, opened.adapted)
 
@@ -225,7 +226,7 @@ def open_folder(
 
 
 # Keys of config.json that an adapter may change: its task, its labels, and in jaxlm's own format its heads.
-_OF_ADAPTER = ("architectures", "id2label", "label2id", "problem_type", "model")
+_OF_ADAPTER = ("architectures", "id2label", "label2id", "problem_type", "model", peft.BASE_FORMAT)
 
 
 def base_of(folder: Path) -> Path:
@@ -301,7 +302,10 @@ def save(
             tensor.dtype for tensor in named.values() if tensor.dtype.name in FLOATS
         ]  # other dtypes belong to buffers
         values[name] = str(max(floats, key=lambda dtype: dtype.itemsize))
+    values.pop(peft.BASE_FORMAT, None)
     if peft.has_updates(params):
+        base_format = peft.quantized_base(params)
+        values |= {peft.BASE_FORMAT: base_format} if base_format else {}
         peft.write(folder, family, config, params, adapted, origin.base if origin else "", dtype)
     else:
         safetensors.write_sharded(named, folder, max_shard_bytes=max_shard_bytes)
