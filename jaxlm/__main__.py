@@ -122,7 +122,7 @@ def _split_sweep(argv: list[str]) -> tuple[list[str], list[str]]:
 class Generate(Config):
     """Generate a text for each prompt: a decoder continues the prompt, an encoder-decoder reads it as its input."""
 
-    # The folder of a run, a folder in Hugging Face format, or a hub name.
+    # The folder of a run, a folder in Hugging Face format, a GGUF file, or a hub name.
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     prompt: tuple[str, ...] = ()  # one or more prompts; not set: an empty prompt
     file: str = ""  # a text file with one prompt per line, instead of --prompt
@@ -222,7 +222,7 @@ def _load_models(args: Generate) -> tuple[Any, Any]:
 class FileArguments(Config):
     """Apply a model to the rows of a file. Task and data fields default to their values in training."""
 
-    # The folder of a run, a folder in Hugging Face format, or a hub name.
+    # The folder of a run, a folder in Hugging Face format, a GGUF file, or a hub name.
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = ""
     # A file, a folder, a glob pattern, or tfds:NAME.
     file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")] = ""
@@ -339,7 +339,7 @@ def _read_config(argv: list[str]) -> RunConfig | None:
 class Convert(Config):
     """Write a model to a new folder, with another dtype, head or maximum file size."""
 
-    # The folder of a run, a folder in Hugging Face format, or a hub name.
+    # The folder of a run, a folder in Hugging Face format, a GGUF file, or a hub name.
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     # The folder to write, which must be new or empty.
     destination: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DESTINATION")]
@@ -619,7 +619,9 @@ def _devices(run: RunConfig) -> int:
     if run.model is not None:
         parameters = run.model.vocabulary * run.model.width + 12 * run.model.layers * run.model.width**2
     else:  # most files have 4 bytes per parameter; a hub name is not downloaded for this
-        parameters = sum(file.stat().st_size for file in Path(run.init).glob("**/*.safetensors")) // 4
+        init = Path(run.init)
+        files = [init] if init.is_file() else init.glob("**/*.safetensors")  # a GGUF file
+        parameters = sum(file.stat().st_size for file in files) // 4
     sizes = dataclasses.astuple(run.mesh)
     if -1 not in sizes:
         return math.prod(sizes)

@@ -19,13 +19,16 @@ import numpy as np
 from jaxlm import families
 from jaxlm.config import TASK_CONFIGS, MatmulPrecision, ModelConfig, check_task, task_from_json, task_to_json
 from jaxlm.config.ranges import Name, Range, check_argument, short_repr
+from jaxlm.data.chat.rendering import templates
 from jaxlm.data.tokenizers import tokenizer as tokenizers
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 from jaxlm.devices import sharding
 from jaxlm.devices.programs import Programs
 from jaxlm.errors import UserError, suggestion
-from jaxlm.hub import model_files
+from jaxlm.hub import model_files, safetensors
 from jaxlm.hub.download import fetch
+from jaxlm.hub.gguf import container, vocabulary, writing
+from jaxlm.hub.gguf import folder as gguf_folder
 from jaxlm.hub.pooling import Pooling, read_files, read_pooling
 from jaxlm.nn.transformer import Transformer, apply
 from jaxlm.storage import buckets, disk
@@ -302,10 +305,10 @@ def _row_state(x_BTD: jax.Array, segments_BT: jax.Array | None, where: str) -> j
 
 
 def find(name: str | os.PathLike[str], *, revision: str | None = None, offline: bool = False) -> Path:
-    """Returns the folder of a model: the export of a run, or the downloaded snapshot of a hub name.
+    """Returns the folder of a model: the export of a run, the downloaded snapshot of a hub name, or a cached folder.
 
     Args:
-      name: a folder of a run or of a model, an address in a bucket, or a hub name.
+      name: a folder of a run or of a model, a GGUF file, an address of one of them in a bucket, or a hub name.
       revision: branch, tag or commit of a hub name; None: its main branch.
       offline: whether to use only files that were downloaded before.
 
@@ -314,11 +317,19 @@ def find(name: str | os.PathLike[str], *, revision: str | None = None, offline: 
     """
     address = check_argument("name", name, str)
     revision = check_argument("revision", revision, str | None)
+    if buckets.is_address(address) and address.endswith(container.SUFFIX):
+        buckets.forget_downloads()
+        address = buckets.download(address)
+    if container.is_gguf(address):
+        return gguf_folder.open_file(address)
     folder = (
         buckets.model(address) if buckets.is_address(address) else fetch(address, revision=revision, offline=offline)
     )
     if (folder / "export" / "config.json").exists():
         return folder / "export"
+    has_weights = any((folder / name).exists() for name in (safetensors.WEIGHTS, safetensors.INDEX))
+    if not has_weights and (error := container.only_gguf(folder, os.listdir(folder))):
+        raise error
     if not (folder / "config.json").exists():
         raise UserError(f"{folder} has no config.json; give an exported model or a run folder")
     if "run" in families.read_config(folder / "config.json"):
@@ -344,10 +355,10 @@ def load(
     split_special_tokens: bool | None = None,
     log: Callable[[str], None] | None = None,
 ) -> LM:
-    """Loads a model from a folder in Hugging Face format, from the export of a run, or from the hub.
+    """Loads a model from a folder in Hugging Face format, from the export of a run, from a GGUF file, or from the hub.
 
     Args:
-      name: a folder of a model or of a run, an address in a bucket, or a hub name.
+      name: a folder of a model or of a run, a GGUF file, an address in a bucket, or a hub name.
       head: lm, masked_lm, next_sentence, replaced, classes, tokens, span, pooled, none, or encoder (of an
         encoder-decoder); None: as in the checkpoint. A head that the checkpoint lacks is randomly initialised, with a
         message.
@@ -480,28 +491,32 @@ def save(
     overwrite: bool = False,
     max_shard_bytes: int = 5_000_000_000,
 ) -> str:
-    """Writes a model, its tokenizer and its further files to a folder that transformers can load.
+    """Writes a model, its tokenizer and its further files to a folder that transformers can load, or to a GGUF file.
 
     The folder is written as a whole or not at all. Files that were read and have not changed are written byte for byte,
     under their old names. An architecture without a Hugging Face format is written in jaxlm's own format.
 
     Args:
       lm: the model.
-      folder: the folder to write.
-      dtype: of all tensors: float32, bfloat16 or float16; None: each as in the folder that it was loaded from.
-      overwrite: whether to replace a folder that is not empty.
-      max_shard_bytes: maximum size of a file of tensors.
+      folder: the folder to write, or a file whose name ends with .gguf.
+      dtype: of all tensors: float32, bfloat16 or float16; None: each as in the folder that it was loaded from. In a
+        GGUF file it is the dtype of the matrices, which can also be q8_0 or q4_0: integers of 8 or 4 bits with a scale
+        for each 32 of them. The embeddings then have 8 bits, and matrices that are not a multiple of 32 wide float16.
+      overwrite: whether to replace a folder that is not empty, or a file.
+      max_shard_bytes: maximum size of a file of tensors; a GGUF file is always one file.
 
     Returns:
       The name of the format, such as "bert".
 
     Raises:
-      UserError: where the folder is not empty and `overwrite` is False, where it contains a run, and where another
-        process writes to it.
+      UserError: where the folder is not empty and `overwrite` is False, where it contains a run, where another
+        process writes to it, and where a GGUF file cannot represent the model.
     """
     check_argument("lm", lm, LM)
     folder = disk.local(check_argument("folder", folder, str), "folder")
     max_shard_bytes = check_argument("max_shard_bytes", max_shard_bytes, Annotated[int, Range(1, 10**18)])
+    if folder.suffix.lower() == container.SUFFIX:
+        return _save_gguf(lm, folder, dtype, overwrite)
     check_free(folder, overwrite)
     lock = disk.lock_path(folder)
     lock.parent.mkdir(parents=True, exist_ok=True)
@@ -529,6 +544,38 @@ def save(
             module=None if type(lm.module) is Transformer else type(lm.module),
         )
     return kind
+
+
+def _save_gguf(lm: LM, path: Path, dtype: Any, overwrite: bool) -> str:
+    """Writes a GGUF file, and returns its architecture; see `save`."""
+    if dtype is not None:
+        dtype = str(getattr(dtype, "__name__", dtype)).lower()
+        if dtype not in writing.DTYPES:
+            raise UserError(f"dtype is {dtype!r}{suggestion(dtype, writing.DTYPES)}")
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise UserError(f"{path} exists; choose another file{'' if path.is_dir() else ', or set overwrite'}")
+    tokenizer: dict[str, Any] = {"tokenizer.ggml.model": vocabulary.NONE[0]}
+    if lm.tokenizer is not None:
+        own = lm.tokenizer
+        frame = {"bos": own.prefix == [own.bos], "eos": own.suffix == [own.eos]}
+        if (own.prefix and not frame["bos"]) or (own.suffix and not frame["eos"]):
+            raise UserError(
+                f"the tokenizer adds {own.pieces(own.prefix + own.suffix)} to each text; a GGUF file can only add BOS "
+                f"and EOS: save a folder instead"
+            )
+        tokenizer = vocabulary.write(
+            json.loads(own.backend.to_str()),
+            own.special,
+            lm.config.vocabulary,
+            model=own.files.get("tokenizer.model"),
+            frame=frame,
+            template=templates(own).get("default"),
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        return families.save_gguf(lm.config, lm.params, path, origin=lm.origin, dtype=dtype, tokenizer=tokenizer)
+    except OSError as error:
+        raise disk.write_error(path, error, "file") from None
 
 
 def _task_of_run(folder: Path) -> dict[str, bytes]:

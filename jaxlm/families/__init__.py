@@ -34,6 +34,8 @@ from jaxlm.families import (
 )
 from jaxlm.hub import convert, model_files, safetensors
 from jaxlm.hub.convert import Family, Rule
+from jaxlm.hub.gguf import folder as gguf_folder
+from jaxlm.hub.gguf import tables, writing
 from jaxlm.hub.model_files import JsonObject
 from jaxlm.hub.place import place
 from jaxlm.hub.quantization import FLOATS, refuse_quantised
@@ -154,7 +156,7 @@ def open_folder(
     kind = str(hf.get("model_type"))
     if kind not in FAMILIES and kind != OWN:
         raise UserError(f"config.json has model_type {kind!r}, unknown{suggestion(kind, [*FAMILIES, OWN])}")
-    stored = safetensors.read(folder)
+    stored = gguf_folder.tensors(folder) or safetensors.read(folder)
     refuse_quantised(folder, hf, stored)
     if kind == OWN:
         family, config = _own(hf, folder, module)
@@ -234,6 +236,61 @@ def save(
     safetensors.write_sharded(named, folder, max_shard_bytes=max_shard_bytes)
     _write_config(values, folder / "config.json")
     return kind
+
+
+def save_gguf(
+    config: ModelConfig,
+    params: Mapping[str, Any],
+    path: Path,
+    *,
+    origin: Origin | None = None,
+    dtype: str | None = None,
+    tokenizer: Mapping[str, Any],
+) -> str:
+    """Writes a GGUF file, and returns its architecture, the first one that can represent the model.
+
+    Args:
+      config: the model's config.
+      params: the parameters.
+      path: the file.
+      origin: the files from which the model was loaded, whose dtypes are the default.
+      dtype: dtype of the matrices, a key of `writing.DTYPES`; None: as in `origin`, else as in `params`.
+      tokenizer: the metadata of the tokenizer.
+
+    Raises:
+      UserError: if GGUF files cannot represent the model.
+    """
+    before = origin.config.get("model_type") if origin else None
+    names = sorted(tables.ARCHITECTURES, key=lambda name: tables.ARCHITECTURES[name].kind != before)
+    name = next((name for name in names if _survives_gguf(name, config)), None)
+    if name is None:
+        raise UserError(
+            f"a GGUF file cannot represent this model; it can represent language models of the kinds "
+            f"{', '.join(tables.ARCHITECTURES)}, without windows in other layers than theirs: save a folder instead"
+        )
+    kind = tables.ARCHITECTURES[name].kind
+    family, source = FAMILIES[kind], origin if kind == before else None
+    values = family.config_to_hf(config)
+    tensors = convert.to_hf(family, config, params)
+    dtypes = {own: source.dtypes[written] for written, own in source.names.items()} if source else {}
+    tensors = {own: tensor._replace(dtype=dtypes.get(own, tensor.dtype)) for own, tensor in tensors.items()}
+    metadata = {**tables.to_gguf(values, name), **tokenizer}
+    writing.write(path, metadata, tables.tensors_to_gguf(values, name, tensors), dtype)
+    return name
+
+
+def _survives_gguf(name: str, config: ModelConfig) -> bool:
+    """Returns whether the metadata of an architecture can represent the computation of a model."""
+    kind = tables.ARCHITECTURES[name]
+    family = FAMILIES[kind.kind]
+    if config.heads_on_top != ("lm",) or not convert.can_represent(family, config):
+        return False
+    try:
+        values = tables.round_trip(family.config_to_hf(config), name, convert.hf_shapes(family, config))
+        back = family.config_from_hf(values)
+    except UserError:
+        return False
+    return convert.inference_config(dataclasses.replace(back, heads_on_top=("lm",))) == convert.inference_config(config)
 
 
 def _config_values(kind: str, family: Family, config: ModelConfig, origin: Origin | None) -> dict[str, Any]:

@@ -177,7 +177,7 @@ def check_fits(shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tup
     ]
     for path, shape in expected.items():
         if shapes.get(path) != shape and not (path not in shapes and _in_head(path)):
-            differences += [f"  - {path} {shapes[path]}"] * (path in shapes) + [f"  + {path} {shape}"]
+            differences += [f"  - {path} {shapes.get(path)}"] * (path in shapes) + [f"  + {path} {shape}"]
     if differences:
         lines = "\n".join(sorted(differences, key=lambda line: (line.split()[1], line.split()[0] == "+")))
         raise UserError(
