@@ -337,17 +337,18 @@ def _read_config(argv: list[str]) -> RunConfig | None:
 
 @dataclass(frozen=True)
 class Convert(Config):
-    """Write a model to a new folder, with another dtype, head or maximum file size."""
+    """Write a model to a new folder or GGUF file, with another dtype, head or maximum file size."""
 
     # The folder of a run, a folder in Hugging Face format, a GGUF file, or a hub name.
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    # The folder to write, which must be new or empty.
+    # The folder to write, which must be new or empty, or a file whose name ends with .gguf.
     destination: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DESTINATION")]
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of all tensors; not set: unchanged
+    # Of all tensors, or of the matrices of a GGUF file, which can also be q8_0 or q4_0; not set: unchanged.
+    dtype: Literal["float32", "bfloat16", "float16", "q8_0", "q4_0"] | None = None
     head: str | None = None  # lm, masked_lm, classes, tokens, span, pooled, none, encoder ...; not set: unchanged
     revision: str | None = None  # branch, tag or commit of a hub name
     shard_gb: Annotated[float, Range(0, 1_000_000, above=True)] = 5.0  # maximum size of a file, in 1e9 bytes
-    overwrite: bool = False  # replace a destination that is not empty
+    overwrite: bool = False  # replace a destination that exists and is not empty
 
 
 def convert(argv: list[str], _: process.Signals) -> int:

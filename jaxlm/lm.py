@@ -466,9 +466,13 @@ def check_free(folder: Path, overwrite: bool) -> None:
     """Raises UserError where a model cannot be written to `folder` without losing other files.
 
     Args:
-      folder: to be written.
-      overwrite: whether an existing folder may be replaced; the folder of a run never is.
+      folder: the folder or GGUF file to be written.
+      overwrite: whether an existing folder or file may be replaced; the folder of a run never is.
     """
+    if folder.suffix.lower() == container.SUFFIX:
+        if folder.is_dir() or (folder.exists() and not overwrite):
+            raise UserError(f"{folder} exists; choose another file{'' if folder.is_dir() else ', or set overwrite'}")
+        return
     folder = Path(os.path.realpath(folder))
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; choose another folder")
@@ -552,8 +556,7 @@ def _save_gguf(lm: LM, path: Path, dtype: Any, overwrite: bool) -> str:
         dtype = str(getattr(dtype, "__name__", dtype)).lower()
         if dtype not in writing.DTYPES:
             raise UserError(f"dtype is {dtype!r}{suggestion(dtype, writing.DTYPES)}")
-    if path.is_dir() or (path.exists() and not overwrite):
-        raise UserError(f"{path} exists; choose another file{'' if path.is_dir() else ', or set overwrite'}")
+    check_free(path, overwrite)
     tokenizer: dict[str, Any] = {"tokenizer.ggml.model": vocabulary.NONE[0]}
     if lm.tokenizer is not None:
         own = lm.tokenizer
@@ -571,8 +574,8 @@ def _save_gguf(lm: LM, path: Path, dtype: Any, overwrite: bool) -> str:
             frame=frame,
             template=templates(own).get("default"),
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         return families.save_gguf(lm.config, lm.params, path, origin=lm.origin, dtype=dtype, tokenizer=tokenizer)
     except OSError as error:
         raise disk.write_error(path, error, "file") from None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import struct
 from importlib.util import find_spec
 from pathlib import Path
@@ -58,7 +59,7 @@ LLAMA_3 = {"rotary_length": 8192, "rotary_factor": 8.0}
 DIVISORS = (1.0, 2.0, 4.0, 3.0)
 LONG = {"rotary_scaling": "longrope", "rotary_short": DIVISORS, "rotary_long": DIVISORS, "rotary_length": 64}
 YARN = {"rotary_scaling": "yarn", "rotary_factor": 4.0, "rotary_length": 16, "rotary_low": 1.0, "rotary_high": 32.0}
-YARN |= {"rotary_attention": 1 + 0.1 * np.log(4.0)}
+YARN |= {"rotary_attention": 1 + 0.1 * math.log(4.0)}
 CONFIGS = {  # name -> config, architecture
     "llama": (small("llama-2-7b"), "llama"),
     "tied": (small("smollm-135m"), "llama"),
@@ -70,6 +71,7 @@ CONFIGS = {  # name -> config, architecture
     "mistral": (small("mistral-7b", layer_kinds=("global",), window=0), "llama"),
     "qwen2": (small("qwen2.5-7b"), "qwen2"),
     "yarn": (small("qwen2.5-0.5b", **YARN), "qwen2"),
+    "yarn with another scale": (small("qwen2.5-0.5b", **YARN | {"rotary_attention": 0.75}), "qwen2"),
     "qwen3": (small("qwen3-0.6b"), "qwen3"),
     "gemma": (small("gemma-2b"), "gemma"),
     "gemma2": (small("gemma-2-2b", attention_scale=8**-0.5), "gemma2"),
@@ -637,6 +639,12 @@ def test_models_that_do_not_fit_are_refused(tmp_path):
         jaxlm.save(model(CONFIGS["llama"][0]), path, dtype="q5_k")
     with pytest.raises(UserError, match=r"dtype is 'q8_0'"):
         jaxlm.save(model(CONFIGS["llama"][0]), tmp_path / "folder", dtype="q8_0")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"model.gguf cannot be written: .*; choose another file"):
+        jaxlm.save(model(CONFIGS["llama"][0]), tmp_path / "file" / "model.gguf")
+    (tmp_path / "folder.gguf").mkdir()
+    with pytest.raises(UserError, match=r"folder.gguf exists; choose another file$"):
+        jaxlm.save(model(CONFIGS["llama"][0]), tmp_path / "folder.gguf", overwrite=True)
     assert not path.exists()
     path.touch()
     with pytest.raises(UserError, match=r"exists; choose another file, or set overwrite"):
@@ -681,6 +689,16 @@ def test_the_command_line_accepts_a_file(texts, tmp_path, capsys, monkeypatch):
     assert main(["generate", "model.gguf", "--prompt", "Hello", "--max-new-tokens", "3"]) == 0
     assert main(["inspect", "model.gguf"]) == 0
     assert "embeddings/tokens" in capsys.readouterr().out
+    assert (
+        main(["convert", "model.gguf", "folder"]) == main(["convert", "folder", "again.gguf", "--dtype", "q8_0"]) == 0
+    )
+    assert "again.gguf: llama format" in capsys.readouterr().out
+    ours, theirs = (container.read(Path(name)) for name in ("model.gguf", "again.gguf"))
+    assert ours.metadata == theirs.metadata
+    np.testing.assert_array_equal(ours.tensors[UP], theirs.tensors[UP])
+    assert main(["convert", "folder", "again.gguf"]) == 2
+    assert "again.gguf exists; choose another file, or set overwrite" in capsys.readouterr().err
+    assert main(["convert", "folder", "another", "--dtype", "q8_0"]) == 2
 
 
 @pytest.mark.long

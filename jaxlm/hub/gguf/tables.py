@@ -6,6 +6,7 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md has the keys, llama.cp
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -229,7 +230,17 @@ def _rotary(data: JsonObject, name: str, values: Mapping[str, Any], tensors: Map
         rope |= {"original_max_position_embeddings": length}
         for end, default in (("beta_fast", 32.0), ("beta_slow", 1.0)):
             rope[end] = data.number(f"{key}.yarn_{end}", default, 1e-6, 1e9)
+        own = data.number(f"{key}.attn_factor", 1.0, 1e-6, 1e9)
+        # The file has a float32, which has seven digits.
+        rope["attention_factor"] = (
+            _yarn_attention(factor) if own == 1 else float(f"{own * _yarn_attention(factor):.7g}")
+        )
     return {"rope_scaling": rope}
+
+
+def _yarn_attention(factor: float) -> float:
+    """Returns the default factor of queries and keys (YaRN, Peng et al. 2023), which `attn_factor` multiplies."""
+    return 1.0 + 0.1 * math.log(max(factor, 1.0))
 
 
 def _scaling_of(divisors: np.ndarray, values: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -339,6 +350,8 @@ def to_gguf(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     if rope.get("rope_type") == "yarn":
         data[f"{name}.rope.scaling.original_context_length"] = int(rope["original_max_position_embeddings"])
         data |= {f"{name}.rope.scaling.yarn_{end}": float(rope[end]) for end in ("beta_fast", "beta_slow")}
+        attention = rope["attention_factor"] / _yarn_attention(rope["factor"])
+        data |= {} if attention == 1 else {f"{name}.rope.scaling.attn_factor": attention}
     return data
 
 

@@ -263,6 +263,8 @@ def _write_byte_level(state: dict[str, Any]) -> dict[str, Any]:
             f"{', '.join(WORDS)}: save a folder instead"
         )
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    if not merges:
+        raise UserError("the tokenizer has no merges, which a GGUF file requires; save a folder instead")
     return {_PREFIX + "model": "gpt2", _PREFIX + "pre": name, _PREFIX + "merges": merges}
 
 
