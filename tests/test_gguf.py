@@ -232,6 +232,15 @@ def test_every_dtype_is_written(dtype, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, jaxlm.load(tmp_path / "again.gguf").params, again.params)
 
 
+def test_norms_of_gemma_in_bfloat16_are_exact(tmp_path):
+    """The file has them plus one, which bfloat16 would round."""
+    lm = model(CONFIGS["gemma"][0])
+    lm = dataclasses.replace(lm, params=jax.tree.map(lambda x: (x / 64).astype("bfloat16"), lm.params))
+    jaxlm.save(lm, tmp_path / "model.gguf")
+    again = jaxlm.load(tmp_path / "model.gguf", dtype="bfloat16")
+    jax.tree.map(np.testing.assert_array_equal, again.params, lm.params)
+
+
 def test_dtypes_of_the_file_are_kept(tmp_path):
     lm = model(CONFIGS["llama"][0])
     jaxlm.save(lm, tmp_path / "folder", dtype="bfloat16")
@@ -633,7 +642,7 @@ def test_models_that_do_not_fit_are_refused(tmp_path):
         small("gemma-2-2b", attention_scale=0.3),
         dataclasses.replace(PRESETS["gpt2"], layers=1, width=16, heads=2, vocabulary=64, heads_on_top=("lm",)),
     ):
-        with pytest.raises(UserError, match=r"a GGUF file cannot represent this model; .*save a folder instead"):
+        with pytest.raises(UserError, match=r"a GGUF file cannot represent this model, .*save a folder instead"):
             jaxlm.save(model(config), path)
     with pytest.raises(UserError, match=r"dtype is 'q5_k'; .*q"):
         jaxlm.save(model(CONFIGS["llama"][0]), path, dtype="q5_k")
@@ -689,9 +698,8 @@ def test_the_command_line_accepts_a_file(texts, tmp_path, capsys, monkeypatch):
     assert main(["generate", "model.gguf", "--prompt", "Hello", "--max-new-tokens", "3"]) == 0
     assert main(["inspect", "model.gguf"]) == 0
     assert "embeddings/tokens" in capsys.readouterr().out
-    assert (
-        main(["convert", "model.gguf", "folder"]) == main(["convert", "folder", "again.gguf", "--dtype", "q8_0"]) == 0
-    )
+    assert main(["convert", "model.gguf", "folder"]) == 0
+    assert main(["convert", "folder", "again.gguf", "--dtype", "q8_0"]) == 0
     assert "again.gguf: llama format" in capsys.readouterr().out
     ours, theirs = (container.read(Path(name)) for name in ("model.gguf", "again.gguf"))
     assert ours.metadata == theirs.metadata
@@ -755,6 +763,21 @@ def test_transformers_reads_what_is_written(name, dtype, texts, tmp_path):
     ours = np.asarray(jaxlm.load(tmp_path / "model.gguf")(tokens).logits)
     theirs = transformers_logits(tmp_path / "model.gguf", tokens)
     np.testing.assert_allclose(ours, theirs, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore")
+def test_the_divisors_of_frequencies_equal_those_of_transformers(tmp_path):
+    rope = pytest.importorskip("transformers.modeling_rope_utils")
+    config = dataclasses.replace(CONFIGS["llama 3"][0], head_width=64)
+    jaxlm.save(model(config), tmp_path / "folder")
+    jaxlm.save(model(config), tmp_path / "model.gguf")
+    theirs = pytest.importorskip("transformers").AutoConfig.from_pretrained(tmp_path / "folder")
+    scaled, _ = rope.ROPE_INIT_FUNCTIONS["llama3"](theirs, "cpu")
+    divisors = container.read(tmp_path / "model.gguf").tensors[tables.FREQUENCIES]
+    plain = config.rotary_base ** (-np.arange(0, 64, 2) / 64)
+    np.testing.assert_allclose(divisors, plain / scaled.numpy(), rtol=1e-5)
+    assert len(set(np.asarray(divisors).tolist())) > 3  # the ramp between unscaled and scaled frequencies
 
 
 @pytest.mark.parity

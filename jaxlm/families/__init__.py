@@ -265,8 +265,8 @@ def save_gguf(
     name = next((name for name in names if _survives_gguf(name, config)), None)
     if name is None:
         raise UserError(
-            f"a GGUF file cannot represent this model; it can represent language models of the kinds "
-            f"{', '.join(tables.ARCHITECTURES)}, without windows in other layers than theirs: save a folder instead"
+            f"a GGUF file cannot represent this model, with heads {list(config.heads_on_top)}; it can represent the "
+            f"published architectures {', '.join(tables.ARCHITECTURES)} with the head lm: save a folder instead"
         )
     kind = tables.ARCHITECTURES[name].kind
     family, source = FAMILIES[kind], origin if kind == before else None

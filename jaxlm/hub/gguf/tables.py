@@ -51,21 +51,17 @@ class Architecture(NamedTuple):
 
     Attributes:
       kind: the `model_type` of Hugging Face.
-      model_class: its class with the language-modelling head.
       keys: keys in addition to `KEYS`.
       names: names of tensors in addition to `NAMES`.
       changes: pattern of the names of tensors in the GGUF file -> how their entries differ.
       biases: whether the file's tensors determine `attention_bias`.
-      fixed: values of config.json that the format implies.
     """
 
     kind: str
-    model_class: str
     keys: tuple[Key, ...] = ()
     names: Mapping[str, str] = {}
     changes: Mapping[str, Change] = {}
     biases: bool = False
-    fixed: Mapping[str, Any] = {}
 
 
 KEYS = (
@@ -124,7 +120,8 @@ def _interleave(heads: str, inverse: bool) -> Callable[[Mapping[str, Any], np.nd
     return change
 
 
-_add = lambda number: lambda values, x: (x.astype(np.float32) + np.float32(number)).astype(x.dtype)
+# In float32, in which files store norms: in bfloat16 the sum would lose the lower bits of a small number.
+_add = lambda number: lambda values, x: x.astype(np.float32) + np.float32(number)
 _LLAMA_ROWS = {
     rf"blk\.\d+\.{name}\.(weight|bias)": Change(_interleave(heads, True), _interleave(heads, False))
     for name, heads in (("attn_q", "num_attention_heads"), ("attn_k", "num_key_value_heads"))
@@ -137,12 +134,12 @@ _ATTENTION_CAP = Key("attn_logit_softcapping", "attn_logit_softcapping", float, 
 _LOGIT_CAP = Key("final_logit_softcapping", "final_logit_softcapping", float, 30.0)
 _GEMMA: dict[str, Any] = {"changes": _NORMS_PLUS_ONE}
 ARCHITECTURES = {
-    "llama": Architecture("llama", "LlamaForCausalLM", changes=_LLAMA_ROWS, biases=True),
-    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM"),
-    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", biases=True),
-    "gemma": Architecture("gemma", "GemmaForCausalLM", **_GEMMA),
-    "gemma2": Architecture("gemma2", "Gemma2ForCausalLM", (_WINDOW, _ATTENTION_CAP, _LOGIT_CAP), _SANDWICH, **_GEMMA),
-    "gemma3": Architecture("gemma3_text", "Gemma3ForCausalLM", (_WINDOW, _PATTERN, _LOCAL_BASE), _SANDWICH, **_GEMMA),
+    "llama": Architecture("llama", changes=_LLAMA_ROWS, biases=True),
+    "qwen2": Architecture("qwen2"),
+    "qwen3": Architecture("qwen3", biases=True),
+    "gemma": Architecture("gemma", **_GEMMA),
+    "gemma2": Architecture("gemma2", (_WINDOW, _ATTENTION_CAP, _LOGIT_CAP), _SANDWICH, **_GEMMA),
+    "gemma3": Architecture("gemma3_text", (_WINDOW, _PATTERN, _LOCAL_BASE), _SANDWICH, **_GEMMA),
 }
 # Layers of the two models whose queries are scaled by width / heads, and not by the width of a head.
 _SCALED_BY_WIDTH = {"gemma2": 46, "gemma3": 62}
@@ -171,7 +168,7 @@ def to_hf(file: Container) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _config(data: JsonObject, name: str, kind: Architecture, file: Container) -> dict[str, Any]:
-    values: dict[str, Any] = {"model_type": kind.kind, "architectures": [kind.model_class], **kind.fixed}
+    values: dict[str, Any] = {"model_type": kind.kind}
     for key in (*KEYS, *kind.keys):
         full = f"{name}.{key.gguf}"
         if key.default is REQUIRED and full not in data:
@@ -230,11 +227,9 @@ def _rotary(data: JsonObject, name: str, values: Mapping[str, Any], tensors: Map
         rope |= {"original_max_position_embeddings": length}
         for end, default in (("beta_fast", 32.0), ("beta_slow", 1.0)):
             rope[end] = data.number(f"{key}.yarn_{end}", default, 1e-6, 1e9)
-        own = data.number(f"{key}.attn_factor", 1.0, 1e-6, 1e9)
+        own, default_scale = data.number(f"{key}.attn_factor", 1.0, 1e-6, 1e9), _yarn_attention(factor)
         # The file has a float32, which has seven digits.
-        rope["attention_factor"] = (
-            _yarn_attention(factor) if own == 1 else float(f"{own * _yarn_attention(factor):.7g}")
-        )
+        rope["attention_factor"] = default_scale if own == 1 else float(f"{own * default_scale:.7g}")
     return {"rope_scaling": rope}
 
 
