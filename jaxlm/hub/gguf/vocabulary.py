@@ -24,6 +24,8 @@ _PADDING = re.compile(r"\[PAD\d+\]")  # llama.cpp's names for rows of the embedd
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _UNREACHED = -1e4  # score of a token that no merge makes
 _SPACE = "\u2581"  # sentencepiece's spelling of a space
+# Whether a space begins the text after each special token too. GGUF has no key for this, and transformers reads false.
+_LEGACY = "jaxlm.tokenizer.legacy"
 
 
 class Parsed(NamedTuple):
@@ -192,7 +194,7 @@ def _sentencepiece(parsed: Parsed, config: dict[str, Any]) -> dict[str, bytes]:
         kind = UNKNOWN if UNKNOWN not in parsed.types and token == unknown else kind
         proto.pieces.add(piece=token, score=score, type=kind)
     frame = {f"add_{role}_token": used for role, used in _frame(parsed, True).items()}
-    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": False, **frame}
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": data.boolean(_LEGACY, False), **frame}
     settings["add_prefix_space"] = proto.normalizer_spec.add_dummy_prefix
     return {"tokenizer.model": proto.SerializeToString(), "tokenizer_config.json": _dump(settings | config)}
 
@@ -296,6 +298,7 @@ def _write_sentencepiece(
         _PREFIX + "pre": "default",
         _PREFIX + "scores": [float(scores.get(token, _UNREACHED)) for token in tokens],
         _PREFIX + "add_space_prefix": prefix,
+        _LEGACY: '"Prepend"' in steps,
     }
 
 
