@@ -346,6 +346,7 @@ class Convert(Config):
     # Of all tensors, or of the matrices of a GGUF file, which can also be q8_0 or q4_0; not set: unchanged.
     dtype: Literal["float32", "bfloat16", "float16", "q8_0", "q4_0"] | None = None
     head: str | None = None  # lm, masked_lm, classes, tokens, span, pooled, none, encoder ...; not set: unchanged
+    merge: bool = False  # merge the updates of an adapter into its base, and write the whole model
     revision: str | None = None  # branch, tag or commit of a hub name
     shard_gb: Annotated[float, Range(0, 1_000_000, above=True)] = 5.0  # maximum size of a file, in 1e9 bytes
     overwrite: bool = False  # replace a destination that exists and is not empty
@@ -359,6 +360,7 @@ def convert(argv: list[str], _: process.Signals) -> int:
 
     jaxlm.lm.check_free(disk.local(args.destination, "DESTINATION"), args.overwrite)
     lm = jaxlm.load(args.source, head=args.head, dtype=None, compute_dtype="float32", revision=args.revision)
+    lm = jaxlm.merge(lm, dequantize=True) if args.merge else lm
     max_bytes = int(args.shard_gb * 1e9)
     kind = jaxlm.save(lm, args.destination, dtype=args.dtype, overwrite=args.overwrite, max_shard_bytes=max_bytes)
     print(f"{args.destination}: {kind} format")
