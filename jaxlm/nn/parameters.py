@@ -23,14 +23,15 @@ class Parameter(NamedTuple):
       path: regular expression for the paths of the leaves.
       axes: the logical axis of each dimension; None is never sharded.
       decays: whether weight decay applies; it does not apply to biases and norms.
-      depth: "embeddings" are below the first layer, "layers" are stacked along the first axis, "head" is above them.
+      depth: "embeddings" are below the first layer, "layers" are stacked along the first axis, "head" is above them;
+        "teacher" is another model, which is never trained.
       inputs: number of axes after "layers" that a projection contracts; 0 if the parameter is not a projection.
     """
 
     path: str
     axes: tuple[str | None, ...]
     decays: bool
-    depth: Literal["embeddings", "layers", "head"]
+    depth: Literal["embeddings", "layers", "head", "teacher"]
     inputs: int = 0
 
 
@@ -79,7 +80,11 @@ TABLE = (
     Parameter(_DENSE + r"/kernel", ("width", None), True, "head"),
     Parameter(_OUT + r"/kernel", ("width", None), True, "head"),
     Parameter(rf"({_DENSE}|{_OUT})/bias", (None,), False, "head"),
+    Parameter(r"distillation/(encoder|decoder)", ("width", None), True, "head"),
 )
+# Subtrees of the parameters of a run that do not belong to its model: those of a teacher, below `teacher/` with the
+# paths of a model, and those that compare the model with it.
+TEACHER, DISTILLATION = "teacher", "distillation"
 
 PARTS = ("muon", "adam")  # labels of `optax.partition`, and keys in its state
 
@@ -109,6 +114,13 @@ def by_path(tree: Any) -> dict[str, Any]:
     return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+def of_model(params: Any) -> Any:
+    """Returns the parameters of the model of a run, without those of a teacher."""
+    if not isinstance(params, dict):
+        return params
+    return {name: part for name, part in params.items() if name not in (TEACHER, DISTILLATION)}
+
+
 def _user_row(path: str, dimensions: int) -> Parameter | None:
     """Returns the row for a user's module named `own` or `own_...`: never sharded, weight decay for matrices."""
     if not any(part.split("_")[0] == "own" for part in path.split("/")):
@@ -127,7 +139,10 @@ def rows(params: Any) -> Any:
     def find_row(key_path: tuple[Any, ...], leaf: Any) -> Any:
         path = path_of(key_path)
         dimensions = None if is_node(leaf) else leaf.ndim
-        row = find(path) or _user_row(path, dimensions or 0)
+        of_teacher, own_path = path.startswith(f"{TEACHER}/"), path.removeprefix(f"{TEACHER}/")
+        row = find(own_path) or _user_row(own_path, dimensions or 0)
+        if row is not None and of_teacher:
+            row = row._replace(path=path, depth="teacher")
         if row is None or dimensions not in (None, len(row.axes)):
             raise ValueError(
                 f"parameter {path} {getattr(leaf, 'shape', '')} has no row in jaxlm.nn.parameters.TABLE; "

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -110,7 +109,9 @@ def assemble(resolved: ResolvedModel) -> Assembly:
     module = resolved.kind(
         config, sharding.Placement(mesh), dtype, remat, unroll, run.attention, precision=run.matmul_precision
     )
-    shapes = jax.eval_shape(partial(init, module), jax.random.key(0))
+    # Those of a teacher belong to the state, but not to the model.
+    init_all = lambda key: init(module, key) | resolved.task.more_params(module, key)
+    shapes = jax.eval_shape(init_all, jax.random.key(0))
     schedule = make_schedule(run.optimizer, run.steps)
     optimizer, is_trained = make_optimizer(run.optimizer, run.steps, shapes, mesh), trained(run.optimizer, shapes)
     all_trained = all(jax.tree.leaves(is_trained))
@@ -120,15 +121,15 @@ def assemble(resolved: ResolvedModel) -> Assembly:
         return TrainState(jnp.int32(0), params, optimizer.init(params), key, None if all_trained else frozen)
 
     def first_state(key: jax.Array) -> TrainState:
-        return state_of(init(module, jax.random.wrap_key_data(key)), key)
+        return state_of(init_all(jax.random.wrap_key_data(key)), key)
 
     like = with_shardings(jax.eval_shape(first_state, jax.random.key_data(jax.random.key(0))), mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
 
     def draw(key: jax.Array, paths: Sequence[str]) -> dict[str, jax.Array]:
         select = lambda tree: {path: leaf for path, leaf in parameters.by_path(tree).items() if path in paths}
-        selected_params = lambda key: select(init(module, jax.random.wrap_key_data(key)))
-        return jax.jit(selected_params, out_shardings=select(shardings.model))(key)
+        selected_params = lambda key: select(init_all(jax.random.wrap_key_data(key)))
+        return jax.jit(selected_params, out_shardings=select(shardings.parameters))(key)
 
     step = make_train_step(resolved.task, module, optimizer, schedule)
     return Assembly(
@@ -218,8 +219,8 @@ def local_rows(mesh: Mesh, rows: int, k: int) -> list[int]:
 
 def with_shardings(state: TrainState, mesh: Mesh) -> TrainState:
     """Returns the shapes of a state with shardings. An optimizer's leaf is sharded like the parameter it belongs to."""
-    shapes = {path: leaf.shape for path, leaf in parameters.by_path(state.model).items()}
-    rows = parameters.rows_by_path(state.model)
+    shapes = {path: leaf.shape for path, leaf in parameters.by_path(state.parameters).items()}
+    rows = parameters.rows_by_path(state.parameters)
 
     def shard(key_path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         path = parameters.path_of(key_path)

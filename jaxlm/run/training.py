@@ -30,6 +30,7 @@ from jaxlm.run.folder import NoLog, RunLog, begin, finished_at
 from jaxlm.run.measure import Meter, Trace
 from jaxlm.run.resolve import ResolvedRun
 from jaxlm.run.step import TrainState, make_eval_step
+from jaxlm.run.teacher import sources_of, with_teacher
 from jaxlm.run.weights import check_fits, check_frozen, origin, start_from, weights_of
 from jaxlm.storage import buckets
 
@@ -305,7 +306,7 @@ def set_up(resolved: ResolvedRun, run_folder: buckets.RunFolder, model_given: bo
     files: dict[str, Any] = {"files": weights.files, "pooling": weights.pooling} if weights else {}
     own_module = parts.module.clone(remat="none", unroll=1)  # these only serve training
     model = LM(resolved.model, own_module, None, data.tokenizer, origin(run, weights), **files)
-    resolved = dataclasses.replace(resolved, weights=None)  # they keep the files of a checkpoint open
+    resolved = dataclasses.replace(resolved, weights=None, teacher=None)  # they keep the files of a checkpoint open
     training = Training(resolved, run_folder, parts, checkpoints, state, notes, model)
     _print_start(training)
     if weights is not None and not training.started and run.eval_every:
@@ -319,15 +320,16 @@ def _state(resolved: ResolvedRun, parts: Assembly, restored: TrainState | None, 
     like, draw, weights = parts.like, partial(parts.draw, key), resolved.weights
     if weights is None and (restored is None or like.frozen is not None):
         weights = weights_of(resolved.given, None, resolved.task, resolved.data.labels, False)
+    weights = with_teacher(weights, resolved.teacher)
     if restored is not None and like.frozen is None:
         return restored
     if restored is not None:  # checkpoints do not contain frozen parameters
         frozen = start_from(weights, like.frozen, draw, lambda _: None)
-        check_frozen(frozen, notes["frozen"], resolved.run.init)
+        check_frozen(frozen, notes["frozen"], sources_of(resolved.run))
         return restored._replace(frozen=frozen)
     if weights is None:
         return parts.first_state(key)
-    return parts.state_of(start_from(weights, like.model, draw, log), key)
+    return parts.state_of(start_from(weights, like.parameters, draw, log), key)
 
 
 def _score_line(step: int, steps: int, scores: Mapping[str, float], is_best: bool = False) -> str:
@@ -385,11 +387,12 @@ def _averaged(window: list[dict[str, float]], steps: list[dict[str, float]], sec
 def _flops(resolved: ResolvedRun) -> int:
     """Returns the model FLOPs of a step; 0 where the utilisation is undefined.
 
-    The peak of a chip is for products in bfloat16, and the formula assumes that all parameters are trained.
+    The peak of a chip is for products in bfloat16, and the formula assumes that all parameters are trained and that
+    there is no teacher.
     """
     run = resolved.run
     frozen = run.optimizer.freeze != "none" or run.optimizer.freeze_layers
-    if run.compute_dtype != "bfloat16" or frozen:
+    if run.compute_dtype != "bfloat16" or frozen or run.distill.teacher:
         return 0
     return closed_flops(resolved.task, resolved.model, run.batch, resolved.train.empty_batch())
 
