@@ -17,6 +17,7 @@ with _interrupts_wait():
         CleaningConfig,
         DataConfig,
         Decoding,
+        DistillConfig,
         MeshConfig,
         ModelConfig,
         OptimizerConfig,
@@ -32,6 +33,7 @@ with _interrupts_wait():
     from jaxlm.lm import LM, load, save
     from jaxlm.run.evaluate import evaluate, predict
     from jaxlm.run.fit import fit
+    from jaxlm.transforms.layers import student
     from jaxlm.transforms.vocabulary import resize
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "CleaningConfig",
     "DataConfig",
     "Decoding",
+    "DistillConfig",
     "MeshConfig",
     "ModelConfig",
     "OptimizerConfig",
@@ -57,5 +60,6 @@ __all__ = [
     "resize",
     "save",
     "stream",
+    "student",
 ]
 __all__ += _task.__all__

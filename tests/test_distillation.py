@@ -1,0 +1,316 @@
+"""Distillation: losses against their definitions, properties of every task with a teacher, and runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from random_params import random_params
+
+from jaxlm import (
+    CausalLM,
+    Classification,
+    DataConfig,
+    Decoding,
+    DistillConfig,
+    MaskedLM,
+    ModelConfig,
+    MultipleChoice,
+    QuestionAnswering,
+    RunConfig,
+    Seq2Seq,
+    Similarity,
+    SpanCorruption,
+    Tagging,
+)
+from jaxlm.lm import LM
+from jaxlm.nn import losses, parameters
+from jaxlm.nn.transformer import Transformer
+from jaxlm.run.config_only import PlaceholderTokenizer, _empty_part
+from jaxlm.tasks import make_task
+from jaxlm.tasks import states as task_states
+from jaxlm.tasks.distillation import with_teacher
+
+V, T = 48, 12
+SIZES = {"vocabulary": V, "width": 16, "layers": 2, "heads": 2, "max_length": 32, "initial_std": 0.2}
+ENCODER = ModelConfig(**SIZES, structure="encoder", heads_on_top=(), types=2, norm_place="post")
+DECODER = ModelConfig(**SIZES, positions="rotary")
+BOTH = ModelConfig(**SIZES, structure="encoder_decoder", start_token=0)
+with_heads = lambda *heads: dataclasses.replace(ENCODER, heads_on_top=heads)
+CASES: dict[str, tuple[Any, ModelConfig, tuple[str, ...]]] = {
+    "class": (Classification(), ENCODER, ("a", "b", "c")),
+    "classes": (Classification(problem="multi_label"), ENCODER, ("a", "b", "c")),
+    "number": (Classification(problem="regression"), ENCODER, ("score",)),
+    "tagging": (Tagging(scheme="none"), ENCODER, ("a", "b", "c")),
+    "questions": (QuestionAnswering(), ENCODER, ("LABEL_0", "LABEL_1")),
+    "choice": (MultipleChoice(), ENCODER, ("score",)),
+    "cosine": (Similarity(), ENCODER, ()),
+    "contrastive": (Similarity(objective="contrastive"), ENCODER, ()),
+    "stream": (CausalLM(), DECODER, ()),
+    "documents": (CausalLM(stream=False), DECODER, ()),
+    "masked": (MaskedLM(), with_heads("masked_lm"), ()),
+    "pairs": (MaskedLM(next_sentence=True), with_heads("masked_lm", "next_sentence"), ()),
+    "spans": (SpanCorruption(), BOTH, ()),
+    "translation": (Seq2Seq(decoding=Decoding(max_new_tokens=4)), BOTH, ()),
+    "prompted": (Seq2Seq(decoding=Decoding(max_new_tokens=4)), DECODER, ()),
+}  # fmt: skip
+EVERYTHING = DistillConfig("teacher", labels=0.5, logits=1.0, hidden=2.0, attention=3.0)
+
+
+@lru_cache
+def case(name: str) -> tuple[Any, ModelConfig]:
+    """Returns the task of a case, bound to its model, and the model with the head of the task."""
+    config, model, labels = CASES[name]
+    task = make_task(RunConfig(model, config, DataConfig(length=T)), PlaceholderTokenizer(V), labels)
+    return task.bind(model), task.configure(model)
+
+
+def batch_of(name: str) -> dict[str, jax.Array]:
+    """Returns a random batch of two rows: two examples and padding, and one example."""
+    task, _ = case(name)
+    random = np.random.default_rng(0)
+    batch = dict(task.batches(_empty_part(task), 2, T, 0).empty_batch())
+    one = task.max_examples == 1
+    for prefix, axis in (("", "T"), ("source_", "S")):
+        if f"{prefix}segments_B{axis}" not in batch:
+            continue
+        size = batch[f"{prefix}segments_B{axis}"].shape[1]
+        ends = (0, size) if one else (size * 4 // 10, size * 8 // 10)
+        place = np.arange(size)
+        segments = np.stack([1 + (place >= ends[0]) - (place >= ends[1]) * 2, (place < size - 2).astype(int)])
+        segments = np.stack([place < size, place < size - 2]).astype(int) if one else segments
+        positions = np.where((segments == 2), place - ends[0], place) * (segments > 0)
+        batch[f"{prefix}segments_B{axis}"], batch[f"{prefix}positions_B{axis}"] = (
+            np.int32(segments),
+            np.int32(positions),
+        )
+        tokens = random.integers(4, V, segments.shape) * (segments > 0)
+        batch[f"{prefix}tokens_B{axis}"] = np.int32(tokens)
+    segments_BT = batch["segments_BT"]
+    is_example_BE = np.arange(1, task.max_examples + 1) <= segments_BT.max(1, keepdims=True)
+    for field, array in batch.items():
+        if field == "weights_BT":
+            share = 0.2 if hasattr(task, "mask") else 0.6
+            batch[field] = np.float32((segments_BT > 0) & (random.random(segments_BT.shape) < share))
+            batch[field][:, 0] = 1
+        elif field == "weights_BE":
+            first = np.arange(array.shape[1]) % 2 == 0 if name in ("cosine", "contrastive") else True
+            batch[field] = np.float32(is_example_BE & first)
+        elif field == "labels_BT":
+            batch[field] = np.int32(random.integers(0, 3, array.shape))
+        elif field == "labels_BE":
+            is_right_BE = (is_example_BE & (np.arange(array.shape[1]) == 0)) if name == "choice" else is_example_BE
+            batch[field] = is_right_BE.astype(array.dtype)
+        elif field == "groups_BE":
+            batch[field] = np.int32(is_example_BE)
+        elif field == "starts_BE":
+            batch[field] = np.int32(np.stack([np.argmax(segments_BT == n + 1, 1) for n in range(array.shape[1])], 1))
+    return {field: jnp.asarray(array) for field, array in batch.items()}
+
+
+def params_of(model: ModelConfig, seed: int = 0) -> Any:
+    change = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(leaf + 0.1 * seed * change.standard_normal(leaf.shape, np.float32)),
+        random_params(model),
+    )
+
+
+def distilled(name: str, distill: DistillConfig = EVERYTHING, **teacher: Any) -> tuple[Any, Any, Any]:
+    """Returns a task with a teacher, the module of the student, and its parameters with those of the teacher."""
+    task, model = case(name)
+    other = dataclasses.replace(model, **teacher)
+    task, module = with_teacher(task, distill, model, other), Transformer(model)
+    extra = jax.eval_shape(lambda: task.more_params(module, jax.random.key(0)))
+    params = {**params_of(model), parameters.TEACHER: params_of(other, 0 if other == model else 1)}
+    if parameters.DISTILLATION in extra:
+        fill = lambda leaf: jnp.asarray(np.random.default_rng(2).standard_normal(leaf.shape), jnp.float32)
+        params[parameters.DISTILLATION] = jax.tree.map(fill, extra[parameters.DISTILLATION])
+    return task, module, params
+
+
+def run_losses(task: Any, module: Any, params: Any, batch: Any, training: bool = True) -> Any:
+    key = jax.random.key(0) if training else None
+    return jax.jit(lambda params, batch: task.losses(module, params, batch, key)[0])(params, batch)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_student_that_equals_its_teacher_has_the_minimum_and_no_gradient(name):
+    task, module, params = distilled(name, dataclasses.replace(EVERYTHING, labels=0.0))
+    batch = batch_of(name)
+
+    def total(params):
+        found = task.losses(module, params, batch, jax.random.key(0))[0]
+        return sum(total for total, _ in found.values()), found
+
+    def compare(params):
+        (_, found), gradient = jax.value_and_grad(total, has_aux=True)(params)
+        return found, gradient, task.weights({field: x[None] for field, x in batch.items()})
+
+    found, gradient, weights = jax.jit(compare)(params)
+    assert {*found} == {*weights} and len(found) == (4 if name == "pairs" else 3)
+    for loss, (value, weight) in found.items():
+        np.testing.assert_allclose(value, 0, atol=1e-4, err_msg=loss)
+        np.testing.assert_allclose(weight, weights[loss], err_msg=loss)  # so that micro-batches add up
+        assert weight > 0, loss
+    for path, leaf in parameters.by_path(gradient).items():
+        np.testing.assert_allclose(leaf, 0, atol=1e-3, err_msg=path)
+    other = {**params, parameters.TEACHER: params_of(task.teacher, 1)}
+    changed, gradient, _ = jax.jit(compare)(other)
+    for loss, (value, _) in changed.items():
+        assert value > 1e-6, loss
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient[parameters.TEACHER]))
+    assert any(np.abs(leaf).max() > 1e-5 for leaf in jax.tree.leaves(parameters.of_model(gradient)))
+
+
+def separate_rows(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Returns the batch with each example in its own row."""
+    rows: list[dict[str, np.ndarray]] = []
+    for b, count in enumerate(np.asarray(batch["segments_BT"]).max(1)):
+        for n in range(1, count + 1):
+            row = {}
+            for field, array in batch.items():
+                values, axes = np.asarray(array)[b], field.rpartition("_")[2]
+                segments = np.asarray(batch["source_segments_BS" if axes == "BS" else "segments_BT"])[b]
+                chosen = values[segments == n] if axes in ("BT", "BS") else values[n - 1 : n]
+                row[field] = np.zeros_like(values)
+                row[field][: len(chosen)] = np.minimum(chosen, 1) if "segments" in field else chosen
+            row |= {"starts_BE": np.zeros_like(row["starts_BE"])} if "starts_BE" in row else {}
+            rows.append(row)
+    return {field: jnp.stack([jnp.asarray(row[field]) for row in rows]) for field in batch}
+
+
+@pytest.mark.parametrize("name", ["class", "tagging", "questions", "documents", "masked", "translation"])
+def test_packed_equals_unpacked(name):
+    task, module, params = distilled(name, layers=4, width=24)
+    packed, unpacked = (
+        run_losses(task, module, params, batch) for batch in (batch_of(name), separate_rows(batch_of(name)))
+    )
+    for loss, (total, weight) in packed.items():
+        np.testing.assert_allclose(total, unpacked[loss][0], rtol=1e-4, err_msg=loss)
+        assert weight == unpacked[loss][1] > 0
+
+
+def test_evaluation_is_that_of_the_task():
+    task, module, params = distilled("class")
+    plain, batch = case("class")[0], batch_of("class")
+    own = parameters.of_model(params)
+    found, expected = (run_losses(one, module, own, batch, False) for one in (task, plain))
+    assert found.keys() == expected.keys() == {"loss"}
+    assert type(task).__name__ == type(plain).__name__ and isinstance(task, type(plain))
+
+
+def log_softmax(x):
+    x = np.asarray(x, np.float64)
+    return x - np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True)) - x.max(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_divergences_equal_their_definitions(temperature):
+    random = np.random.default_rng(0)
+    logits, teacher = (2 * random.standard_normal((2, 5, 7), np.float32) for _ in range(2))
+    weights = random.random((2, 5), np.float32)
+    log_q, log_p = (log_softmax(x / temperature) for x in (logits, teacher))
+    expected = temperature**2 * ((np.exp(log_p) * (log_p - log_q)).sum(-1) * weights).sum()
+    total, weight = losses.divergence(logits, teacher, weights, temperature)
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
+    np.testing.assert_allclose(weight, weights.sum(), rtol=1e-6)
+    # A sigmoid is a softmax over two logits, of which one is 0.
+    pairs = [np.stack([x, np.zeros_like(x)], -1) for x in (logits, teacher)]
+    expected = losses.divergence(*pairs, np.repeat(weights[..., None], 7, -1), temperature)[0] / 7
+    np.testing.assert_allclose(losses.binary_divergence(logits, teacher, weights, temperature)[0], expected, rtol=1e-5)
+
+
+@pytest.mark.parity
+def test_the_divergence_equals_that_of_torch():
+    torch = pytest.importorskip("torch")
+    logits, teacher = (np.random.default_rng(n).standard_normal((6, 9), np.float32) for n in range(2))
+    student_log, teacher_log = (torch.log_softmax(torch.from_numpy(x) / 2, -1) for x in (logits, teacher))
+    expected = 4 * torch.nn.functional.kl_div(student_log, teacher_log, reduction="sum", log_target=True)
+    np.testing.assert_allclose(losses.divergence(logits, teacher, np.ones(6), 2.0)[0], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_the_chunked_divergence_equals_the_whole_one(parts):
+    random = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(random.standard_normal(shape), jnp.float32)
+    x, teacher_x, weights = draw(2, 7, 4), draw(2, 7, 6), jnp.abs(draw(2, 7))
+    head, teacher_head = {"kernel": draw(4, 9)}, {"kernel": draw(6, 9)}
+    logits_of = lambda params, x: x @ params["kernel"]
+
+    def chunked(head, x):
+        return losses.chunked_divergence(
+            logits_of, logits_of, head, teacher_head, x, teacher_x, weights, 2.0, parts
+        )[0]  # fmt: skip
+
+    whole = lambda head, x: losses.divergence(logits_of(head, x), logits_of(teacher_head, teacher_x), weights, 2.0)[0]
+    found, expected = (jax.jit(jax.value_and_grad(one, argnums=(0, 1)))(head, x) for one in (chunked, whole))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), found, expected)
+
+
+@pytest.mark.parametrize("name", ["documents", "masked"])
+def test_a_large_vocabulary_is_compared_in_parts(name, monkeypatch):
+    """So no logits of all positions exist: [B, T, V] of the student and of the teacher."""
+    distill = dataclasses.replace(EVERYTHING, hidden=0.0, attention=0.0)
+    task, module, params = distilled(name, distill, width=24, layers=3)
+    batch = batch_of(name)
+    loss = lambda params: sum(total for total, _ in task.losses(module, params, batch, jax.random.key(0))[0].values())
+    whole = jax.jit(jax.value_and_grad(loss))(params)
+    monkeypatch.setattr(task_states, "MAX_LOGITS", 4 * V)
+    monkeypatch.setattr(task_states, "_SHARE_OF_LOGITS", 1 << 40)
+    found = jax.jit(jax.value_and_grad(loss))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), found(params), whole)
+    positions = batch["weights_BT"].size if name == "documents" else 2 * task.predictions
+    shapes = shapes_in(jax.make_jaxpr(jax.grad(loss))(params).jaxpr)
+    assert not [shape for shape in shapes if shape[-1:] == (V,) and np.prod(shape[:-1]) >= positions]
+
+
+def shapes_in(jaxpr: Any) -> set[tuple[int, ...]]:
+    """Returns the shapes of all values of a program."""
+    found = {v.aval.shape for equation in jaxpr.eqns for v in equation.outvars}
+    for inner in (part for e in jaxpr.eqns for part in jax.extend.core.jaxprs_in_params(e.params)):
+        found |= shapes_in(inner)
+    return found
+
+
+@pytest.mark.parametrize("name", ["class", "documents", "translation"])
+def test_losses_of_states_and_attention_equal_their_definitions(name):
+    """`LM.apply` computes states and weights for unpacked rows."""
+    batch = separate_rows(batch_of(name))
+    task, module, params = distilled(name, layers=4, width=24)
+    found = run_losses(task, module, params, batch)
+    ours, theirs = (
+        LM(config, Transformer(config), None).apply(
+            part, *inputs_of(batch), states=True, attentions=True
+        )
+        for config, part in ((module.config, parameters.of_model(params)), (task.teacher, params["teacher"]))
+    )  # fmt: skip
+    hidden = attention = tokens = 0.0
+    for stack, projection in params[parameters.DISTILLATION].items():
+        a, b = (getattr(output, stack) for output in (ours, theirs))
+        real_BT = (
+            np.asarray(batch["source_segments_BS" if (stack, name) == ("encoder", "translation") else "segments_BT"])
+            > 0
+        )
+        x, y = np.asarray(a.states_LBTD) @ np.asarray(projection), np.asarray(b.states_LBTD)[[0, 2, 4]]
+        hidden += (((x - y) ** 2).mean((0, 3)) * real_BT).sum()
+        x, y = np.asarray(a.attention_LBHTS), np.asarray(b.attention_LBHTS)[[1, 3]]
+        attention += (((x - y) ** 2).sum(-1).mean((0, 2)) * real_BT).sum()
+        tokens += real_BT.sum()
+    np.testing.assert_allclose(found["distillation/hidden"], (EVERYTHING.hidden * hidden, tokens), rtol=1e-3)
+    np.testing.assert_allclose(found["distillation/attention"], (EVERYTHING.attention * attention, tokens), rtol=1e-3)
+
+
+def inputs_of(batch):
+    """Returns tokens, masks and types of unpacked rows as arguments of `LM.apply`."""
+    mask = lambda segments: (segments > 0).astype(jnp.int32)
+    if "source_tokens_BS" not in batch:
+        return batch["tokens_BT"], mask(batch["segments_BT"]), batch.get("types_BT")
+    source = batch["source_tokens_BS"], mask(batch["source_segments_BS"]), None
+    return *source, batch["tokens_BT"], mask(batch["segments_BT"])
