@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +16,7 @@ import numpy as np
 import pytest
 from random_params import random_params
 
+import jaxlm
 from jaxlm import (
     CausalLM,
     Classification,
@@ -20,19 +24,30 @@ from jaxlm import (
     Decoding,
     DistillConfig,
     MaskedLM,
+    MeshConfig,
     ModelConfig,
     MultipleChoice,
+    OptimizerConfig,
     QuestionAnswering,
     RunConfig,
     Seq2Seq,
     Similarity,
     SpanCorruption,
+    Stopped,
     Tagging,
+    TokenizerConfig,
+    UserError,
 )
+from jaxlm.data.tokenizers import tokenizer as tokenizers
+from jaxlm.devices import sharding
+from jaxlm.families import PRESETS
 from jaxlm.lm import LM
 from jaxlm.nn import losses, parameters
 from jaxlm.nn.transformer import Transformer
-from jaxlm.run.config_only import PlaceholderTokenizer, _empty_part
+from jaxlm.reports import report
+from jaxlm.run import training
+from jaxlm.run.assembly import assemble
+from jaxlm.run.config_only import PlaceholderTokenizer, _empty_part, resolve_config
 from jaxlm.tasks import make_task
 from jaxlm.tasks import states as task_states
 from jaxlm.tasks.distillation import with_teacher
@@ -60,6 +75,7 @@ CASES: dict[str, tuple[Any, ModelConfig, tuple[str, ...]]] = {
     "translation": (Seq2Seq(decoding=Decoding(max_new_tokens=4)), BOTH, ()),
     "prompted": (Seq2Seq(decoding=Decoding(max_new_tokens=4)), DECODER, ()),
 }  # fmt: skip
+FAST = ("class", "classes", "questions", "choice", "cosine", "documents", "masked", "spans")
 EVERYTHING = DistillConfig("teacher", labels=0.5, logits=1.0, hidden=2.0, attention=3.0)
 
 
@@ -140,7 +156,9 @@ def run_losses(task: Any, module: Any, params: Any, batch: Any, training: bool =
     return jax.jit(lambda params, batch: task.losses(module, params, batch, key)[0])(params, batch)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [case if case in FAST else pytest.param(case, marks=pytest.mark.long) for case in CASES]
+)
 def test_a_student_that_equals_its_teacher_has_the_minimum_and_no_gradient(name):
     task, module, params = distilled(name, dataclasses.replace(EVERYTHING, labels=0.0))
     batch = batch_of(name)
@@ -186,7 +204,10 @@ def separate_rows(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return {field: jnp.stack([jnp.asarray(row[field]) for row in rows]) for field in batch}
 
 
-@pytest.mark.parametrize("name", ["class", "tagging", "questions", "documents", "masked", "translation"])
+@pytest.mark.parametrize(
+    "name",
+    ["questions", "translation", *(pytest.param(n, marks=pytest.mark.long) for n in ("class", "documents", "masked"))],
+)
 def test_packed_equals_unpacked(name):
     task, module, params = distilled(name, layers=4, width=24)
     packed, unpacked = (
@@ -254,7 +275,7 @@ def test_the_chunked_divergence_equals_the_whole_one(parts):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), found, expected)
 
 
-@pytest.mark.parametrize("name", ["documents", "masked"])
+@pytest.mark.parametrize("name", ["documents", pytest.param("masked", marks=pytest.mark.long)])
 def test_a_large_vocabulary_is_compared_in_parts(name, monkeypatch):
     """So no logits of all positions exist: [B, T, V] of the student and of the teacher."""
     distill = dataclasses.replace(EVERYTHING, hidden=0.0, attention=0.0)
@@ -279,7 +300,7 @@ def shapes_in(jaxpr: Any) -> set[tuple[int, ...]]:
     return found
 
 
-@pytest.mark.parametrize("name", ["class", "documents", "translation"])
+@pytest.mark.parametrize("name", [pytest.param("class", marks=pytest.mark.long), "documents", "translation"])
 def test_losses_of_states_and_attention_equal_their_definitions(name):
     """`LM.apply` computes states and weights for unpacked rows."""
     batch = separate_rows(batch_of(name))
@@ -314,3 +335,226 @@ def inputs_of(batch):
         return batch["tokens_BT"], mask(batch["segments_BT"]), batch.get("types_BT")
     source = batch["source_tokens_BS"], mask(batch["source_segments_BS"]), None
     return *source, batch["tokens_BT"], mask(batch["segments_BT"])
+
+
+# Runs
+
+TEXT = [f"Line {n} is here. It speaks of {n * n} things! Does it? Yes, the {n % 7} of them." for n in range(60)]
+LABELS = ("no", "so", "yes")
+BERT = dataclasses.replace(
+    PRESETS["bert-base"], vocabulary=200, max_length=64, width=16, layers=3, heads=2, mlp_width=24, dropout=0.1,
+    attention_dropout=0.1, heads_on_top=("classes",), labels=LABELS,
+)  # fmt: skip
+
+
+@lru_cache
+def tokenizer_of(lowercase: bool = False) -> Any:
+    return tokenizers.train(TEXT, TokenizerConfig(train="wordpiece", lowercase=lowercase), 180)
+
+
+def save_model(folder: Path, lowercase: bool = False, **changes: Any) -> str:
+    """Saves a BERT of 3 layers with a head for classes, and returns its folder."""
+    config = dataclasses.replace(BERT, **changes)
+    jaxlm.save(LM(config, Transformer(config), random_params(config), tokenizer_of(lowercase)), folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Returns a folder with rows.csv and the teacher."""
+    folder = tmp_path_factory.mktemp("distillation")
+    rows = (f'"{line}",{LABELS[n % 3]}' for n, line in enumerate(TEXT))
+    (folder / "rows.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
+    save_model(folder / "teacher")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def one_device(devices, no_plots, monkeypatch, tmp_path_factory):
+    """Uses one device, except for a test that sets another number."""
+    monkeypatch.setenv("JAXLM_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def run_of(folder: Path, workdir: Path, distill: DistillConfig | None = None, **changes: Any) -> RunConfig:
+    teacher = str(folder / "teacher")
+    distill = distill or DistillConfig(teacher, layers="0,2", hidden=1.0, attention=1.0)
+    values = {
+        "model": None,
+        "task": Classification(),
+        "data": DataConfig(path=str(folder / "rows.csv"), length=32),
+        "optimizer": OptimizerConfig(rate=1e-2),
+        "distill": distill,
+        "init": teacher,
+        "batch": 4,
+        "steps": 6,
+        "checkpoint_every": 2,
+        "log_every": 1,
+        "keep_checkpoints": True,
+        "workdir": str(workdir),
+    }
+    return RunConfig(**values | changes)
+
+
+def log_of(folder: Path) -> list[dict[str, float]]:
+    """Returns the losses of each step."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: x for k, x in row.items() if "loss" in k or "distillation" in k} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory) -> Path:
+    """Returns the folder of a distilled run that was not interrupted."""
+    with pytest.MonkeyPatch.context() as patch:
+        make_mesh = sharding.make_mesh
+        patch.setattr(sharding, "make_mesh", lambda c, some=None: make_mesh(c, some or jax.devices()[:1]))
+        patch.setattr(report, "write", lambda folder, *_: folder / "report.html")
+        jaxlm.fit(run_of(folder, folder / "run"))
+    return folder / "run"
+
+
+def state_size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in (folder / "checkpoints" / "6" / "state").rglob("*") if file.is_file())
+
+
+def test_the_export_has_the_layers_of_the_student_and_no_teacher(folder, finished, tmp_path, capsys):
+    teacher, student = jaxlm.load(folder / "teacher"), jaxlm.load(finished)
+    assert student.config == dataclasses.replace(teacher.config, layers=2)
+    assert [*parameters.by_path(student.params)] == [*parameters.by_path(teacher.params)]
+    assert {"distillation/labels", "distillation/logits", "distillation/hidden", "distillation/attention"} < {
+        *log_of(finished)[1]
+    }
+    # A run without a teacher from the same layers has checkpoints of the same size, and so the same optimizer state.
+    jaxlm.save(jaxlm.student(teacher, (0, 2)), tmp_path / "init")
+    plain = run_of(folder, tmp_path / "plain", DistillConfig(), init=str(tmp_path / "init"))
+    lm = jaxlm.fit(plain)
+    assert abs(state_size(finished) - state_size(tmp_path / "plain")) < 0.05 * state_size(finished)
+    assert f"model     {training.size(lm.params):,} parameters" in capsys.readouterr().err
+    # Before the first step both are the same model.
+    assert log_of(finished)[0]["distillation/labels"] == log_of(tmp_path / "plain")[0]["loss"]
+
+
+def test_a_resumed_run_has_the_same_result(folder, finished, tmp_path):
+    run = run_of(folder, tmp_path / "run")
+    steps = iter(range(2))
+    with pytest.raises(Stopped):
+        jaxlm.fit(run, stop=lambda: next(steps, None) is None)
+    jaxlm.fit(run)
+    assert log_of(tmp_path / "run") == log_of(finished)
+    for file in (finished / "export").iterdir():
+        assert file.read_bytes() == (tmp_path / "run" / "export" / file.name).read_bytes(), file.name
+
+
+def test_a_changed_teacher_is_refused_when_a_run_resumes(folder, tmp_path):
+    shutil.copytree(folder / "teacher", tmp_path / "teacher")
+    run = run_of(folder, tmp_path / "run", DistillConfig(str(tmp_path / "teacher"), layers="even"))
+    steps = iter(range(2))
+    with pytest.raises(Stopped):
+        jaxlm.fit(run, stop=lambda: next(steps, None) is None)
+    lm = jaxlm.load(tmp_path / "teacher")
+    changed = jax.tree.map(lambda leaf: leaf + 0.01, lm.params)
+    jaxlm.save(dataclasses.replace(lm, params=changed), tmp_path / "teacher", overwrite=True)
+    with pytest.raises(UserError, match=r"frozen parameters differ .* --distill\.teacher .*teacher, or"):
+        jaxlm.fit(run)
+    shutil.rmtree(tmp_path / "teacher")
+    with pytest.raises(UserError, match="teacher"):
+        jaxlm.fit(run)
+
+
+@pytest.mark.parametrize("how", [pytest.param("accumulated", marks=pytest.mark.long), "sharded"])
+def test_accumulated_and_sharded_runs_have_the_same_losses(folder, tmp_path, devices, how):
+    save_model(tmp_path / "teacher", width=32, layers=4)  # a projection of the hidden states is trained too
+    distill = DistillConfig(str(tmp_path / "teacher"), hidden=1.0, attention=1.0)
+    options = {"dropout": 0.0, "steps": 3, "optimizer": OptimizerConfig(rate=1e-2, epsilon=1e-3)}
+    jaxlm.fit(run_of(folder, tmp_path / "one", distill, **options))
+    if how == "sharded":
+        devices(4)
+        options["mesh"] = MeshConfig(data=1, fsdp=2, tensor=2)
+    jaxlm.fit(run_of(folder, tmp_path / "other", distill, **options, accumulate=2 if how == "accumulated" else 1))
+    for a, b in zip(log_of(tmp_path / "one"), log_of(tmp_path / "other"), strict=True):
+        for name, value in a.items():
+            np.testing.assert_allclose(b[name], value, rtol=2e-3, err_msg=name)
+
+
+def test_a_student_may_be_initialised_randomly_and_a_plan_counts_its_teacher(folder, tmp_path):
+    config = dataclasses.replace(BERT, layers=1, width=8, heads=1, heads_on_top=())
+    distill = DistillConfig(str(folder / "teacher"), hidden=1.0)
+    run = run_of(folder, tmp_path / "run", distill, model=config, init="")
+    run = dataclasses.replace(run, tokenizer=TokenizerConfig(path=str(folder / "teacher")))
+    lm = jaxlm.fit(dataclasses.replace(run, steps=2))
+    assert lm.config.layers == 1 and lm.config.width == 8
+    found, without = (resolve_config(r, make_mesh()) for r in (run, dataclasses.replace(run, distill=DistillConfig())))
+    likes = [assemble(resolved).like for resolved in (found, without)]
+    sizes = [training.size(like.model) for like in likes]
+    assert sizes[0] == sizes[1] and training.size(likes[0].frozen) == training.size(
+        jaxlm.load(folder / "teacher").params
+    )
+
+
+def make_mesh() -> Any:
+    return sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+REFUSED = {
+    "a folder that does not exist": ({"teacher": "{tmp}/nothing"}, "nothing"),
+    "another tokenizer": ({"teacher": "{lowercase}"}, "another tokenizer .*sequence-level distillation"),
+    "another vocabulary": ({"teacher": "{larger}"}, "vocabulary of 240 tokens, and the student of 200.*sequence-level"),
+    "another structure": ({"teacher": "{decoder}"}, "structure decoder.*sequence-level"),
+    "no head": ({"teacher": "{bare}"}, "has no classes_head; train the teacher"),
+    "other labels": ({"teacher": "{others}"}, "3 outputs, a, b, c.* 3: no, so, yes"),
+    "labels in another order": ({"teacher": "{order}"}, "yes, so, no.* no, so, yes; name the labels .*--task.names"),
+    "more labels": ({"teacher": "{more}"}, "4 outputs"),
+    "fewer positions": ({"teacher": "{short}"}, "data.length is 32, longer than the 16 positions"),
+    "too many layers to compare": ({"hidden": 1.0, "compared": "1,2,3,3"}, "compared is '1,2,3,3'; .* give 3 numbers"),
+    "a layer to compare that does not exist": ({"attention": 1.0, "compared": "1,2,4"}, "numbers from 1 to 3"),
+    "other heads": ({"teacher": "{heads}", "attention": 1.0}, "student has 2 heads and the teacher 4"),
+    "a layer that does not exist": ({"layers": "0,3"}, "layers is 0, 3; the model has the layers 0 to 2"),
+    "layers in another order": ({"layers": "2,0"}, "ascending order"),
+    "layers of a decoder": ({"decoder_layers": "0"}, "decoder_layers is given, but the model is a"),
+    "words for layers": ({"layers": "first"}, "layers is 'first'; it must be numbers separated by commas"),
+    "temperature 0": ({"temperature": 0.0}, "temperature is 0.0; it must be"),
+    "no comparison": ({"logits": 0.0}, "are all 0"),
+    "no teacher": ({"teacher": "", "hidden": 1.0}, "distill.hidden is 1.0, but there is no teacher"),
+    "layers without a teacher": ({"teacher": "", "layers": "even"}, "there is no teacher"),
+    "a temperature without logits": ({"logits": 0.0, "hidden": 1.0, "temperature": 3.0}, "has no effect"),
+    "a map without states": ({"compared": "1,2,3"}, "has no effect"),
+    "a negative weight": ({"labels": -1.0}, "labels is -1.0; it must be"),
+}
+TEACHERS: dict[str, dict[str, Any]] = {
+    "lowercase": {"lowercase": True},
+    "larger": {"vocabulary": 240},
+    "decoder": {"structure": "decoder", "norm_place": "pre", "heads_on_top": ("lm",), "types": 0},
+    "bare": {"heads_on_top": ()},
+    "others": {"labels": ("a", "b", "c")},
+    "order": {"labels": LABELS[::-1]},
+    "more": {"labels": (*LABELS, "perhaps")},
+    "short": {"max_length": 16},
+    "heads": {"heads": 4},
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_mistakes_are_refused_before_anything_is_compiled(name, folder, tmp_path, monkeypatch):
+    options, message = REFUSED[name]
+    options = {"teacher": "{teacher}", **options}
+    kind = options["teacher"].strip("{}")
+    if kind in TEACHERS:
+        save_model(tmp_path / kind, **TEACHERS[kind])
+    paths = {**{kind: tmp_path / kind for kind in TEACHERS}, "teacher": folder / "teacher", "tmp": tmp_path}
+    distill = DistillConfig(**options | {"teacher": options["teacher"].format(**paths)})
+    monkeypatch.setattr(training, "assemble", lambda _: pytest.fail("the run was assembled"))
+    with pytest.raises(UserError, match=message):
+        jaxlm.fit(run_of(folder, tmp_path / "run", distill))
+
+
+def test_a_student_has_the_chosen_layers(folder):
+    teacher = jaxlm.load(folder / "teacher")
+    student = jaxlm.student(teacher, [0, 2])
+    for path, leaf in parameters.by_path(teacher.params).items():
+        kept = leaf[np.array([0, 2])] if parameters.is_stacked(path) else leaf
+        np.testing.assert_array_equal(parameters.by_path(student.params)[path], kept, err_msg=path)
+    tokens = np.arange(6)[None]
+    assert np.isfinite(student(tokens).logits).all()
+    with pytest.raises(UserError, match="layers is 3; the model has the layers 0 to 2"):
+        jaxlm.student(teacher, [3])
+    with pytest.raises(UserError, match="layers is"):
+        jaxlm.student(teacher, "0")

@@ -190,14 +190,20 @@ def trained_in_nodes(params: Any, others: bool = True) -> Any:
 def split(params: Any, trained: Any) -> tuple[Any, Any]:
     """Returns the tree of the trained leaves and the tree of the frozen leaves; other leaves are None.
 
-    `trained` is a tree with a bool for each leaf. `join` is the inverse.
+    The first tree has no part for a teacher. `trained` is a tree with a bool for each leaf. `join` is the inverse.
     """
     select = lambda value: jax.tree.map(lambda leaf, is_trained: leaf if is_trained == value else None, params, trained)
-    return select(True), select(False)
+    ours, frozen = select(True), select(False)
+    return ({name: ours[name] for name in ours if name != TEACHER} if isinstance(ours, dict) else ours), frozen
 
 
 def join(trained: Any, frozen: Any) -> Any:
     """Returns the tree that `split` divided; `frozen` is None if all leaves are trained."""
     if frozen is None:
         return trained
-    return jax.tree.map(lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda leaf: leaf is None)
+    teacher = {}
+    if isinstance(frozen, dict) and TEACHER in frozen:
+        teacher = {TEACHER: frozen[TEACHER]}
+        frozen = {name: part for name, part in frozen.items() if name != TEACHER}
+    joined = jax.tree.map(lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda leaf: leaf is None)
+    return {**joined, **teacher} if teacher else joined
