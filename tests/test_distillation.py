@@ -76,7 +76,7 @@ CASES: dict[str, tuple[Any, ModelConfig, tuple[str, ...]]] = {
     "prompted": (Seq2Seq(decoding=Decoding(max_new_tokens=4)), DECODER, ()),
 }  # fmt: skip
 FAST = ("class", "classes", "questions", "choice", "cosine", "documents", "masked", "spans")
-EVERYTHING = DistillConfig("teacher", labels=0.5, logits=1.0, hidden=2.0, attention=3.0)
+EVERYTHING = DistillConfig("teacher", labels=0.5, hidden=2.0, attention=3.0, relations=4.0)
 
 
 @lru_cache
@@ -172,7 +172,7 @@ def test_a_student_that_equals_its_teacher_has_the_minimum_and_no_gradient(name)
         return found, gradient, task.weights({field: x[None] for field, x in batch.items()})
 
     found, gradient, weights = jax.jit(compare)(params)
-    assert {*found} == {*weights} and len(found) == (4 if name == "pairs" else 3)
+    assert {*found} == {*weights} and len(found) == (5 if name == "pairs" else 4)
     for loss, (value, weight) in found.items():
         np.testing.assert_allclose(value, 0, atol=1e-4, err_msg=loss)
         np.testing.assert_allclose(weight, weights[loss], err_msg=loss)  # so that micro-batches add up
@@ -278,7 +278,7 @@ def test_the_chunked_divergence_equals_the_whole_one(parts):
 @pytest.mark.parametrize("name", ["documents", pytest.param("masked", marks=pytest.mark.long)])
 def test_a_large_vocabulary_is_compared_in_parts(name, monkeypatch):
     """So no logits of all positions exist: [B, T, V] of the student and of the teacher."""
-    distill = dataclasses.replace(EVERYTHING, hidden=0.0, attention=0.0)
+    distill = dataclasses.replace(EVERYTHING, hidden=0.0, attention=0.0, relations=0.0)
     task, module, params = distilled(name, distill, width=24, layers=3)
     batch = batch_of(name)
     loss = lambda params: sum(total for total, _ in task.losses(module, params, batch, jax.random.key(0))[0].values())
@@ -326,6 +326,34 @@ def test_losses_of_states_and_attention_equal_their_definitions(name):
         tokens += real_BT.sum()
     np.testing.assert_allclose(found["distillation/hidden"], (EVERYTHING.hidden * hidden, tokens), rtol=1e-3)
     np.testing.assert_allclose(found["distillation/attention"], (EVERYTHING.attention * attention, tokens), rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["class", "prompted"])
+def test_relations_equal_their_definition(name):
+    """In a model with norms before the layers, the layer reads the normed states."""
+    batch = separate_rows(batch_of(name))
+    distill = DistillConfig("teacher", labels=0.0, logits=0.0, relations=1.0, relation_layer=3, relation_heads=4)
+    task, module, params = distilled(name, distill, layers=4, width=24, heads=3)
+    vectors = []
+    for config, part, layer in ((module.config, params, 1), (task.teacher, params["teacher"], 2)):
+        own = parameters.of_model(part)
+        output = LM(config, Transformer(config), None).apply(own, *inputs_of(batch), states=True)
+        x = np.asarray(getattr(output, config.structure).states_LBTD[layer], np.float64)
+        of_layer = jax.tree.map(lambda leaf, n=layer: np.asarray(leaf[n]), own[config.structure]["layers"])
+        if config.norm_place == "pre":
+            x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + config.norm_epsilon)
+            x = x * of_layer["attention_norm"]["scale"] + of_layer["attention_norm"]["bias"]
+        heads = [of_layer["attention"][part] for part in ("query", "key", "value")]
+        vectors.append([np.einsum("btd,dhc->bthc", x, head["kernel"]) + head["bias"] for head in heads])
+    total = 0.0
+    for row, length in enumerate((np.asarray(batch["segments_BT"]) > 0).sum(1)):
+        for ours, theirs in zip(*vectors):
+            x, y = (part[row, :length].reshape(length, 4, -1).transpose(1, 0, 2) for part in (ours, theirs))
+            log_q, log_p = (log_softmax(a @ a.transpose(0, 2, 1) / np.sqrt(a.shape[-1])) for a in (x, y))
+            total += (np.exp(log_p) * (log_p - log_q)).sum() / 12  # 3 relations of 4 heads
+    found, weight = run_losses(task, module, params, batch)["distillation/relations"]
+    np.testing.assert_allclose(found, total, rtol=1e-3)
+    assert weight == (np.asarray(batch["segments_BT"]) > 0).sum()
 
 
 def inputs_of(batch):
@@ -518,6 +546,8 @@ REFUSED = {
     "layers of a decoder": ({"decoder_layers": "0"}, "decoder_layers is given, but the model is a"),
     "words for layers": ({"layers": "first"}, "layers is 'first'; it must be numbers separated by commas"),
     "temperature 0": ({"temperature": 0.0}, "temperature is 0.0; it must be"),
+    "relation heads": ({"relations": 1.0, "relation_heads": 3}, "relation_heads is 3; it must divide .* 16, 16, 16"),
+    "a relation layer": ({"relations": 1.0, "relation_layer": 4}, "relation_layer is 4; the teacher has 3 layers"),
     "no comparison": ({"logits": 0.0}, "are all 0"),
     "no teacher": ({"teacher": "", "hidden": 1.0}, "distill.hidden is 1.0, but there is no teacher"),
     "layers without a teacher": ({"teacher": "", "layers": "even"}, "there is no teacher"),

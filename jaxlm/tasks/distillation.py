@@ -6,8 +6,7 @@ weights as the losses of the task, so that micro-batches and devices add up.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +26,10 @@ from jaxlm.nn.losses import (
     squared_error,
     state_error,
 )
+from jaxlm.nn.relations import query_key_value, relation_divergence
 from jaxlm.nn.transformer import Transformer, init
 from jaxlm.tasks.states import HeadLogits, VocabularyStates, run_stacks, vocabulary_divergence
 from jaxlm.tasks.task import Task
-
-Stacks = Mapping[str, Any]  # collections that the stacks of a model store, such as "states"
 
 
 def with_teacher(
@@ -56,9 +54,8 @@ def with_teacher(
             f"task, or leave out --distill.teacher"
         )
     layers = {stack: _compared(distill, student, teacher, stack) for stack in stacks_of(student)}
-    if distill.attention:
-        for stack in layers:
-            _check_heads(*(_stack_config(model, stack).heads for model in (student, teacher)))
+    for stack in layers:
+        _check_stack(distill, *(_stack_config(model, stack) for model in (student, teacher)))
     of_teacher = task if pooling is None else task.replace_fields(pooling=pooling)
 
     distilled: Any = object.__new__(type(kind.__name__, (_Distilled, kind), {}))
@@ -84,15 +81,33 @@ def count_layers(model: ModelConfig, stack: str) -> int:
 
 def _compared(distill: DistillConfig, student: ModelConfig, teacher: ModelConfig, stack: str) -> np.ndarray:
     """Returns the layer of the teacher for each layer of a stack; 0 are the embeddings, which are compared too."""
-    counts = (count_layers(model, stack) for model in (student, teacher))
+    counts = [count_layers(model, stack) for model in (student, teacher)]
+    if distill.relation_layer > counts[1]:
+        raise UserError(
+            f"distill.relation_layer is {distill.relation_layer}; the teacher has {counts[1]} layers: give one "
+            f"of them, or 0 for the last"
+        )
     return np.array([0, *distill.compared_layers(*counts)])
 
 
-def _check_heads(heads: int, teacher_heads: int) -> None:
-    if heads != teacher_heads:
+def _check_stack(distill: DistillConfig, student: ModelConfig, teacher: ModelConfig) -> None:
+    """Raises UserError for stacks whose attention weights or relations cannot be compared."""
+    if distill.attention and student.heads != teacher.heads:
         raise UserError(
-            f"distill.attention compares attention weights by head, but the student has {heads} heads and the teacher "
-            f"{teacher_heads}; set --distill.attention 0, and for example --distill.hidden 1"
+            f"distill.attention compares attention weights by head, but the student has {student.heads} heads and the "
+            f"teacher {teacher.heads}; set --distill.attention 0, and for example --distill.relations 1"
+        )
+    if (distill.attention or distill.relations) and {student.mixer, teacher.mixer} != {"attention"}:
+        raise UserError(
+            f"distill.attention and distill.relations compare layers of attention, but the student has layers of "
+            f"{student.mixer} and the teacher of {teacher.mixer}; set both to 0"
+        )
+    heads = distill.relation_heads or teacher.heads
+    widths = [n * model.C for model in (student, teacher) for n in (model.heads, model.K)]
+    if distill.relations and any(width % heads for width in widths):
+        raise UserError(
+            f"distill.relation_heads is {heads}; it must divide the widths of the queries and of the keys of student "
+            f"and teacher, {', '.join(map(str, widths))}"
         )
 
 
@@ -133,72 +148,121 @@ class _Distilled(_Base):
 
     def weights(self, batch: Batch) -> dict[str, jax.Array]:
         of_task = super().weights(batch)
-        tokens: Any = sum(tokens_BT.sum() for tokens_BT in self._tokens(batch).values())
-        return {
-            **{
-                _name(part, name): of_task[name] for part in ("labels", "logits") if self._has(part) for name in of_task
-            },
-            **{_name(part): tokens for part in ("hidden", "attention") if self._has(part)},
-        }
+        tokens: Any = sum((segments_BT > 0).sum() for segments_BT in self._segments(batch).values())
+        of_logits = filter(self._has, ("labels", "logits"))
+        of_states = filter(self._has, ("hidden", "attention", "relations"))
+        weights = {_name(part, name): total for part in of_logits for name, total in of_task.items()}
+        return weights | {_name(part): tokens for part in of_states}
 
     def _has(self, part: str) -> bool:
         return getattr(self.distill, part) > 0
 
-    def _tokens(self, batch: Batch) -> dict[str, jax.Array]:
-        """Returns for each stack whether each position holds a token."""
+    def _segments(self, batch: Batch) -> dict[str, jax.Array]:
+        """Returns the segments of each stack."""
         fields = dict.fromkeys(self.layers, "segments_BT")
         fields |= {"encoder": "source_segments_BS"} if len(fields) > 1 else {}
-        return {stack: batch[field] > 0 for stack, field in fields.items()}
+        return {stack: batch[field] for stack, field in fields.items()}
 
     def losses(self, module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> Losses:
         """Returns the losses of the task in evaluation; in training all losses, each times its weight."""
         own = parameters.of_model(params)
         if key is None:
             return super().losses(module, own, batch, None)
-        how = self.one_example, ("states",) * self._has("hidden") + ("weights",) * self._has("attention")
-        x_BTD, auxiliary, stacks = run_stacks(module, own, batch, key, *how)
-        teacher, of_teacher = self.teacher_module(module), jax.lax.stop_gradient(params[parameters.TEACHER])
-        teacher_x_BTD, _, teacher_stacks = run_stacks(teacher, of_teacher, batch, None, *how)
-        losses: dict[str, Sum] = {}
+        student, auxiliary = self._run(module, own, batch, key)
+        of_teacher = jax.lax.stop_gradient(params[parameters.TEACHER])
+        teacher, _ = self._run(self.teacher_module(module), of_teacher, batch, None)
+        losses = self._logit_losses(student, teacher, batch, key)
         if self._has("labels"):
-            of_task, _ = self.losses_from_states(module, own, x_BTD, batch, key)
+            of_task, _ = self.losses_from_states(module, own, student.x_BTD, batch, key)
             losses |= {_name("labels", name): of_task[name] for name in super().weights(batch)}
-        if self._has("logits"):
-            ours = self.predicted(module, own, x_BTD, batch, key)
-            theirs = self.task_of_teacher.predicted(teacher, of_teacher, teacher_x_BTD, batch, None)
-            for name in ours:
-                heads = (module, own, ours[name]), (teacher, of_teacher, theirs[name])
-                losses[_name("logits", name)] = _compare(*heads, self.distill.temperature)
-        losses |= self._state_losses(stacks, teacher_stacks, params.get(parameters.DISTILLATION, {}), batch)
-        weighted = {name: (total * self._weight(name), weight) for name, (total, weight) in losses.items()}
+        projections = params.get(parameters.DISTILLATION, {})
+        for stack, segments_BT in self._segments(batch).items():
+            found = self._stack_losses(stack, student, teacher, projections.get(stack), segments_BT)
+            losses |= {name: _add(losses[name], loss) if name in losses else loss for name, loss in found.items()}
+        weight = lambda name: getattr(self.distill, name.split("/")[1])
+        weighted = {name: (total * weight(name), divisor) for name, (total, divisor) in losses.items()}
         return weighted | auxiliary, {}
 
-    def _weight(self, name: str) -> float:
-        weight: float = getattr(self.distill, name.split("/")[1])
-        return weight
+    def _run(
+        self, module: Transformer, params: Any, batch: Batch, key: jax.Array | None
+    ) -> tuple[_Outputs, dict[str, Sum]]:
+        """Returns the outputs of a model, and its auxiliary losses."""
+        with_states = self._has("hidden") or self._has("relations")
+        collections = ("states",) * with_states + ("weights",) * self._has("attention")
+        x_BTD, auxiliary, stacks = run_stacks(module, params, batch, key, self.one_example, collections)
+        return _Outputs(module, params, x_BTD, stacks), auxiliary
 
-    def _state_losses(self, ours: Stacks, theirs: Stacks, projections: Any, batch: Batch) -> dict[str, Sum]:
-        """Returns the losses that compare the layers of the stacks.
+    def _logit_losses(self, student: _Outputs, teacher: _Outputs, batch: Batch, key: jax.Array) -> dict[str, Sum]:
+        """Returns the losses that compare what the heads predict."""
+        if not self._has("logits"):
+            return {}
+        ours = self.predicted(*student[:3], batch, key)
+        theirs = self.task_of_teacher.predicted(*teacher[:3], batch, None)
+        temperature = self.distill.temperature
+        return {
+            _name("logits", name): _compare((student, ours[name]), (teacher, theirs[name]), temperature)
+            for name in ours
+        }
+
+    def _stack_losses(
+        self, stack: str, student: _Outputs, teacher: _Outputs, projection: jax.Array | None, segments_BT: jax.Array
+    ) -> dict[str, Sum]:
+        """Returns the losses that compare the layers of a stack.
 
         Args:
-          ours: the hidden states and attention weights of the student.
-          theirs: those of the teacher.
-          projections: the kernel [D, width of the teacher] for each stack, if the widths differ.
-          batch: the batch.
+          stack: the name of the stack.
+          student: the outputs of the student.
+          teacher: those of the teacher.
+          projection: a kernel from the width of the student to that of the teacher; None if they are equal.
+          segments_BT: segments of the stack.
         """
-        losses: dict[str, list[Sum]] = {"hidden": [], "attention": []}
-        for stack, tokens_BT in self._tokens(batch).items():
-            layers = self.layers[stack]
-            if self._has("hidden"):
-                x_LBTD, y_LBTD = (stacks["states"][stack]["states"][0] for stacks in (ours, theirs))
-                if stack in projections:
-                    x_LBTD = jnp.einsum("LBTD,DW->LBTW", x_LBTD, projections[stack].astype(x_LBTD.dtype))
-                losses["hidden"].append(state_error(x_LBTD, y_LBTD[layers], tokens_BT))
-            if self._has("attention"):
-                x_LBHTS, y_LBHTS = (stacks["weights"][stack]["weights"][0].attention_BHTS for stacks in (ours, theirs))
-                losses["attention"].append(attention_error(x_LBHTS, y_LBHTS[layers[1:] - 1], tokens_BT))
-        add = lambda sums: tuple(sum(part) for part in zip(*sums))
-        return {_name(part): add(sums) for part, sums in losses.items() if sums}
+        layers, losses, tokens_BT = self.layers[stack], {}, segments_BT > 0
+        if self._has("hidden"):
+            x_LBTD, y_LBTD = student.states(stack), teacher.states(stack)
+            if projection is not None:
+                x_LBTD = jnp.einsum("LBTD,DW->LBTW", x_LBTD, projection.astype(x_LBTD.dtype))
+            losses[_name("hidden")] = state_error(x_LBTD, y_LBTD[layers], tokens_BT)
+        if self._has("attention"):
+            weights = student.attention(stack), teacher.attention(stack)[layers[1:] - 1]
+            losses[_name("attention")] = attention_error(*weights, tokens_BT)
+        if self._has("relations"):
+            heads = self.distill.relation_heads or _stack_config(self.teacher, stack).heads
+            vectors = student.vectors(stack, 0), teacher.vectors(stack, self.distill.relation_layer)
+            losses[_name("relations")] = relation_divergence(*vectors, segments_BT, heads)
+        return losses
+
+
+class _Outputs(NamedTuple):
+    """The outputs of a model for a batch.
+
+    stacks: the collections that `run_stacks` returns.
+    """
+
+    module: Transformer
+    params: Any
+    x_BTD: jax.Array
+    stacks: dict[str, Any]
+
+    def states(self, stack: str) -> jax.Array:
+        """Returns the embeddings and the hidden states of each layer, [L + 1, B, T, D]."""
+        states_LBTD: jax.Array = self.stacks["states"][stack]["states"][0]
+        return states_LBTD
+
+    def attention(self, stack: str) -> jax.Array:
+        """Returns the attention weights of each layer, [L, B, H, T, S]."""
+        weights_LBHTS: jax.Array = self.stacks["weights"][stack]["weights"][0].attention_BHTS
+        return weights_LBHTS
+
+    def vectors(self, stack: str, layer: int) -> tuple[jax.Array, ...]:
+        """Returns the queries, keys and values of a layer, which counts from 1; 0 is the last."""
+        config, count = self.module.config, count_layers(self.module.config, stack)
+        index = (layer or count) - 1
+        how = self.params[stack], self.states(stack)[index], index, count, self.module.dtype
+        return query_key_value(_stack_config(config, stack), *how)
+
+
+def _add(a: Sum, b: Sum) -> Sum:
+    return a[0] + b[0], a[1] + b[1]
 
 
 def _name(part: str, loss: str = "loss") -> str:
@@ -206,14 +270,14 @@ def _name(part: str, loss: str = "loss") -> str:
     return f"distillation/{part}" + (f"/{loss}" if loss != "loss" else "")
 
 
-Head = tuple[Transformer, Any, HeadLogits | VocabularyStates]  # a model, its parameters and what its head predicts
+Head = tuple[_Outputs, HeadLogits | VocabularyStates]  # the outputs of a model, and what one of its heads predicts
 
 
 def _compare(student: Head, teacher: Head, temperature: float) -> Sum:
     """Returns the divergence of the predictions of a student from those of its teacher."""
-    ours, theirs = student[2], teacher[2]
+    (outputs, ours), (of_teacher, theirs) = student, teacher
     if isinstance(ours, VocabularyStates) and isinstance(theirs, VocabularyStates):
-        return vocabulary_divergence(*student[:2], ours, *teacher[:2], theirs, temperature)
+        return vocabulary_divergence(*outputs[:2], ours, *of_teacher[:2], theirs, temperature)
     assert isinstance(ours, HeadLogits) and isinstance(theirs, HeadLogits)
     if ours.kind == "numbers":
         return squared_error(ours.logits[..., 0], theirs.logits[..., 0], ours.weights)
