@@ -25,6 +25,10 @@ class LayerNumbers:
         return " or ".join(['numbers separated by commas, such as "0,2,4"', *map(repr, self.names)])
 
 
+Layers = Annotated[str, LayerNumbers(("even",))]
+TeacherLayers = Annotated[str, LayerNumbers()]
+
+
 @dataclass(frozen=True)
 class DistillConfig(Config):
     """Distillation: the model of the run, the student, learns to predict as a larger model, its teacher, does.
@@ -34,17 +38,15 @@ class DistillConfig(Config):
 
     teacher: str = ""  # a run, a folder in Hugging Face format, or a hub name; empty: no distillation
     # "even" keeps layers 0, 2, 4 and so on, as DistilBERT does.
-    layers: Annotated[str, LayerNumbers(("even",))] = ""  # layers of the model of init that the student keeps, from 0
-    decoder_layers: Annotated[str, LayerNumbers(("even",))] = ""  # those of the decoder of an encoder-decoder
+    layers: Layers = ""  # layers of the model of init that the student keeps, from 0
+    decoder_layers: Layers = ""  # those of the decoder of an encoder-decoder
     labels: NotNegative = 1.0  # weight of the loss of the task
     logits: NotNegative = 1.0  # weight of the divergence of the predictions (Hinton et al. 2015)
     temperature: AboveZero = 2.0  # divisor of the logits of both models in that divergence
     hidden: NotNegative = 0.0  # weight of the squared error of hidden states (TinyBERT, Jiao et al. 2020)
     attention: NotNegative = 0.0  # weight of the squared error of attention weights (TinyBERT)
     # Empty: of N layers of the teacher, layer n of M of the student is compared with layer n N / M, rounded up.
-    compared: Annotated[str, LayerNumbers()] = (
-        ""  # teacher layer, from 1, for each student layer, for hidden and attention
-    )
+    compared: TeacherLayers = ""  # teacher layer, from 1, for each student layer, for hidden and attention
     relations: NotNegative = 0.0  # weight of the divergence of relations of queries, keys and values (MiniLM v2)
     relation_layer: Count = 0  # teacher layer of these relations, from 1; 0: the last
     relation_heads: Count = 0  # number of heads of these relations; 0: the heads of the teacher
