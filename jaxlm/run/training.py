@@ -387,12 +387,11 @@ def _averaged(window: list[dict[str, float]], steps: list[dict[str, float]], sec
 def _flops(resolved: ResolvedRun) -> int:
     """Returns the model FLOPs of a step; 0 where the utilisation is undefined.
 
-    The peak of a chip is for products in bfloat16, and the formula assumes that all parameters are trained and that
-    there is no teacher.
+    The peak of a chip is for products in bfloat16, and the formula assumes that all parameters are trained.
     """
     run = resolved.run
     frozen = run.optimizer.freeze != "none" or run.optimizer.freeze_layers
-    if run.compute_dtype != "bfloat16" or frozen or run.distill.teacher:
+    if run.compute_dtype != "bfloat16" or frozen:
         return 0
     return closed_flops(resolved.task, resolved.model, run.batch, resolved.train.empty_batch())
 

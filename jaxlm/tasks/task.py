@@ -61,6 +61,7 @@ class Task(metaclass=_Immutable):
     one_example: bool = False  # whether each row holds one example from its start; a decoder then omits that mask
     max_examples: int  # maximum number of examples in a row E; if it is 1, a decoder may omit the mask of segments
     source_length: int | None = None  # tokens of the sources in a row S; None: the task has no sources
+    teacher: ModelConfig | None = None  # another model that the losses run without a gradient
     config_keys: Mapping[str, Any] = {}  # entries of the exported config.json that describe the task
     exported_as: Mapping[str, str] = {}  # class of transformers -> the class with the same tensors for this task
     pooling = Pooling()  # how vectors are computed, if the task reads them
