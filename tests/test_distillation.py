@@ -528,6 +528,34 @@ def make_mesh() -> Any:
     return sharding.make_mesh(MeshConfig(), jax.devices()[:1])
 
 
+LANGUAGE_MODELS = {  # preset, task, layers that are kept of 2
+    "gpt2": ("gpt2", CausalLM(), {"layers": "0"}),
+    "t5": ("t5-small", SpanCorruption(), {"layers": "even", "decoder_layers": "1"}),
+}
+
+
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("t5", marks=pytest.mark.long)])
+def test_a_language_model_keeps_layers_of_its_teacher(name, tmp_path):
+    preset, task, layers = LANGUAGE_MODELS[name]
+    small = {"vocabulary": 320, "max_length": 64, "width": 16, "layers": 2, "heads": 2, "mlp_width": 24}
+    config = dataclasses.replace(PRESETS[preset], **small, head_width=8, decoder_layers=None, heads_on_top=("lm",))
+    settings = TokenizerConfig(train="unigram" if name == "t5" else "byte_bpe", sentinels=20 * (name == "t5"))
+    tokenizer = tokenizers.train(TEXT, settings, 320)
+    jaxlm.save(LM(config, Transformer(config), random_params(config), tokenizer), tmp_path / "teacher")
+    (tmp_path / "text.txt").write_text("\n".join(TEXT) + "\n")
+    distill = DistillConfig(str(tmp_path / "teacher"), hidden=1.0, attention=1.0, relations=1.0, **layers)
+    run = RunConfig(
+        None, task, DataConfig(path=str(tmp_path / "text.txt"), length=32), distill=distill, batch=4, steps=2,
+        init=str(tmp_path / "teacher"), workdir=str(tmp_path / "run"), sample_tokens=0, log_every=1,
+        optimizer=OptimizerConfig(rate=0.0, schedule="constant"),
+    )  # fmt: skip
+    student = jaxlm.fit(run)
+    kept = [[0]] if name == "gpt2" else [[0], [1]]
+    for path, leaf in parameters.by_path(jaxlm.student(jaxlm.load(tmp_path / "teacher"), *kept).params).items():
+        np.testing.assert_array_equal(parameters.by_path(student.params)[path], leaf, err_msg=path)
+    assert {"distillation/logits", "distillation/relations"} < {*log_of(tmp_path / "run")[0]}
+
+
 REFUSED = {
     "a folder that does not exist": ({"teacher": "{tmp}/nothing"}, "nothing"),
     "another tokenizer": ({"teacher": "{lowercase}"}, "another tokenizer .*sequence-level distillation"),

@@ -48,7 +48,7 @@ def relation_divergence(
     """Returns the divergence of relations of queries, of keys and of values, in their mean, summed over the tokens.
 
     A relation of a token is the softmax, over the tokens of its example, of the scaled products of their vectors. All
-    vectors of a token are divided anew into relation heads, so that the numbers of attention heads may differ.
+    vectors of a token are divided into relation heads again, so that the numbers of attention heads may differ.
 
     Source: Wang et al. 2021, equations 4 to 6.
 
