@@ -292,6 +292,23 @@ def test_a_large_vocabulary_is_compared_in_parts(name, monkeypatch):
     assert not [shape for shape in shapes if shape[-1:] == (V,) and np.prod(shape[:-1]) >= positions]
 
 
+def test_a_large_vocabulary_is_compared_in_parts_on_a_mesh(monkeypatch):
+    """Each part of the mesh has copies of both heads, of which only the student's has a gradient."""
+    task, module, params = distilled("documents", DistillConfig("teacher", labels=0.0), width=32, layers=3)
+    batch = batch_of("documents")
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])
+    on_mesh = module.clone(constrain=sharding.Placement(mesh))
+    gradient = lambda module: jax.jit(
+        jax.grad(lambda params: task.losses(module, params, batch, jax.random.key(0))[0]["distillation/logits"][0])
+    )
+    expected = gradient(module)(params)
+    monkeypatch.setattr(task_states, "MAX_LOGITS", 2 * V)
+    monkeypatch.setattr(task_states, "_SHARE_OF_LOGITS", 1 << 40)
+    shard = lambda leaf, row: jax.device_put(leaf, sharding.sharding(mesh, row.axes, leaf.shape, row.path))
+    sharded = jax.tree.map(shard, params, parameters.rows(params))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), gradient(on_mesh)(sharded), expected)
+
+
 def shapes_in(jaxpr: Any) -> set[tuple[int, ...]]:
     """Returns the shapes of all values of a program."""
     found = {v.aval.shape for equation in jaxpr.eqns for v in equation.outvars}
