@@ -19,6 +19,7 @@ with _interrupts_wait():
         CleaningConfig,
         DataConfig,
         Decoding,
+        DistillConfig,
         MeshConfig,
         ModelConfig,
         OptimizerConfig,
@@ -35,6 +36,7 @@ with _interrupts_wait():
     from jaxlm.run.evaluate import evaluate, predict
     from jaxlm.run.fit import fit
     from jaxlm.transforms.adapters import add_adapter, merge, remove_adapters
+    from jaxlm.transforms.layers import student
     from jaxlm.transforms.quantization import quantize
     from jaxlm.transforms.vocabulary import resize
 
@@ -44,6 +46,7 @@ __all__ = [
     "CleaningConfig",
     "DataConfig",
     "Decoding",
+    "DistillConfig",
     "MeshConfig",
     "ModelConfig",
     "OptimizerConfig",
@@ -66,5 +69,6 @@ __all__ = [
     "resize",
     "save",
     "stream",
+    "student",
 ]
 __all__ += _task.__all__

@@ -40,7 +40,7 @@ with delay_interrupts():
         flags,
         python_files,
     )
-    from jaxlm.config.ranges import MAX_INT, Config, Count, Range, check_fields
+    from jaxlm.config.ranges import MAX_INT, Config, Count, Name, Range, check_fields
     from jaxlm.devices import hosts, process
     from jaxlm.errors import RunError, Stopped, UserError, suggestion
     from jaxlm.run import sweep as sweeps
@@ -234,6 +234,7 @@ class FileArguments(Config):
     batch: Annotated[int, Range(1, 1_000_000, special=(0, "automatic"))] = 0
     probabilities: bool = False  # for predict: add a column with the probability of each class
     top_k: Count = 0  # for predict: add columns for the k most probable classes; 0: none
+    column: Name = "prediction"  # for predict: name of the column of the prediction; it replaces a column of the file
     task: Any = None  # What is predicted, and from which columns.
     data: DataConfig = dataclasses.field(default_factory=DataConfig)  # How the file is read.
 
@@ -254,7 +255,9 @@ def predict(argv: list[str], _: process.Signals) -> int:
     classes: dict[str, Any] = {"probabilities": args.probabilities, "top_k": args.top_k}
     with RowWriter(args.output, getattr(args.task, "separator", " ")) as writer:
         for row, prediction in predict_rows(lm, rows, args.task, args.length or None, args.batch or None, **classes):
-            writer.write(row, prediction)
+            named = {args.column if name == "prediction" else name: value for name, value in prediction.items()}
+            replaced = {args.column} - {FileArguments.column}
+            writer.write({name: value for name, value in row.items() if name not in replaced}, named)
     return 0
 
 
@@ -266,8 +269,8 @@ def evaluate(argv: list[str], _: process.Signals) -> int:
     from jaxlm.run.evaluate import evaluate_rows, score_notes
     from jaxlm.tasks import columns_of
 
-    if args.probabilities or args.top_k:
-        raise UserError("--probabilities and --top-k are flags of predict; leave them out")
+    if args.probabilities or args.top_k or args.column != FileArguments.column:
+        raise UserError("--probabilities, --top-k and --column are flags of predict; leave them out")
     if isinstance(args.task, CausalLM):
         texts = source.documents(args.file, args.data, args.data.split, Counter())
         scores = perplexity(lm, texts, length=args.length or None, stride=args.task.stride or None)

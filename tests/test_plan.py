@@ -30,12 +30,12 @@ STARTS = {
     "finetune_t5": "t5-small",
     "summarize_scitldr": "bart-base",
 }  # other configs start from an encoder
-QUICK = {"t5_pretrain", "translate_multi30k", "multi_task", "shakespeare_char", "trec"}
+QUICK = {"t5_pretrain", "distill_sst2", "translate_multi30k", "multi_task", "shakespeare_char", "trec"}
 needs_libtpu = pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu, of the [plan] extra, is not installed")
 
 
 def config_of(name: str) -> RunConfig:
-    words = ["sst2"] if name == "glue" else []
+    words = {"glue": ["sst2"], "distill_sst2": ["bert-tiny"]}.get(name, [])
     run = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["config"](*words)
     return run if run.model else replace(run, init=STARTS.get(name, "bert-tiny"))
 

@@ -9,6 +9,7 @@ model          ModelConfig: the architecture
 task           the config of each task
 data           DataConfig, CleaningConfig and TokenizerConfig
 decoding       Decoding: options of text generation
+distill        DistillConfig: the teacher of a run, and what the run learns from it
 ranges         types and ranges of fields
 serialisation  conversion to and from JSON
 python_files   config files
@@ -19,6 +20,7 @@ arguments      checks of the arguments of public functions
 from jaxlm.config.adapter import NO_ADAPTER, AdapterConfig
 from jaxlm.config.data import CleaningConfig, DataConfig, Format, TokenizerConfig
 from jaxlm.config.decoding import MAX_TEXTS, Decoding
+from jaxlm.config.distill import DistillConfig
 from jaxlm.config.model import (
     DROPOUT_SITES,
     ENCODER_BIASES,

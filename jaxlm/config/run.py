@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from jaxlm.config.adapter import AdapterConfig
 from jaxlm.config.data import DataConfig, TokenizerConfig
+from jaxlm.config.distill import DistillConfig
 from jaxlm.config.model import MAX_LAYERS, ModelConfig, divisors
 from jaxlm.config.ranges import (
     Config,
@@ -74,6 +75,7 @@ class RunConfig(Config):
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     batch: Positive = 32  # rows per update, over all devices and micro-batches
     accumulate: Positive = 1  # micro-batches per update, to save memory
     examples: Count = 0  # mean number of examples per update; above 0 it overrides batch
@@ -109,6 +111,7 @@ class RunConfig(Config):
         """Raises UserError if the config is invalid, without reading data or devices."""
         check_fields(self)
         check_task(self.task)
+        self._check_distill()
         if not self.data.path and not isinstance(self.task, MultiTask):
             raise UserError("data.path is empty; give a file, a folder, a glob or tfds:NAME with --data.path")
         if self.batch % self.accumulate:
@@ -133,6 +136,13 @@ class RunConfig(Config):
             raise UserError(f"new_head is set, but {type(self.task).__name__} has no label head; leave it out")
         if self.dropout is not None and self.model is not None:
             raise UserError(f"dropout is {self.dropout}, but the config defines the model; set --model.dropout instead")
+
+    def _check_distill(self) -> None:
+        self.distill.check()
+        if self.distill.teacher and isinstance(self.task, MultiTask):
+            raise UserError(
+                "distill.teacher is given, but several tasks cannot be distilled at once; distil each alone"
+            )
 
     def _check_model(self, model: ModelConfig) -> None:
         model.check()

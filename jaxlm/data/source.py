@@ -265,10 +265,9 @@ def held_out_paths(data: DataConfig) -> tuple[str, str, str] | None:
     Raises:
       UserError: if a field for held-out data has no effect.
     """
-    if data.eval_target_path and not (data.eval_path and data.target_path):
+    if data.eval_target_path and not data.eval_path:
         raise UserError(
-            f"data.eval_target_path is {data.eval_target_path!r}, which requires target_path and eval_path; give "
-            f"--data.target-path and --data.eval-path"
+            f"data.eval_target_path is {data.eval_target_path!r}, which requires eval_path; give --data.eval-path"
         )
     if data.eval_path:
         return data.eval_path, data.eval_target_path, data.eval_split or data.split

@@ -9,6 +9,7 @@ heads        outputs computed from the last hidden states
 groups       the positions of a batch in groups, each with a copy of the parameters of a head
 fusion       values that XLA does not compute together on a GPU
 losses       losses and metrics as pairs (sum, weight)
+relations    relations between the tokens of an example, for distillation
 nodes        parameters in another form than a dense array
 low_rank     the node of low-rank updates (LoRA)
 masked       the node of arrays with some entries fixed at zero
@@ -22,7 +23,7 @@ In tensor code the suffix of a name is its shape, in these letters:
     T  positions (queries)      H  attention heads         L  layers
     S  positions (keys)         K  key-value heads         P  positions that have an embedding
     E  examples in a row        G  heads per key-value head
-    F  MLP width                C  head width              R  relative distances
+    F  MLP width                C  head width              R  relative distances; relation heads
     W  embedding width          c  pairs in a head         N  labels
     M  groups of positions
 """

@@ -104,10 +104,56 @@ def chunked_cross_entropy(
       label_smoothing: as in `cross_entropy`.
       parts: number of chunks along T.
     """
-    split = partial(_split, parts)
-    total, hits = _chunked_sums(logits_of, label_smoothing, params, *map(split, (x_BTD, labels_BT, weights_BT)))
+    part_loss = partial(_part_loss, logits_of, label_smoothing)
+    x, labels, weights = (_split(parts, array) for array in (x_BTD, labels_BT, weights_BT))
+    total, hits = _chunked_sums(part_loss, params, (), x, (labels, weights))
     weight = weights_BT.sum()
     return (total, weight), (jax.lax.stop_gradient(hits), weight)
+
+
+def divergence(
+    logits_BTV: jax.Array, teacher_logits_BTV: jax.Array, weights_BT: jax.Array, temperature: float = 1.0
+) -> Sum:
+    """Returns the weighted sum of KL(teacher || student) times the squared temperature, and the sum of the weights.
+
+    Both distributions are softmaxes of the logits divided by the temperature. The square keeps the size of the
+    gradient (Hinton et al. 2015, section 2).
+    """
+    log_q_BTV, log_p_BTV = (
+        jax.nn.log_softmax(x.astype(jnp.float32) / temperature) for x in (logits_BTV, teacher_logits_BTV)
+    )
+    loss_BT = (jnp.exp(log_p_BTV) * (log_p_BTV - log_q_BTV)).sum(-1)
+    return temperature**2 * (loss_BT * weights_BT).sum(), weights_BT.sum()
+
+
+def chunked_divergence(
+    logits_of: Callable[[Any, jax.Array], jax.Array],
+    teacher_logits_of: Callable[[Any, jax.Array], jax.Array],
+    params: Any,
+    teacher_params: Any,
+    x_BTD: jax.Array,
+    teacher_x_BTD: jax.Array,
+    weights_BT: jax.Array,
+    temperature: float = 1.0,
+    parts: int = 1,
+) -> Sum:
+    """Returns `divergence` of the logits of two heads, computed in chunks as in `chunked_cross_entropy`.
+
+    Args:
+      logits_of: the head of the student, a function that closes over no arrays.
+      teacher_logits_of: the head of the teacher.
+      params: all parameters that `logits_of` reads.
+      teacher_params: all parameters that `teacher_logits_of` reads; they have no gradient.
+      x_BTD: hidden states of the student.
+      teacher_x_BTD: those of the teacher, which may have another width; they have no gradient.
+      weights_BT: weights of the positions.
+      temperature: as in `divergence`.
+      parts: number of chunks along T.
+    """
+    part_loss = partial(_part_divergence, logits_of, teacher_logits_of, temperature)
+    x, teacher_x, weights = (_split(parts, array) for array in (x_BTD, teacher_x_BTD, weights_BT))
+    constants = _rounded(teacher_params, x_BTD.dtype)
+    return _chunked_sums(part_loss, params, constants, x, (teacher_x, weights))[0], weights_BT.sum()
 
 
 def token_log_probs(
@@ -165,17 +211,25 @@ def _label_logits(logits_BTV: jax.Array, labels_BT: jax.Array) -> jax.Array:
     return jnp.where(is_label_BTV, logits_BTV, 0).sum(-1)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _chunked_sums(logits_of: Any, smoothing: float, params: Any, x: Any, labels: Any, weights: Any) -> Any:
-    """Returns the sums of the loss and of the hits over inputs [parts, B, T, ...]."""
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked_sums(part_loss: Any, params: Any, constants: Any, x: Any, arrays: Any) -> Any:
+    """Returns the sums of a loss and of a second value, without a gradient, over inputs [parts, B, T, ...].
 
+    Args:
+      part_loss: (params, constants, x [B, T, D], *arrays [B, T, ...]) -> both sums over a part.
+      params: parameters.
+      constants: parameters without a gradient.
+      x: hidden states.
+      arrays: further inputs, without a gradient.
+    """
     rounded = _rounded(params, x.dtype)
 
     def part(sums: Any, inputs: Any) -> Any:
-        loss, hits = _part_loss(logits_of, smoothing, _like(rounded, params), *inputs)
-        return (sums[0] + loss, sums[1] + hits), None
+        x_BTD, rest = inputs
+        loss, other = part_loss(_like(rounded, params), constants, x_BTD, *rest)
+        return (sums[0] + loss, sums[1] + other), None
 
-    return jax.lax.scan(part, (jnp.float32(0), jnp.float32(0)), (x, labels, weights))[0]
+    return jax.lax.scan(part, (jnp.float32(0), jnp.float32(0)), (x, arrays))[0]
 
 
 def _rounded(params: Any, dtype: Any) -> Any:
@@ -194,32 +248,42 @@ def _like(rounded: Any, params: Any) -> Any:
     return jax.tree.map(lambda a, b: a.astype(b.dtype), rounded, params)
 
 
-def _part_loss(logits_of: Any, smoothing: float, params: Any, x_BTD: Any, labels_BT: Any, weights_BT: Any) -> Any:
+def _part_loss(
+    logits_of: Any, smoothing: float, params: Any, _: Any, x_BTD: Any, labels_BT: Any, weights_BT: Any
+) -> Any:
     logits_BTV = logits_of(params, x_BTD)
     loss = cross_entropy(logits_BTV, labels_BT, weights_BT, smoothing)[0]
     return loss, jax.lax.stop_gradient(accuracy(logits_BTV, labels_BT, weights_BT)[0])
 
 
-def _chunked_sums_forward(logits_of: Any, smoothing: float, params: Any, x: Any, labels: Any, weights: Any) -> Any:
+def _part_divergence(
+    logits_of: Any, teacher_logits_of: Any, temperature: float, params: Any, teacher: Any, *arrays: Any
+) -> Any:
+    x_BTD, teacher_x_BTD, weights_BT = arrays
+    teacher_logits_BTV = teacher_logits_of(teacher, teacher_x_BTD)
+    return divergence(logits_of(params, x_BTD), teacher_logits_BTV, weights_BT, temperature)[0], jnp.float32(0)
+
+
+def _chunked_sums_forward(part_loss: Any, params: Any, constants: Any, x: Any, arrays: Any) -> Any:
     rounded = _rounded(params, x.dtype)
 
     def part(carry: Any, inputs: Any) -> Any:
-        x_BTD, *rest = inputs
+        x_BTD, rest = inputs
         of_part = _like(rounded, params)
-        loss_of = lambda params, x_BTD: _part_loss(logits_of, smoothing, params, x_BTD, *rest)
-        loss, backward, hits = jax.vjp(loss_of, of_part, x_BTD, has_aux=True)
+        loss_of = lambda params, x_BTD: part_loss(params, constants, x_BTD, *rest)
+        loss, backward, other = jax.vjp(loss_of, of_part, x_BTD, has_aux=True)
         by_params, by_x_BTD = backward(jnp.float32(1))
-        total, all_hits, sums = carry
-        return (total + loss, all_hits + hits, jax.tree.map(jnp.add, sums, by_params)), by_x_BTD
+        total, others, sums = carry
+        return (total + loss, others + other, jax.tree.map(jnp.add, sums, by_params)), by_x_BTD
 
     first = jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
-    (total, hits, by_params), by_x = jax.lax.scan(part, first, (x, labels, weights))
-    return (total, hits), (by_params, by_x)
+    (total, others, by_params), by_x = jax.lax.scan(part, first, (x, arrays))
+    return (total, others), (by_params, by_x)
 
 
-def _chunked_sums_backward(logits_of: Any, smoothing: float, residuals: Any, gradients: Any) -> Any:
+def _chunked_sums_backward(part_loss: Any, residuals: Any, gradients: Any) -> Any:
     by_params, by_x = jax.tree.map(lambda g: (g * gradients[0]).astype(g.dtype), residuals)
-    return by_params, by_x, None, None
+    return by_params, None, by_x, None
 
 
 _chunked_sums.defvjp(_chunked_sums_forward, _chunked_sums_backward)
@@ -246,3 +310,44 @@ def binary_cross_entropy(
 def squared_error(values_BE: jax.Array, labels_BE: jax.Array, weights_BE: jax.Array) -> Sum:
     """Returns the weighted sum of squared differences, and the sum of the weights."""
     return ((values_BE.astype(jnp.float32) - labels_BE) ** 2 * weights_BE).sum(), weights_BE.sum()
+
+
+def binary_divergence(
+    logits_BEN: jax.Array, teacher_logits_BEN: jax.Array, weights_BE: jax.Array, temperature: float = 1.0
+) -> Sum:
+    """Returns `divergence` of N independent binary labels, in the mean over the labels."""
+    x_BEN, y_BEN = (x.astype(jnp.float32) / temperature for x in (logits_BEN, teacher_logits_BEN))
+    p_BEN = jax.nn.sigmoid(y_BEN)
+    loss_BEN = p_BEN * (jax.nn.softplus(-x_BEN) - jax.nn.softplus(-y_BEN))
+    loss_BEN += (1 - p_BEN) * (jax.nn.softplus(x_BEN) - jax.nn.softplus(y_BEN))
+    return temperature**2 * (loss_BEN.mean(-1) * weights_BE).sum(), weights_BE.sum()
+
+
+def state_error(states_LBTD: jax.Array, teacher_states_LBTD: jax.Array, tokens_BT: jax.Array) -> Sum:
+    """Returns the squared error of hidden states, in the mean over layers and width, summed over the tokens.
+
+    Source: TinyBERT (Jiao et al. 2020, equations 8 and 9).
+
+    Args:
+      states_LBTD: hidden states of the student, projected to the width of the teacher.
+      teacher_states_LBTD: those of the layers of the teacher that they are compared with.
+      tokens_BT: 1 for tokens, 0 for padding.
+    """
+    error_LBTD = (states_LBTD.astype(jnp.float32) - teacher_states_LBTD) ** 2
+    return (error_LBTD.mean((0, 3)) * tokens_BT).sum(), tokens_BT.sum()
+
+
+def attention_error(weights_LBHTS: jax.Array, teacher_weights_LBHTS: jax.Array, tokens_BT: jax.Array) -> Sum:
+    """Returns the squared error of attention weights, in the mean over layers and heads, summed over the tokens.
+
+    It is summed over the keys, because a mean over them would depend on the padding of a row.
+
+    Source: TinyBERT (Jiao et al. 2020, equation 7), for weights after the softmax.
+
+    Args:
+      weights_LBHTS: attention weights of the student.
+      teacher_weights_LBHTS: those of the layers of the teacher that they are compared with.
+      tokens_BT: 1 for queries, 0 for padding.
+    """
+    error_LBHTS = (weights_LBHTS.astype(jnp.float32) - teacher_weights_LBHTS) ** 2
+    return (error_LBHTS.sum(4).mean((0, 2)) * tokens_BT).sum(), tokens_BT.sum()

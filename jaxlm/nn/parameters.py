@@ -25,14 +25,15 @@ class Parameter(NamedTuple):
       path: regular expression for the paths of the leaves.
       axes: the logical axis of each dimension; None is never sharded.
       decays: whether weight decay applies; it does not apply to biases and norms.
-      depth: "embeddings" are below the first layer, "layers" are stacked along the first axis, "head" is above them.
+      depth: "embeddings" are below the first layer, "layers" are stacked along the first axis, "head" is above them;
+        "teacher" is another model, which is never trained.
       inputs: number of axes after "layers" that a projection contracts; 0 if the parameter is not a projection.
     """
 
     path: str
     axes: tuple[str | None, ...]
     decays: bool
-    depth: Literal["embeddings", "layers", "head"]
+    depth: Literal["embeddings", "layers", "head", "teacher"]
     inputs: int = 0
 
 
@@ -81,7 +82,11 @@ TABLE = (
     Parameter(_DENSE + r"/kernel", ("width", None), True, "head"),
     Parameter(_OUT + r"/kernel", ("width", None), True, "head"),
     Parameter(rf"({_DENSE}|{_OUT})/bias", (None,), False, "head"),
+    Parameter(r"distillation/(encoder|decoder)", ("width", None), True, "head"),
 )
+# Subtrees of the parameters of a run that do not belong to its model: those of a teacher, below `teacher/` with the
+# paths of a model, and those that compare the model with it.
+TEACHER, DISTILLATION = "teacher", "distillation"
 
 PARTS = ("muon", "adam")  # labels of `optax.partition`, and keys in its state
 
@@ -117,6 +122,13 @@ def by_path(tree: Any, whole_nodes: bool = False) -> dict[str, Any]:
     return {path_of(path): leaf for path, leaf in leaves}
 
 
+def of_model(params: Any) -> Any:
+    """Returns the parameters of the model of a run, without those of a teacher."""
+    if not isinstance(params, dict):
+        return params
+    return {name: part for name, part in params.items() if name not in (TEACHER, DISTILLATION)}
+
+
 def _user_row(path: str, dimensions: int) -> Parameter | None:
     """Returns the row for a user's module named `own` or `own_...`: never sharded, weight decay for matrices."""
     if not any(part.split("_")[0] == "own" for part in path.split("/")):
@@ -135,7 +147,10 @@ def rows(params: Any) -> Any:
     def find_row(key_path: tuple[Any, ...], leaf: Any) -> Any:
         path = path_of(key_path)
         dimensions = None if is_node(leaf) else leaf.ndim
-        row = find(path) or _user_row(path, dimensions or 0)
+        of_teacher, own_path = path.startswith(f"{TEACHER}/"), path.removeprefix(f"{TEACHER}/")
+        row = find(own_path) or _user_row(own_path, dimensions or 0)
+        if row is not None and of_teacher:
+            row = row._replace(path=path, depth="teacher")
         if row is None or dimensions not in (None, len(row.axes)):
             raise ValueError(
                 f"parameter {path} {getattr(leaf, 'shape', '')} has no row in jaxlm.nn.parameters.TABLE; "
@@ -193,11 +208,14 @@ def projections(params: Any, targets: str = "all") -> list[str]:
 
 
 def label_heads(params: Any) -> list[str]:
-    """Returns the paths of the leaves of all heads except those over tokens, such as `classes_head/out/kernel`."""
+    """Returns the paths of the leaves of all heads except those over tokens, such as `classes_head/out/kernel`.
+
+    Those that compare a model with its teacher count as heads.
+    """
     heads: dict[str, list[tuple[str, Parameter]]] = {}
     for path, row in rows_by_path(params).items():
         head = path.split("/")[0]
-        if head.endswith("_head") or head.split("_")[0] == "own":
+        if head.endswith("_head") or head.split("_")[0] == "own" or head == DISTILLATION:
             heads.setdefault(head, []).append((path, row))
     over_tokens = lambda leaves: any("vocabulary" in row.axes for _, row in leaves)
     return [path for leaves in heads.values() if not over_tokens(leaves) for path, _ in leaves]
@@ -218,17 +236,23 @@ def trained_in_nodes(params: Any, others: bool = True) -> Any:
 def split(params: Any, trained: Any) -> tuple[Any, Any]:
     """Returns the tree of the trained leaves and the tree of the frozen leaves; other leaves are None.
 
-    `trained` is a tree with a bool for each leaf. `join` is the inverse.
+    The first tree has no part for a teacher. `trained` is a tree with a bool for each leaf. `join` is the inverse.
     """
     select = lambda value: jax.tree.map(lambda leaf, is_trained: leaf if is_trained == value else None, params, trained)
-    return select(True), select(False)
+    ours, frozen = select(True), select(False)
+    return ({name: ours[name] for name in ours if name != TEACHER} if isinstance(ours, dict) else ours), frozen
 
 
 def join(trained: Any, frozen: Any) -> Any:
     """Returns the tree that `split` divided; `frozen` is None if all leaves are trained."""
     if frozen is None:
         return trained
-    return jax.tree.map(lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda leaf: leaf is None)
+    teacher = {}
+    if isinstance(frozen, dict) and TEACHER in frozen:
+        teacher = {TEACHER: frozen[TEACHER]}
+        frozen = {name: part for name, part in frozen.items() if name != TEACHER}
+    joined = jax.tree.map(lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda leaf: leaf is None)
+    return {**joined, **teacher} if teacher else joined
 
 
 def outside_nodes(part: Any) -> tuple[str, ...]:

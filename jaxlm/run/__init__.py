@@ -5,6 +5,7 @@ resolve        decides what a config leaves open, and checks it once
 config_only    resolves a run without its data, for plans
 trained_model  resolves a trained model and its task, for prediction and evaluation
 weights        reads the weights that a run starts from
+teacher        reads the weights of the teacher of a run, and checks that they fit
 training       a run in progress, and the work between its steps
 export         writes the model in Hugging Face format
 finish         writes scores, report and summary

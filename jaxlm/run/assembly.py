@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -115,8 +114,10 @@ def assemble(resolved: ResolvedModel) -> Assembly:
     module = resolved.kind(
         config, sharding.Placement(mesh), dtype, remat, unroll, run.attention, precision=run.matmul_precision
     )
-    dense_shapes = jax.eval_shape(partial(init, module), jax.random.key(0))
+    # Those of a teacher belong to the state, but not to the model.
+    init_dense = lambda key: init(module, key) | resolved.task.more_params(module, key)
     add_adapter = lambda params, key: adapters.add(params, run.adapter, key)
+    dense_shapes = jax.eval_shape(init_dense, jax.random.key(0))
     shapes = jax.eval_shape(add_adapter, dense_shapes, jax.random.key(0))
     schedule = make_schedule(run.optimizer, run.steps)
     optimizer = make_optimizer(run.optimizer, run.steps, shapes, mesh, run.adapter)
@@ -129,18 +130,18 @@ def assemble(resolved: ResolvedModel) -> Assembly:
 
     def first_state(key: jax.Array) -> TrainState:
         own_key = jax.random.wrap_key_data(key)
-        return state_of(add_adapter(init(module, own_key), own_key), key)
+        return state_of(add_adapter(init_dense(own_key), own_key), key)
 
     like = with_shardings(jax.eval_shape(first_state, jax.random.key_data(jax.random.key(0))), mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
 
     dense = parameters.by_path(shard_params(dense_shapes, mesh))
     rows = adapters.select(dense_shapes, run.adapter)
-    nodes_by_path = parameters.by_path(shardings.model, whole_nodes=True)
+    nodes_by_path = parameters.by_path(shardings.parameters, whole_nodes=True)
 
     def draw(key: jax.Array, paths: Sequence[str]) -> dict[str, jax.Array]:
         select = lambda leaves: {path: leaf for path, leaf in leaves.items() if path in paths}
-        selected_params = lambda key: select(parameters.by_path(init(module, jax.random.wrap_key_data(key))))
+        selected_params = lambda key: select(parameters.by_path(init_dense(jax.random.wrap_key_data(key))))
         return jax.jit(selected_params, out_shardings={path: dense[path].sharding for path in select(dense)})(key)
 
     def adapt(key: jax.Array, path: str, leaf: jax.Array) -> Any:
@@ -180,7 +181,8 @@ def closed_flops(task: Task, config: ModelConfig, rows: int, fields: Mapping[str
     # `flops.closed` counts the pooled vector with the next-sentence head, which reads it.
     below = {"pooled"} if "next_sentence" in config.heads_on_top else set()
     heads: dict[str, int] = {head: each.get(head, length) for head in config.heads_on_top if head not in below}
-    return flops.model_flops(config, rows, length, source, heads=heads, blocks=blocks).step
+    forward = lambda model: flops.model_flops(model, rows, length, source, heads=heads, blocks=blocks)
+    return forward(config).step + (forward(task.teacher).total if task.teacher else 0)
 
 
 def check_rows(run: RunConfig, mesh: Mesh) -> None:
@@ -249,8 +251,8 @@ def shard_params(shapes: Any, mesh: Mesh) -> Any:
 
 def with_shardings(state: TrainState, mesh: Mesh) -> TrainState:
     """Returns the shapes of a state with shardings. An optimizer's leaf is sharded like the parameter it belongs to."""
-    shapes = {path: leaf.shape for path, leaf in parameters.by_path(state.model).items()}
-    rows = parameters.rows_by_path(state.model)
+    shapes = {path: leaf.shape for path, leaf in parameters.by_path(state.parameters).items()}
+    rows = parameters.rows_by_path(state.parameters)
 
     def shard(key_path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         path = parameters.path_of(key_path)

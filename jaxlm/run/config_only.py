@@ -18,8 +18,10 @@ from jaxlm.families import PRESETS, open_folder
 from jaxlm.lm import find
 from jaxlm.nn.transformer import Transformer
 from jaxlm.run.resolve import ResolvedModel, with_dropout
+from jaxlm.run.weights import student_config
 from jaxlm.tasks import make_task
 from jaxlm.tasks.cells import Records
+from jaxlm.tasks.distillation import with_teacher
 from jaxlm.tasks.multi_task import Parts
 from jaxlm.tasks.records import RecordTask
 from jaxlm.tasks.task import Task
@@ -46,6 +48,10 @@ def resolve_config(run: RunConfig, mesh: Mesh) -> ResolvedModel:
     run.check()
     task = make_task(run, PlaceholderTokenizer(config.vocabulary), _labels(run, config))  # type: ignore[arg-type]
     task, config = task.bind(config), task.configure(config)
+    if run.distill.teacher:
+        teacher = PRESETS.get(run.distill.teacher) or open_folder(find(run.distill.teacher)).config
+        teacher = replace(teacher, heads_on_top=config.heads_on_top, labels=config.labels)
+        task = with_teacher(task, run.distill, config, teacher)
     return ResolvedModel(run, mesh, task, config, task.module(Transformer))
 
 
@@ -54,7 +60,8 @@ def _model_of_init(run: RunConfig) -> ModelConfig:
         raise UserError(
             "the config starts from the weights that --init names; give a model, or a preset, such as --init bert-base"
         )
-    return with_dropout(PRESETS.get(run.init) or open_folder(find(run.init)).config, run.dropout)
+    config = PRESETS.get(run.init) or open_folder(find(run.init)).config
+    return with_dropout(student_config(run, config), run.dropout)
 
 
 def _labels(run: RunConfig, config: ModelConfig) -> Any:

@@ -63,8 +63,8 @@ def rates(config: OptimizerConfig, params: Any) -> Any:
     """
 
     def rate(row: parameters.Parameter, leaf: Any) -> np.ndarray:
-        if row.depth == "head":
-            return np.ones((), np.float32)
+        if row.depth in ("head", "teacher"):
+            return np.array(row.depth == "head", np.float32)
         frozen_below = config.freeze == "all_but_heads"
         if row.depth == "embeddings":
             frozen = frozen_below or config.freeze == "embeddings" or config.freeze_layers > 0

@@ -21,7 +21,8 @@ from jaxlm.hub.download import fetch_tokenizer
 from jaxlm.hub.gguf.container import is_gguf
 from jaxlm.lm import LM, find, tokenizer_folder
 from jaxlm.nn.transformer import Transformer
-from jaxlm.run.weights import Weights, check_fits, known_labels, weights_of
+from jaxlm.run.teacher import bind_teacher
+from jaxlm.run.weights import Weights, check_fits, known_labels, student_config, weights_of
 from jaxlm.tasks import make_task, prepare, with_labels
 from jaxlm.tasks.labels import Labels
 from jaxlm.tasks.task import Task
@@ -48,6 +49,7 @@ class ResolvedRun(ResolvedModel):
     given: the config as the user gave it.  weights: None: the run initialises them randomly.
     train, held_out: batches, without end for training, one pass for evaluation.
     uncapped: number of held-out tokens before `eval_tokens` limited it; 0 for records.
+    teacher: its weights, if the run has one.
     """
 
     given: RunConfig
@@ -56,6 +58,7 @@ class ResolvedRun(ResolvedModel):
     train: Any
     held_out: Any
     uncapped: int = 0
+    teacher: Weights | None = None
 
     @property
     def best(self) -> str:
@@ -113,6 +116,7 @@ def resolve(
             f"adapter.rank is {run.adapter.rank}, but the run has no initial weights to adapt; give them with --init"
         )
     task, config = bind_task(run, weights, task, data.train)
+    task, teacher = bind_teacher(run, task, config, data)
     train = task.batches(data.train, run.batch, run.data.length, run.seed)
     run = sized(run, config, train)
     train.rows = run.batch
@@ -121,7 +125,7 @@ def resolve(
         if not batches:  # without packing an epoch, which a resumed run may not need
             raise UserError(f"the {part} data contain too little for one example of the task; give more")
     kind = task.module(Transformer if model is None else type(model.module))
-    return ResolvedRun(run, mesh, task, config, kind, given, data, weights, train, held_out, uncapped)
+    return ResolvedRun(run, mesh, task, config, kind, given, data, weights, train, held_out, uncapped, teacher)
 
 
 def with_tokenizer(run: RunConfig, model: LM | None) -> RunConfig:
@@ -164,7 +168,7 @@ def with_model(run: RunConfig, model: LM | None) -> RunConfig:
         return run
     if heads is not None and not set(heads) <= set(config.heads_on_top):
         config = replace(config, heads_on_top=heads)
-    return replace(run, model=with_dropout(config, run.dropout), dropout=None)
+    return replace(run, model=with_dropout(student_config(run, config), run.dropout), dropout=None)
 
 
 _STRUCTURES = {"encoder": "masked", "decoder": "causal", "encoder_decoder": "spans or infilling"}
@@ -215,4 +219,5 @@ def check_model(run: RunConfig) -> None:
     This runs before the data are read: their tokenizer would be reported as the cause otherwise.
     """
     if run.init and run.model is not None:
-        check_fits(tree_shapes(families.open_folder(find(run.init)).config), tree_shapes(run.model))
+        given = student_config(run, families.open_folder(find(run.init)).config)
+        check_fits(tree_shapes(given), tree_shapes(run.model))

@@ -30,9 +30,14 @@ class TrainState(NamedTuple):
     frozen: Any = None  # the other parameters, as `parameters.split` returns them; None: all are trained
 
     @property
+    def parameters(self) -> Any:
+        """All parameters: those of the model, and those of a teacher."""
+        return parameters.join(self.params, self.frozen)
+
+    @property
     def model(self) -> Any:
         """All parameters of the model."""
-        return parameters.join(self.params, self.frozen)
+        return parameters.of_model(self.parameters)
 
 
 class Gradient(Protocol):

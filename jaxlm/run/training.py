@@ -31,6 +31,7 @@ from jaxlm.run.folder import NoLog, RunLog, begin, finished_at
 from jaxlm.run.measure import Meter, Trace
 from jaxlm.run.resolve import ResolvedRun
 from jaxlm.run.step import TrainState, make_eval_step
+from jaxlm.run.teacher import sources_of, with_teacher
 from jaxlm.run.weights import check_fits, check_frozen, origin, start_from, weights_of
 from jaxlm.storage import buckets
 
@@ -288,7 +289,8 @@ def set_up(resolved: ResolvedRun, run_folder: buckets.RunFolder, model_given: bo
     # Shapes and shardings come first, so that every array is created on its own devices.
     parts = assemble(resolved)
     if weights is not None:
-        check_fits(weights.shapes, {path: leaf.shape for path, leaf in parts.dense.items()})
+        paths = parameters.by_path(parts.like.model, whole_nodes=True)
+        check_fits(weights.shapes, {path: parts.dense[path].shape for path in paths})
     # All of the user's input is valid, so the folder belongs to this run from here on.
     init_folder = find(run.init) if run.init and not model_given and weights is not None else None
     hosts.run_on_first(lambda: begin(resolved.given, folder, data.fingerprint, data.labels, init_folder))
@@ -305,7 +307,7 @@ def set_up(resolved: ResolvedRun, run_folder: buckets.RunFolder, model_given: bo
     files: dict[str, Any] = {"files": weights.files, "pooling": weights.pooling} if weights else {}
     own_module = parts.module.clone(remat="none", unroll=1)  # these only serve training
     model = LM(resolved.model, own_module, None, data.tokenizer, origin(run, weights), **files)
-    resolved = dataclasses.replace(resolved, weights=None)  # they keep the files of a checkpoint open
+    resolved = dataclasses.replace(resolved, weights=None, teacher=None)  # they keep the files of a checkpoint open
     training = Training(resolved, run_folder, parts, checkpoints, state, notes, model)
     _print_start(training)
     if weights is not None and not training.started and run.eval_every:
@@ -319,6 +321,7 @@ def _state(resolved: ResolvedRun, parts: Assembly, restored: TrainState | None, 
     frozen, weights = parts.like.frozen, resolved.weights
     if weights is None and (restored is None or frozen is not None):
         weights = weights_of(resolved.given, None, resolved.task, resolved.data.labels, False)
+    weights = with_teacher(weights, resolved.teacher)
     start = partial(start_from, weights, draw=partial(parts.draw, key), adapt=partial(parts.adapt, key))
     if restored is not None and frozen is None:
         return restored
@@ -326,7 +329,7 @@ def _state(resolved: ResolvedRun, parts: Assembly, restored: TrainState | None, 
         paths = parameters.by_path(frozen, whole_nodes=True)
         leaves = start(like={path: parts.dense[path] for path in paths}, log=lambda _: None)
         frozen = parameters.fill(frozen, leaves)
-        check_frozen(frozen, notes["frozen"], resolved.run.init)
+        check_frozen(frozen, notes["frozen"], sources_of(resolved.run))
         return restored._replace(frozen=frozen)
     if weights is None:
         return parts.first_state(key)

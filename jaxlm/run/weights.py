@@ -24,6 +24,7 @@ from jaxlm.tasks.labels import Labels, are_default_names, output_names
 from jaxlm.tasks.multi_task import TaskMixture, part_head
 from jaxlm.tasks.task import Task
 from jaxlm.transforms.adapters import merge
+from jaxlm.transforms.layers import layers_by_stack, select_config
 
 
 def known_labels(run: RunConfig, model: LM | None) -> Labels | None:
@@ -95,6 +96,10 @@ def weights_of(run: RunConfig, model: LM | None, task: Task, labels: Any, resumi
       UserError: where `run.init` contains no model.
     """
     if model is None and not run.init:
+        if run.distill.layers or run.distill.decoder_layers:
+            raise UserError(
+                "distill.layers is given, but there are no weights to take layers from; give them with --init"
+            )
         return None
     try:
         if isinstance(task, TaskMixture):
@@ -107,7 +112,43 @@ def weights_of(run: RunConfig, model: LM | None, task: Task, labels: Any, resumi
         raise
     new = f"{task.head}_head/out/" if run.new_head else None
     shapes = {path: shape for path, shape in weights.shapes.items() if not (new and path.startswith(new))}
-    return weights._replace(shapes=shapes)
+    return _with_layers(run, weights._replace(shapes=shapes))
+
+
+def student_config(run: RunConfig, config: ModelConfig) -> ModelConfig:
+    """Returns the config of a model with only the layers that `run.distill` keeps.
+
+    Raises:
+      UserError: where the model does not have these layers.
+    """
+    kept = run.distill.kept_layers(config.layers, config.decoder_layers or config.layers)
+    return select_config(config, *kept) if any(kept) else config
+
+
+def _with_layers(run: RunConfig, weights: Weights) -> Weights:
+    """Returns the weights of the layers that `run.distill` keeps."""
+    config = weights.config
+    kept = layers_by_stack(config, *run.distill.kept_layers(config.layers, config.decoder_layers or config.layers))
+    if not kept:
+        return weights
+    rows = {path: kept[path.split("/")[0]] for path in weights.shapes if _is_selected(path, kept)}
+    shapes = {path: (len(rows[path]), *s[1:]) if path in rows else s for path, s in weights.shapes.items()}
+
+    def read(shardings: Mapping[str, jax.sharding.Sharding]) -> dict[str, jax.Array]:
+        leaves = {}
+        for path, sharding in shardings.items():  # one by one, so that at most one array has all layers
+            [leaf] = weights.read({path: sharding}).values()
+            index = np.array(rows.get(path, ()), np.int32)
+            leaves[path] = (
+                jax.jit(lambda x, index: x[index], out_shardings=sharding)(leaf, index) if path in rows else leaf
+            )
+        return leaves
+
+    return weights._replace(config=student_config(run, config), shapes=shapes, read=read)
+
+
+def _is_selected(path: str, kept: Mapping[str, tuple[int, ...]]) -> bool:
+    return parameters.is_stacked(path) and path.split("/")[0] in kept
 
 
 def _weights_with_head(run: RunConfig, model: LM | None, head: Any, labels: tuple[str, ...] | None) -> Weights:
@@ -229,16 +270,16 @@ def start_from(
     return leaves
 
 
-def check_frozen(frozen: Any, sums: list[int], init: str) -> None:
+def check_frozen(frozen: Any, sums: list[int], sources: str) -> None:
     """Raises UserError where the frozen parameters of a resumed run differ from those that the run started with.
 
     Args:
-      frozen: the parameters, read again from `init` or initialised again with the run's seed.
+      frozen: the parameters, read again or initialised again with the run's seed.
       sums: the checksums of the parameters that the run started with.
-      init: `run.init`, for the message.
+      sources: the folders of the parameters, for the message.
     """
     if checksums_of(frozen) != sums:
         raise UserError(
-            f"the frozen parameters differ from those that the run started with; restore the content of --init "
-            f"{init or '(none)'}, or choose another --workdir"
+            f"the frozen parameters differ from those that the run started with; restore the content of {sources}, or "
+            f"choose another --workdir"
         )

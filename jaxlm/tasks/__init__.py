@@ -6,6 +6,7 @@ classification, tagging, question_answering, multiple_choice, similarity    task
 generation, seq2seq, chat    tasks whose prediction is a text
 pretraining, denoising       tasks over running text
 multi_task       several tasks with one body
+distillation     a task whose model also learns from a teacher
 reading, given, cells        records from files, examples from Python, values of columns
 labels, tags     which output of a head a label is, and how tags mark spans
 states           hidden states and losses of packed batches

@@ -26,7 +26,7 @@ from jaxlm.reports.report import Heatmap, Section, mistakes
 from jaxlm.tasks import labels, metrics
 from jaxlm.tasks.cells import Record, Records, listed, text_of
 from jaxlm.tasks.records import HeadTask, Outputs, add_special_tokens, placeholder_token, table_by_class
-from jaxlm.tasks.states import example_states
+from jaxlm.tasks.states import HeadLogits, example_states
 from jaxlm.tasks.task import register
 
 _FIELDS: dict[str, dict[str, Any]] = {
@@ -300,6 +300,10 @@ class ClassificationTask(HeadTask):
             return binary_cross_entropy(logits, batch["labels_BEN"], batch["weights_BE"], positive_N)
         smoothing = self.task.label_smoothing if training else 0.0
         return cross_entropy(logits, batch["labels_BE"], batch["weights_BE"], smoothing)
+
+    def compared(self, logits: jax.Array, batch: Batch) -> HeadLogits:
+        kinds: dict[str, Any] = {"single_label": "one", "multi_label": "any", "regression": "numbers"}
+        return super().compared(logits, batch)._replace(kind=kinds[self.task.problem])
 
     def outputs(self, logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
         return {"logits_BEN": logits}

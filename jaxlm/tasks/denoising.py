@@ -23,7 +23,7 @@ from jaxlm.lm import LM
 from jaxlm.nn.losses import Losses
 from jaxlm.nn.transformer import Transformer
 from jaxlm.tasks.pretraining import epoch_seed, pieces
-from jaxlm.tasks.states import hidden_states, token_losses
+from jaxlm.tasks.states import HeadLogits, VocabularyStates, token_losses
 from jaxlm.tasks.task import EvalResult, Task, perplexity, register
 
 
@@ -66,10 +66,16 @@ class DenoisingTask(Task):
         target_length = self.lengths(self.longest)[1]
         return Batches(self.examples(part, seed is not None), rows, target_length, self.max_examples, seed, length)
 
-    def losses(self, module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> Losses:
-        x_BTD, auxiliary = hidden_states(module, params, batch, key)
+    def losses_from_states(
+        self, module: Transformer, params: Any, x_BTD: jax.Array, batch: Batch, key: jax.Array | None
+    ) -> Losses:
         losses = token_losses(module, params, x_BTD, batch["labels_BT"], batch["weights_BT"])
-        return losses if key is None else {"loss": losses["loss"], **auxiliary}, {}
+        return losses if key is None else {"loss": losses["loss"]}, {}
+
+    def predicted(
+        self, module: Transformer, params: Any, x_BTD: jax.Array, batch: Batch, key: jax.Array | None
+    ) -> dict[str, HeadLogits | VocabularyStates]:
+        return {"loss": VocabularyStates(x_BTD, batch["weights_BT"])}
 
     def measure(
         self, lm: LM, run_eval: Callable[[Any], EvalResult], batches: Batches, part: Corpus

@@ -25,7 +25,7 @@ from jaxlm.reports.report import MAX_CELL_CHARACTERS, Table
 from jaxlm.tasks.cells import Record, Records
 from jaxlm.tasks.denoising import end_token
 from jaxlm.tasks.records import RecordExamples, RecordTask, Truncation
-from jaxlm.tasks.states import token_losses
+from jaxlm.tasks.states import HeadLogits, VocabularyStates, token_losses
 from jaxlm.tasks.task import EvalResult, perplexity
 
 MAX_SHOWN = 20  # texts in the report
@@ -81,6 +81,11 @@ class GenerationTask(RecordTask):
         smoothing = 0.0 if key is None else self.task.label_smoothing
         losses = token_losses(module, params, x_BTD, batch["labels_BT"], batch["weights_BT"], smoothing)
         return losses if key is None else {"loss": losses["loss"]}, {}
+
+    def predicted(
+        self, module: Transformer, params: Any, x_BTD: jax.Array, batch: Batch, key: jax.Array | None
+    ) -> dict[str, HeadLogits | VocabularyStates]:
+        return {"loss": VocabularyStates(x_BTD, batch["weights_BT"])}
 
     def predict(self, record: Record, outputs: Any) -> Row:
         return {"prediction": outputs}

@@ -25,7 +25,6 @@ from jaxlm.nn.transformer import Transformer
 from jaxlm.reports.report import Section
 from jaxlm.tasks import labels
 from jaxlm.tasks.reading import prepare as prepare_records
-from jaxlm.tasks.states import hidden_states
 from jaxlm.tasks.task import EvalResult, Task, register
 
 SHARED = ("tokens_BT", "segments_BT", "positions_BT", "types_BT")  # fields that all tasks have
@@ -120,15 +119,16 @@ class TaskMixture(Task):
             return Parts({name: PartBatches(by_part, name) for name in by_part})
         return MixedBatches(by_part, {name: self.task.parts[name].weight for name in by_part}, rows, seed)
 
-    def losses(self, module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> Losses:
-        x_BTD, auxiliary = hidden_states(module, params, batch, key)
+    def losses_from_states(
+        self, module: Transformer, params: Any, x_BTD: jax.Array, batch: Batch, key: jax.Array | None
+    ) -> Losses:
         losses: dict[str, Any] = {}
         outputs: dict[str, jax.Array] = {}
         for name, part in self.parts.items():
             own_losses, own_outputs = part.losses_from_states(module, params, x_BTD, _view(batch, name), key)
             losses[f"{name}/loss"] = own_losses["loss"]
             outputs |= {f"{name}.{field}": array for field, array in own_outputs.items()}
-        return losses | auxiliary, outputs
+        return losses, outputs
 
     def weights(self, batch: Batch) -> dict[str, jax.Array]:
         return {f"{name}/loss": part.weights(_view(batch, name))["loss"] for name, part in self.parts.items()}

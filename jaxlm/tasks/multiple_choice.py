@@ -24,7 +24,7 @@ from jaxlm.nn.transformer import Transformer
 from jaxlm.reports.report import Section, mistakes
 from jaxlm.tasks.cells import Record, Records, column, listed, text_of
 from jaxlm.tasks.records import HeadTask, Outputs, add_special_tokens
-from jaxlm.tasks.states import example_states
+from jaxlm.tasks.states import HeadLogits, example_states
 from jaxlm.tasks.task import register
 
 
@@ -105,6 +105,11 @@ class MultipleChoiceTask(HeadTask):
         same_BEE = groups_BE[:, :, None] == groups_BE[:, None, :]
         normaliser_BE = jax.nn.logsumexp(jnp.where(same_BEE, logits[:, None, :], -1e30), axis=-1)
         return ((normaliser_BE - logits) * labels_BE).sum(), labels_BE.sum()
+
+    def compared(self, logits: jax.Array, batch: Batch) -> HeadLogits:
+        """Returns the logits of all options of a question at the place of its right option."""
+        same_BEE = batch["groups_BE"][:, :, None] == batch["groups_BE"][:, None, :]
+        return HeadLogits(jnp.where(same_BEE, logits[:, None, :], -1e30), batch["labels_BE"])
 
     def outputs(self, logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
         return {"logits_BE": logits}

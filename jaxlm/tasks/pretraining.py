@@ -21,7 +21,7 @@ from jaxlm.errors import UserError
 from jaxlm.lm import LM
 from jaxlm.nn.losses import Losses, accuracy, bits_per_byte, cross_entropy
 from jaxlm.nn.transformer import Transformer, apply
-from jaxlm.tasks.states import hidden_states, token_losses, token_scores
+from jaxlm.tasks.states import HeadLogits, VocabularyStates, token_losses, token_scores
 from jaxlm.tasks.task import EvalResult, Task, perplexity, register
 
 TRAINING, EVALUATION = 0, 1  # part of the seeds, so that evaluation and training draw different numbers
@@ -43,6 +43,7 @@ class CausalLMTask(Task):
         self.task, self.length, self.seed = task, length, seed
         # The rows of a stream hold one span each, so that attention needs no mask of segments.
         self.max_examples = 1 if task.stream else max(2, length // 8)
+        self.one_example = self.max_examples == 1
         # The tokens before and after documents, which have no bytes.
         self.frame = [] if tokenizer is None else [i for i in (tokenizer.bos, tokenizer.eos) if i is not None]
         # If one token both begins and ends documents (GPT-2), the corpus has it only before each document, and the end
@@ -53,12 +54,13 @@ class CausalLMTask(Task):
     def examples(self, corpus: Corpus, training: bool) -> CausalExamples:
         return CausalExamples(self, corpus, training)
 
-    def losses(self, module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> Losses:
-        x_BTD, auxiliary = hidden_states(module, params, batch, key, one_example=self.max_examples == 1)
+    def losses_from_states(
+        self, module: Transformer, params: Any, x_BTD: jax.Array, batch: Batch, key: jax.Array | None
+    ) -> Losses:
         labels_BT, weights_BT = batch["labels_BT"], batch["weights_BT"]
         if key is not None:
             losses = token_losses(module, params, x_BTD, labels_BT, weights_BT, self.task.label_smoothing)
-            return {"loss": losses["loss"], **auxiliary}, {}
+            return {"loss": losses["loss"]}, {}
         log_BT, best_BT = token_scores(module, params, x_BTD, labels_BT)
         weighted_sum = lambda x_BT, weights_BT: ((x_BT * weights_BT).sum(), weights_BT.sum())
         losses = {
@@ -68,6 +70,11 @@ class CausalLMTask(Task):
         if self.frame:
             losses["text_loss"] = weighted_sum(-log_BT, weights_BT * ~jnp.isin(labels_BT, jnp.array(self.frame)))
         return losses, {}
+
+    def predicted(
+        self, module: Transformer, params: Any, x_BTD: jax.Array, batch: Batch, key: jax.Array | None
+    ) -> dict[str, HeadLogits | VocabularyStates]:
+        return {"loss": VocabularyStates(x_BTD, batch["weights_BT"])}
 
     def measure(
         self, lm: LM, run_eval: Callable[[Any], EvalResult], batches: Batches, part: Corpus
@@ -173,23 +180,36 @@ class MaskedLMTask(Task):
         totals = {"masked_lm_loss": batch["weights_BT"].sum()}
         return totals | ({"next_sentence_loss": batch["weights_BE"].sum()} if self.task.next_sentence else {})
 
-    def losses(self, module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> Losses:
-        x_BTD, auxiliary = hidden_states(module, params, batch, key)
-        # Only the masked positions, about a sixth, need logits.
-        chosen_BP = jnp.argsort(batch["weights_BT"] == 0, axis=1, stable=True)[:, : self.predictions]
-        take = lambda field_BT: jnp.take_along_axis(field_BT, chosen_BP, axis=1)
-        x_BPD = jnp.take_along_axis(x_BTD, chosen_BP[..., None], axis=1)
-        labels = take(batch["labels_BT"]), take(batch["weights_BT"])
+    def losses_from_states(
+        self, module: Transformer, params: Any, x_BTD: jax.Array, batch: Batch, key: jax.Array | None
+    ) -> Losses:
+        x_BPD, weights_BP, labels_BP = self._masked(batch, x_BTD, batch["weights_BT"], batch["labels_BT"])
         smoothing = self.task.label_smoothing if key is not None else 0.0
-        masked = token_losses(module, params, x_BPD, *labels, smoothing, "masked_lm")
+        masked = token_losses(module, params, x_BPD, labels_BP, weights_BP, smoothing, "masked_lm")
         losses = {f"masked_lm_{name}": value for name, value in masked.items()}
         if self.task.next_sentence:
-            x_BED = jnp.take_along_axis(x_BTD, batch["starts_BE"][..., None], axis=1)
-            logits_BE2 = apply(module, params, x_BED, method="next_sentence")
             labels = batch["labels_BE"], batch["weights_BE"]
+            logits_BE2 = _next_sentence(module, params, x_BTD, batch)
             losses["next_sentence_loss"] = cross_entropy(logits_BE2, *labels)
             losses["next_sentence_accuracy"] = accuracy(logits_BE2, *labels)
-        return losses | auxiliary, {}
+        return losses, {}
+
+    def _masked(self, batch: Batch, *arrays_BT: jax.Array) -> list[jax.Array]:
+        """Returns arrays [B, T, ...] at the masked positions, about a sixth, which alone need logits."""
+        chosen_BP = jnp.argsort(batch["weights_BT"] == 0, axis=1, stable=True)[:, : self.predictions]
+        take = lambda x: jnp.take_along_axis(x, chosen_BP.reshape(*chosen_BP.shape, *[1] * (x.ndim - 2)), axis=1)
+        return [take(x) for x in arrays_BT]
+
+    def predicted(
+        self, module: Transformer, params: Any, x_BTD: jax.Array, batch: Batch, key: jax.Array | None
+    ) -> dict[str, HeadLogits | VocabularyStates]:
+        x_BPD, weights_BP = self._masked(batch, x_BTD, batch["weights_BT"])
+        heads: dict[str, HeadLogits | VocabularyStates] = {}
+        heads["masked_lm_loss"] = VocabularyStates(x_BPD, weights_BP, "masked_lm")
+        if self.task.next_sentence:
+            logits_BE2 = _next_sentence(module, params, x_BTD, batch)
+            heads["next_sentence_loss"] = HeadLogits(logits_BE2, batch["weights_BE"])
+        return heads
 
     def measure(
         self, lm: LM, run_eval: Callable[[Any], EvalResult], batches: Batches, part: Corpus
@@ -201,6 +221,13 @@ class MaskedLMTask(Task):
             "accuracy": means["masked_lm_accuracy"],
             **means,
         }, None
+
+
+def _next_sentence(module: Transformer, params: Any, x_BTD: jax.Array, batch: Batch) -> jax.Array:
+    """Returns the logits [B, E, 2] of the head "next_sentence"."""
+    x_BED = jnp.take_along_axis(x_BTD, batch["starts_BE"][..., None], axis=1)
+    logits_BE2: jax.Array = apply(module, params, x_BED, method="next_sentence")
+    return logits_BE2
 
 
 class MaskedExamples:

@@ -23,6 +23,7 @@ from jaxlm.reports.report import Section, mistakes
 from jaxlm.tasks import metrics
 from jaxlm.tasks.cells import Record, Records, listed, text_of
 from jaxlm.tasks.records import HeadTask, Outputs, RecordExamples, Truncation, placeholder_token
+from jaxlm.tasks.states import HeadLogits
 from jaxlm.tasks.task import register
 
 _TOP = 20  # most likely starts and ends of a window that are combined
@@ -145,7 +146,7 @@ class QuestionAnsweringTask(HeadTask):
 
     def loss(self, logits: jax.Array, batch: Batch, training: bool) -> Sum:
         """Returns the mean of two cross-entropies, of the start and of the end, over the tokens of the example."""
-        own_BET = batch["segments_BT"][:, None] == jnp.arange(1, batch["weights_BE"].shape[1] + 1)[:, None]
+        own_BET = _own_tokens(batch)
         label_BEN = batch["starts_BE"][..., None] + batch["labels_BEN"]
         losses = []
         for n in range(2):
@@ -156,6 +157,12 @@ class QuestionAnsweringTask(HeadTask):
         # Empty slots of a row have no tokens to normalise over.
         loss_BE = jnp.where(batch["weights_BE"] > 0, (losses[0] + losses[1]) / 2, 0)
         return (loss_BE * batch["weights_BE"]).sum(), batch["weights_BE"].sum()
+
+    def compared(self, logits: jax.Array, batch: Batch) -> HeadLogits:
+        """Returns the logits [2, B, E, T] of start and end over the tokens of an example, with half the weight each."""
+        logits_2B1T = jnp.moveaxis(logits, -1, 0)[:, :, None]
+        logits_2BET = jnp.where(_own_tokens(batch), logits_2B1T, -1e30)
+        return HeadLogits(logits_2BET, jnp.broadcast_to(batch["weights_BE"] / 2, logits_2BET.shape[:3]))
 
     def outputs(self, logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
         return {"start_BT": logits[..., 0], "end_BT": logits[..., 1]}
@@ -223,6 +230,11 @@ class QuestionAnsweringTask(HeadTask):
                 wrong.append((prediction["confidence"], [record["question"], show(" / ".join(texts)), show(answer)]))
         what = "held-out questions have a predicted answer that shares no word with the true one"
         return [mistakes(("question", "true", "predicted"), wrong, len(part.records), what)]
+
+
+def _own_tokens(batch: Batch) -> jax.Array:
+    """Returns whether each token of a row belongs to each example, [B, E, T]."""
+    return batch["segments_BT"][:, None] == jnp.arange(1, batch["weights_BE"].shape[1] + 1)[:, None]
 
 
 def _answers(value: Any, place: Place) -> list[tuple[str, int]]:

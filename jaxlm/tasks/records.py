@@ -40,7 +40,7 @@ from jaxlm.nn.losses import Losses, Sum
 from jaxlm.nn.transformer import Transformer, apply
 from jaxlm.reports.report import Table
 from jaxlm.tasks.cells import Record, Records, column
-from jaxlm.tasks.states import hidden_states
+from jaxlm.tasks.states import HeadLogits, VocabularyStates
 from jaxlm.tasks.task import EvalResult, Task
 
 Outputs = list[list[dict[str, np.ndarray]]]  # of one record: for each unit, for each of its examples
@@ -205,17 +205,6 @@ class RecordTask(Task):
     def examples(self, part: Records, training: bool) -> RecordExamples:
         return RecordExamples(self, part.records, training)
 
-    def losses(self, module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> Losses:
-        x_BTD, auxiliary = hidden_states(module, params, batch, key)
-        losses, outputs = self.losses_from_states(module, params, x_BTD, batch, key)
-        return losses | auxiliary, outputs
-
-    @abstractmethod
-    def losses_from_states(
-        self, module: Transformer, params: Any, x_BTD: jax.Array, batch: Batch, key: jax.Array | None
-    ) -> Losses:
-        """Returns `losses` from the hidden states of the batch."""
-
     def truncation(
         self, examples: RecordExamples, lm: LM | None = None, records: Sequence[Record] = ()
     ) -> dict[str, Truncation]:
@@ -317,6 +306,15 @@ class HeadTask(RecordTask):
     ) -> Losses:
         logits = self.logits(module, params, x_BTD, batch, key)
         return {"loss": self.loss(logits, batch, key is not None)}, self.outputs(logits, batch) if key is None else {}
+
+    def predicted(
+        self, module: Transformer, params: Any, x_BTD: jax.Array, batch: Batch, key: jax.Array | None
+    ) -> dict[str, HeadLogits | VocabularyStates]:
+        return {"loss": self.compared(self.logits(module, params, x_BTD, batch, key), batch)}
+
+    def compared(self, logits: jax.Array, batch: Batch) -> HeadLogits:
+        """Returns the logits with the weights of the positions, for distillation."""
+        return HeadLogits(logits, batch["weights_BT" if "weights_BT" in batch else "weights_BE"])
 
 
 class Truncation(NamedTuple):

@@ -23,7 +23,7 @@ from jaxlm.tasks import metrics
 from jaxlm.tasks.cells import Record, text_of
 from jaxlm.tasks.labels import parse_number
 from jaxlm.tasks.records import HeadTask, Outputs, add_special_tokens
-from jaxlm.tasks.states import example_states
+from jaxlm.tasks.states import HeadLogits, example_states
 from jaxlm.tasks.task import register
 
 
@@ -93,18 +93,25 @@ class SimilarityTask(HeadTask):
         return v_BED * jax.lax.rsqrt(jnp.maximum((v_BED**2).sum(-1, keepdims=True), 1e-24))
 
     def loss(self, logits: jax.Array, batch: Batch, training: bool) -> Sum:
+        compared = self.compared(logits, batch)
+        if self.cosine:
+            labels_BE = batch["labels_BE"][:, 0 : logits.shape[1] - 1 : 2]
+            return squared_error(compared.logits[..., 0], labels_BE, compared.weights)
+        scores_PQ, weights_P = compared.logits, compared.weights
+        loss_P = jax.nn.logsumexp(scores_PQ, axis=-1) - jnp.diagonal(scores_PQ)
+        return jnp.where(weights_P > 0, loss_P, 0).sum(), weights_P.sum()
+
+    def compared(self, logits: jax.Array, batch: Batch) -> HeadLogits:
+        """Returns the cosines of pairs [B, P, 1], or the scores of all second texts for each first text [P, P]."""
         # The two texts of a pair follow each other, so the examples of a row are pairs.
         _, E, D = logits.shape
         first_BED, second_BED = logits[:, 0 : E - 1 : 2], logits[:, 1:E:2]
         weights_BE = batch["weights_BE"][:, 0 : E - 1 : 2]
         if self.cosine:
-            labels_BE = batch["labels_BE"][:, 0 : E - 1 : 2]
-            return squared_error((first_BED * second_BED).sum(-1), labels_BE, weights_BE)
+            return HeadLogits((first_BED * second_BED).sum(-1, keepdims=True), weights_BE, "numbers")
         weights_P = weights_BE.reshape(-1)
         cosines_PQ = jnp.einsum("PD,QD->PQ", first_BED.reshape(-1, D), second_BED.reshape(-1, D), precision="highest")
-        scores_PQ = jnp.where(weights_P > 0, cosines_PQ / self.task.temperature, -1e30)
-        loss_P = jax.nn.logsumexp(scores_PQ, axis=-1) - jnp.diagonal(scores_PQ)
-        return jnp.where(weights_P > 0, loss_P, 0).sum(), weights_P.sum()
+        return HeadLogits(jnp.where(weights_P > 0, cosines_PQ / self.task.temperature, -1e30), weights_P)
 
     def outputs(self, logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
         return {"vector_BED": logits}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,17 @@ import jax.numpy as jnp
 from jaxlm.data.batches import Batch
 from jaxlm.devices import chips
 from jaxlm.inference.encode import pool
+from jaxlm.nn import parameters
 from jaxlm.nn.groups import Groups
-from jaxlm.nn.losses import Sum, accuracy, chunked_cross_entropy, cross_entropy, token_log_probs
+from jaxlm.nn.losses import (
+    Sum,
+    accuracy,
+    chunked_cross_entropy,
+    chunked_divergence,
+    cross_entropy,
+    divergence,
+    token_log_probs,
+)
 from jaxlm.nn.transformer import FRONT_ENDS, Transformer, apply
 
 # On each device at once; more are computed in parts, one after the other. Each part reads and writes the gradient of
@@ -21,6 +30,32 @@ from jaxlm.nn.transformer import FRONT_ENDS, Transformer, apply
 MAX_LOGITS = 1 << 26
 _SHARE_OF_LOGITS = 64
 _MODES = {"first": "cls", "last": "lasttoken", "mean": "mean"}  # values of `ModelConfig.classes_from` -> pooling modes
+
+
+class HeadLogits(NamedTuple):
+    """The logits of a head, for distillation.
+
+    logits: [..., N].
+    weights: [...], weights of the positions.
+    kind: "one" of N applies, "any" of N apply, or "numbers", which are no logits.
+    """
+
+    logits: jax.Array
+    weights: jax.Array
+    kind: Literal["one", "any", "numbers"] = "one"
+
+
+class VocabularyStates(NamedTuple):
+    """Hidden states that a head over the vocabulary reads, for distillation; its logits would need much memory.
+
+    x_BTD: hidden states.
+    weights_BT: weights of the positions.
+    method: the method of the module that applies the head.
+    """
+
+    x_BTD: jax.Array
+    weights_BT: jax.Array
+    method: str = "lm"
 
 
 def hidden_states(
@@ -39,9 +74,23 @@ def hidden_states(
     Returns:
       Hidden states [B, T, D], those of the decoder if the model has both; and sums and weights as `auxiliary/NAME`.
     """
+    x_BTD, auxiliary, _ = run_stacks(module, params, batch, key, one_example)
+    return x_BTD, auxiliary
+
+
+def run_stacks(
+    module: Transformer,
+    params: Any,
+    batch: Batch,
+    key: jax.Array | None,
+    one_example: bool = False,
+    collections: tuple[str, ...] = (),
+) -> tuple[jax.Array, dict[str, Sum], dict[str, Any]]:
+    """Returns the results of `hidden_states`, and collections that the stacks store, such as "states"; see `Stack`."""
     field = FRONT_ENDS[module.config.front_end].field
     inputs: tuple[Any, ...] = batch[field], batch["segments_BT"], batch["positions_BT"]
-    options: dict[str, Any] = {"key": key, **({} if key is None else {"mutable": ["losses"]})}
+    mutable = [*collections, *(() if key is None else ("losses",))]
+    options: dict[str, Any] = {"key": key, **({"mutable": mutable} if mutable else {})}
     segments = [batch["segments_BT"]]
     if "source_tokens_BS" in batch:
         source = batch["source_tokens_BS"], batch["source_segments_BS"], batch["source_positions_BS"]
@@ -51,8 +100,8 @@ def hidden_states(
         inputs = (*inputs, batch.get("types_BT"))
         options |= {"prefix_BT": batch.get("prefix_BT"), "one_example": one_example}
     result = apply(module, params, *inputs, **options)
-    if key is None:
-        return result, {}
+    if not mutable:
+        return result, {}, {}
     x_BTD, sown = result
     tokens = sum((ids > 0).sum() for ids in segments)
     stacks = jax.tree.leaves_with_path(sown.get("losses", {}))
@@ -60,7 +109,7 @@ def hidden_states(
     for key_path, value in stacks:  # stack / name / index in the tuple that `sow` stores
         name = f"auxiliary/{key_path[1].key}"
         losses[name] = losses[name][0] + value if name in losses else value, tokens
-    return x_BTD, losses
+    return x_BTD, losses, sown
 
 
 def token_losses(
@@ -94,6 +143,46 @@ def token_losses(
     sums = groups.map(losses, head, x_BTD, labels_BT, weights_BT)
     loss, hits = jax.tree.map(lambda x_M: x_M.sum(0), sums)
     return {"loss": loss, "accuracy": hits}
+
+
+def vocabulary_divergence(
+    module: Transformer,
+    params: Any,
+    states: VocabularyStates,
+    teacher: Transformer,
+    teacher_params: Any,
+    teacher_states: VocabularyStates,
+    temperature: float,
+) -> Sum:
+    """Returns `divergence` of a head over the vocabulary from the head of a teacher.
+
+    Args:
+      module: the student.
+      params: its parameters.
+      states: its hidden states.
+      teacher: the teacher.
+      teacher_params: its parameters, without a gradient.
+      teacher_states: its hidden states at the same positions.
+      temperature: the divisor of the logits.
+    """
+    (x_BTD, weights_BT, method), teacher_x_BTD = states, teacher_states.x_BTD
+    parts = _parts(module, 2 * len(x_BTD), x_BTD.shape[1])  # for the logits of both models
+    if parts == 1:
+        logits_BTV = apply(module, params, x_BTD, method=method)
+        teacher_logits_BTV = apply(teacher, teacher_params, teacher_x_BTD, method=method)
+        return divergence(logits_BTV, teacher_logits_BTV, weights_BT, temperature)
+    groups = Groups(module.constrain, *x_BTD.shape[:2])
+    logits_of, head = _head(module.clone(constrain=groups.inside), params, method)
+    teacher_logits_of, teacher_head = _head(teacher.clone(constrain=groups.inside), teacher_params, method)
+
+    def of_group(both: Any, x_BTD: jax.Array, teacher_x_BTD: jax.Array, weights_BT: jax.Array) -> Sum:
+        heads = parameters.of_model(both), both[parameters.TEACHER]
+        inputs = x_BTD, teacher_x_BTD, weights_BT
+        return chunked_divergence(logits_of, teacher_logits_of, *heads, *inputs, temperature, parts)
+
+    sums = groups.map(of_group, {**head, parameters.TEACHER: teacher_head}, x_BTD, teacher_x_BTD, weights_BT)
+    total, weight = jax.tree.map(lambda x_M: x_M.sum(0), sums)
+    return total, weight
 
 
 def token_scores(

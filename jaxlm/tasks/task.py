@@ -18,6 +18,7 @@ from jaxlm.lm import LM
 from jaxlm.nn.losses import Losses
 from jaxlm.nn.transformer import Transformer
 from jaxlm.reports.report import Section
+from jaxlm.tasks.states import HeadLogits, VocabularyStates, hidden_states
 
 
 class EvalResult(NamedTuple):
@@ -57,8 +58,10 @@ class Task(metaclass=_Immutable):
 
     head: Any = None  # name of the head of the model that the task reads; None: it reads hidden states
     scores: tuple[str, ...] = ("loss",)  # the first selects the best checkpoint; higher is better, except for "loss"
+    one_example: bool = False  # whether each row holds one example from its start; a decoder then omits that mask
     max_examples: int  # maximum number of examples in a row E; if it is 1, a decoder may omit the mask of segments
     source_length: int | None = None  # tokens of the sources in a row S; None: the task has no sources
+    teacher: ModelConfig | None = None  # another model that the losses run without a gradient
     config_keys: Mapping[str, Any] = {}  # entries of the exported config.json that describe the task
     exported_as: Mapping[str, str] = {}  # class of transformers -> the class with the same tensors for this task
     pooling = Pooling()  # how vectors are computed, if the task reads them
@@ -76,9 +79,10 @@ class Task(metaclass=_Immutable):
         """Returns the batches of a part of the data, for training, or for evaluation if `seed` is None."""
         return Batches(self.examples(part, seed is not None), rows, length, self.max_examples, seed, self.source_length)
 
-    @abstractmethod
     def losses(self, module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> Losses:
         """Returns sums and weights over one micro-batch [B, ...], and in evaluation the outputs of its examples.
+
+        A task defines this method, or `losses_from_states`.
 
         Args:
           module: the model.
@@ -86,6 +90,28 @@ class Task(metaclass=_Immutable):
           batch: the micro-batch.
           key: for dropout; None in evaluation.
         """
+        x_BTD, auxiliary = hidden_states(module, params, batch, key, self.one_example)
+        losses, outputs = self.losses_from_states(module, params, x_BTD, batch, key)
+        return losses | auxiliary, outputs
+
+    def losses_from_states(
+        self, module: Transformer, params: Any, x_BTD: jax.Array, batch: Batch, key: jax.Array | None
+    ) -> Losses:
+        """Returns `losses` from the hidden states of the batch."""
+        raise NotImplementedError(f"{type(self).__name__} defines neither losses nor losses_from_states")
+
+    def predicted(
+        self, module: Transformer, params: Any, x_BTD: jax.Array, batch: Batch, key: jax.Array | None
+    ) -> dict[str, HeadLogits | VocabularyStates]:
+        """Returns what the heads predict, by the name of the loss in `weights`; the arguments are as in `losses`.
+
+        Distillation compares these logits of two models. Their weights have the sum that `weights` returns.
+        """
+        raise NotImplementedError(f"{type(self).__name__} defines no logits that two models can be compared by")
+
+    def more_params(self, module: Transformer, key: jax.Array) -> dict[str, Any]:
+        """Returns initial parameters that the losses read in addition to those of the model; they are not exported."""
+        return {}
 
     def weights(self, batch: Batch) -> dict[str, jax.Array]:
         """Returns the weights of the `losses` that are minimised, by default of "loss".

@@ -1,0 +1,285 @@
+"""Distillation: a task whose model, the student, also learns to compute what a larger model, its teacher, computes.
+
+The parameters of the teacher are those of a run below `teacher/`; they are frozen. The losses are divided by the same
+weights as the losses of the task, so that micro-batches and devices add up.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.config import DistillConfig, ModelConfig
+from jaxlm.data.batches import Batch
+from jaxlm.errors import UserError
+from jaxlm.hub.pooling import Pooling
+from jaxlm.nn import parameters
+from jaxlm.nn.losses import (
+    Losses,
+    Sum,
+    attention_error,
+    binary_divergence,
+    divergence,
+    squared_error,
+    state_error,
+)
+from jaxlm.nn.relations import query_key_value, relation_divergence
+from jaxlm.nn.transformer import Transformer, init
+from jaxlm.tasks.states import HeadLogits, VocabularyStates, run_stacks, vocabulary_divergence
+from jaxlm.tasks.task import Task
+
+
+def with_teacher(
+    task: Task, distill: DistillConfig, student: ModelConfig, teacher: ModelConfig, pooling: Pooling | None = None
+) -> Task:
+    """Returns a task that trains its model to compute what a teacher computes; evaluation does not change.
+
+    Args:
+      task: the task, bound to the student.
+      distill: the losses and their weights.
+      student: the model of the run.
+      teacher: the model of the teacher, with the head of the task.
+      pooling: how the teacher computes vectors, if it declares that.
+
+    Raises:
+      UserError: for a task without logits, and for models whose layers or heads cannot be compared.
+    """
+    kind = type(task)
+    if kind.predicted is Task.predicted:
+        raise UserError(
+            f"distill.teacher is given, but {kind.__name__} defines no logits to compare; define `predicted` of the "
+            f"task, or leave out --distill.teacher"
+        )
+    layers = {stack: _compared(distill, student, teacher, stack) for stack in stacks_of(student)}
+    for stack in layers:
+        _check_stack(distill, *(_stack_config(model, stack) for model in (student, teacher)))
+    of_teacher = task if pooling is None else task.replace_fields(pooling=pooling)
+
+    distilled: Any = object.__new__(type(kind.__name__, (_Distilled, kind), {}))
+    distilled.__dict__.update(task.__dict__)
+    distilled.__dict__.update(distill=distill, teacher=teacher, task_of_teacher=of_teacher, layers=layers)
+    return distilled
+
+
+def stacks_of(model: ModelConfig) -> tuple[str, ...]:
+    """Returns the names of the stacks of a model."""
+    return ("encoder", "decoder") if model.structure == "encoder_decoder" else (model.structure,)
+
+
+def _stack_config(model: ModelConfig, stack: str) -> ModelConfig:
+    return model.decoder_config if stack == "decoder" else model
+
+
+def count_layers(model: ModelConfig, stack: str) -> int:
+    """Returns the number of layers of a stack of a model."""
+    second = model.structure == "encoder_decoder" and stack == "decoder"
+    return (second and model.decoder_layers) or model.layers
+
+
+def _compared(distill: DistillConfig, student: ModelConfig, teacher: ModelConfig, stack: str) -> np.ndarray:
+    """Returns the layer of the teacher for each layer of a stack; 0 are the embeddings, which are compared too."""
+    counts = [count_layers(model, stack) for model in (student, teacher)]
+    if distill.relation_layer > counts[1]:
+        raise UserError(
+            f"distill.relation_layer is {distill.relation_layer}; the teacher has {counts[1]} layers: give one "
+            f"of them, or 0 for the last"
+        )
+    return np.array([0, *distill.compared_layers(*counts)])
+
+
+def _check_stack(distill: DistillConfig, student: ModelConfig, teacher: ModelConfig) -> None:
+    """Raises UserError for stacks whose attention weights or relations cannot be compared."""
+    if distill.attention and student.heads != teacher.heads:
+        raise UserError(
+            f"distill.attention compares attention weights by head, but the student has {student.heads} heads and the "
+            f"teacher {teacher.heads}; set --distill.attention 0, and for example --distill.relations 1"
+        )
+    if (distill.attention or distill.relations) and {student.mixer, teacher.mixer} != {"attention"}:
+        raise UserError(
+            f"distill.attention and distill.relations compare layers of attention, but the student has layers of "
+            f"{student.mixer} and the teacher of {teacher.mixer}; set both to 0"
+        )
+    heads = distill.relation_heads or teacher.heads
+    widths = [n * model.C for model in (student, teacher) for n in (model.heads, model.K)]
+    if distill.relations and any(width % heads for width in widths):
+        raise UserError(
+            f"distill.relation_heads is {heads}; it must divide the widths of the queries and of the keys of student "
+            f"and teacher, {', '.join(map(str, widths))}"
+        )
+
+
+if TYPE_CHECKING:
+    _Base = Task
+else:
+    _Base = object
+
+
+class _Distilled(_Base):
+    """The part of a task with a teacher that differs from the task itself.
+
+    Attributes:
+      distill: the losses and their weights.
+      teacher: the model of the teacher.
+      task_of_teacher: the task that computes the logits of the teacher.
+      layers: for each stack, the states of the teacher that the states of the student are compared with.
+    """
+
+    distill: DistillConfig
+    teacher: ModelConfig
+    task_of_teacher: Task
+    layers: dict[str, np.ndarray]
+
+    def teacher_module(self, module: Transformer) -> Transformer:
+        """Returns the module of the teacher, with the mesh, the dtype and the kernels of the student."""
+        how = {name: getattr(module, name) for name in ("constrain", "dtype", "unroll", "kernel", "precision")}
+        return Transformer(self.teacher, **how)
+
+    def more_params(self, module: Transformer, key: jax.Array) -> dict[str, Any]:
+        params: dict[str, Any] = {parameters.TEACHER: init(self.teacher_module(module), key)}
+        widths = module.config.width, self.teacher.width
+        if self.distill.hidden and widths[0] != widths[1]:
+            keys = jax.random.split(jax.random.fold_in(key, 1), len(self.layers))
+            draw = lambda key: jax.random.normal(key, widths, jnp.float32) * widths[0] ** -0.5
+            params[parameters.DISTILLATION] = {stack: draw(key) for stack, key in zip(self.layers, keys)}
+        return params
+
+    def weights(self, batch: Batch) -> dict[str, jax.Array]:
+        of_task = super().weights(batch)
+        tokens: Any = sum((segments_BT > 0).sum() for segments_BT in self._segments(batch).values())
+        of_logits = filter(self._has, ("labels", "logits"))
+        of_states = filter(self._has, ("hidden", "attention", "relations"))
+        weights = {_name(part, name): total for part in of_logits for name, total in of_task.items()}
+        return weights | {_name(part): tokens for part in of_states}
+
+    def _has(self, part: str) -> bool:
+        return getattr(self.distill, part) > 0
+
+    def _segments(self, batch: Batch) -> dict[str, jax.Array]:
+        """Returns the segments of each stack."""
+        fields = dict.fromkeys(self.layers, "segments_BT")
+        fields |= {"encoder": "source_segments_BS"} if len(fields) > 1 else {}
+        return {stack: batch[field] for stack, field in fields.items()}
+
+    def losses(self, module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> Losses:
+        """Returns the losses of the task in evaluation; in training all losses, each times its weight."""
+        own = parameters.of_model(params)
+        if key is None:
+            return super().losses(module, own, batch, None)
+        student, auxiliary = self._run(module, own, batch, key)
+        of_teacher = jax.lax.stop_gradient(params[parameters.TEACHER])
+        teacher, _ = self._run(self.teacher_module(module), of_teacher, batch, None)
+        losses = self._logit_losses(student, teacher, batch, key)
+        if self._has("labels"):
+            of_task, _ = self.losses_from_states(module, own, student.x_BTD, batch, key)
+            losses |= {_name("labels", name): of_task[name] for name in super().weights(batch)}
+        projections = params.get(parameters.DISTILLATION, {})
+        for stack, segments_BT in self._segments(batch).items():
+            found = self._stack_losses(stack, student, teacher, projections.get(stack), segments_BT)
+            losses |= {name: _add(losses[name], loss) if name in losses else loss for name, loss in found.items()}
+        weight = lambda name: getattr(self.distill, name.split("/")[1])
+        weighted = {name: (total * weight(name), divisor) for name, (total, divisor) in losses.items()}
+        return weighted | auxiliary, {}
+
+    def _run(
+        self, module: Transformer, params: Any, batch: Batch, key: jax.Array | None
+    ) -> tuple[_Outputs, dict[str, Sum]]:
+        """Returns the outputs of a model, and its auxiliary losses."""
+        with_states = self._has("hidden") or self._has("relations")
+        collections = ("states",) * with_states + ("weights",) * self._has("attention")
+        x_BTD, auxiliary, stacks = run_stacks(module, params, batch, key, self.one_example, collections)
+        return _Outputs(module, params, x_BTD, stacks), auxiliary
+
+    def _logit_losses(self, student: _Outputs, teacher: _Outputs, batch: Batch, key: jax.Array) -> dict[str, Sum]:
+        """Returns the losses that compare what the heads predict."""
+        if not self._has("logits"):
+            return {}
+        ours = self.predicted(*student[:3], batch, key)
+        theirs = self.task_of_teacher.predicted(*teacher[:3], batch, None)
+        temperature = self.distill.temperature
+        return {
+            _name("logits", name): _compare((student, ours[name]), (teacher, theirs[name]), temperature)
+            for name in ours
+        }
+
+    def _stack_losses(
+        self, stack: str, student: _Outputs, teacher: _Outputs, projection: jax.Array | None, segments_BT: jax.Array
+    ) -> dict[str, Sum]:
+        """Returns the losses that compare the layers of a stack.
+
+        Args:
+          stack: the name of the stack.
+          student: the outputs of the student.
+          teacher: those of the teacher.
+          projection: a kernel from the width of the student to that of the teacher; None if they are equal.
+          segments_BT: segments of the stack.
+        """
+        layers, losses, tokens_BT = self.layers[stack], {}, segments_BT > 0
+        if self._has("hidden"):
+            x_LBTD, y_LBTD = student.states(stack), teacher.states(stack)
+            if projection is not None:
+                x_LBTD = jnp.einsum("LBTD,DW->LBTW", x_LBTD, projection.astype(x_LBTD.dtype))
+            losses[_name("hidden")] = state_error(x_LBTD, y_LBTD[layers], tokens_BT)
+        if self._has("attention"):
+            weights = student.attention(stack), teacher.attention(stack)[layers[1:] - 1]
+            losses[_name("attention")] = attention_error(*weights, tokens_BT)
+        if self._has("relations"):
+            heads = self.distill.relation_heads or _stack_config(self.teacher, stack).heads
+            vectors = student.vectors(stack, 0), teacher.vectors(stack, self.distill.relation_layer)
+            losses[_name("relations")] = relation_divergence(*vectors, segments_BT, heads)
+        return losses
+
+
+class _Outputs(NamedTuple):
+    """The outputs of a model for a batch.
+
+    stacks: the collections that `run_stacks` returns.
+    """
+
+    module: Transformer
+    params: Any
+    x_BTD: jax.Array
+    stacks: dict[str, Any]
+
+    def states(self, stack: str) -> jax.Array:
+        """Returns the embeddings and the hidden states of each layer, [L + 1, B, T, D]."""
+        states_LBTD: jax.Array = self.stacks["states"][stack]["states"][0]
+        return states_LBTD
+
+    def attention(self, stack: str) -> jax.Array:
+        """Returns the attention weights of each layer, [L, B, H, T, S]."""
+        weights_LBHTS: jax.Array = self.stacks["weights"][stack]["weights"][0].attention_BHTS
+        return weights_LBHTS
+
+    def vectors(self, stack: str, layer: int) -> tuple[jax.Array, ...]:
+        """Returns the queries, keys and values of a layer, which counts from 1; 0 is the last."""
+        config, count = self.module.config, count_layers(self.module.config, stack)
+        index = (layer or count) - 1
+        how = self.params[stack], self.states(stack)[index], index, count, self.module.dtype
+        return query_key_value(_stack_config(config, stack), *how)
+
+
+def _add(a: Sum, b: Sum) -> Sum:
+    return a[0] + b[0], a[1] + b[1]
+
+
+def _name(part: str, loss: str = "loss") -> str:
+    """Returns the name of a part of the distillation, for one of several losses of the task."""
+    return f"distillation/{part}" + (f"/{loss}" if loss != "loss" else "")
+
+
+Head = tuple[_Outputs, HeadLogits | VocabularyStates]  # the outputs of a model, and what one of its heads predicts
+
+
+def _compare(student: Head, teacher: Head, temperature: float) -> Sum:
+    """Returns the divergence of the predictions of a student from those of its teacher."""
+    (outputs, ours), (of_teacher, theirs) = student, teacher
+    if isinstance(ours, VocabularyStates) and isinstance(theirs, VocabularyStates):
+        return vocabulary_divergence(*outputs[:2], ours, *of_teacher[:2], theirs, temperature)
+    assert isinstance(ours, HeadLogits) and isinstance(theirs, HeadLogits)
+    if ours.kind == "numbers":
+        return squared_error(ours.logits[..., 0], theirs.logits[..., 0], ours.weights)
+    kind = {"one": divergence, "any": binary_divergence}[ours.kind]
+    return kind(ours.logits, theirs.logits, ours.weights, temperature)

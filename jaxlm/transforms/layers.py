@@ -1,0 +1,92 @@
+"""A smaller model from some layers of a larger one (Sanh et al. 2019, section 3)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxlm.config import ModelConfig
+from jaxlm.config.ranges import Count, check_argument
+from jaxlm.errors import UserError
+from jaxlm.lm import LM
+from jaxlm.nn import parameters
+
+
+def student(lm: LM, layers: Sequence[int], decoder_layers: Sequence[int] | None = None) -> LM:
+    """Returns a model with some layers of a model, in their order, and with all of its other parameters.
+
+    Args:
+      lm: the model.
+      layers: the layers to keep, counted from 0; of an encoder-decoder, those of the encoder.
+      decoder_layers: the layers to keep of the decoder of an encoder-decoder; None: all.
+
+    Returns:
+      A new model; `lm` is unchanged.
+
+    Raises:
+      UserError: for a layer that the model does not have, for layers that are not in ascending order, and for a model
+        whose layers share parameters.
+    """
+    check_argument("lm", lm, LM)
+    chosen = check_argument("layers", layers, tuple[Count, ...])
+    decoder = check_argument("decoder_layers", decoder_layers, tuple[Count, ...] | None) or ()
+    config = select_config(lm.config, chosen, decoder)
+    kept = layers_by_stack(lm.config, chosen, decoder)
+
+    def select(key_path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        path = parameters.path_of(key_path)
+        rows = kept.get(path.split("/")[0]) if parameters.is_stacked(path) else None
+        return leaf if rows is None else leaf[np.array(rows)]
+
+    params = jax.tree_util.tree_map_with_path(select, lm.params)
+    return dataclasses.replace(lm, config=config, module=lm.module.clone(config=config), params=params)
+
+
+def layers_by_stack(
+    config: ModelConfig, layers: tuple[int, ...], decoder_layers: tuple[int, ...] = ()
+) -> dict[str, tuple[int, ...]]:
+    """Returns the kept layers of each stack of a model that does not keep all of its layers."""
+    first = "decoder" if config.structure == "decoder" else "encoder"
+    return {stack: chosen for stack, chosen in ((first, layers), ("decoder", decoder_layers)) if chosen}
+
+
+def select_config(config: ModelConfig, layers: tuple[int, ...], decoder_layers: tuple[int, ...] = ()) -> ModelConfig:
+    """Returns the config of a model with some of its layers; () keeps all layers of a stack.
+
+    Raises:
+      UserError: as `student` does.
+    """
+    if decoder_layers and config.structure != "encoder_decoder":
+        raise UserError(f"decoder_layers is given, but the model is a(n) {config.structure}; leave it out")
+    if (config.distinct_layers or config.layers) < config.layers:
+        raise UserError(
+            f"the {config.layers} layers of the model share the parameters of {config.distinct_layers}; "
+            f"layers of such a model cannot be selected: leave the layers out"
+        )
+    in_decoder = config.decoder_layers or config.layers
+    for name, chosen, count in (("layers", layers, config.layers), ("decoder_layers", decoder_layers, in_decoder)):
+        outside = [layer for layer in chosen if layer >= count]
+        if outside or any(a >= b for a, b in zip(chosen, chosen[1:])):
+            raise UserError(
+                f"{name} is {', '.join(map(str, chosen))}; the model has the layers 0 to {count - 1}: give some of "
+                f"them in ascending order"
+            )
+    kinds = config.layer_kinds
+    chosen = layers or tuple(range(config.layers))
+    if config.structure == "encoder_decoder":
+        decoder = len(decoder_layers) or in_decoder
+        config = dataclasses.replace(config, decoder_layers=None if decoder == len(chosen) else decoder)
+    kept = tuple(kinds[layer % len(kinds)] for layer in chosen)
+    return dataclasses.replace(config, layers=len(chosen), layer_kinds=_cycle(kept), distinct_layers=None)
+
+
+def _cycle(kinds: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Returns the shortest cycle that these kinds of layers repeat."""
+    for size in range(1, len(kinds) + 1):
+        if all(kind == kinds[n % size] for n, kind in enumerate(kinds)):
+            return kinds[:size]
+    return kinds
