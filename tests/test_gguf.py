@@ -670,6 +670,9 @@ def test_models_that_do_not_fit_are_refused(tmp_path):
     lm.params["lm_head"]["kernel"] = lm.params["lm_head"]["kernel"].at[0, 0].set(np.inf)
     with pytest.raises(UserError, match=r"a tensor has infinite or undefined entries"):
         jaxlm.save(lm, path, dtype="q8_0", overwrite=True)
+    lm.params["lm_head"]["kernel"] = lm.params["lm_head"]["kernel"].at[0, 0].set(1e6)
+    with pytest.raises(UserError, match=r"a tensor has 1e\+06, more than 65504, the limit of F16; write bfloat16"):
+        jaxlm.save(lm, path, dtype="float16", overwrite=True)
     assert jaxlm.load(path)  # the old file is still there
 
 
