@@ -319,7 +319,7 @@ def find(name: str | os.PathLike[str], *, revision: str | None = None, offline: 
     """
     address = check_argument("name", name, str)
     revision = check_argument("revision", revision, str | None)
-    if buckets.is_address(address) and address.endswith(container.SUFFIX):
+    if buckets.is_address(address) and address.lower().endswith(container.SUFFIX):
         buckets.forget_downloads()
         address = buckets.download(address)
     if container.is_gguf(address):

@@ -621,6 +621,12 @@ def test_a_changed_file_is_read_again(tmp_path):
     assert jaxlm.load(link).config.max_length == 128
 
 
+def test_a_file_in_a_bucket_is_read(tmp_path):
+    write_raw(tmp_path / "model.gguf", LLAMA, tiny_tensors())
+    ours, theirs = (jaxlm.load(name).params for name in (f"file://{tmp_path}/model.gguf", tmp_path / "model.gguf"))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
 def test_a_missing_package_is_reported(tmp_path, monkeypatch):
     write_llama(tmp_path / "model.gguf", WIDE, "Q8_0")
     write_raw(tmp_path / "plain.gguf", LLAMA, tiny_tensors())
@@ -664,6 +670,9 @@ def test_models_that_do_not_fit_are_refused(tmp_path):
     lm.params["lm_head"]["kernel"] = lm.params["lm_head"]["kernel"].at[0, 0].set(np.inf)
     with pytest.raises(UserError, match=r"a tensor has infinite or undefined entries"):
         jaxlm.save(lm, path, dtype="q8_0", overwrite=True)
+    lm.params["lm_head"]["kernel"] = lm.params["lm_head"]["kernel"].at[0, 0].set(1e6)
+    with pytest.raises(UserError, match=r"a tensor has 1e\+06, more than 65504, the limit of F16; write bfloat16"):
+        jaxlm.save(lm, path, dtype="float16", overwrite=True)
     assert jaxlm.load(path)  # the old file is still there
 
 

@@ -590,6 +590,7 @@ MODELS = {
     "org/both": {"main": SHARDED | {WEIGHTS: b"weights of both"}},
     "org/pickled": {"main": OTHERS | SMALL},
     "org/words": {"main": SMALL},
+    "org/quantised": {"main": {"README.md": b"text", "a.Q4_0.gguf": b"GGUF", "b.gguf": b"GGUF"}},
     "org/gated": {"main": SMALL},
     "org/outside": {"main": {INDEX: b'{"weight_map": {"a": "../b.safetensors"}}'}},
     "org/broken": {},
@@ -679,6 +680,8 @@ def test_errors_of_the_hub_have_a_remedy(hub, tmp_path):
         "org/gated": f"{hub.url}/org/gated has restricted access .*403.*request access .*`hf auth login`",
         "org/broken": f"{hub.url}/org/broken cannot be downloaded: the hub returned HTTP status 503; try later",
         "org/pickled": rf"{hub.url}/org/pickled has only pickled weights \(pytorch_model.bin, rng.pth\)",
+        "org/quantised": rf"{hub.url}/org/quantised has only GGUF files \(a.Q4_0.gguf, b.gguf\) as weights; "
+        "download one with `hf download org/quantised FILE`, and give its path",
         "org/outside": r"lists '../b.safetensors'; a shard is a .safetensors file of the same folder",
         "a/b/c": "'a/b/c' is not a folder and not a valid name of a model",
         "./model": "'./model' is not a folder and not a valid name of a model",

@@ -45,14 +45,14 @@ def write(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Pending
       path: the file.
       metadata: values by key: bools, integers from 0, floats, strings, and lists of one of these.
       tensors: tensors by name.
-      dtype: a key of `DTYPES`, for the matrices; None: the dtype of each tensor, float32, float16 or bfloat16.
+      dtype: a key of `DTYPES`, for the matrices; None: the dtype of each tensor, or float32 for other dtypes.
 
     Raises:
       UserError: if the package gguf is not installed.
       OSError: if the file system fails.
     """
     gguf = package()
-    types = {name: type_of(name, x.shape, DTYPES[dtype or x.dtype.name]) for name, x in tensors.items()}
+    types = {name: type_of(name, x.shape, DTYPES.get(dtype or x.dtype.name, "F32")) for name, x in tensors.items()}
     kinds = gguf.GGUFValueType
     of = {bool: kinds.BOOL, int: kinds.UINT32, float: kinds.FLOAT32, str: kinds.STRING}
     with disk.atomic_file(path) as temporary:
@@ -92,11 +92,14 @@ def encode(array: Any, kind: str) -> np.ndarray:
       kind: a key of `TYPES`.
 
     Raises:
-      UserError: if it is not finite and the type cannot represent that.
+      UserError: if the type cannot represent an entry, which is too large or not finite.
     """
     array = np.asarray(array)
     if not TYPES[kind].is_quantised:
-        encoded = np.ascontiguousarray(array.astype(TYPES[kind].dtype))
+        with np.errstate(over="ignore"):
+            encoded = np.ascontiguousarray(array.astype(TYPES[kind].dtype))
+        if kind == "F16" and (np.isinf(encoded) & np.isfinite(array)).any():
+            raise UserError(f"a tensor has {np.abs(array).max():g}, more than 65504, the limit of F16; write bfloat16")
         return encoded.view(np.uint16) if kind == "BF16" else encoded
     exact = np.ascontiguousarray(array, np.float32)
     if not np.isfinite(exact).all():
