@@ -51,6 +51,7 @@ from jaxlm.run.config_only import PlaceholderTokenizer, _empty_part, resolve_con
 from jaxlm.tasks import make_task
 from jaxlm.tasks import states as task_states
 from jaxlm.tasks.distillation import with_teacher
+from jaxlm.tasks.task import Task
 
 V, T = 48, 12
 SIZES = {"vocabulary": V, "width": 16, "layers": 2, "heads": 2, "max_length": 32, "initial_std": 0.2}
@@ -225,6 +226,14 @@ def test_evaluation_is_that_of_the_task():
     found, expected = (run_losses(one, module, own, batch, False) for one in (task, plain))
     assert found.keys() == expected.keys() == {"loss"}
     assert type(task).__name__ == type(plain).__name__ and isinstance(task, type(plain))
+
+
+def test_a_task_without_logits_is_refused():
+    class Own(Task):
+        examples = measure = losses = None
+
+    with pytest.raises(UserError, match="Own defines no logits to compare; define `predicted`"):
+        with_teacher(Own(), EVERYTHING, ENCODER, ENCODER)
 
 
 def log_softmax(x):

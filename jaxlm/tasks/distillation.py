@@ -48,10 +48,10 @@ def with_teacher(
       UserError: for a task without logits, and for models whose layers or heads cannot be compared.
     """
     kind = type(task)
-    if kind.predicted is Task.predicted:
+    if kind.predicted is Task.predicted or kind.losses_from_states is Task.losses_from_states:
         raise UserError(
-            f"distill.teacher is given, but {kind.__name__} defines no logits to compare; define `predicted` of the "
-            f"task, or leave out --distill.teacher"
+            f"distill.teacher is given, but {kind.__name__} defines no logits to compare; define `predicted` and "
+            f"`losses_from_states` of the task, or leave out --distill.teacher"
         )
     layers = {stack: _compared(distill, student, teacher, stack) for stack in stacks_of(student)}
     for stack in layers:
