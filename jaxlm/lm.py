@@ -27,6 +27,7 @@ from jaxlm.errors import UserError, suggestion
 from jaxlm.hub import model_files
 from jaxlm.hub.download import fetch
 from jaxlm.hub.pooling import Pooling, read_files, read_pooling
+from jaxlm.nn import nodes
 from jaxlm.nn.transformer import Transformer, apply
 from jaxlm.storage import buckets, disk
 
@@ -384,7 +385,8 @@ def load(
     if found.fresh:
         log = log or partial(print, file=sys.stderr)
         log(f"randomly initialised, since {folder} has none: {', '.join(found.fresh)}")
-    compute = compute or stored or jnp.result_type(*jax.tree.leaves(found.params))
+    leaves = jax.tree.leaves(found.params, is_leaf=nodes.is_node)
+    compute = compute or stored or jnp.result_type(*[leaf for leaf in leaves if not nodes.is_node(leaf)])
     placement = sharding.Placement(mesh)
     own_module = (module or Transformer)(found.config, placement, jnp.dtype(compute), precision=matmul_precision)
     tokenizer = tokenizers.load(str(folder), split_special_tokens) if has_tokenizer(folder) else None
@@ -485,6 +487,9 @@ def save(
     The folder is written as a whole or not at all. Files that were read and have not changed are written byte for byte,
     under their old names. An architecture without a Hugging Face format is written in jaxlm's own format.
 
+    Quantised projections are written in the format compressed-tensors, which `load` reads as such. NF4 and jaxlm's own
+    format are written as floats, with a message on standard error.
+
     Args:
       lm: the model.
       folder: the folder to write.
@@ -527,6 +532,7 @@ def save(
             extra=extra,
             max_shard_bytes=max_shard_bytes,
             module=None if type(lm.module) is Transformer else type(lm.module),
+            log=partial(print, file=sys.stderr),
         )
     return kind
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -32,12 +32,14 @@ from jaxlm.families import (
     t5,
     transformer,
 )
-from jaxlm.hub import convert, model_files, safetensors
+from jaxlm.hub import compressed_tensors, convert, model_files, safetensors
 from jaxlm.hub.convert import Family, Rule
 from jaxlm.hub.model_files import JsonObject
+from jaxlm.hub.packed import FLOATS
 from jaxlm.hub.place import place
-from jaxlm.hub.quantization import FLOATS, refuse_quantised
+from jaxlm.hub.quantization import read_quantised
 from jaxlm.hub.safetensors import Pending
+from jaxlm.nn.quantized import Quantized
 from jaxlm.storage import disk
 
 FAMILIES: dict[str, Family] = {  # by `model_type` of config.json
@@ -155,7 +157,7 @@ def open_folder(
     if kind not in FAMILIES and kind != OWN:
         raise UserError(f"config.json has model_type {kind!r}, unknown{suggestion(kind, [*FAMILIES, OWN])}")
     stored = safetensors.read(folder)
-    refuse_quantised(folder, hf, stored)
+    hf, stored = read_quantised(folder, hf, stored)
     if kind == OWN:
         family, config = _own(hf, folder, module)
     else:
@@ -193,6 +195,7 @@ def save(
     extra: dict[str, Any] | None = None,
     max_shard_bytes: int = 5_000_000_000,
     module: Any = None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> str:
     """Writes `config.json` and safetensors, and returns the `model_type` of the format.
 
@@ -208,6 +211,7 @@ def save(
       extra: additional keys of config.json, such as bos_token_id.
       max_shard_bytes: maximum size of a file.
       module: the user's class of module, if the model has one.
+      log: receives a message about quantised parameters that are written as floats.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -219,7 +223,10 @@ def save(
         kind = next((kind for kind in kinds if convert.can_represent(FAMILIES[kind], config)), OWN)
     family = _own_family(config, module) if kind == OWN else FAMILIES[kind]
     source = origin if kind == before else None
-    named = _named_for_file(family, config, convert.to_hf(family, config, params), source, dtype)
+    tensors = convert.to_hf(family, config, params)
+    if dense := _written_dense(params, tensors):
+        log(f"written as floats, since the format of the files has no {dense}; quantise the model again after loading")
+    named = _named_for_file(family, config, tensors, source, dtype)
     values = _config_values(kind, family, config, source)
     if source is None or not source.names:
         # Without these keys transformers would use the family's default ids, which may not be in this vocabulary.
@@ -231,9 +238,18 @@ def save(
             tensor.dtype for tensor in named.values() if tensor.dtype.name in FLOATS
         ]  # other dtypes belong to buffers
         values[name] = str(max(floats, key=lambda dtype: dtype.itemsize))
+    named, quantization = compressed_tensors.expand(named, family.prefix)
+    values |= {} if quantization is None else {"quantization_config": quantization}
     safetensors.write_sharded(named, folder, max_shard_bytes=max_shard_bytes)
     _write_config(values, folder / "config.json")
     return kind
+
+
+def _written_dense(params: Any, tensors: Mapping[str, Pending]) -> str:
+    """Returns the formats of the quantised parameters that have no quantised tensors."""
+    leaves = [leaf for leaf in convert.flat(params).values() if isinstance(leaf, Quantized)]
+    written = {tensor.parts.weights for tensor in tensors.values() if tensor.parts is not None}
+    return ", ".join(sorted({leaf.weights for leaf in leaves} - written))
 
 
 def _config_values(kind: str, family: Family, config: ModelConfig, origin: Origin | None) -> dict[str, Any]:
@@ -498,7 +514,7 @@ def _named_for_file(
         dtypes = {w: origin.dtypes[written_names[name]] for w, name in names.items() if name in written_names}
 
     def in_dtype(tensor: Pending, kind: Any) -> Pending:
-        return Pending(tensor.shape, np.dtype(kind), lambda: tensor.make().astype(kind, copy=False))
+        return tensor._replace(dtype=np.dtype(kind), make=lambda: tensor.make().astype(kind, copy=False))
 
     written = {w: in_dtype(tensors[name], dtype or dtypes.get(w, tensors[name].dtype)) for w, name in names.items()}
     return written | {name: Pending(x.shape, x.dtype, partial(np.asarray, x)) for name, x in buffers.items()}
