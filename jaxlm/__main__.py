@@ -20,7 +20,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, takewhile
+from itertools import chain, islice, takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -264,26 +264,31 @@ def predict(argv: list[str], _: process.Signals) -> int:
 def evaluate(argv: list[str], _: process.Signals) -> int:
     """Score a model on the labelled rows of a file, or on plain text: jaxlm evaluate MODEL FILE."""
     args, lm = _file_arguments(argv, "evaluate")
+    if args.probabilities or args.top_k or args.column != FileArguments.column:
+        raise UserError("--probabilities, --top-k and --column are flags of predict; leave them out")
+    scores, notes = _scores(lm, args.file, args)
+    for line in notes:
+        print(line, file=sys.stderr)
+    for name, value in scores.items():
+        # Scripts parse these lines: one name and one number, and fractions instead of per cent.
+        print(f"{name.replace('_', ' '):>20}  {value:{'.4f' if isinstance(value, float) else ','}}")
+    return 0
+
+
+def _scores(lm: Any, file: str, args: Any) -> tuple[dict[str, float], list[str]]:
+    """Returns the scores of a model on a file, and notes about them; `args` has task, data, length and batch."""
     from jaxlm.data import source
     from jaxlm.inference.likelihood import perplexity
     from jaxlm.run.evaluate import evaluate_rows, score_notes
     from jaxlm.tasks import columns_of
 
-    if args.probabilities or args.top_k or args.column != FileArguments.column:
-        raise UserError("--probabilities, --top-k and --column are flags of predict; leave them out")
     if isinstance(args.task, CausalLM):
-        texts = source.documents(args.file, args.data, args.data.split, Counter())
-        scores = perplexity(lm, texts, length=args.length or None, stride=args.task.stride or None)
-    else:
-        target, columns = args.data.target_path, columns_of(args.task, args.data.label_from == "column")
-        rows = list(source.rows(args.file, args.data, args.data.split, target_path=target, columns=columns))
-        scores = evaluate_rows(lm, rows, args.task, args.length or None, args.batch or None)
-        for line in score_notes(rows, args.task):
-            print(line, file=sys.stderr)
-    for name, value in scores.items():
-        # Scripts parse these lines: one name and one number, and fractions instead of per cent.
-        print(f"{name.replace('_', ' '):>20}  {value:{'.4f' if isinstance(value, float) else ','}}")
-    return 0
+        texts = source.documents(file, args.data, args.data.split, Counter())
+        return perplexity(lm, texts, length=args.length or None, stride=args.task.stride or None), []
+    target, columns = args.data.target_path, columns_of(args.task, args.data.label_from == "column")
+    rows = list(source.rows(file, args.data, args.data.split, target_path=target, columns=columns))
+    scores = evaluate_rows(lm, rows, args.task, args.length or None, args.batch or None)
+    return scores, score_notes(rows, args.task)
 
 
 # Fields of the data that only training uses, and the message about them for `predict` and `evaluate`.
@@ -312,7 +317,7 @@ def _file_arguments(argv: list[str], verb: str) -> tuple[FileArguments, Any]:
     run = run_of(words[0]) or config
     lm = jaxlm.load(words[0])
     trained = lm.trained
-    predicts_tokens = verb == "evaluate" and lm.config.structure == "decoder" and "lm" in lm.config.heads_on_top
+    predicts_tokens = verb != "predict" and lm.config.structure == "decoder" and "lm" in lm.config.heads_on_top
     task = CausalLM() if predicts_tokens and trained is None else None
     default = FileArguments(
         words[0], words[1] if len(words) > 1 else "", task=run.task if run else task or task_for(lm)
@@ -336,6 +341,88 @@ def _read_config(argv: list[str]) -> RunConfig | None:
         if name == "--config" and (value or after):
             return python_files.read(Path(value or after))
     return None
+
+
+@dataclass(frozen=True)
+class Compress(Config):
+    """Write smaller variants of a model, and compare their size, speed and scores with the original."""
+
+    # The folder of a run, a folder in Hugging Face format, or a hub name.
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    # The folder to write, which must be new or empty. Several variants are written to folders in it.
+    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    weights: tuple[
+        Literal["int8", "int4", "nf4", "fp8"], ...
+    ] = ()  # formats of weights, one variant each: int8, int4, nf4, fp8
+    # Inputs that share a scale; -1: chosen for the format; 0: all inputs of an output.
+    group: Annotated[int, Range(0, MAX_INT, special=(-1, "automatic"))] = -1
+    symmetric: bool = True  # whether the integer 0 represents 0; if not, each group has a zero point
+    inputs: Literal["float", "int8"] = "float"  # int8: round the inputs of projections too, and multiply integers
+    targets: str = "all"  # parts of the paths of projections, such as query,value or mlp
+    embeddings: bool = False  # also quantise the embeddings of tokens and the heads over tokens
+    method: Literal["nearest", "gptq"] = "nearest"  # gptq requires --calibration
+    calibration: str = ""  # a file of texts for gptq: one example per paragraph or line, as in training
+    calibration_texts: Annotated[int, Range(1, MAX_INT)] = 1000  # number of texts that are read from it
+    evaluate: str = ""  # a file to score every variant on: plain text for a language model, else labelled rows
+    # For --evaluate: tokens in a row; 0: the length in training, or that of the model.
+    length: Annotated[int, Range(2, MAX_INT, special=(0, "automatic"))] = 0
+    # For --evaluate: rows in a batch; 0: chosen for the machine.
+    batch: Annotated[int, Range(1, 1_000_000, special=(0, "automatic"))] = 0
+    task: Any = None  # For --evaluate: what is scored.
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)  # How the files are read.
+
+
+def compress(argv: list[str], _: process.Signals) -> int:
+    """Write smaller variants of a model and compare them: jaxlm compress MODEL OUT --weights int8 int4."""
+    words = list(takewhile(lambda word: not word.startswith("-"), argv))[:2]
+    default = Compress(model=tyro.MISSING, out=tyro.MISSING, task=CausalLM())
+    if len(words) == 2 and not {"-h", "--help"} & set(argv):
+        default = dataclasses.replace(default, task=_task_of_model(words[0]))
+    elif not {"-h", "--help"} & set(argv):
+        raise UserError("compress requires a model and a folder: jaxlm compress MODEL OUT --weights int8 [...]")
+    hidden = partial(flags.parse, hidden=list(_TRAINING_ONLY), why_hidden=_WHY_HIDDEN.format(verb="compress"))
+    args = hidden(default, argv, "jaxlm compress", description=_summary("compress"))
+    check_fields(args)
+    check_task(args.task)
+    if not args.weights:
+        raise UserError("compress has no variants; give formats with --weights: int8, int4, nf4 or fp8")
+    from jaxlm.run import compress as compression
+
+    variants = [compression.Variant(weights, partial(_quantise, args, weights)) for weights in args.weights]
+    evaluate = (lambda lm: _scores(lm, args.evaluate, args)[0]) if args.evaluate else None
+    log = lambda line: print(line, file=sys.stderr, flush=True)
+    results = compression.compress(args.model, args.out, variants, evaluate, log)
+    print(compression.table_of(results), end="")
+    return 0
+
+
+def _task_of_model(name: str) -> Any:
+    """Returns the task that evaluates a model, by default that of its head."""
+    _configure_process()
+    import jaxlm
+    from jaxlm.run.trained_model import task_for
+
+    lm = jaxlm.load(name)
+    if lm.trained is None and lm.config.structure == "decoder" and "lm" in lm.config.heads_on_top:
+        return CausalLM()
+    try:
+        return task_for(lm)
+    except UserError:  # a model without a head: only --evaluate needs a task
+        return CausalLM()
+
+
+def _quantise(args: Compress, weights: Any, lm: Any) -> Any:
+    """Returns the quantised variant of a model."""
+    import jaxlm
+    from jaxlm.data import source
+
+    texts = None
+    if args.calibration:
+        documents = source.documents(args.calibration, args.data, args.data.split, Counter())
+        texts = list(islice(documents, args.calibration_texts))
+    how: dict[str, Any] = {name: getattr(args, name) for name in ("symmetric", "inputs", "targets", "embeddings")}
+    group = None if args.group < 0 else args.group
+    return jaxlm.quantize(lm, weights, group=group, method=args.method, calibration=texts, **how)
 
 
 @dataclass(frozen=True)
@@ -445,6 +532,7 @@ VERBS: dict[str, Callable[[list[str], process.Signals], int]] = {
     "predict": predict,
     "evaluate": evaluate,
     "generate": generate,
+    "compress": compress,
     "convert": convert,
     "inspect": inspect,
     "plan": plan,

@@ -31,6 +31,7 @@ from jaxlm.hub.gguf import container, vocabulary, writing
 from jaxlm.hub.gguf import folder as gguf_folder
 from jaxlm.hub.peft import is_adapter
 from jaxlm.hub.pooling import Pooling, read_files, read_pooling
+from jaxlm.nn import nodes
 from jaxlm.nn.transformer import Transformer, apply
 from jaxlm.storage import buckets, disk
 
@@ -404,7 +405,8 @@ def load(
     if found.fresh:
         log = log or partial(print, file=sys.stderr)
         log(f"randomly initialised, since {folder} has none: {', '.join(found.fresh)}")
-    compute = compute or stored or jnp.result_type(*jax.tree.leaves(found.params))
+    leaves = jax.tree.leaves(found.params, is_leaf=nodes.is_node)
+    compute = compute or stored or jnp.result_type(*[leaf for leaf in leaves if not nodes.is_node(leaf)])
     placement = sharding.Placement(mesh)
     own_module = (module or Transformer)(found.config, placement, jnp.dtype(compute), precision=matmul_precision)
     with_tokenizer = tokenizer_folder(folder)
@@ -542,6 +544,9 @@ def save(
     The folder is written as a whole or not at all. Files that were read and have not changed are written byte for byte,
     under their old names. An architecture without a Hugging Face format is written in jaxlm's own format.
 
+    Quantised projections are written in the format compressed-tensors, which `load` reads as such. NF4 and jaxlm's own
+    format are written as floats, with a message on standard error.
+
     Args:
       lm: the model.
       folder: the folder to write, or a file whose name ends with .gguf.
@@ -589,6 +594,7 @@ def save(
             max_shard_bytes=max_shard_bytes,
             module=None if type(lm.module) is Transformer else type(lm.module),
             adapted=lm.adapted,
+            log=partial(print, file=sys.stderr),
         )
     return kind
 

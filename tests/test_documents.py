@@ -67,7 +67,11 @@ SKIPPED = {  # pattern of a command or a Python block -> why it does not run her
     r"class WithOwnHead": "tests/test_load.py runs this block and tests its result",
     r"^python -m jaxlm\.inference\.lm_eval": "requires the extra [eval] and downloads; tests/test_lm_eval.py tests it",
 }
-MODEL = {"generate": "decoder", "evaluate": "decoder"}  # verb -> the model that MODEL stands for; an encoder for others
+MODEL = {
+    "generate": "decoder",
+    "evaluate": "decoder",
+    "compress": "decoder",
+}  # verb -> the model that MODEL stands for; an encoder for others
 FAILURES = ("error:", "Unrecognized options")  # the first words of the output if the last command of a block fails
 LONG = r"^jaxlm plan|JAXLM_PROCESS=|--sweep"  # commands that take minutes, or start processes
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -32,16 +32,18 @@ from jaxlm.families import (
     t5,
     transformer,
 )
-from jaxlm.hub import convert, model_files, peft, safetensors
+from jaxlm.hub import compressed_tensors, convert, model_files, peft, safetensors
 from jaxlm.hub.convert import Family, Rule
 from jaxlm.hub.download import fetch
 from jaxlm.hub.gguf import folder as gguf_folder
 from jaxlm.hub.gguf import tables, writing
 from jaxlm.hub.gguf.container import is_gguf
 from jaxlm.hub.model_files import JsonObject
+from jaxlm.hub.packed import FLOATS
 from jaxlm.hub.place import place, put
-from jaxlm.hub.quantization import FLOATS, refuse_quantised
+from jaxlm.hub.quantization import read_quantised
 from jaxlm.hub.safetensors import Pending
+from jaxlm.nn.quantized import Quantized
 from jaxlm.storage import disk
 
 FAMILIES: dict[str, Family] = {  # by `model_type` of config.json
@@ -188,7 +190,7 @@ def open_folder(
     if kind not in FAMILIES and kind != OWN:
         raise UserError(f"config.json has model_type {kind!r}, unknown{suggestion(kind, [*FAMILIES, OWN])}")
     stored: Mapping[str, Any] = gguf_folder.tensors(folder) or safetensors.read(folder)
-    refuse_quantised(folder, hf, stored)
+    hf, stored = read_quantised(folder, hf, stored)
     if kind == OWN:
         family, config = _own(hf, folder, module)
     else:
@@ -271,6 +273,7 @@ def save(
     max_shard_bytes: int = 5_000_000_000,
     module: Any = None,
     adapted: Collection[str] = (),
+    log: Callable[[str], None] = lambda line: None,
 ) -> str:
     """Writes `config.json` and safetensors, and returns the `model_type` of the format.
 
@@ -288,12 +291,14 @@ def save(
       module: the user's class of module, if the model has one.
       adapted: paths of the parameters that belong to the adapter of the model, in addition to its updates. If the
         parameters have low-rank updates, the adapter is written instead of the whole model.
+      log: receives a message about quantised parameters that are written as floats.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     kind, family = format_of(config, origin, module)
     source = origin if origin and kind == origin.config.get("model_type") else None
-    named = _named_for_file(family, config, convert.to_hf(family, config, params), source, dtype)
+    tensors = convert.to_hf(family, config, params)
+    named = _named_for_file(family, config, tensors, source, dtype)
     values = _config_values(kind, family, config, source)
     if source is None or not source.names:
         # Without these keys transformers would use the family's default ids, which may not be in this vocabulary.
@@ -311,6 +316,10 @@ def save(
         values |= {peft.BASE_FORMAT: base_format} if base_format else {}
         peft.write(folder, family, config, params, adapted, origin.base if origin else "", dtype)
     else:
+        if dense := _written_dense(params, tensors):
+            log(f"written as floats, since the files cannot store {dense}; quantise the model again after loading")
+        named, quantization = compressed_tensors.expand(named, family.prefix)
+        values |= {} if quantization is None else {"quantization_config": quantization}
         safetensors.write_sharded(named, folder, max_shard_bytes=max_shard_bytes)
     _write_config(values, folder / "config.json")
     return kind
@@ -379,6 +388,13 @@ def _survives_gguf(name: str, config: ModelConfig) -> bool:
     except UserError:
         return False
     return convert.inference_config(dataclasses.replace(back, heads_on_top=("lm",))) == convert.inference_config(config)
+
+
+def _written_dense(params: Any, tensors: Mapping[str, Pending]) -> str:
+    """Returns the formats of the quantised parameters that have no quantised tensors."""
+    leaves = [leaf for leaf in convert.flat(params).values() if isinstance(leaf, Quantized)]
+    written = {tensor.parts.weights for tensor in tensors.values() if tensor.parts is not None}
+    return ", ".join(sorted({leaf.weights for leaf in leaves} - written))
 
 
 def _config_values(kind: str, family: Family, config: ModelConfig, origin: Origin | None) -> dict[str, Any]:
@@ -643,7 +659,7 @@ def _named_for_file(
         dtypes = {w: origin.dtypes[written_names[name]] for w, name in names.items() if name in written_names}
 
     def in_dtype(tensor: Pending, kind: Any) -> Pending:
-        return Pending(tensor.shape, np.dtype(kind), lambda: tensor.make().astype(kind, copy=False))
+        return tensor._replace(dtype=np.dtype(kind), make=lambda: tensor.make().astype(kind, copy=False))
 
     written = {w: in_dtype(tensors[name], dtype or dtypes.get(w, tensors[name].dtype)) for w, name in names.items()}
     return written | {name: Pending(x.shape, x.dtype, partial(np.asarray, x)) for name, x in buffers.items()}

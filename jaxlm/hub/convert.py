@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxlm.config import DROPOUT_SITES, Head, ModelConfig
 from jaxlm.errors import UserError, suggestion
+from jaxlm.hub.compressed_tensors import PendingParts, to_parts
 from jaxlm.hub.safetensors import Pending
 from jaxlm.nn import nodes, parameters
 
@@ -251,7 +252,9 @@ def idle(family: Family, config: ModelConfig) -> set[str]:
 
 
 def to_hf(family: Family, config: ModelConfig, params: Mapping[str, Any]) -> dict[str, Pending]:
-    """Returns the tensors of the file, which are computed when they are written; nodes are written as dense arrays.
+    """Returns the tensors of the file, which are computed when they are written; nodes become dense arrays.
+
+    A tensor that consists of quantised nodes also has them as `parts`, if the format has layers.
 
     Raises:
       UserError: if `params` do not have the shapes that `config` requires.
@@ -262,10 +265,20 @@ def to_hf(family: Family, config: ModelConfig, params: Mapping[str, Any]) -> dic
     expected, tensors = hf_shapes(family, config), dict[str, Pending]()
     for rule in applying(family.rules, shapes):
         parts = [leaves[path] for path in rule.leaves]
+        quantised = _quantised_layers(rule, config, parts)
         for i, name in rule.names(shapes).items():
             make = partial(_join_layer, rule, config, parts, i)
-            tensors[name] = Pending(expected[name], np.dtype(arrays[rule.leaves[0]].dtype), make)
+            kind = np.dtype(arrays[rule.leaves[0]].dtype)
+            tensors[name] = Pending(expected[name], kind, make, quantised and quantised(i))
     return tensors
+
+
+def _quantised_layers(rule: Rule, config: ModelConfig, leaves: list[Any]) -> Callable[[int], PendingParts] | None:
+    """Returns a function from the layer to the quantised tensor of a rule; None if the tensor is written dense."""
+    stacked = parameters.is_stacked(rule.leaves[0])
+    if stacked != ("{i}" in rule.hf) or not rule.hf.endswith(".weight"):
+        return None
+    return to_parts(partial(rule.layout.to_hf, rule.config(config)), leaves, stacked)
 
 
 def _join_layer(rule: Rule, config: ModelConfig, leaves: list[Any], layer: int) -> np.ndarray:

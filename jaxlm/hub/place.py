@@ -14,6 +14,7 @@ from jax.sharding import SingleDeviceSharding
 
 from jaxlm.config import ModelConfig
 from jaxlm.devices import sharding
+from jaxlm.hub.compressed_tensors import read_node
 from jaxlm.hub.convert import Family, flat, nested, readers, tree_shapes
 from jaxlm.nn import parameters
 from jaxlm.nn.transformer import Transformer, init
@@ -29,7 +30,7 @@ def place(
     mesh: jax.sharding.Mesh | None = None,
     fresh: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """Returns the parameter tree as JAX arrays on their devices.
+    """Returns the parameter tree as JAX arrays on their devices; quantised leaves are nodes where this is possible.
 
     In addition to the shards, the host memory holds at most one tensor, or `CHUNK` bytes.
 
@@ -43,7 +44,9 @@ def place(
     """
     shardings = {path: _sharding(path, shape, mesh) for path, shape in tree_shapes(config, family.module).items()}
     stored = {path: target for path, target in shardings.items() if path not in fresh}
-    leaves = read_leaves(family, config, tensors, dtype, stored)
+    leaves = _read_nodes(family, config, tensors, mesh, stored) if not family.module else {}
+    dense = {path: target for path, target in stored.items() if path not in leaves}
+    leaves |= read_leaves(family, config, tensors, dtype, dense)
     if fresh:
         leaves |= _init_leaves(family, config, {path: shardings[path] for path in fresh}, dtype)
     return nested(leaves)
@@ -80,6 +83,25 @@ def read_leaves(
     return leaves
 
 
+def _read_nodes(
+    family: Family, config: ModelConfig, tensors: Mapping[str, Any], mesh: jax.sharding.Mesh | None, paths: Any
+) -> dict[str, Any]:
+    """Returns the nodes of the leaves, among `paths`, whose tensors are quantised."""
+
+    def place_part(
+        read: Callable[..., np.ndarray], axes: Any, shape: tuple[int, ...], dtype: np.dtype, path: str
+    ) -> jax.Array:
+        target = _sharding_of(axes or (None,) * len(shape), shape, mesh, path)
+        return _array(partial(read, dtype=dtype), shape, dtype, target)
+
+    found: dict[str, Any] = {}
+    for path, reader in readers(family, config).items():
+        if path in paths:
+            node = read_node(reader, config, tensors, path, partial(place_part, path=path))
+            found |= {} if node is None else {path: node}
+    return found
+
+
 def _trim_memory() -> None:
     """Returns freed memory from the C library to the kernel; glibc would keep up to 300 MB between the shards."""
     libc = ctypes.CDLL(None)
@@ -89,9 +111,15 @@ def _trim_memory() -> None:
 
 def _sharding(path: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh | None) -> jax.sharding.Sharding:
     row = parameters.find(path)
-    if mesh is None or row is None:
+    return _sharding_of(None if row is None else row.axes, shape, mesh, path)
+
+
+def _sharding_of(
+    axes: tuple[str | None, ...] | None, shape: tuple[int, ...], mesh: jax.sharding.Mesh | None, path: str
+) -> jax.sharding.Sharding:
+    if mesh is None or axes is None:
         return SingleDeviceSharding(jax.local_devices()[0]) if mesh is None else sharding.replicated(mesh)
-    return sharding.sharding(mesh, row.axes, shape, path)
+    return sharding.sharding(mesh, axes, shape, path)
 
 
 def _array(

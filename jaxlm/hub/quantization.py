@@ -1,16 +1,17 @@
-"""Detection of quantised checkpoints, with weights in packed integers or FP8, which are refused."""
+"""Quantised checkpoints: weights that are dequantised when they are read, and formats that are refused."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from jaxlm.errors import UserError
+from jaxlm.hub import packed
+from jaxlm.hub.packed import FLOATS, Packed
 
-FLOATS = ("float32", "bfloat16", "float16", "float64")  # supported dtypes of weights
 # Suffix of a tensor's name -> the quantisation that uses it, for files without a quantisation in config.json.
 _TENSORS = {
     r"\.weight_scale_inv": "FP8 in blocks",
@@ -25,13 +26,25 @@ _TRANSFORMERS = "transformers' AutoModel.from_pretrained(folder"
 _DEQUANTIZE = {  # quant_method -> the call of transformers that dequantises the weights
     "fp8": f"{_TRANSFORMERS}, quantization_config=FineGrainedFP8Config(dequantize=True))",
     "mxfp4": f"{_TRANSFORMERS}, quantization_config=Mxfp4Config(dequantize=True))",
-    "bitsandbytes": f"{_TRANSFORMERS}).dequantize()",
-    "compressed-tensors": f"{_TRANSFORMERS}, quantization_config=CompressedTensorsConfig(run_compressed=False))",
 }
+_READERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Packed]]] = {  # by quant_method
+    "gptq": packed.gptq,
+    "awq": packed.awq,
+    "bitsandbytes": packed.bitsandbytes,
+    "compressed-tensors": packed.compressed_tensors,
+}
+# The tensors of a module that a quantised matrix replaces, in addition to `weight`.
+_PARTS = (
+    *("qweight", "qzeros", "scales", "g_idx", "SCB", "weight_format"),
+    *("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"),
+    *("input_scale", "input_zero_point", "output_scale", "output_zero_point"),
+)
 
 
-def refuse_quantised(folder: object, hf: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
-    """Checks that the weights of a checkpoint are not quantised.
+def read_quantised(
+    folder: object, hf: Mapping[str, Any], stored: Mapping[str, Any]
+) -> tuple[dict[str, Any], Mapping[str, Any]]:
+    """Returns config.json without its quantisation, and the tensors with a `Packed` matrix for each quantised weight.
 
     A config.json with a quantisation but with floating-point weights is accepted: it remains after adapters are merged
     into dequantised weights.
@@ -39,25 +52,46 @@ def refuse_quantised(folder: object, hf: Mapping[str, Any], stored: Mapping[str,
     Args:
       folder: the folder of the checkpoint, for the message.
       hf: the values of its config.json.
-      stored: its tensors by name, with `dtype`.
+      stored: its tensors by name.
 
     Raises:
-      UserError: if weights are packed or in FP8; the message names the quantisation and a way to get other weights.
+      UserError: if the quantisation is not supported, which the message names, together with a way to get other
+        weights; and if tensors are missing, or contradict config.json.
     """
-    packed = [name for name, x in stored.items() if np.dtype(x.dtype).name not in FLOATS and _WEIGHT.fullmatch(name)]
-    if not packed:
-        return
+    names = [name for name, x in stored.items() if np.dtype(x.dtype).name not in FLOATS and _WEIGHT.fullmatch(name)]
+    if not names:
+        return dict(hf), stored
     settings = hf.get("quantization_config") or hf.get("compression_config")
-    settings = settings if isinstance(settings, dict) else {}
+    settings = dict(settings) if isinstance(settings, dict) else {}
     method = str(settings.get("quant_method") or ("bitsandbytes" if "load_in_8bit" in settings else ""))[:40]
+    if method not in _READERS:
+        raise _refusal(folder, method, settings, stored, names[0])
+    found = _READERS[method](stored, {"dtype": hf.get("dtype") or hf.get("torch_dtype"), **settings})
+    replaced = set(found)
+    for name in found:
+        module = name.removesuffix(".weight")
+        replaced |= {f"{module}.{part}" for part in _PARTS}
+        replaced |= {other for other in stored if other.startswith(f"{name}.")}
+    tensors = {name: x for name, x in stored.items() if name not in replaced} | found
+    left = [name for name in names if name in tensors and name not in found]
+    if left:
+        raise _refusal(folder, method, settings, stored, left[0])
+    config = {key: value for key, value in hf.items() if key not in ("quantization_config", "compression_config")}
+    return config, tensors
+
+
+def _refusal(
+    folder: object, method: str, settings: Mapping[str, Any], stored: Mapping[str, Any], name: str
+) -> UserError:
     shown = _describe(method, settings) or next(
-        (name for ending, name in _TENSORS.items() if any(re.fullmatch(f".*{ending}", tensor) for tensor in stored)),
-        str(np.dtype(stored[packed[0]].dtype)),
+        (kind for ending, kind in _TENSORS.items() if any(re.fullmatch(f".*{ending}", tensor) for tensor in stored)),
+        str(np.dtype(stored[name].dtype)),
     )
     way = f", or dequantise it with {_DEQUANTIZE[method]} and save_pretrained" if method in _DEQUANTIZE else ""
-    raise UserError(
-        f"{folder} is quantised with {shown}: {packed[0]} is in {np.dtype(stored[packed[0]].dtype)}, and supported "
-        f"dtypes are {', '.join(FLOATS)}; use the original checkpoint, which the model's hub page lists{way}"
+    return UserError(
+        f"{folder} is quantised with {shown}: {name} is in {np.dtype(stored[name].dtype)}, and supported are "
+        f"{', '.join(FLOATS)}, and the quantisations {', '.join(_READERS)} with their settings in config.json; use the "
+        f"original checkpoint, which the model's hub page lists{way}"
     )
 
 
@@ -67,8 +101,6 @@ def _describe(method: str, settings: Mapping[str, Any]) -> str:
         block = settings.get("weight_block_size")
         sizes = block if isinstance(block, list) and all(type(n) is int for n in block) else []
         return f"FP8 in blocks of {' x '.join(map(str, sizes))}" if sizes else "FP8"
-    if method == "bitsandbytes":
-        return f"bitsandbytes, {4 if settings.get('load_in_4bit') else 8} bits"
     bits = settings.get("bits", settings.get("w_bit"))
     names = {"gptq": "GPTQ", "awq": "AWQ", "mxfp4": "MXFP4", "hqq": "HQQ"}
     return names.get(method, method) + (f", {bits} bits" if method and type(bits) is int else "")

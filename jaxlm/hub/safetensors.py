@@ -98,11 +98,15 @@ class Stored:
 
 
 class Pending(NamedTuple):
-    """A tensor that is computed when it is written, so that a model is not in memory twice."""
+    """A tensor that is computed when it is written, so that a model is not in memory twice.
+
+    `parts` is the quantised tensor, if there is one, a `compressed_tensors.PendingParts`.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     make: Callable[[], Any]
+    parts: Any = None
 
     @property
     def size(self) -> int:

@@ -17,4 +17,5 @@ measure        speed and memory of the steps
 folder         the files of a run folder
 evaluate       evaluation and prediction, over every example once
 sweep          many runs of one config
+compress       smaller variants of a model, compared in a table
 """

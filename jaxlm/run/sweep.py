@@ -139,7 +139,7 @@ def table(trials: list[Trial], best: str) -> str:
         failed = sum(bool(trial.failed) for trial in group)
         runs = f"{len(group)}" + (f", {failed} failed" if failed else "")
         lines.append([key or "seeds", runs, *(_spread(_values(name, group)) for name in names)])
-    return _markdown(lines)
+    return markdown(lines)
 
 
 def single_runs(trials: list[Trial], best: str) -> str:
@@ -149,7 +149,7 @@ def single_runs(trials: list[Trial], best: str) -> str:
     for trial in sorted(trials, key=lambda trial: -_mean(best, [trial])):
         step = "failed" if trial.failed else f"{trial.scores.get('step', 0):,.0f}"
         lines.append([trial.folder, step, *(_spread(_values(name, [trial])) for name in names)])
-    return _markdown(lines)
+    return markdown(lines)
 
 
 def _groups(trials: Iterable[Trial]) -> dict[str, list[Trial]]:
@@ -172,8 +172,8 @@ def _mean(best: str, group: list[Trial]) -> float:
     return statistics.fmean(values) * (-1 if best == "loss" else 1) if values else -math.inf
 
 
-def _markdown(lines: list[list[str]]) -> str:
-    """Returns a Markdown table whose columns are aligned in plain text."""
+def markdown(lines: list[list[str]]) -> str:
+    """Returns a Markdown table whose columns are aligned in plain text; the first line is the head."""
     cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
     widths = [max(3, *map(len, column)) for column in zip(*cells)]
     rows = [[cell.ljust(width) for cell, width in zip(line, widths)] for line in cells]

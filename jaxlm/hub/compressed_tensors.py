@@ -1,0 +1,232 @@
+"""Quantised models in the format compressed-tensors: nodes -> tensors and config.json, and tensors -> nodes.
+
+Integers are stored packed ("pack-quantized"), or with rounded inputs as they are ("int-quantized"), and 8-bit floats as
+they are ("float-quantized"): https://github.com/neuralmagic/compressed-tensors. Transformers loads them with that
+package.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from jaxlm.config import ModelConfig
+from jaxlm.hub.packed import Packed, Parts, pack
+from jaxlm.hub.safetensors import Pending
+from jaxlm.nn import parameters
+from jaxlm.nn.quantized import DTYPES, Quantized
+
+BITS = {"int4": 4, "int8": 8, "fp8": 8}  # of the formats that compressed-tensors has
+
+
+@dataclasses.dataclass(frozen=True)
+class PendingParts:
+    """A quantised matrix that is computed when it is written."""
+
+    weights: str
+    shape: tuple[int, int]  # [O, I]
+    groups: int
+    symmetric: bool
+    integer_inputs: bool
+    make: Callable[[], Parts]
+
+    def tensors(self, name: str) -> dict[str, Pending]:
+        """Returns the tensors for the weight with a name such as `model.layers.0.mlp.up_proj.weight`."""
+        (outputs, _), groups, bits = self.shape, self.groups, BITS[self.weights]
+        value_dtype = np.dtype(ml_dtypes.float8_e4m3fn if self.weights == "fp8" else np.int8)
+        tensors = {f"{name}_scale": Pending((outputs, groups), np.dtype(np.float32), lambda: self.make().scales)}
+        if self.format != "pack-quantized":
+            tensors[name] = Pending(self.shape, value_dtype, lambda: self.make().values)
+            if not self.symmetric:
+                tensors[f"{name}_zero_point"] = Pending((outputs, groups), np.dtype(np.int8), lambda: self.make().zeros)
+            return tensors
+        offset = 2 ** (bits - 1)
+        unsigned = lambda x: (x.astype(np.int16) + offset).astype(np.uint8)
+        words = lambda n: -(-n * bits // 32)
+        int32 = np.dtype(np.int32)
+        tensors[f"{name}_packed"] = Pending(
+            (outputs, words(self.shape[1])), int32, lambda: pack(unsigned(self.make().values), bits)
+        )
+        tensors[f"{name}_shape"] = Pending((2,), np.dtype(np.int64), lambda: np.array(self.shape))
+        if not self.symmetric:
+            packed_zeros = lambda: pack(unsigned(self.make().zeros).T, bits).T
+            tensors[f"{name}_zero_point"] = Pending((words(outputs), groups), int32, packed_zeros)
+        return tensors
+
+    @property
+    def format(self) -> str:
+        """The name of the format of these tensors."""
+        return (
+            "float-quantized" if self.weights == "fp8" else "int-quantized" if self.integer_inputs else "pack-quantized"
+        )
+
+    @property
+    def scheme(self) -> dict[str, Any]:
+        """The values of `config_groups` for modules with these settings."""
+        weights: dict[str, Any] = {"num_bits": BITS[self.weights], "type": "float" if self.weights == "fp8" else "int"}
+        strategy = {"strategy": "group", "group_size": self.shape[1] // self.groups}
+        if self.groups == 1:
+            strategy = {"strategy": "channel", "group_size": None}
+        tokens = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+        return {
+            "weights": weights | strategy | {"symmetric": self.symmetric, "dynamic": False},
+            "input_activations": tokens if self.integer_inputs else None,
+            "output_activations": None,
+            "format": self.format,
+        }
+
+
+def to_parts(
+    to_hf: Callable[..., np.ndarray], leaves: list[Any], stacked: bool
+) -> Callable[[int], PendingParts] | None:
+    """Returns a function from the layer to the tensor of a file for nodes with the same settings.
+
+    It returns None for other parameters, and for tensors that the format cannot represent.
+
+    Args:
+      to_hf: arrays of one layer -> the tensor of the file; it only moves entries.
+      leaves: the parameters that the tensor contains.
+      stacked: whether their first axis is that of layers.
+    """
+    if not all(isinstance(leaf, Quantized) and leaf.weights in BITS and leaf.input_scale is None for leaf in leaves):
+        return None
+    groups = {leaf.scales.shape[stacked + leaf.first] for leaf in leaves}
+    kinds = {(leaf.weights, leaf.zeros is None, leaf.integer_inputs) for leaf in leaves}
+    # A tensor [O, I] whose entries are the numbers of their inputs shows that the file has the inputs in our order.
+    order = to_hf(*[_input_numbers(leaf, stacked) for leaf in leaves])
+    if len(groups) > 1 or len(kinds) > 1 or order.ndim != 2 or order.shape[1] % min(groups):
+        return None
+    if not np.array_equal(order, np.broadcast_to(np.arange(order.shape[1]), order.shape)):
+        return None
+    shape, (group_count,), ((weights, symmetric, integer_inputs),) = order.shape, groups, kinds
+    group = shape[1] // group_count
+
+    def make(layer: int) -> Parts:
+        of_layer = lambda x: np.asarray(x[layer] if stacked else x)
+        store = ml_dtypes.float8_e4m3fn if weights == "fp8" else np.int8
+        values = to_hf(*[of_layer(leaf.values).astype(store) for leaf in leaves])
+
+        def per_group(name: str, dtype: Any) -> np.ndarray:
+            repeated = [_repeat(of_layer(getattr(leaf, name)).astype(dtype), leaf, group) for leaf in leaves]
+            return np.ascontiguousarray(to_hf(*repeated)[:, ::group])
+
+        zeros = None if symmetric else per_group("zeros", np.int8)
+        return Parts(np.ascontiguousarray(values), per_group("scales", np.float32), zeros)
+
+    return lambda layer: PendingParts(weights, shape, group_count, symmetric, integer_inputs, partial(make, layer))
+
+
+def _input_numbers(leaf: Quantized, stacked: int) -> np.ndarray:
+    """Returns an array with the shape of one layer whose entries are the numbers of their inputs."""
+    shape, axis = leaf.values.shape[stacked:], leaf.first
+    inputs = math.prod(shape[axis : axis + leaf.inputs])
+    numbers = np.arange(inputs, dtype=np.int32).reshape(inputs, *[1] * len(shape[axis + leaf.inputs :]))
+    merged = (*shape[:axis], inputs, *shape[axis + leaf.inputs :])
+    return np.broadcast_to(numbers, merged).reshape(shape)
+
+
+def _repeat(x: np.ndarray, leaf: Quantized, group: int) -> np.ndarray:
+    """Returns scales or zero points of one layer, repeated for every entry."""
+    values = leaf.values.shape[-(x.ndim + leaf.inputs - 1) :]
+    return np.repeat(x, group, axis=leaf.first).reshape(values)
+
+
+def expand(tensors: Mapping[str, Pending], prefix: str) -> tuple[dict[str, Pending], dict[str, Any] | None]:
+    """Returns the tensors with the parts of quantised ones, and `quantization_config`, None without quantised ones.
+
+    Args:
+      tensors: tensors by name; the quantised ones have `parts`.
+      prefix: prefix of the names that a model without a head omits.
+    """
+    written: dict[str, Pending] = {}
+    targets: dict[str, tuple[dict[str, Any], set[str]]] = {}
+    for name, tensor in tensors.items():
+        if tensor.parts is None:
+            written[name] = tensor
+            continue
+        written |= tensor.parts.tensors(name)
+        scheme = tensor.parts.scheme
+        module = re.escape(name.removesuffix(".weight").removeprefix(prefix))
+        module = re.sub(r"\d+", r"\\d+", module)  # every layer
+        targets.setdefault(str(scheme), (scheme, set()))[1].add(rf"re:(.*\.)?{module}$")
+    if not targets:
+        return written, None
+    formats = {scheme["format"] for scheme, _ in targets.values()}
+    groups = {f"group_{n}": {"targets": sorted(names), **scheme} for n, (scheme, names) in enumerate(targets.values())}
+    return written, {
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "config_groups": groups,
+        "ignore": [],
+        "kv_cache_scheme": None,
+    }
+
+
+def read_node(
+    reader: Any, config: ModelConfig, tensors: Mapping[str, Any], path: str, place: Callable[..., jax.Array]
+) -> Quantized | None:
+    """Returns the node of a leaf whose tensors are all quantised with the same settings; None for other leaves.
+
+    Args:
+      reader: the reader of the leaf, a `convert.Reader`.
+      config: the model's config.
+      tensors: the tensors of the file by the names in the rules.
+      path: the path of the leaf.
+      place: read(index, dtype), axes, shape, dtype -> a JAX array.
+    """
+    packed, row = [tensors[name] for name in reader.names.values()], parameters.find(path)
+    if row is None or not all(isinstance(one, Packed) for one in packed) or len({one.settings for one in packed}) != 1:
+        return None
+    one, stacked = packed[0], int(parameters.is_stacked(path))
+    is_table = row.axes == ("vocabulary", "width")
+    if one.parts is None or not (row.inputs or is_table) or (stacked and len(packed) != reader.shape[0]):
+        return None
+    inputs, first = row.inputs or 1, int(is_table)
+    axis = stacked + first
+    shape = (*reader.shape[:axis], one.groups, *reader.shape[axis + inputs :])
+    part = lambda name: {n: _Part(tensors[n], name) for n in reader.names.values()}
+    values = partial(reader.read, config, part("values"))
+
+    def per_group(name: str, index: Any = (), dtype: Any = None) -> np.ndarray:
+        spans = (*index, *[slice(None)] * (len(shape) - len(index)))
+        layers = [slice(n, n + 1) for n in range(reader.shape[0])[spans[0]]] if stacked else [slice(None)]
+        whole = [reader.read(config, part(name), (layer,), dtype) for layer in layers]
+        grouped = [x.reshape(*x.shape[:axis], one.groups, -1, *x.shape[axis + inputs :]) for x in whole]
+        return np.concatenate([x.take(0, axis + 1) for x in grouped])[(slice(None), *spans[1:]) if stacked else spans]
+
+    value_dtype = np.dtype(DTYPES[one.weights])
+    node = Quantized(
+        place(values, row.axes, reader.shape, value_dtype),
+        place(partial(per_group, "scales"), (), shape, np.dtype(np.float32)),
+        None if one.symmetric else place(partial(per_group, "zeros"), (), shape, value_dtype),
+        None,
+        first,
+        inputs,
+        one.integer_inputs,
+    )
+    return node
+
+
+class _Part:
+    """The values of a quantised matrix, or its scales or zero points for every entry, as a tensor of a file."""
+
+    def __init__(self, packed: Packed, name: str) -> None:
+        self._packed, self._name = packed, name
+        self.shape = packed.shape
+        self.dtype = np.dtype(np.float32 if name == "scales" else DTYPES[packed.weights])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        assert self._packed.parts is not None  # `read_node` has checked it
+        parts = self._packed.parts()
+        if self._name == "values":
+            return parts.values
+        return np.repeat(getattr(parts, self._name), self.shape[1] // self._packed.groups, axis=1)
