@@ -132,6 +132,21 @@ def test_a_new_low_rank_update_has_no_effect_and_has_axes():
         add_low_rank(params, "nothing", 4, jax.random.key(1))
 
 
+def test_targets_select_projections_by_parts_of_their_paths():
+    params = random_params(MODELS["encoder-decoder"])
+    count = lambda targets: len(parameters.projections(params, targets))
+    assert count("all") == count("attention,cross_attention,mlp") == count("encoder,decoder") > count("mlp")
+    assert parameters.projections(params, "mlp/up") == ["decoder/layers/mlp/up/kernel", "encoder/layers/mlp/up/kernel"]
+    assert count("cross_attention/query, up") == 3 and count("query") == 3
+    nodes_params = projections(params, KINDS["low-rank over quantized"])
+    assert parameters.projections(nodes_params) == parameters.projections(params)
+    for targets in ("querry", "", "query,", "quer"):
+        with pytest.raises(jaxlm.UserError, match=r"no projection matches .*; known: all, attention, .*query.*, up"):
+            parameters.projections(params, targets)
+    with pytest.raises(jaxlm.UserError, match="the model has no projections"):
+        parameters.projections({"embeddings": params["embeddings"]})
+
+
 def make_step(model, params, chosen, batch=TOKENS_BT):
     """Returns a step that trains the chosen leaves of `params`, its first state, and its batch."""
     settings = OptimizerConfig(rate=0.1, schedule="constant", warmup=0, weight_decay=0.0)

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 
+from jaxlm.errors import UserError
 from jaxlm.nn.nodes import is_node
 
 
@@ -158,6 +159,30 @@ def rows_by_path(params: Any) -> dict[str, Parameter]:
     """Returns the rows of a parameter tree by the paths of its leaves."""
     leaves = jax.tree_util.tree_leaves_with_path(rows(params), is_leaf=is_row)
     return {path_of(path): row for path, row in leaves}
+
+
+def projections(params: Any, targets: str = "all") -> list[str]:
+    """Returns the paths of the projections that `targets` selects, such as `decoder/layers/mlp/up/kernel`.
+
+    Args:
+      params: a parameter tree; a projection may be a node.
+      targets: parts of paths, separated by commas, such as `query,value`, `mlp` or `cross_attention/out`; `all` selects
+        every projection.
+
+    Raises:
+      UserError: if there are no projections, or if a target selects none of them.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_node)
+    paths = [path for path in (path_of(key_path) for key_path, _ in leaves) if (row := find(path)) and row.inputs]
+    if not paths:
+        raise UserError("the model has no projections (of attention or an MLP); choose another model")
+    words = [word.strip() for word in targets.split(",")]
+    chosen = {word: [path for path in paths if word == "all" or f"/{word}/" in f"/{path}/"] for word in words}
+    for word in words:
+        if not word or not chosen[word]:
+            known = ["all", *dict.fromkeys(part for path in paths for part in path.split("/")[2:-1])]
+            raise UserError(f"targets is {targets!r}, but no projection matches {word!r}; known: {', '.join(known)}")
+    return [path for path in paths if any(path in matching for matching in chosen.values())]
 
 
 def trained_in_nodes(params: Any, others: bool = True) -> Any:
