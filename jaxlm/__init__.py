@@ -32,6 +32,7 @@ with _interrupts_wait():
     from jaxlm.lm import LM, load, save
     from jaxlm.run.evaluate import evaluate, predict
     from jaxlm.run.fit import fit
+    from jaxlm.transforms.pruning import prune
     from jaxlm.transforms.vocabulary import resize
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "generate",
     "load",
     "predict",
+    "prune",
     "resize",
     "save",
     "stream",
