@@ -14,6 +14,7 @@ from jaxlm.devices.process import delay_interrupts as _interrupts_wait
 
 with _interrupts_wait():
     from jaxlm.config import (
+        AdapterConfig,
         CleaningConfig,
         DataConfig,
         Decoding,
@@ -37,6 +38,7 @@ with _interrupts_wait():
 
 __all__ = [
     "LM",
+    "AdapterConfig",
     "CleaningConfig",
     "DataConfig",
     "Decoding",

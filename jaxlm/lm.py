@@ -85,6 +85,7 @@ class LM:
     files: dict[str, bytes] = field(default_factory=dict)  # further files to save with the model, by name
     pooling: Pooling | None = None  # how texts become vectors, where the folder declares it
     fresh: tuple[str, ...] = ()  # paths of the parameters that the folder lacks, which are randomly initialised
+    adapted: tuple[str, ...] = ()  # paths of the arrays that belong to its adapter, in addition to the updates
     programs: Programs = field(default_factory=Programs, repr=False)  # compiled for this model
 
     def __post_init__(self) -> None:

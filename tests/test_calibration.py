@@ -10,13 +10,14 @@ import pytest
 from random_params import random_params
 
 from jaxlm import ModelConfig, TokenizerConfig, UserError
+from jaxlm.config import AdapterConfig
 from jaxlm.data.tokenizers import tokenizer as tokenizers
 from jaxlm.lm import LM
 from jaxlm.nn import nodes
 from jaxlm.nn.transformer import Transformer
+from jaxlm.transforms import adapters
 from jaxlm.transforms.calibration import input_moments, projection_inputs
 from jaxlm.transforms.calibration_rows import calibration_rows
-from jaxlm.transforms.low_rank import add_low_rank
 
 TINY = {"vocabulary": 48, "width": 16, "layers": 2, "heads": 2, "max_length": 64, "mlp_width": 24}
 MODELS = {
@@ -106,10 +107,10 @@ def test_moments_equal_those_of_the_recorded_inputs(name, monkeypatch):
     seen = []
     plain = nodes.dot
 
-    def record(x, kernel, contract, dtype):
+    def record(x, kernel, contract, dtype, dropped):
         if not nodes.is_node(kernel):
             jax.debug.callback(lambda x, kernel: seen.append((np.array(x), np.array(kernel))), x, kernel)
-        return plain(x, kernel, contract, dtype)
+        return plain(x, kernel, contract, dtype, dropped)
 
     monkeypatch.setattr("jaxlm.nn.layers.dot", record)
     rows = calibration_rows(lm, draw(lm, LENGTHS), length=64)
@@ -145,7 +146,7 @@ def test_projections_with_the_same_input_share_their_moments():
 
 def test_nodes_have_the_moments_of_their_dense_arrays():
     lm = model("decoder")
-    params = add_low_rank(lm.params, ".*", 2, jax.random.key(0))
+    params = adapters.add(lm.params, AdapterConfig(2), jax.random.key(0))
     found, dense = (
         input_moments(one, draw(lm, LENGTHS), length=64) for one in (dataclasses.replace(lm, params=params), lm)
     )

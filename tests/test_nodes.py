@@ -15,7 +15,7 @@ from flags import OPTIMIZED
 from random_params import random_params
 
 import jaxlm
-from jaxlm import CausalLM, MeshConfig, ModelConfig, OptimizerConfig, TokenizerConfig
+from jaxlm import AdapterConfig, CausalLM, MeshConfig, ModelConfig, OptimizerConfig, TokenizerConfig
 from jaxlm.data.tokenizers import tokenizer as tokenizers
 from jaxlm.devices import sharding
 from jaxlm.lm import LM
@@ -29,7 +29,7 @@ from jaxlm.run.checkpoint import Checkpoints
 from jaxlm.run.optimizer import make_schedule
 from jaxlm.run.step import TrainState, make_train_step
 from jaxlm.tasks.pretraining import CausalLMTask
-from jaxlm.transforms.low_rank import add_low_rank
+from jaxlm.transforms import adapters
 
 TINY = {"vocabulary": 48, "width": 16, "layers": 3, "heads": 2, "max_length": 32, "initial_std": 0.2}
 MODELS = {
@@ -55,15 +55,21 @@ def projections(params, make):
 def low_rank(leaf, row, n, of=lambda leaf, row: leaf):
     random, cut = np.random.default_rng(n), 1 + row.inputs
     draw = lambda *shape: jnp.asarray(0.1 * random.standard_normal(shape), jnp.float32)
-    return LowRank(of(leaf, row), draw(*leaf.shape[:cut], 3), draw(leaf.shape[0], 3, *leaf.shape[cut:]), 2.0)
+    return LowRank(of(leaf, row), draw(*leaf.shape[:cut], 3), draw(leaf.shape[0], 3, *leaf.shape[cut:]), scale=2.0)
 
 
 def masked(leaf, row, n):
     return Masked(leaf, jnp.asarray(np.random.default_rng(n).random(leaf.shape) < 0.5))
 
 
+def dora(leaf, row, n):
+    node = low_rank(leaf, row, n)
+    return dataclasses.replace(node, magnitude=jnp.asarray(np.random.default_rng(n).random(node.b[:, 0].shape)))
+
+
 KINDS = {
     "low-rank": low_rank,
+    "low-rank with magnitudes": dora,
     "masked": masked,
     "quantized": lambda leaf, row, n: quantize(leaf, row.inputs),
     "low-rank over quantized": partial(low_rank, of=lambda leaf, row: quantize(leaf, row.inputs)),
@@ -121,7 +127,7 @@ def test_generation_with_nodes_equals_generation_with_merged_arrays():
 
 def test_a_new_low_rank_update_has_no_effect_and_has_axes():
     params = random_params(MODELS["decoder"])
-    new = add_low_rank(params, r"decoder/layers/attention/(query|out)/kernel", 4, jax.random.key(1))
+    new = adapters.add(params, AdapterConfig(4, targets="query,out"), jax.random.key(1))
     np.testing.assert_allclose(hidden(MODELS["decoder"], new), hidden(MODELS["decoder"], params), atol=1e-6)
     rows = parameters.rows_by_path(new)
     assert rows["decoder/layers/attention/query/kernel/a"].axes == ("layers", "width", None)
@@ -129,7 +135,9 @@ def test_a_new_low_rank_update_has_no_effect_and_has_axes():
     assert rows["decoder/layers/attention/out/kernel/a"].axes == ("layers", "heads", "head_width", None)
     assert rows["decoder/layers/attention/query/kernel/base"].axes == ("layers", "width", "heads", "head_width")
     with pytest.raises(jaxlm.UserError, match="no projection matches 'nothing'"):
-        add_low_rank(params, "nothing", 4, jax.random.key(1))
+        adapters.add(params, AdapterConfig(4, targets="nothing"), jax.random.key(1))
+    with pytest.raises(jaxlm.UserError, match=r"rank is 17, but .* has the rank 16; choose at most 16"):
+        adapters.add(params, AdapterConfig(17), jax.random.key(1))
 
 
 def test_targets_select_projections_by_parts_of_their_paths():
@@ -237,7 +245,7 @@ def test_no_dense_copy_of_the_stack_is_made(kind, plain):
 def test_the_arrays_of_a_node_are_sharded():
     model = dataclasses.replace(MODELS["decoder"], width=32, vocabulary=64)
     mesh = sharding.make_mesh(MeshConfig(1, 2, 2), jax.devices()[:4])
-    params = add_low_rank(random_params(model), ".*/kernel", 4, jax.random.key(0))
+    params = adapters.add(random_params(model), AdapterConfig(4), jax.random.key(0))
     sharded = with_shardings(jax.eval_shape(lambda p: TrainState(0, p, (), 0), params), mesh)
     specs = {path: leaf.sharding.spec for path, leaf in parameters.by_path(sharded.params).items()}
     P = jax.sharding.PartitionSpec
@@ -247,8 +255,8 @@ def test_the_arrays_of_a_node_are_sharded():
 
 
 def test_a_checkpoint_omits_the_frozen_part(tmp_path):
-    params = add_low_rank(
-        jax.tree.map(jnp.asarray, random_params(MODELS["decoder"])), ".*/kernel", 2, jax.random.key(0)
+    params = adapters.add(
+        jax.tree.map(jnp.asarray, random_params(MODELS["decoder"])), AdapterConfig(2), jax.random.key(0)
     )
     of_adapters = parameters.trained_in_nodes(params, others=False)
     paths = [path for path, is_trained in parameters.by_path(of_adapters).items() if is_trained]
@@ -268,7 +276,7 @@ def test_a_checkpoint_omits_the_frozen_part(tmp_path):
 
 def test_a_train_step_shares_the_frozen_part():
     model = MODELS["decoder"]
-    params = add_low_rank(random_params(model), ".*/kernel", 2, jax.random.key(0))
+    params = adapters.add(random_params(model), AdapterConfig(2), jax.random.key(0))
     step, state, batch = make_step(model, params, parameters.trained_in_nodes(params))
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     compiled = TrainStep(step, jax.tree.map(lambda _: one, state), one)

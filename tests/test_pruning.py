@@ -12,11 +12,12 @@ from random_params import random_params
 
 import jaxlm
 from jaxlm import ModelConfig, UserError
+from jaxlm.config import AdapterConfig
 from jaxlm.lm import LM
 from jaxlm.nn import parameters
 from jaxlm.nn.transformer import Transformer
+from jaxlm.transforms import adapters
 from jaxlm.transforms.calibration import input_moments
-from jaxlm.transforms.low_rank import add_low_rank
 from jaxlm.transforms.masks import grouping, lowest
 from jaxlm.transforms.pruning import sparsity_of
 from jaxlm.transforms.sparsegpt import inverse_factor, sparsegpt
@@ -239,7 +240,7 @@ def test_arguments_are_checked(lm, named, match):
 
 
 def test_only_dense_finite_models_can_be_pruned(lm):
-    adapted = dataclasses.replace(lm, params=add_low_rank(lm.params, ".*up.*", 2, jax.random.key(0)))
+    adapted = dataclasses.replace(lm, params=adapters.add(lm.params, AdapterConfig(2, targets="up"), jax.random.key(0)))
     with pytest.raises(UserError, match="mlp/up/kernel is of the kind LowRank"):
         jaxlm.prune(adapted)
     params = jax.tree.map(lambda x: x + np.nan, lm.params)

@@ -4,6 +4,7 @@
 import JAX, so that an invalid command line is reported within a second.
 
 run            RunConfig, OptimizerConfig and MeshConfig
+adapter        AdapterConfig: training of low-rank updates
 model          ModelConfig: the architecture
 task           the config of each task
 data           DataConfig, CleaningConfig and TokenizerConfig
@@ -15,6 +16,7 @@ flags          command-line flags for the fields of a config
 arguments      checks of the arguments of public functions
 """
 
+from jaxlm.config.adapter import NO_ADAPTER, AdapterConfig
 from jaxlm.config.data import CleaningConfig, DataConfig, Format, TokenizerConfig
 from jaxlm.config.decoding import MAX_TEXTS, Decoding
 from jaxlm.config.model import (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from jaxlm.config.adapter import AdapterConfig
 from jaxlm.config.data import DataConfig, TokenizerConfig
 from jaxlm.config.model import MAX_LAYERS, ModelConfig, divisors
 from jaxlm.config.ranges import (
@@ -71,6 +72,7 @@ class RunConfig(Config):
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     batch: Positive = 32  # rows per update, over all devices and micro-batches
     accumulate: Positive = 1  # micro-batches per update, to save memory

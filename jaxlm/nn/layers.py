@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxlm.config import ModelConfig
 from jaxlm.devices.sharding import Placement
 from jaxlm.nn.fusion import keep_apart, keep_for_derivative
-from jaxlm.nn.nodes import array, dot, parameter
+from jaxlm.nn.nodes import array, dot, is_node, parameter
 
 
 def _elementwise(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
@@ -108,7 +108,9 @@ class Linear(nn.Module):
         inputs = x.shape[x.ndim - self.contract :]
         init = nn.initializers.normal(1 / math.sqrt(math.prod(inputs)) if self.std is None else self.std)
         kernel = parameter(self, "kernel", init, (*inputs, *self.features))
-        x = dot(x, kernel, self.contract, self.dtype)
+        rate = kernel.dropout if is_node(kernel) else 0.0
+        dropped = Dropout(rate, name="kernel_dropout")(x) if rate else None
+        x = dot(x, kernel, self.contract, self.dtype, dropped)
         if self.bias:
             x += array(self, "bias", nn.initializers.zeros, self.features).astype(self.dtype)
         return x

@@ -27,17 +27,26 @@ class Node(ABC):
     Attributes:
       trained: names of the arrays that are trained.
       arrays: names of all arrays, set by `@node`.
+      dropout: dropout rate of the inputs of the trained part, in a projection.
     """
 
     trained: ClassVar[tuple[str, ...]] = ()
     arrays: ClassVar[tuple[str, ...]] = ()
+    dropout: float = 0.0
 
     @abstractmethod
     def materialize(self) -> jax.Array:
         """Returns the dense array that the node represents."""
 
-    def dot(self, x: jax.Array, contract: int, dtype: Any) -> jax.Array:
-        """Returns `x @ self.materialize()` over the last `contract` axes of x, computed in `dtype`."""
+    def dot(self, x: jax.Array, contract: int, dtype: Any, dropped: jax.Array | None = None) -> jax.Array:
+        """Returns `x @ self.materialize()` over the last `contract` axes of x, computed in `dtype`.
+
+        Args:
+          x: the inputs.
+          contract: number of contracted axes.
+          dtype: dtype of the product.
+          dropped: the inputs after dropout with the rate `dropout`; None: without dropout.
+        """
         return _dot(contract, dtype, self, x)
 
     @abstractmethod
@@ -111,10 +120,13 @@ def is_matrix(value: Any) -> bool:
     return not is_node(value) and value.ndim > 1
 
 
-def dot(x: jax.Array, kernel: Any, contract: int, dtype: Any) -> jax.Array:
-    """Returns `x[..., I...] @ kernel[I..., O...]`, computed in `dtype`; I are the last `contract` axes of x."""
+def dot(x: jax.Array, kernel: Any, contract: int, dtype: Any, dropped: jax.Array | None = None) -> jax.Array:
+    """Returns `x[..., I...] @ kernel[I..., O...]`, computed in `dtype`; I are the last `contract` axes of x.
+
+    `dropped` are the inputs after the dropout of a node; None: without dropout.
+    """
     if isinstance(kernel, Node):
-        return kernel.dot(x, contract, dtype)
+        return kernel.dot(x, contract, dtype, dropped)
     return jnp.tensordot(x.astype(dtype), kernel.astype(dtype), axes=contract)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
@@ -105,9 +106,15 @@ def path_of(key_path: tuple[Any, ...]) -> str:
     return "/".join(key for key in keys if key not in PARTS)
 
 
-def by_path(tree: Any) -> dict[str, Any]:
-    """Returns the leaves of a parameter tree by path, such as `embeddings/tokens`."""
-    return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+def by_path(tree: Any, whole_nodes: bool = False) -> dict[str, Any]:
+    """Returns the leaves of a parameter tree by path, such as `embeddings/tokens`.
+
+    Args:
+      tree: the parameters.
+      whole_nodes: whether to return a node under its own path instead of its arrays.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_node if whole_nodes else None)
+    return {path_of(path): leaf for path, leaf in leaves}
 
 
 def _user_row(path: str, dimensions: int) -> Parameter | None:
@@ -185,6 +192,17 @@ def projections(params: Any, targets: str = "all") -> list[str]:
     return [path for path in paths if any(path in matching for matching in chosen.values())]
 
 
+def label_heads(params: Any) -> list[str]:
+    """Returns the paths of the leaves of all heads except those over tokens, such as `classes_head/out/kernel`."""
+    heads: dict[str, list[tuple[str, Parameter]]] = {}
+    for path, row in rows_by_path(params).items():
+        head = path.split("/")[0]
+        if head.endswith("_head") or head.split("_")[0] == "own":
+            heads.setdefault(head, []).append((path, row))
+    over_tokens = lambda leaves: any("vocabulary" in row.axes for _, row in leaves)
+    return [path for leaves in heads.values() if not over_tokens(leaves) for path, _ in leaves]
+
+
 def trained_in_nodes(params: Any, others: bool = True) -> Any:
     """Returns a tree of bools: whether each leaf is trained. In a node, the node decides; elsewhere, `others`."""
 
@@ -211,3 +229,17 @@ def join(trained: Any, frozen: Any) -> Any:
     if frozen is None:
         return trained
     return jax.tree.map(lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda leaf: leaf is None)
+
+
+def fill(part: Any, leaves: Mapping[str, Any]) -> Any:
+    """Returns a part of a parameter tree, as `split` returns it, with other arrays in place of its own.
+
+    Args:
+      part: the tree; it has None in place of the leaves of the other part, also in nodes.
+      leaves: arrays and whole nodes, by path.
+    """
+    is_none = lambda value: value is None
+    replace = lambda old, new: jax.tree.map(lambda a, b: None if a is None else b, old, new, is_leaf=is_none)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, old: replace(old, leaves[path_of(path)]), part, is_leaf=is_node
+    )

@@ -25,6 +25,7 @@ from jaxlm.run.optimizer import make_optimizer, make_schedule, trained
 from jaxlm.run.resolve import ResolvedModel
 from jaxlm.run.step import TrainState, leading, make_train_step
 from jaxlm.tasks.task import Task
+from jaxlm.transforms import adapters
 
 
 class Assembly(NamedTuple):
@@ -32,7 +33,9 @@ class Assembly(NamedTuple):
 
     like: shapes and shardings of the state.  first_state(key) -> a randomly initialised TrainState, sharded so.
     state_of(params, key) -> the first TrainState with these parameters, whose buffers are donated.
-    draw(key, paths) -> some parameters of `first_state(key)`, by path.
+    dense: shapes and shardings of the parameters before an adapter replaces some of them by nodes, by path.
+    draw(key, paths) -> some of these parameters, randomly initialised, by path.
+    adapt(key, path, leaf) -> the node of one of these parameters, whose buffer is donated, or the parameter itself.
     train_step(state, batch) -> (state, metrics); the buffers of the old state are donated.
     """
 
@@ -40,7 +43,9 @@ class Assembly(NamedTuple):
     like: TrainState
     first_state: Callable[[jax.Array], TrainState]
     state_of: Callable[[Any, jax.Array], TrainState]
+    dense: dict[str, jax.ShapeDtypeStruct]
     draw: Callable[[jax.Array, Sequence[str]], dict[str, jax.Array]]
+    adapt: Callable[[jax.Array, str, jax.Array], Any]
     train_step: TrainStep
 
 
@@ -110,9 +115,12 @@ def assemble(resolved: ResolvedModel) -> Assembly:
     module = resolved.kind(
         config, sharding.Placement(mesh), dtype, remat, unroll, run.attention, precision=run.matmul_precision
     )
-    shapes = jax.eval_shape(partial(init, module), jax.random.key(0))
+    dense_shapes = jax.eval_shape(partial(init, module), jax.random.key(0))
+    add_adapter = lambda params, key: adapters.add(params, run.adapter, key)
+    shapes = jax.eval_shape(add_adapter, dense_shapes, jax.random.key(0))
     schedule = make_schedule(run.optimizer, run.steps)
-    optimizer, is_trained = make_optimizer(run.optimizer, run.steps, shapes, mesh), trained(run.optimizer, shapes)
+    optimizer = make_optimizer(run.optimizer, run.steps, shapes, mesh, run.adapter)
+    is_trained = trained(run.optimizer, shapes, run.adapter)
     all_trained = all(jax.tree.leaves(is_trained))
 
     def state_of(params: Any, key: jax.Array) -> TrainState:
@@ -120,15 +128,26 @@ def assemble(resolved: ResolvedModel) -> Assembly:
         return TrainState(jnp.int32(0), params, optimizer.init(params), key, None if all_trained else frozen)
 
     def first_state(key: jax.Array) -> TrainState:
-        return state_of(init(module, jax.random.wrap_key_data(key)), key)
+        own_key = jax.random.wrap_key_data(key)
+        return state_of(add_adapter(init(module, own_key), own_key), key)
 
     like = with_shardings(jax.eval_shape(first_state, jax.random.key_data(jax.random.key(0))), mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
 
+    dense = parameters.by_path(shard_params(dense_shapes, mesh))
+    rows = adapters.select(dense_shapes, run.adapter)
+    nodes_by_path = parameters.by_path(shardings.model, whole_nodes=True)
+
     def draw(key: jax.Array, paths: Sequence[str]) -> dict[str, jax.Array]:
-        select = lambda tree: {path: leaf for path, leaf in parameters.by_path(tree).items() if path in paths}
-        selected_params = lambda key: select(init(module, jax.random.wrap_key_data(key)))
-        return jax.jit(selected_params, out_shardings=select(shardings.model))(key)
+        select = lambda leaves: {path: leaf for path, leaf in leaves.items() if path in paths}
+        selected_params = lambda key: select(parameters.by_path(init(module, jax.random.wrap_key_data(key))))
+        return jax.jit(selected_params, out_shardings={path: dense[path].sharding for path in select(dense)})(key)
+
+    def adapt(key: jax.Array, path: str, leaf: jax.Array) -> Any:
+        if path not in rows:
+            return leaf
+        make = lambda leaf, key: adapters.add_to_leaf(run.adapter, rows[path], leaf, jax.random.wrap_key_data(key))
+        return jax.jit(make, out_shardings=nodes_by_path[path], donate_argnums=0)(leaf, key)
 
     step = make_train_step(resolved.task, module, optimizer, schedule)
     return Assembly(
@@ -136,7 +155,9 @@ def assemble(resolved: ResolvedModel) -> Assembly:
         like,
         jax.jit(first_state, out_shardings=shardings),
         jax.jit(state_of, out_shardings=shardings, donate_argnums=0),
+        dense,
         draw,
+        adapt,
         TrainStep(step, shardings, sharding.replicated(mesh)),
     )
 
@@ -214,6 +235,16 @@ def local_rows(mesh: Mesh, rows: int, k: int) -> list[int]:
     slices = sharding.batch_sharding(mesh, "B").addressable_devices_indices_map((k, micro))
     local = np.unique([index_kB[index] for index in slices.values() if index is not None])
     return [int(row) for row in local if row < rows]
+
+
+def shard_params(shapes: Any, mesh: Mesh) -> Any:
+    """Returns the shapes of parameters with the shardings of the table of parameters."""
+
+    def shard(key_path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct, row: parameters.Parameter) -> Any:
+        placed = sharding.sharding(mesh, row.axes, leaf.shape, parameters.path_of(key_path))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed)
+
+    return jax.tree_util.tree_map_with_path(shard, shapes, parameters.rows(shapes))
 
 
 def with_shardings(state: TrainState, mesh: Mesh) -> TrainState:

@@ -12,9 +12,10 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxlm.config import OptimizerConfig
+from jaxlm.config import NO_ADAPTER, AdapterConfig, OptimizerConfig
 from jaxlm.devices import sharding
 from jaxlm.nn import parameters
+from jaxlm.transforms import adapters
 
 _MIN_FACTORED = 128  # Adafactor does not factor the second moments of matrices with a smaller side, as in optax
 
@@ -81,22 +82,27 @@ def rates(config: OptimizerConfig, params: Any) -> Any:
     return jax.tree.map(rate, rows, params, is_leaf=parameters.is_row)
 
 
-def trained(config: OptimizerConfig, params: Any) -> Any:
+def trained(config: OptimizerConfig, params: Any, adapter: AdapterConfig = NO_ADAPTER) -> Any:
     """Returns for each leaf whether the run trains it, in at least one layer.
 
     Args:
       config: its `freeze` and `freeze_layers`.
       params: all parameters of the model, arrays or shapes.
+      adapter: the adapter of the run.
 
     Returns:
       A tree of bools.
     """
     has_rate = jax.tree.map(lambda factor: bool(np.any(factor)), rates(config, params))
-    return jax.tree.map(lambda in_node, own: in_node and own, parameters.trained_in_nodes(params), has_rate)
+    return jax.tree.map(lambda by_adapter, own: by_adapter and own, adapters.trained(adapter, params), has_rate)
 
 
 def make_optimizer(
-    config: OptimizerConfig, steps: int, params: Any, mesh: Mesh | None = None
+    config: OptimizerConfig,
+    steps: int,
+    params: Any,
+    mesh: Mesh | None = None,
+    adapter: AdapterConfig = NO_ADAPTER,
 ) -> optax.GradientTransformation:
     """Returns the optimizer of a run.
 
@@ -105,12 +111,13 @@ def make_optimizer(
       steps: number of steps of the run.
       params: all parameters of the model, arrays or shapes.
       mesh: the mesh over which Muon splits the layers; None: each device computes the updates of all layers.
+      adapter: the adapter of the run.
 
     Returns:
       A transformation of the trained part of the parameters, as `parameters.split` returns it with `trained`. Its state
       has the norm of the gradient before clipping, under `grad_norm`.
     """
-    is_trained = trained(config, params)
+    is_trained = trained(config, params, adapter)
     factor, _ = parameters.split(rates(config, params), is_trained)
     params, _ = parameters.split(params, is_trained)
     decays = jax.tree.map(lambda row: row.decays, parameters.rows(params), is_leaf=parameters.is_row)

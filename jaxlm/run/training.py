@@ -19,6 +19,7 @@ from jaxlm.data.batches import Batch, iterate_batches
 from jaxlm.data.corpus import Prepared
 from jaxlm.devices import chips, hosts
 from jaxlm.errors import RunError, Stopped, UserError
+from jaxlm.hub.convert import nested
 from jaxlm.lm import LM, find, with_params
 from jaxlm.nn import parameters
 from jaxlm.reports import report
@@ -287,8 +288,7 @@ def set_up(resolved: ResolvedRun, run_folder: buckets.RunFolder, model_given: bo
     # Shapes and shardings come first, so that every array is created on its own devices.
     parts = assemble(resolved)
     if weights is not None:
-        shapes = {path: leaf.shape for path, leaf in parameters.by_path(parts.like.model).items()}
-        check_fits(weights.shapes, shapes)
+        check_fits(weights.shapes, {path: leaf.shape for path, leaf in parts.dense.items()})
     # All of the user's input is valid, so the folder belongs to this run from here on.
     init_folder = find(run.init) if run.init and not model_given and weights is not None else None
     hosts.run_on_first(lambda: begin(resolved.given, folder, data.fingerprint, data.labels, init_folder))
@@ -316,18 +316,21 @@ def set_up(resolved: ResolvedRun, run_folder: buckets.RunFolder, model_given: bo
 def _state(resolved: ResolvedRun, parts: Assembly, restored: TrainState | None, notes: dict[str, Any]) -> TrainState:
     """Returns the state that a run starts from: restored, with given weights, or randomly initialised."""
     key = jax.random.key_data(jax.random.key(resolved.run.seed))
-    like, draw, weights = parts.like, partial(parts.draw, key), resolved.weights
-    if weights is None and (restored is None or like.frozen is not None):
+    frozen, weights = parts.like.frozen, resolved.weights
+    if weights is None and (restored is None or frozen is not None):
         weights = weights_of(resolved.given, None, resolved.task, resolved.data.labels, False)
-    if restored is not None and like.frozen is None:
+    start = partial(start_from, weights, draw=partial(parts.draw, key), adapt=partial(parts.adapt, key))
+    if restored is not None and frozen is None:
         return restored
     if restored is not None:  # checkpoints do not contain frozen parameters
-        frozen = start_from(weights, like.frozen, draw, lambda _: None)
+        paths = parameters.by_path(frozen, whole_nodes=True)
+        leaves = start(like={path: parts.dense[path] for path in paths}, log=lambda _: None)
+        frozen = parameters.fill(frozen, leaves)
         check_frozen(frozen, notes["frozen"], resolved.run.init)
         return restored._replace(frozen=frozen)
     if weights is None:
         return parts.first_state(key)
-    return parts.state_of(start_from(weights, like.model, draw, log), key)
+    return parts.state_of(nested(start(like=parts.dense, log=log)), key)
 
 
 def _score_line(step: int, steps: int, scores: Mapping[str, float], is_best: bool = False) -> str:
@@ -388,7 +391,7 @@ def _flops(resolved: ResolvedRun) -> int:
     The peak of a chip is for products in bfloat16, and the formula assumes that all parameters are trained.
     """
     run = resolved.run
-    frozen = run.optimizer.freeze != "none" or run.optimizer.freeze_layers
+    frozen = run.optimizer.freeze != "none" or run.optimizer.freeze_layers or run.adapter.rank
     if run.compute_dtype != "bfloat16" or frozen:
         return 0
     return closed_flops(resolved.task, resolved.model, run.batch, resolved.train.empty_batch())
@@ -407,7 +410,9 @@ def _print_start(training: Training) -> None:
     log(f"data      {rows}; {data_line(data)}")
     split = ", ".join(f"{name} {ways}" for name, ways in mesh.shape.items() if ways > 1)
     on = f"{mesh.size} {device.platform} device(s)" + (f", mesh: {split}" if split else "")
-    log(f"model     {size(training.parts.like.model):,} parameters on {on}")
+    count, trained = size(training.parts.like.model), size(training.parts.like.params)
+    part = f", of which {trained:,} are trained ({trained / count:.2%})" if trained < count else ""
+    log(f"model     {count:,} parameters{part}, on {on}")
     if unknown := chips.unknown_chip_warning(device.device_kind, device.platform):
         log(f"chip      {unknown}")
     if products := chips.float32_warning(run.compute_dtype, run.matmul_precision, device.platform):

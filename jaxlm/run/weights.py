@@ -23,6 +23,7 @@ from jaxlm.tasks import TASKS
 from jaxlm.tasks.labels import Labels, are_default_names, output_names
 from jaxlm.tasks.multi_task import TaskMixture, part_head
 from jaxlm.tasks.task import Task
+from jaxlm.transforms.adapters import merge
 
 
 def known_labels(run: RunConfig, model: LM | None) -> Labels | None:
@@ -112,7 +113,7 @@ def weights_of(run: RunConfig, model: LM | None, task: Task, labels: Any, resumi
 def _weights_with_head(run: RunConfig, model: LM | None, head: Any, labels: tuple[str, ...] | None) -> Weights:
     """Returns the weights of a model, or those of `run.init` with a head; raises UserError where it has no model."""
     if model is not None:
-        leaves = parameters.by_path(model.params)
+        leaves = parameters.by_path(merge(model).params)
         # Copies, because training donates its buffers, but the model belongs to the caller.
         copy = lambda path, sharding: hosts.shard(_as_float32(leaves[path]), sharding, may_alias=False)
         read = lambda shardings: {path: copy(path, sharding) for path, sharding in shardings.items()}
@@ -198,28 +199,32 @@ def _in_head(path: str) -> bool:
 
 def start_from(
     weights: Weights | None,
-    like: Any,
+    like: Mapping[str, jax.ShapeDtypeStruct],
     draw: Callable[[Sequence[str]], dict[str, jax.Array]],
+    adapt: Callable[[str, jax.Array], Any],
     log: Callable[[str], None],
-) -> Any:
-    """Returns the parameters that a run starts from, sharded.
+) -> dict[str, Any]:
+    """Returns the parameters that a run starts from, sharded, by path; some may be nodes.
 
     Args:
       weights: the weights to read; None: all leaves are randomly initialised.
-      like: shapes and shardings of the parameters.
+      like: shapes and shardings of the parameters as arrays, by path.
       draw: paths -> randomly initialised leaves, for the leaves that the weights lack.
+      adapt: (path, leaf) -> the node with the leaf, or the leaf.
       log: prints which leaves are randomly initialised.
     """
-    shardings = {path: leaf.sharding for path, leaf in parameters.by_path(like).items()}
-    new = [path for path in shardings if weights is None or path not in weights.shapes]
+    new = [path for path in like if weights is None or path not in weights.shapes]
     if new:
         log(
             f"randomly initialised, since the given weights have none: "
             f"{', '.join(sorted({path.split('/')[0] for path in new}))}"
         )
-    leaves = {} if weights is None else weights.read({path: shardings[path] for path in shardings if path not in new})
-    leaves |= draw(new) if new else {}
-    return jax.tree_util.tree_map_with_path(lambda key_path, _: leaves.pop(parameters.path_of(key_path)), like)
+    drawn = draw(new) if new else {}
+    leaves = {}
+    for path, leaf in like.items():  # one at a time: a node may need less memory than its leaf
+        array = drawn.pop(path) if weights is None or path in drawn else weights.read({path: leaf.sharding})[path]
+        leaves[path] = adapt(path, array)
+    return leaves
 
 
 def check_frozen(frozen: Any, sums: list[int], init: str) -> None:

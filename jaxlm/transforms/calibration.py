@@ -46,10 +46,10 @@ class Observed(nodes.Node):
         """Returns the dense array of the base."""
         return nodes.dense(self.base)
 
-    def dot(self, x: jax.Array, contract: int, dtype: Any) -> jax.Array:
+    def dot(self, x: jax.Array, contract: int, dtype: Any, dropped: jax.Array | None = None) -> jax.Array:
         """Returns the product of x with the base, and records x."""
         self.record(x)
-        return nodes.dot(x, self.base, contract, dtype)
+        return nodes.dot(x, self.base, contract, dtype, dropped)
 
     def axes(self, axes: nodes.Axes, inputs: int) -> dict[str, tuple[nodes.Axes, int]]:
         """Returns the axes of the base."""
@@ -114,8 +114,7 @@ def input_moments(
 def projection_inputs(params: Any) -> dict[str, tuple[int, ...]]:
     """Returns the sizes of the contracted axes of each projection of stacked parameters, by path."""
     found = {}
-    for key_path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=nodes.is_node):
-        path = parameters.path_of(key_path)
+    for path, leaf in parameters.by_path(params, whole_nodes=True).items():
         row = parameters.find(path)
         if row is not None and row.inputs:
             found[path] = nodes.dense_like(leaf, stacked=True).shape[1 : 1 + row.inputs]

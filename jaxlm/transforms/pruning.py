@@ -102,9 +102,7 @@ def sparsity_of(lm: LM, targets: str = "all") -> dict[str, float]:
     Raises:
       UserError: for targets that match nothing.
     """
-    leaves = {
-        parameters.path_of(p): v for p, v in jax.tree_util.tree_leaves_with_path(lm.params, is_leaf=nodes.is_node)
-    }
+    leaves = parameters.by_path(lm.params, whole_nodes=True)
     paths = parameters.projections(lm.params, targets)
     return {path: float(1 - jnp.count_nonzero(w := nodes.dense_layers(leaves[path])) / w.size) for path in paths}
 
@@ -116,15 +114,14 @@ def matrices(params: Any, targets: str) -> dict[str, jax.Array]:
       UserError: if the targets match nothing, a parameter of the model is a node, or a weight is not finite.
     """
     paths = parameters.projections(params, targets)
-    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=nodes.is_node)
-    for key_path, leaf in leaves:
+    leaves = parameters.by_path(params, whole_nodes=True)
+    for path, leaf in leaves.items():
         if nodes.is_node(leaf):
             raise UserError(
-                f"{parameters.path_of(key_path)} is of the kind {type(leaf).__name__}, and only dense weights can be "
-                f"pruned; prune the model first, or save and load it, which merges its parameters"
+                f"{path} is of the kind {type(leaf).__name__}, and only dense weights can be pruned; prune the model "
+                f"first, or save and load it, which merges its parameters"
             )
-    found = {parameters.path_of(key_path): leaf for key_path, leaf in leaves}
-    weights = {path: jnp.asarray(found[path]) for path in paths}
+    weights = {path: jnp.asarray(leaves[path]) for path in paths}
     for path, weight in weights.items():
         if not bool(jnp.isfinite(weight).all()):
             raise UserError(f"{path} has weights that are not finite; choose an undamaged model")

@@ -1,0 +1,133 @@
+"""Adapters: low-rank updates of the projections of a model, added, trained, merged and removed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import zlib
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.config import AdapterConfig
+from jaxlm.errors import UserError
+from jaxlm.lm import LM, with_params
+from jaxlm.nn import nodes, parameters
+from jaxlm.nn.low_rank import LowRank, column_norms
+
+
+def add(params: Any, config: AdapterConfig, key: jax.Array) -> Any:
+    """Returns parameters with a `LowRank` node in place of each selected projection; the outputs do not change.
+
+    Args:
+      params: stacked parameters of a `Transformer`, arrays.
+      config: the adapter; with rank 0, the parameters are returned unchanged.
+      key: random key of the new arrays.
+
+    Raises:
+      UserError: no projection matches the targets, or the rank is larger than a matrix.
+    """
+    selected = select(params, config)
+    update = lambda key_path, leaf: add_to_leaf(config, selected.get(parameters.path_of(key_path)), leaf, key)
+    return jax.tree_util.tree_map_with_path(update, params)
+
+
+def select(params: Any, config: AdapterConfig) -> dict[str, parameters.Parameter]:
+    """Returns the rows of the projections that get an update, by path; raises UserError as `add` does."""
+    if not config.rank:
+        return {}
+    rows, leaves = parameters.rows_by_path(params), parameters.by_path(params)
+    paths = parameters.projections(params, config.targets)
+    for path in paths:
+        shape, inputs = leaves[path].shape[1:], rows[path].inputs
+        largest = min(math.prod(shape[:inputs]), math.prod(shape[inputs:]))
+        if config.rank > largest:
+            raise UserError(
+                f"adapter.rank is {config.rank}, but {path} has the rank {largest}; choose at most {largest}, or other "
+                f"--adapter.targets"
+            )
+    return {path: rows[path]._replace(path=path) for path in paths}
+
+
+def add_to_leaf(config: AdapterConfig, row: parameters.Parameter | None, leaf: jax.Array, key: jax.Array) -> Any:
+    """Returns the node for a stacked projection [L, I..., O...]; without a row, the leaf.
+
+    A has the standard deviation 1 / sqrt(inputs), and B is zero, so that the node represents the same matrix.
+
+    Args:
+      config: the adapter.
+      row: the row of the projection, with its own path.
+      leaf: the projection.
+      key: random key, the same for all projections.
+    """
+    if row is None:
+        return leaf
+    stop = 1 + row.inputs
+    base = leaf.astype(config.base)
+    draw = jax.random.normal(jax.random.fold_in(key, zlib.crc32(row.path.encode())), (*leaf.shape[:stop], config.rank))
+    a = draw / math.sqrt(math.prod(leaf.shape[1:stop]))
+    b = jnp.zeros((leaf.shape[0], config.rank, *leaf.shape[stop:]))
+    norms = jax.vmap(partial(column_norms, inputs=row.inputs))(base) if config.kind == "dora" else None
+    scale = config.alpha / (math.sqrt(config.rank) if config.kind == "rslora" else config.rank)
+    return LowRank(base, a, b, norms, scale, config.dropout)
+
+
+def trained(config: AdapterConfig, params: Any) -> Any:
+    """Returns for each leaf whether an adapter trains it: low-rank updates, heads for labels, and chosen biases.
+
+    Args:
+      config: the adapter; with rank 0, all leaves are trained except the frozen arrays of nodes.
+      params: parameters with nodes, arrays or shapes.
+
+    Returns:
+      A tree of bools.
+    """
+    if not config.rank:
+        return parameters.trained_in_nodes(params)
+    own = set(parameters.label_heads(params))
+    if config.biases != "none":
+        biases = {path for path in parameters.by_path(params) if path.endswith("/bias")}
+        adapted = {path.replace("/kernel", "/bias") for path in select_nodes(params)}
+        own |= biases if config.biases == "all" else biases & adapted
+    in_nodes = parameters.trained_in_nodes(params, others=False)
+    is_trained = lambda key_path, in_node: in_node or parameters.path_of(key_path) in own
+    return jax.tree_util.tree_map_with_path(is_trained, in_nodes)
+
+
+def select_nodes(params: Any) -> dict[str, LowRank]:
+    """Returns the low-rank updates of a parameter tree by path."""
+    leaves = parameters.by_path(params, whole_nodes=True)
+    return {path: leaf for path, leaf in leaves.items() if isinstance(leaf, LowRank)}
+
+
+def merge(lm: LM) -> LM:
+    """Returns the model with each node, such as the updates of an adapter, replaced by the dense matrix.
+
+    Args:
+      lm: the model; it is unchanged.
+    """
+
+    def merged(key_path: tuple[Any, ...], leaf: Any) -> Any:
+        if not nodes.is_node(leaf):
+            return leaf
+        stacked = parameters.is_stacked(parameters.path_of(key_path))
+        return jax.jit(nodes.dense_layers if stacked else nodes.dense)(leaf)
+
+    params = jax.tree_util.tree_map_with_path(merged, lm.params, is_leaf=nodes.is_node)
+    return dataclasses.replace(with_params(lm, params), adapted=())
+
+
+def remove_adapters(lm: LM) -> LM:
+    """Returns the model without its low-rank updates; the arrays of the base are shared with `lm`, not copied.
+
+    Heads and biases that were trained with an adapter remain as they are.
+    """
+
+    def base(leaf: Any) -> Any:
+        while isinstance(leaf, LowRank):
+            leaf = leaf.base
+        return leaf
+
+    return with_params(lm, jax.tree.map(base, lm.params, is_leaf=nodes.is_node))
