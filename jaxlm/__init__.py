@@ -21,6 +21,7 @@ with _interrupts_wait():
         MeshConfig,
         ModelConfig,
         OptimizerConfig,
+        PruneConfig,
         RunConfig,
         TokenizerConfig,
     )
@@ -34,6 +35,7 @@ with _interrupts_wait():
     from jaxlm.run.evaluate import evaluate, predict
     from jaxlm.run.fit import fit
     from jaxlm.transforms.pruning import prune
+    from jaxlm.transforms.structured import shrink
     from jaxlm.transforms.vocabulary import resize
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "Pooling",
+    "PruneConfig",
     "RunConfig",
     "RunError",
     "Stopped",
@@ -60,6 +63,7 @@ __all__ = [
     "prune",
     "resize",
     "save",
+    "shrink",
     "stream",
 ]
 __all__ += _task.__all__

@@ -3,8 +3,10 @@
 adapters          low-rank updates of projections (LoRA): added, trained, merged, removed
 calibration       second moments of the inputs of projections
 calibration_rows  rows of texts, or token ids, for calibration
+influence         the influence of each layer on the hidden states
 masks             selection of the weights that pruning removes
 pruning           pruning after training
 sparsegpt         SparseGPT, a method of pruning
+structured        smaller models: fewer layers, heads, MLP columns
 vocabulary        resized vocabularies
 """

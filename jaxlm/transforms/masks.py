@@ -8,19 +8,17 @@ is the same on any number of devices.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.config.pruning import Scope, implied_sparsity, parse_pattern
 from jaxlm.errors import UserError
 
-Scope = Literal["layer", "global", "output"]
 _MAX_GLOBAL = 2**31 - 1  # weights that one 32-bit number can count
-_MAX_GROUP = 1024  # inputs in a group of a pattern
 
 
 class Grouping(NamedTuple):
@@ -46,14 +44,7 @@ def grouping(sparsity: float | None, scope: Scope, pattern: str | None) -> Group
     """
     if not pattern:
         return Grouping(0.5 if sparsity is None else sparsity, scope)
-    match = re.fullmatch(r"([0-9]{1,4}):([0-9]{1,4})", pattern)
-    remain, group = map(int, match.groups()) if match else (0, 0)
-    if not 0 < remain < group <= _MAX_GROUP:
-        raise UserError(f"pattern is {pattern!r}; it must be N:M, N of M inputs remain, such as '2:4' or '4:8'")
-    implied = 1 - remain / group
-    if sparsity is not None and abs(sparsity - implied) > 1e-6:
-        raise UserError(f"sparsity is {sparsity}, but pattern {pattern} removes {implied:g}; leave out one of them")
-    return Grouping(implied, scope, (remain, group))
+    return Grouping(implied_sparsity(sparsity, pattern), scope, parse_pattern(pattern))
 
 
 def removals(shapes: Mapping[str, tuple[int, ...]], inputs: Mapping[str, int], groups: Grouping) -> dict[str, int]:

@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config.arguments import check_model
+from jaxlm.config.pruning import Scope
 from jaxlm.config.ranges import ShareBelowOne, check_argument
 from jaxlm.errors import UserError
 from jaxlm.lm import LM, with_params
 from jaxlm.nn import nodes, parameters
 from jaxlm.transforms.calibration import Moments, input_moments
-from jaxlm.transforms.masks import Grouping, Scope, grouping, lowest, removals
+from jaxlm.transforms.masks import Grouping, grouping, lowest, removals
 from jaxlm.transforms.sparsegpt import sparsegpt
 
 Method = Literal["magnitude", "wanda", "sparsegpt"]
@@ -114,18 +115,23 @@ def matrices(params: Any, targets: str) -> dict[str, jax.Array]:
       UserError: if the targets match nothing, a parameter of the model is a node, or a weight is not finite.
     """
     paths = parameters.projections(params, targets)
-    leaves = parameters.by_path(params, whole_nodes=True)
-    for path, leaf in leaves.items():
-        if nodes.is_node(leaf):
-            raise UserError(
-                f"{path} is of the kind {type(leaf).__name__}, and only dense weights can be pruned; prune the model "
-                f"first, or save and load it, which merges its parameters"
-            )
+    check_dense(params)
+    leaves = parameters.by_path(params)
     weights = {path: jnp.asarray(leaves[path]) for path in paths}
     for path, weight in weights.items():
         if not bool(jnp.isfinite(weight).all()):
             raise UserError(f"{path} has weights that are not finite; choose an undamaged model")
     return weights
+
+
+def check_dense(params: Any) -> None:
+    """Raises UserError if a parameter of the model is a node."""
+    for path, leaf in parameters.by_path(params, whole_nodes=True).items():
+        if nodes.is_node(leaf):
+            raise UserError(
+                f"{path} is of the kind {type(leaf).__name__}, and only dense weights can be pruned; prune the model "
+                f"first, or save and load it, which merges its parameters"
+            )
 
 
 def _scope(method: Method, scope: Any, pattern: Any) -> Scope:
