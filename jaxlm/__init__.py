@@ -34,6 +34,7 @@ with _interrupts_wait():
     from jaxlm.lm import LM, load, save
     from jaxlm.run.evaluate import evaluate, predict
     from jaxlm.run.fit import fit
+    from jaxlm.transforms.adapters import add_adapter, merge, remove_adapters
     from jaxlm.transforms.pruning import prune
     from jaxlm.transforms.structured import shrink
     from jaxlm.transforms.vocabulary import resize
@@ -54,13 +55,16 @@ __all__ = [
     "Stopped",
     "TokenizerConfig",
     "UserError",
+    "add_adapter",
     "encode",
     "evaluate",
     "fit",
     "generate",
     "load",
+    "merge",
     "predict",
     "prune",
+    "remove_adapters",
     "resize",
     "save",
     "shrink",

@@ -26,6 +26,7 @@ from jaxlm.devices.programs import Programs
 from jaxlm.errors import UserError, suggestion
 from jaxlm.hub import model_files
 from jaxlm.hub.download import fetch
+from jaxlm.hub.peft import is_adapter
 from jaxlm.hub.pooling import Pooling, read_files, read_pooling
 from jaxlm.nn.transformer import Transformer, apply
 from jaxlm.storage import buckets, disk
@@ -320,6 +321,8 @@ def find(name: str | os.PathLike[str], *, revision: str | None = None, offline: 
     )
     if (folder / "export" / "config.json").exists():
         return folder / "export"
+    if is_adapter(folder):
+        return folder
     if not (folder / "config.json").exists():
         raise UserError(f"{folder} has no config.json; give an exported model or a run folder")
     if "run" in families.read_config(folder / "config.json"):
@@ -333,6 +336,7 @@ def find(name: str | os.PathLike[str], *, revision: str | None = None, offline: 
 def load(
     name: str | os.PathLike[str],
     *,
+    adapter: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     head: str | None = None,
     labels: Sequence[str] | int | None = None,
     dtype: str | None = "float32",
@@ -348,7 +352,9 @@ def load(
     """Loads a model from a folder in Hugging Face format, from the export of a run, or from the hub.
 
     Args:
-      name: a folder of a model or of a run, an address in a bucket, or a hub name.
+      name: a folder of a model, of a run or of an adapter in the format of PEFT, an address in a bucket, or a hub name.
+        The folder of an adapter is loaded together with the base that it names.
+      adapter: folders or hub names of one or several adapters for the model; their updates are added.
       head: lm, masked_lm, next_sentence, replaced, classes, tokens, span, pooled, none, or encoder (of an
         encoder-decoder); None: as in the checkpoint. A head that the checkpoint lacks is randomly initialised, with a
         message.
@@ -380,21 +386,34 @@ def load(
     if module is not None and not (isinstance(module, type) and issubclass(module, Transformer)):
         raise UserError(f"module is {short_repr(module)}; it must be a class derived from jaxlm's Transformer")
     folder = find(name, revision=revision, offline=offline)
+    adapters = [find(one, offline=offline) for one in _names_of_adapters(adapter)]
     stored, compute = (None if given is None else _dtype(given) for given in (dtype, compute_dtype))
-    found = families.load(folder, head=head, labels=names, dtype=stored, mesh=mesh, module=module)
+    how: dict[str, Any] = {"head": head, "labels": names, "module": module, "adapters": adapters}
+    found = families.load(folder, dtype=stored, mesh=mesh, **how)
     if found.fresh:
         log = log or partial(print, file=sys.stderr)
         log(f"randomly initialised, since {folder} has none: {', '.join(found.fresh)}")
     compute = compute or stored or jnp.result_type(*jax.tree.leaves(found.params))
     placement = sharding.Placement(mesh)
     own_module = (module or Transformer)(found.config, placement, jnp.dtype(compute), precision=matmul_precision)
-    tokenizer = tokenizers.load(str(folder), split_special_tokens) if has_tokenizer(folder) else None
+    with_tokenizer = tokenizer_folder(folder)
+    tokenizer = tokenizers.load(str(with_tokenizer), split_special_tokens) if with_tokenizer else None
     files, pooling = kept_files(folder)
+    for one in adapters:
+        files |= kept_files(one)[0]
     stored_model = found.origin.config.get("model")  # of jaxlm's own format
     same_heads = isinstance(stored_model, dict) and stored_model.get("heads_on_top") == list(found.config.heads_on_top)
     if found.fresh or (head is not None and found.origin.heads is None and not same_heads):
         files = without_task(files)  # the task was trained with another head
-    return LM(found.config, own_module, found.params, tokenizer, found.origin, files, pooling, found.fresh)
+    origin = found.origin if os.path.exists(name) or is_adapter(folder) else found.origin._replace(base=str(name))
+    return LM(found.config, own_module, found.params, tokenizer, origin, files, pooling, found.fresh, found.adapted)
+
+
+def _names_of_adapters(adapter: Any) -> list[str]:
+    if adapter is None:
+        return []
+    names = list(adapter) if isinstance(adapter, (list, tuple)) else [adapter]
+    return [check_argument("adapter", name, str) for name in names]
 
 
 def _label_names(labels: Any) -> tuple[str, ...] | None:
@@ -411,6 +430,8 @@ def _label_names(labels: Any) -> tuple[str, ...] | None:
 
 def kept_files(folder: Path) -> tuple[dict[str, bytes], Pooling | None]:
     """Returns the files of a model's folder that `save` copies, by name, and the pooling that they declare."""
+    if is_adapter(folder) and not (folder / "config.json").exists():  # as PEFT writes it
+        return kept_files(families.base_of(folder))
     paths = {name: model_files.locate(folder, name) for name in _CARRIED}
     files = {name: model_files.read_bytes(file) for name, file in paths.items() if file is not None}
     if _TASK not in files and folder.name == "export":
@@ -452,6 +473,13 @@ def has_tokenizer(folder: Path) -> bool:
     return any(True for pattern in _VOCABULARIES for _ in folder.glob(pattern))
 
 
+def tokenizer_folder(folder: Path) -> Path | None:
+    """Returns the folder with the tokenizer of a model, for an adapter possibly that of its base; None without one."""
+    if not has_tokenizer(folder) and is_adapter(folder):
+        folder = families.base_of(folder)
+    return folder if has_tokenizer(folder) else None
+
+
 def check_free(folder: Path, overwrite: bool) -> None:
     """Raises UserError where a model cannot be written to `folder` without losing other files.
 
@@ -483,6 +511,7 @@ def save(
 ) -> str:
     """Writes a model, its tokenizer and its further files to a folder that transformers can load.
 
+    A model with an adapter is written as the adapter alone, in the format of PEFT; `merge(lm)` is the whole model.
     The folder is written as a whole or not at all. Files that were read and have not changed are written byte for byte,
     under their old names. An architecture without a Hugging Face format is written in jaxlm's own format.
 
@@ -528,6 +557,7 @@ def save(
             extra=extra,
             max_shard_bytes=max_shard_bytes,
             module=None if type(lm.module) is Transformer else type(lm.module),
+            adapted=lm.adapted,
         )
     return kind
 

@@ -31,6 +31,7 @@ MODELS = {
     ),
     "one distinct layer": ModelConfig(**TINY, structure="encoder", heads_on_top=(), distinct_layers=1),
 }
+LAST = ("disentangled", "one distinct layer")
 
 
 def model(name: str) -> LM:
@@ -48,7 +49,10 @@ def draw(lm: LM, lengths, seed=0):
 LENGTHS = [40, 17, 33, 5, 21, 64, 9, 30, 28, 60, 44, 36]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    ["decoder", "encoder-decoder", *(pytest.param(name, marks=pytest.mark.long) for name in ("encoder", *LAST))],
+)
 def test_moments_have_the_shapes_of_the_inputs_and_add_up(name):
     lm = model(name)
     texts = draw(lm, LENGTHS * 2)

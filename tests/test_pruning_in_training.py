@@ -65,7 +65,12 @@ def projections(leaves: dict[str, Any]) -> dict[str, np.ndarray]:
     return {path: matrix(leaves[path], row.inputs) for path, row in rows.items()}
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "muon"])
+LONG = pytest.mark.long
+
+
+@pytest.mark.parametrize(
+    "name", ["adamw", "muon", pytest.param("lion", marks=LONG), pytest.param("adafactor", marks=LONG)]
+)
 def test_every_optimizer_ends_with_the_exact_sparsity(name):
     method = "movement" if name in ("adamw", "muon") else "magnitude"
     prune = PruneConfig(0.6, method, end=9, every=2)
@@ -131,7 +136,9 @@ def test_movement_removes_the_weights_that_move_towards_zero():
         assert scores_LN[layer][removed].max() <= scores_LN[layer][~removed].min() + 1e-6
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "muon"])
+@pytest.mark.parametrize(
+    "name", ["adafactor", "lion", pytest.param("adamw", marks=LONG), pytest.param("muon", marks=LONG)]
+)
 def test_zeros_of_the_first_weights_stay_zero(name):
     draw = np.random.default_rng(0)
     holes = lambda p: np.where(draw.random(p.shape) < 0.4, 0, p).astype(np.float32)

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -32,10 +32,11 @@ from jaxlm.families import (
     t5,
     transformer,
 )
-from jaxlm.hub import convert, model_files, safetensors
+from jaxlm.hub import convert, model_files, peft, safetensors
 from jaxlm.hub.convert import Family, Rule
+from jaxlm.hub.download import fetch
 from jaxlm.hub.model_files import JsonObject
-from jaxlm.hub.place import place
+from jaxlm.hub.place import place, put
 from jaxlm.hub.quantization import FLOATS, refuse_quantised
 from jaxlm.hub.safetensors import Pending
 from jaxlm.storage import disk
@@ -79,6 +80,7 @@ class Origin(NamedTuple):
       names: name of each tensor in the file -> its name in the family's rules.
       dtypes: dtype of each tensor in the file.
       buffers: tensors that the model does not need.
+      base: the folder or hub name with the weights of the model, without its adapters.
     """
 
     config: dict[str, Any]
@@ -86,6 +88,7 @@ class Origin(NamedTuple):
     names: Mapping[str, str] = {}
     dtypes: Mapping[str, np.dtype] = {}
     buffers: Mapping[str, np.ndarray] = {}
+    base: str = ""
 
 
 class Opened(NamedTuple):
@@ -98,6 +101,8 @@ class Opened(NamedTuple):
       tensors: tensors by their names in the family's rules; they are read on access.
       origin: the files of the folder.
       fresh: paths of the leaves of a new head, which the folder does not contain.
+      updates: for each adapter, its updates by the names of tensors, which are not part of `tensors`.
+      adapted: paths of the leaves that an adapter replaces or adds, such as heads.
     """
 
     kind: str
@@ -106,15 +111,18 @@ class Opened(NamedTuple):
     tensors: dict[str, Any]
     origin: Origin
     fresh: tuple[str, ...]
+    updates: tuple[dict[str, peft.Factors], ...] = ()
+    adapted: tuple[str, ...] = ()
 
 
 class Loaded(NamedTuple):
-    """A loaded model; `fresh` are the paths of randomly initialised leaves, which the folder does not contain."""
+    """A loaded model; the fields are those of `Opened`."""
 
     config: ModelConfig
     params: dict[str, Any]
     origin: Origin
     fresh: tuple[str, ...]
+    adapted: tuple[str, ...]
 
 
 def load(folder: Path, *, dtype: Any = None, mesh: Any = None, **how: Any) -> Loaded:
@@ -129,15 +137,26 @@ def load(folder: Path, *, dtype: Any = None, mesh: Any = None, **how: Any) -> Lo
     Raises:
       UserError: as in `open_folder`.
     """
-    opened = open_folder(folder, **how)
+    opened = open_folder(folder, merge=False, **how)
     params = place(opened.family, opened.config, opened.tensors, dtype, mesh, opened.fresh)
-    return Loaded(opened.config, params, opened.origin, opened.fresh)
+    for updates in opened.updates:
+        params = peft.add_updates(opened.family, opened.config, params, updates)
+    params = put(params, dtype, mesh) if opened.updates else params
+    return Loaded(opened.config, params, opened.origin, opened.fresh, opened.adapted)
 
 
 def open_folder(
-    folder: Path, *, head: HeadChoice | None = None, labels: tuple[str, ...] | None = None, module: Any = None
+    folder: Path,
+    *,
+    head: HeadChoice | None = None,
+    labels: tuple[str, ...] | None = None,
+    module: Any = None,
+    adapters: Sequence[Path] = (),
+    merge: bool = True,
 ) -> Opened:
     """Opens a folder with `config.json` and safetensors, and checks it, without reading its tensors.
+
+    The folder of an adapter is opened together with the base that it names.
 
     Args:
       folder: the folder.
@@ -145,22 +164,34 @@ def open_folder(
         tensors and `architectures` determine. A head that the folder lacks will be randomly initialised.
       labels: the names of the outputs of the head.
       module: the user's class of module with which the model was saved.
+      adapters: folders of adapters for the model.
+      merge: whether `tensors` contain the updates of the adapters; otherwise they are in `updates`.
 
     Raises:
-      UserError: if the `model_type` is unknown, or if the tensors do not match the model.
+      UserError: if the `model_type` is unknown, if the tensors do not match the model, or if an adapter does not match
+        its base.
     """
-    folder = Path(folder)
+    given = Path(folder)
+    folder, found_adapters = _adapters(given, adapters)
     hf = read_config(folder / "config.json")
+    described = [one.folder for one in found_adapters if (one.folder / "config.json").exists()]
+    for adapter_folder in described:
+        values = read_config(adapter_folder / "config.json")
+        hf = hf | {key: values[key] for key in _OF_ADAPTER if key in values}
+    if head is None and found_adapters and not described:  # as PEFT writes them
+        head = found_adapters[-1].head
     kind = str(hf.get("model_type"))
     if kind not in FAMILIES and kind != OWN:
         raise UserError(f"config.json has model_type {kind!r}, unknown{suggestion(kind, [*FAMILIES, OWN])}")
-    stored = safetensors.read(folder)
+    stored: Mapping[str, Any] = safetensors.read(folder)
     refuse_quantised(folder, hf, stored)
     if kind == OWN:
         family, config = _own(hf, folder, module)
     else:
         family = FAMILIES[kind]
         config = dataclasses.replace(_config(family, hf), heads_on_top=())
+    for adapter in found_adapters:
+        stored = peft.with_saved(family, adapter, stored)
     if labels is not None:
         config = dataclasses.replace(config, labels=labels)
     try:
@@ -179,8 +210,50 @@ def open_folder(
         canonical.names,
         {name: np.dtype(stored[name].dtype) for name in stored},
         {name: np.array(tensor) for name, tensor in buffers.items()},
+        found_adapters[0].base if peft.is_adapter(given) and not merge else str(given.resolve()),
     )
-    return Opened(kind, family, config, canonical.tensors, origin, fresh)
+    tensors, updates = canonical.tensors, []
+    for adapter in found_adapters:
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        updates.append(peft.canonical_updates(family, config, adapter, shapes))
+        if merge:
+            merged = {name: peft.Merged(tensors[name], x, adapter.transposed) for name, x in updates[-1].items()}
+            tensors = tensors | merged
+    own = {canonical.names[name] for adapter in found_adapters for name in adapter.saved if name in canonical.names}
+    adapted = [path for path, x in convert.readers(family, config).items() if own & {*x.names.values()}]
+    return Opened(kind, family, config, tensors, origin, fresh, () if merge else tuple(updates), tuple(sorted(adapted)))
+
+
+# Keys of config.json that an adapter may change: its task, its labels, and in jaxlm's own format its heads.
+_OF_ADAPTER = ("architectures", "id2label", "label2id", "problem_type", "model")
+
+
+def base_of(folder: Path) -> Path:
+    """Returns the folder of the base of an adapter; another folder is returned unchanged."""
+    return _adapters(folder, ())[0]
+
+
+def _adapters(folder: Path, more: Sequence[Path]) -> tuple[Path, list[peft.Adapter]]:
+    """Returns the folder of the base, and the adapters of a folder and of `more`, in the order of their training."""
+    adapters: list[peft.Adapter] = []
+    while peft.is_adapter(folder):
+        adapter = peft.read(folder)
+        if not adapter.base:
+            raise UserError(
+                f"{folder / peft.CONFIG} names no base; load it with jaxlm.load(base, adapter={str(folder)!r})"
+            )
+        if any(adapter.folder == other.folder for other in adapters):
+            raise UserError(f"{folder / peft.CONFIG} names itself as the base; correct base_model_name_or_path")
+        adapters.insert(0, adapter)
+        try:
+            folder = fetch(adapter.base)
+        except UserError as error:
+            raise UserError(
+                f"the base of the adapter in {adapter.folder} cannot be found: {error}; correct "
+                f"base_model_name_or_path in {peft.CONFIG}, or load it with "
+                f"jaxlm.load(base, adapter={str(adapter.folder)!r})"
+            ) from None
+    return folder, [*adapters, *map(peft.read, more)]
 
 
 def save(
@@ -193,6 +266,7 @@ def save(
     extra: dict[str, Any] | None = None,
     max_shard_bytes: int = 5_000_000_000,
     module: Any = None,
+    adapted: Collection[str] = (),
 ) -> str:
     """Writes `config.json` and safetensors, and returns the `model_type` of the format.
 
@@ -208,17 +282,13 @@ def save(
       extra: additional keys of config.json, such as bos_token_id.
       max_shard_bytes: maximum size of a file.
       module: the user's class of module, if the model has one.
+      adapted: paths of the parameters that belong to the adapter of the model, in addition to its updates. If the
+        parameters have low-rank updates, the adapter is written instead of the whole model.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    before = origin.config.get("model_type") if origin else None
-    if not module and origin and before in FAMILIES and _same(FAMILIES[before], origin.config, config):
-        kind = before
-    else:
-        kinds = [] if module else [*([before] if before in FAMILIES else []), *FAMILIES]
-        kind = next((kind for kind in kinds if convert.can_represent(FAMILIES[kind], config)), OWN)
-    family = _own_family(config, module) if kind == OWN else FAMILIES[kind]
-    source = origin if kind == before else None
+    kind, family = format_of(config, origin, module)
+    source = origin if origin and kind == origin.config.get("model_type") else None
     named = _named_for_file(family, config, convert.to_hf(family, config, params), source, dtype)
     values = _config_values(kind, family, config, source)
     if source is None or not source.names:
@@ -231,9 +301,22 @@ def save(
             tensor.dtype for tensor in named.values() if tensor.dtype.name in FLOATS
         ]  # other dtypes belong to buffers
         values[name] = str(max(floats, key=lambda dtype: dtype.itemsize))
-    safetensors.write_sharded(named, folder, max_shard_bytes=max_shard_bytes)
+    if peft.has_updates(params):
+        peft.write(folder, family, config, params, adapted, origin.base if origin else "", dtype)
+    else:
+        safetensors.write_sharded(named, folder, max_shard_bytes=max_shard_bytes)
     _write_config(values, folder / "config.json")
     return kind
+
+
+def format_of(config: ModelConfig, origin: Origin | None, module: Any = None) -> tuple[str, Family]:
+    """Returns the `model_type` and the family of the format that a model is written in; see `save`."""
+    before = origin.config.get("model_type") if origin else None
+    if not module and origin and before in FAMILIES and _same(FAMILIES[before], origin.config, config):
+        return before, FAMILIES[before]
+    kinds = [] if module else [*([before] if before in FAMILIES else []), *FAMILIES]
+    kind = next((kind for kind in kinds if convert.can_represent(FAMILIES[kind], config)), OWN)
+    return kind, _own_family(config, module) if kind == OWN else FAMILIES[kind]
 
 
 def _config_values(kind: str, family: Family, config: ModelConfig, origin: Origin | None) -> dict[str, Any]:

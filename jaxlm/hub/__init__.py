@@ -3,6 +3,7 @@
 convert       two-way conversion tables: import, export, and reports of missing and unexpected tensors
 safetensors   reading and writing folders of safetensors files
 model_files   reading the small files of a model's folder
+peft          adapters in the format of PEFT
 pooling       the embedding settings of sentence-transformers
 quantization  detection of quantised checkpoints, which are refused
 place         loading of tensors onto devices, shard by shard

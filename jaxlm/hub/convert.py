@@ -233,7 +233,7 @@ def readers(family: Family, config: ModelConfig) -> dict[str, Reader]:
     """Returns the reader of each leaf of the parameter tree by path."""
     shapes = tree_shapes(config, family.module)
     result: dict[str, Reader] = {}
-    for rule in _applying(family.rules, shapes):
+    for rule in applying(family.rules, shapes):
         if not rule.idle:
             result |= {p: Reader(rule, which, rule.names(shapes), shapes[p]) for which, p in enumerate(rule.leaves)}
     return result
@@ -247,7 +247,7 @@ def sources(family: Family, config: ModelConfig) -> dict[str, str]:
 def idle(family: Family, config: ModelConfig) -> set[str]:
     """Returns the names of the tensors that are written, but not read."""
     shapes = tree_shapes(config, family.module)
-    return {name for rule in _applying(family.rules, shapes) if rule.idle for name in rule.names(shapes).values()}
+    return {name for rule in applying(family.rules, shapes) if rule.idle for name in rule.names(shapes).values()}
 
 
 def to_hf(family: Family, config: ModelConfig, params: Mapping[str, Any]) -> dict[str, Pending]:
@@ -260,7 +260,7 @@ def to_hf(family: Family, config: ModelConfig, params: Mapping[str, Any]) -> dic
     arrays = {path: nodes.dense_like(leaf, parameters.is_stacked(path)) for path, leaf in leaves.items()}
     check_shapes(shapes, {path: tuple(array.shape) for path, array in arrays.items()}, "parameters")
     expected, tensors = hf_shapes(family, config), dict[str, Pending]()
-    for rule in _applying(family.rules, shapes):
+    for rule in applying(family.rules, shapes):
         parts = [leaves[path] for path in rule.leaves]
         for i, name in rule.names(shapes).items():
             make = partial(_join_layer, rule, config, parts, i)
@@ -297,7 +297,7 @@ def canonical(family: Family, config: ModelConfig, tensors: Mapping[str, Any]) -
       UserError: if two tensors have the same name, or if a copy differs from its original.
     """
     shapes = tree_shapes(config, family.module)
-    rules = _applying(family.rules, shapes)
+    rules = applying(family.rules, shapes)
     expected = {name for rule in rules for name in rule.names(shapes).values()}
     buffer = any_of(family.buffers)
     known = any_of([*(rule.hf for rule in family.rules), *family.copies])
@@ -401,7 +401,7 @@ def hf_shapes(family: Family, config: ModelConfig) -> dict[str, tuple[int, ...]]
     """Returns the shape of each tensor of the file by name; raises ValueError if a leaf has no rule."""
     shapes, covered = tree_shapes(config, family.module), set[str]()
     expected: dict[str, tuple[int, ...]] = {}
-    for rule in _applying(family.rules, shapes):
+    for rule in applying(family.rules, shapes):
         covered.update(rule.leaves)
         # A broadcast scalar has the shape of the leaf (of one layer) without its memory; the layout converts the shape.
         layer = [np.broadcast_to(np.False_, shapes[path][1 if "{i}" in rule.hf else 0 :]) for path in rule.leaves]
@@ -411,7 +411,8 @@ def hf_shapes(family: Family, config: ModelConfig) -> dict[str, tuple[int, ...]]
     return expected
 
 
-def _applying(rules: tuple[Rule, ...], shapes: Mapping[str, Any]) -> Iterator[Rule]:
+def applying(rules: tuple[Rule, ...], shapes: Mapping[str, Any]) -> Iterator[Rule]:
+    """Returns the rules that apply to a model with leaves at these paths."""
     return (
         rule
         for rule in rules

@@ -8,11 +8,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from jaxlm.errors import UserError
-from jaxlm.hub import safetensors
+from jaxlm.hub import peft, safetensors
 
 # `*` also matches slashes. Folders with names that start with a digit are modules of sentence-transformers.
 _SMALL = ["*.json", "*.txt", "*.model", "*.spm", "*.jinja"]
-_WANTED = [*_SMALL, safetensors.WEIGHTS, "*/" + safetensors.WEIGHTS]
+_WANTED = [*_SMALL, safetensors.WEIGHTS, "*/" + safetensors.WEIGHTS, peft.WEIGHTS]
 _UNWANTED = "[!0-9]*/*"
 
 
@@ -40,7 +40,7 @@ def fetch(
     if os.path.exists(name):
         raise UserError(f"{name} is a file; give its folder, or the name of a model on the hub")
     folder = _snapshot(str(name), revision, cache_dir, offline, _WANTED)
-    if (folder / safetensors.WEIGHTS).exists():
+    if (folder / safetensors.WEIGHTS).exists() or (folder / peft.WEIGHTS).exists():
         return folder
     commit = folder.name  # further files must come from the same commit
     if (folder / safetensors.INDEX).exists():

@@ -49,6 +49,20 @@ def place(
     return nested(leaves)
 
 
+def put(params: Any, dtype: Any = None, mesh: jax.sharding.Mesh | None = None) -> Any:
+    """Returns parameters with the trained arrays of their nodes on their devices, in `dtype`; see `place`."""
+    rows, trained = parameters.rows(params), parameters.trained_in_nodes(params, others=False)
+
+    def put_leaf(leaf: Any, row: parameters.Parameter, in_node: bool) -> Any:
+        if not in_node:
+            return leaf
+        one = SingleDeviceSharding(jax.local_devices()[0])
+        target = one if mesh is None else sharding.sharding(mesh, row.axes, leaf.shape, row.path)
+        return jax.device_put(leaf.astype(dtype or leaf.dtype), target)
+
+    return jax.tree.map(put_leaf, params, rows, trained)
+
+
 def read_leaves(
     family: Family,
     config: ModelConfig,

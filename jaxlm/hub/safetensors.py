@@ -119,7 +119,7 @@ def read(folder: Path) -> Mapping[str, Stored]:
     """
     folder = Path(folder)
     if os.path.lexists(folder / WEIGHTS):
-        return MappingProxyType(_open(folder / WEIGHTS))
+        return MappingProxyType(read_file(folder / WEIGHTS))
     if not os.path.lexists(folder / INDEX):
         raise _no_weights(folder)
     files = index(folder)
@@ -128,7 +128,7 @@ def read(folder: Path) -> Mapping[str, Stored]:
             raise UserError(
                 f"{folder / INDEX} lists {_list([file])}, which is not in the folder; download the missing shard"
             )
-    shards = {file: _open(folder / file) for file in sorted(set(files.values()))}
+    shards = {file: read_file(folder / file) for file in sorted(set(files.values()))}
     wrong = {name for name, file in files.items() if name not in shards[file]}
     wrong |= {name for file, shard in shards.items() for name in shard if files.get(name) != file}
     if wrong:
@@ -247,7 +247,7 @@ def _no_weights(folder: Path) -> UserError:
     return UserError(f"{folder} has no weights: neither {WEIGHTS} nor {INDEX} ({content}); add them")
 
 
-def _open(path: Path) -> dict[str, Stored]:
+def read_file(path: Path) -> dict[str, Stored]:
     """Returns the tensors of a file, in its order, after a check of the complete header."""
     with open_file(path) as file:
         check_inside(path, path.parent)

@@ -231,6 +231,11 @@ def join(trained: Any, frozen: Any) -> Any:
     return jax.tree.map(lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda leaf: leaf is None)
 
 
+def outside_nodes(part: Any) -> tuple[str, ...]:
+    """Returns the paths of the arrays of a part of a parameter tree, as `split` returns it, that no node contains."""
+    return tuple(path for path, leaf in by_path(part, whole_nodes=True).items() if not is_node(leaf))
+
+
 def fill(part: Any, leaves: Mapping[str, Any]) -> Any:
     """Returns a part of a parameter tree, as `split` returns it, with other arrays in place of its own.
 

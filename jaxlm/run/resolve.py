@@ -18,7 +18,7 @@ from jaxlm.devices import hosts, sharding
 from jaxlm.errors import UserError, suggestion
 from jaxlm.hub.convert import tree_shapes
 from jaxlm.hub.download import fetch_tokenizer
-from jaxlm.lm import LM, find, has_tokenizer
+from jaxlm.lm import LM, find, tokenizer_folder
 from jaxlm.nn.transformer import Transformer
 from jaxlm.run.weights import Weights, check_fits, known_labels, weights_of
 from jaxlm.tasks import make_task, prepare, with_labels
@@ -107,6 +107,10 @@ def resolve(
     if run.best and run.best not in (*task.scores, "loss"):
         raise UserError(f"best is {run.best!r}{suggestion(run.best, [*task.scores, 'loss'])}")
     weights = weights_of(given, model, task, data.labels, resuming)
+    if run.adapter.rank and weights is None and not resuming:
+        raise UserError(
+            f"adapter.rank is {run.adapter.rank}, but the run has no initial weights to adapt; give them with --init"
+        )
     task, config = bind_task(run, weights, task, data.train)
     train = task.batches(data.train, run.batch, run.data.length, run.seed)
     run = sized(run, config, train)
@@ -126,7 +130,7 @@ def with_tokenizer(run: RunConfig, model: LM | None) -> RunConfig:
     if model is not None or not run.init or run.tokenizer.path:
         return run
     folder = find(run.init)
-    path = str(folder) if has_tokenizer(folder) else ""
+    path = str(tokenizer_folder(folder) or "")
     if not path and run.model is None:
         raise UserError(f"{folder} has no tokenizer; give one with --tokenizer.path")
     return replace(run, tokenizer=replace(run.tokenizer, path=path))

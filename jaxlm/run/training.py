@@ -262,9 +262,9 @@ class Training:
             if params is not None:
                 self.state = self.state._replace(step=jax.numpy.int32(best_step), params=params)
                 self.scores = {}
-        lm, kind = export(
-            with_params(self.model, self.state.model), self.resolved.task, self.run_folder.folder / "export"
-        )
+        adapted = parameters.outside_nodes(self.state.params) if self.run.adapter.rank else ()
+        best = dataclasses.replace(with_params(self.model, self.state.model), adapted=adapted)
+        lm, kind = export(best, self.resolved.task, self.run_folder.folder / "export")
         if not ended:
             raise Stopped(
                 f"stopped at step {step:,} of {self.run.steps:,} and saved; the same command resumes from here"
@@ -416,8 +416,8 @@ def _print_start(training: Training) -> None:
     split = ", ".join(f"{name} {ways}" for name, ways in mesh.shape.items() if ways > 1)
     on = f"{mesh.size} {device.platform} device(s)" + (f", mesh: {split}" if split else "")
     count, trained = size(training.parts.like.model), size(training.parts.like.params)
-    part = f", of which {trained:,} are trained ({trained / count:.2%})" if trained < count else ""
-    log(f"model     {count:,} parameters{part}, on {on}")
+    part = f" ({trained:,} trained, {trained / count:.2%})" if trained < count else ""
+    log(f"model     {count:,} parameters{part} on {on}")
     if unknown := chips.unknown_chip_warning(device.device_kind, device.platform):
         log(f"chip      {unknown}")
     if products := chips.float32_warning(run.compute_dtype, run.matmul_precision, device.platform):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -189,8 +190,10 @@ def check_fits(shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tup
 
 def origin(run: RunConfig, weights: Weights | None) -> families.Origin:
     """Returns the origin of the run's model, with the format of its initial weights, so that the export has it too."""
-    config = weights.origin.config if weights is not None and weights.origin else {}
-    return families.Origin({name: config[name] for name in ("model_type",) if name in config}, heads=None)
+    before = weights.origin if weights is not None else None
+    config = before.config if before else {}
+    base = run.init if run.init and not Path(run.init).exists() else before.base if before else ""
+    return families.Origin({name: config[name] for name in ("model_type",) if name in config}, heads=None, base=base)
 
 
 def _in_head(path: str) -> bool:

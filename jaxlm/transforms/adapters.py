@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import zlib
 from functools import partial
 from typing import Any
@@ -11,9 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxlm import families
 from jaxlm.config import AdapterConfig
+from jaxlm.config.ranges import Number, check_argument
+from jaxlm.devices import sharding
 from jaxlm.errors import UserError
-from jaxlm.lm import LM, with_params
+from jaxlm.hub import convert, peft
+from jaxlm.hub.place import put
+from jaxlm.lm import LM, find, with_params
 from jaxlm.nn import nodes, parameters
 from jaxlm.nn.low_rank import LowRank, column_norms
 
@@ -103,11 +109,18 @@ def select_nodes(params: Any) -> dict[str, LowRank]:
 
 
 def merge(lm: LM) -> LM:
-    """Returns the model with each node, such as the updates of an adapter, replaced by the dense matrix.
+    """Returns the model with each node, such as the update of an adapter, replaced by its dense matrix.
 
     Args:
       lm: the model; it is unchanged.
+
+    Returns:
+      A model that `save` writes as a whole.
+
+    Raises:
+      UserError: if `lm` is not a model.
     """
+    check_argument("lm", lm, LM)
 
     def merged(key_path: tuple[Any, ...], leaf: Any) -> Any:
         if not nodes.is_node(leaf):
@@ -119,11 +132,51 @@ def merge(lm: LM) -> LM:
     return dataclasses.replace(with_params(lm, params), adapted=())
 
 
+def add_adapter(lm: LM, adapter: str | os.PathLike[str], weight: float = 1.0) -> LM:
+    """Returns the model with the updates of a stored adapter, in addition to those that it has.
+
+    The arrays of the base are shared with `lm`, not copied, so that several adapters of one base take little memory.
+
+    Args:
+      lm: the model; it is unchanged.
+      adapter: the folder or hub name of an adapter in the format of PEFT.
+      weight: factor of the updates.
+
+    Returns:
+      The model with the updates; `remove_adapters` removes them.
+
+    Raises:
+      UserError: if the adapter does not fit the model, if it has a head (give it to `load` then), or if it has
+        magnitudes and the weight is not 1.
+    """
+    check_argument("lm", lm, LM)
+    weight = check_argument("weight", weight, Number)
+    found = peft.read(find(check_argument("adapter", adapter, str)))
+    if found.saved:
+        raise UserError(
+            f"{found.folder} also replaces {next(iter(found.saved))}; load it with jaxlm.load(base, adapter=...)"
+        )
+    if weight != 1 and any(factors.magnitude_O is not None for factors in found.updates.values()):
+        raise UserError(f"weight is {weight:g}, but {found.folder} has magnitudes (DoRA), which have no weight; use 1")
+    _, family = families.format_of(lm.config, lm.origin)
+    updates = peft.canonical_updates(family, lm.config, found, convert.hf_shapes(family, lm.config))
+    params = peft.add_updates(family, lm.config, lm.params, updates, weight)
+    return with_params(lm, put(params, mesh=sharding.mesh_of(lm.params)))
+
+
 def remove_adapters(lm: LM) -> LM:
     """Returns the model without its low-rank updates; the arrays of the base are shared with `lm`, not copied.
 
-    Heads and biases that were trained with an adapter remain as they are.
+    Args:
+      lm: the model; it is unchanged.
+
+    Returns:
+      The base. Heads and biases that were trained with an adapter remain as they are.
+
+    Raises:
+      UserError: if `lm` is not a model.
     """
+    check_argument("lm", lm, LM)
 
     def base(leaf: Any) -> Any:
         while isinstance(leaf, LowRank):

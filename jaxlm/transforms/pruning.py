@@ -73,6 +73,10 @@ def prune(
     sparsity = check_argument("sparsity", sparsity, ShareBelowOne | None)
     method = check_argument("method", method, Method)
     groups = grouping(sparsity, _scope(method, scope, pattern), check_argument("pattern", pattern, str | None))
+    if method == "magnitude" and calibration is not None:
+        raise UserError("method magnitude uses no calibration data; leave it out, or set method to wanda or sparsegpt")
+    if method != "magnitude" and calibration is None:
+        raise UserError(f"method {method} requires calibration data; give texts as calibration, or choose magnitude")
     weights = matrices(lm.params, check_argument("targets", targets, str))
     rows = {path: parameters.find(path) for path in weights}
     inputs = {path: row.inputs for path, row in rows.items() if row is not None}
@@ -81,8 +85,6 @@ def prune(
     if method == "magnitude":
         changed = zero_lowest({path: jnp.abs(weight) for path, weight in weights.items()})
         return with_params(lm, _replace(lm.params, changed))
-    if calibration is None:
-        raise UserError(f"method {method} requires calibration data; give texts as calibration, or choose magnitude")
     settings: dict[str, Any] = {"length": length, "max_tokens": max_tokens, "paths": weights.keys()}
     moments = input_moments(lm, calibration, **settings, diagonal=method == "wanda")
     _check_moments(weights, moments)
@@ -129,8 +131,8 @@ def check_dense(params: Any) -> None:
     for path, leaf in parameters.by_path(params, whole_nodes=True).items():
         if nodes.is_node(leaf):
             raise UserError(
-                f"{path} is of the kind {type(leaf).__name__}, and only dense weights can be pruned; prune the model "
-                f"first, or save and load it, which merges its parameters"
+                f"{path} is of the kind {type(leaf).__name__}, and only dense weights can be pruned; make them dense "
+                f"with jaxlm.merge(lm), or prune the model first"
             )
 
 

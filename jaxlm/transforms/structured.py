@@ -19,6 +19,7 @@ from jaxlm.hub.convert import nested, shortest
 from jaxlm.lm import LM
 from jaxlm.nn import parameters
 from jaxlm.transforms.calibration import input_moments
+from jaxlm.transforms.calibration_rows import CalibrationRows, calibration_rows
 from jaxlm.transforms.influence import layer_influence
 from jaxlm.transforms.pruning import check_dense
 
@@ -77,12 +78,13 @@ def shrink(
     check_dense(lm.params)
     _check_widths(lm.config, heads, mlp)
     numbers = _numbers_of_layers(lm.config, layers, decoder_layers)
-    settings: dict[str, Any] = {"length": length, "max_tokens": max_tokens}
+    if calibration is not None:  # read once, since it may be a stream
+        calibration = calibration_rows(lm, calibration, length=length, max_tokens=max_tokens)
     influence: dict[str, np.ndarray] = {}
     if layer_choice == "influence" and any(isinstance(kept, int) for kept in numbers.values()):
         if calibration is None:
             raise UserError("layer_choice is 'influence', which requires calibration data; give texts as calibration")
-        influence = layer_influence(lm, calibration, **settings)
+        influence = layer_influence(lm, calibration)
     lm = _keep_layers(lm, {stack: _indices(lm.config, stack, kept, influence) for stack, kept in numbers.items()})
     if heads is None and mlp is None:
         return lm
@@ -90,7 +92,7 @@ def shrink(
         return lm
     rows = parameters.rows_by_path(lm.params)
     leaves = {path: jnp.asarray(leaf) for path, leaf in parameters.by_path(lm.params).items()}
-    sizes = _sizes_of_inputs(lm, leaves, calibration, settings)
+    sizes = _sizes_of_inputs(lm, leaves, calibration)
     kept = _kept_heads(lm.config, leaves, sizes, heads) if heads else {}
     kept |= _kept_columns(leaves, sizes, mlp) if mlp else {}
     params = nested({path: _keep_units(path, leaf, rows[path].axes, kept) for path, leaf in leaves.items()})
@@ -194,7 +196,7 @@ def _keep_layers(lm: LM, kept: Mapping[str, np.ndarray]) -> LM:
 
 
 def _sizes_of_inputs(
-    lm: LM, leaves: Mapping[str, jax.Array], calibration: Any, settings: dict[str, Any]
+    lm: LM, leaves: Mapping[str, jax.Array], calibration: CalibrationRows | None
 ) -> dict[str, jax.Array]:
     """Returns the size [L, I] of each input of the projections that read heads and columns, by path.
 
@@ -202,7 +204,7 @@ def _sizes_of_inputs(
     """
     paths = [path for path in leaves if re.search(r"attention/out/kernel$|mlp/down/kernel$", path)]
     if calibration is not None:
-        moments = input_moments(lm, calibration, **settings, paths=paths, diagonal=True)
+        moments = input_moments(lm, calibration, paths=paths, diagonal=True)
         return {path: jnp.sqrt(sums / tokens_L[:, None]) for path, (sums, tokens_L) in moments.items()}
     sizes = {}
     for path in paths:

@@ -1,0 +1,267 @@
+"""Adapters: only their arrays change and are stored, runs resume exactly, and files in the format of PEFT are equal."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from random_params import random_params
+from test_runs import assert_same, run_config, stop_after, write_text
+
+import jaxlm
+from jaxlm import AdapterConfig, MeshConfig, ModelConfig, UserError
+from jaxlm.families import PRESETS
+from jaxlm.hub import peft, safetensors
+from jaxlm.lm import LM
+from jaxlm.nn import nodes, parameters
+from jaxlm.nn.low_rank import LowRank
+from jaxlm.nn.transformer import Transformer, apply
+from jaxlm.run.fit import fit
+from jaxlm.transforms import adapters
+
+SIZES = {"vocabulary": 48, "width": 16, "layers": 3, "heads": 2, "mlp_width": 32, "max_length": 32}
+FAMILIES = {  # one of each kind of layout: separate projections, grouped queries, fused ones, two stacks
+    "bert": dataclasses.replace(PRESETS["bert-tiny"], **SIZES, heads_on_top=("classes",), labels=("a", "b", "c")),
+    "llama": dataclasses.replace(PRESETS["llama-3.2-1b"], **SIZES, kv_heads=1, head_width=None),
+    "gpt2": dataclasses.replace(PRESETS["gpt2"], **SIZES),
+    "modernbert": dataclasses.replace(PRESETS["modernbert-base"], **SIZES),
+    "t5": dataclasses.replace(PRESETS["t5-small"], **SIZES, head_width=8, decoder_layers=2),
+    "own": ModelConfig(**SIZES, positions="none", norm_place="sandwich"),
+}
+TOKENS_BT = np.random.default_rng(0).integers(3, 48, (2, 9)).astype(np.int32)
+
+
+def write_base(name: str, folder: Path) -> LM:
+    model = FAMILIES[name]
+    params = jax.tree.map(jnp.asarray, random_params(model))
+    jaxlm.save(LM(model, Transformer(model), params), folder)
+    return jaxlm.load(folder)
+
+
+def with_adapter(lm: LM, config: AdapterConfig, seed: int = 1) -> LM:
+    """Returns the model with an adapter and a head that have been trained, with random values."""
+    params = adapters.add(lm.params, config, jax.random.key(seed))
+    draw = np.random.default_rng(seed)
+    is_trained = adapters.trained(config, params)
+    noise = lambda leaf, trained: leaf + 0.3 * draw.standard_normal(leaf.shape).astype(np.float32) if trained else leaf
+    part, _ = parameters.split(params, is_trained)
+    return dataclasses.replace(
+        lm, params=jax.tree.map(noise, params, is_trained), adapted=parameters.outside_nodes(part)
+    )
+
+
+def outputs(lm: LM) -> np.ndarray:
+    more = {"target_tokens_BT": TOKENS_BT[:, ::-1]} if lm.config.structure == "encoder_decoder" else {}
+    return np.asarray(lm(TOKENS_BT, **more).logits)
+
+
+CONFIGS = {
+    "all": AdapterConfig(4),
+    "query and value": AdapterConfig(2, targets="query,value", kind="rslora"),
+    "dora": AdapterConfig(4, targets="query,mlp", kind="dora"),
+    "biases": AdapterConfig(2, targets="out", biases="adapted"),
+    "all biases": AdapterConfig(2, targets="value", biases="all"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [(name, "all") for name in FAMILIES] + [(name, case) for name in ("bert", "gpt2") for case in list(CONFIGS)[1:]],
+)
+def test_a_stored_adapter_is_the_same_function(name, case, tmp_path):
+    base = write_base(name, tmp_path / "base")
+    lm = with_adapter(base, CONFIGS[case])
+    expected = outputs(lm)
+    assert np.abs(expected - outputs(base)).max() > 1e-2
+    jaxlm.save(lm, tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / "model.safetensors").exists()
+    loaded = jaxlm.load(tmp_path / "adapter")
+    np.testing.assert_allclose(outputs(loaded), expected, atol=1e-5)
+    assert loaded.adapted == lm.adapted
+    np.testing.assert_allclose(
+        outputs(jaxlm.load(tmp_path / "base", adapter=tmp_path / "adapter")), expected, atol=1e-5
+    )
+    np.testing.assert_allclose(outputs(jaxlm.merge(loaded)), expected, atol=1e-4)
+    jaxlm.save(loaded, tmp_path / "again")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "adapter" / file).read_bytes()
+
+
+def test_a_merged_model_is_a_whole_model(tmp_path):
+    lm = with_adapter(write_base("llama", tmp_path / "base"), CONFIGS["dora"])
+    jaxlm.save(jaxlm.merge(lm), tmp_path / "merged")
+    shutil.rmtree(tmp_path / "base")
+    np.testing.assert_allclose(outputs(jaxlm.load(tmp_path / "merged")), outputs(lm), atol=1e-5)
+
+
+def test_adapters_are_added_switched_and_removed(tmp_path):
+    base = write_base("llama", tmp_path / "base")
+    lms = [with_adapter(base, AdapterConfig(2 + n, targets="query,mlp"), seed=n) for n in range(2)]
+    for n, lm in enumerate(lms):
+        jaxlm.save(lm, tmp_path / f"{n}")
+    first = jaxlm.add_adapter(base, tmp_path / "0")
+    np.testing.assert_allclose(outputs(first), outputs(lms[0]), atol=1e-5)
+    both = jaxlm.add_adapter(first, tmp_path / "1")
+    np.testing.assert_allclose(
+        outputs(jaxlm.load(tmp_path / "base", adapter=[tmp_path / "0", tmp_path / "1"])), outputs(both), atol=1e-6
+    )
+    update = lambda lm: jax.tree.map(lambda a, b: a - b, jaxlm.merge(lm).params, base.params)
+    summed = jax.tree.map(jnp.add, *map(update, lms))
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), update(both), summed)
+    jaxlm.save(both, tmp_path / "both")  # as one adapter of rank 5
+    np.testing.assert_allclose(outputs(jaxlm.load(tmp_path / "both")), outputs(both), atol=1e-5)
+    half = jaxlm.add_adapter(base, tmp_path / "0", weight=0.5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b / 2, atol=1e-6), update(half), update(first))
+    alone = jaxlm.remove_adapters(both)
+    assert all(a is b for a, b in zip(jax.tree.leaves(alone.params), jax.tree.leaves(base.params), strict=True))
+
+
+def test_dropout_applies_to_the_inputs_of_updates_in_training_alone():
+    model = ModelConfig(**SIZES)
+    params = adapters.add(random_params(model), AdapterConfig(4, dropout=0.5), jax.random.key(0))
+    run = lambda params, key=None: apply(Transformer(model), params, TOKENS_BT, key=key)
+    np.testing.assert_array_equal(run(params, jax.random.key(1)), run(params))  # B is zero
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf + 0.1 if parameters.path_of(path).endswith("/b") else leaf, params
+    )
+    assert np.abs(run(params, jax.random.key(1)) - run(params)).max() > 1e-3
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("adapters")
+    write_text(folder)
+    return folder
+
+
+@pytest.fixture
+def base_run(data_dir, tmp_path, monkeypatch, no_plots) -> dict:
+    monkeypatch.setenv("JAXLM_CACHE", str(data_dir / "cache"))
+    base = fit(run_config(data_dir, tmp_path / "base", steps=3, checkpoint_every=3, eval_every=3), summary=False)
+    assert base.tokenizer is not None
+    return {
+        "model": None,
+        "init": str(tmp_path / "base"),
+        "adapter": AdapterConfig(2, targets="query,mlp", dropout=0.1),
+    }
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_a_resumed_run_has_the_same_adapter(data_dir, base_run, tmp_path, devices, kind):
+    more = base_run | {"adapter": dataclasses.replace(base_run["adapter"], kind=kind)}
+    whole = fit(run_config(data_dir, tmp_path / "whole", **more), summary=False)
+    run = run_config(data_dir, tmp_path / "run", **more)
+    for steps in (5, 2):
+        with pytest.raises(jaxlm.Stopped):
+            fit(run, stop=stop_after(steps), summary=False)
+    lm = fit(run, summary=False)
+    assert_same(tmp_path / "run", tmp_path / "whole")
+    assert outputs(lm).tobytes() == outputs(whole).tobytes()
+    loaded = jaxlm.load(tmp_path / "run")
+    np.testing.assert_allclose(outputs(loaded), outputs(lm), atol=1e-5)
+    base = jaxlm.load(tmp_path / "base")
+    bases = [leaf.base if isinstance(leaf, LowRank) else leaf for leaf in parameters.by_path(lm.params, True).values()]
+    for leaf, expected in zip(bases, jax.tree.leaves(base.params), strict=True):
+        np.testing.assert_array_equal(leaf, expected)  # nothing else was trained
+    size = lambda folder: sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    assert size(tmp_path / "run" / "export") < size(tmp_path / "base" / "export")
+    assert np.abs(outputs(lm) - outputs(base)).max() > 1e-3
+
+
+def test_an_adapter_is_trained_on_a_mesh_as_on_one_device(data_dir, base_run, tmp_path, devices):
+    more = base_run | {"adapter": dataclasses.replace(base_run["adapter"], dropout=0.0), "dropout": 0.0}
+    one = fit(run_config(data_dir, tmp_path / "one", **more), summary=False)
+    devices(4)
+    mesh = MeshConfig(data=1, fsdp=2, tensor=2)
+    many = fit(run_config(data_dir, tmp_path / "many", mesh=mesh, **more), summary=False)
+    np.testing.assert_allclose(outputs(jaxlm.load(tmp_path / "many")), outputs(one), atol=2e-3)
+    query = many.params["decoder"]["layers"]["attention"]["query"]["kernel"]
+    assert query.a.sharding.spec == jax.sharding.PartitionSpec(None, "fsdp", None)
+
+
+def test_a_run_starts_from_the_merged_weights_of_an_adapter(data_dir, base_run, tmp_path, devices):
+    lm = fit(run_config(data_dir, tmp_path / "first", **base_run), summary=False)
+    more = base_run | {"init": str(tmp_path / "first"), "optimizer": jaxlm.OptimizerConfig(rate=0.0)}
+    second = fit(run_config(data_dir, tmp_path / "second", **more), summary=False)
+    np.testing.assert_allclose(outputs(second), outputs(lm), atol=1e-5)
+    np.testing.assert_allclose(outputs(jaxlm.load(tmp_path / "second")), outputs(lm), atol=1e-5)
+
+
+def test_an_adapter_requires_initial_weights(data_dir, tmp_path, devices, monkeypatch):
+    monkeypatch.setenv("JAXLM_CACHE", str(data_dir / "cache"))
+    with pytest.raises(UserError, match=r"adapter.rank is 2, but the run has no initial weights to adapt; .* --init"):
+        fit(run_config(data_dir, tmp_path / "run", adapter=AdapterConfig(2)))
+
+
+def test_adapters_of_other_bases_are_refused(tmp_path):
+    base = write_base("llama", tmp_path / "base")
+    jaxlm.save(with_adapter(base, CONFIGS["all"]), tmp_path / "adapter")
+    other = dataclasses.replace(FAMILIES["llama"], width=32)
+    jaxlm.save(LM(other, Transformer(other), random_params(other)), tmp_path / "other")
+    message = r"(?s)does not fit the base; it updates .*down_proj \[16, 32\], where the base has \[32, 32\].*: .*base"
+    with pytest.raises(UserError, match=message):
+        jaxlm.load(tmp_path / "other", adapter=tmp_path / "adapter")
+    with pytest.raises(UserError, match=message):
+        jaxlm.add_adapter(jaxlm.load(tmp_path / "other"), tmp_path / "adapter")
+    write_base("bert", tmp_path / "bert")
+    with pytest.raises(UserError, match=r"down_proj .*, which the base does not have and .* more; give the model"):
+        jaxlm.load(tmp_path / "bert", adapter=tmp_path / "adapter")
+
+
+def edit(folder: Path, **values) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+DAMAGE = {
+    "another method": (lambda f: edit(f, peft_type="IA3"), "peft_type IA3; only LORA is supported"),
+    "an unknown option": (lambda f: edit(f, trainable_token_indices=[1]), "sets trainable_token_indices"),
+    "another rank": (lambda f: edit(f, r=3), r"its rank is 3 in adapter_config.json"),
+    "a rank of another type": (lambda f: edit(f, r="4"), "r is '4'; it must be an integer"),
+    "an invalid pattern": (lambda f: edit(f, rank_pattern={"(": 3}), r"rank_pattern has the invalid pattern '\('"),
+    "no magnitudes": (lambda f: edit(f, use_dora=True), "use_dora in adapter_config.json contradicts"),
+    "no base": (lambda f: edit(f, base_model_name_or_path=None), r"names no base; load it with jaxlm.load\(base, "),
+    "a missing base": (lambda f: edit(f, base_model_name_or_path="away"), "base of the adapter in .* cannot be found"),
+    "itself as base": (lambda f: edit(f, base_model_name_or_path=str(f)), "names itself as the base"),
+    "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "has no adapter_model.safetensors"),
+    "a truncated file": (
+        lambda f: (f / "adapter_model.safetensors").write_bytes((f / "adapter_model.safetensors").read_bytes()[:-9]),
+        "truncated|corrupt",
+    ),
+    "half an update": (lambda f: drop(f, "lora_B"), "has no lora_B for"),
+    "not JSON": (lambda f: (f / "adapter_config.json").write_text("{"), "not JSON"),
+}
+
+
+def drop(folder: Path, part: str) -> None:
+    tensors = {name: np.asarray(x) for name, x in safetensors.read_file(folder / peft.WEIGHTS).items()}
+    del tensors[next(name for name in tensors if part in name)]
+    (folder / peft.WEIGHTS).unlink()
+    safetensors.write(tensors, folder / peft.WEIGHTS)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_adapters_are_refused(damage, tmp_path):
+    jaxlm.save(with_adapter(write_base("gpt2", tmp_path / "base"), CONFIGS["all"]), tmp_path / "adapter")
+    change, message = DAMAGE[damage]
+    change(tmp_path / "adapter")
+    with pytest.raises(UserError, match=message):
+        jaxlm.load(tmp_path / "adapter")
+
+
+def test_several_magnitudes_are_not_one_adapter(tmp_path):
+    base = write_base("llama", tmp_path / "base")
+    jaxlm.save(with_adapter(base, CONFIGS["dora"]), tmp_path / "0")
+    both = jaxlm.add_adapter(jaxlm.add_adapter(base, tmp_path / "0"), tmp_path / "0")
+    with pytest.raises(UserError, match=r"save jaxlm.merge\(lm\) instead"):
+        jaxlm.save(both, tmp_path / "both")
+    with pytest.raises(UserError, match=r"weight is 0.5, but .* has magnitudes"):
+        jaxlm.add_adapter(base, tmp_path / "0", weight=0.5)
+    assert nodes.is_node(both.params["decoder"]["layers"]["mlp"]["up"]["kernel"])
