@@ -5,6 +5,7 @@ lm = jaxlm.load("runs/quickstart")                    # load a run, or a model i
 jaxlm.generate(lm, ["The"], max_new_tokens=20)        # continue prompts
 jaxlm.encode(lm, ["a text", "another"])               # embed texts, pooled as the checkpoint declares
 jaxlm.predict(lm, ["a text", "another"])              # predict with a fine-tuned model, with confidences
+jaxlm.quantize(lm, "int4")                            # weights of 8 or 4 bits
 jaxlm.save(lm, "folder")                              # write a model that transformers can load
 """
 
@@ -36,6 +37,7 @@ with _interrupts_wait():
     from jaxlm.run.fit import fit
     from jaxlm.transforms.adapters import add_adapter, merge, remove_adapters
     from jaxlm.transforms.pruning import prune
+    from jaxlm.transforms.quantization import quantize
     from jaxlm.transforms.structured import shrink
     from jaxlm.transforms.vocabulary import resize
 
@@ -64,6 +66,7 @@ __all__ = [
     "merge",
     "predict",
     "prune",
+    "quantize",
     "remove_adapters",
     "resize",
     "save",

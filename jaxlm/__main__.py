@@ -122,7 +122,7 @@ def _split_sweep(argv: list[str]) -> tuple[list[str], list[str]]:
 class Generate(Config):
     """Generate a text for each prompt: a decoder continues the prompt, an encoder-decoder reads it as its input."""
 
-    # The folder of a run, a folder in Hugging Face format, or a hub name.
+    # The folder of a run, a folder in Hugging Face format, a GGUF file, or a hub name.
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     prompt: tuple[str, ...] = ()  # one or more prompts; not set: an empty prompt
     file: str = ""  # a text file with one prompt per line, instead of --prompt
@@ -222,7 +222,7 @@ def _load_models(args: Generate) -> tuple[Any, Any]:
 class FileArguments(Config):
     """Apply a model to the rows of a file. Task and data fields default to their values in training."""
 
-    # The folder of a run, a folder in Hugging Face format, or a hub name.
+    # The folder of a run, a folder in Hugging Face format, a GGUF file, or a hub name.
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = ""
     # A file, a folder, a glob pattern, or tfds:NAME.
     file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")] = ""
@@ -337,17 +337,19 @@ def _read_config(argv: list[str]) -> RunConfig | None:
 
 @dataclass(frozen=True)
 class Convert(Config):
-    """Write a model to a new folder, with another dtype, head or maximum file size."""
+    """Write a model to a new folder or GGUF file, with another dtype, head or maximum file size."""
 
-    # The folder of a run, a folder in Hugging Face format, or a hub name.
+    # The folder of a run, a folder in Hugging Face format, a GGUF file, or a hub name.
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    # The folder to write, which must be new or empty.
+    # The folder to write, which must be new or empty, or a file whose name ends with .gguf.
     destination: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DESTINATION")]
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of all tensors; not set: unchanged
+    # Of all tensors, or of the matrices of a GGUF file, which can also be q8_0 or q4_0; not set: unchanged.
+    dtype: Literal["float32", "bfloat16", "float16", "q8_0", "q4_0"] | None = None
     head: str | None = None  # lm, masked_lm, classes, tokens, span, pooled, none, encoder ...; not set: unchanged
+    merge: bool = False  # merge the updates of an adapter into its base, and write the whole model
     revision: str | None = None  # branch, tag or commit of a hub name
     shard_gb: Annotated[float, Range(0, 1_000_000, above=True)] = 5.0  # maximum size of a file, in 1e9 bytes
-    overwrite: bool = False  # replace a destination that is not empty
+    overwrite: bool = False  # replace a destination that exists and is not empty
 
 
 def convert(argv: list[str], _: process.Signals) -> int:
@@ -358,6 +360,7 @@ def convert(argv: list[str], _: process.Signals) -> int:
 
     jaxlm.lm.check_free(disk.local(args.destination, "DESTINATION"), args.overwrite)
     lm = jaxlm.load(args.source, head=args.head, dtype=None, compute_dtype="float32", revision=args.revision)
+    lm = jaxlm.merge(lm, dequantize=True) if args.merge else lm
     max_bytes = int(args.shard_gb * 1e9)
     kind = jaxlm.save(lm, args.destination, dtype=args.dtype, overwrite=args.overwrite, max_shard_bytes=max_bytes)
     print(f"{args.destination}: {kind} format")
@@ -619,7 +622,9 @@ def _devices(run: RunConfig) -> int:
     if run.model is not None:
         parameters = run.model.vocabulary * run.model.width + 12 * run.model.layers * run.model.width**2
     else:  # most files have 4 bytes per parameter; a hub name is not downloaded for this
-        parameters = sum(file.stat().st_size for file in Path(run.init).glob("**/*.safetensors")) // 4
+        init = Path(run.init)
+        files = [init] if init.is_file() else init.glob("**/*.safetensors")  # a GGUF file
+        parameters = sum(file.stat().st_size for file in files) // 4
     sizes = dataclasses.astuple(run.mesh)
     if -1 not in sizes:
         return math.prod(sizes)

@@ -19,13 +19,16 @@ import numpy as np
 from jaxlm import families
 from jaxlm.config import TASK_CONFIGS, MatmulPrecision, ModelConfig, check_task, task_from_json, task_to_json
 from jaxlm.config.ranges import Name, Range, check_argument, short_repr
+from jaxlm.data.chat.rendering import templates
 from jaxlm.data.tokenizers import tokenizer as tokenizers
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 from jaxlm.devices import sharding
 from jaxlm.devices.programs import Programs
 from jaxlm.errors import UserError, suggestion
-from jaxlm.hub import model_files
+from jaxlm.hub import model_files, safetensors
 from jaxlm.hub.download import fetch
+from jaxlm.hub.gguf import container, vocabulary, writing
+from jaxlm.hub.gguf import folder as gguf_folder
 from jaxlm.hub.peft import is_adapter
 from jaxlm.hub.pooling import Pooling, read_files, read_pooling
 from jaxlm.nn.transformer import Transformer, apply
@@ -304,10 +307,10 @@ def _row_state(x_BTD: jax.Array, segments_BT: jax.Array | None, where: str) -> j
 
 
 def find(name: str | os.PathLike[str], *, revision: str | None = None, offline: bool = False) -> Path:
-    """Returns the folder of a model: the export of a run, or the downloaded snapshot of a hub name.
+    """Returns the folder of a model: the export of a run, the downloaded snapshot of a hub name, or a cached folder.
 
     Args:
-      name: a folder of a run or of a model, an address in a bucket, or a hub name.
+      name: a folder of a run or of a model, a GGUF file, an address of one of them in a bucket, or a hub name.
       revision: branch, tag or commit of a hub name; None: its main branch.
       offline: whether to use only files that were downloaded before.
 
@@ -316,6 +319,11 @@ def find(name: str | os.PathLike[str], *, revision: str | None = None, offline: 
     """
     address = check_argument("name", name, str)
     revision = check_argument("revision", revision, str | None)
+    if buckets.is_address(address) and address.endswith(container.SUFFIX):
+        buckets.forget_downloads()
+        address = buckets.download(address)
+    if container.is_gguf(address):
+        return gguf_folder.open_file(address)
     folder = (
         buckets.model(address) if buckets.is_address(address) else fetch(address, revision=revision, offline=offline)
     )
@@ -323,6 +331,9 @@ def find(name: str | os.PathLike[str], *, revision: str | None = None, offline: 
         return folder / "export"
     if is_adapter(folder):
         return folder
+    has_weights = any((folder / name).exists() for name in (safetensors.WEIGHTS, safetensors.INDEX))
+    if not has_weights and (error := container.only_gguf(folder, os.listdir(folder))):
+        raise error
     if not (folder / "config.json").exists():
         raise UserError(f"{folder} has no config.json; give an exported model or a run folder")
     if "run" in families.read_config(folder / "config.json"):
@@ -349,11 +360,11 @@ def load(
     split_special_tokens: bool | None = None,
     log: Callable[[str], None] | None = None,
 ) -> LM:
-    """Loads a model from a folder in Hugging Face format, from the export of a run, or from the hub.
+    """Loads a model from a folder in Hugging Face format, from the export of a run, from a GGUF file, or from the hub.
 
     Args:
-      name: a folder of a model, of a run or of an adapter in the format of PEFT, an address in a bucket, or a hub name.
-        The folder of an adapter is loaded together with the base that it names.
+      name: a folder of a model, of a run or of an adapter in the format of PEFT, a GGUF file, an address in a bucket,
+        or a hub name. The folder of an adapter is loaded together with the base that it names.
       adapter: folders or hub names of one or several adapters for the model; their updates are added.
       head: lm, masked_lm, next_sentence, replaced, classes, tokens, span, pooled, none, or encoder (of an
         encoder-decoder); None: as in the checkpoint. A head that the checkpoint lacks is randomly initialised, with a
@@ -405,8 +416,20 @@ def load(
     same_heads = isinstance(stored_model, dict) and stored_model.get("heads_on_top") == list(found.config.heads_on_top)
     if found.fresh or (head is not None and found.origin.heads is None and not same_heads):
         files = without_task(files)  # the task was trained with another head
-    origin = found.origin if os.path.exists(name) or is_adapter(folder) else found.origin._replace(base=str(name))
+    origin = found.origin._replace(base=base_name(str(name), found.origin))
     return LM(found.config, own_module, found.params, tokenizer, origin, files, pooling, found.fresh, found.adapted)
+
+
+def base_name(name: str, origin: families.Origin) -> str:
+    """Returns how an adapter names its base: the absolute path of a folder or GGUF file, or a hub name.
+
+    Args:
+      name: what the user gave as the model.
+      origin: the origin of the model.
+    """
+    if os.path.isdir(name) or buckets.is_address(name):
+        return origin.base
+    return os.path.abspath(name) if os.path.exists(name) else name
 
 
 def _names_of_adapters(adapter: Any) -> list[str]:
@@ -484,9 +507,13 @@ def check_free(folder: Path, overwrite: bool) -> None:
     """Raises UserError where a model cannot be written to `folder` without losing other files.
 
     Args:
-      folder: to be written.
-      overwrite: whether an existing folder may be replaced; the folder of a run never is.
+      folder: the folder or GGUF file to be written.
+      overwrite: whether an existing folder or file may be replaced; the folder of a run never is.
     """
+    if folder.suffix.lower() == container.SUFFIX:
+        if folder.is_dir() or (folder.exists() and not overwrite):
+            raise UserError(f"{folder} exists; choose another file{'' if folder.is_dir() else ', or set overwrite'}")
+        return
     folder = Path(os.path.realpath(folder))
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; choose another folder")
@@ -509,7 +536,7 @@ def save(
     overwrite: bool = False,
     max_shard_bytes: int = 5_000_000_000,
 ) -> str:
-    """Writes a model, its tokenizer and its further files to a folder that transformers can load.
+    """Writes a model, its tokenizer and its further files to a folder that transformers can load, or to a GGUF file.
 
     A model with an adapter is written as the adapter alone, in the format of PEFT; `merge(lm)` is the whole model.
     The folder is written as a whole or not at all. Files that were read and have not changed are written byte for byte,
@@ -517,21 +544,25 @@ def save(
 
     Args:
       lm: the model.
-      folder: the folder to write.
-      dtype: of all tensors: float32, bfloat16 or float16; None: each as in the folder that it was loaded from.
-      overwrite: whether to replace a folder that is not empty.
-      max_shard_bytes: maximum size of a file of tensors.
+      folder: the folder to write, or a file whose name ends with .gguf.
+      dtype: of all tensors: float32, bfloat16 or float16; None: each as in the folder that it was loaded from. In a
+        GGUF file it is the dtype of the matrices, which can also be q8_0 or q4_0: integers of 8 or 4 bits with a scale
+        for each 32 of them. The embeddings then have 8 bits, and matrices that are not a multiple of 32 wide float16.
+      overwrite: whether to replace a folder that is not empty, or a file.
+      max_shard_bytes: maximum size of a file of tensors; a GGUF file is always one file.
 
     Returns:
       The name of the format, such as "bert".
 
     Raises:
-      UserError: where the folder is not empty and `overwrite` is False, where it contains a run, and where another
-        process writes to it.
+      UserError: where the folder is not empty and `overwrite` is False, where it contains a run, where another
+        process writes to it, and where a GGUF file cannot represent the model.
     """
     check_argument("lm", lm, LM)
     folder = disk.local(check_argument("folder", folder, str), "folder")
     max_shard_bytes = check_argument("max_shard_bytes", max_shard_bytes, Annotated[int, Range(1, 10**18)])
+    if folder.suffix.lower() == container.SUFFIX:
+        return _save_gguf(lm, folder, dtype, overwrite)
     check_free(folder, overwrite)
     lock = disk.lock_path(folder)
     lock.parent.mkdir(parents=True, exist_ok=True)
@@ -560,6 +591,37 @@ def save(
             adapted=lm.adapted,
         )
     return kind
+
+
+def _save_gguf(lm: LM, path: Path, dtype: Any, overwrite: bool) -> str:
+    """Writes a GGUF file, and returns its architecture; see `save`."""
+    if dtype is not None:
+        dtype = str(getattr(dtype, "__name__", dtype)).lower()
+        if dtype not in writing.DTYPES:
+            raise UserError(f"dtype is {dtype!r}{suggestion(dtype, writing.DTYPES)}")
+    check_free(path, overwrite)
+    tokenizer: dict[str, Any] = {"tokenizer.ggml.model": vocabulary.NONE[0]}
+    if lm.tokenizer is not None:
+        own = lm.tokenizer
+        frame = {"bos": own.prefix == [own.bos], "eos": own.suffix == [own.eos]}
+        if (own.prefix and not frame["bos"]) or (own.suffix and not frame["eos"]):
+            raise UserError(
+                f"the tokenizer adds {own.pieces(own.prefix + own.suffix)} to each text; a GGUF file can only add BOS "
+                f"and EOS: save a folder instead"
+            )
+        tokenizer = vocabulary.write(
+            json.loads(own.backend.to_str()),
+            own.special,
+            lm.config.vocabulary,
+            model=own.files.get("tokenizer.model"),
+            frame=frame,
+            template=templates(own).get("default"),
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return families.save_gguf(lm.config, lm.params, path, origin=lm.origin, dtype=dtype, tokenizer=tokenizer)
+    except OSError as error:
+        raise disk.write_error(path, error, "file") from None
 
 
 def _task_of_run(folder: Path) -> dict[str, bytes]:

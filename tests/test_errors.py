@@ -15,6 +15,8 @@ from jaxlm import config as configs
 from jaxlm.__main__ import main
 from jaxlm.config import TaskConfig
 from jaxlm.config.ranges import Config
+from jaxlm.errors import UserError
+from jaxlm.run.weights import check_fits
 
 ROOT = Path(__file__).parent.parent
 
@@ -155,6 +157,11 @@ def test_a_mistake_in_a_verb_is_one_error(cwd, capsys, name):
     assert main(arguments) == 2
     printed = capsys.readouterr().err
     assert len(re.findall(r"^error: ", printed, re.MULTILINE)) == 1 and all(word in printed for word in words), printed
+
+
+def test_weights_that_do_not_fit_are_listed():
+    with pytest.raises(UserError, match=r"- encoder/norm \(4,\)\n  \+ mlp \(2,\)\nchange --model"):
+        check_fits({"encoder/norm": (4,)}, {"mlp": (2,)})
 
 
 @pytest.mark.long

@@ -19,7 +19,9 @@ class AdapterConfig(Config):
     kind: Literal["lora", "rslora", "dora"] = "lora"  # dora also trains the norm of each output (Liu et al. 2024)
     dropout: ShareBelowOne = 0.0  # dropout rate of the inputs of the updates
     biases: Literal["none", "adapted", "all"] = "none"  # trained biases: none, of projections with an update, all
-    base: Literal["float32", "bfloat16"] = "float32"  # how frozen projections are stored
+    # How the projections with an update are stored; nf4 and int4 take an eighth of the memory (QLoRA).
+    base: Literal["float32", "bfloat16", "int8", "int4", "nf4", "fp8"] = "float32"  # format of the frozen projections
+    group: Count = 64  # inputs that share a scale in a quantised base; 0: all inputs of an output
 
 
 NO_ADAPTER = AdapterConfig()

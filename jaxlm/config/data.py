@@ -55,7 +55,7 @@ class DataConfig(Config):
 class TokenizerConfig(Config):
     """A tokenizer to load, or the type to train on the training data; model.vocabulary is its size."""
 
-    path: str = ""  # folder, hub name, tokenizer.json, vocab.txt, .model, or vocab.json next to merges.txt
+    path: str = ""  # folder, hub name, tokenizer.json, vocab.txt, .model, .gguf, or vocab.json next to merges.txt
     train: Literal["unigram", "bpe", "byte_bpe", "wordpiece", "characters"] = "unigram"  # type to train if no path
     lowercase: bool = False  # convert text to lower case (wordpiece only; the other types are lossless)
     separate: bool = False  # train separate tokenizers for source and target (Seq2Seq); the latter is saved in target/

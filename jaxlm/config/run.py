@@ -100,7 +100,7 @@ class RunConfig(Config):
     keep: Positive = 2  # latest checkpoints that an unfinished run keeps, in addition to the best
     keep_checkpoints: bool = False  # keep the checkpoints of a finished run, not only the exported model
     dropout: ShareBelowOne | None = None  # dropout rate of a model loaded from `init`; None: unchanged
-    init: str = ""  # initial weights: a run, a folder in Hugging Face format, or a hub name
+    init: str = ""  # initial weights: a run, a folder in Hugging Face format, a GGUF file, or a hub name
     new_head: bool = False  # initialise the task's head randomly even if the weights of `init` have one
     workdir: str = ""  # run folder; empty: runs/CONFIG_NAME
     sample_prompt: str = ""  # prompt of the sample text that a decoder generates at the end of the run

@@ -35,6 +35,9 @@ from jaxlm.families import (
 from jaxlm.hub import convert, model_files, peft, safetensors
 from jaxlm.hub.convert import Family, Rule
 from jaxlm.hub.download import fetch
+from jaxlm.hub.gguf import folder as gguf_folder
+from jaxlm.hub.gguf import tables, writing
+from jaxlm.hub.gguf.container import is_gguf
 from jaxlm.hub.model_files import JsonObject
 from jaxlm.hub.place import place, put
 from jaxlm.hub.quantization import FLOATS, refuse_quantised
@@ -139,8 +142,9 @@ def load(folder: Path, *, dtype: Any = None, mesh: Any = None, **how: Any) -> Lo
     """
     opened = open_folder(folder, merge=False, **how)
     params = place(opened.family, opened.config, opened.tensors, dtype, mesh, opened.fresh)
+    base_format = peft.read_base_format(opened.origin.config, folder)
     for updates in opened.updates:
-        params = peft.add_updates(opened.family, opened.config, params, updates)
+        params = peft.add_updates(opened.family, opened.config, params, updates, base_format=base_format)
     params = put(params, dtype, mesh) if opened.updates else params
     return Loaded(opened.config, params, opened.origin, opened.fresh, opened.adapted)
 
@@ -183,7 +187,7 @@ def open_folder(
     kind = str(hf.get("model_type"))
     if kind not in FAMILIES and kind != OWN:
         raise UserError(f"config.json has model_type {kind!r}, unknown{suggestion(kind, [*FAMILIES, OWN])}")
-    stored: Mapping[str, Any] = safetensors.read(folder)
+    stored: Mapping[str, Any] = gguf_folder.tensors(folder) or safetensors.read(folder)
     refuse_quantised(folder, hf, stored)
     if kind == OWN:
         family, config = _own(hf, folder, module)
@@ -225,7 +229,7 @@ def open_folder(
 
 
 # Keys of config.json that an adapter may change: its task, its labels, and in jaxlm's own format its heads.
-_OF_ADAPTER = ("architectures", "id2label", "label2id", "problem_type", "model")
+_OF_ADAPTER = ("architectures", "id2label", "label2id", "problem_type", "model", peft.BASE_FORMAT)
 
 
 def base_of(folder: Path) -> Path:
@@ -246,7 +250,7 @@ def _adapters(folder: Path, more: Sequence[Path]) -> tuple[Path, list[peft.Adapt
             raise UserError(f"{folder / peft.CONFIG} names itself as the base; correct base_model_name_or_path")
         adapters.insert(0, adapter)
         try:
-            folder = fetch(adapter.base)
+            folder = gguf_folder.open_file(adapter.base) if is_gguf(adapter.base) else fetch(adapter.base)
         except UserError as error:
             raise UserError(
                 f"the base of the adapter in {adapter.folder} cannot be found: {error}; correct "
@@ -301,7 +305,10 @@ def save(
             tensor.dtype for tensor in named.values() if tensor.dtype.name in FLOATS
         ]  # other dtypes belong to buffers
         values[name] = str(max(floats, key=lambda dtype: dtype.itemsize))
+    values.pop(peft.BASE_FORMAT, None)
     if peft.has_updates(params):
+        base_format = peft.quantized_base(params)
+        values |= {peft.BASE_FORMAT: base_format} if base_format else {}
         peft.write(folder, family, config, params, adapted, origin.base if origin else "", dtype)
     else:
         safetensors.write_sharded(named, folder, max_shard_bytes=max_shard_bytes)
@@ -317,6 +324,61 @@ def format_of(config: ModelConfig, origin: Origin | None, module: Any = None) ->
     kinds = [] if module else [*([before] if before in FAMILIES else []), *FAMILIES]
     kind = next((kind for kind in kinds if convert.can_represent(FAMILIES[kind], config)), OWN)
     return kind, _own_family(config, module) if kind == OWN else FAMILIES[kind]
+
+
+def save_gguf(
+    config: ModelConfig,
+    params: Mapping[str, Any],
+    path: Path,
+    *,
+    origin: Origin | None = None,
+    dtype: str | None = None,
+    tokenizer: Mapping[str, Any],
+) -> str:
+    """Writes a GGUF file, and returns its architecture, the first one that can represent the model.
+
+    Args:
+      config: the model's config.
+      params: the parameters.
+      path: the file.
+      origin: the files from which the model was loaded, whose dtypes are the default.
+      dtype: dtype of the matrices, a key of `writing.DTYPES`; None: as in `origin`, else as in `params`.
+      tokenizer: the metadata of the tokenizer.
+
+    Raises:
+      UserError: if GGUF files cannot represent the model.
+    """
+    before = origin.config.get("model_type") if origin else None
+    names = sorted(tables.ARCHITECTURES, key=lambda name: tables.ARCHITECTURES[name].kind != before)
+    name = next((name for name in names if _survives_gguf(name, config)), None)
+    if name is None:
+        raise UserError(
+            f"a GGUF file cannot represent this model, with heads {list(config.heads_on_top)}; it can represent the "
+            f"published architectures {', '.join(tables.ARCHITECTURES)} with the head lm: save a folder instead"
+        )
+    kind = tables.ARCHITECTURES[name].kind
+    family, source = FAMILIES[kind], origin if kind == before else None
+    values = family.config_to_hf(config)
+    tensors = convert.to_hf(family, config, params)
+    dtypes = {own: source.dtypes[written] for written, own in source.names.items()} if source else {}
+    tensors = {own: tensor._replace(dtype=dtypes.get(own, tensor.dtype)) for own, tensor in tensors.items()}
+    metadata = {**tables.to_gguf(values, name), **tokenizer}
+    writing.write(path, metadata, tables.tensors_to_gguf(values, name, tensors), dtype)
+    return name
+
+
+def _survives_gguf(name: str, config: ModelConfig) -> bool:
+    """Returns whether the metadata of an architecture can represent the computation of a model."""
+    kind = tables.ARCHITECTURES[name]
+    family = FAMILIES[kind.kind]
+    if config.heads_on_top != ("lm",) or not convert.can_represent(family, config):
+        return False
+    try:
+        values = tables.round_trip(family.config_to_hf(config), name, convert.hf_shapes(family, config))
+        back = family.config_from_hf(values)
+    except UserError:
+        return False
+    return convert.inference_config(dataclasses.replace(back, heads_on_top=("lm",))) == convert.inference_config(config)
 
 
 def _config_values(kind: str, family: Family, config: ModelConfig, origin: Origin | None) -> dict[str, Any]:

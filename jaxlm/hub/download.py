@@ -9,6 +9,7 @@ from pathlib import Path
 
 from jaxlm.errors import UserError
 from jaxlm.hub import peft, safetensors
+from jaxlm.hub.gguf import container
 
 # `*` also matches slashes. Folders with names that start with a digit are modules of sentence-transformers.
 _SMALL = ["*.json", "*.txt", "*.model", "*.spm", "*.jinja"]
@@ -32,13 +33,13 @@ def fetch(
 
     Raises:
       UserError: if there is no such folder, model or revision, if the hub requires a login, if the model is neither
-        reachable nor in the cache, or if its weights are pickled.
+        reachable nor in the cache, or if its weights are pickled or GGUF files.
       OSError: if the disk is full.
     """
     if os.path.isdir(name):
         return Path(name)
     if os.path.exists(name):
-        raise UserError(f"{name} is a file; give its folder, or the name of a model on the hub")
+        raise UserError(f"{name} is a file; give its folder, a GGUF file, or the name of a model on the hub")
     folder = _snapshot(str(name), revision, cache_dir, offline, _WANTED)
     if (folder / safetensors.WEIGHTS).exists() or (folder / peft.WEIGHTS).exists():
         return folder
@@ -47,7 +48,7 @@ def fetch(
         shards = sorted(set(safetensors.index(folder).values()))
         complete = all((folder / shard).exists() for shard in shards)
         return folder if complete else _snapshot(str(name), commit, cache_dir, offline, shards)
-    if not offline and (error := _pickled(str(name), commit)):
+    if not offline and (error := _other_weights(str(name), commit)):
         raise error
     return folder
 
@@ -76,12 +77,16 @@ def _snapshot(name: str, revision: str | None, cache_dir: str | Path | None, off
     return Path(folder)
 
 
-def _pickled(name: str, commit: str) -> UserError | None:
+def _other_weights(name: str, commit: str) -> UserError | None:
+    """Returns the error for a repository that has weights only in other formats."""
     from huggingface_hub import constants, model_info
 
     with suppress(Exception):  # without a network, the reader reports the missing files
-        files = [file.rfilename for file in model_info(name, revision=commit).siblings or []]
-        return safetensors.pickle_error(f"{constants.ENDPOINT}/{name}", [file for file in files if "/" not in file])
+        page = f"{constants.ENDPOINT}/{name}"
+        names = [file.rfilename for file in model_info(name, revision=commit).siblings or []]
+        files = [file for file in names if "/" not in file]
+        remedy = f"download one with `hf download {name} FILE`, and give its path"
+        return container.only_gguf(page, files, remedy) or safetensors.pickle_error(page, files)
     return None
 
 

@@ -12,6 +12,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,10 +28,12 @@ from jaxlm.hub.model_files import JsonObject, locate
 from jaxlm.hub.safetensors import Pending
 from jaxlm.nn import nodes, parameters
 from jaxlm.nn.low_rank import LowRank, column_norms
+from jaxlm.nn.quantized import FORMATS, Quantized, quantize
 from jaxlm.storage import disk
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+BASE_FORMAT = "jaxlm_quantized_base"  # key of config.json beside an adapter that was trained on a quantised base
 _PREFIX = "base_model.model."
 _UPDATE = re.compile(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(\.\w+)?(\.weight)?")
 # Keys of the config that change the computation in a way that is not supported, and their values without effect.
@@ -93,6 +96,14 @@ def is_adapter(folder: Path) -> bool:
 def has_updates(params: Any) -> bool:
     """Returns whether parameters have low-rank updates."""
     return any(isinstance(leaf, LowRank) for leaf in parameters.by_path(params, whole_nodes=True).values())
+
+
+def read_base_format(hf: Mapping[str, Any], source: Path) -> dict[str, Any] | None:
+    """Returns the format of the base in the config.json of an adapter, as `quantized_base` returns it."""
+    if hf.get(BASE_FORMAT) is None:
+        return None
+    values = JsonObject(dict(hf), str(source)).object(BASE_FORMAT)
+    return {"weights": values.text("weights", "nf4", FORMATS), "group": values.integer("group", 0, 0)}
 
 
 def read(folder: Path) -> Adapter:
@@ -300,8 +311,25 @@ def _modules(rule: Rule, shapes: Mapping[str, tuple[int, ...]]) -> dict[int, str
     return {i: f"{rule.hf}.{i}" for i in range(shapes[rule.leaves[0]][0])}
 
 
+def quantized_base(params: Any) -> dict[str, Any] | None:
+    """Returns the format and the group of the quantised matrices below low-rank updates; None without such."""
+    for leaf in parameters.by_path(params, whole_nodes=True).values():
+        base = leaf
+        while isinstance(base, LowRank):
+            base = base.base
+        if isinstance(leaf, LowRank) and isinstance(base, Quantized):
+            inputs = math.prod(base.values.shape[1 : 1 + base.inputs])
+            return {"weights": base.weights, "group": inputs // base.scales.shape[1]}
+    return None
+
+
 def add_updates(
-    family: Family, config: ModelConfig, params: Any, updates: Mapping[str, Factors], weight: float = 1.0
+    family: Family,
+    config: ModelConfig,
+    params: Any,
+    updates: Mapping[str, Factors],
+    weight: float = 1.0,
+    base_format: Mapping[str, Any] | None = None,
 ) -> Any:
     """Returns parameters with a `LowRank` node in place of each kernel with an update.
 
@@ -311,6 +339,7 @@ def add_updates(
       params: the parameters, arrays or nodes.
       updates: updates by the names of tensors in the rules, as `canonical_updates` returns them.
       weight: factor of all updates.
+      base_format: format and group in which arrays below updates are quantised, as in training; None: not quantised.
     """
     shapes, leaves = convert.tree_shapes(config, family.module), convert.flat(params)
     used: set[str] = set()
@@ -323,7 +352,12 @@ def add_updates(
         used |= {names[i] for i in found}
         if found:
             order = _order(reader.rule, config, shapes)
-            leaves[path] = _node(leaves[path], row.inputs, shapes[path], found, order, reader.which, weight)
+            node = _node(leaves[path], row.inputs, shapes[path], found, order, reader.which, weight)
+            if len(order.sizes) > 1 and _has_no_effect(node):
+                continue  # another kernel in the same tensor has the update
+            if base_format and not nodes.is_node(node.base):
+                node = replace(node, base=quantize(node.base, row.inputs, **base_format))
+            leaves[path] = node
     if unused := sorted(updates.keys() - used):
         raise UserError(
             f"the adapter updates {unused[0]}, which is not a projection of a layer; merge it with PEFT "
@@ -366,6 +400,16 @@ def _node(
     a, b = a_LIR.reshape(L, *matrix[:inputs], rank), b_LRO.reshape(L, rank, *matrix[inputs:])
     magnitude = jnp.asarray(magnitude_LO.reshape(L, *matrix[inputs:])) if dora else None
     return LowRank(base, jnp.asarray(a), jnp.asarray(b), magnitude, weight * (1.0 if scale is None else scale))
+
+
+def _has_no_effect(node: LowRank) -> bool:
+    """Returns whether an update is zero and its magnitudes are the norms of the base."""
+    if jnp.any(node.b):
+        return False
+    norms = lambda i: column_norms(nodes.of_layer(node.base, i), node.a.ndim - 2)
+    return node.magnitude is None or all(
+        np.allclose(norms(i), magnitude, rtol=1e-5) for i, magnitude in enumerate(node.magnitude)
+    )
 
 
 def write(

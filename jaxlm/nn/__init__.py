@@ -12,7 +12,7 @@ losses       losses and metrics as pairs (sum, weight)
 nodes        parameters in another form than a dense array
 low_rank     the node of low-rank updates (LoRA)
 masked       the node of arrays with some entries fixed at zero
-quantized    the node of integers with scales
+quantized    the node of quantised weights, in 8 or 4 bits
 parameters   the table of parameters: logical axes, weight decay, depth
 flops        counts of floating-point operations
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxlm.config import ModelConfig
 from jaxlm.devices.sharding import Placement
 from jaxlm.nn.layers import ACTIVATIONS, Dropout, Linear, Norm, float32_einsum, initial
-from jaxlm.nn.nodes import array
+from jaxlm.nn.nodes import array, dense
 
 
 class VocabularyHead(nn.Module):
@@ -24,10 +24,9 @@ class VocabularyHead(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, embedding_VD: jax.Array) -> jax.Array:
-        config, V = self.config, len(embedding_VD)
-        if config.tied_embeddings:
-            kernel_VD = embedding_VD
-        else:
+        config, kernel_VD = self.config, dense(embedding_VD)
+        V = len(kernel_VD)
+        if not config.tied_embeddings:
             kernel_VD = array(self, "kernel", initial(config, x_BTD.shape[-1]), (V, x_BTD.shape[-1]))
         axes = "BT"[: x_BTD.ndim - 1]
         logits_BTV = float32_einsum(f"{axes}D,VD->{axes}V", x_BTD.astype(self.dtype), kernel_VD)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from functools import partial
 from typing import Any, ClassVar, dataclass_transform
 
 import flax.linen as nn
@@ -41,6 +42,8 @@ class Node(ABC):
     def dot(self, x: jax.Array, contract: int, dtype: Any, dropped: jax.Array | None = None) -> jax.Array:
         """Returns `x @ self.materialize()` over the last `contract` axes of x, computed in `dtype`.
 
+        The backward pass is that of the dense array, which it computes again.
+
         Args:
           x: the inputs.
           contract: number of contracted axes.
@@ -48,6 +51,14 @@ class Node(ABC):
           dropped: the inputs after dropout with the rate `dropout`; None: without dropout.
         """
         return _dot(contract, dtype, self, x)
+
+    def product(self, x: jax.Array, contract: int, dtype: Any) -> jax.Array:
+        """Returns the forward pass of `dot`."""
+        return _product(contract, dtype, self, x)
+
+    def rows(self, ids: jax.Array) -> jax.Array:
+        """Returns `self.materialize()[ids]`."""
+        return self.materialize()[ids]
 
     @abstractmethod
     def axes(self, axes: Axes, inputs: int) -> dict[str, tuple[Axes, int]]:
@@ -130,6 +141,11 @@ def dot(x: jax.Array, kernel: Any, contract: int, dtype: Any, dropped: jax.Array
     return jnp.tensordot(x.astype(dtype), kernel.astype(dtype), axes=contract)
 
 
+def rows(table: Any, ids: jax.Array) -> jax.Array:
+    """Returns `table[ids]` of an array or node [V, ...], dense; a node may compute only these rows."""
+    return table.rows(ids) if isinstance(table, Node) else table[ids]
+
+
 def parameter(module: nn.Module, name: str, init: Any, shape: tuple[int, ...]) -> Any:
     """Returns a float32 parameter of a module, or the node that replaces it."""
     value: Any = module.get_variable("params", name)
@@ -146,11 +162,13 @@ def _product(contract: int, dtype: Any, kernel: Any, x: jax.Array) -> jax.Array:
 
 
 # The backward pass recomputes the dense array, so that the forward pass keeps none of them.
-_dot = jax.custom_vjp(_product, nondiff_argnums=(0, 1))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _dot(contract: int, dtype: Any, kernel: Any, x: jax.Array) -> jax.Array:
+    return kernel.product(x, contract, dtype)
 
 
 def _dot_forward(contract: int, dtype: Any, kernel: Any, x: jax.Array) -> tuple[jax.Array, Any]:
-    return _product(contract, dtype, kernel, x), (kernel, x)
+    return kernel.product(x, contract, dtype), (kernel, x)
 
 
 def _dot_backward(contract: int, dtype: Any, residuals: Any, gradient: jax.Array) -> Any:

@@ -25,7 +25,7 @@ from jaxlm.nn.attention import MIXERS, Attention, AttentionInputs, Cache, cache_
 from jaxlm.nn.heads import ClassesHead, MaskedLMHead, PerTokenHead, PooledHead, ReplacedHead, Transform, VocabularyHead
 from jaxlm.nn.kernels import save_attention
 from jaxlm.nn.layers import FEED_FORWARDS, Convolution, Dropout, Linear, Norm
-from jaxlm.nn.nodes import array
+from jaxlm.nn.nodes import array, parameter, rows
 from jaxlm.nn.positions import BY_LENGTH, Buckets, Disentangled, rotary_angles, sinusoidal
 
 # Operations that cost little compared with the memory of their results: the backward pass recomputes them.
@@ -88,7 +88,7 @@ class Embeddings(nn.Module):
     def setup(self) -> None:
         config, init = self.config, nn.initializers.normal(self.config.initial_std)
         if not self.shared:
-            self.tokens = array(self, "tokens", init, (self.rows or config.vocabulary, config.W))
+            self.tokens = parameter(self, "tokens", init, (self.rows or config.vocabulary, config.W))
         if config.positions == "learned":
             rows = config.position_offset + config.max_length
             self.positions = array(self, "positions", init, (rows, config.W))
@@ -108,7 +108,7 @@ class Embeddings(nn.Module):
         tokens_VW: jax.Array | None = None,
     ) -> jax.Array:
         config = self.config
-        x_BTW = (self.tokens if tokens_VW is None else tokens_VW)[tokens_BT]
+        x_BTW = rows(self.tokens if tokens_VW is None else tokens_VW, tokens_BT)
         if config.scale_embeddings:
             x_BTW *= math.sqrt(config.width)
         if config.positions == "learned":

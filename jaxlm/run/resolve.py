@@ -18,6 +18,7 @@ from jaxlm.devices import hosts, sharding
 from jaxlm.errors import UserError, suggestion
 from jaxlm.hub.convert import tree_shapes
 from jaxlm.hub.download import fetch_tokenizer
+from jaxlm.hub.gguf.container import is_gguf
 from jaxlm.lm import LM, find, tokenizer_folder
 from jaxlm.nn.transformer import Transformer
 from jaxlm.run.weights import Weights, check_fits, known_labels, weights_of
@@ -124,7 +125,9 @@ def resolve(
 
 
 def with_tokenizer(run: RunConfig, model: LM | None) -> RunConfig:
-    """Returns the run with the path of its tokenizer: the downloaded folder of a hub name, or the folder of `init`."""
+    """Returns the run with the path of its tokenizer: the folder of a hub name, of a GGUF file or of `init`."""
+    if is_gguf(run.tokenizer.path):
+        return replace(run, tokenizer=replace(run.tokenizer, path=str(find(run.tokenizer.path))))
     if _of_hub(run.tokenizer.path):
         return replace(run, tokenizer=replace(run.tokenizer, path=str(fetch_tokenizer(run.tokenizer.path))))
     if model is not None or not run.init or run.tokenizer.path:

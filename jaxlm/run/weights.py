@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +16,7 @@ from jaxlm.errors import UserError
 from jaxlm.hub.convert import tree_shapes
 from jaxlm.hub.place import read_leaves
 from jaxlm.hub.pooling import Pooling
-from jaxlm.lm import LM, find, kept_files, without_task
+from jaxlm.lm import LM, base_name, find, kept_files, without_task
 from jaxlm.nn import parameters
 from jaxlm.run.checkpoint import checksums_of
 from jaxlm.tasks import TASKS
@@ -179,7 +178,7 @@ def check_fits(shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tup
     ]
     for path, shape in expected.items():
         if shapes.get(path) != shape and not (path not in shapes and _in_head(path)):
-            differences += [f"  - {path} {shapes[path]}"] * (path in shapes) + [f"  + {path} {shape}"]
+            differences += [f"  - {path} {shapes.get(path)}"] * (path in shapes) + [f"  + {path} {shape}"]
     if differences:
         lines = "\n".join(sorted(differences, key=lambda line: (line.split()[1], line.split()[0] == "+")))
         raise UserError(
@@ -192,7 +191,7 @@ def origin(run: RunConfig, weights: Weights | None) -> families.Origin:
     """Returns the origin of the run's model, with the format of its initial weights, so that the export has it too."""
     before = weights.origin if weights is not None else None
     config = before.config if before else {}
-    base = run.init if run.init and not Path(run.init).exists() else before.base if before else ""
+    base = base_name(run.init, before) if before and run.init else before.base if before else ""
     return families.Origin({name: config[name] for name in ("model_type",) if name in config}, heads=None, base=base)
 
 

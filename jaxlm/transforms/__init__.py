@@ -6,6 +6,7 @@ calibration_rows  rows of texts, or token ids, for calibration
 influence         the influence of each layer on the hidden states
 masks             selection of the weights that pruning removes
 pruning           pruning after training
+quantization      quantisation to 8 or 4 bits: nearest values, GPTQ
 sparsegpt         SparseGPT, a method of pruning
 structured        smaller models: fewer layers, heads, MLP columns
 vocabulary        resized vocabularies

@@ -6,7 +6,6 @@ import dataclasses
 import math
 import os
 import zlib
-from functools import partial
 from typing import Any
 
 import jax
@@ -22,6 +21,7 @@ from jaxlm.hub.place import put
 from jaxlm.lm import LM, find, with_params
 from jaxlm.nn import nodes, parameters
 from jaxlm.nn.low_rank import LowRank, column_norms
+from jaxlm.nn.quantized import FORMATS, is_quantized, quantize
 
 
 def add(params: Any, config: AdapterConfig, key: jax.Array) -> Any:
@@ -71,11 +71,16 @@ def add_to_leaf(config: AdapterConfig, row: parameters.Parameter | None, leaf: j
     if row is None:
         return leaf
     stop = 1 + row.inputs
-    base = leaf.astype(config.base)
+    if config.base in FORMATS:
+        base: Any = quantize(leaf, row.inputs, weights=config.base, group=config.group)
+    else:
+        base = leaf.astype(config.base)
     draw = jax.random.normal(jax.random.fold_in(key, zlib.crc32(row.path.encode())), (*leaf.shape[:stop], config.rank))
     a = draw / math.sqrt(math.prod(leaf.shape[1:stop]))
     b = jnp.zeros((leaf.shape[0], config.rank, *leaf.shape[stop:]))
-    norms = jax.vmap(partial(column_norms, inputs=row.inputs))(base) if config.kind == "dora" else None
+    norms = None
+    if config.kind == "dora":
+        norms = jax.lax.map(lambda base: column_norms(nodes.dense(base), row.inputs), base)
     scale = config.alpha / (math.sqrt(config.rank) if config.kind == "rslora" else config.rank)
     return LowRank(base, a, b, norms, scale, config.dropout)
 
@@ -108,19 +113,23 @@ def select_nodes(params: Any) -> dict[str, LowRank]:
     return {path: leaf for path, leaf in leaves.items() if isinstance(leaf, LowRank)}
 
 
-def merge(lm: LM) -> LM:
+def merge(lm: LM, *, dequantize: bool = False) -> LM:
     """Returns the model with each node, such as the update of an adapter, replaced by its dense matrix.
 
     Args:
       lm: the model; it is unchanged.
+      dequantize: whether to merge also into a quantised base, whose matrices then need as much memory as others.
 
     Returns:
       A model that `save` writes as a whole.
 
     Raises:
-      UserError: if `lm` is not a model.
+      UserError: if the base is quantised and `dequantize` is False.
     """
     check_argument("lm", lm, LM)
+    quantized = next((path for path, leaf in parameters.by_path(lm.params, True).items() if is_quantized(leaf)), None)
+    if quantized is not None and not check_argument("dequantize", dequantize, bool):
+        raise UserError(f"{quantized} is quantised, and merged matrices are dense; call merge(lm, dequantize=True)")
 
     def merged(key_path: tuple[Any, ...], leaf: Any) -> Any:
         if not nodes.is_node(leaf):

@@ -132,7 +132,7 @@ def check_dense(params: Any) -> None:
         if nodes.is_node(leaf):
             raise UserError(
                 f"{path} is of the kind {type(leaf).__name__}, and only dense weights can be pruned; make them dense "
-                f"with jaxlm.merge(lm), or prune the model first"
+                f"with jaxlm.merge(lm, dequantize=True), or prune first"
             )
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jaxlm.data.tokenizers.pieces import CONTROL, UNKNOWN, Piece, convert, list_pieces, parse_model
 from jaxlm.errors import UserError
 from jaxlm.hub import model_files
+from jaxlm.hub.gguf.words import QWEN_2
 
 if TYPE_CHECKING:
     import tokenizers
@@ -95,9 +96,6 @@ _MBART50 = (
     *("mr_IN", "pl_PL", "ps_AF", "pt_XX", "sv_SE", "sw_KE", "ta_IN", "te_IN", "th_TH", "tl_XX", "uk_UA", "ur_PK"),
     *("xh_ZA", "gl_ES", "sl_SI"),
 )
-_QWEN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 # Keys: tokenizer classes and model types in lower-case letters and digits, without "Tokenizer" and "Fast".
 TOKENIZER_SPECS: dict[str, TokenizerSpec] = {
@@ -153,7 +151,7 @@ TOKENIZER_SPECS: dict[str, TokenizerSpec] = {
         ("qwen2", "qwen2moe", "qwen3", "qwen3moe"),
         TokenizerSpec(
             "Qwen2Tokenizer", {"eos": _END, "unk": _END, "pad": _END}, None, {**_FLAGS, "add_prefix_space": False},
-            words=_QWEN,
+            words=QWEN_2,
         ),
     ),
 }  # fmt: skip
