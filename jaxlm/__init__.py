@@ -23,6 +23,7 @@ with _interrupts_wait():
         MeshConfig,
         ModelConfig,
         OptimizerConfig,
+        PruneConfig,
         RunConfig,
         TokenizerConfig,
     )
@@ -36,8 +37,9 @@ with _interrupts_wait():
     from jaxlm.run.evaluate import evaluate, predict
     from jaxlm.run.fit import fit
     from jaxlm.transforms.adapters import add_adapter, merge, remove_adapters
-    from jaxlm.transforms.layers import student
+    from jaxlm.transforms.pruning import prune
     from jaxlm.transforms.quantization import quantize
+    from jaxlm.transforms.structured import shrink
     from jaxlm.transforms.vocabulary import resize
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "Pooling",
+    "PruneConfig",
     "RunConfig",
     "RunError",
     "Stopped",
@@ -64,11 +67,12 @@ __all__ = [
     "load",
     "merge",
     "predict",
+    "prune",
     "quantize",
     "remove_adapters",
     "resize",
     "save",
+    "shrink",
     "stream",
-    "student",
 ]
 __all__ += _task.__all__

@@ -52,6 +52,7 @@ from jaxlm.tasks import make_task
 from jaxlm.tasks import states as task_states
 from jaxlm.tasks.distillation import with_teacher
 from jaxlm.tasks.task import Task
+from jaxlm.transforms.layers import keep_layers
 
 V, T = 48, 12
 SIZES = {"vocabulary": V, "width": 16, "layers": 2, "heads": 2, "max_length": 32, "initial_std": 0.2}
@@ -484,7 +485,7 @@ def test_the_export_has_the_layers_of_the_student_and_no_teacher(folder, finishe
         *log_of(finished)[1]
     }
     # A run without a teacher from the same layers has checkpoints with the same arrays.
-    jaxlm.save(jaxlm.student(teacher, (0, 2)), tmp_path / "init")
+    jaxlm.save(jaxlm.shrink(teacher, layers=(0, 2)), tmp_path / "init")
     plain = run_of(folder, tmp_path / "plain", DistillConfig(), init=str(tmp_path / "init"))
     lm = jaxlm.fit(plain)
     assert checkpoint_of(finished) == checkpoint_of(tmp_path / "plain")
@@ -577,7 +578,7 @@ def test_a_language_model_keeps_layers_of_its_teacher(name, tmp_path):
     )  # fmt: skip
     student = jaxlm.fit(run)
     kept = [[0]] if name == "gpt2" else [[0], [1]]
-    for path, leaf in parameters.by_path(jaxlm.student(jaxlm.load(tmp_path / "teacher"), *kept).params).items():
+    for path, leaf in parameters.by_path(keep_layers(jaxlm.load(tmp_path / "teacher"), *kept).params).items():
         np.testing.assert_array_equal(parameters.by_path(student.params)[path], leaf, err_msg=path)
     assert {"distillation/logits", "distillation/relations"} < {*log_of(tmp_path / "run")[0]}
 
@@ -638,13 +639,11 @@ def test_mistakes_are_refused_before_anything_is_compiled(name, folder, tmp_path
 
 def test_a_student_has_the_chosen_layers(folder):
     teacher = jaxlm.load(folder / "teacher")
-    student = jaxlm.student(teacher, [0, 2])
+    student = jaxlm.shrink(teacher, layers=[0, 2])
     for path, leaf in parameters.by_path(teacher.params).items():
         kept = leaf[np.array([0, 2])] if parameters.is_stacked(path) else leaf
         np.testing.assert_array_equal(parameters.by_path(student.params)[path], kept, err_msg=path)
     tokens = np.arange(6)[None]
     assert np.isfinite(student(tokens).logits).all()
     with pytest.raises(UserError, match="layers is 3; the model has the layers 0 to 2"):
-        jaxlm.student(teacher, [3])
-    with pytest.raises(UserError, match="layers is"):
-        jaxlm.student(teacher, "0")
+        keep_layers(teacher, (3,))

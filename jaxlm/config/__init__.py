@@ -5,6 +5,7 @@ import JAX, so that an invalid command line is reported within a second.
 
 run            RunConfig, OptimizerConfig and MeshConfig
 adapter        AdapterConfig: training of low-rank updates
+pruning        PruneConfig: pruning while training
 model          ModelConfig: the architecture
 task           the config of each task
 data           DataConfig, CleaningConfig and TokenizerConfig
@@ -31,6 +32,7 @@ from jaxlm.config.model import (
     ModelConfig,
     RotaryScaling,
 )
+from jaxlm.config.pruning import NO_PRUNING, PruneConfig
 from jaxlm.config.run import MatmulPrecision, MeshConfig, OptimizerConfig, Remat, RunConfig
 from jaxlm.config.serialisation import difference, from_json, task_from_json, task_to_json, to_json
 from jaxlm.config.task import *

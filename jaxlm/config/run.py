@@ -9,6 +9,7 @@ from jaxlm.config.adapter import AdapterConfig
 from jaxlm.config.data import DataConfig, TokenizerConfig
 from jaxlm.config.distill import DistillConfig
 from jaxlm.config.model import MAX_LAYERS, ModelConfig, divisors
+from jaxlm.config.pruning import PruneConfig
 from jaxlm.config.ranges import (
     Config,
     Count,
@@ -74,6 +75,7 @@ class RunConfig(Config):
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    prune: PruneConfig = field(default_factory=PruneConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     batch: Positive = 32  # rows per update, over all devices and micro-batches
@@ -132,6 +134,9 @@ class RunConfig(Config):
             self._check_model(self.model)
         if self.optimizer.name == "adafactor" and self.optimizer.momentum_dtype != "float32":
             raise UserError("adafactor has no first moment; leave out --optimizer.momentum-dtype")
+        self.prune.check(self.optimizer, self.adapter.rank)
+        if not self.epochs:
+            self.prune.window(self.steps)
         if self.new_head and not getattr(self.task, "has_label_head", True):
             raise UserError(f"new_head is set, but {type(self.task).__name__} has no label head; leave it out")
         if self.dropout is not None and self.model is not None:

@@ -12,6 +12,7 @@ finish         writes scores, report and summary
 assembly       the model, the state and the step on a mesh
 step           (TrainState, Batch) -> (TrainState, metrics)
 optimizer      the optax chain
+pruning        pruning while training, as a part of it
 checkpoint     checkpoints with Orbax and checksums
 measure        speed and memory of the steps
 folder         the files of a run folder

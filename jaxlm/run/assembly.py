@@ -120,7 +120,7 @@ def assemble(resolved: ResolvedModel) -> Assembly:
     dense_shapes = jax.eval_shape(init_dense, jax.random.key(0))
     shapes = jax.eval_shape(add_adapter, dense_shapes, jax.random.key(0))
     schedule = make_schedule(run.optimizer, run.steps)
-    optimizer = make_optimizer(run.optimizer, run.steps, shapes, mesh, run.adapter)
+    optimizer = make_optimizer(run.optimizer, run.steps, shapes, mesh, run.adapter, run.prune)
     is_trained = trained(run.optimizer, shapes, run.adapter)
     all_trained = all(jax.tree.leaves(is_trained))
 

@@ -32,6 +32,7 @@ def checksums(tree: Any) -> jax.Array:
     """
 
     def checksum(leaf: jax.Array) -> jax.Array:
+        leaf = leaf.astype(jnp.uint8) if leaf.dtype == bool else leaf
         if leaf.dtype in (jnp.int4, jnp.uint4):
             leaf = leaf.astype(jnp.int8)
         bits = jax.lax.bitcast_convert_type(leaf, {4: jnp.uint32, 2: jnp.uint16, 1: jnp.uint8}[leaf.dtype.itemsize])

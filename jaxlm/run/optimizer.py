@@ -12,9 +12,10 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxlm.config import NO_ADAPTER, AdapterConfig, OptimizerConfig
+from jaxlm.config import NO_ADAPTER, NO_PRUNING, AdapterConfig, OptimizerConfig, PruneConfig
 from jaxlm.devices import sharding
 from jaxlm.nn import parameters
+from jaxlm.run.pruning import with_pruning
 from jaxlm.transforms import adapters
 
 _MIN_FACTORED = 128  # Adafactor does not factor the second moments of matrices with a smaller side, as in optax
@@ -103,6 +104,7 @@ def make_optimizer(
     params: Any,
     mesh: Mesh | None = None,
     adapter: AdapterConfig = NO_ADAPTER,
+    prune: PruneConfig = NO_PRUNING,
 ) -> optax.GradientTransformation:
     """Returns the optimizer of a run.
 
@@ -112,6 +114,7 @@ def make_optimizer(
       params: all parameters of the model, arrays or shapes.
       mesh: the mesh over which Muon splits the layers; None: each device computes the updates of all layers.
       adapter: the adapter of the run.
+      prune: the pruning of the run.
 
     Returns:
       A transformation of the trained part of the parameters, as `parameters.split` returns it with `trained`. Its state
@@ -133,7 +136,7 @@ def make_optimizer(
         _scale(factor) if any(np.any(f != 1) for f in jax.tree.leaves(factor)) else optax.identity(),
         optax.scale_by_learning_rate(make_schedule(config, steps)),
     ]
-    return optax.chain(*parts)
+    return with_pruning(optax.chain(*parts), prune, steps, params)
 
 
 def _direction(config: OptimizerConfig, params: Any, mesh: Mesh | None) -> optax.GradientTransformation:

@@ -122,6 +122,8 @@ def make_train_step(
             "tokens": tokens,
             "examples": batch["segments_BT"].max(-1).sum(),
         }
+        if (sparsity := optax.tree.get(opt_state, "sparsity", None)) is not None:
+            metrics["sparsity"] = sparsity
         params = optax.apply_updates(state.params, updates)
         return state._replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 

@@ -111,6 +111,7 @@ class Training:
         self.history: list[float] = notes.get("history", [])
         self.before: float = notes.get("before", -math.inf)
         self.frozen_sums = None if state.frozen is None else checksums_of(state.frozen)
+        self.first_sparse = run.prune.window(run.steps)[1]  # no checkpoint before this step has the final sparsity
         self.checkpoint_every = run.checkpoint_every or max(1, run.steps // 10)
         if "batches" in notes:
             resolved.train.resume(notes["batches"])
@@ -202,6 +203,9 @@ class Training:
         if not np.isfinite(self.scores["loss"]):
             fault = f"the held-out loss is {self.scores['loss']:.4g}"
             raise _divergence(fault, step, self.last_metrics, self.checkpoints)
+        if step < self.first_sparse:
+            log(_score_line(step, self.run.steps, self.scores))
+            return False
         worth = self.worth(self.scores)
         is_best = worth > max([self.before, *self.history])
         self.history.append(worth)
@@ -228,6 +232,7 @@ class Training:
         Args:
           evaluated: whether `scores` are those of this state.
         """
+        evaluated = evaluated and int(self.state.step) >= self.first_sparse
         notes: dict[str, Any] = {"history": self.history, **self.journal.state()}
         notes |= {} if math.isinf(self.before) else {"before": self.before}
         notes |= {} if self.frozen_sums is None else {"frozen": self.frozen_sums}

@@ -93,7 +93,7 @@ def input_moments(
     shapes = projection_inputs(lm.params)
     paths = tuple(path for path in shapes if paths is None or path in paths)
     rows = calibration_rows(lm, texts, length=length, max_tokens=max_tokens)
-    _check_tokens(rows, {path: shapes[path] for path in paths}, diagonal)
+    check_tokens(rows, {} if diagonal else {path: shapes[path] for path in paths})
     module = lm.module.clone(remat="none")  # a recorded input must not leave a rematerialised function
     shares: dict[str, str] = {}
 
@@ -102,7 +102,7 @@ def input_moments(
 
     add = jax.jit(lambda sums, *inputs: jax.tree.map(jnp.add, sums, measure(*inputs)), donate_argnums=0)
     sums: Any = None
-    for batch in _batches(rows, batch_tokens):
+    for batch in batches(rows, batch_tokens):
         if sums is None:
             sums = jax.tree.map(
                 lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(measure, lm.params, batch)
@@ -114,24 +114,28 @@ def input_moments(
 def projection_inputs(params: Any) -> dict[str, tuple[int, ...]]:
     """Returns the sizes of the contracted axes of each projection of stacked parameters, by path."""
     found = {}
-    for key_path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=nodes.is_node):
-        path = parameters.path_of(key_path)
+    for path, leaf in parameters.by_path(params, whole_nodes=True).items():
         row = parameters.find(path)
         if row is not None and row.inputs:
             found[path] = nodes.dense_like(leaf, stacked=True).shape[1 : 1 + row.inputs]
     return found
 
 
-def _check_tokens(rows: CalibrationRows, shapes: dict[str, tuple[int, ...]], diagonal: bool) -> None:
-    """Raises UserError if a projection reads too few tokens."""
+def check_tokens(rows: CalibrationRows, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raises UserError if a stack reads fewer than MIN_TOKENS tokens, or a projection fewer than it has inputs.
+
+    Args:
+      rows: the calibration data.
+      shapes: the sizes of the inputs of each projection whose Gram matrix must not be singular, by path.
+    """
     tokens = {side: int((segments > 0).sum()) for side, segments in rows.segments.items()}
-    for path, shape in shapes.items():
-        found, inputs = tokens[_side(path)], math.prod(shape)
-        needed = MIN_TOKENS if diagonal else max(MIN_TOKENS, inputs)
-        if found < needed:
+    needs = [(stack, MIN_TOKENS, f"the {stack}") for stack in tokens]
+    needs += [(_side(path), math.prod(shape), f"{path}, which has as many inputs,") for path, shape in shapes.items()]
+    for side, minimum, reader in needs:
+        if tokens[side] < minimum:
             raise UserError(
-                f"the calibration data has {found} tokens, but {path} with its {inputs} inputs requires at least "
-                f"{needed}; give more text, or raise max_tokens"
+                f"the calibration data has {tokens[side]} tokens, but {reader} requires at least {minimum}; give more "
+                f"text, or raise max_tokens"
             )
 
 
@@ -141,7 +145,7 @@ def _side(path: str) -> str:
     return "encoder" if part == "cross_attention" and name in ("key", "value") else stack
 
 
-def _batches(rows: CalibrationRows, batch_tokens: int) -> Iterator[CalibrationRows]:
+def batches(rows: CalibrationRows, batch_tokens: int) -> Iterator[CalibrationRows]:
     """Yields batches with the same number of rows; rows of padding fill the last one."""
     count, length = rows.tokens_BT.shape
     size = min(count, max(1, batch_tokens // length))

@@ -60,7 +60,7 @@ def calibration_rows(
 
     Args:
       lm: the model.
-      texts: strings, lists of token ids, or pairs of either; one string is one text.
+      texts: strings, lists of token ids, or pairs of either; one string is one text. Rows are returned unchanged.
       length: tokens in a row; None: the model's positions, 2,048 at most.
       max_tokens: number of tokens after which no further text is read; None: 262,144.
 
@@ -68,6 +68,8 @@ def calibration_rows(
       UserError: for texts of another type or without tokens, ids that the model has no row for, a model without a
         tokenizer whose texts are strings, and a length beyond the model's positions.
     """
+    if isinstance(texts, CalibrationRows):
+        return texts
     length = check_argument("length", length, Positive | None) or min(MAX_LENGTH, lm.config.max_length)
     lm.config.check_length(length)
     max_tokens = check_argument("max_tokens", max_tokens, Positive | None) or MAX_TOKENS

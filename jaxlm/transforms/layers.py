@@ -3,44 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.config import ModelConfig
-from jaxlm.config.ranges import Count, check_argument
 from jaxlm.errors import UserError
+from jaxlm.hub.convert import shortest
 from jaxlm.lm import LM
 from jaxlm.nn import parameters
 
 
-def student(lm: LM, layers: Sequence[int], decoder_layers: Sequence[int] | None = None) -> LM:
+def keep_layers(lm: LM, layers: tuple[int, ...], decoder_layers: tuple[int, ...] = ()) -> LM:
     """Returns a model with some layers of a model, in their order, and with all of its other parameters.
 
     Args:
       lm: the model.
-      layers: the layers to keep, counted from 0; of an encoder-decoder, those of the encoder.
-      decoder_layers: the layers to keep of the decoder of an encoder-decoder; None: all.
-
-    Returns:
-      A new model; `lm` is unchanged.
+      layers: the layers to keep, counted from 0; of an encoder-decoder, those of the encoder. (): all.
+      decoder_layers: the layers to keep of the decoder of an encoder-decoder. (): all.
 
     Raises:
-      UserError: for a layer that the model does not have, for layers that are not in ascending order, and for a model
-        whose layers share parameters.
+      UserError: as `select_config` does.
     """
-    check_argument("lm", lm, LM)
-    chosen = check_argument("layers", layers, tuple[Count, ...])
-    decoder = check_argument("decoder_layers", decoder_layers, tuple[Count, ...] | None) or ()
-    config = select_config(lm.config, chosen, decoder)
-    kept = layers_by_stack(lm.config, chosen, decoder)
+    config = select_config(lm.config, layers, decoder_layers)
+    kept = layers_by_stack(lm.config, layers, decoder_layers)
 
     def select(key_path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         path = parameters.path_of(key_path)
         rows = kept.get(path.split("/")[0]) if parameters.is_stacked(path) else None
-        return leaf if rows is None else leaf[np.array(rows)]
+        return leaf if rows is None else jnp.asarray(leaf)[np.array(rows)]
 
     params = jax.tree_util.tree_map_with_path(select, lm.params)
     return dataclasses.replace(lm, config=config, module=lm.module.clone(config=config), params=params)
@@ -58,7 +51,8 @@ def select_config(config: ModelConfig, layers: tuple[int, ...], decoder_layers: 
     """Returns the config of a model with some of its layers; () keeps all layers of a stack.
 
     Raises:
-      UserError: as `student` does.
+      UserError: for a layer that the model does not have, for layers that are not in ascending order, and for a model
+        whose layers share parameters.
     """
     if decoder_layers and config.structure != "encoder_decoder":
         raise UserError(f"decoder_layers is given, but the model is a(n) {config.structure}; leave it out")
@@ -81,12 +75,4 @@ def select_config(config: ModelConfig, layers: tuple[int, ...], decoder_layers: 
         decoder = len(decoder_layers) or in_decoder
         config = dataclasses.replace(config, decoder_layers=None if decoder == len(chosen) else decoder)
     kept = tuple(kinds[layer % len(kinds)] for layer in chosen)
-    return dataclasses.replace(config, layers=len(chosen), layer_kinds=_cycle(kept), distinct_layers=None)
-
-
-def _cycle(kinds: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Returns the shortest cycle that these kinds of layers repeat."""
-    for size in range(1, len(kinds) + 1):
-        if all(kind == kinds[n % size] for n, kind in enumerate(kinds)):
-            return kinds[:size]
-    return kinds
+    return dataclasses.replace(config, layers=len(chosen), layer_kinds=shortest(list(kept)), distinct_layers=None)
