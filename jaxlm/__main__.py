@@ -383,6 +383,7 @@ def compress(argv: list[str], _: process.Signals) -> int:
     check_task(args.task)
     if not args.weights:
         raise UserError("compress has no variants; give formats with --weights: int8, int4, nf4 or fp8")
+    _check_readable(args)
     from jaxlm.run import compress as compression
 
     variants = [compression.Variant(weights, partial(_quantise, args, weights)) for weights in args.weights]
@@ -391,6 +392,20 @@ def compress(argv: list[str], _: process.Signals) -> int:
     results = compression.compress(args.model, args.out, variants, evaluate, log)
     print(compression.table_of(results), end="")
     return 0
+
+
+def _check_readable(args: Compress) -> None:
+    """Reads the first text or row of the files, so that a mistake ends before anything is computed."""
+    from jaxlm.data import source
+    from jaxlm.tasks import columns_of
+
+    texts = [args.calibration, args.evaluate if isinstance(args.task, CausalLM) else ""]
+    for file in filter(None, texts):
+        next(iter(source.documents(file, args.data, args.data.split, Counter())))
+    if args.evaluate and not isinstance(args.task, CausalLM):
+        columns = columns_of(args.task, args.data.label_from == "column")
+        target = args.data.target_path
+        next(iter(source.rows(args.evaluate, args.data, args.data.split, target_path=target, columns=columns)), None)
 
 
 def _task_of_model(name: str) -> Any:

@@ -67,10 +67,14 @@ def test_one_variant_is_written_to_the_folder_itself(tmp_path, capsys):
         (["--weights", "int4", "--method", "gptq", "--calibration", "none.txt"], "none.txt"),
         (["--weights", "int4", "--calibration", "TEXT"], "does not use it"),
         (["--weights", "nf4", "--no-symmetric"], "nf4 has no zero points"),
+        (["--weights", "int8", "--evaluate", "none.txt"], "none.txt"),
+        (["--weights", "int4", "--method", "gptq", "--calibration", "EMPTY"], "empty.txt contains no documents"),
     ],
 )
 def test_mistakes_end_before_anything_is_written(arguments, message, model, tmp_path, capsys):
-    arguments = [str(model.parent / "text.txt") if word == "TEXT" else word for word in arguments]
+    (model.parent / "empty.txt").write_text("\n\n")
+    names = {"TEXT": "text.txt", "EMPTY": "empty.txt"}
+    arguments = [str(model.parent / names[word]) if word in names else word for word in arguments]
     assert main(["compress", str(model), str(tmp_path / "out"), *arguments]) == 2
     assert message in capsys.readouterr().err.replace("\n", " ")
     assert not (tmp_path / "out").exists()
