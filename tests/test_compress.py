@@ -56,6 +56,18 @@ def test_one_variant_is_written_to_the_folder_itself(tmp_path, capsys):
     jaxlm.load(tmp_path / "out")
 
 
+def test_a_variant_may_be_smaller_and_pruned(model, tmp_path):
+    text, out = str(model.parent / "text.txt"), tmp_path / "out"
+    arguments = ["--layers", "1", "--mlp", "16", "--pattern", "2:4", "--pruning", "wanda", "--calibration", text]
+    assert main(["compress", str(model), str(out), *arguments, "--weights", "float", "int8"]) == 0
+    for name in ("float", "int8"):
+        lm = jaxlm.load(out / name)
+        assert (lm.config.layers, lm.config.F) == (1, 16)
+        up = jaxlm.merge(lm, dequantize=True).params["decoder"]["layers"]["mlp"]["up"]["kernel"]
+        zeros = (np.asarray(up).reshape(1, -1, 4, 16) == 0).sum(2)
+        assert (zeros >= 2).all() and zeros.mean() < 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -65,12 +77,16 @@ def test_one_variant_is_written_to_the_folder_itself(tmp_path, capsys):
         (["--weights", "int4", "--targets", "querry"], "no projection matches 'querry'; known: all"),
         (["--weights", "int4", "--method", "gptq"], "requires calibration data"),
         (["--weights", "int4", "--method", "gptq", "--calibration", "none.txt"], "none.txt"),
-        (["--weights", "int4", "--calibration", "TEXT"], "does not use it"),
+        (["--weights", "int4", "--calibration", "TEXT"], "nothing uses it"),
         (["--weights", "nf4", "--no-symmetric"], "nf4 has no zero points"),
+        (["--weights", "int8", "--evaluate", "none.txt"], "none.txt"),
+        (["--weights", "int4", "--method", "gptq", "--calibration", "EMPTY"], "empty.txt contains no documents"),
     ],
 )
 def test_mistakes_end_before_anything_is_written(arguments, message, model, tmp_path, capsys):
-    arguments = [str(model.parent / "text.txt") if word == "TEXT" else word for word in arguments]
+    (model.parent / "empty.txt").write_text("\n\n")
+    names = {"TEXT": "text.txt", "EMPTY": "empty.txt"}
+    arguments = [str(model.parent / names[word]) if word in names else word for word in arguments]
     assert main(["compress", str(model), str(tmp_path / "out"), *arguments]) == 2
     assert message in capsys.readouterr().err.replace("\n", " ")
     assert not (tmp_path / "out").exists()

@@ -96,12 +96,12 @@ def test_integer_products_equal_products_of_the_rounded_inputs(kind):
     x = RANDOM.standard_normal((2, 3, 4, 2)).astype(np.float32)
     node = quantize(RANDOM.standard_normal((4, 2, 5)).astype(np.float32), 2, stacked=False, **WEIGHTS[kind])
     node = dataclasses.replace(node, integer_inputs=True)
-    step = np.abs(x).max((2, 3), keepdims=True) / 127.5
-    rounded = np.clip(np.round(x / step), -128, 127) * step
+    step = np.abs(x).max((2, 3), keepdims=True) / 127
+    rounded = np.round(x / step) * step
     expected = np.tensordot(rounded, node.materialize(), 2)
     np.testing.assert_allclose(node.dot(x, 2, jnp.float32), expected, atol=1e-5)
     fixed = dataclasses.replace(node, input_scale=jnp.float32(0.02))
-    clipped = np.clip(np.round(x / 0.02), -128, 127) * 0.02
+    clipped = np.clip(np.round(x / 0.02), -127, 127) * 0.02
     np.testing.assert_allclose(fixed.dot(x, 2, jnp.float32), np.tensordot(clipped, node.materialize(), 2), atol=1e-5)
     # The derivative is that of the dense matrix: rounding is ignored.
     gradient = jax.grad(lambda x: node.dot(x, 2, jnp.float32).sum())(x)

@@ -231,11 +231,11 @@ def numbers(values: jax.Array) -> jax.Array:
 def round_inputs(x_BI: jax.Array, step: Any = None) -> tuple[jax.Array, jax.Array]:
     """Returns inputs rounded to int8, and their step: `step` if it is calibrated, else one for each row, [B, 1].
 
-    The 255 steps from -128 to 127 divide twice the largest input, as in compressed-tensors.
+    The largest input is 127 steps. compressed-tensors uses 127.5, which rounds it up or down by chance.
     """
     if step is None:
-        step = jnp.maximum(jnp.abs(x_BI).max(1, keepdims=True), jnp.finfo(jnp.float32).tiny * 128) / 127.5
-    return jnp.clip(jnp.round(x_BI / step), -128, 127).astype(jnp.int8), step
+        step = jnp.maximum(jnp.abs(x_BI).max(1, keepdims=True), jnp.finfo(jnp.float32).tiny * 127) / 127
+    return jnp.clip(jnp.round(x_BI / step), -127, 127).astype(jnp.int8), step
 
 
 def _dequantize(values: jax.Array, scales: jax.Array, zeros: Any, axis: int, inputs: int) -> jax.Array:

@@ -93,7 +93,8 @@ def compress(
 
 def measure(name: str, lm: LM, folder: Path, evaluate: Evaluate | None) -> Measured:
     """Returns the sizes, the speed and the scores of a model whose files are in `folder`."""
-    on_disk = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    patterns = ("*.safetensors", "gguf/*")  # the second are links to the file of a GGUF model
+    on_disk = sum(file.stat().st_size for pattern in patterns for file in folder.glob(pattern))
     lm = dataclasses.replace(lm, programs=Programs())  # the compiled programs of this model are freed with it
     scores = {} if evaluate is None else evaluate(lm)
     kept = {key: float(x) for key, x in scores.items() if key not in _COUNTS and "/" not in key}
