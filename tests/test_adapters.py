@@ -94,6 +94,25 @@ def test_a_stored_adapter_is_the_same_function(name, case, tmp_path):
         assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "adapter" / file).read_bytes()
 
 
+def test_a_new_head_is_stored_with_the_adapter_of_a_base_with_another_head(tmp_path):
+    model = dataclasses.replace(FAMILIES["bert"], heads_on_top=("masked_lm",))
+    jaxlm.save(LM(model, Transformer(model), random_params(model)), tmp_path / "base")
+    base = jaxlm.load(tmp_path / "base", head="classes", labels=("a", "b"), log=lambda message: None)
+    lm = with_adapter(base, CONFIGS["query and value"])
+    jaxlm.save(lm, tmp_path / "adapter")
+    for loaded in (
+        jaxlm.load(tmp_path / "adapter"),
+        jaxlm.load(tmp_path / "base", adapter=tmp_path / "adapter"),
+        jaxlm.load(tmp_path / "adapter", head="classes"),
+    ):
+        assert loaded.config.labels == ("a", "b") and not loaded.fresh
+        np.testing.assert_allclose(outputs(loaded), outputs(lm), atol=1e-5)
+    with pytest.raises(UserError, match=r"also replaces .*; load it with jaxlm.load\(base, adapter=...\)"):
+        jaxlm.add_adapter(jaxlm.load(tmp_path / "base"), tmp_path / "adapter")
+    (tmp_path / "adapter" / "config.json").unlink()  # as PEFT writes adapters
+    np.testing.assert_allclose(outputs(jaxlm.load(tmp_path / "adapter")), outputs(lm), atol=1e-5)
+
+
 def test_a_merged_model_is_a_whole_model(tmp_path):
     lm = with_adapter(write_base("llama", tmp_path / "base"), CONFIGS["dora"])
     jaxlm.save(jaxlm.merge(lm), tmp_path / "merged")

@@ -33,13 +33,14 @@ from flags import xla_flags
 from random_params import random_params
 
 import jaxlm
-from jaxlm import LM, TokenizerConfig
+from jaxlm import LM, AdapterConfig, TokenizerConfig
 from jaxlm.__main__ import main
 from jaxlm.config import MeshConfig
 from jaxlm.data.tokenizers import tokenizer as tokenizers
 from jaxlm.devices import sharding
 from jaxlm.families import PRESETS
 from jaxlm.nn.transformer import Transformer
+from jaxlm.transforms import adapters
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -188,6 +189,10 @@ def write_models(folder: Path, hub: Path) -> None:
         jaxlm.save(models[preset, kind], target)
         if "instruct" in name:
             (target / "chat_template.jinja").write_text(CHAT)
+    for name in ("formal", "short"):
+        gpt2 = models["gpt2", "byte_bpe"]
+        params = adapters.add(gpt2.params, AdapterConfig(2), jax.random.key(0))
+        jaxlm.save(dataclasses.replace(gpt2, params=params), folder / name)
 
 
 @pytest.fixture(scope="module")

@@ -184,8 +184,6 @@ def open_folder(
     for adapter_folder in described:
         values = read_config(adapter_folder / "config.json")
         hf = hf | {key: values[key] for key in _OF_ADAPTER if key in values}
-    if head is None and found_adapters and not described:  # as PEFT writes them
-        head = found_adapters[-1].head
     kind = str(hf.get("model_type"))
     if kind not in FAMILIES and kind != OWN:
         raise UserError(f"config.json has model_type {kind!r}, unknown{suggestion(kind, [*FAMILIES, OWN])}")
@@ -205,6 +203,8 @@ def open_folder(
     except UserError as error:
         raise UserError(f"{folder / 'config.json'} describes an impossible model: {error}") from None
     _check_size(config, stored)
+    if head is None and found_adapters:  # the base may have the tensors of another head
+        head = _named_head(family, config, hf, stored) if described else found_adapters[-1].head
     config, canonical = _with_heads(family, config, hf, stored, head)
     fresh = _check(family, config, canonical.tensors, head, _has_other_outputs(family, hf, head))
     idle = convert.idle(family, config)
@@ -556,6 +556,22 @@ def _with_heads(
     configs = [dataclasses.replace(config, heads_on_top=heads) for heads in named_first]
     config = next((config for config in configs if not mismatches(config)), None) or min(configs, key=mismatches)
     return config, convert.canonical(family, config, stored)
+
+
+def _named_head(
+    family: Family, config: ModelConfig, hf: dict[str, Any], stored: Mapping[str, Any]
+) -> HeadChoice | None:
+    """Returns the heads of the class of transformers in config.json; of several, those with the fewest missing tensors.
+
+    Returns None if config.json names no known class.
+    """
+
+    def missing(heads: tuple[Head, ...]) -> int:
+        with_heads = dataclasses.replace(config, heads_on_top=heads)
+        return len(convert.hf_shapes(family, with_heads).keys() - convert.canonical(family, with_heads, stored).tensors)
+
+    named = [heads for heads, name in family.heads.items() if name in _architectures(hf)]
+    return (min(named, key=missing) or "none") if named else None
 
 
 def _architectures(hf: dict[str, Any]) -> list[Any]:
