@@ -24,6 +24,7 @@ with _interrupts_wait():
         ModelConfig,
         OptimizerConfig,
         PruneConfig,
+        QuantizeConfig,
         RunConfig,
         TokenizerConfig,
     )
@@ -54,6 +55,7 @@ __all__ = [
     "OptimizerConfig",
     "Pooling",
     "PruneConfig",
+    "QuantizeConfig",
     "RunConfig",
     "RunError",
     "Stopped",

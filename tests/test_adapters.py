@@ -16,7 +16,7 @@ from random_params import random_params
 from test_runs import assert_same, run_config, stop_after, write_text
 
 import jaxlm
-from jaxlm import AdapterConfig, MeshConfig, ModelConfig, UserError
+from jaxlm import AdapterConfig, DataConfig, MeshConfig, ModelConfig, QuantizeConfig, RunConfig, UserError
 from jaxlm.families import PRESETS
 from jaxlm.hub import peft, safetensors
 from jaxlm.lm import LM
@@ -285,3 +285,33 @@ def test_several_magnitudes_are_not_one_adapter(tmp_path):
     with pytest.raises(UserError, match=r"weight is 0.5, but .* has magnitudes"):
         jaxlm.add_adapter(base, tmp_path / "0", weight=0.5)
     assert nodes.is_node(both.params["decoder"]["layers"]["mlp"]["up"]["kernel"])
+
+
+@pytest.mark.parametrize("inputs", ["float", "int8"])
+def test_training_with_rounded_weights_exports_them_quantised_and_resumes_exactly(
+    data_dir, base_run, tmp_path, devices, inputs
+):
+    quantize = QuantizeConfig("int4", group=16, inputs=inputs, targets="mlp")
+    more = base_run | {"adapter": AdapterConfig(), "quantize": quantize}
+    whole = fit(run_config(data_dir, tmp_path / "whole", **more), summary=False)
+    run = run_config(data_dir, tmp_path / "run", **more)
+    with pytest.raises(jaxlm.Stopped):
+        fit(run, stop=stop_after(5), summary=False)
+    lm = fit(run, summary=False)
+    assert_same(tmp_path / "run", tmp_path / "whole")
+    assert outputs(lm).tobytes() == outputs(whole).tobytes()
+    up = lm.params["decoder"]["layers"]["mlp"]["up"]["kernel"]
+    assert up.weights == "int4" and up.values.dtype == jnp.int4
+    scores = json.loads((tmp_path / "run" / "scores.json").read_text())
+    log = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert scores["loss"] == next(row["eval/loss"] for row in reversed(log) if "eval/loss" in row)
+    start = jaxlm.load(tmp_path / "base").params["decoder"]["layers"]["mlp"]["up"]["kernel"]
+    assert np.abs(nodes.dense_layers(up) - start).max() > 0.01
+
+
+def test_rounded_weights_and_adapters_are_two_runs():
+    run = RunConfig(adapter=AdapterConfig(2), quantize=QuantizeConfig("int8"), data=DataConfig(path="x"), init="y")
+    with pytest.raises(UserError, match=r"quantize.weights is int8, and adapter.rank is set; set one of them"):
+        run.check()
+    with pytest.raises(UserError, match=r"quantize.inputs is int8, which requires integer weights, not nf4"):
+        dataclasses.replace(run, adapter=AdapterConfig(), quantize=QuantizeConfig("nf4", inputs="int8")).check()

@@ -8,6 +8,7 @@ adapter        AdapterConfig: training of low-rank updates
 pruning        PruneConfig: pruning while training
 model          ModelConfig: the architecture
 task           the config of each task
+quantize       QuantizeConfig: quantisation-aware training
 data           DataConfig, CleaningConfig and TokenizerConfig
 decoding       Decoding: options of text generation
 distill        DistillConfig: the teacher of a run, and what the run learns from it
@@ -33,6 +34,7 @@ from jaxlm.config.model import (
     RotaryScaling,
 )
 from jaxlm.config.pruning import NO_PRUNING, PruneConfig
+from jaxlm.config.quantize import QuantizeConfig
 from jaxlm.config.run import MatmulPrecision, MeshConfig, OptimizerConfig, Remat, RunConfig
 from jaxlm.config.serialisation import difference, from_json, task_from_json, task_to_json, to_json
 from jaxlm.config.task import *

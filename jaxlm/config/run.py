@@ -9,7 +9,8 @@ from jaxlm.config.adapter import AdapterConfig
 from jaxlm.config.data import DataConfig, TokenizerConfig
 from jaxlm.config.distill import DistillConfig
 from jaxlm.config.model import MAX_LAYERS, ModelConfig, divisors
-from jaxlm.config.pruning import PruneConfig
+from jaxlm.config.pruning import NO_PRUNING, PruneConfig
+from jaxlm.config.quantize import QuantizeConfig
 from jaxlm.config.ranges import (
     Config,
     Count,
@@ -76,6 +77,7 @@ class RunConfig(Config):
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
+    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     batch: Positive = 32  # rows per update, over all devices and micro-batches
@@ -135,6 +137,7 @@ class RunConfig(Config):
         if self.optimizer.name == "adafactor" and self.optimizer.momentum_dtype != "float32":
             raise UserError("adafactor has no first moment; leave out --optimizer.momentum-dtype")
         self.prune.check(self.optimizer, self.adapter.rank)
+        self._check_quantize()
         if not self.epochs:
             self.prune.window(self.steps)
         if self.new_head and not getattr(self.task, "has_label_head", True):
@@ -148,6 +151,16 @@ class RunConfig(Config):
             raise UserError(
                 "distill.teacher is given, but several tasks cannot be distilled at once; distil each alone"
             )
+
+    def _check_quantize(self) -> None:
+        weights = self.quantize.weights
+        if weights == "float":
+            return
+        for name, is_set in (("adapter.rank", self.adapter.rank), ("prune", self.prune != NO_PRUNING)):
+            if is_set:
+                raise UserError(f"quantize.weights is {weights}, and {name} is set; set one of them in a run")
+        if self.quantize.inputs == "int8" and weights not in ("int8", "int4"):
+            raise UserError(f"quantize.inputs is int8, which requires integer weights, not {weights}; use int8 or int4")
 
     def _check_model(self, model: ModelConfig) -> None:
         model.check()

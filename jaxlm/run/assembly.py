@@ -20,11 +20,11 @@ from jaxlm.devices import hosts, sharding
 from jaxlm.errors import UserError
 from jaxlm.nn import flops, parameters
 from jaxlm.nn.transformer import Transformer, init
+from jaxlm.run.nodes import nodes_of
 from jaxlm.run.optimizer import make_optimizer, make_schedule, trained
 from jaxlm.run.resolve import ResolvedModel
 from jaxlm.run.step import TrainState, leading, make_train_step
 from jaxlm.tasks.task import Task
-from jaxlm.transforms import adapters
 
 
 class Assembly(NamedTuple):
@@ -32,7 +32,7 @@ class Assembly(NamedTuple):
 
     like: shapes and shardings of the state.  first_state(key) -> a randomly initialised TrainState, sharded so.
     state_of(params, key) -> the first TrainState with these parameters, whose buffers are donated.
-    dense: shapes and shardings of the parameters before an adapter replaces some of them by nodes, by path.
+    dense: shapes and shardings of the parameters before nodes replace some of them, by path.
     draw(key, paths) -> some of these parameters, randomly initialised, by path.
     adapt(key, path, leaf) -> the node of one of these parameters, whose buffer is donated, or the parameter itself.
     train_step(state, batch) -> (state, metrics); the buffers of the old state are donated.
@@ -116,9 +116,9 @@ def assemble(resolved: ResolvedModel) -> Assembly:
     )
     # Those of a teacher belong to the state, but not to the model.
     init_dense = lambda key: init(module, key) | resolved.task.more_params(module, key)
-    add_adapter = lambda params, key: adapters.add(params, run.adapter, key)
     dense_shapes = jax.eval_shape(init_dense, jax.random.key(0))
-    shapes = jax.eval_shape(add_adapter, dense_shapes, jax.random.key(0))
+    nodes = nodes_of(run, dense_shapes)
+    shapes = jax.eval_shape(nodes.add, dense_shapes, jax.random.key(0))
     schedule = make_schedule(run.optimizer, run.steps)
     optimizer = make_optimizer(run.optimizer, run.steps, shapes, mesh, run.adapter, run.prune)
     is_trained = trained(run.optimizer, shapes, run.adapter)
@@ -130,13 +130,12 @@ def assemble(resolved: ResolvedModel) -> Assembly:
 
     def first_state(key: jax.Array) -> TrainState:
         own_key = jax.random.wrap_key_data(key)
-        return state_of(add_adapter(init_dense(own_key), own_key), key)
+        return state_of(nodes.add(init_dense(own_key), own_key), key)
 
     like = with_shardings(jax.eval_shape(first_state, jax.random.key_data(jax.random.key(0))), mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
 
     dense = parameters.by_path(shard_params(dense_shapes, mesh))
-    rows = adapters.select(dense_shapes, run.adapter)
     nodes_by_path = parameters.by_path(shardings.parameters, whole_nodes=True)
 
     def draw(key: jax.Array, paths: Sequence[str]) -> dict[str, jax.Array]:
@@ -145,9 +144,9 @@ def assemble(resolved: ResolvedModel) -> Assembly:
         return jax.jit(selected_params, out_shardings={path: dense[path].sharding for path in select(dense)})(key)
 
     def adapt(key: jax.Array, path: str, leaf: jax.Array) -> Any:
-        if path not in rows:
+        if path not in nodes.rows:
             return leaf
-        make = lambda leaf, key: adapters.add_to_leaf(run.adapter, rows[path], leaf, jax.random.wrap_key_data(key))
+        make = lambda leaf, key: nodes.make(nodes.rows[path], leaf, jax.random.wrap_key_data(key))
         return jax.jit(make, out_shardings=nodes_by_path[path], donate_argnums=0)(leaf, key)
 
     step = make_train_step(resolved.task, module, optimizer, schedule)

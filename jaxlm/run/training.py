@@ -23,6 +23,7 @@ from jaxlm.hub.convert import nested
 from jaxlm.lm import LM, find, with_params
 from jaxlm.nn import parameters
 from jaxlm.reports import report
+from jaxlm.run import nodes
 from jaxlm.run.assembly import Assembly, assemble, closed_flops, local_rows, shard_batch
 from jaxlm.run.checkpoint import Checkpoints, OfFirstHost, checksums_of, finite
 from jaxlm.run.evaluate import run_eval
@@ -264,7 +265,7 @@ class Training:
                 self.state = self.state._replace(step=jax.numpy.int32(best_step), params=params)
                 self.scores = {}
         adapted = parameters.outside_nodes(self.state.params) if self.run.adapter.rank else ()
-        best = dataclasses.replace(with_params(self.model, self.state.model), adapted=adapted)
+        best = dataclasses.replace(with_params(self.model, nodes.finish(self.state.model)), adapted=adapted)
         lm, kind = export(best, self.resolved.task, self.run_folder.folder / "export")
         if not ended:
             raise Stopped(

@@ -35,8 +35,12 @@ def add(params: Any, config: AdapterConfig, key: jax.Array) -> Any:
     Raises:
       UserError: no projection matches the targets, or the rank is larger than a matrix.
     """
-    selected = select(params, config)
-    update = lambda key_path, leaf: add_to_leaf(config, selected.get(parameters.path_of(key_path)), leaf, key)
+    rows = select(params, config)
+
+    def update(key_path: tuple[Any, ...], leaf: jax.Array) -> Any:
+        row = rows.get(parameters.path_of(key_path))
+        return leaf if row is None else low_rank(config, row, leaf, key)
+
     return jax.tree_util.tree_map_with_path(update, params)
 
 
@@ -57,8 +61,8 @@ def select(params: Any, config: AdapterConfig) -> dict[str, parameters.Parameter
     return {path: rows[path]._replace(path=path) for path in paths}
 
 
-def add_to_leaf(config: AdapterConfig, row: parameters.Parameter | None, leaf: jax.Array, key: jax.Array) -> Any:
-    """Returns the node for a stacked projection [L, I..., O...]; without a row, the leaf.
+def low_rank(config: AdapterConfig, row: parameters.Parameter, leaf: jax.Array, key: jax.Array) -> LowRank:
+    """Returns the node for a stacked projection [L, I..., O...].
 
     A has the standard deviation 1 / sqrt(inputs), and B is zero, so that the node represents the same matrix.
 
@@ -68,8 +72,6 @@ def add_to_leaf(config: AdapterConfig, row: parameters.Parameter | None, leaf: j
       leaf: the projection.
       key: random key, the same for all projections.
     """
-    if row is None:
-        return leaf
     stop = 1 + row.inputs
     if config.base in FORMATS:
         base: Any = quantize(leaf, row.inputs, weights=config.base, group=config.group)

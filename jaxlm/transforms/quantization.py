@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -80,7 +80,7 @@ def quantize(
     paths = parameters.projections(lm.params, check_argument("targets", targets, str))
     tables = _tables(lm.params) if check_argument("embeddings", embeddings, bool) else []
     leaves = {path: _dense(path, leaf) for path, leaf in _leaves(lm.params).items() if path in (*paths, *tables)}
-    settings["group"] = _group(check_argument("group", group, Count | None), weights, paths, leaves, lm.params)
+    settings["group"] = choose_group(check_argument("group", group, Count | None), weights, paths, leaves)
 
     done = {path: nearest(leaves.pop(path)[None], 1, first=1, **settings) for path in tables}
     done = {path: jax.tree.map(lambda leaf: leaf[0], node) for path, node in done.items()}
@@ -127,8 +127,18 @@ def _dense(path: str, leaf: Any) -> Any:
     return nodes.dense_layers(leaf) if parameters.is_stacked(path) else nodes.dense(leaf)
 
 
-def _group(group: int | None, weights: str, paths: list[str], leaves: dict[str, Any], params: Any) -> int:
-    """Returns the size of groups. Raises UserError if it does not divide the inputs of a projection."""
+def choose_group(group: int | None, weights: str, paths: list[str], leaves: Mapping[str, Any]) -> int:
+    """Returns the size of groups.
+
+    Args:
+      group: the size that the user gave; None: the largest possible one up to `GROUP` for 4 bits, else 0.
+      weights: the format.
+      paths: the projections.
+      leaves: arrays or shapes of the projections, and of tables of embeddings, by path.
+
+    Raises:
+      UserError: if the group does not divide the inputs of a projection.
+    """
     sizes = {path: leaves[path].shape[-1] for path in leaves if path not in paths}
     sizes |= {path: _inputs(path, leaves[path]) for path in paths}
     if group is None:
