@@ -6,7 +6,15 @@ TEACHER is the folder of a run of `sst2.py`, or another model for the task.  The
 head and every second layer of the teacher, and learns from the labels, and from the predictions and hidden states of
 the teacher.
 
-Hardware, time, score   MEASURED
+Measured in November 2026 with seed 0 and a teacher of 6 layers, MiniLM-L6 after `sst2.py`, on 60,614 phrases of GLUE's
+training part.  Accuracy on 6,735 held-out phrases of that part, and on the 872 sentences of GLUE's dev part:
+
+Hardware         2 CPU cores, shared with up to 12 other processes
+Time             58 min
+Score            student of 3 layers: 0.9430 and 0.8853; its teacher: 0.9443 and 0.9025; the same student without a
+                 teacher, from the same layers (`jaxlm.student`): 0.9416 and 0.8819
+
+On 872 sentences the standard error of an accuracy is 0.01, so that one seed does not separate the two students.
 """
 
 from jaxlm import Classification, DataConfig, DistillConfig, OptimizerConfig, RunConfig
