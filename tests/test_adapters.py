@@ -84,7 +84,7 @@ def test_a_stored_adapter_is_the_same_function(name, case, tmp_path):
     assert not (tmp_path / "adapter" / "model.safetensors").exists()
     loaded = jaxlm.load(tmp_path / "adapter")
     np.testing.assert_allclose(outputs(loaded), expected, atol=1e-5)
-    assert loaded.adapted == lm.adapted
+    assert set(loaded.adapted) == set(lm.adapted)
     np.testing.assert_allclose(
         outputs(jaxlm.load(tmp_path / "base", adapter=tmp_path / "adapter")), expected, atol=1e-5
     )
@@ -111,6 +111,18 @@ def test_a_new_head_is_stored_with_the_adapter_of_a_base_with_another_head(tmp_p
         jaxlm.add_adapter(jaxlm.load(tmp_path / "base"), tmp_path / "adapter")
     (tmp_path / "adapter" / "config.json").unlink()  # as PEFT writes adapters
     np.testing.assert_allclose(outputs(jaxlm.load(tmp_path / "adapter")), outputs(lm), atol=1e-5)
+
+
+def test_a_stored_head_is_stored_again_over_a_base_without_a_head(tmp_path):
+    model = dataclasses.replace(FAMILIES["bert"], heads_on_top=("pooled",))  # its files have no prefix
+    jaxlm.save(LM(model, Transformer(model), random_params(model)), tmp_path / "base")
+    base = jaxlm.load(tmp_path / "base", head="classes", labels=2, log=lambda message: None)
+    lm = with_adapter(base, CONFIGS["all"])
+    jaxlm.save(lm, tmp_path / "adapter")
+    loaded = jaxlm.load(tmp_path / "adapter")
+    assert set(loaded.adapted) == set(lm.adapted) and "classes_head/dense/kernel" in loaded.adapted
+    jaxlm.save(loaded, tmp_path / "again")
+    np.testing.assert_allclose(outputs(jaxlm.load(tmp_path / "again")), outputs(lm), atol=1e-5)
 
 
 def test_a_merged_model_is_a_whole_model(tmp_path):

@@ -32,7 +32,7 @@ from jaxlm.families import (
     t5,
     transformer,
 )
-from jaxlm.hub import compressed_tensors, convert, model_files, peft, safetensors
+from jaxlm.hub import compressed_tensors, convert, model_files, peft, safetensors, updates
 from jaxlm.hub.convert import Family, Rule
 from jaxlm.hub.download import fetch
 from jaxlm.hub.gguf import folder as gguf_folder
@@ -144,9 +144,9 @@ def load(folder: Path, *, dtype: Any = None, mesh: Any = None, **how: Any) -> Lo
     """
     opened = open_folder(folder, merge=False, **how)
     params = place(opened.family, opened.config, opened.tensors, dtype, mesh, opened.fresh)
-    base_format = peft.read_base_format(opened.origin.config, folder)
-    for updates in opened.updates:
-        params = peft.add_updates(opened.family, opened.config, params, updates, base_format=base_format)
+    base_format = updates.read_base_format(opened.origin.config, folder)
+    for factors in opened.updates:
+        params = updates.add_updates(opened.family, opened.config, params, factors, base_format=base_format)
     params = put(params, dtype, mesh) if opened.updates else params
     return Loaded(opened.config, params, opened.origin, opened.fresh, opened.adapted)
 
@@ -195,7 +195,7 @@ def open_folder(
         family = FAMILIES[kind]
         config = dataclasses.replace(_config(family, hf), heads_on_top=())
     for adapter in found_adapters:
-        stored = peft.with_saved(family, adapter, stored)
+        stored = updates.with_saved(family, adapter, stored)
     if labels is not None:
         config = dataclasses.replace(config, labels=labels)
     try:
@@ -218,20 +218,25 @@ def open_folder(
         {name: np.array(tensor) for name, tensor in buffers.items()},
         found_adapters[0].base if peft.is_adapter(given) and not merge else str(given.resolve()),
     )
-    tensors, updates = canonical.tensors, []
+    tensors, factors = dict(canonical.tensors), []
     for adapter in found_adapters:
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        updates.append(peft.canonical_updates(family, config, adapter, shapes))
+        factors.append(updates.canonical_updates(family, config, adapter, shapes))
         if merge:
-            merged = {name: peft.Merged(tensors[name], x, adapter.transposed) for name, x in updates[-1].items()}
-            tensors = tensors | merged
-    own = {canonical.names[name] for adapter in found_adapters for name in adapter.saved if name in canonical.names}
-    adapted = [path for path, x in convert.readers(family, config).items() if own & {*x.names.values()}]
-    return Opened(kind, family, config, tensors, origin, fresh, () if merge else tuple(updates), tuple(sorted(adapted)))
+            tensors |= {name: updates.Merged(tensors[name], x, adapter.transposed) for name, x in factors[-1].items()}
+    adapted = _adapted(family, config, found_adapters)
+    return Opened(kind, family, config, tensors, origin, fresh, () if merge else tuple(factors), adapted)
+
+
+def _adapted(family: Family, config: ModelConfig, adapters: Sequence[peft.Adapter]) -> tuple[str, ...]:
+    """Returns the paths of the leaves with a tensor that an adapter replaces or adds."""
+    saved = {name for adapter in adapters for name in adapter.saved}
+    saved |= {family.prefix + name for name in saved}  # files of a model without a head omit the prefix
+    return tuple(path for path, reader in convert.readers(family, config).items() if saved & {*reader.names.values()})
 
 
 # Keys of config.json that an adapter may change: its task, its labels, and in jaxlm's own format its heads.
-_OF_ADAPTER = ("architectures", "id2label", "label2id", "problem_type", "model", peft.BASE_FORMAT)
+_OF_ADAPTER = ("architectures", "id2label", "label2id", "problem_type", "model", updates.BASE_FORMAT)
 
 
 def base_of(folder: Path) -> Path:
@@ -310,11 +315,11 @@ def save(
             tensor.dtype for tensor in named.values() if tensor.dtype.name in FLOATS
         ]  # other dtypes belong to buffers
         values[name] = str(max(floats, key=lambda dtype: dtype.itemsize))
-    values.pop(peft.BASE_FORMAT, None)
-    if peft.has_updates(params):
-        base_format = peft.quantized_base(params)
-        values |= {peft.BASE_FORMAT: base_format} if base_format else {}
-        peft.write(folder, family, config, params, adapted, origin.base if origin else "", dtype)
+    values.pop(updates.BASE_FORMAT, None)
+    if updates.has_updates(params):
+        base_format = updates.quantized_base(params)
+        values |= {updates.BASE_FORMAT: base_format} if base_format else {}
+        updates.write(folder, family, config, params, adapted, origin.base if origin else "", dtype)
     else:
         if dense := _written_dense(params, tensors):
             log(f"written as floats, since the files cannot store {dense}; quantise the model again after loading")

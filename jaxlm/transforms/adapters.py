@@ -16,7 +16,7 @@ from jaxlm.config import AdapterConfig
 from jaxlm.config.ranges import Number, check_argument
 from jaxlm.devices import sharding
 from jaxlm.errors import UserError
-from jaxlm.hub import convert, peft
+from jaxlm.hub import convert, peft, updates
 from jaxlm.hub.place import put
 from jaxlm.lm import LM, find, with_params
 from jaxlm.nn import nodes, parameters
@@ -170,8 +170,8 @@ def add_adapter(lm: LM, adapter: str | os.PathLike[str], weight: float = 1.0) ->
     if weight != 1 and any(factors.magnitude_O is not None for factors in found.updates.values()):
         raise UserError(f"weight is {weight:g}, but {found.folder} has magnitudes (DoRA), which have no weight; use 1")
     _, family = families.format_of(lm.config, lm.origin)
-    updates = peft.canonical_updates(family, lm.config, found, convert.hf_shapes(family, lm.config))
-    params = peft.add_updates(family, lm.config, lm.params, updates, weight)
+    factors = updates.canonical_updates(family, lm.config, found, convert.hf_shapes(family, lm.config))
+    params = updates.add_updates(family, lm.config, lm.params, factors, weight)
     return with_params(lm, put(params, mesh=sharding.mesh_of(lm.params)))
 
 
