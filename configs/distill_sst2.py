@@ -12,7 +12,7 @@ training part.  Accuracy on 6,735 held-out phrases of that part, and on the 872 
 Hardware         2 CPU cores, shared with up to 12 other processes
 Time             58 min
 Score            student of 3 layers: 0.9430 and 0.8853; its teacher: 0.9443 and 0.9025; the same student without a
-                 teacher, from the same layers (`jaxlm.student`): 0.9416 and 0.8819
+                 teacher, from the same layers (`jaxlm.shrink`): 0.9416 and 0.8819
 
 On 872 sentences the standard error of an accuracy is 0.01, so that one seed does not separate the two students.
 """
