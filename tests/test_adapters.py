@@ -184,7 +184,14 @@ def base_run(data_dir, tmp_path, monkeypatch, no_plots) -> dict:
     }
 
 
-@pytest.mark.parametrize(("kind", "base"), [("lora", "float32"), ("dora", "nf4"), ("lora", "int4")])
+@pytest.mark.parametrize(
+    ("kind", "base"),
+    [
+        pytest.param("lora", "float32", marks=pytest.mark.long),
+        ("dora", "nf4"),
+        pytest.param("lora", "int4", marks=pytest.mark.long),
+    ],
+)
 def test_a_resumed_run_has_the_same_adapter(data_dir, base_run, tmp_path, devices, kind, base):
     more = base_run | {"adapter": dataclasses.replace(base_run["adapter"], kind=kind, base=base, group=16)}
     whole = fit(run_config(data_dir, tmp_path / "whole", **more), summary=False)
@@ -299,7 +306,7 @@ def test_several_magnitudes_are_not_one_adapter(tmp_path):
     assert nodes.is_node(both.params["decoder"]["layers"]["mlp"]["up"]["kernel"])
 
 
-@pytest.mark.parametrize("inputs", ["float", "int8"])
+@pytest.mark.parametrize("inputs", [pytest.param("float", marks=pytest.mark.long), "int8"])
 def test_training_with_rounded_weights_exports_them_quantised_and_resumes_exactly(
     data_dir, base_run, tmp_path, devices, inputs
 ):

@@ -521,7 +521,8 @@ def test_a_changed_teacher_is_refused_when_a_run_resumes(folder, tmp_path):
         jaxlm.fit(run)
 
 
-@pytest.mark.parametrize("how", [pytest.param("accumulated", marks=pytest.mark.long), "sharded"])
+@pytest.mark.long
+@pytest.mark.parametrize("how", ["accumulated", "sharded"])
 def test_accumulated_and_sharded_runs_have_the_same_losses(folder, tmp_path, devices, how):
     save_model(tmp_path / "teacher", width=32, layers=4)  # a projection of the hidden states is trained too
     distill = DistillConfig(str(tmp_path / "teacher"), hidden=1.0, attention=1.0)

@@ -212,6 +212,7 @@ def family_model(family: str, **fields) -> LM:
     return LM(config, Transformer(config), random_params(config))
 
 
+@pytest.mark.long
 def test_the_format_is_kept_where_it_has_the_sizes(tmp_path):
     cases = [
         ("bert", {}, {"layers": 2, "mlp": 10}, "bert"),
