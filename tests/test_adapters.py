@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from random_params import random_params
-from test_runs import assert_same, run_config, stop_after, write_text
+from test_runs import CONFIG, assert_same, run_config, start, stop_after, wait_for, write_text
 
 import jaxlm
 from jaxlm import AdapterConfig, DataConfig, MeshConfig, ModelConfig, QuantizeConfig, RunConfig, UserError
@@ -212,6 +212,41 @@ def test_a_resumed_run_has_the_same_adapter(data_dir, base_run, tmp_path, device
     size = lambda folder: sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     assert size(tmp_path / "run" / "export") < size(tmp_path / "base" / "export")
     assert np.abs(outputs(lm) - outputs(loaded_base)).max() > 1e-3
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--adapter.rank", "2", "--adapter.base", "int4", "--adapter.group", "16", "--adapter.kind", "dora"),
+        ("--quantize.weights", "int8"),
+        ("--prune.sparsity", "0.5", "--prune.method", "movement", "--prune.every", "3"),
+        ("--distill.teacher", "BASE", "--distill.hidden", "1"),
+    ],
+    ids=lambda flags: flags[0],
+)
+def test_a_run_that_is_killed_has_the_same_result(data_dir, base_run, tmp_path, flags):
+    """SIGKILL after different numbers of lines, for each way to make a model smaller."""
+    (data_dir / "tiny.py").write_text(CONFIG)
+    steps = ("--steps", "40", "--checkpoint-every", "5", "--eval-every", "20", "--log-every", "4")
+    arguments = (
+        *steps,
+        "--init",
+        str(tmp_path / "base"),
+        *(str(tmp_path / "base") if x == "BASE" else x for x in flags),
+    )
+    process = start(data_dir / "tiny.py", tmp_path / "whole", *arguments)
+    output = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, output
+    for line in ("step 8/", "step 16/", "scores    step 20/", "step 40/"):
+        process = start(data_dir / "tiny.py", tmp_path / "run", *arguments)
+        wait_for(process, line)
+        process.kill()
+        process.communicate()
+    process = start(data_dir / "tiny.py", tmp_path / "run", *arguments)
+    output = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, output
+    assert_same(tmp_path / "run", tmp_path / "whole")
 
 
 def test_an_adapter_is_trained_on_a_mesh_as_on_one_device(data_dir, base_run, tmp_path, devices):
