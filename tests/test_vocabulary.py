@@ -124,6 +124,9 @@ def test_resize_uses_the_size_of_the_tokenizer(tmp_path):
     for size in (ROWS, 0, -1, 2.5, True, "40"):
         with pytest.raises(UserError, match=r"size is .*; it must be an integer, at least"):
             jaxlm.resize(lm, size)
+    quantized = jaxlm.quantize(model(**DECODER), "int8", embeddings=True)
+    with pytest.raises(UserError, match="embeddings/tokens is of the kind Quantized; resize the original model"):
+        jaxlm.resize(quantized, 99)
     with pytest.raises(UserError, match="target_size is 9, but the model has one table"):
         jaxlm.resize(lm, 80, 9)
 

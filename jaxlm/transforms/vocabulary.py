@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxlm.errors import UserError
 from jaxlm.lm import LM
-from jaxlm.nn import parameters
+from jaxlm.nn import nodes, parameters
 
 
 def resize(lm: LM, size: int | None = None, target_size: int | None = None) -> LM:
@@ -29,8 +29,8 @@ def resize(lm: LM, size: int | None = None, target_size: int | None = None) -> L
       A new model; `lm` is unchanged.
 
     Raises:
-      UserError: for a size below 1 or, where the model has a tokenizer, below its number of tokens, and for a
-        target_size of a model with one table.
+      UserError: for a size below 1 or, where the model has a tokenizer, below its number of tokens, for a target_size
+        of a model with one table, and for a quantised table.
 
     Source: Hewitt, "Initializing New Word Embeddings for Pretrained Language Models", 2021.
     """
@@ -38,6 +38,11 @@ def resize(lm: LM, size: int | None = None, target_size: int | None = None) -> L
     if target_size is not None and not has_target:
         raise UserError(f"target_size is {target_size}, but the model has one table of tokens; remove it")
     tokens, target_tokens = (lm.tokenizer.size, lm.tokenizer.target.size) if lm.tokenizer else (0, 0)
+    for path, leaf in parameters.by_path(lm.params, whole_nodes=True).items():
+        if nodes.is_node(leaf) and (row := parameters.find(path)) and "vocabulary" in row.axes:
+            raise UserError(
+                f"{path} is of the kind {type(leaf).__name__}; resize the original model, and then compress it"
+            )
     rows = _size("size", size, tokens, config.vocabulary)
     target_rows = _size("target_size", target_size, target_tokens, config.V) if has_target else rows
 
