@@ -17,10 +17,10 @@ from jaxlm.lm import LM
 from jaxlm.nn import parameters
 from jaxlm.nn.transformer import Transformer
 from jaxlm.transforms import adapters
-from jaxlm.transforms.calibration import input_moments
+from jaxlm.transforms.calibration import input_moments, inverse_factor
 from jaxlm.transforms.masks import grouping, lowest
 from jaxlm.transforms.pruning import sparsity_of
-from jaxlm.transforms.sparsegpt import inverse_factor, sparsegpt
+from jaxlm.transforms.sparsegpt import sparsegpt
 
 CONFIG = ModelConfig(
     vocabulary=48, width=16, layers=2, heads=2, kv_heads=1, max_length=64, mlp_width=24, positions="rotary",

@@ -20,6 +20,7 @@ from jaxlm.transforms.calibration_rows import CalibrationRows, calibration_rows
 
 MIN_TOKENS = 128  # a mean of squares over this many tokens has a relative standard error of about 1/8
 BATCH_TOKENS = 1 << 12  # tokens that the model reads at a time
+DAMPING = 0.01  # added to the diagonal of a Gram matrix that is inverted, as a fraction of its mean
 
 
 class Moments(NamedTuple):
@@ -211,3 +212,18 @@ def _of_layer(
         square = lambda x_NI: jnp.square(x_NI).sum(0) if diagonal else jnp.dot(x_NI.T, x_NI, precision="highest")
         total += square(x_NI)
     return total, tokens * len(of_tokens or inputs)
+
+
+def inverse_factor(gram_JJ: jax.Array, damping: float = DAMPING) -> jax.Array:
+    """Returns the upper triangular R with R^T R = (G + damping mean(diag G) I)^-1 for a Gram matrix G of inputs.
+
+    Row j of R, divided by its diagonal, is the optimal update of the weights of later inputs for an error of the weight
+    of input j, after which that weight does not change (Frantar and Alistarh 2023, equation 3; Frantar et al. 2022,
+    section 3.3). Inputs that are always zero have the diagonal 1 in place of 0.
+    """
+    diagonal_J = jnp.diagonal(gram_JJ)
+    added_J = damping * diagonal_J.mean() + (diagonal_J == 0)
+    reverse = lambda x: x[::-1, ::-1]
+    # G = U U^T with an upper triangular U, so that R = U^-1, without the inverse of G, whose condition is worse.
+    upper_JJ = reverse(jnp.linalg.cholesky(reverse(gram_JJ + jnp.diag(added_J))))
+    return jax.scipy.linalg.solve_triangular(upper_JJ, jnp.eye(len(gram_JJ), dtype=gram_JJ.dtype))

@@ -19,13 +19,12 @@ from jaxlm.lm import LM
 from jaxlm.nn import nodes, parameters
 from jaxlm.nn.quantized import FakeQuantized, Quantized, Weights, find_scales, round_to_values, split_groups
 from jaxlm.nn.quantized import quantize as quantize_array
-from jaxlm.transforms.calibration import Moments, input_moments
+from jaxlm.transforms.calibration import Moments, input_moments, inverse_factor
 
 Method = Literal["nearest", "gptq"]
 Inputs = Literal["float", "int8"]
 GROUP = 64  # inputs in a group of 4-bit weights, unless the caller chooses
 MIN_GROUP = 8  # with fewer inputs, the scales have as many bits as the weights
-DAMPING = 0.01  # added to the diagonal of Gram matrices, relative to its mean (Frantar et al. 2022, section 3.3)
 BLOCK = 128  # inputs of a matrix that GPTQ rounds before it updates the others
 MAX_MOMENTS = 2 << 30  # bytes of Gram matrices that are in memory at the same time
 
@@ -232,7 +231,7 @@ def _gptq_layer(array: jax.Array, gram_II: jax.Array, inputs: int, weights: str,
     of_rows = lambda x: None if x is None else x.reshape(len(x), -1)[order_I // group]  # [I, O]
     values_IO = _round_rows(
         array.astype(jnp.float32).reshape(size, -1)[order_I],
-        _inverse_factor(gram_II[order_I][:, order_I]),
+        inverse_factor(gram_II[order_I][:, order_I]),
         of_rows(scales),
         of_rows(zeros),
         weights,
@@ -240,16 +239,6 @@ def _gptq_layer(array: jax.Array, gram_II: jax.Array, inputs: int, weights: str,
     values_IO = jnp.zeros_like(values_IO).at[order_I].set(values_IO)
     zeros = None if zeros is None else zeros[:, 0]
     return Quantized(values_IO.reshape(array.shape), scales[:, 0], zeros, None, 0, inputs)
-
-
-def _inverse_factor(gram_II: jax.Array) -> jax.Array:
-    """Returns the upper Cholesky factor of the inverse of the damped Gram matrix."""
-    diagonal_I = jnp.diag(gram_II)
-    unused = diagonal_I == 0  # such an input has no effect on the outputs, and is rounded to the nearest value
-    damped = gram_II + jnp.diag(jnp.where(unused, 1.0, 0.0) + DAMPING * diagonal_I.mean())
-    factor = jax.scipy.linalg.cho_factor(damped, lower=True)
-    inverse = jax.scipy.linalg.cho_solve(factor, jnp.eye(len(gram_II), dtype=jnp.float32))
-    return jnp.linalg.cholesky((inverse + inverse.T) / 2).T
 
 
 def _round_rows(matrix_IO: Any, factor_II: Any, scales_IO: Any, zeros_IO: Any, weights: str) -> jax.Array:

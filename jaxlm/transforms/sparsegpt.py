@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.transforms.calibration import inverse_factor
 from jaxlm.transforms.masks import Grouping, lowest
 
 BLOCK = 128  # inputs whose removed weights are selected together (section 3.3)
-DAMPING = 0.01  # added to the diagonal of the Gram matrix, as a fraction of its mean (section 4)
 
 
 def sparsegpt(weight: jax.Array, gram_LJJ: jax.Array, groups: Grouping) -> jax.Array:
@@ -29,19 +29,6 @@ def sparsegpt(weight: jax.Array, gram_LJJ: jax.Array, groups: Grouping) -> jax.A
     L, J, _ = gram_LJJ.shape
     run = jax.jit(lambda *stacked: jax.lax.map(lambda layer: _prune_layer(layer[0], layer[1], groups), stacked))
     return run(weight.astype(jnp.float32).reshape(L, J, -1), gram_LJJ).reshape(weight.shape)
-
-
-def inverse_factor(gram_JJ: jax.Array, damping: float = DAMPING) -> jax.Array:
-    """Returns the upper triangular R with R^T R = (G + damping mean(diag G) I)^-1.
-
-    Inputs that are always zero have the diagonal 1 in place of 0.
-    """
-    diagonal_J = jnp.diagonal(gram_JJ)
-    added_J = damping * diagonal_J.mean() + (diagonal_J == 0)
-    reverse = lambda x: x[::-1, ::-1]
-    # G = U U^T with an upper triangular U, so that R = U^-1, without the inverse of G, whose condition is worse.
-    upper_JJ = reverse(jnp.linalg.cholesky(reverse(gram_JJ + jnp.diag(added_J))))
-    return jax.scipy.linalg.solve_triangular(upper_JJ, jnp.eye(len(gram_JJ), dtype=gram_JJ.dtype))
 
 
 def _prune_layer(W_JO: jax.Array, gram_JJ: jax.Array, groups: Grouping) -> jax.Array:
