@@ -323,9 +323,9 @@ else:  # --init of a run
     run = jaxlm.RunConfig(None, jaxlm.CausalLM(), data, init=sys.argv[1], batch=8, mesh=MeshConfig(data=1, fsdp=8))
     task = make_task(run, None)
     weights = weights_of(run, None, task, (), False)
-    like = assemble(ResolvedModel(run, mesh, task, weights.config, Transformer)).like
+    like = assemble(ResolvedModel(run, mesh, task, weights.config, Transformer)).dense
     before = status("VmRSS")
-    params = start_from(weights, like.params, lambda paths: {}, print)
+    params = start_from(weights, like, lambda paths: {}, lambda path, leaf: leaf, print)
 jax.block_until_ready(params)
 own = sum(shard.data.nbytes for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards)
 print(status("VmHWM") - before - own, own)
