@@ -252,7 +252,7 @@ def test_divergences_equal_their_definitions(temperature):
     total, weight = losses.divergence(logits, teacher, weights, temperature)
     np.testing.assert_allclose(total, expected, rtol=1e-5)
     np.testing.assert_allclose(weight, weights.sum(), rtol=1e-6)
-    # A sigmoid is a softmax over two logits, of which one is 0.
+    # A sigmoid is a softmax over two logits, one of them 0.
     pairs = [np.stack([x, np.zeros_like(x)], -1) for x in (logits, teacher)]
     expected = losses.divergence(*pairs, np.repeat(weights[..., None], 7, -1), temperature)[0] / 7
     np.testing.assert_allclose(losses.binary_divergence(logits, teacher, weights, temperature)[0], expected, rtol=1e-5)
@@ -303,7 +303,7 @@ def test_a_large_vocabulary_is_compared_in_parts(name, monkeypatch):
 
 
 def test_a_large_vocabulary_is_compared_in_parts_on_a_mesh(monkeypatch):
-    """Each part of the mesh has copies of both heads, of which only the student's has a gradient."""
+    """Each part of the mesh has copies of both heads. Only the student's head has a gradient."""
     task, module, params = distilled("documents", DistillConfig("teacher", labels=0.0), width=32, layers=3)
     batch = batch_of("documents")
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])

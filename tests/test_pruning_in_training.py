@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 from random_params import random_params
+from test_runs import tensors
 
 import jaxlm
 from jaxlm import CausalLM, DataConfig, ModelConfig, OptimizerConfig, PruneConfig, RunConfig, TokenizerConfig, UserError
@@ -219,17 +220,6 @@ def run_config(data_dir: Path, workdir: Path, **more: Any) -> RunConfig:
         "workdir": str(workdir),
     }
     return RunConfig(**values | more)
-
-
-def tensors(folder: Path) -> dict[str, bytes]:
-    """Returns the last checkpoint and the export, as bytes."""
-    import orbax.checkpoint as ocp
-
-    manager = ocp.CheckpointManager((folder / "checkpoints").absolute())
-    state = manager.restore(manager.latest_step(), args=ocp.args.Composite(state=ocp.args.StandardRestore()))["state"]
-    manager.close()
-    found = {jax.tree_util.keystr(p): np.asarray(x).tobytes() for p, x in jax.tree_util.tree_leaves_with_path(state)}
-    return found | {f.name: f.read_bytes() for f in (folder / "export").iterdir()}
 
 
 def test_a_resumed_run_has_the_same_zeros(data_dir, tmp_path, devices):

@@ -144,9 +144,9 @@ def load(folder: Path, *, dtype: Any = None, mesh: Any = None, **how: Any) -> Lo
     """
     opened = open_folder(folder, merge=False, **how)
     params = place(opened.family, opened.config, opened.tensors, dtype, mesh, opened.fresh)
-    base_format = updates.read_base_format(opened.origin.config, folder)
+    stored_as = updates.read_base_format(opened.origin.config, folder)
     for factors in opened.updates:
-        params = updates.add_updates(opened.family, opened.config, params, factors, base_format=base_format)
+        params = updates.add_updates(opened.family, opened.config, params, factors, stored_as=stored_as)
     params = put(params, dtype, mesh) if opened.updates else params
     return Loaded(opened.config, params, opened.origin, opened.fresh, opened.adapted)
 
@@ -317,8 +317,8 @@ def save(
         values[name] = str(max(floats, key=lambda dtype: dtype.itemsize))
     values.pop(updates.BASE_FORMAT, None)
     if updates.has_updates(params):
-        base_format = updates.quantized_base(params)
-        values |= {updates.BASE_FORMAT: base_format} if base_format else {}
+        stored_as = updates.base_format(params)
+        values |= {updates.BASE_FORMAT: stored_as} if stored_as else {}
         updates.write(folder, family, config, params, adapted, origin.base if origin else "", dtype)
     else:
         if dense := _written_dense(params, tensors):

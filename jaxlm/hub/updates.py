@@ -26,7 +26,7 @@ from jaxlm.nn import nodes, parameters
 from jaxlm.nn.low_rank import LowRank, column_norms
 from jaxlm.nn.quantized import FORMATS, Quantized, quantize
 
-BASE_FORMAT = "jaxlm_quantized_base"  # key of config.json beside an adapter that was trained on a quantised base
+BASE_FORMAT = "jaxlm_base"  # key of config.json beside an adapter that was trained on a base in another format
 
 
 def has_updates(params: Any) -> bool:
@@ -35,11 +35,11 @@ def has_updates(params: Any) -> bool:
 
 
 def read_base_format(hf: Mapping[str, Any], source: Path) -> dict[str, Any] | None:
-    """Returns the format of the base in the config.json of an adapter, as `quantized_base` returns it."""
+    """Returns the format of the base in the config.json of an adapter, as `base_format` returns it."""
     if hf.get(BASE_FORMAT) is None:
         return None
     values = JsonObject(dict(hf), str(source)).object(BASE_FORMAT)
-    return {"weights": values.text("weights", "nf4", FORMATS), "group": values.integer("group", 0, 0)}
+    return {"weights": values.text("weights", "nf4", (*FORMATS, "bfloat16")), "group": values.integer("group", 0, 0)}
 
 
 class Merged:
@@ -173,15 +173,22 @@ def _modules(rule: Rule, shapes: Mapping[str, tuple[int, ...]]) -> dict[int, str
     return {i: f"{rule.hf}.{i}" for i in range(shapes[rule.leaves[0]][0])}
 
 
-def quantized_base(params: Any) -> dict[str, Any] | None:
-    """Returns the format and the group of the quantised matrices below low-rank updates; None without such."""
+def base_format(params: Any) -> dict[str, Any] | None:
+    """Returns how the matrices below low-rank updates are stored; None if that is the dtype of the updates.
+
+    The result has the format under `weights`, an entry of `FORMATS` or bfloat16, and the size of its groups, `group`.
+    """
     for leaf in parameters.by_path(params, whole_nodes=True).values():
         base = leaf
         while isinstance(base, LowRank):
             base = base.base
-        if isinstance(leaf, LowRank) and isinstance(base, Quantized):
+        if not isinstance(leaf, LowRank):
+            continue
+        if isinstance(base, Quantized):
             inputs = math.prod(base.values.shape[1 : 1 + base.inputs])
             return {"weights": base.weights, "group": inputs // base.scales.shape[1]}
+        if not nodes.is_node(base) and base.dtype == jnp.bfloat16 != leaf.a.dtype:
+            return {"weights": "bfloat16", "group": 0}
     return None
 
 
@@ -191,7 +198,7 @@ def add_updates(
     params: Any,
     updates: Mapping[str, Factors],
     weight: float = 1.0,
-    base_format: Mapping[str, Any] | None = None,
+    stored_as: Mapping[str, Any] | None = None,
 ) -> Any:
     """Returns parameters with a `LowRank` node in place of each kernel with an update.
 
@@ -201,7 +208,7 @@ def add_updates(
       params: the parameters, arrays or nodes.
       updates: updates by the names of tensors in the rules, as `canonical_updates` returns them.
       weight: factor of all updates.
-      base_format: format and group in which arrays below updates are quantised, as in training; None: not quantised.
+      stored_as: how arrays below updates are stored, as `base_format` returns it; None: as they are.
     """
     shapes, leaves = convert.tree_shapes(config, family.module), convert.flat(params)
     used: set[str] = set()
@@ -217,8 +224,8 @@ def add_updates(
             node = _node(leaves[path], row.inputs, shapes[path], found, order, reader.which, weight)
             if len(order.sizes) > 1 and _has_no_effect(node):
                 continue  # another kernel in the same tensor has the update
-            if base_format and not nodes.is_node(node.base):
-                node = replace(node, base=quantize(node.base, row.inputs, **base_format))
+            if stored_as and not nodes.is_node(node.base):
+                node = replace(node, base=store_base(node.base, row.inputs, **stored_as))
             leaves[path] = node
     if unused := sorted(updates.keys() - used):
         raise UserError(
@@ -226,6 +233,13 @@ def add_updates(
             f"(merge_and_unload), and give the merged model"
         )
     return convert.nested(leaves)
+
+
+def store_base(kernel: Any, inputs: int, weights: str, group: int) -> Any:
+    """Returns a stacked kernel in a format of `AdapterConfig.base`; `group` inputs share a scale."""
+    if weights in FORMATS:
+        return quantize(kernel, inputs, weights=weights, group=group)
+    return kernel.astype(weights)
 
 
 def _node(

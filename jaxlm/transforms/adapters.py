@@ -21,7 +21,7 @@ from jaxlm.hub.place import put
 from jaxlm.lm import LM, find, with_params
 from jaxlm.nn import nodes, parameters
 from jaxlm.nn.low_rank import LowRank, column_norms
-from jaxlm.nn.quantized import FORMATS, is_quantized, quantize
+from jaxlm.nn.quantized import is_quantized
 
 
 def add(params: Any, config: AdapterConfig, key: jax.Array) -> Any:
@@ -73,10 +73,7 @@ def low_rank(config: AdapterConfig, row: parameters.Parameter, leaf: jax.Array, 
       key: random key, the same for all projections.
     """
     stop = 1 + row.inputs
-    if config.base in FORMATS:
-        base: Any = quantize(leaf, row.inputs, weights=config.base, group=config.group)
-    else:
-        base = leaf.astype(config.base)
+    base = updates.store_base(leaf, row.inputs, config.base, config.group)
     draw = jax.random.normal(jax.random.fold_in(key, zlib.crc32(row.path.encode())), (*leaf.shape[:stop], config.rank))
     a = draw / math.sqrt(math.prod(leaf.shape[1:stop]))
     b = jnp.zeros((leaf.shape[0], config.rank, *leaf.shape[stop:]))
