@@ -209,8 +209,8 @@ def _config_values(
     head = next(iter(config.heads_on_top), None)
     lm_type = "SEQ_2_SEQ_LM" if config.structure == "encoder_decoder" else "CAUSAL_LM"
     task = {"lm": lm_type, None: "FEATURE_EXTRACTION"}.get(head, _TASK_TYPES.get(str(head)))
-    layers_of_biases = {name for name in saved if name.endswith(".bias") and f"{name[:-5]}.weight" not in saved}
-    heads = sorted({name.rpartition(".")[0] for name in saved if name not in layers_of_biases})
+    biases = {name for name in saved if name.endswith(".bias") and f"{name[:-5]}.weight" not in saved}
+    heads = _outermost({name.rpartition(".")[0] for name in saved if name not in biases}, known)
     return {
         "peft_type": "LORA",
         "task_type": task,
@@ -220,12 +220,27 @@ def _config_values(
         "alpha_pattern": {module: x for module, x in alphas.items() if x != alpha},
         "target_modules": _suffixes(set(updates), known),
         "modules_to_save": heads or None,
-        "bias": "all" if layers_of_biases else "none",
+        "bias": "all" if biases else "none",
         "lora_dropout": 0.0,
         "use_rslora": False,
         "use_dora": any(factors.magnitude_O is not None for factors in updates.values()),
         "inference_mode": True,
     }
+
+
+def _outermost(chosen: set[str], known: list[str]) -> list[str]:
+    """Returns the outermost modules that contain only chosen modules of the known ones.
+
+    PEFT saves the whole head of a classifier, and fails for two nested modules, such as those of RoBERTa.
+    """
+    modules = {name.removesuffix(".bias") for name in known}
+    outermost: set[str] = set()
+    for module in chosen:
+        parts = module.split(".")
+        parents = (".".join(parts[:n]) for n in range(1, len(parts) + 1))
+        contains = lambda parent: {name for name in modules if f"{name}.".startswith(f"{parent}.")}
+        outermost.add(next(parent for parent in parents if contains(parent) <= chosen))
+    return sorted(outermost)
 
 
 def _suffixes(chosen: set[str], known: list[str]) -> list[str]:
