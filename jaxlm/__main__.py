@@ -20,7 +20,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice, takewhile
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,6 +32,7 @@ with delay_interrupts():
     from jaxlm.config import (
         CausalLM,
         Classification,
+        CompressConfig,
         DataConfig,
         Decoding,
         MeshConfig,
@@ -40,7 +41,7 @@ with delay_interrupts():
         flags,
         python_files,
     )
-    from jaxlm.config.ranges import MAX_INT, Config, Count, Name, Range, ShareBelowOne, check_fields
+    from jaxlm.config.ranges import MAX_INT, Config, Count, Name, Range, check_fields
     from jaxlm.devices import hosts, process
     from jaxlm.errors import RunError, Stopped, UserError, suggestion
     from jaxlm.run import sweep as sweeps
@@ -351,23 +352,8 @@ class Compress(Config):
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     # The folder to write, which must be new or empty. Several variants are written to folders in it.
     out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-    # One variant each: int8, int4, nf4, fp8, or float for weights that are not quantised; not set: float.
-    weights: tuple[Literal["float", "int8", "int4", "nf4", "fp8"], ...] = ()  # formats of weights
-    # Inputs that share a scale; -1: chosen for the format; 0: all inputs of an output.
-    group: Annotated[int, Range(0, MAX_INT, special=(-1, "automatic"))] = -1
-    symmetric: bool = True  # whether the integer 0 represents 0; if not, each group has a zero point
-    inputs: Literal["float", "int8"] = "float"  # int8: round the inputs of projections too, and multiply integers
-    targets: str = "all"  # parts of the paths of projections, such as query,value or mlp
-    embeddings: bool = False  # also quantise the embeddings of tokens and the heads over tokens
-    method: Literal["nearest", "gptq"] = "nearest"  # gptq requires --calibration
-    sparsity: ShareBelowOne = 0.0  # fraction of the weights of projections that is set to zero, before quantisation
-    pattern: str = ""  # N:M, such as 2:4, to keep N of M consecutive inputs; replaces --sparsity
-    pruning: Literal["magnitude", "wanda", "sparsegpt"] = "magnitude"  # wanda and sparsegpt require --calibration
-    layers: Count = 0  # number of layers to keep, evenly spaced, before pruning; 0: all
-    heads: Count = 0  # number of attention heads of each layer to keep; 0: all
-    mlp: Count = 0  # width of the MLP to keep; 0: all
-    calibration: str = ""  # a file of texts: one example per paragraph or line, as in training
-    calibration_texts: Annotated[int, Range(1, MAX_INT)] = 1000  # number of texts that are read from it
+    # How the variants are made.
+    recipe: tyro.conf.OmitArgPrefixes[CompressConfig] = dataclasses.field(default_factory=CompressConfig)
     evaluate: str = ""  # a file to score every variant on: plain text for a language model, else labelled rows
     # For --evaluate: tokens in a row; 0: the length in training, or that of the model.
     length: Annotated[int, Range(2, MAX_INT, special=(0, "automatic"))] = 0
@@ -389,21 +375,14 @@ def compress(argv: list[str], _: process.Signals) -> int:
     args = hidden(default, argv, "jaxlm compress", description=_summary("compress"))
     check_fields(args)
     check_task(args.task)
-    if not (set(args.weights) - {"float"} or _prunes(args) or _shrinks(args)):
-        raise UserError(
-            "compress has no variants; give formats with --weights (int8, int4, nf4 or fp8), or --sparsity, --pattern, "
-            "--layers, --heads or --mlp"
-        )
-    needs_texts = args.method == "gptq" or args.pruning != "magnitude" or _shrinks(args)
-    if args.calibration and not needs_texts:
-        raise UserError("calibration is given, but nothing uses it; set --method gptq, or --pruning wanda or sparsegpt")
+    args.recipe.check()
     _check_readable(args)
+    from jaxlm.data import source
     from jaxlm.run import compress as compression
 
-    texts = _calibration_texts(args)
-    variants = [
-        compression.Variant(weights, partial(_compress, args, weights, texts)) for weights in args.weights or ("float",)
-    ]
+    file = args.recipe.calibration
+    texts = source.documents(file, args.data, args.data.split, Counter()) if file else None
+    variants = compression.variants_of(args.recipe, texts)
     evaluate = (lambda lm: _scores(lm, args.evaluate, args)[0]) if args.evaluate else None
     log = lambda line: print(line, file=sys.stderr, flush=True)
     results = compression.compress(args.model, args.out, variants, evaluate, log)
@@ -416,7 +395,7 @@ def _check_readable(args: Compress) -> None:
     from jaxlm.data import source
     from jaxlm.tasks import columns_of
 
-    texts = [args.calibration, args.evaluate if isinstance(args.task, CausalLM) else ""]
+    texts = [args.recipe.calibration, args.evaluate if isinstance(args.task, CausalLM) else ""]
     for file in filter(None, texts):
         next(iter(source.documents(file, args.data, args.data.split, Counter())))
     if args.evaluate and not isinstance(args.task, CausalLM):
@@ -438,51 +417,6 @@ def _task_of_model(name: str) -> Any:
         return task_for(lm)
     except UserError:  # a model without a head: only --evaluate needs a task
         return CausalLM()
-
-
-def _prunes(args: Compress) -> bool:
-    return bool(args.sparsity or args.pattern)
-
-
-def _shrinks(args: Compress) -> bool:
-    return bool(args.layers or args.heads or args.mlp)
-
-
-def _calibration_texts(args: Compress) -> list[str] | None:
-    """Returns the texts of the calibration file; None without a file."""
-    from jaxlm.data import source
-
-    if not args.calibration:
-        return None
-    documents = source.documents(args.calibration, args.data, args.data.split, Counter())
-    return list(islice(documents, args.calibration_texts))
-
-
-def _compress(args: Compress, weights: Any, texts: list[str] | None, lm: Any) -> Any:
-    """Returns a variant of a model: with fewer layers, heads and columns, then pruned, then quantised."""
-    import jaxlm
-
-    if _shrinks(args):
-        lm = jaxlm.shrink(
-            lm, layers=args.layers or None, heads=args.heads or None, mlp=args.mlp or None, calibration=texts
-        )
-    if _prunes(args):
-        lm = jaxlm.prune(
-            lm,
-            args.sparsity or None,
-            method=args.pruning,
-            pattern=args.pattern or None,
-            targets=args.targets,
-            calibration=texts if args.pruning != "magnitude" else None,
-        )
-    if weights == "float":
-        return lm
-    how: dict[str, Any] = {name: getattr(args, name) for name in ("symmetric", "inputs", "targets", "embeddings")}
-    needs_texts = args.method == "gptq"
-    group = None if args.group < 0 else args.group
-    return jaxlm.quantize(
-        lm, weights, group=group, method=args.method, calibration=texts if needs_texts else None, **how
-    )
 
 
 @dataclass(frozen=True)

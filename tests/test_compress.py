@@ -72,6 +72,8 @@ def test_a_variant_may_be_smaller_and_pruned(model, tmp_path):
     ("arguments", "message"),
     [
         ([], "has no variants; give formats with --weights"),
+        (["--weights", "int8", "--pruning", "wanda"], "nothing is pruned; set --sparsity or --pattern"),
+        (["--sparsity", "0.5", "--method", "gptq"], "nothing is quantised; set --weights"),
         (["--weights", "int8", "int8"], "variant int8 is given twice"),
         (["--weights", "int4", "--group", "5"], "group is 5, which does not divide"),
         (["--weights", "int4", "--targets", "querry"], "no projection matches 'querry'; known: all"),

@@ -280,7 +280,7 @@ def save(
     adapted: Collection[str] = (),
     log: Callable[[str], None] = lambda line: None,
 ) -> str:
-    """Writes `config.json` and safetensors, and returns the `model_type` of the format.
+    """Writes `config.json` and safetensors, and returns the name of the format: its `model_type`, or "bert adapter".
 
     The format is the first one that can represent the model, so that transformers' `AutoModel` loads it, else our own.
     Fields that affect only training (dropout, initial weights) are written if the format supports them.
@@ -320,6 +320,8 @@ def save(
         stored_as = updates.base_format(params)
         values |= {updates.BASE_FORMAT: stored_as} if stored_as else {}
         updates.write(folder, family, config, params, adapted, origin.base if origin else "", dtype)
+        _write_config(values, folder / "config.json")
+        return f"{kind} adapter"
     else:
         if dense := _written_dense(params, tensors):
             log(f"written as floats, since the files cannot store {dense}; quantise the model again after loading")

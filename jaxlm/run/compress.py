@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,13 +15,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm import families
+from jaxlm.config import CompressConfig
 from jaxlm.devices.programs import Programs
 from jaxlm.errors import UserError
 from jaxlm.inference.packing import inference_params
 from jaxlm.lm import LM, check_free, find, load, save
 from jaxlm.reports import pictures
+from jaxlm.reports.metrics import format_score, metric_label
 from jaxlm.run.sweep import markdown
 from jaxlm.storage import disk
+from jaxlm.transforms.pruning import prune
+from jaxlm.transforms.quantization import quantize
+from jaxlm.transforms.structured import shrink
 
 ROWS, LENGTH = 8, 128  # of the batch whose time is measured
 REPEATS = 5
@@ -36,6 +43,46 @@ class Variant(NamedTuple):
 
     name: str
     make: Callable[[LM], LM]
+
+
+def variants_of(recipe: CompressConfig, texts: Iterable[str] | None) -> list[Variant]:
+    """Returns one variant for each format of weights.
+
+    Args:
+      recipe: how the variants are made.
+      texts: the texts of the calibration data; None: no data.
+    """
+    data = None if texts is None else list(islice(texts, recipe.calibration_texts))
+    return [Variant(weights, partial(_make, recipe, weights, data)) for weights in recipe.weights or ("float",)]
+
+
+def _make(recipe: CompressConfig, weights: Any, texts: list[str] | None, lm: LM) -> LM:
+    """Returns a variant of a model: with fewer layers, heads and columns, then pruned, then quantised."""
+    if recipe.shrinks:
+        kept: dict[str, Any] = {"layers": recipe.layers or None, "heads": recipe.heads or None, "mlp": recipe.mlp or None}
+        lm = shrink(lm, **kept, calibration=texts)
+    if recipe.prunes:
+        lm = prune(
+            lm,
+            recipe.sparsity or None,
+            method=recipe.pruning,
+            pattern=recipe.pattern or None,
+            targets=recipe.targets,
+            calibration=None if recipe.pruning == "magnitude" else texts,
+        )
+    if weights == "float":
+        return lm
+    return quantize(
+        lm,
+        weights,
+        group=None if recipe.group < 0 else recipe.group,
+        symmetric=recipe.symmetric,
+        targets=recipe.targets,
+        embeddings=recipe.embeddings,
+        inputs=recipe.inputs,
+        method=recipe.method,
+        calibration=texts if recipe.method == "gptq" else None,
+    )
 
 
 class Measured(NamedTuple):
@@ -94,7 +141,8 @@ def compress(
 def measure(name: str, lm: LM, folder: Path, evaluate: Evaluate | None) -> Measured:
     """Returns the sizes, the speed and the scores of a model whose files are in `folder`."""
     patterns = ("*.safetensors", "gguf/*")  # the second are links to the file of a GGUF model
-    on_disk = sum(file.stat().st_size for pattern in patterns for file in folder.glob(pattern))
+    folders = {folder, families.base_of(folder)}  # two folders for an adapter
+    on_disk = sum(file.stat().st_size for one in folders for pattern in patterns for file in one.glob(pattern))
     lm = dataclasses.replace(lm, programs=Programs())  # the compiled programs of this model are freed with it
     scores = {} if evaluate is None else evaluate(lm)
     kept = {key: float(x) for key, x in scores.items() if key not in _COUNTS and "/" not in key}
@@ -125,10 +173,10 @@ def tokens_per_second(lm: LM) -> float:
 def table_of(results: list[Measured]) -> str:
     """Returns a Markdown table with a line for each model."""
     scores = list(dict.fromkeys(name for result in results for name in result.scores))
-    lines = [["model", "files (MB)", "memory (MB)", "tokens/s", *(name.replace("_", " ") for name in scores)]]
+    lines = [["model", "files (MB)", "memory (MB)", "tokens/s", *map(metric_label, scores)]]
     for one in results:
         sizes = [_megabytes(one.on_disk), _megabytes(one.in_memory), f"{one.tokens_per_second:,.0f}"]
-        lines.append([one.name, *sizes, *(f"{one.scores.get(name, float('nan')):.4f}" for name in scores)])
+        lines.append([one.name, *sizes, *(format_score(name, one.scores[name]) for name in scores)])
     return markdown(lines)
 
 
@@ -146,5 +194,5 @@ def _score(one: Measured) -> str:
     """Returns the first score of a model for the name of its bar."""
     for name, value in one.scores.items():
         if name != "loss":
-            return f" ({name.replace('_', ' ')} {value:.4g})"
+            return f" ({metric_label(name)} {format_score(name, value)})"
     return ""

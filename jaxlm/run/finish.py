@@ -13,7 +13,7 @@ from jaxlm.lm import LM
 from jaxlm.reports import report
 from jaxlm.run.folder import SUMMARY, drop_steps, duration, write_json
 from jaxlm.run.resolve import ResolvedRun
-from jaxlm.run.training import Training, data_line, log, packing, size
+from jaxlm.run.training import Training, data_line, log, packing, parameter_count
 from jaxlm.storage import disk
 from jaxlm.tasks.metrics import flatten_per_class
 
@@ -67,7 +67,7 @@ def _scores_and_size(training: Training, lm: LM) -> dict[str, str]:
     }
     return scores | {
         "step": f"{step}, the best of the run" if training.run.eval_every else step,
-        "parameters": f"{size(lm.params):,}",
+        "parameters": parameter_count(training.parts.like),
         "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
     }
 

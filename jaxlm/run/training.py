@@ -419,9 +419,7 @@ def _print_start(training: Training) -> None:
     log(f"data      {rows}; {data_line(data)}")
     split = ", ".join(f"{name} {ways}" for name, ways in mesh.shape.items() if ways > 1)
     on = f"{mesh.size} {device.platform} device(s)" + (f", mesh: {split}" if split else "")
-    count, trained = size(training.parts.like.model), size(training.parts.like.params)
-    part = f" ({trained:,} trained, {trained / count:.2%})" if trained < count else ""
-    log(f"model     {count:,} parameters{part} on {on}")
+    log(f"model     {parameter_count(training.parts.like, ' parameters')} on {on}")
     if unknown := chips.unknown_chip_warning(device.device_kind, device.platform):
         log(f"chip      {unknown}")
     if products := chips.float32_warning(run.compute_dtype, run.matmul_precision, device.platform):
@@ -447,6 +445,12 @@ def packing(run: RunConfig, batches: Any) -> dict[str, str]:
     units, rows = len(batches.lengths), batches.rows_in_epoch
     filled = batches.lengths.sum() / (rows * run.data.length)
     return {"packing": f"{units / rows * run.batch:.1f} examples per update; {filled:.0%} of the positions hold tokens"}
+
+
+def parameter_count(like: TrainState, unit: str = "") -> str:
+    """Returns the number of parameters of a state and, if some are frozen, of trained ones, for printing."""
+    count, trained = size(like.model), size(like.params)
+    return f"{count:,}{unit}" + (f" ({trained:,} trained, {trained / count:.2%})" if trained < count else "")
 
 
 def size(shapes: Any) -> int:
