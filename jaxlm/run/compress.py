@@ -59,7 +59,7 @@ def variants_of(recipe: CompressConfig, texts: Iterable[str] | None) -> list[Var
 def _make(recipe: CompressConfig, weights: Any, texts: list[str] | None, lm: LM) -> LM:
     """Returns a variant of a model: with fewer layers, heads and columns, then pruned, then quantised."""
     if recipe.shrinks:
-        kept: dict[str, Any] = {"layers": recipe.layers or None, "heads": recipe.heads or None, "mlp": recipe.mlp or None}
+        kept: dict[str, Any] = {name: getattr(recipe, name) or None for name in ("layers", "heads", "mlp")}
         lm = shrink(lm, **kept, calibration=texts)
     if recipe.prunes:
         lm = prune(
