@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from jaxlm import families
 from jaxlm.errors import UserError
 from jaxlm.families import FAMILIES, read_config
+from jaxlm.families.configs import model_config
 from jaxlm.hub import model_files, safetensors
 from jaxlm.hub.model_files import JsonObject
 from jaxlm.hub.pooling import read_files, read_pooling
@@ -265,7 +266,7 @@ def test_no_value_of_config_json_ends_in_a_traceback(kind):
     for path in value_paths(whole)[1:]:
         for value in HOSTILE:
             try:
-                families._config(family, replace_value(whole, path, value)).check()
+                model_config(family, replace_value(whole, path, value)).check()
             except UserError as error:
                 assert len(str(error)) < 6000
 
@@ -353,8 +354,8 @@ def test_unsupported_rotary_positions_are_refused(change, message):
     family = FAMILIES["modernbert"]
     hf = family.config_to_hf(family.presets["modernbert-base"])
     with pytest.raises(UserError, match=message):
-        families._config(family, hf | change)
+        model_config(family, hf | change)
     scaled = dataclasses.replace(family.presets["modernbert-base"], rotary_scaling="linear", rotary_factor=2.0)
     written = family.config_to_hf(scaled)
     assert written["rope_scaling"] is None  # transformers would also apply it to local layers
-    assert families._config(family, written).rotary_factor == 2.0
+    assert model_config(family, written).rotary_factor == 2.0

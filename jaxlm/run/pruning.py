@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ import optax
 from jaxlm.config import PruneConfig
 from jaxlm.hub.convert import nested
 from jaxlm.nn import parameters
-from jaxlm.transforms.masks import grouping, lowest, removals
+from jaxlm.transforms.masks import Grouping, grouping, lowest, removals
 
 
 class PruningState(NamedTuple):
@@ -71,20 +72,6 @@ def with_pruning(
     def fraction(removed: dict[str, jax.Array]) -> jax.Array:
         return sum((mask.mean() * (mask.size / size) for mask in removed.values()), jnp.float32(0))
 
-    def select(updates: jax.Array, removed: dict[str, jax.Array], scores: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """Returns the removed weights after this number of updates."""
-
-        def more() -> dict[str, jax.Array]:
-            left = 1 - jnp.clip((updates - begin) / (end - begin), 0, 1)
-            now = {path: count - jnp.floor(count * left**3).astype(jnp.int32) for path, count in counts.items()}
-            # Removed weights come first, so that they are part of the number.
-            first = {path: jnp.where(removed[path], -jnp.inf, scores[path]) for path in paths}
-            new = lowest(first, inputs, groups, now)
-            return {path: removed[path] | new[path] for path in paths}
-
-        due = (updates > begin) & ((updates < end) & ((updates - begin) % config.every == 0) | (updates == end))
-        return jax.lax.cond(due, more, lambda: removed)
-
     def update(gradients: Any, state: PruningState, params: Any) -> tuple[Any, PruningState]:
         weights, removed = parameters.by_path(params), parameters.by_path(state.removed)
         zero_removed = lambda path, leaf: jnp.where(removed[path], 0, leaf) if path in removed else leaf
@@ -97,7 +84,8 @@ def with_pruning(
         if config.removes:
             by_path = parameters.by_path(updates)
             magnitudes = {path: jnp.abs(weights[path] + by_path[path]) for path in paths}
-            removed = select(state.updates + 1, removed, movement if uses_movement else magnitudes)
+            scores = movement if uses_movement else magnitudes
+            removed = _remove(state.updates + 1, removed, scores, (begin, end, config.every), counts, inputs, groups)
         to_zero = lambda path, leaf: jnp.where(removed[path], -weights[path], leaf) if path in removed else leaf
         new = PruningState(
             inner,
@@ -109,6 +97,40 @@ def with_pruning(
         return _map_with_path(to_zero, updates), new
 
     return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
+
+
+def _remove(
+    updates: jax.Array,
+    removed: dict[str, jax.Array],
+    scores: dict[str, jax.Array],
+    window: tuple[int, int, int],
+    counts: Mapping[str, Any],
+    inputs: Mapping[str, int],
+    groups: Grouping,
+) -> dict[str, jax.Array]:
+    """Returns the removed weights after a number of updates, by path.
+
+    Args:
+      updates: number of updates.
+      removed: the removed weights so far.
+      scores: the weights with the lowest scores are removed first.
+      window: the numbers of updates before the first removal, until the last one, and between removals.
+      counts: numbers of weights that are removed in the end, for each group of a projection.
+      inputs: numbers of contracted axes of the projections.
+      groups: the grouping.
+    """
+    begin, end, every = window
+
+    def more() -> dict[str, jax.Array]:
+        left = 1 - jnp.clip((updates - begin) / (end - begin), 0, 1)
+        now = {path: count - jnp.floor(count * left**3).astype(jnp.int32) for path, count in counts.items()}
+        # Removed weights come first, so that they are part of the number.
+        first = {path: jnp.where(removed[path], -jnp.inf, scores[path]) for path in removed}
+        new = lowest(first, inputs, groups, now)
+        return {path: removed[path] | new[path] for path in removed}
+
+    due = (updates > begin) & ((updates < end) & ((updates - begin) % every == 0) | (updates == end))
+    return jax.lax.cond(due, more, lambda: removed)
 
 
 def _map_with_path(function: Any, tree: Any) -> Any:

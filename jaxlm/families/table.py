@@ -1,0 +1,76 @@
+"""The table of families and their published sizes, and the origin of a loaded model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxlm.config import Head, ModelConfig
+from jaxlm.families import (
+    albert,
+    bart,
+    bert,
+    deberta,
+    distilbert,
+    electra,
+    gemma,
+    gpt2,
+    llama,
+    marian,
+    modernbert,
+    roberta,
+    t5,
+    transformer,
+)
+from jaxlm.hub.convert import Family
+
+FAMILIES: dict[str, Family] = {  # by `model_type` of config.json
+    "bert": bert.FAMILY,
+    "roberta": roberta.FAMILY,
+    "xlm-roberta": roberta.XLM_ROBERTA,
+    "distilbert": distilbert.FAMILY,
+    "electra": electra.FAMILY,
+    "albert": albert.FAMILY,
+    "deberta-v2": deberta.FAMILY,
+    "modernbert": modernbert.FAMILY,
+    "gpt2": gpt2.FAMILY,
+    "llama": llama.FAMILY,
+    "mistral": llama.MISTRAL,
+    "qwen2": llama.QWEN_2,
+    "qwen3": llama.QWEN_3,
+    "gemma": gemma.FAMILY,
+    "gemma2": gemma.GEMMA_2,
+    "gemma3_text": gemma.GEMMA_3,
+    "t5": t5.FAMILY,
+    "mt5": t5.MT5,
+    "bart": bart.FAMILY,
+    "mbart": bart.MBART,
+    "marian": marian.FAMILY,
+}
+PRESETS: dict[str, ModelConfig] = transformer.PRESETS | {
+    name: preset for family in FAMILIES.values() for name, preset in family.presets.items()
+}
+HeadChoice = str | tuple[Head, ...]  # one or several heads, "none" or "encoder"
+OWN = "jaxlm"  # the `model_type` of our format, for models that no family supports
+
+
+class Origin(NamedTuple):
+    """The files from which a model was loaded, so that saving the model writes the same files.
+
+    Attributes:
+      config: the values of config.json.
+      heads: the heads in the folder; None: other heads than the requested ones.
+      names: name of each tensor in the file -> its name in the family's rules.
+      dtypes: dtype of each tensor in the file.
+      buffers: tensors that the model does not need.
+      base: the folder or hub name with the weights of the model, without its adapters.
+    """
+
+    config: dict[str, Any]
+    heads: tuple[Head, ...] | None = ()
+    names: Mapping[str, str] = {}
+    dtypes: Mapping[str, np.dtype] = {}
+    buffers: Mapping[str, np.ndarray] = {}
+    base: str = ""
