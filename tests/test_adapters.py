@@ -17,8 +17,10 @@ from test_runs import CONFIG, assert_same, run_config, start, stop_after, wait_f
 
 import jaxlm
 from jaxlm import AdapterConfig, DataConfig, MeshConfig, ModelConfig, QuantizeConfig, RunConfig, UserError
+from jaxlm.families import FAMILIES as FAMILY_TABLE
 from jaxlm.families import PRESETS
-from jaxlm.hub import peft, safetensors
+from jaxlm.hub import peft, safetensors, updates
+from jaxlm.hub.convert import Layout, to_hf
 from jaxlm.lm import LM
 from jaxlm.nn import nodes, parameters
 from jaxlm.nn.low_rank import LowRank
@@ -152,6 +154,62 @@ def test_adapters_are_added_switched_and_removed(tmp_path):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b / 2, atol=1e-6), update(half), update(first))
     alone = jaxlm.remove_adapters(both)
     assert all(a is b for a, b in zip(jax.tree.leaves(alone.params), jax.tree.leaves(base.params), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])
+def test_a_new_adapter_changes_no_output_and_has_the_scale_of_its_kind(kind):
+    model = FAMILIES["llama"]
+    params = random_params(model)
+    new = adapters.add(params, AdapterConfig(4, alpha=6.0, kind=kind, dropout=0.25), jax.random.key(0))
+    run = lambda params: apply(Transformer(model), params, TOKENS_BT)
+    np.testing.assert_allclose(run(new), run(params), atol=1e-5)
+    for node in adapters.select_nodes(new).values():
+        assert node.scale == (3.0 if kind == "rslora" else 1.5) and node.dropout == 0.25
+        assert (node.magnitude is not None) == (kind == "dora")
+
+
+def trained_paths(name: str, **fields) -> set[str]:
+    config = AdapterConfig(2, targets="query", **fields)
+    params = adapters.add(random_params(FAMILIES[name]), config, jax.random.key(0))
+    return {path for path, x in parameters.by_path(adapters.trained(config, params)).items() if x}
+
+
+def test_an_adapter_trains_its_arrays_the_head_for_labels_and_the_chosen_biases():
+    arrays = {f"encoder/layers/attention/query/kernel/{name}" for name in "ab"}
+    head = {f"classes_head/{part}/{name}" for part in ("dense", "out") for name in ("kernel", "bias")}
+    assert trained_paths("bert") == arrays | head
+    assert trained_paths("bert", biases="adapted") == arrays | head | {"encoder/layers/attention/query/bias"}
+    biases = trained_paths("bert", biases="all") - arrays - head
+    assert "encoder/layers/mlp/up/bias" in biases and all(path.endswith("/bias") for path in biases)
+    assert trained_paths("modernbert") == arrays  # its head is over tokens
+    assert trained_paths("gpt2", kind="dora") == {
+        f"decoder/layers/attention/query/kernel/{name}" for name in ("a", "b", "magnitude")
+    }
+
+
+def test_the_norm_of_a_magnitude_is_a_constant_for_the_gradient():
+    """Liu et al. 2024, section 4.3: the gradient of the update is that of the matrix times magnitude / norm."""
+    draw = lambda n, *shape: jnp.asarray(np.random.default_rng(n).standard_normal(shape), jnp.float32)
+    w, a, b, m, x, y = draw(0, 5, 4), draw(1, 5, 2), draw(2, 2, 4), draw(3, 4), draw(4, 3, 5), draw(5, 3, 4)
+    norm = np.linalg.norm(w + 1.5 * a @ b, axis=0)
+    loss = lambda b: (LowRank(w, a, b, m, 1.5).dot(x, 1, jnp.float32) * y).sum()
+    np.testing.assert_allclose(jax.grad(loss)(b), 1.5 * (x @ a).T @ (y * m / norm), rtol=1e-5)
+
+
+def test_updates_follow_the_order_of_entries_of_a_layout():
+    """No published family permutes entries; a table with such a layout has correct files too."""
+    model = FAMILIES["llama"]
+    family = FAMILY_TABLE["llama"]
+    flip = Layout(lambda config, x: x.T[::-1, ::-1], lambda config, x: x[::-1, ::-1].T)
+    rules = tuple(rule._replace(layout=flip) if rule.hf.endswith("up_proj.weight") else rule for rule in family.rules)
+    flipped = family._replace(rules=rules)
+    draw = np.random.default_rng(0)
+    name = "model.layers.1.mlp.up_proj.weight"
+    weight = to_hf(flipped, model, random_params(model))[name].make()
+    factors = peft.Factors(*(draw.standard_normal(shape).astype(np.float32) for shape in ((2, 16), (32, 2))), scale=0.5)
+    params = updates.add_updates(flipped, model, random_params(model), {name: factors})
+    merged = to_hf(flipped, model, params)[name].make()
+    np.testing.assert_allclose(merged, weight + 0.5 * factors.b_OR @ factors.a_RI, atol=1e-5)
 
 
 def test_dropout_applies_to_the_inputs_of_updates_in_training_alone():

@@ -218,7 +218,10 @@ def label_heads(params: Any) -> list[str]:
         if head.endswith("_head") or head.split("_")[0] == "own" or head == DISTILLATION:
             heads.setdefault(head, []).append((path, row))
     over_tokens = lambda leaves: any("vocabulary" in row.axes for _, row in leaves)
-    return [path for leaves in heads.values() if not over_tokens(leaves) for path, _ in leaves]
+    labels = {head: leaves for head, leaves in heads.items() if not over_tokens(leaves)}
+    if labels.keys() == {"transform_head"}:  # it belongs to the other heads, here one over tokens
+        return []
+    return [path for leaves in labels.values() for path, _ in leaves]
 
 
 def trained_in_nodes(params: Any, others: bool = True) -> Any:
