@@ -15,8 +15,8 @@ class CompressConfig(Config):
 
     # One variant each: int8, int4, nf4, fp8, or float for weights that are not quantised; not set: float.
     weights: tuple[Literal["float", "int8", "int4", "nf4", "fp8"], ...] = ()  # formats of weights
-    # Inputs that share a scale; -1: chosen for the format; 0: all inputs of an output.
-    group: Annotated[int, Range(0, MAX_INT, special=(-1, "automatic"))] = -1
+    # -1: chosen for the format; 0: all inputs of an output.
+    group: Annotated[int, Range(0, MAX_INT, special=(-1, "automatic"))] = -1  # inputs that share a scale
     symmetric: bool = True  # whether the integer 0 represents 0; if not, each group has a zero point
     inputs: Literal["float", "int8"] = "float"  # int8: round the inputs of projections too, and multiply integers
     targets: str = "all"  # projections that are quantised and pruned: parts of their paths, such as query,value or mlp
