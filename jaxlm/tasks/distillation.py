@@ -73,7 +73,7 @@ def with_teacher(
     distilled: Any = object.__new__(type(kind.__name__, (_Distilled, kind), {}))
     distilled.__dict__.update(task.__dict__)
     distilled.__dict__.update(distill=distill, teacher_model=teacher, task_of_teacher=of_teacher, layers=layers)
-    distilled.__dict__.update(cache=cache, teacher=None if cache else teacher)
+    distilled.__dict__.update(cache=cache, teacher=teacher if cache is None else None)
     return distilled
 
 
