@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import os
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flags import xla_flags
 from random_params import random_params
 from test_distillation import (
     BERT,
@@ -437,7 +439,7 @@ def language_model(tmp_path: Path, cache: str, workdir: str, **changes: Any) -> 
     values = {
         "task": CausalLM(),
         "data": DataConfig(path=str(tmp_path / "text.txt"), length=32),
-        "distill": DistillConfig(str(tmp_path / "teacher"), labels=0.0, cache=cache and str(tmp_path / cache)),
+        "distill": DistillConfig(str(tmp_path / "teacher"), layers="0", cache=cache and str(tmp_path / cache)),
         "init": str(tmp_path / "teacher"),
         "batch": 32,
         "steps": 6,
@@ -503,14 +505,16 @@ def test_a_run_that_is_killed_while_it_fills_its_cache_has_the_same_result(folde
     wholes = tmp_path / "whole"
     wholes.mkdir()
     (wholes / "script.py").write_text(SCRIPT.format(tests=tests, folder=str(folder), tmp=str(wholes)))
-    subprocess.run([sys.executable, wholes / "script.py"], check=True, capture_output=True)
+    environment = os.environ | {"XLA_FLAGS": xla_flags(devices=1)}
+    run = lambda script: subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
+    assert (result := run(wholes / "script.py")).returncode == 0, result.stderr
     for moment in ("cache/*.safetensors", "run/checkpoints/2"):
-        process = subprocess.Popen([sys.executable, script], stderr=subprocess.DEVNULL)
+        process = subprocess.Popen([sys.executable, script], stderr=subprocess.DEVNULL, env=environment)
         while process.poll() is None and not [*tmp_path.glob(moment)]:
             time.sleep(0.01)
         process.kill()
         assert process.wait() == -signal.SIGKILL, moment
-    subprocess.run([sys.executable, script], check=True, capture_output=True)
+    assert (result := run(script)).returncode == 0, result.stderr
     assert_same_run(tmp_path / "run", wholes / "run")
     assert len([*(tmp_path / "cache").glob("*.safetensors")]) >= 1
     shutil.rmtree(tmp_path / "cache")
