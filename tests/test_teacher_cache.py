@@ -36,6 +36,7 @@ from test_distillation import (
     save_model,
     separate_rows,
 )
+from test_hosts import assert_alike, data_dir, run_alone, start
 
 import jaxlm
 from jaxlm import (
@@ -62,12 +63,13 @@ from jaxlm.nn import losses, parameters
 from jaxlm.nn.transformer import Transformer
 from jaxlm.reports import report
 from jaxlm.run import training
-from jaxlm.run.config_only import _empty_part
+from jaxlm.run.assembly import assemble, closed_flops
+from jaxlm.run.config_only import _empty_part, batch_shapes, resolve_config
 from jaxlm.storage import disk
 from jaxlm.tasks import states as task_states
 from jaxlm.tasks.distillation import with_teacher
 
-__all__ = ["folder", "one_device"]  # fixtures
+__all__ = ["data_dir", "folder", "one_device", "run_alone", "start"]  # fixtures
 
 LOGITS = DistillConfig("teacher", labels=0.5)
 VOCABULARIES = ("stream", "documents", "masked", "pairs", "spans", "translation", "prompted")
@@ -430,6 +432,18 @@ def test_mistakes_are_refused(name, folder, tmp_path):
         run_of(folder, tmp_path / "run", distill).check()
 
 
+def test_a_plan_has_the_predictions_in_its_batches_and_no_teacher(folder, tmp_path):
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    run = run_of(folder, tmp_path / "run", distill_of(folder, tmp_path / "cache"))
+    found, other = (resolve_config(one, mesh) for one in (run, dataclasses.replace(run, distill=distill_of(folder))))
+    fields, others = batch_shapes(found), batch_shapes(other)
+    assert fields.keys() - others.keys() == {FIELD + "logits_BEK"} and not (tmp_path / "cache").exists()
+    assert fields[FIELD + "logits_BEK"].shape == (1, *fields["weights_BE"].shape[1:], 3)
+    assert assemble(found).like.frozen is None and assemble(other).like.frozen is not None
+    flops = [closed_flops(one.task, one.model, 4, fields) for one in (found, other)]
+    assert flops[0] < flops[1]
+
+
 def language_model(tmp_path: Path, cache: str, workdir: str, **changes: Any) -> RunConfig:
     config = ModelConfig(vocabulary=64, max_length=32, width=16, layers=2, heads=2, initial_std=0.2)
     if not (tmp_path / "teacher").exists():
@@ -518,6 +532,21 @@ def test_a_run_that_is_killed_while_it_fills_its_cache_has_the_same_result(folde
     assert_same_run(tmp_path / "run", wholes / "run")
     assert len([*(tmp_path / "cache").glob("*.safetensors")]) >= 1
     shutil.rmtree(tmp_path / "cache")
+
+
+@pytest.mark.long
+def test_two_hosts_fill_and_read_a_cache_as_one(start, run_alone, tmp_path):
+    teacher = run_alone("classes")
+    tokenizer = ("--tokenizer.path", teacher / "export", "--model.layers", 1)
+    arguments = ("classes", *tokenizer, "--distill.teacher", teacher)
+    one = run_alone(*arguments)
+    for name in ("filled", "read"):
+        first, second = start(
+            2, *arguments, "--distill.cache", tmp_path / "cache", "--workdir", tmp_path / name, devices=1
+        )
+        assert (COMPUTED in first.wait(0)) == (name == "filled")
+        assert second.wait(0) == ""
+        assert_alike(tmp_path / name, one, rel=1e-5)
 
 
 @pytest.mark.long

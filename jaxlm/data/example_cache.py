@@ -12,7 +12,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -115,8 +115,8 @@ class ExampleCache:
         self._pending_bytes, self._flushed = 0, time.monotonic()
         self._clear()
 
-    def open(self, arrays: Mapping[str, ExampleArray], facts: dict[str, Any], log: Callable[[str], None]) -> None:
-        """Opens the folder, or creates it.
+    def open(self, arrays: Mapping[str, ExampleArray], facts: dict[str, Any], log: Callable[[str], None]) -> list[str]:
+        """Opens the folder, or creates it, and returns the names of its parts.
 
         Args:
           arrays: the arrays, by names that end in their axes.
@@ -144,19 +144,28 @@ class ExampleCache:
                 f"the cache in {self.folder} contains other predictions; they depend on (this run | the cache):\n"
                 f"{lines}\nchoose another {_FLAG}, or delete the folder"
             )
-        self.reload(log)
+        return self.reload(log)
 
-    def reload(self, log: Callable[[str], None]) -> None:
-        """Reads the index of all parts, and removes damaged parts."""
+    def open_as(self, arrays: Mapping[str, ExampleArray], names: Sequence[str], log: Callable[[str], None]) -> None:
+        """Opens the folder with the parts that `open` found on another host, even if a run has added others since."""
+        self.arrays = dict(arrays)
+        self.reload(log, names)
+
+    def reload(self, log: Callable[[str], None], names: Sequence[str] | None = None) -> list[str]:
+        """Reads the index of the named parts, by default of all, removes damaged ones, and returns the names."""
         self._clear()
-        for file in sorted(file for file in self.folder.iterdir() if _PART.fullmatch(file.name)):
+        found = []
+        for name in sorted(filter(_PART.fullmatch, os.listdir(self.folder))) if names is None else names:
+            file = self.folder / name
             part, damage = self._read_part(file)
             if damage:
                 log(f"{file} is damaged ({damage}); its examples are computed again")
                 file.unlink(missing_ok=True)
             else:
                 self._add_part(file, part)
+                found.append(name)
         self._sort()
+        return found
 
     def contains(self, keys_X2: np.ndarray) -> np.ndarray:
         """Returns for each key whether its example is in the cache, or was added."""

@@ -200,9 +200,9 @@ def top_divergence(
 ) -> Sum:
     """Returns `divergence` from a teacher that gives only its most likely tokens.
 
-    All other tokens of both models count as one, the "ghost token" of Anshumann et al. (2025, "Sparse Logit Sampling",
-    section 3). It is at most the divergence of the whole distributions, and 0 where they are equal. Probabilities of
-    the top tokens that are divided by their sum would instead teach the student that no other token exists.
+    All other tokens of both models count as one. So the loss is at most the divergence of the whole distributions, and
+    it is 0 where they are equal. If the probabilities of the top tokens were divided by their sum, they would be a
+    biased estimate of those of the teacher (Anshumann et al. 2025, "Sparse Logit Sampling").
 
     Args:
       logits_BTV: logits of the student.

@@ -88,7 +88,9 @@ def open_cache(run: RunConfig, task: Any, batches: Any, log: Callable[[str], Non
     }
     if any(name.startswith("log_probs") for name in arrays):
         facts["temperature"] = run.distill.temperature
-    hosts.run_on_first_then_others(lambda: task.cache.open(arrays, facts, log))
+    names = hosts.run_on_first(lambda: task.cache.open(arrays, facts, log))
+    if not hosts.is_first():
+        task.cache.open_as(arrays, names, log)
 
 
 _CACHE_FORMAT = 1  # version of the predictions; a new number invalidates all caches

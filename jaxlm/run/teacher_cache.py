@@ -43,19 +43,25 @@ def fill(resolved: ResolvedRun, module: Transformer, log: Callable[[str], None])
     def predictions(params: Any, batch: Batch, index: Any) -> dict[str, jax.Array]:
         return task.teacher_predictions(module, params, {name: x_kB[index] for name, x_kB in batch.items()})
 
-    params, predict, steps = None, jax.jit(predictions), _steps(resolved)
-    for step, (batch, keys_BEH, is_new_BE) in enumerate(prefetch(_batches(resolved), range(steps)), 1):
-        is_new_BE = is_new_BE & ~cache.contains(keys_BEH.reshape(-1, 2)).reshape(is_new_BE.shape)
-        if not is_new_BE.any():
-            continue
-        if params is None:
-            cache.check_writable()
-            log(f"teacher   its predictions are computed from step {step:,} of {steps:,}, in {cache.folder}")
-            params = _read(resolved, module)
+    def rows_of(batch: Batch) -> dict[str, np.ndarray]:
         placed = shard_batch(resolved.mesh, batch, accumulate)
         parts = [hosts.to_numpy(predict(params, placed, np.int32(i))) for i in range(accumulate)]
-        arrays = {name: np.concatenate([part[name] for part in parts])[: len(keys_BEH)] for name in parts[0]}
-        cache.add(*_rows(batch, arrays, keys_BEH, is_new_BE), write=hosts.is_first())
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    params, predict, steps = None, jax.jit(predictions), _steps(resolved)
+    try:
+        for step, (batch, keys_BEH, is_new_BE) in enumerate(prefetch(_batches(resolved), range(steps)), 1):
+            is_new_BE = is_new_BE & ~cache.contains(keys_BEH.reshape(-1, 2)).reshape(is_new_BE.shape)
+            if not is_new_BE.any():
+                continue
+            if params is None:
+                cache.check_writable()
+                log(f"teacher   its predictions are computed from step {step:,} of {steps:,}, in {cache.folder}")
+                params = _read(resolved, module)
+            cache.add(*_select(batch, rows_of(batch), keys_BEH, is_new_BE), write=hosts.is_first())
+    except KeyboardInterrupt:
+        cache.flush()
+        raise
     hosts.run_on_first(cache.flush)
     if params is not None:
         cache.reload(log)
@@ -94,14 +100,14 @@ def _read(resolved: ResolvedRun, module: Transformer) -> Any:
     return nested(weights.read({path: leaf.sharding for path, leaf in placed.items()}))
 
 
-def _rows(
+def _select(
     batch: Batch, arrays: dict[str, np.ndarray], keys_BEH: np.ndarray, is_new_BE: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
     """Returns the keys of the new examples of a batch, each once, their numbers of weighted tokens, and their rows.
 
     Args:
       batch: the batch.
-      arrays: the predictions, [B, T, ...] and [B, E, ...].
+      arrays: the predictions, [B, T, ...] and [B, E, ...], which may have further rows of padding.
       keys_BEH: the keys of all examples.
       is_new_BE: which of them are new.
     """
