@@ -241,7 +241,7 @@ def filled(tmp_path) -> Path:
 
 def test_examples_are_found_by_their_content_in_any_order(filled):
     cache, lines = open_cache(filled)
-    assert len(cache) == 6 and not lines and cache.bytes == sum(f.stat().st_size for f in filled.glob("*.safetensors"))
+    assert cache.count == 6 and not lines and cache.bytes == sum(f.stat().st_size for f in filled.glob("*.safetensors"))
     order = [4, 0, 5, 0, 2]
     examples = [some_examples()[n] for n in order]
     joined = join(examples)
@@ -269,7 +269,7 @@ def test_keys_depend_on_inputs_and_not_on_labels():
 def test_an_example_of_two_runs_is_one(filled):
     cache, _ = open_cache(filled)
     fill(cache, some_examples()[1:4])
-    assert len(open_cache(filled)[0]) == 6
+    assert open_cache(filled)[0].count == 6
     other, _ = open_cache(filled)
     fill(other, some_examples()[:2], write=False)  # another host
     assert other.contains(keys_of(join(some_examples()[:2]))).all()
@@ -300,11 +300,11 @@ def test_a_damaged_part_counts_as_missing(filled, how):
         file.write_bytes(content[: len(content) // 2 * (how == "truncated")])
     cache, [line] = open_cache(filled)
     assert str(file) in line and "is damaged" in line and "computed again" in line
-    assert 0 < len(cache) < 6 and not file.exists()
+    assert 0 < cache.count < 6 and not file.exists()
     missing = [one for one in some_examples() if not cache.contains(keys_of(join([one])))[0]]
     fill(cache, missing)
     cache, lines = open_cache(filled)
-    assert len(cache) == 6 and not lines
+    assert cache.count == 6 and not lines
 
 
 def test_a_cache_of_something_else_is_an_error(filled, tmp_path):
@@ -338,7 +338,7 @@ def test_a_full_disk_and_missing_permissions_are_errors_with_a_remedy(filled, mo
     monkeypatch.setattr(disk, "flush", fail)
     with pytest.raises(kind, match=r"safetensors cannot be written: refused; .*another --distill\.cache"):
         fill(cache, some_examples(9)[6:])
-    assert len(open_cache(filled)[0]) == 6 and not [*filled.glob(".*")]
+    assert open_cache(filled)[0].count == 6 and not [*filled.glob(".*")]
     monkeypatch.setattr(example_cache, "TemporaryFile", fail)
     with pytest.raises(kind, match="cannot be written: refused"):
         cache.check_writable()

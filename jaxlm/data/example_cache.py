@@ -28,8 +28,9 @@ from jaxlm.hub import model_files, safetensors
 from jaxlm.storage import disk
 
 FACTS = "cache.json"  # what the arrays depend on
-MAX_PART_BYTES = 1 << 28  # of a part; each open part takes a file descriptor
-MAX_PART_SECONDS = 60.0  # after which a part is written, so that a killed process loses no more
+# A part is written when it has this size, or after a minute or a twentieth of the time so far, so that a killed process
+# loses no more. There are few parts, because each takes a file descriptor.
+MAX_PART_BYTES, MAX_PART_SECONDS, MAX_PART_SHARE = 1 << 29, 60.0, 0.05
 _PART = re.compile(r"[0-9a-f]{32}\.safetensors")
 _KEYS, _TOKENS = "keys", "tokens"  # tensors of a part: [examples, 2], and rows [examples] of arrays per token
 _FLAG = "--distill.cache"
@@ -112,7 +113,8 @@ class ExampleCache:
         self.folder = disk.local(folder, "distill.cache")
         self.arrays: dict[str, ExampleArray] = {}
         self._pending: list[dict[str, np.ndarray]] = []  # examples that are not on disk yet
-        self._pending_bytes, self._flushed = 0, time.monotonic()
+        self._pending_bytes, self._opened = 0, time.monotonic()
+        self._flushed = self._opened
         self._clear()
 
     def open(self, arrays: Mapping[str, ExampleArray], facts: dict[str, Any], log: Callable[[str], None]) -> list[str]:
@@ -227,7 +229,7 @@ class ExampleCache:
             raise disk.write_error(self.folder, error, _FLAG) from None
 
     def add(self, keys_X2: np.ndarray, tokens_X: np.ndarray, arrays: Mapping[str, np.ndarray], write: bool) -> None:
-        """Adds examples that are not in the cache.  They are on disk after `flush`, or after `MAX_PART_SECONDS`.
+        """Adds examples that are not in the cache, and at times calls `flush`, which writes them.
 
         Args:
           keys_X2: their keys.
@@ -241,7 +243,9 @@ class ExampleCache:
             self._pending.append({_KEYS: keys_X2, _TOKENS: tokens_X.astype(np.int32), **arrays})
             size = sum(array.nbytes for array in self._pending[-1].values())
             self._pending_bytes += size
-            if self._pending_bytes > MAX_PART_BYTES or time.monotonic() - self._flushed > MAX_PART_SECONDS:
+            now = time.monotonic()
+            seconds = max(MAX_PART_SECONDS, MAX_PART_SHARE * (now - self._opened))
+            if self._pending_bytes > MAX_PART_BYTES or now - self._flushed > seconds:
                 self.flush()
 
     def flush(self) -> None:
@@ -269,7 +273,8 @@ class ExampleCache:
         self._added: set[bytes] = set()
         self.bytes = 0  # size of the parts
 
-    def __len__(self) -> int:
+    @property
+    def count(self) -> int:
         """The number of examples on disk."""
         return len(self._keys)
 

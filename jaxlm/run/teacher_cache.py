@@ -65,7 +65,7 @@ def fill(resolved: ResolvedRun, module: Transformer, log: Callable[[str], None])
     hosts.run_on_first(cache.flush)
     if params is not None:
         cache.reload(log)
-    log(f"teacher   {len(cache):,} examples in the cache {cache.folder}, {cache.bytes:,} bytes")
+    log(f"teacher   {cache.count:,} examples in the cache {cache.folder}, {cache.bytes:,} bytes")
 
 
 def _steps(resolved: ResolvedRun) -> int:
