@@ -211,6 +211,9 @@ class Attention(nn.Module):
         q_BTHC = self.constrain(q_BTHC, ("batch", "length", "heads", "head_width"))
         if isinstance(context, Cache):
             cache = context
+            if context.k_scales_BKS is not None:
+                # Without a dependency on the queries, XLA converts the cache to floats before a loop, and stores these.
+                cache, q_BTHC = jax.lax.optimization_barrier((context, q_BTHC))
         else:
             context_BSD = x_BTD if context is None else context
             k_BSKC, v_BSKC = key(context_BSD), value(context_BSD)
