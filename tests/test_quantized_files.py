@@ -34,6 +34,7 @@ KINDS = {
     "int4": {"weights": "int4", "group": 16},
     "int4 asymmetric": {"weights": "int4", "group": 16, "symmetric": False},
     "int8 inputs": {"weights": "int8", "inputs": "int8"},
+    "int4 inputs": {"weights": "int4", "group": 16, "inputs": "int8"},
     "int8 asymmetric inputs": {"weights": "int8", "inputs": "int8", "symmetric": False},
     "fp8": {"weights": "fp8"},
 }

@@ -180,7 +180,9 @@ def expand(tensors: Mapping[str, Pending], prefix: str) -> tuple[dict[str, Pendi
     if not targets:
         return written, None
     formats = {scheme["format"] for scheme, _ in targets.values()}
-    groups = {f"group_{n}": {"targets": sorted(names), **scheme} for n, (scheme, names) in enumerate(targets.values())}
+    # In the order of the names, which does not depend on the order of the tensors.
+    ordered = sorted(((sorted(names), scheme) for scheme, names in targets.values()), key=lambda pair: pair[0])
+    groups = {f"group_{n}": {"targets": names, **scheme} for n, (names, scheme) in enumerate(ordered)}
     return written, {
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",

@@ -248,8 +248,10 @@ def compressed_tensors(tensors: Tensors, settings: Mapping[str, Any]) -> dict[st
         weight = tensors.get(f"{module}.weight")
         if weight is not None and np.dtype(weight.dtype).name in ("int8", "float8_e4m3fn"):
             (scales,) = _require(tensors, module, ("weight_scale",), (None,))
-            matrix = _grouped(tensors, module, weight.shape, 0, weight, scales)
-            found[f"{module}.weight"] = _with_inputs(matrix, tensors, module, _scheme_of(module, schemes).inputs)
+            matrix, scheme = _grouped(tensors, module, weight.shape, 0, weight, scales), _scheme_of(module, schemes)
+            if scheme.bits == 4 and matrix.weights == "int8":  # one value per byte
+                matrix = replace(matrix, weights="int4")
+            found[f"{module}.weight"] = _with_inputs(matrix, tensors, module, scheme.inputs)
     return found
 
 

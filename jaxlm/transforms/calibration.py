@@ -105,7 +105,7 @@ class LayerInputs(NamedTuple):
 
     Attributes:
       rows: float32 [N, I] for each time that the model applies the layer; I is the product of the contracted axes.
-      are_tokens: whether N are tokens, of which padding is zero; otherwise they are relative positions.
+      are_tokens: True if N are tokens, with zeros for padding; False if N are relative positions.
       tokens: the number of tokens without padding.
     """
 
