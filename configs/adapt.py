@@ -7,6 +7,7 @@ MODEL is a folder, a run or a hub name; its own tokenizer encodes the text.  A w
 objective, which must match the kind of the model:
 
     masked      masked language modelling, for an encoder such as BERT (the default)
+    permuted    permutation language modelling, for XLNet
     causal      next-token prediction, for a decoder such as GPT-2 or Llama
     spans       span corruption, for T5
     infilling   text infilling and sentence permutation, for BART
@@ -19,9 +20,20 @@ Hardware, time   not measured
 Expected score   1 to 10 points more in tasks of the same domain (Gururangan et al. 2020, Don't Stop Pretraining)
 """
 
-from jaxlm import CausalLM, DataConfig, Infilling, MaskedLM, OptimizerConfig, RunConfig, SpanCorruption, UserError
+from jaxlm import (
+    CausalLM,
+    DataConfig,
+    Infilling,
+    MaskedLM,
+    OptimizerConfig,
+    PermutedLM,
+    RunConfig,
+    SpanCorruption,
+    UserError,
+)
 
-TASKS = {"masked": MaskedLM(), "causal": CausalLM(), "spans": SpanCorruption(), "infilling": Infilling()}
+TASKS = {"masked": MaskedLM(), "permuted": PermutedLM(), "causal": CausalLM(), "spans": SpanCorruption()}
+TASKS |= {"infilling": Infilling()}
 ADAMW = OptimizerConfig(rate=5e-5, schedule="linear", warmup=0.06, final=0.0, weight_decay=0.01, beta2=0.999)
 # T5 was pretrained with Adafactor (Raffel et al. 2020).
 ADAFACTOR = OptimizerConfig(

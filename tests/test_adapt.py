@@ -13,7 +13,7 @@ import pytest
 from random_params import random_params
 
 import jaxlm
-from jaxlm import CausalLM, DataConfig, Infilling, MaskedLM, RunConfig, SpanCorruption, UserError
+from jaxlm import CausalLM, DataConfig, Infilling, MaskedLM, PermutedLM, RunConfig, SpanCorruption, UserError
 from jaxlm.config import OptimizerConfig, TokenizerConfig
 from jaxlm.data.tokenizers import tokenizer as tokenizers
 from jaxlm.families import PRESETS
@@ -34,6 +34,7 @@ CASES = {  # preset, task, kind of tokenizer
     "electra": ("electra-small", MaskedLM(), "wordpiece"),
     "deberta": ("deberta-v3-small", MaskedLM(), "wordpiece"),
     "modernbert": ("modernbert-base", MaskedLM(), "wordpiece"),
+    "xlnet": ("xlnet-base", PermutedLM(), "wordpiece"),
     "gpt2": ("gpt2", CausalLM(), "bpe"),
     "llama": ("llama-3.2-1b", CausalLM(stream=False), "bpe"),
     "gemma": ("gemma-2b", CausalLM(), "bpe"),

@@ -95,6 +95,12 @@ FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, ...], dict[str, dict[str, A
         }
         | {"biases": {"attention_bias": True, "mlp_bias": True, "norm_bias": True, "classifier_bias": True}},
     ),
+    "XLNet": (
+        {"vocab_size": VOCABULARY, "d_model": 24, "n_layer": 3, "n_head": 3, "d_inner": 20},
+        ("LMHeadModel", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnsweringSimple", "Model"),
+        {"": {}, "one": {"n_layer": 1, "n_head": 1}, "relu": {"ff_activation": "relu"}, "limit": {"clamp_len": 4}}
+        | {"untied": {"tie_word_embeddings": False}},
+    ),
     "GPT2": (
         {"vocab_size": VOCABULARY, "n_embd": 24, "n_layer": 3, "n_head": 3, "n_positions": 16, "pad_token_id": 0},
         ("LMHeadModel", "ForSequenceClassification", "Model"),
@@ -266,11 +272,14 @@ def test_models_are_equal_in_both_directions(tmp_path, family, head, shape):
     model = transformers_model(family, head, shape)
     model.save_pretrained(tmp_path / "theirs")
     lm = jaxlm.load(tmp_path / "theirs")
-    # Only DeBERTa masks all keys for padding, and with `left` the first token is padding.
-    for left in (False, True)[: 1 if (family, head) == ("DebertaV2", "ForSequenceClassification") else 2]:
+    # Only DeBERTa masks all keys for padding, and with `left` the first token is padding. XLNet's classifier reads the
+    # last position, padding or not.
+    one_side = {"DebertaV2": (False,), "XLNet": (True,)} if head == "ForSequenceClassification" else {}
+    sides = one_side.get(family, (False, True))
+    for left in sides:
         assert_same(model, lm, head, left)
     if head == "ForSequenceClassification":  # without a mask, as a user may call it
-        ids = batch(model.config, left=False)["input_ids"]
+        ids = batch(model.config, left=sides[0])["input_ids"]
         with torch.no_grad():
             theirs = model(torch.tensor(ids)).logits
         np.testing.assert_allclose(lm(ids).logits, theirs, atol=1e-4, rtol=1e-4)
@@ -285,7 +294,7 @@ def test_models_are_equal_in_both_directions(tmp_path, family, head, shape):
     jaxlm.save(other, tmp_path / "new")
     again, report = type(model).from_pretrained(tmp_path / "new", output_loading_info=True, attn_implementation="eager")
     assert not any(report.values()), report
-    assert_same(again.eval(), other, head, left=False)
+    assert_same(again.eval(), other, head, left=sides[0])
 
 
 LONG = {"rope_type": "longrope", "rope_theta": 100.0, "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4]}

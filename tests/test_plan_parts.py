@@ -24,7 +24,7 @@ from jaxlm.devices import chips
 from jaxlm.errors import UserError
 from jaxlm.nn import flops
 from jaxlm.nn.losses import cross_entropy
-from jaxlm.nn.transformer import Transformer, apply, init
+from jaxlm.nn.transformer import Targets, Transformer, apply, init
 from jaxlm.planning import hlo
 from jaxlm.tasks.pretraining import CausalLMTask, MaskedLMTask
 
@@ -285,6 +285,16 @@ DEBERTA = ModelConfig(
     relative_distance=8,
     conv_width=3,
 )
+XLNET = ModelConfig(
+    **SIZES,
+    structure="encoder",
+    heads_on_top=("lm", "classes"),
+    positions="none",
+    relative="transformer_xl",
+    types=2,
+    types_in="attention",
+    query_stream=True,
+)
 MODERN = ModelConfig(**SIZES, structure="encoder", heads_on_top=("masked_lm", "classes"), shared_transform=True)
 T5 = ModelConfig(
     **SIZES, structure="encoder_decoder", decoder_layers=2, relative="buckets", positions="none", start_token=0
@@ -376,6 +386,16 @@ def test_products_of_other_encoders_are_those_of_the_formula(model, remat):
     assert gradient_flops(model, loss, array(2, 16), remat=remat) == expected + recomputed_flops(
         model, 2, 16, remat=remat
     )
+
+
+def test_products_of_a_query_stream_are_those_of_the_formula():
+    def loss(module, params, tokens_BT, types_BT, places_BQ, mask_BQS):
+        x_BQD = apply(module, params, tokens_BT, None, None, types_BT, targets=Targets(places_BQ, mask_BQS))
+        return apply(module, params, x_BQD, method="lm").sum() + apply(module, params, x_BQD, method="classes").sum()
+
+    expected = flops.model_flops(XLNET, 2, 16, heads={"lm": 3, "classes": 3}, targets=3).step
+    inputs = array(2, 16), array(2, 16), array(2, 3), array(2, 3, 16, dtype=jnp.bool_)
+    assert gradient_flops(XLNET, loss, *inputs) == expected
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])

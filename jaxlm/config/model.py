@@ -42,6 +42,7 @@ class ModelConfig(Config):
     vocabulary: Positive = 50257  # rows of the token embedding; at least the size of the tokenizer
     max_length: Positive = 1024  # maximum sequence length in tokens
     types: Count = 0  # number of token types (BERT: 2); 0: none
+    types_in: Literal["embeddings", "attention"] = "embeddings"  # added, or compared (XLNet; transformer_xl only)
     width: Positive = 768  # model width D
     layers: Layers = 12  # number of layers; of the encoder in an encoder-decoder
     decoder_layers: Layers | None = None  # layers of the decoder in an encoder-decoder; None: as in the encoder
@@ -91,12 +92,14 @@ class ModelConfig(Config):
     rotary_attention: Number = 1.0  # factor of rotated queries and keys (yarn, longrope)
     rotary_short: tuple[AboveZero, ...] = ()  # frequency divisor of each pair, for lengths to rotary_length (longrope)
     rotary_long: tuple[AboveZero, ...] = ()  # frequency divisor of each pair, for longer sequences (longrope)
-    relative: Literal["none", "buckets", "disentangled"] = "none"  # relative positions: T5's bias, DeBERTa's attention
+    # Relative positions: T5's bias, DeBERTa's attention, or Transformer-XL's attention (Dai et al. 2019)
+    relative: Literal["none", "buckets", "disentangled", "transformer_xl"] = "none"
     relative_buckets: Distance = 32  # number of distance buckets; 0: one per distance (disentangled only)
-    relative_distance: Distance = 128  # larger distances share one bucket
+    relative_distance: Distance = 128  # larger distances count as this one; 0: no limit (transformer_xl only)
     relative_terms: tuple[Literal["c2p", "p2c"], ...] = ("c2p", "p2c")  # content-to-position, position-to-content
     relative_shared: bool = True  # project relative embeddings with the query and key projections
     relative_norm: bool = True  # normalise relative embeddings
+    query_stream: bool = False  # a second stream that predicts tokens without reading them (XLNet); transformer_xl only
 
     conv_width: Distance = 0  # kernel width of the convolution next to the first layer (DeBERTa v2), odd; 0: none
     conv_activation: Activation = "gelu"  # activation function of the convolution
@@ -249,6 +252,31 @@ class ModelConfig(Config):
             raise UserError(
                 f"model.relative_buckets is {self.relative_buckets}; it must be at least 4 and less than twice "
                 f"model.relative_distance {self.relative_distance}"
+            )
+        self._check_transformer_xl()
+
+    def _check_transformer_xl(self) -> None:
+        if self.relative != "transformer_xl":
+            if self.query_stream or self.types_in == "attention":
+                name = "query_stream" if self.query_stream else "types_in"
+                raise UserError(
+                    f"model.{name} is {getattr(self, name)!r}, but model.relative is {self.relative!r}; set "
+                    f"model.relative to 'transformer_xl', or leave model.{name} out"
+                )
+            return
+        if self.structure != "encoder":
+            raise UserError(
+                f"model.relative is 'transformer_xl', but the model is a(n) {self.structure}; it is for encoders only: "
+                f"set model.structure to encoder, or model.relative to 'buckets'"
+            )
+        if self.heads != self.K:
+            raise UserError(f"model.kv_heads is {self.K}; transformer_xl requires model.heads, which is {self.heads}")
+        if self.width % 2:
+            raise UserError(f"model.width is {self.width}; the sinusoids of transformer_xl come in pairs: make it even")
+        if self.query_stream and (self.conv_width or self.front_end != "tokens" or self.mixer != "attention"):
+            raise UserError(
+                f"model.query_stream is set, but conv_width is {self.conv_width}, front_end {self.front_end!r} and "
+                f"mixer {self.mixer!r}; the query stream requires 0, 'tokens' and 'attention'"
             )
 
 

@@ -44,6 +44,7 @@ __all__ = [
     "MultiTask",
     "MultipleChoice",
     "Part",
+    "PermutedLM",
     "QuestionAnswering",
     "Seq2Seq",
     "Similarity",
@@ -141,6 +142,30 @@ class MaskedLM(TaskConfig):
         if self.next_sentence and model.types < 2:
             raise UserError(
                 f"model.types is {model.types}; next_sentence needs at least 2, one for each text of a pair"
+            )
+
+
+@dataclass(frozen=True)
+class PermutedLM(TaskConfig):
+    """Predict some tokens in a random order, each from the other tokens and from the targets before it (XLNet, Yang et
+    al. 2019)."""
+
+    heads: ClassVar[tuple[Head, ...]] = ("lm",)
+    structure: ClassVar[str] = "encoder"
+    has_label_head: ClassVar[bool] = False
+    sentences: ClassVar[str] = "whole"  # documents are not split
+
+    label_smoothing: ShareBelowOne = 0.0  # probability spread evenly over the vocabulary
+    rate: OpenShare = 1 / 6  # fraction of the tokens to predict
+    max_span: Annotated[int, Range(1, 1000)] = 5  # maximum length of a span of targets; all are equally likely
+
+    def check_model(self, run: RunConfig, model: ModelConfig) -> None:
+        """Raises UserError if the model is not an encoder with the head lm and a query stream."""
+        _check_architecture(self, model)
+        if not model.query_stream:
+            raise UserError(
+                f"model.query_stream is {model.query_stream} and model.relative {model.relative!r}; PermutedLM reads a "
+                f"query stream: set --model.query-stream and --model.relative transformer_xl, or use MaskedLM"
             )
 
 
@@ -375,9 +400,12 @@ def _check_decoding(decoding: Decoding) -> None:
 
 def _check_architecture(task: TaskConfig, model: ModelConfig) -> None:
     if model.structure != task.structure or not set(task.heads or ()) <= set(model.heads_on_top):
+        remedy = "change model.structure and model.heads_on_top"
+        if model.query_stream:
+            remedy = "a model with a query stream is trained with PermutedLM: change the task, or use another model"
         raise UserError(
             f"{type(task).__name__} needs a(n) {task.structure} with the heads {task.heads}, not a(n) "
-            f"{model.structure} with {model.heads_on_top}; change model.structure and model.heads_on_top"
+            f"{model.structure} with {model.heads_on_top}; {remedy}"
         )
 
 

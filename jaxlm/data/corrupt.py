@@ -167,6 +167,43 @@ def _fill_up(sizes: np.ndarray, order: Order, left_X: np.ndarray) -> list[np.nda
         sizes, items, example = sizes[~taken], items[~taken], example[~taken]
 
 
+def prediction_order(lengths_X: np.ndarray, draws: Draws, *, rate: float, longest: int) -> np.ndarray:
+    """Selects spans of several texts as targets, and orders the targets of each text randomly.
+
+    A text is divided into contexts.  Each has one span of 1 to `longest` targets at a random place, and is 1 / `rate`
+    times as long as its span (Yang et al. 2019, section 3.1).  The end of the text may be a shorter context with fewer
+    targets, but at least one.  A text has at most `rate` times its tokens plus 1 targets.
+
+    Args:
+      lengths_X: length of each text, at least 1.
+      draws: random numbers of the texts.
+      rate: fraction of the tokens to predict.
+      longest: maximum length of a span in tokens.
+
+    Returns:
+      The number of each token in the order of prediction [sum of the lengths], from 1 in each text; 0 for tokens that
+      are not targets.
+    """
+    context_sizes = np.ceil(np.arange(1, longest + 1) / rate - 1e-9).astype(np.int64)
+    x = np.repeat(np.arange(len(lengths_X)), -(-lengths_X // context_sizes[0]))
+    words = draws.words(x, 2 * number_within(x))
+    fraction = lambda words, of: (((words & np.uint64(0xFFFFFFFF)) * of.astype(np.uint64)) >> np.uint64(32)).astype(int)
+    sizes = 1 + fraction(words >> np.uint64(32), np.full(len(x), longest))
+    contexts = context_sizes[sizes - 1]
+    starts = _sums_before(contexts, x)
+    inside = starts < lengths_X[x]
+    x, words, sizes, contexts, starts = (array[inside] for array in (x, words, sizes, contexts, starts))
+    left = np.minimum(contexts, lengths_X[x] - starts)
+    sizes = np.where(left < contexts, np.maximum(1, np.rint(left * rate)).astype(np.int64), sizes)
+    starts += fraction(words, left - sizes + 1)
+    places = ranges(starts, sizes)
+    x = np.repeat(x, sizes)
+    order = shuffle(draws.words(x, 2 * places + 1), np.bincount(x, minlength=len(lengths_X)))
+    order_N = np.zeros(int(lengths_X.sum()), np.int32)
+    order_N[(offsets(lengths_X)[x] + places)[order.items]] = order.ranks + 1
+    return order_N
+
+
 def word_groups(continues_N: np.ndarray, choosable_N: np.ndarray) -> np.ndarray:
     """Returns the groups of `mask_tokens` for whole words: a token that continues a word joins the preceding group.
 

@@ -23,6 +23,7 @@ from jaxlm.families import (
     roberta,
     t5,
     transformer,
+    xlnet,
 )
 from jaxlm.hub.convert import Family
 
@@ -35,6 +36,7 @@ FAMILIES: dict[str, Family] = {  # by `model_type` of config.json
     "albert": albert.FAMILY,
     "deberta-v2": deberta.FAMILY,
     "modernbert": modernbert.FAMILY,
+    "xlnet": xlnet.FAMILY,
     "gpt2": gpt2.FAMILY,
     "llama": llama.FAMILY,
     "mistral": llama.MISTRAL,

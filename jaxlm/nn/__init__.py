@@ -26,5 +26,5 @@ In tensor code the suffix of a name is its shape, in these letters:
     E  examples in a row        G  heads per key-value head
     F  MLP width                C  head width              R  relative distances; relation heads
     W  embedding width          c  pairs in a head         N  labels
-    M  groups of positions
+    M  groups of positions      Q  targets of a query stream
 """

@@ -16,7 +16,8 @@ from jaxlm.devices.sharding import Placement
 from jaxlm.nn.cache import Cache, create
 from jaxlm.nn.kernels import backend_of, choose, fused
 from jaxlm.nn.layers import Dropout, Linear, Norm, float32_einsum, query_std, residual_std
-from jaxlm.nn.positions import Distances, RotaryAngles, rotate
+from jaxlm.nn.nodes import array
+from jaxlm.nn.positions import Distances, Offsets, RotaryAngles, rotate
 
 BLOCK = 64  # minimum number of queries in a block of causal attention
 MASKED = -1e30  # finite, so that a row without visible keys gives numbers instead of NaN
@@ -34,6 +35,7 @@ class AttentionInputs(NamedTuple):
       rotary: rotary angles of the queries and keys; B may be 1.
       bias_BHTS: T5's relative positions; B may be 1.
       distances: DeBERTa's relative positions.
+      offsets: Transformer-XL's relative positions.
       slot_positions_BS: the position to store in each slot of a new cache; B may be 1. None: no cache is created.
       cache_rotary: rotary angles of the slots of the cache, if the angles depend on the length of the sequence. The
         cache then stores keys before rotation, and they are rotated when they are read.
@@ -47,6 +49,7 @@ class AttentionInputs(NamedTuple):
     rotary: RotaryAngles | None = None
     bias_BHTS: jax.Array | None = None
     distances: Distances | None = None
+    offsets: Offsets | None = None
     slot_positions_BS: jax.Array | None = None
     cache_rotary: RotaryAngles | None = None
     cache_format: str = "compute"
@@ -78,6 +81,24 @@ def cross_mask(segments_BT: jax.Array, segments_BS: jax.Array) -> jax.Array:
     """
     q_BT1, k_B1S = segments_BT[:, :, None], segments_BS[:, None, :]
     return ((q_BT1 == k_B1S) | (q_BT1 == 0)) & (k_B1S > 0)
+
+
+def permutation_masks(order_BT: jax.Array, segments_BT: jax.Array, places_BQ: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the masks of the content stream [B, T, T] and the query stream [B, Q, T] (Yang et al. 2019, section 2.3).
+
+    A token attends to the tokens whose number is not larger than its own. A target attends only to those whose number
+    is smaller, so that it does not read itself. Only the second mask hides other examples, as `self_mask` does for the
+    first.
+
+    Args:
+      order_BT: the number of each token in the order of prediction, from 1; 0 for tokens that are given.
+      segments_BT: number of each token's example, from 1; 0 for padding.
+      places_BQ: the place of each target in its row.
+    """
+    take = lambda x_BT: jnp.take_along_axis(x_BT, places_BQ, 1)
+    content_BTS = order_BT[:, :, None] >= order_BT[:, None, :]
+    query_BQS = take(order_BT)[:, :, None] > order_BT[:, None, :]
+    return content_BTS, query_BQS & cross_mask(take(segments_BT), segments_BT)
 
 
 class Scores(NamedTuple):
@@ -216,6 +237,8 @@ class Attention(nn.Module):
                 cache, q_BTHC = jax.lax.optimization_barrier((context, q_BTHC))
         else:
             context_BSD = x_BTD if context is None else context
+            if inputs.offsets is not None:
+                context_BSD = context_BSD[:, : inputs.offsets.keys]  # targets are no keys
             k_BSKC, v_BSKC = key(context_BSD), value(context_BSD)
             if config.query_key_norm:
                 k_BSKC = Norm(config, self.dtype, name="key_norm")(k_BSKC)
@@ -235,6 +258,9 @@ class Attention(nn.Module):
                 query = heads("relative_query", config.heads) if "p2c" in config.relative_terms else query
                 key = heads("relative_key", config.K) if "c2p" in config.relative_terms else key
             bias_BHTS = scale * self._disentangled(q_BTHC, k_BSKC, inputs.distances, query, key)
+        if inputs.offsets is not None:
+            q_BTHC, bias_BHTS = self._with_offsets(q_BTHC, inputs.offsets, heads("relative_key", config.heads))
+            bias_BHTS *= scale
         scores = Scores(scale, config.attention_cap, bias_BHTS)
         dropout = Dropout(config.attention_dropout, name="dropout")
         weights_BHTS = None
@@ -283,6 +309,24 @@ class Attention(nn.Module):
             scale=scores.scale,
             cap=scores.cap,
         )
+
+    def _with_offsets(self, q_BTHC: jax.Array, offsets: Offsets, key: Callable) -> tuple[jax.Array, jax.Array]:
+        """Returns the queries for the keys, and the bias for relative positions and types [B, H, T, S], unscaled.
+
+        Source: Dai et al. 2019, section 3.3; for types, Yang et al. 2019, section 2.5.
+        """
+        config, init = self.config, nn.initializers.normal(self.config.initial_std)
+        shape = config.heads, config.C
+        with_bias = lambda name: q_BTHC + array(self, f"{name}_bias", init, shape).astype(q_BTHC.dtype)
+        key_RHC = key(offsets.embeddings_RD)
+        bias_BHTS = offsets.select(float32_einsum("BTHC,RHC->BHTR", with_bias("position"), key_RHC))
+        if config.types_in == "attention":
+            types_NHC = array(self, "types", init, (2, *shape))  # for equal and for different types
+            scores_BHTN = float32_einsum("BTHC,NHC->BHTN", with_bias("type"), types_NHC.astype(q_BTHC.dtype))
+            if offsets.differs_BTS is not None:  # else all keys have the same score, which softmax ignores
+                same, different = scores_BHTN[..., :1], scores_BHTN[..., 1:]
+                bias_BHTS += jnp.where(offsets.differs_BTS[:, None], different, same)
+        return with_bias("content"), bias_BHTS
 
     def _disentangled(
         self, q_BTHC: jax.Array, k_BSHC: jax.Array, distances: Distances, query: Callable, key: Callable

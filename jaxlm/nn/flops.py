@@ -151,17 +151,19 @@ class Forward(NamedTuple):
       projections: queries, keys, values, outputs and MLPs of the layers.
       attention: scores and weighted values of the layers.
       heads: heads.
+      constants: projections of embeddings without parameters, which have no gradient (Transformer-XL's sinusoids).
     """
 
     embeddings: int
     projections: int
     attention: int
     heads: int
+    constants: int = 0
 
     @property
     def layers(self) -> int:
         """FLOPs of the layers."""
-        return self.projections + self.attention
+        return self.projections + self.attention + self.constants
 
     @property
     def total(self) -> int:
@@ -171,7 +173,7 @@ class Forward(NamedTuple):
     @property
     def step(self) -> int:
         """FLOPs of forward and backward pass: the gradient of each product consists of two products."""
-        return 3 * self.total
+        return 3 * self.total - self.constants
 
 
 def model_flops(
@@ -181,6 +183,7 @@ def model_flops(
     source_length: int | None = None,
     *,
     heads: Mapping[str, int] | None = None,
+    targets: int = 0,
     blocks: bool = False,
 ) -> Forward:
     """Returns the FLOPs of a batch from the sizes of the model; `.step` is a training step of all parameters.
@@ -196,6 +199,7 @@ def model_flops(
       length: number of tokens in a row; in an encoder-decoder, in a row of the decoder.
       source_length: number of tokens in a row of the encoder of an encoder-decoder.
       heads: number of positions in a row to which each head is applied; None: all positions for `lm`.
+      targets: number of targets in a row, for a model with a query stream.
       blocks: whether to count causal attention as `dot_product_attention` computes it, in blocks of queries that read
         no keys after their end.
     """
@@ -211,7 +215,10 @@ def model_flops(
     if config.structure != "decoder":
         tokens = S if both and S is not None else T
         projections += config.layers * tokens * (_attention_entries(config) + _mlp_entries(config))
-        attention += config.layers * _attention_products(config, tokens, tokens, tokens * tokens)
+        queries = tokens + targets
+        attention += config.layers * _attention_products(config, queries, tokens, queries * tokens)
+        # Targets are queries, but no keys.
+        projections += config.layers * targets * (2 * D * config.heads * config.C + _mlp_entries(config))
     if config.structure != "encoder":
         layers, config = (config.decoder_layers if both else None) or config.layers, config.decoder_config
         projections += layers * T * (_attention_entries(config) + _mlp_entries(config))
@@ -222,10 +229,10 @@ def model_flops(
             attention += layers * _attention_products(config, T, S, T * S, relative=False)
     config = whole
     head_entries = sum(positions * _head_entries(config, head) for head, positions in heads.items())
-    relative = _relative_entries(config)
-    return Forward(
-        2 * rows * embeddings, 2 * (rows * projections + relative), 2 * rows * attention, 2 * rows * head_entries
-    )
+    relative, constants = 2 * _relative_entries(config), 2 * _sinusoid_entries(config, T)
+    of_rows = (2 * rows * part for part in (embeddings, projections, attention, head_entries))
+    embeddings, projections, attention, head_entries = of_rows
+    return Forward(embeddings, projections + relative, attention, head_entries, constants)
 
 
 def _attention_entries(config: ModelConfig) -> int:
@@ -237,13 +244,22 @@ def _mlp_entries(config: ModelConfig) -> int:
 
 
 def _attention_products(config: ModelConfig, T: int, S: int, pairs: int, relative: bool = True) -> int:
-    """Returns the scores and weighted values of one layer, and DeBERTa's products with embeddings of distances."""
+    """Returns the scores and weighted values of one layer, and products with embeddings of distances and types."""
     products = 2 * config.heads * config.C * pairs
     if relative and config.relative == "disentangled":
         R = 2 * (config.relative_buckets or config.relative_distance)
         lengths = {"c2p": T, "p2c": S}
         products += sum(config.heads * config.C * lengths[term] * R for term in config.relative_terms)
+    if relative and config.relative == "transformer_xl":
+        products += config.heads * config.C * T * (2 * S - 1 + 2 * (config.types_in == "attention"))
     return products
+
+
+def _sinusoid_entries(config: ModelConfig, T: int) -> int:
+    """Returns Transformer-XL's projections of the distances in a row of T tokens: once per layer and batch."""
+    if config.relative != "transformer_xl":
+        return 0
+    return config.layers * (2 * T - 1) * config.width * config.C * config.heads
 
 
 def _relative_entries(config: ModelConfig) -> int:

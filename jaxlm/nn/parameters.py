@@ -46,6 +46,7 @@ _OUT = r"(next_sentence_head|(classes_head|tokens_head|span_head|replaced_head)/
 TABLE = (
     Parameter(_EMBEDDINGS + r"/tokens", ("vocabulary", "width"), True, "embeddings"),
     Parameter(_EMBEDDINGS + r"/(positions|types)", (None, "width"), True, "embeddings"),
+    Parameter(_EMBEDDINGS + r"/query", (None,), False, "embeddings"),
     Parameter(_EMBEDDINGS + r"/norm/(scale|bias)", (None,), False, "embeddings"),
     Parameter(_EMBEDDINGS + r"/project/kernel", (None, "width"), True, "embeddings"),
     Parameter(_EMBEDDINGS + r"/project/bias", (None,), False, "embeddings"),
@@ -64,6 +65,8 @@ TABLE = (
         1,
     ),
     Parameter(_ATTENTION + r"/(key|value|relative_key)/bias", ("layers", "kv_heads", "head_width"), False, "layers"),
+    Parameter(_ATTENTION + r"/(content|position|type)_bias", ("layers", "heads", "head_width"), False, "layers"),
+    Parameter(_ATTENTION + r"/types", ("layers", None, "heads", "head_width"), True, "layers"),
     Parameter(_ATTENTION + r"/(query|key)_norm/(scale|bias)", ("layers", None), False, "layers"),
     Parameter(_ATTENTION + r"/out/kernel", ("layers", "heads", "head_width", "width"), True, "layers", 2),
     Parameter(_ATTENTION + r"/out/bias", ("layers", None), False, "layers"),

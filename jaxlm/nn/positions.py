@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.config import ModelConfig
-from jaxlm.nn.layers import Norm, initial
+from jaxlm.nn.layers import Dropout, Norm, initial
 from jaxlm.nn.nodes import array
 
 
@@ -34,6 +34,35 @@ class Distances(NamedTuple):
 
     embeddings_RD: jax.Array
     rows_TS: jax.Array
+
+
+class Offsets(NamedTuple):
+    """Transformer-XL's relative positions, and the token types that attention compares.
+
+    Attributes:
+      embeddings_RD: embeddings of the distances S - 1, S - 2, ..., 1 - S from key to query, for S keys.
+      places_BQ: the place in the row of each target; their queries follow those of the row. None: no targets.
+      differs_BTS: True where the types of query and key differ; None: all types are equal.
+    """
+
+    embeddings_RD: jax.Array
+    places_BQ: jax.Array | None = None
+    differs_BTS: jax.Array | None = None
+
+    @property
+    def keys(self) -> int:
+        """The number of keys, which are the first positions of the hidden states."""
+        return (len(self.embeddings_RD) + 1) // 2
+
+    def select(self, scores_BHTR: jax.Array) -> jax.Array:
+        """Returns the scores [B, H, T, S] of query t and key s from the scores of query t and all distances."""
+        S, places_BQ = self.keys, self.places_BQ
+        row_BHSS = _from_distances(scores_BHTR[:, :, :S])
+        if places_BQ is None:
+            return row_BHSS
+        distance_BQS = (S - 1 - places_BQ)[..., None] + jnp.arange(S)
+        targets_BHQS = jnp.take_along_axis(scores_BHTR[:, :, S:], distance_BQS[:, None], -1)
+        return jnp.concatenate([row_BHSS, targets_BHQS], 2)
 
 
 def sinusoidal(positions_BT: jax.Array, width: int, base: float) -> jax.Array:
@@ -184,6 +213,34 @@ def _along_diagonals(values_HR: jax.Array, S: int) -> jax.Array:
     # Rows of R values, read as rows of R + 1, start one value later each: row n starts at distance 1 - S + n.
     rows_HSR = jnp.pad(rows_HN, ((0, 0), (0, S))).reshape(H, S, R + 1)
     return rows_HSR[:, ::-1, :S]
+
+
+class Sinusoids(nn.Module):
+    """Embeddings [R, D] of the distances S - 1 to 1 - S, without parameters (Dai et al. 2019, section 3.3)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, S: int) -> jax.Array:
+        config, distances = self.config, np.arange(S - 1, -S, -1)
+        if config.relative_distance:
+            distances = distances.clip(-config.relative_distance, config.relative_distance)
+        embeddings_RD = sinusoidal(jnp.asarray(distances), config.width, config.rotary_base)
+        return Dropout(config.dropout, name="dropout")(embeddings_RD)
+
+
+def _from_distances(scores_BHSR: jax.Array) -> jax.Array:
+    """Returns [B, H, S, S], whose entry (t, s) is that of the distance t - s in row t.
+
+    The rows are shifted by reshaping, as in the paper's appendix B, so that the gradient needs no scatter.
+
+    Args:
+      scores_BHSR: the scores of each query and the distances S - 1 to 1 - S.
+    """
+    B, H, S, R = scores_BHSR.shape
+    rows_BHN = jnp.pad(scores_BHSR, ((0, 0), (0, 0), (0, 0), (0, 1))).reshape(B, H, S * (R + 1))
+    # Rows of R + 1 values, read as rows of R, start one value earlier each: row t starts at the distance t.
+    return rows_BHN[..., S - 1 : S - 1 + S * R].reshape(B, H, S, R)[..., :S]
 
 
 class Disentangled(nn.Module):

@@ -27,7 +27,7 @@ from jaxlm.nn.heads import ClassesHead, MaskedLMHead, PerTokenHead, PooledHead, 
 from jaxlm.nn.kernels import save_attention
 from jaxlm.nn.layers import FEED_FORWARDS, Convolution, Dropout, Linear, Norm
 from jaxlm.nn.nodes import array, parameter, rows
-from jaxlm.nn.positions import BY_LENGTH, Buckets, Disentangled, rotary_angles, sinusoidal
+from jaxlm.nn.positions import BY_LENGTH, Buckets, Disentangled, Offsets, Sinusoids, rotary_angles, sinusoidal
 
 # Operations that cost little compared with the memory of their results: the backward pass recomputes them.
 _ELEMENTWISE = {
@@ -93,8 +93,10 @@ class Embeddings(nn.Module):
         if config.positions == "learned":
             rows = config.position_offset + config.max_length
             self.positions = array(self, "positions", init, (rows, config.W))
-        if config.types:
+        if config.types and config.types_in == "embeddings":
             self.types = array(self, "types", init, (config.types, config.W))
+        if config.query_stream:
+            self.query = array(self, "query", init, (config.W,))
         if config.embedding_norm:
             self.norm = Norm(config)
         if config.embedding_width is not None:
@@ -116,15 +118,34 @@ class Embeddings(nn.Module):
             x_BTW += self.positions[config.position_offset + positions_BT]
         elif config.positions == "sinusoidal":
             x_BTW += sinusoidal(positions_BT, config.W, config.rotary_base)
-        if config.types:
+        if config.types and config.types_in == "embeddings":
             x_BTW += self.types[jnp.zeros_like(tokens_BT) if types_BT is None else types_BT]
         if config.embedding_norm:
             x_BTW = self.norm(x_BTW)
+        return self._project(x_BTW)
+
+    def targets(self, B: int, Q: int) -> jax.Array:
+        """Returns the first hidden states [B, Q, D] of a query stream, which do not depend on tokens."""
+        return self._project(jnp.broadcast_to(self.query, (B, Q, self.config.W)))
+
+    def _project(self, x_BTW: jax.Array) -> jax.Array:
         x_BTW = self.dropout(x_BTW)
-        return (x_BTW if config.embedding_width is None else self.project(x_BTW)).astype(self.dtype)
+        return (x_BTW if self.config.embedding_width is None else self.project(x_BTW)).astype(self.dtype)
 
 
 FRONT_ENDS: dict[str, Any] = {"tokens": Embeddings}  # by `ModelConfig.front_end`
+
+
+class Targets(NamedTuple):
+    """The tokens that a query stream predicts (Yang et al. 2019, section 2.3).
+
+    Attributes:
+      places_BQ: the place of each target in its row.
+      mask_BQS: True where target q attends to key s.
+    """
+
+    places_BQ: jax.Array
+    mask_BQS: jax.Array
 
 
 class SequenceInputs(NamedTuple):
@@ -138,6 +159,8 @@ class SequenceInputs(NamedTuple):
       prefix_BT: 1 for tokens of the prefix, which the whole example attends to (`config.prefix_lm`).
       one_example: whether each row is one example, with padding only after it. Causality hides this padding, so that
         the attention of a decoder reads no segments.
+      types_BT: types of the tokens, if attention compares them (`config.types_in`).
+      targets: the targets of the query stream, whose hidden states follow those of the row; None: one stream.
     """
 
     segments_BT: jax.Array | None
@@ -145,6 +168,8 @@ class SequenceInputs(NamedTuple):
     mask_BTS: jax.Array | None = None
     prefix_BT: jax.Array | None = None
     one_example: bool = False
+    types_BT: jax.Array | None = None
+    targets: Targets | None = None
 
 
 class Caches(NamedTuple):
@@ -323,9 +348,15 @@ class Stack(nn.Module):
         prefix_BT: jax.Array | None = None,
         mask_BTS: jax.Array | None = None,
         one_example: bool = False,
+        types_BT: jax.Array | None = None,
+        targets: Targets | None = None,
     ) -> tuple[jax.Array, Caches | None]:
         kinds = self.config.layer_kinds
-        masks = prefix_BT, mask_BTS, one_example
+        masks = prefix_BT, mask_BTS, one_example, types_BT, targets
+        is_token_BT = None if segments_BT is None else segments_BT > 0
+        if is_token_BT is not None and targets is not None:
+            of_targets_BQ = jnp.take_along_axis(is_token_BT, targets.places_BQ, 1)
+            is_token_BT = jnp.concatenate([is_token_BT, of_targets_BQ], 1)
         attention_inputs = self._attention_inputs(segments_BT, positions_BT, caches, keep, *masks)
         # Without a parent, so that a layer is a plain function of its parameters.
         weights = self.is_mutable_collection("weights")
@@ -344,8 +375,7 @@ class Stack(nn.Module):
             """Applies layer n, which has this kind."""
             rngs = None if key is None else {"dropout": key}
             x = checkpoint_name(x, "layer")
-            tokens_BT = None if segments_BT is None else segments_BT > 0
-            inputs = (x, n, attention_inputs[kind], positions_BT, context, context_inputs, cache, tokens_BT)
+            inputs = (x, n, attention_inputs[kind], positions_BT, context, context_inputs, cache, is_token_BT)
             outputs: Any = block.apply({"params": params}, *inputs, rngs=rngs)
             return outputs
 
@@ -450,10 +480,12 @@ class Stack(nn.Module):
         prefix_BT: jax.Array | None,
         extra_mask_BTS: jax.Array | None,
         one_example: bool,
+        types_BT: jax.Array | None,
+        targets: Targets | None,
     ) -> dict[str, AttentionInputs]:
         """Returns the attention inputs for each kind of layer."""
         config = self.config
-        bias_BHTS = distances = lengths_BT = None
+        bias_BHTS = distances = offsets = lengths_BT = None
         cache_format = "compute" if keep is None else keep.format
         if config.rotary_scaling in BY_LENGTH:
             lengths_BT = self._lengths(segments_BT, positions_BT, caches, keep)
@@ -465,6 +497,8 @@ class Stack(nn.Module):
             bias_BHTS = Buckets(config, self.causal, name="relative")(*places)
         elif config.relative == "disentangled":
             distances = Disentangled(config, name="relative")(positions_BT.shape[1])
+        elif config.relative == "transformer_xl":
+            offsets = _offsets(Sinusoids(config, name="relative")(positions_BT.shape[1]), types_BT, targets)
         inputs_by_kind: dict[str, AttentionInputs] = {}
         for kind in sorted(set(config.layer_kinds)):
             window = config.window if kind == "local" else None
@@ -482,6 +516,9 @@ class Stack(nn.Module):
                 segments = None if prefix_BT is not None else (segments_BT, segments_BT)
                 if extra_mask_BTS is not None:
                     mask_BTS, segments = mask_BTS & extra_mask_BTS, None
+                if targets is not None:
+                    row_BTS = jnp.broadcast_to(mask_BTS, (len(targets.mask_BQS), *mask_BTS.shape[1:]))
+                    mask_BTS, segments = jnp.concatenate([row_BTS, targets.mask_BQS], 1), None
             if keep is not None:
                 # Relative positions use the numbers of slots as positions, so their caches hold the whole text.
                 short = window is not None and config.relative == "none"
@@ -496,7 +533,7 @@ class Stack(nn.Module):
                     cache_rotary = rotary_angles(slots_BS, config, kind, lengths_BT)
             causal = self.causal and caches is None and prefix_BT is None
             inputs_by_kind[kind] = AttentionInputs(
-                *(mask_BTS, causal, segments, window, rotary, bias_BHTS, distances),
+                *(mask_BTS, causal, segments, window, rotary, bias_BHTS, distances, offsets),
                 *(slot_positions_BS, cache_rotary, cache_format),
             )
         return inputs_by_kind
@@ -595,6 +632,7 @@ class Transformer(nn.Module):
         mask_BTS: jax.Array | None = None,
         prefix_BT: jax.Array | None = None,
         one_example: bool = False,
+        targets: Targets | None = None,
     ) -> tuple[jax.Array, SequenceInputs]:
         """Returns the first hidden states [B, T, D] and the other inputs of `stack`; see `SequenceInputs`.
 
@@ -602,13 +640,21 @@ class Transformer(nn.Module):
         """
         positions_BT = self._positions(tokens_BT, positions_BT)
         x_BTD = self.embeddings(tokens_BT, positions_BT, types_BT)
-        return x_BTD, SequenceInputs(segments_BT, positions_BT, mask_BTS, prefix_BT, one_example)
+        if targets is not None:
+            x_BTD = jnp.concatenate([x_BTD, self.embeddings.targets(*targets.places_BQ.shape)], 1)
+        types_BT = types_BT if self.config.types_in == "attention" else None
+        return x_BTD, SequenceInputs(segments_BT, positions_BT, mask_BTS, prefix_BT, one_example, types_BT, targets)
 
     def stack(self, x_BTD: jax.Array, inputs: SequenceInputs) -> jax.Array:
-        """Returns the last hidden states [B, T, D] of the encoder, or of the decoder if there is no encoder."""
+        """Returns the last hidden states [B, T, D] of the encoder, or of the decoder if there is no encoder.
+
+        With targets these are the hidden states [B, Q, D] of the query stream.
+        """
         stack = self.decoder if self.config.structure == "decoder" else self.encoder
-        named = {name: getattr(inputs, name) for name in ("prefix_BT", "mask_BTS", "one_example")}
-        return stack(x_BTD, inputs.segments_BT, inputs.positions_BT, **named)[0]
+        names = "prefix_BT", "mask_BTS", "one_example", "types_BT", "targets"
+        named = {name: getattr(inputs, name) for name in names}
+        x_BTD, _ = stack(x_BTD, inputs.segments_BT, inputs.positions_BT, **named)
+        return x_BTD if inputs.targets is None else x_BTD[:, inputs.positions_BT.shape[1] :]
 
     def encode(
         self,
@@ -692,13 +738,16 @@ class Transformer(nn.Module):
         prefix_BT: jax.Array | None = None,
         mask_BTS: jax.Array | None = None,
         one_example: bool = False,
+        targets: Targets | None = None,
     ) -> jax.Array:
         """Returns the last hidden states [B, T, D]; `SequenceInputs` describes the inputs.
+
+        With `targets`, they are those of the query stream [B, Q, D].
 
         In an encoder-decoder, `target_*` are the inputs of the decoder, and `mask_BTS` applies to the encoder.
         """
         if self.config.structure != "encoder_decoder":
-            inputs = tokens_BT, segments_BT, positions_BT, types_BT, mask_BTS, prefix_BT, one_example
+            inputs = tokens_BT, segments_BT, positions_BT, types_BT, mask_BTS, prefix_BT, one_example, targets
             return self.stack(*self.embed(*inputs))
         if target_tokens_BT is None:
             raise ValueError("an encoder-decoder needs target_tokens_BT, the tokens that its decoder reads")
@@ -765,6 +814,17 @@ class Transformer(nn.Module):
         x_BTD = self(tokens_BT, target_tokens_BT=jnp.zeros(tokens_BT.shape[:2], jnp.int32))
         for head in self.config.heads_on_top:
             getattr(self, head)(x_BTD)
+
+
+def _offsets(embeddings_RD: jax.Array, types_BT: jax.Array | None, targets: Targets | None) -> Offsets:
+    """Returns Transformer-XL's relative positions for the queries of a row and of targets."""
+    places_BQ = None if targets is None else targets.places_BQ
+    if types_BT is None:
+        return Offsets(embeddings_RD, places_BQ)
+    of_queries_BT = types_BT
+    if places_BQ is not None:
+        of_queries_BT = jnp.concatenate([types_BT, jnp.take_along_axis(types_BT, places_BQ, 1)], 1)
+    return Offsets(embeddings_RD, places_BQ, of_queries_BT[:, :, None] != types_BT[:, None, :])
 
 
 def _cross_attention_inputs(

@@ -180,7 +180,11 @@ def closed_flops(task: Task, config: ModelConfig, rows: int, fields: Mapping[str
     # `flops.closed` counts the pooled vector with the next-sentence head, which reads it.
     below = {"pooled"} if "next_sentence" in config.heads_on_top else set()
     heads: dict[str, int] = {head: each.get(head, length) for head in config.heads_on_top if head not in below}
-    forward = lambda model: flops.model_flops(model, rows, length, source, heads=heads, blocks=blocks)
+    targets = getattr(task, "targets", 0)
+    if targets:
+        heads["lm"] = targets
+    of_rows = {"heads": heads, "targets": targets, "blocks": blocks}
+    forward = lambda model: flops.model_flops(model, rows, length, source, **of_rows)
     return forward(config).step + (forward(task.teacher).total if task.teacher else 0)
 
 

@@ -177,10 +177,16 @@ _STRUCTURES = {"encoder": "masked", "decoder": "causal", "encoder_decoder": "spa
 
 def _check_structure(task: Any, model: ModelConfig) -> None:
     """Raises UserError where a language-modelling task needs another structure than the weights have."""
+    objective = "permuted" if model.query_stream else _STRUCTURES[model.structure]
     if model.structure != task.structure:
         raise UserError(
             f"{type(task).__name__} trains models of the structure {task.structure}, but the model of --init has the "
-            f"structure {model.structure}; use configs/adapt.py {_STRUCTURES[model.structure]}"
+            f"structure {model.structure}; use configs/adapt.py {objective}"
+        )
+    if model.structure == "encoder" and ("lm" in task.heads) != model.query_stream:  # an encoder's lm reads that stream
+        raise UserError(
+            f"{type(task).__name__} needs the head {task.heads[0]}, but model.query_stream of --init is "
+            f"{model.query_stream}; use configs/adapt.py {objective}"
         )
 
 

@@ -4,7 +4,7 @@ task             the protocol `Task`, and `register`
 records          `RecordTask` and `HeadTask`, the bases of tasks over rows of a table
 classification, tagging, question_answering, multiple_choice, similarity    tasks that read the logits of a head
 generation, seq2seq, chat    tasks whose prediction is a text
-pretraining, denoising       tasks over running text
+pretraining, permuted, denoising    tasks over running text
 multi_task       several tasks with one body
 distillation     a task whose model also learns from a teacher
 reading, given, cells        records from files, examples from Python, values of columns

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -71,7 +71,12 @@ class TopTokens(NamedTuple):
 
 
 def hidden_states(
-    module: Transformer, params: Any, batch: Batch, key: jax.Array | None, one_example: bool = False
+    module: Transformer,
+    params: Any,
+    batch: Batch,
+    key: jax.Array | None,
+    one_example: bool = False,
+    more: Mapping[str, Any] | None = None,
 ) -> tuple[jax.Array, dict[str, Sum]]:
     """Returns the last hidden states of a packed batch, and in training the auxiliary losses of the layers.
 
@@ -82,11 +87,13 @@ def hidden_states(
       key: for dropout; None in evaluation.
       one_example: whether each row holds one example from its start, with padding only after it. A decoder then needs
         no mask but the causal one.
+      more: further inputs of the model, by name.
 
     Returns:
-      Hidden states [B, T, D], those of the decoder if the model has both; and sums and weights as `auxiliary/NAME`.
+      Hidden states [B, T, D], those of the decoder if the model has both, or [B, Q, D] of targets; and sums and weights
+      as `auxiliary/NAME`.
     """
-    x_BTD, auxiliary, _ = run_stacks(module, params, batch, key, one_example)
+    x_BTD, auxiliary, _ = run_stacks(module, params, batch, key, one_example, more=more)
     return x_BTD, auxiliary
 
 
@@ -97,12 +104,13 @@ def run_stacks(
     key: jax.Array | None,
     one_example: bool = False,
     collections: tuple[str, ...] = (),
+    more: Mapping[str, Any] | None = None,
 ) -> tuple[jax.Array, dict[str, Sum], dict[str, Any]]:
     """Returns the results of `hidden_states`, and collections that the stacks store, such as "states"; see `Stack`."""
     field = FRONT_ENDS[module.config.front_end].field
     inputs: tuple[Any, ...] = batch[field], batch["segments_BT"], batch["positions_BT"]
     mutable = [*collections, *(() if key is None else ("losses",))]
-    options: dict[str, Any] = {"key": key, **({"mutable": mutable} if mutable else {})}
+    options: dict[str, Any] = {"key": key, **(more or {}), **({"mutable": mutable} if mutable else {})}
     segments = [batch["segments_BT"]]
     if "source_tokens_BS" in batch:
         source = batch["source_tokens_BS"], batch["source_segments_BS"], batch["source_positions_BS"]

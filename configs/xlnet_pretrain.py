@@ -1,0 +1,37 @@
+"""XLNet from scratch: permutation language modelling on text with document boundaries.
+
+    python train.py configs/xlnet_pretrain.py --data.path TEXT
+
+TEXT is a plain or gz text file with a blank line between documents.  If documents begin with a heading instead, as in
+WikiText, add a pattern for it:
+
+    --data.documents boundary --data.boundary '^ = [^=]+ = $'
+
+A sixth of the tokens are targets, in spans of 1 to 5 tokens.  The query stream predicts them in a random order: each
+from all other tokens, and from the targets before it in that order.
+
+Hardware, time   not measured
+Expected score   not measured
+"""
+
+from dataclasses import replace
+
+from jaxlm import DataConfig, OptimizerConfig, PermutedLM, RunConfig, TokenizerConfig
+from jaxlm.families import PRESETS
+
+
+def config() -> RunConfig:
+    size = {"vocabulary": 4096, "max_length": 128, "width": 128, "layers": 4, "heads": 4}
+    return RunConfig(
+        model=replace(PRESETS["xlnet-base"], **size, dropout=0.0, attention_dropout=0.0, initial_std=0.05),
+        task=PermutedLM(),
+        data=DataConfig(documents="blank_line", length=128),
+        tokenizer=TokenizerConfig(train="wordpiece", lowercase=True),
+        optimizer=OptimizerConfig(
+            name="muon", rate=5e-3, beta1=0.95, schedule="linear", warmup=0.1, final=0.0, weight_decay=0.1
+        ),
+        batch=16,
+        steps=1200,
+        unroll=4,
+        eval_every=200,
+    )
