@@ -35,6 +35,8 @@ def inputs(config: dict[str, Any]) -> dict[str, np.ndarray]:
     """Returns two rows, and the inputs of the decoder of an encoder-decoder. The second row is padded."""
     random = np.random.RandomState(0)
     mask = (np.arange(T) < np.array([[T], [5]])).astype(np.int64)
+    if config.get("summary_type") == "last":  # XLNet's classifier in transformers reads the last position
+        mask = np.ascontiguousarray(mask[:, ::-1])
     padding, end = config.get("pad_token_id") or 0, config.get("eos_token_id")
     tokens = random.randint(6, config["vocab_size"], (2, T))
     if config.get("is_encoder_decoder"):

@@ -119,3 +119,7 @@ class PlaceholderTokenizer:
     def max_text_tokens(self, length: int, pair: bool) -> int:
         """Returns the number of tokens in a row that are left next to [CLS] and one or two [SEP]."""
         return length - 3 if pair else length - 2
+
+    def add_special_tokens(self, ids: list[int]) -> tuple[list[int], list[int], list[int]]:
+        """Returns the ids of a text between [CLS] and [SEP], the type of each, and the index of the text."""
+        return [self.cls, *ids, self.sep], [0] * (len(ids) + 2), [1]
