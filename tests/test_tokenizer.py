@@ -356,6 +356,12 @@ FAMILIES = {
         dict(pad_id=0, unk_id=1, bos_id=-1, eos_id=-1, control_symbols=["[CLS]", "[SEP]", "[MASK]"], vocab_size=500),
         0, *_TYPED, [2, 3, 0, 1, 2, 3, 4],
     ),
+    "xlnet": Family(
+        "XLNetTokenizer", "spiece.model",
+        dict(unk_id=0, bos_id=1, eos_id=2, pad_id=-1, control_symbols=["<cls>", "<sep>", "<pad>", "<mask>"],
+             vocab_size=500),
+        0, "A <sep> <cls>:2", "A <sep> B:1 <sep>:1 <cls>:2", [1, 2, 5, 0, 3, 4, 6],
+    ),
     "deberta-v2": Family(
         "DebertaV2Tokenizer", "spm.model",
         dict(pad_id=0, bos_id=1, eos_id=2, unk_id=3, pad_piece="[PAD]", bos_piece="[CLS]", eos_piece="[SEP]",
@@ -435,9 +441,10 @@ def test_families_split_texts_as_sentencepiece_does(family, tmp_path):
         normalized = text
         if family == "llama" and text.startswith((" ", "\u2581")):
             continue  # the class treats that space as the one that sentencepiece adds before a text
-        if family == "albert":  # ALBERT normalizes a text first
+        if family in ("albert", "xlnet"):  # they normalize a text first
             normalized = unicodedata.normalize("NFKD", text.replace("``", '"').replace("''", '"'))
-            normalized = "".join(c for c in normalized if not unicodedata.combining(c)).lower()
+            normalized = "".join(c for c in normalized if not unicodedata.combining(c))
+            normalized = normalized.lower() if family == "albert" else normalized
         ids = [
             tokenizer.unk if i == theirs.unk_id() else i + FAMILIES[family].offset for i in theirs.encode(normalized)
         ]
@@ -901,7 +908,9 @@ def test_families_agree_with_transformers(family, tmp_path):
 
 # The converters of transformers wrote the tokenizer.json files on the hub.
 @pytest.mark.parity
-@pytest.mark.parametrize("family", ["xlm-roberta", "mbart", "mbart50", "camembert", "t5", "albert", "deberta-v2"])
+@pytest.mark.parametrize(
+    "family", ["xlm-roberta", "mbart", "mbart50", "camembert", "t5", "albert", "xlnet", "deberta-v2"]
+)
 def test_families_agree_with_the_converters_of_transformers(family, tmp_path):
     transformers()
     converters = importlib.import_module("transformers.convert_slow_tokenizer").SLOW_TO_FAST_CONVERTERS

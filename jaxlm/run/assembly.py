@@ -183,7 +183,7 @@ def closed_flops(task: Task, config: ModelConfig, rows: int, fields: Mapping[str
     targets = getattr(task, "targets", 0)
     if targets:
         heads["lm"] = targets
-    of_rows = {"heads": heads, "targets": targets, "blocks": blocks}
+    of_rows: dict[str, Any] = {"heads": heads, "targets": targets, "blocks": blocks}
     forward = lambda model: flops.model_flops(model, rows, length, source, **of_rows)
     return forward(config).step + (forward(task.teacher).total if task.teacher else 0)
 

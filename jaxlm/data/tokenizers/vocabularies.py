@@ -128,6 +128,10 @@ TOKENIZER_SPECS: dict[str, TokenizerSpec] = {
         "AlbertTokenizer", _BERT | {"bos": "[CLS]", "eos": "[SEP]", "unk": "<unk>", "pad": "<pad>"}, _TYPED,
         {"do_lower_case": True, "keep_accents": False},
     ),
+    "xlnet": TokenizerSpec(
+        "XLNetTokenizer", _LLAMA | {"sep": "<sep>", "pad": "<pad>", "cls": "<cls>", "mask": "<mask>"},
+        ("$A sep cls:2", "$A sep $B:1 sep:1 cls:2"), {"do_lower_case": False, "keep_accents": False},
+    ),
     "debertav2": TokenizerSpec(
         "DebertaV2Tokenizer", _BERT | {"bos": "[CLS]", "eos": "[SEP]"}, _TYPED, {"do_lower_case": False},
         tail=("[MASK]",),
@@ -158,7 +162,7 @@ TOKENIZER_SPECS: dict[str, TokenizerSpec] = {
 # Candidates if no file names a class: the first one with special tokens in the vocabulary, else the last.
 _DEFAULT_SPECS = {
     "sentencepiece.bpe.model": ("xlmroberta",),
-    "spiece.model": ("albert", "t5"),
+    "spiece.model": ("albert", "xlnet", "t5"),
     "spm.model": ("debertav2",),
     "vocab.txt": ("bert",),
     "vocab.json": ("roberta", "gpt2"),
