@@ -28,6 +28,7 @@ from jaxlm import (
     ModelConfig,
     MultipleChoice,
     OptimizerConfig,
+    PermutedLM,
     QuestionAnswering,
     RunConfig,
     Seq2Seq,
@@ -60,6 +61,8 @@ ENCODER = ModelConfig(**SIZES, structure="encoder", heads_on_top=(), types=2, no
 DECODER = ModelConfig(**SIZES, positions="rotary")
 BOTH = ModelConfig(**SIZES, structure="encoder_decoder", start_token=0)
 with_heads = lambda *heads: dataclasses.replace(ENCODER, heads_on_top=heads)
+_TWO_STREAMS: dict[str, Any] = {"relative": "transformer_xl", "types_in": "attention", "query_stream": True}
+XLNET = dataclasses.replace(with_heads("lm"), positions="none", **_TWO_STREAMS)
 CASES: dict[str, tuple[Any, ModelConfig, tuple[str, ...]]] = {
     "class": (Classification(), ENCODER, ("a", "b", "c")),
     "classes": (Classification(problem="multi_label"), ENCODER, ("a", "b", "c")),
@@ -73,6 +76,7 @@ CASES: dict[str, tuple[Any, ModelConfig, tuple[str, ...]]] = {
     "documents": (CausalLM(stream=False), DECODER, ()),
     "masked": (MaskedLM(), with_heads("masked_lm"), ()),
     "pairs": (MaskedLM(next_sentence=True), with_heads("masked_lm", "next_sentence"), ()),
+    "permuted": (PermutedLM(), XLNET, ()),
     "spans": (SpanCorruption(), BOTH, ()),
     "translation": (Seq2Seq(decoding=Decoding(max_new_tokens=4)), BOTH, ()),
     "prompted": (Seq2Seq(decoding=Decoding(max_new_tokens=4)), DECODER, ()),
@@ -116,6 +120,9 @@ def batch_of(name: str) -> dict[str, jax.Array]:
         if field == "weights_BT":
             share = 0.2 if hasattr(task, "mask") else 0.6
             batch[field] = np.float32((segments_BT > 0) & (random.random(segments_BT.shape) < share))
+            batch[field][:, 0] = 1
+        elif field == "order_BT":
+            batch[field] = np.int32((segments_BT > 0) * np.maximum(0, random.integers(-20, 9, segments_BT.shape)))
             batch[field][:, 0] = 1
         elif field == "weights_BE":
             first = np.arange(array.shape[1]) % 2 == 0 if name in ("cosine", "contrastive") else True
@@ -208,7 +215,11 @@ def separate_rows(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 @pytest.mark.parametrize(
     "name",
-    ["questions", "translation", *(pytest.param(n, marks=pytest.mark.long) for n in ("class", "documents", "masked"))],
+    [
+        "questions",
+        "translation",
+        *(pytest.param(n, marks=pytest.mark.long) for n in ("class", "documents", "masked", "permuted")),
+    ],
 )
 def test_packed_equals_unpacked(name):
     task, module, params = distilled(name, layers=4, width=24)

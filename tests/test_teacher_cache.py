@@ -72,7 +72,7 @@ from jaxlm.tasks.distillation import with_teacher
 __all__ = ["data_dir", "folder", "one_device", "run_alone", "start"]  # fixtures
 
 LOGITS = DistillConfig("teacher", labels=0.5)
-VOCABULARIES = ("stream", "documents", "masked", "pairs", "spans", "translation", "prompted")
+VOCABULARIES = ("stream", "documents", "masked", "pairs", "permuted", "spans", "translation", "prompted")
 
 
 # Losses

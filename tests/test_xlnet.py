@@ -21,6 +21,7 @@ from jaxlm.config import Seq2Seq, TokenizerConfig
 from jaxlm.data.corpus import Corpus
 from jaxlm.data.corrupt import Draws, prediction_order
 from jaxlm.data.tokenizers import tokenizer as tokenizers
+from jaxlm.devices.sharding import Placement
 from jaxlm.families import PRESETS
 from jaxlm.lm import LM
 from jaxlm.nn.attention import permutation_masks
@@ -301,3 +302,23 @@ def test_both_streams_equal_those_of_transformers(tmp_path, clamp):
     ours = streams(lm.module, lm.params, tokens, real, types, order_BT, places_BQ)
     np.testing.assert_allclose(ours[0], queries, atol=1e-5, rtol=1e-5)
     np.testing.assert_allclose(np.asarray(ours[1])[real > 0], content[real > 0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 2, 2), (1, 2, 3, 1)], ids=str)
+def test_a_sharded_gradient_equals_an_unsharded_one(shape):
+    """The number of targets, 9, is a multiple of no axis."""
+    config = replace(XLNET, heads=6, width=24)
+    task = PermutedLMTask(PermutedLM(), 24, 0, frame([])).replace_fields(targets=9)
+    sizes = np.array([5, 7, 9, 14, 22, 3, 4, 22, 10, 8])
+    corpus = Corpus(np.arange(sizes.sum()).astype(np.uint16), np.cumsum([0, *sizes]), np.arange(len(sizes) + 1), 1)
+    batch = {name: jnp.asarray(array) for name, array in task.batches(corpus, 2, 24, 0).batch_at(0).items()}
+    params = jax.device_put(random_params(config))
+
+    def gradient(module):
+        loss = lambda params: task.losses(module, params, batch, None)[0]["loss"][0]
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    devices = np.array(jax.devices()[: np.prod(shape)]).reshape(shape)
+    mesh = jax.sharding.Mesh(devices, ("data", "fsdp", "tensor", "context"))
+    expected, found = gradient(Transformer(config)), gradient(Transformer(config, Placement(mesh)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3, rtol=1e-3), found, expected)

@@ -380,7 +380,7 @@ class Stack(nn.Module):
             return outputs
 
         if caches is None and keep is None:
-            return self._scan(run, stacked, x_BTD, segments_BT), None
+            return self._scan(run, stacked, x_BTD, segments_BT, positions_BT.shape[1]), None
         updated: list[Any] = []
         for n in range(self.layers):
             own = None if caches is None else caches.own[n]
@@ -393,7 +393,8 @@ class Stack(nn.Module):
             self._check_caches(owns, keep)
         return self._last_norm(x_BTD), Caches(owns, crosses if crosses[0] is not None else None)
 
-    def _scan(self, run: Callable, stacked: Any, x_BTD: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
+    def _scan(self, run: Callable, stacked: Any, x_BTD: jax.Array, segments_BT: jax.Array | None, T: int) -> jax.Array:
+        """Returns the last hidden states, and stores those of the T positions of the row, which precede any targets."""
         config, kinds = self.config, self.config.layer_kinds
         policy = REMAT[self.remat]
         if policy is not _POLICIES.everything_saveable:
@@ -438,7 +439,9 @@ class Stack(nn.Module):
         states, output = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *outputs)
         if with_states:
             # The last states are those after the final norm, as in transformers.
-            self.sow("states", "states", jnp.concatenate([first_BTD[None], states[:-1], x_BTD[None]]))
+            self.sow("states", "states", jnp.concatenate([first_BTD[None], states[:-1], x_BTD[None]])[:, :, :T])
+        if output.attention_BHTS is not None:
+            output = output._replace(attention_BHTS=output.attention_BHTS[..., :T, :])
         self.sow("weights", "weights", output)
         for name, loss_L in output.losses.items():
             self.sow("losses", name, loss_L.sum())

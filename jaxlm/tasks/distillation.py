@@ -179,7 +179,7 @@ class _Distilled(_Base):
         names: set[str] = set()
 
         def run(params: Any, batch: Batch) -> dict[str, jax.Array]:
-            x_BTD, _, _ = run_stacks(module, params, batch, None, self.one_example)
+            x_BTD, _, _ = run_stacks(module, params, batch, None, self.one_example, more=self.more_inputs(batch))
             predicted = self.task_of_teacher.predicted(module, params, x_BTD, batch, None)
             logits = self.task_of_teacher.example_logits(module, params, x_BTD, batch)
             stored = self.task_of_teacher.predicted_from(logits, batch).keys()
@@ -202,7 +202,7 @@ class _Distilled(_Base):
           params: its parameters.
           batch: the micro-batch.
         """
-        x_BTD, _, _ = run_stacks(module, params, batch, None, self.one_example)
+        x_BTD, _, _ = run_stacks(module, params, batch, None, self.one_example, more=self.more_inputs(batch))
         logits = self.task_of_teacher.example_logits(module, params, x_BTD, batch)
         arrays = {name: x.astype(jnp.float32) for name, x in logits.items()}
         for states in self.task_of_teacher.predicted(module, params, x_BTD, batch, None).values():
@@ -269,7 +269,8 @@ class _Distilled(_Base):
         """Returns the outputs of a model, and its auxiliary losses."""
         with_states = self._has("hidden") or self._has("relations")
         collections = ("states",) * with_states + ("weights",) * self._has("attention")
-        x_BTD, auxiliary, stacks = run_stacks(module, params, batch, key, self.one_example, collections)
+        inputs = module, params, batch, key, self.one_example, collections, self.more_inputs(batch)
+        x_BTD, auxiliary, stacks = run_stacks(*inputs)
         return _Outputs(module, params, x_BTD, stacks), auxiliary
 
     def _logit_losses(

@@ -23,7 +23,7 @@ from jaxlm.nn.attention import permutation_masks
 from jaxlm.nn.losses import Losses
 from jaxlm.nn.transformer import Targets, Transformer
 from jaxlm.tasks.pretraining import epoch_seed, pieces
-from jaxlm.tasks.states import HeadLogits, VocabularyStates, hidden_states, token_losses
+from jaxlm.tasks.states import HeadLogits, VocabularyStates, token_losses
 from jaxlm.tasks.task import EvalResult, Task, perplexity, register
 
 
@@ -52,11 +52,18 @@ class PermutedLMTask(Task):
     def examples(self, corpus: Corpus, training: bool) -> PermutedExamples:
         return PermutedExamples(self, corpus, training)
 
-    def losses(self, module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> Losses:
-        places_BQ, weights_BQ, labels_BQ = self._targets(batch)
-        x_BQD, auxiliary = self._query_states(module, params, batch, key, places_BQ)
+    def more_inputs(self, batch: Batch) -> dict[str, Any]:
+        places_BQ, _, _ = self._targets(batch)
+        mask_BTS, mask_BQS = permutation_masks(batch["order_BT"], batch["segments_BT"], places_BQ)
+        return {"mask_BTS": mask_BTS, "targets": Targets(places_BQ, mask_BQS)}
+
+    def losses_from_states(
+        self, module: Transformer, params: Any, x_BTD: jax.Array, batch: Batch, key: jax.Array | None
+    ) -> Losses:
+        """Returns the losses from the hidden states of the targets [B, Q, D]."""
+        _, weights_BQ, labels_BQ = self._targets(batch)
         smoothing = self.task.label_smoothing if key is not None else 0.0
-        return token_losses(module, params, x_BQD, labels_BQ, weights_BQ, smoothing) | auxiliary, {}
+        return token_losses(module, params, x_BTD, labels_BQ, weights_BQ, smoothing), {}
 
     def _targets(self, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Returns the places, weights and tokens of the targets [B, Q]; the weight is 0 after the last target."""
@@ -65,23 +72,14 @@ class PermutedLMTask(Task):
         weights_BQ = jnp.take_along_axis(order_BT > 0, places_BQ, 1).astype(jnp.float32)
         return places_BQ, weights_BQ, jnp.take_along_axis(batch["tokens_BT"], places_BQ, 1)
 
-    def _query_states(
-        self, module: Transformer, params: Any, batch: Batch, key: jax.Array | None, places_BQ: jax.Array
-    ) -> tuple[jax.Array, dict[str, Any]]:
-        """Returns the hidden states of the targets [B, Q, D], and auxiliary losses."""
-        mask_BTS, mask_BQS = permutation_masks(batch["order_BT"], batch["segments_BT"], places_BQ)
-        more = {"mask_BTS": mask_BTS, "targets": Targets(places_BQ, mask_BQS)}
-        return hidden_states(module, params, batch, key, more=more)
-
     def weights(self, batch: Batch) -> dict[str, jax.Array]:
         return {"loss": (batch["order_BT"] > 0).sum().astype(jnp.float32)}
 
     def predicted(
         self, module: Transformer, params: Any, x_BTD: jax.Array, batch: Batch, key: jax.Array | None
     ) -> dict[str, HeadLogits | VocabularyStates]:
-        places_BQ, weights_BQ, _ = self._targets(batch)  # `x_BTD` belongs to a stream that reads all tokens
-        x_BQD, _ = self._query_states(module, params, batch, key, places_BQ)
-        return {"loss": VocabularyStates(x_BQD, weights_BQ, places_BT=places_BQ)}
+        places_BQ, weights_BQ, _ = self._targets(batch)
+        return {"loss": VocabularyStates(x_BTD, weights_BQ, places_BT=places_BQ)}
 
     def measure(
         self, lm: LM, run_eval: Callable[[Any], EvalResult], batches: Batches, part: Corpus

@@ -82,7 +82,7 @@ class Task(metaclass=_Immutable):
     def losses(self, module: Transformer, params: Any, batch: Batch, key: jax.Array | None) -> Losses:
         """Returns sums and weights over one micro-batch [B, ...], and in evaluation the outputs of its examples.
 
-        A task defines this method, or `losses_from_states`.
+        A task defines this method, or `losses_from_states`. The hidden states are those with `more_inputs`.
 
         Args:
           module: the model.
@@ -90,9 +90,13 @@ class Task(metaclass=_Immutable):
           batch: the micro-batch.
           key: for dropout; None in evaluation.
         """
-        x_BTD, auxiliary = hidden_states(module, params, batch, key, self.one_example)
+        x_BTD, auxiliary = hidden_states(module, params, batch, key, self.one_example, self.more_inputs(batch))
         losses, outputs = self.losses_from_states(module, params, x_BTD, batch, key)
         return losses | auxiliary, outputs
+
+    def more_inputs(self, batch: Batch) -> dict[str, Any]:
+        """Returns inputs of the model by name, such as a mask, in addition to tokens, segments, positions and types."""
+        return {}
 
     def losses_from_states(
         self, module: Transformer, params: Any, x_BTD: jax.Array, batch: Batch, key: jax.Array | None
