@@ -10,8 +10,12 @@ WikiText, add a pattern for it:
 A sixth of the tokens are targets, in spans of 1 to 5 tokens.  The query stream predicts them in a random order: each
 from all other tokens, and from the targets before it in that order.
 
-Hardware, time   not measured
-Expected score   not measured
+Measured in November 2026 with these flags, `--steps 300 --eval-every 100 --eval-tokens 20000` and seed 0, on 1.26 MB of
+WikiText-2 (test.txt for training, valid.txt held out):
+
+Hardware         2 CPU cores, shared with other processes
+Time             5 min 49 s for 300 steps of 16 x 128 tokens
+Score            held-out loss 5.39 nats and accuracy 0.220 on 18,773 tokens, and falling (6.08 after 100 steps)
 """
 
 from dataclasses import replace
