@@ -46,6 +46,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 DISENTANGLED = {"relative_attention": True, "position_biased_input": False, "pos_att_type": ["p2c", "c2p"]}
 V3 = DISENTANGLED | {"share_att_key": True, "norm_rel_ebd": "layer_norm", "position_buckets": 4}
 
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
 ENCODER_HEADS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "Model")
 CAUSAL_HEADS = ("ForCausalLM", "ForSequenceClassification", "Model")
 FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, ...], dict[str, dict[str, Any]]]] = {
@@ -122,6 +123,23 @@ FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, ...], dict[str, dict[str, A
         | {"window": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1, "pad_token_id": 0}},
     ),
     "Qwen3": (DECODER, CAUSAL_HEADS, GROUPED | {"": {}, "biases": {"attention_bias": True}}),
+    "Mixtral": (
+        DECODER | {"num_local_experts": 5, "num_experts_per_tok": 2},
+        CAUSAL_HEADS,
+        {"": {}, "window": {"sliding_window": 4, "num_experts_per_tok": 1}, "three": {"num_experts_per_tok": 3}},
+    ),
+    "Qwen2Moe": (
+        DECODER | EXPERTS | {"shared_expert_intermediate_size": 28},
+        CAUSAL_HEADS,
+        {"": {}, "normalised": {"norm_topk_prob": True, "qkv_bias": False}}
+        | {"window": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}},
+    ),
+    "Qwen3Moe": (
+        DECODER | EXPERTS,
+        CAUSAL_HEADS,
+        {"": {}, "normalised": {"norm_topk_prob": True, "attention_bias": True}}
+        | {"window": {"use_sliding_window": True, "sliding_window": 4}},
+    ),
     "Gemma": (DECODER, CAUSAL_HEADS, GROUPED | {"": {}, "untied": {"tie_word_embeddings": False}}),
     "Gemma2": (DECODER | {"sliding_window": 4, "query_pre_attn_scalar": 12}, CAUSAL_HEADS, GROUPED | {"": {}}),
     "Gemma3Text": (

@@ -62,7 +62,15 @@ class ModelConfig(Config):
     window: Count = 0  # attention window of local layers: tokens less than this many positions away are visible
 
     mlp_width: Positive | None = None  # MLP width F; None: 4 x width
-    feed_forward: Name = "dense"  # dense, gated (GLU, Shazeer 2020), or the name of a custom class
+    feed_forward: Name = "dense"  # dense, gated (GLU, Shazeer 2020), experts, or the name of a custom class
+    experts: Count = 0  # number of experts in each layer, if feed_forward is experts; each has gates and mlp_width
+    experts_per_token: Positive = 2  # number of experts that the router chooses for each token
+    normalize_experts: bool = True  # divide the router's probabilities of the chosen experts by their sum
+    shared_expert_width: Count = 0  # width of an MLP that all tokens use in addition to their experts; 0: none
+    shared_expert_gate: bool = False  # multiply its output by the sigmoid of a projection (Qwen2-MoE)
+    expert_capacity: AboveZero | None = None  # maximum tokens of an expert in training, in equal shares; None: no limit
+    balance_loss: NotNegative = 0.01  # factor of the loss that balances the experts' loads (Fedus et al. 2021)
+    router_z_loss: NotNegative = 0.0  # factor of the loss of the router's squared log-sums (Zoph et al. 2022)
     activation: Activation = "gelu_tanh"  # activation function of the MLP
     biases: tuple[Bias, ...] = ENCODER_BIASES  # projections and norms that have biases
     norm: Literal["layernorm", "rmsnorm", "rmsnorm_plus_one"] = "layernorm"  # norm; rmsnorm_plus_one scales by 1 + s
@@ -237,6 +245,7 @@ class ModelConfig(Config):
                 f"model.decoder_vocabulary is {self.decoder_vocabulary}; it is for encoder-decoders with separate "
                 f"embeddings: set --model.decoder-tokens"
             )
+        self._check_experts()
         if self.prefix_lm and self.structure != "decoder":
             raise UserError(f"model.prefix_lm is set, but the model is a(n) {self.structure}; it is for decoders only")
         if "local" in self.layer_kinds and self.window < 1:
@@ -250,6 +259,28 @@ class ModelConfig(Config):
                 f"model.relative_buckets is {self.relative_buckets}; it must be at least 4 and less than twice "
                 f"model.relative_distance {self.relative_distance}"
             )
+
+    def _check_experts(self) -> None:
+        """Raises UserError if there are experts without a layer for them, or a layer without enough experts."""
+        if self.feed_forward != "experts":
+            if self.experts or self.shared_expert_width:
+                raise UserError(
+                    f"model.experts is {self.experts} and model.shared_expert_width {self.shared_expert_width}, but "
+                    f"model.feed_forward is {self.feed_forward!r}; set --model.feed-forward experts"
+                )
+            return
+        if self.experts < self.experts_per_token:
+            raise UserError(
+                f"model.experts is {self.experts}, and model.experts_per_token {self.experts_per_token}; there must "
+                f"be at least as many experts as a token uses: set --model.experts"
+            )
+        if self.rate("mlp_dropout"):
+            raise UserError(
+                f"model.mlp_dropout is {self.rate('mlp_dropout')}, but experts have no dropout of activations; set it "
+                f"to 0, and use --model.mlp-out-dropout"
+            )
+        if self.shared_expert_gate and not self.shared_expert_width:
+            raise UserError("model.shared_expert_gate is set without a shared expert; set --model.shared-expert-width")
 
 
 # Fields of ModelConfig with the dropout rate of one site; None stands for the value of `dropout`.

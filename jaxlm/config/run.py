@@ -61,6 +61,7 @@ class MeshConfig(Config):
     fsdp: AxisSize = 1  # fully sharded data parallelism: shards the batch, and the model width of parameters
     tensor: AxisSize = 1  # tensor parallelism: shards heads, MLP width, vocabulary and, between layers, row length
     context: AxisSize = 1  # context parallelism: shards the length of rows; every query attends to all keys
+    expert: AxisSize = 1  # expert parallelism: shards the batch, and the experts of each layer
 
 
 MatmulPrecision = Literal["default", "high", "highest"]

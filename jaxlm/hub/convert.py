@@ -8,6 +8,7 @@ of `config.json` to a field of `ModelConfig`.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache, partial
@@ -88,7 +89,8 @@ class Rule(NamedTuple):
     `unless` is not, so that one table covers all variants of a model.
 
     Attributes:
-      hf: the name of the tensor; `{i}` is the index along the stacked layer axis of the leaves.
+      hf: the name of the tensor; `{i}` is the index along the stacked layer axis of the leaves, and `{e}` that along
+        the axis of experts after it.
       ours: the path of the leaf, or of several leaves.
       layout: the conversion.
       where: a leaf that must exist.
@@ -115,11 +117,16 @@ class Rule(NamedTuple):
         """Returns the config of the stack to which the leaves belong."""
         return config.decoder_config if self.leaves[0].startswith("decoder/") else config
 
-    def names(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[int, str]:
-        """Returns the names of the tensors in the file by layer; without `{i}`, a single name with the key 0."""
-        if "{i}" not in self.hf:
-            return {0: self.hf}
-        return {i: self.hf.format(i=i) for i in range(self.first, shapes[self.leaves[0]][0])}
+    @property
+    def stacked(self) -> int:
+        """The number of leading axes of the leaves along which there is one tensor for each index."""
+        return ("{i}" in self.hf) + ("{e}" in self.hf)
+
+    def names(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[tuple[int, ...], str]:
+        """Returns the names of the tensors in the file by their indices along the stacked axes."""
+        sizes = shapes[self.leaves[0]][: self.stacked]
+        ranges = [range(self.first if axis == 0 else 0, size) for axis, size in enumerate(sizes)]
+        return {index: self.hf.format(**dict(zip("ie", index))) for index in itertools.product(*ranges)}
 
 
 def projection(hf: str, ours: str, kernel: Layout = linear, bias: Layout = same) -> tuple[Rule, Rule]:
@@ -197,13 +204,13 @@ class Reader(NamedTuple):
     Attributes:
       rule: the rule for the leaf.
       which: index of the leaf in `rule.leaves`.
-      names: names of the tensors, by layer.
+      names: names of the tensors, by their indices along the stacked axes.
       shape: shape of the leaf.
     """
 
     rule: Rule
     which: int
-    names: dict[int, str]
+    names: dict[tuple[int, ...], str]
     shape: tuple[int, ...]
 
     def read(self, config: ModelConfig, tensors: Mapping[str, Any], index: Any = (), dtype: Any = None) -> np.ndarray:
@@ -211,14 +218,14 @@ class Reader(NamedTuple):
         index = (*index, *[slice(None)] * (len(self.shape) - len(index)))
         leaf_dtype = dtype or next((tensors[name].dtype for name in self.names.values()), np.dtype(np.float32))
         leaf = np.empty([len(range(n)[part]) for n, part in zip(self.shape, index, strict=True)], leaf_dtype)
-        if "{i}" not in self.rule.hf:
-            self._fill(leaf, config, tensors[self.names[0]], index)
-            return leaf
-        for row, i in enumerate(range(self.shape[0])[index[0]]):
-            if i in self.names:
-                self._fill(leaf[row, ...], config, tensors[self.names[i]], index[1:])
+        stacked = self.rule.stacked
+        chosen = [enumerate(range(n)[part]) for n, part in zip(self.shape[:stacked], index)]
+        for pairs in itertools.product(*chosen):
+            rows, at = tuple(row for row, _ in pairs), tuple(i for _, i in pairs)
+            if at in self.names:
+                self._fill(leaf[(*rows, ...)], config, tensors[self.names[at]], index[stacked:])
             else:
-                leaf[row] = 1
+                leaf[rows] = 1
         return leaf
 
     def _fill(self, part: np.ndarray, config: ModelConfig, tensor: Any, index: tuple[slice, ...]) -> None:
@@ -266,24 +273,24 @@ def to_hf(family: Family, config: ModelConfig, params: Mapping[str, Any]) -> dic
     for rule in applying(family.rules, shapes):
         parts = [leaves[path] for path in rule.leaves]
         quantised = _quantised_layers(rule, config, parts)
-        for i, name in rule.names(shapes).items():
-            make = partial(_join_layer, rule, config, parts, i)
+        for index, name in rule.names(shapes).items():
+            make = partial(_join, rule, config, parts, index)
             kind = np.dtype(arrays[rule.leaves[0]].dtype)
-            tensors[name] = Pending(expected[name], kind, make, quantised and quantised(i))
+            tensors[name] = Pending(expected[name], kind, make, quantised and quantised(index[0] if index else 0))
     return tensors
 
 
 def _quantised_layers(rule: Rule, config: ModelConfig, leaves: list[Any]) -> Callable[[int], PendingParts] | None:
     """Returns a function from the layer to the quantised tensor of a rule; None if the tensor is written dense."""
     stacked = parameters.is_stacked(rule.leaves[0])
-    if stacked != ("{i}" in rule.hf) or not rule.hf.endswith(".weight"):
+    if stacked != rule.stacked or not rule.hf.endswith(".weight"):
         return None
     return to_parts(partial(rule.layout.to_hf, rule.config(config)), leaves, stacked)
 
 
-def _join_layer(rule: Rule, config: ModelConfig, leaves: list[Any], layer: int) -> np.ndarray:
-    if "{i}" in rule.hf:
-        array: Callable[[Any], Any] = partial(nodes.of_layer, layer=layer)
+def _join(rule: Rule, config: ModelConfig, leaves: list[Any], index: tuple[int, ...]) -> np.ndarray:
+    if rule.stacked:
+        array: Callable[[Any], Any] = partial(nodes.of_layer, layer=index)
     else:  # jaxlm's own format stores stacked arrays
         array = nodes.dense_layers if parameters.is_stacked(rule.leaves[0]) else nodes.dense
     return rule.layout.to_hf(rule.config(config), *(np.asarray(array(leaf)) for leaf in leaves))
@@ -343,8 +350,8 @@ def canonical(family: Family, config: ModelConfig, tensors: Mapping[str, Any]) -
 
 
 def any_of(names: Iterable[str]) -> re.Pattern[str]:
-    """Returns a pattern that matches each of the names; `{i}` matches any number, and `*` anything."""
-    parts = (re.escape(name).replace(r"\{i\}", r"\d+").replace(r"\*", ".*") for name in names)
+    """Returns a pattern that matches each of the names; `{i}` and `{e}` match any number, `*` anything."""
+    parts = (re.sub(r"\\{[ie]\\}", r"\\d+", re.escape(name)).replace(r"\*", ".*") for name in names)
     return re.compile("|".join(parts) or "(?!)")
 
 
@@ -359,6 +366,7 @@ def equal(a: Any, b: Any) -> bool:
 TRAINING_FIELDS = (
     *("dropout", "attention_dropout", *DROPOUT_SITES),
     *("initial_std", "initial_by_inputs", "scale_residual_init"),
+    *("expert_capacity", "balance_loss", "router_z_loss"),
 )
 MAX_LINES = 40  # in a message about weights that do not match the config
 
@@ -417,7 +425,7 @@ def hf_shapes(family: Family, config: ModelConfig) -> dict[str, tuple[int, ...]]
     for rule in applying(family.rules, shapes):
         covered.update(rule.leaves)
         # A broadcast scalar has the shape of the leaf (of one layer) without its memory; the layout converts the shape.
-        layer = [np.broadcast_to(np.False_, shapes[path][1 if "{i}" in rule.hf else 0 :]) for path in rule.leaves]
+        layer = [np.broadcast_to(np.False_, shapes[path][rule.stacked :]) for path in rule.leaves]
         expected |= dict.fromkeys(rule.names(shapes).values(), rule.layout.to_hf(rule.config(config), *layer).shape)
     if missing := shapes.keys() - covered:
         raise ValueError(f"there is no rule for {sorted(missing)}; add one to the family's table")
@@ -625,6 +633,7 @@ def inference_config(config: ModelConfig) -> ModelConfig:
         ("relative_terms", "relative_shared", "relative_norm"): config.relative != "disentangled",
         ("attention_scale",): config.relative == "disentangled",
         ("conv_activation",): not config.conv_width,
+        ("experts_per_token", "normalize_experts"): config.feed_forward != "experts",
         ("decoder_layers", "decoder_heads", "decoder_mlp_width", "decoder_tokens"): config.structure
         != "encoder_decoder",
         ("scale_logits", "logit_cap"): "lm" not in on_top,

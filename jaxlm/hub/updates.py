@@ -169,7 +169,7 @@ def _order(rule: Rule, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]
 def _modules(rule: Rule, shapes: Mapping[str, tuple[int, ...]]) -> dict[int, str]:
     """Returns the name of the tensor of each layer; in jaxlm's own format, which stacks layers, with a number."""
     if "{i}" in rule.hf:
-        return rule.names(shapes)
+        return {index[0]: name for index, name in rule.names(shapes).items()}
     return {i: f"{rule.hf}.{i}" for i in range(shapes[rule.leaves[0]][0])}
 
 

@@ -22,9 +22,10 @@ from jaxlm.devices.sharding import Placement
 from jaxlm.errors import UserError, suggestion
 from jaxlm.nn import fusion
 from jaxlm.nn.attention import MIXERS, Attention, AttentionInputs, Cache, cache_positions, cross_mask, self_mask
+from jaxlm.nn.experts import Experts
 from jaxlm.nn.heads import ClassesHead, MaskedLMHead, PerTokenHead, PooledHead, ReplacedHead, Transform, VocabularyHead
 from jaxlm.nn.kernels import save_attention
-from jaxlm.nn.layers import FEED_FORWARDS, Convolution, Dropout, Linear, Norm
+from jaxlm.nn.layers import MLP, Convolution, Dropout, GatedMLP, Linear, Norm
 from jaxlm.nn.nodes import array, parameter, rows
 from jaxlm.nn.positions import BY_LENGTH, Buckets, Disentangled, rotary_angles, sinusoidal
 
@@ -124,6 +125,7 @@ class Embeddings(nn.Module):
 
 
 FRONT_ENDS: dict[str, Any] = {"tokens": Embeddings}  # by `ModelConfig.front_end`
+FEED_FORWARDS: dict[str, Any] = {"dense": MLP, "gated": GatedMLP, "experts": Experts}  # by `ModelConfig.feed_forward`
 
 
 class SequenceInputs(NamedTuple):
