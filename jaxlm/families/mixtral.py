@@ -96,9 +96,9 @@ def _qwen2_from_hf(hf: dict[str, Any]) -> ModelConfig:
     # Of the layers below max_window_layers, every second one is local, from the first.
     last = hf.get("max_window_layers", 28)
     default = ["local" if window is not None and i % 2 == 0 and i < last else "global" for i in range(config.layers)]
-    biases = ("query_key_value",) if hf.get("qkv_bias", True) else ()
-    kinds = kinds_from_hf(hf, default) | {"window": window or 0}
-    return dataclasses.replace(config, **one_rotary_from_hf(hf), **kinds, biases=biases)
+    fields = kinds_from_hf(hf, default) | {"window": window or 0}
+    fields["biases"] = ("query_key_value",) if hf.get("qkv_bias", True) else ()
+    return dataclasses.replace(config, **one_rotary_from_hf(hf), **fields)
 
 
 def _qwen2_to_hf(config: ModelConfig) -> dict[str, Any]:

@@ -221,11 +221,12 @@ class Reader(NamedTuple):
         stacked = self.rule.stacked
         chosen = [enumerate(range(n)[part]) for n, part in zip(self.shape[:stacked], index)]
         for pairs in itertools.product(*chosen):
-            rows, at = tuple(row for row, _ in pairs), tuple(i for _, i in pairs)
+            place: Any = (*(row for row, _ in pairs), ...)
+            at = tuple(i for _, i in pairs)
             if at in self.names:
-                self._fill(leaf[(*rows, ...)], config, tensors[self.names[at]], index[stacked:])
+                self._fill(leaf[place], config, tensors[self.names[at]], index[stacked:])
             else:
-                leaf[rows] = 1
+                leaf[place] = 1
         return leaf
 
     def _fill(self, part: np.ndarray, config: ModelConfig, tensor: Any, index: tuple[slice, ...]) -> None:

@@ -140,8 +140,8 @@ class Experts(nn.Module):
                 return jax.lax.psum_scatter(y_BTD, EXPERT, scatter_dimension=0, tiled=True)
             return jax.lax.psum(y_BTD, EXPERT)
 
-        of_matrices = Matrices(*[PartitionSpec(*axes) for axes in ((EXPERT, None, TENSOR),) * 2 + ((EXPERT, TENSOR),)])
-        specs = (rows, rows, rows, of_matrices)
+        up: Any = PartitionSpec(EXPERT, None, TENSOR)
+        specs = (rows, rows, rows, Matrices(up, up, PartitionSpec(EXPERT, TENSOR)))  # type: ignore[arg-type]
         return jax.shard_map(mix_own, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)(*inputs)
 
 
