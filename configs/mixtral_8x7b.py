@@ -1,4 +1,4 @@
-"""Mixtral 8x7B at a context length of 8,192: a decoder with 8 experts in each layer, of which each token uses 2.
+"""Mixtral 8x7B at a context length of 8,192: each token uses 2 of the 8 experts of a layer.
 
     python train.py configs/mixtral_8x7b.py --data.path 'corpus/*.txt.gz' --tokenizer.path MODEL
 

@@ -1,4 +1,4 @@
-"""Qwen3-30B-A3B at a context length of 4,096: a decoder with 128 experts in each layer, of which each token uses 8.
+"""Qwen3-30B-A3B at a context length of 4,096: each token uses 8 of the 128 experts of a layer.
 
     python train.py configs/qwen3_30b_a3b.py --data.path 'corpus/*.txt.gz' --tokenizer.path MODEL
 
