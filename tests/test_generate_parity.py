@@ -40,6 +40,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mistral": ("Mistral", "ForCausalLM", DECODER | LOCAL),
     "qwen2": ("Qwen2", "ForCausalLM", WIDE | {"num_key_value_heads": 1}),
     "qwen3": ("Qwen3", "ForCausalLM", DECODER),
+    "mixtral": ("Mixtral", "ForCausalLM", DECODER | LOCAL | {"num_local_experts": 4}),
     "gemma": ("Gemma", "ForCausalLM", DECODER),
     "gemma2": ("Gemma2", "ForCausalLM", DECODER | LOCAL | {"query_pre_attn_scalar": 12}),
     "gemma3": ("Gemma3", "ForCausalLM", DECODER | LOCAL | {"num_hidden_layers": 7}),
