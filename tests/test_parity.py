@@ -56,6 +56,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, ...], dict[str, dict[str, A
         BERT_LIKE | {"padding": {"pad_token_id": 5, "type_vocab_size": 1, "max_position_embeddings": 24}},
     ),
     "XLMRoberta": (WIDE, ENCODER_HEADS, {"": {}}),
+    "Camembert": (WIDE, ENCODER_HEADS, {"": {}}),
     "DistilBert": (
         {"vocab_size": VOCABULARY, "dim": 24, "n_layers": 3, "n_heads": 3, "hidden_dim": 20}
         | {"max_position_embeddings": 16},
@@ -330,6 +331,7 @@ DROPOUT: dict[str, dict[str, Any]] = {
     "Bert": BERT_RATES,
     "Roberta": BERT_RATES,
     "XLMRoberta": BERT_RATES,
+    "Camembert": BERT_RATES,
     "Electra": BERT_RATES,
     "Albert": dict(zip(("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout_prob"), RATES)),
     "DistilBert": dict(zip(("dropout", "attention_dropout", "seq_classif_dropout", "qa_dropout"), RATES)),

@@ -231,6 +231,7 @@ ENCODERS = {
     "roberta": ("roberta", "RobertaForMaskedLM"),
     "roberta without flags": ("roberta", "RobertaForMaskedLM"),
     "xlm-roberta": ("xlm-roberta", "XLMRobertaForMaskedLM"),
+    "camembert": ("camembert", "CamembertForMaskedLM"),
     "distilbert": ("bert", "DistilBertForMaskedLM"),
     "electra": ("bert", "ElectraForMaskedLM"),
     "albert": ("albert", "AlbertForMaskedLM"),

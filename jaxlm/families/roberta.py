@@ -1,5 +1,5 @@
-"""RoBERTa (Liu et al. 2019) and XLM-RoBERTa (Conneau et al. 2020): BERT with positions that skip padding, and a
-classifier with a separate projection."""
+"""RoBERTa (Liu et al. 2019), XLM-RoBERTa (Conneau et al. 2020) and CamemBERT (Martin et al. 2020): BERT with positions
+that skip padding, and a classifier with a separate projection."""
 
 from __future__ import annotations
 
@@ -86,4 +86,8 @@ FAMILY = Family(
 XLM_ROBERTA = FAMILY._replace(
     presets={"xlm-roberta-base": _roberta(12, 768, 250002), "xlm-roberta-large": _roberta(24, 1024, 250002)},
     heads={heads: f"XLM{name}" for heads, name in FAMILY.heads.items()},
+)
+CAMEMBERT = FAMILY._replace(
+    presets={"camembert-base": _roberta(12, 768, 32005), "camembert-large": _roberta(24, 1024, 32005)},
+    heads={heads: name.replace("Roberta", "Camembert") for heads, name in FAMILY.heads.items()},
 )

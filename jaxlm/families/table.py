@@ -30,6 +30,7 @@ FAMILIES: dict[str, Family] = {  # by `model_type` of config.json
     "bert": bert.FAMILY,
     "roberta": roberta.FAMILY,
     "xlm-roberta": roberta.XLM_ROBERTA,
+    "camembert": roberta.CAMEMBERT,
     "distilbert": distilbert.FAMILY,
     "electra": electra.FAMILY,
     "albert": albert.FAMILY,
