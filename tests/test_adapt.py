@@ -29,6 +29,7 @@ CASES = {  # preset, task, kind of tokenizer
     "bert": ("bert-base", MaskedLM(), "wordpiece"),
     "bert with pairs": ("bert-base", MaskedLM(next_sentence=True), "wordpiece"),
     "roberta": ("roberta-base", MaskedLM(), "wordpiece"),
+    "mpnet": ("mpnet-base", MaskedLM(), "wordpiece"),
     "distilbert": ("distilbert-base", MaskedLM(), "wordpiece"),
     "albert": ("albert-base", MaskedLM(whole_words=True), "wordpiece"),
     "electra": ("electra-small", MaskedLM(), "wordpiece"),

@@ -521,6 +521,7 @@ ENCODERS = (
     "distilbert-base",
     "electra-small",
     "modernbert-base",
+    "mpnet-base",
     "roberta-base",
 )
 

@@ -41,6 +41,7 @@ MODELS = {
     # One complete cycle of kinds, and an incomplete one.
     "modernbert": replace(PRESETS["modernbert-base"], **SMALL | {"layers": 4}, mlp_width=24, window=3),
     "albert": replace(PRESETS["albert-base"], **SMALL | {"layers": 4}, mlp_width=24, distinct_layers=2),
+    "mpnet": replace(PRESETS["mpnet-base"], **SMALL, padding_token=None),  # any token may occur
     "deberta": replace(PRESETS["deberta-v3-base"], **SMALL, relative_buckets=4, relative_distance=8, conv_width=3),
 }
 CAUSAL = [name for name, model in MODELS.items() if model.structure != "encoder"]

@@ -57,6 +57,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, ...], dict[str, dict[str, A
     ),
     "XLMRoberta": (WIDE, ENCODER_HEADS, {"": {}}),
     "Camembert": (WIDE, ENCODER_HEADS, {"": {}}),
+    "MPNet": (WIDE, ENCODER_HEADS, BERT_LIKE | {"padding": {"pad_token_id": 5}}),
     "DistilBert": (
         {"vocab_size": VOCABULARY, "dim": 24, "n_layers": 3, "n_heads": 3, "hidden_dim": 20}
         | {"max_position_embeddings": 16},
@@ -332,6 +333,7 @@ DROPOUT: dict[str, dict[str, Any]] = {
     "Roberta": BERT_RATES,
     "XLMRoberta": BERT_RATES,
     "Camembert": BERT_RATES,
+    "MPNet": {name: BERT_RATES[name] for name in ("hidden_dropout_prob", "attention_probs_dropout_prob")},
     "Electra": BERT_RATES,
     "Albert": dict(zip(("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout_prob"), RATES)),
     "DistilBert": dict(zip(("dropout", "attention_dropout", "seq_classif_dropout", "qa_dropout"), RATES)),

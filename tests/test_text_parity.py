@@ -232,6 +232,7 @@ ENCODERS = {
     "roberta without flags": ("roberta", "RobertaForMaskedLM"),
     "xlm-roberta": ("xlm-roberta", "XLMRobertaForMaskedLM"),
     "camembert": ("camembert", "CamembertForMaskedLM"),
+    "mpnet": ("mpnet", "MPNetForMaskedLM"),
     "distilbert": ("bert", "DistilBertForMaskedLM"),
     "electra": ("bert", "ElectraForMaskedLM"),
     "albert": ("albert", "AlbertForMaskedLM"),
@@ -254,7 +255,9 @@ def test_blanks_are_filled_as_in_transformers(name, text, tmp_path):
     from test_tokenizer import change_mask, write_tokenizer_json
 
     kind_of_tokenizer, kind = ENCODERS[name]
-    (write_tokenizer_json if kind_of_tokenizer in ("bert", "roberta") else checkpoint)(kind_of_tokenizer, tmp_path)
+    (write_tokenizer_json if kind_of_tokenizer in ("bert", "mpnet", "roberta") else checkpoint)(
+        kind_of_tokenizer, tmp_path
+    )
     if name == "roberta":
         change_mask(lstrip=True)(tmp_path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)

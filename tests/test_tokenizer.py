@@ -532,23 +532,31 @@ def test_byte_pairs_of_gpt2_and_qwen_are_read(tmp_path):
     check_error("belong to different tokenizers", load, tmp_path)
 
 
-def test_word_pieces_follow_their_settings(tmp_path):
-    (tmp_path / "vocab.txt").write_text(
-        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "Größe", "große", "中文"])
-    )
-    a, b = "Größe", "中文"
+WORD_PIECES = {  # class -> first pieces of its vocabularies, template of a pair, ids of the special tokens
+    "ElectraTokenizer": (
+        ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"), "[CLS] A [SEP] B:1 [SEP]:1", [None, None, 0, 1, 2, 3, 4],
+    ),
+    "MPNetTokenizer": (
+        ("<s>", "<pad>", "</s>", "[UNK]", "<mask>"), "<s> A </s> </s> B </s>", [0, 2, 1, 3, 0, 2, 4],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WORD_PIECES)
+def test_word_pieces_follow_their_settings(name, tmp_path):
+    tokens, template, special = WORD_PIECES[name]
+    (tmp_path / "vocab.txt").write_text("\n".join([*tokens, "Größe", "große", "中文"]))
+    a, b, unk = "Größe", "中文", special[3]
     for config, ids in (
-        ({"tokenizer_class": "ElectraTokenizer"}, ([6], [1, 1])),
-        ({"do_lower_case": True, "strip_accents": False}, ([1], [1, 1])),
+        ({"tokenizer_class": name}, ([6], [unk, unk])),
+        ({"do_lower_case": True, "strip_accents": False}, ([unk], [unk, unk])),
         ({"do_lower_case": False, "tokenize_chinese_chars": False}, ([5], [7])),
     ):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
         tokenizer = load(tmp_path)
         assert (tokenizer.encode(a), tokenizer.encode(b)) == ids
-        assert tokenizer.encode_with_special_tokens([a], [b]) == [
-            ids_of_template(tokenizer, "[CLS] A [SEP] B:1 [SEP]:1", A=a, B=b)
-        ]
-        assert special_ids(tokenizer) == [None, None, 0, 1, 2, 3, 4]
+        assert tokenizer.encode_with_special_tokens([a], [b]) == [ids_of_template(tokenizer, template, A=a, B=b)]
+        assert special_ids(tokenizer) == special
         tokenizer.save(tmp_path / "saved")
         check_same(load(tmp_path / "saved"), tokenizer, [a, b])
 
@@ -951,11 +959,14 @@ def test_byte_pairs_agree_with_transformers(name, tokens, prefix, tmp_path):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("name", ["BertTokenizer", "ElectraTokenizer", "DistilBertTokenizer"])
+@pytest.mark.parametrize("name", ["BertTokenizer", "ElectraTokenizer", "DistilBertTokenizer", "MPNetTokenizer"])
 @pytest.mark.parametrize("options", [{}, {"do_lower_case": False}, {"strip_accents": False}])
 def test_word_pieces_agree_with_transformers(name, options, tmp_path):
     (tmp_path / "a").mkdir()
-    unpack_shared("tok_bert_uncased/vocab.txt.gz", tmp_path / "a/vocab.txt")
+    file = unpack_shared("tok_bert_uncased/vocab.txt.gz", tmp_path / "a/vocab.txt")
+    if name == "MPNetTokenizer":  # its vocabulary is BERT's between its tokens
+        pieces = file.read_text().replace("[MASK]\n", "").replace("[CLS]\n[SEP]\n", "")
+        file.write_text("<s>\n<pad>\n</s>\n<unk>\n" + pieces + "<mask>\n")
     (tmp_path / "a/tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name} | options))
     tokenizer, theirs = load(tmp_path / "a"), transformers().AutoTokenizer.from_pretrained(tmp_path / "a")
     texts = LINES + TRICKY[:-3]
@@ -1044,6 +1055,11 @@ def write_tokenizer_json(kind: str, folder: Path) -> Path:
     """Writes the tokenizer.json of a class of transformers and a tokenizer_config.json that names the class."""
     if kind == "bert":
         tokenizer, name = train_tokenizer("wordpiece", True), "BertTokenizer"
+    elif kind == "mpnet":
+        pieces = train_tokenizer("wordpiece", True).pieces(range(600))[5:]
+        name = "MPNetTokenizer"
+        (folder / "vocab.txt").write_text("\n".join([*WORD_PIECES[name][0], *pieces]))
+        tokenizer = load(folder)
     elif kind in ("gpt2", "roberta", "fast"):
         tokens = ROBERTA if kind == "roberta" else ("<|endoftext|>",)
         name = {"gpt2": "GPT2Tokenizer", "roberta": "RobertaTokenizer", "fast": "PreTrainedTokenizerFast"}[kind]
@@ -1121,6 +1137,9 @@ CONTRADICTIONS = {
     "bert with additional tokens": ("bert", change_config(additional_special_tokens=["[E1]"])),
     "bert with declared tokens": ("bert", declare_token("[E1]", 600, single_word=True)),
     "bert with a mask declared": ("bert", declare_token("[MASK]", 4, lstrip=True)),
+    "mpnet": ("mpnet",),
+    "mpnet cased by the config": ("mpnet", change_config(do_lower_case=False)),
+    "mpnet with a mask declared": ("mpnet", declare_token("<mask>", 4, lstrip=False)),
     "gpt2": ("gpt2",),
     "gpt2 with a space": ("gpt2", change_config(add_prefix_space=True)),
     "gpt2 with bos": ("gpt2", change_config(add_bos_token=True)),

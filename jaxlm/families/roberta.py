@@ -10,9 +10,9 @@ from jaxlm.config import ModelConfig
 from jaxlm.families import bert
 from jaxlm.hub.convert import Family, Key, key_conversion, projection
 
-_FIXED = bert.FIXED | {"transform_activation": "gelu"}
+FIXED = bert.FIXED | {"transform_activation": "gelu"}
 TWICE = Key("classifier_dropout", "classes_input_dropout", None)  # also before the classifier's projection
-_FROM_HF, _TO_HF = key_conversion((TWICE, *bert.KEYS), _FIXED, bert.ONLY)
+_FROM_HF, _TO_HF = key_conversion((TWICE, *bert.KEYS), FIXED, bert.ONLY)
 
 
 def _config_from_hf(hf: dict[str, Any]) -> ModelConfig:
@@ -33,7 +33,7 @@ def _config_to_hf(config: ModelConfig) -> dict[str, Any]:
 
 def _roberta(layers: int, width: int, vocabulary: int = 50265) -> ModelConfig:
     return ModelConfig(
-        **_FIXED,
+        **FIXED,
         heads_on_top=("masked_lm",),
         vocabulary=vocabulary,
         max_length=512,

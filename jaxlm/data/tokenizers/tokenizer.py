@@ -352,7 +352,7 @@ class Tokenizer:
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **tokens, **self.config}
         normalizer = state["normalizer"] or {}
         if state["model"]["type"] == "WordPiece" and normalizer.get("type") == "BertNormalizer":
-            config["tokenizer_class"] = "BertTokenizerFast"
+            config["tokenizer_class"] = self.config.get("tokenizer_class", "BertTokenizerFast")
             config["do_lower_case"] = normalizer["lowercase"]
             config["strip_accents"] = normalizer["strip_accents"]
             config["tokenize_chinese_chars"] = normalizer["handle_chinese_chars"]

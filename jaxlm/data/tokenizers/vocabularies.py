@@ -74,6 +74,7 @@ class TokenizerSpec(NamedTuple):
 
 
 _BERT = {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask": "[MASK]"}
+_BERT_SETTINGS = {"do_lower_case": None, "strip_accents": None, "tokenize_chinese_chars": True}
 _T5 = {"eos": "</s>", "unk": "<unk>", "pad": "<pad>"}
 _ROBERTA = _T5 | {"bos": "<s>", "cls": "<s>", "sep": "</s>", "mask": "<mask>"}
 _GEMMA = {"bos": "<bos>", "eos": "<eos>", "unk": "<unk>", "pad": "<pad>", "mask": "<mask>"}
@@ -100,11 +101,10 @@ _MBART50 = (
 # Keys: tokenizer classes and model types in lower-case letters and digits, without "Tokenizer" and "Fast".
 TOKENIZER_SPECS: dict[str, TokenizerSpec] = {
     **dict.fromkeys(
-        ("bert", "distilbert", "electra"),
-        TokenizerSpec(
-            "BertTokenizer", _BERT, _TYPED,
-            {"do_lower_case": None, "strip_accents": None, "tokenize_chinese_chars": True},
-        ),
+        ("bert", "distilbert", "electra"), TokenizerSpec("BertTokenizer", _BERT, _TYPED, _BERT_SETTINGS)
+    ),
+    "mpnet": TokenizerSpec(
+        "MPNetTokenizer", _ROBERTA | {"unk": "[UNK]"}, _DOUBLED, _BERT_SETTINGS, mask_strips=True
     ),
     **dict.fromkeys(
         ("roberta", "bart"), TokenizerSpec("RobertaTokenizer", _ROBERTA, _DOUBLED, {"add_prefix_space": False})
@@ -160,7 +160,7 @@ _DEFAULT_SPECS = {
     "sentencepiece.bpe.model": ("xlmroberta",),
     "spiece.model": ("albert", "t5"),
     "spm.model": ("debertav2",),
-    "vocab.txt": ("bert",),
+    "vocab.txt": ("mpnet", "bert"),
     "vocab.json": ("roberta", "gpt2"),
 }
 
@@ -531,12 +531,12 @@ def _read_json(file: Path, config: Mapping[str, Any], spec: TokenizerSpec | None
 def _apply_settings(state: dict[str, Any], spec: TokenizerSpec, config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a tokenizer.json with the settings of tokenizer_config.json, which take precedence as in transformers.
 
-    BERT's class always builds its normalizer from its settings, and byte-level classes set the prefix space; absent
-    settings have defaults.  For sentencepiece classes, absent settings change nothing.  Unlike transformers 5, this
-    keeps all parts of tokenizer.json without a setting, such as SmolLM's rule for digits.
+    Classes of word pieces always build their normalizer from their settings, and byte-level classes set the prefix
+    space; absent settings have defaults.  For sentencepiece classes, absent settings change nothing.  Unlike
+    transformers 5, this keeps all parts of tokenizer.json without a setting, such as SmolLM's rule for digits.
     """
     model = state.get("model") or {}
-    if spec.name == "BertTokenizer" and model.get("type", "WordPiece") == "WordPiece":
+    if "tokenize_chinese_chars" in spec.settings and model.get("type", "WordPiece") == "WordPiece":
         settings = _spec_settings(spec, config)
         state["normalizer"] = {
             "type": "BertNormalizer",
@@ -630,7 +630,9 @@ def _read_wordpiece(file: Path, config: Mapping[str, Any], spec: TokenizerSpec |
         settings["strip_accents"],
         settings["tokenize_chinese_chars"],
     )
-    return ParsedTokenizer(backend, spec or _guess_spec(file, ids), {"vocab.txt": file.read_bytes()})
+    spec = spec or _guess_spec(file, ids)
+    named = {"tokenizer_class": spec.name} if spec and spec is not TOKENIZER_SPECS["bert"] else {}
+    return ParsedTokenizer(backend, spec, {"vocab.txt": file.read_bytes()}, config=named)
 
 
 def wordpiece(
