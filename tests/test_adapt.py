@@ -30,6 +30,8 @@ CASES = {  # preset, task, kind of tokenizer
     "bert with pairs": ("bert-base", MaskedLM(next_sentence=True), "wordpiece"),
     "roberta": ("roberta-base", MaskedLM(), "wordpiece"),
     "mpnet": ("mpnet-base", MaskedLM(), "wordpiece"),
+    "nomic bert": ("nomic-bert", MaskedLM(), "wordpiece"),
+    "gte": ("gte-base-en-v1.5", MaskedLM(), "wordpiece"),
     "distilbert": ("distilbert-base", MaskedLM(), "wordpiece"),
     "albert": ("albert-base", MaskedLM(whole_words=True), "wordpiece"),
     "electra": ("electra-small", MaskedLM(), "wordpiece"),

@@ -359,6 +359,8 @@ def test_embeddings_equal_those_of_transformers(minilm):
 # class of transformers -> kind of tokenizer, pooling, keys of config.json
 SENTENCE_ENCODERS = {
     "MPNet": ("mpnet", "mean", {}),
+    "NomicBert": ("bert", "mean", {}),
+    "Gte": ("bert", "cls", {"pad_token_id": 0}),
 }
 
 

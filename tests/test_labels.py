@@ -522,6 +522,8 @@ ENCODERS = (
     "electra-small",
     "modernbert-base",
     "mpnet-base",
+    "nomic-bert",
+    "gte-base-en-v1.5",
     "roberta-base",
 )
 

@@ -42,6 +42,8 @@ MODELS = {
     "modernbert": replace(PRESETS["modernbert-base"], **SMALL | {"layers": 4}, mlp_width=24, window=3),
     "albert": replace(PRESETS["albert-base"], **SMALL | {"layers": 4}, mlp_width=24, distinct_layers=2),
     "mpnet": replace(PRESETS["mpnet-base"], **SMALL, padding_token=None),  # any token may occur
+    "nomic-bert": replace(PRESETS["nomic-bert"], **SMALL),
+    "gte": replace(PRESETS["gte-large-en-v1.5"], **SMALL, mlp_width=36),
     "deberta": replace(PRESETS["deberta-v3-base"], **SMALL, relative_buckets=4, relative_distance=8, conv_width=3),
 }
 CAUSAL = [name for name, model in MODELS.items() if model.structure != "encoder"]

@@ -47,6 +47,7 @@ DISENTANGLED = {"relative_attention": True, "position_biased_input": False, "pos
 V3 = DISENTANGLED | {"share_att_key": True, "norm_rel_ebd": "layer_norm", "position_buckets": 4}
 
 ENCODER_HEADS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "Model")
+GATED_HEADS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "Model")
 CAUSAL_HEADS = ("ForCausalLM", "ForSequenceClassification", "Model")
 FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, ...], dict[str, dict[str, Any]]]] = {
     "Bert": (WIDE, (*ENCODER_HEADS, "ForPreTraining", "ForNextSentencePrediction"), BERT_LIKE),
@@ -88,14 +89,29 @@ FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, ...], dict[str, dict[str, A
     ),
     "ModernBert": (
         WIDE | {"pad_token_id": 0, "local_attention": 4, "global_attn_every_n_layers": 2},
-        ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "Model"),
+        GATED_HEADS,
         {
             "": {},
             "mean": {"classifier_pooling": "mean"},
             "pattern": {"num_hidden_layers": 7},
             "one": {"num_hidden_layers": 1},
+            "no decoder bias": {"decoder_bias": False},
         }
         | {"biases": {"attention_bias": True, "mlp_bias": True, "norm_bias": True, "classifier_bias": True}},
+    ),
+    "NomicBert": (
+        WIDE,
+        GATED_HEADS,
+        {"": {}, "one": {"num_hidden_layers": 1, "num_attention_heads": 1}, "gelu": {"hidden_act": "gelu"}}
+        | {"untied": {"tie_word_embeddings": False}, "wide heads": {"head_dim": 10}}
+        | {"linear": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}}},
+    ),
+    "Gte": (
+        WIDE,
+        GATED_HEADS,
+        {"": {}, "types": {"type_vocab_size": 3, "hidden_act": "relu"}, "no types": {"type_vocab_size": 0}}
+        | {"untied": {"tie_word_embeddings": False}}
+        | {"linear": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}}},
     ),
     "GPT2": (
         {"vocab_size": VOCABULARY, "n_embd": 24, "n_layer": 3, "n_head": 3, "n_positions": 16, "pad_token_id": 0},
@@ -290,6 +306,70 @@ def test_models_are_equal_in_both_directions(tmp_path, family, head, shape):
     assert_same(again.eval(), other, head, left=False)
 
 
+def nomic(**keys: Any) -> dict[str, Any]:
+    """Returns a config.json of the original code of Nomic BERT."""
+    sizes = {"vocab_size": VOCABULARY, "n_embd": 24, "n_layer": 3, "n_head": 3, "n_inner": 20, "n_positions": 64}
+    flags = dict.fromkeys(("qkv_proj_bias", "mlp_fc1_bias", "mlp_fc2_bias", "prenorm", "causal"), False)
+    rates = dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), 0.0)
+    more = {"model_type": "nomic_bert", "activation_function": "swiglu", "layer_norm_epsilon": 1e-12}
+    return sizes | flags | rates | more | {"rotary_emb_fraction": 1.0, "rotary_emb_base": 1000} | keys
+
+
+def gte(**keys: Any) -> dict[str, Any]:
+    """Returns a config.json of the original code of GTE."""
+    more = {"model_type": "new", "pack_qkv": True, "position_embedding_type": "rope", "layer_norm_type": "layer_norm"}
+    return WIDE | more | {"type_vocab_size": 1, "rope_theta": 500.0, "rope_scaling": None} | keys
+
+
+NTK = {"rope_type": "linear", "factor": 3 ** (2 / 8), "rope_theta": 1500.0}
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1000.0}
+UNBIASED = ("cls.predictions.transform.dense.bias", "cls.predictions.bias")
+ORIGINAL: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # class, its keys, config.json of the original code
+    "nomic": ("NomicBert", {"intermediate_size": 256}, nomic()),
+    "nomic dynamic": (
+        "NomicBert",
+        {"intermediate_size": 256, "max_position_embeddings": 8, "rope_parameters": DYNAMIC},
+        nomic(rotary_scaling_factor=2, max_trained_positions=8),
+    ),
+    "gte": ("Gte", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}, gte()),
+    "gte ntk": ("Gte", {"rope_parameters": NTK}, gte(rope_scaling={"type": "ntk", "factor": 3.0})),
+}
+
+
+@pytest.mark.parametrize("name", ORIGINAL)
+def test_files_of_original_code_are_equal(tmp_path, name):
+    """Transformers has no class for these files. Its class for the same architecture gets the same weights."""
+    family, keys, original = ORIGINAL[name]
+    config = getattr(transformers, f"{family}Config")(**WIDE | keys)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForMaskedLM")(config).eval()
+    for parameter_name, parameter in model.named_parameters():
+        parameter.data = torch.randn_like(parameter) * (0.0 if parameter_name in UNBIASED else 0.3)
+    model.save_pretrained(tmp_path / "native")
+    prefixes = {"NomicBert": ("nomic_bert.", "bert."), "Gte": ("gte.", "new.")}[family]
+    stored = {
+        (prefixes[1] + name.removeprefix(prefixes[0]) if name.startswith(prefixes[0]) else name): np.asarray(tensor)
+        for name, tensor in safetensors.read(tmp_path / "native").items()
+        if name not in UNBIASED
+    }
+    (tmp_path / "theirs").mkdir()
+    safetensors.write(stored, tmp_path / "theirs" / safetensors.WEIGHTS)
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(original))
+    if name == "gte ntk":  # by the formula of its authors
+        frequencies = 1500.0 ** -(np.arange(0, 8, 2) / 8) / 3 ** (2 / 8)
+        np.testing.assert_allclose(model.gte.rotary_emb.inv_freq, frequencies, rtol=1e-6)
+    lm = jaxlm.load(tmp_path / "theirs")
+    for length in (5, 13):
+        ids = np.random.default_rng(length).integers(3, VOCABULARY, (2, length))
+        with torch.no_grad():
+            theirs = model(torch.tensor(ids)).logits
+        np.testing.assert_allclose(lm(ids).logits, theirs, atol=1e-4, rtol=1e-4)
+    jaxlm.save(lm, tmp_path / "ours")
+    assert tensors(tmp_path / "ours") == tensors(tmp_path / "theirs")
+    saved = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert {key: saved[key] for key in original} == original
+
+
 LONG = {"rope_type": "longrope", "rope_theta": 100.0, "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4]}
 LONG |= {"long_factor": [1.0, 1.5, 2.0, 3.0, 4.0], "original_max_position_embeddings": 8}
 BY_LENGTH = {
@@ -341,6 +421,8 @@ DROPOUT: dict[str, dict[str, Any]] = {
         zip(("hidden_dropout_prob", "attention_probs_dropout_prob", "pooler_dropout", "cls_dropout"), RATES)
     ),
     "ModernBert": dict(zip(("mlp_dropout", "attention_dropout", "embedding_dropout", "classifier_dropout"), RATES)),
+    "NomicBert": BERT_RATES,
+    "Gte": BERT_RATES,
     "GPT2": dict(zip(("resid_pdrop", "embd_pdrop", "attn_pdrop"), RATES)),
     "Llama": {"attention_dropout": RATES[0]},
     "Mistral": {"attention_dropout": RATES[0]},

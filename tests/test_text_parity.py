@@ -233,6 +233,8 @@ ENCODERS = {
     "xlm-roberta": ("xlm-roberta", "XLMRobertaForMaskedLM"),
     "camembert": ("camembert", "CamembertForMaskedLM"),
     "mpnet": ("mpnet", "MPNetForMaskedLM"),
+    "nomic_bert": ("bert", "NomicBertForMaskedLM"),
+    "gte": ("xlm-roberta", "GteForMaskedLM"),
     "distilbert": ("bert", "DistilBertForMaskedLM"),
     "electra": ("bert", "ElectraForMaskedLM"),
     "albert": ("albert", "AlbertForMaskedLM"),
@@ -245,7 +247,9 @@ def test_the_texts_of_every_family_are_compared():
     """For a family that does not generate, its filled blanks are compared."""
     classes = [kind for _, kind, _ in CASES.values()] + [kind for _, kind in ENCODERS.values()]
     compared = {getattr(transformers, kind).config_class.model_type for kind in classes}
-    assert {kind.removesuffix("_text") for kind in compared} == {kind.removesuffix("_text") for kind in FAMILIES}
+    # The original code of GTE is not part of transformers.
+    families = {kind.removesuffix("_text") for kind in FAMILIES} - {"new"}
+    assert {kind.removesuffix("_text") for kind in compared} == families
 
 
 @pytest.mark.parametrize("name", ENCODERS)
