@@ -41,6 +41,8 @@ CASES = {  # preset, task, kind of tokenizer
     "llama": ("llama-3.2-1b", CausalLM(stream=False), "bpe"),
     "gemma": ("gemma-2b", CausalLM(), "bpe"),
     "t5": ("t5-small", SpanCorruption(), "unigram"),
+    "m2m_100": ("m2m100-418m", Infilling(), "unigram"),
+    "pegasus": ("pegasus-large", Infilling(), "unigram"),
     "bart": ("bart-base", Infilling(), "unigram"),
 }
 FAST = ("bert",)

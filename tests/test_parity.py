@@ -177,7 +177,20 @@ FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, ...], dict[str, dict[str, A
         ("MTModel", "Model"),
         {"": {}, "swish": {"activation_function": "swish", "scale_embedding": True}} | SEPARATE | UNEQUAL,
     ),
+    "Pegasus": (
+        SEQ2SEQ | {"pad_token_id": 0, "decoder_start_token_id": 0},
+        ("ForConditionalGeneration", "Model"),
+        {"": {}, "relu": {"activation_function": "relu", "scale_embedding": True}} | SEPARATE | UNEQUAL,
+    ),
+    "M2M100": (
+        SEQ2SEQ | {"encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0},  # for training
+        ("ForConditionalGeneration", "Model"),
+        {"": {}, "gelu": {"activation_function": "gelu", "scale_embedding": False}, "padding": {"pad_token_id": 4}}
+        | SEPARATE
+        | UNEQUAL,
+    ),
 }
+SINUSOIDAL = ("Marian", "Pegasus", "M2M100")
 MEMBERS = [
     pytest.param(family, head, shape, id=f"{family}{head}-{shape.replace(' ', '_') or 'plain'}")
     for family, (_, heads, shapes) in FAMILIES.items()
@@ -196,7 +209,7 @@ def transformers_model(family: str, head: str, shape: str) -> Any:
     torch.manual_seed(0)
     model = getattr(transformers, family + head)(config).eval()
     for name, parameter in (*model.named_parameters(), *model.named_buffers()):
-        fixed = "inv_freq" in name or (family == "Marian" and "embed_positions" in name)  # sines and cosines
+        fixed = "inv_freq" in name or (family in SINUSOIDAL and "embed_positions" in name)  # sines and cosines
         if parameter.dtype == torch.float32 and parameter.dim() and not fixed:
             parameter.data = torch.randn_like(parameter) * 0.3
     return model
@@ -435,6 +448,8 @@ DROPOUT: dict[str, dict[str, Any]] = {
     "Bart": BART_RATES,
     "MBart": BART_RATES,
     "Marian": BART_RATES,
+    "Pegasus": {name: BART_RATES[name] for name in ("dropout", "attention_dropout", "activation_dropout")},
+    "M2M100": {name: BART_RATES[name] for name in ("dropout", "attention_dropout", "activation_dropout")},
 }
 ONE_LAYER = {"num_hidden_layers": 1, "n_layers": 1, "n_layer": 1, "num_layers": 1, "encoder_layers": 1}
 ONE_LAYER |= {"decoder_layers": 1, "num_decoder_layers": 1}

@@ -79,9 +79,10 @@ class ModelConfig(Config):
     decoder_tokens: bool = False  # separate token embeddings for the decoder of an encoder-decoder
     decoder_vocabulary: Positive | None = None  # rows of the decoder's separate token embedding; None: as vocabulary
     positions: Literal["learned", "sinusoidal", "rotary", "none"] = "learned"  # absolute position encoding
-    position_offset: Count = 0  # rows of learned positions before that of the first token (RoBERTa, BART: 2)
+    position_offset: Count = 0  # absolute position of the first token (RoBERTa, BART, M2M-100: 2)
     padding_token: Count | None = None  # token that default positions do not count (RoBERTa); None: count all tokens
     rotary_base: AboveZero = 10000.0  # wavelength base of rotary and sinusoidal positions
+    sinusoidal_to_base: bool = False  # the slowest sinusoid has the wavelength 2 pi rotary_base, not less (M2M-100)
     local_rotary_base: AboveZero | None = None  # unscaled rotary base of local layers; None: as in global layers
     rotary_scaling: RotaryScaling = "none"  # context-extension method for rotary positions
     rotary_factor: AboveZero = 1.0  # factor of rotary scaling, except longrope

@@ -19,10 +19,12 @@ from jaxlm.families import (
     gpt2,
     gte,
     llama,
+    m2m_100,
     marian,
     modernbert,
     mpnet,
     nomic_bert,
+    pegasus,
     roberta,
     t5,
     transformer,
@@ -56,6 +58,8 @@ FAMILIES: dict[str, Family] = {  # by `model_type` of config.json
     "bart": bart.FAMILY,
     "mbart": bart.MBART,
     "marian": marian.FAMILY,
+    "pegasus": pegasus.FAMILY,
+    "m2m_100": m2m_100.FAMILY,
 }
 PRESETS: dict[str, ModelConfig] = transformer.PRESETS | {
     name: preset for family in FAMILIES.values() for name, preset in family.presets.items()

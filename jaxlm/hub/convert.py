@@ -618,7 +618,8 @@ def inference_config(config: ModelConfig) -> ModelConfig:
     unused = {  # fields -> whether they have no effect
         (*TRAINING_FIELDS, "labels", "start_token"): True,
         ("max_length",): config.positions != "learned",
-        ("position_offset", "padding_token"): config.positions != "learned",
+        ("position_offset", "padding_token"): config.positions not in ("learned", "sinusoidal"),
+        ("sinusoidal_to_base",): config.positions != "sinusoidal",
         ("rotary_base",): not rotary and config.positions != "sinusoidal",
         ("rotary_scaling", "rotary_attention"): not rotary,
         ("rotary_factor",): not rotary or scaling in ("none", "longrope"),
