@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_tokenizer import byte_pairs, checkpoint, marian, train_tokenizer
+from test_tokenizer import byte_pairs, checkpoint, m2m_100, marian, nllb, train_tokenizer
 
 import jaxlm
 from jaxlm.families import FAMILIES
@@ -130,6 +130,13 @@ CASES: dict[str, Case] = {
         SEQ2SEQ,
     ),
     "marian": (marian, "MarianMTModel", SEQ2SEQ),
+    "pegasus": (lambda f: checkpoint("pegasus", f), "PegasusForConditionalGeneration", SEQ2SEQ),
+    "nllb": (
+        lambda f: nllb(f, src_lang="deu_Latn", tgt_lang="ron_Latn"),
+        "M2M100ForConditionalGeneration",
+        SEQ2SEQ,
+    ),
+    "m2m_100": (lambda f: m2m_100(f, src_lang="de", tgt_lang="ro"), "M2M100ForConditionalGeneration", SEQ2SEQ),
 }
 TEXTS = ["import the module", "The name of the file 12", "return None", "of this"]
 
@@ -146,14 +153,18 @@ def case(name: str, folder: Path) -> tuple[Any, Any, jaxlm.LM]:
     if kind.startswith(("Bart", "MBart")):
         language = tokenizer.convert_tokens_to_ids("ro_RO") if kind.startswith("MBart") else None
         special |= {"decoder_start_token_id": ids["eos"], "forced_bos_token_id": language, "forced_eos_token_id": None}
-    if kind.startswith("Marian"):
+    if kind.startswith("M2M100"):
+        language = tokenizer.convert_tokens_to_ids("ron_Latn" if name == "nllb" else "__ro__")
+        special |= {"decoder_start_token_id": ids["eos"], "forced_bos_token_id": language}
+        special |= {"bad_words_ids": [[ids["pad"]]]}  # would have the position of padding
+    if kind.startswith(("Marian", "Pegasus")):
         special |= {"decoder_start_token_id": ids["pad"], "forced_eos_token_id": None}
     config = model_class.config_class(**sizes, vocab_size=len(tokenizer), **special)
     config._attn_implementation = "eager"
     torch.manual_seed(1)
     model = model_class(config).eval()
     for n, parameter in model.named_parameters():
-        if parameter.dim() and not (kind.startswith("Marian") and "embed_positions" in n):
+        if parameter.dim() and not (kind.startswith(("Marian", "Pegasus")) and "embed_positions" in n):
             parameter.data = torch.randn_like(parameter) * (0.1 if "bias" in n else 0.6)
             parameter.data += float("norm.weight" in n and not kind.startswith("Gemma"))
     model.save_pretrained(folder)
@@ -175,8 +186,9 @@ def special_text(tokenizer: Any) -> str:
 def test_texts_are_those_of_transformers(name, folders):
     """Compares the ids of prompts, the text that `generate` returns for each, and the text of random ids."""
     tokenizer, model, lm = case(name, folders / name)
-    # In mBART-50's class a space before a special token is a piece. sentencepiece and jaxlm drop it.
-    special = [special_text(tokenizer), f"a {tokenizer.eos_token} b"] if name != "mbart50" else []
+    # In these classes a space before a special token is a piece. sentencepiece and jaxlm drop it.
+    drops = name not in ("mbart50", "nllb", "pegasus")
+    special = [special_text(tokenizer), f"a {tokenizer.eos_token} b"] if drops else []
     texts = [*TEXTS, *special, f"a{tokenizer.eos_token}b"]
     for text in texts:
         ids = tokenizer(text)["input_ids"]
