@@ -53,7 +53,10 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bart": ("Bart", "ForConditionalGeneration", SEQ2SEQ),
     "mbart": ("MBart", "ForConditionalGeneration", SEQ2SEQ | {"decoder_start_token_id": 5, "forced_bos_token_id": 7}),
     "marian": ("Marian", "MTModel", SEQ2SEQ | {"decoder_start_token_id": 1, "bad_words_ids": [[1]]}),
+    "pegasus": ("Pegasus", "ForConditionalGeneration", SEQ2SEQ | {"decoder_start_token_id": 0, "pad_token_id": 0}),
+    "m2m_100": ("M2M100", "ForConditionalGeneration", SEQ2SEQ | {"forced_bos_token_id": 7, "bad_words_ids": [[1]]}),
 }
+SINUSOIDAL = ("Marian", "Pegasus", "M2M100")
 GENERATION_KEYS = ("forced_eos_token_id", "forced_bos_token_id", "bad_words_ids")
 
 
@@ -66,9 +69,9 @@ def pair(name: str, folder: str) -> tuple[Any, jaxlm.LM]:
     config._attn_implementation = "eager"
     torch.manual_seed(0)
     model = getattr(transformers, family + head)(config).eval()
-    normed = family in ("Bart", "MBart", "Marian")
+    normed = family in ("Bart", "MBart", *SINUSOIDAL)
     for n, parameter in (*model.named_parameters(), *model.named_buffers()):
-        fixed = "inv_freq" in n or (family == "Marian" and "embed_positions" in n)
+        fixed = "inv_freq" in n or (family in SINUSOIDAL and "embed_positions" in n)
         if parameter.dtype == torch.float32 and parameter.dim() and not fixed:
             # With these standard deviations texts differ, and do not repeat one token from the start.
             small = "bias" in n or (not normed and any(part in n for part in ("embed_tokens", "shared", "wte")))

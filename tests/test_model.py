@@ -39,9 +39,13 @@ MODELS = {
     "mixtral": replace(PRESETS["mixtral-8x7b"], **SMALL, kv_heads=3, mlp_width=24, experts=4, balance_loss=0.0),
     "t5": replace(PRESETS["t5-small"], **SMALL | {"head_width": 4}, mlp_width=24, relative_buckets=8),
     "bart": replace(PRESETS["bart-base"], **SMALL),
+    "m2m_100": replace(PRESETS["m2m100-418m"], **SMALL, mlp_width=24, padding_token=None),  # any token may occur
     # One complete cycle of kinds, and an incomplete one.
     "modernbert": replace(PRESETS["modernbert-base"], **SMALL | {"layers": 4}, mlp_width=24, window=3),
     "albert": replace(PRESETS["albert-base"], **SMALL | {"layers": 4}, mlp_width=24, distinct_layers=2),
+    "mpnet": replace(PRESETS["mpnet-base"], **SMALL, padding_token=None),  # any token may occur
+    "nomic-bert": replace(PRESETS["nomic-bert"], **SMALL),
+    "gte": replace(PRESETS["gte-large-en-v1.5"], **SMALL, mlp_width=36),
     "deberta": replace(PRESETS["deberta-v3-base"], **SMALL, relative_buckets=4, relative_distance=8, conv_width=3),
 }
 CAUSAL = [name for name, model in MODELS.items() if model.structure != "encoder"]

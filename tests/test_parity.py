@@ -48,6 +48,7 @@ V3 = DISENTANGLED | {"share_att_key": True, "norm_rel_ebd": "layer_norm", "posit
 
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
 ENCODER_HEADS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "Model")
+GATED_HEADS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "Model")
 CAUSAL_HEADS = ("ForCausalLM", "ForSequenceClassification", "Model")
 FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, ...], dict[str, dict[str, Any]]]] = {
     "Bert": (WIDE, (*ENCODER_HEADS, "ForPreTraining", "ForNextSentencePrediction"), BERT_LIKE),
@@ -57,6 +58,8 @@ FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, ...], dict[str, dict[str, A
         BERT_LIKE | {"padding": {"pad_token_id": 5, "type_vocab_size": 1, "max_position_embeddings": 24}},
     ),
     "XLMRoberta": (WIDE, ENCODER_HEADS, {"": {}}),
+    "Camembert": (WIDE, ENCODER_HEADS, {"": {}}),
+    "MPNet": (WIDE, ENCODER_HEADS, BERT_LIKE | {"padding": {"pad_token_id": 5}}),
     "DistilBert": (
         {"vocab_size": VOCABULARY, "dim": 24, "n_layers": 3, "n_heads": 3, "hidden_dim": 20}
         | {"max_position_embeddings": 16},
@@ -87,14 +90,29 @@ FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, ...], dict[str, dict[str, A
     ),
     "ModernBert": (
         WIDE | {"pad_token_id": 0, "local_attention": 4, "global_attn_every_n_layers": 2},
-        ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "Model"),
+        GATED_HEADS,
         {
             "": {},
             "mean": {"classifier_pooling": "mean"},
             "pattern": {"num_hidden_layers": 7},
             "one": {"num_hidden_layers": 1},
+            "no decoder bias": {"decoder_bias": False},
         }
         | {"biases": {"attention_bias": True, "mlp_bias": True, "norm_bias": True, "classifier_bias": True}},
+    ),
+    "NomicBert": (
+        WIDE,
+        GATED_HEADS,
+        {"": {}, "one": {"num_hidden_layers": 1, "num_attention_heads": 1}, "gelu": {"hidden_act": "gelu"}}
+        | {"untied": {"tie_word_embeddings": False}, "wide heads": {"head_dim": 10}}
+        | {"linear": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}}},
+    ),
+    "Gte": (
+        WIDE,
+        GATED_HEADS,
+        {"": {}, "types": {"type_vocab_size": 3, "hidden_act": "relu"}, "no types": {"type_vocab_size": 0}}
+        | {"untied": {"tie_word_embeddings": False}}
+        | {"linear": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}}},
     ),
     "GPT2": (
         {"vocab_size": VOCABULARY, "n_embd": 24, "n_layer": 3, "n_head": 3, "n_positions": 16, "pad_token_id": 0},
@@ -177,7 +195,20 @@ FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, ...], dict[str, dict[str, A
         ("MTModel", "Model"),
         {"": {}, "swish": {"activation_function": "swish", "scale_embedding": True}} | SEPARATE | UNEQUAL,
     ),
+    "Pegasus": (
+        SEQ2SEQ | {"pad_token_id": 0, "decoder_start_token_id": 0},
+        ("ForConditionalGeneration", "Model"),
+        {"": {}, "relu": {"activation_function": "relu", "scale_embedding": True}} | SEPARATE | UNEQUAL,
+    ),
+    "M2M100": (
+        SEQ2SEQ | {"encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0},  # for training
+        ("ForConditionalGeneration", "Model"),
+        {"": {}, "gelu": {"activation_function": "gelu", "scale_embedding": False}, "padding": {"pad_token_id": 4}}
+        | SEPARATE
+        | UNEQUAL,
+    ),
 }
+SINUSOIDAL = ("Marian", "Pegasus", "M2M100")
 MEMBERS = [
     pytest.param(family, head, shape, id=f"{family}{head}-{shape.replace(' ', '_') or 'plain'}")
     for family, (_, heads, shapes) in FAMILIES.items()
@@ -196,7 +227,7 @@ def transformers_model(family: str, head: str, shape: str) -> Any:
     torch.manual_seed(0)
     model = getattr(transformers, family + head)(config).eval()
     for name, parameter in (*model.named_parameters(), *model.named_buffers()):
-        fixed = "inv_freq" in name or (family == "Marian" and "embed_positions" in name)  # sines and cosines
+        fixed = "inv_freq" in name or (family in SINUSOIDAL and "embed_positions" in name)  # sines and cosines
         if parameter.dtype == torch.float32 and parameter.dim() and not fixed:
             parameter.data = torch.randn_like(parameter) * 0.3
     return model
@@ -306,6 +337,70 @@ def test_models_are_equal_in_both_directions(tmp_path, family, head, shape):
     assert_same(again.eval(), other, head, left=False)
 
 
+def nomic(**keys: Any) -> dict[str, Any]:
+    """Returns a config.json of the original code of Nomic BERT."""
+    sizes = {"vocab_size": VOCABULARY, "n_embd": 24, "n_layer": 3, "n_head": 3, "n_inner": 20, "n_positions": 64}
+    flags = dict.fromkeys(("qkv_proj_bias", "mlp_fc1_bias", "mlp_fc2_bias", "prenorm", "causal"), False)
+    rates = dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), 0.0)
+    more = {"model_type": "nomic_bert", "activation_function": "swiglu", "layer_norm_epsilon": 1e-12}
+    return sizes | flags | rates | more | {"rotary_emb_fraction": 1.0, "rotary_emb_base": 1000} | keys
+
+
+def gte(**keys: Any) -> dict[str, Any]:
+    """Returns a config.json of the original code of GTE."""
+    more = {"model_type": "new", "pack_qkv": True, "position_embedding_type": "rope", "layer_norm_type": "layer_norm"}
+    return WIDE | more | {"type_vocab_size": 1, "rope_theta": 500.0, "rope_scaling": None} | keys
+
+
+NTK = {"rope_type": "linear", "factor": 3 ** (2 / 8), "rope_theta": 1500.0}
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1000.0}
+UNBIASED = ("cls.predictions.transform.dense.bias", "cls.predictions.bias")
+ORIGINAL: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # class, its keys, config.json of the original code
+    "nomic": ("NomicBert", {"intermediate_size": 256}, nomic()),
+    "nomic dynamic": (
+        "NomicBert",
+        {"intermediate_size": 256, "max_position_embeddings": 8, "rope_parameters": DYNAMIC},
+        nomic(rotary_scaling_factor=2, max_trained_positions=8),
+    ),
+    "gte": ("Gte", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}, gte()),
+    "gte ntk": ("Gte", {"rope_parameters": NTK}, gte(rope_scaling={"type": "ntk", "factor": 3.0})),
+}
+
+
+@pytest.mark.parametrize("name", ORIGINAL)
+def test_files_of_original_code_are_equal(tmp_path, name):
+    """Transformers has no class for these files. Its class for the same architecture gets the same weights."""
+    family, keys, original = ORIGINAL[name]
+    config = getattr(transformers, f"{family}Config")(**WIDE | keys)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForMaskedLM")(config).eval()
+    for parameter_name, parameter in model.named_parameters():
+        parameter.data = torch.randn_like(parameter) * (0.0 if parameter_name in UNBIASED else 0.3)
+    model.save_pretrained(tmp_path / "native")
+    prefixes = {"NomicBert": ("nomic_bert.", "bert."), "Gte": ("gte.", "new.")}[family]
+    stored = {
+        (prefixes[1] + name.removeprefix(prefixes[0]) if name.startswith(prefixes[0]) else name): np.asarray(tensor)
+        for name, tensor in safetensors.read(tmp_path / "native").items()
+        if name not in UNBIASED
+    }
+    (tmp_path / "theirs").mkdir()
+    safetensors.write(stored, tmp_path / "theirs" / safetensors.WEIGHTS)
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(original))
+    if name == "gte ntk":  # by the formula of its authors
+        frequencies = 1500.0 ** -(np.arange(0, 8, 2) / 8) / 3 ** (2 / 8)
+        np.testing.assert_allclose(model.gte.rotary_emb.inv_freq, frequencies, rtol=1e-6)
+    lm = jaxlm.load(tmp_path / "theirs")
+    for length in (5, 13):
+        ids = np.random.default_rng(length).integers(3, VOCABULARY, (2, length))
+        with torch.no_grad():
+            theirs = model(torch.tensor(ids)).logits
+        np.testing.assert_allclose(lm(ids).logits, theirs, atol=1e-4, rtol=1e-4)
+    jaxlm.save(lm, tmp_path / "ours")
+    assert tensors(tmp_path / "ours") == tensors(tmp_path / "theirs")
+    saved = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert {key: saved[key] for key in original} == original
+
+
 LONG = {"rope_type": "longrope", "rope_theta": 100.0, "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4]}
 LONG |= {"long_factor": [1.0, 1.5, 2.0, 3.0, 4.0], "original_max_position_embeddings": 8}
 BY_LENGTH = {
@@ -348,6 +443,8 @@ DROPOUT: dict[str, dict[str, Any]] = {
     "Bert": BERT_RATES,
     "Roberta": BERT_RATES,
     "XLMRoberta": BERT_RATES,
+    "Camembert": BERT_RATES,
+    "MPNet": {name: BERT_RATES[name] for name in ("hidden_dropout_prob", "attention_probs_dropout_prob")},
     "Electra": BERT_RATES,
     "Albert": dict(zip(("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout_prob"), RATES)),
     "DistilBert": dict(zip(("dropout", "attention_dropout", "seq_classif_dropout", "qa_dropout"), RATES)),
@@ -355,6 +452,8 @@ DROPOUT: dict[str, dict[str, Any]] = {
         zip(("hidden_dropout_prob", "attention_probs_dropout_prob", "pooler_dropout", "cls_dropout"), RATES)
     ),
     "ModernBert": dict(zip(("mlp_dropout", "attention_dropout", "embedding_dropout", "classifier_dropout"), RATES)),
+    "NomicBert": BERT_RATES,
+    "Gte": BERT_RATES,
     "GPT2": dict(zip(("resid_pdrop", "embd_pdrop", "attn_pdrop"), RATES)),
     "Llama": {"attention_dropout": RATES[0]},
     "Mistral": {"attention_dropout": RATES[0]},
@@ -367,6 +466,8 @@ DROPOUT: dict[str, dict[str, Any]] = {
     "Bart": BART_RATES,
     "MBart": BART_RATES,
     "Marian": BART_RATES,
+    "Pegasus": {name: BART_RATES[name] for name in ("dropout", "attention_dropout", "activation_dropout")},
+    "M2M100": {name: BART_RATES[name] for name in ("dropout", "attention_dropout", "activation_dropout")},
 }
 ONE_LAYER = {"num_hidden_layers": 1, "n_layers": 1, "n_layer": 1, "num_layers": 1, "encoder_layers": 1}
 ONE_LAYER |= {"decoder_layers": 1, "num_decoder_layers": 1}

@@ -22,7 +22,8 @@ from jaxlm.errors import UserError
 
 Head = Literal["lm", "masked_lm", "next_sentence", "replaced", "pooled", "classes", "tokens", "span"]
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "tanh"]  # gelu is exact (erf), gelu_tanh approximate
-Bias = Literal["query_key_value", "out", "mlp", "norm", "transform", "classes", "lm"]
+# "mlp" is all projections of the MLP, "down" only the last one.
+Bias = Literal["query_key_value", "out", "mlp", "down", "norm", "transform", "classes", "lm"]
 ENCODER_BIASES: tuple[Bias, ...] = ("query_key_value", "out", "mlp", "norm", "transform", "classes")
 RotaryScaling = Literal["none", "linear", "dynamic", "llama3", "yarn", "longrope"]
 MAX_LAYERS = 10_000  # upper limit, so that a corrupt config.json cannot request an absurd model
@@ -86,9 +87,10 @@ class ModelConfig(Config):
     decoder_tokens: bool = False  # separate token embeddings for the decoder of an encoder-decoder
     decoder_vocabulary: Positive | None = None  # rows of the decoder's separate token embedding; None: as vocabulary
     positions: Literal["learned", "sinusoidal", "rotary", "none"] = "learned"  # absolute position encoding
-    position_offset: Count = 0  # rows of learned positions before that of the first token (RoBERTa, BART: 2)
+    position_offset: Count = 0  # absolute position of the first token (RoBERTa, BART, M2M-100: 2)
     padding_token: Count | None = None  # token that default positions do not count (RoBERTa); None: count all tokens
     rotary_base: AboveZero = 10000.0  # wavelength base of rotary and sinusoidal positions
+    sinusoidal_to_base: bool = False  # the slowest sinusoid has the wavelength 2 pi rotary_base, not less (M2M-100)
     local_rotary_base: AboveZero | None = None  # unscaled rotary base of local layers; None: as in global layers
     rotary_scaling: RotaryScaling = "none"  # context-extension method for rotary positions
     rotary_factor: AboveZero = 1.0  # factor of rotary scaling, except longrope
@@ -112,6 +114,7 @@ class ModelConfig(Config):
     scale_logits: bool = False  # divide hidden states by sqrt(width) before the output projection (T5)
     logit_cap: NotNegative = 0.0  # soft cap of the lm logits, by tanh (Gemma 2); 0: none
     transform_activation: Activation | None = None  # activation of masked_lm's transform; None: as activation
+    masked_lm_bias: bool = True  # bias of the logits of masked_lm
     shared_transform: bool = False  # one transform for the heads masked_lm, classes and tokens (ModernBERT)
     classes_from: Literal["first", "last", "mean"] = "first"  # pooling of the hidden states for the head classes
     classes_activation: Activation | None = "tanh"  # activation of the projection before classes; None: no projection

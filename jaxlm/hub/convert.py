@@ -165,6 +165,7 @@ class Family(NamedTuple):
       buffers: names of tensors that a file may contain but a model does not need; * matches anything.
       copies: tensors that repeat another tensor if the model ties them -> that other tensor.
       renames: suffixes of names in old files -> current suffixes.
+      old_prefixes: prefixes of names in old files, in place of `prefix`.
       encoder: the class of transformers for the encoder of an encoder-decoder without its decoder.
       ties: whether config.json defines if embeddings are tied; otherwise the tensors do.
       naming: keys of config.json with which transformers names tensors as in the rules.
@@ -180,6 +181,7 @@ class Family(NamedTuple):
     buffers: tuple[str, ...] = ()
     copies: Mapping[str, str] = {}
     renames: Mapping[str, str] = {}
+    old_prefixes: tuple[str, ...] = ()
     encoder: str | None = None
     ties: bool = True
     naming: Mapping[str, Any] = {}
@@ -327,6 +329,8 @@ def canonical(family: Family, config: ModelConfig, tensors: Mapping[str, Any]) -
         name = written
         for old, new in family.renames.items():
             name = name.removesuffix(old) + new if name.endswith(old) else name
+        for old in family.old_prefixes:
+            name = family.prefix + name.removeprefix(old) if name.startswith(old) else name
         full = family.prefix + name
         name = full if known.fullmatch(full) or buffer.fullmatch(full) else name
         if buffer.fullmatch(name) and name not in expected:
@@ -495,6 +499,13 @@ class Key(NamedTuple):
     values: Mapping[Any, Any] | None = None
 
 
+def check_only(hf: dict[str, Any], only: Mapping[str, Any]) -> None:
+    """Raises UserError if a key of config.json has another value than the only supported one."""
+    for name, value in only.items():
+        if hf.get(name) not in (None, value):
+            raise UserError(f"config.json has {name} {hf[name]!r}; only {value!r} is supported: choose another model")
+
+
 def key_conversion(
     keys: tuple[Key, ...], fixed: Mapping[str, Any], only: Mapping[str, Any]
 ) -> tuple[Callable[[dict[str, Any]], ModelConfig], Callable[[ModelConfig], dict[str, Any]]]:
@@ -509,11 +520,7 @@ def key_conversion(
     """
 
     def from_hf(hf: dict[str, Any]) -> ModelConfig:
-        for name, value in only.items():
-            if hf.get(name) not in (None, value):
-                raise UserError(
-                    f"config.json has {name} {hf[name]!r}; only {value!r} is supported: choose another model"
-                )
+        check_only(hf, only)
         fields: dict[str, Any] = {}
         for key in keys:
             value = hf.get(key.hf, key.default)
@@ -620,7 +627,8 @@ def inference_config(config: ModelConfig) -> ModelConfig:
     unused = {  # fields -> whether they have no effect
         (*TRAINING_FIELDS, "labels", "start_token"): True,
         ("max_length",): config.positions != "learned",
-        ("position_offset", "padding_token"): config.positions != "learned",
+        ("position_offset", "padding_token"): config.positions not in ("learned", "sinusoidal"),
+        ("sinusoidal_to_base",): config.positions != "sinusoidal",
         ("rotary_base",): not rotary and config.positions != "sinusoidal",
         ("rotary_scaling", "rotary_attention"): not rotary,
         ("rotary_factor",): not rotary or scaling in ("none", "longrope"),
@@ -639,10 +647,12 @@ def inference_config(config: ModelConfig) -> ModelConfig:
         != "encoder_decoder",
         ("scale_logits", "logit_cap"): "lm" not in on_top,
         ("tied_embeddings",): not on_top & {"lm", "masked_lm"},
+        ("masked_lm_bias",): "masked_lm" not in on_top,
         ("transform_activation",): "masked_lm" not in on_top and not config.shared_transform,
         ("classes_from", "classes_activation"): "classes" not in on_top,
     }
     no_bias = {
+        "down": "mlp" in config.biases,
         "norm": config.norm != "layernorm",
         "transform": "masked_lm" not in on_top and not config.shared_transform,
         "classes": "classes" not in on_top,

@@ -188,8 +188,8 @@ class MLP(nn.Module):
         """
         config = self.config
         activation = ACTIVATIONS[config.activation]
-        bias = "mlp" in config.biases
-        linear = lambda name, features, std: Linear((features,), std, bias, dtype=self.dtype, name=name)
+        biased = lambda name: "mlp" in config.biases or name in config.biases
+        linear = lambda name, features, std: Linear((features,), std, biased(name), dtype=self.dtype, name=name)
         x_BTF = linear("up", config.F, config.matrix_std)(x_BTD)
         if self.gated:
             x_BTF *= activation(linear("gate", config.F, config.matrix_std)(x_BTD))

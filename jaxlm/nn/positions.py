@@ -36,12 +36,17 @@ class Distances(NamedTuple):
     rows_TS: jax.Array
 
 
-def sinusoidal(positions_BT: jax.Array, width: int, base: float) -> jax.Array:
-    """Returns fixed embeddings [B, T, width]: sines, then cosines of `positions / base^(2i / width)`.
+def sinusoidal(positions_BT: jax.Array, config: ModelConfig) -> jax.Array:
+    """Returns fixed embeddings [B, T, W]: sines, then cosines of `(offset + positions) / base^(2i / W)`.
 
     Vaswani et al. 2017, section 3.5, in the order of its own code and of Marian: the two halves are not interleaved.
+    With `sinusoidal_to_base` the exponent is `2i / (W - 2)`, as in that code and in fairseq.
     """
-    angles = positions_BT[..., None].astype(jnp.float32) * jnp.asarray(_frequencies(width, base))
+    frequencies = _frequencies(config.W, config.rotary_base)
+    if config.sinusoidal_to_base:
+        i = np.arange(config.W // 2, dtype=np.float32)
+        frequencies = np.float32(config.rotary_base) ** (-2 * i / np.float32(max(config.W - 2, 1)))
+    angles = (config.position_offset + positions_BT)[..., None].astype(jnp.float32) * jnp.asarray(frequencies)
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
 
 

@@ -116,7 +116,7 @@ class Embeddings(nn.Module):
         if config.positions == "learned":
             x_BTW += self.positions[config.position_offset + positions_BT]
         elif config.positions == "sinusoidal":
-            x_BTW += sinusoidal(positions_BT, config.W, config.rotary_base)
+            x_BTW += sinusoidal(positions_BT, config)
         if config.types:
             x_BTW += self.types[jnp.zeros_like(tokens_BT) if types_BT is None else types_BT]
         if config.embedding_norm:
