@@ -1,0 +1,8 @@
+"""Baselines: models that count words, to compare a trained model with.
+
+ngrams   n-gram language models with modified Kneser-Ney smoothing
+arpa     n-gram models of words as ARPA files
+
+Suffixes of names: N tokens of several texts, G n-grams of one order, C contexts (their first tokens), D values of an
+adjusted count that have a discount: 0, 1, 2, and 3 for 3 and more.
+"""
