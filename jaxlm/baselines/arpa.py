@@ -26,7 +26,8 @@ from typing import IO, NamedTuple
 
 import numpy as np
 
-from jaxlm.baselines.ngrams import MAX_ORDER, NEVER, NGrams
+from jaxlm.baselines.ngrams import NEVER, NGrams
+from jaxlm.config.baseline import MAX_ORDER
 from jaxlm.config.ranges import short_repr
 from jaxlm.data.formats.lines import open_file
 from jaxlm.errors import UserError

@@ -15,15 +15,14 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from jaxlm.config.baseline import Order
 from jaxlm.config.ranges import Range, check_argument, short_repr
 from jaxlm.errors import UserError
 
-MAX_ORDER = 10
 MAX_VOCABULARY = 2**31 - 1
 FALLBACK = (0.5, 1.0, 1.5)  # KenLM's discounts for orders whose counts define none
 NEVER = -99.0  # log10 of the probability of a token that is never predicted, as ARPA files write it
 
-Order = Annotated[int, Range(1, MAX_ORDER)]
 Vocabulary = Annotated[int, Range(1, MAX_VOCABULARY)]
 Discounts = tuple[float, float, float]  # subtracted from the adjusted counts 1, 2, and 3 or more
 
