@@ -165,7 +165,9 @@ def similar_rows(seed, count):
 
 def test_scores_of_pairs_follow_the_cosine():
     train, held_out = similar_rows(0, 80), similar_rows(1, 50)
-    fitted = TfidfVectorizer(**TFIDF).fit([row[side] for row in train for side in ("text", "other")])
+    fitted = TfidfVectorizer(token_pattern=TFIDF["token_pattern"]).fit(
+        [row[side] for row in train for side in ("text", "other")]
+    )
     labels = np.array([row["label"] for row in held_out])
     [similarity] = results(Similarity(text=("text", "other"), highest=5), train, held_out)
     expected = metrics.regression_scores(labels / 5, cosines(held_out, fitted))

@@ -101,7 +101,7 @@ def comparison_table(scores: Mapping[str, float], baselines: Sequence[Baseline],
 
     Args:
       scores: the scores of the model; empty for a table without a model.
-      baselines: the baselines, of which at least one has scores or a note.
+      baselines: the baselines, at least one.
       sentences: what to write below the table, before the notes of the baselines.
     """
     names = list(dict.fromkeys(name for baseline in baselines for name in baseline.scores))

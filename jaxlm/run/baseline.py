@@ -71,7 +71,7 @@ def write_baselines(folder: Path, results: Sequence[Baseline]) -> None:
 
 
 def _read(run: RunConfig, log: Log) -> tuple[Task, Prepared]:
-    """Returns the task of a config and its data, of which only a language model needs a tokenizer."""
+    """Returns the task of a config and its data. Only a language model needs a tokenizer."""
     kind = TASKS.get(type(run.task), Task)
     if isinstance(run.task, MultiTask) or issubclass(kind, RecordTask):
         replace(run, model=None, init=run.init or "not read", dropout=None, new_head=False).check()
