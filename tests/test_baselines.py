@@ -32,7 +32,7 @@ from jaxlm import (
     Tagging,
 )
 from jaxlm.__main__ import main
-from jaxlm.baselines import arpa, comparison, language, ngrams
+from jaxlm.baselines import arpa, classifiers, comparison, language, ngrams
 from jaxlm.baselines.classifiers import baselines_of, most_frequent
 from jaxlm.baselines.result import Baseline
 from jaxlm.config import BaselineConfig, Part
@@ -235,11 +235,14 @@ def test_a_baseline_without_a_result_gives_the_reason(train, options, note):
     assert table.rows[2][1] == "–" and note in table.note
 
 
-def test_the_number_of_training_examples_is_limited():
+def test_the_number_of_training_examples_is_limited(monkeypatch):
     train = rows_of(0, 200) + [{"text": "good fine great", "other": "", "label": "bad"}] * 200
     held_out = rows_of(1, 50)
-    few, all_rows = (results(Classification(), train, held_out, examples=n)[1].scores for n in (20, 1000))
-    assert few != all_rows
+    few, all_rows = (results(Classification(), train, held_out, examples=n)[1] for n in (20, 1000))
+    assert few.scores != all_rows.scores
+    assert few.note == "TF-IDF uses 20 of 400 training examples." and all_rows.note == ""
+    monkeypatch.setattr(classifiers, "MAX_LOGITS", 100)  # of three classes
+    assert "uses 33 of 400" in results(Classification(), train, held_out)[1].note
     assert [baseline.name for baseline in results(Classification(), train, held_out, examples=0)] == ["majority"]
 
 
@@ -418,6 +421,8 @@ def test_the_verb_writes_the_ngram_model(tmp_path, config, capsys):
         (CausalLM(), ["--arpa"], "--arpa has no value"),
         (CausalLM(), ["--arpa", "--steps", "3"], "--arpa has no value"),
         (CausalLM(), ["--arpa", "gs://x/m.arpa"], "choose a local path"),
+        (CausalLM(), ["--arpa", "gone/m.arpa"], "gone/m.arpa cannot be written: No such file or directory"),
+        (CausalLM(), ["--workdir", "gs://x/y"], "choose a local path"),
         (CausalLM(), ["--arpa", "m.arpa", "--baseline.tokens", "0"], "raise --baseline.tokens"),
         (CausalLM(), ["--baseline.tokens", "0"], "CausalLM has no baseline with these fields"),
         (CausalLM(), ["--baseline.order", "0"], "baseline.order is 0"),

@@ -23,6 +23,7 @@ from jaxlm.tasks.cells import Record, Records
 from jaxlm.tasks.records import RecordTask
 
 MAX_WEIGHTS = 10_000_000  # of a linear model; more features than this allows are left out, the rarest first
+MAX_LOGITS = 5_000_000  # of a linear model for all its training examples; more examples are left out, evenly spaced
 _TOKEN = r"\w+|[^\w\s]"  # words, and marks such as "?"
 _CHUNK = 1024  # texts that are compared with all others at once
 _LOGISTIC, _COSINE = "TF-IDF + logistic regression", "TF-IDF cosine"
@@ -54,15 +55,23 @@ def baselines_of(task: RecordTask, train: Records, held_out: Records, examples: 
     """
     make = BASELINES.get(type(task.task))
     if make is not None:
+        examples = min(examples, MAX_LOGITS // max(1, len(task.labels)))
         yield from make(task, Parts(train.records, held_out.records, examples))
 
 
 def _scored(task: Any, name: str, parts: Parts, predict: Callable[[], list[Row]]) -> Baseline:
     """Returns the scores of predictions; a baseline without predictions has a note with the reason."""
+    return _baseline(name, parts, lambda: task.score(parts.held_out, predict()))
+
+
+def _baseline(name: str, parts: Parts, score: Callable[[], dict[str, float]]) -> Baseline:
     try:
-        return Baseline(name, task.score(parts.held_out, predict()))
+        scores = score()
     except _NoResultError as error:
         return Baseline(name, {}, f"There is no {name}: {error}.")
+    count, used = len(parts.train), len(parts.sample)
+    is_sample = name.startswith("TF-IDF") and used < count
+    return Baseline(name, scores, f"TF-IDF uses {used:,} of {count:,} training examples." if is_sample else "")
 
 
 class _NoResultError(Exception):
@@ -150,18 +159,20 @@ def vectorizer(longest: int = 2, max_features: int = MAX_WEIGHTS) -> Any:
 
 def _fit_predict(pipeline: Any, parts: Parts, targets: Any) -> Any:
     texts = lambda records: np.array([record["texts"] for record in records], object)
-    with _quiet():
+    with _scikit_learn():
         return pipeline.fit(texts(parts.sample), targets).predict(texts(parts.held_out))
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Converts scikit-learn's error for texts without words, and hides its warnings.
+def _scikit_learn() -> Iterator[None]:
+    """Converts scikit-learn's error for texts without words, hides its warnings, and uses one thread.
 
     A class that all or none of the examples have is predicted as such, and a model that has not converged is still a
-    baseline.
+    baseline.  One thread is faster for these small matrices than several, which wait for each other.
     """
-    with warnings.catch_warnings():
+    from threadpoolctl import threadpool_limits
+
+    with warnings.catch_warnings(), threadpool_limits(1):
         warnings.simplefilter("ignore")
         try:
             yield
@@ -194,7 +205,7 @@ def _cosines(parts: Parts, records: Sequence[Record]) -> np.ndarray:
 
 def _vectors(parts: Parts, sides: Sequence[Sequence[str]]) -> list[Any]:
     """Returns the TF-IDF vectors of texts, with the document frequencies of the training texts."""
-    with _quiet():
+    with _scikit_learn():
         # Pairs of words are too rare for a cosine: with them, Spearman on STS-B is 0.58 instead of 0.64.
         fitted = vectorizer(longest=1).fit(text for record in parts.sample for text in record["texts"])
         return [fitted.transform(texts) for texts in sides]
@@ -207,10 +218,7 @@ def _similarity(task: Any, parts: Parts) -> Iterator[Baseline]:
         predict = lambda: [{"_cosine": float(cosine)} for cosine in _cosines(parts, parts.held_out)]
         yield _scored(task, _COSINE, parts, predict)
         return
-    try:
-        yield Baseline(_COSINE, metrics.retrieval_scores(_ranks(parts)))
-    except _NoResultError as error:
-        yield Baseline(_COSINE, {}, f"There is no {_COSINE}: {error}.")
+    yield _baseline(_COSINE, parts, lambda: metrics.retrieval_scores(_ranks(parts)))
 
 
 def _ranks(parts: Parts) -> np.ndarray:

@@ -42,8 +42,8 @@ def baseline(run: RunConfig, folder: str = "", arpa_file: str = "", log: Log = l
     Raises:
       UserError: for a task without baselines, and for invalid data.
     """
-    if arpa_file:
-        disk.local(arpa_file, "--arpa")
+    for path, flag in ((arpa_file, "--arpa"), (folder, "--workdir")):
+        disk.local(path, flag)
     if arpa_file and not isinstance(run.task, CausalLM):
         raise UserError(f"--arpa writes the n-gram model of CausalLM, and the task is {type(run.task).__name__}")
     if arpa_file and not run.baseline.tokens:
@@ -52,14 +52,17 @@ def baseline(run: RunConfig, folder: str = "", arpa_file: str = "", log: Log = l
     if arpa_file:
         assert isinstance(task, CausalLMTask)
         model = language.fit_ngrams(task, data, run.baseline)
-        arpa.write(arpa_file, model, [str(token) for token in range(model.vocabulary)])
+        try:
+            arpa.write(arpa_file, model, [str(token) for token in range(model.vocabulary)])
+        except OSError as error:
+            raise disk.write_error(arpa_file, error, "--arpa") from None
         results = [language.ngram_baseline(task, data, run.baseline, model)]
     else:
         results = run_baselines(task, data, run.baseline)
     if not results:
         raise _no_baseline(run)
     if folder:
-        disk.local(folder, "workdir").mkdir(parents=True, exist_ok=True)
+        Path(folder).mkdir(parents=True, exist_ok=True)
         write_baselines(Path(folder), results)
     table = comparison_table({}, results, [])
     return markdown([list(table.head), *table.rows]) + (f"\n{table.note}\n" if table.note else "")
