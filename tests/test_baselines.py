@@ -323,10 +323,26 @@ def test_ngrams_count_at_most_the_given_tokens():
     assert comparison.run_baselines(task, data, BaselineConfig(tokens=0)) == []
 
 
-def test_data_that_cannot_be_read_again_have_no_baseline():
+@pytest.mark.parametrize("is_text", [True, False])
+def test_data_that_cannot_be_read_again_have_a_note(is_text):
     special, train, _ = FRAMES["both"]
-    task = CausalLMTask(CausalLM(), 16, 0, special)
-    assert comparison.run_baselines(task, Prepared(special, iter(train), iter(train), {}, ""), BaselineConfig()) == []
+    task = CausalLMTask(CausalLM(), 16, 0, special) if is_text else bound(Classification(), *[rows_of(0, 9)] * 2)[0]
+    [baseline] = comparison.run_baselines(task, Prepared(special, iter(train), iter(train), {}, ""), BaselineConfig())
+    assert baseline.scores == {} and "cannot be read a second time" in baseline.note
+    table = comparison.comparison_table({"loss": 1.0}, [baseline], [])
+    assert table.columns and baseline.note in table.note and not comparison.describe_best([baseline], ["loss"])
+
+
+@pytest.mark.parametrize("frame", FRAMES)
+def test_empty_documents_change_nothing(frame):
+    special, train, held_out = FRAMES[frame]
+    task = CausalLMTask(CausalLM(stream=False), 16, 0, special)
+    scores = []
+    for texts in (train, [[], *train[:5], [], [], *train[5:], []]):
+        data = Prepared(special, corpus(texts), corpus([*held_out[:2], [], *held_out[2:]]), {}, "")
+        [baseline] = comparison.run_baselines(task, data, BaselineConfig())
+        scores.append(baseline.scores)
+    assert scores[0] == scores[1]
 
 
 # Comparison

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from jaxlm.baselines.classifiers import baselines_of
+from jaxlm.baselines.classifiers import BASELINES, baselines_of
 from jaxlm.baselines.language import fit_ngrams, ngram_baseline
 from jaxlm.baselines.result import Baseline
 from jaxlm.config import BaselineConfig
@@ -18,6 +18,8 @@ from jaxlm.tasks.pretraining import CausalLMTask
 from jaxlm.tasks.records import RecordTask
 from jaxlm.tasks.task import Task
 
+_UNREADABLE = "the data of the run cannot be read a second time"
+
 
 def run_baselines(task: Task, data: Prepared, options: BaselineConfig) -> list[Baseline]:
     """Returns the results of the baselines of a task, in the order in which they improve.
@@ -28,22 +30,24 @@ def run_baselines(task: Task, data: Prepared, options: BaselineConfig) -> list[B
       options: the limits of the baselines.
 
     Returns:
-      One result for each baseline; none for a task without usual baselines, and for data that cannot be read again.
+      One result for each baseline, with a note instead of scores for data that cannot be read a second time; none for a
+      task without usual baselines.
     """
     if isinstance(task, TaskMixture):
         return [part for name in task.parts for part in _of_part(task, data, options, name)]
-    if isinstance(task, CausalLMTask) and options.tokens and _are_corpora(data):
+    if isinstance(task, CausalLMTask) and options.tokens:
+        name = f"{options.order}-gram"
+        if not isinstance(data.train, Corpus) or not isinstance(data.held_out, Corpus):
+            return [Baseline(name, {}, f"There is no {name} model: {_UNREADABLE}.")]
         try:
             return [ngram_baseline(task, data, options, fit_ngrams(task, data, options))]
         except UserError as error:
-            return [Baseline(f"{options.order}-gram", {}, f"There is no {options.order}-gram model: {error}.")]
-    if isinstance(task, RecordTask) and isinstance(data.train, Records) and isinstance(data.held_out, Records):
+            return [Baseline(name, {}, f"There is no {name} model: {error}.")]
+    if isinstance(task, RecordTask) and type(task.task) in BASELINES:
+        if not isinstance(data.train, Records) or not isinstance(data.held_out, Records):
+            return [Baseline("majority", {}, f"There is no baseline: {_UNREADABLE}.")]
         return list(baselines_of(task, data.train, data.held_out, options.examples))
     return []
-
-
-def _are_corpora(data: Prepared) -> bool:
-    return isinstance(data.train, Corpus) and isinstance(data.held_out, Corpus)
 
 
 def _of_part(task: TaskMixture, data: Prepared, options: BaselineConfig, name: str) -> Iterator[Baseline]:

@@ -26,7 +26,7 @@ def fit_ngrams(task: CausalLMTask, data: Prepared, options: BaselineConfig) -> N
       options: the order, and the maximum number of tokens.
     """
     tokens_N, bounds = _texts(task, data.train, options.tokens)
-    largest = max(int(np.max(part.tokens, initial=0)) for part in (data.train, data.held_out))
+    largest = max(int(np.max(tokens, initial=0)) for tokens in (tokens_N, data.held_out.tokens))
     size = max(largest + 1, data.tokenizer.size if data.tokenizer else 0)
     return ngrams.fit(tokens_N, bounds, options.order, vocabulary=size, fallback=ngrams.FALLBACK)
 
@@ -68,7 +68,8 @@ def _texts(task: CausalLMTask, corpus: Corpus, limit: int) -> tuple[np.ndarray, 
     tokens_N = np.asarray(corpus.tokens[:count], np.int64)
     if task.task.stream:
         return tokens_N, np.array([0, count])
-    bounds = np.unique(np.minimum(corpus.bounds, count))
+    bounds = corpus.bounds
+    bounds = np.append(bounds[: np.searchsorted(bounds, count)], count)
     if task.end is None:
         return tokens_N, bounds
     # The corpus has the token before each document only, and the model predicts it after each document too.
