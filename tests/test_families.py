@@ -26,6 +26,21 @@ PUBLISHED = {
     ("gpt2-xl", ("lm",)): 1_557_611_200,
     ("bert-base", ("pooled",)): 109_482_240,
     ("bert-large", ("pooled",)): 335_141_888,
+    ("phi-3-mini", ("lm",)): 3_821_079_552,
+    ("phi-4", ("lm",)): 14_659_507_200,
+    ("smollm3-3b", ("lm",)): 3_075_098_624,
+    ("pythia-70m", ("lm",)): 70_426_624,
+    ("pythia-1b", ("lm",)): 1_011_781_632,
+    ("pythia-6.9b", ("lm",)): 6_857_302_016,
+    ("pythia-12b", ("lm",)): 11_846_072_320,
+    ("gpt-j-6b", ("lm",)): 6_050_882_784,
+    ("gpt-neo-125m", ("lm",)): 125_198_592,
+    ("opt-125m", ("lm",)): 125_239_296,
+    ("opt-350m", ("lm",)): 331_196_416,
+    ("bloom-560m", ("lm",)): 559_214_592,
+    ("bloom-7b1", ("lm",)): 7_069_016_064,
+    ("falcon-7b", ("lm",)): 6_921_720_704,
+    ("falcon-40b", ("lm",)): 41_303_293_952,
 }
 ROUNDED = {"gpt3-175b": (175e9, 0.01), "transformer-base": (65e6, 0.04), "transformer-big": (213e6, 0.04)}
 
@@ -63,6 +78,8 @@ def member(name: str, heads: tuple, shape: dict) -> ModelConfig:
         small |= {"kv_heads": 1}
     if preset.head_width:
         small |= {"head_width": 4}
+    if preset.rotary_width:
+        small |= {"rotary_width": 2}
     if preset.embedding_width:
         small |= {"embedding_width": 5}
     if preset.mlp_width:
@@ -365,7 +382,7 @@ def test_the_error_for_a_leaf_without_a_rule_names_it():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt3"}, "model_type 'gpt3', unknown; perhaps you meant 'gpt2'"),
+        ({"model_type": "gpt-2"}, "model_type 'gpt-2', unknown; perhaps you meant 'gpt2'"),
         ({"model_type": None}, "unknown; known: albert, bart, bert"),
         ({"model_type": "jaxlm"}, "but no 'model'"),
         ({"n_head": 5}, "model.heads is 5"),

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxlm.config import is_local
 from jaxlm.nn.attention import Cache
 from jaxlm.nn.transformer import Caches, CacheSpec, Transformer, apply
 
@@ -183,7 +184,7 @@ def grow(module: Transformer, state: State, *, length: int) -> State:
     pad = lambda x, axis, to: jnp.pad(x, [(0, to - old_length if n == axis else 0) for n in range(x.ndim)])
     own = []
     for n, cache in enumerate(state.caches.own):
-        local = config.layer_kinds[n % len(config.layer_kinds)] == "local" and config.relative == "none"
+        local = is_local(config.layer_kinds[n % len(config.layer_kinds)]) and config.relative == "none"
         slots = min(length, config.window) if local else length
         own.append(Cache(*(pad(x, 2, slots) for x in cache)) if cache.k_BKSC.shape[2] == old_length < slots else cache)
     log_probs_BT = None if state.log_probs_BT is None else pad(state.log_probs_BT, 1, length)
