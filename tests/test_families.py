@@ -397,6 +397,49 @@ def test_invalid_configs_are_refused(gpt2_folder, change, message):
         load(gpt2_folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("gptj", {"rotary_dim": 3}, "model.rotary_width is 3, and the head width is 4"),
+        ("gpt_neox", {"rope_parameters": {"partial_rotary_factor": 7}}, "a number from 0 to 1"),
+        ("gpt_neo", {"attention_types": [[["global"], 10**12]]}, "2 layers in all"),
+        ("gpt_neo", {"attention_types": [[["globl"], 2]]}, "lists of 'global' and 'local'"),
+        ("opt", {"word_embed_proj_dim": 0}, "model.embedding_width is 0"),
+        ("opt", {"_remove_final_layer_norm": True}, "only False is supported"),
+        ("bloom", {"apply_residual_connection_post_layernorm": True}, "only False is supported"),
+        ("falcon", {"num_ln_in_parallel_attn": 2}, "transformers cannot compute either"),
+        ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 7}, "model.kv_heads is 7"),
+        ("phi3", {"sliding_window": 0}, "model.window is 0"),
+        ("granite", {"logits_scaling": 0}, "model.logit_divisor is 0"),
+        ("smollm3", {"no_rope_layers": [1]}, "a list of 2 numbers, 0 or 1"),
+        ("olmo2", {"partial_rotary_factor": 0.5}, "only 1.0 is supported"),
+    ],
+)
+def test_invalid_configs_of_decoders_are_refused(tmp_path, name, change, message):
+    config = member(name, ("lm",), ODD)
+    save(config, random_params(config), tmp_path, origin=Origin({"model_type": name}))
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | change))
+    with pytest.raises(UserError, match=message):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"positions": "rotary", "rotary_width": 6}, "model.rotary_width is 6, and the head width is 4"),
+        ({"residual": "parallel", "norm_place": "post"}, "whose norms are not after the residual"),
+        ({"residual": "parallel_one_norm", "structure": "encoder_decoder"}, "without cross-attention"),
+        ({"project_tokens": True}, "model.embedding_width is None"),
+        ({"relative": "alibi", "structure": "encoder", "heads_on_top": ()}, "it is for decoders only"),
+        ({"layer_kinds": ("local_nope",)}, "model.window is 0"),
+    ],
+)
+def test_fields_that_contradict_each_other_are_refused(fields, message):
+    with pytest.raises(UserError, match=message):
+        ModelConfig(**ODD, **fields).check()
+
+
 def test_invalid_config_files_are_refused(gpt2_folder):
     path = gpt2_folder / "config.json"
     path.write_text(json.dumps({"model_type": "gpt2"}))

@@ -311,7 +311,7 @@ def test_a_sharded_step_equals_an_unsharded_one(name, sizes):
 
 
 WIDE = {"width": 32, "heads": 8, "kv_heads": None, "head_width": None, "mlp_width": 32}
-EIGHT = {name: replace(MODELS[name], **WIDE) for name in ("bert", "qwen3", "mistral", "t5", "bart", "deberta")}
+EIGHT = {name: replace(MODELS[name], **WIDE) for name in ("bert", "qwen3", "mistral", "bloom", "t5", "bart", "deberta")}
 POWERS = [tuple(1 << n for n in powers) for powers in product(range(4), repeat=4) if sum(powers) == 3]
 SOME = {"bert": [(1, 2, 2, 2)]}
 SHAPES = [

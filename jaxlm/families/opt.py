@@ -58,9 +58,8 @@ _BIASES: tuple[Bias, ...] = ("query_key_value", "out", "mlp")
 def _config_from_hf(hf: dict[str, Any]) -> ModelConfig:
     config = _FROM_HF(hf)
     biases: tuple[Bias, ...] = (*(_BIASES if hf.get("enable_bias", True) else ()), "norm")
-    narrow = config.width != config.W
-    width = config.W if narrow else None
-    return dataclasses.replace(config, biases=biases, embedding_width=width, project_tokens=narrow)
+    width = None if config.embedding_width == config.width else config.embedding_width
+    return dataclasses.replace(config, biases=biases, embedding_width=width, project_tokens=width is not None)
 
 
 def _config_to_hf(config: ModelConfig) -> dict[str, Any]:
