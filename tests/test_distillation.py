@@ -196,7 +196,7 @@ def separate_rows(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         for n in range(1, count + 1):
             row = {}
             for field, array in batch.items():
-                values, axes = np.asarray(array)[b], field.rpartition("_")[2]
+                values, axes = np.asarray(array)[b], field.rpartition("_")[2][:2]
                 segments = np.asarray(batch["source_segments_BS" if axes == "BS" else "segments_BT"])[b]
                 chosen = values[segments == n] if axes in ("BT", "BS") else values[n - 1 : n]
                 row[field] = np.zeros_like(values)

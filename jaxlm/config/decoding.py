@@ -52,6 +52,7 @@ class Decoding(Config):
     forbidden: tuple[Name, ...] = ()  # words or strings that are never generated
     too_long: Literal["refuse", "truncate"] = "refuse"  # how to handle too long prompts; truncate: cut the beginning
     seed: Seed = 0  # sampling seed; text n of prompt i uses a key derived from (seed, i, n)
+    cache: Literal["compute", "int8"] = "compute"  # dtype of stored keys and values; int8: half the memory of bfloat16
 
     def check(self, prefix: str = "") -> None:
         """Checks every field, and combinations of fields.

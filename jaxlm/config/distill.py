@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from jaxlm.config.ranges import AboveZero, Config, Count, NotNegative
+from jaxlm.config.ranges import AboveZero, Config, Count, NotNegative, Positive
 from jaxlm.errors import UserError
 
 
@@ -50,6 +51,9 @@ class DistillConfig(Config):
     relations: NotNegative = 0.0  # weight of the divergence of relations of queries, keys and values (MiniLM v2)
     relation_layer: Count = 0  # teacher layer of these relations, from 1; 0: the last
     relation_heads: Count = 0  # number of heads of these relations; 0: the heads of the teacher
+    # All epochs, and further runs with the same teacher, read them, so that the teacher is in no memory in training.
+    cache: str = ""  # folder of the predictions of the teacher, which is filled before training; empty: none
+    top: Positive = 64  # with a cache: number of most likely tokens to store for each prediction of a token
 
     def check(self) -> None:
         """Raises UserError if options contradict each other, without reading the teacher."""
@@ -66,11 +70,28 @@ class DistillConfig(Config):
                 "distill.logits, hidden, attention and relations are all 0, so that the teacher has no effect; set "
                 "one of them above 0, or leave out --distill.teacher"
             )
+        self._check_cache(changed)
         for name, losses in _USED_BY.items():
             if name in changed and not any(getattr(self, loss) for loss in losses):
                 raise UserError(
                     f"distill.{name} is {getattr(self, name)!r}, which has no effect if distill."
                     f"{' and distill.'.join(losses)} are 0; leave it out, or set --distill.{losses[0]}"
+                )
+
+    def _check_cache(self, changed: Collection[str]) -> None:
+        """Raises UserError for losses that a cache cannot serve."""
+        if not self.cache:
+            if "top" in changed:
+                raise UserError(
+                    f"distill.top is {self.top}, which has no effect without a cache; leave it out, or set "
+                    f"--distill.cache FOLDER"
+                )
+            return
+        for name in ("hidden", "attention", "relations"):
+            if getattr(self, name):
+                raise UserError(
+                    f"distill.{name} is {getattr(self, name)}, which needs the layers of the teacher in each step, but "
+                    f"distill.cache stores only its predictions; set --distill.{name} 0, or leave out --distill.cache"
                 )
 
     def kept_layers(self, layers: int, decoder_layers: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -14,6 +14,7 @@ corrupt     masking, span corruption and infilling
 chat        conversations, formatted by chat templates
 pack        packing of examples into rows
 batches     random access to batches by step
+example_cache  arrays of examples on disk, such as predictions of a teacher
 ahead       results that other threads compute before they are used
 
 Besides the letters of `jaxlm.nn`, suffixes of names are here: N tokens of several texts, X examples or texts, U units,

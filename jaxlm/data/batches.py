@@ -48,6 +48,7 @@ class Examples(Protocol):
     # Optional attributes, for inputs other than text:
     # inputs: Mapping[str, type], fields that a front end reads.
     # axes: Mapping[str, int], sizes of additional axes by their letters.
+    # repeats: bool, whether all epochs have the same examples.
 
     def epoch(self, n: int | None) -> Epoch:
         """Returns the units of epoch n, a pure function of n; None: the units of evaluation."""

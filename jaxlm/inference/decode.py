@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import is_local
-from jaxlm.nn.attention import Cache
 from jaxlm.nn.transformer import Caches, CacheSpec, Transformer, apply
 
 Array = Any  # of JAX or NumPy
@@ -98,7 +97,7 @@ class State(NamedTuple):
 class DecodePrograms(NamedTuple):
     """The jitted functions of generation, compiled for each combination of shapes and of unset `Rules` and `Prompts`.
 
-    prefill(params, prompts, length=, scored=, ahead=) -> State, with room for texts of `length` tokens.
+    prefill(params, prompts, length=, scored=, ahead=, cache=) -> State, with room for texts of `length` tokens.
     advance(params, state, rules, n) -> State, with up to n more tokens in each row.
     insert(state, rows_R, other) -> State, with rows of another state; row numbers past the end are ignored.
     grow(state, length=) -> State, with room for longer texts.
@@ -115,7 +114,7 @@ class DecodePrograms(NamedTuple):
 def programs(module: Transformer) -> DecodePrograms:
     """Returns the jitted functions for a model, which `LM.programs` keeps."""
     return DecodePrograms(
-        jax.jit(partial(prefill, module), static_argnames=("length", "scored", "ahead")),
+        jax.jit(partial(prefill, module), static_argnames=("length", "scored", "ahead", "cache")),
         jax.jit(partial(_advance, module), donate_argnums=1),
         jax.jit(insert, donate_argnums=0),
         jax.jit(partial(grow, module), static_argnames="length"),
@@ -124,7 +123,14 @@ def programs(module: Transformer) -> DecodePrograms:
 
 
 def prefill(
-    module: Transformer, params: Any, prompts: Prompts, *, length: int, scored: bool = False, ahead: int = 1
+    module: Transformer,
+    params: Any,
+    prompts: Prompts,
+    *,
+    length: int,
+    scored: bool = False,
+    ahead: int = 1,
+    cache: str = "compute",
 ) -> State:
     """Returns the state after reading the prompts.
 
@@ -135,12 +141,13 @@ def prefill(
       length: number of tokens that the rows and caches have room for.
       scored: whether log-probabilities are stored.
       ahead: maximum number of tokens that a later call reads at once.
+      cache: how keys and values are stored, a value of `Decoding.cache`.
     """
     encoded: tuple[Any, ...] = ()
     if prompts.source_BS is not None:
         source = prompts.source_BS, prompts.source_segments_BS
         encoded = apply(module, params, *source, method="encode"), source[1]
-    keep = CacheSpec(prompts.lengths_B, length, ahead)
+    keep = CacheSpec(prompts.lengths_B, length, ahead, cache)
     _, caches = apply(module, params, prompts.tokens_BT, keep, *encoded, method="prefill")
     key = jax.random.key(prompts.seed)
     key_of = lambda numbers: jax.random.key_data(jax.random.fold_in(jax.random.fold_in(key, numbers[0]), numbers[1]))
@@ -156,8 +163,8 @@ def shard_state(module: Transformer, state: State) -> State:
     """Returns the state, its rows and the heads of its caches sharded over the module's mesh, alike in all programs."""
 
     def shard(x: jax.Array) -> jax.Array:
-        heads = ("kv_heads", None, None) if x.ndim == 4 else (None,) * (x.ndim - 1)  # a cache is [B, K, S, C]
-        return module.constrain(x, ("batch", *heads))
+        others = ("kv_heads", *[None] * (x.ndim - 2)) if x.ndim > 2 else (None,) * (x.ndim - 1)  # a cache: [B, K, S, C]
+        return module.constrain(x, ("batch", *others))
 
     return jax.tree.map(shard, state)
 
@@ -181,15 +188,15 @@ def grow(module: Transformer, state: State, *, length: int) -> State:
     window stays as it is.
     """
     config, old_length = module.config, state.tokens_BT.shape[1]
-    pad = lambda x, axis, to: jnp.pad(x, [(0, to - old_length if n == axis else 0) for n in range(x.ndim)])
+    pad = lambda x_BT: jnp.pad(x_BT, [(0, 0), (0, length - old_length)])
     own = []
     for n, cache in enumerate(state.caches.own):
         local = is_local(config.layer_kinds[n % len(config.layer_kinds)]) and config.relative == "none"
         slots = min(length, config.window) if local else length
-        own.append(Cache(*(pad(x, 2, slots) for x in cache)) if cache.k_BKSC.shape[2] == old_length < slots else cache)
-    log_probs_BT = None if state.log_probs_BT is None else pad(state.log_probs_BT, 1, length)
+        own.append(cache.extend(slots) if cache.slots == old_length < slots else cache)
+    log_probs_BT = None if state.log_probs_BT is None else pad(state.log_probs_BT)
     caches = state.caches._replace(own=tuple(own))
-    return state._replace(tokens_BT=pad(state.tokens_BT, 1, length), log_probs_BT=log_probs_BT, caches=caches)
+    return state._replace(tokens_BT=pad(state.tokens_BT), log_probs_BT=log_probs_BT, caches=caches)
 
 
 def _advance(module: Transformer, params: Any, state: State, rules: Rules, n: jax.Array) -> State:

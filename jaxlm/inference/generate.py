@@ -407,7 +407,8 @@ def _beam_search(lm: LM, pending: Sequence[Request], decoding: Decoding, stops: 
     candidates = min(max(2, 1 + len(stops)) * M, M * lm.config.V)
     ordered = sorted(pending, key=lambda request: len(request.source or request.tokens))
     for batch in chunks(ordered, B):
-        state = run.prefill(params, prompts_of(lm, batch, batch, decoding), length=cache_length(lm, batch, decoding))
+        length = cache_length(lm, batch, decoding)
+        state = run.prefill(params, prompts_of(lm, batch, batch, decoding), length=length, cache=decoding.cache)
         penalty, early = np.float32(decoding.length_penalty), np.int32(EARLY[decoding.early_stopping])
         hypotheses = search(params, state, rules, penalty, early, beams=M, candidates=candidates)
         tokens_BMT, log_probs_BMT, lengths_BM, scores_BM = hosts.to_numpy(hypotheses)
@@ -454,7 +455,8 @@ def _decode(
             if state is not None and needed > length:
                 state = run.grow(state, length=needed)
             length = max(length, needed)
-            new_rows = run.prefill(params, prompts_of(lm, added, pending, decoding), length=length, scored=scored)
+            room = {"length": length, "scored": scored, "cache": decoding.cache}
+            new_rows = run.prefill(params, prompts_of(lm, added, pending, decoding), **room)
             if state is None:
                 state = new_rows if len(new_rows.lengths_B) >= B else run.repeat(new_rows, rows=B)
             else:

@@ -39,17 +39,25 @@ def speculative(module: Transformer, draft: Transformer) -> DecodePrograms:
     `DRAFTED` + 1 tokens.
     """
     return DecodePrograms(
-        jax.jit(partial(_prefill, module, draft), static_argnames=("length", "scored")),
+        jax.jit(partial(_prefill, module, draft), static_argnames=("length", "scored", "cache")),
         jax.jit(partial(_advance, module, draft), donate_argnums=1),
         jax.jit(insert, donate_argnums=0),
     )
 
 
 def _prefill(
-    module: Transformer, draft: Transformer, params: Any, prompts: Prompts, *, length: int, scored: bool = False
+    module: Transformer,
+    draft: Transformer,
+    params: Any,
+    prompts: Prompts,
+    *,
+    length: int,
+    scored: bool = False,
+    cache: str = "compute",
 ) -> State:
-    state = prefill(module, params[0], prompts, length=length, scored=scored, ahead=DRAFTED + 1)
-    caches: Any = state.caches, prefill(draft, params[1], prompts, length=length, ahead=DRAFTED + 1).caches
+    room: Any = {"length": length, "ahead": DRAFTED + 1, "cache": cache}
+    state = prefill(module, params[0], prompts, scored=scored, **room)
+    caches: Any = state.caches, prefill(draft, params[1], prompts, **room).caches
     return state._replace(caches=caches)
 
 

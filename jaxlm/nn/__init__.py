@@ -3,6 +3,7 @@
 transformer  the stacked Transformer: encoder, decoder, or both
 layers       projections, norms, the MLP, dropout
 attention    self-attention and cross-attention, with grouped queries, windows and caches
+cache        keys and values of earlier tokens
 kernels      fused attention over packed rows
 positions    learned, sinusoidal, rotary and relative positions
 heads        outputs computed from the last hidden states

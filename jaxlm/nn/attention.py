@@ -13,23 +13,13 @@ import jax.numpy as jnp
 
 from jaxlm.config import ModelConfig
 from jaxlm.devices.sharding import Placement
+from jaxlm.nn.cache import Cache, create
 from jaxlm.nn.kernels import backend_of, choose, fused
 from jaxlm.nn.layers import Dropout, Linear, Norm, float32_einsum, query_std, residual_std
 from jaxlm.nn.positions import Distances, RotaryAngles, rotate
 
 BLOCK = 64  # minimum number of queries in a block of causal attention
 MASKED = -1e30  # finite, so that a row without visible keys gives numbers instead of NaN
-
-
-class Cache(NamedTuple):
-    """Keys and values of the earlier tokens of one layer, or of its context.
-
-    Slot s of S holds the latest position p with p mod S = s, so that slots need no labels. A cache as long as the text
-    holds the whole text; a shorter cache, for the window of a local layer, holds its end.
-    """
-
-    k_BKSC: jax.Array
-    v_BKSC: jax.Array
 
 
 class AttentionInputs(NamedTuple):
@@ -47,6 +37,7 @@ class AttentionInputs(NamedTuple):
       slot_positions_BS: the position to store in each slot of a new cache; B may be 1. None: no cache is created.
       cache_rotary: rotary angles of the slots of the cache, if the angles depend on the length of the sequence. The
         cache then stores keys before rotation, and they are rotated when they are read.
+      cache_format: how a new cache stores keys and values, a value of `Decoding.cache`.
     """
 
     mask_BTS: jax.Array
@@ -58,14 +49,7 @@ class AttentionInputs(NamedTuple):
     distances: Distances | None = None
     slot_positions_BS: jax.Array | None = None
     cache_rotary: RotaryAngles | None = None
-
-
-def cache_positions(positions_BT: jax.Array, S: int) -> jax.Array:
-    """Returns the position in each of S slots of a cache for queries at `positions_BT`, [B, T, S]; below 0: empty.
-
-    For example, with 4 slots and a query at position 5: 4, 5, 2, 3.
-    """
-    return positions_BT[..., None] - (positions_BT[..., None] - jnp.arange(S)) % S
+    cache_format: str = "compute"
 
 
 def self_mask(
@@ -131,7 +115,7 @@ def dot_product_attention(
     scores = scores or Scores(1 / math.sqrt(q_BTHC.shape[-1]))
     T, block = q_BTHC.shape[1], max(BLOCK, -(-q_BTHC.shape[1] // 8))
     if not causal or block >= T:
-        return _attend(q_BTHC, *_heads_first(k_BSKC, v_BSKC), mask_BTS, scores, dropout)[0]
+        return _attend(q_BTHC, create(k_BSKC, v_BSKC), mask_BTS, scores, dropout)[0]
     out = []
     for start in range(0, T, block):
         q, s = slice(start, min(start + block, T)), slice(start + block)
@@ -139,23 +123,22 @@ def dot_product_attention(
         if bias is not None:
             bias = bias[:, :, q if bias.shape[2] > 1 else slice(None), s]
         block_scores = scores._replace(bias_BHTS=bias)
-        kv_BKSC = _heads_first(k_BSKC[:, s], v_BSKC[:, s])
-        out.append(_attend(q_BTHC[:, q], *kv_BKSC, mask_BTS[:, q, s], block_scores, dropout)[0])
+        kv = create(k_BSKC[:, s], v_BSKC[:, s])
+        out.append(_attend(q_BTHC[:, q], kv, mask_BTS[:, q, s], block_scores, dropout)[0])
     return jnp.concatenate(out, axis=1)
 
 
-def _heads_first(k_BSKC: jax.Array, v_BSKC: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return k_BSKC.transpose(0, 2, 1, 3), v_BSKC.transpose(0, 2, 1, 3)
-
-
 def _attend(
-    q_BTHC: jax.Array, k_BKSC: jax.Array, v_BKSC: jax.Array, mask_BTS: jax.Array, scores: Scores, dropout: Callable
+    q_BTHC: jax.Array, kv: Cache, mask_BTS: jax.Array, scores: Scores, dropout: Callable
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the attended values [B, T, H, C] and the weights [B, H, T, S]."""
     B, T, H, C = q_BTHC.shape
-    K, S = k_BKSC.shape[1], k_BKSC.shape[2]
+    K, S = kv.k_BKSC.shape[1:3]
+    dtype = kv.v_BKSC.dtype if kv.v_scales_BKS is None else q_BTHC.dtype
     q_BKGTC = (q_BTHC * scores.scale).reshape(B, T, K, H // K, C).transpose(0, 2, 3, 1, 4)
-    scores_BKGTS = float32_einsum("BKGTC,BKSC->BKGTS", q_BKGTC, k_BKSC)
+    scores_BKGTS = float32_einsum("BKGTC,BKSC->BKGTS", q_BKGTC, kv.k_BKSC)
+    if kv.k_scales_BKS is not None:
+        scores_BKGTS *= kv.k_scales_BKS[:, :, None, None]
     if scores.bias_BHTS is not None:
         scores_BKGTS += scores.bias_BHTS.reshape(-1, K, H // K, scores.bias_BHTS.shape[2], S)
     if scores.cap:
@@ -164,26 +147,20 @@ def _attend(
     # The softmax's division comes last, on [T, C] instead of [T, S].
     exps_BKGTS = jnp.exp(scores_BKGTS - jax.lax.stop_gradient(scores_BKGTS.max(-1, keepdims=True)))
     sums_BKGT1 = exps_BKGTS.sum(-1, keepdims=True)
-    weights_BKGTS = dropout(exps_BKGTS).astype(v_BKSC.dtype)
-    out_BKGTC = float32_einsum("BKGTS,BKSC->BKGTC", weights_BKGTS, v_BKSC) / sums_BKGT1
-    out_BTHC = out_BKGTC.transpose(0, 3, 1, 2, 4).reshape(B, T, H, C).astype(v_BKSC.dtype)
+    weights_BKGTS = dropout(exps_BKGTS)
+    if kv.v_scales_BKS is not None:
+        weights_BKGTS *= kv.v_scales_BKS[:, :, None, None]
+    out_BKGTC = float32_einsum("BKGTS,BKSC->BKGTC", weights_BKGTS.astype(dtype), kv.v_BKSC) / sums_BKGT1
+    out_BTHC = out_BKGTC.transpose(0, 3, 1, 2, 4).reshape(B, T, H, C).astype(dtype)
     return out_BTHC, (exps_BKGTS / sums_BKGT1).reshape(B, H, T, S)
 
 
-def _write_cache(cache: Cache, k_BTKC: jax.Array, v_BTKC: jax.Array, positions_BT: jax.Array) -> Cache:
-    """Returns the cache after writing the keys and values of the tokens at these positions."""
-    rows_B1, slots_BT = jnp.arange(len(positions_BT))[:, None], positions_BT % cache.k_BKSC.shape[2]
-    return Cache(
-        cache.k_BKSC.at[rows_B1, :, slots_BT].set(k_BTKC),
-        cache.v_BKSC.at[rows_B1, :, slots_BT].set(v_BTKC),
-    )
-
-
-def _rotate_cache(cache: Cache, inputs: AttentionInputs) -> Cache:
-    """Returns the cache with rotated keys."""
+def _rotate_cache(cache: Cache, inputs: AttentionInputs, dtype: Any) -> Cache:
+    """Returns the cache with rotated keys, in this dtype if it has scales, which rotation does not change."""
     if inputs.cache_rotary is None:
         return cache
-    k_BSKC = rotate(cache.k_BKSC.transpose(0, 2, 1, 3), inputs.cache_rotary)
+    k_BKSC = cache.k_BKSC if cache.k_scales_BKS is None else cache.k_BKSC.astype(dtype)
+    k_BSKC = rotate(k_BKSC.transpose(0, 2, 1, 3), inputs.cache_rotary)
     return cache._replace(k_BKSC=k_BSKC.transpose(0, 2, 1, 3))
 
 
@@ -236,6 +213,9 @@ class Attention(nn.Module):
         q_BTHC = self.constrain(q_BTHC, ("batch", "length", "heads", "head_width"))
         if isinstance(context, Cache):
             cache = context
+            if context.k_scales_BKS is not None:
+                # Without a dependency on the queries, XLA converts the cache to floats before a loop, and stores these.
+                cache, q_BTHC = jax.lax.optimization_barrier((context, q_BTHC))
         else:
             context_BSD = x_BTD if context is None else context
             k_BSKC, v_BSKC = key(context_BSD), value(context_BSD)
@@ -248,7 +228,7 @@ class Attention(nn.Module):
             v_BSKC = self.constrain(v_BSKC, ("batch", "keys", "kv_heads", "head_width"))
             if cache is not None:
                 rotate_late = inputs.cache_rotary is not None
-                cache = _write_cache(cache, unrotated_BSKC if rotate_late else k_BSKC, v_BSKC, positions_BT)
+                cache = cache.write(unrotated_BSKC if rotate_late else k_BSKC, v_BSKC, positions_BT)
         scale = 1 / math.sqrt(config.C) if config.attention_scale is None else config.attention_scale
         bias_BHTS = inputs.bias_BHTS
         if inputs.distances is not None and config.relative_terms:
@@ -261,15 +241,16 @@ class Attention(nn.Module):
         dropout = Dropout(config.attention_dropout, name="dropout")
         weights_BHTS = None
         if cache is not None:
-            out_BTHC, weights_BHTS = _attend(q_BTHC, *_rotate_cache(cache, inputs), inputs.mask_BTS, scores, dropout)
+            kv = _rotate_cache(cache, inputs, q_BTHC.dtype)
+            out_BTHC, weights_BHTS = _attend(q_BTHC, kv, inputs.mask_BTS, scores, dropout)
         elif weights:
-            out_BTHC, weights_BHTS = _attend(q_BTHC, *_heads_first(k_BSKC, v_BSKC), inputs.mask_BTS, scores, dropout)
+            out_BTHC, weights_BHTS = _attend(q_BTHC, create(k_BSKC, v_BSKC), inputs.mask_BTS, scores, dropout)
         else:
             out_BTHC = self._attend_rows(q_BTHC, k_BSKC, v_BSKC, inputs, scores, dropout)
         if inputs.slot_positions_BS is not None:
             select = lambda x_BSKC: jnp.take_along_axis(x_BSKC, inputs.slot_positions_BS[..., None, None], 1)
             keys_BSKC = k_BSKC if inputs.cache_rotary is None else unrotated_BSKC
-            cache = Cache(*_heads_first(select(keys_BSKC), select(v_BSKC)))
+            cache = create(select(keys_BSKC), select(v_BSKC), inputs.cache_format)
         biased = "out" in config.biases
         out = Linear((config.width,), residual_std(config), biased, contract=2, dtype=self.dtype, name="out")
         return out(out_BTHC), cache, weights_BHTS if weights else None

@@ -156,6 +156,94 @@ def chunked_divergence(
     return _chunked_sums(part_loss, params, constants, x, (teacher_x, weights))[0], weights_BT.sum()
 
 
+def top_log_probs(
+    logits_of: Callable[[Any, jax.Array], jax.Array],
+    params: Any,
+    x_BTD: jax.Array,
+    top: int,
+    temperature: float = 1.0,
+    parts: int = 1,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the most likely tokens K, and their log-probabilities J = K + 1, the last of all other tokens together.
+
+    The logits are computed in chunks, one after the other, so that they are never all in memory.
+
+    Args:
+      logits_of: a function from parameters and hidden states to logits, which closes over no arrays.
+      params: all parameters that `logits_of` reads.
+      x_BTD: hidden states.
+      top: number of tokens K; at most all but one of the vocabulary.
+      temperature: the divisor of the logits.
+      parts: number of chunks along T.
+
+    Returns:
+      Ids [B, T, K], uint16 if the vocabulary has at most 65,536 tokens, else int32; and float16 [B, T, J].
+    """
+
+    def part(x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits_BTV = logits_of(params, x_BTD).astype(jnp.float32) / temperature
+        logits_BTK, ids_BTK = jax.lax.top_k(logits_BTV, min(top, logits_BTV.shape[-1] - 1))
+        others_BTV = jnp.put_along_axis(logits_BTV, ids_BTK, -jnp.inf, axis=-1, inplace=False)
+        others_BT1 = jax.nn.logsumexp(others_BTV, axis=-1, keepdims=True)
+        log_probs_BTJ = jax.nn.log_softmax(jnp.concatenate([logits_BTK, others_BT1], -1))
+        dtype = jnp.uint16 if logits_BTV.shape[-1] <= 1 << 16 else jnp.int32
+        return ids_BTK.astype(dtype), jnp.maximum(log_probs_BTJ, jnp.finfo(jnp.float16).min).astype(jnp.float16)
+
+    if parts == 1:
+        return part(x_BTD)
+    ids_BTK, log_probs_BTJ = (_join(x, x_BTD.shape[1]) for x in jax.lax.map(part, _split(parts, x_BTD)))
+    return ids_BTK, log_probs_BTJ
+
+
+def top_divergence(
+    logits_BTV: jax.Array, ids_BTK: jax.Array, log_probs_BTJ: jax.Array, weights_BT: jax.Array, temperature: float = 1.0
+) -> Sum:
+    """Returns `divergence` from a teacher that gives only its most likely tokens.
+
+    All other tokens of both models count as one. So the loss is at most the divergence of the whole distributions, and
+    it is 0 where they are equal. If the probabilities of the top tokens were divided by their sum, they would be a
+    biased estimate of those of the teacher (Anshumann et al. 2025, "Sparse Logit Sampling").
+
+    Args:
+      logits_BTV: logits of the student.
+      ids_BTK: the most likely tokens of the teacher.
+      log_probs_BTJ: their log-probabilities at this temperature, and that of all other tokens, as `top_log_probs`
+        returns them.
+      weights_BT: weights of the positions.
+      temperature: the divisor of the logits of the student.
+    """
+    logits_BTV = logits_BTV.astype(jnp.float32) / temperature
+    log_p_BTJ = jax.nn.log_softmax(log_probs_BTJ.astype(jnp.float32))  # stored values are rounded
+    # Constants are scattered over the vocabulary, because the gradient of a gather of the logits would be a scatter.
+    unknown_BTV = jnp.full(logits_BTV.shape, -jnp.inf)
+    log_p_BTV = jnp.put_along_axis(unknown_BTV, ids_BTK.astype(jnp.int32), log_p_BTJ[..., :-1], axis=-1, inplace=False)
+    is_top_BTV = log_p_BTV > -jnp.inf
+    log_normaliser_BT = log_normaliser(logits_BTV)
+    log_q_BTV = logits_BTV - log_normaliser_BT[..., None]
+    log_p_BTV = jnp.where(is_top_BTV, log_p_BTV, 0)
+    loss_BT = jnp.where(is_top_BTV, jnp.exp(log_p_BTV) * (log_p_BTV - log_q_BTV), 0).sum(-1)
+    log_p_other_BT = log_p_BTJ[..., -1]
+    log_q_other_BT = jax.nn.logsumexp(jnp.where(is_top_BTV, -jnp.inf, logits_BTV), axis=-1) - log_normaliser_BT
+    loss_BT += jnp.exp(log_p_other_BT) * (log_p_other_BT - log_q_other_BT)
+    return temperature**2 * (loss_BT * weights_BT).sum(), weights_BT.sum()
+
+
+def chunked_top_divergence(
+    logits_of: Callable[[Any, jax.Array], jax.Array],
+    params: Any,
+    x_BTD: jax.Array,
+    ids_BTK: jax.Array,
+    log_probs_BTJ: jax.Array,
+    weights_BT: jax.Array,
+    temperature: float = 1.0,
+    parts: int = 1,
+) -> Sum:
+    """Returns `top_divergence` of the logits `logits_of(params, x_BTD)`, in chunks as in `chunked_cross_entropy`."""
+    part_loss = partial(_part_top_divergence, logits_of, temperature)
+    x, *arrays = (_split(parts, array) for array in (x_BTD, ids_BTK, log_probs_BTJ, weights_BT))
+    return _chunked_sums(part_loss, params, (), x, tuple(arrays))[0], weights_BT.sum()
+
+
 def token_log_probs(
     logits_of: Callable[[Any, jax.Array], jax.Array],
     params: Any,
@@ -185,8 +273,7 @@ def token_log_probs(
     if parts == 1:
         return part((x_BTD, labels_BT))
     outputs = jax.lax.map(jax.checkpoint(part), (_split(parts, x_BTD), _split(parts, labels_BT)))
-    B, T = labels_BT.shape
-    log_probs_BT, best_BT = (jnp.moveaxis(x, 0, 2).reshape(B, -1)[:, :T] for x in outputs)
+    log_probs_BT, best_BT = (_join(x, labels_BT.shape[1]) for x in outputs)
     return log_probs_BT, best_BT
 
 
@@ -199,6 +286,12 @@ def _split(parts: int, x_BT: jax.Array) -> jax.Array:
     size = -(-T // parts)
     padded = jnp.pad(x_BT, [(0, 0), (0, size * parts - T)] + [(0, 0)] * (x_BT.ndim - 2))
     return jnp.moveaxis(padded.reshape(B, size, parts, *x_BT.shape[2:]), 2, 0)
+
+
+def _join(x: jax.Array, T: int) -> jax.Array:
+    """Returns [B, T, ...] from the parts of `_split`."""
+    merged = jnp.moveaxis(x, 0, 2)
+    return merged.reshape(len(merged), -1, *merged.shape[3:])[:, :T]
 
 
 def _label_logits(logits_BTV: jax.Array, labels_BT: jax.Array) -> jax.Array:
@@ -262,6 +355,12 @@ def _part_divergence(
     x_BTD, teacher_x_BTD, weights_BT = arrays
     teacher_logits_BTV = teacher_logits_of(teacher, teacher_x_BTD)
     return divergence(logits_of(params, x_BTD), teacher_logits_BTV, weights_BT, temperature)[0], jnp.float32(0)
+
+
+def _part_top_divergence(logits_of: Any, temperature: float, params: Any, _: Any, x_BTD: Any, *arrays: Any) -> Any:
+    ids_BTK, log_probs_BTJ, weights_BT = arrays
+    logits_BTV = logits_of(params, x_BTD)
+    return top_divergence(logits_BTV, ids_BTK, log_probs_BTJ, weights_BT, temperature)[0], jnp.float32(0)
 
 
 def _chunked_sums_forward(part_loss: Any, params: Any, constants: Any, x: Any, arrays: Any) -> Any:

@@ -229,12 +229,14 @@ def numbers(values: jax.Array) -> jax.Array:
 
 
 def round_inputs(x_BI: jax.Array, step: Any = None) -> tuple[jax.Array, jax.Array]:
-    """Returns inputs rounded to int8, and their step: `step` if it is calibrated, else one for each row, [B, 1].
+    """Returns float32 inputs rounded to int8, and their step: `step` if it is calibrated, else one for each row.
+
+    Rows are along the last axis and may have several axes B. Their steps are [B, 1].
 
     The largest input is 127 steps. compressed-tensors uses 127.5, which rounds it up or down by chance.
     """
     if step is None:
-        step = jnp.maximum(jnp.abs(x_BI).max(1, keepdims=True), jnp.finfo(jnp.float32).tiny * 127) / 127
+        step = jnp.maximum(jnp.abs(x_BI).max(-1, keepdims=True), jnp.finfo(jnp.float32).tiny * 127) / 127
     return jnp.clip(jnp.round(x_BI / step), -127, 127).astype(jnp.int8), step
 
 

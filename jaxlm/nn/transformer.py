@@ -21,7 +21,8 @@ from jaxlm.config import ModelConfig, is_local, is_rotated
 from jaxlm.devices.sharding import Placement
 from jaxlm.errors import UserError, suggestion
 from jaxlm.nn import fusion
-from jaxlm.nn.attention import MIXERS, Attention, AttentionInputs, Cache, cache_positions, cross_mask, self_mask
+from jaxlm.nn.attention import MIXERS, Attention, AttentionInputs, cross_mask, self_mask
+from jaxlm.nn.cache import Cache, cache_positions
 from jaxlm.nn.heads import ClassesHead, MaskedLMHead, PerTokenHead, PooledHead, ReplacedHead, Transform, VocabularyHead
 from jaxlm.nn.kernels import save_attention
 from jaxlm.nn.layers import FEED_FORWARDS, Convolution, Dropout, Linear, Norm
@@ -178,11 +179,13 @@ class CacheSpec(NamedTuple):
       length: number of slots.
       ahead: maximum number of tokens in a later call of `decode_cached`. The cache of a local layer has slots for
         its window plus these tokens.
+      format: how keys and values are stored, a value of `Decoding.cache`.
     """
 
     lengths_B: jax.Array
     length: int
     ahead: int = 1
+    format: str = "compute"
 
 
 class LayerOutputs(NamedTuple):
@@ -381,6 +384,8 @@ class Stack(nn.Module):
             x_BTD, layer_caches, _ = run(kinds[n % len(kinds)], x_BTD, n, params, context=context, cache=own)
             updated.append(layer_caches)
         owns, crosses = zip(*updated)
+        if keep is not None:
+            self._check_caches(owns, keep)
         return self._project(self._last_norm(x_BTD)), Caches(owns, crosses if crosses[0] is not None else None)
 
     def _scan(self, run: Callable, stacked: Any, x_BTD: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
@@ -474,17 +479,18 @@ class Stack(nn.Module):
         """Returns the attention inputs for each kind of layer."""
         config = self.config
         bias_BHTS = distances = lengths_BT = None
+        cache_format = "compute" if keep is None else keep.format
         if config.rotary_scaling in BY_LENGTH:
             lengths_BT = self._lengths(segments_BT, positions_BT, caches, keep)
         if one_example and self.causal:
             segments_BT = None
         if config.relative == "buckets":
             # The tokens of an example are consecutive.
-            places = (positions_BT.shape[1],) if caches is None else (caches.own[0].k_BKSC.shape[2], positions_BT)
+            places = (positions_BT.shape[1],) if caches is None else (caches.own[0].slots, positions_BT)
             bias_BHTS = Buckets(config, self.causal, name="relative")(*places)
         elif config.relative == "alibi":
             # A cache holds the whole text, so that the number of a slot is its position.
-            keys_BS = positions_BT if caches is None else jnp.arange(caches.own[0].k_BKSC.shape[2])[None]
+            keys_BS = positions_BT if caches is None else jnp.arange(caches.own[0].slots)[None]
             bias_BHTS = alibi(keys_BS, config)
         elif config.relative == "disentangled":
             distances = Disentangled(config, name="relative")(positions_BT.shape[1])
@@ -494,7 +500,7 @@ class Stack(nn.Module):
             slot_positions_BS = segments = None
             if caches is not None:
                 first = config.layer_kinds.index(kind)
-                slots_BTS = cache_positions(positions_BT, caches.own[min(first, self.layers - 1)].k_BKSC.shape[2])
+                slots_BTS = cache_positions(positions_BT, caches.own[min(first, self.layers - 1)].slots)
                 mask_BTS = slots_BTS >= 0
                 if window is not None:
                     mask_BTS &= slots_BTS > positions_BT[:, :, None] - window
@@ -519,9 +525,25 @@ class Stack(nn.Module):
                     cache_rotary = rotary_angles(slots_BS, config, kind, lengths_BT)
             causal = self.causal and caches is None and prefix_BT is None
             inputs_by_kind[kind] = AttentionInputs(
-                mask_BTS, causal, segments, window, rotary, bias_BHTS, distances, slot_positions_BS, cache_rotary
+                *(mask_BTS, causal, segments, window, rotary, bias_BHTS, distances),
+                *(slot_positions_BS, cache_rotary, cache_format),
             )
         return inputs_by_kind
+
+    def _check_caches(self, caches: tuple[Any, ...], keep: CacheSpec) -> None:
+        """Raises UserError unless the mixer returns caches in the requested format."""
+        name = self.config.mixer
+        if None in caches:
+            raise UserError(
+                f"model.mixer is {name!r}, which returns no cache, but generation requires one; return a "
+                f"jaxlm.nn.cache.Cache, or use a model with attention"
+            )
+        found = {cache.format for cache in caches} - {keep.format}
+        if found:
+            raise UserError(
+                f"cache is {keep.format!r}, but model.mixer is {name!r}, which stores keys and values in the format "
+                f"{found.pop()!r}; choose this format"
+            )
 
     def _lengths(
         self, segments_BT: jax.Array | None, positions_BT: jax.Array, caches: Caches | None, keep: CacheSpec | None
@@ -667,7 +689,7 @@ class Transformer(nn.Module):
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         x_BTD = self._decoder_embeddings(tokens_BT, positions_BT, None)
         context_inputs, context_segments_BS = _cross_attention_inputs(
-            tokens_BT, None, context_BSD, context_segments_BS, keep=True
+            tokens_BT, None, context_BSD, context_segments_BS, keep
         )
         prefix_BT = positions_BT < keep.lengths_B[:, None] if self.config.prefix_lm else None
         x_BTD, caches = self.decoder(
@@ -794,21 +816,21 @@ def _cross_attention_inputs(
     segments_BT: jax.Array | None,
     context_BSD: jax.Array | None,
     context_segments_BS: jax.Array | None,
-    keep: bool = False,
+    keep: CacheSpec | None = None,
 ) -> tuple[AttentionInputs | None, jax.Array | None]:
     """Returns the inputs of cross-attention and the segments of the context; None without a context.
 
-    `keep` requests a cache of the keys and values of the context.
+    `keep` requests a cache of the keys and values of the context, in its format.
     """
     if context_BSD is None:
         return None, None
     if context_segments_BS is None:
         context_segments_BS = jnp.ones(context_BSD.shape[:2], jnp.int32)
     segments = jnp.ones_like(tokens_BT) if segments_BT is None else segments_BT, context_segments_BS
-    slot_positions_BS = jnp.arange(context_BSD.shape[1])[None] if keep else None
-    return AttentionInputs(
-        cross_mask(*segments), segments=segments, slot_positions_BS=slot_positions_BS
-    ), context_segments_BS
+    cache: dict[str, Any] = {}
+    if keep is not None:
+        cache = {"slot_positions_BS": jnp.arange(context_BSD.shape[1])[None], "cache_format": keep.format}
+    return AttentionInputs(cross_mask(*segments), segments=segments, **cache), context_segments_BS
 
 
 def init(module: Transformer, key: jax.Array) -> dict[str, Any]:

@@ -6,6 +6,7 @@ config_only    resolves a run without its data, for plans
 trained_model  resolves a trained model and its task, for prediction and evaluation
 weights        reads the weights that a run starts from
 teacher        reads the weights of the teacher of a run, and checks that they fit
+teacher_cache  fills the cache of the predictions of a teacher
 nodes          the nodes that replace projections: updates of an adapter, rounded weights
 training       a run in progress, and the work between its steps
 export         writes the model in Hugging Face format

@@ -21,7 +21,7 @@ from jaxlm.hub.download import fetch_tokenizer
 from jaxlm.hub.gguf.container import is_gguf
 from jaxlm.lm import LM, find, tokenizer_folder
 from jaxlm.nn.transformer import Transformer
-from jaxlm.run.teacher import bind_teacher
+from jaxlm.run.teacher import bind_teacher, open_cache
 from jaxlm.run.weights import Weights, check_fits, known_labels, student_config, weights_of
 from jaxlm.tasks import make_task, prepare, with_labels
 from jaxlm.tasks.labels import Labels
@@ -120,6 +120,7 @@ def resolve(
     train = task.batches(data.train, run.batch, run.data.length, run.seed)
     run = sized(run, config, train)
     train.rows = run.batch
+    open_cache(run, task, train, log)
     held_out = task.batches(data.held_out, run.batch // run.accumulate, run.data.length, None)
     for part, batches in (("training", train), ("held-out", held_out)):
         if not batches:  # without packing an epoch, which a resumed run may not need

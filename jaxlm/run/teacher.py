@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,10 @@ from jaxlm.config import ModelConfig, RunConfig
 from jaxlm.data.corpus import Prepared
 from jaxlm.data.tokenizers import tokenizer as tokenizers
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
+from jaxlm.devices import hosts
 from jaxlm.errors import UserError
+from jaxlm.families.reading import base_of
+from jaxlm.hub import model_files
 from jaxlm.hub.convert import tree_shapes
 from jaxlm.hub.place import read_leaves
 from jaxlm.hub.pooling import read_pooling
@@ -59,6 +62,38 @@ def bind_teacher(run: RunConfig, task: Task, student: ModelConfig, data: Prepare
     pooling = read_pooling(folder)
     weights = Weights(found.config, shapes, read, found.origin, {}, pooling)
     return with_losses(task, run.distill, student, found.config, pooling), weights
+
+
+def open_cache(run: RunConfig, task: Any, batches: Any, log: Callable[[str], None]) -> None:
+    """Opens the cache of a task with `run.distill.cache`; does nothing for another task.
+
+    Args:
+      run: the config.
+      task: the task, with the losses of `run.distill`.
+      batches: its training batches.
+      log: prints a line.
+
+    Raises:
+      UserError: where the folder contains predictions of another teacher, or for another task.
+    """
+    if not run.distill.cache:
+        return
+    arrays, folder = task.cached_arrays(batches.empty_batch()), find(run.distill.teacher)
+    facts: dict[str, Any] = {
+        "format": _CACHE_FORMAT,
+        "teacher": "+".join(model_files.fingerprint(path) for path in dict.fromkeys((folder, base_of(folder)))),
+        "task": type(run.task).__name__,
+        "compute_dtype": run.compute_dtype,
+        "matmul_precision": run.matmul_precision,
+    }
+    if any(name.startswith("log_probs") for name in arrays):
+        facts["temperature"] = run.distill.temperature
+    names = hosts.run_on_first(lambda: task.cache.open(arrays, facts, log))
+    if not hosts.is_first():
+        task.cache.open_as(arrays, names, log)
+
+
+_CACHE_FORMAT = 1  # version of the predictions; a new number invalidates all caches
 
 
 def _check_model(run: RunConfig, found: families.Opened, student: ModelConfig) -> None:

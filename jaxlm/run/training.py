@@ -33,6 +33,7 @@ from jaxlm.run.measure import Meter, Trace
 from jaxlm.run.resolve import ResolvedRun
 from jaxlm.run.step import TrainState, make_eval_step
 from jaxlm.run.teacher import sources_of, with_teacher
+from jaxlm.run.teacher_cache import fill
 from jaxlm.run.weights import check_fits, check_frozen, origin, start_from, weights_of
 from jaxlm.storage import buckets
 
@@ -307,6 +308,8 @@ def set_up(resolved: ResolvedRun, run_folder: buckets.RunFolder, model_given: bo
     checkpoints: Checkpoints | OfFirstHost = (OfFirstHost if is_copy else Checkpoints)(
         folder / "checkpoints", run.keep, log
     )
+    if run.distill.cache:
+        fill(resolved, parts.module, log)
     restored, notes = checkpoints.restore(parts.like) or (None, {})
     state = _state(resolved, parts, restored, notes)
     hosts.run_on_first(lambda: (folder / "report.html").unlink(missing_ok=True))  # only finished runs have one
@@ -327,7 +330,7 @@ def _state(resolved: ResolvedRun, parts: Assembly, restored: TrainState | None, 
     frozen, weights = parts.like.frozen, resolved.weights
     if weights is None and (restored is None or frozen is not None):
         weights = weights_of(resolved.given, None, resolved.task, resolved.data.labels, False)
-    weights = with_teacher(weights, resolved.teacher)
+    weights = with_teacher(weights, None if resolved.run.distill.cache else resolved.teacher)
     start = partial(start_from, weights, draw=partial(parts.draw, key), adapt=partial(parts.adapt, key))
     if restored is not None and frozen is None:
         return restored

@@ -1,11 +1,13 @@
 """Distillation: a task whose model, the student, also learns to compute what a larger model, its teacher, computes.
 
-The parameters of the teacher are those of a run below `teacher/`; they are frozen. The losses are divided by the same
-weights as the losses of the task, so that micro-batches and devices add up.
+The parameters of the teacher are those of a run below `teacher/`; they are frozen. With a cache, there are none, and
+batches contain the predictions of the teacher. The losses are divided by the same weights as the losses of the task, so
+that micro-batches and devices add up.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -13,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.config import DistillConfig, ModelConfig
-from jaxlm.data.batches import Batch
+from jaxlm.data.batches import Batch, Batches
+from jaxlm.data.example_cache import FIELD, ExampleArray, ExampleCache, ExtendedExamples
 from jaxlm.errors import UserError
 from jaxlm.hub.pooling import Pooling
 from jaxlm.nn import parameters
@@ -28,7 +31,15 @@ from jaxlm.nn.losses import (
 )
 from jaxlm.nn.relations import query_key_value, relation_divergence
 from jaxlm.nn.transformer import Transformer, init
-from jaxlm.tasks.states import HeadLogits, VocabularyStates, run_stacks, vocabulary_divergence
+from jaxlm.tasks.states import (
+    HeadLogits,
+    TopTokens,
+    VocabularyStates,
+    run_stacks,
+    top_vocabulary_divergence,
+    vocabulary_divergence,
+    vocabulary_top,
+)
 from jaxlm.tasks.task import Task
 
 
@@ -58,9 +69,11 @@ def with_teacher(
         _check_stack(distill, *(_stack_config(model, stack) for model in (student, teacher)))
     of_teacher = task if pooling is None else task.replace_fields(pooling=pooling)
 
+    cache = ExampleCache(distill.cache) if distill.cache else None
     distilled: Any = object.__new__(type(kind.__name__, (_Distilled, kind), {}))
     distilled.__dict__.update(task.__dict__)
-    distilled.__dict__.update(distill=distill, teacher=teacher, task_of_teacher=of_teacher, layers=layers)
+    distilled.__dict__.update(distill=distill, teacher_model=teacher, task_of_teacher=of_teacher, layers=layers)
+    distilled.__dict__.update(cache=cache, teacher=teacher if cache is None else None)
     return distilled
 
 
@@ -122,24 +135,88 @@ class _Distilled(_Base):
 
     Attributes:
       distill: the losses and their weights.
-      teacher: the model of the teacher.
+      teacher_model: the model of the teacher.
+      teacher: the same, if the losses run it; None with a cache.
       task_of_teacher: the task that computes the logits of the teacher.
       layers: for each stack, the states of the teacher that the states of the student are compared with.
+      cache: the predictions of the teacher, if the losses read them.
     """
 
     distill: DistillConfig
-    teacher: ModelConfig
+    teacher_model: ModelConfig
+    teacher: ModelConfig | None
     task_of_teacher: Task
     layers: dict[str, np.ndarray]
+    cache: ExampleCache | None
 
     def teacher_module(self, module: Transformer) -> Transformer:
         """Returns the module of the teacher, with the mesh, the dtype and the kernels of the student."""
         how = {name: getattr(module, name) for name in ("constrain", "dtype", "unroll", "kernel", "precision")}
-        return Transformer(self.teacher, **how)
+        return Transformer(self.teacher_model, **how)
+
+    def batches(self, part: Any, rows: int, length: int, seed: int | None) -> Any:
+        """Returns the batches of the task, for training with the predictions that a cache contains."""
+        batches = super().batches(part, rows, length, seed)
+        if self.cache is None or seed is None:
+            return batches
+        if not isinstance(batches, Batches):
+            raise UserError(
+                f"distill.cache is given, but the batches of {type(self).__name__} do not consist of examples in a "
+                f"fixed order; leave out --distill.cache"
+            )
+        arrays = {f"{FIELD}{name}": array for name, array in self.cached_arrays(batches.empty_batch()).items()}
+        batches.examples = ExtendedExamples(batches.examples, arrays, self.cache.features)
+        return batches
+
+    def cached_arrays(self, batch: Batch) -> dict[str, ExampleArray]:
+        """Returns the arrays that a cache stores, by name, for batches like this one.
+
+        Raises:
+          UserError: for a task with predictions that cannot be stored by example.
+        """
+        module = Transformer(self.teacher_model)
+        params = jax.eval_shape(lambda: init(module, jax.random.key(0)))
+        names: set[str] = set()
+
+        def run(params: Any, batch: Batch) -> dict[str, jax.Array]:
+            x_BTD, _, _ = run_stacks(module, params, batch, None, self.one_example)
+            predicted = self.task_of_teacher.predicted(module, params, x_BTD, batch, None)
+            logits = self.task_of_teacher.example_logits(module, params, x_BTD, batch)
+            stored = self.task_of_teacher.predicted_from(logits, batch).keys()
+            names.update(name for name, x in predicted.items() if isinstance(x, HeadLogits) and name not in stored)
+            return self.teacher_predictions(module, params, batch)
+
+        found = jax.eval_shape(run, params, batch)
+        if names:
+            raise UserError(
+                f"distill.cache is given, but {type(self).__name__} does not define `example_logits` and "
+                f"`predicted_from` for {', '.join(sorted(names))}; define them, or leave out --distill.cache"
+            )
+        return {name: ExampleArray(array.shape[2:], np.dtype(array.dtype)) for name, array in found.items()}
+
+    def teacher_predictions(self, module: Transformer, params: Any, batch: Batch) -> dict[str, jax.Array]:
+        """Returns the predictions of the teacher for a micro-batch, under names that end in their axes.
+
+        Args:
+          module: the teacher.
+          params: its parameters.
+          batch: the micro-batch.
+        """
+        x_BTD, _, _ = run_stacks(module, params, batch, None, self.one_example)
+        logits = self.task_of_teacher.example_logits(module, params, x_BTD, batch)
+        arrays = {name: x.astype(jnp.float32) for name, x in logits.items()}
+        for states in self.task_of_teacher.predicted(module, params, x_BTD, batch, None).values():
+            if isinstance(states, VocabularyStates):
+                length = batch["segments_BT"].shape[1]
+                found = vocabulary_top(module, params, states, length, self.distill.top, self.distill.temperature)
+                arrays |= found._asdict()
+        return arrays
 
     def more_params(self, module: Transformer, key: jax.Array) -> dict[str, Any]:
+        if self.cache is not None:
+            return {}
         params: dict[str, Any] = {parameters.TEACHER: init(self.teacher_module(module), key)}
-        widths = module.config.width, self.teacher.width
+        widths = module.config.width, self.teacher_model.width
         if self.distill.hidden and widths[0] != widths[1]:
             keys = jax.random.split(jax.random.fold_in(key, 1), len(self.layers))
             draw = lambda key: jax.random.normal(key, widths, jnp.float32) * widths[0] ** -0.5
@@ -169,16 +246,19 @@ class _Distilled(_Base):
         if key is None:
             return super().losses(module, own, batch, None)
         student, auxiliary = self._run(module, own, batch, key)
-        of_teacher = jax.lax.stop_gradient(params[parameters.TEACHER])
-        teacher, _ = self._run(self.teacher_module(module), of_teacher, batch, None)
+        teacher = None
+        if self.cache is None:
+            of_teacher = jax.lax.stop_gradient(params[parameters.TEACHER])
+            teacher, _ = self._run(self.teacher_module(module), of_teacher, batch, None)
         losses = self._logit_losses(student, teacher, batch, key)
         if self._has("labels"):
             of_task, _ = self.losses_from_states(module, own, student.x_BTD, batch, key)
             losses |= {_name("labels", name): of_task[name] for name in super().weights(batch)}
         projections = params.get(parameters.DISTILLATION, {})
         for stack, segments_BT in self._segments(batch).items():
-            found = self._stack_losses(stack, student, teacher, projections.get(stack), segments_BT)
-            losses |= {name: _add(losses[name], loss) if name in losses else loss for name, loss in found.items()}
+            if teacher is not None:
+                found = self._stack_losses(stack, student, teacher, projections.get(stack), segments_BT)
+                losses |= {name: _add(losses[name], loss) if name in losses else loss for name, loss in found.items()}
         weight = lambda name: getattr(self.distill, name.split("/")[1])
         weighted = {name: (total * weight(name), divisor) for name, (total, divisor) in losses.items()}
         return weighted | auxiliary, {}
@@ -192,17 +272,30 @@ class _Distilled(_Base):
         x_BTD, auxiliary, stacks = run_stacks(module, params, batch, key, self.one_example, collections)
         return _Outputs(module, params, x_BTD, stacks), auxiliary
 
-    def _logit_losses(self, student: _Outputs, teacher: _Outputs, batch: Batch, key: jax.Array) -> dict[str, Sum]:
-        """Returns the losses that compare what the heads predict."""
+    def _logit_losses(
+        self, student: _Outputs, teacher: _Outputs | None, batch: Batch, key: jax.Array
+    ) -> dict[str, Sum]:
+        """Returns the losses that compare what the heads predict; without a teacher, the batch has its predictions."""
         if not self._has("logits"):
             return {}
         ours = self.predicted(*student[:3], batch, key)
-        theirs = self.task_of_teacher.predicted(*teacher[:3], batch, None)
+        theirs: Mapping[str, Any]
+        if teacher is None:
+            theirs = self._cached(ours, batch)
+        else:
+            theirs = self.task_of_teacher.predicted(*teacher[:3], batch, None)
         temperature = self.distill.temperature
         return {
             _name("logits", name): _compare((student, ours[name]), (teacher, theirs[name]), temperature)
             for name in ours
         }
+
+    def _cached(self, ours: Mapping[str, Any], batch: Batch) -> dict[str, HeadLogits | TopTokens]:
+        """Returns what the teacher predicts for a batch from a cache, for each of the predictions of the student."""
+        stored = {name.removeprefix(FIELD): x for name, x in batch.items() if name.startswith(FIELD)}
+        top = {name: stored.pop(name) for name in TopTokens._fields if name in stored}
+        heads = self.task_of_teacher.predicted_from(stored, batch)
+        return {name: heads[name] if name in heads else TopTokens(**top) for name in ours}
 
     def _stack_losses(
         self, stack: str, student: _Outputs, teacher: _Outputs, projection: jax.Array | None, segments_BT: jax.Array
@@ -226,7 +319,7 @@ class _Distilled(_Base):
             weights = student.attention(stack), teacher.attention(stack)[layers[1:] - 1]
             losses[_name("attention")] = attention_error(*weights, tokens_BT)
         if self._has("relations"):
-            heads = self.distill.relation_heads or _stack_config(self.teacher, stack).heads
+            heads = self.distill.relation_heads or _stack_config(self.teacher_model, stack).heads
             vectors = student.vectors(stack, 0), teacher.vectors(stack, self.distill.relation_layer)
             losses[_name("relations")] = relation_divergence(*vectors, segments_BT, heads)
         return losses
@@ -270,13 +363,17 @@ def _name(part: str, loss: str = "loss") -> str:
     return f"distillation/{part}" + (f"/{loss}" if loss != "loss" else "")
 
 
-Head = tuple[_Outputs, HeadLogits | VocabularyStates]  # the outputs of a model, and what one of its heads predicts
+# The outputs of a model, None with a cache, and what one of its heads predicts.
+Head = tuple[_Outputs | None, HeadLogits | VocabularyStates | TopTokens]
 
 
 def _compare(student: Head, teacher: Head, temperature: float) -> Sum:
     """Returns the divergence of the predictions of a student from those of its teacher."""
     (outputs, ours), (of_teacher, theirs) = student, teacher
-    if isinstance(ours, VocabularyStates) and isinstance(theirs, VocabularyStates):
+    assert outputs is not None
+    if isinstance(ours, VocabularyStates) and isinstance(theirs, TopTokens):
+        return top_vocabulary_divergence(*outputs[:2], ours, theirs, temperature)
+    if isinstance(ours, VocabularyStates) and isinstance(theirs, VocabularyStates) and of_teacher is not None:
         return vocabulary_divergence(*outputs[:2], ours, *of_teacher[:2], theirs, temperature)
     assert isinstance(ours, HeadLogits) and isinstance(theirs, HeadLogits)
     if ours.kind == "numbers":

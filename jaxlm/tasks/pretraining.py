@@ -104,6 +104,7 @@ class CausalExamples:
     def __init__(self, task: CausalLMTask, corpus: Corpus, training: bool):
         self.task, self.corpus, self.training = task, corpus, training
         self.texts = np.array([0, len(corpus.tokens)]) if task.task.stream else corpus.bounds
+        self.repeats = not task.task.stream  # spans of a stream begin at another offset in each epoch
 
     def epoch(self, n: int | None) -> Epoch:
         T = self.task.length
@@ -183,7 +184,7 @@ class MaskedLMTask(Task):
     def losses_from_states(
         self, module: Transformer, params: Any, x_BTD: jax.Array, batch: Batch, key: jax.Array | None
     ) -> Losses:
-        x_BPD, weights_BP, labels_BP = self._masked(batch, x_BTD, batch["weights_BT"], batch["labels_BT"])
+        x_BPD, weights_BP, labels_BP, _ = self._masked(batch, x_BTD, batch["weights_BT"], batch["labels_BT"])
         smoothing = self.task.label_smoothing if key is not None else 0.0
         masked = token_losses(module, params, x_BPD, labels_BP, weights_BP, smoothing, "masked_lm")
         losses = {f"masked_lm_{name}": value for name, value in masked.items()}
@@ -195,21 +196,26 @@ class MaskedLMTask(Task):
         return losses, {}
 
     def _masked(self, batch: Batch, *arrays_BT: jax.Array) -> list[jax.Array]:
-        """Returns arrays [B, T, ...] at the masked positions, about a sixth, which alone need logits."""
+        """Returns arrays [B, T, ...] at the masked positions, about a sixth, which alone need logits; and these."""
         chosen_BP = jnp.argsort(batch["weights_BT"] == 0, axis=1, stable=True)[:, : self.predictions]
         take = lambda x: jnp.take_along_axis(x, chosen_BP.reshape(*chosen_BP.shape, *[1] * (x.ndim - 2)), axis=1)
-        return [take(x) for x in arrays_BT]
+        return [*(take(x) for x in arrays_BT), chosen_BP]
 
     def predicted(
         self, module: Transformer, params: Any, x_BTD: jax.Array, batch: Batch, key: jax.Array | None
     ) -> dict[str, HeadLogits | VocabularyStates]:
-        x_BPD, weights_BP = self._masked(batch, x_BTD, batch["weights_BT"])
-        heads: dict[str, HeadLogits | VocabularyStates] = {}
-        heads["masked_lm_loss"] = VocabularyStates(x_BPD, weights_BP, "masked_lm")
-        if self.task.next_sentence:
-            logits_BE2 = _next_sentence(module, params, x_BTD, batch)
-            heads["next_sentence_loss"] = HeadLogits(logits_BE2, batch["weights_BE"])
-        return heads
+        x_BPD, weights_BP, chosen_BP = self._masked(batch, x_BTD, batch["weights_BT"])
+        states = VocabularyStates(x_BPD, weights_BP, "masked_lm", chosen_BP)
+        logits = self.example_logits(module, params, x_BTD, batch)
+        return {"masked_lm_loss": states, **self.predicted_from(logits, batch)}
+
+    def example_logits(self, module: Transformer, params: Any, x_BTD: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+        return {"logits_BEM": _next_sentence(module, params, x_BTD, batch)} if self.task.next_sentence else {}
+
+    def predicted_from(self, logits: Mapping[str, jax.Array], batch: Batch) -> dict[str, HeadLogits]:
+        if not self.task.next_sentence:
+            return {}
+        return {"next_sentence_loss": HeadLogits(logits["logits_BEM"], batch["weights_BE"])}
 
     def measure(
         self, lm: LM, run_eval: Callable[[Any], EvalResult], batches: Batches, part: Corpus

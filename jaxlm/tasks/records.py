@@ -312,6 +312,15 @@ class HeadTask(RecordTask):
     ) -> dict[str, HeadLogits | VocabularyStates]:
         return {"loss": self.compared(self.logits(module, params, x_BTD, batch, key), batch)}
 
+    def example_logits(self, module: Transformer, params: Any, x_BTD: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+        logits = self.logits(module, params, x_BTD, batch, None)
+        axes = axes_of(next(iter(self.outputs(logits, batch))))[:2]
+        return {f"logits_{axes}{'K' * (logits.ndim - 2)}": logits}
+
+    def predicted_from(self, logits: Mapping[str, jax.Array], batch: Batch) -> dict[str, HeadLogits]:
+        [of_head] = logits.values()
+        return {"loss": self.compared(of_head, batch)}
+
     def compared(self, logits: jax.Array, batch: Batch) -> HeadLogits:
         """Returns the logits with the weights of the positions, for distillation."""
         return HeadLogits(logits, batch["weights_BT" if "weights_BT" in batch else "weights_BE"])
@@ -340,6 +349,8 @@ class Truncation(NamedTuple):
 
 class RecordExamples:
     """The units of records, stored in flat arrays; they are the same in every epoch."""
+
+    repeats = True
 
     def __init__(self, task: RecordTask, records: Sequence[Record], training: bool):
         self.fields: Mapping[str, type] = {"types_BT": np.int32, **task.fields}

@@ -19,9 +19,12 @@ from jaxlm.nn.losses import (
     accuracy,
     chunked_cross_entropy,
     chunked_divergence,
+    chunked_top_divergence,
     cross_entropy,
     divergence,
     token_log_probs,
+    top_divergence,
+    top_log_probs,
 )
 from jaxlm.nn.transformer import FRONT_ENDS, Transformer, apply
 
@@ -51,11 +54,20 @@ class VocabularyStates(NamedTuple):
     x_BTD: hidden states.
     weights_BT: weights of the positions.
     method: the method of the module that applies the head.
+    places_BT: the position of each state in its row; None: the states of all positions, in order.
     """
 
     x_BTD: jax.Array
     weights_BT: jax.Array
     method: str = "lm"
+    places_BT: jax.Array | None = None
+
+
+class TopTokens(NamedTuple):
+    """The most likely tokens at each position of a batch by a teacher, as `losses.top_log_probs` returns them."""
+
+    ids_BTK: jax.Array
+    log_probs_BTJ: jax.Array
 
 
 def hidden_states(
@@ -165,7 +177,7 @@ def vocabulary_divergence(
       teacher_states: its hidden states at the same positions.
       temperature: the divisor of the logits.
     """
-    (x_BTD, weights_BT, method), teacher_x_BTD = states, teacher_states.x_BTD
+    (x_BTD, weights_BT, method, _), teacher_x_BTD = states, teacher_states.x_BTD
     parts = _parts(module, 2 * len(x_BTD), x_BTD.shape[1])  # for the logits of both models
     if parts == 1:
         logits_BTV = apply(module, params, x_BTD, method=method)
@@ -182,6 +194,61 @@ def vocabulary_divergence(
 
     sums = groups.map(of_group, {**head, parameters.TEACHER: teacher_head}, x_BTD, teacher_x_BTD, weights_BT)
     total, weight = jax.tree.map(lambda x_M: x_M.sum(0), sums)
+    return total, weight
+
+
+def vocabulary_top(
+    module: Transformer, params: Any, states: VocabularyStates, length: int, top: int, temperature: float
+) -> TopTokens:
+    """Returns the most likely tokens by a head over the vocabulary.
+
+    Args:
+      module: the model.
+      params: its parameters.
+      states: its hidden states.
+      length: tokens in a row; positions without a state have the value 0.
+      top: number of tokens per position; at most all but one of the vocabulary.
+      temperature: the divisor of the logits.
+    """
+    x_BTD = states.x_BTD
+    parts = _parts(module, *x_BTD.shape[:2])
+    if parts == 1:
+        found = top_log_probs(*_head(module, params, states.method), x_BTD, top, temperature)
+    else:
+        groups = Groups(module.constrain, *x_BTD.shape[:2])
+        logits_of, head = _head(module.clone(constrain=groups.inside), params, states.method)
+        of_group = lambda head, x_BTD: top_log_probs(logits_of, head, x_BTD, top, temperature, parts)
+        ids_BTK, log_probs_BTJ = map(groups.merge, groups.map(of_group, head, x_BTD))
+        found = ids_BTK, log_probs_BTJ
+    if states.places_BT is None:
+        return TopTokens(*found)
+    place = lambda x: jnp.zeros((len(x), length, x.shape[2]), x.dtype).at[jnp.arange(len(x))[:, None], states.places_BT]
+    return TopTokens(*(place(x).set(x) for x in found))
+
+
+def top_vocabulary_divergence(
+    module: Transformer, params: Any, states: VocabularyStates, teacher: TopTokens, temperature: float
+) -> Sum:
+    """Returns `top_divergence` of a head over the vocabulary from the most likely tokens of a teacher.
+
+    Args:
+      module: the student.
+      params: its parameters.
+      states: its hidden states.
+      teacher: the tokens at all positions of the batch.
+      temperature: the divisor of the logits.
+    """
+    x_BTD, weights_BT, method, places_BT = states
+    if places_BT is not None:
+        teacher = TopTokens(*(jnp.take_along_axis(x, places_BT[..., None], axis=1) for x in teacher))
+    parts = _parts(module, 2 * len(x_BTD), x_BTD.shape[1])  # for the logits, and the probabilities of the teacher
+    if parts == 1:
+        logits_BTV = apply(module, params, x_BTD, method=method)
+        return top_divergence(logits_BTV, *teacher, weights_BT, temperature)
+    groups = Groups(module.constrain, *x_BTD.shape[:2])
+    logits_of, head = _head(module.clone(constrain=groups.inside), params, method)
+    losses = partial(chunked_top_divergence, logits_of, temperature=temperature, parts=parts)
+    total, weight = jax.tree.map(lambda x_M: x_M.sum(0), groups.map(losses, head, x_BTD, *teacher, weights_BT))
     return total, weight
 
 

@@ -109,6 +109,21 @@ class Task(metaclass=_Immutable):
         """
         raise NotImplementedError(f"{type(self).__name__} defines no logits that two models can be compared by")
 
+    def example_logits(self, module: Transformer, params: Any, x_BTD: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+        """Returns the logits of each example or token that `predicted` reads, except those of a vocabulary.
+
+        They do not depend on the other examples of the batch, so that a cache can store them by example.
+
+        Returns:
+          Arrays [B, E] or [B, T] with at most one more axis, under names that end in their axes. A third axis has a
+          letter that no other field of the task has.
+        """
+        return {}
+
+    def predicted_from(self, logits: Mapping[str, jax.Array], batch: Batch) -> dict[str, HeadLogits]:
+        """Returns what `predicted` does, except `VocabularyStates`, from `example_logits`."""
+        return {}
+
     def more_params(self, module: Transformer, key: jax.Array) -> dict[str, Any]:
         """Returns initial parameters that the losses read in addition to those of the model; they are not exported."""
         return {}
