@@ -374,10 +374,16 @@ def test_models_are_equal_in_both_directions(tmp_path, family, head, shape):
 
 LONG = {"rope_type": "longrope", "rope_theta": 100.0, "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4]}
 LONG |= {"long_factor": [1.0, 1.5, 2.0, 3.0, 4.0], "original_max_position_embeddings": 8}
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 100.0}
 BY_LENGTH = {
-    "dynamic": ({"rope_type": "dynamic", "factor": 4.0, "rope_theta": 100.0}, {"max_position_embeddings": 8}),
-    "longrope": (LONG, {}),
-    "longrope with factors": (LONG | {"factor": 3.0, "attention_factor": 1.1}, {}),
+    "dynamic": ("Llama", DECODER | {"max_position_embeddings": 8}, DYNAMIC),
+    "longrope": ("Llama", DECODER, LONG),
+    "longrope with factors": ("Llama", DECODER, LONG | {"factor": 3.0, "attention_factor": 1.1}),
+    "partial": (
+        "Phi3",
+        OWN_HEADS | {"original_max_position_embeddings": 8},
+        LONG | PHI_LONG | {"partial_rotary_factor": 0.8},
+    ),
 }
 
 
@@ -385,11 +391,11 @@ BY_LENGTH = {
 @pytest.mark.parametrize("kind", BY_LENGTH)
 def test_rotary_positions_that_depend_on_the_length_are_equal(tmp_path, kind, old):
     """Lengths are within and beyond the trained length. With padding, transformers would use the longest length."""
-    rope, more = BY_LENGTH[kind]
-    config = transformers.LlamaConfig(**DECODER | more, rope_parameters=rope)
+    family, sizes, rope = BY_LENGTH[kind]
+    config = getattr(transformers, f"{family}Config")(**sizes, rope_parameters=dict(rope))
     config._attn_implementation = "eager"
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config).eval()
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     model.save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     values = json.loads(path.read_text())

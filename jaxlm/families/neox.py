@@ -59,7 +59,7 @@ def _config_from_hf(hf: dict[str, Any]) -> ModelConfig:
     config = _FROM_HF(hf)
     biases: tuple[Bias, ...] = ("mlp", "norm", *(("query_key_value", "out") if hf.get("attention_bias", True) else ()))
     older = {"rope_theta": hf.get("rotary_emb_base", 10000), "partial_rotary_factor": hf.get("rotary_pct", 0.25)}
-    return dataclasses.replace(config, biases=biases, **llama.one_rotary_from_hf(older | hf, head_width=config.C))
+    return dataclasses.replace(config, biases=biases, **llama.one_rotary_from_hf(hf | older, head_width=config.C))
 
 
 def _config_to_hf(config: ModelConfig) -> dict[str, Any]:
