@@ -382,7 +382,7 @@ def load(
       split_special_tokens: True: special tokens written in a text, such as "[SEP]", are encoded like other text, for
         texts from users of a service. False: they become the special token. None: as the tokenizer's files specify,
         else False.
-      log: receives the message about initialised parameters; None: standard error.
+      log: receives messages about initialised parameters and inputs that are not rounded; None: standard error.
 
     Returns:
       The model.
@@ -402,8 +402,10 @@ def load(
     stored, compute = (None if given is None else _dtype(given) for given in (dtype, compute_dtype))
     how: dict[str, Any] = {"head": head, "labels": names, "module": module, "adapters": adapters}
     found = families.load(folder, dtype=stored, mesh=mesh, **how)
+    log = log or partial(print, file=sys.stderr)
+    if found.unrounded:
+        log(f"inputs of projections are not rounded as in {folder}: {', '.join(found.unrounded)}")
     if found.fresh:
-        log = log or partial(print, file=sys.stderr)
         log(f"randomly initialised, since {folder} has none: {', '.join(found.fresh)}")
     leaves = jax.tree.leaves(found.params, is_leaf=nodes.is_node)
     compute = compute or stored or jnp.result_type(*[leaf for leaf in leaves if not nodes.is_node(leaf)])

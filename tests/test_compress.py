@@ -48,6 +48,14 @@ def test_every_variant_is_written_and_measured(model, tmp_path, capsys):
         assert jaxlm.generate(jaxlm.load(out / name), ["the"], max_new_tokens=3, temperature=0)
 
 
+def test_inputs_are_rounded_with_calibrated_scales(model, tmp_path):
+    text, out = str(model.parent / "text.txt"), tmp_path / "out"
+    arguments = ["--weights", "int8", "--inputs", "int8_static", "--calibration", text]
+    assert main(["compress", str(model), str(out), *arguments]) == 0
+    up = jaxlm.load(out).params["decoder"]["layers"]["mlp"]["up"]["kernel"]
+    assert up.input_format == "int8" and up.input_scale.shape == (2,) and (np.asarray(up.input_scale) > 0).all()
+
+
 def test_one_variant_is_written_to_the_folder_itself(tmp_path, capsys):
     lm = LM(BERT, Transformer(BERT), jax.tree.map(jnp.asarray, random_params(BERT)))
     jaxlm.save(lm, tmp_path / "bert")
@@ -78,6 +86,12 @@ def test_a_variant_may_be_smaller_and_pruned(model, tmp_path):
         (["--weights", "int4", "--group", "5"], "group is 5, which does not divide"),
         (["--weights", "int4", "--targets", "querry"], "no projection matches 'querry'; known: all"),
         (["--weights", "int4", "--method", "gptq"], "requires calibration data"),
+        (["--weights", "int8", "--inputs", "int8_static"], "give a file of texts with --calibration"),
+        (["--weights", "float", "--sparsity", "0.5", "--inputs", "int8_static"], "nothing is quantised"),
+        (["--weights", "int8", "nf4", "--inputs", "int8_static", "--calibration", "TEXT"], "integer weights, not nf4"),
+        (["--weights", "fp8", "--inputs", "int8"], "integer weights, not fp8"),
+        (["--weights", "int8", "--inputs", "int8_static", "--calibration", "EMPTY"], "contains no documents"),
+        (["--weights", "int8", "--inputs", "int8_static", "--calibration", "SHORT"], "requires at least 128"),
         (["--weights", "int4", "--method", "gptq", "--calibration", "none.txt"], "none.txt"),
         (["--weights", "int4", "--calibration", "TEXT"], "nothing uses it"),
         (["--weights", "nf4", "--no-symmetric"], "nf4 has no zero points"),
@@ -87,7 +101,8 @@ def test_a_variant_may_be_smaller_and_pruned(model, tmp_path):
 )
 def test_mistakes_end_before_anything_is_written(arguments, message, model, tmp_path, capsys):
     (model.parent / "empty.txt").write_text("\n\n")
-    names = {"TEXT": "text.txt", "EMPTY": "empty.txt"}
+    (model.parent / "short.txt").write_text("the fox")
+    names = {"TEXT": "text.txt", "EMPTY": "empty.txt", "SHORT": "short.txt"}
     arguments = [str(model.parent / names[word]) if word in names else word for word in arguments]
     assert main(["compress", str(model), str(tmp_path / "out"), *arguments]) == 2
     assert message in capsys.readouterr().err.replace("\n", " ")

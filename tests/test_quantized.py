@@ -95,13 +95,13 @@ def test_embeddings_and_heads_may_be_quantised(tied):
 def test_integer_products_equal_products_of_the_rounded_inputs(kind):
     x = RANDOM.standard_normal((2, 3, 4, 2)).astype(np.float32)
     node = quantize(RANDOM.standard_normal((4, 2, 5)).astype(np.float32), 2, stacked=False, **WEIGHTS[kind])
-    node = dataclasses.replace(node, integer_inputs=True)
+    node = dataclasses.replace(node, input_format="int8")
     step = np.abs(x).max((2, 3), keepdims=True) / 127
     rounded = np.round(x / step) * step
     expected = np.tensordot(rounded, node.materialize(), 2)
     np.testing.assert_allclose(node.dot(x, 2, jnp.float32), expected, atol=1e-5)
     fixed = dataclasses.replace(node, input_scale=jnp.float32(0.02))
-    clipped = np.clip(np.round(x / 0.02), -127, 127) * 0.02
+    clipped = np.clip(np.round(x / 0.02), -128, 127) * 0.02
     np.testing.assert_allclose(fixed.dot(x, 2, jnp.float32), np.tensordot(clipped, node.materialize(), 2), atol=1e-5)
     # The derivative is that of the dense matrix: rounding is ignored.
     gradient = jax.grad(lambda x: node.dot(x, 2, jnp.float32).sum())(x)
@@ -115,10 +115,10 @@ def test_a_product_in_bfloat16_rounds_the_inputs_only():
     np.testing.assert_allclose(node.dot(x, 1, jnp.bfloat16).astype(np.float32), exact, atol=1e-6, rtol=2**-8)
 
 
-@pytest.mark.parametrize("integer_inputs", [False, True])
-def test_fake_quantised_weights_compute_as_the_quantised_ones_and_are_trained(integer_inputs):
+@pytest.mark.parametrize("input_format", ["float", "int8"])
+def test_fake_quantised_weights_compute_as_the_quantised_ones_and_are_trained(input_format):
     model = MODELS["decoder"]
-    how = {"weights": "int4", "group": 8, "integer_inputs": integer_inputs}
+    how = {"weights": "int4", "group": 8, "input_format": input_format}
     fake = projections(random_params(model), lambda leaf, row, n: FakeQuantized(leaf, 0, row.inputs, **how))
     final = jax.tree.map(lambda leaf: leaf.quantize() if nodes.is_node(leaf) else leaf, fake, is_leaf=nodes.is_node)
     kinds = {type(leaf) for leaf in jax.tree.leaves(final, is_leaf=nodes.is_node) if nodes.is_node(leaf)}
@@ -129,7 +129,7 @@ def test_fake_quantised_weights_compute_as_the_quantised_ones_and_are_trained(in
     # The gradient of an array is that of the rounded matrix.
     loss = lambda params: jnp.square(hidden(model, params)).sum()
     of_fake, of_dense = jax.grad(loss)(fake), jax.grad(loss)(merge(final))
-    if not integer_inputs:
+    if input_format == "float":
         plain = jax.tree.map(lambda leaf: getattr(leaf, "array", leaf), of_fake, is_leaf=nodes.is_node)
         jax.tree.map(partial(np.testing.assert_allclose, atol=1e-3, rtol=1e-3), plain, of_dense)
 

@@ -34,6 +34,7 @@ KINDS = {
     "int4": {"weights": "int4", "group": 16},
     "int4 asymmetric": {"weights": "int4", "group": 16, "symmetric": False},
     "int8 inputs": {"weights": "int8", "inputs": "int8"},
+    "int4 inputs": {"weights": "int4", "group": 16, "inputs": "int8"},
     "int8 asymmetric inputs": {"weights": "int8", "inputs": "int8", "symmetric": False},
     "fp8": {"weights": "fp8"},
 }
@@ -60,7 +61,7 @@ def test_a_saved_quantised_model_loads_with_the_same_nodes(kind, tmp_path):
     for found, expected in zip(leaves(back.params), leaves(lm.params), strict=True):
         assert type(found) is type(expected)
         if isinstance(found, Quantized):
-            statics = lambda node: (node.first, node.inputs, node.integer_inputs, node.values.dtype)
+            statics = lambda node: (node.first, node.inputs, node.input_format, node.values.dtype)
             assert statics(found) == statics(expected)
         jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(found), jax.tree.leaves(expected))
     jaxlm.save(back, tmp_path / "b")

@@ -18,7 +18,9 @@ class CompressConfig(Config):
     # -1: chosen for the format; 0: all inputs of an output.
     group: Annotated[int, Range(0, MAX_INT, special=(-1, "automatic"))] = -1  # inputs that share a scale
     symmetric: bool = True  # whether the integer 0 represents 0; if not, each group has a zero point
-    inputs: Literal["float", "int8"] = "float"  # int8: round the inputs of projections too, and multiply integers
+    # int8: round the inputs of projections too, with a scale for each token, and multiply integers. int8_static: one
+    # scale for each projection, which requires --calibration.
+    inputs: Literal["float", "int8", "int8_static"] = "float"  # how inputs of projections are rounded
     targets: str = "all"  # projections that are quantised and pruned: parts of their paths, such as query,value or mlp
     embeddings: bool = False  # also quantise the embeddings of tokens and the heads over tokens
     method: Literal["nearest", "gptq"] = "nearest"  # how weights are rounded; gptq requires --calibration
@@ -35,6 +37,11 @@ class CompressConfig(Config):
     def quantizes(self) -> bool:
         """Whether a variant has quantised weights."""
         return bool(set(self.weights) - {"float"})
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether quantisation uses calibration data."""
+        return self.method == "gptq" or self.inputs == "int8_static"
 
     @property
     def prunes(self) -> bool:
@@ -55,9 +62,20 @@ class CompressConfig(Config):
             )
         if self.pruning != "magnitude" and not self.prunes:
             raise UserError(f"pruning is {self.pruning!r}, but nothing is pruned; set --sparsity or --pattern")
-        if self.method == "gptq" and not self.quantizes:
-            raise UserError("method is 'gptq', but nothing is quantised; set --weights")
-        if self.calibration and not (self.method == "gptq" or self.pruning != "magnitude" or self.shrinks):
+        for name, value, default in (("method", self.method, "nearest"), ("inputs", self.inputs, "float")):
+            if value != default and not self.quantizes:
+                raise UserError(f"{name} is {value!r}, but nothing is quantised; set --weights")
+        for weights in self.weights if self.inputs != "float" else ():
+            if weights in ("nf4", "fp8"):
+                raise UserError(
+                    f"inputs is {self.inputs!r}, but products of integers require integer weights, not {weights}; "
+                    f"set --weights int8"
+                )
+        if self.calibrates and not self.calibration:
+            use = f"inputs is {self.inputs!r}" if self.inputs == "int8_static" else f"method is {self.method!r}"
+            raise UserError(f"{use}, which requires calibration data; give a file of texts with --calibration")
+        if self.calibration and not (self.calibrates or self.pruning != "magnitude" or self.shrinks):
             raise UserError(
-                "calibration is given, but nothing uses it; set --method gptq, or --pruning wanda or sparsegpt"
+                "calibration is given, but nothing uses it; set --method gptq, --inputs int8_static, or "
+                "--pruning wanda or sparsegpt"
             )

@@ -25,9 +25,10 @@ from jaxlm.hub.convert import Family
 from jaxlm.hub.download import fetch
 from jaxlm.hub.gguf import folder as gguf_folder
 from jaxlm.hub.gguf.container import is_gguf
-from jaxlm.hub.packed import FLOATS
+from jaxlm.hub.packed import FLOATS, Packed
 from jaxlm.hub.place import place, put
 from jaxlm.hub.quantization import read_quantised
+from jaxlm.nn.quantized import Quantized
 
 
 class Opened(NamedTuple):
@@ -55,13 +56,18 @@ class Opened(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """A loaded model; the fields are those of `Opened`."""
+    """A loaded model; the fields are those of `Opened`, and:
+
+    Attributes:
+      unrounded: how the folder rounds inputs of projections where the loaded model does not.
+    """
 
     config: ModelConfig
     params: dict[str, Any]
     origin: Origin
     fresh: tuple[str, ...]
     adapted: tuple[str, ...]
+    unrounded: tuple[str, ...] = ()
 
 
 def load(folder: Path, *, dtype: Any = None, mesh: Any = None, **how: Any) -> Loaded:
@@ -78,11 +84,23 @@ def load(folder: Path, *, dtype: Any = None, mesh: Any = None, **how: Any) -> Lo
     """
     opened = open_folder(folder, merge=False, **how)
     params = place(opened.family, opened.config, opened.tensors, dtype, mesh, opened.fresh)
+    unrounded = _unrounded(opened, params)
     stored_as = updates.read_base_format(opened.origin.config, folder)
     for factors in opened.updates:
         params = updates.add_updates(opened.family, opened.config, params, factors, stored_as=stored_as)
     params = put(params, dtype, mesh) if opened.updates else params
-    return Loaded(opened.config, params, opened.origin, opened.fresh, opened.adapted)
+    return Loaded(opened.config, params, opened.origin, opened.fresh, opened.adapted, unrounded)
+
+
+def _unrounded(opened: Opened, params: dict[str, Any]) -> tuple[str, ...]:
+    """Returns descriptions of the rounding of inputs in the folder for which the parameters have no node."""
+    leaves, found = convert.flat(params), set()
+    for path, reader in convert.readers(opened.family, opened.config).items():
+        leaf = leaves[path]
+        if not isinstance(leaf, Quantized) or leaf.input_format == "float":
+            tensors = (opened.tensors.get(name) for name in reader.names.values())
+            found |= {tensor.inputs.description for tensor in tensors if isinstance(tensor, Packed)}
+    return tuple(sorted(found - {""}))
 
 
 def open_folder(

@@ -35,14 +35,18 @@ class PendingParts:
     shape: tuple[int, int]  # [O, I]
     groups: int
     symmetric: bool
-    integer_inputs: bool
+    input_format: str
+    input_scale: np.ndarray | None  # float32 [1]
     make: Callable[[], Parts]
 
     def tensors(self, name: str) -> dict[str, Pending]:
         """Returns the tensors for the weight with a name such as `model.layers.0.mlp.up_proj.weight`."""
         (outputs, _), groups, bits = self.shape, self.groups, BITS[self.weights]
         value_dtype = np.dtype(ml_dtypes.float8_e4m3fn if self.weights == "fp8" else np.int8)
-        tensors = {f"{name}_scale": Pending((outputs, groups), np.dtype(np.float32), lambda: self.make().scales)}
+        float32 = np.dtype(np.float32)
+        tensors = {f"{name}_scale": Pending((outputs, groups), float32, lambda: self.make().scales)}
+        if (scale := self.input_scale) is not None:
+            tensors[f"{name.removesuffix('weight')}input_scale"] = Pending(scale.shape, float32, lambda: scale)
         if self.format != "pack-quantized":
             tensors[name] = Pending(self.shape, value_dtype, lambda: self.make().values)
             if not self.symmetric:
@@ -64,9 +68,9 @@ class PendingParts:
     @property
     def format(self) -> str:
         """The name of the format of these tensors."""
-        return (
-            "float-quantized" if self.weights == "fp8" else "int-quantized" if self.integer_inputs else "pack-quantized"
-        )
+        if self.weights == "fp8":
+            return "float-quantized"
+        return "pack-quantized" if self.input_format == "float" else "int-quantized"
 
     @property
     def scheme(self) -> dict[str, Any]:
@@ -75,10 +79,17 @@ class PendingParts:
         strategy = {"strategy": "group", "group_size": self.shape[1] // self.groups}
         if self.groups == 1:
             strategy = {"strategy": "channel", "group_size": None}
-        tokens = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+        is_dynamic = self.input_scale is None
+        inputs = {
+            "num_bits": 8,
+            "type": "float" if self.input_format == "fp8" else "int",
+            "symmetric": True,
+            "strategy": "token" if is_dynamic else "tensor",
+            "dynamic": is_dynamic,
+        }
         return {
             "weights": weights | strategy | {"symmetric": self.symmetric, "dynamic": False},
-            "input_activations": tokens if self.integer_inputs else None,
+            "input_activations": None if self.input_format == "float" else inputs,
             "output_activations": None,
             "format": self.format,
         }
@@ -96,17 +107,21 @@ def to_parts(
       leaves: the parameters that the tensor contains.
       stacked: whether their first axis is that of layers.
     """
-    if not all(isinstance(leaf, Quantized) and leaf.weights in BITS and leaf.input_scale is None for leaf in leaves):
+    if not all(isinstance(leaf, Quantized) and leaf.weights in BITS for leaf in leaves):
         return None
     groups = {leaf.scales.shape[stacked + leaf.first] for leaf in leaves}
-    kinds = {(leaf.weights, leaf.zeros is None, leaf.integer_inputs) for leaf in leaves}
+    kinds = {(leaf.weights, leaf.zeros is None, leaf.input_format, leaf.input_scale is None) for leaf in leaves}
     # A tensor [O, I] whose entries are the numbers of their inputs shows that the file has the inputs in our order.
     order = to_hf(*[_input_numbers(leaf, stacked) for leaf in leaves])
     if len(groups) > 1 or len(kinds) > 1 or order.ndim != 2 or order.shape[1] % min(groups):
         return None
+    # Projections that one tensor contains have the same inputs, and thus usually the same scale.
+    input_scales = [np.asarray(leaf.input_scale, np.float32) for leaf in leaves if leaf.input_scale is not None]
+    if any(not np.array_equal(one, input_scales[0]) for one in input_scales):
+        return None
     if not np.array_equal(order, np.broadcast_to(np.arange(order.shape[1]), order.shape)):
         return None
-    shape, (group_count,), ((weights, symmetric, integer_inputs),) = order.shape, groups, kinds
+    shape, (group_count,), ((weights, symmetric, input_format, _),) = order.shape, groups, kinds
     group = shape[1] // group_count
 
     def make(layer: int) -> Parts:
@@ -121,7 +136,12 @@ def to_parts(
         zeros = None if symmetric else per_group("zeros", np.int8)
         return Parts(np.ascontiguousarray(values), per_group("scales", np.float32), zeros)
 
-    return lambda layer: PendingParts(weights, shape, group_count, symmetric, integer_inputs, partial(make, layer))
+    def pending(layer: int) -> PendingParts:
+        of_layer = lambda scale: scale[layer : layer + 1] if stacked else scale.reshape(1)
+        input_scale = of_layer(input_scales[0]) if input_scales else None
+        return PendingParts(weights, shape, group_count, symmetric, input_format, input_scale, partial(make, layer))
+
+    return pending
 
 
 def _input_numbers(leaf: Quantized, stacked: int) -> np.ndarray:
@@ -160,7 +180,9 @@ def expand(tensors: Mapping[str, Pending], prefix: str) -> tuple[dict[str, Pendi
     if not targets:
         return written, None
     formats = {scheme["format"] for scheme, _ in targets.values()}
-    groups = {f"group_{n}": {"targets": sorted(names), **scheme} for n, (scheme, names) in enumerate(targets.values())}
+    # In the order of the names, which does not depend on the order of the tensors.
+    ordered = sorted(((sorted(names), scheme) for scheme, names in targets.values()), key=lambda pair: pair[0])
+    groups = {f"group_{n}": {"targets": names, **scheme} for n, (names, scheme) in enumerate(ordered)}
     return written, {
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
@@ -203,17 +225,21 @@ def read_node(
         grouped = [x.reshape(*x.shape[:axis], one.groups, -1, *x.shape[axis + inputs :]) for x in whole]
         return np.concatenate([x.take(0, axis + 1) for x in grouped])[(slice(None), *spans[1:]) if stacked else spans]
 
-    value_dtype = np.dtype(DTYPES[one.weights])
-    node = Quantized(
+    def input_scales(index: Any = (), dtype: Any = None) -> np.ndarray:
+        found = [x.input_scale() for x in packed if x.input_scale is not None]
+        return np.stack(found)[index] if stacked else found[0]
+
+    value_dtype, float32 = np.dtype(DTYPES[one.weights]), np.dtype(np.float32)
+    is_static = one.input_scale is not None and not is_table
+    return Quantized(
         place(values, row.axes, reader.shape, value_dtype),
-        place(partial(per_group, "scales"), (), shape, np.dtype(np.float32)),
+        place(partial(per_group, "scales"), (), shape, float32),
         None if one.symmetric else place(partial(per_group, "zeros"), (), shape, value_dtype),
-        None,
+        place(input_scales, (), (len(packed),) * stacked, float32) if is_static else None,
         first,
         inputs,
-        one.integer_inputs,
+        "float" if is_table else one.inputs.format,
     )
-    return node
 
 
 class _Part:

@@ -1,4 +1,4 @@
-"""Matrices in the formats of quantised checkpoints: GPTQ, AWQ, bitsandbytes and compressed-tensors.
+"""Matrices in the formats of quantised checkpoints: GPTQ, AWQ, bitsandbytes, compressed-tensors and FP8.
 
 A `Packed` matrix replaces the tensors that a file has for it. It is dequantised when it is read.
 
@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -44,6 +45,24 @@ class Parts(NamedTuple):
         return (grouped * self.scales.astype(np.float32)[..., None]).reshape(self.values.shape)
 
 
+class Inputs(NamedTuple):
+    """How a checkpoint rounds the inputs of a matrix.
+
+    Attributes:
+      format: the values to which they are rounded, an entry of `jaxlm.nn.quantized.InputFormat`; "float": they are not
+        rounded, or in a way that has no node.
+      is_static: whether one scale of all inputs is stored; otherwise each token has its own.
+      description: the words for a message; an empty string: they are not rounded.
+    """
+
+    format: str = "float"
+    is_static: bool = False
+    description: str = ""
+
+
+FLOAT_INPUTS = Inputs()
+
+
 @dataclass(frozen=True)
 class Packed:
     """A quantised matrix of a file, which is dequantised on access."""
@@ -55,12 +74,13 @@ class Packed:
     weights: str = ""  # the format of that node, an entry of `jaxlm.nn.quantized.FORMATS`
     groups: int = 1
     symmetric: bool = True
-    integer_inputs: bool = False
+    inputs: Inputs = FLOAT_INPUTS
+    input_scale: Callable[[], np.ndarray] | None = None  # returns the calibrated scale of the inputs, float32 []
 
     @property
     def settings(self) -> tuple[Any, ...]:
         """What the layers of a stacked node must have in common."""
-        return self.weights, self.groups, self.symmetric, self.integer_inputs, self.parts is not None
+        return self.weights, self.groups, self.symmetric, self.inputs, self.parts is not None
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return self.dequantize().astype(dtype or self.dtype, copy=False)
@@ -208,8 +228,7 @@ def _four_bits(tensors: Tensors, module: str, name: str) -> Packed:
 
 def compressed_tensors(tensors: Tensors, settings: Mapping[str, Any]) -> dict[str, Packed]:
     """Returns the matrices of a checkpoint of compressed-tensors: packed integers, integers, or 8-bit floats."""
-    kinds = _schemes(settings)
-    integer_inputs = any(kind.get("inputs") for kind in kinds)
+    schemes = _schemes(settings)
     found = {}
     for module in _modules(tensors, ".weight_packed"):
         packed, scales, shape = _require(
@@ -217,25 +236,70 @@ def compressed_tensors(tensors: Tensors, settings: Mapping[str, Any]) -> dict[st
         )
         outputs, inputs = (int(n) for n in np.asarray(shape).reshape(-1)[:2])
         bits = next((n for n in (4, 8) if tuple(packed.shape) == (outputs, -(-inputs * n // 32))), None)
-        if bits is None or bits not in {kind["bits"] for kind in kinds}:
-            given = sorted({kind["bits"] for kind in kinds})
+        if bits is None or bits not in {scheme.bits for scheme in schemes}:
+            given = sorted({scheme.bits for scheme in schemes})
             raise UserError(
                 f"{module}.weight_packed has shape {list(packed.shape)} for a matrix {[outputs, inputs]}, which "
                 f"contradicts the bits in config.json, {given}; supported are 4 and 8: choose another model"
             )
-        found[f"{module}.weight"] = _grouped(tensors, module, (outputs, inputs), bits, packed, scales, integer_inputs)
+        matrix = _grouped(tensors, module, (outputs, inputs), bits, packed, scales)
+        found[f"{module}.weight"] = _with_inputs(matrix, tensors, module, _scheme_of(module, schemes).inputs)
     for module in _modules(tensors, ".weight_scale"):
         weight = tensors.get(f"{module}.weight")
         if weight is not None and np.dtype(weight.dtype).name in ("int8", "float8_e4m3fn"):
             (scales,) = _require(tensors, module, ("weight_scale",), (None,))
-            found[f"{module}.weight"] = _grouped(tensors, module, weight.shape, 0, weight, scales, integer_inputs)
+            matrix, scheme = _grouped(tensors, module, weight.shape, 0, weight, scales), _scheme_of(module, schemes)
+            if scheme.bits == 4 and matrix.weights == "int8":  # one value per byte
+                matrix = replace(matrix, weights="int4")
+            found[f"{module}.weight"] = _with_inputs(matrix, tensors, module, scheme.inputs)
     return found
 
 
-def _grouped(
-    tensors: Tensors, module: str, shape: Any, bits: int, stored: Any, scales: Any, integer_inputs: bool
-) -> Packed:
+def fp8(tensors: Tensors, settings: Mapping[str, Any]) -> dict[str, Packed]:
+    """Returns the matrices of a checkpoint of 8-bit floats with one scale for each, as AutoFP8 and transformers write.
+
+    Matrices with scales of blocks are not among them. AutoFP8 names the scales `weight_scale` and `input_scale`,
+    transformers `weight_scale_inv` and `activation_scale`; both multiply.
+    """
+    is_static = settings.get("activation_scheme") == "static"
+    inputs = _inputs({"type": "float", "strategy": "tensor", "dynamic": not is_static})
+    found = {}
+    for names in (("weight_scale", "input_scale"), ("weight_scale_inv", "activation_scale")):
+        for module in _modules(tensors, f".{names[0]}") if not settings.get("weight_block_size") else ():
+            weight, scale = _require(tensors, module, ("weight", names[0]), ("float8_e4m3fn", None))
+            if math.prod(scale.shape) == 1:
+                matrix = _grouped(tensors, module, weight.shape, 0, weight, scale)
+                found[f"{module}.weight"] = _with_inputs(matrix, tensors, module, inputs, names[1])
+    return found
+
+
+def _with_inputs(matrix: Packed, tensors: Tensors, module: str, inputs: Inputs, name: str = "input_scale") -> Packed:
+    """Returns a matrix with the rounding of its inputs, whose scale is in the tensor with this name if it is static."""
+    if inputs.format == "int8" and matrix.weights == "fp8":  # a product of integers requires integers
+        inputs = inputs._replace(format="float")
+    if inputs.format == "float" or not inputs.is_static:
+        return replace(matrix, inputs=inputs)
+    (scale,) = _require(tensors, module, (name,), (None,))
+    _float(module, scale)
+    if math.prod(scale.shape) != 1:
+        raise UserError(
+            f"{module}.{name} has shape {list(scale.shape)}, but config.json has one scale of all inputs; use the "
+            f"config.json that belongs to the weights"
+        )
+
+    def read() -> np.ndarray:
+        number = np.asarray(scale, np.float32).reshape(())
+        if not (np.isfinite(number) and number > 0):
+            raise UserError(f"{module}.{name} is {number}, which is not a scale; download the file again")
+        return number
+
+    return replace(matrix, inputs=inputs, input_scale=read)
+
+
+def _grouped(tensors: Tensors, module: str, shape: Any, bits: int, stored: Any, scales: Any) -> Packed:
     """Returns a matrix of compressed-tensors; `bits` are those of packed integers, 0 if they are not packed."""
+    if len(shape) != 2:
+        raise UserError(f"{module}.weight has shape {list(shape)}, which is not a matrix: choose another model")
     outputs, inputs = (int(n) for n in shape)
     rows, groups = scales.shape if len(scales.shape) == 2 else (math.prod(scales.shape), 1)
     if rows not in (1, outputs) or not groups or inputs % groups or (bits and rows != outputs):
@@ -272,23 +336,63 @@ def _grouped(
     dtype = _float(module, scales)
     if order is not None:
         return Packed((outputs, inputs), dtype, dense)
-    return Packed((outputs, inputs), dtype, dense, parts, weights, groups, zeros is None, integer_inputs)
+    return Packed((outputs, inputs), dtype, dense, parts, weights, groups, zeros is None)
 
 
-def _schemes(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Returns the number of bits, and whether inputs are rounded, of each group of modules in config.json."""
+class _Scheme(NamedTuple):
+    """The settings of a group of modules: the modules, the number of bits, and the rounding of inputs."""
+
+    targets: tuple[str, ...]
+    bits: Any
+    inputs: Inputs
+
+
+def _schemes(settings: Mapping[str, Any]) -> list[_Scheme]:
+    """Returns the settings of each group of modules in config.json."""
     groups = settings.get("config_groups")
     schemes = []
     for group in groups.values() if isinstance(groups, dict) else ():
         weights = group.get("weights") if isinstance(group, dict) else None
         if not isinstance(weights, dict):
             continue
-        inputs = group.get("input_activations")
-        is_dynamic = isinstance(inputs, dict) and inputs.get("type") == "int" and inputs.get("dynamic") is True
-        schemes.append({"bits": weights.get("num_bits"), "inputs": is_dynamic})
+        targets = group.get("targets")
+        names = tuple(str(target) for target in targets) if isinstance(targets, list) else ()
+        schemes.append(_Scheme(names, weights.get("num_bits"), _inputs(group.get("input_activations"))))
     if not schemes:
         raise UserError("config.json has no config_groups with weights in its quantization_config; download it again")
     return schemes
+
+
+def _inputs(arguments: Any) -> Inputs:
+    """Returns the rounding of inputs that the `input_activations` of a group of modules describe."""
+    if not isinstance(arguments, dict):
+        return FLOAT_INPUTS
+    bits, kind = arguments.get("num_bits", 8), arguments.get("type", "int")
+    size, is_dynamic = arguments.get("group_size"), arguments.get("dynamic", False)
+    strategy = arguments.get("strategy") or ("group" if size else "tensor")
+    is_symmetric = arguments.get("symmetric", True)
+    how = f"{bits}-bit {kind}, {'dynamic' if is_dynamic else 'static'}, per {strategy}"
+    description = how if is_symmetric else f"{how}, with zero points"
+    formats = {("int", 8): "int8", ("float", 8): "fp8"}
+    is_known = is_symmetric and strategy == ("token" if is_dynamic else "tensor") and is_dynamic in (True, False)
+    return Inputs(formats.get((kind, bits), "float") if is_known else "float", not is_dynamic, description)
+
+
+def _scheme_of(module: str, schemes: list[_Scheme]) -> _Scheme:
+    """Returns the settings of a module: those that name it, else those of all linear layers, else the first ones."""
+
+    def is_named(target: str) -> bool:
+        if not target.startswith("re:"):
+            return target == module
+        try:
+            return bool(re.match(target[3:], module))
+        except re.error:
+            raise UserError(
+                f"config.json has the target {target!r}, which is not a regular expression; download it again"
+            ) from None
+
+    named = [scheme for scheme in schemes if any(map(is_named, scheme.targets))]
+    return next(iter(named or [scheme for scheme in schemes if "Linear" in scheme.targets] or schemes))
 
 
 def _bits(settings: Mapping[str, Any], known: tuple[int, ...]) -> int:
@@ -325,7 +429,7 @@ def _require(tensors: Tensors, module: str, names: tuple[str, ...], dtypes: tupl
         found = tensors[full]
         if dtype is not None and np.dtype(found.dtype).name != dtype:
             raise UserError(f"{full} has the dtype {found.dtype}, not {dtype}; use the config.json of the weights")
-        if not found.shape or (dtype == "int32" and len(found.shape) != 2):
+        if (dtype is not None and not found.shape) or (dtype == "int32" and len(found.shape) != 2):
             raise UserError(f"{full} has shape {list(found.shape)}; download the file again")
     return [tensors[f"{module}.{name}"] for name in names]
 

@@ -32,13 +32,15 @@ _READERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, P
     "awq": packed.awq,
     "bitsandbytes": packed.bitsandbytes,
     "compressed-tensors": packed.compressed_tensors,
+    "fp8": packed.fp8,
 }
 # The tensors of a module that a quantised matrix replaces, in addition to `weight`.
 _PARTS = (
     *("qweight", "qzeros", "scales", "g_idx", "SCB", "weight_format"),
-    *("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"),
-    *("input_scale", "input_zero_point", "output_scale", "output_zero_point"),
+    *("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "weight_scale_inv"),
+    *("input_scale", "input_zero_point", "output_scale", "output_zero_point", "activation_scale"),
 )
+_CACHE_SCALES = (".k_scale", ".v_scale")  # of 8-bit keys and values in the cache of a decoder, which are float here
 
 
 def read_quantised(
@@ -72,7 +74,8 @@ def read_quantised(
         module = name.removesuffix(".weight")
         replaced |= {f"{module}.{part}" for part in _PARTS}
         replaced |= {other for other in stored if other.startswith(f"{name}.")}
-    tensors = {name: x for name, x in stored.items() if name not in replaced} | found
+    kept = {name: x for name, x in stored.items() if name not in replaced and not name.endswith(_CACHE_SCALES)}
+    tensors = kept | found
     left = [name for name in names if name in tensors and name not in found]
     if left:
         raise _refusal(folder, method, settings, stored, left[0])
@@ -90,8 +93,8 @@ def _refusal(
     way = f", or dequantise it with {_DEQUANTIZE[method]} and save_pretrained" if method in _DEQUANTIZE else ""
     return UserError(
         f"{folder} is quantised with {shown}: {name} is in {np.dtype(stored[name].dtype)}, and supported are "
-        f"{', '.join(FLOATS)}, and the quantisations {', '.join(_READERS)} with their settings in config.json; use the "
-        f"original checkpoint, which the model's hub page lists{way}"
+        f"{', '.join(FLOATS)}, and the quantisations {', '.join(_READERS)} (without blocks) with their settings in "
+        f"config.json; use the original checkpoint, which the model's hub page lists{way}"
     )
 
 

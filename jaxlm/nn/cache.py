@@ -68,7 +68,9 @@ def _slots_first(k_BSKC: jax.Array, v_BSKC: jax.Array, format: str) -> Any:
     """Returns the fields of a cache with the axes [B, S, K, ...]."""
     if format == "compute":
         return Cache(k_BSKC, v_BSKC)
-    (k_BSKC, k_scales_BSK1), (v_BSKC, v_scales_BSK1) = (round_inputs(x.astype(jnp.float32)) for x in (k_BSKC, v_BSKC))
+    (k_BSKC, k_scales_BSK1), (v_BSKC, v_scales_BSK1) = (
+        round_inputs(x.astype(jnp.float32), "int8") for x in (k_BSKC, v_BSKC)
+    )
     return Cache(k_BSKC, v_BSKC, k_scales_BSK1[..., 0], v_scales_BSK1[..., 0])
 
 

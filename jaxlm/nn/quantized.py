@@ -21,6 +21,8 @@ FORMATS: tuple[str, ...] = get_args(Weights)
 DTYPES = {"int8": jnp.int8, "int4": jnp.int4, "nf4": jnp.uint4, "fp8": jnp.float8_e4m3fn}  # of the stored values
 _BITS = {"int8": 8, "int4": 4}
 _FP8_MAX = 448.0
+InputFormat = Literal["float", "int8", "fp8"]  # float: inputs are not rounded
+_LARGEST_INPUT = {"int8": 127.0, "fp8": _FP8_MAX}  # the value of the largest input; half the range of int8 is 127.5
 # The 16 levels of NF4: quantiles of a normal distribution, scaled to [-1, 1] (Dettmers et al. 2023, appendix E).
 NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
@@ -41,10 +43,10 @@ class Quantized(nodes.Node):
     values: jax.Array  # int8, int4, uint4 (NF4) or float8_e4m3fn; the shape of the array
     scales: jax.Array  # float32
     zeros: Any = None  # the value that represents 0, in the dtype of the values; None: 0
-    input_scale: Any = None  # float32 scalar, the calibrated step of 8-bit inputs; None: computed for each token
+    input_scale: Any = None  # float32 scalar, the calibrated scale of rounded inputs; None: computed for each token
     first: int = nodes.static(0)
     inputs: int = nodes.static(1)
-    integer_inputs: bool = nodes.static(False)  # whether to round the inputs to 8 bits and to multiply integers
+    input_format: InputFormat = nodes.static("float")  # the values to which inputs are rounded before the product
 
     @property
     def weights(self) -> str:
@@ -64,26 +66,30 @@ class Quantized(nodes.Node):
 
     def product(self, x: jax.Array, contract: int, dtype: Any) -> jax.Array:
         """Returns the product of x with the matrix; scales of outputs multiply the result."""
-        if self.integer_inputs:
-            return self._integer_product(x, contract).astype(dtype)
+        if self.input_format != "float":
+            return self._rounded_product(x, contract).astype(dtype)
         if len(self.scales) > 1 or self.zeros is not None or self.weights == "nf4":
             return super().product(x, contract, dtype)
         matrix = self.values.astype(jnp.float32).astype(dtype)
         y = jnp.tensordot(x.astype(dtype), matrix, axes=contract, preferred_element_type=jnp.float32)
         return (y * self.scales[0]).astype(dtype)
 
-    def _integer_product(self, x: jax.Array, contract: int) -> jax.Array:
-        """Returns the float32 product of 8-bit inputs and integers, with 32-bit sums (Dettmers et al. 2022)."""
+    def _rounded_product(self, x: jax.Array, contract: int) -> jax.Array:
+        """Returns the float32 product of 8-bit inputs and values.
+
+        Integers are multiplied with 32-bit sums (Dettmers et al. 2022). Products of 8-bit floats are exact in float32.
+        """
         groups, outputs = len(self.scales), self.values.shape[contract:]
         x_BI = x.astype(jnp.float32).reshape(-1, math.prod(x.shape[x.ndim - contract :]))
-        x_BI, step = round_inputs(x_BI, self.input_scale)
-        x_GBg = x_BI.reshape(len(x_BI), groups, -1).swapaxes(0, 1)
-        values_GgO = self.values.astype(jnp.int8).reshape(*x_GBg.shape[::2], -1)
-        y_GBO = jnp.einsum("GBg,GgO->GBO", x_GBg, values_GgO, preferred_element_type=jnp.int32)
+        x_BI, scale = round_inputs(x_BI, self.input_format, self.input_scale)
+        kind, sums = (jnp.int8, jnp.int32) if self.input_format == "int8" else (jnp.float32, jnp.float32)
+        x_GBg = x_BI.astype(kind).reshape(len(x_BI), groups, -1).swapaxes(0, 1)
+        values_GgO = self.values.astype(kind).reshape(*x_GBg.shape[::2], -1)
+        y_GBO = jnp.einsum("GBg,GgO->GBO", x_GBg, values_GgO, preferred_element_type=sums)
         if self.zeros is not None:
-            sums_GB = x_GBg.astype(jnp.int32).sum(-1)
-            y_GBO -= sums_GB[..., None] * self.zeros.astype(jnp.int32).reshape(groups, 1, -1)
-        y_BO = (y_GBO.astype(jnp.float32) * self.scales.reshape(groups, 1, -1)).sum(0) * step
+            sums_GB = x_GBg.astype(sums).sum(-1)
+            y_GBO -= sums_GB[..., None] * self.zeros.astype(sums).reshape(groups, 1, -1)
+        y_BO = (y_GBO.astype(jnp.float32) * self.scales.reshape(groups, 1, -1)).sum(0) * scale
         return y_BO.reshape(*x.shape[: x.ndim - contract], *outputs)
 
     def axes(self, axes: nodes.Axes, inputs: int) -> dict[str, tuple[nodes.Axes, int]]:
@@ -113,7 +119,7 @@ class FakeQuantized(nodes.Node):
     weights: str = nodes.static("int8")
     group: int = nodes.static(0)
     symmetric: bool = nodes.static(True)
-    integer_inputs: bool = nodes.static(False)
+    input_format: InputFormat = nodes.static("float")
 
     trained = ("array",)
 
@@ -124,7 +130,7 @@ class FakeQuantized(nodes.Node):
 
     def product(self, x: jax.Array, contract: int, dtype: Any) -> jax.Array:
         """Returns the product of x, which is rounded like the inputs of the quantised node, with the matrix."""
-        if not self.integer_inputs:
+        if self.input_format == "float":
             return super().product(x, contract, dtype)
         return self.quantize(stacked=False).product(x, contract, dtype)
 
@@ -136,7 +142,7 @@ class FakeQuantized(nodes.Node):
         """
         how = {name: getattr(self, name) for name in ("weights", "group", "symmetric", "first")}
         node = quantize(self.array, self.inputs, stacked, **how)
-        return dataclasses.replace(node, integer_inputs=self.integer_inputs)
+        return dataclasses.replace(node, input_format=self.input_format)
 
     def axes(self, axes: nodes.Axes, inputs: int) -> dict[str, tuple[nodes.Axes, int]]:
         """Returns the axes of the dense array."""
@@ -228,16 +234,19 @@ def numbers(values: jax.Array) -> jax.Array:
     return values.astype(jnp.float32)
 
 
-def round_inputs(x_BI: jax.Array, step: Any = None) -> tuple[jax.Array, jax.Array]:
-    """Returns float32 inputs rounded to int8, and their step: `step` if it is calibrated, else one for each row.
+def round_inputs(x_BI: jax.Array, kind: InputFormat, scale: Any = None) -> tuple[jax.Array, jax.Array]:
+    """Returns inputs divided by their scale and rounded to 8 bits, and the scale: the given one, or those of rows.
 
-    Rows are along the last axis and may have several axes B. Their steps are [B, 1].
-
-    The largest input is 127 steps. compressed-tensors uses 127.5, which rounds it up or down by chance.
+    Rows are along the last axis and may have several axes B; their scales are [B, 1]. The largest input of a row is 127
+    steps of int8. compressed-tensors uses 127.5, which rounds it up or down by chance. With a given scale, larger
+    inputs are clipped, at -128 and 127 as in compressed-tensors.
     """
-    if step is None:
-        step = jnp.maximum(jnp.abs(x_BI).max(-1, keepdims=True), jnp.finfo(jnp.float32).tiny * 127) / 127
-    return jnp.clip(jnp.round(x_BI / step), -127, 127).astype(jnp.int8), step
+    if scale is None:
+        tiny = jnp.finfo(jnp.float32).tiny
+        scale = jnp.maximum(jnp.abs(x_BI).max(-1, keepdims=True) / _LARGEST_INPUT[kind], tiny)
+    if kind == "fp8":
+        return jnp.clip(x_BI / scale, -_FP8_MAX, _FP8_MAX).astype(jnp.float8_e4m3fn), scale
+    return jnp.clip(jnp.round(x_BI / scale), -128, 127).astype(jnp.int8), scale
 
 
 def _dequantize(values: jax.Array, scales: jax.Array, zeros: Any, axis: int, inputs: int) -> jax.Array:

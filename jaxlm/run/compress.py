@@ -81,7 +81,7 @@ def _make(recipe: CompressConfig, weights: Any, texts: list[str] | None, lm: LM)
         embeddings=recipe.embeddings,
         inputs=recipe.inputs,
         method=recipe.method,
-        calibration=texts if recipe.method == "gptq" else None,
+        calibration=texts if recipe.calibrates else None,
     )
 
 

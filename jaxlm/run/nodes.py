@@ -52,7 +52,7 @@ def nodes_of(run: RunConfig, params: Any) -> Nodes:
     given = None if config.group < 0 else config.group
     group = quantization.choose_group(given, config.weights, paths, {path: leaves[path] for path in paths})
     how: dict[str, Any] = {"weights": config.weights, "group": group, "symmetric": config.symmetric}
-    how |= {"integer_inputs": config.inputs == "int8"}
+    how |= {"input_format": config.inputs}
     rows = {path: row._replace(path=path) for path in paths if (row := parameters.find(path))}
     return Nodes(rows, lambda row, leaf, key: FakeQuantized(leaf, inputs=row.inputs, **how))
 

@@ -1,8 +1,9 @@
 """Transformations of a model's parameters.
 
 adapters          low-rank updates of projections (LoRA): added, trained, merged, removed
-calibration       second moments of the inputs of projections
+calibration       statistics of the inputs of projections: second moments
 calibration_rows  rows of texts, or token ids, for calibration
+input_scales      scales of the inputs of projections that are rounded to 8 bits
 influence         the influence of each layer on the hidden states
 layers            models with some layers of a larger one
 masks             selection of the weights that pruning removes

@@ -1,9 +1,9 @@
-"""Second moments of the inputs of projections over calibration data, for pruning and quantisation."""
+"""Statistics of the inputs of projections over calibration data: second moments, for pruning and quantisation."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -95,21 +95,77 @@ def input_moments(
     paths = tuple(path for path in shapes if paths is None or path in paths)
     rows = calibration_rows(lm, texts, length=length, max_tokens=max_tokens)
     check_tokens(rows, {} if diagonal else {path: shapes[path] for path in paths})
+    of_layer = lambda inputs, _: _moments(inputs, diagonal)
+    found = reduce_inputs(lm, rows, paths, of_layer, jnp.add, batch_tokens=batch_tokens)
+    return {path: Moments(*moments) for path, moments in found.items()}
+
+
+class LayerInputs(NamedTuple):
+    """The inputs of one projection in one layer.
+
+    Attributes:
+      rows: float32 [N, I] for each time that the model applies the layer; I is the product of the contracted axes.
+      are_tokens: True if N are tokens, with zeros for padding; False if N are relative positions.
+      tokens: the number of tokens without padding.
+    """
+
+    rows: list[jax.Array]
+    are_tokens: bool
+    tokens: jax.Array
+
+
+def reduce_inputs(
+    lm: LM,
+    rows: CalibrationRows,
+    paths: Collection[str],
+    of_layer: Callable[[LayerInputs, Any], Any],
+    combine: Callable[[jax.Array, jax.Array], jax.Array],
+    *,
+    given: Mapping[str, Any] | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+) -> dict[str, Any]:
+    """Returns a statistic of the inputs of projections while the model reads rows.
+
+    Projections with the same input share one statistic, and those that read no input have none.
+
+    Args:
+      lm: the model; its projections may be arrays or nodes.
+      rows: the rows.
+      paths: the projections.
+      of_layer: (inputs, given values of the layer) -> an array or a tree of arrays.
+      combine: combines the results of two batches; 0 must be neutral.
+      given: values for `of_layer` by path, stacked over the layers; None: None for each layer.
+      batch_tokens: tokens that the model reads at a time, at least one row.
+
+    Returns:
+      The results by path, stacked over the layers.
+    """
     module = lm.module.clone(remat="none")  # a recorded input must not leave a rematerialised function
-    shares: dict[str, str] = {}
+    contracted = {path: len(shape) for path, shape in projection_inputs(lm.params).items() if path in paths}
+    shares: dict[str, str] = {}  # the path whose statistic each projection has, set while the function is traced
 
-    def measure(params: Any, batch: CalibrationRows) -> dict[str, Moments]:
-        return _moments(module, params, batch, {path: len(shapes[path]) for path in paths}, diagonal, shares)
+    def measure(params: Any, batch: CalibrationRows, given: Any) -> dict[str, Any]:
+        inputs = _record(module, params, batch, contracted)
+        first: dict[Any, str] = {}
+        for path, layers in inputs.items():
+            if all(layers):
+                shares[path] = first.setdefault(tuple(tuple(map(id, layer)) for layer in layers), path)
+        found = {}
+        for path in first.values():
+            is_token_BT = jnp.asarray(batch.segments[_side(path)] > 0)
+            values = [None if given is None else given[path][n] for n in range(len(inputs[path]))]
+            flat = [_layer_inputs(layer, contracted[path], is_token_BT) for layer in inputs[path]]
+            found[path] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(of_layer, flat, values))
+        return found
 
-    add = jax.jit(lambda sums, *inputs: jax.tree.map(jnp.add, sums, measure(*inputs)), donate_argnums=0)
+    add = jax.jit(lambda sums, *inputs: jax.tree.map(combine, sums, measure(*inputs)), donate_argnums=0)
     sums: Any = None
     for batch in batches(rows, batch_tokens):
         if sums is None:
-            sums = jax.tree.map(
-                lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(measure, lm.params, batch)
-            )
-        sums = add(sums, lm.params, batch)
-    return {path: sums[shares[path]] for path in paths if path in shares}
+            like = jax.eval_shape(measure, lm.params, batch, given)
+            sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
+        sums = add(sums, lm.params, batch, given)
+    return {path: sums[shares[path]] for path in contracted if path in shares}
 
 
 def projection_inputs(params: Any) -> dict[str, tuple[int, ...]]:
@@ -155,25 +211,18 @@ def batches(rows: CalibrationRows, batch_tokens: int) -> Iterator[CalibrationRow
         yield CalibrationRows(*[None if x is None else np.pad(x[first : first + size], padding) for x in rows])  # type: ignore
 
 
-def _moments(
-    module: Transformer,
-    params: Any,
-    rows: CalibrationRows,
-    contracted: dict[str, int],
-    diagonal: bool,
-    shares: dict[str, str],
-) -> dict[str, Moments]:
-    """Returns the moments for some rows, one for all projections with the same input.
+def _record(
+    module: Transformer, params: Any, rows: CalibrationRows, paths: Collection[str]
+) -> dict[str, list[list[jax.Array]]]:
+    """Returns the inputs of projections, for each path, each layer, and each time that the layer is applied.
 
     Args:
       module: the model.
       params: its stacked parameters.
       rows: the rows, [B, T].
-      contracted: the number of contracted axes of each projection, by path.
-      diagonal: whether to compute only the diagonals.
-      shares: receives, while the function is traced, the path whose moments each projection has.
+      paths: the projections.
     """
-    inputs: dict[str, list[list[jax.Array]]] = {path: [] for path in contracted}
+    inputs: dict[str, list[list[jax.Array]]] = {path: [] for path in paths}
 
     def observe(key_path: tuple[Any, ...], leaf: Any) -> Any:
         path = parameters.path_of(key_path)
@@ -184,34 +233,25 @@ def _moments(
 
     with_nodes = jax.tree_util.tree_map_with_path(observe, unstack_layers(params), is_leaf=nodes.is_node)
     apply(module, with_nodes, rows.tokens_BT, rows.segments_BT, rows.positions_BT, None, *rows[3:])
-    first: dict[Any, str] = {}
-    for path, layers in inputs.items():
-        if all(layers):
-            shares[path] = first.setdefault(tuple(tuple(map(id, layer)) for layer in layers), path)
-    moments = {}
-    for path in first.values():
-        is_token_BT = jnp.asarray(rows.segments[_side(path)] > 0)
-        of_layers = [_of_layer(layer, contracted[path], is_token_BT, diagonal) for layer in inputs[path]]
-        moments[path] = Moments(*map(jnp.stack, zip(*of_layers)))
-    return moments
+    return inputs
 
 
-def _of_layer(
-    inputs: list[jax.Array], contract: int, is_token_BT: jax.Array, diagonal: bool
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the moments [I, I] or [I] of the inputs of one projection, and the number of tokens."""
-    tokens = is_token_BT.sum().astype(jnp.float32)
+def _layer_inputs(inputs: list[jax.Array], contract: int, is_token_BT: jax.Array) -> LayerInputs:
+    """Returns the inputs of a projection: those of tokens, or if there are none, those of relative positions."""
+    flat = lambda x: x.reshape(-1, math.prod(x.shape[x.ndim - contract :])).astype(jnp.float32)
     of_tokens = [x for x in inputs if x.ndim == is_token_BT.ndim + contract]
+    rows = [jnp.where(is_token_BT.reshape(-1, 1), flat(x), 0) for x in of_tokens] or [flat(x) for x in inputs]
+    return LayerInputs(rows, bool(of_tokens), is_token_BT.sum().astype(jnp.float32))
+
+
+def _moments(inputs: LayerInputs, diagonal: bool) -> tuple[jax.Array, jax.Array]:
+    """Returns the moments [I, I] or [I] of the inputs of one projection, and the number of tokens."""
     total: Any = 0.0
-    for x in of_tokens or inputs:
-        x_NI = x.reshape(-1, math.prod(x.shape[x.ndim - contract :])).astype(jnp.float32)
-        if of_tokens:
-            x_NI = jnp.where(is_token_BT.reshape(-1, 1), x_NI, 0)
-        else:
-            x_NI *= jnp.sqrt(tokens / len(x_NI))
-        square = lambda x_NI: jnp.square(x_NI).sum(0) if diagonal else jnp.dot(x_NI.T, x_NI, precision="highest")
-        total += square(x_NI)
-    return total, tokens * len(of_tokens or inputs)
+    for x_NI in inputs.rows:
+        if not inputs.are_tokens:
+            x_NI *= jnp.sqrt(inputs.tokens / len(x_NI))
+        total += jnp.square(x_NI).sum(0) if diagonal else jnp.dot(x_NI.T, x_NI, precision="highest")
+    return total, inputs.tokens * len(inputs.rows)
 
 
 def inverse_factor(gram_JJ: jax.Array, damping: float = DAMPING) -> jax.Array:

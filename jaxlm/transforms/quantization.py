@@ -20,9 +20,10 @@ from jaxlm.nn import nodes, parameters
 from jaxlm.nn.quantized import FakeQuantized, Quantized, Weights, find_scales, round_to_values, split_groups
 from jaxlm.nn.quantized import quantize as quantize_array
 from jaxlm.transforms.calibration import Moments, input_moments, inverse_factor
+from jaxlm.transforms.input_scales import input_scales
 
 Method = Literal["nearest", "gptq"]
-Inputs = Literal["float", "int8"]
+Inputs = Literal["float", "int8", "int8_static"]
 GROUP = 64  # inputs in a group of 4-bit weights, unless the caller chooses
 MIN_GROUP = 8  # with fewer inputs, the scales have as many bits as the weights
 BLOCK = 128  # inputs of a matrix that GPTQ rounds before it updates the others
@@ -53,11 +54,11 @@ def quantize(
       symmetric: whether the integer 0 represents 0; if not, each group has a zero point.
       targets: parts of the paths of projections, separated by commas, such as `query,value` or `mlp`; all.
       embeddings: whether to also quantise the embeddings of tokens and the heads over tokens.
-      inputs: float; or int8: inputs of projections are rounded to 8 bits, with a step for each token, and products
-        are products of integers.
+      inputs: float; or int8: inputs of projections are rounded to 8 bits, with a scale for each token, and products
+        are products of integers; or int8_static: each projection has one scale, from calibration data.
       method: nearest rounds each weight to the nearest value. gptq rounds the inputs of a matrix sequentially and
         corrects the others for the error, which requires calibration data.
-      calibration: texts, or lists of token ids, for gptq.
+      calibration: texts, or lists of token ids, for gptq and int8_static.
 
     Returns:
       A new model; `lm` is unchanged.
@@ -71,10 +72,12 @@ def quantize(
     check_model("lm", lm)
     settings: dict[str, Any] = {"weights": check_argument("weights", weights, Weights)}
     settings["symmetric"] = check_argument("symmetric", symmetric, bool)
-    check_argument("inputs", inputs, Inputs)
-    _check_method(check_argument("method", method, Method), calibration)
-    if inputs == "int8" and weights not in ("int8", "int4"):
-        raise UserError(f"inputs is 'int8', but products of integers require integer weights, not {weights}; use int8")
+    is_static = check_argument("inputs", inputs, Inputs) == "int8_static"
+    _check_calibration(check_argument("method", method, Method), is_static, calibration)
+    if inputs != "float" and weights not in ("int8", "int4"):
+        raise UserError(
+            f"inputs is {inputs!r}, but products of integers require integer weights, not {weights}; use int8"
+        )
     calibration = calibration if calibration is None or isinstance(calibration, str) else list(calibration)
     paths = parameters.projections(lm.params, check_argument("targets", targets, str))
     tables = _tables(lm.params) if check_argument("embeddings", embeddings, bool) else []
@@ -83,6 +86,7 @@ def quantize(
 
     done = {path: nearest(leaves.pop(path)[None], 1, first=1, **settings) for path in tables}
     done = {path: jax.tree.map(lambda leaf: leaf[0], node) for path, node in done.items()}
+    scales = input_scales(lm, calibration, paths) if is_static else {}
     for some in _portions(paths, leaves) if method == "gptq" else [paths]:
         moments = input_moments(lm, calibration, paths=some) if method == "gptq" else {}
         for path in some:
@@ -92,15 +96,21 @@ def quantize(
                 node = gptq(array, row.inputs, moments[path], **settings)
             else:
                 node = nearest(array, row.inputs, **settings)
-            done[path] = dataclasses.replace(node, integer_inputs=inputs == "int8")
+            done[path] = dataclasses.replace(
+                node, input_format="float" if inputs == "float" else "int8", input_scale=scales.get(path)
+            )
     return dataclasses.replace(lm, params=_replace(lm.params, done))
 
 
-def _check_method(method: str, calibration: Any) -> None:
-    if method == "gptq" and calibration is None:
-        raise UserError(f"method is {method!r}, which requires calibration data; give texts as calibration")
-    if method == "nearest" and calibration is not None:
-        raise UserError("calibration is given, but the method 'nearest' does not use it; set method to gptq")
+def _check_calibration(method: str, is_static: bool, calibration: Any) -> None:
+    if calibration is None and (is_static or method == "gptq"):
+        use = "inputs is 'int8_static'" if is_static else f"method is {method!r}"
+        raise UserError(f"{use}, which requires calibration data; give texts as calibration (--calibration)")
+    if calibration is not None and not is_static and method == "nearest":
+        raise UserError(
+            "calibration is given, but the method 'nearest' does not use it; set method to gptq, or inputs to "
+            "int8_static"
+        )
 
 
 def _leaves(params: Any) -> dict[str, Any]:
