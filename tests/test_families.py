@@ -168,7 +168,7 @@ def test_round_trip_is_exact(tmp_path, name, heads, shape):
     extra = {"pad_token_id": 1}
     # If two formats support the model, the format of its origin is used.
     assert save(config, params, tmp_path / "first", extra=extra, origin=Origin({"model_type": name})) == name
-    loaded, leaves, origin, fresh, _ = load(tmp_path / "first")
+    loaded, leaves, origin, fresh, *_ = load(tmp_path / "first")
     assert (
         convert.inference_config(loaded) == convert.inference_config(config)
         and loaded.heads_on_top == heads
