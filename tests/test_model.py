@@ -37,6 +37,15 @@ MODELS = {
     "mistral": replace(PRESETS["mistral-7b"], **SMALL, kv_heads=None, mlp_width=24, window=3),
     "gemma2": replace(PRESETS["gemma-2-2b"], **SMALL, kv_heads=3, mlp_width=24, window=3),
     "mixtral": replace(PRESETS["mixtral-8x7b"], **SMALL, kv_heads=3, mlp_width=24, experts=4, balance_loss=0.0),
+    "phi": replace(PRESETS["phi-3-mini"], **SMALL, kv_heads=None, mlp_width=24, window=3, rotary_width=6),
+    "olmo2": replace(PRESETS["olmo-2-1b"], **SMALL, kv_heads=3, mlp_width=24),
+    "granite": replace(PRESETS["granite-3.1-2b"], **SMALL, kv_heads=3, mlp_width=24, attention_scale=0.2),
+    "smollm3": replace(PRESETS["smollm3-3b"], **SMALL | {"layers": 5}, kv_heads=3, mlp_width=24),
+    "pythia": replace(PRESETS["pythia-70m"], **SMALL, rotary_width=4),
+    "gptj": replace(PRESETS["gpt-j-6b"], **SMALL, rotary_width=4),
+    "opt": replace(PRESETS["opt-350m"], **SMALL, embedding_width=20),
+    "bloom": replace(PRESETS["bloom-560m"], **SMALL),
+    "falcon": replace(PRESETS["falcon-rw-1b"], **SMALL, kv_heads=3),
     "t5": replace(PRESETS["t5-small"], **SMALL | {"head_width": 4}, mlp_width=24, relative_buckets=8),
     "bart": replace(PRESETS["bart-base"], **SMALL),
     "m2m_100": replace(PRESETS["m2m100-418m"], **SMALL, mlp_width=24, padding_token=None),  # any token may occur
@@ -307,7 +316,7 @@ def test_a_sharded_step_equals_an_unsharded_one(name, sizes):
 
 
 WIDE = {"width": 32, "heads": 8, "kv_heads": None, "head_width": None, "mlp_width": 32}
-EIGHT = {name: replace(MODELS[name], **WIDE) for name in ("bert", "qwen3", "mistral", "t5", "bart", "deberta")}
+EIGHT = {name: replace(MODELS[name], **WIDE) for name in ("bert", "qwen3", "mistral", "bloom", "t5", "bart", "deberta")}
 POWERS = [tuple(1 << n for n in powers) for powers in product(range(4), repeat=4) if sum(powers) == 3]
 SOME = {"bert": [(1, 2, 2, 2)]}
 SHAPES = [

@@ -35,6 +35,11 @@ SEQ2SEQ: dict[str, Any] = {"d_model": 24, "max_position_embeddings": 96, "encode
 SEQ2SEQ |= {"encoder_attention_heads": 3, "decoder_attention_heads": 3, "encoder_ffn_dim": 20, "decoder_ffn_dim": 20}
 SEQ2SEQ |= {"tie_word_embeddings": False}
 T5 = {"d_model": 24, "d_kv": 5, "num_heads": 3, "d_ff": 20, "num_layers": 2, "decoder_start_token_id": 0}
+PLAIN: dict[str, Any] = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3}
+PLAIN |= {"intermediate_size": 20, "max_position_embeddings": 96}
+NEO: dict[str, Any] = {"hidden_size": 24, "num_layers": 2, "num_heads": 3, "max_position_embeddings": 96}
+NEO |= {"window_size": 4, "attention_types": [[["global", "local"], 1]]}
+OPT_TOKENS = {"add_bos_token": True, "pad_token": "<pad>", **dict.fromkeys(("bos_token", "eos_token"), "</s>")}
 ROBERTA = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 
 
@@ -96,6 +101,40 @@ CASES: dict[str, Case] = {
     ),
     "qwen2": (lambda f: byte_pairs(f, END, tokenizer_class="Qwen2Tokenizer"), "Qwen2ForCausalLM", DECODER),
     "qwen3": (lambda f: byte_pairs(f, END, tokenizer_class="Qwen2Tokenizer"), "Qwen3ForCausalLM", DECODER),
+    "phi3": (lambda f: checkpoint("llama", f, add_bos_token=True), "Phi3ForCausalLM", PLAIN),
+    "olmo2": (lambda f: write_json(f, False, tokenizer_class="GPT2Tokenizer"), "Olmo2ForCausalLM", PLAIN),
+    "granite": (lambda f: write_json(f, False, tokenizer_class="GPT2Tokenizer"), "GraniteForCausalLM", PLAIN),
+    "smollm3": (
+        lambda f: write_json(f, False, tokenizer_class="PreTrainedTokenizerFast"),
+        "SmolLM3ForCausalLM",
+        PLAIN | {"num_key_value_heads": 1},
+    ),
+    "gpt_neox": (
+        lambda f: write_json(f, False, tokenizer_class="GPTNeoXTokenizer"),
+        "GPTNeoXForCausalLM",
+        PLAIN | {"rotary_pct": 0.5},
+    ),
+    "gptj": (
+        lambda f: byte_pairs(f, END, tokenizer_class="GPT2Tokenizer"),
+        "GPTJForCausalLM",
+        GPT2 | {"rotary_dim": 4},
+    ),
+    "gpt_neo": (lambda f: byte_pairs(f, END, tokenizer_class="GPT2Tokenizer"), "GPTNeoForCausalLM", NEO),
+    "opt": (
+        lambda f: byte_pairs(f, *ROBERTA, tokenizer_class="GPT2Tokenizer", **OPT_TOKENS),
+        "OPTForCausalLM",
+        PLAIN | {"ffn_dim": 20},
+    ),
+    "bloom": (
+        lambda f: write_json(f, False, tokenizer_class="PreTrainedTokenizerFast"),
+        "BloomForCausalLM",
+        {"hidden_size": 24, "n_layer": 2, "n_head": 3},
+    ),
+    "falcon": (
+        lambda f: write_json(f, False, tokenizer_class="PreTrainedTokenizerFast"),
+        "FalconForCausalLM",
+        PLAIN,
+    ),
     "gemma": (lambda f: checkpoint("gemma", f, add_bos_token=True), "GemmaForCausalLM", DECODER),
     "gemma2": (
         lambda f: checkpoint("gemma", f, add_bos_token=True),

@@ -35,7 +35,10 @@ from jaxlm.config.model import (
     Bias,
     Head,
     ModelConfig,
+    Residual,
     RotaryScaling,
+    is_local,
+    is_rotated,
 )
 from jaxlm.config.pruning import NO_PRUNING, PruneConfig
 from jaxlm.config.quantize import QuantizeConfig

@@ -67,6 +67,49 @@ bias_query_key_value = Layout(  # three of [H, C] <-> [3HC]
     lambda config, x: tuple(part.reshape(-1, config.C) for part in np.split(x, 3)),
     lambda config, *parts: np.concatenate([part.reshape(-1) for part in parts]),
 )
+
+
+def _split_grouped(config: ModelConfig, x: np.ndarray) -> list[np.ndarray]:
+    """Splits rows into those of the queries, of the keys and of the values."""
+    return np.split(x, np.cumsum([config.heads * config.C, config.K * config.C]))
+
+
+linear_grouped_query_key_value = Layout(  # [D, H, C] and two of [D, K, C] <-> [(H + 2K)C, D]
+    lambda config, x: tuple(part.T.reshape(config.width, -1, config.C) for part in _split_grouped(config, x)),
+    linear_query_key_value.to_hf,
+)
+
+
+def _split_groups(config: ModelConfig, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Splits rows [K(G + 2)C, ...] into those of the queries [H, C, ...], the keys and the values [K, C, ...]."""
+    rows = x.reshape(config.K, -1, config.C, *x.shape[1:])
+    return rows[:, :-2].reshape(-1, config.C, *x.shape[1:]), rows[:, -2], rows[:, -1]
+
+
+def _join_groups(query: np.ndarray, key: np.ndarray, value: np.ndarray) -> np.ndarray:
+    rows = [query.reshape(len(key), -1, *key.shape[1:]), key[:, None], value[:, None]]
+    return np.concatenate(rows, axis=1).reshape(-1, *key.shape[2:])
+
+
+# Each key-value head follows its G query heads: [D, H, C] and two of [D, K, C] <-> [K(G + 2)C, D]
+linear_query_key_value_by_group = Layout(
+    lambda config, x: tuple(np.moveaxis(part, -1, 0) for part in _split_groups(config, x)),
+    lambda config, *parts: _join_groups(*(np.moveaxis(part, 0, -1) for part in parts)),
+)
+bias_query_key_value_by_group = Layout(_split_groups, lambda config, *parts: _join_groups(*parts))
+
+
+def _swap_pairs(config: ModelConfig, x: np.ndarray, sizes: tuple[int, int]) -> np.ndarray:
+    """Transposes the rotated entries of each head, seen as a matrix of these sizes; -1 is half of their number."""
+    rotated = x[..., : config.R].reshape(*x.shape[:-1], *sizes).swapaxes(-1, -2).reshape(*x.shape[:-1], config.R)
+    return np.concatenate([rotated, x[..., config.R :]], axis=-1)
+
+
+# Rotated pairs are neighbours in the file, and R/2 entries apart in ours: [D, H, C] <-> [HC, D]
+linear_heads_out_in_pairs = Layout(
+    lambda config, x: _swap_pairs(config, linear_heads_out.to_ours(config, x), (-1, 2)),
+    lambda config, x: linear_heads_out.to_hf(config, _swap_pairs(config, x, (2, -1))),
+)
 linear_gate_up = Layout(  # two of [D, F] <-> [2F, D]
     lambda config, x: tuple(part.T for part in np.split(x, 2)),
     lambda config, *parts: np.concatenate([part.T for part in parts]),
@@ -85,8 +128,8 @@ one_row = Layout(lambda config, x: x[0], lambda config, x: x[None])  # [V] <-> [
 class Rule(NamedTuple):
     """A tensor of the file and the leaves that it contains.
 
-    The rule applies if all leaves in `ours`, and the leaf `where`, if given, are in the parameter tree, and the leaf
-    `unless` is not, so that one table covers all variants of a model.
+    The rule applies if all leaves in `ours`, and the leaf `where`, if given, are in the parameter tree, the leaf
+    `unless` is not, and `when` returns True for the config, so that one table covers all variants of a model.
 
     Attributes:
       hf: the name of the tensor; `{i}` is the index along the stacked layer axis of the leaves, and `{e}` that along
@@ -95,6 +138,7 @@ class Rule(NamedTuple):
       layout: the conversion.
       where: a leaf that must exist.
       unless: a leaf that must not exist.
+      when: a condition on the config.
       first: the first layer with this tensor; the leaf is 1, without effect, in earlier layers.
       idle: whether transformers stores this tensor but computes with another one for the same leaf. Idle tensors are
         written, but not read.
@@ -105,6 +149,7 @@ class Rule(NamedTuple):
     layout: Layout = same
     where: str | None = None
     unless: str | None = None
+    when: Callable[[ModelConfig], bool] = lambda config: True
     first: int = 0
     idle: bool = False
 
@@ -244,7 +289,7 @@ def readers(family: Family, config: ModelConfig) -> dict[str, Reader]:
     """Returns the reader of each leaf of the parameter tree by path."""
     shapes = tree_shapes(config, family.module)
     result: dict[str, Reader] = {}
-    for rule in applying(family.rules, shapes):
+    for rule in applying(family.rules, config, shapes):
         if not rule.idle:
             result |= {p: Reader(rule, which, rule.names(shapes), shapes[p]) for which, p in enumerate(rule.leaves)}
     return result
@@ -258,7 +303,9 @@ def sources(family: Family, config: ModelConfig) -> dict[str, str]:
 def idle(family: Family, config: ModelConfig) -> set[str]:
     """Returns the names of the tensors that are written, but not read."""
     shapes = tree_shapes(config, family.module)
-    return {name for rule in applying(family.rules, shapes) if rule.idle for name in rule.names(shapes).values()}
+    return {
+        name for rule in applying(family.rules, config, shapes) if rule.idle for name in rule.names(shapes).values()
+    }
 
 
 def to_hf(family: Family, config: ModelConfig, params: Mapping[str, Any]) -> dict[str, Pending]:
@@ -273,7 +320,7 @@ def to_hf(family: Family, config: ModelConfig, params: Mapping[str, Any]) -> dic
     arrays = {path: nodes.dense_like(leaf, parameters.is_stacked(path)) for path, leaf in leaves.items()}
     check_shapes(shapes, {path: tuple(array.shape) for path, array in arrays.items()}, "parameters")
     expected, tensors = hf_shapes(family, config), dict[str, Pending]()
-    for rule in applying(family.rules, shapes):
+    for rule in applying(family.rules, config, shapes):
         parts = [leaves[path] for path in rule.leaves]
         quantised = _quantised_layers(rule, config, parts)
         for index, name in rule.names(shapes).items():
@@ -320,7 +367,7 @@ def canonical(family: Family, config: ModelConfig, tensors: Mapping[str, Any]) -
       UserError: if two tensors have the same name, or if a copy differs from its original.
     """
     shapes = tree_shapes(config, family.module)
-    rules = applying(family.rules, shapes)
+    rules = applying(family.rules, config, shapes)
     expected = {name for rule in rules for name in rule.names(shapes).values()}
     buffer = any_of(family.buffers)
     known = any_of([*(rule.hf for rule in family.rules), *family.copies])
@@ -427,7 +474,7 @@ def hf_shapes(family: Family, config: ModelConfig) -> dict[str, tuple[int, ...]]
     """Returns the shape of each tensor of the file by name; raises ValueError if a leaf has no rule."""
     shapes, covered = tree_shapes(config, family.module), set[str]()
     expected: dict[str, tuple[int, ...]] = {}
-    for rule in applying(family.rules, shapes):
+    for rule in applying(family.rules, config, shapes):
         covered.update(rule.leaves)
         # A broadcast scalar has the shape of the leaf (of one layer) without its memory; the layout converts the shape.
         layer = [np.broadcast_to(np.False_, shapes[path][rule.stacked :]) for path in rule.leaves]
@@ -437,12 +484,14 @@ def hf_shapes(family: Family, config: ModelConfig) -> dict[str, tuple[int, ...]]
     return expected
 
 
-def applying(rules: tuple[Rule, ...], shapes: Mapping[str, Any]) -> Iterator[Rule]:
-    """Returns the rules that apply to a model with leaves at these paths."""
+def applying(rules: tuple[Rule, ...], config: ModelConfig, shapes: Mapping[str, Any]) -> Iterator[Rule]:
+    """Returns the rules that apply to a model with this config and leaves at these paths."""
     return (
         rule
         for rule in rules
-        if shapes.keys() >= {*rule.leaves, rule.where or rule.leaves[0]} and rule.unless not in shapes
+        if shapes.keys() >= {*rule.leaves, rule.where or rule.leaves[0]}
+        and rule.unless not in shapes
+        and rule.when(config)
     )
 
 
@@ -472,6 +521,7 @@ ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
     "relu": "relu",
     "silu": "silu",
     "swish": "silu",
@@ -567,6 +617,7 @@ def resolved(config: ModelConfig) -> ModelConfig:
     sizes: dict[str, Any] = {
         "kv_heads": config.K,
         "head_width": config.C,
+        "rotary_width": config.R,
         "mlp_width": config.F,
         "attention_scale": config.C**-0.5 if config.attention_scale is None else config.attention_scale,
         "distinct_layers": config.distinct_layers or config.layers,
@@ -628,6 +679,7 @@ def inference_config(config: ModelConfig) -> ModelConfig:
         (*TRAINING_FIELDS, "labels", "start_token"): True,
         ("max_length",): config.positions != "learned",
         ("position_offset", "padding_token"): config.positions not in ("learned", "sinusoidal"),
+        ("count_padding",): config.positions != "learned",
         ("sinusoidal_to_base",): config.positions != "sinusoidal",
         ("rotary_base",): not rotary and config.positions != "sinusoidal",
         ("rotary_scaling", "rotary_attention"): not rotary,
@@ -636,8 +688,11 @@ def inference_config(config: ModelConfig) -> ModelConfig:
         ("rotary_low", "rotary_high"): not rotary or scaling not in ("llama3", "yarn"),
         ("rotary_truncate",): not rotary or scaling != "yarn",
         ("rotary_short", "rotary_long"): not rotary or scaling != "longrope",
-        ("local_rotary_base",): not rotary or "local" not in config.layer_kinds,
-        ("window",): "local" not in config.layer_kinds,
+        ("rotary_width",): not rotary,
+        ("local_rotary_base",): not rotary or not config.has_local_layers,
+        ("window",): not config.has_local_layers,
+        ("query_key_norm_whole",): not config.query_key_norm,
+        ("alibi_scaled",): config.relative != "alibi",
         ("relative_buckets", "relative_distance"): config.relative == "none",
         ("relative_terms", "relative_shared", "relative_norm"): config.relative != "disentangled",
         ("attention_scale",): config.relative == "disentangled",
@@ -645,7 +700,7 @@ def inference_config(config: ModelConfig) -> ModelConfig:
         ("experts_per_token", "normalize_experts"): config.feed_forward != "experts",
         ("decoder_layers", "decoder_heads", "decoder_mlp_width", "decoder_tokens"): config.structure
         != "encoder_decoder",
-        ("scale_logits", "logit_cap"): "lm" not in on_top,
+        ("scale_logits", "logit_divisor", "logit_cap"): "lm" not in on_top,
         ("tied_embeddings",): not on_top & {"lm", "masked_lm"},
         ("masked_lm_bias",): "masked_lm" not in on_top,
         ("transform_activation",): "masked_lm" not in on_top and not config.shared_transform,

@@ -315,7 +315,7 @@ def write(
     updates: dict[str, Factors] = {}
     saved: dict[str, np.ndarray] = {}
     transposed = False
-    for rule in convert.applying(family.rules, shapes):
+    for rule in convert.applying(family.rules, config, shapes):
         if set(rule.leaves) & set(adapted):
             saved |= {name.removeprefix(bare): np.asarray(whole[name].make()) for name in rule.names(shapes).values()}
         if not rule.idle and any(isinstance(leaves[path], LowRank) for path in rule.leaves):

@@ -170,7 +170,7 @@ class Forward(NamedTuple):
     """FLOPs of one forward pass, by part.
 
     Attributes:
-      embeddings: projection of narrow embeddings (ALBERT) and convolution of the embeddings (DeBERTa v2).
+      embeddings: projection of narrow embeddings (ALBERT, OPT) and convolution of the embeddings (DeBERTa v2).
       projections: queries, keys, values, outputs and MLPs of the layers.
       attention: scores and weighted values of the layers.
       heads: heads.
@@ -229,6 +229,7 @@ def model_flops(
     if both and S is None:
         raise ValueError("an encoder-decoder requires source_length, the number of tokens in a row of its encoder")
     narrow = config.W * D if config.embedding_width else 0
+    narrow *= 1 + config.project_tokens  # the last hidden states are projected back
     embeddings = narrow * (T + (S or 0) if both else T) + T * config.conv_width * D * D
     projections = attention = 0
     if config.structure != "decoder":
@@ -290,7 +291,7 @@ def _causal_pairs(T: int) -> int:
 
 def _head_entries(config: ModelConfig, head: str) -> int:
     """Returns the number of entries of the head's matrices."""
-    D, N = config.width, len(config.labels)
+    D, N = config.hidden_width, len(config.labels)
     shared = D * D if config.shared_transform else 0
     entries = {
         "lm": D * config.V,

@@ -76,6 +76,7 @@ TABLE = (
     Parameter(_LAYER + r"/mlp/experts/down", ("layers", "experts", "mlp", "width"), True, "layers"),
     Parameter(_LAYER + r"/\w+_norm/(scale|bias)", ("layers", None), False, "layers"),
     Parameter(_STACK + r"/norm/(scale|bias)", (None,), False, "head"),
+    Parameter(_STACK + r"/project/kernel", ("width", None), True, "head"),
     Parameter(r"lm_head/kernel", ("vocabulary", "width"), True, "head"),
     Parameter(r"lm_head/bias", ("vocabulary",), False, "head"),
     Parameter(r"(masked_lm|transform)_head/transform/kernel", ("width", None), True, "head"),

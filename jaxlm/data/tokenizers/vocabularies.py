@@ -86,7 +86,7 @@ _DOUBLED = ("cls $A sep", "cls $A sep sep $B sep")
 _FLAGS = {"add_bos_token": False, "add_eos_token": False}
 _LLAMA = {"bos": "<s>", "eos": "</s>", "unk": "<unk>"}
 _LLAMA_SETTINGS = {**_FLAGS, "add_bos_token": True, "add_prefix_space": True, "legacy": False}
-_CLASS_IGNORED = ("mistral", "mixtral")  # model types for which transformers ignores the tokenizer class
+_CLASS_IGNORED = ("mistral", "mixtral", "phi3")  # model types for which transformers ignores the tokenizer class
 _LANGUAGES = {"src_lang": "en_XX", "tgt_lang": None}
 _FAIRSEQ = ("<s>", "<pad>", "</s>", "<unk>")
 _MBART = (
@@ -179,15 +179,19 @@ TOKENIZER_SPECS: dict[str, TokenizerSpec] = {
     ),
     "marian": TokenizerSpec("MarianTokenizer", _T5, ("$A eos", "$A $B eos"), {"separate_vocabs": False}),
     **dict.fromkeys(
-        ("mistral", "mixtral"), TokenizerSpec("LlamaTokenizer", _LLAMA, None, _LLAMA_SETTINGS | {"legacy": True})
+        _CLASS_IGNORED,
+        TokenizerSpec("LlamaTokenizer", _LLAMA, None, _LLAMA_SETTINGS | {"legacy": True}),
     ),
     "llama": TokenizerSpec("LlamaTokenizer", _LLAMA, None, _LLAMA_SETTINGS),
     **dict.fromkeys(
         ("gemma", "gemma2", "gemma3", "gemma3text"),
         TokenizerSpec("GemmaTokenizer", _GEMMA, None, {**_FLAGS, "add_bos_token": True}),
     ),
-    "gpt2": TokenizerSpec(
-        "GPT2Tokenizer", {"bos": _END, "eos": _END, "unk": _END}, None, {**_FLAGS, "add_prefix_space": False}
+    **dict.fromkeys(
+        ("gpt2", "gptneo", "gptj", "opt"),
+        TokenizerSpec(
+            "GPT2Tokenizer", {"bos": _END, "eos": _END, "unk": _END}, None, {**_FLAGS, "add_prefix_space": False}
+        ),
     ),
     **dict.fromkeys(
         ("qwen2", "qwen2moe", "qwen3", "qwen3moe"),
