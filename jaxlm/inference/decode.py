@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxlm.config import is_local
 from jaxlm.nn.transformer import Caches, CacheSpec, Transformer, apply
 
 Array = Any  # of JAX or NumPy
@@ -190,7 +191,7 @@ def grow(module: Transformer, state: State, *, length: int) -> State:
     pad = lambda x_BT: jnp.pad(x_BT, [(0, 0), (0, length - old_length)])
     own = []
     for n, cache in enumerate(state.caches.own):
-        local = config.layer_kinds[n % len(config.layer_kinds)] == "local" and config.relative == "none"
+        local = is_local(config.layer_kinds[n % len(config.layer_kinds)]) and config.relative == "none"
         slots = min(length, config.window) if local else length
         own.append(cache.extend(slots) if cache.slots == old_length < slots else cache)
     log_probs_BT = None if state.log_probs_BT is None else pad(state.log_probs_BT)

@@ -2,6 +2,7 @@
 
 transformer  the stacked Transformer: encoder, decoder, or both
 layers       projections, norms, the MLP, dropout
+experts      feed-forward layers of routed experts
 attention    self-attention and cross-attention, with grouped queries, windows and caches
 cache        keys and values of earlier tokens
 kernels      fused attention over packed rows
@@ -26,5 +27,6 @@ In tensor code the suffix of a name is its shape, in these letters:
     E  examples in a row        G  heads per key-value head
     F  MLP width                C  head width              R  relative distances; relation heads
     W  embedding width          c  pairs in a head         N  labels
-    M  groups of positions      Q  targets of a query stream
+    M  groups of positions      X  experts                 k  experts of a token
+    Q  targets of a query stream
 """
