@@ -67,6 +67,7 @@ def write_json(folder: Path, bos: bool, digits: bool = False, **config: Any) -> 
     return folder
 
 
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
 # name -> function that writes the tokenizer's files, class of the model, sizes of the model
 Case = tuple[Callable[[Path], Path], str, dict[str, Any]]
 CASES: dict[str, Case] = {
@@ -101,6 +102,17 @@ CASES: dict[str, Case] = {
     ),
     "qwen2": (lambda f: byte_pairs(f, END, tokenizer_class="Qwen2Tokenizer"), "Qwen2ForCausalLM", DECODER),
     "qwen3": (lambda f: byte_pairs(f, END, tokenizer_class="Qwen2Tokenizer"), "Qwen3ForCausalLM", DECODER),
+    "mixtral": (lambda f: checkpoint("llama", f, add_bos_token=True), "MixtralForCausalLM", DECODER),
+    "qwen2_moe": (
+        lambda f: byte_pairs(f, END, tokenizer_class="Qwen2Tokenizer"),
+        "Qwen2MoeForCausalLM",
+        DECODER | EXPERTS | {"shared_expert_intermediate_size": 20},
+    ),
+    "qwen3_moe": (
+        lambda f: byte_pairs(f, END, tokenizer_class="Qwen2Tokenizer"),
+        "Qwen3MoeForCausalLM",
+        DECODER | EXPERTS,
+    ),
     "phi3": (lambda f: checkpoint("llama", f, add_bos_token=True), "Phi3ForCausalLM", PLAIN),
     "olmo2": (lambda f: write_json(f, False, tokenizer_class="GPT2Tokenizer"), "Olmo2ForCausalLM", PLAIN),
     "granite": (lambda f: write_json(f, False, tokenizer_class="GPT2Tokenizer"), "GraniteForCausalLM", PLAIN),
