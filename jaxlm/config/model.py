@@ -27,6 +27,8 @@ ENCODER_BIASES: tuple[Bias, ...] = ("query_key_value", "out", "mlp", "norm", "tr
 RotaryScaling = Literal["none", "linear", "dynamic", "llama3", "yarn", "longrope"]
 MAX_LAYERS = 10_000  # upper limit, so that a corrupt config.json cannot request an absurd model
 _MAX_DISTANCE = 1_000_000  # upper limit of the rows of a table of relative distances
+MAX_WINDOW = 1000  # upper limit of the width of a convolution
+RECURRENT = ("lstm", "gru")  # mixers that carry a state from token to token
 Layers = Annotated[int, Range(1, MAX_LAYERS)]
 Distance = Annotated[int, Range(0, _MAX_DISTANCE)]
 
@@ -49,7 +51,8 @@ class ModelConfig(Config):
     decoder_mlp_width: Positive | None = None  # MLP width of the decoder in an encoder-decoder; None: as mlp_width
     distinct_layers: Layers | None = None  # layers with separate parameters, cycled (ALBERT: 1); None: all
 
-    mixer: Name = "attention"  # layer that mixes positions: attention, or the name of a custom class
+    mixer: Name = "attention"  # layer that mixes positions: attention, lstm, gru, convolution, or a custom class
+    mixer_residual: bool = True  # norm of the mixer, and addition of its input to its output; false: the output alone
     heads: Positive = 12  # attention heads H
     kv_heads: Positive | None = None  # key-value heads K for grouped-query attention; None: as heads
     head_width: Positive | None = None  # head width C; None: width / heads
@@ -62,11 +65,11 @@ class ModelConfig(Config):
     window: Count = 0  # attention window of local layers: tokens less than this many positions away are visible
 
     mlp_width: Positive | None = None  # MLP width F; None: 4 x width
-    feed_forward: Name = "dense"  # dense, gated (GLU, Shazeer 2020), or the name of a custom class
+    feed_forward: Name = "dense"  # dense, gated (GLU, Shazeer 2020), none, or the name of a custom class
     activation: Activation = "gelu_tanh"  # activation function of the MLP
     biases: tuple[Bias, ...] = ENCODER_BIASES  # projections and norms that have biases
     norm: Literal["layernorm", "rmsnorm", "rmsnorm_plus_one"] = "layernorm"  # norm; rmsnorm_plus_one scales by 1 + s
-    norm_place: Literal["pre", "post", "sandwich"] = "pre"  # norms before each sub-layer, after the residual, or both
+    norm_place: Literal["pre", "post", "sandwich", "none"] = "pre"  # before each sub-layer, after the residual, or both
     norm_epsilon: NotNegative = 1e-5  # added to the variance in norms
     first_norm: bool = True  # norm before the attention of the first layer (ModernBERT: none)
 
@@ -99,13 +102,14 @@ class ModelConfig(Config):
     relative_norm: bool = True  # normalise relative embeddings
 
     conv_width: Distance = 0  # kernel width of the convolution next to the first layer (DeBERTa v2), odd; 0: none
+    conv_windows: tuple[Annotated[int, Range(1, MAX_WINDOW)], ...] = (3, 4, 5)  # widths of the mixer convolution
     conv_activation: Activation = "gelu"  # activation function of the convolution
 
     scale_logits: bool = False  # divide hidden states by sqrt(width) before the output projection (T5)
     logit_cap: NotNegative = 0.0  # soft cap of the lm logits, by tanh (Gemma 2); 0: none
     transform_activation: Activation | None = None  # activation of masked_lm's transform; None: as activation
     shared_transform: bool = False  # one transform for the heads masked_lm, classes and tokens (ModernBERT)
-    classes_from: Literal["first", "last", "mean"] = "first"  # pooling of the hidden states for the head classes
+    classes_from: Literal["first", "last", "mean", "max"] = "first"  # pooling of the hidden states for the head classes
     classes_activation: Activation | None = "tanh"  # activation of the projection before classes; None: no projection
     start_token: Count | None = None  # first token of the decoder in an encoder-decoder (generation, classes)
 
@@ -241,6 +245,7 @@ class ModelConfig(Config):
             raise UserError(f"model.prefix_lm is set, but the model is a(n) {self.structure}; it is for decoders only")
         if "local" in self.layer_kinds and self.window < 1:
             raise UserError(f"model.window is {self.window}; local layers need at least 1")
+        self._check_mixer()
         if not self.layer_kinds or not self.labels:
             raise UserError("model.layer_kinds or model.labels is empty; give at least one kind and one label")
         if (self.distinct_layers or 1) > self.layers:
@@ -249,6 +254,28 @@ class ModelConfig(Config):
             raise UserError(
                 f"model.relative_buckets is {self.relative_buckets}; it must be at least 4 and less than twice "
                 f"model.relative_distance {self.relative_distance}"
+            )
+
+    def _check_mixer(self) -> None:
+        """Raises UserError for options that the mixer does not have, and sizes that it cannot divide."""
+        if self.mixer not in (*RECURRENT, "convolution"):
+            return
+        for name, plain in (("relative", "none"), ("prefix_lm", False), ("layer_kinds", ("global",))):
+            if getattr(self, name) != plain:
+                raise UserError(
+                    f"model.{name} is {getattr(self, name)!r}, but model.mixer is {self.mixer!r}, which has no "
+                    f"attention; leave it out"
+                )
+        if self.mixer in RECURRENT and self.structure != "decoder" and self.width % 2:
+            raise UserError(
+                f"model.width is {self.width}; an encoder with the mixer {self.mixer!r} divides it between two "
+                f"directions: make it even"
+            )
+        windows = self.conv_windows
+        if self.mixer == "convolution" and not 1 <= len(set(windows)) == len(windows) <= self.width:
+            raise UserError(
+                f"model.conv_windows is {windows}; give at least one and at most model.width {self.width} different "
+                f"widths"
             )
 
 

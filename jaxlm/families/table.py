@@ -20,6 +20,7 @@ from jaxlm.families import (
     llama,
     marian,
     modernbert,
+    recurrent,
     roberta,
     t5,
     transformer,
@@ -49,9 +50,11 @@ FAMILIES: dict[str, Family] = {  # by `model_type` of config.json
     "mbart": bart.MBART,
     "marian": marian.FAMILY,
 }
-PRESETS: dict[str, ModelConfig] = transformer.PRESETS | {
-    name: preset for family in FAMILIES.values() for name, preset in family.presets.items()
-}
+PRESETS: dict[str, ModelConfig] = (
+    transformer.PRESETS
+    | recurrent.PRESETS
+    | {name: preset for family in FAMILIES.values() for name, preset in family.presets.items()}
+)
 HeadChoice = str | tuple[Head, ...]  # one or several heads, "none" or "encoder"
 OWN = "jaxlm"  # the `model_type` of our format, for models that no family supports
 

@@ -3,6 +3,8 @@
 transformer  the stacked Transformer: encoder, decoder, or both
 layers       projections, norms, the MLP, dropout
 attention    self-attention and cross-attention, with grouped queries, windows and caches
+recurrent    LSTM and GRU in place of self-attention
+convolutional  convolutions in place of self-attention
 cache        keys and values of earlier tokens
 kernels      fused attention over packed rows
 positions    learned, sinusoidal, rotary and relative positions

@@ -21,7 +21,7 @@ from jaxlm.config import ModelConfig
 from jaxlm.devices.sharding import Placement
 from jaxlm.errors import UserError, suggestion
 from jaxlm.nn import fusion
-from jaxlm.nn.attention import MIXERS, Attention, AttentionInputs, cross_mask, self_mask
+from jaxlm.nn.attention import MIXERS, Attention, AttentionInputs, cross_mask, self_mask, window_of
 from jaxlm.nn.cache import Cache, cache_positions
 from jaxlm.nn.heads import ClassesHead, MaskedLMHead, PerTokenHead, PooledHead, ReplacedHead, Transform, VocabularyHead
 from jaxlm.nn.kernels import save_attention
@@ -244,7 +244,11 @@ class Block(nn.Module):
         def residual(x: jax.Array, name: str, sublayer: Callable[[jax.Array], jax.Array]) -> jax.Array:
             rate = config.rate("mlp_out_dropout" if name == "mlp" else "attention_out_dropout")
             norm, dropout = Norm(config, self.dtype, name=f"{name}_norm"), Dropout(rate)
-            if config.norm_place == "post":
+            if name == "attention" and not config.mixer_residual:
+                x = dropout(sublayer(x))
+            elif config.norm_place == "none":
+                x = x + dropout(sublayer(x))
+            elif config.norm_place == "post":
                 x = norm(x + dropout(sublayer(x)))
             else:
                 normed = norm(x)
@@ -282,7 +286,8 @@ class Block(nn.Module):
             losses.update(auxiliary)
             return x
 
-        x_BTD = residual(x_BTD, "mlp", feed_forward)
+        if config.feed_forward != "none":
+            x_BTD = residual(x_BTD, "mlp", feed_forward)
         return (
             x_BTD,
             (caches["attention"], caches["cross_attention"]),
@@ -467,7 +472,7 @@ class Stack(nn.Module):
             distances = Disentangled(config, name="relative")(positions_BT.shape[1])
         inputs_by_kind: dict[str, AttentionInputs] = {}
         for kind in sorted(set(config.layer_kinds)):
-            window = config.window if kind == "local" else None
+            window = window_of(config, kind)
             slot_positions_BS = segments = None
             if caches is not None:
                 first = config.layer_kinds.index(kind)
@@ -531,7 +536,7 @@ class Stack(nn.Module):
         return jax.vmap(last)(positions_BT, segments_BT) + 1
 
     def _last_norm(self, x_BTD: jax.Array) -> jax.Array:
-        if self.config.norm_place != "post":
+        if self.config.norm_place not in ("post", "none"):
             x_BTD = Norm(self.config, self.dtype, name="norm")(x_BTD)
         return Dropout(self.config.rate("final_dropout"), name="dropout")(x_BTD)
 
