@@ -111,6 +111,7 @@ class ModelConfig(Config):
     shared_transform: bool = False  # one transform for the heads masked_lm, classes and tokens (ModernBERT)
     classes_from: Literal["first", "last", "mean", "max"] = "first"  # pooling of the hidden states for the head classes
     classes_activation: Activation | None = "tanh"  # activation of the projection before classes; None: no projection
+    crf: bool = False  # scores of neighbouring tags, in addition to the head tokens (Lafferty et al. 2001)
     start_token: Count | None = None  # first token of the decoder in an encoder-decoder (generation, classes)
 
     dropout: ShareBelowOne = 0.0  # dropout rate of each site below that is None

@@ -9,6 +9,7 @@ cache        keys and values of earlier tokens
 kernels      fused attention over packed rows
 positions    learned, sinusoidal, rotary and relative positions
 heads        outputs computed from the last hidden states
+crf          scores of sequences of tags, for tagging
 groups       the positions of a batch in groups, each with a copy of the parameters of a head
 fusion       values that XLA does not compute together on a GPU
 losses       losses and metrics as pairs (sum, weight)

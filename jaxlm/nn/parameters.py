@@ -87,6 +87,8 @@ TABLE = (
     Parameter(_DENSE + r"/kernel", ("width", None), True, "head"),
     Parameter(_OUT + r"/kernel", ("width", None), True, "head"),
     Parameter(rf"({_DENSE}|{_OUT})/bias", (None,), False, "head"),
+    Parameter(r"crf_head/(start|end)", (None,), False, "head"),
+    Parameter(r"crf_head/pairs", (None, None), False, "head"),
     Parameter(r"distillation/(encoder|decoder)", ("width", None), True, "head"),
 )
 # Subtrees of the parameters of a run that do not belong to its model: those of a teacher, below `teacher/` with the

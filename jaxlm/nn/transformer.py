@@ -23,7 +23,17 @@ from jaxlm.errors import UserError, suggestion
 from jaxlm.nn import fusion
 from jaxlm.nn.attention import MIXERS, Attention, AttentionInputs, cross_mask, self_mask, window_of
 from jaxlm.nn.cache import Cache, cache_positions
-from jaxlm.nn.heads import ClassesHead, MaskedLMHead, PerTokenHead, PooledHead, ReplacedHead, Transform, VocabularyHead
+from jaxlm.nn.crf import Transitions
+from jaxlm.nn.heads import (
+    ClassesHead,
+    CRFHead,
+    MaskedLMHead,
+    PerTokenHead,
+    PooledHead,
+    ReplacedHead,
+    Transform,
+    VocabularyHead,
+)
 from jaxlm.nn.kernels import save_attention
 from jaxlm.nn.layers import FEED_FORWARDS, Convolution, Dropout, Linear, Norm
 from jaxlm.nn.nodes import array, parameter, rows
@@ -584,6 +594,8 @@ class Transformer(nn.Module):
             self.classes_head = ClassesHead(config, self.dtype)
         if "tokens" in on_top:
             self.tokens_head = PerTokenHead(config, len(config.labels), config.rate("tokens_dropout"), self.dtype)
+            if config.crf:
+                self.crf_head = CRFHead(config)
         if "span" in on_top:
             self.span_head = PerTokenHead(config, 2, config.rate("span_dropout"), self.dtype)
         if "replaced" in on_top:
@@ -745,6 +757,10 @@ class Transformer(nn.Module):
         """Returns logits [B, T, N] of the label of each token."""
         return self.tokens_head(self._transformed(x_BTD))
 
+    def transitions(self) -> Transitions:
+        """Returns the scores of neighbouring tags, if the model has a CRF (`config.crf`)."""
+        return self.crf_head()
+
     def span(self, x_BTD: jax.Array) -> jax.Array:
         """Returns logits [B, T, 2] of the start and the end of the answer at each token."""
         return self.span_head(x_BTD)
@@ -770,6 +786,8 @@ class Transformer(nn.Module):
         x_BTD = self(tokens_BT, target_tokens_BT=jnp.zeros(tokens_BT.shape[:2], jnp.int32))
         for head in self.config.heads_on_top:
             getattr(self, head)(x_BTD)
+        if "tokens" in self.config.heads_on_top and self.config.crf:
+            self.transitions()
 
 
 def _cross_attention_inputs(
