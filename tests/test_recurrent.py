@@ -75,6 +75,20 @@ def test_cached_states_equal_those_of_whole_rows(mixer):
     np.testing.assert_allclose(x_BTD, whole_BTD[:, :1], atol=1e-5)  # from position 0, the state is zero
 
 
+@pytest.mark.parametrize(
+    ("mixer", "cache", "message"),
+    [
+        ("gru", "int8", "cache is 'int8', but model.mixer is 'gru', which stores .* 'compute'"),
+        ("convolution", "compute", "model.mixer is 'convolution', which returns no cache"),
+    ],
+)
+def test_caches_that_a_mixer_does_not_have_are_refused(mixer, cache, message):
+    model = replace(PLAIN, mixer=mixer)
+    keep = CacheSpec(np.array([2]), 4, format=cache)
+    with pytest.raises(UserError, match=message):
+        apply(Transformer(model), random_params(model), np.ones((1, 2), int), keep, method="prefill")
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_the_formula_counts_the_products(name):
     model = MODELS[name]
