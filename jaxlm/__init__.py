@@ -16,6 +16,7 @@ from jaxlm.devices.process import delay_interrupts as _interrupts_wait
 with _interrupts_wait():
     from jaxlm.config import (
         AdapterConfig,
+        BaselineConfig,
         CleaningConfig,
         DataConfig,
         Decoding,
@@ -46,6 +47,7 @@ with _interrupts_wait():
 __all__ = [
     "LM",
     "AdapterConfig",
+    "BaselineConfig",
     "CleaningConfig",
     "DataConfig",
     "Decoding",

@@ -521,6 +521,32 @@ def plan(argv: list[str], _: process.Signals) -> int:
     return 0 if result.fits else 1
 
 
+def baseline(argv: list[str], _: process.Signals) -> int:
+    """Print what counting achieves on the data of a run: jaxlm baseline CONFIG [--arpa FILE] [--field value ...]."""
+    file, words, flag_words = _split_config(argv, "baseline")
+    arpa, flag_words = _split_flag(flag_words, "--arpa")
+    has_folder = any(word.partition("=")[0] == "--workdir" for word in flag_words)
+    run = flags.parse(python_files.read(file, words), flag_words, f"jaxlm baseline {' '.join([str(file), *words])}")
+    _configure_process()
+    from jaxlm.run import baseline as counting
+
+    log = lambda line: print(line, file=sys.stderr, flush=True)
+    print(counting.baseline(run, run.workdir if has_folder else "", arpa, log), end="")
+    return 0
+
+
+def _split_flag(words: list[str], flag: str) -> tuple[str, list[str]]:
+    """Returns the value of a flag that is not a field of the config, "" without the flag, and the other words."""
+    for n, word in enumerate(words):
+        name, given, value = word.partition("=")
+        if name == flag:
+            value, end = (value, n + 1) if given else (words[n + 1] if n + 1 < len(words) else "", n + 2)
+            if not value or value.startswith("--"):
+                raise UserError(f"{flag} has no value; give the path of a file to write")
+            return value, words[:n] + words[end:]
+    return "", words
+
+
 VERBS: dict[str, Callable[[list[str], process.Signals], int]] = {
     "train": train,
     "predict": predict,
@@ -530,6 +556,7 @@ VERBS: dict[str, Callable[[list[str], process.Signals], int]] = {
     "convert": convert,
     "inspect": inspect,
     "plan": plan,
+    "baseline": baseline,
 }
 
 
@@ -660,6 +687,10 @@ _FLAGS = {
   --topology NAME   chips and their number, such as v5e:4x4 or H100:8; not set: the devices of this machine
   --fit             find the largest batch that fits into memory for each remat policy, and plan the fastest
   --json            print the plan as JSON""",
+    "baseline": """\
+  --field value     change a field of the config, such as --data.path or --baseline.order
+  --arpa FILE       for a language model: write the n-gram model; its words are the ids of the tokens
+  --workdir FOLDER  write the scores to baseline.json in this folder""",
 }
 
 

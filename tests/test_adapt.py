@@ -29,6 +29,9 @@ CASES = {  # preset, task, kind of tokenizer
     "bert": ("bert-base", MaskedLM(), "wordpiece"),
     "bert with pairs": ("bert-base", MaskedLM(next_sentence=True), "wordpiece"),
     "roberta": ("roberta-base", MaskedLM(), "wordpiece"),
+    "mpnet": ("mpnet-base", MaskedLM(), "wordpiece"),
+    "nomic bert": ("nomic-bert", MaskedLM(), "wordpiece"),
+    "gte": ("gte-base-en-v1.5", MaskedLM(), "wordpiece"),
     "distilbert": ("distilbert-base", MaskedLM(), "wordpiece"),
     "albert": ("albert-base", MaskedLM(whole_words=True), "wordpiece"),
     "electra": ("electra-small", MaskedLM(), "wordpiece"),
@@ -38,6 +41,8 @@ CASES = {  # preset, task, kind of tokenizer
     "llama": ("llama-3.2-1b", CausalLM(stream=False), "bpe"),
     "gemma": ("gemma-2b", CausalLM(), "bpe"),
     "t5": ("t5-small", SpanCorruption(), "unigram"),
+    "m2m_100": ("m2m100-418m", Infilling(), "unigram"),
+    "pegasus": ("pegasus-large", Infilling(), "unigram"),
     "bart": ("bart-base", Infilling(), "unigram"),
 }
 FAST = ("bert",)

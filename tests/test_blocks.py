@@ -20,9 +20,9 @@ from jaxlm.data.joined import join
 from jaxlm.devices.sharding import make_mesh
 from jaxlm.nn import parameters
 from jaxlm.nn.attention import MIXERS
-from jaxlm.nn.layers import FEED_FORWARDS, Linear
+from jaxlm.nn.layers import Linear
 from jaxlm.nn.losses import cross_entropy
-from jaxlm.nn.transformer import FRONT_ENDS, Transformer, apply, init
+from jaxlm.nn.transformer import FEED_FORWARDS, FRONT_ENDS, Transformer, apply, init
 from jaxlm.run.assembly import closed_flops, shard_batch
 from jaxlm.run.step import TrainState, make_train_step, summed_gradient
 from jaxlm.tasks.pretraining import CausalLMTask
@@ -54,7 +54,7 @@ class Balanced(nn.Module):
     constrain: Any
     dtype: Any = jnp.float32
 
-    matrices = 1
+    entries = staticmethod(lambda config: config.width**2)
 
     @nn.compact
     def __call__(self, x_BTD, tokens_BT):

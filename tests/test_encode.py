@@ -336,19 +336,55 @@ def test_the_score_on_stsb_is_that_of_sentence_transformers(minilm, pairs):
     assert score == pytest.approx(0.8203, abs=5e-4)
 
 
-@pytest.mark.parity
-def test_embeddings_equal_those_of_transformers(minilm):
+def transformers_embeddings(folder: Path, texts: list[str], mode: str, max_length: int) -> np.ndarray:
+    """Returns the normalized embeddings of transformers."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    texts = ["", *texts_of(60), " ".join([SENTENCE] * 20)]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
-    model = transformers.AutoModel.from_pretrained(minilm).eval()
-    batch = tokenizer(texts, truncation=True, max_length=256, padding=True, return_tensors="pt")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModel.from_pretrained(folder).eval()
+    batch = tokenizer(texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
     with torch.inference_mode():
         states = model(**batch).last_hidden_state
     mask = batch["attention_mask"][..., None].float()
-    mean = (states * mask).sum(1) / mask.sum(1)
-    assert_close(encode(load(minilm), texts), torch.nn.functional.normalize(mean, dim=1).numpy())
+    vectors = states[:, 0] if mode == "cls" else (states * mask).sum(1) / mask.sum(1)
+    return torch.nn.functional.normalize(vectors, dim=1).numpy()
+
+
+@pytest.mark.parity
+def test_embeddings_equal_those_of_transformers(minilm):
+    texts = ["", *texts_of(60), " ".join([SENTENCE] * 20)]
+    assert_close(encode(load(minilm), texts), transformers_embeddings(minilm, texts, "mean", 256))
+
+
+# class of transformers -> kind of tokenizer, pooling, keys of config.json
+SENTENCE_ENCODERS = {
+    "MPNet": ("mpnet", "mean", {}),
+    "NomicBert": ("bert", "mean", {}),
+    "Gte": ("bert", "cls", {"pad_token_id": 0}),
+}
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", SENTENCE_ENCODERS)
+def test_embeddings_of_every_family_equal_those_of_transformers(name, tmp_path):
+    """Random sentence encoders with an odd maximum length, which truncates the longest text."""
+    from test_tokenizer import write_tokenizer_json
+
+    torch, transformers = (pytest.importorskip(module) for module in ("torch", "transformers"))
+    kind, mode, keys = SENTENCE_ENCODERS[name]
+    sizes = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 20}
+    config = getattr(transformers, f"{name}Config")(**sizes, vocab_size=600, max_position_embeddings=140, **keys)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}Model")(config)
+    for parameter in model.parameters():
+        parameter.data = torch.randn_like(parameter) * 0.3
+    model.save_pretrained(tmp_path)
+    files = {
+        "modules.json": modules("Transformer", "Pooling", "Normalize"),
+        "1_Pooling/config.json": {"pooling_mode": mode},
+    }
+    write(write_tokenizer_json(kind, tmp_path), files | {"sentence_bert_config.json": {"max_seq_length": 131}})
+    assert_close(encode(load(tmp_path), TEXTS), transformers_embeddings(tmp_path, TEXTS, mode, 131))
 
 
 @pytest.mark.parity

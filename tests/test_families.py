@@ -26,6 +26,21 @@ PUBLISHED = {
     ("gpt2-xl", ("lm",)): 1_557_611_200,
     ("bert-base", ("pooled",)): 109_482_240,
     ("bert-large", ("pooled",)): 335_141_888,
+    ("phi-3-mini", ("lm",)): 3_821_079_552,
+    ("phi-4", ("lm",)): 14_659_507_200,
+    ("smollm3-3b", ("lm",)): 3_075_098_624,
+    ("pythia-70m", ("lm",)): 70_426_624,
+    ("pythia-1b", ("lm",)): 1_011_781_632,
+    ("pythia-6.9b", ("lm",)): 6_857_302_016,
+    ("pythia-12b", ("lm",)): 11_846_072_320,
+    ("gpt-j-6b", ("lm",)): 6_050_882_784,
+    ("gpt-neo-125m", ("lm",)): 125_198_592,
+    ("opt-125m", ("lm",)): 125_239_296,
+    ("opt-350m", ("lm",)): 331_196_416,
+    ("bloom-560m", ("lm",)): 559_214_592,
+    ("bloom-7b1", ("lm",)): 7_069_016_064,
+    ("falcon-7b", ("lm",)): 6_921_720_704,
+    ("falcon-40b", ("lm",)): 41_303_293_952,
 }
 ROUNDED = {"gpt3-175b": (175e9, 0.01), "transformer-base": (65e6, 0.04), "transformer-big": (213e6, 0.04)}
 
@@ -63,6 +78,8 @@ def member(name: str, heads: tuple, shape: dict) -> ModelConfig:
         small |= {"kv_heads": 1}
     if preset.head_width:
         small |= {"head_width": 4}
+    if preset.rotary_width:
+        small |= {"rotary_width": 2}
     if preset.embedding_width:
         small |= {"embedding_width": 5}
     if preset.mlp_width:
@@ -151,7 +168,7 @@ def test_round_trip_is_exact(tmp_path, name, heads, shape):
     extra = {"pad_token_id": 1}
     # If two formats support the model, the format of its origin is used.
     assert save(config, params, tmp_path / "first", extra=extra, origin=Origin({"model_type": name})) == name
-    loaded, leaves, origin, fresh, _ = load(tmp_path / "first")
+    loaded, leaves, origin, fresh, *_ = load(tmp_path / "first")
     assert (
         convert.inference_config(loaded) == convert.inference_config(config)
         and loaded.heads_on_top == heads
@@ -365,7 +382,7 @@ def test_the_error_for_a_leaf_without_a_rule_names_it():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt3"}, "model_type 'gpt3', unknown; perhaps you meant 'gpt2'"),
+        ({"model_type": "gpt-2"}, "model_type 'gpt-2', unknown; perhaps you meant 'gpt2'"),
         ({"model_type": None}, "unknown; known: albert, bart, bert"),
         ({"model_type": "jaxlm"}, "but no 'model'"),
         ({"n_head": 5}, "model.heads is 5"),
@@ -378,6 +395,49 @@ def test_invalid_configs_are_refused(gpt2_folder, change, message):
     (gpt2_folder / "config.json").write_text(json.dumps(values | change))
     with pytest.raises(UserError, match=message):
         load(gpt2_folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("gptj", {"rotary_dim": 3}, "model.rotary_width is 3, and the head width is 4"),
+        ("gpt_neox", {"rope_parameters": {"partial_rotary_factor": 7}}, "a number from 0 to 1"),
+        ("gpt_neo", {"attention_types": [[["global"], 10**12]]}, "2 layers in all"),
+        ("gpt_neo", {"attention_types": [[["globl"], 2]]}, "lists of 'global' and 'local'"),
+        ("opt", {"word_embed_proj_dim": 0}, "model.embedding_width is 0"),
+        ("opt", {"_remove_final_layer_norm": True}, "only False is supported"),
+        ("bloom", {"apply_residual_connection_post_layernorm": True}, "only False is supported"),
+        ("falcon", {"num_ln_in_parallel_attn": 2}, "transformers cannot compute either"),
+        ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 7}, "model.kv_heads is 7"),
+        ("phi3", {"sliding_window": 0}, "model.window is 0"),
+        ("granite", {"logits_scaling": 0}, "model.logit_divisor is 0"),
+        ("smollm3", {"no_rope_layers": [1]}, "a list of 2 numbers, 0 or 1"),
+        ("olmo2", {"partial_rotary_factor": 0.5}, "only 1.0 is supported"),
+    ],
+)
+def test_invalid_configs_of_decoders_are_refused(tmp_path, name, change, message):
+    config = member(name, ("lm",), ODD)
+    save(config, random_params(config), tmp_path, origin=Origin({"model_type": name}))
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | change))
+    with pytest.raises(UserError, match=message):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"positions": "rotary", "rotary_width": 6}, "model.rotary_width is 6, and the head width is 4"),
+        ({"residual": "parallel", "norm_place": "post"}, "whose norms are not after the residual"),
+        ({"residual": "parallel_one_norm", "structure": "encoder_decoder"}, "without cross-attention"),
+        ({"project_tokens": True}, "model.embedding_width is None"),
+        ({"relative": "alibi", "structure": "encoder", "heads_on_top": ()}, "it is for decoders only"),
+        ({"layer_kinds": ("local_nope",)}, "model.window is 0"),
+    ],
+)
+def test_fields_that_contradict_each_other_are_refused(fields, message):
+    with pytest.raises(UserError, match=message):
+        ModelConfig(**ODD, **fields).check()
 
 
 def test_invalid_config_files_are_refused(gpt2_folder):

@@ -848,3 +848,27 @@ def test_the_public_names_exist():
     assert set(jaxlm.__all__) <= set(dir(jaxlm))
     assert jaxlm.load is load
     assert jaxlm.generate is generate
+
+
+def test_a_translation_begins_with_the_target_language_of_the_tokenizer(tmp_path):
+    """The model's files may force another first token. Without a target language none is forced."""
+    from test_tokenizer import checkpoint
+
+    config = replace(PRESETS["m2m100-418m"], vocabulary=704, width=8, layers=1, heads=2, mlp_width=8)
+    forced = lambda files, **languages: (
+        generation.rules_of(
+            LM(
+                config,
+                Transformer(config),
+                None,
+                tokenizers.load(checkpoint("nllb", tmp_path, src_lang="deu_Latn", **languages)),
+                files={"generation_config.json": json.dumps(files).encode()},
+            ),
+            jaxlm.Decoding(),
+            [2],
+        ).first
+    )
+    romanian = tokenizers.load(checkpoint("nllb", tmp_path)).backend.token_to_id("ron_Latn")
+    assert forced({}, tgt_lang="ron_Latn") == romanian
+    assert forced({"forced_bos_token_id": 7}, tgt_lang="ron_Latn") == 7
+    assert forced({}) is None

@@ -124,7 +124,7 @@ def test_splash_is_refused_if_the_mesh_is_unknown(monkeypatch, capsys):
     monkeypatch.setattr(jax, "devices", lambda: [device] * 4)
     assert backend_of(None) == Backend("tpu", 5.0, devices=4)
     assert choose(backend_of(None), None, shape, shape) == "xla"
-    one = jax.sharding.Mesh(np.array([device], object).reshape(1, 1, 1, 1), sharding.AXES)
+    one = jax.sharding.Mesh(np.array([device], object).reshape([1] * len(sharding.AXES)), sharding.AXES)
     assert choose(backend_of(one), one, shape, shape) == "splash"
     assert "has no mesh for the 4 devices" in capsys.readouterr().err
 

@@ -33,13 +33,35 @@ T5 |= {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 1
 T5 |= {"eos_token_id": STOP, "pad_token_id": 0, "decoder_start_token_id": 0}
 GPT2 = {"vocab_size": VOCABULARY, "n_embd": 24, "n_layer": 3, "n_head": 3, "n_positions": 48}
 GPT2 |= {"pad_token_id": 0, "eos_token_id": STOP, "bos_token_id": 1}
+MULTIPLIERS = {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2}
+NOPE = WIDE | {"no_rope_layer_interval": 2}
+SMALL = {"vocab_size": VOCABULARY, "hidden_size": 24, "pad_token_id": 0, "eos_token_id": STOP, "bos_token_id": 1}
+NEO = SMALL | {"num_layers": 3, "num_heads": 3, "window_size": 4, "max_position_embeddings": 48}
+NEO |= {"attention_types": [[["global", "local", "local"], 1]]}
+OPT = SMALL | {"num_hidden_layers": 3, "num_attention_heads": 3, "ffn_dim": 20, "max_position_embeddings": 48}
+OPT |= {"tie_word_embeddings": False}
+FALCON = SMALL | {"num_hidden_layers": 3, "num_attention_heads": 3, "ffn_hidden_size": 20}
 LOCAL = {"sliding_window": 4}
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt2": ("GPT2", "LMHeadModel", GPT2),
+    "gpt_neox": ("GPTNeoX", "ForCausalLM", WIDE | {"rotary_pct": 0.5}),
+    "gptj": ("GPTJ", "ForCausalLM", GPT2 | {"rotary_dim": 6}),
+    "gpt_neo": ("GPTNeo", "ForCausalLM", NEO),
+    "opt": ("OPT", "ForCausalLM", OPT),
+    "opt narrow": ("OPT", "ForCausalLM", OPT | {"word_embed_proj_dim": 10, "do_layer_norm_before": False}),
+    "bloom": ("Bloom", "ForCausalLM", {"n_layer": 3, "n_head": 3} | SMALL),
+    "falcon": ("Falcon", "ForCausalLM", FALCON),
+    "falcon new": ("Falcon", "ForCausalLM", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 1}),
+    "falcon rw": ("Falcon", "ForCausalLM", FALCON | {"alibi": True, "multi_query": False, "parallel_attn": False}),
     "llama": ("Llama", "ForCausalLM", DECODER),
     "mistral": ("Mistral", "ForCausalLM", DECODER | LOCAL),
     "qwen2": ("Qwen2", "ForCausalLM", WIDE | {"num_key_value_heads": 1}),
     "qwen3": ("Qwen3", "ForCausalLM", DECODER),
+    "mixtral": ("Mixtral", "ForCausalLM", DECODER | LOCAL | {"num_local_experts": 4}),
+    "phi3": ("Phi3", "ForCausalLM", WIDE | LOCAL | {"num_key_value_heads": 1, "partial_rotary_factor": 0.75}),
+    "olmo2": ("Olmo2", "ForCausalLM", WIDE | {"num_key_value_heads": 1}),
+    "granite": ("Granite", "ForCausalLM", DECODER | MULTIPLIERS),
+    "smollm3": ("SmolLM3", "ForCausalLM", NOPE | {"num_key_value_heads": 1, "tie_word_embeddings": False}),
     "gemma": ("Gemma", "ForCausalLM", DECODER),
     "gemma2": ("Gemma2", "ForCausalLM", DECODER | LOCAL | {"query_pre_attn_scalar": 12}),
     "gemma3": ("Gemma3", "ForCausalLM", DECODER | LOCAL | {"num_hidden_layers": 7}),
@@ -52,7 +74,10 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bart": ("Bart", "ForConditionalGeneration", SEQ2SEQ),
     "mbart": ("MBart", "ForConditionalGeneration", SEQ2SEQ | {"decoder_start_token_id": 5, "forced_bos_token_id": 7}),
     "marian": ("Marian", "MTModel", SEQ2SEQ | {"decoder_start_token_id": 1, "bad_words_ids": [[1]]}),
+    "pegasus": ("Pegasus", "ForConditionalGeneration", SEQ2SEQ | {"decoder_start_token_id": 0, "pad_token_id": 0}),
+    "m2m_100": ("M2M100", "ForConditionalGeneration", SEQ2SEQ | {"forced_bos_token_id": 7, "bad_words_ids": [[1]]}),
 }
+SINUSOIDAL = ("Marian", "Pegasus", "M2M100")
 GENERATION_KEYS = ("forced_eos_token_id", "forced_bos_token_id", "bad_words_ids")
 
 
@@ -62,15 +87,17 @@ def pair(name: str, folder: str) -> tuple[Any, jaxlm.LM]:
     family, head, fields = MODELS[name]
     own = {key: value for key, value in fields.items() if key not in GENERATION_KEYS}
     config = getattr(transformers, f"{'Gemma3Text' if family == 'Gemma3' else family}Config")(**own)
-    config._attn_implementation = "eager"
+    config._attn_implementation = "sdpa" if getattr(config, "alibi", False) else "eager"  # as in test_parity
     torch.manual_seed(0)
     model = getattr(transformers, family + head)(config).eval()
-    normed = family in ("Bart", "MBart", "Marian")
+    normed = family in ("Bart", "MBart", *SINUSOIDAL)
     for n, parameter in (*model.named_parameters(), *model.named_buffers()):
-        fixed = "inv_freq" in n or (family == "Marian" and "embed_positions" in n)
+        fixed = "inv_freq" in n or (family in (*SINUSOIDAL, "GPTJ") and "embed_positions" in n)
         if parameter.dtype == torch.float32 and parameter.dim() and not fixed:
             # With these standard deviations texts differ, and do not repeat one token from the start.
-            small = "bias" in n or (not normed and any(part in n for part in ("embed_tokens", "shared", "wte")))
+            small = "bias" in n or (
+                not normed and any(part in n for part in ("embed_tokens", "shared", "wte", "word_embeddings"))
+            )
             parameter.data = torch.randn_like(parameter) * (0.1 if small else 0.8)
             parameter.data += float(normed and "norm.weight" in n)
     for key in GENERATION_KEYS:

@@ -90,4 +90,5 @@ def test_outputs_equal_those_of_transformers(tmp_path, name):
 def test_every_family_has_a_stored_output():
     from jaxlm.families import FAMILIES
 
-    assert {model["config"]["model_type"] for model in goldens()[0].values()} == set(FAMILIES)
+    stored = {model["config"]["model_type"] for model in goldens()[0].values()}
+    assert stored == set(FAMILIES) - {"new"}  # the original code of GTE is not part of transformers

@@ -521,6 +521,9 @@ ENCODERS = (
     "distilbert-base",
     "electra-small",
     "modernbert-base",
+    "mpnet-base",
+    "nomic-bert",
+    "gte-base-en-v1.5",
     "roberta-base",
 )
 

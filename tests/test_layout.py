@@ -37,6 +37,7 @@ ORDER = (
     "transforms",
     "inference",
     "tasks",
+    "baselines",
     "run",
     "planning",
     "samples",

@@ -37,11 +37,25 @@ MODELS = {
     "qwen3": replace(PRESETS["qwen3-8b"], **SMALL | {"heads": 6, "head_width": 4}, kv_heads=3, mlp_width=24),
     "mistral": replace(PRESETS["mistral-7b"], **SMALL, kv_heads=None, mlp_width=24, window=3),
     "gemma2": replace(PRESETS["gemma-2-2b"], **SMALL, kv_heads=3, mlp_width=24, window=3),
+    "mixtral": replace(PRESETS["mixtral-8x7b"], **SMALL, kv_heads=3, mlp_width=24, experts=4, balance_loss=0.0),
+    "phi": replace(PRESETS["phi-3-mini"], **SMALL, kv_heads=None, mlp_width=24, window=3, rotary_width=6),
+    "olmo2": replace(PRESETS["olmo-2-1b"], **SMALL, kv_heads=3, mlp_width=24),
+    "granite": replace(PRESETS["granite-3.1-2b"], **SMALL, kv_heads=3, mlp_width=24, attention_scale=0.2),
+    "smollm3": replace(PRESETS["smollm3-3b"], **SMALL | {"layers": 5}, kv_heads=3, mlp_width=24),
+    "pythia": replace(PRESETS["pythia-70m"], **SMALL, rotary_width=4),
+    "gptj": replace(PRESETS["gpt-j-6b"], **SMALL, rotary_width=4),
+    "opt": replace(PRESETS["opt-350m"], **SMALL, embedding_width=20),
+    "bloom": replace(PRESETS["bloom-560m"], **SMALL),
+    "falcon": replace(PRESETS["falcon-rw-1b"], **SMALL, kv_heads=3),
     "t5": replace(PRESETS["t5-small"], **SMALL | {"head_width": 4}, mlp_width=24, relative_buckets=8),
     "bart": replace(PRESETS["bart-base"], **SMALL),
+    "m2m_100": replace(PRESETS["m2m100-418m"], **SMALL, mlp_width=24, padding_token=None),  # any token may occur
     # One complete cycle of kinds, and an incomplete one.
     "modernbert": replace(PRESETS["modernbert-base"], **SMALL | {"layers": 4}, mlp_width=24, window=3),
     "albert": replace(PRESETS["albert-base"], **SMALL | {"layers": 4}, mlp_width=24, distinct_layers=2),
+    "mpnet": replace(PRESETS["mpnet-base"], **SMALL, padding_token=None),  # any token may occur
+    "nomic-bert": replace(PRESETS["nomic-bert"], **SMALL),
+    "gte": replace(PRESETS["gte-large-en-v1.5"], **SMALL, mlp_width=36),
     "deberta": replace(PRESETS["deberta-v3-base"], **SMALL, relative_buckets=4, relative_distance=8, conv_width=3),
     "lstm": replace(PRESETS["lstm-lm"], **SMALL),
     "gru": replace(PRESETS["gru-seq2seq"], **SMALL),
@@ -164,8 +178,8 @@ def reference(name: str):
 def test_a_decoder_is_causal_and_an_encoder_attends_to_all(model, params):
     """Checks the derivatives of the state at each position with respect to the embedding of each token."""
     tokens = np.arange(10, 10 + SHORT)[None]
-    directions = np.zeros((SHORT, model.vocabulary, model.W), np.float32)
-    directions[np.arange(SHORT), tokens[0]] = np.random.default_rng(0).standard_normal((SHORT, model.W))
+    directions = np.zeros((SHORT, SHORT, model.width), np.float32)  # one for each position
+    directions[np.arange(SHORT), np.arange(SHORT)] = np.random.default_rng(0).standard_normal((SHORT, model.width))
 
     def derivatives(params, directions):
         def states(table):
@@ -174,11 +188,11 @@ def test_a_decoder_is_causal_and_an_encoder_attends_to_all(model, params):
                 return apply(Transformer(model), changed, tokens * 0 + 3, None, None, None, tokens)[0]
             return apply(Transformer(model), changed, tokens)[0]
 
-        along = lambda direction: jax.jvp(states, (params["embeddings"]["tokens"],), (direction,))[1]
-        return jax.vmap(along)(directions)
+        _, pull_back = jax.vjp(states, params["embeddings"]["tokens"])
+        return jax.vmap(pull_back)(directions)[0]
 
-    derivative_STD = jax.jit(derivatives)(params, directions)
-    attends_TS = (np.asarray(derivative_STD) != 0).any(-1).T
+    derivative_TVD = np.asarray(jax.jit(derivatives)(params, directions))
+    attends_TS = (derivative_TVD[:, tokens[0]] != 0).any(-1)
     expected = np.ones((SHORT, SHORT), bool)
     if model.layer_kinds == ("local",):  # each layer extends the reach by its window
         expected = np.tri(SHORT, k=0) > np.tri(SHORT, k=-1 - model.layers * (model.window - 1))
@@ -305,7 +319,7 @@ def test_a_sharded_step_equals_an_unsharded_one(name, sizes):
 
 
 WIDE = {"width": 32, "heads": 8, "kv_heads": None, "head_width": None, "mlp_width": 32}
-EIGHT = {name: replace(MODELS[name], **WIDE) for name in ("bert", "qwen3", "mistral", "t5", "bart", "deberta")}
+EIGHT = {name: replace(MODELS[name], **WIDE) for name in ("bert", "qwen3", "mistral", "bloom", "t5", "bart", "deberta")}
 POWERS = [tuple(1 << n for n in powers) for powers in product(range(4), repeat=4) if sum(powers) == 3]
 SOME = {"bert": [(1, 2, 2, 2)]}
 SHAPES = [

@@ -19,7 +19,7 @@ from jaxlm import families
 from jaxlm.errors import UserError
 from jaxlm.families import FAMILIES, read_config
 from jaxlm.families.configs import model_config
-from jaxlm.hub import model_files, safetensors
+from jaxlm.hub import convert, model_files, safetensors
 from jaxlm.hub.model_files import JsonObject
 from jaxlm.hub.pooling import read_files, read_pooling
 from jaxlm.hub.quantization import read_quantised
@@ -359,3 +359,88 @@ def test_unsupported_rotary_positions_are_refused(change, message):
     written = family.config_to_hf(scaled)
     assert written["rope_scaling"] is None  # transformers would also apply it to local layers
     assert model_config(family, written).rotary_factor == 2.0
+
+
+NOMIC = {  # as in the files of nomic-embed-text
+    "model_type": "nomic_bert",
+    "activation_function": "swiglu",
+    "n_embd": 768,
+    "n_head": 12,
+    "n_layer": 12,
+    "n_inner": 3072,
+    "n_positions": 8192,
+    "layer_norm_epsilon": 1e-12,
+    "type_vocab_size": 2,
+    "vocab_size": 30522,
+    **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),
+    **dict.fromkeys(("qkv_proj_bias", "mlp_fc1_bias", "mlp_fc2_bias", "prenorm", "causal", "use_rms_norm"), False),
+    "rotary_emb_fraction": 1.0,
+    "rotary_emb_base": 1000,
+    "rotary_emb_scale_base": None,
+    "rotary_emb_interleaved": False,
+    "rotary_scaling_factor": None,
+    "pad_vocab_size_multiple": 64,
+}
+GTE = {  # as in the files of gte-large-en-v1.5
+    "model_type": "new",
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+    "vocab_size": 30528,
+    "type_vocab_size": 2,
+    "max_position_embeddings": 8192,
+    "pack_qkv": True,
+    "position_embedding_type": "rope",
+    "layer_norm_type": "layer_norm",
+    "layer_norm_eps": 1e-12,
+    "rope_theta": 160000,
+    "rope_scaling": {"type": "ntk", "factor": 2.0},
+    "logn_attention_scale": False,
+}
+
+
+def test_configs_of_original_code_describe_the_published_models():
+    preset = FAMILIES["nomic_bert"].presets["nomic-bert"]
+    nomic = model_config(FAMILIES["nomic_bert"], NOMIC)
+    expected = dataclasses.replace(preset, max_length=8192, biases=("norm", "classes"), masked_lm_bias=False)
+    assert convert.resolved(nomic) == convert.resolved(dataclasses.replace(expected, heads_on_top=nomic.heads_on_top))
+    first = model_config(FAMILIES["nomic_bert"], NOMIC | {"rotary_scaling_factor": 2, "max_trained_positions": 2048})
+    assert (first.rotary_scaling, first.rotary_factor, first.rotary_length) == ("dynamic", 2.0, 2048)
+    assert FAMILIES["nomic_bert"].config_to_hf(first)["max_position_embeddings"] == 2048
+    gte = model_config(FAMILIES["new"], GTE)
+    expected = dataclasses.replace(FAMILIES["gte"].presets["gte-large-en-v1.5"], heads_on_top=gte.heads_on_top)
+    assert convert.resolved(gte) == convert.resolved(expected)
+    again = FAMILIES["new"].config_to_hf(gte)
+    assert (again["rope_theta"], again["rope_scaling"]) == (GTE["rope_theta"], GTE["rope_scaling"])
+
+
+@pytest.mark.parametrize(
+    "hf, message",
+    [
+        (NOMIC | {"prenorm": True}, "prenorm True; only False"),
+        (NOMIC | {"rotary_emb_fraction": 0.5}, "rotary_emb_fraction 0.5; only 1.0"),
+        ({key: value for key, value in NOMIC.items() if key != "rotary_emb_fraction"}, "rotary_emb_fraction 0.0"),
+        (NOMIC | {"moe_every_n_layers": 2}, "moe_every_n_layers 2; only 0"),
+        (NOMIC | {"activation_function": "gelu"}, "activation_function 'gelu'"),
+        (NOMIC | {"mlp_fc1_bias": True}, "mlp_fc1_bias but not mlp_fc2_bias"),
+        (NOMIC | {"n_inner": "x"}, "n_inner"),
+        (GTE | {"pack_qkv": False}, "pack_qkv False; only True"),
+        (GTE | {"position_embedding_type": "absolute"}, "only 'rope'"),
+        (GTE | {"rope_scaling": {"type": "ntk", "factor": 2.0, "mixed_b": 0.6}}, "mixed_b 0.6; only None"),
+        (GTE | {"rope_scaling": {"type": "linear", "factor": 2.0}}, "type is 'linear'; known: ntk"),
+    ],
+)
+def test_unsupported_configs_of_original_code_are_refused(hf, message):
+    with pytest.raises(UserError, match=message):
+        model_config(FAMILIES[hf["model_type"]], hf)
+
+
+@pytest.mark.parametrize("hf", [NOMIC, GTE], ids=["nomic_bert", "new"])
+def test_any_config_of_original_code_is_read_or_refused(hf):
+    for key in hf:
+        for value in (None, True, 0, -1, 3, 10**30, 1e400, "x", [1], {"factor": 2}):
+            with contextlib.suppress(UserError):
+                model_config(FAMILIES[hf["model_type"]], hf | {key: value}).check()
+        with contextlib.suppress(UserError):
+            model_config(FAMILIES[hf["model_type"]], {k: v for k, v in hf.items() if k != key}).check()

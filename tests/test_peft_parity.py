@@ -47,6 +47,9 @@ SMALL |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_posit
 DISTILBERT = {"dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 64, "vocab_size": 50, "max_position_embeddings": 32}
 DEBERTA = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 8, "type_vocab_size": 0}
 MT5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 3, "num_heads": 4, "vocab_size": 50}
+PHI = {"num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+GPTJ = {"n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 50, "n_positions": 32, "rotary_dim": 4}
+FALCON = {"new_decoder_architecture": True, "num_kv_heads": 2}
 OTHERS = {  # names of the class and of its config, values, target modules, task type
     "roberta": ("RobertaForSequenceClassification", SIZES | {"num_labels": 3}, ["query", "value"], "SEQ_CLS"),
     "distilbert": ("DistilBertForSequenceClassification", DISTILBERT | {"num_labels": 3}, ["q_lin"], "SEQ_CLS"),
@@ -55,6 +58,17 @@ OTHERS = {  # names of the class and of its config, values, target modules, task
     "deberta": ("DebertaV2ForSequenceClassification", SIZES | DEBERTA, ["query_proj", "value_proj"], "SEQ_CLS"),
     "bart": ("BartForConditionalGeneration", SMALL, ["q_proj", "fc2"], "SEQ_2_SEQ_LM"),
     "qwen2": ("Qwen2ForCausalLM", SIZES | {"num_key_value_heads": 2}, ["q_proj", "v_proj"], "CAUSAL_LM"),
+    "phi3": ("Phi3ForCausalLM", SIZES | PHI, ["qkv_proj", "gate_up_proj"], "CAUSAL_LM"),
+    "gpt_neox": ("GPTNeoXForTokenClassification", SIZES, ["query_key_value", "dense_4h_to_h"], "TOKEN_CLS"),
+    "gptj": ("GPTJForCausalLM", GPTJ, ["q_proj", "k_proj", "fc_in"], "CAUSAL_LM"),
+    "opt": ("OPTForCausalLM", SIZES | {"word_embed_proj_dim": 16, "ffn_dim": 64}, ["q_proj", "fc1"], "CAUSAL_LM"),
+    "bloom": (
+        "BloomForCausalLM",
+        {"hidden_size": 32, "n_layer": 3, "n_head": 4, "vocab_size": 50},
+        "all-linear",
+        "CAUSAL_LM",
+    ),
+    "falcon": ("FalconForCausalLM", SIZES | FALCON, ["query_key_value", "dense"], "CAUSAL_LM"),
     "gemma2": ("Gemma2ForCausalLM", SIZES | {"num_key_value_heads": 2, "head_dim": 8}, "all-linear", "CAUSAL_LM"),
     "llama classifier": ("LlamaForSequenceClassification", SIZES | {"pad_token_id": 0}, ["q_proj"], "SEQ_CLS"),
     "bert spans": ("BertForQuestionAnswering", SIZES, ["query"], "QUESTION_ANS"),

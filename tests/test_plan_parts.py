@@ -330,7 +330,10 @@ def causal(module, params, batch):
     return task.losses(module, params, batch, None)[0]["loss"][0]
 
 
-@pytest.mark.parametrize("model", [DECODER, LLAMA], ids=["gpt2", "llama"])
+OPT = ModelConfig(**SIZES, embedding_width=10, project_tokens=True)
+
+
+@pytest.mark.parametrize("model", [DECODER, LLAMA, OPT], ids=["gpt2", "llama", "opt"])
 @pytest.mark.parametrize("T", [17, pytest.param(200, marks=pytest.mark.long)])
 @pytest.mark.parametrize("remat", ["none", "elementwise", "dots", "full"])
 def test_products_of_a_decoder_are_those_of_the_formula(model, T, remat):

@@ -262,8 +262,8 @@ def test_a_finished_run_has_its_files(reference):
     kept = {path.name for path in (reference / "checkpoints").iterdir()}
     assert {"9", "12"} <= kept <= {"6", "9", "12"}
     assert sorted(path.name for path in reference.iterdir()) == [
-        "checkpoints", "config.json", "export", "metrics.jsonl", "report", "report.html", "scores.json", "summary.txt",
-        "tensorboard",
+        "baseline.json", "checkpoints", "config.json", "export", "metrics.jsonl", "report", "report.html",
+        "scores.json", "summary.txt", "tensorboard",
     ]  # fmt: skip
 
 

@@ -199,6 +199,8 @@ def test_models_that_cannot_lose_parts():
         jaxlm.shrink(change(scale_by_layer=True), layers=2)
     with pytest.raises(UserError, match="share 2 sets"):
         jaxlm.shrink(change(distinct_layers=2), layers=2)
+    with pytest.raises(UserError, match="depends on the number of heads"):
+        jaxlm.shrink(change(relative="alibi"), heads=2)
     with pytest.raises(UserError, match="has the mixer 'own'"):
         jaxlm.shrink(change(mixer="own"), heads=2)
     with pytest.raises(UserError, match="feed-forward layer 'experts'"):

@@ -10,7 +10,7 @@ import pydoc
 import shutil
 import unicodedata
 import warnings
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 from jaxlm.config import TokenizerConfig
 from jaxlm.data.tokenizers.tokenizer import Tokenizer, load, train
+from jaxlm.data.tokenizers.vocabularies import TOKENIZER_SPECS
 from jaxlm.errors import UserError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -347,6 +348,14 @@ FAMILIES = {
     "camembert": Family(
         "CamembertTokenizer", "sentencepiece.bpe.model", _UNK0, 4, *_DOUBLED, [5, 6, 1, 3, 5, 6, 504]
     ),
+    "nllb": Family(
+        "NllbTokenizer", "sentencepiece.bpe.model", _UNK0 | {"model_type": "bpe"}, 1, "eng_Latn A </s>",
+        "eng_Latn A B </s>", [0, 2, 1, 3, 0, 2, 703],
+    ),
+    "pegasus": Family(
+        "PegasusTokenizer", "spiece.model", dict(pad_id=0, eos_id=1, unk_id=2, bos_id=-1, vocab_size=500), 103,
+        "A </s>", "A B </s>", [None, 1, 0, 105, None, None, 3],
+    ),
     "t5": Family(
         "T5Tokenizer", "spiece.model", dict(pad_id=0, eos_id=1, unk_id=2, bos_id=-1, vocab_size=500), 0,
         "A </s>", "A </s> B </s>", [None, 1, 0, 2, None, None, None],
@@ -399,6 +408,14 @@ def checkpoint(family: str, folder: Path, **config) -> Path:
     config = {"tokenizer_class": FAMILIES[family].cls} | config
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
+
+
+def nllb(folder: Path, **config) -> Path:
+    """Writes a checkpoint of NLLB, whose published files declare the ids of the languages."""
+    tokens = load(checkpoint("nllb", folder)).backend.get_added_tokens_decoder()
+    flags = ("content", "lstrip", "rstrip", "normalized", "single_word", "special")
+    declared = {str(i): {flag: getattr(token, flag) for flag in flags} for i, token in tokens.items()}
+    return checkpoint("nllb", folder, added_tokens_decoder=declared, **config)
 
 
 def special_ids(tokenizer: Tokenizer) -> list[int | None]:
@@ -532,23 +549,31 @@ def test_byte_pairs_of_gpt2_and_qwen_are_read(tmp_path):
     check_error("belong to different tokenizers", load, tmp_path)
 
 
-def test_word_pieces_follow_their_settings(tmp_path):
-    (tmp_path / "vocab.txt").write_text(
-        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "Größe", "große", "中文"])
-    )
-    a, b = "Größe", "中文"
+WORD_PIECES = {  # class -> first pieces of its vocabularies, template of a pair, ids of the special tokens
+    "ElectraTokenizer": (
+        ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"), "[CLS] A [SEP] B:1 [SEP]:1", [None, None, 0, 1, 2, 3, 4],
+    ),
+    "MPNetTokenizer": (
+        ("<s>", "<pad>", "</s>", "[UNK]", "<mask>"), "<s> A </s> </s> B </s>", [0, 2, 1, 3, 0, 2, 4],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WORD_PIECES)
+def test_word_pieces_follow_their_settings(name, tmp_path):
+    tokens, template, special = WORD_PIECES[name]
+    (tmp_path / "vocab.txt").write_text("\n".join([*tokens, "Größe", "große", "中文"]))
+    a, b, unk = "Größe", "中文", special[3]
     for config, ids in (
-        ({"tokenizer_class": "ElectraTokenizer"}, ([6], [1, 1])),
-        ({"do_lower_case": True, "strip_accents": False}, ([1], [1, 1])),
+        ({"tokenizer_class": name}, ([6], [unk, unk])),
+        ({"do_lower_case": True, "strip_accents": False}, ([unk], [unk, unk])),
         ({"do_lower_case": False, "tokenize_chinese_chars": False}, ([5], [7])),
     ):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
         tokenizer = load(tmp_path)
         assert (tokenizer.encode(a), tokenizer.encode(b)) == ids
-        assert tokenizer.encode_with_special_tokens([a], [b]) == [
-            ids_of_template(tokenizer, "[CLS] A [SEP] B:1 [SEP]:1", A=a, B=b)
-        ]
-        assert special_ids(tokenizer) == [None, None, 0, 1, 2, 3, 4]
+        assert tokenizer.encode_with_special_tokens([a], [b]) == [ids_of_template(tokenizer, template, A=a, B=b)]
+        assert special_ids(tokenizer) == special
         tokenizer.save(tmp_path / "saved")
         check_same(load(tmp_path / "saved"), tokenizer, [a, b])
 
@@ -617,6 +642,40 @@ def test_marian_reads_separate_vocabularies(tmp_path):
     assert tokenizer.target.pieces(tokenizer.target.encode("THE")) == [" THE"]
     assert (tokenizer.pad, tokenizer.target.pad) == (ids["<pad>"], 2)
     assert tokenizer.target.decode(tokenizer.target.encode("THE MODULE")) == "THE MODULE"
+
+
+def m2m_100(folder: Path, **config) -> Path:
+    """Writes a sentencepiece model and a vocab.json with most of its pieces, and returns the folder."""
+    folder.mkdir(exist_ok=True)
+    (folder / "sentencepiece.bpe.model").write_bytes(train_marian_models()[0])
+    processor = sentencepiece.SentencePieceProcessor(model_proto=train_marian_models()[0])
+    pieces = ["<s>", "<pad>", "</s>", "<unk>", *map(processor.id_to_piece, range(3, 300))]
+    pieces.remove("\u2581import")
+    (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}))
+    languages = TOKENIZER_SPECS["m2m100"].tail
+    config |= {"tokenizer_class": "M2M100Tokenizer", "additional_special_tokens": languages}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_m2m_100_has_the_ids_of_its_vocabulary_and_languages_after_them(tmp_path):
+    tokenizer = load(m2m_100(tmp_path, src_lang="de", tgt_lang="ro"))
+    ids = json.loads((tmp_path / "vocab.json").read_text())
+    assert special_ids(tokenizer) == [0, 2, 1, 3, None, 2, None] and tokenizer.size == len(ids) + 100
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=train_marian_models()[0])
+    german, romanian = (len(ids) + TOKENIZER_SPECS["m2m100"].tail.index(token) for token in ("__de__", "__ro__"))
+    for text in [*LINES, "import THE module", "", "Größe Привет Q"]:
+        expected = [ids.get(piece, 3) for piece in theirs.encode(text, out_type=str)]
+        assert tokenizer.encode(text, split_special_tokens=True) == expected
+        assert tokenizer.encode_with_special_tokens([text], split_special_tokens=True)[0][0] == [german, *expected, 2]
+        target = tokenizer.target.encode_with_special_tokens([text], split_special_tokens=True)[0][0]
+        assert target == [romanian, *expected, 2]
+        assert 3 in expected or tokenizer.decode(target) == theirs.decode(theirs.encode(text))
+    tokenizer.save(tmp_path / "saved")
+    check_same(load(tmp_path / "saved"), tokenizer)
+    check_error("no language '__xx__'", load, m2m_100(tmp_path, tgt_lang="xx"))
+    (tmp_path / "vocab.json").unlink()
+    check_error("requires vocab.json", load, tmp_path)
 
 
 @pytest.mark.parametrize("family", ["mbart", "mbart50"])
@@ -881,7 +940,8 @@ TRICKY_FAMILIES = {"xlm-roberta", "camembert", "t5", "albert", "gemma", "llama"}
 def test_families_agree_with_transformers(family, tmp_path):
     auto = transformers().AutoTokenizer.from_pretrained
     config = {"add_bos_token": True} if family in ("llama", "gemma") else {}  # as in all their checkpoints
-    tokenizer = load(checkpoint(family, tmp_path / "a", **config))
+    write = nllb if family == "nllb" else partial(checkpoint, family)
+    tokenizer = load(write(tmp_path / "a", **config))
     theirs = auto(tmp_path / "a")
     assert type(theirs).__name__ == FAMILIES[family].cls
     texts = PLAIN + TRICKY[:-3] * (family in TRICKY_FAMILIES)
@@ -893,6 +953,8 @@ def test_families_agree_with_transformers(family, tmp_path):
     theirs.save_pretrained(tmp_path / "c")  # writes a tokenizer.json instead of the older file
     assert not (tmp_path / "c" / FAMILIES[family].file).exists()
     check_agreement(load(tmp_path / "c"), theirs, texts)
+    if family == "nllb":  # without declared ids transformers has no languages
+        return
     (tmp_path / "a" / "tokenizer_config.json").unlink()
     (tmp_path / "a" / "config.json").write_text(json.dumps({"model_type": family}))
     load(tmp_path / "a").save(tmp_path / "d")  # no file names the class of the tokenizer
@@ -951,11 +1013,14 @@ def test_byte_pairs_agree_with_transformers(name, tokens, prefix, tmp_path):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("name", ["BertTokenizer", "ElectraTokenizer", "DistilBertTokenizer"])
+@pytest.mark.parametrize("name", ["BertTokenizer", "ElectraTokenizer", "DistilBertTokenizer", "MPNetTokenizer"])
 @pytest.mark.parametrize("options", [{}, {"do_lower_case": False}, {"strip_accents": False}])
 def test_word_pieces_agree_with_transformers(name, options, tmp_path):
     (tmp_path / "a").mkdir()
-    unpack_shared("tok_bert_uncased/vocab.txt.gz", tmp_path / "a/vocab.txt")
+    file = unpack_shared("tok_bert_uncased/vocab.txt.gz", tmp_path / "a/vocab.txt")
+    if name == "MPNetTokenizer":  # its vocabulary is BERT's between its tokens
+        pieces = file.read_text().replace("[MASK]\n", "").replace("[CLS]\n[SEP]\n", "")
+        file.write_text("<s>\n<pad>\n</s>\n<unk>\n" + pieces + "<mask>\n")
     (tmp_path / "a/tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name} | options))
     tokenizer, theirs = load(tmp_path / "a"), transformers().AutoTokenizer.from_pretrained(tmp_path / "a")
     texts = LINES + TRICKY[:-3]
@@ -986,9 +1051,15 @@ def test_marian_agrees_with_transformers(separate, tmp_path):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("family", ["mbart", "mbart50"])
+@pytest.mark.parametrize("family", ["mbart", "mbart50", "nllb", "legacy nllb", "m2m_100"])
 def test_language_tokens_agree_with_transformers(family, tmp_path):
-    tokenizer = load(checkpoint(family, tmp_path, src_lang="de_DE", tgt_lang="ro_RO"))
+    if family == "m2m_100":
+        tokenizer = load(m2m_100(tmp_path, src_lang="de", tgt_lang="ro"))
+    elif "nllb" in family:
+        legacy = {"legacy_behaviour": True} if "legacy" in family else {}
+        tokenizer = load(nllb(tmp_path, src_lang="deu_Latn", tgt_lang="ron_Latn", **legacy))
+    else:
+        tokenizer = load(checkpoint(family, tmp_path, src_lang="de_DE", tgt_lang="ro_RO"))
     theirs = transformers().AutoTokenizer.from_pretrained(tmp_path)
     check_agreement(tokenizer, theirs, PLAIN)
     assert theirs(text_target=PLAIN)["input_ids"] == [
@@ -1044,6 +1115,11 @@ def write_tokenizer_json(kind: str, folder: Path) -> Path:
     """Writes the tokenizer.json of a class of transformers and a tokenizer_config.json that names the class."""
     if kind == "bert":
         tokenizer, name = train_tokenizer("wordpiece", True), "BertTokenizer"
+    elif kind == "mpnet":
+        pieces = train_tokenizer("wordpiece", True).pieces(range(600))[5:]
+        name = "MPNetTokenizer"
+        (folder / "vocab.txt").write_text("\n".join([*WORD_PIECES[name][0], *pieces]))
+        tokenizer = load(folder)
     elif kind in ("gpt2", "roberta", "fast"):
         tokens = ROBERTA if kind == "roberta" else ("<|endoftext|>",)
         name = {"gpt2": "GPT2Tokenizer", "roberta": "RobertaTokenizer", "fast": "PreTrainedTokenizerFast"}[kind]
@@ -1121,6 +1197,9 @@ CONTRADICTIONS = {
     "bert with additional tokens": ("bert", change_config(additional_special_tokens=["[E1]"])),
     "bert with declared tokens": ("bert", declare_token("[E1]", 600, single_word=True)),
     "bert with a mask declared": ("bert", declare_token("[MASK]", 4, lstrip=True)),
+    "mpnet": ("mpnet",),
+    "mpnet cased by the config": ("mpnet", change_config(do_lower_case=False)),
+    "mpnet with a mask declared": ("mpnet", declare_token("<mask>", 4, lstrip=False)),
     "gpt2": ("gpt2",),
     "gpt2 with a space": ("gpt2", change_config(add_prefix_space=True)),
     "gpt2 with bos": ("gpt2", change_config(add_bos_token=True)),

@@ -10,6 +10,7 @@ model          ModelConfig: the architecture
 task           the config of each task
 quantize       QuantizeConfig: quantisation-aware training
 data           DataConfig, CleaningConfig and TokenizerConfig
+baseline       BaselineConfig: the baselines that a report shows
 compress       CompressConfig: how the verb `compress` makes smaller variants of a model
 decoding       Decoding: options of text generation
 distill        DistillConfig: the teacher of a run, and what the run learns from it
@@ -21,6 +22,7 @@ arguments      checks of the arguments of public functions
 """
 
 from jaxlm.config.adapter import NO_ADAPTER, AdapterConfig
+from jaxlm.config.baseline import BaselineConfig
 from jaxlm.config.compress import CompressConfig
 from jaxlm.config.data import CleaningConfig, DataConfig, Format, TokenizerConfig
 from jaxlm.config.decoding import MAX_TEXTS, Decoding
@@ -33,7 +35,10 @@ from jaxlm.config.model import (
     Bias,
     Head,
     ModelConfig,
+    Residual,
     RotaryScaling,
+    is_local,
+    is_rotated,
 )
 from jaxlm.config.pruning import NO_PRUNING, PruneConfig
 from jaxlm.config.quantize import QuantizeConfig

@@ -22,9 +22,14 @@ from jaxlm.errors import UserError
 
 Head = Literal["lm", "masked_lm", "next_sentence", "replaced", "pooled", "classes", "tokens", "span"]
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "tanh"]  # gelu is exact (erf), gelu_tanh approximate
-Bias = Literal["query_key_value", "out", "mlp", "norm", "transform", "classes", "lm"]
+# "mlp" is all projections of the MLP, "down" only the last one.
+Bias = Literal["query_key_value", "out", "mlp", "down", "norm", "transform", "classes", "lm"]
 ENCODER_BIASES: tuple[Bias, ...] = ("query_key_value", "out", "mlp", "norm", "transform", "classes")
 RotaryScaling = Literal["none", "linear", "dynamic", "llama3", "yarn", "longrope"]
+LayerKind = Literal["global", "local", "global_nope", "local_nope"]  # nope: no positions (Kazemnejad et al. 2023)
+Relative = Literal["none", "buckets", "disentangled", "alibi"]
+NormPlace = Literal["pre", "post", "sandwich", "out", "none"]
+Residual = Literal["sequential", "parallel", "parallel_one_norm"]
 MAX_LAYERS = 10_000  # upper limit, so that a corrupt config.json cannot request an absurd model
 _MAX_DISTANCE = 1_000_000  # upper limit of the rows of a table of relative distances
 MAX_WINDOW = 1000  # upper limit of the width of a convolution
@@ -57,34 +62,50 @@ class ModelConfig(Config):
     kv_heads: Positive | None = None  # key-value heads K for grouped-query attention; None: as heads
     head_width: Positive | None = None  # head width C; None: width / heads
     query_key_norm: bool = False  # normalise the queries and keys of each head (Qwen3, Gemma 3)
+    query_key_norm_whole: bool = False  # normalise them over all heads together (OLMo 2)
     attention_scale: Number | None = None  # scale of the attention scores; None: 1 / sqrt(head width)
     scale_by_layer: bool = False  # divide the attention scores of layer n, counted from 1, by n (option of GPT-2)
     attention_cap: NotNegative = 0.0  # soft cap of the attention scores, by tanh (Gemma 2); 0: none
-    layer_kinds: tuple[Literal["global", "local"], ...] = ("global",)  # attention type of each layer, cycled
+    layer_kinds: tuple[LayerKind, ...] = ("global",)  # attention of each layer, cycled; nope: no rotary positions
     prefix_lm: bool = False  # bidirectional attention within the prompt of a decoder (Raffel et al. 2020)
     window: Count = 0  # attention window of local layers: tokens less than this many positions away are visible
 
     mlp_width: Positive | None = None  # MLP width F; None: 4 x width
-    feed_forward: Name = "dense"  # dense, gated (GLU, Shazeer 2020), none, or the name of a custom class
+    feed_forward: Name = "dense"  # dense, gated (GLU, Shazeer 2020), experts, none, or the name of a custom class
+    experts: Count = 0  # number of experts in each layer, if feed_forward is experts; each has gates and mlp_width
+    experts_per_token: Positive = 2  # number of experts that the router chooses for each token
+    normalize_experts: bool = True  # divide the router's probabilities of the chosen experts by their sum
+    shared_expert_width: Count = 0  # width of an MLP that all tokens use in addition to their experts; 0: none
+    shared_expert_gate: bool = False  # multiply its output by the sigmoid of a projection (Qwen2-MoE)
+    expert_capacity: AboveZero | None = None  # maximum tokens of an expert in training, in equal shares; None: no limit
+    balance_loss: NotNegative = 0.01  # factor of the loss that balances the experts' loads (Fedus et al. 2021)
+    router_z_loss: NotNegative = 0.0  # factor of the loss of the router's squared log-sums (Zoph et al. 2022)
     activation: Activation = "gelu_tanh"  # activation function of the MLP
     biases: tuple[Bias, ...] = ENCODER_BIASES  # projections and norms that have biases
     norm: Literal["layernorm", "rmsnorm", "rmsnorm_plus_one"] = "layernorm"  # norm; rmsnorm_plus_one scales by 1 + s
-    norm_place: Literal["pre", "post", "sandwich", "none"] = "pre"  # before each sub-layer, after the residual, or both
+    norm_place: NormPlace = "pre"  # norms before sub-layers, after the residual, around sub-layers, or after them (out)
     norm_epsilon: NotNegative = 1e-5  # added to the variance in norms
     first_norm: bool = True  # norm before the attention of the first layer (ModernBERT: none)
+    residual: Residual = "sequential"  # parallel: attention and MLP read the same states, or the same norm of them
+    residual_scale: Number = 1.0  # factor of the output of each sub-layer (Granite)
 
     front_end: Name = "tokens"  # layer that makes the first hidden states: tokens, or the name of a custom class
     embedding_width: Positive | None = None  # width of factorised embeddings (ALBERT); None: as width
+    project_tokens: bool = False  # project only token embeddings to the width, and the last hidden states back (OPT)
     embedding_norm: bool = False  # normalise the sum of the embeddings (BERT)
     scale_embeddings: bool = False  # multiply token embeddings by sqrt(width) (Vaswani et al. 2017)
+    embedding_scale: Number = 1.0  # factor of token embeddings (Granite)
     tied_embeddings: bool = True  # share the token embedding with the output projection
     decoder_tokens: bool = False  # separate token embeddings for the decoder of an encoder-decoder
     decoder_vocabulary: Positive | None = None  # rows of the decoder's separate token embedding; None: as vocabulary
     positions: Literal["learned", "sinusoidal", "rotary", "none"] = "learned"  # absolute position encoding
-    position_offset: Count = 0  # rows of learned positions before that of the first token (RoBERTa, BART: 2)
+    position_offset: Count = 0  # absolute position of the first token (RoBERTa, BART, M2M-100: 2)
     padding_token: Count | None = None  # token that default positions do not count (RoBERTa); None: count all tokens
+    count_padding: bool = True  # whether default positions count what the mask hides (OPT: no)
     rotary_base: AboveZero = 10000.0  # wavelength base of rotary and sinusoidal positions
+    sinusoidal_to_base: bool = False  # the slowest sinusoid has the wavelength 2 pi rotary_base, not less (M2M-100)
     local_rotary_base: AboveZero | None = None  # unscaled rotary base of local layers; None: as in global layers
+    rotary_width: Positive | None = None  # number of entries of each head, from the first, that are rotated; None: all
     rotary_scaling: RotaryScaling = "none"  # context-extension method for rotary positions
     rotary_factor: AboveZero = 1.0  # factor of rotary scaling, except longrope
     rotary_length: Positive = 8192  # sequence length before rotary scaling (except linear)
@@ -94,7 +115,8 @@ class ModelConfig(Config):
     rotary_attention: Number = 1.0  # factor of rotated queries and keys (yarn, longrope)
     rotary_short: tuple[AboveZero, ...] = ()  # frequency divisor of each pair, for lengths to rotary_length (longrope)
     rotary_long: tuple[AboveZero, ...] = ()  # frequency divisor of each pair, for longer sequences (longrope)
-    relative: Literal["none", "buckets", "disentangled"] = "none"  # relative positions: T5's bias, DeBERTa's attention
+    relative: Relative = "none"  # relative positions: T5's bias, DeBERTa's attention, ALiBi (Press et al. 2022)
+    alibi_scaled: bool = False  # scale the biases of ALiBi like the scores, and round them to bfloat16 (Falcon)
     relative_buckets: Distance = 32  # number of distance buckets; 0: one per distance (disentangled only)
     relative_distance: Distance = 128  # larger distances share one bucket
     relative_terms: tuple[Literal["c2p", "p2c"], ...] = ("c2p", "p2c")  # content-to-position, position-to-content
@@ -106,8 +128,10 @@ class ModelConfig(Config):
     conv_activation: Activation = "gelu"  # activation function of the convolution
 
     scale_logits: bool = False  # divide hidden states by sqrt(width) before the output projection (T5)
+    logit_divisor: AboveZero = 1.0  # divisor of the lm logits (Granite)
     logit_cap: NotNegative = 0.0  # soft cap of the lm logits, by tanh (Gemma 2); 0: none
     transform_activation: Activation | None = None  # activation of masked_lm's transform; None: as activation
+    masked_lm_bias: bool = True  # bias of the logits of masked_lm
     shared_transform: bool = False  # one transform for the heads masked_lm, classes and tokens (ModernBERT)
     classes_from: Literal["first", "last", "mean", "max"] = "first"  # pooling of the hidden states for the head classes
     classes_activation: Activation | None = "tanh"  # activation of the projection before classes; None: no projection
@@ -158,6 +182,11 @@ class ModelConfig(Config):
         return self.head_width or self.width // self.heads
 
     @property
+    def R(self) -> int:
+        """Number of rotated entries of each head."""
+        return self.rotary_width or self.C
+
+    @property
     def F(self) -> int:
         """MLP width."""
         return self.mlp_width or 4 * self.width
@@ -171,6 +200,16 @@ class ModelConfig(Config):
     def W(self) -> int:
         """Width of the embeddings."""
         return self.embedding_width or self.width
+
+    @property
+    def hidden_width(self) -> int:
+        """Width of the last hidden states, which heads read."""
+        return self.W if self.project_tokens else self.width
+
+    @property
+    def has_local_layers(self) -> bool:
+        """Whether a layer has local attention."""
+        return any(is_local(kind) for kind in self.layer_kinds)
 
     @property
     def position_limit(self) -> int | None:
@@ -213,22 +252,25 @@ class ModelConfig(Config):
             )
         if self.decoder_config is not self:
             dataclasses.replace(self.decoder_config, structure="decoder", decoder_vocabulary=None).check()
-        pairs = self.C // 2
+        pairs = self.R // 2
         if self.rotary_scaling == "longrope" and not len(self.rotary_short) == len(self.rotary_long) == pairs:
             raise UserError(
                 f"model.rotary_short and rotary_long have {len(self.rotary_short)} and {len(self.rotary_long)} "
-                f"numbers; the head width is {self.C}: give {pairs} numbers in each"
+                f"numbers; {self.R} entries of each head are rotated: give {pairs} numbers in each"
             )
         if self.heads % self.K:
             raise UserError(
                 f"model.kv_heads is {self.K}, which does not divide model.heads {self.heads}; "
                 f"choose kv_heads from {divisors(self.heads)}"
             )
-        if self.positions == "rotary" and self.C % 2:
-            raise UserError(f"the head width is {self.C}; rotary positions rotate pairs: make it even")
+        if self.positions == "rotary" and (self.R % 2 or self.R > self.C):
+            raise UserError(
+                f"model.rotary_width is {self.rotary_width}, and the head width is {self.C}; rotary positions rotate "
+                f"pairs: rotate an even number of entries, at most the head width"
+            )
         if self.positions == "sinusoidal" and self.width % 2:
             raise UserError(f"model.width is {self.width}; sinusoidal positions come in pairs: make it even")
-        if "lm" in self.heads_on_top and self.width != self.W and self.tied_embeddings:
+        if "lm" in self.heads_on_top and self.hidden_width != self.W and self.tied_embeddings:
             raise UserError(
                 f"model.embedding_width is {self.W}, but the head lm shares the embeddings and reads a width of "
                 f"{self.width}; leave it out, or set model.tied_embeddings to false"
@@ -242,11 +284,31 @@ class ModelConfig(Config):
                 f"model.decoder_vocabulary is {self.decoder_vocabulary}; it is for encoder-decoders with separate "
                 f"embeddings: set --model.decoder-tokens"
             )
+        self._check_experts()
         if self.prefix_lm and self.structure != "decoder":
             raise UserError(f"model.prefix_lm is set, but the model is a(n) {self.structure}; it is for decoders only")
-        if "local" in self.layer_kinds and self.window < 1:
+        if self.has_local_layers and self.window < 1:
             raise UserError(f"model.window is {self.window}; local layers need at least 1")
         self._check_mixer()
+        if self.residual != "sequential" and (self.norm_place == "post" or self.structure == "encoder_decoder"):
+            raise UserError(
+                f"model.residual is {self.residual!r}, which is for models without cross-attention whose norms are not "
+                f"after the residual; set model.residual to sequential"
+            )
+        if self.residual != "sequential" and not (self.mixer_residual and self.feed_forward != "none"):
+            raise UserError(
+                f"model.residual is {self.residual!r}, but model.mixer_residual is {self.mixer_residual} and "
+                f"model.feed_forward {self.feed_forward!r}; set model.residual to sequential"
+            )
+        if self.project_tokens and (self.embedding_width is None or self.structure != "decoder"):
+            raise UserError(
+                f"model.project_tokens is set, but model.embedding_width is {self.embedding_width} and the model a(n) "
+                f"{self.structure}; it is for decoders with an embedding_width"
+            )
+        if self.relative == "alibi" and self.structure != "decoder":
+            raise UserError(
+                f"model.relative is 'alibi', but the model is a(n) {self.structure}; it is for decoders only"
+            )
         if not self.layer_kinds or not self.labels:
             raise UserError("model.layer_kinds or model.labels is empty; give at least one kind and one label")
         if (self.distinct_layers or 1) > self.layers:
@@ -279,6 +341,28 @@ class ModelConfig(Config):
                 f"widths"
             )
 
+    def _check_experts(self) -> None:
+        """Raises UserError if there are experts without a layer for them, or a layer without enough experts."""
+        if self.feed_forward != "experts":
+            if self.experts or self.shared_expert_width:
+                raise UserError(
+                    f"model.experts is {self.experts} and model.shared_expert_width {self.shared_expert_width}, but "
+                    f"model.feed_forward is {self.feed_forward!r}; set --model.feed-forward experts"
+                )
+            return
+        if self.experts < self.experts_per_token:
+            raise UserError(
+                f"model.experts is {self.experts}, and model.experts_per_token {self.experts_per_token}; there must "
+                f"be at least as many experts as a token uses: set --model.experts"
+            )
+        if self.rate("mlp_dropout"):
+            raise UserError(
+                f"model.mlp_dropout is {self.rate('mlp_dropout')}, but experts have no dropout of activations; set it "
+                f"to 0, and use --model.mlp-out-dropout"
+            )
+        if self.shared_expert_gate and not self.shared_expert_width:
+            raise UserError("model.shared_expert_gate is set without a shared expert; set --model.shared-expert-width")
+
 
 # Fields of ModelConfig with the dropout rate of one site; None stands for the value of `dropout`.
 DROPOUT_SITES = (
@@ -292,6 +376,16 @@ DROPOUT_SITES = (
     "tokens_dropout",
     "span_dropout",
 )
+
+
+def is_local(kind: str) -> bool:
+    """Returns whether a kind of layer has local attention."""
+    return kind.startswith("local")
+
+
+def is_rotated(kind: str) -> bool:
+    """Returns whether the layers of a kind have the rotary positions of the model."""
+    return not kind.endswith("_nope")
 
 
 def divisors(n: int) -> str:

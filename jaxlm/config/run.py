@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from jaxlm.config.adapter import AdapterConfig
+from jaxlm.config.baseline import BaselineConfig
 from jaxlm.config.data import DataConfig, TokenizerConfig
 from jaxlm.config.distill import DistillConfig
 from jaxlm.config.model import MAX_LAYERS, ModelConfig, divisors
@@ -61,6 +62,7 @@ class MeshConfig(Config):
     fsdp: AxisSize = 1  # fully sharded data parallelism: shards the batch, and the model width of parameters
     tensor: AxisSize = 1  # tensor parallelism: shards heads, MLP width, vocabulary and, between layers, row length
     context: AxisSize = 1  # context parallelism: shards the length of rows; every query attends to all keys
+    expert: AxisSize = 1  # expert parallelism: shards the batch, and the experts of each layer
 
 
 MatmulPrecision = Literal["default", "high", "highest"]
@@ -80,6 +82,7 @@ class RunConfig(Config):
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
+    baseline: BaselineConfig = field(default_factory=BaselineConfig)
     batch: Positive = 32  # rows per update, over all devices and micro-batches
     accumulate: Positive = 1  # micro-batches per update, to save memory
     examples: Count = 0  # mean number of examples per update; above 0 it overrides batch

@@ -19,10 +19,10 @@ from jaxlm.config import MeshConfig
 from jaxlm.errors import UserError
 
 # Devices that are neighbours on the last axis are neighbours in the network of chips, and communicate most.
-# `expert` and `stage` are reserved for mixtures of experts and pipelines.
-AXES = ("data", "fsdp", "context", "tensor")
+# `stage` is reserved for pipelines.
+AXES = ("data", "fsdp", "expert", "context", "tensor")
 RULES: dict[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "length": ("context",),
     "between": ("context", "tensor"),  # length of the residual stream, between the blocks
     "keys": (),  # length of keys and values; any query may attend to them
@@ -31,6 +31,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "head_width": (),
     "mlp": ("tensor",),
+    "experts": ("expert",),
     "vocabulary": ("tensor",),
     "layers": (),
 }
@@ -214,8 +215,13 @@ class Placement:
         """Returns `x` with the sharding of these logical axes."""
         if self.mesh is None or self.mesh.size == 1:
             return x
-        axes = tuple(self._divided(axis, size) for axis, size in zip(axes, x.shape, strict=True))
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec(axes, self.mesh.axis_names)))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, self.spec(axes, x.shape)))
+
+    def spec(self, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:
+        """Returns the partition of an array of this shape; an axis that the mesh does not divide is not split."""
+        assert self.mesh is not None
+        axes = tuple(self._divided(axis, size) for axis, size in zip(axes, shape, strict=True))
+        return spec(axes, self.mesh.axis_names)
 
     def _divided(self, axis: str | None, size: int) -> str | None:
         """Returns the axis, or one with fewer parts if the mesh does not divide the size (one token, few rows)."""

@@ -148,7 +148,7 @@ def own_family(config: ModelConfig, module: Any = None) -> Family:
     if config.structure != "encoder":
         all_heads = ("lm", "classes")
     if not module:
-        usable = tuple(head for head in all_heads if head != "lm" or config.width == config.W)
+        usable = tuple(head for head in all_heads if head != "lm" or config.hidden_width == config.W)
         paths = convert.tree_shapes(dataclasses.replace(config, heads_on_top=usable))
     else:
         paths = convert.tree_shapes(config, module)

@@ -49,9 +49,9 @@ KEYS = (
     Key("attention_dropout", "attention_dropout", 0.0),
     Key("initializer_range", "initial_std", 0.02),
 )
-_ACTIVATION = Key("hidden_act", "activation", "silu", ACTIVATIONS)
-_TIED = Key("tie_word_embeddings", "tied_embeddings", False)
-_FROM_HF, _TO_HF = key_conversion((*KEYS, _ACTIVATION, _TIED), FIXED, {})
+ACTIVATION = Key("hidden_act", "activation", "silu", ACTIVATIONS)
+TIED = Key("tie_word_embeddings", "tied_embeddings", False)
+_FROM_HF, _TO_HF = key_conversion((*KEYS, ACTIVATION, TIED), FIXED, {})
 
 # Keys of `rotary_low` and `rotary_high` for each scaling.
 _ENDS = {"llama3": ("low_freq_factor", "high_freq_factor"), "yarn": ("beta_slow", "beta_fast")}
@@ -143,19 +143,43 @@ def _check_full_rotation(hf: dict[str, Any], *rope: JsonObject) -> None:
         raise UserError("config.json has a partial_rotary_factor; only 1.0 is supported: choose another model")
 
 
-def one_rotary_from_hf(hf: dict[str, Any], base: float = 10000.0) -> dict[str, Any]:
-    """Returns the config fields from `rope_theta` and `rope_scaling`, or else from `rope_parameters`."""
+def one_rotary_from_hf(hf: dict[str, Any], base: float = 10000.0, head_width: int | None = None) -> dict[str, Any]:
+    """Returns the config fields from `rope_theta` and `rope_scaling`, or else from `rope_parameters`.
+
+    Args:
+      hf: the values of config.json.
+      base: the default of `rope_theta`.
+      head_width: width of the heads if the format can rotate a part of them; None: it rotates all entries.
+    """
     rope, longest, trained = _rope_settings(hf)
-    _check_full_rotation(hf, rope)
-    theta = rope.number("rope_theta", JsonObject(hf, "config.json").number("rope_theta", base, 1e-6, 1e14), 1e-6, 1e14)
-    return {"rotary_base": theta, **rotary_from_hf(rope, longest, trained)}
+    config = JsonObject(hf, "config.json")
+    fields: dict[str, Any] = {}
+    if head_width is None:
+        _check_full_rotation(hf, rope)
+    else:
+        factor = rope.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0, 0, 1), 0, 1)
+        fields["rotary_width"] = None if factor == 1 else int(head_width * factor)
+    theta = rope.number("rope_theta", config.number("rope_theta", base, 1e-6, 1e14), 1e-6, 1e14)
+    return {"rotary_base": theta, **fields, **rotary_from_hf(rope, longest, trained)}
 
 
-def one_rotary_to_hf(config: ModelConfig) -> dict[str, Any]:
-    """The inverse of `one_rotary_from_hf`; writes both sets of keys."""
+def rotary_fraction(config: ModelConfig) -> float:
+    """Returns the part of each head that is rotated, a number that multiplied by the width gives at least its size."""
+    fraction = config.R / config.C
+    return fraction if int(config.C * fraction) == config.R else math.nextafter(fraction, 1)
+
+
+def one_rotary_to_hf(config: ModelConfig, partial: bool = False) -> dict[str, Any]:
+    """The inverse of `one_rotary_from_hf`; writes both sets of keys.
+
+    `partial` states whether the format can rotate a part of each head.
+    """
     rope = rotary_to_hf(config)
     scaling = None if rope == {"rope_type": "default"} else rope
+    if partial:
+        rope = rope | {"partial_rotary_factor": rotary_fraction(config)}
     return {
+        **({"partial_rotary_factor": rotary_fraction(config)} if partial else {}),
         "rope_theta": config.rotary_base,
         "rope_scaling": scaling,
         "rope_parameters": rope | {"rope_theta": config.rotary_base},
@@ -201,6 +225,17 @@ def two_rotaries_to_hf(config: ModelConfig, of_global: str, of_local: str) -> di
     }
 
 
+def window_from_hf(hf: dict[str, Any], default: int | None = None) -> dict[str, Any]:
+    """Returns the config fields of models with local attention in all layers, if they have a `sliding_window`."""
+    window = hf.get("sliding_window", default)
+    return {"layer_kinds": ("local",), "window": window} if window is not None else {}
+
+
+def window_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The inverse of `window_from_hf`."""
+    return {"sliding_window": config.window if set(config.layer_kinds) == {"local"} else None}
+
+
 _KINDS = {"full_attention": "global", "sliding_attention": "local"}
 
 
@@ -217,7 +252,7 @@ def kinds_from_hf(hf: dict[str, Any], default: list[str]) -> dict[str, Any]:
 def kinds_to_hf(config: ModelConfig) -> dict[str, Any]:
     """The inverse of `kinds_from_hf`."""
     named = {ours: theirs for theirs, ours in _KINDS.items()}
-    return {"layer_types": [named[kind] for kind in resolved(config).layer_kinds]}
+    return {"layer_types": [named[kind.removesuffix("_nope")] for kind in resolved(config).layer_kinds]}
 
 
 def attention_biases(hf: dict[str, Any]) -> dict[str, Any]:
@@ -238,14 +273,11 @@ def _llama_to_hf(config: ModelConfig) -> dict[str, Any]:
 
 def _mistral_from_hf(hf: dict[str, Any]) -> ModelConfig:
     hf = {"num_key_value_heads": 8} | hf
-    window = hf.get("sliding_window", 4096)
-    local: dict[str, Any] = {"layer_kinds": ("local",), "window": window} if window is not None else {}
-    return dataclasses.replace(_FROM_HF(hf), **one_rotary_from_hf(hf), **local)
+    return dataclasses.replace(_FROM_HF(hf), **one_rotary_from_hf(hf), **window_from_hf(hf, 4096))
 
 
 def _mistral_to_hf(config: ModelConfig) -> dict[str, Any]:
-    window = config.window if set(config.layer_kinds) == {"local"} else None
-    return _TO_HF(config) | one_rotary_to_hf(config) | {"sliding_window": window}
+    return _TO_HF(config) | one_rotary_to_hf(config) | window_to_hf(config)
 
 
 def _qwen_from_hf(hf: dict[str, Any]) -> ModelConfig:
@@ -277,9 +309,10 @@ def _qwen3_to_hf(config: ModelConfig) -> dict[str, Any]:
     return _qwen_to_hf(config) | {"attention_bias": "out" in config.biases}
 
 
-def _llama(
+def preset(
     layers: int, width: int, mlp_width: int, heads: int, kv_heads: int | None = None, **fields: Any
 ) -> ModelConfig:
+    """Returns the config of a published model."""
     sizes: dict[str, Any] = {"layers": layers, "width": width, "mlp_width": mlp_width, "heads": heads}
     published = {"vocabulary": 32000, "max_length": 4096, "activation": "silu", "tied_embeddings": False}
     return ModelConfig(**FIXED | published | {"norm_epsilon": 1e-5} | sizes | {"kv_heads": kv_heads} | fields)
@@ -309,15 +342,15 @@ BODY = (
 
 FAMILY = Family(
     presets={
-        "llama-7b": _llama(32, 4096, 11008, 32, max_length=2048, norm_epsilon=1e-6),
-        "llama-2-7b": _llama(32, 4096, 11008, 32),
-        "llama-2-70b": _llama(80, 8192, 28672, 64, 8),
-        "llama-3.1-8b": _llama(32, 4096, 14336, 32, 8, **_LLAMA_3),
-        "llama-3.1-70b": _llama(80, 8192, 28672, 64, 8, **_LLAMA_3),
-        "llama-3.1-405b": _llama(126, 16384, 53248, 128, 8, **_LLAMA_3),
-        "llama-3.2-1b": _llama(16, 2048, 8192, 32, 8, **_LLAMA_3 | {"rotary_factor": 32.0, "tied_embeddings": True}),
-        "smollm-135m": _llama(30, 576, 1536, 9, 3, **_SMOL),
-        "smollm-360m": _llama(32, 960, 2560, 15, 5, **_SMOL),
+        "llama-7b": preset(32, 4096, 11008, 32, max_length=2048, norm_epsilon=1e-6),
+        "llama-2-7b": preset(32, 4096, 11008, 32),
+        "llama-2-70b": preset(80, 8192, 28672, 64, 8),
+        "llama-3.1-8b": preset(32, 4096, 14336, 32, 8, **_LLAMA_3),
+        "llama-3.1-70b": preset(80, 8192, 28672, 64, 8, **_LLAMA_3),
+        "llama-3.1-405b": preset(126, 16384, 53248, 128, 8, **_LLAMA_3),
+        "llama-3.2-1b": preset(16, 2048, 8192, 32, 8, **_LLAMA_3 | {"rotary_factor": 32.0, "tied_embeddings": True}),
+        "smollm-135m": preset(30, 576, 1536, 9, 3, **_SMOL),
+        "smollm-360m": preset(32, 960, 2560, 15, 5, **_SMOL),
     },
     rules=(*BODY, *norm(_LAYER + "post_attention_layernorm", _OURS + "mlp_norm")),
     heads={("lm",): "LlamaForCausalLM", ("classes",): "LlamaForSequenceClassification", (): "LlamaModel"},
@@ -329,31 +362,32 @@ FAMILY = Family(
 )
 
 
-def _variant(name: str, presets: dict[str, ModelConfig], from_hf: Any, to_hf: Any) -> Family:
+def variant(name: str, presets: dict[str, ModelConfig], from_hf: Any, to_hf: Any) -> Family:
+    """Returns the family of a Llama with small changes, whose classes of transformers start with `name`."""
     heads = {head: f"{name}{class_.removeprefix('Llama')}" for head, class_ in FAMILY.heads.items()}
     return FAMILY._replace(presets=presets, heads=heads, config_from_hf=from_hf, config_to_hf=to_hf)
 
 
-MISTRAL = _variant(
+MISTRAL = variant(
     "Mistral",
-    {"mistral-7b": _llama(32, 4096, 14336, 32, 8, layer_kinds=("local",), window=4096, max_length=32768)},
+    {"mistral-7b": preset(32, 4096, 14336, 32, 8, layer_kinds=("local",), window=4096, max_length=32768)},
     _mistral_from_hf,
     _mistral_to_hf,
 )
-QWEN_2 = _variant(
+QWEN_2 = variant(
     "Qwen2",
     {
-        "qwen2.5-0.5b": _llama(24, 896, 4864, 14, 2, **_QWEN_2 | {"tied_embeddings": True}),
-        "qwen2.5-7b": _llama(28, 3584, 18944, 28, 4, **_QWEN_2 | {"vocabulary": 152064}),
+        "qwen2.5-0.5b": preset(24, 896, 4864, 14, 2, **_QWEN_2 | {"tied_embeddings": True}),
+        "qwen2.5-7b": preset(28, 3584, 18944, 28, 4, **_QWEN_2 | {"vocabulary": 152064}),
     },
     _qwen2_from_hf,
     _qwen_to_hf,
 )
-QWEN_3 = _variant(
+QWEN_3 = variant(
     "Qwen3",
     {
-        "qwen3-0.6b": _llama(28, 1024, 3072, 16, 8, **_QWEN_3 | {"tied_embeddings": True}),
-        "qwen3-8b": _llama(36, 4096, 12288, 32, 8, **_QWEN_3),
+        "qwen3-0.6b": preset(28, 1024, 3072, 16, 8, **_QWEN_3 | {"tied_embeddings": True}),
+        "qwen3-8b": preset(36, 4096, 12288, 32, 8, **_QWEN_3),
     },
     _qwen3_from_hf,
     _qwen3_to_hf,

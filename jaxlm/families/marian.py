@@ -8,10 +8,11 @@ import dataclasses
 from jaxlm.families import bart
 from jaxlm.hub.convert import Key, key_conversion
 
+FIXED = bart.FIXED | {"positions": "sinusoidal", "position_offset": 0, "embedding_norm": False}
 _START = Key("decoder_start_token_id", "start_token", 58100)
 _FROM_HF, _TO_HF = key_conversion(
     keys=(*bart.KEYS, _START),
-    fixed=bart.FIXED | {"positions": "sinusoidal", "position_offset": 0, "embedding_norm": False},
+    fixed=FIXED,
     only=bart.ONLY | {"share_encoder_decoder_embeddings": True},
 )
 

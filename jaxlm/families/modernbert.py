@@ -51,6 +51,7 @@ _FROM_HF, _TO_HF = key_conversion(
         Key("classifier_pooling", "classes_from", "cls", {"cls": "first", "mean": "mean"}),
         Key("norm_eps", "norm_epsilon", 1e-5),
         Key("tie_word_embeddings", "tied_embeddings", True),
+        Key("decoder_bias", "masked_lm_bias", True),
         Key("mlp_dropout", "mlp_dropout", 0.0),
         Key("embedding_dropout", "embedding_dropout", 0.0),
         Key("attention_dropout", "attention_dropout", 0.0),
@@ -60,7 +61,7 @@ _FROM_HF, _TO_HF = key_conversion(
         Key("initializer_range", "initial_std", 0.02),
     ),
     fixed=_FIXED,
-    only={"decoder_bias": True},
+    only={},
 )
 _BIASES: dict[str, tuple[Bias, ...]] = {  # key of config.json -> our biases
     "norm_bias": ("norm",),

@@ -1,5 +1,5 @@
-"""RoBERTa (Liu et al. 2019) and XLM-RoBERTa (Conneau et al. 2020): BERT with positions that skip padding, and a
-classifier with a separate projection."""
+"""RoBERTa (Liu et al. 2019), XLM-RoBERTa (Conneau et al. 2020) and CamemBERT (Martin et al. 2020): BERT with positions
+that skip padding, and a classifier with a separate projection."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from jaxlm.config import ModelConfig
 from jaxlm.families import bert
 from jaxlm.hub.convert import Family, Key, key_conversion, projection
 
-_FIXED = bert.FIXED | {"transform_activation": "gelu"}
+FIXED = bert.FIXED | {"transform_activation": "gelu"}
 TWICE = Key("classifier_dropout", "classes_input_dropout", None)  # also before the classifier's projection
-_FROM_HF, _TO_HF = key_conversion((TWICE, *bert.KEYS), _FIXED, bert.ONLY)
+_FROM_HF, _TO_HF = key_conversion((TWICE, *bert.KEYS), FIXED, bert.ONLY)
 
 
 def _config_from_hf(hf: dict[str, Any]) -> ModelConfig:
@@ -33,7 +33,7 @@ def _config_to_hf(config: ModelConfig) -> dict[str, Any]:
 
 def _roberta(layers: int, width: int, vocabulary: int = 50265) -> ModelConfig:
     return ModelConfig(
-        **_FIXED,
+        **FIXED,
         heads_on_top=("masked_lm",),
         vocabulary=vocabulary,
         max_length=512,
@@ -86,4 +86,8 @@ FAMILY = Family(
 XLM_ROBERTA = FAMILY._replace(
     presets={"xlm-roberta-base": _roberta(12, 768, 250002), "xlm-roberta-large": _roberta(24, 1024, 250002)},
     heads={heads: f"XLM{name}" for heads, name in FAMILY.heads.items()},
+)
+CAMEMBERT = FAMILY._replace(
+    presets={"camembert-base": _roberta(12, 768, 32005), "camembert-large": _roberta(24, 1024, 32005)},
+    heads={heads: name.replace("Roberta", "Camembert") for heads, name in FAMILY.heads.items()},
 )

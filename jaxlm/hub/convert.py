@@ -8,6 +8,7 @@ of `config.json` to a field of `ModelConfig`.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache, partial
@@ -66,6 +67,49 @@ bias_query_key_value = Layout(  # three of [H, C] <-> [3HC]
     lambda config, x: tuple(part.reshape(-1, config.C) for part in np.split(x, 3)),
     lambda config, *parts: np.concatenate([part.reshape(-1) for part in parts]),
 )
+
+
+def _split_grouped(config: ModelConfig, x: np.ndarray) -> list[np.ndarray]:
+    """Splits rows into those of the queries, of the keys and of the values."""
+    return np.split(x, np.cumsum([config.heads * config.C, config.K * config.C]))
+
+
+linear_grouped_query_key_value = Layout(  # [D, H, C] and two of [D, K, C] <-> [(H + 2K)C, D]
+    lambda config, x: tuple(part.T.reshape(config.width, -1, config.C) for part in _split_grouped(config, x)),
+    linear_query_key_value.to_hf,
+)
+
+
+def _split_groups(config: ModelConfig, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Splits rows [K(G + 2)C, ...] into those of the queries [H, C, ...], the keys and the values [K, C, ...]."""
+    rows = x.reshape(config.K, -1, config.C, *x.shape[1:])
+    return rows[:, :-2].reshape(-1, config.C, *x.shape[1:]), rows[:, -2], rows[:, -1]
+
+
+def _join_groups(query: np.ndarray, key: np.ndarray, value: np.ndarray) -> np.ndarray:
+    rows = [query.reshape(len(key), -1, *key.shape[1:]), key[:, None], value[:, None]]
+    return np.concatenate(rows, axis=1).reshape(-1, *key.shape[2:])
+
+
+# Each key-value head follows its G query heads: [D, H, C] and two of [D, K, C] <-> [K(G + 2)C, D]
+linear_query_key_value_by_group = Layout(
+    lambda config, x: tuple(np.moveaxis(part, -1, 0) for part in _split_groups(config, x)),
+    lambda config, *parts: _join_groups(*(np.moveaxis(part, 0, -1) for part in parts)),
+)
+bias_query_key_value_by_group = Layout(_split_groups, lambda config, *parts: _join_groups(*parts))
+
+
+def _swap_pairs(config: ModelConfig, x: np.ndarray, sizes: tuple[int, int]) -> np.ndarray:
+    """Transposes the rotated entries of each head, seen as a matrix of these sizes; -1 is half of their number."""
+    rotated = x[..., : config.R].reshape(*x.shape[:-1], *sizes).swapaxes(-1, -2).reshape(*x.shape[:-1], config.R)
+    return np.concatenate([rotated, x[..., config.R :]], axis=-1)
+
+
+# Rotated pairs are neighbours in the file, and R/2 entries apart in ours: [D, H, C] <-> [HC, D]
+linear_heads_out_in_pairs = Layout(
+    lambda config, x: _swap_pairs(config, linear_heads_out.to_ours(config, x), (-1, 2)),
+    lambda config, x: linear_heads_out.to_hf(config, _swap_pairs(config, x, (2, -1))),
+)
 linear_gate_up = Layout(  # two of [D, F] <-> [2F, D]
     lambda config, x: tuple(part.T for part in np.split(x, 2)),
     lambda config, *parts: np.concatenate([part.T for part in parts]),
@@ -84,15 +128,17 @@ one_row = Layout(lambda config, x: x[0], lambda config, x: x[None])  # [V] <-> [
 class Rule(NamedTuple):
     """A tensor of the file and the leaves that it contains.
 
-    The rule applies if all leaves in `ours`, and the leaf `where`, if given, are in the parameter tree, and the leaf
-    `unless` is not, so that one table covers all variants of a model.
+    The rule applies if all leaves in `ours`, and the leaf `where`, if given, are in the parameter tree, the leaf
+    `unless` is not, and `when` returns True for the config, so that one table covers all variants of a model.
 
     Attributes:
-      hf: the name of the tensor; `{i}` is the index along the stacked layer axis of the leaves.
+      hf: the name of the tensor; `{i}` is the index along the stacked layer axis of the leaves, and `{e}` that along
+        the axis of experts after it.
       ours: the path of the leaf, or of several leaves.
       layout: the conversion.
       where: a leaf that must exist.
       unless: a leaf that must not exist.
+      when: a condition on the config.
       first: the first layer with this tensor; the leaf is 1, without effect, in earlier layers.
       idle: whether transformers stores this tensor but computes with another one for the same leaf. Idle tensors are
         written, but not read.
@@ -103,6 +149,7 @@ class Rule(NamedTuple):
     layout: Layout = same
     where: str | None = None
     unless: str | None = None
+    when: Callable[[ModelConfig], bool] = lambda config: True
     first: int = 0
     idle: bool = False
 
@@ -115,11 +162,16 @@ class Rule(NamedTuple):
         """Returns the config of the stack to which the leaves belong."""
         return config.decoder_config if self.leaves[0].startswith("decoder/") else config
 
-    def names(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[int, str]:
-        """Returns the names of the tensors in the file by layer; without `{i}`, a single name with the key 0."""
-        if "{i}" not in self.hf:
-            return {0: self.hf}
-        return {i: self.hf.format(i=i) for i in range(self.first, shapes[self.leaves[0]][0])}
+    @property
+    def stacked(self) -> int:
+        """The number of leading axes of the leaves along which there is one tensor for each index."""
+        return ("{i}" in self.hf) + ("{e}" in self.hf)
+
+    def names(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[tuple[int, ...], str]:
+        """Returns the names of the tensors in the file by their indices along the stacked axes."""
+        sizes = shapes[self.leaves[0]][: self.stacked]
+        ranges = [range(self.first if axis == 0 else 0, size) for axis, size in enumerate(sizes)]
+        return {index: self.hf.format(**dict(zip("ie", index))) for index in itertools.product(*ranges)}
 
 
 def projection(hf: str, ours: str, kernel: Layout = linear, bias: Layout = same) -> tuple[Rule, Rule]:
@@ -158,6 +210,7 @@ class Family(NamedTuple):
       buffers: names of tensors that a file may contain but a model does not need; * matches anything.
       copies: tensors that repeat another tensor if the model ties them -> that other tensor.
       renames: suffixes of names in old files -> current suffixes.
+      old_prefixes: prefixes of names in old files, in place of `prefix`.
       encoder: the class of transformers for the encoder of an encoder-decoder without its decoder.
       ties: whether config.json defines if embeddings are tied; otherwise the tensors do.
       naming: keys of config.json with which transformers names tensors as in the rules.
@@ -173,6 +226,7 @@ class Family(NamedTuple):
     buffers: tuple[str, ...] = ()
     copies: Mapping[str, str] = {}
     renames: Mapping[str, str] = {}
+    old_prefixes: tuple[str, ...] = ()
     encoder: str | None = None
     ties: bool = True
     naming: Mapping[str, Any] = {}
@@ -197,13 +251,13 @@ class Reader(NamedTuple):
     Attributes:
       rule: the rule for the leaf.
       which: index of the leaf in `rule.leaves`.
-      names: names of the tensors, by layer.
+      names: names of the tensors, by their indices along the stacked axes.
       shape: shape of the leaf.
     """
 
     rule: Rule
     which: int
-    names: dict[int, str]
+    names: dict[tuple[int, ...], str]
     shape: tuple[int, ...]
 
     def read(self, config: ModelConfig, tensors: Mapping[str, Any], index: Any = (), dtype: Any = None) -> np.ndarray:
@@ -211,14 +265,15 @@ class Reader(NamedTuple):
         index = (*index, *[slice(None)] * (len(self.shape) - len(index)))
         leaf_dtype = dtype or next((tensors[name].dtype for name in self.names.values()), np.dtype(np.float32))
         leaf = np.empty([len(range(n)[part]) for n, part in zip(self.shape, index, strict=True)], leaf_dtype)
-        if "{i}" not in self.rule.hf:
-            self._fill(leaf, config, tensors[self.names[0]], index)
-            return leaf
-        for row, i in enumerate(range(self.shape[0])[index[0]]):
-            if i in self.names:
-                self._fill(leaf[row, ...], config, tensors[self.names[i]], index[1:])
+        stacked = self.rule.stacked
+        chosen = [enumerate(range(n)[part]) for n, part in zip(self.shape[:stacked], index)]
+        for pairs in itertools.product(*chosen):
+            place: Any = (*(row for row, _ in pairs), ...)
+            at = tuple(i for _, i in pairs)
+            if at in self.names:
+                self._fill(leaf[place], config, tensors[self.names[at]], index[stacked:])
             else:
-                leaf[row] = 1
+                leaf[place] = 1
         return leaf
 
     def _fill(self, part: np.ndarray, config: ModelConfig, tensor: Any, index: tuple[slice, ...]) -> None:
@@ -234,7 +289,7 @@ def readers(family: Family, config: ModelConfig) -> dict[str, Reader]:
     """Returns the reader of each leaf of the parameter tree by path."""
     shapes = tree_shapes(config, family.module)
     result: dict[str, Reader] = {}
-    for rule in applying(family.rules, shapes):
+    for rule in applying(family.rules, config, shapes):
         if not rule.idle:
             result |= {p: Reader(rule, which, rule.names(shapes), shapes[p]) for which, p in enumerate(rule.leaves)}
     return result
@@ -248,7 +303,9 @@ def sources(family: Family, config: ModelConfig) -> dict[str, str]:
 def idle(family: Family, config: ModelConfig) -> set[str]:
     """Returns the names of the tensors that are written, but not read."""
     shapes = tree_shapes(config, family.module)
-    return {name for rule in applying(family.rules, shapes) if rule.idle for name in rule.names(shapes).values()}
+    return {
+        name for rule in applying(family.rules, config, shapes) if rule.idle for name in rule.names(shapes).values()
+    }
 
 
 def to_hf(family: Family, config: ModelConfig, params: Mapping[str, Any]) -> dict[str, Pending]:
@@ -263,27 +320,27 @@ def to_hf(family: Family, config: ModelConfig, params: Mapping[str, Any]) -> dic
     arrays = {path: nodes.dense_like(leaf, parameters.is_stacked(path)) for path, leaf in leaves.items()}
     check_shapes(shapes, {path: tuple(array.shape) for path, array in arrays.items()}, "parameters")
     expected, tensors = hf_shapes(family, config), dict[str, Pending]()
-    for rule in applying(family.rules, shapes):
+    for rule in applying(family.rules, config, shapes):
         parts = [leaves[path] for path in rule.leaves]
         quantised = _quantised_layers(rule, config, parts)
-        for i, name in rule.names(shapes).items():
-            make = partial(_join_layer, rule, config, parts, i)
+        for index, name in rule.names(shapes).items():
+            make = partial(_join, rule, config, parts, index)
             kind = np.dtype(arrays[rule.leaves[0]].dtype)
-            tensors[name] = Pending(expected[name], kind, make, quantised and quantised(i))
+            tensors[name] = Pending(expected[name], kind, make, quantised and quantised(index[0] if index else 0))
     return tensors
 
 
 def _quantised_layers(rule: Rule, config: ModelConfig, leaves: list[Any]) -> Callable[[int], PendingParts] | None:
     """Returns a function from the layer to the quantised tensor of a rule; None if the tensor is written dense."""
     stacked = parameters.is_stacked(rule.leaves[0])
-    if stacked != ("{i}" in rule.hf) or not rule.hf.endswith(".weight"):
+    if stacked != rule.stacked or not rule.hf.endswith(".weight"):
         return None
     return to_parts(partial(rule.layout.to_hf, rule.config(config)), leaves, stacked)
 
 
-def _join_layer(rule: Rule, config: ModelConfig, leaves: list[Any], layer: int) -> np.ndarray:
-    if "{i}" in rule.hf:
-        array: Callable[[Any], Any] = partial(nodes.of_layer, layer=layer)
+def _join(rule: Rule, config: ModelConfig, leaves: list[Any], index: tuple[int, ...]) -> np.ndarray:
+    if rule.stacked:
+        array: Callable[[Any], Any] = partial(nodes.of_layer, layer=index)
     else:  # jaxlm's own format stores stacked arrays
         array = nodes.dense_layers if parameters.is_stacked(rule.leaves[0]) else nodes.dense
     return rule.layout.to_hf(rule.config(config), *(np.asarray(array(leaf)) for leaf in leaves))
@@ -310,7 +367,7 @@ def canonical(family: Family, config: ModelConfig, tensors: Mapping[str, Any]) -
       UserError: if two tensors have the same name, or if a copy differs from its original.
     """
     shapes = tree_shapes(config, family.module)
-    rules = applying(family.rules, shapes)
+    rules = applying(family.rules, config, shapes)
     expected = {name for rule in rules for name in rule.names(shapes).values()}
     buffer = any_of(family.buffers)
     known = any_of([*(rule.hf for rule in family.rules), *family.copies])
@@ -319,6 +376,8 @@ def canonical(family: Family, config: ModelConfig, tensors: Mapping[str, Any]) -
         name = written
         for old, new in family.renames.items():
             name = name.removesuffix(old) + new if name.endswith(old) else name
+        for old in family.old_prefixes:
+            name = family.prefix + name.removeprefix(old) if name.startswith(old) else name
         full = family.prefix + name
         name = full if known.fullmatch(full) or buffer.fullmatch(full) else name
         if buffer.fullmatch(name) and name not in expected:
@@ -343,8 +402,8 @@ def canonical(family: Family, config: ModelConfig, tensors: Mapping[str, Any]) -
 
 
 def any_of(names: Iterable[str]) -> re.Pattern[str]:
-    """Returns a pattern that matches each of the names; `{i}` matches any number, and `*` anything."""
-    parts = (re.escape(name).replace(r"\{i\}", r"\d+").replace(r"\*", ".*") for name in names)
+    """Returns a pattern that matches each of the names; `{i}` and `{e}` match any number, `*` anything."""
+    parts = (re.sub(r"\\{[ie]\\}", r"\\d+", re.escape(name)).replace(r"\*", ".*") for name in names)
     return re.compile("|".join(parts) or "(?!)")
 
 
@@ -359,6 +418,7 @@ def equal(a: Any, b: Any) -> bool:
 TRAINING_FIELDS = (
     *("dropout", "attention_dropout", *DROPOUT_SITES),
     *("initial_std", "initial_by_inputs", "scale_residual_init"),
+    *("expert_capacity", "balance_loss", "router_z_loss"),
 )
 MAX_LINES = 40  # in a message about weights that do not match the config
 
@@ -414,22 +474,24 @@ def hf_shapes(family: Family, config: ModelConfig) -> dict[str, tuple[int, ...]]
     """Returns the shape of each tensor of the file by name; raises ValueError if a leaf has no rule."""
     shapes, covered = tree_shapes(config, family.module), set[str]()
     expected: dict[str, tuple[int, ...]] = {}
-    for rule in applying(family.rules, shapes):
+    for rule in applying(family.rules, config, shapes):
         covered.update(rule.leaves)
         # A broadcast scalar has the shape of the leaf (of one layer) without its memory; the layout converts the shape.
-        layer = [np.broadcast_to(np.False_, shapes[path][1 if "{i}" in rule.hf else 0 :]) for path in rule.leaves]
+        layer = [np.broadcast_to(np.False_, shapes[path][rule.stacked :]) for path in rule.leaves]
         expected |= dict.fromkeys(rule.names(shapes).values(), rule.layout.to_hf(rule.config(config), *layer).shape)
     if missing := shapes.keys() - covered:
         raise ValueError(f"there is no rule for {sorted(missing)}; add one to the family's table")
     return expected
 
 
-def applying(rules: tuple[Rule, ...], shapes: Mapping[str, Any]) -> Iterator[Rule]:
-    """Returns the rules that apply to a model with leaves at these paths."""
+def applying(rules: tuple[Rule, ...], config: ModelConfig, shapes: Mapping[str, Any]) -> Iterator[Rule]:
+    """Returns the rules that apply to a model with this config and leaves at these paths."""
     return (
         rule
         for rule in rules
-        if shapes.keys() >= {*rule.leaves, rule.where or rule.leaves[0]} and rule.unless not in shapes
+        if shapes.keys() >= {*rule.leaves, rule.where or rule.leaves[0]}
+        and rule.unless not in shapes
+        and rule.when(config)
     )
 
 
@@ -459,6 +521,7 @@ ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
     "relu": "relu",
     "silu": "silu",
     "swish": "silu",
@@ -486,6 +549,13 @@ class Key(NamedTuple):
     values: Mapping[Any, Any] | None = None
 
 
+def check_only(hf: dict[str, Any], only: Mapping[str, Any]) -> None:
+    """Raises UserError if a key of config.json has another value than the only supported one."""
+    for name, value in only.items():
+        if hf.get(name) not in (None, value):
+            raise UserError(f"config.json has {name} {hf[name]!r}; only {value!r} is supported: choose another model")
+
+
 def key_conversion(
     keys: tuple[Key, ...], fixed: Mapping[str, Any], only: Mapping[str, Any]
 ) -> tuple[Callable[[dict[str, Any]], ModelConfig], Callable[[ModelConfig], dict[str, Any]]]:
@@ -500,11 +570,7 @@ def key_conversion(
     """
 
     def from_hf(hf: dict[str, Any]) -> ModelConfig:
-        for name, value in only.items():
-            if hf.get(name) not in (None, value):
-                raise UserError(
-                    f"config.json has {name} {hf[name]!r}; only {value!r} is supported: choose another model"
-                )
+        check_only(hf, only)
         fields: dict[str, Any] = {}
         for key in keys:
             value = hf.get(key.hf, key.default)
@@ -551,6 +617,7 @@ def resolved(config: ModelConfig) -> ModelConfig:
     sizes: dict[str, Any] = {
         "kv_heads": config.K,
         "head_width": config.C,
+        "rotary_width": config.R,
         "mlp_width": config.F,
         "attention_scale": config.C**-0.5 if config.attention_scale is None else config.attention_scale,
         "distinct_layers": config.distinct_layers or config.layers,
@@ -611,7 +678,9 @@ def inference_config(config: ModelConfig) -> ModelConfig:
     unused = {  # fields -> whether they have no effect
         (*TRAINING_FIELDS, "labels", "start_token"): True,
         ("max_length",): config.positions != "learned",
-        ("position_offset", "padding_token"): config.positions != "learned",
+        ("position_offset", "padding_token"): config.positions not in ("learned", "sinusoidal"),
+        ("count_padding",): config.positions != "learned",
+        ("sinusoidal_to_base",): config.positions != "sinusoidal",
         ("rotary_base",): not rotary and config.positions != "sinusoidal",
         ("rotary_scaling", "rotary_attention"): not rotary,
         ("rotary_factor",): not rotary or scaling in ("none", "longrope"),
@@ -619,20 +688,26 @@ def inference_config(config: ModelConfig) -> ModelConfig:
         ("rotary_low", "rotary_high"): not rotary or scaling not in ("llama3", "yarn"),
         ("rotary_truncate",): not rotary or scaling != "yarn",
         ("rotary_short", "rotary_long"): not rotary or scaling != "longrope",
-        ("local_rotary_base",): not rotary or "local" not in config.layer_kinds,
-        ("window",): "local" not in config.layer_kinds,
+        ("rotary_width",): not rotary,
+        ("local_rotary_base",): not rotary or not config.has_local_layers,
+        ("window",): not config.has_local_layers,
+        ("query_key_norm_whole",): not config.query_key_norm,
+        ("alibi_scaled",): config.relative != "alibi",
         ("relative_buckets", "relative_distance"): config.relative == "none",
         ("relative_terms", "relative_shared", "relative_norm"): config.relative != "disentangled",
         ("attention_scale",): config.relative == "disentangled",
         ("conv_activation",): not config.conv_width,
+        ("experts_per_token", "normalize_experts"): config.feed_forward != "experts",
         ("decoder_layers", "decoder_heads", "decoder_mlp_width", "decoder_tokens"): config.structure
         != "encoder_decoder",
-        ("scale_logits", "logit_cap"): "lm" not in on_top,
+        ("scale_logits", "logit_divisor", "logit_cap"): "lm" not in on_top,
         ("tied_embeddings",): not on_top & {"lm", "masked_lm"},
+        ("masked_lm_bias",): "masked_lm" not in on_top,
         ("transform_activation",): "masked_lm" not in on_top and not config.shared_transform,
         ("classes_from", "classes_activation"): "classes" not in on_top,
     }
     no_bias = {
+        "down": "mlp" in config.biases,
         "norm": config.norm != "layernorm",
         "transform": "masked_lm" not in on_top and not config.shared_transform,
         "classes": "classes" not in on_top,

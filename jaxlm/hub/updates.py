@@ -169,7 +169,7 @@ def _order(rule: Rule, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]
 def _modules(rule: Rule, shapes: Mapping[str, tuple[int, ...]]) -> dict[int, str]:
     """Returns the name of the tensor of each layer; in jaxlm's own format, which stacks layers, with a number."""
     if "{i}" in rule.hf:
-        return rule.names(shapes)
+        return {index[0]: name for index, name in rule.names(shapes).items()}
     return {i: f"{rule.hf}.{i}" for i in range(shapes[rule.leaves[0]][0])}
 
 
@@ -315,7 +315,7 @@ def write(
     updates: dict[str, Factors] = {}
     saved: dict[str, np.ndarray] = {}
     transposed = False
-    for rule in convert.applying(family.rules, shapes):
+    for rule in convert.applying(family.rules, config, shapes):
         if set(rule.leaves) & set(adapted):
             saved |= {name.removeprefix(bare): np.asarray(whole[name].make()) for name in rule.names(shapes).values()}
         if not rule.idle and any(isinstance(leaves[path], LowRank) for path in rule.leaves):

@@ -88,7 +88,7 @@ def _declared_pooling(lm: LM) -> Pooling:
 
 
 def _width(lm: LM, pooling: Pooling) -> int:
-    width = pooling.dense[-1].kernel_DO.shape[1] if pooling.dense else lm.config.width * len(pooling.modes)
+    width = pooling.dense[-1].kernel_DO.shape[1] if pooling.dense else lm.config.hidden_width * len(pooling.modes)
     return min(width, pooling.truncate or width)
 
 

@@ -328,6 +328,17 @@ def start_of(lm: LM) -> int:
     return defaults.bos
 
 
+def _forced_first(lm: LM) -> list[int]:
+    """Returns the forced first token: that of the model's files, else the target language that the tokenizer names."""
+    forced = defaults_of(lm).forced_bos
+    if forced is not None:
+        return [forced]
+    if lm.config.structure != "encoder_decoder" or lm.tokenizer is None:
+        return []
+    language = lm.tokenizer.target.prefix  # NLLB: the decoder reads its start token, then the language
+    return language[-1:] if language != lm.tokenizer.prefix else []
+
+
 def stops_of(lm: LM) -> list[int]:
     """Returns the sorted tokens that end a text: those of the model's files, else the tokenizer's EOS."""
     stops = defaults_of(lm).eos
@@ -348,7 +359,7 @@ def rules_of(lm: LM, decoding: Decoding, stops: Sequence[int]) -> Rules:
     forbidden = [sequence for sequence in forbidden if max(sequence) < lm.config.V]
     for text in decoding.forbidden:
         forbidden += {tuple(lm.tokenizer.target.encode(form)) for form in (text, f" {text}")}  # type: ignore
-    first = _in_vocabulary(lm, () if defaults.forced_bos is None else (defaults.forced_bos,))
+    first = _in_vocabulary(lm, _forced_first(lm))
     last, begin = _in_vocabulary(lm, defaults.forced_eos), _in_vocabulary(lm, defaults.begin_suppressed)
     has_min = len(stops) and (decoding.min_new_tokens or decoding.min_length)
     return Rules(

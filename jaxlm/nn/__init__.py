@@ -2,6 +2,7 @@
 
 transformer  the stacked Transformer: encoder, decoder, or both
 layers       projections, norms, the MLP, dropout
+experts      feed-forward layers of routed experts
 attention    self-attention and cross-attention, with grouped queries, windows and caches
 recurrent    LSTM and GRU in place of self-attention
 convolutional  convolutions in place of self-attention
@@ -29,5 +30,5 @@ In tensor code the suffix of a name is its shape, in these letters:
     E  examples in a row        G  heads per key-value head
     F  MLP width                C  head width              R  relative distances; relation heads
     W  embedding width          c  pairs in a head         N  labels
-    M  groups of positions
+    M  groups of positions      X  experts                 k  experts of a token
 """

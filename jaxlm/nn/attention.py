@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxlm.config import ModelConfig
+from jaxlm.config import ModelConfig, is_local
 from jaxlm.devices.sharding import Placement
 from jaxlm.nn.cache import Cache, create
 from jaxlm.nn.convolutional import Convolutions
@@ -34,7 +34,7 @@ class AttentionInputs(NamedTuple):
         that are None themselves mean that each row is one example.
       window: the width of local attention; None for global attention.
       rotary: rotary angles of the queries and keys; B may be 1.
-      bias_BHTS: T5's relative positions; B may be 1.
+      bias_BHTS: T5's relative positions, or ALiBi; B may be 1, and so may T.
       distances: DeBERTa's relative positions.
       slot_positions_BS: the position to store in each slot of a new cache; B may be 1. None: no cache is created.
       cache_rotary: rotary angles of the slots of the cache, if the angles depend on the length of the sequence. The
@@ -121,7 +121,9 @@ def dot_product_attention(
     out = []
     for start in range(0, T, block):
         q, s = slice(start, min(start + block, T)), slice(start + block)
-        bias = None if scores.bias_BHTS is None else scores.bias_BHTS[:, :, q, s]
+        bias = scores.bias_BHTS
+        if bias is not None:
+            bias = bias[:, :, q if bias.shape[2] > 1 else slice(None), s]
         block_scores = scores._replace(bias_BHTS=bias)
         kv = create(k_BSKC[:, s], v_BSKC[:, s])
         out.append(_attend(q_BTHC[:, q], kv, mask_BTS[:, q, s], block_scores, dropout)[0])
@@ -140,7 +142,7 @@ def _attend(
     if kv.k_scales_BKS is not None:
         scores_BKGTS *= kv.k_scales_BKS[:, :, None, None]
     if scores.bias_BHTS is not None:
-        scores_BKGTS += scores.bias_BHTS.reshape(-1, K, H // K, T, S)
+        scores_BKGTS += scores.bias_BHTS.reshape(-1, K, H // K, scores.bias_BHTS.shape[2], S)
     if scores.cap:
         scores_BKGTS = scores.cap * jnp.tanh(scores_BKGTS / scores.cap)
     scores_BKGTS += jnp.where(mask_BTS, 0.0, MASKED)[:, None, None]
@@ -205,7 +207,7 @@ class Attention(nn.Module):
         key, value = heads("key", config.K), heads("value", config.K)
         q_BTHC = query(x_BTD)
         if config.query_key_norm:
-            q_BTHC = Norm(config, self.dtype, name="query_norm")(q_BTHC)
+            q_BTHC = self._normalise(q_BTHC, "query_norm")
         if inputs.rotary is not None:
             q_BTHC = rotate(q_BTHC, inputs.rotary)
         if config.scale_by_layer:
@@ -220,7 +222,7 @@ class Attention(nn.Module):
             context_BSD = x_BTD if context is None else context
             k_BSKC, v_BSKC = key(context_BSD), value(context_BSD)
             if config.query_key_norm:
-                k_BSKC = Norm(config, self.dtype, name="key_norm")(k_BSKC)
+                k_BSKC = self._normalise(k_BSKC, "key_norm")
             unrotated_BSKC = k_BSKC
             if inputs.rotary is not None:
                 k_BSKC = rotate(k_BSKC, inputs.rotary)
@@ -254,6 +256,12 @@ class Attention(nn.Module):
         biased = "out" in config.biases
         out = Linear((config.width,), residual_std(config), biased, contract=2, dtype=self.dtype, name="out")
         return out(out_BTHC), cache, weights_BHTS if weights else None
+
+    def _normalise(self, x_BTHC: jax.Array, name: str) -> jax.Array:
+        """Returns normalised queries or keys, each head separately or all together."""
+        whole = self.config.query_key_norm_whole
+        x = x_BTHC.reshape(*x_BTHC.shape[:2], -1) if whole else x_BTHC
+        return Norm(self.config, self.dtype, name=name)(x).reshape(x_BTHC.shape)
 
     def _attend_rows(
         self,
@@ -307,4 +315,4 @@ MIXERS: dict[str, Any] = {"attention": Attention, "lstm": LSTM, "gru": GRU, "con
 
 def window_of(config: ModelConfig, kind: str) -> int | None:
     """Returns how many of the latest positions a layer of this kind reads from its cache; None: all."""
-    return config.window if kind == "local" else getattr(MIXERS.get(config.mixer), "window", None)
+    return config.window if is_local(kind) else getattr(MIXERS.get(config.mixer), "window", None)

@@ -14,7 +14,7 @@ import numpy as np
 from jax.extend import core
 
 from jaxlm.config import ModelConfig
-from jaxlm.nn.layers import FEED_FORWARDS
+from jaxlm.nn.transformer import FEED_FORWARDS
 
 # Counts
 
@@ -46,7 +46,11 @@ def _count_equation(equation: Any) -> int:
     if name == "conv_general_dilated":
         kernel, outputs = equation.invars[1].aval.shape, params["dimension_numbers"].rhs_spec[0]
         return 2 * math.prod(equation.outvars[0].aval.shape) * (math.prod(kernel) // kernel[outputs])
-    if name in ("ragged_dot", "ragged_dot_general", "scaled_matmul"):
+    if name == "ragged_dot_general":
+        return _count_ragged(equation)
+    if name in ("jit", "pjit") and params.get("name") in _BLOCKS:
+        return _count_blocks(equation)
+    if name == "scaled_matmul":
         raise ValueError(f"the products of {name} are not counted yet; add them to jaxlm.nn.flops")
     if name == "scan":
         return params["length"] * count(params["jaxpr"])
@@ -72,6 +76,25 @@ def _count_equation(equation: Any) -> int:
         return _count_cudnn(equation)
     # All kinds of calls (jit, remat, custom_jvp_call, custom_vjp_call ...) count once.
     return sum(count(value) for value in params.values() if isinstance(value, (core.ClosedJaxpr, core.Jaxpr)))
+
+
+def _count_ragged(equation: Any) -> int:
+    """Returns the FLOPs of rows times the matrices of their groups, or of the gradient of these matrices."""
+    (left, right, _), out = (var.aval.shape for var in equation.invars), equation.outvars[0].aval.shape
+    if len(right) == 3:  # [R, I] and [X, I, O], or its transpose
+        return 2 * math.prod(out) * left[-1]
+    return 2 * math.prod(out[1:]) * left[0]
+
+
+# Functions of `jaxlm.nn.experts` whose loops end after the last block with tokens; the count includes the others.
+_BLOCKS = ("multiply_blocks", "sum_blocks")
+
+
+def _count_blocks(equation: Any) -> int:
+    """Returns the FLOPs of n blocks of b rows, each times one matrix."""
+    n, b, inputs = equation.invars[0].aval.shape
+    outputs = (equation.invars[1] if equation.params["name"] == "sum_blocks" else equation.outvars[0]).aval.shape[-1]
+    return 2 * n * b * inputs * outputs
 
 
 _CUDNN_CAUSAL = ("CAUSAL", "PADDING_CAUSAL")  # mask types of cuDNN's kernel
@@ -147,7 +170,7 @@ class Forward(NamedTuple):
     """FLOPs of one forward pass, by part.
 
     Attributes:
-      embeddings: projection of narrow embeddings (ALBERT) and convolution of the embeddings (DeBERTa v2).
+      embeddings: projection of narrow embeddings (ALBERT, OPT) and convolution of the embeddings (DeBERTa v2).
       projections: queries, keys, values, outputs and MLPs of the layers.
       attention: scores and weighted values of the layers.
       heads: heads.
@@ -206,6 +229,7 @@ def model_flops(
     if both and S is None:
         raise ValueError("an encoder-decoder requires source_length, the number of tokens in a row of its encoder")
     narrow = config.W * D if config.embedding_width else 0
+    narrow *= 1 + config.project_tokens  # the last hidden states are projected back
     embeddings = narrow * (T + (S or 0) if both else T) + T * config.conv_width * D * D
     projections = attention = 0
     if config.structure != "decoder":
@@ -248,7 +272,8 @@ def _mixer_products(config: ModelConfig, T: int, pairs: int) -> int:
 def _mlp_entries(config: ModelConfig) -> int:
     if config.feed_forward == "none":
         return 0
-    return config.width * config.F * FEED_FORWARDS[config.feed_forward].matrices
+    entries: int = FEED_FORWARDS[config.feed_forward].entries(config)
+    return entries
 
 
 def _attention_products(config: ModelConfig, T: int, S: int, pairs: int, relative: bool = True) -> int:
@@ -281,7 +306,7 @@ def _causal_pairs(T: int) -> int:
 
 def _head_entries(config: ModelConfig, head: str) -> int:
     """Returns the number of entries of the head's matrices."""
-    D, N = config.width, len(config.labels)
+    D, N = config.hidden_width, len(config.labels)
     shared = D * D if config.shared_transform else 0
     entries = {
         "lm": D * config.V,

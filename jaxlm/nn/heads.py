@@ -65,7 +65,8 @@ class MaskedLMHead(nn.Module):
     def __call__(self, x_BTD: jax.Array, embedding_VW: jax.Array) -> jax.Array:
         if not self.config.shared_transform:
             x_BTD = _transform(self.config, x_BTD, self.config.W, self.dtype)
-        vocabulary = VocabularyHead(self.config, self.constrain, bias=True, dtype=self.dtype, name="vocabulary")
+        bias = self.config.masked_lm_bias
+        vocabulary = VocabularyHead(self.config, self.constrain, bias, self.dtype, name="vocabulary")
         return vocabulary(x_BTD, embedding_VW)
 
 

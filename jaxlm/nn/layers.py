@@ -166,15 +166,19 @@ class Dropout(nn.Module):
 class MLP(nn.Module):
     """A position-wise feed-forward layer (Vaswani et al. 2017, section 3.3).
 
-    All entries of `FEED_FORWARDS` have the same fields and signature.
+    All entries of `jaxlm.nn.transformer.FEED_FORWARDS` have the same fields and signature.
     """
 
     config: ModelConfig
     constrain: Placement
     dtype: Any = jnp.float32
 
-    matrices: ClassVar[int] = 2  # number of matrices of D x F
     gated: ClassVar[bool] = False
+
+    @classmethod
+    def entries(cls, config: ModelConfig) -> int:
+        """Returns the number of entries of the matrices that multiply each token."""
+        return (3 if cls.gated else 2) * config.width * config.F
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, tokens_BT: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -184,8 +188,8 @@ class MLP(nn.Module):
         """
         config = self.config
         activation = ACTIVATIONS[config.activation]
-        bias = "mlp" in config.biases
-        linear = lambda name, features, std: Linear((features,), std, bias, dtype=self.dtype, name=name)
+        biased = lambda name: "mlp" in config.biases or name in config.biases
+        linear = lambda name, features, std: Linear((features,), std, biased(name), dtype=self.dtype, name=name)
         x_BTF = linear("up", config.F, config.matrix_std)(x_BTD)
         if self.gated:
             x_BTF *= activation(linear("gate", config.F, config.matrix_std)(x_BTD))
@@ -199,11 +203,7 @@ class MLP(nn.Module):
 class GatedMLP(MLP):
     """A feed-forward layer with a gate: the activation multiplies a second projection (GLU; Shazeer 2020)."""
 
-    matrices: ClassVar[int] = 3
     gated: ClassVar[bool] = True
-
-
-FEED_FORWARDS: dict[str, Any] = {"dense": MLP, "gated": GatedMLP}  # by `ModelConfig.feed_forward`
 
 
 class Convolution(nn.Module):

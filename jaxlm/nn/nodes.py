@@ -111,8 +111,8 @@ def dense(value: Any) -> jax.Array:
     return value.materialize() if isinstance(value, Node) else value
 
 
-def of_layer(value: Any, layer: int) -> jax.Array:
-    """Returns the dense array of one layer of a stacked array or node."""
+def of_layer(value: Any, layer: int | tuple[int, ...]) -> jax.Array:
+    """Returns the dense array of one layer of a stacked array or node; or of one index along several axes."""
     return dense(jax.tree.map(lambda leaf: leaf[layer], value))
 
 

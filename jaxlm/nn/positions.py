@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.config import ModelConfig
+from jaxlm.config import ModelConfig, is_local
 from jaxlm.nn.layers import Norm, initial
 from jaxlm.nn.nodes import array
 
@@ -36,12 +36,17 @@ class Distances(NamedTuple):
     rows_TS: jax.Array
 
 
-def sinusoidal(positions_BT: jax.Array, width: int, base: float) -> jax.Array:
-    """Returns fixed embeddings [B, T, width]: sines, then cosines of `positions / base^(2i / width)`.
+def sinusoidal(positions_BT: jax.Array, config: ModelConfig, W: int) -> jax.Array:
+    """Returns fixed embeddings [B, T, W]: sines, then cosines of `(offset + positions) / base^(2i / W)`.
 
     Vaswani et al. 2017, section 3.5, in the order of its own code and of Marian: the two halves are not interleaved.
+    With `sinusoidal_to_base` the exponent is `2i / (W - 2)`, as in that code and in fairseq.
     """
-    angles = positions_BT[..., None].astype(jnp.float32) * jnp.asarray(_frequencies(width, base))
+    frequencies = _frequencies(W, config.rotary_base)
+    if config.sinusoidal_to_base:
+        i = np.arange(W // 2, dtype=np.float32)
+        frequencies = np.float32(config.rotary_base) ** (-2 * i / np.float32(max(W - 2, 1)))
+    angles = (config.position_offset + positions_BT)[..., None].astype(jnp.float32) * jnp.asarray(frequencies)
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
 
 
@@ -56,11 +61,11 @@ def rotary_angles(
     Args:
       positions_BT: positions in the example.
       config: the model's config.
-      kind: the kind of layer, "global" or "local".
+      kind: the kind of layer, an entry of `config.layer_kinds`.
       lengths_BT: length of the sequence of each token, [B, T] or [B, 1]; required for the scalings in `BY_LENGTH`.
     """
-    own = kind == "local" and config.local_rotary_base is not None
-    frequencies: Any = _frequencies(config.C, config.local_rotary_base if own else config.rotary_base)  # type: ignore[arg-type]
+    own = is_local(kind) and config.local_rotary_base is not None
+    frequencies: Any = _frequencies(config.R, config.local_rotary_base if own else config.rotary_base)  # type: ignore[arg-type]
     if not own and config.rotary_scaling in BY_LENGTH:
         assert lengths_BT is not None
         frequencies = _scale_frequencies_by_length(frequencies, config, lengths_BT[..., None, None])
@@ -72,10 +77,15 @@ def rotary_angles(
 
 
 def rotate(x_BTHC: jax.Array, angles: RotaryAngles) -> jax.Array:
-    """Rotates the pairs (i, i + C/2) of each head, the order of Hugging Face's Llama files."""
-    a, b = jnp.split(x_BTHC.astype(jnp.float32), 2, -1)
+    """Rotates the pairs (i, i + R/2) of the first R entries of each head, the order of Hugging Face's Llama files.
+
+    R is twice the number of angles.
+    """
+    R = 2 * angles.sin_BT1c.shape[-1]
+    a, b = jnp.split(x_BTHC[..., :R].astype(jnp.float32), 2, -1)
     sin, cos = angles
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTHC.dtype)
+    rotated_BTHR = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTHC.dtype)
+    return rotated_BTHR if x_BTHC.shape[-1] == R else jnp.concatenate([rotated_BTHR, x_BTHC[..., R:]], -1)
 
 
 def _frequencies(width: int, base: float) -> np.ndarray:
@@ -122,9 +132,36 @@ def _scale_frequencies_by_length(frequencies: np.ndarray, config: ModelConfig, l
         return jnp.where(lengths_BT11 > config.rotary_length, long, short)
     share = jnp.maximum(lengths_BT11, config.rotary_length).astype(jnp.float32) / config.rotary_length
     growth = config.rotary_factor * share - (config.rotary_factor - 1)
-    # This is base^(-2i / C) with the base multiplied by growth^(C / (C - 2)).
+    # This is base^(-2i / R) with the base multiplied by growth^(R / (R - 2)).
     i = jnp.arange(len(frequencies), dtype=jnp.float32)
-    return jnp.asarray(frequencies) * growth ** -(2 * i / max(config.C - 2, 1))
+    return jnp.asarray(frequencies) * growth ** -(2 * i / max(config.R - 2, 1))
+
+
+def alibi(positions_BS: jax.Array, config: ModelConfig) -> jax.Array:
+    """Returns the bias of the scores for keys at these positions, [B, H, 1, S] (ALiBi, Press et al. 2022).
+
+    The bias is linear in the position of the key. In the softmax it equals the bias of the paper, which is linear in
+    the distance of query and key, as the difference is the same for all keys of a query. With `config.alibi_scaled` it
+    is rounded to bfloat16, and scaled like the scores.
+    """
+    slopes_H11 = jnp.asarray(_slopes(config.heads))[:, None, None]
+    positions_B11S = positions_BS[:, None, None]
+    if not config.alibi_scaled:
+        return slopes_H11 * positions_B11S
+    scale = config.C**-0.5 if config.attention_scale is None else config.attention_scale
+    # A compiler may omit conversions to bfloat16 and back, but not this operation.
+    rounded = lambda x: jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    return scale * rounded(rounded(slopes_H11) * rounded(positions_B11S.astype(jnp.float32)))
+
+
+def _slopes(heads: int) -> np.ndarray:
+    """Returns the slope of each head: powers of 2^(-8 / heads), for a number of heads that is a power of two.
+
+    Other numbers of heads have the slopes for the power of two below, then every second one for the power above.
+    """
+    below = 1 << heads.bit_length() - 1
+    powers = lambda n: 2.0 ** (-8 / n * np.arange(1, n + 1))
+    return np.concatenate([powers(below), powers(2 * below)[::2]])[:heads].astype(np.float32)
 
 
 class Buckets(nn.Module):

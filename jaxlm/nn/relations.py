@@ -29,7 +29,7 @@ def query_key_value(
     stacked = stack["layers"]
     row = int(layer * len(jax.tree.leaves(stacked)[0]) / layers)
     params = jax.tree.map(lambda leaf: leaf[row], stacked)
-    if config.norm_place not in ("post", "none") and (config.first_norm or layer > 0):
+    if config.norm_place in ("pre", "sandwich") and (config.first_norm or layer > 0):
         x_BTD = _apply(Norm(config, dtype), params["attention_norm"], x_BTD)
     biased = "query_key_value" in config.biases
     heads = {"query": config.heads, "key": config.K, "value": config.K}

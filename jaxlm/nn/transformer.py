@@ -17,13 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxlm.config import ModelConfig
+from jaxlm.config import ModelConfig, is_rotated
 from jaxlm.devices.sharding import Placement
 from jaxlm.errors import UserError, suggestion
 from jaxlm.nn import fusion
 from jaxlm.nn.attention import MIXERS, Attention, AttentionInputs, cross_mask, self_mask, window_of
 from jaxlm.nn.cache import Cache, cache_positions
 from jaxlm.nn.crf import Transitions
+from jaxlm.nn.experts import Experts
 from jaxlm.nn.heads import (
     ClassesHead,
     CRFHead,
@@ -35,9 +36,9 @@ from jaxlm.nn.heads import (
     VocabularyHead,
 )
 from jaxlm.nn.kernels import save_attention
-from jaxlm.nn.layers import FEED_FORWARDS, Convolution, Dropout, Linear, Norm
+from jaxlm.nn.layers import MLP, Convolution, Dropout, GatedMLP, Linear, Norm
 from jaxlm.nn.nodes import array, parameter, rows
-from jaxlm.nn.positions import BY_LENGTH, Buckets, Disentangled, rotary_angles, sinusoidal
+from jaxlm.nn.positions import BY_LENGTH, Buckets, Disentangled, alibi, rotary_angles, sinusoidal
 
 # Operations that cost little compared with the memory of their results: the backward pass recomputes them.
 _ELEMENTWISE = {
@@ -102,14 +103,19 @@ class Embeddings(nn.Module):
             self.tokens = parameter(self, "tokens", init, (self.rows or config.vocabulary, config.W))
         if config.positions == "learned":
             rows = config.position_offset + config.max_length
-            self.positions = array(self, "positions", init, (rows, config.W))
+            self.positions = array(self, "positions", init, (rows, self._sum_width))
         if config.types:
-            self.types = array(self, "types", init, (config.types, config.W))
+            self.types = array(self, "types", init, (config.types, self._sum_width))
         if config.embedding_norm:
             self.norm = Norm(config)
         if config.embedding_width is not None:
-            self.project = Linear((config.width,), config.matrix_std, dtype=self.dtype)
+            self.project = Linear((config.width,), config.matrix_std, not config.project_tokens, dtype=self.dtype)
         self.dropout = Dropout(config.rate("embedding_dropout"))
+
+    @property
+    def _sum_width(self) -> int:
+        """Width of the sum of the embeddings."""
+        return self.config.width if self.config.project_tokens else self.config.W
 
     def __call__(
         self,
@@ -122,19 +128,25 @@ class Embeddings(nn.Module):
         x_BTW = rows(self.tokens if tokens_VW is None else tokens_VW, tokens_BT)
         if config.scale_embeddings:
             x_BTW *= math.sqrt(config.width)
+        if config.embedding_scale != 1:
+            x_BTW *= config.embedding_scale
+        if config.project_tokens:
+            x_BTW = self.project(x_BTW).astype(x_BTW.dtype)
         if config.positions == "learned":
             x_BTW += self.positions[config.position_offset + positions_BT]
         elif config.positions == "sinusoidal":
-            x_BTW += sinusoidal(positions_BT, config.W, config.rotary_base)
+            x_BTW += sinusoidal(positions_BT, config, self._sum_width)
         if config.types:
             x_BTW += self.types[jnp.zeros_like(tokens_BT) if types_BT is None else types_BT]
         if config.embedding_norm:
             x_BTW = self.norm(x_BTW)
         x_BTW = self.dropout(x_BTW)
-        return (x_BTW if config.embedding_width is None else self.project(x_BTW)).astype(self.dtype)
+        project_sum = config.embedding_width is not None and not config.project_tokens
+        return (self.project(x_BTW) if project_sum else x_BTW).astype(self.dtype)
 
 
 FRONT_ENDS: dict[str, Any] = {"tokens": Embeddings}  # by `ModelConfig.front_end`
+FEED_FORWARDS: dict[str, Any] = {"dense": MLP, "gated": GatedMLP, "experts": Experts}  # by `ModelConfig.feed_forward`
 
 
 class SequenceInputs(NamedTuple):
@@ -251,24 +263,29 @@ class Block(nn.Module):
         weights: dict[str, jax.Array | None] = {"attention": None, "cross_attention": None}
         caches: dict[str, Cache | None] = {"attention": None, "cross_attention": None}
 
+        norm = lambda name: Norm(config, self.dtype, name=f"{name}_norm")
+
+        def before(x: jax.Array, name: str) -> jax.Array:
+            """Returns the input of a sub-layer."""
+            if config.norm_place in ("post", "out", "none"):
+                return x
+            normed = norm(name)(x)
+            is_first = name == "attention" and not config.first_norm
+            return jnp.where(jnp.equal(layer, 0), x, normed) if is_first else normed
+
+        def after(y: jax.Array, name: str) -> jax.Array:
+            """Returns what is added to the hidden states for the output of a sub-layer."""
+            y = Dropout(config.rate("mlp_out_dropout" if name == "mlp" else "attention_out_dropout"))(y)
+            if config.norm_place in ("sandwich", "out"):
+                y = norm(f"{name}_out")(y)
+            return y if config.residual_scale == 1 else y * config.residual_scale
+
         def residual(x: jax.Array, name: str, sublayer: Callable[[jax.Array], jax.Array]) -> jax.Array:
-            rate = config.rate("mlp_out_dropout" if name == "mlp" else "attention_out_dropout")
-            norm, dropout = Norm(config, self.dtype, name=f"{name}_norm"), Dropout(rate)
             if name == "attention" and not config.mixer_residual:
-                x = dropout(sublayer(x))
-            elif config.norm_place == "none":
-                x = x + dropout(sublayer(x))
-            elif config.norm_place == "post":
-                x = norm(x + dropout(sublayer(x)))
-            else:
-                normed = norm(x)
-                if name == "attention" and not config.first_norm:
-                    normed = jnp.where(jnp.equal(layer, 0), x, normed)
-                y = dropout(sublayer(normed))
-                if config.norm_place == "sandwich":
-                    y = Norm(config, self.dtype, name=f"{name}_out_norm")(y)
-                x = x + y
-            return self.constrain(x, ("batch", "between", None))
+                dropout = Dropout(config.rate("attention_out_dropout"))
+                return self.constrain(dropout(sublayer(x)), ("batch", "between", None))
+            x = x + after(sublayer(before(x, name)), name)
+            return self.constrain(norm(name)(x) if config.norm_place == "post" else x, ("batch", "between", None))
 
         def attend(
             name: str, inputs: AttentionInputs, context: Any, cache: Cache | None
@@ -282,10 +299,6 @@ class Block(nn.Module):
 
             return sublayer
 
-        x_BTD = residual(x_BTD, "attention", attend("attention", inputs, None, cache))
-        if context is not None:
-            assert context_inputs is not None
-            x_BTD = residual(x_BTD, "cross_attention", attend("cross_attention", context_inputs, context, None))
         losses: dict[str, jax.Array] = {}
         if tokens_BT is None:
             tokens_BT = jnp.ones(x_BTD.shape[:2], bool)
@@ -296,8 +309,21 @@ class Block(nn.Module):
             losses.update(auxiliary)
             return x
 
-        if config.feed_forward != "none":
-            x_BTD = residual(x_BTD, "mlp", feed_forward)
+        own_attention = attend("attention", inputs, None, cache)
+        if config.residual == "sequential":
+            x_BTD = residual(x_BTD, "attention", own_attention)
+            if context is not None:
+                assert context_inputs is not None
+                x_BTD = residual(x_BTD, "cross_attention", attend("cross_attention", context_inputs, context, None))
+            if config.feed_forward != "none":
+                x_BTD = residual(x_BTD, "mlp", feed_forward)
+        else:
+            read_BTD = before(x_BTD, "attention")
+            attended_BTD = after(own_attention(read_BTD), "attention")
+            if config.residual == "parallel":
+                read_BTD = before(x_BTD, "mlp")
+            x_BTD = x_BTD + attended_BTD + after(feed_forward(read_BTD), "mlp")
+            x_BTD = self.constrain(x_BTD, ("batch", "between", None))
         return (
             x_BTD,
             (caches["attention"], caches["cross_attention"]),
@@ -376,7 +402,7 @@ class Stack(nn.Module):
         owns, crosses = zip(*updated)
         if keep is not None:
             self._check_caches(owns, keep)
-        return self._last_norm(x_BTD), Caches(owns, crosses if crosses[0] is not None else None)
+        return self._project(self._last_norm(x_BTD)), Caches(owns, crosses if crosses[0] is not None else None)
 
     def _scan(self, run: Callable, stacked: Any, x_BTD: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
         config, kinds = self.config, self.config.layer_kinds
@@ -427,7 +453,7 @@ class Stack(nn.Module):
         self.sow("weights", "weights", output)
         for name, loss_L in output.losses.items():
             self.sow("losses", name, loss_L.sum())
-        return x_BTD
+        return self._project(x_BTD)
 
     @property
     def _shares(self) -> bool:
@@ -478,6 +504,10 @@ class Stack(nn.Module):
             # The tokens of an example are consecutive.
             places = (positions_BT.shape[1],) if caches is None else (caches.own[0].slots, positions_BT)
             bias_BHTS = Buckets(config, self.causal, name="relative")(*places)
+        elif config.relative == "alibi":
+            # A cache holds the whole text, so that the number of a slot is its position.
+            keys_BS = positions_BT if caches is None else jnp.arange(caches.own[0].slots)[None]
+            bias_BHTS = alibi(keys_BS, config)
         elif config.relative == "disentangled":
             distances = Disentangled(config, name="relative")(positions_BT.shape[1])
         inputs_by_kind: dict[str, AttentionInputs] = {}
@@ -503,7 +533,7 @@ class Stack(nn.Module):
                 slots = min(keep.length, window + keep.ahead - 1) if short and window else keep.length
                 slot_positions_BS = jnp.maximum(cache_positions(keep.lengths_B[:, None] - 1, slots)[:, 0], 0)
             rotary = cache_rotary = None
-            if config.positions == "rotary":
+            if config.positions == "rotary" and is_rotated(kind):
                 rotary = rotary_angles(positions_BT, config, kind, lengths_BT)
                 if lengths_BT is not None and (caches is not None or keep is not None):
                     # All queries of a call use the angles for its last query.
@@ -549,6 +579,13 @@ class Stack(nn.Module):
         if self.config.norm_place not in ("post", "none"):
             x_BTD = Norm(self.config, self.dtype, name="norm")(x_BTD)
         return Dropout(self.config.rate("final_dropout"), name="dropout")(x_BTD)
+
+    def _project(self, x_BTD: jax.Array) -> jax.Array:
+        """Returns hidden states with the width of the embeddings, if they are projected back to it."""
+        config = self.config
+        if not config.project_tokens:
+            return x_BTD
+        return Linear((config.W,), config.matrix_std, False, dtype=self.dtype, name="project")(x_BTD)
 
 
 class Transformer(nn.Module):
@@ -617,7 +654,7 @@ class Transformer(nn.Module):
 
         In an encoder-decoder they belong to the encoder. `tokens_BT` is the input of the front end.
         """
-        positions_BT = self._positions(tokens_BT, positions_BT)
+        positions_BT = self._positions(tokens_BT, positions_BT, segments_BT)
         x_BTD = self.embeddings(tokens_BT, positions_BT, types_BT)
         return x_BTD, SequenceInputs(segments_BT, positions_BT, mask_BTS, prefix_BT, one_example)
 
@@ -653,7 +690,7 @@ class Transformer(nn.Module):
 
         `context_BSD` is the output of the encoder; `SequenceInputs` describes the other arguments.
         """
-        positions_BT = self._positions(tokens_BT, positions_BT)
+        positions_BT = self._positions(tokens_BT, positions_BT, segments_BT)
         x_BTD = self._decoder_embeddings(tokens_BT, positions_BT, types_BT)
         context_inputs, _ = _cross_attention_inputs(tokens_BT, segments_BT, context_BSD, context_segments_BS)
         named: dict[str, Any] = {"prefix_BT": prefix_BT, "mask_BTS": mask_BTS}
@@ -733,6 +770,8 @@ class Transformer(nn.Module):
         config = self.config
         if config.scale_logits:
             x_BTD = x_BTD * config.width**-0.5
+        if config.logit_divisor != 1:
+            x_BTD = x_BTD / config.logit_divisor
         embeddings = self.decoder_embeddings if config.decoder_tokens else self.embeddings
         logits_BTV = self.lm_head(x_BTD, embeddings.tokens)
         return config.logit_cap * jnp.tanh(logits_BTV / config.logit_cap) if config.logit_cap else logits_BTV
@@ -772,14 +811,20 @@ class Transformer(nn.Module):
     def _transformed(self, x: jax.Array) -> jax.Array:
         return self.transform_head(x) if self.config.shared_transform else x
 
-    def _positions(self, tokens_BT: jax.Array, positions_BT: jax.Array | None) -> jax.Array:
+    def _positions(
+        self, tokens_BT: jax.Array, positions_BT: jax.Array | None, segments_BT: jax.Array | None
+    ) -> jax.Array:
         """Returns the given positions, by default those of rows of one example."""
-        if positions_BT is None and self.config.padding_token is not None:
+        if positions_BT is not None:
+            return positions_BT
+        is_token_BT = None
+        if self.config.padding_token is not None:
             is_token_BT = tokens_BT != self.config.padding_token
-            positions_BT = jnp.cumsum(is_token_BT, 1) * is_token_BT - 1
-        elif positions_BT is None:
-            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape[:2])
-        return positions_BT
+        elif not self.config.count_padding and segments_BT is not None:
+            is_token_BT = segments_BT > 0
+        if is_token_BT is not None:
+            return jnp.cumsum(is_token_BT, 1) * is_token_BT - 1
+        return jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape[:2])
 
     def initialise(self, tokens_BT: jax.Array) -> None:
         """Uses every parameter once; for `init`."""

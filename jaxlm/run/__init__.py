@@ -19,6 +19,7 @@ checkpoint     checkpoints with Orbax and checksums
 measure        speed and memory of the steps
 folder         the files of a run folder
 evaluate       evaluation and prediction, over every example once
+baseline       the baselines of a config, without a model
 sweep          many runs of one config
 compress       smaller variants of a model, compared in a table
 """

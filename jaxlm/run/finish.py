@@ -6,11 +6,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+from jaxlm.baselines.comparison import (
+    compared_scores,
+    comparison_table,
+    describe_best,
+    find_better,
+    run_baselines,
+)
 from jaxlm.config import CausalLM, Decoding, RunConfig, to_json
 from jaxlm.devices import hosts
 from jaxlm.inference.generate import generate
 from jaxlm.lm import LM
 from jaxlm.reports import report
+from jaxlm.run.baseline import write_baselines
 from jaxlm.run.folder import SUMMARY, drop_steps, duration, write_json
 from jaxlm.run.resolve import ResolvedRun
 from jaxlm.run.training import Training, data_line, log, packing, parameter_count
@@ -44,8 +52,9 @@ def finish(training: Training, lm: LM, kind: str, start: float, summary: bool) -
     sample, sections = _sample(lm, run), _sections(resolved, result)
 
     def write_report() -> str:
-        report.write(folder, to_json(run), facts, sample, sections)
-        text = _summary(facts, sample, kind, folder)
+        baseline_facts, baseline_sections = _compare(training)
+        report.write(folder, to_json(run), facts | baseline_facts, sample, [*baseline_sections, *sections])
+        text = _summary(facts | baseline_facts, sample, kind, folder)
         disk.write(folder / SUMMARY, text + "\n")
         return text
 
@@ -82,6 +91,21 @@ def _facts(training: Training, start: float) -> dict[str, str]:
     if truncated := resolved.task.truncation_warnings(resolved.train):
         facts["length"] = "; ".join(truncated)
     return facts
+
+
+def _compare(training: Training) -> tuple[dict[str, str], list[report.Section]]:
+    """Writes the baselines of the task; returns their line of the summary and their table, both empty without any."""
+    resolved, scores = training.resolved, training.scores
+    baselines = run_baselines(resolved.task, resolved.data, training.run.baseline)
+    if not baselines:
+        return {}, []
+    write_baselines(training.run_folder.folder, baselines)
+    compared = compared_scores(resolved.task, resolved.best)
+    sentences = find_better(scores, baselines, compared)
+    for sentence in sentences:
+        log(f"warning   {sentence}")
+    best = describe_best(baselines, compared)
+    return {"baseline": best} if best else {}, [comparison_table(scores, baselines, sentences)]
 
 
 def _sections(resolved: ResolvedRun, result: Any) -> list[report.Section]:

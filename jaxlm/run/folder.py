@@ -23,9 +23,10 @@ from jaxlm.storage import disk
 
 # Fields that may differ when the same run is resumed.
 FREE = {"mesh", "remat", "attention", "unroll", "log_every", "eval_every", "checkpoint_every", "keep", "workdir"}
-FREE |= {"keep_checkpoints", "sample_prompt", "sample_tokens", "profile"}
+FREE |= {"keep_checkpoints", "sample_prompt", "sample_tokens", "profile", "baseline"}
 FREE_DATA = ("path", "eval_path", "cache")  # the content of the data is compared instead of the path
 SUMMARY = "summary.txt"  # the summary that a finished run printed
+BASELINE = "baseline.json"  # the scores of the baselines, of a run or of the verb `baseline`
 
 
 def open_run_dir(run: RunConfig, folder: Path) -> bool:
@@ -48,7 +49,7 @@ def open_run_dir(run: RunConfig, folder: Path) -> bool:
     except OSError as error:
         raise _cannot_be_written(folder, error) from None
     stored = _read(folder)
-    is_own = lambda name: name == disk.LOCK or disk.is_temporary(name)
+    is_own = lambda name: name in (disk.LOCK, BASELINE) or disk.is_temporary(name)
     if stored is None and not all(is_own(path.name) for path in folder.iterdir()):
         raise UserError(f"{folder} is not empty and contains no run; choose another --workdir")
     if stored is None or not _has_started(folder):

@@ -42,6 +42,29 @@ def prepare(
     Raises:
       UserError: for invalid data, with file and line.
     """
+    data = run.data
+    train, held_out, names, counts = read_parts(run, kind, log, known)
+    fingerprint = hashlib.sha256()
+    for path in (data.path, data.target_path, data.eval_path, data.eval_target_path):
+        fingerprint.update(source.fingerprint(path).encode() if path else b"")
+    options = asdict(replace(data, path="", target_path="", eval_path="", eval_target_path="", cache=""))
+    fingerprint.update(json.dumps(options, sort_keys=True).encode())
+    if tokenizer is None and run.tokenizer.path:
+        tokenizer = tokenizers.load(run.tokenizer.path, run.tokenizer.split_special_tokens)
+    if tokenizer is None:
+        tokenizer = _train_tokenizer(run, kind, train, log)  # follows from the data and the config
+    else:
+        fingerprint.update(tokenizers.fingerprint(tokenizer).encode())
+    return Prepared(tokenizer, train, held_out, counts, fingerprint.hexdigest()[:16], names)
+
+
+def read_parts(
+    run: RunConfig, kind: type[RecordTask], log: Callable[[str], None], known: tuple[str, ...] | None = None
+) -> tuple[Records, Records, tuple[str, ...], dict[str, int]]:
+    """Returns the training and the held-out records of a run, the names of the labels, and the counts of the rows.
+
+    The arguments and errors are those of `prepare`; nothing is tokenized.
+    """
     data, counts = run.data, Counter[str]()
     read = lambda path, target, split: load(kind, run, path, target, split, counts)
     train = whole = read(data.path, data.target_path, data.split)
@@ -55,18 +78,7 @@ def prepare(
             raise UserError(f"no {name} example is left of {path} ({found}); give more, or set --data.eval-path")
     # The labels are those of `whole`, because the only rows with a label may have been split off.
     names, train, held_out = labels.align_labels(kind, run.task, whole, train, held_out, known, log)
-    fingerprint = hashlib.sha256()
-    for path in (data.path, data.target_path, data.eval_path, data.eval_target_path):
-        fingerprint.update(source.fingerprint(path).encode() if path else b"")
-    options = asdict(replace(data, path="", target_path="", eval_path="", eval_target_path="", cache=""))
-    fingerprint.update(json.dumps(options, sort_keys=True).encode())
-    if tokenizer is None and run.tokenizer.path:
-        tokenizer = tokenizers.load(run.tokenizer.path, run.tokenizer.split_special_tokens)
-    if tokenizer is None:
-        tokenizer = _train_tokenizer(run, kind, train, log)  # follows from the data and the config
-    else:
-        fingerprint.update(tokenizers.fingerprint(tokenizer).encode())
-    return Prepared(tokenizer, train, held_out, dict(counts), fingerprint.hexdigest()[:16], names)
+    return train, held_out, names, dict(counts)
 
 
 def load(kind: type[RecordTask], run: RunConfig, path: str, target_path: str, split: str, counts: Counter) -> Records:

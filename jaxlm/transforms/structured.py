@@ -114,6 +114,11 @@ def _check_widths(config: ModelConfig, heads: int | None, mlp: int | None) -> No
             f"heads is {heads}; it must be at most {largest}, the heads of the model, and a multiple of {group}, the "
             f"query heads of each key-value head"
         )
+    if heads is not None and (config.relative == "alibi" or config.query_key_norm_whole):
+        raise UserError(
+            f"heads is {heads}, but attention depends on the number of heads (relative {config.relative!r}, "
+            f"query_key_norm_whole {config.query_key_norm_whole}); leave it out"
+        )
     if mlp is not None and config.feed_forward not in ("dense", "gated"):
         raise UserError(f"mlp is {mlp}, but the model has the feed-forward layer {config.feed_forward!r}; leave it out")
     if mlp is not None and mlp > (width := min(one.F for one in both)):

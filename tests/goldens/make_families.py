@@ -29,7 +29,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 model.save_pretrained(folder)
                 stored = safetensors.read(Path(folder)).items()
-                sinusoids = "embed_positions" if family == "Marian" else "none"  # fixed, not to be drawn
+                sinusoids = "embed_positions" if family in test_parity.SINUSOIDAL else "none"  # fixed, not to be drawn
                 tensors = {name: list(x.shape) for name, x in stored if sinusoids not in name}
                 config = json.loads((Path(folder) / "config.json").read_text())
                 test_goldens.write(Path(folder) / "drawn", config, tensors)

@@ -348,11 +348,13 @@ class Tokenizer:
         """
         Path(folder).mkdir(parents=True, exist_ok=True)
         tokens = {f"{role}_token": token for role, token in self.special.items()}
+        if "offset" in self.config:  # transformers 5 exchanges the two masks of Pegasus if a file names one of them
+            del tokens["mask_token"]
         state = json.loads(self.backend.to_str())
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **tokens, **self.config}
         normalizer = state["normalizer"] or {}
         if state["model"]["type"] == "WordPiece" and normalizer.get("type") == "BertNormalizer":
-            config["tokenizer_class"] = "BertTokenizerFast"
+            config["tokenizer_class"] = self.config.get("tokenizer_class", "BertTokenizerFast")
             config["do_lower_case"] = normalizer["lowercase"]
             config["strip_accents"] = normalizer["strip_accents"]
             config["tokenize_chinese_chars"] = normalizer["handle_chinese_chars"]

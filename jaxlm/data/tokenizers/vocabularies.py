@@ -39,8 +39,9 @@ _FIELD_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     **dict.fromkeys(("do_lower_case", "strip_accents", "tokenize_chinese_chars", "keep_accents"), _BOOL),
     **dict.fromkeys(("add_bos_token", "add_eos_token", "add_prefix_space", "split_special_tokens", "legacy"), _BOOL),
     **dict.fromkeys(("clean_up_tokenization_spaces", "separate_vocabs", "split_by_punct"), _BOOL),
+    "legacy_behaviour": _BOOL,
     **dict.fromkeys(("tokenizer_class", "src_lang", "tgt_lang"), _TEXT),
-    "extra_ids": ((int,), "an integer"),
+    **dict.fromkeys(("extra_ids", "offset"), ((int,), "an integer")),
     "model_max_length": ((int, float), "a number"),
     "added_tokens_decoder": ((dict,), "an object"),
     **dict.fromkeys([f"{role}_token" for role in ROLES], _TOKEN),
@@ -70,10 +71,12 @@ class TokenizerSpec(NamedTuple):
     skip: int = 0
     tail: tuple[str, ...] = ()  # sentencepiece: last tokens
     words: str = ""  # byte-level BPE: regular expression that matches words; empty: GPT-2's
+    language: str = "{}"  # format of the token of a language
     mask_strips: bool = False  # whether the mask token absorbs the space before it, if no file declares its flags
 
 
 _BERT = {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask": "[MASK]"}
+_BERT_SETTINGS = {"do_lower_case": None, "strip_accents": None, "tokenize_chinese_chars": True}
 _T5 = {"eos": "</s>", "unk": "<unk>", "pad": "<pad>"}
 _ROBERTA = _T5 | {"bos": "<s>", "cls": "<s>", "sep": "</s>", "mask": "<mask>"}
 _GEMMA = {"bos": "<bos>", "eos": "<eos>", "unk": "<unk>", "pad": "<pad>", "mask": "<mask>"}
@@ -83,7 +86,7 @@ _DOUBLED = ("cls $A sep", "cls $A sep sep $B sep")
 _FLAGS = {"add_bos_token": False, "add_eos_token": False}
 _LLAMA = {"bos": "<s>", "eos": "</s>", "unk": "<unk>"}
 _LLAMA_SETTINGS = {**_FLAGS, "add_bos_token": True, "add_prefix_space": True, "legacy": False}
-_CLASS_IGNORED = ("mistral", "mixtral")  # model types for which transformers ignores the tokenizer class
+_CLASS_IGNORED = ("mistral", "mixtral", "phi3")  # model types for which transformers ignores the tokenizer class
 _LANGUAGES = {"src_lang": "en_XX", "tgt_lang": None}
 _FAIRSEQ = ("<s>", "<pad>", "</s>", "<unk>")
 _MBART = (
@@ -96,15 +99,41 @@ _MBART50 = (
     *("mr_IN", "pl_PL", "ps_AF", "pt_XX", "sv_SE", "sw_KE", "ta_IN", "te_IN", "th_TH", "tl_XX", "uk_UA", "ur_PK"),
     *("xh_ZA", "gl_ES", "sl_SI"),
 )
+_NLLB = (
+    "ace_Arab ace_Latn acm_Arab acq_Arab aeb_Arab afr_Latn ajp_Arab aka_Latn amh_Ethi apc_Arab arb_Arab "
+    "ars_Arab ary_Arab arz_Arab asm_Beng ast_Latn awa_Deva ayr_Latn azb_Arab azj_Latn bak_Cyrl bam_Latn "
+    "ban_Latn bel_Cyrl bem_Latn ben_Beng bho_Deva bjn_Arab bjn_Latn bod_Tibt bos_Latn bug_Latn bul_Cyrl "
+    "cat_Latn ceb_Latn ces_Latn cjk_Latn ckb_Arab crh_Latn cym_Latn dan_Latn deu_Latn dik_Latn dyu_Latn "
+    "dzo_Tibt ell_Grek eng_Latn epo_Latn est_Latn eus_Latn ewe_Latn fao_Latn pes_Arab fij_Latn fin_Latn "
+    "fon_Latn fra_Latn fur_Latn fuv_Latn gla_Latn gle_Latn glg_Latn grn_Latn guj_Gujr hat_Latn hau_Latn "
+    "heb_Hebr hin_Deva hne_Deva hrv_Latn hun_Latn hye_Armn ibo_Latn ilo_Latn ind_Latn isl_Latn ita_Latn "
+    "jav_Latn jpn_Jpan kab_Latn kac_Latn kam_Latn kan_Knda kas_Arab kas_Deva kat_Geor knc_Arab knc_Latn "
+    "kaz_Cyrl kbp_Latn kea_Latn khm_Khmr kik_Latn kin_Latn kir_Cyrl kmb_Latn kon_Latn kor_Hang kmr_Latn "
+    "lao_Laoo lvs_Latn lij_Latn lim_Latn lin_Latn lit_Latn lmo_Latn ltg_Latn ltz_Latn lua_Latn lug_Latn "
+    "luo_Latn lus_Latn mag_Deva mai_Deva mal_Mlym mar_Deva min_Latn mkd_Cyrl plt_Latn mlt_Latn mni_Beng "
+    "khk_Cyrl mos_Latn mri_Latn zsm_Latn mya_Mymr nld_Latn nno_Latn nob_Latn npi_Deva nso_Latn nus_Latn "
+    "nya_Latn oci_Latn gaz_Latn ory_Orya pag_Latn pan_Guru pap_Latn pol_Latn por_Latn prs_Arab pbt_Arab "
+    "quy_Latn ron_Latn run_Latn rus_Cyrl sag_Latn san_Deva sat_Beng scn_Latn shn_Mymr sin_Sinh slk_Latn "
+    "slv_Latn smo_Latn sna_Latn snd_Arab som_Latn sot_Latn spa_Latn als_Latn srd_Latn srp_Cyrl ssw_Latn "
+    "sun_Latn swe_Latn swh_Latn szl_Latn tam_Taml tat_Cyrl tel_Telu tgk_Cyrl tgl_Latn tha_Thai tir_Ethi "
+    "taq_Latn taq_Tfng tpi_Latn tsn_Latn tso_Latn tuk_Latn tum_Latn tur_Latn twi_Latn tzm_Tfng uig_Arab "
+    "ukr_Cyrl umb_Latn urd_Arab uzn_Latn vec_Latn vie_Latn war_Latn wol_Latn xho_Latn ydd_Hebr yor_Latn "
+    "yue_Hant zho_Hans zho_Hant zul_Latn "
+)
+_M2M_100 = (
+    "af am ar ast az ba be bg bn br bs ca ceb cs cy da de el en es et fa ff fi fr fy ga gd gl gu ha he hi "
+    "hr ht hu hy id ig ilo is it ja jv ka kk km kn ko lb lg ln lo lt lv mg mk ml mn mr ms my ne nl no ns "
+    "oc or pa pl ps pt ro ru sd si sk sl so sq sr ss su sv sw ta th tl tn tr uk ur uz vi wo xh yi yo zh "
+    "zu "
+)
 
 # Keys: tokenizer classes and model types in lower-case letters and digits, without "Tokenizer" and "Fast".
 TOKENIZER_SPECS: dict[str, TokenizerSpec] = {
     **dict.fromkeys(
-        ("bert", "distilbert", "electra"),
-        TokenizerSpec(
-            "BertTokenizer", _BERT, _TYPED,
-            {"do_lower_case": None, "strip_accents": None, "tokenize_chinese_chars": True},
-        ),
+        ("bert", "distilbert", "electra"), TokenizerSpec("BertTokenizer", _BERT, _TYPED, _BERT_SETTINGS)
+    ),
+    "mpnet": TokenizerSpec(
+        "MPNetTokenizer", _ROBERTA | {"unk": "[UNK]"}, _DOUBLED, _BERT_SETTINGS, mask_strips=True
     ),
     **dict.fromkeys(
         ("roberta", "bart"), TokenizerSpec("RobertaTokenizer", _ROBERTA, _DOUBLED, {"add_prefix_space": False})
@@ -124,6 +153,19 @@ TOKENIZER_SPECS: dict[str, TokenizerSpec] = {
         ("lang $A eos", "lang $A $B eos"), _LANGUAGES, head=_FAIRSEQ, skip=3, tail=(*_MBART, *_MBART50, "<mask>"),
         mask_strips=True,
     ),
+    "nllb": TokenizerSpec(
+        "NllbTokenizer", _ROBERTA, ("lang $A eos", "lang $A $B eos"),
+        {"src_lang": "eng_Latn", "tgt_lang": None, "legacy_behaviour": False},
+        head=_FAIRSEQ, skip=3, tail=(*_NLLB.split(), "<mask>"), mask_strips=True,
+    ),
+    "m2m100": TokenizerSpec(
+        "M2M100Tokenizer", _T5 | {"bos": "<s>", "sep": "</s>"}, ("lang $A eos", "lang $A $B eos"),
+        {"src_lang": "en", "tgt_lang": None}, tail=tuple(f"__{code}__" for code in _M2M_100.split()), language="__{}__",
+    ),
+    "pegasus": TokenizerSpec(
+        "PegasusTokenizer", _T5 | {"mask": "<mask_2>"}, ("$A eos", "$A $B eos"), {"offset": 103},
+        head=("<pad>", "</s>", "<mask_1>", "<mask_2>", *(f"<unk_{i}>" for i in range(2, 103))), skip=2,
+    ),
     "albert": TokenizerSpec(
         "AlbertTokenizer", _BERT | {"bos": "[CLS]", "eos": "[SEP]", "unk": "<unk>", "pad": "<pad>"}, _TYPED,
         {"do_lower_case": True, "keep_accents": False},
@@ -137,15 +179,19 @@ TOKENIZER_SPECS: dict[str, TokenizerSpec] = {
     ),
     "marian": TokenizerSpec("MarianTokenizer", _T5, ("$A eos", "$A $B eos"), {"separate_vocabs": False}),
     **dict.fromkeys(
-        ("mistral", "mixtral"), TokenizerSpec("LlamaTokenizer", _LLAMA, None, _LLAMA_SETTINGS | {"legacy": True})
+        _CLASS_IGNORED,
+        TokenizerSpec("LlamaTokenizer", _LLAMA, None, _LLAMA_SETTINGS | {"legacy": True}),
     ),
     "llama": TokenizerSpec("LlamaTokenizer", _LLAMA, None, _LLAMA_SETTINGS),
     **dict.fromkeys(
         ("gemma", "gemma2", "gemma3", "gemma3text"),
         TokenizerSpec("GemmaTokenizer", _GEMMA, None, {**_FLAGS, "add_bos_token": True}),
     ),
-    "gpt2": TokenizerSpec(
-        "GPT2Tokenizer", {"bos": _END, "eos": _END, "unk": _END}, None, {**_FLAGS, "add_prefix_space": False}
+    **dict.fromkeys(
+        ("gpt2", "gptneo", "gptj", "opt"),
+        TokenizerSpec(
+            "GPT2Tokenizer", {"bos": _END, "eos": _END, "unk": _END}, None, {**_FLAGS, "add_prefix_space": False}
+        ),
     ),
     **dict.fromkeys(
         ("qwen2", "qwen2moe", "qwen3", "qwen3moe"),
@@ -160,7 +206,7 @@ _DEFAULT_SPECS = {
     "sentencepiece.bpe.model": ("xlmroberta",),
     "spiece.model": ("albert", "t5"),
     "spm.model": ("debertav2",),
-    "vocab.txt": ("bert",),
+    "vocab.txt": ("mpnet", "bert"),
     "vocab.json": ("roberta", "gpt2"),
 }
 
@@ -473,7 +519,11 @@ def _set_frames(
         frame = bos_eos_frame(bool(bos), bool(eos))
     if "src_lang" in settings:
         replace = replace or config.get("src_lang") is not None
-        source_language, target_language = settings["src_lang"], settings["tgt_lang"] or settings["src_lang"]
+        if settings.get("legacy_behaviour"):
+            frame = TOKENIZER_SPECS["mbart"].frame or frame
+        assert spec is not None
+        languages = settings["src_lang"], settings["tgt_lang"] or settings["src_lang"]
+        source_language, target_language = (spec.language.format(language) for language in languages)
         for language in (source_language, target_language):
             if backend.token_to_id(language) is None:
                 raise UserError(f"the vocabulary has no language {language!r}; correct src_lang and tgt_lang")
@@ -531,12 +581,12 @@ def _read_json(file: Path, config: Mapping[str, Any], spec: TokenizerSpec | None
 def _apply_settings(state: dict[str, Any], spec: TokenizerSpec, config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a tokenizer.json with the settings of tokenizer_config.json, which take precedence as in transformers.
 
-    BERT's class always builds its normalizer from its settings, and byte-level classes set the prefix space; absent
-    settings have defaults.  For sentencepiece classes, absent settings change nothing.  Unlike transformers 5, this
-    keeps all parts of tokenizer.json without a setting, such as SmolLM's rule for digits.
+    Classes of word pieces always build their normalizer from their settings, and byte-level classes set the prefix
+    space; absent settings have defaults.  For sentencepiece classes, absent settings change nothing.  Unlike
+    transformers 5, this keeps all parts of tokenizer.json without a setting, such as SmolLM's rule for digits.
     """
     model = state.get("model") or {}
-    if spec.name == "BertTokenizer" and model.get("type", "WordPiece") == "WordPiece":
+    if "tokenize_chinese_chars" in spec.settings and model.get("type", "WordPiece") == "WordPiece":
         settings = _spec_settings(spec, config)
         state["normalizer"] = {
             "type": "BertNormalizer",
@@ -630,7 +680,9 @@ def _read_wordpiece(file: Path, config: Mapping[str, Any], spec: TokenizerSpec |
         settings["strip_accents"],
         settings["tokenize_chinese_chars"],
     )
-    return ParsedTokenizer(backend, spec or _guess_spec(file, ids), {"vocab.txt": file.read_bytes()})
+    spec = spec or _guess_spec(file, ids)
+    named = {"tokenizer_class": spec.name} if spec and spec is not TOKENIZER_SPECS["bert"] else {}
+    return ParsedTokenizer(backend, spec, {"vocab.txt": file.read_bytes()}, config=named)
 
 
 def wordpiece(
@@ -692,9 +744,38 @@ def _read_sentencepiece(file: Path, config: Mapping[str, Any], spec: TokenizerSp
     name = file.name if file.name in _SENTENCEPIECE else "tokenizer.model"
     if spec is None:
         return ParsedTokenizer(convert(proto, lossless=True), spec, {name: model})
+    if spec is TOKENIZER_SPECS["m2m100"]:
+        return _read_m2m_100(file, proto, spec)
     settings = _spec_settings(spec, config)
     backend = convert(proto, _arrange_pieces(proto, spec, settings), settings)
     return ParsedTokenizer(backend, spec, {name: model}, config=_spec_config(spec))
+
+
+def _read_m2m_100(file: Path, proto: Any, spec: TokenizerSpec) -> ParsedTokenizer:
+    """Reads a tokenizer of M2M-100: vocab.json has the ids of the pieces; those of the languages follow."""
+    from tokenizers import AddedToken
+
+    numbers = _companion(file, "vocab.json")
+    backend, segmenter = _numbered(numbers, proto, spec)
+    for one in (backend, segmenter):
+        one.add_tokens([AddedToken(token, normalized=False, special=True) for token in spec.tail])
+    files = {"vocab.json": numbers.read_bytes(), "sentencepiece.bpe.model": file.read_bytes()}
+    return ParsedTokenizer(backend, spec, files, config=_spec_config(spec), segmenter=segmenter)
+
+
+def _numbered(vocabulary: Path, proto: Any, spec: TokenizerSpec) -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer]:
+    """Returns a tokenizer with the ids of a vocab.json, and one that segments texts by a sentencepiece model."""
+    from tokenizers import Tokenizer, models
+
+    ids = {piece.replace("\u2581", " "): i for piece, i in _ids(vocabulary).items()}
+    if missing := sorted(set(spec.special.values()) - ids.keys()):
+        raise UserError(
+            f"{vocabulary} has no {', '.join(missing)}; the vocabulary of a {spec.name} needs them: copy it again"
+        )
+    segmenter = convert(proto)
+    backend = Tokenizer(models.WordLevel(ids, unk_token=spec.special["unk"]))
+    backend.decoder = segmenter.decoder
+    return backend, segmenter
 
 
 def _spec_config(spec: TokenizerSpec) -> dict[str, Any]:
@@ -703,21 +784,17 @@ def _spec_config(spec: TokenizerSpec) -> dict[str, Any]:
 
 def _read_marian(file: Path, config: Mapping[str, Any], spec: TokenizerSpec | None) -> ParsedTokenizer:
     """Reads a Marian tokenizer: one sentencepiece model per side; vocab.json has the ids of the pieces of both."""
-    from tokenizers import AddedToken, Tokenizer, models
+    from tokenizers import AddedToken
 
     spec = TOKENIZER_SPECS["marian"]
     numbers = _companion(file, "vocab.json")
     targets = _companion(file, "target_vocab.json") if _spec_settings(spec, config)["separate_vocabs"] else numbers
     sides = []
     for spm, vocabulary in (("source.spm", numbers), ("target.spm", targets)):
-        ids = {piece.replace("\u2581", " "): i for piece, i in _ids(vocabulary).items()}
-        if missing := sorted(set(spec.special.values()) - ids.keys()):
-            raise UserError(f"{vocabulary} has no {', '.join(missing)}; a Marian vocabulary needs them: copy it again")
-        segmenter = convert(parse_model(_companion(file, spm).read_bytes()))
+        backend, segmenter = _numbered(vocabulary, parse_model(_companion(file, spm).read_bytes()), spec)
         # The tokens of target languages, which users write before the text.
-        segmenter.add_tokens([AddedToken(p, normalized=False) for p in ids if re.fullmatch(">>.+<<", p)])
-        backend = Tokenizer(models.WordLevel(ids, unk_token=spec.special["unk"]))
-        backend.decoder = segmenter.decoder
+        languages = [piece for piece in backend.get_vocab() if re.fullmatch(">>.+<<", piece)]
+        segmenter.add_tokens([AddedToken(piece, normalized=False) for piece in languages])
         sides.append(ParsedTokenizer(backend, spec, {}, segmenter=segmenter))
     return sides[0]._replace(files=_read_files(file, _MARIAN), config=_spec_config(spec), target=sides[1])
 
@@ -727,13 +804,20 @@ def _arrange_pieces(proto: Any, spec: TokenizerSpec, settings: Mapping[str, Any]
     pieces = list_pieces(proto)
     if spec.head:
         replaced = pieces[: spec.skip]
-        if [piece.type for piece in replaced] != [UNKNOWN, CONTROL, CONTROL][: spec.skip]:
+        first_pieces = ["<unk>", "<s>", "</s>"] if spec.special["unk"] in spec.head else ["<pad>", "</s>"]
+        types = [UNKNOWN if piece == "<unk>" else CONTROL for piece in first_pieces]
+        if [piece.type for piece in replaced] != types[: spec.skip]:
             raise UserError(
                 f"this sentencepiece model begins with {[piece.text for piece in replaced]}, but that of a {spec.name} "
-                f"begins with {['<unk>', '<s>', '</s>'][: spec.skip]}; correct tokenizer_class or model_type"
+                f"begins with {first_pieces[: spec.skip]}; correct tokenizer_class or model_type"
             )
         first = [Piece(token, 0.0, UNKNOWN if token == spec.special["unk"] else CONTROL) for token in spec.head]
         pieces = first + pieces[spec.skip :]
+    if settings.get("offset", len(spec.head) - spec.skip) != len(spec.head) - spec.skip:
+        raise UserError(
+            f"tokenizer_config.json has offset {settings['offset']}; only {len(spec.head) - spec.skip} is supported: "
+            f"choose another tokenizer, or save it with a tokenizer.json"
+        )
     extra = settings.get("extra_ids", 0)
     if type(extra) is not int or not 0 <= extra <= 10_000:
         raise UserError(f"extra_ids is {extra!r}; it must be an integer from 0 to 10000: correct tokenizer_config.json")
