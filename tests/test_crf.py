@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm import DataConfig, OptimizerConfig, RunConfig, Tagging, TokenizerConfig, UserError
+from jaxlm import DataConfig, MultiTask, OptimizerConfig, RunConfig, Tagging, TokenizerConfig, UserError
 from jaxlm.families import PRESETS
 from jaxlm.nn import crf
+from jaxlm.tasks import TASKS
+from jaxlm.tasks.multi_task import TaskMixture
 
 N = 3
 # Two examples in each row, with special tokens and tokens within words between the words (0), and padding at the end.
@@ -116,3 +118,10 @@ def test_a_tag_that_was_never_seen_in_training_is_refused(tmp_path):
     run = run_config(tmp_path, eval_path=sentences(tmp_path / "eval.conll", "B-A B-C", 6))
     with pytest.raises(UserError, match="the label 'B-C' is not among the learned ones"):
         jaxlm.fit(run)
+
+
+def test_several_tasks_have_no_crf():
+    part = TASKS[Tagging](Tagging(crf=True), 32, 0, None, ("O", "B"))
+    mixture = TaskMixture(MultiTask(parts={}), {"names": part})
+    with pytest.raises(UserError, match="the part names has a CRF, which is not supported with several tasks"):
+        mixture.bind(PRESETS["lstm-tagger"])
