@@ -297,12 +297,15 @@ def _stack_outputs(sown: Any, stack: str) -> StackOutputs:
 
 
 def _row_state(x_BTD: jax.Array, segments_BT: jax.Array | None, where: str) -> jax.Array:
-    """Returns the state [B, D] of each row's "first" or "last" token, or the "mean" over its tokens."""
+    """Returns the state [B, D] of each row's "first" or "last" token, or the "mean" or "max" over its tokens."""
     if where == "first":
         return x_BTD[:, 0]
     real_BT = jnp.ones(x_BTD.shape[:2], bool) if segments_BT is None else segments_BT > 0
     if where == "mean":
         return (x_BTD * real_BT[..., None]).sum(1) / jnp.maximum(real_BT.sum(1, keepdims=True), 1)
+    if where == "max":
+        max_BD = jnp.where(real_BT[..., None], x_BTD, -jnp.inf).max(1)
+        return jnp.where(real_BT.any(1, keepdims=True), max_BD, 0).astype(x_BTD.dtype)
     last_B = x_BTD.shape[1] - 1 - jnp.argmax(real_BT[:, ::-1], 1)
     return jnp.take_along_axis(x_BTD, last_B[:, None, None], 1)[:, 0]
 

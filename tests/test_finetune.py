@@ -120,6 +120,7 @@ CASES = {
     "number": Case(Classification(problem="regression"), number_row, 1),
     "pair": Case(Classification(text=("a", "b")), pair_row, 3),
     "tagging": Case(Tagging(), tagging_row, 3),
+    "crf": Case(Tagging(crf=True), tagging_row, 3),
     "answers": Case(QuestionAnswering(unanswerable=False, **QUESTIONS), partial(question_row, answer_rate=1), 2),
     "questions": Case(QuestionAnswering(**QUESTIONS), question_row, 2),
     "cosine": Case(Similarity(), similar_row, 1),
@@ -815,7 +816,7 @@ HARD = (
 
 
 def hard_row(case: str, text: str, other: str) -> dict[str, Any]:
-    if case == "tagging":
+    if case in ("tagging", "crf"):
         return {"tokens": [*text.split(" "), other], "tags": ["B-A", *["I-A"] * len(text.split(" "))]}
     if case in ("answers", "questions"):
         text = text if text.strip() or case == "questions" else "x"
@@ -1220,7 +1221,7 @@ def their_loss(model: Any, case: str, examples: list[Any]) -> float:
     if case == "choice":
         right = int(np.argmax([example["labels_BE"] for example in examples]))
         return float(model(**{name: x[None] for name, x in inputs.items()}, labels=torch.tensor([right])).loss)
-    if case == "tagging":
+    if case in ("tagging", "crf"):
         weights = first["weights_BT"] > 0
         if not weights.any():
             return 0.0

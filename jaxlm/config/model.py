@@ -28,10 +28,12 @@ ENCODER_BIASES: tuple[Bias, ...] = ("query_key_value", "out", "mlp", "norm", "tr
 RotaryScaling = Literal["none", "linear", "dynamic", "llama3", "yarn", "longrope"]
 LayerKind = Literal["global", "local", "global_nope", "local_nope"]  # nope: no positions (Kazemnejad et al. 2023)
 Relative = Literal["none", "buckets", "disentangled", "alibi", "transformer_xl"]
-NormPlace = Literal["pre", "post", "sandwich", "out"]
+NormPlace = Literal["pre", "post", "sandwich", "out", "none"]
 Residual = Literal["sequential", "parallel", "parallel_one_norm"]
 MAX_LAYERS = 10_000  # upper limit, so that a corrupt config.json cannot request an absurd model
 _MAX_DISTANCE = 1_000_000  # upper limit of the rows of a table of relative distances
+MAX_WINDOW = 1000  # upper limit of the width of a convolution
+RECURRENT = ("lstm", "gru")  # mixers that carry a state from token to token
 Layers = Annotated[int, Range(1, MAX_LAYERS)]
 Distance = Annotated[int, Range(0, _MAX_DISTANCE)]
 
@@ -55,7 +57,8 @@ class ModelConfig(Config):
     decoder_mlp_width: Positive | None = None  # MLP width of the decoder in an encoder-decoder; None: as mlp_width
     distinct_layers: Layers | None = None  # layers with separate parameters, cycled (ALBERT: 1); None: all
 
-    mixer: Name = "attention"  # layer that mixes positions: attention, or the name of a custom class
+    mixer: Name = "attention"  # layer that mixes positions: attention, lstm, gru, convolution, or a custom class
+    mixer_residual: bool = True  # norm of the mixer, and addition of its input to its output; false: the output alone
     heads: Positive = 12  # attention heads H
     kv_heads: Positive | None = None  # key-value heads K for grouped-query attention; None: as heads
     head_width: Positive | None = None  # head width C; None: width / heads
@@ -69,7 +72,7 @@ class ModelConfig(Config):
     window: Count = 0  # attention window of local layers: tokens less than this many positions away are visible
 
     mlp_width: Positive | None = None  # MLP width F; None: 4 x width
-    feed_forward: Name = "dense"  # dense, gated (GLU, Shazeer 2020), experts, or the name of a custom class
+    feed_forward: Name = "dense"  # dense, gated (GLU, Shazeer 2020), experts, none, or the name of a custom class
     experts: Count = 0  # number of experts in each layer, if feed_forward is experts; each has gates and mlp_width
     experts_per_token: Positive = 2  # number of experts that the router chooses for each token
     normalize_experts: bool = True  # divide the router's probabilities of the chosen experts by their sum
@@ -124,6 +127,7 @@ class ModelConfig(Config):
     query_stream: bool = False  # a second stream that predicts tokens without reading them (XLNet); transformer_xl only
 
     conv_width: Distance = 0  # kernel width of the convolution next to the first layer (DeBERTa v2), odd; 0: none
+    conv_windows: tuple[Annotated[int, Range(1, MAX_WINDOW)], ...] = (3, 4, 5)  # widths of the mixer convolution
     conv_activation: Activation = "gelu"  # activation function of the convolution
 
     scale_logits: bool = False  # divide hidden states by sqrt(width) before the output projection (T5)
@@ -132,8 +136,9 @@ class ModelConfig(Config):
     transform_activation: Activation | None = None  # activation of masked_lm's transform; None: as activation
     masked_lm_bias: bool = True  # bias of the logits of masked_lm
     shared_transform: bool = False  # one transform for the heads masked_lm, classes and tokens (ModernBERT)
-    classes_from: Literal["first", "last", "mean"] = "first"  # pooling of the hidden states for the head classes
+    classes_from: Literal["first", "last", "mean", "max"] = "first"  # pooling of the hidden states for the head classes
     classes_activation: Activation | None = "tanh"  # activation of the projection before classes; None: no projection
+    crf: bool = False  # scores of neighbouring tags, in addition to the head tokens (Lafferty et al. 2001)
     start_token: Count | None = None  # first token of the decoder in an encoder-decoder (generation, classes)
 
     dropout: ShareBelowOne = 0.0  # dropout rate of each site below that is None
@@ -287,10 +292,16 @@ class ModelConfig(Config):
             raise UserError(f"model.prefix_lm is set, but the model is a(n) {self.structure}; it is for decoders only")
         if self.has_local_layers and self.window < 1:
             raise UserError(f"model.window is {self.window}; local layers need at least 1")
+        self._check_mixer()
         if self.residual != "sequential" and (self.norm_place == "post" or self.structure == "encoder_decoder"):
             raise UserError(
                 f"model.residual is {self.residual!r}, which is for models without cross-attention whose norms are not "
                 f"after the residual; set model.residual to sequential"
+            )
+        if self.residual != "sequential" and not (self.mixer_residual and self.feed_forward != "none"):
+            raise UserError(
+                f"model.residual is {self.residual!r}, but model.mixer_residual is {self.mixer_residual} and "
+                f"model.feed_forward {self.feed_forward!r}; set model.residual to sequential"
             )
         if self.project_tokens and (self.embedding_width is None or self.structure != "decoder"):
             raise UserError(
@@ -334,6 +345,28 @@ class ModelConfig(Config):
             raise UserError(
                 f"model.query_stream is set, but conv_width is {self.conv_width}, front_end {self.front_end!r} and "
                 f"mixer {self.mixer!r}; the query stream requires 0, 'tokens' and 'attention'"
+            )
+
+    def _check_mixer(self) -> None:
+        """Raises UserError for options that the mixer does not have, and sizes that it cannot divide."""
+        if self.mixer not in (*RECURRENT, "convolution"):
+            return
+        for name, plain in (("relative", "none"), ("prefix_lm", False), ("layer_kinds", ("global",))):
+            if getattr(self, name) != plain:
+                raise UserError(
+                    f"model.{name} is {getattr(self, name)!r}, but model.mixer is {self.mixer!r}, which has no "
+                    f"attention; leave it out"
+                )
+        if self.mixer in RECURRENT and self.structure != "decoder" and self.width % 2:
+            raise UserError(
+                f"model.width is {self.width}; an encoder with the mixer {self.mixer!r} divides it between two "
+                f"directions: make it even"
+            )
+        windows = self.conv_windows
+        if self.mixer == "convolution" and not 1 <= len(set(windows)) == len(windows) <= self.width:
+            raise UserError(
+                f"model.conv_windows is {windows}; give at least one and at most model.width {self.width} different "
+                f"widths"
             )
 
     def _check_experts(self) -> None:

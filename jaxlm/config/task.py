@@ -248,6 +248,7 @@ class Tagging(TaskConfig):
     tags: Name = "tags"  # column with a list of tags, one per word
     scheme: TagScheme = "auto"  # tagging scheme; auto: inferred from the tags; IO: types only; none: no spans
     names: tuple[Name, ...] = ()  # tag names in output order, for tags given as numbers from 0
+    crf: bool = False  # learn scores of neighbouring tags, and predict the best sequence (Lafferty et al. 2001)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from jaxlm.families import (
     opt,
     pegasus,
     phi,
+    recurrent,
     roberta,
     smollm,
     t5,
@@ -87,9 +88,11 @@ FAMILIES: dict[str, Family] = {  # by `model_type` of config.json
     "pegasus": pegasus.FAMILY,
     "m2m_100": m2m_100.FAMILY,
 }
-PRESETS: dict[str, ModelConfig] = transformer.PRESETS | {
-    name: preset for family in FAMILIES.values() for name, preset in family.presets.items()
-}
+PRESETS: dict[str, ModelConfig] = (
+    transformer.PRESETS
+    | recurrent.PRESETS
+    | {name: preset for family in FAMILIES.values() for name, preset in family.presets.items()}
+)
 HeadChoice = str | tuple[Head, ...]  # one or several heads, "none" or "encoder"
 OWN = "jaxlm"  # the `model_type` of our format, for models that no family supports
 

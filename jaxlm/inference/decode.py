@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlm.config import is_local
+from jaxlm.nn.attention import window_of
 from jaxlm.nn.transformer import Caches, CacheSpec, Transformer, apply
 
 Array = Any  # of JAX or NumPy
@@ -191,8 +191,8 @@ def grow(module: Transformer, state: State, *, length: int) -> State:
     pad = lambda x_BT: jnp.pad(x_BT, [(0, 0), (0, length - old_length)])
     own = []
     for n, cache in enumerate(state.caches.own):
-        local = is_local(config.layer_kinds[n % len(config.layer_kinds)]) and config.relative == "none"
-        slots = min(length, config.window) if local else length
+        window = window_of(config, config.layer_kinds[n % len(config.layer_kinds)])
+        slots = min(length, window) if window is not None and config.relative == "none" else length
         own.append(cache.extend(slots) if cache.slots == old_length < slots else cache)
     log_probs_BT = None if state.log_probs_BT is None else pad(state.log_probs_BT)
     caches = state.caches._replace(own=tuple(own))

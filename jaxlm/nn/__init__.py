@@ -4,10 +4,13 @@ transformer  the stacked Transformer: encoder, decoder, or both
 layers       projections, norms, the MLP, dropout
 experts      feed-forward layers of routed experts
 attention    self-attention and cross-attention, with grouped queries, windows and caches
+recurrent    LSTM and GRU in place of self-attention
+convolutional  convolutions in place of self-attention
 cache        keys and values of earlier tokens
 kernels      fused attention over packed rows
 positions    learned, sinusoidal, rotary and relative positions
 heads        outputs computed from the last hidden states
+crf          scores of sequences of tags, for tagging
 groups       the positions of a batch in groups, each with a copy of the parameters of a head
 fusion       values that XLA does not compute together on a GPU
 losses       losses and metrics as pairs (sum, weight)

@@ -238,15 +238,15 @@ def model_flops(
     projections = attention = 0
     if config.structure != "decoder":
         tokens = S if both and S is not None else T
-        projections += config.layers * tokens * (_attention_entries(config) + _mlp_entries(config))
+        projections += config.layers * tokens * (_mixer_entries(config, False) + _mlp_entries(config))
         queries = tokens + targets
-        attention += config.layers * _attention_products(config, queries, tokens, queries * tokens)
+        attention += config.layers * _mixer_products(config, queries, tokens, queries * tokens)
         # Targets are queries, but no keys.
         projections += config.layers * targets * (2 * D * config.heads * config.C + _mlp_entries(config))
     if config.structure != "encoder":
         layers, config = (config.decoder_layers if both else None) or config.layers, config.decoder_config
-        projections += layers * T * (_attention_entries(config) + _mlp_entries(config))
-        attention += layers * _attention_products(config, T, T, _causal_pairs(T) if blocks else T * T)
+        projections += layers * T * (_mixer_entries(config, True) + _mlp_entries(config))
+        attention += layers * _mixer_products(config, T, T, _causal_pairs(T) if blocks else T * T)
         if both and S is not None:
             queries, keys = 2 * D * config.heads * config.C, 2 * D * config.K * config.C
             projections += layers * (queries * T + keys * S)
@@ -259,11 +259,26 @@ def model_flops(
     return Forward(embeddings, projections + relative, attention, head_entries, constants)
 
 
-def _attention_entries(config: ModelConfig) -> int:
+def _mixer_entries(config: ModelConfig, causal: bool) -> int:
+    from jaxlm.nn.attention import MIXERS
+
+    mixer: Any = MIXERS.get(config.mixer)
+    if hasattr(mixer, "entries"):
+        entries: int = mixer.entries(config, causal)
+        return entries
     return 2 * config.width * config.C * (config.heads + config.K)
 
 
+def _mixer_products(config: ModelConfig, T: int, S: int, pairs: int) -> int:
+    """Returns the products of one layer between tokens, which only attention has."""
+    from jaxlm.nn.attention import MIXERS
+
+    return 0 if hasattr(MIXERS.get(config.mixer), "entries") else _attention_products(config, T, S, pairs)
+
+
 def _mlp_entries(config: ModelConfig) -> int:
+    if config.feed_forward == "none":
+        return 0
     entries: int = FEED_FORWARDS[config.feed_forward].entries(config)
     return entries
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxlm.config import ModelConfig
 from jaxlm.devices.sharding import Placement
+from jaxlm.nn.crf import Transitions
 from jaxlm.nn.layers import ACTIVATIONS, Dropout, Linear, Norm, float32_einsum, initial
 from jaxlm.nn.nodes import array, dense
 
@@ -112,6 +113,18 @@ class PerTokenHead(nn.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         x_BTD = Dropout(self.rate, name="dropout")(x_BTD)
         return Linear((self.outputs,), self.config.matrix_std, dtype=self.dtype, name="out")(x_BTD).astype(jnp.float32)
+
+
+class CRFHead(nn.Module):
+    """The scores of neighbouring tags, which a CRF adds to the logits of the head "tokens"."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self) -> Transitions:
+        N, init = len(self.config.labels), nn.initializers.normal(self.config.initial_std)
+        shapes = {"start": (N,), "end": (N,), "pairs": (N, N)}
+        return Transitions(*(array(self, name, init, shape) for name, shape in shapes.items()))
 
 
 class ReplacedHead(nn.Module):

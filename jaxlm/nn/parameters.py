@@ -70,6 +70,11 @@ TABLE = (
     Parameter(_ATTENTION + r"/(query|key)_norm/(scale|bias)", ("layers", None), False, "layers"),
     Parameter(_ATTENTION + r"/out/kernel", ("layers", "heads", "head_width", "width"), True, "layers", 2),
     Parameter(_ATTENTION + r"/out/bias", ("layers", None), False, "layers"),
+    Parameter(_ATTENTION + r"/input/kernel", ("layers", "width", None, None), True, "layers", 1),
+    Parameter(_ATTENTION + r"/recurrent_kernel", ("layers", None, None, None), True, "layers"),
+    Parameter(_ATTENTION + r"/(bias|candidate_bias)", ("layers", None, None), False, "layers"),
+    Parameter(_ATTENTION + r"/window_\d+/kernel", ("layers", None, "width", None), True, "layers", 2),
+    Parameter(_ATTENTION + r"/window_\d+/bias", ("layers", None), False, "layers"),
     Parameter(_LAYER + r"/mlp/(shared/)?(up|gate)/kernel", ("layers", "width", "mlp"), True, "layers", 1),
     Parameter(_LAYER + r"/mlp/(shared/)?(up|gate)/bias", ("layers", "mlp"), False, "layers"),
     Parameter(_LAYER + r"/mlp/(shared/)?down/kernel", ("layers", "mlp", "width"), True, "layers", 1),
@@ -89,6 +94,8 @@ TABLE = (
     Parameter(_DENSE + r"/kernel", ("width", None), True, "head"),
     Parameter(_OUT + r"/kernel", ("width", None), True, "head"),
     Parameter(rf"({_DENSE}|{_OUT})/bias", (None,), False, "head"),
+    Parameter(r"crf_head/(start|end)", (None,), False, "head"),
+    Parameter(r"crf_head/pairs", (None, None), False, "head"),
     Parameter(r"distillation/(encoder|decoder)", ("width", None), True, "head"),
 )
 # Subtrees of the parameters of a run that do not belong to its model: those of a teacher, below `teacher/` with the

@@ -17,14 +17,24 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxlm.config import ModelConfig, is_local, is_rotated
+from jaxlm.config import ModelConfig, is_rotated
 from jaxlm.devices.sharding import Placement
 from jaxlm.errors import UserError, suggestion
 from jaxlm.nn import fusion
-from jaxlm.nn.attention import MIXERS, Attention, AttentionInputs, cross_mask, self_mask
+from jaxlm.nn.attention import MIXERS, Attention, AttentionInputs, cross_mask, self_mask, window_of
 from jaxlm.nn.cache import Cache, cache_positions
+from jaxlm.nn.crf import Transitions
 from jaxlm.nn.experts import Experts
-from jaxlm.nn.heads import ClassesHead, MaskedLMHead, PerTokenHead, PooledHead, ReplacedHead, Transform, VocabularyHead
+from jaxlm.nn.heads import (
+    ClassesHead,
+    CRFHead,
+    MaskedLMHead,
+    PerTokenHead,
+    PooledHead,
+    ReplacedHead,
+    Transform,
+    VocabularyHead,
+)
 from jaxlm.nn.kernels import save_attention
 from jaxlm.nn.layers import MLP, Convolution, Dropout, GatedMLP, Linear, Norm
 from jaxlm.nn.nodes import array, parameter, rows
@@ -282,7 +292,7 @@ class Block(nn.Module):
 
         def before(x: jax.Array, name: str) -> jax.Array:
             """Returns the input of a sub-layer."""
-            if config.norm_place in ("post", "out"):
+            if config.norm_place in ("post", "out", "none"):
                 return x
             normed = norm(name)(x)
             is_first = name == "attention" and not config.first_norm
@@ -296,6 +306,9 @@ class Block(nn.Module):
             return y if config.residual_scale == 1 else y * config.residual_scale
 
         def residual(x: jax.Array, name: str, sublayer: Callable[[jax.Array], jax.Array]) -> jax.Array:
+            if name == "attention" and not config.mixer_residual:
+                dropout = Dropout(config.rate("attention_out_dropout"))
+                return self.constrain(dropout(sublayer(x)), ("batch", "between", None))
             x = x + after(sublayer(before(x, name)), name)
             return self.constrain(norm(name)(x) if config.norm_place == "post" else x, ("batch", "between", None))
 
@@ -327,7 +340,8 @@ class Block(nn.Module):
             if context is not None:
                 assert context_inputs is not None
                 x_BTD = residual(x_BTD, "cross_attention", attend("cross_attention", context_inputs, context, None))
-            x_BTD = residual(x_BTD, "mlp", feed_forward)
+            if config.feed_forward != "none":
+                x_BTD = residual(x_BTD, "mlp", feed_forward)
         else:
             read_BTD = before(x_BTD, "attention")
             attended_BTD = after(own_attention(read_BTD), "attention")
@@ -535,7 +549,7 @@ class Stack(nn.Module):
             offsets = _offsets(Sinusoids(config, name="relative")(positions_BT.shape[1]), types_BT, targets)
         inputs_by_kind: dict[str, AttentionInputs] = {}
         for kind in sorted(set(config.layer_kinds)):
-            window = config.window if is_local(kind) else None
+            window = window_of(config, kind)
             slot_positions_BS = segments = None
             if caches is not None:
                 first = config.layer_kinds.index(kind)
@@ -602,7 +616,7 @@ class Stack(nn.Module):
         return jax.vmap(last)(positions_BT, segments_BT) + 1
 
     def _last_norm(self, x_BTD: jax.Array) -> jax.Array:
-        if self.config.norm_place != "post":
+        if self.config.norm_place not in ("post", "none"):
             x_BTD = Norm(self.config, self.dtype, name="norm")(x_BTD)
         return Dropout(self.config.rate("final_dropout"), name="dropout")(x_BTD)
 
@@ -657,6 +671,8 @@ class Transformer(nn.Module):
             self.classes_head = ClassesHead(config, self.dtype)
         if "tokens" in on_top:
             self.tokens_head = PerTokenHead(config, len(config.labels), config.rate("tokens_dropout"), self.dtype)
+            if config.crf:
+                self.crf_head = CRFHead(config)
         if "span" in on_top:
             self.span_head = PerTokenHead(config, 2, config.rate("span_dropout"), self.dtype)
         if "replaced" in on_top:
@@ -832,6 +848,10 @@ class Transformer(nn.Module):
         """Returns logits [B, T, N] of the label of each token."""
         return self.tokens_head(self._transformed(x_BTD))
 
+    def transitions(self) -> Transitions:
+        """Returns the scores of neighbouring tags, if the model has a CRF (`config.crf`)."""
+        return self.crf_head()
+
     def span(self, x_BTD: jax.Array) -> jax.Array:
         """Returns logits [B, T, 2] of the start and the end of the answer at each token."""
         return self.span_head(x_BTD)
@@ -863,6 +883,8 @@ class Transformer(nn.Module):
         x_BTD = self(tokens_BT, target_tokens_BT=jnp.zeros(tokens_BT.shape[:2], jnp.int32))
         for head in self.config.heads_on_top:
             getattr(self, head)(x_BTD)
+        if "tokens" in self.config.heads_on_top and self.config.crf:
+            self.transitions()
 
 
 def _offsets(embeddings_RD: jax.Array, types_BT: jax.Array | None, targets: Targets | None) -> Offsets:

@@ -62,6 +62,9 @@ class TaskMixture(Task):
     def bind(self, model: ModelConfig, pooling: Pooling | None = None, part: Any = None) -> Self:
         if model.shared_transform:
             raise UserError("the model has one transform before its heads, which several tasks cannot share yet")
+        for name, task in self.parts.items():
+            if getattr(task.task, "crf", False):
+                raise UserError(f"the part {name} has a CRF, which is not supported with several tasks; leave out crf")
         parts = {
             name: task.bind(model, pooling, None if part is None else part[name]) for name, task in self.parts.items()
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import config
+from jaxlm.config import ModelConfig
 from jaxlm.config.ranges import short_repr
 from jaxlm.data.batches import Batch
 from jaxlm.data.formats import literals
@@ -19,7 +21,9 @@ from jaxlm.data.formats.lines import Place, Row
 from jaxlm.data.formats.rows import Columns
 from jaxlm.data.joined import Features
 from jaxlm.errors import UserError
-from jaxlm.nn.losses import Sum, cross_entropy
+from jaxlm.nn import crf
+from jaxlm.nn.losses import Losses, Sum, cross_entropy
+from jaxlm.nn.transformer import Transformer, apply
 from jaxlm.reports.report import Bars, Section, mistakes
 from jaxlm.tasks import labels as matching
 from jaxlm.tasks import metrics
@@ -41,6 +45,8 @@ _WORDS = re.compile(
 
 class TaggingTask(HeadTask):
     """`config.Tagging`, with the head "tokens": the first token of each word is labelled with the tag of the word.
+
+    With `task.crf` the model has a CRF: its loss is that of the whole sequence of tags of an example.
 
     A randomly initialised head learns tags that mark spans in IOB2, and types without markers unchanged.  A head from a
     checkpoint keeps its tags.  A sentence longer than a row is split between words into several examples.
@@ -210,6 +216,27 @@ class TaggingTask(HeadTask):
                 }
                 units.append([features])
             yield units
+
+    def configure(self, model: ModelConfig) -> ModelConfig:
+        return replace(super().configure(model), crf=self.task.crf)
+
+    def losses_from_states(
+        self, module: Transformer, params: Any, x_BTD: jax.Array, batch: Batch, key: jax.Array | None
+    ) -> Losses:
+        if not module.config.crf:
+            return super().losses_from_states(module, params, x_BTD, batch, key)
+        logits_BTN = self.logits(module, params, x_BTD, batch, key)
+        transitions = apply(module, params, method="transitions")
+        words = crf.find_words(batch["weights_BT"] > 0, batch["segments_BT"])
+        scores_B = crf.path_scores(logits_BTN, batch["labels_BT"], words, transitions)
+        loss = (crf.log_partition(logits_BTN, words, transitions) - scores_B).sum()
+        losses = {"loss": (loss, batch["weights_BT"].sum())}
+        if key is not None:
+            return losses, {}
+        tags_BT = crf.viterbi(logits_BTN, words, transitions)
+        p_BTN = crf.marginals(logits_BTN, words, transitions)
+        confidence_BT = jnp.take_along_axis(p_BTN, tags_BT[..., None], 2)[..., 0]
+        return losses, {"tags_BT": tags_BT, "confidence_BT": confidence_BT}
 
     def loss(self, logits: jax.Array, batch: Batch, training: bool) -> Sum:
         return cross_entropy(logits, batch["labels_BT"], batch["weights_BT"])
