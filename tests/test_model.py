@@ -465,6 +465,6 @@ def test_a_length_that_the_mesh_does_not_divide_is_not_sharded():
     """An example is the length of the targets in denoising, which the user does not set."""
     mesh = sharding.make_mesh(MeshConfig(1, 1, 2, 4), jax.devices()[:8])
     spec_of = lambda field, *shape: tuple(sharding.batch_sharding(mesh, field, shape).spec)
-    assert spec_of("tokens_BT", 1, 4, 57) == (None, ("data", "fsdp"), None)
-    assert spec_of("tokens_BT", 1, 4, 56) == (None, ("data", "fsdp"), "context")
-    assert spec_of("labels_BEN", 1, 4, 8, 8) == (None, ("data", "fsdp"), None, None)
+    assert spec_of("tokens_BT", 1, 4, 57) == (None, ("data", "fsdp", "expert"), None)
+    assert spec_of("tokens_BT", 1, 4, 56) == (None, ("data", "fsdp", "expert"), "context")
+    assert spec_of("labels_BEN", 1, 4, 8, 8) == (None, ("data", "fsdp", "expert"), None, None)

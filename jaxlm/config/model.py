@@ -116,8 +116,8 @@ class ModelConfig(Config):
     rotary_attention: Number = 1.0  # factor of rotated queries and keys (yarn, longrope)
     rotary_short: tuple[AboveZero, ...] = ()  # frequency divisor of each pair, for lengths to rotary_length (longrope)
     rotary_long: tuple[AboveZero, ...] = ()  # frequency divisor of each pair, for longer sequences (longrope)
-    # Relative positions: T5's bias, DeBERTa's attention, ALiBi (Press et al. 2022), Transformer-XL (Dai et al. 2019)
-    relative: Relative = "none"
+    # T5's bias, DeBERTa's attention, ALiBi (Press et al. 2022), Transformer-XL (Dai et al. 2019)
+    relative: Relative = "none"  # relative positions
     alibi_scaled: bool = False  # scale the biases of ALiBi like the scores, and round them to bfloat16 (Falcon)
     relative_buckets: Distance = 32  # number of distance buckets; 0: one per distance (disentangled only)
     relative_distance: Distance = 128  # larger distances count as this one; 0: no limit (transformer_xl only)

@@ -632,9 +632,8 @@ def resolved(config: ModelConfig) -> ModelConfig:
 
 def shortest(kinds: list[Any]) -> tuple[Any, ...]:
     """Returns the shortest prefix of `kinds` that gives the whole list when repeated."""
-    return next(
-        tuple(kinds[:n]) for n in range(1, len(kinds) + 1) if all(k == kinds[i % n] for i, k in enumerate(kinds))
-    )
+    lengths = range(1, len(kinds) + 1)
+    return next((tuple(kinds[:n]) for n in lengths if all(k == kinds[i % n] for i, k in enumerate(kinds))), ())
 
 
 DECODER_TOKENS = "model.decoder.embed_tokens.weight"  # shows whether the decoder has its own token embeddings
