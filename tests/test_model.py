@@ -179,8 +179,9 @@ def reference(name: str):
 def test_a_decoder_is_causal_and_an_encoder_attends_to_all(model, params):
     """Checks the derivatives of the state at each position with respect to the embedding of each token."""
     tokens = np.arange(10, 10 + SHORT)[None]
-    directions = np.zeros((SHORT, SHORT, model.width), np.float32)  # one for each position
-    directions[np.arange(SHORT), np.arange(SHORT)] = np.random.default_rng(0).standard_normal((SHORT, model.width))
+    width = model.W if model.project_tokens else model.width  # of the states that the heads read
+    directions = np.zeros((SHORT, SHORT, width), np.float32)  # one for each position
+    directions[np.arange(SHORT), np.arange(SHORT)] = np.random.default_rng(0).standard_normal((SHORT, width))
 
     def derivatives(params, directions):
         def states(table):
