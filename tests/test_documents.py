@@ -161,8 +161,8 @@ def write_files(folder: Path) -> None:
         write(name, [f"{a}. {b}." if n % 7 else "" for n, (a, b) in enumerate(zip(lines(200, 7), lines(200, 8)))])
     write("articles.jsonl", [json.dumps({"body": text}) for text in lines(100, 10)])
     (folder / "latin.txt").write_bytes("un café\n".encode("iso-8859-1"))
-    (folder / "falcon").mkdir()
-    (folder / "falcon" / "config.json").write_text('{"model_type": "falcon"}')
+    (folder / "mamba").mkdir()
+    (folder / "mamba" / "config.json").write_text('{"model_type": "mamba"}')
     write("prompts.txt", ["the film", "a story", "never again"])
     (folder / "corpus").mkdir()
     for name in ("corpus.txt.gz", "corpus/a.txt.gz", "corpus/b.txt.gz"):

@@ -86,6 +86,8 @@ def member(name: str, heads: tuple, shape: dict) -> ModelConfig:
         small |= {"mlp_width": 10}
     if preset.positions == "sinusoidal":
         shape = {"vocabulary": 17} | {key: value for key, value in shape.items() if key != "vocabulary"}
+    if name == "bloom":  # its MLP has one width and one activation
+        shape = {key: value for key, value in shape.items() if key not in ("mlp_width", "activation")}
     return dataclasses.replace(preset, heads_on_top=heads, **small | shape)
 
 

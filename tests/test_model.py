@@ -456,7 +456,7 @@ def test_initial_weights_of_t5_depend_on_the_number_of_inputs():
 
 @pytest.mark.long
 def test_every_preset_has_a_row_for_each_parameter():
-    for model in {replace(preset, **SMALL, kv_heads=None) for preset in PRESETS.values()}:
+    for model in {replace(preset, **SMALL, kv_heads=None, rotary_width=None) for preset in PRESETS.values()}:
         parameters.rows(jax.eval_shape(partial(init, Transformer(model)), jax.random.key(0)))
     with pytest.raises(ValueError, match=r"decoder/layers/novel .* has no row"):
         parameters.rows({"decoder": {"layers": {"novel": np.ones((2, 3))}}})

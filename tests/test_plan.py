@@ -48,9 +48,10 @@ def test_every_config_has_a_plan_without_its_data(name):
     found = plan._model_flops(resolved, batch_shapes(resolved))
     counted, formula, by_convention = found["counted_flops"], found["formula_flops"], found["model_flops"]
     is_muon = run.optimizer.name == "muon"  # its matrix products orthogonalise the updates
-    assert formula <= counted < formula * (1.5 if is_muon else 1.05)
+    has_experts = run.model is not None and run.model.experts  # the count includes rows without tokens
+    assert formula <= counted < formula * (1.5 if is_muon or has_experts else 1.05)
     assert by_convention >= formula
-    if run.optimizer.name != "muon" and type(run.task).__name__ in ("CausalLM", "SpanCorruption", "Seq2Seq", "Chat"):
+    if not is_muon and not has_experts and type(run.task).__name__ in ("CausalLM", "SpanCorruption", "Seq2Seq", "Chat"):
         assert counted == formula
 
 

@@ -219,6 +219,8 @@ def case(name: str, folder: Path) -> tuple[Any, Any, jaxlm.LM]:
             parameter.data = torch.randn_like(parameter) * (0.1 if "bias" in n else 0.6)
             parameter.data += float("norm.weight" in n and not kind.startswith("Gemma"))
     model.save_pretrained(folder)
+    if name in ("mbart50", "nllb", "m2m_100"):  # jaxlm begins with the `tgt_lang` of the tokenizer
+        model.generation_config.forced_bos_token_id = language
     return transformers.AutoTokenizer.from_pretrained(folder), model, jaxlm.load(folder)
 
 
