@@ -260,7 +260,7 @@ def grouped_dot(x_RI: jax.Array, kernel_XIO: jax.Array, rows: SortedRows, platfo
     ends_X = jnp.cumsum(rows.sizes_X) // rows.block
     expert_n = jnp.minimum(jnp.searchsorted(ends_X, jnp.arange(n), side="right"), len(kernel_XIO) - 1)
     # A GPU would wait for the CPU in each iteration of a loop of unknown length.
-    used = ends_X[-1] if platform == "cpu" else n
+    used = ends_X[-1] if platform == "cpu" else None
     y_nbO = _grouped_dot(x_RI.reshape(n, rows.block, -1), kernel_XIO, expert_n, used)
     return y_nbO.reshape(len(x_RI), -1)
 
@@ -295,7 +295,7 @@ def multiply_blocks(
       x_nbI: n blocks of b rows; if `transposed`, [n, b, O].
       kernel_XIO: the matrices.
       expert_n: the expert of each block.
-      used: number of blocks that are multiplied.
+      used: number of blocks that are multiplied; None: all.
       transposed: whether to multiply by the transposed matrices, for the gradient.
     """
     spec = "bO,IO->bI" if transposed else "bI,IO->bO"
@@ -306,7 +306,9 @@ def multiply_blocks(
         return y_nbO.at[i].set(y_bO.astype(y_nbO.dtype))
 
     outputs = kernel_XIO.shape[1 if transposed else 2]
-    return jax.lax.fori_loop(0, used, multiply, jnp.zeros((*x_nbI.shape[:2], outputs), x_nbI.dtype))
+    return jax.lax.fori_loop(
+        0, len(x_nbI) if used is None else used, multiply, jnp.zeros((*x_nbI.shape[:2], outputs), x_nbI.dtype)
+    )
 
 
 @partial(jax.jit, static_argnames="shape")
@@ -319,4 +321,4 @@ def sum_blocks(
         product = jnp.einsum("bI,bO->IO", x_nbI[i], gradient_nbO[i], preferred_element_type=jnp.float32)
         return sum_XIO.at[expert_n[i]].add(product)
 
-    return jax.lax.fori_loop(0, used, add, jnp.zeros(shape, jnp.float32))
+    return jax.lax.fori_loop(0, len(x_nbI) if used is None else used, add, jnp.zeros(shape, jnp.float32))

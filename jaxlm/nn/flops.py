@@ -92,9 +92,12 @@ _BLOCKS = ("multiply_blocks", "sum_blocks")
 
 def _count_blocks(equation: Any) -> int:
     """Returns the FLOPs of n blocks of b rows, each times one matrix."""
-    n, b, inputs = equation.invars[0].aval.shape
-    outputs = (equation.invars[1] if equation.params["name"] == "sum_blocks" else equation.outvars[0]).aval.shape[-1]
-    return 2 * n * b * inputs * outputs
+    function = equation.params["jaxpr"].jaxpr
+    loop = next((inner for inner in function.eqns if inner.primitive.name == "while"), None)
+    if loop is None:
+        return count(function)
+    n = next(var.aval.shape[0] for var in loop.invars if var.aval.ndim == 1)  # the experts of the blocks
+    return n * count(loop.params["body_jaxpr"])
 
 
 _CUDNN_CAUSAL = ("CAUSAL", "PADDING_CAUSAL")  # mask types of cuDNN's kernel
