@@ -411,12 +411,12 @@ def read_on_first(tree: Any, make: Callable[[Any], Value]) -> Value:
     """Calls `make` on host 0 with arrays of all hosts, and returns its result on all hosts, which wait for it.
 
     An array that is sharded over several hosts is gathered when host 0 reads it: the whole array, or one entry of its
-    first axis. No host has more than that in its memory.
+    first axes. No host has more than that in its memory.
 
     Args:
       tree: the arrays, the same on all hosts.
       make: a function that returns a JSON value. Its argument is a tree of objects with the shape and dtype of the
-        arrays: `leaf[i]` reads an entry of the first axis, `np.asarray(leaf)` the whole array.
+        arrays: `leaf[i]` or `leaf[i, j]` reads an entry of the first axes, `np.asarray(leaf)` the whole array.
 
     Raises:
       UserError, RunError: those of host 0, on all hosts.
@@ -425,17 +425,17 @@ def read_on_first(tree: Any, make: Callable[[Any], Value]) -> Value:
         return make(tree)
     leaves, structure = jax.tree.flatten(tree)
 
-    def read(leaf: int, row: int | None) -> Any:
+    def read(leaf: int, index: list[int] | None) -> Any:
         x = leaves[leaf]
-        if row is None or not isinstance(x, jax.Array) or x.is_fully_addressable:
-            return _gather(x) if row is None else x[row]
-        return np.asarray(_row_of(_replicated(x))(x, np.int32(row)).addressable_data(0))
+        if index is None or not isinstance(x, jax.Array) or x.is_fully_addressable:
+            return _gather(x) if index is None else x[tuple(index)]
+        return np.asarray(_entry_of(_replicated(x))(x, tuple(map(np.int32, index))).addressable_data(0))
 
     if is_first():
 
-        def request(leaf: int, row: int | None) -> Any:
-            gather_json({"read": [leaf, row]})
-            return read(leaf, row)
+        def request(leaf: int, index: list[int] | None) -> Any:
+            gather_json({"read": [leaf, index]})
+            return read(leaf, index)
 
         remote = [_RemoteArray(x.shape, x.dtype, partial(request, i)) for i, x in enumerate(leaves)]
         return _value(gather_json(_outcome(lambda: make(jax.tree.unflatten(structure, remote))))[0])
@@ -446,14 +446,14 @@ def read_on_first(tree: Any, make: Callable[[Any], Value]) -> Value:
 
 @dataclass(frozen=True, eq=False)
 class _RemoteArray:
-    """An array on several hosts: `read(row)` gathers an entry of its first axis, `read(None)` the whole array."""
+    """An array on several hosts: `read(index)` gathers an entry of its first axes, `read(None)` the whole array."""
 
     shape: tuple[int, ...]
     dtype: Any
-    read: Callable[[int | None], Any]
+    read: Callable[[list[int] | None], Any]
 
-    def __getitem__(self, row: Any) -> Any:
-        return self.read(int(row))
+    def __getitem__(self, index: Any) -> Any:
+        return self.read([int(i) for i in (index if isinstance(index, tuple) else (index,))])
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self.read(None), dtype)
@@ -493,8 +493,8 @@ def _copy_to(layout: NamedSharding) -> Callable[[jax.Array], jax.Array]:
 
 
 @functools.lru_cache(maxsize=8)
-def _row_of(layout: NamedSharding) -> Callable[[jax.Array, np.int32], jax.Array]:
-    return jax.jit(lambda x, row: x[row], out_shardings=layout)
+def _entry_of(layout: NamedSharding) -> Callable[[jax.Array, tuple[np.int32, ...]], jax.Array]:
+    return jax.jit(lambda x, index: x[index], out_shardings=layout)
 
 
 # Exiting together
