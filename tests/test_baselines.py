@@ -468,7 +468,7 @@ def test_the_report_shows_the_baselines(tmp_path, config, capsys):
     sentence = "The model is not better than the baseline TF-IDF + logistic regression: accuracy"
     assert "Baselines" in page and "this run" in page and "majority" in page and sentence in page
     assert "baseline  TF-IDF + logistic regression, accuracy" in summary
-    assert f"warning   {sentence}" in capsys.readouterr().err
+    assert f"baseline  {sentence}" in capsys.readouterr().err
 
 
 def test_the_summary_of_a_language_model_has_the_5_gram(tmp_path, config, capsys, no_plots):

@@ -103,7 +103,7 @@ def _compare(training: Training) -> tuple[dict[str, str], list[report.Section]]:
     compared = compared_scores(resolved.task, resolved.best)
     sentences = find_better(scores, baselines, compared)
     for sentence in sentences:
-        log(f"warning   {sentence}")
+        log(f"baseline  {sentence}")
     best = describe_best(baselines, compared)
     return {"baseline": best} if best else {}, [comparison_table(scores, baselines, sentences)]
 
