@@ -19,10 +19,11 @@ from jaxlm.data.batches import Epoch
 from jaxlm.data.joined import join
 from jaxlm.devices.sharding import make_mesh
 from jaxlm.nn import parameters
-from jaxlm.nn.attention import MIXERS
+from jaxlm.nn.block import FEED_FORWARDS, MIXERS
+from jaxlm.nn.embeddings import FRONT_ENDS
 from jaxlm.nn.layers import Linear
 from jaxlm.nn.losses import cross_entropy
-from jaxlm.nn.transformer import FEED_FORWARDS, FRONT_ENDS, Transformer, apply, init
+from jaxlm.nn.transformer import Transformer, apply, init
 from jaxlm.run.assembly import closed_flops, shard_batch
 from jaxlm.run.step import TrainState, make_train_step, summed_gradient
 from jaxlm.tasks.pretraining import CausalLMTask

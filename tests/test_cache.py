@@ -24,7 +24,8 @@ from jaxlm.inference import decode
 from jaxlm.lm import LM, with_params
 from jaxlm.nn import cache as caches
 from jaxlm.nn import parameters
-from jaxlm.nn.attention import MIXERS, Attention, AttentionInputs, Scores, _attend, dot_product_attention
+from jaxlm.nn.attention import Attention, AttentionInputs, Scores, _attend, dot_product_attention
+from jaxlm.nn.block import MIXERS
 from jaxlm.nn.cache import Cache
 from jaxlm.nn.positions import RotaryAngles
 from jaxlm.nn.transformer import CacheSpec, Transformer, apply, unstack_layers

@@ -18,7 +18,7 @@ from jaxlm.config import CausalLM, MaskedLM, MeshConfig, ModelConfig, OptimizerC
 from jaxlm.devices import sharding
 from jaxlm.families import PRESETS
 from jaxlm.nn import parameters
-from jaxlm.nn.attention import window_of
+from jaxlm.nn.block import window_of
 from jaxlm.nn.layers import Dropout
 from jaxlm.nn.losses import cross_entropy
 from jaxlm.nn.transformer import CacheSpec, Transformer, apply, init

@@ -29,7 +29,7 @@ _CHUNK = 1024  # texts that are compared with all others at once
 _LOGISTIC, _COSINE = "TF-IDF + logistic regression", "TF-IDF cosine"
 
 
-class Parts(NamedTuple):
+class Split(NamedTuple):
     """The records that a baseline learns from, those that it predicts, and its limit."""
 
     train: Sequence[Record]
@@ -56,15 +56,15 @@ def baselines_of(task: RecordTask, train: Records, held_out: Records, examples: 
     make = BASELINES.get(type(task.task))
     if make is not None:
         examples = min(examples, MAX_LOGITS // max(1, len(task.labels)))
-        yield from make(task, Parts(train.records, held_out.records, examples))
+        yield from make(task, Split(train.records, held_out.records, examples))
 
 
-def _scored(task: Any, name: str, parts: Parts, predict: Callable[[], list[Row]]) -> Baseline:
+def _scored(task: Any, name: str, parts: Split, predict: Callable[[], list[Row]]) -> Baseline:
     """Returns the scores of predictions; a baseline without predictions has a note with the reason."""
     return _baseline(name, parts, lambda: task.score(parts.held_out, predict()))
 
 
-def _baseline(name: str, parts: Parts, score: Callable[[], dict[str, float]]) -> Baseline:
+def _baseline(name: str, parts: Split, score: Callable[[], dict[str, float]]) -> Baseline:
     try:
         scores = score()
     except _NoResultError as error:
@@ -88,7 +88,7 @@ def most_frequent(labels: Sequence[Any], names: Sequence[Any] = ()) -> Any:
 # Classes and numbers
 
 
-def _classification(task: Any, parts: Parts) -> Iterator[Baseline]:
+def _classification(task: Any, parts: Split) -> Iterator[Baseline]:
     problem, labels = task.task.problem, [record["label"] for record in parts.train]
     if problem == "regression":
         mean = float(np.mean(labels))
@@ -107,7 +107,7 @@ def _classification(task: Any, parts: Parts) -> Iterator[Baseline]:
         yield _scored(task, _LOGISTIC, parts, lambda: _predict_classes(task, parts))
 
 
-def _predict_classes(task: Any, parts: Parts) -> list[Row]:
+def _predict_classes(task: Any, parts: Split) -> list[Row]:
     """Returns the predictions of a logistic regression, for several labels of one for each label."""
     from sklearn.multiclass import OneVsRestClassifier
 
@@ -157,7 +157,7 @@ def vectorizer(longest: int = 2, max_features: int = MAX_WEIGHTS) -> Any:
     return TfidfVectorizer(ngram_range=(1, longest), token_pattern=_TOKEN, max_features=max(1000, max_features))
 
 
-def _fit_predict(pipeline: Any, parts: Parts, targets: Any) -> Any:
+def _fit_predict(pipeline: Any, parts: Split, targets: Any) -> Any:
     texts = lambda records: np.array([record["texts"] for record in records], object)
     with _scikit_learn():
         return pipeline.fit(texts(parts.sample), targets).predict(texts(parts.held_out))
@@ -182,7 +182,7 @@ def _scikit_learn() -> Iterator[None]:
             raise _NoResultError("the training texts contain no words") from None
 
 
-def _predict_numbers(parts: Parts, is_pair: bool) -> list[Row]:
+def _predict_numbers(parts: Split, is_pair: bool) -> list[Row]:
     """Returns numbers from a ridge regression, or for pairs of texts from the line that fits their cosine best."""
     from sklearn.linear_model import Ridge
 
@@ -197,13 +197,13 @@ def _predict_numbers(parts: Parts, is_pair: bool) -> list[Row]:
 # Similarity
 
 
-def _cosines(parts: Parts, records: Sequence[Record]) -> np.ndarray:
+def _cosines(parts: Split, records: Sequence[Record]) -> np.ndarray:
     """Returns the cosine of the TF-IDF vectors of each pair of texts."""
     first, second = _vectors(parts, [[record["texts"][side] for record in records] for side in (0, 1)])
     return np.asarray(first.multiply(second).sum(axis=1)).ravel()
 
 
-def _vectors(parts: Parts, sides: Sequence[Sequence[str]]) -> list[Any]:
+def _vectors(parts: Split, sides: Sequence[Sequence[str]]) -> list[Any]:
     """Returns the TF-IDF vectors of texts, with the document frequencies of the training texts."""
     with _scikit_learn():
         # Pairs of words are too rare for a cosine: with them, Spearman on STS-B is 0.58 instead of 0.64.
@@ -211,7 +211,7 @@ def _vectors(parts: Parts, sides: Sequence[Sequence[str]]) -> list[Any]:
         return [fitted.transform(texts) for texts in sides]
 
 
-def _similarity(task: Any, parts: Parts) -> Iterator[Baseline]:
+def _similarity(task: Any, parts: Split) -> Iterator[Baseline]:
     if not parts.examples:
         return
     if task.task.objective == "cosine":
@@ -221,7 +221,7 @@ def _similarity(task: Any, parts: Parts) -> Iterator[Baseline]:
     yield _baseline(_COSINE, parts, lambda: metrics.retrieval_scores(_ranks(parts)))
 
 
-def _ranks(parts: Parts) -> np.ndarray:
+def _ranks(parts: Split) -> np.ndarray:
     """Returns the rank of the right second text for each first text, among all different second texts."""
     texts, of_query_N = np.unique([record["texts"][1] for record in parts.held_out], return_inverse=True)
     queries, documents = _vectors(parts, [[record["texts"][0] for record in parts.held_out], texts.tolist()])
@@ -233,7 +233,7 @@ def _ranks(parts: Parts) -> np.ndarray:
 # Tags, choices and answers
 
 
-def _tagging(task: Any, parts: Parts) -> Iterator[Baseline]:
+def _tagging(task: Any, parts: Split) -> Iterator[Baseline]:
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for record in parts.train:
         for word, tag in zip(record["tokens"], record["label"]):
@@ -246,20 +246,20 @@ def _tagging(task: Any, parts: Parts) -> Iterator[Baseline]:
     yield _scored(task, name, parts, lambda: predict(lambda word: tag_of.get(word, majority)))
 
 
-def _multiple_choice(task: Any, parts: Parts) -> Iterator[Baseline]:
+def _multiple_choice(task: Any, parts: Split) -> Iterator[Baseline]:
     counts = Counter(record["label"] for record in parts.train)
     best = lambda record: max(range(len(record["options"])), key=counts.__getitem__)
     yield _scored(task, "most frequent place", parts, lambda: [{"_index": best(record)} for record in parts.held_out])
 
 
-def _question_answering(task: Any, parts: Parts) -> Iterator[Baseline]:
+def _question_answering(task: Any, parts: Split) -> Iterator[Baseline]:
     if all(record["label"] for record in parts.train):
         return
     silent = {"prediction": "", "_answer": "", "_margin": 0.0}
     yield _scored(task, "no answer", parts, lambda: [silent] * len(parts.held_out))
 
 
-BASELINES: dict[type, Callable[[Any, Parts], Iterator[Baseline]]] = {
+BASELINES: dict[type, Callable[[Any, Split], Iterator[Baseline]]] = {
     config.Classification: _classification,
     config.Similarity: _similarity,
     config.Tagging: _tagging,

@@ -86,8 +86,9 @@ def find_better(scores: Mapping[str, float], baselines: Sequence[Baseline], comp
         if best is None or name not in scores or _rank(name, scores[name]) > _rank(name, best.scores[name]):
             continue
         label, ours, theirs = metric_label(name), *(format_score(name, x[name]) for x in (scores, best.scores))
+        remedy = "; train on more text, or start from a pretrained model with --init" * (name == "bits_per_byte")
         sentences.append(
-            f"The model is not better than the baseline {best.name}: {label} {ours} compared with {theirs}."
+            f"The model is not better than the baseline {best.name}: {label} {ours} compared with {theirs}{remedy}."
         )
     return sentences
 
@@ -114,15 +115,6 @@ def comparison_table(scores: Mapping[str, float], baselines: Sequence[Baseline],
     rows = [row("this run", scores)] * bool(scores) + [row(each.name, each.scores) for each in baselines]
     notes = dict.fromkeys(filter(None, (each.note for each in baselines)))
     return Table("Baselines", ("", *map(metric_label, names)), rows, " ".join([*sentences, *notes]))
-
-
-def as_text(table: Table) -> str:
-    """Returns a table of scores as aligned lines of text."""
-    rows = [list(table.head), *table.rows]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    align = lambda n, text: f"{text:<{widths[n]}}" if n == 0 else f"{text:>{widths[n]}}"
-    lines = ["  ".join(align(n, text) for n, text in enumerate(row)).rstrip() for row in rows]
-    return "\n".join([*lines, *([f"\n{table.note}"] if table.note else [])])
 
 
 def _best_by(name: str, baselines: Sequence[Baseline]) -> Baseline | None:

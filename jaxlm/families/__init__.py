@@ -4,6 +4,7 @@ table    the families and their published sizes
 configs  the values of config.json
 reading  models in folders: opened, checked and loaded
 writing  models written to folders and GGUF files
+decoder  what several formats of decoders share
 
 The other modules have one family each, or several that share a table.
 """

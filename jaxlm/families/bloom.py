@@ -5,23 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from jaxlm.config import ModelConfig
-from jaxlm.families import neox
-from jaxlm.hub.convert import Family, Key, Rule, key_conversion, linear, linear_heads_in, norm, projection
+from jaxlm.families import decoder
+from jaxlm.hub.convert import Family, Key, Rule, key_conversion, norm
 
-_FIXED: dict[str, Any] = {
-    "structure": "decoder",
-    "types": 0,
+_FIXED: dict[str, Any] = decoder.FIXED | {
     "activation": "gelu_tanh",
-    "norm": "layernorm",
     "norm_place": "pre",
     "embedding_norm": True,
     "positions": "none",
     "relative": "alibi",
     "biases": ("query_key_value", "out", "mlp", "norm"),
     "embedding_dropout": 0.0,
-    "classes_from": "last",
-    "classes_activation": None,
-    "classes_dropout": 0.0,
 }
 _FROM_HF, _TO_HF = key_conversion(
     keys=(
@@ -52,8 +46,6 @@ def _bloom(layers: int, width: int, heads: int) -> ModelConfig:
     return ModelConfig(**_FIXED, vocabulary=250880, max_length=2048, layers=layers, width=width, heads=heads)
 
 
-_LAYER, _OURS = "transformer.h.{i}.", "decoder/layers/"
-
 FAMILY = Family(
     presets={
         "bloom-560m": _bloom(24, 1024, 16),
@@ -66,25 +58,11 @@ FAMILY = Family(
     rules=(
         Rule("transformer.word_embeddings.weight", "embeddings/tokens"),
         *norm("transformer.word_embeddings_layernorm", "embeddings/norm"),
-        *norm(_LAYER + "input_layernorm", _OURS + "attention_norm"),
-        *neox.FUSED(_LAYER + "self_attention.query_key_value"),
-        *projection(_LAYER + "self_attention.dense", _OURS + "attention/out", linear_heads_in),
-        *norm(_LAYER + "post_attention_layernorm", _OURS + "mlp_norm"),
-        *projection(_LAYER + "mlp.dense_h_to_4h", _OURS + "mlp/up"),
-        *projection(_LAYER + "mlp.dense_4h_to_h", _OURS + "mlp/down"),
+        *decoder.neox_layer("transformer.h.{i}.", "self_attention"),
         *norm("transformer.ln_f", "decoder/norm"),
-        Rule("lm_head.weight", "lm_head/kernel"),
-        Rule("score.weight", "classes_head/out/kernel", linear),
-        *projection("classifier", "tokens_head/out"),
-        *projection("qa_outputs", "span_head/out"),
+        *decoder.HEADS,
     ),
-    heads={
-        ("lm",): "BloomForCausalLM",
-        ("classes",): "BloomForSequenceClassification",
-        ("tokens",): "BloomForTokenClassification",
-        ("span",): "BloomForQuestionAnswering",
-        (): "BloomModel",
-    },
+    heads=decoder.heads("Bloom", "lm", "classes", "tokens", "span"),
     prefix="transformer.",
     config_from_hf=_config_from_hf,
     config_to_hf=_TO_HF,

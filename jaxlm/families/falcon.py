@@ -9,29 +9,10 @@ from typing import Any
 
 from jaxlm.config import Bias, ModelConfig, Residual
 from jaxlm.errors import UserError
-from jaxlm.families import llama, neox
-from jaxlm.hub.convert import (
-    ACTIVATIONS,
-    Family,
-    Key,
-    Rule,
-    key_conversion,
-    linear,
-    linear_heads_in,
-    norm,
-    projection,
-)
+from jaxlm.families import decoder, llama
+from jaxlm.hub.convert import ACTIVATIONS, Family, Key, Rule, key_conversion, norm
 
-_FIXED: dict[str, Any] = {
-    "structure": "decoder",
-    "types": 0,
-    "norm": "layernorm",
-    "norm_place": "pre",
-    "embedding_dropout": 0.0,
-    "classes_from": "last",
-    "classes_activation": None,
-    "classes_dropout": 0.0,
-}
+_FIXED = decoder.FIXED | {"norm_place": "pre", "embedding_dropout": 0.0}
 _FROM_HF, _TO_HF = key_conversion(
     keys=(
         Key("vocab_size", "vocabulary"),
@@ -98,12 +79,15 @@ def _falcon(layers: int, width: int, heads: int, kv_heads: int, residual: Residu
 
 
 _RW: dict[str, Any] = _ALIBI | {"vocabulary": 50304, "biases": (*_BIASES, "norm")}
-_LAYER, _OURS = "transformer.h.{i}.", "decoder/layers/"
-_ONE = [
-    *norm(_LAYER + "input_layernorm", _OURS + "attention_norm"),
-    *norm(_LAYER + "post_attention_layernorm", _OURS + "mlp_norm"),
-]
-_TWO = [*norm(_LAYER + "ln_attn", _OURS + "attention_norm"), *norm(_LAYER + "ln_mlp", _OURS + "mlp_norm")]
+_LAYER = "transformer.h.{i}."
+_NORMS = decoder.LAYERS + "attention_norm", decoder.LAYERS + "mlp_norm"
+
+
+def _norms(names: tuple[str, str], parallel: bool) -> list[Rule]:
+    """Returns the rules for the norms of a layer, which have these names in models with or without two norms."""
+    rules = (rule for theirs, ours in zip(names, _NORMS) for rule in norm(_LAYER + theirs, ours))
+    return [rule._replace(when=lambda config: (config.residual == "parallel") == parallel) for rule in rules]
+
 
 FAMILY = Family(
     presets={
@@ -115,25 +99,13 @@ FAMILY = Family(
     },
     rules=(
         Rule("transformer.word_embeddings.weight", "embeddings/tokens"),
-        *(rule._replace(when=lambda config: config.residual != "parallel") for rule in _ONE),
-        *(rule._replace(when=lambda config: config.residual == "parallel") for rule in _TWO),
-        *neox.FUSED(_LAYER + "self_attention.query_key_value"),
-        *projection(_LAYER + "self_attention.dense", _OURS + "attention/out", linear_heads_in),
-        *projection(_LAYER + "mlp.dense_h_to_4h", _OURS + "mlp/up"),
-        *projection(_LAYER + "mlp.dense_4h_to_h", _OURS + "mlp/down"),
+        *_norms(("input_layernorm", "post_attention_layernorm"), parallel=False),
+        *_norms(("ln_attn", "ln_mlp"), parallel=True),
+        *decoder.neox_layer(_LAYER, "self_attention", norms=False),
         *norm("transformer.ln_f", "decoder/norm"),
-        Rule("lm_head.weight", "lm_head/kernel"),
-        Rule("score.weight", "classes_head/out/kernel", linear),
-        *projection("classifier", "tokens_head/out"),
-        *projection("qa_outputs", "span_head/out"),
+        *decoder.HEADS,
     ),
-    heads={
-        ("lm",): "FalconForCausalLM",
-        ("classes",): "FalconForSequenceClassification",
-        ("tokens",): "FalconForTokenClassification",
-        ("span",): "FalconForQuestionAnswering",
-        (): "FalconModel",
-    },
+    heads=decoder.heads("Falcon", "lm", "classes", "tokens", "span"),
     prefix="transformer.",
     config_from_hf=_config_from_hf,
     config_to_hf=_config_to_hf,

@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 from jaxlm.config import ModelConfig
+from jaxlm.families import decoder
 from jaxlm.hub.convert import (
     ACTIVATIONS,
     Family,
@@ -14,23 +15,16 @@ from jaxlm.hub.convert import (
     Rule,
     attention,
     key_conversion,
-    linear,
     linear_heads_out_in_pairs,
     norm,
     projection,
 )
 
-_FIXED: dict[str, Any] = {
-    "structure": "decoder",
-    "types": 0,
-    "norm": "layernorm",
+_FIXED: dict[str, Any] = decoder.FIXED | {
     "norm_place": "pre",
     "residual": "parallel_one_norm",
     "positions": "rotary",
     "biases": ("mlp", "norm", "lm"),
-    "classes_from": "last",
-    "classes_activation": None,
-    "classes_dropout": 0.0,
 }
 _FROM_HF, _TO_HF = key_conversion(
     keys=(
@@ -53,7 +47,7 @@ _FROM_HF, _TO_HF = key_conversion(
     only={},
 )
 
-_LAYER, _OURS = "transformer.h.{i}.", "decoder/layers/"
+_LAYER, _OURS = "transformer.h.{i}.", decoder.LAYERS
 _PAIRS = tuple(f"{_OURS}attention/{name}/kernel" for name in ("query", "key"))
 _ATTENTION = attention(_LAYER + "attn.", _OURS + "attention", "q_proj", "k_proj", "v_proj", "out_proj")
 
@@ -78,17 +72,9 @@ FAMILY = Family(
         *projection(_LAYER + "mlp.fc_in", _OURS + "mlp/up"),
         *projection(_LAYER + "mlp.fc_out", _OURS + "mlp/down"),
         *norm("transformer.ln_f", "decoder/norm"),
-        Rule("lm_head.weight", "lm_head/kernel"),
-        Rule("lm_head.bias", "lm_head/bias"),
-        Rule("score.weight", "classes_head/out/kernel", linear),
-        *projection("qa_outputs", "span_head/out"),
+        *decoder.HEADS,
     ),
-    heads={
-        ("lm",): "GPTJForCausalLM",
-        ("classes",): "GPTJForSequenceClassification",
-        ("span",): "GPTJForQuestionAnswering",
-        (): "GPTJModel",
-    },
+    heads=decoder.heads("GPTJ", "lm", "classes", "span"),
     prefix="transformer.",
     config_from_hf=_FROM_HF,
     config_to_hf=_TO_HF,

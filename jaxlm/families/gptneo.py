@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxlm.config import ModelConfig
 from jaxlm.errors import UserError
+from jaxlm.families import decoder
 from jaxlm.hub.convert import (
     ACTIVATIONS,
     Family,
@@ -14,24 +15,17 @@ from jaxlm.hub.convert import (
     Rule,
     attention,
     key_conversion,
-    linear,
     norm,
     projection,
     resolved,
     shortest,
 )
 
-_FIXED: dict[str, Any] = {
-    "structure": "decoder",
-    "types": 0,
-    "norm": "layernorm",
+_FIXED: dict[str, Any] = decoder.FIXED | {
     "norm_place": "pre",
     "positions": "learned",
     "attention_scale": 1.0,
     "biases": ("out", "mlp", "norm"),
-    "classes_from": "last",
-    "classes_activation": None,
-    "classes_dropout": 0.0,
 }
 _FROM_HF, _TO_HF = key_conversion(
     keys=(
@@ -83,7 +77,7 @@ def _gptneo(layers: int, width: int, heads: int) -> ModelConfig:
     return ModelConfig(**published, layers=layers, width=width, heads=heads, activation="gelu_tanh")
 
 
-_LAYER, _OURS = "transformer.h.{i}.", "decoder/layers/"
+_LAYER, _OURS = "transformer.h.{i}.", decoder.LAYERS
 
 FAMILY = Family(
     presets={
@@ -100,18 +94,9 @@ FAMILY = Family(
         *projection(_LAYER + "mlp.c_fc", _OURS + "mlp/up"),
         *projection(_LAYER + "mlp.c_proj", _OURS + "mlp/down"),
         *norm("transformer.ln_f", "decoder/norm"),
-        Rule("lm_head.weight", "lm_head/kernel"),
-        Rule("score.weight", "classes_head/out/kernel", linear),
-        *projection("classifier", "tokens_head/out"),
-        *projection("qa_outputs", "span_head/out"),
+        *decoder.HEADS,
     ),
-    heads={
-        ("lm",): "GPTNeoForCausalLM",
-        ("classes",): "GPTNeoForSequenceClassification",
-        ("tokens",): "GPTNeoForTokenClassification",
-        ("span",): "GPTNeoForQuestionAnswering",
-        (): "GPTNeoModel",
-    },
+    heads=decoder.heads("GPTNeo", "lm", "classes", "tokens", "span"),
     prefix="transformer.",
     config_from_hf=_config_from_hf,
     config_to_hf=_config_to_hf,

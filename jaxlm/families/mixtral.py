@@ -7,26 +7,14 @@ from typing import Any
 
 from jaxlm.config import ModelConfig
 from jaxlm.errors import UserError
-from jaxlm.families.llama import (
-    BODY,
-    FIXED,
-    KEYS,
-    attention_biases,
-    kinds_from_hf,
-    kinds_to_hf,
-    one_rotary_from_hf,
-    one_rotary_to_hf,
-)
-from jaxlm.families.llama import (
-    FAMILY as LLAMA,
-)
-from jaxlm.hub.convert import ACTIVATIONS, Family, Key, Rule, key_conversion, linear, norm, projection
+from jaxlm.families import llama
+from jaxlm.hub.convert import Key, Rule, key_conversion, linear, norm, projection
 
-_FIXED = FIXED | {"feed_forward": "experts"}
+_FIXED = llama.FIXED | {"feed_forward": "experts"}
 _COMMON = (
-    *(key for key in KEYS if key.ours != "mlp_width"),
-    Key("hidden_act", "activation", "silu", ACTIVATIONS),
-    Key("tie_word_embeddings", "tied_embeddings", False),
+    *(key for key in llama.KEYS if key.ours != "mlp_width"),
+    llama.ACTIVATION,
+    llama.TIED,
     Key("router_aux_loss_coef", "balance_loss", 0.001),
 )
 _MIXTRAL_FROM_HF, _MIXTRAL_TO_HF = key_conversion(
@@ -56,21 +44,13 @@ _QWEN_3_FROM_HF, _QWEN_3_TO_HF = key_conversion(
 )
 
 
-def _local(window: int | None) -> dict[str, Any]:
-    return {} if window is None else {"layer_kinds": ("local",), "window": window}
-
-
-def _window(config: ModelConfig) -> int | None:
-    return config.window if set(config.layer_kinds) == {"local"} else None
-
-
 def _mixtral_from_hf(hf: dict[str, Any]) -> ModelConfig:
     config = _MIXTRAL_FROM_HF({"num_key_value_heads": 8} | hf)
-    return dataclasses.replace(config, **one_rotary_from_hf(hf, 1e6), **_local(hf.get("sliding_window")))
+    return dataclasses.replace(config, **llama.one_rotary_from_hf(hf, 1e6), **llama.window_from_hf(hf))
 
 
 def _mixtral_to_hf(config: ModelConfig) -> dict[str, Any]:
-    return _MIXTRAL_TO_HF(config) | one_rotary_to_hf(config) | {"sliding_window": _window(config)}
+    return _MIXTRAL_TO_HF(config) | llama.one_rotary_to_hf(config) | llama.window_to_hf(config)
 
 
 def _with_experts(hf: dict[str, Any]) -> dict[str, Any]:
@@ -96,9 +76,9 @@ def _qwen2_from_hf(hf: dict[str, Any]) -> ModelConfig:
     # Of the layers below max_window_layers, every second one is local, from the first.
     last = hf.get("max_window_layers", 28)
     default = ["local" if window is not None and i % 2 == 0 and i < last else "global" for i in range(config.layers)]
-    fields = kinds_from_hf(hf, default) | {"window": window or 0}
+    fields = llama.kinds_from_hf(hf, default) | {"window": window or 0}
     fields["biases"] = ("query_key_value",) if hf.get("qkv_bias", True) else ()
-    return dataclasses.replace(config, **one_rotary_from_hf(hf), **fields)
+    return dataclasses.replace(config, **llama.one_rotary_from_hf(hf), **fields)
 
 
 def _qwen2_to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -106,26 +86,26 @@ def _qwen2_to_hf(config: ModelConfig) -> dict[str, Any]:
     windows = {"use_sliding_window": local, "sliding_window": config.window if local else None}
     biases = {"qkv_bias": "query_key_value" in config.biases}
     sizes = {"intermediate_size": config.shared_expert_width, "mlp_only_layers": []}
-    return _QWEN_2_TO_HF(config) | one_rotary_to_hf(config) | kinds_to_hf(config) | windows | biases | sizes
+    return _QWEN_2_TO_HF(config) | llama.one_rotary_to_hf(config) | llama.kinds_to_hf(config) | windows | biases | sizes
 
 
 def _qwen3_from_hf(hf: dict[str, Any]) -> ModelConfig:
     hf = _with_experts(hf)
-    window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window", False) else None
     config = _QWEN_3_FROM_HF({"num_key_value_heads": 4} | hf)
-    return dataclasses.replace(config, **one_rotary_from_hf(hf), **attention_biases(hf), **_local(window))
+    window = llama.window_from_hf(hf, 4096) if hf.get("use_sliding_window") else {}
+    return dataclasses.replace(config, **llama.one_rotary_from_hf(hf), **llama.attention_biases(hf), **window)
 
 
 def _qwen3_to_hf(config: ModelConfig) -> dict[str, Any]:
-    window = _window(config)
-    own: dict[str, Any] = {"use_sliding_window": window is not None, "sliding_window": window, "mlp_only_layers": []}
+    window = llama.window_to_hf(config)
+    own: dict[str, Any] = {"use_sliding_window": window["sliding_window"] is not None, "mlp_only_layers": []}
     own |= {"attention_bias": "out" in config.biases, "intermediate_size": config.F}
-    return _QWEN_3_TO_HF(config) | one_rotary_to_hf(config) | own
+    return _QWEN_3_TO_HF(config) | llama.one_rotary_to_hf(config) | window | own
 
 
 _LAYER, _OURS = "model.layers.{i}.", "decoder/layers/"
 _BODY = (
-    *(rule for rule in BODY if "/mlp/" not in rule.leaves[0]),
+    *(rule for rule in llama.BODY if "/mlp/" not in rule.leaves[0]),
     *norm(_LAYER + "post_attention_layernorm", _OURS + "mlp_norm"),
 )
 
@@ -154,52 +134,35 @@ _QWEN_RULES = (
 )
 
 
-def _decoder(
-    layers: int, width: int, mlp_width: int, heads: int, kv_heads: int, experts: int, chosen: int, **fields: Any
-) -> ModelConfig:
-    sizes = {"layers": layers, "width": width, "mlp_width": mlp_width, "heads": heads, "kv_heads": kv_heads}
-    sizes |= {"experts": experts, "experts_per_token": chosen}
-    published = {"vocabulary": 32000, "max_length": 32768, "activation": "silu", "tied_embeddings": False}
-    published |= {"rotary_base": 1e6, "norm_epsilon": 1e-5, "balance_loss": 0.001}
-    return ModelConfig(**_FIXED | published | sizes | fields)
+_SPARSE: dict[str, Any] = {"feed_forward": "experts", "balance_loss": 0.001, "max_length": 32768, "rotary_base": 1e6}
 
 
-def _family(name: str, presets: dict[str, ModelConfig], rules: tuple[Rule, ...], from_hf: Any, to_hf: Any) -> Family:
-    heads = {head: f"{name}{class_.removeprefix('Llama')}" for head, class_ in LLAMA.heads.items()}
-    return LLAMA._replace(presets=presets, rules=rules, heads=heads, config_from_hf=from_hf, config_to_hf=to_hf)
-
-
-FAMILY = _family(
+FAMILY = llama.variant(
     "Mixtral",
     {
-        "mixtral-8x7b": _decoder(32, 4096, 14336, 32, 8, 8, 2),
-        "mixtral-8x22b": _decoder(56, 6144, 16384, 48, 8, 8, 2, max_length=65536),
+        "mixtral-8x7b": llama.preset(32, 4096, 14336, 32, 8, **_SPARSE, experts=8),
+        "mixtral-8x22b": llama.preset(56, 6144, 16384, 48, 8, **_SPARSE | {"max_length": 65536}, experts=8),
     },
-    (*_BODY, *_experts("block_sparse_moe.", "w1", "w3", "w2")),
     _mixtral_from_hf,
     _mixtral_to_hf,
-)
-_QWEN: dict[str, Any] = {"vocabulary": 151936, "norm_epsilon": 1e-6}
-_QWEN_2 = _QWEN | {"biases": ("query_key_value",), "shared_expert_gate": True, "normalize_experts": False}
-_QWEN_3 = _QWEN | {"query_key_norm": True, "head_width": 128, "max_length": 40960}
-QWEN_2 = _family(
+)._replace(rules=(*_BODY, *_experts("block_sparse_moe.", "w1", "w3", "w2")))
+_QWEN = _SPARSE | {"vocabulary": 151936, "norm_epsilon": 1e-6}
+_QWEN_2 = _QWEN | {"biases": ("query_key_value",), "experts": 60, "experts_per_token": 4, "normalize_experts": False}
+_QWEN_2 |= {"shared_expert_width": 5632, "shared_expert_gate": True, "max_length": 8192}
+_QWEN_3 = _QWEN | {"query_key_norm": True, "head_width": 128, "experts": 128, "experts_per_token": 8}
+_QWEN_3 |= {"max_length": 40960}
+QWEN_2 = llama.variant(
     "Qwen2Moe",
-    {
-        "qwen1.5-moe-a2.7b": _decoder(
-            24, 2048, 1408, 16, 16, 60, 4, **_QWEN_2, shared_expert_width=5632, max_length=8192
-        )
-    },
-    _QWEN_RULES,
+    {"qwen1.5-moe-a2.7b": llama.preset(24, 2048, 1408, 16, 16, **_QWEN_2)},
     _qwen2_from_hf,
     _qwen2_to_hf,
-)
-QWEN_3 = _family(
+)._replace(rules=_QWEN_RULES)
+QWEN_3 = llama.variant(
     "Qwen3Moe",
     {
-        "qwen3-30b-a3b": _decoder(48, 2048, 768, 32, 4, 128, 8, **_QWEN_3),
-        "qwen3-235b-a22b": _decoder(94, 4096, 1536, 64, 4, 128, 8, **_QWEN_3),
+        "qwen3-30b-a3b": llama.preset(48, 2048, 768, 32, 4, **_QWEN_3),
+        "qwen3-235b-a22b": llama.preset(94, 4096, 1536, 64, 4, **_QWEN_3),
     },
-    _QWEN_RULES,
     _qwen3_from_hf,
     _qwen3_to_hf,
-)
+)._replace(rules=_QWEN_RULES)

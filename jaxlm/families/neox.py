@@ -8,31 +8,10 @@ import dataclasses
 from typing import Any
 
 from jaxlm.config import Bias, ModelConfig
-from jaxlm.families import llama
-from jaxlm.hub.convert import (
-    ACTIVATIONS,
-    Family,
-    Key,
-    Rule,
-    bias_query_key_value_by_group,
-    key_conversion,
-    linear,
-    linear_heads_in,
-    linear_query_key_value_by_group,
-    norm,
-    projection,
-)
+from jaxlm.families import decoder, llama
+from jaxlm.hub.convert import ACTIVATIONS, Family, Key, Rule, key_conversion, norm
 
-_FIXED: dict[str, Any] = {
-    "structure": "decoder",
-    "types": 0,
-    "norm": "layernorm",
-    "norm_place": "pre",
-    "positions": "rotary",
-    "classes_from": "last",
-    "classes_activation": None,
-    "classes_dropout": 0.0,
-}
+_FIXED = decoder.FIXED | {"norm_place": "pre", "positions": "rotary"}
 _FROM_HF, _TO_HF = key_conversion(
     keys=(
         Key("vocab_size", "vocabulary"),
@@ -76,13 +55,7 @@ def _neox(layers: int, width: int, heads: int, vocabulary: int = 50304, **fields
     return ModelConfig(**_FIXED | published | sizes | {"rotary_width": width // heads // 4} | fields)
 
 
-_LAYER, _OURS = "gpt_neox.layers.{i}.", "decoder/layers/"
-_INPUTS = tuple(f"{_OURS}attention/{name}" for name in ("query", "key", "value"))
-# Queries, keys and values in one tensor, by head.
-FUSED = lambda hf: (
-    Rule(f"{hf}.weight", tuple(f"{name}/kernel" for name in _INPUTS), linear_query_key_value_by_group),
-    Rule(f"{hf}.bias", tuple(f"{name}/bias" for name in _INPUTS), bias_query_key_value_by_group),
-)
+_LAYER = "gpt_neox.layers.{i}."
 
 FAMILY = Family(
     presets={
@@ -98,25 +71,12 @@ FAMILY = Family(
     },
     rules=(
         Rule("gpt_neox.embed_in.weight", "embeddings/tokens"),
-        *norm(_LAYER + "input_layernorm", _OURS + "attention_norm"),
-        *FUSED(_LAYER + "attention.query_key_value"),
-        *projection(_LAYER + "attention.dense", _OURS + "attention/out", linear_heads_in),
-        *norm(_LAYER + "post_attention_layernorm", _OURS + "mlp_norm"),
-        *projection(_LAYER + "mlp.dense_h_to_4h", _OURS + "mlp/up"),
-        *projection(_LAYER + "mlp.dense_4h_to_h", _OURS + "mlp/down"),
+        *decoder.neox_layer(_LAYER, "attention"),
         *norm("gpt_neox.final_layer_norm", "decoder/norm"),
         Rule("embed_out.weight", "lm_head/kernel"),
-        Rule("score.weight", "classes_head/out/kernel", linear),
-        *projection("classifier", "tokens_head/out"),
-        *projection("qa_outputs", "span_head/out"),
+        *decoder.HEADS[1:],
     ),
-    heads={
-        ("lm",): "GPTNeoXForCausalLM",
-        ("classes",): "GPTNeoXForSequenceClassification",
-        ("tokens",): "GPTNeoXForTokenClassification",
-        ("span",): "GPTNeoXForQuestionAnswering",
-        (): "GPTNeoXModel",
-    },
+    heads=decoder.heads("GPTNeoX", "lm", "classes", "tokens", "span"),
     prefix="gpt_neox.",
     config_from_hf=_config_from_hf,
     config_to_hf=_config_to_hf,

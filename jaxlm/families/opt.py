@@ -8,6 +8,7 @@ import dataclasses
 from typing import Any
 
 from jaxlm.config import Bias, ModelConfig
+from jaxlm.families import decoder
 from jaxlm.hub.convert import (
     ACTIVATIONS,
     Family,
@@ -20,18 +21,12 @@ from jaxlm.hub.convert import (
     projection,
 )
 
-_FIXED: dict[str, Any] = {
-    "structure": "decoder",
-    "types": 0,
-    "norm": "layernorm",
+_FIXED: dict[str, Any] = decoder.FIXED | {
     "norm_epsilon": 1e-5,
     "positions": "learned",
     "position_offset": 2,
     "count_padding": False,
     "embedding_dropout": 0.0,
-    "classes_from": "last",
-    "classes_activation": None,
-    "classes_dropout": 0.0,
 }
 _FROM_HF, _TO_HF = key_conversion(
     keys=(
@@ -72,7 +67,7 @@ def _opt(layers: int, width: int, heads: int, **fields: Any) -> ModelConfig:
     return ModelConfig(**_FIXED | published | {"layers": layers, "width": width, "heads": heads} | fields)
 
 
-_LAYER, _OURS = "model.decoder.layers.{i}.", "decoder/layers/"
+_LAYER, _OURS = "model.decoder.layers.{i}.", decoder.LAYERS
 
 FAMILY = Family(
     presets={
@@ -96,16 +91,9 @@ FAMILY = Family(
         *norm(_LAYER + "final_layer_norm", _OURS + "mlp_norm"),
         *norm("model.decoder.final_layer_norm", "decoder/norm"),
         Rule("model.decoder.project_out.weight", "decoder/project/kernel", linear),
-        Rule("lm_head.weight", "lm_head/kernel"),
-        Rule("score.weight", "classes_head/out/kernel", linear),
-        *projection("qa_outputs", "span_head/out"),
+        *decoder.HEADS,
     ),
-    heads={
-        ("lm",): "OPTForCausalLM",
-        ("classes",): "OPTForSequenceClassification",
-        ("span",): "OPTForQuestionAnswering",
-        (): "OPTModel",
-    },
+    heads=decoder.heads("OPT", "lm", "classes", "span"),
     prefix="model.",
     config_from_hf=_config_from_hf,
     config_to_hf=_config_to_hf,

@@ -8,7 +8,7 @@ import dataclasses
 from typing import Any
 
 from jaxlm.config import ModelConfig
-from jaxlm.families import llama
+from jaxlm.families import decoder, llama
 from jaxlm.hub.convert import (
     Family,
     Key,
@@ -71,12 +71,7 @@ FAMILY = Family(
         Rule("score.weight", "classes_head/out/kernel", linear),
         *projection("score", "tokens_head/out"),
     ),
-    heads={
-        ("lm",): "Phi3ForCausalLM",
-        ("classes",): "Phi3ForSequenceClassification",
-        ("tokens",): "Phi3ForTokenClassification",
-        (): "Phi3Model",
-    },
+    heads=decoder.heads("Phi3", "lm", "classes", "tokens"),
     prefix="model.",
     config_from_hf=_config_from_hf,
     config_to_hf=_config_to_hf,

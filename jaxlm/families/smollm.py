@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxlm.config import ModelConfig, is_local, is_rotated
 from jaxlm.errors import UserError
-from jaxlm.families import llama
+from jaxlm.families import decoder, llama
 from jaxlm.hub.convert import Key, key_conversion, projection, resolved, shortest
 
 _KEYS = (*llama.KEYS, llama.ACTIVATION, llama.TIED, Key("classifier_dropout", "tokens_dropout", 0.1))
@@ -67,5 +67,5 @@ FAMILY = _BASE._replace(
         *projection("score", "tokens_head/out"),
         *projection("qa_outputs", "span_head/out"),
     ),
-    heads=_BASE.heads | {("tokens",): "SmolLM3ForTokenClassification", ("span",): "SmolLM3ForQuestionAnswering"},
+    heads=decoder.heads("SmolLM3", "lm", "classes", "tokens", "span"),
 )

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlm.nn.attention import window_of
+from jaxlm.nn.block import window_of
 from jaxlm.nn.transformer import Caches, CacheSpec, Transformer, apply
 
 Array = Any  # of JAX or NumPy

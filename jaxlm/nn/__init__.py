@@ -1,6 +1,8 @@
 """The Transformer as Linen modules, and the functions around it.
 
 transformer  the stacked Transformer: encoder, decoder, or both
+block        one layer of a stack, and the tables of its modules
+embeddings   embeddings of tokens, and the table of front ends
 layers       projections, norms, the MLP, dropout
 experts      feed-forward layers of routed experts
 attention    self-attention and cross-attention, with grouped queries, windows and caches

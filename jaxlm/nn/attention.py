@@ -11,15 +11,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxlm.config import ModelConfig, is_local
+from jaxlm.config import ModelConfig
 from jaxlm.devices.sharding import Placement
 from jaxlm.nn.cache import Cache, create
-from jaxlm.nn.convolutional import Convolutions
 from jaxlm.nn.kernels import backend_of, choose, fused
 from jaxlm.nn.layers import Dropout, Linear, Norm, float32_einsum, query_std, residual_std
 from jaxlm.nn.nodes import array
 from jaxlm.nn.positions import Distances, Offsets, RotaryAngles, rotate
-from jaxlm.nn.recurrent import GRU, LSTM
 
 BLOCK = 64  # minimum number of queries in a block of causal attention
 MASKED = -1e30  # finite, so that a row without visible keys gives numbers instead of NaN
@@ -351,12 +349,3 @@ class Attention(nn.Module):
             scores_BHSR = float32_einsum("BSHC,RHC->BHSR", k_BSHC, query(embeddings_RD))
             terms += jnp.take_along_axis(scores_BHSR, distances.rows_TS.T[None, None], -1).swapaxes(-1, -2)
         return terms
-
-
-# By `ModelConfig.mixer`; each entry has Attention's signature.
-MIXERS: dict[str, Any] = {"attention": Attention, "lstm": LSTM, "gru": GRU, "convolution": Convolutions}
-
-
-def window_of(config: ModelConfig, kind: str) -> int | None:
-    """Returns how many of the latest positions a layer of this kind reads from its cache; None: all."""
-    return config.window if is_local(kind) else getattr(MIXERS.get(config.mixer), "window", None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -11,11 +11,9 @@ import jax.numpy as jnp
 from jaxlm.config import ModelConfig
 from jaxlm.devices.sharding import Placement
 from jaxlm.errors import UserError
+from jaxlm.nn.attention import AttentionInputs
+from jaxlm.nn.cache import Cache
 from jaxlm.nn.layers import ACTIVATIONS, Linear
-
-if TYPE_CHECKING:
-    from jaxlm.nn.attention import AttentionInputs
-    from jaxlm.nn.cache import Cache
 
 
 class Convolutions(nn.Module):

@@ -14,7 +14,8 @@ import numpy as np
 from jax.extend import core
 
 from jaxlm.config import ModelConfig
-from jaxlm.nn.transformer import FEED_FORWARDS
+from jaxlm.nn.attention import BLOCK
+from jaxlm.nn.block import FEED_FORWARDS, MIXERS
 
 # Counts
 
@@ -263,8 +264,6 @@ def model_flops(
 
 
 def _mixer_entries(config: ModelConfig, causal: bool) -> int:
-    from jaxlm.nn.attention import MIXERS
-
     mixer: Any = MIXERS.get(config.mixer)
     if hasattr(mixer, "entries"):
         entries: int = mixer.entries(config, causal)
@@ -274,8 +273,6 @@ def _mixer_entries(config: ModelConfig, causal: bool) -> int:
 
 def _mixer_products(config: ModelConfig, T: int, S: int, pairs: int) -> int:
     """Returns the products of one layer between tokens, which only attention has."""
-    from jaxlm.nn.attention import MIXERS
-
     return 0 if hasattr(MIXERS.get(config.mixer), "entries") else _attention_products(config, T, S, pairs)
 
 
@@ -315,8 +312,6 @@ def _relative_entries(config: ModelConfig) -> int:
 
 
 def _causal_pairs(T: int) -> int:
-    from jaxlm.nn.attention import BLOCK
-
     block = max(BLOCK, -(-T // 8))
     if block >= T:
         return T * T

@@ -166,7 +166,7 @@ class Dropout(nn.Module):
 class MLP(nn.Module):
     """A position-wise feed-forward layer (Vaswani et al. 2017, section 3.3).
 
-    All entries of `jaxlm.nn.transformer.FEED_FORWARDS` have the same fields and signature.
+    All entries of `jaxlm.nn.block.FEED_FORWARDS` have the same fields and signature.
     """
 
     config: ModelConfig

@@ -9,7 +9,7 @@ Shapes: N directions, H units of a direction (N H = D), G outputs of all gates o
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -18,12 +18,10 @@ import jax.numpy as jnp
 from jaxlm.config import ModelConfig
 from jaxlm.devices.sharding import Placement
 from jaxlm.errors import UserError
+from jaxlm.nn.attention import AttentionInputs
 from jaxlm.nn.cache import Cache, create
 from jaxlm.nn.layers import Linear, float32_einsum, initial
 from jaxlm.nn.nodes import array
-
-if TYPE_CHECKING:
-    from jaxlm.nn.attention import AttentionInputs
 
 State = tuple[jax.Array, ...]  # arrays [B, N, H]; the first is the output
 
@@ -68,7 +66,7 @@ class _Recurrent(nn.Module):
         x_BTNG = Linear((N, G), config.matrix_std, False, dtype=self.dtype, name="input")(x_BTD).astype(jnp.float32)
         x_BTNG = self.constrain(x_BTNG + array(self, "bias", self._initial_bias, (N, G)), ("batch", None, None, None))
         kernel_NHG = array(self, "recurrent_kernel", initial(config, H), (N, H, G)).astype(self.dtype)
-        more = self._more(N, H)
+        own = self._cell_parameters(N, H)
         segments_BT = None
         if cache is None and inputs.segments is None:
             raise UserError(f"model.mixer is {config.mixer!r}, which supports no mask and no prefix; leave them out")
@@ -80,7 +78,7 @@ class _Recurrent(nn.Module):
             if starts_BN is not None:
                 state = tuple(jnp.where(starts_BN[..., None], 0, part) for part in state)
             recurrent_BNG = float32_einsum("BNH,NHG->BNG", state[0].astype(self.dtype), kernel_NHG)
-            state = self._cell(x_BNG, recurrent_BNG, state, more)
+            state = self._cell(x_BNG, recurrent_BNG, state, own)
             return state, state
 
         first = tuple(jnp.zeros((B, N, H), jnp.float32) for _ in range(self.arrays))
@@ -100,11 +98,11 @@ class _Recurrent(nn.Module):
     def _initial_bias(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         return jnp.zeros(shape, dtype)
 
-    def _more(self, N: int, H: int) -> Any:
-        """Returns further parameters that the cell reads."""
+    def _cell_parameters(self, N: int, H: int) -> Any:
+        """Returns the parameters of the cell in addition to matrices and biases of the gates."""
         return None
 
-    def _cell(self, x_BNG: jax.Array, recurrent_BNG: jax.Array, state: State, more: Any) -> State:
+    def _cell(self, x_BNG: jax.Array, recurrent_BNG: jax.Array, state: State, own: Any) -> State:
         """Returns the next state from the projected inputs, the projected last output, and the last state."""
         raise NotImplementedError
 
@@ -123,7 +121,7 @@ class LSTM(_Recurrent):
         H = shape[1] // 4
         return jnp.zeros(shape, dtype).at[:, H : 2 * H].set(1)
 
-    def _cell(self, x_BNG: jax.Array, recurrent_BNG: jax.Array, state: State, more: Any) -> State:
+    def _cell(self, x_BNG: jax.Array, recurrent_BNG: jax.Array, state: State, own: Any) -> State:
         input_BNH, forget_BNH, cell_BNH, output_BNH = jnp.split(x_BNG + recurrent_BNG, 4, -1)
         c_BNH = jax.nn.sigmoid(forget_BNH) * state[1] + jax.nn.sigmoid(input_BNH) * jnp.tanh(cell_BNH)
         return jax.nn.sigmoid(output_BNH) * jnp.tanh(c_BNH), c_BNH
@@ -138,15 +136,15 @@ class GRU(_Recurrent):
 
     gates: ClassVar[int] = 3
 
-    def _more(self, N: int, H: int) -> Any:
+    def _cell_parameters(self, N: int, H: int) -> Any:
         return array(self, "candidate_bias", nn.initializers.zeros, (N, H))
 
-    def _cell(self, x_BNG: jax.Array, recurrent_BNG: jax.Array, state: State, more: Any) -> State:
+    def _cell(self, x_BNG: jax.Array, recurrent_BNG: jax.Array, state: State, own: Any) -> State:
         x_reset_BNH, x_update_BNH, x_candidate_BNH = jnp.split(x_BNG, 3, -1)
         h_reset_BNH, h_update_BNH, h_candidate_BNH = jnp.split(recurrent_BNG, 3, -1)
         reset_BNH = jax.nn.sigmoid(x_reset_BNH + h_reset_BNH)
         update_BNH = jax.nn.sigmoid(x_update_BNH + h_update_BNH)
-        candidate_BNH = jnp.tanh(x_candidate_BNH + reset_BNH * (h_candidate_BNH + more))
+        candidate_BNH = jnp.tanh(x_candidate_BNH + reset_BNH * (h_candidate_BNH + own))
         return ((1 - update_BNH) * candidate_BNH + update_BNH * state[0],)
 
 

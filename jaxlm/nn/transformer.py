@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -19,12 +19,13 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.config import ModelConfig, is_rotated
 from jaxlm.devices.sharding import Placement
-from jaxlm.errors import UserError, suggestion
+from jaxlm.errors import UserError
 from jaxlm.nn import fusion
-from jaxlm.nn.attention import MIXERS, Attention, AttentionInputs, cross_mask, self_mask, window_of
+from jaxlm.nn.attention import AttentionInputs, cross_mask, self_mask
+from jaxlm.nn.block import Block, LayerOutputs, lookup, window_of
 from jaxlm.nn.cache import Cache, cache_positions
 from jaxlm.nn.crf import Transitions
-from jaxlm.nn.experts import Experts
+from jaxlm.nn.embeddings import FRONT_ENDS, Embeddings
 from jaxlm.nn.heads import (
     ClassesHead,
     CRFHead,
@@ -36,9 +37,8 @@ from jaxlm.nn.heads import (
     VocabularyHead,
 )
 from jaxlm.nn.kernels import save_attention
-from jaxlm.nn.layers import MLP, Convolution, Dropout, GatedMLP, Linear, Norm
-from jaxlm.nn.nodes import array, parameter, rows
-from jaxlm.nn.positions import BY_LENGTH, Buckets, Disentangled, Offsets, Sinusoids, alibi, rotary_angles, sinusoidal
+from jaxlm.nn.layers import Convolution, Dropout, Linear, Norm
+from jaxlm.nn.positions import BY_LENGTH, Buckets, Disentangled, Offsets, Sinusoids, alibi, rotary_angles
 
 # Operations that cost little compared with the memory of their results: the backward pass recomputes them.
 _ELEMENTWISE = {
@@ -70,92 +70,6 @@ REMAT = {
         offload_dst="pinned_host",
     ),
 }
-
-
-class Embeddings(nn.Module):
-    """The sum of token, position and type embeddings [B, T, D]; an entry of `FRONT_ENDS`.
-
-    Every entry has the fields `config` and `dtype`, and the class attribute `field`, the name of its input in a batch.
-    It is called with that input, positions and types.
-
-    Attributes:
-      config: the model's config.
-      dtype: dtype of the output.
-      shared: whether the caller passes the token embeddings: the decoder of an encoder-decoder may use the encoder's.
-      rows: number of token embeddings; None: the size of the vocabulary.
-    """
-
-    config: ModelConfig
-    dtype: Any = jnp.float32
-    shared: bool = False
-    rows: int | None = None
-
-    field: ClassVar[str] = "tokens_BT"
-
-    @staticmethod
-    def blank(config: ModelConfig, B: int, T: int) -> jax.Array:
-        """Returns zeros of the shape of `field` in a batch with B rows of T positions."""
-        return jnp.zeros((B, T), jnp.int32)
-
-    def setup(self) -> None:
-        config, init = self.config, nn.initializers.normal(self.config.initial_std)
-        if not self.shared:
-            self.tokens = parameter(self, "tokens", init, (self.rows or config.vocabulary, config.W))
-        if config.positions == "learned":
-            rows = config.position_offset + config.max_length
-            self.positions = array(self, "positions", init, (rows, self._sum_width))
-        if config.types and config.types_in == "embeddings":
-            self.types = array(self, "types", init, (config.types, self._sum_width))
-        if config.query_stream:
-            self.query = array(self, "query", init, (self._sum_width,))
-        if config.embedding_norm:
-            self.norm = Norm(config)
-        if config.embedding_width is not None:
-            self.project = Linear((config.width,), config.matrix_std, not config.project_tokens, dtype=self.dtype)
-        self.dropout = Dropout(config.rate("embedding_dropout"))
-
-    @property
-    def _sum_width(self) -> int:
-        """Width of the sum of the embeddings."""
-        return self.config.width if self.config.project_tokens else self.config.W
-
-    def __call__(
-        self,
-        tokens_BT: jax.Array,
-        positions_BT: jax.Array,
-        types_BT: jax.Array | None = None,
-        tokens_VW: jax.Array | None = None,
-    ) -> jax.Array:
-        config = self.config
-        x_BTW = rows(self.tokens if tokens_VW is None else tokens_VW, tokens_BT)
-        if config.scale_embeddings:
-            x_BTW *= math.sqrt(config.width)
-        if config.embedding_scale != 1:
-            x_BTW *= config.embedding_scale
-        if config.project_tokens:
-            x_BTW = self.project(x_BTW).astype(x_BTW.dtype)
-        if config.positions == "learned":
-            x_BTW += self.positions[config.position_offset + positions_BT]
-        elif config.positions == "sinusoidal":
-            x_BTW += sinusoidal(positions_BT, config, self._sum_width)
-        if config.types and config.types_in == "embeddings":
-            x_BTW += self.types[jnp.zeros_like(tokens_BT) if types_BT is None else types_BT]
-        if config.embedding_norm:
-            x_BTW = self.norm(x_BTW)
-        return self._project(x_BTW)
-
-    def targets(self, B: int, Q: int) -> jax.Array:
-        """Returns the first hidden states [B, Q, D] of a query stream, which do not depend on tokens."""
-        return self._project(jnp.broadcast_to(self.query, (B, Q, self._sum_width)))
-
-    def _project(self, x_BTW: jax.Array) -> jax.Array:
-        x_BTW = self.dropout(x_BTW)
-        project_sum = self.config.embedding_width is not None and not self.config.project_tokens
-        return (self.project(x_BTW) if project_sum else x_BTW).astype(self.dtype)
-
-
-FRONT_ENDS: dict[str, Any] = {"tokens": Embeddings}  # by `ModelConfig.front_end`
-FEED_FORWARDS: dict[str, Any] = {"dense": MLP, "gated": GatedMLP, "experts": Experts}  # by `ModelConfig.feed_forward`
 
 
 class Targets(NamedTuple):
@@ -223,137 +137,6 @@ class CacheSpec(NamedTuple):
     length: int
     ahead: int = 1
     format: str = "compute"
-
-
-class LayerOutputs(NamedTuple):
-    """The outputs of a layer in addition to hidden states.
-
-    Attributes:
-      attention_BHTS: weights of self-attention, if requested.
-      cross_attention_BHTS: weights of cross-attention, if requested.
-      losses: auxiliary losses by name, each summed over the tokens.
-    """
-
-    attention_BHTS: jax.Array | None
-    cross_attention_BHTS: jax.Array | None
-    losses: dict[str, jax.Array]
-
-
-def lookup(table: dict[str, Any], name: str, field: str) -> Any:
-    """Returns the entry `name` of a table of modules.
-
-    Raises:
-      UserError: if there is no such entry; the message contains the config's `field`.
-    """
-    if name not in table:
-        raise UserError(f"model.{field} is {name!r}{suggestion(name, table)}")
-    return table[name]
-
-
-class Block(nn.Module):
-    """One layer: attention, cross-attention if there is a context, and the MLP, each with a residual connection."""
-
-    config: ModelConfig
-    constrain: Placement
-    dtype: Any = jnp.float32
-    weights: bool = False  # whether to return attention weights
-    kernel: str = "auto"  # for attention
-
-    @nn.compact
-    def __call__(
-        self,
-        x_BTD: jax.Array,
-        layer: jax.Array | int,
-        inputs: AttentionInputs,
-        positions_BT: jax.Array,
-        context: jax.Array | Cache | None = None,
-        context_inputs: AttentionInputs | None = None,
-        cache: Cache | None = None,
-        tokens_BT: jax.Array | None = None,
-    ) -> tuple[jax.Array, tuple[Cache | None, Cache | None], LayerOutputs]:
-        """Returns the hidden states, the caches of self-attention and cross-attention, and the other outputs.
-
-        Args:
-          x_BTD: hidden states.
-          layer: index of the layer, from 0.
-          inputs: masks and positions of self-attention.
-          positions_BT: position of each token in its example.
-          context: hidden states of the context [B, S, D], or their cached keys and values.
-          context_inputs: masks of cross-attention.
-          cache: the cache of self-attention.
-          tokens_BT: False for padding; None: unknown.
-        """
-        config = self.config
-        parts = {"config": config, "constrain": self.constrain, "dtype": self.dtype}
-        weights: dict[str, jax.Array | None] = {"attention": None, "cross_attention": None}
-        caches: dict[str, Cache | None] = {"attention": None, "cross_attention": None}
-
-        norm = lambda name: Norm(config, self.dtype, name=f"{name}_norm")
-
-        def before(x: jax.Array, name: str) -> jax.Array:
-            """Returns the input of a sub-layer."""
-            if config.norm_place in ("post", "out", "none"):
-                return x
-            normed = norm(name)(x)
-            is_first = name == "attention" and not config.first_norm
-            return jnp.where(jnp.equal(layer, 0), x, normed) if is_first else normed
-
-        def after(y: jax.Array, name: str) -> jax.Array:
-            """Returns what is added to the hidden states for the output of a sub-layer."""
-            y = Dropout(config.rate("mlp_out_dropout" if name == "mlp" else "attention_out_dropout"))(y)
-            if config.norm_place in ("sandwich", "out"):
-                y = norm(f"{name}_out")(y)
-            return y if config.residual_scale == 1 else y * config.residual_scale
-
-        def residual(x: jax.Array, name: str, sublayer: Callable[[jax.Array], jax.Array]) -> jax.Array:
-            if name == "attention" and not config.mixer_residual:
-                dropout = Dropout(config.rate("attention_out_dropout"))
-                return self.constrain(dropout(sublayer(x)), ("batch", "between", None))
-            x = x + after(sublayer(before(x, name)), name)
-            return self.constrain(norm(name)(x) if config.norm_place == "post" else x, ("batch", "between", None))
-
-        def attend(
-            name: str, inputs: AttentionInputs, context: Any, cache: Cache | None
-        ) -> Callable[[jax.Array], jax.Array]:
-            mixer = Attention if name == "cross_attention" else lookup(MIXERS, config.mixer, "mixer")
-
-            def sublayer(x: jax.Array) -> jax.Array:
-                attention = mixer(**parts, kernel=self.kernel, name=name)
-                x, caches[name], weights[name] = attention(x, layer, inputs, positions_BT, context, cache, self.weights)
-                return x
-
-            return sublayer
-
-        losses: dict[str, jax.Array] = {}
-        if tokens_BT is None:
-            tokens_BT = jnp.ones(x_BTD.shape[:2], bool)
-
-        def feed_forward(x: jax.Array) -> jax.Array:
-            mlp = lookup(FEED_FORWARDS, config.feed_forward, "feed_forward")(**parts, name="mlp")
-            x, auxiliary = mlp(x, tokens_BT)
-            losses.update(auxiliary)
-            return x
-
-        own_attention = attend("attention", inputs, None, cache)
-        if config.residual == "sequential":
-            x_BTD = residual(x_BTD, "attention", own_attention)
-            if context is not None:
-                assert context_inputs is not None
-                x_BTD = residual(x_BTD, "cross_attention", attend("cross_attention", context_inputs, context, None))
-            if config.feed_forward != "none":
-                x_BTD = residual(x_BTD, "mlp", feed_forward)
-        else:
-            read_BTD = before(x_BTD, "attention")
-            attended_BTD = after(own_attention(read_BTD), "attention")
-            if config.residual == "parallel":
-                read_BTD = before(x_BTD, "mlp")
-            x_BTD = x_BTD + attended_BTD + after(feed_forward(read_BTD), "mlp")
-            x_BTD = self.constrain(x_BTD, ("batch", "between", None))
-        return (
-            x_BTD,
-            (caches["attention"], caches["cross_attention"]),
-            LayerOutputs(weights["attention"], weights["cross_attention"], losses),
-        )
 
 
 class Stack(nn.Module):

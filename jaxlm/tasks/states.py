@@ -13,6 +13,7 @@ from jaxlm.data.batches import Batch
 from jaxlm.devices import chips
 from jaxlm.inference.encode import pool
 from jaxlm.nn import parameters
+from jaxlm.nn.embeddings import FRONT_ENDS
 from jaxlm.nn.groups import Groups
 from jaxlm.nn.losses import (
     Sum,
@@ -26,7 +27,7 @@ from jaxlm.nn.losses import (
     top_divergence,
     top_log_probs,
 )
-from jaxlm.nn.transformer import FRONT_ENDS, Transformer, apply
+from jaxlm.nn.transformer import Transformer, apply
 
 # On each device at once; more are computed in parts, one after the other. Each part reads and writes the gradient of
 # the head, so that a device with more than 16 GiB computes larger parts: float32 logits in 1/64 of its memory.

@@ -1,0 +1,168 @@
+"""One layer of a stack, and the tables of the modules that it consists of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxlm.config import ModelConfig, is_local
+from jaxlm.devices.sharding import Placement
+from jaxlm.errors import UserError, suggestion
+from jaxlm.nn.attention import Attention, AttentionInputs
+from jaxlm.nn.cache import Cache
+from jaxlm.nn.convolutional import Convolutions
+from jaxlm.nn.experts import Experts
+from jaxlm.nn.layers import MLP, Dropout, GatedMLP, Norm
+from jaxlm.nn.recurrent import GRU, LSTM
+
+MIXERS: dict[str, Any] = {  # by `ModelConfig.mixer`; the entries have the signature of `Attention`
+    "attention": Attention,
+    "lstm": LSTM,
+    "gru": GRU,
+    "convolution": Convolutions,
+}
+FEED_FORWARDS: dict[str, Any] = {  # by `ModelConfig.feed_forward`; the entries have the signature of `MLP`
+    "dense": MLP,
+    "gated": GatedMLP,
+    "experts": Experts,
+}
+
+
+def window_of(config: ModelConfig, kind: str) -> int | None:
+    """Returns how many of the latest positions a layer of this kind reads from its cache; None: all."""
+    return config.window if is_local(kind) else getattr(MIXERS.get(config.mixer), "window", None)
+
+
+class LayerOutputs(NamedTuple):
+    """The outputs of a layer in addition to hidden states.
+
+    Attributes:
+      attention_BHTS: weights of self-attention, if requested.
+      cross_attention_BHTS: weights of cross-attention, if requested.
+      losses: auxiliary losses by name, each summed over the tokens.
+    """
+
+    attention_BHTS: jax.Array | None
+    cross_attention_BHTS: jax.Array | None
+    losses: dict[str, jax.Array]
+
+
+def lookup(table: dict[str, Any], name: str, field: str) -> Any:
+    """Returns the entry `name` of a table of modules.
+
+    Raises:
+      UserError: if there is no such entry; the message contains the config's `field`.
+    """
+    if name not in table:
+        raise UserError(f"model.{field} is {name!r}{suggestion(name, table)}")
+    return table[name]
+
+
+class Block(nn.Module):
+    """One layer: attention, cross-attention if there is a context, and the MLP, each with a residual connection."""
+
+    config: ModelConfig
+    constrain: Placement
+    dtype: Any = jnp.float32
+    weights: bool = False  # whether to return attention weights
+    kernel: str = "auto"  # for attention
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        layer: jax.Array | int,
+        inputs: AttentionInputs,
+        positions_BT: jax.Array,
+        context: jax.Array | Cache | None = None,
+        context_inputs: AttentionInputs | None = None,
+        cache: Cache | None = None,
+        tokens_BT: jax.Array | None = None,
+    ) -> tuple[jax.Array, tuple[Cache | None, Cache | None], LayerOutputs]:
+        """Returns the hidden states, the caches of self-attention and cross-attention, and the other outputs.
+
+        Args:
+          x_BTD: hidden states.
+          layer: index of the layer, from 0.
+          inputs: masks and positions of self-attention.
+          positions_BT: position of each token in its example.
+          context: hidden states of the context [B, S, D], or their cached keys and values.
+          context_inputs: masks of cross-attention.
+          cache: the cache of self-attention.
+          tokens_BT: False for padding; None: unknown.
+        """
+        config = self.config
+        parts = {"config": config, "constrain": self.constrain, "dtype": self.dtype}
+        weights: dict[str, jax.Array | None] = {"attention": None, "cross_attention": None}
+        caches: dict[str, Cache | None] = {"attention": None, "cross_attention": None}
+
+        norm = lambda name: Norm(config, self.dtype, name=f"{name}_norm")
+
+        def before(x: jax.Array, name: str) -> jax.Array:
+            """Returns the input of a sub-layer."""
+            if config.norm_place in ("post", "out", "none"):
+                return x
+            normed = norm(name)(x)
+            is_first = name == "attention" and not config.first_norm
+            return jnp.where(jnp.equal(layer, 0), x, normed) if is_first else normed
+
+        def after(y: jax.Array, name: str) -> jax.Array:
+            """Returns what is added to the hidden states for the output of a sub-layer."""
+            y = Dropout(config.rate("mlp_out_dropout" if name == "mlp" else "attention_out_dropout"))(y)
+            if config.norm_place in ("sandwich", "out"):
+                y = norm(f"{name}_out")(y)
+            return y if config.residual_scale == 1 else y * config.residual_scale
+
+        def residual(x: jax.Array, name: str, sublayer: Callable[[jax.Array], jax.Array]) -> jax.Array:
+            if name == "attention" and not config.mixer_residual:
+                dropout = Dropout(config.rate("attention_out_dropout"))
+                return self.constrain(dropout(sublayer(x)), ("batch", "between", None))
+            x = x + after(sublayer(before(x, name)), name)
+            return self.constrain(norm(name)(x) if config.norm_place == "post" else x, ("batch", "between", None))
+
+        def attend(
+            name: str, inputs: AttentionInputs, context: Any, cache: Cache | None
+        ) -> Callable[[jax.Array], jax.Array]:
+            mixer = Attention if name == "cross_attention" else lookup(MIXERS, config.mixer, "mixer")
+
+            def sublayer(x: jax.Array) -> jax.Array:
+                attention = mixer(**parts, kernel=self.kernel, name=name)
+                x, caches[name], weights[name] = attention(x, layer, inputs, positions_BT, context, cache, self.weights)
+                return x
+
+            return sublayer
+
+        losses: dict[str, jax.Array] = {}
+        if tokens_BT is None:
+            tokens_BT = jnp.ones(x_BTD.shape[:2], bool)
+
+        def feed_forward(x: jax.Array) -> jax.Array:
+            mlp = lookup(FEED_FORWARDS, config.feed_forward, "feed_forward")(**parts, name="mlp")
+            x, auxiliary = mlp(x, tokens_BT)
+            losses.update(auxiliary)
+            return x
+
+        own_attention = attend("attention", inputs, None, cache)
+        if config.residual == "sequential":
+            x_BTD = residual(x_BTD, "attention", own_attention)
+            if context is not None:
+                assert context_inputs is not None
+                x_BTD = residual(x_BTD, "cross_attention", attend("cross_attention", context_inputs, context, None))
+            if config.feed_forward != "none":
+                x_BTD = residual(x_BTD, "mlp", feed_forward)
+        else:
+            read_BTD = before(x_BTD, "attention")
+            attended_BTD = after(own_attention(read_BTD), "attention")
+            if config.residual == "parallel":
+                read_BTD = before(x_BTD, "mlp")
+            x_BTD = x_BTD + attended_BTD + after(feed_forward(read_BTD), "mlp")
+            x_BTD = self.constrain(x_BTD, ("batch", "between", None))
+        return (
+            x_BTD,
+            (caches["attention"], caches["cross_attention"]),
+            LayerOutputs(weights["attention"], weights["cross_attention"], losses),
+        )
