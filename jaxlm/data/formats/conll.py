@@ -231,8 +231,8 @@ def _check(file: Path, number: int, line: str, fields: list[str], columns: Conll
     if len(fields) != columns.width:
         raise UserError(
             f"{place}: the line {quote(line)} has {len(fields)} columns, line {columns.first} has {columns.width}; "
-            f"correct it: a token, its tag last, tabs or spaces between them, and blank lines between sentences; or set "
-            f"--data.format if the file is not in CoNLL format"
+            f"correct it: a token, its tag last, tabs or spaces between them, and blank lines between sentences; or "
+            f"set --data.format if the file is not in CoNLL format"
         )
     for name, column in columns.names.items():
         if not fields[column]:
