@@ -384,6 +384,7 @@ def test_a_cached_run_is_the_uncached_one_also_after_a_stop(folder, uncached, tm
     assert_same_run(tmp_path / "run", uncached)
 
 
+@pytest.mark.long
 def test_another_student_with_another_seed_reads_the_same_cache(folder, tmp_path, capsys, monkeypatch):
     values = {"steps": 20, "log_every": 20, "checkpoint_every": 20}
     jaxlm.fit(run_of(folder, tmp_path / "one", distill_of(folder, tmp_path / "cache"), **values))

@@ -174,6 +174,7 @@ def run_of(folder, model=XLNET, task=None, **fields) -> RunConfig:
 
 
 @pytest.mark.usefixtures("devices", "no_plots")
+@pytest.mark.long
 def test_a_pre_trained_model_is_exported_and_fine_tuned(tmp_path):
     lm = jaxlm.fit(run_of(tmp_path))
     scores = json.loads((tmp_path / "run" / "scores.json").read_text())
