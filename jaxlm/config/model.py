@@ -73,7 +73,7 @@ class ModelConfig(Config):
 
     mlp_width: Positive | None = None  # MLP width F; None: 4 x width
     feed_forward: Name = "dense"  # dense, gated (GLU, Shazeer 2020), experts, none, or the name of a custom class
-    experts: Count = 0  # number of experts in each layer, if feed_forward is experts; each has gates and mlp_width
+    experts: Count = 0  # number of experts of a layer, if feed_forward is experts; they have gates, but no biases
     experts_per_token: Positive = 2  # number of experts that the router chooses for each token
     normalize_experts: bool = True  # divide the router's probabilities of the chosen experts by their sum
     shared_expert_width: Count = 0  # width of an MLP that all tokens use in addition to their experts; 0: none
