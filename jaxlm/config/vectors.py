@@ -6,12 +6,24 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from jaxlm.config.data import DataConfig
-from jaxlm.config.ranges import AboveZero, Config, Count, NotNegative, Pattern, Positive, Range, Seed, check_fields
+from jaxlm.config.ranges import (
+    AboveZero,
+    Config,
+    Count,
+    NotNegative,
+    Pattern,
+    Positive,
+    Range,
+    Seed,
+    Share,
+    check_fields,
+)
 from jaxlm.errors import UserError
 
 PIECE = 32  # tokens of a text whose pairs are the entries of one matrix product
 Width = Annotated[int, Range(1, 100_000)]
 Window = Annotated[int, Range(1, 1000)]
+Exponent = Annotated[float, Range(0, 10)]
 
 
 @dataclass(frozen=True)
@@ -22,10 +34,8 @@ class SkipGramConfig(Config):
     final_rate: NotNegative = 1e-4  # learning rate of the last update
     negatives: Positive = 5  # number of negative words per pair, as a weight: see shared
     shared: Positive = 64  # negative words that are sampled for a block, and shared by its tokens
-    exponent: Annotated[float, Range(0, 10)] = 0.75  # negative words are sampled in proportion to count ** exponent
-    subsample: Annotated[float, Range(0, 1)] = (
-        1e-3  # words above this fraction of the text are dropped at random; 0: none
-    )
+    exponent: Exponent = 0.75  # negative words are sampled in proportion to count ** exponent
+    subsample: Share = 1e-3  # words above this fraction of the text are dropped at random; 0: none
     block: Annotated[int, Range(PIECE, 1 << 20)] = 128  # tokens of an update, a multiple of 32
 
 
@@ -35,9 +45,7 @@ class GloVeConfig(Config):
 
     rate: AboveZero = 0.05  # learning rate of AdaGrad
     max_count: AboveZero = 100.0  # a count of this size or more has the weight 1 (x_max)
-    exponent: Annotated[float, Range(0, 10)] = (
-        0.75  # alpha: a smaller count x has the weight (x / max_count) ** exponent
-    )
+    exponent: Exponent = 0.75  # alpha: a smaller count x has the weight (x / max_count) ** exponent
     block: Annotated[int, Range(1, 1 << 20)] = 1024  # counts of an update
 
 
