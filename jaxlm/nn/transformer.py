@@ -78,10 +78,13 @@ class Targets(NamedTuple):
     Attributes:
       places_BQ: the place of each target in its row.
       mask_BQS: True where target q attends to key s.
+      memory_BT: True for the tokens of an earlier segment, whose hidden states have no gradient (Dai et al. 2019,
+        section 3.2); None: no such tokens.
     """
 
     places_BQ: jax.Array
     mask_BQS: jax.Array
+    memory_BT: jax.Array | None = None
 
 
 class SequenceInputs(NamedTuple):
@@ -672,13 +675,13 @@ class Transformer(nn.Module):
 
 def _offsets(embeddings_RD: jax.Array, types_BT: jax.Array | None, targets: Targets | None) -> Offsets:
     """Returns Transformer-XL's relative positions for the queries of a row and of targets."""
-    places_BQ = None if targets is None else targets.places_BQ
+    places_BQ, memory_BS = (None, None) if targets is None else (targets.places_BQ, targets.memory_BT)
     if types_BT is None:
-        return Offsets(embeddings_RD, places_BQ)
+        return Offsets(embeddings_RD, places_BQ, memory_BS=memory_BS)
     of_queries_BT = types_BT
     if places_BQ is not None:
         of_queries_BT = jnp.concatenate([types_BT, jnp.take_along_axis(types_BT, places_BQ, 1)], 1)
-    return Offsets(embeddings_RD, places_BQ, of_queries_BT[:, :, None] != types_BT[:, None, :])
+    return Offsets(embeddings_RD, places_BQ, of_queries_BT[:, :, None] != types_BT[:, None, :], memory_BS)
 
 
 def _cross_attention_inputs(
