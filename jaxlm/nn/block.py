@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -32,9 +33,25 @@ FEED_FORWARDS: dict[str, Any] = {  # by `ModelConfig.feed_forward`; the entries 
 }
 
 
-def window_of(config: ModelConfig, kind: str) -> int | None:
-    """Returns how many of the latest positions a layer of this kind reads from its cache; None: all."""
-    return config.window if is_local(kind) else getattr(MIXERS.get(config.mixer), "window", None)
+class LayerType(NamedTuple):
+    """The attention of a layer.
+
+    Attributes:
+      kind: an entry of `ModelConfig.layer_kinds`.
+      window: how many of the latest positions the layer reads from its cache, and the window of its attention if that
+        is local; None: all.
+    """
+
+    kind: str
+    window: int | None
+
+
+def layer_types(config: ModelConfig) -> tuple[LayerType, ...]:
+    """Returns the types of the layers, cycled."""
+    kinds, windows = config.layer_kinds, config.layer_windows or (config.window,)
+    of_mixer = getattr(MIXERS.get(config.mixer), "window", None)
+    pairs = ((kinds[n % len(kinds)], windows[n % len(windows)]) for n in range(math.lcm(len(kinds), len(windows))))
+    return tuple(LayerType(kind, window if is_local(kind) else of_mixer) for kind, window in pairs)
 
 
 class LayerOutputs(NamedTuple):
