@@ -324,7 +324,10 @@ class Seq2Seq(TaskConfig):
         _check_decoding(self.decoding)
 
     def check_model(self, run: RunConfig, model: ModelConfig) -> None:
-        """Accepts every model: any structure can be trained on pairs of texts."""
+        """Raises UserError if the sources are longer than the encoder's positions; any structure can be trained."""
+        if model.structure == "encoder_decoder":
+            remedy = "lower it, or use a model with more positions (--model.max-length)"
+            model.check_length(self.source_length or run.data.length, "task.source_length", remedy)
 
 
 @dataclass(frozen=True)
