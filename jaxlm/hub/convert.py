@@ -21,6 +21,7 @@ from jaxlm.errors import UserError, suggestion
 from jaxlm.hub.compressed_tensors import PendingParts, to_parts
 from jaxlm.hub.safetensors import Pending
 from jaxlm.nn import nodes, parameters
+from jaxlm.nn.stacking import layers_of_rows
 
 
 class Layout(NamedTuple):
@@ -132,7 +133,7 @@ class Rule(NamedTuple):
     `unless` is not, and `when` returns True for the config, so that one table covers all variants of a model.
 
     Attributes:
-      hf: the name of the tensor; `{i}` is the index along the stacked layer axis of the leaves, and `{e}` that along
+      hf: the name of the tensor; `{i}` is the layer of a row of the leaves, and `{e}` the index along
         the axis of experts after it.
       ours: the path of the leaf, or of several leaves.
       layout: the conversion.
@@ -167,11 +168,13 @@ class Rule(NamedTuple):
         """The number of leading axes of the leaves along which there is one tensor for each index."""
         return ("{i}" in self.hf) + ("{e}" in self.hf)
 
-    def names(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[tuple[int, ...], str]:
+    def names(self, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[tuple[int, ...], str]:
         """Returns the names of the tensors in the file by their indices along the stacked axes."""
         sizes = shapes[self.leaves[0]][: self.stacked]
         ranges = [range(self.first if axis == 0 else 0, size) for axis, size in enumerate(sizes)]
-        return {index: self.hf.format(**dict(zip("ie", index))) for index in itertools.product(*ranges)}
+        layers = layers_of_rows(config, self.leaves[0], sizes[0]) if sizes else ()
+        name = lambda row, *experts: self.hf.format(**dict(zip("ie", (layers[row], *experts))))
+        return {index: name(*index) if index else self.hf for index in itertools.product(*ranges)}
 
 
 def projection(hf: str, ours: str, kernel: Layout = linear, bias: Layout = same) -> tuple[Rule, Rule]:
@@ -291,7 +294,9 @@ def readers(family: Family, config: ModelConfig) -> dict[str, Reader]:
     result: dict[str, Reader] = {}
     for rule in applying(family.rules, config, shapes):
         if not rule.idle:
-            result |= {p: Reader(rule, which, rule.names(shapes), shapes[p]) for which, p in enumerate(rule.leaves)}
+            result |= {
+                p: Reader(rule, which, rule.names(config, shapes), shapes[p]) for which, p in enumerate(rule.leaves)
+            }
     return result
 
 
@@ -304,7 +309,10 @@ def idle(family: Family, config: ModelConfig) -> set[str]:
     """Returns the names of the tensors that are written, but not read."""
     shapes = tree_shapes(config, family.module)
     return {
-        name for rule in applying(family.rules, config, shapes) if rule.idle for name in rule.names(shapes).values()
+        name
+        for rule in applying(family.rules, config, shapes)
+        if rule.idle
+        for name in rule.names(config, shapes).values()
     }
 
 
@@ -323,7 +331,7 @@ def to_hf(family: Family, config: ModelConfig, params: Mapping[str, Any]) -> dic
     for rule in applying(family.rules, config, shapes):
         parts = [leaves[path] for path in rule.leaves]
         quantised = _quantised_layers(rule, config, parts)
-        for index, name in rule.names(shapes).items():
+        for index, name in rule.names(config, shapes).items():
             make = partial(_join, rule, config, parts, index)
             kind = np.dtype(arrays[rule.leaves[0]].dtype)
             tensors[name] = Pending(expected[name], kind, make, quantised and quantised(index[0] if index else 0))
@@ -368,7 +376,7 @@ def canonical(family: Family, config: ModelConfig, tensors: Mapping[str, Any]) -
     """
     shapes = tree_shapes(config, family.module)
     rules = applying(family.rules, config, shapes)
-    expected = {name for rule in rules for name in rule.names(shapes).values()}
+    expected = {name for rule in rules for name in rule.names(config, shapes).values()}
     buffer = any_of(family.buffers)
     known = any_of([*(rule.hf for rule in family.rules), *family.copies])
     result = Canonical({}, {}, {})
@@ -478,7 +486,9 @@ def hf_shapes(family: Family, config: ModelConfig) -> dict[str, tuple[int, ...]]
         covered.update(rule.leaves)
         # A broadcast scalar has the shape of the leaf (of one layer) without its memory; the layout converts the shape.
         layer = [np.broadcast_to(np.False_, shapes[path][rule.stacked :]) for path in rule.leaves]
-        expected |= dict.fromkeys(rule.names(shapes).values(), rule.layout.to_hf(rule.config(config), *layer).shape)
+        expected |= dict.fromkeys(
+            rule.names(config, shapes).values(), rule.layout.to_hf(rule.config(config), *layer).shape
+        )
     if missing := shapes.keys() - covered:
         raise ValueError(f"there is no rule for {sorted(missing)}; add one to the family's table")
     return expected
@@ -614,7 +624,11 @@ def key_conversion(
 def resolved(config: ModelConfig) -> ModelConfig:
     """Returns the config with explicit values for the sizes that default to other fields."""
     kinds = config.layer_kinds
+    windows, decoder = config.layer_windows, config.decoder_config
     sizes: dict[str, Any] = {
+        "layer_windows": tuple(windows[i % len(windows)] for i in range(config.layers)) if windows else (),
+        "decoder_layer_kinds": decoder.layer_kinds,
+        "decoder_max_length": decoder.max_length,
         "kv_heads": config.K,
         "head_width": config.C,
         "rotary_width": config.R,
@@ -625,9 +639,21 @@ def resolved(config: ModelConfig) -> ModelConfig:
         "decoder_heads": config.decoder_heads or config.heads,
         "decoder_mlp_width": config.decoder_mlp_width or config.F,
         "layer_kinds": tuple(kinds[i % len(kinds)] for i in range(config.layers)),
+        **_resolved_parts(config),
         "transform_activation": config.transform_activation or config.activation,
     }
     return dataclasses.replace(config, **sizes)
+
+
+def _resolved_parts(config: ModelConfig) -> dict[str, Any]:
+    """Returns the mixer and the feed-forward layer of each layer, or () if all are equal, and the width of experts."""
+    fields: dict[str, Any] = {}
+    for name, pattern in (("mixer", config.mixer_pattern), ("feed_forward", config.feed_forward_pattern)):
+        layers = tuple(pattern[i % len(pattern)] for i in range(config.layers))
+        fields[f"{name}s"] = () if set(layers) == {getattr(config, name)} else layers
+    if "experts" in config.feed_forward_pattern:
+        fields["expert_width"] = config.expert_F
+    return fields
 
 
 def shortest(kinds: list[Any]) -> tuple[Any, ...]:
@@ -636,7 +662,10 @@ def shortest(kinds: list[Any]) -> tuple[Any, ...]:
     return next((tuple(kinds[:n]) for n in lengths if all(k == kinds[i % n] for i, k in enumerate(kinds))), ())
 
 
-DECODER_TOKENS = "model.decoder.embed_tokens.weight"  # shows whether the decoder has its own token embeddings
+def decoder_tokens(family: Family) -> str | None:
+    """Returns the tensor that shows whether the decoder has its own token embeddings; None: there is none."""
+    name = f"{family.prefix}decoder.embed_tokens.weight"
+    return name if family.prefix and name in family.copies else None
 
 
 def can_represent(family: Family, config: ModelConfig) -> bool:
@@ -650,7 +679,7 @@ def can_represent(family: Family, config: ModelConfig) -> bool:
     try:
         back = family.config_from_hf(family.config_to_hf(config) | {"architectures": [heads(family, config)]})
         back = dataclasses.replace(back, heads_on_top=config.heads_on_top)
-        if DECODER_TOKENS in family.copies and not config.tied_embeddings:  # read from the tensors
+        if decoder_tokens(family) and not config.tied_embeddings:  # read from the tensors
             back = dataclasses.replace(back, decoder_tokens=config.decoder_tokens)
         back.check()
         if not family.ties:  # read from the tensors
@@ -673,10 +702,11 @@ def inference_config(config: ModelConfig) -> ModelConfig:
     Two models with equal results compute the same function of their parameters.
     """
     config, on_top = resolved(config), set(config.heads_on_top)
-    rotary, scaling = config.positions == "rotary", config.rotary_scaling
+    rotary, scaling, both = config.positions == "rotary", config.rotary_scaling, config.structure == "encoder_decoder"
+    local_decoder = both and config.decoder_config.has_local_layers
     unused = {  # fields -> whether they have no effect
         (*TRAINING_FIELDS, "labels", "start_token"): True,
-        ("max_length",): config.positions != "learned",
+        ("max_length", "decoder_max_length"): config.positions != "learned",
         ("position_offset", "padding_token"): config.positions not in ("learned", "sinusoidal"),
         ("count_padding",): config.positions != "learned",
         ("sinusoidal_to_base",): config.positions != "sinusoidal",
@@ -689,7 +719,9 @@ def inference_config(config: ModelConfig) -> ModelConfig:
         ("rotary_short", "rotary_long"): not rotary or scaling != "longrope",
         ("rotary_width",): not rotary,
         ("local_rotary_base",): not rotary or not config.has_local_layers,
-        ("window",): not config.has_local_layers,
+        ("window",): not config.has_local_layers or (config.layer_windows and not local_decoder),
+        ("global_tokens",): config.global_tokens in ("none", "head") and config.global_rule == "none",
+        ("separator_token",): config.global_rule != "question",
         ("query_key_norm_whole",): not config.query_key_norm,
         ("alibi_scaled",): config.relative != "alibi",
         ("types",): config.types > 0 and config.types_in == "attention",  # only equality has an effect
@@ -698,9 +730,10 @@ def inference_config(config: ModelConfig) -> ModelConfig:
         ("relative_terms", "relative_shared", "relative_norm"): config.relative != "disentangled",
         ("attention_scale",): config.relative == "disentangled",
         ("conv_activation",): not config.conv_width,
-        ("experts_per_token", "normalize_experts"): config.feed_forward != "experts",
-        ("decoder_layers", "decoder_heads", "decoder_mlp_width", "decoder_tokens"): config.structure
-        != "encoder_decoder",
+        ("experts_per_token", "normalize_experts"): "experts" not in config.feed_forward_pattern,
+        ("mlp_width",): set(config.feed_forward_pattern) == {"experts"},
+        ("decoder_layers", "decoder_heads", "decoder_mlp_width", "decoder_tokens", "decoder_layer_kinds"): not both,
+        ("decoder_max_length",): not both,
         ("scale_logits", "logit_divisor", "logit_cap"): "lm" not in on_top,
         ("tied_embeddings",): not on_top & {"lm", "masked_lm"},
         ("masked_lm_bias",): "masked_lm" not in on_top,

@@ -39,7 +39,10 @@ class Parameter(NamedTuple):
 
 _STACK = r"(encoder|decoder)"
 _LAYER = _STACK + r"/layers"
-_ATTENTION = _LAYER + r"/(cross_)?attention"
+_ATTENTION = _LAYER + r"/(\w+_)?attention"
+_MLP = _LAYER + r"/(\w+_)?mlp"
+_QUERY = _ATTENTION + r"/(relative_|global_)?query"
+_KEY_OR_VALUE = _ATTENTION + r"/((global_)?(key|value)|relative_key)"
 _EMBEDDINGS = r"(decoder_)?embeddings"
 _DENSE = r"(pooled_head|classes_head|replaced_head)/dense"
 _OUT = r"(next_sentence_head|(classes_head|tokens_head|span_head|replaced_head)/out)"
@@ -55,16 +58,10 @@ TABLE = (
     Parameter(_STACK + r"/relative/buckets", (None, None), True, "embeddings"),
     Parameter(_STACK + r"/relative/distances", (None, "width"), True, "embeddings"),
     Parameter(_STACK + r"/relative/norm/(scale|bias)", (None,), False, "embeddings"),
-    Parameter(_ATTENTION + r"/(relative_)?query/kernel", ("layers", "width", "heads", "head_width"), True, "layers", 1),
-    Parameter(_ATTENTION + r"/(relative_)?query/bias", ("layers", "heads", "head_width"), False, "layers"),
-    Parameter(
-        _ATTENTION + r"/(key|value|relative_key)/kernel",
-        ("layers", "width", "kv_heads", "head_width"),
-        True,
-        "layers",
-        1,
-    ),
-    Parameter(_ATTENTION + r"/(key|value|relative_key)/bias", ("layers", "kv_heads", "head_width"), False, "layers"),
+    Parameter(_QUERY + r"/kernel", ("layers", "width", "heads", "head_width"), True, "layers", 1),
+    Parameter(_QUERY + r"/bias", ("layers", "heads", "head_width"), False, "layers"),
+    Parameter(_KEY_OR_VALUE + r"/kernel", ("layers", "width", "kv_heads", "head_width"), True, "layers", 1),
+    Parameter(_KEY_OR_VALUE + r"/bias", ("layers", "kv_heads", "head_width"), False, "layers"),
     Parameter(_ATTENTION + r"/(content|position|type)_bias", ("layers", "heads", "head_width"), False, "layers"),
     Parameter(_ATTENTION + r"/types", ("layers", None, "heads", "head_width"), True, "layers"),
     Parameter(_ATTENTION + r"/(query|key)_norm/(scale|bias)", ("layers", None), False, "layers"),
@@ -75,13 +72,13 @@ TABLE = (
     Parameter(_ATTENTION + r"/(bias|candidate_bias)", ("layers", None, None), False, "layers"),
     Parameter(_ATTENTION + r"/window_\d+/kernel", ("layers", None, "width", None), True, "layers", 2),
     Parameter(_ATTENTION + r"/window_\d+/bias", ("layers", None), False, "layers"),
-    Parameter(_LAYER + r"/mlp/(shared/)?(up|gate)/kernel", ("layers", "width", "mlp"), True, "layers", 1),
-    Parameter(_LAYER + r"/mlp/(shared/)?(up|gate)/bias", ("layers", "mlp"), False, "layers"),
-    Parameter(_LAYER + r"/mlp/(shared/)?down/kernel", ("layers", "mlp", "width"), True, "layers", 1),
-    Parameter(_LAYER + r"/mlp/(shared/)?down/bias", ("layers", None), False, "layers"),
-    Parameter(_LAYER + r"/mlp/(router|shared_gate/kernel)", ("layers", "width", None), True, "layers"),
-    Parameter(_LAYER + r"/mlp/experts/(up|gate)", ("layers", "experts", "width", "mlp"), True, "layers"),
-    Parameter(_LAYER + r"/mlp/experts/down", ("layers", "experts", "mlp", "width"), True, "layers"),
+    Parameter(_MLP + r"/(shared/)?(up|gate)/kernel", ("layers", "width", "mlp"), True, "layers", 1),
+    Parameter(_MLP + r"/(shared/)?(up|gate)/bias", ("layers", "mlp"), False, "layers"),
+    Parameter(_MLP + r"/(shared/)?down/kernel", ("layers", "mlp", "width"), True, "layers", 1),
+    Parameter(_MLP + r"/(shared/)?down/bias", ("layers", None), False, "layers"),
+    Parameter(_MLP + r"/(router|shared_gate/kernel)", ("layers", "width", None), True, "layers"),
+    Parameter(_MLP + r"/experts/(up|gate)", ("layers", "experts", "width", "mlp"), True, "layers"),
+    Parameter(_MLP + r"/experts/down", ("layers", "experts", "mlp", "width"), True, "layers"),
     Parameter(_LAYER + r"/\w+_norm/(scale|bias)", ("layers", None), False, "layers"),
     Parameter(_STACK + r"/norm/(scale|bias)", (None,), False, "head"),
     Parameter(_STACK + r"/project/kernel", ("width", None), True, "head"),
