@@ -14,8 +14,9 @@ import numpy as np
 from jax.extend import core
 
 from jaxlm.config import ModelConfig
+from jaxlm.nn import windows
 from jaxlm.nn.attention import BLOCK
-from jaxlm.nn.block import FEED_FORWARDS, MIXERS
+from jaxlm.nn.block import FEED_FORWARDS, MIXERS, LayerType, layer_types
 
 # Counts
 
@@ -227,8 +228,8 @@ def model_flops(
       source_length: number of tokens in a row of the encoder of an encoder-decoder.
       heads: number of positions in a row to which each head is applied; None: all positions for `lm`.
       targets: number of targets in a row, for a model with a query stream.
-      blocks: whether to count causal attention as `dot_product_attention` computes it, in blocks of queries that read
-        no keys after their end.
+      blocks: whether to count causal and local attention as XLA computes them: in blocks of queries that read no keys
+        after their end, or only those of neighbouring blocks and of a few global tokens.
     """
     D, T, S, whole = config.width, length, source_length, config
     if heads is None:
@@ -244,7 +245,12 @@ def model_flops(
         tokens = S if both and S is not None else T
         projections += config.layers * tokens * (_mixer_entries(config, False) + _mlp_entries(config))
         queries = tokens + targets
-        attention += config.layers * _mixer_products(config, queries, tokens, queries * tokens)
+        types = layer_types(config)
+        for n in range(config.layers):
+            pairs = (
+                _encoder_pairs(config, types[n % len(types)], tokens) if blocks and not targets else queries * tokens
+            )
+            attention += _mixer_products(config, queries, tokens, pairs)
         # Targets are queries, but no keys.
         projections += config.layers * targets * (2 * D * config.heads * config.C + _mlp_entries(config))
     if config.structure != "encoder":
@@ -268,7 +274,8 @@ def _mixer_entries(config: ModelConfig, causal: bool) -> int:
     if hasattr(mixer, "entries"):
         entries: int = mixer.entries(config, causal)
         return entries
-    return 2 * config.width * config.C * (config.heads + config.K)
+    of_global_tokens = 0 if causal or config.global_rule == "none" else config.heads + 2 * config.K
+    return config.width * config.C * (2 * (config.heads + config.K) + of_global_tokens)
 
 
 def _mixer_products(config: ModelConfig, T: int, S: int, pairs: int) -> int:
@@ -309,6 +316,15 @@ def _relative_entries(config: ModelConfig) -> int:
     R = 2 * (config.relative_buckets or config.relative_distance)
     heads = {"c2p": config.K, "p2c": config.heads}  # the projection of distances is that of keys, or of queries
     return config.layers * R * config.width * config.C * sum(heads[term] for term in config.relative_terms)
+
+
+def _encoder_pairs(config: ModelConfig, layer_type: LayerType, T: int) -> int:
+    """Returns the pairs of queries and keys of a layer of an encoder, in blocks if it has local attention."""
+    window, has_global = layer_type.window, config.global_rule != "none"
+    if window is None or config.relative != "none" or not windows.saves_memory(T, window):
+        return (1 + has_global) * T * T
+    b, slots = windows.block_size(window), min(T, windows.slots_of(config)) if has_global else 0
+    return -(-T // b) * b * (3 * b + slots) + slots * T
 
 
 def _causal_pairs(T: int) -> int:
