@@ -39,6 +39,7 @@ with _interrupts_wait():
     from jaxlm.run.evaluate import evaluate, predict
     from jaxlm.run.fit import fit
     from jaxlm.transforms.adapters import add_adapter, merge, remove_adapters
+    from jaxlm.transforms.lengthening import lengthen
     from jaxlm.transforms.pruning import prune
     from jaxlm.transforms.quantization import quantize
     from jaxlm.transforms.structured import shrink
@@ -68,6 +69,7 @@ __all__ = [
     "evaluate",
     "fit",
     "generate",
+    "lengthen",
     "load",
     "merge",
     "predict",

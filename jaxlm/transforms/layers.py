@@ -74,5 +74,6 @@ def select_config(config: ModelConfig, layers: tuple[int, ...], decoder_layers: 
     if config.structure == "encoder_decoder":
         decoder = len(decoder_layers) or in_decoder
         config = dataclasses.replace(config, decoder_layers=None if decoder == len(chosen) else decoder)
-    kept = tuple(kinds[layer % len(kinds)] for layer in chosen)
-    return dataclasses.replace(config, layers=len(chosen), layer_kinds=shortest(list(kept)), distinct_layers=None)
+    keep = lambda values: shortest([values[layer % len(values)] for layer in chosen]) if values else values
+    config = dataclasses.replace(config, layer_kinds=keep(kinds), layer_windows=keep(config.layer_windows))
+    return dataclasses.replace(config, layers=len(chosen), distinct_layers=None)
