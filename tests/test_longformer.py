@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,8 +13,12 @@ import numpy as np
 import pytest
 from random_params import random_params
 
-from jaxlm.config import ModelConfig
-from jaxlm.families import PRESETS
+import jaxlm
+from jaxlm import LM, Classification, QuestionAnswering, Seq2Seq, UserError
+from jaxlm.config import MeshConfig, ModelConfig
+from jaxlm.devices import sharding
+from jaxlm.families import FAMILIES, PRESETS
+from jaxlm.hub import safetensors
 from jaxlm.nn import windows
 from jaxlm.nn.attention import Scores, WeightDropout, dot_product_attention, self_mask, windowed_attention
 from jaxlm.nn.global_tokens import global_tokens
@@ -165,3 +170,219 @@ def test_memory_grows_in_proportion_to_the_length(config):
         return program.lower(params, rows, rows).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary(2048) < 2.3 * temporary(1024)
+
+
+SIZES: dict[str, Any] = {"vocabulary": 41, "max_length": 20, "width": 12, "layers": 2, "heads": 3, "mlp_width": 10}
+LED = replace(PRESETS["led-base-16384"], **SIZES, decoder_max_length=8, window=3)
+
+
+def lm_of(config: ModelConfig) -> LM:
+    return LM(config, Transformer(config), random_params(config))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"global_attention": False, "global_tokens": "first"}, "no projections for tokens with global attention"),
+        ({"heads_on_top": ("classes", "span")}, "different global tokens; set --model.global-tokens first"),
+        ({"global_tokens": "question", "separator_token": None}, "model.separator_token is None; set it"),
+        ({"structure": "decoder", "heads_on_top": ("lm",)}, "it is for encoders with attention"),
+        ({"relative": "disentangled"}, "without relative positions"),
+        ({"layer_windows": (2, 3, 4)}, "3 windows, but the model has 2 layers; give at most one for each layer"),
+        ({"layer_windows": (2, 3), "layer_kinds": ("global",)}, "no layer has local attention; leave it out"),
+        ({"decoder_max_length": 8}, "model.decoder_max_length is 8, but the model is a"),
+        ({"window": 0}, "model.window is 0; local layers need at least 1"),
+    ],
+)
+def test_fields_that_contradict_each_other_are_refused(fields, message):
+    with pytest.raises(UserError, match=message):
+        replace(LONGFORMER, **fields).check()
+
+
+@pytest.mark.parametrize("config", [replace(PRESETS["longformer-base-4096"], **SIZES), LED], ids=["longformer", "led"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attention_window": 5}, "attention_window 5; it counts both sides of a token: give an even number"),
+        ({"attention_window": [4, 3]}, "attention_window 3; it counts"),
+        ({"attention_window": 0}, "attention_window 0"),
+        ({"attention_window": [4, True]}, "attention_window True"),
+        ({"attention_window": [4, "4"]}, "attention_window '4'"),
+        ({"attention_window": [4, 4, 4]}, "an attention_window of 3 entries, and the model 2 layers"),
+        ({"attention_window": []}, "an attention_window of 0 entries"),
+        ({"global_tokens": "last"}, "global_tokens is 'last'; it must be one of none, first, question"),
+    ],
+)
+def test_invalid_windows_are_refused(tmp_path, config, change, message):
+    jaxlm.save(lm_of(config), tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=message):
+        jaxlm.load(tmp_path / "model")
+
+
+def test_windows_and_global_tokens_are_read_from_the_file_and_written(tmp_path):
+    config = replace(LED, layers=3, layer_windows=(3, 2), decoder_layers=2, global_tokens="first")
+    assert jaxlm.save(lm_of(config), tmp_path / "model") == "led"
+    values = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert (values["attention_window"], values["global_tokens"]) == ([4, 2, 4], "first")
+    assert (values["max_encoder_position_embeddings"], values["max_decoder_position_embeddings"]) == (20, 8)
+    loaded = jaxlm.load(tmp_path / "model").config
+    assert (loaded.layer_windows, loaded.global_rule, loaded.decoder_config.global_rule) == ((3, 2), "first", "none")
+    values.pop("global_tokens")
+    assert FAMILIES["led"].config_from_hf(values | {"attention_window": 6}).window == 4
+
+
+def test_texts_longer_than_the_model_are_refused():
+    lm = lm_of(replace(LED, heads_on_top=("lm",)))
+    with pytest.raises(UserError, match=r"21 tokens, more than the 20 positions"):
+        lm(np.ones((1, 21), int), target_tokens_BT=np.ones((1, 3), int))
+    for choices in ({"max_new_tokens": 8}, {"max_new_tokens": 20}):
+        with pytest.raises(UserError, match="the model has 8 positions: set at most 7"):
+            jaxlm.generate(lm, [[5, 6, 7]], return_tokens=True, **choices)
+    with pytest.raises(UserError, match="a prompt of 21 tokens exceeds the model's 20 positions"):
+        jaxlm.generate(lm, [[5] * 21], max_new_tokens=3, return_tokens=True)
+    roberta = lm_of(replace(PRESETS["roberta-base"], **SIZES))
+    with pytest.raises(UserError, match="global_BT is given, but the model has no projections"):
+        roberta(np.full((1, 4), 5), global_BT=np.ones((1, 4)))
+    with pytest.raises(UserError, match=r"task\.source_length is 21, longer than the 20 positions"):
+        Seq2Seq(source_length=21).check_model(jaxlm.RunConfig(task=Seq2Seq()), lm.config)
+
+
+@pytest.mark.parametrize(("preset", "kind"), [("roberta-base", "longformer"), ("bart-base", "led")])
+def test_a_lengthened_model_computes_the_same_within_its_window(tmp_path, preset, kind):
+    short = lm_of(replace(PRESETS[preset], **SIZES))
+    long = jaxlm.lengthen(short, 50, window=40)
+    ids = np.random.default_rng(0).integers(6, 41, (2, 18))
+    named = {} if kind == "longformer" else {"target_tokens_BT": ids[:, :7]}
+    np.testing.assert_allclose(long(ids, **named).logits, short(ids, **named).logits, atol=1e-5)
+    # The same projections are used for global tokens.
+    is_global = np.ones_like(ids)
+    np.testing.assert_allclose(long(ids, **named, global_BT=is_global).logits, short(ids, **named).logits, atol=1e-5)
+    assert jaxlm.save(long, tmp_path / "long") == kind
+    # A file without these projections is read with copies of the others.
+    tensors = {name: np.asarray(x) for name, x in safetensors.read(tmp_path / "long").items()}
+    without = {name: x for name, x in tensors.items() if "_global" not in name}
+    assert len(tensors) - len(without) == 12
+    safetensors.write(without, tmp_path / "long" / safetensors.WEIGHTS)
+    jax.tree.map(np.testing.assert_array_equal, jaxlm.load(tmp_path / "long").params, long.params)
+    some = without | {name: x for name, x in tensors.items() if "0" in name and "_global" in name}
+    safetensors.write(some, tmp_path / "long" / safetensors.WEIGHTS)
+    with pytest.raises(UserError, match=r"do not match the model config.*6 lines"):
+        jaxlm.load(tmp_path / "long")
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes", "options", "message"),
+    [
+        ("roberta-base", {}, {"max_length": 50, "window": 5}, "window is 5; it counts the tokens on both sides"),
+        ("roberta-base", {}, {"max_length": 19}, "max_length is 19, less than the model's 20 positions"),
+        ("gpt2", {}, {"max_length": 50}, "the model is a.n. decoder with positions 'learned'"),
+        ("modernbert-base", {"window": 2}, {"max_length": 50}, "positions 'rotary'"),
+        ("longformer-base-4096", {}, {"max_length": 50}, "the model has local attention already"),
+    ],
+)
+def test_other_models_are_not_lengthened(preset, changes, options, message):
+    with pytest.raises(UserError, match=message):
+        jaxlm.lengthen(lm_of(replace(PRESETS[preset], **SIZES, **changes)), **options)
+
+
+def test_a_task_chooses_the_global_tokens():
+    from jaxlm.data.tokenizers import tokenizer as tokenizers
+    from jaxlm.tasks import TASKS
+
+    tokenizer = tokenizers.train(["a few words"] * 9, jaxlm.TokenizerConfig(train="wordpiece"), 25)
+    configured = lambda task, model: TASKS[type(task)](task, 16, 0, tokenizer, ()).configure(model)
+    body = replace(LONGFORMER, heads_on_top=())
+    assert configured(Classification(), body).global_rule == "first"
+    question = configured(QuestionAnswering(), body)
+    assert (question.global_rule, question.separator_token) == ("question", tokenizer.sep)
+    assert configured(Seq2Seq(), LED).global_rule == "first"
+    assert configured(Seq2Seq(), replace(LED, global_tokens="none")).global_rule == "none"
+    assert configured(Seq2Seq(), PRESETS["bart-base"]).global_rule == "none"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (4, 1, 1, 2)], ids=str)
+def test_sharded_rows_equal_rows_on_one_device(devices, sizes):
+    """The last mesh shards the length, whose rows are computed as a whole."""
+    config = replace(LONGFORMER, global_tokens="first", heads_on_top=("classes",))
+    params, random = random_params(config), np.random.default_rng(0)
+    tokens_BT = random.integers(0, 40, (8, 320)).astype(np.int32)
+    segments_BT = np.repeat(np.arange(1, 6), 64)[None].repeat(8, 0).astype(np.int32)
+    config = replace(config, max_length=320)
+    params = random_params(config)
+    objective = lambda module: jax.jit(
+        jax.value_and_grad(lambda params: (apply(module, params, tokens_BT, segments_BT) ** 2).mean())
+    )
+    expected = objective(Transformer(config))(params)
+    mesh = sharding.make_mesh(MeshConfig(*sizes), jax.devices()[:8])
+    found = objective(Transformer(config, sharding.Placement(mesh)))(params)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=2e-6, rtol=1e-4), found, expected)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    "name", ["LongformerForMaskedLM", "LongformerForQuestionAnswering", "LEDForConditionalGeneration"]
+)
+@pytest.mark.parametrize("length", [7, 16, 30])
+def test_any_global_tokens_are_those_of_transformers(tmp_path, name, length):
+    """Compares logits for lengths with and without padding to the window, and for the default global tokens."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    sizes = {"vocab_size": 41, "pad_token_id": 1, "sep_token_id": 2, "attention_window": [4, 8]}
+    if name.startswith("LED"):
+        sizes |= {"d_model": 24, "encoder_layers": 2, "decoder_layers": 1, "encoder_ffn_dim": 20, "decoder_ffn_dim": 20}
+        sizes |= {"encoder_attention_heads": 3, "decoder_attention_heads": 3, "max_encoder_position_embeddings": 40}
+    else:
+        sizes |= {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 20}
+        sizes |= {"max_position_embeddings": 40}
+    torch.manual_seed(0)
+    kind = getattr(transformers, name)
+    model = kind(kind.config_class(**sizes)).eval()
+    for parameter in model.parameters():
+        parameter.data = torch.randn_like(parameter) * 0.3
+    model.save_pretrained(tmp_path / "model")
+    lm, random = jaxlm.load(tmp_path / "model"), np.random.default_rng(length)
+    mask = np.arange(length) < np.array([[length], [length - 1], [5]])
+    tokens = np.where(mask, random.integers(6, 41, (3, length)), 1)
+    for row, places in enumerate([(2, 4, length - 1), (1, 3, length - 2), (2, 3, 4)]):
+        tokens[row, places] = 2
+    inputs = {"input_ids": torch.tensor(tokens), "attention_mask": torch.tensor(mask.astype(int))}
+    named: dict[str, Any] = {"mask_BT": mask.astype(np.int32)}
+    if name.startswith("LED"):
+        targets = random.integers(6, 41, (3, 5))
+        inputs["decoder_input_ids"], named["target_tokens_BT"] = torch.tensor(targets), targets
+    all_tokens, first = np.ones((3, length), int), (np.arange(length) == 0) * np.ones((3, 1), int)
+    for is_global in (None, first, random.integers(0, 2, (3, length)), all_tokens):
+        more = {} if is_global is None else {"global_attention_mask": torch.tensor(is_global)}
+        with torch.no_grad():
+            theirs = model(**inputs, **more)
+        ours = np.asarray(lm(tokens, **named, global_BT=is_global).logits)
+        of_span = "start_logits" in theirs
+        expected = torch.stack([theirs.start_logits, theirs.end_logits], -1) if of_span else theirs.logits
+        real = mask if "LED" not in name else np.ones(ours.shape[:2], bool)
+        np.testing.assert_allclose(ours[real], expected.numpy()[real], atol=1e-4)
+
+
+@pytest.mark.parity
+def test_texts_are_those_of_transformers_with_a_global_first_token(tmp_path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    config = replace(LED, vocabulary=41, decoder_max_length=20, tied_embeddings=False, global_tokens="first")
+    config = replace(config, decoder_tokens=True)
+    lm = lm_of(config)
+    jaxlm.save(lm, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token_id": 1, "eos_token_id": 2}))
+    model = transformers.LEDForConditionalGeneration.from_pretrained(tmp_path / "model").eval()
+    prompt = np.random.default_rng(0).integers(6, 41, (1, 15))
+    is_global = torch.tensor((np.arange(15) == 0)[None].astype(int))
+    for beams in (1, 3):
+        more = {"max_new_tokens": 10, "do_sample": False, "num_beams": beams, "global_attention_mask": is_global}
+        theirs = model.generate(torch.tensor(prompt), attention_mask=torch.ones(1, 15, dtype=torch.long), **more)
+        expected = theirs[0, 1:].tolist()
+        expected = expected[: expected.index(2)] if 2 in expected else expected
+        own = jaxlm.load(tmp_path / "model")
+        found = jaxlm.generate(
+            own, prompt.tolist(), max_new_tokens=10, temperature=0.0, beams=beams, return_tokens=True
+        )
+        assert found == [expected]
