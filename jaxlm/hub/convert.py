@@ -630,9 +630,10 @@ def resolved(config: ModelConfig) -> ModelConfig:
     """Returns the config with explicit values for the sizes that default to other fields."""
     kinds = config.layer_kinds
     windows, decoder = config.layer_windows, config.decoder_config
+    own_kinds, decoder_layers = decoder.layer_kinds, config.decoder_layers or config.layers
     sizes: dict[str, Any] = {
         "layer_windows": tuple(windows[i % len(windows)] for i in range(config.layers)) if windows else (),
-        "decoder_layer_kinds": decoder.layer_kinds,
+        "decoder_layer_kinds": tuple(own_kinds[i % len(own_kinds)] for i in range(decoder_layers)),
         "decoder_max_length": decoder.max_length,
         "kv_heads": config.K,
         "head_width": config.C,
@@ -640,7 +641,7 @@ def resolved(config: ModelConfig) -> ModelConfig:
         "mlp_width": config.F,
         "attention_scale": config.C**-0.5 if config.attention_scale is None else config.attention_scale,
         "distinct_layers": config.distinct_layers or config.layers,
-        "decoder_layers": config.decoder_layers or config.layers,
+        "decoder_layers": decoder_layers,
         "decoder_heads": config.decoder_heads or config.heads,
         "decoder_mlp_width": config.decoder_mlp_width or config.F,
         "layer_kinds": tuple(kinds[i % len(kinds)] for i in range(config.layers)),
