@@ -42,6 +42,7 @@ OPT = SMALL | {"num_hidden_layers": 3, "num_attention_heads": 3, "ffn_dim": 20, 
 OPT |= {"tie_word_embeddings": False}
 FALCON = SMALL | {"num_hidden_layers": 3, "num_attention_heads": 3, "ffn_hidden_size": 20}
 LOCAL = {"sliding_window": 4}
+MIXED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "decoder_sparse_step": 2}
 LED = {"max_encoder_position_embeddings": 48, "max_decoder_position_embeddings": 32, "attention_window": [4, 8]}
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt2": ("GPT2", "LMHeadModel", GPT2),
@@ -59,6 +60,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", "ForCausalLM", WIDE | {"num_key_value_heads": 1}),
     "qwen3": ("Qwen3", "ForCausalLM", DECODER),
     "mixtral": ("Mixtral", "ForCausalLM", DECODER | LOCAL | {"num_local_experts": 4}),
+    "qwen3_moe": ("Qwen3Moe", "ForCausalLM", DECODER | MIXED),
     "phi3": ("Phi3", "ForCausalLM", WIDE | LOCAL | {"num_key_value_heads": 1, "partial_rotary_factor": 0.75}),
     "olmo2": ("Olmo2", "ForCausalLM", WIDE | {"num_key_value_heads": 1}),
     "granite": ("Granite", "ForCausalLM", DECODER | MULTIPLIERS),

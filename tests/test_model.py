@@ -18,9 +18,10 @@ from jaxlm.config import CausalLM, MaskedLM, MeshConfig, ModelConfig, OptimizerC
 from jaxlm.devices import sharding
 from jaxlm.families import PRESETS
 from jaxlm.nn import parameters
-from jaxlm.nn.block import layer_types
+from jaxlm.nn.block import cached_window
 from jaxlm.nn.layers import Dropout
 from jaxlm.nn.losses import cross_entropy
+from jaxlm.nn.stacking import parts_of
 from jaxlm.nn.transformer import CacheSpec, Transformer, apply, init
 from jaxlm.run.assembly import shard_batch, with_shardings
 from jaxlm.run.optimizer import make_optimizer, make_schedule
@@ -29,6 +30,8 @@ from jaxlm.tasks.pretraining import CausalLMTask, MaskedLMTask
 
 SMALL = {"vocabulary": 96, "max_length": 32, "width": 24, "layers": 2, "heads": 3, "head_width": None}
 SMALL |= {"dropout": 0.0, "attention_dropout": 0.0}
+MIXED: dict[str, Any] = {"experts": 4, "expert_width": 18, "balance_loss": 0.0, "mixers": ("attention", "gru")}
+MIXED |= {"feed_forwards": ("gated", *["experts"] * 4), "layer_kinds": ("global",)}
 LONG = {"layer_windows": (2, 4), "global_tokens": "first", "padding_token": None}  # any token may occur
 MODELS = {
     "gpt2": replace(PRESETS["gpt2"], **SMALL),
@@ -39,6 +42,8 @@ MODELS = {
     "mistral": replace(PRESETS["mistral-7b"], **SMALL, kv_heads=None, mlp_width=24, window=3),
     "gemma2": replace(PRESETS["gemma-2-2b"], **SMALL, kv_heads=3, mlp_width=24, window=3),
     "mixtral": replace(PRESETS["mixtral-8x7b"], **SMALL, kv_heads=3, mlp_width=24, experts=4, balance_loss=0.0),
+    # A dense layer before those with experts, and two mixers in turn.
+    "mixed": replace(PRESETS["mixtral-8x7b"], **SMALL | {"layers": 5}, **MIXED, kv_heads=3, mlp_width=24),
     "phi": replace(PRESETS["phi-3-mini"], **SMALL, kv_heads=None, mlp_width=24, window=3, rotary_width=6),
     "olmo2": replace(PRESETS["olmo-2-1b"], **SMALL, kv_heads=3, mlp_width=24),
     "granite": replace(PRESETS["granite-3.1-2b"], **SMALL, kv_heads=3, mlp_width=24, attention_scale=0.2),
@@ -366,8 +371,8 @@ def test_cached_decoding_equals_uncached_decoding(name):
     fill = jax.jit(lambda *inputs: apply(module, *inputs[:2], CacheSpec(inputs[2], 10), *inputs[3:], method="prefill"))
     first, caches = fill(params, prompts, lengths, *context)
     slots = [cache.k_BKSC.shape[2] for cache in caches.own]
-    types = layer_types(model.decoder_config)
-    assert slots == [types[n % len(types)].window or 10 for n in range(len(slots))]
+    layers = parts_of(model.decoder_config, len(caches.own))
+    assert slots == [cached_window(layer) or 10 for layer in layers]
     for row, length in enumerate(lengths):
         np.testing.assert_allclose(np.asarray(first)[row, :length], whole[row, :length], atol=2e-5, rtol=1e-4)
     for n in range(SHORT - 3):

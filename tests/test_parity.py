@@ -52,6 +52,7 @@ DISENTANGLED = {"relative_attention": True, "position_biased_input": False, "pos
 V3 = DISENTANGLED | {"share_att_key": True, "norm_rel_ebd": "layer_norm", "position_buckets": 4}
 
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
+MIXED = {"decoder_sparse_step": 2, "num_hidden_layers": 5, "intermediate_size": 28}
 ENCODER_HEADS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "Model")
 GATED_HEADS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "Model")
 CAUSAL_HEADS = ("ForCausalLM", "ForSequenceClassification", "Model")
@@ -210,13 +211,15 @@ FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, ...], dict[str, dict[str, A
     "Qwen2Moe": (
         DECODER | EXPERTS | {"shared_expert_intermediate_size": 28},
         CAUSAL_HEADS,
-        {"": {}, "normalised": {"norm_topk_prob": True, "qkv_bias": False}}
+        {"": {}, "normalised": {"norm_topk_prob": True, "qkv_bias": False}, "mixed": {"mlp_only_layers": [1]}}
         | {"window": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}},
     ),
     "Qwen3Moe": (
         DECODER | EXPERTS,
         CAUSAL_HEADS,
         {"": {}, "normalised": {"norm_topk_prob": True, "attention_bias": True}}
+        | {"mixed": MIXED, "list": MIXED | {"mlp_only_layers": [0, 3], "decoder_sparse_step": 1}}
+        | {"dense": {"mlp_only_layers": [0, 1, 2]}}
         | {"window": {"use_sliding_window": True, "sliding_window": 4}},
     ),
     "Phi3": (

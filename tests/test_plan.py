@@ -24,7 +24,8 @@ from jaxlm.run.assembly import assemble
 from jaxlm.run.config_only import batch_shapes, resolve_config
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+VECTORS = {"word2vec", "glove"}  # these train no model
+CONFIGS = sorted({path.stem for path in (ROOT / "configs").glob("*.py")} - VECTORS)
 STARTS = {
     "chat_sft": "gpt2",
     "finetune_t5": "t5-small",
@@ -297,7 +298,7 @@ model = ModelConfig(vocabulary=32000, width=1024, layers=3, heads=16, kv_heads=4
                     norm="rmsnorm", positions="rotary", biases=(), activation="silu", max_length=512)
 module = Transformer(model, dtype=jnp.bfloat16)
 put = lambda leaf, dtype=None: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=place)
-shapes = jax.eval_shape(lambda key: unstack_layers(init(module, key)), jax.random.key(0))
+shapes = jax.eval_shape(lambda key: unstack_layers(model, init(module, key)), jax.random.key(0))
 params = jax.tree.map(lambda leaf: put(leaf, jnp.bfloat16), shapes)
 B = generate.MIN_DECODED_ROWS["cuda"]
 row = lambda *shape: jax.ShapeDtypeStruct((B, *shape), jnp.int32, sharding=place)

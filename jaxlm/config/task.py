@@ -158,6 +158,7 @@ class PermutedLM(TaskConfig):
     label_smoothing: ShareBelowOne = 0.0  # probability spread evenly over the vocabulary
     rate: OpenShare = 1 / 6  # fraction of the tokens to predict
     max_span: Annotated[int, Range(1, 1000)] = 5  # maximum length of a span of targets; all are equally likely
+    memory: Count = 0  # preceding tokens of the document that a text also attends to, within the row length
 
     def check_model(self, run: RunConfig, model: ModelConfig) -> None:
         """Raises UserError if the model is not an encoder with the head lm and a query stream."""

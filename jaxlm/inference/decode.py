@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlm.nn.block import layer_types
+from jaxlm.nn.block import cached_window
+from jaxlm.nn.stacking import parts_of
 from jaxlm.nn.transformer import Caches, CacheSpec, Transformer, apply
 
 Array = Any  # of JAX or NumPy
@@ -189,9 +190,9 @@ def grow(module: Transformer, state: State, *, length: int) -> State:
     """
     config, old_length = module.config.decoder_config, state.tokens_BT.shape[1]
     pad = lambda x_BT: jnp.pad(x_BT, [(0, 0), (0, length - old_length)])
-    own, types = [], layer_types(config)
-    for n, cache in enumerate(state.caches.own):
-        window = types[n % len(types)].window
+    own = []
+    for layer, cache in zip(parts_of(config, len(state.caches.own)), state.caches.own):
+        window = cached_window(layer)
         slots = min(length, window) if window is not None and config.relative == "none" else length
         own.append(cache.extend(slots) if cache.slots == old_length < slots else cache)
     log_probs_BT = None if state.log_probs_BT is None else pad(state.log_probs_BT)

@@ -100,7 +100,8 @@ def permutation_masks(order_BT: jax.Array, segments_BT: jax.Array, places_BQ: ja
     first.
 
     Args:
-      order_BT: the number of each token in the order of prediction, from 1; 0 for tokens that are given.
+      order_BT: the number of each token in the order of prediction, from 1; 0 for tokens that are given, and -1 for
+        those of an earlier segment, which do not read this one.
       segments_BT: number of each token's example, from 1; 0 for padding.
       places_BQ: the place of each target in its row.
     """
@@ -371,7 +372,7 @@ class Attention(nn.Module):
         else:
             context_BSD = x_BTD if context is None else context
             if inputs.offsets is not None:
-                context_BSD = context_BSD[:, : inputs.offsets.keys]  # targets are no keys
+                context_BSD = inputs.offsets.context(context_BSD)
             k_BSKC, v_BSKC = key(context_BSD), value(context_BSD)
             if config.query_key_norm:
                 k_BSKC = self._normalise(k_BSKC, "key_norm")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -19,6 +18,7 @@ from jaxlm.nn.convolutional import Convolutions
 from jaxlm.nn.experts import Experts
 from jaxlm.nn.layers import MLP, Dropout, GatedMLP, Norm
 from jaxlm.nn.recurrent import GRU, LSTM
+from jaxlm.nn.stacking import Parts, feed_forward_name, mixer_name
 
 MIXERS: dict[str, Any] = {  # by `ModelConfig.mixer`; the entries have the signature of `Attention`
     "attention": Attention,
@@ -33,25 +33,9 @@ FEED_FORWARDS: dict[str, Any] = {  # by `ModelConfig.feed_forward`; the entries 
 }
 
 
-class LayerType(NamedTuple):
-    """The attention of a layer.
-
-    Attributes:
-      kind: an entry of `ModelConfig.layer_kinds`.
-      window: how many of the latest positions the layer reads from its cache, and the window of its attention if that
-        is local; None: all.
-    """
-
-    kind: str
-    window: int | None
-
-
-def layer_types(config: ModelConfig) -> tuple[LayerType, ...]:
-    """Returns the types of the layers, cycled."""
-    kinds, windows = config.layer_kinds, config.layer_windows or (config.window,)
-    of_mixer = getattr(MIXERS.get(config.mixer), "window", None)
-    pairs = ((kinds[n % len(kinds)], windows[n % len(windows)]) for n in range(math.lcm(len(kinds), len(windows))))
-    return tuple(LayerType(kind, window if is_local(kind) else of_mixer) for kind, window in pairs)
+def cached_window(layer: Parts) -> int | None:
+    """Returns how many of the latest positions a layer reads from its cache; None: all."""
+    return layer.window if is_local(layer.kind) else getattr(MIXERS.get(layer.mixer), "window", None)
 
 
 class LayerOutputs(NamedTuple):
@@ -66,6 +50,24 @@ class LayerOutputs(NamedTuple):
     attention_BHTS: jax.Array | None
     cross_attention_BHTS: jax.Array | None
     losses: dict[str, jax.Array]
+
+
+def combine_outputs(combine: Callable[[list[jax.Array]], jax.Array], outputs: Sequence[LayerOutputs]) -> LayerOutputs:
+    """Returns the outputs of several layers as one; layers without an output have no part in it.
+
+    Args:
+      combine: combines arrays of several layers.
+      outputs: the outputs of the layers, or of groups of layers.
+    """
+
+    def field(values: Sequence[jax.Array | None]) -> Any:
+        found = [value for value in values if value is not None]
+        return combine(found) if found else None
+
+    names = sorted({name for output in outputs for name in output.losses})
+    losses = {name: field([output.losses.get(name) for output in outputs]) for name in names}
+    weights = lambda name: field([getattr(output, name) for output in outputs])
+    return LayerOutputs(weights("attention_BHTS"), weights("cross_attention_BHTS"), losses)
 
 
 def lookup(table: dict[str, Any], name: str, field: str) -> Any:
@@ -87,6 +89,8 @@ class Block(nn.Module):
     dtype: Any = jnp.float32
     weights: bool = False  # whether to return attention weights
     kernel: str = "auto"  # for attention
+    mixer: str | None = None  # None: that of the config
+    feed_forward: str | None = None  # None: that of the config
 
     @nn.compact
     def __call__(
@@ -113,6 +117,7 @@ class Block(nn.Module):
           tokens_BT: False for padding; None: unknown.
         """
         config = self.config
+        own_mixer, own_feed_forward = self.mixer or config.mixer, self.feed_forward or config.feed_forward
         parts = {"config": config, "constrain": self.constrain, "dtype": self.dtype}
         weights: dict[str, jax.Array | None] = {"attention": None, "cross_attention": None}
         caches: dict[str, Cache | None] = {"attention": None, "cross_attention": None}
@@ -144,10 +149,12 @@ class Block(nn.Module):
         def attend(
             name: str, inputs: AttentionInputs, context: Any, cache: Cache | None
         ) -> Callable[[jax.Array], jax.Array]:
-            mixer = Attention if name == "cross_attention" else lookup(MIXERS, config.mixer, "mixer")
+            cross = name == "cross_attention"
+            mixer = Attention if cross else lookup(MIXERS, own_mixer, "mixer")
+            module_name = name if cross else mixer_name(config, own_mixer)
 
             def sublayer(x: jax.Array) -> jax.Array:
-                attention = mixer(**parts, kernel=self.kernel, name=name)
+                attention = mixer(**parts, kernel=self.kernel, name=module_name)
                 x, caches[name], weights[name] = attention(x, layer, inputs, positions_BT, context, cache, self.weights)
                 return x
 
@@ -158,7 +165,8 @@ class Block(nn.Module):
             tokens_BT = jnp.ones(x_BTD.shape[:2], bool)
 
         def feed_forward(x: jax.Array) -> jax.Array:
-            mlp = lookup(FEED_FORWARDS, config.feed_forward, "feed_forward")(**parts, name="mlp")
+            kind = lookup(FEED_FORWARDS, own_feed_forward, "feed_forward")
+            mlp = kind(**parts, name=feed_forward_name(config, own_feed_forward))
             x, auxiliary = mlp(x, tokens_BT)
             losses.update(auxiliary)
             return x
@@ -169,7 +177,7 @@ class Block(nn.Module):
             if context is not None:
                 assert context_inputs is not None
                 x_BTD = residual(x_BTD, "cross_attention", attend("cross_attention", context_inputs, context, None))
-            if config.feed_forward != "none":
+            if own_feed_forward != "none":
                 x_BTD = residual(x_BTD, "mlp", feed_forward)
         else:
             read_BTD = before(x_BTD, "attention")

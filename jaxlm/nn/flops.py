@@ -16,7 +16,8 @@ from jax.extend import core
 from jaxlm.config import ModelConfig
 from jaxlm.nn import windows
 from jaxlm.nn.attention import BLOCK
-from jaxlm.nn.block import FEED_FORWARDS, MIXERS, LayerType, layer_types
+from jaxlm.nn.block import FEED_FORWARDS, MIXERS
+from jaxlm.nn.stacking import parts_of
 
 # Counts
 
@@ -243,20 +244,19 @@ def model_flops(
     projections = attention = 0
     if config.structure != "decoder":
         tokens = S if both and S is not None else T
-        projections += config.layers * tokens * (_mixer_entries(config, False) + _mlp_entries(config))
+        projections += tokens * _layer_entries(config, config.layers, False)
         queries = tokens + targets
-        types = layer_types(config)
-        for n in range(config.layers):
-            pairs = (
-                _encoder_pairs(config, types[n % len(types)], tokens) if blocks and not targets else queries * tokens
-            )
-            attention += _mixer_products(config, queries, tokens, pairs)
+        if blocks and not targets:
+            attention += _products_in_blocks(config, tokens)
+        else:
+            attention += _mixer_products(config, config.layers, queries, tokens, queries * tokens)
         # Targets are queries, but no keys.
-        projections += config.layers * targets * (2 * D * config.heads * config.C + _mlp_entries(config))
+        of_targets = config.layers * 2 * D * config.heads * config.C + _mlp_entries(config, config.layers)
+        projections += targets * of_targets
     if config.structure != "encoder":
         layers, config = (config.decoder_layers if both else None) or config.layers, config.decoder_config
-        projections += layers * T * (_mixer_entries(config, True) + _mlp_entries(config))
-        attention += layers * _mixer_products(config, T, T, _causal_pairs(T) if blocks else T * T)
+        projections += T * _layer_entries(config, layers, True)
+        attention += _mixer_products(config, layers, T, T, _causal_pairs(T) if blocks else T * T)
         if both and S is not None:
             queries, keys = 2 * D * config.heads * config.C, 2 * D * config.K * config.C
             projections += layers * (queries * T + keys * S)
@@ -269,8 +269,14 @@ def model_flops(
     return Forward(embeddings, projections + relative, attention, head_entries, constants)
 
 
-def _mixer_entries(config: ModelConfig, causal: bool) -> int:
-    mixer: Any = MIXERS.get(config.mixer)
+def _layer_entries(config: ModelConfig, layers: int, causal: bool) -> int:
+    """Returns the number of entries of the matrices of all layers that multiply each token."""
+    mixers = [own.mixer for own in parts_of(config, layers)]
+    return sum(_mixer_entries(config, mixer, causal) for mixer in mixers) + _mlp_entries(config, layers)
+
+
+def _mixer_entries(config: ModelConfig, name: str, causal: bool) -> int:
+    mixer: Any = MIXERS.get(name)
     if hasattr(mixer, "entries"):
         entries: int = mixer.entries(config, causal)
         return entries
@@ -278,16 +284,15 @@ def _mixer_entries(config: ModelConfig, causal: bool) -> int:
     return config.width * config.C * (2 * (config.heads + config.K) + of_global_tokens)
 
 
-def _mixer_products(config: ModelConfig, T: int, S: int, pairs: int) -> int:
-    """Returns the products of one layer between tokens, which only attention has."""
-    return 0 if hasattr(MIXERS.get(config.mixer), "entries") else _attention_products(config, T, S, pairs)
+def _mixer_products(config: ModelConfig, layers: int, T: int, S: int, pairs: int) -> int:
+    """Returns the products of all layers between tokens, which only attention has."""
+    attention = sum(not hasattr(MIXERS.get(own.mixer), "entries") for own in parts_of(config, layers))
+    return attention * _attention_products(config, T, S, pairs)
 
 
-def _mlp_entries(config: ModelConfig) -> int:
-    if config.feed_forward == "none":
-        return 0
-    entries: int = FEED_FORWARDS[config.feed_forward].entries(config)
-    return entries
+def _mlp_entries(config: ModelConfig, layers: int) -> int:
+    names = [own.feed_forward for own in parts_of(config, layers) if own.feed_forward != "none"]
+    return sum(FEED_FORWARDS[name].entries(config) for name in names)
 
 
 def _attention_products(config: ModelConfig, T: int, S: int, pairs: int, relative: bool = True) -> int:
@@ -318,13 +323,18 @@ def _relative_entries(config: ModelConfig) -> int:
     return config.layers * R * config.width * config.C * sum(heads[term] for term in config.relative_terms)
 
 
-def _encoder_pairs(config: ModelConfig, layer_type: LayerType, T: int) -> int:
-    """Returns the pairs of queries and keys of a layer of an encoder, in blocks if it has local attention."""
-    window, has_global = layer_type.window, config.global_rule != "none"
-    if window is None or config.relative != "none" or not windows.saves_memory(T, window):
-        return (1 + has_global) * T * T
-    b, slots = windows.block_size(window), min(T, windows.slots_of(config)) if has_global else 0
-    return -(-T // b) * b * (3 * b + slots) + slots * T
+def _products_in_blocks(config: ModelConfig, T: int) -> int:
+    """Returns the products of all layers of an encoder between T tokens, in blocks where attention is local."""
+    has_global, products = config.global_rule != "none", 0
+    for own in parts_of(config):
+        if hasattr(MIXERS.get(own.mixer), "entries"):
+            continue
+        pairs = (1 + has_global) * T * T
+        if own.window and config.relative == "none" and windows.saves_memory(T, own.window):
+            b, slots = windows.block_size(own.window), min(T, windows.slots_of(config)) if has_global else 0
+            pairs = -(-T // b) * b * (3 * b + slots) + slots * T
+        products += _attention_products(config, T, T, pairs)
+    return products
 
 
 def _causal_pairs(T: int) -> int:

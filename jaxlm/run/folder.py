@@ -15,10 +15,11 @@ from tempfile import TemporaryFile
 from typing import Any, TextIO
 
 import jaxlm
-from jaxlm.config import RunConfig, check_task, difference, from_json, to_json
+from jaxlm.config import RunConfig, VectorsConfig, check_task, difference, from_json, to_json
 from jaxlm.config.ranges import check_fields
 from jaxlm.errors import RunError, UserError
 from jaxlm.hub import model_files
+from jaxlm.reports.metrics import BASELINE
 from jaxlm.storage import disk
 
 # Fields that may differ when the same run is resumed.
@@ -26,10 +27,9 @@ FREE = {"mesh", "remat", "attention", "unroll", "log_every", "eval_every", "chec
 FREE |= {"keep_checkpoints", "sample_prompt", "sample_tokens", "profile", "baseline"}
 FREE_DATA = ("path", "eval_path", "cache")  # the content of the data is compared instead of the path
 SUMMARY = "summary.txt"  # the summary that a finished run printed
-BASELINE = "baseline.json"  # the scores of the baselines, of a run or of the verb `baseline`
 
 
-def open_run_dir(run: RunConfig, folder: Path) -> bool:
+def open_run_dir(run: RunConfig | VectorsConfig, folder: Path) -> bool:
     """Creates the folder of a run where it does not exist.
 
     Args:
@@ -64,7 +64,9 @@ def open_run_dir(run: RunConfig, folder: Path) -> bool:
     return True
 
 
-def begin(run: RunConfig, folder: Path, fingerprint: str, labels: Any = (), weights: Path | None = None) -> None:
+def begin(
+    run: RunConfig | VectorsConfig, folder: Path, fingerprint: str, labels: Any = (), weights: Path | None = None
+) -> None:
     """Writes config.json.
 
     Args:
