@@ -111,7 +111,9 @@ def examples_of(config: ModelConfig, random: np.random.Generator) -> list[np.nda
     return [random.integers(0, config.vocabulary, n).astype(np.int32) for n in (T, 150, 90, 40, 7, 1)]
 
 
-@pytest.mark.parametrize("rule", ["none", "first", pytest.param("question", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "rule", ["first", pytest.param("none", marks=pytest.mark.long), pytest.param("question", marks=pytest.mark.long)]
+)
 @pytest.mark.parametrize("slots", [pytest.param(2, marks=pytest.mark.long), 64])
 def test_packed_rows_equal_single_rows(monkeypatch, rule, slots):
     """Global attention is confined to the example, whatever the number of global tokens of the row."""
@@ -157,7 +159,9 @@ def test_a_token_outside_of_the_windows_has_no_gradient():
 
 
 @pytest.mark.parametrize(
-    "config", [replace(LONGFORMER, global_tokens="first"), LOCAL], ids=["longformer", "modernbert"]
+    "config",
+    [replace(LONGFORMER, global_tokens="first"), pytest.param(LOCAL, marks=pytest.mark.long)],
+    ids=["longformer", "modernbert"],
 )
 def test_memory_grows_in_proportion_to_the_length(config):
     """The gradient needs no array with a size for each pair of positions, whatever the number of global tokens."""

@@ -255,7 +255,8 @@ class ModelConfig(Config):
     @property
     def has_local_layers(self) -> bool:
         """Whether a layer has local attention."""
-        return any(is_local(kind) for kind in (*self.layer_kinds, *(self.decoder_layer_kinds or ())))
+        of_decoder = self.decoder_layer_kinds or () if self.structure == "encoder_decoder" else ()
+        return any(is_local(kind) for kind in (*self.layer_kinds, *of_decoder))
 
     @property
     def position_limit(self) -> int | None:

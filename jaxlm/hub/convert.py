@@ -412,9 +412,7 @@ def canonical(family: Family, config: ModelConfig, tensors: Mapping[str, Any]) -
     return result
 
 
-def _add_stand_ins(
-    rules: list[Rule], config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], tensors: dict[str, Any]
-) -> None:
+def _add_stand_ins(rules: list[Rule], config: ModelConfig, shapes: Mapping[str, Any], tensors: dict[str, Any]) -> None:
     """Adds the tensors that a file lacks and that have stand-ins, unless it has some of them."""
     lacks = {
         name: rule.stand_in.format(**dict(zip("ie", index)))
@@ -642,9 +640,10 @@ def resolved(config: ModelConfig) -> ModelConfig:
     """Returns the config with explicit values for the sizes that default to other fields."""
     kinds = config.layer_kinds
     windows, decoder = config.layer_windows, config.decoder_config
+    own_kinds, decoder_layers = decoder.layer_kinds, config.decoder_layers or config.layers
     sizes: dict[str, Any] = {
         "layer_windows": tuple(windows[i % len(windows)] for i in range(config.layers)) if windows else (),
-        "decoder_layer_kinds": decoder.layer_kinds,
+        "decoder_layer_kinds": tuple(own_kinds[i % len(own_kinds)] for i in range(decoder_layers)),
         "decoder_max_length": decoder.max_length,
         "kv_heads": config.K,
         "head_width": config.C,
@@ -652,7 +651,7 @@ def resolved(config: ModelConfig) -> ModelConfig:
         "mlp_width": config.F,
         "attention_scale": config.C**-0.5 if config.attention_scale is None else config.attention_scale,
         "distinct_layers": config.distinct_layers or config.layers,
-        "decoder_layers": config.decoder_layers or config.layers,
+        "decoder_layers": decoder_layers,
         "decoder_heads": config.decoder_heads or config.heads,
         "decoder_mlp_width": config.decoder_mlp_width or config.F,
         "layer_kinds": tuple(kinds[i % len(kinds)] for i in range(config.layers)),

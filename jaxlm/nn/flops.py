@@ -7,7 +7,7 @@ Transformer, and a chip's peak rate is that of its matrix products.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,8 +16,8 @@ from jax.extend import core
 from jaxlm.config import ModelConfig
 from jaxlm.nn import windows
 from jaxlm.nn.attention import BLOCK
-from jaxlm.nn.block import FEED_FORWARDS, MIXERS, cached_window
-from jaxlm.nn.stacking import Parts, parts_of
+from jaxlm.nn.block import FEED_FORWARDS, MIXERS
+from jaxlm.nn.stacking import parts_of
 
 # Counts
 
@@ -246,16 +246,17 @@ def model_flops(
         tokens = S if both and S is not None else T
         projections += tokens * _layer_entries(config, config.layers, False)
         queries = tokens + targets
-        pairs = lambda own: _encoder_pairs(config, own, tokens) if blocks and not targets else queries * tokens
-        attention += _mixer_products(config, config.layers, queries, tokens, pairs)
+        if blocks and not targets:
+            attention += _products_in_blocks(config, tokens)
+        else:
+            attention += _mixer_products(config, config.layers, queries, tokens, queries * tokens)
         # Targets are queries, but no keys.
         of_targets = config.layers * 2 * D * config.heads * config.C + _mlp_entries(config, config.layers)
         projections += targets * of_targets
     if config.structure != "encoder":
         layers, config = (config.decoder_layers if both else None) or config.layers, config.decoder_config
         projections += T * _layer_entries(config, layers, True)
-        causal_pairs = _causal_pairs(T) if blocks else T * T
-        attention += _mixer_products(config, layers, T, T, lambda own: causal_pairs)
+        attention += _mixer_products(config, layers, T, T, _causal_pairs(T) if blocks else T * T)
         if both and S is not None:
             queries, keys = 2 * D * config.heads * config.C, 2 * D * config.K * config.C
             projections += layers * (queries * T + keys * S)
@@ -283,10 +284,10 @@ def _mixer_entries(config: ModelConfig, name: str, causal: bool) -> int:
     return config.width * config.C * (2 * (config.heads + config.K) + of_global_tokens)
 
 
-def _mixer_products(config: ModelConfig, layers: int, T: int, S: int, pairs: Callable[[Parts], int]) -> int:
-    """Returns the products of all layers between tokens, which only attention has; `pairs` counts those of a layer."""
-    attention = [own for own in parts_of(config, layers) if not hasattr(MIXERS.get(own.mixer), "entries")]
-    return sum(_attention_products(config, T, S, pairs(own)) for own in attention)
+def _mixer_products(config: ModelConfig, layers: int, T: int, S: int, pairs: int) -> int:
+    """Returns the products of all layers between tokens, which only attention has."""
+    attention = sum(not hasattr(MIXERS.get(own.mixer), "entries") for own in parts_of(config, layers))
+    return attention * _attention_products(config, T, S, pairs)
 
 
 def _mlp_entries(config: ModelConfig, layers: int) -> int:
@@ -322,13 +323,18 @@ def _relative_entries(config: ModelConfig) -> int:
     return config.layers * R * config.width * config.C * sum(heads[term] for term in config.relative_terms)
 
 
-def _encoder_pairs(config: ModelConfig, layer: Parts, T: int) -> int:
-    """Returns the pairs of queries and keys of a layer of an encoder, in blocks if it has local attention."""
-    window, has_global = cached_window(layer), config.global_rule != "none"
-    if window is None or config.relative != "none" or not windows.saves_memory(T, window):
-        return (1 + has_global) * T * T
-    b, slots = windows.block_size(window), min(T, windows.slots_of(config)) if has_global else 0
-    return -(-T // b) * b * (3 * b + slots) + slots * T
+def _products_in_blocks(config: ModelConfig, T: int) -> int:
+    """Returns the products of all layers of an encoder between T tokens, in blocks where attention is local."""
+    has_global, products = config.global_rule != "none", 0
+    for own in parts_of(config):
+        if hasattr(MIXERS.get(own.mixer), "entries"):
+            continue
+        pairs = (1 + has_global) * T * T
+        if own.window and config.relative == "none" and windows.saves_memory(T, own.window):
+            b, slots = windows.block_size(own.window), min(T, windows.slots_of(config)) if has_global else 0
+            pairs = -(-T // b) * b * (3 * b + slots) + slots * T
+        products += _attention_products(config, T, T, pairs)
+    return products
 
 
 def _causal_pairs(T: int) -> int:
