@@ -390,3 +390,25 @@ def test_texts_are_those_of_transformers_with_a_global_first_token(tmp_path):
             own, prompt.tolist(), max_new_tokens=10, temperature=0.0, beams=beams, return_tokens=True
         )
         assert found == [expected]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("slots", [2, 64])
+def test_dropout_of_weights_has_its_rate(slots):
+    """The mean over many keys is the value without dropout, whichever way the global tokens are computed."""
+    random = np.random.default_rng(0)
+    rows, of_global = heads(random), heads(random)
+    segments_BT, global_BT = jnp.ones((B, T), jnp.int32), jnp.zeros((B, T), bool).at[:, jnp.array([0, 9, 70])].set(True)
+
+    def value(dropout: WeightDropout) -> jax.Array:
+        return windowed_attention(rows, of_global, segments_BT, WINDOW, global_BT, Scores(0.5), dropout, slots)
+
+    keys = jax.random.split(jax.random.key(0), 300)
+    drawn = jax.jit(lambda keys: jax.lax.map(lambda key: value(WeightDropout(key, 64)), keys))(keys)
+    np.testing.assert_allclose(drawn.mean(0), value(WeightDropout()), atol=0.35)
+    assert not np.array_equal(drawn[0], drawn[1])
+    product = lambda rows, key: windowed_attention(
+        rows, of_global, segments_BT, WINDOW, global_BT, Scores(0.5), WeightDropout(key, 64), slots
+    ).sum()
+    gradient = jax.jit(jax.grad(product))(rows, keys[0])
+    assert all(np.isfinite(leaf).all() and np.any(leaf) for leaf in gradient)
