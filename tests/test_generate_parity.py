@@ -60,6 +60,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", "ForCausalLM", DECODER),
     "mixtral": ("Mixtral", "ForCausalLM", DECODER | LOCAL | {"num_local_experts": 4}),
     "qwen3_moe": ("Qwen3Moe", "ForCausalLM", DECODER | MIXED),
+    "gpt_oss": ("GptOss", "ForCausalLM", DECODER | LOCAL | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "phi3": ("Phi3", "ForCausalLM", WIDE | LOCAL | {"num_key_value_heads": 1, "partial_rotary_factor": 0.75}),
     "olmo2": ("Olmo2", "ForCausalLM", WIDE | {"num_key_value_heads": 1}),
     "granite": ("Granite", "ForCausalLM", DECODER | MULTIPLIERS),

@@ -43,6 +43,9 @@ MODELS = {
     "mixtral": replace(PRESETS["mixtral-8x7b"], **SMALL, kv_heads=3, mlp_width=24, experts=4, balance_loss=0.0),
     # A dense layer before those with experts, and two mixers in turn.
     "mixed": replace(PRESETS["mixtral-8x7b"], **SMALL | {"layers": 5}, **MIXED, kv_heads=3, mlp_width=24),
+    "gpt_oss": replace(
+        PRESETS["gpt-oss-20b"], **SMALL, kv_heads=3, mlp_width=24, window=3, experts=4, balance_loss=0.0
+    ),
     "phi": replace(PRESETS["phi-3-mini"], **SMALL, kv_heads=None, mlp_width=24, window=3, rotary_width=6),
     "olmo2": replace(PRESETS["olmo-2-1b"], **SMALL, kv_heads=3, mlp_width=24),
     "granite": replace(PRESETS["granite-3.1-2b"], **SMALL, kv_heads=3, mlp_width=24, attention_scale=0.2),

@@ -217,6 +217,13 @@ FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, ...], dict[str, dict[str, A
         | {"dense": {"mlp_only_layers": [0, 1, 2]}}
         | {"window": {"use_sliding_window": True, "sliding_window": 4}},
     ),
+    "GptOss": (
+        DECODER | {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 4},
+        (*CAUSAL_HEADS, "ForTokenClassification"),
+        {"": {}, "three": {"num_attention_heads": 6, "num_key_value_heads": 3, "rope_parameters": YARN}}
+        | {"unbiased": {"attention_bias": False, "swiglu_limit": 0.5, "num_experts_per_tok": 3}}
+        | {"global": {"layer_types": ["full_attention"] * 3}},
+    ),
     "Phi3": (
         WIDE | {"num_key_value_heads": 1, "pad_token_id": 0, "hidden_size": 36, "original_max_position_embeddings": 16},
         (*CAUSAL_HEADS, "ForTokenClassification"),

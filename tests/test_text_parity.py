@@ -113,6 +113,11 @@ CASES: dict[str, Case] = {
         "Qwen3MoeForCausalLM",
         DECODER | EXPERTS,
     ),
+    "gpt_oss": (
+        lambda f: write_json(f, False, tokenizer_class="PreTrainedTokenizerFast"),
+        "GptOssForCausalLM",
+        DECODER | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
     "phi3": (lambda f: checkpoint("llama", f, add_bos_token=True), "Phi3ForCausalLM", PLAIN),
     "olmo2": (lambda f: write_json(f, False, tokenizer_class="GPT2Tokenizer"), "Olmo2ForCausalLM", PLAIN),
     "granite": (lambda f: write_json(f, False, tokenizer_class="GPT2Tokenizer"), "GraniteForCausalLM", PLAIN),

@@ -21,9 +21,10 @@ from jaxlm.config.ranges import (
 from jaxlm.errors import UserError
 
 Head = Literal["lm", "masked_lm", "next_sentence", "replaced", "pooled", "classes", "tokens", "span"]
-Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "tanh"]  # gelu is exact (erf), gelu_tanh approximate
-# "mlp" is all projections of the MLP, "down" only the last one.
-Bias = Literal["query_key_value", "out", "mlp", "down", "norm", "transform", "classes", "lm"]
+# gelu is exact (erf), gelu_tanh approximate; gelu_quick is x sigmoid(1.702 x)
+Activation = Literal["gelu", "gelu_tanh", "gelu_quick", "relu", "silu", "tanh"]
+# "mlp" is all projections of the MLP, "down" only the last one; "experts" is the experts and their router.
+Bias = Literal["query_key_value", "out", "mlp", "down", "experts", "norm", "transform", "classes", "lm"]
 ENCODER_BIASES: tuple[Bias, ...] = ("query_key_value", "out", "mlp", "norm", "transform", "classes")
 RotaryScaling = Literal["none", "linear", "dynamic", "llama3", "yarn", "longrope"]
 LayerKind = Literal["global", "local", "global_nope", "local_nope"]  # nope: no positions (Kazemnejad et al. 2023)
@@ -68,6 +69,7 @@ class ModelConfig(Config):
     attention_scale: Number | None = None  # scale of the attention scores; None: 1 / sqrt(head width)
     scale_by_layer: bool = False  # divide the attention scores of layer n, counted from 1, by n (option of GPT-2)
     attention_cap: NotNegative = 0.0  # soft cap of the attention scores, by tanh (Gemma 2); 0: none
+    attention_sinks: bool = False  # a learned score of each head that takes weight from all keys (gpt-oss)
     layer_kinds: tuple[LayerKind, ...] = ("global",)  # attention of each layer, cycled; nope: no rotary positions
     prefix_lm: bool = False  # bidirectional attention within the prompt of a decoder (Raffel et al. 2020)
     window: Count = 0  # attention window of local layers: tokens less than this many positions away are visible
@@ -75,12 +77,14 @@ class ModelConfig(Config):
     mlp_width: Positive | None = None  # MLP width F; None: 4 x width
     feed_forward: Name = "dense"  # dense, gated (GLU, Shazeer 2020), experts, none, or the name of a custom class
     feed_forwards: tuple[Name, ...] = ()  # feed-forward of each layer, cycled; empty: feed_forward in all layers
-    experts: Count = 0  # number of experts of a layer, if feed_forward is experts; they have gates, but no biases
+    experts: Count = 0  # number of experts of a layer, if feed_forward is experts; they have gates
     expert_width: Positive | None = None  # width of each expert; None: as mlp_width
     experts_per_token: Positive = 2  # number of experts that the router chooses for each token
     normalize_experts: bool = True  # divide the router's probabilities of the chosen experts by their sum
     shared_expert_width: Count = 0  # width of an MLP that all tokens use in addition to their experts; 0: none
     shared_expert_gate: bool = False  # multiply its output by the sigmoid of a projection (Qwen2-MoE)
+    expert_limit: NotNegative = 0.0  # upper limit of experts' gates, and limit of their inputs (gpt-oss: 7); 0: none
+    expert_offset: Number = 0.0  # added to experts' inputs, which the gates then multiply (gpt-oss: 1)
     expert_capacity: AboveZero | None = None  # maximum tokens of an expert in training, in equal shares; None: no limit
     balance_loss: NotNegative = 0.01  # factor of the loss that balances the experts' loads (Fedus et al. 2021)
     router_z_loss: NotNegative = 0.0  # factor of the loss of the router's squared log-sums (Zoph et al. 2022)
@@ -404,7 +408,7 @@ class ModelConfig(Config):
         if "experts" not in (self.feed_forward, *self.feed_forwards):
             if self.experts or self.shared_expert_width or self.expert_width:
                 raise UserError(
-                    f"model.experts is {self.experts}, model.expert_width {self.expert_width} and "
+                    f"model.experts is {self.experts} with model.expert_width {self.expert_width} and "
                     f"model.shared_expert_width {self.shared_expert_width}, but model.feed_forward is "
                     f"{self.feed_forward!r}; set --model.feed-forward experts"
                 )

@@ -115,6 +115,10 @@ linear_gate_up = Layout(  # two of [D, F] <-> [2F, D]
     lambda config, x: tuple(part.T for part in np.split(x, 2)),
     lambda config, *parts: np.concatenate([part.T for part in parts]),
 )
+interleaved = Layout(  # two of [..., F] <-> [..., 2F], in which the entries alternate
+    lambda config, x: (x[..., ::2], x[..., 1::2]),
+    lambda config, *parts: np.stack(parts, -1).reshape(*parts[0].shape[:-1], -1),
+)
 halves = Layout(  # two of [F] <-> [2F]
     lambda config, x: tuple(np.split(x, 2)),
     lambda config, *parts: np.concatenate(parts),
@@ -532,6 +536,7 @@ ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
+    "quick_gelu": "gelu_quick",
     "relu": "relu",
     "silu": "silu",
     "swish": "silu",
@@ -721,6 +726,7 @@ def inference_config(config: ModelConfig) -> ModelConfig:
         ("attention_scale",): config.relative == "disentangled",
         ("conv_activation",): not config.conv_width,
         ("experts_per_token", "normalize_experts"): "experts" not in config.feed_forward_pattern,
+        ("expert_limit", "expert_offset"): "experts" not in config.feed_forward_pattern,
         ("mlp_width",): set(config.feed_forward_pattern) == {"experts"},
         ("decoder_layers", "decoder_heads", "decoder_mlp_width", "decoder_tokens"): config.structure
         != "encoder_decoder",
@@ -732,6 +738,7 @@ def inference_config(config: ModelConfig) -> ModelConfig:
     }
     no_bias = {
         "down": "mlp" in config.biases,
+        "experts": "experts" not in config.feed_forward_pattern,
         "norm": config.norm != "layernorm",
         "transform": "masked_lm" not in on_top and not config.shared_transform,
         "classes": "classes" not in on_top,

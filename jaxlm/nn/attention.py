@@ -102,11 +102,15 @@ def permutation_masks(order_BT: jax.Array, segments_BT: jax.Array, places_BQ: ja
 
 
 class Scores(NamedTuple):
-    """Operations on the products of queries and keys before the softmax: scale, bias, then a soft cap."""
+    """Operations on the products of queries and keys before the softmax: scale, bias, then a soft cap.
+
+    A sink is one more score of each head, of a key without a value, so that the weights sum to less than 1.
+    """
 
     scale: float
     cap: float = 0.0
     bias_BHTS: jax.Array | None = None
+    sinks_H: jax.Array | None = None
 
 
 def dot_product_attention(
@@ -166,8 +170,15 @@ def _attend(
         scores_BKGTS = scores.cap * jnp.tanh(scores_BKGTS / scores.cap)
     scores_BKGTS += jnp.where(mask_BTS, 0.0, MASKED)[:, None, None]
     # The softmax's division comes last, on [T, C] instead of [T, S].
-    exps_BKGTS = jnp.exp(scores_BKGTS - jax.lax.stop_gradient(scores_BKGTS.max(-1, keepdims=True)))
-    sums_BKGT1 = exps_BKGTS.sum(-1, keepdims=True)
+    largest_BKGT1 = scores_BKGTS.max(-1, keepdims=True)
+    if scores.sinks_H is None:
+        exps_BKGTS = jnp.exp(scores_BKGTS - jax.lax.stop_gradient(largest_BKGT1))
+        sums_BKGT1 = exps_BKGTS.sum(-1, keepdims=True)
+    else:
+        sinks_KG11 = scores.sinks_H.astype(jnp.float32).reshape(K, H // K, 1, 1)
+        largest_BKGT1 = jax.lax.stop_gradient(jnp.maximum(largest_BKGT1, sinks_KG11))
+        exps_BKGTS = jnp.exp(scores_BKGTS - largest_BKGT1)
+        sums_BKGT1 = exps_BKGTS.sum(-1, keepdims=True) + jnp.exp(sinks_KG11 - largest_BKGT1)
     weights_BKGTS = dropout(exps_BKGTS)
     if kv.v_scales_BKS is not None:
         weights_BKGTS *= kv.v_scales_BKS[:, :, None, None]
@@ -263,7 +274,10 @@ class Attention(nn.Module):
         if inputs.offsets is not None:
             q_BTHC, bias_BHTS = self._with_offsets(q_BTHC, inputs.offsets, heads("relative_key", config.heads))
             bias_BHTS *= scale
-        scores = Scores(scale, config.attention_cap, bias_BHTS)
+        sinks_H = None
+        if config.attention_sinks:
+            sinks_H = array(self, "sinks", nn.initializers.normal(config.initial_std), (config.heads,))
+        scores = Scores(scale, config.attention_cap, bias_BHTS, sinks_H)
         dropout = Dropout(config.attention_dropout, name="dropout")
         weights_BHTS = None
         if cache is not None:
@@ -299,7 +313,7 @@ class Attention(nn.Module):
         """Returns the attended values of rows without a cache, from the fastest kernel that supports them."""
         mesh = self.constrain.mesh
         features = {"cap": scores.cap, "bias": scores.bias_BHTS is not None, "prefix": inputs.segments is None}
-        features["window"] = inputs.window is not None
+        features |= {"window": inputs.window is not None, "sinks": scores.sinks_H is not None}
         drops = dropout.bytes and self.has_rng("dropout")
         kernel = choose(backend_of(mesh), mesh, q_BTHC, k_BSKC, wanted=self.kernel, dropout=bool(drops), **features)
         if kernel == "xla":

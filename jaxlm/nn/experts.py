@@ -71,11 +71,14 @@ def route(logits_BTX: jax.Array, tokens_BT: jax.Array, config: ModelConfig) -> R
 
 
 class Matrices(NamedTuple):
-    """The matrices of X experts: the inputs, the gates and the output of each."""
+    """The matrices of X experts: the inputs, the gates and the output of each, and their biases or None."""
 
     up_XDF: jax.Array
     gate_XDF: jax.Array
     down_XFD: jax.Array
+    up_bias_XF: jax.Array | None = None
+    gate_bias_XF: jax.Array | None = None
+    down_bias_XD: jax.Array | None = None
 
 
 class Experts(nn.Module):
@@ -103,6 +106,8 @@ class Experts(nn.Module):
         config = self.config
         router_DX = array(self, "router", initial(config, config.width), (config.width, config.experts))
         logits_BTX = float32_einsum("BTD,DX->BTX", x_BTD.astype(self.dtype), router_DX)
+        if "experts" in config.biases:
+            logits_BTX += array(self, "router_bias", nn.initializers.zeros, (config.experts,))
         routing = route(logits_BTX, tokens_BT, config)
         matrices = _Matrices(config, self.dtype, name="experts")()
         capacity = config.expert_capacity if self.has_rng("dropout") else None  # only in training
@@ -135,13 +140,17 @@ class Experts(nn.Module):
             shared = (x_BTD, ids_BTk, weights_BTk)
             if gathers:
                 shared = tuple(jax.lax.all_gather(x, EXPERT, axis=0, tiled=True) for x in shared)
+            if matrices.down_bias_XD is not None:  # the sum has one for each device
+                matrices = matrices._replace(down_bias_XD=matrices.down_bias_XD / mesh.shape[TENSOR])
             y_BTD = jax.lax.psum(mix(*shared, matrices, first=first), TENSOR)
             if gathers:
                 return jax.lax.psum_scatter(y_BTD, EXPERT, scatter_dimension=0, tiled=True)
             return jax.lax.psum(y_BTD, EXPERT)
 
         up: Any = PartitionSpec(EXPERT, None, TENSOR)
-        specs = (rows, rows, rows, Matrices(up, up, PartitionSpec(EXPERT, TENSOR)))  # type: ignore[arg-type]
+        down: Any = PartitionSpec(EXPERT, TENSOR)
+        biases: Any = (down, down, PartitionSpec(EXPERT)) if matrices.up_bias_XF is not None else ()
+        specs = (rows, rows, rows, Matrices(up, up, down, *biases))
         return jax.shard_map(mix_own, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)(*inputs)
 
 
@@ -160,8 +169,14 @@ class _Matrices(nn.Module):
             init = nn.initializers.normal(1 / math.sqrt(inputs) if std is None else std)
             return array(self, name, init, (X, inputs, outputs)).astype(self.dtype)
 
+        def make_bias(name: str, outputs: int) -> jax.Array:
+            return array(self, name, nn.initializers.zeros, (X, outputs)).astype(self.dtype)
+
         up, gate = (make(name, config.matrix_std, D, F) for name in ("up", "gate"))
-        return Matrices(up, gate, make("down", residual_std(config), F, D))
+        down = make("down", residual_std(config), F, D)
+        if "experts" not in config.biases:
+            return Matrices(up, gate, down)
+        return Matrices(up, gate, down, make_bias("up_bias", F), make_bias("gate_bias", F), make_bias("down_bias", D))
 
 
 def mix_experts(
@@ -191,10 +206,20 @@ def mix_experts(
     N, k, X = math.prod(x_BTD.shape[:2]), ids_BTk.shape[-1], len(matrices.up_XDF)
     limit = N if capacity is None else min(N, math.ceil(capacity * N * k / config.experts))
     sorted_rows = sort_by_expert(ids_BTk.reshape(N, k) - first, X, limit, 1 if platform == "tpu" else None)
-    multiply = partial(grouped_dot, rows=sorted_rows, platform=platform)
+
+    def multiply(x_RI: jax.Array, kernel_XIO: jax.Array, bias_XO: jax.Array | None) -> jax.Array:
+        y_RO = grouped_dot(x_RI, kernel_XIO, sorted_rows, platform)
+        return y_RO if bias_XO is None else y_RO + bias_XO[sorted_rows.experts_R].astype(y_RO.dtype)
+
     x_RD = x_BTD.reshape(N, -1).at[sorted_rows.tokens_R].get(mode="fill", fill_value=0)
-    hidden_RF = multiply(x_RD, matrices.up_XDF) * ACTIVATIONS[config.activation](multiply(x_RD, matrices.gate_XDF))
-    y_RD = multiply(hidden_RF, matrices.down_XFD)
+    inputs_RF = multiply(x_RD, matrices.up_XDF, matrices.up_bias_XF)
+    gates_RF = multiply(x_RD, matrices.gate_XDF, matrices.gate_bias_XF)
+    if config.expert_limit:
+        inputs_RF = jnp.clip(inputs_RF, -config.expert_limit, config.expert_limit)
+        gates_RF = jnp.minimum(gates_RF, config.expert_limit)
+    if config.expert_offset:
+        inputs_RF += config.expert_offset
+    y_RD = multiply(inputs_RF * ACTIVATIONS[config.activation](gates_RF), matrices.down_XFD, matrices.down_bias_XD)
     y_NkD = y_RD.at[sorted_rows.rows_Nk].get(mode="fill", fill_value=0)
     y_ND = (y_NkD.astype(jnp.float32) * weights_BTk.reshape(N, k, 1)).sum(1)
     return y_ND.reshape(x_BTD.shape).astype(x_BTD.dtype)
@@ -216,6 +241,12 @@ class SortedRows(NamedTuple):
     rows_Nk: jax.Array
     sizes_X: jax.Array
     block: int
+
+    @property
+    def experts_R(self) -> jax.Array:
+        """The expert of each row; for rows after the last expert, the last one."""
+        rows_R = jnp.arange(len(self.tokens_R))
+        return jnp.minimum(jnp.searchsorted(jnp.cumsum(self.sizes_X), rows_R, side="right"), len(self.sizes_X) - 1)
 
 
 def sort_by_expert(ids_Nk: jax.Array, X: int, limit: int, block: int | None = None) -> SortedRows:

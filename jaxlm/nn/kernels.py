@@ -132,6 +132,7 @@ def why_not(
     prefix: bool = False,
     weights: bool = False,
     window: bool = False,
+    sinks: bool = False,
 ) -> str | None:
     """Returns the reason why a kernel cannot compute an attention, or None if it can.
 
@@ -147,6 +148,7 @@ def why_not(
       prefix: whether the mask is not defined by segments, causality and window, as with a prefix.
       weights: whether the attention weights are requested.
       window: whether the attention is local.
+      sinks: whether each head has an attention sink.
     """
     B, T, H, C = q_BTHC.shape
     _, S, K, _ = k_BSKC.shape
@@ -164,6 +166,7 @@ def why_not(
         ),
         (weights, "it does not support returning attention weights"),
         (bias, "it does not support a bias of the scores, which relative positions need"),
+        (sinks, "it does not support attention sinks"),
         (dropout, "it does not support dropout: a model.attention_dropout of 0 is faster"),
         (prefix, "it supports only causal and full masks, not the mask of a prefix"),
         # Below this a block is mostly padding, and the scores are small.

@@ -1,6 +1,8 @@
 """Writes families.npz: what transformers computes with tiny models of every family and head.
 
-    PYTHONPATH=tests python tests/goldens/make_families.py      (needs pip install -e '.[parity]')
+    PYTHONPATH=tests python tests/goldens/make_families.py [FAMILY ...]      (needs pip install -e '.[parity]')
+
+With names, such as GptOss, only these families are computed, and the others stay as they are.
 
 The file holds no weights: they are drawn from their names, here and in tests/test_goldens.py, by NumPy's frozen
 RandomState.  Of each model it holds config.json, the names and shapes of its tensors, and its outputs.
@@ -9,6 +11,7 @@ RandomState.  Of each model it holds config.json, the names and shapes of its te
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from pathlib import Path
 
@@ -21,9 +24,10 @@ import transformers
 from jaxlm.hub import safetensors
 
 
-def main() -> None:
-    arrays, models = {}, {}
-    for family, (_, heads, shapes) in test_parity.FAMILIES.items():
+def main(*chosen: str) -> None:
+    models, arrays = test_goldens.goldens() if chosen else ({}, {})
+    for family in chosen or test_parity.FAMILIES:
+        _, heads, shapes = test_parity.FAMILIES[family]
         for head in heads:
             model = test_parity.transformers_model(family, head, next(iter(shapes)))
             with tempfile.TemporaryDirectory() as folder:
@@ -51,4 +55,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])
