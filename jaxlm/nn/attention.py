@@ -140,7 +140,7 @@ def dot_product_attention(
     scores = scores or Scores(1 / math.sqrt(q_BTHC.shape[-1]))
     T, block = q_BTHC.shape[1], max(BLOCK, -(-q_BTHC.shape[1] // 8))
     if not causal or block >= T:
-        return _attend(q_BTHC, create(k_BSKC, v_BSKC), mask_BTS, scores, dropout)[0]
+        return attend(q_BTHC, create(k_BSKC, v_BSKC), mask_BTS, scores, dropout)[0]
     out = []
     for start in range(0, T, block):
         q, s = slice(start, min(start + block, T)), slice(start + block)
@@ -149,18 +149,18 @@ def dot_product_attention(
             bias = bias[:, :, q if bias.shape[2] > 1 else slice(None), s]
         block_scores = scores._replace(bias_BHTS=bias)
         kv = create(k_BSKC[:, s], v_BSKC[:, s])
-        out.append(_attend(q_BTHC[:, q], kv, mask_BTS[:, q, s], block_scores, dropout)[0])
+        out.append(attend(q_BTHC[:, q], kv, mask_BTS[:, q, s], block_scores, dropout)[0])
     return jnp.concatenate(out, axis=1)
 
 
-def _attend(
+def attend(
     q_BTHC: jax.Array, kv: Cache, mask_BTS: jax.Array, scores: Scores, dropout: Callable
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the attended values [B, T, H, C] and the weights [B, H, T, S]."""
-    B, T, H, C = q_BTHC.shape
+    B, T, H = q_BTHC.shape[:3]
     K, S = kv.k_BKSC.shape[1:3]
     dtype = kv.v_BKSC.dtype if kv.v_scales_BKS is None else q_BTHC.dtype
-    q_BKGTC = (q_BTHC * scores.scale).reshape(B, T, K, H // K, C).transpose(0, 2, 3, 1, 4)
+    q_BKGTC = (q_BTHC * scores.scale).reshape(B, T, K, H // K, -1).transpose(0, 2, 3, 1, 4)
     scores_BKGTS = float32_einsum("BKGTC,BKSC->BKGTS", q_BKGTC, kv.k_BKSC)
     if kv.k_scales_BKS is not None:
         scores_BKGTS *= kv.k_scales_BKS[:, :, None, None]
@@ -183,7 +183,7 @@ def _attend(
     if kv.v_scales_BKS is not None:
         weights_BKGTS *= kv.v_scales_BKS[:, :, None, None]
     out_BKGTC = float32_einsum("BKGTS,BKSC->BKGTC", weights_BKGTS.astype(dtype), kv.v_BKSC) / sums_BKGT1
-    out_BTHC = out_BKGTC.transpose(0, 3, 1, 2, 4).reshape(B, T, H, C).astype(dtype)
+    out_BTHC = out_BKGTC.transpose(0, 3, 1, 2, 4).reshape(B, T, H, -1).astype(dtype)
     return out_BTHC, (exps_BKGTS / sums_BKGT1).reshape(B, H, T, S)
 
 
@@ -282,9 +282,9 @@ class Attention(nn.Module):
         weights_BHTS = None
         if cache is not None:
             kv = _rotate_cache(cache, inputs, q_BTHC.dtype)
-            out_BTHC, weights_BHTS = _attend(q_BTHC, kv, inputs.mask_BTS, scores, dropout)
+            out_BTHC, weights_BHTS = attend(q_BTHC, kv, inputs.mask_BTS, scores, dropout)
         elif weights:
-            out_BTHC, weights_BHTS = _attend(q_BTHC, create(k_BSKC, v_BSKC), inputs.mask_BTS, scores, dropout)
+            out_BTHC, weights_BHTS = attend(q_BTHC, create(k_BSKC, v_BSKC), inputs.mask_BTS, scores, dropout)
         else:
             out_BTHC = self._attend_rows(q_BTHC, k_BSKC, v_BSKC, inputs, scores, dropout)
         if inputs.slot_positions_BS is not None:
@@ -321,6 +321,9 @@ class Attention(nn.Module):
             blocks = inputs.causal and self.constrain.ways("length") == 1
             return dot_product_attention(q_BTHC, k_BSKC, v_BSKC, inputs.mask_BTS, scores, dropout, causal=blocks)
         assert inputs.segments is not None
+        width = v_BSKC.shape[-1]
+        if width < q_BTHC.shape[-1]:  # the kernels require values as wide as keys
+            v_BSKC = jnp.pad(v_BSKC, [(0, 0)] * 3 + [(0, q_BTHC.shape[-1] - width)])
         qkv_and_segments = q_BTHC, k_BSKC, v_BSKC, *inputs.segments
         return fused(
             kernel,
@@ -330,7 +333,7 @@ class Attention(nn.Module):
             window=inputs.window,
             scale=scores.scale,
             cap=scores.cap,
-        )
+        )[..., :width]
 
     def _with_offsets(self, q_BTHC: jax.Array, offsets: Offsets, key: Callable) -> tuple[jax.Array, jax.Array]:
         """Returns the queries for the keys, and the bias for relative positions and types [B, H, T, S], unscaled.

@@ -43,23 +43,31 @@ class Routing(NamedTuple):
     losses: dict[str, jax.Array]
 
 
-def route(logits_BTX: jax.Array, tokens_BT: jax.Array, config: ModelConfig) -> Routing:
-    """Returns the experts with the largest logits, and the losses of the router.
+def route(
+    logits_BTX: jax.Array, tokens_BT: jax.Array, config: ModelConfig, correction_X: jax.Array | None = None
+) -> Routing:
+    """Returns the experts with the largest scores, and the losses of the router.
 
     Args:
       logits_BTX: float32 logits of the X experts.
       tokens_BT: False for padding.
       config: the model's config.
+      correction_X: terms that are added to the scores for the choice of the experts; None: none.
 
     The balance loss is X times the sum over the experts of the fraction of tokens and the mean probability; it is 1 for
     equal loads (Fedus et al. 2021, equations 4 to 6). The z loss is the mean of the squared log of the sum of the
     exponentials (Zoph et al. 2022, equation 5). Both are multiplied by their coefficients in the config.
     """
     X, k = config.experts, config.experts_per_token
-    probabilities_BTX = jax.nn.softmax(logits_BTX)
-    weights_BTk, ids_BTk = jax.lax.top_k(probabilities_BTX, k)
+    probabilities_BTX = scores_BTX = jax.nn.softmax(logits_BTX)
+    if config.router_scores == "sigmoid":
+        scores_BTX = jax.nn.sigmoid(logits_BTX)
+        probabilities_BTX = scores_BTX / scores_BTX.sum(-1, keepdims=True)
+    weights_BTk, ids_BTk = _choose(scores_BTX, config, correction_X)
     if config.normalize_experts:
         weights_BTk /= weights_BTk.sum(-1, keepdims=True)
+    if config.expert_scale != 1:
+        weights_BTk *= config.expert_scale
     real_BT = tokens_BT.astype(jnp.float32)
     chosen_X = (jax.nn.one_hot(ids_BTk, X) * real_BT[..., None, None]).sum((0, 1, 2))
     load_X = jax.lax.stop_gradient(chosen_X / jnp.maximum(k * real_BT.sum(), 1))
@@ -68,6 +76,28 @@ def route(logits_BTX: jax.Array, tokens_BT: jax.Array, config: ModelConfig) -> R
         "router_z": config.router_z_loss * (jnp.square(jax.nn.logsumexp(logits_BTX, axis=-1)) * real_BT).sum(),
     }
     return Routing(jnp.where(tokens_BT[..., None], ids_BTk, X), weights_BTk, losses)
+
+
+def _choose(scores_BTX: jax.Array, config: ModelConfig, correction_X: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Returns the scores of the chosen experts of each token, and their numbers.
+
+    The groups with the largest score of an expert remain (DeepSeek-V2, section 2.1.2), or if the scores are sigmoids,
+    those with the largest sum of the scores of two experts (DeepSeek-V3, section 2.1.2).
+    """
+    groups, k = config.expert_groups, config.experts_per_token
+    compared_BTX = scores_BTX if correction_X is None else scores_BTX + correction_X
+    if groups > 1:
+        compared_BTgX = compared_BTX.reshape(*compared_BTX.shape[:-1], groups, -1)
+        best = 1 if config.router_scores == "softmax" else 2
+        of_groups_BTg = jax.lax.top_k(compared_BTgX, best)[0].sum(-1)
+        chosen_BTn = jax.lax.top_k(of_groups_BTg, config.expert_groups_per_token)[1]
+        remains_BTg = jax.nn.one_hot(chosen_BTn, groups, dtype=bool).any(-2)
+        compared_BTX = jnp.where(remains_BTg[..., None], compared_BTgX, -jnp.inf).reshape(compared_BTX.shape)
+    if compared_BTX is scores_BTX:
+        weights_BTk, ids_BTk = jax.lax.top_k(scores_BTX, k)
+        return weights_BTk, ids_BTk
+    ids_BTk = jax.lax.top_k(jax.lax.stop_gradient(compared_BTX), k)[1]
+    return jnp.take_along_axis(scores_BTX, ids_BTk, -1), ids_BTk
 
 
 class Matrices(NamedTuple):
@@ -108,7 +138,10 @@ class Experts(nn.Module):
         logits_BTX = float32_einsum("BTD,DX->BTX", x_BTD.astype(self.dtype), router_DX)
         if "experts" in config.biases:
             logits_BTX += array(self, "router_bias", nn.initializers.zeros, (config.experts,))
-        routing = route(logits_BTX, tokens_BT, config)
+        correction_X = None
+        if config.router_correction:
+            correction_X = array(self, "router_correction", nn.initializers.zeros, (config.experts,))
+        routing = route(logits_BTX, tokens_BT, config, correction_X)
         matrices = _Matrices(config, self.dtype, name="experts")()
         capacity = config.expert_capacity if self.has_rng("dropout") else None  # only in training
         y_BTD = self._mix(x_BTD.astype(self.dtype), routing, matrices, capacity)

@@ -66,6 +66,9 @@ TABLE = (
         1,
     ),
     Parameter(_ATTENTION + r"/(key|value|relative_key)/bias", ("layers", "kv_heads", "head_width"), False, "layers"),
+    Parameter(
+        _ATTENTION + r"/(query_down|key_value_down|rotary_key)/kernel", ("layers", "width", None), True, "layers", 1
+    ),
     Parameter(_ATTENTION + r"/sinks", ("layers", "heads"), False, "layers"),
     Parameter(_ATTENTION + r"/(content|position|type)_bias", ("layers", "heads", "head_width"), False, "layers"),
     Parameter(_ATTENTION + r"/types", ("layers", None, "heads", "head_width"), True, "layers"),
@@ -82,7 +85,7 @@ TABLE = (
     Parameter(_MLP + r"/(shared/)?down/kernel", ("layers", "mlp", "width"), True, "layers", 1),
     Parameter(_MLP + r"/(shared/)?down/bias", ("layers", None), False, "layers"),
     Parameter(_MLP + r"/(router|shared_gate/kernel)", ("layers", "width", None), True, "layers"),
-    Parameter(_MLP + r"/router_bias", ("layers", None), False, "layers"),
+    Parameter(_MLP + r"/router_(bias|correction)", ("layers", None), False, "layers"),
     Parameter(_MLP + r"/experts/(up|gate)_bias", ("layers", "experts", "mlp"), False, "layers"),
     Parameter(_MLP + r"/experts/down_bias", ("layers", "experts", None), False, "layers"),
     Parameter(_MLP + r"/experts/(up|gate)", ("layers", "experts", "width", "mlp"), True, "layers"),
