@@ -132,6 +132,7 @@ def why_not(
     prefix: bool = False,
     weights: bool = False,
     window: bool = False,
+    global_tokens: bool = False,
     sinks: bool = False,
 ) -> str | None:
     """Returns the reason why a kernel cannot compute an attention, or None if it can.
@@ -148,6 +149,7 @@ def why_not(
       prefix: whether the mask is not defined by segments, causality and window, as with a prefix.
       weights: whether the attention weights are requested.
       window: whether the attention is local.
+      global_tokens: whether some tokens have global attention.
       sinks: whether each head has an attention sink.
     """
     B, T, H, C = q_BTHC.shape
@@ -168,6 +170,7 @@ def why_not(
         (bias, "it does not support a bias of the scores, which relative positions need"),
         (sinks, "it does not support attention sinks"),
         (dropout, "it does not support dropout: a model.attention_dropout of 0 is faster"),
+        (global_tokens, "it does not support tokens with global attention"),
         (prefix, "it supports only causal and full masks, not the mask of a prefix"),
         # Below this a block is mostly padding, and the scores are small.
         (min(T, S) < MULTIPLE[kernel], f"there are fewer than {MULTIPLE[kernel]} positions"),

@@ -19,6 +19,7 @@ from jaxlm.nn.attention import Attention, AttentionInputs, Scores, attend
 from jaxlm.nn.cache import Cache, create
 from jaxlm.nn.layers import Dropout, Linear, Norm, float32_einsum, query_std, residual_std
 from jaxlm.nn.positions import rotate
+from jaxlm.nn.windows import Heads
 
 EPSILON = 1e-6  # of the norms of latent vectors, in all published models
 
@@ -81,7 +82,7 @@ class LatentAttention(Attention):
                 kv = create(k_BSHC, v_BSHC)
                 out_BTHC, weights_BHTS = attend(q_BTHC, kv, inputs.mask_BTS, scores, dropout)
             else:
-                out_BTHC = self._attend_rows(q_BTHC, k_BSHC, v_BSHC, inputs, scores, dropout)
+                out_BTHC = self._attend_rows(Heads(q_BTHC, k_BSHC, v_BSHC), None, inputs, scores, dropout)
         if inputs.slot_positions_BS is not None:
             select = partial(jnp.take_along_axis, indices=inputs.slot_positions_BS[..., None, None], axis=1)
             cache = create(select(key_BS1R), select(latent_BS1L), inputs.cache_format)

@@ -2,8 +2,7 @@
 
     PYTHONPATH=tests python tests/goldens/make_families.py [FAMILY ...]      (needs pip install -e '.[parity]')
 
-With names, such as GptOss, only these families are computed, and the others stay as they are.
-
+Without names it computes all families; with names it replaces the outputs of these families, such as Longformer.
 The file holds no weights: they are drawn from their names, here and in tests/test_goldens.py, by NumPy's frozen
 RandomState.  Of each model it holds config.json, the names and shapes of its tensors, and its outputs.
 """
@@ -24,10 +23,12 @@ import transformers
 from jaxlm.hub import safetensors
 
 
-def main(*chosen: str) -> None:
-    models, arrays = test_goldens.goldens() if chosen else ({}, {})
-    for family in chosen or test_parity.FAMILIES:
-        _, heads, shapes = test_parity.FAMILIES[family]
+def main() -> None:
+    chosen = sys.argv[1:] or list(test_parity.FAMILIES)
+    models, arrays = test_goldens.goldens() if sys.argv[1:] else ({}, {})
+    for family, (_, heads, shapes) in test_parity.FAMILIES.items():
+        if family not in chosen:
+            continue
         for head in heads:
             model = test_parity.transformers_model(family, head, next(iter(shapes)))
             with tempfile.TemporaryDirectory() as folder:
