@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxlm.config import DROPOUT_SITES, Head, ModelConfig
+from jaxlm.config import DROPOUT_SITES, LINEAR_SIZES, Head, ModelConfig
 from jaxlm.errors import UserError, suggestion
 from jaxlm.hub.compressed_tensors import PendingParts, to_parts
 from jaxlm.hub.safetensors import Pending
@@ -626,6 +626,7 @@ def resolved(config: ModelConfig) -> ModelConfig:
         "decoder_mlp_width": config.decoder_mlp_width or config.F,
         "layer_kinds": tuple(kinds[i % len(kinds)] for i in range(config.layers)),
         "transform_activation": config.transform_activation or config.activation,
+        **dict(zip(LINEAR_SIZES, config.linear_sizes)),
     }
     return dataclasses.replace(config, **sizes)
 
@@ -698,6 +699,7 @@ def inference_config(config: ModelConfig) -> ModelConfig:
         ("relative_terms", "relative_shared", "relative_norm"): config.relative != "disentangled",
         ("attention_scale",): config.relative == "disentangled",
         ("conv_activation",): not config.conv_width,
+        (*LINEAR_SIZES, "linear_conv_width"): config.mixer != "gated_delta",
         ("experts_per_token", "normalize_experts"): config.feed_forward != "experts",
         ("decoder_layers", "decoder_heads", "decoder_mlp_width", "decoder_tokens"): config.structure
         != "encoder_decoder",

@@ -6,6 +6,7 @@ embeddings   embeddings of tokens, and the table of front ends
 layers       projections, norms, the MLP, dropout
 experts      feed-forward layers of routed experts
 attention    self-attention and cross-attention, with grouped queries, windows and caches
+linear_attention  the gated delta rule in place of self-attention
 recurrent    LSTM and GRU in place of self-attention
 convolutional  convolutions in place of self-attention
 cache        keys and values of earlier tokens

@@ -17,12 +17,14 @@ from jaxlm.nn.cache import Cache
 from jaxlm.nn.convolutional import Convolutions
 from jaxlm.nn.experts import Experts
 from jaxlm.nn.layers import MLP, Dropout, GatedMLP, Norm
+from jaxlm.nn.linear_attention import GatedDelta
 from jaxlm.nn.recurrent import GRU, LSTM
 
 MIXERS: dict[str, Any] = {  # by `ModelConfig.mixer`; the entries have the signature of `Attention`
     "attention": Attention,
     "lstm": LSTM,
     "gru": GRU,
+    "gated_delta": GatedDelta,
     "convolution": Convolutions,
 }
 FEED_FORWARDS: dict[str, Any] = {  # by `ModelConfig.feed_forward`; the entries have the signature of `MLP`

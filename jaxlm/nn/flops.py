@@ -268,12 +268,16 @@ def _mixer_entries(config: ModelConfig, causal: bool) -> int:
     if hasattr(mixer, "entries"):
         entries: int = mixer.entries(config, causal)
         return entries
-    return 2 * config.width * config.C * (config.heads + config.K)
+    return config.width * config.C * ((2 + config.attention_gate) * config.heads + 2 * config.K)
 
 
 def _mixer_products(config: ModelConfig, T: int, S: int, pairs: int) -> int:
-    """Returns the products of one layer between tokens, which only attention has."""
-    return 0 if hasattr(MIXERS.get(config.mixer), "entries") else _attention_products(config, T, S, pairs)
+    """Returns the products of one layer between tokens, which attention has, and mixers with `products`."""
+    mixer: Any = MIXERS.get(config.mixer)
+    if hasattr(mixer, "products"):
+        products: int = mixer.products(config, T)
+        return products
+    return 0 if hasattr(mixer, "entries") else _attention_products(config, T, S, pairs)
 
 
 def _mlp_entries(config: ModelConfig) -> int:
