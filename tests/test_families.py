@@ -84,6 +84,11 @@ def member(name: str, heads: tuple, shape: dict) -> ModelConfig:
         small |= {"embedding_width": 5}
     if preset.mlp_width:
         small |= {"mlp_width": 10}
+    if preset.experts > 16:
+        small |= {"experts": 16}
+    if preset.linear_key_heads:
+        sizes = {"linear_key_heads": 2, "linear_value_heads": 4, "linear_key_width": 3, "linear_value_width": 5}
+        small |= sizes | {"mixers": ("gated_delta", "attention")}
     if preset.positions == "sinusoidal":
         shape = {"vocabulary": 17} | {key: value for key, value in shape.items() if key != "vocabulary"}
     if name == "bloom":  # its MLP has one width and one activation

@@ -35,6 +35,7 @@ from jaxlm.families import (
     opt,
     pegasus,
     phi,
+    qwen3_next,
     recurrent,
     roberta,
     smollm,
@@ -73,6 +74,9 @@ FAMILIES: dict[str, Family] = {  # by `model_type` of config.json
     "mixtral": mixtral.FAMILY,
     "qwen2_moe": mixtral.QWEN_2,
     "qwen3_moe": mixtral.QWEN_3,
+    "qwen3_next": qwen3_next.QWEN_3_NEXT,
+    "qwen3_5_text": qwen3_next.QWEN_3_5,
+    "qwen3_5_moe_text": qwen3_next.QWEN_3_5_MOE,
     "phi3": phi.FAMILY,
     "olmo2": olmo.FAMILY,
     "granite": granite.FAMILY,
@@ -106,6 +110,7 @@ class Origin(NamedTuple):
       names: name of each tensor in the file -> its name in the family's rules.
       dtypes: dtype of each tensor in the file.
       buffers: tensors that the model does not need.
+      unused: which of them are weights that the model does not compute with, for messages.
       base: the folder or hub name with the weights of the model, without its adapters.
     """
 
@@ -114,4 +119,5 @@ class Origin(NamedTuple):
     names: Mapping[str, str] = {}
     dtypes: Mapping[str, np.dtype] = {}
     buffers: Mapping[str, np.ndarray] = {}
+    unused: tuple[str, ...] = ()
     base: str = ""

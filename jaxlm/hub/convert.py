@@ -208,6 +208,8 @@ class Family(NamedTuple):
       config_from_hf: converts the values of config.json, except heads and labels, which are common to all families.
       config_to_hf: the inverse of `config_from_hf`.
       buffers: names of tensors that a file may contain but a model does not need; * matches anything.
+      unused: names of weights that a file may contain but a model does not compute with -> what they are for. Unlike
+        buffers, they are reported when a model is loaded.
       copies: tensors that repeat another tensor if the model ties them -> that other tensor.
       renames: suffixes of names in old files -> current suffixes.
       old_prefixes: prefixes of names in old files, in place of `prefix`.
@@ -224,6 +226,7 @@ class Family(NamedTuple):
     config_from_hf: Callable[[dict[str, Any]], ModelConfig]
     config_to_hf: Callable[[ModelConfig], dict[str, Any]]
     buffers: tuple[str, ...] = ()
+    unused: Mapping[str, str] = {}
     copies: Mapping[str, str] = {}
     renames: Mapping[str, str] = {}
     old_prefixes: tuple[str, ...] = ()
@@ -352,7 +355,7 @@ class Canonical(NamedTuple):
     Attributes:
       tensors: tensors by their names in the rules.
       names: name in the file -> name in the rules; for a copy, the name of its original.
-      buffers: tensors that the family declares as buffers, by their names in the file.
+      buffers: tensors that the family declares as buffers or as unused, by their names in the file.
     """
 
     tensors: dict[str, Any]
@@ -369,7 +372,7 @@ def canonical(family: Family, config: ModelConfig, tensors: Mapping[str, Any]) -
     shapes = tree_shapes(config, family.module)
     rules = applying(family.rules, config, shapes)
     expected = {name for rule in rules for name in rule.names(shapes).values()}
-    buffer = any_of(family.buffers)
+    buffer = any_of((*family.buffers, *family.unused))
     known = any_of([*(rule.hf for rule in family.rules), *family.copies])
     result = Canonical({}, {}, {})
     for written, tensor in tensors.items():
@@ -405,6 +408,12 @@ def any_of(names: Iterable[str]) -> re.Pattern[str]:
     """Returns a pattern that matches each of the names; `{i}` and `{e}` match any number, `*` anything."""
     parts = (re.sub(r"\\{[ie]\\}", r"\\d+", re.escape(name)).replace(r"\*", ".*") for name in names)
     return re.compile("|".join(parts) or "(?!)")
+
+
+def unused(family: Family, names: Iterable[str]) -> tuple[str, ...]:
+    """Returns, for messages, the weights among these tensors that a model does not compute with."""
+    counts = {p: sum(any_of((p,)).fullmatch(name) is not None for name in names) for p in family.unused}
+    return tuple(f"{count} tensors of {family.unused[p]} ({p})" for p, count in counts.items() if count)
 
 
 def equal(a: Any, b: Any) -> bool:
