@@ -257,7 +257,7 @@ def test_the_loop_does_not_convert_the_cache_of_a_context_before_it_starts():
     """Otherwise the floats, which are larger than the cache, are in memory during the whole loop."""
     model = MODELS["t5"]
     module, row = Transformer(model), lambda *shape: jax.ShapeDtypeStruct((3, *shape), jnp.int32)
-    params = jax.eval_shape(lambda: unstack_layers(jax.tree.map(jnp.asarray, random_params(model))))
+    params = jax.eval_shape(lambda: unstack_layers(model, jax.tree.map(jnp.asarray, random_params(model))))
     prompts = decode.Prompts(row(1), row(), row(), np.uint32(0), row(2), row(80), row(80))
     state = jax.eval_shape(partial(decode.prefill, module, length=16, cache="int8"), params, prompts)
     rules = decode.Rules(np.int32(32), np.array([2], np.int32))

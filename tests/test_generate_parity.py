@@ -46,6 +46,7 @@ HYBRID = DECODER | {"layer_types": ["linear_attention", "full_attention", "linea
 HYBRID |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 6, "linear_value_head_dim": 5}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
 EXPERTS |= {"shared_expert_intermediate_size": 12}
+MIXED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "decoder_sparse_step": 2}
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt2": ("GPT2", "LMHeadModel", GPT2),
     "gpt_neox": ("GPTNeoX", "ForCausalLM", WIDE | {"rotary_pct": 0.5}),
@@ -64,6 +65,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", "ForCausalLM", DECODER | LOCAL | {"num_local_experts": 4}),
     "qwen3_next": ("Qwen3Next", "ForCausalLM", HYBRID | EXPERTS),
     "qwen3_5": ("Qwen3_5", "ForCausalLM", HYBRID),
+    "qwen3_moe": ("Qwen3Moe", "ForCausalLM", DECODER | MIXED),
     "phi3": ("Phi3", "ForCausalLM", WIDE | LOCAL | {"num_key_value_heads": 1, "partial_rotary_factor": 0.75}),
     "olmo2": ("Olmo2", "ForCausalLM", WIDE | {"num_key_value_heads": 1}),
     "granite": ("Granite", "ForCausalLM", DECODER | MULTIPLIERS),

@@ -21,6 +21,7 @@ from jaxlm.nn import parameters
 from jaxlm.nn.block import window_of
 from jaxlm.nn.layers import Dropout
 from jaxlm.nn.losses import cross_entropy
+from jaxlm.nn.stacking import parts_of
 from jaxlm.nn.transformer import CacheSpec, Transformer, apply, init
 from jaxlm.run.assembly import shard_batch, with_shardings
 from jaxlm.run.optimizer import make_optimizer, make_schedule
@@ -29,6 +30,8 @@ from jaxlm.tasks.pretraining import CausalLMTask, MaskedLMTask
 
 SMALL = {"vocabulary": 96, "max_length": 32, "width": 24, "layers": 2, "heads": 3, "head_width": None}
 SMALL |= {"dropout": 0.0, "attention_dropout": 0.0}
+MIXED: dict[str, Any] = {"experts": 4, "expert_width": 18, "balance_loss": 0.0, "mixers": ("attention", "gru")}
+MIXED |= {"feed_forwards": ("gated", *["experts"] * 4), "layer_kinds": ("global",)}
 MODELS = {
     "gpt2": replace(PRESETS["gpt2"], **SMALL),
     "gpt3": replace(PRESETS["gpt3-xl"], **SMALL | {"head_width": 16}),
@@ -38,6 +41,8 @@ MODELS = {
     "mistral": replace(PRESETS["mistral-7b"], **SMALL, kv_heads=None, mlp_width=24, window=3),
     "gemma2": replace(PRESETS["gemma-2-2b"], **SMALL, kv_heads=3, mlp_width=24, window=3),
     "mixtral": replace(PRESETS["mixtral-8x7b"], **SMALL, kv_heads=3, mlp_width=24, experts=4, balance_loss=0.0),
+    # A dense layer before those with experts, and two mixers in turn.
+    "mixed": replace(PRESETS["mixtral-8x7b"], **SMALL | {"layers": 5}, **MIXED, kv_heads=3, mlp_width=24),
     "phi": replace(PRESETS["phi-3-mini"], **SMALL, kv_heads=None, mlp_width=24, window=3, rotary_width=6),
     "olmo2": replace(PRESETS["olmo-2-1b"], **SMALL, kv_heads=3, mlp_width=24),
     "granite": replace(PRESETS["granite-3.1-2b"], **SMALL, kv_heads=3, mlp_width=24, attention_scale=0.2),
@@ -363,8 +368,7 @@ def test_cached_decoding_equals_uncached_decoding(name):
     fill = jax.jit(lambda *inputs: apply(module, *inputs[:2], CacheSpec(inputs[2], 10), *inputs[3:], method="prefill"))
     first, caches = fill(params, prompts, lengths, *context)
     slots = [cache.k_BKSC.shape[2] for cache in caches.own]
-    kinds = [model.layer_kinds[n % len(model.layer_kinds)] for n in range(len(slots))]
-    assert slots == [window_of(model, kind) or 10 for kind in kinds]
+    assert slots == [window_of(model, *layer[:2]) or 10 for layer in parts_of(model)]
     for row, length in enumerate(lengths):
         np.testing.assert_allclose(np.asarray(first)[row, :length], whole[row, :length], atol=2e-5, rtol=1e-4)
     for n in range(SHORT - 3):

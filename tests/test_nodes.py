@@ -100,7 +100,7 @@ def test_a_merged_model_equals_the_unmerged_one(name, kind):
     np.testing.assert_allclose(found, hidden(model, merge(params)), atol=2e-5)
     assert np.abs(found - hidden(model, dense)).max() > 1e-3  # the nodes have an effect
     if name == "decoder":
-        np.testing.assert_allclose(hidden(model, unstack_layers(params)), found, atol=2e-5)
+        np.testing.assert_allclose(hidden(model, unstack_layers(model, params)), found, atol=2e-5)
 
 
 def test_nodes_may_replace_every_array():

@@ -55,11 +55,13 @@ HYBRID = DECODER | {"num_key_value_heads": 1, "head_dim": 8, "hidden_act": "silu
 HYBRID |= {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
 HYBRID |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 6, "linear_value_head_dim": 5}
 EQUAL = {"linear_num_value_heads": 2, "linear_conv_kernel_dim": 3, "tie_word_embeddings": True}
+LINEAR = {"layer_types": ["linear_attention"] * 3, "use_cache": False}  # transformers has no cache without attention
 HYBRIDS = {"": {}, "equal": EQUAL, "biases": {"attention_bias": True, "hidden_act": "gelu"}}
-HYBRIDS |= {"full": {"layer_types": ["full_attention"] * 3}, "linear": {"layer_types": ["linear_attention"] * 3}}
+HYBRIDS |= {"full": {"layer_types": ["full_attention"] * 3}, "linear": LINEAR}
 HYBRIDS |= {"interval": {"layer_types": None, "num_hidden_layers": 5}}
 
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
+MIXED = {"decoder_sparse_step": 2, "num_hidden_layers": 5, "intermediate_size": 28}
 ENCODER_HEADS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "Model")
 GATED_HEADS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "Model")
 CAUSAL_HEADS = ("ForCausalLM", "ForSequenceClassification", "Model")
@@ -213,13 +215,15 @@ FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, ...], dict[str, dict[str, A
     "Qwen2Moe": (
         DECODER | EXPERTS | {"shared_expert_intermediate_size": 28},
         CAUSAL_HEADS,
-        {"": {}, "normalised": {"norm_topk_prob": True, "qkv_bias": False}}
+        {"": {}, "normalised": {"norm_topk_prob": True, "qkv_bias": False}, "mixed": {"mlp_only_layers": [1]}}
         | {"window": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}},
     ),
     "Qwen3Moe": (
         DECODER | EXPERTS,
         CAUSAL_HEADS,
         {"": {}, "normalised": {"norm_topk_prob": True, "attention_bias": True}}
+        | {"mixed": MIXED, "list": MIXED | {"mlp_only_layers": [0, 3], "decoder_sparse_step": 1}}
+        | {"dense": {"mlp_only_layers": [0, 1, 2]}}
         | {"window": {"use_sliding_window": True, "sliding_window": 4}},
     ),
     "Qwen3Next": (

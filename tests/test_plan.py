@@ -297,7 +297,7 @@ model = ModelConfig(vocabulary=32000, width=1024, layers=3, heads=16, kv_heads=4
                     norm="rmsnorm", positions="rotary", biases=(), activation="silu", max_length=512)
 module = Transformer(model, dtype=jnp.bfloat16)
 put = lambda leaf, dtype=None: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=place)
-shapes = jax.eval_shape(lambda key: unstack_layers(init(module, key)), jax.random.key(0))
+shapes = jax.eval_shape(lambda key: unstack_layers(model, init(module, key)), jax.random.key(0))
 params = jax.tree.map(lambda leaf: put(leaf, jnp.bfloat16), shapes)
 B = generate.MIN_DECODED_ROWS["cuda"]
 row = lambda *shape: jax.ShapeDtypeStruct((B, *shape), jnp.int32, sharding=place)

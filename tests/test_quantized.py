@@ -70,7 +70,7 @@ def test_a_quantised_model_equals_the_dequantised_one(name, kind):
     params = with_nodes(random_params(model), **WEIGHTS[kind])
     expected = hidden(model, merge(params))
     np.testing.assert_allclose(hidden(model, params), expected, atol=3e-5)
-    np.testing.assert_allclose(hidden(model, unstack_layers(params)), expected, atol=3e-5)
+    np.testing.assert_allclose(hidden(model, unstack_layers(model, params)), expected, atol=3e-5)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -58,6 +58,7 @@ class ModelConfig(Config):
     distinct_layers: Layers | None = None  # layers with separate parameters, cycled (ALBERT: 1); None: all
 
     mixer: Name = "attention"  # mixes positions: attention, gated_delta, lstm, gru, convolution, or a custom class
+    mixers: tuple[Name, ...] = ()  # mixer of each layer, cycled; empty: mixer in all layers
     mixer_residual: bool = True  # norm of the mixer, and addition of its input to its output; false: the output alone
     heads: Positive = 12  # attention heads H
     kv_heads: Positive | None = None  # key-value heads K for grouped-query attention; None: as heads
@@ -74,7 +75,9 @@ class ModelConfig(Config):
 
     mlp_width: Positive | None = None  # MLP width F; None: 4 x width
     feed_forward: Name = "dense"  # dense, gated (GLU, Shazeer 2020), experts, none, or the name of a custom class
+    feed_forwards: tuple[Name, ...] = ()  # feed-forward of each layer, cycled; empty: feed_forward in all layers
     experts: Count = 0  # number of experts of a layer, if feed_forward is experts; they have gates, but no biases
+    expert_width: Positive | None = None  # width of each expert; None: as mlp_width
     experts_per_token: Positive = 2  # number of experts that the router chooses for each token
     normalize_experts: bool = True  # divide the router's probabilities of the chosen experts by their sum
     shared_expert_width: Count = 0  # width of an MLP that all tokens use in addition to their experts; 0: none
@@ -208,6 +211,26 @@ class ModelConfig(Config):
         return self.mlp_width or 4 * self.width
 
     @property
+    def expert_F(self) -> int:
+        """Width of each expert."""
+        return self.expert_width or self.F
+
+    @property
+    def mixer_pattern(self) -> tuple[str, ...]:
+        """The mixer of each layer, cycled."""
+        return self.mixers or (self.mixer,)
+
+    @property
+    def feed_forward_pattern(self) -> tuple[str, ...]:
+        """The feed-forward layer of each layer, cycled."""
+        return self.feed_forwards or (self.feed_forward,)
+
+    @property
+    def has_mixed_layers(self) -> bool:
+        """Whether layers have different mixers or feed-forward layers."""
+        return max(len(set(self.mixer_pattern)), len(set(self.feed_forward_pattern))) > 1
+
+    @property
     def V(self) -> int:
         """Number of outputs of the head lm."""
         return self.decoder_vocabulary or self.vocabulary
@@ -301,6 +324,7 @@ class ModelConfig(Config):
                 f"embeddings: set --model.decoder-tokens"
             )
         self._check_experts()
+        self._check_mixed_layers()
         if self.prefix_lm and self.structure != "decoder":
             raise UserError(f"model.prefix_lm is set, but the model is a(n) {self.structure}; it is for decoders only")
         if self.has_local_layers and self.window < 1:
@@ -311,10 +335,10 @@ class ModelConfig(Config):
                 f"model.residual is {self.residual!r}, which is for models without cross-attention whose norms are not "
                 f"after the residual; set model.residual to sequential"
             )
-        if self.residual != "sequential" and not (self.mixer_residual and self.feed_forward != "none"):
+        if self.residual != "sequential" and not (self.mixer_residual and "none" not in self.feed_forward_pattern):
             raise UserError(
-                f"model.residual is {self.residual!r}, but model.mixer_residual is {self.mixer_residual} and "
-                f"model.feed_forward {self.feed_forward!r}; set model.residual to sequential"
+                f"model.residual is {self.residual!r}, but model.mixer_residual is {self.mixer_residual} and the "
+                f"feed-forward layers are {', '.join(self.feed_forward_pattern)}; set model.residual to sequential"
             )
         if self.project_tokens and (self.embedding_width is None or self.structure != "decoder"):
             raise UserError(
@@ -354,14 +378,20 @@ class ModelConfig(Config):
             raise UserError(f"model.kv_heads is {self.K}; transformer_xl requires model.heads, which is {self.heads}")
         if self.width % 2:
             raise UserError(f"model.width is {self.width}; the sinusoids of transformer_xl come in pairs: make it even")
-        if self.query_stream and (self.conv_width or self.front_end != "tokens" or self.mixer != "attention"):
+        if self.query_stream and (
+            self.conv_width or self.front_end != "tokens" or set(self.mixer_pattern) != {"attention"}
+        ):
             raise UserError(
                 f"model.query_stream is set, but conv_width is {self.conv_width}, front_end {self.front_end!r} and "
                 f"mixer {self.mixer!r}; the query stream requires 0, 'tokens' and 'attention'"
             )
 
     def _check_mixer(self) -> None:
-        """Raises UserError for options that the mixer does not have, and sizes that it cannot divide."""
+        """Raises UserError for options that a mixer does not have, and sizes that it cannot divide."""
+        for mixer in set(self.mixer_pattern):
+            dataclasses.replace(self, mixer=mixer, mixers=())._check_one_mixer()
+
+    def _check_one_mixer(self) -> None:
         if self.mixer not in (*RECURRENT, "convolution", "gated_delta"):
             return
         for name, plain in (("relative", "none"), ("prefix_lm", False), ("layer_kinds", ("global",))):
@@ -399,11 +429,12 @@ class ModelConfig(Config):
 
     def _check_experts(self) -> None:
         """Raises UserError if there are experts without a layer for them, or a layer without enough experts."""
-        if self.feed_forward != "experts":
-            if self.experts or self.shared_expert_width:
+        if "experts" not in (self.feed_forward, *self.feed_forwards):
+            if self.experts or self.shared_expert_width or self.expert_width:
                 raise UserError(
-                    f"model.experts is {self.experts} and model.shared_expert_width {self.shared_expert_width}, but "
-                    f"model.feed_forward is {self.feed_forward!r}; set --model.feed-forward experts"
+                    f"model.experts is {self.experts}, model.expert_width {self.expert_width} and "
+                    f"model.shared_expert_width {self.shared_expert_width}, but model.feed_forward is "
+                    f"{self.feed_forward!r}; set --model.feed-forward experts"
                 )
             return
         if self.experts < self.experts_per_token:
@@ -418,6 +449,26 @@ class ModelConfig(Config):
             )
         if self.shared_expert_gate and not self.shared_expert_width:
             raise UserError("model.shared_expert_gate is set without a shared expert; set --model.shared-expert-width")
+
+    def _check_mixed_layers(self) -> None:
+        """Raises UserError for layers with different parts in a model that cannot have them."""
+        if not self.has_mixed_layers:
+            return
+        given = f"model.mixers is {self.mixers} and model.feed_forwards {self.feed_forwards}"
+        if "cross" in self.mixers:
+            raise UserError(f"{given}; the name 'cross' is that of cross-attention: choose another name")
+        shares = self.distinct_layers not in (None, self.layers)
+        if self.structure == "encoder_decoder" or self.conv_width or shares:
+            raise UserError(
+                f"{given}, but model.structure is {self.structure!r}, model.conv_width {self.conv_width} and "
+                f"model.distinct_layers {self.distinct_layers}; layers with different parts require a decoder or an "
+                f"encoder, 0, and None: leave them out"
+            )
+        if len(set(self.mixer_pattern)) > 1 and self.relative != "none":
+            raise UserError(
+                f"{given}, but model.relative is {self.relative!r}, which is for models with attention in all layers; "
+                f"set model.relative to none"
+            )
 
 
 # Fields of ModelConfig with the dropout rate of one site; None stands for the value of `dropout`.

@@ -6,9 +6,12 @@ import dataclasses
 from typing import Any
 
 from jaxlm.config import ModelConfig
+from jaxlm.config.ranges import MAX_INT
 from jaxlm.errors import UserError
 from jaxlm.families import llama
-from jaxlm.hub.convert import Key, Rule, key_conversion, linear, norm, projection
+from jaxlm.hub.convert import Key, Rule, key_conversion, linear, norm, projection, shortest
+from jaxlm.hub.model_files import JsonObject
+from jaxlm.nn.stacking import parts_of
 
 _FIXED = llama.FIXED | {"feed_forward": "experts"}
 _COMMON = (
@@ -29,7 +32,8 @@ _MIXTRAL_FROM_HF, _MIXTRAL_TO_HF = key_conversion(
 )
 _QWEN_KEYS = (
     *_COMMON,
-    Key("moe_intermediate_size", "mlp_width"),
+    Key("intermediate_size", "mlp_width"),
+    Key("moe_intermediate_size", "expert_width"),
     Key("num_experts", "experts"),
     Key("num_experts_per_tok", "experts_per_token"),
     Key("norm_topk_prob", "normalize_experts", False),
@@ -37,11 +41,9 @@ _QWEN_KEYS = (
 _QWEN_2_FROM_HF, _QWEN_2_TO_HF = key_conversion(
     (*_QWEN_KEYS, Key("shared_expert_intermediate_size", "shared_expert_width", 5632)),
     _FIXED | {"shared_expert_gate": True},
-    {"decoder_sparse_step": 1},
+    {},
 )
-_QWEN_3_FROM_HF, _QWEN_3_TO_HF = key_conversion(
-    _QWEN_KEYS, _FIXED | {"query_key_norm": True}, {"decoder_sparse_step": 1}
-)
+_QWEN_3_FROM_HF, _QWEN_3_TO_HF = key_conversion(_QWEN_KEYS, _FIXED | {"query_key_norm": True}, {})
 
 
 def _mixtral_from_hf(hf: dict[str, Any]) -> ModelConfig:
@@ -53,31 +55,46 @@ def _mixtral_to_hf(config: ModelConfig) -> dict[str, Any]:
     return _MIXTRAL_TO_HF(config) | llama.one_rotary_to_hf(config) | llama.window_to_hf(config)
 
 
-def _with_experts(hf: dict[str, Any]) -> dict[str, Any]:
+def with_experts(hf: dict[str, Any]) -> dict[str, Any]:
     """Returns the values with the number of experts under the key of the published files.
 
     transformers 5 writes it under the key of Mixtral.
-
-    Raises:
-      UserError: if some layers have no experts.
     """
-    if hf.get("mlp_only_layers"):
-        raise UserError(
-            f"config.json has mlp_only_layers {hf['mlp_only_layers']}, layers without experts; only models with "
-            f"experts in every layer are supported: choose another model"
-        )
     return ({"num_experts": hf["num_local_experts"]} if "num_local_experts" in hf else {}) | hf
 
 
+def layers_from_hf(config: ModelConfig, hf: dict[str, Any]) -> dict[str, Any]:
+    """Returns the config fields for the feed-forward layers: every n-th layer has experts, except those in a list."""
+    values = JsonObject(hf, "config.json")
+    step, dense = values.integer("decoder_sparse_step", 1, 1, MAX_INT), hf.get("mlp_only_layers") or []
+    if not isinstance(dense, list) or not set(dense) <= set(range(config.layers)):
+        raise UserError(f"config.json has mlp_only_layers {dense}; it must be a list of layers below {config.layers}")
+    layers = ["gated" if n in dense or (n + 1) % step else "experts" for n in range(config.layers)]
+    if "gated" in layers:
+        return {"feed_forwards": shortest(layers)}
+    return {"mlp_width": config.expert_F, "expert_width": None}
+
+
+def layers_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The inverse of `layers_from_hf`."""
+    layers = [parts.feed_forward for parts in parts_of(config)]
+    step = layers.index("experts") + 1 if "experts" in layers else 1
+    if any((n + 1) % step and name == "experts" for n, name in enumerate(layers)):
+        step = 1
+    dense = [n for n, name in enumerate(layers) if name == "gated" and (n + 1) % step == 0]
+    return {"decoder_sparse_step": step, "mlp_only_layers": dense}
+
+
 def _qwen2_from_hf(hf: dict[str, Any]) -> ModelConfig:
-    hf = _with_experts(hf)
+    hf = with_experts(hf)
     window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window", False) else None
-    config = _QWEN_2_FROM_HF({"num_key_value_heads": 16} | hf)
+    config = _QWEN_2_FROM_HF({"num_key_value_heads": 16, "intermediate_size": 5632} | hf)
     # Of the layers below max_window_layers, every second one is local, from the first.
     last = hf.get("max_window_layers", 28)
     default = ["local" if window is not None and i % 2 == 0 and i < last else "global" for i in range(config.layers)]
     fields = llama.kinds_from_hf(hf, default) | {"window": window or 0}
     fields["biases"] = ("query_key_value",) if hf.get("qkv_bias", True) else ()
+    fields |= layers_from_hf(config, hf)
     return dataclasses.replace(config, **llama.one_rotary_from_hf(hf), **fields)
 
 
@@ -85,21 +102,24 @@ def _qwen2_to_hf(config: ModelConfig) -> dict[str, Any]:
     local = "local" in config.layer_kinds
     windows = {"use_sliding_window": local, "sliding_window": config.window if local else None}
     biases = {"qkv_bias": "query_key_value" in config.biases}
-    sizes = {"intermediate_size": config.shared_expert_width, "mlp_only_layers": []}
-    return _QWEN_2_TO_HF(config) | llama.one_rotary_to_hf(config) | llama.kinds_to_hf(config) | windows | biases | sizes
+    own = windows | biases | layers_to_hf(config)
+    if not config.has_mixed_layers:  # the key has no effect
+        own["intermediate_size"] = config.shared_expert_width
+    return _QWEN_2_TO_HF(config) | llama.one_rotary_to_hf(config) | llama.kinds_to_hf(config) | own
 
 
 def _qwen3_from_hf(hf: dict[str, Any]) -> ModelConfig:
-    hf = _with_experts(hf)
-    config = _QWEN_3_FROM_HF({"num_key_value_heads": 4} | hf)
+    hf = with_experts(hf)
+    config = _QWEN_3_FROM_HF({"num_key_value_heads": 4, "intermediate_size": 6144} | hf)
     window = llama.window_from_hf(hf, 4096) if hf.get("use_sliding_window") else {}
-    return dataclasses.replace(config, **llama.one_rotary_from_hf(hf), **llama.attention_biases(hf), **window)
+    fields = llama.one_rotary_from_hf(hf) | llama.attention_biases(hf) | window | layers_from_hf(config, hf)
+    return dataclasses.replace(config, **fields)
 
 
 def _qwen3_to_hf(config: ModelConfig) -> dict[str, Any]:
     window = llama.window_to_hf(config)
-    own: dict[str, Any] = {"use_sliding_window": window["sliding_window"] is not None, "mlp_only_layers": []}
-    own |= {"attention_bias": "out" in config.biases, "intermediate_size": config.F}
+    own: dict[str, Any] = {"use_sliding_window": window["sliding_window"] is not None}
+    own |= {"attention_bias": "out" in config.biases} | layers_to_hf(config)
     return _QWEN_3_TO_HF(config) | llama.one_rotary_to_hf(config) | window | own
 
 
@@ -124,6 +144,11 @@ def _experts(hf: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
 
 _QWEN_RULES = (
     *_BODY,
+    *(
+        rule
+        for name in ("gate", "up", "down")
+        for rule in projection(f"{_LAYER}mlp.{name}_proj", f"{_OURS}gated_mlp/{name}")
+    ),
     *_experts("mlp.", "gate_proj", "up_proj", "down_proj"),
     *(
         rule

@@ -21,6 +21,7 @@ from jaxlm.errors import UserError, suggestion
 from jaxlm.hub.compressed_tensors import PendingParts, to_parts
 from jaxlm.hub.safetensors import Pending
 from jaxlm.nn import nodes, parameters
+from jaxlm.nn.stacking import layers_of_rows
 
 
 class Layout(NamedTuple):
@@ -132,7 +133,7 @@ class Rule(NamedTuple):
     `unless` is not, and `when` returns True for the config, so that one table covers all variants of a model.
 
     Attributes:
-      hf: the name of the tensor; `{i}` is the index along the stacked layer axis of the leaves, and `{e}` that along
+      hf: the name of the tensor; `{i}` is the layer of a row of the leaves, and `{e}` the index along
         the axis of experts after it.
       ours: the path of the leaf, or of several leaves.
       layout: the conversion.
@@ -167,11 +168,13 @@ class Rule(NamedTuple):
         """The number of leading axes of the leaves along which there is one tensor for each index."""
         return ("{i}" in self.hf) + ("{e}" in self.hf)
 
-    def names(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[tuple[int, ...], str]:
+    def names(self, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[tuple[int, ...], str]:
         """Returns the names of the tensors in the file by their indices along the stacked axes."""
         sizes = shapes[self.leaves[0]][: self.stacked]
         ranges = [range(self.first if axis == 0 else 0, size) for axis, size in enumerate(sizes)]
-        return {index: self.hf.format(**dict(zip("ie", index))) for index in itertools.product(*ranges)}
+        layers = layers_of_rows(config, self.leaves[0], sizes[0]) if sizes else ()
+        name = lambda row, *experts: self.hf.format(**dict(zip("ie", (layers[row], *experts))))
+        return {index: name(*index) if index else self.hf for index in itertools.product(*ranges)}
 
 
 def projection(hf: str, ours: str, kernel: Layout = linear, bias: Layout = same) -> tuple[Rule, Rule]:
@@ -294,7 +297,9 @@ def readers(family: Family, config: ModelConfig) -> dict[str, Reader]:
     result: dict[str, Reader] = {}
     for rule in applying(family.rules, config, shapes):
         if not rule.idle:
-            result |= {p: Reader(rule, which, rule.names(shapes), shapes[p]) for which, p in enumerate(rule.leaves)}
+            result |= {
+                p: Reader(rule, which, rule.names(config, shapes), shapes[p]) for which, p in enumerate(rule.leaves)
+            }
     return result
 
 
@@ -307,7 +312,10 @@ def idle(family: Family, config: ModelConfig) -> set[str]:
     """Returns the names of the tensors that are written, but not read."""
     shapes = tree_shapes(config, family.module)
     return {
-        name for rule in applying(family.rules, config, shapes) if rule.idle for name in rule.names(shapes).values()
+        name
+        for rule in applying(family.rules, config, shapes)
+        if rule.idle
+        for name in rule.names(config, shapes).values()
     }
 
 
@@ -326,7 +334,7 @@ def to_hf(family: Family, config: ModelConfig, params: Mapping[str, Any]) -> dic
     for rule in applying(family.rules, config, shapes):
         parts = [leaves[path] for path in rule.leaves]
         quantised = _quantised_layers(rule, config, parts)
-        for index, name in rule.names(shapes).items():
+        for index, name in rule.names(config, shapes).items():
             make = partial(_join, rule, config, parts, index)
             kind = np.dtype(arrays[rule.leaves[0]].dtype)
             tensors[name] = Pending(expected[name], kind, make, quantised and quantised(index[0] if index else 0))
@@ -371,7 +379,7 @@ def canonical(family: Family, config: ModelConfig, tensors: Mapping[str, Any]) -
     """
     shapes = tree_shapes(config, family.module)
     rules = applying(family.rules, config, shapes)
-    expected = {name for rule in rules for name in rule.names(shapes).values()}
+    expected = {name for rule in rules for name in rule.names(config, shapes).values()}
     buffer = any_of((*family.buffers, *family.unused))
     known = any_of([*(rule.hf for rule in family.rules), *family.copies])
     result = Canonical({}, {}, {})
@@ -487,7 +495,9 @@ def hf_shapes(family: Family, config: ModelConfig) -> dict[str, tuple[int, ...]]
         covered.update(rule.leaves)
         # A broadcast scalar has the shape of the leaf (of one layer) without its memory; the layout converts the shape.
         layer = [np.broadcast_to(np.False_, shapes[path][rule.stacked :]) for path in rule.leaves]
-        expected |= dict.fromkeys(rule.names(shapes).values(), rule.layout.to_hf(rule.config(config), *layer).shape)
+        expected |= dict.fromkeys(
+            rule.names(config, shapes).values(), rule.layout.to_hf(rule.config(config), *layer).shape
+        )
     if missing := shapes.keys() - covered:
         raise ValueError(f"there is no rule for {sorted(missing)}; add one to the family's table")
     return expected
@@ -634,10 +644,22 @@ def resolved(config: ModelConfig) -> ModelConfig:
         "decoder_heads": config.decoder_heads or config.heads,
         "decoder_mlp_width": config.decoder_mlp_width or config.F,
         "layer_kinds": tuple(kinds[i % len(kinds)] for i in range(config.layers)),
+        **_resolved_parts(config),
         "transform_activation": config.transform_activation or config.activation,
         **dict(zip(LINEAR_SIZES, config.linear_sizes)),
     }
     return dataclasses.replace(config, **sizes)
+
+
+def _resolved_parts(config: ModelConfig) -> dict[str, Any]:
+    """Returns the mixer and the feed-forward layer of each layer, or () if all are equal, and the width of experts."""
+    fields: dict[str, Any] = {}
+    for name, pattern in (("mixer", config.mixer_pattern), ("feed_forward", config.feed_forward_pattern)):
+        layers = tuple(pattern[i % len(pattern)] for i in range(config.layers))
+        fields[f"{name}s"] = () if set(layers) == {getattr(config, name)} else layers
+    if "experts" in config.feed_forward_pattern:
+        fields["expert_width"] = config.expert_F
+    return fields
 
 
 def shortest(kinds: list[Any]) -> tuple[Any, ...]:
@@ -708,8 +730,9 @@ def inference_config(config: ModelConfig) -> ModelConfig:
         ("relative_terms", "relative_shared", "relative_norm"): config.relative != "disentangled",
         ("attention_scale",): config.relative == "disentangled",
         ("conv_activation",): not config.conv_width,
-        (*LINEAR_SIZES, "linear_conv_width"): config.mixer != "gated_delta",
-        ("experts_per_token", "normalize_experts"): config.feed_forward != "experts",
+        (*LINEAR_SIZES, "linear_conv_width"): "gated_delta" not in config.mixer_pattern,
+        ("experts_per_token", "normalize_experts"): "experts" not in config.feed_forward_pattern,
+        ("mlp_width",): set(config.feed_forward_pattern) == {"experts"},
         ("decoder_layers", "decoder_heads", "decoder_mlp_width", "decoder_tokens"): config.structure
         != "encoder_decoder",
         ("scale_logits", "logit_divisor", "logit_cap"): "lm" not in on_top,

@@ -166,10 +166,10 @@ def _order(rule: Rule, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]
     return MatrixOrder(by_input[0], by_output[:, 0], tuple(sizes), transposed)
 
 
-def _modules(rule: Rule, shapes: Mapping[str, tuple[int, ...]]) -> dict[int, str]:
-    """Returns the name of the tensor of each layer; in jaxlm's own format, which stacks layers, with a number."""
+def _modules(rule: Rule, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[int, str]:
+    """Returns the name of the tensor of each row; in jaxlm's own format, which stacks layers, with a number."""
     if "{i}" in rule.hf:
-        return {index[0]: name for index, name in rule.names(shapes).items()}
+        return {index[0]: name for index, name in rule.names(config, shapes).items()}
     return {i: f"{rule.hf}.{i}" for i in range(shapes[rule.leaves[0]][0])}
 
 
@@ -216,7 +216,7 @@ def add_updates(
         row = parameters.find(path)
         if row is None or not row.inputs:
             continue
-        names = _modules(reader.rule, shapes)
+        names = _modules(reader.rule, config, shapes)
         found = {i: updates[name] for i, name in names.items() if name in updates}
         used |= {names[i] for i in found}
         if found:
@@ -317,11 +317,12 @@ def write(
     transposed = False
     for rule in convert.applying(family.rules, config, shapes):
         if set(rule.leaves) & set(adapted):
-            saved |= {name.removeprefix(bare): np.asarray(whole[name].make()) for name in rule.names(shapes).values()}
+            names = rule.names(config, shapes).values()
+            saved |= {name.removeprefix(bare): np.asarray(whole[name].make()) for name in names}
         if not rule.idle and any(isinstance(leaves[path], LowRank) for path in rule.leaves):
             order = _order(rule, config, shapes)
             transposed |= order.transposed
-            for i, name in _modules(rule, shapes).items():
+            for i, name in _modules(rule, config, shapes).items():
                 module = name.removesuffix(".weight").removeprefix(bare)
                 updates[module] = _layer_factors([leaves[path] for path in rule.leaves], i, order)
     if dtype is not None:

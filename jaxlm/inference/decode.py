@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.nn.block import window_of
+from jaxlm.nn.stacking import parts_of
 from jaxlm.nn.transformer import Caches, CacheSpec, Transformer, apply
 
 Array = Any  # of JAX or NumPy
@@ -190,8 +191,8 @@ def grow(module: Transformer, state: State, *, length: int) -> State:
     config, old_length = module.config, state.tokens_BT.shape[1]
     pad = lambda x_BT: jnp.pad(x_BT, [(0, 0), (0, length - old_length)])
     own = []
-    for n, cache in enumerate(state.caches.own):
-        window = window_of(config, config.layer_kinds[n % len(config.layer_kinds)])
+    for layer, cache in zip(parts_of(config, len(state.caches.own)), state.caches.own):
+        window = window_of(config, layer.kind, layer.mixer)
         slots = min(length, window) if window is not None and config.relative == "none" else length
         own.append(cache.extend(slots) if cache.slots == old_length < slots else cache)
     log_probs_BT = None if state.log_probs_BT is None else pad(state.log_probs_BT)

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from jaxlm.config import ModelConfig
 from jaxlm.config.ranges import Positive, check_argument
 from jaxlm.data.pack import pack
 from jaxlm.devices import hosts
@@ -182,9 +183,10 @@ def inference_params(lm: LM) -> Any:
     if jax.default_backend() != "cpu" or on_mesh or sum(leaf.nbytes for leaf in leaves) > MAX_COPIED:
         return lm.params
     if lm not in _UNSTACKED:
-        _UNSTACKED[lm] = lm.programs.get(_compiled_unstack)(lm.params)
+        _UNSTACKED[lm] = lm.programs.get(_compiled_unstack, lm.config)(lm.params)
     return _UNSTACKED[lm]
 
 
-def _compiled_unstack() -> Any:
-    return jax.jit(lambda params: unstack_layers(params))  # JAX drops compiled programs along with their function
+def _compiled_unstack(config: ModelConfig) -> Any:
+    # JAX drops compiled programs along with their function.
+    return jax.jit(lambda params: unstack_layers(config, params))

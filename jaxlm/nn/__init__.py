@@ -2,6 +2,7 @@
 
 transformer  the stacked Transformer: encoder, decoder, or both
 block        one layer of a stack, and the tables of its modules
+stacking     the parts of each layer of a stack, and the rows of stacked parameters
 embeddings   embeddings of tokens, and the table of front ends
 layers       projections, norms, the MLP, dropout
 experts      feed-forward layers of routed experts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -19,6 +19,7 @@ from jaxlm.nn.experts import Experts
 from jaxlm.nn.layers import MLP, Dropout, GatedMLP, Norm
 from jaxlm.nn.linear_attention import GatedDelta
 from jaxlm.nn.recurrent import GRU, LSTM
+from jaxlm.nn.stacking import feed_forward_name, mixer_name
 
 MIXERS: dict[str, Any] = {  # by `ModelConfig.mixer`; the entries have the signature of `Attention`
     "attention": Attention,
@@ -34,9 +35,15 @@ FEED_FORWARDS: dict[str, Any] = {  # by `ModelConfig.feed_forward`; the entries 
 }
 
 
-def window_of(config: ModelConfig, kind: str) -> int | None:
-    """Returns how many of the latest positions a layer of this kind reads from its cache; None: all."""
-    return config.window if is_local(kind) else getattr(MIXERS.get(config.mixer), "window", None)
+def window_of(config: ModelConfig, kind: str, mixer: str | None = None) -> int | None:
+    """Returns how many of the latest positions a layer reads from its cache; None: all.
+
+    Args:
+      config: the model's config.
+      kind: the kind of the layer's attention.
+      mixer: the mixer of the layer; None: `config.mixer`.
+    """
+    return config.window if is_local(kind) else getattr(MIXERS.get(mixer or config.mixer), "window", None)
 
 
 class LayerOutputs(NamedTuple):
@@ -51,6 +58,24 @@ class LayerOutputs(NamedTuple):
     attention_BHTS: jax.Array | None
     cross_attention_BHTS: jax.Array | None
     losses: dict[str, jax.Array]
+
+
+def combine_outputs(combine: Callable[[list[jax.Array]], jax.Array], outputs: Sequence[LayerOutputs]) -> LayerOutputs:
+    """Returns the outputs of several layers as one; layers without an output have no part in it.
+
+    Args:
+      combine: combines arrays of several layers.
+      outputs: the outputs of the layers, or of groups of layers.
+    """
+
+    def field(values: Sequence[jax.Array | None]) -> Any:
+        found = [value for value in values if value is not None]
+        return combine(found) if found else None
+
+    names = sorted({name for output in outputs for name in output.losses})
+    losses = {name: field([output.losses.get(name) for output in outputs]) for name in names}
+    weights = lambda name: field([getattr(output, name) for output in outputs])
+    return LayerOutputs(weights("attention_BHTS"), weights("cross_attention_BHTS"), losses)
 
 
 def lookup(table: dict[str, Any], name: str, field: str) -> Any:
@@ -72,6 +97,8 @@ class Block(nn.Module):
     dtype: Any = jnp.float32
     weights: bool = False  # whether to return attention weights
     kernel: str = "auto"  # for attention
+    mixer: str | None = None  # None: that of the config
+    feed_forward: str | None = None  # None: that of the config
 
     @nn.compact
     def __call__(
@@ -98,6 +125,7 @@ class Block(nn.Module):
           tokens_BT: False for padding; None: unknown.
         """
         config = self.config
+        own_mixer, own_feed_forward = self.mixer or config.mixer, self.feed_forward or config.feed_forward
         parts = {"config": config, "constrain": self.constrain, "dtype": self.dtype}
         weights: dict[str, jax.Array | None] = {"attention": None, "cross_attention": None}
         caches: dict[str, Cache | None] = {"attention": None, "cross_attention": None}
@@ -129,10 +157,12 @@ class Block(nn.Module):
         def attend(
             name: str, inputs: AttentionInputs, context: Any, cache: Cache | None
         ) -> Callable[[jax.Array], jax.Array]:
-            mixer = Attention if name == "cross_attention" else lookup(MIXERS, config.mixer, "mixer")
+            cross = name == "cross_attention"
+            mixer = Attention if cross else lookup(MIXERS, own_mixer, "mixer")
+            module_name = name if cross else mixer_name(config, own_mixer)
 
             def sublayer(x: jax.Array) -> jax.Array:
-                attention = mixer(**parts, kernel=self.kernel, name=name)
+                attention = mixer(**parts, kernel=self.kernel, name=module_name)
                 x, caches[name], weights[name] = attention(x, layer, inputs, positions_BT, context, cache, self.weights)
                 return x
 
@@ -143,7 +173,8 @@ class Block(nn.Module):
             tokens_BT = jnp.ones(x_BTD.shape[:2], bool)
 
         def feed_forward(x: jax.Array) -> jax.Array:
-            mlp = lookup(FEED_FORWARDS, config.feed_forward, "feed_forward")(**parts, name="mlp")
+            kind = lookup(FEED_FORWARDS, own_feed_forward, "feed_forward")
+            mlp = kind(**parts, name=feed_forward_name(config, own_feed_forward))
             x, auxiliary = mlp(x, tokens_BT)
             losses.update(auxiliary)
             return x
@@ -154,7 +185,7 @@ class Block(nn.Module):
             if context is not None:
                 assert context_inputs is not None
                 x_BTD = residual(x_BTD, "cross_attention", attend("cross_attention", context_inputs, context, None))
-            if config.feed_forward != "none":
+            if own_feed_forward != "none":
                 x_BTD = residual(x_BTD, "mlp", feed_forward)
         else:
             read_BTD = before(x_BTD, "attention")

@@ -91,7 +91,7 @@ class Experts(nn.Module):
     @staticmethod
     def entries(config: ModelConfig) -> int:
         """Returns the number of entries of the matrices that multiply each token."""
-        columns = config.experts_per_token * config.F + config.shared_expert_width
+        columns = config.experts_per_token * config.expert_F + config.shared_expert_width
         return config.width * (3 * columns + config.experts + config.shared_expert_gate)
 
     @nn.compact
@@ -154,7 +154,7 @@ class _Matrices(nn.Module):
     @nn.compact
     def __call__(self) -> Matrices:
         config = self.config
-        X, D, F = config.experts, config.width, config.F
+        X, D, F = config.experts, config.width, config.expert_F
 
         def make(name: str, std: float | None, inputs: int, outputs: int) -> jax.Array:
             init = nn.initializers.normal(1 / math.sqrt(inputs) if std is None else std)

@@ -16,6 +16,7 @@ from jax.extend import core
 from jaxlm.config import ModelConfig
 from jaxlm.nn.attention import BLOCK
 from jaxlm.nn.block import FEED_FORWARDS, MIXERS
+from jaxlm.nn.stacking import parts_of
 
 # Counts
 
@@ -242,15 +243,16 @@ def model_flops(
     projections = attention = 0
     if config.structure != "decoder":
         tokens = S if both and S is not None else T
-        projections += config.layers * tokens * (_mixer_entries(config, False) + _mlp_entries(config))
+        projections += tokens * _layer_entries(config, config.layers, False)
         queries = tokens + targets
-        attention += config.layers * _mixer_products(config, queries, tokens, queries * tokens)
+        attention += _mixer_products(config, config.layers, queries, tokens, queries * tokens)
         # Targets are queries, but no keys.
-        projections += config.layers * targets * (2 * D * config.heads * config.C + _mlp_entries(config))
+        of_targets = config.layers * 2 * D * config.heads * config.C + _mlp_entries(config, config.layers)
+        projections += targets * of_targets
     if config.structure != "encoder":
         layers, config = (config.decoder_layers if both else None) or config.layers, config.decoder_config
-        projections += layers * T * (_mixer_entries(config, True) + _mlp_entries(config))
-        attention += layers * _mixer_products(config, T, T, _causal_pairs(T) if blocks else T * T)
+        projections += T * _layer_entries(config, layers, True)
+        attention += _mixer_products(config, layers, T, T, _causal_pairs(T) if blocks else T * T)
         if both and S is not None:
             queries, keys = 2 * D * config.heads * config.C, 2 * D * config.K * config.C
             projections += layers * (queries * T + keys * S)
@@ -263,28 +265,35 @@ def model_flops(
     return Forward(embeddings, projections + relative, attention, head_entries, constants)
 
 
-def _mixer_entries(config: ModelConfig, causal: bool) -> int:
-    mixer: Any = MIXERS.get(config.mixer)
+def _layer_entries(config: ModelConfig, layers: int, causal: bool) -> int:
+    """Returns the number of entries of the matrices of all layers that multiply each token."""
+    mixers = [own.mixer for own in parts_of(config, layers)]
+    return sum(_mixer_entries(config, mixer, causal) for mixer in mixers) + _mlp_entries(config, layers)
+
+
+def _mixer_entries(config: ModelConfig, name: str, causal: bool) -> int:
+    mixer: Any = MIXERS.get(name)
     if hasattr(mixer, "entries"):
         entries: int = mixer.entries(config, causal)
         return entries
     return config.width * config.C * ((2 + config.attention_gate) * config.heads + 2 * config.K)
 
 
-def _mixer_products(config: ModelConfig, T: int, S: int, pairs: int) -> int:
-    """Returns the products of one layer between tokens, which attention has, and mixers with `products`."""
-    mixer: Any = MIXERS.get(config.mixer)
-    if hasattr(mixer, "products"):
-        products: int = mixer.products(config, T)
-        return products
-    return 0 if hasattr(mixer, "entries") else _attention_products(config, T, S, pairs)
+def _mixer_products(config: ModelConfig, layers: int, T: int, S: int, pairs: int) -> int:
+    """Returns the products of all layers between tokens, which attention has, and mixers with `products`."""
+
+    def of_layer(mixer: Any) -> int:
+        if hasattr(mixer, "products"):
+            products: int = mixer.products(config, T)
+            return products
+        return 0 if hasattr(mixer, "entries") else _attention_products(config, T, S, pairs)
+
+    return sum(of_layer(MIXERS.get(own.mixer)) for own in parts_of(config, layers))
 
 
-def _mlp_entries(config: ModelConfig) -> int:
-    if config.feed_forward == "none":
-        return 0
-    entries: int = FEED_FORWARDS[config.feed_forward].entries(config)
-    return entries
+def _mlp_entries(config: ModelConfig, layers: int) -> int:
+    names = [own.feed_forward for own in parts_of(config, layers) if own.feed_forward != "none"]
+    return sum(FEED_FORWARDS[name].entries(config) for name in names)
 
 
 def _attention_products(config: ModelConfig, T: int, S: int, pairs: int, relative: bool = True) -> int:

@@ -39,7 +39,8 @@ class Parameter(NamedTuple):
 
 _STACK = r"(encoder|decoder)"
 _LAYER = _STACK + r"/layers"
-_ATTENTION = _LAYER + r"/(cross_)?attention"
+_ATTENTION = _LAYER + r"/(\w+_)?attention"
+_MLP = _LAYER + r"/(\w+_)?mlp"
 _EMBEDDINGS = r"(decoder_)?embeddings"
 _DENSE = r"(pooled_head|classes_head|replaced_head)/dense"
 _OUT = r"(next_sentence_head|(classes_head|tokens_head|span_head|replaced_head)/out)"
@@ -80,13 +81,13 @@ TABLE = (
     Parameter(_ATTENTION + r"/(bias|candidate_bias)", ("layers", None, None), False, "layers"),
     Parameter(_ATTENTION + r"/window_\d+/kernel", ("layers", None, "width", None), True, "layers", 2),
     Parameter(_ATTENTION + r"/window_\d+/bias", ("layers", None), False, "layers"),
-    Parameter(_LAYER + r"/mlp/(shared/)?(up|gate)/kernel", ("layers", "width", "mlp"), True, "layers", 1),
-    Parameter(_LAYER + r"/mlp/(shared/)?(up|gate)/bias", ("layers", "mlp"), False, "layers"),
-    Parameter(_LAYER + r"/mlp/(shared/)?down/kernel", ("layers", "mlp", "width"), True, "layers", 1),
-    Parameter(_LAYER + r"/mlp/(shared/)?down/bias", ("layers", None), False, "layers"),
-    Parameter(_LAYER + r"/mlp/(router|shared_gate/kernel)", ("layers", "width", None), True, "layers"),
-    Parameter(_LAYER + r"/mlp/experts/(up|gate)", ("layers", "experts", "width", "mlp"), True, "layers"),
-    Parameter(_LAYER + r"/mlp/experts/down", ("layers", "experts", "mlp", "width"), True, "layers"),
+    Parameter(_MLP + r"/(shared/)?(up|gate)/kernel", ("layers", "width", "mlp"), True, "layers", 1),
+    Parameter(_MLP + r"/(shared/)?(up|gate)/bias", ("layers", "mlp"), False, "layers"),
+    Parameter(_MLP + r"/(shared/)?down/kernel", ("layers", "mlp", "width"), True, "layers", 1),
+    Parameter(_MLP + r"/(shared/)?down/bias", ("layers", None), False, "layers"),
+    Parameter(_MLP + r"/(router|shared_gate/kernel)", ("layers", "width", None), True, "layers"),
+    Parameter(_MLP + r"/experts/(up|gate)", ("layers", "experts", "width", "mlp"), True, "layers"),
+    Parameter(_MLP + r"/experts/down", ("layers", "experts", "mlp", "width"), True, "layers"),
     Parameter(_LAYER + r"/\w+_norm/(scale|bias)", ("layers", None), False, "layers"),
     Parameter(_STACK + r"/norm/(scale|bias)", (None,), False, "head"),
     Parameter(_STACK + r"/project/kernel", ("width", None), True, "head"),

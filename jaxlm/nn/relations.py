@@ -26,7 +26,8 @@ def query_key_value(
       layers: number of layers of the stack, which may share parameters.
       dtype: dtype of the products.
     """
-    stacked = stack["layers"]
+    # All layers have attention and its norm.
+    stacked = {name: part for name, part in stack["layers"].items() if name in ("attention", "attention_norm")}
     row = int(layer * len(jax.tree.leaves(stacked)[0]) / layers)
     params = jax.tree.map(lambda leaf: leaf[row], stacked)
     if config.norm_place in ("pre", "sandwich") and (config.first_norm or layer > 0):

@@ -120,8 +120,8 @@ def assemble(resolved: ResolvedModel) -> Assembly:
     nodes = nodes_of(run, dense_shapes)
     shapes = jax.eval_shape(nodes.add, dense_shapes, jax.random.key(0))
     schedule = make_schedule(run.optimizer, run.steps)
-    optimizer = make_optimizer(run.optimizer, run.steps, shapes, mesh, run.adapter, run.prune)
-    is_trained = trained(run.optimizer, shapes, run.adapter)
+    optimizer = make_optimizer(run.optimizer, run.steps, shapes, mesh, run.adapter, run.prune, config)
+    is_trained = trained(run.optimizer, shapes, run.adapter, config)
     all_trained = all(jax.tree.leaves(is_trained))
 
     def state_of(params: Any, key: jax.Array) -> TrainState:

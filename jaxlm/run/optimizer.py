@@ -12,9 +12,10 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxlm.config import NO_ADAPTER, NO_PRUNING, AdapterConfig, OptimizerConfig, PruneConfig
+from jaxlm.config import NO_ADAPTER, NO_PRUNING, AdapterConfig, ModelConfig, OptimizerConfig, PruneConfig
 from jaxlm.devices import sharding
 from jaxlm.nn import parameters
+from jaxlm.nn.stacking import layers_of_rows
 from jaxlm.run.pruning import with_pruning
 from jaxlm.transforms import adapters
 
@@ -49,7 +50,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([rise, after], [warmup]) if warmup else after
 
 
-def rates(config: OptimizerConfig, params: Any) -> Any:
+def rates(config: OptimizerConfig, params: Any, model: ModelConfig | None = None) -> Any:
     """Returns the factor of the learning rate for each leaf.
 
     With layer decay d and L layers, it is 1 for the heads, d^(L + 1 - l) for layer l = 1..L, and d^(L + 1) for the
@@ -58,43 +59,50 @@ def rates(config: OptimizerConfig, params: Any) -> Any:
     Args:
       config: its `layer_decay`, `freeze` and `freeze_layers`.
       params: all parameters of the model, arrays or shapes.
+      model: the model's config; None: all layers have the same parameters.
 
     Returns:
       A tree of float32 arrays: scalars, or [L, 1, ...] for the leaves of stacked layers.
     """
 
-    def rate(row: parameters.Parameter, leaf: Any) -> np.ndarray:
+    def rate(key_path: tuple[Any, ...], row: parameters.Parameter, leaf: Any) -> np.ndarray:
         if row.depth in ("head", "teacher"):
             return np.array(row.depth == "head", np.float32)
         frozen_below = config.freeze == "all_but_heads"
         if row.depth == "embeddings":
             frozen = frozen_below or config.freeze == "embeddings" or config.freeze_layers > 0
             return np.array(0 if frozen else config.layer_decay ** (layers + 1), np.float32)
-        L = leaf.shape[0]
-        factor_L = config.layer_decay ** np.arange(L, 0, -1, dtype=np.float32)
-        factor_L[: L if frozen_below else config.freeze_layers] = 0
-        return factor_L.reshape(L, *[1] * (leaf.ndim - 1))
+        layer_L = np.arange(leaf.shape[0])
+        count = leaf.shape[0]
+        if model is not None and model.has_mixed_layers:
+            layer_L, count = np.array(layers_of_rows(model, parameters.path_of(key_path), count)), model.layers
+        factor_L = config.layer_decay ** (count - layer_L).astype(np.float32)
+        factor_L[layer_L < (count if frozen_below else config.freeze_layers)] = 0
+        return factor_L.reshape(-1, *[1] * (leaf.ndim - 1))
 
     rows = parameters.rows(params)
     layers = max(
         (leaf.shape[0] for row, leaf in zip(_leaves(rows), jax.tree.leaves(params)) if row.depth == "layers"),
         default=0,
     )
-    return jax.tree.map(rate, rows, params, is_leaf=parameters.is_row)
+    return jax.tree_util.tree_map_with_path(rate, rows, params, is_leaf=parameters.is_row)
 
 
-def trained(config: OptimizerConfig, params: Any, adapter: AdapterConfig = NO_ADAPTER) -> Any:
+def trained(
+    config: OptimizerConfig, params: Any, adapter: AdapterConfig = NO_ADAPTER, model: ModelConfig | None = None
+) -> Any:
     """Returns for each leaf whether the run trains it, in at least one layer.
 
     Args:
       config: its `freeze` and `freeze_layers`.
       params: all parameters of the model, arrays or shapes.
       adapter: the adapter of the run.
+      model: the model's config; None: all layers have the same parameters.
 
     Returns:
       A tree of bools.
     """
-    has_rate = jax.tree.map(lambda factor: bool(np.any(factor)), rates(config, params))
+    has_rate = jax.tree.map(lambda factor: bool(np.any(factor)), rates(config, params, model))
     return jax.tree.map(lambda by_adapter, own: by_adapter and own, adapters.trained(adapter, params), has_rate)
 
 
@@ -105,6 +113,7 @@ def make_optimizer(
     mesh: Mesh | None = None,
     adapter: AdapterConfig = NO_ADAPTER,
     prune: PruneConfig = NO_PRUNING,
+    model: ModelConfig | None = None,
 ) -> optax.GradientTransformation:
     """Returns the optimizer of a run.
 
@@ -115,13 +124,14 @@ def make_optimizer(
       mesh: the mesh over which Muon splits the layers; None: each device computes the updates of all layers.
       adapter: the adapter of the run.
       prune: the pruning of the run.
+      model: the model's config; None: all layers have the same parameters.
 
     Returns:
       A transformation of the trained part of the parameters, as `parameters.split` returns it with `trained`. Its state
       has the norm of the gradient before clipping, under `grad_norm`.
     """
-    is_trained = trained(config, params, adapter)
-    factor, _ = parameters.split(rates(config, params), is_trained)
+    is_trained = trained(config, params, adapter, model)
+    factor, _ = parameters.split(rates(config, params, model), is_trained)
     params, _ = parameters.split(params, is_trained)
     decays = jax.tree.map(lambda row: row.decays, parameters.rows(params), is_leaf=parameters.is_row)
     partly_frozen = any(np.any(f == 0) and np.any(f) for f in jax.tree.leaves(factor))

@@ -24,7 +24,7 @@ from jaxlm.tasks.labels import Labels, are_default_names, output_names
 from jaxlm.tasks.multi_task import TaskMixture, part_head
 from jaxlm.tasks.task import Task
 from jaxlm.transforms.adapters import merge
-from jaxlm.transforms.layers import layers_by_stack, select_config
+from jaxlm.transforms.layers import kept_rows, layers_by_stack, select_config
 
 
 def known_labels(run: RunConfig, model: LM | None) -> Labels | None:
@@ -131,8 +131,11 @@ def _with_layers(run: RunConfig, weights: Weights) -> Weights:
     kept = layers_by_stack(config, *run.distill.kept_layers(config.layers, config.decoder_layers or config.layers))
     if not kept:
         return weights
-    rows = {path: kept[path.split("/")[0]] for path in weights.shapes if _is_selected(path, kept)}
+    sizes = {path: (shape[0] if shape else 0) for path, shape in weights.shapes.items()}
+    selected = {path: kept_rows(config, path, size, kept) for path, size in sizes.items()}
+    rows = {path: chosen for path, chosen in selected.items() if chosen is not None}
     shapes = {path: (len(rows[path]), *s[1:]) if path in rows else s for path, s in weights.shapes.items()}
+    shapes = {path: shape for path, shape in shapes.items() if rows.get(path) != ()}  # no kept layer has the others
 
     def read(shardings: Mapping[str, jax.sharding.Sharding]) -> dict[str, jax.Array]:
         leaves = {}
@@ -145,10 +148,6 @@ def _with_layers(run: RunConfig, weights: Weights) -> Weights:
         return leaves
 
     return weights._replace(config=student_config(run, config), shapes=shapes, read=read)
-
-
-def _is_selected(path: str, kept: Mapping[str, tuple[int, ...]]) -> bool:
-    return parameters.is_stacked(path) and path.split("/")[0] in kept
 
 
 def _weights_with_head(run: RunConfig, model: LM | None, head: Any, labels: tuple[str, ...] | None) -> Weights:

@@ -110,10 +110,11 @@ def _check_stack(distill: DistillConfig, student: ModelConfig, teacher: ModelCon
             f"distill.attention compares attention weights by head, but the student has {student.heads} heads and the "
             f"teacher {teacher.heads}; set --distill.attention 0, and for example --distill.relations 1"
         )
-    if (distill.attention or distill.relations) and {student.mixer, teacher.mixer} != {"attention"}:
+    mixers = [", ".join(sorted(set(model.mixer_pattern))) for model in (student, teacher)]
+    if (distill.attention or distill.relations) and mixers != ["attention"] * 2:
         raise UserError(
             f"distill.attention and distill.relations compare layers of attention, but the student has layers of "
-            f"{student.mixer} and the teacher of {teacher.mixer}; set both to 0"
+            f"{mixers[0]} and the teacher of {mixers[1]}; set both to 0"
         )
     heads = distill.relation_heads or teacher.heads
     widths = [n * model.C for model in (student, teacher) for n in (model.heads, model.K)]

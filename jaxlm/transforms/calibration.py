@@ -231,7 +231,7 @@ def _record(
         inputs[path].append([])
         return Observed(leaf, inputs[path][-1].append)
 
-    with_nodes = jax.tree_util.tree_map_with_path(observe, unstack_layers(params), is_leaf=nodes.is_node)
+    with_nodes = jax.tree_util.tree_map_with_path(observe, unstack_layers(module.config, params), is_leaf=nodes.is_node)
     apply(module, with_nodes, rows.tokens_BT, rows.segments_BT, rows.positions_BT, None, *rows[3:])
     return inputs
 

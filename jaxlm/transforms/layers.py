@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from jaxlm.errors import UserError
 from jaxlm.hub.convert import shortest
 from jaxlm.lm import LM
 from jaxlm.nn import parameters
+from jaxlm.nn.stacking import layers_of_rows
 
 
 def keep_layers(lm: LM, layers: tuple[int, ...], decoder_layers: tuple[int, ...] = ()) -> LM:
@@ -31,12 +33,29 @@ def keep_layers(lm: LM, layers: tuple[int, ...], decoder_layers: tuple[int, ...]
     kept = layers_by_stack(lm.config, layers, decoder_layers)
 
     def select(key_path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        path = parameters.path_of(key_path)
-        rows = kept.get(path.split("/")[0]) if parameters.is_stacked(path) else None
-        return leaf if rows is None else jnp.asarray(leaf)[np.array(rows)]
+        rows = kept_rows(lm.config, parameters.path_of(key_path), len(leaf) if leaf.ndim else 0, kept)
+        return leaf if rows is None else jnp.asarray(leaf)[np.array(rows, int)]
 
     params = jax.tree_util.tree_map_with_path(select, lm.params)
+    for stack in kept:  # parameters that none of the kept layers has
+        layers_of_stack = params[stack]["layers"].items()
+        params[stack]["layers"] = {name: part for name, part in layers_of_stack if len(jax.tree.leaves(part)[0])}
     return dataclasses.replace(lm, config=config, module=lm.module.clone(config=config), params=params)
+
+
+def kept_rows(config: ModelConfig, path: str, rows: int, kept: Mapping[str, tuple[int, ...]]) -> tuple[int, ...] | None:
+    """Returns the rows that a parameter keeps; None: it stays as it is.
+
+    Args:
+      config: the config of the whole model.
+      path: the path of the parameter.
+      rows: the size of its first axis.
+      kept: the kept layers by stack, as `layers_by_stack` returns them.
+    """
+    chosen = kept.get(path.split("/")[0]) if parameters.is_stacked(path) else None
+    if chosen is None:
+        return None
+    return tuple(row for row, layer in enumerate(layers_of_rows(config, path, rows)) if layer in chosen)
 
 
 def layers_by_stack(
@@ -69,10 +88,11 @@ def select_config(config: ModelConfig, layers: tuple[int, ...], decoder_layers: 
                 f"{name} is {', '.join(map(str, chosen))}; the model has the layers 0 to {count - 1}: give some of "
                 f"them in ascending order"
             )
-    kinds = config.layer_kinds
     chosen = layers or tuple(range(config.layers))
     if config.structure == "encoder_decoder":
         decoder = len(decoder_layers) or in_decoder
         config = dataclasses.replace(config, decoder_layers=None if decoder == len(chosen) else decoder)
-    kept = tuple(kinds[layer % len(kinds)] for layer in chosen)
-    return dataclasses.replace(config, layers=len(chosen), layer_kinds=shortest(list(kept)), distinct_layers=None)
+    select = lambda pattern: shortest([pattern[layer % len(pattern)] for layer in chosen])
+    names = [name for name in ("layer_kinds", "mixers", "feed_forwards") if getattr(config, name)]
+    patterns: dict[str, Any] = {name: select(getattr(config, name)) for name in names}
+    return dataclasses.replace(config, layers=len(chosen), distinct_layers=None, **patterns)

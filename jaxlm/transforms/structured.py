@@ -105,8 +105,9 @@ def _check_widths(config: ModelConfig, heads: int | None, mlp: int | None) -> No
     both = (config, config.decoder_config)
     group = config.heads // config.K
     largest = min(one.heads for one in both)
-    if heads is not None and config.mixer != "attention":
-        raise UserError(f"heads is {heads}, but the model has the mixer {config.mixer!r}; leave it out")
+    mixers, feed_forwards = sorted(set(config.mixer_pattern)), sorted(set(config.feed_forward_pattern))
+    if heads is not None and mixers != ["attention"]:
+        raise UserError(f"heads is {heads}, but the model has the mixer {', '.join(mixers)!r}; leave it out")
     if heads is not None and len({one.C for one in both}) > 1:
         raise UserError(f"heads is {heads}, but the heads of encoder and decoder have different widths; leave it out")
     if heads is not None and (heads > largest or heads % group):
@@ -119,8 +120,10 @@ def _check_widths(config: ModelConfig, heads: int | None, mlp: int | None) -> No
             f"heads is {heads}, but attention depends on the number of heads (relative {config.relative!r}, "
             f"query_key_norm_whole {config.query_key_norm_whole}); leave it out"
         )
-    if mlp is not None and config.feed_forward not in ("dense", "gated"):
-        raise UserError(f"mlp is {mlp}, but the model has the feed-forward layer {config.feed_forward!r}; leave it out")
+    if mlp is not None and not set(feed_forwards) <= {"dense", "gated"}:
+        raise UserError(
+            f"mlp is {mlp}, but the model has the feed-forward layer {', '.join(feed_forwards)!r}; leave it out"
+        )
     if mlp is not None and mlp > (width := min(one.F for one in both)):
         raise UserError(f"mlp is {mlp}; it must be at most {width}, the width of the MLP of the model")
 
