@@ -233,7 +233,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, ...], dict[str, dict[str, A
         | {"dense": {"mlp_only_layers": [1], "norm_topk_prob": False}}
         | {"sparse": {"decoder_sparse_step": 2, "num_hidden_layers": 4, "layer_types": None}},
     ),
-    "Qwen3_5": (HYBRID, ("ForCausalLM", "ForTokenClassification"), HYBRIDS),
+    "Qwen3_5": (HYBRID, ("ForCausalLM",), HYBRIDS),
     "Qwen3_5Text": (HYBRID, ("Model", "ForSequenceClassification"), HYBRIDS),
     "Qwen3_5Moe": (HYBRID | EXPERTS | {"shared_expert_intermediate_size": 28}, ("ForCausalLM",), HYBRIDS),
     "Qwen3_5MoeText": (HYBRID | EXPERTS | {"shared_expert_intermediate_size": 28}, ("Model",), HYBRIDS),

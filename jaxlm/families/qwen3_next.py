@@ -237,7 +237,6 @@ QWEN_3_5 = _family(
     heads={
         ("lm",): "Qwen3_5ForCausalLM",
         ("classes",): "Qwen3_5TextForSequenceClassification",
-        ("tokens",): "Qwen3_5ForTokenClassification",
         (): "Qwen3_5TextModel",
     },
     config_from_hf=_qwen3_5_from_hf,

@@ -1,6 +1,8 @@
 """Writes families.npz: what transformers computes with tiny models of every family and head.
 
-    PYTHONPATH=tests python tests/goldens/make_families.py      (needs pip install -e '.[parity]')
+    PYTHONPATH=tests python tests/goldens/make_families.py [NAME ...]     (needs pip install -e '.[parity]')
+
+With names of tests/test_parity.py's FAMILIES it replaces only theirs.
 
 The file holds no weights: they are drawn from their names, here and in tests/test_goldens.py, by NumPy's frozen
 RandomState.  Of each model it holds config.json, the names and shapes of its tensors, and its outputs.
@@ -9,6 +11,7 @@ RandomState.  Of each model it holds config.json, the names and shapes of its te
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from pathlib import Path
 
@@ -22,8 +25,10 @@ from jaxlm.hub import safetensors
 
 
 def main() -> None:
-    arrays, models = {}, {}
-    for family, (_, heads, shapes) in test_parity.FAMILIES.items():
+    names = sys.argv[1:] or list(test_parity.FAMILIES)
+    arrays, models = ({}, {}) if names == list(test_parity.FAMILIES) else reversed(test_goldens.goldens())
+    for family in names:
+        _, heads, shapes = test_parity.FAMILIES[family]
         for head in heads:
             model = test_parity.transformers_model(family, head, next(iter(shapes)))
             with tempfile.TemporaryDirectory() as folder:
