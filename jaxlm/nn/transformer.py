@@ -432,9 +432,11 @@ class Stack(nn.Module):
                 f"model.mixer is {mixers[caches.index(None)]!r}, which returns no cache, but generation requires one; "
                 f"return a jaxlm.nn.cache.Cache, or use a model with attention"
             )
-        found = {cache.format: name for cache, name in zip(caches, mixers)}
-        if keep.format not in found:  # states are floats in every format
-            form, name = found.popitem()
+        others = [(cache.format, name) for cache, name in zip(caches, mixers) if cache.format != keep.format]
+        # Mixers with a window store states, which are floats in every format.
+        wrong = [pair for pair in others if window_of(self.config, "global", pair[1]) is None]
+        if wrong or len(others) == len(caches):
+            form, name = (wrong or others)[0]
             raise UserError(
                 f"cache is {keep.format!r}, but model.mixer is {name!r}, which stores keys and values in the format "
                 f"{form!r}; choose this format"
