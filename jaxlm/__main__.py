@@ -58,8 +58,7 @@ def train(argv: list[str], signals: process.Signals) -> int:
     """Train a model as a config describes: jaxlm train CONFIG [--field value ...] [--sweep FIELD=A,B ...]."""
     file, words, flag_words = _split_config(argv)
     flag_words, sweep_fields = _split_sweep(flag_words)
-    prog = f"jaxlm train {' '.join([str(file), *words])}"
-    read = lambda more: flags.parse(python_files.read(file, words), flag_words + more, prog)
+    read = lambda more: _read_run("train", file, words, flag_words + more)
     trials = sweeps.combinations(sweep_fields)
     runs = [read([f"--{name}={value}" for name, value in fields.items()]) for fields in trials]
     for run in runs:
@@ -503,7 +502,7 @@ def plan(argv: list[str], _: process.Signals) -> int:
         topology = flag_words[at + 1] if at + 1 < len(flag_words) else ""
         flag_words = flag_words[:at] + flag_words[at + 2 :]
         chips.parse_topology(topology)
-    run = flags.parse(python_files.read(file, words), flag_words, f"jaxlm plan {' '.join([str(file), *words])}")
+    run = _read_run("plan", file, words, flag_words)
     _configure_process()
     import jax
 
@@ -524,9 +523,9 @@ def plan(argv: list[str], _: process.Signals) -> int:
 def baseline(argv: list[str], _: process.Signals) -> int:
     """Print what counting achieves on the data of a run: jaxlm baseline CONFIG [--arpa FILE] [--field value ...]."""
     file, words, flag_words = _split_config(argv, "baseline")
-    arpa, flag_words = _split_flag(flag_words, "--arpa")
+    arpa, flag_words = _split_flag(flag_words, "--arpa", "the path of a file to write")
     has_folder = any(word.partition("=")[0] == "--workdir" for word in flag_words)
-    run = flags.parse(python_files.read(file, words), flag_words, f"jaxlm baseline {' '.join([str(file), *words])}")
+    run = _read_run("baseline", file, words, flag_words)
     _configure_process()
     from jaxlm.run import baseline as counting
 
@@ -535,14 +534,28 @@ def baseline(argv: list[str], _: process.Signals) -> int:
     return 0
 
 
-def _split_flag(words: list[str], flag: str) -> tuple[str, list[str]]:
+def _read_run(verb: str, file: Path, words: list[str], flag_words: list[str]) -> RunConfig:
+    """Returns the config of a file with the flags; `--model NAME` replaces its model by a preset."""
+    preset, flag_words = _split_flag(flag_words, "--model", "the name of a preset, such as bert-base")
+    run = python_files.read(file, words)
+    if preset:
+        from jaxlm.families import PRESETS
+
+        if preset not in PRESETS:
+            near = suggestion(preset, PRESETS)
+            raise UserError(f"--model is {preset}, which is not a preset; --init loads pretrained weights{near}")
+        run = dataclasses.replace(run, model=PRESETS[preset])
+    return flags.parse(run, flag_words, f"jaxlm {verb} {' '.join([str(file), *words])}")
+
+
+def _split_flag(words: list[str], flag: str, value_is: str) -> tuple[str, list[str]]:
     """Returns the value of a flag that is not a field of the config, "" without the flag, and the other words."""
     for n, word in enumerate(words):
         name, given, value = word.partition("=")
         if name == flag:
             value, end = (value, n + 1) if given else (words[n + 1] if n + 1 < len(words) else "", n + 2)
             if not value or value.startswith("--"):
-                raise UserError(f"{flag} has no value; give the path of a file to write")
+                raise UserError(f"{flag} has no value; give {value_is}")
             return value, words[:n] + words[end:]
     return "", words
 
@@ -681,14 +694,17 @@ def _split_config(argv: list[str], verb: str = "train") -> tuple[Path, list[str]
 _FLAGS = {
     "train": """\
   --field value           change a field of the config, such as --optimizer.rate 3e-5
+  --model PRESET          replace the model by a preset, such as bert-base or lstm-classifier
   --sweep FIELD=A,B ...   train every combination of these values, each in its own folder""",
     "plan": """\
   --field value     change a field of the config, such as --batch 64
+  --model PRESET    replace the model by a preset, such as bert-base or llama-3.1-8b
   --topology NAME   chips and their number, such as v5e:4x4 or H100:8; not set: the devices of this machine
   --fit             find the largest batch that fits into memory for each remat policy, and plan the fastest
   --json            print the plan as JSON""",
     "baseline": """\
   --field value     change a field of the config, such as --data.path or --baseline.order
+  --model PRESET    replace the model by a preset
   --arpa FILE       for a language model: write the n-gram model; its words are the ids of the tokens
   --workdir FOLDER  write the scores to baseline.json in this folder""",
 }

@@ -161,6 +161,7 @@ class LM:
         target_mask_BT: jax.Array | None = None,
         segments_BT: jax.Array | None = None,
         positions_BT: jax.Array | None = None,
+        global_BT: jax.Array | None = None,
         *,
         states: bool = False,
         attentions: bool = False,
@@ -177,11 +178,13 @@ class LM:
           segments_BT: number of the example that a token of a packed row belongs to, from 1; 0 for padding. Heads with
             one output per row then read the row's first token (or the last, by `config.classes_from`).
           positions_BT: positions of the tokens; None: as transformers counts them.
+          global_BT: 1 for tokens with global attention, in `tokens_BT`; None: as `config.global_tokens` defines.
           states: whether to return the hidden states of every layer.
           attentions: whether to return the attention weights of every layer.
 
         Raises:
-          UserError: where both a mask and segments are given, and where target tokens are missing or not supported.
+          UserError: where both a mask and segments are given, where target tokens are missing or not supported, and
+            where global tokens are not supported.
         """
         if mask_BT is not None and segments_BT is not None:
             raise UserError("mask_BT and segments_BT are both given; give only one: a mask is segments of 0 and 1")
@@ -195,8 +198,14 @@ class LM:
                 tokens_BT, segments_BT = target_tokens_BT, target_mask_BT
         elif target_tokens_BT is not None:
             raise UserError(f"target_tokens_BT is given, but the model is a(n) {self.config.structure}; leave it out")
+        named: dict[str, Any] = {}
+        if global_BT is not None:
+            source_BT = inputs[1]
+            named["global_BT"] = jnp.asarray(global_BT) > 0
+            if source_BT is not None:
+                named["global_BT"] &= jnp.asarray(source_BT) > 0
         collections = ["states"] * states + ["weights"] * attentions
-        x_BTD = apply(self.module, params, *inputs, mutable=collections or False)
+        x_BTD = apply(self.module, params, *inputs, mutable=collections or False, **named)
         stacks: dict[str, StackOutputs | None] = {"encoder": None, "decoder": None}
         if collections:
             x_BTD, sown = x_BTD

@@ -29,6 +29,7 @@ CASES = {  # preset, task, kind of tokenizer
     "bert": ("bert-base", MaskedLM(), "wordpiece"),
     "bert with pairs": ("bert-base", MaskedLM(next_sentence=True), "wordpiece"),
     "roberta": ("roberta-base", MaskedLM(), "wordpiece"),
+    "longformer": ("longformer-base", MaskedLM(), "wordpiece"),
     "mpnet": ("mpnet-base", MaskedLM(), "wordpiece"),
     "nomic bert": ("nomic-bert", MaskedLM(), "wordpiece"),
     "gte": ("gte-base-en-v1.5", MaskedLM(), "wordpiece"),
@@ -45,6 +46,7 @@ CASES = {  # preset, task, kind of tokenizer
     "m2m_100": ("m2m100-418m", Infilling(), "unigram"),
     "pegasus": ("pegasus-large", Infilling(), "unigram"),
     "bart": ("bart-base", Infilling(), "unigram"),
+    "led": ("led-base", Infilling(), "unigram"),
 }
 FAST = ("bert",)
 
@@ -67,7 +69,7 @@ def checkpoint(folder: Path, preset: str, kind: str) -> tuple[Path, LM]:
     config = PRESETS[next(name for name in PRESETS if name.startswith(preset))]
     small = SMALL | {"kv_heads": 1 if config.kv_heads else None, "head_width": 8 if config.head_width else None}
     small |= {"embedding_width": 8} if config.embedding_width else {}
-    small |= {"decoder_layers": None}
+    small |= {"decoder_layers": None, "decoder_max_length": None}
     body = () if config.structure == "encoder" else ("lm",)
     config = replace(config, **small, dropout=0.0, attention_dropout=0.0, heads_on_top=body)
     tokenizer = tokenizers.train(TEXT, TokenizerConfig(train=kind, sentinels=20 * (kind == "unigram")), 320)

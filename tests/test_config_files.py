@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from jaxlm.__main__ import main
@@ -70,7 +72,7 @@ OTHER_NAMES = {
     "num-train-epochs": "--epochs",
     "batch-size": "--batch",
     "max-length": "--data.length",
-    "model": "--init",
+    "model-name": "--init",
     "output-dir": "--workdir",
     "train-file": "--data.path",
     "gradient-accumulation-steps": "--accumulate",
@@ -86,6 +88,32 @@ def test_a_flag_of_another_tool_suggests_that_of_jaxlm(capsys, name):
         assert main(["train", "quickstart", *arguments]) == 2
         message = capsys.readouterr().err
         assert f"there is no --{name.replace('_', '-')}" in message and OTHER_NAMES[name] in message
+
+
+PRESETS = {
+    "a near name": (["--model", "lstm-classifer"], ["not a preset", "'lstm-classifier'"]),
+    "a hub name": (["--model=bert-base-uncased"], ["not a preset", "--init"]),
+    "no value": (["--model", "--steps", "3"], ["--model has no value", "preset"]),
+}
+
+
+@pytest.mark.parametrize("verb", ["train", "plan", "baseline"])
+@pytest.mark.parametrize("name", PRESETS)
+def test_an_unknown_preset_raises_an_error(capsys, verb, name):
+    arguments, expected = PRESETS[name]
+    assert main([verb, "quickstart", *arguments]) == 2
+    message = capsys.readouterr().err
+    assert all(word in message for word in expected), message
+
+
+def test_a_preset_replaces_the_model_of_a_config():
+    from pathlib import Path
+
+    from jaxlm.__main__ import _read_run
+    from jaxlm.families import PRESETS
+
+    run = _read_run("train", Path("trec"), [], ["--model", "gru-tagger", "--model.layers", "2", "--batch", "8"])
+    assert run.model == dataclasses.replace(PRESETS["gru-tagger"], layers=2) and run.batch == 8
 
 
 def test_every_suggested_flag_exists():

@@ -47,6 +47,7 @@ HYBRID |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_h
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
 EXPERTS |= {"shared_expert_intermediate_size": 12}
 MIXED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "decoder_sparse_step": 2}
+LED = {"max_encoder_position_embeddings": 48, "max_decoder_position_embeddings": 32, "attention_window": [4, 8]}
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt2": ("GPT2", "LMHeadModel", GPT2),
     "gpt_neox": ("GPTNeoX", "ForCausalLM", WIDE | {"rotary_pct": 0.5}),
@@ -84,6 +85,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "marian": ("Marian", "MTModel", SEQ2SEQ | {"decoder_start_token_id": 1, "bad_words_ids": [[1]]}),
     "pegasus": ("Pegasus", "ForConditionalGeneration", SEQ2SEQ | {"decoder_start_token_id": 0, "pad_token_id": 0}),
     "m2m_100": ("M2M100", "ForConditionalGeneration", SEQ2SEQ | {"forced_bos_token_id": 7, "bad_words_ids": [[1]]}),
+    "led": ("LED", "ForConditionalGeneration", SEQ2SEQ | LED),
 }
 SINUSOIDAL = ("Marian", "Pegasus", "M2M100")
 GENERATION_KEYS = ("forced_eos_token_id", "forced_bos_token_id", "bad_words_ids")
@@ -99,7 +101,7 @@ def pair(name: str, folder: str) -> tuple[Any, jaxlm.LM]:
     config._attn_implementation = "sdpa" if getattr(config, "alibi", False) else "eager"  # as in test_parity
     torch.manual_seed(0)
     model = getattr(transformers, family + head)(config).eval()
-    normed = family in ("Bart", "MBart", *SINUSOIDAL)
+    normed = family in ("Bart", "MBart", "LED", *SINUSOIDAL)
     for n, parameter in (*model.named_parameters(), *model.named_buffers()):
         fixed = "inv_freq" in n or (family in (*SINUSOIDAL, "GPTJ") and "embed_positions" in n)
         if parameter.dtype == torch.float32 and parameter.dim() and not fixed:

@@ -41,6 +41,8 @@ def inputs(config: dict[str, Any]) -> dict[str, np.ndarray]:
     tokens = random.randint(6, config["vocab_size"], (2, T))
     if config.get("is_encoder_decoder"):
         tokens[[0, 1], [T - 1, 4]] = end
+    if config["architectures"] == ["LongformerForQuestionAnswering"]:  # transformers requires three separators
+        tokens[[[0], [1]], [[2, 3, T - 1], [1, 2, 4]]] = config["sep_token_id"]
     arrays = {"tokens_BT": np.where(mask, tokens, padding), "mask_BT": mask}
     classes = "ForSequenceClassification" in config["architectures"][0]
     if config.get("is_encoder_decoder") and not classes and "Encoder" not in config["architectures"][0]:

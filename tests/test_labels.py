@@ -525,6 +525,7 @@ ENCODERS = (
     "nomic-bert",
     "gte-base-en-v1.5",
     "roberta-base",
+    "longformer-base-4096",
 )
 
 

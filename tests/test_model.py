@@ -18,7 +18,7 @@ from jaxlm.config import CausalLM, MaskedLM, MeshConfig, ModelConfig, OptimizerC
 from jaxlm.devices import sharding
 from jaxlm.families import PRESETS
 from jaxlm.nn import parameters
-from jaxlm.nn.block import window_of
+from jaxlm.nn.block import cached_window
 from jaxlm.nn.layers import Dropout
 from jaxlm.nn.losses import cross_entropy
 from jaxlm.nn.stacking import parts_of
@@ -32,6 +32,7 @@ SMALL = {"vocabulary": 96, "max_length": 32, "width": 24, "layers": 2, "heads": 
 SMALL |= {"dropout": 0.0, "attention_dropout": 0.0}
 MIXED: dict[str, Any] = {"experts": 4, "expert_width": 18, "balance_loss": 0.0, "mixers": ("attention", "gru")}
 MIXED |= {"feed_forwards": ("gated", *["experts"] * 4), "layer_kinds": ("global",)}
+LONG = {"layer_windows": (2, 4), "global_tokens": "first", "padding_token": None}  # any token may occur
 MODELS = {
     "gpt2": replace(PRESETS["gpt2"], **SMALL),
     "gpt3": replace(PRESETS["gpt3-xl"], **SMALL | {"head_width": 16}),
@@ -54,6 +55,8 @@ MODELS = {
     "falcon": replace(PRESETS["falcon-rw-1b"], **SMALL, kv_heads=3),
     "t5": replace(PRESETS["t5-small"], **SMALL | {"head_width": 4}, mlp_width=24, relative_buckets=8),
     "bart": replace(PRESETS["bart-base"], **SMALL),
+    "led": replace(PRESETS["led-base-16384"], **SMALL, window=3, decoder_max_length=24, global_tokens="first"),
+    "longformer": replace(PRESETS["longformer-base-4096"], **SMALL, **LONG),
     "m2m_100": replace(PRESETS["m2m100-418m"], **SMALL, mlp_width=24, padding_token=None),  # any token may occur
     # One complete cycle of kinds, and an incomplete one.
     "modernbert": replace(PRESETS["modernbert-base"], **SMALL | {"layers": 4}, mlp_width=24, window=3),
@@ -201,7 +204,7 @@ def test_a_decoder_is_causal_and_an_encoder_attends_to_all(model, params):
     derivative_TVD = np.asarray(jax.jit(derivatives)(params, directions))
     attends_TS = (derivative_TVD[:, tokens[0]] != 0).any(-1)
     expected = np.ones((SHORT, SHORT), bool)
-    if model.layer_kinds == ("local",):  # each layer extends the reach by its window
+    if model.layer_kinds == ("local",) and model.structure == "decoder":  # each layer extends the reach by its window
         expected = np.tri(SHORT, k=0) > np.tri(SHORT, k=-1 - model.layers * (model.window - 1))
     np.testing.assert_array_equal(attends_TS, expected if model.structure == "encoder" else np.tril(expected))
 
@@ -368,7 +371,8 @@ def test_cached_decoding_equals_uncached_decoding(name):
     fill = jax.jit(lambda *inputs: apply(module, *inputs[:2], CacheSpec(inputs[2], 10), *inputs[3:], method="prefill"))
     first, caches = fill(params, prompts, lengths, *context)
     slots = [cache.k_BKSC.shape[2] for cache in caches.own]
-    assert slots == [window_of(model, *layer[:2]) or 10 for layer in parts_of(model)]
+    layers = parts_of(model.decoder_config, len(caches.own))
+    assert slots == [cached_window(layer) or 10 for layer in layers]
     for row, length in enumerate(lengths):
         np.testing.assert_allclose(np.asarray(first)[row, :length], whole[row, :length], atol=2e-5, rtol=1e-4)
     for n in range(SHORT - 3):

@@ -74,6 +74,11 @@ FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, ...], dict[str, dict[str, A
         BERT_LIKE | {"padding": {"pad_token_id": 5, "type_vocab_size": 1, "max_position_embeddings": 24}},
     ),
     "XLMRoberta": (WIDE, ENCODER_HEADS, {"": {}}),
+    "Longformer": (
+        WIDE | {"attention_window": 4, "max_position_embeddings": 40, "sep_token_id": 2},
+        ENCODER_HEADS,
+        BERT_LIKE | {"windows": {"attention_window": [4, 8, 4]}, "padding": {"pad_token_id": 5, "type_vocab_size": 1}},
+    ),
     "Camembert": (WIDE, ENCODER_HEADS, {"": {}}),
     "MPNet": (WIDE, ENCODER_HEADS, BERT_LIKE | {"padding": {"pad_token_id": 5}}),
     "DistilBert": (
@@ -311,6 +316,11 @@ FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, ...], dict[str, dict[str, A
         | SEPARATE
         | UNEQUAL,
     ),
+    "LED": (
+        SEQ2SEQ | {"max_encoder_position_embeddings": 20, "max_decoder_position_embeddings": 10, "attention_window": 4},
+        ("ForConditionalGeneration", "Model"),
+        {"": {}, "windows": {"attention_window": [4, 8], "activation_function": "relu"}} | SEPARATE | UNEQUAL,
+    ),
 }
 SINUSOIDAL = ("Marian", "Pegasus", "M2M100")
 TEXT_CONFIGS = ("Gemma3", "Qwen3_5", "Qwen3_5Moe")  # families whose config of text models has another name
@@ -366,6 +376,9 @@ def assert_same(model: Any, lm: jaxlm.LM, head: str, left: bool) -> None:
     if getattr(model.config, "type_vocab_size", 0) and "Distil" not in type(model).__name__:
         inputs["token_type_ids"] = random.integers(0, model.config.type_vocab_size, (3, T))
     named = {"mask_BT": inputs["attention_mask"], "types_BT": inputs.get("token_type_ids")}
+    if type(model).__name__ == "LongformerForQuestionAnswering":  # without it, each row needs three separators
+        inputs["global_attention_mask"] = random.integers(0, 2, (3, T))
+        named["global_BT"] = inputs["global_attention_mask"]
     target_real = real
     if model.config.is_encoder_decoder and head not in ("EncoderModel", "ForSequenceClassification"):
         target_real = np.arange(9) < np.array([[9], [5], [2]])
@@ -404,6 +417,8 @@ def assert_same(model: Any, lm: jaxlm.LM, head: str, left: bool) -> None:
         for layer, state in enumerate(states):
             if state.shape[-1] == lm.config.width:  # OPT may project the last one
                 assert_close(inside.states_LBTD[layer], state, mask, f"{stack}state {layer}")
+        if stack != "decoder_" and hasattr(model.config, "attention_window"):  # stored by distance
+            weights = None
         for layer, weight in enumerate(weights or ()):
             assert_close(
                 np.asarray(inside.attention_LBHTS[layer]).transpose(0, 2, 1, 3),
@@ -430,8 +445,10 @@ def test_models_are_equal_in_both_directions(tmp_path, family, head, shape):
     model.save_pretrained(tmp_path / "theirs")
     lm = jaxlm.load(tmp_path / "theirs")
     # Only DeBERTa masks all keys for padding, and with `left` the first token is padding. XLNet's classifier reads the
-    # last position, padding or not. Falcon rounds ALiBi, and padding changes the positions of the keys.
+    # last position, padding or not. Falcon rounds ALiBi, and padding changes the positions of the keys. Longformer's
+    # padding attends to nothing, but its classifier and pooler read the first position, padding or not.
     one_side = {"DebertaV2": (False,), "XLNet": (True,)} if head == "ForSequenceClassification" else {}
+    one_side |= {"Longformer": (False,)} if head in ("ForSequenceClassification", "Model") else {}
     sides = (False,) if (family, shape) == ("Falcon", "rw") else one_side.get(family, (False, True))
     for left in sides:
         assert_same(model, lm, head, left)

@@ -247,6 +247,20 @@ def test_captions_give_the_configured_peak_and_the_last_value(tmp_path):
     assert "<figcaption>held-out 50.0 %</figcaption>" in page and "<strong>" not in page  # all are equal
 
 
+def test_the_best_baseline_is_a_line_in_the_chart_of_its_score(tmp_path):
+    rows = [{"step": step, "eval/mse": 1 / step, "eval/f1": 0.5, "eval/macro_f1": 0.4} for step in (1, 2)]
+    scores = ({"mse": 0.7, "f1": 0.9}, {"mse": 0.6}, {"mse": math.nan}, {})
+    baselines = [{"name": f"baseline {n}", "scores": part, "note": ""} for n, part in enumerate(scores)]
+    write_metrics(tmp_path, rows)
+    (tmp_path / "baseline.json").write_text(json.dumps(baselines))
+    assert "held-out 0.5, its best; baseline baseline 1 0.6" in report.write(tmp_path, {}, {}, None).read_text()
+    lines = {chart.name: chart.baseline for chart in charts.charts_of_run(tmp_path)}
+    assert lines["mse"] == ("baseline 1", 0.6) and lines["f1"] is None  # a chart of two scores has no line
+    for content in ("", "{}", "[1]", '[{"name": "a", "scores": {"mse": "x"}}]'):
+        (tmp_path / "baseline.json").write_text(content)
+        assert all(chart.baseline is None for chart in charts.charts_of_run(tmp_path))
+
+
 # Sections
 
 STRANGE = ("体育", "شعر", "a" * 90 + "1" + "z" * 30, "a" * 90 + "2" + "z" * 30, "$5 or $10", "", "line\nbreak")

@@ -170,6 +170,11 @@ CASES: dict[str, Case] = {
         "BartForConditionalGeneration",
         SEQ2SEQ,
     ),
+    "led": (
+        lambda f: byte_pairs(f, *ROBERTA, tokenizer_class="LEDTokenizer"),
+        "LEDForConditionalGeneration",
+        SEQ2SEQ | {"max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 64, "attention_window": 4},
+    ),
     "mbart": (
         lambda f: checkpoint("mbart", f, src_lang="de_DE", tgt_lang="ro_RO"),
         "MBartForConditionalGeneration",
@@ -201,7 +206,7 @@ def case(name: str, folder: Path) -> tuple[Any, Any, jaxlm.LM]:
     model_class = getattr(transformers, kind)
     ids = {role: getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
     special = {f"{role}_token_id": i for role, i in ids.items()}
-    if kind.startswith(("Bart", "MBart")):
+    if kind.startswith(("Bart", "MBart", "LED")):
         language = tokenizer.convert_tokens_to_ids("ro_RO") if kind.startswith("MBart") else None
         special |= {"decoder_start_token_id": ids["eos"], "forced_bos_token_id": language, "forced_eos_token_id": None}
     if kind.startswith("M2M100"):
@@ -295,6 +300,7 @@ ENCODERS = {
     "bert": ("bert", "BertForMaskedLM"),
     "roberta": ("roberta", "RobertaForMaskedLM"),
     "roberta without flags": ("roberta", "RobertaForMaskedLM"),
+    "longformer": ("roberta", "LongformerForMaskedLM"),
     "xlm-roberta": ("xlm-roberta", "XLMRobertaForMaskedLM"),
     "camembert": ("camembert", "CamembertForMaskedLM"),
     "mpnet": ("mpnet", "MPNetForMaskedLM"),

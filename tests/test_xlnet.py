@@ -154,6 +154,44 @@ def test_examples_are_framed_texts_that_change_with_each_epoch():
     assert text == list(range(10, 50))
 
 
+def test_memory_is_the_text_of_the_same_document_before_a_piece():
+    corpus = Corpus(np.arange(10, 50).astype(np.uint16), np.array([0, 1, 1, 12, 40]), np.arange(5), 1)
+    examples = PermutedLMTask(PermutedLM(memory=5), 12, 0, frame([])).examples(corpus, True)
+    epoch = examples.epoch(0)
+    features = epoch.features(np.arange(len(examples.spans))).split()
+    assert [len(f["order_BT"]) for f in features] == epoch.lengths.tolist() and epoch.lengths.max() == 12
+    memory = [f["tokens_BT"][f["order_BT"] < 0].tolist() for f in features]
+    text = [f["tokens_BT"][(f["order_BT"] < 0).sum() : -2].tolist() for f in features]
+    assert text == [
+        [10],
+        *(list(range(n, min(n + 5, 22))) for n in (11, 16, 21)),
+        *([*range(n, min(n + 5, 50))] for n in range(22, 50, 5)),
+    ]
+    starts = [piece[0] for piece in text]
+    firsts = [10, 11, 11, 11, *[22] * 6]
+    assert memory == [list(range(max(first, start - 5), start)) for first, start in zip(firsts, starts)]
+    alone = PermutedLMTask(PermutedLM(), 7, 0, frame([])).examples(corpus, True)
+    without = alone.epoch(0).features(np.arange(len(alone.spans))).split()
+    assert [f["order_BT"][f["order_BT"] >= 0].tolist() for f in features] == [f["order_BT"].tolist() for f in without]
+
+
+def test_a_text_reads_its_memory_which_has_no_gradient_and_does_not_read_the_text():
+    T, M, places = 9, 4, jnp.asarray([[5, 7]])
+    order, segments = jnp.asarray([[-1] * M + [0, 2, 0, 1, 0]]), jnp.ones((1, T), jnp.int32)
+    module, params = Transformer(XLNET), jax.device_put(random_params(XLNET))
+    mask_BTS, mask_BQS = permutation_masks(order, segments, places)
+    tokens = jnp.asarray([[5, 6, 7, 8, 9, 10, 11, 12, 13]])
+    targets = Targets(places, mask_BQS, order < 0)
+    x_BND, inputs = apply(module, params, tokens, segments, method="embed", mask_BTS=mask_BTS, targets=targets)
+    queries = lambda x_BND: apply(module, params, x_BND, inputs, method="stack")
+    gradient_TD = jax.grad(lambda x: (queries(x) ** 2).sum())(x_BND)[0, :T]
+    assert not gradient_TD[:M].any() and gradient_TD[M].any() and gradient_TD[7].any()
+    other_memory, other_text = x_BND.at[:, 1].add(1.0), x_BND.at[:, M].add(1.0)
+    assert np.abs(queries(other_memory) - queries(x_BND)).min() > 0
+    content = lambda x_BND: apply(module, params, x_BND[:, :T], inputs._replace(targets=None), method="stack")
+    np.testing.assert_array_equal(content(other_text)[:, :M], content(x_BND)[:, :M])
+
+
 def test_every_target_of_a_full_row_is_counted():
     task = PermutedLMTask(PermutedLM(rate=0.4, max_span=3), 64, 0, frame([]))
     sizes = np.array([1, 1, 5, 9, 30, 16, 40, 63])
@@ -204,6 +242,8 @@ NO_STREAM = replace(XLNET, query_stream=False)
         ({"model": replace(PRESETS["gpt2"], **SMALL)}, "PermutedLM needs a(n) encoder with the heads ('lm',)"),
         ({"task": PermutedLM(rate=0.0)}, "task.rate is 0.0"),
         ({"task": PermutedLM(max_span=0)}, "task.max_span is 0"),
+        ({"task": PermutedLM(memory=-1)}, "task.memory is -1"),
+        ({"task": PermutedLM(memory=38)}, "task.memory is 38, which leaves no space for a text in a row of 40 tokens"),
         ({"tokenizer": TokenizerConfig(train="bpe")}, "train one with --tokenizer.train wordpiece"),
     ],
 )
@@ -305,11 +345,39 @@ def test_both_streams_equal_those_of_transformers(tmp_path, clamp):
     np.testing.assert_allclose(np.asarray(ours[1])[real > 0], content[real > 0], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parity
+def test_a_text_with_memory_equals_the_second_segment_of_transformers(tmp_path):
+    """Logits of both streams are within 1e-5 of those with the cached states of the first segment (`mems`)."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    M, T, Q = 6, 9, 3
+    sizes = {"vocab_size": 41, "d_model": 18, "n_layer": 3, "n_head": 3, "d_inner": 20, "mem_len": M}
+    model = transformers.XLNetLMHeadModel(transformers.XLNetConfig(**sizes)).eval()
+    for parameter in model.parameters():
+        parameter.data = torch.randn_like(parameter) * 0.3
+    model.save_pretrained(tmp_path)
+    lm, random = jaxlm.load(tmp_path), np.random.default_rng(0)
+    order_BT, places_BQ = permutation(np.array([T, T]), T, Q)
+    tokens = random.integers(6, 41, (2, M + T))
+    hidden = (order_BT[:, None] > 0) & (order_BT[:, None] >= order_BT[:, :, None])
+    inputs = {"perm_mask": torch.tensor(hidden).float(), "input_ids": torch.tensor(tokens[:, M:])}
+    targets = {"target_mapping": torch.tensor(np.eye(T)[places_BQ]).float()}
+    with torch.no_grad():
+        mems = model(torch.tensor(tokens[:, :M]), use_mems=True).mems
+        expected = [model(**inputs, **more, mems=mems).logits.numpy() for more in (targets, {})]
+    rows = np.concatenate([np.full((2, M), -1), order_BT], 1)
+    ones = np.ones_like(rows)
+    queries, content = streams(lm.module, lm.params, tokens, ones, 0 * ones, rows, places_BQ + M)
+    np.testing.assert_allclose(queries, expected[0], atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(content[:, M:], expected[1], atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("shape", [(2, 1, 2, 2), (1, 2, 3, 1)], ids=str)
 def test_a_sharded_gradient_equals_an_unsharded_one(shape):
     """The number of targets, 9, is a multiple of no axis."""
     config = replace(XLNET, heads=6, width=24)
-    task = PermutedLMTask(PermutedLM(), 24, 0, frame([])).replace_fields(targets=9)
+    task = PermutedLMTask(PermutedLM(memory=3), 24, 0, frame([])).replace_fields(targets=9)
     sizes = np.array([5, 7, 9, 14, 22, 3, 4, 22, 10, 8])
     corpus = Corpus(np.arange(sizes.sum()).astype(np.uint16), np.cumsum([0, *sizes]), np.arange(len(sizes) + 1), 1)
     batch = {name: jnp.asarray(array) for name, array in task.batches(corpus, 2, 24, 0).batch_at(0).items()}

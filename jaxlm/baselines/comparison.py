@@ -10,7 +10,7 @@ from jaxlm.baselines.result import Baseline
 from jaxlm.config import BaselineConfig
 from jaxlm.data.corpus import Corpus, Prepared
 from jaxlm.errors import UserError
-from jaxlm.reports.metrics import SCORE_FAMILIES, format_score, metric_label, parse_name
+from jaxlm.reports.metrics import format_score, metric_label, rank
 from jaxlm.reports.report import Table
 from jaxlm.tasks.cells import Records
 from jaxlm.tasks.multi_task import TaskMixture
@@ -83,7 +83,7 @@ def find_better(scores: Mapping[str, float], baselines: Sequence[Baseline], comp
     sentences = []
     for name in compared:
         best = _best_by(name, baselines)
-        if best is None or name not in scores or _rank(name, scores[name]) > _rank(name, best.scores[name]):
+        if best is None or name not in scores or rank(name, scores[name]) > rank(name, best.scores[name]):
             continue
         label, ours, theirs = metric_label(name), *(format_score(name, x[name]) for x in (scores, best.scores))
         remedy = "; train on more text, or start from a pretrained model with --init" * (name == "bits_per_byte")
@@ -120,10 +120,4 @@ def comparison_table(scores: Mapping[str, float], baselines: Sequence[Baseline],
 def _best_by(name: str, baselines: Sequence[Baseline]) -> Baseline | None:
     """Returns the baseline with the best value of a score."""
     found = [baseline for baseline in baselines if name in baseline.scores]
-    return max(found, key=lambda baseline: _rank(name, baseline.scores[name]), default=None)
-
-
-def _rank(name: str, value: float) -> float:
-    """Returns a score, negated if lower is better."""
-    family = SCORE_FAMILIES.get(parse_name(name).family)
-    return -value if family is not None and family.better == "low" else value
+    return max(found, key=lambda baseline: rank(name, baseline.scores[name]), default=None)

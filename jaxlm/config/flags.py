@@ -33,7 +33,7 @@ _ALIASES: dict[str, tuple[str, ...]] = {
         "length",
         "max-new-tokens",
     ),
-    "model model-name model-name-or-path checkpoint pretrained from-pretrained base-model": ("init",),
+    "model-name model-name-or-path checkpoint pretrained from-pretrained base-model": ("init",),
     "output-dir out-dir save-dir run-dir output out": ("workdir", "output"),
     "dataset data data-dir data-path train-file train-data train input file": ("data.path", "file"),
     "validation-file eval-file eval-data dev val validation test-file": ("data.eval-path",),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from jaxlm.config.ranges import (
     AboveZero,
@@ -28,6 +28,7 @@ ENCODER_BIASES: tuple[Bias, ...] = ("query_key_value", "out", "mlp", "norm", "tr
 RotaryScaling = Literal["none", "linear", "dynamic", "llama3", "yarn", "longrope"]
 LayerKind = Literal["global", "local", "global_nope", "local_nope"]  # nope: no positions (Kazemnejad et al. 2023)
 Relative = Literal["none", "buckets", "disentangled", "alibi", "transformer_xl"]
+GlobalTokens = Literal["head", "none", "first", "question"]
 NormPlace = Literal["pre", "post", "sandwich", "out", "none"]
 Residual = Literal["sequential", "parallel", "parallel_one_norm"]
 MAX_LAYERS = 10_000  # upper limit, so that a corrupt config.json cannot request an absurd model
@@ -47,7 +48,8 @@ class ModelConfig(Config):
     labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")  # names of the outputs of the heads classes and tokens
 
     vocabulary: Positive = 50257  # rows of the token embedding; at least the size of the tokenizer
-    max_length: Positive = 1024  # maximum sequence length in tokens
+    max_length: Positive = 1024  # maximum sequence length in tokens; of the encoder in an encoder-decoder
+    decoder_max_length: Positive | None = None  # of the decoder in an encoder-decoder; None: as max_length
     types: Count = 0  # number of token types (BERT: 2); 0: none
     types_in: Literal["embeddings", "attention"] = "embeddings"  # added, or compared (XLNet; transformer_xl only)
     width: Positive = 768  # model width D
@@ -71,7 +73,12 @@ class ModelConfig(Config):
     attention_cap: NotNegative = 0.0  # soft cap of the attention scores, by tanh (Gemma 2); 0: none
     layer_kinds: tuple[LayerKind, ...] = ("global",)  # attention of each layer, cycled; nope: no rotary positions
     prefix_lm: bool = False  # bidirectional attention within the prompt of a decoder (Raffel et al. 2020)
+    decoder_layer_kinds: tuple[LayerKind, ...] | None = None  # of an encoder-decoder's decoder; None: as layer_kinds
     window: Count = 0  # attention window of local layers: tokens less than this many positions away are visible
+    layer_windows: tuple[Positive, ...] = ()  # window of each layer of the model's first stack, cycled; empty: window
+    global_attention: bool = False  # separate projections for tokens that attend to all tokens (Longformer)
+    global_tokens: GlobalTokens = "head"  # these tokens; head: first for classes, question for span, otherwise none
+    separator_token: Count | None = None  # token after the question of an example (global_tokens question)
 
     mlp_width: Positive | None = None  # MLP width F; None: 4 x width
     feed_forward: Name = "dense"  # dense, gated (GLU, Shazeer 2020), experts, none, or the name of a custom class
@@ -173,11 +180,24 @@ class ModelConfig(Config):
 
     @property
     def decoder_config(self) -> ModelConfig:
-        """The config with the heads and the MLP width of the decoder of an encoder-decoder."""
-        if self.decoder_heads is None and self.decoder_mlp_width is None:
-            return self
-        heads, mlp_width = self.decoder_heads or self.heads, self.decoder_mlp_width or self.F
-        return dataclasses.replace(self, heads=heads, mlp_width=mlp_width, decoder_heads=None, decoder_mlp_width=None)
+        """The config with the sizes and the attention of the decoder of an encoder-decoder."""
+        changes: dict[str, Any] = {}
+        for name in _OF_DECODER:
+            if (value := getattr(self, f"decoder_{name}")) is not None:
+                changes |= {name: value, f"decoder_{name}": None}
+        if self.structure == "encoder_decoder":
+            plain = {"layer_windows": (), "global_attention": False, "global_tokens": "head"}
+            changes |= {name: value for name, value in plain.items() if getattr(self, name) != value}
+        return dataclasses.replace(self, **changes) if changes else self
+
+    @property
+    def global_rule(self) -> Literal["none", "first", "question"]:
+        """Which tokens have global attention, as `global_tokens` or else the heads determine."""
+        if not self.global_attention:
+            return "none"
+        if self.global_tokens != "head":
+            return self.global_tokens
+        return "question" if "span" in self.heads_on_top else "first" if "classes" in self.heads_on_top else "none"
 
     @property
     def matrix_std(self) -> float | None:
@@ -248,20 +268,20 @@ class ModelConfig(Config):
     @property
     def has_local_layers(self) -> bool:
         """Whether a layer has local attention."""
-        return any(is_local(kind) for kind in self.layer_kinds)
+        return any(is_local(kind) for kind in (*self.layer_kinds, *(self.decoder_layer_kinds or ())))
 
     @property
     def position_limit(self) -> int | None:
-        """Maximum length of a sequence that the model has position embeddings for; None: no limit."""
+        """Maximum length of a sequence that the first stack has position embeddings for; None: no limit."""
         return self.max_length if self.positions == "learned" else None
 
     @property
     def text_limit(self) -> int | None:
-        """Maximum length of a generated text in tokens; None: no limit.
+        """Maximum length of a text of the decoder in tokens; None: no limit.
 
         Rotary positions extend to any length, but models are unreliable beyond the length they were trained on.
         """
-        return self.max_length if self.positions in ("learned", "rotary") else None
+        return self.decoder_config.max_length if self.positions in ("learned", "rotary") else None
 
     def check_length(self, length: int, name: str = "length", remedy: str = "lower it") -> None:
         """Raises UserError if a row of `length` tokens is longer than the positions of the model.
@@ -284,11 +304,12 @@ class ModelConfig(Config):
                 f"model.heads is {self.heads}, which does not divide model.width {self.width}; "
                 f"choose heads from {divisors(self.width)} or set model.head_width"
             )
-        if (self.decoder_heads or self.decoder_mlp_width) and self.structure != "encoder_decoder":
-            raise UserError(
-                f"model.decoder_heads is {self.decoder_heads} and model.decoder_mlp_width {self.decoder_mlp_width}, "
-                f"but the model is a(n) {self.structure}; they are for encoder-decoders: leave them out"
-            )
+        for name in (f"decoder_{name}" for name in _OF_DECODER):
+            if getattr(self, name) is not None and self.structure != "encoder_decoder":
+                raise UserError(
+                    f"model.{name} is {getattr(self, name)}, but the model is a(n) {self.structure}; it is for "
+                    f"encoder-decoders: leave it out"
+                )
         if self.decoder_config is not self:
             dataclasses.replace(self.decoder_config, structure="decoder", decoder_vocabulary=None).check()
         pairs = self.R // 2
@@ -327,8 +348,8 @@ class ModelConfig(Config):
         self._check_mixed_layers()
         if self.prefix_lm and self.structure != "decoder":
             raise UserError(f"model.prefix_lm is set, but the model is a(n) {self.structure}; it is for decoders only")
-        if self.has_local_layers and self.window < 1:
-            raise UserError(f"model.window is {self.window}; local layers need at least 1")
+        self._check_windows()
+        self._check_global_attention()
         self._check_mixer()
         if self.residual != "sequential" and (self.norm_place == "post" or self.structure == "encoder_decoder"):
             raise UserError(
@@ -359,6 +380,50 @@ class ModelConfig(Config):
                 f"model.relative_distance {self.relative_distance}"
             )
         self._check_transformer_xl()
+
+    def _check_windows(self) -> None:
+        """Raises UserError if local layers have no window, or if the windows of layers do not match the layers."""
+        kinds = self.layer_kinds if not self.layer_windows else self.decoder_layer_kinds or ()
+        if any(map(is_local, kinds)) and self.window < 1:
+            raise UserError(f"model.window is {self.window}; local layers need at least 1")
+        if not self.layer_windows:
+            return
+        if len(self.layer_windows) > self.layers:
+            raise UserError(
+                f"model.layer_windows has {len(self.layer_windows)} windows, but the model has {self.layers} layers; "
+                f"give at most one for each layer"
+            )
+        if not any(map(is_local, self.layer_kinds)):
+            raise UserError(
+                f"model.layer_windows is {self.layer_windows}, but no layer has local attention; leave it out, or set "
+                f"--model.layer-kinds local"
+            )
+
+    def _check_global_attention(self) -> None:
+        """Raises UserError for global tokens without their projections, and where these cannot be used."""
+        if not self.global_attention:
+            if self.global_tokens not in ("head", "none"):
+                raise UserError(
+                    f"model.global_tokens is {self.global_tokens!r}, but the model has no projections for tokens with "
+                    f"global attention; set model.global_tokens to none, or use a Longformer (--model.global-attention)"
+                )
+            return
+        if self.structure == "decoder" or self.mixer != "attention" or self.relative != "none" or self.query_key_norm:
+            raise UserError(
+                f"model.global_attention is set, but the structure is {self.structure}, the mixer {self.mixer!r}, "
+                f"relative {self.relative!r} and query_key_norm {self.query_key_norm}; it is for encoders with "
+                f"attention without relative positions and without norms of queries: leave it out"
+            )
+        if self.global_tokens == "head" and {"classes", "span"} <= set(self.heads_on_top):
+            raise UserError(
+                "model.global_tokens is 'head', but the heads classes and span have different global tokens; set "
+                "--model.global-tokens first"
+            )
+        if self.global_rule == "question" and self.separator_token is None:
+            raise UserError(
+                "model.global_tokens is 'question', but model.separator_token is None; set it to the token after the "
+                "question, or set --model.global-tokens first"
+            )
 
     def _check_transformer_xl(self) -> None:
         if self.relative != "transformer_xl":
@@ -470,6 +535,9 @@ class ModelConfig(Config):
                 f"set model.relative to none"
             )
 
+
+# Fields that the decoder of an encoder-decoder may have other values of, in the fields `decoder_...`.
+_OF_DECODER = ("heads", "mlp_width", "layer_kinds", "max_length")
 
 # Fields of ModelConfig with the dropout rate of one site; None stands for the value of `dropout`.
 DROPOUT_SITES = (

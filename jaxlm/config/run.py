@@ -168,7 +168,7 @@ class RunConfig(Config):
     def _check_model(self, model: ModelConfig) -> None:
         model.check()
         remedy = "lower --data.length, or use a model with more positions (--model.max-length)"
-        model.check_length(self.data.length, "data.length", remedy)
+        model.decoder_config.check_length(self.data.length, "data.length", remedy)
         if isinstance(self.task, TaskConfig):
             self.task.check_model(self, model)
         else:

@@ -158,6 +158,7 @@ class PermutedLM(TaskConfig):
     label_smoothing: ShareBelowOne = 0.0  # probability spread evenly over the vocabulary
     rate: OpenShare = 1 / 6  # fraction of the tokens to predict
     max_span: Annotated[int, Range(1, 1000)] = 5  # maximum length of a span of targets; all are equally likely
+    memory: Count = 0  # preceding tokens of the document that a text also attends to, within the row length
 
     def check_model(self, run: RunConfig, model: ModelConfig) -> None:
         """Raises UserError if the model is not an encoder with the head lm and a query stream."""
@@ -323,7 +324,10 @@ class Seq2Seq(TaskConfig):
         _check_decoding(self.decoding)
 
     def check_model(self, run: RunConfig, model: ModelConfig) -> None:
-        """Accepts every model: any structure can be trained on pairs of texts."""
+        """Raises UserError if the sources are longer than the encoder's positions; any structure can be trained."""
+        if model.structure == "encoder_decoder":
+            remedy = "lower it, or use a model with more positions (--model.max-length)"
+            model.check_length(self.source_length or run.data.length, "task.source_length", remedy)
 
 
 @dataclass(frozen=True)

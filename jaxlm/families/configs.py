@@ -72,7 +72,8 @@ def _check_types(family: Family, hf: dict[str, Any]) -> None:
             continue
         fits = type(value) is type(example) or (number and type(value) in (int, float))
         if isinstance(example, list):
-            fits = isinstance(value, (list, str))  # DeBERTa's pos_att_type can be both
+            # DeBERTa's pos_att_type can be a string, and Longformer's attention_window a number.
+            fits = isinstance(value, (list, str, int))
         if number and fits:
             fits = abs(value) <= MAX_INT and (type(value) is int or type(example) is float or value.is_integer())
         if not fits:

@@ -336,7 +336,10 @@ def _has_other_outputs(family: Family, hf: dict[str, Any], head: HeadChoice | No
 
 def _with_decoder_tokens(family: Family, config: ModelConfig, stored: Mapping[str, Any]) -> ModelConfig:
     """Returns the config with `decoder_tokens` set if an untied encoder-decoder has two different token embeddings."""
-    pair = (convert.DECODER_TOKENS, family.copies.get(convert.DECODER_TOKENS, ""))
+    own = convert.decoder_tokens(family)
+    if own is None:
+        return config
+    pair = own, family.copies[own]
     names = [name if name in stored else name.removeprefix(family.prefix) for name in pair]
     if config.tied_embeddings or not all(name in stored for name in names):
         return config

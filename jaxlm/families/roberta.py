@@ -15,20 +15,29 @@ TWICE = Key("classifier_dropout", "classes_input_dropout", None)  # also before 
 _FROM_HF, _TO_HF = key_conversion((TWICE, *bert.KEYS), FIXED, bert.ONLY)
 
 
-def _config_from_hf(hf: dict[str, Any]) -> ModelConfig:
+def with_padding(config: ModelConfig, hf: dict[str, Any]) -> ModelConfig:
+    """Returns the config with positions that skip padding; `config` counts all rows of the table as positions."""
     # Positions of tokens start at 1 + padding_token; padding has the position padding_token.
-    config, padding = _FROM_HF(hf), hf.get("pad_token_id", 1)
+    padding = hf.get("pad_token_id", 1)
     return dataclasses.replace(
         config, padding_token=padding, position_offset=padding + 1, max_length=config.max_length - padding - 1
     )
 
 
-def _config_to_hf(config: ModelConfig) -> dict[str, Any]:
-    values = bert.with_types(_TO_HF(config))
-    return values | {
+def _config_from_hf(hf: dict[str, Any]) -> ModelConfig:
+    return with_padding(_FROM_HF(hf), hf)
+
+
+def positions_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """Returns the keys of config.json for positions that skip padding."""
+    return {
         "max_position_embeddings": config.max_length + config.position_offset,
         "pad_token_id": max(0, config.position_offset - 1),
     }
+
+
+def _config_to_hf(config: ModelConfig) -> dict[str, Any]:
+    return bert.with_types(_TO_HF(config)) | positions_to_hf(config)
 
 
 def _roberta(layers: int, width: int, vocabulary: int = 50265) -> ModelConfig:

@@ -23,7 +23,9 @@ from jaxlm.families import (
     gptneo,
     granite,
     gte,
+    led,
     llama,
+    longformer,
     m2m_100,
     marian,
     mixtral,
@@ -50,6 +52,7 @@ FAMILIES: dict[str, Family] = {  # by `model_type` of config.json
     "roberta": roberta.FAMILY,
     "xlm-roberta": roberta.XLM_ROBERTA,
     "camembert": roberta.CAMEMBERT,
+    "longformer": longformer.FAMILY,
     "mpnet": mpnet.FAMILY,
     "distilbert": distilbert.FAMILY,
     "electra": electra.FAMILY,
@@ -91,6 +94,7 @@ FAMILIES: dict[str, Family] = {  # by `model_type` of config.json
     "marian": marian.FAMILY,
     "pegasus": pegasus.FAMILY,
     "m2m_100": m2m_100.FAMILY,
+    "led": led.FAMILY,
 }
 PRESETS: dict[str, ModelConfig] = (
     transformer.PRESETS

@@ -633,7 +633,11 @@ def key_conversion(
 def resolved(config: ModelConfig) -> ModelConfig:
     """Returns the config with explicit values for the sizes that default to other fields."""
     kinds = config.layer_kinds
+    windows, decoder = config.layer_windows, config.decoder_config
     sizes: dict[str, Any] = {
+        "layer_windows": tuple(windows[i % len(windows)] for i in range(config.layers)) if windows else (),
+        "decoder_layer_kinds": decoder.layer_kinds,
+        "decoder_max_length": decoder.max_length,
         "kv_heads": config.K,
         "head_width": config.C,
         "rotary_width": config.R,
@@ -668,7 +672,10 @@ def shortest(kinds: list[Any]) -> tuple[Any, ...]:
     return next((tuple(kinds[:n]) for n in lengths if all(k == kinds[i % n] for i, k in enumerate(kinds))), ())
 
 
-DECODER_TOKENS = "model.decoder.embed_tokens.weight"  # shows whether the decoder has its own token embeddings
+def decoder_tokens(family: Family) -> str | None:
+    """Returns the tensor that shows whether the decoder has its own token embeddings; None: there is none."""
+    name = f"{family.prefix}decoder.embed_tokens.weight"
+    return name if family.prefix and name in family.copies else None
 
 
 def can_represent(family: Family, config: ModelConfig) -> bool:
@@ -682,7 +689,7 @@ def can_represent(family: Family, config: ModelConfig) -> bool:
     try:
         back = family.config_from_hf(family.config_to_hf(config) | {"architectures": [heads(family, config)]})
         back = dataclasses.replace(back, heads_on_top=config.heads_on_top)
-        if DECODER_TOKENS in family.copies and not config.tied_embeddings:  # read from the tensors
+        if decoder_tokens(family) and not config.tied_embeddings:  # read from the tensors
             back = dataclasses.replace(back, decoder_tokens=config.decoder_tokens)
         back.check()
         if not family.ties:  # read from the tensors
@@ -705,10 +712,11 @@ def inference_config(config: ModelConfig) -> ModelConfig:
     Two models with equal results compute the same function of their parameters.
     """
     config, on_top = resolved(config), set(config.heads_on_top)
-    rotary, scaling = config.positions == "rotary", config.rotary_scaling
+    rotary, scaling, both = config.positions == "rotary", config.rotary_scaling, config.structure == "encoder_decoder"
+    local_decoder = both and config.decoder_config.has_local_layers
     unused = {  # fields -> whether they have no effect
         (*TRAINING_FIELDS, "labels", "start_token"): True,
-        ("max_length",): config.positions != "learned",
+        ("max_length", "decoder_max_length"): config.positions != "learned",
         ("position_offset", "padding_token"): config.positions not in ("learned", "sinusoidal"),
         ("count_padding",): config.positions != "learned",
         ("sinusoidal_to_base",): config.positions != "sinusoidal",
@@ -721,7 +729,9 @@ def inference_config(config: ModelConfig) -> ModelConfig:
         ("rotary_short", "rotary_long"): not rotary or scaling != "longrope",
         ("rotary_width",): not rotary,
         ("local_rotary_base",): not rotary or not config.has_local_layers,
-        ("window",): not config.has_local_layers,
+        ("window",): not config.has_local_layers or (config.layer_windows and not local_decoder),
+        ("global_tokens",): config.global_tokens in ("none", "head") and config.global_rule == "none",
+        ("separator_token",): config.global_rule != "question",
         ("query_key_norm_whole",): not config.query_key_norm,
         ("alibi_scaled",): config.relative != "alibi",
         ("types",): config.types > 0 and config.types_in == "attention",  # only equality has an effect
@@ -733,8 +743,8 @@ def inference_config(config: ModelConfig) -> ModelConfig:
         (*LINEAR_SIZES, "linear_conv_width"): "gated_delta" not in config.mixer_pattern,
         ("experts_per_token", "normalize_experts"): "experts" not in config.feed_forward_pattern,
         ("mlp_width",): set(config.feed_forward_pattern) == {"experts"},
-        ("decoder_layers", "decoder_heads", "decoder_mlp_width", "decoder_tokens"): config.structure
-        != "encoder_decoder",
+        ("decoder_layers", "decoder_heads", "decoder_mlp_width", "decoder_tokens", "decoder_layer_kinds"): not both,
+        ("decoder_max_length",): not both,
         ("scale_logits", "logit_divisor", "logit_cap"): "lm" not in on_top,
         ("tied_embeddings",): not on_top & {"lm", "masked_lm"},
         ("masked_lm_bias",): "masked_lm" not in on_top,

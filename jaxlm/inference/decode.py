@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlm.nn.block import window_of
+from jaxlm.nn.block import cached_window
 from jaxlm.nn.stacking import parts_of
 from jaxlm.nn.transformer import Caches, CacheSpec, Transformer, apply
 
@@ -188,11 +188,11 @@ def grow(module: Transformer, state: State, *, length: int) -> State:
     Short caches are faster to read, so they grow with the texts. A cache that already has the size of its attention
     window stays as it is.
     """
-    config, old_length = module.config, state.tokens_BT.shape[1]
+    config, old_length = module.config.decoder_config, state.tokens_BT.shape[1]
     pad = lambda x_BT: jnp.pad(x_BT, [(0, 0), (0, length - old_length)])
     own = []
     for layer, cache in zip(parts_of(config, len(state.caches.own)), state.caches.own):
-        window = window_of(config, layer.kind, layer.mixer)
+        window = cached_window(layer)
         slots = min(length, window) if window is not None and config.relative == "none" else length
         own.append(cache.extend(slots) if cache.slots == old_length < slots else cache)
     log_probs_BT = None if state.log_probs_BT is None else pad(state.log_probs_BT)

@@ -273,7 +273,7 @@ def _prompt_limit(lm: LM, decoding: Decoding) -> int | None:
     if not decoding.max_length and new >= positions:
         raise UserError(f"max_new_tokens is {new}; the model has {positions} positions: set at most {positions - 1}")
     if both:
-        return positions
+        return lm.config.max_length
     return min(decoding.max_length, positions) - 1 if decoding.max_length else positions - new
 
 
@@ -503,7 +503,7 @@ def limit_of(lm: LM, request: Request, decoding: Decoding) -> int:
 def cache_length(lm: LM, pending: Sequence[Request], decoding: Decoding) -> int:
     """Returns the number of cache slots for the longest of these texts."""
     length = _bucket(max(limit_of(lm, request, decoding) for request in pending), MIN_ROOM)
-    return min(length, lm.config.position_limit or length)
+    return min(length, lm.config.decoder_config.position_limit or length)
 
 
 def prompts_of(lm: LM, batch: Sequence[Request], pending: Sequence[Request], decoding: Decoding) -> Prompts:

@@ -236,7 +236,7 @@ def prediction_decoding(lm: LM) -> Decoding:
     # max_length and min_length include the start token of the decoder.
     max_length, min_length = fields.pop("max_length", 0), fields.pop("min_length", 0)
     if max_length:
-        fields["max_new_tokens"] = max(1, min(max_length, lm.config.max_length) - 1)
+        fields["max_new_tokens"] = max(1, min(max_length, lm.config.decoder_config.max_length) - 1)
     if min_length:
         fields["min_new_tokens"] = min(min_length - 1, fields.get("max_new_tokens", Decoding.max_new_tokens))
     return Decoding(temperature=0.0, **fields)

@@ -270,6 +270,9 @@ def _pair(lm: LM, n: int, pair: tuple[Text, Text], limit: int, too_long: str) ->
     if needs > limit and (too_long == "refuse" or len(after) > limit):
         remedy = "shorten it" if len(after) > limit else "shorten it, or set too_long='truncate'"
         raise UserError(f"pair {n} requires {needs} tokens in a row, more than {limit}; {remedy}")
+    if split:
+        of_target = len(begin) + len(after) - 1
+        lm.config.decoder_config.check_length(of_target, f"the continuation of pair {n}", "shorten it")
     before_S, after_T = np.array(before[-room:], np.int32), np.array(after, np.int32)
     if split:
         ids = np.array([*begin, *after_T], np.int32)

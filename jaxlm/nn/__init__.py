@@ -12,6 +12,8 @@ recurrent    LSTM and GRU in place of self-attention
 convolutional  convolutions in place of self-attention
 cache        keys and values of earlier tokens
 kernels      fused attention over packed rows
+windows      local attention in blocks, with memory in proportion to the length
+global_tokens  the tokens of an example with global attention
 positions    learned, sinusoidal, rotary and relative positions
 heads        outputs computed from the last hidden states
 crf          scores of sequences of tags, for tagging
@@ -35,5 +37,5 @@ In tensor code the suffix of a name is its shape, in these letters:
     F  MLP width                C  head width              R  relative distances; relation heads
     W  embedding width          c  pairs in a head         N  labels
     M  groups of positions      X  experts                 k  experts of a token
-    Q  targets of a query stream
+    Q  targets of a query stream   n  blocks of a row             g  global tokens of a row
 """

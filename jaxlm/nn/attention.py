@@ -13,11 +13,13 @@ import jax.numpy as jnp
 
 from jaxlm.config import ModelConfig
 from jaxlm.devices.sharding import Placement
+from jaxlm.nn import windows
 from jaxlm.nn.cache import Cache, create
 from jaxlm.nn.kernels import backend_of, choose, fused
-from jaxlm.nn.layers import Dropout, Linear, Norm, float32_einsum, query_std, residual_std
+from jaxlm.nn.layers import Dropout, Linear, Norm, drop, float32_einsum, query_std, residual_std
 from jaxlm.nn.nodes import array
 from jaxlm.nn.positions import Distances, Offsets, RotaryAngles, rotate
+from jaxlm.nn.windows import Heads
 
 BLOCK = 64  # minimum number of queries in a block of causal attention
 MASKED = -1e30  # finite, so that a row without visible keys gives numbers instead of NaN
@@ -40,6 +42,7 @@ class AttentionInputs(NamedTuple):
       cache_rotary: rotary angles of the slots of the cache, if the angles depend on the length of the sequence. The
         cache then stores keys before rotation, and they are rotated when they are read.
       cache_format: how a new cache stores keys and values, a value of `Decoding.cache`.
+      global_BT: True for tokens with global attention, as in `mask_BTS`; B may be 1. None: there are none.
     """
 
     mask_BTS: jax.Array
@@ -53,15 +56,20 @@ class AttentionInputs(NamedTuple):
     slot_positions_BS: jax.Array | None = None
     cache_rotary: RotaryAngles | None = None
     cache_format: str = "compute"
+    global_BT: jax.Array | None = None
 
 
 def self_mask(
-    segments_BT: jax.Array, causal: bool, window: int | None = None, prefix_BT: jax.Array | None = None
+    segments_BT: jax.Array,
+    causal: bool,
+    window: int | None = None,
+    prefix_BT: jax.Array | None = None,
+    global_BT: jax.Array | None = None,
 ) -> jax.Array:
     """Returns the mask of self-attention [B, T, T]: True where query t attends to key s.
 
-    Both must be in the same example, and less than `window` positions apart. If `causal`, key s must not be after query
-    t, unless it is in the prefix (`prefix_BT` > 0).
+    Both must be in the same example, and less than `window` positions apart, unless one of them has global attention.
+    If `causal`, key s must not be after query t, unless it is in the prefix (`prefix_BT` > 0).
     """
     mask_BTS = cross_mask(segments_BT, segments_BT)
     T = jnp.arange(segments_BT.shape[1])
@@ -69,7 +77,8 @@ def self_mask(
         visible_BTS = (T[:, None] >= T)[None]
         mask_BTS &= visible_BTS if prefix_BT is None else visible_BTS | (prefix_BT[:, None] > 0)
     if window is not None:
-        mask_BTS &= jnp.abs(T[:, None] - T) < window
+        near_BTS = (jnp.abs(T[:, None] - T) < window)[None]
+        mask_BTS &= near_BTS if global_BT is None else near_BTS | global_BT[:, :, None] | global_BT[:, None, :]
     return mask_BTS
 
 
@@ -91,7 +100,8 @@ def permutation_masks(order_BT: jax.Array, segments_BT: jax.Array, places_BQ: ja
     first.
 
     Args:
-      order_BT: the number of each token in the order of prediction, from 1; 0 for tokens that are given.
+      order_BT: the number of each token in the order of prediction, from 1; 0 for tokens that are given, and -1 for
+        those of an earlier segment, which do not read this one.
       segments_BT: number of each token's example, from 1; 0 for padding.
       places_BQ: the place of each target in its row.
     """
@@ -176,6 +186,85 @@ def _attend(
     return out_BTHC, (exps_BKGTS / sums_BKGT1).reshape(B, H, T, S)
 
 
+def windowed_attention(
+    heads: Heads,
+    of_global: Heads | None,
+    segments_BT: jax.Array,
+    window: int,
+    global_BT: jax.Array | None,
+    scores: Scores,
+    dropouts: Callable[[Any], Callable[[jax.Array], jax.Array]],
+    slots: int,
+) -> jax.Array:
+    """Returns bidirectional local attention [B, T, H, C] with memory in proportion to T times `window`.
+
+    Queries attend to tokens of their example that are less than `window` positions away, and to its global tokens.
+    Global tokens attend to their whole example.
+
+    Args:
+      heads: queries, keys and values.
+      of_global: queries of global tokens, and keys and values for them; None: there are no global tokens.
+      segments_BT: number of each token's example in the row, from 1; 0 for padding.
+      window: the width of local attention.
+      global_BT: True for global tokens.
+      scores: scale and cap of the scores.
+      dropouts: returns different dropouts of weights for different numbers.
+      slots: number of global tokens of a row for which this is fast; with more, the scores take the time of global
+        attention.
+    """
+    B, T = heads.q_BTHC.shape[:2]
+    segments_BT = jnp.broadcast_to(segments_BT, (B, T))
+
+    def in_blocks(keys: windows.GlobalKeys | None = None) -> jax.Array:
+        (q, k, v), mask_BTS = windows.split(heads, segments_BT, window, global_BT, keys)
+        return windows.join(_attend(q, create(k, v), mask_BTS, scores, dropouts(0))[0], B, T)
+
+    if of_global is None or global_BT is None:
+        return in_blocks()
+    global_BT = jnp.broadcast_to(global_BT, (B, T))
+    keys, q_BTHC = windows.find_global_keys(global_BT, slots), of_global.q_BTHC
+    kv = create(of_global.k_BTKC, of_global.v_BTKC)
+
+    def few() -> jax.Array:
+        mask_BgS = cross_mask(keys.take(segments_BT), segments_BT)
+        out_BgHC = _attend(keys.take(q_BTHC), kv, mask_BgS, scores, dropouts(1))[0]
+        return windows.put(in_blocks(keys), keys, out_BgHC)
+
+    many = partial(_attend_in_turn, heads, of_global, segments_BT, window, global_BT, scores, dropouts)
+    return jax.lax.cond(global_BT.sum(1).max() <= slots, few, many)
+
+
+def _attend_in_turn(
+    heads: Heads,
+    of_global: Heads,
+    segments_BT: jax.Array,
+    window: int,
+    global_BT: jax.Array,
+    scores: Scores,
+    dropouts: Callable[[Any], Callable[[jax.Array], jax.Array]],
+) -> jax.Array:
+    """Returns `windowed_attention` for any number of global tokens, one block of queries after the other."""
+    B, T = segments_BT.shape
+    kv, kv_of_global = (create(some.k_BTKC, some.v_BTKC) for some in (heads, of_global))
+    blocks = partial(windows.own, b=windows.block_size(window))
+    queries = heads.q_BTHC, of_global.q_BTHC, segments_BT, global_BT
+    xs = [blocks(x_BT).swapaxes(0, 1) for x_BT in queries]
+    places_nT = blocks(jnp.arange(T)[None])[0]
+
+    @jax.checkpoint
+    def attend(block: Any) -> jax.Array:
+        q_BTHC, q_global_BTHC, own_BT, is_global_BT, places_T, number = block
+        near_TS = jnp.abs(places_T[:, None] - jnp.arange(T)) < window
+        near_BTS = near_TS | is_global_BT[:, :, None] | global_BT[:, None, :]
+        mask_BTS = cross_mask(own_BT, segments_BT) & near_BTS
+        out_BTHC = _attend(q_BTHC, kv, mask_BTS, scores, dropouts(2 * number))[0]
+        of_global_BTHC = _attend(q_global_BTHC, kv_of_global, mask_BTS, scores, dropouts(2 * number + 1))[0]
+        return jnp.where(is_global_BT[..., None, None], of_global_BTHC, out_BTHC)
+
+    out_nBTHC = jax.lax.map(attend, (*xs, places_nT, jnp.arange(len(places_nT))))
+    return windows.join(out_nBTHC.swapaxes(0, 1), B, T)
+
+
 def _rotate_cache(cache: Cache, inputs: AttentionInputs, dtype: Any) -> Cache:
     """Returns the cache with rotated keys, in this dtype if it has scales, which rotation does not change."""
     if inputs.cache_rotary is None:
@@ -240,7 +329,7 @@ class Attention(nn.Module):
         else:
             context_BSD = x_BTD if context is None else context
             if inputs.offsets is not None:
-                context_BSD = context_BSD[:, : inputs.offsets.keys]  # targets are no keys
+                context_BSD = inputs.offsets.context(context_BSD)
             k_BSKC, v_BSKC = key(context_BSD), value(context_BSD)
             if config.query_key_norm:
                 k_BSKC = self._normalise(k_BSKC, "key_norm")
@@ -269,10 +358,13 @@ class Attention(nn.Module):
         if cache is not None:
             kv = _rotate_cache(cache, inputs, q_BTHC.dtype)
             out_BTHC, weights_BHTS = _attend(q_BTHC, kv, inputs.mask_BTS, scores, dropout)
-        elif weights:
-            out_BTHC, weights_BHTS = _attend(q_BTHC, create(k_BSKC, v_BSKC), inputs.mask_BTS, scores, dropout)
         else:
-            out_BTHC = self._attend_rows(q_BTHC, k_BSKC, v_BSKC, inputs, scores, dropout)
+            rows = Heads(q_BTHC, k_BSKC, v_BSKC)
+            of_global = self._global_heads(x_BTD, inputs, heads) if config.global_attention else None
+            if weights:
+                out_BTHC, weights_BHTS = self._attend_with_weights(rows, of_global, inputs, scores, dropout)
+            else:
+                out_BTHC = self._attend_rows(rows, of_global, inputs, scores, dropout)
         if inputs.slot_positions_BS is not None:
             select = lambda x_BSKC: jnp.take_along_axis(x_BSKC, inputs.slot_positions_BS[..., None, None], 1)
             keys_BSKC = k_BSKC if inputs.cache_rotary is None else unrotated_BSKC
@@ -290,25 +382,50 @@ class Attention(nn.Module):
         x = x_BTHC.reshape(*x_BTHC.shape[:2], -1) if whole else x_BTHC
         return Norm(self.config, self.dtype, name=name)(x).reshape(x_BTHC.shape)
 
+    def _global_heads(self, x_BTD: jax.Array, inputs: AttentionInputs, heads: Callable) -> Heads | None:
+        """Returns the queries of global tokens, and the keys and values for them; None if there are no such tokens."""
+        if inputs.global_BT is None and not self.is_initializing():
+            return None
+        counts = {"query": self.config.heads, "key": self.config.K, "value": self.config.K}
+        projected = {name: heads(f"global_{name}", count)(x_BTD) for name, count in counts.items()}
+        if inputs.rotary is not None:
+            projected |= {name: rotate(projected[name], inputs.rotary) for name in ("query", "key")}
+        axes = ("length", "heads"), ("keys", "kv_heads"), ("keys", "kv_heads")
+        places = (("batch", *some, "head_width") for some in axes)
+        of_global = Heads(*(self.constrain(x, where) for x, where in zip(projected.values(), places)))
+        return None if inputs.global_BT is None else of_global
+
+    def _attend_with_weights(
+        self, rows: Heads, of_global: Heads | None, inputs: AttentionInputs, scores: Scores, dropout: Dropout
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns the attended values of rows without a cache, and the weights [B, H, T, S]."""
+        attend = lambda some: _attend(some[0], create(*some[1:]), inputs.mask_BTS, scores, dropout)
+        out_BTHC, weights_BHTS = attend(rows)
+        if of_global is None or inputs.global_BT is None:
+            return out_BTHC, weights_BHTS
+        out_of_global_BTHC, of_global_BHTS = attend(of_global)
+        weights_BHTS = jnp.where(inputs.global_BT[:, None, :, None], of_global_BHTS, weights_BHTS)
+        return jnp.where(inputs.global_BT[..., None, None], out_of_global_BTHC, out_BTHC), weights_BHTS
+
     def _attend_rows(
-        self,
-        q_BTHC: jax.Array,
-        k_BSKC: jax.Array,
-        v_BSKC: jax.Array,
-        inputs: AttentionInputs,
-        scores: Scores,
-        dropout: Dropout,
+        self, rows: Heads, of_global: Heads | None, inputs: AttentionInputs, scores: Scores, dropout: Dropout
     ) -> jax.Array:
         """Returns the attended values of rows without a cache, from the fastest kernel that supports them."""
-        mesh = self.constrain.mesh
+        mesh, (q_BTHC, k_BSKC, v_BSKC) = self.constrain.mesh, rows
         features = {"cap": scores.cap, "bias": scores.bias_BHTS is not None, "prefix": inputs.segments is None}
-        features["window"] = inputs.window is not None
-        drops = dropout.bytes and self.has_rng("dropout")
-        kernel = choose(backend_of(mesh), mesh, q_BTHC, k_BSKC, wanted=self.kernel, dropout=bool(drops), **features)
+        features |= {"window": inputs.window is not None, "global_tokens": of_global is not None}
+        drops = bool(dropout.bytes and self.has_rng("dropout"))
+        kernel = choose(backend_of(mesh), mesh, q_BTHC, k_BSKC, wanted=self.kernel, dropout=drops, **features)
+        if kernel == "xla" and self._has_blocks(rows, inputs, scores):
+            return self._attend_windows(rows, of_global, inputs, scores, dropout)
         if kernel == "xla":
             # With a sharded length, each block of queries would be on only some of the devices.
             blocks = inputs.causal and self.constrain.ways("length") == 1
-            return dot_product_attention(q_BTHC, k_BSKC, v_BSKC, inputs.mask_BTS, scores, dropout, causal=blocks)
+            attend = partial(dot_product_attention, scores=scores, dropout=dropout, causal=blocks)
+            out_BTHC = attend(*rows, inputs.mask_BTS)
+            if of_global is None or inputs.global_BT is None:
+                return out_BTHC
+            return jnp.where(inputs.global_BT[..., None, None], attend(*of_global, inputs.mask_BTS), out_BTHC)
         assert inputs.segments is not None
         qkv_and_segments = q_BTHC, k_BSKC, v_BSKC, *inputs.segments
         return fused(
@@ -319,6 +436,33 @@ class Attention(nn.Module):
             window=inputs.window,
             scale=scores.scale,
             cap=scores.cap,
+        )
+
+    def _has_blocks(self, rows: Heads, inputs: AttentionInputs, scores: Scores) -> bool:
+        """Returns whether local attention in blocks supports the rows and saves memory."""
+        if inputs.window is None or inputs.segments is None or inputs.causal or scores.bias_BHTS is not None:
+            return False
+        return self.constrain.ways("length") == 1 and windows.saves_memory(rows.q_BTHC.shape[1], inputs.window)
+
+    def _attend_windows(
+        self, rows: Heads, of_global: Heads | None, inputs: AttentionInputs, scores: Scores, dropout: Dropout
+    ) -> jax.Array:
+        """Returns the values of local attention in blocks."""
+        drops = dropout.bytes and self.has_rng("dropout")
+        key = self.make_rng("dropout") if drops else None
+
+        def dropouts(n: Any) -> Callable[[jax.Array], jax.Array]:
+            if key is None:
+                return lambda weights: weights
+            return partial(drop, key=jax.random.fold_in(key, n), dropped=dropout.bytes)
+
+        assert inputs.segments is not None and inputs.window is not None
+        segments_BT = inputs.segments[0]
+        if segments_BT is None:
+            segments_BT = jnp.ones(rows.q_BTHC.shape[:2], jnp.int32)
+        slots = windows.SLOTS.get(self.config.global_rule, windows.DEFAULT_SLOTS)
+        return windowed_attention(
+            rows, of_global, segments_BT, inputs.window, inputs.global_BT, scores, dropouts, slots
         )
 
     def _with_offsets(self, q_BTHC: jax.Array, offsets: Offsets, key: Callable) -> tuple[jax.Array, jax.Array]:

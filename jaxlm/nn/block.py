@@ -19,7 +19,7 @@ from jaxlm.nn.experts import Experts
 from jaxlm.nn.layers import MLP, Dropout, GatedMLP, Norm
 from jaxlm.nn.linear_attention import GatedDelta
 from jaxlm.nn.recurrent import GRU, LSTM
-from jaxlm.nn.stacking import feed_forward_name, mixer_name
+from jaxlm.nn.stacking import Parts, feed_forward_name, mixer_name
 
 MIXERS: dict[str, Any] = {  # by `ModelConfig.mixer`; the entries have the signature of `Attention`
     "attention": Attention,
@@ -35,15 +35,9 @@ FEED_FORWARDS: dict[str, Any] = {  # by `ModelConfig.feed_forward`; the entries 
 }
 
 
-def window_of(config: ModelConfig, kind: str, mixer: str | None = None) -> int | None:
-    """Returns how many of the latest positions a layer reads from its cache; None: all.
-
-    Args:
-      config: the model's config.
-      kind: the kind of the layer's attention.
-      mixer: the mixer of the layer; None: `config.mixer`.
-    """
-    return config.window if is_local(kind) else getattr(MIXERS.get(mixer or config.mixer), "window", None)
+def cached_window(layer: Parts) -> int | None:
+    """Returns how many of the latest positions a layer reads from its cache; None: all."""
+    return layer.window if is_local(layer.kind) else getattr(MIXERS.get(layer.mixer), "window", None)
 
 
 class LayerOutputs(NamedTuple):

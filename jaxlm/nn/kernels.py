@@ -132,6 +132,7 @@ def why_not(
     prefix: bool = False,
     weights: bool = False,
     window: bool = False,
+    global_tokens: bool = False,
 ) -> str | None:
     """Returns the reason why a kernel cannot compute an attention, or None if it can.
 
@@ -147,6 +148,7 @@ def why_not(
       prefix: whether the mask is not defined by segments, causality and window, as with a prefix.
       weights: whether the attention weights are requested.
       window: whether the attention is local.
+      global_tokens: whether some tokens have global attention.
     """
     B, T, H, C = q_BTHC.shape
     _, S, K, _ = k_BSKC.shape
@@ -165,6 +167,7 @@ def why_not(
         (weights, "it does not support returning attention weights"),
         (bias, "it does not support a bias of the scores, which relative positions need"),
         (dropout, "it does not support dropout: a model.attention_dropout of 0 is faster"),
+        (global_tokens, "it does not support tokens with global attention"),
         (prefix, "it supports only causal and full masks, not the mask of a prefix"),
         # Below this a block is mostly padding, and the scores are small.
         (min(T, S) < MULTIPLE[kernel], f"there are fewer than {MULTIPLE[kernel]} positions"),

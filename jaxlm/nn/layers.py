@@ -155,12 +155,16 @@ class Dropout(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        dropped = self.bytes
-        if not dropped or not self.has_rng("dropout"):
+        if not self.bytes or not self.has_rng("dropout"):
             return x
-        words = jax.random.bits(self.make_rng("dropout"), (*x.shape[:-1], -(-x.shape[-1] // 4)), jnp.uint32)
-        bytes_ = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
-        return jnp.where(bytes_ >= dropped, x * (256 / (256 - dropped)), 0).astype(x.dtype)
+        return drop(x, self.make_rng("dropout"), self.bytes)
+
+
+def drop(x: jax.Array, key: jax.Array, dropped: int) -> jax.Array:
+    """Returns x with each entry set to 0 with the probability `dropped` / 256, and the others scaled."""
+    words = jax.random.bits(key, (*x.shape[:-1], -(-x.shape[-1] // 4)), jnp.uint32)
+    bytes_ = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
+    return jnp.where(bytes_ >= dropped, x * (256 / (256 - dropped)), 0).astype(x.dtype)
 
 
 class MLP(nn.Module):

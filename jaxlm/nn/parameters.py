@@ -41,6 +41,8 @@ _STACK = r"(encoder|decoder)"
 _LAYER = _STACK + r"/layers"
 _ATTENTION = _LAYER + r"/(\w+_)?attention"
 _MLP = _LAYER + r"/(\w+_)?mlp"
+_QUERY = _ATTENTION + r"/(relative_|global_)?query"
+_KEY_OR_VALUE = _ATTENTION + r"/((global_)?(key|value)|relative_key)"
 _EMBEDDINGS = r"(decoder_)?embeddings"
 _DENSE = r"(pooled_head|classes_head|replaced_head)/dense"
 _OUT = r"(next_sentence_head|(classes_head|tokens_head|span_head|replaced_head)/out)"
@@ -56,16 +58,10 @@ TABLE = (
     Parameter(_STACK + r"/relative/buckets", (None, None), True, "embeddings"),
     Parameter(_STACK + r"/relative/distances", (None, "width"), True, "embeddings"),
     Parameter(_STACK + r"/relative/norm/(scale|bias)", (None,), False, "embeddings"),
-    Parameter(_ATTENTION + r"/(relative_)?query/kernel", ("layers", "width", "heads", "head_width"), True, "layers", 1),
-    Parameter(_ATTENTION + r"/(relative_)?query/bias", ("layers", "heads", "head_width"), False, "layers"),
-    Parameter(
-        _ATTENTION + r"/(key|value|relative_key)/kernel",
-        ("layers", "width", "kv_heads", "head_width"),
-        True,
-        "layers",
-        1,
-    ),
-    Parameter(_ATTENTION + r"/(key|value|relative_key)/bias", ("layers", "kv_heads", "head_width"), False, "layers"),
+    Parameter(_QUERY + r"/kernel", ("layers", "width", "heads", "head_width"), True, "layers", 1),
+    Parameter(_QUERY + r"/bias", ("layers", "heads", "head_width"), False, "layers"),
+    Parameter(_KEY_OR_VALUE + r"/kernel", ("layers", "width", "kv_heads", "head_width"), True, "layers", 1),
+    Parameter(_KEY_OR_VALUE + r"/bias", ("layers", "kv_heads", "head_width"), False, "layers"),
     Parameter(_ATTENTION + r"/(content|position|type)_bias", ("layers", "heads", "head_width"), False, "layers"),
     Parameter(_ATTENTION + r"/types", ("layers", None, "heads", "head_width"), True, "layers"),
     Parameter(_ATTENTION + r"/(query|key|out)_norm/(scale|bias)", ("layers", None), False, "layers"),

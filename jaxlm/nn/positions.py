@@ -44,16 +44,25 @@ class Offsets(NamedTuple):
       embeddings_RD: embeddings of the distances S - 1, S - 2, ..., 1 - S from key to query, for S keys.
       places_BQ: the place in the row of each target; their queries follow those of the row. None: no targets.
       differs_BTS: True where the types of query and key differ; None: all types are equal.
+      memory_BS: True for the keys of an earlier segment, whose hidden states have no gradient; None: no such keys.
     """
 
     embeddings_RD: jax.Array
     places_BQ: jax.Array | None = None
     differs_BTS: jax.Array | None = None
+    memory_BS: jax.Array | None = None
 
     @property
     def keys(self) -> int:
         """The number of keys, which are the first positions of the hidden states."""
         return (len(self.embeddings_RD) + 1) // 2
+
+    def context(self, x_BND: jax.Array) -> jax.Array:
+        """Returns the hidden states that keys and values are computed from: those of the row, without targets."""
+        x_BSD = x_BND[:, : self.keys]
+        if self.memory_BS is None:
+            return x_BSD
+        return jnp.where(self.memory_BS[..., None], jax.lax.stop_gradient(x_BSD), x_BSD)
 
     def select(self, scores_BHTR: jax.Array) -> jax.Array:
         """Returns the scores [B, H, T, S] of query t and key s from the scores of query t and all distances."""

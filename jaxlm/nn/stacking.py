@@ -8,6 +8,7 @@ of `ModelConfig.mixer` and `feed_forward` are named `attention` and `mlp`; the n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from operator import itemgetter
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxlm.config import ModelConfig
+from jaxlm.config import ModelConfig, is_local
 
 MAX_PERIOD = 16  # of layers that are compiled together
 
@@ -25,19 +26,39 @@ class Parts(NamedTuple):
 
     Attributes:
       kind: the kind of its attention, an entry of `config.layer_kinds`.
+      window: the window of local attention; 0 for global attention.
       mixer: its mixer, an entry of `MIXERS`.
       feed_forward: its feed-forward layer, an entry of `FEED_FORWARDS`, or none.
     """
 
     kind: str
+    window: int
     mixer: str
     feed_forward: str
+
+    @property
+    def attention(self) -> tuple[str, int, str]:
+        """What the inputs of attention depend on: kind, window and mixer."""
+        return self[:3]
+
+    @property
+    def structure(self) -> tuple[str, str]:
+        """What the parameters depend on: mixer and feed-forward layer."""
+        return self[2:]
 
 
 def parts_of(config: ModelConfig, layers: int | None = None) -> tuple[Parts, ...]:
     """Returns the parts of each layer of a stack; None: of `config.layers` layers."""
-    patterns = config.layer_kinds, config.mixer_pattern, config.feed_forward_pattern
-    return tuple(Parts(*(p[n % len(p)] for p in patterns)) for n in range(layers or config.layers))
+    windows = config.layer_windows or (config.window,)
+    patterns = config.layer_kinds, windows, config.mixer_pattern, config.feed_forward_pattern
+    layer = lambda n: Parts(*(pattern[n % len(pattern)] for pattern in patterns))
+    every = map(layer, range(layers or config.layers))
+    return tuple(own if is_local(own.kind) else own._replace(window=0) for own in every)
+
+
+def period_of(config: ModelConfig) -> int:
+    """Returns the number of layers after which kinds and windows of attention repeat."""
+    return math.lcm(len(config.layer_kinds), len(config.layer_windows) or 1)
 
 
 def mixer_name(config: ModelConfig, mixer: str) -> str:
@@ -128,7 +149,7 @@ def segments_of(config: ModelConfig, start: int, stop: int) -> list[Segment]:
     """Returns the segments of consecutive layers of a stack, for which few layers are compiled."""
     if config.has_mixed_layers:
         return _shortest(parts_of(config, stop)[start:], start)
-    period = len(config.layer_kinds)
+    period = period_of(config)
     cycles, rest = divmod(stop - start, period)
     found = [Segment(start, period, cycles, True)] if cycles else []
     return found + ([Segment(stop - rest, rest, 1, False)] if rest else [])

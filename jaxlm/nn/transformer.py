@@ -24,10 +24,11 @@ from jaxlm.devices.sharding import Placement
 from jaxlm.errors import UserError
 from jaxlm.nn import fusion
 from jaxlm.nn.attention import AttentionInputs, cross_mask, self_mask
-from jaxlm.nn.block import Block, LayerOutputs, combine_outputs, lookup, window_of
+from jaxlm.nn.block import Block, LayerOutputs, cached_window, combine_outputs, lookup
 from jaxlm.nn.cache import Cache, cache_positions
 from jaxlm.nn.crf import Transitions
 from jaxlm.nn.embeddings import FRONT_ENDS, Embeddings
+from jaxlm.nn.global_tokens import NO_PROJECTIONS, global_tokens
 from jaxlm.nn.heads import (
     ClassesHead,
     CRFHead,
@@ -41,7 +42,7 @@ from jaxlm.nn.heads import (
 from jaxlm.nn.kernels import save_attention
 from jaxlm.nn.layers import Convolution, Dropout, Linear, Norm
 from jaxlm.nn.positions import BY_LENGTH, Buckets, Disentangled, Offsets, Sinusoids, alibi, rotary_angles
-from jaxlm.nn.stacking import Parts, Segment, parts_of, row_of, rows_between, segments_of
+from jaxlm.nn.stacking import Parts, Segment, parts_of, period_of, row_of, rows_between, segments_of
 
 # Operations that cost little compared with the memory of their results: the backward pass recomputes them.
 _ELEMENTWISE = {
@@ -81,10 +82,13 @@ class Targets(NamedTuple):
     Attributes:
       places_BQ: the place of each target in its row.
       mask_BQS: True where target q attends to key s.
+      memory_BT: True for the tokens of an earlier segment, whose hidden states have no gradient (Dai et al. 2019,
+        section 3.2); None: no such tokens.
     """
 
     places_BQ: jax.Array
     mask_BQS: jax.Array
+    memory_BT: jax.Array | None = None
 
 
 class SequenceInputs(NamedTuple):
@@ -100,6 +104,7 @@ class SequenceInputs(NamedTuple):
         the attention of a decoder reads no segments.
       types_BT: types of the tokens, if attention compares them (`config.types_in`).
       targets: the targets of the query stream, whose hidden states follow those of the row; None: one stream.
+      global_BT: True for tokens with global attention; None: there are none.
     """
 
     segments_BT: jax.Array | None
@@ -109,6 +114,7 @@ class SequenceInputs(NamedTuple):
     one_example: bool = False
     types_BT: jax.Array | None = None
     targets: Targets | None = None
+    global_BT: jax.Array | None = None
 
 
 class Caches(NamedTuple):
@@ -177,9 +183,10 @@ class Stack(nn.Module):
         one_example: bool = False,
         types_BT: jax.Array | None = None,
         targets: Targets | None = None,
+        global_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, Caches | None]:
         layers = parts_of(self.config, self.layers)
-        masks = prefix_BT, mask_BTS, one_example, types_BT, targets
+        masks = prefix_BT, mask_BTS, one_example, types_BT, targets, global_BT
         is_token_BT = None if segments_BT is None else segments_BT > 0
         if is_token_BT is not None and targets is not None:
             of_targets_BQ = jnp.take_along_axis(is_token_BT, targets.places_BQ, 1)
@@ -202,7 +209,7 @@ class Stack(nn.Module):
             """Applies layer n, which has these parts."""
             rngs = None if key is None else {"dropout": key}
             x = checkpoint_name(x, "layer")
-            inputs = (x, n, attention_inputs[own[:2]], positions_BT, context, context_inputs, cache, is_token_BT)
+            inputs = (x, n, attention_inputs[own.attention], positions_BT, context, context_inputs, cache, is_token_BT)
             outputs: Any = blocks[own].apply({"params": params}, *inputs, rngs=rngs)
             return outputs
 
@@ -266,7 +273,7 @@ class Stack(nn.Module):
         """Returns the numbers of iterations that decide whether a stack is fully unrolled."""
         if self.config.has_mixed_layers:
             return [segment.cycles for segment in segments]
-        return [self.layers // len(self.config.layer_kinds)]
+        return [self.layers // period_of(self.config)]
 
     def _apply(
         self, segment: Segment, run: Callable, x_BTD: jax.Array, stacked: Any, numbers: Any, keys: jax.Array | None
@@ -331,7 +338,7 @@ class Stack(nn.Module):
             keys = jax.random.split(key, config.distinct_layers or self.layers)
 
             def draw(own: Parts, keys: jax.Array) -> Any:
-                inputs = attention_inputs[own[:2]], *rest
+                inputs = attention_inputs[own.attention], *rest
                 return jax.vmap(lambda key: blocks[own].init(key, x_BTD, 0, *inputs)["params"])(keys)
 
             if not config.has_mixed_layers:
@@ -339,9 +346,9 @@ class Stack(nn.Module):
             # One draw for each structure, whose rows are then sorted by layer.
             drawn: dict[Any, tuple[list[int], Any]] = {}
             for own in dict.fromkeys(layers):
-                if own[1:] not in drawn:
-                    numbers = [n for n, other in enumerate(layers) if other[1:] == own[1:]]
-                    drawn[own[1:]] = numbers, draw(own, keys[np.array(numbers)])
+                if own.structure not in drawn:
+                    numbers = [n for n, other in enumerate(layers) if other.structure == own.structure]
+                    drawn[own.structure] = numbers, draw(own, keys[np.array(numbers)])
             names = {name for _, params in drawn.values() for name in params}
 
             def rows(name: str) -> Any:
@@ -364,8 +371,9 @@ class Stack(nn.Module):
         one_example: bool,
         types_BT: jax.Array | None,
         targets: Targets | None,
-    ) -> dict[tuple[str, str], AttentionInputs]:
-        """Returns the attention inputs for each kind of layer and each mixer."""
+        global_BT: jax.Array | None,
+    ) -> dict[Any, AttentionInputs]:
+        """Returns the attention inputs for each kind of layer, window and mixer."""
         config = self.config
         bias_BHTS = distances = offsets = lengths_BT = None
         cache_format = "compute" if keep is None else keep.format
@@ -385,20 +393,22 @@ class Stack(nn.Module):
             distances = Disentangled(config, name="relative")(positions_BT.shape[1])
         elif config.relative == "transformer_xl":
             offsets = _offsets(Sinusoids(config, name="relative")(positions_BT.shape[1]), types_BT, targets)
-        inputs_by_kind: dict[tuple[str, str], AttentionInputs] = {}
-        kinds = [own[:2] for own in parts_of(config, self.layers)]
-        for kind, mixer in sorted(set(kinds)):
-            window = window_of(config, kind, mixer)
+        inputs_of: dict[Any, AttentionInputs] = {}
+        for n, own in enumerate(parts_of(config, self.layers)):
+            if own.attention in inputs_of:
+                continue
+            kind, window = own.kind, cached_window(own)
             slot_positions_BS = segments = None
             if caches is not None:
-                slots_BTS = cache_positions(positions_BT, caches.own[kinds.index((kind, mixer))].slots)
+                slots_BTS = cache_positions(positions_BT, caches.own[n].slots)
                 mask_BTS = slots_BTS >= 0
                 if window is not None:
                     mask_BTS &= slots_BTS > positions_BT[:, :, None] - window
             else:
                 # One row of the mask serves all rows that are one example each; the kernels need no mask for them.
                 one_BT = jnp.ones((1, positions_BT.shape[1]), jnp.int32)
-                mask_BTS = self_mask(one_BT if segments_BT is None else segments_BT, self.causal, window, prefix_BT)
+                own_BT = one_BT if segments_BT is None else segments_BT
+                mask_BTS = self_mask(own_BT, self.causal, window, prefix_BT, global_BT)
                 segments = None if prefix_BT is not None else (segments_BT, segments_BT)
                 if extra_mask_BTS is not None:
                     mask_BTS, segments = mask_BTS & extra_mask_BTS, None
@@ -418,11 +428,11 @@ class Stack(nn.Module):
                     slots_BS = positions_BT if caches is None else slots_BTS[:, -1]
                     cache_rotary = rotary_angles(slots_BS, config, kind, lengths_BT)
             causal = self.causal and caches is None and prefix_BT is None
-            inputs_by_kind[kind, mixer] = AttentionInputs(
+            inputs_of[own.attention] = AttentionInputs(
                 *(mask_BTS, causal, segments, window, rotary, bias_BHTS, distances, offsets),
-                *(slot_positions_BS, cache_rotary, cache_format),
+                *(slot_positions_BS, cache_rotary, cache_format, global_BT),
             )
-        return inputs_by_kind
+        return inputs_of
 
     def _check_caches(self, caches: tuple[Any, ...], keep: CacheSpec) -> None:
         """Raises UserError unless the mixer returns caches in the requested format."""
@@ -434,7 +444,7 @@ class Stack(nn.Module):
             )
         others = [(cache.format, name) for cache, name in zip(caches, mixers) if cache.format != keep.format]
         # Mixers with a window store states, which are floats in every format.
-        wrong = [pair for pair in others if window_of(self.config, "global", pair[1]) is None]
+        wrong = [pair for pair in others if cached_window(self.config, "global", pair[1]) is None]
         if wrong or len(others) == len(caches):
             form, name = (wrong or others)[0]
             raise UserError(
@@ -498,8 +508,8 @@ class Transformer(nn.Module):
             layers = (second and config.decoder_layers) or config.layers
             self.decoder = Stack(**how, layers=layers, causal=True)
             if second:
-                own = config.decoder_vocabulary
-                self.decoder_embeddings = Embeddings(config, self.dtype, shared=not config.decoder_tokens, rows=own)
+                shared, own = not config.decoder_tokens, config.decoder_vocabulary
+                self.decoder_embeddings = Embeddings(config.decoder_config, self.dtype, shared, rows=own)
         if "lm" in on_top:
             self.lm_head = VocabularyHead(**parts, bias="lm" in config.biases)
         if "masked_lm" in on_top:
@@ -531,17 +541,24 @@ class Transformer(nn.Module):
         prefix_BT: jax.Array | None = None,
         one_example: bool = False,
         targets: Targets | None = None,
+        global_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, SequenceInputs]:
         """Returns the first hidden states [B, T, D] and the other inputs of `stack`; see `SequenceInputs`.
 
-        In an encoder-decoder they belong to the encoder. `tokens_BT` is the input of the front end.
+        In an encoder-decoder they belong to the encoder. `tokens_BT` is the input of the front end. The config
+        determines the tokens with global attention if `global_BT` is None.
         """
+        if global_BT is None:
+            global_BT = global_tokens(tokens_BT, segments_BT, self.config)
+        elif not self.config.global_attention:
+            raise UserError(NO_PROJECTIONS)
         positions_BT = self._positions(tokens_BT, positions_BT, segments_BT)
         x_BTD = self.embeddings(tokens_BT, positions_BT, types_BT)
         if targets is not None:
             x_BTD = jnp.concatenate([x_BTD, self.embeddings.targets(*targets.places_BQ.shape)], 1)
         types_BT = types_BT if self.config.types_in == "attention" else None
-        return x_BTD, SequenceInputs(segments_BT, positions_BT, mask_BTS, prefix_BT, one_example, types_BT, targets)
+        masks = mask_BTS, prefix_BT, one_example
+        return x_BTD, SequenceInputs(segments_BT, positions_BT, *masks, types_BT, targets, global_BT)
 
     def stack(self, x_BTD: jax.Array, inputs: SequenceInputs) -> jax.Array:
         """Returns the last hidden states [B, T, D] of the encoder, or of the decoder if there is no encoder.
@@ -549,7 +566,7 @@ class Transformer(nn.Module):
         With targets these are the hidden states [B, Q, D] of the query stream.
         """
         stack = self.decoder if self.config.structure == "decoder" else self.encoder
-        names = "prefix_BT", "mask_BTS", "one_example", "types_BT", "targets"
+        names = "prefix_BT", "mask_BTS", "one_example", "types_BT", "targets", "global_BT"
         named = {name: getattr(inputs, name) for name in names}
         x_BTD, _ = stack(x_BTD, inputs.segments_BT, inputs.positions_BT, **named)
         return x_BTD if inputs.targets is None else x_BTD[:, inputs.positions_BT.shape[1] :]
@@ -561,9 +578,11 @@ class Transformer(nn.Module):
         positions_BT: jax.Array | None = None,
         types_BT: jax.Array | None = None,
         mask_BTS: jax.Array | None = None,
+        global_BT: jax.Array | None = None,
     ) -> jax.Array:
         """Returns the last hidden states [B, T, D] of the encoder."""
-        return self.stack(*self.embed(tokens_BT, segments_BT, positions_BT, types_BT, mask_BTS))
+        inputs = tokens_BT, segments_BT, positions_BT, types_BT, mask_BTS
+        return self.stack(*self.embed(*inputs, global_BT=global_BT))
 
     def decode(
         self,
@@ -637,19 +656,21 @@ class Transformer(nn.Module):
         mask_BTS: jax.Array | None = None,
         one_example: bool = False,
         targets: Targets | None = None,
+        global_BT: jax.Array | None = None,
     ) -> jax.Array:
         """Returns the last hidden states [B, T, D]; `SequenceInputs` describes the inputs.
 
         With `targets`, they are those of the query stream [B, Q, D].
 
-        In an encoder-decoder, `target_*` are the inputs of the decoder, and `mask_BTS` applies to the encoder.
+        In an encoder-decoder, `target_*` are the inputs of the decoder; `mask_BTS` and `global_BT` are for the encoder.
         """
         if self.config.structure != "encoder_decoder":
-            inputs = tokens_BT, segments_BT, positions_BT, types_BT, mask_BTS, prefix_BT, one_example, targets
+            masks = mask_BTS, prefix_BT, one_example
+            inputs = tokens_BT, segments_BT, positions_BT, types_BT, *masks, targets, global_BT
             return self.stack(*self.embed(*inputs))
         if target_tokens_BT is None:
             raise ValueError("an encoder-decoder needs target_tokens_BT, the tokens that its decoder reads")
-        context_BSD = self.encode(tokens_BT, segments_BT, positions_BT, types_BT, mask_BTS)
+        context_BSD = self.encode(tokens_BT, segments_BT, positions_BT, types_BT, mask_BTS, global_BT)
         return self.decode(
             target_tokens_BT,
             target_segments_BT,
@@ -730,13 +751,13 @@ class Transformer(nn.Module):
 
 def _offsets(embeddings_RD: jax.Array, types_BT: jax.Array | None, targets: Targets | None) -> Offsets:
     """Returns Transformer-XL's relative positions for the queries of a row and of targets."""
-    places_BQ = None if targets is None else targets.places_BQ
+    places_BQ, memory_BS = (None, None) if targets is None else (targets.places_BQ, targets.memory_BT)
     if types_BT is None:
-        return Offsets(embeddings_RD, places_BQ)
+        return Offsets(embeddings_RD, places_BQ, memory_BS=memory_BS)
     of_queries_BT = types_BT
     if places_BQ is not None:
         of_queries_BT = jnp.concatenate([types_BT, jnp.take_along_axis(types_BT, places_BQ, 1)], 1)
-    return Offsets(embeddings_RD, places_BQ, of_queries_BT[:, :, None] != types_BT[:, None, :])
+    return Offsets(embeddings_RD, places_BQ, of_queries_BT[:, :, None] != types_BT[:, None, :], memory_BS)
 
 
 def _cross_attention_inputs(

@@ -9,8 +9,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxlm.reports.metrics import SCORE_FAMILIES, ScoreFamily, held_out_keys, parse_name, plain, points, read_metrics
+from jaxlm.reports.metrics import (
+    SCORE_FAMILIES,
+    ScoreFamily,
+    held_out_keys,
+    parse_name,
+    plain,
+    points,
+    rank,
+    read_baselines,
+    read_metrics,
+)
 from jaxlm.reports.pictures import COLORS, Chart, Picture, Series, draw
+
+Baselines = Mapping[str, Mapping[str, float]]  # the scores of each baseline by its name
 
 
 def curves(rows: list[dict[str, Any]], folder: Path) -> list[Path]:
@@ -36,15 +48,18 @@ def charts_of_run(folder: Path) -> list[Chart]:
         config = json.loads((folder / "config.json").read_text())["run"]
     except (OSError, ValueError, LookupError, TypeError):  # the folder has only a copy of the log
         config = {}
-    return charts_of_rows(read_metrics(folder), config)
+    return charts_of_rows(read_metrics(folder), config, read_baselines(folder))
 
 
-def charts_of_rows(rows: list[dict[str, Any]], config: Mapping[str, Any] | None = None) -> list[Chart]:
+def charts_of_rows(
+    rows: list[dict[str, Any]], config: Mapping[str, Any] | None = None, baselines: Baselines | None = None
+) -> list[Chart]:
     """Returns the charts of the results (loss, then each family of held-out metrics), then those of the machine.
 
     Args:
       rows: the rows of the log.
       config: the config of the run as JSON values. Its learning rate is the peak in the caption.
+      baselines: the scores of each baseline by its name. The best one is a line in the chart of a single score.
     """
     families: dict[str, list[str]] = {"loss": ["loss"]}
     for key in held_out_keys(rows):
@@ -53,7 +68,7 @@ def charts_of_rows(rows: list[dict[str, Any]], config: Mapping[str, Any] | None 
         members.extend([name] if name not in members else [])
     charts = []
     for family, names in families.items():
-        charts += _results(rows, family, names)
+        charts += _results(rows, family, names, baselines or {})
 
     def training(key: str, label: str = "training", color: int = 0) -> tuple[Series]:
         return (Series(label, *points(rows, key), False, COLORS[color][0]),)
@@ -95,7 +110,7 @@ def charts_of_rows(rows: list[dict[str, Any]], config: Mapping[str, Any] | None 
     return [chart._replace(last=max(last, 1.0)) for chart in charts if chart.series]
 
 
-def _results(rows: list[dict[str, Any]], family: str, names: list[str]) -> list[Chart]:
+def _results(rows: list[dict[str, Any]], family: str, names: list[str], baselines: Baselines) -> list[Chart]:
     """Returns training and held-out curves of a family: one chart, or several if there are not enough colours."""
     metrics = [parse_name(name) for name in names]
     tasks, labels = (list(dict.fromkeys(parts)) for parts in zip(*((metric.task, metric.label) for metric in metrics)))
@@ -120,8 +135,16 @@ def _results(rows: list[dict[str, Any]], family: str, names: list[str]) -> list[
         suffix = f" ({number + 1} of {count})" if count > 1 else ""
         unit = style.unit + (", held-out" if len(names) > 1 and not has_training else "")
         chart_name = family + f"_{number + 1}" * (count > 1)
-        charts.append(Chart(chart_name, title + suffix, unit, tuple(series), **chart_options(style)))
+        line = _best_baseline(names[0], baselines) if len(names) == 1 else None
+        charts.append(Chart(chart_name, title + suffix, unit, tuple(series), **chart_options(style), baseline=line))
     return charts
+
+
+def _best_baseline(name: str, baselines: Baselines) -> tuple[str, float] | None:
+    """Returns the name of the baseline with the best value of a score and this value; None if none has a value."""
+    values = {baseline: scores.get(name) for baseline, scores in baselines.items()}
+    finite = {key: value for key, value in values.items() if isinstance(value, int | float) and math.isfinite(value)}
+    return max(finite.items(), key=lambda item: rank(name, item[1]), default=None)
 
 
 def family_style(family: str) -> ScoreFamily:

@@ -11,6 +11,8 @@ import numpy as np
 
 from jaxlm.errors import RunError
 
+BASELINE = "baseline.json"  # the scores of the baselines, of a run or of the verb `baseline`
+
 
 class MetricKind(NamedTuple):
     """The kind of a metric, which is the last word of its name: `f1` in `ner/macro_f1`."""
@@ -94,6 +96,21 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
             if number < len(lines):
                 raise RunError(f"{path}, line {number} is {line[:60]!r}, not JSON; remove that line") from error
     return [row for row in rows if isinstance(row, dict) and "step" in row]
+
+
+def read_baselines(folder: Path) -> dict[str, dict[str, float]]:
+    """Returns the scores of each baseline in `folder/baseline.json` by its name; empty if there is no valid file."""
+    try:
+        baselines = json.loads((Path(folder) / BASELINE).read_text())
+        return {baseline["name"]: dict(baseline["scores"]) for baseline in baselines}
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
+
+
+def rank(name: str, value: float) -> float:
+    """Returns the value of a score, negated if lower is better."""
+    family = SCORE_FAMILIES.get(parse_name(name).family)
+    return -value if family is not None and family.better == "low" else value
 
 
 def held_out_keys(rows: list[dict[str, Any]]) -> list[str]:

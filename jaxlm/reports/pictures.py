@@ -69,6 +69,7 @@ class Chart(NamedTuple):
     smooth: bool = True  # whether a smoothed line is added to the training curve
     zero: bool = False  # whether the vertical axis starts at zero
     peak: float | None = None  # the configured learning rate, which may not be the rate of any logged step
+    baseline: tuple[str, float] | None = None  # the name and the value of the best baseline, drawn as a line
 
 
 @_add_notebook_output
@@ -244,6 +245,9 @@ def _chart(figure: Any, chart: Chart) -> str | None:
             marker = "o" if len(series.values) == 1 else ""
             axes.plot(series.steps, series.values, color=series.color, linewidth=1.5, marker=marker, label=label)
 
+    if chart.baseline:
+        label, value = chart.baseline
+        axes.axhline(value, color=_SOFT, linewidth=1.2, linestyle=(0, (4, 3)), label=_cut(_drawable(label), 24))
     if chart.log:
         values = np.concatenate([series.values for series in chart.series])
         axes.set_yscale("log")
@@ -259,7 +263,7 @@ def _chart(figure: Any, chart: Chart) -> str | None:
     axes.set_xlim(0, 1.02 * chart.last)
     _round_ticks(axes.xaxis, integer=True)
     _frame(axes, "step (optimizer updates)", chart.unit, grid="y")
-    if len(chart.series) > 1 or chart.series[0].held_out:
+    if len(chart.series) > 1 or chart.series[0].held_out or chart.baseline:
         _legend(axes)
     return _chart_caption(chart)
 
@@ -291,6 +295,8 @@ def _chart_caption(chart: Chart) -> str:
             at = series.steps[series.values == top][0]
             text += ", its best" if top == series.values[-1] else f" (best {number(top)} at step {at:,.0f})"
         parts.append(text)
+    if chart.baseline:
+        parts.append(f"baseline {chart.baseline[0]} {number(chart.baseline[1])}")
     return "; ".join(parts)
 
 

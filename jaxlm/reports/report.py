@@ -34,6 +34,7 @@ from jaxlm.reports.metrics import (
     number,
     parse_name,
     points,
+    read_baselines,
     read_metrics,
 )
 from jaxlm.reports.notebook import (
@@ -156,7 +157,7 @@ def write(
     """
     folder = Path(folder)
     rows = read_metrics(folder)
-    charts = charts_of_rows(rows, config)
+    charts = charts_of_rows(rows, config, read_baselines(folder))
     pictures = [*charts, *(section for section in sections if not isinstance(section, Table))]
     figures = [_figure(picture, path) for picture, path in zip(pictures, png_paths(pictures, folder / "report"))]
     curves = {chart.name: figure for chart, figure in zip(charts, figures)}

@@ -19,6 +19,7 @@ from jaxlm.config import RunConfig, check_task, difference, from_json, to_json
 from jaxlm.config.ranges import check_fields
 from jaxlm.errors import RunError, UserError
 from jaxlm.hub import model_files
+from jaxlm.reports.metrics import BASELINE
 from jaxlm.storage import disk
 
 # Fields that may differ when the same run is resumed.
@@ -26,7 +27,6 @@ FREE = {"mesh", "remat", "attention", "unroll", "log_every", "eval_every", "chec
 FREE |= {"keep_checkpoints", "sample_prompt", "sample_tokens", "profile", "baseline"}
 FREE_DATA = ("path", "eval_path", "cache")  # the content of the data is compared instead of the path
 SUMMARY = "summary.txt"  # the summary that a finished run printed
-BASELINE = "baseline.json"  # the scores of the baselines, of a run or of the verb `baseline`
 
 
 def open_run_dir(run: RunConfig, folder: Path) -> bool:

@@ -114,7 +114,8 @@ def _check_model(run: RunConfig, found: families.Opened, student: ModelConfig) -
             f"distill.teacher {name} has a vocabulary of {teacher.V} tokens, and the student of {student.V}; choose a "
             f"teacher with the same tokenizer, or {_SEQUENCE_LEVEL}"
         )
-    teacher.check_length(run.data.length, "data.length", "lower it, or choose a teacher with more positions")
+    remedy = "lower it, or choose a teacher with more positions"
+    teacher.decoder_config.check_length(run.data.length, "data.length", remedy)
 
 
 _SEQUENCE_LEVEL = "generate texts with the teacher by `jaxlm generate` and train on them (sequence-level distillation)"

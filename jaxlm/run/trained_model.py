@@ -54,9 +54,9 @@ def resolve_model(lm: LM, task: Any, length: int | None = None) -> ResolvedModel
     if length is None and lm.trained:
         length = lm.trained.length
     if length is not None:
-        lm.config.check_length(length)
+        lm.config.decoder_config.check_length(length)
     outputs = labels.output_names(task, lm.config.labels) if kind.head else ()
-    length = length or min(512, lm.config.position_limit or 512)
+    length = length or min(512, lm.config.decoder_config.position_limit or 512)
     run = RunConfig(lm.config, task, DataConfig(length=length))
     mesh = lm.module.constrain.mesh or sharding.make_mesh(MeshConfig(1), jax.local_devices()[:1])
     bound = kind(task, length, run.seed, lm.tokenizer, outputs).bind(lm.config, lm.pooling)

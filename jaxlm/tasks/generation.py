@@ -50,8 +50,8 @@ class GenerationTask(RecordTask):
         new = self.decoding.max_new_tokens
         if model.text_limit is not None and new >= model.text_limit:
             raise UserError(
-                f"task.decoding.max_new_tokens is {new}, and the model has {model.max_length} positions; lower it to "
-                f"{model.max_length - 1} or less"
+                f"task.decoding.max_new_tokens is {new}, and the model has {model.text_limit} positions; lower it to "
+                f"{model.text_limit - 1} or less"
             )
         source_length = getattr(self.task, "source_length", 0) or self.length
         task = super().bind(model, pooling, part)

@@ -70,8 +70,10 @@ def calibration_rows(
     """
     if isinstance(texts, CalibrationRows):
         return texts
-    length = check_argument("length", length, Positive | None) or min(MAX_LENGTH, lm.config.max_length)
-    lm.config.check_length(length)
+    length = check_argument("length", length, Positive | None) or min(
+        MAX_LENGTH, lm.config.max_length, lm.config.decoder_config.max_length
+    )
+    lm.config.decoder_config.check_length(length)
     max_tokens = check_argument("max_tokens", max_tokens, Positive | None) or MAX_TOKENS
     examples, tokens = [], 0
     for example in _examples(lm, [texts] if isinstance(texts, str) else check_list("calibration", texts, "texts")):

@@ -1,9 +1,8 @@
 """Writes families.npz: what transformers computes with tiny models of every family and head.
 
-    PYTHONPATH=tests python tests/goldens/make_families.py [NAME ...]     (needs pip install -e '.[parity]')
+    PYTHONPATH=tests python tests/goldens/make_families.py [FAMILY ...]      (needs pip install -e '.[parity]')
 
-With names of tests/test_parity.py's FAMILIES it replaces only theirs.
-
+Without names it computes all families; with names it replaces the outputs of these families, such as Longformer.
 The file holds no weights: they are drawn from their names, here and in tests/test_goldens.py, by NumPy's frozen
 RandomState.  Of each model it holds config.json, the names and shapes of its tensors, and its outputs.
 """
@@ -25,10 +24,11 @@ from jaxlm.hub import safetensors
 
 
 def main() -> None:
-    names = sys.argv[1:] or list(test_parity.FAMILIES)
-    arrays, models = ({}, {}) if names == list(test_parity.FAMILIES) else reversed(test_goldens.goldens())
-    for family in names:
-        _, heads, shapes = test_parity.FAMILIES[family]
+    chosen = sys.argv[1:] or list(test_parity.FAMILIES)
+    models, arrays = test_goldens.goldens() if sys.argv[1:] else ({}, {})
+    for family, (_, heads, shapes) in test_parity.FAMILIES.items():
+        if family not in chosen:
+            continue
         for head in heads:
             model = test_parity.transformers_model(family, head, next(iter(shapes)))
             with tempfile.TemporaryDirectory() as folder:

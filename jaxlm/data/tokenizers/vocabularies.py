@@ -136,7 +136,8 @@ TOKENIZER_SPECS: dict[str, TokenizerSpec] = {
         "MPNetTokenizer", _ROBERTA | {"unk": "[UNK]"}, _DOUBLED, _BERT_SETTINGS, mask_strips=True
     ),
     **dict.fromkeys(
-        ("roberta", "bart"), TokenizerSpec("RobertaTokenizer", _ROBERTA, _DOUBLED, {"add_prefix_space": False})
+        ("roberta", "bart", "longformer", "led"),
+        TokenizerSpec("RobertaTokenizer", _ROBERTA, _DOUBLED, {"add_prefix_space": False}),
     ),
     "xlmroberta": TokenizerSpec("XLMRobertaTokenizer", _ROBERTA, _DOUBLED, head=_FAIRSEQ, skip=3, tail=("<mask>",)),
     "camembert": TokenizerSpec(
