@@ -47,7 +47,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 TINY = "--model.width 16 --model.layers 1 --model.heads 2"
 SMALL_FLAGS = {  # pattern of a command -> flags that follow it; the last of two flags for the same field counts
-    "train.py": "--epochs 0 --steps 2 --log-every 1 --sample-tokens 4",
+    "train.py (?!configs/(word2vec|glove))": "--epochs 0 --steps 2 --log-every 1 --sample-tokens 4",
     "quickstart|shakespeare|bert_pretrain|translate|gpt2_124m|mine|small_bert": TINY,
     "quickstart": "--model.vocabulary 360 --data.length 64 --batch 32 --task.stride 0",
     "bert_pretrain|small_bert": "--model.vocabulary 100 --data.length 32",
@@ -57,6 +57,7 @@ SMALL_FLAGS = {  # pattern of a command -> flags that follow it; the last of two
     "fsdp 8 --mesh.tensor 2": "--mesh.fsdp 4",  # the tests have eight devices
     "gpt2_124m": "--task.stride 0",
     "plan configs/gpt3": "--model.layers 2",
+    "lstm_trec": "--model.vocabulary 200",
 }
 SKIPPED = {  # pattern of a command or a Python block -> why it does not run here
     r"^python3 -m venv|pip install": "installs packages; .ci/run does the same",
