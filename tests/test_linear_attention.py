@@ -203,3 +203,31 @@ def test_impossible_combinations_are_refused(fields, message):
 def test_a_mask_is_refused():
     with pytest.raises(UserError, match=r"model.mixer is 'gated_delta', which supports no mask"):
         apply(Transformer(MODEL), random_params(MODEL), jnp.ones((1, 3), int), mask_BTS=np.ones((1, 3, 3), bool))
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("hard", [False, True])
+def test_both_forms_equal_those_of_transformers(hard):
+    """Values and gradients over several chunks."""
+    torch = pytest.importorskip("torch")
+    qwen = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
+    tokens, (B, T, K, G, C, U) = random_tokens(150, (), hard), (2, 150, 2, 3, 8, 5)
+    shapes = (B, T, K, C), (B, T, K, C), (B, T, K * G, U), (B, T, K * G), (B, T, K * G)
+    q, k, v, beta, decay = (
+        torch.tensor(np.asarray(x).reshape(shape), requires_grad=True) for x, shape in zip(tokens, shapes)
+    )
+    with torch.enable_grad():
+        out, _ = qwen.torch_chunk_gated_delta_rule(q * C**0.5, k, v, decay, beta)  # it divides queries by sqrt(C)
+        torch.sin(3 * out).mean().backward()
+    expected = [x.grad.numpy() for x in (q, k, v, beta, decay)]
+    forms = (
+        lambda tokens: linear_attention.chunked(tokens)[0],
+        lambda tokens: linear_attention.recurrent(tokens, jnp.zeros((B, K, G, C, U)))[0],
+    )
+    for form in forms:
+        loss = lambda floats, form=form: jnp.sin(3 * form(linear_attention.Tokens(*floats, tokens.age_BT))).mean()
+        found = jax.jit(form)(tokens)
+        np.testing.assert_allclose(found.reshape(out.shape), out.detach().numpy(), atol=1e-5)
+        for ours, theirs in zip(jax.jit(jax.grad(loss))(tuple(tokens)[:-1]), expected):
+            limit = 1e-5 * max(1e-3, np.abs(theirs).max())
+            np.testing.assert_allclose(ours.reshape(theirs.shape), theirs, atol=limit)

@@ -69,9 +69,12 @@ def test_the_format_int8_rounds_keys_and_values_but_no_states():
 
 
 def test_the_formula_counts_the_products_of_both_mixers_and_the_gate():
-    params, tokens_BT = random_params(DENSE), np.zeros((2, 8), np.int32)
-    counted = flops.count(jax.make_jaxpr(partial(apply, Transformer(DENSE)))(params, tokens_BT))
-    assert counted == flops.model_flops(DENSE, 2, 8, heads={}).total
+    gated = replace(PRESETS["t5-small"], vocabulary=32, width=16, layers=1, heads=2, mlp_width=8, attention_gate=True)
+    tokens_BT = np.zeros((2, 8), np.int32)
+    for model, more in ((DENSE, {}), (gated, {"target_tokens_BT": tokens_BT})):
+        run = partial(apply, Transformer(model), **more)
+        counted = flops.count(jax.make_jaxpr(run)(random_params(model), tokens_BT))
+        assert counted == flops.model_flops(model, 2, 8, 8, heads={}).total
 
 
 def test_sharded_rows_equal_unsharded_ones(devices):

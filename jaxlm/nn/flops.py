@@ -247,14 +247,14 @@ def model_flops(
         queries = tokens + targets
         attention += _mixer_products(config, config.layers, queries, tokens, queries * tokens)
         # Targets are queries, but no keys.
-        of_targets = config.layers * 2 * D * config.heads * config.C + _mlp_entries(config, config.layers)
+        of_targets = config.layers * _query_entries(config) + _mlp_entries(config, config.layers)
         projections += targets * of_targets
     if config.structure != "encoder":
         layers, config = (config.decoder_layers if both else None) or config.layers, config.decoder_config
         projections += T * _layer_entries(config, layers, True)
         attention += _mixer_products(config, layers, T, T, _causal_pairs(T) if blocks else T * T)
         if both and S is not None:
-            queries, keys = 2 * D * config.heads * config.C, 2 * D * config.K * config.C
+            queries, keys = _query_entries(config), 2 * D * config.K * config.C
             projections += layers * (queries * T + keys * S)
             attention += layers * _attention_products(config, T, S, T * S, relative=False)
     config = whole
@@ -276,7 +276,12 @@ def _mixer_entries(config: ModelConfig, name: str, causal: bool) -> int:
     if hasattr(mixer, "entries"):
         entries: int = mixer.entries(config, causal)
         return entries
-    return config.width * config.C * ((2 + config.attention_gate) * config.heads + 2 * config.K)
+    return _query_entries(config) + 2 * config.width * config.K * config.C
+
+
+def _query_entries(config: ModelConfig) -> int:
+    """Returns the number of entries of the matrices of attention that multiply each query: also output and gate."""
+    return (2 + config.attention_gate) * config.width * config.heads * config.C
 
 
 def _mixer_products(config: ModelConfig, layers: int, T: int, S: int, pairs: int) -> int:
