@@ -43,6 +43,7 @@ with _interrupts_wait():
     from jaxlm.run.fit import fit
     from jaxlm.run.word_vectors import fit_vectors
     from jaxlm.transforms.adapters import add_adapter, merge, remove_adapters
+    from jaxlm.transforms.lengthening import lengthen
     from jaxlm.transforms.pruning import prune
     from jaxlm.transforms.quantization import quantize
     from jaxlm.transforms.structured import shrink
@@ -79,6 +80,7 @@ __all__ = [
     "fit",
     "fit_vectors",
     "generate",
+    "lengthen",
     "load",
     "load_vectors",
     "merge",

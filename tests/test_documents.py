@@ -53,6 +53,8 @@ SMALL_FLAGS = {  # pattern of a command -> flags that follow it; the last of two
     "bert_pretrain|small_bert": "--model.vocabulary 100 --data.length 32",
     "translate": "--model.vocabulary 340 --task.generated 2 --task.decoding.max-new-tokens 4 --task.decoding.beams 2",
     "llama|gpt2_124m|mine": "--batch 8 --data.length 32 --model.vocabulary 408",
+    "longformer-base|long-roberta": "--data.length 64",
+    "led-base": "--task.source-length 64 --data.length 32 --task.decoding.max-new-tokens 6",
     "llama": f"{TINY} --model.kv-heads 2 --model.head-width 8 --model.mlp-width 16",
     "fsdp 8 --mesh.tensor 2": "--mesh.fsdp 4",  # the tests have eight devices
     "gpt2_124m": "--task.stride 0",
@@ -135,6 +137,9 @@ MODELS = {  # folder or hub name -> preset, tokenizer
     "org/name-instruct": ("llama-3.2-1b", "byte_bpe"),
     "meta-llama/Llama-3.1-8B": ("llama-3.2-1b", "byte_bpe"),
     "gpt2": ("gpt2", "byte_bpe"),
+    "roberta-base": ("roberta-base", "wordpiece"),
+    "allenai/longformer-base-4096": ("longformer-base-4096", "wordpiece"),
+    "allenai/led-base-16384": ("led-base-16384", "byte_bpe"),
 }
 
 
@@ -161,6 +166,8 @@ def write_files(folder: Path) -> None:
     for name in ("input.txt", "text.txt", "texts.txt", "corpus.txt"):
         write(name, [f"{a}. {b}." if n % 7 else "" for n, (a, b) in enumerate(zip(lines(200, 7), lines(200, 8)))])
     write("articles.jsonl", [json.dumps({"body": text}) for text in lines(100, 10)])
+    papers = zip(lines(100, 11), lines(100, 12))
+    write("papers.jsonl", [json.dumps({"article": text, "abstract": summary}) for text, summary in papers])
     (folder / "latin.txt").write_bytes("un café\n".encode("iso-8859-1"))
     (folder / "mamba").mkdir()
     (folder / "mamba" / "config.json").write_text('{"model_type": "mamba"}')

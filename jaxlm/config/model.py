@@ -420,10 +420,7 @@ class ModelConfig(Config):
                 "--model.global-tokens first"
             )
         if self.global_rule == "question" and self.separator_token is None:
-            raise UserError(
-                "model.global_tokens is 'question', but model.separator_token is None; set it to the token after the "
-                "question, or set --model.global-tokens first"
-            )
+            raise UserError(NO_SEPARATOR)
 
     def _check_transformer_xl(self) -> None:
         if self.relative != "transformer_xl":
@@ -536,6 +533,10 @@ class ModelConfig(Config):
             )
 
 
+NO_SEPARATOR = (
+    "model.global_tokens is 'question', but model.separator_token is None; set it to the token after the question, or "
+    "set --model.global-tokens first"
+)
 # Fields that the decoder of an encoder-decoder may have other values of, in the fields `decoder_...`.
 _OF_DECODER = ("heads", "mlp_width", "layer_kinds", "max_length")
 

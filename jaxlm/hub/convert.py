@@ -143,6 +143,7 @@ class Rule(NamedTuple):
       first: the first layer with this tensor; the leaf is 1, without effect, in earlier layers.
       idle: whether transformers stores this tensor but computes with another one for the same leaf. Idle tensors are
         written, but not read.
+      stand_in: the tensor that is read for this one from a file that has none of the tensors with stand-ins.
     """
 
     hf: str
@@ -153,6 +154,7 @@ class Rule(NamedTuple):
     when: Callable[[ModelConfig], bool] = lambda config: True
     first: int = 0
     idle: bool = False
+    stand_in: str | None = None
 
     @property
     def leaves(self) -> tuple[str, ...]:
@@ -378,8 +380,8 @@ def canonical(family: Family, config: ModelConfig, tensors: Mapping[str, Any]) -
       UserError: if two tensors have the same name, or if a copy differs from its original.
     """
     shapes = tree_shapes(config, family.module)
-    rules = applying(family.rules, config, shapes)
-    expected = {name for rule in rules for name in rule.names(config, shapes).values()}
+    rules_of = list(applying(family.rules, config, shapes))
+    expected = {name for rule in rules_of for name in rule.names(config, shapes).values()}
     buffer = any_of((*family.buffers, *family.unused))
     known = any_of([*(rule.hf for rule in family.rules), *family.copies])
     result = Canonical({}, {}, {})
@@ -409,7 +411,22 @@ def canonical(family: Family, config: ModelConfig, tensors: Mapping[str, Any]) -
                     f"or set tie_word_embeddings to false in config.json if the model has both"
                 )
             result.names.update({written: original for written, name in result.names.items() if name == copy})
+    _add_stand_ins(rules_of, config, shapes, result.tensors)
     return result
+
+
+def _add_stand_ins(
+    rules: list[Rule], config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], tensors: dict[str, Any]
+) -> None:
+    """Adds the tensors that a file lacks and that have stand-ins, unless it has some of them."""
+    lacks = {
+        name: rule.stand_in.format(**dict(zip("ie", index)))
+        for rule in rules
+        if rule.stand_in is not None
+        for index, name in rule.names(config, shapes).items()
+    }
+    if not lacks.keys() & tensors.keys():
+        tensors.update({name: tensors[other] for name, other in lacks.items() if other in tensors})
 
 
 def any_of(names: Iterable[str]) -> re.Pattern[str]:

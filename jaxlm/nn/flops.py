@@ -7,16 +7,17 @@ Transformer, and a chip's peak rate is that of its matrix products.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from jax.extend import core
 
 from jaxlm.config import ModelConfig
+from jaxlm.nn import windows
 from jaxlm.nn.attention import BLOCK
-from jaxlm.nn.block import FEED_FORWARDS, MIXERS
-from jaxlm.nn.stacking import parts_of
+from jaxlm.nn.block import FEED_FORWARDS, MIXERS, cached_window
+from jaxlm.nn.stacking import Parts, parts_of
 
 # Counts
 
@@ -228,8 +229,8 @@ def model_flops(
       source_length: number of tokens in a row of the encoder of an encoder-decoder.
       heads: number of positions in a row to which each head is applied; None: all positions for `lm`.
       targets: number of targets in a row, for a model with a query stream.
-      blocks: whether to count causal attention as `dot_product_attention` computes it, in blocks of queries that read
-        no keys after their end.
+      blocks: whether to count causal and local attention as XLA computes them: in blocks of queries that read no keys
+        after their end, or only those of neighbouring blocks and of a few global tokens.
     """
     D, T, S, whole = config.width, length, source_length, config
     if heads is None:
@@ -245,14 +246,16 @@ def model_flops(
         tokens = S if both and S is not None else T
         projections += tokens * _layer_entries(config, config.layers, False)
         queries = tokens + targets
-        attention += _mixer_products(config, config.layers, queries, tokens, queries * tokens)
+        pairs = lambda own: _encoder_pairs(config, own, tokens) if blocks and not targets else queries * tokens
+        attention += _mixer_products(config, config.layers, queries, tokens, pairs)
         # Targets are queries, but no keys.
         of_targets = config.layers * _query_entries(config) + _mlp_entries(config, config.layers)
         projections += targets * of_targets
     if config.structure != "encoder":
         layers, config = (config.decoder_layers if both else None) or config.layers, config.decoder_config
         projections += T * _layer_entries(config, layers, True)
-        attention += _mixer_products(config, layers, T, T, _causal_pairs(T) if blocks else T * T)
+        causal_pairs = _causal_pairs(T) if blocks else T * T
+        attention += _mixer_products(config, layers, T, T, lambda own: causal_pairs)
         if both and S is not None:
             queries, keys = _query_entries(config), 2 * D * config.K * config.C
             projections += layers * (queries * T + keys * S)
@@ -276,7 +279,8 @@ def _mixer_entries(config: ModelConfig, name: str, causal: bool) -> int:
     if hasattr(mixer, "entries"):
         entries: int = mixer.entries(config, causal)
         return entries
-    return _query_entries(config) + 2 * config.width * config.K * config.C
+    of_global_tokens = 0 if causal or config.global_rule == "none" else config.heads + 2 * config.K
+    return _query_entries(config) + config.width * config.C * (2 * config.K + of_global_tokens)
 
 
 def _query_entries(config: ModelConfig) -> int:
@@ -284,16 +288,20 @@ def _query_entries(config: ModelConfig) -> int:
     return (2 + config.attention_gate) * config.width * config.heads * config.C
 
 
-def _mixer_products(config: ModelConfig, layers: int, T: int, S: int, pairs: int) -> int:
-    """Returns the products of all layers between tokens, which attention has, and mixers with `products`."""
+def _mixer_products(config: ModelConfig, layers: int, T: int, S: int, pairs: Callable[[Parts], int]) -> int:
+    """Returns the products of all layers between tokens, which attention has, and mixers with `products`.
 
-    def of_layer(mixer: Any) -> int:
+    `pairs` counts those of a layer with attention.
+    """
+
+    def of_layer(own: Parts) -> int:
+        mixer: Any = MIXERS.get(own.mixer)
         if hasattr(mixer, "products"):
             products: int = mixer.products(config, T)
             return products
-        return 0 if hasattr(mixer, "entries") else _attention_products(config, T, S, pairs)
+        return 0 if hasattr(mixer, "entries") else _attention_products(config, T, S, pairs(own))
 
-    return sum(of_layer(MIXERS.get(own.mixer)) for own in parts_of(config, layers))
+    return sum(map(of_layer, parts_of(config, layers)))
 
 
 def _mlp_entries(config: ModelConfig, layers: int) -> int:
@@ -327,6 +335,15 @@ def _relative_entries(config: ModelConfig) -> int:
     R = 2 * (config.relative_buckets or config.relative_distance)
     heads = {"c2p": config.K, "p2c": config.heads}  # the projection of distances is that of keys, or of queries
     return config.layers * R * config.width * config.C * sum(heads[term] for term in config.relative_terms)
+
+
+def _encoder_pairs(config: ModelConfig, layer: Parts, T: int) -> int:
+    """Returns the pairs of queries and keys of a layer of an encoder, in blocks if it has local attention."""
+    window, has_global = cached_window(layer), config.global_rule != "none"
+    if window is None or config.relative != "none" or not windows.saves_memory(T, window):
+        return (1 + has_global) * T * T
+    b, slots = windows.block_size(window), min(T, windows.slots_of(config)) if has_global else 0
+    return -(-T // b) * b * (3 * b + slots) + slots * T
 
 
 def _causal_pairs(T: int) -> int:
