@@ -397,7 +397,8 @@ def load(
       split_special_tokens: True: special tokens written in a text, such as "[SEP]", are encoded like other text, for
         texts from users of a service. False: they become the special token. None: as the tokenizer's files specify,
         else False.
-      log: receives messages about initialised parameters and inputs that are not rounded; None: standard error.
+      log: receives messages about initialised and unused parameters, and inputs that are not rounded; None: standard
+        error.
 
     Returns:
       The model.
@@ -420,6 +421,8 @@ def load(
     log = log or partial(print, file=sys.stderr)
     if found.unrounded:
         log(f"inputs of projections are not rounded as in {folder}: {', '.join(found.unrounded)}")
+    if found.origin.unused:
+        log(f"not used by the model, but kept for saving: {', '.join(found.origin.unused)}")
     if found.fresh:
         log(f"randomly initialised, since {folder} has none: {', '.join(found.fresh)}")
     leaves = jax.tree.leaves(found.params, is_leaf=nodes.is_node)

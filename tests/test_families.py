@@ -88,6 +88,11 @@ def member(name: str, heads: tuple, shape: dict) -> ModelConfig:
         small |= {"embedding_width": 5}
     if preset.mlp_width:
         small |= {"mlp_width": 10}
+    if preset.experts > 16:
+        small |= {"experts": 16}
+    if preset.linear_key_heads:
+        sizes = {"linear_key_heads": 2, "linear_value_heads": 4, "linear_key_width": 3, "linear_value_width": 5}
+        small |= sizes | {"mixers": ("gated_delta", "attention")}
     if preset.positions == "sinusoidal":
         shape = {"vocabulary": 17} | {key: value for key, value in shape.items() if key != "vocabulary"}
     if preset.mixer == "latent":
@@ -421,6 +426,12 @@ def test_invalid_configs_are_refused(gpt2_folder, change, message):
         ("granite", {"logits_scaling": 0}, "model.logit_divisor is 0"),
         ("smollm3", {"no_rope_layers": [1]}, "a list of 2 numbers, 0 or 1"),
         ("olmo2", {"partial_rotary_factor": 0.5}, "only 1.0 is supported"),
+        ("qwen3_next", {"layer_types": ["linear_attention"]}, "it must have 2 of .*'full_attention'"),
+        ("qwen3_next", {"layer_types": ["sliding_attention"] * 2}, "it must have 2 of .*'full_attention'"),
+        ("qwen3_next", {"layer_types": None, "full_attention_interval": 0}, "full_attention_interval is 0"),
+        ("qwen3_5_text", {"attn_output_gate": False}, "only True is supported"),
+        ("qwen3_5_text", {"linear_num_value_heads": 3}, "model.linear_value_heads is 3, which is no multiple"),
+        ("qwen3_5_moe_text", {"linear_conv_kernel_dim": 1}, "model.linear_conv_width is 1"),
     ],
 )
 def test_invalid_configs_of_decoders_are_refused(tmp_path, name, change, message):

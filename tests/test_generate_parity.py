@@ -42,6 +42,10 @@ OPT = SMALL | {"num_hidden_layers": 3, "num_attention_heads": 3, "ffn_dim": 20, 
 OPT |= {"tie_word_embeddings": False}
 FALCON = SMALL | {"num_hidden_layers": 3, "num_attention_heads": 3, "ffn_hidden_size": 20}
 LOCAL = {"sliding_window": 4}
+HYBRID = DECODER | {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "hidden_act": "silu"}
+HYBRID |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 6, "linear_value_head_dim": 5}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+EXPERTS |= {"shared_expert_intermediate_size": 12}
 MIXED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "decoder_sparse_step": 2}
 LATENT: dict[str, Any] = {"kv_lora_rank": 12, "q_lora_rank": None, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4}
 LATENT |= {"v_head_dim": 5, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
@@ -63,6 +67,8 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", "ForCausalLM", WIDE | {"num_key_value_heads": 1}),
     "qwen3": ("Qwen3", "ForCausalLM", DECODER),
     "mixtral": ("Mixtral", "ForCausalLM", DECODER | LOCAL | {"num_local_experts": 4}),
+    "qwen3_next": ("Qwen3Next", "ForCausalLM", HYBRID | EXPERTS),
+    "qwen3_5": ("Qwen3_5", "ForCausalLM", HYBRID),
     "qwen3_moe": ("Qwen3Moe", "ForCausalLM", DECODER | MIXED),
     "gpt_oss": ("GptOss", "ForCausalLM", DECODER | LOCAL | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "deepseek_v2": ("DeepseekV2", "ForCausalLM", WIDE | LATENT),
@@ -96,7 +102,8 @@ def pair(name: str, folder: str) -> tuple[Any, jaxlm.LM]:
     """Returns a random model with well separated logits, in transformers and in jaxlm."""
     family, head, fields = MODELS[name]
     own = {key: value for key, value in fields.items() if key not in GENERATION_KEYS}
-    config = getattr(transformers, f"{'Gemma3Text' if family == 'Gemma3' else family}Config")(**own)
+    name_of_config = f"{family}Text" if family in ("Gemma3", "Qwen3_5") else family
+    config = getattr(transformers, f"{name_of_config}Config")(**own)
     config._attn_implementation = "sdpa" if getattr(config, "alibi", False) else "eager"  # as in test_parity
     torch.manual_seed(0)
     model = getattr(transformers, family + head)(config).eval()

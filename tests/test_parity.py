@@ -51,6 +51,15 @@ PHI_LONG |= {"short_factor": [1.0, 1.1, 1.2], "long_factor": [1.0, 2.0, 3.0]}
 DISENTANGLED = {"relative_attention": True, "position_biased_input": False, "pos_att_type": ["p2c", "c2p"]}
 V3 = DISENTANGLED | {"share_att_key": True, "norm_rel_ebd": "layer_norm", "position_buckets": 4}
 
+HYBRID = DECODER | {"num_key_value_heads": 1, "head_dim": 8, "hidden_act": "silu"}
+HYBRID |= {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+HYBRID |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 6, "linear_value_head_dim": 5}
+EQUAL = {"linear_num_value_heads": 2, "linear_conv_kernel_dim": 3, "tie_word_embeddings": True}
+LINEAR = {"layer_types": ["linear_attention"] * 3, "use_cache": False}  # transformers has no cache without attention
+HYBRIDS = {"": {}, "equal": EQUAL, "biases": {"attention_bias": True, "hidden_act": "gelu"}}
+HYBRIDS |= {"full": {"layer_types": ["full_attention"] * 3}, "linear": LINEAR}
+HYBRIDS |= {"interval": {"layer_types": None, "num_hidden_layers": 5}}
+
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
 LATENT: dict[str, Any] = {"kv_lora_rank": 12, "q_lora_rank": 14, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4}
 LATENT |= {"v_head_dim": 5, "n_routed_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 12}
@@ -247,6 +256,17 @@ FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, ...], dict[str, dict[str, A
         {"": {"first_k_dense_replace": 2}, "yarn": {"rope_parameters": YARN | LATENT_SCALES, "q_lora_rank": None}}
         | {"one group": {"n_group": 1, "topk_group": 1, "norm_topk_prob": False, "first_k_dense_replace": 0}},
     ),
+    "Qwen3Next": (
+        HYBRID | EXPERTS | {"shared_expert_intermediate_size": 28},
+        (*CAUSAL_HEADS, "ForTokenClassification"),
+        HYBRIDS
+        | {"dense": {"mlp_only_layers": [1], "norm_topk_prob": False}}
+        | {"sparse": {"decoder_sparse_step": 2, "num_hidden_layers": 4, "layer_types": None}},
+    ),
+    "Qwen3_5": (HYBRID, ("ForCausalLM",), HYBRIDS),
+    "Qwen3_5Text": (HYBRID, ("Model", "ForSequenceClassification"), HYBRIDS),
+    "Qwen3_5Moe": (HYBRID | EXPERTS | {"shared_expert_intermediate_size": 28}, ("ForCausalLM",), HYBRIDS),
+    "Qwen3_5MoeText": (HYBRID | EXPERTS | {"shared_expert_intermediate_size": 28}, ("Model",), HYBRIDS),
     "Phi3": (
         WIDE | {"num_key_value_heads": 1, "pad_token_id": 0, "hidden_size": 36, "original_max_position_embeddings": 16},
         (*CAUSAL_HEADS, "ForTokenClassification"),
@@ -328,6 +348,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, ...], dict[str, dict[str, A
     ),
 }
 SINUSOIDAL = ("Marian", "Pegasus", "M2M100")
+TEXT_CONFIGS = ("Gemma3", "Qwen3_5", "Qwen3_5Moe")  # families whose config of text models has another name
 MEMBERS = [
     pytest.param(family, head, shape, id=f"{family}{head}-{shape.replace(' ', '_') or 'plain'}")
     for family, (_, heads, shapes) in FAMILIES.items()
@@ -346,7 +367,8 @@ def implementation(config: Any) -> str:
 def transformers_model(family: str, head: str, shape: str) -> Any:
     """Returns a random model without weights at a special initial value (0 or 1), which could hide errors."""
     base, _, shapes = FAMILIES[family]
-    config = getattr(transformers, f"{'Gemma3Text' if family == 'Gemma3' else family}Config")(**base | shapes[shape])
+    name = f"{family}Text" if family in TEXT_CONFIGS else family
+    config = getattr(transformers, f"{name}Config")(**base | shapes[shape])
     config._attn_implementation = implementation(config)
     torch.manual_seed(0)
     model = getattr(transformers, family + head)(config).eval()

@@ -31,6 +31,7 @@ from jaxlm.config.distill import DistillConfig
 from jaxlm.config.model import (
     DROPOUT_SITES,
     ENCODER_BIASES,
+    LINEAR_SIZES,
     MAX_LAYERS,
     Activation,
     Bias,

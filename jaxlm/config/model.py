@@ -60,9 +60,7 @@ class ModelConfig(Config):
     decoder_mlp_width: Positive | None = None  # MLP width of the decoder in an encoder-decoder; None: as mlp_width
     distinct_layers: Layers | None = None  # layers with separate parameters, cycled (ALBERT: 1); None: all
 
-    mixer: Name = (
-        "attention"  # layer that mixes positions: attention, latent, lstm, gru, convolution, or a custom class
-    )
+    mixer: Name = "attention"  # attention, latent, gated_delta, lstm, gru, convolution, or the name of a custom class
     mixers: tuple[Name, ...] = ()  # mixer of each layer, cycled; empty: mixer in all layers
     mixer_residual: bool = True  # norm of the mixer, and addition of its input to its output; false: the output alone
     heads: Positive = 12  # attention heads H
@@ -73,6 +71,7 @@ class ModelConfig(Config):
     key_value_rank: Count = 0  # width of what the mixer latent caches in place of keys and values (DeepSeek-V2)
     query_rank: Positive | None = None  # inner width of the query projection of the mixer latent; None: one matrix
     value_width: Positive | None = None  # width of the values of each head of the mixer latent; None: as keys
+    attention_gate: bool = False  # multiply the output of attention by the sigmoid of a projection (Qwen3-Next)
     attention_scale: Number | None = None  # scale of the attention scores; None: 1 / sqrt(head width)
     scale_by_layer: bool = False  # divide the attention scores of layer n, counted from 1, by n (option of GPT-2)
     attention_cap: NotNegative = 0.0  # soft cap of the attention scores, by tanh (Gemma 2); 0: none
@@ -149,6 +148,12 @@ class ModelConfig(Config):
     relative_shared: bool = True  # project relative embeddings with the query and key projections
     relative_norm: bool = True  # normalise relative embeddings
     query_stream: bool = False  # a second stream that predicts tokens without reading them (XLNet); transformer_xl only
+
+    linear_key_heads: Positive | None = None  # key heads of gated_delta (Yang et al. 2024); None: as heads
+    linear_value_heads: Positive | None = None  # heads of its values, a multiple of those; None: as many
+    linear_key_width: Positive | None = None  # width of its queries and keys; None: the head width
+    linear_value_width: Positive | None = None  # width of its values; None: as its keys
+    linear_conv_width: Annotated[int, Range(2, MAX_WINDOW)] = 4  # tokens that its causal convolution reads
 
     conv_width: Distance = 0  # kernel width of the convolution next to the first layer (DeBERTa v2), odd; 0: none
     conv_windows: tuple[Annotated[int, Range(1, MAX_WINDOW)], ...] = (3, 4, 5)  # widths of the mixer convolution
@@ -230,6 +235,12 @@ class ModelConfig(Config):
     def R(self) -> int:
         """Number of rotated entries of each head."""
         return self.rotary_width or self.C
+
+    @property
+    def linear_sizes(self) -> tuple[int, int, int, int]:
+        """Values of the fields `LINEAR_SIZES`: the heads and the widths of the mixer gated_delta."""
+        K, C = self.linear_key_heads or self.heads, self.linear_key_width or self.C
+        return K, self.linear_value_heads or K, C, self.linear_value_width or C
 
     @property
     def F(self) -> int:
@@ -465,7 +476,7 @@ class ModelConfig(Config):
     def _check_latent(self) -> None:
         """Raises UserError for options and sizes that latent attention does not have."""
         plain = {"relative": "none", "query_key_norm": False, "attention_sinks": False, "scale_by_layer": False}
-        plain |= {"global_attention": False}
+        plain |= {"global_attention": False, "attention_gate": False}
         for name, value in plain.items():
             if getattr(self, name) != value:
                 raise UserError(
@@ -486,7 +497,7 @@ class ModelConfig(Config):
     def _check_one_mixer(self) -> None:
         if self.mixer == "latent":
             self._check_latent()
-        if self.mixer not in (*RECURRENT, "convolution"):
+        if self.mixer not in (*RECURRENT, "convolution", "gated_delta"):
             return
         for name, plain in (("relative", "none"), ("prefix_lm", False), ("layer_kinds", ("global",))):
             if getattr(self, name) != plain:
@@ -499,11 +510,26 @@ class ModelConfig(Config):
                 f"model.width is {self.width}; an encoder with the mixer {self.mixer!r} divides it between two "
                 f"directions: make it even"
             )
+        if self.mixer == "gated_delta":
+            self._check_gated_delta()
         windows = self.conv_windows
         if self.mixer == "convolution" and not 1 <= len(set(windows)) == len(windows) <= self.width:
             raise UserError(
                 f"model.conv_windows is {windows}; give at least one and at most model.width {self.width} different "
                 f"widths"
+            )
+
+    def _check_gated_delta(self) -> None:
+        if self.structure != "decoder":
+            raise UserError(
+                f"model.mixer is 'gated_delta', which reads from left to right, but the model is a(n) "
+                f"{self.structure}; set model.structure to decoder"
+            )
+        K, H = self.linear_sizes[:2]
+        if H % K:
+            raise UserError(
+                f"model.linear_value_heads is {H}, which is no multiple of the {K} heads of keys; choose a multiple of "
+                f"{K}, or set model.linear_key_heads to one of {divisors(H)}"
             )
 
     def _check_experts(self) -> None:
@@ -577,6 +603,9 @@ DROPOUT_SITES = (
     "tokens_dropout",
     "span_dropout",
 )
+
+
+LINEAR_SIZES = ("linear_key_heads", "linear_value_heads", "linear_key_width", "linear_value_width")
 
 
 def is_local(kind: str) -> bool:

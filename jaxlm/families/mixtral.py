@@ -55,7 +55,7 @@ def _mixtral_to_hf(config: ModelConfig) -> dict[str, Any]:
     return _MIXTRAL_TO_HF(config) | llama.one_rotary_to_hf(config) | llama.window_to_hf(config)
 
 
-def _with_experts(hf: dict[str, Any]) -> dict[str, Any]:
+def with_experts(hf: dict[str, Any]) -> dict[str, Any]:
     """Returns the values with the number of experts under the key of the published files.
 
     transformers 5 writes it under the key of Mixtral.
@@ -63,7 +63,7 @@ def _with_experts(hf: dict[str, Any]) -> dict[str, Any]:
     return ({"num_experts": hf["num_local_experts"]} if "num_local_experts" in hf else {}) | hf
 
 
-def _layers_from_hf(config: ModelConfig, hf: dict[str, Any]) -> dict[str, Any]:
+def layers_from_hf(config: ModelConfig, hf: dict[str, Any]) -> dict[str, Any]:
     """Returns the config fields for the feed-forward layers: every n-th layer has experts, except those in a list."""
     values = JsonObject(hf, "config.json")
     step, dense = values.integer("decoder_sparse_step", 1, 1, MAX_INT), hf.get("mlp_only_layers") or []
@@ -75,8 +75,8 @@ def _layers_from_hf(config: ModelConfig, hf: dict[str, Any]) -> dict[str, Any]:
     return {"mlp_width": config.expert_F, "expert_width": None}
 
 
-def _layers_to_hf(config: ModelConfig) -> dict[str, Any]:
-    """The inverse of `_layers_from_hf`."""
+def layers_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The inverse of `layers_from_hf`."""
     layers = [parts.feed_forward for parts in parts_of(config)]
     step = layers.index("experts") + 1 if "experts" in layers else 1
     if any((n + 1) % step and name == "experts" for n, name in enumerate(layers)):
@@ -86,7 +86,7 @@ def _layers_to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def _qwen2_from_hf(hf: dict[str, Any]) -> ModelConfig:
-    hf = _with_experts(hf)
+    hf = with_experts(hf)
     window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window", False) else None
     config = _QWEN_2_FROM_HF({"num_key_value_heads": 16, "intermediate_size": 5632} | hf)
     # Of the layers below max_window_layers, every second one is local, from the first.
@@ -94,7 +94,7 @@ def _qwen2_from_hf(hf: dict[str, Any]) -> ModelConfig:
     default = ["local" if window is not None and i % 2 == 0 and i < last else "global" for i in range(config.layers)]
     fields = llama.kinds_from_hf(hf, default) | {"window": window or 0}
     fields["biases"] = ("query_key_value",) if hf.get("qkv_bias", True) else ()
-    fields |= _layers_from_hf(config, hf)
+    fields |= layers_from_hf(config, hf)
     return dataclasses.replace(config, **llama.one_rotary_from_hf(hf), **fields)
 
 
@@ -102,24 +102,24 @@ def _qwen2_to_hf(config: ModelConfig) -> dict[str, Any]:
     local = "local" in config.layer_kinds
     windows = {"use_sliding_window": local, "sliding_window": config.window if local else None}
     biases = {"qkv_bias": "query_key_value" in config.biases}
-    own = windows | biases | _layers_to_hf(config)
+    own = windows | biases | layers_to_hf(config)
     if not config.has_mixed_layers:  # the key has no effect
         own["intermediate_size"] = config.shared_expert_width
     return _QWEN_2_TO_HF(config) | llama.one_rotary_to_hf(config) | llama.kinds_to_hf(config) | own
 
 
 def _qwen3_from_hf(hf: dict[str, Any]) -> ModelConfig:
-    hf = _with_experts(hf)
+    hf = with_experts(hf)
     config = _QWEN_3_FROM_HF({"num_key_value_heads": 4, "intermediate_size": 6144} | hf)
     window = llama.window_from_hf(hf, 4096) if hf.get("use_sliding_window") else {}
-    fields = llama.one_rotary_from_hf(hf) | llama.attention_biases(hf) | window | _layers_from_hf(config, hf)
+    fields = llama.one_rotary_from_hf(hf) | llama.attention_biases(hf) | window | layers_from_hf(config, hf)
     return dataclasses.replace(config, **fields)
 
 
 def _qwen3_to_hf(config: ModelConfig) -> dict[str, Any]:
     window = llama.window_to_hf(config)
     own: dict[str, Any] = {"use_sliding_window": window["sliding_window"] is not None}
-    own |= {"attention_bias": "out" in config.biases} | _layers_to_hf(config)
+    own |= {"attention_bias": "out" in config.biases} | layers_to_hf(config)
     return _QWEN_3_TO_HF(config) | llama.one_rotary_to_hf(config) | window | own
 
 

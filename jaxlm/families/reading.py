@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -134,7 +134,7 @@ def open_folder(
     hf, describes_head = _read_values(folder, found_adapters)
     kind = str(hf.get("model_type"))
     if kind not in FAMILIES and kind != OWN:
-        raise UserError(f"config.json has model_type {kind!r}, unknown{suggestion(kind, [*FAMILIES, OWN])}")
+        _refuse(kind, hf)
     stored: Mapping[str, Any] = gguf_folder.tensors(folder) or safetensors.read(folder)
     hf, stored = read_quantised(folder, hf, stored)
     if kind == OWN:
@@ -164,11 +164,26 @@ def open_folder(
         canonical.names,
         {name: np.dtype(stored[name].dtype) for name in stored},
         {name: np.array(tensor) for name, tensor in buffers.items()},
+        convert.unused(family, list(buffers)),
         found_adapters[0].base if peft.is_adapter(given) and not merge else str(given.resolve()),
     )
     tensors, factors = _with_updates(family, config, found_adapters, canonical.tensors, merge)
     adapted = _adapted(family, config, found_adapters)
     return Opened(kind, family, config, tensors, origin, fresh, factors, adapted)
+
+
+def _refuse(kind: str, hf: dict[str, Any]) -> NoReturn:
+    """Raises UserError for an unknown `model_type`."""
+    parts = [key for key in hf if key.endswith("_config") and isinstance(hf[key], dict)]
+    text = hf.get("text_config")
+    text_kind = text.get("model_type") if isinstance(text, dict) else None
+    if text_kind in FAMILIES:
+        raise UserError(
+            f"config.json has model_type {kind!r} with {' and '.join(parts)}; only its text model, {text_kind!r}, is "
+            f"supported: save that model alone, for example with AutoModelForCausalLM.from_pretrained(...)"
+            f".save_pretrained(...) of transformers, and load its folder"
+        )
+    raise UserError(f"config.json has model_type {kind!r}, unknown{suggestion(kind, [*FAMILIES, OWN])}")
 
 
 def _with_updates(

@@ -39,6 +39,7 @@ from jaxlm.families import (
     opt,
     pegasus,
     phi,
+    qwen3_next,
     recurrent,
     roberta,
     smollm,
@@ -81,6 +82,9 @@ FAMILIES: dict[str, Family] = {  # by `model_type` of config.json
     "gpt_oss": gpt_oss.FAMILY,
     "deepseek_v2": deepseek.V2,
     "deepseek_v3": deepseek.V3,
+    "qwen3_next": qwen3_next.QWEN_3_NEXT,
+    "qwen3_5_text": qwen3_next.QWEN_3_5,
+    "qwen3_5_moe_text": qwen3_next.QWEN_3_5_MOE,
     "phi3": phi.FAMILY,
     "olmo2": olmo.FAMILY,
     "granite": granite.FAMILY,
@@ -115,6 +119,7 @@ class Origin(NamedTuple):
       names: name of each tensor in the file -> its name in the family's rules.
       dtypes: dtype of each tensor in the file.
       buffers: tensors that the model does not need.
+      unused: which of them are weights that the model does not compute with, for messages.
       base: the folder or hub name with the weights of the model, without its adapters.
     """
 
@@ -123,4 +128,5 @@ class Origin(NamedTuple):
     names: Mapping[str, str] = {}
     dtypes: Mapping[str, np.dtype] = {}
     buffers: Mapping[str, np.ndarray] = {}
+    unused: tuple[str, ...] = ()
     base: str = ""

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxlm.config import DROPOUT_SITES, Head, ModelConfig
+from jaxlm.config import DROPOUT_SITES, LINEAR_SIZES, Head, ModelConfig
 from jaxlm.errors import UserError, suggestion
 from jaxlm.hub.compressed_tensors import PendingParts, to_parts
 from jaxlm.hub.safetensors import Pending
@@ -234,6 +234,8 @@ class Family(NamedTuple):
       config_from_hf: converts the values of config.json, except heads and labels, which are common to all families.
       config_to_hf: the inverse of `config_from_hf`.
       buffers: names of tensors that a file may contain but a model does not need; * matches anything.
+      unused: names of weights that a file may contain but a model does not compute with -> what they are for. Unlike
+        buffers, they are reported when a model is loaded.
       copies: tensors that repeat another tensor if the model ties them -> that other tensor.
       renames: suffixes of names in old files -> current suffixes.
       old_prefixes: prefixes of names in old files, in place of `prefix`.
@@ -250,6 +252,7 @@ class Family(NamedTuple):
     config_from_hf: Callable[[dict[str, Any]], ModelConfig]
     config_to_hf: Callable[[ModelConfig], dict[str, Any]]
     buffers: tuple[str, ...] = ()
+    unused: Mapping[str, str] = {}
     copies: Mapping[str, str] = {}
     renames: Mapping[str, str] = {}
     old_prefixes: tuple[str, ...] = ()
@@ -383,7 +386,7 @@ class Canonical(NamedTuple):
     Attributes:
       tensors: tensors by their names in the rules.
       names: name in the file -> name in the rules; for a copy, the name of its original.
-      buffers: tensors that the family declares as buffers, by their names in the file.
+      buffers: tensors that the family declares as buffers or as unused, by their names in the file.
     """
 
     tensors: dict[str, Any]
@@ -400,7 +403,7 @@ def canonical(family: Family, config: ModelConfig, tensors: Mapping[str, Any]) -
     shapes = tree_shapes(config, family.module)
     rules_of = list(applying(family.rules, config, shapes))
     expected = {name for rule in rules_of for name in rule.names(config, shapes).values()}
-    buffer = any_of(family.buffers)
+    buffer = any_of((*family.buffers, *family.unused))
     known = any_of([*(rule.hf for rule in family.rules), *family.copies])
     result = Canonical({}, {}, {})
     for written, tensor in tensors.items():
@@ -449,6 +452,12 @@ def any_of(names: Iterable[str]) -> re.Pattern[str]:
     """Returns a pattern that matches each of the names; `{i}` and `{e}` match any number, `*` anything."""
     parts = (re.sub(r"\\{[ie]\\}", r"\\d+", re.escape(name)).replace(r"\*", ".*") for name in names)
     return re.compile("|".join(parts) or "(?!)")
+
+
+def unused(family: Family, names: Iterable[str]) -> tuple[str, ...]:
+    """Returns, for messages, the weights among these tensors that a model does not compute with."""
+    counts = {p: sum(any_of((p,)).fullmatch(name) is not None for name in names) for p in family.unused}
+    return tuple(f"{count} tensors of {family.unused[p]} ({p})" for p, count in counts.items() if count)
 
 
 def equal(a: Any, b: Any) -> bool:
@@ -680,6 +689,7 @@ def resolved(config: ModelConfig) -> ModelConfig:
         "layer_kinds": tuple(kinds[i % len(kinds)] for i in range(config.layers)),
         **_resolved_parts(config),
         "transform_activation": config.transform_activation or config.activation,
+        **dict(zip(LINEAR_SIZES, config.linear_sizes)),
     }
     return dataclasses.replace(config, **sizes)
 
@@ -769,6 +779,7 @@ def inference_config(config: ModelConfig) -> ModelConfig:
         ("relative_terms", "relative_shared", "relative_norm"): config.relative != "disentangled",
         ("attention_scale",): config.relative == "disentangled",
         ("conv_activation",): not config.conv_width,
+        (*LINEAR_SIZES, "linear_conv_width"): "gated_delta" not in config.mixer_pattern,
         ("experts_per_token", "normalize_experts"): "experts" not in config.feed_forward_pattern,
         ("expert_limit", "expert_offset", "expert_scale", "router_scores", "expert_groups"): "experts"
         not in config.feed_forward_pattern,

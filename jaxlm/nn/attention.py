@@ -426,6 +426,9 @@ class Attention(nn.Module):
             select = lambda x_BSKC: jnp.take_along_axis(x_BSKC, inputs.slot_positions_BS[..., None, None], 1)
             keys_BSKC = k_BSKC if inputs.cache_rotary is None else unrotated_BSKC
             cache = create(select(keys_BSKC), select(v_BSKC), inputs.cache_format)
+        if config.attention_gate:
+            gate_BTHC = jax.nn.sigmoid(heads("gate", config.heads)(x_BTD).astype(jnp.float32))
+            out_BTHC = (out_BTHC * gate_BTHC).astype(out_BTHC.dtype)
         biased = "out" in config.biases
         out = Linear((config.width,), residual_std(config), biased, contract=2, dtype=self.dtype, name="out")
         return out(out_BTHC), cache, weights_BHTS if weights else None

@@ -18,6 +18,7 @@ from jaxlm.nn.convolutional import Convolutions
 from jaxlm.nn.experts import Experts
 from jaxlm.nn.latent import LatentAttention
 from jaxlm.nn.layers import MLP, Dropout, GatedMLP, Norm
+from jaxlm.nn.linear_attention import GatedDelta
 from jaxlm.nn.recurrent import GRU, LSTM
 from jaxlm.nn.stacking import Parts, feed_forward_name, mixer_name
 
@@ -26,6 +27,7 @@ MIXERS: dict[str, Any] = {  # by `ModelConfig.mixer`; the entries have the signa
     "latent": LatentAttention,
     "lstm": LSTM,
     "gru": GRU,
+    "gated_delta": GatedDelta,
     "convolution": Convolutions,
 }
 FEED_FORWARDS: dict[str, Any] = {  # by `ModelConfig.feed_forward`; the entries have the signature of `MLP`

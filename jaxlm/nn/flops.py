@@ -17,7 +17,7 @@ from jaxlm.config import ModelConfig
 from jaxlm.nn import windows
 from jaxlm.nn.attention import BLOCK
 from jaxlm.nn.block import FEED_FORWARDS, MIXERS
-from jaxlm.nn.stacking import parts_of
+from jaxlm.nn.stacking import Parts, parts_of
 
 # Counts
 
@@ -251,14 +251,14 @@ def model_flops(
         else:
             attention += _mixer_products(config, config.layers, queries, tokens, queries * tokens)
         # Targets are queries, but no keys.
-        of_targets = config.layers * 2 * D * config.heads * config.C + _mlp_entries(config, config.layers)
+        of_targets = config.layers * _query_entries(config) + _mlp_entries(config, config.layers)
         projections += targets * of_targets
     if config.structure != "encoder":
         layers, config = (config.decoder_layers if both else None) or config.layers, config.decoder_config
         projections += T * _layer_entries(config, layers, True)
         attention += _mixer_products(config, layers, T, T, _causal_pairs(T) if blocks else T * T)
         if both and S is not None:
-            queries, keys = 2 * D * config.heads * config.C, 2 * D * config.K * config.C
+            queries, keys = _query_entries(config), 2 * D * config.K * config.C
             projections += layers * (queries * T + keys * S)
             attention += layers * _attention_products(config, T, S, T * S, relative=False)
     config = whole
@@ -281,19 +281,26 @@ def _mixer_entries(config: ModelConfig, name: str, causal: bool) -> int:
         entries: int = mixer.entries(config, causal)
         return entries
     of_global_tokens = 0 if causal or config.global_rule == "none" else config.heads + 2 * config.K
-    return config.width * config.C * (2 * (config.heads + config.K) + of_global_tokens)
+    return _query_entries(config) + config.width * config.C * (2 * config.K + of_global_tokens)
+
+
+def _query_entries(config: ModelConfig) -> int:
+    """Returns the number of entries of the matrices of attention that multiply each query: also output and gate."""
+    return (2 + config.attention_gate) * config.width * config.heads * config.C
 
 
 def _mixer_products(config: ModelConfig, layers: int, T: int, S: int, pairs: int) -> int:
-    """Returns the products of all layers between tokens, which only attention has."""
-    total = 0
-    for own in parts_of(config, layers):
-        mixer: Any = MIXERS.get(own.mixer)
-        if hasattr(mixer, "products"):
-            total += mixer.products(config, pairs)
-        elif not hasattr(mixer, "entries"):
-            total += _attention_products(config, T, S, pairs)
-    return total
+    """Returns the products of all layers between T queries and S keys."""
+    return sum(_layer_products(config, own, T, S, pairs) for own in parts_of(config, layers))
+
+
+def _layer_products(config: ModelConfig, own: Parts, T: int, S: int, pairs: int) -> int:
+    """Returns the products of a layer between tokens, which attention has, and mixers with a method `products`."""
+    mixer: Any = MIXERS.get(own.mixer)
+    if hasattr(mixer, "products"):
+        products: int = mixer.products(config, T, pairs)
+        return products
+    return 0 if hasattr(mixer, "entries") else _attention_products(config, T, S, pairs)
 
 
 def _mlp_entries(config: ModelConfig, layers: int) -> int:
@@ -333,13 +340,11 @@ def _products_in_blocks(config: ModelConfig, T: int) -> int:
     """Returns the products of all layers of an encoder between T tokens, in blocks where attention is local."""
     has_global, products = config.global_rule != "none", 0
     for own in parts_of(config):
-        if hasattr(MIXERS.get(own.mixer), "entries"):
-            continue
         pairs = (1 + has_global) * T * T
         if own.window and config.relative == "none" and windows.saves_memory(T, own.window):
             b, slots = windows.block_size(own.window), min(T, windows.slots_of(config)) if has_global else 0
             pairs = -(-T // b) * b * (3 * b + slots) + slots * T
-        products += _attention_products(config, T, T, pairs)
+        products += _layer_products(config, own, T, T, pairs)
     return products
 
 

@@ -42,8 +42,8 @@ class LatentAttention(Attention):
         return query + D * (rank + config.R) + rank * H * (C - config.R + V) + H * V * D
 
     @classmethod
-    def products(cls, config: ModelConfig, pairs: int) -> int:
-        """Returns the products between the queries and the keys and values of this number of pairs."""
+    def products(cls, config: ModelConfig, T: int, pairs: int) -> int:
+        """Returns the products between queries and keys, and weights and values, for this number of pairs."""
         return config.heads * (config.C + config.value_C) * pairs
 
     @nn.compact

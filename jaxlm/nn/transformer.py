@@ -24,7 +24,7 @@ from jaxlm.devices.sharding import Placement
 from jaxlm.errors import UserError
 from jaxlm.nn import fusion
 from jaxlm.nn.attention import AttentionInputs, cross_mask, self_mask
-from jaxlm.nn.block import Block, LayerOutputs, cached_window, combine_outputs, lookup
+from jaxlm.nn.block import MIXERS, Block, LayerOutputs, cached_window, combine_outputs, lookup
 from jaxlm.nn.cache import Cache, cache_positions
 from jaxlm.nn.crf import Transitions
 from jaxlm.nn.embeddings import FRONT_ENDS, Embeddings
@@ -436,18 +436,21 @@ class Stack(nn.Module):
 
     def _check_caches(self, caches: tuple[Any, ...], keep: CacheSpec) -> None:
         """Raises UserError unless the mixer returns caches in the requested format."""
-        mixers = [own.mixer for own in parts_of(self.config, self.layers)]
+        layers = parts_of(self.config, self.layers)
         if None in caches:
             raise UserError(
-                f"model.mixer is {mixers[caches.index(None)]!r}, which returns no cache, but generation requires one; "
-                f"return a jaxlm.nn.cache.Cache, or use a model with attention"
+                f"model.mixer is {layers[caches.index(None)].mixer!r}, which returns no cache, but generation requires "
+                f"one; return a jaxlm.nn.cache.Cache, or use a model with attention"
             )
-        for cache, name in zip(caches, mixers):
-            if cache.format != keep.format:
-                raise UserError(
-                    f"cache is {keep.format!r}, but model.mixer is {name!r}, which stores keys and values in the "
-                    f"format {cache.format!r}; choose this format"
-                )
+        others = [(layer, cache.format) for layer, cache in zip(layers, caches) if cache.format != keep.format]
+        # Mixers with a window store states, which are floats in every format.
+        wrong = [(layer, form) for layer, form in others if getattr(MIXERS[layer.mixer], "window", None) is None]
+        if wrong or len(others) == len(caches):
+            layer, form = (wrong or others)[0]
+            raise UserError(
+                f"cache is {keep.format!r}, but model.mixer is {layer.mixer!r}, which stores keys and values in the "
+                f"format {form!r}; choose this format"
+            )
 
     def _lengths(
         self, segments_BT: jax.Array | None, positions_BT: jax.Array, caches: Caches | None, keep: CacheSpec | None

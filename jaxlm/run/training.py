@@ -319,6 +319,8 @@ def set_up(resolved: ResolvedRun, run_folder: buckets.RunFolder, model_given: bo
     resolved = dataclasses.replace(resolved, weights=None, teacher=None)  # they keep the files of a checkpoint open
     training = Training(resolved, run_folder, parts, checkpoints, state, notes, model)
     _print_start(training)
+    if weights is not None and weights.origin is not None and weights.origin.unused:
+        log(f"unused    not trained, and not part of the export: {', '.join(weights.origin.unused)}")
     if weights is not None and not training.started and run.eval_every:
         training.score_start()
     return training

@@ -291,5 +291,5 @@ def _narrower(config: ModelConfig, heads: int | None, mlp: int | None) -> ModelC
 def _with_config(lm: LM, config: ModelConfig, params: Any) -> LM:
     """Returns the model with another config; `save` no longer writes the buffers of its folder."""
     config.check()
-    origin = None if lm.origin is None else lm.origin._replace(buffers={})
+    origin = None if lm.origin is None else lm.origin._replace(buffers={}, unused=())
     return dataclasses.replace(lm, config=config, module=lm.module.clone(config=config), params=params, origin=origin)
