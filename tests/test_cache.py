@@ -24,7 +24,8 @@ from jaxlm.inference import decode
 from jaxlm.lm import LM, with_params
 from jaxlm.nn import cache as caches
 from jaxlm.nn import parameters
-from jaxlm.nn.attention import Attention, AttentionInputs, Scores, _attend, dot_product_attention
+from jaxlm.nn.attention import Attention, AttentionInputs, Scores, dot_product_attention
+from jaxlm.nn.attention import attend as attend_to_cache
 from jaxlm.nn.block import MIXERS
 from jaxlm.nn.cache import Cache
 from jaxlm.nn.positions import RotaryAngles
@@ -108,7 +109,9 @@ def test_writing_equals_creating_and_replaces_only_its_slots(format):
 
 def attend(cache: Cache, q_BTHC, scores=None, dtype=np.float32):
     mask_BTS = np.ones((1, q_BTHC.shape[1], cache.slots), bool)
-    return np.asarray(_attend(jnp.asarray(q_BTHC, dtype), cache, mask_BTS, scores or Scores(0.3), lambda x: x)[0])
+    return np.asarray(
+        attend_to_cache(jnp.asarray(q_BTHC, dtype), cache, mask_BTS, scores or Scores(0.3), lambda x: x)[0]
+    )
 
 
 def test_scales_outside_the_products_equal_dequantised_keys_and_values():

@@ -41,7 +41,7 @@ def random(seed: int, *shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
-MATRICES = Matrices(*[random(n, *shape) for n, shape in enumerate(SHAPES)])
+MATRICES = Matrices(*[random(n, *shape) for n, shape in enumerate(SHAPES[:3])])
 
 
 def loop(x_BTD, ids_BTk, weights_BTk, matrices: Matrices):
@@ -74,7 +74,7 @@ def test_grouped_products_equal_a_loop_over_the_experts(platform, sizes):
 
 def test_equal_experts_are_one_dense_layer():
     """With normalised weights, the number of experts does not matter."""
-    same = Matrices(*[jnp.broadcast_to(matrix[:1], matrix.shape) for matrix in MATRICES])
+    same = Matrices(*[jnp.broadcast_to(matrix[:1], matrix.shape) for matrix in MATRICES[:3]])
     x = random(4, 2, 9, D)
     routing = route(random(6, 2, 9, X), np.ones((2, 9), bool), TINY)
     found = mix_experts(TINY, x, routing.ids_BTk, routing.weights_BTk, same)
@@ -116,6 +116,24 @@ def test_losses_of_the_router():
     assert down[tokens][:, busiest].sum() > 0  # the loss lowers the logits of the busiest expert
 
 
+CLAMPED = {"biases": ("experts",), "expert_limit": 0.5, "expert_offset": 1.0}
+
+
+def test_biases_and_limits_of_experts_are_those_of_a_loop():
+    model = dataclasses.replace(TINY, **CLAMPED)
+    x, ids, weights = inputs()
+    biases = random(7, X, F), random(8, X, F), random(9, X, D)
+    expected = 0
+    for n in range(X):
+        gate = np.minimum(x @ MATRICES.gate_XDF[n] + biases[1][n], 0.5)
+        up = np.clip(x @ MATRICES.up_XDF[n] + biases[0][n], -0.5, 0.5)
+        y = ((up + 1) * np.maximum(gate, 0)) @ MATRICES.down_XFD[n] + biases[2][n]
+        expected += y * ((ids == n) * weights).sum(-1)[..., None]
+    for platform in ("cpu", "tpu"):
+        found = mix_experts(model, x, ids, weights, Matrices(*MATRICES[:3], *biases), platform=platform)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
 MESHES = [{"expert": 4}, {"expert": 2, "data": 2}, {"expert": 2, "fsdp": 2, "tensor": 2}, {"expert": 2, "context": 2}]
 
 
@@ -125,10 +143,11 @@ def test_experts_on_a_mesh_equal_those_on_one_device(sizes, rows):
     count = int(np.prod(list(sizes.values())))
     if len(jax.devices()) < count:
         pytest.skip(f"needs {count} devices")
-    model = dataclasses.replace(TINY, experts=4, balance_loss=0.1, router_z_loss=0.1)
+    model = dataclasses.replace(TINY, experts=4, balance_loss=0.1, router_z_loss=0.1, **CLAMPED)
     mesh = sharding.make_mesh(MeshConfig(**{"data": 1} | sizes), jax.devices()[:count])
     x_BTD, tokens = random(1, rows, 8, D), np.random.default_rng(0).random((rows, 8)) < 0.8
     params = Experts(model, Placement()).init(jax.random.key(0), x_BTD, tokens)
+    params = jax.tree.map(lambda leaf: leaf + 0.1 * random(2, *leaf.shape), params)
 
     def run(mesh):
         layer = Experts(model, Placement(mesh))

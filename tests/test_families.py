@@ -45,6 +45,8 @@ PUBLISHED = {
     ("falcon-40b", ("lm",)): 41_303_293_952,
 }
 ROUNDED = {"gpt3-175b": (175e9, 0.01), "transformer-base": (65e6, 0.04), "transformer-big": (213e6, 0.04)}
+ROUNDED |= {"gpt-oss-20b": (20.9e9, 0.01), "gpt-oss-120b": (116.8e9, 0.01)}
+ROUNDED |= {"deepseek-v2-lite": (15.7e9, 0.01), "deepseek-v3": (671e9, 0.01)}
 
 ODD = {"vocabulary": 17, "max_length": 9, "width": 12, "layers": 2, "heads": 3}
 SHAPES = {
@@ -88,7 +90,9 @@ def member(name: str, heads: tuple, shape: dict) -> ModelConfig:
         small |= {"mlp_width": 10}
     if preset.positions == "sinusoidal":
         shape = {"vocabulary": 17} | {key: value for key, value in shape.items() if key != "vocabulary"}
-    if name == "bloom":  # its MLP has one width and one activation
+    if preset.mixer == "latent":
+        small |= {"kv_heads": None, "value_width": 3, "key_value_rank": 5, "attention_scale": None}
+    if name in ("bloom", "gpt_oss"):  # their MLPs have one activation, and that of BLOOM one width
         shape = {key: value for key, value in shape.items() if key not in ("mlp_width", "activation")}
     return dataclasses.replace(preset, heads_on_top=heads, **small | shape)
 

@@ -34,6 +34,7 @@ TINY = {"vocabulary": 48, "width": 16, "layers": 1, "heads": 2, "max_length": 64
 MODELS = {
     "decoder": ModelConfig(**TINY),
     "encoder-decoder": ModelConfig(**TINY, structure="encoder_decoder", start_token=0),
+    "latent": ModelConfig(**TINY, mixer="latent", key_value_rank=8, head_width=8, rotary_width=4, positions="rotary"),
 }
 MESHES = {  # the first mesh has 8 devices, and the second one has 3, which is not a power of two
     "fsdp, tensor and context": MeshConfig(data=1, fsdp=2, tensor=2, context=2),

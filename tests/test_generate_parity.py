@@ -43,6 +43,9 @@ OPT |= {"tie_word_embeddings": False}
 FALCON = SMALL | {"num_hidden_layers": 3, "num_attention_heads": 3, "ffn_hidden_size": 20}
 LOCAL = {"sliding_window": 4}
 MIXED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "decoder_sparse_step": 2}
+LATENT: dict[str, Any] = {"kv_lora_rank": 12, "q_lora_rank": None, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4}
+LATENT |= {"v_head_dim": 5, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+LATENT |= {"num_key_value_heads": 3, "n_shared_experts": 1, "first_k_dense_replace": 1}
 LED = {"max_encoder_position_embeddings": 48, "max_decoder_position_embeddings": 32, "attention_window": [4, 8]}
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt2": ("GPT2", "LMHeadModel", GPT2),
@@ -61,6 +64,9 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", "ForCausalLM", DECODER),
     "mixtral": ("Mixtral", "ForCausalLM", DECODER | LOCAL | {"num_local_experts": 4}),
     "qwen3_moe": ("Qwen3Moe", "ForCausalLM", DECODER | MIXED),
+    "gpt_oss": ("GptOss", "ForCausalLM", DECODER | LOCAL | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "deepseek_v2": ("DeepseekV2", "ForCausalLM", WIDE | LATENT),
+    "deepseek_v3": ("DeepseekV3", "ForCausalLM", WIDE | LATENT | {"n_group": 2, "topk_group": 1, "q_lora_rank": 14}),
     "phi3": ("Phi3", "ForCausalLM", WIDE | LOCAL | {"num_key_value_heads": 1, "partial_rotary_factor": 0.75}),
     "olmo2": ("Olmo2", "ForCausalLM", WIDE | {"num_key_value_heads": 1}),
     "granite": ("Granite", "ForCausalLM", DECODER | MULTIPLIERS),

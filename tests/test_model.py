@@ -32,6 +32,9 @@ SMALL = {"vocabulary": 96, "max_length": 32, "width": 24, "layers": 2, "heads": 
 SMALL |= {"dropout": 0.0, "attention_dropout": 0.0}
 MIXED: dict[str, Any] = {"experts": 4, "expert_width": 18, "balance_loss": 0.0, "mixers": ("attention", "gru")}
 MIXED |= {"feed_forwards": ("gated", *["experts"] * 4), "layer_kinds": ("global",)}
+LATENT: dict[str, Any] = {"head_width": 10, "value_width": 6, "rotary_width": 4, "query_rank": 12, "key_value_rank": 12}
+LATENT |= {"experts": 4, "experts_per_token": 2, "expert_groups": 2, "expert_groups_per_token": 1, "expert_width": 18}
+LATENT |= {"shared_expert_width": 18, "feed_forwards": ("gated", "experts", "experts"), "layers": 3}
 LONG = {"layer_windows": (2, 4), "global_tokens": "first", "padding_token": None}  # any token may occur
 MODELS = {
     "gpt2": replace(PRESETS["gpt2"], **SMALL),
@@ -44,6 +47,10 @@ MODELS = {
     "mixtral": replace(PRESETS["mixtral-8x7b"], **SMALL, kv_heads=3, mlp_width=24, experts=4, balance_loss=0.0),
     # A dense layer before those with experts, and two mixers in turn.
     "mixed": replace(PRESETS["mixtral-8x7b"], **SMALL | {"layers": 5}, **MIXED, kv_heads=3, mlp_width=24),
+    "gpt_oss": replace(
+        PRESETS["gpt-oss-20b"], **SMALL, kv_heads=3, mlp_width=24, window=3, experts=4, balance_loss=0.0
+    ),
+    "deepseek": replace(PRESETS["deepseek-v3"], **SMALL | LATENT, mlp_width=24, balance_loss=0.0),
     "phi": replace(PRESETS["phi-3-mini"], **SMALL, kv_heads=None, mlp_width=24, window=3, rotary_width=6),
     "olmo2": replace(PRESETS["olmo-2-1b"], **SMALL, kv_heads=3, mlp_width=24),
     "granite": replace(PRESETS["granite-3.1-2b"], **SMALL, kv_heads=3, mlp_width=24, attention_scale=0.2),

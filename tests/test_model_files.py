@@ -313,7 +313,7 @@ QUANTISED = {
     "FP8 in blocks": (None, {"q_proj.weight": ml_dtypes.float8_e4m3fn, "q_proj.weight_scale_inv": np.float32}),
     "GPTQ or AWQ": (None, {"q_proj.qweight": np.int32}),
     "bitsandbytes": (None, {"q_proj.weight": np.int8, "q_proj.SCB": np.float32}),
-    "MXFP4": ({"quant_method": "mxfp4"}, {"gate_up_proj_blocks": np.uint8, "gate_up_proj_scales": np.uint8}),
+    "MXFP4": (None, {"gate_up_proj_blocks": np.uint8, "gate_up_proj_scales": np.uint8}),
     "torchao": ({"quant_method": "torchao"}, {"q_proj.weight": np.int8}),
     "float8_e5m2": (None, {"q_proj.weight": ml_dtypes.float8_e5m2}),
 }

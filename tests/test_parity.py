@@ -52,6 +52,11 @@ DISENTANGLED = {"relative_attention": True, "position_biased_input": False, "pos
 V3 = DISENTANGLED | {"share_att_key": True, "norm_rel_ebd": "layer_norm", "position_buckets": 4}
 
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
+LATENT: dict[str, Any] = {"kv_lora_rank": 12, "q_lora_rank": 14, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4}
+LATENT |= {"v_head_dim": 5, "n_routed_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 12}
+LATENT |= {"num_key_value_heads": 3, "n_shared_experts": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+LATENT_SCALES = {"mscale": 1.5, "mscale_all_dim": 0.7}
+GROUPS = {"n_group": 3, "topk_group": 2}
 MIXED = {"decoder_sparse_step": 2, "num_hidden_layers": 5, "intermediate_size": 28}
 ENCODER_HEADS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "Model")
 GATED_HEADS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "Model")
@@ -221,6 +226,26 @@ FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, ...], dict[str, dict[str, A
         | {"mixed": MIXED, "list": MIXED | {"mlp_only_layers": [0, 3], "decoder_sparse_step": 1}}
         | {"dense": {"mlp_only_layers": [0, 1, 2]}}
         | {"window": {"use_sliding_window": True, "sliding_window": 4}},
+    ),
+    "GptOss": (
+        DECODER | {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 4},
+        (*CAUSAL_HEADS, "ForTokenClassification"),
+        {"": {}, "three": {"num_attention_heads": 6, "num_key_value_heads": 3, "rope_parameters": YARN}}
+        | {"unbiased": {"attention_bias": False, "swiglu_limit": 0.5, "num_experts_per_tok": 3}}
+        | {"global": {"layer_types": ["full_attention"] * 3}},
+    ),
+    "DeepseekV2": (
+        WIDE | LATENT,
+        CAUSAL_HEADS,
+        {"": {"first_k_dense_replace": 1}, "lite": {"q_lora_rank": None, "routed_scaling_factor": 1.7}}
+        | {"groups": GROUPS | {"topk_method": "group_limited_greedy", "rope_parameters": YARN | LATENT_SCALES}}
+        | {"dense": {"first_k_dense_replace": 3}},
+    ),
+    "DeepseekV3": (
+        WIDE | LATENT | GROUPS,
+        (*CAUSAL_HEADS, "ForTokenClassification"),
+        {"": {"first_k_dense_replace": 2}, "yarn": {"rope_parameters": YARN | LATENT_SCALES, "q_lora_rank": None}}
+        | {"one group": {"n_group": 1, "topk_group": 1, "norm_topk_prob": False, "first_k_dense_replace": 0}},
     ),
     "Phi3": (
         WIDE | {"num_key_value_heads": 1, "pad_token_id": 0, "hidden_size": 36, "original_max_position_embeddings": 16},

@@ -113,6 +113,19 @@ CASES: dict[str, Case] = {
         "Qwen3MoeForCausalLM",
         DECODER | EXPERTS,
     ),
+    "deepseek_v3": (
+        lambda f: write_json(f, True, tokenizer_class="PreTrainedTokenizerFast"),
+        "DeepseekV3ForCausalLM",
+        PLAIN
+        | {"num_key_value_heads": 3, "n_routed_experts": 4, "n_group": 2, "topk_group": 2, "num_experts_per_tok": 2}
+        | {"kv_lora_rank": 12, "q_lora_rank": None, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}
+        | {"moe_intermediate_size": 20, "first_k_dense_replace": 1},
+    ),
+    "gpt_oss": (
+        lambda f: write_json(f, False, tokenizer_class="PreTrainedTokenizerFast"),
+        "GptOssForCausalLM",
+        DECODER | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
     "phi3": (lambda f: checkpoint("llama", f, add_bos_token=True), "Phi3ForCausalLM", PLAIN),
     "olmo2": (lambda f: write_json(f, False, tokenizer_class="GPT2Tokenizer"), "Olmo2ForCausalLM", PLAIN),
     "granite": (lambda f: write_json(f, False, tokenizer_class="GPT2Tokenizer"), "GraniteForCausalLM", PLAIN),

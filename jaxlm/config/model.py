@@ -21,9 +21,10 @@ from jaxlm.config.ranges import (
 from jaxlm.errors import UserError
 
 Head = Literal["lm", "masked_lm", "next_sentence", "replaced", "pooled", "classes", "tokens", "span"]
-Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "tanh"]  # gelu is exact (erf), gelu_tanh approximate
-# "mlp" is all projections of the MLP, "down" only the last one.
-Bias = Literal["query_key_value", "out", "mlp", "down", "norm", "transform", "classes", "lm"]
+# gelu is exact (erf), gelu_tanh approximate; gelu_quick is x sigmoid(1.702 x)
+Activation = Literal["gelu", "gelu_tanh", "gelu_quick", "relu", "silu", "tanh"]
+# "mlp" is all projections of the MLP, "down" only the last one; "experts" is the experts and their router.
+Bias = Literal["query_key_value", "out", "mlp", "down", "experts", "norm", "transform", "classes", "lm"]
 ENCODER_BIASES: tuple[Bias, ...] = ("query_key_value", "out", "mlp", "norm", "transform", "classes")
 RotaryScaling = Literal["none", "linear", "dynamic", "llama3", "yarn", "longrope"]
 LayerKind = Literal["global", "local", "global_nope", "local_nope"]  # nope: no positions (Kazemnejad et al. 2023)
@@ -59,7 +60,9 @@ class ModelConfig(Config):
     decoder_mlp_width: Positive | None = None  # MLP width of the decoder in an encoder-decoder; None: as mlp_width
     distinct_layers: Layers | None = None  # layers with separate parameters, cycled (ALBERT: 1); None: all
 
-    mixer: Name = "attention"  # layer that mixes positions: attention, lstm, gru, convolution, or a custom class
+    mixer: Name = (
+        "attention"  # layer that mixes positions: attention, latent, lstm, gru, convolution, or a custom class
+    )
     mixers: tuple[Name, ...] = ()  # mixer of each layer, cycled; empty: mixer in all layers
     mixer_residual: bool = True  # norm of the mixer, and addition of its input to its output; false: the output alone
     heads: Positive = 12  # attention heads H
@@ -67,9 +70,13 @@ class ModelConfig(Config):
     head_width: Positive | None = None  # head width C; None: width / heads
     query_key_norm: bool = False  # normalise the queries and keys of each head (Qwen3, Gemma 3)
     query_key_norm_whole: bool = False  # normalise them over all heads together (OLMo 2)
+    key_value_rank: Count = 0  # width of what the mixer latent caches in place of keys and values (DeepSeek-V2)
+    query_rank: Positive | None = None  # inner width of the query projection of the mixer latent; None: one matrix
+    value_width: Positive | None = None  # width of the values of each head of the mixer latent; None: as keys
     attention_scale: Number | None = None  # scale of the attention scores; None: 1 / sqrt(head width)
     scale_by_layer: bool = False  # divide the attention scores of layer n, counted from 1, by n (option of GPT-2)
     attention_cap: NotNegative = 0.0  # soft cap of the attention scores, by tanh (Gemma 2); 0: none
+    attention_sinks: bool = False  # a learned score of each head, of a key without a value (gpt-oss)
     layer_kinds: tuple[LayerKind, ...] = ("global",)  # attention of each layer, cycled; nope: no rotary positions
     prefix_lm: bool = False  # bidirectional attention within the prompt of a decoder (Raffel et al. 2020)
     decoder_layer_kinds: tuple[LayerKind, ...] | None = None  # of an encoder-decoder's decoder; None: as layer_kinds
@@ -82,12 +89,19 @@ class ModelConfig(Config):
     mlp_width: Positive | None = None  # MLP width F; None: 4 x width
     feed_forward: Name = "dense"  # dense, gated (GLU, Shazeer 2020), experts, none, or the name of a custom class
     feed_forwards: tuple[Name, ...] = ()  # feed-forward of each layer, cycled; empty: feed_forward in all layers
-    experts: Count = 0  # number of experts of a layer, if feed_forward is experts; they have gates, but no biases
+    experts: Count = 0  # number of experts of a layer, if feed_forward is experts; they have gates
     expert_width: Positive | None = None  # width of each expert; None: as mlp_width
     experts_per_token: Positive = 2  # number of experts that the router chooses for each token
-    normalize_experts: bool = True  # divide the router's probabilities of the chosen experts by their sum
+    normalize_experts: bool = True  # divide the router's scores of the chosen experts by their sum
+    router_scores: Literal["softmax", "sigmoid"] = "softmax"  # from the router's logits (sigmoid: DeepSeek-V3)
+    router_correction: bool = False  # a term for each expert in the choice of experts, but not in their weights
+    expert_groups: Positive = 1  # groups of experts; a token can use only expert_groups_per_token of them
+    expert_groups_per_token: Positive = 1  # groups with the largest score, or sum of two scores if they are sigmoids
+    expert_scale: Number = 1.0  # factor of the weights of the chosen experts (DeepSeek-V2)
     shared_expert_width: Count = 0  # width of an MLP that all tokens use in addition to their experts; 0: none
     shared_expert_gate: bool = False  # multiply its output by the sigmoid of a projection (Qwen2-MoE)
+    expert_limit: NotNegative = 0.0  # upper limit of experts' gates, and limit of their inputs (gpt-oss: 7); 0: none
+    expert_offset: Number = 0.0  # added to experts' inputs, which the gates then multiply (gpt-oss: 1)
     expert_capacity: AboveZero | None = None  # maximum tokens of an expert in training, in equal shares; None: no limit
     balance_loss: NotNegative = 0.01  # factor of the loss that balances the experts' loads (Fedus et al. 2021)
     router_z_loss: NotNegative = 0.0  # factor of the loss of the router's squared log-sums (Zoph et al. 2022)
@@ -206,6 +220,11 @@ class ModelConfig(Config):
     def C(self) -> int:
         """Head width."""
         return self.head_width or self.width // self.heads
+
+    @property
+    def value_C(self) -> int:
+        """Width of the values of a head of the mixer latent."""
+        return self.value_width or self.C
 
     @property
     def R(self) -> int:
@@ -396,11 +415,13 @@ class ModelConfig(Config):
                     f"global attention; set model.global_tokens to none, or use a Longformer (--model.global-attention)"
                 )
             return
-        if self.structure == "decoder" or self.mixer != "attention" or self.relative != "none" or self.query_key_norm:
+        others = self.relative != "none" or self.query_key_norm or self.attention_sinks
+        if self.structure == "decoder" or set(self.mixer_pattern) != {"attention"} or others:
             raise UserError(
-                f"model.global_attention is set, but the structure is {self.structure}, the mixer {self.mixer!r}, "
-                f"relative {self.relative!r} and query_key_norm {self.query_key_norm}; it is for encoders with "
-                f"attention without relative positions and without norms of queries: leave it out"
+                f"model.global_attention is set, but the structure is {self.structure}, the mixer "
+                f"{' or '.join(self.mixer_pattern)}, relative {self.relative!r}, query_key_norm {self.query_key_norm} "
+                f"and attention_sinks {self.attention_sinks}; it is for encoders with attention without relative "
+                f"positions, norms of queries and sinks: leave it out"
             )
         if self.global_tokens == "head" and {"classes", "span"} <= set(self.heads_on_top):
             raise UserError(
@@ -441,7 +462,30 @@ class ModelConfig(Config):
         for mixer in set(self.mixer_pattern):
             dataclasses.replace(self, mixer=mixer, mixers=())._check_one_mixer()
 
+    def _check_latent(self) -> None:
+        """Raises UserError for options and sizes that latent attention does not have."""
+        plain = {"relative": "none", "query_key_norm": False, "attention_sinks": False, "scale_by_layer": False}
+        plain |= {"global_attention": False}
+        for name, value in plain.items():
+            if getattr(self, name) != value:
+                raise UserError(
+                    f"model.{name} is {getattr(self, name)!r}, which the mixer 'latent' does not support; leave it out"
+                )
+        if self.rotary_scaling in ("dynamic", "longrope"):
+            raise UserError(
+                f"model.rotary_scaling is {self.rotary_scaling!r}, but the mixer 'latent' caches rotated keys; choose "
+                f"linear, llama3 or yarn"
+            )
+        if not self.key_value_rank or self.heads != self.K or self.R >= self.C or self.R % 2:
+            raise UserError(
+                f"model.key_value_rank is {self.key_value_rank}, model.kv_heads {self.K} and model.rotary_width "
+                f"{self.R}; the mixer 'latent' requires at least 1, as many key-value heads as model.heads "
+                f"{self.heads}, and an even number below the head width {self.C}"
+            )
+
     def _check_one_mixer(self) -> None:
+        if self.mixer == "latent":
+            self._check_latent()
         if self.mixer not in (*RECURRENT, "convolution"):
             return
         for name, plain in (("relative", "none"), ("prefix_lm", False), ("layer_kinds", ("global",))):
@@ -467,7 +511,7 @@ class ModelConfig(Config):
         if "experts" not in (self.feed_forward, *self.feed_forwards):
             if self.experts or self.shared_expert_width or self.expert_width:
                 raise UserError(
-                    f"model.experts is {self.experts}, model.expert_width {self.expert_width} and "
+                    f"model.experts is {self.experts} with model.expert_width {self.expert_width} and "
                     f"model.shared_expert_width {self.shared_expert_width}, but model.feed_forward is "
                     f"{self.feed_forward!r}; set --model.feed-forward experts"
                 )
@@ -481,6 +525,14 @@ class ModelConfig(Config):
             raise UserError(
                 f"model.mlp_dropout is {self.rate('mlp_dropout')}, but experts have no dropout of activations; set it "
                 f"to 0, and use --model.mlp-out-dropout"
+            )
+        groups, chosen = self.expert_groups, self.expert_groups_per_token
+        size = self.experts // groups
+        if self.experts % groups or chosen > groups or self.experts_per_token > chosen * size or (size < 2 <= groups):
+            raise UserError(
+                f"model.expert_groups is {groups} and model.expert_groups_per_token {chosen}; the groups must divide "
+                f"model.experts {self.experts}, have at least 2 experts each, and together have "
+                f"model.experts_per_token {self.experts_per_token}"
             )
         if self.shared_expert_gate and not self.shared_expert_width:
             raise UserError("model.shared_expert_gate is set without a shared expert; set --model.shared-expert-width")

@@ -224,8 +224,8 @@ class Placement:
         return spec(axes, self.mesh.axis_names)
 
     def _divided(self, axis: str | None, size: int) -> str | None:
-        """Returns the axis, or one with fewer parts if the mesh does not divide the size (one token, few rows)."""
-        fewer_parts = {"between": "length", "length": None, "batch": None}
+        """Returns the axis, or one with fewer parts if the mesh does not divide the size (one token, row or head)."""
+        fewer_parts = {"between": "length", "length": None, "batch": None, "kv_heads": None}
         while axis in fewer_parts and size % self.ways(axis):
             axis = fewer_parts[axis]
         return None if axis in self.whole else axis

@@ -130,7 +130,7 @@ _BODY = (
 )
 
 
-def _experts(hf: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
+def experts(hf: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
     """Returns the rules for the router and the experts, whose names in the file follow the prefix `hf`."""
     names = {gate: "gate", up: "up", down: "down"}
     return (
@@ -142,14 +142,16 @@ def _experts(hf: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
     )
 
 
+# The layers without experts in a model with experts.
+DENSE = tuple(
+    rule
+    for name in ("gate", "up", "down")
+    for rule in projection(f"{_LAYER}mlp.{name}_proj", f"{_OURS}gated_mlp/{name}")
+)
 _QWEN_RULES = (
     *_BODY,
-    *(
-        rule
-        for name in ("gate", "up", "down")
-        for rule in projection(f"{_LAYER}mlp.{name}_proj", f"{_OURS}gated_mlp/{name}")
-    ),
-    *_experts("mlp.", "gate_proj", "up_proj", "down_proj"),
+    *DENSE,
+    *experts("mlp.", "gate_proj", "up_proj", "down_proj"),
     *(
         rule
         for name in ("gate", "up", "down")
@@ -170,7 +172,7 @@ FAMILY = llama.variant(
     },
     _mixtral_from_hf,
     _mixtral_to_hf,
-)._replace(rules=(*_BODY, *_experts("block_sparse_moe.", "w1", "w3", "w2")))
+)._replace(rules=(*_BODY, *experts("block_sparse_moe.", "w1", "w3", "w2")))
 _QWEN = _SPARSE | {"vocabulary": 151936, "norm_epsilon": 1e-6}
 _QWEN_2 = _QWEN | {"biases": ("query_key_value",), "experts": 60, "experts_per_token": 4, "normalize_experts": False}
 _QWEN_2 |= {"shared_expert_width": 5632, "shared_expert_gate": True, "max_length": 8192}

@@ -111,9 +111,30 @@ linear_heads_out_in_pairs = Layout(
     lambda config, x: _swap_pairs(config, linear_heads_out.to_ours(config, x), (-1, 2)),
     lambda config, x: linear_heads_out.to_hf(config, _swap_pairs(config, x, (2, -1))),
 )
+# Latent attention, whose rotated entries are the last of a head in the file, in pairs of neighbours, and first in ours.
+latent_query = Layout(  # [I, H, C] <-> [HC, I]
+    lambda config, x: _swap_pairs(config, np.roll(x.T.reshape(x.shape[1], -1, config.C), config.R, -1), (-1, 2)),
+    lambda config, x: np.roll(_swap_pairs(config, x, (2, -1)), -config.R, -1).reshape(len(x), -1).T,
+)
+latent_key_value_down = Layout(  # [D, O] and [D, R] <-> [O + R, D]
+    lambda config, x: (x[: -config.R].T, _swap_pairs(config, x[-config.R :].T, (-1, 2))),
+    lambda config, down, rotary: np.concatenate([down.T, _swap_pairs(config, rotary, (2, -1)).T]),
+)
+latent_key_value = Layout(  # [I, H, C - R] and the values of each head <-> the rows of each head, [.., I]
+    lambda config, x: tuple(np.split(x.T.reshape(x.shape[1], config.heads, -1), [config.C - config.R], -1)),
+    lambda config, *parts: np.concatenate(parts, -1).reshape(len(parts[0]), -1).T,
+)
+latent_out = Layout(  # [H, values of a head, D] <-> [D, values of all heads]
+    lambda config, x: x.T.reshape(config.heads, -1, config.width),
+    lambda config, x: x.reshape(-1, config.width).T,
+)
 linear_gate_up = Layout(  # two of [D, F] <-> [2F, D]
     lambda config, x: tuple(part.T for part in np.split(x, 2)),
     lambda config, *parts: np.concatenate([part.T for part in parts]),
+)
+interleaved = Layout(  # two of [..., F] <-> [..., 2F], in which the entries alternate
+    lambda config, x: (x[..., ::2], x[..., 1::2]),
+    lambda config, *parts: np.stack(parts, -1).reshape(*parts[0].shape[:-1], -1),
 )
 halves = Layout(  # two of [F] <-> [2F]
     lambda config, x: tuple(np.split(x, 2)),
@@ -547,6 +568,7 @@ ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
+    "quick_gelu": "gelu_quick",
     "relu": "relu",
     "silu": "silu",
     "swish": "silu",
@@ -649,6 +671,7 @@ def resolved(config: ModelConfig) -> ModelConfig:
         "head_width": config.C,
         "rotary_width": config.R,
         "mlp_width": config.F,
+        "value_width": config.value_C,
         "attention_scale": config.C**-0.5 if config.attention_scale is None else config.attention_scale,
         "distinct_layers": config.distinct_layers or config.layers,
         "decoder_layers": decoder_layers,
@@ -747,6 +770,10 @@ def inference_config(config: ModelConfig) -> ModelConfig:
         ("attention_scale",): config.relative == "disentangled",
         ("conv_activation",): not config.conv_width,
         ("experts_per_token", "normalize_experts"): "experts" not in config.feed_forward_pattern,
+        ("expert_limit", "expert_offset", "expert_scale", "router_scores", "expert_groups"): "experts"
+        not in config.feed_forward_pattern,
+        ("expert_groups_per_token",): config.expert_groups == 1,
+        ("value_width", "query_rank", "key_value_rank"): "latent" not in config.mixer_pattern,
         ("mlp_width",): set(config.feed_forward_pattern) == {"experts"},
         ("decoder_layers", "decoder_heads", "decoder_mlp_width", "decoder_tokens", "decoder_layer_kinds"): not both,
         ("decoder_max_length",): not both,
@@ -758,6 +785,7 @@ def inference_config(config: ModelConfig) -> ModelConfig:
     }
     no_bias = {
         "down": "mlp" in config.biases,
+        "experts": "experts" not in config.feed_forward_pattern,
         "norm": config.norm != "layernorm",
         "transform": "masked_lm" not in on_top and not config.shared_transform,
         "classes": "classes" not in on_top,

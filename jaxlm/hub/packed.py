@@ -1,4 +1,4 @@
-"""Matrices in the formats of quantised checkpoints: GPTQ, AWQ, bitsandbytes, compressed-tensors and FP8.
+"""Matrices in the formats of quantised checkpoints: GPTQ, AWQ, bitsandbytes, compressed-tensors, FP8 and MXFP4.
 
 A `Packed` matrix replaces the tensors that a file has for it. It is dequantised when it is read.
 
@@ -165,6 +165,46 @@ def awq(tensors: Tensors, settings: Mapping[str, Any]) -> dict[str, Packed]:
             return Parts(values_OI.astype(np.int8), np.asarray(scales).T, zeros_OG.astype(np.int8)).dequantize()
 
         found[f"{module}.weight"] = Packed((outputs, inputs), _float(module, scales), dense)
+    return found
+
+
+_FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+_BLOCK = 32  # entries with the same scale in MXFP4
+
+
+def mxfp4(tensors: Tensors, settings: Mapping[str, Any]) -> dict[str, Packed]:
+    """Returns the matrices [X, I, O] of experts in MXFP4, which are stored as [X, O, I] in blocks of inputs.
+
+    A byte has two entries of 4 bits, the first in the lowest bits. A scale is a power of two, stored as its exponent
+    plus 127.
+
+    Source: Open Compute Project, Microscaling Formats (MX) v1.0, sections 5.3 and 5.4.
+    """
+    dtype = _named_dtype(str(settings.get("dtype") or "bfloat16"))
+    found = {}
+    for name in tensors:
+        stem = name.removesuffix("_blocks")
+        if stem == name:
+            continue
+        blocks, scales = tensors[name], tensors.get(f"{stem}_scales")
+        for part, tensor in (("blocks", blocks), ("scales", scales)):
+            if tensor is None or np.dtype(tensor.dtype) != np.uint8:
+                raise UserError(f"{stem}_{part} is missing, or not uint8, as MXFP4 requires; download the file again")
+        shape, of_scales = tuple(blocks.shape), tuple(getattr(scales, "shape", ()))
+        if len(shape) != 4 or shape[3] != _BLOCK // 2 or of_scales != shape[:3]:
+            raise UserError(
+                f"{name} has the shape {list(shape)} and its scales {list(of_scales)}; MXFP4 has {_BLOCK // 2} bytes "
+                f"for each scale: download the file again"
+            )
+        X, outputs, groups, _ = shape
+
+        def dense(blocks=blocks, scales=scales, shape=(X, outputs, groups * _BLOCK)):
+            bytes_XOGb = np.asarray(blocks)
+            values_XOGbn = _FP4[np.stack([bytes_XOGb & 15, bytes_XOGb >> 4], -1)]
+            factors_XOG = np.ldexp(np.float32(1), np.asarray(scales).astype(np.int32) - 127)
+            return (values_XOGbn * factors_XOG[..., None, None]).reshape(shape).swapaxes(1, 2)
+
+        found[stem] = Packed((X, groups * _BLOCK, outputs), dtype, dense)
     return found
 
 

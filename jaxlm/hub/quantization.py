@@ -25,13 +25,13 @@ _WEIGHT = re.compile(rf".*(weight|{'|'.join(_TENSORS)})")
 _TRANSFORMERS = "transformers' AutoModel.from_pretrained(folder"
 _DEQUANTIZE = {  # quant_method -> the call of transformers that dequantises the weights
     "fp8": f"{_TRANSFORMERS}, quantization_config=FineGrainedFP8Config(dequantize=True))",
-    "mxfp4": f"{_TRANSFORMERS}, quantization_config=Mxfp4Config(dequantize=True))",
 }
 _READERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Packed]]] = {  # by quant_method
     "gptq": packed.gptq,
     "awq": packed.awq,
     "bitsandbytes": packed.bitsandbytes,
     "compressed-tensors": packed.compressed_tensors,
+    "mxfp4": packed.mxfp4,
     "fp8": packed.fp8,
 }
 # The tensors of a module that a quantised matrix replaces, in addition to `weight`.
@@ -73,6 +73,7 @@ def read_quantised(
     for name in found:
         module = name.removesuffix(".weight")
         replaced |= {f"{module}.{part}" for part in _PARTS}
+        replaced |= {f"{name}_{part}" for part in ("blocks", "scales")}
         replaced |= {other for other in stored if other.startswith(f"{name}.")}
     kept = {name: x for name, x in stored.items() if name not in replaced and not name.endswith(_CACHE_SCALES)}
     tensors = kept | found

@@ -7,6 +7,7 @@ embeddings   embeddings of tokens, and the table of front ends
 layers       projections, norms, the MLP, dropout
 experts      feed-forward layers of routed experts
 attention    self-attention and cross-attention, with grouped queries, windows and caches
+latent       attention with a cache of projections of the hidden states
 recurrent    LSTM and GRU in place of self-attention
 convolutional  convolutions in place of self-attention
 cache        keys and values of earlier tokens

@@ -112,11 +112,15 @@ def permutation_masks(order_BT: jax.Array, segments_BT: jax.Array, places_BQ: ja
 
 
 class Scores(NamedTuple):
-    """Operations on the products of queries and keys before the softmax: scale, bias, then a soft cap."""
+    """Operations on the products of queries and keys before the softmax: scale, bias, then a soft cap.
+
+    A sink is one more score of each head, of a key without a value, so that the weights sum to less than 1.
+    """
 
     scale: float
     cap: float = 0.0
     bias_BHTS: jax.Array | None = None
+    sinks_H: jax.Array | None = None
 
 
 def dot_product_attention(
@@ -146,7 +150,7 @@ def dot_product_attention(
     scores = scores or Scores(1 / math.sqrt(q_BTHC.shape[-1]))
     T, block = q_BTHC.shape[1], max(BLOCK, -(-q_BTHC.shape[1] // 8))
     if not causal or block >= T:
-        return _attend(q_BTHC, create(k_BSKC, v_BSKC), mask_BTS, scores, dropout)[0]
+        return attend(q_BTHC, create(k_BSKC, v_BSKC), mask_BTS, scores, dropout)[0]
     out = []
     for start in range(0, T, block):
         q, s = slice(start, min(start + block, T)), slice(start + block)
@@ -155,18 +159,18 @@ def dot_product_attention(
             bias = bias[:, :, q if bias.shape[2] > 1 else slice(None), s]
         block_scores = scores._replace(bias_BHTS=bias)
         kv = create(k_BSKC[:, s], v_BSKC[:, s])
-        out.append(_attend(q_BTHC[:, q], kv, mask_BTS[:, q, s], block_scores, dropout)[0])
+        out.append(attend(q_BTHC[:, q], kv, mask_BTS[:, q, s], block_scores, dropout)[0])
     return jnp.concatenate(out, axis=1)
 
 
-def _attend(
+def attend(
     q_BTHC: jax.Array, kv: Cache, mask_BTS: jax.Array, scores: Scores, dropout: Callable
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the attended values [B, T, H, C] and the weights [B, H, T, S]."""
-    B, T, H, C = q_BTHC.shape
+    B, T, H = q_BTHC.shape[:3]
     K, S = kv.k_BKSC.shape[1:3]
     dtype = kv.v_BKSC.dtype if kv.v_scales_BKS is None else q_BTHC.dtype
-    q_BKGTC = (q_BTHC * scores.scale).reshape(B, T, K, H // K, C).transpose(0, 2, 3, 1, 4)
+    q_BKGTC = (q_BTHC * scores.scale).reshape(B, T, K, H // K, -1).transpose(0, 2, 3, 1, 4)
     scores_BKGTS = float32_einsum("BKGTC,BKSC->BKGTS", q_BKGTC, kv.k_BKSC)
     if kv.k_scales_BKS is not None:
         scores_BKGTS *= kv.k_scales_BKS[:, :, None, None]
@@ -176,13 +180,20 @@ def _attend(
         scores_BKGTS = scores.cap * jnp.tanh(scores_BKGTS / scores.cap)
     scores_BKGTS += jnp.where(mask_BTS, 0.0, MASKED)[:, None, None]
     # The softmax's division comes last, on [T, C] instead of [T, S].
-    exps_BKGTS = jnp.exp(scores_BKGTS - jax.lax.stop_gradient(scores_BKGTS.max(-1, keepdims=True)))
-    sums_BKGT1 = exps_BKGTS.sum(-1, keepdims=True)
+    largest_BKGT1 = scores_BKGTS.max(-1, keepdims=True)
+    if scores.sinks_H is None:
+        exps_BKGTS = jnp.exp(scores_BKGTS - jax.lax.stop_gradient(largest_BKGT1))
+        sums_BKGT1 = exps_BKGTS.sum(-1, keepdims=True)
+    else:
+        sinks_KG11 = scores.sinks_H.astype(jnp.float32).reshape(K, H // K, 1, 1)
+        largest_BKGT1 = jax.lax.stop_gradient(jnp.maximum(largest_BKGT1, sinks_KG11))
+        exps_BKGTS = jnp.exp(scores_BKGTS - largest_BKGT1)
+        sums_BKGT1 = exps_BKGTS.sum(-1, keepdims=True) + jnp.exp(sinks_KG11 - largest_BKGT1)
     weights_BKGTS = dropout(exps_BKGTS)
     if kv.v_scales_BKS is not None:
         weights_BKGTS *= kv.v_scales_BKS[:, :, None, None]
     out_BKGTC = float32_einsum("BKGTS,BKSC->BKGTC", weights_BKGTS.astype(dtype), kv.v_BKSC) / sums_BKGT1
-    out_BTHC = out_BKGTC.transpose(0, 3, 1, 2, 4).reshape(B, T, H, C).astype(dtype)
+    out_BTHC = out_BKGTC.transpose(0, 3, 1, 2, 4).reshape(B, T, H, -1).astype(dtype)
     return out_BTHC, (exps_BKGTS / sums_BKGT1).reshape(B, H, T, S)
 
 
@@ -235,7 +246,7 @@ def windowed_attention(
 
     def in_blocks(keys: windows.GlobalKeys | None = None) -> jax.Array:
         (q, k, v), mask_BTS = windows.split(heads, segments_BT, window, global_BT, keys)
-        return windows.join(_attend(q, create(k, v), mask_BTS, scores, dropout(0))[0], B, T)
+        return windows.join(attend(q, create(k, v), mask_BTS, scores, dropout(0))[0], B, T)
 
     if of_global is None or global_BT is None:
         return in_blocks()
@@ -245,7 +256,7 @@ def windowed_attention(
 
     def few() -> jax.Array:
         mask_BgS = cross_mask(keys.take(segments_BT), segments_BT)
-        out_BgHC = _attend(keys.take(q_BTHC), kv, mask_BgS, scores, dropout(1))[0]
+        out_BgHC = attend(keys.take(q_BTHC), kv, mask_BgS, scores, dropout(1))[0]
         return windows.put(in_blocks(keys), keys, out_BgHC)
 
     many = partial(_attend_in_turn, heads, of_global, segments_BT, window, global_BT, scores, dropout)
@@ -277,7 +288,7 @@ def _attend_in_turn(
         near_BTS = near_TS | is_global_BT[:, :, None] | global_BT[:, None, :]
         mask_BTS, drop_n = cross_mask(own_BT, segments_BT) & near_BTS, WeightDropout(key, dropout.dropped)
         out_BTHC, of_global_BTHC = (
-            _attend(q[i], create(*kv[i]), mask_BTS, scores, drop_n(2 * n + i))[0] for i in range(2)
+            attend(q[i], create(*kv[i]), mask_BTS, scores, drop_n(2 * n + i))[0] for i in range(2)
         )
         return jnp.where(is_global_BT[..., None, None], of_global_BTHC, out_BTHC)
 
@@ -286,7 +297,7 @@ def _attend_in_turn(
         return *map(split, q), (*map(split, of_row[:2]), places_nT, jnp.arange(len(places_nT)))
 
     @jax.custom_vjp
-    def attend(q: Any, kv: Any, of_row: Any) -> jax.Array:
+    def attend_blocks(q: Any, kv: Any, of_row: Any) -> jax.Array:
         return join(jax.lax.map(lambda xs: of_block(xs[:2], kv, xs[2], of_row), blocks(q, of_row)))
 
     def backward(inputs: Any, gradient_BTHC: jax.Array) -> Any:
@@ -302,10 +313,10 @@ def _attend_in_turn(
         of_kv, of_q = jax.lax.scan(step, jax.tree.map(jnp.zeros_like, kv), xs)
         return jax.tree.map(join, of_q), of_kv, None
 
-    attend.defvjp(lambda *inputs: (attend(*inputs), inputs), backward)
+    attend_blocks.defvjp(lambda *inputs: (attend_blocks(*inputs), inputs), backward)
     both = heads, of_global
     of_row = segments_BT, global_BT, dropout.key
-    return attend(tuple(some.q_BTHC for some in both), tuple(some[1:] for some in both), of_row)
+    return attend_blocks(tuple(some.q_BTHC for some in both), tuple(some[1:] for some in both), of_row)
 
 
 def _rotate_cache(cache: Cache, inputs: AttentionInputs, dtype: Any) -> Cache:
@@ -395,12 +406,15 @@ class Attention(nn.Module):
         if inputs.offsets is not None:
             q_BTHC, bias_BHTS = self._with_offsets(q_BTHC, inputs.offsets, heads("relative_key", config.heads))
             bias_BHTS *= scale
-        scores = Scores(scale, config.attention_cap, bias_BHTS)
+        sinks_H = None
+        if config.attention_sinks:
+            sinks_H = array(self, "sinks", nn.initializers.normal(config.initial_std), (config.heads,))
+        scores = Scores(scale, config.attention_cap, bias_BHTS, sinks_H)
         dropout = Dropout(config.attention_dropout, name="dropout")
         weights_BHTS = None
         if cache is not None:
             kv = _rotate_cache(cache, inputs, q_BTHC.dtype)
-            out_BTHC, weights_BHTS = _attend(q_BTHC, kv, inputs.mask_BTS, scores, dropout)
+            out_BTHC, weights_BHTS = attend(q_BTHC, kv, inputs.mask_BTS, scores, dropout)
         else:
             rows = Heads(q_BTHC, k_BSKC, v_BSKC)
             of_global = self._global_heads(x_BTD, inputs, heads) if config.global_attention else None
@@ -439,11 +453,11 @@ class Attention(nn.Module):
         self, rows: Heads, of_global: Heads | None, inputs: AttentionInputs, scores: Scores, dropout: Dropout
     ) -> tuple[jax.Array, jax.Array]:
         """Returns the attended values of rows without a cache, and the weights [B, H, T, S]."""
-        attend = lambda some: _attend(some[0], create(*some[1:]), inputs.mask_BTS, scores, dropout)
-        out_BTHC, weights_BHTS = attend(rows)
+        attend_all = lambda some: attend(some[0], create(*some[1:]), inputs.mask_BTS, scores, dropout)
+        out_BTHC, weights_BHTS = attend_all(rows)
         if of_global is None or inputs.global_BT is None:
             return out_BTHC, weights_BHTS
-        out_of_global_BTHC, of_global_BHTS = attend(of_global)
+        out_of_global_BTHC, of_global_BHTS = attend_all(of_global)
         weights_BHTS = jnp.where(inputs.global_BT[:, None, :, None], of_global_BHTS, weights_BHTS)
         return jnp.where(inputs.global_BT[..., None, None], out_of_global_BTHC, out_BTHC), weights_BHTS
 
@@ -454,6 +468,7 @@ class Attention(nn.Module):
         mesh, (q_BTHC, k_BSKC, v_BSKC) = self.constrain.mesh, rows
         features = {"cap": scores.cap, "bias": scores.bias_BHTS is not None, "prefix": inputs.segments is None}
         features |= {"window": inputs.window is not None, "global_tokens": of_global is not None}
+        features["sinks"] = scores.sinks_H is not None
         drops = bool(dropout.bytes and self.has_rng("dropout"))
         kernel = choose(backend_of(mesh), mesh, q_BTHC, k_BSKC, wanted=self.kernel, dropout=drops, **features)
         if kernel == "xla" and self._has_blocks(rows, inputs, scores):
@@ -461,12 +476,15 @@ class Attention(nn.Module):
         if kernel == "xla":
             # With a sharded length, each block of queries would be on only some of the devices.
             blocks = inputs.causal and self.constrain.ways("length") == 1
-            attend = partial(dot_product_attention, scores=scores, dropout=dropout, causal=blocks)
-            out_BTHC = attend(*rows, inputs.mask_BTS)
+            attend_all = partial(dot_product_attention, scores=scores, dropout=dropout, causal=blocks)
+            out_BTHC = attend_all(*rows, inputs.mask_BTS)
             if of_global is None or inputs.global_BT is None:
                 return out_BTHC
-            return jnp.where(inputs.global_BT[..., None, None], attend(*of_global, inputs.mask_BTS), out_BTHC)
+            return jnp.where(inputs.global_BT[..., None, None], attend_all(*of_global, inputs.mask_BTS), out_BTHC)
         assert inputs.segments is not None
+        width = v_BSKC.shape[-1]
+        if width < q_BTHC.shape[-1]:  # the kernels require values as wide as keys
+            v_BSKC = jnp.pad(v_BSKC, [(0, 0)] * 3 + [(0, q_BTHC.shape[-1] - width)])
         qkv_and_segments = q_BTHC, k_BSKC, v_BSKC, *inputs.segments
         return fused(
             kernel,
@@ -476,11 +494,13 @@ class Attention(nn.Module):
             window=inputs.window,
             scale=scores.scale,
             cap=scores.cap,
-        )
+        )[..., :width]
 
     def _has_blocks(self, rows: Heads, inputs: AttentionInputs, scores: Scores) -> bool:
         """Returns whether local attention in blocks supports the rows and saves memory."""
         if inputs.window is None or inputs.segments is None or inputs.causal or scores.bias_BHTS is not None:
+            return False
+        if scores.sinks_H is not None or rows.v_BTKC.shape[-1] != rows.q_BTHC.shape[-1]:
             return False
         return self.constrain.ways("length") == 1 and windows.saves_memory(rows.q_BTHC.shape[1], inputs.window)
 

@@ -43,23 +43,31 @@ class Routing(NamedTuple):
     losses: dict[str, jax.Array]
 
 
-def route(logits_BTX: jax.Array, tokens_BT: jax.Array, config: ModelConfig) -> Routing:
-    """Returns the experts with the largest logits, and the losses of the router.
+def route(
+    logits_BTX: jax.Array, tokens_BT: jax.Array, config: ModelConfig, correction_X: jax.Array | None = None
+) -> Routing:
+    """Returns the experts with the largest scores, and the losses of the router.
 
     Args:
       logits_BTX: float32 logits of the X experts.
       tokens_BT: False for padding.
       config: the model's config.
+      correction_X: terms that are added to the scores for the choice of the experts; None: none.
 
     The balance loss is X times the sum over the experts of the fraction of tokens and the mean probability; it is 1 for
     equal loads (Fedus et al. 2021, equations 4 to 6). The z loss is the mean of the squared log of the sum of the
     exponentials (Zoph et al. 2022, equation 5). Both are multiplied by their coefficients in the config.
     """
     X, k = config.experts, config.experts_per_token
-    probabilities_BTX = jax.nn.softmax(logits_BTX)
-    weights_BTk, ids_BTk = jax.lax.top_k(probabilities_BTX, k)
+    probabilities_BTX = scores_BTX = jax.nn.softmax(logits_BTX)
+    if config.router_scores == "sigmoid":
+        scores_BTX = jax.nn.sigmoid(logits_BTX)
+        probabilities_BTX = scores_BTX / scores_BTX.sum(-1, keepdims=True)
+    weights_BTk, ids_BTk = _choose(scores_BTX, config, correction_X)
     if config.normalize_experts:
         weights_BTk /= weights_BTk.sum(-1, keepdims=True)
+    if config.expert_scale != 1:
+        weights_BTk *= config.expert_scale
     real_BT = tokens_BT.astype(jnp.float32)
     chosen_X = (jax.nn.one_hot(ids_BTk, X) * real_BT[..., None, None]).sum((0, 1, 2))
     load_X = jax.lax.stop_gradient(chosen_X / jnp.maximum(k * real_BT.sum(), 1))
@@ -70,12 +78,37 @@ def route(logits_BTX: jax.Array, tokens_BT: jax.Array, config: ModelConfig) -> R
     return Routing(jnp.where(tokens_BT[..., None], ids_BTk, X), weights_BTk, losses)
 
 
+def _choose(scores_BTX: jax.Array, config: ModelConfig, correction_X: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Returns the scores of the chosen experts of each token, and their numbers.
+
+    The groups with the largest score of an expert remain (DeepSeek-V2, section 2.1.2), or if the scores are sigmoids,
+    those with the largest sum of the scores of two experts (DeepSeek-V3, section 2.1.2).
+    """
+    groups, k = config.expert_groups, config.experts_per_token
+    compared_BTX = scores_BTX if correction_X is None else scores_BTX + correction_X
+    if groups > 1:
+        compared_BTgX = compared_BTX.reshape(*compared_BTX.shape[:-1], groups, -1)
+        best = 1 if config.router_scores == "softmax" else 2
+        of_groups_BTg = jax.lax.top_k(compared_BTgX, best)[0].sum(-1)
+        chosen_BTn = jax.lax.top_k(of_groups_BTg, config.expert_groups_per_token)[1]
+        remains_BTg = jax.nn.one_hot(chosen_BTn, groups, dtype=bool).any(-2)
+        compared_BTX = jnp.where(remains_BTg[..., None], compared_BTgX, -jnp.inf).reshape(compared_BTX.shape)
+    if compared_BTX is scores_BTX:
+        weights_BTk, ids_BTk = jax.lax.top_k(scores_BTX, k)
+        return weights_BTk, ids_BTk
+    ids_BTk = jax.lax.top_k(jax.lax.stop_gradient(compared_BTX), k)[1]
+    return jnp.take_along_axis(scores_BTX, ids_BTk, -1), ids_BTk
+
+
 class Matrices(NamedTuple):
-    """The matrices of X experts: the inputs, the gates and the output of each."""
+    """The matrices of X experts: the inputs, the gates and the output of each, and their biases or None."""
 
     up_XDF: jax.Array
     gate_XDF: jax.Array
     down_XFD: jax.Array
+    up_bias_XF: jax.Array | None = None
+    gate_bias_XF: jax.Array | None = None
+    down_bias_XD: jax.Array | None = None
 
 
 class Experts(nn.Module):
@@ -103,7 +136,12 @@ class Experts(nn.Module):
         config = self.config
         router_DX = array(self, "router", initial(config, config.width), (config.width, config.experts))
         logits_BTX = float32_einsum("BTD,DX->BTX", x_BTD.astype(self.dtype), router_DX)
-        routing = route(logits_BTX, tokens_BT, config)
+        if "experts" in config.biases:
+            logits_BTX += array(self, "router_bias", nn.initializers.zeros, (config.experts,))
+        correction_X = None
+        if config.router_correction:
+            correction_X = array(self, "router_correction", nn.initializers.zeros, (config.experts,))
+        routing = route(logits_BTX, tokens_BT, config, correction_X)
         matrices = _Matrices(config, self.dtype, name="experts")()
         capacity = config.expert_capacity if self.has_rng("dropout") else None  # only in training
         y_BTD = self._mix(x_BTD.astype(self.dtype), routing, matrices, capacity)
@@ -135,13 +173,17 @@ class Experts(nn.Module):
             shared = (x_BTD, ids_BTk, weights_BTk)
             if gathers:
                 shared = tuple(jax.lax.all_gather(x, EXPERT, axis=0, tiled=True) for x in shared)
+            if matrices.down_bias_XD is not None:  # the sum has one for each device
+                matrices = matrices._replace(down_bias_XD=matrices.down_bias_XD / mesh.shape[TENSOR])
             y_BTD = jax.lax.psum(mix(*shared, matrices, first=first), TENSOR)
             if gathers:
                 return jax.lax.psum_scatter(y_BTD, EXPERT, scatter_dimension=0, tiled=True)
             return jax.lax.psum(y_BTD, EXPERT)
 
         up: Any = PartitionSpec(EXPERT, None, TENSOR)
-        specs = (rows, rows, rows, Matrices(up, up, PartitionSpec(EXPERT, TENSOR)))  # type: ignore[arg-type]
+        down: Any = PartitionSpec(EXPERT, TENSOR)
+        biases: Any = (down, down, PartitionSpec(EXPERT)) if matrices.up_bias_XF is not None else ()
+        specs = (rows, rows, rows, Matrices(up, up, down, *biases))
         return jax.shard_map(mix_own, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)(*inputs)
 
 
@@ -160,8 +202,14 @@ class _Matrices(nn.Module):
             init = nn.initializers.normal(1 / math.sqrt(inputs) if std is None else std)
             return array(self, name, init, (X, inputs, outputs)).astype(self.dtype)
 
+        def make_bias(name: str, outputs: int) -> jax.Array:
+            return array(self, name, nn.initializers.zeros, (X, outputs)).astype(self.dtype)
+
         up, gate = (make(name, config.matrix_std, D, F) for name in ("up", "gate"))
-        return Matrices(up, gate, make("down", residual_std(config), F, D))
+        down = make("down", residual_std(config), F, D)
+        if "experts" not in config.biases:
+            return Matrices(up, gate, down)
+        return Matrices(up, gate, down, make_bias("up_bias", F), make_bias("gate_bias", F), make_bias("down_bias", D))
 
 
 def mix_experts(
@@ -191,10 +239,20 @@ def mix_experts(
     N, k, X = math.prod(x_BTD.shape[:2]), ids_BTk.shape[-1], len(matrices.up_XDF)
     limit = N if capacity is None else min(N, math.ceil(capacity * N * k / config.experts))
     sorted_rows = sort_by_expert(ids_BTk.reshape(N, k) - first, X, limit, 1 if platform == "tpu" else None)
-    multiply = partial(grouped_dot, rows=sorted_rows, platform=platform)
+
+    def multiply(x_RI: jax.Array, kernel_XIO: jax.Array, bias_XO: jax.Array | None) -> jax.Array:
+        y_RO = grouped_dot(x_RI, kernel_XIO, sorted_rows, platform)
+        return y_RO if bias_XO is None else y_RO + bias_XO[sorted_rows.experts_R].astype(y_RO.dtype)
+
     x_RD = x_BTD.reshape(N, -1).at[sorted_rows.tokens_R].get(mode="fill", fill_value=0)
-    hidden_RF = multiply(x_RD, matrices.up_XDF) * ACTIVATIONS[config.activation](multiply(x_RD, matrices.gate_XDF))
-    y_RD = multiply(hidden_RF, matrices.down_XFD)
+    inputs_RF = multiply(x_RD, matrices.up_XDF, matrices.up_bias_XF)
+    gates_RF = multiply(x_RD, matrices.gate_XDF, matrices.gate_bias_XF)
+    if config.expert_limit:
+        inputs_RF = jnp.clip(inputs_RF, -config.expert_limit, config.expert_limit)
+        gates_RF = jnp.minimum(gates_RF, config.expert_limit)
+    if config.expert_offset:
+        inputs_RF += config.expert_offset
+    y_RD = multiply(inputs_RF * ACTIVATIONS[config.activation](gates_RF), matrices.down_XFD, matrices.down_bias_XD)
     y_NkD = y_RD.at[sorted_rows.rows_Nk].get(mode="fill", fill_value=0)
     y_ND = (y_NkD.astype(jnp.float32) * weights_BTk.reshape(N, k, 1)).sum(1)
     return y_ND.reshape(x_BTD.shape).astype(x_BTD.dtype)
@@ -216,6 +274,12 @@ class SortedRows(NamedTuple):
     rows_Nk: jax.Array
     sizes_X: jax.Array
     block: int
+
+    @property
+    def experts_R(self) -> jax.Array:
+        """The expert of each row; for rows after the last expert, the last one."""
+        rows_R = jnp.arange(len(self.tokens_R))
+        return jnp.minimum(jnp.searchsorted(jnp.cumsum(self.sizes_X), rows_R, side="right"), len(self.sizes_X) - 1)
 
 
 def sort_by_expert(ids_Nk: jax.Array, X: int, limit: int, block: int | None = None) -> SortedRows:

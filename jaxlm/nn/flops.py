@@ -286,8 +286,14 @@ def _mixer_entries(config: ModelConfig, name: str, causal: bool) -> int:
 
 def _mixer_products(config: ModelConfig, layers: int, T: int, S: int, pairs: int) -> int:
     """Returns the products of all layers between tokens, which only attention has."""
-    attention = sum(not hasattr(MIXERS.get(own.mixer), "entries") for own in parts_of(config, layers))
-    return attention * _attention_products(config, T, S, pairs)
+    total = 0
+    for own in parts_of(config, layers):
+        mixer: Any = MIXERS.get(own.mixer)
+        if hasattr(mixer, "products"):
+            total += mixer.products(config, pairs)
+        elif not hasattr(mixer, "entries"):
+            total += _attention_products(config, T, S, pairs)
+    return total
 
 
 def _mlp_entries(config: ModelConfig, layers: int) -> int:

@@ -133,6 +133,7 @@ def why_not(
     weights: bool = False,
     window: bool = False,
     global_tokens: bool = False,
+    sinks: bool = False,
 ) -> str | None:
     """Returns the reason why a kernel cannot compute an attention, or None if it can.
 
@@ -149,6 +150,7 @@ def why_not(
       weights: whether the attention weights are requested.
       window: whether the attention is local.
       global_tokens: whether some tokens have global attention.
+      sinks: whether each head has an attention sink.
     """
     B, T, H, C = q_BTHC.shape
     _, S, K, _ = k_BSKC.shape
@@ -166,6 +168,7 @@ def why_not(
         ),
         (weights, "it does not support returning attention weights"),
         (bias, "it does not support a bias of the scores, which relative positions need"),
+        (sinks, "it does not support attention sinks"),
         (dropout, "it does not support dropout: a model.attention_dropout of 0 is faster"),
         (global_tokens, "it does not support tokens with global attention"),
         (prefix, "it supports only causal and full masks, not the mask of a prefix"),

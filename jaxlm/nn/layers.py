@@ -46,6 +46,7 @@ def _elementwise(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Ar
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": _elementwise(lambda x: x * (0.5 + 0.5 * jax.lax.erf(x * math.sqrt(0.5)))),  # faster on CPU than with erfc
     "gelu_tanh": _elementwise(lambda x: jax.nn.gelu(x, approximate=True)),
+    "gelu_quick": _elementwise(lambda x: x * jax.nn.sigmoid(1.702 * x)),
     "relu": jax.nn.relu,
     "silu": _elementwise(jax.nn.silu),
     "tanh": _elementwise(jnp.tanh),

@@ -62,6 +62,10 @@ TABLE = (
     Parameter(_QUERY + r"/bias", ("layers", "heads", "head_width"), False, "layers"),
     Parameter(_KEY_OR_VALUE + r"/kernel", ("layers", "width", "kv_heads", "head_width"), True, "layers", 1),
     Parameter(_KEY_OR_VALUE + r"/bias", ("layers", "kv_heads", "head_width"), False, "layers"),
+    Parameter(
+        _ATTENTION + r"/(query_down|key_value_down|rotary_key)/kernel", ("layers", "width", None), True, "layers", 1
+    ),
+    Parameter(_ATTENTION + r"/sinks", ("layers", "heads"), False, "layers"),
     Parameter(_ATTENTION + r"/(content|position|type)_bias", ("layers", "heads", "head_width"), False, "layers"),
     Parameter(_ATTENTION + r"/types", ("layers", None, "heads", "head_width"), True, "layers"),
     Parameter(_ATTENTION + r"/(query|key)_norm/(scale|bias)", ("layers", None), False, "layers"),
@@ -77,6 +81,9 @@ TABLE = (
     Parameter(_MLP + r"/(shared/)?down/kernel", ("layers", "mlp", "width"), True, "layers", 1),
     Parameter(_MLP + r"/(shared/)?down/bias", ("layers", None), False, "layers"),
     Parameter(_MLP + r"/(router|shared_gate/kernel)", ("layers", "width", None), True, "layers"),
+    Parameter(_MLP + r"/router_(bias|correction)", ("layers", None), False, "layers"),
+    Parameter(_MLP + r"/experts/(up|gate)_bias", ("layers", "experts", "mlp"), False, "layers"),
+    Parameter(_MLP + r"/experts/down_bias", ("layers", "experts", None), False, "layers"),
     Parameter(_MLP + r"/experts/(up|gate)", ("layers", "experts", "width", "mlp"), True, "layers"),
     Parameter(_MLP + r"/experts/down", ("layers", "experts", "mlp", "width"), True, "layers"),
     Parameter(_LAYER + r"/\w+_norm/(scale|bias)", ("layers", None), False, "layers"),
