@@ -1,16 +1,19 @@
-"""TREC: the class of the answer to a question (Li & Roth 2002), by a BiLSTM or a CNN with random initial embeddings.
+"""TREC: the class of the answer to a question (Li & Roth 2002), by a BiLSTM or a CNN.
 
     python train.py configs/lstm_trec.py --data.path TREC.train --data.eval-path TREC.test
 
 The files are the original ones.  For the CNN of Kim (2014), whose published accuracy without pre-trained embeddings is
 91.2, add --model.mixer convolution --model.conv-activation relu --model.embedding-dropout 0 --model.vocabulary 8000
---optimizer.rate 1e-3 --epochs 8.
+--optimizer.rate 1e-3 --epochs 8.  Embeddings start from word vectors with --embeddings FILE --model.vocabulary 7000
+--model.embedding-dropout 0.5; those below are of configs/word2vec.py with --width 300 --epochs 10 --min-count 3 on
+3.4 million words of other texts.
 
 Measured in November 2026 with seed 0:
 
 Hardware         2 CPU cores, shared with other processes (load 10)
 Time             2 min (BiLSTM) and 3 min (CNN)
 BiLSTM           accuracy 0.866 on the 500 test questions after the last epoch
+with vectors     accuracy 0.890 after the last epoch (BiLSTM)
 CNN              accuracy 0.904 after the last epoch
 """
 

@@ -21,13 +21,16 @@ with _interrupts_wait():
         DataConfig,
         Decoding,
         DistillConfig,
+        GloVeConfig,
         MeshConfig,
         ModelConfig,
         OptimizerConfig,
         PruneConfig,
         QuantizeConfig,
         RunConfig,
+        SkipGramConfig,
         TokenizerConfig,
+        VectorsConfig,
     )
     from jaxlm.config import task as _task
     from jaxlm.config.task import *
@@ -38,11 +41,15 @@ with _interrupts_wait():
     from jaxlm.lm import LM, load, save
     from jaxlm.run.evaluate import evaluate, predict
     from jaxlm.run.fit import fit
+    from jaxlm.run.word_vectors import fit_vectors
     from jaxlm.transforms.adapters import add_adapter, merge, remove_adapters
+    from jaxlm.transforms.lengthening import lengthen
     from jaxlm.transforms.pruning import prune
     from jaxlm.transforms.quantization import quantize
     from jaxlm.transforms.structured import shrink
     from jaxlm.transforms.vocabulary import resize
+    from jaxlm.vectors.files import load_vectors, save_vectors
+    from jaxlm.vectors.word_vectors import WordVectors
 
 __all__ = [
     "LM",
@@ -52,6 +59,7 @@ __all__ = [
     "DataConfig",
     "Decoding",
     "DistillConfig",
+    "GloVeConfig",
     "MeshConfig",
     "ModelConfig",
     "OptimizerConfig",
@@ -60,15 +68,21 @@ __all__ = [
     "QuantizeConfig",
     "RunConfig",
     "RunError",
+    "SkipGramConfig",
     "Stopped",
     "TokenizerConfig",
     "UserError",
+    "VectorsConfig",
+    "WordVectors",
     "add_adapter",
     "encode",
     "evaluate",
     "fit",
+    "fit_vectors",
     "generate",
+    "lengthen",
     "load",
+    "load_vectors",
     "merge",
     "predict",
     "prune",
@@ -76,6 +90,7 @@ __all__ = [
     "remove_adapters",
     "resize",
     "save",
+    "save_vectors",
     "shrink",
     "stream",
 ]

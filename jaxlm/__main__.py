@@ -37,6 +37,7 @@ with delay_interrupts():
         Decoding,
         MeshConfig,
         RunConfig,
+        VectorsConfig,
         check_task,
         flags,
         python_files,
@@ -58,6 +59,10 @@ def train(argv: list[str], signals: process.Signals) -> int:
     """Train a model as a config describes: jaxlm train CONFIG [--field value ...] [--sweep FIELD=A,B ...]."""
     file, words, flag_words = _split_config(argv)
     flag_words, sweep_fields = _split_sweep(flag_words)
+    config = python_files.read_any(file, words)
+    if isinstance(config, VectorsConfig):
+        prog = f"jaxlm train {' '.join([str(file), *words])}"
+        return _train_vectors(config, flag_words, sweep_fields, prog, signals)
     read = lambda more: _read_run("train", file, words, flag_words + more)
     trials = sweeps.combinations(sweep_fields)
     runs = [read([f"--{name}={value}" for name, value in fields.items()]) for fields in trials]
@@ -73,6 +78,21 @@ def train(argv: list[str], signals: process.Signals) -> int:
         _sweep(argv, trials, runs, read([]).workdir, signals)
     else:
         fit(runs[0], stop=signals.stop)
+    return 0
+
+
+def _train_vectors(
+    config: VectorsConfig, flag_words: list[str], sweep_fields: list[str], prog: str, signals: process.Signals
+) -> int:
+    """Trains word vectors as a config describes."""
+    if sweep_fields:
+        raise UserError("--sweep is not available for word vectors; run the command once for each combination")
+    run = flags.parse(config, flag_words, prog, hidden=_TEXT_ONLY, why_hidden="has no effect on word vectors")
+    run.check()
+    _configure_process()
+    from jaxlm.run.word_vectors import fit_vectors
+
+    fit_vectors(run, stop=signals.stop)
     return 0
 
 
@@ -293,6 +313,8 @@ def _scores(lm: Any, file: str, args: Any) -> tuple[dict[str, float], list[str]]
 
 # Fields of the data that only training uses, and the message about them for `predict` and `evaluate`.
 _EVALUATION = ("eval_path", "eval_target_path", "eval_split", "eval_fraction", "eval_choice", "eval_seed")
+# Fields of the data that word vectors do not use.
+_TEXT_ONLY = tuple(f"data.{name}" for name in (*_EVALUATION, "length", "target_path", "label_from", "cache"))
 _TRAINING_ONLY = tuple(f"data.{name}" for name in ("path", *_EVALUATION, "length", "cache"))
 _WHY_HIDDEN = "applies to training; give the file after the model, {verb} RUN FILE, and set row length with --length"
 

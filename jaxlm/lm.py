@@ -34,6 +34,7 @@ from jaxlm.hub.pooling import Pooling, read_files, read_pooling
 from jaxlm.nn import nodes
 from jaxlm.nn.transformer import Transformer, apply
 from jaxlm.storage import buckets, disk
+from jaxlm.vectors.files import EXPORT
 
 
 class StackOutputs(NamedTuple):
@@ -349,6 +350,8 @@ def find(name: str | os.PathLike[str], *, revision: str | None = None, offline: 
         raise error
     if not (folder / "config.json").exists():
         raise UserError(f"{folder} has no config.json; give an exported model or a run folder")
+    if next((folder / "export").glob(f"{EXPORT}.*"), None):
+        raise UserError(f"{folder} contains word vectors, not a model; load them with jaxlm.load_vectors")
     if "run" in families.read_config(folder / "config.json"):
         raise UserError(
             f"the run in {folder} has no export yet; run its command again until it ends, or stop it with SIGTERM, "

@@ -47,16 +47,19 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 TINY = "--model.width 16 --model.layers 1 --model.heads 2"
 SMALL_FLAGS = {  # pattern of a command -> flags that follow it; the last of two flags for the same field counts
-    "train.py": "--epochs 0 --steps 2 --log-every 1 --sample-tokens 4",
+    "train.py (?!configs/(word2vec|glove))": "--epochs 0 --steps 2 --log-every 1 --sample-tokens 4",
     "quickstart|shakespeare|bert_pretrain|translate|gpt2_124m|mine|small_bert": TINY,
     "quickstart": "--model.vocabulary 360 --data.length 64 --batch 32 --task.stride 0",
     "bert_pretrain|small_bert": "--model.vocabulary 100 --data.length 32",
     "translate": "--model.vocabulary 340 --task.generated 2 --task.decoding.max-new-tokens 4 --task.decoding.beams 2",
     "llama|gpt2_124m|mine": "--batch 8 --data.length 32 --model.vocabulary 408",
+    "longformer-base|long-roberta": "--data.length 64",
+    "led-base": "--task.source-length 64 --data.length 32 --task.decoding.max-new-tokens 6",
     "llama": f"{TINY} --model.kv-heads 2 --model.head-width 8 --model.mlp-width 16",
     "fsdp 8 --mesh.tensor 2": "--mesh.fsdp 4",  # the tests have eight devices
     "gpt2_124m": "--task.stride 0",
     "plan configs/gpt3": "--model.layers 2",
+    "lstm_trec": "--model.vocabulary 200",
 }
 SKIPPED = {  # pattern of a command or a Python block -> why it does not run here
     r"^python3 -m venv|pip install": "installs packages; .ci/run does the same",
@@ -134,6 +137,9 @@ MODELS = {  # folder or hub name -> preset, tokenizer
     "org/name-instruct": ("llama-3.2-1b", "byte_bpe"),
     "meta-llama/Llama-3.1-8B": ("llama-3.2-1b", "byte_bpe"),
     "gpt2": ("gpt2", "byte_bpe"),
+    "roberta-base": ("roberta-base", "wordpiece"),
+    "allenai/longformer-base-4096": ("longformer-base-4096", "wordpiece"),
+    "allenai/led-base-16384": ("led-base-16384", "byte_bpe"),
 }
 
 
@@ -160,6 +166,8 @@ def write_files(folder: Path) -> None:
     for name in ("input.txt", "text.txt", "texts.txt", "corpus.txt"):
         write(name, [f"{a}. {b}." if n % 7 else "" for n, (a, b) in enumerate(zip(lines(200, 7), lines(200, 8)))])
     write("articles.jsonl", [json.dumps({"body": text}) for text in lines(100, 10)])
+    papers = zip(lines(100, 11), lines(100, 12))
+    write("papers.jsonl", [json.dumps({"article": text, "abstract": summary}) for text, summary in papers])
     (folder / "latin.txt").write_bytes("un café\n".encode("iso-8859-1"))
     (folder / "mamba").mkdir()
     (folder / "mamba" / "config.json").write_text('{"model_type": "mamba"}')

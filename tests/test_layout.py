@@ -33,6 +33,7 @@ ORDER = (
     "hub",
     "families",
     "data",
+    "vectors",
     "lm",
     "transforms",
     "inference",
@@ -204,13 +205,13 @@ def test_the_version_is_defined_once():
 def test_every_config_is_valid(file, tmp_path, monkeypatch):
     monkeypatch.setenv("JAXLM_CACHE", str(tmp_path))
     run = runpy.run_path(str(file))["config"]()
-    assert isinstance(run, jaxlm.RunConfig)
+    assert isinstance(run, jaxlm.RunConfig | jaxlm.VectorsConfig)
     if not run.data.path:
         run = dataclasses.replace(run, data=dataclasses.replace(run.data, path="text.txt"))
-    if run.model is None:
+    if isinstance(run, jaxlm.RunConfig) and run.model is None:
         run = dataclasses.replace(run, init="model")
     run.check()
-    assert from_json(jaxlm.RunConfig, to_json(run)) == run
+    assert from_json(type(run), to_json(run)) == run
     assert f"python train.py configs/{file.name}" in ast.get_docstring(ast.parse(file.read_text()))
 
 

@@ -13,6 +13,7 @@ data           DataConfig, CleaningConfig and TokenizerConfig
 baseline       BaselineConfig: the baselines that a report shows
 compress       CompressConfig: how the verb `compress` makes smaller variants of a model
 decoding       Decoding: options of text generation
+vectors        VectorsConfig: a run that trains word vectors
 distill        DistillConfig: the teacher of a run, and what the run learns from it
 ranges         types and ranges of fields
 serialisation  conversion to and from JSON
@@ -46,3 +47,4 @@ from jaxlm.config.run import MatmulPrecision, MeshConfig, OptimizerConfig, Remat
 from jaxlm.config.serialisation import difference, from_json, task_from_json, task_to_json, to_json
 from jaxlm.config.task import *
 from jaxlm.config.task import TASK_CONFIGS, TagScheme, TaskConfig, check_task
+from jaxlm.config.vectors import GloVeConfig, SkipGramConfig, VectorsConfig

@@ -274,7 +274,8 @@ class ModelConfig(Config):
     @property
     def has_local_layers(self) -> bool:
         """Whether a layer has local attention."""
-        return any(is_local(kind) for kind in (*self.layer_kinds, *(self.decoder_layer_kinds or ())))
+        of_decoder = self.decoder_layer_kinds or () if self.structure == "encoder_decoder" else ()
+        return any(is_local(kind) for kind in (*self.layer_kinds, *of_decoder))
 
     @property
     def position_limit(self) -> int | None:
@@ -428,10 +429,7 @@ class ModelConfig(Config):
                 "--model.global-tokens first"
             )
         if self.global_rule == "question" and self.separator_token is None:
-            raise UserError(
-                "model.global_tokens is 'question', but model.separator_token is None; set it to the token after the "
-                "question, or set --model.global-tokens first"
-            )
+            raise UserError(NO_SEPARATOR)
 
     def _check_transformer_xl(self) -> None:
         if self.relative != "transformer_xl":
@@ -560,6 +558,10 @@ class ModelConfig(Config):
             )
 
 
+NO_SEPARATOR = (
+    "model.global_tokens is 'question', but model.separator_token is None; set it to the token after the question, or "
+    "set --model.global-tokens first"
+)
 # Fields that the decoder of an encoder-decoder may have other values of, in the fields `decoder_...`.
 _OF_DECODER = ("heads", "mlp_width", "layer_kinds", "max_length")
 

@@ -1,4 +1,4 @@
-"""Config files: Python files that define a function `config()`, which returns a RunConfig."""
+"""Config files: Python files that define a function `config()`, which returns the config of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from jaxlm.config import RunConfig, check_task
+from jaxlm.config import RunConfig, VectorsConfig, check_task
 from jaxlm.config.ranges import check_fields, short_repr
 from jaxlm.errors import UserError, suggestion
 
@@ -26,6 +26,22 @@ def built_in_names() -> list[str]:
 
 
 def read(file: Path, words: list[str] | None = None) -> RunConfig:
+    """Returns the RunConfig of a config file; see `read_any`.
+
+    Args:
+      file: a Python file, or the name of a config that comes with jaxlm.
+      words: arguments of the function `config`.
+
+    Raises:
+      UserError: as `read_any` does, and for a run that trains word vectors.
+    """
+    run = read_any(file, words)
+    if isinstance(run, VectorsConfig):
+        raise UserError(f"{file} trains word vectors, which only the verb train does; give the config of a model")
+    return run
+
+
+def read_any(file: Path, words: list[str] | None = None) -> RunConfig | VectorsConfig:
     """Calls the function `config` of a config file.
 
     Args:
@@ -33,10 +49,11 @@ def read(file: Path, words: list[str] | None = None) -> RunConfig:
       words: arguments of the function `config`.
 
     Returns:
-      The RunConfig; if its `workdir` is empty, it is set to `runs/` and the name of the file and the words.
+      The config; if its `workdir` is empty, it is set to `runs/` and the name of the file and the words.
 
     Raises:
-      UserError: if there is no such file, it fails, or it returns anything but a RunConfig with valid fields.
+      UserError: if there is no such file, it fails, or it returns anything but a RunConfig or a
+        VectorsConfig with valid fields.
     """
     words, file = words or [], _find(file)
     with _user_errors(file):
@@ -53,11 +70,12 @@ def read(file: Path, words: list[str] | None = None) -> RunConfig:
         ) from None
     with _user_errors(file):
         run: Any = config(*words)
-    if not isinstance(run, RunConfig):
+    if not isinstance(run, RunConfig | VectorsConfig):
         raise UserError(f"{file}: config() returns {short_repr(run)}; it must return a RunConfig")
     try:
         check_fields(run)
-        check_task(run.task)
+        if isinstance(run, RunConfig):
+            check_task(run.task)
     except UserError as error:
         raise UserError(f"{file}: {error}; correct the config") from None
     return run if run.workdir else dataclasses.replace(run, workdir="runs/" + "-".join([file.stem, *words]))

@@ -108,6 +108,8 @@ class RunConfig(Config):
     keep_checkpoints: bool = False  # keep the checkpoints of a finished run, not only the exported model
     dropout: ShareBelowOne | None = None  # dropout rate of a model loaded from `init`; None: unchanged
     init: str = ""  # initial weights: a run, a folder in Hugging Face format, a GGUF file, or a hub name
+    # A word2vec or GloVe file, or a run that trained vectors, as wide as the embeddings; other rows stay as they are.
+    embeddings: str = ""  # word vectors that the embeddings of tokens that are words start from
     new_head: bool = False  # initialise the task's head randomly even if the weights of `init` have one
     workdir: str = ""  # run folder; empty: runs/CONFIG_NAME
     sample_prompt: str = ""  # prompt of the sample text that a decoder generates at the end of the run

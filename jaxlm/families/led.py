@@ -48,7 +48,8 @@ def _name(of_bart: str) -> str:
 
 def _rules() -> tuple[Rule, ...]:
     of_bart = (rule for rule in bart.FAMILY.rules if not rule.hf.startswith("classification_head."))
-    projections = longformer.global_projections(f"{_ENCODER}longformer_self_attn.")
+    own = f"{_ENCODER}longformer_self_attn."
+    projections = longformer.global_projections(own, {name: f"{own}{name}" for name in _PROJECTIONS.values()})
     return (*(rule._replace(hf=_name(rule.hf)) for rule in of_bart), *projections)
 
 

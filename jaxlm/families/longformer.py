@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from jaxlm.config import ModelConfig
@@ -25,6 +26,7 @@ FIXED = roberta.FIXED | {"layer_kinds": ("local",), "global_attention": True}
 # The classifier has the rate of all other layers.
 _KEYS = (*(key for key in bert.KEYS if key.hf != "classifier_dropout"), Key("sep_token_id", "separator_token", 2))
 _FROM_HF, _TO_HF = key_conversion(_KEYS, FIXED | {"classes_input_dropout": None}, bert.ONLY)
+_SELF = "longformer.encoder.layer.{i}.attention.self."
 RULES = ("none", "first", "question")  # values of our key `global_tokens` of config.json, which transformers ignores
 
 
@@ -59,16 +61,21 @@ def attention_to_hf(config: ModelConfig) -> dict[str, Any]:
     return {"attention_window": [2 * (windows[n % len(windows)] - 1) for n in range(config.layers)], **rule}
 
 
-def global_projections(hf: str) -> tuple[Rule, ...]:
-    """Returns the rules for the projections of global tokens; their names in the file follow the prefix `hf`."""
-    names = "query", "key", "value"
-    return tuple(
-        rule
-        for name in names
-        for rule in projection(
-            f"{hf}{name}_global", f"encoder/layers/attention/global_{name}", linear_heads_out, bias_heads_out
-        )
-    )
+def global_projections(hf: str, of_local: Mapping[str, str]) -> tuple[Rule, ...]:
+    """Returns the rules for the projections of global tokens.
+
+    A file without them is read with copies of the other projections, from which the authors started.
+
+    Args:
+      hf: the prefix of the names in the file.
+      of_local: the names of the other projections "query", "key" and "value" in the file.
+    """
+    rules = []
+    for name, other in of_local.items():
+        ours = f"encoder/layers/attention/global_{name}"
+        weight, bias = projection(f"{hf}{name}_global", ours, linear_heads_out, bias_heads_out)
+        rules += [weight._replace(stand_in=f"{other}.weight"), bias._replace(stand_in=f"{other}.bias")]
+    return tuple(rules)
 
 
 def _config_from_hf(hf: dict[str, Any]) -> ModelConfig:
@@ -108,7 +115,7 @@ FAMILY = Family(
     rules=(
         *bert.embeddings("longformer.embeddings"),
         *bert.layers("longformer.encoder.layer.{i}"),
-        *global_projections("longformer.encoder.layer.{i}.attention.self."),
+        *global_projections(_SELF, {name: f"{_SELF}{name}" for name in ("query", "key", "value")}),
         *projection("longformer.pooler.dense", "pooled_head/dense"),
         *bert.vocabulary("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder", "lm_head.bias"),
         *projection("classifier.dense", "classes_head/dense"),

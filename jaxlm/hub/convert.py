@@ -164,6 +164,7 @@ class Rule(NamedTuple):
       first: the first layer with this tensor; the leaf is 1, without effect, in earlier layers.
       idle: whether transformers stores this tensor but computes with another one for the same leaf. Idle tensors are
         written, but not read.
+      stand_in: the tensor that is read for this one from a file that has none of the tensors with stand-ins.
     """
 
     hf: str
@@ -174,6 +175,7 @@ class Rule(NamedTuple):
     when: Callable[[ModelConfig], bool] = lambda config: True
     first: int = 0
     idle: bool = False
+    stand_in: str | None = None
 
     @property
     def leaves(self) -> tuple[str, ...]:
@@ -396,8 +398,8 @@ def canonical(family: Family, config: ModelConfig, tensors: Mapping[str, Any]) -
       UserError: if two tensors have the same name, or if a copy differs from its original.
     """
     shapes = tree_shapes(config, family.module)
-    rules = applying(family.rules, config, shapes)
-    expected = {name for rule in rules for name in rule.names(config, shapes).values()}
+    rules_of = list(applying(family.rules, config, shapes))
+    expected = {name for rule in rules_of for name in rule.names(config, shapes).values()}
     buffer = any_of(family.buffers)
     known = any_of([*(rule.hf for rule in family.rules), *family.copies])
     result = Canonical({}, {}, {})
@@ -427,7 +429,20 @@ def canonical(family: Family, config: ModelConfig, tensors: Mapping[str, Any]) -
                     f"or set tie_word_embeddings to false in config.json if the model has both"
                 )
             result.names.update({written: original for written, name in result.names.items() if name == copy})
+    _add_stand_ins(rules_of, config, shapes, result.tensors)
     return result
+
+
+def _add_stand_ins(rules: list[Rule], config: ModelConfig, shapes: Mapping[str, Any], tensors: dict[str, Any]) -> None:
+    """Adds the tensors that a file lacks and that have stand-ins, unless it has some of them."""
+    lacks = {
+        name: rule.stand_in.format(**dict(zip("ie", index)))
+        for rule in rules
+        if rule.stand_in is not None
+        for index, name in rule.names(config, shapes).items()
+    }
+    if not lacks.keys() & tensors.keys():
+        tensors.update({name: tensors[other] for name, other in lacks.items() if other in tensors})
 
 
 def any_of(names: Iterable[str]) -> re.Pattern[str]:
@@ -647,9 +662,10 @@ def resolved(config: ModelConfig) -> ModelConfig:
     """Returns the config with explicit values for the sizes that default to other fields."""
     kinds = config.layer_kinds
     windows, decoder = config.layer_windows, config.decoder_config
+    own_kinds, decoder_layers = decoder.layer_kinds, config.decoder_layers or config.layers
     sizes: dict[str, Any] = {
         "layer_windows": tuple(windows[i % len(windows)] for i in range(config.layers)) if windows else (),
-        "decoder_layer_kinds": decoder.layer_kinds,
+        "decoder_layer_kinds": tuple(own_kinds[i % len(own_kinds)] for i in range(decoder_layers)),
         "decoder_max_length": decoder.max_length,
         "kv_heads": config.K,
         "head_width": config.C,
@@ -658,7 +674,7 @@ def resolved(config: ModelConfig) -> ModelConfig:
         "value_width": config.value_C,
         "attention_scale": config.C**-0.5 if config.attention_scale is None else config.attention_scale,
         "distinct_layers": config.distinct_layers or config.layers,
-        "decoder_layers": config.decoder_layers or config.layers,
+        "decoder_layers": decoder_layers,
         "decoder_heads": config.decoder_heads or config.heads,
         "decoder_mlp_width": config.decoder_mlp_width or config.F,
         "layer_kinds": tuple(kinds[i % len(kinds)] for i in range(config.layers)),

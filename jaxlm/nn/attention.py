@@ -197,6 +197,24 @@ def attend(
     return out_BTHC, (exps_BKGTS / sums_BKGT1).reshape(B, H, T, S)
 
 
+class WeightDropout(NamedTuple):
+    """Dropout of attention weights by the number of a call; without a key there is none.
+
+    Attributes:
+      key: the key of the layer.
+      dropped: how many of 256 entries become 0.
+    """
+
+    key: jax.Array | None = None
+    dropped: int = 0
+
+    def __call__(self, n: Any) -> Callable[[jax.Array], jax.Array]:
+        """Returns the dropout of call n."""
+        if self.key is None:
+            return lambda weights: weights
+        return partial(drop, key=jax.random.fold_in(self.key, n), dropped=self.dropped)
+
+
 def windowed_attention(
     heads: Heads,
     of_global: Heads | None,
@@ -204,7 +222,7 @@ def windowed_attention(
     window: int,
     global_BT: jax.Array | None,
     scores: Scores,
-    dropouts: Callable[[Any], Callable[[jax.Array], jax.Array]],
+    dropout: WeightDropout,
     slots: int,
 ) -> jax.Array:
     """Returns bidirectional local attention [B, T, H, C] with memory in proportion to T times `window`.
@@ -215,11 +233,11 @@ def windowed_attention(
     Args:
       heads: queries, keys and values.
       of_global: queries of global tokens, and keys and values for them; None: there are no global tokens.
-      segments_BT: number of each token's example in the row, from 1; 0 for padding.
+      segments_BT: number of each token's example in the row, from 1; 0 for padding. B may be 1.
       window: the width of local attention.
-      global_BT: True for global tokens.
+      global_BT: True for global tokens; B may be 1.
       scores: scale and cap of the scores.
-      dropouts: returns different dropouts of weights for different numbers.
+      dropout: dropout of the weights.
       slots: number of global tokens of a row for which this is fast; with more, the scores take the time of global
         attention.
     """
@@ -228,7 +246,7 @@ def windowed_attention(
 
     def in_blocks(keys: windows.GlobalKeys | None = None) -> jax.Array:
         (q, k, v), mask_BTS = windows.split(heads, segments_BT, window, global_BT, keys)
-        return windows.join(attend(q, create(k, v), mask_BTS, scores, dropouts(0))[0], B, T)
+        return windows.join(attend(q, create(k, v), mask_BTS, scores, dropout(0))[0], B, T)
 
     if of_global is None or global_BT is None:
         return in_blocks()
@@ -238,10 +256,10 @@ def windowed_attention(
 
     def few() -> jax.Array:
         mask_BgS = cross_mask(keys.take(segments_BT), segments_BT)
-        out_BgHC = attend(keys.take(q_BTHC), kv, mask_BgS, scores, dropouts(1))[0]
+        out_BgHC = attend(keys.take(q_BTHC), kv, mask_BgS, scores, dropout(1))[0]
         return windows.put(in_blocks(keys), keys, out_BgHC)
 
-    many = partial(_attend_in_turn, heads, of_global, segments_BT, window, global_BT, scores, dropouts)
+    many = partial(_attend_in_turn, heads, of_global, segments_BT, window, global_BT, scores, dropout)
     return jax.lax.cond(global_BT.sum(1).max() <= slots, few, many)
 
 
@@ -252,28 +270,53 @@ def _attend_in_turn(
     window: int,
     global_BT: jax.Array,
     scores: Scores,
-    dropouts: Callable[[Any], Callable[[jax.Array], jax.Array]],
+    dropout: WeightDropout,
 ) -> jax.Array:
-    """Returns `windowed_attention` for any number of global tokens, one block of queries after the other."""
-    B, T = segments_BT.shape
-    kv, kv_of_global = (create(some.k_BTKC, some.v_BTKC) for some in (heads, of_global))
-    blocks = partial(windows.own, b=windows.block_size(window))
-    queries = heads.q_BTHC, of_global.q_BTHC, segments_BT, global_BT
-    xs = [blocks(x_BT).swapaxes(0, 1) for x_BT in queries]
-    places_nT = blocks(jnp.arange(T)[None])[0]
+    """Returns `windowed_attention` for any number of global tokens, one block of queries after the other.
 
-    @jax.checkpoint
-    def attend(block: Any) -> jax.Array:
-        q_BTHC, q_global_BTHC, own_BT, is_global_BT, places_T, number = block
+    The backward pass computes the blocks again. It is defined here, because the one of JAX would save the masks of all
+    blocks.
+    """
+    B, T = segments_BT.shape
+    split = lambda x_BT: windows.own(x_BT, windows.block_size(window)).swapaxes(0, 1)
+    join = lambda x_nBT: windows.join(x_nBT.swapaxes(0, 1), B, T)
+
+    def of_block(q: Any, kv: Any, places: Any, of_row: Any) -> jax.Array:
+        own_BT, is_global_BT, places_T, n = places
+        segments_BT, global_BT, key = of_row
         near_TS = jnp.abs(places_T[:, None] - jnp.arange(T)) < window
         near_BTS = near_TS | is_global_BT[:, :, None] | global_BT[:, None, :]
-        mask_BTS = cross_mask(own_BT, segments_BT) & near_BTS
-        out_BTHC = attend(q_BTHC, kv, mask_BTS, scores, dropouts(2 * number))[0]
-        of_global_BTHC = attend(q_global_BTHC, kv_of_global, mask_BTS, scores, dropouts(2 * number + 1))[0]
+        mask_BTS, drop_n = cross_mask(own_BT, segments_BT) & near_BTS, WeightDropout(key, dropout.dropped)
+        out_BTHC, of_global_BTHC = (
+            attend(q[i], create(*kv[i]), mask_BTS, scores, drop_n(2 * n + i))[0] for i in range(2)
+        )
         return jnp.where(is_global_BT[..., None, None], of_global_BTHC, out_BTHC)
 
-    out_nBTHC = jax.lax.map(attend, (*xs, places_nT, jnp.arange(len(places_nT))))
-    return windows.join(out_nBTHC.swapaxes(0, 1), B, T)
+    def blocks(q: Any, of_row: Any) -> Any:
+        places_nT = split(jnp.arange(T)[None])[:, 0]
+        return *map(split, q), (*map(split, of_row[:2]), places_nT, jnp.arange(len(places_nT)))
+
+    @jax.custom_vjp
+    def attend_in_turn(q: Any, kv: Any, of_row: Any) -> jax.Array:
+        return join(jax.lax.map(lambda xs: of_block(xs[:2], kv, xs[2], of_row), blocks(q, of_row)))
+
+    def backward(inputs: Any, gradient_BTHC: jax.Array) -> Any:
+        q, kv, of_row = inputs
+
+        def step(sums: Any, xs: Any) -> Any:
+            *q, places, gradient = xs
+            _, pull_back = jax.vjp(lambda q, kv: of_block(q, kv, places, of_row), tuple(q), kv)
+            of_q, of_kv = pull_back(gradient)
+            return jax.tree.map(jnp.add, sums, of_kv), of_q
+
+        xs = *blocks(q, of_row), split(gradient_BTHC)
+        of_kv, of_q = jax.lax.scan(step, jax.tree.map(jnp.zeros_like, kv), xs)
+        return jax.tree.map(join, of_q), of_kv, None
+
+    attend_in_turn.defvjp(lambda *inputs: (attend_in_turn(*inputs), inputs), backward)
+    both = heads, of_global
+    of_row = segments_BT, global_BT, dropout.key
+    return attend_in_turn(tuple(some.q_BTHC for some in both), tuple(some[1:] for some in both), of_row)
 
 
 def _rotate_cache(cache: Cache, inputs: AttentionInputs, dtype: Any) -> Cache:
@@ -465,22 +508,15 @@ class Attention(nn.Module):
         self, rows: Heads, of_global: Heads | None, inputs: AttentionInputs, scores: Scores, dropout: Dropout
     ) -> jax.Array:
         """Returns the values of local attention in blocks."""
-        drops = dropout.bytes and self.has_rng("dropout")
-        key = self.make_rng("dropout") if drops else None
-
-        def dropouts(n: Any) -> Callable[[jax.Array], jax.Array]:
-            if key is None:
-                return lambda weights: weights
-            return partial(drop, key=jax.random.fold_in(key, n), dropped=dropout.bytes)
-
+        of_weights = WeightDropout()
+        if dropout.bytes and self.has_rng("dropout"):
+            of_weights = WeightDropout(self.make_rng("dropout"), dropout.bytes)
         assert inputs.segments is not None and inputs.window is not None
         segments_BT = inputs.segments[0]
         if segments_BT is None:
             segments_BT = jnp.ones(rows.q_BTHC.shape[:2], jnp.int32)
-        slots = windows.SLOTS.get(self.config.global_rule, windows.DEFAULT_SLOTS)
-        return windowed_attention(
-            rows, of_global, segments_BT, inputs.window, inputs.global_BT, scores, dropouts, slots
-        )
+        places = segments_BT, inputs.window, inputs.global_BT
+        return windowed_attention(rows, of_global, *places, scores, of_weights, windows.slots_of(self.config))
 
     def _with_offsets(self, q_BTHC: jax.Array, offsets: Offsets, key: Callable) -> tuple[jax.Array, jax.Array]:
         """Returns the queries for the keys, and the bias for relative positions and types [B, H, T, S], unscaled.

@@ -14,6 +14,7 @@ import numpy as np
 from jax.extend import core
 
 from jaxlm.config import ModelConfig
+from jaxlm.nn import windows
 from jaxlm.nn.attention import BLOCK
 from jaxlm.nn.block import FEED_FORWARDS, MIXERS
 from jaxlm.nn.stacking import parts_of
@@ -228,8 +229,8 @@ def model_flops(
       source_length: number of tokens in a row of the encoder of an encoder-decoder.
       heads: number of positions in a row to which each head is applied; None: all positions for `lm`.
       targets: number of targets in a row, for a model with a query stream.
-      blocks: whether to count causal attention as `dot_product_attention` computes it, in blocks of queries that read
-        no keys after their end.
+      blocks: whether to count causal and local attention as XLA computes them: in blocks of queries that read no keys
+        after their end, or only those of neighbouring blocks and of a few global tokens.
     """
     D, T, S, whole = config.width, length, source_length, config
     if heads is None:
@@ -245,7 +246,10 @@ def model_flops(
         tokens = S if both and S is not None else T
         projections += tokens * _layer_entries(config, config.layers, False)
         queries = tokens + targets
-        attention += _mixer_products(config, config.layers, queries, tokens, queries * tokens)
+        if blocks and not targets:
+            attention += _products_in_blocks(config, tokens)
+        else:
+            attention += _mixer_products(config, config.layers, queries, tokens, queries * tokens)
         # Targets are queries, but no keys.
         of_targets = config.layers * 2 * D * config.heads * config.C + _mlp_entries(config, config.layers)
         projections += targets * of_targets
@@ -276,7 +280,8 @@ def _mixer_entries(config: ModelConfig, name: str, causal: bool) -> int:
     if hasattr(mixer, "entries"):
         entries: int = mixer.entries(config, causal)
         return entries
-    return 2 * config.width * config.C * (config.heads + config.K)
+    of_global_tokens = 0 if causal or config.global_rule == "none" else config.heads + 2 * config.K
+    return config.width * config.C * (2 * (config.heads + config.K) + of_global_tokens)
 
 
 def _mixer_products(config: ModelConfig, layers: int, T: int, S: int, pairs: int) -> int:
@@ -322,6 +327,20 @@ def _relative_entries(config: ModelConfig) -> int:
     R = 2 * (config.relative_buckets or config.relative_distance)
     heads = {"c2p": config.K, "p2c": config.heads}  # the projection of distances is that of keys, or of queries
     return config.layers * R * config.width * config.C * sum(heads[term] for term in config.relative_terms)
+
+
+def _products_in_blocks(config: ModelConfig, T: int) -> int:
+    """Returns the products of all layers of an encoder between T tokens, in blocks where attention is local."""
+    has_global, products = config.global_rule != "none", 0
+    for own in parts_of(config):
+        if hasattr(MIXERS.get(own.mixer), "entries"):
+            continue
+        pairs = (1 + has_global) * T * T
+        if own.window and config.relative == "none" and windows.saves_memory(T, own.window):
+            b, slots = windows.block_size(own.window), min(T, windows.slots_of(config)) if has_global else 0
+            pairs = -(-T // b) * b * (3 * b + slots) + slots * T
+        products += _attention_products(config, T, T, pairs)
+    return products
 
 
 def _causal_pairs(T: int) -> int:

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import ModelConfig
+from jaxlm.config.model import NO_SEPARATOR
+from jaxlm.errors import UserError
 
 NO_PROJECTIONS = (
     "global_BT is given, but the model has no projections for tokens with global attention "
@@ -24,6 +26,9 @@ def global_tokens(tokens_BT: jax.Array, segments_BT: jax.Array | None, config: M
     Returns:
       For "first", the first token of each example. For "question", the tokens of an example before its first separator,
       if it has one. B is 1 if all rows are equal.
+
+    Raises:
+      UserError: for "question", if the config names no separator.
     """
     rule = config.global_rule
     if rule == "none":
@@ -33,6 +38,8 @@ def global_tokens(tokens_BT: jax.Array, segments_BT: jax.Array | None, config: M
     is_first_BT = jnp.diff(segments_BT, axis=1, prepend=0) != 0
     if rule == "first":
         return is_first_BT & (segments_BT > 0)
+    if config.separator_token is None:
+        raise UserError(NO_SEPARATOR)
     is_last_BT = jnp.diff(segments_BT, axis=1, append=0) != 0
     is_separator_BT = tokens_BT == config.separator_token
     # The number of separators of the row up to each token, and before and up to the end of its example.

@@ -545,9 +545,9 @@ class Transformer(nn.Module):
         In an encoder-decoder they belong to the encoder. `tokens_BT` is the input of the front end. The config
         determines the tokens with global attention if `global_BT` is None.
         """
-        if global_BT is None:
+        if global_BT is None and not self.is_initializing():
             global_BT = global_tokens(tokens_BT, segments_BT, self.config)
-        elif not self.config.global_attention:
+        elif global_BT is not None and not self.config.global_attention:
             raise UserError(NO_PROJECTIONS)
         positions_BT = self._positions(tokens_BT, positions_BT, segments_BT)
         x_BTD = self.embeddings(tokens_BT, positions_BT, types_BT)

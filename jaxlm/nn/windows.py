@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxlm.config import ModelConfig
+
 MULTIPLE = 64  # the size of a block is a multiple of this
 MIN_BLOCKS = 4  # rows with fewer blocks of queries are faster as a whole
 # Number of keys for global tokens in each block, by `ModelConfig.global_rule`: those of many short examples, or of a
 # few questions. Rows with more global tokens are computed differently.
-SLOTS = {"first": 64}
-DEFAULT_SLOTS = 256
+_SLOTS = {"first": 64}
+_DEFAULT_SLOTS = 256
 
 
 class Heads(NamedTuple):
@@ -70,6 +72,11 @@ def saves_memory(length: int, window: int) -> bool:
     return length >= MIN_BLOCKS * block_size(window)
 
 
+def slots_of(config: ModelConfig) -> int:
+    """Returns the number of global tokens of a row for which attention in blocks is fast."""
+    return _SLOTS.get(config.global_rule, _DEFAULT_SLOTS)
+
+
 def find_global_keys(global_BT: jax.Array, slots: int) -> GlobalKeys:
     """Returns the places of the first global tokens of each row, `slots` at most."""
     places_Bg = jnp.argsort(~global_BT, axis=1, stable=True)[:, :slots]
@@ -115,7 +122,7 @@ def own(x_BT: jax.Array, b: int) -> jax.Array:
 
 def join(out_BTHC: jax.Array, B: int, T: int) -> jax.Array:
     """Returns the outputs of blocks as B rows of T positions."""
-    return out_BTHC.reshape(B, -1, *out_BTHC.shape[2:])[:, :T]
+    return out_BTHC.reshape(B, -1, *out_BTHC.shape[-2:])[:, :T]
 
 
 def put(out_BTHC: jax.Array, keys: GlobalKeys, out_BgHC: jax.Array) -> jax.Array:

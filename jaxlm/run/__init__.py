@@ -2,6 +2,7 @@
 
 fit            trains a run: resolve, set up, loop, finish
 resolve        decides what a config leaves open, and checks it once
+word_vectors   trains word vectors
 config_only    resolves a run without its data, for plans
 trained_model  resolves a trained model and its task, for prediction and evaluation
 weights        reads the weights that a run starts from

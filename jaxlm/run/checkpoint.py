@@ -19,6 +19,7 @@ import numpy as np
 from jaxlm.devices import hosts
 from jaxlm.errors import RunError
 from jaxlm.run.step import TrainState
+from jaxlm.vectors.training import VectorState
 
 _MISMATCH = "its content does not match its checksums"
 
@@ -109,7 +110,7 @@ class Checkpoints:
                 if step.isdigit():  # the manager removes the others, which are incomplete
                     self._move_away(int(step), error)
 
-    def save(self, state: TrainState, metrics: dict[str, float] | None, notes: Any = None) -> None:
+    def save(self, state: TrainState | VectorState, metrics: dict[str, float] | None, notes: Any = None) -> None:
         """Starts to write a state without its frozen part, which does not change.
 
         Args:

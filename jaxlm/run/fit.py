@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
@@ -26,11 +26,14 @@ from jaxlm.run.resolve import ResolvedRun, resolve, with_model
 from jaxlm.run.training import Training, log, set_up
 from jaxlm.storage import buckets
 
+Result = TypeVar("Result")
 LAG = {"cpu": 0}  # platform -> steps that are dispatched before the line of a step is written; 1 for accelerators
 
 
-def _interruptible(body: Callable[..., LM]) -> Callable[..., LM]:
-    """Makes `fit` treat an interrupt (Ctrl-C, the stop button of a notebook) like `stop`: it saves after a whole step.
+def interruptible(body: Callable[..., Result]) -> Callable[..., Result]:
+    """Makes a training function treat an interrupt (Ctrl-C, the stop button of a notebook) like `stop`.
+
+    It saves after a whole step.
 
     An exception in the middle of a step would leave a state that is half updated. Before the first step there is
     nothing to save, and an interrupt raises KeyboardInterrupt as usual; so does a second interrupt. Nothing changes
@@ -39,7 +42,7 @@ def _interruptible(body: Callable[..., LM]) -> Callable[..., LM]:
     """
 
     @functools.wraps(body)
-    def run(*args: Any, stop: Callable[[], bool] = lambda: False, **named: Any) -> LM:
+    def run(*args: Any, stop: Callable[[], bool] = lambda: False, **named: Any) -> Result:
         if not callable(stop):
             raise UserError(f"stop is {short_repr(stop)}; it must be a function without arguments that returns a bool")
         previous = signal.getsignal(signal.SIGINT)
@@ -58,7 +61,7 @@ def _interruptible(body: Callable[..., LM]) -> Callable[..., LM]:
             return bool(received) or stop()
 
         try:
-            lm = body(*args, stop=is_stopping, **named)
+            result = body(*args, stop=is_stopping, **named)
         except Stopped as end:
             if received:
                 raise Interrupted(end) from None
@@ -68,13 +71,13 @@ def _interruptible(body: Callable[..., LM]) -> Callable[..., LM]:
                 signal.signal(signal.SIGINT, previous)
         if received:
             raise Interrupted("the run ended before it could stop; make the same call again to get its model")
-        return lm
+        return result
 
     return run
 
 
 @hosts.detect_lost_hosts
-@_interruptible
+@interruptible
 def fit(
     run: RunConfig,
     *,

@@ -15,7 +15,7 @@ from tempfile import TemporaryFile
 from typing import Any, TextIO
 
 import jaxlm
-from jaxlm.config import RunConfig, check_task, difference, from_json, to_json
+from jaxlm.config import RunConfig, VectorsConfig, check_task, difference, from_json, to_json
 from jaxlm.config.ranges import check_fields
 from jaxlm.errors import RunError, UserError
 from jaxlm.hub import model_files
@@ -29,7 +29,7 @@ FREE_DATA = ("path", "eval_path", "cache")  # the content of the data is compare
 SUMMARY = "summary.txt"  # the summary that a finished run printed
 
 
-def open_run_dir(run: RunConfig, folder: Path) -> bool:
+def open_run_dir(run: RunConfig | VectorsConfig, folder: Path) -> bool:
     """Creates the folder of a run where it does not exist.
 
     Args:
@@ -64,7 +64,9 @@ def open_run_dir(run: RunConfig, folder: Path) -> bool:
     return True
 
 
-def begin(run: RunConfig, folder: Path, fingerprint: str, labels: Any = (), weights: Path | None = None) -> None:
+def begin(
+    run: RunConfig | VectorsConfig, folder: Path, fingerprint: str, labels: Any = (), weights: Path | None = None
+) -> None:
     """Writes config.json.
 
     Args:

@@ -22,10 +22,11 @@ from jaxlm.hub.gguf.container import is_gguf
 from jaxlm.lm import LM, find, tokenizer_folder
 from jaxlm.nn.transformer import Transformer
 from jaxlm.run.teacher import bind_teacher, open_cache
-from jaxlm.run.weights import Weights, check_fits, known_labels, student_config, weights_of
+from jaxlm.run.weights import Weights, check_fits, known_labels, student_config, token_vectors_of, weights_of
 from jaxlm.tasks import make_task, prepare, with_labels
 from jaxlm.tasks.labels import Labels
 from jaxlm.tasks.task import Task
+from jaxlm.vectors.embeddings import TokenVectors
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +51,7 @@ class ResolvedRun(ResolvedModel):
     train, held_out: batches, without end for training, one pass for evaluation.
     uncapped: number of held-out tokens before `eval_tokens` limited it; 0 for records.
     teacher: its weights, if the run has one.
+    token_vectors: rows of the initial token embeddings, if the run names word vectors.
     """
 
     given: RunConfig
@@ -59,6 +61,7 @@ class ResolvedRun(ResolvedModel):
     held_out: Any
     uncapped: int = 0
     teacher: Weights | None = None
+    token_vectors: TokenVectors | None = None
 
     @property
     def best(self) -> str:
@@ -116,6 +119,7 @@ def resolve(
             f"adapter.rank is {run.adapter.rank}, but the run has no initial weights to adapt; give them with --init"
         )
     task, config = bind_task(run, weights, task, data.train)
+    token_vectors = token_vectors_of(run, config, data.tokenizer)
     task, teacher = bind_teacher(run, task, config, data)
     train = task.batches(data.train, run.batch, run.data.length, run.seed)
     run = sized(run, config, train)
@@ -126,7 +130,9 @@ def resolve(
         if not batches:  # without packing an epoch, which a resumed run may not need
             raise UserError(f"the {part} data contain too little for one example of the task; give more")
     kind = task.module(Transformer if model is None else type(model.module))
-    return ResolvedRun(run, mesh, task, config, kind, given, data, weights, train, held_out, uncapped, teacher)
+    return ResolvedRun(
+        run, mesh, task, config, kind, given, data, weights, train, held_out, uncapped, teacher, token_vectors
+    )
 
 
 def with_tokenizer(run: RunConfig, model: LM | None) -> RunConfig:

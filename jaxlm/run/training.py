@@ -331,7 +331,13 @@ def _state(resolved: ResolvedRun, parts: Assembly, restored: TrainState | None, 
     if weights is None and (restored is None or frozen is not None):
         weights = weights_of(resolved.given, None, resolved.task, resolved.data.labels, False)
     weights = with_teacher(weights, None if resolved.run.distill.cache else resolved.teacher)
-    start = partial(start_from, weights, draw=partial(parts.draw, key), adapt=partial(parts.adapt, key))
+    vectors = resolved.token_vectors
+    into: dict[str, Any] = {
+        "draw": partial(parts.draw, key),
+        "adapt": partial(parts.adapt, key),
+        "token_vectors": vectors,
+    }
+    start = partial(start_from, weights, **into)
     if restored is not None and frozen is None:
         return restored
     if restored is not None:  # checkpoints do not contain frozen parameters
@@ -340,7 +346,9 @@ def _state(resolved: ResolvedRun, parts: Assembly, restored: TrainState | None, 
         frozen = parameters.fill(frozen, leaves)
         check_frozen(frozen, notes["frozen"], sources_of(resolved.run))
         return restored._replace(frozen=frozen)
-    if weights is None:
+    if vectors is not None:
+        log(f"vectors   {vectors.summary}")
+    elif weights is None:
         return parts.first_state(key)
     return parts.state_of(nested(start(like=parts.dense, log=log)), key)
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxlm import families
 from jaxlm.config import ModelConfig, MultiTask, RunConfig
+from jaxlm.data.tokenizers.tokenizer import Tokenizer
 from jaxlm.devices import hosts
 from jaxlm.errors import UserError
 from jaxlm.hub.convert import tree_shapes
@@ -25,6 +26,9 @@ from jaxlm.tasks.multi_task import TaskMixture, part_head
 from jaxlm.tasks.task import Task
 from jaxlm.transforms.adapters import merge
 from jaxlm.transforms.layers import kept_rows, layers_by_stack, select_config
+from jaxlm.vectors import embeddings
+from jaxlm.vectors.embeddings import TokenVectors, vectors_of_tokens
+from jaxlm.vectors.files import load_vectors
 
 
 def known_labels(run: RunConfig, model: LM | None) -> Labels | None:
@@ -239,12 +243,26 @@ def _in_head(path: str) -> bool:
     return "_head/" in path or path.startswith("own")
 
 
+def token_vectors_of(run: RunConfig, model: ModelConfig, tokenizer: Tokenizer | None) -> TokenVectors | None:
+    """Returns the word vectors that the token embeddings of a run start from; None without `run.embeddings`.
+
+    Raises:
+      UserError: where the file is invalid, or its vectors do not fit the model or its tokenizer.
+    """
+    if not run.embeddings:
+        return None
+    if tokenizer is None:
+        raise UserError(f"embeddings is {run.embeddings}, but the run has no tokenizer; give one with --tokenizer.path")
+    return vectors_of_tokens(load_vectors(run.embeddings), tokenizer, model, run.embeddings)
+
+
 def start_from(
     weights: Weights | None,
     like: Mapping[str, jax.ShapeDtypeStruct],
     draw: Callable[[Sequence[str]], dict[str, jax.Array]],
     adapt: Callable[[str, jax.Array], Any],
     log: Callable[[str], None],
+    token_vectors: TokenVectors | None = None,
 ) -> dict[str, Any]:
     """Returns the parameters that a run starts from, sharded, by path; some may be nodes.
 
@@ -254,9 +272,10 @@ def start_from(
       draw: paths -> randomly initialised leaves, for the leaves that the weights lack.
       adapt: (path, leaf) -> the node with the leaf, or the leaf.
       log: prints which leaves are randomly initialised.
+      token_vectors: rows of the token embeddings to replace.
     """
     new = [path for path in like if weights is None or path not in weights.shapes]
-    if new:
+    if new and weights is not None:
         log(
             f"randomly initialised, since the given weights have none: "
             f"{', '.join(sorted({path.split('/')[0] for path in new}))}"
@@ -265,6 +284,8 @@ def start_from(
     leaves = {}
     for path, leaf in like.items():  # one at a time: a node may need less memory than its leaf
         array = drawn.pop(path) if weights is None or path in drawn else weights.read({path: leaf.sharding})[path]
+        if path == embeddings.TABLE and token_vectors is not None:
+            array = token_vectors.write(array)
         leaves[path] = adapt(path, array)
     return leaves
 

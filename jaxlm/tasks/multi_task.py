@@ -71,6 +71,11 @@ class TaskMixture(Task):
         return super().bind(model, pooling, part).replace_fields(parts=parts)
 
     def configure(self, model: ModelConfig) -> ModelConfig:
+        """Returns the config without heads; all parts have the same global tokens, since they share rows."""
+        heads = [(part.head,) if part.head else () for part in self.parts.values()]
+        rules = {replace(model, heads_on_top=on_top).global_rule for on_top in heads}
+        if model.global_attention and model.global_tokens == "head":
+            model = replace(model, global_tokens=rules.pop() if len(rules) == 1 else "first")
         return replace(model, heads_on_top=())
 
     def module(self, kind: type[Transformer]) -> type[Transformer]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -93,6 +94,11 @@ class QuestionAnsweringTask(HeadTask):
     @classmethod
     def names(cls, task: config.QuestionAnswering, part: Records) -> tuple[str, ...]:
         return ModelConfig().labels  # the names in transformers
+
+    def configure(self, model: ModelConfig) -> ModelConfig:
+        """As in the base class; the question ends at the separator of the tokenizer, if it has global attention."""
+        model, separator = super().configure(model), getattr(self.tokenizer, "sep", None)
+        return model if separator is None or not model.global_attention else replace(model, separator_token=separator)
 
     @classmethod
     def texts(cls, record: Record) -> Iterable[str]:

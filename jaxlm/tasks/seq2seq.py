@@ -7,11 +7,13 @@ has a loss.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from jaxlm import config
+from jaxlm.config import ModelConfig
 from jaxlm.config.ranges import short_repr
 from jaxlm.data.formats.lines import Place, Row
 from jaxlm.data.formats.rows import Columns
@@ -45,6 +47,12 @@ class Seq2SeqTask(GenerationTask):
         super().__init__(*parts)
         self.scores = _SCORES[self.task.scored_as][0]
         self.decoding, self.max_scored = self.task.decoding, self.task.generated
+
+    def configure(self, model: ModelConfig) -> ModelConfig:
+        """As in the base class; by default the first token of a source has global attention (Beltagy et al. 2020)."""
+        model = super().configure(model)
+        chosen = not model.global_attention or model.global_tokens != "head"
+        return model if chosen else replace(model, global_tokens="first")
 
     @classmethod
     def columns(cls, task: config.Seq2Seq, labelled: bool) -> Columns:

@@ -93,6 +93,6 @@ def select_config(config: ModelConfig, layers: tuple[int, ...], decoder_layers: 
         decoder = len(decoder_layers) or in_decoder
         config = dataclasses.replace(config, decoder_layers=None if decoder == len(chosen) else decoder)
     select = lambda pattern: shortest([pattern[layer % len(pattern)] for layer in chosen])
-    names = [name for name in ("layer_kinds", "mixers", "feed_forwards") if getattr(config, name)]
+    names = [name for name in ("layer_kinds", "layer_windows", "mixers", "feed_forwards") if getattr(config, name)]
     patterns: dict[str, Any] = {name: select(getattr(config, name)) for name in names}
     return dataclasses.replace(config, layers=len(chosen), distinct_layers=None, **patterns)

@@ -330,14 +330,29 @@ class Tokenizer:
         character, and not with a space; punctuation marks and line ends are separate words.
         """
         state = json.loads(self.backend.to_str())
-        pieces = self.pieces(range(self.size))
         if state["model"]["type"] == "WordPiece":
             mark = state["model"]["continuing_subword_prefix"]
-            return np.array([piece.startswith(mark) for piece in pieces])
-        decode = _decode_bytes if '"ByteLevel"' in json.dumps(state["decoder"]) else _decode_piece
-        special = {token["id"] for token in state["added_tokens"] if token["special"]}
-        inside = re.compile(r"[^\W_]|\ufffd")
-        return np.array([i not in special and bool(inside.match(decode(piece))) for i, piece in enumerate(pieces)])
+            return np.array([piece.startswith(mark) for piece in self.pieces(range(self.size))])
+        inside, special = re.compile(r"[^\W_]|\ufffd"), self._special_ids
+        return np.array([i not in special and bool(inside.match(text)) for i, text in enumerate(self._texts)])
+
+    @cached_property
+    def whole_words(self) -> dict[int, str]:
+        """The word of each id that is a whole word or a punctuation mark, without the mark of the start of a word."""
+        names = set(self.special.values())
+        texts = {i: text.removeprefix(" ") for i, text in enumerate(self._texts) if i not in self._special_ids}
+        is_word = lambda i, text: text.strip() == text != "" and text not in names and not self.continues[i]
+        return {i: text for i, text in texts.items() if is_word(i, text)}
+
+    @cached_property
+    def _special_ids(self) -> set[int]:
+        return {token["id"] for token in json.loads(self.backend.to_str())["added_tokens"] if token["special"]}
+
+    @cached_property
+    def _texts(self) -> list[str]:
+        """The text of each id, which begins with a space if the id starts a word."""
+        is_bytes = '"ByteLevel"' in json.dumps(json.loads(self.backend.to_str())["decoder"])
+        return [(_decode_bytes if is_bytes else _decode_piece)(piece) for piece in self.pieces(range(self.size))]
 
     def save(self, folder: str | Path, max_length: int | None = None) -> None:
         """Writes the tokenizer files, which AutoTokenizer of transformers can load; loaded files are saved unchanged.
