@@ -26,8 +26,9 @@ others; paragraphs of at least 12 words, each once; 6,229 documents, a fortieth 
 steps, which read 8.2 million tokens in about 67,000 pairs:
 
 Time             1 h 13 min beside other processes (load 10)
-Score            held-out masked LM loss 3.77 nats; next-sentence accuracy 0.610 on 2,062 pairs, 10 standard errors above
-                 chance.  It was 0.500, 0.501 and 0.506 after 1,000, 2,000 and 3,000 steps: the model first learns words
+Score            held-out masked LM loss 3.77 nats; next-sentence accuracy 0.610 on 2,062 pairs, 10 standard errors
+                 above chance.  It was 0.500, 0.501 and 0.506 after 1,000, 2,000 and 3,000 steps: the model first learns
+                 words
 """
 
 from dataclasses import replace

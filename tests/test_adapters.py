@@ -251,6 +251,7 @@ def base_run(data_dir, tmp_path, monkeypatch, no_plots) -> dict:
         pytest.param("rslora", "bfloat16", marks=pytest.mark.long),
     ],
 )
+@pytest.mark.long
 def test_a_resumed_run_has_the_same_adapter(data_dir, base_run, tmp_path, devices, kind, base):
     more = base_run | {"adapter": dataclasses.replace(base_run["adapter"], kind=kind, base=base, group=16)}
     whole = fit(run_config(data_dir, tmp_path / "whole", **more), summary=False)
@@ -401,6 +402,7 @@ def test_several_magnitudes_are_not_one_adapter(tmp_path):
 
 
 @pytest.mark.parametrize("inputs", [pytest.param("float", marks=pytest.mark.long), "int8"])
+@pytest.mark.long
 def test_training_with_rounded_weights_exports_them_quantised_and_resumes_exactly(
     data_dir, base_run, tmp_path, devices, inputs
 ):

@@ -105,6 +105,7 @@ def run_config(tmp_path, **fields: Any) -> RunConfig:
     )
 
 
+@pytest.mark.long
 def test_a_tagger_learns_saves_and_predicts_with_its_transitions(tmp_path):
     lm = jaxlm.fit(run_config(tmp_path, eval_path=sentences(tmp_path / "eval.conll", "B-A B-B", 6)))
     assert lm.config.crf and lm.params["crf_head"]["pairs"].shape == (5, 5)

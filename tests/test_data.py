@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jaxlm.config import CausalLM, CleaningConfig, DataConfig, MaskedLM, ModelConfig, RunConfig, TokenizerConfig
@@ -55,14 +55,18 @@ def test_each_example_is_in_one_row_that_it_fits(lengths, length, max_examples, 
 
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 20), max_size=100), st.integers(20, 40), st.integers(1, 6), st.integers(1, 3))
+@example([1, 1, 3, 13, 13, 13, 16], 31, 4, 1)
 def test_packing_is_best_fit_decreasing(lengths, length, max_examples, count):
-    """The reference places one unit after another into the row with the least space that suffices."""
+    """The reference places one unit after another into the row with the least space that suffices.
+
+    Of rows with the same space, it takes the one with the fewest examples.
+    """
     max_examples += count - 1
     rows: list[list[int]] = []
     for size in sorted(lengths, reverse=True):
         suitable = [row for row in rows if length - sum(row) >= size and (len(row) + 1) * count <= max_examples]
         if suitable:
-            min(suitable, key=lambda row: length - sum(row)).append(size)
+            min(suitable, key=lambda row: (length - sum(row), len(row))).append(size)
         else:
             rows.append([size])
     found = pack(np.array(lengths, np.int64), length, max_examples, counts=np.full(len(lengths), count))

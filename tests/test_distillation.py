@@ -505,6 +505,7 @@ def test_the_export_has_the_layers_of_the_student_and_no_teacher(folder, finishe
     assert log_of(finished)[0]["distillation/labels"] == log_of(tmp_path / "plain")[0]["loss"]
 
 
+@pytest.mark.long
 def test_a_resumed_run_has_the_same_result(folder, finished, tmp_path):
     run = run_of(folder, tmp_path / "run")
     steps = iter(range(2))

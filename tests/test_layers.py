@@ -27,6 +27,7 @@ TANH = lambda x: np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))
 DEFINITIONS = {
     "gelu": lambda x: x * PHI(x),
     "gelu_tanh": lambda x: 0.5 * x * (1 + TANH(x)),
+    "gelu_quick": lambda x: x * scipy.special.expit(1.702 * x),
     "relu": lambda x: np.maximum(x, 0),
     "silu": lambda x: x * scipy.special.expit(x),
     "tanh": np.tanh,
@@ -122,7 +123,7 @@ def test_products_with_float32_results_have_the_gradients_of_float32_products(sp
 def test_invalid_configs_are_refused():
     for fields, message in (
         ({"rotary_scaling": "longrope", "positions": "rotary"}, "rotary_short and rotary_long have 0 and 0 numbers"),
-        ({"decoder_heads": 4}, "decoder_heads is 4 .* are for encoder-decoders"),
+        ({"decoder_heads": 4}, "decoder_heads is 4, .* is for encoder-decoders"),
         ({"decoder_heads": 5, "structure": "encoder_decoder"}, "heads is 5, which does not divide"),
     ):
         with pytest.raises(UserError, match=message):

@@ -222,6 +222,7 @@ def run_config(data_dir: Path, workdir: Path, **more: Any) -> RunConfig:
     return RunConfig(**values | more)
 
 
+@pytest.mark.long
 def test_a_resumed_run_has_the_same_zeros(data_dir, tmp_path, devices):
     whole = fit(run_config(data_dir, tmp_path / "whole"))
     run = run_config(data_dir, tmp_path / "run")

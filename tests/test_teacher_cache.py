@@ -371,6 +371,7 @@ def uncached(folder) -> Path:
 COMPUTED = "its predictions are computed from step"
 
 
+@pytest.mark.long
 def test_a_cached_run_is_the_uncached_one_also_after_a_stop(folder, uncached, tmp_path, capsys):
     run = run_of(folder, tmp_path / "run", distill_of(folder, tmp_path / "cache"))
     first = jaxlm.fit(run_of(folder, tmp_path / "short", run.distill, steps=2))

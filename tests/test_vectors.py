@@ -467,6 +467,7 @@ def embedding_run(tmp_path: Path, **changes) -> RunConfig:
     return replace(run, **changes)
 
 
+@pytest.mark.long
 def test_a_model_starts_from_word_vectors(tmp_path, capsys):
     run = embedding_run(tmp_path)
     lm = jaxlm.fit(run)

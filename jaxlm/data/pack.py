@@ -90,7 +90,9 @@ def _pack_window(
             at = bisect_left(spaces, size)
             is_open = at < len(spaces)
             space = spaces[at] if is_open else length
-            examples, rows = open_rows[space].popitem() if is_open else (0, np.zeros(0, np.int64))
+            # Of the rows with the least space that suffices, those with the fewest examples have room for most others.
+            examples = min(open_rows[space]) if is_open else 0
+            rows = open_rows[space].pop(examples) if is_open else np.zeros(0, np.int64)
             # A row with room for several of the units is the best one for each of them.
             per_row = min(space // size, (max_examples - largest - examples) // count + 1)
             needed = -(-(last - first) // per_row)

@@ -8,7 +8,7 @@ import math
 from typing import Any, get_args
 
 from jaxlm.config import ModelConfig, RotaryScaling
-from jaxlm.config.ranges import MAX_INT
+from jaxlm.config.ranges import MAX_INT, short_repr
 from jaxlm.errors import UserError
 from jaxlm.hub.convert import (
     ACTIVATIONS,
@@ -245,7 +245,9 @@ def kinds_from_hf(hf: dict[str, Any], default: list[str]) -> dict[str, Any]:
     if kinds is None:
         return {"layer_kinds": shortest(default) if default else ()}
     if not isinstance(kinds, list) or not set(kinds) <= _KINDS.keys() or len(kinds) != len(default):
-        raise UserError(f"config.json has layer_types {kinds}; it must have {len(default)} of {list(_KINDS)}")
+        raise UserError(
+            f"config.json has layer_types {short_repr(kinds)}; it must have {len(default)} of {list(_KINDS)}"
+        )
     return {"layer_kinds": shortest([_KINDS[kind] for kind in kinds])}
 
 

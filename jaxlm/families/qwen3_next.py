@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxlm.config import ModelConfig
-from jaxlm.config.ranges import MAX_INT
+from jaxlm.config.ranges import MAX_INT, short_repr
 from jaxlm.errors import UserError
 from jaxlm.families import decoder, llama, mixtral
 from jaxlm.hub.convert import (
@@ -75,7 +75,7 @@ def _mixers_from_hf(hf: dict[str, Any], layers: int) -> dict[str, Any]:
         interval = JsonObject(hf, "config.json").integer("full_attention_interval", 4, 1, MAX_INT)
         kinds = ["linear_attention" if (n + 1) % interval else "full_attention" for n in range(layers)]
     if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in _MIXERS for kind in kinds):
-        raise UserError(f"config.json has layer_types {kinds}; it must have {layers} of {list(_MIXERS)}")
+        raise UserError(f"config.json has layer_types {short_repr(kinds)}; it must have {layers} of {list(_MIXERS)}")
     mixers = shortest([_MIXERS[kind] for kind in kinds])
     return {"mixers": () if mixers == ("attention",) else mixers}
 
