@@ -60,6 +60,7 @@ SMALL_FLAGS = {  # pattern of a command -> flags that follow it; the last of two
     "gpt2_124m": "--task.stride 0",
     "plan configs/gpt3": "--model.layers 2",
     "lstm_trec": "--model.vocabulary 200",
+    "lstm-classifier": "--model.vocabulary 200",
 }
 SKIPPED = {  # pattern of a command or a Python block -> why it does not run here
     r"^python3 -m venv|pip install": "installs packages; .ci/run does the same",
