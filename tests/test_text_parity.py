@@ -68,6 +68,11 @@ def write_json(folder: Path, bos: bool, digits: bool = False, **config: Any) -> 
 
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+LATENT = PLAIN | {"num_key_value_heads": 3, "n_routed_experts": 4, "num_experts_per_tok": 2}
+LATENT |= {"kv_lora_rank": 12, "q_lora_rank": None, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}
+LATENT |= {"moe_intermediate_size": 20, "first_k_dense_replace": 1}
+HYBRID = DECODER | {"layer_types": ["linear_attention", "full_attention"], "head_dim": 8, "num_hidden_layers": 2}
+HYBRID |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 6, "linear_value_head_dim": 5}
 # name -> function that writes the tokenizer's files, class of the model, sizes of the model
 Case = tuple[Callable[[Path], Path], str, dict[str, Any]]
 CASES: dict[str, Case] = {
@@ -113,13 +118,26 @@ CASES: dict[str, Case] = {
         "Qwen3MoeForCausalLM",
         DECODER | EXPERTS,
     ),
+    "qwen3_next": (
+        lambda f: byte_pairs(f, END, tokenizer_class="Qwen2Tokenizer"),
+        "Qwen3NextForCausalLM",
+        HYBRID | EXPERTS | {"shared_expert_intermediate_size": 20},
+    ),
+    "qwen3_5": (lambda f: byte_pairs(f, END, tokenizer_class="Qwen2Tokenizer"), "Qwen3_5ForCausalLM", HYBRID),
+    "qwen3_5_moe": (
+        lambda f: write_json(f, False, tokenizer_class="PreTrainedTokenizerFast"),
+        "Qwen3_5MoeForCausalLM",
+        HYBRID | EXPERTS | {"shared_expert_intermediate_size": 20},
+    ),
+    "deepseek_v2": (
+        lambda f: write_json(f, True, tokenizer_class="PreTrainedTokenizerFast"),
+        "DeepseekV2ForCausalLM",
+        LATENT,
+    ),
     "deepseek_v3": (
         lambda f: write_json(f, True, tokenizer_class="PreTrainedTokenizerFast"),
         "DeepseekV3ForCausalLM",
-        PLAIN
-        | {"num_key_value_heads": 3, "n_routed_experts": 4, "n_group": 2, "topk_group": 2, "num_experts_per_tok": 2}
-        | {"kv_lora_rank": 12, "q_lora_rank": None, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}
-        | {"moe_intermediate_size": 20, "first_k_dense_replace": 1},
+        LATENT | {"n_group": 2, "topk_group": 2},
     ),
     "gpt_oss": (
         lambda f: write_json(f, False, tokenizer_class="PreTrainedTokenizerFast"),
