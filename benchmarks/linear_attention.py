@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import ModelConfig
-from jaxlm.nn.transformer import CacheSpec, Transformer, apply, count_parameters, init
+from jaxlm.nn.stack import CacheSpec
+from jaxlm.nn.transformer import Transformer, apply, count_parameters, init
 
 SIZES: dict[str, Any] = {"vocabulary": 512, "width": 256, "layers": 4, "heads": 4, "max_length": 4096, "biases": ()}
 SIZES |= {"positions": "rotary", "norm": "rmsnorm", "feed_forward": "gated", "activation": "silu"}

@@ -24,12 +24,14 @@ from jaxlm.inference import decode
 from jaxlm.lm import LM, with_params
 from jaxlm.nn import cache as caches
 from jaxlm.nn import parameters
-from jaxlm.nn.attention import Attention, AttentionInputs, Scores, dot_product_attention
-from jaxlm.nn.attention import attend as attend_to_cache
+from jaxlm.nn.attention import Attention, AttentionInputs
 from jaxlm.nn.block import MIXERS
 from jaxlm.nn.cache import Cache
+from jaxlm.nn.dot_product import Scores, dot_product_attention
+from jaxlm.nn.dot_product import attend as attend_to_cache
 from jaxlm.nn.positions import RotaryAngles
-from jaxlm.nn.transformer import CacheSpec, Transformer, apply, unstack_layers
+from jaxlm.nn.stack import CacheSpec
+from jaxlm.nn.transformer import Transformer, apply, unstack_layers
 
 TINY = {"vocabulary": 32, "width": 16, "layers": 2, "heads": 4, "max_length": 64, "mlp_width": 24}
 ROTARY = TINY | {"positions": "rotary", "kv_heads": 2, "norm": "rmsnorm", "feed_forward": "gated", "biases": ()}

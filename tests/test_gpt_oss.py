@@ -16,9 +16,11 @@ import jaxlm
 from jaxlm import UserError, families
 from jaxlm.families import FAMILIES, PRESETS
 from jaxlm.hub import packed, safetensors
-from jaxlm.nn.attention import Scores, dot_product_attention, self_mask
+from jaxlm.nn.dot_product import Scores, dot_product_attention
 from jaxlm.nn.kernels import Backend, why_not
-from jaxlm.nn.transformer import CacheSpec, Transformer, apply
+from jaxlm.nn.masks import self_mask
+from jaxlm.nn.stack import CacheSpec
+from jaxlm.nn.transformer import Transformer, apply
 
 FAMILY = FAMILIES["gpt_oss"]
 SMALL = dataclasses.replace(

@@ -20,8 +20,9 @@ from jax.sharding import Mesh
 
 from jaxlm.config import CausalLM, ModelConfig, OptimizerConfig
 from jaxlm.nn import attention, kernels
-from jaxlm.nn.attention import Scores, cross_mask, dot_product_attention, self_mask
+from jaxlm.nn.dot_product import Scores, dot_product_attention
 from jaxlm.nn.kernels import Backend, backend_of, choose, fused, why_not
+from jaxlm.nn.masks import cross_mask, self_mask
 from jaxlm.nn.transformer import Transformer, init
 from jaxlm.run.optimizer import make_optimizer
 from jaxlm.run.step import TrainState, make_train_step

@@ -18,7 +18,8 @@ from jaxlm.families import FAMILIES, PRESETS
 from jaxlm.hub import safetensors
 from jaxlm.nn import flops
 from jaxlm.nn.experts import route
-from jaxlm.nn.transformer import CacheSpec, Transformer, apply, init
+from jaxlm.nn.stack import CacheSpec
+from jaxlm.nn.transformer import Transformer, apply, init
 
 SMALL = dataclasses.replace(
     PRESETS["deepseek-v2-lite"], layers=2, width=16, mlp_width=20, heads=2, vocabulary=24, head_width=10,

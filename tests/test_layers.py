@@ -19,7 +19,8 @@ from jaxlm.errors import UserError
 from jaxlm.nn.fusion import keep_apart
 from jaxlm.nn.layers import ACTIVATIONS, Norm, float32_einsum
 from jaxlm.nn.positions import Buckets
-from jaxlm.nn.transformer import REMAT, CacheSpec, Transformer, apply, init
+from jaxlm.nn.stack import REMAT, CacheSpec
+from jaxlm.nn.transformer import Transformer, apply, init
 from jaxlm.run import assembly
 
 PHI = lambda x: scipy.special.erfc(-x / np.sqrt(2)) / 2

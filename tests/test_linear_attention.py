@@ -15,7 +15,8 @@ from test_blocks import packed_batch
 
 from jaxlm import ModelConfig, UserError
 from jaxlm.nn import flops, linear_attention, parameters
-from jaxlm.nn.transformer import CacheSpec, Transformer, apply, init
+from jaxlm.nn.stack import CacheSpec
+from jaxlm.nn.transformer import Transformer, apply, init
 
 MODEL = ModelConfig(
     vocabulary=32, width=16, layers=2, heads=2, positions="none", norm="rmsnorm_plus_one", feed_forward="gated",

@@ -20,12 +20,13 @@ from jaxlm.devices import sharding
 from jaxlm.families import FAMILIES, PRESETS
 from jaxlm.hub import safetensors
 from jaxlm.nn import windows
-from jaxlm.nn.attention import Scores, WeightDropout, dot_product_attention, self_mask, windowed_attention
+from jaxlm.nn.dot_product import Scores, WeightDropout, dot_product_attention
 from jaxlm.nn.global_tokens import global_tokens
+from jaxlm.nn.masks import self_mask
 from jaxlm.nn.transformer import Transformer, apply
-from jaxlm.nn.windows import Heads
+from jaxlm.nn.windows import Heads, windowed_attention
 
-B, T, WINDOW = 2, 300, 5  # five blocks of 64 queries, of which the last one is not full
+B, T, WINDOW = 2, 300, 5  # five blocks of 64 queries; the last one is padded
 
 
 def segments(random: np.random.Generator) -> np.ndarray:

@@ -19,10 +19,11 @@ from jaxlm.devices import sharding
 from jaxlm.families import PRESETS
 from jaxlm.nn import parameters
 from jaxlm.nn.block import cached_window
+from jaxlm.nn.layer_parts import parts_of
 from jaxlm.nn.layers import Dropout
 from jaxlm.nn.losses import cross_entropy
-from jaxlm.nn.stacking import parts_of
-from jaxlm.nn.transformer import CacheSpec, Transformer, apply, init
+from jaxlm.nn.stack import CacheSpec
+from jaxlm.nn.transformer import Transformer, apply, init
 from jaxlm.run.assembly import shard_batch, with_shardings
 from jaxlm.run.optimizer import make_optimizer, make_schedule
 from jaxlm.run.step import TrainState, make_train_step

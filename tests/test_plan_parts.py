@@ -24,7 +24,8 @@ from jaxlm.devices import chips
 from jaxlm.errors import UserError
 from jaxlm.nn import flops
 from jaxlm.nn.losses import cross_entropy
-from jaxlm.nn.transformer import Targets, Transformer, apply, init
+from jaxlm.nn.stack import Targets
+from jaxlm.nn.transformer import Transformer, apply, init
 from jaxlm.planning import hlo
 from jaxlm.tasks.pretraining import CausalLMTask, MaskedLMTask
 

@@ -18,7 +18,8 @@ from jaxlm import LM, ModelConfig, UserError
 from jaxlm.families import PRESETS, save
 from jaxlm.hub import safetensors
 from jaxlm.nn import flops, parameters
-from jaxlm.nn.transformer import CacheSpec, Transformer, apply
+from jaxlm.nn.stack import CacheSpec
+from jaxlm.nn.transformer import Transformer, apply
 
 SIZES: dict[str, Any] = {"linear_key_heads": 2, "linear_value_heads": 4, "linear_key_width": 6, "linear_value_width": 5}
 SIZES |= {"vocabulary": 32, "width": 16, "layers": 3, "heads": 2, "kv_heads": 1, "head_width": 8, "rotary_width": 2}

@@ -16,7 +16,8 @@ from test_blocks import packed_batch
 from jaxlm import ModelConfig, UserError
 from jaxlm.families import PRESETS
 from jaxlm.nn import flops, parameters
-from jaxlm.nn.transformer import CacheSpec, Transformer, apply
+from jaxlm.nn.stack import CacheSpec
+from jaxlm.nn.transformer import Transformer, apply
 from jaxlm.planning.inspect import describe_config
 
 PLAIN = ModelConfig(

@@ -24,8 +24,9 @@ from jaxlm.data.tokenizers import tokenizer as tokenizers
 from jaxlm.devices.sharding import Placement
 from jaxlm.families import PRESETS
 from jaxlm.lm import LM
-from jaxlm.nn.attention import permutation_masks
-from jaxlm.nn.transformer import Targets, Transformer, apply
+from jaxlm.nn.masks import permutation_masks
+from jaxlm.nn.stack import Targets
+from jaxlm.nn.transformer import Transformer, apply
 from jaxlm.tasks.permuted import PermutedLMTask
 
 SMALL = {"vocabulary": 320, "max_length": 64, "width": 16, "layers": 2, "heads": 2, "mlp_width": 24}

@@ -7,6 +7,8 @@ run            RunConfig, OptimizerConfig and MeshConfig
 adapter        AdapterConfig: training of low-rank updates
 pruning        PruneConfig: pruning while training
 model          ModelConfig: the architecture
+choices        the closed choices of ModelConfig
+model_checks   sizes and choices of a model that contradict each other
 task           the config of each task
 quantize       QuantizeConfig: quantisation-aware training
 data           DataConfig, CleaningConfig and TokenizerConfig
@@ -24,11 +26,7 @@ arguments      checks of the arguments of public functions
 
 from jaxlm.config.adapter import NO_ADAPTER, AdapterConfig
 from jaxlm.config.baseline import BaselineConfig
-from jaxlm.config.compress import CompressConfig
-from jaxlm.config.data import CleaningConfig, DataConfig, Format, TokenizerConfig
-from jaxlm.config.decoding import MAX_TEXTS, Decoding
-from jaxlm.config.distill import DistillConfig
-from jaxlm.config.model import (
+from jaxlm.config.choices import (
     DROPOUT_SITES,
     ENCODER_BIASES,
     LINEAR_SIZES,
@@ -36,12 +34,16 @@ from jaxlm.config.model import (
     Activation,
     Bias,
     Head,
-    ModelConfig,
     Residual,
     RotaryScaling,
     is_local,
     is_rotated,
 )
+from jaxlm.config.compress import CompressConfig
+from jaxlm.config.data import CleaningConfig, DataConfig, Format, TokenizerConfig
+from jaxlm.config.decoding import MAX_TEXTS, Decoding
+from jaxlm.config.distill import DistillConfig
+from jaxlm.config.model import ModelConfig
 from jaxlm.config.pruning import NO_PRUNING, PruneConfig
 from jaxlm.config.quantize import QuantizeConfig
 from jaxlm.config.run import MatmulPrecision, MeshConfig, OptimizerConfig, Remat, RunConfig

@@ -6,6 +6,24 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+from jaxlm.config import model_checks
+from jaxlm.config.choices import (
+    ENCODER_BIASES,
+    MAX_WINDOW,
+    OF_DECODER,
+    Activation,
+    Bias,
+    Distance,
+    GlobalTokens,
+    Head,
+    LayerKind,
+    Layers,
+    NormPlace,
+    Relative,
+    Residual,
+    RotaryScaling,
+    is_local,
+)
 from jaxlm.config.ranges import (
     AboveZero,
     Config,
@@ -16,28 +34,8 @@ from jaxlm.config.ranges import (
     Positive,
     Range,
     ShareBelowOne,
-    check_fields,
 )
 from jaxlm.errors import UserError
-
-Head = Literal["lm", "masked_lm", "next_sentence", "replaced", "pooled", "classes", "tokens", "span"]
-# gelu is exact (erf), gelu_tanh approximate; gelu_quick is x sigmoid(1.702 x)
-Activation = Literal["gelu", "gelu_tanh", "gelu_quick", "relu", "silu", "tanh"]
-# "mlp" is all projections of the MLP, "down" only the last one; "experts" is the experts and their router.
-Bias = Literal["query_key_value", "out", "mlp", "down", "experts", "norm", "transform", "classes", "lm"]
-ENCODER_BIASES: tuple[Bias, ...] = ("query_key_value", "out", "mlp", "norm", "transform", "classes")
-RotaryScaling = Literal["none", "linear", "dynamic", "llama3", "yarn", "longrope"]
-LayerKind = Literal["global", "local", "global_nope", "local_nope"]  # nope: no positions (Kazemnejad et al. 2023)
-Relative = Literal["none", "buckets", "disentangled", "alibi", "transformer_xl"]
-GlobalTokens = Literal["head", "none", "first", "question"]
-NormPlace = Literal["pre", "post", "sandwich", "out", "none"]
-Residual = Literal["sequential", "parallel", "parallel_one_norm"]
-MAX_LAYERS = 10_000  # upper limit, so that a corrupt config.json cannot request an absurd model
-_MAX_DISTANCE = 1_000_000  # upper limit of the rows of a table of relative distances
-MAX_WINDOW = 1000  # upper limit of the width of a convolution
-RECURRENT = ("lstm", "gru")  # mixers that carry a state from token to token
-Layers = Annotated[int, Range(1, MAX_LAYERS)]
-Distance = Annotated[int, Range(0, _MAX_DISTANCE)]
 
 
 @dataclass(frozen=True)
@@ -194,7 +192,7 @@ class ModelConfig(Config):
     def decoder_config(self) -> ModelConfig:
         """The config with the sizes and the attention of the decoder of an encoder-decoder."""
         changes: dict[str, Any] = {}
-        for name in _OF_DECODER:
+        for name in OF_DECODER:
             if (value := getattr(self, f"decoder_{name}")) is not None:
                 changes |= {name: value, f"decoder_{name}": None}
         if self.structure == "encoder_decoder":
@@ -316,308 +314,4 @@ class ModelConfig(Config):
 
     def check(self) -> None:
         """Raises UserError if a value is of the wrong type or out of range, or sizes contradict each other."""
-        check_fields(self, "model.")
-        if self.head_width is None and self.width % self.heads:
-            raise UserError(
-                f"model.heads is {self.heads}, which does not divide model.width {self.width}; "
-                f"choose heads from {divisors(self.width)} or set model.head_width"
-            )
-        for name in (f"decoder_{name}" for name in _OF_DECODER):
-            if getattr(self, name) is not None and self.structure != "encoder_decoder":
-                raise UserError(
-                    f"model.{name} is {getattr(self, name)}, but the model is a(n) {self.structure}; it is for "
-                    f"encoder-decoders: leave it out"
-                )
-        if self.decoder_config is not self:
-            dataclasses.replace(self.decoder_config, structure="decoder", decoder_vocabulary=None).check()
-        pairs = self.R // 2
-        if self.rotary_scaling == "longrope" and not len(self.rotary_short) == len(self.rotary_long) == pairs:
-            raise UserError(
-                f"model.rotary_short and rotary_long have {len(self.rotary_short)} and {len(self.rotary_long)} "
-                f"numbers; {self.R} entries of each head are rotated: give {pairs} numbers in each"
-            )
-        if self.heads % self.K:
-            raise UserError(
-                f"model.kv_heads is {self.K}, which does not divide model.heads {self.heads}; "
-                f"choose kv_heads from {divisors(self.heads)}"
-            )
-        if self.positions == "rotary" and (self.R % 2 or self.R > self.C):
-            raise UserError(
-                f"model.rotary_width is {self.rotary_width}, and the head width is {self.C}; rotary positions rotate "
-                f"pairs: rotate an even number of entries, at most the head width"
-            )
-        if self.positions == "sinusoidal" and self.width % 2:
-            raise UserError(f"model.width is {self.width}; sinusoidal positions come in pairs: make it even")
-        if "lm" in self.heads_on_top and self.hidden_width != self.W and self.tied_embeddings:
-            raise UserError(
-                f"model.embedding_width is {self.W}, but the head lm shares the embeddings and reads a width of "
-                f"{self.width}; leave it out, or set model.tied_embeddings to false"
-            )
-        if self.conv_width and (self.conv_width % 2 == 0 or self.structure != "encoder" or len(self.layer_kinds) > 1):
-            raise UserError(
-                f"model.conv_width is {self.conv_width}; it must be odd, and the model an encoder with one layer kind"
-            )
-        if self.decoder_vocabulary and not (self.structure == "encoder_decoder" and self.decoder_tokens):
-            raise UserError(
-                f"model.decoder_vocabulary is {self.decoder_vocabulary}; it is for encoder-decoders with separate "
-                f"embeddings: set --model.decoder-tokens"
-            )
-        self._check_experts()
-        self._check_mixed_layers()
-        if self.prefix_lm and self.structure != "decoder":
-            raise UserError(f"model.prefix_lm is set, but the model is a(n) {self.structure}; it is for decoders only")
-        self._check_windows()
-        self._check_global_attention()
-        self._check_mixer()
-        if self.residual != "sequential" and (self.norm_place == "post" or self.structure == "encoder_decoder"):
-            raise UserError(
-                f"model.residual is {self.residual!r}, which is for models without cross-attention whose norms are not "
-                f"after the residual; set model.residual to sequential"
-            )
-        if self.residual != "sequential" and not (self.mixer_residual and "none" not in self.feed_forward_pattern):
-            raise UserError(
-                f"model.residual is {self.residual!r}, but model.mixer_residual is {self.mixer_residual} and the "
-                f"feed-forward layers are {', '.join(self.feed_forward_pattern)}; set model.residual to sequential"
-            )
-        if self.project_tokens and (self.embedding_width is None or self.structure != "decoder"):
-            raise UserError(
-                f"model.project_tokens is set, but model.embedding_width is {self.embedding_width} and the model a(n) "
-                f"{self.structure}; it is for decoders with an embedding_width"
-            )
-        if self.relative == "alibi" and self.structure != "decoder":
-            raise UserError(
-                f"model.relative is 'alibi', but the model is a(n) {self.structure}; it is for decoders only"
-            )
-        if not self.layer_kinds or not self.labels:
-            raise UserError("model.layer_kinds or model.labels is empty; give at least one kind and one label")
-        if (self.distinct_layers or 1) > self.layers:
-            raise UserError(f"model.distinct_layers is {self.distinct_layers}; the model has only {self.layers}")
-        if self.relative == "buckets" and not 4 <= self.relative_buckets < 2 * self.relative_distance:
-            raise UserError(
-                f"model.relative_buckets is {self.relative_buckets}; it must be at least 4 and less than twice "
-                f"model.relative_distance {self.relative_distance}"
-            )
-        self._check_transformer_xl()
-
-    def _check_windows(self) -> None:
-        """Raises UserError if local layers have no window, or if the windows of layers do not match the layers."""
-        kinds = self.layer_kinds if not self.layer_windows else self.decoder_layer_kinds or ()
-        if any(map(is_local, kinds)) and self.window < 1:
-            raise UserError(f"model.window is {self.window}; local layers need at least 1")
-        if not self.layer_windows:
-            return
-        if len(self.layer_windows) > self.layers:
-            raise UserError(
-                f"model.layer_windows has {len(self.layer_windows)} windows, but the model has {self.layers} layers; "
-                f"give at most one for each layer"
-            )
-        if not any(map(is_local, self.layer_kinds)):
-            raise UserError(
-                f"model.layer_windows is {self.layer_windows}, but no layer has local attention; leave it out, or set "
-                f"--model.layer-kinds local"
-            )
-
-    def _check_global_attention(self) -> None:
-        """Raises UserError for global tokens without their projections, and where these cannot be used."""
-        if not self.global_attention:
-            if self.global_tokens not in ("head", "none"):
-                raise UserError(
-                    f"model.global_tokens is {self.global_tokens!r}, but the model has no projections for tokens with "
-                    f"global attention; set model.global_tokens to none, or use a Longformer (--model.global-attention)"
-                )
-            return
-        others = self.relative != "none" or self.query_key_norm or self.attention_sinks
-        if self.structure == "decoder" or set(self.mixer_pattern) != {"attention"} or others:
-            raise UserError(
-                f"model.global_attention is set, but the structure is {self.structure}, the mixer "
-                f"{' or '.join(self.mixer_pattern)}, relative {self.relative!r}, query_key_norm {self.query_key_norm} "
-                f"and attention_sinks {self.attention_sinks}; it is for encoders with attention without relative "
-                f"positions, norms of queries and sinks: leave it out"
-            )
-        if self.global_tokens == "head" and {"classes", "span"} <= set(self.heads_on_top):
-            raise UserError(
-                "model.global_tokens is 'head', but the heads classes and span have different global tokens; set "
-                "--model.global-tokens first"
-            )
-        if self.global_rule == "question" and self.separator_token is None:
-            raise UserError(NO_SEPARATOR)
-
-    def _check_transformer_xl(self) -> None:
-        if self.relative != "transformer_xl":
-            if self.query_stream or self.types_in == "attention":
-                name = "query_stream" if self.query_stream else "types_in"
-                raise UserError(
-                    f"model.{name} is {getattr(self, name)!r}, but model.relative is {self.relative!r}; set "
-                    f"model.relative to 'transformer_xl', or leave model.{name} out"
-                )
-            return
-        if self.structure != "encoder":
-            raise UserError(
-                f"model.relative is 'transformer_xl', but the model is a(n) {self.structure}; it is for encoders only: "
-                f"set model.structure to encoder, or model.relative to 'buckets'"
-            )
-        if self.heads != self.K:
-            raise UserError(f"model.kv_heads is {self.K}; transformer_xl requires model.heads, which is {self.heads}")
-        if self.width % 2:
-            raise UserError(f"model.width is {self.width}; the sinusoids of transformer_xl come in pairs: make it even")
-        if self.query_stream and (
-            self.conv_width or self.front_end != "tokens" or set(self.mixer_pattern) != {"attention"}
-        ):
-            raise UserError(
-                f"model.query_stream is set, but conv_width is {self.conv_width}, front_end {self.front_end!r} and "
-                f"mixer {self.mixer!r}; the query stream requires 0, 'tokens' and 'attention'"
-            )
-
-    def _check_mixer(self) -> None:
-        """Raises UserError for options that a mixer does not have, and sizes that it cannot divide."""
-        for mixer in set(self.mixer_pattern):
-            dataclasses.replace(self, mixer=mixer, mixers=())._check_one_mixer()
-
-    def _check_latent(self) -> None:
-        """Raises UserError for options and sizes that latent attention does not have."""
-        plain = {"relative": "none", "query_key_norm": False, "attention_sinks": False, "scale_by_layer": False}
-        plain |= {"global_attention": False, "attention_gate": False}
-        for name, value in plain.items():
-            if getattr(self, name) != value:
-                raise UserError(
-                    f"model.{name} is {getattr(self, name)!r}, which the mixer 'latent' does not support; leave it out"
-                )
-        if self.rotary_scaling in ("dynamic", "longrope"):
-            raise UserError(
-                f"model.rotary_scaling is {self.rotary_scaling!r}, but the mixer 'latent' caches rotated keys; choose "
-                f"linear, llama3 or yarn"
-            )
-        if not self.key_value_rank or self.heads != self.K or self.R >= self.C or self.R % 2:
-            raise UserError(
-                f"model.key_value_rank is {self.key_value_rank}, model.kv_heads {self.K} and model.rotary_width "
-                f"{self.R}; the mixer 'latent' requires at least 1, as many key-value heads as model.heads "
-                f"{self.heads}, and an even number below the head width {self.C}"
-            )
-
-    def _check_one_mixer(self) -> None:
-        if self.mixer == "latent":
-            self._check_latent()
-        if self.mixer not in (*RECURRENT, "convolution", "gated_delta"):
-            return
-        for name, plain in (("relative", "none"), ("prefix_lm", False), ("layer_kinds", ("global",))):
-            if getattr(self, name) != plain:
-                raise UserError(
-                    f"model.{name} is {getattr(self, name)!r}, but model.mixer is {self.mixer!r}, which has no "
-                    f"attention; leave it out"
-                )
-        if self.mixer in RECURRENT and self.structure != "decoder" and self.width % 2:
-            raise UserError(
-                f"model.width is {self.width}; an encoder with the mixer {self.mixer!r} divides it between two "
-                f"directions: make it even"
-            )
-        if self.mixer == "gated_delta":
-            self._check_gated_delta()
-        windows = self.conv_windows
-        if self.mixer == "convolution" and not 1 <= len(set(windows)) == len(windows) <= self.width:
-            raise UserError(
-                f"model.conv_windows is {windows}; give at least one and at most model.width {self.width} different "
-                f"widths"
-            )
-
-    def _check_gated_delta(self) -> None:
-        if self.structure != "decoder":
-            raise UserError(
-                f"model.mixer is 'gated_delta', which reads from left to right, but the model is a(n) "
-                f"{self.structure}; set model.structure to decoder"
-            )
-        K, H = self.linear_sizes[:2]
-        if H % K:
-            raise UserError(
-                f"model.linear_value_heads is {H}, which is no multiple of the {K} heads of keys; choose a multiple of "
-                f"{K}, or set model.linear_key_heads to one of {divisors(H)}"
-            )
-
-    def _check_experts(self) -> None:
-        """Raises UserError if there are experts without a layer for them, or a layer without enough experts."""
-        if "experts" not in (self.feed_forward, *self.feed_forwards):
-            if self.experts or self.shared_expert_width or self.expert_width:
-                raise UserError(
-                    f"model.experts is {self.experts} with model.expert_width {self.expert_width} and "
-                    f"model.shared_expert_width {self.shared_expert_width}, but model.feed_forward is "
-                    f"{self.feed_forward!r}; set --model.feed-forward experts"
-                )
-            return
-        if self.experts < self.experts_per_token:
-            raise UserError(
-                f"model.experts is {self.experts}, and model.experts_per_token {self.experts_per_token}; there must "
-                f"be at least as many experts as a token uses: set --model.experts"
-            )
-        if self.rate("mlp_dropout"):
-            raise UserError(
-                f"model.mlp_dropout is {self.rate('mlp_dropout')}, but experts have no dropout of activations; set it "
-                f"to 0, and use --model.mlp-out-dropout"
-            )
-        groups, chosen = self.expert_groups, self.expert_groups_per_token
-        size = self.experts // groups
-        if self.experts % groups or chosen > groups or self.experts_per_token > chosen * size or (size < 2 <= groups):
-            raise UserError(
-                f"model.expert_groups is {groups} and model.expert_groups_per_token {chosen}; the groups must divide "
-                f"model.experts {self.experts}, have at least 2 experts each, and together have "
-                f"model.experts_per_token {self.experts_per_token}"
-            )
-        if self.shared_expert_gate and not self.shared_expert_width:
-            raise UserError("model.shared_expert_gate is set without a shared expert; set --model.shared-expert-width")
-
-    def _check_mixed_layers(self) -> None:
-        """Raises UserError for layers with different parts in a model that cannot have them."""
-        if not self.has_mixed_layers:
-            return
-        given = f"model.mixers is {self.mixers} and model.feed_forwards {self.feed_forwards}"
-        if "cross" in self.mixers:
-            raise UserError(f"{given}; the name 'cross' is that of cross-attention: choose another name")
-        shares = self.distinct_layers not in (None, self.layers)
-        if self.structure == "encoder_decoder" or self.conv_width or shares:
-            raise UserError(
-                f"{given}, but model.structure is {self.structure!r}, model.conv_width {self.conv_width} and "
-                f"model.distinct_layers {self.distinct_layers}; layers with different parts require a decoder or an "
-                f"encoder, 0, and None: leave them out"
-            )
-        if len(set(self.mixer_pattern)) > 1 and self.relative != "none":
-            raise UserError(
-                f"{given}, but model.relative is {self.relative!r}, which is for models with attention in all layers; "
-                f"set model.relative to none"
-            )
-
-
-NO_SEPARATOR = (
-    "model.global_tokens is 'question', but model.separator_token is None; set it to the token after the question, or "
-    "set --model.global-tokens first"
-)
-# Fields that the decoder of an encoder-decoder may have other values of, in the fields `decoder_...`.
-_OF_DECODER = ("heads", "mlp_width", "layer_kinds", "max_length")
-
-# Fields of ModelConfig with the dropout rate of one site; None stands for the value of `dropout`.
-DROPOUT_SITES = (
-    "embedding_dropout",
-    "attention_out_dropout",
-    "mlp_dropout",
-    "mlp_out_dropout",
-    "final_dropout",
-    "classes_input_dropout",
-    "classes_dropout",
-    "tokens_dropout",
-    "span_dropout",
-)
-
-
-LINEAR_SIZES = ("linear_key_heads", "linear_value_heads", "linear_key_width", "linear_value_width")
-
-
-def is_local(kind: str) -> bool:
-    """Returns whether a kind of layer has local attention."""
-    return kind.startswith("local")
-
-
-def is_rotated(kind: str) -> bool:
-    """Returns whether the layers of a kind have the rotary positions of the model."""
-    return not kind.endswith("_nope")
-
-
-def divisors(n: int) -> str:
-    """Returns the divisors of a number, up to 100,000, separated by commas."""
-    return ", ".join(str(d) for d in range(1, min(n, 100_000) + 1) if n % d == 0)
+        model_checks.check(self)

@@ -7,9 +7,11 @@ from typing import Annotated, Any, Literal
 
 from jaxlm.config.adapter import AdapterConfig
 from jaxlm.config.baseline import BaselineConfig
+from jaxlm.config.choices import MAX_LAYERS
 from jaxlm.config.data import DataConfig, TokenizerConfig
 from jaxlm.config.distill import DistillConfig
-from jaxlm.config.model import MAX_LAYERS, ModelConfig, divisors
+from jaxlm.config.model import ModelConfig
+from jaxlm.config.model_checks import divisors
 from jaxlm.config.pruning import NO_PRUNING, PruneConfig
 from jaxlm.config.quantize import QuantizeConfig
 from jaxlm.config.ranges import (

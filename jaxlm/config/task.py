@@ -11,9 +11,10 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
+from jaxlm.config.choices import Head
 from jaxlm.config.data import DataConfig
 from jaxlm.config.decoding import Decoding
-from jaxlm.config.model import Head, ModelConfig
+from jaxlm.config.model import ModelConfig
 from jaxlm.config.ranges import (
     MAX_INT,
     Config,

@@ -29,7 +29,7 @@ from jaxlm.hub.convert import (
     resolved,
 )
 from jaxlm.hub.model_files import JsonObject
-from jaxlm.nn.stacking import parts_of
+from jaxlm.nn.layer_parts import parts_of
 
 _FIXED = llama.FIXED | {"mixer": "latent", "feed_forward": "experts"}
 _V2_FIXED = _FIXED | {"normalize_experts": False}

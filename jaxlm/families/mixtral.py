@@ -11,7 +11,7 @@ from jaxlm.errors import UserError
 from jaxlm.families import llama
 from jaxlm.hub.convert import Key, Rule, key_conversion, linear, norm, projection, shortest
 from jaxlm.hub.model_files import JsonObject
-from jaxlm.nn.stacking import parts_of
+from jaxlm.nn.layer_parts import parts_of
 
 _FIXED = llama.FIXED | {"feed_forward": "experts"}
 _COMMON = (

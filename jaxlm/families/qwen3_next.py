@@ -30,7 +30,7 @@ from jaxlm.hub.convert import (
     shortest,
 )
 from jaxlm.hub.model_files import JsonObject
-from jaxlm.nn.stacking import parts_of
+from jaxlm.nn.layer_parts import parts_of
 
 _FIXED = llama.FIXED | {"norm": "rmsnorm_plus_one", "query_key_norm": True, "attention_gate": True}
 _ONLY = {"attn_output_gate": True}

@@ -21,7 +21,7 @@ from jaxlm.errors import UserError, suggestion
 from jaxlm.hub.compressed_tensors import PendingParts, to_parts
 from jaxlm.hub.safetensors import Pending
 from jaxlm.nn import nodes, parameters
-from jaxlm.nn.stacking import layers_of_rows
+from jaxlm.nn.layer_parts import layers_of_rows
 
 
 class Layout(NamedTuple):

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.nn.block import cached_window
-from jaxlm.nn.stacking import parts_of
-from jaxlm.nn.transformer import Caches, CacheSpec, Transformer, apply
+from jaxlm.nn.layer_parts import parts_of
+from jaxlm.nn.stack import Caches, CacheSpec
+from jaxlm.nn.transformer import Transformer, apply
 
 Array = Any  # of JAX or NumPy
 LANES = 128  # tokens in a block of the vocabulary, for sampling

@@ -1,12 +1,15 @@
 """The Transformer as Linen modules, and the functions around it.
 
-transformer  the stacked Transformer: encoder, decoder, or both
+transformer  embeddings, an encoder, a decoder, or both, and heads
+stack        the layers of an encoder or a decoder, and their inputs
 block        one layer of a stack, and the tables of its modules
-stacking     the parts of each layer of a stack, and the rows of stacked parameters
+layer_parts  the parts of each layer of a stack, and the rows of stacked parameters
 embeddings   embeddings of tokens, and the table of front ends
 layers       projections, norms, the MLP, dropout
 experts      feed-forward layers of routed experts
-attention    self-attention and cross-attention, with grouped queries, windows and caches
+attention    self-attention and cross-attention
+dot_product  scaled dot-product attention in plain XLA, from rows or from a cache
+masks        which keys a query attends to
 latent       attention with a cache of projections of the hidden states
 linear_attention  the gated delta rule in place of self-attention
 recurrent    LSTM and GRU in place of self-attention

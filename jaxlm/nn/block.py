@@ -17,10 +17,10 @@ from jaxlm.nn.cache import Cache
 from jaxlm.nn.convolutional import Convolutions
 from jaxlm.nn.experts import Experts
 from jaxlm.nn.latent import LatentAttention
+from jaxlm.nn.layer_parts import Parts, feed_forward_name, mixer_name
 from jaxlm.nn.layers import MLP, Dropout, GatedMLP, Norm
 from jaxlm.nn.linear_attention import GatedDelta
 from jaxlm.nn.recurrent import GRU, LSTM
-from jaxlm.nn.stacking import Parts, feed_forward_name, mixer_name
 
 MIXERS: dict[str, Any] = {  # by `ModelConfig.mixer`; the entries have the signature of `Attention`
     "attention": Attention,

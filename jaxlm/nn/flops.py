@@ -15,9 +15,9 @@ from jax.extend import core
 
 from jaxlm.config import ModelConfig
 from jaxlm.nn import windows
-from jaxlm.nn.attention import BLOCK
 from jaxlm.nn.block import FEED_FORWARDS, MIXERS
-from jaxlm.nn.stacking import Parts, parts_of
+from jaxlm.nn.dot_product import BLOCK
+from jaxlm.nn.layer_parts import Parts, parts_of
 
 # Counts
 

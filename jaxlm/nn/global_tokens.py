@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import ModelConfig
-from jaxlm.config.model import NO_SEPARATOR
+from jaxlm.config.model_checks import NO_SEPARATOR
 from jaxlm.errors import UserError
 
 NO_PROJECTIONS = (

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 
 from jaxlm.config import ModelConfig
 from jaxlm.nn import nodes
-from jaxlm.nn.attention import Attention, AttentionInputs, Scores, attend
+from jaxlm.nn.attention import Attention, AttentionInputs
 from jaxlm.nn.cache import Cache, create
+from jaxlm.nn.dot_product import Scores, attend
 from jaxlm.nn.layers import Dropout, Linear, Norm, float32_einsum, query_std, residual_std
 from jaxlm.nn.positions import rotate
 from jaxlm.nn.windows import Heads

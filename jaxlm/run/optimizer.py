@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxlm.config import NO_ADAPTER, NO_PRUNING, AdapterConfig, ModelConfig, OptimizerConfig, PruneConfig
 from jaxlm.devices import sharding
 from jaxlm.nn import parameters
-from jaxlm.nn.stacking import layers_of_rows
+from jaxlm.nn.layer_parts import layers_of_rows
 from jaxlm.run.pruning import with_pruning
 from jaxlm.transforms import adapters
 

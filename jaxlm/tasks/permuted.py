@@ -24,9 +24,10 @@ from jaxlm.data.joined import Features, Joined, offsets, ranges
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.lm import LM
-from jaxlm.nn.attention import permutation_masks
 from jaxlm.nn.losses import Losses
-from jaxlm.nn.transformer import Targets, Transformer
+from jaxlm.nn.masks import permutation_masks
+from jaxlm.nn.stack import Targets
+from jaxlm.nn.transformer import Transformer
 from jaxlm.tasks.pretraining import epoch_seed, pieces
 from jaxlm.tasks.states import HeadLogits, VocabularyStates, token_losses
 from jaxlm.tasks.task import EvalResult, Task, perplexity, register

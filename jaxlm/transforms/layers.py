@@ -15,7 +15,7 @@ from jaxlm.errors import UserError
 from jaxlm.hub.convert import shortest
 from jaxlm.lm import LM
 from jaxlm.nn import parameters
-from jaxlm.nn.stacking import layers_of_rows
+from jaxlm.nn.layer_parts import layers_of_rows
 
 
 def keep_layers(lm: LM, layers: tuple[int, ...], decoder_layers: tuple[int, ...] = ()) -> LM:

@@ -15,11 +15,12 @@ from random_params import random_params
 import jaxlm
 from jaxlm import AdapterConfig, ModelConfig, OptimizerConfig, UserError
 from jaxlm.devices.sharding import Placement
-from jaxlm.nn import flops, parameters, stacking
-from jaxlm.nn.attention import AttentionInputs, self_mask
+from jaxlm.nn import flops, layer_parts, parameters
+from jaxlm.nn.attention import AttentionInputs
 from jaxlm.nn.block import Block
+from jaxlm.nn.layer_parts import layers_of_rows, parts_of
 from jaxlm.nn.layers import Norm
-from jaxlm.nn.stacking import layers_of_rows, parts_of
+from jaxlm.nn.masks import self_mask
 from jaxlm.nn.transformer import Transformer, apply, init, unstack_layers
 from jaxlm.run.optimizer import make_optimizer, rates
 from jaxlm.transforms import adapters
@@ -133,7 +134,7 @@ def test_segments_compile_few_layers(name):
     names = {"a": "experts", "b": "gated", "c": "dense"}
     pattern = tuple(names[letter] for letter in letters)
     mixed = dataclasses.replace(MIXED, mixers=(), layers=len(letters), feed_forwards=pattern)
-    found = stacking._shortest(parts_of(mixed), 0)
+    found = layer_parts._shortest(parts_of(mixed), 0)
     assert [segment[:3] for segment in found] == expected
     assert [segment.start for segment in found[1:]] == [segment.stop for segment in found[:-1]]
     assert found[-1].stop == len(letters)
