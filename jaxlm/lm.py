@@ -29,7 +29,7 @@ from jaxlm.hub import model_files, safetensors
 from jaxlm.hub.download import fetch
 from jaxlm.hub.gguf import container, vocabulary, writing
 from jaxlm.hub.gguf import folder as gguf_folder
-from jaxlm.hub.peft import is_adapter
+from jaxlm.hub.peft import base_of, is_adapter
 from jaxlm.hub.pooling import Pooling, read_files, read_pooling
 from jaxlm.nn import nodes
 from jaxlm.nn.transformer import Transformer, apply
@@ -438,7 +438,12 @@ def load(
     same_heads = isinstance(stored_model, dict) and stored_model.get("heads_on_top") == list(found.config.heads_on_top)
     if found.fresh or (head is not None and found.origin.heads is None and not same_heads):
         files = without_task(files)  # the task was trained with another head
-    origin = found.origin._replace(base=base_name(str(name), found.origin))
+    own_name = base_name(str(name), found.origin)
+    for one in adapters:
+        other = base_of(one)
+        if other and os.path.basename(other) != os.path.basename(own_name):  # folders may have been moved
+            log(f"the adapter in {one} names {other} as its base, and is applied to {own_name}")
+    origin = found.origin._replace(base=own_name)
     return LM(found.config, own_module, found.params, tokenizer, origin, files, pooling, found.fresh, found.adapted)
 
 

@@ -309,6 +309,7 @@ def test_a_run_that_is_killed_has_the_same_result(data_dir, base_run, tmp_path, 
     assert_same(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.long
 def test_an_adapter_is_trained_on_a_mesh_as_on_one_device(data_dir, base_run, tmp_path, devices):
     more = base_run | {"adapter": dataclasses.replace(base_run["adapter"], dropout=0.0), "dropout": 0.0}
     one = fit(run_config(data_dir, tmp_path / "one", **more), summary=False)
@@ -347,6 +348,16 @@ def test_adapters_of_other_bases_are_refused(tmp_path):
     write_base("bert", tmp_path / "bert")
     with pytest.raises(UserError, match=r"down_proj .*, which the base does not have and .* more; give the model"):
         jaxlm.load(tmp_path / "bert", adapter=tmp_path / "adapter")
+
+
+def test_an_adapter_that_names_another_base_of_the_same_sizes_is_reported(tmp_path):
+    jaxlm.save(with_adapter(write_base("llama", tmp_path / "base"), CONFIGS["all"]), tmp_path / "adapter")
+    shutil.copytree(tmp_path / "base", tmp_path / "other")
+    shutil.copytree(tmp_path / "base", tmp_path / "moved" / "base")
+    for name, count in (("base", 0), ("moved/base", 0), ("other", 1)):
+        messages: list[str] = []
+        jaxlm.load(tmp_path / name, adapter=tmp_path / "adapter", log=messages.append)
+        assert len(messages) == count and all("names" in one and "as its base" in one for one in messages), messages
 
 
 def edit(folder: Path, **values) -> None:

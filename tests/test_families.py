@@ -240,6 +240,7 @@ def test_models_without_a_family_are_saved_in_our_own_format(tmp_path, config):
 
 
 @pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.long
 def test_each_preset_has_the_format_of_its_family(name):
     """The computation determines the family: gpt3-small is a gpt2, but gpt3-xl with its wider heads is not."""
     supported = {kind for kind, family in FAMILIES.items() if convert.can_represent(family, PRESETS[name])}

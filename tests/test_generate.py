@@ -276,6 +276,7 @@ def test_added_rows_have_ended():
 
 
 @pytest.mark.parametrize("name", [*MODELS, *SEQ2SEQ])
+@pytest.mark.long
 def test_a_program_of_more_rows_than_prompts_generates_the_same_texts(name, monkeypatch):
     """On a GPU, one prompt is decoded in two rows."""
     model = SEQ2SEQ.get(name)

@@ -102,7 +102,9 @@ def test_the_predictor_of_further_tokens_is_kept_but_not_used(tmp_path):
     tensors = {name: np.asarray(x) for name, x in safetensors.read(tmp_path / "model").items()}
     more = {"model.layers.61.eh_proj.weight": np.ones((2, 3), np.float32)}
     safetensors.write(tensors | more, tmp_path / "model" / safetensors.WEIGHTS)
-    lm = jaxlm.load(tmp_path / "model")
+    messages: list[str] = []
+    lm = jaxlm.load(tmp_path / "model", log=messages.append)
+    assert any("multi-token prediction" in message for message in messages), messages
     assert lm.config.router_correction and lm.config.feed_forwards == ("gated", "experts")
     jaxlm.save(lm, tmp_path / "again")
     assert safetensors.read(tmp_path / "again").keys() == {*tensors, *more}

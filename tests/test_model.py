@@ -420,6 +420,7 @@ def test_bfloat16_compute_keeps_float32_parameters_and_loss(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.long
 def test_products_of_a_bfloat16_step_have_bfloat16_operands(name):
     """Also those of the backward pass, whose gradients of scores and logits are float32. The step is only lowered."""
     step = gradient(name, dtype=jnp.bfloat16).lower(params_of(name), packed_batch(MODELS[name])).as_text()

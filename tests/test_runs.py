@@ -200,6 +200,7 @@ def test_a_resumed_run_with_frozen_parameters_has_the_same_result(data_dir, refe
 
 
 @pytest.mark.parametrize("every", [{}, {"log_every": 1}, {"log_every": 5, "checkpoint_every": 4}], ids=str)
+@pytest.mark.long
 def test_lines_are_the_same_if_written_during_the_next_step(data_dir, reference, tmp_path, monkeypatch, devices, every):
     """On an accelerator, the line of a step is written after the next step was dispatched. The run is stopped once."""
     monkeypatch.setitem(fit_module.LAG, "cpu", 1)

@@ -1,7 +1,7 @@
 """DeepSeek-V2 and DeepSeek-V3 (DeepSeek-AI 2024): latent attention, and experts after the first layers.
 
 V2 chooses experts by a softmax over all of them, V3 by sigmoids with a correction of the choice. The module that V3
-has after its last layer, which predicts further tokens, stays in the files but is not used.
+has after its last layer, which predicts further tokens, is kept when a model is saved, but not used.
 """
 
 from __future__ import annotations
@@ -197,5 +197,5 @@ V3 = llama.variant(
 )._replace(
     rules=_RULES,
     heads=decoder.heads("DeepseekV3", "lm", "classes", "tokens"),
-    buffers=(*llama.FAMILY.buffers, "model.layers.61.*"),
+    unused={"model.layers.61.*": "multi-token prediction"},
 )

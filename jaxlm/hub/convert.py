@@ -191,13 +191,22 @@ class Rule(NamedTuple):
         """The number of leading axes of the leaves along which there is one tensor for each index."""
         return ("{i}" in self.hf) + ("{e}" in self.hf)
 
-    def names(self, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[tuple[int, ...], str]:
-        """Returns the names of the tensors in the file by their indices along the stacked axes."""
+    def names(
+        self, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], hf: str | None = None
+    ) -> dict[tuple[int, ...], str]:
+        """Returns the names of the tensors in the file by their indices along the stacked axes.
+
+        Args:
+          config: the model's config.
+          shapes: the shapes of the leaves by path.
+          hf: the pattern of the names, such as `stand_in`; None: `self.hf`.
+        """
+        hf = hf or self.hf
         sizes = shapes[self.leaves[0]][: self.stacked]
         ranges = [range(self.first if axis == 0 else 0, size) for axis, size in enumerate(sizes)]
         layers = layers_of_rows(config, self.leaves[0], sizes[0]) if sizes else ()
-        name = lambda row, *experts: self.hf.format(**dict(zip("ie", (layers[row], *experts))))
-        return {index: name(*index) if index else self.hf for index in itertools.product(*ranges)}
+        name = lambda row, *experts: hf.format(**dict(zip("ie", (layers[row], *experts))))
+        return {index: name(*index) if index else hf for index in itertools.product(*ranges)}
 
 
 def projection(hf: str, ours: str, kernel: Layout = linear, bias: Layout = same) -> tuple[Rule, Rule]:
@@ -438,12 +447,11 @@ def canonical(family: Family, config: ModelConfig, tensors: Mapping[str, Any]) -
 
 def _add_stand_ins(rules: list[Rule], config: ModelConfig, shapes: Mapping[str, Any], tensors: dict[str, Any]) -> None:
     """Adds the tensors that a file lacks and that have stand-ins, unless it has some of them."""
-    lacks = {
-        name: rule.stand_in.format(**dict(zip("ie", index)))
-        for rule in rules
-        if rule.stand_in is not None
-        for index, name in rule.names(config, shapes).items()
-    }
+    lacks: dict[str, str] = {}
+    for rule in rules:
+        if rule.stand_in is not None:
+            own, others = (rule.names(config, shapes, hf).values() for hf in (rule.hf, rule.stand_in))
+            lacks |= dict(zip(own, others))
     if not lacks.keys() & tensors.keys():
         tensors.update({name: tensors[other] for name, other in lacks.items() if other in tensors})
 

@@ -89,6 +89,11 @@ def is_adapter(folder: Path) -> bool:
     return has(CONFIG) and not has(safetensors.WEIGHTS) and not has(safetensors.INDEX)
 
 
+def base_of(folder: Path) -> str:
+    """Returns the name of the base in the folder of an adapter, or "" if it names none."""
+    return JsonObject.read(folder / CONFIG).text("base_model_name_or_path", "") or ""
+
+
 def read(folder: Path) -> Adapter:
     """Returns the adapter in a folder.
 
@@ -123,7 +128,7 @@ def read(folder: Path) -> Adapter:
     updates = {module: _factors(config, module, tensors) for module, tensors in parts.items()}
     if not updates and not saved:
         raise UserError(f"{folder / WEIGHTS} has no tensors; save the adapter again")
-    base = config.text("base_model_name_or_path", "") or ""
+    base = base_of(folder)
     task = config.text("task_type", None)
     head = next((head for head, name in _TASK_TYPES.items() if name == task), None)
     return Adapter(folder, base, head, updates, saved, bool(config.boolean("fan_in_fan_out", False)))

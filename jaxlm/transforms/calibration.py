@@ -186,7 +186,7 @@ def check_tokens(rows: CalibrationRows, shapes: dict[str, tuple[int, ...]]) -> N
       shapes: the sizes of the inputs of each projection whose Gram matrix must not be singular, by path.
     """
     tokens = {side: int((segments > 0).sum()) for side, segments in rows.segments.items()}
-    needs = [(stack, MIN_TOKENS, f"the {stack}") for stack in tokens]
+    needs = [(stack, MIN_TOKENS, f"the {stack}" if len(tokens) > 1 else "the model") for stack in tokens]
     needs += [(_side(path), math.prod(shape), f"{path}, which has as many inputs,") for path, shape in shapes.items()]
     for side, minimum, reader in needs:
         if tokens[side] < minimum:
