@@ -505,3 +505,10 @@ def test_trec_equals_scikit_learns_pipeline(tmp_path):
     model = make_pipeline(TfidfVectorizer(**TFIDF), LogisticRegression(C=10, max_iter=1000))
     assert logistic.scores["accuracy"] == model.fit(*split(train)).score(*split(held_out)) == 0.892
     assert majority.scores["accuracy"] == 0.188
+
+
+def test_a_model_that_equals_the_best_baseline_is_as_good():
+    baselines = [Baseline("majority", {"accuracy": 0.5}), Baseline("TF-IDF", {"accuracy": 1.0})]
+    expected = ["The model is as good as the baseline TF-IDF: accuracy 100.00 %."]
+    assert comparison.find_better({"accuracy": 1.0}, baselines, ["accuracy"]) == expected
+    assert "is not better" in comparison.find_better({"accuracy": 0.9}, baselines, ["accuracy"])[0]

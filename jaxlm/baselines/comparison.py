@@ -86,6 +86,9 @@ def find_better(scores: Mapping[str, float], baselines: Sequence[Baseline], comp
         if best is None or name not in scores or rank(name, scores[name]) > rank(name, best.scores[name]):
             continue
         label, ours, theirs = metric_label(name), *(format_score(name, x[name]) for x in (scores, best.scores))
+        if ours == theirs:
+            sentences.append(f"The model is as good as the baseline {best.name}: {label} {ours}.")
+            continue
         remedy = "; train on more text, or start from a pretrained model with --init" * (name == "bits_per_byte")
         sentences.append(
             f"The model is not better than the baseline {best.name}: {label} {ours} compared with {theirs}{remedy}."
