@@ -310,10 +310,6 @@ def test_the_error_for_a_malformed_config_contains_key_value_and_rule(tmp_path, 
 
 
 QUANTISED = {
-    "FP8 in blocks of 128 x 128": (
-        {"quant_method": "fp8", "weight_block_size": [128, 128]},
-        {"q_proj.weight": ml_dtypes.float8_e4m3fn, "q_proj.weight_scale_inv": np.float32},
-    ),
     "FP8 in blocks": (None, {"q_proj.weight": ml_dtypes.float8_e4m3fn, "q_proj.weight_scale_inv": np.float32}),
     "GPTQ or AWQ": (None, {"q_proj.qweight": np.int32}),
     "bitsandbytes": (None, {"q_proj.weight": np.int8, "q_proj.SCB": np.float32}),
