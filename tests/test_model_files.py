@@ -263,7 +263,7 @@ def test_random_values_of_sentence_transformers_files_do_not_end_in_a_traceback(
 
 
 # Families whose configs have the most different keys.
-DISTINCT = ("bert", "deepseek_v3", "gpt2", "gpt_oss", "led", "llama", "modernbert", "qwen3_5_moe", "t5", "xlnet")
+DISTINCT = ("bert", "deepseek_v3", "gpt2", "gpt_oss", "led", "llama", "modernbert", "qwen3_next", "t5", "xlnet")
 
 
 @pytest.mark.parametrize(
