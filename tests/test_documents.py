@@ -60,7 +60,7 @@ SMALL_FLAGS = {  # pattern of a command -> flags that follow it; the last of two
     "gpt2_124m": "--task.stride 0",
     "plan configs/gpt3": "--model.layers 2",
     "lstm_trec": "--model.vocabulary 200",
-    "configs/preferences": "--data.length 128",
+    "configs/(preferences|reward)": "--data.length 128",
     "lstm-classifier": "--model.vocabulary 200",
 }
 SKIPPED = {  # pattern of a command or a Python block -> why it does not run here

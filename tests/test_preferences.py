@@ -14,7 +14,7 @@ import pytest
 from random_params import random_params
 
 import jaxlm
-from jaxlm import DataConfig, OptimizerConfig, Preference, RunConfig
+from jaxlm import DataConfig, OptimizerConfig, Preference, Reward, RunConfig
 from jaxlm.config import AdapterConfig, TokenizerConfig
 from jaxlm.data.batches import Batches
 from jaxlm.data.formats.lines import Place
@@ -27,6 +27,7 @@ from jaxlm.nn.low_rank import without_updates
 from jaxlm.nn.preferences import OBJECTIVES, Pairs
 from jaxlm.nn.transformer import Transformer
 from jaxlm.tasks.preference import PreferenceTask
+from jaxlm.tasks.reward import RewardTask
 from jaxlm.transforms import adapters
 
 T, V = 128, 270
@@ -324,3 +325,42 @@ def test_a_run_without_initial_weights_is_refused(start, tmp_path):
     run = replace(run, tokenizer=TokenizerConfig(path=str(start / "model")))
     with pytest.raises(UserError, match="the run has no initial weights; give them with --init"):
         jaxlm.fit(run)
+
+
+# Reward models
+
+SCORER = replace(MODEL, heads_on_top=("classes",), labels=("reward",), classes_from="last")
+
+
+def test_packed_conversations_have_the_rewards_and_losses_of_single_ones():
+    task = RewardTask(Reward(template=TEMPLATE, margin=0.3, center=0.1), T, 0, tokenizer(), ("reward",))
+    params, module, some = jax.tree.map(jnp.asarray, random_params(SCORER)), Transformer(SCORER), rows(5)
+    losses, _ = task.losses(module, params, batch_of(task, some), None)
+    rewards_of = lambda row: task.losses(module, params, batch_of(task, [row]), None)[1]["reward_BE"][0, :2]
+    rewards = np.array(list(map(rewards_of, some)))
+    assert losses["loss"][1] == 5
+    expected = -np.log(sigmoid(rewards[:, 0] - rewards[:, 1] - 0.3)) + 0.1 * rewards.sum(1) ** 2
+    np.testing.assert_allclose(losses["loss"][0], expected.sum(), rtol=1e-5)
+    chats = [
+        jaxlm.data.chat.rendering.encode(
+            tokenizer(),
+            [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["chosen"]}],
+            template=TEMPLATE,
+        )[0]
+        for row in some
+    ]
+    lm = LM(SCORER, module, params)
+    for ids, reward in zip(chats, rewards[:, 0]):
+        np.testing.assert_allclose(lm([ids]).logits[0, 0], reward, rtol=1e-5)
+
+
+def test_a_reward_model_learns_a_rule_and_is_exported_with_one_output(start, tmp_path):
+    run = replace(run_of(start, tmp_path / "run"), task=Reward(template=TEMPLATE))
+    jaxlm.fit(run)
+    last = [line for line in lines(tmp_path / "run") if "eval/accuracy" in line][-1]
+    assert last["eval/accuracy"] > 0.8
+    config = json.loads((tmp_path / "run" / "export" / "config.json").read_text())
+    assert config["architectures"] == ["GPT2ForSequenceClassification"] and len(config["id2label"]) == 1
+    row = {"prompt": "7", "chosen": "alpha", "rejected": "gamma"}
+    found = jaxlm.predict(jaxlm.load(tmp_path / "run"), [row])[0]
+    assert found["prediction"] == "chosen" and found["chosen_reward"] > found["rejected_reward"]

@@ -49,6 +49,7 @@ __all__ = [
     "PermutedLM",
     "Preference",
     "QuestionAnswering",
+    "Reward",
     "Seq2Seq",
     "Similarity",
     "SpanCorruption",
@@ -362,7 +363,19 @@ class Chat(TaskConfig):
 
 
 @dataclass(frozen=True)
-class Preference(TaskConfig):
+class AnswerPairs(TaskConfig):
+    """Base of tasks over pairs of a chosen and a rejected answer to the same prompt."""
+
+    prompt: str = "prompt"  # column of the prompt, a text or messages; without it, what both answers begin with
+    chosen: Name = "chosen"  # column of the better answer, a text or messages, or of the whole conversation
+    rejected: Name = "rejected"  # column of the worse answer
+    system: str = ""  # system message of every conversation
+    template: str = ""  # Jinja source of the chat template; empty: the tokenizer's own
+    equal: Literal["refuse", "drop"] = "refuse"  # how to handle pairs of equal or empty answers
+
+
+@dataclass(frozen=True)
+class Preference(AnswerPairs):
     """Prefer the chosen to the rejected answer of each prompt (DPO, Rafailov et al. 2023, and its relatives).
 
     dpo and ipo compare with the reference, the model that the run starts from; orpo and simpo have no reference.
@@ -375,15 +388,9 @@ class Preference(TaskConfig):
     )
 
     objective: Literal["dpo", "ipo", "orpo", "simpo"] = "dpo"  # the loss of a pair
-    prompt: str = "prompt"  # column of the prompt, a text or messages; without it, what both answers begin with
-    chosen: Name = "chosen"  # column of the better answer, a text or messages, or of the whole conversation
-    rejected: Name = "rejected"  # column of the worse answer
-    system: str = ""  # system message of every conversation
-    template: str = ""  # Jinja source of the chat template; empty: the tokenizer's own
     beta: AboveZero = 0.1  # factor of the rewards; for orpo, of the odds ratio
     margin: NotNegative = 0.5  # how much larger the reward of the chosen answer should be, for objective=simpo
     label_smoothing: Annotated[float, Range(0, 0.5, below=True)] = 0.0  # fraction of the pairs with a wrong order
-    equal: Literal["refuse", "drop"] = "refuse"  # how to handle pairs of equal or empty answers
 
     @property
     def has_reference(self) -> bool:
@@ -403,6 +410,14 @@ class Preference(TaskConfig):
                 f"adapter.biases is {run.adapter.biases!r}, so that the model without its adapter is not the one that "
                 f"the run starts from, which {self.objective} needs; set it to none, or use orpo or simpo"
             )
+
+
+@dataclass(frozen=True)
+class Reward(AnswerPairs):
+    """Give each answer a number that is larger for the chosen answers (Ouyang et al. 2022): a reward model."""
+
+    margin: NotNegative = 0.0  # how much larger the reward of the chosen answer should be
+    center: NotNegative = 0.0  # weight of the squared sum of the rewards of a pair, which centres them at 0
 
 
 @dataclass(frozen=True)
