@@ -15,6 +15,7 @@ with delay_interrupts():
     from jaxlm.devices import hosts, process
     from jaxlm.errors import RunError, Stopped, UserError, suggestion
     from jaxlm.verbs.arguments import Verb, included_configs, summary, usage
+    from jaxlm.verbs.audit import audit
     from jaxlm.verbs.baseline import baseline
     from jaxlm.verbs.compress import compress
     from jaxlm.verbs.convert import convert
@@ -25,7 +26,18 @@ with delay_interrupts():
     from jaxlm.verbs.predict import predict
     from jaxlm.verbs.train import train
 
-_VERBS = train, predict, evaluate, generate, compress, convert, inspect, plan, baseline  # in the order of the help
+_VERBS = (
+    train,
+    predict,
+    evaluate,
+    generate,
+    compress,
+    convert,
+    inspect,
+    plan,
+    baseline,
+    audit,
+)  # in the order of the help
 VERBS: dict[str, Verb] = {verb.__name__: verb for verb in _VERBS}
 
 

@@ -94,6 +94,31 @@ def log_likelihoods(
     return list(_score(lm, examples, batch_tokens))
 
 
+def token_log_probs_of(lm: LM, texts: Sequence[Sequence[int]], *, batch_tokens: int | None = None) -> list[np.ndarray]:
+    """Returns for each text the log-probability of each token after the first, float64 [T - 1] in nats.
+
+    Args:
+      lm: a decoder with an lm head.
+      texts: the token ids of each text, which begin with BOS where the model expects it.
+      batch_tokens: as for `log_likelihoods`.
+
+    Raises:
+      UserError: for a model that is not a decoder with an lm head, and for a text with fewer than two tokens or with
+        more than the model's positions.
+    """
+    check_model("lm", lm)
+    if lm.config.structure != "decoder":
+        raise UserError(f"log-probabilities of texts require a decoder, the model is a(n) {lm.config.structure}")
+    limit = _limit(lm, None)
+    examples = []
+    for n, text in enumerate(texts):
+        ids = np.array(token_ids(f"text {n}", text), np.int32)
+        if not 2 <= len(ids) <= limit + 1:
+            raise UserError(f"text {n} has {len(ids)} tokens; give from 2 to {limit + 1}")
+        examples.append(_Example(ids[:-1], ids[1:], len(ids) - 1))
+    return [log_T for log_T, _ in _score_tokens(lm, examples, batch_tokens)]
+
+
 def fill(lm: LM, text: str, *, blank: str = "[MASK]", top_k: int = 5) -> list[list[tuple[str, float]]]:
     """Returns the most likely tokens for each blank of a text, with their probabilities, the most likely first.
 
@@ -301,9 +326,17 @@ def _split_ids(lm: LM, context: Text, continuation: Text) -> tuple[Sequence[int]
 
 def _score(lm: LM, examples: Iterable[_Example], batch_tokens: int | None) -> Iterator[Likelihood]:
     """Yields the likelihood of the scored labels of each example, in order."""
+    for log_T, greedy_T in _score_tokens(lm, examples, batch_tokens):
+        yield Likelihood(float(log_T.sum()), bool(greedy_T.all()), len(log_T))
+
+
+def _score_tokens(
+    lm: LM, examples: Iterable[_Example], batch_tokens: int | None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields for the scored labels of each example, in order, log-probabilities and whether each is the most likely."""
     batch_tokens = check_batch_tokens(batch_tokens)
     program, params = lm.programs.get(_program, lm.module), inference_params(lm)
-    likelihoods: dict[int, Likelihood] = {}
+    scores: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     n = 0
 
     def batches() -> Iterator[tuple[tuple[int, list[_Example], PackedBatch], Any]]:
@@ -317,10 +350,9 @@ def _score(lm: LM, examples: Iterable[_Example], batch_tokens: int | None) -> It
         for i, b, start in zip(batch.examples.tolist(), batch.rows, batch.starts):
             end = start + len(window[i].tokens)
             scored = np.s_[b, end - window[i].scored : end]
-            total = float(log_BT[scored].sum(dtype=np.float64))
-            likelihoods[first + i] = Likelihood(total, bool(greedy_BT[scored].all()), window[i].scored)
-        while n in likelihoods:
-            yield likelihoods.pop(n)
+            scores[first + i] = log_BT[scored].astype(np.float64), greedy_BT[scored]
+        while n in scores:
+            yield scores.pop(n)
             n += 1
 
 

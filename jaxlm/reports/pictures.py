@@ -83,12 +83,17 @@ class Heatmap(NamedTuple):
 
 @_add_notebook_output
 class Bars(NamedTuple):
-    """Horizontal bars, such as F1 by type. An axis with the unit `%` ends at 100. NaN means that there is no value."""
+    """Horizontal bars, such as F1 by type. An axis with the unit `%` ends at 100. NaN means that there is no value.
+
+    A line through the end of a bar marks its interval. A vertical line marks the reference, such as chance.
+    """
 
     title: str
     names: tuple[str, ...]
     values: tuple[float, ...]
     unit: str
+    intervals: tuple[tuple[float, float], ...] = ()  # (low, high) of each value; empty: none
+    reference: float | None = None
 
 
 @_add_notebook_output
@@ -407,6 +412,9 @@ def _bars(figure: Any, picture: Bars) -> str | None:
         raise ValueError(
             f"{picture.title!r} has {len(picture.names)} names and {len(values)} values; give one value for each name"
         )
+    ends_N2 = np.asarray(picture.intervals or np.stack([values, values], 1), float)
+    if ends_N2.shape != (len(values), 2):
+        raise ValueError(f"{picture.title!r} has {len(values)} values and intervals {ends_N2.shape}; give one for each")
     finite = np.isfinite(values)
     if not finite.any():
         return None
@@ -424,14 +432,15 @@ def _bars(figure: Any, picture: Bars) -> str | None:
     if not finite[visible].all():
         sentences += ["–: no value."]
     labels, meanings = _labels(picture.names, visible, max_length=28)
-    values = values[visible]
+    values, ends_N2 = values[visible], np.nan_to_num(ends_N2[visible])
+    sentences += ["Lines show the intervals of 95 %."] if picture.intervals else []
 
     size = 11 if len(labels) <= 12 else 9.5
     figure.set_size_inches(_WIDTH, 1.05 + max(len(labels), 2) * (0.28 if len(labels) <= 12 else 0.2))
     axes = figure.add_subplot(facecolor="none")
     drawn = np.where(np.isfinite(values), values, 0.0)
     axes.barh(range(len(labels)), drawn, height=0.62, color=_BLUE)
-    low, high = min(drawn.min(), 0.0), max(drawn.max(), 0.0)
+    low, high = min(drawn.min(), ends_N2.min(), 0.0), max(drawn.max(), ends_N2.max(), 0.0)
     high = max(high, 100.0) if "%" in picture.unit else high if high > low else 1.0
     numbers = [number(value) if np.isfinite(value) else "–" for value in values]
     share = _inches(numbers, size) / (_WIDTH - _inches(labels, size) - 0.2) + 0.03  # of the axis, for the numbers
@@ -440,7 +449,12 @@ def _bars(figure: Any, picture: Bars) -> str | None:
     for at, (value, text) in enumerate(zip(values, numbers)):
         left = value < 0
         place: dict[str, Any] = {"ha": "right" if left else "left", "va": "center", "textcoords": "offset points"}
-        axes.annotate(text, (drawn[at], at), (-3 if left else 3, 0), fontsize=size, **place, **_text())
+        end = min(drawn[at], ends_N2[at, 0]) if left else max(drawn[at], ends_N2[at, 1])
+        axes.annotate(text, (end, at), (-3 if left else 3, 0), fontsize=size, **place, **_text())
+    if picture.intervals:
+        axes.hlines(range(len(labels)), ends_N2[:, 0], ends_N2[:, 1], color=_INK, linewidth=1.4)
+    if picture.reference is not None:
+        axes.axvline(picture.reference, color=_RUST, linewidth=1, linestyle=(0, (4, 3)))
     _round_ticks(axes.xaxis)
     _frame(axes, picture.unit, "", grid="x")
     axes.set_yticks(range(len(labels)), labels, parse_math=False)

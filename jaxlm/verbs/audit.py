@@ -1,0 +1,33 @@
+"""`jaxlm audit`: bias in a model, on one page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import tyro
+
+from jaxlm.devices import process
+from jaxlm.errors import UserError
+from jaxlm.trust.audits import AuditArguments
+from jaxlm.verbs import machine
+from jaxlm.verbs.arguments import parse
+
+
+def audit(argv: list[str], _: process.Signals) -> int:
+    """Audit a model for bias: jaxlm audit MODEL --pairs|--associations|--bbq|--counterfactuals|--groups FILE."""
+    from jaxlm.trust import audits
+
+    args = parse(AuditArguments(model=tyro.MISSING), argv, "jaxlm audit")
+    if Path(args.output).suffix != ".html":
+        raise UserError(f"--output is {args.output}; give the name of a page, which ends in .html")
+    audits.requested_audits(args)
+    machine.configure_process()
+    results = audits.audit(audits.load(args.model), args)
+    for result in results:
+        print(result.title)
+        for name, value in result.scores.items():
+            is_count = value.is_integer() and abs(value) > 1
+            print(f"  {name:<48}  {value:{',.0f' if is_count else '.4f'}}")
+    page, scores = audits.write(Path(args.output), args.model, results, args)
+    print(f"{page}, {scores}")
+    return 0
