@@ -19,13 +19,25 @@ with delay_interrupts():
     from jaxlm.verbs.compress import compress
     from jaxlm.verbs.convert import convert
     from jaxlm.verbs.evaluate import evaluate
+    from jaxlm.verbs.explain import explain
     from jaxlm.verbs.generate import generate
     from jaxlm.verbs.inspect import inspect
     from jaxlm.verbs.plan import plan
     from jaxlm.verbs.predict import predict
     from jaxlm.verbs.train import train
 
-_VERBS = train, predict, evaluate, generate, compress, convert, inspect, plan, baseline  # in the order of the help
+_VERBS = (
+    train,
+    predict,
+    evaluate,
+    generate,
+    compress,
+    convert,
+    inspect,
+    plan,
+    baseline,
+    explain,
+)  # in the order of the help
 VERBS: dict[str, Verb] = {verb.__name__: verb for verb in _VERBS}
 
 

@@ -28,6 +28,7 @@ _BLUE, _RUST = COLORS[0]
 _FONT = "STIXGeneral"  # part of matplotlib, so plots look the same on every machine
 _WIDTH = 4.6  # inches
 _MAX_CLASSES, _MAX_BARS = 20, 30
+_MAX_TOKENS, _MIN_CELL = 40, 0.085  # an attention map of more tokens is wider than other plots, with cells in inches
 _DPI = 240  # 2 pixels per CSS pixel
 _lock = threading.Lock()  # a live curve and the report of the same run may be drawn at the same time
 
@@ -109,6 +110,16 @@ class AttentionMap(NamedTuple):
     weights_TS: np.ndarray  # rows sum to 1
     written: tuple[str, ...]  # T pieces
     read: tuple[str, ...]  # S pieces
+    sides: tuple[str, str] = ("tokens that are written", "tokens that are read")  # labels of the rows and columns
+
+
+@_add_notebook_output
+class HeadGrid(NamedTuple):
+    """A small map of the attention weights of every layer and head."""
+
+    title: str
+    weights_LHTS: np.ndarray  # rows sum to 1
+    layers: tuple[int, ...]  # L numbers
 
 
 @_add_notebook_output
@@ -124,7 +135,7 @@ class DeviceMesh(NamedTuple):
     rows: tuple[slice, ...]  # of the batch, for each device
 
 
-Picture = Chart | Heatmap | Bars | Histogram | AttentionMap | DeviceMesh
+Picture = Chart | Heatmap | Bars | Histogram | AttentionMap | HeadGrid | DeviceMesh
 
 
 def draw(picture: Picture, path: Path) -> str | None:
@@ -167,6 +178,7 @@ def _png(picture: Picture, captioned: bool) -> tuple[bytes, str | None]:
         Bars: _bars,
         Histogram: _histogram,
         AttentionMap: _attention,
+        HeadGrid: _head_grid,
         DeviceMesh: _device_mesh,
     }
     with _lock:
@@ -528,13 +540,15 @@ def _attention(figure: Any, picture: AttentionMap) -> str | None:
     size = 11 if max(sizes) <= 14 else 9 if max(sizes) <= 26 else 7
     written, read = ([_drawable(_cut(name, 16)) or "?" for name in names] for names in (picture.written, picture.read))
     row_label, column_label = _inches(written, size), _inches(read, size)
-    cell = min((_WIDTH - row_label - 0.5) / sizes[1], 0.36)
-    figure.set_size_inches(_WIDTH, cell * sizes[0] + column_label + 0.95)
+    cell = (_WIDTH - row_label - 0.5) / sizes[1]
+    cell = min(max(cell, _MIN_CELL if max(sizes) > _MAX_TOKENS else 0), 0.36)  # each label needs the height of its font
+    width = max(_WIDTH, row_label + 0.5 + cell * sizes[1])
+    figure.set_size_inches(width, cell * sizes[0] + column_label + 0.95)
     axes = figure.add_subplot(facecolor="none")
     axes.imshow(_tint(np.clip(weights_TS, 0, 1)), aspect="auto", interpolation="nearest")
     axes.set_xticks(np.arange(sizes[1] + 1) - 0.5, minor=True)
     axes.set_yticks(np.arange(sizes[0] + 1) - 0.5, minor=True)
-    _frame(axes, "tokens that are read", "tokens that are written")
+    _frame(axes, *picture.sides[::-1])
     axes.set_xticks(range(sizes[1]), read, parse_math=False, rotation=90)
     axes.set_yticks(range(sizes[0]), written, parse_math=False)
     axes.grid(which="minor", color=_RULE, linewidth=0.5)
@@ -547,6 +561,48 @@ def _attention(figure: Any, picture: AttentionMap) -> str | None:
         f"The largest weight: {_quoted(picture.written[t])} attends to {_quoted(picture.read[s])}, "
         f"{weights_TS[t, s]:.0%}."
     )
+
+
+def _head_grid(figure: Any, picture: HeadGrid) -> str | None:
+    weights_LHTS = np.asarray(picture.weights_LHTS, float)
+    if weights_LHTS.ndim != 4 or len(weights_LHTS) != len(picture.layers):
+        raise ValueError(
+            f"{picture.title!r} has {len(picture.layers)} layers and weights of shape {list(weights_LHTS.shape)}; give "
+            f"[{len(picture.layers)}, H, T, S]"
+        )
+    if not weights_LHTS.size:
+        return None
+    L, H, T, S = weights_LHTS.shape
+    width = _WIDTH if H <= 4 else 2 * _WIDTH
+    label = 0.45
+    cell = min((width - label - 0.2) / H, 1.6)
+    pixels = max(8, int(cell * _DPI) - 6)
+    maps_LHTS = np.stack([[_pool(_pool(head_TS, pixels).T, pixels).T for head_TS in layer] for layer in weights_LHTS])
+    t, s = maps_LHTS.shape[2:]
+    gap_t, gap_s = max(1, t // 24), max(1, s // 24)
+    mosaic = np.full((L * (t + gap_t), H * (s + gap_s)), np.nan)
+    for layer, head in np.ndindex(L, H):
+        top, left = layer * (t + gap_t), head * (s + gap_s)
+        mosaic[top : top + t, left : left + s] = np.sqrt(np.clip(maps_LHTS[layer, head], 0, 1))
+    figure.set_size_inches(width, cell * L + 0.95)
+    axes = figure.add_subplot(facecolor="none")
+    colors = np.where(np.isnan(mosaic)[..., None], 0.8, _tint(np.nan_to_num(mosaic)))
+    axes.imshow(colors, aspect="auto", interpolation="nearest")
+    _frame(axes, "head", "layer")
+    axes.set_xticks(np.arange(H) * (s + gap_s) + s / 2, [str(head) for head in range(H)])
+    axes.set_yticks(np.arange(L) * (t + gap_t) + t / 2, [str(layer) for layer in picture.layers])
+    axes.spines["bottom"].set_visible(False)
+    axes.tick_params(which="both", length=0, labelsize=11 if cell > 0.3 else 7)
+    return (
+        f"Each map has the {T} tokens that attend as rows and the {S} tokens that they attend to as columns, from the "
+        f"top left. A darker point is a larger weight; the depth is its square root, so that small weights are visible."
+    )
+
+
+def _pool(map_TS: np.ndarray, pixels: int) -> np.ndarray:
+    """Returns the maxima over neighbouring rows, so that at most `pixels` rows are left."""
+    step = -(-len(map_TS) // pixels)
+    return np.maximum.reduceat(map_TS, np.arange(0, len(map_TS), step), 0)
 
 
 def _tint(depth: np.ndarray) -> np.ndarray:
