@@ -7,6 +7,10 @@ prediction  a prediction to explain, and its value for a text with other words
 attribution    scores of the tokens of a text
 faithfulness   whether the prediction depends on the tokens with high scores
 attention   attention weights, rollout and flow
+activations    reading, editing and steering of activations
+patching    the effects of activations of one text in another
+lens        what the head reads in the hidden states of each layer
+probes      what linear probes read in the hidden states of each layer
 request     what an analysis receives and returns
 analyses    the table of analyses, and the page
 attribution_chapters, attention_chapters    the chapters of the page
@@ -21,6 +25,8 @@ _HOMES = {  # public name -> its module, which is imported when the name is used
     "Attribution": "attribution",
     "Target": "targets",
     "attention_map": "attention_chapters",
+    "Patching": "patching",
+    "LogitLens": "lens",
     "attention_weights": "attention",
     "attribute": "attribution",
     "compare_methods": "faithfulness",
@@ -28,10 +34,16 @@ _HOMES = {  # public name -> its module, which is imported when the name is used
     "explain": "analyses",
     "flow": "attention",
     "head_grid": "attention_chapters",
+    "logit_lens": "lens",
     "measure_faithfulness": "faithfulness",
+    "patch": "patching",
+    "Probes": "probes",
+    "probe": "probes",
     "predict_target": "prediction",
     "rollout": "attention",
     "scored_text": "attribution_chapters",
+    "steer": "activations",
+    "with_edit": "activations",
 }
 __all__ = sorted(_HOMES)
 
