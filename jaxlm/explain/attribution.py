@@ -149,11 +149,10 @@ def check_settings(lm: LM, method: str, settings: Settings) -> None:
     check_argument("steps", settings.steps, Steps | None)
     check_argument("permutations", settings.permutations, Samples)
     check_argument("seed", settings.seed, Seed)
-    if method == "layer_integrated_gradients":
-        if layer is None:
-            raise UserError(f"layer_integrated_gradients requires a layer; the model has the layers 0 to {layers - 1}")
-        if not 0 <= layer < layers:
-            raise UserError(f"layer is {layer}; the model has the layers 0 to {layers - 1}")
+    if layer is not None and not 0 <= layer < layers:
+        raise UserError(f"layer is {layer}; the model has the layers 0 to {layers - 1}")
+    if layer is None and method == "layer_integrated_gradients":
+        raise UserError(f"layer_integrated_gradients requires a layer; the model has the layers 0 to {layers - 1}")
     if method in GRADIENTS:
         check_differentiable(lm)
         if lm.tokenizer is not None:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxlm import families
 from jaxlm.config.ranges import check_argument
 from jaxlm.errors import UserError
-from jaxlm.explain.examples import Example, read_example
+from jaxlm.explain.examples import Example, head_of, read_example
 from jaxlm.explain.outputs import (
     Rows,
     at_old_places,
@@ -83,6 +83,11 @@ def predict_target(
     """
     example = read_example(lm, text, task)
     if isinstance(target, Target):
+        if example.source is not None:
+            raise UserError(
+                f"target is {target.name!r}, a Target of your own, but the decoder of the model has no tokens for it; "
+                f"give the text that the decoder writes as the target"
+            )
         targets: tuple[Target, ...] = (target,)
     else:
         example, targets = choose_targets(lm, example, text, Choice(target, word, new_tokens))
@@ -142,7 +147,8 @@ def choose_replacement(prediction: Prediction, name: str | None) -> str:
     """
     name = check_argument("replacement", name, Replacement | None)
     target, example = prediction.targets[0], prediction.example
-    reads_token = prediction.lm.config.heads_on_top[0] in ("tokens", "span", "masked_lm")
+    head = head_of(prediction.lm)
+    reads_token = head in ("tokens", "span", "masked_lm") or (head != "lm" and target.place is not None)
     source = slice(None, example.source)
     none_left = bool(example.is_text_T[source].all())
     if name == "remove" and reads_token:
