@@ -400,7 +400,7 @@ def test_models_that_cannot_be_explained_are_errors(models):
     with pytest.raises(UserError, match="mixer lstm, which has no attention"):
         attention.attention_weights(models["lstm"], TEXT)
     with pytest.raises(UserError, match="layer is 5; the model has attention in the layers 0 to 2"):
-        explain(lm, TEXT, layer=5)
+        explain(lm, TEXT, ["attention"], layer=5)
     with pytest.raises(UserError, match="head is 2; the model has attention in the heads 0 to 1"):
         explain(lm, TEXT, head=2)
     with pytest.raises(UserError, match="analyses contains 'atention'; perhaps you meant 'attention'"):
