@@ -186,6 +186,16 @@ def test_a_target_is_any_function_of_the_outputs(models):
     result = attribute(models["classes"], TEXT, target=target)
     assert result.targets == ("norm",)
     assert (result.errors_Q < 0.01).all()
+    lm = models["classes"]
+    headless = dataclasses.replace(lm, config=dataclasses.replace(lm.config, heads_on_top=()))
+    headless = dataclasses.replace(headless, module=Transformer(headless.config))
+    third = Target("third token", lambda output: output.hidden_BTD[:, 2, 0])
+    scores = attribute(headless, TEXT, target=third, method="occlusion", replacement="remove").scores_QT[0]
+    assert np.isfinite(scores).all() and scores.any()
+    with pytest.raises(UserError, match="belongs to tokens"):
+        attribute(headless, TEXT, target=third._replace(place=2), method="occlusion", replacement="remove")
+    with pytest.raises(UserError, match="a Target of your own"):
+        attribute(models["seq2seq"], TEXT, target=target)
 
 
 @pytest.mark.long
@@ -330,10 +340,9 @@ def test_the_command_writes_a_page_and_the_numbers(models, name, tmp_path, capsy
     page = (tmp_path / "out" / "report.html").read_text()
     for part in ("random scores", "All heads", "Rollout", 'class="chip'):
         assert part in page
-    arrays = np.load(tmp_path / "out" / "explanation.npz")
-    assert arrays[f"{'encoder' if name == 'classes' else 'decoder'}_LHTS"].shape[:2] == (
-        (3, 2) if name == "classes" else (2, 2)
-    )
+    stack, layers = ("encoder", 3) if name == "classes" else ("decoder", 2)
+    with np.load(tmp_path / "out" / "explanation.npz") as arrays:
+        assert arrays[f"{stack}_LHTS"].shape[:2] == (layers, 2)
 
 
 # Wrong input
@@ -341,6 +350,7 @@ def test_the_command_writes_a_page_and_the_numbers(models, name, tmp_path, capsy
 WRONG: dict[str, tuple[str, dict[str, Any], str]] = {  # name -> model, arguments, message
     "unknown method": ("classes", {"method": "lime"}, "method is 'lime'"),
     "layer without number": ("classes", {"method": "layer_integrated_gradients"}, "the layers 0 to 2"),
+    "layer of another method": ("classes", {"method": "occlusion", "layer": 3}, "layer is 3.*layers 0 to 2"),
     "unknown layer": ("classes", {"method": "layer_integrated_gradients", "layer": 3}, "layer is 3.*layers 0 to 2"),
     "negative layer": ("classes", {"method": "layer_integrated_gradients", "layer": -1}, "layer is -1"),
     "unknown label": ("classes", {"target": "goood"}, "not a label.*'good'"),
@@ -390,7 +400,7 @@ def test_models_that_cannot_be_explained_are_errors(models):
     with pytest.raises(UserError, match="mixer lstm, which has no attention"):
         attention.attention_weights(models["lstm"], TEXT)
     with pytest.raises(UserError, match="layer is 5; the model has attention in the layers 0 to 2"):
-        explain(lm, TEXT, layer=5)
+        explain(lm, TEXT, ["attention"], layer=5)
     with pytest.raises(UserError, match="head is 2; the model has attention in the heads 0 to 1"):
         explain(lm, TEXT, head=2)
     with pytest.raises(UserError, match="analyses contains 'atention'; perhaps you meant 'attention'"):
@@ -407,3 +417,19 @@ def test_the_command_refuses_the_folder_of_a_run(tmp_path, capsys):
     assert "the folder of a run" in capsys.readouterr().err
     assert main(["explain", "model"]) == 2
     assert "requires a text" in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_attention_maps_of_long_texts_are_larger(tmp_path):
+    """So that 128 tokens have legible labels and 12 x 12 heads have a point for each token."""
+    from jaxlm.reports.pictures import AttentionMap, HeadGrid, draw
+
+    weights_LHTS = np.full((12, 12, 128, 128), 1 / 128, np.float32)
+    width = lambda path: int.from_bytes(path.read_bytes()[16:20], "big")
+    assert draw(HeadGrid("heads", weights_LHTS, tuple(range(12))), tmp_path / "heads.png")
+    assert width(tmp_path / "heads.png") > 12 * 128
+    tokens = ("token",) * 128
+    assert draw(AttentionMap("map", weights_LHTS[0, 0], tokens, tokens), tmp_path / "map.png")
+    assert width(tmp_path / "map.png") > 128 * 20
+    with pytest.raises(ValueError, match="has 2 layers and weights of shape"):
+        draw(HeadGrid("heads", weights_LHTS, (0, 1)), tmp_path / "heads.png")

@@ -144,4 +144,4 @@ def analyses_for(lm: LM, analyses: Sequence[str] | None) -> tuple[str, ...]:
             raise UserError(f"analyses contains {name!r}{suggestion(str(name), ANALYSES)}")
     if not names:
         raise UserError(f"analyses is empty; choose some of {', '.join(ANALYSES)}")
-    return names
+    return tuple(name for name in ANALYSES if name in names)  # the first one reports an unknown target

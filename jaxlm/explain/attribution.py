@@ -12,6 +12,7 @@ import numpy as np
 from jaxlm.config.arguments import check_model
 from jaxlm.config.ranges import Range, check_argument
 from jaxlm.errors import UserError, suggestion
+from jaxlm.explain.examples import read_example
 from jaxlm.explain.prediction import (
     PathPoint,
     Prediction,
@@ -20,6 +21,7 @@ from jaxlm.explain.prediction import (
     choose_replacement,
     path_scores,
     predict_target,
+    replacement_for,
     values_of,
 )
 from jaxlm.explain.targets import Target, names_of
@@ -138,6 +140,8 @@ def attribute(
     check_model("the model", model)
     check_settings(model, method, settings)
     if not isinstance(lm, Prediction):
+        if method not in GRADIENTS:
+            replacement_for(lm, read_example(lm, text, task), replacement)
         lm = predict_target(lm, text, target=target, word=word, new_tokens=new_tokens, task=task)
     return attribute_prediction(lm, method, settings)
 
@@ -149,11 +153,10 @@ def check_settings(lm: LM, method: str, settings: Settings) -> None:
     check_argument("steps", settings.steps, Steps | None)
     check_argument("permutations", settings.permutations, Samples)
     check_argument("seed", settings.seed, Seed)
-    if method == "layer_integrated_gradients":
-        if layer is None:
-            raise UserError(f"layer_integrated_gradients requires a layer; the model has the layers 0 to {layers - 1}")
-        if not 0 <= layer < layers:
-            raise UserError(f"layer is {layer}; the model has the layers 0 to {layers - 1}")
+    if layer is not None and not 0 <= layer < layers:
+        raise UserError(f"layer is {layer}; the model has the layers 0 to {layers - 1}")
+    if layer is None and method == "layer_integrated_gradients":
+        raise UserError(f"layer_integrated_gradients requires a layer; the model has the layers 0 to {layers - 1}")
     if method in GRADIENTS:
         check_differentiable(lm)
         if lm.tokenizer is not None:

@@ -10,9 +10,9 @@ import numpy as np
 
 from jaxlm.errors import UserError
 from jaxlm.explain.attribution import GRADIENTS, Attribution, Settings, attribute_prediction
-from jaxlm.explain.examples import head_of
+from jaxlm.explain.examples import head_of, read_example
 from jaxlm.explain.faithfulness import MEASURES, Faithfulness, check_methods, measure_faithfulness
-from jaxlm.explain.prediction import Prediction, choose_replacement, predict_target, values_of
+from jaxlm.explain.prediction import Prediction, choose_replacement, predict_target, replacement_for, values_of
 from jaxlm.explain.request import Request, Result
 from jaxlm.explain.targets import EXPLAINED_HEADS
 from jaxlm.reports.pages import Chapter
@@ -40,6 +40,7 @@ def check(request: Request) -> None:
             f"requires one of the heads {', '.join(EXPLAINED_HEADS)}: use --analyses attention"
         )
     check_methods(request.lm, request.methods, _settings(request))
+    replacement_for(request.lm, read_example(request.lm, request.text, request.task), request.replacement)
 
 
 def _settings(request: Request) -> Settings:

@@ -157,15 +157,15 @@ def remove_tokens(words_BTW: jax.Array, rows: Rows, keep_BT: jax.Array) -> tuple
 
 
 def at_old_places(lm: LM, output: Output, place_BT: jax.Array, keep_BT: jax.Array) -> Output:
-    """Returns outputs whose logits by token are in the order of the old rows, after `remove_tokens`.
+    """Returns outputs whose hidden states and logits by token are at the places of the old rows, after `remove_tokens`.
 
     Logits of the head span are those of no answer at the places of tokens that are not in the row.
     """
-    head = lm.config.heads_on_top[0]
-    logits = output.logits
+    head, logits = next(iter(lm.config.heads_on_top), None), output.logits
+    place_BT, keep_BT = (x_BT[:, -output.hidden_BTD.shape[1] :] for x_BT in (place_BT, keep_BT))
+    output = output._replace(hidden_BTD=jnp.take_along_axis(output.hidden_BTD, place_BT[..., None], 1))
     if logits is None or head not in ("tokens", "span", "lm", "masked_lm", "replaced"):
         return output
-    place_BT, keep_BT = (x_BT[:, -logits.shape[1] :] for x_BT in (place_BT, keep_BT))
     place = place_BT[..., None] if logits.ndim == 3 else place_BT
     logits = jnp.take_along_axis(logits, place, 1)
     if head == "span":

@@ -13,7 +13,7 @@ import numpy as np
 from jaxlm import families
 from jaxlm.config.ranges import check_argument
 from jaxlm.errors import UserError
-from jaxlm.explain.examples import Example, read_example
+from jaxlm.explain.examples import Example, head_of, read_example
 from jaxlm.explain.outputs import (
     Rows,
     at_old_places,
@@ -23,7 +23,7 @@ from jaxlm.explain.outputs import (
     words_of,
 )
 from jaxlm.explain.targets import Choice, Target, choose_targets
-from jaxlm.inference.packing import divisible_rows, inference_params
+from jaxlm.inference.packing import divisible_rows
 from jaxlm.lm import LM
 from jaxlm.nn import nodes
 from jaxlm.nn.transformer import unstack_layers
@@ -83,6 +83,11 @@ def predict_target(
     """
     example = read_example(lm, text, task)
     if isinstance(target, Target):
+        if example.source is not None:
+            raise UserError(
+                f"target is {target.name!r}, a Target of your own, but the decoder of the model has no tokens for it; "
+                f"give the text that the decoder writes as the target"
+            )
         targets: tuple[Target, ...] = (target,)
     else:
         example, targets = choose_targets(lm, example, text, Choice(target, word, new_tokens))
@@ -140,24 +145,42 @@ def choose_replacement(prediction: Prediction, name: str | None) -> str:
     Raises:
       UserError: for a token that the model does not have, and where tokens cannot be removed.
     """
+    target = prediction.targets[0]
+    return replacement_for(prediction.lm, prediction.example, name, target.place is not None)
+
+
+def replacement_for(lm: LM, example: Example, name: str | None, has_place: bool = False) -> str:
+    """Returns what `choose_replacement` returns, before the target is known.
+
+    Args:
+      lm: the model.
+      example: the tokens of the text.
+      name: the choice of the user; None: the default.
+      has_place: whether the target reads the output of one token.
+    """
     name = check_argument("replacement", name, Replacement | None)
-    target, example = prediction.targets[0], prediction.example
-    reads_token = prediction.lm.config.heads_on_top[0] in ("tokens", "span", "masked_lm")
-    source = slice(None, example.source)
-    none_left = bool(example.is_text_T[source].all())
-    if name == "remove" and reads_token:
+    head, kinds = head_of(lm), reference_kinds(lm)
+    reads_token = head in ("tokens", "span", "masked_lm") or (head != "lm" and has_place)
+    none_left = bool(example.is_text_T[: example.source].all())
+    if name is None:
+        return choose_reference(lm, None) if reads_token or none_left else "remove"
+    if name != "remove":
+        if name not in kinds:
+            raise UserError(
+                f"replacement is {name!r}, but the tokenizer has no such token; choose one of {', '.join(kinds)}"
+            )
+        return name
+    if reads_token:
         raise UserError(
-            f"replacement is 'remove', but the target ({target.name}) belongs to tokens, which would be removed too; "
-            f"choose one of {', '.join(reference_kinds(prediction.lm))}"
+            f"replacement is 'remove', but the target belongs to tokens, which would be removed too; choose one of "
+            f"{', '.join(kinds)}"
         )
-    if name == "remove" and none_left:
+    if none_left:
         raise UserError(
             f"replacement is 'remove', but the text has no special tokens, so that nothing would be left of it; choose "
-            f"one of {', '.join(reference_kinds(prediction.lm))}"
+            f"one of {', '.join(kinds)}"
         )
-    if name is None:
-        return choose_reference(prediction.lm, None) if reads_token or none_left else "remove"
-    return name if name == "remove" else choose_reference(prediction.lm, name)
+    return name
 
 
 class _Layout(NamedTuple):
@@ -269,7 +292,7 @@ def values_of(prediction: Prediction, target: Target, keep_NT: np.ndarray, repla
     functions = target.score, target.probability
     flags = replacement == "remove", replacement == "zero"
     program = lm.programs.get(_values_program, _key(lm), functions, layout.split, *flags)
-    params, arrays = inference_params(lm), (layout.tokens_P, layout.types_P, layout.is_row_P)
+    params, arrays = lm.params, (layout.tokens_P, layout.types_P, layout.is_row_P)
     B = min(_batch_rows(lm, P), divisible_rows(lm, 1 << (N - 1).bit_length()))
     results = []
     for first in range(0, N, B):
@@ -385,7 +408,7 @@ def path_scores(
         replaced_P[layout.split :] = False  # the layers are those of the encoder
     arguments = _key(lm), target.score, layout.split, reference == "zero", layer, whole
     program = lm.programs.get(_path_program, *arguments)
-    params, token = inference_params(lm), reference_kinds(lm).get(reference) or 0
+    params, token = lm.params, reference_kinds(lm).get(reference) or 0
     arrays = layout.tokens_P, layout.types_P, layout.is_row_P
     N = len(points.positions_N)
     B = min(_batch_rows(lm, P), divisible_rows(lm, 1 << (N - 1).bit_length()))

@@ -537,27 +537,31 @@ def _attention(figure: Any, picture: AttentionMap) -> str | None:
         )
     if not weights_TS.size:
         return None
+    is_large = max(sizes) > _MAX_TOKENS
     size = 11 if max(sizes) <= 14 else 9 if max(sizes) <= 26 else 7
     written, read = ([_drawable(_cut(name, 16)) or "?" for name in names] for names in (picture.written, picture.read))
     row_label, column_label = _inches(written, size), _inches(read, size)
     cell = (_WIDTH - row_label - 0.5) / sizes[1]
-    cell = min(max(cell, _MIN_CELL if max(sizes) > _MAX_TOKENS else 0), 0.36)  # each label needs the height of its font
+    cell = min(max(cell, _MIN_CELL if is_large else 0), 0.36)  # each label needs the height of its font
     width = max(_WIDTH, row_label + 0.5 + cell * sizes[1])
     figure.set_size_inches(width, cell * sizes[0] + column_label + 0.95)
     axes = figure.add_subplot(facecolor="none")
-    axes.imshow(_tint(np.clip(weights_TS, 0, 1)), aspect="auto", interpolation="nearest")
+    depth_TS = np.clip(weights_TS, 0, 1)
+    depth_TS = np.sqrt(depth_TS / (depth_TS.max() or 1)) if is_large else depth_TS
+    axes.imshow(_tint(depth_TS), aspect="auto", interpolation="nearest")
     axes.set_xticks(np.arange(sizes[1] + 1) - 0.5, minor=True)
     axes.set_yticks(np.arange(sizes[0] + 1) - 0.5, minor=True)
     _frame(axes, *picture.sides[::-1])
     axes.set_xticks(range(sizes[1]), read, parse_math=False, rotation=90)
     axes.set_yticks(range(sizes[0]), written, parse_math=False)
-    axes.grid(which="minor", color=_RULE, linewidth=0.5)
+    axes.grid(which="minor", color=_RULE, linewidth=0.1 if is_large else 0.5)
     axes.spines["bottom"].set_visible(False)
     axes.tick_params(which="both", length=0)
     axes.tick_params(labelsize=size, pad=2)
+    darkest = "the largest weight, on a scale of square roots" if is_large else "100 %"
     t, s = np.unravel_index(weights_TS.argmax(), sizes)
     return (
-        "Each row sums to 100 %; white is 0 %, the darkest blue 100 %. "
+        f"Each row sums to 100 %; white is 0 %, the darkest blue {darkest}. "
         f"The largest weight: {_quoted(picture.written[t])} attends to {_quoted(picture.read[s])}, "
         f"{weights_TS[t, s]:.0%}."
     )
