@@ -11,9 +11,10 @@ activations    reading, editing and steering of activations
 patching    the effects of activations of one text in another
 lens        what the head reads in the hidden states of each layer
 probes      what linear probes read in the hidden states of each layer
+nearest     the nearest training examples, and those with influence on the last layer
 request     what an analysis receives and returns
 analyses    the table of analyses, and the page
-attribution_chapters, attention_chapters    the chapters of the page
+attribution_chapters, attention_chapters, activation_chapters, nearest_chapters    the chapters of the page
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ _HOMES = {  # public name -> its module, which is imported when the name is used
     "Attribution": "attribution",
     "Target": "targets",
     "attention_map": "attention_chapters",
+    "Neighbours": "nearest",
     "Patching": "patching",
     "LogitLens": "lens",
     "attention_weights": "attention",
@@ -34,8 +36,10 @@ _HOMES = {  # public name -> its module, which is imported when the name is used
     "explain": "analyses",
     "flow": "attention",
     "head_grid": "attention_chapters",
+    "influential_examples": "nearest",
     "logit_lens": "lens",
     "measure_faithfulness": "faithfulness",
+    "nearest_examples": "nearest",
     "patch": "patching",
     "Probes": "probes",
     "probe": "probes",

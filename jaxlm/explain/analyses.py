@@ -17,7 +17,7 @@ import numpy as np
 from jaxlm.config.arguments import check_list, check_model
 from jaxlm.config.ranges import short_repr
 from jaxlm.errors import UserError, suggestion
-from jaxlm.explain import attention_chapters, attribution_chapters
+from jaxlm.explain import activation_chapters, attention_chapters, attribution_chapters, nearest_chapters
 from jaxlm.explain.attention import attention_layers
 from jaxlm.explain.examples import head_of, read_example
 from jaxlm.explain.request import Request, Result
@@ -46,6 +46,9 @@ ANALYSES: dict[str, Analysis] = {
         attribution_chapters.check, attribution_chapters.run, lambda lm: head_of(lm) in EXPLAINED_HEADS
     ),
     "attention": Analysis(attention_chapters.check, attention_chapters.run, lambda lm: bool(attention_layers(lm))),
+    "lens": Analysis(activation_chapters.check_lens, activation_chapters.run_lens, lambda lm: False),
+    "patching": Analysis(activation_chapters.check_patching, activation_chapters.run_patching, lambda lm: False),
+    "nearest": Analysis(nearest_chapters.check, nearest_chapters.run, lambda lm: False),
 }
 
 

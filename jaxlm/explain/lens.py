@@ -68,13 +68,19 @@ def logit_lens(lm: LM, text: Any, target: str | None = None) -> LogitLens:
     return LogitLens(example.pieces[example.source or 0 :], tokens_LT, words, probability_LT, kl_LT, rank_LT)
 
 
-def _lens_example(lm: LM, text: Any, target: str | None) -> Example:
+def check_lens_head(lm: LM) -> None:
+    """Raises UserError for a model without a head over the vocabulary."""
     head = head_of(lm)
     if head not in LENS_HEADS:
         raise UserError(
             f"the model has the head {head or 'none'}; the logit lens requires a head over the vocabulary, lm or "
             f"masked_lm"
         )
+
+
+def _lens_example(lm: LM, text: Any, target: str | None) -> Example:
+    check_lens_head(lm)
+    head = head_of(lm)
     example = read_example(lm, text)
     if head != "lm":
         if target is not None:

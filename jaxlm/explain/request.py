@@ -32,6 +32,9 @@ class Request(NamedTuple):
       draws: number of random attributions that the measures of faithfulness are compared with.
       seed: for everything that is random.
       task: the config of a task; None: that of the model.
+      corrupted: for patching, the text in which the activations of the text are tested.
+      answers: for patching, the tokens or classes of both texts; None: the predictions.
+      training: for nearest, rows of training data by column name.
     """
 
     lm: LM
@@ -49,6 +52,9 @@ class Request(NamedTuple):
     draws: int = 10
     seed: int = 0
     task: Any = None
+    corrupted: Any = None
+    answers: tuple[str, str] | None = None
+    training: Sequence[Mapping[str, Any]] | None = None
 
 
 class Result(NamedTuple):

@@ -123,6 +123,19 @@ class HeadGrid(NamedTuple):
 
 
 @_add_notebook_output
+class ValueMap(NamedTuple):
+    """A value for each pair of a row and a column, such as a layer and a token. Blue is positive, red negative."""
+
+    title: str
+    values: np.ndarray  # [n, m]
+    rows: tuple[str, ...]  # n names
+    columns: tuple[str, ...]  # m names
+    sides: tuple[str, str]  # labels of the rows and of the columns
+    unit: str  # what a value is, for the caption
+    words: list[tuple[str, ...]] | None = None  # text of the cells [n][m]; None: no text
+
+
+@_add_notebook_output
 class DeviceMesh(NamedTuple):
     """The devices of a mesh, the part of a weight that each holds, and its rows of a batch."""
 
@@ -135,7 +148,7 @@ class DeviceMesh(NamedTuple):
     rows: tuple[slice, ...]  # of the batch, for each device
 
 
-Picture = Chart | Heatmap | Bars | Histogram | AttentionMap | HeadGrid | DeviceMesh
+Picture = Chart | Heatmap | Bars | Histogram | AttentionMap | HeadGrid | ValueMap | DeviceMesh
 
 
 def draw(picture: Picture, path: Path) -> str | None:
@@ -179,6 +192,7 @@ def _png(picture: Picture, captioned: bool) -> tuple[bytes, str | None]:
         Histogram: _histogram,
         AttentionMap: _attention,
         HeadGrid: _head_grid,
+        ValueMap: _value_map,
         DeviceMesh: _device_mesh,
     }
     with _lock:
@@ -601,6 +615,48 @@ def _head_grid(figure: Any, picture: HeadGrid) -> str | None:
         f"Each map has the {T} tokens that attend as rows and the {S} tokens that they attend to as columns, from the "
         f"top left. A darker point is a larger weight; the depth is its square root, so that small weights are visible."
     )
+
+
+def _value_map(figure: Any, picture: ValueMap) -> str | None:
+    values = np.asarray(picture.values, float)
+    sizes = (len(picture.rows), len(picture.columns))
+    if values.shape != sizes:
+        raise ValueError(f"{picture.title!r} has values of shape {list(values.shape)}; give {list(sizes)}")
+    if not values.size:
+        return None
+    rows, columns = ([_drawable(_cut(name, 16)) or "?" for name in names] for names in (picture.rows, picture.columns))
+    size = 10 if max(sizes) <= 20 else 7
+    row_label, column_label = _inches(rows, size), _inches(columns, size)
+    smallest = 0.62 if picture.words else 0.16
+    cell = max(smallest, min(0.5, (_WIDTH - row_label - 0.5) / sizes[1]))
+    height = 0.24 if picture.words else min(cell, 0.3)
+    figure.set_size_inches(max(_WIDTH, row_label + 0.5 + cell * sizes[1]), height * sizes[0] + column_label + 1.0)
+    axes = figure.add_subplot(facecolor="none")
+    largest = np.abs(values).max() or 1.0
+    axes.imshow(_signed_tint(values / largest), aspect="auto", interpolation="nearest")
+    _frame(axes, *picture.sides[::-1])
+    axes.set_xticks(range(sizes[1]), columns, parse_math=False, rotation=90)
+    axes.set_yticks(range(sizes[0]), rows, parse_math=False)
+    axes.spines["bottom"].set_visible(False)
+    axes.tick_params(which="both", length=0, labelsize=size, pad=2)
+    for n, m in np.ndindex(*sizes) if picture.words else ():
+        text = _drawable(_cut(picture.words[n][m].strip(), 8)) or "?"  # type: ignore[index]
+        color = "white" if abs(values[n, m]) > 0.6 * largest else _INK
+        axes.text(m, n, text, ha="center", va="center", fontsize=7, color=color, parse_math=False, family=_FONT)
+    n, m = np.unravel_index(np.abs(values).argmax(), sizes)
+    signs = "blue is positive, red negative, and white 0" if values.min() < 0 else "white is 0"
+    return (
+        f"{picture.unit}: {signs}. The largest: {values[n, m]:.3g} at {_quoted(picture.rows[n])}, "
+        f"{_quoted(picture.columns[m])}."
+    )
+
+
+def _signed_tint(depth: np.ndarray) -> np.ndarray:
+    """Returns depths from -1 to 1 [...] as colours [..., 3] from red over white to blue."""
+    from matplotlib.colors import to_rgb
+
+    red = 1 + np.abs(depth)[..., None] * (np.array(to_rgb(_RUST)) - 1)
+    return np.where(depth[..., None] < 0, red, _tint(np.abs(depth)))
 
 
 def _pool(map_TS: np.ndarray, pixels: int) -> np.ndarray:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
+from jaxlm.config import DataConfig
 from jaxlm.config.ranges import Config, Count, Positive, Range
+from jaxlm.data.formats.rows import file_rows
 from jaxlm.devices import process
 from jaxlm.errors import UserError
 from jaxlm.storage import disk
@@ -28,8 +31,11 @@ class Explain(Config):
     target: str = ""
     word: Count | None = None  # for tags: the number of the word, from 0; not set: the first word in a span
     new_tokens: Positive = 1  # for generated texts without --target: number of tokens to generate and explain
-    # The analyses: attribution, attention. Empty: those that the model supports.
+    # The analyses: attribution, attention, lens, patching, nearest. Empty: the first two, as the model supports them.
     analyses: str = ""
+    corrupted: str = ""  # for patching: a text with as many tokens, for which the model predicts something else
+    answers: str = ""  # for patching: the tokens or labels of both texts, with a comma; empty: the predictions
+    training: str = ""  # for nearest: a file with the training examples
     # Methods of attribution: integrated_gradients, gradient_x_input, layer_integrated_gradients, occlusion, shapley.
     method: str = "integrated_gradients,occlusion"
     # The layer of the attention map and of layer_integrated_gradients, from 0; not set: the last one.
@@ -61,6 +67,9 @@ def explain(argv: list[str], _: process.Signals) -> int:
     text: Any = args.text[0] if len(args.text) == 1 else args.text
     same = ("word", "new_tokens", "layer", "head", "reference", "replacement", "steps", "permutations", "draws", "seed")
     choices = {name: getattr(args, name) for name in same}
+    choices |= {"corrupted": args.corrupted or None, "answers": _names(args.answers) or None}
+    if args.training:
+        choices["training"] = [row for _, row in file_rows(_file(args.training), DataConfig())]
     choices |= {"target": args.target or None, "methods": _names(args.method)}
     explanation = analyses.explain(lm, text, _names(args.analyses) or None, **choices)
     for line in explanation.lines:
@@ -75,6 +84,13 @@ def explain(argv: list[str], _: process.Signals) -> int:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _file(name: str) -> Path:
+    path = Path(name)
+    if not path.is_file():
+        raise UserError(f"training is {name}, which is not a file; give a file with rows, such as train.csv")
+    return path
 
 
 def _check_output(name: str) -> None:
