@@ -27,7 +27,7 @@ from jaxlm.explain.prediction import (
 from jaxlm.explain.targets import Target, names_of
 from jaxlm.lm import LM
 
-FIRST_STEPS, MAX_STEPS = 32, 1024  # of integrated gradients, if the number is chosen by the error
+FIRST_STEPS, MAX_STEPS = 32, 512  # of integrated gradients, if the number is chosen by the error
 MAX_ERROR = 0.01  # of the sum of integrated gradients, as a fraction of the change of the target
 PERMUTATIONS = 32  # of Shapley values
 

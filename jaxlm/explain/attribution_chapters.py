@@ -99,7 +99,7 @@ def lines_of(found: Sequence[Attribution], measured: Sequence[Faithfulness], ind
     largest = np.argsort(-np.abs(first.scores_QT[index]), kind="stable")[:MAX_ROWS].tolist()
     order = [t for t in largest if first.scores_QT[index, t]]
     width = max([5, *(len(first.tokens[t].strip()) for t in order)])
-    lines = [f"explained: {first.targets[index]} ({first.values_Q[index]:.4g})"]
+    lines = [f"explained: {first.targets[index].strip()} ({first.values_Q[index]:.4g})"]
     lines.append(f"{'token':{width}}  {'  '.join(one.method for one in found)}")
     for t in sorted(order):
         scores = (f"{one.scores_QT[index, t]:+{max(len(one.method), 8)}.4f}" for one in found)
