@@ -17,6 +17,7 @@ from jaxlm.errors import UserError
 from jaxlm.families import PRESETS, open_folder
 from jaxlm.lm import find
 from jaxlm.nn.transformer import Transformer
+from jaxlm.run.privacy import plan_budget
 from jaxlm.run.resolve import ResolvedModel, with_dropout
 from jaxlm.run.weights import student_config
 from jaxlm.tasks import make_task
@@ -52,7 +53,8 @@ def resolve_config(run: RunConfig, mesh: Mesh) -> ResolvedModel:
         teacher = PRESETS.get(run.distill.teacher) or open_folder(find(run.distill.teacher)).config
         teacher = replace(teacher, heads_on_top=config.heads_on_top, labels=config.labels)
         task = with_teacher(task, run.distill, config, teacher)
-    return ResolvedModel(run, mesh, task, config, task.module(Transformer))
+    budget = plan_budget(run) if run.privacy.is_on else None
+    return ResolvedModel(run, mesh, task, config, task.module(Transformer), budget=budget)
 
 
 def _model_of_init(run: RunConfig) -> ModelConfig:
