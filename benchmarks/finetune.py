@@ -30,9 +30,9 @@ STEPS, ROUNDS = 10, 12
 
 def jaxlm_side(model: str, train: str) -> None:
     """Runs `fit` on the whole training part.  A line on standard input starts a round of `STEPS` updates."""
-    from jaxlm.__main__ import keep_memory, one_device_per_core
     from jaxlm.config import python_files
     from jaxlm.run.fit import fit
+    from jaxlm.verbs.machine import keep_memory, one_device_per_core
 
     run = python_files.read(Path(__file__).parent.parent / "configs" / "sst2.py")
     data = dataclasses.replace(run.data, path=train, eval_fraction=0.001)

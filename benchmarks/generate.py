@@ -36,8 +36,8 @@ def jaxlm_side(rows: int) -> Callable[[], float]:
     import jax
 
     import jaxlm
-    from jaxlm.__main__ import keep_memory
     from jaxlm.nn.transformer import Transformer, init
+    from jaxlm.verbs.machine import keep_memory
 
     keep_memory()  # as the command line does
     module = Transformer(jaxlm.ModelConfig(**MODEL))

@@ -25,7 +25,7 @@ PLANS = {
     "Llama 3.1 70B on v6e": ("llama_70b", "v6e:16x16", ""),
     "Llama 3.1 8B, context 8,192": ("llama_8b", "v6e:4x4", ""),
     "Mixtral 8x7B, context 8,192": ("mixtral_8x7b", "v5p:4x4x8", ""),
-    "Mixtral 8x7B on v6e": ("mixtral_8x7b", "v6e:16x16", "--batch 256"),
+    "Mixtral 8x7B on v6e": ("mixtral_8x7b", "v6e:16x16", "--batch 256 --mesh.tensor 2"),
     "Qwen3-30B-A3B": ("qwen3_30b_a3b", "v5p:4x4x4", ""),
     "Qwen3-30B-A3B on v6e": ("qwen3_30b_a3b", "v6e:8x8", ""),
     "GPT-2 124M": ("gpt2_124m", "v5e:2x2", "--remat none --batch 64"),

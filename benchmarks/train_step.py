@@ -168,7 +168,7 @@ def work(side: str, name: str) -> None:
     """The process of a `Worker`: runs a round for each input line."""
     if side == "jaxlm":
         from jaxlm import DataConfig, ModelConfig, RunConfig
-        from jaxlm.__main__ import keep_memory, one_device_per_core
+        from jaxlm.verbs.machine import keep_memory, one_device_per_core
 
         # As train.py does.
         rows, length, _, fields = CASES[name]

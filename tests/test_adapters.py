@@ -75,7 +75,11 @@ CONFIGS = {
 
 @pytest.mark.parametrize(
     ("name", "case"),
-    [(name, "all") for name in FAMILIES] + [(name, case) for name in ("bert", "gpt2") for case in list(CONFIGS)[1:]],
+    [
+        *((name, "all") for name in FAMILIES),
+        *(("bert", case) for case in list(CONFIGS)[1:]),
+        *(pytest.param("gpt2", case, marks=pytest.mark.long) for case in list(CONFIGS)[1:]),
+    ],
 )
 def test_a_stored_adapter_is_the_same_function(name, case, tmp_path):
     base = write_base(name, tmp_path / "base")

@@ -109,16 +109,17 @@ def test_an_unknown_preset_raises_an_error(capsys, verb, name):
 def test_a_preset_replaces_the_model_of_a_config():
     from pathlib import Path
 
-    from jaxlm.__main__ import _read_run
     from jaxlm.families import PRESETS
+    from jaxlm.verbs.arguments import read_run
 
-    run = _read_run("train", Path("trec"), [], ["--model", "gru-tagger", "--model.layers", "2", "--batch", "8"])
+    run = read_run("train", Path("trec"), [], ["--model", "gru-tagger", "--model.layers", "2", "--batch", "8"])
     assert run.model == dataclasses.replace(PRESETS["gru-tagger"], layers=2) and run.batch == 8
 
 
 def test_every_suggested_flag_exists():
-    from jaxlm.__main__ import FileArguments, Generate
     from jaxlm.config import Classification, DataConfig, MaskedLM, RunConfig, Seq2Seq, Tagging, flags
+    from jaxlm.verbs.files import FileArguments
+    from jaxlm.verbs.generate import Generate
 
     runs = [RunConfig(data=DataConfig(), task=task()) for task in (Classification, MaskedLM, Seq2Seq, Tagging)]
     known = {name for config in (*runs, Generate(model=""), FileArguments()) for name in flags.names(config)}

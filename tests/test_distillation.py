@@ -81,7 +81,7 @@ CASES: dict[str, tuple[Any, ModelConfig, tuple[str, ...]]] = {
     "translation": (Seq2Seq(decoding=Decoding(max_new_tokens=4)), BOTH, ()),
     "prompted": (Seq2Seq(decoding=Decoding(max_new_tokens=4)), DECODER, ()),
 }  # fmt: skip
-FAST = ("class", "classes", "questions", "choice", "cosine", "documents", "masked", "spans")
+FAST = ("class", "questions", "documents", "masked", "spans")
 EVERYTHING = DistillConfig("teacher", labels=0.5, hidden=2.0, attention=3.0, relations=4.0)
 
 

@@ -60,6 +60,7 @@ SMALL_FLAGS = {  # pattern of a command -> flags that follow it; the last of two
     "gpt2_124m": "--task.stride 0",
     "plan configs/gpt3": "--model.layers 2",
     "lstm_trec": "--model.vocabulary 200",
+    "configs/(preferences|reward)": "--data.length 128",
     "lstm-classifier": "--model.vocabulary 200",
 }
 SKIPPED = {  # pattern of a command or a Python block -> why it does not run here
@@ -169,6 +170,8 @@ def write_files(folder: Path) -> None:
     write("articles.jsonl", [json.dumps({"body": text}) for text in lines(100, 10)])
     papers = zip(lines(100, 11), lines(100, 12))
     write("papers.jsonl", [json.dumps({"article": text, "abstract": summary}) for text, summary in papers])
+    pairs = zip(lines(40, 13), lines(40, 14), lines(40, 15))
+    write("pairs.jsonl", [json.dumps({"prompt": a, "chosen": b, "rejected": c}) for a, b, c in pairs])
     (folder / "latin.txt").write_bytes("un café\n".encode("iso-8859-1"))
     (folder / "mamba").mkdir()
     (folder / "mamba" / "config.json").write_text('{"model_type": "mamba"}')

@@ -138,7 +138,7 @@ MESHES = [{"expert": 4}, {"expert": 2, "data": 2}, {"expert": 2, "fsdp": 2, "ten
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
-@pytest.mark.parametrize("rows", [8, 1])
+@pytest.mark.parametrize("rows", [8, pytest.param(1, marks=pytest.mark.long)])
 def test_experts_on_a_mesh_equal_those_on_one_device(sizes, rows):
     count = int(np.prod(list(sizes.values())))
     if len(jax.devices()) < count:

@@ -1131,7 +1131,7 @@ def test_a_toy_is_learned_and_its_export_predicts_the_same(train_toy, name):
 @pytest.mark.parametrize("name", TOY_NAMES)
 def test_predict_and_evaluate_run_from_the_command_line(train_toy, name, tmp_path, capsys, monkeypatch):
     run = train_toy(name)
-    monkeypatch.setattr("jaxlm.__main__._configure_process", lambda: None)
+    monkeypatch.setattr("jaxlm.verbs.machine.configure_process", lambda: None)
     assert main(["evaluate", run.workdir, run.data.eval_path, "--batch", str(run.batch // run.accumulate)]) == 0
     output = {" ".join(line.split()[:-1]): line.split()[-1] for line in capsys.readouterr().out.splitlines()}
     scores = read_json(Path(run.workdir) / "scores.json")

@@ -295,7 +295,7 @@ def test_splash_without_segments_equals_splash_with_one_segment(causal, window, 
     assert_same(outputs(None)(*qkv), outputs(ones_BT)(*qkv), 1e-5)
 
 
-@pytest.mark.parametrize("mesh", [None, "fsdp2_tensor2_context2"])
+@pytest.mark.parametrize("mesh", [None, pytest.param("fsdp2_tensor2_context2", marks=pytest.mark.long)])
 @pytest.mark.parametrize("causal, window", [(True, None), (False, None), (True, 30), (False, 30)])
 def test_cudnn_without_segments_equals_cudnn_with_one_segment(causal, window, mesh, monkeypatch):
     """Computes the call to cuDNN with XLA instead."""

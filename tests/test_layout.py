@@ -41,7 +41,10 @@ ORDER = (
     "baselines",
     "run",
     "planning",
+    "explain",
+    "trust",
     "samples",
+    "verbs",
     "__main__",
 )
 PLACE = {part: place for place, part in enumerate(ORDER)}

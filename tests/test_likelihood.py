@@ -12,6 +12,7 @@ import pytest
 from random_params import random_params
 
 import jaxlm
+from jaxlm.__main__ import main
 from jaxlm.config import CausalLM, ModelConfig, TokenizerConfig
 from jaxlm.data.tokenizers import tokenizer as tokenizers
 from jaxlm.devices.programs import Programs
@@ -337,21 +338,19 @@ def printed_values(capsys) -> dict[str, float]:
 
 
 def test_the_command_evaluate_prints_the_perplexity_of_a_file(tmp_path, capsys, monkeypatch):
-    from jaxlm import __main__ as command
-
-    monkeypatch.setattr(command, "_configure_process", lambda: None)
+    monkeypatch.setattr("jaxlm.verbs.machine.configure_process", lambda: None)
     jaxlm.save(lm_of("gpt2"), tmp_path / "model")
     (tmp_path / "text.txt").write_text(TEXT * 3)
-    assert command.main(["evaluate", str(tmp_path / "model"), str(tmp_path / "text.txt")]) == 0
+    assert main(["evaluate", str(tmp_path / "model"), str(tmp_path / "text.txt")]) == 0
     lines = [TEXT.rstrip("\n")] * 3  # each line is a document
     assert printed_values(capsys) == pytest.approx(perplexity(lm_of("gpt2"), lines), abs=1e-4)
     more = ["--length", "20", "--task.stride", "5", "--data.documents", "file"]
-    assert command.main(["evaluate", str(tmp_path / "model"), str(tmp_path / "text.txt"), *more]) == 0
+    assert main(["evaluate", str(tmp_path / "model"), str(tmp_path / "text.txt"), *more]) == 0
     assert printed_values(capsys) == pytest.approx(perplexity(lm_of("gpt2"), TEXT * 3, length=20, stride=5), abs=1e-4)
-    assert command.main(["predict", str(tmp_path / "model"), str(tmp_path / "text.txt")]) == 2
+    assert main(["predict", str(tmp_path / "model"), str(tmp_path / "text.txt")]) == 2
     assert "classes, tokens or span" in capsys.readouterr().err
     (tmp_path / "empty.txt").write_text("\n")
-    assert command.main(["evaluate", str(tmp_path / "model"), str(tmp_path / "empty.txt")]) == 2
+    assert main(["evaluate", str(tmp_path / "model"), str(tmp_path / "empty.txt")]) == 2
     assert CausalLM().stride == 0  # 0 stands for the whole length
 
 

@@ -178,8 +178,8 @@ def collectives(program: str, sizes: tuple[int, ...]) -> dict[str, int]:
     return found
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.long)])
 @pytest.mark.parametrize("sizes", [(1, 8, 1, 1), (2, 2, 2, 1), (2, 1, 1, 4), (8,)], ids=str)  # (8,): only "fsdp"
 def test_the_head_is_gathered_once_and_its_gradient_is_reduced_once(monkeypatch, sizes, tied, dtype):
     """Chunked losses on a mesh equal those of one device, and no chunk communicates an array as large as the head."""

@@ -29,6 +29,8 @@ CONFIGS = sorted({path.stem for path in (ROOT / "configs").glob("*.py")} - VECTO
 STARTS = {
     "chat_sft": "gpt2",
     "finetune_t5": "t5-small",
+    "preferences": "gpt2",
+    "reward": "gpt2",
     "summarize_scitldr": "bart-base",
 }  # other configs start from an encoder
 QUICK = {"t5_pretrain", "distill_sst2", "translate_multi30k", "multi_task", "shakespeare_char", "trec"}

@@ -253,7 +253,7 @@ def test_answers_have_character_positions():
 
 
 def test_csv_has_a_column_for_each_value(tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxlm.__main__._configure_process", lambda: None)
+    monkeypatch.setattr("jaxlm.verbs.machine.configure_process", lambda: None)
     (tmp_path / "x.jsonl").write_text('{"text": "the film", "tokens": "the film, bad", "review": "a"}\n')
     table = {}
     for name, flags in (("class", ["--probabilities", "--top-k", "2"]), ("classes", []), ("tags", [])):

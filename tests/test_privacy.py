@@ -268,7 +268,7 @@ def test_what_a_private_run_cannot_have_is_refused(tmp_path, more, message):
 def test_errors_that_depend_on_the_data(tmp_path):
     with pytest.raises(UserError, match="batch is 800, and the data have 80"):
         fit(run_config(tmp_path, "run", batch=800))
-    with pytest.raises(UserError, match="privacy.noise is 0.01"):
+    with pytest.raises(UserError, match=r"privacy\.noise is 0.01"):
         fit(run_config(tmp_path, "run", privacy=PrivacyConfig(noise=0.01)))
     windows = run_config(tmp_path, "run", task=Classification(names=("no", "yes"), windows="mean"))
     windows = dataclasses.replace(windows, data=dataclasses.replace(windows.data, length=8))

@@ -16,11 +16,12 @@ from test_nodes import TOKENS_BT
 
 import jaxlm
 from jaxlm import families
+from jaxlm.errors import UserError
 from jaxlm.families import FAMILIES
 from jaxlm.hub import packed, safetensors
 from jaxlm.lm import LM
 from jaxlm.nn import nodes, parameters
-from jaxlm.nn.quantized import Quantized
+from jaxlm.nn.quantized import Quantized, quantize
 from jaxlm.nn.transformer import Transformer
 
 SIZES = {"vocabulary": 48, "width": 32, "layers": 2, "heads": 2, "kv_heads": 1, "head_width": 16, "mlp_width": 64}
@@ -308,3 +309,149 @@ def test_4_bit_files_of_bitsandbytes_are_dequantised(kind, tmp_path):
     tensors = opened(tmp_path)
     for name, expected in zip(names, dense, strict=True):
         np.testing.assert_allclose(np.asarray(tensors[name]), expected, atol=1e-6)
+
+
+# FP8 in blocks, as DeepSeek-V3 and the FP8 versions of Qwen3 are published.
+
+
+def in_blocks(folder, rows: int, width: int, model=LLAMA) -> dict[str, np.ndarray]:
+    """Writes a model in FP8 with a scale per block, and returns the dense tensors that the file stands for."""
+    jaxlm.save(make(model), folder)
+    tensors = {name: np.array(tensor) for name, tensor in safetensors.read(folder).items()}
+    stored, dense = {}, {}
+    for name, x in tensors.items():
+        if not name.endswith("proj.weight"):
+            stored[name] = dense[name] = x
+            continue
+        of_block = lambda scales, shape=x.shape: np.kron(scales, np.ones((rows, width)))[: shape[0], : shape[1]]
+        counts = -(-x.shape[0] // rows), -(-x.shape[1] // width)
+        scales = np.random.default_rng(len(name)).uniform(0.001, 0.01, counts).astype(np.float32)
+        stored[name] = np.clip(x / of_block(scales), -448, 448).astype(ml_dtypes.float8_e4m3fn)  # larger ones are NaN
+        stored[f"{name}_scale_inv"] = scales
+        dense[name] = (stored[name].astype(np.float32) * of_block(scales)).astype(np.float32)
+    safetensors.write(stored, folder / safetensors.WEIGHTS)
+    config = json.loads((folder / "config.json").read_text())
+    settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [rows, width]}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    return dense
+
+
+@pytest.mark.parametrize(("rows", "width", "is_node"), [(16, 16, True), (24, 32, True), (64, 64, False), (7, 5, False)])
+def test_fp8_in_blocks_is_read(rows, width, is_node, tmp_path, capsys):
+    dense = in_blocks(tmp_path / "blocks", rows, width)
+    lm = jaxlm.load(tmp_path / "blocks")
+    assert "inputs of projections are not rounded as in" in capsys.readouterr().err
+    layers = lm.params["decoder"]["layers"]
+    assert isinstance(layers["attention"]["query"]["kernel"], Quantized) == is_node
+    up_LDF = nodes.dense_layers(layers["mlp"]["up"]["kernel"])
+    expected = np.stack([dense[f"model.layers.{n}.mlp.up_proj.weight"].T for n in range(2)])
+    np.testing.assert_allclose(up_LDF, expected, rtol=1e-6)
+    jaxlm.save(make(), tmp_path / "dense")
+    safetensors.write(dense, tmp_path / "dense" / safetensors.WEIGHTS)
+    expected_BTV = jaxlm.load(tmp_path / "dense")(TOKENS_BT).logits
+    assert np.isfinite(expected_BTV).all()
+    np.testing.assert_allclose(lm(TOKENS_BT).logits, expected_BTV, atol=1e-5)
+    jaxlm.save(lm, tmp_path / "again")
+    np.testing.assert_allclose(jaxlm.load(tmp_path / "again")(TOKENS_BT).logits, expected_BTV, atol=1e-5)
+
+
+def test_experts_in_fp8_blocks_are_read(tmp_path):
+    preset = next(iter(FAMILIES["qwen3_moe"].presets.values()))
+    model = dataclasses.replace(preset, **SIZES, experts=3, experts_per_token=2, heads_on_top=("lm",))
+    dense = in_blocks(tmp_path / "blocks", 16, 16, model)
+    jaxlm.save(make(model), tmp_path / "dense")
+    safetensors.write(dense, tmp_path / "dense" / safetensors.WEIGHTS)
+    found, expected = (jaxlm.load(tmp_path / name)(TOKENS_BT).logits for name in ("blocks", "dense"))
+    assert np.isfinite(expected).all()
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ([16], r"weight_block_size \[16\]; it must be two sizes"),
+        ([16, 0], "it must be two sizes such as"),
+        ("16x16", "it must be two sizes"),
+        ([8, 16], r"weight_scale_inv has shape \[2, 4\], but the weights and config.json require \[4, 4\]"),
+    ],
+)
+def test_a_wrong_block_size_is_refused(block, message, tmp_path):
+    in_blocks(tmp_path, 16, 16)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["weight_block_size"] = block
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=message):
+        jaxlm.load(tmp_path)
+
+
+@pytest.mark.parity
+def test_fp8_blocks_equal_those_of_transformers(tmp_path):
+    torch = pytest.importorskip("torch")
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    in_blocks(tmp_path, 16, 16)
+    tensors = {name: np.array(tensor) for name, tensor in safetensors.read(tmp_path).items()}
+    lm, name = jaxlm.load(tmp_path), "model.layers.1.mlp.down_proj.weight"
+    values = torch.from_numpy(tensors[name].view(np.uint8)).view(torch.float8_e4m3fn)
+    scales = torch.from_numpy(tensors[f"{name}_scale_inv"])
+    expected = Fp8Dequantize(None)._dequantize_one(values, scales, torch.float32).numpy()
+    found = nodes.dense_layers(lm.params["decoder"]["layers"]["mlp"]["down"]["kernel"])[1].T
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+# Experts: each matrix is quantised alone.
+
+EXPERTS = {
+    name: dataclasses.replace(
+        next(iter(FAMILIES[name].presets.values())), **SIZES, experts=3, experts_per_token=2, heads_on_top=("lm",)
+    )
+    for name in ("qwen3_moe", "mixtral", "gpt_oss")
+}
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize("how", [{"weights": "int8"}, {"weights": "int4", "group": 16, "symmetric": False}], ids=str)
+def test_each_expert_is_quantised_like_a_projection(name, how):
+    lm = make(EXPERTS[name])
+    quantized = jaxlm.quantize(lm, **how)
+    for matrix in ("up", "gate", "down"):
+        node = quantized.params["decoder"]["layers"]["mlp"]["experts"][matrix]
+        dense = lm.params["decoder"]["layers"]["mlp"]["experts"][matrix]
+        expected = quantize(dense[1, 2], stacked=False, **how)
+        found = jax.tree.map(lambda leaf: leaf[1, 2], node)
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+    merged = jaxlm.merge(quantized, dequantize=True)
+    assert not any(nodes.is_node(leaf) for leaf in leaves(merged.params))
+    np.testing.assert_allclose(quantized(TOKENS_BT).logits, merged(TOKENS_BT).logits, atol=1e-5)
+    only = jaxlm.quantize(lm, "int8", targets="experts")
+    assert sum(nodes.is_node(leaf) for leaf in leaves(only.params)) == 3
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_quantised_experts_are_written_and_read(name, tmp_path):
+    lm = jaxlm.quantize(make(EXPERTS[name]), "int4", group=16)
+    jaxlm.save(lm, tmp_path / "a")
+    back = jaxlm.load(tmp_path / "a")
+    if name != "gpt_oss":  # whose file has one tensor for all experts, for which compressed-tensors has no format
+        assert jax.tree.structure(back.params) == jax.tree.structure(lm.params)
+        jax.tree.map(np.testing.assert_array_equal, back.params, lm.params)
+        jaxlm.save(back, tmp_path / "b")
+        assert files(tmp_path / "a") == files(tmp_path / "b")
+    np.testing.assert_allclose(back(TOKENS_BT).logits, lm(TOKENS_BT).logits, atol=1e-5)
+
+
+def test_quantised_experts_load_sharded(tmp_path):
+    lm = jaxlm.quantize(make(dataclasses.replace(EXPERTS["qwen3_moe"], experts=4)), "int4", group=16)
+    jaxlm.save(lm, tmp_path / "model")
+    mesh = jaxlm.devices.sharding.make_mesh(jaxlm.MeshConfig(data=1, expert=2), jax.devices()[:2])
+    back = jaxlm.load(tmp_path / "model", mesh=mesh)
+    node = back.params["decoder"]["layers"]["mlp"]["experts"]["up"]
+    assert node.values.sharding.spec[1] == node.scales.sharding.spec[1] == "expert"
+    np.testing.assert_allclose(back(TOKENS_BT).logits, lm(TOKENS_BT).logits, atol=1e-5)
+
+
+def test_magnitude_pruning_removes_weights_of_each_expert():
+    pruned = jaxlm.prune(make(EXPERTS["qwen3_moe"]), 0.5)
+    up_LXDF = np.asarray(pruned.params["decoder"]["layers"]["mlp"]["experts"]["up"])
+    np.testing.assert_allclose((up_LXDF == 0).mean((2, 3)), 0.5)
+    assert set(jaxlm.transforms.pruning.sparsity_of(pruned).values()) == {0.5}

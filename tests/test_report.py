@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from functools import partial
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from jaxlm.errors import RunError, UserError
-from jaxlm.reports import charts, metrics, pictures, report
+from jaxlm.reports import charts, metrics, pages, pictures, report
 from jaxlm.reports.report import Bars, Heatmap, Histogram, Table
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -548,3 +549,17 @@ def test_a_live_curve_keeps_its_last_state_after_an_error(tmp_path, monkeypatch)
 
 def test_hardware_is_described():
     assert "no accelerator" in report.hardware() and "slowly" in report.hardware()
+
+
+def test_a_page_of_chapters_contains_its_text_pictures_and_tables(tmp_path):
+    chapters = [
+        pages.Chapter("First <one>", ["A paragraph & more."], [Bars("Gap", ("a", "b"), (0.2, 0.4), "points")]),
+        pages.Chapter("Second", [], [Table("Rows", ("text", "score"), [["a text", "0.5"]], "One row.")]),
+        pages.Chapter("Third"),
+    ]
+    page = pages.write_page(tmp_path / "audit.html", "m", "jaxlm audit", {"model": "a/b"}, chapters, '{"a": 1}')
+    text = page.read_text()
+    assert [path.name for path in (tmp_path / "audit").iterdir()] == ["gap.png"]
+    assert re.findall(r"<h2>(.*?)</h2>", text) == ["First &lt;one&gt;", "Second", "Third"]
+    assert '<p class="prose">A paragraph &amp; more.</p>' in text and text.count("data:image/png;base64,") == 1
+    assert "a text" in text and "jaxlm audit" in text and "a/b" in text and "<script" not in text

@@ -28,7 +28,7 @@ import pytest
 from flags import xla_flags
 
 from jaxlm import CausalLM, DataConfig, ModelConfig, OptimizerConfig, RunConfig, TokenizerConfig
-from jaxlm.__main__ import main, one_device_per_core
+from jaxlm.__main__ import main
 from jaxlm.config import MeshConfig
 from jaxlm.data.batches import Batches
 from jaxlm.devices import sharding
@@ -43,8 +43,9 @@ from jaxlm.run.measure import MEASURED
 from jaxlm.run.optimizer import make_optimizer
 from jaxlm.run.step import TrainState
 from jaxlm.run.training import Journal
+from jaxlm.verbs.machine import one_device_per_core
 
-# TensorStore prints a message if one array of a checkpoint fails. `jaxlm.__main__` hides this message.
+# TensorStore prints a message if one array of a checkpoint fails. `jaxlm.verbs.machine` hides this message.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 

@@ -17,6 +17,7 @@ from jaxlm.config.decoding import Decoding
 from jaxlm.config.model import ModelConfig
 from jaxlm.config.ranges import (
     MAX_INT,
+    AboveZero,
     Config,
     Count,
     Name,
@@ -46,7 +47,9 @@ __all__ = [
     "MultipleChoice",
     "Part",
     "PermutedLM",
+    "Preference",
     "QuestionAnswering",
+    "Reward",
     "Seq2Seq",
     "Similarity",
     "SpanCorruption",
@@ -357,6 +360,64 @@ class Chat(TaskConfig):
             raise UserError(
                 f"task.answer is {self.answer!r} without task.question; give both columns, or task.messages"
             )
+
+
+@dataclass(frozen=True)
+class AnswerPairs(TaskConfig):
+    """Base of tasks over pairs of a chosen and a rejected answer to the same prompt."""
+
+    prompt: str = "prompt"  # column of the prompt, a text or messages; without it, what both answers begin with
+    chosen: Name = "chosen"  # column of the better answer, a text or messages, or of the whole conversation
+    rejected: Name = "rejected"  # column of the worse answer
+    system: str = ""  # system message of every conversation
+    template: str = ""  # Jinja source of the chat template; empty: the tokenizer's own
+    equal: Literal["refuse", "drop"] = "refuse"  # how to handle pairs of equal or empty answers
+
+
+@dataclass(frozen=True)
+class Preference(AnswerPairs):
+    """Prefer the chosen to the rejected answer of each prompt (DPO, Rafailov et al. 2023, and its relatives).
+
+    dpo and ipo compare with the reference, the model that the run starts from; orpo and simpo have no reference.
+    """
+
+    has_label_head: ClassVar[bool] = False
+    used: ClassVar[tuple[Used, ...]] = (
+        ("label_smoothing", "objective", ("dpo", "simpo")),
+        ("margin", "objective", ("simpo",)),
+    )
+
+    objective: Literal["dpo", "ipo", "orpo", "simpo"] = "dpo"  # the loss of a pair
+    beta: AboveZero = 0.1  # factor of the rewards; for orpo, of the odds ratio
+    margin: NotNegative = 0.5  # how much larger the reward of the chosen answer should be, for objective=simpo
+    label_smoothing: Annotated[float, Range(0, 0.5, below=True)] = 0.0  # fraction of the pairs with a wrong order
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the loss compares with the model that the run starts from."""
+        return self.objective in ("dpo", "ipo")
+
+    def check_model_structure(self, model: ModelConfig) -> None:
+        """Raises UserError if the model is not a decoder."""
+        if model.structure != "decoder":
+            raise UserError(f"Preference needs a decoder, but the model is a(n) {model.structure}; use another model")
+
+    def check_model(self, run: RunConfig, model: ModelConfig) -> None:
+        """Raises UserError if the model is not a decoder, or if its reference would change."""
+        self.check_model_structure(model)
+        if self.has_reference and run.adapter.rank and run.adapter.biases != "none":
+            raise UserError(
+                f"adapter.biases is {run.adapter.biases!r}, so that the model without its adapter is not the one that "
+                f"the run starts from, which {self.objective} needs; set it to none, or use orpo or simpo"
+            )
+
+
+@dataclass(frozen=True)
+class Reward(AnswerPairs):
+    """Give each answer a number that is larger for the chosen answers (Ouyang et al. 2022): a reward model."""
+
+    margin: NotNegative = 0.0  # how much larger the reward of the chosen answer should be
+    center: NotNegative = 0.0  # weight of the squared sum of the rewards of a pair, which centres them at 0
 
 
 @dataclass(frozen=True)

@@ -96,16 +96,16 @@ class PendingParts:
 
 
 def to_parts(
-    to_hf: Callable[..., np.ndarray], leaves: list[Any], stacked: bool
-) -> Callable[[int], PendingParts] | None:
-    """Returns a function from the layer to the tensor of a file for nodes with the same settings.
+    to_hf: Callable[..., np.ndarray], leaves: list[Any], stacked: int
+) -> Callable[[tuple[int, ...]], PendingParts] | None:
+    """Returns a function from the index of a matrix to the tensor of a file for nodes with the same settings.
 
     It returns None for other parameters, and for tensors that the format cannot represent.
 
     Args:
       to_hf: arrays of one layer -> the tensor of the file; it only moves entries.
       leaves: the parameters that the tensor contains.
-      stacked: whether their first axis is that of layers.
+      stacked: number of their leading axes with one matrix for each index, those of layers and experts.
     """
     if not all(isinstance(leaf, Quantized) and leaf.weights in BITS for leaf in leaves):
         return None
@@ -124,8 +124,8 @@ def to_parts(
     shape, (group_count,), ((weights, symmetric, input_format, _),) = order.shape, groups, kinds
     group = shape[1] // group_count
 
-    def make(layer: int) -> Parts:
-        of_layer = lambda x: np.asarray(x[layer] if stacked else x)
+    def make(index: tuple[int, ...]) -> Parts:
+        of_layer = lambda x: np.asarray(x[index])
         store = ml_dtypes.float8_e4m3fn if weights == "fp8" else np.int8
         values = to_hf(*[of_layer(leaf.values).astype(store) for leaf in leaves])
 
@@ -136,10 +136,9 @@ def to_parts(
         zeros = None if symmetric else per_group("zeros", np.int8)
         return Parts(np.ascontiguousarray(values), per_group("scales", np.float32), zeros)
 
-    def pending(layer: int) -> PendingParts:
-        of_layer = lambda scale: scale[layer : layer + 1] if stacked else scale.reshape(1)
-        input_scale = of_layer(input_scales[0]) if input_scales else None
-        return PendingParts(weights, shape, group_count, symmetric, input_format, input_scale, partial(make, layer))
+    def pending(index: tuple[int, ...]) -> PendingParts:
+        input_scale = input_scales[0][index].reshape(1) if input_scales else None
+        return PendingParts(weights, shape, group_count, symmetric, input_format, input_scale, partial(make, index))
 
     return pending
 
@@ -208,13 +207,15 @@ def read_node(
     packed, row = [tensors[name] for name in reader.names.values()], parameters.find(path)
     if row is None or not all(isinstance(one, Packed) for one in packed) or len({one.settings for one in packed}) != 1:
         return None
-    one, stacked = packed[0], int(parameters.is_stacked(path))
+    one, stacked = packed[0], parameters.stacked_axes(path)
     is_table = row.axes == ("vocabulary", "width")
-    if one.parts is None or not (row.inputs or is_table) or (stacked and len(packed) != reader.shape[0]):
+    is_projection = row.inputs or stacked > 1 or is_table
+    if one.parts is None or not is_projection or len(packed) != math.prod(reader.shape[:stacked]):
         return None
     inputs, first = row.inputs or 1, int(is_table)
     axis = stacked + first
     shape = (*reader.shape[:axis], one.groups, *reader.shape[axis + inputs :])
+    group_axes = (*row.axes[:axis], None, *row.axes[axis + inputs :])
     part = lambda name: {n: _Part(tensors[n], name) for n in reader.names.values()}
     values = partial(reader.read, config, part("values"))
 
@@ -233,8 +234,8 @@ def read_node(
     is_static = one.input_scale is not None and not is_table
     return Quantized(
         place(values, row.axes, reader.shape, value_dtype),
-        place(partial(per_group, "scales"), (), shape, float32),
-        None if one.symmetric else place(partial(per_group, "zeros"), (), shape, value_dtype),
+        place(partial(per_group, "scales"), group_axes, shape, float32),
+        None if one.symmetric else place(partial(per_group, "zeros"), group_axes, shape, value_dtype),
         place(input_scales, (), (len(packed),) * stacked, float32) if is_static else None,
         first,
         inputs,

@@ -360,7 +360,7 @@ def to_hf(family: Family, config: ModelConfig, params: Mapping[str, Any]) -> dic
       UserError: if `params` do not have the shapes that `config` requires.
     """
     shapes, leaves = tree_shapes(config, family.module), flat(params)
-    arrays = {path: nodes.dense_like(leaf, parameters.is_stacked(path)) for path, leaf in leaves.items()}
+    arrays = {path: nodes.dense_like(leaf, parameters.stacked_axes(path)) for path, leaf in leaves.items()}
     check_shapes(shapes, {path: tuple(array.shape) for path, array in arrays.items()}, "parameters")
     expected, tensors = hf_shapes(family, config), dict[str, Pending]()
     for rule in applying(family.rules, config, shapes):
@@ -369,23 +369,23 @@ def to_hf(family: Family, config: ModelConfig, params: Mapping[str, Any]) -> dic
         for index, name in rule.names(config, shapes).items():
             make = partial(_join, rule, config, parts, index)
             kind = np.dtype(arrays[rule.leaves[0]].dtype)
-            tensors[name] = Pending(expected[name], kind, make, quantised and quantised(index[0] if index else 0))
+            tensors[name] = Pending(expected[name], kind, make, quantised and quantised(index))
     return tensors
 
 
-def _quantised_layers(rule: Rule, config: ModelConfig, leaves: list[Any]) -> Callable[[int], PendingParts] | None:
-    """Returns a function from the layer to the quantised tensor of a rule; None if the tensor is written dense."""
-    stacked = parameters.is_stacked(rule.leaves[0])
+def _quantised_layers(
+    rule: Rule, config: ModelConfig, leaves: list[Any]
+) -> Callable[[tuple[int, ...]], PendingParts] | None:
+    """Returns a function from the index of a matrix to its quantised tensor; None: it is written dense."""
+    stacked = parameters.stacked_axes(rule.leaves[0])
     if stacked != rule.stacked or not rule.hf.endswith(".weight"):
         return None
     return to_parts(partial(rule.layout.to_hf, rule.config(config)), leaves, stacked)
 
 
 def _join(rule: Rule, config: ModelConfig, leaves: list[Any], index: tuple[int, ...]) -> np.ndarray:
-    if rule.stacked:
-        array: Callable[[Any], Any] = partial(nodes.of_layer, layer=index)
-    else:  # jaxlm's own format stores stacked arrays
-        array = nodes.dense_layers if parameters.is_stacked(rule.leaves[0]) else nodes.dense
+    inner = parameters.stacked_axes(rule.leaves[0]) - rule.stacked  # axes of matrices within the tensor
+    array = partial(nodes.of_layer, layer=index, stacked=inner)
     return rule.layout.to_hf(rule.config(config), *(np.asarray(array(leaf)) for leaf in leaves))
 
 

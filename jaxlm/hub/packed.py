@@ -296,21 +296,44 @@ def compressed_tensors(tensors: Tensors, settings: Mapping[str, Any]) -> dict[st
 
 
 def fp8(tensors: Tensors, settings: Mapping[str, Any]) -> dict[str, Packed]:
-    """Returns the matrices of a checkpoint of 8-bit floats with one scale for each, as AutoFP8 and transformers write.
+    """Returns the matrices of a checkpoint of 8-bit floats with one scale for each, or for each block of entries.
 
-    Matrices with scales of blocks are not among them. AutoFP8 names the scales `weight_scale` and `input_scale`,
-    transformers `weight_scale_inv` and `activation_scale`; both multiply.
+    AutoFP8 names the scales `weight_scale` and `input_scale`, transformers `weight_scale_inv` and `activation_scale`;
+    both multiply. Blocks have the sizes `weight_block_size` (DeepSeek-AI 2024, DeepSeek-V3, section 3.3.2).
     """
     is_static = settings.get("activation_scheme") == "static"
-    inputs = _inputs({"type": "float", "strategy": "tensor", "dynamic": not is_static})
+    block = settings.get("weight_block_size")
+    inputs = _inputs({"type": "float", "strategy": "block" if block else "tensor", "dynamic": not is_static})
     found = {}
     for names in (("weight_scale", "input_scale"), ("weight_scale_inv", "activation_scale")):
-        for module in _modules(tensors, f".{names[0]}") if not settings.get("weight_block_size") else ():
+        for module in _modules(tensors, f".{names[0]}"):
             weight, scale = _require(tensors, module, ("weight", names[0]), ("float8_e4m3fn", None))
-            if math.prod(scale.shape) == 1:
+            if block:
+                found[f"{module}.weight"] = replace(_in_blocks(module, weight, names[0], scale, block), inputs=inputs)
+            elif math.prod(scale.shape) == 1:
                 matrix = _grouped(tensors, module, weight.shape, 0, weight, scale)
                 found[f"{module}.weight"] = _with_inputs(matrix, tensors, module, inputs, names[1])
     return found
+
+
+def _in_blocks(module: str, weight: Any, name: str, scales: Any, block: Any) -> Packed:
+    """Returns a matrix [O, I] whose scales [ceil(O / o), ceil(I / i)] belong to blocks of [o, i] entries."""
+    if not isinstance(block, list | tuple) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
+        raise UserError(f"config.json has the weight_block_size {block!r}; it must be two sizes such as [128, 128]")
+    if len(weight.shape) != 2:
+        raise UserError(f"{module}.weight has shape {list(weight.shape)}, which is not a matrix: choose another model")
+    (outputs, columns), (rows, width) = weight.shape, block
+    _check(module, name, scales, (-(-outputs // rows), -(-columns // width)))
+    dtype = _float(module, scales)
+    of_outputs = lambda: np.repeat(np.asarray(scales, np.float32), rows, axis=0)[:outputs]
+
+    def dense() -> np.ndarray:
+        return np.asarray(weight).astype(np.float32) * np.repeat(of_outputs(), width, axis=1)[:, :columns]
+
+    if columns % width:  # the groups of a node have equal sizes
+        return Packed((outputs, columns), dtype, dense)
+    parts = lambda: Parts(np.asarray(weight), of_outputs(), None)
+    return Packed((outputs, columns), dtype, dense, parts, "fp8", columns // width)
 
 
 def _with_inputs(matrix: Packed, tensors: Tensors, module: str, inputs: Inputs, name: str = "input_scale") -> Packed:

@@ -94,7 +94,7 @@ def _refusal(
     way = f", or dequantise it with {_DEQUANTIZE[method]} and save_pretrained" if method in _DEQUANTIZE else ""
     return UserError(
         f"{folder} is quantised with {shown}: {name} is in {np.dtype(stored[name].dtype)}, and supported are "
-        f"{', '.join(FLOATS)}, and the quantisations {', '.join(_READERS)} (without blocks) with their settings in "
+        f"{', '.join(FLOATS)}, and the quantisations {', '.join(_READERS)} with their settings in "
         f"config.json; use the original checkpoint, which the model's hub page lists{way}"
     )
 

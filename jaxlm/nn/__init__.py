@@ -23,6 +23,7 @@ heads        outputs computed from the last hidden states
 crf          scores of sequences of tags, for tagging
 groups       the positions of a batch in groups, each with a copy of the parameters of a head
 fusion       values that XLA does not compute together on a GPU
+preferences  losses of pairs of answers (DPO, IPO, SimPO, ORPO)
 losses       losses and metrics as pairs (sum, weight)
 relations    relations between the tokens of an example, for distillation
 nodes        parameters in another form than a dense array

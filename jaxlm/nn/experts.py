@@ -200,7 +200,7 @@ class _Matrices(nn.Module):
 
         def make(name: str, std: float | None, inputs: int, outputs: int) -> jax.Array:
             init = nn.initializers.normal(1 / math.sqrt(inputs) if std is None else std)
-            return array(self, name, init, (X, inputs, outputs)).astype(self.dtype)
+            return array(self, name, init, (X, inputs, outputs), stacked=1).astype(self.dtype)
 
         def make_bias(name: str, outputs: int) -> jax.Array:
             return array(self, name, nn.initializers.zeros, (X, outputs)).astype(self.dtype)

@@ -70,3 +70,9 @@ class LowRank(nodes.Node):
 def column_norms(kernel: jax.Array, inputs: int) -> jax.Array:
     """Returns the norm of the weights of each output, [O...] float32, of a kernel [I..., O...] with `inputs` axes I."""
     return jnp.sqrt(jnp.square(kernel.astype(jnp.float32)).sum(range(inputs)))
+
+
+def without_updates(params: Any) -> Any:
+    """Returns a parameter tree with the base of each low-rank update in its place."""
+    is_update = lambda value: isinstance(value, LowRank)
+    return jax.tree.map(lambda leaf: leaf.base if is_update(leaf) else leaf, params, is_leaf=is_update)

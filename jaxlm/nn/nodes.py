@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from functools import partial
+from itertools import takewhile
 from typing import Any, ClassVar, dataclass_transform
 
 import flax.linen as nn
@@ -22,8 +23,8 @@ Axes = tuple[str | None, ...]  # the logical axis of each dimension
 class Node(ABC):
     """Base class of parameter nodes; subclasses use the decorator `@node`.
 
-    In a stack of layers each array of a node has a leading layer axis, but `materialize` receives the arrays of one
-    layer, without this axis.
+    In a stack of layers each array of a node has a leading layer axis, and that of experts an axis after it. But
+    `materialize` receives the arrays of one matrix, without these axes.
 
     Attributes:
       trained: names of the arrays that are trained.
@@ -72,8 +73,13 @@ class Node(ABC):
 
 def input_axes(axes: Axes, inputs: int) -> slice:
     """Returns the slice of the contracted axes of a projection; for other parameters, the first axis."""
-    first = int(axes[0] == "layers")
+    first = stacked_axes(axes)
     return slice(first, first + max(inputs, 1))
+
+
+def stacked_axes(axes: Axes) -> int:
+    """Returns the number of leading axes with one matrix for each index: those of layers and of experts."""
+    return sum(1 for _ in takewhile(lambda axis: axis in ("layers", "experts"), axes))
 
 
 @dataclass_transform(frozen_default=True)
@@ -111,19 +117,27 @@ def dense(value: Any) -> jax.Array:
     return value.materialize() if isinstance(value, Node) else value
 
 
-def of_layer(value: Any, layer: int | tuple[int, ...]) -> jax.Array:
-    """Returns the dense array of one layer of a stacked array or node; or of one index along several axes."""
-    return dense(jax.tree.map(lambda leaf: leaf[layer], value))
+def of_layer(value: Any, layer: int | tuple[int, ...], stacked: int = 0) -> jax.Array:
+    """Returns the dense array of one layer of a stacked array or node, or of one index along several axes.
+
+    Args:
+      value: the array or node.
+      layer: the index.
+      stacked: number of axes after the index that also have one matrix for each index.
+    """
+    return dense_layers(jax.tree.map(lambda leaf: leaf[layer], value), stacked)
 
 
-def dense_layers(value: Any) -> jax.Array:
-    """Returns the dense array of a stacked array or node, [L, ...], computed layer by layer."""
-    return jax.lax.map(dense, value) if is_node(value) else value
+def dense_layers(value: Any, stacked: int = 1) -> jax.Array:
+    """Returns the dense array of an array or node with `stacked` leading axes, [L, ...], computed matrix by matrix."""
+    if not stacked or not is_node(value):
+        return dense(value)
+    return jax.lax.map(partial(dense_layers, stacked=stacked - 1), value)
 
 
-def dense_like(value: Any, stacked: bool) -> Any:
-    """Returns an object with the shape and the dtype of the dense array; `stacked`: its first axis is the layer."""
-    return jax.eval_shape(dense_layers if stacked else dense, value) if is_node(value) else value
+def dense_like(value: Any, stacked: int) -> Any:
+    """Returns an object with the shape and the dtype of the dense array, which has `stacked` leading axes."""
+    return jax.eval_shape(partial(dense_layers, stacked=stacked), value) if is_node(value) else value
 
 
 def is_matrix(value: Any) -> bool:
@@ -152,9 +166,10 @@ def parameter(module: nn.Module, name: str, init: Any, shape: tuple[int, ...]) -
     return value if is_node(value) else module.param(name, init, shape, jnp.float32)
 
 
-def array(module: nn.Module, name: str, init: Any, shape: tuple[int, ...]) -> jax.Array:
-    """Returns a float32 parameter of a module as a dense array."""
-    return dense(parameter(module, name, init, shape))
+def array(module: nn.Module, name: str, init: Any, shape: tuple[int, ...], stacked: int = 0) -> jax.Array:
+    """Returns a float32 parameter of a module, with `stacked` axes of matrices, as a dense array."""
+    value = parameter(module, name, init, shape)
+    return jax.vmap(dense)(value) if stacked else dense(value)
 
 
 def _product(contract: int, dtype: Any, kernel: Any, x: jax.Array) -> jax.Array:

@@ -16,6 +16,7 @@ import jax
 
 from jaxlm.errors import UserError
 from jaxlm.nn.nodes import is_node
+from jaxlm.nn.nodes import stacked_axes as stacked_axes_of
 
 
 class Parameter(NamedTuple):
@@ -123,6 +124,15 @@ def find(path: str) -> Parameter | None:
     return rows[0] if rows else None
 
 
+def stacked_axes(path: str) -> int:
+    """Returns the number of leading axes of the parameter at a path that have one matrix for each index.
+
+    They are the axes of layers and of experts. A parameter outside the table has at most that of layers.
+    """
+    row = find(path)
+    return stacked_axes_of(row.axes) if row is not None else int(is_stacked(path))
+
+
 def is_stacked(path: str) -> bool:
     """Returns whether the first axis of the parameter at a path is the layer."""
     return bool(re.match(_LAYER + "/", path))
@@ -206,19 +216,21 @@ def rows_by_path(params: Any) -> dict[str, Parameter]:
     return {path_of(path): row for path, row in leaves}
 
 
-def projections(params: Any, targets: str = "all") -> list[str]:
+def projections(params: Any, targets: str = "all", experts: bool = False) -> list[str]:
     """Returns the paths of the projections that `targets` selects, such as `decoder/layers/mlp/up/kernel`.
 
     Args:
       params: a parameter tree; a projection may be a node.
       targets: parts of paths, separated by commas, such as `query,value`, `mlp` or `cross_attention/out`; `all` selects
         every projection.
+      experts: whether the matrices of routed experts are among them, [L, X, I, O] for X experts.
 
     Raises:
       UserError: if there are no projections, or if a target selects none of them.
     """
+    is_chosen = lambda row: row.inputs or (experts and row.decays and "experts" in row.axes)
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_node)
-    paths = [path for path in (path_of(key_path) for key_path, _ in leaves) if (row := find(path)) and row.inputs]
+    paths = [path for path in (path_of(key_path) for key_path, _ in leaves) if (row := find(path)) and is_chosen(row)]
     if not paths:
         raise UserError("the model has no projections (of attention or an MLP); choose another model")
     words = [word.strip() for word in targets.split(",")]

@@ -94,7 +94,7 @@ class Quantized(nodes.Node):
 
     def axes(self, axes: nodes.Axes, inputs: int) -> dict[str, tuple[nodes.Axes, int]]:
         """Returns the axes of the dense array for values; scales and zeros are not sharded along groups."""
-        layers = int(axes[:1] == ("layers",))
+        layers = nodes.stacked_axes(axes)
         start = layers + self.first
         groups = (*axes[:start], None, *axes[start + self.inputs :])
         return {"values": (axes, 0), "scales": (groups, 0), "zeros": (groups, 0), "input_scale": (axes[:layers], 0)}

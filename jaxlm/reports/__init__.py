@@ -3,6 +3,8 @@
 report     the page, and all functions for notebooks and scripts
 notebook   single pictures and tables: curves, confusion, attention, meshes
 live       a curve that is redrawn while a run trains
+pages      a page of chapters, for explanations and audits
+figures    pictures and tables as parts of a page
 charts     the charts of a run, from its log
 metrics    the log, and the name, family and format of each metric
 tables     tables of text, and masked text

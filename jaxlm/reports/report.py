@@ -16,14 +16,13 @@ Notebooks and scripts use the functions of `jaxlm.reports.notebook` and `jaxlm.r
 
 from __future__ import annotations
 
-import base64
 import json
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxlm.reports.charts import charts_of_rows, curves, png_paths
+from jaxlm.reports.figures import Detail, Figure, Section, details_of, figure_of
 from jaxlm.reports.live import live
 from jaxlm.reports.metrics import (
     SCORE_FAMILIES,
@@ -48,7 +47,7 @@ from jaxlm.reports.notebook import (
     misclassified,
     save,
 )
-from jaxlm.reports.pictures import Bars, Chart, Heatmap, Histogram, best, draw
+from jaxlm.reports.pictures import Bars, Chart, Heatmap, Histogram, best
 from jaxlm.reports.rendering import render
 from jaxlm.reports.tables import MAX_CELL_CHARACTERS, MaskedText, Table, mistakes
 from jaxlm.storage import disk
@@ -81,24 +80,9 @@ __all__ = [
     "write",
 ]
 
-Section = Heatmap | Bars | Histogram | Table
-
 # Charts of how a run went, not of its results.
 _MACHINE = {"learning_rate", "grad_norm", "tokens_per_second", "mfu", "step_ms", "data_share"}
 _MACHINE |= {"memory_bytes", "process_memory_bytes"}
-_MAX_NAMES = 12  # a heatmap with more classes scrolls on a narrow page
-
-
-class Figure(NamedTuple):
-    """A picture on the page. Without a source there was nothing to draw."""
-
-    title: str
-    source: str = ""  # a data URL
-    width: int = 0  # pixels
-    height: int = 0
-    alt: str = ""
-    caption: str = ""
-    is_wide: bool = False
 
 
 class Cell(NamedTuple):
@@ -113,13 +97,6 @@ class Evaluation(NamedTuple):
 
     step: str
     cells: list[Cell]
-
-
-class Detail(NamedTuple):
-    """A part of the section "Details": a table, or figures that share a grid."""
-
-    table: Table | None = None
-    figures: Sequence[Figure] = ()
 
 
 class RunPage(NamedTuple):
@@ -159,7 +136,7 @@ def write(
     rows = read_metrics(folder)
     charts = charts_of_rows(rows, config, read_baselines(folder))
     pictures = [*charts, *(section for section in sections if not isinstance(section, Table))]
-    figures = [_figure(picture, path) for picture, path in zip(pictures, png_paths(pictures, folder / "report"))]
+    figures = [figure_of(picture, path) for picture, path in zip(pictures, png_paths(pictures, folder / "report"))]
     curves = {chart.name: figure for chart, figure in zip(charts, figures)}
     names = [key.removeprefix("eval/") for key in held_out_keys(rows)]
     evaluations = _evaluations(rows, names)
@@ -171,26 +148,13 @@ def write(
         metrics=["step", *map(metric_label, names)],
         evaluations=evaluations,
         has_best=any(cell.is_best for row in evaluations for cell in row.cells),
-        details=_details(sections, iter(figures[len(charts) :])),
+        details=details_of(sections, iter(figures[len(charts) :])),
         sample=sample,
         config=json.dumps(config, indent=2, ensure_ascii=False, default=str),
     )
     path = folder / "report.html"
     disk.write(path, render("page.html.j2", page=page))
     return path
-
-
-def _figure(picture: Chart | Heatmap | Bars | Histogram, path: Path) -> Figure:
-    """Draws a picture at `path` and returns it as a figure of the page."""
-    caption = draw(picture, path)
-    if caption is None:
-        return Figure(picture.title)
-    png = path.read_bytes()
-    width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))  # fixed positions in every PNG
-    alt = f"{picture.title} by step, up to step {picture.last:,.0f}" if isinstance(picture, Chart) else picture.title
-    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
-    is_wide = isinstance(picture, Heatmap) and len(picture.names) > _MAX_NAMES
-    return Figure(picture.title, source, width, height, alt, caption, is_wide)
 
 
 def _evaluations(rows: list[dict[str, Any]], names: list[str]) -> list[Evaluation]:
@@ -208,14 +172,3 @@ def _evaluations(rows: list[dict[str, Any]], names: list[str]) -> list[Evaluatio
         Evaluation(f"{step:,}", [cell(name, by_step[step].get(f"eval/{name}")) for name in names])
         for step in sorted(by_step)
     ]
-
-
-def _details(sections: Sequence[Section], figures: Iterator[Figure]) -> list[Detail]:
-    """Returns the tables, and the figures of all other sections: those between two tables share a grid."""
-    details: list[Detail] = []
-    for is_table, group in groupby(sections, lambda section: isinstance(section, Table)):
-        if is_table:
-            details += [Detail(table) for table in group if isinstance(table, Table)]
-        else:
-            details.append(Detail(figures=[next(figures) for _ in group]))
-    return details

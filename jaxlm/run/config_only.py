@@ -53,6 +53,8 @@ def resolve_config(run: RunConfig, mesh: Mesh) -> ResolvedModel:
         teacher = PRESETS.get(run.distill.teacher) or open_folder(find(run.distill.teacher)).config
         teacher = replace(teacher, heads_on_top=config.heads_on_top, labels=config.labels)
         task = with_teacher(task, run.distill, config, teacher)
+    elif task.has_reference and not run.adapter.rank:
+        task = task.replace_fields(teacher=config)
     budget = plan_budget(run) if run.privacy.is_on else None
     return ResolvedModel(run, mesh, task, config, task.module(Transformer), budget=budget)
 

@@ -22,7 +22,7 @@ from jaxlm.hub.gguf.container import is_gguf
 from jaxlm.lm import LM, find, tokenizer_folder
 from jaxlm.nn.transformer import Transformer
 from jaxlm.run import privacy
-from jaxlm.run.teacher import bind_teacher, open_cache
+from jaxlm.run.teacher import bind_reference, bind_teacher, open_cache
 from jaxlm.run.weights import Weights, check_fits, known_labels, student_config, token_vectors_of, weights_of
 from jaxlm.tasks import make_task, prepare, with_labels
 from jaxlm.tasks.labels import Labels
@@ -124,6 +124,8 @@ def resolve(
     task, config = bind_task(run, weights, task, data.train)
     token_vectors = token_vectors_of(run, config, data.tokenizer)
     task, teacher = bind_teacher(run, task, config, data)
+    if teacher is None:
+        task, teacher = bind_reference(run, task, config, weights)
     train = task.batches(data.train, run.batch, run.data.length, run.seed)
     if run.privacy.is_on:
         privacy.check_bound_model(config)

@@ -64,6 +64,36 @@ def bind_teacher(run: RunConfig, task: Task, student: ModelConfig, data: Prepare
     return with_losses(task, run.distill, student, found.config, pooling), weights
 
 
+def bind_reference(run: RunConfig, task: Task, model: ModelConfig, weights: Weights | None) -> tuple[Task, Any]:
+    """Returns the task, and the weights of its reference: those that the run starts from, as the weights of a teacher.
+
+    With an adapter, the model without it is the reference, and no second copy of the weights exists.
+
+    Args:
+      run: the config.
+      task: the task, bound to the model.
+      model: the model of the run.
+      weights: the weights that the run starts from.
+
+    Returns:
+      The same task and None, for a task without a reference, or with an adapter.
+
+    Raises:
+      UserError: for a run without initial weights.
+    """
+    if not task.has_reference:
+        return task, None
+    if weights is None:
+        raise UserError(
+            f"{type(run.task).__name__} compares with the model that the run starts from, and the run has no initial "
+            f"weights; give them with --init"
+        )
+    if run.adapter.rank:
+        return task, None
+    shapes = {f"{TEACHER}/{path}": shape for path, shape in weights.shapes.items()}
+    return task.replace_fields(teacher=model), weights._replace(shapes=shapes)
+
+
 def open_cache(run: RunConfig, task: Any, batches: Any, log: Callable[[str], None]) -> None:
     """Opens the cache of a task with `run.distill.cache`; does nothing for another task.
 

@@ -186,10 +186,10 @@ class Training:
             raise _divergence("a weight is not finite", step, self.journal.unlogged[-1], self.checkpoints)
 
     def score(self, params: Any) -> tuple[dict[str, float], Any]:
-        """Returns the scores of parameters on the held-out data, and the outputs that the task keeps."""
+        """Returns the scores of all parameters on the held-out data, and the outputs that the task keeps."""
         resolved = self.resolved
         run_over = lambda batches: run_eval(self._eval_step, params, batches, self._shard, self._held_out_rows)
-        model = with_params(self.model, params)
+        model = with_params(self.model, parameters.of_model(params))
         return resolved.task.measure(model, run_over, resolved.held_out, resolved.data.held_out)
 
     def worth(self, scores: dict[str, float]) -> float:
@@ -198,7 +198,7 @@ class Training:
 
     def score_start(self) -> None:
         """Evaluates the weights that the run starts from."""
-        scores = self.score(self.state.model)[0]
+        scores = self.score(self.state.parameters)[0]
         self.before = self.worth(scores)
         self.journal.write_scores(0, scores)
         log(_score_line(0, self.run.steps, scores))
@@ -206,7 +206,7 @@ class Training:
     def evaluate(self, step: int) -> bool:
         """Evaluates the state, and returns whether the run ends early because its patience has run out."""
         began = time.monotonic()
-        self.scores, self.result = self.score(self.state.model)
+        self.scores, self.result = self.score(self.state.parameters)
         self.journal.write_scores(step, self.scores)
         self.journal.meter.record_pause(time.monotonic() - began)
         if not np.isfinite(self.scores["loss"]):
@@ -283,7 +283,7 @@ class Training:
                 f"stopped at step {step:,} of {self.run.steps:,} and saved; the same command resumes from here"
             )
         if not self.scores:
-            self.scores, self.result = self.score(self.state.model)
+            self.scores, self.result = self.score(self.state.parameters)
         return lm, kind
 
 

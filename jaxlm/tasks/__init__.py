@@ -4,6 +4,7 @@ task             the protocol `Task`, and `register`
 records          `RecordTask` and `HeadTask`, the bases of tasks over rows of a table
 classification, tagging, question_answering, multiple_choice, similarity    tasks that read the logits of a head
 generation, seq2seq, chat    tasks whose prediction is a text
+answer_pairs, preference, reward    pairs of a chosen and a rejected answer
 pretraining, permuted, denoising    tasks over running text
 multi_task       several tasks with one body
 distillation     a task whose model also learns from a teacher

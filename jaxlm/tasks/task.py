@@ -62,6 +62,7 @@ class Task(metaclass=_Immutable):
     max_examples: int  # maximum number of examples in a row E; if it is 1, a decoder may omit the mask of segments
     source_length: int | None = None  # tokens of the sources in a row S; None: the task has no sources
     teacher: ModelConfig | None = None  # another model that the losses run without a gradient
+    has_reference: bool = False  # whether the losses also run the model that the run starts from, the reference
     config_keys: Mapping[str, Any] = {}  # entries of the exported config.json that describe the task
     exported_as: Mapping[str, str] = {}  # class of transformers -> the class with the same tensors for this task
     pooling = Pooling()  # how vectors are computed, if the task reads them

@@ -133,8 +133,8 @@ def merge(lm: LM, *, dequantize: bool = False) -> LM:
     def merged(key_path: tuple[Any, ...], leaf: Any) -> Any:
         if not nodes.is_node(leaf):
             return leaf
-        stacked = parameters.is_stacked(parameters.path_of(key_path))
-        return jax.jit(nodes.dense_layers if stacked else nodes.dense)(leaf)
+        stacked = parameters.stacked_axes(parameters.path_of(key_path))
+        return jax.jit(nodes.dense_layers, static_argnames="stacked")(leaf, stacked=stacked)
 
     params = jax.tree_util.tree_map_with_path(merged, lm.params, is_leaf=nodes.is_node)
     return dataclasses.replace(with_params(lm, params), adapted=())

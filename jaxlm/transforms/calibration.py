@@ -174,7 +174,7 @@ def projection_inputs(params: Any) -> dict[str, tuple[int, ...]]:
     for path, leaf in parameters.by_path(params, whole_nodes=True).items():
         row = parameters.find(path)
         if row is not None and row.inputs:
-            found[path] = nodes.dense_like(leaf, stacked=True).shape[1 : 1 + row.inputs]
+            found[path] = nodes.dense_like(leaf, stacked=1).shape[1 : 1 + row.inputs]
     return found
 
 

@@ -44,6 +44,7 @@ def prune(
     Methods: "magnitude" removes the smallest weights. "wanda" removes the weights with the smallest product of
     magnitude and norm of the input. "sparsegpt" removes the weights with the smallest effect on the output and updates
     the remaining ones to compensate. All moments are those of the model before pruning, in one pass over the texts.
+    Only "magnitude" removes weights of routed experts.
 
     Args:
       lm: the model.
@@ -77,9 +78,9 @@ def prune(
         raise UserError("method magnitude uses no calibration data; leave it out, or set method to wanda or sparsegpt")
     if method != "magnitude" and calibration is None:
         raise UserError(f"method {method} requires calibration data; give texts as calibration, or choose magnitude")
-    weights = matrices(lm.params, check_argument("targets", targets, str))
+    weights = matrices(lm.params, check_argument("targets", targets, str), experts=method == "magnitude")
     rows = {path: parameters.find(path) for path in weights}
-    inputs = {path: row.inputs for path, row in rows.items() if row is not None}
+    inputs = {path: row.inputs or 1 for path, row in rows.items() if row is not None}
     counts = removals({path: weight.shape for path, weight in weights.items()}, inputs, groups)
     zero_lowest = partial(_zero_lowest, weights, inputs=inputs, groups=groups, counts=counts)
     if method == "magnitude":
@@ -106,20 +107,24 @@ def sparsity_of(lm: LM, targets: str = "all") -> dict[str, float]:
       UserError: for targets that match nothing.
     """
     leaves = parameters.by_path(lm.params, whole_nodes=True)
-    paths = parameters.projections(lm.params, targets)
-    return {path: float(1 - jnp.count_nonzero(w := nodes.dense_layers(leaves[path])) / w.size) for path in paths}
+    paths = parameters.projections(lm.params, targets, experts=True)
+    dense = lambda path: nodes.dense_layers(leaves[path], parameters.stacked_axes(path))
+    return {path: float(1 - jnp.count_nonzero(w := dense(path)) / w.size) for path in paths}
 
 
-def matrices(params: Any, targets: str) -> dict[str, jax.Array]:
+def matrices(params: Any, targets: str, experts: bool = False) -> dict[str, jax.Array]:
     """Returns the dense projections that `targets` selects, [L, I..., O...], by path.
+
+    With `experts` also the matrices of routed experts, [L * X, I, O].
 
     Raises:
       UserError: if the targets match nothing, a parameter of the model is a node, or a weight is not finite.
     """
-    paths = parameters.projections(params, targets)
+    paths = parameters.projections(params, targets, experts)
     check_dense(params)
     leaves = parameters.by_path(params)
-    weights = {path: jnp.asarray(leaves[path]) for path in paths}
+    merge = lambda path, leaf: leaf.reshape(-1, *leaf.shape[parameters.stacked_axes(path) :])
+    weights = {path: merge(path, jnp.asarray(leaves[path])) for path in paths}
     for path, weight in weights.items():
         if not bool(jnp.isfinite(weight).all()):
             raise UserError(f"{path} has weights that are not finite; choose an undamaged model")
@@ -158,7 +163,7 @@ def _replace(params: Any, changed: Mapping[str, jax.Array]) -> Any:
 
     def leaf_of(key_path: tuple[Any, ...], leaf: Any) -> Any:
         new = changed.get(parameters.path_of(key_path))
-        return leaf if new is None else new.astype(leaf.dtype)
+        return leaf if new is None else new.astype(leaf.dtype).reshape(leaf.shape)
 
     return jax.tree_util.tree_map_with_path(leaf_of, params)
 

@@ -44,7 +44,8 @@ def quantize(
 ) -> LM:
     """Returns the model with quantised projections, which `save` writes in the format compressed-tensors.
 
-    Biases, norms and heads are unchanged. Masked weights stay zero, and low-rank updates are merged first.
+    Biases, norms and heads are unchanged. Masked weights stay zero, and low-rank updates are merged first. The matrices
+    of routed experts are rounded to the nearest values by every method, and their inputs are not rounded.
 
     Args:
       lm: the model.
@@ -79,13 +80,20 @@ def quantize(
             f"inputs is {inputs!r}, but products of integers require integer weights, not {weights}; use int8"
         )
     calibration = calibration if calibration is None or isinstance(calibration, str) else list(calibration)
-    paths = parameters.projections(lm.params, check_argument("targets", targets, str))
+    paths = parameters.projections(lm.params, check_argument("targets", targets, str), experts=True)
     tables = _tables(lm.params) if check_argument("embeddings", embeddings, bool) else []
     leaves = {path: _dense(path, leaf) for path, leaf in _leaves(lm.params).items() if path in (*paths, *tables)}
+    experts = [path for path in paths if parameters.stacked_axes(path) > 1]
+    shapes = {path: leaves[path].shape[:2] for path in experts}
+    leaves |= {path: leaves[path].reshape(-1, *leaves[path].shape[2:]) for path in experts}  # one layer per expert
     settings["group"] = choose_group(check_argument("group", group, Count | None), weights, paths, leaves)
 
     done = {path: nearest(leaves.pop(path)[None], 1, first=1, **settings) for path in tables}
     done = {path: jax.tree.map(lambda leaf: leaf[0], node) for path, node in done.items()}
+    for path in experts:
+        unfold = lambda leaf, shape=shapes[path]: leaf.reshape(*shape, *leaf.shape[1:])
+        done[path] = jax.tree.map(unfold, nearest(leaves.pop(path), 1, **settings))
+    paths = [path for path in paths if path not in experts]
     scales = input_scales(lm, calibration, paths) if is_static else {}
     for some in _portions(paths, leaves) if method == "gptq" else [paths]:
         moments = input_moments(lm, calibration, paths=some) if method == "gptq" else {}
@@ -133,7 +141,7 @@ def _dense(path: str, leaf: Any) -> Any:
         if isinstance(value, (Quantized, FakeQuantized)):
             raise UserError(f"{path} is quantised already; quantise the original model instead")
         inner += [getattr(value, name) for name in value.arrays] if nodes.is_node(value) else []
-    return nodes.dense_layers(leaf) if parameters.is_stacked(path) else nodes.dense(leaf)
+    return nodes.dense_layers(leaf, parameters.stacked_axes(path))
 
 
 def choose_group(group: int | None, weights: str, paths: list[str], leaves: Mapping[str, Any]) -> int:
@@ -168,7 +176,7 @@ def _inputs(path: str, array: Any) -> int:
     """Returns the number of inputs of a stacked projection."""
     row = parameters.find(path)
     assert row is not None  # it is a projection
-    return math.prod(array.shape[1 : 1 + row.inputs])
+    return math.prod(array.shape[1 : 1 + (row.inputs or 1)])
 
 
 def _portions(paths: list[str], leaves: dict[str, Any]) -> list[list[str]]:

@@ -1,0 +1,1 @@
+"""Explanations of predictions: which tokens, layers and training examples they depend on."""

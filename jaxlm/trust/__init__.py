@@ -1,0 +1,1 @@
+"""Audits and protection: bias, filters of outputs, privacy of training data."""
