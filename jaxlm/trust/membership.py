@@ -114,7 +114,7 @@ def audited_epsilon(members_N: ArrayLike, others_M: ArrayLike, delta: float, sig
 def _scores(values: ArrayLike, name: str) -> np.ndarray:
     scores = np.asarray(values, np.float64).reshape(-1)
     if not len(scores) or not np.isfinite(scores).all():
-        raise UserError(f"{name} has {len(scores)} scores, all of which must be finite; give at least one")
+        raise UserError(f"{name} has {len(scores)} scores; give at least one, and all of them must be finite")
     return scores
 
 
