@@ -20,6 +20,7 @@ with delay_interrupts():
     from jaxlm.verbs.compress import compress
     from jaxlm.verbs.convert import convert
     from jaxlm.verbs.evaluate import evaluate
+    from jaxlm.verbs.explain import explain
     from jaxlm.verbs.generate import generate
     from jaxlm.verbs.inspect import inspect
     from jaxlm.verbs.plan import plan
@@ -36,6 +37,7 @@ _VERBS = (
     inspect,
     plan,
     baseline,
+    explain,
     audit,
 )  # in the order of the help
 VERBS: dict[str, Verb] = {verb.__name__: verb for verb in _VERBS}

@@ -43,11 +43,13 @@ class StackOutputs(NamedTuple):
     states_LBTD: the embeddings and the output of each layer, L + 1 in all; the last is after the final norm.
     attention_LBHTS: self-attention weights of each layer.
     cross_attention_LBHTS: attention weights of each layer of a decoder over the encoder.
+    activations: values by part of the layers [L, B, T, ...], for the layers that have the part; see `jaxlm.nn.sites`.
     """
 
     states_LBTD: jax.Array | None = None
     attention_LBHTS: jax.Array | None = None
     cross_attention_LBHTS: jax.Array | None = None
+    activations: Mapping[str, jax.Array] | None = None
 
 
 class Output(NamedTuple):
@@ -166,6 +168,7 @@ class LM:
         *,
         states: bool = False,
         attentions: bool = False,
+        activations: bool = False,
     ) -> Output:
         """Returns the outputs of the model with these parameters: a pure function for any transformation of JAX.
 
@@ -182,6 +185,7 @@ class LM:
           global_BT: 1 for tokens with global attention, in `tokens_BT`; None: as `config.global_tokens` defines.
           states: whether to return the hidden states of every layer.
           attentions: whether to return the attention weights of every layer.
+          activations: whether to return the activations of every layer at all sites of `jaxlm.nn.sites`.
 
         Raises:
           UserError: where both a mask and segments are given, where target tokens are missing or not supported, and
@@ -205,7 +209,7 @@ class LM:
             named["global_BT"] = jnp.asarray(global_BT) > 0
             if source_BT is not None:
                 named["global_BT"] &= jnp.asarray(source_BT) > 0
-        collections = ["states"] * states + ["weights"] * attentions
+        collections = ["states"] * states + ["weights"] * attentions + ["activations"] * activations
         x_BTD = apply(self.module, params, *inputs, mutable=collections or False, **named)
         stacks: dict[str, StackOutputs | None] = {"encoder": None, "decoder": None}
         if collections:
@@ -217,9 +221,16 @@ class LM:
                 segments_BT = jnp.equal(tokens_BT, end)
             elif segments_BT is None and padding is not None:
                 segments_BT = jnp.not_equal(tokens_BT, padding)
-        return Output(self._logits(params, x_BTD, segments_BT), x_BTD, **stacks)
+        return Output(self.head_logits(params, x_BTD, segments_BT), x_BTD, **stacks)
 
-    def _logits(self, params: Any, x_BTD: jax.Array, segments_BT: jax.Array | None) -> jax.Array | None:
+    def head_logits(self, params: Any, x_BTD: jax.Array, segments_BT: jax.Array | None) -> jax.Array | None:
+        """Returns the output of the first head for the last hidden states, None without a head; see `Output.logits`.
+
+        Args:
+          params: the parameters.
+          x_BTD: the last hidden states.
+          segments_BT: as in `apply`, for heads with one output per row.
+        """
         head = next(iter(self.config.heads_on_top), None)
         if head is None:
             return None
@@ -269,7 +280,9 @@ class LM:
 def _compiled_apply(config: ModelConfig, module: Transformer, eos: int | None, pad: int | None, *_: Any) -> Any:
     """Returns `LM.apply`, jitted; one function for each combination of shapes, so that `Programs` can drop it."""
     tokens = families.Origin({"eos_token_id": eos, "pad_token_id": pad}, heads=None)
-    return jax.jit(LM(config, module, None, origin=tokens).apply, static_argnames=("states", "attentions"))
+    return jax.jit(
+        LM(config, module, None, origin=tokens).apply, static_argnames=("states", "attentions", "activations")
+    )
 
 
 def check_ids(name: str, ids: Any, rows: int) -> None:
@@ -302,8 +315,9 @@ def check_ids(name: str, ids: Any, rows: int) -> None:
 
 def _stack_outputs(sown: Any, stack: str) -> StackOutputs:
     states = sown["states"][stack]["states"][0] if "states" in sown else None
-    weights = sown["weights"][stack]["weights"][0][:2] if "weights" in sown else (None, None)
-    return StackOutputs(states, *weights)
+    attention, cross = sown["weights"][stack]["weights"][0][:2] if "weights" in sown else (None, None)
+    activations = sown["activations"][stack]["activations"][0] if "activations" in sown else None
+    return StackOutputs(states, attention, cross, activations)
 
 
 def _row_state(x_BTD: jax.Array, segments_BT: jax.Array | None, where: str) -> jax.Array:

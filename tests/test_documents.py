@@ -77,6 +77,7 @@ MODEL = {
     "generate": "decoder",
     "evaluate": "decoder",
     "compress": "decoder",
+    "explain": "decoder",
 }  # verb -> the model that MODEL stands for; an encoder for others
 FAILURES = ("error:", "Unrecognized options")  # the first words of the output if the last command of a block fails
 LONG = r"^jaxlm plan|JAXLM_PROCESS=|--sweep"  # commands that take minutes, or start processes

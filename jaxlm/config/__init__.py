@@ -5,6 +5,7 @@ import JAX, so that an invalid command line is reported within a second.
 
 run            RunConfig, OptimizerConfig and MeshConfig
 adapter        AdapterConfig: training of low-rank updates
+privacy        PrivacyConfig: differentially private training
 pruning        PruneConfig: pruning while training
 model          ModelConfig: the architecture
 choices        the closed choices of ModelConfig
@@ -44,6 +45,7 @@ from jaxlm.config.data import CleaningConfig, DataConfig, Format, TokenizerConfi
 from jaxlm.config.decoding import MAX_TEXTS, Decoding
 from jaxlm.config.distill import DistillConfig
 from jaxlm.config.model import ModelConfig
+from jaxlm.config.privacy import PrivacyConfig
 from jaxlm.config.pruning import NO_PRUNING, PruneConfig
 from jaxlm.config.quantize import QuantizeConfig
 from jaxlm.config.run import MatmulPrecision, MeshConfig, OptimizerConfig, Remat, RunConfig

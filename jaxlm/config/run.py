@@ -12,6 +12,7 @@ from jaxlm.config.data import DataConfig, TokenizerConfig
 from jaxlm.config.distill import DistillConfig
 from jaxlm.config.model import ModelConfig
 from jaxlm.config.model_checks import divisors
+from jaxlm.config.privacy import PrivacyConfig
 from jaxlm.config.pruning import NO_PRUNING, PruneConfig
 from jaxlm.config.quantize import QuantizeConfig
 from jaxlm.config.ranges import (
@@ -85,6 +86,7 @@ class RunConfig(Config):
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     baseline: BaselineConfig = field(default_factory=BaselineConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     batch: Positive = 32  # rows per update, over all devices and micro-batches
     accumulate: Positive = 1  # micro-batches per update, to save memory
     examples: Count = 0  # mean number of examples per update; above 0 it overrides batch
@@ -145,6 +147,7 @@ class RunConfig(Config):
             raise UserError("adafactor has no first moment; leave out --optimizer.momentum-dtype")
         self.prune.check(self.optimizer, self.adapter.rank)
         self._check_quantize()
+        self.privacy.check(self)
         if not self.epochs:
             self.prune.window(self.steps)
         if self.new_head and not getattr(self.task, "has_label_head", True):

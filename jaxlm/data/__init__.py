@@ -14,6 +14,7 @@ corrupt     masking, span corruption and infilling
 chat        conversations, formatted by chat templates
 pack        packing of examples into rows
 batches     random access to batches by step
+poisson     batches of a random number of examples, for private training
 example_cache  arrays of examples on disk, such as predictions of a teacher
 ahead       results that other threads compute before they are used
 

@@ -137,7 +137,7 @@ class Batches:
         for epoch, found in groupby(((*self._find(index), b) for index, b in rows), lambda row: row[0]):
             if epoch is not None:
                 units, places = zip(*((units, b) for _, units, b in found))
-                _write(batch, self._epoch(epoch)[0], units, places)
+                write_units(batch, self._epoch(epoch)[0], units, places)
         return batch
 
     def batch(self, step: int, state: Any, rows: Iterable[int] | None = None) -> Features:
@@ -238,7 +238,7 @@ class Batches:
         return pack(epoch.lengths[order], self.length, self.max_examples, counts=counts, sources=sources)
 
 
-def _write(batch: Features, epoch: Epoch, units: Sequence[np.ndarray], places: Sequence[int]) -> None:
+def write_units(batch: Features, epoch: Epoch, units: Sequence[np.ndarray], places: Sequence[int]) -> None:
     """Writes the examples of several units into each of several rows of a batch, one after another.
 
     Args:

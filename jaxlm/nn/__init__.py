@@ -3,6 +3,7 @@
 transformer  embeddings, an encoder, a decoder, or both, and heads
 stack        the layers of an encoder or a decoder, and their inputs
 block        one layer of a stack, and the tables of its modules
+sites        the places in a layer whose activations can be read and edited
 layer_parts  the parts of each layer of a stack, and the rows of stacked parameters
 embeddings   embeddings of tokens, and the table of front ends
 layers       projections, norms, the MLP, dropout

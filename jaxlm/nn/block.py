@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -49,11 +50,13 @@ class LayerOutputs(NamedTuple):
       attention_BHTS: weights of self-attention, if requested.
       cross_attention_BHTS: weights of cross-attention, if requested.
       losses: auxiliary losses by name, each summed over the tokens.
+      activations: values by part of the layer, if requested; see `jaxlm.nn.sites`.
     """
 
     attention_BHTS: jax.Array | None
     cross_attention_BHTS: jax.Array | None
     losses: dict[str, jax.Array]
+    activations: Mapping[str, jax.Array] = MappingProxyType({})
 
 
 def combine_outputs(combine: Callable[[list[jax.Array]], jax.Array], outputs: Sequence[LayerOutputs]) -> LayerOutputs:
@@ -68,10 +71,14 @@ def combine_outputs(combine: Callable[[list[jax.Array]], jax.Array], outputs: Se
         found = [value for value in values if value is not None]
         return combine(found) if found else None
 
-    names = sorted({name for output in outputs for name in output.losses})
-    losses = {name: field([output.losses.get(name) for output in outputs]) for name in names}
+    def by_name(fields: Sequence[Mapping[str, jax.Array]]) -> dict[str, Any]:
+        names = sorted({name for own in fields for name in own})
+        return {name: field([own.get(name) for own in fields]) for name in names}
+
     weights = lambda name: field([getattr(output, name) for output in outputs])
-    return LayerOutputs(weights("attention_BHTS"), weights("cross_attention_BHTS"), losses)
+    losses = by_name([output.losses for output in outputs])
+    activations = by_name([output.activations for output in outputs])
+    return LayerOutputs(weights("attention_BHTS"), weights("cross_attention_BHTS"), losses, activations)
 
 
 def lookup(table: dict[str, Any], name: str, field: str) -> Any:
@@ -193,5 +200,5 @@ class Block(nn.Module):
         return (
             x_BTD,
             (caches["attention"], caches["cross_attention"]),
-            LayerOutputs(weights["attention"], weights["cross_attention"], losses),
+            LayerOutputs(weights["attention"], weights["cross_attention"], losses, {}),
         )

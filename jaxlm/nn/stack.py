@@ -7,6 +7,7 @@ scanned, so that compile time does not grow with depth.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -27,6 +28,7 @@ from jaxlm.nn.layer_parts import Parts, Segment, parts_of, period_of, row_of, ro
 from jaxlm.nn.layers import Convolution, Dropout, Linear, Norm
 from jaxlm.nn.masks import self_mask
 from jaxlm.nn.positions import BY_LENGTH, Buckets, Disentangled, Offsets, Sinusoids, alibi, rotary_angles
+from jaxlm.nn.sites import Edit, Site, edited_layer
 
 # Operations that cost little compared with the memory of their results: the backward pass recomputes them.
 _ELEMENTWISE = {
@@ -140,7 +142,8 @@ class Stack(nn.Module):
 
     If the collection `states` is mutable, the stack stores the hidden states of the embeddings and of every layer in it
     [L + 1, B, T, D]. If `weights` is mutable, the stack stores the `LayerOutputs` of all layers in it. The auxiliary
-    losses, summed over the layers, go to `losses`.
+    losses, summed over the layers, go to `losses`. If `activations` is mutable, the stack stores the values of all
+    layers at each site in it [L, B, T, ...], after an edit.
     """
 
     config: ModelConfig
@@ -151,6 +154,7 @@ class Stack(nn.Module):
     remat: str = "none"
     unroll: int = 1
     kernel: str = "auto"
+    edit: Edit | None = None  # see `jaxlm.nn.sites`
 
     @nn.compact
     def __call__(
@@ -181,6 +185,7 @@ class Stack(nn.Module):
         # Without a parent, so that a layer is a plain function of its parameters.
         parts = self.config, self.constrain, self.dtype, self.is_mutable_collection("weights"), self.kernel
         blocks = {own: Block(*parts, own.mixer, own.feed_forward, parent=None) for own in layers}
+        records = self.is_mutable_collection("activations")
         stacked = self._parameters(blocks, x_BTD, attention_inputs, positions_BT, context_BSD, context_inputs)
 
         def run(
@@ -196,8 +201,19 @@ class Stack(nn.Module):
             rngs = None if key is None else {"dropout": key}
             x = checkpoint_name(x, "layer")
             args = (x, n, attention_inputs[own.attention], positions_BT, context, context_inputs, cache, is_token_BT)
-            outputs: Any = blocks[own].apply({"params": params}, *args, rngs=rngs)
-            return outputs
+            apply: Callable[[], Any] = partial(blocks[own].apply, {"params": params}, *args, rngs=rngs)
+            if self.edit is None and not records:
+                return apply()
+            values: dict[str, jax.Array] = {}
+
+            def visit(part: str, value: jax.Array) -> jax.Array:
+                value = self._edited(part, n, value)
+                values.update({part: value} if records else {})
+                return value
+
+            with edited_layer(visit):
+                x, layer_caches, output = apply()
+            return x, layer_caches, output._replace(activations=values)
 
         if caches is None and keep is None:
             return self._scan(run, stacked, x_BTD, inputs), None
@@ -206,6 +222,7 @@ class Stack(nn.Module):
             cache = None if caches is None else caches.own[n]
             context = context_BSD if caches is None or caches.cross is None else caches.cross[n]
             x_BTD, layer_caches, _ = run(own, x_BTD, n, self._of_layer(stacked, n), context=context, cache=cache)
+            x_BTD = self._edited("residual", n, x_BTD)
             updated.append(layer_caches)
         owns, crosses = zip(*updated)
         if keep is not None:
@@ -231,6 +248,7 @@ class Stack(nn.Module):
             if self.config.conv_width and segment.start == 0:
                 # The convolution reads the embeddings and is added to the output of the first layer.
                 x_BTD = Convolution(self.config, self.dtype, name="conv")(first_BTD, x_BTD, inputs.segments_BT)
+                x_BTD = self._edited("residual", 0, x_BTD)
                 segment_states = None if segment_states is None else x_BTD[None]
             states.append(segment_states)
             outputs.append(output)
@@ -242,10 +260,26 @@ class Stack(nn.Module):
         output = combine_outputs(jnp.concatenate, outputs)
         if output.attention_BHTS is not None:
             output = output._replace(attention_BHTS=output.attention_BHTS[..., :T, :])
-        self.sow("weights", "weights", output)
+        if self.is_mutable_collection("activations"):
+            values = {"residual": jnp.concatenate(states), **output.activations}
+            self.sow("activations", "activations", {part: value[:, :, :T] for part, value in values.items()})
+        self.sow("weights", "weights", output._replace(activations={}))
         for name, loss_L in output.losses.items():
             self.sow("losses", name, loss_L.sum())
         return self._project(x_BTD)
+
+    def _edited(self, part: str, layer: Any, value: jax.Array) -> jax.Array:
+        """Returns a value of a layer after the edit, if there is one."""
+        if self.edit is None:
+            return value
+        assert self.name is not None
+        new = self.edit(Site(self.name, part), layer, value)
+        if jnp.shape(new) != value.shape:
+            raise UserError(
+                f"the edit returns an array of shape {jnp.shape(new)} for the part {part!r} of the {self.name}; return "
+                f"one of shape {value.shape}, such as the value itself"
+            )
+        return jnp.asarray(new, value.dtype)
 
     def _segments(self, unstacked: bool) -> list[Segment]:
         """Returns the segments of the layers; `unstacked`: no layer is scanned."""
@@ -268,7 +302,8 @@ class Stack(nn.Module):
         """Returns the hidden states after the layers of a segment, those after each layer, and the other outputs."""
         config, all_layers = self.config, parts_of(self.config, self.layers)
         pattern = all_layers[segment.start : segment.start + segment.period]
-        with_states = self.is_mutable_collection("states")
+        with_states = self.is_mutable_collection("states") or self.is_mutable_collection("activations")
+        has_convolution = config.conv_width and segment.start == 0  # its output is part of the residual stream
         # Shared parameters are indexed by the layer's number; other parameters are scanned over.
         index = self._shares or isinstance(stacked, tuple)
 
@@ -280,6 +315,7 @@ class Stack(nn.Module):
                 n = numbers[j]
                 of_layer = self._of_layer(stacked, n) if index else row_of(config, params, pattern, j)
                 x, _, output = run(own, x, n, of_layer, None if keys is None else keys[j])
+                x = x if has_convolution else self._edited("residual", n, x)
                 states.append(x)
                 outputs.append(output)
             return x, (jnp.stack(states) if with_states else None, combine_outputs(jnp.stack, outputs))

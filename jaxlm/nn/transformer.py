@@ -35,6 +35,7 @@ from jaxlm.nn.heads import (
 from jaxlm.nn.layer_parts import parts_of, row_of
 from jaxlm.nn.layers import Linear
 from jaxlm.nn.masks import cross_mask
+from jaxlm.nn.sites import Edit
 from jaxlm.nn.stack import Caches, CacheSpec, SequenceInputs, Stack, Targets
 
 
@@ -53,11 +54,12 @@ class Transformer(nn.Module):
     unroll: int = 1
     kernel: str = "auto"
     precision: str = "default"  # for products of float32 matrices, a value of `jax.default_matmul_precision`
+    edit: Edit | None = None  # a function of activations inside the layers; see `jaxlm.nn.sites`
 
     def setup(self) -> None:
         config, on_top = self.config, set(self.config.heads_on_top)
         parts = {"config": config, "constrain": self.constrain, "dtype": self.dtype}
-        how = parts | {"remat": self.remat, "unroll": self.unroll, "kernel": self.kernel}
+        how = parts | {"remat": self.remat, "unroll": self.unroll, "kernel": self.kernel, "edit": self.edit}
         self.embeddings = lookup(FRONT_ENDS, config.front_end, "front_end")(config, self.dtype)
         if config.structure != "decoder":
             self.encoder = Stack(**how, layers=config.layers)

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jaxlm.reports.pictures import Chart, Heatmap, Picture, draw
-from jaxlm.reports.tables import Table
+from jaxlm.reports.tables import ScoredText, Table
 
-Section = Picture | Table
+Section = Picture | Table | ScoredText
 
 _MAX_NAMES = 12  # a heatmap with more classes scrolls on a narrow page
+_MAX_PIXELS = 1400  # a wider figure has a row of the page to itself, and scrolls on a narrow page
 
 
 class Figure(NamedTuple):
@@ -26,13 +27,15 @@ class Figure(NamedTuple):
     alt: str = ""
     caption: str = ""
     is_wide: bool = False
+    fills_row: bool = False
 
 
 class Detail(NamedTuple):
-    """A part of the section "Details": a table, or figures that share a grid."""
+    """A part of the section "Details": a table, a text with scores, or figures that share a grid."""
 
     table: Table | None = None
     figures: Sequence[Figure] = ()
+    scored: ScoredText | None = None
 
 
 def figure_of(picture: Picture, path: Path) -> Figure:
@@ -44,16 +47,24 @@ def figure_of(picture: Picture, path: Path) -> Figure:
     width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))  # fixed positions in every PNG
     alt = f"{picture.title} by step, up to step {picture.last:,.0f}" if isinstance(picture, Chart) else picture.title
     source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
-    is_wide = isinstance(picture, Heatmap) and len(picture.names) > _MAX_NAMES
-    return Figure(picture.title, source, width, height, alt, caption, is_wide)
+    fills_row = width > _MAX_PIXELS
+    is_wide = fills_row or (isinstance(picture, Heatmap) and len(picture.names) > _MAX_NAMES)
+    return Figure(picture.title, source, width, height, alt, caption, is_wide, fills_row)
 
 
 def details_of(sections: Sequence[Section], figures: Iterator[Figure]) -> list[Detail]:
-    """Returns the tables, and the figures of all other sections: those between two tables share a grid."""
+    """Returns the tables and texts, and the figures of all other sections: those between two of them share a grid."""
     details: list[Detail] = []
-    for is_table, group in groupby(sections, lambda section: isinstance(section, Table)):
-        if is_table:
-            details += [Detail(table) for table in group if isinstance(table, Table)]
+    for is_text, group in groupby(sections, lambda section: isinstance(section, (Table, ScoredText))):
+        if is_text:
+            details += [_text_detail(one) for one in group]
         else:
             details.append(Detail(figures=[next(figures) for _ in group]))
     return details
+
+
+def _text_detail(section: Section) -> Detail:
+    if isinstance(section, Table):
+        return Detail(section)
+    assert isinstance(section, ScoredText)
+    return Detail(scored=section)

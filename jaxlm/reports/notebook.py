@@ -16,12 +16,12 @@ from jaxlm.reports.charts import chart_options, chart_title, charts_of_run, fami
 from jaxlm.reports.metrics import metric_label, parse_name, points, read_metrics
 from jaxlm.reports.pictures import COLORS, AttentionMap, Chart, DeviceMesh, Heatmap, Picture, Series, notebook_bundle
 from jaxlm.reports.rendering import render
-from jaxlm.reports.tables import MaskedText, Table, mistakes
+from jaxlm.reports.tables import MaskedText, ScoredText, Table, mistakes
 from jaxlm.storage import disk
 
 
-def save(picture: Picture | Table | MaskedText, path: Path | str) -> Path:
-    """Writes a picture as a PNG, or a table or a masked text as an HTML page.
+def save(picture: Picture | Table | MaskedText | ScoredText, path: Path | str) -> Path:
+    """Writes a picture as a PNG, or a table or a text with colours as an HTML page.
 
     Args:
       picture: what is written.
@@ -34,13 +34,13 @@ def save(picture: Picture | Table | MaskedText, path: Path | str) -> Path:
       UserError: if the path has another suffix, or if there is nothing to show.
     """
     path = disk.local(path, "path")
-    suffix = ".html" if isinstance(picture, (Table, MaskedText)) else ".png"
+    suffix = ".html" if isinstance(picture, (Table, MaskedText, ScoredText)) else ".png"
     if path.suffix != suffix:
         raise UserError(
             f"{path} does not fit a {type(picture).__name__}, which is written as {suffix}; "
             f"give a name that ends in {suffix}"
         )
-    if isinstance(picture, (Table, MaskedText)):
+    if isinstance(picture, (Table, MaskedText, ScoredText)):
         from markupsafe import Markup
 
         body = Markup(picture._repr_mimebundle_()[0]["text/html"])

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from jaxlm.reports.charts import png_paths
 from jaxlm.reports.figures import Detail, Section, details_of, figure_of
 from jaxlm.reports.rendering import render
-from jaxlm.reports.tables import Table
+from jaxlm.reports.tables import ScoredText, Table
 from jaxlm.storage import disk
 
 
@@ -50,7 +50,7 @@ def write_page(
       The path of the page.
     """
     sections = [section for chapter in chapters for section in chapter.sections]
-    pictures = [section for section in sections if not isinstance(section, Table)]
+    pictures = [section for section in sections if not isinstance(section, (Table, ScoredText))]
     figures = map(figure_of, pictures, png_paths(pictures, path.with_suffix("")))
     page = [_ChapterOfPage(title, text, details_of(sections, figures)) for title, text, sections in chapters]
     disk.write(path, render("chapters.html.j2", title=title, kicker=kicker, facts=facts, chapters=page, config=config))

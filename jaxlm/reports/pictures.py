@@ -28,6 +28,7 @@ _BLUE, _RUST = COLORS[0]
 _FONT = "STIXGeneral"  # part of matplotlib, so plots look the same on every machine
 _WIDTH = 4.6  # inches
 _MAX_CLASSES, _MAX_BARS = 20, 30
+_MAX_TOKENS, _MIN_CELL = 40, 0.085  # an attention map of more tokens is wider than other plots, with cells in inches
 _DPI = 240  # 2 pixels per CSS pixel
 _lock = threading.Lock()  # a live curve and the report of the same run may be drawn at the same time
 
@@ -114,6 +115,29 @@ class AttentionMap(NamedTuple):
     weights_TS: np.ndarray  # rows sum to 1
     written: tuple[str, ...]  # T pieces
     read: tuple[str, ...]  # S pieces
+    sides: tuple[str, str] = ("tokens that are written", "tokens that are read")  # labels of the rows and columns
+
+
+@_add_notebook_output
+class HeadGrid(NamedTuple):
+    """A small map of the attention weights of every layer and head."""
+
+    title: str
+    weights_LHTS: np.ndarray  # rows sum to 1
+    layers: tuple[int, ...]  # L numbers
+
+
+@_add_notebook_output
+class ValueMap(NamedTuple):
+    """A value for each pair of a row and a column, such as a layer and a token. Blue is positive, red negative."""
+
+    title: str
+    values: np.ndarray  # [n, m]
+    rows: tuple[str, ...]  # n names
+    columns: tuple[str, ...]  # m names
+    sides: tuple[str, str]  # labels of the rows and of the columns
+    unit: str  # what a value is, for the caption
+    words: list[tuple[str, ...]] | None = None  # text of the cells [n][m]; None: no text
 
 
 @_add_notebook_output
@@ -129,7 +153,7 @@ class DeviceMesh(NamedTuple):
     rows: tuple[slice, ...]  # of the batch, for each device
 
 
-Picture = Chart | Heatmap | Bars | Histogram | AttentionMap | DeviceMesh
+Picture = Chart | Heatmap | Bars | Histogram | AttentionMap | HeadGrid | ValueMap | DeviceMesh
 
 
 def draw(picture: Picture, path: Path) -> str | None:
@@ -172,6 +196,8 @@ def _png(picture: Picture, captioned: bool) -> tuple[bytes, str | None]:
         Bars: _bars,
         Histogram: _histogram,
         AttentionMap: _attention,
+        HeadGrid: _head_grid,
+        ValueMap: _value_map,
         DeviceMesh: _device_mesh,
     }
     with _lock:
@@ -539,28 +565,118 @@ def _attention(figure: Any, picture: AttentionMap) -> str | None:
         )
     if not weights_TS.size:
         return None
+    is_large = max(sizes) > _MAX_TOKENS
     size = 11 if max(sizes) <= 14 else 9 if max(sizes) <= 26 else 7
     written, read = ([_drawable(_cut(name, 16)) or "?" for name in names] for names in (picture.written, picture.read))
     row_label, column_label = _inches(written, size), _inches(read, size)
-    cell = min((_WIDTH - row_label - 0.5) / sizes[1], 0.36)
-    figure.set_size_inches(_WIDTH, cell * sizes[0] + column_label + 0.95)
+    cell = (_WIDTH - row_label - 0.5) / sizes[1]
+    cell = min(max(cell, _MIN_CELL if is_large else 0), 0.36)  # each label needs the height of its font
+    width = max(_WIDTH, row_label + 0.5 + cell * sizes[1])
+    figure.set_size_inches(width, cell * sizes[0] + column_label + 0.95)
     axes = figure.add_subplot(facecolor="none")
-    axes.imshow(_tint(np.clip(weights_TS, 0, 1)), aspect="auto", interpolation="nearest")
+    depth_TS = np.clip(weights_TS, 0, 1)
+    depth_TS = np.sqrt(depth_TS / (depth_TS.max() or 1)) if is_large else depth_TS
+    axes.imshow(_tint(depth_TS), aspect="auto", interpolation="nearest")
     axes.set_xticks(np.arange(sizes[1] + 1) - 0.5, minor=True)
     axes.set_yticks(np.arange(sizes[0] + 1) - 0.5, minor=True)
-    _frame(axes, "tokens that are read", "tokens that are written")
+    _frame(axes, *picture.sides[::-1])
     axes.set_xticks(range(sizes[1]), read, parse_math=False, rotation=90)
     axes.set_yticks(range(sizes[0]), written, parse_math=False)
-    axes.grid(which="minor", color=_RULE, linewidth=0.5)
+    axes.grid(which="minor", color=_RULE, linewidth=0.1 if is_large else 0.5)
     axes.spines["bottom"].set_visible(False)
     axes.tick_params(which="both", length=0)
     axes.tick_params(labelsize=size, pad=2)
+    darkest = "the largest weight, on a scale of square roots" if is_large else "100 %"
     t, s = np.unravel_index(weights_TS.argmax(), sizes)
     return (
-        "Each row sums to 100 %; white is 0 %, the darkest blue 100 %. "
+        f"Each row sums to 100 %; white is 0 %, the darkest blue {darkest}. "
         f"The largest weight: {_quoted(picture.written[t])} attends to {_quoted(picture.read[s])}, "
         f"{weights_TS[t, s]:.0%}."
     )
+
+
+def _head_grid(figure: Any, picture: HeadGrid) -> str | None:
+    weights_LHTS = np.asarray(picture.weights_LHTS, float)
+    if weights_LHTS.ndim != 4 or len(weights_LHTS) != len(picture.layers):
+        raise ValueError(
+            f"{picture.title!r} has {len(picture.layers)} layers and weights of shape {list(weights_LHTS.shape)}; give "
+            f"[{len(picture.layers)}, H, T, S]"
+        )
+    if not weights_LHTS.size:
+        return None
+    L, H, T, S = weights_LHTS.shape
+    width = _WIDTH if H <= 4 else 2 * _WIDTH
+    label = 0.45
+    cell = min((width - label - 0.2) / H, 1.6)
+    pixels = max(8, int(cell * _DPI) - 6)
+    maps_LHTS = np.stack([[_pool(_pool(head_TS, pixels).T, pixels).T for head_TS in layer] for layer in weights_LHTS])
+    t, s = maps_LHTS.shape[2:]
+    gap_t, gap_s = max(1, t // 24), max(1, s // 24)
+    mosaic = np.full((L * (t + gap_t), H * (s + gap_s)), np.nan)
+    for layer, head in np.ndindex(L, H):
+        top, left = layer * (t + gap_t), head * (s + gap_s)
+        mosaic[top : top + t, left : left + s] = np.sqrt(np.clip(maps_LHTS[layer, head], 0, 1))
+    figure.set_size_inches(width, cell * L + 0.95)
+    axes = figure.add_subplot(facecolor="none")
+    colors = np.where(np.isnan(mosaic)[..., None], 0.8, _tint(np.nan_to_num(mosaic)))
+    axes.imshow(colors, aspect="auto", interpolation="nearest")
+    _frame(axes, "head", "layer")
+    axes.set_xticks(np.arange(H) * (s + gap_s) + s / 2, [str(head) for head in range(H)])
+    axes.set_yticks(np.arange(L) * (t + gap_t) + t / 2, [str(layer) for layer in picture.layers])
+    axes.spines["bottom"].set_visible(False)
+    axes.tick_params(which="both", length=0, labelsize=11 if cell > 0.3 else 7)
+    return (
+        f"Each map has the {T} tokens that attend as rows and the {S} tokens that they attend to as columns, from the "
+        f"top left. A darker point is a larger weight; the depth is its square root, so that small weights are visible."
+    )
+
+
+def _value_map(figure: Any, picture: ValueMap) -> str | None:
+    values = np.asarray(picture.values, float)
+    sizes = (len(picture.rows), len(picture.columns))
+    if values.shape != sizes:
+        raise ValueError(f"{picture.title!r} has values of shape {list(values.shape)}; give {list(sizes)}")
+    if not values.size:
+        return None
+    rows, columns = ([_drawable(_cut(name, 16)) or "?" for name in names] for names in (picture.rows, picture.columns))
+    size = 10 if max(sizes) <= 20 else 7
+    row_label, column_label = _inches(rows, size), _inches(columns, size)
+    smallest = 0.62 if picture.words else 0.16
+    cell = max(smallest, min(0.5, (_WIDTH - row_label - 0.5) / sizes[1]))
+    height = 0.24 if picture.words else min(cell, 0.3)
+    figure.set_size_inches(max(_WIDTH, row_label + 0.5 + cell * sizes[1]), height * sizes[0] + column_label + 1.0)
+    axes = figure.add_subplot(facecolor="none")
+    largest = np.abs(values).max() or 1.0
+    axes.imshow(_signed_tint(values / largest), aspect="auto", interpolation="nearest")
+    _frame(axes, *picture.sides[::-1])
+    axes.set_xticks(range(sizes[1]), columns, parse_math=False, rotation=90)
+    axes.set_yticks(range(sizes[0]), rows, parse_math=False)
+    axes.spines["bottom"].set_visible(False)
+    axes.tick_params(which="both", length=0, labelsize=size, pad=2)
+    for n, m in np.ndindex(*sizes) if picture.words else ():
+        text = _drawable(_cut(picture.words[n][m].strip(), 8)) or "?"  # type: ignore[index]
+        color = "white" if abs(values[n, m]) > 0.6 * largest else _INK
+        axes.text(m, n, text, ha="center", va="center", fontsize=7, color=color, parse_math=False, family=_FONT)
+    n, m = np.unravel_index(np.abs(values).argmax(), sizes)
+    signs = "blue is positive, red negative, and white 0" if values.min() < 0 else "white is 0"
+    return (
+        f"{picture.unit}: {signs}. The largest: {values[n, m]:.3g} at {_quoted(picture.rows[n])}, "
+        f"{_quoted(picture.columns[m])}."
+    )
+
+
+def _signed_tint(depth: np.ndarray) -> np.ndarray:
+    """Returns depths from -1 to 1 [...] as colours [..., 3] from red over white to blue."""
+    from matplotlib.colors import to_rgb
+
+    red = 1 + np.abs(depth)[..., None] * (np.array(to_rgb(_RUST)) - 1)
+    return np.where(depth[..., None] < 0, red, _tint(np.abs(depth)))
+
+
+def _pool(map_TS: np.ndarray, pixels: int) -> np.ndarray:
+    """Returns the maxima over neighbouring rows, so that at most `pixels` rows are left."""
+    step = -(-len(map_TS) // pixels)
+    return np.maximum.reduceat(map_TS, np.arange(0, len(map_TS), step), 0)
 
 
 def _tint(depth: np.ndarray) -> np.ndarray:

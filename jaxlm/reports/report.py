@@ -49,7 +49,7 @@ from jaxlm.reports.notebook import (
 )
 from jaxlm.reports.pictures import Bars, Chart, Heatmap, Histogram, best
 from jaxlm.reports.rendering import render
-from jaxlm.reports.tables import MAX_CELL_CHARACTERS, MaskedText, Table, mistakes
+from jaxlm.reports.tables import MAX_CELL_CHARACTERS, MaskedText, ScoredText, Table, mistakes
 from jaxlm.storage import disk
 
 __all__ = [
@@ -60,6 +60,7 @@ __all__ = [
     "Histogram",
     "MaskedText",
     "Metric",
+    "ScoredText",
     "Section",
     "Table",
     "attention",
@@ -135,7 +136,7 @@ def write(
     folder = Path(folder)
     rows = read_metrics(folder)
     charts = charts_of_rows(rows, config, read_baselines(folder))
-    pictures = [*charts, *(section for section in sections if not isinstance(section, Table))]
+    pictures = [*charts, *(section for section in sections if not isinstance(section, (Table, ScoredText)))]
     figures = [figure_of(picture, path) for picture, path in zip(pictures, png_paths(pictures, folder / "report"))]
     curves = {chart.name: figure for chart, figure in zip(charts, figures)}
     names = [key.removeprefix("eval/") for key in held_out_keys(rows)]

@@ -1,7 +1,8 @@
-"""Tables of text and masked text, for the page of a run and for notebooks."""
+"""Tables of text, masked text and text with scores, for the page of a run and for notebooks."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from jaxlm.reports.rendering import render
 
 MAX_MISTAKES = 20  # rows of a table of mistakes
 MAX_CELL_CHARACTERS = 600  # characters of a cell
+MAX_OPACITY = 0.6  # of the colour of the token with the largest score, so that its text stays legible
 
 # The page has space for about 120 characters. The space between two columns takes 4.
 _PAGE, _GAP, _SHORT_COLUMN, _LONG_COLUMN = 120, 4, 20, 100
@@ -96,6 +98,36 @@ class MaskedText(NamedTuple):
     def _repr_pretty_(self, printer: Any, _: bool) -> None:
         tokens = (f"{new} ({old}, {fate})" if fate else new for old, new, fate in self.tokens)
         printer.text(f"{self.title}: {' '.join(tokens)}")
+
+
+class ScoredText(NamedTuple):
+    """The tokens of a text, each coloured by its score: blue raises a number, orange lowers it."""
+
+    title: str
+    tokens: tuple[str, ...]
+    scores: tuple[float, ...]
+    note: str = ""  # a sentence about the scores
+
+    @property
+    def chips(self) -> list[tuple[str, str, str, str]]:
+        """(token, score, colour class, opacity) of each token; the opacity is relative to the largest score."""
+        if len(self.tokens) != len(self.scores):
+            raise ValueError(
+                f"{self.title!r} has {len(self.tokens)} tokens and {len(self.scores)} scores; give one for each token"
+            )
+        largest = max(map(abs, self.scores), default=0.0) or 1.0
+        share = lambda score: abs(score) / largest if math.isfinite(score) else 0.0
+        color = lambda score: "raises" if score > 0 else "lowers" if score < 0 else "neutral"
+        return [
+            (token.strip() or "\u2423", f"{score:+.4g}", color(score), f"{MAX_OPACITY * share(score):.2f}")
+            for token, score in zip(self.tokens, self.scores)
+        ]
+
+    def _repr_mimebundle_(self, **_: Any) -> Bundle:
+        return {"text/html": render("notebook.html.j2", scored=self)}, {}
+
+    def _repr_pretty_(self, printer: Any, _: bool) -> None:
+        printer.text(f"{self.title}: {' '.join(f'{token} ({score})' for token, score, _, _ in self.chips)}")
 
 
 def mistakes(

@@ -14,6 +14,7 @@ export         writes the model in Hugging Face format
 finish         writes scores, report and summary
 assembly       the model, the state and the step on a mesh
 step           (TrainState, Batch) -> (TrainState, metrics)
+privacy        private training: the noise, the privacy loss, the clipped gradient
 optimizer      the optax chain
 pruning        pruning while training, as a part of it
 checkpoint     checkpoints with Orbax and checksums

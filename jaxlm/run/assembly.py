@@ -22,6 +22,7 @@ from jaxlm.nn import flops, parameters
 from jaxlm.nn.transformer import Transformer, init
 from jaxlm.run.nodes import nodes_of
 from jaxlm.run.optimizer import make_optimizer, make_schedule, trained
+from jaxlm.run.privacy import private_gradient
 from jaxlm.run.resolve import ResolvedModel
 from jaxlm.run.step import TrainState, leading, make_train_step
 from jaxlm.tasks.task import Task
@@ -114,6 +115,8 @@ def assemble(resolved: ResolvedModel) -> Assembly:
     module = resolved.kind(
         config, sharding.Placement(mesh), dtype, remat, unroll, run.attention, precision=run.matmul_precision
     )
+    # The gradients of single rows are mapped over the rows, whose placement the compiler then derives from the batch.
+    of_rows = module.clone(constrain=sharding.Placement(), kernel="xla")
     # Those of a teacher belong to the state, but not to the model.
     init_dense = lambda key: init(module, key) | resolved.task.more_params(module, key)
     dense_shapes = jax.eval_shape(init_dense, jax.random.key(0))
@@ -149,7 +152,11 @@ def assemble(resolved: ResolvedModel) -> Assembly:
         make = lambda leaf, key: nodes.make(nodes.rows[path], leaf, jax.random.wrap_key_data(key))
         return jax.jit(make, out_shardings=nodes_by_path[path], donate_argnums=0)(leaf, key)
 
-    step = make_train_step(resolved.task, module, optimizer, schedule)
+    if resolved.budget is None:
+        step = make_train_step(resolved.task, module, optimizer, schedule)
+    else:
+        clipped = private_gradient(resolved.budget.clip, resolved.budget.noise, resolved.budget.batch)
+        step = make_train_step(resolved.task, of_rows, optimizer, schedule, clipped, own_means=True)
     return Assembly(
         module,
         like,
@@ -191,7 +198,8 @@ def closed_flops(task: Task, config: ModelConfig, rows: int, fields: Mapping[str
 def check_rows(run: RunConfig, mesh: Mesh) -> None:
     """Raises UserError where the mesh does not divide the rows or the length of a micro-batch."""
     ways = sharding.ways(mesh, "batch") * run.accumulate
-    if run.batch % ways and not run.examples:  # `shard_batch` pads a batch size computed from `examples`
+    # `shard_batch` pads a batch size that is computed: from `examples`, or for a private run.
+    if run.batch % ways and not run.examples and not run.privacy.is_on:
         raise UserError(
             f"the mesh {dict(mesh.shape)} does not divide batch {run.batch} in {run.accumulate} micro-batch(es); "
             f"the nearest batch that it divides: --batch {_nearest(run.batch, ways)}"

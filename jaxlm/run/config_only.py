@@ -17,6 +17,7 @@ from jaxlm.errors import UserError
 from jaxlm.families import PRESETS, open_folder
 from jaxlm.lm import find
 from jaxlm.nn.transformer import Transformer
+from jaxlm.run.privacy import plan_budget
 from jaxlm.run.resolve import ResolvedModel, with_dropout
 from jaxlm.run.weights import student_config
 from jaxlm.tasks import make_task
@@ -54,7 +55,8 @@ def resolve_config(run: RunConfig, mesh: Mesh) -> ResolvedModel:
         task = with_teacher(task, run.distill, config, teacher)
     elif task.has_reference and not run.adapter.rank:
         task = task.replace_fields(teacher=config)
-    return ResolvedModel(run, mesh, task, config, task.module(Transformer))
+    budget = plan_budget(run) if run.privacy.is_on else None
+    return ResolvedModel(run, mesh, task, config, task.module(Transformer), budget=budget)
 
 
 def _model_of_init(run: RunConfig) -> ModelConfig:

@@ -14,13 +14,14 @@ from jaxlm.storage import disk
 from jaxlm.tasks.task import Task
 
 
-def export(lm: LM, task: Task, folder: Path) -> tuple[LM, str]:
+def export(lm: LM, task: Task, folder: Path, privacy: dict[str, Any] | None = None) -> tuple[LM, str]:
     """Writes the model of a run, or one model per task.
 
     Args:
       lm: the model of the run.
       task: decides which models are exported, and into which subfolders.
       folder: is replaced as a whole.
+      privacy: the guarantee of a private run, which is written to privacy.json.
 
     Returns:
       The first exported model, and the name of its format.
@@ -34,6 +35,8 @@ def export(lm: LM, task: Task, folder: Path) -> tuple[LM, str]:
                 origin = own_lm.origin._replace(config={**own_lm.origin.config, **own_task.config_keys})
                 kind = save(replace(own_lm, origin=origin), new / name)
                 _rename_class(new / name, own_task)
+                if privacy is not None:
+                    write_json(new / name / "privacy.json", privacy)
         return kind
 
     kind = hosts.read_on_first(lm.params, write)

@@ -87,6 +87,8 @@ def _facts(training: Training, start: float) -> dict[str, str]:
     since = f" since step {training.started:,}" if training.started else ""
     facts = {"time": duration(time.monotonic() - start) + since, "data": data_line(resolved.data)}
     facts |= {"started from": run.init} if run.init else {}
+    if resolved.budget is not None:
+        facts["privacy"] = resolved.budget.summary(training.last_step)
     facts |= packing(run, resolved.train)
     if truncated := resolved.task.truncation_warnings(resolved.train):
         facts["length"] = "; ".join(truncated)

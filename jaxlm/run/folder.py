@@ -278,7 +278,8 @@ class RunLog:
         line = (
             f"step {step:,}/{self._steps:,}  loss {values['loss']:.4f}  rate {values['learning_rate']:.2e}  "
             f"{values['tokens_per_second']:,.0f} tokens/s  "
-            f"{'{:.1%} MFU  '.format(values['mfu']) if 'mfu' in values else ''}{duration(seconds)} left"
+            f"{'{:.1%} MFU  '.format(values['mfu']) if 'mfu' in values else ''}"
+            f"{'epsilon {:.3f}  '.format(values['epsilon']) if 'epsilon' in values else ''}{duration(seconds)} left"
         )
         self._rewriting = sys.stderr.isatty()
         print(f"\r\x1b[K{line}" if self._rewriting else line + "\n", end="", file=sys.stderr, flush=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from jaxlm.hub.download import fetch_tokenizer
 from jaxlm.hub.gguf.container import is_gguf
 from jaxlm.lm import LM, find, tokenizer_folder
 from jaxlm.nn.transformer import Transformer
+from jaxlm.run import privacy
 from jaxlm.run.teacher import bind_reference, bind_teacher, open_cache
 from jaxlm.run.weights import Weights, check_fits, known_labels, student_config, token_vectors_of, weights_of
 from jaxlm.tasks import make_task, prepare, with_labels
@@ -34,6 +35,7 @@ class ResolvedModel:
     """A task and a model on a mesh: what a run compiles.
 
     run: the config with its model, its batch size and its number of steps.  kind: the class of the module.
+    budget: of a private run.
     """
 
     run: RunConfig
@@ -41,6 +43,7 @@ class ResolvedModel:
     task: Task
     model: ModelConfig
     kind: type[Transformer]
+    budget: privacy.Budget | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,8 +127,12 @@ def resolve(
     if teacher is None:
         task, teacher = bind_reference(run, task, config, weights)
     train = task.batches(data.train, run.batch, run.data.length, run.seed)
+    if run.privacy.is_on:
+        privacy.check_bound_model(config)
+        train = privacy.sampled(run, train)
     run = sized(run, config, train)
     train.rows = run.batch
+    budget = privacy.resolve_budget(run, train, log) if run.privacy.is_on else None
     open_cache(run, task, train, log)
     held_out = task.batches(data.held_out, run.batch // run.accumulate, run.data.length, None)
     for part, batches in (("training", train), ("held-out", held_out)):
@@ -133,7 +140,20 @@ def resolve(
             raise UserError(f"the {part} data contain too little for one example of the task; give more")
     kind = task.module(Transformer if model is None else type(model.module))
     return ResolvedRun(
-        run, mesh, task, config, kind, given, data, weights, train, held_out, uncapped, teacher, token_vectors
+        run,
+        mesh,
+        task,
+        config,
+        kind,
+        given,
+        data,
+        weights,
+        train,
+        held_out,
+        uncapped,
+        teacher,
+        token_vectors,
+        budget=budget,
     )
 
 

@@ -76,12 +76,18 @@ def leading(batch: Batch) -> int:
     return next(iter(batch.values())).shape[0]
 
 
+def token_count(batch: Batch) -> Any:
+    """Returns the number of tokens of a batch, int32 []."""
+    return sum((batch[name] > 0).sum() for name in ("segments_BT", "source_segments_BS") if name in batch)
+
+
 def make_train_step(
     task: Task,
     module: Transformer,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     gradient: Gradient = summed_gradient,
+    own_means: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns the function of one update: (state, batch) -> (state, metrics).
 
@@ -94,6 +100,8 @@ def make_train_step(
       optimizer: for the trained parameters; its state has `grad_norm`.
       schedule: the learning rate, for the metrics.
       gradient: computes the gradient of a batch.
+      own_means: whether the objective divides by the weights of its own rows, instead of those of the whole batch; the
+        gradient of a row then does not depend on other rows.
 
     Returns:
       A pure function of a state and a batch whose fields are [k, B / k, ...]. Its metrics are scalars: loss, the mean
@@ -101,14 +109,14 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        totals = task.weights(batch)
-        tokens = sum((batch[name] > 0).sum() for name in ("segments_BT", "source_segments_BS") if name in batch)
+        totals, tokens = task.weights(batch), token_count(batch)
 
         def objective(params: Any, micro: Batch, key: jax.Array) -> Summed:
             losses, _ = task.losses(module, parameters.join(params, state.frozen), micro, key)
+            own_totals, own_tokens = (task.weights(micro), token_count(micro)) if own_means else (totals, tokens)
             # The auxiliary losses of blocks are means over the tokens.
-            auxiliary = dict.fromkeys((name for name in losses if name.startswith("auxiliary/")), tokens)
-            means = (losses[name][0] / jnp.maximum(total, 1) for name, total in (totals | auxiliary).items())
+            auxiliary = dict.fromkeys((name for name in losses if name.startswith("auxiliary/")), own_tokens)
+            means = (losses[name][0] / jnp.maximum(total, 1) for name, total in (own_totals | auxiliary).items())
             return sum(means, jnp.float32(0)), losses
 
         step_key = jax.random.fold_in(state.key, state.step)

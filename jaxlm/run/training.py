@@ -30,6 +30,7 @@ from jaxlm.run.evaluate import run_eval
 from jaxlm.run.export import export
 from jaxlm.run.folder import NoLog, RunLog, begin, finished_at
 from jaxlm.run.measure import Meter, Trace
+from jaxlm.run.privacy import Budget
 from jaxlm.run.resolve import ResolvedRun
 from jaxlm.run.step import TrainState, make_eval_step
 from jaxlm.run.teacher import sources_of, with_teacher
@@ -52,8 +53,10 @@ class Journal:
     yet in a line, so that a resumed run writes the same next line.
     """
 
-    def __init__(self, log: RunLog | NoLog, meter: Meter, log_every: int, notes: dict[str, Any]):
-        self.log, self.meter, self._log_every = log, meter, log_every
+    def __init__(
+        self, log: RunLog | NoLog, meter: Meter, log_every: int, notes: dict[str, Any], budget: Budget | None = None
+    ):
+        self.log, self.meter, self._log_every, self._budget = log, meter, log_every, budget
         self.unlogged: list[Any] = notes.get("unlogged", [])
         self.logged: list[dict[str, float]] = notes.get("logged", [])  # metrics of the steps of the last line
 
@@ -75,6 +78,8 @@ class Journal:
         window = (self.logged + steps)[-max(self._log_every, len(steps)) :]
         seconds, measurements = self.meter.line(len(steps), later)
         values = _averaged(window, steps, seconds) | measurements
+        if self._budget is not None:
+            values["epsilon"] = self._budget.epsilon(step)
         self.log.write(step, values)
         self.log.progress(step, values)
         self.unlogged, self.logged = rest, steps
@@ -91,7 +96,8 @@ class Journal:
 class Training:
     """A run in progress; a context that closes its log and its checkpoints.
 
-    state: after the last step.  model: the model without parameters.
+    state: after the last step, and at the end with the best weights.  model: the model without parameters.
+    last_step: the last step of the run, set at its end.
     history: the score of each evaluation that selects checkpoints; larger is better.
     before: the same score of the weights that the run started from.
     scores, result: all scores of the last evaluation, and the outputs that the task kept.
@@ -110,6 +116,7 @@ class Training:
         run, mesh = resolved.run, resolved.mesh
         self.resolved, self.run, self.run_folder, self.parts = resolved, run, run_folder, parts
         self.checkpoints, self.state, self.model, self.started = checkpoints, state, model, int(state.step)
+        self.last_step = self.started
         self.history: list[float] = notes.get("history", [])
         self.before: float = notes.get("before", -math.inf)
         self.frozen_sums = None if state.frozen is None else checksums_of(state.frozen)
@@ -120,12 +127,12 @@ class Training:
         self.scores: dict[str, float] = {}
         self.result: Any = None
         self._shard = partial(shard_batch, mesh)
-        self._rows = local_rows(mesh, run.batch, run.accumulate)
+        self._rows = local_rows(mesh, resolved.train.rows, run.accumulate)
         self._held_out_rows = local_rows(mesh, run.batch // run.accumulate, 1)
         self._eval_step = jax.jit(make_eval_step(resolved.task, parts.module))
         self.trace = Trace(run_folder.folder / "profile", run.profile, self.started, run.steps)
         run_log = RunLog(run_folder.folder, self.started, run.steps) if hosts.is_first() else NoLog()
-        self.journal = Journal(run_log, Meter(mesh, _flops(resolved), notes), run.log_every, notes)
+        self.journal = Journal(run_log, Meter(mesh, _flops(resolved), notes), run.log_every, notes, resolved.budget)
 
     def __enter__(self) -> Self:
         return self
@@ -257,6 +264,7 @@ class Training:
         """
         self.checkpoints.wait()
         step, best_step = int(self.state.step), self.checkpoints.best()
+        self.last_step = step
         if best_step is not None and best_step != step:
             # The optimizer's state is no longer needed; deleting it makes room for the other parameters.
             jax.tree.map(lambda leaf: leaf.delete(), self.state.opt_state)
@@ -267,7 +275,9 @@ class Training:
                 self.scores = {}
         adapted = parameters.outside_nodes(self.state.params) if self.run.adapter.rank else ()
         best = dataclasses.replace(with_params(self.model, nodes.finish(self.state.model)), adapted=adapted)
-        lm, kind = export(best, self.resolved.task, self.run_folder.folder / "export")
+        budget = self.resolved.budget
+        privacy = None if budget is None else budget.facts(step)
+        lm, kind = export(best, self.resolved.task, self.run_folder.folder / "export", privacy)
         if not ended:
             raise Stopped(
                 f"stopped at step {step:,} of {self.run.steps:,} and saved; the same command resumes from here"

@@ -96,7 +96,8 @@ def requested_audits(args: AuditArguments) -> list[str]:
       UserError: if there is none, and for an argument of an audit that is not requested.
     """
     parts: list[Any] = [getattr(args, one.name) for one in dataclasses.fields(args)]
-    values = {one.name: one.default for part in parts if isinstance(part, Config) for one in dataclasses.fields(part)}
+    parts = [part for part in parts if dataclasses.is_dataclass(part)]
+    values = {one.name: one.default for part in parts for one in dataclasses.fields(part)}
     given = {name for part in parts for name in values if getattr(part, name, values[name]) != values[name]}
     names = [name for name in AUDITS if name in given]
     for name, audit in _BELONGS.items():

@@ -220,7 +220,7 @@ def _examples(
         change = f"{before} {p_NC[n].max():.1%} → {after} {q_RC[r].max():.1%}"
         rows.append([" | ".join(originals[n]), " | ".join(changed[r]), change])
     head = ("text", "counterfactual", "prediction")
-    return Table("Examples", head, rows, "The largest differences. Texts of which the prediction flips are first.")
+    return Table("Examples", head, rows, "The largest differences. Texts with a flip are first.")
 
 
 def _text(pairs: Sequence[tuple[str, str]]) -> list[str]:

@@ -8,20 +8,19 @@ import tyro
 
 from jaxlm.devices import process
 from jaxlm.errors import UserError
-from jaxlm.trust.audits import AuditArguments
 from jaxlm.verbs import machine
 from jaxlm.verbs.arguments import parse
 
 
 def audit(argv: list[str], _: process.Signals) -> int:
     """Audit a model for bias: jaxlm audit MODEL --pairs|--associations|--bbq|--counterfactuals|--groups FILE."""
+    machine.configure_process()  # before the arguments, whose module imports jax
     from jaxlm.trust import audits
 
-    args = parse(AuditArguments(model=tyro.MISSING), argv, "jaxlm audit")
+    args = parse(audits.AuditArguments(model=tyro.MISSING), argv, "jaxlm audit")
     if Path(args.output).suffix != ".html":
         raise UserError(f"--output is {args.output}; give the name of a page, which ends in .html")
     audits.requested_audits(args)
-    machine.configure_process()
     results = audits.audit(audits.load(args.model), args)
     for result in results:
         print(result.title)
