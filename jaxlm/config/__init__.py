@@ -49,6 +49,7 @@ from jaxlm.config.privacy import PrivacyConfig
 from jaxlm.config.pruning import NO_PRUNING, PruneConfig
 from jaxlm.config.quantize import QuantizeConfig
 from jaxlm.config.run import MatmulPrecision, MeshConfig, OptimizerConfig, Remat, RunConfig
+from jaxlm.config.safety import SafetyConfig
 from jaxlm.config.serialisation import difference, from_json, task_from_json, task_to_json, to_json
 from jaxlm.config.task import *
 from jaxlm.config.task import TASK_CONFIGS, TagScheme, TaskConfig, check_task

@@ -22,6 +22,7 @@ class CleaningConfig(Config):
     min_characters: Count = 0  # minimum length; shorter rows are dropped
     max_characters: Count = 0  # maximum length; longer rows are dropped; 0: no limit
     duplicates: bool = False  # drop repeated rows
+    personal_data: Literal["keep", "mask", "drop"] = "keep"  # mask: [EMAIL], [PHONE] ... instead; drop: drop the row
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 source      rows of text from files, folders, globs and tensorflow-datasets
 formats     readers of file formats
 clean       cleaning of the text of a row
+personal_data  addresses, phone, card and identity numbers in texts
 holdout     choice of the held-out documents
 tokenizers  loading, training and saving of tokenizers
 spool       documents in one file, for several passes

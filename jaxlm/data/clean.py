@@ -8,6 +8,7 @@ import unicodedata
 from collections import Counter
 
 from jaxlm.config import CleaningConfig
+from jaxlm.data import personal_data
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # category Cc without tab, line feed, carriage return
 
@@ -15,8 +16,8 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # category Cc w
 def clean(text: str, cleaning: CleaningConfig, seen: set[bytes], report: Counter) -> str | None:
     """Returns the cleaned text, or None if the row is dropped.
 
-    Changes are made first, in the order unicode, control, whitespace. Then blank rows, rows that are too short or too
-    long, and exact duplicates are dropped.
+    Changes are made first, in the order unicode, control, whitespace, personal data. Then blank rows, rows that are too
+    short or too long, and exact duplicates are dropped.
 
     Args:
       text: the text of the row.
@@ -42,6 +43,10 @@ def clean(text: str, cleaning: CleaningConfig, seen: set[bytes], report: Counter
         text = change("control", _CONTROL.sub("", text))
     if cleaning.whitespace:
         text = change("whitespace", " ".join(text.split()))
+    if cleaning.personal_data == "mask":
+        text = change("personal_data", personal_data.mask(text))
+    elif cleaning.personal_data == "drop" and personal_data.find(text):
+        return drop("personal_data")
     if not text or text.isspace():
         return drop("blank")
     if len(text) < cleaning.min_characters:

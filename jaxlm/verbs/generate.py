@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -13,11 +14,14 @@ from typing import Annotated, Any
 
 import tyro
 
-from jaxlm.config import Decoding, flags
+from jaxlm.config import Decoding, SafetyConfig, flags
 from jaxlm.config.ranges import Config, check_fields
+from jaxlm.config.serialisation import to_json
 from jaxlm.devices import process
 from jaxlm.errors import UserError
 from jaxlm.verbs import machine
+
+_SAFE_CHUNK = 32  # prompts that are answered together if there are filters
 
 
 @dataclass(frozen=True)
@@ -33,12 +37,15 @@ class Generate(Config):
     draft: str = ""  # a smaller model with the same tokenizer, for faster generation (speculative decoding)
     # How tokens are chosen and when a text ends.
     decoding: tyro.conf.OmitArgPrefixes[Decoding] = dataclasses.field(default_factory=Decoding)
+    # Filters of the generated texts.
+    safety: SafetyConfig = dataclasses.field(default_factory=SafetyConfig)
 
 
 def generate(argv: list[str], _: process.Signals) -> int:
     """Generate a text per prompt: jaxlm generate MODEL --prompt TEXT ... | --file PROMPTS [--output FILE.jsonl]."""
     args = _generate_arguments(argv)
     args.decoding.check()
+    args.safety.check()
     check_fields(args)
     if (args.file and args.prompt) or (args.output and not args.file):
         raise UserError("--file replaces --prompt, and --output requires --file; leave one out")
@@ -48,6 +55,12 @@ def generate(argv: list[str], _: process.Signals) -> int:
     import jaxlm
 
     prompts, continues = list(args.prompt) or [""], lm.config.structure == "decoder"
+    if args.safety.is_on:  # a text is complete before a filter reads it, so there is no stream
+        for prompt, row in zip(prompts, _safe_rows(args, lm, draft, prompts), strict=True):
+            print(row["text"] if row["refused"] else prompt * continues + row["text"])
+            for reason in row["reasons"]:
+                print(f"rejected  {reason}", file=sys.stderr)
+        return 0
     if len(prompts) == 1 and args.decoding.n_best == 1 and sys.stdout.isatty():
         pieces = jaxlm.stream(lm, prompts[0], args.decoding, draft=draft)
         for piece in chain(prompts * continues, pieces, ["\n"]):
@@ -90,7 +103,8 @@ def _generate_from_file(args: Generate) -> int:
     from jaxlm.inference import prompts as files
 
     prompts = files.read(args.file)
-    choices = lambda: files.output_settings(args.model, args.decoding, args.draft)  # reads every byte of the model
+    # Reads every byte of the model.
+    choices = lambda: files.output_settings(args.model, args.decoding, args.draft) | {"safety": to_json(args.safety)}
     with files.PromptOutput(args.output, prompts, choices()) if args.output else nullcontext() as output:
         done = output.done if output else 0
         if done:
@@ -98,12 +112,24 @@ def _generate_from_file(args: Generate) -> int:
         if done == len(prompts):
             return 0
         lm, draft = _load_models(args)
-        for row in files.generate_rows(lm, prompts, args.decoding, draft, done):
+        plain_rows = lambda: files.generate_rows(lm, prompts, args.decoding, draft, done)
+        for row in _safe_rows(args, lm, draft, prompts[done:]) if args.safety.is_on else plain_rows():
             if output:
                 output.write(row)
             else:
                 print(json.dumps(row, ensure_ascii=False), flush=True)
     return 0
+
+
+def _safe_rows(args: Generate, lm: Any, draft: Any, prompts: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yields for each prompt a row with the best allowed answer, and the reasons why others were rejected."""
+    from jaxlm.trust.safe_generation import SafeGenerator
+
+    generator = SafeGenerator(lm, args.safety)
+    for start in range(0, len(prompts), _SAFE_CHUNK):
+        chunk = prompts[start : start + _SAFE_CHUNK]
+        for prompt, answer in zip(chunk, generator.answer(chunk, args.decoding, draft=draft)):
+            yield {"prompt": prompt, "text": answer.text, "refused": answer.refused, "reasons": answer.reasons}
 
 
 def _load_models(args: Generate) -> tuple[Any, Any]:
@@ -112,7 +138,8 @@ def _load_models(args: Generate) -> tuple[Any, Any]:
     import jaxlm
     from jaxlm.inference.generate import check_decoding
 
-    lm = jaxlm.load(args.model)
+    # With filters, control tokens that are written in a prompt are encoded like other text.
+    lm = jaxlm.load(args.model, split_special_tokens=True if args.safety.is_on else None)
     draft = jaxlm.load(args.draft) if args.draft else None
     check_decoding(lm, args.decoding, draft)
     if lm.tokenizer is None:
