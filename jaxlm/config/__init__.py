@@ -6,6 +6,7 @@ import JAX, so that an invalid command line is reported within a second.
 run            RunConfig, OptimizerConfig and MeshConfig
 adapter        AdapterConfig: training of low-rank updates
 privacy        PrivacyConfig: differentially private training
+safety         filters of generated texts
 pruning        PruneConfig: pruning while training
 model          ModelConfig: the architecture
 choices        the closed choices of ModelConfig

@@ -238,7 +238,7 @@ def _lm_targets(lm: LM, example: Example, text: Any, choice: Choice) -> tuple[Ex
     if choice.target is not None:
         ids = target_ids(lm, example, text, choice.target)
     else:
-        settings = Decoding(max_new_tokens=choice.new_tokens)
+        settings = Decoding(max_new_tokens=choice.new_tokens, temperature=0.0)
         prompt = example.tokens_T.tolist()
         [ids] = generate(lm, [prompt], settings, return_tokens=True, stop_tokens=())
         if not ids:
