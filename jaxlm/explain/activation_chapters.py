@@ -75,7 +75,7 @@ def run_patching(request: Request) -> Result:
     }
     first, second = result.answers
     line = (
-        f"patching    logit of {first!r} minus {second!r}: {result.clean:.3f} clean, {result.corrupted:.3f} corrupted"
+        f"logit of {first!r} minus {second!r}: {result.clean:.3f} clean, {result.corrupted:.3f} corrupted"
     )
     maps = [patching_map(result, grid) for grid in result.grids]
     return Result([Chapter("Activation patching", [_PATCHING, line], maps)], numbers, [f"patching    {line}"])
