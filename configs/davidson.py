@@ -12,8 +12,8 @@ rows are not closed; a row per line with --data.format jsonl avoids this):
 
 Hardware         2 CPU cores, shared with up to a dozen other processes
 Time             36 min for 1,300 steps
-Score            accuracy 0.9169, weighted F1 0.911, on 2,479 held-out tweets; F1 of hate 0.434, offensive 0.950, neither
-                 0.896 (TF-IDF with logistic regression: accuracy 0.897)
+Score            accuracy 0.9169, weighted F1 0.911, on 2,479 held-out tweets; F1 of hate 0.434, offensive 0.950,
+                 neither 0.896 (TF-IDF with logistic regression: accuracy 0.897)
 """
 
 from jaxlm import Classification, DataConfig, OptimizerConfig, RunConfig

@@ -352,6 +352,7 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
     return np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
 
 
+@pytest.mark.long
 def test_the_gradient_of_the_last_layer_is_the_product_of_error_and_input(models):
     """Gradients of jax.grad through the whole model."""
     lm = models["classes"]

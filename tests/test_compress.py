@@ -31,6 +31,7 @@ def model(tmp_path_factory):
     return folder
 
 
+@pytest.mark.long
 def test_every_variant_is_written_and_measured(model, tmp_path, capsys):
     text, out = str(model.parent / "text.txt"), tmp_path / "out"
     arguments = ["--weights", "int8", "int4", "--group", "16", "--method", "gptq", "--calibration", text]

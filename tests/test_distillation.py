@@ -549,6 +549,7 @@ def test_accumulated_and_sharded_runs_have_the_same_losses(folder, tmp_path, dev
             np.testing.assert_allclose(b[name], value, rtol=2e-3, err_msg=name)
 
 
+@pytest.mark.long
 def test_a_student_may_be_initialised_randomly_and_a_plan_counts_its_teacher(folder, tmp_path):
     config = dataclasses.replace(BERT, layers=1, width=8, heads=1, heads_on_top=())
     distill = DistillConfig(str(folder / "teacher"), hidden=1.0)

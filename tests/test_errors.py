@@ -206,7 +206,8 @@ KINDS = [
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_field_has_a_comment(kind):
     """tyro prints the comment of a field as its help, also for classes that the quickstart does not use."""
-    body = inspect.getsource(kind)
+    bases = [base for base in kind.__mro__ if dataclasses.is_dataclass(base)]
+    body = "\n".join(map(inspect.getsource, bases))  # tyro also reads the comments of inherited fields
     for field in dataclasses.fields(kind):
         if not dataclasses.is_dataclass(field.default_factory) and field.name != "task":
             assert re.search(rf"^    {field.name}: .*  # \S", body, re.MULTILINE), field.name

@@ -296,6 +296,7 @@ def lines(folder) -> list[dict]:
 
 
 @pytest.mark.parametrize("adapter", [AdapterConfig(4), pytest.param(AdapterConfig(), marks=pytest.mark.long)], ids=str)
+@pytest.mark.long
 def test_a_rule_is_learned_and_the_export_predicts_the_same(start, tmp_path, adapter):
     lm = jaxlm.fit(run_of(start, tmp_path / "run", adapter=adapter))
     first, *_, last = (line for line in lines(tmp_path / "run") if "eval/accuracy" in line)

@@ -212,6 +212,7 @@ def lines(folder, name):
     return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.long
 def test_a_resumed_run_equals_an_uninterrupted_one_and_spends_the_same(tmp_path, capsys):
     whole = fit(run_config(tmp_path, "whole"))
     steps = iter([False, True])
@@ -231,6 +232,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_and_spends_the_same(tmp_path,
     assert f"epsilon {spent[0][-1]:.3f}" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_a_step_on_a_mesh_equals_one_on_a_device(tmp_path):
     run, results = run_config(tmp_path, "run", model=ModelConfig(vocabulary=48, max_length=32, width=16, heads=2)), []
     for config, count in ((MeshConfig(), 1), (MeshConfig(data=2, fsdp=2), 4)):

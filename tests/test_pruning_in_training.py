@@ -246,6 +246,7 @@ def test_a_resumed_run_has_the_same_zeros(data_dir, tmp_path, devices):
         np.testing.assert_array_equal(np.asarray(before) == 0, np.asarray(after) == 0)
 
 
+@pytest.mark.long
 def test_only_checkpoints_with_the_final_sparsity_are_the_best(data_dir, tmp_path, devices):
     """A run whose loss rises keeps a later checkpoint, and is not stopped early before the last removal."""
     run = run_config(

@@ -74,9 +74,7 @@ def run_patching(request: Request) -> Result:
         "restored": {f"{grid.site.stack}.{grid.site.part}": grid.restored.tolist() for grid in result.grids},
     }
     first, second = result.answers
-    line = (
-        f"logit of {first!r} minus {second!r}: {result.clean:.3f} clean, {result.corrupted:.3f} corrupted"
-    )
+    line = f"logit of {first!r} minus {second!r}: {result.clean:.3f} clean, {result.corrupted:.3f} corrupted"
     maps = [patching_map(result, grid) for grid in result.grids]
     return Result([Chapter("Activation patching", [_PATCHING, line], maps)], numbers, [f"patching    {line}"])
 
