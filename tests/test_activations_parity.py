@@ -19,8 +19,8 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.parity
 
 TEXTS = ["a good film", "the plot is not good and never new", "a story of two friends"]
-CLEAN = {"gpt2": "the plot is good", "bert": "the plot is [MASK] and good", "t5": "the plot is good"}
-CORRUPTED = {"gpt2": "the good is plot", "bert": "the good is [MASK] and plot", "t5": "the good is plot"}
+CLEAN = {"gpt2": "the plot is good", "bert": "[MASK] the plot is good", "t5": "the plot is good"}
+CORRUPTED = {"gpt2": "the good is plot", "bert": "[MASK] the good is plot", "t5": "the good is plot"}
 
 
 def make(name: str, tokenizer: Any) -> Any:
@@ -100,7 +100,7 @@ def hooked(name: str, model: Any, contrast: Any, part: str, layer: int, position
 
 def test_patches_equal_forward_hooks(pair):
     name, model, lm = pair
-    answers = tuple(token for token in ("a", "e", "o", "n") if _is_one_token(lm, token))[:2]
+    answers = _answers(lm)
     parts = ("residual", "attention", "mlp") if name == "gpt2" else ("residual",)
     result = patch(lm, CLEAN[name], CORRUPTED[name], answers, parts)
     contrast = read_contrast(lm, CLEAN[name], CORRUPTED[name], answers)
@@ -113,6 +113,10 @@ def test_patches_equal_forward_hooks(pair):
             np.testing.assert_allclose(grid.restored[layer, position], restored, atol=2e-3)
 
 
+def _answers(lm: Any) -> tuple[str, ...]:
+    return tuple(token for token in ("a", "e", "o", "n") if _is_one_token(lm, token))[:2]
+
+
 def _is_one_token(lm: Any, word: str) -> bool:
     ids = [lm.tokenizer.target.encode(text) for text in (word, f" {word}")]
     return any(len(some) == 1 and some[0] != lm.tokenizer.target.unk for some in ids)
@@ -121,17 +125,17 @@ def _is_one_token(lm: Any, word: str) -> bool:
 @torch.no_grad()
 def test_the_lens_equals_the_head_on_the_hidden_states_of_transformers(pair):
     name, model, lm = pair
+    if name == "t5":
+        pytest.skip("the decoder of T5 has one token here; its last row is tested by default")
     lens = logit_lens(lm, CLEAN[name])
-    contrast = read_contrast(lm, CLEAN[name], CORRUPTED[name], None)
+    contrast = read_contrast(lm, CLEAN[name], CORRUPTED[name], _answers(lm))
     tokens = torch.tensor(contrast.clean.tokens_T[None]).long()
     if name == "gpt2":
         states = model(input_ids=tokens, output_hidden_states=True).hidden_states
         heads = [model.lm_head(model.transformer.ln_f(state)) for state in states[:-1]] + [model.lm_head(states[-1])]
-    elif name == "bert":
+    else:
         states = model(input_ids=tokens, output_hidden_states=True).hidden_states
         heads = [model.cls(state) for state in states]
-    else:
-        pytest.skip("the decoder of T5 has one token here; its last row is tested by default")
     for n, logits_1TV in enumerate(heads):
         p_TV = logits_1TV[0, :, : lm.vocabulary].softmax(-1).numpy()
         np.testing.assert_allclose(lens.probability_LT[n], p_TV.max(-1), atol=2e-4)
