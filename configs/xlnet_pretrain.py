@@ -15,7 +15,9 @@ WikiText-2 (test.txt for training, valid.txt held out):
 
 Hardware         2 CPU cores, shared with other processes
 Time             5 min 49 s for 300 steps of 16 x 128 tokens
-Score            held-out loss 5.39 nats and accuracy 0.220 on 18,773 tokens, and falling (6.08 after 100 steps)
+Score            held-out loss 5.39 nats and accuracy 0.220 on 18,773 tokens, and falling (6.08 after 100 steps).  The
+                 entropy of the frequencies of these tokens is 5.99.  A causal model of the same size, with these steps
+                 and options, has 4.93; its rows have six times as many targets.
 """
 
 from dataclasses import replace
