@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+from difflib import SequenceMatcher
 from functools import lru_cache
 
+import jax
 import numpy as np
 import pytest
 from random_params import random_params
 
 import jaxlm
 from jaxlm.__main__ import main
-from jaxlm.config import Classification, ModelConfig, TokenizerConfig
+from jaxlm.config import Classification, ModelConfig, MultipleChoice, TokenizerConfig
 from jaxlm.data.formats.lines import Place
 from jaxlm.data.tokenizers import tokenizer as tokenizers
 from jaxlm.errors import UserError
-from jaxlm.lm import LM
+from jaxlm.families import PRESETS
+from jaxlm.lm import LM, with_task
 from jaxlm.nn.transformer import Transformer
 from jaxlm.reports.pictures import Bars, draw
 from jaxlm.trust import audits, bbq, group_gaps
@@ -189,8 +193,8 @@ def test_drawn_partitions_agree_with_all_of_them(monkeypatch):
 
 def test_words_without_a_vector():
     model = WordVectors(("farmer", "baker", "old", "young", "kind", "tall"), vectors(6))
-    test = AssociationTest("t", ("Farmer", "nobody", "old"), ("baker", "young", "tall"), ("kind",), ("tall",))
-    with pytest.raises(UserError, match=r"1 of 8 words have no vector: nobody; .*--missing drop"):
+    test = AssociationTest("t", ("Farmer", "plumber", "old"), ("baker", "young", "tall"), ("kind",), ("tall",))
+    with pytest.raises(UserError, match=r"1 of 8 words have no vector: plumber; .*--missing drop"):
         run_test(model, test)
     assert run_test(model, test, missing="drop").partitions == 6  # two targets on each side
 
@@ -243,8 +247,33 @@ def test_bias_scores_have_the_definition_of_parrish():
 
 
 def test_a_decoder_answers_with_the_most_likely_answer():
-    questions = [question({"context": "the farmer sings", "question": "here", "ans2": "kind and tall"})]
-    assert bbq.answer(lm_of("causal"), questions, normalize=False)[0] in (0, 1, 2)
+    rows = [
+        {"context": text, "ans2": "kind and tall"} for text in ("the farmer sings", "old and kind", "a young baker")
+    ]
+    questions, lm = [question(row) for row in rows], lm_of("causal")
+    for normalize in (False, True):
+        expected = []
+        for one in questions:
+            prompt = bbq.PROMPT.format(context=one.context, question=one.question)
+            scores = []
+            for text in one.answers:  # one forward pass each, without packing
+                start = len(lm.tokenizer.with_prefix(lm.tokenizer.encode(prompt)))
+                ids = lm.tokenizer.with_prefix(lm.tokenizer.encode(f"{prompt} {text}"))
+                log_TV = jax.nn.log_softmax(lm([ids]).logits[0].astype(float))
+                log_probs = [float(log_TV[n - 1, ids[n]]) for n in range(start, len(ids))]
+                scores.append(np.mean(log_probs) if normalize else np.sum(log_probs))
+            expected.append(int(np.argmax(scores)))
+        np.testing.assert_array_equal(bbq.answer(lm, questions, normalize), expected)
+
+
+def test_a_model_of_multiple_choice_answers_with_its_prediction():
+    config = dataclasses.replace(lm_of("classifier").config, labels=("score",))
+    lm = LM(config, Transformer(config), random_params(config, std=0.4), tokenizer())
+    lm = with_task(lm, MultipleChoice(), 24)
+    questions = [question({"context": text}) for text in ("the farmer sings", "old and kind", "a young baker")]
+    rows = [{"question": f"{q.context} {q.question}", "options": list(q.answers)} for q in questions]
+    options = [row["option"] for row in jaxlm.predict(lm, rows)]
+    assert [q.answers[n] for q, n in zip(questions, bbq.answer(lm, questions))] == options
 
 
 @pytest.mark.parametrize("row", [{"label": 7}, {"answer_info": {}}, {"context_condition": "?"}])
@@ -390,3 +419,77 @@ def test_sentences_are_encoded_by_any_model(tmp_path):
     assert -2 <= found.scores["associations/test/effect_size"] <= 2
     with pytest.raises(UserError, match="--pooling is 'maen'"):
         audit_associations(lm_of("causal"), [str(tmp_path / "test.json")], pooling="maen")
+
+
+# Equality with an implementation in torch of the definitions.
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(("preset", "kind"), [("bert-base", "BertForMaskedLM"), ("gpt2", "GPT2LMHeadModel")])
+def test_pairs_have_the_scores_of_torch(preset, kind, tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    config = dataclasses.replace(PRESETS[preset], **TINY, mlp_width=24, vocabulary=tokenizer().size)
+    lm = LM(config, Transformer(config), random_params(config, std=0.4), tokenizer())
+    jaxlm.save(lm, tmp_path)
+    model = getattr(transformers, kind).from_pretrained(tmp_path).eval()
+    lm = jaxlm.load(tmp_path)
+    found = score_pairs(lm, PAIRS)
+
+    @torch.no_grad()
+    def log_probs(ids):
+        return model(torch.tensor([ids])).logits[0].double().log_softmax(-1).numpy()
+
+    def score(ids, other):
+        is_shared = [a == 0 for a in ids]
+        for block in SequenceMatcher(None, ids, other, autojunk=False).get_matching_blocks():
+            is_shared[block.a : block.a + block.size] = [True] * block.size
+        total = 0.0
+        for n, token in enumerate(ids):
+            if not is_shared[n] or (lm.config.structure == "encoder" and n in (0, len(ids) - 1)):
+                continue
+            if lm.config.structure == "encoder":  # [CLS] and [SEP] are not scored
+                total += log_probs([*ids[:n], lm.tokenizer.mask, *ids[n + 1 :]])[n, token]
+            elif n:
+                total += log_probs(ids)[n - 1, token]
+        return total
+
+    encode = lambda text: lm.tokenizer.encode_with_special_tokens([text])[0][0]
+    if lm.config.structure == "decoder":
+        encode = lambda text: list(lm.tokenizer.with_prefix(lm.tokenizer.encode(text)))
+    ids = [[encode(text) for text in pair] for pair in PAIRS]
+    np.testing.assert_allclose(found.more_N, [score(more, less) for more, less in ids], atol=1e-4)
+    np.testing.assert_allclose(found.less_N, [score(less, more) for more, less in ids], atol=1e-4)
+
+
+@pytest.mark.parity
+def test_an_effect_size_is_that_of_torch(tmp_path):
+    """Caliskan et al. 2017: the standardised difference of the mean associations of two sets of targets."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    config = dataclasses.replace(
+        PRESETS["bert-base"], **TINY, mlp_width=24, vocabulary=tokenizer().size, heads_on_top=()
+    )
+    lm = LM(config, Transformer(config), random_params(config, std=0.4), tokenizer())
+    jaxlm.save(lm, tmp_path)
+    model = transformers.BertModel.from_pretrained(tmp_path, add_pooling_layer=False).eval()
+    sets = {
+        "targ1": ["the old farmer", "old baker", "old"], "targ2": ["the young farmer", "young baker", "young"],
+        "attr1": ["kind", "sings well"], "attr2": ["tall", "is here"],
+    }  # fmt: skip
+    (tmp_path / "test.json").write_text(json.dumps({name: {"examples": texts} for name, texts in sets.items()}))
+    found = audit_associations(jaxlm.load(tmp_path), [str(tmp_path / "test.json")], pooling="cls")
+
+    @torch.no_grad()
+    def vector(text):
+        ids = lm.tokenizer.encode_with_special_tokens([text])[0][0]
+        return model(torch.tensor([ids])).last_hidden_state[0, 0].double()
+
+    cosine = lambda a, b: torch.nn.functional.cosine_similarity(a, b, dim=0)
+    of = {name: [vector(text) for text in texts] for name, texts in sets.items()}
+    mean = lambda values: sum(values) / len(values)
+    association = lambda w: mean([cosine(w, a) for a in of["attr1"]]) - mean([cosine(w, b) for b in of["attr2"]])
+    first, second = ([float(association(w)) for w in of[name]] for name in ("targ1", "targ2"))
+    expected = (np.mean(first) - np.mean(second)) / np.std(first + second, ddof=1)
+    [effect] = [value for name, value in found.scores.items() if "effect" in name]
+    np.testing.assert_allclose(effect, expected, atol=1e-4)

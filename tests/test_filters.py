@@ -64,7 +64,7 @@ def test_several_findings_are_masked_in_order():
 def test_the_search_takes_time_in_proportion_to_the_text(text):
     began = time.process_time()
     personal_data.find(text * 20_000)
-    assert time.process_time() - began < 20
+    assert time.process_time() - began < 5
 
 
 def test_cleaning_masks_or_drops_personal_data():

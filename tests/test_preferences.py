@@ -271,7 +271,7 @@ def test_a_model_or_an_adapter_without_a_reference_is_refused():
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """Returns the folder of a random model, and a file of pairs of which the alphabetically first word is chosen."""
+    """Returns the folder of a random model, and a file of pairs whose chosen answer comes first in the alphabet."""
     folder = tmp_path_factory.mktemp("start")
     jaxlm.save(LM(MODEL, Transformer(MODEL), params_of(), tokenizer()), folder / "model")
     random = np.random.default_rng(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -131,14 +132,17 @@ def find(text: str, kinds: Iterable[str] = tuple(KINDS)) -> list[Finding]:
       text: the text.
       kinds: the kinds to find, entries of `KINDS`.
     """
-    found: list[Finding] = []
+    found: list[Finding] = []  # in order
     for kind in check_kinds(kinds):
         pattern, is_valid = KINDS[kind]
+        own = []
         for match in pattern.finditer(text):
-            overlaps = any(match.start() < other.end and other.start < match.end() for other in found)
+            before = bisect_left(found, match.end(), key=lambda other: other.start) - 1
+            overlaps = before >= 0 and found[before].end > match.start()
             if not overlaps and is_valid(match[0]):
-                found.append(Finding(kind, *match.span()))
-    return sorted(found, key=lambda finding: finding.start)
+                own.append(Finding(kind, *match.span()))
+        found = sorted(found + own, key=lambda finding: finding.start)
+    return found
 
 
 def replace(text: str, findings: Iterable[Finding]) -> str:

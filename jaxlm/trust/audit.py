@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxlm.reports.pages import Chapter
+from jaxlm.reports.pictures import Bars
 
 Z = 1.959964  # quantile of the normal distribution for intervals of 95 %
 RESAMPLES = 1000  # of a bootstrap
@@ -45,6 +46,13 @@ class Estimate(NamedTuple):
             return "–"
         value, low, high = (f"{scale * number:.{decimals}f}" for number in self)
         return f"{value} ({low} to {high})"
+
+
+def estimate_bars(title: str, estimates: Mapping[str, Estimate], unit: str, reference: float | None = None) -> Bars:
+    """Returns bars of estimates by name, in per cent, with their intervals, and a line at the reference."""
+    percent = [tuple(100 * number for number in one) for one in estimates.values()]
+    values, intervals = tuple(p[0] for p in percent), tuple((p[1], p[2]) for p in percent)
+    return Bars(title, tuple(estimates), values, unit, intervals, reference)
 
 
 UNDEFINED = Estimate(math.nan, math.nan, math.nan)

@@ -14,11 +14,10 @@ from jaxlm.errors import UserError
 from jaxlm.inference.likelihood import log_likelihoods
 from jaxlm.lm import LM
 from jaxlm.reports.pages import Chapter
-from jaxlm.reports.pictures import Bars
 from jaxlm.reports.tables import Table
 from jaxlm.run.evaluate import predict
 from jaxlm.run.trained_model import task_for
-from jaxlm.trust.audit import Audit, Estimate, bootstrap
+from jaxlm.trust.audit import Audit, Estimate, bootstrap, estimate_bars
 from jaxlm.trust.rows import read_rows
 
 COLUMNS = (
@@ -119,7 +118,7 @@ def answer(lm: LM, questions: Sequence[Question], normalize: bool = True) -> np.
         return np.array(values).reshape(-1, 3).argmax(1)
     rows = [{"question": f"{q.context} {q.question}", "options": list(q.answers)} for q in questions]
     predictions = predict(lm, rows, task=MultipleChoice())
-    return np.array([q.answers.index(p["prediction"]) for q, p in zip(questions, predictions)])
+    return np.array([prediction["prediction"] for prediction in predictions])
 
 
 def check_answering(lm: LM) -> None:
@@ -228,13 +227,7 @@ def _chapter(
     )
     head = ("category", "questions", "accuracy, clear context, %", "accuracy, ambiguous, %", "s_DIS, %", "s_AMB, %")
     bars = [
-        Bars(
-            title,
-            tuple(scores),
-            tuple(100 * getattr(found, field).value for found in scores.values()),
-            "per cent of 1",
-            tuple((100 * getattr(found, field).low, 100 * getattr(found, field).high) for found in scores.values()),
-        )
+        estimate_bars(title, {name: getattr(found, field) for name, found in scores.items()}, "per cent of 1")
         for title, field in (
             ("Bias in clear contexts (s_DIS)", "s_dis"),
             ("Bias in ambiguous contexts (s_AMB)", "s_amb"),

@@ -15,9 +15,8 @@ from jaxlm.inference.likelihood import token_log_probs_of
 from jaxlm.inference.pseudo_likelihood import masked_log_probs
 from jaxlm.lm import LM
 from jaxlm.reports.pages import Chapter
-from jaxlm.reports.pictures import Bars
 from jaxlm.reports.tables import Table
-from jaxlm.trust.audit import Audit, Estimate, wilson
+from jaxlm.trust.audit import Audit, Estimate, estimate_bars, wilson
 from jaxlm.trust.rows import read_rows, read_text
 
 COLUMNS = ("sent_more", "sent_less")
@@ -195,9 +194,7 @@ def _present(scores: PairScores) -> tuple[dict[str, float], list[Chapter]]:
     note = "50 % is the value of a model without a preference. Intervals are Wilson's."
     note += f" Fewer than {FEW} pairs: {', '.join(few)}." if few else ""
     table = Table("Preferences by kind of bias", head + (("whole sentence, % (95 %)",) if whole else ()), rows, note)
-    intervals = tuple((100 * estimate.low, 100 * estimate.high) for estimate in found.values())
-    values = tuple(100 * estimate.value for estimate in found.values())
-    bars = Bars("Pairs with the stereotype preferred", tuple(found), values, "% of pairs", intervals, 50.0)
+    bars = estimate_bars("Pairs with the stereotype preferred", found, "% of pairs", 50.0)
     return numbers, [Chapter("Stereotypes in pairs of sentences", _text(bool(whole)), [bars, table])]
 
 

@@ -12,11 +12,10 @@ from jaxlm.config import Classification
 from jaxlm.errors import UserError, suggestion
 from jaxlm.lm import LM
 from jaxlm.reports.pages import Chapter
-from jaxlm.reports.pictures import Bars
 from jaxlm.reports.tables import Table
 from jaxlm.run.evaluate import predict
 from jaxlm.run.trained_model import task_for
-from jaxlm.trust.audit import Audit, Estimate, bootstrap, wilson
+from jaxlm.trust.audit import Audit, Estimate, bootstrap, estimate_bars, wilson
 from jaxlm.trust.rows import read_rows
 
 MIN_MEMBERS = 2  # groups with fewer members have no rates and do not count for the gaps
@@ -239,13 +238,7 @@ def _chapter(
     ]
     gap_note = "The largest rate minus the smallest, in points of per cent. Intervals are a bootstrap's over examples."
     bars = [
-        Bars(
-            title,
-            tuple(rates),
-            tuple(100 * getattr(group, field).value for group in rates.values()),
-            "% of examples",
-            tuple((100 * getattr(group, field).low, 100 * getattr(group, field).high) for group in rates.values()),
-        )
+        estimate_bars(title, {name: getattr(group, field) for name, group in rates.items()}, "% of examples")
         for title, field in (("False-positive rates", "false_positive"), ("Rates of positive predictions", fields[0]))
     ]
     tables = [

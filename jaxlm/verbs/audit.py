@@ -25,8 +25,8 @@ def audit(argv: list[str], _: process.Signals) -> int:
     for result in results:
         print(result.title)
         for name, value in result.scores.items():
-            is_count = value.is_integer() and abs(value) > 1
-            print(f"  {name:<48}  {value:{',.0f' if is_count else '.4f'}}")
+            is_count, is_small = value.is_integer() and abs(value) > 1, 0 < abs(value) < 1e-3  # such as a p-value
+            print(f"  {name:<48}  {value:{',.0f' if is_count else '.2e' if is_small else '.4f'}}")
     page, scores = audits.write(Path(args.output), args.model, results, args)
     print(f"{page}, {scores}")
     return 0
