@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxlm.config import Classification
+from jaxlm.data.formats.lines import Place, Row
 from jaxlm.errors import UserError, suggestion
 from jaxlm.lm import LM
 from jaxlm.reports.pages import Chapter
@@ -133,22 +134,8 @@ def audit_groups(
         raise UserError("--groups requires --group-column, the name of the column with the group of each row")
     classes = positive_classes(lm, positive)
     found = read_rows(file, (*task.text, task.label), "--groups", sample, seed)
-    if all(column not in row for _, row in found):
-        raise UserError(f"{file} has no column {column!r}{suggestion(column, [str(k) for k in found[0][1] if k])}")
-    kept = [(place, row) for place, row in found if str(row.get(column) or "").strip()]
-    members = [str(row[column]).strip() for _, row in kept]
-    counts = {name: members.count(name) for name in sorted(set(members))}
-    if len(counts) > MAX_GROUPS:
-        raise UserError(
-            f"column {column!r} has {len(counts):,} different values, more than {MAX_GROUPS}; choose a column of "
-            f"groups, or merge some of them"
-        )
+    kept, members, counts = _by_group(found, file, column)
     usable = [name for name, count in counts.items() if count >= MIN_MEMBERS]
-    if len(usable) < 2:
-        listed = ", ".join(f"{name!r} {count}" for name, count in counts.items()) or "none"
-        raise UserError(
-            f"column {column!r} has the groups: {listed}; gaps require two groups with at least {MIN_MEMBERS} members"
-        )
     labels = [_label(row[task.label], place, lm.config.labels) for place, row in kept]
     predictions = predict(lm, [{name: row[name] for name in task.text} for _, row in kept], task=task, length=length)
     predicted = [str(prediction["prediction"]) for prediction in predictions]
@@ -169,6 +156,32 @@ def audit_groups(
             numbers[f"groups/{name}/{field}"] = value.value if isinstance(value, Estimate) else float(value)
     chapter = _chapter(column, classes, rates, gaps, dropped, len(found) - len(kept))
     return Audit("Gaps between groups", numbers, [chapter])
+
+
+def _by_group(
+    found: Sequence[tuple[Place, Row]], file: str, column: str
+) -> tuple[list[tuple[Place, Row]], list[str], dict[str, int]]:
+    """Returns the rows with a group, the group of each, and the number of members of each group.
+
+    Raises:
+      UserError: for a missing column, too many groups, and fewer than two groups with enough members.
+    """
+    if all(column not in row for _, row in found):
+        raise UserError(f"{file} has no column {column!r}{suggestion(column, [str(k) for k in found[0][1] if k])}")
+    kept = [(place, row) for place, row in found if str(row.get(column) or "").strip()]
+    members = [str(row[column]).strip() for _, row in kept]
+    counts = {name: members.count(name) for name in sorted(set(members))}
+    if len(counts) > MAX_GROUPS:
+        raise UserError(
+            f"column {column!r} has {len(counts):,} different values, more than {MAX_GROUPS}; choose a column of "
+            f"groups, or merge some of them"
+        )
+    if sum(count >= MIN_MEMBERS for count in counts.values()) < 2:
+        listed = ", ".join(f"{name!r} {count}" for name, count in counts.items()) or "none"
+        raise UserError(
+            f"column {column!r} has the groups: {listed}; gaps require two groups with at least {MIN_MEMBERS} members"
+        )
+    return kept, members, counts
 
 
 def check_classifier(lm: LM, flag: str) -> Classification:
