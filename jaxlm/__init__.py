@@ -33,8 +33,10 @@ with _interrupts_wait():
         TokenizerConfig,
         VectorsConfig,
     )
-    from jaxlm.config import task as _task
-    from jaxlm.config.task import *
+    from jaxlm.config import record_tasks as _record_tasks
+    from jaxlm.config import text_tasks as _text_tasks
+    from jaxlm.config.record_tasks import *
+    from jaxlm.config.text_tasks import *
     from jaxlm.errors import RunError, Stopped, UserError
     from jaxlm.hub.pooling import Pooling
     from jaxlm.inference.encode import encode
@@ -96,4 +98,5 @@ __all__ = [
     "shrink",
     "stream",
 ]
-__all__ += _task.__all__
+__all__ += _record_tasks.__all__
+__all__ += _text_tasks.__all__

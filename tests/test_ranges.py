@@ -147,7 +147,7 @@ MESSAGES = {
     "a text": (dict(data="corpus.txt"), "data is 'corpus.txt'; it must be of type DataConfig"),
     "a class": (
         dict(task=configs.CausalLM),
-        "task is <class 'jaxlm.config.task.CausalLM'>; it must be the config of a task",
+        "task is <class 'jaxlm.config.text_tasks.CausalLM'>; it must be the config of a task",
     ),
     "a pattern": (dict(data=configs.DataConfig(boundary="(")), "data.boundary is '('; it must be a valid regular"),
     "no column": (dict(task=configs.Classification(text=())), "task.text is (); it must be non-empty"),

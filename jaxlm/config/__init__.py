@@ -11,7 +11,8 @@ pruning        PruneConfig: pruning while training
 model          ModelConfig: the architecture
 choices        the closed choices of ModelConfig
 model_checks   sizes and choices of a model that contradict each other
-task           the config of each task
+task           the base of the configs of tasks, and their table
+text_tasks, record_tasks    the config of each task: over running text, over the rows of a table
 quantize       QuantizeConfig: quantisation-aware training
 data           DataConfig, CleaningConfig and TokenizerConfig
 baseline       BaselineConfig: the baselines that a report shows
@@ -49,9 +50,11 @@ from jaxlm.config.model import ModelConfig
 from jaxlm.config.privacy import PrivacyConfig
 from jaxlm.config.pruning import NO_PRUNING, PruneConfig
 from jaxlm.config.quantize import QuantizeConfig
+from jaxlm.config.record_tasks import *
+from jaxlm.config.record_tasks import TagScheme
 from jaxlm.config.run import MatmulPrecision, MeshConfig, OptimizerConfig, Remat, RunConfig
 from jaxlm.config.safety import SafetyConfig
 from jaxlm.config.serialisation import difference, from_json, task_from_json, task_to_json, to_json
-from jaxlm.config.task import *
-from jaxlm.config.task import TASK_CONFIGS, TagScheme, TaskConfig, check_task
+from jaxlm.config.task import TASK_CONFIGS, TaskConfig, check_task
+from jaxlm.config.text_tasks import *
 from jaxlm.config.vectors import GloVeConfig, SkipGramConfig, VectorsConfig

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from jaxlm.config.ranges import Config, NotNegative, Range
-from jaxlm.config.task import CausalLM, Classification, MaskedLM, MultiTask, PermutedLM, Similarity
+from jaxlm.config.record_tasks import Classification, MultiTask, Similarity
+from jaxlm.config.text_tasks import CausalLM, MaskedLM, PermutedLM
 from jaxlm.errors import UserError
 
 if TYPE_CHECKING:

@@ -27,7 +27,9 @@ from jaxlm.config.ranges import (
     ShareBelowOne,
     check_fields,
 )
-from jaxlm.config.task import CausalLM, MultiTask, TaskConfig, check_reader, check_task
+from jaxlm.config.record_tasks import MultiTask
+from jaxlm.config.task import TaskConfig, check_reader, check_task
+from jaxlm.config.text_tasks import CausalLM
 from jaxlm.errors import UserError
 
 Remat = Literal["auto", "none", "elementwise", "dots", "full", "offload"]

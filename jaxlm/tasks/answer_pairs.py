@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxlm.config.ranges import short_repr
-from jaxlm.config.task import AnswerPairs
+from jaxlm.config.record_tasks import AnswerPairs
 from jaxlm.data.chat import conversations, rendering
 from jaxlm.data.formats.lines import Place, Row
 from jaxlm.data.formats.rows import Columns
