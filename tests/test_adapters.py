@@ -325,6 +325,7 @@ def test_an_adapter_is_trained_on_a_mesh_as_on_one_device(data_dir, base_run, tm
     assert query.a.sharding.spec == jax.sharding.PartitionSpec(None, "fsdp", None)
 
 
+@pytest.mark.long
 def test_a_run_starts_from_the_merged_weights_of_an_adapter(data_dir, base_run, tmp_path, devices):
     lm = fit(run_config(data_dir, tmp_path / "first", **base_run), summary=False)
     more = base_run | {"init": str(tmp_path / "first"), "optimizer": jaxlm.OptimizerConfig(rate=0.0)}

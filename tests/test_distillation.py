@@ -488,6 +488,7 @@ def checkpoint_of(folder: Path) -> dict[str, tuple[int, ...]]:
     return {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
 
 
+@pytest.mark.long
 def test_the_export_has_the_layers_of_the_student_and_no_teacher(folder, finished, tmp_path, capsys):
     teacher, student = jaxlm.load(folder / "teacher"), jaxlm.load(finished)
     assert student.config == dataclasses.replace(teacher.config, layers=2)
@@ -517,6 +518,7 @@ def test_a_resumed_run_has_the_same_result(folder, finished, tmp_path):
         assert file.read_bytes() == (tmp_path / "run" / "export" / file.name).read_bytes(), file.name
 
 
+@pytest.mark.long
 def test_a_changed_teacher_is_refused_when_a_run_resumes(folder, tmp_path):
     shutil.copytree(folder / "teacher", tmp_path / "teacher")
     run = run_of(folder, tmp_path / "run", DistillConfig(str(tmp_path / "teacher"), layers="even"))

@@ -355,6 +355,7 @@ def test_packed_conversations_have_the_rewards_and_losses_of_single_ones():
         np.testing.assert_allclose(lm([ids]).logits[0, 0], reward, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_a_reward_model_learns_a_rule_and_is_exported_with_one_output(start, tmp_path):
     run = replace(run_of(start, tmp_path / "run"), task=Reward(template=TEMPLATE))
     jaxlm.fit(run)

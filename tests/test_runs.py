@@ -315,6 +315,7 @@ def test_a_finished_run_keeps_its_export(data_dir, reference, tmp_path, devices,
     assert "is already finished, at step 12; nothing is left to do" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_all_log_lines_are_means_over_the_same_number_of_steps(data_dir, tmp_path, devices):
     by_step = run_config(data_dir, tmp_path / "each", log_every=1, eval_every=0)
     fit(by_step)
